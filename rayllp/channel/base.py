@@ -1,0 +1,82 @@
+"""How workers talk: the one interface, and the name that every message carries."""
+
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from rayllp.errors import ChannelError
+from rayllp.state import State, tensors
+
+
+@dataclass(frozen=True)
+class MessageTag:
+    """What a message is, for errors: training step, solve ("forward", "adjoint", …), phase of the cycle, level."""
+
+    step: int
+    solve: str
+    phase: str = ""
+    level: int = 0
+
+    def at(self, phase: str, level: int) -> "MessageTag":
+        return replace(self, phase=phase, level=level)
+
+    def __str__(self) -> str:
+        return f"step {self.step}, {self.solve} {self.phase}, level {self.level}"
+
+
+@dataclass(frozen=True)
+class StateSpec:
+    """Shapes and dtypes of a state's tensors, so that a receiver can make room."""
+
+    shapes: tuple[torch.Size, ...]
+    dtypes: tuple[torch.dtype, ...]
+    device: torch.device
+    bare: bool = True  # a bare tensor rather than a tuple of one
+
+    @staticmethod
+    def of(state: State) -> "StateSpec":
+        parts = tensors(state)
+        return StateSpec(
+            tuple(part.shape for part in parts), tuple(part.dtype for part in parts), parts[0].device, isinstance(state, Tensor)
+        )
+
+    def build(self, parts: list[Tensor]) -> State:
+        return parts[0] if self.bare else tuple(parts)
+
+
+class Channel(Protocol):
+    """Messages between the workers of one group. Messages from one worker to another arrive in the order sent."""
+
+    rank: int
+    size: int
+
+    def send(self, state: State, destination: int, tag: MessageTag) -> None:
+        """Hand over `state`; returns at once. The state must not be changed afterwards."""
+        ...
+
+    def receive(self, spec: StateSpec, source: int, tag: MessageTag) -> State:
+        """Wait for the next state from `source`.
+
+        Raises:
+            ChannelError: it did not come within the time limit, or the sender is gone.
+        """
+        ...
+
+    def all_reduce(self, tensor: Tensor, tag: MessageTag) -> Tensor:
+        """The sum of `tensor` over all workers, in place; the same bits on every worker."""
+        ...
+
+    def finish(self) -> None:
+        """Wait until everything sent has left, so that its memory can be used again."""
+        ...
+
+    def close(self) -> None:
+        """Give up the connection."""
+        ...
+
+
+def failure(tag: MessageTag, source: int, destination: int, reason: str) -> ChannelError:
+    """The error of a message that did not arrive."""
+    return ChannelError(f"{tag}: worker {destination} received nothing from worker {source}: {reason}")

@@ -1,0 +1,99 @@
+"""Workers as threads of one process: for tests and small studies, with the time limits and ordering of the real thing."""
+
+import queue
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from rayllp.channel.base import MessageTag, StateSpec, failure
+from rayllp.errors import ChannelError
+from rayllp.state import State, detach
+
+T = TypeVar("T")
+
+
+class _Hub:
+    """What the threads share."""
+
+    def __init__(self, size: int, timeout_s: float) -> None:
+        self.size, self.timeout_s = size, timeout_s
+        self.queues: dict[tuple[int, int], queue.SimpleQueue[tuple[MessageTag, State]]] = {
+            (a, b): queue.SimpleQueue() for a in range(size) for b in range(size)
+        }
+        self.barrier = threading.Barrier(size)
+        self.slots: list[Tensor | None] = [None] * size
+
+
+class LocalChannel:
+    """One thread's end."""
+
+    def __init__(self, hub: _Hub, rank: int) -> None:
+        self._hub, self.rank, self.size = hub, rank, hub.size
+
+    @staticmethod
+    def group(size: int, timeout_s: float = 30.0) -> list["LocalChannel"]:
+        """The ends of `size` workers."""
+        hub = _Hub(size, timeout_s)
+        return [LocalChannel(hub, rank) for rank in range(size)]
+
+    @staticmethod
+    def alone() -> "LocalChannel":
+        """A group of one."""
+        return LocalChannel.group(1)[0]
+
+    def send(self, state: State, destination: int, tag: MessageTag) -> None:
+        self._hub.queues[self.rank, destination].put((tag, detach(state)))
+
+    def receive(self, spec: StateSpec, source: int, tag: MessageTag) -> State:
+        try:
+            sent, state = self._hub.queues[source, self.rank].get(timeout=self._hub.timeout_s)
+        except queue.Empty:
+            raise failure(tag, source, self.rank, f"time limit of {self._hub.timeout_s:g} s passed") from None
+        if sent != tag:
+            raise ChannelError(f"worker {self.rank} waits for {tag} from worker {source}, which sent {sent}: the schedules differ")
+        return state
+
+    def all_reduce(self, tensor: Tensor, tag: MessageTag) -> Tensor:
+        hub = self._hub
+        hub.slots[self.rank] = tensor.clone()
+        self._meet(tag)
+        total = torch.stack([slot for slot in hub.slots if slot is not None]).sum(0)
+        self._meet(tag)
+        return tensor.copy_(total)
+
+    def _meet(self, tag: MessageTag) -> None:
+        try:
+            self._hub.barrier.wait(self._hub.timeout_s)
+        except threading.BrokenBarrierError:
+            raise ChannelError(
+                f"{tag}: worker {self.rank} waited {self._hub.timeout_s:g} s for all {self.size} workers to meet in an all-reduce"
+            ) from None
+
+    def finish(self) -> None:
+        pass
+
+    def close(self) -> None:
+        self._hub.barrier.abort()
+
+
+def run_workers(size: int, work: Callable[[LocalChannel], T], timeout_s: float = 30.0) -> list[T]:
+    """Run `work` in `size` threads, each with its channel; the results by rank. The first failure is raised."""
+    channels = LocalChannel.group(size, timeout_s)
+
+    def guarded(channel: LocalChannel) -> T:
+        try:
+            return work(channel)
+        except BaseException:
+            channel.close()
+            raise
+
+    with ThreadPoolExecutor(size) as pool:
+        futures = [pool.submit(guarded, channel) for channel in channels]
+        errors = [error for future in futures if (error := future.exception())]
+    if errors:
+        raise next((error for error in errors if not isinstance(error, ChannelError)), errors[0])
+    return [future.result() for future in futures]

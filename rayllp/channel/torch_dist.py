@@ -1,0 +1,101 @@
+"""Point-to-point messages of torch.distributed: Gloo between CPUs, NCCL between GPUs."""
+
+import time
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from rayllp.channel.base import MessageTag, StateSpec, failure
+from rayllp.errors import ChannelError
+from rayllp.state import State, tensors
+
+
+class TorchChannel:
+    """Messages within `group` (the default group if None). A state of several tensors travels as one message.
+
+    Gloo moves CPU memory: states on a GPU are staged through the host. NCCL moves them directly.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None = None, timeout_s: float = 300.0) -> None:
+        self.group = group if group is not None else dist.group.WORLD
+        self.rank, self.size = dist.get_rank(self.group), dist.get_world_size(self.group)
+        self.timeout_s = timeout_s
+        self._host = dist.get_backend(self.group) != "nccl"
+        self._sent: list[tuple[dist.Work, Tensor]] = []
+
+    def send(self, state: State, destination: int, tag: MessageTag) -> None:
+        self._sent = [(work, buffer) for work, buffer in self._sent if not work.is_completed()]
+        buffer = _flat(state)
+        if self._host:
+            buffer = buffer.cpu()
+        work = dist.isend(buffer, group=self.group, group_dst=destination)
+        if work is not None:
+            self._sent.append((work, buffer))
+
+    def receive(self, spec: StateSpec, source: int, tag: MessageTag) -> State:
+        device = torch.device("cpu") if self._host else spec.device
+        dtype = _wire_dtype(spec.dtypes)
+        buffer = torch.empty(_wire_length(spec, dtype), dtype=dtype, device=device)
+        started = time.monotonic()
+        try:
+            work = dist.irecv(buffer, group=self.group, group_src=source)
+            if work is not None:
+                # NCCL orders the stream and returns at once; its watchdog holds the group's own time limit.
+                work.wait(timedelta(seconds=self.timeout_s)) if self._host else work.wait()
+        except RuntimeError as error:
+            waited = time.monotonic() - started
+            limit = f"time limit of {self.timeout_s:g} s passed" if waited >= self.timeout_s else "the connection was lost"
+            raise failure(tag, source, self.rank, f"{limit} ({str(error).splitlines()[0]})") from error
+        return _unflat(buffer.to(spec.device), spec)
+
+    def all_reduce(self, tensor: Tensor, tag: MessageTag) -> Tensor:
+        if self.size == 1:
+            return tensor
+        buffer = tensor if not self._host else tensor.cpu()
+        try:
+            dist.all_reduce(buffer, group=self.group)
+        except RuntimeError as error:
+            raise ChannelError(f"{tag}: all-reduce over {self.size} workers failed on worker {self.rank}: {error}") from error
+        return tensor if buffer is tensor else tensor.copy_(buffer)
+
+    def finish(self) -> None:
+        for work, _ in self._sent:
+            try:
+                work.wait()
+            except RuntimeError as error:
+                raise ChannelError(f"worker {self.rank}: a message was not taken by its receiver: {error}") from error
+        self._sent.clear()
+
+    def close(self) -> None:
+        self._sent.clear()
+
+
+def _wire_dtype(dtypes: tuple[torch.dtype, ...]) -> torch.dtype:
+    return dtypes[0] if len(set(dtypes)) == 1 else torch.uint8
+
+
+def _wire_length(spec: StateSpec, dtype: torch.dtype) -> int:
+    if dtype == torch.uint8:
+        return sum(shape.numel() * part.itemsize for shape, part in zip(spec.shapes, spec.dtypes, strict=True))
+    return sum(shape.numel() for shape in spec.shapes)
+
+
+def _flat(state: State) -> Tensor:
+    """The state as one contiguous one-dimensional tensor; no copy where it is one already."""
+    parts = [part.detach().contiguous().view(-1) for part in tensors(state)]
+    if len(parts) == 1:
+        return parts[0]
+    if len({part.dtype for part in parts}) > 1:
+        parts = [part.view(torch.uint8) for part in parts]
+    return torch.cat(parts)
+
+
+def _unflat(buffer: Tensor, spec: StateSpec) -> State:
+    parts, start = [], 0
+    for shape, dtype in zip(spec.shapes, spec.dtypes, strict=True):
+        length = shape.numel() * (dtype.itemsize if buffer.dtype == torch.uint8 and dtype != torch.uint8 else 1)
+        parts.append(buffer[start : start + length].view(dtype).view(shape))
+        start += length
+    return spec.build(parts)

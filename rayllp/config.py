@@ -1,0 +1,410 @@
+"""Settings: frozen, checked where they are made. Every rule that needs no data and no cluster is checked here.
+
+`TrainConfig` is what `rayllp train` reads from YAML and what `rayllp.train` takes. Names are fixed (docs/design.md): other tools set
+them by `--set key=value`.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from rayllp.errors import SettingsError
+from rayllp.mgrit import Hierarchy, Method, build_hierarchy, split_evenly
+
+Relaxation = Literal["F", "FCF"]
+
+
+class Settings(BaseModel):
+    """Base of every group of settings: immutable, no unknown names."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+class ModelSettings(Settings):
+    """What is trained."""
+
+    family: str = Field("gpt2", description="architecture; `rayllp.models.families()` lists them")
+    layers: int = Field(16, ge=1, description="all layers, buffers included")
+    width: int = Field(64, ge=1, description="size of the residual stream")
+    heads: int = Field(4, ge=1, description="attention heads; must divide the width")
+    dropout: float = Field(0.0, ge=0, lt=1, description="embedding, attention and residual dropout")
+    tie_embeddings: bool = Field(True, description="the head shares the token embedding's weight")
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> "ModelSettings":
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} does not divide by {self.heads} heads: use model.heads that divides model.width")
+        return self
+
+
+class DataSettings(Settings):
+    """What it is trained on."""
+
+    path: str | None = Field(None, description="text file or folder of text files (.gz allowed); none: sources of the standard library")
+    dataset: str | None = Field(None, description="a Hugging Face `datasets` name or a folder written by save_to_disk")
+    subset: str | None = Field(None, description="the data set's configuration name")
+    text_field: str = Field("text", description="column that holds the text")
+    tokenizer: str = Field("bytes", description="bytes, characters, a transformers tokenizer (name or folder), or a tokenizers JSON file")
+    validation_fraction: float = Field(0.1, gt=0, lt=1, description="the text's end held out for evaluation")
+
+    @model_validator(mode="after")
+    def _one_source(self) -> "DataSettings":
+        if self.path and self.dataset:
+            raise ValueError("data.path and data.dataset are both set: choose one")
+        return self
+
+
+class ByDirection(Settings):
+    """A number for the forward solve and one for the backward solve."""
+
+    forward: int = Field(2, ge=1, description="forward solve")
+    backward: int = Field(2, ge=1, description="adjoint solve")
+
+
+class Iterations(ByDirection):
+    """Iterations, as XBraid counts them (docs/method.md)."""
+
+    forward: int = Field(2, ge=1, description="forward solve")
+    backward: int = Field(1, ge=1, description="adjoint solve")
+
+
+class RelaxationSettings(Settings):
+    """Relaxation by level."""
+
+    fine: Relaxation = Field("F", description="on the finest level")
+    coarse: Relaxation = Field("FCF", description="on all others")
+
+
+class MGRITSettings(Settings):
+    """How the layers are solved in parallel mode (arXiv:2601.09026, section 3.2)."""
+
+    coarsening: int | tuple[int, ...] = Field(4, description="c_f, one for all levels or a list, one a coarse level")
+    levels: ByDirection = Field(ByDirection(), description="1 is the serial solve")
+    iterations: Iterations = Field(Iterations(), description="fixed, or the cap where mgrit.tolerance is set")
+    relaxation: RelaxationSettings = Field(RelaxationSettings(), description="F or FCF")
+    cycle: Literal["V", "F"] = Field("V", description="V- or F-cycles")
+    coarse_step_weight: float = Field(1.0, ge=0, description="ω: 1 rediscretises (the paper's), 0 is the identity")
+    initial_guess: Literal["coarse", "constant"] = Field("coarse", description="coarse propagation, or every state as the first")
+    tolerance: float | None = Field(None, gt=0, description="stop the solve once its residual norm is at or below this")
+    recompute: bool = Field(False, description="keep C-point states only and recompute an interval's graph in its adjoint")
+
+    @field_validator("coarsening")
+    @classmethod
+    def _at_least_two(cls, value: int | tuple[int, ...]) -> int | tuple[int, ...]:
+        factors = (value,) if isinstance(value, int) else value
+        if not factors or any(factor < 2 for factor in factors):
+            raise ValueError(f"coarsening {value}: every factor must be at least 2")
+        return value
+
+
+class BufferSettings(Settings):
+    """Layers outside the parallel solve, run serially with their own Δt (appendix B)."""
+
+    open: int = Field(0, ge=0, description="layers before the middle, on the first worker")
+    close: int = Field(0, ge=0, description="layers after it, on the last")
+
+
+class StepSettings(Settings):
+    """Δt of the layers: x + Δt·(block(x) − x)."""
+
+    middle: float | str = Field(1.0, description='a number, or "T/N" with N the middle layers, such as "1/N"')
+    buffer: float = Field(1.0, gt=0, description="of buffer layers")
+
+    @field_validator("middle")
+    @classmethod
+    def _number_or_fraction(cls, value: float | str) -> float | str:
+        if isinstance(value, str):
+            head, _, tail = value.partition("/")
+            try:
+                time = float(head)
+            except ValueError:
+                time = -1.0
+            if tail.strip() != "N" or time <= 0:
+                raise ValueError(f'step.middle {value!r}: give a positive number, or "T/N" such as "1/N"')
+        elif value <= 0:
+            raise ValueError(f"step.middle {value}: must be positive")
+        return value
+
+
+class AdaptiveSettings(Settings):
+    """The controller of mode=adaptive, and the probes of every parallel mode."""
+
+    probe_every: int = Field(100, ge=0, description="steps between probes (doubled iterations, at least 3); 0: never")
+    threshold: float = Field(1.0, gt=0, description="switch to serial once a probe's ρ, forward or backward, passes this")
+
+
+class OptimizerSettings(Settings):
+    """AdamW, linear warm-up, cosine decay."""
+
+    lr: float = Field(1e-3, gt=0, description="peak learning rate")
+    min_lr_ratio: float = Field(0.1, ge=0, le=1, description="final over peak learning rate")
+    warmup: int = Field(20, ge=0, description="steps of linear warm-up")
+    weight_decay: float = Field(0.1, ge=0, description="on tensors of two or more dimensions")
+    betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW's")
+    eps: float = Field(1e-8, gt=0, description="AdamW's")
+    clip: float = Field(1.0, ge=0, description="global gradient norm over all workers; 0: none")
+
+
+class EvalSettings(Settings):
+    """Evaluation on the held-out text: always with the exact forward."""
+
+    every: int = Field(100, ge=0, description="steps between evaluations; 0: only at the end")
+    batches: int = Field(8, ge=1, description="batches each time, the same ones")
+    sample: int = Field(160, ge=0, description="tokens generated at the end; 0: none")
+
+
+class CheckpointSettings(Settings):
+    """Checkpoints in RUN/checkpoints."""
+
+    every: int = Field(0, ge=0, description="steps between checkpoints; 0: only at the end or when stopped")
+    keep: int = Field(2, ge=1, description="the last so many stay")
+
+
+class MeshSettings(Settings):
+    """Data-parallel replicas times layer blocks."""
+
+    data: int = Field(1, ge=1, description="replicas; each takes batch_size / data sequences")
+    layer: int | None = Field(None, ge=1, description="blocks of layers; default workers / data")
+    blocks: tuple[int, ...] | None = Field(None, description="middle layers of each worker; default: even, cut at C-points where that costs nothing")
+
+
+class TrainConfig(Settings):
+    """One run. `TrainConfig()` is the embedded default."""
+
+    name: str = Field("gpt2", description="part of the run directory's name")
+    model: ModelSettings = ModelSettings()
+    data: DataSettings = DataSettings()
+    sequence_length: int = Field(128, ge=2, description="tokens a sequence")
+    batch_size: int = Field(8, ge=1, description="sequences a step, over all replicas")
+    accumulate: int = Field(1, ge=1, description="gradient accumulation: parts in which a step's batch is solved")
+    microbatches: int | None = Field(None, ge=1, description="of serial mode's pipeline; default the largest divisor of the batch up to 4 a worker")
+    steps: int = Field(300, ge=1, description="optimizer steps")
+    seed: int = Field(0, ge=0, description="keys initialisation, batches and dropout")
+    dtype: Literal["float32", "bfloat16", "float64"] = Field("float32", description="bfloat16: autocast over float32 weights")
+    workers: int | None = Field(None, ge=1, description="mesh.data × mesh.layer; default 2")
+    mesh: MeshSettings = MeshSettings()
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: GPUs where the cluster has enough of them")
+    channel: Literal["auto", "gloo", "nccl"] = Field("auto", description="auto: nccl on GPUs, gloo on CPUs")
+    receive_timeout_s: float = Field(120.0, gt=0, description="longest wait for a neighbour's message")
+    mode: Literal["parallel", "serial", "adaptive"] = Field("adaptive", description="adaptive: parallel until ρ says otherwise")
+    mgrit: MGRITSettings = MGRITSettings()
+    buffers: BufferSettings = BufferSettings()
+    step: StepSettings = StepSettings()
+    adaptive: AdaptiveSettings = AdaptiveSettings()
+    optimizer: OptimizerSettings = OptimizerSettings()
+    eval: EvalSettings = EvalSettings()
+    checkpoint: CheckpointSettings = CheckpointSettings()
+
+    # Derived ------------------------------------------------------------------------------------------------------------------
+
+    @property
+    def layer_workers(self) -> int:
+        """Blocks of layers, P."""
+        return self.mesh.layer or max(1, (self.workers or 2 * self.mesh.data) // self.mesh.data)
+
+    @property
+    def world(self) -> int:
+        """Workers in all."""
+        return self.mesh.data * self.layer_workers
+
+    @property
+    def middle_layers(self) -> int:
+        """Layers in the parallel solve, N."""
+        return self.model.layers - self.buffers.open - self.buffers.close
+
+    @property
+    def middle_step(self) -> float:
+        """Δt of a middle layer."""
+        value = self.step.middle
+        return float(value.partition("/")[0]) / self.middle_layers if isinstance(value, str) else value
+
+    @property
+    def step_sizes(self) -> tuple[float, ...]:
+        """Δt of every layer, buffers included."""
+        buffers, middle = self.buffers, (self.middle_step,) * self.middle_layers
+        return (self.step.buffer,) * buffers.open + middle + (self.step.buffer,) * buffers.close
+
+    @property
+    def replica_batch(self) -> int:
+        """Sequences a replica takes in a step."""
+        return self.batch_size // self.mesh.data
+
+    @property
+    def blocks(self) -> tuple[int, ...]:
+        """Middle layers of each worker."""
+        return self.mesh.blocks or default_blocks(self.middle_layers, self.layer_workers, self.first_coarsening)
+
+    @property
+    def first_coarsening(self) -> int:
+        """c_f between the finest level and the next."""
+        return self.mgrit.coarsening if isinstance(self.mgrit.coarsening, int) else self.mgrit.coarsening[0]
+
+    def hierarchy(self, levels: int) -> Hierarchy:
+        """The forward hierarchy over the middle layers."""
+        return build_hierarchy(blocks=self.blocks, levels=levels, coarsening=self.mgrit.coarsening)
+
+    def method(self, iterations: int) -> Method:
+        """The solver's method with so many iterations."""
+        settings = self.mgrit
+        return Method(
+            iterations=iterations,
+            relaxation=(settings.relaxation.fine, settings.relaxation.coarse),
+            cycle=settings.cycle,
+            coarse_step_weight=settings.coarse_step_weight,
+            initial_guess=settings.initial_guess,
+            tolerance=settings.tolerance,
+        )
+
+    # Rules over several settings ----------------------------------------------------------------------------------------------
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "TrainConfig":
+        self._check_mesh()
+        self._check_batch()
+        try:
+            for levels in {self.mgrit.levels.forward, self.mgrit.levels.backward}:
+                self.hierarchy(levels)
+        except SettingsError as error:
+            raise ValueError(str(error)) from None
+        return self
+
+    def _check_mesh(self) -> None:
+        mesh, N, P = self.mesh, self.middle_layers, self.layer_workers
+        if N < 1:
+            raise ValueError(
+                f"{self.buffers.open} + {self.buffers.close} buffer layers leave {N} of {self.model.layers} layers for the middle: "
+                "raise model.layers or lower buffers.open and buffers.close"
+            )
+        if self.workers is not None and self.workers != self.world:
+            raise ValueError(
+                f"workers={self.workers} is not mesh.data × mesh.layer = {mesh.data} × {P}: leave one of them out"
+                if mesh.layer
+                else f"workers={self.workers} does not divide by mesh.data={mesh.data}"
+            )
+        if P > N:
+            raise ValueError(f"{P} layer-parallel workers for {N} middle layers: use at most {N} (workers or mesh.layer), or more layers")
+        if mesh.blocks and (len(mesh.blocks) != P or sum(mesh.blocks) != N or min(mesh.blocks) < 1):
+            raise ValueError(f"mesh.blocks {mesh.blocks} must be {P} positive numbers that add up to the {N} middle layers")
+
+    def _check_batch(self) -> None:
+        if self.batch_size % self.mesh.data:
+            raise ValueError(f"batch_size {self.batch_size} does not divide by mesh.data={self.mesh.data}")
+        if self.replica_batch % self.accumulate:
+            raise ValueError(f"a replica's {self.replica_batch} sequences do not divide into accumulate={self.accumulate} parts")
+        if self.microbatches and self.replica_batch // self.accumulate % self.microbatches:
+            raise ValueError(f"{self.replica_batch // self.accumulate} sequences do not divide into microbatches={self.microbatches}")
+
+
+def default_blocks(layers: int, workers: int, coarsening: int) -> tuple[int, ...]:
+    """Blocks of layers: cut at C-points where the largest block does not grow by that, else as even as can be.
+
+    A block that begins at a C-point starts its sweep without waiting for a neighbour.
+    """
+    even = split_evenly(layers, workers)
+    intervals = -(-layers // coarsening)
+    if intervals < workers:
+        return even
+    ends, done = [], 0
+    for share in split_evenly(intervals, workers):
+        done += share
+        ends.append(min(done * coarsening, layers))
+    aligned = tuple(end - start for start, end in zip([0, *ends], ends, strict=False))
+    return aligned if max(aligned) <= max(even) else even
+
+
+# Reading and changing ---------------------------------------------------------------------------------------------------------
+
+
+def make_config(values: Mapping[str, Any], *, source: str = "settings") -> TrainConfig:
+    """A checked config from nested values.
+
+    Raises:
+        SettingsError: every fault found, one a line, each with the setting's name.
+    """
+    try:
+        return TrainConfig.model_validate(dict(values))
+    except ValidationError as error:
+        lines = [_explain(fault, values) for fault in error.errors()]
+        raise SettingsError(f"{source}: " + ("\n  ".join(["", *lines]) if len(lines) > 1 else lines[0])) from None
+
+
+def load_config(path: str | Path | None = None, overrides: list[str] | tuple[str, ...] = ()) -> TrainConfig:
+    """Read YAML (nothing: the embedded default), apply `key=value` overrides, check.
+
+    Raises:
+        SettingsError: unreadable file, malformed override, or a setting that breaks a rule.
+    """
+    values: dict[str, Any] = {}
+    if path is not None:
+        try:
+            loaded = yaml.safe_load(Path(path).read_text())
+        except OSError as error:
+            raise SettingsError(f"cannot read {path}: {error.strerror or error}; give the path of a YAML file") from None
+        except yaml.YAMLError as error:
+            raise SettingsError(f"{path} is not YAML: {error}") from None
+        if loaded is not None and not isinstance(loaded, dict):
+            raise SettingsError(f"{path} holds a {type(loaded).__name__}; it must be a mapping of settings")
+        values = loaded or {}
+    for override in overrides:
+        set_value(values, override)
+    return make_config(values, source=str(path) if path else "settings")
+
+
+def set_value(values: dict[str, Any], override: str) -> None:
+    """Apply one `a.b=value` in place; the value is read as YAML."""
+    key, equals, text = override.partition("=")
+    if not equals or not key.strip():
+        raise SettingsError(f"--set {override!r}: write key=value, such as mgrit.coarsening=8")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        value = text
+    *path, last = key.strip().split(".")
+    for part in path:
+        values = values.setdefault(part, {})
+        if not isinstance(values, dict):
+            raise SettingsError(f"--set {override!r}: {part} is not a group of settings")
+    values[last] = float(value) if isinstance(value, str) and _is_number(value) else value
+
+
+def _is_number(text: str) -> bool:
+    # YAML 1.1 reads 1e-3 as a string; users of --set mean the number.
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def setting_names(model: type[BaseModel] = TrainConfig, prefix: str = "") -> list[str]:
+    """Every setting's dotted name."""
+    names: list[str] = []
+    for name, field in model.model_fields.items():
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            names += setting_names(kind, f"{prefix}{name}.")
+        else:
+            names.append(prefix + name)
+    return names
+
+
+def _explain(fault: Any, values: Mapping[str, Any]) -> str:
+    import difflib
+
+    name = ".".join(str(part) for part in fault["loc"] if not str(part).startswith(("tuple", "literal", "function", "constrained")))
+    if fault["type"] == "extra_forbidden":
+        close = difflib.get_close_matches(name, setting_names(), n=1, cutoff=0.6)
+        tail = [known for known in setting_names() if known.split(".")[-1] == name.split(".")[-1]]
+        hint = close or tail
+        return f"unknown setting {name}" + (f"; did you mean {hint[0]}?" if hint else "; `rayllp settings` lists them all")
+    message = fault["msg"].removeprefix("Value error, ")
+    given = f" (given: {fault['input']!r})" if name and not isinstance(fault["input"], dict | BaseModel) else ""
+    return f"{name}: {message}{given}" if name else message
+
+
+def to_yaml(config: TrainConfig) -> str:
+    """Everything resolved, defaults included."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)

@@ -1,0 +1,29 @@
+"""Every error that rayllp raises on purpose. Each message says what was given, the rule it broke, and what to change."""
+
+
+class RayllpError(Exception):
+    """Base class: anything rayllp refuses or gives up on."""
+
+
+class SettingsError(RayllpError, ValueError):
+    """A setting, or a combination of settings, that cannot work. Raised before any actor starts."""
+
+
+class DataError(RayllpError, ValueError):
+    """A text, data set or tokenizer that cannot be read or does not fit the model. Raised before any actor starts."""
+
+
+class ClusterError(RayllpError, RuntimeError):
+    """The cluster cannot give what the run needs, or a worker was lost."""
+
+
+class ChannelError(RayllpError, RuntimeError):
+    """A message between two workers failed: names step, phase, level, sender and receiver."""
+
+
+class NonFiniteError(RayllpError, ArithmeticError):
+    """The loss or a gradient is NaN or infinite. Raised before the optimizer step, so the weights are still good."""
+
+
+class CheckpointError(RayllpError, RuntimeError):
+    """A checkpoint that is absent, incomplete, altered, or of another model."""

@@ -1,0 +1,238 @@
+"""The cycle: relax, restrict, solve on the coarse grid, correct (arXiv:2601.09026, section 3.2).
+
+Iterations are counted as XBraid and the paper count them. With a skipped down-cycle, the default, the first iteration is the coarse
+propagation and the last sweep; every further one adds a relaxation, a restriction and a coarse solve before that sweep.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from rayllp.channel.base import Channel, MessageTag, StateSpec
+from rayllp.errors import SettingsError
+from rayllp.mgrit.grid import Grid
+from rayllp.mgrit.hierarchy import Hierarchy, Level
+from rayllp.mgrit.propagator import Propagator, coarse_operator
+from rayllp.mgrit.result import MGRITResult, Status, no_residuals
+from rayllp.state import State, squared_norm, subtract
+
+Relaxation = Literal["F", "FCF"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """How to solve: everything that is not the problem.
+
+    Attributes:
+        iterations: fixed number, or the cap where `tolerance` is set.
+        relaxation: F or FCF, by level; the last entry serves all coarser levels.
+        cycle: V or F.
+        coarse_step_weight: ω of the coarse operator; 1 is the paper's, 0 the identity.
+        initial_guess: "coarse" (skipped down-cycle) or "constant" (every point starts as the initial state, a zero correction).
+        tolerance: stop once the residual norm is at or below it; costs one all-reduce an iteration.
+    """
+
+    iterations: int = 1
+    relaxation: tuple[Relaxation, ...] = ("F", "FCF")
+    cycle: Literal["V", "F"] = "V"
+    coarse_step_weight: float = 1.0
+    initial_guess: Literal["coarse", "constant"] = "coarse"
+    tolerance: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.iterations < 1:
+            raise SettingsError(f"{self.iterations} iterations: need at least 1; for an exact solve use 1 level")
+        if not self.relaxation or any(kind not in ("F", "FCF") for kind in self.relaxation):
+            raise SettingsError(f"relaxation {self.relaxation}: each level takes F or FCF")
+
+
+class Solver:
+    """One solve on one worker. All workers of the channel build one from the same hierarchy and method and call `solve`."""
+
+    def __init__(
+        self, hierarchy: Hierarchy, method: Method, propagator: Propagator, channel: Channel, spec: StateSpec, tag: MessageTag
+    ) -> None:
+        operator = coarse_operator(method.coarse_step_weight)
+        self.method, self.channel, self.tag, self.spec = method, channel, tag, spec
+        self.grids = [Grid(level, depth, propagator, operator, channel, spec, tag) for depth, level in enumerate(hierarchy.levels)]
+        self.squares: list[Tensor] = []
+
+    def solve(self, initial: State | None) -> MGRITResult:
+        """Solve from `initial`, given on the worker that owns the first step and ignored elsewhere."""
+        fine, done = self.grids[0], 0
+        self.inject_initial(initial)
+        if len(self.grids) > 1:
+            if self.method.initial_guess == "coarse":
+                self.propagate_coarsely()
+                done = 1
+            else:
+                self.spread_initial()
+            while done < self.method.iterations and not self.is_converged():
+                self.cycle(0, self.method.cycle)
+                done += 1
+        output = fine.last_sweep()
+        return self.result(output, max(done, 1))
+
+    # The cycle ----------------------------------------------------------------------------------------------------------------
+
+    def cycle(self, depth: int, kind: str) -> None:
+        """One V- or F-cycle from level `depth` down."""
+        if depth == len(self.grids) - 1:
+            self.grids[depth].solve()
+            return
+        self.relax(depth)
+        self.restrict(depth)
+        self.cycle(depth + 1, kind)
+        self.correct(depth)
+        self.finish_level(depth, kind)
+
+    def propagate_coarsely(self) -> None:
+        """The initial guess: the skipped down-cycle, a serial solve on the coarsest level carried up."""
+        self.grids[-1].solve()
+        for depth in reversed(range(len(self.grids) - 1)):
+            self.correct(depth)
+            self.finish_level(depth, self.method.cycle)
+
+    def finish_level(self, depth: int, kind: str) -> None:
+        """F-points of a coarse level from its corrected C-points, and the F-cycle's extra V-cycle; the finest level does without."""
+        if depth > 0:
+            self.grids[depth].f_relax()
+            if kind == "F":
+                self.cycle(depth, "V")
+
+    def relax(self, depth: int) -> None:
+        """F- or FCF-relaxation."""
+        kinds, grid = self.method.relaxation, self.grids[depth]
+        grid.f_relax()
+        if kinds[min(depth, len(kinds) - 1)] == "FCF":
+            grid.c_relax()
+            grid.f_relax()
+
+    def restrict(self, depth: int) -> None:
+        """Residual at the C-points, and the coarse level's FAS problem, by injection."""
+        fine, coarse = self.grids[depth], self.grids[depth + 1]
+        arrived = fine.arrivals("restriction")
+        if depth == 0:
+            self.measure(arrived)
+        for k, point in self.each_c_point(fine.level):
+            mine = (arrived[point], fine.values[point]) if point in fine.points else ()
+            if moved := self.move(mine, fine.level.owners[point], coarse.level.owners[k], 2, "restriction", depth):
+                coarse.rhs[k], coarse.values[k] = moved
+        for k in coarse.points:
+            if k < coarse.level.size - 1:
+                coarse.offsets[k] = coarse.apply(k, coarse.values[k])
+
+    def correct(self, depth: int) -> None:
+        """The coarse solution, injected at the C-points."""
+        fine, coarse = self.grids[depth], self.grids[depth + 1]
+        for k, point in self.each_c_point(fine.level):
+            mine = (coarse.values[k],) if k in coarse.points else ()
+            if moved := self.move(mine, coarse.level.owners[k], fine.level.owners[point], 1, "correction", depth):
+                (fine.values[point],) = moved
+
+    # Its parts ----------------------------------------------------------------------------------------------------------------
+
+    @staticmethod
+    def each_c_point(level: Level) -> list[tuple[int, int]]:
+        """(index on the coarse level, index on this level) of every C-point but the first, which is given."""
+        return list(enumerate(level.c_points))[1:]
+
+    def move(self, states: tuple[State, ...], sender: int, receiver: int, count: int, phase: str, depth: int) -> tuple[State, ...]:
+        """Carry `count` states from `sender` to `receiver`; empty on every other worker.
+
+        In a forward solve both are one worker. In an adjoint solve whose interval crosses workers they are not: the C-point
+        belongs to the worker of the interval's last layer, its coarse step to that of the interval's first.
+        """
+        rank, tag = self.channel.rank, self.tag.at(phase, depth)
+        if sender == receiver:
+            return states if rank == sender else ()
+        if rank == sender:
+            for state in states:
+                self.channel.send(state, receiver, tag)
+        return tuple(self.channel.receive(self.spec, sender, tag) for _ in range(count)) if rank == receiver else ()
+
+    def inject_initial(self, initial: State | None) -> None:
+        """The initial state to point 0 of every level."""
+        fine = self.grids[0]
+        if 0 in fine.points:
+            if initial is None:
+                raise SettingsError("the worker that owns the first step needs the initial state; got None")
+            fine.values[0] = initial
+        for source, target in zip(self.grids, self.grids[1:], strict=False):
+            mine = (source.values[0],) if 0 in source.points else ()
+            if moved := self.move(mine, source.level.owners[0], target.level.owners[0], 1, "injection", source.depth):
+                (target.values[0],) = moved
+
+    def spread_initial(self) -> None:
+        """The zero-correction guess: every C-point starts as the initial state."""
+        coarse = self.grids[1]
+        coarse.solve(step=lambda j: coarse.values[j], phase="initial guess")
+        self.correct(0)
+
+    def measure(self, arrived: dict[int, State]) -> None:
+        """Keep this worker's share of the squared fine residual."""
+        fine = self.grids[0]
+        shares = [squared_norm(subtract(state, fine.values[c])) for c, state in arrived.items()]
+        self.squares.append(torch.stack(shares).sum() if shares else torch.zeros((), dtype=torch.float64, device=self.spec.device))
+
+    def is_converged(self) -> bool:
+        """Whether the last residual is at or below the tolerance; the same answer on every worker."""
+        if self.method.tolerance is None or not self.squares:
+            return False
+        return float(self.channel.all_reduce(self.squares[-1].clone(), self.tag.at("residual", 0))) <= self.method.tolerance**2
+
+    def result(self, output: State | None, iterations: int) -> MGRITResult:
+        fine = self.grids[0].level
+        exact = len(self.grids) == 1 or iterations >= len(fine.c_points)
+        squares = torch.stack(self.squares) if self.squares else no_residuals()
+        status = Status.EXACT if exact else Status.UNMEASURED
+        return MGRITResult(
+            output=output,
+            states=self.grids[0].values,
+            iterations=iterations,
+            squared_residuals=squares,
+            status=status,
+            tolerance=self.method.tolerance,
+            exact=exact,
+        )
+
+
+def solve(
+    hierarchy: Hierarchy,
+    method: Method,
+    propagator: Propagator,
+    channel: Channel,
+    *,
+    initial: State | None,
+    spec: StateSpec | None = None,
+    tag: MessageTag | None = None,
+    reduce: bool = True,
+) -> MGRITResult:
+    """Solve u_{n+1} = Φ_n(u_n) over all layers of `hierarchy`, each worker its own block.
+
+    Args:
+        hierarchy: from `build_hierarchy`, or its `adjoint()`.
+        method: iterations, relaxation, cycle, coarse operator.
+        propagator: this worker's layers.
+        channel: to the other workers; `LocalChannel.alone()` for one.
+        initial: the state before the first step, on the worker that takes it.
+        spec: shapes of a state; taken from `initial` when there is one worker.
+        tag: what to call this solve in errors.
+        reduce: sum the residuals over all workers now; False leaves that to the caller (one message a step instead of one a solve).
+
+    Raises:
+        SettingsError: no initial state or no spec where one is needed.
+        ChannelError: a message did not arrive in time.
+    """
+    if spec is None:
+        if initial is None:
+            raise SettingsError("spec is needed on a worker that has no initial state")
+        spec = StateSpec.of(initial)
+    tag = tag or MessageTag(step=0, solve="forward")
+    result = Solver(hierarchy, method, propagator, channel, spec, tag).solve(initial)
+    if not reduce:
+        return result
+    squared = result.squared_residuals
+    return result.measured(channel.all_reduce(squared.clone(), tag.at("residual", 0)) if len(squared) else squared)

@@ -1,0 +1,112 @@
+"""One worker's part of one level: the values at its points, and the sweeps that move them.
+
+A level solves u_{j+1} = Φ_j(u_j) − offset_j + rhs_{j+1}. Offset and right-hand side together are the FAS term; they are kept apart
+because the offset belongs to the worker that takes the step and the right-hand side to the one that receives it.
+"""
+
+from collections.abc import Callable
+
+from rayllp.channel.base import Channel, MessageTag, StateSpec
+from rayllp.mgrit.hierarchy import Level
+from rayllp.mgrit.propagator import CoarseOperator, Propagator
+from rayllp.state import State, add, subtract
+
+Step = Callable[[int], State]
+
+
+class Grid:
+    """Values and sweeps of one worker on one level."""
+
+    def __init__(
+        self, level: Level, depth: int, propagator: Propagator, operator: CoarseOperator, channel: Channel, spec: StateSpec, tag: MessageTag
+    ) -> None:
+        self.level, self.depth = level, depth
+        self.propagator, self.operator = propagator, operator
+        self.channel, self.spec, self.tag = channel, spec, tag
+        self.points = level.local(channel.rank)
+        self.runs = level.runs(channel.rank)
+        self.values: dict[int, State] = {}
+        self.offsets: dict[int, State] = {}
+        self.rhs: dict[int, State] = {}
+
+    # One step, and one message ------------------------------------------------------------------------------------------------
+
+    def apply(self, j: int, state: State) -> State:
+        """Φ_j(state) of this level."""
+        layer = self.level.layers[j]
+        if self.depth == 0:
+            return self.propagator.step(layer, state)
+        return self.operator(lambda x: self.propagator.step(layer, x), state, self.level.ratios[j])
+
+    def advance(self, j: int) -> State:
+        """Φ_j(u_j) − offset_j: what point j hands to point j + 1."""
+        state = self.apply(j, self.values[j])
+        return subtract(state, self.offsets[j]) if j in self.offsets else state
+
+    def arrive(self, j: int, state: State) -> State:
+        """What point j becomes when its left neighbour hands over `state`."""
+        return add(state, self.rhs[j]) if j in self.rhs else state
+
+    def send(self, state: State, j: int, phase: str) -> None:
+        """Hand `state` to the owner of point j."""
+        self.channel.send(state, self.level.owners[j], self.tag.at(phase, self.depth))
+
+    def receive(self, j: int, phase: str) -> State:
+        """What the owner of point j − 1 hands to point j."""
+        return self.channel.receive(self.spec, self.level.owners[j - 1], self.tag.at(phase, self.depth))
+
+    # Sweeps -------------------------------------------------------------------------------------------------------------------
+
+    def f_relax(self) -> None:
+        """New values at all F-points, from the C-points."""
+        self._sweep(self.advance, "relaxation", to_the_end=False)
+
+    def last_sweep(self) -> State | None:
+        """F-relaxation that records (forward) or forms gradients (adjoint); also takes every interval's last step.
+
+        Returns the state after the last step of all, on the worker that takes it.
+        """
+        return self._sweep(lambda j: self.propagator.last_step(self.level.layers[j], self.values[j]), "last sweep", to_the_end=True)
+
+    def _sweep(self, step: Step, phase: str, *, to_the_end: bool) -> State | None:
+        # The last run goes first: its end is what the next worker waits for. The first run, which may have to wait, goes last.
+        output = None
+        for run in reversed(self.runs):
+            if run.start not in self.level.is_c_point:
+                self.values[run.start] = self.arrive(run.start, self.receive(run.start, phase))
+            for j in run[:-1]:
+                self.values[j + 1] = self.arrive(j + 1, step(j))
+            end = run.stop
+            interval_goes_on = end < self.level.size and end not in self.level.is_c_point
+            if interval_goes_on or to_the_end:
+                state = step(end - 1)
+                if interval_goes_on:
+                    self.send(state, end, phase)
+                elif end == self.level.size:
+                    output = state
+        return output
+
+    def arrivals(self, phase: str) -> dict[int, State]:
+        """For each owned C-point but 0: the step from the F-point before it."""
+        c_points, arrived = self.level.is_c_point, {}
+        if self.points and self.points.stop in c_points:
+            self.send(self.advance(self.points.stop - 1), self.points.stop, phase)
+        for run in self.runs[1:]:
+            arrived[run.start] = self.arrive(run.start, self.advance(run.start - 1))
+        if self.points and self.points.start > 0 and self.points.start in c_points:
+            arrived[self.points.start] = self.arrive(self.points.start, self.receive(self.points.start, phase))
+        return arrived
+
+    def c_relax(self) -> None:
+        """New values at all C-points, from the F-points before them."""
+        self.values.update(self.arrivals("C-relaxation"))
+
+    def solve(self, step: Step | None = None, phase: str = "coarse solve") -> None:
+        """All points in order, from point 0: the serial coarsest solve."""
+        step = step or self.advance
+        for j in self.points:
+            if j > 0:
+                state = step(j - 1) if j - 1 in self.points else self.receive(j, phase)
+                self.values[j] = self.arrive(j, state)
+        if self.points and self.points.stop < self.level.size:
+            self.send(step(self.points.stop - 1), self.points.stop, phase)

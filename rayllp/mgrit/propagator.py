@@ -1,0 +1,49 @@
+"""What the cycle knows of a model: a step of one layer, and how a coarse step is made from it."""
+
+from collections.abc import Callable
+from typing import Protocol
+
+from rayllp.state import State, interpolate
+
+
+class Propagator(Protocol):
+    """The steps of the layers that this worker owns: forward, x_n -> x_{n+1}, or adjoint, λ_{n+1} -> λ_n."""
+
+    def step(self, layer: int, state: State) -> State:
+        """One fine step inside an iteration: nothing is kept, no parameter gradient is formed."""
+        ...
+
+    def last_step(self, layer: int, state: State) -> State:
+        """One fine step of the last sweep: forward records the layer's graph, adjoint adds its parameter gradients."""
+        ...
+
+
+class CoarseOperator(Protocol):
+    """Φ_c: a step over an interval whose length is `ratio` times the step of the layer at its C-point."""
+
+    def __call__(self, fine_step: Callable[[State], State], state: State, ratio: float) -> State: ...
+
+
+class Rediscretised:
+    """Φ_c(x) = x + ω·ratio·(Φ(x) − x) = x + ω·c_f·h·F(x); ω = 1 is the paper's (arXiv:2601.09026, section 3.2).
+
+    Written with the fine step Φ alone, so the same formula is the coarse adjoint when Φ is a vector-Jacobian product.
+    """
+
+    def __init__(self, weight: float = 1.0) -> None:
+        self.weight = weight
+
+    def __call__(self, fine_step: Callable[[State], State], state: State, ratio: float) -> State:
+        return interpolate(state, fine_step(state), self.weight * ratio)
+
+
+class Identity:
+    """Φ_c(x) = x (ω = 0): the coarse solve becomes a prefix sum of the fine increments and evaluates no layer."""
+
+    def __call__(self, fine_step: Callable[[State], State], state: State, ratio: float) -> State:
+        return state
+
+
+def coarse_operator(weight: float) -> CoarseOperator:
+    """The coarse operator with step weight ω."""
+    return Identity() if weight == 0 else Rediscretised(weight)

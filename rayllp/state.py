@@ -1,0 +1,45 @@
+"""Arithmetic on states. A state is a tensor, or a tuple of tensors (an encoder-decoder carries two)."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+State = Tensor | tuple[Tensor, ...]
+
+
+def tensors(state: State) -> tuple[Tensor, ...]:
+    """The state's tensors, in order."""
+    return (state,) if isinstance(state, Tensor) else state
+
+
+def like(state: State, parts: tuple[Tensor, ...]) -> State:
+    """`parts` in the form of `state`: a bare tensor where `state` is one."""
+    return parts[0] if isinstance(state, Tensor) else parts
+
+
+def combine(function: Callable[..., Tensor], first: State, *others: State) -> State:
+    """Apply `function` tensor by tensor."""
+    return like(first, tuple(function(*group) for group in zip(tensors(first), *map(tensors, others), strict=True)))
+
+
+def add(x: State, y: State) -> State:
+    return combine(torch.add, x, y)
+
+
+def subtract(x: State, y: State) -> State:
+    return combine(torch.sub, x, y)
+
+
+def interpolate(x: State, y: State, weight: float) -> State:
+    """x + weight * (y - x)."""
+    return combine(lambda a, b: torch.lerp(a, b, weight), x, y)
+
+
+def detach(state: State) -> State:
+    return combine(torch.Tensor.detach, state)
+
+
+def squared_norm(state: State) -> Tensor:
+    """The squared 2-norm as a float64 scalar on the state's device (no host synchronisation)."""
+    return torch.stack([part.detach().double().square().sum() for part in tensors(state)]).sum()

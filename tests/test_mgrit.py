@@ -1,0 +1,274 @@
+"""The solver against autograd and against itself: exactness, and independence of the number of workers."""
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from rayllp.channel import LocalChannel, MessageTag, StateSpec, run_workers
+from rayllp.errors import SettingsError
+from rayllp.mgrit import Method, Status, build_hierarchy, judge, solve, split_evenly
+from rayllp.state import State, like, tensors
+
+torch.set_num_threads(1)
+
+
+class Layers:
+    """Small nonlinear residual layers, and both propagators over them."""
+
+    def __init__(self, count: int, width: int = 3, parts: int = 1) -> None:
+        generator = torch.Generator().manual_seed(count)
+        self.weights = [torch.randn(width, width, generator=generator, dtype=torch.float64).requires_grad_() for _ in range(count)]
+        self.h = 1 / count
+        self.state: State = torch.randn(4, width, generator=generator, dtype=torch.float64)
+        if parts == 2:
+            self.state = (self.state, torch.randn(4, width, generator=generator, dtype=torch.float64))
+
+    def apply(self, n: int, state: State) -> State:
+        if isinstance(state, Tensor):
+            return state + self.h * torch.tanh(state @ self.weights[n])
+        x, y = state
+        return x + self.h * torch.tanh(x @ self.weights[n]), y + self.h * torch.tanh(y @ self.weights[n] + x)
+
+    def serial(self) -> tuple[list[State], list[Tensor]]:
+        states = [self.state]
+        for n in range(len(self.weights)):
+            states.append(self.apply(n, states[-1]))
+        loss = sum((part**2).sum() for part in tensors(states[-1]))
+        return states, list(torch.autograd.grad(loss, self.weights))
+
+
+class Forward:
+    def __init__(self, layers: Layers) -> None:
+        self.layers, self.graphs = layers, {}
+
+    def step(self, n: int, state: State) -> State:
+        with torch.no_grad():
+            return self.layers.apply(n, state)
+
+    def last_step(self, n: int, state: State) -> State:
+        inputs = tuple(part.detach().requires_grad_() for part in tensors(state))
+        outputs = tensors(self.layers.apply(n, like(state, inputs)))
+        self.graphs[n] = inputs, outputs
+        return like(state, tuple(part.detach() for part in outputs))
+
+
+class Adjoint:
+    def __init__(self, forward: Forward) -> None:
+        self.forward, self.gradients, self.calls = forward, {}, 0
+
+    def step(self, n: int, state: State) -> State:
+        self.calls += 1
+        inputs, outputs = self.forward.graphs[n]
+        return like(state, torch.autograd.grad(outputs, inputs, tensors(state), retain_graph=True))
+
+    def last_step(self, n: int, state: State) -> State:
+        inputs, outputs = self.forward.graphs[n]
+        *lam, gradient = torch.autograd.grad(outputs, (*inputs, self.forward.layers.weights[n]), tensors(state))
+        assert n not in self.gradients, "a parameter gradient is formed once"
+        self.gradients[n] = gradient
+        return like(state, tuple(lam))
+
+
+def both_solves(channel: LocalChannel, layers: Layers, blocks, method: Method, adjoint_method: Method, levels=2, adjoint_levels=2, coarsening=4):
+    spec = StateSpec.of(layers.state)
+    forward_hierarchy = build_hierarchy(blocks=blocks, levels=levels, coarsening=coarsening)
+    backward_hierarchy = build_hierarchy(blocks=blocks, levels=adjoint_levels, coarsening=coarsening).adjoint()
+    first, last = forward_hierarchy.levels[0].owners[0], forward_hierarchy.levels[0].owners[-1]
+    forward = Forward(layers)
+    result = solve(
+        forward_hierarchy, method, forward, channel, initial=layers.state if channel.rank == first else None, spec=spec
+    )
+    lam = None
+    if channel.rank == last:
+        lam = like(layers.state, tuple(2 * part for part in tensors(result.output)))
+    adjoint = Adjoint(forward)
+    back = solve(
+        backward_hierarchy, adjoint_method, adjoint, channel, initial=lam, spec=spec, tag=MessageTag(0, "adjoint")
+    )
+    return result, back, adjoint.gradients, {n: g[0] for n, g in forward.graphs.items()}
+
+
+def gather(outcomes):
+    states, gradients, output = {}, {}, None
+    for result, _, mine, inputs in outcomes:
+        gradients |= mine
+        states |= inputs
+        output = result.output if result.output is not None else output
+    return states, gradients, output
+
+
+CASES = [
+    (n, c, levels, kind)
+    for n, c, levels, kind in itertools.product((16, 23), (2, 4, 5, (2, 4), (5, 2)), (2, 3), ("F", "FCF"))
+    if not (levels == 2 and not isinstance(c, int)) and not (levels == 3 and c in (4, 5) and not (n, c) == (23, 4))
+]
+
+
+@pytest.mark.parametrize(("count", "c", "levels", "kind"), CASES)
+def test_enough_iterations_equal_autograd(count, c, levels, kind):
+    layers = Layers(count)
+    states, gradients = layers.serial()
+    method = Method(iterations=count, relaxation=(kind,))
+    for workers in range(1, 8):
+        blocks = split_evenly(count, workers)
+        outcomes = run_workers(
+            workers, lambda channel, blocks=blocks: both_solves(channel, layers, blocks, method, method, levels, levels, c)
+        )
+        got, got_gradients, output = gather(outcomes)
+        torch.testing.assert_close(output, states[-1], rtol=1e-10, atol=1e-10)
+        for n in range(count):
+            torch.testing.assert_close(got[n][0].detach(), states[n].detach(), rtol=1e-10, atol=1e-10)
+            torch.testing.assert_close(got_gradients[n], gradients[n], rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize(("count", "c", "levels", "kind"), CASES)
+@pytest.mark.parametrize("iterations", [1, 2])
+def test_few_iterations_do_not_depend_on_the_workers(count, c, levels, kind, iterations):
+    layers = Layers(count)
+    for cycle, guess, weight in (("V", "coarse", 1.0), ("F", "coarse", 0.5), ("V", "constant", 0.0)):
+        method = Method(iterations=iterations, relaxation=(kind, "FCF"), cycle=cycle, initial_guess=guess, coarse_step_weight=weight)
+        _check_independent(layers, count, method, levels, c)
+
+
+def _check_independent(layers, count, method, levels, c):
+    blocks_of = [split_evenly(count, workers) for workers in range(1, 8)] + [(1, count - 2, 1), (count - 1, 1), (0, 7, count - 7)]
+    reference = None
+    for blocks in blocks_of:
+        outcomes = run_workers(
+            len(blocks), lambda channel, blocks=blocks: both_solves(channel, layers, blocks, method, method, levels, levels, c)
+        )
+        _, gradients, output = gather(outcomes)
+        measured = outcomes[0][0].residuals, outcomes[0][1].residuals
+        if reference is None:
+            reference = gradients, output, measured
+        torch.testing.assert_close(output, reference[1], rtol=1e-10, atol=1e-10)
+        for n in range(count):
+            torch.testing.assert_close(gradients[n], reference[0][n], rtol=1e-10, atol=1e-10)
+        for got, wanted in zip(measured, reference[2], strict=True):
+            assert got == pytest.approx(wanted, rel=1e-8, abs=1e-12)
+
+
+def test_a_state_of_two_tensors():
+    layers = Layers(12, parts=2)
+    states, gradients = layers.serial()
+    method = Method(iterations=3)
+    outcomes = run_workers(3, lambda channel: both_solves(channel, layers, (4, 3, 5), method, method))
+    _, got, output = gather(outcomes)
+    for part, wanted in zip(output, states[-1], strict=True):
+        torch.testing.assert_close(part, wanted, rtol=1e-10, atol=1e-10)
+    for n in range(12):
+        torch.testing.assert_close(got[n], gradients[n], rtol=1e-10, atol=1e-10)
+
+
+def test_forward_and_backward_are_configured_separately():
+    layers = Layers(16)
+    states, gradients = layers.serial()
+    serial, two = Method(iterations=1), Method(iterations=4)
+    outcomes = run_workers(2, lambda channel: both_solves(channel, layers, (8, 8), serial, two, levels=1))
+    _, got, output = gather(outcomes)
+    assert outcomes[0][0].status is Status.EXACT
+    torch.testing.assert_close(output, states[-1], rtol=1e-12, atol=1e-12)
+    for n in range(16):
+        torch.testing.assert_close(got[n], gradients[n], rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize(("iterations", "evaluations"), [(1, 40 - 1), (2, 88 - 4), (3, 136 - 7)])
+def test_layer_evaluations_are_those_of_xbraid(iterations, evaluations):
+    """XBraid takes 40, 88, 136 layer evaluations at N = 32, c_f = 4 (F-relaxation, skipped down-cycle).
+
+    Ours are fewer by those that no later point needs: into the last C-point, 1 in the coarse propagation and 3 in each iteration.
+    """
+    layers = Layers(32)
+
+    class Counting(Forward):
+        calls = 0
+
+        def step(self, n, state):
+            Counting.calls += 1
+            return super().step(n, state)
+
+        def last_step(self, n, state):
+            Counting.calls += 1
+            return super().last_step(n, state)
+
+    solve(
+        build_hierarchy(blocks=(32,), levels=2, coarsening=4), Method(iterations=iterations, relaxation=("F",)), Counting(layers),
+        LocalChannel.alone(), initial=layers.state,
+    )
+    assert Counting.calls == evaluations
+
+
+def test_the_identity_evaluates_no_layer_on_the_coarse_grid():
+    layers = Layers(16)
+
+    class Counting(Forward):
+        calls = 0
+
+        def step(self, n, state):
+            Counting.calls += 1
+            return super().step(n, state)
+
+    hierarchy = build_hierarchy(blocks=(16,), levels=2, coarsening=4)
+    method = Method(iterations=2, relaxation=("F",), coarse_step_weight=0)
+    result = solve(hierarchy, method, Counting(layers), LocalChannel.alone(), initial=layers.state)
+    # F-relaxation of four intervals, and the steps into the three C-points: all fine.
+    assert Counting.calls == 4 * 3 + 3
+    assert result.iterations == 2
+
+
+def test_a_tolerance_stops_early_and_a_cap_holds():
+    layers = Layers(32)
+    hierarchy = build_hierarchy(blocks=(32,), levels=2, coarsening=4)
+    loose = solve(hierarchy, Method(iterations=7, tolerance=1e-3), Forward(layers), LocalChannel.alone(), initial=layers.state)
+    assert loose.iterations < 7
+    assert loose.status is Status.CONVERGED
+    strict = solve(hierarchy, Method(iterations=3, tolerance=1e-30), Forward(layers), LocalChannel.alone(), initial=layers.state)
+    assert strict.iterations == 3
+    assert strict.status is Status.CONVERGING
+    assert 0 < strict.convergence_factor < 0.5
+
+
+def test_statuses_advise():
+    assert judge(()) is Status.UNMEASURED
+    assert judge((1.0, 2.0)) is Status.DIVERGING
+    assert "mode=serial" in Status.DIVERGING.value
+    assert judge((1.0, 0.95)) is Status.STALLED
+    assert judge((1.0, float("nan"))) is Status.NOT_FINITE
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"blocks": (16,), "levels": 2, "coarsening": 16}, "leaves one coarse step"),
+        ({"blocks": (16,), "levels": 4, "coarsening": 4}, "leaves one coarse step on level 2"),
+        ({"blocks": (16,), "levels": 2, "coarsening": 1}, "at least 2"),
+        ({"blocks": (16,), "levels": 0, "coarsening": 2}, "at least 1"),
+        ({"blocks": (), "levels": 1, "coarsening": 2}, "at least one layer"),
+        ({"blocks": (16,), "levels": 3, "coarsening": (4,)}, "3 levels need 2"),
+        ({"blocks": (2,), "levels": 1, "coarsening": 2, "step_sizes": (1.0, 0.0)}, "positive"),
+    ],
+)
+def test_impossible_hierarchies_are_refused(arguments, message):
+    with pytest.raises(SettingsError, match=message):
+        build_hierarchy(**arguments)
+
+
+class Block(nn.Module):
+    """The pre-LN GPT block of issue "Shows 4": all weights N(0, 0.02)."""
+
+    def __init__(self, width: int, heads: int, generator: torch.Generator) -> None:
+        super().__init__()
+        self.l1, self.l2, self.heads = nn.LayerNorm(width), nn.LayerNorm(width), heads
+        self.qkv, self.o = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.f1, self.f2 = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        for linear in (self.qkv, self.o, self.f1, self.f2):
+            nn.init.normal_(linear.weight, 0, 0.02, generator=generator)
+            nn.init.zeros_(linear.bias)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        B, T, D = x_BTD.shape
+        q, k, v = self.qkv(self.l1(x_BTD)).view(B, T, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)
+        a = self.o(nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(B, T, D))
+        return x_BTD + a + self.f2(nn.functional.gelu(self.f1(self.l2(x_BTD + a))))
