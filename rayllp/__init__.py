@@ -1,0 +1,33 @@
+"""rayllp: train very deep transformers in parallel over their layers, on Ray.
+
+    import rayllp
+    result = rayllp.train(rayllp.make_config({"model": {"layers": 36}, "workers": 4}))
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rayllp.cluster.driver import TrainResult, train
+    from rayllp.config import TrainConfig, load_config, make_config
+    from rayllp.models.stack import LayerStack
+
+__version__ = "0.1.0"
+__all__ = ["LayerStack", "TrainConfig", "TrainResult", "load_config", "make_config", "train"]
+
+_HOMES = {
+    "train": "rayllp.cluster.driver",
+    "TrainResult": "rayllp.cluster.driver",
+    "TrainConfig": "rayllp.config",
+    "load_config": "rayllp.config",
+    "make_config": "rayllp.config",
+    "LayerStack": "rayllp.models.stack",
+}
+
+
+def __getattr__(name: str) -> Any:
+    # Lazy, so that the solver and the engine import without Ray, and the command line answers at once.
+    import importlib
+
+    if name not in _HOMES:
+        raise AttributeError(f"module 'rayllp' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)

@@ -27,7 +27,7 @@ class ModelSettings(Settings):
     """What is trained."""
 
     family: str = Field("gpt2", description="architecture; `rayllp.models.families()` lists them")
-    layers: int = Field(16, ge=1, description="all layers, buffers included")
+    layers: int = Field(20, ge=1, description="all layers, buffers included")
     width: int = Field(64, ge=1, description="size of the residual stream")
     heads: int = Field(4, ge=1, description="attention heads; must divide the width")
     dropout: float = Field(0.0, ge=0, lt=1, description="embedding, attention and residual dropout")
@@ -103,14 +103,14 @@ class MGRITSettings(Settings):
 class BufferSettings(Settings):
     """Layers outside the parallel solve, run serially with their own Δt (appendix B)."""
 
-    open: int = Field(0, ge=0, description="layers before the middle, on the first worker")
-    close: int = Field(0, ge=0, description="layers after it, on the last")
+    open: int = Field(2, ge=0, description="layers before the middle, on the first worker")
+    close: int = Field(2, ge=0, description="layers after it, on the last")
 
 
 class StepSettings(Settings):
     """Δt of the layers: x + Δt·(block(x) − x)."""
 
-    middle: float | str = Field(1.0, description='a number, or "T/N" with N the middle layers, such as "1/N"')
+    middle: float | str = Field("1/N", description='a number, or "T/N" with N the middle layers, such as "1/N"')
     buffer: float = Field(1.0, gt=0, description="of buffer layers")
 
     @field_validator("middle")

@@ -7,6 +7,7 @@ microbatches or replicas, so that any mesh trains the same network.
 
 import hashlib
 import math
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 functional = nn.functional
+_default_generator = threading.RLock()
 
 
 def key(*parts: object) -> int:
@@ -27,7 +29,8 @@ def key(*parts: object) -> int:
 @contextmanager
 def seeded(*parts: object) -> Iterator[None]:
     """Run a block with torch's default CPU generator seeded by `parts`; the generator's state is restored."""
-    with torch.random.fork_rng(devices=[]):
+    # The default generator belongs to the process: workers that are threads must not seed it under each other.
+    with _default_generator, torch.random.fork_rng(devices=[]):
         torch.manual_seed(key(*parts))
         yield
 

@@ -1,0 +1,5 @@
+"""python -m rayllp."""
+
+from rayllp.cli import main
+
+main()

@@ -1,0 +1,148 @@
+"""Checkpoints: one safetensors file a piece (embedding, each layer, head), so that any number of workers can load any checkpoint.
+
+A checkpoint directory is complete or absent: workers write into a temporary folder, the driver adds the manifest and renames it.
+safetensors hold numbers only; nothing here is ever unpickled.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from rayllp.engine.engine import Engine
+from rayllp.errors import CheckpointError
+
+FORMAT = 1
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def staging(root: Path, step: int) -> Path:
+    """A fresh temporary folder for the checkpoint of `step`."""
+    folder = root / f".step_{step}.partial"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    return folder
+
+
+def write_pieces(engine: Engine, folder: Path) -> dict[str, dict[str, Any]]:
+    """Write this worker's pieces; their files with size and checksum. Replica 0 alone writes."""
+    if engine.replicas.rank != 0:
+        return {}
+    written = {}
+    for piece, tensors in _pieces(engine).items():
+        path = folder / f"{piece}.safetensors"
+        save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, path)
+        with path.open("rb+") as file:
+            os.fsync(file.fileno())
+        written[path.name] = {"bytes": path.stat().st_size, "sha256": _checksum(path)}
+    return written
+
+
+def commit(folder: Path, step: int, files: Mapping[str, Any], extra: Mapping[str, Any], keep: int) -> Path:
+    """Add the manifest, make the checkpoint appear, drop all but the last `keep`."""
+    manifest = {"format": FORMAT, "step": step, "files": dict(files), **extra}
+    with (folder / "manifest.json").open("w") as file:
+        json.dump(manifest, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    final = folder.parent / f"step_{step}"
+    shutil.rmtree(final, ignore_errors=True)
+    folder.rename(final)
+    descriptor = os.open(final.parent, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
+    for old in checkpoints(folder.parent)[:-keep]:
+        shutil.rmtree(old, ignore_errors=True)
+    return final
+
+
+def checkpoints(root: Path) -> list[Path]:
+    """Complete checkpoints, oldest first."""
+    found = [path for path in root.glob("step_*") if (path / "manifest.json").is_file()]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step_")))
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest, checked against the files beside it.
+
+    Raises:
+        CheckpointError: no manifest, another format, or a file that is missing or altered.
+    """
+    try:
+        manifest: dict[str, Any] = json.loads((folder / "manifest.json").read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{folder} is not a complete checkpoint ({error}); use an earlier one") from None
+    if manifest.get("format") != FORMAT:
+        raise CheckpointError(f"{folder} has format {manifest.get('format')}; this rayllp reads format {FORMAT}")
+    for name, facts in manifest["files"].items():
+        path = folder / name
+        if not path.is_file() or path.stat().st_size != facts["bytes"] or _checksum(path) != facts["sha256"]:
+            raise CheckpointError(f"{path} is missing or altered (its checksum differs from the manifest's); use an earlier checkpoint")
+    return manifest
+
+
+def load_pieces(engine: Engine, folder: Path) -> None:
+    """Load this worker's pieces: weights and optimizer state.
+
+    Raises:
+        CheckpointError: a piece is missing or has another shape: the checkpoint is of another model.
+    """
+    tied = {head: embed for embed, head in engine.block.architecture.tied}
+    cache: dict[str, dict[str, Tensor]] = {}
+    for name, parameter in engine.block.parameters.items():
+        source = tied.get(name, name)
+        piece = "embed" if source != name else _piece_of(engine, name)
+        if piece not in cache:
+            try:
+                cache[piece] = load_file(folder / f"{piece}.safetensors")
+            except (OSError, SafetensorError) as error:
+                raise CheckpointError(f"{folder}: cannot read {piece}.safetensors ({error}); it is of another model or damaged") from None
+        stored = cache[piece].get(f"weight/{source}")
+        if stored is None or stored.shape != parameter.shape or stored.dtype != parameter.dtype:
+            found = "nothing" if stored is None else f"{tuple(stored.shape)} {stored.dtype}"
+            raise CheckpointError(
+                f"{folder}: {source} is {found}, the model has {tuple(parameter.shape)} {parameter.dtype}: a checkpoint of another model"
+            )
+        parameter.data.copy_(stored)
+        state = {key: cache[piece].get(f"{key}/{source}") for key in (*MOMENTS, "step")}
+        if state["step"] is not None:
+            moments = {key: value.to(parameter.device) for key, value in state.items() if value is not None and key in MOMENTS}
+            engine.optimizer.state[parameter] = {"step": state["step"].clone(), **moments}
+
+
+def _pieces(engine: Engine) -> dict[str, dict[str, Tensor]]:
+    pieces: dict[str, dict[str, Tensor]] = {}
+    shared = set(engine.block.shared) if engine.block.last else set()
+    for name, parameter in engine.block.parameters.items():
+        if name in shared:
+            continue
+        piece = pieces.setdefault(_piece_of(engine, name), {})
+        piece[f"weight/{name}"] = parameter.data
+        state = engine.optimizer.state.get(parameter, {})
+        for key in (*MOMENTS, "step"):
+            if key in state:
+                piece[f"{key}/{name}"] = torch.as_tensor(state[key])
+    return pieces
+
+
+def _piece_of(engine: Engine, name: str) -> str:
+    architecture = engine.block.architecture
+    for n in engine.block.layers:
+        if name.startswith(architecture.layer_prefix(n)):
+            return f"layer_{n:05d}"
+    embed = engine.block.embed
+    is_embed = embed is not None and name in {architecture.embed_prefix() + own for own, _ in embed.named_parameters()}
+    return "embed" if is_embed else "head"
+
+
+def _checksum(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,54 @@
+"""The command line."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from rayllp.config import load_config
+from rayllp.errors import RayllpError
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, help="Train very deep transformers in parallel over their layers, on Ray.")
+
+
+@app.command()
+def train(
+    config: Annotated[Path | None, typer.Argument(help="YAML file of settings; none: the embedded default")] = None,
+    overrides: Annotated[list[str] | None, typer.Option("--set", help="key=value, such as mgrit.coarsening=8; repeatable")] = None,
+    output: Annotated[Path | None, typer.Option(help="run directory; default runs/<date>_<name>")] = None,
+    resume: Annotated[Path | None, typer.Option(help="go on with this run directory")] = None,
+) -> None:
+    """Train a model, its layers spread over Ray actors."""
+    if resume and (config or overrides or output):
+        raise typer.BadParameter("--resume takes the run's own settings: give no CONFIG, --set or --output with it")
+    settings = None if resume else load_config(config, overrides or [])
+    from rayllp.cluster.driver import train as run_training
+
+    result = run_training(settings, output=output, resume=resume)
+    if result.stopped:
+        raise typer.Exit(130)
+    out = Console(highlight=False)
+    out.print(f"validation loss {result.validation_loss:.4f} after {result.steps} steps (exact forward); see {result.directory}")
+    if result.sample:
+        out.print("sample:", result.sample, sep="\n", markup=False)
+
+
+@app.command()
+def settings() -> None:
+    """List every setting with its default and meaning."""
+    from rayllp.settings_table import settings_table
+
+    typer.echo(settings_table())
+
+
+def main() -> None:
+    """Run the command line; errors of ours are one message, not a traceback."""
+    try:
+        app()
+    except RayllpError as error:
+        Console(stderr=True, highlight=False, soft_wrap=True).print(f"{type(error).__name__}: {error}", markup=False, style="red")
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -1,0 +1,308 @@
+"""The driver: validates, starts the workers, runs chunks of steps, owns the controller, writes the run directory."""
+
+import contextlib
+import logging
+import math
+import os
+import signal
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+from rich.console import Console
+
+from rayllp.checkpoint import checkpoints, commit, read_manifest, staging
+from rayllp.cluster.group import WorkerGroup, choose_device
+from rayllp.config import TrainConfig, load_config
+from rayllp.control import Accuracy, Controller
+from rayllp.data import Batches, TextBatches, load_text
+from rayllp.errors import CheckpointError, NonFiniteError, SettingsError
+from rayllp.models import Architecture, check_family
+from rayllp.report import ProgressDisplay, RunDirectory
+
+CHUNK_S = 1.0
+MAX_CHUNK = 50
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainResult:
+    """What `train` returns.
+
+    Attributes:
+        directory: the run directory.
+        steps: optimizer steps done, over all sittings of the run.
+        validation_loss: mean held-out loss per token, exact forward; None if stopped early.
+        sample: generated text; empty for a LayerStack or a stopped run.
+        stopped: whether Ctrl-C (or SIGTERM) ended it.
+    """
+
+    directory: Path
+    steps: int
+    validation_loss: float | None
+    sample: str
+    stopped: bool
+
+
+def train(
+    config: TrainConfig | None = None,
+    *,
+    output: str | Path | None = None,
+    resume: str | Path | None = None,
+    model: Architecture | None = None,
+    batches: Batches | None = None,
+    console: Console | None = None,
+) -> TrainResult:
+    """Train layer-parallel on Ray: on the cluster that this process belongs to (RAY_ADDRESS, or an earlier ray.init), else on this machine.
+
+    Args:
+        config: settings; None is the embedded default.
+        output: run directory; default runs/<date>_<name>.
+        resume: a run directory to go on with; `config` and `output` are then its own.
+        model: a LayerStack of your own instead of config.model; needs `batches`.
+        batches: where inputs and targets come from, instead of config.data.
+
+    Raises:
+        SettingsError, DataError, ClusterError: before any step was done; nothing is left behind.
+        NonFiniteError: the loss or a gradient is not finite; the last good state is saved first.
+        CheckpointError: nothing to resume.
+    """
+    if resume is not None:
+        config, run, start = _open_run(Path(resume))
+    else:
+        config, run, start = config or TrainConfig(), None, None
+    text = _validate(config, model, batches)
+    with _cluster(config):
+        device = choose_device(config)
+        run = run or RunDirectory.create(output, config)
+        return Driver(config, run, device, model, batches, text, console).train(start)
+
+
+class Driver:
+    """One sitting of one run."""
+
+    def __init__(
+        self, config: TrainConfig, run: RunDirectory, device: str, model: Architecture | None, batches: Batches | None,
+        text: TextBatches | None, console: Console | None = None,
+    ) -> None:  # fmt: skip
+        self.config, self.run, self.text = config, run, text
+        self.model, self.batches = model, batches
+        self.controller = Controller(config)
+        self.workers = WorkerGroup(config, device)
+        self.console = console or Console(stderr=True)
+        self.stop = False
+        self._step_s = CHUNK_S
+
+    def train(self, start: Path | None) -> TrainResult:
+        """Run to the last step, or to Ctrl-C."""
+        step, loss, sample = 0, None, ""
+        try:
+            shares = self.workers.start(self.model, self.batches)
+            step = self._restore(start) if start else 0
+            with _stopping(self), _tensorboard(self.run.path) as board, ProgressDisplay(self.config.steps, step, self.console) as display:
+                display.say(self._describe(shares))
+                step = self._loop(step, display, board)
+            if not self.stop:
+                loss, sample = self._finish(step)
+            self._save(step)
+        finally:
+            self.workers.shutdown()
+        if self.stop:
+            self.console.print(f"stopped after step {step}; go on with: rayllp train --resume {self.run.path}", highlight=False)
+        return TrainResult(directory=self.run.path, steps=step, validation_loss=loss, sample=sample, stopped=self.stop)
+
+    # The loop -----------------------------------------------------------------------------------------------------------------
+
+    def _loop(self, step: int, display: ProgressDisplay, board: Any) -> int:
+        while step < self.config.steps and not self.stop:
+            chunk = self._next_chunk(step)
+            started = time.perf_counter()
+            answers = self.workers.call("run", chunk)
+            self._step_s = (time.perf_counter() - started) / len(chunk)
+            for stats, (_, accuracy) in zip(answers[0], chunk, strict=False):
+                metric = self._metric(stats, accuracy)
+                if not math.isfinite(stats["loss"]) or not math.isfinite(stats["grad_norm"]):
+                    self._not_finite(step, [answer[-1]["fault"] for answer in answers])
+                self._record(metric, display, board)
+                step += 1
+            self._observe(answers[0][-1], display)
+            self._between_chunks(step, display, board)
+        return step
+
+    def _next_chunk(self, step: int) -> list[tuple[int, Accuracy]]:
+        """Steps up to the next probe, evaluation or checkpoint, at most about a second's worth."""
+        config, chunk = self.config, []
+        for n in range(step, min(config.steps, step + max(1, min(MAX_CHUNK, int(CHUNK_S / self._step_s))))):
+            probe = self.controller.is_probe(n)
+            chunk.append((n, self.controller.accuracy.probing() if probe else self.controller.accuracy))
+            due = [every for every in (config.eval.every, config.checkpoint.every) if every and (n + 1) % every == 0]
+            if probe or due:
+                break
+        return chunk
+
+    def _observe(self, stats: dict[str, Any], display: ProgressDisplay) -> None:
+        decision = self.controller.observe(stats["step"], stats["rho_forward"], stats["rho_backward"])
+        if decision:
+            advice = {"forward": stats["advice_forward"], "backward": stats["advice_backward"]}
+            rho = {"rho_forward": stats["rho_forward"], "rho_backward": stats["rho_backward"]}
+            self.run.event(decision.step, "switch", to=decision.mode, reason=decision.reason, advice=advice, **rho)
+            display.say(f"step {decision.step + 1}: switched to {decision.mode}: {decision.reason}")
+
+    def _between_chunks(self, step: int, display: ProgressDisplay, board: Any) -> None:
+        every = self.config.eval.every
+        if every and step % every == 0 and step < self.config.steps:
+            display.say(f"step {step}: validation loss {self._evaluate(step, board):.4f}")
+        every = self.config.checkpoint.every
+        if every and step % every == 0 and step < self.config.steps:
+            self._save(step)
+
+    def _metric(self, stats: dict[str, Any], accuracy: Accuracy) -> dict[str, Any]:
+        return {
+            "step": stats["step"], "loss": stats["loss"], "mode": accuracy.mode,
+            "iterations_forward": None if accuracy.serial else accuracy.iterations_forward,
+            "iterations_backward": None if accuracy.serial else accuracy.iterations_backward,
+            "rho_forward": stats["rho_forward"], "rho_backward": stats["rho_backward"], "grad_norm": stats["grad_norm"],
+            "lr": stats["lr"], "step_time_s": stats["time_s"], "tokens": stats["tokens"], "workers": self.config.world,
+        }  # fmt: skip
+
+    def _record(self, metric: dict[str, Any], display: ProgressDisplay, board: Any) -> None:
+        self.run.metric(metric)
+        display.update(metric)
+        step = metric["step"]
+        for name in ("loss", "grad_norm", "lr", "rho_forward", "rho_backward"):
+            if metric[name] is not None:
+                board.add_scalar(f"train/{name}", metric[name], step)
+        board.add_scalar("train/tokens_per_s", metric["tokens"] / max(metric["step_time_s"], 1e-9), step)
+        board.add_scalar("train/serial", float(metric["mode"] == "serial"), step)
+
+    # Between ------------------------------------------------------------------------------------------------------------------
+
+    def _evaluate(self, step: int, board: Any = None) -> float:
+        loss: float = self.workers.call("evaluate", self.config.eval.batches)[0]
+        metrics = {"perplexity": math.exp(min(loss, 700.0))} if self.text else {}
+        self.run.evaluation(step, "validation", loss, **metrics)
+        if board is not None:
+            board.add_scalar("validation/loss", loss, step)
+        return loss
+
+    def _finish(self, step: int) -> tuple[float, str]:
+        loss, sample = self._evaluate(step), ""
+        if self.text and self.config.eval.sample:
+            prompt = [int(token) for token in self.text.tokens["validation"][:16]]
+            tokens = self.workers.call("generate", prompt, self.config.eval.sample)[0]
+            sample = self.text.tokenizer.decode([*prompt, *tokens])
+            (self.run.path / "sample.txt").write_text(sample)
+        return loss, sample
+
+    def _save(self, step: int) -> Path:
+        folder = staging(self.run.checkpoints, step)
+        files: dict[str, Any] = {}
+        for written in self.workers.call("save", str(folder.absolute())):
+            files |= written
+        extra = {"controller": self.controller.state(), "model": self.config.model.model_dump(mode="json")}
+        final = commit(folder, step, files, extra, self.config.checkpoint.keep)
+        self.run.event(step, "checkpoint", path=str(final))
+        return final
+
+    def _restore(self, folder: Path) -> int:
+        manifest = read_manifest(folder)
+        self.workers.call("load", str(folder.absolute()))
+        self.controller.restore(manifest["controller"])
+        step = int(manifest["step"])
+        self.run.truncate(step)
+        self.run.event(step, "restore", path=str(folder))
+        return step
+
+    def _not_finite(self, step: int, faults: list[tuple[int, int, str] | None]) -> None:
+        found = [fault for fault in faults if fault is not None]
+        where = min(found)[2] if found else "the exact forward and all gradients are finite: the approximate solve is not; raise mgrit.iterations or use mode=serial"
+        path = self._save(step)
+        self.run.event(step, "fault", reason="not finite", where=where)
+        raise NonFiniteError(
+            f"step {step}: the loss or the gradient is not finite; first at fault: {where}. The optimizer step was not taken; the state "
+            f"before it is in {path}. Look at the batch of this step, lower optimizer.lr, or lengthen optimizer.warmup"
+        )
+
+    def _describe(self, shares: list[dict[str, Any]]) -> str:
+        config, parameters = self.config, sum(share["parameters"] for share in shares) // self.config.mesh.data
+        buffers = f"{config.buffers.open} + {config.middle_layers} + {config.buffers.close} layers"
+        mesh = f"{config.layer_workers} blocks {'/'.join(map(str, config.blocks))}" + (
+            f" × {config.mesh.data} replicas" if config.mesh.data > 1 else ""
+        )
+        what = config.model.family if self.model is None else type(self.model).__name__
+        return f"{what}: {buffers}, {parameters / 1e6:.1f} M parameters, {mesh} on {self.workers.device}; run directory {self.run.path}"
+
+
+# Around the loop ----------------------------------------------------------------------------------------------------------------
+
+
+def _validate(config: TrainConfig, model: Architecture | None, batches: Batches | None) -> TextBatches | None:
+    """Refuse what can be refused without a cluster; the text, where the run reads one."""
+    if (model is None) != (batches is None):
+        raise SettingsError("model and batches belong together: give both, or neither")
+    if model is not None:
+        if model.layers != config.model.layers:
+            raise SettingsError(f"the model has {model.layers} layers but model.layers is {config.model.layers}: make them equal")
+        return None
+    check_family(config)
+    text = load_text(config.data, config.sequence_length, config.seed)
+    return text
+
+
+def _open_run(path: Path) -> tuple[TrainConfig, RunDirectory, Path]:
+    if not (path / "config.yaml").is_file():
+        raise CheckpointError(f"{path} is not a run directory (no config.yaml): give the directory that a run printed")
+    found = checkpoints(path / "checkpoints")
+    if not found:
+        raise CheckpointError(f"{path} has no complete checkpoint to resume from; start it anew, with checkpoint.every set")
+    return load_config(path / "config.yaml"), RunDirectory(path), found[-1]
+
+
+@contextlib.contextmanager
+def _cluster(config: TrainConfig) -> Iterator[None]:
+    """The cluster this process belongs to, else one on this machine for as long as the run lasts."""
+    if ray.is_initialized():
+        yield
+        return
+    local = "RAY_ADDRESS" not in os.environ
+    if local:
+        cpus = max(os.cpu_count() or 1, config.world)
+        ray.init(address="local", num_cpus=cpus, include_dashboard=False, logging_level=logging.WARNING, configure_logging=True)
+    else:
+        ray.init(logging_level=logging.WARNING)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+@contextlib.contextmanager
+def _stopping(driver: Driver) -> Iterator[None]:
+    """Ctrl-C or SIGTERM ends the run after the chunk in hand, with a checkpoint; a second one ends it at once."""
+
+    def stop(number: int, frame: Any) -> None:
+        if driver.stop:
+            raise KeyboardInterrupt
+        driver.stop = True
+        driver.console.print("stopping after this chunk of steps, with a checkpoint; again to stop at once", highlight=False)
+
+    try:
+        before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:  # not the main thread: the caller has its own way to stop
+        yield
+        return
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def _tensorboard(path: Path) -> Iterator[Any]:
+    from torch.utils.tensorboard import SummaryWriter
+
+    with SummaryWriter(str(path / "tensorboard")) as board:
+        yield board

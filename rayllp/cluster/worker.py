@@ -1,0 +1,115 @@
+"""The Ray actor that owns a block of layers. It is called once a chunk of steps, never once a sweep."""
+
+import os
+import socket
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import ray
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+
+from rayllp.channel.torch_dist import TorchChannel
+from rayllp.checkpoint import load_pieces, write_pieces
+from rayllp.config import TrainConfig
+from rayllp.control import Accuracy
+from rayllp.data import Batches, load_text
+from rayllp.engine import Engine
+from rayllp.models import Architecture, build_architecture
+
+
+class BlockWorker:
+    """One worker: replica `rank // P`, block `rank % P` of the layers."""
+
+    def __init__(self, rank: int, config: TrainConfig, threads: int) -> None:
+        torch.set_num_threads(threads)
+        self.rank, self.config = rank, config
+        self.engine: Engine | None = None
+        self._listener: socket.socket | None = None
+
+    def place(self) -> tuple[str, str]:
+        """The node this worker is on, and its address."""
+        return ray.get_runtime_context().get_node_id(), ray.util.get_node_ip_address()
+
+    def listen(self, host: str) -> int:
+        """Open the rendezvous port on `host`'s interface alone; the port."""
+        self._listener = socket.create_server((host, 0))
+        return int(self._listener.getsockname()[1])
+
+    def connect(self, host: str, port: int, backend: str) -> None:
+        """Join the process group."""
+        config, timeout = self.config, timedelta(seconds=self.config.receive_timeout_s)
+        if host == "127.0.0.1":  # all workers on this machine: keep their traffic off the network
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+            os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
+        listener = self._listener
+        store = dist.TCPStore(
+            host, port, world_size=config.world, is_master=listener is not None, timeout=timeout,
+            **({"master_listen_fd": listener.detach()} if listener is not None else {}),
+        )  # fmt: skip
+        dist.init_process_group(backend, store=store, rank=self.rank, world_size=config.world, timeout=timeout)
+
+    def build(self, architecture: Architecture | None, batches: Batches | None, device: str) -> dict[str, Any]:
+        """Make this worker's layers; its share of the model, in words and numbers."""
+        config = self.config
+        mesh = init_device_mesh(device, (config.mesh.data, config.layer_workers), mesh_dim_names=("data", "layer"))
+        where = torch.device("cuda", 0) if device == "cuda" else torch.device("cpu")
+        if batches is None:
+            batches = text = load_text(config.data, config.sequence_length, config.seed)
+            architecture = architecture or build_architecture(config, text.tokenizer.vocabulary)
+        assert architecture is not None
+        layer = TorchChannel(mesh.get_group("layer"), config.receive_timeout_s)
+        data = TorchChannel(mesh.get_group("data"), config.receive_timeout_s)
+        self.engine = Engine(architecture, config, batches, layer, data, where)
+        parameters = sum(p.numel() for p in self.engine.block.parameters.values())
+        return {"rank": self.rank, "layers": sorted(self.engine.block.layers), "parameters": parameters, "pid": os.getpid()}
+
+    def run(self, steps: list[tuple[int, Accuracy]]) -> list[dict[str, Any]]:
+        """A chunk of training steps; ends early after a step whose loss or gradient is not finite."""
+        stats = []
+        for step, accuracy in steps:
+            done = self._engine.train_step(step, accuracy)
+            stats.append(done.as_dict())
+            if done.fault is not None or not _is_finite(done.loss, done.grad_norm):
+                break
+        return stats
+
+    def evaluate(self, batches: int) -> float:
+        """Held-out loss, exact forward."""
+        return self._engine.evaluate(batches)
+
+    def generate(self, prompt: list[int], tokens: int) -> list[int]:
+        """A continuation of `prompt`, exact forward."""
+        return self._engine.generate(prompt, tokens)
+
+    def save(self, folder: str) -> dict[str, dict[str, Any]]:
+        """Write this worker's pieces of a checkpoint."""
+        return write_pieces(self._engine, Path(folder))
+
+    def load(self, folder: str) -> None:
+        """Load this worker's pieces of a checkpoint."""
+        load_pieces(self._engine, Path(folder))
+
+    def parameters(self) -> dict[str, torch.Tensor]:
+        """Copies of this worker's parameters by full name."""
+        return {name: p.detach().cpu().clone() for name, p in self._engine.block.parameters.items()}
+
+    def set_parameter(self, name: str, value: torch.Tensor) -> bool:
+        """Overwrite one parameter, if it is this worker's."""
+        parameter = self._engine.block.parameters.get(name)
+        if parameter is not None:
+            parameter.data.copy_(value)
+        return parameter is not None
+
+    @property
+    def _engine(self) -> Engine:
+        assert self.engine is not None, "build() comes first"
+        return self.engine
+
+
+def _is_finite(*values: float) -> bool:
+    return all(abs(value) < float("inf") for value in values)
+
+

@@ -1,0 +1,357 @@
+"""One training step of one worker: forward solve, loss, adjoint solve, gradients, clip, optimizer; and the exact mode.
+
+No driver, no barrier inside a solve. The only collective of a step on the layer group is one small all-reduce at its end, which carries
+the gradient norm, the loss and the residuals together.
+"""
+
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rayllp.channel.base import Channel, MessageTag, StateSpec
+from rayllp.channel.torch_dist import TorchChannel
+from rayllp.config import TrainConfig
+from rayllp.control import Accuracy
+from rayllp.data import Batches
+from rayllp.engine.block import Block
+from rayllp.engine.optimizer import build_optimizer, learning_rate, scale_gradients, squared_gradient_norm
+from rayllp.engine.pipeline import Pipeline, StageModule, count_microbatches
+from rayllp.engine.trajectory import AdjointPropagator, ExactPropagator, ForwardPropagator, Trajectory
+from rayllp.mgrit import Hierarchy, MGRITResult, solve
+from rayllp.models.base import Architecture
+from rayllp.state import State, like, tensors
+
+BUCKET_BYTES = 32 * 1024 * 1024
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepStats:
+    """What a step did; equal on all workers of a layer group, but for the time and the fault.
+
+    Attributes:
+        fault: None, or the first layer at fault as this worker sees it: (stage, order, text); the smallest over all workers is it.
+        forward, backward: convergence factors, None unless two residuals were measured.
+    """
+
+    step: int
+    loss: float
+    grad_norm: float
+    lr: float
+    time_s: float
+    tokens: int
+    rho_forward: float | None
+    rho_backward: float | None
+    advice_forward: str
+    advice_backward: str
+    fault: tuple[int, int, str] | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class Engine:
+    """A worker's trainer.
+
+    Args:
+        layer_channel: to the workers of the same replica, in order of the layers.
+        data_channel: to the workers of other replicas that own the same layers.
+    """
+
+    def __init__(
+        self,
+        architecture: Architecture,
+        config: TrainConfig,
+        batches: Batches,
+        layer_channel: Channel,
+        data_channel: Channel,
+        device: torch.device,
+    ) -> None:
+        self.config, self.batches, self.device = config, batches, device
+        self.layers, self.replicas = layer_channel, data_channel
+        self.block = Block(architecture, config, layer_channel.rank, device)
+        self.optimizer = build_optimizer(self.block.parameters, config.optimizer)
+        self._pipeline: Pipeline | None = None
+        self._whole = StageModule(self.block)
+        self._hierarchies: dict[int, tuple[Hierarchy, Hierarchy]] = {}
+        self._specs: dict[torch.Size, StateSpec] = {}
+
+    # Pieces -------------------------------------------------------------------------------------------------------------------
+
+    def hierarchies(self, levels: int) -> tuple[Hierarchy, Hierarchy]:
+        """Forward and adjoint hierarchy with so many levels."""
+        if levels not in self._hierarchies:
+            forward = self.config.hierarchy(levels)
+            self._hierarchies[levels] = forward, forward.adjoint()
+        return self._hierarchies[levels]
+
+    def spec(self, inputs: Tensor) -> StateSpec:
+        """Shape of the state for these inputs."""
+        if inputs.shape not in self._specs:
+            self._specs[inputs.shape] = self.block.architecture.state_spec(inputs, self.block.dtype, self.device)
+        return self._specs[inputs.shape]
+
+    def my_batch(self, split: str, step: int) -> tuple[Tensor, Tensor, tuple[int, ...], int]:
+        """This replica's inputs and targets, their places in the global batch, and the global number of loss terms."""
+        inputs, targets = self.batches.batch(split, step, self.config.batch_size)
+        terms = self.block.architecture.count(targets)
+        size = self.config.replica_batch
+        mine = slice(self.replicas.rank * size, (self.replicas.rank + 1) * size)
+        return inputs[mine].to(self.device), targets[mine].to(self.device), tuple(range(mine.start, mine.stop)), terms
+
+    # The training step --------------------------------------------------------------------------------------------------------
+
+    def train_step(self, step: int, accuracy: Accuracy) -> StepStats:
+        """One optimizer step; the weights stay as they are if the loss or the gradient is not finite."""
+        started = time.perf_counter()
+        inputs, targets, samples, terms = self.my_batch("train", step)
+        loss, forward, backward = self.gradients(step, accuracy, inputs, targets, samples, 1 / terms)
+        self.average_over_replicas(loss)
+        self.add_shared_gradients(step)
+        norm, loss_value, forward, backward = self.reduce_statistics(step, loss, forward, backward)
+        lr = learning_rate(self.config.optimizer, step, self.config.steps)
+        finite = torch.isfinite(torch.tensor([norm, loss_value])).all().item()
+        fault = None if finite else self.diagnose(step)
+        if finite:
+            self.update(norm, lr)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.layers.finish()
+        return StepStats(
+            step=step,
+            loss=loss_value,
+            grad_norm=norm,
+            lr=lr,
+            time_s=time.perf_counter() - started,
+            tokens=self.config.batch_size * (inputs[0].numel()),
+            rho_forward=forward.convergence_factor if forward else None,
+            rho_backward=backward.convergence_factor if backward else None,
+            advice_forward=forward.status.value if forward else "",
+            advice_backward=backward.status.value if backward else "",
+            fault=fault,
+        )
+
+    def gradients(
+        self, step: int, accuracy: Accuracy, inputs: Tensor, targets: Tensor, samples: tuple[int, ...], scale: float
+    ) -> tuple[Tensor, MGRITResult | None, MGRITResult | None]:
+        """Gradients of scale × summed loss into `.grad`; the loss (on the last worker), and the last part's solves."""
+        if accuracy.serial:
+            pipeline = self.pipeline(inputs, targets)
+            if pipeline is not None:
+                return pipeline.step(step, inputs, targets, samples, scale), None, None
+        loss = torch.zeros((), device=self.device, dtype=self.block.dtype)
+        forward = backward = None
+        for part in self.parts(inputs.shape[0]):
+            arguments = (step, inputs[part], targets[part], samples[part], scale)
+            if accuracy.serial and self.layers.size == 1:
+                loss += self.plain_gradients(*arguments)
+            else:
+                part_loss, forward, backward = self.parallel_gradients(accuracy, *arguments)
+                loss += part_loss
+        return loss, *((None, None) if accuracy.serial else (forward, backward))
+
+    def parts(self, batch: int) -> Iterator[slice]:
+        """The slices of gradient accumulation."""
+        size = batch // self.config.accumulate
+        yield from (slice(start, start + size) for start in range(0, batch, size))
+
+    def plain_gradients(self, step: int, inputs: Tensor, targets: Tensor, samples: tuple[int, ...], scale: float) -> Tensor:
+        """Plain autograd: one worker holds the whole network."""
+        self.block.begin(step, samples, training=True)
+        outputs = self._whole(inputs)
+        loss = self.block.architecture.loss(outputs, targets) * scale
+        loss.backward()
+        return loss.detach()
+
+    def parallel_gradients(
+        self, accuracy: Accuracy, step: int, inputs: Tensor, targets: Tensor, samples: tuple[int, ...], scale: float
+    ) -> tuple[Tensor, MGRITResult, MGRITResult]:
+        """MGRIT forward and adjoint; with one level each this is exact, layer after layer."""
+        block, config = self.block, self.config
+        levels = (1, 1) if accuracy.serial else (accuracy.levels_forward, accuracy.levels_backward)
+        block.begin(step, samples, training=True)
+        spec = self.spec(inputs)
+        entered = block.enter(inputs) if block.first else None
+        c_points = frozenset(range(0, config.middle_layers, config.first_coarsening))
+        trajectory = Trajectory(block, c_points, config.mgrit.recompute)
+        forward = solve(
+            self.hierarchies(levels[0])[0], config.method(accuracy.iterations_forward), ForwardPropagator(trajectory), self.layers,
+            initial=None if entered is None else like(entered, tuple(part.detach() for part in tensors(entered))),
+            spec=spec, tag=MessageTag(step, "forward"), reduce=False,
+        )  # fmt: skip
+        loss, seed = self.loss_and_seed(forward.output, targets, scale) if block.last else (torch.zeros((), device=self.device), None)
+        backward = solve(
+            self.hierarchies(levels[1])[1], config.method(accuracy.iterations_backward), AdjointPropagator(trajectory), self.layers,
+            initial=seed, spec=spec, tag=MessageTag(step, "adjoint"), reduce=False,
+        )  # fmt: skip
+        if entered is not None and backward.output is not None:
+            torch.autograd.backward(tensors(entered), tensors(backward.output))
+        return loss, forward, backward
+
+    def loss_and_seed(self, output: State | None, targets: Tensor, scale: float) -> tuple[Tensor, State]:
+        """Loss, gradients of closing buffers and head, and λ_N."""
+        assert output is not None
+        leaves = tuple(part.detach().requires_grad_() for part in tensors(output))
+        loss = self.block.architecture.loss(self.block.leave(like(output, leaves)), targets) * scale
+        loss.backward()
+        seed = tuple(torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves)
+        return loss.detach(), like(output, seed)
+
+    def pipeline(self, inputs: Tensor, targets: Tensor) -> Pipeline | None:
+        """The 1F1B pipeline; None where one worker holds all, or the batch cannot be cut finely enough."""
+        if self.layers.size == 1 or not isinstance(self.layers, TorchChannel):
+            return None
+        if self._pipeline is None:
+            parts = self.config.accumulate
+            microbatches = parts * count_microbatches(inputs.shape[0] // parts, self.layers.size, self.config.microbatches)
+            if microbatches < self.layers.size:
+                return None
+            self._pipeline = Pipeline(self.block, self.layers, inputs, targets, microbatches)
+        return self._pipeline
+
+    # Gradients over workers ---------------------------------------------------------------------------------------------------
+
+    def average_over_replicas(self, loss: Tensor) -> None:
+        """Sum gradients and loss over replicas; the loss is scaled by the global number of terms, so the sum is the mean."""
+        if self.replicas.size == 1:
+            return
+        tag = MessageTag(-1, "gradients", "average over replicas")
+        gradients = [p.grad for p in self.block.parameters.values() if p.grad is not None]
+        bucket: list[Tensor] = [loss.view(1)]
+        size = 0
+        for gradient in [*gradients, None]:
+            if gradient is None or size + gradient.nbytes > BUCKET_BYTES:
+                self._reduce_bucket(bucket, tag)
+                bucket, size = [], 0
+            if gradient is not None:
+                bucket.append(gradient)
+                size += gradient.nbytes
+
+    def _reduce_bucket(self, bucket: list[Tensor], tag: MessageTag) -> None:
+        if not bucket:
+            return
+        dtype = max((part.dtype for part in bucket), key=lambda d: d.itemsize)
+        flat = self.replicas.all_reduce(torch.cat([part.reshape(-1).to(dtype) for part in bucket]), tag)
+        for part, summed in zip(bucket, flat.split([part.numel() for part in bucket]), strict=True):
+            part.copy_(summed.view(part.shape))
+
+    def add_shared_gradients(self, step: int) -> None:
+        """Tied parameters: the first and the last worker add each other's gradient, so that both copies move alike."""
+        other = self.layers.size - 1 if self.block.first else 0
+        for name in self.block.shared:
+            parameter = self.block.parameters[name]
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            tag = MessageTag(step, "gradients", "tied parameters")
+            self.layers.send(parameter.grad.clone(), other, tag)
+            parameter.grad += self.layers.receive(StateSpec.of(parameter.grad), other, tag)  # type: ignore[operator]
+
+    def reduce_statistics(
+        self, step: int, loss: Tensor, forward: MGRITResult | None, backward: MGRITResult | None
+    ) -> tuple[float, float, MGRITResult | None, MGRITResult | None]:
+        """Global gradient norm, loss and residuals in one all-reduce over the layer group."""
+        counted = [p for name, p in self.block.parameters.items() if not (self.block.last and name in self.block.shared)]
+        parts = [squared_gradient_norm(counted, self.device).view(1), (loss if self.block.last else torch.zeros_like(loss)).double().view(1)]
+        results = [result for result in (forward, backward) if result is not None]
+        parts += [result.squared_residuals.to(self.device) for result in results]
+        total = self.layers.all_reduce(torch.cat(parts), MessageTag(step, "gradients", "norm, loss and residuals"))
+        residuals = total[2:].split([len(result.squared_residuals) for result in results])
+        measured = [result.measured(squares) for result, squares in zip(results, residuals, strict=True)]
+        head = total[:2].tolist()
+        return head[0] ** 0.5, head[1], measured[0] if measured else None, measured[1] if measured else None
+
+    def update(self, norm: float, lr: float) -> None:
+        """Clip and step."""
+        clip = self.config.optimizer.clip
+        if clip and norm > clip:
+            scale_gradients(self.block.parameters.values(), clip / (norm + 1e-6))
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+
+    # Exact forward ------------------------------------------------------------------------------------------------------------
+
+    def exact_forward(self, inputs: Tensor, tag: MessageTag) -> Tensor | None:
+        """Outputs of the exact network, on the last worker."""
+        with torch.no_grad():
+            self.block.begin(tag.step, range(inputs.shape[0]), training=False)
+            c_points = frozenset((0,))
+            result = solve(
+                self.hierarchies(1)[0], self.config.method(1), ExactPropagator(Trajectory(self.block, c_points, True)), self.layers,
+                initial=self.block.enter(inputs) if self.block.first else None, spec=self.spec(inputs), tag=tag, reduce=False,
+            )  # fmt: skip
+            return self.block.leave(result.output) if result.output is not None else None
+
+    def evaluate(self, batches: int) -> float:
+        """Mean loss on held-out batches through the exact forward, whatever the mode."""
+        total = torch.zeros(2, dtype=torch.float64)
+        for index in range(batches):
+            inputs, targets, _, _ = self.my_batch("validation", index)
+            outputs = self.exact_forward(inputs, MessageTag(index, "evaluation"))
+            if outputs is not None:
+                with torch.no_grad():
+                    loss = self.block.architecture.loss(outputs, targets).double().cpu()
+                total += torch.stack([loss, torch.tensor(float(self.block.architecture.count(targets)), dtype=torch.float64)])
+        total = self.replicas.all_reduce(total.to(self.device), MessageTag(0, "evaluation", "sum over replicas"))
+        total = self.layers.all_reduce(total, MessageTag(0, "evaluation", "sum over workers")).cpu()
+        self.layers.finish()
+        return float(total[0] / total[1])
+
+    def generate(self, prompt: list[int], tokens: int, temperature: float = 0.8) -> list[int]:
+        """Continue `prompt` with the exact network; the continuation, on every worker of the layer group."""
+        sequence, window = list(prompt), self.config.sequence_length
+        generator = torch.Generator().manual_seed(self.config.seed)
+        for index in range(tokens):
+            inputs = torch.tensor([sequence[-window:]], device=self.device)
+            outputs = self.exact_forward(inputs, MessageTag(index, "generation"))
+            chosen = torch.zeros(1, dtype=torch.int64, device=self.device)
+            if outputs is not None:
+                probabilities = (outputs[0, -1].double().cpu() / temperature).softmax(-1)
+                chosen += torch.multinomial(probabilities, 1, generator=generator).to(self.device)
+            sequence.append(int(self.layers.all_reduce(chosen, MessageTag(index, "generation", "token"))))
+        self.layers.finish()
+        return sequence[len(prompt) :]
+
+    # When something is not finite ---------------------------------------------------------------------------------------------
+
+    def diagnose(self, step: int) -> tuple[int, int, str] | None:
+        """The first place on this worker where the step's exact forward, then its gradients, stop being finite."""
+        inputs, targets, samples, _ = self.my_batch("train", step)
+        faults: list[tuple[int, int, str]] = []
+        engine, offset = self, self.config.buffers.open
+
+        class Checking(ExactPropagator):
+            def step(self, layer: int, state: State) -> State:
+                after = super().step(layer, state)
+                if not faults and not engine.is_finite(after):
+                    faults.append((0, layer + offset, f"layer {layer + offset}: its output is not finite"))
+                return after
+
+            last_step = step
+
+        with torch.no_grad():
+            self.block.begin(step, samples, training=True)
+            entered = self.block.enter(inputs) if self.block.first else None
+            if entered is not None and not self.is_finite(entered):
+                faults.append((0, -1, "embedding or opening buffers: their output is not finite"))
+            result = solve(
+                self.hierarchies(1)[0], self.config.method(1), Checking(Trajectory(self.block, frozenset((0,)), True)), self.layers,
+                initial=entered, spec=self.spec(inputs), tag=MessageTag(step, "diagnosis"), reduce=False,
+            )  # fmt: skip
+            if result.output is not None and not faults:
+                outputs = self.block.leave(result.output)
+                if not self.is_finite(outputs):
+                    faults.append((0, self.config.model.layers, "head or closing buffers: their output is not finite"))
+                elif not self.is_finite(self.block.architecture.loss(outputs, targets)):
+                    faults.append((0, self.config.model.layers + 1, "the loss is not finite, all layers' outputs are"))
+        for order, (name, parameter) in enumerate(reversed(self.block.parameters.items())):
+            if not faults and parameter.grad is not None and not self.is_finite(parameter.grad):
+                order += 10_000_000 * (self.layers.size - self.layers.rank)
+                faults.append((1, order, f"{name}: its gradient is not finite, the forward is"))
+        return min(faults, default=None)
+
+    @staticmethod
+    def is_finite(state: State) -> bool:
+        return all(bool(torch.isfinite(part).all()) for part in tensors(state))

@@ -1,0 +1,110 @@
+"""Serial mode: exact gradients over the same blocks.
+
+Several workers run torch.distributed.pipelining's 1F1B over microbatches, so that nothing moves when training switches from parallel to
+serial; one worker runs plain autograd.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.pipelining import PipelineStage, Schedule1F1B
+from torch.utils.checkpoint import checkpoint
+
+from rayllp.channel.torch_dist import TorchChannel
+from rayllp.engine.block import Block
+from rayllp.errors import SettingsError
+from rayllp.state import State
+
+
+class StageModule(nn.Module):
+    """A block as one pipeline stage: inputs or state in, state or outputs out."""
+
+    def __init__(self, block: Block) -> None:
+        super().__init__()
+        self.block = block
+        self.pieces = nn.ModuleList(module for module in (block.embed, *block.layers.values(), block.head) if module is not None)
+        self.begin: Callable[[], None] = lambda: None
+
+    def forward(self, state: State) -> State:
+        self.begin()
+        block = self.block
+        if block.first:
+            assert isinstance(state, Tensor)
+            state = block.enter(state)
+        c = block.config.first_coarsening
+        if block.config.mgrit.recompute and torch.is_grad_enabled():
+            for start in range(block.middle.start, block.middle.stop, c):
+                layers = range(start, min(start + c, block.middle.stop))
+                state = checkpoint(self._run, state, layers, block._step, block._samples, use_reentrant=False, preserve_rng_state=False)
+        else:
+            state = self._run(state, block.middle)
+        return block.leave(state) if block.last else state
+
+    def _run(self, state: State, layers: range, step: int | None = None, samples: tuple[int, ...] = ()) -> State:
+        if step is not None:  # a recomputation may come after another microbatch's forward
+            self.block.begin(step, samples, training=True)
+        for n in layers:
+            state = self.block.layer(n, state)
+        return state
+
+
+def count_microbatches(batch: int, workers: int, wanted: int | None) -> int:
+    """Microbatches for `batch` sequences: as wanted, else the largest divisor of the batch up to 4 a worker."""
+    if workers == 1:
+        return 1
+    return wanted or max(m for m in range(1, 4 * workers + 1) if batch % m == 0)
+
+
+class Pipeline:
+    """One worker's end of the 1F1B schedule; built once, stepped every training step in serial mode.
+
+    Raises:
+        SettingsError: fewer microbatches than workers (the caller then solves exactly without microbatches), or a channel that
+            torch's pipelining cannot use.
+    """
+
+    def __init__(self, block: Block, channel: TorchChannel, inputs: Tensor, targets: Tensor, microbatches: int) -> None:
+        if microbatches < channel.size:
+            raise SettingsError(f"1F1B needs at least {channel.size} microbatches for {channel.size} workers; got {microbatches}")
+        self.block, self.microbatches = block, microbatches
+        self.module = StageModule(block)
+        self.part = inputs.shape[0] // microbatches
+        small = inputs[: self.part]
+        spec = block.architecture.state_spec(small, block.dtype, block.device)
+        state = tuple(torch.empty(s, dtype=d, device="meta") for s, d in zip(spec.shapes, spec.dtypes, strict=True))
+        outputs: tuple[Tensor, ...] = state
+        if block.last:
+            with torch.no_grad():
+                real = spec.build([torch.zeros(s, dtype=d, device=block.device) for s, d in zip(spec.shapes, spec.dtypes, strict=True)])
+                block.begin(0, range(self.part), training=False)
+                outputs = (block.leave(real).to("meta"),)
+        stage = PipelineStage(
+            self.module, channel.rank, channel.size, block.device,
+            input_args=small.to("meta") if block.first else state, output_args=outputs,
+            input_grads=(None,) if block.first else state, output_grads=None if block.last else outputs, group=channel.group,
+        )  # fmt: skip
+        self.schedule = Schedule1F1B(stage, microbatches, loss_fn=self._loss, scale_grads=False)
+        self.scale = 1.0
+
+    def _loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return self.block.architecture.loss(outputs, targets) * self.scale
+
+    def step(self, step: int, inputs: Tensor, targets: Tensor, samples: tuple[int, ...], scale: float) -> Tensor:
+        """Gradients of scale × summed loss into `.grad`; returns the scaled loss on the last worker, 0 elsewhere."""
+        self.scale, count = scale, 0
+
+        def begin() -> None:
+            nonlocal count
+            self.block.begin(step, samples[count * self.part : (count + 1) * self.part], training=True)
+            count += 1
+
+        self.module.begin = begin
+        losses: list[Tensor] = []
+        self.schedule.step(
+            *((inputs,) if self.block.first else ()),
+            target=targets if self.block.last else None,
+            losses=losses if self.block.last else None,
+            return_outputs=False,
+        )
+        return torch.stack([loss.detach() for loss in losses]).sum() if losses else torch.zeros((), device=self.block.device)

@@ -1,0 +1,121 @@
+"""The forward and adjoint propagators of one worker, and the graphs that the one leaves for the other.
+
+The last forward sweep records each layer's graph, and the adjoint solve reads them: no second forward on the fine level. With
+recomputation only the states at the beginning of each interval (and of the block) are kept, and an interval's graphs are made again
+when its adjoint arrives; at most one interval's graphs exist at a time.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from rayllp.engine.block import Block
+from rayllp.state import State, detach, like, tensors
+
+
+@dataclass
+class Graph:
+    """One layer's recorded step."""
+
+    inputs: tuple[Tensor, ...]
+    outputs: tuple[Tensor, ...]
+
+
+@dataclass
+class Trajectory:
+    """What the last forward sweep leaves behind on one worker. Layers are counted from the first middle layer.
+
+    Args:
+        block: this worker's layers.
+        c_points: layers that begin coarse intervals: what recomputation starts from.
+        recompute: keep C-point states only.
+    """
+
+    block: Block
+    c_points: frozenset[int]
+    recompute: bool
+    graphs: dict[int, Graph] = field(default_factory=dict)
+    checkpoints: dict[int, State] = field(default_factory=dict)
+
+    def run(self, layer: int, state: State) -> State:
+        """One middle layer."""
+        return self.block.layer(layer + self.block.config.buffers.open, state)
+
+    def record(self, layer: int, state: State) -> State:
+        """One step of the last forward sweep; its graph, or at an interval's beginning its input, is kept."""
+        if not self.recompute:
+            self.graphs[layer] = graph = self._graph(layer, state)
+            return like(state, tuple(part.detach() for part in graph.outputs))
+        if layer in self.c_points or layer == self.block_start:
+            self.checkpoints[layer] = detach(state)
+        with torch.no_grad():
+            return self.run(layer, state)
+
+    @property
+    def block_start(self) -> int:
+        """The first owned layer, counted from the first middle layer."""
+        return self.block.middle.start - self.block.config.buffers.open
+
+    def graph(self, layer: int) -> Graph:
+        """The recorded graph of a layer, made again where only checkpoints are kept."""
+        if layer not in self.graphs:
+            self.graphs.clear()
+            if layer in self.checkpoints:  # a coarse step: this layer alone
+                self.graphs[layer] = self._graph(layer, self.checkpoints[layer])
+            else:
+                self._recompute_interval(layer)
+        return self.graphs[layer]
+
+    def _recompute_interval(self, layer: int) -> None:
+        start = max(n for n in self.checkpoints if n <= layer)
+        state = self.checkpoints[start]
+        for n in range(start, layer + 1):
+            graph = self.graphs[n] = self._graph(n, state)
+            state = like(state, tuple(part.detach() for part in graph.outputs))
+
+    def _graph(self, layer: int, state: State) -> Graph:
+        inputs = tuple(part.detach().requires_grad_() for part in tensors(state))
+        with torch.enable_grad():
+            return Graph(inputs, tensors(self.run(layer, like(state, inputs))))
+
+
+class ForwardPropagator:
+    """x_n -> x_{n+1}."""
+
+    def __init__(self, trajectory: Trajectory) -> None:
+        self.trajectory = trajectory
+
+    def step(self, layer: int, state: State) -> State:
+        with torch.no_grad():
+            return self.trajectory.run(layer, state)
+
+    def last_step(self, layer: int, state: State) -> State:
+        return self.trajectory.record(layer, state)
+
+
+class ExactPropagator(ForwardPropagator):
+    """Forward without a record: evaluation and generation."""
+
+    def last_step(self, layer: int, state: State) -> State:
+        return self.step(layer, state)
+
+
+class AdjointPropagator:
+    """λ_{n+1} -> λ_n = (∂Φ_n/∂x)ᵀ λ_{n+1}; in the last sweep also g_n = (∂Φ_n/∂θ_n)ᵀ λ_{n+1} (section 3.1)."""
+
+    def __init__(self, trajectory: Trajectory) -> None:
+        self.trajectory = trajectory
+
+    def step(self, layer: int, state: State) -> State:
+        graph = self.trajectory.graph(layer)
+        gradients = torch.autograd.grad(graph.outputs, graph.inputs, tensors(state), retain_graph=True, materialize_grads=True)
+        return like(state, gradients)
+
+    def last_step(self, layer: int, state: State) -> State:
+        graph = self.trajectory.graph(layer)
+        module: nn.Module = self.trajectory.block.layers[layer + self.trajectory.block.config.buffers.open]
+        leaves = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        torch.autograd.backward(graph.outputs, tensors(state), inputs=[*graph.inputs, *leaves])
+        del self.trajectory.graphs[layer]
+        return like(state, tuple(torch.zeros_like(part) if part.grad is None else part.grad for part in graph.inputs))

@@ -1,0 +1,78 @@
+"""A user's own residual network: `LayerStack(embed, layers, head, loss)`."""
+
+import copy
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from rayllp.channel.base import StateSpec
+from rayllp.errors import SettingsError
+from rayllp.models.base import Architecture
+from rayllp.state import tensors
+
+Piece = nn.Module | Callable[[], nn.Module]
+
+
+class LayerStack(Architecture):
+    """Any network of the form embed, residual layers x -> block(x) of one shape, head.
+
+    Args:
+        embed: inputs -> state. A module, or a function that builds one.
+        layers: state -> state, of equal shapes. Modules, or functions that build them: then a worker builds its own only, under a
+            key of (seed, layer), and the whole network is never in one process.
+        head: state -> outputs.
+        loss: (outputs, targets) -> loss summed over the targets' terms.
+        count: terms in the loss of some targets; default the number of their elements.
+        stochastic: whether the modules draw random numbers in training (dropout, drop-path). None: look for dropout in `layers[0]`.
+
+    Raises:
+        SettingsError: no layers.
+    """
+
+    def __init__(
+        self,
+        *,
+        embed: Piece,
+        layers: Sequence[Piece],
+        head: Piece,
+        loss: Callable[[Tensor, Tensor], Tensor],
+        count: Callable[[Tensor], int] = Tensor.numel,
+        stochastic: bool | None = None,
+    ) -> None:
+        if not layers:
+            raise SettingsError("LayerStack has no layers: give at least one residual block")
+        self._embed, self._layers, self._head = embed, list(layers), head
+        self._loss, self._count, self.layers = loss, count, len(layers)
+        self.stochastic = _draws(_build(layers[0])) if stochastic is None else stochastic
+
+    def embed(self) -> nn.Module:
+        return _build(self._embed)
+
+    def layer(self, index: int) -> nn.Module:
+        return _build(self._layers[index])
+
+    def head(self) -> nn.Module:
+        return _build(self._head)
+
+    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return self._loss(outputs, targets)
+
+    def count(self, targets: Tensor) -> int:
+        return self._count(targets)
+
+    def state_spec(self, inputs: Tensor, dtype: torch.dtype, device: torch.device) -> StateSpec:
+        # The embedding is the only piece that knows; run it on one sample, on whichever worker asks.
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            state = _build(self._embed).to(dtype).eval()(inputs[:1].cpu())
+        parts = tensors(state)
+        shapes = tuple(torch.Size((inputs.shape[0], *part.shape[1:])) for part in parts)
+        return StateSpec(shapes, tuple(part.dtype for part in parts), device, isinstance(state, Tensor))
+
+
+def _build(piece: Piece) -> nn.Module:
+    return copy.deepcopy(piece) if isinstance(piece, nn.Module) else piece()
+
+
+def _draws(module: nn.Module) -> bool:
+    return any(getattr(part, "p", 0) > 0 for part in module.modules() if "drop" in type(part).__name__.lower())

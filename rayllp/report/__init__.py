@@ -1,0 +1,6 @@
+"""What a run writes and shows."""
+
+from rayllp.report.progress import ProgressDisplay
+from rayllp.report.rundir import RunDirectory
+
+__all__ = ["ProgressDisplay", "RunDirectory"]

@@ -1,0 +1,70 @@
+"""The files that a run writes. Other tools read them: names are fixed (docs/design.md)."""
+
+import json
+import time
+from collections.abc import Mapping
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+from rayllp.config import TrainConfig, to_yaml
+from rayllp.errors import SettingsError
+
+
+class RunDirectory:
+    """RUN/: config.yaml, metrics.jsonl, evals.jsonl, events.jsonl, checkpoints/, tensorboard/."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.checkpoints = path / "checkpoints"
+
+    @classmethod
+    def create(cls, output: str | Path | None, config: TrainConfig) -> "RunDirectory":
+        """A new run's directory: `output`, or runs/<date>_<name>.
+
+        Raises:
+            SettingsError: it holds another run, or cannot be written.
+        """
+        path = Path(output) if output else _unused(Path("runs") / f"{date.today().isoformat()}_{config.name}")
+        if path.exists() and not path.is_dir():
+            raise SettingsError(f"output {path} is a file: choose a directory with --output")
+        if path.is_dir() and any(path.iterdir()):
+            held = "another run" if (path / "config.yaml").exists() else "other files"
+            raise SettingsError(f"output directory {path} holds {held}: choose another with --output, or go on with it by --resume {path}")
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            (path / "config.yaml").write_text(to_yaml(config))
+        except OSError as error:
+            raise SettingsError(f"output directory {path} cannot be written: {error.strerror}; choose another with --output") from None
+        return cls(path)
+
+    def metric(self, values: Mapping[str, Any]) -> None:
+        """A line of metrics.jsonl."""
+        self._append("metrics.jsonl", values)
+
+    def evaluation(self, step: int, split: str, loss: float, **metrics: float) -> None:
+        """A line of evals.jsonl."""
+        self._append("evals.jsonl", {"step": step, "split": split, "loss": loss, **metrics})
+
+    def event(self, step: int, kind: str, **details: Any) -> None:
+        """A line of events.jsonl; kind is switch, fault, resize, checkpoint or restore."""
+        self._append("events.jsonl", {"time": time.time(), "step": step, "kind": kind, **details})
+
+    def truncate(self, step: int) -> None:
+        """Forget metrics and evaluations after `step` steps, which a resumed run will repeat."""
+        for name, last in (("metrics.jsonl", step - 1), ("evals.jsonl", step)):
+            path = self.path / name
+            if path.exists():
+                kept = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= last]
+                path.write_text("".join(line + "\n" for line in kept))
+
+    def _append(self, name: str, values: Mapping[str, Any]) -> None:
+        with (self.path / name).open("a") as file:
+            file.write(json.dumps(values) + "\n")
+
+
+def _unused(path: Path) -> Path:
+    candidate, number = path, 2
+    while candidate.exists():
+        candidate, number = path.with_name(f"{path.name}_{number}"), number + 1
+    return candidate
