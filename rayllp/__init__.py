@@ -1,7 +1,7 @@
 """rayllp: train very deep transformers in parallel over their layers, on Ray.
 
-    import rayllp
-    result = rayllp.train(rayllp.make_config({"model": {"layers": 36}, "workers": 4}))
+import rayllp
+result = rayllp.train(rayllp.make_config({"model": {"layers": 36}, "workers": 4}))
 """
 
 from typing import TYPE_CHECKING, Any

@@ -38,7 +38,7 @@ def train(
 @app.command()
 def settings() -> None:
     """List every setting with its default and meaning."""
-    from rayllp.settings_table import settings_table
+    from rayllp.report.settings import settings_table
 
     typer.echo(settings_table())
 

@@ -168,7 +168,9 @@ class MeshSettings(Settings):
 
     data: int = Field(1, ge=1, description="replicas; each takes batch_size / data sequences")
     layer: int | None = Field(None, ge=1, description="blocks of layers; default workers / data")
-    blocks: tuple[int, ...] | None = Field(None, description="middle layers of each worker; default: even, cut at C-points where that costs nothing")
+    blocks: tuple[int, ...] | None = Field(
+        None, description="middle layers of each worker; default even, cut at C-points where that is free"
+    )
 
 
 class TrainConfig(Settings):
@@ -180,8 +182,10 @@ class TrainConfig(Settings):
     sequence_length: int = Field(128, ge=2, description="tokens a sequence")
     batch_size: int = Field(8, ge=1, description="sequences a step, over all replicas")
     accumulate: int = Field(1, ge=1, description="gradient accumulation: parts in which a step's batch is solved")
-    microbatches: int | None = Field(None, ge=1, description="of serial mode's pipeline; default the largest divisor of the batch up to 4 a worker")
-    steps: int = Field(300, ge=1, description="optimizer steps")
+    microbatches: int | None = Field(
+        None, ge=1, description="of serial mode's pipeline; default as many as divide the batch, up to 4 a worker"
+    )
+    steps: int = Field(250, ge=1, description="optimizer steps")
     seed: int = Field(0, ge=0, description="keys initialisation, batches and dropout")
     dtype: Literal["float32", "bfloat16", "float64"] = Field("float32", description="bfloat16: autocast over float32 weights")
     workers: int | None = Field(None, ge=1, description="mesh.data × mesh.layer; default 2")

@@ -71,22 +71,18 @@ class Adjoint:
         return like(state, tuple(lam))
 
 
-def both_solves(channel: LocalChannel, layers: Layers, blocks, method: Method, adjoint_method: Method, levels=2, adjoint_levels=2, coarsening=4):
+def both_solves(channel, layers, blocks, method, adjoint_method, levels=2, adjoint_levels=2, coarsening=4):
     spec = StateSpec.of(layers.state)
     forward_hierarchy = build_hierarchy(blocks=blocks, levels=levels, coarsening=coarsening)
     backward_hierarchy = build_hierarchy(blocks=blocks, levels=adjoint_levels, coarsening=coarsening).adjoint()
     first, last = forward_hierarchy.levels[0].owners[0], forward_hierarchy.levels[0].owners[-1]
     forward = Forward(layers)
-    result = solve(
-        forward_hierarchy, method, forward, channel, initial=layers.state if channel.rank == first else None, spec=spec
-    )
+    result = solve(forward_hierarchy, method, forward, channel, initial=layers.state if channel.rank == first else None, spec=spec)
     lam = None
     if channel.rank == last:
         lam = like(layers.state, tuple(2 * part for part in tensors(result.output)))
     adjoint = Adjoint(forward)
-    back = solve(
-        backward_hierarchy, adjoint_method, adjoint, channel, initial=lam, spec=spec, tag=MessageTag(0, "adjoint")
-    )
+    back = solve(backward_hierarchy, adjoint_method, adjoint, channel, initial=lam, spec=spec, tag=MessageTag(0, "adjoint"))
     return result, back, adjoint.gradients, {n: g[0] for n, g in forward.graphs.items()}
 
 
@@ -102,7 +98,7 @@ def gather(outcomes):
 CASES = [
     (n, c, levels, kind)
     for n, c, levels, kind in itertools.product((16, 23), (2, 4, 5, (2, 4), (5, 2)), (2, 3), ("F", "FCF"))
-    if not (levels == 2 and not isinstance(c, int)) and not (levels == 3 and c in (4, 5) and not (n, c) == (23, 4))
+    if not (levels == 2 and not isinstance(c, int)) and not (levels == 3 and c in (4, 5) and (n, c) != (23, 4))
 ]
 
 
@@ -194,8 +190,11 @@ def test_layer_evaluations_are_those_of_xbraid(iterations, evaluations):
             return super().last_step(n, state)
 
     solve(
-        build_hierarchy(blocks=(32,), levels=2, coarsening=4), Method(iterations=iterations, relaxation=("F",)), Counting(layers),
-        LocalChannel.alone(), initial=layers.state,
+        build_hierarchy(blocks=(32,), levels=2, coarsening=4),
+        Method(iterations=iterations, relaxation=("F",)),
+        Counting(layers),
+        LocalChannel.alone(),
+        initial=layers.state,
     )
     assert Counting.calls == evaluations
 
@@ -231,11 +230,23 @@ def test_a_tolerance_stops_early_and_a_cap_holds():
 
 
 def test_statuses_advise():
-    assert judge(()) is Status.UNMEASURED
-    assert judge((1.0, 2.0)) is Status.DIVERGING
+    assert judge((), None) is Status.UNMEASURED
+    assert judge((1.0, 2.0), 2.0) is Status.DIVERGING
     assert "mode=serial" in Status.DIVERGING.value
-    assert judge((1.0, 0.95)) is Status.STALLED
-    assert judge((1.0, float("nan"))) is Status.NOT_FINITE
+    assert judge((1.0, 0.95), 0.95) is Status.STALLED
+    assert judge((1.0, float("nan")), None) is Status.NOT_FINITE
+
+
+@pytest.mark.parametrize(("kind", "measured", "informative"), [("F", 6, 5), ("FCF", 6, 2)])
+def test_residuals_that_are_zero_by_construction_do_not_count(kind, measured, informative):
+    layers = Layers(24)
+    hierarchy = build_hierarchy(blocks=(24,), levels=2, coarsening=4)
+    method = Method(iterations=7, relaxation=(kind,))
+    result = solve(hierarchy, method, Forward(layers), LocalChannel.alone(), initial=layers.state)
+    assert len(result.residuals) == measured
+    assert all(r > 1e-12 for r in result.residuals[:informative])
+    assert all(r < 1e-14 for r in result.residuals[informative:])
+    assert result.convergence_factor == result.residuals[informative - 1] / result.residuals[informative - 2]
 
 
 @pytest.mark.parametrize(

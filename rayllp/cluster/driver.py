@@ -110,8 +110,13 @@ class Driver:
         finally:
             self.workers.shutdown()
         if self.stop:
-            self.console.print(f"stopped after step {step}; go on with: rayllp train --resume {self.run.path}", highlight=False)
+            self.console.print(
+                f"stopped after step {step}; go on with: rayllp train --resume {self.run.path}", highlight=False, soft_wrap=True
+            )
         return TrainResult(directory=self.run.path, steps=step, validation_loss=loss, sample=sample, stopped=self.stop)
+
+    def _say(self, text: str) -> None:
+        self.console.print(text, highlight=False, soft_wrap=True, markup=False)
 
     # The loop -----------------------------------------------------------------------------------------------------------------
 
@@ -217,7 +222,11 @@ class Driver:
 
     def _not_finite(self, step: int, faults: list[tuple[int, int, str] | None]) -> None:
         found = [fault for fault in faults if fault is not None]
-        where = min(found)[2] if found else "the exact forward and all gradients are finite: the approximate solve is not; raise mgrit.iterations or use mode=serial"
+        where = (
+            min(found)[2]
+            if found
+            else "the approximate solve alone (exact forward and gradients are finite): raise mgrit.iterations or use mode=serial"
+        )
         path = self._save(step)
         self.run.event(step, "fault", reason="not finite", where=where)
         raise NonFiniteError(
@@ -286,7 +295,9 @@ def _stopping(driver: Driver) -> Iterator[None]:
         if driver.stop:
             raise KeyboardInterrupt
         driver.stop = True
-        driver.console.print("stopping after this chunk of steps, with a checkpoint; again to stop at once", highlight=False)
+        driver.console.print(
+            "stopping after this chunk of steps, with a checkpoint; again to stop at once", highlight=False, soft_wrap=True
+        )
 
     try:
         before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}

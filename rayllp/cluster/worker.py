@@ -9,6 +9,7 @@ from typing import Any
 import ray
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import TCPStore
 from torch.distributed.device_mesh import init_device_mesh
 
 from rayllp.channel.torch_dist import TorchChannel
@@ -44,11 +45,10 @@ class BlockWorker:
         if host == "127.0.0.1":  # all workers on this machine: keep their traffic off the network
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
             os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
-        listener = self._listener
-        store = dist.TCPStore(
-            host, port, world_size=config.world, is_master=listener is not None, timeout=timeout,
-            **({"master_listen_fd": listener.detach()} if listener is not None else {}),
-        )  # fmt: skip
+        if self._listener is not None:
+            store = TCPStore(host, port, config.world, True, timeout, master_listen_fd=self._listener.detach())
+        else:
+            store = TCPStore(host, port, config.world, False, timeout)
         dist.init_process_group(backend, store=store, rank=self.rank, world_size=config.world, timeout=timeout)
 
     def build(self, architecture: Architecture | None, batches: Batches | None, device: str) -> dict[str, Any]:
@@ -111,5 +111,3 @@ class BlockWorker:
 
 def _is_finite(*values: float) -> bool:
     return all(abs(value) < float("inf") for value in values)
-
-

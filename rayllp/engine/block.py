@@ -36,7 +36,8 @@ class Block:
         self.head = self._place(architecture.build_head(seed)) if self.last else None
         self.parameters = dict(self._named_parameters())
         self._tie()
-        self._step, self._samples, self._training = 0, (0,), False
+        self._step, self._training = 0, False
+        self._samples: tuple[int, ...] = (0,)
 
     def _place(self, module: nn.Module) -> nn.Module:
         return module.to(device=self.device, dtype=self.dtype).eval()

@@ -246,14 +246,18 @@ class Engine:
                 parameter.grad = torch.zeros_like(parameter)
             tag = MessageTag(step, "gradients", "tied parameters")
             self.layers.send(parameter.grad.clone(), other, tag)
-            parameter.grad += self.layers.receive(StateSpec.of(parameter.grad), other, tag)  # type: ignore[operator]
+            (received,) = tensors(self.layers.receive(StateSpec.of(parameter.grad), other, tag))
+            parameter.grad += received
 
     def reduce_statistics(
         self, step: int, loss: Tensor, forward: MGRITResult | None, backward: MGRITResult | None
     ) -> tuple[float, float, MGRITResult | None, MGRITResult | None]:
         """Global gradient norm, loss and residuals in one all-reduce over the layer group."""
         counted = [p for name, p in self.block.parameters.items() if not (self.block.last and name in self.block.shared)]
-        parts = [squared_gradient_norm(counted, self.device).view(1), (loss if self.block.last else torch.zeros_like(loss)).double().view(1)]
+        parts = [
+            squared_gradient_norm(counted, self.device).view(1),
+            (loss if self.block.last else torch.zeros_like(loss)).double().view(1),
+        ]
         results = [result for result in (forward, backward) if result is not None]
         parts += [result.squared_residuals.to(self.device) for result in results]
         total = self.layers.all_reduce(torch.cat(parts), MessageTag(step, "gradients", "norm, loss and residuals"))

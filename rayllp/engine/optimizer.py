@@ -23,9 +23,7 @@ def build_optimizer(parameters: Mapping[str, nn.Parameter], settings: OptimizerS
     decayed = [p for p in parameters.values() if p.ndim >= 2]
     others = [p for p in parameters.values() if p.ndim < 2]
     groups = [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]], lr=settings.lr, betas=settings.betas, eps=settings.eps
-    )
+    return torch.optim.AdamW([group for group in groups if group["params"]], lr=settings.lr, betas=settings.betas, eps=settings.eps)
 
 
 def squared_gradient_norm(parameters: Iterable[nn.Parameter], device: torch.device) -> Tensor:

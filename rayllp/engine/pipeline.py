@@ -72,13 +72,15 @@ class Pipeline:
         self.part = inputs.shape[0] // microbatches
         small = inputs[: self.part]
         spec = block.architecture.state_spec(small, block.dtype, block.device)
-        state = tuple(torch.empty(s, dtype=d, device="meta") for s, d in zip(spec.shapes, spec.dtypes, strict=True))
+        like = list(zip(spec.shapes, spec.dtypes, strict=True))
+        # requires_grad here is what makes torch's stages send gradients back.
+        state = tuple(torch.empty(s, dtype=d, device="meta", requires_grad=d.is_floating_point) for s, d in like)
         outputs: tuple[Tensor, ...] = state
         if block.last:
             with torch.no_grad():
-                real = spec.build([torch.zeros(s, dtype=d, device=block.device) for s, d in zip(spec.shapes, spec.dtypes, strict=True)])
+                real = spec.build([torch.zeros(s, dtype=d, device=block.device) for s, d in like])
                 block.begin(0, range(self.part), training=False)
-                outputs = (block.leave(real).to("meta"),)
+                outputs = (block.leave(real).to("meta").requires_grad_(),)
         stage = PipelineStage(
             self.module, channel.rank, channel.size, block.device,
             input_args=small.to("meta") if block.first else state, output_args=outputs,

@@ -196,7 +196,17 @@ class Solver:
             status=status,
             tolerance=self.method.tolerance,
             exact=exact,
+            informative=self.informative_residuals(),
         )
+
+    def informative_residuals(self) -> int:
+        """How many residuals, from the first, are not zero by construction.
+
+        An iteration with F-relaxation makes one more coarse interval exact, one with FCF-relaxation two (section 3.2), the first of
+        them before its residual is taken.
+        """
+        unknown = len(self.grids[0].level.c_points) - 1
+        return unknown // (2 if self.method.relaxation[0] == "FCF" else 1)
 
 
 def solve(

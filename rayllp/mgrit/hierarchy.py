@@ -11,7 +11,7 @@ The adjoint runs on the same intervals in reverse: `Hierarchy.adjoint()` mirrors
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 from rayllp.errors import SettingsError
 
@@ -49,7 +49,7 @@ class Level:
         """The owned points, cut before each C-point: the pieces of intervals that lie on `rank`."""
         points = self.local(rank)
         cuts = [points.start, *(c for c in self.c_points if points.start < c < points.stop), points.stop]
-        return [range(a, b) for a, b in zip(cuts, cuts[1:], strict=False)] if points else []
+        return [range(a, b) for a, b in pairwise(cuts)] if points else []
 
     def mirrored(self) -> "Level":
         """The same intervals with time reversed."""

@@ -2,7 +2,7 @@
 
 import enum
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -38,6 +38,8 @@ class MGRITResult:
         iterations: iterations done, counted as XBraid and the paper count them.
         squared_residuals: this worker's share of the squared residual norm of each measuring iteration, float64, shape (measured,).
         residuals: norms over all workers, filled by `measured`; empty until then.
+        informative: how many residuals say something of convergence; the later ones are zero because iterations have by then made
+            every interval exact.
         status: how it went, as advice.
     """
 
@@ -48,18 +50,19 @@ class MGRITResult:
     residuals: tuple[float, ...] = ()
     status: Status = Status.UNMEASURED
     tolerance: float | None = None
-    exact: bool = field(default=False)
+    exact: bool = False
+    informative: int = 0
 
     @property
     def convergence_factor(self) -> float | None:
-        """ρ = ‖r^{k+1}‖ / ‖r^k‖ of the last two residuals (section 3.2.3); None with fewer than two."""
-        return convergence_factor(self.residuals)
+        """ρ = ‖r^{k+1}‖ / ‖r^k‖ of the last two informative residuals (section 3.2.3); None with fewer than two."""
+        return convergence_factor(self.residuals[: self.informative])
 
     def measured(self, squared: Tensor) -> "MGRITResult":
         """This result with the residual norms that belong to `squared`, the squares summed over all workers."""
         residuals = tuple(math.sqrt(value) if value >= 0 else math.nan for value in squared.tolist())
-        status = judge(residuals, tolerance=self.tolerance, exact=self.exact)
-        return MGRITResult(**{**self.__dict__, "residuals": residuals, "status": status})
+        rho = convergence_factor(residuals[: self.informative])
+        return replace(self, residuals=residuals, status=judge(residuals, rho, tolerance=self.tolerance, exact=self.exact))
 
 
 def convergence_factor(residuals: tuple[float, ...] | list[float]) -> float | None:
@@ -70,18 +73,19 @@ def convergence_factor(residuals: tuple[float, ...] | list[float]) -> float | No
     return 0.0 if former == 0 else last / former
 
 
-def judge(residuals: tuple[float, ...], *, tolerance: float | None = None, exact: bool = False) -> Status:
-    """The status that a sequence of residual norms deserves."""
+def judge(residuals: tuple[float, ...], rho: float | None, *, tolerance: float | None = None, exact: bool = False) -> Status:
+    """The status that residual norms and their convergence factor deserve."""
     if any(not math.isfinite(r) for r in residuals):
         return Status.NOT_FINITE
+    if rho is not None and rho > 1:
+        return Status.DIVERGING
     if exact:
         return Status.EXACT
     if tolerance is not None and residuals and residuals[-1] <= tolerance:
         return Status.CONVERGED
-    rho = convergence_factor(residuals)
     if rho is None:
         return Status.UNMEASURED
-    return Status.CONVERGING if rho < 0.9 else Status.STALLED if rho <= 1 else Status.DIVERGING
+    return Status.CONVERGING if rho < 0.9 else Status.STALLED
 
 
 def no_residuals() -> Tensor:

@@ -12,7 +12,15 @@ from rayllp.models.base import Architecture
 # Shape suffixes: B batch, T time (tokens), D width, V vocabulary.
 
 
-class GPT2Embed(GPT2PreTrainedModel):
+class _Piece(GPT2PreTrainedModel):
+    """Part of a GPT-2. Its subclasses differ from transformers' classes only in what they hold."""
+
+    def initialise(self) -> None:
+        # Not post_init: it takes classes outside transformers for remote code, and then passes over GPT-2's scaled projections.
+        self.apply(self._init_weights)
+
+
+class GPT2Embed(_Piece):
     """Token and position embeddings, as GPT2Model's beginning."""
 
     def __init__(self, config: GPT2Config) -> None:
@@ -20,33 +28,33 @@ class GPT2Embed(GPT2PreTrainedModel):
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.n_positions, config.n_embd)
         self.drop = nn.Dropout(config.embd_pdrop)
-        self.post_init()
+        self.initialise()
 
     def forward(self, tokens_BT: Tensor) -> Tensor:
         positions_T = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)
         return self.drop(self.wte(tokens_BT) + self.wpe(positions_T))
 
 
-class GPT2Layer(GPT2PreTrainedModel):
+class GPT2Layer(_Piece):
     """Holds one block only to have transformers initialise it."""
 
     def __init__(self, config: GPT2Config, index: int) -> None:
         super().__init__(config)
         self.block = GPT2Block(config, layer_idx=index)
-        self.post_init()
+        self.initialise()
 
 
-class GPT2Head(GPT2PreTrainedModel):
+class GPT2Head(_Piece):
     """Final norm and language-modelling head, as GPT2LMHeadModel's end."""
 
     def __init__(self, config: GPT2Config) -> None:
         super().__init__(config)
-        self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.transformer = nn.ModuleDict({"ln_f": nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)})
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        self.post_init()
+        self.initialise()
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        return self.lm_head(self.ln_f(x_BTD))
+        return self.lm_head(self.transformer["ln_f"](x_BTD))
 
 
 class GPT2(Architecture):
@@ -87,7 +95,8 @@ class GPT2(Architecture):
         return ""
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        return nn.functional.cross_entropy(outputs.flatten(0, 1).float() if outputs.dtype == torch.bfloat16 else outputs.flatten(0, 1), targets.flatten(), reduction="sum")
+        logits = outputs.float() if outputs.dtype == torch.bfloat16 else outputs
+        return nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
 
     def count(self, targets: Tensor) -> int:
         return targets.numel()

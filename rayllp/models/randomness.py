@@ -68,21 +68,28 @@ class FrozenRandomness(TorchFunctionMode):
             row.uniform_(generator=generator.manual_seed(key(*self.parts, self.calls, sample)))
         return out
 
-    def dropout(self, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:  # noqa: A002
+    def dropout(self, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
         if not training or p == 0:
             return input
         keep = self.uniform(tuple(input.shape), input.device) >= p
         return input * keep.to(input.dtype).mul_(1 / (1 - p))
 
-    def feature_dropout(self, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:  # noqa: A002
+    def feature_dropout(self, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
         if not training or p == 0:
             return input
         keep = self.uniform(tuple(input.shape[:2]), input.device) >= p
         return input * keep.to(input.dtype).div_(1 - p).reshape(*input.shape[:2], *[1] * (input.ndim - 2))
 
     def attention(
-        self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
-        is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
     ) -> Tensor:
         """scaled_dot_product_attention; with dropout, its definition written out so that the mask is ours."""
         if dropout_p == 0:
@@ -105,13 +112,13 @@ class FrozenRandomness(TorchFunctionMode):
         dtype, device = options.get("dtype") or torch.get_default_dtype(), options.get("device") or torch.device("cpu")
         return self.uniform(shape, torch.device(device), dtype)
 
-    def rand_like(self, input: Tensor, **options: Any) -> Tensor:  # noqa: A002
+    def rand_like(self, input: Tensor, **options: Any) -> Tensor:
         return self.uniform(tuple(input.shape), input.device, options.get("dtype") or input.dtype)
 
-    def bernoulli(self, input: Tensor, *_: Any, **__: Any) -> Tensor:  # noqa: A002
+    def bernoulli(self, input: Tensor, *_: Any, **__: Any) -> Tensor:
         return (self.uniform(tuple(input.shape), input.device) < input).to(input.dtype)
 
-    def bernoulli_(self, input: Tensor, p: float | Tensor = 0.5, **_: Any) -> Tensor:  # noqa: A002
+    def bernoulli_(self, input: Tensor, p: float | Tensor = 0.5, **_: Any) -> Tensor:
         return input.copy_((self.uniform(tuple(input.shape), input.device) < p).to(input.dtype))
 
 

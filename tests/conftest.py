@@ -1,0 +1,133 @@
+"""What tests share: tiny settings, workers as threads or as processes over Gloo, one local Ray cluster."""
+
+import contextlib
+import multiprocessing
+import os
+import queue
+import tempfile
+import traceback
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch
+
+from rayllp.channel import LocalChannel, run_workers
+from rayllp.config import make_config
+from rayllp.control import Controller
+from rayllp.data import load_text
+from rayllp.engine import Engine
+from rayllp.models import build_architecture
+
+os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+torch.set_num_threads(1)
+PROCESS_LIMIT_S = 120
+
+
+def merge(base, changes):
+    merged = dict(base)
+    for name, value in changes.items():
+        merged[name] = merge(merged.get(name, {}), value) if isinstance(value, dict) else value
+    return merged
+
+
+def tiny(**changes):
+    """A small GPT-2 in float64."""
+    base = {
+        "model": {"layers": 12, "width": 16, "heads": 2},
+        "buffers": {"open": 2, "close": 2},
+        "sequence_length": 16,
+        "batch_size": 4,
+        "steps": 30,
+        "dtype": "float64",
+        "eval": {"every": 0, "batches": 2, "sample": 0},
+        "adaptive": {"probe_every": 0},
+        "mode": "parallel",
+        "workers": 1,
+    }
+    return make_config(merge(base, changes))
+
+
+def make_engine(config, layer_channel=None, data_channel=None):
+    text = load_text(config.data, config.sequence_length, config.seed)
+    architecture = build_architecture(config, text.tokenizer.vocabulary)
+    layer_channel, data_channel = layer_channel or LocalChannel.alone(), data_channel or LocalChannel.alone()
+    return Engine(architecture, config, text, layer_channel, data_channel, torch.device("cpu"))
+
+
+def train_engine(engine, steps):
+    controller = Controller(engine.config)
+    stats = []
+    for step in range(steps):
+        accuracy = controller.accuracy
+        stats.append(engine.train_step(step, accuracy.probing() if controller.is_probe(step) else accuracy))
+    return stats
+
+
+def losses_over_threads(config, steps):
+    """Losses of `steps` steps with the layer group as threads (one replica)."""
+
+    def work(channel):
+        return [stats.loss for stats in train_engine(make_engine(config, channel), steps)]
+
+    return run_workers(config.layer_workers, work)[0]
+
+
+def losses_over_gloo(rank, size, config, steps):
+    """The same as one Gloo process; for `run_processes`."""
+    from rayllp.channel.torch_dist import TorchChannel
+
+    engine = make_engine(config, TorchChannel(timeout_s=60))
+    losses = [stats.loss for stats in train_engine(engine, steps)]
+    return losses, engine._pipeline is not None
+
+
+def _process(work, rank, size, folder, outcomes, arguments):
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    try:
+        store = dist.FileStore(str(Path(folder) / "store"), size)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=60))
+        outcomes.put((rank, work(rank, size, *arguments), None))
+        with contextlib.suppress(RuntimeError):  # a test may have broken the connection on purpose
+            dist.barrier()
+            dist.destroy_process_group()
+    except BaseException:
+        outcomes.put((rank, None, traceback.format_exc()))
+
+
+def run_processes(size, work, *arguments):
+    """Run `work(rank, size, *arguments)` in `size` Gloo processes; results by rank."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["rayllp.engine", "rayllp.models.gpt2", "rayllp.channel.torch_dist"])
+    outcomes, results = context.Queue(), {}
+    with tempfile.TemporaryDirectory() as folder:
+        processes = [
+            context.Process(target=_process, args=(work, rank, size, folder, outcomes, arguments), daemon=True) for rank in range(size)
+        ]
+        for process in processes:
+            process.start()
+        try:
+            for _ in range(size):
+                rank, value, error = outcomes.get(timeout=PROCESS_LIMIT_S)
+                if error:
+                    raise AssertionError(f"process {rank} failed:\n{error}")
+                results[rank] = value
+        except queue.Empty:
+            raise AssertionError(f"only {sorted(results)} of {size} processes answered in {PROCESS_LIMIT_S} s") from None
+        finally:
+            for process in processes:
+                process.join(5)
+                process.kill()
+    return [results[rank] for rank in range(size)]
+
+
+@pytest.fixture(scope="session")
+def ray_cluster():
+    """One local cluster for the whole suite."""
+    import ray
+
+    ray.init(address="local", num_cpus=4, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
+    yield ray
+    ray.shutdown()

@@ -1,0 +1,92 @@
+"""One suite over every channel: ordering, shapes, tuples, sums, time limits, lost peers."""
+
+import time
+
+import pytest
+import torch
+
+from rayllp.channel import MessageTag, StateSpec, run_workers
+from rayllp.errors import ChannelError
+from tests.conftest import run_processes
+
+TAG = MessageTag(7, "forward", "relaxation", 1)
+
+
+def over_threads(size, work):
+    return run_workers(size, lambda channel: work(channel), timeout_s=1.0)
+
+
+def _gloo(rank, size, work):
+    from rayllp.channel.torch_dist import TorchChannel
+
+    return work(TorchChannel(timeout_s=1.0))
+
+
+def over_gloo(size, work):
+    return run_processes(size, _gloo, work)
+
+
+@pytest.fixture(params=[over_threads, over_gloo], ids=["threads", "gloo"])
+def workers(request):
+    return request.param
+
+
+def ring(channel):
+    """Each worker sends two states right and receives two from its left, in order."""
+    right, left = (channel.rank + 1) % channel.size, (channel.rank - 1) % channel.size
+    bare = torch.full((2, 3), float(channel.rank), dtype=torch.float64)
+    pair = (torch.full((4,), channel.rank, dtype=torch.float32), torch.full((2, 2), channel.rank + 0.5, dtype=torch.float64))
+    channel.send(bare, right, TAG)
+    channel.send(pair, right, TAG)
+    first = channel.receive(StateSpec.of(bare), left, TAG)
+    second = channel.receive(StateSpec.of(pair), left, TAG)
+    total = channel.all_reduce(torch.tensor([1.0, channel.rank]), TAG)
+    channel.finish()
+    return first.clone(), tuple(part.clone() for part in second), total.tolist()
+
+
+def test_states_arrive_whole_and_in_order(workers):
+    for rank, (first, second, total) in enumerate(workers(3, ring)):
+        left = (rank - 1) % 3
+        assert torch.equal(first, torch.full((2, 3), float(left), dtype=torch.float64))
+        assert torch.equal(second[0], torch.full((4,), left, dtype=torch.float32))
+        assert torch.equal(second[1], torch.full((2, 2), left + 0.5, dtype=torch.float64))
+        assert total == [3.0, 3.0]
+
+
+def one_waits_in_vain(channel):
+    if channel.rank == 1:
+        started = time.monotonic()
+        with pytest.raises(ChannelError) as caught:
+            channel.receive(StateSpec.of(torch.zeros(2)), 0, TAG)
+        return str(caught.value), time.monotonic() - started
+    time.sleep(2.5)
+    return None
+
+
+def test_a_receive_has_a_time_limit_and_names_everything(workers):
+    message, waited = workers(2, one_waits_in_vain)[1]
+    assert "step 7, forward relaxation, level 1: worker 1 received nothing from worker 0: time limit of 1 s passed" in message
+    assert 0.9 < waited < 2.4
+
+
+def one_fails(channel):
+    if channel.rank == 0:
+        raise KeyError("broken layer")
+    channel.receive(StateSpec.of(torch.zeros(2)), 0, TAG)
+
+
+def test_of_several_failures_the_cause_is_raised():
+    with pytest.raises(KeyError, match="broken layer"):
+        run_workers(3, one_fails, timeout_s=0.5)
+
+
+def test_schedules_that_differ_are_noticed():
+    def work(channel):
+        if channel.rank == 0:
+            channel.send(torch.zeros(2), 1, TAG)
+        else:
+            channel.receive(StateSpec.of(torch.zeros(2)), 0, TAG.at("correction", 0))
+
+    with pytest.raises(ChannelError, match="the schedules differ"):
+        run_workers(2, work, timeout_s=1.0)

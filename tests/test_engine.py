@@ -1,0 +1,186 @@
+"""One training step against bare transformers, and against itself on other meshes."""
+
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from rayllp.channel import LocalChannel, run_workers
+from rayllp.control import Accuracy, Controller
+from rayllp.engine.optimizer import learning_rate
+from tests.conftest import losses_over_gloo, losses_over_threads, make_engine, run_processes, tiny, train_engine
+
+PLAIN = {"buffers": {"open": 0, "close": 0}, "step": {"middle": 1.0}, "mode": "serial", "model": {"layers": 6}}
+
+
+def bare_losses(config, steps):
+    """A transformers training loop with none of our engine in it: same weights, batches, AdamW."""
+    engine = make_engine(config)
+    model = GPT2LMHeadModel(GPT2Config(**engine.block.architecture.config.to_dict(), attn_implementation="sdpa"))
+    weights = {name: parameter.data for name, parameter in engine.block.parameters.items()}
+    model = model.to(engine.block.dtype)
+    missing, unexpected = model.load_state_dict(weights, strict=False)
+    assert not unexpected
+    assert set(missing) <= {"lm_head.weight"}
+    model.train()
+    settings = config.optimizer
+    groups = [
+        {"params": [p for p in model.parameters() if p.ndim >= 2], "weight_decay": settings.weight_decay},
+        {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, eps=settings.eps)
+    losses = []
+    for step in range(steps):
+        inputs, targets = engine.batches.batch("train", step, config.batch_size)
+        logits = model(input_ids=inputs, use_cache=False).logits
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(settings, step, config.steps)
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-10), ("float32", 2e-5)])
+def test_serial_mode_is_a_bare_transformers_loop(dtype, tolerance):
+    config = tiny(**PLAIN, dtype=dtype)
+    wanted = bare_losses(config, 30)
+    assert wanted[-1] < wanted[0] - 0.3
+    for workers in (1, 2, 3):
+        # 1F1B over Gloo, or plain autograd
+        losses, piped = run_processes(workers, losses_over_gloo, tiny(**PLAIN, dtype=dtype, workers=workers), 30)[0]
+        assert piped == (workers > 1)
+        assert max(abs(a - b) for a, b in zip(losses, wanted, strict=True)) < tolerance
+
+
+def test_dropout_does_not_depend_on_the_workers():
+    dropped = {**PLAIN, "model": {"layers": 6, "dropout": 0.1}}
+    wanted = losses_over_threads(tiny(**dropped), 8)
+    assert wanted != losses_over_threads(tiny(**PLAIN), 8)
+    for workers in (2, 3):
+        losses, piped = run_processes(workers, losses_over_gloo, tiny(**dropped, workers=workers), 8)[0]
+        assert piped
+        assert losses == pytest.approx(wanted, abs=1e-10)
+        assert losses_over_threads(
+            tiny(**{**dropped, "mode": "parallel"}, workers=workers, mgrit={"levels": {"forward": 1, "backward": 1}}), 8
+        ) == pytest.approx(wanted, abs=1e-10)
+
+
+def gradients(config, accuracy):
+    def work(channel):
+        engine = make_engine(config, channel)
+        inputs, targets, samples, terms = engine.my_batch("train", 3)
+        loss, *_ = engine.gradients(3, accuracy, inputs, targets, samples, 1 / terms)
+        engine.add_shared_gradients(3)
+        return {name: p.grad.clone() for name, p in engine.block.parameters.items()}, loss
+
+    merged = {}
+    for mine, _ in run_workers(config.layer_workers, work):
+        merged |= mine
+    return merged
+
+
+SERIAL = Accuracy(serial=True, levels_forward=2, levels_backward=2, iterations_forward=1, iterations_backward=1)
+ENOUGH = Accuracy(serial=False, levels_forward=2, levels_backward=2, iterations_forward=4, iterations_backward=4)
+FEW = Accuracy(serial=False, levels_forward=2, levels_backward=2, iterations_forward=1, iterations_backward=1)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_enough_iterations_equal_serial(recompute, dropout):
+    options = {"model": {"layers": 12, "dropout": dropout}, "mgrit": {"recompute": recompute, "coarsening": 3}, "step": {"middle": 0.3}}
+    wanted = gradients(tiny(**options), SERIAL)
+    for workers in (1, 2, 3, 5):
+        got = gradients(tiny(**options, workers=workers), ENOUGH)
+        for name, gradient in wanted.items():
+            torch.testing.assert_close(got[name], gradient, rtol=1e-10, atol=1e-12)
+    # The tied head's copy has the embedding's gradient.
+    torch.testing.assert_close(got["lm_head.weight"], wanted["transformer.wte.weight"], rtol=1e-10, atol=1e-12)
+
+
+def test_few_iterations_do_not_depend_on_workers_recomputation_or_accumulation():
+    wanted = gradients(tiny(), FEW)
+    exact = gradients(tiny(), SERIAL)
+    assert any((wanted[name] - exact[name]).norm() > 1e-6 * exact[name].norm() for name in wanted)
+    for options in ({"workers": 2}, {"workers": 3, "mgrit": {"recompute": True}}, {"workers": 2, "accumulate": 2}, {"workers": 8}):
+        got = gradients(tiny(**options), FEW)
+        for name, gradient in wanted.items():
+            torch.testing.assert_close(got[name], gradient, rtol=1e-9, atol=1e-12)
+
+
+def test_replicas_give_the_same_losses():
+    def work_on(data, layer, config):
+        layers = [LocalChannel.group(layer) for _ in range(data)]
+        replicas = [LocalChannel.group(data) for _ in range(layer)]
+
+        def work(channel):
+            d, p = divmod(channel.rank, layer)
+            return [stats.loss for stats in train_engine(make_engine(config, layers[d][p], replicas[p][d]), 6)]
+
+        return run_workers(data * layer, work)[0]
+
+    options = {"model": {"dropout": 0.1}, "workers": None}
+    one = work_on(1, 2, tiny(**options, mesh={"data": 1, "layer": 2}))
+    two = work_on(2, 2, tiny(**options, mesh={"data": 2, "layer": 2}))
+    assert two == pytest.approx(one, abs=1e-10)
+
+
+def test_bfloat16_autocast_trains():
+    losses = losses_over_threads(tiny(dtype="bfloat16", workers=2), 20)
+    exact = losses_over_threads(tiny(dtype="float32", workers=2), 20)
+    assert losses != exact
+    assert losses == pytest.approx(exact, rel=0.02)
+
+
+def test_a_probe_measures_both_convergence_factors():
+    config = tiny(workers=2, adaptive={"probe_every": 5}, mgrit={"coarsening": 2}, model={"layers": 20})
+
+    def work(channel):
+        return train_engine(make_engine(config, channel), 6)
+
+    stats = run_workers(2, work)[0]
+    probed = [s.step for s in stats if s.rho_forward is not None]
+    assert probed == [0, 4]
+    assert 0 < stats[4].rho_forward < 0.5
+    assert 0 < stats[4].rho_backward < 0.5
+    assert "converging" in stats[4].advice_forward
+
+
+def test_only_the_own_block_is_built():
+    config = tiny(workers=3)
+
+    def work(channel):
+        engine = make_engine(config, channel)
+        return sorted(engine.block.layers), engine.block.embed is not None, engine.block.head is not None
+
+    assert run_workers(3, work) == [([0, 1, 2, 3, 4], True, False), ([5, 6, 7], False, False), ([8, 9, 10, 11], False, True)]
+
+
+def test_weights_do_not_depend_on_the_workers():
+    config = tiny(workers=1)
+    wanted = {name: p.data for name, p in make_engine(config).block.parameters.items()}
+    tied = {"lm_head.weight": "transformer.wte.weight"}
+    for mine in run_workers(3, lambda channel: make_engine(tiny(workers=3), channel).block.parameters):
+        for name, parameter in mine.items():
+            assert torch.equal(parameter.data, wanted[tied.get(name, name)])
+    c_proj = wanted["transformer.h.3.mlp.c_proj.weight"]
+    assert c_proj.std().item() == pytest.approx(0.02 / (2 * 12) ** 0.5, rel=0.1)
+
+
+def test_the_step_with_a_bad_weight_is_not_taken_and_the_layer_is_named():
+    config = tiny(workers=2)
+
+    def work(channel):
+        engine = make_engine(config, channel)
+        if 5 in engine.block.layers:
+            engine.block.layers[5].mlp.c_fc.weight.data[0, 0] = float("nan")
+        before = {name: p.detach().clone() for name, p in engine.block.parameters.items()}
+        stats = engine.train_step(0, Controller(config).accuracy)
+        same = all(torch.equal(p, before[name]) or torch.isnan(before[name]).any() for name, p in engine.block.parameters.items())
+        return stats, same
+
+    outcomes = run_workers(2, work)
+    assert all(same for _, same in outcomes)
+    assert min(stats.fault for stats, _ in outcomes if stats.fault)[2] == "layer 5: its output is not finite"

@@ -1,0 +1,104 @@
+"""Settings and the command line: what is refused, and in what words."""
+
+import pytest
+from typer.testing import CliRunner
+
+from rayllp.cli import app
+from rayllp.config import TrainConfig, default_blocks, load_config, make_config, setting_names, to_yaml
+from rayllp.errors import SettingsError
+from rayllp.report.settings import settings_table
+
+FIXED_NAMES = (
+    "model.family model.layers model.width model.heads model.dropout data.path data.dataset data.tokenizer sequence_length "
+    "batch_size steps seed dtype workers mesh.data mesh.layer device channel mode mgrit.coarsening mgrit.levels.forward "
+    "mgrit.levels.backward mgrit.iterations.forward mgrit.iterations.backward mgrit.relaxation.fine mgrit.relaxation.coarse "
+    "mgrit.cycle mgrit.coarse_step_weight mgrit.recompute buffers.open buffers.close step.middle step.buffer "
+    "adaptive.probe_every adaptive.threshold optimizer.lr optimizer.warmup optimizer.weight_decay optimizer.clip eval.every "
+    "checkpoint.every checkpoint.keep "
+).split()
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("mgrit.coarsning=4", "unknown setting mgrit.coarsning; did you mean mgrit.coarsening"),
+        ("coarsening=4", "unknown setting coarsening; did you mean mgrit.coarsening"),
+        ("steps=many", r"steps: .*integer.*'many'"),
+        ("steps=0", "steps: .*greater than or equal to 1"),
+        ("mgrit.coarsening=16", "coarsening .16. of 16 layers leaves one coarse step"),
+        ("mgrit.levels.forward=4", "leaves one coarse step on level 2.*fewer mgrit.levels than 4"),
+        ("workers=17", "17 layer-parallel workers for 16 middle layers: use at most 16"),
+        ("buffers.open=18", r"leave 0 of 20 layers for the middle"),
+        ("mesh.data=3", "workers|batch_size 8 does not divide by mesh.data=3"),
+        ("model.heads=5", "width 64 does not divide by 5 heads"),
+        ("step.middle=1/L", "give a positive number"),
+        ("mode=fast", "mode: .*'parallel', 'serial' or 'adaptive'.*'fast'"),
+        ("mgrit.relaxation.fine=FC", "'F' or 'FCF'"),
+        ("model=3", "model: "),
+        ("accumulate=3", "do not divide into accumulate=3"),
+        ("novalue", "write key=value"),
+    ],
+)
+def test_bad_settings_are_refused_in_words(override, message):
+    with pytest.raises(SettingsError, match=message):
+        load_config(None, [override])
+
+
+def test_all_faults_are_listed_at_once():
+    with pytest.raises(SettingsError) as caught:
+        make_config({"steps": -1, "sede": 1, "model": {"width": "wide"}})
+    assert all(part in str(caught.value) for part in ("steps", "sede; did you mean seed", "model.width"))
+
+
+def test_fixed_names_exist_and_the_table_lists_all():
+    names = setting_names()
+    assert set(FIXED_NAMES) <= set(names)
+    table = settings_table()
+    assert all(f"| `{name}` |" in table for name in names)
+    assert "| – |\n" not in table
+    assert all(line.count(" | ") == 3 for line in table.splitlines()[2:])
+
+
+def test_a_config_survives_yaml(tmp_path):
+    config = load_config(None, ["mgrit.coarsening=[4, 2]", "mgrit.levels.forward=3", "optimizer.lr=1e-4", "step.middle=1/N"])
+    (tmp_path / "config.yaml").write_text(to_yaml(config))
+    assert load_config(tmp_path / "config.yaml") == config
+    assert config.optimizer.lr == 1e-4
+    assert config.middle_step == 1 / 16
+
+
+def test_files_that_are_no_settings(tmp_path):
+    with pytest.raises(SettingsError, match="cannot read"):
+        load_config(tmp_path / "none.yaml")
+    (tmp_path / "list.yaml").write_text("- a")
+    with pytest.raises(SettingsError, match="must be a mapping"):
+        load_config(tmp_path / "list.yaml")
+    (tmp_path / "broken.yaml").write_text("a: [")
+    with pytest.raises(SettingsError, match="is not YAML"):
+        load_config(tmp_path / "broken.yaml")
+
+
+def test_blocks_are_cut_at_c_points_where_that_is_free():
+    assert default_blocks(16, 2, 4) == (8, 8)
+    assert default_blocks(12, 2, 4) == (6, 6)
+    assert default_blocks(32, 4, 8) == (8, 8, 8, 8)
+    assert default_blocks(30, 4, 4) == (8, 8, 8, 6)
+    assert default_blocks(3, 2, 4) == (2, 1)
+    for layers, workers, c in ((23, 5, 4), (17, 3, 2), (64, 7, 8)):
+        assert sum(default_blocks(layers, workers, c)) == layers
+
+
+def test_the_command_line_refuses_without_a_traceback(tmp_path):
+    result = CliRunner().invoke(app, ["train", "--set", "steps=0", "--output", str(tmp_path / "run")])
+    assert isinstance(result.exception, SettingsError)
+    assert not (tmp_path / "run").exists()
+    assert CliRunner().invoke(app, ["train", "--resume", "x", "--set", "steps=1"]).exit_code == 2
+    assert "mgrit.coarsening" in CliRunner().invoke(app, ["settings"]).output
+
+
+def test_the_default_is_valid_and_immutable():
+    config = TrainConfig()
+    assert config.world == 2
+    assert config.model.layers >= 16
+    with pytest.raises(ValueError):
+        config.steps = 3

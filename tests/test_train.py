@@ -1,0 +1,209 @@
+"""Whole runs on a real Ray cluster: what a run writes, meshes, resuming, faults, Ctrl-C, and refusals."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+import rayllp
+from rayllp.cluster.driver import Driver, _validate
+from rayllp.errors import CheckpointError, ClusterError, DataError, NonFiniteError, SettingsError
+from rayllp.report import RunDirectory
+from tests.conftest import losses_over_threads, tiny
+
+pytestmark = pytest.mark.usefixtures("ray_cluster")
+
+
+def read(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def losses(run):
+    return [metric["loss"] for metric in read(run / "metrics.jsonl")]
+
+
+def living_actors():
+    from ray._private.state import actors  # the public listing needs a dashboard
+
+    return [actor for actor in actors().values() if actor["State"] == "ALIVE"]
+
+
+def placement_groups():
+    from ray.util import placement_group_table
+
+    return [group for group in placement_group_table().values() if group["state"] != "REMOVED"]
+
+
+def wait_until(condition, limit_s=20):
+    end = time.monotonic() + limit_s
+    while not condition():
+        assert time.monotonic() < end, f"waited {limit_s} s in vain"
+        time.sleep(0.1)
+
+
+@pytest.fixture(scope="module")
+def parallel_run(tmp_path_factory):
+    config = tiny(workers=2, steps=12, adaptive={"probe_every": 4}, eval={"every": 5, "batches": 2, "sample": 8}, model={"layers": 20})
+    return config, rayllp.train(config, output=tmp_path_factory.mktemp("runs") / "parallel")
+
+
+def test_a_run_writes_what_the_design_names(parallel_run):
+    config, result = parallel_run
+    run = result.directory
+    metrics = read(run / "metrics.jsonl")
+    assert [m["step"] for m in metrics] == list(range(12))
+    assert set(metrics[0]) == {
+        "step", "loss", "mode", "iterations_forward", "iterations_backward", "rho_forward", "rho_backward", "grad_norm", "lr",
+        "step_time_s", "tokens", "workers",
+    }  # fmt: skip
+    assert {m["mode"] for m in metrics} == {"parallel"}
+    assert {m["workers"] for m in metrics} == {2}
+    assert [m["step"] for m in metrics if m["rho_forward"] is not None] == [0, 3, 7, 11]
+    assert metrics[3]["iterations_forward"] == 4
+    assert metrics[4]["iterations_forward"] == 2
+    assert [e["step"] for e in read(run / "evals.jsonl")] == [5, 10, 12]
+    assert result.validation_loss == read(run / "evals.jsonl")[-1]["loss"]
+    assert len(result.sample) > 8
+    assert rayllp.load_config(run / "config.yaml") == config
+    assert [e["kind"] for e in read(run / "events.jsonl")] == ["checkpoint"]
+    assert (run / "checkpoints" / "step_12" / "manifest.json").exists()
+    assert list((run / "tensorboard").iterdir())
+    assert not placement_groups()
+    wait_until(lambda: not living_actors())
+
+
+def test_actors_compute_what_threads_compute(parallel_run):
+    config, result = parallel_run
+    assert losses(result.directory) == pytest.approx(losses_over_threads(config, 12), abs=1e-12)
+
+
+def test_replicas_times_layers(tmp_path):
+    runs = []
+    for data in (1, 2):
+        config = tiny(workers=None, mesh={"data": data, "layer": 2}, steps=8, dtype="float32", model={"dropout": 0.1})
+        runs.append(losses(rayllp.train(config, output=tmp_path / str(data)).directory))
+    assert runs[1] == pytest.approx(runs[0], abs=1e-5)
+
+
+def test_a_checkpoint_goes_on_with_any_number_of_workers(tmp_path):
+    config = tiny(workers=2, steps=10, checkpoint={"every": 4, "keep": 9}, mode="serial")
+    whole = rayllp.train(config, output=tmp_path / "whole").directory
+    copy = RunDirectory.create(tmp_path / "copy", tiny(workers=3, steps=10, mode="serial"))
+    for name in ("metrics.jsonl", "evals.jsonl", "events.jsonl"):
+        (copy.path / name).write_bytes((whole / name).read_bytes())
+    copy.checkpoints.mkdir()
+    (whole / "checkpoints" / "step_4").rename(copy.checkpoints / "step_4")
+    resumed = rayllp.train(resume=copy.path)
+    assert resumed.steps == 10
+    assert losses(copy.path) == pytest.approx(losses(whole), abs=1e-10)
+    assert [e["kind"] for e in read(copy.path / "events.jsonl")][-2:] == ["restore", "checkpoint"]
+
+
+def test_an_altered_checkpoint_is_refused(tmp_path):
+    run = rayllp.train(tiny(workers=1, steps=1), output=tmp_path / "run").directory
+    piece = run / "checkpoints" / "step_1" / "layer_00003.safetensors"
+    data = bytearray(piece.read_bytes())
+    data[-1] ^= 1
+    piece.write_bytes(data)
+    with pytest.raises(CheckpointError, match=r"layer_00003.*altered"):
+        rayllp.train(resume=run)
+
+
+class Sabotaged(Driver):
+    """A driver that does something to its workers before step 3."""
+
+    def act(self):
+        raise NotImplementedError
+
+    def _next_chunk(self, step):
+        if step == 3:
+            self.act()
+        return super()._next_chunk(step)[:1]
+
+
+def drive(kind, config, path):
+    text = _validate(config, None, None)
+    return kind(config, RunDirectory.create(path, config), "cpu", None, None, text).train(None)
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_step_and_names_the_layer(tmp_path):
+    class Poisoned(Sabotaged):
+        def act(self):
+            self.workers.call("set_parameter", "transformer.h.7.ln_2.weight", torch.full((16,), float("inf")))
+
+    with pytest.raises(NonFiniteError, match=r"step 3: .*layer 7: its output is not finite.*step_3"):
+        drive(Poisoned, tiny(workers=2, steps=6), tmp_path / "run")
+    assert len(read(tmp_path / "run" / "metrics.jsonl")) == 3
+    assert [e["kind"] for e in read(tmp_path / "run" / "events.jsonl")] == ["checkpoint", "fault"]
+    assert (tmp_path / "run" / "checkpoints" / "step_3" / "manifest.json").exists()
+    assert not placement_groups()
+
+
+def test_a_lost_worker_ends_the_run_at_once_and_leaves_nothing(tmp_path):
+    class Murdered(Sabotaged):
+        def act(self):
+            import ray
+
+            ray.kill(self.workers.workers[1], no_restart=True)
+            self.since = time.monotonic()
+
+    started = time.monotonic()
+    with pytest.raises(ClusterError, match="worker 1 was lost"):
+        drive(Murdered, tiny(workers=2, steps=6), tmp_path / "run")
+    assert time.monotonic() - started < 60
+    assert not placement_groups()
+    wait_until(lambda: not living_actors())
+
+
+def test_more_workers_or_gpus_than_the_cluster_has(tmp_path):
+    with pytest.raises(ClusterError, match="needs 2 GPUs, but the cluster has 0"):
+        rayllp.train(tiny(workers=2, device="cuda"), output=tmp_path / "a")
+    with pytest.raises(ClusterError, match="8 workers need 8 CPUs, but the cluster has 4"):
+        rayllp.train(tiny(workers=8), output=tmp_path / "b")
+    assert not (tmp_path / "a").exists()
+
+
+def test_an_output_directory_with_another_run(parallel_run, tmp_path):
+    config, result = parallel_run
+    before = sorted(path.name for path in result.directory.iterdir())
+    with pytest.raises(SettingsError, match="holds another run: choose another with --output"):
+        rayllp.train(config, output=result.directory)
+    assert sorted(path.name for path in result.directory.iterdir()) == before
+    with pytest.raises(CheckpointError, match="not a run directory"):
+        rayllp.train(resume=tmp_path)
+
+
+def test_texts_that_do_not_serve(tmp_path):
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "short.txt").write_text("too short")
+    for path, message in (("missing.txt", "no such file"), ("empty.txt", "holds no text"), ("short.txt", "fewer than one sequence of 16")):
+        with pytest.raises(DataError, match=message):
+            rayllp.train(tiny(data={"path": str(tmp_path / path)}), output=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_ctrl_c_leaves_a_checkpoint_and_no_actor(tmp_path):
+    run = tmp_path / "run"
+    command = [sys.executable, "-m", "rayllp", "train", "--output", str(run), "--set", "steps=100000", "--set", "eval.every=0"]
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
+    try:
+        metrics = run / "metrics.jsonl"
+        wait_until(lambda: process.poll() is not None or (metrics.exists() and len(read(metrics)) > 3), 120)
+        assert process.poll() is None, (tmp_path / "log").read_text()
+        os.killpg(process.pid, signal.SIGINT)
+        assert process.wait(60) == 130, (tmp_path / "log").read_text()
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    (checkpoint,) = (run / "checkpoints").iterdir()
+    assert checkpoint.name == f"step_{len(read(metrics))}"
+    assert (checkpoint / "manifest.json").exists()
+    assert f"rayllp train --resume {run}" in (tmp_path / "log").read_text()
+    assert not subprocess.run(["pgrep", "-g", str(process.pid)], capture_output=True, text=True).stdout
