@@ -4,7 +4,7 @@ import queue
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -24,6 +24,8 @@ class _Hub:
         self.queues: dict[tuple[int, int], queue.SimpleQueue[tuple[MessageTag, State]]] = {
             (a, b): queue.SimpleQueue() for a in range(size) for b in range(size)
         }
+        self.named: dict[str, dict[tuple[int, int], Any]] = {}
+        self.lock = threading.Lock()
         self.barrier = threading.Barrier(size)
         self.slots: list[Tensor | None] = [None] * size
 
@@ -44,6 +46,12 @@ class LocalChannel:
     def alone() -> "LocalChannel":
         """A group of one."""
         return LocalChannel.group(1)[0]
+
+    def shared_queues(self, name: str) -> dict[tuple[int, int], Any]:
+        """Queues between all pairs of workers, the same ones for everybody who asks by this name."""
+        with self._hub.lock:
+            pairs = [(a, b) for a in range(self.size) for b in range(self.size)]
+            return self._hub.named.setdefault(name, {pair: queue.SimpleQueue() for pair in pairs})
 
     def send(self, state: State, destination: int, tag: MessageTag) -> None:
         self._hub.queues[self.rank, destination].put((tag, detach(state)))

@@ -187,7 +187,10 @@ class Engine:
             initial=seed, spec=spec, tag=MessageTag(step, "adjoint"), reduce=False,
         )  # fmt: skip
         if entered is not None and backward.output is not None:
-            torch.autograd.backward(tensors(entered), tensors(backward.output))
+            # An embedding without parameters has no graph.
+            seeds = [(state, lam) for state, lam in zip(tensors(entered), tensors(backward.output), strict=True) if state.requires_grad]
+            if seeds:
+                torch.autograd.backward([state for state, _ in seeds], [lam for _, lam in seeds])
         return loss, forward, backward
 
     def loss_and_seed(self, output: State | None, targets: Tensor, scale: float) -> tuple[Tensor, State]:

@@ -1,0 +1,246 @@
+"""What a step costs beyond its layers.
+
+    python examples/benchmarks/step.py [--rounds 15]
+
+1. One worker in serial mode against a bare PyTorch loop over transformers' GPT-2: time a step (alternating, median of ratios) and peak
+   memory (a fresh process each).
+2. Two workers, layer-parallel: time a step over its ideal critical path, which is the training cycle itself run on logical clocks with
+   the times of this network's own layers, measured in the same processes.
+"""
+
+import argparse
+import json
+import multiprocessing
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from peak import peak_bytes, reset_peak
+from transformers import GPT2Config, GPT2LMHeadModel
+
+import rayllp
+from rayllp.channel import LocalChannel
+from rayllp.channel.torch_dist import TorchChannel
+from rayllp.config import TrainConfig
+from rayllp.control import Controller
+from rayllp.data import load_text
+from rayllp.engine import Engine
+from rayllp.engine.optimizer import learning_rate
+from rayllp.models import build_architecture
+from rayllp.plan import Costs, predict_step
+
+torch.set_num_threads(1)
+
+
+def settings(**changes: object) -> TrainConfig:
+    base = {"model": {"layers": 12, "width": 256, "heads": 8}, "buffers": {"open": 0, "close": 0}, "step": {"middle": 1.0}}
+    return rayllp.make_config({**base, "mode": "serial", "workers": 1, "sequence_length": 128, "batch_size": 8, **changes})
+
+
+def make_engine(config: TrainConfig, channel: object) -> Engine:
+    text = load_text(config.data, config.sequence_length, config.seed)
+    architecture = build_architecture(config, text.tokenizer.vocabulary)
+    return Engine(architecture, config, text, channel, LocalChannel.alone(), torch.device("cpu"))  # type: ignore[arg-type]
+
+
+# One worker against a bare loop ---------------------------------------------------------------------------------------------------
+
+
+def ours(config: TrainConfig) -> Callable[[int], None]:
+    engine, controller = make_engine(config, LocalChannel.alone()), Controller(config)
+    return lambda step: engine.train_step(step, controller.accuracy) and None
+
+
+def bare(config: TrainConfig) -> Callable[[int], None]:
+    text = load_text(config.data, config.sequence_length, config.seed)
+    m = config.model
+    model = GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=text.tokenizer.vocabulary, n_positions=config.sequence_length, n_embd=m.width, n_layer=m.layers, n_head=m.heads,
+            embd_pdrop=0, attn_pdrop=0, resid_pdrop=0, bos_token_id=0, eos_token_id=0, attn_implementation="sdpa", use_cache=False,
+        )
+    ).train()  # fmt: skip
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+
+    def step(n: int) -> None:
+        inputs, targets = text.batch("train", n, config.batch_size)
+        logits = model(input_ids=inputs).logits
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(config.optimizer, n, config.steps)
+        optimizer.step()
+        loss.item()
+
+    return step
+
+
+def memory_of(kind: str) -> int:
+    """Peak resident memory, above that of a process which has only imported everything and read the text, of three steps. Bytes."""
+    command = [sys.executable, __file__, "--memory", kind]
+    return int(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1]))
+
+
+def memory_main(kind: str) -> None:
+    config = settings()
+    load_text(config.data, config.sequence_length, config.seed)
+    reset_peak()
+    before = peak_bytes()
+    step = {"ours": ours, "bare": bare}[kind](config)
+    for n in range(3):
+        step(n)
+    print(json.dumps(peak_bytes() - before))
+
+
+def one_worker(rounds: int) -> None:
+    config = settings()
+    a, b = ours(config), bare(config)
+    ratios, times = [], []
+    for n in range(rounds + 2):
+        pair = []
+        for step in (a, b) if n % 2 else (b, a):
+            started = time.perf_counter()
+            step(n)
+            pair.append(time.perf_counter() - started)
+        mine, theirs = pair if n % 2 else pair[::-1]
+        if n >= 2:
+            ratios.append(mine / theirs)
+            times.append((mine, theirs))
+    mine, theirs = (statistics.median(column) for column in zip(*times, strict=True))
+    print(f"one worker, serial, over a bare loop: time {statistics.median(ratios):.3f} (medians {mine:.3f} s and {theirs:.3f} s)")
+    ratios = [memory_of("ours") / memory_of("bare") for _ in range(3)]
+    print(f"one worker, serial, over a bare loop: memory {statistics.median(ratios):.3f}")
+
+
+# Two workers against the critical path --------------------------------------------------------------------------------------------
+
+
+def clocked(work: Callable[[], object], repeats: int = 5) -> float:
+    times = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - started)
+    return statistics.median(times)
+
+
+def measure_costs(engine: Engine, channel: TorchChannel) -> Costs:
+    """Times of this worker's own layers, while the other worker measures too."""
+    block = engine.block
+    inputs, targets, samples, terms = engine.my_batch("train", 0)
+    block.begin(0, samples, training=True)
+    spec = engine.spec(inputs)
+    x = torch.randn(spec.shapes[0], dtype=block.dtype)
+    layers = list(block.middle)
+
+    def forward() -> None:
+        with torch.no_grad():
+            for n in layers:
+                block.layer(n, x)
+
+    def graphs() -> list[tuple[torch.Tensor, torch.Tensor, list[torch.nn.Parameter]]]:
+        made = []
+        for n in layers:
+            leaf = x.detach().requires_grad_()
+            made.append((leaf, block.layer(n, leaf), list(block.layers[n].parameters())))
+        return made
+
+    def input_gradients() -> None:
+        for leaf, out, _ in recorded:
+            torch.autograd.grad(out, leaf, x, retain_graph=True)
+
+    def full_gradients() -> None:
+        for leaf, out, parameters in recorded:
+            for leaf_or_parameter in (leaf, *parameters):
+                leaf_or_parameter.grad = None
+            torch.autograd.backward(out, x, inputs=[leaf, *parameters], retain_graph=True)
+
+    def ends() -> None:
+        if block.first:
+            block.enter(inputs)
+        if block.last:
+            engine.loss_and_seed(x, targets, 1 / terms)
+
+    recorded = graphs()
+    for warm in (forward, input_gradients, full_gradients, ends):
+        warm()
+    count = len(layers)
+    values = [clocked(work) for work in (forward, graphs, input_gradients, full_gradients, ends)]
+    values.append(clocked(engine.optimizer.step))  # last: it changes weights that the recorded graphs hold
+    everyone = torch.tensor(values, dtype=torch.float64)
+    mean = (dist.all_reduce(everyone), everyone / channel.size)[1].tolist()
+    own_ends = torch.tensor([values[4] if block.last else 0.0, values[4] if block.first else 0.0], dtype=torch.float64)
+    dist.all_reduce(own_ends)
+    engine.optimizer.zero_grad()
+    return Costs(
+        forward=mean[0] / count, record=mean[1] / count, input_gradient=mean[2] / count, full_gradient=mean[3] / count,
+        leave=own_ends[0].item(), enter=own_ends[1].item(), enter_gradient=own_ends[1].item(), update=mean[5] / count,
+    )  # fmt: skip
+
+
+def two_workers_process(rank: int, folder: str, config: TrainConfig, rounds: int, outcome: "multiprocessing.Queue") -> None:
+    torch.set_num_threads(1)
+    store = dist.FileStore(str(Path(folder) / "store"), 2)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=120))
+    channel = TorchChannel()
+    engine, accuracy = make_engine(config, channel), Controller(config).accuracy
+    ratios, times, ideals = [], [], []
+    for n in range(rounds + 2):
+        if n % 5 == 0:
+            costs = measure_costs(engine, channel)
+            ideal = predict_step(config, accuracy, costs) if rank == 0 else 0.0
+            dist.barrier()
+        started = time.perf_counter()
+        engine.train_step(n, accuracy)
+        taken = time.perf_counter() - started
+        if n >= 2:
+            ratios.append(taken / ideal if rank == 0 else 0.0)
+            times.append(taken)
+            ideals.append(ideal)
+    if rank == 0:
+        outcome.put((statistics.median(ratios), statistics.median(times), statistics.median(ideals), costs))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def two_workers(rounds: int) -> None:
+    mgrit = {"coarsening": 8, "iterations": {"forward": 1, "backward": 1}}
+    config = settings(
+        workers=2, mode="parallel", mgrit=mgrit, model={"layers": 64, "width": 128, "heads": 4}, step={"middle": "1/N"}, sequence_length=64
+    )
+    context = multiprocessing.get_context("spawn")
+    outcome = context.Queue()
+    with tempfile.TemporaryDirectory() as folder:
+        processes = [context.Process(target=two_workers_process, args=(r, folder, config, rounds, outcome)) for r in range(2)]
+        for process in processes:
+            process.start()
+        ratio, taken, ideal, costs = outcome.get(timeout=600)
+        for process in processes:
+            process.join(30)
+    shown = ", ".join(f"{name} {1000 * value:.2f}" for name, value in vars(costs).items() if value)
+    print(f"two workers, parallel (N = 64, c_f = 8, 1+1), over the critical path: {ratio:.3f} (medians {taken:.3f} s and {ideal:.3f} s)")
+    print(f"  its layers, ms: {shown}")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--only", choices=["one", "two"], help="one worker, or two, alone")
+    parser.add_argument("--memory", choices=["ours", "bare"], help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.memory:
+        memory_main(arguments.memory)
+    else:
+        if arguments.only != "two":
+            one_worker(arguments.rounds)
+        if arguments.only != "one":
+            two_workers(arguments.rounds)
