@@ -20,15 +20,12 @@ from rayllp.channel import LocalChannel
 from rayllp.control import Controller
 from rayllp.data import load_text
 from rayllp.engine import Engine
-from rayllp.engine.memory import return_freed_memory
 from rayllp.models import build_architecture
 
 torch.set_num_threads(1)
 
 
-def measure(recompute: bool, freeing: bool) -> None:
-    if freeing:
-        return_freed_memory()
+def measure(recompute: bool) -> None:
     config = rayllp.make_config(
         {
             "workers": 1, "mode": "parallel", "model": {"layers": 64, "width": 128, "heads": 4}, "buffers": {"open": 0, "close": 0},
@@ -51,15 +48,14 @@ def run(kind: str) -> list[float]:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--measure", choices=["keep", "keep-freeing", "recompute", "recompute-freeing"], help=argparse.SUPPRESS)
+    parser.add_argument("--measure", choices=["keep", "recompute"], help=argparse.SUPPRESS)
     kind = parser.parse_args().measure
     if kind:
-        measure(kind.startswith("recompute"), kind.endswith("freeing"))
+        measure(kind == "recompute")
     else:
-        print('a block of 64 layers, c_f = 8; "freeing": large tensors go back to the system, as workers do with mgrit.recompute')
         kept = None
-        for kind in ("keep", "keep-freeing", "recompute", "recompute-freeing"):
+        for kind in ("keep", "recompute"):
             peak, seconds = (statistics.median(column) for column in zip(*(run(kind) for _ in range(3)), strict=True))
             kept = kept or (peak, seconds)
             times = f"step {seconds:.3f} s ({seconds / kept[1]:.2f} x)"
-            print(f"{kind:18} peak {peak / 2**20:5.0f} MiB ({kept[0] / peak:.2f} x less), {times}")
+            print(f"{kind:9} peak {peak / 2**20:5.0f} MiB ({kept[0] / peak:.2f} x less), {times}")

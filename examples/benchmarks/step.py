@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
 
@@ -124,13 +124,18 @@ def one_worker(rounds: int) -> None:
 # Two workers against the critical path --------------------------------------------------------------------------------------------
 
 
-def clocked(work: Callable[[], object], repeats: int = 5) -> float:
+def clocked(works: Sequence[Callable[[], object]], repeats: int = 7) -> list[float]:
+    """Median seconds of each work, both workers at the same one at the same time, the works taking turns."""
     times = []
     for _ in range(repeats):
-        started = time.perf_counter()
-        work()
-        times.append(time.perf_counter() - started)
-    return statistics.median(times)
+        row = []
+        for work in works:
+            dist.barrier()
+            started = time.perf_counter()
+            work()
+            row.append(time.perf_counter() - started)
+        times.append(row)
+    return [statistics.median(column) for column in zip(*times, strict=True)]
 
 
 def measure_costs(engine: Engine, channel: TorchChannel) -> Costs:
@@ -147,22 +152,22 @@ def measure_costs(engine: Engine, channel: TorchChannel) -> Costs:
             for n in layers:
                 block.layer(n, x)
 
-    def graphs() -> list[tuple[torch.Tensor, torch.Tensor, list[torch.nn.Parameter]]]:
-        made = []
+    recorded: list[tuple[torch.Tensor, torch.Tensor, list[torch.nn.Parameter]]] = []
+
+    def record() -> None:
         for n in layers:
             leaf = x.detach().requires_grad_()
-            made.append((leaf, block.layer(n, leaf), list(block.layers[n].parameters())))
-        return made
+            recorded.append((leaf, block.layer(n, leaf), list(block.layers[n].parameters())))
 
     def input_gradients() -> None:
         for leaf, out, _ in recorded:
             torch.autograd.grad(out, leaf, x, retain_graph=True)
 
     def full_gradients() -> None:
-        for leaf, out, parameters in recorded:
-            for leaf_or_parameter in (leaf, *parameters):
-                leaf_or_parameter.grad = None
-            torch.autograd.backward(out, x, inputs=[leaf, *parameters], retain_graph=True)
+        # As in a step: the last layer first, its graph freed.
+        while recorded:
+            leaf, out, parameters = recorded.pop()
+            torch.autograd.backward(out, x, inputs=[leaf, *parameters])
 
     def ends() -> None:
         if block.first:
@@ -170,17 +175,13 @@ def measure_costs(engine: Engine, channel: TorchChannel) -> Costs:
         if block.last:
             engine.loss_and_seed(x, targets, 1 / terms)
 
-    recorded = graphs()
-    for warm in (forward, input_gradients, full_gradients, ends):
-        warm()
     count = len(layers)
-    values = [clocked(work) for work in (forward, graphs, input_gradients, full_gradients, ends)]
-    values.append(clocked(engine.optimizer.step))  # last: it changes weights that the recorded graphs hold
+    works = (forward, record, input_gradients, full_gradients, ends, engine.optimizer.step, engine.optimizer.zero_grad)
+    values = clocked(works)
     everyone = torch.tensor(values, dtype=torch.float64)
     mean = (dist.all_reduce(everyone), everyone / channel.size)[1].tolist()
     own_ends = torch.tensor([values[4] if block.last else 0.0, values[4] if block.first else 0.0], dtype=torch.float64)
     dist.all_reduce(own_ends)
-    engine.optimizer.zero_grad()
     return Costs(
         forward=mean[0] / count, record=mean[1] / count, input_gradient=mean[2] / count, full_gradient=mean[3] / count,
         leave=own_ends[0].item(), enter=own_ends[1].item(), enter_gradient=own_ends[1].item(), update=mean[5] / count,

@@ -18,7 +18,6 @@ from rayllp.config import TrainConfig
 from rayllp.control import Accuracy
 from rayllp.data import Batches, load_text
 from rayllp.engine import Engine
-from rayllp.engine.memory import return_freed_memory
 from rayllp.models import Architecture, build_architecture
 
 
@@ -27,8 +26,6 @@ class BlockWorker:
 
     def __init__(self, rank: int, config: TrainConfig, threads: int) -> None:
         torch.set_num_threads(threads)
-        if config.mgrit.recompute:
-            return_freed_memory()
         self.rank, self.config = rank, config
         self.engine: Engine | None = None
         self._listener: socket.socket | None = None

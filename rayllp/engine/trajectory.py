@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from rayllp.engine.block import Block
+from rayllp.engine.memory import return_freed_memory
 from rayllp.state import State, detach, like, tensors
 
 
@@ -68,6 +69,8 @@ class Trajectory:
         return self.graphs[layer]
 
     def _recompute_interval(self, layer: int) -> None:
+        if self.block.device.type == "cpu":
+            return_freed_memory()
         start = max(n for n in self.checkpoints if n <= layer)
         state = self.checkpoints[start]
         for n in range(start, layer + 1):
