@@ -31,10 +31,14 @@ def draw(runs: dict[str, Path], picture: Path) -> None:
     colours = dict(zip(runs, ("#1f77b4", "#d62728", "#2ca02c", "#9467bd"), strict=False))
     for name, run in runs.items():
         metrics, evaluations = read(run / "metrics.jsonl"), read(run / "evals.jsonl")
-        left.plot([m["step"] for m in metrics], smooth([m["loss"] for m in metrics]), color=colours[name], lw=1, alpha=0.6)
+        # The curves usually lie on each other: the first run is drawn wide and its marks hollow, so that both can be seen.
+        first = name == next(iter(runs))
         left.plot(
-            [e["step"] for e in evaluations], [e["loss"] for e in evaluations], "o", color=colours[name], label=f"{name}: validation", ms=4
+            [m["step"] for m in metrics], smooth([m["loss"] for m in metrics]), color=colours[name], lw=3.5 if first else 1, alpha=0.6
         )
+        mark = {"ms": 9, "mfc": "none"} if first else {"ms": 4}
+        steps, losses = [e["step"] for e in evaluations], [e["loss"] for e in evaluations]
+        left.plot(steps, losses, "o", color=colours[name], label=f"{name}: validation", **mark)
         probes = [m for m in metrics if m["rho_forward"] is not None]
         if probes:
             right.plot([m["step"] for m in probes], [m["rho_forward"] for m in probes], "o-", ms=3, label="forward")

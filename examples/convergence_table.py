@@ -56,9 +56,7 @@ def measure(layers: int, h: float, forward: int, backward: int) -> tuple[Tensor,
             "mgrit": {"relaxation": {"fine": "F"}},
         }
     )
-    stack = LayerStack(
-        embed=nn.Identity, layers=[GPTBlock] * layers, head=nn.Identity, loss=lambda y, w: (w * y).sum(), count=lambda _: 1
-    )
+    stack = LayerStack(embed=nn.Identity, layers=[GPTBlock] * layers, head=nn.Identity, loss=lambda y, w: (w * y).sum(), count=lambda _: 1)
     engine = Engine(stack, config, NormalInput(), LocalChannel.alone(), LocalChannel.alone(), torch.device("cpu"))
     inputs, targets, samples, _ = engine.my_batch("train", 0)
     levels = [2 if count else 1 for count in (forward, backward)]

@@ -1,12 +1,14 @@
 """Settings and the command line: what is refused, and in what words."""
 
+from pathlib import Path
+
 import pytest
 from typer.testing import CliRunner
 
 from rayllp.cli import app
 from rayllp.config import TrainConfig, default_blocks, load_config, make_config, setting_names, to_yaml
 from rayllp.errors import SettingsError
-from rayllp.report.settings import settings_table
+from rayllp.report.settings import WORTH_KNOWING, documents, settings_table
 
 FIXED_NAMES = (
     "model.family model.layers model.width model.heads model.dropout data.path data.dataset data.tokenizer sequence_length "
@@ -57,6 +59,12 @@ def test_fixed_names_exist_and_the_table_lists_all():
     assert all(f"| `{name}` |" in table for name in names)
     assert "| – |\n" not in table
     assert all(line.count(" | ") == 3 for line in table.splitlines()[2:])
+
+
+def test_the_documents_have_the_tables_of_the_code():
+    assert set(WORTH_KNOWING) <= set(setting_names())
+    for path, text in documents(Path(__file__).parents[1]).items():
+        assert path.read_text() == text, f"{path.name} is behind: python -m rayllp.report.settings"
 
 
 def test_a_config_survives_yaml(tmp_path):

@@ -1,18 +1,42 @@
-"""Every setting as a table, made from the code: for `rayllp settings` and the docs."""
+"""Settings as a table, made from the code: for `rayllp settings`, the docs and the README.
 
-from collections.abc import Iterator
+python -m rayllp.report.settings     # writes the tables into README.md and docs/settings.md of a checkout
+"""
+
+from collections.abc import Collection, Iterator
+from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
 
 from rayllp.config import TrainConfig
 
+WORTH_KNOWING = (
+    "model.family model.layers model.width data.path data.dataset data.tokenizer sequence_length batch_size steps workers mesh.data mode "
+    "mgrit.coarsening mgrit.levels.forward mgrit.levels.backward mgrit.iterations.forward mgrit.iterations.backward "
+    "mgrit.coarse_step_weight mgrit.recompute buffers.open buffers.close step.middle adaptive.probe_every adaptive.threshold"
+).split()
+BEGIN, END = "<!-- settings: ", "<!-- end of settings -->"
 
-def settings_table() -> str:
-    """A Markdown table: name, type, default, meaning."""
+
+def settings_table(only: Collection[str] | None = None) -> str:
+    """A Markdown table: name, type, default, meaning; of all settings, or of those named."""
     lines = ["| setting | takes | default | meaning |", "|---|---|---|---|"]
-    lines += [f"| `{name}` | {kind} | `{default}` | {text} |" for name, kind, default, text in _rows(TrainConfig())]
+    rows = [row for row in _rows(TrainConfig()) if only is None or row[0] in only]
+    lines += [f"| `{name}` | {kind} | `{default}` | {text} |" for name, kind, default, text in rows]
     return "\n".join(lines)
+
+
+def documents(root: Path) -> dict[Path, str]:
+    """The README and docs/settings.md with their tables as the code has them."""
+    readme = root / "README.md"
+    before, _, rest = readme.read_text().partition(BEGIN)
+    comment, _, rest = rest.partition("\n")
+    after = rest.partition(END)[2]
+    return {
+        readme: f"{before}{BEGIN}{comment}\n{settings_table(WORTH_KNOWING)}\n{END}{after}",
+        root / "docs" / "settings.md": f"# Every setting\n\nSet by YAML or `--set name=value`.\n\n{settings_table()}\n",
+    }
 
 
 def _rows(settings: BaseModel, prefix: str = "") -> Iterator[tuple[str, str, str, str]]:
@@ -41,3 +65,8 @@ def _plain(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     return f"{value:g}" if isinstance(value, float) else str(list(value) if isinstance(value, tuple) else value)
+
+
+if __name__ == "__main__":
+    for path, text in documents(Path()).items():
+        path.write_text(text)
