@@ -32,6 +32,16 @@ class ModelSettings(Settings):
     heads: int = Field(4, ge=1, description="attention heads; must divide the width")
     dropout: float = Field(0.0, ge=0, lt=1, description="embedding, attention and residual dropout")
     tie_embeddings: bool = Field(True, description="the head shares the token embedding's weight")
+    feed_forward: int | None = Field(None, ge=1, description="inner size of the MLPs; default 4 × width (llama: 8/3 × width)")
+    kv_heads: int | None = Field(None, ge=1, description="key and value heads of llama's grouped-query attention; default heads")
+    patch_size: int = Field(4, ge=1, description="of vit, in pixels")
+    encoder_layers: int | None = Field(None, ge=1, description="of mt, out of model.layers; default half")
+    head: Literal["auto", "sentences"] = Field("auto", description="auto: the family's own task; sentences: classify sentences (bert)")
+    label_smoothing: float = Field(0.0, ge=0, lt=1, description="of the loss, where targets are classes or tokens")
+    initialisation: Literal["default", "deep", "scaled"] = Field(
+        "default", description="default: transformers'; deep: MLP, value, output weights times √(log 2L); scaled: outputs over √(2L)"
+    )
+    from_pretrained: str | None = Field(None, description="folder or name of a transformers checkpoint to start from")
 
     @model_validator(mode="after")
     def _heads_divide(self) -> "ModelSettings":
@@ -41,14 +51,26 @@ class ModelSettings(Settings):
 
 
 class DataSettings(Settings):
-    """What it is trained on."""
+    """What it is trained on. Which kind of data is read follows from model.family and model.head (docs/data.md)."""
 
-    path: str | None = Field(None, description="text file or folder of text files (.gz allowed); none: sources of the standard library")
+    path: str | None = Field(None, description="file or folder (.gz allowed); none: an embedded set where the family has one")
+    validation_path: str | None = Field(None, description="held-out file; none: a part of data.path, or the set's own split")
     dataset: str | None = Field(None, description="a Hugging Face `datasets` name or a folder written by save_to_disk")
     subset: str | None = Field(None, description="the data set's configuration name")
-    text_field: str = Field("text", description="column that holds the text")
-    tokenizer: str = Field("bytes", description="bytes, characters, a transformers tokenizer (name or folder), or a tokenizers JSON file")
+    streaming: bool = Field(False, description="read a `datasets` name as a stream, up to data.max_bytes, instead of downloading it whole")
+    max_bytes: int | None = Field(None, ge=1, description="text, pairs or lines beyond this size are not read")
+    text_field: str = Field("text", description="column that holds the text (a number for a file without column names)")
+    pair_field: str | None = Field(None, description="column of the second sentence of a pair")
+    label_field: str = Field("label", description="column of the label (a number without column names); for words upos, xpos or feats")
+    source: str = Field("de", description="language translated from: a file's ending or a data set's key")
+    target: str = Field("en", description="language translated to")
+    tokenizer: str = Field(
+        "bytes", description="bytes, characters, bpe:SIZE (trained on the text), a tokenizers JSON, a transformers name or folder"
+    )
     validation_fraction: float = Field(0.1, gt=0, lt=1, description="the text's end held out for evaluation")
+    mask_fraction: float = Field(0.2, gt=0, lt=1, description="of the tokens that bert is to guess")
+    min_count: int = Field(1, ge=1, description="occurrences that give a word its own entry in the vocabulary (words)")
+    on_error: Literal["refuse", "skip"] = Field("refuse", description="a broken line or unseen label: stop, or leave it out and say so")
 
     @model_validator(mode="after")
     def _one_source(self) -> "DataSettings":

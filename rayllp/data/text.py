@@ -4,26 +4,18 @@ import gzip
 import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from rayllp.config import DataSettings
+from rayllp.data.base import Facts
 from rayllp.data.tokenizer import Tokenizer, make_tokenizer
 from rayllp.errors import DataError
 from rayllp.models.randomness import key
 
 DEFAULT_TEXT_BYTES = 4_000_000
-
-
-class Batches(Protocol):
-    """What a worker draws its batches from. Every worker holds one; a batch is a pure function of its arguments."""
-
-    def batch(self, split: str, step: int, size: int) -> tuple[Tensor, Tensor]:
-        """The global batch of a step: inputs and targets, dimension 0 the sample. `split` is train or validation."""
-        ...
 
 
 def read_text(settings: DataSettings) -> bytes:
@@ -97,6 +89,10 @@ class TextBatches:
     sequence_length: int
     seed: int
     tokenizer: Tokenizer
+
+    @property
+    def facts(self) -> Facts:
+        return Facts(vocabulary=self.tokenizer.vocabulary)
 
     def batch(self, split: str, step: int, size: int) -> tuple[Tensor, Tensor]:
         """Token ids of shape (size, sequence_length), twice."""
