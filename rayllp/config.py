@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from rayllp.errors import SettingsError
 from rayllp.mgrit import Hierarchy, Method, build_hierarchy, split_evenly
+from rayllp.sizes import with_pretrained_sizes
 
 Relaxation = Literal["F", "FCF"]
 
@@ -156,6 +157,7 @@ class AdaptiveSettings(Settings):
 
     probe_every: int = Field(100, ge=0, description="steps between probes (doubled iterations, at least 3); 0: never")
     threshold: float = Field(1.0, gt=0, description="switch to serial once a probe's ρ, forward or backward, passes this")
+    switch_at: int | None = Field(None, ge=0, description="switch to serial at this step, whatever ρ says")
 
 
 class OptimizerSettings(Settings):
@@ -174,8 +176,12 @@ class EvalSettings(Settings):
     """Evaluation on the held-out text: always with the exact forward."""
 
     every: int = Field(100, ge=0, description="steps between evaluations; 0: only at the end")
-    batches: int = Field(8, ge=1, description="batches each time, the same ones")
-    sample: int = Field(160, ge=0, description="tokens generated at the end; 0: none")
+    batches: int = Field(8, ge=0, description="batches each time, the same ones; 0: one pass through a finite held-out set")
+    final_batches: int = Field(0, ge=0, description="at the end; 0: one pass, or eval.batches where the held-out set has no end")
+    sample: int = Field(160, ge=0, description="tokens generated at the end (gpt2, llama); 0: none")
+    translate: int = Field(0, ge=0, description="held-out sentences translated each time for BLEU (mt); 0: none")
+    final_translate: int = Field(200, ge=0, description="at the end (mt); 0: none")
+    beams: int = Field(4, ge=1, description="of the beam search (mt)")
 
 
 class CheckpointSettings(Settings):
@@ -183,6 +189,7 @@ class CheckpointSettings(Settings):
 
     every: int = Field(0, ge=0, description="steps between checkpoints; 0: only at the end or when stopped")
     keep: int = Field(2, ge=1, description="the last so many stay")
+    best: bool = Field(True, description="also keep that of the lowest validation loss; written after an evaluation that finds one")
 
 
 class MeshSettings(Settings):
@@ -286,6 +293,11 @@ class TrainConfig(Settings):
 
     # Rules over several settings ----------------------------------------------------------------------------------------------
 
+    @model_validator(mode="before")
+    @classmethod
+    def _sizes_of_the_pretrained(cls, values: Any) -> Any:
+        return with_pretrained_sizes(values) if isinstance(values, Mapping) else values
+
     @model_validator(mode="after")
     def _consistent(self) -> "TrainConfig":
         self._check_mesh()
@@ -316,6 +328,9 @@ class TrainConfig(Settings):
             raise ValueError(f"mesh.blocks {mesh.blocks} must be {P} positive numbers that add up to the {N} middle layers")
 
     def _check_batch(self) -> None:
+        encoder = self.model.encoder_layers
+        if encoder is not None and encoder >= self.model.layers:
+            raise ValueError(f"model.encoder_layers={encoder} leaves no decoder layer of model.layers={self.model.layers}: lower it")
         if self.batch_size % self.mesh.data:
             raise ValueError(f"batch_size {self.batch_size} does not divide by mesh.data={self.mesh.data}")
         if self.replica_batch % self.accumulate:

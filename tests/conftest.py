@@ -15,7 +15,7 @@ import torch
 from rayllp.channel import LocalChannel, run_workers
 from rayllp.config import make_config
 from rayllp.control import Controller
-from rayllp.data import load_text
+from rayllp.data import load_data
 from rayllp.engine import Engine
 from rayllp.models import build_architecture
 
@@ -40,7 +40,8 @@ def tiny(**changes):
         "batch_size": 4,
         "steps": 30,
         "dtype": "float64",
-        "eval": {"every": 0, "batches": 2, "sample": 0},
+        "eval": {"every": 0, "batches": 2, "sample": 0, "final_translate": 0},
+        "checkpoint": {"best": False},
         "adaptive": {"probe_every": 0},
         "mode": "parallel",
         "workers": 1,
@@ -49,10 +50,10 @@ def tiny(**changes):
 
 
 def make_engine(config, layer_channel=None, data_channel=None):
-    text = load_text(config.data, config.sequence_length, config.seed)
-    architecture = build_architecture(config, text.tokenizer.vocabulary)
+    data = load_data(config)
+    architecture = build_architecture(config, data.facts)
     layer_channel, data_channel = layer_channel or LocalChannel.alone(), data_channel or LocalChannel.alone()
-    return Engine(architecture, config, text, layer_channel, data_channel, torch.device("cpu"))
+    return Engine(architecture, config, data, layer_channel, data_channel, torch.device("cpu"))
 
 
 def train_engine(engine, steps):

@@ -18,7 +18,7 @@ from peak import peak_bytes, reset_peak
 import rayllp
 from rayllp.channel import LocalChannel
 from rayllp.control import Controller
-from rayllp.data import load_text
+from rayllp.data import load_data
 from rayllp.engine import Engine
 from rayllp.models import build_architecture
 
@@ -33,10 +33,10 @@ def measure(recompute: bool) -> None:
             "sequence_length": 128, "batch_size": 16,
         }
     )  # fmt: skip
-    text = load_text(config.data, config.sequence_length, config.seed)
+    text = load_data(config)
     reset_peak()
     before = peak_bytes()
-    architecture = build_architecture(config, text.tokenizer.vocabulary)
+    architecture = build_architecture(config, text.facts)
     engine = Engine(architecture, config, text, LocalChannel.alone(), LocalChannel.alone(), torch.device("cpu"))
     times = [engine.train_step(step, Controller(config).accuracy).time_s for step in range(4)]
     print(json.dumps([peak_bytes() - before, statistics.median(times)]))

@@ -30,7 +30,7 @@ from rayllp.channel import LocalChannel
 from rayllp.channel.torch_dist import TorchChannel
 from rayllp.config import TrainConfig
 from rayllp.control import Controller
-from rayllp.data import load_text
+from rayllp.data import load_data
 from rayllp.engine import Engine
 from rayllp.engine.optimizer import learning_rate
 from rayllp.models import build_architecture
@@ -45,8 +45,8 @@ def settings(**changes: object) -> TrainConfig:
 
 
 def make_engine(config: TrainConfig, channel: object) -> Engine:
-    text = load_text(config.data, config.sequence_length, config.seed)
-    architecture = build_architecture(config, text.tokenizer.vocabulary)
+    text = load_data(config)
+    architecture = build_architecture(config, text.facts)
     return Engine(architecture, config, text, channel, LocalChannel.alone(), torch.device("cpu"))  # type: ignore[arg-type]
 
 
@@ -59,7 +59,7 @@ def ours(config: TrainConfig) -> Callable[[int], None]:
 
 
 def bare(config: TrainConfig) -> Callable[[int], None]:
-    text = load_text(config.data, config.sequence_length, config.seed)
+    text = load_data(config)
     m = config.model
     model = GPT2LMHeadModel(
         GPT2Config(
@@ -92,7 +92,7 @@ def memory_of(kind: str) -> int:
 
 def memory_main(kind: str) -> None:
     config = settings()
-    load_text(config.data, config.sequence_length, config.seed)
+    load_data(config)
     reset_peak()
     before = peak_bytes()
     step = {"ours": ours, "bare": bare}[kind](config)
@@ -142,7 +142,7 @@ def measure_costs(engine: Engine, channel: TorchChannel) -> Costs:
     """Times of this worker's own layers, while the other worker measures too."""
     block = engine.block
     inputs, targets, samples, terms = engine.my_batch("train", 0)
-    block.begin(0, samples, training=True)
+    block.begin(0, samples, inputs, training=True)
     spec = engine.spec(inputs)
     x = torch.randn(spec.shapes[0], dtype=block.dtype)
     layers = list(block.middle)

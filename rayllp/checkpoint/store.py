@@ -8,14 +8,14 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from rayllp.engine.engine import Engine
 from rayllp.errors import CheckpointError
@@ -46,8 +46,8 @@ def write_pieces(engine: Engine, folder: Path) -> dict[str, dict[str, Any]]:
     return written
 
 
-def commit(folder: Path, step: int, files: Mapping[str, Any], extra: Mapping[str, Any], keep: int) -> Path:
-    """Add the manifest, make the checkpoint appear, drop all but the last `keep`."""
+def commit(folder: Path, step: int, files: Mapping[str, Any], extra: Mapping[str, Any], keep: int, best: int | None = None) -> Path:
+    """Add the manifest, make the checkpoint appear, drop all but the last `keep` and that of step `best`."""
     manifest = {"format": FORMAT, "step": step, "files": dict(files), **extra}
     with (folder / "manifest.json").open("w") as file:
         json.dump(manifest, file, indent=1)
@@ -60,7 +60,8 @@ def commit(folder: Path, step: int, files: Mapping[str, Any], extra: Mapping[str
     os.fsync(descriptor)
     os.close(descriptor)
     for old in checkpoints(folder.parent)[:-keep]:
-        shutil.rmtree(old, ignore_errors=True)
+        if old.name != f"step_{best}":
+            shutil.rmtree(old, ignore_errors=True)
     return final
 
 
@@ -97,34 +98,36 @@ def load_pieces(engine: Engine, folder: Path) -> None:
     """
     tied = {head: embed for embed, head in engine.block.architecture.tied}
     cache: dict[str, dict[str, Tensor]] = {}
-    for name, parameter in engine.block.parameters.items():
+    for piece, name, parameter in _owned(engine):
         source = tied.get(name, name)
-        piece = "embed" if source != name else _piece_of(engine, name)
+        piece = piece if source == name else "embed"
         if piece not in cache:
             try:
                 cache[piece] = load_file(folder / f"{piece}.safetensors")
             except (OSError, SafetensorError) as error:
                 raise CheckpointError(f"{folder}: cannot read {piece}.safetensors ({error}); it is of another model or damaged") from None
-        stored = cache[piece].get(f"weight/{source}")
-        if stored is None or stored.shape != parameter.shape or stored.dtype != parameter.dtype:
-            found = "nothing" if stored is None else f"{tuple(stored.shape)} {stored.dtype}"
-            raise CheckpointError(
-                f"{folder}: {source} is {found}, the model has {tuple(parameter.shape)} {parameter.dtype}: a checkpoint of another model"
-            )
-        parameter.data.copy_(stored)
-        state = {key: cache[piece].get(f"{key}/{source}") for key in (*MOMENTS, "step")}
-        if state["step"] is not None:
-            moments = {key: value.to(parameter.device) for key, value in state.items() if value is not None and key in MOMENTS}
-            engine.optimizer.state[parameter] = {"step": state["step"].clone(), **moments}
+        _load_parameter(engine, cache[piece], source, parameter, folder)
+
+
+def _load_parameter(engine: Engine, stored: Mapping[str, Tensor], name: str, parameter: nn.Parameter, folder: Path) -> None:
+    value = stored.get(f"weight/{name}")
+    if value is None or value.shape != parameter.shape or value.dtype != parameter.dtype:
+        found = "nothing" if value is None else f"{tuple(value.shape)} {value.dtype}"
+        raise CheckpointError(
+            f"{folder}: {name} is {found}, the model has {tuple(parameter.shape)} {parameter.dtype}: a checkpoint of another model"
+        )
+    parameter.data.copy_(value)
+    if f"step/{name}" in stored:
+        moments = {key: stored[f"{key}/{name}"].to(parameter.device) for key in MOMENTS}
+        engine.optimizer.state[parameter] = {"step": stored[f"step/{name}"].clone(), **moments}
 
 
 def _pieces(engine: Engine) -> dict[str, dict[str, Tensor]]:
     pieces: dict[str, dict[str, Tensor]] = {}
-    shared = set(engine.block.shared) if engine.block.last else set()
-    for name, parameter in engine.block.parameters.items():
-        if name in shared:
+    for name_of_piece, name, parameter in _owned(engine):
+        if engine.block.is_counted_elsewhere(name):
             continue
-        piece = pieces.setdefault(_piece_of(engine, name), {})
+        piece = pieces.setdefault(name_of_piece, {})
         piece[f"weight/{name}"] = parameter.data
         state = engine.optimizer.state.get(parameter, {})
         for key in (*MOMENTS, "step"):
@@ -133,14 +136,12 @@ def _pieces(engine: Engine) -> dict[str, dict[str, Tensor]]:
     return pieces
 
 
-def _piece_of(engine: Engine, name: str) -> str:
-    architecture = engine.block.architecture
-    for n in engine.block.layers:
-        if name.startswith(architecture.layer_prefix(n)):
-            return f"layer_{n:05d}"
-    embed = engine.block.embed
-    is_embed = embed is not None and name in {architecture.embed_prefix() + own for own, _ in embed.named_parameters()}
-    return "embed" if is_embed else "head"
+def _owned(engine: Engine) -> Iterator[tuple[str, str, nn.Parameter]]:
+    """Piece, full name and value of every parameter; one that two pieces share counts to the first."""
+    for piece, prefix, module in engine.block.pieces():
+        for own, _ in module.named_parameters():
+            if prefix + own in engine.block.parameters:
+                yield piece, prefix + own, engine.block.parameters[prefix + own]
 
 
 def _checksum(path: Path) -> str:

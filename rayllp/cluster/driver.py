@@ -7,7 +7,8 @@ import os
 import signal
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,10 @@ from rich.console import Console
 from rayllp.checkpoint import checkpoints, commit, read_manifest, staging
 from rayllp.cluster.group import WorkerGroup, choose_device
 from rayllp.config import TrainConfig, load_config
-from rayllp.control import Accuracy, Controller
-from rayllp.data import Batches, TextBatches, load_text
-from rayllp.errors import CheckpointError, NonFiniteError, SettingsError
-from rayllp.models import Architecture, check_family
+from rayllp.control import Accuracy, Controller, Decision
+from rayllp.data import Batches, TextBatches, load_data
+from rayllp.errors import CheckpointError, DataError, NonFiniteError, SettingsError
+from rayllp.models import Architecture, build_architecture, check_family
 from rayllp.report import ProgressDisplay, RunDirectory
 
 CHUNK_S = 1.0
@@ -34,8 +35,9 @@ class TrainResult:
     Attributes:
         directory: the run directory.
         steps: optimizer steps done, over all sittings of the run.
-        validation_loss: mean held-out loss per token, exact forward; None if stopped early.
-        sample: generated text; empty for a LayerStack or a stopped run.
+        validation_loss: mean held-out loss per token (or image, or sentence), exact forward; None if stopped early.
+        metrics: what else the last evaluation found: perplexity, accuracy, bleu, by the family.
+        sample: generated text; empty unless the family writes text, and for a stopped run.
         stopped: whether Ctrl-C (or SIGTERM) ended it.
     """
 
@@ -44,6 +46,7 @@ class TrainResult:
     validation_loss: float | None
     sample: str
     stopped: bool
+    metrics: dict[str, float] = field(default_factory=dict)
 
 
 def train(
@@ -73,11 +76,11 @@ def train(
         config, run, start = _open_run(Path(resume))
     else:
         config, run, start = config or TrainConfig(), None, None
-    text = _validate(config, model, batches)
+    data = _validate(config, model, batches)
     with _cluster(config):
         device = choose_device(config)
         run = run or RunDirectory.create(output, config)
-        return Driver(config, run, device, model, batches, text, console).train(start)
+        return Driver(config, run, device, model, batches, data, console).train(start)
 
 
 class Driver:
@@ -85,35 +88,43 @@ class Driver:
 
     def __init__(
         self, config: TrainConfig, run: RunDirectory, device: str, model: Architecture | None, batches: Batches | None,
-        text: TextBatches | None, console: Console | None = None,
+        data: Any, console: Console | None = None,
     ) -> None:  # fmt: skip
-        self.config, self.run, self.text = config, run, text
+        self.config, self.run, self.data = config, run, data
         self.model, self.batches = model, batches
         self.controller = Controller(config)
         self.workers = WorkerGroup(config, device)
         self.console = console or Console(stderr=True)
         self.stop = False
+        self.best = run.read_best()
         self._step_s = CHUNK_S
 
     def train(self, start: Path | None) -> TrainResult:
         """Run to the last step, or to Ctrl-C."""
-        step, loss, sample = 0, None, ""
+        step, sample = 0, ""
+        final: dict[str, float] = {}
         try:
             shares = self.workers.start(self.model, self.batches)
+            if "model" in shares[0]:
+                (self.run.path / "model.json").write_text(shares[0]["model"])
             step = self._restore(start) if start else 0
             with _stopping(self), _tensorboard(self.run.path) as board, ProgressDisplay(self.config.steps, step, self.console) as display:
                 display.say(self._describe(shares))
                 step = self._loop(step, display, board)
             if not self.stop:
-                loss, sample = self._finish(step)
-            self._save(step)
+                final, sample = self._finish(step)
+            if self.best is None or self.best["step"] != step:
+                self._save(step)
         finally:
             self.workers.shutdown()
         if self.stop:
             self.console.print(
                 f"stopped after step {step}; go on with: rayllp train --resume {self.run.path}", highlight=False, soft_wrap=True
             )
-        return TrainResult(directory=self.run.path, steps=step, validation_loss=loss, sample=sample, stopped=self.stop)
+        loss = final.pop("loss", None)
+        return TrainResult(
+            directory=self.run.path, steps=step, validation_loss=loss, metrics=final, sample=sample, stopped=self.stop
+        )  # fmt: skip
 
     def _say(self, text: str) -> None:
         self.console.print(text, highlight=False, soft_wrap=True, markup=False)
@@ -122,6 +133,7 @@ class Driver:
 
     def _loop(self, step: int, display: ProgressDisplay, board: Any) -> int:
         while step < self.config.steps and not self.stop:
+            self._announce(self.controller.begin(step), display)
             chunk = self._next_chunk(step)
             started = time.perf_counter()
             answers = self.workers.call("run", chunk)
@@ -143,24 +155,27 @@ class Driver:
             probe = self.controller.is_probe(n)
             chunk.append((n, self.controller.accuracy.probing() if probe else self.controller.accuracy))
             due = [every for every in (config.eval.every, config.checkpoint.every) if every and (n + 1) % every == 0]
-            if probe or due:
+            if probe or due or n + 1 == config.adaptive.switch_at:
                 break
         return chunk
 
     def _observe(self, stats: dict[str, Any], display: ProgressDisplay) -> None:
         decision = self.controller.observe(stats["step"], stats["rho_forward"], stats["rho_backward"])
+        advice = {"forward": stats["advice_forward"], "backward": stats["advice_backward"]}
+        self._announce(decision, display, advice=advice, rho_forward=stats["rho_forward"], rho_backward=stats["rho_backward"])
+
+    def _announce(self, decision: Decision | None, display: ProgressDisplay, **details: Any) -> None:
         if decision:
-            advice = {"forward": stats["advice_forward"], "backward": stats["advice_backward"]}
-            rho = {"rho_forward": stats["rho_forward"], "rho_backward": stats["rho_backward"]}
-            self.run.event(decision.step, "switch", to=decision.mode, reason=decision.reason, advice=advice, **rho)
+            self.run.event(decision.step, "switch", to=decision.mode, reason=decision.reason, **details)
             display.say(f"step {decision.step + 1}: switched to {decision.mode}: {decision.reason}")
 
     def _between_chunks(self, step: int, display: ProgressDisplay, board: Any) -> None:
         every = self.config.eval.every
         if every and step % every == 0 and step < self.config.steps:
-            display.say(f"step {step}: validation loss {self._evaluate(step, board):.4f}")
+            found = self._evaluate(step, self.config.eval.batches, self.config.eval.translate, board)
+            display.say(f"step {step}: {_shown(found)}")
         every = self.config.checkpoint.every
-        if every and step % every == 0 and step < self.config.steps:
+        if every and step % every == 0 and step < self.config.steps and (self.best is None or self.best["step"] != step):
             self._save(step)
 
     def _metric(self, stats: dict[str, Any], accuracy: Accuracy) -> dict[str, Any]:
@@ -184,22 +199,39 @@ class Driver:
 
     # Between ------------------------------------------------------------------------------------------------------------------
 
-    def _evaluate(self, step: int, board: Any = None) -> float:
-        loss: float = self.workers.call("evaluate", self.config.eval.batches)[0]
-        metrics = {"perplexity": math.exp(min(loss, 700.0))} if self.text else {}
-        self.run.evaluation(step, "validation", loss, **metrics)
+    def _evaluate(self, step: int, batches: int, translations: int, board: Any = None) -> dict[str, float]:
+        found: dict[str, float] = self.workers.call("evaluate", batches)[0]
+        if translations and hasattr(self.data, "references"):
+            found["bleu"] = self._bleu(translations)
+        self.run.evaluation(step, "validation", **found)
         if board is not None:
-            board.add_scalar("validation/loss", loss, step)
-        return loss
+            for name, value in found.items():
+                board.add_scalar(f"validation/{name}", value, step)
+        if self.config.checkpoint.best and (self.best is None or found["loss"] < self.best["loss"]):
+            self.best = {"step": step, **found}
+            self._save(step)
+            self.run.write_best(self.best)
+        return found
 
-    def _finish(self, step: int) -> tuple[float, str]:
-        loss, sample = self._evaluate(step), ""
-        if self.text and self.config.eval.sample:
-            prompt = [int(token) for token in self.text.tokens["validation"][:16]]
-            tokens = self.workers.call("generate", prompt, self.config.eval.sample)[0]
-            sample = self.text.tokenizer.decode([*prompt, *tokens])
+    def _bleu(self, sentences: int) -> float:
+        from sacrebleu import corpus_bleu
+
+        translations = self.workers.call("translate", sentences, self.config.eval.beams)[0]
+        references = self.data.references("validation")[: len(translations)]
+        (self.run.path / "translations.txt").write_text("".join(line + "\n" for line in translations))
+        return float(corpus_bleu(translations, [references]).score)
+
+    def _finish(self, step: int) -> tuple[dict[str, float], str]:
+        config, sample = self.config.eval, ""
+        finite = hasattr(self.data, "batches") and self.data is not None
+        batches = config.final_batches or (0 if finite else config.batches)
+        found = self._evaluate(step, batches, config.final_translate)
+        if isinstance(self.data, TextBatches) and config.sample:
+            prompt = [int(token) for token in self.data.tokens["validation"][:16]]
+            tokens = self.workers.call("generate", prompt, config.sample)[0]
+            sample = self.data.tokenizer.decode([*prompt, *tokens])
             (self.run.path / "sample.txt").write_text(sample)
-        return loss, sample
+        return found, sample
 
     def _save(self, step: int) -> Path:
         folder = staging(self.run.checkpoints, step)
@@ -207,7 +239,8 @@ class Driver:
         for written in self.workers.call("save", str(folder.absolute())):
             files |= written
         extra = {"controller": self.controller.state(), "model": self.config.model.model_dump(mode="json")}
-        final = commit(folder, step, files, extra, self.config.checkpoint.keep)
+        best = int(self.best["step"]) if self.best else None
+        final = commit(folder, step, files, extra, self.config.checkpoint.keep, best)
         self.run.event(step, "checkpoint", path=str(final))
         return final
 
@@ -244,11 +277,15 @@ class Driver:
         return f"{what}: {buffers}, {parameters / 1e6:.1f} M parameters, {mesh} on {self.workers.device}; run directory {self.run.path}"
 
 
+def _shown(found: dict[str, float]) -> str:
+    return "validation " + ", ".join(f"{name} {value:.4f}" for name, value in found.items())
+
+
 # Around the loop ----------------------------------------------------------------------------------------------------------------
 
 
-def _validate(config: TrainConfig, model: Architecture | None, batches: Batches | None) -> TextBatches | None:
-    """Refuse what can be refused without a cluster; the text, where the run reads one."""
+def _validate(config: TrainConfig, model: Architecture | None, batches: Batches | None) -> Any:
+    """Refuse what can be refused without a cluster; the data set, where the run reads one."""
     if (model is None) != (batches is None):
         raise SettingsError("model and batches belong together: give both, or neither")
     if model is not None:
@@ -256,8 +293,11 @@ def _validate(config: TrainConfig, model: Architecture | None, batches: Batches 
             raise SettingsError(f"the model has {model.layers} layers but model.layers is {config.model.layers}: make them equal")
         return None
     check_family(config)
-    text = load_text(config.data, config.sequence_length, config.seed)
-    return text
+    if config.model.family == "mt" and (config.eval.translate or config.eval.final_translate) and find_spec("sacrebleu") is None:
+        raise DataError("BLEU needs sacrebleu: pip install 'rayllp[translation]', or set eval.translate and eval.final_translate to 0")
+    data = load_data(config)
+    build_architecture(config, data.facts)  # a plan without weights: refuses sizes and checkpoints that do not fit
+    return data
 
 
 def _open_run(path: Path) -> tuple[TrainConfig, RunDirectory, Path]:

@@ -16,8 +16,9 @@ from rayllp.channel.torch_dist import TorchChannel
 from rayllp.checkpoint import load_pieces, write_pieces
 from rayllp.config import TrainConfig
 from rayllp.control import Accuracy
-from rayllp.data import Batches, load_text
+from rayllp.data import Batches, load_data
 from rayllp.engine import Engine
+from rayllp.engine.decode import continue_text, translate
 from rayllp.models import Architecture, build_architecture
 
 
@@ -57,14 +58,16 @@ class BlockWorker:
         mesh = init_device_mesh(device, (config.mesh.data, config.layer_workers), mesh_dim_names=("data", "layer"))
         where = torch.device("cuda", 0) if device == "cuda" else torch.device("cpu")
         if batches is None:
-            batches = text = load_text(config.data, config.sequence_length, config.seed)
-            architecture = architecture or build_architecture(config, text.tokenizer.vocabulary)
+            batches = data = load_data(config)
+            architecture = architecture or build_architecture(config, data.facts)
         assert architecture is not None
         layer = TorchChannel(mesh.get_group("layer"), config.receive_timeout_s)
         data = TorchChannel(mesh.get_group("data"), config.receive_timeout_s)
         self.engine = Engine(architecture, config, batches, layer, data, where)
         parameters = sum(p.numel() for p in self.engine.block.parameters.values())
-        return {"rank": self.rank, "layers": sorted(self.engine.block.layers), "parameters": parameters, "pid": os.getpid()}
+        share = {"rank": self.rank, "layers": sorted(self.engine.block.layers), "parameters": parameters, "pid": os.getpid()}
+        model = getattr(architecture, "config", None)
+        return share if model is None or self.rank else {**share, "model": model.to_json_string(use_diff=False)}
 
     def run(self, steps: list[tuple[int, Accuracy]]) -> list[dict[str, Any]]:
         """A chunk of training steps; ends early after a step whose loss or gradient is not finite."""
@@ -76,13 +79,20 @@ class BlockWorker:
                 break
         return stats
 
-    def evaluate(self, batches: int) -> float:
-        """Held-out loss, exact forward."""
+    def evaluate(self, batches: int) -> dict[str, float]:
+        """Held-out loss and metrics, exact forward."""
         return self._engine.evaluate(batches)
 
     def generate(self, prompt: list[int], tokens: int) -> list[int]:
         """A continuation of `prompt`, exact forward."""
-        return self._engine.generate(prompt, tokens)
+        return continue_text(self._engine, prompt, tokens)
+
+    def translate(self, sentences: int, beams: int, batch: int = 50) -> list[str]:
+        """Translations of the first held-out sentences, exact forward."""
+        data = self._engine.batches
+        sources = data.encode_source(data.sources("validation")[:sentences])  # type: ignore[attr-defined]
+        found = [tokens for part in sources.split(batch) for tokens in translate(self._engine, part, beams)]
+        return [data.decode(tokens) for tokens in found]  # type: ignore[attr-defined]
 
     def save(self, folder: str) -> dict[str, dict[str, Any]]:
         """Write this worker's pieces of a checkpoint."""

@@ -64,6 +64,14 @@ class Controller:
         every = self.config.adaptive.probe_every
         return not self.serial and every > 0 and (step == 0 or (step + 1) % every == 0)
 
+    def begin(self, step: int) -> Decision | None:
+        """Before a step: the switch that settings ask for at it."""
+        at = self.config.adaptive.switch_at
+        if self.serial or at is None or step < at:
+            return None
+        self.serial = True
+        return Decision(step, "serial", f"adaptive.switch_at {at}")
+
     def observe(self, step: int, rho_forward: float | None, rho_backward: float | None) -> Decision | None:
         """Take a probe's convergence factors; a decision if something changes."""
         if self.config.mode != "adaptive" or self.serial:

@@ -1,6 +1,7 @@
-"""Text, tokenizers, and batches that are a pure function of (seed, step)."""
+"""Data sets, tokenizers, and batches that are a pure function of (seed, step)."""
 
 from rayllp.data.base import IGNORE, Batches, Facts, Inputs
+from rayllp.data.load import load_data
 from rayllp.data.text import TextBatches, load_text, read_text
 
-__all__ = ["Batches", "TextBatches", "load_text", "read_text"]
+__all__ = ["IGNORE", "Batches", "Facts", "Inputs", "TextBatches", "load_data", "load_text", "read_text"]

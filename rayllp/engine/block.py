@@ -2,16 +2,29 @@
 
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from rayllp.config import TrainConfig
+from rayllp.data.base import Inputs
 from rayllp.models.base import Architecture
 from rayllp.models.randomness import FrozenRandomness
 from rayllp.state import State, interpolate
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.float32, "float64": torch.float64}
+
+
+@dataclass(frozen=True)
+class Moment:
+    """What a call of a layer belongs to: a step, samples of its global batch, and what the architecture makes of their inputs."""
+
+    step: int = 0
+    samples: tuple[int, ...] = (0,)
+    context: Any = None
+    training: bool = False
 
 
 class Block:
@@ -34,19 +47,30 @@ class Block:
         self.embed = self._place(architecture.build_embed(seed)) if self.first else None
         self.layers = {n: self._place(architecture.build_layer(seed, n)) for n in (*self.open, *self.middle, *self.close)}
         self.head = self._place(architecture.build_head(seed)) if self.last else None
+        common = architecture.build_common(seed)
+        self.common = None if common is None else self._place(common)
         self.parameters = dict(self._named_parameters())
         self._tie()
-        self._step, self._training = 0, False
-        self._samples: tuple[int, ...] = (0,)
+        self.moment = Moment()
 
     def _place(self, module: nn.Module) -> nn.Module:
         return module.to(device=self.device, dtype=self.dtype).eval()
 
-    def _named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+    def pieces(self) -> Iterator[tuple[str, str, nn.Module]]:
+        """Name ("embed", "layer_00003", "common", "head"), prefix of the parameters' names, and module of each owned piece."""
         architecture = self.architecture
-        pieces = [(architecture.embed_prefix(), self.embed), *((architecture.layer_prefix(n), m) for n, m in self.layers.items())]
-        for prefix, module in (*pieces, (architecture.head_prefix(), self.head)):
-            for name, parameter in module.named_parameters() if module is not None else ():
+        if self.embed is not None:
+            yield "embed", architecture.embed_prefix(), self.embed
+        for n, module in self.layers.items():
+            yield f"layer_{n:05d}", architecture.layer_prefix(n), module
+        if self.common is not None:
+            yield "common", architecture.common_prefix(), self.common
+        if self.head is not None:
+            yield "head", architecture.head_prefix(), self.head
+
+    def _named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        for _, prefix, module in self.pieces():
+            for name, parameter in module.named_parameters():
                 yield prefix + name, parameter
 
     def _tie(self) -> None:
@@ -65,7 +89,6 @@ class Block:
             setattr(self.head.get_submodule(path), leaf, self.parameters[name])
             del self.parameters[tied]
 
-    # Tied parameters whose two copies are on two workers
     @property
     def shared(self) -> list[str]:
         """Names, in this worker's terms, of tied parameters whose other copy is on another worker."""
@@ -73,38 +96,57 @@ class Block:
             return []
         return [pair[1] if self.last else pair[0] for pair in self.architecture.tied]
 
+    @property
+    def common_parameters(self) -> dict[str, nn.Parameter]:
+        """Parameters that every worker holds; their gradients are summed over workers."""
+        prefix = self.architecture.common_prefix()
+        return {prefix + name: parameter for name, parameter in self.common.named_parameters()} if self.common is not None else {}
+
+    def is_counted_elsewhere(self, name: str) -> bool:
+        """Whether another worker's copy of this parameter stands for it in norms and checkpoints."""
+        return (self.last and name in self.shared) or (not self.first and name in self.common_parameters)
+
+    def leaves(self, index: int) -> list[nn.Parameter]:
+        """Trainable parameters that layer `index` uses."""
+        modules = (self.layers[index], *(() if self.common is None else (self.common,)))
+        return [parameter for module in modules for parameter in module.parameters() if parameter.requires_grad]
+
     # Running ------------------------------------------------------------------------------------------------------------------
 
-    def begin(self, step: int, samples: Iterable[int], *, training: bool) -> None:
-        """What follows belongs to this step and these samples of its global batch."""
-        self._step, self._samples = step, tuple(samples)
-        if training != self._training:
-            self._training = training
-            for module in (self.embed, *self.layers.values(), self.head):
-                if module is not None:
-                    module.train(training)
+    def begin(self, step: int, samples: Iterable[int], inputs: Inputs, *, training: bool) -> Moment:
+        """What follows belongs to this step, and to these samples of its global batch, whose inputs are these."""
+        moment = Moment(step, tuple(samples), self.architecture.context(inputs, self.dtype), training)
+        self.resume(moment)
+        return moment
+
+    def resume(self, moment: Moment) -> None:
+        """Go back to a moment that `begin` made."""
+        if moment.training != self.moment.training:
+            for _, _, module in self.pieces():
+                module.train(moment.training)
+        self.moment = moment
 
     @contextmanager
     def _context(self, piece: object) -> Iterator[None]:
         with ExitStack() as stack:
             if self.config.dtype == "bfloat16":
                 stack.enter_context(torch.autocast(self.device.type, torch.bfloat16))
-            if self._training and self.architecture.stochastic:
-                stack.enter_context(FrozenRandomness((self.config.seed, self._step, piece), self._samples))
+            if self.moment.training and self.architecture.stochastic:
+                stack.enter_context(FrozenRandomness((self.config.seed, self.moment.step, piece), self.moment.samples))
             yield
 
     def layer(self, index: int, state: State) -> State:
         """x + Δt·(block(x) − x); the block as it is where Δt = 1."""
         size = self.config.step_sizes[index]
         with self._context(index):
-            after = self.layers[index](state)
+            after = self.architecture.advance(index, self.layers[index], state, self.moment.context, self.common)
         return after if size == 1 else interpolate(state, after, size)
 
-    def enter(self, inputs: Tensor) -> State:
+    def enter(self, inputs: Inputs) -> State:
         """Embedding and opening buffers."""
         assert self.embed is not None
         with self._context("embed"):
-            state: State = self.embed(inputs)
+            state = self.architecture.enter(self.embed, inputs, self.moment.context)
         for n in self.open:
             state = self.layer(n, state)
         return state
@@ -115,4 +157,4 @@ class Block:
         for n in self.close:
             state = self.layer(n, state)
         with self._context("head"):
-            return self.head(state)
+            return self.architecture.leave(self.head, state, self.moment.context)

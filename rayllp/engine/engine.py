@@ -16,14 +16,14 @@ from rayllp.channel.base import Channel, MessageTag, StateSpec
 from rayllp.channel.torch_dist import TorchChannel
 from rayllp.config import TrainConfig
 from rayllp.control import Accuracy
-from rayllp.data import Batches
+from rayllp.data.base import Batches, Inputs
 from rayllp.engine.block import Block
 from rayllp.engine.optimizer import build_optimizer, learning_rate, scale_gradients, squared_gradient_norm
 from rayllp.engine.pipeline import Pipeline, StageModule, count_microbatches
 from rayllp.engine.trajectory import AdjointPropagator, ExactPropagator, ForwardPropagator, Trajectory
 from rayllp.mgrit import Hierarchy, MGRITResult, solve
 from rayllp.models.base import Architecture
-from rayllp.state import State, like, tensors
+from rayllp.state import State, combine, detach, like, tensors
 
 BUCKET_BYTES = 32 * 1024 * 1024
 
@@ -77,7 +77,7 @@ class Engine:
         self._pipeline: Pipeline | None = None
         self._whole = StageModule(self.block)
         self._hierarchies: dict[int, tuple[Hierarchy, Hierarchy]] = {}
-        self._specs: dict[torch.Size, StateSpec] = {}
+        self._specs: dict[tuple[torch.Size, ...], StateSpec] = {}
 
     # Pieces -------------------------------------------------------------------------------------------------------------------
 
@@ -88,19 +88,21 @@ class Engine:
             self._hierarchies[levels] = forward, forward.adjoint()
         return self._hierarchies[levels]
 
-    def spec(self, inputs: Tensor) -> StateSpec:
+    def spec(self, inputs: Inputs) -> StateSpec:
         """Shape of the state for these inputs."""
-        if inputs.shape not in self._specs:
-            self._specs[inputs.shape] = self.block.architecture.state_spec(inputs, self.block.dtype, self.device)
-        return self._specs[inputs.shape]
+        shapes = tuple(part.shape for part in tensors(inputs))
+        if shapes not in self._specs:
+            self._specs[shapes] = self.block.architecture.state_spec(inputs, self.block.dtype, self.device)
+        return self._specs[shapes]
 
-    def my_batch(self, split: str, step: int) -> tuple[Tensor, Tensor, tuple[int, ...], int]:
+    def my_batch(self, split: str, step: int) -> tuple[Inputs, Tensor, tuple[int, ...], int]:
         """This replica's inputs and targets, their places in the global batch, and the global number of loss terms."""
         inputs, targets = self.batches.batch(split, step, self.config.batch_size)
         terms = self.block.architecture.count(targets)
         size = self.config.replica_batch
         mine = slice(self.replicas.rank * size, (self.replicas.rank + 1) * size)
-        return inputs[mine].to(self.device), targets[mine].to(self.device), tuple(range(mine.start, mine.stop)), terms
+        inputs = combine(lambda part: part[mine].to(self.device), inputs)
+        return inputs, targets[mine].to(self.device), tuple(range(mine.start, mine.stop)), terms
 
     # The training step --------------------------------------------------------------------------------------------------------
 
@@ -125,7 +127,7 @@ class Engine:
             grad_norm=norm,
             lr=lr,
             time_s=time.perf_counter() - started,
-            tokens=self.config.batch_size * (inputs[0].numel()),
+            tokens=self.config.batch_size * _positions(self.spec(inputs)),
             rho_forward=forward.convergence_factor if forward else None,
             rho_backward=backward.convergence_factor if backward else None,
             advice_forward=forward.status.value if forward else "",
@@ -134,17 +136,17 @@ class Engine:
         )
 
     def gradients(
-        self, step: int, accuracy: Accuracy, inputs: Tensor, targets: Tensor, samples: tuple[int, ...], scale: float
+        self, step: int, accuracy: Accuracy, inputs: Inputs, targets: Tensor, samples: tuple[int, ...], scale: float
     ) -> tuple[Tensor, MGRITResult | None, MGRITResult | None]:
         """Gradients of scale × summed loss into `.grad`; the loss (on the last worker), and the last part's solves."""
         if accuracy.serial:
-            pipeline = self.pipeline(inputs, targets)
+            pipeline = self.pipeline(inputs, len(samples))
             if pipeline is not None:
                 return pipeline.step(step, inputs, targets, samples, scale), None, None
         loss = torch.zeros((), device=self.device, dtype=self.block.dtype)
         forward = backward = None
-        for part in self.parts(inputs.shape[0]):
-            arguments = (step, inputs[part], targets[part], samples[part], scale)
+        for part in self.parts(len(samples)):
+            arguments = (step, combine(lambda whole, part=part: whole[part], inputs), targets[part], samples[part], scale)
             if accuracy.serial and self.layers.size == 1:
                 loss += self.plain_gradients(*arguments)
             else:
@@ -157,28 +159,28 @@ class Engine:
         size = batch // self.config.accumulate
         yield from (slice(start, start + size) for start in range(0, batch, size))
 
-    def plain_gradients(self, step: int, inputs: Tensor, targets: Tensor, samples: tuple[int, ...], scale: float) -> Tensor:
+    def plain_gradients(self, step: int, inputs: Inputs, targets: Tensor, samples: tuple[int, ...], scale: float) -> Tensor:
         """Plain autograd: one worker holds the whole network."""
-        self.block.begin(step, samples, training=True)
-        outputs = self._whole(inputs)
-        loss = self.block.architecture.loss(outputs, targets) * scale
+        self.block.begin(step, samples, inputs, training=True)
+        outputs = self._whole(*tensors(inputs))
+        loss = self.block.architecture.training_loss(outputs, targets) * scale
         loss.backward()
         return loss.detach()
 
     def parallel_gradients(
-        self, accuracy: Accuracy, step: int, inputs: Tensor, targets: Tensor, samples: tuple[int, ...], scale: float
+        self, accuracy: Accuracy, step: int, inputs: Inputs, targets: Tensor, samples: tuple[int, ...], scale: float
     ) -> tuple[Tensor, MGRITResult, MGRITResult]:
         """MGRIT forward and adjoint; with one level each this is exact, layer after layer."""
         block, config = self.block, self.config
         levels = (1, 1) if accuracy.serial else (accuracy.levels_forward, accuracy.levels_backward)
-        block.begin(step, samples, training=True)
+        block.begin(step, samples, inputs, training=True)
         spec = self.spec(inputs)
         entered = block.enter(inputs) if block.first else None
         c_points = frozenset(range(0, config.middle_layers, config.first_coarsening))
         trajectory = Trajectory(block, c_points, config.mgrit.recompute)
         forward = solve(
             self.hierarchies(levels[0])[0], config.method(accuracy.iterations_forward), ForwardPropagator(trajectory), self.layers,
-            initial=None if entered is None else like(entered, tuple(part.detach() for part in tensors(entered))),
+            initial=None if entered is None else detach(entered),
             spec=spec, tag=MessageTag(step, "forward"), reduce=False,
         )  # fmt: skip
         loss, seed = self.loss_and_seed(forward.output, targets, scale) if block.last else (torch.zeros((), device=self.device), None)
@@ -197,21 +199,21 @@ class Engine:
         """Loss, gradients of closing buffers and head, and λ_N."""
         assert output is not None
         leaves = tuple(part.detach().requires_grad_() for part in tensors(output))
-        loss = self.block.architecture.loss(self.block.leave(like(output, leaves)), targets) * scale
+        loss = self.block.architecture.training_loss(self.block.leave(like(output, leaves)), targets) * scale
         loss.backward()
         seed = tuple(torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves)
         return loss.detach(), like(output, seed)
 
-    def pipeline(self, inputs: Tensor, targets: Tensor) -> Pipeline | None:
+    def pipeline(self, inputs: Inputs, batch: int) -> Pipeline | None:
         """The 1F1B pipeline; None where one worker holds all, or the batch cannot be cut finely enough."""
         if self.layers.size == 1 or not isinstance(self.layers, TorchChannel):
             return None
         if self._pipeline is None:
             parts = self.config.accumulate
-            microbatches = parts * count_microbatches(inputs.shape[0] // parts, self.layers.size, self.config.microbatches)
+            microbatches = parts * count_microbatches(batch // parts, self.layers.size, self.config.microbatches)
             if microbatches < self.layers.size:
                 return None
-            self._pipeline = Pipeline(self.block, self.layers, inputs, targets, microbatches)
+            self._pipeline = Pipeline(self.block, self.layers, inputs, microbatches)
         return self._pipeline
 
     # Gradients over workers ---------------------------------------------------------------------------------------------------
@@ -251,12 +253,23 @@ class Engine:
             self.layers.send(parameter.grad.clone(), other, tag)
             (received,) = tensors(self.layers.receive(StateSpec.of(parameter.grad), other, tag))
             parameter.grad += received
+        self.add_common_gradients(step)
+
+    def add_common_gradients(self, step: int) -> None:
+        """Parameters that several layers use: every worker gets the sum of all workers' gradients."""
+        common = list(self.block.common_parameters.values())
+        if not common or self.layers.size == 1:
+            return
+        flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in common])
+        self.layers.all_reduce(flat, MessageTag(step, "gradients", "common parameters"))
+        for parameter, summed in zip(common, flat.split([p.numel() for p in common]), strict=True):
+            parameter.grad = summed.view_as(parameter).clone()
 
     def reduce_statistics(
         self, step: int, loss: Tensor, forward: MGRITResult | None, backward: MGRITResult | None
     ) -> tuple[float, float, MGRITResult | None, MGRITResult | None]:
         """Global gradient norm, loss and residuals in one all-reduce over the layer group."""
-        counted = [p for name, p in self.block.parameters.items() if not (self.block.last and name in self.block.shared)]
+        counted = [p for name, p in self.block.parameters.items() if not self.block.is_counted_elsewhere(name)]
         parts = [
             squared_gradient_norm(counted, self.device).view(1),
             (loss if self.block.last else torch.zeros_like(loss)).double().view(1),
@@ -280,10 +293,10 @@ class Engine:
 
     # Exact forward ------------------------------------------------------------------------------------------------------------
 
-    def exact_forward(self, inputs: Tensor, tag: MessageTag) -> Tensor | None:
+    def exact_forward(self, inputs: Inputs, tag: MessageTag) -> Tensor | None:
         """Outputs of the exact network, on the last worker."""
         with torch.no_grad():
-            self.block.begin(tag.step, range(inputs.shape[0]), training=False)
+            self.block.begin(tag.step, range(tensors(inputs)[0].shape[0]), inputs, training=False)
             c_points = frozenset((0,))
             result = solve(
                 self.hierarchies(1)[0], self.config.method(1), ExactPropagator(Trajectory(self.block, c_points, True)), self.layers,
@@ -291,35 +304,35 @@ class Engine:
             )  # fmt: skip
             return self.block.leave(result.output) if result.output is not None else None
 
-    def evaluate(self, batches: int) -> float:
-        """Mean loss on held-out batches through the exact forward, whatever the mode."""
-        total = torch.zeros(2, dtype=torch.float64)
-        for index in range(batches):
+    def evaluate(self, batches: int) -> dict[str, float]:
+        """Mean loss, and the architecture's metrics, on held-out batches through the exact forward, whatever the mode.
+
+        Args:
+            batches: how many; 0 or more than one pass: one pass, where the held-out set is finite.
+        """
+        architecture = self.block.architecture
+        total = torch.zeros(2 + architecture.metric.size, dtype=torch.float64)
+        for index in range(self.passes("validation", batches)):
             inputs, targets, _, _ = self.my_batch("validation", index)
             outputs = self.exact_forward(inputs, MessageTag(index, "evaluation"))
             if outputs is not None:
                 with torch.no_grad():
-                    loss = self.block.architecture.loss(outputs, targets).double().cpu()
-                total += torch.stack([loss, torch.tensor(float(self.block.architecture.count(targets)), dtype=torch.float64)])
+                    loss = architecture.loss(outputs, targets).double().cpu().view(1)
+                    count = torch.tensor([float(architecture.count(targets))], dtype=torch.float64)
+                    total += torch.cat([loss, count, architecture.metric.tally(outputs, targets)])
         total = self.replicas.all_reduce(total.to(self.device), MessageTag(0, "evaluation", "sum over replicas"))
         total = self.layers.all_reduce(total, MessageTag(0, "evaluation", "sum over workers")).cpu()
         self.layers.finish()
-        return float(total[0] / total[1])
+        loss_value = float(total[0] / total[1].clamp(min=1))
+        return {"loss": loss_value, **architecture.metric.read(total[2:], loss_value)}
 
-    def generate(self, prompt: list[int], tokens: int, temperature: float = 0.8) -> list[int]:
-        """Continue `prompt` with the exact network; the continuation, on every worker of the layer group."""
-        sequence, window = list(prompt), self.config.sequence_length
-        generator = torch.Generator().manual_seed(self.config.seed)
-        for index in range(tokens):
-            inputs = torch.tensor([sequence[-window:]], device=self.device)
-            outputs = self.exact_forward(inputs, MessageTag(index, "generation"))
-            chosen = torch.zeros(1, dtype=torch.int64, device=self.device)
-            if outputs is not None:
-                probabilities = (outputs[0, -1].double().cpu() / temperature).softmax(-1)
-                chosen += torch.multinomial(probabilities, 1, generator=generator).to(self.device)
-            sequence.append(int(self.layers.all_reduce(chosen, MessageTag(index, "generation", "token"))))
-        self.layers.finish()
-        return sequence[len(prompt) :]
+    def passes(self, split: str, wanted: int) -> int:
+        """Batches to evaluate on: as wanted, at most one pass where the set is finite."""
+        finite = getattr(self.batches, "batches", None)
+        if finite is None:
+            return wanted or 1
+        whole = int(finite(split, self.config.batch_size))
+        return min(wanted, whole) if wanted else whole
 
     # When something is not finite ---------------------------------------------------------------------------------------------
 
@@ -339,7 +352,7 @@ class Engine:
             last_step = step
 
         with torch.no_grad():
-            self.block.begin(step, samples, training=True)
+            self.block.begin(step, samples, inputs, training=True)
             entered = self.block.enter(inputs) if self.block.first else None
             if entered is not None and not self.is_finite(entered):
                 faults.append((0, -1, "embedding or opening buffers: their output is not finite"))
@@ -362,3 +375,8 @@ class Engine:
     @staticmethod
     def is_finite(state: State) -> bool:
         return all(bool(torch.isfinite(part).all()) for part in tensors(state))
+
+
+def _positions(spec: StateSpec) -> int:
+    """Tokens (or patches) of one sample: the time dimension of each (batch, time, width) tensor of a state; 1 for other states."""
+    return sum(shape[1] if len(shape) == 3 else 1 for shape in spec.shapes)

@@ -12,9 +12,10 @@ from torch.distributed.pipelining import PipelineStage, Schedule1F1B
 from torch.utils.checkpoint import checkpoint
 
 from rayllp.channel.torch_dist import TorchChannel
-from rayllp.engine.block import Block
+from rayllp.data.base import Inputs
+from rayllp.engine.block import Block, Moment
 from rayllp.errors import SettingsError
-from rayllp.state import State
+from rayllp.state import State, combine, tensors
 
 
 class StageModule(nn.Module):
@@ -23,27 +24,27 @@ class StageModule(nn.Module):
     def __init__(self, block: Block) -> None:
         super().__init__()
         self.block = block
-        self.pieces = nn.ModuleList(module for module in (block.embed, *block.layers.values(), block.head) if module is not None)
+        self.pieces = nn.ModuleList(module for _, _, module in block.pieces())
         self.begin: Callable[[], None] = lambda: None
 
-    def forward(self, state: State) -> State:
+    def forward(self, *parts: Tensor) -> State:
         self.begin()
         block = self.block
+        state: State = parts[0] if len(parts) == 1 else parts
         if block.first:
-            assert isinstance(state, Tensor)
             state = block.enter(state)
         c = block.config.first_coarsening
         if block.config.mgrit.recompute and torch.is_grad_enabled():
             for start in range(block.middle.start, block.middle.stop, c):
                 layers = range(start, min(start + c, block.middle.stop))
-                state = checkpoint(self._run, state, layers, block._step, block._samples, use_reentrant=False, preserve_rng_state=False)
+                state = checkpoint(self._run, state, layers, block.moment, use_reentrant=False, preserve_rng_state=False)
         else:
             state = self._run(state, block.middle)
         return block.leave(state) if block.last else state
 
-    def _run(self, state: State, layers: range, step: int | None = None, samples: tuple[int, ...] = ()) -> State:
-        if step is not None:  # a recomputation may come after another microbatch's forward
-            self.block.begin(step, samples, training=True)
+    def _run(self, state: State, layers: range, moment: Moment | None = None) -> State:
+        if moment is not None:  # a recomputation may come after another microbatch's forward
+            self.block.resume(moment)
         for n in layers:
             state = self.block.layer(n, state)
         return state
@@ -64,47 +65,50 @@ class Pipeline:
             torch's pipelining cannot use.
     """
 
-    def __init__(self, block: Block, channel: TorchChannel, inputs: Tensor, targets: Tensor, microbatches: int) -> None:
+    def __init__(self, block: Block, channel: TorchChannel, inputs: Inputs, microbatches: int) -> None:
         if microbatches < channel.size:
             raise SettingsError(f"1F1B needs at least {channel.size} microbatches for {channel.size} workers; got {microbatches}")
         self.block, self.microbatches = block, microbatches
         self.module = StageModule(block)
-        self.part = inputs.shape[0] // microbatches
-        small = inputs[: self.part]
+        self.part = tensors(inputs)[0].shape[0] // microbatches
+        small = combine(lambda part: part[: self.part], inputs)
         spec = block.architecture.state_spec(small, block.dtype, block.device)
         like = list(zip(spec.shapes, spec.dtypes, strict=True))
         # requires_grad here is what makes torch's stages send gradients back.
         state = tuple(torch.empty(s, dtype=d, device="meta", requires_grad=d.is_floating_point) for s, d in like)
+        entering = tuple(part.to("meta") for part in tensors(small))
         outputs: tuple[Tensor, ...] = state
         if block.last:
             with torch.no_grad():
                 real = spec.build([torch.zeros(s, dtype=d, device=block.device) for s, d in like])
-                block.begin(0, range(self.part), training=False)
+                block.begin(0, range(self.part), small, training=False)
                 outputs = (block.leave(real).to("meta").requires_grad_(),)
         stage = PipelineStage(
             self.module, channel.rank, channel.size, block.device,
-            input_args=small.to("meta") if block.first else state, output_args=outputs,
-            input_grads=(None,) if block.first else state, output_grads=None if block.last else outputs, group=channel.group,
+            input_args=entering if block.first else state, output_args=outputs,
+            input_grads=(None,) * len(entering) if block.first else state, output_grads=None if block.last else outputs,
+            group=channel.group,
         )  # fmt: skip
         self.schedule = Schedule1F1B(stage, microbatches, loss_fn=self._loss, scale_grads=False)
         self.scale = 1.0
 
     def _loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        return self.block.architecture.loss(outputs, targets) * self.scale
+        return self.block.architecture.training_loss(outputs, targets) * self.scale
 
-    def step(self, step: int, inputs: Tensor, targets: Tensor, samples: tuple[int, ...], scale: float) -> Tensor:
+    def step(self, step: int, inputs: Inputs, targets: Tensor, samples: tuple[int, ...], scale: float) -> Tensor:
         """Gradients of scale × summed loss into `.grad`; returns the scaled loss on the last worker, 0 elsewhere."""
         self.scale, count = scale, 0
 
         def begin() -> None:
             nonlocal count
-            self.block.begin(step, samples[count * self.part : (count + 1) * self.part], training=True)
+            mine = slice(count * self.part, (count + 1) * self.part)
+            self.block.begin(step, samples[mine], combine(lambda part: part[mine], inputs), training=True)
             count += 1
 
         self.module.begin = begin
         losses: list[Tensor] = []
         self.schedule.step(
-            *((inputs,) if self.block.first else ()),
+            *(tensors(inputs) if self.block.first else ()),
             target=targets if self.block.last else None,
             losses=losses if self.block.last else None,
             return_outputs=False,

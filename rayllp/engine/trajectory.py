@@ -8,7 +8,7 @@ when its adjoint arrives; at most one interval's graphs exist at a time.
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from rayllp.engine.block import Block
 from rayllp.engine.memory import return_freed_memory
@@ -117,8 +117,7 @@ class AdjointPropagator:
 
     def last_step(self, layer: int, state: State) -> State:
         graph = self.trajectory.graph(layer)
-        module: nn.Module = self.trajectory.block.layers[layer + self.trajectory.block.config.buffers.open]
-        leaves = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        leaves = self.trajectory.block.leaves(layer + self.trajectory.block.config.buffers.open)
         torch.autograd.backward(graph.outputs, tensors(state), inputs=[*graph.inputs, *leaves])
         del self.trajectory.graphs[layer]
         return like(state, tuple(torch.zeros_like(part) if part.grad is None else part.grad for part in graph.inputs))

@@ -1,11 +1,14 @@
 """What an architecture must say of itself so that its layers can be spread over workers."""
 
 from abc import ABC, abstractmethod
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from rayllp.channel.base import StateSpec
+from rayllp.data.base import Inputs
+from rayllp.models.metrics import Metric, NoMetric
 from rayllp.models.randomness import seeded
 from rayllp.state import State
 
@@ -13,14 +16,18 @@ from rayllp.state import State
 class Architecture(ABC):
     """An embedding, residual layers and a head. A worker builds the pieces that it owns and no other.
 
-    Modules keep the names of the original model: a parameter's full name is the piece's prefix plus its own name, so that a
-    checkpoint is the original model's.
+    Modules hold the parameters; `enter`, `advance` and `leave` say how they are called. Modules keep the names of the original model:
+    a parameter's full name is the piece's prefix plus its own name, so that a checkpoint is the original model's.
     """
 
     layers: int
     stochastic: bool = False
     tied: tuple[tuple[str, str], ...] = ()
     """(full name in the embedding, full name in the head) of parameters that are one."""
+    metric: Metric = NoMetric()
+    """What an evaluation reports beside the loss."""
+
+    # Pieces -------------------------------------------------------------------------------------------------------------------
 
     @abstractmethod
     def embed(self) -> nn.Module:
@@ -34,17 +41,47 @@ class Architecture(ABC):
     def head(self) -> nn.Module:
         """last state -> outputs."""
 
+    def common(self) -> nn.Module | None:
+        """Parameters that several layers use (an encoder's final norm, which every decoder layer reads); on every worker, so small."""
+        return None
+
+    # How they are called ------------------------------------------------------------------------------------------------------
+
+    def context(self, inputs: Inputs, dtype: torch.dtype) -> Any:
+        """What layers need beside the state: masks, position tables. Every worker makes it from the batch; nothing is sent."""
+        return None
+
+    def enter(self, embed: nn.Module, inputs: Inputs, context: Any) -> State:
+        """The first state."""
+        return embed(inputs)
+
+    def advance(self, index: int, layer: nn.Module, state: State, context: Any, common: nn.Module | None) -> State:
+        """The residual block as it is: x -> block(x)."""
+        return layer(state)
+
+    def leave(self, head: nn.Module, state: State, context: Any) -> Tensor:
+        """The outputs."""
+        return head(state)
+
+    # Loss ---------------------------------------------------------------------------------------------------------------------
+
     @abstractmethod
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """The loss summed (not averaged) over its `count` terms."""
+
+    def training_loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """The loss that is minimised, where it differs from the one that is reported (label smoothing)."""
+        return self.loss(outputs, targets)
 
     @abstractmethod
     def count(self, targets: Tensor) -> int:
         """Terms in the loss of these targets."""
 
     @abstractmethod
-    def state_spec(self, inputs: Tensor, dtype: torch.dtype, device: torch.device) -> StateSpec:
-        """Shapes of the state that `embed` makes of these inputs."""
+    def state_spec(self, inputs: Inputs, dtype: torch.dtype, device: torch.device) -> StateSpec:
+        """Shapes of the state that `enter` makes of these inputs."""
+
+    # Names --------------------------------------------------------------------------------------------------------------------
 
     def embed_prefix(self) -> str:
         """Prefix of the embedding's parameter names."""
@@ -57,6 +94,10 @@ class Architecture(ABC):
     def head_prefix(self) -> str:
         """Prefix of the head's parameter names."""
         return "head."
+
+    def common_prefix(self) -> str:
+        """Prefix of the common parameters' names."""
+        return "common."
 
     # Built under a key of (seed, piece), so that a piece's weights do not depend on who builds it or on what else is built.
 
@@ -71,6 +112,10 @@ class Architecture(ABC):
     def build_head(self, seed: int) -> nn.Module:
         with seeded(seed, "initialise", "head"):
             return self.head()
+
+    def build_common(self, seed: int) -> nn.Module | None:
+        with seeded(seed, "initialise", "common"):
+            return self.common()
 
 
 __all__ = ["Architecture", "State"]

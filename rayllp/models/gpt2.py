@@ -1,105 +1,49 @@
-"""GPT-2 from transformers' own modules: decoder-only, pre-LN, learned positions."""
+"""GPT-2: decoder-only, pre-LN, learned positions."""
+
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import GPT2Config
-from transformers.models.gpt2.modeling_gpt2 import GPT2Block, GPT2PreTrainedModel
+from transformers import GPT2Config, GPT2LMHeadModel
 
-from rayllp.channel.base import StateSpec
 from rayllp.config import TrainConfig
-from rayllp.models.base import Architecture
+from rayllp.data.base import Facts, Inputs
+from rayllp.models.metrics import Perplexity
+from rayllp.models.pretrained import Piece, PretrainedArchitecture
+from rayllp.state import State
 
 # Shape suffixes: B batch, T time (tokens), D width, V vocabulary.
 
 
-class _Piece(GPT2PreTrainedModel):
-    """Part of a GPT-2. Its subclasses differ from transformers' classes only in what they hold."""
+class GPT2(PretrainedArchitecture):
+    """transformers' GPT2LMHeadModel."""
 
-    def initialise(self) -> None:
-        # Not post_init: it takes classes outside transformers for remote code, and then passes over GPT-2's scaled projections.
-        self.apply(self._init_weights)
-
-
-class GPT2Embed(_Piece):
-    """Token and position embeddings, as GPT2Model's beginning."""
-
-    def __init__(self, config: GPT2Config) -> None:
-        super().__init__(config)
-        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
-        self.wpe = nn.Embedding(config.n_positions, config.n_embd)
-        self.drop = nn.Dropout(config.embd_pdrop)
-        self.initialise()
-
-    def forward(self, tokens_BT: Tensor) -> Tensor:
-        positions_T = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)
-        return self.drop(self.wte(tokens_BT) + self.wpe(positions_T))
-
-
-class GPT2Layer(_Piece):
-    """Holds one block only to have transformers initialise it."""
-
-    def __init__(self, config: GPT2Config, index: int) -> None:
-        super().__init__(config)
-        self.block = GPT2Block(config, layer_idx=index)
-        self.initialise()
-
-
-class GPT2Head(_Piece):
-    """Final norm and language-modelling head, as GPT2LMHeadModel's end."""
-
-    def __init__(self, config: GPT2Config) -> None:
-        super().__init__(config)
-        self.transformer = nn.ModuleDict({"ln_f": nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)})
-        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        self.initialise()
-
-    def forward(self, x_BTD: Tensor) -> Tensor:
-        return self.lm_head(self.transformer["ln_f"](x_BTD))
-
-
-class GPT2(Architecture):
-    """The adapter; parameter names are those of transformers' GPT2LMHeadModel."""
-
-    def __init__(self, config: GPT2Config) -> None:
-        self.config, self.layers = config, config.n_layer
-        self.stochastic = max(config.embd_pdrop, config.attn_pdrop, config.resid_pdrop) > 0
-        self.tied = (("transformer.wte.weight", "lm_head.weight"),) if config.tie_word_embeddings else ()
+    model_class = GPT2LMHeadModel
+    embed_paths = ("transformer.wte", "transformer.wpe", "transformer.drop")
+    layer_path = "transformer.h.{}"
+    head_paths = ("transformer.ln_f", "lm_head")
+    outputs = ("attn.c_proj", "mlp.c_proj")
+    inner = ("attn.c_attn", "mlp.c_fc")
+    metric = Perplexity()
 
     @classmethod
-    def from_settings(cls, config: TrainConfig, vocabulary: int) -> "GPT2":
-        model = config.model
-        return cls(
-            GPT2Config(
-                vocab_size=vocabulary, n_positions=config.sequence_length, n_embd=model.width, n_layer=model.layers,
-                n_head=model.heads, embd_pdrop=model.dropout, attn_pdrop=model.dropout, resid_pdrop=model.dropout,
-                tie_word_embeddings=model.tie_embeddings, bos_token_id=0, eos_token_id=0, attn_implementation="sdpa", use_cache=False,
-            )
+    def config_of(cls, settings: TrainConfig, facts: Facts) -> GPT2Config:
+        model = settings.model
+        return GPT2Config(
+            vocab_size=facts.vocabulary, n_positions=settings.sequence_length, n_embd=model.width, n_layer=model.layers,
+            n_head=model.heads, n_inner=model.feed_forward, embd_pdrop=model.dropout, attn_pdrop=model.dropout, resid_pdrop=model.dropout,
+            tie_word_embeddings=model.tie_embeddings, bos_token_id=0, eos_token_id=0, use_cache=False,
         )  # fmt: skip
 
-    def embed(self) -> nn.Module:
-        return GPT2Embed(self.config)
+    def enter(self, embed: Piece, inputs: Inputs, context: Any) -> Tensor:  # type: ignore[override]
+        assert isinstance(inputs, Tensor)
+        positions_T = torch.arange(inputs.shape[1], device=inputs.device)
+        x_BTD = embed["transformer.wte"](inputs) + embed["transformer.wpe"](positions_T)
+        return embed["transformer.drop"](x_BTD)
 
-    def layer(self, index: int) -> nn.Module:
-        return GPT2Layer(self.config, index).block
+    def leave(self, head: Piece, state: State, context: Any) -> Tensor:  # type: ignore[override]
+        return head["lm_head"](head["transformer.ln_f"](state))
 
-    def head(self) -> nn.Module:
-        return GPT2Head(self.config)
-
-    def embed_prefix(self) -> str:
-        return "transformer."
-
-    def layer_prefix(self, index: int) -> str:
-        return f"transformer.h.{index}."
-
-    def head_prefix(self) -> str:
-        return ""
-
-    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        logits = outputs.float() if outputs.dtype == torch.bfloat16 else outputs
-        return nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
-
-    def count(self, targets: Tensor) -> int:
-        return targets.numel()
-
-    def state_spec(self, inputs: Tensor, dtype: torch.dtype, device: torch.device) -> StateSpec:
-        return StateSpec((torch.Size((*inputs.shape, self.config.n_embd)),), (dtype,), device)
+    def weight_of(self, layer: nn.Module, name: str) -> Tensor:
+        weight = super().weight_of(layer, name)
+        return weight[:, -self.settings.model.width :] if name == "attn.c_attn" else weight  # query, key, value: the value's part

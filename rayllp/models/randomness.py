@@ -5,7 +5,6 @@ sweep of one training step, or MGRIT does not converge (arXiv:2601.09026, append
 microbatches or replicas, so that any mesh trains the same network.
 """
 
-import hashlib
 import math
 import threading
 from collections.abc import Callable, Iterator
@@ -16,14 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from rayllp.keys import key
+
 functional = nn.functional
 _default_generator = threading.RLock()
-
-
-def key(*parts: object) -> int:
-    """A 63-bit seed from anything printable; the same on every machine."""
-    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
 
 
 @contextmanager

@@ -7,9 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from rayllp.channel.base import StateSpec
+from rayllp.data.base import Inputs
 from rayllp.errors import SettingsError
 from rayllp.models.base import Architecture
-from rayllp.state import tensors
+from rayllp.models.metrics import Metric, NoMetric
+from rayllp.state import combine, tensors
 
 Piece = nn.Module | Callable[[], nn.Module]
 
@@ -24,6 +26,7 @@ class LayerStack(Architecture):
         head: state -> outputs.
         loss: (outputs, targets) -> loss summed over the targets' terms.
         count: terms in the loss of some targets; default the number of their elements.
+        metric: what an evaluation reports beside the loss, such as `rayllp.models.metrics.Accuracy()`.
         stochastic: whether the modules draw random numbers in training (dropout, drop-path). None: look for dropout in `layers[0]`.
 
     Raises:
@@ -38,12 +41,14 @@ class LayerStack(Architecture):
         head: Piece,
         loss: Callable[[Tensor, Tensor], Tensor],
         count: Callable[[Tensor], int] = Tensor.numel,
+        metric: Metric | None = None,
         stochastic: bool | None = None,
     ) -> None:
         if not layers:
             raise SettingsError("LayerStack has no layers: give at least one residual block")
         self._embed, self._layers, self._head = embed, list(layers), head
         self._loss, self._count, self.layers = loss, count, len(layers)
+        self.metric = metric or NoMetric()
         self.stochastic = _draws(_build(layers[0])) if stochastic is None else stochastic
 
     def embed(self) -> nn.Module:
@@ -61,12 +66,12 @@ class LayerStack(Architecture):
     def count(self, targets: Tensor) -> int:
         return self._count(targets)
 
-    def state_spec(self, inputs: Tensor, dtype: torch.dtype, device: torch.device) -> StateSpec:
+    def state_spec(self, inputs: Inputs, dtype: torch.dtype, device: torch.device) -> StateSpec:
         # The embedding is the only piece that knows; run it on one sample, on whichever worker asks.
         with torch.random.fork_rng(devices=[]), torch.no_grad():
-            state = _build(self._embed).to(dtype).eval()(inputs[:1].cpu())
-        parts = tensors(state)
-        shapes = tuple(torch.Size((inputs.shape[0], *part.shape[1:])) for part in parts)
+            state = _build(self._embed).to(dtype).eval()(combine(lambda part: part[:1].cpu(), inputs))
+        parts, size = tensors(state), tensors(inputs)[0].shape[0]
+        shapes = tuple(torch.Size((size, *part.shape[1:])) for part in parts)
         return StateSpec(shapes, tuple(part.dtype for part in parts), device, isinstance(state, Tensor))
 
 

@@ -50,6 +50,15 @@ class RunDirectory:
         """A line of events.jsonl; kind is switch, fault, resize, checkpoint or restore."""
         self._append("events.jsonl", {"time": time.time(), "step": step, "kind": kind, **details})
 
+    def read_best(self) -> dict[str, Any] | None:
+        """Step and losses of the best evaluation so far, as `write_best` left them."""
+        path = self.path / "best.json"
+        return json.loads(path.read_text()) if path.is_file() else None
+
+    def write_best(self, best: Mapping[str, Any]) -> None:
+        """best.json: which checkpoint has the lowest validation loss."""
+        (self.path / "best.json").write_text(json.dumps(best) + "\n")
+
     def truncate(self, step: int) -> None:
         """Forget metrics and evaluations after `step` steps, which a resumed run will repeat."""
         for name, last in (("metrics.jsonl", step - 1), ("evals.jsonl", step)):

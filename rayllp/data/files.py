@@ -1,0 +1,132 @@
+"""What loaders of finite sets share: lines of a file, faults in them, which samples a batch takes, sequences of many lengths."""
+
+import gzip
+import zlib
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+
+from rayllp.errors import DataError
+from rayllp.keys import key
+
+Sample = TypeVar("Sample")
+
+
+def read_lines(path: Path, what: str, max_bytes: int | None = None) -> list[str]:
+    """The lines of a UTF-8 text file or a .gz of one, without their ends.
+
+    Args:
+        path: the file.
+        what: the setting that named it, for errors.
+        max_bytes: lines that end beyond this are not read.
+
+    Raises:
+        DataError: missing, no file, unreadable, not UTF-8, or empty.
+    """
+    content = _read_bytes(path, what)
+    if max_bytes is not None and len(content) > max_bytes:
+        content = content[: content.rfind(b"\n", 0, max_bytes) + 1]
+        if not content:
+            raise DataError(f"{what} {path}: the first line is longer than data.max_bytes={max_bytes}; raise it")
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise DataError(f"{what} {path}:{line}: not UTF-8 ({error.reason} {content[error.start]:#04x}); save the file as UTF-8") from None
+    # Not splitlines: U+2028, form feeds and the like belong to the text, and would shift the line numbers of errors.
+    lines = [line.removesuffix("\r") for line in text.split("\n")]
+    if not text.strip():
+        raise DataError(f"{what} {path} is empty: give a file with some lines")
+    return lines if lines[-1] else lines[:-1]
+
+
+def _read_bytes(path: Path, what: str) -> bytes:
+    if not path.exists():
+        raise DataError(f"{what} {path}: no such file; give a text file or a .gz of one")
+    if not path.is_file():
+        raise DataError(f"{what} {path} is a folder: give one text file in it, or a .gz of one")
+    try:
+        return gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{what} {path} cannot be read: {error}; give a text file or a whole .gz of one") from None
+
+
+def draw(seed: int, split: str, step: int, count: int, size: int) -> np.ndarray:
+    """Which `size` of `count` training samples a step takes, with replacement: a pure function of its arguments."""
+    return np.random.Generator(np.random.Philox(key=key(seed, split, step))).integers(0, count, size=size)
+
+
+def in_order(step: int, count: int, size: int) -> np.ndarray:
+    """Which samples batch `step` of a pass through `count` takes; -1 in places beyond the end."""
+    indices = np.arange(step * size, (step + 1) * size)
+    return np.where(indices < count, indices, -1)
+
+
+def select(seed: int, split: str, step: int, count: int, size: int) -> np.ndarray:
+    """Which samples a batch takes: drawn in training, in order in validation."""
+    return draw(seed, split, step, count, size) if split == "train" else in_order(step, count, size)
+
+
+def hold_out(samples: list[Sample], fraction: float) -> tuple[list[Sample], list[Sample]]:
+    """Cut off the last `fraction`, at least one sample, for validation.
+
+    Raises:
+        DataError: fewer than two samples.
+    """
+    if len(samples) < 2:
+        raise DataError(f"data.path has {len(samples)} sample to train on and to hold out from: give more, or set data.validation_path")
+    held = max(1, int(len(samples) * fraction))
+    return samples[:-held], samples[-held:]
+
+
+@dataclass
+class Faults:
+    """Broken lines and unseen labels: refused, or left out and counted.
+
+    Attributes:
+        skip: leave out and count (data.on_error=skip).
+        counts: how many of each kind were left out.
+    """
+
+    skip: bool
+    counts: dict[str, int] = field(default_factory=dict)
+
+    def report(self, kind: str, message: str) -> None:
+        """One fault of a kind.
+
+        Raises:
+            DataError: faults are refused.
+        """
+        if not self.skip:
+            raise DataError(f"{message}; mend it, or leave it out by data.on_error=skip")
+        self.counts[kind] = self.counts.get(kind, 0) + 1
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Integer sequences of many lengths, end to end: a few large arrays travel to a worker faster than many small ones."""
+
+    values: np.ndarray
+    bounds: np.ndarray
+
+    @staticmethod
+    def of(sequences: Iterable[Iterable[int]]) -> "Rows":
+        """Pack sequences."""
+        arrays = [np.asarray(sequence, np.int32) for sequence in sequences]
+        bounds = np.cumsum([0, *(len(array) for array in arrays)])
+        return Rows(np.concatenate([np.zeros(0, np.int32), *arrays]), bounds)
+
+    def __len__(self) -> int:
+        return len(self.bounds) - 1
+
+    def padded(self, indices: np.ndarray, length: int, fill: int) -> np.ndarray:
+        """The rows at `indices`, int64 of shape (indices, length), filled up with `fill`; index -1 is a row of nothing else."""
+        block = np.full((len(indices), length), fill, np.int64)
+        for place, index in enumerate(indices):
+            if index >= 0:
+                row = self.values[self.bounds[index] : self.bounds[index + 1]]
+                block[place, : len(row)] = row
+        return block

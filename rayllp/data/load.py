@@ -1,0 +1,47 @@
+"""Which data a family reads."""
+
+from typing import Any, Protocol
+
+from rayllp.config import TrainConfig
+from rayllp.data.base import Batches, Facts
+
+
+class DataSet(Batches, Protocol):
+    """Batches that also say what a model needs to know of them."""
+
+    @property
+    def facts(self) -> Facts: ...
+
+
+def load_data(config: TrainConfig) -> Any:
+    """The data set of `config.data`, as `config.model.family` and `config.model.head` read it.
+
+    Raises:
+        DataError: missing, broken or too short; says file and line where one is at fault.
+    """
+    data, length, seed = config.data, config.sequence_length, config.seed
+    if config.model.head == "sentences":
+        from rayllp.data.sentences import load_sentences
+
+        return load_sentences(data, length, seed)
+    match config.model.family:
+        case "bert":
+            from rayllp.data.masked import load_masked
+
+            return load_masked(data, length, seed)
+        case "mc":
+            from rayllp.data.words import load_words
+
+            return load_words(data, length, seed)
+        case "vit":
+            from rayllp.data.images import load_images
+
+            return load_images(data, seed)
+        case "mt":
+            from rayllp.data.pairs import load_pairs
+
+            return load_pairs(data, length, seed)
+        case _:
+            from rayllp.data.text import load_text
+
+            return load_text(data, length, seed)

@@ -1,0 +1,210 @@
+"""Sentence classification: a label for every sentence, or pair of sentences, of a tab-separated file."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rayllp.config import DataSettings
+from rayllp.data.base import IGNORE, Facts, passes
+from rayllp.data.files import Faults, Rows, hold_out, read_lines, select
+from rayllp.data.special import SpecialTokens
+from rayllp.data.tokenizer import Tokenizer, make_tokenizer
+from rayllp.errors import DataError
+
+
+@dataclass(frozen=True)
+class _Columns:
+    """Where a file has what; `header` is 1 where its first line names the columns."""
+
+    texts: tuple[int, ...]
+    label: int
+    width: int
+    header: int
+
+
+@dataclass(frozen=True)
+class _Example:
+    """One or two sentences, their label, and the place (file:line) they stand at."""
+
+    texts: tuple[str, ...]
+    label: str
+    place: str
+
+
+@dataclass(frozen=True)
+class SentenceBatches:
+    """Sentences as cls, tokens, sep (tokens, sep); targets are class numbers.
+
+    Attributes:
+        sequences: of each split, token ids.
+        labels: of each split, class numbers.
+        sequence_length: tokens a sequence has at most.
+        seed: keys the draws.
+        tokenizer: of the sentences.
+        classes: names of the labels.
+        skipped: how many lines, labels and characters were left out (data.on_error=skip).
+    """
+
+    sequences: dict[str, Rows]
+    labels: dict[str, np.ndarray]
+    sequence_length: int
+    seed: int
+    tokenizer: Tokenizer
+    classes: tuple[str, ...]
+    skipped: dict[str, int]
+
+    @property
+    def facts(self) -> Facts:
+        special = SpecialTokens.of(self.tokenizer.vocabulary)
+        return Facts(vocabulary=special.vocabulary, classes=self.classes, pad=special.pad)
+
+    def batch(self, split: str, step: int, size: int) -> tuple[Tensor, Tensor]:
+        """Token ids of shape (size, sequence_length), class numbers of shape (size,)."""
+        special = SpecialTokens.of(self.tokenizer.vocabulary)
+        indices = select(self.seed, split, step, len(self.sequences[split]), size)
+        inputs = self.sequences[split].padded(indices, self.sequence_length, special.pad)
+        # A row of padding alone would leave attention nothing to attend to.
+        inputs[indices < 0, :2] = special.cls, special.sep
+        targets = np.where(indices < 0, IGNORE, self.labels[split][indices])
+        return torch.from_numpy(inputs), torch.from_numpy(targets)
+
+    def batches(self, split: str, size: int) -> int:
+        """Batches in one pass through a split."""
+        return passes(len(self.sequences[split]), size)
+
+
+def load_sentences(settings: DataSettings, sequence_length: int, seed: int) -> SentenceBatches:
+    """Read, number the labels, tokenise, cut what is longer than `sequence_length` (of a pair, the longer sentence first).
+
+    Raises:
+        DataError: no file, one that cannot be read or has no such columns; a broken line or a label unseen in training, unless
+            skipped; a sequence_length without room for text.
+    """
+    _check_room(settings, sequence_length)
+    faults = Faults(settings.on_error == "skip")
+    train, validation = _read_splits(settings, faults)
+    classes = tuple(sorted({example.label for example in train}))
+    numbers = {name: number for number, name in enumerate(classes)}
+    tokenizer = make_tokenizer(settings.tokenizer, "\n".join(text for example in train for text in example.texts).encode())
+    sequences: dict[str, Rows] = {}
+    labels: dict[str, np.ndarray] = {}
+    for split, examples in (("train", train), ("validation", validation)):
+        known = [example for example in examples if _has_label(example, numbers, faults)]
+        encoded = [(_encode(example, tokenizer, sequence_length, faults), numbers[example.label]) for example in known]
+        kept = [(sequence, number) for sequence, number in encoded if sequence is not None]
+        if not kept:
+            raise DataError(
+                f"no {split} sentence is left, {faults.counts} were left out: give more, or set data.on_error=refuse to see why"
+            )
+        sequences[split] = Rows.of(sequence for sequence, _ in kept)
+        labels[split] = np.array([number for _, number in kept], np.int64)
+    return SentenceBatches(sequences, labels, sequence_length, seed, tokenizer, classes, faults.counts)
+
+
+def _check_room(settings: DataSettings, sequence_length: int) -> None:
+    needed = 3 if settings.pair_field is None else 5
+    if sequence_length < needed:
+        raise DataError(f"sequence_length {sequence_length} leaves no room for text between cls and sep: set at least {needed}")
+
+
+def _read_splits(settings: DataSettings, faults: Faults) -> tuple[list[_Example], list[_Example]]:
+    if settings.path is None:
+        given = f"data.dataset={settings.dataset} is not read for sentences" if settings.dataset else "there is no data.path"
+        raise DataError(f"{given}: sentence classification needs data.path, a tab-separated file (.tsv or .tsv.gz) such as GLUE's")
+    train = _read_examples(settings.path, "data.path", settings, faults, settings.max_bytes)
+    if settings.validation_path is None:
+        return hold_out(train, settings.validation_fraction)
+    return train, _read_examples(settings.validation_path, "data.validation_path", settings, faults)
+
+
+def _read_examples(name: str, what: str, settings: DataSettings, faults: Faults, max_bytes: int | None = None) -> list[_Example]:
+    path = Path(name).expanduser()
+    lines = read_lines(path, what, max_bytes)
+    columns = _find_columns(settings, lines[0].split("\t"), path)
+    examples = []
+    for number, line in enumerate(lines[columns.header :], columns.header + 1):
+        if not line:
+            continue
+        # No quoting: in GLUE's files a quotation mark is text.
+        cells = line.split("\t")
+        fault = _find_fault(cells, columns)
+        if fault:
+            faults.report("lines", f"{path}:{number}: {fault}")
+        else:
+            examples.append(_Example(tuple(cells[column] for column in columns.texts), cells[columns.label], f"{path}:{number}"))
+    if not examples:
+        left_out = f" ({faults.counts['lines']} lines were left out as broken)" if "lines" in faults.counts else ""
+        raise DataError(f"{what} {path} has no sentences{left_out}: give lines of text and label with a tab between")
+    return examples
+
+
+def _find_columns(settings: DataSettings, first: list[str], path: Path) -> _Columns:
+    """Columns by name in the first line, or by number where `data.text_field` is one."""
+    fields = {"text_field": settings.text_field, "label_field": settings.label_field}
+    if settings.pair_field is not None:
+        fields["pair_field"] = settings.pair_field
+    named = not settings.text_field.isdecimal()
+    places = {setting: _find_column(setting, name, first, path, named) for setting, name in fields.items()}
+    label = places.pop("label_field")
+    return _Columns(tuple(places.values()), label, len(first), int(named))
+
+
+def _find_column(setting: str, name: str, first: list[str], path: Path, named: bool) -> int:
+    if named:
+        if name not in first:
+            raise DataError(
+                f"data.{setting} {name!r} is no column of {path}, whose first line names {first}: "
+                "set it to one of them, or all fields to numbers from 0 if that line is a sentence"
+            )
+        return first.index(name)
+    if not name.isdecimal():
+        raise DataError(f"data.{setting} {name!r}: data.text_field is a number, so {path} has no column names; give a number here too")
+    if int(name) >= len(first):
+        raise DataError(f"data.{setting} {name}: {path}:1 has {len(first)} columns between tabs; give a number below that")
+    return int(name)
+
+
+def _find_fault(cells: list[str], columns: _Columns) -> str | None:
+    if len(cells) != columns.width:
+        return f"{len(cells)} columns between tabs, the first line has {columns.width}"
+    if not all(cells[column].strip() for column in (*columns.texts, columns.label)):
+        return "a sentence or the label is empty"
+    return None
+
+
+def _has_label(example: _Example, numbers: dict[str, int], faults: Faults) -> bool:
+    if example.label not in numbers:
+        faults.report("labels", f"{example.place}: label {example.label!r} is none of training's {_listed(numbers)}")
+    return example.label in numbers
+
+
+def _listed(names: dict[str, int], most: int = 12) -> str:
+    return ", ".join(list(names)[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def _encode(example: _Example, tokenizer: Tokenizer, length: int, faults: Faults) -> list[int] | None:
+    """cls, tokens, sep (tokens, sep) in at most `length`; None where a character has no token and faults are skipped."""
+    special = SpecialTokens.of(tokenizer.vocabulary)
+    try:
+        texts = [tokenizer.encode(text.encode()) for text in example.texts]
+    except KeyError as error:
+        # An alphabet read off the training text lacks what is in the held-out text alone.
+        fault = f"{error.args[0]!r} is in no training sentence, so data.tokenizer=characters has no token for it (bytes has)"
+        faults.report("characters", f"{example.place}: {fault}")
+        return None
+    sequence = [special.cls]
+    for text in _truncate(texts, length - 1 - len(texts)):
+        sequence += [*text.tolist(), special.sep]
+    return sequence
+
+
+def _truncate(texts: list[np.ndarray], room: int) -> list[np.ndarray]:
+    """Cut to `room` tokens in all, of two texts the longer first."""
+    if len(texts) == 1:
+        return [texts[0][:room]]
+    first, second = texts
+    kept = min(len(second), max(room - len(first), room // 2))
+    return [first[: room - kept], second[:kept]]

@@ -1,0 +1,187 @@
+"""Word classification: a label for every word of a treebank in CoNLL-U."""
+
+import re
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from rayllp.config import DataSettings
+from rayllp.data.base import IGNORE, Facts, passes
+from rayllp.data.files import Faults, Rows, hold_out, read_lines, select
+from rayllp.errors import DataError
+
+PADDING, UNKNOWN, FIRST_WORD = 0, 1, 2
+COLUMNS = 10
+LABEL_COLUMNS = {"upos": 3, "xpos": 4, "feats": 5}
+_WORD = re.compile(r"[1-9][0-9]*")
+_RANGE_OR_EMPTY_NODE = re.compile(r"[0-9]+[-.][0-9]+")
+
+
+@dataclass
+class _Sentence:
+    """Words, their labels, and the places (file:line) they stand at."""
+
+    words: list[str] = field(default_factory=list)
+    labels: list[str] = field(default_factory=list)
+    places: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class WordBatches:
+    """Sentences as word ids; targets are the words' labels.
+
+    Attributes:
+        words: of each split, ids of the words of each piece of a sentence.
+        labels: their label numbers.
+        sequence_length: words a piece has at most.
+        seed: keys the draws.
+        index: id of each word of the vocabulary.
+        classes: names of the labels.
+        skipped: how many sentences and labels were left out (data.on_error=skip).
+    """
+
+    words: dict[str, Rows]
+    labels: dict[str, Rows]
+    sequence_length: int
+    seed: int
+    index: dict[str, int]
+    classes: tuple[str, ...]
+    skipped: dict[str, int]
+
+    @property
+    def facts(self) -> Facts:
+        return Facts(vocabulary=FIRST_WORD + len(self.index), classes=self.classes, pad=PADDING)
+
+    def batch(self, split: str, step: int, size: int) -> tuple[Tensor, Tensor]:
+        """Word ids and label numbers, both of shape (size, sequence_length)."""
+        indices = select(self.seed, split, step, len(self.words[split]), size)
+        inputs = self.words[split].padded(indices, self.sequence_length, PADDING)
+        # A row of padding alone would leave attention nothing to attend to.
+        inputs[indices < 0, 0] = UNKNOWN
+        targets = self.labels[split].padded(indices, self.sequence_length, IGNORE)
+        return torch.from_numpy(inputs), torch.from_numpy(targets)
+
+    def batches(self, split: str, size: int) -> int:
+        """Batches in one pass through a split."""
+        return passes(len(self.words[split]), size)
+
+
+def load_words(settings: DataSettings, sequence_length: int, seed: int) -> WordBatches:
+    """Read a treebank, number its words and labels, cut sentences longer than `sequence_length`.
+
+    Words rarer than `data.min_count` in the training split share one id with those of no training sentence; at 1 that id is never
+    trained.
+
+    Raises:
+        DataError: no file, one that cannot be read or has no sentences; a broken line or a label unseen in training, unless skipped.
+    """
+    faults = Faults(settings.on_error == "skip")
+    train, validation = _read_splits(settings, faults)
+    index = _number_words(train, settings.min_count)
+    classes = tuple(sorted({label for sentence in train for label in sentence.labels}))
+    numbers = {name: number for number, name in enumerate(classes)}
+    words: dict[str, Rows] = {}
+    labels: dict[str, Rows] = {}
+    for split, sentences in (("train", train), ("validation", validation)):
+        ids = [[index.get(word, UNKNOWN) for word in sentence.words] for sentence in sentences]
+        targets = [_number_labels(sentence, numbers, faults) for sentence in sentences]
+        words[split], labels[split] = Rows.of(_cut(ids, sequence_length)), Rows.of(_cut(targets, sequence_length))
+    return WordBatches(words, labels, sequence_length, seed, index, classes, faults.counts)
+
+
+def _read_splits(settings: DataSettings, faults: Faults) -> tuple[list[_Sentence], list[_Sentence]]:
+    if settings.path is None:
+        given = f"data.dataset={settings.dataset} is not read for words" if settings.dataset else "there is no data.path"
+        raise DataError(
+            f"{given}: word classification needs data.path, a treebank in CoNLL-U (.conllu or .conllu.gz); "
+            "universaldependencies.org has them for many languages"
+        )
+    label = "upos" if settings.label_field == "label" else settings.label_field
+    if label not in LABEL_COLUMNS:
+        raise DataError(f"data.label_field {label!r} is no label of words: set it to one of {', '.join(LABEL_COLUMNS)}")
+    train = _read_sentences(settings.path, "data.path", label, faults, settings.max_bytes)
+    if settings.validation_path is None:
+        return hold_out(train, settings.validation_fraction)
+    return train, _read_sentences(settings.validation_path, "data.validation_path", label, faults)
+
+
+def _read_sentences(name: str, what: str, label: str, faults: Faults, max_bytes: int | None = None) -> list[_Sentence]:
+    path = Path(name).expanduser()
+    blocks = _blocks(read_lines(path, what, max_bytes))
+    sentences = [sentence for block in blocks if (sentence := _parse(path, block, label, faults)) and sentence.words]
+    if not sentences:
+        left_out = f" ({faults.counts['sentences']} were left out as broken)" if "sentences" in faults.counts else ""
+        raise DataError(f"{what} {path} has no sentence with words{left_out}: give a treebank in CoNLL-U")
+    return sentences
+
+
+def _blocks(lines: list[str]) -> Iterator[list[tuple[int, str]]]:
+    """Numbered lines of each sentence, without comments."""
+    block: list[tuple[int, str]] = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            yield block
+            block = []
+        elif not line.startswith("#"):
+            block.append((number, line))
+    yield block
+
+
+def _parse(path: Path, block: list[tuple[int, str]], label: str, faults: Faults) -> _Sentence | None:
+    """The sentence of a block; None where it is broken and faults are skipped."""
+    sentence = _Sentence()
+    for number, line in block:
+        columns = line.split("\t")
+        fault = _find_fault(columns, len(sentence.words) + 1, label)
+        if fault:
+            faults.report("sentences", f"{path}:{number}: {fault}")
+            return None
+        if _WORD.fullmatch(columns[0]):
+            sentence.words.append(columns[1])
+            sentence.labels.append(columns[LABEL_COLUMNS[label]])
+            sentence.places.append(f"{path}:{number}")
+    return sentence
+
+
+def _find_fault(columns: list[str], next_id: int, label: str) -> str | None:
+    if len(columns) != COLUMNS:
+        return f"CoNLL-U has {COLUMNS} columns between tabs, this line {len(columns)}"
+    if _RANGE_OR_EMPTY_NODE.fullmatch(columns[0]):
+        return None
+    if not _WORD.fullmatch(columns[0]):
+        return f"id {columns[0]!r} is none of CoNLL-U's: a number such as 1, a range 1-2 or an empty node 1.1"
+    if int(columns[0]) != next_id:
+        return f"id {columns[0]} where {next_id} should follow (an empty line ends a sentence)"
+    if not columns[1]:
+        return "the word (column 2) is empty"
+    value = columns[LABEL_COLUMNS[label]]
+    # An underscore means "no features" in feats, but "not given" elsewhere.
+    if not value or (value == "_" and label != "feats"):
+        return f"{label} (column {LABEL_COLUMNS[label] + 1}) is {value!r}, no label"
+    return None
+
+
+def _number_words(sentences: list[_Sentence], min_count: int) -> dict[str, int]:
+    counts = Counter(word for sentence in sentences for word in sentence.words)
+    kept = sorted((word for word, count in counts.items() if count >= min_count), key=lambda word: (-counts[word], word))
+    if not kept:
+        raise DataError(f"no word occurs data.min_count={min_count} times, the most frequent {max(counts.values())} times: lower it")
+    return {word: number for number, word in enumerate(kept, FIRST_WORD)}
+
+
+def _number_labels(sentence: _Sentence, numbers: dict[str, int], faults: Faults) -> list[int]:
+    for label, place in zip(sentence.labels, sentence.places, strict=True):
+        if label not in numbers:
+            faults.report("labels", f"{place}: label {label!r} is in no training sentence")
+    return [numbers.get(label, IGNORE) for label in sentence.labels]
+
+
+def _cut(sequences: list[list[int]], length: int) -> Iterator[list[int]]:
+    """Pieces of at most `length`."""
+    for sequence in sequences:
+        for start in range(0, len(sequence), length):
+            yield sequence[start : start + length]

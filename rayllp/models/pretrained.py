@@ -1,0 +1,193 @@
+"""Architectures cut out of transformers' own models: an adapter names the pieces and says how to call them.
+
+The model itself exists on the meta device only, as a plan without weights. A piece is copied out of it, given memory, and initialised by
+the model's own rules, or by a checkpoint; nothing else is ever built.
+"""
+
+import copy
+import math
+from collections.abc import Iterable, Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from rayllp.channel.base import StateSpec
+from rayllp.config import TrainConfig
+from rayllp.data.base import IGNORE, Facts, Inputs
+from rayllp.models.base import Architecture
+from rayllp.models.weights import PretrainedWeights
+from rayllp.state import tensors
+
+
+class Piece(nn.Module):
+    """Modules of a model under their full names; `piece[path]` is one of them."""
+
+    def __init__(self, modules: dict[str, nn.Module]) -> None:
+        super().__init__()
+        for path, module in modules.items():
+            *parents, leaf = path.split(".")
+            place: nn.Module = self
+            for name in parents:
+                if name not in dict(place.named_children()):
+                    place.add_module(name, nn.Module())
+                place = place.get_submodule(name)
+            place.add_module(leaf, module)
+
+    def __getitem__(self, path: str) -> nn.Module:
+        return self.get_submodule(path)
+
+
+class PretrainedArchitecture(Architecture):
+    """Base of the adapters. A subclass sets the class attributes and overrides `config_of` and the calls that differ.
+
+    Attributes:
+        model_class: the whole model, as transformers has it.
+        embed_paths, head_paths, common_paths: modules of the embedding, of the head, and those that several layers use.
+        layer_path: a layer's module, with {} for its number.
+        outputs: within a layer, the projections that write into the residual stream (model.initialisation = scaled).
+        inner: within a layer, further MLP weights, and value projections, that the deep initialisation scales too.
+    """
+
+    model_class: ClassVar[type[PreTrainedModel]]
+    embed_paths: ClassVar[tuple[str, ...]]
+    layer_path: ClassVar[str]
+    head_paths: ClassVar[tuple[str, ...]]
+    common_paths: ClassVar[tuple[str, ...]] = ()
+    outputs: ClassVar[tuple[str, ...]] = ()
+    inner: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self, config: PreTrainedConfig, layers: int, settings: TrainConfig, facts: Facts) -> None:
+        self.config, self.layers, self.settings, self.facts = config, layers, settings, facts
+        with torch.device("meta"):
+            self.model = self.model_class(config)
+        self.same = _parameters_that_are_one(self.model)
+        self.weights = PretrainedWeights.open(settings.model.from_pretrained, self.model)
+        self.stochastic = settings.model.dropout > 0
+        self.tied = tuple(self._ties_between(self.embed_paths, self.head_paths))
+
+    @classmethod
+    def from_settings(cls, settings: TrainConfig, facts: Facts) -> "PretrainedArchitecture":
+        """The adapter for these settings and this data."""
+        config = cls.config_of(settings, facts)
+        config._attn_implementation = "sdpa"
+        return cls(config, settings.model.layers, settings, facts)
+
+    @classmethod
+    def config_of(cls, settings: TrainConfig, facts: Facts) -> PreTrainedConfig:
+        """transformers' configuration."""
+        raise NotImplementedError
+
+    # Pieces -------------------------------------------------------------------------------------------------------------------
+
+    def path_of(self, index: int) -> str:
+        """Full name of a layer's module."""
+        return self.layer_path.format(index)
+
+    def embed(self) -> nn.Module:
+        return self.make(self.embed_paths)
+
+    def layer(self, index: int) -> nn.Module:
+        piece = self.make((self.path_of(index),))
+        if not self.weights.has(self.path_of(index)):
+            self.rescale(piece[self.path_of(index)])
+        return piece[self.path_of(index)]
+
+    def head(self) -> nn.Module:
+        return self.make(self.head_paths)
+
+    def common(self) -> nn.Module | None:
+        return self.make(self.common_paths) if self.common_paths else None
+
+    def make(self, paths: Sequence[str]) -> Piece:
+        """A piece with memory, initialised by the model's rules, and overwritten by pretrained weights where there are any."""
+        piece = Piece({path: copy.deepcopy(self.model.get_submodule(path)) for path in paths})
+        piece.to_empty(device="cpu")
+        with torch.no_grad():
+            piece.apply(self.model._init_weights)
+        for group in self._groups_within(piece):
+            _make_one(piece, group)
+        self.weights.fill(piece)
+        return piece
+
+    def rescale(self, layer: nn.Module) -> None:
+        """model.initialisation, on top of transformers' own."""
+        kind = self.settings.model.initialisation
+        if kind == "default":
+            return
+        factor = math.sqrt(math.log(2 * self.layers)) if kind == "deep" else 1 / math.sqrt(2 * self.layers)
+        for name in (*self.outputs, *(self.inner if kind == "deep" else ())):
+            self.weight_of(layer, name).data.mul_(factor)
+
+    def weight_of(self, layer: nn.Module, name: str) -> Tensor:
+        """The weight of the layer's module `name`."""
+        return layer.get_submodule(name).get_parameter("weight")
+
+    def _ties_between(self, first: Iterable[str], last: Iterable[str]) -> Iterable[tuple[str, str]]:
+        for group in self.same:
+            ends = [[name for name in group if _within(name, paths)] for paths in (first, last)]
+            if ends[0] and ends[1]:
+                yield ends[0][0], ends[1][0]
+
+    def _groups_within(self, piece: Piece) -> list[list[str]]:
+        names = {name for name, _ in piece.named_parameters(remove_duplicate=False)}
+        return [found for group in self.same if len(found := [name for name in group if name in names]) > 1]
+
+    # Calls --------------------------------------------------------------------------------------------------------------------
+
+    def state_spec(self, inputs: Inputs, dtype: torch.dtype, device: torch.device) -> StateSpec:
+        shape = torch.Size((*tensors(inputs)[0].shape[:2], self.settings.model.width))
+        return StateSpec((shape,), (dtype,), device)
+
+    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return self._cross_entropy(outputs, targets, 0.0)
+
+    def training_loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return self._cross_entropy(outputs, targets, self.settings.model.label_smoothing)
+
+    def _cross_entropy(self, outputs: Tensor, targets: Tensor, smoothing: float) -> Tensor:
+        logits = outputs.float() if outputs.dtype == torch.bfloat16 else outputs
+        return nn.functional.cross_entropy(
+            logits.flatten(0, -2), targets.flatten(), ignore_index=IGNORE, reduction="sum", label_smoothing=smoothing
+        )
+
+    def count(self, targets: Tensor) -> int:
+        return int((targets != IGNORE).sum())
+
+    # Names: pieces carry full names already -----------------------------------------------------------------------------------
+
+    def embed_prefix(self) -> str:
+        return ""
+
+    def layer_prefix(self, index: int) -> str:
+        return self.path_of(index) + "."
+
+    def head_prefix(self) -> str:
+        return ""
+
+    def common_prefix(self) -> str:
+        return ""
+
+
+def positions_like(inputs: Tensor, dtype: torch.dtype) -> Tensor:
+    """What transformers' mask functions read shape, dtype and device from: (batch, time, 0)."""
+    return torch.empty((*inputs.shape, 0), dtype=dtype, device=inputs.device)
+
+
+def _parameters_that_are_one(model: nn.Module) -> list[list[str]]:
+    groups: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        groups.setdefault(id(parameter), []).append(name)
+    return [names for names in groups.values() if len(names) > 1]
+
+
+def _make_one(piece: Piece, names: list[str]) -> None:
+    kept = piece.get_parameter(names[0])
+    for name in names[1:]:
+        parent, _, leaf = name.rpartition(".")
+        setattr(piece.get_submodule(parent), leaf, kept)
+
+
+def _within(name: str, paths: Iterable[str]) -> bool:
+    return any(name == path or name.startswith(path + ".") for path in paths)
