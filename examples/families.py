@@ -70,8 +70,8 @@ def compare(name: str, task: Task, data: Path, output: Path, switch: float) -> s
     at_switch = f"{before['loss']:.4f}" if before else "–"
     losses = f"{last['serial']['loss']:.4f} | {last['switched']['loss']:.4f}"
     return (
-        f"| {name} | {config.model.layers} | {solve} | {config.steps} ({at} parallel) | {task.metric} | {values[0]:.2f} | {values[1]:.2f} | "
-        f"{values[1] - values[0]:+.2f} | {losses} | {at_switch} |"
+        f"| {name} | {config.model.layers} | {solve} | {config.steps} ({at} parallel) | {task.metric} | {values[0]:.2f} | "
+        f"{values[1]:.2f} | {values[1] - values[0]:+.2f} | {losses} | {at_switch} |"
     )
 
 
@@ -90,7 +90,7 @@ def main() -> None:
             print(f"{name} is skipped: {arguments.data / missing[0]} is not there")
             continue
         rows.append(compare(name, TASKS[name], arguments.data.absolute(), arguments.output, arguments.switch))
-    heads = "task | layers | solve | steps | metric | serial | switched | gap | loss, serial | loss, switched | loss at the last evaluation before"
+    heads = "task | layers | solve | steps | metric | serial | switched | gap | loss, serial | switched | at the switch"
     print("| " + heads + " |", "|" + "---|" * (heads.count("|") + 1), *rows, sep="\n")
 
 

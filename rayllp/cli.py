@@ -30,9 +30,24 @@ def train(
     if result.stopped:
         raise typer.Exit(130)
     out = Console(highlight=False)
-    out.print(f"validation loss {result.validation_loss:.4f} after {result.steps} steps (exact forward); see {result.directory}")
+    others = "".join(f", {name} {value:.4f}" for name, value in result.metrics.items())
+    out.print(f"validation loss {result.validation_loss:.4f}{others} after {result.steps} steps (exact forward); see {result.directory}")
     if result.sample:
         out.print("sample:", result.sample, sep="\n", markup=False)
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="run directory")],
+    to: Annotated[Path, typer.Option(help="folder to write, new or empty")],
+    step: Annotated[int | None, typer.Option(help="the checkpoint after so many steps; default the latest")] = None,
+) -> None:
+    """Write a run's model as transformers keeps one, for from_pretrained."""
+    from rayllp.checkpoint.export import export as export_model
+    from rayllp.models.scaled import loader
+
+    written = export_model(run, to, step)
+    typer.echo(f"{loader(written)}.from_pretrained({str(written)!r}) loads it")
 
 
 @app.command()

@@ -52,7 +52,7 @@ class ModelSettings(Settings):
 
 
 class DataSettings(Settings):
-    """What it is trained on. Which kind of data is read follows from model.family and model.head (docs/data.md)."""
+    """What it is trained on. Which kind of data is read follows from model.family and model.head (docs/families.md)."""
 
     path: str | None = Field(None, description="file or folder (.gz allowed); none: an embedded set where the family has one")
     validation_path: str | None = Field(None, description="held-out file; none: a part of data.path, or the set's own split")

@@ -13,9 +13,10 @@ from rayllp.config import DataSettings
 from rayllp.data.base import IGNORE
 from rayllp.data.sentences import load_sentences
 from rayllp.data.special import SpecialTokens
+from rayllp.data.tokenizer import Bytes, make_tokenizer
 from rayllp.errors import DataError
 
-PAD, CLS, SEP = 256, 257, 258
+PAD, CLS, SEP, FIRST = 0, 1, 2, 4
 TRAIN = "text\tlabel\nthe dog\tgood\ndog the\tbad\na cat\tgood\n"
 HELD_OUT = "label\ttext\nbad\tcat a\ngood\tthe cat\ngood\ta\n"
 PAIRS = "id\tone\ttwo\tlabel\n0\tabcdef\txy\tyes\n1\tab\tuvwxyz\tno\n2\tabcdef\tuvwxyz\tyes\n"
@@ -38,11 +39,20 @@ def one_pass(batches, split, size):
 
 def shown(rows):
     """Rows of bytes with special tokens as signs: < cls, | sep, nothing for padding."""
-    return ["".join({PAD: "", CLS: "<", SEP: "|"}.get(token, chr(token)) for token in row) for row in rows.tolist()]
+    return ["".join({CLS: "<", SEP: "|"}.get(token) or chr(token - FIRST) if token else "" for token in row) for row in rows.tolist()]
 
 
-def test_special_tokens_follow_the_tokenizers():
-    assert SpecialTokens.of(100) == SpecialTokens(pad=100, cls=101, sep=102, mask=103, vocabulary=104)
+def test_special_tokens_come_first_unless_the_tokenizer_has_its_own(tmp_path):
+    special = SpecialTokens.of(Bytes())
+    assert (special.pad, special.cls, special.sep, special.mask, special.offset, special.vocabulary) == (0, 1, 2, 3, 4, 260)
+    assert special.encode(b"a").tolist() == [101]
+    assert special.decode([1, 101, 2, 0]) == "a"
+    tokenizer = Tokenizer(models.WordLevel({"dog": 0, "[PAD]": 1, "cat": 2, "[MASK]": 3, "[SEP]": 4, "[CLS]": 5}, unk_token="dog"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.save(str(tmp_path / "own.json"))
+    own = SpecialTokens.of(make_tokenizer(str(tmp_path / "own.json"), b""))
+    assert (own.pad, own.cls, own.sep, own.mask, own.offset, own.vocabulary) == (1, 5, 4, 3, 0, 6)
+    assert own.encode(b"cat dog").tolist() == [2, 0]
 
 
 def test_rows_classes_and_facts(tmp_path):
@@ -50,7 +60,7 @@ def test_rows_classes_and_facts(tmp_path):
     assert batches.facts.classes == ("bad", "good")
     assert (batches.facts.vocabulary, batches.facts.pad) == (260, PAD)
     inputs, targets = batches.batch("validation", 0, 3)
-    assert inputs[0].tolist() == [CLS, *b"cat a", SEP, *[PAD] * 5]
+    assert inputs[0].tolist() == [CLS, *(FIRST + byte for byte in b"cat a"), SEP, *[PAD] * 5]
     assert shown(inputs) == ["<cat a|", "<the cat|", "<a|"]
     assert targets.tolist() == [0, 1, 1]
     assert (inputs.dtype, targets.dtype, inputs.shape) == (torch.int64, torch.int64, (3, 12))
@@ -111,7 +121,7 @@ def test_files_without_column_names(tmp_path):
     batches = load_sentences(DataSettings(path=path, validation_path=path, text_field="2", label_field="0"), 16, seed=0)
     inputs, targets = batches.batch("validation", 0, 2)
     assert shown(inputs)[0] == '<"the dog|'
-    assert inputs[1].tolist()[1:10] == list("dog\u2028the".encode())
+    assert inputs[1].tolist()[1:10] == [FIRST + byte for byte in "dog\u2028the".encode()]
     assert targets.tolist() == [1, 0]
 
 
@@ -143,7 +153,7 @@ def test_a_tokenizers_file(tmp_path):
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     words.save(str(tmp_path / "words.json"))
     batches = load(tmp_path, TRAIN, HELD_OUT, length=5, tokenizer=str(tmp_path / "words.json"))
-    assert batches.batch("validation", 0, 3)[0].tolist() == [[5, 3, 0, 6, 4], [5, 1, 3, 6, 4], [5, 0, 6, 4, 4]]
+    assert batches.batch("validation", 0, 3)[0].tolist() == [[1, 7, 4, 2, 0], [1, 5, 7, 2, 0], [1, 4, 2, 0, 0]]
     assert batches.tokenizer.decode([1, 2]) == "the dog"
 
 

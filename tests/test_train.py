@@ -127,8 +127,8 @@ class Sabotaged(Driver):
 
 
 def drive(kind, config, path):
-    text = _validate(config, None, None)
-    return kind(config, RunDirectory.create(path, config), "cpu", None, None, text).train(None)
+    loaded = _validate(config, None, None)
+    return kind(config, RunDirectory.create(path, config), "cpu", None, None, loaded).train(None)
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_step_and_names_the_layer(tmp_path):

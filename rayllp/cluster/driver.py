@@ -10,12 +10,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import ray
 from rich.console import Console
 
 from rayllp.checkpoint import checkpoints, commit, read_manifest, staging
+from rayllp.checkpoint.export import write_model_json, write_tokenizer_json
 from rayllp.cluster.group import WorkerGroup, choose_device
 from rayllp.config import TrainConfig, load_config
 from rayllp.control import Accuracy, Controller, Decision
@@ -76,11 +77,18 @@ def train(
         config, run, start = _open_run(Path(resume))
     else:
         config, run, start = config or TrainConfig(), None, None
-    data = _validate(config, model, batches)
+    loaded = _validate(config, model, batches)
     with _cluster(config):
         device = choose_device(config)
         run = run or RunDirectory.create(output, config)
-        return Driver(config, run, device, model, batches, data, console).train(start)
+        return Driver(config, run, device, model, batches, loaded, console).train(start)
+
+
+class Loaded(NamedTuple):
+    """What the settings name: the data set, and the architecture, a plan without weights."""
+
+    data: Any
+    plan: Architecture | None
 
 
 class Driver:
@@ -88,9 +96,10 @@ class Driver:
 
     def __init__(
         self, config: TrainConfig, run: RunDirectory, device: str, model: Architecture | None, batches: Batches | None,
-        data: Any, console: Console | None = None,
+        loaded: Loaded | None, console: Console | None = None,
     ) -> None:  # fmt: skip
-        self.config, self.run, self.data = config, run, data
+        self.config, self.run = config, run
+        self.data, self.plan = loaded or Loaded(None, None)
         self.model, self.batches = model, batches
         self.controller = Controller(config)
         self.workers = WorkerGroup(config, device)
@@ -105,8 +114,7 @@ class Driver:
         final: dict[str, float] = {}
         try:
             shares = self.workers.start(self.model, self.batches)
-            if "model" in shares[0]:
-                (self.run.path / "model.json").write_text(shares[0]["model"])
+            self._keep_what_export_needs()
             step = self._restore(start) if start else 0
             with _stopping(self), _tensorboard(self.run.path) as board, ProgressDisplay(self.config.steps, step, self.console) as display:
                 display.say(self._describe(shares))
@@ -125,6 +133,11 @@ class Driver:
         return TrainResult(
             directory=self.run.path, steps=step, validation_loss=loss, metrics=final, sample=sample, stopped=self.stop
         )  # fmt: skip
+
+    def _keep_what_export_needs(self) -> None:
+        if self.plan is not None:
+            write_model_json(self.run.path, self.plan)
+            write_tokenizer_json(self.run.path, self.data)
 
     def _say(self, text: str) -> None:
         self.console.print(text, highlight=False, soft_wrap=True, markup=False)
@@ -274,7 +287,10 @@ class Driver:
             f" × {config.mesh.data} replicas" if config.mesh.data > 1 else ""
         )
         what = config.model.family if self.model is None else type(self.model).__name__
-        return f"{what}: {buffers}, {parameters / 1e6:.1f} M parameters, {mesh} on {self.workers.device}; run directory {self.run.path}"
+        skipped = getattr(self.data, "skipped", {})
+        left_out = "; left out of the data: " + ", ".join(f"{n} {kind}" for kind, n in skipped.items()) if skipped else ""
+        where = f"{mesh} on {self.workers.device}; run directory {self.run.path}"
+        return f"{what}: {buffers}, {parameters / 1e6:.1f} M parameters, {where}{left_out}"
 
 
 def _shown(found: dict[str, float]) -> str:
@@ -284,8 +300,8 @@ def _shown(found: dict[str, float]) -> str:
 # Around the loop ----------------------------------------------------------------------------------------------------------------
 
 
-def _validate(config: TrainConfig, model: Architecture | None, batches: Batches | None) -> Any:
-    """Refuse what can be refused without a cluster; the data set, where the run reads one."""
+def _validate(config: TrainConfig, model: Architecture | None, batches: Batches | None) -> Loaded | None:
+    """Refuse what can be refused without a cluster; the data set and the architecture, where the settings name them."""
     if (model is None) != (batches is None):
         raise SettingsError("model and batches belong together: give both, or neither")
     if model is not None:
@@ -296,8 +312,7 @@ def _validate(config: TrainConfig, model: Architecture | None, batches: Batches 
     if config.model.family == "mt" and (config.eval.translate or config.eval.final_translate) and find_spec("sacrebleu") is None:
         raise DataError("BLEU needs sacrebleu: pip install 'rayllp[translation]', or set eval.translate and eval.final_translate to 0")
     data = load_data(config)
-    build_architecture(config, data.facts)  # a plan without weights: refuses sizes and checkpoints that do not fit
-    return data
+    return Loaded(data, build_architecture(config, data.facts))  # refuses sizes and checkpoints that do not fit
 
 
 def _open_run(path: Path) -> tuple[TrainConfig, RunDirectory, Path]:

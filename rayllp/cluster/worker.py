@@ -65,9 +65,7 @@ class BlockWorker:
         data = TorchChannel(mesh.get_group("data"), config.receive_timeout_s)
         self.engine = Engine(architecture, config, batches, layer, data, where)
         parameters = sum(p.numel() for p in self.engine.block.parameters.values())
-        share = {"rank": self.rank, "layers": sorted(self.engine.block.layers), "parameters": parameters, "pid": os.getpid()}
-        model = getattr(architecture, "config", None)
-        return share if model is None or self.rank else {**share, "model": model.to_json_string(use_diff=False)}
+        return {"rank": self.rank, "layers": sorted(self.engine.block.layers), "parameters": parameters, "pid": os.getpid()}
 
     def run(self, steps: list[tuple[int, Accuracy]]) -> list[dict[str, Any]]:
         """A chunk of training steps; ends early after a step whose loss or gradient is not finite."""

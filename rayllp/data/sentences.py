@@ -58,12 +58,12 @@ class SentenceBatches:
 
     @property
     def facts(self) -> Facts:
-        special = SpecialTokens.of(self.tokenizer.vocabulary)
+        special = SpecialTokens.of(self.tokenizer)
         return Facts(vocabulary=special.vocabulary, classes=self.classes, pad=special.pad)
 
     def batch(self, split: str, step: int, size: int) -> tuple[Tensor, Tensor]:
         """Token ids of shape (size, sequence_length), class numbers of shape (size,)."""
-        special = SpecialTokens.of(self.tokenizer.vocabulary)
+        special = SpecialTokens.of(self.tokenizer)
         indices = select(self.seed, split, step, len(self.sequences[split]), size)
         inputs = self.sequences[split].padded(indices, self.sequence_length, special.pad)
         # A row of padding alone would leave attention nothing to attend to.
@@ -187,9 +187,9 @@ def _listed(names: dict[str, int], most: int = 12) -> str:
 
 def _encode(example: _Example, tokenizer: Tokenizer, length: int, faults: Faults) -> list[int] | None:
     """cls, tokens, sep (tokens, sep) in at most `length`; None where a character has no token and faults are skipped."""
-    special = SpecialTokens.of(tokenizer.vocabulary)
+    special = SpecialTokens.of(tokenizer)
     try:
-        texts = [tokenizer.encode(text.encode()) for text in example.texts]
+        texts = [special.encode(text.encode()) for text in example.texts]
     except KeyError as error:
         # An alphabet read off the training text lacks what is in the held-out text alone.
         fault = f"{error.args[0]!r} is in no training sentence, so data.tokenizer=characters has no token for it (bytes has)"

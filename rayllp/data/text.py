@@ -2,6 +2,7 @@
 
 import gzip
 import sysconfig
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,15 +12,16 @@ from torch import Tensor
 
 from rayllp.config import DataSettings
 from rayllp.data.base import Facts
+from rayllp.data.files import draw
+from rayllp.data.hub import load_train
 from rayllp.data.tokenizer import Tokenizer, make_tokenizer
 from rayllp.errors import DataError
-from rayllp.models.randomness import key
 
 DEFAULT_TEXT_BYTES = 4_000_000
 
 
 def read_text(settings: DataSettings) -> bytes:
-    """All text that the settings name.
+    """All text that the settings name, up to `data.max_bytes`.
 
     Raises:
         DataError: missing, unreadable or empty.
@@ -27,28 +29,51 @@ def read_text(settings: DataSettings) -> bytes:
     if settings.dataset:
         text, source = _read_dataset(settings), f"data.dataset {settings.dataset}"
     elif settings.path:
-        text, source = _read_path(Path(settings.path).expanduser()), f"data.path {settings.path}"
+        text, source = _read_path("data.path", settings.path, settings.max_bytes), f"data.path {settings.path}"
     else:
         text, source = _read_standard_library(), "the standard library"
     if not text:
         raise DataError(f"{source} holds no text: give a file or folder with some")
-    return text
+    return _cut(text, settings.max_bytes)
 
 
-def _read_path(path: Path) -> bytes:
-    if not path.exists():
-        raise DataError(f"data.path {path}: no such file or folder; give a text file, a .gz of one, or a folder of them")
-    if path.is_file():
-        return _read_file(path)
-    files = sorted(file for file in path.rglob("*") if file.is_file() and not any(part.startswith(".") for part in file.parts[1:]))
-    return b"\n".join(_read_file(file) for file in files)
+def read_file(what: str, path: Path, limit: int | None = None) -> bytes:
+    """The content of a file, or of a .gz of one; of a longer one at least the first `limit` bytes.
 
-
-def _read_file(path: Path) -> bytes:
+    Raises:
+        DataError: names the file, as `what`.
+    """
     try:
-        return gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    except (OSError, EOFError) as error:
-        raise DataError(f"data.path {path} cannot be read: {error}") from None
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            # One more, for whoever cuts to see what is cut.
+            return file.read(-1 if limit is None else limit + 1)
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{what} {path} cannot be read: {error}; give a file, or a whole .gz of one") from None
+
+
+def _read_path(what: str, name: str, limit: int | None) -> bytes:
+    path = Path(name).expanduser()
+    if not path.exists():
+        raise DataError(f"{what} {path}: no such file or folder; give a text file, a .gz of one, or a folder of them")
+    if path.is_file():
+        return read_file(what, path, limit)
+    pieces, size = [], 0
+    for file in sorted(path.rglob("*")):
+        if not file.is_file() or any(part.startswith(".") for part in file.relative_to(path).parts):
+            continue
+        pieces.append(read_file(what, file, limit))
+        size += len(pieces[-1])
+        if limit is not None and size > limit:
+            break
+    return b"\n".join(pieces)
+
+
+def _cut(text: bytes, limit: int | None) -> bytes:
+    """The first `limit` bytes, fewer where that would split a character."""
+    if limit is None or len(text) <= limit:
+        return text
+    # A UTF-8 character has up to three bytes 10xxxxxx after its first.
+    return text[: next((end for end in range(limit, max(limit - 4, 0), -1) if text[end] & 0xC0 != 0x80), limit)]
 
 
 def _read_standard_library() -> bytes:
@@ -63,22 +88,26 @@ def _read_standard_library() -> bytes:
 
 
 def _read_dataset(settings: DataSettings) -> bytes:
-    try:
-        import datasets
-    except ImportError:
-        raise DataError("data.dataset needs the datasets package: pip install 'rayllp[datasets]'") from None
-    name = str(settings.dataset)
-    try:
-        if (Path(name) / "dataset_info.json").exists() or (Path(name) / "dataset_dict.json").exists():
-            loaded = datasets.load_from_disk(name)
-            loaded = loaded["train"] if isinstance(loaded, datasets.DatasetDict) else loaded
-        else:
-            loaded = datasets.load_dataset(name, settings.subset, split="train")
-    except Exception as error:
-        raise DataError(f"data.dataset {name} cannot be loaded: {type(error).__name__}: {error}") from None
-    if settings.text_field not in loaded.column_names:
-        raise DataError(f"data.dataset {name} has no column {settings.text_field!r}: set data.text_field to one of {loaded.column_names}")
-    return "\n".join(loaded[settings.text_field]).encode()
+    split = load_train(settings)
+    split.require("data.text_field", settings.text_field)
+    pieces, size = [], 0
+    for number, (text,) in enumerate(split.rows(settings.text_field)):
+        if not isinstance(text, str):
+            raise DataError(
+                f"{split.source} row {number}: column {settings.text_field!r} holds {type(text).__name__}, not text: "
+                "set data.text_field to a column of strings"
+            )
+        pieces.append(text.encode())
+        size += len(pieces[-1]) + 1
+        if settings.max_bytes is not None and size > settings.max_bytes:
+            break
+    return b"\n".join(pieces)
+
+
+def draw_windows(stream: np.ndarray, length: int, seed: int, split: str, step: int, size: int) -> np.ndarray:
+    """`size` windows of `length` tokens, int64: a pure function of the arguments."""
+    starts = draw(seed, split, step, len(stream) - length + 1, size)
+    return np.stack([stream[start : start + length] for start in starts]).astype(np.int64)
 
 
 @dataclass(frozen=True)
@@ -96,10 +125,7 @@ class TextBatches:
 
     def batch(self, split: str, step: int, size: int) -> tuple[Tensor, Tensor]:
         """Token ids of shape (size, sequence_length), twice."""
-        stream = self.tokens[split]
-        generator = np.random.Generator(np.random.Philox(key=key(self.seed, split, step)))
-        starts = generator.integers(0, len(stream) - self.sequence_length, size=size)
-        windows = np.stack([stream[start : start + self.sequence_length + 1] for start in starts]).astype(np.int64)
+        windows = draw_windows(self.tokens[split], self.sequence_length + 1, self.seed, split, step, size)
         return torch.from_numpy(windows[:, :-1].copy()), torch.from_numpy(windows[:, 1:].copy())
 
 
@@ -107,17 +133,45 @@ def load_text(settings: DataSettings, sequence_length: int, seed: int) -> TextBa
     """Read, tokenise, split.
 
     Raises:
-        DataError: as `read_text`, or text shorter than one sequence in either split.
+        DataError: as `load_stream`.
+    """
+    tokens, tokenizer = load_stream(settings, sequence_length, sequence_length + 1)
+    return TextBatches(tokens, sequence_length, seed, tokenizer)
+
+
+def load_stream(settings: DataSettings, sequence_length: int, window: int) -> tuple[dict[str, np.ndarray], Tokenizer]:
+    """The text's tokens by split, and what made them. Held out is `data.validation_path`, else the text's end.
+
+    Args:
+        settings: where the text is.
+        sequence_length: for errors.
+        window: tokens that each split must have, for one sequence and its targets.
+
+    Raises:
+        DataError: as `read_text`; text shorter than a window in either split; a held-out text that the tokenizer cannot encode.
     """
     text = read_text(settings)
     tokenizer = make_tokenizer(settings.tokenizer, text)
     stream = tokenizer.encode(text)
-    held = int(len(stream) * settings.validation_fraction)
-    splits = {"train": stream[: len(stream) - held], "validation": stream[len(stream) - held :]}
+    if settings.validation_path:
+        splits = {"train": stream, "validation": _encode_held_out(settings.validation_path, tokenizer)}
+    else:
+        held = int(len(stream) * settings.validation_fraction)
+        splits = {"train": stream[: len(stream) - held], "validation": stream[len(stream) - held :]}
     for split, tokens in splits.items():
-        if len(tokens) <= sequence_length:
+        if len(tokens) < window:
             raise DataError(
-                f"the {split} text has {len(tokens)} tokens, fewer than one sequence of {sequence_length} and its target: "
-                "give more text, or lower sequence_length"
+                f"the {split} text has {len(tokens)} tokens, fewer than one sequence of {sequence_length} takes "
+                f"({window}): give more text, or lower sequence_length"
             )
-    return TextBatches(splits, sequence_length, seed, tokenizer)
+    return splits, tokenizer
+
+
+def _encode_held_out(name: str, tokenizer: Tokenizer) -> np.ndarray:
+    try:
+        return tokenizer.encode(_read_path("data.validation_path", name, None))
+    except KeyError as error:
+        raise DataError(
+            f"data.validation_path {name}: {error.args[0]!r} is not in the training text, so data.tokenizer=characters has no token "
+            "for it; use bytes or bpe:SIZE"
+        ) from None

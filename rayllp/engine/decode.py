@@ -29,6 +29,7 @@ class Decoder:
 
     def generate(self, prompts: Tensor, options: GenerationConfig) -> list[list[int]]:
         """Continuations (prompt included) of (sentences, time) prompts, on every worker."""
+        self.announce(None)  # all workers are here: sampling holds the process's generator, which workers that are threads share
         if self.engine.block.last:
             with torch.no_grad(), seeded(self.engine.config.seed, "generation"):
                 found = _Asking(self, options).generate(prompts, generation_config=options, row=torch.arange(len(prompts)))
@@ -70,6 +71,8 @@ class Decoder:
         shape = torch.zeros(2, dtype=torch.int64) if table is None else torch.tensor(table.shape)
         shape = self.engine.layers.all_reduce(shape.to(self.engine.device), self._tag("shape"))
         content = torch.zeros(tuple(shape.tolist()), dtype=torch.int64) if table is None else table
+        if content.numel() == 0:
+            return content
         return self.engine.layers.all_reduce(content.to(self.engine.device).contiguous(), self._tag("tokens")).cpu()
 
     def _tag(self, phase: str) -> MessageTag:
@@ -84,7 +87,7 @@ class _Asking(PreTrainedModel, GenerationMixin):
 
     def __init__(self, decoder: Decoder, options: GenerationConfig) -> None:
         architecture = decoder.engine.block.architecture
-        super().__init__(GPT2Config(vocab_size=architecture.facts.vocabulary, n_layer=1, use_cache=False))  # type: ignore[attr-defined]
+        super().__init__(GPT2Config(vocab_size=architecture.facts.vocabulary, n_layer=1, bos_token_id=0, eos_token_id=0, use_cache=False))  # type: ignore[attr-defined]
         self.generation_config = options
         self.decoder, self.window = decoder, decoder.engine.config.sequence_length
         self.place = nn.Parameter(torch.zeros(()))

@@ -10,7 +10,6 @@ from rayllp.config import TrainConfig
 from rayllp.data.base import Facts, Inputs
 from rayllp.models.metrics import Perplexity
 from rayllp.models.pretrained import Piece, PretrainedArchitecture
-from rayllp.models.randomness import seeded
 from rayllp.state import State
 
 
@@ -40,8 +39,7 @@ class Llama(PretrainedArchitecture):
         """Cosines and sines of the rotary positions."""
         assert isinstance(inputs, Tensor)
         if self._rotary is None:
-            with seeded("no random numbers are drawn for it"):
-                self._rotary = self.make(("model.rotary_emb",))["model.rotary_emb"].to(inputs.device)
+            self._rotary = self.make(("model.rotary_emb",))["model.rotary_emb"].to(inputs.device)
         positions_1T = torch.arange(inputs.shape[1], device=inputs.device)[None]
         return self._rotary(torch.empty(0, dtype=dtype, device=inputs.device), position_ids=positions_1T)
 

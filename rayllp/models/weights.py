@@ -1,84 +1,117 @@
 """Pretrained weights: a block's own layers, read out of a transformers checkpoint's safetensors and nothing more."""
 
 import json
+import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming, apply_renamings
 
 from rayllp.errors import CheckpointError
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
+
+
+class Place(NamedTuple):
+    """Where a tensor is: a file, and its name there."""
+
+    file: Path
+    key: str
 
 
 class PretrainedWeights:
-    """Names of a checkpoint's tensors and the files they are in; empty where nothing is loaded.
+    """A checkpoint's tensors and where they are; empty where nothing is loaded.
 
     Args:
-        files: tensor name -> file.
+        places: where each tensor is, by the name that the model has for it.
         prefix: the model's own prefix for its base model ("transformer."), with or without which a checkpoint may be written.
+        source: the checkpoint, for errors.
+        tied: all names of a parameter, by each of them, where it has several.
     """
 
-    def __init__(self, files: dict[str, Path], prefix: str, source: str = "") -> None:
-        self.files, self.prefix, self.source = files, prefix, source
+    def __init__(self, places: Mapping[str, Place], prefix: str, source: str = "", tied: Mapping[str, list[str]] | None = None) -> None:
+        self.places, self.prefix, self.source, self.tied = places, prefix, source, tied or {}
 
     @classmethod
     def open(cls, source: str | None, model: PreTrainedModel) -> "PretrainedWeights":
         """The checkpoint `source`, a folder or a name that the Hugging Face cache or hub knows.
 
+        Only the base model's tensors must be there: a head may be new.
+
         Raises:
-            CheckpointError: no safetensors there, or tensors of another architecture.
+            CheckpointError: no safetensors there, or tensors of another architecture or of another number of layers.
         """
         prefix = model.base_model_prefix + "."
         if source is None:
             return cls({}, prefix)
-        folder = find(source)
-        weights = cls(_names(folder), prefix, source)
-        wanted = [name for name, _ in model.named_parameters()]
-        base = [name for name in wanted if name.startswith(prefix)]
-        found = [name for name in base if weights.stored_name(name)]
-        if len(found) < len(base):
-            missing = next(name for name in base if not weights.stored_name(name))
+        weights = cls(_renamed(_places(find(source)), model), prefix, source, names_of_tied(model))
+        base = [name for name, _ in model.named_parameters() if name.startswith(prefix)]
+        missing = [name for name in base if weights.place(name) is None]
+        if missing:
             raise CheckpointError(
-                f"model.from_pretrained {source} has {len(found)} of the {len(base)} tensors that {type(model).__name__} needs; {missing} "
-                "is not there: it is a checkpoint of another architecture or of fewer layers. Set model.family and model.layers to match"
+                f"model.from_pretrained {source} has {len(base) - len(missing)} of the {len(base)} tensors that {type(model).__name__} "
+                f"needs; {missing[0]} is not there: it is a checkpoint of another architecture or of fewer layers. Set model.family and "
+                "model.layers to match"
             )
+        weights.refuse_more_layers(base)
         return weights
 
-    def stored_name(self, name: str) -> str | None:
-        """What the checkpoint calls the parameter `name`."""
-        candidates = (name, name.removeprefix(self.prefix), self.prefix + name)
-        return next((candidate for candidate in candidates if candidate in self.files), None)
+    def refuse_more_layers(self, names: Iterable[str]) -> None:
+        """Refuse tensors that differ from a known one in a layer's number alone: those layers would be left out."""
+        known = set(names)
+        forms = {NUMBER.sub("#", name) for name in known}
+        for name in self.places:
+            full = name if name.startswith(self.prefix) else self.prefix + name
+            if full not in known and NUMBER.sub("#", full) in forms:
+                raise CheckpointError(
+                    f"model.from_pretrained {self.source} has {full}, a layer beyond this model's: set model.layers (mt: and "
+                    "model.encoder_layers) to match the checkpoint"
+                )
+
+    def place(self, name: str) -> Place | None:
+        """Where the parameter `name` is, under that name or another that it has."""
+        for known in (name, *self.tied.get(name, ())):
+            for candidate in (known, known.removeprefix(self.prefix), self.prefix + known):
+                if candidate in self.places:
+                    return self.places[candidate]
+        return None
 
     def has(self, path: str) -> bool:
         """Whether the module `path` is in the checkpoint."""
         starts = (path + ".", path.removeprefix(self.prefix) + ".")
-        return any(name.startswith(starts) for name in self.files)
+        return any(name.startswith(starts) for name in self.places)
 
     def fill(self, piece: nn.Module) -> None:
-        """Overwrite the piece's parameters that the checkpoint has.
+        """Overwrite the piece's parameters that the checkpoint has; one that is stored more precisely becomes as precise.
 
         Raises:
             CheckpointError: a tensor of another shape, or a damaged file.
         """
+        by_file: dict[Path, list[tuple[str, str, nn.Parameter]]] = {}
         for name, parameter in piece.named_parameters():
-            stored = self.stored_name(name)
-            if stored is None:
-                continue
-            try:
-                with safe_open(self.files[stored], framework="pt") as file:
-                    value = file.get_tensor(stored)
-            except (OSError, SafetensorError) as error:
-                raise CheckpointError(f"{self.files[stored]} cannot be read ({error}); fetch the checkpoint again") from None
-            if value.shape != parameter.shape:
-                raise CheckpointError(
-                    f"model.from_pretrained {self.source}: {name} is {tuple(value.shape)} there and {tuple(parameter.shape)} in this model: "
-                    "set model.width, model.feed_forward, sequence_length and data.tokenizer to match the checkpoint"
-                )
-            with torch.no_grad():
-                parameter.copy_(value)
+            place = self.place(name)
+            if place is not None:
+                by_file.setdefault(place.file, []).append((place.key, name, parameter))
+        for path, wanted in by_file.items():
+            values = _read(path, [key for key, _, _ in wanted])
+            for (_, name, parameter), value in zip(wanted, values, strict=True):
+                self._overwrite(name, parameter, value)
+
+    def _overwrite(self, name: str, parameter: nn.Parameter, value: Tensor) -> None:
+        if value.shape != parameter.shape:
+            raise CheckpointError(
+                f"model.from_pretrained {self.source}: {name} is {tuple(value.shape)} there and {tuple(parameter.shape)} in this model: "
+                "set model.width, model.feed_forward, sequence_length and data.tokenizer to match the checkpoint"
+            )
+        # A copy: the value is a view of the file.
+        parameter.data = value.to(torch.promote_types(value.dtype, parameter.dtype), copy=True)
 
 
 def find(source: str) -> Path:
@@ -96,17 +129,41 @@ def find(source: str) -> Path:
         ) from None
 
 
-def _names(folder: Path) -> dict[str, Path]:
+def names_of_tied(model: PreTrainedModel) -> dict[str, list[str]]:
+    """All names of a parameter that has several, by each of them; first the one that transformers saves it under."""
+    groups: dict[str, list[str]] = {}
+    for other, name in model.all_tied_weights_keys.items():
+        groups.setdefault(name, [name]).append(other)
+    return {name: group for group in groups.values() for name in group}
+
+
+def _renamed(places: Mapping[str, Place], model: PreTrainedModel) -> dict[str, Place]:
+    """Places by today's names: transformers saves some models (ViT) under the names that their modules once had."""
+    renamings = [step for step in get_model_conversion_mapping(model) if isinstance(step, WeightRenaming)]
+    return {apply_renamings(name, renamings): place for name, place in places.items()}
+
+
+def _places(folder: Path) -> dict[str, Place]:
     try:
         if (folder / INDEX).is_file():
             table = json.loads((folder / INDEX).read_text())["weight_map"]
-            return {name: folder / file for name, file in table.items()}
+            return {name: Place(folder / file, name) for name, file in table.items()}
         if (folder / SINGLE).is_file():
             with safe_open(folder / SINGLE, framework="pt") as file:
-                return dict.fromkeys(file.keys(), folder / SINGLE)
+                return {name: Place(folder / SINGLE, name) for name in file.keys()}  # noqa: SIM118 (no dict)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise CheckpointError(f"model.from_pretrained {folder}: its safetensors cannot be read ({error})") from None
+        raise CheckpointError(
+            f"model.from_pretrained {folder}: its safetensors cannot be read ({error}); fetch or export it again"
+        ) from None
     raise CheckpointError(
         f"model.from_pretrained {folder} has no {SINGLE}: pickled weights are not read; save the model with save_pretrained "
         "(safe serialization) first"
     )
+
+
+def _read(path: Path, keys: list[str]) -> list[Tensor]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return [file.get_tensor(key) for key in keys]
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path} cannot be read ({error}); fetch the checkpoint again") from None

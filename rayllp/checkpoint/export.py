@@ -1,0 +1,337 @@
+"""A run as a transformers model: config.json, safetensors, generation settings and tokenizer, in a folder that from_pretrained loads."""
+
+import importlib
+import json
+import shutil
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+import torch
+import transformers
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from tokenizers.processors import TemplateProcessing
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from rayllp.checkpoint.store import checkpoints, read_manifest
+from rayllp.config import TrainConfig, load_config
+from rayllp.data import load_data
+from rayllp.data.special import SpecialTokens
+from rayllp.data.tokenizer import SENTENCEPIECE_ENDINGS, make_tokenizer
+from rayllp.errors import CheckpointError, DataError, SettingsError
+from rayllp.models import FAMILIES, SENTENCES, build_architecture, check_family
+from rayllp.models.base import Architecture
+from rayllp.models.scaled import model_class, scaled_config
+from rayllp.models.weights import INDEX, SINGLE, names_of_tied
+
+MODEL_JSON, TOKENIZER_JSON = "model.json", "tokenizer.json"
+SHARD_BYTES = 4 * 1024**3
+DTYPES = {"F32": torch.float32, "F64": torch.float64}
+# mBART's embedding that neither side reads where embeddings are not tied: no piece has it, but the model does.
+STAND_INS = {"model.shared.weight": "model.encoder.embed_tokens.weight"}
+WITHOUT_TEXT = ("mc", "vit")
+FRAMED = ("bert", "mt")
+"""Families whose data have special tokens around a sentence."""
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """A parameter's value in a checkpoint: file, name there, shape, and dtype as safetensors names it."""
+
+    file: Path
+    key: str
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def bytes(self) -> int:
+        return prod(self.shape) * DTYPES[self.dtype].itemsize
+
+    def read(self) -> Tensor:
+        with safe_open(self.file, framework="pt") as file:
+            return file.get_tensor(self.key)
+
+
+def export(run: Path, to: Path, step: int | None = None) -> Path:
+    """Write a run's model to `to` as transformers keeps one; with step sizes other than 1, for `ScaledModel` to load.
+
+    Args:
+        run: run directory.
+        to: a folder that is new or empty; complete or absent afterwards.
+        step: the checkpoint after so many steps; None: the latest.
+
+    Raises:
+        CheckpointError: no run, no such checkpoint, or not one of a transformers model.
+        SettingsError: `to` holds something, or cannot be written.
+        DataError: the run directory has no model.json, and its data, which the model was made for, is gone.
+    """
+    run, to = Path(run), Path(to).absolute()
+    config, checkpoint = _open_run(run, step)
+    _refuse_occupied(to)
+    stored = _read_places(checkpoint)
+    values = _read_model(run, config)
+    kind = _class_of(values["architectures"][0], config)
+    model_config = kind.config_class.from_dict(values)
+    places = _match(kind, model_config, stored, checkpoint)
+    tokenizer = _make_tokenizer(run, config)
+    model_config.dtype = DTYPES[next(iter(places.values())).dtype]
+    if kind.can_generate():
+        _let_generate(model_config, tokenizer)
+    with _appearing(to) as folder:
+        _write_tensors(places, folder)
+        _write_configs(config, kind, model_config, folder)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+    return to
+
+
+def write_model_json(run_dir: Path, architecture: Architecture) -> None:
+    """Keep transformers' configuration in the run directory, so that `export` needs no data; nothing for a LayerStack."""
+    if hasattr(architecture, "model_class"):
+        (run_dir / MODEL_JSON).write_text(json.dumps(_values_of(architecture), indent=2) + "\n")
+
+
+def write_tokenizer_json(run_dir: Path, batches: object) -> None:
+    """Keep a tokenizer of the tokenizers library, such as one trained on the text, so that `export` needs no data; nothing for others."""
+    tokenizer: Any = getattr(batches, "tokenizer", None)
+    if hasattr(tokenizer, "save"):
+        tokenizer.save(run_dir / TOKENIZER_JSON)
+
+
+# What is exported ---------------------------------------------------------------------------------------------------------------
+
+
+def _open_run(run: Path, step: int | None) -> tuple[TrainConfig, Path]:
+    """The run's settings and the checkpoint's folder."""
+    if not (run / "config.yaml").is_file():
+        raise CheckpointError(f"{run} is not a run directory (no config.yaml): give the directory that a run printed")
+    found = {path.name.removeprefix("step_"): path for path in checkpoints(run / "checkpoints")}
+    if not found:
+        raise CheckpointError(f"{run} has no complete checkpoint to export: let the run end, stop it by Ctrl-C, or set checkpoint.every")
+    chosen = list(found)[-1] if step is None else str(step)
+    if chosen not in found:
+        raise CheckpointError(f"{run} has no checkpoint of step {step}: give --step one of {', '.join(found)}")
+    return load_config(run / "config.yaml"), found[chosen]
+
+
+def _read_places(checkpoint: Path) -> dict[str, _Stored]:
+    """Where the checkpoint, its checksums verified, has which parameter."""
+    stored: dict[str, _Stored] = {}
+    for path in (checkpoint / name for name in read_manifest(checkpoint)["files"]):
+        with safe_open(path, framework="pt") as file:
+            for key in file.keys():  # noqa: SIM118 (no dict)
+                if key.startswith("weight/"):
+                    part = file.get_slice(key)
+                    stored[key.removeprefix("weight/")] = _Stored(path, key, tuple(part.get_shape()), part.get_dtype())
+    # The prefix that Architecture.layer_prefix has where an adapter gives no other.
+    if any(name.startswith("layers.0.") for name in stored):
+        raise CheckpointError(
+            f"{checkpoint} is of a LayerStack, whose modules only your own program can build: load its safetensors (one file a piece) there"
+        )
+    return stored
+
+
+def _read_model(run: Path, config: TrainConfig) -> dict[str, Any]:
+    """transformers' configuration: as the run kept it, else made anew for the run's data."""
+    path = run / MODEL_JSON
+    if not path.is_file():
+        # The run's weights replace those that it started from, which may be gone.
+        bare = config.model_copy(update={"model": config.model.model_copy(update={"from_pretrained": None})})
+        return _values_of(build_architecture(bare, load_data(bare).facts))
+    try:
+        values: dict[str, Any] = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read ({error}): remove it, and it is made anew from the run's data") from None
+    return values if values.get("architectures") else {**values, "architectures": [_adapter(config).model_class.__name__]}
+
+
+def _values_of(architecture: Any) -> dict[str, Any]:
+    return {**json.loads(architecture.config.to_json_string(use_diff=False)), "architectures": [architecture.model_class.__name__]}
+
+
+def _adapter(config: TrainConfig) -> Any:
+    check_family(config)
+    homes = SENTENCES if config.model.head == "sentences" else FAMILIES
+    module, _, name = homes[config.model.family].partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
+def _class_of(name: str, config: TrainConfig) -> type[PreTrainedModel]:
+    if _scaled(config):
+        return model_class(name)
+    found = getattr(transformers, name, None)
+    if found is None:
+        raise CheckpointError(f"transformers {transformers.__version__} has no {name}: export with the version that the run was made with")
+    return found
+
+
+def _scaled(config: TrainConfig) -> bool:
+    return any(size != 1 for size in config.step_sizes)
+
+
+def _match(kind: type[PreTrainedModel], config: PreTrainedConfig, stored: Mapping[str, _Stored], checkpoint: Path) -> dict[str, _Stored]:
+    """Each parameter of the model, under the name that transformers saves it by, and where its value is."""
+    with torch.device("meta"):
+        model = kind(config)
+    tied = names_of_tied(model)
+    found = {tied.get(name, [name])[0]: place for name, place in stored.items()}
+    wanted = {tied.get(name, [name])[0]: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    for name, other in STAND_INS.items():
+        if name in wanted and other in found:
+            found.setdefault(name, found[other])
+    odd = [name for name in (*wanted, *found) if name not in found or name not in wanted or found[name].shape != wanted[name]]
+    if odd:
+        has = found[odd[0]].shape if odd[0] in found else "nothing"
+        raise CheckpointError(
+            f"{checkpoint} is of another model than the run's settings say: {odd[0]} is {has}, {kind.__name__} has "
+            f"{wanted.get(odd[0], 'nothing')}. Put back the config.yaml and {MODEL_JSON} that the run was made with"
+        )
+    return {name: found[name] for name in wanted}
+
+
+def _let_generate(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase | None) -> None:
+    """What training leaves out of the configuration and generation reads there."""
+    config.use_cache = True
+    if not config.is_encoder_decoder:
+        # A stream of text has no token that begins or ends it; what the run's configuration has there is an ordinary one.
+        config.bos_token_id = getattr(tokenizer, "bos_token_id", None)
+        config.eos_token_id = getattr(tokenizer, "eos_token_id", None)
+
+
+# Tokenizer ----------------------------------------------------------------------------------------------------------------------
+
+
+def _make_tokenizer(run: Path, config: TrainConfig) -> PreTrainedTokenizerBase | None:
+    """The run's tokenizer as transformers has them; None for bytes, characters, sentencepiece, and one that is gone (with a warning)."""
+    name = config.data.tokenizer
+    if config.model.family in WITHOUT_TEXT or name in ("bytes", "characters") or name.endswith(SENTENCEPIECE_ENDINGS):
+        return None
+    try:
+        made = _load_tokenizer(run, config)
+    except DataError as error:
+        warnings.warn(f"exported without a tokenizer: {error}", stacklevel=3)
+        return None
+    found = made._tokenizer
+    backend = found if isinstance(found, tokenizers.Tokenizer) else getattr(found, "backend_tokenizer", None)
+    if config.model.family in FRAMED and isinstance(backend, tokenizers.Tokenizer):
+        return _framed(SpecialTokens.of(made), backend, config)
+    return PreTrainedTokenizerFast(tokenizer_object=found, **_options(config)) if found is backend else found
+
+
+def _load_tokenizer(run: Path, config: TrainConfig) -> Any:
+    kept, name = run / TOKENIZER_JSON, config.data.tokenizer
+    if kept.is_file():
+        return make_tokenizer(str(kept), b"")
+    # One that is trained on the text needs the text.
+    return load_data(config).tokenizer if name.startswith("bpe:") else make_tokenizer(name, b"")
+
+
+def _framed(special: SpecialTokens, backend: tokenizers.Tokenizer, config: TrainConfig) -> PreTrainedTokenizerFast:
+    """With the ids that the run's data had for special tokens, and a sentence framed by them as there."""
+    ids = (special.pad, special.cls, special.sep, special.mask)
+    if special.offset:
+        names = [_unused(name, backend) for name in ("<pad>", "<cls>", "<sep>", "<mask>")]
+        backend = _shifted(backend, names)
+    else:
+        names = [str(backend.id_to_token(number)) for number in ids]
+    backend.add_special_tokens(names)
+    pad, cls, sep, mask = names
+    single = ["$A", sep] if config.model.family == "mt" else [cls, "$A", sep]
+    backend.post_processor = TemplateProcessing(single=single, pair=[*single, "$B", sep], special_tokens=list(zip(names, ids, strict=True)))
+    roles = {"pad_token": pad, "cls_token": cls, "bos_token": cls, "sep_token": sep, "eos_token": sep, "mask_token": mask}
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **roles, **_options(config))
+
+
+def _shifted(backend: tokenizers.Tokenizer, names: list[str]) -> tokenizers.Tokenizer:
+    """With `names` for its first ids, its own following them."""
+    table = json.loads(backend.to_str())
+    model, offset = table["model"], len(names)
+    if isinstance(model["vocab"], dict):
+        model["vocab"] = {name: n for n, name in enumerate(names)} | {token: n + offset for token, n in model["vocab"].items()}
+    else:  # Unigram's: pieces and their scores
+        model["vocab"] = [[name, 0.0] for name in names] + model["vocab"]
+        model["unk_id"] = None if model["unk_id"] is None else model["unk_id"] + offset
+    for token in table["added_tokens"]:
+        token["id"] += offset
+    return tokenizers.Tokenizer.from_str(json.dumps(table | {"post_processor": None}))
+
+
+def _unused(name: str, backend: tokenizers.Tokenizer) -> str:
+    while backend.token_to_id(name) is not None:
+        name = f"<{name}>"
+    return name
+
+
+def _options(config: TrainConfig) -> dict[str, Any]:
+    return {"model_max_length": config.sequence_length, "clean_up_tokenization_spaces": False}
+
+
+# Writing ------------------------------------------------------------------------------------------------------------------------
+
+
+def _refuse_occupied(to: Path) -> None:
+    if to.exists() and not to.is_dir():
+        raise SettingsError(f"{to} is a file: give --to a folder that is new or empty")
+    if to.is_dir() and any(to.iterdir()):
+        raise SettingsError(f"{to} is not empty: give --to a folder that is new or empty")
+
+
+@contextmanager
+def _appearing(to: Path) -> Iterator[Path]:
+    """A folder beside `to` that becomes `to` once everything is in it."""
+    partial = to.with_name(f".{to.name}.partial")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        yield partial
+        partial.replace(to)
+    except (OSError, SafetensorError) as error:
+        raise SettingsError(f"{to} cannot be written ({error}): give --to another folder, with room for the model") from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _write_tensors(places: Mapping[str, _Stored], folder: Path) -> None:
+    """One file, or several of SHARD_BYTES each and an index; one at a time is in memory."""
+    shards = _cut(places)
+    total = len(shards)
+    names = [SINGLE] if total == 1 else [f"model-{n:05d}-of-{total:05d}.safetensors" for n in range(1, total + 1)]
+    for file, shard in zip(names, shards, strict=True):
+        save_file({name: place.read() for name, place in shard.items()}, folder / file, metadata={"format": "pt"})
+        (folder / file).chmod(folder.stat().st_mode & 0o666)  # safetensors lets nobody else read it
+    if total > 1:
+        size = sum(place.bytes for place in places.values())
+        table = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
+        (folder / INDEX).write_text(json.dumps({"metadata": {"total_size": size}, "weight_map": table}, indent=2) + "\n")
+
+
+def _cut(places: Mapping[str, _Stored]) -> list[dict[str, _Stored]]:
+    shards: list[dict[str, _Stored]] = [{}]
+    size = 0
+    for name, place in places.items():
+        if shards[-1] and size + place.bytes > SHARD_BYTES:
+            shards.append({})
+            size = 0
+        shards[-1][name] = place
+        size += place.bytes
+    return shards
+
+
+def _write_configs(config: TrainConfig, kind: type[PreTrainedModel], model_config: PreTrainedConfig, folder: Path) -> None:
+    model_config.save_pretrained(folder)
+    if _scaled(config):
+        path = folder / "config.json"
+        path.write_text(scaled_config(json.loads(path.read_text()), config.step_sizes))
+    if kind.can_generate():
+        names = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "forced_eos_token_id")
+        options = {name: getattr(model_config, name, None) for name in names}
+        if model_config.is_encoder_decoder:
+            options["max_length"] = model_config.max_position_embeddings
+        GenerationConfig(**options).save_pretrained(folder)

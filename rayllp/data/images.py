@@ -1,0 +1,261 @@
+"""Image classification: MNIST's files, a `datasets` name, or the digits that come with scikit-learn."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rayllp.config import DataSettings
+from rayllp.data.base import IGNORE, Facts, passes
+from rayllp.data.files import Faults, select
+from rayllp.data.hub import Split, load_split, load_train, up_to
+from rayllp.data.text import read_file
+from rayllp.errors import DataError
+
+DIGITS_HELD_OUT = 0.2
+IMAGE_COLUMNS = ("image", "img")
+IDX_IMAGES, IDX_LABELS = 0x0803, 0x0801
+"""First four bytes of an idx file: unsigned bytes in three dimensions, in one."""
+MNIST_FILES = "MNIST's files (train*-images-idx3-ubyte, train*-labels-idx1-ubyte, t10k-images-…, t10k-labels-…, plain or .gz)"
+
+
+@dataclass(frozen=True)
+class _Images:
+    """Pixels, uint8 of shape (images, C, H, W), and the labels' names; `source` is for errors."""
+
+    source: str
+    pixels: np.ndarray
+    labels: list[str]
+
+
+@dataclass(frozen=True)
+class ImageBatches:
+    """Images with their class numbers.
+
+    Attributes:
+        pixels: of each split, uint8 of shape (images, C, H, W).
+        labels: of each split, class numbers.
+        seed: keys the draws.
+        classes: names of the labels.
+        mean: of each channel over the training images, shape (C, 1, 1).
+        std: likewise.
+        skipped: how many images were left out (data.on_error=skip).
+    """
+
+    pixels: dict[str, np.ndarray]
+    labels: dict[str, np.ndarray]
+    seed: int
+    classes: tuple[str, ...]
+    mean: np.ndarray
+    std: np.ndarray
+    skipped: dict[str, int]
+
+    @property
+    def facts(self) -> Facts:
+        channels, height, width = self.pixels["train"].shape[1:]
+        return Facts(classes=self.classes, image=(channels, height, width))
+
+    def batch(self, split: str, step: int, size: int) -> tuple[Tensor, Tensor]:
+        """Pixels of shape (size, C, H, W), mean 0 and standard deviation 1 over the training images; class numbers of shape (size,)."""
+        indices = select(self.seed, split, step, len(self.labels[split]), size)
+        inputs = (self.pixels[split][indices].astype(np.float32) - self.mean) / self.std
+        inputs[indices < 0] = 0
+        targets = np.where(indices < 0, IGNORE, self.labels[split][indices])
+        return torch.from_numpy(inputs), torch.from_numpy(targets)
+
+    def batches(self, split: str, size: int) -> int:
+        """Batches in one pass through a split."""
+        return passes(len(self.labels[split]), size)
+
+
+def load_images(settings: DataSettings, seed: int) -> ImageBatches:
+    """Read, number the labels, take the training images' mean and deviation.
+
+    Raises:
+        DataError: missing or broken files, images of several sizes, a package that is not there; a label unseen in training, unless
+            skipped.
+    """
+    if settings.validation_path:
+        raise DataError(
+            f"data.validation_path {settings.validation_path} is not read for images: leave it out; held out are the t10k files of "
+            "data.path or the data set's own split"
+        )
+    classes: tuple[str, ...] = ()
+    if settings.dataset:
+        train, validation, classes = _read_dataset(settings)
+    elif settings.path:
+        train, validation = _read_folder(Path(settings.path).expanduser())
+    else:
+        train, validation = _hold_out(_read_digits(), DIGITS_HELD_OUT)
+    classes = classes or _find_classes(train.labels)
+    faults = Faults(settings.on_error == "skip")
+    train_pixels, train_labels = _number_labels(train, classes, faults)
+    validation_pixels, validation_labels = _number_labels(validation, classes, faults)
+    mean, std = _measure(train_pixels)
+    pixels, labels = {"train": train_pixels, "validation": validation_pixels}, {"train": train_labels, "validation": validation_labels}
+    return ImageBatches(pixels, labels, seed, classes, mean, std, faults.counts)
+
+
+def _find_classes(labels: list[str]) -> tuple[str, ...]:
+    """The distinct labels, numbers by their size."""
+    distinct = set(labels)
+    return tuple(sorted(distinct, key=int) if all(label.isdecimal() for label in distinct) else sorted(distinct))
+
+
+def _number_labels(images: _Images, classes: tuple[str, ...], faults: Faults) -> tuple[np.ndarray, np.ndarray]:
+    """Pixels and class numbers of the images whose label is a class."""
+    numbers = {name: number for number, name in enumerate(classes)}
+    for place, label in enumerate(images.labels):
+        if label not in numbers:
+            faults.report("labels", f"{images.source} image {place}: label {label!r} is none of the {len(classes)} classes")
+    kept = np.array([label in numbers for label in images.labels])
+    if not kept.any():
+        raise DataError(f"{images.source} has no image with a label that is known: give some, or set data.on_error=refuse to see why")
+    pixels = images.pixels if kept.all() else images.pixels[kept]
+    return pixels, np.array([numbers[label] for label in images.labels if label in numbers], np.int64)
+
+
+def _measure(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard deviation of each channel, shape (C, 1, 1)."""
+    values, moments = np.arange(256.0), []
+    for channel in range(pixels.shape[1]):
+        # Some images at a time: bincount makes eight bytes of each.
+        parts = (pixels[start : start + 1000, channel] for start in range(0, len(pixels), 1000))
+        shares = sum(np.bincount(part.ravel(), minlength=256) for part in parts) / pixels[:, channel].size
+        mean = float(shares @ values)
+        moments.append((mean, float(shares @ (values - mean) ** 2) ** 0.5))
+    mean_C, std_C = np.array(moments, np.float32).T
+    return mean_C[:, None, None], np.where(std_C > 0, std_C, 1)[:, None, None]
+
+
+# Where images come from -------------------------------------------------------------------------------------------------------
+
+
+def _read_digits() -> _Images:
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError:
+        raise DataError(
+            "without data.path and data.dataset, images are scikit-learn's digits, and scikit-learn is not installed: "
+            "pip install 'rayllp[vision]', or set one of the two"
+        ) from None
+    digits = load_digits()
+    return _Images("scikit-learn's digits", digits.images[:, None].astype(np.uint8), [str(label) for label in digits.target])
+
+
+def _hold_out(images: _Images, fraction: float) -> tuple[_Images, _Images]:
+    """The last `fraction` for validation."""
+    count = len(images.labels)
+    if count < 2:
+        raise DataError(f"{images.source} has {count} image to train on and to hold out from: give more")
+    kept = count - max(1, int(count * fraction))
+    train = _Images(images.source, images.pixels[:kept], images.labels[:kept])
+    return train, _Images(images.source, images.pixels[kept:], images.labels[kept:])
+
+
+def _read_folder(folder: Path) -> tuple[_Images, _Images]:
+    """Training and validation images of a folder with MNIST's files."""
+    if not folder.is_dir():
+        raise DataError(f"data.path {folder} is no folder: give one with {MNIST_FILES}")
+    train, validation = _read_idx_pair(folder, "train"), _read_idx_pair(folder, "t10k")
+    if train.pixels.shape[1:] != validation.pixels.shape[1:]:
+        raise DataError(
+            f"{validation.source} has images of {_size(validation.pixels)} pixels, {train.source} of {_size(train.pixels)}: "
+            "all must have one size; resize them"
+        )
+    return train, validation
+
+
+def _read_idx_pair(folder: Path, prefix: str) -> _Images:
+    stems = sorted({path.name.removesuffix(".gz") for path in folder.glob(f"{prefix}*-images-idx3-ubyte*")})
+    stems = [stem for stem in stems if stem.endswith("-images-idx3-ubyte")]
+    if len(stems) != 1:
+        found = f"has several ({', '.join(stems)})" if stems else "has none"
+        raise DataError(f"data.path {folder} {found} for {prefix}*-images-idx3-ubyte: give a folder with {MNIST_FILES}, one set of them")
+    path = _plain_or_gz(folder / stems[0])
+    pixels = _read_idx(path, IDX_IMAGES)
+    labels = _read_idx(_plain_or_gz(folder / stems[0].replace("images-idx3", "labels-idx1")), IDX_LABELS)
+    if len(pixels) != len(labels):
+        raise DataError(f"data.path {path} has {len(pixels)} images, but there are {len(labels)} labels: give files that belong together")
+    return _Images(f"data.path {path}", pixels[:, None], [str(label) for label in labels])
+
+
+def _plain_or_gz(path: Path) -> Path:
+    for candidate in (path, path.with_name(f"{path.name}.gz")):
+        if candidate.is_file():
+            return candidate
+    raise DataError(f"data.path {path}: no such file, nor a .gz of it; give a folder with {MNIST_FILES}")
+
+
+def _read_idx(path: Path, magic: int) -> np.ndarray:
+    """The array in an idx file of unsigned bytes."""
+    content = read_file("data.path", path)
+    dimensions = magic & 0xFF
+    start = 4 + 4 * dimensions
+    if len(content) < start or int.from_bytes(content[:4], "big") != magic:
+        kind = "images" if magic == IDX_IMAGES else "labels"
+        raise DataError(
+            f"data.path {path} begins with 0x{content[:4].hex()}, not with an idx file of {kind}' 0x{magic:08x}: give MNIST's files"
+        )
+    shape = tuple(int(size) for size in np.frombuffer(content, ">u4", dimensions, 4))
+    if len(content) - start != math.prod(shape) or not math.prod(shape):
+        raise DataError(
+            f"data.path {path} names {' × '.join(map(str, shape))} bytes in its header, but {len(content) - start} follow: "
+            "it is empty, cut short or altered; fetch it anew"
+        )
+    return np.frombuffer(content, np.uint8, offset=start).reshape(shape)
+
+
+def _read_dataset(settings: DataSettings) -> tuple[_Images, _Images, tuple[str, ...]]:
+    """Training and validation images of a `datasets` name, and its classes where it names them."""
+    splits = [split for split in (load_train(settings), load_split(settings, "validation", "test")) if split]
+    read = [_read_split(split, settings) for split in splits]
+    sizes = {image.shape[1:] for images, _ in read for image in images}
+    if len(sizes) > 1:
+        met = ", ".join(f"{width} × {height}" for height, width in sorted(sizes)[:4])
+        raise DataError(
+            f"data.dataset {settings.dataset} has images of {len(sizes)} sizes ({met} pixels, width × height): resize them to one"
+        )
+    # Some photographs are grey in most sets of colour.
+    shape = (max(image.shape[0] for images, _ in read for image in images), *sizes.pop())
+    sets = [
+        _Images(split.source, np.stack([np.broadcast_to(image, shape) for image in images]), labels)
+        for split, (images, labels) in zip(splits, read, strict=True)
+    ]
+    train, validation = sets if len(sets) > 1 else _hold_out(sets[0], settings.validation_fraction)
+    return train, validation, splits[0].labels(settings.label_field)
+
+
+def _read_split(split: Split, settings: DataSettings) -> tuple[list[np.ndarray], list[str]]:
+    column = next((name for name in IMAGE_COLUMNS if name in split.columns), None)
+    if column is None:
+        raise DataError(f"{split.source} has columns {split.columns}, none of them image or img: rename the one that holds images")
+    split.require("data.label_field", settings.label_field)
+    names = split.labels(settings.label_field)
+    rows = enumerate(split.rows(column, settings.label_field))
+    decoded = ((_to_pixels(image, f"{split.source} row {number}"), label) for number, (image, label) in rows)
+    kept = list(up_to(settings.max_bytes, decoded, lambda item: item[0].nbytes))
+    if not kept:
+        raise DataError(f"{split.source} has no image within data.max_bytes={settings.max_bytes}: choose another split or raise it")
+    # A label of -1 is how data sets say that there is none.
+    labels = [names[label] if names and label >= 0 else str(label) for _, label in kept]
+    return [image for image, _ in kept], labels
+
+
+def _to_pixels(image: Any, place: str) -> np.ndarray:
+    """A PIL image as uint8 of shape (C, H, W), grey or RGB."""
+    mode = getattr(image, "mode", None)
+    if mode is None or mode.startswith(("I", "F")):
+        given = f"an image of mode {mode}" if mode else f"a {type(image).__name__}"
+        raise DataError(f"{place} holds {given}: give images of 8 bits a channel, in a column of the datasets library's type Image")
+    if mode in ("1", "L"):
+        return np.asarray(image.convert("L"))[None]
+    return np.asarray(image.convert("RGB")).transpose(2, 0, 1)
+
+
+def _size(pixels: np.ndarray) -> str:
+    return f"{pixels.shape[-1]} × {pixels.shape[-2]}"

@@ -1,0 +1,288 @@
+"""Translation: pairs of lines in two languages."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rayllp.config import DataSettings
+from rayllp.data.base import IGNORE, Facts, passes
+from rayllp.data.files import Faults, Rows, hold_out, read_lines, select
+from rayllp.data.hub import Split, load_split, load_train, up_to
+from rayllp.data.special import SpecialTokens
+from rayllp.data.tokenizer import Tokenizer, make_tokenizer
+from rayllp.errors import DataError
+
+VALIDATION_NAMES = ("val", "valid", "dev", "validation")
+TRANSLATION = "translation"
+"""Column that data sets of translations have: a text of each language in every row."""
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """A line and its translation, and the place (file:line) they stand at."""
+
+    source: str
+    target: str
+    place: str
+
+
+@dataclass(frozen=True)
+class _Side:
+    """One language of a split: its lines, and their ids, each ended by eos."""
+
+    lines: list[str]
+    ids: Rows
+
+
+@dataclass(frozen=True)
+class PairBatches:
+    """Lines and their translations as ids of one vocabulary; targets are the translations.
+
+    Attributes:
+        sides: of each split, source and target. Splits are train, validation, and the names of the files or split held out for tests.
+        sequence_length: tokens a line has at most, eos included.
+        seed: keys the draws.
+        tokenizer: of both languages.
+        skipped: how many pairs were left out, by cause.
+    """
+
+    sides: dict[str, tuple[_Side, _Side]]
+    sequence_length: int
+    seed: int
+    tokenizer: Tokenizer
+    skipped: dict[str, int]
+
+    @property
+    def special(self) -> SpecialTokens:
+        """Ids beside the tokenizer's own: pad, cls as bos, sep as eos."""
+        return SpecialTokens.of(self.tokenizer)
+
+    @property
+    def facts(self) -> Facts:
+        special = self.special
+        return Facts(vocabulary=special.vocabulary, pad=special.pad, bos=special.cls, eos=special.sep)
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """What there is to read: train, validation, then tests."""
+        return tuple(self.sides)
+
+    def batch(self, split: str, step: int, size: int) -> tuple[tuple[Tensor, Tensor], Tensor]:
+        """Source ids and the target's ids after bos, and the target's ids before eos; all of shape (size, sequence_length)."""
+        source, target = self.sides[split]
+        special = self.special
+        indices = select(self.seed, split, step, len(source.ids), size)
+        source_BS = source.ids.padded(indices, self.sequence_length, special.pad)
+        # A row of padding alone would leave attention nothing to attend to.
+        source_BS[indices < 0, 0] = special.sep
+        targets_BT = target.ids.padded(indices, self.sequence_length, IGNORE)
+        return (torch.from_numpy(source_BS), torch.from_numpy(self._shift(targets_BT))), torch.from_numpy(targets_BT)
+
+    def _shift(self, targets_BT: np.ndarray) -> np.ndarray:
+        """What the decoder reads to say these targets: bos and all before the last."""
+        special = self.special
+        shifted_BT = np.full_like(targets_BT, special.pad)
+        shifted_BT[:, 0] = special.cls
+        before_BT = targets_BT[:, :-1]
+        shifted_BT[:, 1:] = np.where((before_BT == IGNORE) | (before_BT == special.sep), special.pad, before_BT)
+        return shifted_BT
+
+    def batches(self, split: str, size: int) -> int:
+        """Batches in one pass through a split."""
+        return passes(len(self.sides[split][0].ids), size)
+
+    def sources(self, split: str) -> list[str]:
+        """The lines that are translated, as they were read."""
+        return self.sides[split][0].lines
+
+    def references(self, split: str) -> list[str]:
+        """Their translations, as they were read."""
+        return self.sides[split][1].lines
+
+    def encode_source(self, lines: list[str]) -> Tensor:
+        """Ids of shape (lines, sequence_length), each line cut to fit, ended by eos and padded.
+
+        Raises:
+            DataError: a character that the tokenizer has no token for.
+        """
+        try:
+            rows = Rows.of(_truncate(_encode(self.special, line), self.sequence_length) for line in lines)
+        except KeyError as error:
+            raise DataError(f"{_unknown(error)}: leave it out of the line") from None
+        return torch.from_numpy(rows.padded(np.arange(len(lines)), self.sequence_length, self.special.pad))
+
+    def decode(self, ids: list[int]) -> str:
+        """The text of ids up to the first eos, without special tokens."""
+        end = ids.index(self.special.sep) if self.special.sep in ids else len(ids)
+        return self.special.decode(ids[:end])
+
+
+def load_pairs(settings: DataSettings, sequence_length: int, seed: int) -> PairBatches:
+    """Read both languages, make one tokenizer of them, tokenise.
+
+    A pair with an empty line is left out. One with a line of more than sequence_length - 1 tokens is left out of training, and cut
+    elsewhere.
+
+    Raises:
+        DataError: missing or broken files, two languages with different numbers of lines, no pair left; a character outside the
+            tokenizer's alphabet, unless skipped.
+    """
+    if settings.validation_path:
+        raise DataError(
+            f"data.validation_path {settings.validation_path} is not read for translation: leave it out; held out are "
+            f"{VALIDATION_NAMES[0]}.{settings.source} and {VALIDATION_NAMES[0]}.{settings.target} in data.path, or the data set's own split"
+        )
+    faults = Faults(settings.on_error == "skip")
+    skipped = faults.counts
+    read = _read_dataset(settings) if settings.dataset else _read_folder(settings)
+    pairs = {split: _leave_out_empty(found, skipped) for split, found in read.items()}
+    lines = [pair.source for pair in pairs["train"]] + [pair.target for pair in pairs["train"]]
+    tokenizer = make_tokenizer(settings.tokenizer, "\n".join(lines).encode())
+    special = SpecialTokens.of(tokenizer)
+    sides: dict[str, tuple[_Side, _Side]] = {}
+    for split, kept in pairs.items():
+        sides[split] = _encode_pairs(kept, special, sequence_length, split == "train", faults)
+        if not sides[split][0].lines:
+            raise DataError(
+                f"no pair of split {split} is left, {skipped} were left out: give more or shorter lines, or raise "
+                f"sequence_length={sequence_length}"
+            )
+    return PairBatches(sides, sequence_length, seed, tokenizer, skipped)
+
+
+# Tokens -----------------------------------------------------------------------------------------------------------------------
+
+
+def _leave_out_empty(pairs: list[_Pair], skipped: dict[str, int]) -> list[_Pair]:
+    kept = [pair for pair in pairs if pair.source.strip() and pair.target.strip()]
+    _count(skipped, "empty lines", len(pairs) - len(kept))
+    return kept
+
+
+def _count(skipped: dict[str, int], kind: str, number: int) -> None:
+    if number:
+        skipped[kind] = skipped.get(kind, 0) + number
+
+
+def _encode_pairs(pairs: list[_Pair], special: SpecialTokens, length: int, training: bool, faults: Faults) -> tuple[_Side, _Side]:
+    """Both sides of a split, without the pairs that training leaves out."""
+    kept: list[_Pair] = []
+    encoded: list[tuple[np.ndarray, np.ndarray]] = []
+    for pair in pairs:
+        try:
+            source, target = (_encode(special, line) for line in (pair.source, pair.target))
+        except KeyError as error:
+            faults.report("characters", f"{pair.place}: {_unknown(error)}")
+            continue
+        if training and max(len(source), len(target)) > length:
+            _count(faults.counts, "long pairs", 1)
+            continue
+        kept.append(pair)
+        encoded.append((_truncate(source, length), _truncate(target, length)))
+    sources = _Side([pair.source for pair in kept], Rows.of(source for source, _ in encoded))
+    return sources, _Side([pair.target for pair in kept], Rows.of(target for _, target in encoded))
+
+
+def _encode(special: SpecialTokens, line: str) -> np.ndarray:
+    """A line's ids and eos."""
+    return np.append(special.encode(line.encode()), special.sep).astype(np.int32)
+
+
+def _truncate(ids: np.ndarray, length: int) -> np.ndarray:
+    """At most `length` ids, the last one still eos."""
+    return ids if len(ids) <= length else np.append(ids[: length - 1], ids[-1])
+
+
+def _unknown(error: KeyError) -> str:
+    return f"{error.args[0]!r} is in no training line, so data.tokenizer=characters has no token for it (bytes and bpe:SIZE have)"
+
+
+# Files and data sets ----------------------------------------------------------------------------------------------------------
+
+
+def _read_folder(settings: DataSettings) -> dict[str, list[_Pair]]:
+    """The pairs of each split of a folder."""
+    source, target = settings.source, settings.target
+    files = f"train.{source}, train.{target}, val.{source} and val.{target} (plain or .gz)"
+    if settings.path is None:
+        raise DataError(f"translation needs data.path, a folder with {files}, or data.dataset with a column translation")
+    folder = Path(settings.path).expanduser()
+    if not folder.is_dir():
+        raise DataError(f"data.path {folder} is no folder: give one with {files}")
+    validation = next((name for name in VALIDATION_NAMES if _find(folder, f"{name}.{source}")), None)
+    if validation is None:
+        tried = ", ".join(f"{name}.{source}" for name in VALIDATION_NAMES)
+        raise DataError(f"data.path {folder} has no validation file ({tried}): give a folder with {files}")
+    names = {path.name.removesuffix(".gz").removesuffix(f".{source}") for path in folder.glob(f"test*.{source}*")}
+    tests = sorted(name for name in names if _find(folder, f"{name}.{source}"))
+    stems = {"train": "train", "validation": validation} | {name: name for name in tests}
+    return {split: _read_files(folder, stem, settings) for split, stem in stems.items()}
+
+
+def _find(folder: Path, name: str) -> Path | None:
+    return next((path for path in (folder / name, folder / f"{name}.gz") if path.is_file()), None)
+
+
+def _read_files(folder: Path, stem: str, settings: DataSettings) -> list[_Pair]:
+    paths = []
+    for language in (settings.source, settings.target):
+        path = _find(folder, f"{stem}.{language}")
+        if path is None:
+            raise DataError(f"data.path {folder} has no {stem}.{language}, nor a .gz of it: add it, or set data.source and data.target")
+        paths.append(path)
+    sources, targets = (read_lines(path, "data.path") for path in paths)
+    if len(sources) != len(targets):
+        raise DataError(
+            f"data.path {paths[0]} has {len(sources)} lines, {paths[1]} has {len(targets)}: line by line one must be the other's "
+            "translation; give files that belong together"
+        )
+    pairs = (_Pair(source, target, f"{paths[0]}:{number}") for number, (source, target) in enumerate(zip(sources, targets, strict=True), 1))
+    return _limit(pairs, settings, str(paths[0]))
+
+
+def _limit(pairs: Iterable[_Pair], settings: DataSettings, where: str) -> list[_Pair]:
+    """The first pairs, up to data.max_bytes of both languages and their line ends."""
+    kept = list(up_to(settings.max_bytes, pairs, lambda pair: len(pair.source.encode()) + len(pair.target.encode()) + 2))
+    if not kept:
+        raise DataError(f"{where} has no pair within data.max_bytes={settings.max_bytes}: raise it, or give lines")
+    return kept
+
+
+def _read_dataset(settings: DataSettings) -> dict[str, list[_Pair]]:
+    """The pairs of each split of a `datasets` name."""
+    train = _read_split(load_train(settings), settings)
+    validation, test = load_split(settings, "validation", "dev"), load_split(settings, "test")
+    if validation:
+        pairs = {"train": train, "validation": _read_split(validation, settings)}
+    else:
+        pairs = dict(zip(("train", "validation"), hold_out(train, settings.validation_fraction), strict=True))
+    return pairs | ({"test": _read_split(test, settings)} if test else {})
+
+
+def _read_split(split: Split, settings: DataSettings) -> list[_Pair]:
+    languages = (settings.source, settings.target)
+    if TRANSLATION in split.columns:
+        rows = (translation for (translation,) in split.rows(TRANSLATION))
+    elif set(languages) <= set(split.columns):
+        rows = (dict(zip(languages, texts, strict=True)) for texts in split.rows(*languages))
+    else:
+        raise DataError(
+            f"{split.source} has columns {split.columns}, neither {TRANSLATION} nor {languages[0]} and {languages[1]}: "
+            "set data.source and data.target, or choose another data set"
+        )
+    pairs = (_pick(texts, languages, f"{split.source} row {number}") for number, texts in enumerate(rows))
+    return _limit(pairs, settings, split.source)
+
+
+def _pick(texts: Any, languages: tuple[str, str], place: str) -> _Pair:
+    """The two languages of a row."""
+    given = sorted(texts) if isinstance(texts, dict) else f"a {type(texts).__name__}"
+    source, target = (texts.get(language) if isinstance(texts, dict) else None for language in languages)
+    if not isinstance(source, str) or not isinstance(target, str):
+        raise DataError(f"{place} holds {given}, no text for each of {languages[0]} and {languages[1]}: set data.source and data.target")
+    return _Pair(source, target, place)

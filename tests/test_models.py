@@ -1,0 +1,191 @@
+"""What families rest on: a family added from outside, initialisation, frozen randomness in any module, generation."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from rayllp.channel import LocalChannel, run_workers
+from rayllp.engine import Engine
+from rayllp.engine.decode import continue_text, translate
+from rayllp.models import FAMILIES, LayerStack, build_architecture, register
+from rayllp.models.llama import Llama
+from rayllp.models.metrics import Confusion
+from tests.conftest import tiny
+from tests.test_engine import ENOUGH, SERIAL
+from tests.test_families import PAD, RandomBatches, config_of, make, ours, theirs
+
+
+class Qwen2(Llama):
+    """A family that rayllp does not know: Llama with biased projections, from transformers' own modules."""
+
+    model_class = Qwen2ForCausalLM
+
+    @classmethod
+    def config_of(cls, settings, facts):
+        values = Llama.config_of(settings, facts).to_dict()
+        names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+        return Qwen2Config(**{name: values[name] for name in (*names, "max_position_embeddings", "tie_word_embeddings")})
+
+
+def test_a_family_added_from_outside_is_trained_like_the_others():
+    register("qwen2", f"{__name__}:Qwen2")
+    try:
+        config = config_of("qwen2", workers=2)
+        gradients, weights, outputs, loss = ours(config, ENOUGH)
+        model, wanted_outputs, wanted_loss = theirs(config, weights)
+    finally:
+        del FAMILIES["qwen2"]
+    assert "model.layers.3.self_attn.q_proj.bias" in gradients
+    torch.testing.assert_close(outputs, wanted_outputs, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(loss, wanted_loss, rtol=1e-9, atol=1e-9)
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-9, atol=1e-9)
+
+
+# Initialisation -------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "bert", "vit", "mt"])
+def test_initialisations_scale_what_they_name(family):
+    def layer(kind):
+        config = config_of(family, model={"initialisation": kind})
+        architecture = build_architecture(config, RandomBatches(family, "auto").facts)
+        return architecture, architecture.build_layer(0, 2)
+
+    architecture, default = layer("default")
+    for kind, factor, names in (
+        ("deep", math.sqrt(math.log(16)), (*architecture.outputs, *architecture.inner)),
+        ("scaled", 1 / 4, architecture.outputs),
+    ):
+        changed = layer(kind)[1]
+        for name in names:
+            torch.testing.assert_close(architecture.weight_of(changed, name), architecture.weight_of(default, name) * factor)
+        same = [n for n, p in default.named_parameters() if torch.equal(p, changed.get_parameter(n))]
+        assert len(same) >= 4
+
+
+@pytest.mark.parametrize("initialisation", ["default", "deep", "scaled"])
+def test_gradients_of_a_128_layer_bert_are_bounded_at_initialisation(initialisation):
+    """Per layer, h = 1: the largest gradient norm of a layer is within two orders of magnitude of the smallest."""
+    config = config_of("bert", model={"layers": 128, "width": 32, "initialisation": initialisation}, dtype="float32")
+    gradients, *_ = ours(config, SERIAL)
+    norms = torch.tensor(
+        [math.sqrt(sum(g.square().sum().item() for name, g in gradients.items() if f".layer.{n}." in name)) for n in range(128)]
+    )
+    assert torch.isfinite(norms).all()
+    assert norms.min() > 0
+    assert norms.max() < 100 * norms.min()
+
+
+# Randomness in a module that knows nothing of it ------------------------------------------------------------------------------------
+
+
+class Wild(nn.Module):
+    """Residual attention with dropout of every kind, drop-path drawn by torch.rand among them."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.qkv, self.out, self.drop = nn.LayerNorm(8), nn.Linear(8, 24), nn.Linear(8, 8), nn.Dropout(0.2)
+
+    def forward(self, x):
+        q, k, v = self.qkv(self.norm(x)).chunk(3, -1)
+        p = 0.2 if self.training else 0.0
+        y = self.drop(self.out(nn.functional.scaled_dot_product_attention(q, k, v, dropout_p=p)))
+        if not self.training:
+            return x + y
+        keep = (torch.rand((x.shape[0], 1, 1), dtype=x.dtype) > 0.2).to(x.dtype)
+        return x + y * keep / 0.8
+
+
+class Vectors:
+    def batch(self, split, step, size):
+        g = torch.Generator().manual_seed(step)
+        return torch.randn(size, 5, 8, generator=g, dtype=torch.float64), torch.randn(size, 5, 8, generator=g, dtype=torch.float64)
+
+
+def test_every_kind_of_dropout_is_frozen_within_a_step_in_a_users_module():
+    stack = LayerStack(
+        embed=lambda: nn.Linear(8, 8), layers=[Wild] * 12, head=lambda: nn.Linear(8, 8), loss=lambda y, t: (y - t).square().sum()
+    )
+    assert stack.stochastic
+
+    def gradients(workers, accuracy, step=4):
+        config = tiny(workers=workers, step={"middle": 0.5}, mgrit={"coarsening": 4})
+
+        def work(channel):
+            engine = Engine(stack, config, Vectors(), channel, LocalChannel.alone(), torch.device("cpu"))
+            inputs, targets, samples, terms = engine.my_batch("train", step)
+            engine.gradients(step, accuracy, inputs, targets, samples, 1 / terms)
+            return {name: p.grad for name, p in engine.block.parameters.items()}
+
+        return {name: grad for mine in run_workers(workers, work) for name, grad in mine.items()}
+
+    wanted = gradients(1, SERIAL)
+    other = gradients(1, SERIAL, step=5)
+    assert not torch.allclose(wanted["layers.3.out.weight"], other["layers.3.out.weight"])
+    for workers in (1, 2, 3):
+        got = gradients(workers, ENOUGH)
+        for name, gradient in wanted.items():
+            torch.testing.assert_close(got[name], gradient, rtol=1e-10, atol=1e-12)
+
+
+# Generation -------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_sampled_text_does_not_depend_on_the_workers(family):
+    def sample(workers):
+        config = config_of(family, workers=workers)
+        return run_workers(workers, lambda channel: continue_text(make(config, channel), [1, 2, 3], 12))
+
+    (wanted,) = sample(1)
+    assert len(wanted) == 12
+    assert len(set(wanted)) > 3
+    for workers in (2, 3):
+        assert sample(workers) == [wanted] * workers
+
+
+def test_beam_search_over_workers_is_that_of_transformers():
+    sources = RandomBatches("mt", "auto").batch("train", 1, 4)[0][0]
+    config = config_of("mt", model={"width": 32, "tie_embeddings": False})
+
+    def work(channel):
+        engine = make(config_of("mt", workers=channel.size, model={"width": 32, "tie_embeddings": False}), channel)
+        for parameter in engine.block.parameters.values():
+            parameter.data.mul_(3)  # outputs of a fresh network are too alike to tell beams apart
+        return translate(engine, sources, 3), {name: p.detach() for name, p in engine.block.parameters.items()}
+
+    ((wanted, weights),) = run_workers(1, work)
+    for found, _ in run_workers(3, work):
+        assert found == wanted
+    architecture = build_architecture(config, RandomBatches("mt", "auto").facts)
+    model = architecture.model_class(architecture.config).double().eval()
+    model.load_state_dict(weights, strict=False)
+    model.tie_weights()
+    model.generation_config.forced_eos_token_id = None
+    theirs_ = model.generate(
+        sources, attention_mask=sources != PAD, num_beams=3, max_length=10, early_stopping=True, do_sample=False, use_cache=False,
+        decoder_start_token_id=21,
+    )  # fmt: skip
+    assert [row[1:] for row in theirs_.tolist()] == wanted
+    assert len({tuple(row) for row in wanted}) > 1
+
+
+# Metrics ----------------------------------------------------------------------------------------------------------------------------
+
+
+def test_matthews_is_sklearns():
+    from sklearn.metrics import matthews_corrcoef
+
+    g = torch.Generator().manual_seed(0)
+    for classes in (2, 4):
+        outputs, targets = torch.randn(200, classes, generator=g), torch.randint(0, classes, (200,), generator=g)
+        outputs[range(100), targets[:100]] += 1
+        metric = Confusion(classes)
+        tally = metric.tally(outputs[:80], targets[:80]) + metric.tally(outputs[80:], targets[80:])
+        found = metric.read(tally, 0.0)
+        assert found["matthews"] == pytest.approx(matthews_corrcoef(targets, outputs.argmax(-1)))
+        assert found["accuracy"] == pytest.approx((outputs.argmax(-1) == targets).double().mean().item())
