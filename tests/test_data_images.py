@@ -205,6 +205,28 @@ def test_a_data_set_without_a_held_out_split_gives_its_end(tmp_path):
     assert images.facts.classes == ("a", "b")
 
 
+@pytest.mark.parametrize("splits", [("train", "test"), ("train",)])
+def test_a_set_too_large_for_memory_is_decoded_when_a_batch_asks(tmp_path, monkeypatch, splits):
+    settings = save_dataset(tmp_path, modes=("RGB", "L"), splits=splits)
+    held = load_images(settings, 0)
+    monkeypatch.setattr("rayllp.data.images.HELD_IN_MEMORY", 100)
+    decoded = load_images(settings, 0)
+    assert not isinstance(decoded.pixels["train"], np.ndarray)
+    assert decoded.facts == held.facts
+    for split in ("train", "validation"):
+        for step in range(2):
+            for mine, wanted in zip(decoded.batch(split, step, 8), held.batch(split, step, 8), strict=True):
+                assert torch.equal(mine, wanted)
+
+
+def test_of_images_decoded_late_one_of_another_size_is_named(tmp_path, monkeypatch):
+    settings = save_dataset(tmp_path, sizes=((5, 4),) * 7 + ((6, 4),))
+    monkeypatch.setattr("rayllp.data.images.HELD_IN_MEMORY", 100)
+    monkeypatch.setattr("rayllp.data.images.MEASURED", 2)
+    with pytest.raises(DataError, match=r"split test, row 7 has an image of 6 × 4 pixels, the first 5 × 4: resize all to one size"):
+        load_images(settings, 0).batch("validation", 0, 12)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -11,12 +11,18 @@ from torch import Tensor
 
 from rayllp.config import DataSettings
 from rayllp.data.base import IGNORE, Facts, passes
+from rayllp.data.decoded import DecodedImages
 from rayllp.data.files import Faults, select
 from rayllp.data.hub import Split, load_split, load_train, up_to
 from rayllp.data.text import read_file
 from rayllp.errors import DataError
 
 DIGITS_HELD_OUT = 0.2
+HELD_IN_MEMORY = 2**31
+"""Bytes of pixels up to which a data set is decoded once; beyond that, image by image when a batch asks for it."""
+MEASURED = 2000
+"""Images that mean and deviation are taken from where they are not in memory."""
+Pixels = np.ndarray | DecodedImages
 IMAGE_COLUMNS = ("image", "img")
 IDX_IMAGES, IDX_LABELS = 0x0803, 0x0801
 """First four bytes of an idx file: unsigned bytes in three dimensions, in one."""
@@ -28,7 +34,7 @@ class _Images:
     """Pixels, uint8 of shape (images, C, H, W), and the labels' names; `source` is for errors."""
 
     source: str
-    pixels: np.ndarray
+    pixels: Pixels
     labels: list[str]
 
 
@@ -46,7 +52,7 @@ class ImageBatches:
         skipped: how many images were left out (data.on_error=skip).
     """
 
-    pixels: dict[str, np.ndarray]
+    pixels: dict[str, Pixels]
     labels: dict[str, np.ndarray]
     seed: int
     classes: tuple[str, ...]
@@ -106,7 +112,7 @@ def _find_classes(labels: list[str]) -> tuple[str, ...]:
     return tuple(sorted(distinct, key=int) if all(label.isdecimal() for label in distinct) else sorted(distinct))
 
 
-def _number_labels(images: _Images, classes: tuple[str, ...], faults: Faults) -> tuple[np.ndarray, np.ndarray]:
+def _number_labels(images: _Images, classes: tuple[str, ...], faults: Faults) -> tuple[Pixels, np.ndarray]:
     """Pixels and class numbers of the images whose label is a class."""
     numbers = {name: number for number, name in enumerate(classes)}
     for place, label in enumerate(images.labels):
@@ -119,8 +125,9 @@ def _number_labels(images: _Images, classes: tuple[str, ...], faults: Faults) ->
     return pixels, np.array([numbers[label] for label in images.labels if label in numbers], np.int64)
 
 
-def _measure(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _measure(images: Pixels) -> tuple[np.ndarray, np.ndarray]:
     """Mean and standard deviation of each channel, shape (C, 1, 1)."""
+    pixels = images if isinstance(images, np.ndarray) else images[np.linspace(0, len(images) - 1, min(MEASURED, len(images)), dtype=int)]
     values, moments = np.arange(256.0), []
     for channel in range(pixels.shape[1]):
         # Some images at a time: bincount makes eight bytes of each.
@@ -213,6 +220,10 @@ def _read_idx(path: Path, magic: int) -> np.ndarray:
 def _read_dataset(settings: DataSettings) -> tuple[_Images, _Images, tuple[str, ...]]:
     """Training and validation images of a `datasets` name, and its classes where it names them."""
     splits = [split for split in (load_train(settings), load_split(settings, "validation", "test")) if split]
+    if not settings.streaming and settings.max_bytes is None and _bytes_of(splits[0]) > HELD_IN_MEMORY:
+        sets = [_leave_in_files(split, settings) for split in splits]
+        train, validation = sets if len(sets) > 1 else _hold_out(sets[0], settings.validation_fraction)
+        return train, validation, splits[0].labels(settings.label_field)
     read = [_read_split(split, settings) for split in splits]
     sizes = {image.shape[1:] for images, _ in read for image in images}
     if len(sizes) > 1:
@@ -230,10 +241,32 @@ def _read_dataset(settings: DataSettings) -> tuple[_Images, _Images, tuple[str, 
     return train, validation, splits[0].labels(settings.label_field)
 
 
-def _read_split(split: Split, settings: DataSettings) -> tuple[list[np.ndarray], list[str]]:
+def _image_column(split: Split) -> str:
     column = next((name for name in IMAGE_COLUMNS if name in split.columns), None)
     if column is None:
         raise DataError(f"{split.source} has columns {split.columns}, none of them image or img: rename the one that holds images")
+    return column
+
+
+def _bytes_of(split: Split) -> int:
+    """Bytes of all pixels, were every image as large as the first."""
+    column = _image_column(split)
+    return len(split.loaded) * _to_pixels(split.loaded[0][column], f"{split.source} row 0").nbytes if len(split.loaded) else 0
+
+
+def _leave_in_files(split: Split, settings: DataSettings) -> _Images:
+    column = _image_column(split)
+    split.require("data.label_field", settings.label_field)
+    first = _to_pixels(split.loaded[0][column], f"{split.source} row 0")
+    shape = (3, *first.shape[1:])  # some may be grey, and nobody has looked at them all
+    numbers = np.arange(len(split.loaded))
+    names = split.labels(settings.label_field)
+    labels = [names[label] if names and label >= 0 else str(label) for (label,) in split.rows(settings.label_field)]
+    return _Images(split.source, DecodedImages(split.loaded, column, _to_pixels, split.source, numbers, shape), labels)
+
+
+def _read_split(split: Split, settings: DataSettings) -> tuple[list[np.ndarray], list[str]]:
+    column = _image_column(split)
     split.require("data.label_field", settings.label_field)
     names = split.labels(settings.label_field)
     rows = enumerate(split.rows(column, settings.label_field))
@@ -257,5 +290,5 @@ def _to_pixels(image: Any, place: str) -> np.ndarray:
     return np.asarray(image.convert("RGB")).transpose(2, 0, 1)
 
 
-def _size(pixels: np.ndarray) -> str:
+def _size(pixels: Pixels) -> str:
     return f"{pixels.shape[-1]} × {pixels.shape[-2]}"
