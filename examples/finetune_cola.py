@@ -54,7 +54,7 @@ def main() -> None:
     output.mkdir(parents=True)
     text, tokenizer = output / "text.txt", output / "tokenizer.json"
     write_text(data, text)
-    make_tokenizer("bpe:2000", text.read_bytes()).save(tokenizer)
+    make_tokenizer("bpe:1000", text.read_bytes()).save(tokenizer)
     ray.init(address="local", num_cpus=2, include_dashboard=False)
     print("| pretraining | its held-out loss | accuracy | Matthews correlation |\n|---|---|---|---|")
     for mode in ("serial", "parallel"):

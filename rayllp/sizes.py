@@ -18,6 +18,12 @@ NAMES = {
 LAYERS = ("num_hidden_layers", "n_layer")
 
 
+def model_type(source: str) -> str:
+    """What transformers calls the model of a local checkpoint; empty where that cannot be known."""
+    path = Path(source) / "config.json"
+    return str(json.loads(path.read_text()).get("model_type", "")) if path.is_file() else ""
+
+
 def with_pretrained_sizes(values: Mapping[str, Any]) -> Mapping[str, Any]:
     """`values` with the sizes of model.from_pretrained where they were not given; as they are without a local config.json."""
     model = values.get("model")

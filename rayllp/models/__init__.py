@@ -7,6 +7,7 @@ from rayllp.data.base import Facts
 from rayllp.errors import SettingsError
 from rayllp.models.base import Architecture
 from rayllp.models.stack import LayerStack
+from rayllp.sizes import model_type
 
 # Where each family's adapter is; imported when it is asked for, since transformers takes seconds to import.
 FAMILIES = {
@@ -18,7 +19,9 @@ FAMILIES = {
     "mt": "rayllp.models.mt:MT",
 }
 SENTENCES = {"bert": "rayllp.models.bert:Sentences"}
-POST_LN = {"roberta": "bert", "distilbert": "bert", "xlm": "bert", "gpt": "gpt2", "marian": "mt", "bart": "mt", "transformer": "mt"}
+# Post-LN models, by the names that transformers gives them, and the family that is their pre-LN relative.
+POST_LN = dict.fromkeys(("roberta", "distilbert", "albert", "electra", "camembert", "xlm-roberta", "deberta", "deberta-v2"), "bert")
+POST_LN |= {"openai-gpt": "gpt2", "marian": "mt", "bart": "mt", "fsmt": "mt"}
 
 
 def families() -> tuple[str, ...]:
@@ -45,16 +48,25 @@ def build_architecture(config: TrainConfig, facts: Facts) -> Architecture:
 
 def check_family(config: TrainConfig) -> None:
     """Refuse an unknown family."""
-    family = config.model.family
-    if family in POST_LN:
-        raise SettingsError(
-            f"model.family {family!r} is post-LN: its norms follow the residual sum, so that a layer is no step x + h·F(x) and MGRIT "
-            f"does not apply. Use its pre-LN relative, model.family={POST_LN[family]}"
-        )
+    family, source = config.model.family, config.model.from_pretrained
+    _refuse_post_ln(family, f"model.family {family!r}")
+    if source is not None:
+        stored = model_type(source)
+        post_ln = "bert" if stored == "bert" else POST_LN.get(stored)
+        _refuse_post_ln(stored, f"model.from_pretrained {source}: {stored}", post_ln)
     if family not in FAMILIES:
         raise SettingsError(f"model.family {family!r} is not known: choose from {', '.join(families())}")
     if config.model.head == "sentences" and family not in SENTENCES:
         raise SettingsError(f"model.head=sentences goes with model.family {' or '.join(SENTENCES)}; got {family}")
+
+
+def _refuse_post_ln(name: str, what: str, relative: str | None = None) -> None:
+    relative = relative or POST_LN.get(name)
+    if relative:
+        raise SettingsError(
+            f"{what} is post-LN: its norms follow the residual sum, so that a layer is no step x + h·F(x) and MGRIT does not apply. "
+            f"Use its pre-LN relative, model.family={relative}"
+        )
 
 
 __all__ = ["FAMILIES", "Architecture", "LayerStack", "build_architecture", "check_family", "families", "register"]
