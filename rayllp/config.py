@@ -5,6 +5,7 @@ them by `--set key=value`.
 """
 
 from collections.abc import Mapping
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal
 
@@ -157,6 +158,7 @@ class AdaptiveSettings(Settings):
 
     probe_every: int = Field(100, ge=0, description="steps between probes (doubled iterations, at least 3); 0: never")
     threshold: float = Field(1.0, gt=0, description="switch to serial once a probe's ρ, forward or backward, passes this")
+    consistency: float = Field(0.0, ge=0, description="weight μ of the consistency penalty; none after a switch to serial")
     switch_at: int | None = Field(None, ge=0, description="switch to serial at this step, whatever ρ says")
 
 
@@ -275,6 +277,12 @@ class TrainConfig(Settings):
         """c_f between the finest level and the next."""
         return self.mgrit.coarsening if isinstance(self.mgrit.coarsening, int) else self.mgrit.coarsening[0]
 
+    @property
+    def coarse_ratios(self) -> tuple[float, ...]:
+        """Length of each coarse step over its first layer's, ω in it: Φ_c(x) = x + ratio·(Φ(x) − x)."""
+        c, N = self.first_coarsening, self.middle_layers
+        return tuple(self.mgrit.coarse_step_weight * (min(start + c, N) - start) for start in range(0, N, c))
+
     def hierarchy(self, levels: int) -> Hierarchy:
         """The forward hierarchy over the middle layers."""
         return build_hierarchy(blocks=self.blocks, levels=levels, coarsening=self.mgrit.coarsening)
@@ -302,6 +310,7 @@ class TrainConfig(Settings):
     def _consistent(self) -> "TrainConfig":
         self._check_mesh()
         self._check_batch()
+        self._check_consistency()
         try:
             for levels in {self.mgrit.levels.forward, self.mgrit.levels.backward}:
                 self.hierarchy(levels)
@@ -326,6 +335,14 @@ class TrainConfig(Settings):
             raise ValueError(f"{P} layer-parallel workers for {N} middle layers: use at most {N} (workers or mesh.layer), or more layers")
         if mesh.blocks and (len(mesh.blocks) != P or sum(mesh.blocks) != N or min(mesh.blocks) < 1):
             raise ValueError(f"mesh.blocks {mesh.blocks} must be {P} positive numbers that add up to the {N} middle layers")
+
+    def _check_consistency(self) -> None:
+        c, begins = self.first_coarsening, [0, *accumulate(self.blocks)][:-1]
+        if self.adaptive.consistency and any(begin % c for begin in begins):
+            raise ValueError(
+                f"adaptive.consistency needs every coarse interval on one worker, but blocks {self.blocks} cut intervals of {c}: "
+                f"set mesh.blocks to multiples of {c} (the last may be any), or workers, buffers or mgrit.coarsening so that they are"
+            )
 
     def _check_batch(self) -> None:
         encoder = self.model.encoder_layers

@@ -196,7 +196,8 @@ class Driver:
             "step": stats["step"], "loss": stats["loss"], "mode": accuracy.mode,
             "iterations_forward": None if accuracy.serial else accuracy.iterations_forward,
             "iterations_backward": None if accuracy.serial else accuracy.iterations_backward,
-            "rho_forward": stats["rho_forward"], "rho_backward": stats["rho_backward"], "grad_norm": stats["grad_norm"],
+            "rho_forward": stats["rho_forward"], "rho_backward": stats["rho_backward"], "consistency": stats["consistency"],
+            "grad_norm": stats["grad_norm"],
             "lr": stats["lr"], "step_time_s": stats["time_s"], "tokens": stats["tokens"], "workers": self.config.world,
         }  # fmt: skip
 
@@ -204,7 +205,7 @@ class Driver:
         self.run.metric(metric)
         display.update(metric)
         step = metric["step"]
-        for name in ("loss", "grad_norm", "lr", "rho_forward", "rho_backward"):
+        for name in ("loss", "grad_norm", "lr", "rho_forward", "rho_backward", "consistency"):
             if metric[name] is not None:
                 board.add_scalar(f"train/{name}", metric[name], step)
         board.add_scalar("train/tokens_per_s", metric["tokens"] / max(metric["step_time_s"], 1e-9), step)

@@ -19,6 +19,7 @@ class Accuracy:
     levels_backward: int
     iterations_forward: int
     iterations_backward: int
+    consistency: float = 0.0
 
     @property
     def mode(self) -> str:
@@ -57,6 +58,8 @@ class Controller:
             levels_backward=mgrit.levels.backward,
             iterations_forward=mgrit.iterations.forward,
             iterations_backward=mgrit.iterations.backward,
+            # A switched run lets go of it; mode=serial with a penalty prepares a network for parallel training.
+            consistency=0.0 if self.serial and self.config.mode != "serial" else self.config.adaptive.consistency,
         )
 
     def is_probe(self, step: int) -> bool:

@@ -18,6 +18,7 @@ from rayllp.config import TrainConfig
 from rayllp.control import Accuracy
 from rayllp.data.base import Batches, Inputs
 from rayllp.engine.block import Block
+from rayllp.engine.consistency import Consistency, Interval
 from rayllp.engine.optimizer import build_optimizer, learning_rate, scale_gradients, squared_gradient_norm
 from rayllp.engine.pipeline import Pipeline, StageModule, count_microbatches
 from rayllp.engine.trajectory import AdjointPropagator, ExactPropagator, ForwardPropagator, Trajectory
@@ -34,7 +35,8 @@ class StepStats:
 
     Attributes:
         fault: None, or the first layer at fault as this worker sees it: (stage, order, text); the smallest over all workers is it.
-        forward, backward: convergence factors, None unless two residuals were measured.
+        rho_forward, rho_backward: convergence factors, None unless two residuals were measured.
+        consistency: the consistency penalty R over this replica's samples, without its weight; None where it is off.
     """
 
     step: int
@@ -45,6 +47,7 @@ class StepStats:
     tokens: int
     rho_forward: float | None
     rho_backward: float | None
+    consistency: float | None
     advice_forward: str
     advice_backward: str
     fault: tuple[int, int, str] | None = None
@@ -74,6 +77,7 @@ class Engine:
         self.layers, self.replicas = layer_channel, data_channel
         self.block = Block(architecture, config, layer_channel.rank, device)
         self.optimizer = build_optimizer(self.block.parameters, config.optimizer)
+        self.penalty: Consistency | None = None
         self._pipeline: Pipeline | None = None
         self._whole = StageModule(self.block)
         self._hierarchies: dict[int, tuple[Hierarchy, Hierarchy]] = {}
@@ -113,7 +117,7 @@ class Engine:
         loss, forward, backward = self.gradients(step, accuracy, inputs, targets, samples, 1 / terms)
         self.average_over_replicas(loss)
         self.add_shared_gradients(step)
-        norm, loss_value, forward, backward = self.reduce_statistics(step, loss, forward, backward)
+        norm, loss_value, gap, forward, backward = self.reduce_statistics(step, loss, forward, backward)
         lr = learning_rate(self.config.optimizer, step, self.config.steps)
         finite = torch.isfinite(torch.tensor([norm, loss_value])).all().item()
         fault = None if finite else self.diagnose(step)
@@ -130,6 +134,7 @@ class Engine:
             tokens=self.config.batch_size * _positions(self.spec(inputs)),
             rho_forward=forward.convergence_factor if forward else None,
             rho_backward=backward.convergence_factor if backward else None,
+            consistency=gap,
             advice_forward=forward.status.value if forward else "",
             advice_backward=backward.status.value if backward else "",
             fault=fault,
@@ -139,10 +144,11 @@ class Engine:
         self, step: int, accuracy: Accuracy, inputs: Inputs, targets: Tensor, samples: tuple[int, ...], scale: float
     ) -> tuple[Tensor, MGRITResult | None, MGRITResult | None]:
         """Gradients of scale × summed loss into `.grad`; the loss (on the last worker), and the last part's solves."""
+        self.penalty = self.make_penalty(accuracy)
         if accuracy.serial:
             pipeline = self.pipeline(inputs, len(samples))
             if pipeline is not None:
-                return pipeline.step(step, inputs, targets, samples, scale), None, None
+                return pipeline.step(step, inputs, targets, samples, scale, self.penalty), None, None
         loss = torch.zeros((), device=self.device, dtype=self.block.dtype)
         forward = backward = None
         for part in self.parts(len(samples)):
@@ -154,6 +160,20 @@ class Engine:
                 loss += part_loss
         return loss, *((None, None) if accuracy.serial else (forward, backward))
 
+    def make_penalty(self, accuracy: Accuracy) -> Consistency | None:
+        """The consistency penalty of one gradient computation; None where its weight is 0."""
+        if not accuracy.consistency:
+            return None
+        config, start = self.config, self.block.middle.start - self.config.buffers.open
+        ratios = config.coarse_ratios
+        mine = range(start, start + len(self.block.middle))
+        intervals = {
+            n: Interval(n, min(n + config.first_coarsening, config.middle_layers), ratios[n // config.first_coarsening])
+            for n in mine[:: config.first_coarsening]
+        }
+        value = torch.zeros((), dtype=torch.float64, device=self.device)
+        return Consistency(accuracy.consistency / config.batch_size, intervals, value)
+
     def parts(self, batch: int) -> Iterator[slice]:
         """The slices of gradient accumulation."""
         size = batch // self.config.accumulate
@@ -162,6 +182,7 @@ class Engine:
     def plain_gradients(self, step: int, inputs: Inputs, targets: Tensor, samples: tuple[int, ...], scale: float) -> Tensor:
         """Plain autograd: one worker holds the whole network."""
         self.block.begin(step, samples, inputs, training=True)
+        self._whole.penalty = self.penalty
         outputs = self._whole(*tensors(inputs))
         loss = self.block.architecture.training_loss(outputs, targets) * scale
         loss.backward()
@@ -185,8 +206,8 @@ class Engine:
         )  # fmt: skip
         loss, seed = self.loss_and_seed(forward.output, targets, scale) if block.last else (torch.zeros((), device=self.device), None)
         backward = solve(
-            self.hierarchies(levels[1])[1], config.method(accuracy.iterations_backward), AdjointPropagator(trajectory), self.layers,
-            initial=seed, spec=spec, tag=MessageTag(step, "adjoint"), reduce=False,
+            self.hierarchies(levels[1])[1], config.method(accuracy.iterations_backward), AdjointPropagator(trajectory, self.penalty),
+            self.layers, initial=seed, spec=spec, tag=MessageTag(step, "adjoint"), reduce=False,
         )  # fmt: skip
         if entered is not None and backward.output is not None:
             # An embedding without parameters has no graph.
@@ -267,20 +288,22 @@ class Engine:
 
     def reduce_statistics(
         self, step: int, loss: Tensor, forward: MGRITResult | None, backward: MGRITResult | None
-    ) -> tuple[float, float, MGRITResult | None, MGRITResult | None]:
-        """Global gradient norm, loss and residuals in one all-reduce over the layer group."""
+    ) -> tuple[float, float, float | None, MGRITResult | None, MGRITResult | None]:
+        """Global gradient norm, loss, penalty and residuals in one all-reduce over the layer group."""
         counted = [p for name, p in self.block.parameters.items() if not self.block.is_counted_elsewhere(name)]
         parts = [
             squared_gradient_norm(counted, self.device).view(1),
             (loss if self.block.last else torch.zeros_like(loss)).double().view(1),
+            (self.penalty.value if self.penalty else torch.zeros((), dtype=torch.float64, device=self.device)).view(1),
         ]
         results = [result for result in (forward, backward) if result is not None]
         parts += [result.squared_residuals.to(self.device) for result in results]
         total = self.layers.all_reduce(torch.cat(parts), MessageTag(step, "gradients", "norm, loss and residuals"))
-        residuals = total[2:].split([len(result.squared_residuals) for result in results])
+        residuals = total[3:].split([len(result.squared_residuals) for result in results])
         measured = [result.measured(squares) for result, squares in zip(results, residuals, strict=True)]
-        head = total[:2].tolist()
-        return head[0] ** 0.5, head[1], measured[0] if measured else None, measured[1] if measured else None
+        squared_norm, loss_value, gaps = total[:3].tolist()
+        gap = gaps / self.config.replica_batch if self.penalty else None
+        return squared_norm**0.5, loss_value, gap, measured[0] if measured else None, measured[1] if measured else None
 
     def update(self, norm: float, lr: float) -> None:
         """Clip and step."""

@@ -4,7 +4,7 @@ Several workers run torch.distributed.pipelining's 1F1B over microbatches, so th
 serial; one worker runs plain autograd.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from rayllp.channel.torch_dist import TorchChannel
 from rayllp.data.base import Inputs
 from rayllp.engine.block import Block, Moment
+from rayllp.engine.consistency import Consistency, Watch
 from rayllp.errors import SettingsError
 from rayllp.state import State, combine, tensors
 
@@ -26,6 +27,7 @@ class StageModule(nn.Module):
         self.block = block
         self.pieces = nn.ModuleList(module for _, _, module in block.pieces())
         self.begin: Callable[[], None] = lambda: None
+        self.penalty: Consistency | None = None
 
     def forward(self, *parts: Tensor) -> State:
         self.begin()
@@ -33,21 +35,32 @@ class StageModule(nn.Module):
         state: State = parts[0] if len(parts) == 1 else parts
         if block.first:
             state = block.enter(state)
-        c = block.config.first_coarsening
-        if block.config.mgrit.recompute and torch.is_grad_enabled():
-            for start in range(block.middle.start, block.middle.stop, c):
-                layers = range(start, min(start + c, block.middle.stop))
-                state = checkpoint(self._run, state, layers, block.moment, use_reentrant=False, preserve_rng_state=False)
-        else:
-            state = self._run(state, block.middle)
+        recompute = block.config.mgrit.recompute and torch.is_grad_enabled()
+        for layers, watch in self._intervals() if recompute or self.penalty else ((block.middle, None),):
+            if recompute:
+                state = checkpoint(self._run, state, layers, watch, block.moment, use_reentrant=False, preserve_rng_state=False)
+            else:
+                state = self._run(state, layers, watch)
         return block.leave(state) if block.last else state
 
-    def _run(self, state: State, layers: range, moment: Moment | None = None) -> State:
+    def _intervals(self) -> Iterator[tuple[range, Watch | None]]:
+        """The block's middle layers, c_f by c_f from its first."""
+        middle, c, offset = self.block.middle, self.block.config.first_coarsening, self.block.config.buffers.open
+        for start in range(middle.start, middle.stop, c):
+            watch = self.penalty.watch(start - offset) if self.penalty else None
+            yield range(start, min(start + c, middle.stop)), watch
+
+    def _run(self, state: State, layers: range, watch: Watch | None, moment: Moment | None = None) -> State:
         if moment is not None:  # a recomputation may come after another microbatch's forward
             self.block.resume(moment)
-        for n in layers:
+        if watch is None:
+            for n in layers:
+                state = self.block.layer(n, state)
+            return state
+        state = watch.first(self.block.layer(layers.start, watch.begin(state)))
+        for n in layers[1:]:
             state = self.block.layer(n, state)
-        return state
+        return watch.end(state)
 
 
 def count_microbatches(batch: int, workers: int, wanted: int | None) -> int:
@@ -95,9 +108,12 @@ class Pipeline:
     def _loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         return self.block.architecture.training_loss(outputs, targets) * self.scale
 
-    def step(self, step: int, inputs: Inputs, targets: Tensor, samples: tuple[int, ...], scale: float) -> Tensor:
+    def step(
+        self, step: int, inputs: Inputs, targets: Tensor, samples: tuple[int, ...], scale: float, penalty: Consistency | None
+    ) -> Tensor:
         """Gradients of scale × summed loss into `.grad`; returns the scaled loss on the last worker, 0 elsewhere."""
         self.scale, count = scale, 0
+        self.module.penalty = penalty
 
         def begin() -> None:
             nonlocal count

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from rayllp.engine.block import Block
+from rayllp.engine.consistency import Consistency
 from rayllp.engine.memory import return_freed_memory
-from rayllp.state import State, detach, like, tensors
+from rayllp.state import State, combine, detach, like, tensors
 
 
 @dataclass
@@ -107,8 +108,8 @@ class ExactPropagator(ForwardPropagator):
 class AdjointPropagator:
     """λ_{n+1} -> λ_n = (∂Φ_n/∂x)ᵀ λ_{n+1}; in the last sweep also g_n = (∂Φ_n/∂θ_n)ᵀ λ_{n+1} (section 3.1)."""
 
-    def __init__(self, trajectory: Trajectory) -> None:
-        self.trajectory = trajectory
+    def __init__(self, trajectory: Trajectory, penalty: Consistency | None = None) -> None:
+        self.trajectory, self.penalty = trajectory, penalty
 
     def step(self, layer: int, state: State) -> State:
         graph = self.trajectory.graph(layer)
@@ -116,8 +117,20 @@ class AdjointPropagator:
         return like(state, gradients)
 
     def last_step(self, layer: int, state: State) -> State:
-        graph = self.trajectory.graph(layer)
+        graph, penalty = self.trajectory.graph(layer), self.penalty
+        if penalty is not None:
+            state = penalty.into(layer, self._with_end_seed(penalty, layer, state))
         leaves = self.trajectory.block.leaves(layer + self.trajectory.block.config.buffers.open)
         torch.autograd.backward(graph.outputs, tensors(state), inputs=[*graph.inputs, *leaves])
         del self.trajectory.graphs[layer]
-        return like(state, tuple(torch.zeros_like(part) if part.grad is None else part.grad for part in graph.inputs))
+        state = like(state, tuple(torch.zeros_like(part) if part.grad is None else part.grad for part in graph.inputs))
+        return state if penalty is None else penalty.out_of(layer, state)
+
+    def _with_end_seed(self, penalty: Consistency, layer: int, lam: State) -> State:
+        interval = penalty.ends_with(layer)
+        if interval is None:
+            return lam
+        first, last = self.trajectory.graphs[interval.start], self.trajectory.graphs[layer]
+        seed = penalty.seed(interval, first.inputs, first.outputs, last.outputs)
+        penalty.keep(interval, seed)
+        return combine(torch.add, lam, like(lam, tensors(seed)))

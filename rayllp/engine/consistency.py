@@ -1,0 +1,131 @@
+"""The consistency penalty: it teaches the layers of a coarse interval to be what the coarse step over it predicts.
+
+R = Σ_k mean_b ‖Φ_fine(C_k) − Φ_c(C_k)‖² / ‖C_k‖² over coarse intervals k and samples b, where Φ_fine goes through an interval's layers and
+Φ_c(C) = C + ω·c_f·(Φ(C) − C) is its coarse step. What goes into R is there already when the adjoint arrives: C, the C-point layer's
+output, and the interval's end. So R costs no layer evaluation and no message: its gradient enters as seeds that the adjoint of the
+interval takes along. In a solve of several levels the last adjoint sweep of an interval ends at its C-point, so R moves the
+interval's own layers only; in an exact solve its seeds travel on, as the gradient of R with C variable in the numerator.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rayllp.state import State, combine, like, tensors
+
+
+@dataclass(frozen=True)
+class Interval:
+    """One coarse interval: its first layer, the layer after its last, and the length of its coarse step over the first layer's."""
+
+    start: int
+    stop: int
+    ratio: float
+
+
+@dataclass
+class Consistency:
+    """The penalty of one gradient computation on one worker.
+
+    Args:
+        weight: μ over the number of samples of the global batch, so that parts and replicas add up to the mean.
+        intervals: those on this worker, by first layer. Layers are counted from the first middle layer.
+        value: R's share of this worker times samples: a float64 scalar, filled as intervals are met.
+    """
+
+    weight: float
+    intervals: Mapping[int, Interval]
+    value: Tensor
+    _seeds: dict[int, State] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._by_last = {interval.stop - 1: interval for interval in self.intervals.values()}
+
+    def seed(self, interval: Interval, begin: State, first: State, end: State, *, counted: bool = True) -> State:
+        """2μ r_k / ‖C_k‖², the gradient at the interval's end; R's value is added up, unless it is not to be counted."""
+        with torch.no_grad():
+            gaps = [e - torch.lerp(c, f, interval.ratio) for c, f, e in zip(*map(tensors, (begin, first, end)), strict=True)]
+            norms_B = _squares(tensors(begin))
+            if counted:
+                self.value += (_squares(gaps) / norms_B).sum().double()
+            scale_B = 2 * self.weight / norms_B
+            return like(end, tuple(gap * scale_B.view(-1, *[1] * (gap.ndim - 1)) for gap in gaps))
+
+    # For an adjoint that goes layer by layer ------------------------------------------------------------------------------------
+
+    def ends_with(self, layer: int) -> Interval | None:
+        """The interval whose last layer this is."""
+        return self._by_last.get(layer)
+
+    def keep(self, interval: Interval, seed: State) -> None:
+        self._seeds[interval.start] = seed
+
+    def into(self, layer: int, lam: State) -> State:
+        """λ at the output of a C-point's layer, with the coarse step's seed."""
+        return lam if layer not in self._seeds else _add(lam, self._seeds[layer], -self.intervals[layer].ratio)
+
+    def out_of(self, layer: int, lam: State) -> State:
+        """λ at a C-point, with the seed of the coarse step's identity part."""
+        return lam if layer not in self._seeds else _add(lam, self._seeds.pop(layer), self.intervals[layer].ratio - 1)
+
+    # For plain autograd -------------------------------------------------------------------------------------------------------------
+
+    def watch(self, start: int) -> "Watch":
+        """Hooks for one pass through the interval that begins with layer `start`."""
+        return Watch(self, self.intervals[start])
+
+
+class Watch:
+    """Puts an interval's seeds into plain autograd: every state passes through, its gradient gets a seed on the way back."""
+
+    def __init__(self, penalty: Consistency, interval: Interval) -> None:
+        self.penalty, self.interval = penalty, interval
+        self._begin: State | None = None
+        self._first: State | None = None
+        self._seed: State | None = None
+
+    def begin(self, state: State) -> State:
+        self._begin = state
+        return self._pass(state, self.interval.ratio - 1)
+
+    def first(self, state: State) -> State:
+        self._first = state
+        return self._pass(state, -self.interval.ratio)
+
+    def end(self, state: State) -> State:
+        assert self._begin is not None
+        assert self._first is not None
+        # A recomputation passes here a second time.
+        self._seed = self.penalty.seed(self.interval, self._begin, self._first, state, counted=self._seed is None)
+        self._begin = self._first = None
+        return self._pass(state, 1.0)
+
+    def _pass(self, state: State, factor: float) -> State:
+        return like(state, tuple(_Seeded.apply(part, self, index, factor) for index, part in enumerate(tensors(state))))
+
+    def part(self, index: int) -> Tensor:
+        assert self._seed is not None
+        return tensors(self._seed)[index]
+
+
+class _Seeded(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, watch: Watch, index: int, factor: float) -> Tensor:
+        ctx.watch, ctx.index, ctx.factor = watch, index, factor
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:  # type: ignore[override]
+        return torch.add(gradient, ctx.watch.part(ctx.index), alpha=ctx.factor), None, None, None
+
+
+def _squares(parts: Sequence[Tensor]) -> Tensor:
+    """Squared norm of each sample."""
+    return torch.stack([part.flatten(1).square().sum(1) for part in parts]).sum(0)
+
+
+def _add(lam: State, seed: State, factor: float) -> State:
+    return combine(lambda a, b: torch.add(a, b, alpha=factor), lam, like(lam, tensors(seed)))

@@ -1,0 +1,162 @@
+"""The consistency penalty against its definition written out with autograd, on every path that forms it."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from rayllp.channel import LocalChannel, run_workers
+from rayllp.config import make_config
+from rayllp.control import Controller
+from rayllp.errors import SettingsError
+from rayllp.state import tensors
+from tests.conftest import merge, run_processes, tiny
+from tests.test_engine import ENOUGH, SERIAL
+from tests.test_families import config_of, make
+
+MU, C = 3.0, 3
+
+
+def settings(**changes):
+    base = {"step": {"middle": 0.3}, "mgrit": {"coarsening": C}, "buffers": {"open": 1, "close": 1}, "model": {"layers": 11}}
+    return config_of(changes.pop("family", "gpt2"), **merge(base, changes))  # 1 + 9 + 1 layers, three intervals
+
+
+def computed(config, accuracy):
+    """Gradients merged over the workers, and R."""
+
+    def work(channel):
+        engine = make(config, channel)
+        inputs, targets, samples, terms = engine.my_batch("train", 5)
+        loss, forward, backward = engine.gradients(5, accuracy, inputs, targets, samples, 1 / terms)
+        engine.add_shared_gradients(5)
+        *_, gap, _, _ = engine.reduce_statistics(5, loss, forward, backward)
+        return {name: p.grad for name, p in engine.block.parameters.items()}, gap
+
+    outcomes = run_workers(config.layer_workers, work)
+    return {name: grad for mine, _ in outcomes for name, grad in mine.items()}, outcomes[0][1]
+
+
+def defined(config, *, constant):
+    """The same by the definition: loss + μ·R; C_k constant in R, or variable in the numerator."""
+    engine = make(config, LocalChannel.alone())
+    block = engine.block
+    inputs, targets, samples, terms = engine.my_batch("train", 5)
+    block.begin(5, samples, inputs, training=True)
+    state, penalty = block.enter(inputs), 0.0
+    for start in range(1, 10, C):
+        c = tuple(part.detach() if constant else part for part in tensors(state))
+        end = first = c if len(c) > 1 else c[0]
+        for n in range(start, start + C):
+            end = block.layer(n, end)
+            first = end if n == start else first
+        gaps = [e - (x + C * (f - x)) for e, f, x in zip(tensors(end), tensors(first), c, strict=True)]
+        norm = sum(x.detach().flatten(1).square().sum(1) for x in c)
+        penalty = penalty + (sum(gap.flatten(1).square().sum(1) for gap in gaps) / norm).mean()
+        for n in range(start, start + C):
+            state = block.layer(n, state)
+    loss = block.architecture.training_loss(block.leave(state), targets) / terms
+    (loss + MU * penalty).backward()
+    return {name: p.grad for name, p in block.parameters.items()}, penalty.item()
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("family", ["gpt2", "mt"])
+def test_a_parallel_step_adds_the_gradient_with_c_points_constant(family, recompute):
+    options = {"family": family, "model": {"dropout": 0.1}, "mgrit": {"recompute": recompute}}
+    wanted, value = defined(settings(**options), constant=True)
+    assert value > 1e-6
+    without, _ = computed(settings(**options), ENOUGH)
+    for workers in (1, 2, 3):
+        got, gap = computed(settings(workers=workers, mesh={"blocks": {1: (9,), 2: (3, 6), 3: (3, 3, 3)}[workers]}, **options),
+                            replace(ENOUGH, consistency=MU))  # fmt: skip
+        assert gap == pytest.approx(value, rel=1e-10)
+        middle = [name for name in wanted if any(f".{n}." in name for n in range(1, 10)) and "embed" not in name]
+        assert len(middle) > 50
+        for name in middle:
+            torch.testing.assert_close(got[name], wanted[name], rtol=1e-9, atol=1e-12)
+        name = middle[len(middle) // 2]
+        assert not torch.allclose(got[name], without[name], rtol=1e-4)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("family", ["gpt2", "mt"])
+def test_a_serial_step_adds_the_gradient_with_c_points_variable(family, recompute):
+    options = {"family": family, "mgrit": {"recompute": recompute}}
+    wanted, value = defined(settings(**options), constant=False)
+    exact = replace(ENOUGH, levels_forward=1, levels_backward=1, consistency=MU)
+    for workers, accuracy in ((1, replace(SERIAL, consistency=MU)), (1, exact), (3, exact)):
+        got, gap = computed(settings(workers=workers, **options), accuracy)
+        assert gap == pytest.approx(value, rel=1e-10)
+        for name, gradient in wanted.items():
+            torch.testing.assert_close(got[name], gradient, rtol=1e-9, atol=1e-12)
+
+
+def over_gloo(rank, size, config, accuracy):
+    from rayllp.channel.torch_dist import TorchChannel
+
+    engine = make(config, TorchChannel(timeout_s=60))
+    stats = [engine.train_step(step, accuracy) for step in range(3)]
+    return [s.loss for s in stats], [s.consistency for s in stats], engine._pipeline is not None
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_the_pipeline_adds_it_too_whatever_the_microbatches(recompute):
+    accuracy = replace(SERIAL, consistency=MU)
+    options = {"mode": "serial", "mgrit": {"recompute": recompute}}
+    ((losses, gaps, _),) = run_processes(1, over_gloo, settings(**options), accuracy)
+    for rank_losses, rank_gaps, piped in run_processes(3, over_gloo, settings(workers=3, **options), accuracy):
+        assert piped
+        assert rank_losses == pytest.approx(losses, rel=1e-10)
+        assert rank_gaps == pytest.approx(gaps, rel=1e-10)
+
+
+def test_accumulation_and_few_iterations_do_not_change_it():
+    few = replace(ENOUGH, iterations_forward=1, iterations_backward=1, consistency=MU)
+    wanted, value = computed(settings(), few)
+    for options in ({"accumulate": 2}, {"workers": 3}, {"workers": 3, "accumulate": 2, "mgrit": {"recompute": True}}):
+        got, gap = computed(settings(**options), few)
+        assert gap == pytest.approx(value, rel=1e-9)
+        for name, gradient in wanted.items():
+            torch.testing.assert_close(got[name], gradient, rtol=1e-8, atol=1e-12)
+
+
+def test_it_costs_no_layer_evaluation():
+    calls = []
+
+    def count(accuracy):
+        engine = make(settings(), LocalChannel.alone())
+        layer = engine.block.layer
+        engine.block.layer = lambda *arguments: calls.append(1) or layer(*arguments)
+        calls.clear()
+        inputs, targets, samples, terms = engine.my_batch("train", 5)
+        engine.gradients(5, accuracy, inputs, targets, samples, 1 / terms)
+        return len(calls)
+
+    assert count(replace(ENOUGH, consistency=MU)) == count(ENOUGH) > 9
+
+
+def test_training_with_it_lowers_the_gap():
+    config = settings(optimizer={"lr": 0.01, "warmup": 1})
+
+    def gaps(mu):
+        engine = make(config, LocalChannel.alone())
+        few = replace(ENOUGH, iterations_forward=2, iterations_backward=1, consistency=mu)
+        return [engine.train_step(step, few).consistency for step in range(25)]
+
+    assert gaps(30.0)[-1] < 0.5 * gaps(1e-9)[-1]
+
+
+def test_intervals_that_workers_share_are_refused():
+    with pytest.raises(SettingsError, match=r"blocks \(8, 8\) cut intervals of 5: set mesh.blocks to multiples of 5"):
+        make_config({"mgrit": {"coarsening": 5}, "adaptive": {"consistency": 1.0}})
+    make_config({"adaptive": {"consistency": 1.0}})
+
+
+def test_a_switched_run_lets_go_of_it_and_a_serial_one_keeps_it():
+    parallel = Controller(tiny(mode="adaptive", adaptive={"consistency": 2.0, "switch_at": 3}))
+    assert parallel.accuracy.consistency == 2
+    parallel.begin(3)
+    assert parallel.accuracy.serial
+    assert parallel.accuracy.consistency == 0
+    assert Controller(tiny(mode="serial", adaptive={"consistency": 2.0})).accuracy.consistency == 2
