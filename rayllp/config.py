@@ -154,12 +154,43 @@ class StepSettings(Settings):
 
 
 class AdaptiveSettings(Settings):
-    """The controller of mode=adaptive, and the probes of every parallel mode."""
+    """The controller of mode=adaptive, the probes of every parallel mode, and the consistency penalty."""
 
+    rule: Literal["convergence", "bias", "both"] = Field("convergence", description="what a probe is judged by: ρ, the gradient's bias")
     probe_every: int = Field(100, ge=0, description="steps between probes (doubled iterations, at least 3); 0: never")
-    threshold: float = Field(1.0, gt=0, description="switch to serial once a probe's ρ, forward or backward, passes this")
+    threshold: float = Field(1.0, gt=0, description="a probe's ρ, forward or backward, beyond this is a fault")
+    bias_limit: float = Field(0.1, gt=0, description="a relative bias of the gradient beyond this is a fault …")
+    bias_to_noise: float = Field(0.5, ge=0, description="… unless it is below this share of the gradient's own noise")
+    exact_every: int = Field(0, ge=0, description="every so many probes the bias is taken against the exact gradient; 0: never")
+    ladder: tuple[str, ...] | None = Field(
+        None, description='rungs from cheap to dear, "F+B" iterations (0: serial forward); serial follows; default from mgrit.iterations'
+    )
+    return_below: float | None = Field(0.3, gt=0, description="a probe whose every ρ is below this is calm; none: no way back")
+    patience: int = Field(3, ge=1, description="calm probes in a row after which a rung is gone down")
+    max_flips: int = Field(6, ge=0, description="switches to serial and steps down, in all, after which there are no more steps down")
     consistency: float = Field(0.0, ge=0, description="weight μ of the consistency penalty; none after a switch to serial")
-    switch_at: int | None = Field(None, ge=0, description="switch to serial at this step, whatever ρ says")
+    steer: bool = Field(False, description="probes move μ toward the least that holds adaptive.bias_target (rule bias or both)")
+    bias_target: float = Field(0.05, gt=0, description="relative bias that steering aims at")
+    switch_at: int | None = Field(None, ge=0, description="switch to serial at this step, whatever probes say")
+
+    @field_validator("ladder")
+    @classmethod
+    def _rungs(cls, value: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        for rung in value or ():
+            forward, _, backward = rung.partition("+")
+            if not (forward.isdecimal() and backward.isdecimal() and int(backward) > 0):
+                raise ValueError(f'adaptive.ladder has {rung!r}: a rung is "F+B", F forward (0: serial) and B ≥ 1 backward iterations')
+        if value == ():
+            raise ValueError("adaptive.ladder is empty: give at least one rung, or leave it out")
+        return value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "AdaptiveSettings":
+        if self.return_below is not None and self.return_below >= self.threshold:
+            raise ValueError(f"return_below {self.return_below} is not below threshold {self.threshold}: the rung would swing; lower it")
+        if self.steer and (self.rule == "convergence" or not self.consistency):
+            raise ValueError("steer needs adaptive.consistency > 0 to start from, and adaptive.rule bias or both to see the bias")
+        return self
 
 
 class OptimizerSettings(Settings):
@@ -276,6 +307,16 @@ class TrainConfig(Settings):
     def first_coarsening(self) -> int:
         """c_f between the finest level and the next."""
         return self.mgrit.coarsening if isinstance(self.mgrit.coarsening, int) else self.mgrit.coarsening[0]
+
+    @property
+    def ladder(self) -> tuple[tuple[int, int], ...]:
+        """Forward (0: serial) and backward iterations of the controller's rungs, cheap ones first; serial follows."""
+        if self.adaptive.ladder is not None:
+            return tuple((int(rung.partition("+")[0]), int(rung.partition("+")[2])) for rung in self.adaptive.ladder)
+        forward, backward = self.mgrit.iterations.forward, self.mgrit.iterations.backward
+        if self.mgrit.levels.forward == 1:
+            return (0, backward), (0, backward + 1)
+        return (forward, backward), (forward + 1, backward + 1)
 
     @property
     def coarse_ratios(self) -> tuple[float, ...]:

@@ -60,8 +60,7 @@ def train_engine(engine, steps):
     controller = Controller(engine.config)
     stats = []
     for step in range(steps):
-        accuracy = controller.accuracy
-        stats.append(engine.train_step(step, accuracy.probing() if controller.is_probe(step) else accuracy))
+        stats.append(engine.train_step(step, controller.accuracy, controller.probe(step)))
     return stats
 
 

@@ -30,7 +30,7 @@ def computed(config, accuracy):
         inputs, targets, samples, terms = engine.my_batch("train", 5)
         loss, forward, backward = engine.gradients(5, accuracy, inputs, targets, samples, 1 / terms)
         engine.add_shared_gradients(5)
-        *_, gap, _, _ = engine.reduce_statistics(5, loss, forward, backward)
+        _, _, gap, *_ = engine.reduce_statistics(5, loss, forward, backward)
         return {name: p.grad for name, p in engine.block.parameters.items()}, gap
 
     outcomes = run_workers(config.layer_workers, work)

@@ -58,8 +58,8 @@ def test_a_run_writes_what_the_design_names(parallel_run):
     metrics = read(run / "metrics.jsonl")
     assert [m["step"] for m in metrics] == list(range(12))
     assert set(metrics[0]) == {
-        "step", "loss", "mode", "iterations_forward", "iterations_backward", "rho_forward", "rho_backward", "consistency", "grad_norm",
-        "lr", "step_time_s", "tokens", "workers",
+        "step", "loss", "mode", "iterations_forward", "iterations_backward", "rho_forward", "rho_backward", "bias", "cosine", "noise",
+        "bias_by_block", "consistency", "consistency_weight", "grad_norm", "lr", "step_time_s", "tokens", "workers",
     }  # fmt: skip
     assert {m["mode"] for m in metrics} == {"parallel"}
     assert {m["workers"] for m in metrics} == {2}

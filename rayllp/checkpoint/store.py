@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from rayllp.engine.engine import Engine
 from rayllp.errors import CheckpointError
 
-FORMAT = 1
+FORMAT = 2
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 

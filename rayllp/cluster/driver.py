@@ -19,7 +19,7 @@ from rayllp.checkpoint import checkpoints, commit, read_manifest, staging
 from rayllp.checkpoint.export import write_model_json, write_tokenizer_json
 from rayllp.cluster.group import WorkerGroup, choose_device
 from rayllp.config import TrainConfig, load_config
-from rayllp.control import Accuracy, Controller, Decision
+from rayllp.control import Accuracy, Controller, Decision, Probe, ProbePlan
 from rayllp.data import Batches, TextBatches, load_data
 from rayllp.errors import CheckpointError, DataError, NonFiniteError, SettingsError
 from rayllp.models import Architecture, build_architecture, check_family
@@ -151,36 +151,39 @@ class Driver:
             started = time.perf_counter()
             answers = self.workers.call("run", chunk)
             self._step_s = (time.perf_counter() - started) / len(chunk)
-            for stats, (_, accuracy) in zip(answers[0], chunk, strict=False):
-                metric = self._metric(stats, accuracy)
+            for stats, (_, accuracy, plan) in zip(answers[0], chunk, strict=False):
+                metric = self._metric(stats, accuracy, plan)
                 if not math.isfinite(stats["loss"]) or not math.isfinite(stats["grad_norm"]):
                     self._not_finite(step, [answer[-1]["fault"] for answer in answers])
                 self._record(metric, display, board)
                 step += 1
-            self._observe(answers[0][-1], display)
+            if chunk[-1][2] is not None:
+                self._observe(answers[0][-1], display)
             self._between_chunks(step, display, board)
         return step
 
-    def _next_chunk(self, step: int) -> list[tuple[int, Accuracy]]:
+    def _next_chunk(self, step: int) -> list[tuple[int, Accuracy, ProbePlan | None]]:
         """Steps up to the next probe, evaluation or checkpoint, at most about a second's worth."""
         config, chunk = self.config, []
         for n in range(step, min(config.steps, step + max(1, min(MAX_CHUNK, int(CHUNK_S / self._step_s))))):
-            probe = self.controller.is_probe(n)
-            chunk.append((n, self.controller.accuracy.probing() if probe else self.controller.accuracy))
+            probe = self.controller.probe(n)
+            chunk.append((n, self.controller.accuracy, probe))
             due = [every for every in (config.eval.every, config.checkpoint.every) if every and (n + 1) % every == 0]
             if probe or due or n + 1 == config.adaptive.switch_at:
                 break
         return chunk
 
     def _observe(self, stats: dict[str, Any], display: ProgressDisplay) -> None:
-        decision = self.controller.observe(stats["step"], stats["rho_forward"], stats["rho_backward"])
+        bias = stats["bias"] or {}
+        found = {"rho_forward": stats["rho_forward"], "rho_backward": stats["rho_backward"]}
+        probe = Probe(**found, bias=bias.get("relative"), noise=bias.get("noise"))
         advice = {"forward": stats["advice_forward"], "backward": stats["advice_backward"]}
-        self._announce(decision, display, advice=advice, rho_forward=stats["rho_forward"], rho_backward=stats["rho_backward"])
+        self._announce(self.controller.observe(stats["step"], probe), display, advice=advice, **found, bias=probe.bias, noise=probe.noise)
 
     def _announce(self, decision: Decision | None, display: ProgressDisplay, **details: Any) -> None:
         if decision:
-            self.run.event(decision.step, "switch", to=decision.mode, reason=decision.reason, **details)
-            display.say(f"step {decision.step + 1}: switched to {decision.mode}: {decision.reason}")
+            self.run.event(decision.step, "switch", to=decision.mode, rung=decision.rung, reason=decision.reason, **details)
+            display.say(f"step {decision.step + 1}: now {decision.rung}: {decision.reason}")
 
     def _between_chunks(self, step: int, display: ProgressDisplay, board: Any) -> None:
         every = self.config.eval.every
@@ -191,13 +194,17 @@ class Driver:
         if every and step % every == 0 and step < self.config.steps and (self.best is None or self.best["step"] != step):
             self._save(step)
 
-    def _metric(self, stats: dict[str, Any], accuracy: Accuracy) -> dict[str, Any]:
+    def _metric(self, stats: dict[str, Any], accuracy: Accuracy, plan: ProbePlan | None) -> dict[str, Any]:
+        if plan is not None and not accuracy.serial:
+            accuracy = accuracy.probing()
+        bias = stats["bias"] or {}
         return {
             "step": stats["step"], "loss": stats["loss"], "mode": accuracy.mode,
             "iterations_forward": None if accuracy.serial else accuracy.iterations_forward,
             "iterations_backward": None if accuracy.serial else accuracy.iterations_backward,
-            "rho_forward": stats["rho_forward"], "rho_backward": stats["rho_backward"], "consistency": stats["consistency"],
-            "grad_norm": stats["grad_norm"],
+            "rho_forward": stats["rho_forward"], "rho_backward": stats["rho_backward"],
+            "bias": bias.get("relative"), "cosine": bias.get("cosine"), "noise": bias.get("noise"), "bias_by_block": bias.get("by_block"),
+            "consistency": stats["consistency"], "consistency_weight": accuracy.consistency or None, "grad_norm": stats["grad_norm"],
             "lr": stats["lr"], "step_time_s": stats["time_s"], "tokens": stats["tokens"], "workers": self.config.world,
         }  # fmt: skip
 
@@ -205,7 +212,18 @@ class Driver:
         self.run.metric(metric)
         display.update(metric)
         step = metric["step"]
-        for name in ("loss", "grad_norm", "lr", "rho_forward", "rho_backward", "consistency"):
+        for name in (
+            "loss",
+            "grad_norm",
+            "lr",
+            "rho_forward",
+            "rho_backward",
+            "bias",
+            "cosine",
+            "noise",
+            "consistency",
+            "consistency_weight",
+        ):
             if metric[name] is not None:
                 board.add_scalar(f"train/{name}", metric[name], step)
         board.add_scalar("train/tokens_per_s", metric["tokens"] / max(metric["step_time_s"], 1e-9), step)

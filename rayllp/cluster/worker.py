@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from rayllp.channel.torch_dist import TorchChannel
 from rayllp.checkpoint import load_pieces, write_pieces
 from rayllp.config import TrainConfig
-from rayllp.control import Accuracy
+from rayllp.control import Accuracy, ProbePlan
 from rayllp.data import Batches, load_data
 from rayllp.engine import Engine
 from rayllp.engine.decode import continue_text, translate
@@ -67,11 +67,11 @@ class BlockWorker:
         parameters = sum(p.numel() for p in self.engine.block.parameters.values())
         return {"rank": self.rank, "layers": sorted(self.engine.block.layers), "parameters": parameters, "pid": os.getpid()}
 
-    def run(self, steps: list[tuple[int, Accuracy]]) -> list[dict[str, Any]]:
+    def run(self, steps: list[tuple[int, Accuracy, ProbePlan | None]]) -> list[dict[str, Any]]:
         """A chunk of training steps; ends early after a step whose loss or gradient is not finite."""
         stats = []
-        for step, accuracy in steps:
-            done = self._engine.train_step(step, accuracy)
+        for step, accuracy, plan in steps:
+            done = self._engine.train_step(step, accuracy, plan)
             stats.append(done.as_dict())
             if done.fault is not None or not _is_finite(done.loss, done.grad_norm):
                 break

@@ -1,5 +1,5 @@
-"""The controller: a pure state machine that is fed with ρ and says how accurate the next steps are to be."""
+"""The controller: a pure state machine that is fed with what probes found and says how accurate the next steps are to be."""
 
-from rayllp.control.controller import Accuracy, Controller, Decision
+from rayllp.control.controller import Accuracy, Controller, Decision, Probe, ProbePlan
 
-__all__ = ["Accuracy", "Controller", "Decision"]
+__all__ = ["Accuracy", "Controller", "Decision", "Probe", "ProbePlan"]

@@ -1,13 +1,21 @@
-"""When to probe, and when to switch to serial training (arXiv:2601.09026, section 3.2.3).
+"""How accurate the next steps are to be (arXiv:2601.09026, section 3.2.3, and beyond it).
 
-Pure: no clock, no cluster, no random numbers. The driver owns it, and feeds it what probes measured.
+Pure: no clock, no cluster, no random numbers. The driver owns it, and feeds it what probes measured. Rungs of a ladder go from cheap to
+exact; the last one is serial. A probe that looks bad raises the penalty's weight, then the rung; several good ones in a row lower it.
 """
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from rayllp.config import TrainConfig
+
+STEER = 2.0
+"""Factor by which a probe changes the consistency penalty's weight."""
+STEER_RANGE = 32.0
+"""Largest over smallest weight, around the one that was set."""
+HOPELESS = 2.0
+"""ρ of so many thresholds: more iterations only diverge further, so no rung between is tried."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +33,14 @@ class Accuracy:
     def mode(self) -> str:
         return "serial" if self.serial else "parallel"
 
+    @property
+    def name(self) -> str:
+        """As a ladder has it: "2+1" iterations, "0+1" a serial forward, "serial"."""
+        if self.serial:
+            return "serial"
+        forward = 0 if self.levels_forward == 1 else self.iterations_forward
+        return f"{forward}+{self.iterations_backward}"
+
     def probing(self) -> "Accuracy":
         """Doubled iterations, at least three, so that two residuals give ρ."""
         return replace(
@@ -32,64 +48,217 @@ class Accuracy:
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class ProbePlan:
+    """What a probing step measures.
+
+    Attributes:
+        candidate: the accuracy that is judged: the one in use, or in serial training the rung to come back to.
+        bias: whether its gradient is compared with a better one.
+        exact: whether that better one is the exact gradient rather than that of doubled iterations.
+    """
+
+    candidate: Accuracy
+    bias: bool = False
+    exact: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Probe:
+    """What a probe found; None for what it did not measure.
+
+    Attributes:
+        bias: norm of the gradient's error over the gradient's norm.
+        noise: standard deviation of the gradient over the choice of the batch, over the gradient's norm.
+    """
+
+    rho_forward: float | None = None
+    rho_backward: float | None = None
+    bias: float | None = None
+    noise: float | None = None
+
+
 @dataclass(frozen=True)
 class Decision:
-    """A switch and its reason."""
+    """A change and its reason."""
 
     step: int
     mode: str
     reason: str
+    rung: str = ""
+
+
+@dataclass
+class _State:
+    rung: int = 0
+    calm: int = 0
+    flips: int = 0
+    weight: float = 0.0
+    final: bool = False  # no way back
 
 
 class Controller:
-    """The paper's rule: once ρ > threshold, forward or backward, train serially from then on."""
+    """Chooses the rung, and the weight of the consistency penalty."""
 
     def __init__(self, config: TrainConfig) -> None:
-        self.config = config
-        self.serial = config.mode == "serial"
+        self.config, self.settings = config, config.adaptive
+        self.rungs = [*(_rung(config, forward, backward) for forward, backward in config.ladder), _serial(config)]
+        self._state = _State(weight=self.settings.consistency)
+        if config.mode == "serial":
+            self._state.rung, self._state.final = len(self.rungs) - 1, True
+
+    @property
+    def serial(self) -> bool:
+        return self._state.rung == len(self.rungs) - 1
 
     @property
     def accuracy(self) -> Accuracy:
         """Of the next step."""
-        mgrit = self.config.mgrit
-        return Accuracy(
-            serial=self.serial,
-            levels_forward=mgrit.levels.forward,
-            levels_backward=mgrit.levels.backward,
-            iterations_forward=mgrit.iterations.forward,
-            iterations_backward=mgrit.iterations.backward,
-            # A switched run lets go of it; mode=serial with a penalty prepares a network for parallel training.
-            consistency=0.0 if self.serial and self.config.mode != "serial" else self.config.adaptive.consistency,
+        # A switched run lets go of the penalty; mode=serial with one prepares a network for parallel training.
+        weight = 0.0 if self.serial and self.config.mode != "serial" else self._state.weight
+        return replace(self.rungs[self._state.rung], consistency=weight)
+
+    # Probes -------------------------------------------------------------------------------------------------------------------
+
+    def probe(self, step: int) -> ProbePlan | None:
+        """What step `step` is to measure: every `probe_every`-th, and the first, so that a run shows ρ early."""
+        every = self.settings.probe_every
+        if not every or self._state.final or (step != 0 and (step + 1) % every):
+            return None
+        if self.serial and not self._may_return:
+            return None
+        index = self._state.rung - 1 if self.serial else self._state.rung
+        bias, exact = self.settings.rule != "convergence", self.settings.exact_every
+        return ProbePlan(
+            candidate=replace(self.rungs[index], consistency=self.accuracy.consistency),
+            bias=bias,
+            exact=bias and bool(exact) and ((step + 1) // every) % exact == 0,
         )
 
-    def is_probe(self, step: int) -> bool:
-        """Whether this step runs with doubled iterations; the first such step is `probe_every` − 1, so that a run shows ρ early."""
-        every = self.config.adaptive.probe_every
-        return not self.serial and every > 0 and (step == 0 or (step + 1) % every == 0)
+    @property
+    def _may_return(self) -> bool:
+        return self.config.mode == "adaptive" and self.settings.return_below is not None and self._state.flips < self.settings.max_flips
+
+    # Decisions ----------------------------------------------------------------------------------------------------------------
 
     def begin(self, step: int) -> Decision | None:
         """Before a step: the switch that settings ask for at it."""
-        at = self.config.adaptive.switch_at
-        if self.serial or at is None or step < at:
+        at = self.settings.switch_at
+        if self._state.final or at is None or step < at:
             return None
-        self.serial = True
-        return Decision(step, "serial", f"adaptive.switch_at {at}")
+        self._state.rung, self._state.final = len(self.rungs) - 1, True
+        return self._decision(step, f"adaptive.switch_at {at}")
 
-    def observe(self, step: int, rho_forward: float | None, rho_backward: float | None) -> Decision | None:
-        """Take a probe's convergence factors; a decision if something changes."""
-        if self.config.mode != "adaptive" or self.serial:
+    def observe(self, step: int, probe: Probe) -> Decision | None:
+        """Take a probe's findings; a decision if the rung changes."""
+        if self.config.mode != "adaptive" or self._state.final:
             return None
-        limit = self.config.adaptive.threshold
-        for name, rho in (("forward", rho_forward), ("backward", rho_backward)):
-            if rho is not None and not rho <= limit:  # NaN counts as too large
-                self.serial = True
-                shown = "not finite" if not math.isfinite(rho) else f"{rho:.3g}"
-                return Decision(step, "serial", f"{name} convergence factor {shown} passed adaptive.threshold {limit:g}")
+        fault = self._fault(probe)
+        if self.serial:
+            return self._consider_return(step, probe, fault)
+        if fault is None:
+            self._steer(probe)
+            return self._consider_descent(step, probe)
+        self._state.calm = 0
+        if not self._is_hopeless(probe) and self._steer(probe):
+            return None
+        return self._raise(step, probe, fault)
+
+    def _fault(self, probe: Probe) -> str | None:
+        """What is wrong with the probe, by the rule that is set."""
+        settings = self.settings
+        if settings.rule in ("convergence", "both"):
+            for name, rho in (("forward", probe.rho_forward), ("backward", probe.rho_backward)):
+                if rho is not None and not rho <= settings.threshold:  # NaN counts as too large
+                    return f"{name} convergence factor {_shown(rho)} passed adaptive.threshold {settings.threshold:g}"
+        if settings.rule in ("bias", "both") and probe.bias is not None and not probe.bias <= settings.bias_limit:
+            noise = probe.noise
+            if noise is None or not probe.bias <= settings.bias_to_noise * noise:
+                beside = "" if noise is None else f", {_shown(probe.bias / noise if noise else math.inf)} of its noise"
+                return f"gradient bias {_shown(probe.bias)} passed adaptive.bias_limit {settings.bias_limit:g}{beside}"
         return None
+
+    def _is_hopeless(self, probe: Probe) -> bool:
+        found = [rho for rho in (probe.rho_forward, probe.rho_backward) if rho is not None]
+        return self.settings.rule != "bias" and any(not rho <= HOPELESS * self.settings.threshold for rho in found)
+
+    def _raise(self, step: int, probe: Probe, fault: str) -> Decision:
+        last = len(self.rungs) - 1
+        self._state.rung = last if self._is_hopeless(probe) else self._state.rung + 1
+        if self.serial:
+            self._state.flips += 1
+            self._state.final = not self._may_return
+        return self._decision(step, fault)
+
+    def _is_calm(self, probe: Probe) -> bool:
+        """Well below every limit: there is a gap between this and a fault, so that the rung does not swing."""
+        below = self.settings.return_below
+        rhos = [rho for rho in (probe.rho_forward, probe.rho_backward) if rho is not None]
+        if below is None or not rhos or any(not rho < below for rho in rhos):
+            return False
+        return self.settings.rule == "convergence" or probe.bias is None or probe.bias < 0.5 * self.settings.bias_limit
+
+    def _consider_descent(self, step: int, probe: Probe) -> Decision | None:
+        if self._state.rung == 0 or self._state.flips >= self.settings.max_flips:
+            return None
+        return self._descend_if_calm(step, probe)
+
+    def _consider_return(self, step: int, probe: Probe, fault: str | None) -> Decision | None:
+        if fault is not None:
+            self._state.calm = 0
+            return None
+        return self._descend_if_calm(step, probe)
+
+    def _descend_if_calm(self, step: int, probe: Probe) -> Decision | None:
+        self._state.calm = self._state.calm + 1 if self._is_calm(probe) else 0
+        if self._state.calm < self.settings.patience:
+            return None
+        self._state.calm = 0
+        self._state.rung -= 1
+        self._state.flips += 1
+        return self._decision(step, f"{self.settings.patience} probes below adaptive.return_below {self.settings.return_below:g}")
+
+    def _decision(self, step: int, reason: str) -> Decision:
+        accuracy = self.accuracy
+        return Decision(step, accuracy.mode, reason, accuracy.name)
+
+    def _steer(self, probe: Probe) -> bool:
+        """Move the penalty's weight toward the least that holds the bias at its target; whether it could still be raised."""
+        settings, bias = self.settings, probe.bias
+        if not settings.steer or not settings.consistency or bias is None:
+            return False
+        before, largest = self._state.weight, settings.consistency * STEER_RANGE**0.5
+        if not bias <= settings.bias_target:
+            self._state.weight = min(largest, before * STEER)
+        elif bias < settings.bias_target / 4:
+            self._state.weight = max(settings.consistency / STEER_RANGE**0.5, before / STEER)
+        return self._state.weight > 1.01 * before
+
+    # Kept in checkpoints --------------------------------------------------------------------------------------------------------
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps."""
-        return {"serial": self.serial}
+        return asdict(self._state)
 
     def restore(self, state: dict[str, Any]) -> None:
-        self.serial = bool(state["serial"])
+        self._state = _State(**state)
+
+
+def _rung(config: TrainConfig, forward: int, backward: int) -> Accuracy:
+    levels = config.mgrit.levels
+    parallel = levels.forward if levels.forward > 1 else max(2, levels.backward)
+    return Accuracy(
+        serial=False,
+        levels_forward=1 if forward == 0 else parallel,
+        levels_backward=levels.backward,
+        iterations_forward=max(1, forward),
+        iterations_backward=backward,
+    )
+
+
+def _serial(config: TrainConfig) -> Accuracy:
+    return replace(_rung(config, *config.ladder[0]), serial=True)
+
+
+def _shown(value: float) -> str:
+    return f"{value:.3g}" if math.isfinite(value) else "not finite"

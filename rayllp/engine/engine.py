@@ -15,12 +15,13 @@ from torch import Tensor
 from rayllp.channel.base import Channel, MessageTag, StateSpec
 from rayllp.channel.torch_dist import TorchChannel
 from rayllp.config import TrainConfig
-from rayllp.control import Accuracy
+from rayllp.control import Accuracy, ProbePlan
 from rayllp.data.base import Batches, Inputs
 from rayllp.engine.block import Block
 from rayllp.engine.consistency import Consistency, Interval
 from rayllp.engine.optimizer import build_optimizer, learning_rate, scale_gradients, squared_gradient_norm
 from rayllp.engine.pipeline import Pipeline, StageModule, count_microbatches
+from rayllp.engine.probe import Bias, Probing
 from rayllp.engine.trajectory import AdjointPropagator, ExactPropagator, ForwardPropagator, Trajectory
 from rayllp.mgrit import Hierarchy, MGRITResult, solve
 from rayllp.models.base import Architecture
@@ -36,6 +37,7 @@ class StepStats:
     Attributes:
         fault: None, or the first layer at fault as this worker sees it: (stage, order, text); the smallest over all workers is it.
         rho_forward, rho_backward: convergence factors, None unless two residuals were measured.
+        bias: of the gradient in use, where a probe measured it.
         consistency: the consistency penalty R over this replica's samples, without its weight; None where it is off.
     """
 
@@ -48,6 +50,7 @@ class StepStats:
     rho_forward: float | None
     rho_backward: float | None
     consistency: float | None
+    bias: Bias | None
     advice_forward: str
     advice_backward: str
     fault: tuple[int, int, str] | None = None
@@ -110,14 +113,20 @@ class Engine:
 
     # The training step --------------------------------------------------------------------------------------------------------
 
-    def train_step(self, step: int, accuracy: Accuracy) -> StepStats:
-        """One optimizer step; the weights stay as they are if the loss or the gradient is not finite."""
+    def train_step(self, step: int, accuracy: Accuracy, plan: ProbePlan | None = None) -> StepStats:
+        """One optimizer step; the weights stay as they are if the loss or the gradient is not finite.
+
+        Args:
+            plan: what to measure, where the step is a probe.
+        """
         started = time.perf_counter()
         inputs, targets, samples, terms = self.my_batch("train", step)
-        loss, forward, backward = self.gradients(step, accuracy, inputs, targets, samples, 1 / terms)
+        probing = Probing(self, plan) if plan else None
+        form = probing.gradients if probing else self.gradients
+        loss, forward, backward = form(step, accuracy, inputs, targets, samples, 1 / terms)
         self.average_over_replicas(loss)
         self.add_shared_gradients(step)
-        norm, loss_value, gap, forward, backward = self.reduce_statistics(step, loss, forward, backward)
+        norm, loss_value, gap, forward, backward, bias = self.reduce_statistics(step, loss, forward, backward, probing)
         lr = learning_rate(self.config.optimizer, step, self.config.steps)
         finite = torch.isfinite(torch.tensor([norm, loss_value])).all().item()
         fault = None if finite else self.diagnose(step)
@@ -135,6 +144,7 @@ class Engine:
             rho_forward=forward.convergence_factor if forward else None,
             rho_backward=backward.convergence_factor if backward else None,
             consistency=gap,
+            bias=bias,
             advice_forward=forward.status.value if forward else "",
             advice_backward=backward.status.value if backward else "",
             fault=fault,
@@ -287,9 +297,9 @@ class Engine:
             parameter.grad = summed.view_as(parameter).clone()
 
     def reduce_statistics(
-        self, step: int, loss: Tensor, forward: MGRITResult | None, backward: MGRITResult | None
-    ) -> tuple[float, float, float | None, MGRITResult | None, MGRITResult | None]:
-        """Global gradient norm, loss, penalty and residuals in one all-reduce over the layer group."""
+        self, step: int, loss: Tensor, forward: MGRITResult | None, backward: MGRITResult | None, probing: Probing | None = None
+    ) -> tuple[float, float, float | None, MGRITResult | None, MGRITResult | None, Bias | None]:
+        """Global gradient norm, loss, penalty, residuals and bias in one all-reduce over the layer group."""
         counted = [p for name, p in self.block.parameters.items() if not self.block.is_counted_elsewhere(name)]
         parts = [
             squared_gradient_norm(counted, self.device).view(1),
@@ -298,12 +308,17 @@ class Engine:
         ]
         results = [result for result in (forward, backward) if result is not None]
         parts += [result.squared_residuals.to(self.device) for result in results]
+        if probing is not None:
+            parts.append(probing.table())
         total = self.layers.all_reduce(torch.cat(parts), MessageTag(step, "gradients", "norm, loss and residuals"))
-        residuals = total[3:].split([len(result.squared_residuals) for result in results])
+        lengths = [len(result.squared_residuals) for result in results]
+        *residuals, table = total[3:].split([*lengths, len(total) - 3 - sum(lengths)])
         measured = [result.measured(squares) for result, squares in zip(results, residuals, strict=True)]
+        bias = probing.read(table) if probing is not None else None
         squared_norm, loss_value, gaps = total[:3].tolist()
         gap = gaps / self.config.replica_batch if self.penalty else None
-        return squared_norm**0.5, loss_value, gap, measured[0] if measured else None, measured[1] if measured else None
+        solves = (measured[0], measured[1]) if measured else (None, None)
+        return squared_norm**0.5, loss_value, gap, *solves, bias
 
     def update(self, norm: float, lr: float) -> None:
         """Clip and step."""

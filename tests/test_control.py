@@ -1,0 +1,219 @@
+"""The controller on made-up probes, and what real probes measure."""
+
+import math
+from dataclasses import asdict
+
+import pytest
+import torch
+
+from rayllp.channel import LocalChannel, run_workers
+from rayllp.config import make_config
+from rayllp.control import Controller, Probe, ProbePlan
+from rayllp.errors import SettingsError
+from tests.conftest import make_engine, tiny, train_engine
+from tests.test_engine import FEW, SERIAL
+
+
+def controller(mode="adaptive", iterations=(2, 1), **adaptive):
+    base = {"probe_every": 10, "ladder": ["2+1", "3+2"], "patience": 2, "max_flips": 4}
+    mgrit = {"iterations": {"forward": iterations[0], "backward": iterations[1]}}
+    return Controller(make_config({"mode": mode, "mgrit": mgrit, "adaptive": {**base, **adaptive}}))
+
+
+def feed(control, rhos, start=0):
+    """Feed forward ρ, probe by probe; the rung after each."""
+    rungs = []
+    for n, rho in enumerate(rhos, start):
+        probe = rho if isinstance(rho, Probe) else Probe(rho_forward=rho, rho_backward=0.1 * rho)
+        control.observe(10 * n + 9, probe)
+        rungs.append(control.accuracy.name)
+    return rungs
+
+
+def test_a_rise_climbs_the_ladder_to_serial():
+    assert feed(controller(return_below=None), [0.1, 0.5, 0.9, 1.1, 0.9, 1.2, 0.1, 0.1, 0.1]) == [
+        "2+1", "2+1", "2+1", "3+2", "3+2", "serial", "serial", "serial", "serial",
+    ]  # fmt: skip
+
+
+def test_what_diverges_fast_goes_straight_to_serial():
+    control = controller()
+    decision = control.observe(9, Probe(rho_forward=0.2, rho_backward=2.5))
+    assert (decision.mode, decision.rung) == ("serial", "serial")
+    assert decision.reason == "backward convergence factor 2.5 passed adaptive.threshold 1"
+
+
+def test_a_plateau_below_the_threshold_changes_nothing():
+    assert set(feed(controller(), [0.95] * 20)) == {"2+1"}
+
+
+def test_recovery_comes_back_rung_by_rung_after_patience():
+    rungs = feed(controller(), [3.0, 0.2, 0.2, 0.2, 0.5, 0.2, 0.2, 0.2])
+    assert rungs == ["serial", "serial", "3+2", "3+2", "3+2", "3+2", "2+1", "2+1"]
+
+
+def test_between_the_limits_nothing_swings():
+    """ρ around the threshold: up once, and down only once it has been well below for a while."""
+    control = controller(patience=2)
+    assert feed(control, [1.05, 0.98, 0.99, 0.97, 0.98, 0.99]) == ["3+2"] * 6
+
+
+def test_oscillation_ends_at_the_cap_of_flips():
+    control = controller(patience=1, ladder=["2+1"], max_flips=4)
+    rungs = feed(control, [3.0, 0.1] * 10)
+    assert rungs[:4] == ["serial", "2+1", "serial", "2+1"]
+    assert set(rungs[4:]) == {"serial"}
+    assert control.probe(999) is None
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_what_is_not_finite_is_a_fault(bad):
+    control = controller()
+    decision = control.observe(9, Probe(rho_forward=bad))
+    assert decision.rung == "serial"
+    assert "not finite" in decision.reason
+    assert feed(control, [bad] * 3) == ["serial"] * 3
+
+
+def test_bias_is_judged_beside_the_noise():
+    control = controller(rule="bias", bias_limit=0.1, bias_to_noise=0.5)
+    harmless, harmful = Probe(rho_forward=3.0, bias=0.2, noise=0.9), Probe(rho_forward=0.1, bias=0.2, noise=0.3)
+    assert feed(control, [harmless, Probe(bias=0.05, noise=0.01)]) == ["2+1", "2+1"]
+    decision = control.observe(29, harmful)
+    assert decision.rung == "3+2"
+    assert decision.reason == "gradient bias 0.2 passed adaptive.bias_limit 0.1, 0.667 of its noise"
+    assert controller(rule="both").observe(9, Probe(rho_forward=1.1, bias=0.01, noise=1.0)).rung == "3+2"
+
+
+def test_steering_holds_the_bias_before_a_rung_is_raised():
+    control = controller(rule="bias", consistency=1.0, steer=True, bias_target=0.05)
+    weights = []
+    for bias in (0.2, 0.2, 0.04, 0.01, 0.01, 0.01, 0.01, 0.01, 0.01):
+        control.observe(9, Probe(bias=bias, noise=0.1))
+        weights.append(control.accuracy.consistency)
+    assert weights[:6] == [2, 4, 4, 2, 1, 0.5]
+    assert weights[-1] == pytest.approx(32**-0.5)
+    assert control.accuracy.name == "2+1"
+    rungs = feed(control, [Probe(bias=0.5, noise=0.1)] * 9)
+    assert rungs.index("3+2") == 5  # five doublings from the least weight to the largest, then the rung
+    assert rungs[-1] == "serial"
+    assert control.accuracy.consistency == 0
+
+
+def test_a_resumed_controller_decides_the_same():
+    rhos = [0.2, 1.1, 0.1, 3.0, 0.1, 0.1, 0.2, 1.3, 0.1, 0.1, 0.1, 0.1]
+    whole = feed(controller(), rhos)
+    for cut in range(len(rhos)):
+        first = controller()
+        feed(first, rhos[:cut])
+        second = controller()
+        second.restore(first.state())
+        assert feed(second, rhos[cut:], cut) == whole[cut:]
+
+
+def test_probes_are_planned():
+    control = controller(rule="both", exact_every=2)
+    assert [step for step in range(40) if control.probe(step)] == [0, 9, 19, 29, 39]
+    assert [control.probe(step).exact for step in (9, 19, 29, 39)] == [False, True, False, True]
+    feed(control, [3.0])
+    assert control.probe(19).candidate.name == "3+2"  # the rung to come back to
+    assert controller(mode="serial").probe(9) is None
+    assert controller(return_below=None, ladder=["2+1"]).probe(9).bias is False
+
+
+def test_a_switch_at_a_step_is_final():
+    control = controller(switch_at=15)
+    assert control.begin(14) is None
+    assert control.begin(15).reason == "adaptive.switch_at 15"
+    assert feed(control, [0.01] * 5) == ["serial"] * 5
+    assert control.probe(19) is None
+
+
+def test_parallel_mode_never_changes():
+    assert set(feed(controller(mode="parallel"), [5.0, math.nan, 0.1])) == {"2+1"}
+
+
+def test_default_ladders():
+    assert make_config({}).ladder == ((2, 1), (3, 2))
+    assert make_config({"mgrit": {"levels": {"forward": 1}}}).ladder == ((0, 1), (0, 2))
+    names = [rung.name for rung in controller(ladder=["1+1", "2+2", "0+2"]).rungs]
+    assert names == ["1+1", "2+2", "0+2", "serial"]
+
+
+@pytest.mark.parametrize(
+    ("adaptive", "message"),
+    [
+        ({"ladder": ["2-1"]}, r'"F\+B"'),
+        ({"ladder": []}, "at least one rung"),
+        ({"return_below": 1.5}, "not below threshold"),
+        ({"steer": True}, "steer needs adaptive.consistency > 0"),
+    ],
+)
+def test_settings_that_cannot_work(adaptive, message):
+    with pytest.raises(SettingsError, match=message):
+        make_config({"adaptive": adaptive})
+
+
+# What probes measure --------------------------------------------------------------------------------------------------------------
+
+
+def middle_gradient(engine, accuracy, rows=slice(None)):
+    inputs, targets, samples, terms = engine.my_batch("train", 3)
+    engine.gradients(3, accuracy, inputs[rows], targets[rows], samples[rows], 1 / terms)
+    found = torch.cat([p.grad.flatten() for n in engine.block.middle for p in engine.block.layers[n].parameters()])
+    engine.optimizer.zero_grad(set_to_none=True)
+    return found
+
+
+def test_bias_cosine_and_noise_are_what_they_say():
+    config = tiny(step={"middle": 1.0}, mgrit={"coarsening": 4})
+    engine = make_engine(config)
+    used, better = middle_gradient(engine, FEW), middle_gradient(engine, FEW.probing())
+    gap = middle_gradient(engine, FEW, slice(0, 2)) * 0
+    halves = [middle_gradient(engine, FEW.probing(), rows) for rows in (slice(0, 2), slice(2, 4))]
+    gap = halves[0] - halves[1]
+    for workers in (1, 2, 3):
+
+        def work(channel):
+            config = tiny(step={"middle": 1.0}, mgrit={"coarsening": 4}, workers=channel.size)
+            return make_engine(config, channel).train_step(3, FEW, ProbePlan(candidate=FEW, bias=True))
+
+        for stats in run_workers(workers, work):
+            assert stats.bias.relative == pytest.approx(((used - better).norm() / better.norm()).item(), rel=1e-9)
+            assert stats.bias.cosine == pytest.approx(torch.nn.functional.cosine_similarity(used, better, 0).item(), rel=1e-9)
+            assert stats.bias.noise == pytest.approx((gap.norm() / better.norm()).item(), rel=1e-9)
+            assert len(stats.bias.by_block) == workers
+            # Two coarse intervals: a second iteration makes the first exact, so there is one residual that says something.
+            assert stats.bias.relative > 0.01
+
+
+def test_a_probe_against_the_exact_gradient_and_one_in_serial_training():
+    config = tiny(step={"middle": 1.0}, mgrit={"coarsening": 2}, workers=2, optimizer={"clip": 0})
+    engine = make_engine(tiny(step={"middle": 1.0}, mgrit={"coarsening": 2}))
+    used, exact = middle_gradient(engine, FEW), middle_gradient(engine, SERIAL)
+    wanted = ((used - exact).norm() / exact.norm()).item()
+
+    def work(channel):
+        plan = ProbePlan(candidate=FEW, bias=True, exact=True)
+        parallel = make_engine(config, channel).train_step(3, FEW, plan)
+        serial = make_engine(config, channel)
+        found = serial.train_step(3, SERIAL, ProbePlan(candidate=FEW, bias=True))
+        plain = make_engine(config, channel)
+        plain.train_step(3, SERIAL)
+        same = all(torch.equal(p, plain.block.parameters[name]) for name, p in serial.block.parameters.items())
+        return parallel, found, same
+
+    for parallel, serial, same in run_workers(2, work):
+        assert parallel.bias.relative == pytest.approx(wanted, rel=1e-9)
+        assert serial.bias.relative == pytest.approx(wanted, rel=1e-9)
+        assert 0 < serial.rho_forward < 1
+        assert serial.rho_forward == pytest.approx(parallel.rho_forward, rel=1e-9)
+        assert same  # a probe leaves the step of serial training exact
+
+
+def test_rho_without_bias_costs_no_second_gradient():
+    config = tiny(adaptive={"probe_every": 2}, mgrit={"coarsening": 2}, model={"layers": 20})
+    stats = train_engine(make_engine(config, LocalChannel.alone()), 4)
+    assert [s.bias for s in stats] == [None] * 4
+    assert [s.rho_forward is not None for s in stats] == [True, True, False, True]
+    assert asdict(stats[0])["bias"] is None
