@@ -49,11 +49,19 @@ class ModelSettings(Settings):
     def _heads_divide(self) -> "ModelSettings":
         if self.width % self.heads:
             raise ValueError(f"width {self.width} does not divide by {self.heads} heads: use model.heads that divides model.width")
+        if self.kv_heads and self.heads % self.kv_heads:
+            raise ValueError(f"{self.heads} heads do not divide among kv_heads={self.kv_heads}: use a divisor of model.heads")
+        if self.family == "llama" and self.width // self.heads % 2:
+            raise ValueError(
+                f"heads of size {self.width // self.heads} (width / heads) are odd, and rotary positions turn pairs: make it even"
+            )
         return self
 
 
 class DataSettings(Settings):
     """What it is trained on. Which kind of data is read follows from model.family and model.head (docs/families.md)."""
+
+    model_config = ConfigDict(coerce_numbers_to_str=True)
 
     path: str | None = Field(None, description="file or folder (.gz allowed); none: an embedded set where the family has one")
     validation_path: str | None = Field(None, description="held-out file; none: a part of data.path, or the set's own split")
@@ -338,6 +346,7 @@ class TrainConfig(Settings):
             coarse_step_weight=settings.coarse_step_weight,
             initial_guess=settings.initial_guess,
             tolerance=settings.tolerance,
+            keep_states=False,
         )
 
     # Rules over several settings ----------------------------------------------------------------------------------------------

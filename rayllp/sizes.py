@@ -1,10 +1,11 @@
-"""Sizes that a pretrained checkpoint fixes, read from its config.json, so that they need not be set again."""
+"""What a pretrained checkpoint fixes, read from its config.json, so that it need not be set again."""
 
 import json
 from collections.abc import Mapping
-from itertools import takewhile
 from pathlib import Path
 from typing import Any
+
+from rayllp.errors import CheckpointError
 
 # Our setting: what transformers' configurations call it.
 NAMES = {
@@ -16,38 +17,48 @@ NAMES = {
     "encoder_layers": ("encoder_layers",),
 }
 LAYERS = ("num_hidden_layers", "n_layer")
+SCALED = "rayllp_scaled"
+"""model_type of an export whose layers have step sizes; transformers' own configuration is inside it."""
 
 
-def model_type(source: str) -> str:
-    """What transformers calls the model of a local checkpoint; empty where that cannot be known."""
+def read_config(source: str) -> dict[str, Any]:
+    """config.json of a checkpoint: a folder, or a name that the Hugging Face cache or hub knows.
+
+    Raises:
+        CheckpointError: there is none.
+    """
     path = Path(source) / "config.json"
-    return str(json.loads(path.read_text()).get("model_type", "")) if path.is_file() else ""
+    try:
+        if not Path(source).is_dir():
+            from huggingface_hub import hf_hub_download
+
+            path = Path(hf_hub_download(source, "config.json"))
+        return dict(json.loads(path.read_text()))
+    except Exception as error:  # the hub's client raises whatever its connections do
+        raise CheckpointError(
+            f"model.from_pretrained {source}: no config.json there that could be read ({type(error).__name__}); give a folder written by "
+            "`rayllp export` or save_pretrained, or a model's name where there is a network"
+        ) from None
+
+
+def transformers_config(stored: Mapping[str, Any]) -> dict[str, Any]:
+    """transformers' part of a config.json."""
+    return dict(stored.get("transformers_config", stored))
 
 
 def with_pretrained_sizes(values: Mapping[str, Any]) -> Mapping[str, Any]:
-    """`values` with the sizes of model.from_pretrained where they were not given; as they are without a local config.json."""
+    """`values` with sizes, Δt and buffers of model.from_pretrained wherever they were not given."""
     model = values.get("model")
     source = model.get("from_pretrained") if isinstance(model, Mapping) else None
-    path = Path(str(source)) / "config.json"
-    if not source or not path.is_file():
-        return values
-    stored = json.loads(path.read_text())
-    config = stored.get("transformers_config", stored)
+    if not source or not isinstance(model, Mapping) or {"layers", "width", "heads", *NAMES} <= set(model):
+        return values  # nothing to fill in: a run's own config.yaml, whose checkpoint may be gone
+    stored = read_config(str(source))
+    config = transformers_config(stored)
     found = {ours: next((config[name] for name in names if config.get(name) is not None), None) for ours, names in NAMES.items()}
     layers = next((config[name] for name in LAYERS if name in config), None)
     if config.get("encoder_layers") and config.get("decoder_layers"):
         layers = config["encoder_layers"] + config["decoder_layers"]
-    given = {**{name: size for name, size in {**found, "layers": layers}.items() if size is not None}, **dict(model or {})}
-    return {**_steps(stored.get("step_sizes")), **values, "model": given}
-
-
-def _steps(sizes: list[float] | None) -> dict[str, Any]:
-    """step and buffers of a network whose layers have these Δt: the middle is what is not as long as its ends."""
-    if not sizes:
-        return {"step": {"middle": 1.0}, "buffers": {"open": 0, "close": 0}}
-    middle = sizes[len(sizes) // 2]
-    ends = [len(list(takewhile(lambda size: size != middle, side))) for side in (sizes, sizes[::-1])]
-    return {
-        "step": {"middle": middle, "buffer": sizes[0] if ends[0] else sizes[-1] if ends[1] else 1.0},
-        "buffers": {"open": ends[0], "close": ends[1]},
-    }
+    sizes = {name: size for name, size in {**found, "layers": layers}.items() if size is not None}
+    steps = stored.get("steps") or {"step": {"middle": 1.0, "buffer": 1.0}, "buffers": {"open": 0, "close": 0}}
+    merged = {group: {**steps[group], **dict(values.get(group) or {})} for group in ("step", "buffers")}
+    return {**values, **merged, "model": {**sizes, **dict(model)}}

@@ -111,6 +111,20 @@ def test_a_resumed_controller_decides_the_same():
         assert feed(second, rhos[cut:], cut) == whole[cut:]
 
 
+def test_settings_changed_before_a_resumption_have_the_last_word():
+    switched = controller()
+    feed(switched, [3.0])
+    for mode, name in (("serial", "serial"), ("parallel", "2+1"), ("adaptive", "serial")):
+        resumed = controller(mode=mode)
+        resumed.restore(switched.state())
+        assert resumed.accuracy.name == name
+    shorter = controller(ladder=["1+1"])
+    climbed = controller()
+    feed(climbed, [1.1])
+    shorter.restore(climbed.state())
+    assert shorter.accuracy.name == "1+1"
+
+
 def test_probes_are_planned():
     control = controller(rule="both", exact_every=2)
     assert [step for step in range(40) if control.probe(step)] == [0, 9, 19, 29, 39]

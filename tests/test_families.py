@@ -73,7 +73,7 @@ def ours(config, accuracy):
         engine = make(config, channel)
         outputs = []
         leave = engine.block.leave
-        engine.block.leave = lambda state: outputs.append(leave(state)) or outputs[-1]
+        engine.block.leave = lambda state, **options: outputs.append(leave(state, **options)) or outputs[-1]
         inputs, targets, samples, terms = engine.my_batch("train", 5)
         loss, *_ = engine.gradients(5, accuracy, inputs, targets, samples, 1 / terms)
         engine.add_shared_gradients(5)

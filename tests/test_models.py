@@ -61,6 +61,8 @@ def test_initialisations_scale_what_they_name(family):
         ("scaled", 1 / 4, architecture.outputs),
     ):
         changed = layer(kind)[1]
+        if (family, kind) == ("gpt2", "scaled"):  # transformers' own is that already
+            factor = 1
         for name in names:
             torch.testing.assert_close(architecture.weight_of(changed, name), architecture.weight_of(default, name) * factor)
         same = [n for n, p in default.named_parameters() if torch.equal(p, changed.get_parameter(n))]

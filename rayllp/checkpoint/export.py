@@ -1,6 +1,5 @@
 """A run as a transformers model: config.json, safetensors, generation settings and tokenizer, in a folder that from_pretrained loads."""
 
-import importlib
 import json
 import shutil
 import warnings
@@ -13,7 +12,6 @@ from typing import Any
 
 import tokenizers
 import torch
-import transformers
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tokenizers.processors import TemplateProcessing
@@ -26,7 +24,7 @@ from rayllp.data import load_data
 from rayllp.data.special import SpecialTokens
 from rayllp.data.tokenizer import SENTENCEPIECE_ENDINGS, make_tokenizer
 from rayllp.errors import CheckpointError, DataError, SettingsError
-from rayllp.models import FAMILIES, SENTENCES, build_architecture, check_family
+from rayllp.models import adapter, build_architecture
 from rayllp.models.base import Architecture
 from rayllp.models.scaled import model_class, scaled_config
 from rayllp.models.weights import INDEX, SINGLE, names_of_tied
@@ -77,7 +75,7 @@ def export(run: Path, to: Path, step: int | None = None) -> Path:
     _refuse_occupied(to)
     stored = _read_places(checkpoint)
     values = _read_model(run, config)
-    kind = _class_of(values["architectures"][0], config)
+    kind = model_class(values["architectures"][0])
     model_config = kind.config_class.from_dict(values)
     places = _match(kind, model_config, stored, checkpoint)
     tokenizer = _make_tokenizer(run, config)
@@ -138,38 +136,33 @@ def _read_places(checkpoint: Path) -> dict[str, _Stored]:
     return stored
 
 
+def read_model_json(run_dir: Path) -> dict[str, Any] | None:
+    """transformers' configuration as the run kept it; None where it kept none.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    path = run_dir / MODEL_JSON
+    if not path.is_file():
+        return None
+    try:
+        return dict(json.loads(path.read_text()))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read ({error}): remove it, and it is made anew from the run's data") from None
+
+
 def _read_model(run: Path, config: TrainConfig) -> dict[str, Any]:
     """transformers' configuration: as the run kept it, else made anew for the run's data."""
-    path = run / MODEL_JSON
-    if not path.is_file():
+    values = read_model_json(run)
+    if values is None:
         # The run's weights replace those that it started from, which may be gone.
         bare = config.model_copy(update={"model": config.model.model_copy(update={"from_pretrained": None})})
         return _values_of(build_architecture(bare, load_data(bare).facts))
-    try:
-        values: dict[str, Any] = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read ({error}): remove it, and it is made anew from the run's data") from None
-    return values if values.get("architectures") else {**values, "architectures": [_adapter(config).model_class.__name__]}
+    return values if values.get("architectures") else {**values, "architectures": [adapter(config).model_class.__name__]}
 
 
 def _values_of(architecture: Any) -> dict[str, Any]:
     return {**json.loads(architecture.config.to_json_string(use_diff=False)), "architectures": [architecture.model_class.__name__]}
-
-
-def _adapter(config: TrainConfig) -> Any:
-    check_family(config)
-    homes = SENTENCES if config.model.head == "sentences" else FAMILIES
-    module, _, name = homes[config.model.family].partition(":")
-    return getattr(importlib.import_module(module), name)
-
-
-def _class_of(name: str, config: TrainConfig) -> type[PreTrainedModel]:
-    if _scaled(config):
-        return model_class(name)
-    found = getattr(transformers, name, None)
-    if found is None:
-        raise CheckpointError(f"transformers {transformers.__version__} has no {name}: export with the version that the run was made with")
-    return found
 
 
 def _scaled(config: TrainConfig) -> bool:
@@ -273,6 +266,13 @@ def _options(config: TrainConfig) -> dict[str, Any]:
     return {"model_max_length": config.sequence_length, "clean_up_tokenization_spaces": False}
 
 
+def _steps(config: TrainConfig, model_config: PreTrainedConfig) -> dict[str, Any]:
+    """What transformers' configuration has no place for."""
+    paths = adapter(config).layer_paths(model_config, config.model.layers)
+    steps = {"step": {"middle": config.middle_step, "buffer": config.step.buffer}, "buffers": config.buffers.model_dump()}
+    return {"step_sizes": list(config.step_sizes), "layers": paths, "steps": steps}
+
+
 # Writing ------------------------------------------------------------------------------------------------------------------------
 
 
@@ -328,7 +328,7 @@ def _write_configs(config: TrainConfig, kind: type[PreTrainedModel], model_confi
     model_config.save_pretrained(folder)
     if _scaled(config):
         path = folder / "config.json"
-        path.write_text(scaled_config(json.loads(path.read_text()), config.step_sizes))
+        path.write_text(scaled_config(json.loads(path.read_text()), _steps(config, model_config)))
     if kind.can_generate():
         names = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "forced_eos_token_id")
         options = {name: getattr(model_config, name, None) for name in names}

@@ -16,7 +16,7 @@ import ray
 from rich.console import Console
 
 from rayllp.checkpoint import checkpoints, commit, read_manifest, staging
-from rayllp.checkpoint.export import write_model_json, write_tokenizer_json
+from rayllp.checkpoint.export import read_model_json, write_model_json, write_tokenizer_json
 from rayllp.cluster.group import WorkerGroup, choose_device
 from rayllp.config import TrainConfig, load_config
 from rayllp.control import Accuracy, Controller, Decision, Probe, ProbePlan
@@ -77,7 +77,7 @@ def train(
         config, run, start = _open_run(Path(resume))
     else:
         config, run, start = config or TrainConfig(), None, None
-    loaded = _validate(config, model, batches)
+    loaded = _validate(config, model, batches, run)
     with _cluster(config):
         device = choose_device(config)
         run = run or RunDirectory.create(output, config)
@@ -85,10 +85,11 @@ def train(
 
 
 class Loaded(NamedTuple):
-    """What the settings name: the data set, and the architecture, a plan without weights."""
+    """What the settings name: the data set, the architecture (a plan without weights), and its configuration where a run goes on."""
 
     data: Any
     plan: Architecture | None
+    kept: dict[str, Any] | None
 
 
 class Driver:
@@ -99,13 +100,14 @@ class Driver:
         loaded: Loaded | None, console: Console | None = None,
     ) -> None:  # fmt: skip
         self.config, self.run = config, run
-        self.data, self.plan = loaded or Loaded(None, None)
+        self.data, self.plan, self.kept = loaded or Loaded(None, None, None)
         self.model, self.batches = model, batches
         self.controller = Controller(config)
         self.workers = WorkerGroup(config, device)
         self.console = console or Console(stderr=True)
         self.stop = False
         self.best = run.read_best()
+        self._saved = -1
         self._step_s = CHUNK_S
 
     def train(self, start: Path | None) -> TrainResult:
@@ -113,16 +115,15 @@ class Driver:
         step, sample = 0, ""
         final: dict[str, float] = {}
         try:
-            shares = self.workers.start(self.model, self.batches)
+            shares = self._start_workers()
             self._keep_what_export_needs()
             step = self._restore(start) if start else 0
             with _stopping(self), _tensorboard(self.run.path) as board, ProgressDisplay(self.config.steps, step, self.console) as display:
                 display.say(self._describe(shares))
                 step = self._loop(step, display, board)
-            if not self.stop:
-                final, sample = self._finish(step)
-            if self.best is None or self.best["step"] != step:
-                self._save(step)
+                self._save(step)  # first of all: what follows can take long, and be interrupted
+                if not self.stop:
+                    final, sample = self._finish(step)
         finally:
             self.workers.shutdown()
         if self.stop:
@@ -133,6 +134,13 @@ class Driver:
         return TrainResult(
             directory=self.run.path, steps=step, validation_loss=loss, metrics=final, sample=sample, stopped=self.stop
         )  # fmt: skip
+
+    def _start_workers(self) -> list[dict[str, Any]]:
+        try:
+            return self.workers.start(self.model, self.batches or self.data, self.kept)
+        except BaseException:
+            self.run.discard_if_unused()
+            raise
 
     def _keep_what_export_needs(self) -> None:
         if self.plan is not None:
@@ -191,7 +199,7 @@ class Driver:
             found = self._evaluate(step, self.config.eval.batches, self.config.eval.translate, board)
             display.say(f"step {step}: {_shown(found)}")
         every = self.config.checkpoint.every
-        if every and step % every == 0 and step < self.config.steps and (self.best is None or self.best["step"] != step):
+        if every and step % every == 0 and step < self.config.steps:
             self._save(step)
 
     def _metric(self, stats: dict[str, Any], accuracy: Accuracy, plan: ProbePlan | None) -> dict[str, Any]:
@@ -233,17 +241,23 @@ class Driver:
 
     def _evaluate(self, step: int, batches: int, translations: int, board: Any = None) -> dict[str, float]:
         found: dict[str, float] = self.workers.call("evaluate", batches)[0]
+        self._keep_if_best(step, found["loss"], batches)
         if translations and hasattr(self.data, "references"):
             found["bleu"] = self._bleu(translations)
         self.run.evaluation(step, "validation", **found)
         if board is not None:
             for name, value in found.items():
                 board.add_scalar(f"validation/{name}", value, step)
-        if self.config.checkpoint.best and (self.best is None or found["loss"] < self.best["loss"]):
-            self.best = {"step": step, **found}
-            self._save(step)
-            self.run.write_best(self.best)
         return found
+
+    def _keep_if_best(self, step: int, loss: float, batches: int) -> None:
+        """Losses are compared that were measured on the same batches; the last evaluation, over more of them, stands alone."""
+        best = self.best
+        if not self.config.checkpoint.best or (best is not None and (best["batches"] != batches or best["loss"] <= loss)):
+            return
+        self.best = {"step": step, "loss": loss, "batches": batches}
+        self._save(step)
+        self.run.write_best(self.best)
 
     def _bleu(self, sentences: int) -> float:
         from sacrebleu import corpus_bleu
@@ -255,7 +269,7 @@ class Driver:
 
     def _finish(self, step: int) -> tuple[dict[str, float], str]:
         config, sample = self.config.eval, ""
-        finite = hasattr(self.data, "batches") and self.data is not None
+        finite = hasattr(self.batches or self.data, "batches")
         batches = config.final_batches or (0 if finite else config.batches)
         found = self._evaluate(step, batches, config.final_translate)
         if isinstance(self.data, TextBatches) and config.sample:
@@ -266,6 +280,8 @@ class Driver:
         return found, sample
 
     def _save(self, step: int) -> Path:
+        if self._saved == step:
+            return self.run.checkpoints / f"step_{step}"
         folder = staging(self.run.checkpoints, step)
         files: dict[str, Any] = {}
         for written in self.workers.call("save", str(folder.absolute())):
@@ -274,14 +290,18 @@ class Driver:
         best = int(self.best["step"]) if self.best else None
         final = commit(folder, step, files, extra, self.config.checkpoint.keep, best)
         self.run.event(step, "checkpoint", path=str(final))
+        self._saved = step
         return final
 
     def _restore(self, folder: Path) -> int:
         manifest = read_manifest(folder)
         self.workers.call("load", str(folder.absolute()))
         self.controller.restore(manifest["controller"])
-        step = int(manifest["step"])
+        step = self._saved = int(manifest["step"])
         self.run.truncate(step)
+        if self.best is not None and (self.best["step"] > step or not (self.run.checkpoints / f"step_{self.best['step']}").is_dir()):
+            self.best = None
+            self.run.forget_best()
         self.run.event(step, "restore", path=str(folder))
         return step
 
@@ -319,7 +339,7 @@ def _shown(found: dict[str, float]) -> str:
 # Around the loop ----------------------------------------------------------------------------------------------------------------
 
 
-def _validate(config: TrainConfig, model: Architecture | None, batches: Batches | None) -> Loaded | None:
+def _validate(config: TrainConfig, model: Architecture | None, batches: Batches | None, run: RunDirectory | None = None) -> Loaded | None:
     """Refuse what can be refused without a cluster; the data set and the architecture, where the settings name them."""
     if (model is None) != (batches is None):
         raise SettingsError("model and batches belong together: give both, or neither")
@@ -331,7 +351,8 @@ def _validate(config: TrainConfig, model: Architecture | None, batches: Batches 
     if config.model.family == "mt" and (config.eval.translate or config.eval.final_translate) and find_spec("sacrebleu") is None:
         raise DataError("BLEU needs sacrebleu: pip install 'rayllp[translation]', or set eval.translate and eval.final_translate to 0")
     data = load_data(config)
-    return Loaded(data, build_architecture(config, data.facts))  # refuses sizes and checkpoints that do not fit
+    kept = read_model_json(run.path) if run is not None else None
+    return Loaded(data, build_architecture(config, data.facts, kept), kept)  # refuses sizes and checkpoints that do not fit
 
 
 def _open_run(path: Path) -> tuple[TrainConfig, RunDirectory, Path]:

@@ -10,11 +10,11 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from rayllp.cluster.worker import BlockWorker
+from rayllp.cluster.worker import BlockWorker, Plan
 from rayllp.config import TrainConfig
 from rayllp.data import Batches
 from rayllp.errors import ClusterError, RayllpError
-from rayllp.models import Architecture
+from rayllp.models import FAMILIES, Architecture
 
 START_TIMEOUT_S = 180.0
 
@@ -57,8 +57,13 @@ class WorkerGroup:
         self._first_bundle, self._threads = first_bundle, _threads(cpus)
         self.workers: list[Any] = []
 
-    def start(self, architecture: Architecture | None, batches: Batches | None) -> list[dict[str, Any]]:
+    def start(self, architecture: Architecture | None, batches: Batches, kept: dict[str, Any] | None = None) -> list[dict[str, Any]]:
         """Create, connect and build all workers; what each says of itself.
+
+        Args:
+            architecture: a LayerStack of the user's; None: what the settings name.
+            batches: the data set, loaded once and shared through Ray's object store.
+            kept: transformers' configuration of a run that goes on.
 
         Raises:
             ClusterError: the resources did not come free, or a worker failed to start.
@@ -86,9 +91,10 @@ class WorkerGroup:
         port = self._get([self.workers[0].listen.remote(host)], START_TIMEOUT_S)[0]
         backend = {"auto": "nccl" if self.device == "cuda" else "gloo"}.get(self.config.channel, self.config.channel)
         self.call("connect", host, port, backend, timeout_s=START_TIMEOUT_S)
-        shared = ray.put((architecture, batches))
-        architecture, batches = ray.get(shared)
-        return self.call("build", architecture, batches, self.device, timeout_s=START_TIMEOUT_S)
+        shared = ray.put(batches)
+        plan = Plan({} if architecture is not None else dict(FAMILIES), kept)
+        # No limit: reading pretrained weights takes as long as it takes, and a worker that dies is noticed.
+        return self.call("build", architecture, shared, self.device, plan)
 
     def call(self, method: str, *arguments: Any, timeout_s: float | None = None) -> list[Any]:
         """Call `method` on all workers and wait; their answers by rank.

@@ -2,6 +2,7 @@
 
 import os
 import socket
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,23 @@ from rayllp.channel.torch_dist import TorchChannel
 from rayllp.checkpoint import load_pieces, write_pieces
 from rayllp.config import TrainConfig
 from rayllp.control import Accuracy, ProbePlan
-from rayllp.data import Batches, load_data
+from rayllp.data import Batches
 from rayllp.engine import Engine
 from rayllp.engine.decode import continue_text, translate
-from rayllp.models import Architecture, build_architecture
+from rayllp.models import FAMILIES, Architecture, build_architecture
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a worker needs besides settings and data to build a model that settings name.
+
+    Attributes:
+        families: where adapters are, those that the user's program registered among them.
+        kept: transformers' configuration of a run that goes on.
+    """
+
+    families: dict[str, str] = field(default_factory=dict)
+    kept: dict[str, Any] | None = None
 
 
 class BlockWorker:
@@ -52,15 +66,15 @@ class BlockWorker:
             store = TCPStore(host, port, config.world, False, timeout)
         dist.init_process_group(backend, store=store, rank=self.rank, world_size=config.world, timeout=timeout)
 
-    def build(self, architecture: Architecture | None, batches: Batches | None, device: str) -> dict[str, Any]:
+    def build(self, architecture: Architecture | None, batches: Batches, device: str, plan: Plan) -> dict[str, Any]:
         """Make this worker's layers; its share of the model, in words and numbers."""
         config = self.config
+        FAMILIES.update(plan.families)
         mesh = init_device_mesh(device, (config.mesh.data, config.layer_workers), mesh_dim_names=("data", "layer"))
         where = torch.device("cuda", 0) if device == "cuda" else torch.device("cpu")
-        if batches is None:
-            batches = data = load_data(config)
-            architecture = architecture or build_architecture(config, data.facts)
-        assert architecture is not None
+        if architecture is None:
+            facts = batches.facts  # type: ignore[attr-defined]  # a data set of ours, where the model is named by settings
+            architecture = build_architecture(config, facts, plan.kept)
         layer = TorchChannel(mesh.get_group("layer"), config.receive_timeout_s)
         data = TorchChannel(mesh.get_group("data"), config.receive_timeout_s)
         self.engine = Engine(architecture, config, batches, layer, data, where)

@@ -238,10 +238,15 @@ class Controller:
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps."""
-        return asdict(self._state)
+        return {**asdict(self._state), "name": self.accuracy.name}
 
     def restore(self, state: dict[str, Any]) -> None:
-        self._state = _State(**state)
+        """Go on from a checkpoint; settings that were changed since then have the last word."""
+        if self.config.mode != "adaptive":
+            return
+        names = [rung.name for rung in self.rungs]
+        name, kept = state["name"], {key: value for key, value in state.items() if key != "name"}
+        self._state = _State(**{**kept, "rung": names.index(name) if name in names else 0})
 
 
 def _rung(config: TrainConfig, forward: int, backward: int) -> Accuracy:

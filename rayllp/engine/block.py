@@ -151,10 +151,12 @@ class Block:
             state = self.layer(n, state)
         return state
 
-    def leave(self, state: State) -> Tensor:
-        """Closing buffers and head: the outputs."""
+    def leave(self, state: State, *, last_only: bool = False) -> Tensor:
+        """Closing buffers and head: the outputs, of all positions or of the last one only."""
         assert self.head is not None
         for n in self.close:
             state = self.layer(n, state)
+        if last_only:
+            state = self.architecture.last_position(state)
         with self._context("head"):
             return self.architecture.leave(self.head, state, self.moment.context)

@@ -49,7 +49,7 @@ class Decoder:
         return outputs
 
     def forward(self, inputs: Inputs) -> Tensor | None:
-        return self.engine.exact_forward(inputs, self._tag("forward"))
+        return self.engine.exact_forward(inputs, self._tag("forward"), last_only=True)
 
     def inputs(self, tokens: Tensor, row: Tensor) -> Inputs:
         device = self.engine.device

@@ -123,7 +123,7 @@ class Engine:
         inputs, targets, samples, terms = self.my_batch("train", step)
         probing = Probing(self, plan) if plan else None
         form = probing.gradients if probing else self.gradients
-        loss, forward, backward = form(step, accuracy, inputs, targets, samples, 1 / terms)
+        loss, forward, backward = form(step, accuracy, inputs, targets, samples, 1 / max(1, terms))
         self.average_over_replicas(loss)
         self.add_shared_gradients(step)
         norm, loss_value, gap, forward, backward, bias = self.reduce_statistics(step, loss, forward, backward, probing)
@@ -331,8 +331,8 @@ class Engine:
 
     # Exact forward ------------------------------------------------------------------------------------------------------------
 
-    def exact_forward(self, inputs: Inputs, tag: MessageTag) -> Tensor | None:
-        """Outputs of the exact network, on the last worker."""
+    def exact_forward(self, inputs: Inputs, tag: MessageTag, *, last_only: bool = False) -> Tensor | None:
+        """Outputs of the exact network, of all positions or of the last one only, on the last worker."""
         with torch.no_grad():
             self.block.begin(tag.step, range(tensors(inputs)[0].shape[0]), inputs, training=False)
             c_points = frozenset((0,))
@@ -340,7 +340,7 @@ class Engine:
                 self.hierarchies(1)[0], self.config.method(1), ExactPropagator(Trajectory(self.block, c_points, True)), self.layers,
                 initial=self.block.enter(inputs) if self.block.first else None, spec=self.spec(inputs), tag=tag, reduce=False,
             )  # fmt: skip
-            return self.block.leave(result.output) if result.output is not None else None
+            return self.block.leave(result.output, last_only=last_only) if result.output is not None else None
 
     def evaluate(self, batches: int) -> dict[str, float]:
         """Mean loss, and the architecture's metrics, on held-out batches through the exact forward, whatever the mode.

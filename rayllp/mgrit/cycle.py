@@ -30,6 +30,7 @@ class Method:
         relaxation: F or FCF, by level; the last entry serves all coarser levels.
         cycle: V or F.
         coarse_step_weight: ω of the coarse operator; 1 is the paper's, 0 the identity.
+        keep_states: whether F-points' values are in the result; what records graphs or checkpoints needs them no more.
         initial_guess: "coarse" (skipped down-cycle) or "constant" (every point starts as the initial state, a zero correction).
         tolerance: stop once the residual norm is at or below it; costs one all-reduce an iteration.
     """
@@ -40,6 +41,7 @@ class Method:
     coarse_step_weight: float = 1.0
     initial_guess: Literal["coarse", "constant"] = "coarse"
     tolerance: float | None = None
+    keep_states: bool = True
 
     def __post_init__(self) -> None:
         if self.iterations < 1:
@@ -72,7 +74,7 @@ class Solver:
             while done < self.method.iterations and not self.is_converged():
                 self.cycle(0, self.method.cycle)
                 done += 1
-        output = fine.last_sweep()
+        output = fine.last_sweep(self.method.keep_states)
         return self.result(output, max(done, 1))
 
     # The cycle ----------------------------------------------------------------------------------------------------------------

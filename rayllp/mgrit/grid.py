@@ -61,14 +61,19 @@ class Grid:
         """New values at all F-points, from the C-points."""
         self._sweep(self.advance, "relaxation", to_the_end=False)
 
-    def last_sweep(self) -> State | None:
+    def last_sweep(self, keep: bool = True) -> State | None:
         """F-relaxation that records (forward) or forms gradients (adjoint); also takes every interval's last step.
+
+        Args:
+            keep: the F-points' values; else they are dropped once the next one is there.
 
         Returns the state after the last step of all, on the worker that takes it.
         """
-        return self._sweep(lambda j: self.propagator.last_step(self.level.layers[j], self.values[j]), "last sweep", to_the_end=True)
+        return self._sweep(
+            lambda j: self.propagator.last_step(self.level.layers[j], self.values[j]), "last sweep", to_the_end=True, keep=keep
+        )
 
-    def _sweep(self, step: Step, phase: str, *, to_the_end: bool) -> State | None:
+    def _sweep(self, step: Step, phase: str, *, to_the_end: bool, keep: bool = True) -> State | None:
         # The last run goes first: its end is what the next worker waits for. The first run, which may have to wait, goes last.
         output = None
         for run in reversed(self.runs):
@@ -76,6 +81,8 @@ class Grid:
                 self.values[run.start] = self.arrive(run.start, self.receive(run.start, phase))
             for j in run[:-1]:
                 self.values[j + 1] = self.arrive(j + 1, step(j))
+                if not keep and j > run.start:
+                    del self.values[j]
             end = run.stop
             interval_goes_on = end < self.level.size and end not in self.level.is_c_point
             if interval_goes_on or to_the_end:

@@ -1,13 +1,14 @@
 """What is trained: adapters over transformers' own modules, and a user's own LayerStack."""
 
 import importlib
+from collections.abc import Mapping
+from typing import Any
 
 from rayllp.config import TrainConfig
 from rayllp.data.base import Facts
 from rayllp.errors import SettingsError
 from rayllp.models.base import Architecture
 from rayllp.models.stack import LayerStack
-from rayllp.sizes import model_type
 
 # Where each family's adapter is; imported when it is asked for, since transformers takes seconds to import.
 FAMILIES = {
@@ -34,30 +35,53 @@ def register(family: str, home: str) -> None:
     FAMILIES[family] = home
 
 
-def build_architecture(config: TrainConfig, facts: Facts) -> Architecture:
+def build_architecture(config: TrainConfig, facts: Facts, kept: Mapping[str, Any] | None = None) -> Architecture:
     """The adapter of `config.model.family` for data with these facts.
+
+    Args:
+        kept: transformers' configuration of a run that goes on (RUN/model.json); its weights come from the run's checkpoint.
 
     Raises:
         SettingsError: no such family, or settings that do not fit the data.
+        CheckpointError: model.from_pretrained does not fit.
     """
     check_family(config)
+    return adapter(config).from_settings(config, facts, kept)
+
+
+def adapter(config: TrainConfig) -> Any:
+    """The class of `config.model.family`."""
     homes = SENTENCES if config.model.head == "sentences" else FAMILIES
-    module, _, name = homes[config.model.family].partition(":")
-    return getattr(importlib.import_module(module), name).from_settings(config, facts)
+    module, _, name = homes.get(config.model.family, config.model.family).partition(":")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise SettingsError(
+            f'model.family {config.model.family!r}: {error}; give the "module:Class" of an adapter that this process can import'
+        ) from None
 
 
 def check_family(config: TrainConfig) -> None:
     """Refuse an unknown family."""
-    family, source = config.model.family, config.model.from_pretrained
+    family = config.model.family
     _refuse_post_ln(family, f"model.family {family!r}")
-    if source is not None:
-        stored = model_type(source)
-        post_ln = "bert" if stored == "bert" else POST_LN.get(stored)
-        _refuse_post_ln(stored, f"model.from_pretrained {source}: {stored}", post_ln)
-    if family not in FAMILIES:
-        raise SettingsError(f"model.family {family!r} is not known: choose from {', '.join(families())}")
+    if family not in FAMILIES and ":" not in family:
+        raise SettingsError(
+            f'model.family {family!r} is not known: choose from {", ".join(families())}, or give "module:Class" of your own'
+        )
     if config.model.head == "sentences" and family not in SENTENCES:
         raise SettingsError(f"model.head=sentences goes with model.family {' or '.join(SENTENCES)}; got {family}")
+
+
+def check_model_type(stored: str, ours: str, source: str) -> None:
+    """Refuse a checkpoint of another kind of model than the family's."""
+    if stored == ours:
+        return
+    _refuse_post_ln(stored, f"model.from_pretrained {source}: {stored}", "bert" if stored == "bert" else None)
+    raise SettingsError(
+        f"model.from_pretrained {source} is a {stored or 'model of no type'}, but the family's model is a {ours}: set model.family to "
+        "match, or add an adapter for it (docs/families.md)"
+    )
 
 
 def _refuse_post_ln(name: str, what: str, relative: str | None = None) -> None:
@@ -69,4 +93,4 @@ def _refuse_post_ln(name: str, what: str, relative: str | None = None) -> None:
         )
 
 
-__all__ = ["FAMILIES", "Architecture", "LayerStack", "build_architecture", "check_family", "families", "register"]
+__all__ = ["FAMILIES", "Architecture", "LayerStack", "adapter", "build_architecture", "check_family", "families", "register"]

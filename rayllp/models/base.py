@@ -10,7 +10,7 @@ from rayllp.channel.base import StateSpec
 from rayllp.data.base import Inputs
 from rayllp.models.metrics import Metric, NoMetric
 from rayllp.models.randomness import seeded
-from rayllp.state import State
+from rayllp.state import State, combine
 
 
 class Architecture(ABC):
@@ -62,6 +62,10 @@ class Architecture(ABC):
     def leave(self, head: nn.Module, state: State, context: Any) -> Tensor:
         """The outputs."""
         return head(state)
+
+    def last_position(self, state: State) -> State:
+        """The state of the last token alone, which is all that choosing the next one needs: dimension 1 is time."""
+        return combine(lambda part: part[:, -1:], state)
 
     # Loss ---------------------------------------------------------------------------------------------------------------------
 

@@ -40,6 +40,10 @@ class Encoder(PretrainedArchitecture):
             id2label=dict(enumerate(facts.classes)) or None, label2id={name: i for i, name in enumerate(facts.classes)} or None,
         )  # fmt: skip
 
+    @classmethod
+    def positions(cls, config: RobertaPreLayerNormConfig) -> float:
+        return config.max_position_embeddings - config.pad_token_id - 1
+
     def context(self, inputs: Inputs, dtype: torch.dtype) -> Tensor | None:
         """The mask that keeps attention off the padding."""
         assert isinstance(inputs, Tensor)
@@ -82,8 +86,8 @@ class Sentences(Encoder):
     model_class = RobertaPreLayerNormForSequenceClassification
     head_paths = (f"{BASE}.LayerNorm", "classifier")
 
-    def __init__(self, config: RobertaPreLayerNormConfig, layers: int, settings: TrainConfig, facts: Facts) -> None:
-        super().__init__(config, layers, settings, facts)
+    def __init__(self, config: Any, layers: int, settings: TrainConfig, facts: Facts, pretrained: str | None = None) -> None:
+        super().__init__(config, layers, settings, facts, pretrained)
         self.metric = Confusion(len(facts.classes))
 
     def leave(self, head: Piece, state: State, context: Any) -> Tensor:  # type: ignore[override]

@@ -44,6 +44,10 @@ class GPT2(PretrainedArchitecture):
     def leave(self, head: Piece, state: State, context: Any) -> Tensor:  # type: ignore[override]
         return head["lm_head"](head["transformer.ln_f"](state))
 
+    def rescale(self, layer: nn.Module) -> None:
+        if self.settings.model.initialisation != "scaled":  # which is what transformers' own is
+            super().rescale(layer)
+
     def weight_of(self, layer: nn.Module, name: str) -> Tensor:
         weight = super().weight_of(layer, name)
         return weight[:, -self.settings.model.width :] if name == "attn.c_attn" else weight  # query, key, value: the value's part

@@ -36,6 +36,7 @@ class MT(PretrainedArchitecture):
         "model.decoder.embed_tokens", "model.decoder.embed_positions", "model.decoder.layernorm_embedding",
     )  # fmt: skip
     head_paths = ("model.decoder.layer_norm", "lm_head")
+    layer_path = ""  # see layer_paths
     common_paths = ("model.encoder.layer_norm",)
     outputs = ("self_attn.out_proj", "fc2")
     inner = ("self_attn.v_proj", "fc1")
@@ -55,9 +56,14 @@ class MT(PretrainedArchitecture):
             forced_eos_token_id=facts.eos, tie_word_embeddings=model.tie_embeddings,
         )  # fmt: skip
 
-    def path_of(self, index: int) -> str:
-        encoder = self.config.encoder_layers
-        return f"model.encoder.layers.{index}" if index < encoder else f"model.decoder.layers.{index - encoder}"
+    @classmethod
+    def count_layers(cls, config: Any) -> int:
+        return int(config.encoder_layers + config.decoder_layers)
+
+    @classmethod
+    def layer_paths(cls, config: Any, layers: int) -> list[str]:
+        encoder = [f"model.encoder.layers.{n}" for n in range(config.encoder_layers)]
+        return encoder + [f"model.decoder.layers.{n}" for n in range(config.decoder_layers)]
 
     def state_spec(self, inputs: Inputs, dtype: torch.dtype, device: torch.device) -> StateSpec:
         shapes = tuple(torch.Size((*tokens_BT.shape, self.config.d_model)) for tokens_BT in tensors(inputs))

@@ -6,8 +6,8 @@ the model's own rules, or by a checkpoint; nothing else is ever built.
 
 import copy
 import math
-from collections.abc import Iterable, Sequence
-from typing import ClassVar
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -16,9 +16,16 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from rayllp.channel.base import StateSpec
 from rayllp.config import TrainConfig
 from rayllp.data.base import IGNORE, Facts, Inputs
+from rayllp.errors import CheckpointError, SettingsError
 from rayllp.models.base import Architecture
 from rayllp.models.weights import PretrainedWeights
+from rayllp.sizes import read_config, transformers_config
 from rayllp.state import tensors
+
+OURS = frozenset(
+    "vocab_size id2label label2id pad_token_id bos_token_id eos_token_id decoder_start_token_id forced_eos_token_id use_cache".split()
+)
+"""What a configuration has from this run rather than from the checkpoint that it starts from."""
 
 
 class Piece(nn.Module):
@@ -58,21 +65,66 @@ class PretrainedArchitecture(Architecture):
     outputs: ClassVar[tuple[str, ...]] = ()
     inner: ClassVar[tuple[str, ...]] = ()
 
-    def __init__(self, config: PreTrainedConfig, layers: int, settings: TrainConfig, facts: Facts) -> None:
+    def __init__(self, config: PreTrainedConfig, layers: int, settings: TrainConfig, facts: Facts, pretrained: str | None = None) -> None:
         self.config, self.layers, self.settings, self.facts = config, layers, settings, facts
         with torch.device("meta"):
             self.model = self.model_class(config)
         self.same = _parameters_that_are_one(self.model)
-        self.weights = PretrainedWeights.open(settings.model.from_pretrained, self.model)
+        self.weights = PretrainedWeights.open(pretrained, self.model)
         self.stochastic = settings.model.dropout > 0
         self.tied = tuple(self._ties_between(self.embed_paths, self.head_paths))
 
     @classmethod
-    def from_settings(cls, settings: TrainConfig, facts: Facts) -> "PretrainedArchitecture":
-        """The adapter for these settings and this data."""
-        config = cls.config_of(settings, facts)
+    def from_settings(cls, settings: TrainConfig, facts: Facts, kept: Mapping[str, Any] | None = None) -> "PretrainedArchitecture":
+        """The adapter for these settings and this data; `kept` is the configuration of a run that goes on."""
+        config, source = cls.config_of(settings, facts), settings.model.from_pretrained
+        if kept is not None:
+            config, source = type(config).from_dict(dict(kept)), None
+        elif source is not None:
+            config = cls._as_pretrained(config, source)
+        cls.check_sizes(config, settings)
         config._attn_implementation = "sdpa"
-        return cls(config, settings.model.layers, settings, facts)
+        return cls(config, settings.model.layers, settings, facts, source)
+
+    @classmethod
+    def _as_pretrained(cls, config: PreTrainedConfig, source: str) -> PreTrainedConfig:
+        """The checkpoint's own configuration, with what this run's data and settings say of vocabulary, labels, ids and dropout."""
+        from rayllp.models import check_model_type
+
+        stored = transformers_config(read_config(source))
+        check_model_type(str(stored.get("model_type", "")), config.model_type, source)
+        merged = type(config).from_dict(stored)
+        for name in vars(config):
+            if "drop" in name or name in OURS:
+                setattr(merged, name, getattr(config, name))
+        return merged
+
+    @classmethod
+    def check_sizes(cls, config: PreTrainedConfig, settings: TrainConfig) -> None:
+        """Refuse what a checkpoint's configuration does not allow."""
+        room = cls.positions(config)
+        has = {"layers": cls.count_layers(config), "width": config.hidden_size, "heads": config.num_attention_heads}
+        for name, there in has.items():
+            here = getattr(settings.model, name)
+            if here != there:
+                raise CheckpointError(f"the checkpoint has {name} {there}, but model.{name} is {here}: leave the setting out, or match it")
+        if settings.sequence_length > room:
+            raise SettingsError(f"sequence_length {settings.sequence_length} is more than the {room} positions of the checkpoint: lower it")
+
+    @classmethod
+    def count_layers(cls, config: PreTrainedConfig) -> int:
+        """Layers of the model, an encoder's and a decoder's together."""
+        return int(config.num_hidden_layers)
+
+    @classmethod
+    def positions(cls, config: PreTrainedConfig) -> float:
+        """Longest sequence."""
+        return getattr(config, "max_position_embeddings", math.inf)
+
+    @classmethod
+    def layer_paths(cls, config: PreTrainedConfig, layers: int) -> list[str]:
+        """Full names of all layers' modules, in order."""
+        return [cls.layer_path.format(n) for n in range(layers)]
 
     @classmethod
     def config_of(cls, settings: TrainConfig, facts: Facts) -> PreTrainedConfig:
@@ -83,7 +135,7 @@ class PretrainedArchitecture(Architecture):
 
     def path_of(self, index: int) -> str:
         """Full name of a layer's module."""
-        return self.layer_path.format(index)
+        return self.layer_paths(self.config, self.layers)[index]
 
     def embed(self) -> nn.Module:
         return self.make(self.embed_paths)

@@ -1,5 +1,6 @@
 """ViT: image classification."""
 
+import math
 from typing import Any
 
 import torch
@@ -41,6 +42,10 @@ class ViT(PretrainedArchitecture):
             hidden_dropout_prob=model.dropout, attention_probs_dropout_prob=model.dropout,
             id2label=dict(enumerate(facts.classes)), label2id={name: i for i, name in enumerate(facts.classes)},
         )  # fmt: skip
+
+    @classmethod
+    def positions(cls, config: ViTConfig) -> float:
+        return math.inf  # images have one size, and data.sequence_length says nothing of it
 
     def state_spec(self, inputs: Inputs, dtype: torch.dtype, device: torch.device) -> StateSpec:
         (images_BCHW,) = tensors(inputs)

@@ -61,6 +61,7 @@ class PretrainedWeights:
                 "model.layers to match"
             )
         weights.refuse_more_layers(base)
+        weights.refuse_other_shapes(model)
         return weights
 
     def refuse_more_layers(self, names: Iterable[str]) -> None:
@@ -74,6 +75,26 @@ class PretrainedWeights:
                     f"model.from_pretrained {self.source} has {full}, a layer beyond this model's: set model.layers (mt: and "
                     "model.encoder_layers) to match the checkpoint"
                 )
+
+    def refuse_other_shapes(self, model: nn.Module) -> None:
+        """Refuse a tensor of another shape than the model's; headers alone are read."""
+        wanted = {name: tuple(p.shape) for name, p in model.named_parameters()}
+        by_file: dict[Path, list[tuple[str, str]]] = {}
+        for name in wanted:
+            place = self.place(name)
+            if place is not None:
+                by_file.setdefault(place.file, []).append((place.key, name))
+        for path, names in by_file.items():
+            with safe_open(path, framework="pt") as file:
+                for key, name in names:
+                    self._check_shape(name, tuple(file.get_slice(key).get_shape()), wanted[name])
+
+    def _check_shape(self, name: str, there: tuple[int, ...], here: tuple[int, ...]) -> None:
+        if there != here:
+            raise CheckpointError(
+                f"model.from_pretrained {self.source}: {name} is {there} there and {here} in this model: set model.width, "
+                "model.feed_forward and data.tokenizer to match the checkpoint; a head for other classes needs a checkpoint without one"
+            )
 
     def place(self, name: str) -> Place | None:
         """Where the parameter `name` is, under that name or another that it has."""
@@ -105,11 +126,7 @@ class PretrainedWeights:
                 self._overwrite(name, parameter, value)
 
     def _overwrite(self, name: str, parameter: nn.Parameter, value: Tensor) -> None:
-        if value.shape != parameter.shape:
-            raise CheckpointError(
-                f"model.from_pretrained {self.source}: {name} is {tuple(value.shape)} there and {tuple(parameter.shape)} in this model: "
-                "set model.width, model.feed_forward, sequence_length and data.tokenizer to match the checkpoint"
-            )
+        self._check_shape(name, tuple(value.shape), tuple(parameter.shape))
         # A copy: the value is a view of the file.
         parameter.data = value.to(torch.promote_types(value.dtype, parameter.dtype), copy=True)
 

@@ -59,6 +59,16 @@ class RunDirectory:
         """best.json: which checkpoint has the lowest validation loss."""
         (self.path / "best.json").write_text(json.dumps(best) + "\n")
 
+    def forget_best(self) -> None:
+        """No evaluation is the best so far."""
+        (self.path / "best.json").unlink(missing_ok=True)
+
+    def discard_if_unused(self) -> None:
+        """Remove the directory of a run that never began: it holds its settings and no more."""
+        if [path.name for path in self.path.iterdir()] == ["config.yaml"]:
+            (self.path / "config.yaml").unlink()
+            self.path.rmdir()
+
     def truncate(self, step: int) -> None:
         """Forget metrics and evaluations after `step` steps, which a resumed run will repeat."""
         for name, last in (("metrics.jsonl", step - 1), ("evals.jsonl", step)):
