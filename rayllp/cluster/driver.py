@@ -27,6 +27,8 @@ from rayllp.report import ProgressDisplay, RunDirectory
 
 CHUNK_S = 1.0
 MAX_CHUNK = 50
+SCALARS = "loss grad_norm lr rho_forward rho_backward bias cosine noise consistency consistency_weight".split()
+"""What TensorBoard gets of each step, where it was measured."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -220,18 +222,7 @@ class Driver:
         self.run.metric(metric)
         display.update(metric)
         step = metric["step"]
-        for name in (
-            "loss",
-            "grad_norm",
-            "lr",
-            "rho_forward",
-            "rho_backward",
-            "bias",
-            "cosine",
-            "noise",
-            "consistency",
-            "consistency_weight",
-        ):
+        for name in SCALARS:
             if metric[name] is not None:
                 board.add_scalar(f"train/{name}", metric[name], step)
         board.add_scalar("train/tokens_per_s", metric["tokens"] / max(metric["step_time_s"], 1e-9), step)
