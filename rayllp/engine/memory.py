@@ -17,7 +17,7 @@ def return_freed_memory() -> None:
     """Have glibc give the pages of freed tensors back to the system; nothing where there is no glibc.
 
     Left alone, glibc keeps them in a heap that gradients, allocated between the graphs of one interval and the next, fragment:
-    recomputation from C-points lowered the peak of a 64-layer block 1.7 times, and 3 times with this call once an interval
+    recomputation from C-points lowered the peak of a 64-layer block 1.7 times, and 3 times or more with this call once an interval
     (examples/benchmarks/memory.py). Mapping every large tensor by itself (M_MMAP_THRESHOLD) gives 4 times, but doubles the step's time.
     """
     trim = _malloc_trim()
