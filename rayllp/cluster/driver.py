@@ -149,9 +149,6 @@ class Driver:
             write_model_json(self.run.path, self.plan)
             write_tokenizer_json(self.run.path, self.data)
 
-    def _say(self, text: str) -> None:
-        self.console.print(text, highlight=False, soft_wrap=True, markup=False)
-
     # The loop -----------------------------------------------------------------------------------------------------------------
 
     def _loop(self, step: int, display: ProgressDisplay, board: Any) -> int:

@@ -79,6 +79,7 @@ class Engine:
         self.config, self.batches, self.device = config, batches, device
         self.layers, self.replicas = layer_channel, data_channel
         self.block = Block(architecture, config, layer_channel.rank, device)
+        self._counted = [p for name, p in self.block.parameters.items() if not self.block.is_counted_elsewhere(name)]
         self.optimizer = build_optimizer(self.block.parameters, config.optimizer)
         self.penalty: Consistency | None = None
         self._pipeline: Pipeline | None = None
@@ -300,9 +301,8 @@ class Engine:
         self, step: int, loss: Tensor, forward: MGRITResult | None, backward: MGRITResult | None, probing: Probing | None = None
     ) -> tuple[float, float, float | None, MGRITResult | None, MGRITResult | None, Bias | None]:
         """Global gradient norm, loss, penalty, residuals and bias in one all-reduce over the layer group."""
-        counted = [p for name, p in self.block.parameters.items() if not self.block.is_counted_elsewhere(name)]
         parts = [
-            squared_gradient_norm(counted, self.device).view(1),
+            squared_gradient_norm(self._counted, self.device).view(1),
             (loss if self.block.last else torch.zeros_like(loss)).double().view(1),
             (self.penalty.value if self.penalty else torch.zeros((), dtype=torch.float64, device=self.device)).view(1),
         ]

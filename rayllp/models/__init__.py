@@ -8,6 +8,7 @@ from rayllp.config import TrainConfig
 from rayllp.data.base import Facts
 from rayllp.errors import SettingsError
 from rayllp.models.base import Architecture
+from rayllp.models.kinds import refuse_post_ln
 from rayllp.models.stack import LayerStack
 
 # Where each family's adapter is; imported when it is asked for, since transformers takes seconds to import.
@@ -20,9 +21,6 @@ FAMILIES = {
     "mt": "rayllp.models.mt:MT",
 }
 SENTENCES = {"bert": "rayllp.models.bert:Sentences"}
-# Post-LN models, by the names that transformers gives them, and the family that is their pre-LN relative.
-POST_LN = dict.fromkeys(("roberta", "distilbert", "albert", "electra", "camembert", "xlm-roberta", "deberta", "deberta-v2"), "bert")
-POST_LN |= {"openai-gpt": "gpt2", "marian": "mt", "bart": "mt", "fsmt": "mt"}
 
 
 def families() -> tuple[str, ...]:
@@ -64,33 +62,13 @@ def adapter(config: TrainConfig) -> Any:
 def check_family(config: TrainConfig) -> None:
     """Refuse an unknown family."""
     family = config.model.family
-    _refuse_post_ln(family, f"model.family {family!r}")
+    refuse_post_ln(family, f"model.family {family!r}")
     if family not in FAMILIES and ":" not in family:
         raise SettingsError(
             f'model.family {family!r} is not known: choose from {", ".join(families())}, or give "module:Class" of your own'
         )
     if config.model.head == "sentences" and family not in SENTENCES:
         raise SettingsError(f"model.head=sentences goes with model.family {' or '.join(SENTENCES)}; got {family}")
-
-
-def check_model_type(stored: str, ours: str, source: str) -> None:
-    """Refuse a checkpoint of another kind of model than the family's."""
-    if stored == ours:
-        return
-    _refuse_post_ln(stored, f"model.from_pretrained {source}: {stored}", "bert" if stored == "bert" else None)
-    raise SettingsError(
-        f"model.from_pretrained {source} is a {stored or 'model of no type'}, but the family's model is a {ours}: set model.family to "
-        "match, or add an adapter for it (docs/families.md)"
-    )
-
-
-def _refuse_post_ln(name: str, what: str, relative: str | None = None) -> None:
-    relative = relative or POST_LN.get(name)
-    if relative:
-        raise SettingsError(
-            f"{what} is post-LN: its norms follow the residual sum, so that a layer is no step x + h·F(x) and MGRIT does not apply. "
-            f"Use its pre-LN relative, model.family={relative}"
-        )
 
 
 __all__ = ["FAMILIES", "Architecture", "LayerStack", "adapter", "build_architecture", "check_family", "families", "register"]

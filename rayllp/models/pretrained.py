@@ -18,6 +18,7 @@ from rayllp.config import TrainConfig
 from rayllp.data.base import IGNORE, Facts, Inputs
 from rayllp.errors import CheckpointError, SettingsError
 from rayllp.models.base import Architecture
+from rayllp.models.kinds import check_model_type
 from rayllp.models.weights import PretrainedWeights
 from rayllp.sizes import read_config, transformers_config
 from rayllp.state import tensors
@@ -67,6 +68,7 @@ class PretrainedArchitecture(Architecture):
 
     def __init__(self, config: PreTrainedConfig, layers: int, settings: TrainConfig, facts: Facts, pretrained: str | None = None) -> None:
         self.config, self.layers, self.settings, self.facts = config, layers, settings, facts
+        self.paths = self.layer_paths(config, layers)
         with torch.device("meta"):
             self.model = self.model_class(config)
         self.same = _parameters_that_are_one(self.model)
@@ -89,8 +91,6 @@ class PretrainedArchitecture(Architecture):
     @classmethod
     def _as_pretrained(cls, config: PreTrainedConfig, source: str) -> PreTrainedConfig:
         """The checkpoint's own configuration, with what this run's data and settings say of vocabulary, labels, ids and dropout."""
-        from rayllp.models import check_model_type
-
         stored = transformers_config(read_config(source))
         check_model_type(str(stored.get("model_type", "")), config.model_type, source)
         merged = type(config).from_dict(stored)
@@ -135,7 +135,7 @@ class PretrainedArchitecture(Architecture):
 
     def path_of(self, index: int) -> str:
         """Full name of a layer's module."""
-        return self.layer_paths(self.config, self.layers)[index]
+        return self.paths[index]
 
     def embed(self) -> nn.Module:
         return self.make(self.embed_paths)
