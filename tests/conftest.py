@@ -64,6 +64,12 @@ def train_engine(engine, steps):
     return stats
 
 
+def one_pass(batches, split, size):
+    """All rows of a pass."""
+    parts = [batches.batch(split, step, size) for step in range(batches.batches(split, size))]
+    return torch.cat([inputs for inputs, _ in parts]), torch.cat([targets for _, targets in parts])
+
+
 def losses_over_threads(config, steps):
     """Losses of `steps` steps with the layer group as threads (one replica)."""
 

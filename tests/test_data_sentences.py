@@ -15,6 +15,7 @@ from rayllp.data.sentences import load_sentences
 from rayllp.data.special import SpecialTokens
 from rayllp.data.tokenizer import Bytes, make_tokenizer
 from rayllp.errors import DataError
+from tests.conftest import one_pass
 
 PAD, CLS, SEP, FIRST = 0, 1, 2, 4
 TRAIN = "text\tlabel\nthe dog\tgood\ndog the\tbad\na cat\tgood\n"
@@ -29,12 +30,6 @@ def load(tmp_path, train, held_out=None, length=12, **settings):
             (tmp_path / f"{name}.tsv").write_text(text)
             settings[name] = str(tmp_path / f"{name}.tsv")
     return load_sentences(DataSettings(**settings), length, seed=0)
-
-
-def one_pass(batches, split, size):
-    """All rows of a pass."""
-    parts = [batches.batch(split, step, size) for step in range(batches.batches(split, size))]
-    return torch.cat([inputs for inputs, _ in parts]), torch.cat([targets for _, targets in parts])
 
 
 def shown(rows):

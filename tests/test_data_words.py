@@ -11,6 +11,7 @@ from rayllp.config import DataSettings
 from rayllp.data.base import IGNORE
 from rayllp.data.words import load_words
 from rayllp.errors import DataError
+from tests.conftest import one_pass
 
 TRAIN = [
     [("the", "DET"), ("dog", "NOUN"), ("saw", "VERB"), ("the", "DET"), ("dog", "NOUN")],
@@ -37,12 +38,6 @@ def load(tmp_path, train, held_out=None, length=4, **settings):
             (tmp_path / f"{name}.conllu").write_text(text)
             settings[name] = str(tmp_path / f"{name}.conllu")
     return load_words(DataSettings(**settings), length, seed=0)
-
-
-def one_pass(batches, split, size):
-    """All rows of a pass."""
-    parts = [batches.batch(split, step, size) for step in range(batches.batches(split, size))]
-    return torch.cat([inputs for inputs, _ in parts]), torch.cat([targets for _, targets in parts])
 
 
 def test_vocabulary_classes_and_rows(tmp_path):

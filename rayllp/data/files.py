@@ -2,13 +2,14 @@
 
 import gzip
 import zlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
 
+from rayllp.config import DataSettings
 from rayllp.errors import DataError
 from rayllp.keys import key
 
@@ -68,6 +69,19 @@ def in_order(step: int, count: int, size: int) -> np.ndarray:
 def select(seed: int, split: str, step: int, count: int, size: int) -> np.ndarray:
     """Which samples a batch takes: drawn in training, in order in validation."""
     return draw(seed, split, step, count, size) if split == "train" else in_order(step, count, size)
+
+
+def train_and_held_out(settings: DataSettings, read: Callable[[str, str, int | None], list[Sample]]) -> tuple[list[Sample], list[Sample]]:
+    """Samples of data.path, and those of data.validation_path or else the end of the former.
+
+    Args:
+        read: path, the setting that names it, bytes beyond which it is not read -> samples.
+    """
+    assert settings.path is not None
+    train = read(settings.path, "data.path", settings.max_bytes)
+    if settings.validation_path is None:
+        return hold_out(train, settings.validation_fraction)
+    return train, read(settings.validation_path, "data.validation_path", None)
 
 
 def hold_out(samples: list[Sample], fraction: float) -> tuple[list[Sample], list[Sample]]:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from rayllp.config import DataSettings
 from rayllp.data.base import IGNORE, Facts, passes
-from rayllp.data.files import Faults, Rows, hold_out, read_lines, select
+from rayllp.data.files import Faults, Rows, read_lines, select, train_and_held_out
 from rayllp.data.special import SpecialTokens
 from rayllp.data.tokenizer import Tokenizer, make_tokenizer
 from rayllp.errors import DataError
@@ -114,13 +114,10 @@ def _read_splits(settings: DataSettings, faults: Faults) -> tuple[list[_Example]
     if settings.path is None:
         given = f"data.dataset={settings.dataset} is not read for sentences" if settings.dataset else "there is no data.path"
         raise DataError(f"{given}: sentence classification needs data.path, a tab-separated file (.tsv or .tsv.gz) such as GLUE's")
-    train = _read_examples(settings.path, "data.path", settings, faults, settings.max_bytes)
-    if settings.validation_path is None:
-        return hold_out(train, settings.validation_fraction)
-    return train, _read_examples(settings.validation_path, "data.validation_path", settings, faults)
+    return train_and_held_out(settings, lambda name, what, limit: _read_examples(name, what, settings, faults, limit))
 
 
-def _read_examples(name: str, what: str, settings: DataSettings, faults: Faults, max_bytes: int | None = None) -> list[_Example]:
+def _read_examples(name: str, what: str, settings: DataSettings, faults: Faults, max_bytes: int | None) -> list[_Example]:
     path = Path(name).expanduser()
     lines = read_lines(path, what, max_bytes)
     columns = _find_columns(settings, lines[0].split("\t"), path)

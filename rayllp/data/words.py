@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rayllp.config import DataSettings
 from rayllp.data.base import IGNORE, Facts, passes
-from rayllp.data.files import Faults, Rows, hold_out, read_lines, select
+from rayllp.data.files import Faults, Rows, read_lines, select, train_and_held_out
 from rayllp.errors import DataError
 
 PADDING, UNKNOWN, FIRST_WORD = 0, 1, 2
@@ -103,13 +103,10 @@ def _read_splits(settings: DataSettings, faults: Faults) -> tuple[list[_Sentence
     label = "upos" if settings.label_field == "label" else settings.label_field
     if label not in LABEL_COLUMNS:
         raise DataError(f"data.label_field {label!r} is no label of words: set it to one of {', '.join(LABEL_COLUMNS)}")
-    train = _read_sentences(settings.path, "data.path", label, faults, settings.max_bytes)
-    if settings.validation_path is None:
-        return hold_out(train, settings.validation_fraction)
-    return train, _read_sentences(settings.validation_path, "data.validation_path", label, faults)
+    return train_and_held_out(settings, lambda name, what, limit: _read_sentences(name, what, label, faults, limit))
 
 
-def _read_sentences(name: str, what: str, label: str, faults: Faults, max_bytes: int | None = None) -> list[_Sentence]:
+def _read_sentences(name: str, what: str, label: str, faults: Faults, max_bytes: int | None) -> list[_Sentence]:
     path = Path(name).expanduser()
     blocks = _blocks(read_lines(path, what, max_bytes))
     sentences = [sentence for block in blocks if (sentence := _parse(path, block, label, faults)) and sentence.words]
