@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from rayllp.channel import LocalChannel, MessageTag, StateSpec, run_workers
 from rayllp.errors import SettingsError
@@ -264,22 +264,3 @@ def test_residuals_that_are_zero_by_construction_do_not_count(kind, measured, in
 def test_impossible_hierarchies_are_refused(arguments, message):
     with pytest.raises(SettingsError, match=message):
         build_hierarchy(**arguments)
-
-
-class Block(nn.Module):
-    """The pre-LN GPT block of issue "Shows 4": all weights N(0, 0.02)."""
-
-    def __init__(self, width: int, heads: int, generator: torch.Generator) -> None:
-        super().__init__()
-        self.l1, self.l2, self.heads = nn.LayerNorm(width), nn.LayerNorm(width), heads
-        self.qkv, self.o = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.f1, self.f2 = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
-        for linear in (self.qkv, self.o, self.f1, self.f2):
-            nn.init.normal_(linear.weight, 0, 0.02, generator=generator)
-            nn.init.zeros_(linear.bias)
-
-    def forward(self, x_BTD: Tensor) -> Tensor:
-        B, T, D = x_BTD.shape
-        q, k, v = self.qkv(self.l1(x_BTD)).view(B, T, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)
-        a = self.o(nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(B, T, D))
-        return x_BTD + a + self.f2(nn.functional.gelu(self.f1(self.l2(x_BTD + a))))
