@@ -4,6 +4,7 @@
 them by `--set key=value`.
 """
 
+import re
 from collections.abc import Mapping
 from itertools import accumulate
 from pathlib import Path
@@ -17,6 +18,7 @@ from rayllp.mgrit import Hierarchy, Method, build_hierarchy, split_evenly
 from rayllp.sizes import with_pretrained_sizes
 
 Relaxation = Literal["F", "FCF"]
+RUNG = re.compile(r"(\d+)\+([1-9]\d*)(?: (FCF|F))?")
 
 
 class Settings(BaseModel):
@@ -108,6 +110,7 @@ class RelaxationSettings(Settings):
 
     fine: Relaxation = Field("F", description="on the finest level")
     coarse: Relaxation = Field("FCF", description="on all others")
+    weight: float = Field(1.0, gt=0, le=2, description="of the new value in C-relaxation, the rest is the old one's (FCF only)")
 
 
 class MGRITSettings(Settings):
@@ -118,8 +121,11 @@ class MGRITSettings(Settings):
     iterations: Iterations = Field(Iterations(), description="fixed, or the cap where mgrit.tolerance is set")
     relaxation: RelaxationSettings = Field(RelaxationSettings(), description="F or FCF")
     cycle: Literal["V", "F"] = Field("V", description="V- or F-cycles")
-    coarse_step_weight: float = Field(1.0, ge=0, description="ω: 1 rediscretises (the paper's), 0 is the identity")
+    coarse_step_weight: float | Literal["fit"] = Field(
+        1.0, description="ω: 1 rediscretises (the paper's), 0 is the identity; fit: one a coarse step, at probes, by least squares"
+    )
     initial_guess: Literal["coarse", "constant"] = Field("coarse", description="coarse propagation, or every state as the first")
+    anderson: int = Field(0, ge=0, le=3, description="window of Anderson acceleration of the C-points; acts from 3 iterations on; 0: none")
     tolerance: float | None = Field(None, gt=0, description="stop the solve once its residual norm is at or below this")
     recompute: bool = Field(False, description="keep C-point states only and recompute an interval's graph in its adjoint")
 
@@ -129,6 +135,13 @@ class MGRITSettings(Settings):
         factors = (value,) if isinstance(value, int) else value
         if not factors or any(factor < 2 for factor in factors):
             raise ValueError(f"coarsening {value}: every factor must be at least 2")
+        return value
+
+    @field_validator("coarse_step_weight")
+    @classmethod
+    def _not_negative(cls, value: float | str) -> float | str:
+        if not isinstance(value, str) and value < 0:
+            raise ValueError(f"coarse_step_weight {value}: must be 0 or more, or fit")
         return value
 
 
@@ -171,12 +184,14 @@ class AdaptiveSettings(Settings):
     bias_to_noise: float = Field(0.5, ge=0, description="… unless it is below this share of the gradient's own noise")
     exact_every: int = Field(0, ge=0, description="every so many probes the bias is taken against the exact gradient; 0: never")
     ladder: tuple[str, ...] | None = Field(
-        None, description='rungs from cheap to dear, "F+B" iterations (0: serial forward); serial follows; default from mgrit.iterations'
+        None, description='rungs from cheap to dear, "F+B" iterations or "F+B FCF" (0: serial forward); serial follows; default from mgrit'
     )
     return_below: float | None = Field(0.3, gt=0, description="a probe whose every ρ is below this is calm; none: no way back")
     patience: int = Field(3, ge=1, description="calm probes in a row after which a rung is gone down")
     max_flips: int = Field(6, ge=0, description="switches to serial and steps down, in all, after which there are no more steps down")
     consistency: float = Field(0.0, ge=0, description="weight μ of the consistency penalty; none after a switch to serial")
+    consistency_noise: float = Field(0.0, ge=0, description="noise on C-points in the last sweep, in standard deviations of the state")
+    smoothness: float = Field(0.0, ge=0, description="weight of Σ ‖θ_{n+1} − θ_n‖² / Δt over middle layers; none after a switch to serial")
     steer: bool = Field(False, description="probes move μ toward the least that holds adaptive.bias_target (rule bias or both)")
     bias_target: float = Field(0.05, gt=0, description="relative bias that steering aims at")
     switch_at: int | None = Field(None, ge=0, description="switch to serial at this step, whatever probes say")
@@ -185,9 +200,11 @@ class AdaptiveSettings(Settings):
     @classmethod
     def _rungs(cls, value: tuple[str, ...] | None) -> tuple[str, ...] | None:
         for rung in value or ():
-            forward, _, backward = rung.partition("+")
-            if not (forward.isdecimal() and backward.isdecimal() and int(backward) > 0):
-                raise ValueError(f'adaptive.ladder has {rung!r}: a rung is "F+B", F forward (0: serial) and B ≥ 1 backward iterations')
+            if not RUNG.fullmatch(rung):
+                raise ValueError(
+                    f'adaptive.ladder has {rung!r}: a rung is "F+B", F forward (0: serial) and B ≥ 1 backward iterations, and then, if it '
+                    'is not mgrit.relaxation.fine\'s, the relaxation: "2+1 FCF"'
+                )
         if value == ():
             raise ValueError("adaptive.ladder is empty: give at least one rung, or leave it out")
         return value
@@ -317,33 +334,46 @@ class TrainConfig(Settings):
         return self.mgrit.coarsening if isinstance(self.mgrit.coarsening, int) else self.mgrit.coarsening[0]
 
     @property
-    def ladder(self) -> tuple[tuple[int, int], ...]:
-        """Forward (0: serial) and backward iterations of the controller's rungs, cheap ones first; serial follows."""
+    def ladder(self) -> tuple[tuple[int, int, Relaxation | None], ...]:
+        """Forward (0: serial) and backward iterations and relaxation of the controller's rungs, cheap ones first; serial follows."""
         if self.adaptive.ladder is not None:
-            return tuple((int(rung.partition("+")[0]), int(rung.partition("+")[2])) for rung in self.adaptive.ladder)
+            return tuple(_read_rung(rung) for rung in self.adaptive.ladder)
         forward, backward = self.mgrit.iterations.forward, self.mgrit.iterations.backward
         if self.mgrit.levels.forward == 1:
-            return (0, backward), (0, backward + 1)
-        return (forward, backward), (forward + 1, backward + 1)
+            return (0, backward, None), (0, backward + 1, None)
+        return (forward, backward, None), (forward + 1, backward + 1, None)
 
     @property
-    def coarse_ratios(self) -> tuple[float, ...]:
-        """Length of each coarse step over its first layer's, ω in it: Φ_c(x) = x + ratio·(Φ(x) − x)."""
+    def fits_coarse_steps(self) -> bool:
+        """Whether probes choose the coarse steps' weights."""
+        return self.mgrit.coarse_step_weight == "fit"
+
+    @property
+    def coarse_step_weight(self) -> float:
+        """ω that all coarse steps begin with."""
+        weight = self.mgrit.coarse_step_weight
+        return 1.0 if isinstance(weight, str) else weight
+
+    @property
+    def coarse_lengths(self) -> tuple[int, ...]:
+        """Layers of each coarse interval of the finest level."""
         c, N = self.first_coarsening, self.middle_layers
-        return tuple(self.mgrit.coarse_step_weight * (min(start + c, N) - start) for start in range(0, N, c))
+        return tuple(min(start + c, N) - start for start in range(0, N, c))
 
     def hierarchy(self, levels: int) -> Hierarchy:
         """The forward hierarchy over the middle layers."""
         return build_hierarchy(blocks=self.blocks, levels=levels, coarsening=self.mgrit.coarsening)
 
-    def method(self, iterations: int) -> Method:
-        """The solver's method with so many iterations."""
+    def method(self, iterations: int, relaxation: Relaxation | None = None) -> Method:
+        """The solver's method with so many iterations, and with this relaxation of the finest level instead of the settings'."""
         settings = self.mgrit
         return Method(
             iterations=iterations,
-            relaxation=(settings.relaxation.fine, settings.relaxation.coarse),
+            relaxation=(relaxation or settings.relaxation.fine, settings.relaxation.coarse),
             cycle=settings.cycle,
-            coarse_step_weight=settings.coarse_step_weight,
+            coarse_step_weight=self.coarse_step_weight,
+            c_relaxation_weight=settings.relaxation.weight,
+            anderson=settings.anderson,
             initial_guess=settings.initial_guess,
             tolerance=settings.tolerance,
             keep_states=False,
@@ -388,9 +418,17 @@ class TrainConfig(Settings):
 
     def _check_consistency(self) -> None:
         c, begins = self.first_coarsening, [0, *accumulate(self.blocks)][:-1]
-        if self.adaptive.consistency and any(begin % c for begin in begins):
+        needed = [
+            name
+            for name, is_on in (
+                ("adaptive.consistency", self.adaptive.consistency),
+                ("mgrit.coarse_step_weight=fit", self.fits_coarse_steps),
+            )
+            if is_on
+        ]
+        if needed and any(begin % c for begin in begins):
             raise ValueError(
-                f"adaptive.consistency needs every coarse interval on one worker, but blocks {self.blocks} cut intervals of {c}: "
+                f"{needed[0]} needs every coarse interval on one worker, but blocks {self.blocks} cut intervals of {c}: "
                 f"set mesh.blocks to multiples of {c} (the last may be any), or workers, buffers or mgrit.coarsening so that they are"
             )
 
@@ -404,6 +442,13 @@ class TrainConfig(Settings):
             raise ValueError(f"a replica's {self.replica_batch} sequences do not divide into accumulate={self.accumulate} parts")
         if self.microbatches and self.replica_batch // self.accumulate % self.microbatches:
             raise ValueError(f"{self.replica_batch // self.accumulate} sequences do not divide into microbatches={self.microbatches}")
+
+
+def _read_rung(rung: str) -> tuple[int, int, Relaxation | None]:
+    match = RUNG.fullmatch(rung)
+    assert match is not None
+    forward, backward, relaxation = match.groups()
+    return int(forward), int(backward), relaxation  # type: ignore[return-value]
 
 
 def default_blocks(layers: int, workers: int, coarsening: int) -> tuple[int, ...]:

@@ -148,10 +148,11 @@ def test_parallel_mode_never_changes():
 
 
 def test_default_ladders():
-    assert make_config({}).ladder == ((2, 1), (3, 2))
-    assert make_config({"mgrit": {"levels": {"forward": 1}}}).ladder == ((0, 1), (0, 2))
-    names = [rung.name for rung in controller(ladder=["1+1", "2+2", "0+2"]).rungs]
-    assert names == ["1+1", "2+2", "0+2", "serial"]
+    assert make_config({}).ladder == ((2, 1, None), (3, 2, None))
+    assert make_config({"mgrit": {"levels": {"forward": 1}}}).ladder == ((0, 1, None), (0, 2, None))
+    rungs = controller(ladder=["1+1", "2+2 FCF", "0+2"]).rungs
+    assert [rung.name for rung in rungs] == ["1+1", "2+2 FCF", "0+2", "serial"]
+    assert [rung.methods(make_config({}))[1].relaxation[0] for rung in rungs[:3]] == ["F", "FCF", "F"]
 
 
 @pytest.mark.parametrize(

@@ -264,3 +264,91 @@ def test_residuals_that_are_zero_by_construction_do_not_count(kind, measured, in
 def test_impossible_hierarchies_are_refused(arguments, message):
     with pytest.raises(SettingsError, match=message):
         build_hierarchy(**arguments)
+
+
+# Ways to converge faster ------------------------------------------------------------------------------------------------------
+
+
+def test_weighted_coarse_steps_are_exact_in_the_end_and_the_same_on_any_number_of_workers():
+    layers, weights = Layers(16), (0.3, 1.2, 0.0, 0.7)
+    _, gradients = layers.serial()
+    for iterations in (2, 4):
+        reference = None
+        for workers in (1, 2, 3, 4):
+            blocks = split_evenly(16, workers)
+
+            def work(channel, blocks=blocks, iterations=iterations):
+                forward = build_hierarchy(blocks=blocks, levels=2, coarsening=4).weighted(weights)
+                recorded = Forward(layers)
+                spec = StateSpec.of(layers.state)
+                method = Method(iterations=iterations, relaxation=("F",))
+                result = solve(forward, method, recorded, channel, initial=layers.state if channel.rank == 0 else None, spec=spec)
+                lam = 2 * result.output if channel.rank == len(blocks) - 1 else None
+                adjoint = Adjoint(recorded)
+                solve(forward.adjoint(), method, adjoint, channel, initial=lam, spec=spec)
+                return adjoint.gradients
+
+            got = {n: gradient for mine in run_workers(workers, work) for n, gradient in mine.items()}
+            reference = reference or got
+            for n in range(16):
+                torch.testing.assert_close(got[n], reference[n], rtol=1e-10, atol=1e-12)
+        close = all(torch.allclose(reference[n], gradients[n], rtol=1e-10) for n in range(16))
+        assert close == (iterations == 4)
+
+
+def test_weights_of_coarser_levels_are_means_and_a_wrong_number_is_refused():
+    hierarchy = build_hierarchy(blocks=(8,), levels=3, coarsening=2)
+    weighted = hierarchy.weighted((0.5, 1.5, 1.0, 0.2))
+    assert weighted.levels[1].ratios == (1.0, 3.0, 2.0, 0.4)
+    assert weighted.levels[2].ratios == pytest.approx((4.0, 2.4))
+    assert weighted.adjoint().levels[1].ratios == (0.4, 2.0, 3.0, 1.0)
+    with pytest.raises(SettingsError, match="3 coarse step weights for 4"):
+        hierarchy.weighted((1.0, 1.0, 1.0))
+
+
+def stiff(count=32):
+    layers = Layers(count)
+    layers.h = 0.3
+    return layers
+
+
+def residuals_of(layers, method, workers=1):
+    def work(channel):
+        hierarchy = build_hierarchy(blocks=split_evenly(32, workers), levels=2, coarsening=4)
+        initial = layers.state if channel.rank == 0 else None
+        result = solve(hierarchy, method, Forward(layers), channel, initial=initial, spec=StateSpec.of(layers.state))
+        return result.residuals, result.output
+
+    outcomes = run_workers(workers, work)
+    return outcomes[0][0], outcomes[-1][1]
+
+
+def test_under_relaxation_and_anderson_lead_to_the_same_states():
+    layers = stiff()
+    states, _ = layers.serial()
+    for method in (
+        Method(iterations=40, relaxation=("FCF",), c_relaxation_weight=0.7),
+        Method(iterations=24, relaxation=("F",), anderson=2),
+    ):
+        for workers in (1, 3):
+            residuals, output = residuals_of(layers, method, workers)
+            assert residuals[-1] < 1e-9
+            torch.testing.assert_close(output, states[-1], rtol=1e-7, atol=1e-9)
+
+
+def test_under_relaxation_is_what_it_says():
+    layers = stiff()
+    full, half = (residuals_of(layers, Method(iterations=3, relaxation=("FCF",), c_relaxation_weight=w))[1] for w in (1.0, 0.5))
+    assert not torch.allclose(full, half, rtol=1e-6)
+    with pytest.raises(SettingsError, match="C-relaxation weight"):
+        Method(c_relaxation_weight=0.0)
+
+
+def test_anderson_is_the_same_on_any_number_of_workers_and_acts_from_the_third_iteration():
+    layers = stiff()
+    plain = {k: residuals_of(layers, Method(iterations=k, relaxation=("F",)))[1] for k in (2, 4)}
+    for k in (2, 4):
+        mixed = [residuals_of(layers, Method(iterations=k, relaxation=("F",), anderson=2), workers)[1] for workers in (1, 2, 5)]
+        for output in mixed[1:]:
+            torch.testing.assert_close(output, mixed[0], rtol=1e-9, atol=1e-12)
+        assert torch.allclose(mixed[0], plain[k], rtol=1e-9) == (k == 2)

@@ -183,7 +183,7 @@ class Driver:
     def _observe(self, stats: dict[str, Any], display: ProgressDisplay) -> None:
         bias = stats["bias"] or {}
         found = {"rho_forward": stats["rho_forward"], "rho_backward": stats["rho_backward"]}
-        probe = Probe(**found, bias=bias.get("relative"), noise=bias.get("noise"))
+        probe = Probe(**found, bias=bias.get("relative"), noise=bias.get("noise"), coarse_weights=stats["coarse_weights"])
         advice = {"forward": stats["advice_forward"], "backward": stats["advice_backward"]}
         self._announce(self.controller.observe(stats["step"], probe), display, advice=advice, **found, bias=probe.bias, noise=probe.noise)
 
@@ -211,7 +211,8 @@ class Driver:
             "iterations_backward": None if accuracy.serial else accuracy.iterations_backward,
             "rho_forward": stats["rho_forward"], "rho_backward": stats["rho_backward"],
             "bias": bias.get("relative"), "cosine": bias.get("cosine"), "noise": bias.get("noise"), "bias_by_block": bias.get("by_block"),
-            "consistency": stats["consistency"], "consistency_weight": accuracy.consistency or None, "grad_norm": stats["grad_norm"],
+            "consistency": stats["consistency"], "consistency_weight": accuracy.consistency or None,
+            "coarse_weights": stats["coarse_weights"], "grad_norm": stats["grad_norm"],
             "lr": stats["lr"], "step_time_s": stats["time_s"], "tokens": stats["tokens"], "workers": self.config.world,
         }  # fmt: skip
 

@@ -8,7 +8,8 @@ import math
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from rayllp.config import TrainConfig
+from rayllp.config import Relaxation, TrainConfig
+from rayllp.mgrit import Method
 
 STEER = 2.0
 """Factor by which a probe changes the consistency penalty's weight."""
@@ -20,7 +21,14 @@ HOPELESS = 2.0
 
 @dataclass(frozen=True, kw_only=True)
 class Accuracy:
-    """How a step is solved. Serial means exact: microbatched pipeline over the blocks, or plain autograd on one worker."""
+    """How a step is solved. Serial means exact: microbatched pipeline over the blocks, or plain autograd on one worker.
+
+    Attributes:
+        consistency, smoothness: weights of the two penalties.
+        relaxation: of the finest level; None: mgrit.relaxation.fine.
+        noise: on C-points in the last forward sweep, in standard deviations of the state.
+        coarse_weights: ω of each coarse step of the first coarse level; empty: mgrit.coarse_step_weight for all.
+    """
 
     serial: bool
     levels_forward: int
@@ -28,6 +36,10 @@ class Accuracy:
     iterations_forward: int
     iterations_backward: int
     consistency: float = 0.0
+    noise: float = 0.0
+    smoothness: float = 0.0
+    relaxation: Relaxation | None = None
+    coarse_weights: tuple[float, ...] = ()
 
     @property
     def mode(self) -> str:
@@ -35,17 +47,20 @@ class Accuracy:
 
     @property
     def name(self) -> str:
-        """As a ladder has it: "2+1" iterations, "0+1" a serial forward, "serial"."""
+        """As a ladder has it: "2+1" iterations, "0+1" a serial forward, "2+1 FCF" with a relaxation of its own, "serial"."""
         if self.serial:
             return "serial"
         forward = 0 if self.levels_forward == 1 else self.iterations_forward
-        return f"{forward}+{self.iterations_backward}"
+        return f"{forward}+{self.iterations_backward}" + (f" {self.relaxation}" if self.relaxation else "")
+
+    def methods(self, config: TrainConfig) -> tuple[Method, Method]:
+        """How the forward and the adjoint are solved."""
+        return config.method(self.iterations_forward, self.relaxation), config.method(self.iterations_backward, self.relaxation)
 
     def probing(self) -> "Accuracy":
-        """Doubled iterations, at least three, so that two residuals give ρ."""
-        return replace(
-            self, iterations_forward=max(3, 2 * self.iterations_forward), iterations_backward=max(3, 2 * self.iterations_backward)
-        )
+        """Doubled iterations, at least three, so that two residuals give ρ; without noise, so that what is measured is the solve."""
+        forward, backward = max(3, 2 * self.iterations_forward), max(3, 2 * self.iterations_backward)
+        return replace(self, iterations_forward=forward, iterations_backward=backward, noise=0.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,12 +85,14 @@ class Probe:
     Attributes:
         bias: norm of the gradient's error over the gradient's norm.
         noise: standard deviation of the gradient over the choice of the batch, over the gradient's norm.
+        coarse_weights: ω of each coarse step that leaves the least gap to the layers it stands for.
     """
 
     rho_forward: float | None = None
     rho_backward: float | None = None
     bias: float | None = None
     noise: float | None = None
+    coarse_weights: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -94,6 +111,7 @@ class _State:
     calm: int = 0
     flips: int = 0
     weight: float = 0.0
+    coarse_weights: tuple[float, ...] = ()
     final: bool = False  # no way back
 
 
@@ -102,7 +120,7 @@ class Controller:
 
     def __init__(self, config: TrainConfig) -> None:
         self.config, self.settings = config, config.adaptive
-        self.rungs = [*(_rung(config, forward, backward) for forward, backward in config.ladder), _serial(config)]
+        self.rungs = [*(_rung(config, *rung) for rung in config.ladder), _serial(config)]
         self._state = _State(weight=self.settings.consistency)
         if config.mode == "serial":
             self._state.rung, self._state.final = len(self.rungs) - 1, True
@@ -114,9 +132,15 @@ class Controller:
     @property
     def accuracy(self) -> Accuracy:
         """Of the next step."""
-        # A switched run lets go of the penalty; mode=serial with one prepares a network for parallel training.
-        weight = 0.0 if self.serial and self.config.mode != "serial" else self._state.weight
-        return replace(self.rungs[self._state.rung], consistency=weight)
+        # A switched run lets go of the penalties; mode=serial with them prepares a network for parallel training.
+        kept = not self.serial or self.config.mode == "serial"
+        return replace(
+            self.rungs[self._state.rung],
+            consistency=self._state.weight if kept else 0.0,
+            smoothness=self.settings.smoothness if kept else 0.0,
+            noise=0.0 if self.serial else self.settings.consistency_noise,
+            coarse_weights=self._state.coarse_weights,
+        )
 
     # Probes -------------------------------------------------------------------------------------------------------------------
 
@@ -130,7 +154,7 @@ class Controller:
         index = self._state.rung - 1 if self.serial else self._state.rung
         bias, exact = self.settings.rule != "convergence", self.settings.exact_every
         return ProbePlan(
-            candidate=replace(self.rungs[index], consistency=self.accuracy.consistency),
+            candidate=replace(self.rungs[index], consistency=self.accuracy.consistency, coarse_weights=self._state.coarse_weights),
             bias=bias,
             exact=bias and bool(exact) and ((step + 1) // every) % exact == 0,
         )
@@ -151,6 +175,8 @@ class Controller:
 
     def observe(self, step: int, probe: Probe) -> Decision | None:
         """Take a probe's findings; a decision if the rung changes."""
+        if probe.coarse_weights and all(map(math.isfinite, probe.coarse_weights)):
+            self._state.coarse_weights = probe.coarse_weights
         if self.config.mode != "adaptive" or self._state.final:
             return None
         fault = self._fault(probe)
@@ -246,10 +272,11 @@ class Controller:
             return
         names = [rung.name for rung in self.rungs]
         name, kept = state["name"], {key: value for key, value in state.items() if key != "name"}
+        kept["coarse_weights"] = tuple(kept.get("coarse_weights", ()))
         self._state = _State(**{**kept, "rung": names.index(name) if name in names else 0})
 
 
-def _rung(config: TrainConfig, forward: int, backward: int) -> Accuracy:
+def _rung(config: TrainConfig, forward: int, backward: int, relaxation: Relaxation | None) -> Accuracy:
     levels = config.mgrit.levels
     parallel = levels.forward if levels.forward > 1 else max(2, levels.backward)
     return Accuracy(
@@ -258,6 +285,7 @@ def _rung(config: TrainConfig, forward: int, backward: int) -> Accuracy:
         levels_backward=levels.backward,
         iterations_forward=max(1, forward),
         iterations_backward=backward,
+        relaxation=relaxation,
     )
 
 

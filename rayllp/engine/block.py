@@ -52,6 +52,7 @@ class Block:
         self.parameters = dict(self._named_parameters())
         self._tie()
         self.moment = Moment()
+        self._templates: dict[int, dict[str, Tensor]] = {}
 
     def _place(self, module: nn.Module) -> nn.Module:
         return module.to(device=self.device, dtype=self.dtype).eval()
@@ -110,6 +111,14 @@ class Block:
         """Trainable parameters that layer `index` uses."""
         modules = (self.layers[index], *(() if self.common is None else (self.common,)))
         return [parameter for module in modules for parameter in module.parameters() if parameter.requires_grad]
+
+    def template(self, index: int) -> dict[str, Tensor]:
+        """A layer of any worker: names of its parameters and tensors of their shapes, whose values mean nothing."""
+        if index not in self._templates:
+            layer = self.architecture.build_layer(self.config.seed, index)
+            empty = {name: torch.empty(p.shape, dtype=self.dtype, device=self.device) for name, p in layer.named_parameters()}
+            self._templates[index] = empty
+        return self._templates[index]
 
     # Running ------------------------------------------------------------------------------------------------------------------
 

@@ -18,10 +18,11 @@ from rayllp.config import TrainConfig
 from rayllp.control import Accuracy, ProbePlan
 from rayllp.data.base import Batches, Inputs
 from rayllp.engine.block import Block
-from rayllp.engine.consistency import Consistency, Interval
+from rayllp.engine.consistency import Consistency, Interval, fitted_weights
 from rayllp.engine.optimizer import build_optimizer, learning_rate, scale_gradients, squared_gradient_norm
 from rayllp.engine.pipeline import Pipeline, StageModule, count_microbatches
 from rayllp.engine.probe import Bias, Probing
+from rayllp.engine.smoothness import add_smoothness_gradient
 from rayllp.engine.trajectory import AdjointPropagator, ExactPropagator, ForwardPropagator, Trajectory
 from rayllp.mgrit import Hierarchy, MGRITResult, solve
 from rayllp.models.base import Architecture
@@ -38,6 +39,7 @@ class StepStats:
         fault: None, or the first layer at fault as this worker sees it: (stage, order, text); the smallest over all workers is it.
         rho_forward, rho_backward: convergence factors, None unless two residuals were measured.
         bias: of the gradient in use, where a probe measured it.
+        coarse_weights: ω of each coarse step that this step's states ask for, where a probe fitted it.
         consistency: the consistency penalty R over this replica's samples, without its weight; None where it is off.
     """
 
@@ -51,6 +53,7 @@ class StepStats:
     rho_backward: float | None
     consistency: float | None
     bias: Bias | None
+    coarse_weights: tuple[float, ...] | None
     advice_forward: str
     advice_backward: str
     fault: tuple[int, int, str] | None = None
@@ -82,19 +85,27 @@ class Engine:
         self._counted = [p for name, p in self.block.parameters.items() if not self.block.is_counted_elsewhere(name)]
         self.optimizer = build_optimizer(self.block.parameters, config.optimizer)
         self.penalty: Consistency | None = None
+        self.coarse_weights: tuple[float, ...] | None = None
         self._pipeline: Pipeline | None = None
         self._whole = StageModule(self.block)
-        self._hierarchies: dict[int, tuple[Hierarchy, Hierarchy]] = {}
+        self._hierarchies: dict[tuple[int, tuple[float, ...]], tuple[Hierarchy, Hierarchy]] = {}
         self._specs: dict[tuple[torch.Size, ...], StateSpec] = {}
 
     # Pieces -------------------------------------------------------------------------------------------------------------------
 
-    def hierarchies(self, levels: int) -> tuple[Hierarchy, Hierarchy]:
-        """Forward and adjoint hierarchy with so many levels."""
-        if levels not in self._hierarchies:
-            forward = self.config.hierarchy(levels)
-            self._hierarchies[levels] = forward, forward.adjoint()
-        return self._hierarchies[levels]
+    def hierarchies(self, levels: int, weights: tuple[float, ...] = ()) -> tuple[Hierarchy, Hierarchy]:
+        """Forward and adjoint hierarchy with so many levels, and these weights of the coarse steps."""
+        weights = weights if levels > 1 else ()
+        key = levels, weights
+        if key not in self._hierarchies:
+            if weights:
+                forward = self.hierarchies(levels)[0].weighted(weights)
+                # Fitted weights change with every probe: of them only the last are kept.
+                self._hierarchies = {known: pair for known, pair in self._hierarchies.items() if known[1] in ((), weights)}
+            else:
+                forward = self.config.hierarchy(levels)
+            self._hierarchies[key] = forward, forward.adjoint()
+        return self._hierarchies[key]
 
     def spec(self, inputs: Inputs) -> StateSpec:
         """Shape of the state for these inputs."""
@@ -127,6 +138,8 @@ class Engine:
         loss, forward, backward = form(step, accuracy, inputs, targets, samples, 1 / max(1, terms))
         self.average_over_replicas(loss)
         self.add_shared_gradients(step)
+        if accuracy.smoothness:
+            add_smoothness_gradient(self.block, self.layers, accuracy.smoothness, step)
         norm, loss_value, gap, forward, backward, bias = self.reduce_statistics(step, loss, forward, backward, probing)
         lr = learning_rate(self.config.optimizer, step, self.config.steps)
         finite = torch.isfinite(torch.tensor([norm, loss_value])).all().item()
@@ -146,6 +159,7 @@ class Engine:
             rho_backward=backward.convergence_factor if backward else None,
             consistency=gap,
             bias=bias,
+            coarse_weights=self.coarse_weights if plan else None,
             advice_forward=forward.status.value if forward else "",
             advice_backward=backward.status.value if backward else "",
             fault=fault,
@@ -173,17 +187,17 @@ class Engine:
 
     def make_penalty(self, accuracy: Accuracy) -> Consistency | None:
         """The consistency penalty of one gradient computation; None where its weight is 0."""
-        if not accuracy.consistency:
-            return None
         config, start = self.config, self.block.middle.start - self.config.buffers.open
-        ratios = config.coarse_ratios
+        fits = config.fits_coarse_steps
+        if not accuracy.consistency and not fits:
+            return None
+        lengths, c = config.coarse_lengths, config.first_coarsening
+        weights = accuracy.coarse_weights or (config.coarse_step_weight,) * len(lengths)
         mine = range(start, start + len(self.block.middle))
-        intervals = {
-            n: Interval(n, min(n + config.first_coarsening, config.middle_layers), ratios[n // config.first_coarsening])
-            for n in mine[:: config.first_coarsening]
-        }
+        intervals = {n: Interval(n // c, n, n + lengths[n // c], weights[n // c]) for n in mine[::c]}
         value = torch.zeros((), dtype=torch.float64, device=self.device)
-        return Consistency(accuracy.consistency / config.batch_size, intervals, value)
+        products = torch.zeros((len(lengths), 2), dtype=torch.float64, device=self.device) if fits else None
+        return Consistency(accuracy.consistency / config.batch_size, intervals, value, products)
 
     def parts(self, batch: int) -> Iterator[slice]:
         """The slices of gradient accumulation."""
@@ -205,19 +219,21 @@ class Engine:
         """MGRIT forward and adjoint; with one level each this is exact, layer after layer."""
         block, config = self.block, self.config
         levels = (1, 1) if accuracy.serial else (accuracy.levels_forward, accuracy.levels_backward)
+        weights = accuracy.coarse_weights
         block.begin(step, samples, inputs, training=True)
         spec = self.spec(inputs)
         entered = block.enter(inputs) if block.first else None
         c_points = frozenset(range(0, config.middle_layers, config.first_coarsening))
-        trajectory = Trajectory(block, c_points, config.mgrit.recompute)
+        trajectory = Trajectory(block, c_points, config.mgrit.recompute, accuracy.noise if levels[0] > 1 else 0.0)
+        methods = accuracy.methods(config)
         forward = solve(
-            self.hierarchies(levels[0])[0], config.method(accuracy.iterations_forward), ForwardPropagator(trajectory), self.layers,
+            self.hierarchies(levels[0], weights)[0], methods[0], ForwardPropagator(trajectory), self.layers,
             initial=None if entered is None else detach(entered),
             spec=spec, tag=MessageTag(step, "forward"), reduce=False,
         )  # fmt: skip
         loss, seed = self.loss_and_seed(forward.output, targets, scale) if block.last else (torch.zeros((), device=self.device), None)
         backward = solve(
-            self.hierarchies(levels[1])[1], config.method(accuracy.iterations_backward), AdjointPropagator(trajectory, self.penalty),
+            self.hierarchies(levels[1], weights)[1], methods[1], AdjointPropagator(trajectory, self.penalty),
             self.layers, initial=seed, spec=spec, tag=MessageTag(step, "adjoint"), reduce=False,
         )  # fmt: skip
         if entered is not None and backward.output is not None:
@@ -306,13 +322,18 @@ class Engine:
             (loss if self.block.last else torch.zeros_like(loss)).double().view(1),
             (self.penalty.value if self.penalty else torch.zeros((), dtype=torch.float64, device=self.device)).view(1),
         ]
+        products = self.penalty.products if self.penalty else None
+        if products is not None:
+            parts.append(products.flatten())
         results = [result for result in (forward, backward) if result is not None]
         parts += [result.squared_residuals.to(self.device) for result in results]
         if probing is not None:
             parts.append(probing.table())
         total = self.layers.all_reduce(torch.cat(parts), MessageTag(step, "gradients", "norm, loss and residuals"))
+        done = 3 + (0 if products is None else products.numel())
+        self.coarse_weights = None if products is None else fitted_weights(total[3:done].view(-1, 2))
         lengths = [len(result.squared_residuals) for result in results]
-        *residuals, table = total[3:].split([*lengths, len(total) - 3 - sum(lengths)])
+        *residuals, table = total[done:].split([*lengths, len(total) - done - sum(lengths)])
         measured = [result.measured(squares) for result, squares in zip(results, residuals, strict=True)]
         bias = probing.read(table) if probing is not None else None
         squared_norm, loss_value, gaps = total[:3].tolist()

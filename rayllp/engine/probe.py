@@ -98,7 +98,7 @@ class Probing:
             loss, *solved = self.engine.gradients(step, accuracy, part, targets[half], samples[half], scale)
             losses.append(loss)
             if self.engine.penalty is not None and penalty is not None:
-                self.engine.penalty.value += penalty.value
+                self.engine.penalty.add(penalty)
             penalty = self.engine.penalty
             first = first or [gradient.clone() for gradient in self._middle()]
         return torch.stack(losses).sum(), first, (solved[0], solved[1])

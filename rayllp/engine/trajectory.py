@@ -13,6 +13,7 @@ from torch import Tensor
 from rayllp.engine.block import Block
 from rayllp.engine.consistency import Consistency
 from rayllp.engine.memory import return_freed_memory
+from rayllp.models.randomness import FrozenRandomness
 from rayllp.state import State, combine, detach, like, tensors
 
 
@@ -32,11 +33,13 @@ class Trajectory:
         block: this worker's layers.
         c_points: layers that begin coarse intervals: what recomputation starts from.
         recompute: keep C-point states only.
+        noise: what is added to C-points in the last sweep, in standard deviations of the state: layers learn to answer alike nearby.
     """
 
     block: Block
     c_points: frozenset[int]
     recompute: bool
+    noise: float = 0.0
     graphs: dict[int, Graph] = field(default_factory=dict)
     checkpoints: dict[int, State] = field(default_factory=dict)
 
@@ -46,6 +49,8 @@ class Trajectory:
 
     def record(self, layer: int, state: State) -> State:
         """One step of the last forward sweep; its graph, or at an interval's beginning its input, is kept."""
+        if self.noise and layer in self.c_points:
+            state = self._noisy(layer, state)
         if not self.recompute:
             self.graphs[layer] = graph = self._graph(layer, state)
             return like(state, tuple(part.detach() for part in graph.outputs))
@@ -53,6 +58,17 @@ class Trajectory:
             self.checkpoints[layer] = detach(state)
         with torch.no_grad():
             return self.run(layer, state)
+
+    def _noisy(self, layer: int, state: State) -> State:
+        moment = self.block.moment
+        random = FrozenRandomness((self.block.config.seed, moment.step, "C-point", layer), moment.samples)
+
+        def disturbed(part: Tensor) -> Tensor:
+            uniform = random.uniform(tuple(part.shape), part.device, part.dtype) - 0.5
+            return torch.addcmul(part, uniform, part.std() * 12**0.5 * self.noise)
+
+        with torch.no_grad():
+            return combine(disturbed, state)
 
     @property
     def block_start(self) -> int:

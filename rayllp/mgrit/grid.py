@@ -9,7 +9,7 @@ from collections.abc import Callable
 from rayllp.channel.base import Channel, MessageTag, StateSpec
 from rayllp.mgrit.hierarchy import Level
 from rayllp.mgrit.propagator import CoarseOperator, Propagator
-from rayllp.state import State, add, subtract
+from rayllp.state import State, add, interpolate, subtract
 
 Step = Callable[[int], State]
 
@@ -104,9 +104,10 @@ class Grid:
             arrived[self.points.start] = self.arrive(self.points.start, self.receive(self.points.start, phase))
         return arrived
 
-    def c_relax(self) -> None:
-        """New values at all C-points, from the F-points before them."""
-        self.values.update(self.arrivals("C-relaxation"))
+    def c_relax(self, weight: float = 1.0) -> None:
+        """New values at all C-points, from the F-points before them: old + weight × (new − old)."""
+        for point, state in self.arrivals("C-relaxation").items():
+            self.values[point] = state if weight == 1 else interpolate(self.values[point], state, weight)
 
     def solve(self, step: Step | None = None, phase: str = "coarse solve") -> None:
         """All points in order, from point 0: the serial coarsest solve."""

@@ -62,6 +62,7 @@ def predict_step(config: TrainConfig, accuracy: Accuracy, costs: Costs) -> float
 
     Recomputation, accumulation and replicas are not in it.
     """
+    methods = accuracy.methods(config)
     forward = config.hierarchy(accuracy.levels_forward)
     adjoint = config.hierarchy(accuracy.levels_backward).adjoint()
     nothing = torch.zeros(())
@@ -76,14 +77,14 @@ def predict_step(config: TrainConfig, accuracy: Accuracy, costs: Costs) -> float
             owned += config.buffers.open
             clock.spend(costs.enter + config.buffers.open * costs.record)
         solve(
-            forward, config.method(accuracy.iterations_forward), _Spending(clock, costs.forward, costs.record), channel,
+            forward, methods[0], _Spending(clock, costs.forward, costs.record), channel,
             initial=nothing if first else None, spec=spec, tag=MessageTag(0, "forward"), reduce=False,
         )  # fmt: skip
         if last:
             owned += config.buffers.close
             clock.spend(config.buffers.close * (costs.record + costs.full_gradient) + costs.leave)
         solve(
-            adjoint, config.method(accuracy.iterations_backward), _Spending(clock, costs.input_gradient, costs.full_gradient), channel,
+            adjoint, methods[1], _Spending(clock, costs.input_gradient, costs.full_gradient), channel,
             initial=nothing if last else None, spec=spec, tag=MessageTag(0, "adjoint"), reduce=False,
         )  # fmt: skip
         if first:

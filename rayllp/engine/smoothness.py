@@ -1,0 +1,50 @@
+"""The depth-smoothness penalty: λ Σ ‖θ_{n+1} − θ_n‖² / Δt over neighbouring middle layers, so that weights vary slowly in depth.
+
+A coarse step uses the weights of one layer for a whole interval; it predicts the better the less they vary. Each worker needs of its
+neighbours' weights those of the one layer at the border: two messages a step.
+"""
+
+from torch import Tensor, nn
+
+from rayllp.channel.base import Channel, MessageTag, StateSpec
+from rayllp.engine.block import Block
+from rayllp.state import tensors
+
+Weights = dict[str, Tensor]
+
+
+def add_smoothness_gradient(block: Block, channel: Channel, weight: float, step: int) -> None:
+    """Add the penalty's gradient to `.grad` of this worker's middle layers. All workers of the layer group call it.
+
+    Layers whose parameters differ in name or shape (an encoder's last, a decoder's first) are not compared.
+    """
+    mine = {n: dict(block.layers[n].named_parameters()) for n in block.middle}
+    scale = 2 * weight / block.config.middle_step
+    around = {**_borders(block, channel, mine, step), **{n: _values(parameters) for n, parameters in mine.items()}}
+    for n, parameters in mine.items():
+        for neighbour in (n - 1, n + 1):
+            for name, value in around.get(neighbour, {}).items():
+                parameter = parameters.get(name)
+                if parameter is not None and parameter.requires_grad and parameter.shape == value.shape:
+                    gap = (parameter.detach() - value) * scale
+                    parameter.grad = gap if parameter.grad is None else parameter.grad.add_(gap)
+
+
+def _borders(block: Block, channel: Channel, mine: dict[int, dict[str, nn.Parameter]], step: int) -> dict[int, Weights]:
+    """Weights of the layers just before this worker's first and just after its last, as the neighbours have them now."""
+    tag, rank = MessageTag(step, "gradients", "border layers' weights"), channel.rank
+    sides = [(-1, block.middle[0])] if rank > 0 else []
+    sides += [(1, block.middle[-1])] if rank < channel.size - 1 else []
+    for side, layer in sides:
+        # Copies: the optimizer changes the weights while they may be on their way.
+        channel.send(tuple(value.clone() for value in _values(mine[layer]).values()), rank + side, tag)
+    found = {}
+    for side, layer in sides:
+        template = block.template(layer + side)
+        spec = StateSpec.of(tuple(template.values()))
+        found[layer + side] = dict(zip(template, tensors(channel.receive(spec, rank + side, tag)), strict=True))
+    return found
+
+
+def _values(parameters: dict[str, nn.Parameter]) -> Weights:
+    return {name: parameter.detach() for name, parameter in parameters.items()}
