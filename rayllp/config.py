@@ -182,7 +182,9 @@ class AdaptiveSettings(Settings):
     threshold: float = Field(1.0, gt=0, description="a probe's ρ, forward or backward, beyond this is a fault")
     bias_limit: float = Field(0.1, gt=0, description="a relative bias of the gradient beyond this is a fault …")
     bias_to_noise: float = Field(0.5, ge=0, description="… unless it is below this share of the gradient's own noise")
-    exact_every: int = Field(0, ge=0, description="every so many probes the bias is taken against the exact gradient; 0: never")
+    exact_every: int = Field(
+        0, ge=0, description="every so many probes the bias is taken against the exact gradient, by any rule; 0: never"
+    )
     ladder: tuple[str, ...] | None = Field(
         None, description='rungs from cheap to dear, "F+B" iterations or "F+B FCF" (0: serial forward); serial follows; default from mgrit'
     )

@@ -152,11 +152,12 @@ class Controller:
         if self.serial and not self._may_return:
             return None
         index = self._state.rung - 1 if self.serial else self._state.rung
-        bias, exact = self.settings.rule != "convergence", self.settings.exact_every
+        exact_every = self.settings.exact_every
+        exact = bool(exact_every) and ((step + 1) // every) % exact_every == 0
         return ProbePlan(
             candidate=replace(self.rungs[index], consistency=self.accuracy.consistency, coarse_weights=self._state.coarse_weights),
-            bias=bias,
-            exact=bias and bool(exact) and ((step + 1) // every) % exact == 0,
+            bias=exact or self.settings.rule != "convergence",
+            exact=exact,
         )
 
     @property
