@@ -5,12 +5,14 @@
 
 `run` trains what RESULTS does not have yet, each run on one worker and one core (the number of workers changes nothing but the time:
 tests/test_engine.py), `--jobs` at a time, and adds to RESULTS. `report` writes the table and the pictures. DATA holds
-tinyshakespeare/input.txt.gz and ud_english_gum/ (see NETWORKS). Validation losses are those of the exact forward.
+tinyshakespeare/input.txt.gz and ud_english_gum/ (see NETWORKS). Validation losses are those of the exact forward. The ways in
+ABLATIONS (`--ways ablations`) are layer-parallel without a controller, with one thing changed in each.
 """
 
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -25,6 +27,7 @@ SHAKESPEARE = {"data.path": "tinyshakespeare/input.txt.gz"}
 GUM = "ud_english_gum/en_gum-ud-"
 TREEBANK = {"data.path": GUM + "train.slim.conllu.gz", "data.validation_path": GUM + "dev.slim.conllu.gz"}
 STEPS = 2000
+STOPS = (500, 1000, 2000)
 
 
 @dataclass(frozen=True)
@@ -55,13 +58,34 @@ WAYS = {
     "paper": ("mode=adaptive", *CHEAP, "adaptive.ladder=[1+1]", "adaptive.return_below=null"),
     "ours": ("mode=adaptive", *CHEAP, "adaptive.rule=both"),
 }
+TWICE, THRICE = (
+    ("mgrit.iterations.forward=2", "mgrit.iterations.backward=2"),
+    ("mgrit.iterations.forward=3", "mgrit.iterations.backward=3"),
+)
+ABLATIONS = {
+    "1+1": (),
+    "1+1, μ = 1": ("adaptive.consistency=1",),
+    "1+1, μ = 10": ("adaptive.consistency=10",),
+    "1+1, μ = 1, noise 0.1": ("adaptive.consistency=1", "adaptive.consistency_noise=0.1"),
+    "1+1, ω fitted": ("mgrit.coarse_step_weight=fit",),
+    "1+1, μ = 1, ω fitted": ("adaptive.consistency=1", "mgrit.coarse_step_weight=fit"),
+    "1+1, ω = 0.5": ("mgrit.coarse_step_weight=0.5",),
+    "1+1, smoothness 1e-4": ("adaptive.smoothness=1e-4",),
+    "2+2": TWICE,
+    "2+2, μ = 1": (*TWICE, "adaptive.consistency=1"),
+    "2+2, FCF": (*TWICE, "mgrit.relaxation.fine=FCF"),
+    "2+2, FCF, C-relaxation 0.7": (*TWICE, "mgrit.relaxation.fine=FCF", "mgrit.relaxation.weight=0.7"),
+    "3+3": THRICE,
+    "3+3, Anderson 2": (*THRICE, "mgrit.anderson=2"),
+}
 
 
 def overrides(name: str, way: str, seed: int, data: Path, steps: int) -> list[str]:
     network = NETWORKS[name]
     files = [f"{setting}={data / path}" for setting, path in network.files.items()]
     always = [f"steps={steps}", f"seed={seed}", "workers=1", "checkpoint.best=false", "eval.every=250", "eval.sample=0", "eval.batches=40"]
-    return [*files, *always, *network.settings, *WAYS[way], *(network.ours if way == "ours" else ())]
+    chosen = WAYS[way] if way in WAYS else (*WAYS["parallel"], *ABLATIONS[way])
+    return [*files, *always, *network.settings, *chosen, *(network.ours if way == "ours" else ())]
 
 
 # Running ----------------------------------------------------------------------------------------------------------------------
@@ -73,7 +97,7 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 def train(name: str, way: str, seed: int, data: Path, output: Path, steps: int) -> dict[str, Any]:
     """One run in a process of its own; what the study keeps of it."""
-    run = output / f"{name}_{way}_{seed}_{steps}"
+    run = output / re.sub(r"\W+", "_", f"{name}_{way}_{seed}_{steps}")
     if not (run / "evals.jsonl").exists() or read(run / "evals.jsonl")[-1]["step"] < steps:
         command = [sys.executable, "-m", "rayllp", "train", str(HERE / f"{NETWORKS[name].config}.yaml"), "--output", str(run)]
         for setting in overrides(name, way, seed, data, steps):
@@ -89,7 +113,7 @@ def train(name: str, way: str, seed: int, data: Path, output: Path, steps: int) 
 def summary(run: Path) -> dict[str, Any]:
     metrics, evaluations = read(run / "metrics.jsonl"), read(run / "evals.jsonl")
     probes = [m for m in metrics if m["rho_backward"] is not None or m["bias"] is not None]
-    kept = ("step", "rho_forward", "rho_backward", "bias", "cosine", "noise", "consistency", "consistency_weight")
+    kept = ("step", "rho_forward", "rho_backward", "bias", "bias_against", "cosine", "noise", "consistency", "consistency_weight")
     switches = [e for e in read(run / "events.jsonl") if e["kind"] == "switch"]
     return {
         "loss": evaluations[-1]["loss"],
@@ -114,8 +138,8 @@ def rung_shares(metrics: list[dict[str, Any]]) -> dict[str, float]:
     return {name: round(share, 4) for name, share in shares.items()}
 
 
-def rounded(value: float) -> float:
-    return float(f"{value:.4g}")
+def rounded(value: float | str) -> float | str:
+    return value if isinstance(value, str) else float(f"{value:.4g}")
 
 
 def load(results: Path) -> list[dict[str, Any]]:
@@ -129,7 +153,10 @@ def key_of(result: dict[str, Any]) -> tuple[str, str, int, int]:
 def wanted(arguments: argparse.Namespace) -> Iterator[tuple[str, str, int, int]]:
     for name in arguments.networks:
         seeds = NETWORKS[name].seeds if arguments.seeds is None else arguments.seeds
-        yield from ((name, way, seed, arguments.steps) for seed in seeds for way in arguments.ways)
+        ways = [way for way in arguments.ways if way != "ablations"]
+        if "ablations" in arguments.ways:
+            ways += list(ABLATIONS)[1:]  # the first is "parallel"
+        yield from ((name, way, seed, arguments.steps) for seed in seeds for way in ways)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -168,7 +195,7 @@ def row(title: str, way: str, mine: list[dict[str, Any]], serial: list[dict[str,
     losses = [r["loss"] for r in mine]
     exact = {(r["seed"], r["steps"]): r["loss"] for r in serial}
     gaps = [100 * (r["loss"] / exact[r["seed"], r["steps"]] - 1) for r in mine if (r["seed"], r["steps"]) in exact]
-    biases = [probe["bias"] for r in mine for probe in r["probes"] if "bias" in probe]
+    biases = [probe["bias"] for r in mine for probe in r["probes"] if probe.get("bias_against") == "exact"]
     names = sorted({name for r in mine for name in r["rungs"]}, key=lambda name: (name == "serial", name))
     rungs = ", ".join(f"{name} {mean(r['rungs'].get(name, 0) for r in mine):.0%}" for name in names)
     cells = [
@@ -177,6 +204,31 @@ def row(title: str, way: str, mine: list[dict[str, Any]], serial: list[dict[str,
         f"{max(biases):.2f}" if biases else "–",
     ]  # fmt: skip
     return "| " + " | ".join(cells) + " |"
+
+
+def ablation_table(results: list[dict[str, Any]], name: str) -> str:
+    """ρ, bias and exact loss at STOPS of the ways in ABLATIONS."""
+    mine = {r["way"]: r for r in results if r["network"] == name and r["seed"] == 0}
+    exact = dict(mine["serial"]["curve"]) if "serial" in mine else {}
+    rows = ["| | " + " | ".join(f"{what}, {stop}" for stop in STOPS for what in ("ρ", "bias (cosine)", "loss (gap, %)")) + " |"]
+    rows.append("|---" * (1 + 3 * len(STOPS)) + "|")
+    for way in ("serial", *ABLATIONS):
+        r = mine.get("parallel" if way == "1+1" else way)
+        if r is not None:
+            rows.append(f"| {way} | " + " | ".join(cell for stop in STOPS for cell in cells_at(r, stop, exact)) + " |")
+    return "\n".join(rows)
+
+
+def cells_at(result: dict[str, Any], stop: int, exact: dict[int, float]) -> tuple[str, str, str]:
+    """ρ forward and backward, bias and cosine of the probe before step `stop`, validation loss at it."""
+    probe = next((p for p in result["probes"] if p["step"] == stop - 1), {})
+    rho = " / ".join(f"{probe[kind]:.2f}" for kind in ("rho_forward", "rho_backward") if kind in probe)
+    bias = f"{probe['bias']:.2f} ({probe['cosine']:.2f})" if "bias" in probe else ""
+    loss = dict(result["curve"]).get(stop)
+    if loss is None:
+        return rho, bias, ""
+    gap = "" if result["way"] == "serial" or stop not in exact else f" ({100 * (loss / exact[stop] - 1):+.2f})"
+    return rho, bias, f"{loss:.4f}{gap}"
 
 
 def spread(values: list[float], digits: int, *, sign: bool = False) -> str:
@@ -249,6 +301,8 @@ def pyplot() -> Any:
 def report(arguments: argparse.Namespace) -> None:
     results = load(arguments.results)
     print(table(results))
+    print()
+    print(ablation_table(results, arguments.ablation))
     if arguments.docs:
         images = arguments.docs / "images"
         images.mkdir(parents=True, exist_ok=True)
@@ -264,7 +318,7 @@ def main() -> None:
     train_them.add_argument("--output", type=Path, required=True)
     train_them.add_argument("--results", type=Path, required=True)
     train_them.add_argument("--networks", nargs="+", choices=list(NETWORKS), default=list(NETWORKS))
-    train_them.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS))
+    train_them.add_argument("--ways", nargs="+", choices=[*WAYS, *ABLATIONS, "ablations"], default=list(WAYS))
     train_them.add_argument("--seeds", nargs="+", type=int)
     train_them.add_argument("--steps", type=int, default=STEPS)
     train_them.add_argument("--jobs", type=int, default=2)
@@ -274,6 +328,7 @@ def main() -> None:
     show.add_argument("--docs", type=Path)
     show.add_argument("--transition", choices=list(NETWORKS), default="buffered")
     show.set_defaults(function=report)
+    show.add_argument("--ablation", choices=list(NETWORKS), default="buffered")
     arguments = parser.parse_args()
     arguments.function(arguments)
 

@@ -211,6 +211,7 @@ class Driver:
             "iterations_backward": None if accuracy.serial else accuracy.iterations_backward,
             "rho_forward": stats["rho_forward"], "rho_backward": stats["rho_backward"],
             "bias": bias.get("relative"), "cosine": bias.get("cosine"), "noise": bias.get("noise"), "bias_by_block": bias.get("by_block"),
+            "bias_against": ("exact" if plan.exact or accuracy.serial else "doubled") if plan is not None and bias else None,
             "consistency": stats["consistency"], "consistency_weight": accuracy.consistency or None,
             "coarse_weights": stats["coarse_weights"], "grad_norm": stats["grad_norm"],
             "lr": stats["lr"], "step_time_s": stats["time_s"], "tokens": stats["tokens"], "workers": self.config.world,
