@@ -49,6 +49,8 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--set", action="append", default=[], dest="overrides", help="of the pretrainings, such as steps=200")
+    parser.add_argument("--tune-set", action="append", default=[], help="of the fine-tunings")
+    parser.add_argument("--modes", nargs="+", choices=("serial", "parallel"), default=("serial", "parallel"))
     arguments = parser.parse_args()
     output, data = arguments.output.absolute(), arguments.data.absolute()
     output.mkdir(parents=True)
@@ -57,12 +59,12 @@ def main() -> None:
     make_tokenizer("bpe:1000", text.read_bytes()).save(tokenizer)
     ray.init(address="local", num_cpus=2, include_dashboard=False)
     print("| pretraining | its held-out loss | accuracy | Matthews correlation |\n|---|---|---|---|")
-    for mode in ("serial", "parallel"):
+    for mode in arguments.modes:
         settings = [f"data.path={text}", f"data.tokenizer={tokenizer}", f"mode={mode}", *arguments.overrides]
         pretrained = rayllp.train(rayllp.load_config(HERE / "bert_small.yaml", settings), output=output / mode)
         folder = export(pretrained.directory, output / f"{mode}_model")
         files = [f"data.path={data / 'cola' / 'train.tsv.gz'}", f"data.validation_path={data / 'cola' / 'dev.tsv.gz'}"]
-        settings = [*files, f"data.tokenizer={tokenizer}", f"model.from_pretrained={folder}"]
+        settings = [*files, f"data.tokenizer={tokenizer}", f"model.from_pretrained={folder}", *arguments.tune_set]
         tuned = rayllp.train(rayllp.load_config(HERE / "cola.yaml", settings), output=output / f"{mode}_cola")
         found = last_evaluation(tuned.directory)
         print(f"| {mode} | {pretrained.validation_loss:.4f} | {found['accuracy']:.4f} | {found['matthews']:.4f} |", flush=True)

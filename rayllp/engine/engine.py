@@ -23,6 +23,7 @@ from rayllp.engine.optimizer import build_optimizer, learning_rate, scale_gradie
 from rayllp.engine.pipeline import Pipeline, StageModule, count_microbatches
 from rayllp.engine.probe import Bias, Probing
 from rayllp.engine.smoothness import add_smoothness_gradient
+from rayllp.engine.sums import Sums
 from rayllp.engine.trajectory import AdjointPropagator, ExactPropagator, ForwardPropagator, Trajectory
 from rayllp.mgrit import Hierarchy, MGRITResult, solve
 from rayllp.models.base import Architecture
@@ -317,29 +318,26 @@ class Engine:
         self, step: int, loss: Tensor, forward: MGRITResult | None, backward: MGRITResult | None, probing: Probing | None = None
     ) -> tuple[float, float, float | None, MGRITResult | None, MGRITResult | None, Bias | None]:
         """Global gradient norm, loss, penalty, residuals and bias in one all-reduce over the layer group."""
-        parts = [
-            squared_gradient_norm(self._counted, self.device).view(1),
-            (loss if self.block.last else torch.zeros_like(loss)).double().view(1),
-            (self.penalty.value if self.penalty else torch.zeros((), dtype=torch.float64, device=self.device)).view(1),
-        ]
-        products = self.penalty.products if self.penalty else None
-        if products is not None:
-            parts.append(products.flatten())
-        results = [result for result in (forward, backward) if result is not None]
-        parts += [result.squared_residuals.to(self.device) for result in results]
+        zero = torch.zeros((), dtype=torch.float64, device=self.device)
+        sums = Sums(self.device)
+        sums.add("norm", squared_gradient_norm(self._counted, self.device))
+        sums.add("loss", loss if self.block.last else zero)
+        if self.penalty is not None:
+            sums.add("consistency", self.penalty.value)
+            if self.penalty.products is not None:
+                sums.add("products", self.penalty.products)
+        solves = {"forward": forward, "backward": backward}
+        for name, result in solves.items():
+            if result is not None:
+                sums.add(name, result.squared_residuals)
         if probing is not None:
-            parts.append(probing.table())
-        total = self.layers.all_reduce(torch.cat(parts), MessageTag(step, "gradients", "norm, loss and residuals"))
-        done = 3 + (0 if products is None else products.numel())
-        self.coarse_weights = None if products is None else fitted_weights(total[3:done].view(-1, 2))
-        lengths = [len(result.squared_residuals) for result in results]
-        *residuals, table = total[done:].split([*lengths, len(total) - done - sum(lengths)])
-        measured = [result.measured(squares) for result, squares in zip(results, residuals, strict=True)]
-        bias = probing.read(table) if probing is not None else None
-        squared_norm, loss_value, gaps = total[:3].tolist()
-        gap = gaps / self.config.replica_batch if self.penalty else None
-        solves = (measured[0], measured[1]) if measured else (None, None)
-        return squared_norm**0.5, loss_value, gap, *solves, bias
+            sums.add("probe", probing.table())
+        sums.reduce(self.layers, MessageTag(step, "gradients", "norm, loss and residuals"))
+        self.coarse_weights = fitted_weights(sums["products"]) if "products" in sums else None
+        gap = float(sums["consistency"]) / self.config.replica_batch if self.penalty is not None else None
+        measured = [None if result is None else result.measured(sums[name]) for name, result in solves.items()]
+        bias = probing.read(sums["probe"]) if probing is not None else None
+        return float(sums["norm"]) ** 0.5, float(sums["loss"]), gap, measured[0], measured[1], bias
 
     def update(self, norm: float, lr: float) -> None:
         """Clip and step."""

@@ -124,21 +124,20 @@ class Probing:
     # Over workers -----------------------------------------------------------------------------------------------------------------
 
     def table(self) -> Tensor:
-        """This worker's sums in a table of all workers', to be added up with the others'; flat."""
+        """This worker's sums in a table of all workers', to be added up with the others'; shape (workers, SUMS), no rows without a bias."""
         table = torch.zeros((self.engine.layers.size, SUMS), dtype=torch.float64, device=self.engine.device)
         if self.sums is not None:
             table[self.engine.layers.rank] = self.sums
-        return table.flatten() if self.plan.bias else table[:0].flatten()
+        return table if self.plan.bias else table[:0]
 
     def read(self, table: Tensor) -> Bias | None:
         """The bias, from the table of all workers."""
         if not self.plan.bias:
             return None
-        rows = table.view(-1, SUMS)
-        total = rows.sum(0)
+        total = table.sum(0)
         relative, cosine = _bias(total)
         noise = float((total[4] / total[1]).sqrt()) / self.engine.replicas.size**0.5 if self.has_halves else None
-        return Bias(relative, cosine, noise, tuple(_bias(row) for row in rows))
+        return Bias(relative, cosine, noise, tuple(_bias(row) for row in table))
 
 
 def _bias(sums: Tensor) -> tuple[float, float]:
