@@ -185,6 +185,9 @@ class AdaptiveSettings(Settings):
     exact_every: int = Field(
         0, ge=0, description="every so many probes the bias is taken against the exact gradient, by any rule; 0: never"
     )
+    lipschitz_every: int = Field(
+        0, ge=0, description="every so many probes each layer's Lipschitz constant is estimated, for `rayllp suggest-buffers`; 0: never"
+    )
     ladder: tuple[str, ...] | None = Field(
         None, description='rungs from cheap to dear, "F+B" iterations or "F+B FCF" (0: serial forward); serial follows; default from mgrit'
     )

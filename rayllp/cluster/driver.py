@@ -160,6 +160,8 @@ class Driver:
             self._step_s = (time.perf_counter() - started) / len(chunk)
             for stats, (_, accuracy, plan) in zip(answers[0], chunk, strict=False):
                 metric = self._metric(stats, accuracy, plan)
+                if plan is not None and plan.lipschitz:  # a probe ends its chunk
+                    metric["lipschitz"] = _in_layer_order([answer[-1]["lipschitz"] for answer in answers])
                 if not math.isfinite(stats["loss"]) or not math.isfinite(stats["grad_norm"]):
                     self._not_finite(step, [answer[-1]["fault"] for answer in answers])
                 self._record(metric, display, board)
@@ -213,7 +215,7 @@ class Driver:
             "bias": bias.get("relative"), "cosine": bias.get("cosine"), "noise": bias.get("noise"), "bias_by_block": bias.get("by_block"),
             "bias_against": ("exact" if plan.exact or accuracy.serial else "doubled") if plan is not None and bias else None,
             "consistency": stats["consistency"], "consistency_weight": accuracy.consistency or None,
-            "coarse_weights": stats["coarse_weights"], "grad_norm": stats["grad_norm"],
+            "coarse_weights": stats["coarse_weights"], "lipschitz": None, "grad_norm": stats["grad_norm"],
             "lr": stats["lr"], "step_time_s": stats["time_s"], "tokens": stats["tokens"], "workers": self.config.world,
         }  # fmt: skip
 
@@ -226,6 +228,8 @@ class Driver:
                 board.add_scalar(f"train/{name}", metric[name], step)
         board.add_scalar("train/tokens_per_s", metric["tokens"] / max(metric["step_time_s"], 1e-9), step)
         board.add_scalar("train/serial", float(metric["mode"] == "serial"), step)
+        for n, constant in enumerate(metric["lipschitz"] or ()):
+            board.add_scalar(f"lipschitz/layer_{n:05d}", constant, step)
 
     # Between ------------------------------------------------------------------------------------------------------------------
 
@@ -320,6 +324,12 @@ class Driver:
         left_out = "; left out of the data: " + ", ".join(f"{n} {kind}" for kind, n in skipped.items()) if skipped else ""
         where = f"{mesh} on {self.workers.device}; run directory {self.run.path}"
         return f"{what}: {buffers}, {parameters / 1e6:.1f} M parameters, {where}{left_out}"
+
+
+def _in_layer_order(found: list[dict[int, float]]) -> list[float]:
+    """What each worker found of its own layers, as one list of all layers."""
+    merged = {layer: value for mine in found for layer, value in mine.items()}
+    return [merged[layer] for layer in sorted(merged)]
 
 
 def _shown(found: dict[str, float]) -> str:

@@ -71,11 +71,13 @@ class ProbePlan:
         candidate: the accuracy that is judged: the one in use, or in serial training the rung to come back to.
         bias: whether its gradient is compared with a better one.
         exact: whether that better one is the exact gradient rather than that of doubled iterations.
+        lipschitz: whether each layer's Lipschitz constant is estimated.
     """
 
     candidate: Accuracy
     bias: bool = False
     exact: bool = False
+    lipschitz: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,12 +154,13 @@ class Controller:
         if self.serial and not self._may_return:
             return None
         index = self._state.rung - 1 if self.serial else self._state.rung
-        exact_every = self.settings.exact_every
-        exact = bool(exact_every) and ((step + 1) // every) % exact_every == 0
+        probes = (step + 1) // every
+        exact, lipschitz = (bool(n) and probes % n == 0 for n in (self.settings.exact_every, self.settings.lipschitz_every))
         return ProbePlan(
             candidate=replace(self.rungs[index], consistency=self.accuracy.consistency, coarse_weights=self._state.coarse_weights),
             bias=exact or self.settings.rule != "convergence",
             exact=exact,
+            lipschitz=lipschitz,
         )
 
     @property

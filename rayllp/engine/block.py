@@ -12,7 +12,7 @@ from rayllp.config import TrainConfig
 from rayllp.data.base import Inputs
 from rayllp.models.base import Architecture
 from rayllp.models.randomness import FrozenRandomness
-from rayllp.state import State, interpolate
+from rayllp.state import State, combine, interpolate, subtract
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.float32, "float64": torch.float64}
 
@@ -33,6 +33,7 @@ class Block:
     Attributes:
         layers: by index in the whole network; the buffers of the first and last worker among them.
         middle: indices of the owned middle layers.
+        watched: None, or the last input of each layer, of the global batch's first sequence alone; filled while it is not None.
     """
 
     def __init__(self, architecture: Architecture, config: TrainConfig, rank: int, device: torch.device) -> None:
@@ -52,6 +53,7 @@ class Block:
         self.parameters = dict(self._named_parameters())
         self._tie()
         self.moment = Moment()
+        self.watched: dict[int, State] | None = None
         self._templates: dict[int, dict[str, Tensor]] = {}
 
     def _place(self, module: nn.Module) -> nn.Module:
@@ -136,9 +138,9 @@ class Block:
         self.moment = moment
 
     @contextmanager
-    def _context(self, piece: object) -> Iterator[None]:
+    def _context(self, piece: object, *, autocast: bool = True) -> Iterator[None]:
         with ExitStack() as stack:
-            if self.config.dtype == "bfloat16":
+            if self.config.dtype == "bfloat16" and autocast:
                 stack.enter_context(torch.autocast(self.device.type, torch.bfloat16))
             if self.moment.training and self.architecture.stochastic:
                 stack.enter_context(FrozenRandomness((self.config.seed, self.moment.step, piece), self.moment.samples))
@@ -147,9 +149,17 @@ class Block:
     def layer(self, index: int, state: State) -> State:
         """x + Δt·(block(x) − x); the block as it is where Δt = 1."""
         size = self.config.step_sizes[index]
+        if self.watched is not None and self.moment.samples[0] == 0:
+            self.watched[index] = combine(lambda part: part[:1].detach().clone(), state)
         with self._context(index):
             after = self.architecture.advance(index, self.layers[index], state, self.moment.context, self.common)
         return after if size == 1 else interpolate(state, after, size)
+
+    def increment(self, index: int, state: State) -> State:
+        """block(x) − x, a layer's step for Δt = 1, in the weights' own precision: differences of it are taken."""
+        with self._context(index, autocast=False):
+            after = self.architecture.advance(index, self.layers[index], state, self.moment.context, self.common)
+        return subtract(after, state)
 
     def enter(self, inputs: Inputs) -> State:
         """Embedding and opening buffers."""

@@ -34,7 +34,7 @@ BUCKET_BYTES = 32 * 1024 * 1024
 
 @dataclass(frozen=True, kw_only=True)
 class StepStats:
-    """What a step did; equal on all workers of a layer group, but for the time and the fault.
+    """What a step did; equal on all workers of a layer group, but for the time, the fault and what is said to be its own.
 
     Attributes:
         fault: None, or the first layer at fault as this worker sees it: (stage, order, text); the smallest over all workers is it.
@@ -42,6 +42,7 @@ class StepStats:
         bias: of the gradient in use, where a probe measured it.
         coarse_weights: ω of each coarse step that this step's states ask for, where a probe fitted it.
         consistency: the consistency penalty R over this replica's samples, without its weight; None where it is off.
+        lipschitz: constants of this worker's own layers, by index, where a probe estimated them.
     """
 
     step: int
@@ -58,6 +59,7 @@ class StepStats:
     advice_forward: str
     advice_backward: str
     fault: tuple[int, int, str] | None = None
+    lipschitz: dict[int, float] | None = None
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -164,6 +166,7 @@ class Engine:
             advice_forward=forward.status.value if forward else "",
             advice_backward=backward.status.value if backward else "",
             fault=fault,
+            lipschitz=probing.lipschitz if probing else None,
         )
 
     def gradients(

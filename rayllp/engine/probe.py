@@ -1,4 +1,5 @@
-"""What a probing step measures: convergence factors, and the bias of the gradient in use beside that gradient's own noise.
+"""What a probing step measures: convergence factors, the bias of the gradient in use beside that gradient's own noise, and, where
+asked for, each layer's Lipschitz constant.
 
 Bias: the gradient in use against that of doubled iterations, or against the exact one, over the middle layers' parameters. Noise: the
 better gradient is formed in two halves of the batch, whose difference is one standard deviation of their sum over the choice of the
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from rayllp.control import Accuracy, ProbePlan
 from rayllp.data.base import Inputs
+from rayllp.engine.lipschitz import estimate_layers
 from rayllp.mgrit import MGRITResult
 from rayllp.state import combine
 
@@ -42,18 +44,24 @@ class Bias:
 
 @dataclass
 class Probing:
-    """A probe on one worker: forms the gradient of the step as `Engine.gradients` does, and measures on the way."""
+    """A probe on one worker: forms the gradient of the step as `Engine.gradients` does, and measures on the way.
+
+    Attributes:
+        lipschitz: constants of this worker's layers, by index in the whole network; None where the plan does not ask for them.
+    """
 
     engine: "Engine"
     plan: ProbePlan
     sums: Tensor | None = None
     has_halves: bool = False
+    lipschitz: dict[int, float] | None = None
 
     def gradients(
         self, step: int, accuracy: Accuracy, inputs: Inputs, targets: Tensor, samples: tuple[int, ...], scale: float
     ) -> tuple[Tensor, MGRITResult | None, MGRITResult | None]:
         """The better gradient into `.grad`, its loss, and the solves that yield ρ."""
         batch = (inputs, targets, samples)
+        self.engine.block.watched = {} if self.plan.lipschitz else None
         used = self._used_gradient(step, batch, scale) if self.plan.bias else None
         doubled = self.plan.candidate.probing()
         forward = backward = None
@@ -68,6 +76,9 @@ class Probing:
         loss, first, solved = self._in_parts(step, better, batch, scale, halves)
         if used is not None:
             self.sums = self._compare(used, first)
+        if self.plan.lipschitz:
+            self.lipschitz = estimate_layers(self.engine.block, step, inputs)
+            self.engine.block.watched = None
         return loss, forward or solved[0], backward or solved[1]
 
     def _used_gradient(self, step: int, batch: tuple[Inputs, Tensor, tuple[int, ...]], scale: float) -> list[Tensor]:
