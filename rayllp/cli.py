@@ -51,6 +51,17 @@ def export(
 
 
 @app.command()
+def suggest_buffers(
+    run: Annotated[Path, typer.Argument(help="run directory, of a run with adaptive.lipschitz_every")],
+    factor: Annotated[float, typer.Option(help="a layer is steep beyond so many medians of the middle")] = 2.0,
+) -> None:
+    """Say how many layers to take out at each end, from each layer's Lipschitz constant."""
+    from rayllp.report.buffers import show_suggestion
+
+    show_suggestion(run, factor, Console(highlight=False, soft_wrap=True))
+
+
+@app.command()
 def settings() -> None:
     """List every setting with its default and meaning."""
     from rayllp.report.settings import settings_table

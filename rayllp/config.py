@@ -218,6 +218,8 @@ class AdaptiveSettings(Settings):
     def _consistent(self) -> "AdaptiveSettings":
         if self.return_below is not None and self.return_below >= self.threshold:
             raise ValueError(f"return_below {self.return_below} is not below threshold {self.threshold}: the rung would swing; lower it")
+        if self.lipschitz_every and not self.probe_every:
+            raise ValueError(f"lipschitz_every {self.lipschitz_every} counts probes, of which probe_every=0 makes none: set probe_every")
         if self.steer and (self.rule == "convergence" or not self.consistency):
             raise ValueError("steer needs adaptive.consistency > 0 to start from, and adaptive.rule bias or both to see the bias")
         return self

@@ -9,6 +9,7 @@ import time
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import rayllp
 from rayllp.cluster.driver import Driver, _validate
@@ -48,7 +49,8 @@ def wait_until(condition, limit_s=20):
 
 @pytest.fixture(scope="module")
 def parallel_run(tmp_path_factory):
-    config = tiny(workers=2, steps=12, adaptive={"probe_every": 4}, eval={"every": 5, "batches": 2, "sample": 8}, model={"layers": 20})
+    adaptive = {"probe_every": 4, "lipschitz_every": 2}
+    config = tiny(workers=2, steps=12, adaptive=adaptive, eval={"every": 5, "batches": 2, "sample": 8}, model={"layers": 20})
     return config, rayllp.train(config, output=tmp_path_factory.mktemp("runs") / "parallel")
 
 
@@ -59,11 +61,13 @@ def test_a_run_writes_what_the_design_names(parallel_run):
     assert [m["step"] for m in metrics] == list(range(12))
     assert set(metrics[0]) == {
         "step", "loss", "mode", "iterations_forward", "iterations_backward", "rho_forward", "rho_backward", "bias", "cosine", "noise",
-        "bias_by_block", "bias_against", "consistency", "consistency_weight", "coarse_weights", "lipschitz", "grad_norm", "lr", "step_time_s", "tokens", "workers",
+        "bias_by_block", "bias_against", "consistency", "consistency_weight", "coarse_weights", "lipschitz", "grad_norm", "lr",
+        "step_time_s", "tokens", "workers",
     }  # fmt: skip
     assert {m["mode"] for m in metrics} == {"parallel"}
     assert {m["workers"] for m in metrics} == {2}
     assert [m["step"] for m in metrics if m["rho_forward"] is not None] == [0, 3, 7, 11]
+    assert [(m["step"], len(m["lipschitz"])) for m in metrics if m["lipschitz"] is not None] == [(0, 20), (7, 20)]
     assert metrics[3]["iterations_forward"] == 4
     assert metrics[4]["iterations_forward"] == 2
     assert [e["step"] for e in read(run / "evals.jsonl")] == [5, 10, 12]
@@ -72,7 +76,8 @@ def test_a_run_writes_what_the_design_names(parallel_run):
     assert rayllp.load_config(run / "config.yaml") == config
     assert [e["kind"] for e in read(run / "events.jsonl")] == ["checkpoint"]
     assert (run / "checkpoints" / "step_12" / "manifest.json").exists()
-    assert list((run / "tensorboard").iterdir())
+    curves = EventAccumulator(str(run / "tensorboard")).Reload().Tags()["scalars"]
+    assert {"train/loss", "lipschitz/layer_00000", "lipschitz/layer_00019", "validation/loss"} <= set(curves)
     assert not placement_groups()
     wait_until(lambda: not living_actors())
 

@@ -50,6 +50,12 @@ class RunDirectory:
         """A line of events.jsonl; kind is switch, fault, resize, checkpoint or restore."""
         self._append("events.jsonl", {"time": time.time(), "step": step, "kind": kind, **details})
 
+    def read_lipschitz(self) -> list[list[float]]:
+        """Estimates of all layers, one list a probe that made them, as metrics.jsonl has them."""
+        path = self.path / "metrics.jsonl"
+        lines = path.read_text().splitlines() if path.is_file() else []
+        return [found for line in lines if (found := json.loads(line).get("lipschitz"))]
+
     def read_best(self) -> dict[str, Any] | None:
         """Step and losses of the best evaluation so far, as `write_best` left them."""
         path = self.path / "best.json"

@@ -1,0 +1,62 @@
+"""What `rayllp suggest-buffers` prints."""
+
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from rayllp.config import TrainConfig, load_config
+from rayllp.errors import SettingsError
+from rayllp.plan.buffers import LAST, BufferSuggestion, suggest_buffers
+from rayllp.report.rundir import RunDirectory
+
+BAR_WIDTH = 32
+
+
+def show_suggestion(run: Path, factor: float, out: Console) -> BufferSuggestion:
+    """Print each layer's constant and part now and as suggested, the reasons, and the settings to use.
+
+    Raises:
+        SettingsError: not a run directory, or one without estimates.
+    """
+    if not (run / "config.yaml").is_file():
+        raise SettingsError(f"{run} is not a run directory (no config.yaml): give the directory that a run printed")
+    config, estimates = load_config(run / "config.yaml"), RunDirectory(run).read_lipschitz()
+    if not estimates:
+        raise SettingsError(
+            f"{run} has no Lipschitz estimates (adaptive.lipschitz_every={config.adaptive.lipschitz_every}, adaptive.probe_every="
+            f"{config.adaptive.probe_every}, mode={config.mode}): probes make them, which mode=serial has none of. Train with "
+            "--set adaptive.lipschitz_every=1, probe_every above 0, and mode parallel or adaptive"
+        )
+    found = suggest_buffers(estimates, config, factor=factor)
+    out.print(suggestion_table(found, config))
+    for reason in found.reasons:
+        out.print(f"- {reason}", markup=False)
+    now = f"{config.buffers.open} + {config.middle_layers} + {config.buffers.close}"
+    seen = f"the last {min(LAST, len(estimates))} of {len(estimates)} estimates"
+    if (found.open, found.close) == (config.buffers.open, config.buffers.close):
+        out.print(f"From {seen}: {now} layers, as the run has them.")
+        return found
+    out.print(f"From {seen}: {found.open} + {found.middle} + {found.close} layers; the run has {now}. For a new run:")
+    blocks = " --set mesh.blocks=null" if config.mesh.blocks else ""
+    out.print(f"  --set buffers.open={found.open} --set buffers.close={found.close}{blocks}", markup=False)
+    return found
+
+
+def suggestion_table(found: BufferSuggestion, config: TrainConfig) -> Table:
+    """A row a layer; those beyond the bar are marked."""
+    table = Table("layer", "now", "constant", "", "suggested", box=None)
+    table.columns[0].justify = table.columns[2].justify = "right"
+    tallest = max(constant for constant in found.constants if constant < float("inf")) or 1.0
+    for n, constant in enumerate(found.constants):
+        bar = "█" * max(1, round(BAR_WIDTH * min(1.0, constant / tallest)))
+        style = "red" if constant > found.bar else "green"
+        parts = [_part(n, open_, len(found.constants) - close) for open_, close in (
+            (config.buffers.open, config.buffers.close), (found.open, found.close),
+        )]  # fmt: skip
+        table.add_row(str(n), parts[0], f"{constant:.3g}", f"[{style}]{bar}[/]", parts[1])
+    return table
+
+
+def _part(layer: int, begin: int, end: int) -> str:
+    return "open" if layer < begin else "close" if layer >= end else "middle"
