@@ -90,8 +90,8 @@ def _check(config: "TrainConfig") -> None:
         )
     if config.model.from_pretrained is not None:
         raise SettingsError(
-            "nested with model.from_pretrained: nested iteration starts from a shallow network with new weights, a pretrained model has its "
-            "depth; leave one of them out"
+            "nested with model.from_pretrained: nested iteration starts from a shallow network with new weights, and a pretrained model "
+            "has its depth; leave one of them out"
         )
     if N % divisor:
         nearest = [size for size in (N // divisor * divisor, -(-N // divisor) * divisor) if size]

@@ -5,9 +5,9 @@ Pure, and piece by piece: a worker makes the state of its own layers of those th
 **Weights** are copied: `factor` steps of Δt / factor with the same weights follow the same ODE over the same time.
 
 **AdamW's moments**: with x + Δt·(block(x) − x) a layer's gradient is proportional to Δt, and the gradients of a layer's copies add up to
-about its own. So each copy's first moment is 1 / factor of it and the second 1 / factor², which is what averages of its own gradients would have
-been. AdamW's step m / √v stays as it was, and so does what the next gradients weigh in it. The count of steps, which corrects the
-averages' bias, is copied. Embedding, buffers and head keep all of theirs.
+about its own. So each copy gets 1 / factor of the first moment and 1 / factor² of the second, which is what averages of its own gradients
+would have been. AdamW's step m / √v stays as it was, and so does what the next gradients weigh in it. The count of steps, which corrects
+the averages' bias, is copied. Embedding, buffers and head keep all of theirs.
 """
 
 from collections.abc import Callable, Mapping
