@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from rayllp.errors import SettingsError
 from rayllp.mgrit import Hierarchy, Method, build_hierarchy, split_evenly
+from rayllp.nested import stages
 from rayllp.sizes import with_pretrained_sizes
 
 Relaxation = Literal["F", "FCF"]
@@ -267,6 +268,24 @@ class MeshSettings(Settings):
     )
 
 
+class NestedSettings(Settings):
+    """Depth by nested iteration: train shallow, prolong, go on deep (arXiv:1912.08974)."""
+
+    factors: tuple[int, ...] = Field((), description="layers that a middle layer becomes at each deepening; none: deep from the start")
+    at: tuple[int, ...] = Field((), description="steps before which the deepenings come, one a factor")
+
+    @model_validator(mode="after")
+    def _one_step_a_factor(self) -> "NestedSettings":
+        factors, at = list(self.factors), list(self.at)
+        if len(factors) != len(at):
+            raise ValueError(f"{len(factors)} factors {factors} at {len(at)} steps {at}: give as many of nested.factors as of nested.at")
+        if any(factor < 2 for factor in factors):
+            raise ValueError(f"factors {factors}: every factor must be at least 2")
+        if any(late <= early for early, late in zip([0, *at], at, strict=False)):
+            raise ValueError(f"at {at}: steps must be positive and increase, such as [300, 600]")
+        return self
+
+
 class TrainConfig(Settings):
     """One run. `TrainConfig()` is the embedded default."""
 
@@ -291,6 +310,7 @@ class TrainConfig(Settings):
     mgrit: MGRITSettings = MGRITSettings()
     buffers: BufferSettings = BufferSettings()
     step: StepSettings = StepSettings()
+    nested: NestedSettings = NestedSettings()
     adaptive: AdaptiveSettings = AdaptiveSettings()
     optimizer: OptimizerSettings = OptimizerSettings()
     eval: EvalSettings = EvalSettings()
@@ -403,7 +423,14 @@ class TrainConfig(Settings):
                 self.hierarchy(levels)
         except SettingsError as error:
             raise ValueError(str(error)) from None
+        self._check_nested()
         return self
+
+    def _check_nested(self) -> None:
+        try:
+            stages(self)
+        except SettingsError as error:
+            raise ValueError(str(error)) from None
 
     def _check_mesh(self) -> None:
         mesh, N, P = self.mesh, self.middle_layers, self.layer_workers

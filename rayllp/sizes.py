@@ -46,6 +46,11 @@ def transformers_config(stored: Mapping[str, Any]) -> dict[str, Any]:
     return dict(stored.get("transformers_config", stored))
 
 
+def with_layers(config: Mapping[str, Any], layers: int) -> dict[str, Any]:
+    """transformers' configuration with so many layers, under the name that it has for their number."""
+    return {**config, **{name: layers for name in LAYERS if name in config}}
+
+
 def with_pretrained_sizes(values: Mapping[str, Any]) -> Mapping[str, Any]:
     """`values` with sizes, Δt and buffers of model.from_pretrained wherever they were not given."""
     model = values.get("model")

@@ -18,6 +18,7 @@ from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from rayllp.checkpoint.prolong import LAYER
 from rayllp.checkpoint.store import checkpoints, read_manifest
 from rayllp.config import TrainConfig, load_config
 from rayllp.data import load_data
@@ -28,6 +29,8 @@ from rayllp.models import adapter, build_architecture
 from rayllp.models.base import Architecture
 from rayllp.models.scaled import model_class, scaled_config
 from rayllp.models.weights import INDEX, SINGLE, names_of_tied
+from rayllp.nested import stage_of_depth
+from rayllp.sizes import with_layers
 
 MODEL_JSON, TOKENIZER_JSON = "model.json", "tokenizer.json"
 SHARD_BYTES = 4 * 1024**3
@@ -75,6 +78,9 @@ def export(run: Path, to: Path, step: int | None = None) -> Path:
     _refuse_occupied(to)
     stored = _read_places(checkpoint)
     values = _read_model(run, config)
+    if config.nested.factors:  # at the depth that the checkpoint has
+        layers = len({place.file for place in stored.values() if place.file.name.startswith(LAYER)})
+        config, values = stage_of_depth(config, layers).config, with_layers(values, layers)
     kind = model_class(values["architectures"][0])
     model_config = kind.config_class.from_dict(values)
     places = _match(kind, model_config, stored, checkpoint)

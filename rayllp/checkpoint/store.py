@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from rayllp.checkpoint.prolong import LAYER, Prolongation
 from rayllp.engine.engine import Engine
 from rayllp.errors import CheckpointError
 
@@ -90,8 +92,16 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def load_pieces(engine: Engine, folder: Path) -> None:
+def count_layers(manifest: Mapping[str, Any]) -> int:
+    """Layers of the network in a checkpoint, buffers included."""
+    return sum(name.startswith(LAYER) for name in manifest["files"])
+
+
+def load_pieces(engine: Engine, folder: Path, prolongation: Prolongation | None = None) -> None:
     """Load this worker's pieces: weights and optimizer state.
+
+    Args:
+        prolongation: how the network follows from the shallower one in the checkpoint; None: it is that one.
 
     Raises:
         CheckpointError: a piece is missing or has another shape: the checkpoint is of another model.
@@ -102,11 +112,17 @@ def load_pieces(engine: Engine, folder: Path) -> None:
         source = tied.get(name, name)
         piece = piece if source == name else "embed"
         if piece not in cache:
-            try:
-                cache[piece] = load_file(folder / f"{piece}.safetensors")
-            except (OSError, SafetensorError) as error:
-                raise CheckpointError(f"{folder}: cannot read {piece}.safetensors ({error}); it is of another model or damaged") from None
+            read = partial(_read_piece, folder)
+            prefix = engine.block.architecture.layer_prefix
+            cache[piece] = read(piece) if prolongation is None else prolongation.piece(piece, read, prefix)
         _load_parameter(engine, cache[piece], source, parameter, folder)
+
+
+def _read_piece(folder: Path, piece: str) -> dict[str, Tensor]:
+    try:
+        return load_file(folder / f"{piece}.safetensors")
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{folder}: cannot read {piece}.safetensors ({error}); it is of another model or damaged") from None
 
 
 def _load_parameter(engine: Engine, stored: Mapping[str, Tensor], name: str, parameter: nn.Parameter, folder: Path) -> None:

@@ -15,15 +15,17 @@ from typing import Any, NamedTuple
 import ray
 from rich.console import Console
 
-from rayllp.checkpoint import checkpoints, commit, read_manifest, staging
+from rayllp.checkpoint import Prolongation, checkpoints, commit, count_layers, read_manifest, staging
 from rayllp.checkpoint.export import read_model_json, write_model_json, write_tokenizer_json
 from rayllp.cluster.group import WorkerGroup, choose_device
 from rayllp.config import TrainConfig, load_config
 from rayllp.control import Accuracy, Controller, Decision, Probe, ProbePlan
 from rayllp.data import Batches, TextBatches, load_data
 from rayllp.errors import CheckpointError, DataError, NonFiniteError, SettingsError
-from rayllp.models import Architecture, build_architecture, check_family
+from rayllp.models import Architecture, LayerStack, build_architecture, check_family
+from rayllp.nested import stage_at
 from rayllp.report import ProgressDisplay, RunDirectory
+from rayllp.sizes import with_layers
 
 CHUNK_S = 1.0
 MAX_CHUNK = 50
@@ -95,13 +97,19 @@ class Loaded(NamedTuple):
 
 
 class Driver:
-    """One sitting of one run."""
+    """One sitting of one run.
+
+    Attributes:
+        whole: the run's settings.
+        config: those of the stage in hand; without `nested` the same.
+    """
 
     def __init__(
         self, config: TrainConfig, run: RunDirectory, device: str, model: Architecture | None, batches: Batches | None,
         loaded: Loaded | None, console: Console | None = None,
     ) -> None:  # fmt: skip
-        self.config, self.run = config, run
+        self.whole, self.config, self.run = config, config, run
+        self.stage = stage_at(config, 0)
         self.data, self.plan, self.kept = loaded or Loaded(None, None, None)
         self.model, self.batches = model, batches
         self.controller = Controller(config)
@@ -117,12 +125,13 @@ class Driver:
         step, sample = 0, ""
         final: dict[str, float] = {}
         try:
+            self._enter_stage(_step_of(start) if start else 0)
             shares = self._start_workers()
             self._keep_what_export_needs()
             step = self._restore(start) if start else 0
             with _stopping(self), _tensorboard(self.run.path) as board, ProgressDisplay(self.config.steps, step, self.console) as display:
                 display.say(self._describe(shares))
-                step = self._loop(step, display, board)
+                step = self._train_stages(step, display, board)
                 self._save(step)  # first of all: what follows can take long, and be interrupted
                 if not self.stop:
                     final, sample = self._finish(step)
@@ -139,7 +148,8 @@ class Driver:
 
     def _start_workers(self) -> list[dict[str, Any]]:
         try:
-            return self.workers.start(self.model, self.batches or self.data, self.kept)
+            architecture, kept = self._plans()
+            return self.workers.start(architecture, self.batches or self.data, kept)
         except BaseException:
             self.run.discard_if_unused()
             raise
@@ -149,10 +159,64 @@ class Driver:
             write_model_json(self.run.path, self.plan)
             write_tokenizer_json(self.run.path, self.data)
 
+    # Stages of nested iteration: one without it ---------------------------------------------------------------------------------
+
+    def _train_stages(self, step: int, display: ProgressDisplay, board: Any) -> int:
+        while True:
+            if self.whole.nested.factors:
+                board.add_scalar("train/layers", self.config.model.layers, step)
+            step = self._loop(step, display, board)
+            if self.stop or step >= self.whole.steps:
+                return step
+            self._deepen(step, display)
+
+    def _enter_stage(self, step: int) -> None:
+        """From `step` on: the settings of the stage that does it, and a controller that starts anew, since its network is another."""
+        self.stage = stage_at(self.whole, step)
+        self.config = self.workers.config = self.stage.config
+        self.controller = Controller(self.config)
+
+    def _deepen(self, step: int, display: ProgressDisplay) -> None:
+        """Go on with the next stage's network on the same workers, made of this one's checkpoint."""
+        folder = self._save(step)
+        self._enter_stage(step)
+        self.workers.rebuild(self.config, *self._plans())
+        self._load(step, folder)
+        display.say(f"step {step}: {self._describe_stage()}")
+
+    def _plans(self) -> tuple[Architecture | None, dict[str, Any] | None]:
+        """The user's own network and the kept configuration of a run that goes on, at this stage's depth."""
+        if not self.whole.nested.factors:
+            return self.model, self.kept
+        config = self.config
+        kept = None if self.kept is None else with_layers(self.kept, config.model.layers)
+        if not isinstance(self.model, LayerStack):
+            return self.model, kept
+        return self.model.thinned(config.buffers.open, config.buffers.close, self.whole.middle_layers // config.middle_layers), kept
+
+    def _load(self, step: int, folder: Path) -> dict[str, Any]:
+        """Take over a checkpoint, of this stage's network or of a shallower one's; its manifest."""
+        manifest, config = read_manifest(folder), self.config
+        layers = count_layers(manifest)
+        prolongation = Prolongation.between(layers, config, folder) if self.whole.nested.factors else None
+        self.workers.call("load", str(folder.absolute()), prolongation)
+        if prolongation is None:
+            self.controller.restore(manifest["controller"])
+        else:
+            sizes = {"middle_layers": config.middle_layers, "step_size": config.middle_step}
+            self.run.event(step, "deepen", layers_before=layers, layers=config.model.layers, **sizes)
+        return manifest
+
+    def _describe_stage(self) -> str:
+        stage, config = self.stage, self.config
+        note = f" ({stage.note})" if stage.note else ""
+        depth = f"{config.middle_layers} middle layers with Δt = {config.middle_step:g}"
+        return f"stage {stage.number} of {len(self.whole.nested.factors) + 1}, to step {stage.end}: {depth}{note}"
+
     # The loop -----------------------------------------------------------------------------------------------------------------
 
     def _loop(self, step: int, display: ProgressDisplay, board: Any) -> int:
-        while step < self.config.steps and not self.stop:
+        while step < self.stage.end and not self.stop:
             self._announce(self.controller.begin(step), display)
             chunk = self._next_chunk(step)
             started = time.perf_counter()
@@ -174,7 +238,7 @@ class Driver:
     def _next_chunk(self, step: int) -> list[tuple[int, Accuracy, ProbePlan | None]]:
         """Steps up to the next probe, evaluation or checkpoint, at most about a second's worth."""
         config, chunk = self.config, []
-        for n in range(step, min(config.steps, step + max(1, min(MAX_CHUNK, int(CHUNK_S / self._step_s))))):
+        for n in range(step, min(self.stage.end, step + max(1, min(MAX_CHUNK, int(CHUNK_S / self._step_s))))):
             probe = self.controller.probe(n)
             chunk.append((n, self.controller.accuracy, probe))
             due = [every for every in (config.eval.every, config.checkpoint.every) if every and (n + 1) % every == 0]
@@ -288,10 +352,7 @@ class Driver:
         return final
 
     def _restore(self, folder: Path) -> int:
-        manifest = read_manifest(folder)
-        self.workers.call("load", str(folder.absolute()))
-        self.controller.restore(manifest["controller"])
-        step = self._saved = int(manifest["step"])
+        step = self._saved = int(self._load(_step_of(folder), folder)["step"])
         self.run.truncate(step)
         if self.best is not None and (self.best["step"] > step or not (self.run.checkpoints / f"step_{self.best['step']}").is_dir()):
             self.best = None
@@ -323,7 +384,8 @@ class Driver:
         skipped = getattr(self.data, "skipped", {})
         left_out = "; left out of the data: " + ", ".join(f"{n} {kind}" for kind, n in skipped.items()) if skipped else ""
         where = f"{mesh} on {self.workers.device}; run directory {self.run.path}"
-        return f"{what}: {buffers}, {parameters / 1e6:.1f} M parameters, {where}{left_out}"
+        stage = f"; {self._describe_stage()}" if self.whole.nested.factors else ""
+        return f"{what}: {buffers}, {parameters / 1e6:.1f} M parameters, {where}{left_out}{stage}"
 
 
 def _in_layer_order(found: list[dict[int, float]]) -> list[float]:
@@ -346,12 +408,16 @@ def _validate(config: TrainConfig, model: Architecture | None, batches: Batches 
     if model is not None:
         if model.layers != config.model.layers:
             raise SettingsError(f"the model has {model.layers} layers but model.layers is {config.model.layers}: make them equal")
+        if config.nested.factors and not isinstance(model, LayerStack):
+            raise SettingsError(f"nested needs a LayerStack, to make shallower ones of it; got a {type(model).__name__}: leave nested out")
         return None
     check_family(config)
     if config.model.family == "mt" and (config.eval.translate or config.eval.final_translate) and find_spec("sacrebleu") is None:
         raise DataError("BLEU needs sacrebleu: pip install 'rayllp[translation]', or set eval.translate and eval.final_translate to 0")
     data = load_data(config)
     kept = read_model_json(run.path) if run is not None else None
+    if kept is not None and config.nested.factors:  # the run may have been made shallower than the settings now say
+        kept = with_layers(kept, config.model.layers)
     return Loaded(data, build_architecture(config, data.facts, kept), kept)  # refuses sizes and checkpoints that do not fit
 
 
@@ -362,6 +428,10 @@ def _open_run(path: Path) -> tuple[TrainConfig, RunDirectory, Path]:
     if not found:
         raise CheckpointError(f"{path} has no complete checkpoint to resume from; start it anew, with checkpoint.every set")
     return load_config(path / "config.yaml"), RunDirectory(path), found[-1]
+
+
+def _step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step_"))
 
 
 @contextlib.contextmanager

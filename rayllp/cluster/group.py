@@ -56,6 +56,7 @@ class WorkerGroup:
         self.group = group or placement_group([self._bundle] * config.world, strategy="PACK")
         self._first_bundle, self._threads = first_bundle, _threads(cpus)
         self.workers: list[Any] = []
+        self._shared: Any = None
 
     def start(self, architecture: Architecture | None, batches: Batches, kept: dict[str, Any] | None = None) -> list[dict[str, Any]]:
         """Create, connect and build all workers; what each says of itself.
@@ -91,10 +92,19 @@ class WorkerGroup:
         port = self._get([self.workers[0].listen.remote(host)], START_TIMEOUT_S)[0]
         backend = {"auto": "nccl" if self.device == "cuda" else "gloo"}.get(self.config.channel, self.config.channel)
         self.call("connect", host, port, backend, timeout_s=START_TIMEOUT_S)
-        shared = ray.put(batches)
+        self._shared = ray.put(batches)
+        return self._build(architecture, kept)
+
+    def rebuild(self, config: TrainConfig, architecture: Architecture | None, kept: dict[str, Any] | None = None) -> list[dict[str, Any]]:
+        """Give the workers the layers of other settings, which want as many workers, and drop those they have; else as `start`."""
+        self.config = config
+        self.call("reconfigure", config)
+        return self._build(architecture, kept)
+
+    def _build(self, architecture: Architecture | None, kept: dict[str, Any] | None) -> list[dict[str, Any]]:
         plan = Plan({} if architecture is not None else dict(FAMILIES), kept)
         # No limit: reading pretrained weights takes as long as it takes, and a worker that dies is noticed.
-        return self.call("build", architecture, shared, self.device, plan)
+        return self.call("build", architecture, self._shared, self.device, plan)
 
     def call(self, method: str, *arguments: Any, timeout_s: float | None = None) -> list[Any]:
         """Call `method` on all workers and wait; their answers by rank.

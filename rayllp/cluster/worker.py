@@ -1,5 +1,6 @@
 """The Ray actor that owns a block of layers. It is called once a chunk of steps, never once a sweep."""
 
+import gc
 import os
 import socket
 from dataclasses import dataclass, field
@@ -11,10 +12,10 @@ import ray
 import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import TCPStore
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from rayllp.channel.torch_dist import TorchChannel
-from rayllp.checkpoint import load_pieces, write_pieces
+from rayllp.checkpoint import Prolongation, load_pieces, write_pieces
 from rayllp.config import TrainConfig
 from rayllp.control import Accuracy, ProbePlan
 from rayllp.data import Batches
@@ -44,6 +45,7 @@ class BlockWorker:
         self.rank, self.config = rank, config
         self.engine: Engine | None = None
         self._listener: socket.socket | None = None
+        self._mesh: DeviceMesh | None = None
 
     def place(self) -> tuple[str, str]:
         """The node this worker is on, and its address."""
@@ -70,7 +72,9 @@ class BlockWorker:
         """Make this worker's layers; its share of the model, in words and numbers."""
         config = self.config
         FAMILIES.update(plan.families)
-        mesh = init_device_mesh(device, (config.mesh.data, config.layer_workers), mesh_dim_names=("data", "layer"))
+        if self._mesh is None:
+            self._mesh = init_device_mesh(device, (config.mesh.data, config.layer_workers), mesh_dim_names=("data", "layer"))
+        mesh = self._mesh
         where = torch.device("cuda", 0) if device == "cuda" else torch.device("cpu")
         if architecture is None:
             facts = batches.facts  # type: ignore[attr-defined]  # a data set of ours, where the model is named by settings
@@ -80,6 +84,11 @@ class BlockWorker:
         self.engine = Engine(architecture, config, batches, layer, data, where)
         parameters = sum(p.numel() for p in self.engine.block.parameters.values())
         return {"rank": self.rank, "layers": sorted(self.engine.block.layers), "parameters": parameters, "pid": os.getpid()}
+
+    def reconfigure(self, config: TrainConfig) -> None:
+        """Give up this worker's layers; those that `build` makes next are of other settings, with the same mesh."""
+        self.config, self.engine = config, None
+        gc.collect()  # two networks at once may not fit, and an engine and its parts refer to each other
 
     def run(self, steps: list[tuple[int, Accuracy, ProbePlan | None]]) -> list[dict[str, Any]]:
         """A chunk of training steps; ends early after a step whose loss or gradient is not finite."""
@@ -110,9 +119,9 @@ class BlockWorker:
         """Write this worker's pieces of a checkpoint."""
         return write_pieces(self._engine, Path(folder))
 
-    def load(self, folder: str) -> None:
-        """Load this worker's pieces of a checkpoint."""
-        load_pieces(self._engine, Path(folder))
+    def load(self, folder: str, prolongation: Prolongation | None = None) -> None:
+        """Load this worker's pieces of a checkpoint; with a prolongation, of a shallower network's."""
+        load_pieces(self._engine, Path(folder), prolongation)
 
     def parameters(self) -> dict[str, torch.Tensor]:
         """Copies of this worker's parameters by full name."""

@@ -51,6 +51,13 @@ class LayerStack(Architecture):
         self.metric = metric or NoMetric()
         self.stochastic = _draws(_build(layers[0])) if stochastic is None else stochastic
 
+    def thinned(self, open: int, close: int, divisor: int) -> "LayerStack":
+        """A shallower network for nested iteration: of the layers between `open` first and `close` last, every `divisor`-th."""
+        shallow, end = copy.copy(self), self.layers - close
+        shallow._layers = [*self._layers[:open], *self._layers[open:end:divisor], *self._layers[end:]]
+        shallow.layers = len(shallow._layers)
+        return shallow
+
     def embed(self) -> nn.Module:
         return _build(self._embed)
 

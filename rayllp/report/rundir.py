@@ -47,7 +47,7 @@ class RunDirectory:
         self._append("evals.jsonl", {"step": step, "split": split, "loss": loss, **metrics})
 
     def event(self, step: int, kind: str, **details: Any) -> None:
-        """A line of events.jsonl; kind is switch, fault, resize, checkpoint or restore."""
+        """A line of events.jsonl; kind is switch, deepen, fault, resize, checkpoint or restore."""
         self._append("events.jsonl", {"time": time.time(), "step": step, "kind": kind, **details})
 
     def read_lipschitz(self) -> list[list[float]]:

@@ -1,0 +1,152 @@
+"""Depth by nested iteration: train a shallow network, make each middle layer several, go on deep (arXiv:1912.08974).
+
+Layers are steps of an ODE over a fixed time, so a shallow network is a coarse discretisation of the deep one, and its weights, constant
+over the layers that a layer becomes, are where the deep one starts. Pure: what each stage of the schedule `nested` is. A stage's settings
+are plain ones, so that whatever trains a run trains a stage; `rayllp.checkpoint.prolong` carries weights and moments over.
+"""
+
+from contextlib import suppress
+from dataclasses import dataclass
+from math import prod
+from typing import TYPE_CHECKING, Any
+
+from pydantic import ValidationError
+
+from rayllp.errors import CheckpointError, SettingsError
+
+if TYPE_CHECKING:  # the settings check themselves by what is here
+    from rayllp.config import TrainConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """A stretch of steps at one depth.
+
+    Attributes:
+        number: from 1.
+        begin, end: the stage does optimizer steps begin to end - 1, counted over the whole run.
+        config: settings of the network at this depth. `steps` is the whole run's, since the learning rate follows that.
+        note: which settings of the solve the stage is too shallow for, and what it does instead; empty where it does as set.
+    """
+
+    number: int
+    begin: int
+    end: int
+    config: "TrainConfig"
+    note: str = ""
+
+
+def stages(config: "TrainConfig") -> tuple[Stage, ...]:
+    """The stages of a run, shallow first; one, the settings themselves, without `nested`.
+
+    Stage i has the middle layers divided by all factors to come, and Δt multiplied by them, so that N·Δt is the same at every depth.
+
+    Raises:
+        SettingsError: a stage that cannot be: layers or blocks that do not divide, or fewer layers than workers.
+    """
+    factors, at = config.nested.factors, config.nested.at
+    if not factors:
+        return (Stage(number=1, begin=0, end=config.steps, config=config),)
+    _check(config)
+    found = []
+    for i, (begin, end) in enumerate(zip((0, *at), (*at, config.steps), strict=True)):
+        settings, note = _shallow(config, prod(factors[i:]), f"stage {i + 1} of {len(at) + 1}")
+        found.append(Stage(number=i + 1, begin=begin, end=end, config=settings, note=note))
+    return tuple(found)
+
+
+def stage_at(config: "TrainConfig", step: int) -> Stage:
+    """The stage that does optimizer step `step`; the last one after the end."""
+    return next((stage for stage in stages(config) if step < stage.end), stages(config)[-1])
+
+
+def stage_of_depth(config: "TrainConfig", layers: int) -> Stage:
+    """The stage whose network has so many layers, buffers included.
+
+    Raises:
+        CheckpointError: none has.
+    """
+    known = stages(config)
+    for stage in known:
+        if stage.config.model.layers == layers:
+            return stage
+    depths = ", ".join(str(stage.config.model.layers) for stage in known)
+    raise CheckpointError(
+        f"the checkpoint has {layers} layers, but the run's settings make networks of {depths}: put back model.layers, buffers and "
+        "nested of the config.yaml that it was made with"
+    )
+
+
+def _check(config: "TrainConfig") -> None:
+    factors, at, N, steps = config.nested.factors, config.nested.at, config.middle_layers, config.steps
+    divisor = prod(factors)
+    shown = " × ".join(map(str, factors)) + (f" = {divisor}" if len(factors) > 1 else "")
+    if at[-1] >= steps:
+        raise SettingsError(f"nested.at {list(at)}: the last deepening must come before the end, step {steps}: lower it or raise steps")
+    if config.model.family == "mt":
+        raise SettingsError(
+            "nested with model.family=mt: an encoder–decoder's middle layers are of two kinds that must deepen in step, which is not "
+            "implemented; leave nested out"
+        )
+    if config.model.from_pretrained is not None:
+        raise SettingsError(
+            "nested with model.from_pretrained: nested iteration starts from a shallow network with new weights, and a pretrained model "
+            "has its depth; leave one of them out"
+        )
+    if N % divisor:
+        nearest = [size for size in (N // divisor * divisor, -(-N // divisor) * divisor) if size]
+        better = " or ".join(str(size + config.model.layers - N) for size in nearest)
+        raise SettingsError(
+            f"{N} middle layers do not divide by nested.factors {shown}: use model.layers={better}, other buffers, or other factors"
+        )
+    if config.mesh.blocks and any(block % divisor for block in config.mesh.blocks):
+        raise SettingsError(
+            f"mesh.blocks {config.mesh.blocks} with nested.factors {shown}: every block must be a multiple of {divisor}, so that it can be "
+            "divided in the shallow stages; change them or leave mesh.blocks out"
+        )
+
+
+def _shallow(config: "TrainConfig", divisor: int, name: str) -> tuple["TrainConfig", str]:
+    """Settings with the middle layers divided by `divisor`, as many levels as they allow, and what that changed."""
+    values: dict[str, Any] = config.model_dump() | {"nested": {}}
+    N, levels = config.middle_layers // divisor, config.mgrit.levels
+    values["model"]["layers"] -= config.middle_layers - N
+    if not isinstance(config.step.middle, str):  # "T/N" follows N by itself
+        values["step"]["middle"] *= divisor
+    if config.mesh.blocks:
+        values["mesh"]["blocks"] = [block // divisor for block in config.mesh.blocks]
+    if divisor == 1:
+        return _validated(config, values, name, N), ""
+    # The penalties and fitted coarse steps belong to a coarse grid, which a stage with too few layers does not have.
+    gridless = {"adaptive": {"consistency": 0.0, "steer": False}, "mgrit": {"coarse_step_weight": config.coarse_step_weight}}
+    serial = _merged(values, {**gridless, "mode": "serial"})
+    serial["mgrit"]["levels"] = {"forward": 1, "backward": 1}
+    bare = _validated(config, serial, name, N)
+    forward, backward = _fitting(bare, levels.forward), _fitting(bare, levels.backward)
+    if max(forward, backward) == 1 < max(levels.forward, levels.backward):
+        return bare, "" if config.mode == "serial" else f"{N} middle layers are too few for mgrit.coarsening, so it is trained serially"
+    values["mgrit"]["levels"] = {"forward": forward, "backward": backward}
+    fewer = (forward, backward) != (levels.forward, levels.backward)
+    note = f"{N} middle layers allow {forward} levels forward and {backward} backward" if fewer else ""
+    return _validated(config, values, name, N), note
+
+
+def _fitting(config: "TrainConfig", levels: int) -> int:
+    """The most levels, at most `levels`, that the middle layers allow."""
+    for count in range(levels, 1, -1):
+        with suppress(SettingsError):
+            config.hierarchy(count)
+            return count
+    return 1
+
+
+def _validated(config: "TrainConfig", values: dict[str, Any], name: str, layers: int) -> "TrainConfig":
+    try:
+        return type(config).model_validate(values)
+    except ValidationError as error:
+        message = error.errors()[0]["msg"].removeprefix("Value error, ")
+        raise SettingsError(f"nested, {name}, with {layers} middle layers: {message}; or lower nested.factors") from None
+
+
+def _merged(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    return values | {name: values[name] | change if isinstance(change, dict) else change for name, change in changes.items()}
