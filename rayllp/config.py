@@ -306,6 +306,12 @@ class TrainConfig(Settings):
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: GPUs where the cluster has enough of them")
     channel: Literal["auto", "gloo", "nccl"] = Field("auto", description="auto: nccl on GPUs, gloo on CPUs")
     receive_timeout_s: float = Field(120.0, gt=0, description="longest wait for a neighbour's message")
+    snapshot_every: int | None = Field(
+        None,
+        ge=0,
+        description="steps between states kept in memory, here and at the neighbour; default: as 3 % of the time allows; 0: never",
+    )
+    max_failures: int = Field(10, ge=0, description="lost workers that a run survives within an hour")
     mode: Literal["parallel", "serial", "adaptive"] = Field("adaptive", description="adaptive: parallel until ρ says otherwise")
     mgrit: MGRITSettings = MGRITSettings()
     buffers: BufferSettings = BufferSettings()

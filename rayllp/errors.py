@@ -17,6 +17,14 @@ class ClusterError(RayllpError, RuntimeError):
     """The cluster cannot give what the run needs, or a worker was lost."""
 
 
+class WorkerLostError(ClusterError):
+    """Workers died, or did not answer: `ranks` says which. A run goes on without its caller seeing this, as long as it may."""
+
+    def __init__(self, message: str, ranks: frozenset[int]) -> None:
+        super().__init__(message)
+        self.ranks = ranks
+
+
 class ChannelError(RayllpError, RuntimeError):
     """A message between two workers failed: names step, phase, level, sender and receiver."""
 

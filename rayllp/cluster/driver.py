@@ -18,10 +18,11 @@ from rich.console import Console
 from rayllp.checkpoint import Prolongation, checkpoints, commit, count_layers, read_manifest, staging
 from rayllp.checkpoint.export import read_model_json, write_model_json, write_tokenizer_json
 from rayllp.cluster.group import WorkerGroup, choose_device
+from rayllp.cluster.recovery import RAREST, FailureBudget, choose_interval
 from rayllp.config import TrainConfig, load_config
 from rayllp.control import Accuracy, Controller, Decision, Probe, ProbePlan
 from rayllp.data import Batches, TextBatches, load_data
-from rayllp.errors import CheckpointError, DataError, NonFiniteError, SettingsError
+from rayllp.errors import ChannelError, CheckpointError, DataError, NonFiniteError, RayllpError, SettingsError, WorkerLostError
 from rayllp.models import Architecture, LayerStack, build_architecture, check_family
 from rayllp.nested import stage_at
 from rayllp.report import ProgressDisplay, RunDirectory
@@ -29,6 +30,8 @@ from rayllp.sizes import with_layers
 
 CHUNK_S = 1.0
 MAX_CHUNK = 50
+WARM_STEPS = 3
+"""Steps before the cost of keeping states is looked at."""
 SCALARS = "loss grad_norm lr rho_forward rho_backward bias cosine noise consistency consistency_weight".split()
 """What TensorBoard gets of each step, where it was measured."""
 
@@ -117,8 +120,15 @@ class Driver:
         self.console = console or Console(stderr=True)
         self.stop = False
         self.best = run.read_best()
+        self.budget = FailureBudget(config.max_failures)
         self._saved = -1
         self._step_s = CHUNK_S
+        self._step = self._first_step = 0  # steps done, as far as the driver was told
+        self._settled = 0  # the last step after which everything due was done
+        self._chunk: list[tuple[int, Accuracy, ProbePlan | None]] = []
+        self._marks: dict[int, Any] = {}  # where the controller was before chunks
+        self._keep_every = 1 if config.snapshot_every is None else config.snapshot_every
+        self._keep_chosen = False
 
     def train(self, start: Path | None) -> TrainResult:
         """Run to the last step, or to Ctrl-C."""
@@ -131,10 +141,7 @@ class Driver:
             step = self._restore(start) if start else 0
             with _stopping(self), _tensorboard(self.run.path) as board, ProgressDisplay(self.config.steps, step, self.console) as display:
                 display.say(self._describe(shares))
-                step = self._train_stages(step, display, board)
-                self._save(step)  # first of all: what follows can take long, and be interrupted
-                if not self.stop:
-                    final, sample = self._finish(step)
+                step, final, sample = self._train_through_faults(step, display, board)
         finally:
             self.workers.shutdown()
         if self.stop:
@@ -159,6 +166,94 @@ class Driver:
             write_model_json(self.run.path, self.plan)
             write_tokenizer_json(self.run.path, self.data)
 
+    # Faults ---------------------------------------------------------------------------------------------------------------------
+
+    def _train_through_faults(self, step: int, display: ProgressDisplay, board: Any) -> tuple[int, dict[str, float], str]:
+        try:
+            self._keep_in_memory(step)
+        except (WorkerLostError, ChannelError) as error:
+            step = self._recover(error, display, board)
+        while True:
+            try:
+                step = self._train_stages(step, display, board)
+                self._save(step)  # first of all: what follows can take long, and be interrupted
+                final, sample = ({}, "") if self.stop else self._finish(step)
+            except (WorkerLostError, ChannelError) as error:
+                step = self._recover(error, display, board)
+            else:
+                return step, final, sample
+
+    def _recover(self, error: RayllpError, display: ProgressDisplay, board: Any) -> int:
+        """Replace lost workers and take all blocks back to a common step; that step."""
+        began, lost, reached = time.monotonic(), _ranks_of(error), self._step
+        while True:
+            self.run.event(reached, "fault", reason=str(error), ranks=sorted(lost))
+            display.say(f"step {reached}: {error}")
+            time.sleep(self.budget.spend(self._step, time.monotonic(), str(error)))
+            try:
+                self.workers.replace(lost)
+                reached = max(reached, self.workers.reached(lost))
+                step, source = self._take_back(lost, display, board)
+                if self._keep_every:
+                    self.workers.call("keep", step)
+                break
+            except (WorkerLostError, ChannelError) as another:
+                # Those that were replaced have no state yet, as far as is known.
+                error, lost = another, lost | _ranks_of(another)
+        seconds = time.monotonic() - began
+        self.run.event(step, "restore", source=source, ranks=sorted(lost), seconds=round(seconds, 3), steps_lost=reached - step)
+        board.add_scalar("recovery/seconds", seconds, step)
+        display.say(f"step {step}: going on from {source} after {seconds:.1f} s; {reached - step} steps are done again")
+        return step
+
+    def _take_back(self, lost: frozenset[int], display: ProgressDisplay, board: Any) -> tuple[int, str]:
+        """Blocks and controller as they were after some step: held in memory, else of the last checkpoint, else of none; its source."""
+        step = self.workers.roll_back(lost)
+        if step is not None:
+            if step > self._step:  # their statistics were lost with the call
+                alive = [rank for rank in range(self.config.world) if rank not in lost]
+                self._take_in(self.workers.call_some(alive, "report", self._step, step), display, board)
+            elif step < self._step:
+                self._rewind(step)
+            return step, "memory"
+        found = checkpoints(self.run.checkpoints)
+        if found:
+            self._enter_stage(_step_of(found[-1]))
+            self.workers.rebuild(self.config, *self._plans())
+            return self._restore(found[-1]), "checkpoint"
+        self._enter_stage(0)
+        self.workers.rebuild(self.config, *self._plans())
+        self.run.truncate(0)
+        self._step = self._settled = 0
+        return 0, "the start"
+
+    def _rewind(self, step: int) -> None:
+        """Forget what was recorded after `step` steps, which will be done again."""
+        self.run.truncate(step)
+        self.controller.rewind(self._marks[max(known for known in self._marks if known <= step)])
+        self._step, self._settled = step, min(step, self._settled)
+
+    def _keep_in_memory(self, step: int) -> None:
+        """A state to come back to before the next step is done."""
+        self._step = self._settled = self._first_step = step
+        self._remember(step)
+        if self._keep_every:
+            self.workers.call("keep", step)
+
+    def _remember(self, step: int) -> None:
+        """Where the controller is before `step`, for as long as states of earlier steps may be come back to."""
+        self._marks = {known: mark for known, mark in self._marks.items() if known >= step - 2 * RAREST - MAX_CHUNK}
+        self._marks[step] = self.controller.mark()
+
+    def _choose_keep_every(self) -> None:
+        """After the first steps: how often states are kept, by what that costs, where the settings leave it open."""
+        if self._keep_chosen or self.config.snapshot_every is not None or self._step < self._first_step + WARM_STEPS:
+            return
+        costs = self.workers.call("cost_of_copies")
+        take_s, exchange_s = (max(cost[part] for cost in costs) for part in (0, 1))
+        self._keep_every = choose_interval(self._step_s, take_s, exchange_s, on_cpu=self.workers.device == "cpu")
+        self._keep_chosen = True
+
     # Stages of nested iteration: one without it ---------------------------------------------------------------------------------
 
     def _train_stages(self, step: int, display: ProgressDisplay, board: Any) -> int:
@@ -182,6 +277,7 @@ class Driver:
         self._enter_stage(step)
         self.workers.rebuild(self.config, *self._plans())
         self._load(step, folder)
+        self._keep_in_memory(step)
         display.say(f"step {step}: {self._describe_stage()}")
 
     def _plans(self) -> tuple[Architecture | None, dict[str, Any] | None]:
@@ -216,23 +312,36 @@ class Driver:
     # The loop -----------------------------------------------------------------------------------------------------------------
 
     def _loop(self, step: int, display: ProgressDisplay, board: Any) -> int:
-        while step < self.stage.end and not self.stop:
+        while True:
+            if step > self._settled:
+                self._between_chunks(step, display, board)
+                self._settled = step
+            if step >= self.stage.end or self.stop:
+                return step
+            self._remember(step)
             self._announce(self.controller.begin(step), display)
-            chunk = self._next_chunk(step)
+            self._chunk = self._next_chunk(step)
             started = time.perf_counter()
-            answers = self.workers.call("run", chunk)
-            self._step_s = (time.perf_counter() - started) / len(chunk)
-            for stats, (_, accuracy, plan) in zip(answers[0], chunk, strict=False):
-                metric = self._metric(stats, accuracy, plan)
-                if plan is not None and plan.lipschitz:  # a probe ends its chunk
-                    metric["lipschitz"] = _in_layer_order([answer[-1]["lipschitz"] for answer in answers])
-                if not math.isfinite(stats["loss"]) or not math.isfinite(stats["grad_norm"]):
-                    self._not_finite(step, [answer[-1]["fault"] for answer in answers])
-                self._record(metric, display, board)
-                step += 1
-            if chunk[-1][2] is not None:
-                self._observe(answers[0][-1], display)
-            self._between_chunks(step, display, board)
+            answers = self.workers.call("run", self._chunk, self._keep_every)
+            self._step_s = (time.perf_counter() - started) / len(self._chunk)
+            step = self._take_in(answers, display, board)
+            self._choose_keep_every()
+
+    def _take_in(self, answers: list[list[dict[str, Any]]], display: ProgressDisplay, board: Any) -> int:
+        """What the chunk's steps did, as each worker tells it; the step after them."""
+        step = self._step
+        for stats, (_, accuracy, plan) in zip(answers[0], self._chunk, strict=False):
+            metric = self._metric(stats, accuracy, plan)
+            if plan is not None and plan.lipschitz:  # a probe ends its chunk
+                found = _in_layer_order([answer[-1]["lipschitz"] for answer in answers])
+                metric["lipschitz"] = found if len(found) == self.config.model.layers else None  # some were lost with their worker
+            if not math.isfinite(stats["loss"]) or not math.isfinite(stats["grad_norm"]):
+                self._not_finite(step, [answer[-1]["fault"] for answer in answers])
+            self._record(metric, display, board)
+            step += 1
+        self._step = step
+        if len(answers[0]) == len(self._chunk) and self._chunk[-1][2] is not None:
+            self._observe(answers[0][-1], display)
         return step
 
     def _next_chunk(self, step: int) -> list[tuple[int, Accuracy, ProbePlan | None]]:
@@ -352,7 +461,7 @@ class Driver:
         return final
 
     def _restore(self, folder: Path) -> int:
-        step = self._saved = int(self._load(_step_of(folder), folder)["step"])
+        step = self._saved = self._step = self._settled = int(self._load(_step_of(folder), folder)["step"])
         self.run.truncate(step)
         if self.best is not None and (self.best["step"] > step or not (self.run.checkpoints / f"step_{self.best['step']}").is_dir()):
             self.best = None
@@ -428,6 +537,10 @@ def _open_run(path: Path) -> tuple[TrainConfig, RunDirectory, Path]:
     if not found:
         raise CheckpointError(f"{path} has no complete checkpoint to resume from; start it anew, with checkpoint.every set")
     return load_config(path / "config.yaml"), RunDirectory(path), found[-1]
+
+
+def _ranks_of(error: RayllpError) -> frozenset[int]:
+    return error.ranks if isinstance(error, WorkerLostError) else frozenset()
 
 
 def _step_of(checkpoint: Path) -> int:

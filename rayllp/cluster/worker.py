@@ -1,12 +1,16 @@
 """The Ray actor that owns a block of layers. It is called once a chunk of steps, never once a sweep."""
 
+import functools
 import gc
 import os
 import socket
+import traceback
+from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import ray
 import torch
@@ -16,12 +20,20 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from rayllp.channel.torch_dist import TorchChannel
 from rayllp.checkpoint import Prolongation, load_pieces, write_pieces
+from rayllp.checkpoint.memory import Inventory, NeighbourCopies
 from rayllp.config import TrainConfig
 from rayllp.control import Accuracy, ProbePlan
 from rayllp.data import Batches
 from rayllp.engine import Engine
 from rayllp.engine.decode import continue_text, translate
 from rayllp.models import FAMILIES, Architecture, build_architecture
+
+REMEMBERED = 512
+"""Steps whose statistics a worker can still tell, for a driver whose call for them failed."""
+COPY_TIMEOUT_S = 30.0
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -37,6 +49,24 @@ class Plan:
     kept: dict[str, Any] | None = None
 
 
+def _leaving(method: Callable[P, R]) -> Callable[P, R]:
+    """A method that talks to other workers: if it fails, this worker's connections are closed, so that nobody waits for it in vain."""
+
+    @functools.wraps(method)
+    def checked(*arguments: P.args, **named: P.kwargs) -> R:
+        try:
+            return method(*arguments, **named)
+        except Exception as error:
+            failure = error
+        traceback.clear_frames(failure.__traceback__)  # what they hold would keep the connections open
+        worker = arguments[0]
+        assert isinstance(worker, BlockWorker)
+        worker.leave()
+        raise failure
+
+    return checked
+
+
 class BlockWorker:
     """One worker: replica `rank // P`, block `rank % P` of the layers."""
 
@@ -46,6 +76,9 @@ class BlockWorker:
         self.engine: Engine | None = None
         self._listener: socket.socket | None = None
         self._mesh: DeviceMesh | None = None
+        self._copies_group: dist.ProcessGroup | None = None
+        self._copies: NeighbourCopies | None = None
+        self._done: deque[dict[str, Any]] = deque(maxlen=REMEMBERED)
 
     def place(self) -> tuple[str, str]:
         """The node this worker is on, and its address."""
@@ -56,58 +89,143 @@ class BlockWorker:
         self._listener = socket.create_server((host, 0))
         return int(self._listener.getsockname()[1])
 
-    def connect(self, host: str, port: int, backend: str) -> None:
-        """Join the process group."""
+    def connect(self, host: str, port: int, backend: str, device: str) -> None:
+        """Join the process groups."""
         config, timeout = self.config, timedelta(seconds=self.config.receive_timeout_s)
         if host == "127.0.0.1":  # all workers on this machine: keep their traffic off the network
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
             os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
         if self._listener is not None:
             store = TCPStore(host, port, config.world, True, timeout, master_listen_fd=self._listener.detach())
+            self._listener = None
         else:
             store = TCPStore(host, port, config.world, False, timeout)
         dist.init_process_group(backend, store=store, rank=self.rank, world_size=config.world, timeout=timeout)
+        self._mesh = init_device_mesh(device, (config.mesh.data, config.layer_workers), mesh_dim_names=("data", "layer"))
+        if config.mesh.data == 1 and config.world > 1:  # with replicas a block's state is on another one already
+            self._copies_group = dist.new_group(backend="gloo", timeout=timedelta(seconds=COPY_TIMEOUT_S))
+        if self.engine is not None:
+            self.engine.reconnect(*self._channels())
+            self._keep_copies()
+
+    def leave(self) -> None:
+        """Close this worker's connections, so that others who wait for it are told at once; its layers stay."""
+        if self._copies is not None:
+            self._copies.close()
+        if self.engine is not None:
+            self.engine.disconnect()
+        self._mesh = self._copies_group = None
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        gc.collect()  # a connection closes when nothing refers to it any more
 
     def build(self, architecture: Architecture | None, batches: Batches, device: str, plan: Plan) -> dict[str, Any]:
         """Make this worker's layers; its share of the model, in words and numbers."""
         config = self.config
         FAMILIES.update(plan.families)
-        if self._mesh is None:
-            self._mesh = init_device_mesh(device, (config.mesh.data, config.layer_workers), mesh_dim_names=("data", "layer"))
-        mesh = self._mesh
         where = torch.device("cuda", 0) if device == "cuda" else torch.device("cpu")
         if architecture is None:
             facts = batches.facts  # type: ignore[attr-defined]  # a data set of ours, where the model is named by settings
             architecture = build_architecture(config, facts, plan.kept)
-        layer = TorchChannel(mesh.get_group("layer"), config.receive_timeout_s)
-        data = TorchChannel(mesh.get_group("data"), config.receive_timeout_s)
-        self.engine = Engine(architecture, config, batches, layer, data, where)
+        self.engine = Engine(architecture, config, batches, *self._channels(), where)
+        self._keep_copies()
         parameters = sum(p.numel() for p in self.engine.block.parameters.values())
         return {"rank": self.rank, "layers": sorted(self.engine.block.layers), "parameters": parameters, "pid": os.getpid()}
 
+    def _channels(self) -> tuple[TorchChannel, TorchChannel]:
+        """To the other blocks, and to the other replicas."""
+        assert self._mesh is not None, "connect() comes first"
+        limit = self.config.receive_timeout_s
+        return TorchChannel(self._mesh.get_group("layer"), limit), TorchChannel(self._mesh.get_group("data"), limit)
+
+    def _keep_copies(self) -> None:
+        group, before = self._copies_group, self._copies
+        channel = None if group is None else TorchChannel(group, COPY_TIMEOUT_S)
+        self._copies = NeighbourCopies(self._engine, channel, before)
+
     def reconfigure(self, config: TrainConfig) -> None:
         """Give up this worker's layers; those that `build` makes next are of other settings, with the same mesh."""
-        self.config, self.engine = config, None
+        if self._copies is not None:
+            self._copies.close()
+        self.config, self.engine, self._copies = config, None, None
         gc.collect()  # two networks at once may not fit, and an engine and its parts refer to each other
 
-    def run(self, steps: list[tuple[int, Accuracy, ProbePlan | None]]) -> list[dict[str, Any]]:
-        """A chunk of training steps; ends early after a step whose loss or gradient is not finite."""
+    @_leaving
+    def run(self, steps: list[tuple[int, Accuracy, ProbePlan | None]], snapshot_every: int = 0) -> list[dict[str, Any]]:
+        """A chunk of training steps; ends early after a step whose loss or gradient is not finite.
+
+        Args:
+            snapshot_every: steps between states kept in memory; 0: none.
+        """
         stats = []
         for step, accuracy, plan in steps:
             done = self._engine.train_step(step, accuracy, plan)
             stats.append(done.as_dict())
+            self._done.append(stats[-1])
             if done.fault is not None or not _is_finite(done.loss, done.grad_norm):
                 break
+            if snapshot_every and (step + 1) % snapshot_every == 0:
+                self.keep(step + 1)
         return stats
 
+    # Coming back after a loss ---------------------------------------------------------------------------------------------------
+
+    @_leaving
+    def keep(self, step: int) -> None:
+        """Keep the state that `step` steps have made, here and with the next worker."""
+        assert self._copies is not None
+        self._copies.take(step)
+
+    def cost_of_copies(self) -> tuple[float, float]:
+        """Seconds of the last state taken, and of its exchange in the background."""
+        assert self._copies is not None
+        return self._copies.seconds
+
+    def inventory(self) -> Inventory:
+        """States that this worker holds."""
+        assert self._copies is not None
+        return self._copies.inventory()
+
+    def roll_back(self, step: int) -> None:
+        """Make the block what it was after `step` steps."""
+        assert self._copies is not None
+        self._copies.roll_back(step)
+        self._done = deque((stats for stats in self._done if stats["step"] < step), maxlen=REMEMBERED)
+
+    def give(self, step: int, neighbour: bool) -> torch.Tensor:
+        """A state after `step` steps: the previous worker's, or this block's for another replica's."""
+        assert self._copies is not None
+        return self._copies.give(step, neighbour=neighbour)
+
+    def adopt(self, state: torch.Tensor) -> None:
+        """Make the block what a state says."""
+        assert self._copies is not None
+        self._copies.adopt(state)
+
+    def report(self, start: int, stop: int) -> list[dict[str, Any]]:
+        """What the steps from `start` up to `stop` did, as far as it is remembered; the last time that each was done."""
+        found = {stats["step"]: stats for stats in self._done if start <= stats["step"] < stop}
+        return [found[step] for step in sorted(found)]
+
+    def reached(self) -> int:
+        """Steps done, as far as they are remembered."""
+        return int(self._done[-1]["step"]) + 1 if self._done else 0
+
+    def ping(self) -> int:
+        """This worker's rank."""
+        return self.rank
+
+    @_leaving
     def evaluate(self, batches: int) -> dict[str, float]:
         """Held-out loss and metrics, exact forward."""
         return self._engine.evaluate(batches)
 
+    @_leaving
     def generate(self, prompt: list[int], tokens: int) -> list[int]:
         """A continuation of `prompt`, exact forward."""
         return continue_text(self._engine, prompt, tokens)
 
+    @_leaving
     def translate(self, sentences: int, beams: int, batch: int = 50) -> list[str]:
         """Translations of the first held-out sentences, exact forward."""
         data = self._engine.batches
@@ -121,6 +239,7 @@ class BlockWorker:
 
     def load(self, folder: str, prolongation: Prolongation | None = None) -> None:
         """Load this worker's pieces of a checkpoint; with a prolongation, of a shallower network's."""
+        self._done.clear()
         load_pieces(self._engine, Path(folder), prolongation)
 
     def parameters(self) -> dict[str, torch.Tensor]:

@@ -264,6 +264,14 @@ class Controller:
             self._state.weight = max(settings.consistency / STEER_RANGE**0.5, before / STEER)
         return self._state.weight > 1.01 * before
 
+    def mark(self) -> "_State":
+        """Where it is now, for `rewind`."""
+        return replace(self._state)
+
+    def rewind(self, mark: "_State") -> None:
+        """Back to where it was, when steps are done again."""
+        self._state = replace(mark)
+
     # Kept in checkpoints --------------------------------------------------------------------------------------------------------
 
     def state(self) -> dict[str, Any]:

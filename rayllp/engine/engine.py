@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from rayllp.channel.base import Channel, MessageTag, StateSpec
+from rayllp.channel.local import LocalChannel
 from rayllp.channel.torch_dist import TorchChannel
 from rayllp.config import TrainConfig
 from rayllp.control import Accuracy, ProbePlan
@@ -93,6 +94,18 @@ class Engine:
         self._whole = StageModule(self.block)
         self._hierarchies: dict[tuple[int, tuple[float, ...]], tuple[Hierarchy, Hierarchy]] = {}
         self._specs: dict[tuple[torch.Size, ...], StateSpec] = {}
+
+    def disconnect(self) -> None:
+        """Let go of the other workers; the layers stay."""
+        alone = LocalChannel.alone()
+        self.layers, self.replicas = alone, alone
+        self._pipeline = None
+
+    def reconnect(self, layer_channel: Channel, data_channel: Channel) -> None:
+        """Go on among other workers, with the same block; a step that was cut short has left nothing."""
+        self.disconnect()
+        self.layers, self.replicas = layer_channel, data_channel
+        self.optimizer.zero_grad(set_to_none=True)
 
     # Pieces -------------------------------------------------------------------------------------------------------------------
 

@@ -1,0 +1,229 @@
+"""A block's state in host memory, and a copy of it with the next worker: what a lost worker comes back from without a disk.
+
+A state is one flat tensor: weights, AdamW's moments and step counts, in the order of the block's parameters. Every worker keeps the last
+two of its own and of the previous worker's. They travel in the background, over a process group of their own, and a step's exchange ends
+with a small all-reduce: then that step is held everywhere, and an older one can be overwritten. So whatever moment a worker is lost
+at, there is a step that all survivors and the lost worker's neighbour have.
+"""
+
+import queue
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from rayllp.channel.base import Channel, MessageTag, StateSpec
+from rayllp.engine import Engine
+from rayllp.errors import ChannelError, ClusterError
+
+KEPT = 2
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class BlockState:
+    """Reads and writes a block's state as one flat tensor on the host, shape (size,), in the weights' dtype."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.parameters: list[nn.Parameter] = list(engine.block.parameters.values())
+        self.dtype = engine.block.dtype
+        count = sum(p.numel() for p in self.parameters)
+        self.size = (1 + len(MOMENTS)) * count + len(self.parameters)
+
+    def room(self) -> Tensor:
+        """An empty flat tensor; where the block is on a GPU, in pinned memory."""
+        return torch.empty(self.size, dtype=self.dtype, pin_memory=self.engine.device.type == "cuda")
+
+    def take(self, into: Tensor) -> None:
+        """Copy the block's state."""
+        views = list(self._views(into))
+        for part in range(1 + len(MOMENTS)):
+            sources = [self._part(parameter, part) for parameter in self.parameters]
+            torch._foreach_copy_(views[part], sources, non_blocking=True)
+        counts = [float(self.engine.optimizer.state.get(p, {}).get("step", 0.0)) for p in self.parameters]
+        into[-len(self.parameters) :] = torch.tensor(counts, dtype=self.dtype)
+        if self.engine.device.type == "cuda":
+            torch.cuda.current_stream(self.engine.device).synchronize()
+
+    def put(self, flat: Tensor) -> None:
+        """Make the block what it was."""
+        views = list(self._views(flat))
+        with torch.no_grad():
+            torch._foreach_copy_([p.data for p in self.parameters], views[0])
+        for index, parameter in enumerate(self.parameters):
+            count = float(flat[len(flat) - len(self.parameters) + index])
+            if count == 0:  # before the first step the optimizer has no state
+                self.engine.optimizer.state.pop(parameter, None)
+                continue
+            moments = {name: views[1 + i][index].to(parameter.device, copy=True) for i, name in enumerate(MOMENTS)}
+            self.engine.optimizer.state[parameter] = {"step": torch.tensor(count), **moments}
+
+    def _part(self, parameter: nn.Parameter, part: int) -> Tensor:
+        if part == 0:
+            return parameter.data
+        found = self.engine.optimizer.state.get(parameter, {}).get(MOMENTS[part - 1])
+        return torch.zeros_like(parameter.data) if found is None else found
+
+    def _views(self, flat: Tensor) -> Iterator[list[Tensor]]:
+        start = 0
+        for _ in range(1 + len(MOMENTS)):
+            views = []
+            for parameter in self.parameters:
+                views.append(flat[start : start + parameter.numel()].view(parameter.shape))
+                start += parameter.numel()
+            yield views
+
+
+@dataclass
+class Inventory:
+    """Steps whose state a worker holds: its own, and the previous worker's."""
+
+    own: tuple[int, ...]
+    neighbours: tuple[int, ...]
+
+
+class NeighbourCopies:
+    """Keeps the last states of a block, and of the block before it, in host memory.
+
+    Args:
+        channel: to the other blocks of the same replica, used by nothing else; None: own states only, where another replica has the same.
+        before: what kept them until the workers' connections broke; its states are taken over.
+
+    Attributes:
+        seconds: that the last state took to take, on the training thread, and to exchange, in the background.
+    """
+
+    def __init__(self, engine: Engine, channel: Channel | None, before: "NeighbourCopies | None" = None) -> None:
+        self.state = BlockState(engine)
+        self.channel = channel if channel is not None and channel.size > 1 else None
+        self._own: dict[int, Tensor] = {} if before is None else before._own
+        self._neighbours: dict[int, Tensor] = {} if before is None else before._neighbours
+        self._spare: list[Tensor] = []
+        self._lock = threading.Lock()
+        self._idle = threading.Event()
+        self._idle.set()
+        self._failure: Exception | None = None
+        self._work: queue.Queue[int | None] = queue.Queue()
+        self.seconds = (0.0, 0.0)
+        self._sizes: list[int] = []
+        if self.channel is not None:
+            threading.Thread(target=self._exchange_all, daemon=True, name="copies").start()
+
+    def take(self, step: int) -> None:
+        """Keep the state that `step` steps have made; its copy goes to the next worker while training goes on.
+
+        Raises:
+            ChannelError: the copy of the step before could not be exchanged: a worker is gone.
+        """
+        self._idle.wait()
+        if self._failure is not None:
+            raise ChannelError(f"step {step}: the neighbour's copy did not arrive: {self._failure}") from self._failure
+        started = time.perf_counter()
+        room = self._spare.pop() if self._spare else self.state.room()
+        self.state.take(room)
+        with self._lock:
+            self._own[step] = room
+        self.seconds = time.perf_counter() - started, self.seconds[1]
+        if self.channel is None:
+            self._forget_before(min(sorted(self._own)[-KEPT:]))
+        else:
+            self._idle.clear()
+            self._work.put(step)
+
+    def inventory(self) -> Inventory:
+        with self._lock:
+            return Inventory(tuple(sorted(self._own)), tuple(sorted(self._neighbours)))
+
+    def roll_back(self, step: int) -> None:
+        """Make the block what it was after `step` steps."""
+        self.state.put(self._own[step])
+
+    def give(self, step: int, *, neighbour: bool) -> Tensor:
+        """The state after `step` steps of the previous worker, or of this block."""
+        return (self._neighbours if neighbour else self._own)[step]
+
+    def adopt(self, state: Tensor) -> None:
+        """Make the block what `state` says.
+
+        Raises:
+            ClusterError: it is of another block.
+        """
+        if state.shape != (self.state.size,) or state.dtype != self.state.dtype:
+            raise ClusterError(f"a state of {tuple(state.shape)} {state.dtype} for a block of {self.state.size} {self.state.dtype} numbers")
+        self.state.put(state)
+
+    def wait(self) -> None:
+        """Until the last state is held everywhere, or cannot be."""
+        self._idle.wait()
+
+    def close(self) -> None:
+        """End the background thread, once its exchange ends or fails."""
+        self._work.put(None)
+
+    def _exchange_all(self) -> None:
+        while (step := self._work.get()) is not None:
+            started = time.perf_counter()
+            try:
+                self._exchange(step)
+                self.seconds = self.seconds[0], time.perf_counter() - started
+            except Exception as error:  # a worker is gone: whoever calls next is told, and what is held stays
+                self._failure = error
+            self._idle.set()
+
+    def _exchange(self, step: int) -> None:
+        channel, tag = self.channel, MessageTag(step, "copies")
+        assert channel is not None
+        if not self._sizes:
+            sizes = torch.zeros(channel.size, dtype=torch.float64)
+            sizes[channel.rank] = self.state.size
+            self._sizes = [int(size) for size in channel.all_reduce(sizes, tag).tolist()]
+        before = (channel.rank - 1) % channel.size
+        spec = StateSpec((torch.Size((self._sizes[before],)),), (self.state.dtype,), torch.device("cpu"))
+        channel.send(self._own[step], (channel.rank + 1) % channel.size, tag)
+        received = channel.receive(spec, before, tag)
+        assert isinstance(received, Tensor)
+        with self._lock:
+            self._neighbours[step] = received
+        channel.finish()
+        channel.all_reduce(torch.zeros(1), tag)  # all have it: older ones are of no use any more
+        self._forget_before(step)
+
+    def _forget_before(self, step: int) -> None:
+        with self._lock:
+            for old in [kept for kept in self._own if kept < step]:
+                self._spare.append(self._own.pop(old))
+            for old in [kept for kept in self._neighbours if kept < step]:
+                del self._neighbours[old]
+
+
+def common_step(inventories: dict[int, Inventory], lost: set[int], blocks: int) -> int | None:
+    """The last step that all survivors, and a holder of each lost worker's state, have; None: there is none.
+
+    Args:
+        inventories: of the survivors, by rank (replica · blocks + block).
+        lost: ranks of the others.
+    """
+    steps = set.intersection(*(set(found.own) for found in inventories.values()))
+    for rank in lost:
+        holders = [set(found.own) for other, found in inventories.items() if other % blocks == rank % blocks]
+        neighbour = inventories.get(next_block(rank, blocks))
+        if neighbour is not None:
+            holders.append(set(neighbour.neighbours))
+        steps &= set.union(set(), *holders)
+    return max(steps, default=None)
+
+
+def holder_of(rank: int, step: int, inventories: dict[int, Inventory], blocks: int) -> tuple[int, bool]:
+    """Who has a lost worker's state after `step` steps, and whether as the next worker (else as a replica)."""
+    for other, found in inventories.items():
+        if other % blocks == rank % blocks and step in found.own:
+            return other, False
+    return next_block(rank, blocks), True
+
+
+def next_block(rank: int, blocks: int) -> int:
+    """The worker of the same replica that keeps this one's copy."""
+    return rank // blocks * blocks + (rank + 1) % blocks

@@ -1,0 +1,61 @@
+"""How many faults a run takes, and how often it keeps states in memory. Pure."""
+
+import math
+from collections import deque
+
+from rayllp.errors import ClusterError
+
+HOUR_S = 3600.0
+SAME_STEP = 3
+"""Faults at one step, with none done between, after which it is the step that is at fault."""
+BACK_OFF_S, LONGEST_S = 0.5, 30.0
+COST = 0.03
+"""Share of a step's time that keeping states may take."""
+RAREST = 100
+
+
+class FailureBudget:
+    """Counts faults.
+
+    Args:
+        most: faults in an hour.
+    """
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+        self._times: deque[float] = deque()
+        self._step, self._at_step = -1, 0
+
+    def spend(self, step: int, now_s: float, what: str) -> float:
+        """One fault, while `step` was the next step to do; seconds to wait before trying again.
+
+        Raises:
+            ClusterError: too many in an hour, or at this step.
+        """
+        while self._times and self._times[0] <= now_s - HOUR_S:
+            self._times.popleft()
+        self._times.append(now_s)
+        self._at_step = self._at_step + 1 if step == self._step else 1
+        self._step = step
+        if len(self._times) > self.most:
+            raise ClusterError(
+                f"{what}; that is fault {len(self._times)} within an hour, and max_failures is {self.most}: see events.jsonl"
+            )
+        if self._at_step >= SAME_STEP:
+            raise ClusterError(
+                f"{what}; that is fault {self._at_step} at step {step} with no step done between: look at that step's batch, and at the "
+                "memory of the workers' nodes"
+            )
+        return 0.0 if self._at_step == 1 else min(LONGEST_S, BACK_OFF_S * 2**self._at_step)
+
+
+def choose_interval(step_s: float, take_s: float, exchange_s: float, *, on_cpu: bool) -> int:
+    """Steps between states kept in memory, so that they take at most `COST` of the time.
+
+    Args:
+        step_s: of a training step.
+        take_s: of taking a state, while training waits.
+        exchange_s: of its way to the next worker, in the background: on a CPU it takes from training too, on a GPU it must end in time.
+    """
+    cost = take_s + (exchange_s if on_cpu else 0.0)
+    return max(1, min(RAREST, max(math.ceil(cost / (COST * step_s)), math.ceil(exchange_s / step_s))))

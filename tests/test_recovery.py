@@ -1,0 +1,204 @@
+"""Workers are lost, and training goes on: states in memory, the budget of faults, and real workers killed in every phase of a step."""
+
+import os
+import random
+import threading
+
+import pytest
+import ray
+import torch
+
+import rayllp
+from rayllp.channel import run_workers
+from rayllp.checkpoint.memory import Inventory, NeighbourCopies, common_step, holder_of
+from rayllp.cluster.driver import Driver, _validate
+from rayllp.cluster.recovery import FailureBudget, choose_interval
+from rayllp.errors import ClusterError
+from rayllp.report import RunDirectory
+from tests.conftest import make_engine, tiny, train_engine
+from tests.test_train import read
+
+# States in memory --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("steps", [0, 3])
+def test_a_state_in_memory_is_the_whole_state(steps):
+    engine, twin = make_engine(tiny()), make_engine(tiny(seed=1))
+    train_engine(engine, steps)
+    copies, others = NeighbourCopies(engine, None), NeighbourCopies(twin, None)
+    copies.take(steps)
+    train_engine(twin, 2)
+    others.adopt(copies.give(steps, neighbour=False))
+    assert all(torch.equal(p, twin.block.parameters[name]) for name, p in engine.block.parameters.items())
+    after = [stats.grad_norm for stats in train_engine(engine, 2)]
+    copies.roll_back(steps)
+    assert [stats.grad_norm for stats in train_engine(engine, 2)] == after
+    with pytest.raises(ClusterError, match="for a block of"):
+        others.adopt(torch.zeros(3, dtype=torch.float64))
+
+
+def test_the_next_worker_has_the_last_states():
+    def work(channel):
+        engine = make_engine(tiny(workers=3), channel)
+        # A channel of their own: threads share this one, so nothing is trained here.
+        copies = NeighbourCopies(engine, channel)
+        for step in range(4):
+            with torch.no_grad():
+                for parameter in engine.block.parameters.values():
+                    parameter.fill_(10 * channel.rank + step)
+            copies.take(step)
+        copies.wait()
+        found = copies.inventory()
+        copies.close()
+        return found, copies.give(3, neighbour=True)[0].item(), copies.give(3, neighbour=False)[0].item()
+
+    for rank, (found, before, own) in enumerate(run_workers(3, work)):
+        assert found == Inventory((3,), (3,))
+        assert (before, own) == (10 * ((rank - 1) % 3) + 3, 10 * rank + 3)
+
+
+def test_an_exchange_that_fails_is_told_at_the_next_state():
+    class Broken:
+        rank, size = 0, 2
+
+        def all_reduce(self, tensor, tag):
+            return tensor
+
+        def send(self, *_):
+            raise RuntimeError("gone")
+
+    copies = NeighbourCopies(make_engine(tiny()), Broken())
+    copies.take(1)
+    copies.wait()
+    with pytest.raises(rayllp.errors.ChannelError, match="gone"):
+        copies.take(2)
+    assert copies.inventory() == Inventory((1,), ())
+    copies.close()
+
+
+def test_the_step_to_come_back_to():
+    held = {0: Inventory((4, 5), (4,)), 1: Inventory((4, 5), (4, 5)), 2: Inventory((4,), (4, 5))}
+    assert common_step(held, set(), 3) == 4
+    without = {rank: held[rank] for rank in (0, 2)}
+    assert common_step(without, {1}, 3) == 4
+    assert holder_of(1, 4, without, 3) == (2, True)
+    assert common_step({0: held[0]}, {1, 2}, 3) is None  # worker 1's copy was on worker 2
+    replicas = {0: Inventory((7,), ()), 3: Inventory((6, 7), ()), 2: Inventory((7,), ())}
+    assert common_step(replicas, {1}, 2) == 7
+    assert holder_of(1, 7, replicas, 2) == (3, False)
+
+
+# The budget --------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_budget_of_faults():
+    budget = FailureBudget(3)
+    assert [budget.spend(step, now, "lost") for step, now in ((1, 0.0), (5, 10.0), (9, 20.0))] == [0.0, 0.0, 0.0]
+    with pytest.raises(ClusterError, match="max_failures is 3"):
+        budget.spend(12, 30.0, "lost")
+    assert FailureBudget(3).spend(1, 0.0, "lost") == 0.0
+    patient = FailureBudget(2)
+    assert [patient.spend(step, 3000.0 * step, "lost") for step in range(9)] == [0.0] * 9
+
+
+def test_a_step_that_fails_again_and_again_is_at_fault():
+    budget = FailureBudget(100)
+    assert budget.spend(7, 0.0, "lost") == 0.0
+    assert budget.spend(7, 1.0, "lost") > 0
+    with pytest.raises(ClusterError, match="step 7 with no step done between"):
+        budget.spend(7, 2.0, "lost")
+
+
+def test_states_are_kept_as_often_as_three_percent_allow():
+    assert choose_interval(1.0, 0.01, 0.01, on_cpu=True) == 1
+    assert choose_interval(0.1, 0.003, 0.005, on_cpu=True) == 3
+    assert choose_interval(0.1, 0.003, 0.5, on_cpu=False) == 5
+    assert choose_interval(0.001, 1.0, 1.0, on_cpu=True) == 100
+
+
+# Real workers killed -----------------------------------------------------------------------------------------------------------
+
+
+def fail_at(worker, step, phase):
+    """The worker process ends itself in `phase` of `step`, as a killed one would."""
+
+    def install(self):
+        engine = self.engine
+
+        def end(*_):
+            os._exit(1)
+
+        if phase == "forward":
+            inner = engine.block.layer
+
+            def layer(index, state):
+                return end() if engine.block.moment.step == step and engine.block.moment.training else inner(index, state)
+
+            engine.block.layer = layer
+        elif phase == "adjoint":
+            parameter = next(iter(engine.block.layers[engine.block.middle[0]].parameters()))
+            parameter.register_hook(lambda gradient: end() if engine.block.moment.step == step else None)
+        else:
+            inner_update = engine.update
+
+            def update(norm, lr):
+                inner_update(norm, lr)  # the others may have done theirs, or not
+                if engine.block.moment.step == step:
+                    end()
+
+            engine.update = update
+
+    ray.get(worker.__ray_call__.remote(install))
+
+
+class Faulty(Driver):
+    """Workers fail where `faults` says; new ones have the later faults installed."""
+
+    faults = ()
+
+    def _next_chunk(self, step):
+        for fault in [fault for fault in self.pending if fault[1] >= step]:
+            fail_at(self.workers.workers[fault[0]], fault[1], fault[2])
+            self.pending.remove(fault)
+            break
+        return super()._next_chunk(step)
+
+
+def drive(config, path, faults=()):
+    run = RunDirectory.create(path, config)
+    driver = Faulty(config, run, "cpu", None, None, _validate(config, None, None))
+    driver.pending = list(faults)
+    result = driver.train(None)
+    return result, driver
+
+
+def weights(run):
+    from safetensors.torch import load_file
+
+    folder = max((run / "checkpoints").glob("step_*"))
+    return {f"{path.name}/{name}": value for path in sorted(folder.glob("*.safetensors")) for name, value in load_file(path).items()}
+
+
+@pytest.mark.usefixtures("ray_cluster")
+@pytest.mark.parametrize("mode", ["serial", "parallel"])
+def test_a_run_whose_workers_are_killed_ends_bit_equal(mode, tmp_path):
+    config = tiny(workers=3, steps=24, dtype="float32", mode=mode, snapshot_every=1, adaptive={"probe_every": 6}, model={"dropout": 0.1})
+    whole, _ = drive(config, tmp_path / "whole")
+    generator = random.Random(mode)
+    faults = [(generator.randrange(3), step, phase) for step, phase in ((4, "forward"), (11, "adjoint"), (17, "optimizer"))]
+    broken, _ = drive(config, tmp_path / "broken", faults)
+    events = read(broken.directory / "events.jsonl")
+    assert [e["ranks"] for e in events if e["kind"] == "fault"] == [[rank] for rank, _, _ in faults]
+    restores = [e for e in events if e["kind"] == "restore"]
+    assert [e["source"] for e in restores] == ["memory"] * 3
+    assert all(e["steps_lost"] <= 1 for e in restores)
+    for kind in ("metrics", "evals"):
+        before, after = (read(run.directory / f"{kind}.jsonl") for run in (whole, broken))
+        assert [m["loss"] for m in after] == [m["loss"] for m in before]
+    assert [m["rho_forward"] for m in read(broken.directory / "metrics.jsonl")] == [
+        m["rho_forward"] for m in read(whole.directory / "metrics.jsonl")
+    ]
+    first, second = weights(whole.directory), weights(broken.directory)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert threading.active_count() < 50
