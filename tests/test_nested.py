@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file
 
 import rayllp
@@ -17,6 +18,7 @@ from rayllp.channel.base import MessageTag
 from rayllp.checkpoint import Prolongation, count_layers, load_pieces, read_manifest, write_pieces
 from rayllp.checkpoint.export import export
 from rayllp.checkpoint.prolong import prolong_layer
+from rayllp.cluster.driver import _validate
 from rayllp.config import load_config, make_config
 from rayllp.control import Accuracy
 from rayllp.engine import Engine
@@ -24,9 +26,14 @@ from rayllp.errors import CheckpointError, SettingsError
 from rayllp.models.scaled import ScaledModel
 from rayllp.nested import stage_at, stage_of_depth, stages
 from rayllp.report import RunDirectory
+from rayllp.report.buffers import show_suggestion
 from tests.conftest import make_engine, tiny, train_engine
 
 SERIAL = Accuracy(serial=True, levels_forward=1, levels_backward=1, iterations_forward=1, iterations_backward=1)
+PRETRAINED = {
+    "layers": 20, "width": 64, "heads": 4, "feed_forward": None, "kv_heads": None, "patch_size": 4, "encoder_layers": None,
+    "from_pretrained": "folder",
+}  # fmt: skip
 TWICE = {"factors": [2, 2], "at": [100, 200]}
 
 
@@ -96,12 +103,21 @@ def test_a_stage_too_shallow_for_its_levels_has_fewer_or_is_serial():
         ({"workers": 8, "nested": TWICE}, r"stage 1 of 3, with 4 middle layers: 8 layer-parallel workers .* use at most 4 .*; or lower"),
         ({"mesh": {"blocks": [10, 6]}, "nested": TWICE}, r"mesh.blocks \(10, 6\) .* every block must be a multiple of 4"),
         ({"workers": 4, "adaptive": {"consistency": 1.0}, "nested": TWICE}, r"stage 2 of 3, .* blocks \(2, 2, 2, 2\) cut intervals"),
+        ({"model": PRETRAINED, "nested": TWICE}, r"nested with model.from_pretrained: .* leave one of them out"),
         ({"model": {"family": "mt"}, "nested": TWICE}, r"nested with model.family=mt: .* leave nested out"),
     ],
 )  # fmt: skip
 def test_schedules_that_cannot_be_are_refused_in_words(changes, message):
     with pytest.raises(SettingsError, match=message):
         make_config(changes)
+
+
+def test_a_network_that_cannot_be_thinned_is_refused():
+    class Own:
+        layers = 20
+
+    with pytest.raises(SettingsError, match="nested needs a LayerStack, to make shallower ones of it; got a Own"):
+        _validate(make_config({"nested": TWICE}), Own(), object())
 
 
 # Prolongation -------------------------------------------------------------------------------------------------------------------
@@ -303,6 +319,14 @@ def test_an_export_has_the_depth_of_its_checkpoint(deepened, step, layers, size,
     inputs, *_ = engine.my_batch("validation", 0)
     with torch.no_grad():
         torch.testing.assert_close(model(inputs).logits, engine.exact_forward(inputs, MessageTag(0, "test")), rtol=1e-10, atol=1e-10)
+
+
+def test_buffers_are_suggested_for_the_depth_that_estimates_have_now(tmp_path):
+    run = RunDirectory.create(tmp_path / "run", make_config({"nested": TWICE}))
+    for step, layers in ((99, 8), (199, 12)):
+        run.metric({"step": step, "lipschitz": [9.0, 9.0, *[1.0] * (layers - 4), 9.0, 9.0]})
+    found = show_suggestion(run.path, 2.0, Console(quiet=True))
+    assert (found.open, found.middle, found.close) == (2, 8, 2)
 
 
 class Halves:

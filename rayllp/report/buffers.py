@@ -7,6 +7,7 @@ from rich.table import Table
 
 from rayllp.config import TrainConfig, load_config
 from rayllp.errors import SettingsError
+from rayllp.nested import stage_of_depth
 from rayllp.plan.buffers import LAST, BufferSuggestion, suggest_buffers
 from rayllp.report.rundir import RunDirectory
 
@@ -28,6 +29,9 @@ def show_suggestion(run: Path, factor: float, out: Console) -> BufferSuggestion:
             f"{config.adaptive.probe_every}, mode={config.mode}): probes make them, which mode=serial has none of. Train with "
             "--set adaptive.lipschitz_every=1, probe_every above 0, and mode parallel or adaptive"
         )
+    if config.nested.factors:  # only the last ones are of the network as it is now
+        config = stage_of_depth(config, len(estimates[-1])).config
+        estimates = [constants for constants in estimates if len(constants) == config.model.layers]
     found = suggest_buffers(estimates, config, factor=factor)
     out.print(suggestion_table(found, config))
     for reason in found.reasons:
