@@ -152,16 +152,15 @@ def fail_at(worker, step, phase):
 
 
 class Faulty(Driver):
-    """Workers fail where `faults` says; new ones have the later faults installed."""
-
-    faults = ()
+    """Workers fail where `pending` says: (rank, step, phase)."""
 
     def _next_chunk(self, step):
-        for fault in [fault for fault in self.pending if fault[1] >= step]:
-            fail_at(self.workers.workers[fault[0]], fault[1], fault[2])
-            self.pending.remove(fault)
-            break
-        return super()._next_chunk(step)
+        chunk = super()._next_chunk(step)
+        for fault in list(self.pending):
+            if step <= fault[1] < step + len(chunk):
+                fail_at(self.workers.workers[fault[0]], fault[1], fault[2])
+                self.pending.remove(fault)
+        return chunk
 
 
 def drive(config, path, faults=()):

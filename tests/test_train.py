@@ -142,7 +142,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_step_and_names_the_layer(tmp
             self.workers.call("set_parameter", "transformer.h.7.ln_2.weight", torch.full((16,), float("inf")))
 
     with pytest.raises(NonFiniteError, match=r"step 3: .*layer 7: its output is not finite.*step_3"):
-        drive(Poisoned, tiny(workers=2, steps=6), tmp_path / "run")
+        drive(Poisoned, tiny(workers=2, steps=6, max_failures=0), tmp_path / "run")
     assert len(read(tmp_path / "run" / "metrics.jsonl")) == 3
     assert [e["kind"] for e in read(tmp_path / "run" / "events.jsonl")] == ["checkpoint", "fault"]
     assert (tmp_path / "run" / "checkpoints" / "step_3" / "manifest.json").exists()
@@ -159,7 +159,7 @@ def test_a_lost_worker_ends_the_run_at_once_and_leaves_nothing(tmp_path):
 
     started = time.monotonic()
     with pytest.raises(ClusterError, match="worker 1 was lost"):
-        drive(Murdered, tiny(workers=2, steps=6), tmp_path / "run")
+        drive(Murdered, tiny(workers=2, steps=6, max_failures=0), tmp_path / "run")
     assert time.monotonic() - started < 60
     assert not placement_groups()
     wait_until(lambda: not living_actors())

@@ -154,6 +154,9 @@ class WorkerGroup:
         """Raise what lies behind a failed call: workers that died, else what the culprit raised."""
         lost = self.lost()
         if lost:
+            for reference in references.values():  # else Ray prints what nobody asked for
+                with contextlib.suppress(Exception):
+                    ray.get(reference, timeout=0)
             names = ", ".join(map(str, sorted(lost)))
             raise WorkerLostError(
                 f"worker{'s' if len(lost) > 1 else ''} {names} {'were' if len(lost) > 1 else 'was'} lost", lost
