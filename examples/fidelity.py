@@ -42,14 +42,15 @@ class Network:
     seeds: tuple[int, ...] = (0,)
 
 
+LADDER = "adaptive.ladder=[1+1,2+1,2+2,3+3]"
 WITHOUT = ("buffers.open=0", "buffers.close=0")
 NETWORKS = {
-    "buffered": Network("GPT-2, 2 + 16 + 2, h = 1/N", "gpt2_shakespeare", SHAKESPEARE, ("model.layers=20",), (), (0, 1, 2)),
-    "standard": Network("GPT-2, 16, h = 1", "gpt2_shakespeare", SHAKESPEARE, ("step.middle=1", *WITHOUT), (), (0, 1, 2)),
-    "unbuffered": Network("GPT-2, 16, h = 1/N", "gpt2_shakespeare", SHAKESPEARE, WITHOUT, (), (0, 1, 2)),
-    "deep": Network("GPT-2, 2 + 64 + 2, h = 1/N", "gpt2_shakespeare", SHAKESPEARE, ("model.layers=68",), ()),
-    "bert": Network("BERT, 64, h = 1/N", "bert_shakespeare", SHAKESPEARE, (), ()),
-    "mc": Network("word classification, 64, h = 1/N", "mc_gum", TREEBANK, (), ()),
+    "buffered": Network("GPT-2, 2 + 16 + 2, h = 1/N", "gpt2_shakespeare", SHAKESPEARE, ("model.layers=20",), (LADDER,), (0, 1, 2)),
+    "standard": Network("GPT-2, 16, h = 1", "gpt2_shakespeare", SHAKESPEARE, ("step.middle=1", *WITHOUT), (LADDER,), (0, 1, 2)),
+    "unbuffered": Network("GPT-2, 16, h = 1/N", "gpt2_shakespeare", SHAKESPEARE, WITHOUT, (LADDER,), (0, 1, 2)),
+    "deep": Network("GPT-2, 2 + 64 + 2, h = 1/N", "gpt2_shakespeare", SHAKESPEARE, ("model.layers=68",), (LADDER,)),
+    "bert": Network("BERT, 64, h = 1/N", "bert_shakespeare", SHAKESPEARE, (), (LADDER,)),
+    "mc": Network("word classification, 64, h = 1/N", "mc_gum", TREEBANK, (), (LADDER,)),
 }
 CHEAP = ("mgrit.iterations.forward=1", "mgrit.iterations.backward=1", "adaptive.probe_every=50", "adaptive.exact_every=2")
 WAYS = {
@@ -83,7 +84,16 @@ ABLATIONS = {
 def overrides(name: str, way: str, seed: int, data: Path, steps: int) -> list[str]:
     network = NETWORKS[name]
     files = [f"{setting}={data / path}" for setting, path in network.files.items()]
-    always = [f"steps={steps}", f"seed={seed}", "workers=1", "checkpoint.best=false", "eval.every=250", "eval.sample=0", "eval.batches=40"]
+    always = [
+        f"steps={steps}",
+        f"seed={seed}",
+        "workers=1",
+        "checkpoint.best=false",
+        "snapshot_every=0",
+        "eval.every=250",
+        "eval.sample=0",
+        "eval.batches=40",
+    ]
     chosen = WAYS[way] if way in WAYS else (*WAYS["parallel"], *ABLATIONS[way])
     return [*files, *always, *network.settings, *chosen, *(network.ours if way == "ours" else ())]
 
