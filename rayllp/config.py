@@ -427,16 +427,10 @@ class TrainConfig(Settings):
         try:
             for levels in {self.mgrit.levels.forward, self.mgrit.levels.backward}:
                 self.hierarchy(levels)
-        except SettingsError as error:
-            raise ValueError(str(error)) from None
-        self._check_nested()
-        return self
-
-    def _check_nested(self) -> None:
-        try:
             stages(self)
         except SettingsError as error:
             raise ValueError(str(error)) from None
+        return self
 
     def _check_mesh(self) -> None:
         mesh, N, P = self.mesh, self.middle_layers, self.layer_workers

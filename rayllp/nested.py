@@ -57,7 +57,8 @@ def stages(config: "TrainConfig") -> tuple[Stage, ...]:
 
 def stage_at(config: "TrainConfig", step: int) -> Stage:
     """The stage that does optimizer step `step`; the last one after the end."""
-    return next((stage for stage in stages(config) if step < stage.end), stages(config)[-1])
+    known = stages(config)
+    return next((stage for stage in known if step < stage.end), known[-1])
 
 
 def stage_of_depth(config: "TrainConfig", layers: int) -> Stage:

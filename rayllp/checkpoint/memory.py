@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from rayllp.channel.base import Channel, MessageTag, StateSpec
+from rayllp.checkpoint.store import MOMENTS
 from rayllp.engine import Engine
 from rayllp.errors import ChannelError, ClusterError
 
 KEPT = 2
-MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class BlockState:
@@ -208,22 +208,17 @@ def common_step(inventories: dict[int, Inventory], lost: set[int], blocks: int) 
     """
     steps = set.intersection(*(set(found.own) for found in inventories.values()))
     for rank in lost:
-        holders = [set(found.own) for other, found in inventories.items() if other % blocks == rank % blocks]
-        neighbour = inventories.get(next_block(rank, blocks))
-        if neighbour is not None:
-            holders.append(set(neighbour.neighbours))
-        steps &= set.union(set(), *holders)
+        steps &= {step for _, _, held in _holders(rank, inventories, blocks) for step in held}
     return max(steps, default=None)
 
 
 def holder_of(rank: int, step: int, inventories: dict[int, Inventory], blocks: int) -> tuple[int, bool]:
     """Who has a lost worker's state after `step` steps, and whether as the next worker (else as a replica)."""
-    for other, found in inventories.items():
-        if other % blocks == rank % blocks and step in found.own:
-            return other, False
-    return next_block(rank, blocks), True
+    return next((holder, neighbour) for holder, neighbour, held in _holders(rank, inventories, blocks) if step in held)
 
 
-def next_block(rank: int, blocks: int) -> int:
-    """The worker of the same replica that keeps this one's copy."""
-    return rank // blocks * blocks + (rank + 1) % blocks
+def _holders(rank: int, inventories: dict[int, Inventory], blocks: int) -> list[tuple[int, bool, tuple[int, ...]]]:
+    """Survivors that have states of a lost worker: replicas, then the next worker; whether as the latter, and of which steps."""
+    found = [(other, False, held.own) for other, held in inventories.items() if other % blocks == rank % blocks]
+    after = rank // blocks * blocks + (rank + 1) % blocks
+    return [*found, (after, True, inventories[after].neighbours)] if after in inventories else found

@@ -70,7 +70,12 @@ def commit(folder: Path, step: int, files: Mapping[str, Any], extra: Mapping[str
 def checkpoints(root: Path) -> list[Path]:
     """Complete checkpoints, oldest first."""
     found = [path for path in root.glob("step_*") if (path / "manifest.json").is_file()]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step_")))
+    return sorted(found, key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    """Steps that a checkpoint's directory is named after."""
+    return int(checkpoint.name.removeprefix("step_"))
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import ray
 from rich.console import Console
 
-from rayllp.checkpoint import Prolongation, checkpoints, commit, count_layers, read_manifest, staging
+from rayllp.checkpoint import Prolongation, checkpoints, commit, count_layers, read_manifest, staging, step_of
 from rayllp.checkpoint.export import read_model_json, write_model_json, write_tokenizer_json
 from rayllp.cluster.group import WorkerGroup, choose_device
 from rayllp.cluster.recovery import RAREST, FailureBudget, choose_interval
@@ -128,14 +128,16 @@ class Driver:
         self._chunk: list[tuple[int, Accuracy, ProbePlan | None]] = []
         self._marks: dict[int, Any] = {}  # where the controller was before chunks
         self._keep_every = 1 if config.snapshot_every is None else config.snapshot_every
-        self._keep_chosen = False
+        self._keep_chosen = config.snapshot_every is not None
+        if config.world == 1:  # who would hold it when the worker is gone?
+            self._keep_every, self._keep_chosen = 0, True
 
     def train(self, start: Path | None) -> TrainResult:
         """Run to the last step, or to Ctrl-C."""
         step, sample = 0, ""
         final: dict[str, float] = {}
         try:
-            self._enter_stage(_step_of(start) if start else 0)
+            self._enter_stage(step_of(start) if start else 0)
             shares = self._start_workers()
             self._keep_what_export_needs()
             step = self._restore(start) if start else 0
@@ -211,18 +213,15 @@ class Driver:
         step = self.workers.roll_back(lost)
         if step is not None:
             if step > self._step:  # their statistics were lost with the call
-                alive = [rank for rank in range(self.config.world) if rank not in lost]
-                self._take_in(self.workers.call_some(alive, "report", self._step, step), display, board)
+                self._take_in(self.workers.call_some(self.workers.survivors(lost), "report", self._step, step), display, board)
             elif step < self._step:
                 self._rewind(step)
             return step, "memory"
         found = checkpoints(self.run.checkpoints)
         if found:
-            self._enter_stage(_step_of(found[-1]))
-            self.workers.rebuild(self.config, *self._plans())
+            self._rebuild(step_of(found[-1]))
             return self._restore(found[-1]), "checkpoint"
-        self._enter_stage(0)
-        self.workers.rebuild(self.config, *self._plans())
+        self._rebuild(0)
         self.run.truncate(0)
         self._step = self._settled = 0
         return 0, "the start"
@@ -247,7 +246,7 @@ class Driver:
 
     def _choose_keep_every(self) -> None:
         """After the first steps: how often states are kept, by what that costs, where the settings leave it open."""
-        if self._keep_chosen or self.config.snapshot_every is not None or self._step < self._first_step + WARM_STEPS:
+        if self._keep_chosen or self._step < self._first_step + WARM_STEPS:
             return
         costs = self.workers.call("cost_of_copies")
         take_s, exchange_s = (max(cost[part] for cost in costs) for part in (0, 1))
@@ -271,11 +270,15 @@ class Driver:
         self.config = self.workers.config = self.stage.config
         self.controller = Controller(self.config)
 
+    def _rebuild(self, step: int) -> None:
+        """Give the same workers new layers, those of the stage that does `step`."""
+        self._enter_stage(step)
+        self.workers.rebuild(self.config, *self._plans())
+
     def _deepen(self, step: int, display: ProgressDisplay) -> None:
         """Go on with the next stage's network on the same workers, made of this one's checkpoint."""
         folder = self._save(step)
-        self._enter_stage(step)
-        self.workers.rebuild(self.config, *self._plans())
+        self._rebuild(step)
         self._load(step, folder)
         self._keep_in_memory(step)
         display.say(f"step {step}: {self._describe_stage()}")
@@ -461,7 +464,7 @@ class Driver:
         return final
 
     def _restore(self, folder: Path) -> int:
-        step = self._saved = self._step = self._settled = int(self._load(_step_of(folder), folder)["step"])
+        step = self._saved = self._step = self._settled = int(self._load(step_of(folder), folder)["step"])
         self.run.truncate(step)
         if self.best is not None and (self.best["step"] > step or not (self.run.checkpoints / f"step_{self.best['step']}").is_dir()):
             self.best = None
@@ -541,10 +544,6 @@ def _open_run(path: Path) -> tuple[TrainConfig, RunDirectory, Path]:
 
 def _ranks_of(error: RayllpError) -> frozenset[int]:
     return error.ranks if isinstance(error, WorkerLostError) else frozenset()
-
-
-def _step_of(checkpoint: Path) -> int:
-    return int(checkpoint.name.removeprefix("step_"))
 
 
 @contextlib.contextmanager

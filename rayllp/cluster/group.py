@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import ray
@@ -193,24 +193,26 @@ class WorkerGroup:
 
     # After a loss ---------------------------------------------------------------------------------------------------------------
 
-    def replace(self, lost: Iterable[int]) -> None:
+    def replace(self, lost: Collection[int]) -> None:
         """New workers in place of lost ones, all connected anew. The others keep their layers and the states in their memory.
 
         Raises:
             WorkerLostError: more were lost meanwhile.
             ClusterError: the resources of the lost did not come back.
         """
-        lost = set(lost)
-        self.call_some([rank for rank in range(len(self.workers)) if rank not in lost], "leave", timeout_s=START_TIMEOUT_S)
+        self.call_some(self.survivors(lost), "leave", timeout_s=START_TIMEOUT_S)
         for rank in lost:
             self.workers[rank] = self._actor(rank)
         self._connect()
         self._build(sorted(lost))
 
-    def reached(self, lost: Iterable[int]) -> int:
+    def survivors(self, lost: Collection[int]) -> list[int]:
+        """Ranks of all other workers."""
+        return [rank for rank in range(len(self.workers)) if rank not in lost]
+
+    def reached(self, lost: Collection[int]) -> int:
         """Steps that some survivor has done."""
-        ranks = [rank for rank in range(len(self.workers)) if rank not in set(lost)]
-        return max(self.call_some(ranks, "reached"), default=0)
+        return max(self.call_some(self.survivors(lost), "reached"), default=0)
 
     def roll_back(self, lost: frozenset[int]) -> int | None:
         """All blocks back to the last step that is held in memory everywhere; that step, or None where there is none.
@@ -218,7 +220,7 @@ class WorkerGroup:
         Args:
             lost: ranks whose workers are new, and get their state from a replica or from the next worker.
         """
-        ranks, blocks = [rank for rank in range(len(self.workers)) if rank not in lost], self.config.layer_workers
+        ranks, blocks = self.survivors(lost), self.config.layer_workers
         if not ranks:
             return None
         found = dict(zip(ranks, self.call_some(ranks, "inventory"), strict=True))

@@ -173,34 +173,28 @@ class BlockWorker:
     @_leaving
     def keep(self, step: int) -> None:
         """Keep the state that `step` steps have made, here and with the next worker."""
-        assert self._copies is not None
-        self._copies.take(step)
+        self._memory.take(step)
 
     def cost_of_copies(self) -> tuple[float, float]:
         """Seconds of the last state taken, and of its exchange in the background."""
-        assert self._copies is not None
-        return self._copies.seconds
+        return self._memory.seconds
 
     def inventory(self) -> Inventory:
         """States that this worker holds."""
-        assert self._copies is not None
-        return self._copies.inventory()
+        return self._memory.inventory()
 
     def roll_back(self, step: int) -> None:
         """Make the block what it was after `step` steps."""
-        assert self._copies is not None
-        self._copies.roll_back(step)
+        self._memory.roll_back(step)
         self._done = deque((stats for stats in self._done if stats["step"] < step), maxlen=REMEMBERED)
 
     def give(self, step: int, neighbour: bool) -> torch.Tensor:
         """A state after `step` steps: the previous worker's, or this block's for another replica's."""
-        assert self._copies is not None
-        return self._copies.give(step, neighbour=neighbour)
+        return self._memory.give(step, neighbour=neighbour)
 
     def adopt(self, state: torch.Tensor) -> None:
         """Make the block what a state says."""
-        assert self._copies is not None
-        self._copies.adopt(state)
+        self._memory.adopt(state)
 
     def report(self, start: int, stop: int) -> list[dict[str, Any]]:
         """What the steps from `start` up to `stop` did, as far as it is remembered; the last time that each was done."""
@@ -252,6 +246,11 @@ class BlockWorker:
         if parameter is not None:
             parameter.data.copy_(value)
         return parameter is not None
+
+    @property
+    def _memory(self) -> NeighbourCopies:
+        assert self._copies is not None, "build() comes first"
+        return self._copies
 
     @property
     def _engine(self) -> Engine:
