@@ -11,6 +11,7 @@ from rayllp.data.base import Inputs
 from rayllp.errors import SettingsError
 from rayllp.models.base import Architecture
 from rayllp.models.metrics import Metric, NoMetric
+from rayllp.models.randomness import seeded
 from rayllp.state import combine, tensors
 
 Piece = nn.Module | Callable[[], nn.Module]
@@ -75,7 +76,7 @@ class LayerStack(Architecture):
 
     def state_spec(self, inputs: Inputs, dtype: torch.dtype, device: torch.device) -> StateSpec:
         # The embedding is the only piece that knows; run it on one sample, on whichever worker asks.
-        with torch.random.fork_rng(devices=[]), torch.no_grad():
+        with seeded("state spec"), torch.no_grad():
             state = _build(self._embed).to(dtype).eval()(combine(lambda part: part[:1].cpu(), inputs))
         parts, size = tensors(state), tensors(inputs)[0].shape[0]
         shapes = tuple(torch.Size((size, *part.shape[1:])) for part in parts)
