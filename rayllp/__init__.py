@@ -7,7 +7,8 @@ result = rayllp.train(rayllp.make_config({"model": {"layers": 36}, "workers": 4}
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rayllp.cluster.driver import TrainResult, train
+    from rayllp.cluster.driver import TrainResult
+    from rayllp.cluster.session import train
     from rayllp.config import TrainConfig, load_config, make_config
     from rayllp.models.stack import LayerStack
 
@@ -15,7 +16,7 @@ __version__ = "0.1.0"
 __all__ = ["LayerStack", "TrainConfig", "TrainResult", "load_config", "make_config", "train"]
 
 _HOMES = {
-    "train": "rayllp.cluster.driver",
+    "train": "rayllp.cluster.session",
     "TrainResult": "rayllp.cluster.driver",
     "TrainConfig": "rayllp.config",
     "load_config": "rayllp.config",

@@ -24,7 +24,7 @@ def train(
     if resume and (config or overrides or output):
         raise typer.BadParameter("--resume takes the run's own settings: give no CONFIG, --set or --output with it")
     settings = None if resume else load_config(config, overrides or [])
-    from rayllp.cluster.driver import train as run_training
+    from rayllp.cluster.session import train as run_training
 
     result = run_training(settings, output=output, resume=resume)
     if result.stopped:

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from rayllp import LayerStack
 from rayllp.channel import LocalChannel, run_workers
 from rayllp.channel.base import MessageTag
-from rayllp.checkpoint import checkpoints, commit, staging, write_pieces
+from rayllp.checkpoint import PieceWriter, checkpoints, commit, staging
 from rayllp.checkpoint import export as export_module
 from rayllp.checkpoint.export import TOKENIZER_JSON, export, read_model_json, write_model_json, write_tokenizer_json
 from rayllp.cli import app
@@ -41,7 +41,9 @@ def save(engines, run, step):
     """A checkpoint of a layer group's engines."""
     folder, files = staging(run.checkpoints, step), {}
     for engine in engines:
-        files |= write_pieces(engine, folder)
+        writer = PieceWriter()
+        writer.begin(engine, folder)
+        files |= writer.finish()
     return commit(folder, step, files, {}, keep=9)
 
 

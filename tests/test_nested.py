@@ -15,10 +15,10 @@ import rayllp
 from rayllp import LayerStack
 from rayllp.channel import LocalChannel, run_workers
 from rayllp.channel.base import MessageTag
-from rayllp.checkpoint import Prolongation, count_layers, load_pieces, read_manifest, write_pieces
+from rayllp.checkpoint import PieceWriter, Prolongation, count_layers, load_pieces, read_manifest
 from rayllp.checkpoint.export import export
 from rayllp.checkpoint.prolong import prolong_layer
-from rayllp.cluster.driver import _validate
+from rayllp.cluster.session import validate
 from rayllp.config import load_config, make_config
 from rayllp.control import Accuracy
 from rayllp.engine import Engine
@@ -117,7 +117,7 @@ def test_a_network_that_cannot_be_thinned_is_refused():
         layers = 20
 
     with pytest.raises(SettingsError, match="nested needs a LayerStack, to make shallower ones of it; got a Own"):
-        _validate(make_config({"nested": TWICE}), Own(), object())
+        validate(make_config({"nested": TWICE}), Own(), object())
 
 
 # Prolongation -------------------------------------------------------------------------------------------------------------------
@@ -151,7 +151,9 @@ def test_a_copys_state():
 def deepen(shallow, config, folder, architecture=None, workers=1):
     """Engines of `config`'s network, by rank, made of the shallow engine's state."""
     folder.mkdir(parents=True)
-    write_pieces(shallow, folder)
+    writer = PieceWriter()
+    writer.begin(shallow, folder)
+    writer.finish()
     prolongation = Prolongation.between(shallow.config.model.layers, config, folder)
 
     def work(channel):

@@ -11,8 +11,9 @@ import torch
 import rayllp
 from rayllp.channel import run_workers
 from rayllp.checkpoint.memory import Inventory, NeighbourCopies, common_step, holder_of
-from rayllp.cluster.driver import Driver, _validate
+from rayllp.cluster.driver import Driver
 from rayllp.cluster.recovery import FailureBudget, choose_interval
+from rayllp.cluster.session import validate
 from rayllp.errors import ClusterError
 from rayllp.report import RunDirectory
 from tests.conftest import make_engine, tiny, train_engine
@@ -165,9 +166,9 @@ class Faulty(Driver):
 
 def drive(config, path, faults=()):
     run = RunDirectory.create(path, config)
-    driver = Faulty(config, run, "cpu", None, None, _validate(config, None, None))
+    driver = Faulty(config, run, "cpu", None, None, validate(config, None, None))
     driver.pending = list(faults)
-    result = driver.train(None)
+    result = driver.train()
     return result, driver
 
 

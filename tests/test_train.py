@@ -12,7 +12,8 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import rayllp
-from rayllp.cluster.driver import Driver, _validate
+from rayllp.cluster.driver import Driver
+from rayllp.cluster.session import validate
 from rayllp.errors import CheckpointError, ClusterError, DataError, NonFiniteError, SettingsError
 from rayllp.report import RunDirectory
 from tests.conftest import losses_over_threads, tiny
@@ -132,8 +133,8 @@ class Sabotaged(Driver):
 
 
 def drive(kind, config, path):
-    loaded = _validate(config, None, None)
-    return kind(config, RunDirectory.create(path, config), "cpu", None, None, loaded).train(None)
+    loaded = validate(config, None, None)
+    return kind(config, RunDirectory.create(path, config), "cpu", None, None, loaded).train()
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_step_and_names_the_layer(tmp_path):

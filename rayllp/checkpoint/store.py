@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import shutil
+import threading
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -27,25 +28,66 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def staging(root: Path, step: int) -> Path:
-    """A fresh temporary folder for the checkpoint of `step`."""
+    """A fresh temporary folder for the checkpoint of `step`; those that were never finished go."""
     folder = root / f".step_{step}.partial"
-    shutil.rmtree(folder, ignore_errors=True)
+    for unfinished in root.glob(".step_*.partial"):
+        shutil.rmtree(unfinished, ignore_errors=True)
     folder.mkdir(parents=True)
     return folder
 
 
-def write_pieces(engine: Engine, folder: Path) -> dict[str, dict[str, Any]]:
-    """Write this worker's pieces; their files with size and checksum. Replica 0 alone writes."""
-    if engine.replicas.rank != 0:
-        return {}
-    written = {}
-    for piece, tensors in _pieces(engine).items():
-        path = folder / f"{piece}.safetensors"
-        save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, path)
-        with path.open("rb+") as file:
-            os.fsync(file.fileno())
-        written[path.name] = {"bytes": path.stat().st_size, "sha256": _checksum(path)}
-    return written
+class PieceWriter:
+    """Writes a worker's pieces in the background: `begin` copies them, and a thread writes the copies."""
+
+    def __init__(self) -> None:
+        self._thread: threading.Thread | None = None
+        self._written: dict[str, dict[str, Any]] = {}
+        self._failure: Exception | None = None
+
+    def begin(self, engine: Engine, folder: Path) -> None:
+        """Copy this worker's pieces, and start to write them. Replica 0 alone writes."""
+        self.wait()
+        self._written, self._failure = {}, None
+        if engine.replicas.rank != 0:
+            return
+        pieces = {
+            piece: {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
+            for piece, tensors in _pieces(engine).items()
+        }
+        self._thread = threading.Thread(target=self._write, args=(pieces, folder), name="checkpoint", daemon=True)
+        self._thread.start()
+
+    def is_done(self) -> bool:
+        """Whether there is nothing to wait for."""
+        return self._thread is None or not self._thread.is_alive()
+
+    def wait(self) -> None:
+        """Until all is written, or has failed."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def finish(self) -> dict[str, dict[str, Any]]:
+        """Wait; the files with size and checksum.
+
+        Raises:
+            CheckpointError: they could not be written.
+        """
+        self.wait()
+        if self._failure is not None:
+            raise CheckpointError(str(self._failure)) from self._failure
+        return self._written
+
+    def _write(self, pieces: dict[str, dict[str, Tensor]], folder: Path) -> None:
+        try:
+            for piece in list(pieces):
+                path = folder / f"{piece}.safetensors"
+                save_file(pieces.pop(piece), path)
+                with path.open("rb+") as file:
+                    os.fsync(file.fileno())
+                self._written[path.name] = {"bytes": path.stat().st_size, "sha256": _checksum(path)}
+        except (OSError, SafetensorError) as error:  # a full disk, a path that vanished: told by finish()
+            self._failure = error
 
 
 def commit(folder: Path, step: int, files: Mapping[str, Any], extra: Mapping[str, Any], keep: int, best: int | None = None) -> Path:
@@ -57,14 +99,22 @@ def commit(folder: Path, step: int, files: Mapping[str, Any], extra: Mapping[str
         os.fsync(file.fileno())
     final = folder.parent / f"step_{step}"
     shutil.rmtree(final, ignore_errors=True)
+    _sync(folder)
     folder.rename(final)
-    descriptor = os.open(final.parent, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
+    _sync(final.parent)
     for old in checkpoints(folder.parent)[:-keep]:
         if old.name != f"step_{best}":
             shutil.rmtree(old, ignore_errors=True)
     return final
+
+
+def _sync(folder: Path) -> None:
+    """Make the names in a folder last."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def checkpoints(root: Path) -> list[Path]:

@@ -1,39 +1,33 @@
-"""The driver: validates, starts the workers, runs chunks of steps, owns the controller, writes the run directory."""
+"""The driver of one run: runs chunks of steps, owns the controller, brings lost workers back, and tells the journal."""
 
-import contextlib
-import logging
 import math
-import os
-import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import ray
 from rich.console import Console
 
-from rayllp.checkpoint import Prolongation, checkpoints, commit, count_layers, read_manifest, staging, step_of
-from rayllp.checkpoint.export import read_model_json, write_model_json, write_tokenizer_json
-from rayllp.cluster.group import WorkerGroup, choose_device
+from rayllp.checkpoint import checkpoints, count_layers, read_manifest, step_of
+from rayllp.checkpoint.export import write_model_json, write_tokenizer_json
+from rayllp.cluster.evaluation import Evaluator
+from rayllp.cluster.group import WorkerGroup
 from rayllp.cluster.recovery import RAREST, FailureBudget, choose_interval
-from rayllp.config import TrainConfig, load_config
+from rayllp.cluster.saving import Saver
+from rayllp.config import TrainConfig
 from rayllp.control import Accuracy, Controller, Decision, Probe, ProbePlan
-from rayllp.data import Batches, TextBatches, load_data
-from rayllp.errors import ChannelError, CheckpointError, DataError, NonFiniteError, RayllpError, SettingsError, WorkerLostError
-from rayllp.models import Architecture, LayerStack, build_architecture, check_family
+from rayllp.data import Batches
+from rayllp.errors import ChannelError, NonFiniteError, RayllpError, WorkerLostError
+from rayllp.models import Architecture, LayerStack
 from rayllp.nested import stage_at
-from rayllp.report import ProgressDisplay, RunDirectory
+from rayllp.report import Journal, RunDirectory
 from rayllp.sizes import with_layers
 
 CHUNK_S = 1.0
 MAX_CHUNK = 50
 WARM_STEPS = 3
 """Steps before the cost of keeping states is looked at."""
-SCALARS = "loss grad_norm lr rho_forward rho_backward bias cosine noise consistency consistency_weight".split()
-"""What TensorBoard gets of each step, where it was measured."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,40 +49,6 @@ class TrainResult:
     sample: str
     stopped: bool
     metrics: dict[str, float] = field(default_factory=dict)
-
-
-def train(
-    config: TrainConfig | None = None,
-    *,
-    output: str | Path | None = None,
-    resume: str | Path | None = None,
-    model: Architecture | None = None,
-    batches: Batches | None = None,
-    console: Console | None = None,
-) -> TrainResult:
-    """Train layer-parallel on Ray: on the cluster that this process belongs to (RAY_ADDRESS, or an earlier ray.init), else on this machine.
-
-    Args:
-        config: settings; None is the embedded default.
-        output: run directory; default runs/<date>_<name>.
-        resume: a run directory to go on with; `config` and `output` are then its own.
-        model: a LayerStack of your own instead of config.model; needs `batches`.
-        batches: where inputs and targets come from, instead of config.data.
-
-    Raises:
-        SettingsError, DataError, ClusterError: before any step was done; nothing is left behind.
-        NonFiniteError: the loss or a gradient is not finite; the last good state is saved first.
-        CheckpointError: nothing to resume.
-    """
-    if resume is not None:
-        config, run, start = _open_run(Path(resume))
-    else:
-        config, run, start = config or TrainConfig(), None, None
-    loaded = _validate(config, model, batches, run)
-    with _cluster(config):
-        device = choose_device(config)
-        run = run or RunDirectory.create(output, config)
-        return Driver(config, run, device, model, batches, loaded, console).train(start)
 
 
 class Loaded(NamedTuple):
@@ -119,9 +79,9 @@ class Driver:
         self.workers = WorkerGroup(config, device)
         self.console = console or Console(stderr=True)
         self.stop = False
-        self.best = run.read_best()
+        self.saver = Saver(run, self.workers, config)
+        self.evaluator = Evaluator(run, self.workers, self.saver, config.eval, self.data, batches)
         self.budget = FailureBudget(config.max_failures)
-        self._saved = -1
         self._step_s = CHUNK_S
         self._step = self._first_step = 0  # steps done, as far as the driver was told
         self._settled = 0  # the last step after which everything due was done
@@ -132,18 +92,27 @@ class Driver:
         if config.world == 1:  # who would hold it when the worker is gone?
             self._keep_every, self._keep_chosen = 0, True
 
-    def train(self, start: Path | None) -> TrainResult:
-        """Run to the last step, or to Ctrl-C."""
-        step, sample = 0, ""
+    def train(self, found: Sequence[Path] = ()) -> TrainResult:
+        """Run to the last step, or to Ctrl-C.
+
+        Args:
+            found: checkpoints to go on from, oldest first; the newest that is whole serves.
+        """
+        sample = ""
         final: dict[str, float] = {}
+        begin = step_of(found[-1]) if found else 0
         try:
-            self._enter_stage(step_of(start) if start else 0)
-            shares = self._start_workers()
-            self._keep_what_export_needs()
-            step = self._restore(start) if start else 0
-            with _stopping(self), _tensorboard(self.run.path) as board, ProgressDisplay(self.config.steps, step, self.console) as display:
-                display.say(self._describe(shares))
-                step, final, sample = self._train_through_faults(step, display, board)
+            with Journal.open(self.run, self.whole.steps, begin, self.console) as self.journal:
+                start, manifest = self.saver.read_newest(list(found), self.journal) if found else (None, None)
+                self._enter_stage(step_of(start) if start else 0)
+                shares = self._start_workers()
+                self._keep_what_export_needs()
+                step = self._restore(start, manifest) if start is not None and manifest is not None else 0
+                self.journal.say(self._describe(shares))
+                step, final, sample = self._train_through_faults(step)
+        except BaseException:
+            self.run.discard_if_unused()
+            raise
         finally:
             self.workers.shutdown()
         if self.stop:
@@ -156,12 +125,8 @@ class Driver:
         )  # fmt: skip
 
     def _start_workers(self) -> list[dict[str, Any]]:
-        try:
-            architecture, kept = self._plans()
-            return self.workers.start(architecture, self.batches or self.data, kept)
-        except BaseException:
-            self.run.discard_if_unused()
-            raise
+        architecture, kept = self._plans()
+        return self.workers.start(architecture, self.batches or self.data, kept)
 
     def _keep_what_export_needs(self) -> None:
         if self.plan is not None:
@@ -170,32 +135,34 @@ class Driver:
 
     # Faults ---------------------------------------------------------------------------------------------------------------------
 
-    def _train_through_faults(self, step: int, display: ProgressDisplay, board: Any) -> tuple[int, dict[str, float], str]:
+    def _train_through_faults(self, step: int) -> tuple[int, dict[str, float], str]:
         try:
             self._keep_in_memory(step)
         except (WorkerLostError, ChannelError) as error:
-            step = self._recover(error, display, board)
+            step = self._recover(error)
         while True:
             try:
-                step = self._train_stages(step, display, board)
+                step = self._train_stages(step)
                 self._save(step)  # first of all: what follows can take long, and be interrupted
-                final, sample = ({}, "") if self.stop else self._finish(step)
+                final, sample = ({}, "") if self.stop else self.evaluator.finish(step, self.journal)
+                self._save(step)
             except (WorkerLostError, ChannelError) as error:
-                step = self._recover(error, display, board)
+                step = self._recover(error)
             else:
                 return step, final, sample
 
-    def _recover(self, error: RayllpError, display: ProgressDisplay, board: Any) -> int:
+    def _recover(self, error: RayllpError) -> int:
         """Replace lost workers and take all blocks back to a common step; that step."""
         began, lost, reached = time.monotonic(), _ranks_of(error), self._step
+        self.saver.abandon()
         while True:
-            self.run.event(reached, "fault", reason=str(error), ranks=sorted(lost))
-            display.say(f"step {reached}: {error}")
+            self.journal.event(reached, "fault", reason=str(error), ranks=sorted(lost))
+            self.journal.say(f"step {reached}: {error}")
             time.sleep(self.budget.spend(self._step, time.monotonic(), str(error)))
             try:
                 self.workers.replace(lost)
                 reached = max(reached, self.workers.reached(lost))
-                step, source = self._take_back(lost, display, board)
+                step, source = self._take_back(lost)
                 if self._keep_every:
                     self.workers.call("keep", step)
                 break
@@ -203,24 +170,25 @@ class Driver:
                 # Those that were replaced have no state yet, as far as is known.
                 error, lost = another, lost | _ranks_of(another)
         seconds = time.monotonic() - began
-        self.run.event(step, "restore", source=source, ranks=sorted(lost), seconds=round(seconds, 3), steps_lost=reached - step)
-        board.add_scalar("recovery/seconds", seconds, step)
-        display.say(f"step {step}: going on from {source} after {seconds:.1f} s; {reached - step} steps are done again")
+        self.journal.event(step, "restore", source=source, ranks=sorted(lost), seconds=round(seconds, 3), steps_lost=reached - step)
+        self.journal.scalar("recovery/seconds", seconds, step)
+        self.journal.say(f"step {step}: going on from {source} after {seconds:.1f} s; {reached - step} steps are done again")
         return step
 
-    def _take_back(self, lost: frozenset[int], display: ProgressDisplay, board: Any) -> tuple[int, str]:
+    def _take_back(self, lost: frozenset[int]) -> tuple[int, str]:
         """Blocks and controller as they were after some step: held in memory, else of the last checkpoint, else of none; its source."""
         step = self.workers.roll_back(lost)
         if step is not None:
             if step > self._step:  # their statistics were lost with the call
-                self._take_in(self.workers.call_some(self.workers.survivors(lost), "report", self._step, step), display, board)
+                self._take_in(self.workers.call_some(self.workers.survivors(lost), "report", self._step, step))
             elif step < self._step:
                 self._rewind(step)
             return step, "memory"
         found = checkpoints(self.run.checkpoints)
         if found:
-            self._rebuild(step_of(found[-1]))
-            return self._restore(found[-1]), "checkpoint"
+            folder, manifest = self.saver.read_newest(found, self.journal)
+            self._rebuild(step_of(folder))
+            return self._restore(folder, manifest), "checkpoint"
         self._rebuild(0)
         self.run.truncate(0)
         self._step = self._settled = 0
@@ -255,19 +223,19 @@ class Driver:
 
     # Stages of nested iteration: one without it ---------------------------------------------------------------------------------
 
-    def _train_stages(self, step: int, display: ProgressDisplay, board: Any) -> int:
+    def _train_stages(self, step: int) -> int:
         while True:
             if self.whole.nested.factors:
-                board.add_scalar("train/layers", self.config.model.layers, step)
-            step = self._loop(step, display, board)
+                self.journal.scalar("train/layers", self.config.model.layers, step)
+            step = self._loop(step)
             if self.stop or step >= self.whole.steps:
                 return step
-            self._deepen(step, display)
+            self._deepen(step)
 
     def _enter_stage(self, step: int) -> None:
         """From `step` on: the settings of the stage that does it, and a controller that starts anew, since its network is another."""
         self.stage = stage_at(self.whole, step)
-        self.config = self.workers.config = self.stage.config
+        self.config = self.workers.config = self.saver.settings = self.stage.config
         self.controller = Controller(self.config)
 
     def _rebuild(self, step: int) -> None:
@@ -275,13 +243,13 @@ class Driver:
         self._enter_stage(step)
         self.workers.rebuild(self.config, *self._plans())
 
-    def _deepen(self, step: int, display: ProgressDisplay) -> None:
+    def _deepen(self, step: int) -> None:
         """Go on with the next stage's network on the same workers, made of this one's checkpoint."""
         folder = self._save(step)
         self._rebuild(step)
-        self._load(step, folder)
+        self._load(folder, read_manifest(folder))
         self._keep_in_memory(step)
-        display.say(f"step {step}: {self._describe_stage()}")
+        self.journal.say(f"step {step}: {self._describe_stage()}")
 
     def _plans(self) -> tuple[Architecture | None, dict[str, Any] | None]:
         """The user's own network and the kept configuration of a run that goes on, at this stage's depth."""
@@ -293,18 +261,14 @@ class Driver:
             return self.model, kept
         return self.model.thinned(config.buffers.open, config.buffers.close, self.whole.middle_layers // config.middle_layers), kept
 
-    def _load(self, step: int, folder: Path) -> dict[str, Any]:
-        """Take over a checkpoint, of this stage's network or of a shallower one's; its manifest."""
-        manifest, config = read_manifest(folder), self.config
-        layers = count_layers(manifest)
-        prolongation = Prolongation.between(layers, config, folder) if self.whole.nested.factors else None
-        self.workers.call("load", str(folder.absolute()), prolongation)
+    def _load(self, folder: Path, manifest: dict[str, Any]) -> None:
+        """Take over a checkpoint, of this stage's network or of a shallower one's."""
+        prolongation, config = self.saver.load(folder, manifest, nested=bool(self.whole.nested.factors)), self.config
         if prolongation is None:
             self.controller.restore(manifest["controller"])
         else:
             sizes = {"middle_layers": config.middle_layers, "step_size": config.middle_step}
-            self.run.event(step, "deepen", layers_before=layers, layers=config.model.layers, **sizes)
-        return manifest
+            self.journal.event(manifest["step"], "deepen", layers_before=count_layers(manifest), layers=config.model.layers, **sizes)
 
     def _describe_stage(self) -> str:
         stage, config = self.stage, self.config
@@ -314,23 +278,23 @@ class Driver:
 
     # The loop -----------------------------------------------------------------------------------------------------------------
 
-    def _loop(self, step: int, display: ProgressDisplay, board: Any) -> int:
+    def _loop(self, step: int) -> int:
         while True:
             if step > self._settled:
-                self._between_chunks(step, display, board)
+                self._between_chunks(step)
                 self._settled = step
             if step >= self.stage.end or self.stop:
                 return step
             self._remember(step)
-            self._announce(self.controller.begin(step), display)
+            self._announce(self.controller.begin(step))
             self._chunk = self._next_chunk(step)
             started = time.perf_counter()
             answers = self.workers.call("run", self._chunk, self._keep_every)
             self._step_s = (time.perf_counter() - started) / len(self._chunk)
-            step = self._take_in(answers, display, board)
+            step = self._take_in(answers)
             self._choose_keep_every()
 
-    def _take_in(self, answers: list[list[dict[str, Any]]], display: ProgressDisplay, board: Any) -> int:
+    def _take_in(self, answers: list[list[dict[str, Any]]]) -> int:
         """What the chunk's steps did, as each worker tells it; the step after them."""
         step = self._step
         for stats, (_, accuracy, plan) in zip(answers[0], self._chunk, strict=False):
@@ -340,11 +304,11 @@ class Driver:
                 metric["lipschitz"] = found if len(found) == self.config.model.layers else None  # some were lost with their worker
             if not math.isfinite(stats["loss"]) or not math.isfinite(stats["grad_norm"]):
                 self._not_finite(step, [answer[-1]["fault"] for answer in answers])
-            self._record(metric, display, board)
+            self.journal.step(metric)
             step += 1
         self._step = step
         if len(answers[0]) == len(self._chunk) and self._chunk[-1][2] is not None:
-            self._observe(answers[0][-1], display)
+            self._observe(answers[0][-1])
         return step
 
     def _next_chunk(self, step: int) -> list[tuple[int, Accuracy, ProbePlan | None]]:
@@ -358,26 +322,26 @@ class Driver:
                 break
         return chunk
 
-    def _observe(self, stats: dict[str, Any], display: ProgressDisplay) -> None:
+    def _observe(self, stats: dict[str, Any]) -> None:
         bias = stats["bias"] or {}
         found = {"rho_forward": stats["rho_forward"], "rho_backward": stats["rho_backward"]}
         probe = Probe(**found, bias=bias.get("relative"), noise=bias.get("noise"), coarse_weights=stats["coarse_weights"])
         advice = {"forward": stats["advice_forward"], "backward": stats["advice_backward"]}
-        self._announce(self.controller.observe(stats["step"], probe), display, advice=advice, **found, bias=probe.bias, noise=probe.noise)
+        self._announce(self.controller.observe(stats["step"], probe), advice=advice, **found, bias=probe.bias, noise=probe.noise)
 
-    def _announce(self, decision: Decision | None, display: ProgressDisplay, **details: Any) -> None:
+    def _announce(self, decision: Decision | None, **details: Any) -> None:
         if decision:
-            self.run.event(decision.step, "switch", to=decision.mode, rung=decision.rung, reason=decision.reason, **details)
-            display.say(f"step {decision.step + 1}: now {decision.rung}: {decision.reason}")
+            self.journal.event(decision.step, "switch", to=decision.mode, rung=decision.rung, reason=decision.reason, **details)
+            self.journal.say(f"step {decision.step + 1}: now {decision.rung}: {decision.reason}")
 
-    def _between_chunks(self, step: int, display: ProgressDisplay, board: Any) -> None:
-        every = self.config.eval.every
-        if every and step % every == 0 and step < self.config.steps:
-            found = self._evaluate(step, self.config.eval.batches, self.config.eval.translate, board)
-            display.say(f"step {step}: {_shown(found)}")
-        every = self.config.checkpoint.every
-        if every and step % every == 0 and step < self.config.steps:
-            self._save(step)
+    def _between_chunks(self, step: int) -> None:
+        """What is due after a chunk; the last step's is done when training ends."""
+        if step < self.whole.steps:
+            if self.evaluator.is_due(step):
+                self.evaluator.evaluate(step, self.journal)
+            if self.saver.is_wanted(step):
+                self.saver.begin(step, self.controller.state(), self.journal)
+        self.saver.poll(self.journal)
 
     def _metric(self, stats: dict[str, Any], accuracy: Accuracy, plan: ProbePlan | None) -> dict[str, Any]:
         if plan is not None and not accuracy.serial:
@@ -395,81 +359,17 @@ class Driver:
             "lr": stats["lr"], "step_time_s": stats["time_s"], "tokens": stats["tokens"], "workers": self.config.world,
         }  # fmt: skip
 
-    def _record(self, metric: dict[str, Any], display: ProgressDisplay, board: Any) -> None:
-        self.run.metric(metric)
-        display.update(metric)
-        step = metric["step"]
-        for name in SCALARS:
-            if metric[name] is not None:
-                board.add_scalar(f"train/{name}", metric[name], step)
-        board.add_scalar("train/tokens_per_s", metric["tokens"] / max(metric["step_time_s"], 1e-9), step)
-        board.add_scalar("train/serial", float(metric["mode"] == "serial"), step)
-        for n, constant in enumerate(metric["lipschitz"] or ()):
-            board.add_scalar(f"lipschitz/layer_{n:05d}", constant, step)
-
-    # Between ------------------------------------------------------------------------------------------------------------------
-
-    def _evaluate(self, step: int, batches: int, translations: int, board: Any = None) -> dict[str, float]:
-        found: dict[str, float] = self.workers.call("evaluate", batches)[0]
-        self._keep_if_best(step, found["loss"], batches)
-        if translations and hasattr(self.data, "references"):
-            found["bleu"] = self._bleu(translations)
-        self.run.evaluation(step, "validation", **found)
-        if board is not None:
-            for name, value in found.items():
-                board.add_scalar(f"validation/{name}", value, step)
-        return found
-
-    def _keep_if_best(self, step: int, loss: float, batches: int) -> None:
-        """Losses are compared that were measured on the same batches; the last evaluation, over more of them, stands alone."""
-        best = self.best
-        if not self.config.checkpoint.best or (best is not None and (best["batches"] != batches or best["loss"] <= loss)):
-            return
-        self.best = {"step": step, "loss": loss, "batches": batches}
-        self._save(step)
-        self.run.write_best(self.best)
-
-    def _bleu(self, sentences: int) -> float:
-        from sacrebleu import corpus_bleu
-
-        translations = self.workers.call("translate", sentences, self.config.eval.beams)[0]
-        references = self.data.references("validation")[: len(translations)]
-        (self.run.path / "translations.txt").write_text("".join(line + "\n" for line in translations))
-        return float(corpus_bleu(translations, [references]).score)
-
-    def _finish(self, step: int) -> tuple[dict[str, float], str]:
-        config, sample = self.config.eval, ""
-        finite = hasattr(self.batches or self.data, "batches")
-        batches = config.final_batches or (0 if finite else config.batches)
-        found = self._evaluate(step, batches, config.final_translate)
-        if isinstance(self.data, TextBatches) and config.sample:
-            prompt = [int(token) for token in self.data.tokens["validation"][:16]]
-            tokens = self.workers.call("generate", prompt, config.sample)[0]
-            sample = self.data.tokenizer.decode([*prompt, *tokens])
-            (self.run.path / "sample.txt").write_text(sample)
-        return found, sample
+    # Checkpoints ----------------------------------------------------------------------------------------------------------------
 
     def _save(self, step: int) -> Path:
-        if self._saved == step:
-            return self.run.checkpoints / f"step_{step}"
-        folder = staging(self.run.checkpoints, step)
-        files: dict[str, Any] = {}
-        for written in self.workers.call("save", str(folder.absolute())):
-            files |= written
-        extra = {"controller": self.controller.state(), "model": self.config.model.model_dump(mode="json")}
-        best = int(self.best["step"]) if self.best else None
-        final = commit(folder, step, files, extra, self.config.checkpoint.keep, best)
-        self.run.event(step, "checkpoint", path=str(final))
-        self._saved = step
-        return final
+        return self.saver.save(step, self.controller.state(), self.journal)
 
-    def _restore(self, folder: Path) -> int:
-        step = self._saved = self._step = self._settled = int(self._load(step_of(folder), folder)["step"])
+    def _restore(self, folder: Path, manifest: dict[str, Any]) -> int:
+        self._load(folder, manifest)
+        step = self._step = self._settled = int(manifest["step"])
+        self.saver.restored(step)
         self.run.truncate(step)
-        if self.best is not None and (self.best["step"] > step or not (self.run.checkpoints / f"step_{self.best['step']}").is_dir()):
-            self.best = None
-            self.run.forget_best()
-        self.run.event(step, "restore", path=str(folder))
+        self.journal.event(step, "restore", path=str(folder))
         return step
 
     def _not_finite(self, step: int, faults: list[tuple[int, int, str] | None]) -> None:
@@ -480,7 +380,7 @@ class Driver:
             else "the approximate solve alone (exact forward and gradients are finite): raise mgrit.iterations or use mode=serial"
         )
         path = self._save(step)
-        self.run.event(step, "fault", reason="not finite", where=where)
+        self.journal.event(step, "fault", reason="not finite", where=where)
         raise NonFiniteError(
             f"step {step}: the loss or the gradient is not finite; first at fault: {where}. The optimizer step was not taken; the state "
             f"before it is in {path}. Look at the batch of this step, lower optimizer.lr, or lengthen optimizer.warmup"
@@ -506,91 +406,5 @@ def _in_layer_order(found: list[dict[int, float]]) -> list[float]:
     return [merged[layer] for layer in sorted(merged)]
 
 
-def _shown(found: dict[str, float]) -> str:
-    return "validation " + ", ".join(f"{name} {value:.4f}" for name, value in found.items())
-
-
-# Around the loop ----------------------------------------------------------------------------------------------------------------
-
-
-def _validate(config: TrainConfig, model: Architecture | None, batches: Batches | None, run: RunDirectory | None = None) -> Loaded | None:
-    """Refuse what can be refused without a cluster; the data set and the architecture, where the settings name them."""
-    if (model is None) != (batches is None):
-        raise SettingsError("model and batches belong together: give both, or neither")
-    if model is not None:
-        if model.layers != config.model.layers:
-            raise SettingsError(f"the model has {model.layers} layers but model.layers is {config.model.layers}: make them equal")
-        if config.nested.factors and not isinstance(model, LayerStack):
-            raise SettingsError(f"nested needs a LayerStack, to make shallower ones of it; got a {type(model).__name__}: leave nested out")
-        return None
-    check_family(config)
-    if config.model.family == "mt" and (config.eval.translate or config.eval.final_translate) and find_spec("sacrebleu") is None:
-        raise DataError("BLEU needs sacrebleu: pip install 'rayllp[translation]', or set eval.translate and eval.final_translate to 0")
-    data = load_data(config)
-    kept = read_model_json(run.path) if run is not None else None
-    if kept is not None and config.nested.factors:  # the run may have been made shallower than the settings now say
-        kept = with_layers(kept, config.model.layers)
-    return Loaded(data, build_architecture(config, data.facts, kept), kept)  # refuses sizes and checkpoints that do not fit
-
-
-def _open_run(path: Path) -> tuple[TrainConfig, RunDirectory, Path]:
-    if not (path / "config.yaml").is_file():
-        raise CheckpointError(f"{path} is not a run directory (no config.yaml): give the directory that a run printed")
-    found = checkpoints(path / "checkpoints")
-    if not found:
-        raise CheckpointError(f"{path} has no complete checkpoint to resume from; start it anew, with checkpoint.every set")
-    return load_config(path / "config.yaml"), RunDirectory(path), found[-1]
-
-
 def _ranks_of(error: RayllpError) -> frozenset[int]:
     return error.ranks if isinstance(error, WorkerLostError) else frozenset()
-
-
-@contextlib.contextmanager
-def _cluster(config: TrainConfig) -> Iterator[None]:
-    """The cluster this process belongs to, else one on this machine for as long as the run lasts."""
-    if ray.is_initialized():
-        yield
-        return
-    local = "RAY_ADDRESS" not in os.environ
-    if local:
-        cpus = max(os.cpu_count() or 1, config.world)
-        ray.init(address="local", num_cpus=cpus, include_dashboard=False, logging_level=logging.WARNING, configure_logging=True)
-    else:
-        ray.init(logging_level=logging.WARNING)
-    try:
-        yield
-    finally:
-        ray.shutdown()
-
-
-@contextlib.contextmanager
-def _stopping(driver: Driver) -> Iterator[None]:
-    """Ctrl-C or SIGTERM ends the run after the chunk in hand, with a checkpoint; a second one ends it at once."""
-
-    def stop(number: int, frame: Any) -> None:
-        if driver.stop:
-            raise KeyboardInterrupt
-        driver.stop = True
-        driver.console.print(
-            "stopping after this chunk of steps, with a checkpoint; again to stop at once", highlight=False, soft_wrap=True
-        )
-
-    try:
-        before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    except ValueError:  # not the main thread: the caller has its own way to stop
-        yield
-        return
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-@contextlib.contextmanager
-def _tensorboard(path: Path) -> Iterator[Any]:
-    from torch.utils.tensorboard import SummaryWriter
-
-    with SummaryWriter(str(path / "tensorboard")) as board:
-        yield board

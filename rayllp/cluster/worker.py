@@ -19,7 +19,7 @@ from torch._C._distributed_c10d import TCPStore
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from rayllp.channel.torch_dist import TorchChannel
-from rayllp.checkpoint import Prolongation, load_pieces, write_pieces
+from rayllp.checkpoint import PieceWriter, Prolongation, load_pieces
 from rayllp.checkpoint.memory import Inventory, NeighbourCopies
 from rayllp.config import TrainConfig
 from rayllp.control import Accuracy, ProbePlan
@@ -78,6 +78,7 @@ class BlockWorker:
         self._mesh: DeviceMesh | None = None
         self._copies_group: dist.ProcessGroup | None = None
         self._copies: NeighbourCopies | None = None
+        self._writer = PieceWriter()
         self._done: deque[dict[str, Any]] = deque(maxlen=REMEMBERED)
 
     def place(self) -> tuple[str, str]:
@@ -227,9 +228,17 @@ class BlockWorker:
         found = [tokens for part in sources.split(batch) for tokens in translate(self._engine, part, beams)]
         return [data.decode(tokens) for tokens in found]  # type: ignore[attr-defined]
 
-    def save(self, folder: str) -> dict[str, dict[str, Any]]:
-        """Write this worker's pieces of a checkpoint."""
-        return write_pieces(self._engine, Path(folder))
+    def begin_save(self, folder: str) -> None:
+        """Copy this worker's pieces of a checkpoint, and write them in the background."""
+        self._writer.begin(self._engine, Path(folder))
+
+    def has_saved(self) -> bool:
+        """Whether all is written, or has failed."""
+        return self._writer.is_done()
+
+    def finish_save(self) -> dict[str, dict[str, Any]]:
+        """Wait until all is written; the files with size and checksum."""
+        return self._writer.finish()
 
     def load(self, folder: str, prolongation: Prolongation | None = None) -> None:
         """Load this worker's pieces of a checkpoint; with a prolongation, of a shallower network's."""

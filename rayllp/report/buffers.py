@@ -18,11 +18,12 @@ def show_suggestion(run: Path, factor: float, out: Console) -> BufferSuggestion:
     """Print each layer's constant and part now and as suggested, the reasons, and the settings to use.
 
     Raises:
-        SettingsError: not a run directory, or one without estimates.
+        CheckpointError: not a run directory.
+        SettingsError: one without estimates.
     """
-    if not (run / "config.yaml").is_file():
-        raise SettingsError(f"{run} is not a run directory (no config.yaml): give the directory that a run printed")
-    config, estimates = load_config(run / "config.yaml"), RunDirectory(run).read_lipschitz()
+    directory = RunDirectory(run)
+    directory.check()
+    config, estimates = load_config(run / "config.yaml"), directory.read_lipschitz()
     if not estimates:
         raise SettingsError(
             f"{run} has no Lipschitz estimates (adaptive.lipschitz_every={config.adaptive.lipschitz_every}, adaptive.probe_every="

@@ -1,6 +1,7 @@
 """The files that a run writes. Other tools read them: names are fixed (docs/design.md)."""
 
 import json
+import shutil
 import time
 from collections.abc import Mapping
 from datetime import date
@@ -8,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rayllp.config import TrainConfig, to_yaml
-from rayllp.errors import SettingsError
+from rayllp.errors import CheckpointError, SettingsError
 
 
 class RunDirectory:
@@ -38,6 +39,28 @@ class RunDirectory:
             raise SettingsError(f"output directory {path} cannot be written: {error.strerror}; choose another with --output") from None
         return cls(path)
 
+    def check(self) -> None:
+        """Refuse a directory that holds no run.
+
+        Raises:
+            CheckpointError: it has no config.yaml.
+        """
+        if not (self.path / "config.yaml").is_file():
+            raise CheckpointError(f"{self.path} is not a run directory (no config.yaml): give the directory that a run printed")
+
+    def change_settings(self, before: TrainConfig, now: TrainConfig) -> None:
+        """The run goes on with other settings."""
+        old, new = (_flat(config.model_dump(mode="json")) for config in (before, now))
+        changed = {name: [old.get(name), new.get(name)] for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name)}
+        (self.path / "config.yaml").write_text(to_yaml(now))
+        self.event(-1, "settings", changed=changed)
+
+    def last_evaluation(self) -> dict[str, Any] | None:
+        """The last line of evals.jsonl."""
+        path = self.path / "evals.jsonl"
+        lines = path.read_text().splitlines() if path.is_file() else []
+        return json.loads(lines[-1]) if lines else None
+
     def metric(self, values: Mapping[str, Any]) -> None:
         """A line of metrics.jsonl."""
         self._append("metrics.jsonl", values)
@@ -47,7 +70,7 @@ class RunDirectory:
         self._append("evals.jsonl", {"step": step, "split": split, "loss": loss, **metrics})
 
     def event(self, step: int, kind: str, **details: Any) -> None:
-        """A line of events.jsonl; kind is switch, deepen, fault, resize, checkpoint or restore."""
+        """A line of events.jsonl; kind is switch, deepen, settings, fault, resize, checkpoint or restore."""
         self._append("events.jsonl", {"time": time.time(), "step": step, "kind": kind, **details})
 
     def read_lipschitz(self) -> list[list[float]]:
@@ -71,9 +94,8 @@ class RunDirectory:
 
     def discard_if_unused(self) -> None:
         """Remove the directory of a run that never began: it holds its settings and no more."""
-        if [path.name for path in self.path.iterdir()] == ["config.yaml"]:
-            (self.path / "config.yaml").unlink()
-            self.path.rmdir()
+        if {path.name for path in self.path.iterdir()} <= {"config.yaml", "tensorboard"}:
+            shutil.rmtree(self.path)
 
     def truncate(self, step: int) -> None:
         """Forget metrics and evaluations after `step` steps, which a resumed run will repeat."""
@@ -93,3 +115,10 @@ def _unused(path: Path) -> Path:
     while candidate.exists():
         candidate, number = path.with_name(f"{path.name}_{number}"), number + 1
     return candidate
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        found |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return found

@@ -1,0 +1,167 @@
+"""A run's checkpoints: written by the workers in the background, made to appear by the driver, read back by any number of workers."""
+
+import shutil
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from rayllp.checkpoint import Prolongation, commit, count_layers, read_manifest, staging, step_of
+from rayllp.cluster.group import WorkerGroup
+from rayllp.config import TrainConfig
+from rayllp.errors import CheckpointError
+from rayllp.report import Journal, RunDirectory
+
+
+@dataclass(frozen=True)
+class Pending:
+    """A checkpoint that workers are writing."""
+
+    step: int
+    folder: Path
+    extra: dict[str, Any]
+    best: dict[str, Any] | None
+
+
+class Saver:
+    """Writes and reads checkpoints.
+
+    Attributes:
+        settings: of the network that is being trained now.
+        best: step and loss of the best evaluation so far.
+        saved: the step of the last complete checkpoint of this sitting; -1: none.
+    """
+
+    def __init__(self, run: RunDirectory, workers: WorkerGroup, settings: TrainConfig) -> None:
+        self.run, self.workers, self.settings = run, workers, settings
+        self.best: dict[str, Any] | None = run.read_best()
+        self.saved = -1
+        self._new_best: dict[str, Any] | None = None
+        self._pending: Pending | None = None
+        self._overdue = False
+
+    # Writing --------------------------------------------------------------------------------------------------------------------
+
+    def begin(self, step: int, controller: dict[str, Any], journal: Journal) -> None:
+        """Have the workers take a copy of their states and write it while training goes on."""
+        if step == self.saved:
+            self._crown(self._new_best)
+            self._new_best = None
+            return
+        if self._pending is not None and self._pending.step == step:
+            self._pending, self._new_best = replace(self._pending, best=self._new_best or self._pending.best), None
+            return
+        self.finish(journal)
+        self._overdue = False
+        try:
+            folder = staging(self.run.checkpoints, step)
+        except OSError as error:
+            self._failed(step, str(error), journal)
+            return
+        self.workers.call("begin_save", str(folder.absolute()))
+        extra = {"controller": controller, "model": self.settings.model.model_dump(mode="json")}
+        self._pending, self._new_best = Pending(step, folder, extra, self._new_best), None
+
+    def poll(self, journal: Journal) -> None:
+        """Make the checkpoint in hand appear if all workers have written it. Waits for nothing."""
+        if self._pending is not None and all(self.workers.call("has_saved")):
+            self.finish(journal)
+
+    def finish(self, journal: Journal) -> None:
+        """Wait for the checkpoint in hand. One that cannot be written is told of, and tried again at the next border of a chunk."""
+        pending = self._pending
+        files: dict[str, Any] = {}
+        if pending is None:
+            return
+        try:
+            for written in self.workers.call("finish_save"):
+                files |= written
+            best = pending.best or self.best
+            final = commit(
+                pending.folder, pending.step, files, pending.extra, self.settings.checkpoint.keep, int(best["step"]) if best else None
+            )
+        except (OSError, CheckpointError) as error:
+            self.abandon()
+            self._failed(pending.step, str(error), journal)
+            return
+        self._pending = None
+        self.saved = pending.step
+        journal.event(pending.step, "checkpoint", path=str(final))
+        self._crown(pending.best)
+
+    def save(self, step: int, controller: dict[str, Any], journal: Journal) -> Path:
+        """A checkpoint that is complete when this returns.
+
+        Raises:
+            CheckpointError: it cannot be written.
+        """
+        self.begin(step, controller, journal)
+        self.finish(journal)
+        if self.saved != step:
+            raise CheckpointError(
+                f"step {step}: its checkpoint cannot be written below {self.run.checkpoints} (events.jsonl says why); make room or make "
+                "the path writable, and go on with --resume from the last complete one"
+            )
+        return self.run.checkpoints / f"step_{step}"
+
+    def note_loss(self, step: int, loss: float, batches: int) -> None:
+        """Note a validation loss: if it is the best so far, the checkpoint of `step` is wanted.
+
+        Losses are compared that were measured on the same batches; the last evaluation, over more of them, stands alone.
+        """
+        best = self.best
+        if self.settings.checkpoint.best and (best is None or (best["batches"] == batches and loss < best["loss"])):
+            self._new_best = {"step": step, "loss": loss, "batches": batches}
+
+    def is_wanted(self, step: int) -> bool:
+        """Whether a checkpoint of `step` is due, the best so far, or in place of one that could not be written."""
+        every = self.settings.checkpoint.every
+        return self._overdue or self._new_best is not None or (bool(every) and step % every == 0)
+
+    def _crown(self, best: dict[str, Any] | None) -> None:
+        if best is not None:
+            self.best = best
+            self.run.write_best(best)
+
+    def abandon(self) -> None:
+        """Forget the checkpoint in hand: its worker was lost, or it cannot be written."""
+        if self._pending is not None:
+            shutil.rmtree(self._pending.folder, ignore_errors=True)
+            self._pending, self._overdue = None, True
+
+    def _failed(self, step: int, why: str, journal: Journal) -> None:
+        self._overdue = True
+        journal.event(step, "fault", reason=f"checkpoint not written: {why}")
+        journal.say(f"step {step}: WARNING: the checkpoint could not be written ({why}); training goes on, and it is tried again")
+
+    # Reading --------------------------------------------------------------------------------------------------------------------
+
+    def read_newest(self, found: list[Path], journal: Journal) -> tuple[Path, dict[str, Any]]:
+        """The newest of these checkpoints that is whole, and its manifest; one that is damaged is told of.
+
+        Raises:
+            CheckpointError: none is whole; says what is wrong with the newest.
+        """
+        failures: list[CheckpointError] = []
+        for folder in reversed(found):
+            try:
+                manifest = read_manifest(folder)
+            except CheckpointError as error:
+                journal.event(step_of(folder), "fault", reason=f"damaged checkpoint: {error}")
+                journal.say(f"WARNING: {error}; trying the one before")
+                failures.append(error)
+            else:
+                return folder, manifest
+        raise failures[0]
+
+    def load(self, folder: Path, manifest: dict[str, Any], *, nested: bool) -> Prolongation | None:
+        """Have the workers take over a checkpoint, of this network or of a shallower one; how it was prolonged, if it was."""
+        prolongation = Prolongation.between(count_layers(manifest), self.settings, folder) if nested else None
+        self.workers.call("load", str(folder.absolute()), prolongation)
+        return prolongation
+
+    def restored(self, step: int) -> None:
+        """A checkpoint was taken over: forget a best one that lies after it, or is gone."""
+        self.saved = step
+        if self.best is not None and (self.best["step"] > step or not (self.run.checkpoints / f"step_{self.best['step']}").is_dir()):
+            self.best = None
+            self.run.forget_best()

@@ -1,0 +1,155 @@
+"""`rayllp.train`: what the settings name is checked, a cluster is joined or started, and a driver runs on it."""
+
+import contextlib
+import logging
+import os
+import signal
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import ray
+from rich.console import Console
+
+from rayllp.checkpoint import checkpoints
+from rayllp.checkpoint.export import read_model_json
+from rayllp.cluster.driver import Driver, Loaded, TrainResult
+from rayllp.cluster.group import choose_device
+from rayllp.config import TrainConfig, load_config
+from rayllp.data import Batches, load_data
+from rayllp.errors import CheckpointError, DataError, SettingsError
+from rayllp.models import Architecture, LayerStack, build_architecture, check_family
+from rayllp.report import RunDirectory
+from rayllp.sizes import with_layers
+
+
+def train(
+    config: TrainConfig | None = None,
+    *,
+    output: str | Path | None = None,
+    resume: str | Path | None = None,
+    model: Architecture | None = None,
+    batches: Batches | None = None,
+    console: Console | None = None,
+) -> TrainResult:
+    """Train layer-parallel on Ray: on the cluster that this process belongs to (RAY_ADDRESS, or an earlier ray.init), else on this machine.
+
+    Args:
+        config: settings; None is the embedded default.
+        output: run directory; default runs/<date>_<name>. Where it holds an unfinished run with the same settings, that run goes on.
+        resume: a run directory to go on with; `output` is then its own, and so is `config` unless it is given: the number of workers
+            may change, and whatever does not change the network.
+        model: a LayerStack of your own instead of config.model; needs `batches`.
+        batches: where inputs and targets come from, instead of config.data.
+
+    Raises:
+        SettingsError, DataError, ClusterError: before any step was done; nothing is left behind.
+        NonFiniteError: the loss or a gradient is not finite; the last good state is saved first.
+        CheckpointError: nothing to resume, or the run directory could not be written to the end.
+    """
+    run: RunDirectory | None = None
+    found: list[Path] = []
+    if resume is not None:
+        run = RunDirectory(Path(resume))
+        config, found = _reopen(run, config)
+    else:
+        config = config or TrainConfig()
+        if output is not None and _is_unfinished(Path(output), config):
+            run = RunDirectory(Path(output))
+            found = checkpoints(run.checkpoints)
+    loaded = validate(config, model, batches, run)
+    with _cluster(config):
+        device = choose_device(config)
+        run = run or RunDirectory.create(output, config)
+        driver = Driver(config, run, device, model, batches, loaded, console)
+        with _stopping(driver):
+            return driver.train(found)
+
+
+def validate(config: TrainConfig, model: Architecture | None, batches: Batches | None, run: RunDirectory | None = None) -> Loaded | None:
+    """Refuse what can be refused without a cluster; the data set and the architecture, where the settings name them."""
+    if (model is None) != (batches is None):
+        raise SettingsError("model and batches belong together: give both, or neither")
+    if model is not None:
+        if model.layers != config.model.layers:
+            raise SettingsError(f"the model has {model.layers} layers but model.layers is {config.model.layers}: make them equal")
+        if config.nested.factors and not isinstance(model, LayerStack):
+            raise SettingsError(f"nested needs a LayerStack, to make shallower ones of it; got a {type(model).__name__}: leave nested out")
+        return None
+    check_family(config)
+    if config.model.family == "mt" and (config.eval.translate or config.eval.final_translate) and find_spec("sacrebleu") is None:
+        raise DataError("BLEU needs sacrebleu: pip install 'rayllp[translation]', or set eval.translate and eval.final_translate to 0")
+    data = load_data(config)
+    kept = read_model_json(run.path) if run is not None else None
+    if kept is not None and config.nested.factors:  # the run may have been made shallower than the settings now say
+        kept = with_layers(kept, config.model.layers)
+    return Loaded(data, build_architecture(config, data.facts, kept), kept)  # refuses sizes and checkpoints that do not fit
+
+
+# A run that goes on ---------------------------------------------------------------------------------------------------------------
+
+
+def _reopen(run: RunDirectory, config: TrainConfig | None) -> tuple[TrainConfig, list[Path]]:
+    """Settings and checkpoints of a run; other settings, where they are given, take the place of those it has."""
+    run.check()
+    found = checkpoints(run.checkpoints)
+    if not found:
+        raise CheckpointError(f"{run.path} has no complete checkpoint to resume from; start it anew, with checkpoint.every set")
+    before = load_config(run.path / "config.yaml")
+    if config is not None and config != before:
+        run.change_settings(before, config)
+    return config or before, found
+
+
+def _is_unfinished(path: Path, config: TrainConfig) -> bool:
+    """Whether a directory holds a run of these settings that did not get to its last evaluation."""
+    run = RunDirectory(path)
+    if not (path / "config.yaml").is_file() or load_config(path / "config.yaml") != config:
+        return False
+    return (run.last_evaluation() or {"step": -1})["step"] < config.steps
+
+
+# Around the driver ----------------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _cluster(config: TrainConfig) -> Iterator[None]:
+    """The cluster this process belongs to, else one on this machine for as long as the run lasts."""
+    if ray.is_initialized():
+        yield
+        return
+    local = "RAY_ADDRESS" not in os.environ
+    if local:
+        cpus = max(os.cpu_count() or 1, config.world)
+        ray.init(address="local", num_cpus=cpus, include_dashboard=False, logging_level=logging.WARNING, configure_logging=True)
+    else:
+        ray.init(logging_level=logging.WARNING)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+@contextlib.contextmanager
+def _stopping(driver: Driver) -> Iterator[None]:
+    """Ctrl-C or SIGTERM ends the run after the chunk in hand, with a checkpoint; a second one ends it at once."""
+
+    def stop(number: int, frame: Any) -> None:
+        if driver.stop:
+            raise KeyboardInterrupt
+        driver.stop = True
+        driver.console.print(
+            "stopping after this chunk of steps, with a checkpoint; again to stop at once", highlight=False, soft_wrap=True
+        )
+
+    try:
+        before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:  # not the main thread: the caller has its own way to stop
+        yield
+        return
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

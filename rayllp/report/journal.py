@@ -1,0 +1,60 @@
+"""What happens in a run, told to all who listen: the run directory's files, TensorBoard, and the person who watches."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+
+from rayllp.report.progress import ProgressDisplay
+from rayllp.report.rundir import RunDirectory
+
+SCALARS = "loss grad_norm lr rho_forward rho_backward bias cosine noise consistency consistency_weight".split()
+"""What TensorBoard gets of each step, where it was measured."""
+
+
+class Journal:
+    """Use `open`."""
+
+    def __init__(self, run: RunDirectory, display: ProgressDisplay, board: Any) -> None:
+        self._run, self._display, self._board = run, display, board
+
+    @classmethod
+    @contextmanager
+    def open(cls, run: RunDirectory, steps: int, first_step: int, console: Console) -> Iterator["Journal"]:
+        """A journal for one sitting of a run, of which `first_step` steps are done."""
+        from torch.utils.tensorboard import SummaryWriter
+
+        with SummaryWriter(str(run.path / "tensorboard")) as board, ProgressDisplay(steps, first_step, console) as display:
+            yield cls(run, display, board)
+
+    def say(self, text: str) -> None:
+        """A line for the person who watches."""
+        self._display.say(text)
+
+    def event(self, step: int, kind: str, **details: Any) -> None:
+        """A line of events.jsonl."""
+        self._run.event(step, kind, **details)
+
+    def scalar(self, name: str, value: float, step: int) -> None:
+        """A point in TensorBoard."""
+        self._board.add_scalar(name, value, step)
+
+    def step(self, metric: Mapping[str, Any]) -> None:
+        """A training step."""
+        self._run.metric(metric)
+        self._display.update(metric)
+        step = metric["step"]
+        for name in SCALARS:
+            if metric[name] is not None:
+                self.scalar(f"train/{name}", metric[name], step)
+        self.scalar("train/tokens_per_s", metric["tokens"] / max(metric["step_time_s"], 1e-9), step)
+        self.scalar("train/serial", float(metric["mode"] == "serial"), step)
+        for n, constant in enumerate(metric["lipschitz"] or ()):
+            self.scalar(f"lipschitz/layer_{n:05d}", constant, step)
+
+    def evaluation(self, step: int, found: Mapping[str, float], split: str = "validation") -> None:
+        """What an evaluation found."""
+        self._run.evaluation(step, split, **found)
+        for name, value in found.items():
+            self.scalar(f"{split}/{name}", value, step)
