@@ -27,7 +27,7 @@ PROCESS_LIMIT_S = 120
 def merge(base, changes):
     merged = dict(base)
     for name, value in changes.items():
-        merged[name] = merge(merged.get(name, {}), value) if isinstance(value, dict) else value
+        merged[name] = merge(merged[name], value) if isinstance(value, dict) and isinstance(merged.get(name), dict) else value
     return merged
 
 
@@ -56,10 +56,10 @@ def make_engine(config, layer_channel=None, data_channel=None):
     return Engine(architecture, config, data, layer_channel, data_channel, torch.device("cpu"))
 
 
-def train_engine(engine, steps):
+def train_engine(engine, steps, first=0):
     controller = Controller(engine.config)
     stats = []
-    for step in range(steps):
+    for step in range(first, first + steps):
         stats.append(engine.train_step(step, controller.accuracy, controller.probe(step)))
     return stats
 

@@ -6,10 +6,11 @@ with a small all-reduce: then that step is held everywhere, and an older one can
 at, there is a step that all survivors and the lost worker's neighbour have.
 """
 
+import math
 import queue
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +22,8 @@ from rayllp.engine import Engine
 from rayllp.errors import ChannelError, ClusterError
 
 KEPT = 2
+Layout = tuple[tuple[str, tuple[int, ...]], ...]
+"""Names and shapes of a block's parameters, in the order in which a state has them."""
 
 
 class BlockState:
@@ -29,6 +32,7 @@ class BlockState:
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
         self.parameters: list[nn.Parameter] = list(engine.block.parameters.values())
+        self.layout: Layout = tuple((name, tuple(p.shape)) for name, p in engine.block.parameters.items())
         self.dtype = engine.block.dtype
         count = sum(p.numel() for p in self.parameters)
         self.size = (1 + len(MOMENTS)) * count + len(self.parameters)
@@ -39,7 +43,7 @@ class BlockState:
 
     def take(self, into: Tensor) -> None:
         """Copy the block's state."""
-        views = list(self._views(into))
+        views = _views(into, self.layout)
         for part in range(1 + len(MOMENTS)):
             sources = [self._part(parameter, part) for parameter in self.parameters]
             torch._foreach_copy_(views[part], sources, non_blocking=True)
@@ -50,16 +54,33 @@ class BlockState:
 
     def put(self, flat: Tensor) -> None:
         """Make the block what it was."""
-        views = list(self._views(flat))
-        with torch.no_grad():
-            torch._foreach_copy_([p.data for p in self.parameters], views[0])
-        for index, parameter in enumerate(self.parameters):
-            count = float(flat[len(flat) - len(self.parameters) + index])
-            if count == 0:  # before the first step the optimizer has no state
-                self.engine.optimizer.state.pop(parameter, None)
-                continue
-            moments = {name: views[1 + i][index].to(parameter.device, copy=True) for i, name in enumerate(MOMENTS)}
-            self.engine.optimizer.state[parameter] = {"step": torch.tensor(count), **moments}
+        for parameter, (_, part) in zip(self.parameters, parts_of(flat, self.layout), strict=True):
+            self._put(parameter, *part)
+
+    def gather(self, states: Sequence[tuple[Layout, Tensor]]) -> None:
+        """Make the block what it was when its layers were shared out otherwise.
+
+        Args:
+            states: of the blocks that had them, each with its layout.
+
+        Raises:
+            ClusterError: a parameter is in none of them.
+        """
+        tied = {head: embed for embed, head in self.engine.block.architecture.tied}
+        known = {name: part for layout, state in states for name, part in parts_of(state, layout)}
+        for (name, shape), parameter in zip(self.layout, self.parameters, strict=True):
+            found = known.get(name, known.get(tied.get(name, name)))
+            if found is None or found[0].shape != shape:
+                raise ClusterError(f"{name} {shape} is not in the states of the workers that had this block's layers")
+            self._put(parameter, *found)
+
+    def _put(self, parameter: nn.Parameter, value: Tensor, moments: list[Tensor], count: float) -> None:
+        parameter.data.copy_(value)
+        if count == 0:  # before the first step the optimizer has no state
+            self.engine.optimizer.state.pop(parameter, None)
+            return
+        kept = {name: moment.to(parameter.device, copy=True) for name, moment in zip(MOMENTS, moments, strict=True)}
+        self.engine.optimizer.state[parameter] = {"step": torch.tensor(count), **kept}
 
     def _part(self, parameter: nn.Parameter, part: int) -> Tensor:
         if part == 0:
@@ -67,14 +88,24 @@ class BlockState:
         found = self.engine.optimizer.state.get(parameter, {}).get(MOMENTS[part - 1])
         return torch.zeros_like(parameter.data) if found is None else found
 
-    def _views(self, flat: Tensor) -> Iterator[list[Tensor]]:
-        start = 0
-        for _ in range(1 + len(MOMENTS)):
-            views = []
-            for parameter in self.parameters:
-                views.append(flat[start : start + parameter.numel()].view(parameter.shape))
-                start += parameter.numel()
-            yield views
+
+def parts_of(state: Tensor, layout: Layout) -> list[tuple[str, tuple[Tensor, list[Tensor], float]]]:
+    """Name, and value, moments and step count, of each parameter in a state."""
+    values, *moments = _views(state, layout)
+    counts = state[len(state) - len(layout) :].tolist()
+    return [(name, (values[n], [moment[n] for moment in moments], counts[n])) for n, (name, _) in enumerate(layout)]
+
+
+def _views(state: Tensor, layout: Layout) -> list[list[Tensor]]:
+    """For weights and each moment, the views of all parameters."""
+    start, found = 0, []
+    for _ in range(1 + len(MOMENTS)):
+        views = []
+        for _, shape in layout:
+            views.append(state[start : start + math.prod(shape)].view(shape))
+            start += math.prod(shape)
+        found.append(views)
+    return found
 
 
 @dataclass
@@ -154,6 +185,10 @@ class NeighbourCopies:
         if state.shape != (self.state.size,) or state.dtype != self.state.dtype:
             raise ClusterError(f"a state of {tuple(state.shape)} {state.dtype} for a block of {self.state.size} {self.state.dtype} numbers")
         self.state.put(state)
+
+    def gather(self, states: Sequence[tuple[Layout, Tensor]]) -> None:
+        """Make the block what its layers' former blocks were."""
+        self.state.gather(states)
 
     def wait(self) -> None:
         """Until the last state is held everywhere, or cannot be."""

@@ -12,7 +12,7 @@ from rich.console import Console
 from rayllp.checkpoint import checkpoints, count_layers, read_manifest, step_of
 from rayllp.checkpoint.export import write_model_json, write_tokenizer_json
 from rayllp.cluster.evaluation import Evaluator
-from rayllp.cluster.group import WorkerGroup
+from rayllp.cluster.group import WorkerGroup, capacity
 from rayllp.cluster.recovery import RAREST, FailureBudget, choose_interval
 from rayllp.cluster.saving import Saver
 from rayllp.config import TrainConfig
@@ -71,12 +71,14 @@ class Driver:
         self, config: TrainConfig, run: RunDirectory, device: str, model: Architecture | None, batches: Batches | None,
         loaded: Loaded | None, console: Console | None = None,
     ) -> None:  # fmt: skip
-        self.whole, self.config, self.run = config, config, run
+        self.whole, self.run = config, run
         self.stage = stage_at(config, 0)
+        self._size = min(config.world, capacity(config, device))
+        self.config = self._at_size(self._size)
         self.data, self.plan, self.kept = loaded or Loaded(None, None, None)
         self.model, self.batches = model, batches
-        self.controller = Controller(config)
-        self.workers = WorkerGroup(config, device)
+        self.controller = Controller(self.config)
+        self.workers = WorkerGroup(self.config, device)
         self.console = console or Console(stderr=True)
         self.stop = False
         self.saver = Saver(run, self.workers, config)
@@ -87,10 +89,8 @@ class Driver:
         self._settled = 0  # the last step after which everything due was done
         self._chunk: list[tuple[int, Accuracy, ProbePlan | None]] = []
         self._marks: dict[int, Any] = {}  # where the controller was before chunks
-        self._keep_every = 1 if config.snapshot_every is None else config.snapshot_every
-        self._keep_chosen = config.snapshot_every is not None
-        if config.world == 1:  # who would hold it when the worker is gone?
-            self._keep_every, self._keep_chosen = 0, True
+        self._choose_anew()
+        self._looked = time.monotonic()  # for room for more workers
 
     def train(self, found: Sequence[Path] = ()) -> TrainResult:
         """Run to the last step, or to Ctrl-C.
@@ -160,15 +160,19 @@ class Driver:
             self.journal.say(f"step {reached}: {error}")
             time.sleep(self.budget.spend(self._step, time.monotonic(), str(error)))
             try:
-                self.workers.replace(lost)
                 reached = max(reached, self.workers.reached(lost))
-                step, source = self._take_back(lost)
+                size = max(self.workers.places(lost), self.whole.fewest_workers)
+                if size < len(self.workers.workers) or self.workers.is_halfway:
+                    step, source = self._resize(size, lost)
+                else:
+                    self.workers.replace(lost)
+                    step, source = self._take_back(lost)
                 if self._keep_every:
                     self.workers.call("keep", step)
                 break
             except (WorkerLostError, ChannelError) as another:
                 # Those that were replaced have no state yet, as far as is known.
-                error, lost = another, lost | _ranks_of(another)
+                error, lost = another, _ranks_of(another) | (frozenset() if self.workers.is_halfway else lost)
         seconds = time.monotonic() - began
         self.journal.event(step, "restore", source=source, ranks=sorted(lost), seconds=round(seconds, 3), steps_lost=reached - step)
         self.journal.scalar("recovery/seconds", seconds, step)
@@ -178,12 +182,19 @@ class Driver:
     def _take_back(self, lost: frozenset[int]) -> tuple[int, str]:
         """Blocks and controller as they were after some step: held in memory, else of the last checkpoint, else of none; its source."""
         step = self.workers.roll_back(lost)
-        if step is not None:
-            if step > self._step:  # their statistics were lost with the call
-                self._take_in(self.workers.call_some(self.workers.survivors(lost), "report", self._step, step))
-            elif step < self._step:
-                self._rewind(step)
-            return step, "memory"
+        if step is None:
+            return self._take_back_from_disk()
+        self._agree_on(step, lost)
+        return step, "memory"
+
+    def _agree_on(self, step: int, lost: frozenset[int]) -> None:
+        """Records and controller as they were after `step` steps, of which the workers' memories know."""
+        if step > self._step:  # their statistics were lost with the call
+            self._take_in(self.workers.call_some(self.workers.survivors(lost), "report", self._step, step))
+        elif step < self._step:
+            self._rewind(step)
+
+    def _take_back_from_disk(self) -> tuple[int, str]:
         found = checkpoints(self.run.checkpoints)
         if found:
             folder, manifest = self.saver.read_newest(found, self.journal)
@@ -212,6 +223,14 @@ class Driver:
         self._marks = {known: mark for known, mark in self._marks.items() if known >= step - 2 * RAREST - MAX_CHUNK}
         self._marks[step] = self.controller.mark()
 
+    def _choose_anew(self) -> None:
+        """How often states are kept is open again, unless the settings say it."""
+        wanted = self.config.snapshot_every
+        self._keep_every, self._keep_chosen = (1, False) if wanted is None else (wanted, True)
+        if self.config.world == 1:  # who would hold it when the worker is gone?
+            self._keep_every, self._keep_chosen = 0, True
+        self._first_step = self._step
+
     def _choose_keep_every(self) -> None:
         """After the first steps: how often states are kept, by what that costs, where the settings leave it open."""
         if self._keep_chosen or self._step < self._first_step + WARM_STEPS:
@@ -220,6 +239,54 @@ class Driver:
         take_s, exchange_s = (max(cost[part] for cost in costs) for part in (0, 1))
         self._keep_every = choose_interval(self._step_s, take_s, exchange_s, on_cpu=self.workers.device == "cpu")
         self._keep_chosen = True
+
+    # Another number of workers --------------------------------------------------------------------------------------------------
+
+    def _grow(self, step: int) -> None:
+        """Look for room for more workers now and then, and take in those that are there."""
+        most = self.whole.world
+        if len(self.workers.workers) >= most:
+            return
+        if time.monotonic() - self._looked >= self.whole.resize_check_s:
+            self._looked = time.monotonic()
+            self.workers.recruit(most)
+        count = self.workers.recruited()
+        if not count or self._at_size(len(self.workers.workers) + count).world <= len(self.workers.workers):
+            return
+        self.workers.call("keep", step)
+        began = time.monotonic()
+        self._resize(len(self.workers.workers) + count, frozenset())
+        self._keep_in_memory(step)
+        self.journal.say(f"step {step}: grown in {time.monotonic() - began:.1f} s")
+
+    def _resize(self, size: int, lost: frozenset[int]) -> tuple[int, str]:
+        """Share the layers out among another number of workers; the step that they are at, and where their states came from."""
+        began, before = time.monotonic(), self.config
+        self.saver.abandon()
+        step = self.workers.common_step(lost)
+        if step is not None and not self.workers.is_halfway:
+            self._agree_on(step, lost)
+        self._set_size(size)
+        self.workers.reshape(self.config, lost, *self._plans())
+        source = "memory"
+        if step is None:
+            step, source = self._take_back_from_disk()
+        seconds = round(time.monotonic() - began, 3)
+        self.journal.event(
+            step, "resize", workers_before=before.world, workers=self.config.world, blocks=self.config.blocks, seconds=seconds
+        )
+        self.journal.scalar("train/workers", self.config.world, step)
+        self.journal.say(f"step {step}: {before.world} workers became {self.config.world}, blocks {'/'.join(map(str, self.config.blocks))}")
+        return step, source
+
+    def _at_size(self, size: int) -> TrainConfig:
+        return self.stage.config.with_workers(size)
+
+    def _set_size(self, size: int) -> None:
+        """Settings for another number of workers."""
+        self._size = size
+        self.config = self.saver.settings = self._at_size(size)
+        self._choose_anew()
 
     # Stages of nested iteration: one without it ---------------------------------------------------------------------------------
 
@@ -235,7 +302,7 @@ class Driver:
     def _enter_stage(self, step: int) -> None:
         """From `step` on: the settings of the stage that does it, and a controller that starts anew, since its network is another."""
         self.stage = stage_at(self.whole, step)
-        self.config = self.workers.config = self.saver.settings = self.stage.config
+        self.config = self.workers.config = self.saver.settings = self._at_size(self._size)
         self.controller = Controller(self.config)
 
     def _rebuild(self, step: int) -> None:
@@ -285,6 +352,7 @@ class Driver:
                 self._settled = step
             if step >= self.stage.end or self.stop:
                 return step
+            self._grow(step)
             self._remember(step)
             self._announce(self.controller.begin(step))
             self._chunk = self._next_chunk(step)
@@ -293,6 +361,7 @@ class Driver:
             self._step_s = (time.perf_counter() - started) / len(self._chunk)
             step = self._take_in(answers)
             self._choose_keep_every()
+            self.workers.keep_spares()  # after a step, so that a spare does not start while a lost worker is waited for
 
     def _take_in(self, answers: list[list[dict[str, Any]]]) -> int:
         """What the chunk's steps did, as each worker tells it; the step after them."""

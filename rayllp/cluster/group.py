@@ -3,15 +3,16 @@
 import contextlib
 import time
 from collections.abc import Collection, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import ray
 import torch
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
-from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
-from rayllp.checkpoint.memory import common_step, holder_of
+from rayllp.checkpoint.memory import Inventory, Layout, common_step, holder_of
 from rayllp.cluster.worker import BlockWorker, Plan
 from rayllp.config import TrainConfig
 from rayllp.data import Batches
@@ -33,17 +34,57 @@ def choose_device(config: TrainConfig) -> str:
     """
     resources = ray.cluster_resources()
     gpus, cpus = int(resources.get("GPU", 0)), int(resources.get("CPU", 0))
-    if config.device == "cuda" and gpus < config.world:
+    fewest = config.fewest_workers
+    if config.device == "cuda" and gpus < fewest:
         raise ClusterError(
-            f"device=cuda with {config.world} workers needs {config.world} GPUs, but the cluster has {gpus}: "
+            f"device=cuda with {fewest} workers needs {fewest} GPUs, but the cluster has {gpus}: "
             "lower workers, add nodes, or use device=cpu"
         )
-    device = "cuda" if config.device == "cuda" or (config.device == "auto" and gpus >= config.world) else "cpu"
+    device = "cuda" if config.device == "cuda" or (config.device == "auto" and gpus >= fewest) else "cpu"
     if config.channel == "nccl" and device == "cpu":
         raise ClusterError("channel=nccl moves GPU memory only, and this run is on CPUs: use channel=gloo or auto")
-    if cpus < config.world:
-        raise ClusterError(f"{config.world} workers need {config.world} CPUs, but the cluster has {cpus}: lower workers or add nodes")
+    if cpus < fewest:
+        raise ClusterError(f"{fewest} workers need {fewest} CPUs, but the cluster has {cpus}: lower workers or add nodes")
     return device
+
+
+def capacity(config: TrainConfig, device: str) -> int:
+    """Workers to begin with: as many as `config` asks for; where it leaves that open, as many of them as there is room for now."""
+    kind = "GPU" if device == "cuda" else "CPU"
+    room = int(min(ray.available_resources().get(name, 0) for name in {kind, "CPU"}))
+    return max(config.fewest_workers, min(config.world, room))
+
+
+@dataclass(frozen=True, eq=False)
+class Slot:
+    """A worker's place in the cluster: a bundle of a placement group."""
+
+    group: PlacementGroup
+    bundle: int
+
+    def is_alive(self) -> bool:
+        """Whether the bundle is on a node that lives."""
+        table = placement_group_table(self.group)
+        node = table.get("bundles_to_node_id", {}).get(self.bundle)
+        return any(known["NodeID"] == node and known["Alive"] for known in ray.nodes())
+
+
+@dataclass(frozen=True, eq=False)
+class Spare:
+    """A worker that has started and has no layers."""
+
+    node: str
+    actor: Any
+    ready: Any
+
+
+@dataclass(frozen=True)
+class Estate:
+    """The states of all blocks after `step` steps while layers are shared out anew; with step None there are none."""
+
+    step: int | None
+    layouts: tuple[Layout, ...]
+    states: tuple[Any, ...]
 
 
 class WorkerGroup:
@@ -60,8 +101,14 @@ class WorkerGroup:
         cpus = max(1, int(ray.cluster_resources().get("CPU", 1)) // config.world) if device == "cpu" else 1
         self._bundle: dict[str, float] = {"CPU": 1.0, "GPU": 1.0} if device == "cuda" else {"CPU": 1.0}
         self.group = group or placement_group([self._bundle] * config.world, strategy="PACK")
-        self._first_bundle, self._threads = first_bundle, _threads(cpus)
+        self._threads = _threads(cpus)
         self.workers: list[Any] = []
+        self._slots = [Slot(self.group, first_bundle + rank) for rank in range(config.world)]  # of the workers, and then free ones
+        self._nodes: list[str] = []
+        self._spares: list[Spare] = []
+        self._recruits: dict[Slot, tuple[Any, Any]] = {}  # actors that are starting, and what says that they are there
+        self._layouts: list[Layout] = []
+        self._estate: Estate | None = None
         self._shared: Any = None
         self._sources: tuple[Architecture | None, dict[str, Any] | None] = (None, None)
 
@@ -82,27 +129,23 @@ class WorkerGroup:
                 f"{self.config.world} workers of {self._bundle} each were not granted within {START_TIMEOUT_S:g} s; free now: {available}. "
                 "Wait for other jobs, or lower workers"
             )
-        self.workers = [self._actor(rank) for rank in range(self.config.world)]
+        self.workers = [self._actor(rank, self._slots[rank]) for rank in range(self.config.world)]
         self._shared, self._sources = ray.put(batches), (architecture, kept)
         self._connect()
         return self._build(range(self.config.world))
 
-    def _actor(self, rank: int) -> Any:
-        return (
-            ray.remote(BlockWorker)
-            .options(
-                num_cpus=self._bundle["CPU"],
-                num_gpus=self._bundle.get("GPU", 0),
-                scheduling_strategy=PlacementGroupSchedulingStrategy(
-                    placement_group=self.group, placement_group_bundle_index=self._first_bundle + rank
-                ),
-            )
-            .remote(rank, self.config, self._threads)
-        )
+    def _actor(self, rank: int, slot: "Slot") -> Any:
+        place = PlacementGroupSchedulingStrategy(placement_group=slot.group, placement_group_bundle_index=slot.bundle)
+        return self._start_actor(rank, place, self._bundle["CPU"])
+
+    def _start_actor(self, rank: int, strategy: Any, cpus: float) -> Any:
+        options = {"num_cpus": cpus, "num_gpus": self._bundle.get("GPU", 0), "scheduling_strategy": strategy}
+        return ray.remote(BlockWorker).options(**options).remote(rank, self.config, self._threads)
 
     def _connect(self) -> None:
         places = self.call("place", timeout_s=START_TIMEOUT_S)
-        one_node = len({node for node, _ in places}) == 1
+        self._nodes = [node for node, _ in places]
+        one_node = len(set(self._nodes)) == 1
         host = "127.0.0.1" if one_node else places[0][1]
         port = self._get({0: self.workers[0].listen.remote(host)}, START_TIMEOUT_S)[0]
         backend = {"auto": "nccl" if self.device == "cuda" else "gloo"}.get(self.config.channel, self.config.channel)
@@ -111,14 +154,23 @@ class WorkerGroup:
     def rebuild(self, config: TrainConfig, architecture: Architecture | None, kept: dict[str, Any] | None = None) -> list[dict[str, Any]]:
         """Give the workers the layers of other settings, which want as many workers, and drop those they have; else as `start`."""
         self.config, self._sources = config, (architecture, kept)
-        self.call("reconfigure", config)
+        self._reconfigure()
         return self._build(range(config.world))
 
     def _build(self, ranks: Iterable[int]) -> list[dict[str, Any]]:
-        architecture, kept = self._sources
-        plan = Plan({} if architecture is not None else dict(FAMILIES), kept)
+        architecture, _ = self._sources
+        plan = self._plan()
         # No limit: reading pretrained weights takes as long as it takes, and a worker that dies is noticed.
-        return self.call_some(ranks, "build", architecture, self._shared, self.device, plan)
+        found = self.call_some(ranks, "build", architecture, self._shared, self.device, plan)
+        self._layouts[len(self.workers) :] = []
+        self._layouts += [()] * (len(self.workers) - len(self._layouts))
+        for share in found:
+            self._layouts[share["rank"]] = share["layout"]
+        return found
+
+    def _plan(self) -> Plan:
+        architecture, kept = self._sources
+        return Plan({} if architecture is not None else dict(FAMILIES), kept)
 
     # Calls ----------------------------------------------------------------------------------------------------------------------
 
@@ -202,9 +254,34 @@ class WorkerGroup:
         """
         self.call_some(self.survivors(lost), "leave", timeout_s=START_TIMEOUT_S)
         for rank in lost:
-            self.workers[rank] = self._actor(rank)
+            spare = self._take_spare(self._nodes[rank])
+            self.workers[rank] = spare or self._actor(rank, self._slots[rank])
+            if spare is not None:
+                self._get({rank: spare.reconfigure.remote(self.config, rank)}, START_TIMEOUT_S)
         self._connect()
         self._build(sorted(lost))
+
+    def keep_spares(self) -> None:
+        """Begin to start a spare on each node that has workers and no spare. Waits for nothing.
+
+        A spare has done what takes longest in a worker's start, the imports. It takes the bundle of a worker that was lost on its node,
+        so it asks for no resources of its own; on GPUs there are none, since a process without one cannot be given one.
+        """
+        if not self.config.spare_workers or not self.config.max_failures or self.device != "cpu":
+            return
+        for node in set(self._nodes) - {spare.node for spare in self._spares}:
+            actor = self._start_actor(-1, NodeAffinitySchedulingStrategy(node, soft=False), cpus=0)
+            self._spares.append(Spare(node, actor, actor.warm.remote(self._sources[0], self._shared, self._plan())))
+
+    def _take_spare(self, node: str) -> Any | None:
+        """A spare on this node that has come up; None: there is none."""
+        for spare in self._spares:
+            if spare.node == node and ray.wait([spare.ready], timeout=0)[0]:
+                self._spares.remove(spare)
+                with contextlib.suppress(RayActorError, RayTaskError):  # it died itself: as if there were none
+                    ray.get(spare.ready)
+                    return spare.actor
+        return None
 
     def survivors(self, lost: Collection[int]) -> list[int]:
         """Ranks of all other workers."""
@@ -220,18 +297,124 @@ class WorkerGroup:
         Args:
             lost: ranks whose workers are new, and get their state from a replica or from the next worker.
         """
-        ranks, blocks = self.survivors(lost), self.config.layer_workers
-        if not ranks:
-            return None
-        found = dict(zip(ranks, self.call_some(ranks, "inventory"), strict=True))
-        step = common_step(found, set(lost), blocks)
+        step, found = self._common_step(lost)
         if step is None:
             return None
-        self.call_some(ranks, "roll_back", step)
+        self.call_some(self.survivors(lost), "roll_back", step)
         for rank in lost:
-            holder, neighbour = holder_of(rank, step, found, blocks)
-            self._get({rank: self.workers[rank].adopt.remote(self.workers[holder].give.remote(step, neighbour))}, None)
+            self._get({rank: self.workers[rank].adopt.remote(self._given(rank, step, found))}, None)
         return step
+
+    def common_step(self, lost: frozenset[int]) -> int | None:
+        """The last step that the states of all blocks are held of; None: there is none."""
+        return self._estate.step if self._estate is not None else self._common_step(lost)[0]
+
+    def _common_step(self, lost: frozenset[int]) -> tuple[int | None, dict[int, Inventory]]:
+        """The last step that is held in memory everywhere, and what each survivor holds."""
+        ranks = self.survivors(lost)
+        found = dict(zip(ranks, self.call_some(ranks, "inventory"), strict=True))
+        return (common_step(found, set(lost), self.config.layer_workers) if ranks else None), found
+
+    def _given(self, rank: int, step: int, found: dict[int, Inventory]) -> Any:
+        """A reference to the state of a block after `step` steps, from whoever holds it."""
+        holder, neighbour = (rank, False) if rank in found else holder_of(rank, step, found, self.config.layer_workers)
+        return self.workers[holder].give.remote(step, neighbour)
+
+    # Another number of workers ---------------------------------------------------------------------------------------------------
+
+    def places(self, lost: frozenset[int]) -> int:
+        """Workers that can go on at once: the survivors, and those whose place in the cluster outlived them."""
+        return len(self.workers) - len(lost) + sum(self._slots[rank].is_alive() for rank in lost)
+
+    def recruit(self, most: int) -> None:
+        """Begin to start workers, where the cluster has room, so that there are `most` with those at work. Waits for nothing."""
+        wanted = most - len(self.workers) - len(self._recruits)
+        free = [slot for slot in self._slots[len(self.workers) :] if slot not in self._recruits]
+        available = ray.available_resources()
+        for _ in range(wanted):
+            slot = next((slot for slot in free if slot.is_alive()), None)
+            if slot is not None:
+                free.remove(slot)
+            elif all(available.get(name, 0) >= amount for name, amount in self._bundle.items()):
+                available = {name: amount - self._bundle.get(name, 0) for name, amount in available.items()}
+                slot = Slot(placement_group([self._bundle]), 0)
+                self._slots.append(slot)
+            else:
+                break
+            actor = self._actor(-1, slot)
+            self._recruits[slot] = actor, actor.place.remote()
+
+    def recruited(self) -> int:
+        """Recruits that are there. One that died on the way is forgotten."""
+        ready = 0
+        for slot, (_, reference) in list(self._recruits.items()):
+            if ray.wait([reference], timeout=0)[0]:
+                try:
+                    ray.get(reference)
+                    ready += 1
+                except RayActorError:
+                    del self._recruits[slot]
+        return ready
+
+    @property
+    def is_halfway(self) -> bool:
+        """Whether layers are between two ways of sharing them out, because workers were lost meanwhile: `reshape` goes on with that."""
+        return self._estate is not None
+
+    def reshape(
+        self, config: TrainConfig, lost: frozenset[int], architecture: Architecture | None, kept: dict[str, Any] | None
+    ) -> list[dict[str, Any]]:
+        """Share the layers out anew, among as many workers as `config` says: survivors, recruits that are there, new ones for lost ones.
+
+        Blocks are then at `common_step`, new ones if that is None. States pass from those that hold them through Ray's object store.
+
+        Returns: what each worker says of itself.
+        """
+        self._estate = estate = self._estate or self._collect(lost)
+        self.call_some(self.survivors(lost), "leave", timeout_s=START_TIMEOUT_S)
+        self.config, self._sources = config, (architecture, kept)
+        self._reseat(config.world, lost)
+        self._reconfigure()
+        self._connect()
+        shares = self._build(range(config.world))
+        if estate.step is not None:
+            gathering = {}
+            for share in shares:
+                holders = [n for n, layout in enumerate(estate.layouts) if not share["sources"].isdisjoint(name for name, _ in layout)]
+                layouts, states = [estate.layouts[n] for n in holders], [estate.states[n] for n in holders]
+                gathering[share["rank"]] = self.workers[share["rank"]].gather.remote(layouts, *states)
+            self._get(gathering, None)
+        self._estate = None
+        return shares
+
+    def _collect(self, lost: frozenset[int]) -> "Estate":
+        """All blocks' states, in Ray's object store: the workers give up what they hold next."""
+        step, found = self._common_step(lost)
+        states = {} if step is None else {rank: self._given(rank, step, found) for rank in range(len(self.workers))}
+        if states:
+            ray.wait(list(states.values()), num_returns=len(states), fetch_local=False)
+        return Estate(step, tuple(self._layouts), tuple(states.values()))
+
+    def _reseat(self, world: int, lost: frozenset[int]) -> None:
+        """The workers from now on, in the order of their layers: survivors, recruits that are there, then new ones where the lost were."""
+        seats = [(self._slots[rank], self.workers[rank]) for rank in self.survivors(lost)]
+        for _, spare in seats[world:]:
+            ray.kill(spare, no_restart=True)
+        seats = seats[:world]
+        for slot, (actor, reference) in list(self._recruits.items()):
+            if len(seats) < world and ray.wait([reference], timeout=0)[0]:
+                seats.append((slot, actor))
+                del self._recruits[slot]
+        used = {slot for slot, _ in seats} | self._recruits.keys()
+        for slot in sorted((slot for slot in self._slots if slot not in used), key=lambda slot: not slot.is_alive()):
+            if len(seats) < world:
+                seats.append((slot, self._actor(len(seats), slot)))
+        used = {slot for slot, _ in seats}
+        self._slots = [slot for slot, _ in seats] + [slot for slot in self._slots if slot not in used]
+        self.workers = [worker for _, worker in seats]
+
+    def _reconfigure(self) -> None:
+        self._get({rank: worker.reconfigure.remote(self.config, rank) for rank, worker in enumerate(self.workers)}, START_TIMEOUT_S)
 
     def shutdown(self) -> None:
         """Kill the actors and give the resources back."""
@@ -239,9 +422,14 @@ class WorkerGroup:
             with contextlib.suppress(Exception):
                 ray.kill(worker, no_restart=True)
         self.workers = []
-        if self._own_group:
+        for actor in [*(actor for actor, _ in self._recruits.values()), *(spare.actor for spare in self._spares)]:
             with contextlib.suppress(Exception):
-                remove_placement_group(self.group)
+                ray.kill(actor, no_restart=True)
+        self._recruits, self._spares = {}, []
+        for group in {slot.group.id: slot.group for slot in self._slots}.values():
+            if self._own_group or group.id != self.group.id:
+                with contextlib.suppress(Exception):
+                    remove_placement_group(group)
 
 
 def _threads(cpus: int) -> int:

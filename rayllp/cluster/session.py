@@ -121,7 +121,7 @@ def _cluster(config: TrainConfig) -> Iterator[None]:
         return
     local = "RAY_ADDRESS" not in os.environ
     if local:
-        cpus = max(os.cpu_count() or 1, config.world)
+        cpus = max(os.cpu_count() or 1, config.fewest_workers)
         ray.init(address="local", num_cpus=cpus, include_dashboard=False, logging_level=logging.WARNING, configure_logging=True)
     else:
         ray.init(logging_level=logging.WARNING)

@@ -20,7 +20,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from rayllp.channel.torch_dist import TorchChannel
 from rayllp.checkpoint import PieceWriter, Prolongation, load_pieces
-from rayllp.checkpoint.memory import Inventory, NeighbourCopies
+from rayllp.checkpoint.memory import Inventory, Layout, NeighbourCopies
 from rayllp.config import TrainConfig
 from rayllp.control import Accuracy, ProbePlan
 from rayllp.data import Batches
@@ -71,6 +71,7 @@ class BlockWorker:
     """One worker: replica `rank // P`, block `rank % P` of the layers."""
 
     def __init__(self, rank: int, config: TrainConfig, threads: int) -> None:
+        gc.freeze()  # the modules' objects stay: without this, a collection after a loss looks through them all, for 0.2 s
         torch.set_num_threads(threads)
         self.rank, self.config = rank, config
         self.engine: Engine | None = None
@@ -80,6 +81,13 @@ class BlockWorker:
         self._copies: NeighbourCopies | None = None
         self._writer = PieceWriter()
         self._done: deque[dict[str, Any]] = deque(maxlen=REMEMBERED)
+
+    def warm(self, architecture: Architecture | None, batches: Batches, plan: Plan) -> str:
+        """Load what `build` will need, without building: a spare's share of the work, done beforehand. The node that this worker is on."""
+        FAMILIES.update(plan.families)
+        if architecture is None:
+            build_architecture(self.config, batches.facts, plan.kept)  # type: ignore[attr-defined]
+        return self.place()[0]
 
     def place(self) -> tuple[str, str]:
         """The node this worker is on, and its address."""
@@ -111,6 +119,8 @@ class BlockWorker:
 
     def leave(self) -> None:
         """Close this worker's connections, so that others who wait for it are told at once; its layers stay."""
+        if self._mesh is None and not dist.is_initialized():
+            return
         if self._copies is not None:
             self._copies.close()
         if self.engine is not None:
@@ -121,7 +131,10 @@ class BlockWorker:
         gc.collect()  # a connection closes when nothing refers to it any more
 
     def build(self, architecture: Architecture | None, batches: Batches, device: str, plan: Plan) -> dict[str, Any]:
-        """Make this worker's layers; its share of the model, in words and numbers."""
+        """Make this worker's layers; its share of the model, in words and numbers.
+
+        Its "layout" is that of its states; "sources" are the parameters that these are made of when layers are shared out anew.
+        """
         config = self.config
         FAMILIES.update(plan.families)
         where = torch.device("cuda", 0) if device == "cuda" else torch.device("cpu")
@@ -131,7 +144,11 @@ class BlockWorker:
         self.engine = Engine(architecture, config, batches, *self._channels(), where)
         self._keep_copies()
         parameters = sum(p.numel() for p in self.engine.block.parameters.values())
-        return {"rank": self.rank, "layers": sorted(self.engine.block.layers), "parameters": parameters, "pid": os.getpid()}
+        names, tied = list(self.engine.block.parameters), {head: embed for embed, head in architecture.tied}
+        return {
+            "rank": self.rank, "layers": sorted(self.engine.block.layers), "parameters": parameters, "pid": os.getpid(),
+            "layout": self._memory.state.layout, "sources": {*names, *(tied[name] for name in names if name in tied)},
+        }  # fmt: skip
 
     def _channels(self) -> tuple[TorchChannel, TorchChannel]:
         """To the other blocks, and to the other replicas."""
@@ -144,11 +161,12 @@ class BlockWorker:
         channel = None if group is None else TorchChannel(group, COPY_TIMEOUT_S)
         self._copies = NeighbourCopies(self._engine, channel, before)
 
-    def reconfigure(self, config: TrainConfig) -> None:
-        """Give up this worker's layers; those that `build` makes next are of other settings, with the same mesh."""
+    def reconfigure(self, config: TrainConfig, rank: int) -> None:
+        """Give up this worker's layers and its place; those that `build` makes next are of other settings."""
         if self._copies is not None:
             self._copies.close()
-        self.config, self.engine, self._copies = config, None, None
+        self._writer.wait()
+        self.rank, self.config, self.engine, self._copies = rank, config, None, None
         gc.collect()  # two networks at once may not fit, and an engine and its parts refer to each other
 
     @_leaving
@@ -182,7 +200,7 @@ class BlockWorker:
 
     def inventory(self) -> Inventory:
         """States that this worker holds."""
-        return self._memory.inventory()
+        return Inventory((), ()) if self._copies is None else self._copies.inventory()
 
     def roll_back(self, step: int) -> None:
         """Make the block what it was after `step` steps."""
@@ -196,6 +214,10 @@ class BlockWorker:
     def adopt(self, state: torch.Tensor) -> None:
         """Make the block what a state says."""
         self._memory.adopt(state)
+
+    def gather(self, layouts: list[Layout], *states: torch.Tensor) -> None:
+        """Make the block what it was when other blocks, of these layouts and states, had its layers."""
+        self._memory.gather(list(zip(layouts, states, strict=True)))
 
     def report(self, start: int, stop: int) -> list[dict[str, Any]]:
         """What the steps from `start` up to `stop` did, as far as it is remembered; the last time that each was done."""

@@ -1,0 +1,99 @@
+"""The number of workers changes while a run goes on: states pass to other shares of the layers, and training goes on where it was."""
+
+import threading
+import time
+
+import pytest
+import ray
+import torch
+
+import rayllp
+from rayllp.channel import run_workers
+from rayllp.checkpoint.memory import BlockState
+from rayllp.cluster.driver import Driver
+from rayllp.cluster.session import validate
+from rayllp.errors import ClusterError, SettingsError
+from rayllp.report import RunDirectory
+from tests.conftest import make_engine, tiny, train_engine
+from tests.test_train import living_actors, read
+
+
+@pytest.mark.parametrize(("before", "after"), [(2, 3), (3, 1), (1, 2), (4, 2)])
+def test_blocks_are_made_of_other_blocks_states(before, after):
+    def save(channel):
+        engine = make_engine(tiny(workers=before), channel)
+        train_engine(engine, 2)
+        state = BlockState(engine)
+        flat = state.room()
+        state.take(flat)
+        return state.layout, flat, [stats.grad_norm for stats in train_engine(engine, 2, first=2)]
+
+    saved = run_workers(before, save)
+
+    def go_on(channel):
+        engine = make_engine(tiny(workers=after), channel)
+        with torch.no_grad():  # all must be overwritten
+            for parameter in engine.block.parameters.values():
+                parameter.fill_(torch.nan)
+        BlockState(engine).gather([(layout, flat) for layout, flat, _ in saved])
+        return [stats.grad_norm for stats in train_engine(engine, 2, first=2)]
+
+    for norms in run_workers(after, go_on):
+        assert norms == pytest.approx(saved[0][2], rel=1e-9)
+
+
+def test_a_parameter_that_no_state_has():
+    engine = make_engine(tiny())
+    with pytest.raises(ClusterError, match="is not in the states of the workers"):
+        BlockState(engine).gather([])
+
+
+def test_a_range_of_workers():
+    config = tiny(workers={"min": 1, "max": 3})
+    assert (config.world, config.fewest_workers) == (3, 1)
+    assert [config.with_workers(n).world for n in (1, 2, 3, 9)] == [1, 2, 3, 3]
+    # A penalty needs whole intervals on each worker: the largest number that serves is taken.
+    penalised = tiny(workers={"min": 1, "max": 2}, adaptive={"consistency": 1.0})
+    assert penalised.with_workers(2).world == 2
+    with pytest.raises(SettingsError, match="min 3 is above max 2"):
+        tiny(workers={"min": 3, "max": 2})
+    with pytest.raises(SettingsError, match=r"leave out mesh\.layer"):
+        tiny(workers={"min": 1, "max": 2}, mesh={"data": 2})
+
+
+@ray.remote(num_cpus=2)
+class Tenant:
+    """Takes room in the cluster."""
+
+    def ping(self):
+        return None
+
+
+@pytest.mark.usefixtures("ray_cluster")
+@pytest.mark.parametrize("mode", ["parallel", "serial"])
+def test_a_run_grows_into_room_that_comes_free(mode, tmp_path):
+    settings = {"steps": 400, "mode": mode, "dtype": "float32", "adaptive": {"probe_every": 50}, "eval": {"every": 0}}
+    config = tiny(workers={"min": 2, "max": 4}, resize_check_s=0.2, **settings)
+    tenant = Tenant.remote()
+    ray.get(tenant.ping.remote(), timeout=60)
+    run = RunDirectory.create(tmp_path / "run", config)
+    driver = Driver(config, run, "cpu", None, None, validate(config, None, None))
+
+    def leave():
+        deadline = time.monotonic() + 60
+        while not (run.path / "metrics.jsonl").exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        ray.kill(tenant)
+
+    threading.Thread(target=leave, daemon=True).start()
+    driver.train()
+    resizes = [e for e in read(run.path / "events.jsonl") if e["kind"] == "resize"]
+    assert (resizes[0]["workers_before"], resizes[-1]["workers"]) == (2, 4)
+    metrics = read(run.path / "metrics.jsonl")
+    assert [m["step"] for m in metrics] == list(range(400))
+    assert (metrics[0]["workers"], metrics[-1]["workers"]) == (2, 4)
+    alone = rayllp.train(tiny(workers=2, **settings), output=tmp_path / "alone")
+    # float32 sums in another order part company slowly
+    assert [m["loss"] for m in metrics[:100]] == pytest.approx([m["loss"] for m in read(alone.directory / "metrics.jsonl")[:100]], rel=1e-3)
+    assert not living_actors()
+    assert torch.isfinite(torch.tensor([m["loss"] for m in metrics])).all()
