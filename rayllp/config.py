@@ -322,6 +322,7 @@ class TrainConfig(Settings):
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: GPUs where the cluster has enough of them")
     channel: Literal["auto", "gloo", "nccl"] = Field("auto", description="auto: nccl on GPUs, gloo on CPUs")
     receive_timeout_s: float = Field(120.0, gt=0, description="longest wait for a neighbour's message")
+    hang_timeout_s: float = Field(30.0, gt=0, description="a worker that is silent for so long after another failed is killed and replaced")
     snapshot_every: int | None = Field(
         None,
         ge=0,

@@ -10,7 +10,7 @@ import torch
 
 import rayllp
 from rayllp.channel import run_workers
-from rayllp.checkpoint.memory import Inventory, NeighbourCopies, common_step, holder_of
+from rayllp.checkpoint.memory import Inventory, NeighbourCopies, common_step, copy_offset, holder_of
 from rayllp.cluster.driver import Driver
 from rayllp.cluster.recovery import FailureBudget, choose_interval
 from rayllp.cluster.session import validate
@@ -87,6 +87,18 @@ def test_the_step_to_come_back_to():
     replicas = {0: Inventory((7,), ()), 3: Inventory((6, 7), ()), 2: Inventory((7,), ())}
     assert common_step(replicas, {1}, 2) == 7
     assert holder_of(1, 7, replicas, 2) == (3, False)
+
+
+def test_a_copy_goes_to_another_node():
+    assert copy_offset("aaaa") == 1
+    assert copy_offset("aabb") == 2
+    assert copy_offset("abab") == 1
+    assert copy_offset("aaabbb") == 3
+    assert copy_offset("aabbcc") == 2
+    assert copy_offset("aab") == 1  # no offset serves both of node a
+    held = {0: Inventory((4,), (4,)), 1: Inventory((4,), (4,))}
+    assert common_step(held, {2, 3}, 4, offset=2) == 4
+    assert holder_of(3, 4, held, 4, offset=2) == (1, True)
 
 
 # The budget --------------------------------------------------------------------------------------------------------------------

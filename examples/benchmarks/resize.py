@@ -27,37 +27,34 @@ def read(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
 
 
-class Watcher(threading.Thread):
-    """Takes a node away and gives it back at given steps. Lives as long as the run: a node dies with the thread that started it."""
+class Watcher:
+    """Takes a node away and gives it back at given steps."""
 
     def __init__(self, cluster: Cluster, node: Any, run: Path, leave: int, come_back: int) -> None:
-        super().__init__(daemon=True)
         self.cluster, self.node, self.run_directory = cluster, node, run
         self.leave, self.come_back = leave, come_back
         self.left_at = self.came_at = 0.0
         self.steps: dict[int, float] = {}
-        self.over = threading.Event()
+        """When each step was last seen done."""
+        self._position = 0
 
-    def run(self) -> None:
-        left = back = False
-        position = 0
+    def look(self) -> None:
         path = self.run_directory / "metrics.jsonl"
-        while not self.over.wait(0.02):
-            if not path.is_file():
-                continue
-            with path.open() as file:
-                file.seek(min(position, path.stat().st_size))  # a roll-back makes it shorter
-                lines = file.readlines()
-                position = file.tell()
-            done = [json.loads(line)["step"] for line in lines if line.endswith("\n")]
-            for step in done:
-                self.steps[step] = time.monotonic()
-            if done and done[-1] >= self.leave and not left:
-                left, self.left_at = True, time.monotonic()
-                self.cluster.remove_node(self.node, allow_graceful=False)
-            elif done and done[-1] >= self.come_back and not back:
-                back, self.came_at = True, time.monotonic()
-                self.node = self.cluster.add_node(num_cpus=2)
+        if not path.is_file():
+            return
+        with path.open() as file:
+            size = path.stat().st_size
+            file.seek(0 if size < self._position else self._position)  # a roll-back makes it shorter
+            lines = file.readlines()
+            self._position = file.tell()
+        done = [json.loads(line)["step"] for line in lines if line.endswith("\n")]
+        self.steps |= dict.fromkeys(done, time.monotonic())
+        if done and done[-1] >= self.leave and not self.left_at:
+            self.left_at = time.monotonic()
+            self.cluster.remove_node(self.node, allow_graceful=False)
+        elif done and done[-1] >= self.come_back and not self.came_at:
+            self.came_at = time.monotonic()
+            self.node = self.cluster.add_node(num_cpus=2)
 
 
 def train(output: Path, settings: list[str], leave: int | None, come_back: int) -> tuple[Path, Watcher | None]:
@@ -65,13 +62,25 @@ def train(output: Path, settings: list[str], leave: int | None, come_back: int) 
     node = cluster.add_node(num_cpus=2)
     ray.init(address=cluster.address)
     watcher = None if leave is None else Watcher(cluster, node, output, leave, come_back)
+    failures: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            rayllp.train(rayllp.load_config(None, settings), output=output)
+        except BaseException as error:
+            failures.append(error)
+
+    # Nodes are started from the main thread: Ray installs signal handlers then. So it is training that moves to another.
+    training = threading.Thread(target=work, daemon=True)
     try:
-        if watcher is not None:
-            watcher.start()
-        rayllp.train(rayllp.load_config(None, settings), output=output)
+        training.start()
+        while training.is_alive():
+            if watcher is not None:
+                watcher.look()
+            time.sleep(0.02)
+        if failures:
+            raise failures[0]
     finally:
-        if watcher is not None:
-            watcher.over.set()
         ray.shutdown()
         cluster.shutdown()
     return output, watcher

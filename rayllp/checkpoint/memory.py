@@ -122,14 +122,16 @@ class NeighbourCopies:
     Args:
         channel: to the other blocks of the same replica, used by nothing else; None: own states only, where another replica has the same.
         before: what kept them until the workers' connections broke; its states are taken over.
+        offset: copies go to the worker so many blocks on (`copy_offset`).
 
     Attributes:
         seconds: that the last state took to take, on the training thread, and to exchange, in the background.
     """
 
-    def __init__(self, engine: Engine, channel: Channel | None, before: "NeighbourCopies | None" = None) -> None:
+    def __init__(self, engine: Engine, channel: Channel | None, before: "NeighbourCopies | None" = None, offset: int = 1) -> None:
         self.state = BlockState(engine)
         self.channel = channel if channel is not None and channel.size > 1 else None
+        self.offset = offset
         self._own: dict[int, Tensor] = {} if before is None else before._own
         self._neighbours: dict[int, Tensor] = {} if before is None else before._neighbours
         self._spare: list[Tensor] = []
@@ -215,9 +217,9 @@ class NeighbourCopies:
             sizes = torch.zeros(channel.size, dtype=torch.float64)
             sizes[channel.rank] = self.state.size
             self._sizes = [int(size) for size in channel.all_reduce(sizes, tag).tolist()]
-        before = (channel.rank - 1) % channel.size
+        before = (channel.rank - self.offset) % channel.size
         spec = StateSpec((torch.Size((self._sizes[before],)),), (self.state.dtype,), torch.device("cpu"))
-        channel.send(self._own[step], (channel.rank + 1) % channel.size, tag)
+        channel.send(self._own[step], (channel.rank + self.offset) % channel.size, tag)
         received = channel.receive(spec, before, tag)
         assert isinstance(received, Tensor)
         with self._lock:
@@ -234,26 +236,38 @@ class NeighbourCopies:
                 del self._neighbours[old]
 
 
-def common_step(inventories: dict[int, Inventory], lost: set[int], blocks: int) -> int | None:
+def copy_offset(nodes: Sequence[str]) -> int:
+    """How many blocks on a worker's copy goes, so that a lost node takes no state with both its holders; 1 where all are on one node.
+
+    Args:
+        nodes: of the workers, in the order of their blocks.
+    """
+    count = len(nodes)
+    apart = (n for n in range(1, count) if all(nodes[rank] != nodes[(rank + n) % count] for rank in range(count)))
+    return next(apart, 1)
+
+
+def common_step(inventories: dict[int, Inventory], lost: set[int], blocks: int, offset: int = 1) -> int | None:
     """The last step that all survivors, and a holder of each lost worker's state, have; None: there is none.
 
     Args:
         inventories: of the survivors, by rank (replica · blocks + block).
         lost: ranks of the others.
+        offset: where copies go.
     """
     steps = set.intersection(*(set(found.own) for found in inventories.values()))
     for rank in lost:
-        steps &= {step for _, _, held in _holders(rank, inventories, blocks) for step in held}
+        steps &= {step for _, _, held in _holders(rank, inventories, blocks, offset) for step in held}
     return max(steps, default=None)
 
 
-def holder_of(rank: int, step: int, inventories: dict[int, Inventory], blocks: int) -> tuple[int, bool]:
+def holder_of(rank: int, step: int, inventories: dict[int, Inventory], blocks: int, offset: int = 1) -> tuple[int, bool]:
     """Who has a lost worker's state after `step` steps, and whether as the next worker (else as a replica)."""
-    return next((holder, neighbour) for holder, neighbour, held in _holders(rank, inventories, blocks) if step in held)
+    return next((holder, neighbour) for holder, neighbour, held in _holders(rank, inventories, blocks, offset) if step in held)
 
 
-def _holders(rank: int, inventories: dict[int, Inventory], blocks: int) -> list[tuple[int, bool, tuple[int, ...]]]:
+def _holders(rank: int, inventories: dict[int, Inventory], blocks: int, offset: int) -> list[tuple[int, bool, tuple[int, ...]]]:
     """Survivors that have states of a lost worker: replicas, then the next worker; whether as the latter, and of which steps."""
     found = [(other, False, held.own) for other, held in inventories.items() if other % blocks == rank % blocks]
-    after = rank // blocks * blocks + (rank + 1) % blocks
+    after = rank // blocks * blocks + (rank + offset) % blocks
     return [*found, (after, True, inventories[after].neighbours)] if after in inventories else found

@@ -12,7 +12,7 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
-from rayllp.checkpoint.memory import Inventory, Layout, common_step, holder_of
+from rayllp.checkpoint.memory import Inventory, Layout, common_step, copy_offset, holder_of
 from rayllp.cluster.worker import BlockWorker, Plan
 from rayllp.config import TrainConfig
 from rayllp.data import Batches
@@ -20,8 +20,6 @@ from rayllp.errors import ClusterError, RayllpError, WorkerLostError
 from rayllp.models import FAMILIES, Architecture
 
 START_TIMEOUT_S = 180.0
-ANSWER_S = 10.0
-"""How long a worker may take to say that it is there, when others have failed and it has nothing to wait for."""
 BROKEN = ("ChannelError", "RuntimeError", "DistBackendError")
 """Errors of a worker that may only be the echo of another's."""
 
@@ -105,6 +103,7 @@ class WorkerGroup:
         self.workers: list[Any] = []
         self._slots = [Slot(self.group, first_bundle + rank) for rank in range(config.world)]  # of the workers, and then free ones
         self._nodes: list[str] = []
+        self._offset = 1
         self._spares: list[Spare] = []
         self._recruits: dict[Slot, tuple[Any, Any]] = {}  # actors that are starting, and what says that they are there
         self._layouts: list[Layout] = []
@@ -142,14 +141,17 @@ class WorkerGroup:
         options = {"num_cpus": cpus, "num_gpus": self._bundle.get("GPU", 0), "scheduling_strategy": strategy}
         return ray.remote(BlockWorker).options(**options).remote(rank, self.config, self._threads)
 
-    def _connect(self) -> None:
+    def _connect(self, *, keep_offset: bool = False) -> None:
+        """Join all workers anew. With `keep_offset` the copies that they hold stay those of the same workers' states."""
         places = self.call("place", timeout_s=START_TIMEOUT_S)
         self._nodes = [node for node, _ in places]
         one_node = len(set(self._nodes)) == 1
         host = "127.0.0.1" if one_node else places[0][1]
         port = self._get({0: self.workers[0].listen.remote(host)}, START_TIMEOUT_S)[0]
         backend = {"auto": "nccl" if self.device == "cuda" else "gloo"}.get(self.config.channel, self.config.channel)
-        self.call("connect", host, port, backend, self.device, timeout_s=START_TIMEOUT_S)
+        if not keep_offset:
+            self._offset = copy_offset(self._nodes[: self.config.layer_workers])
+        self.call("connect", host, port, backend, self.device, self._offset, timeout_s=START_TIMEOUT_S)
 
     def rebuild(self, config: TrainConfig, architecture: Architecture | None, kept: dict[str, Any] | None = None) -> list[dict[str, Any]]:
         """Give the workers the layers of other settings, which want as many workers, and drop those they have; else as `start`."""
@@ -214,7 +216,7 @@ class WorkerGroup:
                 f"worker{'s' if len(lost) > 1 else ''} {names} {'were' if len(lost) > 1 else 'was'} lost", lost
             ) from error
         # Nobody died: a worker whose neighbour failed says so first, perhaps.
-        ray.wait(list(references.values()), num_returns=len(references), timeout=ANSWER_S)
+        ray.wait(list(references.values()), num_returns=len(references), timeout=self.config.hang_timeout_s)
         causes = [error.cause if isinstance(error, RayTaskError) and isinstance(error.cause, BaseException) else error]
         for reference in references.values():
             try:
@@ -231,7 +233,7 @@ class WorkerGroup:
     def lost(self) -> frozenset[int]:
         """Ranks of workers that are dead, or do not answer now that others have failed; those are killed."""
         references = {rank: worker.ping.remote() for rank, worker in enumerate(self.workers)}
-        ray.wait(list(references.values()), num_returns=len(references), timeout=ANSWER_S)
+        ray.wait(list(references.values()), num_returns=len(references), timeout=self.config.hang_timeout_s)
         gone = set()
         for rank, reference in references.items():
             try:
@@ -258,7 +260,7 @@ class WorkerGroup:
             self.workers[rank] = spare or self._actor(rank, self._slots[rank])
             if spare is not None:
                 self._get({rank: spare.reconfigure.remote(self.config, rank)}, START_TIMEOUT_S)
-        self._connect()
+        self._connect(keep_offset=True)
         self._build(sorted(lost))
 
     def keep_spares(self) -> None:
@@ -313,11 +315,11 @@ class WorkerGroup:
         """The last step that is held in memory everywhere, and what each survivor holds."""
         ranks = self.survivors(lost)
         found = dict(zip(ranks, self.call_some(ranks, "inventory"), strict=True))
-        return (common_step(found, set(lost), self.config.layer_workers) if ranks else None), found
+        return (common_step(found, set(lost), self.config.layer_workers, self._offset) if ranks else None), found
 
     def _given(self, rank: int, step: int, found: dict[int, Inventory]) -> Any:
         """A reference to the state of a block after `step` steps, from whoever holds it."""
-        holder, neighbour = (rank, False) if rank in found else holder_of(rank, step, found, self.config.layer_workers)
+        holder, neighbour = (rank, False) if rank in found else holder_of(rank, step, found, self.config.layer_workers, self._offset)
         return self.workers[holder].give.remote(step, neighbour)
 
     # Another number of workers ---------------------------------------------------------------------------------------------------

@@ -80,6 +80,7 @@ class BlockWorker:
         self._copies_group: dist.ProcessGroup | None = None
         self._copies: NeighbourCopies | None = None
         self._writer = PieceWriter()
+        self._offset = 1
         self._done: deque[dict[str, Any]] = deque(maxlen=REMEMBERED)
 
     def warm(self, architecture: Architecture | None, batches: Batches, plan: Plan) -> str:
@@ -98,8 +99,13 @@ class BlockWorker:
         self._listener = socket.create_server((host, 0))
         return int(self._listener.getsockname()[1])
 
-    def connect(self, host: str, port: int, backend: str, device: str) -> None:
-        """Join the process groups."""
+    def connect(self, host: str, port: int, backend: str, device: str, offset: int) -> None:
+        """Join the process groups.
+
+        Args:
+            offset: copies of states go to the worker so many blocks on.
+        """
+        self._offset = offset
         config, timeout = self.config, timedelta(seconds=self.config.receive_timeout_s)
         if host == "127.0.0.1":  # all workers on this machine: keep their traffic off the network
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
@@ -159,7 +165,7 @@ class BlockWorker:
     def _keep_copies(self) -> None:
         group, before = self._copies_group, self._copies
         channel = None if group is None else TorchChannel(group, COPY_TIMEOUT_S)
-        self._copies = NeighbourCopies(self._engine, channel, before)
+        self._copies = NeighbourCopies(self._engine, channel, before, self._offset)
 
     def reconfigure(self, config: TrainConfig, rank: int) -> None:
         """Give up this worker's layers and its place; those that `build` makes next are of other settings."""
