@@ -62,6 +62,19 @@ def suggest_buffers(
 
 
 @app.command()
+def chaos(
+    run: Annotated[Path, typer.Argument(help="run directory, of a run that is training now")],
+    mtbf: Annotated[str, typer.Option(help="mean time between kills, such as 20s, 15m or 1h")],
+    seed: Annotated[int, typer.Option(help="of the times and of the choice of workers")] = 0,
+    limit: Annotated[str | None, typer.Option("--for", help="how long; default until the run ends")] = None,
+) -> None:
+    """Kill random workers of a run, to see how it and the cluster bear that; Ctrl-C ends it, the run goes on."""
+    from rayllp.cluster.chaos import parse_duration, unleash
+
+    unleash(run, parse_duration(mtbf, "--mtbf"), seed, None if limit is None else parse_duration(limit, "--for"), typer.echo)
+
+
+@app.command()
 def settings() -> None:
     """List every setting with its default and meaning."""
     from rayllp.report.settings import settings_table

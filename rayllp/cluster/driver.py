@@ -13,6 +13,7 @@ from rayllp.checkpoint import checkpoints, count_layers, read_manifest, step_of
 from rayllp.checkpoint.export import write_model_json, write_tokenizer_json
 from rayllp.cluster.evaluation import Evaluator
 from rayllp.cluster.group import WorkerGroup, capacity
+from rayllp.cluster.names import run_name
 from rayllp.cluster.recovery import RAREST, FailureBudget, choose_interval
 from rayllp.cluster.saving import Saver
 from rayllp.config import TrainConfig
@@ -78,7 +79,7 @@ class Driver:
         self.data, self.plan, self.kept = loaded or Loaded(None, None, None)
         self.model, self.batches = model, batches
         self.controller = Controller(self.config)
-        self.workers = WorkerGroup(self.config, device)
+        self.workers = WorkerGroup(self.config, device, name=run_name(run.path))
         self.console = console or Console(stderr=True)
         self.stop = False
         self.saver = Saver(run, self.workers, config)

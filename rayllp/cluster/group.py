@@ -13,6 +13,7 @@ from ray.util.placement_group import PlacementGroup, placement_group, placement_
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from rayllp.checkpoint.memory import Inventory, Layout, common_step, copy_offset, holder_of
+from rayllp.cluster.names import NAMESPACE, group_name, worker_name
 from rayllp.cluster.worker import BlockWorker, Plan
 from rayllp.config import TrainConfig
 from rayllp.data import Batches
@@ -20,6 +21,7 @@ from rayllp.errors import ClusterError, RayllpError, WorkerLostError
 from rayllp.models import FAMILIES, Architecture
 
 START_TIMEOUT_S = 180.0
+PING_S = 2.0
 BROKEN = ("ChannelError", "RuntimeError", "DistBackendError")
 """Errors of a worker that may only be the echo of another's."""
 
@@ -91,17 +93,21 @@ class WorkerGroup:
     Args:
         group: a placement group to live in (a Tune trial's own); made here, and removed at shutdown, if None.
         first_bundle: the group's bundle that takes worker 0.
+        name: the run's, under which Ray's other users find its workers (`rayllp.cluster.names`); None: nobody does.
     """
 
-    def __init__(self, config: TrainConfig, device: str, group: PlacementGroup | None = None, first_bundle: int = 0) -> None:
-        self.config, self.device = config, device
+    def __init__(
+        self, config: TrainConfig, device: str, group: PlacementGroup | None = None, first_bundle: int = 0, name: str | None = None
+    ) -> None:
+        self.config, self.device, self.name = config, device, name
         self._own_group = group is None
         cpus = max(1, int(ray.cluster_resources().get("CPU", 1)) // config.world) if device == "cpu" else 1
         self._bundle: dict[str, float] = {"CPU": 1.0, "GPU": 1.0} if device == "cuda" else {"CPU": 1.0}
-        self.group = group or placement_group([self._bundle] * config.world, strategy="PACK")
+        self.group = group or placement_group([self._bundle] * config.world, strategy="PACK", name=group_name(name) if name else "")
         self._threads = _threads(cpus)
         self.workers: list[Any] = []
         self._slots = [Slot(self.group, first_bundle + rank) for rank in range(config.world)]  # of the workers, and then free ones
+        self._started = 0
         self._nodes: list[str] = []
         self._offset = 1
         self._spares: list[Spare] = []
@@ -138,7 +144,10 @@ class WorkerGroup:
         return self._start_actor(rank, place, self._bundle["CPU"])
 
     def _start_actor(self, rank: int, strategy: Any, cpus: float) -> Any:
-        options = {"num_cpus": cpus, "num_gpus": self._bundle.get("GPU", 0), "scheduling_strategy": strategy}
+        options: dict[str, Any] = {"num_cpus": cpus, "num_gpus": self._bundle.get("GPU", 0), "scheduling_strategy": strategy}
+        if self.name:
+            options |= {"name": worker_name(self.name, self._started), "namespace": NAMESPACE}
+        self._started += 1
         return ray.remote(BlockWorker).options(**options).remote(rank, self.config, self._threads)
 
     def _connect(self, *, keep_offset: bool = False) -> None:
@@ -280,8 +289,8 @@ class WorkerGroup:
         for spare in self._spares:
             if spare.node == node and ray.wait([spare.ready], timeout=0)[0]:
                 self._spares.remove(spare)
-                with contextlib.suppress(RayActorError, RayTaskError):  # it died itself: as if there were none
-                    ray.get(spare.ready)
+                with contextlib.suppress(RayActorError, RayTaskError, GetTimeoutError):  # it died itself: as if there were none
+                    ray.get([spare.ready, spare.actor.ping.remote()], timeout=PING_S)
                     return spare.actor
         return None
 
@@ -420,6 +429,8 @@ class WorkerGroup:
 
     def shutdown(self) -> None:
         """Kill the actors and give the resources back."""
+        if not ray.is_initialized():  # the cluster is gone, and a call would start another
+            return
         for worker in self.workers:
             with contextlib.suppress(Exception):
                 ray.kill(worker, no_restart=True)
