@@ -10,8 +10,9 @@ import ray
 
 from rayllp.cluster import chaos
 from rayllp.cluster.chaos import RayTarget, Steps, Worker, choose, parse_duration, strike, strikes, unleash
-from rayllp.cluster.driver import Driver, _validate
+from rayllp.cluster.driver import Driver
 from rayllp.cluster.names import NAMESPACE, group_name, is_group, number_of, run_name, worker_name
+from rayllp.cluster.session import validate
 from rayllp.errors import ClusterError, SettingsError
 from rayllp.report import RunDirectory
 from tests.conftest import tiny
@@ -136,10 +137,10 @@ class Patient(Driver):
 
 
 def train(run, config, over, outcome):
-    driver = Patient(config, run, "cpu", None, None, _validate(config, None, None))
+    driver = Patient(config, run, "cpu", None, None, validate(config, None, None))
     driver.chaos_is_over = over
     try:
-        outcome.append(driver.train(None))
+        outcome.append(driver.train())
     except Exception as error:
         outcome.append(error)
 
@@ -151,7 +152,7 @@ class Bystander:
 
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_run_survives_chaos_and_others_do_not_see_it(tmp_path):
-    config = tiny(workers=2, steps=STEPS, dtype="float32", snapshot_every=1)
+    config = tiny(workers=2, steps=STEPS, dtype="float32", snapshot_every=1, spare_workers=False)
     run = RunDirectory.create(tmp_path / "run", config)
     with pytest.raises(ClusterError, match=r"no worker of .*run is alive .* go on with it by rayllp train --resume"):
         unleash(run.path, 1.0)
@@ -181,7 +182,7 @@ def test_a_run_survives_chaos_and_others_do_not_see_it(tmp_path):
     struck = read(run.path / "chaos.jsonl")
     assert len(struck) == killed
     assert all(line["kind"] == "chaos" and line["number"] in (0, 1) and line["time"] for line in struck)
-    assert sum(line.endswith(f"killed worker {struck[0]['rank']}") for line in said) >= 1
+    assert sum(line.endswith(f"killed worker {struck[0]['number']}") for line in said) >= 1
     assert f"{killed} worker{'s' if killed > 1 else ''} killed" in said[-1]
     events = read(run.path / "events.jsonl")
     faults, restores = ([event for event in events if event["kind"] == kind] for kind in ("fault", "restore"))

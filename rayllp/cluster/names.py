@@ -15,7 +15,10 @@ def run_name(path: Path) -> str:
 
 
 def worker_name(run: str, number: int) -> str:
-    """Of the process that a sitting started as so-manieth: its rank is its number at first, and may become another. The end is another each time: a successor need not wait until Ray has freed the name of the dead."""
+    """Of the so-manieth process that a sitting started: its rank is that number at first, and may become another.
+
+    The end is another each time, so that a successor need not wait until Ray has freed the name of the dead.
+    """
     return f"{run}/worker_{number}.{uuid4().hex[:8]}"
 
 
