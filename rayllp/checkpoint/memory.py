@@ -10,6 +10,7 @@ import math
 import queue
 import threading
 import time
+import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -197,8 +198,9 @@ class NeighbourCopies:
         self._idle.wait()
 
     def close(self) -> None:
-        """End the background thread, once its exchange ends or fails."""
+        """End the background thread, once its exchange ends or fails, and let go of the connections."""
         self._work.put(None)
+        self.channel = None
 
     def _exchange_all(self) -> None:
         while (step := self._work.get()) is not None:
@@ -207,7 +209,8 @@ class NeighbourCopies:
                 self._exchange(step)
                 self.seconds = self.seconds[0], time.perf_counter() - started
             except Exception as error:  # a worker is gone: whoever calls next is told, and what is held stays
-                self._failure = error
+                traceback.clear_frames(error.__traceback__)  # what they hold would keep the connections open, and others waiting
+                self._failure = error.with_traceback(None)
             self._idle.set()
 
     def _exchange(self, step: int) -> None:

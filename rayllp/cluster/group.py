@@ -21,7 +21,6 @@ from rayllp.errors import ClusterError, RayllpError, WorkerLostError
 from rayllp.models import FAMILIES, Architecture
 
 START_TIMEOUT_S = 180.0
-PING_S = 2.0
 BROKEN = ("ChannelError", "RuntimeError", "DistBackendError")
 """Errors of a worker that may only be the echo of another's."""
 
@@ -285,12 +284,12 @@ class WorkerGroup:
             self._spares.append(Spare(node, actor, actor.warm.remote(self._sources[0], self._shared, self._plan())))
 
     def _take_spare(self, node: str) -> Any | None:
-        """A spare on this node that has come up; None: there is none."""
+        """The spare on this node; None: there is none. One that is still starting is further along than a new worker would be."""
         for spare in self._spares:
-            if spare.node == node and ray.wait([spare.ready], timeout=0)[0]:
+            if spare.node == node:
                 self._spares.remove(spare)
                 with contextlib.suppress(RayActorError, RayTaskError, GetTimeoutError):  # it died itself: as if there were none
-                    ray.get([spare.ready, spare.actor.ping.remote()], timeout=PING_S)
+                    ray.get([spare.ready, spare.actor.ping.remote()], timeout=START_TIMEOUT_S)
                     return spare.actor
         return None
 
