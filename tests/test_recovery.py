@@ -122,6 +122,16 @@ def test_a_step_that_fails_again_and_again_is_at_fault():
         budget.spend(7, 2.0, "lost")
 
 
+def test_a_recovery_that_fails_again_is_no_fault_of_the_step():
+    budget = FailureBudget(5)
+    budget.spend(7, 0.0, "lost")
+    waits = [budget.spend_again(attempt, float(attempt), "lost") for attempt in (1, 2, 3)]
+    assert waits == sorted(waits)
+    assert budget.spend(7, 9.0, "lost") > 0  # the second at this step, not the fifth
+    with pytest.raises(ClusterError, match="max_failures is 5"):
+        budget.spend_again(1, 10.0, "lost")
+
+
 def test_states_are_kept_as_often_as_three_percent_allow():
     assert choose_interval(1.0, 0.01, 0.01, on_cpu=True) == 1
     assert choose_interval(0.1, 0.003, 0.005, on_cpu=True) == 3

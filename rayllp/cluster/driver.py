@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -156,10 +157,12 @@ class Driver:
         """Replace lost workers and take all blocks back to a common step; that step."""
         began, lost, reached = time.monotonic(), _ranks_of(error), self._step
         self.saver.abandon()
-        while True:
+        for attempt in count():
             self.journal.event(reached, "fault", reason=str(error), ranks=sorted(lost))
             self.journal.say(f"step {reached}: {error}")
-            time.sleep(self.budget.spend(self._step, time.monotonic(), str(error)))
+            now = time.monotonic()
+            wait_s = self.budget.spend_again(attempt, now, str(error)) if attempt else self.budget.spend(self._step, now, str(error))
+            time.sleep(wait_s)
             try:
                 reached = max(reached, self.workers.reached(lost))
                 size = max(self.workers.places(lost), self.whole.fewest_workers)

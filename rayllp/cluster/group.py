@@ -1,6 +1,7 @@
 """All workers of a run: placement group, actors, process group, and calls to all at once."""
 
 import contextlib
+import socket
 import time
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from rayllp.errors import ClusterError, RayllpError, WorkerLostError
 from rayllp.models import FAMILIES, Architecture
 
 START_TIMEOUT_S = 180.0
+PING_S = 2.0
 BROKEN = ("ChannelError", "RuntimeError", "DistBackendError")
 """Errors of a worker that may only be the echo of another's."""
 
@@ -62,10 +64,11 @@ class Slot:
     bundle: int
 
     def is_alive(self) -> bool:
-        """Whether the bundle is on a node that lives."""
+        """Whether the bundle is on a node that lives: as Ray knows it, and, since Ray may take half a minute to know, as the node answers."""
         table = placement_group_table(self.group)
         node = table.get("bundles_to_node_id", {}).get(self.bundle)
-        return any(known["NodeID"] == node and known["Alive"] for known in ray.nodes())
+        found = next((known for known in ray.nodes() if known["NodeID"] == node and known["Alive"]), None)
+        return found is not None and _answers(found["NodeManagerAddress"], found["NodeManagerPort"])
 
 
 @dataclass(frozen=True, eq=False)
@@ -442,6 +445,15 @@ class WorkerGroup:
             if self._own_group or group.id != self.group.id:
                 with contextlib.suppress(Exception):
                     remove_placement_group(group)
+
+
+def _answers(host: str, port: int) -> bool:
+    """Whether something listens there."""
+    try:
+        socket.create_connection((host, port), timeout=PING_S).close()
+    except OSError:
+        return False
+    return True
 
 
 def _threads(cpus: int) -> int:

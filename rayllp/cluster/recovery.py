@@ -48,6 +48,18 @@ class FailureBudget:
             )
         return 0.0 if self._at_step == 1 else min(LONGEST_S, BACK_OFF_S * 2**self._at_step)
 
+    def spend_again(self, attempt: int, now_s: float, what: str) -> float:
+        """One fault more, while recovery from one is under way for the `attempt`-th time; seconds to wait.
+
+        No step is at fault then: a node that goes down takes its workers one by one.
+
+        Raises:
+            ClusterError: too many in an hour.
+        """
+        self._at_step -= 1
+        self.spend(self._step, now_s, what)
+        return min(LONGEST_S, BACK_OFF_S * 2.0**attempt)
+
 
 def choose_interval(step_s: float, take_s: float, exchange_s: float, *, on_cpu: bool) -> int:
     """Steps between states kept in memory, so that they take at most `COST` of the time.
