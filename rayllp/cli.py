@@ -21,9 +21,10 @@ def train(
     resume: Annotated[Path | None, typer.Option(help="go on with this run directory")] = None,
 ) -> None:
     """Train a model, its layers spread over Ray actors."""
-    if resume and (config or overrides or output):
-        raise typer.BadParameter("--resume takes the run's own settings: give no CONFIG, --set or --output with it")
-    settings = None if resume else load_config(config, overrides or [])
+    if resume and (config or output):
+        raise typer.BadParameter("--resume takes the run's own settings: give no CONFIG or --output with it; --set changes some of them")
+    base = resume / "config.yaml" if resume else config
+    settings = None if resume and not overrides else load_config(base, overrides or [])
     from rayllp.cluster.session import train as run_training
 
     result = run_training(settings, output=output, resume=resume)

@@ -100,7 +100,7 @@ def test_the_command_line_refuses_without_a_traceback(tmp_path):
     result = CliRunner().invoke(app, ["train", "--set", "steps=0", "--output", str(tmp_path / "run")])
     assert isinstance(result.exception, SettingsError)
     assert not (tmp_path / "run").exists()
-    assert CliRunner().invoke(app, ["train", "--resume", "x", "--set", "steps=1"]).exit_code == 2
+    assert CliRunner().invoke(app, ["train", "--resume", "x", "--output", "y"]).exit_code == 2
     assert "mgrit.coarsening" in CliRunner().invoke(app, ["settings"]).output
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -213,3 +214,53 @@ def test_ctrl_c_leaves_a_checkpoint_and_no_actor(tmp_path):
     assert (checkpoint / "manifest.json").exists()
     assert f"rayllp train --resume {run}" in (tmp_path / "log").read_text()
     assert not subprocess.run(["pgrep", "-g", str(process.pid)], capture_output=True, text=True).stdout
+
+
+# Checkpoints that are damaged or cannot be written ---------------------------------------------------------------------------------
+
+
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(tmp_path):
+    run = rayllp.train(tiny(workers=1, steps=6, checkpoint={"every": 2, "keep": 3}), output=tmp_path / "run").directory
+    before = losses(run)
+    piece = run / "checkpoints" / "step_6" / "head.safetensors"
+    piece.write_bytes(piece.read_bytes()[:-8])  # cut short
+    assert rayllp.train(resume=run).steps == 6
+    events = read(run / "events.jsonl")
+    assert "damaged checkpoint" in next(e for e in events if e["kind"] == "fault")["reason"]
+    assert next(e for e in events if e["kind"] == "restore")["path"].endswith("step_4")
+    assert losses(run) == before
+
+
+def test_training_goes_on_where_a_checkpoint_cannot_be_written(tmp_path):
+    class Walled(Sabotaged):
+        def act(self):
+            self.run.checkpoints.rmdir() if self.run.checkpoints.exists() else None
+            self.run.checkpoints.write_text("in the way")
+
+        def _next_chunk(self, step):
+            if step == 5:
+                self.run.checkpoints.unlink()
+            return super()._next_chunk(step)
+
+    result = drive(Walled, tiny(workers=2, steps=7, checkpoint={"every": 4}), tmp_path / "run")
+    assert result.steps == 7
+    events = read(result.directory / "events.jsonl")
+    assert [e["step"] for e in events if e["kind"] == "fault" and "checkpoint not written" in e["reason"]] == [4, 5]
+    # Tried again as soon as another chunk was done.
+    assert [e["step"] for e in events if e["kind"] == "checkpoint"] == [6, 7]
+
+
+def test_a_run_goes_on_by_its_output_directory_and_with_other_settings(tmp_path):
+    config = tiny(workers=1, steps=6, checkpoint={"every": 3, "keep": 3})
+    run = rayllp.train(config, output=tmp_path / "run").directory
+    before = losses(run)
+    (run / "evals.jsonl").unlink()  # as if it had been cut off
+    shutil.rmtree(run / "checkpoints" / "step_6")
+    assert rayllp.train(config, output=run).steps == 6
+    assert losses(run) == before
+    shutil.rmtree(run / "checkpoints" / "step_6")
+    other = tiny(workers=2, steps=6, checkpoint={"every": 3, "keep": 3})
+    rayllp.train(other, resume=run)
+    assert losses(run) == pytest.approx(before, abs=1e-10)
+    changed = next(e for e in read(run / "events.jsonl") if e["kind"] == "settings")["changed"]
+    assert changed == {"workers": [1, 2]}

@@ -64,7 +64,7 @@ class Slot:
     bundle: int
 
     def is_alive(self) -> bool:
-        """Whether the bundle is on a node that lives: as Ray knows it, and, since Ray may take half a minute to know, as the node answers."""
+        """Whether the bundle is on a node that lives: by Ray, which may take half a minute to know, and by the node's port."""
         table = placement_group_table(self.group)
         node = table.get("bundles_to_node_id", {}).get(self.bundle)
         found = next((known for known in ray.nodes() if known["NodeID"] == node and known["Alive"]), None)
