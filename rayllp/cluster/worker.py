@@ -16,8 +16,9 @@ import ray
 import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import TCPStore
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from rayllp.channel.base import Channel
+from rayllp.channel.local import LocalChannel
 from rayllp.channel.torch_dist import TorchChannel
 from rayllp.checkpoint import PieceWriter, Prolongation, load_pieces
 from rayllp.checkpoint.memory import Inventory, Layout, NeighbourCopies
@@ -76,7 +77,8 @@ class BlockWorker:
         self.rank, self.config = rank, config
         self.engine: Engine | None = None
         self._listener: socket.socket | None = None
-        self._mesh: DeviceMesh | None = None
+        self._layer_group: dist.ProcessGroup | None = None
+        self._data_group: dist.ProcessGroup | None = None
         self._copies_group: dist.ProcessGroup | None = None
         self._copies: NeighbourCopies | None = None
         self._writer = PieceWriter()
@@ -106,7 +108,9 @@ class BlockWorker:
             offset: copies of states go to the worker so many blocks on.
         """
         self._offset = offset
-        config, timeout = self.config, timedelta(seconds=self.config.receive_timeout_s)
+        config = self.config
+        # One that is lost now is not noticed by those who wait for it here: they must give up before they are taken for silent.
+        timeout = timedelta(seconds=min(config.receive_timeout_s, config.hang_timeout_s / 2))
         if host == "127.0.0.1":  # all workers on this machine: keep their traffic off the network
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
             os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
@@ -116,22 +120,28 @@ class BlockWorker:
         else:
             store = TCPStore(host, port, config.world, False, timeout)
         dist.init_process_group(backend, store=store, rank=self.rank, world_size=config.world, timeout=timeout)
-        self._mesh = init_device_mesh(device, (config.mesh.data, config.layer_workers), mesh_dim_names=("data", "layer"))
-        if config.mesh.data == 1 and config.world > 1:  # with replicas a block's state is on another one already
-            self._copies_group = dist.new_group(backend="gloo", timeout=timedelta(seconds=COPY_TIMEOUT_S))
+        D, P = config.mesh.data, config.layer_workers
+        replicas = [[replica * P + block for block in range(P)] for replica in range(D)]
+        self._layer_group = _join(replicas, self.rank, timeout)
+        self._data_group = _join([list(ranks) for ranks in zip(*replicas, strict=True)], self.rank, timeout) if D > 1 else None
+        for group in filter(None, (dist.group.WORLD, self._layer_group, self._data_group)):
+            _limit(group, device, config.receive_timeout_s)
+        if D == 1 and config.world > 1:  # with replicas a block's state is on another one already
+            self._copies_group = dist.new_group(backend="gloo", timeout=timeout)
+            _limit(self._copies_group, "cpu", COPY_TIMEOUT_S)
         if self.engine is not None:
             self.engine.reconnect(*self._channels())
             self._keep_copies()
 
     def leave(self) -> None:
         """Close this worker's connections, so that others who wait for it are told at once; its layers stay."""
-        if self._mesh is None and not dist.is_initialized():
+        if self._layer_group is None and not dist.is_initialized():
             return
         if self._copies is not None:
             self._copies.close()
         if self.engine is not None:
             self.engine.disconnect()
-        self._mesh = self._copies_group = None
+        self._layer_group = self._data_group = self._copies_group = None
         if dist.is_initialized():
             dist.destroy_process_group()
         gc.collect()  # a connection closes when nothing refers to it any more
@@ -156,11 +166,11 @@ class BlockWorker:
             "layout": self._memory.state.layout, "sources": {*names, *(tied[name] for name in names if name in tied)},
         }  # fmt: skip
 
-    def _channels(self) -> tuple[TorchChannel, TorchChannel]:
+    def _channels(self) -> tuple[Channel, Channel]:
         """To the other blocks, and to the other replicas."""
-        assert self._mesh is not None, "connect() comes first"
-        limit = self.config.receive_timeout_s
-        return TorchChannel(self._mesh.get_group("layer"), limit), TorchChannel(self._mesh.get_group("data"), limit)
+        assert self._layer_group is not None, "connect() comes first"
+        limit, data = self.config.receive_timeout_s, self._data_group
+        return TorchChannel(self._layer_group, limit), LocalChannel.alone() if data is None else TorchChannel(data, limit)
 
     def _keep_copies(self) -> None:
         group, before = self._copies_group, self._copies
@@ -293,6 +303,17 @@ class BlockWorker:
     def _engine(self) -> Engine:
         assert self.engine is not None, "build() comes first"
         return self.engine
+
+
+def _join(groups: list[list[int]], rank: int, timeout: timedelta) -> dist.ProcessGroup:
+    """Make process groups of these ranks, all of them on every worker, as torch asks; this worker's."""
+    made = [dist.new_group(ranks, timeout=timeout) for ranks in groups]
+    return next(group for group, ranks in zip(made, groups, strict=True) if rank in ranks)
+
+
+def _limit(group: dist.ProcessGroup, device: str, seconds: float) -> None:
+    """Let the group's operations take so long: its making had a limit of its own."""
+    group._get_backend(torch.device(device))._set_default_timeout(timedelta(seconds=seconds))
 
 
 def _is_finite(*values: float) -> bool:
