@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from rayllp.config import load_config
+from rayllp.config import TrainConfig, load_config, load_run_config
 from rayllp.errors import RayllpError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Train very deep transformers in parallel over their layers, on Ray.")
@@ -23,8 +23,10 @@ def train(
     """Train a model, its layers spread over Ray actors."""
     if resume and (config or output):
         raise typer.BadParameter("--resume takes the run's own settings: give no CONFIG or --output with it; --set changes some of them")
-    base = resume / "config.yaml" if resume else config
-    settings = None if resume and not overrides else load_config(base, overrides or [])
+    if resume and overrides:
+        settings: TrainConfig | None = load_run_config(resume, overrides)
+    else:
+        settings = None if resume else load_config(config, overrides or [])
     from rayllp.cluster.session import train as run_training
 
     result = run_training(settings, output=output, resume=resume)

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, field_validator, model_validator
 
-from rayllp.errors import SettingsError
+from rayllp.errors import NotARunError, SettingsError
 from rayllp.mgrit import Hierarchy, Method, build_hierarchy, split_evenly
 from rayllp.nested import stages
 from rayllp.sizes import with_pretrained_sizes
@@ -585,6 +585,26 @@ def load_config(path: str | Path | None = None, overrides: list[str] | tuple[str
     for override in overrides:
         set_value(values, override)
     return make_config(values, source=str(path) if path else "settings")
+
+
+def check_run(run: Path) -> None:
+    """Refuse a directory that holds no run.
+
+    Raises:
+        NotARunError: it has no config.yaml.
+    """
+    if not (run / "config.yaml").is_file():
+        raise NotARunError(f"{run} is not a run directory (no config.yaml): give the directory that a run printed")
+
+
+def load_run_config(run: Path, overrides: list[str] | tuple[str, ...] = ()) -> TrainConfig:
+    """The settings of a run, by its directory; else as `load_config`.
+
+    Raises:
+        NotARunError: the directory holds no run.
+    """
+    check_run(run)
+    return load_config(run / "config.yaml", overrides)
 
 
 def set_value(values: dict[str, Any], override: str) -> None:

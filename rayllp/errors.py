@@ -35,3 +35,7 @@ class NonFiniteError(RayllpError, ArithmeticError):
 
 class CheckpointError(RayllpError, RuntimeError):
     """A checkpoint that is absent, incomplete, altered, or of another model."""
+
+
+class NotARunError(SettingsError, CheckpointError):
+    """A directory was given that holds no run: a wrong argument, and nothing to go on from."""

@@ -14,7 +14,7 @@ from rayllp.cli import app
 from rayllp.config import make_config
 from rayllp.control import Controller, ProbePlan
 from rayllp.engine.lipschitz import estimate_layers, lipschitz_constant
-from rayllp.errors import RayllpError, SettingsError
+from rayllp.errors import SettingsError
 from rayllp.plan import suggest_buffers
 from rayllp.report import RunDirectory
 from tests.conftest import make_engine, merge, tiny
@@ -255,7 +255,8 @@ def test_the_command_says_what_a_run_lacks(tmp_path):
     run = RunDirectory.create(tmp_path / "run", tiny())
     for path, message in ((tmp_path, "is not a run directory"), (run.path, "adaptive.lipschitz_every=0.*--set adaptive.lipschitz_every=1")):
         done = CliRunner().invoke(app, ["suggest-buffers", str(path)])
-        with pytest.raises(RayllpError, match=message):
+        assert isinstance(done.exception, SettingsError)
+        with pytest.raises(SettingsError, match=message):
             raise done.exception
     (run.path / "metrics.jsonl").write_text(json.dumps({"step": 0, "loss": 1.0}) + "\n")  # of an older version: no such entry
     assert "has no Lipschitz estimates" in str(CliRunner().invoke(app, ["suggest-buffers", str(run.path)]).exception)

@@ -101,6 +101,7 @@ def test_the_command_line_refuses_without_a_traceback(tmp_path):
     assert isinstance(result.exception, SettingsError)
     assert not (tmp_path / "run").exists()
     assert CliRunner().invoke(app, ["train", "--resume", "x", "--output", "y"]).exit_code == 2
+    assert "x is not a run directory" in str(CliRunner().invoke(app, ["train", "--resume", "x", "--set", "steps=1"]).exception)
     assert "mgrit.coarsening" in CliRunner().invoke(app, ["settings"]).output
 
 

@@ -20,7 +20,7 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, Pr
 
 from rayllp.checkpoint.prolong import LAYER
 from rayllp.checkpoint.store import checkpoints, read_manifest
-from rayllp.config import TrainConfig, load_config
+from rayllp.config import TrainConfig, load_run_config
 from rayllp.data import load_data
 from rayllp.data.special import SpecialTokens
 from rayllp.data.tokenizer import SENTENCEPIECE_ENDINGS, make_tokenizer
@@ -114,15 +114,14 @@ def write_tokenizer_json(run_dir: Path, batches: object) -> None:
 
 def _open_run(run: Path, step: int | None) -> tuple[TrainConfig, Path]:
     """The run's settings and the checkpoint's folder."""
-    if not (run / "config.yaml").is_file():
-        raise CheckpointError(f"{run} is not a run directory (no config.yaml): give the directory that a run printed")
+    config = load_run_config(run)
     found = {path.name.removeprefix("step_"): path for path in checkpoints(run / "checkpoints")}
     if not found:
         raise CheckpointError(f"{run} has no complete checkpoint to export: let the run end, stop it by Ctrl-C, or set checkpoint.every")
     chosen = list(found)[-1] if step is None else str(step)
     if chosen not in found:
         raise CheckpointError(f"{run} has no checkpoint of step {step}: give --step one of {', '.join(found)}")
-    return load_config(run / "config.yaml"), found[chosen]
+    return config, found[chosen]
 
 
 def _read_places(checkpoint: Path) -> dict[str, _Stored]:

@@ -16,6 +16,7 @@ import ray
 from ray.util import list_named_actors, placement_group_table
 
 from rayllp.cluster.names import NAMESPACE, is_group, number_of, run_name
+from rayllp.config import check_run
 from rayllp.errors import ClusterError, SettingsError
 
 UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0}
@@ -231,8 +232,7 @@ def unleash(run: Path, mtbf_s: float, seed: int = 0, limit_s: float | None = Non
         SettingsError: not a run directory.
         ClusterError: the run is not alive on a cluster that can be joined.
     """
-    if not (run / "config.yaml").is_file():
-        raise SettingsError(f"{run} is not a run directory (no config.yaml): give the directory that the run printed")
+    check_run(run)
     with find(run) as target:
         lasting = "until the run ends" if limit_s is None else f"for {limit_s:g} s"
         say(f"killing a worker of {run} every {mtbf_s:g} s on average, seed {seed}, {lasting} or Ctrl-C")

@@ -16,7 +16,7 @@ from rayllp.checkpoint import checkpoints
 from rayllp.checkpoint.export import read_model_json
 from rayllp.cluster.driver import Driver, Loaded, TrainResult
 from rayllp.cluster.group import choose_device
-from rayllp.config import TrainConfig, load_config
+from rayllp.config import TrainConfig, load_run_config
 from rayllp.data import Batches, load_data
 from rayllp.errors import CheckpointError, DataError, SettingsError
 from rayllp.models import Architecture, LayerStack, build_architecture, check_family
@@ -92,11 +92,10 @@ def validate(config: TrainConfig, model: Architecture | None, batches: Batches |
 
 def _reopen(run: RunDirectory, config: TrainConfig | None) -> tuple[TrainConfig, list[Path]]:
     """Settings and checkpoints of a run; other settings, where they are given, take the place of those it has."""
-    run.check()
+    before = load_run_config(run.path)
     found = checkpoints(run.checkpoints)
     if not found:
         raise CheckpointError(f"{run.path} has no complete checkpoint to resume from; start it anew, with checkpoint.every set")
-    before = load_config(run.path / "config.yaml")
     if config is not None and config != before:
         run.change_settings(before, config)
     return config or before, found
@@ -104,10 +103,9 @@ def _reopen(run: RunDirectory, config: TrainConfig | None) -> tuple[TrainConfig,
 
 def _is_unfinished(path: Path, config: TrainConfig) -> bool:
     """Whether a directory holds a run of these settings that did not get to its last evaluation."""
-    run = RunDirectory(path)
-    if not (path / "config.yaml").is_file() or load_config(path / "config.yaml") != config:
+    if not (path / "config.yaml").is_file() or load_run_config(path) != config:
         return False
-    return (run.last_evaluation() or {"step": -1})["step"] < config.steps
+    return (RunDirectory(path).last_evaluation() or {"step": -1})["step"] < config.steps
 
 
 # Around the driver ----------------------------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from rayllp.config import TrainConfig, load_config
+from rayllp.config import TrainConfig, load_run_config
 from rayllp.errors import SettingsError
 from rayllp.nested import stage_of_depth
 from rayllp.plan.buffers import LAST, BufferSuggestion, suggest_buffers
@@ -18,12 +18,9 @@ def show_suggestion(run: Path, factor: float, out: Console) -> BufferSuggestion:
     """Print each layer's constant and part now and as suggested, the reasons, and the settings to use.
 
     Raises:
-        CheckpointError: not a run directory.
-        SettingsError: one without estimates.
+        SettingsError: not a run directory, or one without estimates.
     """
-    directory = RunDirectory(run)
-    directory.check()
-    config, estimates = load_config(run / "config.yaml"), directory.read_lipschitz()
+    config, estimates = load_run_config(run), RunDirectory(run).read_lipschitz()
     if not estimates:
         raise SettingsError(
             f"{run} has no Lipschitz estimates (adaptive.lipschitz_every={config.adaptive.lipschitz_every}, adaptive.probe_every="

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rayllp.config import TrainConfig, to_yaml
-from rayllp.errors import CheckpointError, SettingsError
+from rayllp.errors import SettingsError
 
 
 class RunDirectory:
@@ -38,15 +38,6 @@ class RunDirectory:
         except OSError as error:
             raise SettingsError(f"output directory {path} cannot be written: {error.strerror}; choose another with --output") from None
         return cls(path)
-
-    def check(self) -> None:
-        """Refuse a directory that holds no run.
-
-        Raises:
-            CheckpointError: it has no config.yaml.
-        """
-        if not (self.path / "config.yaml").is_file():
-            raise CheckpointError(f"{self.path} is not a run directory (no config.yaml): give the directory that a run printed")
 
     def change_settings(self, before: TrainConfig, now: TrainConfig) -> None:
         """The run goes on with other settings."""
