@@ -67,7 +67,7 @@ class BlockState:
         Raises:
             ClusterError: a parameter is in none of them.
         """
-        tied = {head: embed for embed, head in self.engine.block.architecture.tied}
+        tied = self.engine.block.architecture.tied_to
         known = {name: part for layout, state in states for name, part in parts_of(state, layout)}
         for (name, shape), parameter in zip(self.layout, self.parameters, strict=True):
             found = known.get(name, known.get(tied.get(name, name)))
@@ -188,10 +188,6 @@ class NeighbourCopies:
         if state.shape != (self.state.size,) or state.dtype != self.state.dtype:
             raise ClusterError(f"a state of {tuple(state.shape)} {state.dtype} for a block of {self.state.size} {self.state.dtype} numbers")
         self.state.put(state)
-
-    def gather(self, states: Sequence[tuple[Layout, Tensor]]) -> None:
-        """Make the block what its layers' former blocks were."""
-        self.state.gather(states)
 
     def wait(self) -> None:
         """Until the last state is held everywhere, or cannot be."""

@@ -161,7 +161,7 @@ def load_pieces(engine: Engine, folder: Path, prolongation: Prolongation | None 
     Raises:
         CheckpointError: a piece is missing or has another shape: the checkpoint is of another model.
     """
-    tied = {head: embed for embed, head in engine.block.architecture.tied}
+    tied = engine.block.architecture.tied_to
     cache: dict[str, dict[str, Tensor]] = {}
     for piece, name, parameter in _owned(engine):
         source = tied.get(name, name)

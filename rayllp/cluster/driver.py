@@ -14,6 +14,7 @@ from rayllp.checkpoint import checkpoints, count_layers, read_manifest, step_of
 from rayllp.checkpoint.export import write_model_json, write_tokenizer_json
 from rayllp.cluster.evaluation import Evaluator
 from rayllp.cluster.group import WorkerGroup, capacity
+from rayllp.cluster.interrupt import stopping
 from rayllp.cluster.names import run_name
 from rayllp.cluster.recovery import RAREST, FailureBudget, choose_interval
 from rayllp.cluster.saving import Saver
@@ -75,7 +76,7 @@ class Driver:
     ) -> None:  # fmt: skip
         self.whole, self.run = config, run
         self.stage = stage_at(config, 0)
-        self._size = min(config.world, capacity(config, device))
+        self._size = capacity(config, device)
         self.config = self._at_size(self._size)
         self.data, self.plan, self.kept = loaded or Loaded(None, None, None)
         self.model, self.batches = model, batches
@@ -111,7 +112,8 @@ class Driver:
                 self._keep_what_export_needs()
                 step = self._restore(start, manifest) if start is not None and manifest is not None else 0
                 self.journal.say(self._describe(shares))
-                step, final, sample = self._train_through_faults(step)
+                with stopping(self._stop):  # a start that is interrupted leaves nothing
+                    step, final, sample = self._train_through_faults(step)
         except BaseException:
             self.run.discard_if_unused()
             raise
@@ -125,6 +127,11 @@ class Driver:
         return TrainResult(
             directory=self.run.path, steps=step, validation_loss=loss, metrics=final, sample=sample, stopped=self.stop
         )  # fmt: skip
+
+    def _stop(self) -> None:
+        """End after the chunk in hand."""
+        self.stop = True
+        self.console.print("stopping after this chunk of steps, with a checkpoint; again to stop at once", highlight=False, soft_wrap=True)
 
     def _start_workers(self) -> list[dict[str, Any]]:
         architecture, kept = self._plans()

@@ -5,7 +5,7 @@ import socket
 import time
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import ray
 import torch
@@ -71,11 +71,9 @@ class Slot:
         return found is not None and _answers(found["NodeManagerAddress"], found["NodeManagerPort"])
 
 
-@dataclass(frozen=True, eq=False)
-class Spare:
-    """A worker that has started and has no layers."""
+class Starting(NamedTuple):
+    """A worker that has no layers yet, and what says that it is there."""
 
-    node: str
     actor: Any
     ready: Any
 
@@ -112,9 +110,9 @@ class WorkerGroup:
         self._started = 0
         self._nodes: list[str] = []
         self._offset = 1
-        self._spares: list[Spare] = []
-        self._recruits: dict[Slot, tuple[Any, Any]] = {}  # actors that are starting, and what says that they are there
-        self._layouts: list[Layout] = []
+        self._spares: dict[str, Starting] = {}  # by node
+        self._recruits: dict[Slot, Starting] = {}
+        self._layouts: dict[int, Layout] = {}
         self._estate: Estate | None = None
         self._shared: Any = None
         self._sources: tuple[Architecture | None, dict[str, Any] | None] = (None, None)
@@ -171,14 +169,9 @@ class WorkerGroup:
         return self._build(range(config.world))
 
     def _build(self, ranks: Iterable[int]) -> list[dict[str, Any]]:
-        architecture, _ = self._sources
-        plan = self._plan()
         # No limit: reading pretrained weights takes as long as it takes, and a worker that dies is noticed.
-        found = self.call_some(ranks, "build", architecture, self._shared, self.device, plan)
-        self._layouts[len(self.workers) :] = []
-        self._layouts += [()] * (len(self.workers) - len(self._layouts))
-        for share in found:
-            self._layouts[share["rank"]] = share["layout"]
+        found = self.call_some(ranks, "build", self._sources[0], self._shared, self.device, self._plan())
+        self._layouts |= {share["rank"]: share["layout"] for share in found}
         return found
 
     def _plan(self) -> Plan:
@@ -282,18 +275,17 @@ class WorkerGroup:
         """
         if not self.config.spare_workers or not self.config.max_failures or self.device != "cpu":
             return
-        for node in set(self._nodes) - {spare.node for spare in self._spares}:
+        for node in set(self._nodes) - self._spares.keys():
             actor = self._start_actor(-1, NodeAffinitySchedulingStrategy(node, soft=False), cpus=0)
-            self._spares.append(Spare(node, actor, actor.warm.remote(self._sources[0], self._shared, self._plan())))
+            self._spares[node] = Starting(actor, actor.warm.remote(self._sources[0], self._shared, self._plan()))
 
     def _take_spare(self, node: str) -> Any | None:
         """The spare on this node; None: there is none. One that is still starting is further along than a new worker would be."""
-        for spare in self._spares:
-            if spare.node == node:
-                self._spares.remove(spare)
-                with contextlib.suppress(RayActorError, RayTaskError, GetTimeoutError):  # it died itself: as if there were none
-                    ray.get([spare.ready, spare.actor.ping.remote()], timeout=START_TIMEOUT_S)
-                    return spare.actor
+        spare = self._spares.pop(node, None)
+        if spare is not None:
+            with contextlib.suppress(RayActorError, RayTaskError, GetTimeoutError):  # it died itself: as if there were none
+                ray.get([spare.ready, spare.actor.ping.remote()], timeout=START_TIMEOUT_S)
+                return spare.actor
         return None
 
     def survivors(self, lost: Collection[int]) -> list[int]:
@@ -355,15 +347,15 @@ class WorkerGroup:
             else:
                 break
             actor = self._actor(-1, slot)
-            self._recruits[slot] = actor, actor.place.remote()
+            self._recruits[slot] = Starting(actor, actor.place.remote())
 
     def recruited(self) -> int:
         """Recruits that are there. One that died on the way is forgotten."""
         ready = 0
-        for slot, (_, reference) in list(self._recruits.items()):
-            if ray.wait([reference], timeout=0)[0]:
+        for slot, recruit in list(self._recruits.items()):
+            if ray.wait([recruit.ready], timeout=0)[0]:
                 try:
-                    ray.get(reference)
+                    ray.get(recruit.ready)
                     ready += 1
                 except RayActorError:
                     del self._recruits[slot]
@@ -406,7 +398,7 @@ class WorkerGroup:
         states = {} if step is None else {rank: self._given(rank, step, found) for rank in range(len(self.workers))}
         if states:
             ray.wait(list(states.values()), num_returns=len(states), fetch_local=False)
-        return Estate(step, tuple(self._layouts), tuple(states.values()))
+        return Estate(step, tuple(self._layouts[rank] for rank in states), tuple(states.values()))
 
     def _reseat(self, world: int, lost: frozenset[int]) -> None:
         """The workers from now on, in the order of their layers: survivors, recruits that are there, then new ones where the lost were."""
@@ -414,9 +406,9 @@ class WorkerGroup:
         for _, spare in seats[world:]:
             ray.kill(spare, no_restart=True)
         seats = seats[:world]
-        for slot, (actor, reference) in list(self._recruits.items()):
-            if len(seats) < world and ray.wait([reference], timeout=0)[0]:
-                seats.append((slot, actor))
+        for slot, recruit in list(self._recruits.items()):
+            if len(seats) < world and ray.wait([recruit.ready], timeout=0)[0]:
+                seats.append((slot, recruit.actor))
                 del self._recruits[slot]
         used = {slot for slot, _ in seats} | self._recruits.keys()
         for slot in sorted((slot for slot in self._slots if slot not in used), key=lambda slot: not slot.is_alive()):
@@ -433,14 +425,11 @@ class WorkerGroup:
         """Kill the actors and give the resources back."""
         if not ray.is_initialized():  # the cluster is gone, and a call would start another
             return
-        for worker in self.workers:
-            with contextlib.suppress(Exception):
-                ray.kill(worker, no_restart=True)
-        self.workers = []
-        for actor in [*(actor for actor, _ in self._recruits.values()), *(spare.actor for spare in self._spares)]:
+        starting = [*self._recruits.values(), *self._spares.values()]
+        for actor in [*self.workers, *(each.actor for each in starting)]:
             with contextlib.suppress(Exception):
                 ray.kill(actor, no_restart=True)
-        self._recruits, self._spares = {}, []
+        self.workers, self._recruits, self._spares = [], {}, {}
         for group in {slot.group.id: slot.group for slot in self._slots}.values():
             if self._own_group or group.id != self.group.id:
                 with contextlib.suppress(Exception):

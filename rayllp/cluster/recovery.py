@@ -32,15 +32,9 @@ class FailureBudget:
         Raises:
             ClusterError: too many in an hour, or at this step.
         """
-        while self._times and self._times[0] <= now_s - HOUR_S:
-            self._times.popleft()
-        self._times.append(now_s)
+        self._count(now_s, what)
         self._at_step = self._at_step + 1 if step == self._step else 1
         self._step = step
-        if len(self._times) > self.most:
-            raise ClusterError(
-                f"{what}; that is fault {len(self._times)} within an hour, and max_failures is {self.most}: see events.jsonl"
-            )
         if self._at_step >= SAME_STEP:
             raise ClusterError(
                 f"{what}; that is fault {self._at_step} at step {step} with no step done between: look at that step's batch, and at the "
@@ -56,9 +50,17 @@ class FailureBudget:
         Raises:
             ClusterError: too many in an hour.
         """
-        self._at_step -= 1
-        self.spend(self._step, now_s, what)
+        self._count(now_s, what)
         return min(LONGEST_S, BACK_OFF_S * 2.0**attempt)
+
+    def _count(self, now_s: float, what: str) -> None:
+        while self._times and self._times[0] <= now_s - HOUR_S:
+            self._times.popleft()
+        self._times.append(now_s)
+        if len(self._times) > self.most:
+            raise ClusterError(
+                f"{what}; that is fault {len(self._times)} within an hour, and max_failures is {self.most}: see events.jsonl"
+            )
 
 
 def choose_interval(step_s: float, take_s: float, exchange_s: float, *, on_cpu: bool) -> int:

@@ -3,11 +3,9 @@
 import contextlib
 import logging
 import os
-import signal
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import ray
 from rich.console import Console
@@ -62,9 +60,7 @@ def train(
     with _cluster(config):
         device = choose_device(config)
         run = run or RunDirectory.create(output, config)
-        driver = Driver(config, run, device, model, batches, loaded, console)
-        with _stopping(driver):
-            return driver.train(found)
+        return Driver(config, run, device, model, batches, loaded, console).train(found)
 
 
 def validate(config: TrainConfig, model: Architecture | None, batches: Batches | None, run: RunDirectory | None = None) -> Loaded | None:
@@ -127,27 +123,3 @@ def _cluster(config: TrainConfig) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
-
-
-@contextlib.contextmanager
-def _stopping(driver: Driver) -> Iterator[None]:
-    """Ctrl-C or SIGTERM ends the run after the chunk in hand, with a checkpoint; a second one ends it at once."""
-
-    def stop(number: int, frame: Any) -> None:
-        if driver.stop:
-            raise KeyboardInterrupt
-        driver.stop = True
-        driver.console.print(
-            "stopping after this chunk of steps, with a checkpoint; again to stop at once", highlight=False, soft_wrap=True
-        )
-
-    try:
-        before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    except ValueError:  # not the main thread: the caller has its own way to stop
-        yield
-        return
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -160,7 +160,7 @@ class BlockWorker:
         self.engine = Engine(architecture, config, batches, *self._channels(), where)
         self._keep_copies()
         parameters = sum(p.numel() for p in self.engine.block.parameters.values())
-        names, tied = list(self.engine.block.parameters), {head: embed for embed, head in architecture.tied}
+        names, tied = list(self.engine.block.parameters), architecture.tied_to
         return {
             "rank": self.rank, "layers": sorted(self.engine.block.layers), "parameters": parameters, "pid": os.getpid(),
             "layout": self._memory.state.layout, "sources": {*names, *(tied[name] for name in names if name in tied)},
@@ -233,7 +233,7 @@ class BlockWorker:
 
     def gather(self, layouts: list[Layout], *states: torch.Tensor) -> None:
         """Make the block what it was when other blocks, of these layouts and states, had its layers."""
-        self._memory.gather(list(zip(layouts, states, strict=True)))
+        self._memory.state.gather(list(zip(layouts, states, strict=True)))
 
     def report(self, start: int, stop: int) -> list[dict[str, Any]]:
         """What the steps from `start` up to `stop` did, as far as it is remembered; the last time that each was done."""

@@ -27,6 +27,11 @@ class Architecture(ABC):
     metric: Metric = NoMetric()
     """What an evaluation reports beside the loss."""
 
+    @property
+    def tied_to(self) -> dict[str, str]:
+        """Full name in the embedding of each tied parameter, by its full name in the head."""
+        return {head: embed for embed, head in self.tied}
+
     # Pieces -------------------------------------------------------------------------------------------------------------------
 
     @abstractmethod
