@@ -210,24 +210,17 @@ def train_loop(given: dict[str, Any]) -> None:
     """What each of Ray Train's workers does."""
     import ray.train
     import torch
+    from plain import plain_gpt2, plain_step
     from ray.train.torch import prepare_model
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    from rayllp.engine.optimizer import learning_rate
 
     config, folder, every, started = given["config"], given["folder"], given["every"], time.time()
-    context, m = ray.train.get_context(), config.model
+    context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
     append(folder / "workers.jsonl", rank=rank, pid=os.getpid())
     torch.set_num_threads(1)
     torch.manual_seed(0)
     data = ray.get(given["data"])
-    network = GPT2LMHeadModel(
-        GPT2Config(
-            vocab_size=data.tokenizer.vocabulary, n_positions=config.sequence_length, n_embd=m.width, n_layer=m.layers, n_head=m.heads,
-            embd_pdrop=0, attn_pdrop=0, resid_pdrop=0, bos_token_id=0, eos_token_id=0, attn_implementation="sdpa", use_cache=False,
-        )
-    ).train()  # fmt: skip
+    network = plain_gpt2(config, data.tokenizer.vocabulary)
     optimizer, first = torch.optim.AdamW(network.parameters(), lr=1e-3), 0
     if (checkpoint := ray.train.get_checkpoint()) is not None:
         with checkpoint.as_directory() as path:
@@ -238,16 +231,9 @@ def train_loop(given: dict[str, Any]) -> None:
     model = prepare_model(network)
     for step in range(first, config.steps):
         inputs, targets = (part[rank::world] for part in data.batch("train", step, config.batch_size))
-        logits = model(input_ids=inputs).logits
-        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(config.optimizer, step, config.steps)
-        optimizer.step()
+        loss = plain_step(model, optimizer, config, step, inputs, targets)
         if rank == 0:
-            append(folder / "steps.jsonl", step=step, time=time.time(), started=started, loss=loss.item())
+            append(folder / "steps.jsonl", step=step, time=time.time(), started=started, loss=loss)
         if (step + 1) % every:
             continue
         if rank == 0:

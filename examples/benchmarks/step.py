@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from peak import peak_bytes, reset_peak
-from transformers import GPT2Config, GPT2LMHeadModel
+from plain import plain_gpt2, plain_step
 
 import rayllp
 from rayllp.channel import LocalChannel
@@ -32,7 +32,6 @@ from rayllp.config import TrainConfig
 from rayllp.control import Controller
 from rayllp.data import load_data
 from rayllp.engine import Engine
-from rayllp.engine.optimizer import learning_rate
 from rayllp.models import build_architecture
 from rayllp.plan import Costs, predict_step
 
@@ -60,26 +59,11 @@ def ours(config: TrainConfig) -> Callable[[int], None]:
 
 def bare(config: TrainConfig) -> Callable[[int], None]:
     text = load_data(config)
-    m = config.model
-    model = GPT2LMHeadModel(
-        GPT2Config(
-            vocab_size=text.tokenizer.vocabulary, n_positions=config.sequence_length, n_embd=m.width, n_layer=m.layers, n_head=m.heads,
-            embd_pdrop=0, attn_pdrop=0, resid_pdrop=0, bos_token_id=0, eos_token_id=0, attn_implementation="sdpa", use_cache=False,
-        )
-    ).train()  # fmt: skip
+    model = plain_gpt2(config, text.tokenizer.vocabulary)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
 
     def step(n: int) -> None:
-        inputs, targets = text.batch("train", n, config.batch_size)
-        logits = model(input_ids=inputs).logits
-        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(config.optimizer, n, config.steps)
-        optimizer.step()
-        loss.item()
+        plain_step(model, optimizer, config, n, *text.batch("train", n, config.batch_size))
 
     return step
 
