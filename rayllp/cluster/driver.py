@@ -13,9 +13,10 @@ from rich.console import Console
 from rayllp.checkpoint import checkpoints, count_layers, read_manifest, step_of
 from rayllp.checkpoint.export import write_model_json, write_tokenizer_json
 from rayllp.cluster.evaluation import Evaluator
-from rayllp.cluster.group import WorkerGroup, capacity
+from rayllp.cluster.group import WorkerGroup
 from rayllp.cluster.interrupt import stopping
 from rayllp.cluster.names import run_name
+from rayllp.cluster.places import capacity
 from rayllp.cluster.recovery import RAREST, FailureBudget, choose_interval
 from rayllp.cluster.saving import Saver
 from rayllp.config import TrainConfig

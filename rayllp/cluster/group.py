@@ -1,20 +1,19 @@
 """All workers of a run: placement group, actors, process group, and calls to all at once."""
 
 import contextlib
-import socket
 import time
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import ray
-import torch
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
-from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from rayllp.checkpoint.memory import Inventory, Layout, common_step, copy_offset, holder_of
 from rayllp.cluster.names import NAMESPACE, group_name, worker_name
+from rayllp.cluster.places import Slot, threads_of
 from rayllp.cluster.worker import BlockWorker, Plan
 from rayllp.config import TrainConfig
 from rayllp.data import Batches
@@ -22,53 +21,8 @@ from rayllp.errors import ClusterError, RayllpError, WorkerLostError
 from rayllp.models import FAMILIES, Architecture
 
 START_TIMEOUT_S = 180.0
-PING_S = 2.0
 BROKEN = ("ChannelError", "RuntimeError", "DistBackendError")
 """Errors of a worker that may only be the echo of another's."""
-
-
-def choose_device(config: TrainConfig) -> str:
-    """cpu or cuda, checked against what the cluster has.
-
-    Raises:
-        ClusterError: more workers than the cluster has GPUs or CPUs; says how many there are.
-    """
-    resources = ray.cluster_resources()
-    gpus, cpus = int(resources.get("GPU", 0)), int(resources.get("CPU", 0))
-    fewest = config.fewest_workers
-    if config.device == "cuda" and gpus < fewest:
-        raise ClusterError(
-            f"device=cuda with {fewest} workers needs {fewest} GPUs, but the cluster has {gpus}: "
-            "lower workers, add nodes, or use device=cpu"
-        )
-    device = "cuda" if config.device == "cuda" or (config.device == "auto" and gpus >= fewest) else "cpu"
-    if config.channel == "nccl" and device == "cpu":
-        raise ClusterError("channel=nccl moves GPU memory only, and this run is on CPUs: use channel=gloo or auto")
-    if cpus < fewest:
-        raise ClusterError(f"{fewest} workers need {fewest} CPUs, but the cluster has {cpus}: lower workers or add nodes")
-    return device
-
-
-def capacity(config: TrainConfig, device: str) -> int:
-    """Workers to begin with: as many as `config` asks for; where it leaves that open, as many of them as there is room for now."""
-    kind = "GPU" if device == "cuda" else "CPU"
-    room = int(min(ray.available_resources().get(name, 0) for name in {kind, "CPU"}))
-    return max(config.fewest_workers, min(config.world, room))
-
-
-@dataclass(frozen=True, eq=False)
-class Slot:
-    """A worker's place in the cluster: a bundle of a placement group."""
-
-    group: PlacementGroup
-    bundle: int
-
-    def is_alive(self) -> bool:
-        """Whether the bundle is on a node that lives: by Ray, which may take half a minute to know, and by the node's port."""
-        table = placement_group_table(self.group)
-        node = table.get("bundles_to_node_id", {}).get(self.bundle)
-        found = next((known for known in ray.nodes() if known["NodeID"] == node and known["Alive"]), None)
-        return found is not None and _answers(found["NodeManagerAddress"], found["NodeManagerPort"])
 
 
 class Starting(NamedTuple):
@@ -104,7 +58,7 @@ class WorkerGroup:
         cpus = max(1, int(ray.cluster_resources().get("CPU", 1)) // config.world) if device == "cpu" else 1
         self._bundle: dict[str, float] = {"CPU": 1.0, "GPU": 1.0} if device == "cuda" else {"CPU": 1.0}
         self.group = group or placement_group([self._bundle] * config.world, strategy="PACK", name=group_name(name) if name else "")
-        self._threads = _threads(cpus)
+        self._threads = threads_of(cpus)
         self.workers: list[Any] = []
         self._slots = [Slot(self.group, first_bundle + rank) for rank in range(config.world)]  # of the workers, and then free ones
         self._started = 0
@@ -139,7 +93,7 @@ class WorkerGroup:
         self._connect()
         return self._build(range(self.config.world))
 
-    def _actor(self, rank: int, slot: "Slot") -> Any:
+    def _actor(self, rank: int, slot: Slot) -> Any:
         place = PlacementGroupSchedulingStrategy(placement_group=slot.group, placement_group_bundle_index=slot.bundle)
         return self._start_actor(rank, place, self._bundle["CPU"])
 
@@ -392,7 +346,7 @@ class WorkerGroup:
         self._estate = None
         return shares
 
-    def _collect(self, lost: frozenset[int]) -> "Estate":
+    def _collect(self, lost: frozenset[int]) -> Estate:
         """All blocks' states, in Ray's object store: the workers give up what they hold next."""
         step, found = self._common_step(lost)
         states = {} if step is None else {rank: self._given(rank, step, found) for rank in range(len(self.workers))}
@@ -434,16 +388,3 @@ class WorkerGroup:
             if self._own_group or group.id != self.group.id:
                 with contextlib.suppress(Exception):
                     remove_placement_group(group)
-
-
-def _answers(host: str, port: int) -> bool:
-    """Whether something listens there."""
-    try:
-        socket.create_connection((host, port), timeout=PING_S).close()
-    except OSError:
-        return False
-    return True
-
-
-def _threads(cpus: int) -> int:
-    return max(1, min(cpus, torch.get_num_threads()))

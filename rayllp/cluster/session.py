@@ -13,7 +13,7 @@ from rich.console import Console
 from rayllp.checkpoint import checkpoints
 from rayllp.checkpoint.export import read_model_json
 from rayllp.cluster.driver import Driver, Loaded, TrainResult
-from rayllp.cluster.group import choose_device
+from rayllp.cluster.places import choose_device
 from rayllp.config import TrainConfig, load_run_config
 from rayllp.data import Batches, load_data
 from rayllp.errors import CheckpointError, DataError, SettingsError

@@ -1,0 +1,71 @@
+"""What a cluster has room for, and where in it a worker is."""
+
+import socket
+from dataclasses import dataclass
+
+import ray
+import torch
+from ray.util.placement_group import PlacementGroup, placement_group_table
+
+from rayllp.config import TrainConfig
+from rayllp.errors import ClusterError
+
+PING_S = 2.0
+
+
+def choose_device(config: TrainConfig) -> str:
+    """cpu or cuda, checked against what the cluster has.
+
+    Raises:
+        ClusterError: more workers than the cluster has GPUs or CPUs; says how many there are.
+    """
+    resources = ray.cluster_resources()
+    gpus, cpus = int(resources.get("GPU", 0)), int(resources.get("CPU", 0))
+    fewest = config.fewest_workers
+    if config.device == "cuda" and gpus < fewest:
+        raise ClusterError(
+            f"device=cuda with {fewest} workers needs {fewest} GPUs, but the cluster has {gpus}: "
+            "lower workers, add nodes, or use device=cpu"
+        )
+    device = "cuda" if config.device == "cuda" or (config.device == "auto" and gpus >= fewest) else "cpu"
+    if config.channel == "nccl" and device == "cpu":
+        raise ClusterError("channel=nccl moves GPU memory only, and this run is on CPUs: use channel=gloo or auto")
+    if cpus < fewest:
+        raise ClusterError(f"{fewest} workers need {fewest} CPUs, but the cluster has {cpus}: lower workers or add nodes")
+    return device
+
+
+def capacity(config: TrainConfig, device: str) -> int:
+    """Workers to begin with: as many as `config` asks for; where it leaves that open, as many of them as there is room for now."""
+    kind = "GPU" if device == "cuda" else "CPU"
+    room = int(min(ray.available_resources().get(name, 0) for name in {kind, "CPU"}))
+    return max(config.fewest_workers, min(config.world, room))
+
+
+@dataclass(frozen=True, eq=False)
+class Slot:
+    """A worker's place in the cluster: a bundle of a placement group."""
+
+    group: PlacementGroup
+    bundle: int
+
+    def is_alive(self) -> bool:
+        """Whether the bundle is on a node that lives: by Ray, which may take half a minute to know, and by the node's port."""
+        table = placement_group_table(self.group)
+        node = table.get("bundles_to_node_id", {}).get(self.bundle)
+        found = next((known for known in ray.nodes() if known["NodeID"] == node and known["Alive"]), None)
+        return found is not None and _answers(found["NodeManagerAddress"], found["NodeManagerPort"])
+
+
+def _answers(host: str, port: int) -> bool:
+    """Whether something listens there."""
+    try:
+        socket.create_connection((host, port), timeout=PING_S).close()
+    except OSError:
+        return False
+    return True
+
+
+def threads_of(cpus: int) -> int:
+    """Threads of a worker that has so many CPUs."""
+    return max(1, min(cpus, torch.get_num_threads()))
