@@ -251,8 +251,11 @@ class EvalSettings(Settings):
 
 
 class CheckpointSettings(Settings):
-    """Checkpoints in RUN/checkpoints."""
+    """Checkpoints of a run."""
 
+    path: str | None = Field(
+        None, description="folder or URL (s3://…, gs://…; through fsspec), this run's own and seen by all nodes; default RUN/checkpoints"
+    )
     every: int = Field(0, ge=0, description="steps between checkpoints; 0: only at the end or when stopped")
     keep: int = Field(2, ge=1, description="the last so many stay")
     best: bool = Field(True, description="also keep that of the lowest validation loss; written after an evaluation that finds one")

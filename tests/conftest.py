@@ -19,6 +19,7 @@ from rayllp.data import load_data
 from rayllp.engine import Engine
 from rayllp.models import build_architecture
 
+os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 would leave workers behind whatever else this machine does
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 torch.set_num_threads(1)
 PROCESS_LIMIT_S = 120

@@ -90,11 +90,10 @@ def test_actors_compute_what_threads_compute(parallel_run):
 
 
 def test_replicas_times_layers(tmp_path):
-    runs = []
-    for data in (1, 2):
-        config = tiny(workers=None, mesh={"data": data, "layer": 2}, steps=8, dtype="float32", model={"dropout": 0.1})
-        runs.append(losses(rayllp.train(config, output=tmp_path / str(data)).directory))
-    assert runs[1] == pytest.approx(runs[0], abs=1e-5)
+    settings = {"steps": 8, "dtype": "float32", "model": {"dropout": 0.1}}
+    config = tiny(workers=None, mesh={"data": 2, "layer": 2}, **settings)
+    run = rayllp.train(config, output=tmp_path / "run").directory
+    assert losses(run) == pytest.approx(losses_over_threads(tiny(workers=2, **settings), 8), abs=1e-5)
 
 
 def test_a_checkpoint_goes_on_with_any_number_of_workers(tmp_path):
@@ -109,16 +108,6 @@ def test_a_checkpoint_goes_on_with_any_number_of_workers(tmp_path):
     assert resumed.steps == 10
     assert losses(copy.path) == pytest.approx(losses(whole), abs=1e-10)
     assert [e["kind"] for e in read(copy.path / "events.jsonl")][-2:] == ["restore", "checkpoint"]
-
-
-def test_an_altered_checkpoint_is_refused(tmp_path):
-    run = rayllp.train(tiny(workers=1, steps=1), output=tmp_path / "run").directory
-    piece = run / "checkpoints" / "step_1" / "layer_00003.safetensors"
-    data = bytearray(piece.read_bytes())
-    data[-1] ^= 1
-    piece.write_bytes(data)
-    with pytest.raises(CheckpointError, match=r"layer_00003.*altered"):
-        rayllp.train(resume=run)
 
 
 class Sabotaged(Driver):
@@ -197,6 +186,7 @@ def test_texts_that_do_not_serve(tmp_path):
 def test_ctrl_c_leaves_a_checkpoint_and_no_actor(tmp_path):
     run = tmp_path / "run"
     command = [sys.executable, "-m", "rayllp", "train", "--output", str(run), "--set", "steps=100000", "--set", "eval.every=0"]
+    command += ["--set", "workers=1"]
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     with (tmp_path / "log").open("w") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
@@ -229,38 +219,65 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(tmp_path):
     assert "damaged checkpoint" in next(e for e in events if e["kind"] == "fault")["reason"]
     assert next(e for e in events if e["kind"] == "restore")["path"].endswith("step_4")
     assert losses(run) == before
+    for folder in (run / "checkpoints").iterdir():
+        data = bytearray((folder / "layer_00003.safetensors").read_bytes())
+        data[-1] ^= 1
+        (folder / "layer_00003.safetensors").write_bytes(data)
+    with pytest.raises(CheckpointError, match=r"layer_00003.*altered"):
+        rayllp.train(resume=run)
 
 
-def test_training_goes_on_where_a_checkpoint_cannot_be_written(tmp_path):
+def test_training_goes_on_where_nothing_can_be_written(tmp_path):
     class Walled(Sabotaged):
         def act(self):
-            self.run.checkpoints.rmdir() if self.run.checkpoints.exists() else None
-            self.run.checkpoints.write_text("in the way")
+            self.run.path.rename(tmp_path / "aside")
+            self.run.path.write_text("in the way")
 
         def _next_chunk(self, step):
             if step == 5:
-                self.run.checkpoints.unlink()
+                self.run.path.unlink()
+                (tmp_path / "aside").rename(self.run.path)
             return super()._next_chunk(step)
 
     result = drive(Walled, tiny(workers=2, steps=7, checkpoint={"every": 4}), tmp_path / "run")
     assert result.steps == 7
+    assert [m["step"] for m in read(result.directory / "metrics.jsonl")] == list(range(7))
     events = read(result.directory / "events.jsonl")
     assert [e["step"] for e in events if e["kind"] == "fault" and "checkpoint not written" in e["reason"]] == [4, 5]
     # Tried again as soon as another chunk was done.
     assert [e["step"] for e in events if e["kind"] == "checkpoint"] == [6, 7]
 
 
-def test_a_run_goes_on_by_its_output_directory_and_with_other_settings(tmp_path):
-    config = tiny(workers=1, steps=6, checkpoint={"every": 3, "keep": 3})
+def test_a_run_goes_on_by_its_output_directory_or_its_checkpoints_and_with_other_settings(tmp_path):
+    place = tmp_path / "elsewhere"
+    settings = {"steps": 6, "checkpoint": {"every": 3, "keep": 3, "path": place.as_uri()}}  # through fsspec, as an object store
+    config = tiny(workers=1, **settings)
     run = rayllp.train(config, output=tmp_path / "run").directory
     before = losses(run)
-    (run / "evals.jsonl").unlink()  # as if it had been cut off
-    shutil.rmtree(run / "checkpoints" / "step_6")
+    assert sorted(path.name for path in place.iterdir()) == ["step_3", "step_6"]
+    assert not (run / "checkpoints").exists()
+    (run / "evals.jsonl").unlink()  # as if its driver had been killed, in the middle of two lines and of a write
+    for name in ("metrics.jsonl", "events.jsonl"):
+        with (run / name).open("a") as file:
+            file.write('{"step": 6, "lo')
+    (place / "step_6" / "manifest.json").unlink()
     assert rayllp.train(config, output=run).steps == 6
     assert losses(run) == before
-    shutil.rmtree(run / "checkpoints" / "step_6")
-    other = tiny(workers=2, steps=6, checkpoint={"every": 3, "keep": 3})
-    rayllp.train(other, resume=run)
+    read(run / "events.jsonl")
+    # Its directory is lost: the same command goes on from the checkpoints; another run's are refused.
+    shutil.rmtree(place / "step_6")
+    again = rayllp.train(config, output=tmp_path / "new").directory
+    assert losses(again) == before[3:]
+    with pytest.raises(SettingsError, match=r"holds checkpoints of a run with other seed: give each run a place"):
+        rayllp.train(tiny(workers=1, seed=1, **settings), output=tmp_path / "other")
+    with pytest.raises(SettingsError, match="Unsupported filesystem"):
+        rayllp.train(tiny(checkpoint={"path": "nowhere://bucket/run"}), output=tmp_path / "other")
+    (tmp_path / "file").touch()
+    with pytest.raises(SettingsError, match="cannot be written"):
+        rayllp.train(tiny(checkpoint={"path": str(tmp_path / "file" / "below")}), output=tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+    shutil.rmtree(place / "step_6")
+    rayllp.train(tiny(workers=2, **settings), resume=run)
     assert losses(run) == pytest.approx(before, abs=1e-10)
     changed = next(e for e in read(run / "events.jsonl") if e["kind"] == "settings")["changed"]
     assert changed == {"workers": [1, 2]}

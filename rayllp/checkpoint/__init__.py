@@ -1,6 +1,20 @@
 """Per-layer checkpoints that any number of workers can load."""
 
+from rayllp.checkpoint.location import Folder, check_writable, locate
 from rayllp.checkpoint.prolong import Prolongation
-from rayllp.checkpoint.store import PieceWriter, checkpoints, commit, count_layers, load_pieces, read_manifest, staging, step_of
+from rayllp.checkpoint.store import (
+    MANIFEST,
+    PieceWriter,
+    checkpoints,
+    commit,
+    count_layers,
+    load_pieces,
+    read_manifest,
+    staging,
+    step_of,
+)
 
-__all__ = ["PieceWriter", "Prolongation", "checkpoints", "commit", "count_layers", "load_pieces", "read_manifest", "staging", "step_of"]
+__all__ = [
+    "MANIFEST", "Folder", "PieceWriter", "Prolongation", "check_writable", "checkpoints", "commit", "count_layers", "load_pieces", "locate",
+    "read_manifest", "staging", "step_of",
+]  # fmt: skip

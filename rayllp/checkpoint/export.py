@@ -18,6 +18,7 @@ from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from rayllp.checkpoint.location import Folder, at_hand, locate
 from rayllp.checkpoint.prolong import LAYER
 from rayllp.checkpoint.store import checkpoints, read_manifest
 from rayllp.config import TrainConfig, load_run_config
@@ -74,8 +75,14 @@ def export(run: Path, to: Path, step: int | None = None) -> Path:
         DataError: the run directory has no model.json, and its data, which the model was made for, is gone.
     """
     run, to = Path(run), Path(to).absolute()
-    config, checkpoint = _open_run(run, step)
+    config, place = _open_run(run, step)
     _refuse_occupied(to)
+    with at_hand(place) as checkpoint:
+        _export(run, config, checkpoint, to)
+    return to
+
+
+def _export(run: Path, config: TrainConfig, checkpoint: Path, to: Path) -> None:
     stored = _read_places(checkpoint)
     values = _read_model(run, config)
     if config.nested.factors:  # at the depth that the checkpoint has
@@ -93,7 +100,6 @@ def export(run: Path, to: Path, step: int | None = None) -> Path:
         _write_configs(config, kind, model_config, folder)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
-    return to
 
 
 def write_model_json(run_dir: Path, architecture: Architecture) -> None:
@@ -112,10 +118,11 @@ def write_tokenizer_json(run_dir: Path, batches: object) -> None:
 # What is exported ---------------------------------------------------------------------------------------------------------------
 
 
-def _open_run(run: Path, step: int | None) -> tuple[TrainConfig, Path]:
+def _open_run(run: Path, step: int | None) -> tuple[TrainConfig, Folder]:
     """The run's settings and the checkpoint's folder."""
     config = load_run_config(run)
-    found = {path.name.removeprefix("step_"): path for path in checkpoints(run / "checkpoints")}
+    root = locate(config.checkpoint.path) if config.checkpoint.path is not None else run / "checkpoints"
+    found = {path.name.removeprefix("step_"): path for path in checkpoints(root)}
     if not found:
         raise CheckpointError(f"{run} has no complete checkpoint to export: let the run end, stop it by Ctrl-C, or set checkpoint.every")
     chosen = list(found)[-1] if step is None else str(step)

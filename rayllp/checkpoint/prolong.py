@@ -12,10 +12,10 @@ the averages' bias, is copied. Embedding, buffers and head keep all of theirs.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 from torch import Tensor
 
+from rayllp.checkpoint.location import Folder
 from rayllp.config import TrainConfig
 from rayllp.errors import CheckpointError
 
@@ -41,7 +41,7 @@ class Prolongation:
     factor: int
 
     @classmethod
-    def between(cls, layers: int, config: TrainConfig, folder: Path) -> "Prolongation | None":
+    def between(cls, layers: int, config: TrainConfig, folder: Folder) -> "Prolongation | None":
         """From a checkpoint with so many layers, buffers included, to the network of `config`; None where it has those.
 
         Raises:

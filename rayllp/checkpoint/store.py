@@ -1,13 +1,12 @@
 """Checkpoints: one safetensors file a piece (embedding, each layer, head), so that any number of workers can load any checkpoint.
 
-A checkpoint directory is complete or absent: workers write into a temporary folder, the driver adds the manifest and renames it.
-safetensors hold numbers only; nothing here is ever unpickled.
+A checkpoint directory is complete or absent: workers write into a temporary folder, the driver adds the manifest and renames it; behind a
+URL, where nothing is renamed, it is complete once it has its manifest. safetensors hold numbers only; nothing here is ever unpickled.
 """
 
 import hashlib
 import json
 import os
-import shutil
 import threading
 from collections.abc import Iterator, Mapping
 from functools import partial
@@ -16,23 +15,32 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, load_file, save, save_file
 from torch import Tensor, nn
 
+from rayllp.checkpoint.location import Folder, is_remote, remove, sync, write
 from rayllp.checkpoint.prolong import LAYER, Prolongation
 from rayllp.engine.engine import Engine
 from rayllp.errors import CheckpointError
 
 FORMAT = 2
+MANIFEST = "manifest.json"
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-def staging(root: Path, step: int) -> Path:
-    """A fresh temporary folder for the checkpoint of `step`; those that were never finished go."""
-    folder = root / f".step_{step}.partial"
-    for unfinished in root.glob(".step_*.partial"):
-        shutil.rmtree(unfinished, ignore_errors=True)
-    folder.mkdir(parents=True)
+def staging(root: Folder, step: int) -> Folder:
+    """A fresh folder to write the checkpoint of `step` to; those that were never finished go."""
+    if is_remote(root):
+        folder = root / f"step_{step}"
+        (folder / MANIFEST).unlink(missing_ok=True)
+        complete = {path.name for path in checkpoints(root)}
+        unfinished = [path for path in root.glob("step_*") if path.name not in complete]
+    else:
+        folder = root / f".step_{step}.partial"
+        unfinished = list(root.glob(".step_*.partial"))
+    for path in unfinished:
+        remove(path)
+    folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 
@@ -44,7 +52,7 @@ class PieceWriter:
         self._written: dict[str, dict[str, Any]] = {}
         self._failure: Exception | None = None
 
-    def begin(self, engine: Engine, folder: Path) -> None:
+    def begin(self, engine: Engine, folder: Folder) -> None:
         """Copy this worker's pieces, and start to write them. Replica 0 alone writes."""
         self.wait()
         self._written, self._failure = {}, None
@@ -78,64 +86,65 @@ class PieceWriter:
             raise CheckpointError(str(self._failure)) from self._failure
         return self._written
 
-    def _write(self, pieces: dict[str, dict[str, Tensor]], folder: Path) -> None:
+    def _write(self, pieces: dict[str, dict[str, Tensor]], folder: Folder) -> None:
         try:
             for piece in list(pieces):
                 path = folder / f"{piece}.safetensors"
-                save_file(pieces.pop(piece), path)
-                with path.open("rb+") as file:
-                    os.fsync(file.fileno())
-                self._written[path.name] = {"bytes": path.stat().st_size, "sha256": _checksum(path)}
-        except (OSError, SafetensorError) as error:  # a full disk, a path that vanished: told by finish()
+                self._written[path.name] = _write_piece(path, pieces.pop(piece))
+        except Exception as error:  # a full disk, a path that vanished, whatever a file system's package raises: told by finish()
             self._failure = error
 
 
-def commit(folder: Path, step: int, files: Mapping[str, Any], extra: Mapping[str, Any], keep: int, best: int | None = None) -> Path:
+def _write_piece(path: Folder, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """Write a file; its size and checksum."""
+    if not isinstance(path, Path):
+        content = save(tensors)
+        write(path, content)
+        return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    save_file(tensors, path)
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
+    return {"bytes": path.stat().st_size, "sha256": _checksum(path)}
+
+
+def commit(folder: Folder, step: int, files: Mapping[str, Any], extra: Mapping[str, Any], keep: int, best: int | None = None) -> Folder:
     """Add the manifest, make the checkpoint appear, drop all but the last `keep` and that of step `best`."""
     manifest = {"format": FORMAT, "step": step, "files": dict(files), **extra}
-    with (folder / "manifest.json").open("w") as file:
-        json.dump(manifest, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
+    write(folder / MANIFEST, json.dumps(manifest, indent=1).encode())
     final = folder.parent / f"step_{step}"
-    shutil.rmtree(final, ignore_errors=True)
-    _sync(folder)
-    folder.rename(final)
-    _sync(final.parent)
+    if isinstance(folder, Path):
+        remove(final)
+        sync(folder)
+        folder.rename(folder.with_name(final.name))
+        sync(folder.parent)
     for old in checkpoints(folder.parent)[:-keep]:
         if old.name != f"step_{best}":
-            shutil.rmtree(old, ignore_errors=True)
+            (old / MANIFEST).unlink()  # from here on it is none
+            remove(old)
     return final
 
 
-def _sync(folder: Path) -> None:
-    """Make the names in a folder last."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def checkpoints(root: Path) -> list[Path]:
+def checkpoints(root: Folder) -> list[Folder]:
     """Complete checkpoints, oldest first."""
-    found = [path for path in root.glob("step_*") if (path / "manifest.json").is_file()]
+    if not isinstance(root, Path):
+        root.fs.invalidate_cache()  # others have written there
+    found: list[Folder] = [path.parent for path in root.glob(f"step_*/{MANIFEST}")]
     return sorted(found, key=step_of)
 
 
-def step_of(checkpoint: Path) -> int:
+def step_of(checkpoint: Folder) -> int:
     """Steps that a checkpoint's directory is named after."""
     return int(checkpoint.name.removeprefix("step_"))
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
+def read_manifest(folder: Folder) -> dict[str, Any]:
     """The manifest, checked against the files beside it.
 
     Raises:
         CheckpointError: no manifest, another format, or a file that is missing or altered.
     """
     try:
-        manifest: dict[str, Any] = json.loads((folder / "manifest.json").read_text())
+        manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{folder} is not a complete checkpoint ({error}); use an earlier one") from None
     if manifest.get("format") != FORMAT:
@@ -152,7 +161,7 @@ def count_layers(manifest: Mapping[str, Any]) -> int:
     return sum(name.startswith(LAYER) for name in manifest["files"])
 
 
-def load_pieces(engine: Engine, folder: Path, prolongation: Prolongation | None = None) -> None:
+def load_pieces(engine: Engine, folder: Folder, prolongation: Prolongation | None = None) -> None:
     """Load this worker's pieces: weights and optimizer state.
 
     Args:
@@ -173,14 +182,15 @@ def load_pieces(engine: Engine, folder: Path, prolongation: Prolongation | None 
         _load_parameter(engine, cache[piece], source, parameter, folder)
 
 
-def _read_piece(folder: Path, piece: str) -> dict[str, Tensor]:
+def _read_piece(folder: Folder, piece: str) -> dict[str, Tensor]:
+    path = folder / f"{piece}.safetensors"
     try:
-        return load_file(folder / f"{piece}.safetensors")
+        return load_file(path) if isinstance(path, Path) else load(path.read_bytes())
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{folder}: cannot read {piece}.safetensors ({error}); it is of another model or damaged") from None
 
 
-def _load_parameter(engine: Engine, stored: Mapping[str, Tensor], name: str, parameter: nn.Parameter, folder: Path) -> None:
+def _load_parameter(engine: Engine, stored: Mapping[str, Tensor], name: str, parameter: nn.Parameter, folder: Folder) -> None:
     value = stored.get(f"weight/{name}")
     if value is None or value.shape != parameter.shape or value.dtype != parameter.dtype:
         found = "nothing" if value is None else f"{tuple(value.shape)} {value.dtype}"
@@ -215,6 +225,6 @@ def _owned(engine: Engine) -> Iterator[tuple[str, str, nn.Parameter]]:
                 yield piece, prefix + own, engine.block.parameters[prefix + own]
 
 
-def _checksum(path: Path) -> str:
+def _checksum(path: Folder) -> str:
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]

@@ -1,8 +1,8 @@
-"""The driver of one run: runs chunks of steps, owns the controller, brings lost workers back, and tells the journal."""
+"""The driver of one run: has the workers do chunks of steps, brings lost ones back, and takes in new ones."""
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
@@ -10,17 +10,17 @@ from typing import Any, NamedTuple
 
 from rich.console import Console
 
-from rayllp.checkpoint import checkpoints, count_layers, read_manifest, step_of
+from rayllp.checkpoint import Folder, checkpoints, count_layers, read_manifest, step_of
 from rayllp.checkpoint.export import write_model_json, write_tokenizer_json
 from rayllp.cluster.evaluation import Evaluator
 from rayllp.cluster.group import WorkerGroup
 from rayllp.cluster.interrupt import stopping
+from rayllp.cluster.ledger import Chunk, Ledger
 from rayllp.cluster.names import run_name
 from rayllp.cluster.places import capacity
-from rayllp.cluster.recovery import RAREST, FailureBudget, choose_interval
+from rayllp.cluster.recovery import FailureBudget, choose_interval
 from rayllp.cluster.saving import Saver
 from rayllp.config import TrainConfig
-from rayllp.control import Accuracy, Controller, Decision, Probe, ProbePlan
 from rayllp.data import Batches
 from rayllp.errors import ChannelError, NonFiniteError, RayllpError, WorkerLostError
 from rayllp.models import Architecture, LayerStack
@@ -28,8 +28,8 @@ from rayllp.nested import stage_at
 from rayllp.report import Journal, RunDirectory
 from rayllp.sizes import with_layers
 
-CHUNK_S = 1.0
-MAX_CHUNK = 50
+MOVE_S = 10.0
+"""Before its node goes, a worker's layers move, be there new workers or not."""
 WARM_STEPS = 3
 """Steps before the cost of keeping states is looked at."""
 
@@ -81,22 +81,18 @@ class Driver:
         self.config = self._at_size(self._size)
         self.data, self.plan, self.kept = loaded or Loaded(None, None, None)
         self.model, self.batches = model, batches
-        self.controller = Controller(self.config)
         self.workers = WorkerGroup(self.config, device, name=run_name(run.path))
         self.console = console or Console(stderr=True)
         self.stop = False
         self.saver = Saver(run, self.workers, config)
         self.evaluator = Evaluator(run, self.workers, self.saver, config.eval, self.data, batches)
         self.budget = FailureBudget(config.max_failures)
-        self._step_s = CHUNK_S
-        self._step = self._first_step = 0  # steps done, as far as the driver was told
         self._settled = 0  # the last step after which everything due was done
-        self._chunk: list[tuple[int, Accuracy, ProbePlan | None]] = []
-        self._marks: dict[int, Any] = {}  # where the controller was before chunks
         self._choose_anew()
+        self._warned: frozenset[int] = frozenset()  # ranks whose nodes are known to go
         self._looked = time.monotonic()  # for room for more workers
 
-    def train(self, found: Sequence[Path] = ()) -> TrainResult:
+    def train(self, found: Sequence[Folder] = ()) -> TrainResult:
         """Run to the last step, or to Ctrl-C.
 
         Args:
@@ -105,14 +101,12 @@ class Driver:
         sample = ""
         final: dict[str, float] = {}
         begin = step_of(found[-1]) if found else 0
+        self.run.mend()
         try:
             with Journal.open(self.run, self.whole.steps, begin, self.console) as self.journal:
+                self.ledger = Ledger(self.run, self.journal, self.config)
                 start, manifest = self.saver.read_newest(list(found), self.journal) if found else (None, None)
-                self._enter_stage(step_of(start) if start else 0)
-                shares = self._start_workers()
-                self._keep_what_export_needs()
-                step = self._restore(start, manifest) if start is not None and manifest is not None else 0
-                self.journal.say(self._describe(shares))
+                step = self._begin(start, manifest)
                 with stopping(self._stop):  # a start that is interrupted leaves nothing
                     step, final, sample = self._train_through_faults(step)
         except BaseException:
@@ -134,9 +128,27 @@ class Driver:
         self.stop = True
         self.console.print("stopping after this chunk of steps, with a checkpoint; again to stop at once", highlight=False, soft_wrap=True)
 
-    def _start_workers(self) -> list[dict[str, Any]]:
-        architecture, kept = self._plans()
-        return self.workers.start(architecture, self.batches or self.data, kept)
+    def _begin(self, start: Folder | None, manifest: dict[str, Any] | None) -> int:
+        """Start the workers, and have them take over a checkpoint; steps done."""
+        step = step_of(start) if start is not None else 0
+        self._enter_stage(step)
+        self.run.truncate(step)  # one that ended before its first checkpoint has records too
+        while True:
+            try:
+                architecture, kept = self._plans()
+                shares = self.workers.start(architecture, self.batches or self.data, kept)
+                if start is not None and manifest is not None:
+                    self._restore(start, manifest)
+                break
+            except (WorkerLostError, ChannelError) as error:
+                wait_s = self.budget.spend(step, time.monotonic(), str(error))
+                self.journal.event(step, "fault", reason=f"at the start: {error}", ranks=sorted(_ranks_of(error)))
+                self.journal.say(f"at the start: {error}; all workers start anew")
+                self.workers.dismiss()
+                time.sleep(wait_s)
+        self._keep_what_export_needs()
+        self.journal.say(self._describe(shares))
+        return step
 
     def _keep_what_export_needs(self) -> None:
         if self.plan is not None:
@@ -163,13 +175,13 @@ class Driver:
 
     def _recover(self, error: RayllpError) -> int:
         """Replace lost workers and take all blocks back to a common step; that step."""
-        began, lost, reached = time.monotonic(), _ranks_of(error), self._step
+        began, lost, reached = time.monotonic(), _ranks_of(error), self.ledger.step
         self.saver.abandon()
         for attempt in count():
             self.journal.event(reached, "fault", reason=str(error), ranks=sorted(lost))
             self.journal.say(f"step {reached}: {error}")
             now = time.monotonic()
-            wait_s = self.budget.spend_again(attempt, now, str(error)) if attempt else self.budget.spend(self._step, now, str(error))
+            wait_s = self.budget.spend_again(attempt, now, str(error)) if attempt else self.budget.spend(self.ledger.step, now, str(error))
             time.sleep(wait_s)
             try:
                 reached = max(reached, self.workers.reached(lost))
@@ -201,10 +213,11 @@ class Driver:
 
     def _agree_on(self, step: int, lost: frozenset[int]) -> None:
         """Records and controller as they were after `step` steps, of which the workers' memories know."""
-        if step > self._step:  # their statistics were lost with the call
-            self._take_in(self.workers.call_some(self.workers.survivors(lost), "report", self._step, step))
-        elif step < self._step:
-            self._rewind(step)
+        if step > self.ledger.step:  # their statistics were lost with the call
+            self._take_in(self.workers.call_some(self.workers.survivors(lost), "report", self.ledger.step, step))
+        elif step < self.ledger.step:
+            self.ledger.rewind(step)
+            self._settled = min(step, self._settled)
 
     def _take_back_from_disk(self) -> tuple[int, str]:
         found = checkpoints(self.run.checkpoints)
@@ -213,27 +226,16 @@ class Driver:
             self._rebuild(step_of(folder))
             return self._restore(folder, manifest), "checkpoint"
         self._rebuild(0)
-        self.run.truncate(0)
-        self._step = self._settled = 0
+        self.ledger.restart(0)
+        self._settled = 0
         return 0, "the start"
-
-    def _rewind(self, step: int) -> None:
-        """Forget what was recorded after `step` steps, which will be done again."""
-        self.run.truncate(step)
-        self.controller.rewind(self._marks[max(known for known in self._marks if known <= step)])
-        self._step, self._settled = step, min(step, self._settled)
 
     def _keep_in_memory(self, step: int) -> None:
         """A state to come back to before the next step is done."""
-        self._step = self._settled = self._first_step = step
-        self._remember(step)
+        self.ledger.start_at(step)
+        self._settled = step
         if self._keep_every:
             self.workers.call("keep", step)
-
-    def _remember(self, step: int) -> None:
-        """Where the controller is before `step`, for as long as states of earlier steps may be come back to."""
-        self._marks = {known: mark for known, mark in self._marks.items() if known >= step - 2 * RAREST - MAX_CHUNK}
-        self._marks[step] = self.controller.mark()
 
     def _choose_anew(self) -> None:
         """How often states are kept is open again, unless the settings say it."""
@@ -241,15 +243,14 @@ class Driver:
         self._keep_every, self._keep_chosen = (1, False) if wanted is None else (wanted, True)
         if self.config.world == 1:  # who would hold it when the worker is gone?
             self._keep_every, self._keep_chosen = 0, True
-        self._first_step = self._step
 
     def _choose_keep_every(self) -> None:
         """After the first steps: how often states are kept, by what that costs, where the settings leave it open."""
-        if self._keep_chosen or self._step < self._first_step + WARM_STEPS:
+        if self._keep_chosen or self.ledger.step < self.ledger.first_step + WARM_STEPS:
             return
         costs = self.workers.call("cost_of_copies")
         take_s, exchange_s = (max(cost[part] for cost in costs) for part in (0, 1))
-        self._keep_every = choose_interval(self._step_s, take_s, exchange_s, on_cpu=self.workers.device == "cpu")
+        self._keep_every = choose_interval(self.ledger.step_s, take_s, exchange_s, on_cpu=self.workers.device == "cpu")
         self._keep_chosen = True
 
     # Another number of workers --------------------------------------------------------------------------------------------------
@@ -271,7 +272,28 @@ class Driver:
         self._keep_in_memory(step)
         self.journal.say(f"step {step}: grown in {time.monotonic() - began:.1f} s")
 
-    def _resize(self, size: int, lost: frozenset[int]) -> tuple[int, str]:
+    def _leave_in_time(self, step: int) -> None:
+        """Move layers off nodes that were told to go, to new workers elsewhere as far as there is room; first of all, a checkpoint."""
+        leaving, left_s = self.workers.leaving()
+        if not leaving:
+            self._warned = frozenset()
+            return
+        if leaving != self._warned:
+            self._warned = leaving
+            self.journal.event(step, "fault", reason="the node was told to go", ranks=sorted(leaving), seconds_left=_finite(left_s))
+            self.journal.say(f"step {step}: workers {_listed(leaving)} are on nodes that were told to go; their layers move elsewhere")
+            self.saver.begin(step, self.ledger.controller.state(), self.journal)
+        here = len(self.workers.workers)
+        self.workers.recruit(here + len(leaving))
+        size = self._at_size(here - len(leaving) + min(self.workers.recruited(), len(leaving))).world
+        if size < self.whole.fewest_workers or (size < here and left_s > MOVE_S):
+            return  # others may be there before it is time
+        self.saver.finish(self.journal)
+        self.workers.call("keep", step)
+        self._resize(size, frozenset(), leaving)
+        self._keep_in_memory(step)
+
+    def _resize(self, size: int, lost: frozenset[int], leaving: frozenset[int] = frozenset()) -> tuple[int, str]:
         """Share the layers out among another number of workers; the step that they are at, and where their states came from."""
         began, before = time.monotonic(), self.config
         self.saver.abandon()
@@ -279,7 +301,7 @@ class Driver:
         if step is not None and not self.workers.is_halfway:
             self._agree_on(step, lost)
         self._set_size(size)
-        self.workers.reshape(self.config, lost, *self._plans())
+        self.workers.reshape(self.config, lost, *self._plans(), leaving)
         source = "memory"
         if step is None:
             step, source = self._take_back_from_disk()
@@ -297,7 +319,8 @@ class Driver:
     def _set_size(self, size: int) -> None:
         """Settings for another number of workers."""
         self._size = size
-        self.config = self.saver.settings = self._at_size(size)
+        self.config = self.saver.settings = self.ledger.config = self._at_size(size)
+        self.ledger.first_step = self.ledger.step
         self._choose_anew()
 
     # Stages of nested iteration: one without it ---------------------------------------------------------------------------------
@@ -315,7 +338,7 @@ class Driver:
         """From `step` on: the settings of the stage that does it, and a controller that starts anew, since its network is another."""
         self.stage = stage_at(self.whole, step)
         self.config = self.workers.config = self.saver.settings = self._at_size(self._size)
-        self.controller = Controller(self.config)
+        self.ledger.enter(self.config)
 
     def _rebuild(self, step: int) -> None:
         """Give the same workers new layers, those of the stage that does `step`."""
@@ -340,11 +363,11 @@ class Driver:
             return self.model, kept
         return self.model.thinned(config.buffers.open, config.buffers.close, self.whole.middle_layers // config.middle_layers), kept
 
-    def _load(self, folder: Path, manifest: dict[str, Any]) -> None:
+    def _load(self, folder: Folder, manifest: dict[str, Any]) -> None:
         """Take over a checkpoint, of this stage's network or of a shallower one's."""
         prolongation, config = self.saver.load(folder, manifest, nested=bool(self.whole.nested.factors)), self.config
         if prolongation is None:
-            self.controller.restore(manifest["controller"])
+            self.ledger.controller.restore(manifest["controller"])
         else:
             sizes = {"middle_layers": config.middle_layers, "step_size": config.middle_step}
             self.journal.event(manifest["step"], "deepen", layers_before=count_layers(manifest), layers=config.model.layers, **sizes)
@@ -364,56 +387,25 @@ class Driver:
                 self._settled = step
             if step >= self.stage.end or self.stop:
                 return step
+            self._leave_in_time(step)
             self._grow(step)
-            self._remember(step)
-            self._announce(self.controller.begin(step))
-            self._chunk = self._next_chunk(step)
-            started = time.perf_counter()
-            answers = self.workers.call("run", self._chunk, self._keep_every)
-            self._step_s = (time.perf_counter() - started) / len(self._chunk)
+            self.ledger.begin(step)
+            chunk = self._next_chunk(step)
+            answers = self.workers.call("run", chunk, self._keep_every, timeout_s=self.ledger.expect(chunk))
+            self.ledger.note_time()
             step = self._take_in(answers)
             self._choose_keep_every()
             self.workers.keep_spares()  # after a step, so that a spare does not start while a lost worker is waited for
 
-    def _take_in(self, answers: list[list[dict[str, Any]]]) -> int:
-        """What the chunk's steps did, as each worker tells it; the step after them."""
-        step = self._step
-        for stats, (_, accuracy, plan) in zip(answers[0], self._chunk, strict=False):
-            metric = self._metric(stats, accuracy, plan)
-            if plan is not None and plan.lipschitz:  # a probe ends its chunk
-                found = _in_layer_order([answer[-1]["lipschitz"] for answer in answers])
-                metric["lipschitz"] = found if len(found) == self.config.model.layers else None  # some were lost with their worker
-            if not math.isfinite(stats["loss"]) or not math.isfinite(stats["grad_norm"]):
-                self._not_finite(step, [answer[-1]["fault"] for answer in answers])
-            self.journal.step(metric)
-            step += 1
-        self._step = step
-        if len(answers[0]) == len(self._chunk) and self._chunk[-1][2] is not None:
-            self._observe(answers[0][-1])
-        return step
+    def _next_chunk(self, step: int) -> Chunk:
+        return self.ledger.next_chunk(step, self.stage.end)
 
-    def _next_chunk(self, step: int) -> list[tuple[int, Accuracy, ProbePlan | None]]:
-        """Steps up to the next probe, evaluation or checkpoint, at most about a second's worth."""
-        config, chunk = self.config, []
-        for n in range(step, min(self.stage.end, step + max(1, min(MAX_CHUNK, int(CHUNK_S / self._step_s))))):
-            probe = self.controller.probe(n)
-            chunk.append((n, self.controller.accuracy, probe))
-            due = [every for every in (config.eval.every, config.checkpoint.every) if every and (n + 1) % every == 0]
-            if probe or due or n + 1 == config.adaptive.switch_at:
-                break
-        return chunk
-
-    def _observe(self, stats: dict[str, Any]) -> None:
-        bias = stats["bias"] or {}
-        found = {"rho_forward": stats["rho_forward"], "rho_backward": stats["rho_backward"]}
-        probe = Probe(**found, bias=bias.get("relative"), noise=bias.get("noise"), coarse_weights=stats["coarse_weights"])
-        advice = {"forward": stats["advice_forward"], "backward": stats["advice_backward"]}
-        self._announce(self.controller.observe(stats["step"], probe), advice=advice, **found, bias=probe.bias, noise=probe.noise)
-
-    def _announce(self, decision: Decision | None, **details: Any) -> None:
-        if decision:
-            self.journal.event(decision.step, "switch", to=decision.mode, rung=decision.rung, reason=decision.reason, **details)
-            self.journal.say(f"step {decision.step + 1}: now {decision.rung}: {decision.reason}")
+    def _take_in(self, answers: Sequence[list[dict[str, Any]]]) -> int:
+        """What the chunk's steps did; steps done."""
+        faults = self.ledger.take_in(answers)
+        if faults is not None:
+            self._not_finite(self.ledger.step, faults)
+        return self.ledger.step
 
     def _between_chunks(self, step: int) -> None:
         """What is due after a chunk; the last step's is done when training ends."""
@@ -421,35 +413,19 @@ class Driver:
             if self.evaluator.is_due(step):
                 self.evaluator.evaluate(step, self.journal)
             if self.saver.is_wanted(step):
-                self.saver.begin(step, self.controller.state(), self.journal)
+                self.saver.begin(step, self.ledger.controller.state(), self.journal)
         self.saver.poll(self.journal)
-
-    def _metric(self, stats: dict[str, Any], accuracy: Accuracy, plan: ProbePlan | None) -> dict[str, Any]:
-        if plan is not None and not accuracy.serial:
-            accuracy = accuracy.probing()
-        bias = stats["bias"] or {}
-        return {
-            "step": stats["step"], "loss": stats["loss"], "mode": accuracy.mode,
-            "iterations_forward": None if accuracy.serial else accuracy.iterations_forward,
-            "iterations_backward": None if accuracy.serial else accuracy.iterations_backward,
-            "rho_forward": stats["rho_forward"], "rho_backward": stats["rho_backward"],
-            "bias": bias.get("relative"), "cosine": bias.get("cosine"), "noise": bias.get("noise"), "bias_by_block": bias.get("by_block"),
-            "bias_against": ("exact" if plan.exact or accuracy.serial else "doubled") if plan is not None and bias else None,
-            "consistency": stats["consistency"], "consistency_weight": accuracy.consistency or None,
-            "coarse_weights": stats["coarse_weights"], "lipschitz": None, "grad_norm": stats["grad_norm"],
-            "lr": stats["lr"], "step_time_s": stats["time_s"], "tokens": stats["tokens"], "workers": self.config.world,
-        }  # fmt: skip
 
     # Checkpoints ----------------------------------------------------------------------------------------------------------------
 
-    def _save(self, step: int) -> Path:
-        return self.saver.save(step, self.controller.state(), self.journal)
+    def _save(self, step: int) -> Folder:
+        return self.saver.save(step, self.ledger.controller.state(), self.journal)
 
-    def _restore(self, folder: Path, manifest: dict[str, Any]) -> int:
+    def _restore(self, folder: Folder, manifest: dict[str, Any]) -> int:
         self._load(folder, manifest)
-        step = self._step = self._settled = int(manifest["step"])
+        step = self._settled = int(manifest["step"])
         self.saver.restored(step)
-        self.run.truncate(step)
+        self.ledger.restart(step)
         self.journal.event(step, "restore", path=str(folder))
         return step
 
@@ -481,10 +457,12 @@ class Driver:
         return f"{what}: {buffers}, {parameters / 1e6:.1f} M parameters, {where}{left_out}{stage}"
 
 
-def _in_layer_order(found: list[dict[int, float]]) -> list[float]:
-    """What each worker found of its own layers, as one list of all layers."""
-    merged = {layer: value for mine in found for layer, value in mine.items()}
-    return [merged[layer] for layer in sorted(merged)]
+def _listed(ranks: Iterable[int]) -> str:
+    return ", ".join(map(str, sorted(ranks)))
+
+
+def _finite(seconds: float) -> float | None:
+    return round(seconds, 1) if math.isfinite(seconds) else None
 
 
 def _ranks_of(error: RayllpError) -> frozenset[int]:

@@ -43,7 +43,7 @@ class Evaluator:
             prompt = [int(token) for token in self.data.tokens["validation"][:16]]
             tokens = self.workers.call("generate", prompt, settings.sample)[0]
             sample = self.data.tokenizer.decode([*prompt, *tokens])
-            (self.run.path / "sample.txt").write_text(sample)
+            self.run.write_text("sample.txt", sample)
         return found, sample
 
     def _measure(self, step: int, journal: Journal, batches: int, translations: int) -> dict[str, float]:
@@ -59,5 +59,5 @@ class Evaluator:
 
         translations = self.workers.call("translate", sentences, self.settings.beams)[0]
         references = self.data.references("validation")[: len(translations)]
-        (self.run.path / "translations.txt").write_text("".join(line + "\n" for line in translations))
+        self.run.write_text("translations.txt", "".join(line + "\n" for line in translations))
         return float(corpus_bleu(translations, [references]).score)

@@ -1,6 +1,7 @@
 """All workers of a run: placement group, actors, process group, and calls to all at once."""
 
 import contextlib
+import math
 import time
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, Place
 
 from rayllp.checkpoint.memory import Inventory, Layout, common_step, copy_offset, holder_of
 from rayllp.cluster.names import NAMESPACE, group_name, worker_name
-from rayllp.cluster.places import Slot, threads_of
+from rayllp.cluster.places import Slot, draining, threads_of
 from rayllp.cluster.worker import BlockWorker, Plan
 from rayllp.config import TrainConfig
 from rayllp.data import Batches
@@ -155,7 +156,8 @@ class WorkerGroup:
             left = None if deadline is None else max(0.0, deadline - time.monotonic())
             ready, pending = ray.wait(pending, num_returns=1, timeout=left)
             if not ready:
-                raise ClusterError(f"{len(pending)} of {len(references)} workers did not answer within {timeout_s:g} s")
+                late = f"{len(pending)} of {len(references)} workers did not answer within {timeout_s:g} s"
+                raise _lost(lost, late) if (lost := self.lost()) else ClusterError(late)
             try:
                 ray.get(ready)
             except (RayTaskError, RayActorError) as error:
@@ -169,10 +171,7 @@ class WorkerGroup:
             for reference in references.values():  # else Ray prints what nobody asked for
                 with contextlib.suppress(Exception):
                     ray.get(reference, timeout=0)
-            names = ", ".join(map(str, sorted(lost)))
-            raise WorkerLostError(
-                f"worker{'s' if len(lost) > 1 else ''} {names} {'were' if len(lost) > 1 else 'was'} lost", lost
-            ) from error
+            raise _lost(lost) from error
         # Nobody died: a worker whose neighbour failed says so first, perhaps.
         ray.wait(list(references.values()), num_returns=len(references), timeout=self.config.hang_timeout_s)
         causes = [error.cause if isinstance(error, RayTaskError) and isinstance(error.cause, BaseException) else error]
@@ -285,6 +284,12 @@ class WorkerGroup:
         """Workers that can go on at once: the survivors, and those whose place in the cluster outlived them."""
         return len(self.workers) - len(lost) + sum(self._slots[rank].is_alive() for rank in lost)
 
+    def leaving(self) -> tuple[frozenset[int], float]:
+        """Ranks of workers on nodes that were told to go, and the seconds that the first of these has left."""
+        nodes = draining() if self._nodes else {}
+        ranks = frozenset(rank for rank, node in enumerate(self._nodes) if node in nodes)
+        return ranks, min((nodes[self._nodes[rank]] for rank in ranks), default=math.inf)
+
     def recruit(self, most: int) -> None:
         """Begin to start workers, where the cluster has room, so that there are `most` with those at work. Waits for nothing."""
         wanted = most - len(self.workers) - len(self._recruits)
@@ -321,18 +326,26 @@ class WorkerGroup:
         return self._estate is not None
 
     def reshape(
-        self, config: TrainConfig, lost: frozenset[int], architecture: Architecture | None, kept: dict[str, Any] | None
+        self,
+        config: TrainConfig,
+        lost: frozenset[int],
+        architecture: Architecture | None,
+        kept: dict[str, Any] | None,
+        leaving: frozenset[int] = frozenset(),
     ) -> list[dict[str, Any]]:
         """Share the layers out anew, among as many workers as `config` says: survivors, recruits that are there, new ones for lost ones.
 
         Blocks are then at `common_step`, new ones if that is None. States pass from those that hold them through Ray's object store.
+
+        Args:
+            leaving: workers that give their states, and get no layers.
 
         Returns: what each worker says of itself.
         """
         self._estate = estate = self._estate or self._collect(lost)
         self.call_some(self.survivors(lost), "leave", timeout_s=START_TIMEOUT_S)
         self.config, self._sources = config, (architecture, kept)
-        self._reseat(config.world, lost)
+        self._reseat(config.world, lost, leaving)
         self._reconfigure()
         self._connect()
         shares = self._build(range(config.world))
@@ -354,11 +367,11 @@ class WorkerGroup:
             ray.wait(list(states.values()), num_returns=len(states), fetch_local=False)
         return Estate(step, tuple(self._layouts[rank] for rank in states), tuple(states.values()))
 
-    def _reseat(self, world: int, lost: frozenset[int]) -> None:
+    def _reseat(self, world: int, lost: frozenset[int], leaving: frozenset[int]) -> None:
         """The workers from now on, in the order of their layers: survivors, recruits that are there, then new ones where the lost were."""
-        seats = [(self._slots[rank], self.workers[rank]) for rank in self.survivors(lost)]
-        for _, spare in seats[world:]:
-            ray.kill(spare, no_restart=True)
+        seats = [(self._slots[rank], self.workers[rank]) for rank in self.survivors(lost | leaving)]
+        for dismissed in [*(worker for _, worker in seats[world:]), *(self.workers[rank] for rank in leaving - lost)]:
+            ray.kill(dismissed, no_restart=True)
         seats = seats[:world]
         for slot, recruit in list(self._recruits.items()):
             if len(seats) < world and ray.wait([recruit.ready], timeout=0)[0]:
@@ -375,16 +388,25 @@ class WorkerGroup:
     def _reconfigure(self) -> None:
         self._get({rank: worker.reconfigure.remote(self.config, rank) for rank, worker in enumerate(self.workers)}, START_TIMEOUT_S)
 
-    def shutdown(self) -> None:
-        """Kill the actors and give the resources back."""
-        if not ray.is_initialized():  # the cluster is gone, and a call would start another
-            return
+    def dismiss(self) -> None:
+        """Kill all actors; `start` makes new ones."""
         starting = [*self._recruits.values(), *self._spares.values()]
         for actor in [*self.workers, *(each.actor for each in starting)]:
             with contextlib.suppress(Exception):
                 ray.kill(actor, no_restart=True)
         self.workers, self._recruits, self._spares = [], {}, {}
+
+    def shutdown(self) -> None:
+        """Kill the actors and give the resources back."""
+        if not ray.is_initialized():  # the cluster is gone, and a call would start another
+            return
+        self.dismiss()
         for group in {slot.group.id: slot.group for slot in self._slots}.values():
             if self._own_group or group.id != self.group.id:
                 with contextlib.suppress(Exception):
                     remove_placement_group(group)
+
+
+def _lost(ranks: frozenset[int], why: str = "") -> WorkerLostError:
+    names, plural = ", ".join(map(str, sorted(ranks))), len(ranks) > 1
+    return WorkerLostError(f"worker{'s' if plural else ''} {names} {'were' if plural else 'was'} lost{why and f' ({why})'}", ranks)

@@ -1,6 +1,8 @@
 """What a cluster has room for, and where in it a worker is."""
 
+import math
 import socket
+import time
 from dataclasses import dataclass
 
 import ray
@@ -50,11 +52,20 @@ class Slot:
     bundle: int
 
     def is_alive(self) -> bool:
-        """Whether the bundle is on a node that lives: by Ray, which may take half a minute to know, and by the node's port."""
+        """Whether the bundle is on a node that lives, and will: by Ray, which may take half a minute to know, and by the node's port."""
         table = placement_group_table(self.group)
         node = table.get("bundles_to_node_id", {}).get(self.bundle)
+        if node in draining():
+            return False
         found = next((known for known in ray.nodes() if known["NodeID"] == node and known["Alive"]), None)
         return found is not None and _answers(found["NodeManagerAddress"], found["NodeManagerPort"])
+
+
+def draining() -> dict[str, float]:
+    """Nodes that were told to go, as before a preemption, and the seconds that each has left; infinite where nobody said."""
+    # What Ray Serve asks too; there is no public way yet.
+    found = ray._private.state.state.get_draining_nodes()
+    return {node: deadline_ms / 1000 - time.time() if deadline_ms else math.inf for node, deadline_ms in found.items()}
 
 
 def _answers(host: str, port: int) -> bool:

@@ -1,11 +1,10 @@
 """A run's checkpoints: written by the workers in the background, made to appear by the driver, read back by any number of workers."""
 
-import shutil
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
-from rayllp.checkpoint import Prolongation, commit, count_layers, read_manifest, staging, step_of
+from rayllp.checkpoint import Folder, Prolongation, commit, count_layers, read_manifest, staging, step_of
+from rayllp.checkpoint.location import remove
 from rayllp.cluster.group import WorkerGroup
 from rayllp.config import TrainConfig
 from rayllp.errors import CheckpointError
@@ -17,7 +16,7 @@ class Pending:
     """A checkpoint that workers are writing."""
 
     step: int
-    folder: Path
+    folder: Folder
     extra: dict[str, Any]
     best: dict[str, Any] | None
 
@@ -32,6 +31,7 @@ class Saver:
     """
 
     def __init__(self, run: RunDirectory, workers: WorkerGroup, settings: TrainConfig) -> None:
+        self._config = settings.model_dump(mode="json")
         self.run, self.workers, self.settings = run, workers, settings
         self.best: dict[str, Any] | None = run.read_best()
         self.saved = -1
@@ -54,11 +54,11 @@ class Saver:
         self._overdue = False
         try:
             folder = staging(self.run.checkpoints, step)
-        except OSError as error:
+        except Exception as error:  # behind a URL, whatever a file system's package raises
             self._failed(step, str(error), journal)
             return
         self.workers.call("begin_save", str(folder.absolute()))
-        extra = {"controller": controller, "model": self.settings.model.model_dump(mode="json")}
+        extra = {"controller": controller, "model": self.settings.model.model_dump(mode="json"), "config": self._config}
         self._pending, self._new_best = Pending(step, folder, extra, self._new_best), None
 
     def poll(self, journal: Journal) -> None:
@@ -76,10 +76,8 @@ class Saver:
             for written in self.workers.call("finish_save"):
                 files |= written
             best = pending.best or self.best
-            final = commit(
-                pending.folder, pending.step, files, pending.extra, self.settings.checkpoint.keep, int(best["step"]) if best else None
-            )
-        except (OSError, CheckpointError) as error:
+            final = self._commit(pending, files, int(best["step"]) if best else None)
+        except CheckpointError as error:
             self.abandon()
             self._failed(pending.step, str(error), journal)
             return
@@ -88,7 +86,13 @@ class Saver:
         journal.event(pending.step, "checkpoint", path=str(final))
         self._crown(pending.best)
 
-    def save(self, step: int, controller: dict[str, Any], journal: Journal) -> Path:
+    def _commit(self, pending: Pending, files: dict[str, Any], best: int | None) -> Folder:
+        try:
+            return commit(pending.folder, pending.step, files, pending.extra, self.settings.checkpoint.keep, best)
+        except Exception as error:  # behind a URL, whatever a file system's package raises
+            raise CheckpointError(str(error)) from error
+
+    def save(self, step: int, controller: dict[str, Any], journal: Journal) -> Folder:
         """A checkpoint that is complete when this returns.
 
         Raises:
@@ -125,7 +129,7 @@ class Saver:
     def abandon(self) -> None:
         """Forget the checkpoint in hand: its worker was lost, or it cannot be written."""
         if self._pending is not None:
-            shutil.rmtree(self._pending.folder, ignore_errors=True)
+            remove(self._pending.folder)
             self._pending, self._overdue = None, True
 
     def _failed(self, step: int, why: str, journal: Journal) -> None:
@@ -135,7 +139,7 @@ class Saver:
 
     # Reading --------------------------------------------------------------------------------------------------------------------
 
-    def read_newest(self, found: list[Path], journal: Journal) -> tuple[Path, dict[str, Any]]:
+    def read_newest(self, found: list[Folder], journal: Journal) -> tuple[Folder, dict[str, Any]]:
         """The newest of these checkpoints that is whole, and its manifest; one that is damaged is told of.
 
         Raises:
@@ -153,7 +157,7 @@ class Saver:
                 return folder, manifest
         raise failures[0]
 
-    def load(self, folder: Path, manifest: dict[str, Any], *, nested: bool) -> Prolongation | None:
+    def load(self, folder: Folder, manifest: dict[str, Any], *, nested: bool) -> Prolongation | None:
         """Have the workers take over a checkpoint, of this network or of a shallower one; how it was prolonged, if it was."""
         prolongation = Prolongation.between(count_layers(manifest), self.settings, folder) if nested else None
         self.workers.call("load", str(folder.absolute()), prolongation)

@@ -1,6 +1,7 @@
 """`rayllp.train`: what the settings name is checked, a cluster is joined or started, and a driver runs on it."""
 
 import contextlib
+import json
 import logging
 import os
 from collections.abc import Iterator
@@ -10,7 +11,7 @@ from pathlib import Path
 import ray
 from rich.console import Console
 
-from rayllp.checkpoint import checkpoints
+from rayllp.checkpoint import MANIFEST, Folder, check_writable, checkpoints, locate
 from rayllp.checkpoint.export import read_model_json
 from rayllp.cluster.driver import Driver, Loaded, TrainResult
 from rayllp.cluster.places import choose_device
@@ -20,6 +21,12 @@ from rayllp.errors import CheckpointError, DataError, SettingsError
 from rayllp.models import Architecture, LayerStack, build_architecture, check_family
 from rayllp.report import RunDirectory
 from rayllp.sizes import with_layers
+
+MAY_DIFFER = set(
+    "name workers resize_check_s mesh device channel receive_timeout_s hang_timeout_s snapshot_every spare_workers max_failures eval "
+    "checkpoint microbatches".split()
+)
+"""Settings of a run that may be others when it goes on from checkpoints alone."""
 
 
 def train(
@@ -47,15 +54,18 @@ def train(
         CheckpointError: nothing to resume, or the run directory could not be written to the end.
     """
     run: RunDirectory | None = None
-    found: list[Path] = []
+    found: list[Folder] = []
     if resume is not None:
-        run = RunDirectory(Path(resume))
-        config, found = _reopen(run, config)
+        run, config, found = _reopen(Path(resume), config)
     else:
         config = config or TrainConfig()
         if output is not None and _is_unfinished(Path(output), config):
-            run = RunDirectory(Path(output))
+            run = RunDirectory(Path(output), config)
             found = checkpoints(run.checkpoints)
+        elif config.checkpoint.path is not None:  # its run directory may be lost
+            found = _find_own(config.checkpoint.path, config)
+    if config.checkpoint.path is not None:
+        check_writable(locate(config.checkpoint.path))
     loaded = validate(config, model, batches, run)
     with _cluster(config):
         device = choose_device(config)
@@ -86,15 +96,33 @@ def validate(config: TrainConfig, model: Architecture | None, batches: Batches |
 # A run that goes on ---------------------------------------------------------------------------------------------------------------
 
 
-def _reopen(run: RunDirectory, config: TrainConfig | None) -> tuple[TrainConfig, list[Path]]:
-    """Settings and checkpoints of a run; other settings, where they are given, take the place of those it has."""
-    before = load_run_config(run.path)
-    found = checkpoints(run.checkpoints)
+def _reopen(path: Path, config: TrainConfig | None) -> tuple[RunDirectory, TrainConfig, list[Folder]]:
+    """A run, its settings and checkpoints; other settings, where they are given, take the place of those it has."""
+    before = load_run_config(path)
+    found = checkpoints(RunDirectory(path, before).checkpoints)
     if not found:
-        raise CheckpointError(f"{run.path} has no complete checkpoint to resume from; start it anew, with checkpoint.every set")
+        raise CheckpointError(f"{path} has no complete checkpoint to resume from; start it anew, with checkpoint.every set")
+    run = RunDirectory(path, config or before)
     if config is not None and config != before:
         run.change_settings(before, config)
-    return config or before, found
+    return run, config or before, found
+
+
+def _find_own(place: str, config: TrainConfig) -> list[Folder]:
+    """Checkpoints that a run of these settings left in a place of its own.
+
+    Raises:
+        SettingsError: they are of another run.
+    """
+    found = checkpoints(locate(place))
+    if found:
+        theirs, ours = json.loads((found[-1] / MANIFEST).read_text()).get("config", {}), config.model_dump(mode="json")
+        other = sorted(name for name in ours if name not in MAY_DIFFER and theirs.get(name) != ours[name])
+        if other:
+            raise SettingsError(
+                f"checkpoint.path {place} holds checkpoints of a run with other {', '.join(other)}: give each run a place of its own"
+            )
+    return found
 
 
 def _is_unfinished(path: Path, config: TrainConfig) -> bool:

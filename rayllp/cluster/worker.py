@@ -9,7 +9,6 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
-from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 import ray
@@ -20,7 +19,7 @@ from torch._C._distributed_c10d import TCPStore
 from rayllp.channel.base import Channel
 from rayllp.channel.local import LocalChannel
 from rayllp.channel.torch_dist import TorchChannel
-from rayllp.checkpoint import PieceWriter, Prolongation, load_pieces
+from rayllp.checkpoint import PieceWriter, Prolongation, load_pieces, locate
 from rayllp.checkpoint.memory import Inventory, Layout, NeighbourCopies
 from rayllp.config import TrainConfig
 from rayllp.control import Accuracy, ProbePlan
@@ -268,7 +267,7 @@ class BlockWorker:
 
     def begin_save(self, folder: str) -> None:
         """Copy this worker's pieces of a checkpoint, and write them in the background."""
-        self._writer.begin(self._engine, Path(folder))
+        self._writer.begin(self._engine, locate(folder))
 
     def has_saved(self) -> bool:
         """Whether all is written, or has failed."""
@@ -281,7 +280,7 @@ class BlockWorker:
     def load(self, folder: str, prolongation: Prolongation | None = None) -> None:
         """Load this worker's pieces of a checkpoint; with a prolongation, of a shallower network's."""
         self._done.clear()
-        load_pieces(self._engine, Path(folder), prolongation)
+        load_pieces(self._engine, locate(folder), prolongation)
 
     def parameters(self) -> dict[str, torch.Tensor]:
         """Copies of this worker's parameters by full name."""

@@ -1,7 +1,7 @@
 """What happens in a run, told to all who listen: the run directory's files, TensorBoard, and the person who watches."""
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from rich.console import Console
@@ -16,17 +16,21 @@ SCALARS = "loss grad_norm lr rho_forward rho_backward bias cosine noise consiste
 class Journal:
     """Use `open`."""
 
-    def __init__(self, run: RunDirectory, display: ProgressDisplay, board: Any) -> None:
-        self._run, self._display, self._board = run, display, board
+    def __init__(self, run: RunDirectory, display: ProgressDisplay) -> None:
+        self._run, self._display = run, display
+        self._board: Any = None
+        self._trouble: str | None = None
 
     @classmethod
     @contextmanager
     def open(cls, run: RunDirectory, steps: int, first_step: int, console: Console) -> Iterator["Journal"]:
         """A journal for one sitting of a run, of which `first_step` steps are done."""
-        from torch.utils.tensorboard import SummaryWriter
-
-        with SummaryWriter(str(run.path / "tensorboard")) as board, ProgressDisplay(steps, first_step, console) as display:
-            yield cls(run, display, board)
+        with ProgressDisplay(steps, first_step, console) as display:
+            journal = cls(run, display)
+            try:
+                yield journal
+            finally:
+                journal._close_board()
 
     def say(self, text: str) -> None:
         """A line for the person who watches."""
@@ -35,14 +39,25 @@ class Journal:
     def event(self, step: int, kind: str, **details: Any) -> None:
         """A line of events.jsonl."""
         self._run.event(step, kind, **details)
+        self._warn()
 
     def scalar(self, name: str, value: float, step: int) -> None:
-        """A point in TensorBoard."""
-        self._board.add_scalar(name, value, step)
+        """A point in TensorBoard; none while the run directory cannot be written."""
+        if self._run.trouble is not None:
+            return
+        try:
+            if self._board is None:
+                from torch.utils.tensorboard import SummaryWriter
+
+                self._board = SummaryWriter(str(self._run.path / "tensorboard"))
+            self._board.add_scalar(name, value, step)
+        except OSError:  # metrics.jsonl will meet the same, and say so; closing it would wait for its dead thread
+            self._board = None
 
     def step(self, metric: Mapping[str, Any]) -> None:
         """A training step."""
         self._run.metric(metric)
+        self._warn()
         self._display.update(metric)
         step = metric["step"]
         for name in SCALARS:
@@ -58,3 +73,18 @@ class Journal:
         self._run.evaluation(step, split, **found)
         for name, value in found.items():
             self.scalar(f"{split}/{name}", value, step)
+
+    def _warn(self) -> None:
+        """Say that the run directory cannot be written, or can again."""
+        trouble = self._run.trouble
+        if trouble is not None and self._trouble is None:
+            self.say(f"WARNING: {self._run.path} cannot be written ({trouble}); training goes on, and what it records waits")
+        elif trouble is None and self._trouble is not None:
+            self.say(f"{self._run.path} can be written again; nothing of the record is missing but points in TensorBoard")
+        self._trouble = trouble
+
+    def _close_board(self) -> None:
+        board, self._board = self._board, None
+        if board is not None:
+            with suppress(OSError):
+                board.close()

@@ -1,23 +1,38 @@
 """The files that a run writes. Other tools read them: names are fixed (docs/design.md)."""
 
 import json
+import os
 import shutil
 import time
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Callable, Mapping
 from datetime import date
 from pathlib import Path
 from typing import Any
 
+from rayllp.checkpoint.location import Folder, locate
 from rayllp.config import TrainConfig, to_yaml
 from rayllp.errors import SettingsError
 
 
 class RunDirectory:
-    """RUN/: config.yaml, metrics.jsonl, evals.jsonl, events.jsonl, checkpoints/, tensorboard/."""
+    """RUN/: config.yaml, metrics.jsonl, evals.jsonl, events.jsonl, checkpoints/, tensorboard/.
 
-    def __init__(self, path: Path) -> None:
+    Args:
+        config: says where checkpoints are, if not in RUN/checkpoints.
+
+    What cannot be written (a full disk, a path that is gone) waits, in order, and is tried again with the next thing to write.
+
+    Attributes:
+        trouble: why something waits; None: nothing does.
+    """
+
+    def __init__(self, path: Path, config: TrainConfig | None = None) -> None:
         self.path = path
-        self.checkpoints = path / "checkpoints"
+        elsewhere = config.checkpoint.path if config is not None else None
+        self.trouble: str | None = None
+        self._waiting: deque[Callable[[], None]] = deque()
+        self.checkpoints: Folder = path / "checkpoints" if elsewhere is None else locate(elsewhere)
 
     @classmethod
     def create(cls, output: str | Path | None, config: TrainConfig) -> "RunDirectory":
@@ -37,19 +52,18 @@ class RunDirectory:
             (path / "config.yaml").write_text(to_yaml(config))
         except OSError as error:
             raise SettingsError(f"output directory {path} cannot be written: {error.strerror}; choose another with --output") from None
-        return cls(path)
+        return cls(path, config)
 
     def change_settings(self, before: TrainConfig, now: TrainConfig) -> None:
         """The run goes on with other settings."""
         old, new = (_flat(config.model_dump(mode="json")) for config in (before, now))
         changed = {name: [old.get(name), new.get(name)] for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name)}
-        (self.path / "config.yaml").write_text(to_yaml(now))
+        _replace(self.path / "config.yaml", to_yaml(now))
         self.event(-1, "settings", changed=changed)
 
     def last_evaluation(self) -> dict[str, Any] | None:
         """The last line of evals.jsonl."""
-        path = self.path / "evals.jsonl"
-        lines = path.read_text().splitlines() if path.is_file() else []
+        lines = _whole_lines(self.path / "evals.jsonl")
         return json.loads(lines[-1]) if lines else None
 
     def metric(self, values: Mapping[str, Any]) -> None:
@@ -66,9 +80,7 @@ class RunDirectory:
 
     def read_lipschitz(self) -> list[list[float]]:
         """Estimates of all layers, one list a probe that made them, as metrics.jsonl has them."""
-        path = self.path / "metrics.jsonl"
-        lines = path.read_text().splitlines() if path.is_file() else []
-        return [found for line in lines if (found := json.loads(line).get("lipschitz"))]
+        return [found for line in _whole_lines(self.path / "metrics.jsonl") if (found := json.loads(line).get("lipschitz"))]
 
     def read_best(self) -> dict[str, Any] | None:
         """Step and losses of the best evaluation so far, as `write_best` left them."""
@@ -77,28 +89,79 @@ class RunDirectory:
 
     def write_best(self, best: Mapping[str, Any]) -> None:
         """best.json: which checkpoint has the lowest validation loss."""
-        (self.path / "best.json").write_text(json.dumps(best) + "\n")
+        self.write_text("best.json", json.dumps(best) + "\n")
 
     def forget_best(self) -> None:
         """No evaluation is the best so far."""
-        (self.path / "best.json").unlink(missing_ok=True)
+        self._do(lambda: (self.path / "best.json").unlink(missing_ok=True))
+
+    def write_text(self, name: str, text: str) -> None:
+        """A whole file."""
+        self._do(lambda: _replace(self.path / name, text))
 
     def discard_if_unused(self) -> None:
         """Remove the directory of a run that never began: it holds its settings and no more."""
-        if {path.name for path in self.path.iterdir()} <= {"config.yaml", "tensorboard"}:
+        if self.path.is_dir() and {path.name for path in self.path.iterdir()} <= {"config.yaml", "tensorboard"}:
             shutil.rmtree(self.path)
+
+    def mend(self) -> None:
+        """Remove lines that a driver's sudden end cut off: what is written next would hang on to them."""
+        for name in ("metrics.jsonl", "evals.jsonl", "events.jsonl"):
+            path = self.path / name
+            if path.is_file() and not path.read_bytes().endswith(b"\n"):
+                _replace(path, "".join(line + "\n" for line in _whole_lines(path)))
 
     def truncate(self, step: int) -> None:
         """Forget metrics and evaluations after `step` steps, which a resumed run will repeat."""
-        for name, last in (("metrics.jsonl", step - 1), ("evals.jsonl", step)):
-            path = self.path / name
-            if path.exists():
-                kept = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= last]
-                path.write_text("".join(line + "\n" for line in kept))
+
+        def cut() -> None:
+            for name, last in (("metrics.jsonl", step - 1), ("evals.jsonl", step)):
+                path = self.path / name
+                if path.exists():
+                    _replace(path, "".join(line + "\n" for line in _whole_lines(path) if json.loads(line)["step"] <= last))
+
+        self._do(cut)
 
     def _append(self, name: str, values: Mapping[str, Any]) -> None:
-        with (self.path / name).open("a") as file:
-            file.write(json.dumps(values) + "\n")
+        line = json.dumps(values) + "\n"
+        self._do(lambda: _append_line(self.path / name, line))
+
+    def _do(self, write: Callable[[], None]) -> None:
+        self._waiting.append(write)
+        try:
+            while self._waiting:
+                self._waiting[0]()
+                self._waiting.popleft()
+        except OSError as error:
+            self.trouble = str(error)
+        else:
+            self.trouble = None
+
+
+def _whole_lines(path: Path) -> list[str]:
+    """Lines of a file, but for a last one that a driver's sudden end cut off."""
+    return path.read_text().split("\n")[:-1] if path.is_file() else []
+
+
+def _append_line(path: Path, line: str) -> None:
+    """Add a line, all of it or nothing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        end = file.tell()
+        try:
+            file.write(line)
+            file.flush()
+        except OSError:
+            os.truncate(path, end)
+            raise
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write a file so that whoever looks, whenever, finds the old or the new text."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.new")
+    beside.write_text(text)
+    os.replace(beside, path)
 
 
 def _unused(path: Path) -> Path:

@@ -1,0 +1,149 @@
+"""What the steps of a run did: takes in their statistics, feeds the controller, and can go back to an earlier step."""
+
+import math
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from rayllp.cluster.recovery import RAREST
+from rayllp.config import TrainConfig
+from rayllp.control import Accuracy, Controller, Decision, Probe, ProbePlan
+from rayllp.report import Journal, RunDirectory
+
+CHUNK_S = 1.0
+MAX_CHUNK = 50
+SLOW = 20.0
+"""A chunk of steps that takes so many times what it should, and the time limits besides, hangs."""
+
+Chunk = list[tuple[int, Accuracy, ProbePlan | None]]
+"""Steps that the workers do in one call: number, accuracy, and what is probed at it."""
+
+
+class Ledger:
+    """Accounts of one sitting.
+
+    Attributes:
+        config: settings of the network that is being trained now, on the workers there are.
+        controller: chooses the accuracy; for one network.
+        step: steps done, as far as the workers have told.
+        first_step: where the workers there are began.
+        step_s: seconds a step takes now.
+    """
+
+    def __init__(self, run: RunDirectory, journal: Journal, config: TrainConfig) -> None:
+        self._run, self._journal = run, journal
+        self.step = self.first_step = 0
+        self.step_s = CHUNK_S
+        self._marks: dict[int, Any] = {}  # where the controller was before chunks
+        self._chunk: Chunk = []
+        self.enter(config)
+
+    def enter(self, config: TrainConfig) -> None:
+        """Train a network of other settings from now on: the controller starts anew."""
+        self.config, self.controller = config, Controller(config)
+
+    def start_at(self, step: int) -> None:
+        """Go on after `step` steps, with workers whose speed is not known."""
+        self.step = self.first_step = step
+        self.remember(step)
+
+    # Steps ------------------------------------------------------------------------------------------------------------------------
+
+    def next_chunk(self, step: int, end: int) -> Chunk:
+        """Steps up to the next probe, evaluation or checkpoint, at most about a second's worth, and not beyond `end`."""
+        config, chunk = self.config, []
+        for n in range(step, min(end, step + max(1, min(MAX_CHUNK, int(CHUNK_S / self.step_s))))):
+            probe = self.controller.probe(n)
+            chunk.append((n, self.controller.accuracy, probe))
+            due = [every for every in (config.eval.every, config.checkpoint.every) if every and (n + 1) % every == 0]
+            if probe or due or n + 1 == config.adaptive.switch_at:
+                break
+        return chunk
+
+    def begin(self, step: int) -> None:
+        """Before the chunk that begins with `step`: the controller may decide something."""
+        self.remember(step)
+        self._announce(self.controller.begin(step))
+
+    def expect(self, chunk: Chunk) -> float | None:
+        """This chunk is what the workers do now; seconds after which one of them must hang; None: not known yet."""
+        self._chunk, self._began = chunk, time.perf_counter()
+        if self.step == self.first_step:
+            return None
+        return SLOW * self.step_s * len(chunk) + self.config.receive_timeout_s + self.config.hang_timeout_s
+
+    def note_time(self) -> None:
+        """All workers have done the chunk."""
+        self.step_s = (time.perf_counter() - self._began) / len(self._chunk)
+
+    def take_in(self, answers: Sequence[list[dict[str, Any]]]) -> list[Any] | None:
+        """What the chunk's steps did, as each worker tells it.
+
+        Returns: None; or, of a step whose loss or gradient is not finite, and was not taken, each worker's fault.
+        """
+        for stats, (_, accuracy, plan) in zip(answers[0], self._chunk, strict=False):
+            metric = self._metric(stats, accuracy, plan)
+            if plan is not None and plan.lipschitz:  # a probe ends its chunk
+                found = _in_layer_order([answer[-1]["lipschitz"] for answer in answers])
+                metric["lipschitz"] = found if len(found) == self.config.model.layers else None  # some were lost with their worker
+            if not math.isfinite(stats["loss"]) or not math.isfinite(stats["grad_norm"]):
+                return [answer[-1]["fault"] for answer in answers]
+            self._journal.step(metric)
+            self.step += 1
+        if len(answers[0]) == len(self._chunk) and self._chunk[-1][2] is not None:
+            self._observe(answers[0][-1])
+        return None
+
+    # Going back -------------------------------------------------------------------------------------------------------------------
+
+    def remember(self, step: int) -> None:
+        """Where the controller is before `step`, for as long as states of earlier steps may be come back to."""
+        self._marks = {known: mark for known, mark in self._marks.items() if known >= step - 2 * RAREST - MAX_CHUNK}
+        self._marks[step] = self.controller.mark()
+
+    def rewind(self, step: int) -> None:
+        """Forget what was recorded after `step` steps, which will be done again."""
+        self._run.truncate(step)
+        self.controller.rewind(self._marks[max(known for known in self._marks if known <= step)])
+        self.step = step
+
+    def restart(self, step: int) -> None:
+        """The same where the controller is that of a checkpoint, or new."""
+        self._run.truncate(step)
+        self.step = step
+
+    # The controller -----------------------------------------------------------------------------------------------------------------
+
+    def _observe(self, stats: dict[str, Any]) -> None:
+        bias = stats["bias"] or {}
+        found = {"rho_forward": stats["rho_forward"], "rho_backward": stats["rho_backward"]}
+        probe = Probe(**found, bias=bias.get("relative"), noise=bias.get("noise"), coarse_weights=stats["coarse_weights"])
+        advice = {"forward": stats["advice_forward"], "backward": stats["advice_backward"]}
+        self._announce(self.controller.observe(stats["step"], probe), advice=advice, **found, bias=probe.bias, noise=probe.noise)
+
+    def _announce(self, decision: Decision | None, **details: Any) -> None:
+        if decision:
+            self._journal.event(decision.step, "switch", to=decision.mode, rung=decision.rung, reason=decision.reason, **details)
+            self._journal.say(f"step {decision.step + 1}: now {decision.rung}: {decision.reason}")
+
+    def _metric(self, stats: dict[str, Any], accuracy: Accuracy, plan: ProbePlan | None) -> dict[str, Any]:
+        if plan is not None and not accuracy.serial:
+            accuracy = accuracy.probing()
+        bias = stats["bias"] or {}
+        return {
+            "step": stats["step"], "loss": stats["loss"], "mode": accuracy.mode,
+            "iterations_forward": None if accuracy.serial else accuracy.iterations_forward,
+            "iterations_backward": None if accuracy.serial else accuracy.iterations_backward,
+            "rho_forward": stats["rho_forward"], "rho_backward": stats["rho_backward"],
+            "bias": bias.get("relative"), "cosine": bias.get("cosine"), "noise": bias.get("noise"), "bias_by_block": bias.get("by_block"),
+            "bias_against": ("exact" if plan.exact or accuracy.serial else "doubled") if plan is not None and bias else None,
+            "consistency": stats["consistency"], "consistency_weight": accuracy.consistency or None,
+            "coarse_weights": stats["coarse_weights"], "lipschitz": None, "grad_norm": stats["grad_norm"],
+            "lr": stats["lr"], "step_time_s": stats["time_s"], "tokens": stats["tokens"], "workers": self.config.world,
+        }  # fmt: skip
+
+
+def _in_layer_order(found: list[dict[int, float]]) -> list[float]:
+    """What each worker found of its own layers, as one list of all layers."""
+    merged = {layer: value for mine in found for layer, value in mine.items()}
+    return [merged[layer] for layer in sorted(merged)]
