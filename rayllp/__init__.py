@@ -11,9 +11,10 @@ if TYPE_CHECKING:
     from rayllp.cluster.session import train
     from rayllp.config import TrainConfig, load_config, make_config
     from rayllp.models.stack import LayerStack
+    from rayllp.tuning.run import tune
 
 __version__ = "0.1.0"
-__all__ = ["LayerStack", "TrainConfig", "TrainResult", "load_config", "make_config", "train"]
+__all__ = ["LayerStack", "TrainConfig", "TrainResult", "load_config", "make_config", "train", "tune"]
 
 _HOMES = {
     "train": "rayllp.cluster.session",
@@ -22,6 +23,7 @@ _HOMES = {
     "load_config": "rayllp.config",
     "make_config": "rayllp.config",
     "LayerStack": "rayllp.models.stack",
+    "tune": "rayllp.tuning.run",
 }
 
 

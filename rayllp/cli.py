@@ -40,6 +40,24 @@ def train(
 
 
 @app.command()
+def tune(
+    sweep: Annotated[Path | None, typer.Argument(help="YAML file of a sweep; see tune_configs/")] = None,
+    overrides: Annotated[list[str] | None, typer.Option("--set", help="key=value, such as trials=8 or settings.steps=300")] = None,
+    output: Annotated[Path | None, typer.Option(help="directory; default runs/<date>_<name>")] = None,
+    resume: Annotated[Path | None, typer.Option(help="go on with the sweep in this directory")] = None,
+) -> None:
+    """Search settings by Ray Tune; writes best.yaml, trials.csv and a page with pictures."""
+    if resume and (sweep or output or overrides):
+        raise typer.BadParameter("--resume takes the sweep's own file: give no SWEEP, --output or --set with it")
+    if not resume and not sweep:
+        raise typer.BadParameter("give a sweep's YAML file (tune_configs/ has some), or --resume DIRECTORY")
+    from rayllp.tuning.run import tune as run_sweep
+    from rayllp.tuning.sweep import load_sweep
+
+    run_sweep(load_sweep(sweep, overrides or []) if sweep else None, output=output, resume=resume)
+
+
+@app.command()
 def export(
     run: Annotated[Path, typer.Argument(help="run directory")],
     to: Annotated[Path, typer.Option(help="folder to write, new or empty")],
@@ -75,6 +93,17 @@ def chaos(
     from rayllp.cluster.chaos import parse_duration, unleash
 
     unleash(run, parse_duration(mtbf, "--mtbf"), seed, None if limit is None else parse_duration(limit, "--for"), typer.echo)
+
+
+@app.command()
+def doctor(
+    path: Annotated[str | None, typer.Option(help="folder or URL that runs are to be written to: every node tries to")] = None,
+) -> None:
+    """Look at a cluster: versions, GPUs, links between neighbours, shared storage, clocks; say what to mend."""
+    from rayllp.cluster.doctor import run_doctor
+
+    if not run_doctor(path, Console(highlight=False)):
+        raise typer.Exit(1)
 
 
 @app.command()

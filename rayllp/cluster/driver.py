@@ -8,6 +8,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ray.util.placement_group import PlacementGroup
 from rich.console import Console
 
 from rayllp.checkpoint import Folder, checkpoints, count_layers, read_manifest, step_of
@@ -25,7 +26,7 @@ from rayllp.data import Batches
 from rayllp.errors import ChannelError, NonFiniteError, RayllpError, WorkerLostError
 from rayllp.models import Architecture, LayerStack
 from rayllp.nested import stage_at
-from rayllp.report import Journal, RunDirectory
+from rayllp.report import Journal, Listener, RunDirectory
 from rayllp.sizes import with_layers
 
 MOVE_S = 10.0
@@ -63,8 +64,19 @@ class Loaded(NamedTuple):
     kept: dict[str, Any] | None
 
 
+class Place(NamedTuple):
+    """A placement group of somebody else's to live in, and its first bundle for a worker."""
+
+    group: PlacementGroup | None
+    first_bundle: int
+
+
 class Driver:
     """One sitting of one run.
+
+    Args:
+        listeners: are told what happens.
+        place: where the workers live; None: in a placement group of their own.
 
     Attributes:
         whole: the run's settings.
@@ -73,7 +85,7 @@ class Driver:
 
     def __init__(
         self, config: TrainConfig, run: RunDirectory, device: str, model: Architecture | None, batches: Batches | None,
-        loaded: Loaded | None, console: Console | None = None,
+        loaded: Loaded | None, console: Console | None = None, listeners: Sequence[Listener] = (), place: Place | None = None,
     ) -> None:  # fmt: skip
         self.whole, self.run = config, run
         self.stage = stage_at(config, 0)
@@ -81,7 +93,9 @@ class Driver:
         self.config = self._at_size(self._size)
         self.data, self.plan, self.kept = loaded or Loaded(None, None, None)
         self.model, self.batches = model, batches
-        self.workers = WorkerGroup(self.config, device, name=run_name(run.path))
+        group, first_bundle = place or Place(None, 0)
+        self.workers = WorkerGroup(self.config, device, group, first_bundle, name=run_name(run.path))
+        self.listeners = listeners
         self.console = console or Console(stderr=True)
         self.stop = False
         self.saver = Saver(run, self.workers, config)
@@ -103,7 +117,7 @@ class Driver:
         begin = step_of(found[-1]) if found else 0
         self.run.mend()
         try:
-            with Journal.open(self.run, self.whole.steps, begin, self.console) as self.journal:
+            with Journal.open(self.run, self.whole.steps, begin, self.console, self.listeners) as self.journal:
                 self.ledger = Ledger(self.run, self.journal, self.config)
                 start, manifest = self.saver.read_newest(list(found), self.journal) if found else (None, None)
                 step = self._begin(start, manifest)

@@ -12,6 +12,9 @@ from rayllp.report import Journal, RunDirectory
 class Evaluator:
     """Evaluates through the exact forward, whatever the mode.
 
+    Attributes:
+        last: the step of the last evaluation; -1: none yet.
+
     Args:
         saver: is told of every loss.
         data: the data set that the settings name; None for batches of the user's own.
@@ -23,6 +26,7 @@ class Evaluator:
     ) -> None:
         self.run, self.workers, self.saver, self.settings = run, workers, saver, settings
         self.data, self.batches = data, batches
+        self.last = -1
 
     def is_due(self, step: int) -> bool:
         """Whether the settings ask for an evaluation after so many steps."""
@@ -52,6 +56,7 @@ class Evaluator:
         if translations and hasattr(self.data, "references"):
             found["bleu"] = self._bleu(translations)
         journal.evaluation(step, found)
+        self.last = step
         return found
 
     def _bleu(self, sentences: int) -> float:

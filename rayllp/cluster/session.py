@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import ray
 from rich.console import Console
@@ -14,6 +15,7 @@ from rich.console import Console
 from rayllp.checkpoint import MANIFEST, Folder, check_writable, checkpoints, locate
 from rayllp.checkpoint.export import read_model_json
 from rayllp.cluster.driver import Driver, Loaded, TrainResult
+from rayllp.cluster.metrics import ClusterMetrics
 from rayllp.cluster.places import choose_device
 from rayllp.config import TrainConfig, load_run_config
 from rayllp.data import Batches, load_data
@@ -67,14 +69,20 @@ def train(
     if config.checkpoint.path is not None:
         check_writable(locate(config.checkpoint.path))
     loaded = validate(config, model, batches, run)
-    with _cluster(config):
+    with join_cluster(config.fewest_workers):
         device = choose_device(config)
         run = run or RunDirectory.create(output, config)
-        return Driver(config, run, device, model, batches, loaded, console).train(found)
+        return Driver(config, run, device, model, batches, loaded, console, [ClusterMetrics(run.path.name)]).train(found)
 
 
-def validate(config: TrainConfig, model: Architecture | None, batches: Batches | None, run: RunDirectory | None = None) -> Loaded | None:
-    """Refuse what can be refused without a cluster; the data set and the architecture, where the settings name them."""
+def validate(
+    config: TrainConfig, model: Architecture | None, batches: Batches | None, run: RunDirectory | None = None, data: Any = None
+) -> Loaded | None:
+    """Refuse what can be refused without a cluster; the data set and the architecture, where the settings name them.
+
+    Args:
+        data: the settings' data set, where it has been loaded already.
+    """
     if (model is None) != (batches is None):
         raise SettingsError("model and batches belong together: give both, or neither")
     if model is not None:
@@ -86,7 +94,7 @@ def validate(config: TrainConfig, model: Architecture | None, batches: Batches |
     check_family(config)
     if config.model.family == "mt" and (config.eval.translate or config.eval.final_translate) and find_spec("sacrebleu") is None:
         raise DataError("BLEU needs sacrebleu: pip install 'rayllp[translation]', or set eval.translate and eval.final_translate to 0")
-    data = load_data(config)
+    data = load_data(config) if data is None else data
     kept = read_model_json(run.path) if run is not None else None
     if kept is not None and config.nested.factors:  # the run may have been made shallower than the settings now say
         kept = with_layers(kept, config.model.layers)
@@ -136,15 +144,20 @@ def _is_unfinished(path: Path, config: TrainConfig) -> bool:
 
 
 @contextlib.contextmanager
-def _cluster(config: TrainConfig) -> Iterator[None]:
-    """The cluster this process belongs to, else one on this machine for as long as the run lasts."""
+def join_cluster(cpus: int) -> Iterator[None]:
+    """The cluster this process belongs to, else one on this machine for as long as the run lasts, with at least so many CPUs by name."""
     if ray.is_initialized():
         yield
         return
     local = "RAY_ADDRESS" not in os.environ
     if local:
-        cpus = max(os.cpu_count() or 1, config.fewest_workers)
-        ray.init(address="local", num_cpus=cpus, include_dashboard=False, logging_level=logging.WARNING, configure_logging=True)
+        ray.init(
+            address="local",
+            num_cpus=max(os.cpu_count() or 1, cpus),
+            include_dashboard=False,
+            logging_level=logging.WARNING,
+            configure_logging=True,
+        )
     else:
         ray.init(logging_level=logging.WARNING)
     try:

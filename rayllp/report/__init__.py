@@ -1,7 +1,7 @@
 """What a run writes and shows."""
 
-from rayllp.report.journal import Journal
+from rayllp.report.journal import Journal, Listener
 from rayllp.report.progress import ProgressDisplay
 from rayllp.report.rundir import RunDirectory
 
-__all__ = ["Journal", "ProgressDisplay", "RunDirectory"]
+__all__ = ["Journal", "Listener", "ProgressDisplay", "RunDirectory"]

@@ -1,8 +1,8 @@
 """What happens in a run, told to all who listen: the run directory's files, TensorBoard, and the person who watches."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import Any, Protocol
 
 from rich.console import Console
 
@@ -13,20 +13,35 @@ SCALARS = "loss grad_norm lr rho_forward rho_backward bias cosine noise consiste
 """What TensorBoard gets of each step, where it was measured."""
 
 
+class Listener(Protocol):
+    """Who else is told."""
+
+    def step(self, metric: Mapping[str, Any]) -> None:
+        """A training step, as metrics.jsonl has it."""
+
+    def event(self, step: int, kind: str, details: Mapping[str, Any]) -> None:
+        """As events.jsonl has it."""
+
+    def evaluation(self, step: int, found: Mapping[str, float]) -> None:
+        """Validation loss and metrics."""
+
+
 class Journal:
     """Use `open`."""
 
-    def __init__(self, run: RunDirectory, display: ProgressDisplay) -> None:
-        self._run, self._display = run, display
+    def __init__(self, run: RunDirectory, display: ProgressDisplay, listeners: Sequence[Listener]) -> None:
+        self._run, self._display, self._listeners = run, display, listeners
         self._board: Any = None
         self._trouble: str | None = None
 
     @classmethod
     @contextmanager
-    def open(cls, run: RunDirectory, steps: int, first_step: int, console: Console) -> Iterator["Journal"]:
+    def open(
+        cls, run: RunDirectory, steps: int, first_step: int, console: Console, listeners: Sequence[Listener] = ()
+    ) -> Iterator["Journal"]:
         """A journal for one sitting of a run, of which `first_step` steps are done."""
         with ProgressDisplay(steps, first_step, console) as display:
-            journal = cls(run, display)
+            journal = cls(run, display, listeners)
             try:
                 yield journal
             finally:
@@ -40,6 +55,8 @@ class Journal:
         """A line of events.jsonl."""
         self._run.event(step, kind, **details)
         self._warn()
+        for listener in self._listeners:
+            listener.event(step, kind, details)
 
     def scalar(self, name: str, value: float, step: int) -> None:
         """A point in TensorBoard; none while the run directory cannot be written."""
@@ -59,6 +76,8 @@ class Journal:
         self._run.metric(metric)
         self._warn()
         self._display.update(metric)
+        for listener in self._listeners:
+            listener.step(metric)
         step = metric["step"]
         for name in SCALARS:
             if metric[name] is not None:
@@ -71,6 +90,8 @@ class Journal:
     def evaluation(self, step: int, found: Mapping[str, float], split: str = "validation") -> None:
         """What an evaluation found."""
         self._run.evaluation(step, split, **found)
+        for listener in self._listeners:
+            listener.evaluation(step, found)
         for name, value in found.items():
             self.scalar(f"{split}/{name}", value, step)
 

@@ -1,0 +1,85 @@
+"""What neighbour copies and background checkpoints cost: the time of a step with them over that without, in one run.
+
+    python examples/benchmarks/copies.py [--workers 2] [--layers 20] [--width 128] [--pairs 20] [--block 25] [--output DIR] [--set …]
+
+Blocks of steps take turns: with copies every `snapshot_every` steps as the run chose it, and a checkpoint begun at the block's start, as
+with `checkpoint.every` = 2 · BLOCK; and without either. Times are the driver's, over whole blocks: all that a step waits for is in them.
+"""
+
+import argparse
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import ray
+
+import rayllp
+from rayllp.cluster.driver import Driver
+from rayllp.cluster.session import validate
+from rayllp.report import RunDirectory
+
+
+class TakingTurns(Driver):
+    """Copies and checkpoints in every second block of steps."""
+
+    block: int
+    times: dict[bool, list[float]]
+    chosen = 0
+
+    def _between_chunks(self, step: int) -> None:
+        super()._between_chunks(step)
+        if step % self.block or not self._keep_chosen:
+            return
+        now = time.perf_counter()
+        was_on = bool(self._keep_every)
+        if hasattr(self, "_since"):
+            self.times[was_on].append((now - self._since) / self.block)
+        self.chosen = self._keep_every or self.chosen
+        self._keep_every = 0 if was_on else self.chosen
+        if self._keep_every:
+            self.saver.begin(step, self.ledger.controller.state(), self.journal)
+        self._since = time.perf_counter()
+
+    def _next_chunk(self, step: int) -> Any:
+        return super()._next_chunk(step)[: self.block - step % self.block]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--layers", type=int, default=20)
+    parser.add_argument("--width", type=int, default=128)
+    parser.add_argument("--pairs", type=int, default=20)
+    parser.add_argument("--block", type=int, default=25)
+    parser.add_argument("--output", type=Path)
+    parser.add_argument("--set", action="append", default=[], dest="overrides")
+    arguments = parser.parse_args()
+    settings = [
+        f"steps={arguments.block * (2 * arguments.pairs + 3)}", f"workers={arguments.workers}", f"model.layers={arguments.layers}",
+        f"model.width={arguments.width}", "mode=parallel", "adaptive.probe_every=0", "eval.every=0", "eval.sample=0",
+        "checkpoint.best=false",
+        *arguments.overrides,
+    ]  # fmt: skip
+    config = rayllp.load_config(None, settings)
+    run = RunDirectory.create((arguments.output or Path(tempfile.mkdtemp(prefix="copies_"))) / "run", config)
+    ray.init(address="local", num_cpus=max(2, arguments.workers), include_dashboard=False, logging_level="ERROR")
+    driver = TakingTurns(config, run, "cpu", None, None, validate(config, None, None))
+    driver.block, driver.times = arguments.block, {True: [], False: []}
+    driver.train()
+    ray.shutdown()
+    on, off = driver.times[True], driver.times[False]
+    count = min(len(on), len(off))
+    ratios = [a / b for a, b in zip(on[-count:], off[-count:], strict=True)]
+    spread = statistics.stdev(ratios) / count**0.5
+    print(
+        f"{config.world} workers, {arguments.layers} layers of width {arguments.width}, snapshot_every chosen: {driver.chosen}\n"
+        f"step without {statistics.median(off) * 1e3:.1f} ms, with {statistics.median(on) * 1e3:.1f} ms; "
+        f"ratio of {count} neighbouring pairs of {arguments.block} steps: mean {statistics.mean(ratios):.3f} ± {spread:.3f}, "
+        f"median {statistics.median(ratios):.3f}; ratio of all: {sum(on[-count:]) / sum(off[-count:]):.3f}"
+    )
+
+
+if __name__ == "__main__":
+    main()

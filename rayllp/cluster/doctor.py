@@ -1,0 +1,300 @@
+"""`rayllp doctor`: what a cluster has, whether its nodes agree, how fast neighbours talk, and what to mend before training there."""
+
+import contextlib
+import os
+import socket
+import time
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from datetime import timedelta
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from rich.console import Console
+from rich.table import Table
+
+from rayllp.checkpoint import locate
+
+PACKAGES = ("ray", "torch", "transformers", "safetensors", "rayllp")
+SIZES = {"32 KiB": 32 * 1024, "8 MiB": 8 * 1024**2}
+SKEW_S = 1.0
+ANSWER_S = 120.0
+MOST_LINKS = 16
+SLOW_GB_S = 0.1
+
+
+@dataclass(frozen=True)
+class Node:
+    """What a node says of itself."""
+
+    id: str
+    address: str
+    host: str
+    python: str
+    packages: dict[str, str]
+    cpus: float
+    gpus: list[str]
+    nccl: str
+    clock_skew_s: float
+    shared: str
+
+
+@dataclass(frozen=True)
+class Link:
+    """Between two nodes, or two processes of one: round trips of 32 KiB, and bandwidth of 8 MiB messages."""
+
+    nodes: tuple[str, str]
+    backend: str
+    latency_s: float
+    bandwidth_gb_s: float
+
+
+@dataclass
+class Diagnosis:
+    """What was found; `faults` say what to mend, `notes` what to know."""
+
+    nodes: list[Node] = field(default_factory=list)
+    links: list[Link] = field(default_factory=list)
+    faults: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def examine(path: str | None = None) -> Diagnosis:
+    """Look at the cluster that this process has joined.
+
+    Args:
+        path: where runs are to be written: every node tries to.
+    """
+    found = Diagnosis()
+    alive = [node for node in ray.nodes() if node["Alive"]]
+    token = uuid.uuid4().hex
+    with _shared_place(path, token, found) as place:
+        for node in alive:
+            with _as_fault(found, f"node {node['NodeManagerAddress']} did not answer"):
+                found.nodes.append(_ask(node, place, token))
+    _compare(found)
+    pairs = [(one, other) for one, other in zip(found.nodes, found.nodes[1:], strict=False)] or [(n, n) for n in found.nodes]
+    if len(pairs) > MOST_LINKS:
+        found.notes.append(f"links: the first {MOST_LINKS} of {len(pairs)} neighbours were measured")
+    for one, other in pairs[:MOST_LINKS]:
+        backend = "nccl" if one.gpus and other.gpus and (one is not other or len(one.gpus) > 1) else "gloo"
+        with _as_fault(found, f"{backend} between {one.host} and {other.host} does not work"):
+            link = _measure_link(one, other, backend)
+            found.links.append(link)
+            if one is not other and link.bandwidth_gb_s < SLOW_GB_S:
+                found.faults.append(
+                    f"{one.host} to {other.host}: {link.bandwidth_gb_s:.2f} GB/s; see that {backend} uses the fast interface: set "
+                    f"{'NCCL' if backend == 'nccl' else 'GLOO'}_SOCKET_IFNAME on every node"
+                )
+    return found
+
+
+def show(found: Diagnosis, console: Console) -> None:
+    """Tables, then what to mend."""
+    table = Table(title="nodes")
+    for name in ("host", "address", "Python", *PACKAGES, "CPUs", "GPUs", "NCCL", "clock, s", "shared path"):
+        table.add_column(name)
+    for node in found.nodes:
+        versions = [node.packages.get(name, "–") for name in PACKAGES]
+        gpus = ", ".join(node.gpus) or "–"
+        table.add_row(
+            node.host, node.address, node.python, *versions, f"{node.cpus:g}", gpus, node.nccl, f"{node.clock_skew_s:+.3f}", node.shared
+        )
+    console.print(table)
+    links = Table(title="links between neighbours")
+    for name in ("from", "to", "backend", "round trip 32 KiB, µs", "bandwidth 8 MiB, GB/s"):
+        links.add_column(name)
+    for link in found.links:
+        links.add_row(*link.nodes, link.backend, f"{link.latency_s * 1e6:.0f}", f"{link.bandwidth_gb_s:.2f}")
+    console.print(links)
+    for note in found.notes:
+        console.print(f"note: {note}", highlight=False, soft_wrap=True)
+    for fault in found.faults:
+        console.print(f"to mend: {fault}", style="red", highlight=False, soft_wrap=True)
+    if not found.faults:
+        console.print("nothing to mend", style="green")
+
+
+# Nodes ------------------------------------------------------------------------------------------------------------------------------
+
+
+def _ask(node: dict[str, Any], place: str | None, token: str) -> Node:
+    strategy = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+    asked = ray.remote(num_cpus=0, scheduling_strategy=strategy)(_describe_node)
+    ray.get(asked.remote(None, ""), timeout=ANSWER_S)  # its process is there now, so that the clock's reading comes at once
+    before = time.time()
+    answer = ray.get(asked.remote(place, token), timeout=ANSWER_S)
+    after = time.time()
+    resources = node["Resources"]
+    skew = answer.pop("time") - (before + after) / 2
+    return Node(id=node["NodeID"], address=node["NodeManagerAddress"], cpus=resources.get("CPU", 0), clock_skew_s=skew, **answer)
+
+
+def _describe_node(place: str | None, token: str) -> dict[str, Any]:
+    import platform
+
+    now = time.time()
+    packages = {}
+    for name in PACKAGES:
+        with contextlib.suppress(PackageNotFoundError):
+            packages[name] = version(name)
+    gpus, nccl = _gpus()
+    return {
+        "time": now, "host": socket.gethostname(), "python": platform.python_version(), "packages": packages, "gpus": gpus, "nccl": nccl,
+        "shared": "–" if place is None else _look_at(place, token),
+    }  # fmt: skip
+
+
+def _gpus() -> tuple[list[str], str]:
+    """In a process that Ray gave none, so by what the driver lists."""
+    import subprocess
+
+    import torch
+
+    try:
+        listed = subprocess.run(["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"], capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return [], "–"
+    names = [line.strip() for line in listed.stdout.splitlines() if line.strip()] if listed.returncode == 0 else []
+    nccl = ".".join(map(str, torch.cuda.nccl.version())) if torch.cuda.is_available() or (names and torch.version.cuda) else "–"
+    return names, nccl
+
+
+def _look_at(place: str, token: str) -> str:
+    """Whether this node sees what another wrote, and can write."""
+    folder = locate(place)
+    try:
+        if (folder / f"{token}.driver").read_text() != token:
+            return "another file"
+        (folder / f"{token}.{uuid.uuid4().hex}").write_text(token)
+    except Exception as error:  # whatever a file system's package raises
+        return f"{type(error).__name__}"
+    return "ok"
+
+
+@contextlib.contextmanager
+def _shared_place(path: str | None, token: str, found: Diagnosis) -> Iterator[str | None]:
+    if path is None:
+        found.notes.append("shared storage was not tried: give --path, the folder or URL that runs are to be written to")
+        yield None
+        return
+    place = str(Path(path).absolute()) if "://" not in path else path
+    folder = locate(place)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{token}.driver").write_text(token)
+    except Exception as error:
+        found.faults.append(f"{path} cannot be written here ({type(error).__name__}: {error}): choose another place for runs")
+        yield None
+        return
+    try:
+        yield place
+    finally:
+        for leftover in folder.glob(f"{token}.*"):
+            with contextlib.suppress(Exception):
+                leftover.unlink()
+
+
+def _compare(found: Diagnosis) -> None:
+    """Faults in what the nodes say."""
+    for name in ("python", *PACKAGES):
+        kinds = {node.python if name == "python" else node.packages.get(name, "none") for node in found.nodes}
+        if len(kinds) > 1:
+            where = ", ".join(f"{node.host} {node.python if name == 'python' else node.packages.get(name, 'none')}" for node in found.nodes)
+            found.faults.append(f"{name} differs ({where}): install the same version on every node")
+    for node in found.nodes:
+        missing = [name for name in PACKAGES if name not in node.packages and name != "rayllp"]
+        if missing:
+            found.faults.append(f"{node.host} lacks {', '.join(missing)}: install rayllp there, or give a runtime environment with it")
+        if abs(node.clock_skew_s) > SKEW_S:
+            found.faults.append(
+                f"the clock of {node.host} is {node.clock_skew_s:+.1f} s off: run a time service (chrony, ntpd) on every node"
+            )
+        if node.shared not in ("ok", "–"):
+            found.faults.append(
+                f"{node.host} cannot use the shared path ({node.shared}): mount it there, or give a URL that all nodes reach"
+            )
+    if not found.nodes:
+        found.faults.append("no node answered: is the cluster up? `ray status` says")
+
+
+@contextlib.contextmanager
+def _as_fault(found: Diagnosis, what: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        reason = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
+        found.faults.append(f"{what}: {reason}")
+
+
+# Links ------------------------------------------------------------------------------------------------------------------------------
+
+
+class _End:
+    """One end of a link."""
+
+    def listen(self, same_node: bool) -> tuple[str, int]:
+        host = "127.0.0.1" if same_node else ray.util.get_node_ip_address()
+        self._listener = socket.create_server((host, 0))
+        return host, self._listener.getsockname()[1]
+
+    def measure(self, rank: int, host: str, port: int, backend: str) -> tuple[float, float]:
+        """Seconds of a round trip of the small message, and GB/s of the large one."""
+        import torch
+        import torch.distributed as dist
+        from torch._C._distributed_c10d import TCPStore
+
+        limit = timedelta(seconds=60)
+        if rank == 0:
+            store = TCPStore(host, port, 2, True, limit, master_listen_fd=self._listener.detach())
+        else:
+            store = TCPStore(host, port, 2, False, limit)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=2, timeout=limit)
+        device = torch.device("cuda", 0) if backend == "nccl" else torch.device("cpu")
+        times = []
+        for size in SIZES.values():
+            message = torch.zeros(size, dtype=torch.uint8, device=device)
+            rounds = []
+            for _ in range(12):
+                started = time.perf_counter()
+                for turn in (0, 1):
+                    (dist.send if rank == turn else dist.recv)(message, 1 - rank)
+                if backend == "nccl":
+                    torch.cuda.synchronize()
+                rounds.append(time.perf_counter() - started)
+            times.append(sorted(rounds[2:])[len(rounds[2:]) // 2])
+        dist.destroy_process_group()
+        return times[0], 2 * SIZES["8 MiB"] / times[1] / 1e9
+
+
+def _measure_link(one: Node, other: Node, backend: str) -> Link:
+    gpus = 1 if backend == "nccl" else 0
+    ends = [
+        ray.remote(_End)
+        .options(num_cpus=0, num_gpus=gpus, scheduling_strategy=NodeAffinitySchedulingStrategy(node.id, soft=False))
+        .remote()
+        for node in (one, other)
+    ]
+    try:
+        host, port = ray.get(ends[0].listen.remote(one is other), timeout=ANSWER_S)
+        found = ray.get([end.measure.remote(rank, host, port, backend) for rank, end in enumerate(ends)], timeout=ANSWER_S)
+    finally:
+        for end in ends:
+            ray.kill(end)
+    return Link((one.host, other.host), backend, found[0][0], found[0][1])
+
+
+def run_doctor(path: str | None, console: Console) -> bool:
+    """Join the cluster of RAY_ADDRESS, else the one on this machine, else start one; whether there is nothing to mend."""
+    from rayllp.cluster.session import join_cluster
+
+    if not ray.is_initialized() and "RAY_ADDRESS" not in os.environ:
+        console.print("RAY_ADDRESS is not set: looking at a cluster of this machine's own, as `rayllp train` would start it")
+    with join_cluster(1):
+        found = examine(path)
+    show(found, console)
+    return not found.faults

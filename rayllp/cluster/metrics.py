@@ -1,0 +1,44 @@
+"""A run's figures on Ray's dashboard and in Prometheus, as gauges that are named ray_rayllp_…, with the run's name as a tag."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from ray.util.metrics import Gauge
+
+GAUGES = {
+    "loss": "training loss",
+    "validation_loss": "of the last evaluation, exact forward",
+    "rho_forward": "convergence factor of the forward solve at the last probe",
+    "rho_backward": "convergence factor of the adjoint solve at the last probe",
+    "bias": "relative error of the gradient at the last probe",
+    "step_time_s": "seconds of a training step",
+    "tokens_per_s": "tokens (images, sentences) a second",
+    "parallel": "1 in layer-parallel mode, 0 in serial mode",
+    "workers": "workers at work",
+    "step": "steps done",
+}
+
+
+class ClusterMetrics:
+    """A listener of a run's journal."""
+
+    def __init__(self, run: str) -> None:
+        self._gauges = {name: Gauge(f"rayllp_{name}", description, tag_keys=("run",)) for name, description in GAUGES.items()}
+        for gauge in self._gauges.values():
+            gauge.set_default_tags({"run": run})
+
+    def step(self, metric: Mapping[str, Any]) -> None:
+        found = {name: metric[name] for name in ("loss", "rho_forward", "rho_backward", "bias", "step_time_s", "workers")}
+        found |= {
+            "tokens_per_s": metric["tokens"] / max(metric["step_time_s"], 1e-9),
+            "parallel": float(metric["mode"] == "parallel"),
+            "step": metric["step"] + 1,
+        }
+        for name, value in found.items():
+            if value is not None:
+                self._gauges[name].set(float(value))
+
+    def event(self, step: int, kind: str, details: Mapping[str, Any]) -> None: ...
+
+    def evaluation(self, step: int, found: Mapping[str, float]) -> None:
+        self._gauges["validation_loss"].set(found["loss"])

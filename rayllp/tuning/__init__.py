@@ -1,0 +1,5 @@
+"""Ray Tune sweeps whose trials train layer-parallel: `rayllp tune`."""
+
+from rayllp.tuning.sweep import Objective, Sweep, load_sweep
+
+__all__ = ["Objective", "Sweep", "load_sweep"]

@@ -1,0 +1,185 @@
+"""Pictures of a sweep: Pareto front, parallel coordinates, importance of settings, ρ over steps with the switches."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rayllp.tuning.reporter import WORST
+from rayllp.tuning.sweep import Sweep
+
+Row = dict[str, Any]
+
+
+def pareto_front(rows: Sequence[Row], metrics: Sequence[str]) -> list[Row]:
+    """Rows that no other is as good as in all metrics and better in one, by the first metric. All metrics are to be small."""
+    whole = [row for row in rows if all(row[name] is not None and row[name] < WORST for name in metrics)]
+
+    def beats(one: Row, other: Row) -> bool:
+        return all(one[name] <= other[name] for name in metrics) and any(one[name] < other[name] for name in metrics)
+
+    return sorted((row for row in whole if not any(beats(other, row) for other in whole)), key=lambda row: row[metrics[0]])
+
+
+def draw_all(rows: list[Row], sweep: Sweep, folder: Path) -> list[tuple[str, Path]]:
+    """Draw what there is something to draw of; caption and file of each."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    images = folder / "images"
+    images.mkdir(exist_ok=True)
+    drawn = []
+    for caption, name, draw in (
+        ("Step time against gradient bias", "pareto", _pareto),
+        ("Settings and objective (parallel coordinates)", "coordinates", _coordinates),
+        ("How much each setting matters (fANOVA)", "importance", _importance),
+        ("Largest convergence factor over steps; a mark where a trial went serial", "rho", _rho),
+    ):
+        figure = draw(plt, rows, sweep, folder)
+        if figure is not None:
+            figure.savefig(images / f"{name}.png", dpi=120)
+            plt.close(figure)
+            drawn.append((caption, images / f"{name}.png"))
+    return drawn
+
+
+def _pareto(plt: Any, rows: list[Row], sweep: Sweep, folder: Path) -> Any:
+    metrics = ("step_time", "bias")
+    whole = [row for row in rows if all(row[name] is not None and row[name] < WORST for name in metrics)]
+    if len(whole) < 2:
+        return None
+    figure, axis = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    points = axis.scatter(
+        [row["step_time"] for row in whole], [max(row["bias"], 1e-4) for row in whole], c=[row["validation_loss"] for row in whole],
+        cmap="viridis_r", zorder=2,
+    )  # fmt: skip
+    front = pareto_front(whole, metrics)
+    axis.step(
+        [row["step_time"] for row in front], [max(row["bias"], 1e-4) for row in front], where="post", color="#d62728", lw=1, label="front"
+    )
+    for row in front[:8]:
+        label = " ".join(f"{name.split('.')[-1]}={value}" for name, value in row["settings"].items()) or "base config"
+        axis.annotate(label, (row["step_time"], max(row["bias"], 1e-4)), fontsize=6, xytext=(4, 4), textcoords="offset points")
+    axis.set(xlabel="step time, s" + (" (predicted)" if sweep.objective.cluster else ""), ylabel="largest gradient bias", yscale="log")
+    axis.legend(frameon=False)
+    figure.colorbar(points, label="validation loss")
+    return figure
+
+
+def _coordinates(plt: Any, rows: list[Row], sweep: Sweep, folder: Path) -> Any:
+    metric = sweep.objective.metrics[0]
+    whole = [row for row in rows if row[metric] is not None and row[metric] < WORST]
+    names = [parameter.name for parameter in sweep.parameters.parameters if parameter.kind != "same"]
+    if len(whole) < 2 or not names:
+        return None
+    base = sweep.config({}).model_dump(mode="json")
+    columns = {name: [_value(row, name, base) for row in whole] for name in names} | {metric: [row[metric] for row in whole]}
+    figure, axis = plt.subplots(figsize=(max(6, 1.5 * len(columns)), 4.2), layout="constrained")
+    heights = {name: _scale(values) for name, values in columns.items()}
+    low, high = min(columns[metric]), max(columns[metric])
+    for n in range(len(whole)):
+        shade = 0.0 if high == low else (columns[metric][n] - low) / (high - low)
+        axis.plot(range(len(columns)), [heights[name][0][n] for name in columns], color=plt.cm.viridis(shade), lw=1, alpha=0.8)
+    for place, name in enumerate(columns):
+        for height, label in heights[name][1]:
+            axis.annotate(label, (place, height), fontsize=7, xytext=(3, 0), textcoords="offset points")
+        axis.axvline(place, color="grey", lw=0.5)
+    axis.set_xticks(range(len(columns)), list(columns), rotation=20, fontsize=8, ha="right")
+    axis.set_yticks([])
+    return figure
+
+
+def _scale(values: list[Any]) -> tuple[list[float], list[tuple[float, str]]]:
+    """Heights between 0 and 1, and labels of some of them: numbers in proportion, other things in a row."""
+    if all(isinstance(value, int | float) and not isinstance(value, bool) for value in values):
+        low, high = min(values), max(values)
+        marks = sorted(set(values)) if len(set(values)) <= 6 else [low, high]
+        return [_between(value, low, high) for value in values], [(_between(mark, low, high), f"{mark:.3g}") for mark in marks]
+    kinds = sorted({json.dumps(value) for value in values})
+    places = {kind: _between(n, 0, len(kinds) - 1) for n, kind in enumerate(kinds)}
+    return [places[json.dumps(value)] for value in values], [(place, kind) for kind, place in places.items()]
+
+
+def _between(value: float, low: float, high: float) -> float:
+    return 0.5 if high == low else (value - low) / (high - low)
+
+
+def _importance(plt: Any, rows: list[Row], sweep: Sweep, folder: Path) -> Any:
+    """Optuna's, of a study made of the trials; None where there are too few, or Optuna or what it needs is missing."""
+    metric = sweep.objective.metrics[0]
+    whole = [row for row in rows if row[metric] is not None and row[metric] < WORST]
+    if len(whole) < 4:
+        return None
+    try:
+        import optuna
+        from optuna.importance import get_param_importances
+    except ImportError:
+        return None
+    base = sweep.config({}).model_dump(mode="json")
+    parameters = [parameter for parameter in sweep.parameters.parameters if parameter.kind != "same"]
+    study = optuna.create_study()
+    for row in whole:
+        values = {parameter.name: _value(row, parameter.name, base) for parameter in parameters}
+        if not all(parameter.has(values[parameter.name]) for parameter in parameters):
+            continue
+        distributions = {parameter.name: _distribution(optuna, parameter) for parameter in parameters}
+        chosen = {parameter.name: parameter.encode(values[parameter.name]) for parameter in parameters}
+        study.add_trial(optuna.trial.create_trial(params=chosen, distributions=distributions, value=row[metric]))
+    try:
+        found = get_param_importances(study)
+    except (ImportError, ValueError, RuntimeError):  # no scikit-learn, or nothing varies
+        return None
+    if not found:
+        return None
+    figure, axis = plt.subplots(figsize=(7, 0.5 + 0.4 * len(found)), layout="constrained")
+    names = list(found)[::-1]
+    axis.barh(names, [found[name] for name in names], color="#1f77b4")
+    axis.set(xlabel=f"share of the variance of {metric}")
+    return figure
+
+
+def _distribution(optuna: Any, parameter: Any) -> Any:
+    kinds = optuna.distributions
+    if parameter.kind == "choice":
+        return kinds.CategoricalDistribution([json.dumps(value) for value in parameter.values])
+    if parameter.kind == "int":
+        return kinds.IntDistribution(*parameter.values)
+    return kinds.FloatDistribution(*parameter.values, log=parameter.kind == "log")
+
+
+def _rho(plt: Any, rows: list[Row], sweep: Sweep, folder: Path) -> Any:
+    figure, axis = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    drawn = 0
+    for row in rows:
+        path = folder / "trials" / str(row["trial"]) / "metrics.jsonl"
+        if not path.is_file():
+            continue
+        metrics = [json.loads(line) for line in path.read_text().split("\n")[:-1]]
+        points = [(m["step"], max(rho)) for m in metrics if (rho := [m[k] for k in ("rho_forward", "rho_backward") if m[k] is not None])]
+        if len(points) < 2:
+            continue
+        (line,) = axis.plot(*zip(*points, strict=True), lw=1, alpha=0.8)
+        drawn += 1
+        if row["switched_at"] is not None:
+            kind = "v" if row["forced_serial"] else "x"
+            axis.plot(
+                [row["switched_at"]], [min(points, key=lambda point: abs(point[0] - row["switched_at"]))[1]], kind, color=line.get_color()
+            )
+    if not drawn:
+        plt.close(figure)
+        return None
+    axis.axhline(1, color="grey", ls="--", lw=0.8)
+    axis.set(xlabel="step", ylabel="ρ, the larger of forward and backward", yscale="log")
+    return figure
+
+
+def _value(row: Row, name: str, base: dict[str, Any]) -> Any:
+    """Of a setting in a trial: chosen, else the base config's."""
+    if name in row["settings"]:
+        return row["settings"][name]
+    value: Any = base
+    for part in name.split("."):
+        value = value.get(part) if isinstance(value, dict) else None
+    return value

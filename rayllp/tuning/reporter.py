@@ -1,0 +1,97 @@
+"""What a trial tells Tune at each evaluation: made of its metrics, as they come."""
+
+from collections.abc import Mapping
+from statistics import fmean
+from typing import Any
+
+from rayllp.tuning.sweep import Objective
+
+WORST = 1e6
+"""Of a trial that diverged, or did not get to its target: every other is better."""
+WARM_STEPS = 3
+
+
+class Reporter:
+    """A listener of a run's journal.
+
+    Args:
+        predicted: seconds of a layer-parallel step on the cluster that the sweep is for; None: as measured.
+    """
+
+    def __init__(self, objective: Objective, predicted: float | None = None) -> None:
+        self.objective, self.predicted = objective, predicted
+        self.steps = self.parallel = self.tokens = 0
+        self.seconds = 0.0
+        self.times: list[float] = []
+        self.mode = self.rung = ""
+        self.bias: float | None = None
+        self.rho: dict[str, float | None] = {"rho_forward": None, "rho_backward": None}
+        self.largest_rho = 0.0
+        self.switches: list[tuple[int, str]] = []
+        self.found: dict[str, float] = {}
+        self.reached: float | None = None
+        self._warm = WARM_STEPS
+
+    def resume(self, metrics: list[dict[str, Any]], switches: list[dict[str, Any]]) -> None:
+        """Take in what the trial did before it was interrupted."""
+        for metric in metrics:
+            self.step(metric)
+        for switch in switches:
+            self.event(switch["step"], "switch", switch)
+        self._warm = WARM_STEPS  # the first steps of each sitting are slow
+
+    def step(self, metric: Mapping[str, Any]) -> None:
+        self.steps = metric["step"] + 1
+        self.tokens += metric["tokens"]
+        self.seconds += metric["step_time_s"]
+        self.mode = metric["mode"]
+        self.parallel += metric["mode"] == "parallel"
+        if self._warm:
+            self._warm -= 1
+        else:
+            self.times.append(metric["step_time_s"])
+        if metric["bias"] is not None and metric["mode"] == "parallel":
+            self.bias = max(self.bias or 0.0, metric["bias"])
+        for name in self.rho:
+            if metric[name] is not None:
+                self.rho[name] = metric[name]
+                self.largest_rho = max(self.largest_rho, metric[name])
+
+    def event(self, step: int, kind: str, details: Mapping[str, Any]) -> None:
+        if kind == "switch":
+            self.rung = details["rung"]
+            self.switches.append((step, details["rung"]))
+
+    def evaluation(self, step: int, found: Mapping[str, float]) -> None:
+        self.found = dict(found)
+        target = self.objective.target
+        if target is not None and self.reached is None and found["loss"] <= target:
+            self.reached = self.seconds
+
+    @property
+    def is_exhausted(self) -> bool:
+        """Whether the trial has used its budget, or has what it was to get."""
+        seconds = self.objective.seconds
+        return (seconds is not None and self.seconds >= seconds) or (self.objective.kind == "time_to_loss" and self.reached is not None)
+
+    def report(self, *, diverged: bool = False) -> dict[str, Any]:
+        """A result for Tune. All of the objective's metrics are there, and finite."""
+        measured = fmean(self.times) if self.times else (self.seconds / self.steps if self.steps else WORST)
+        step_time = measured if self.predicted is None else self.predicted
+        share = self.parallel / self.steps if self.steps else 0.0
+        bias = self.bias if self.bias is not None else (0.0 if share == 0 else WORST)
+        others = {name: value for name, value in self.found.items() if name != "loss"}
+        result = {
+            "step": self.steps, "tokens": self.tokens, "seconds": round(self.seconds, 3), "step_time": step_time,
+            "measured_step_time": measured, "bias": bias, **self.rho, "largest_rho": self.largest_rho, "mode": self.mode, "rung": self.rung,
+            "parallel_share": round(share, 4), "switches": len(self.switches),
+            "switched_at": next((step for step, rung in self.switches if rung == "serial"), None),
+            "validation_loss": self.found.get("loss", WORST), "diverged": diverged, **others,
+            "seconds_to_target": self.reached if self.reached is not None else WORST,
+        }  # fmt: skip
+        bound = self.objective.bias
+        # What is over the bound is worse than what is not, and the more the worse: a searcher can tell where to go.
+        result["constrained_step_time"] = step_time if bound is None or bias <= bound else min(WORST, 1e3 * (1 + bias / bound))
+        if diverged:
+            result |= dict.fromkeys(self.objective.metrics, WORST)
+        return result

@@ -1,0 +1,156 @@
+"""What a sweep leaves for people: best.yaml, trials.csv, TensorBoard's HParams, and a page with pictures."""
+
+import base64
+import csv
+import html
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+from ray.tune import ResultGrid
+from rich.console import Console
+from rich.table import Table
+
+from rayllp.config import to_yaml
+from rayllp.tuning.pictures import draw_all, pareto_front
+from rayllp.tuning.reporter import WORST
+from rayllp.tuning.sweep import Sweep
+
+COLUMNS = (
+    "validation_loss", "step_time", "bias", "largest_rho", "parallel_share", "switches", "switched_at", "mode", "step", "tokens", "seconds",
+    "seconds_to_target", "diverged",
+)  # fmt: skip
+
+Row = dict[str, Any]
+
+
+def write_results(sweep: Sweep, results: ResultGrid, folder: Path, infeasible: list[tuple[dict[str, Any], str]], console: Console) -> None:
+    """Write all, and say which trial was best."""
+    rows = rows_of(sweep, results)
+    _write_csv(rows, sweep, folder / "trials.csv")
+    best = best_row(rows, sweep)
+    if best is not None:
+        (folder / "best.yaml").write_text(_best_yaml(sweep, best))
+    _write_hparams(rows, sweep, folder / "tensorboard")
+    pictures = draw_all(rows, sweep, folder)
+    (folder / "index.html").write_text(_page(sweep, rows, best, pictures, infeasible))
+    _say(sweep, rows, best, folder, infeasible, console)
+
+
+def rows_of(sweep: Sweep, results: ResultGrid) -> list[Row]:
+    """One a trial: its id, settings, state and last report, in the order in which they were tried."""
+    rows = []
+    for result in results:
+        config, metrics = result.config or {}, result.metrics or {}
+        chosen = dict(config.get("settings", {}))
+        rows.append(
+            {
+                "trial": metrics.get("trial_id") or Path(result.path).name.removeprefix("trial_"),
+                "settings": chosen,
+                "forced_serial": bool(config.get("forced_serial")),
+                "shrunk": bool(config.get("shrunk")),
+                "state": "failed" if result.error else "diverged" if metrics.get("diverged") else "done" if metrics else "not started",
+                **{name: metrics.get(name) for name in COLUMNS},
+                **{name: metrics.get(name) for name in sweep.objective.metrics},
+                "time_total_s": metrics.get("time_total_s"),
+            }
+        )
+    return rows
+
+
+def best_row(rows: list[Row], sweep: Sweep) -> Row | None:
+    """The trial with the least of the objective; of a Pareto front the fastest whose bias is below the front's median."""
+    metrics = sweep.objective.metrics
+    whole = [row for row in rows if row["state"] == "done" and all(row[name] is not None and row[name] < WORST for name in metrics)]
+    if not whole:
+        return None
+    if len(metrics) == 1:
+        return min(whole, key=lambda row: row[metrics[0]])
+    front = pareto_front(whole, metrics)
+    return front[len(front) // 2]
+
+
+def _best_yaml(sweep: Sweep, best: Row) -> str:
+    # What the sweep did to the trial (forced it, shrank it) is not what the config is to be.
+    chosen = {name: value for name, value in best["settings"].items() if name in sweep.space}
+    found = ", ".join(f"{name} {best[name]:.6g}" for name in sweep.objective.metrics)
+    return f"# The best of sweep {sweep.name}, trial {best['trial']}: {found}.\n" + to_yaml(sweep.config(chosen))
+
+
+def _write_csv(rows: list[Row], sweep: Sweep, path: Path) -> None:
+    names = list(sweep.space)
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        metrics = list(dict.fromkeys((*sweep.objective.metrics, *COLUMNS)))
+        writer.writerow(["trial", "state", *names, *metrics, "forced_serial", "shrunk", "time_total_s"])
+        for row in rows:
+            chosen = [row["settings"].get(name, "") for name in names]
+            values = ["" if row.get(name) is None else row[name] for name in metrics]
+            writer.writerow([row["trial"], row["state"], *chosen, *values, row["forced_serial"], row["shrunk"], row["time_total_s"]])
+
+
+def _write_hparams(rows: list[Row], sweep: Sweep, folder: Path) -> None:
+    from torch.utils.tensorboard import SummaryWriter
+
+    with SummaryWriter(str(folder)) as board:
+        for row in rows:
+            chosen = {
+                name: value if isinstance(value, int | float | str | bool) else json.dumps(value) for name, value in row["settings"].items()
+            }
+            found = {f"hparam/{name}": row[name] for name in (*sweep.objective.metrics, "validation_loss") if row.get(name) is not None}
+            if found:
+                board.add_hparams(chosen, found, run_name=f"trial_{row['trial']}")
+
+
+def _say(sweep: Sweep, rows: list[Row], best: Row | None, folder: Path, infeasible: list[Any], console: Console) -> None:
+    metrics = sweep.objective.metrics
+    table = Table(title=f"sweep {sweep.name}: {len(rows)} trials" + (f", {len(infeasible)} refused" if infeasible else ""))
+    for name in ("trial", *metrics, "parallel", "settings"):
+        table.add_column(name)
+    front = pareto_front([row for row in rows if row["state"] == "done"], metrics) if len(metrics) > 1 else []
+    ordered = sorted(rows, key=lambda row: WORST if row[metrics[0]] is None else row[metrics[0]])
+    for row in ordered[:10]:
+        mark = " ← best" if row is best else " (front)" if row in front else "" if row["state"] == "done" else f" ({row['state']})"
+        cells = ["–" if row[name] is None or row[name] >= WORST else f"{row[name]:.4g}" for name in metrics]
+        share = "–" if row["parallel_share"] is None else f"{row['parallel_share']:.0%}"
+        table.add_row(
+            f"{row['trial']}{mark}", *cells, share, ", ".join(f"{name}={value}" for name, value in row["settings"].items()) or "base config"
+        )
+    console.print(table)
+    last = f"train it: rayllp train {folder / 'best.yaml'}; " if best is not None else "no trial came to an end; "
+    console.print(f"{last}pictures: {folder / 'index.html'}", highlight=False, soft_wrap=True)
+
+
+def _page(sweep: Sweep, rows: list[Row], best: Row | None, pictures: list[tuple[str, Path]], infeasible: list[tuple[Any, str]]) -> str:
+    """One file that needs no other."""
+    metrics = sweep.objective.metrics
+    out = io.StringIO()
+    title = html.escape(f"Sweep {sweep.name}")
+    out.write(
+        f"<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'><title>{title}</title><style>"
+        "body{font:15px/1.5 system-ui,sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem}img{max-width:100%}"
+        "table{border-collapse:collapse;display:block;overflow-x:auto}"
+        "td,th{padding:.2rem .6rem;border-bottom:1px solid #ddd;text-align:left}"
+        "tr.best{background:#e8f5e9}</style>"
+    )
+    out.write(f"<h1>{title}</h1><p>Objective: {sweep.objective.kind} ({', '.join(metrics)}, small is good); {len(rows)} trials.</p>")
+    for caption, path in pictures:
+        data = base64.b64encode(path.read_bytes()).decode()
+        out.write(f"<h2>{html.escape(caption)}</h2><img alt='{html.escape(caption)}' src='data:image/png;base64,{data}'>")
+    names = list(sweep.space)
+    heads = ["trial", "state", *names, *dict.fromkeys((*metrics, "validation_loss", "step_time", "bias", "parallel_share", "switched_at"))]
+    out.write("<h2>Trials</h2><table><tr>" + "".join(f"<th>{html.escape(name)}" for name in heads))
+    for row in rows:
+        out.write(f"<tr{' class=best' if row is best else ''}>")
+        for name in heads:
+            value = row["settings"].get(name, "") if name in names else row.get(name)
+            shown = "–" if value is None or value == WORST else f"{value:.4g}" if isinstance(value, float) else str(value)
+            out.write(f"<td>{html.escape(shown)}")
+    out.write("</table>")
+    if infeasible:
+        out.write(f"<h2>Refused without starting: {len(infeasible)}</h2><table><tr><th>settings<th>why")
+        for chosen, why in infeasible[:50]:
+            out.write(f"<tr><td>{html.escape(json.dumps(chosen))}<td>{html.escape(why)}")
+        out.write("</table>")
+    return out.getvalue() + "\n"

@@ -1,0 +1,208 @@
+"""`rayllp.tune`: a sweep on Ray Tune, from its file to best.yaml."""
+
+import json
+import math
+import shutil
+from datetime import date
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import ray
+import yaml
+from ray import tune as ray_tune
+from ray.tune import PlacementGroupFactory, ResultGrid
+from ray.tune.schedulers import ASHAScheduler, PopulationBasedTraining, TrialScheduler
+from rich.console import Console
+
+from rayllp.cluster.places import choose_device
+from rayllp.cluster.session import join_cluster
+from rayllp.data import load_data
+from rayllp.errors import ClusterError, SettingsError
+from rayllp.plan.measure import measure_costs
+from rayllp.tuning.results import write_results
+from rayllp.tuning.searchers import FeasibleSearch, GridSearch, build_searcher
+from rayllp.tuning.sweep import DATA, Sweep, load_sweep, make_sweep
+from rayllp.tuning.switching import SwitchingScheduler
+from rayllp.tuning.trial import train_trial
+
+SWEEP = "sweep.json"
+EXPERIMENT = "tune"
+"""Tune's own folder in the sweep's directory."""
+
+
+def tune(
+    sweep: Sweep | str | Path | None = None,
+    *,
+    output: str | Path | None = None,
+    resume: str | Path | None = None,
+    console: Console | None = None,
+) -> ResultGrid:
+    """Run a sweep on Ray: on the cluster that this process belongs to, else on this machine.
+
+    In the output directory are `best.yaml`, a config that `rayllp train` takes, `trials.csv`, `index.html` with pictures, a run directory a
+    trial in `trials/`, and Tune's own files.
+
+    Args:
+        sweep: a sweep, or the path of its file.
+        output: directory; default runs/<date>_<name>.
+        resume: the directory of a sweep whose driver was stopped or lost: finished trials stay, others go on from their checkpoints.
+
+    Raises:
+        SettingsError: the sweep, its base config or its space are wrong, or no trial is feasible.
+        ClusterError: a trial needs more than the cluster has.
+    """
+    console = console or Console(stderr=True)
+    if resume is not None:
+        folder = Path(resume).absolute()
+        sweep = _read_sweep(folder)
+    elif sweep is None:
+        raise SettingsError("a sweep file or --resume DIRECTORY is needed")
+    else:
+        sweep = sweep if isinstance(sweep, Sweep) else load_sweep(sweep)
+    searcher = build_searcher(sweep)
+    if isinstance(searcher, GridSearch) and not searcher.points:
+        raise SettingsError(f"no trial is feasible: {_first(searcher)}")
+    if resume is None:
+        folder = _create(output, sweep)
+    # A cluster of this machine's own has room for as many trials as are wanted at a time.
+    with join_cluster((sweep.concurrent or 1) * (sweep.config({}).world + math.ceil(sweep.driver_cpus))):
+        try:
+            results = _fit(sweep, folder, searcher, resumed=resume is not None, console=console)
+        except BaseException:
+            if resume is None and not (folder / EXPERIMENT).exists():
+                shutil.rmtree(folder)
+            raise
+        if not len(results):
+            raise SettingsError(f"no trial is feasible: {_first(searcher)}")
+        infeasible = getattr(searcher, "infeasible", [])
+        write_results(sweep, results, folder, infeasible, console)
+        return results
+
+
+def _fit(sweep: Sweep, folder: Path, searcher: FeasibleSearch | GridSearch, *, resumed: bool, console: Console) -> ResultGrid:
+    base = sweep.config({})
+    device = choose_device(base)
+    _check_room(sweep, device)
+    shared = not any(name.startswith(DATA) for name in sweep.space)
+    costs = None
+    if sweep.objective.cluster is not None:
+        costs = measure_costs(base, load_data(base), message_s=sweep.objective.cluster.message_s)
+    given = {"sweep": sweep, "output": str(folder), "data": load_data(base) if shared else None, "costs": costs}
+    resources = partial(_resources, sweep, device)
+    trainable = ray_tune.with_resources(
+        ray_tune.with_parameters(train_trial, **given), lambda config: resources(sweep.config(config["settings"]).world)
+    )
+    if resumed:
+        tuner = ray_tune.Tuner.restore(str(folder / EXPERIMENT), trainable, resume_unfinished=True, resume_errored=True)
+        return tuner.fit()
+    scheduler = SwitchingScheduler(_scheduler(sweep), sweep, resources)
+    single = len(sweep.objective.metrics) == 1
+    grid = len(searcher.points) if isinstance(searcher, GridSearch) else sweep.trials
+    console.print(f"sweep {sweep.name}: up to {grid} trials, {_describe(resources(base.world))} each; directory {folder}", highlight=False)
+    tuner = ray_tune.Tuner(
+        trainable,
+        tune_config=ray_tune.TuneConfig(
+            metric=sweep.objective.metrics[0] if single else None,
+            mode="min" if single else None,
+            search_alg=searcher,
+            scheduler=scheduler,
+            num_samples=grid,
+            max_concurrent_trials=sweep.concurrent,
+            time_budget_s=sweep.time_budget_s,
+            trial_dirname_creator=lambda trial: f"trial_{trial.trial_id}",
+        ),
+        run_config=ray_tune.RunConfig(
+            name=EXPERIMENT,
+            storage_path=str(folder),
+            failure_config=ray_tune.FailureConfig(max_failures=sweep.max_failures),
+            verbose=1,
+        ),
+    )
+    return tuner.fit()
+
+
+def _scheduler(sweep: Sweep) -> TrialScheduler | None:
+    base = sweep.config({})
+    if sweep.scheduler == "asha":
+        every = base.eval.every or base.steps
+        return ASHAScheduler(time_attr="step", max_t=base.steps + 1, grace_period=min(base.steps, sweep.grace * every), reduction_factor=2)
+    if sweep.scheduler == "pbt":
+        mutations = {f"settings/{parameter.name}": _mutation(parameter) for parameter in sweep.parameters.varying({})}
+        return PopulationBasedTraining(
+            time_attr="step", perturbation_interval=max(1, sweep.grace * (base.eval.every or base.steps)), hyperparam_mutations=mutations
+        )
+    return None
+
+
+def _mutation(parameter: Any) -> Any:
+    if parameter.kind == "choice":
+        return list(parameter.values)
+    low, high = parameter.values
+    return {"int": ray_tune.randint, "float": ray_tune.uniform, "log": ray_tune.loguniform}[parameter.kind](low, high)
+
+
+# Resources --------------------------------------------------------------------------------------------------------------------------
+
+
+def _resources(sweep: Sweep, device: str, workers: int) -> PlacementGroupFactory:
+    """The driver's bundle, which may be empty, and one a worker."""
+    one = {"CPU": 1.0, "GPU": 1.0} if device == "cuda" else {"CPU": 1.0}
+    driver = {"CPU": sweep.driver_cpus} if sweep.driver_cpus else {}
+    return PlacementGroupFactory([driver, *([one] * workers)], strategy="PACK")
+
+
+def _describe(resources: PlacementGroupFactory) -> str:
+    return ", ".join(f"{amount:g} {name}" for name, amount in resources.required_resources.items() if amount)
+
+
+def _check_room(sweep: Sweep, device: str) -> None:
+    """Refuse a sweep of which a trial would wait for ever."""
+    there = ray.cluster_resources()
+    for workers in {sweep.config({}).world, *(value for value in sweep.parameters.all_values("workers") if isinstance(value, int))}:
+        needed = _resources(sweep, device, workers).required_resources
+        if any(there.get(name, 0) < amount for name, amount in needed.items()):
+            has = ", ".join(f"{there.get(name, 0):g} {name}" for name in needed)
+            raise ClusterError(
+                f"a trial with {workers} workers needs {_describe(_resources(sweep, device, workers))}, but the cluster has {has}: lower "
+                "workers or driver_cpus, or add nodes"
+            )
+
+
+# The sweep's directory --------------------------------------------------------------------------------------------------------------
+
+
+def _create(output: str | Path | None, sweep: Sweep) -> Path:
+    path = Path(output) if output else _unused(Path("runs") / f"{date.today().isoformat()}_{sweep.name}")
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise SettingsError(f"output {path} is not empty: choose another with --output, or go on with a sweep by --resume {path}")
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        kept = {"sweep": sweep.model_dump(mode="json"), "base": sweep.values({})}
+        (path / SWEEP).write_text(json.dumps(kept, indent=1) + "\n")
+    except OSError as error:
+        raise SettingsError(f"output {path} cannot be written: {error.strerror}; choose another with --output") from None
+    return path.absolute()
+
+
+def _read_sweep(folder: Path) -> Sweep:
+    """The sweep of a directory, its base config as it was then."""
+    try:
+        kept = json.loads((folder / SWEEP).read_text())
+    except (OSError, ValueError) as error:
+        raise SettingsError(f"{folder} is not a sweep's directory ({error}): give the directory that `rayllp tune` printed") from None
+    base = folder / "base.yaml"
+    base.write_text(yaml.safe_dump(kept["base"], sort_keys=False))
+    return make_sweep({**kept["sweep"], "base": base.name}, folder, source=str(folder))
+
+
+def _unused(path: Path) -> Path:
+    candidate, number = path, 2
+    while candidate.exists():
+        candidate, number = path.with_name(f"{path.name}_{number}"), number + 1
+    return candidate
+
+
+def _first(searcher: Any) -> str:
+    found = getattr(searcher, "infeasible", [])
+    return f"{len(found)} were refused, the first, {found[0][0]}, because {found[0][1]}" if found else "none was suggested"

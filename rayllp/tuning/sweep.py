@@ -1,0 +1,248 @@
+"""What a sweep file says: a base config, what varies, what is wanted, and how to look for it. Checked without a cluster."""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import Field, PrivateAttr, ValidationError, model_validator
+
+from rayllp.config import Settings, TrainConfig, make_config, set_value, setting_names
+from rayllp.errors import SettingsError
+from rayllp.tuning.space import Space
+
+Kind = Literal["loss", "time_to_loss", "step_time", "pareto"]
+DATA = ("data.", "sequence_length", "seed", "model.family")
+"""Settings that the data set depends on."""
+COSTS = ("model.", "sequence_length", "batch_size", "accumulate", "dtype", "step.buffer")
+"""Settings that a layer's cost depends on."""
+
+
+class Cluster(Settings):
+    """A cluster to predict a step's time for, other than the one that the trials run on."""
+
+    workers: int = Field(ge=1, description="blocks of layers")
+    message_s: float = Field(2e-5, ge=0, description="seconds of a state's way to the neighbour")
+
+
+class Objective(Settings):
+    """What is wanted of a trial, and what a trial may use."""
+
+    kind: Kind = Field("loss", description="loss; time_to_loss; step_time (with bias at most `bias`); pareto (step time against bias)")
+    steps: int | None = Field(None, ge=1, description="budget of a trial, optimizer steps; default the base config's")
+    tokens: int | None = Field(None, ge=1, description="budget of a trial, tokens (images, sentences)")
+    seconds: float | None = Field(None, gt=0, description="budget of a trial, seconds of training steps")
+    target: float | None = Field(None, description="time_to_loss: the validation loss to reach")
+    bias: float | None = Field(None, gt=0, description="step_time: the largest gradient bias that a probe may find")
+    cluster: Cluster | None = Field(None, description="step_time, pareto: predict the step's time for this cluster instead of measuring it")
+
+    @model_validator(mode="after")
+    def _complete(self) -> "Objective":
+        if self.kind == "time_to_loss" and self.target is None:
+            raise ValueError("time_to_loss needs a target: set objective.target to a validation loss")
+        if self.kind == "step_time" and self.bias is None:
+            raise ValueError("step_time needs a bound on the gradient's bias, else one iteration always wins: set objective.bias")
+        if self.cluster is not None and self.kind not in ("step_time", "pareto"):
+            raise ValueError(f"cluster is for step_time and pareto; the objective is {self.kind}: leave objective.cluster out")
+        return self
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """What a trial reports that is to be small."""
+        return {
+            "loss": ("validation_loss",), "time_to_loss": ("seconds_to_target",), "step_time": ("constrained_step_time",),
+            "pareto": ("step_time", "bias"),
+        }[self.kind]  # fmt: skip
+
+    @property
+    def needs_bias(self) -> bool:
+        return self.kind in ("step_time", "pareto")
+
+
+class Limits(Settings):
+    """Beyond these the scheduler makes a trial go on in serial mode."""
+
+    rho: float | None = Field(None, gt=0, description="largest ρ of a probe, forward or backward")
+    bias: float | None = Field(None, gt=0, description="largest gradient bias of a probe")
+
+
+class Sweep(Settings):
+    """A sweep file."""
+
+    name: str = Field("sweep", description="part of the output directory's name")
+    base: str | None = Field(None, description="training config that trials start from, relative to the sweep file; none: the default")
+    settings: dict[str, Any] = Field(default_factory=dict, description="changes to it, by dotted name, for all trials")
+    space: dict[str, Any] = Field(description="what varies, by the setting's dotted name")
+    objective: Objective = Objective()
+    searcher: Literal["optuna", "random", "grid"] = Field("optuna", description="optuna: tree-structured Parzen estimator")
+    scheduler: Literal["asha", "none", "pbt"] = Field("asha", description="asha: stop the worse half early; pbt: population based")
+    trials: int = Field(16, ge=1, description="trials in all; a grid has as many as it has")
+    concurrent: int | None = Field(None, ge=1, description="trials at a time; default as many as fit")
+    time_budget_s: float | None = Field(None, gt=0, description="of the whole sweep")
+    grace: int = Field(2, ge=1, description="evaluations that asha lets every trial do")
+    seed: int = Field(0, ge=0, description="of the searcher")
+    default_first: bool = Field(True, description="the first trial is the base config as it is")
+    driver_cpus: float = Field(0.0, ge=0, description="CPUs that a trial's driver asks for, beside one a worker")
+    max_failures: int = Field(2, ge=0, description="times that a trial is restarted from its checkpoint after its driver was lost")
+    limits: Limits = Limits()
+    on_serial: Literal["keep", "shrink"] = Field("keep", description="shrink: a trial in serial mode for good goes on with serial_workers")
+    serial_workers: int = Field(1, ge=1, description="workers of a trial in serial mode, with on_serial: shrink")
+
+    _base: dict[str, Any] = PrivateAttr(default_factory=dict)
+    _space: Space = PrivateAttr()
+
+    @property
+    def parameters(self) -> Space:
+        return self._space
+
+    def values(self, chosen: Mapping[str, Any]) -> dict[str, Any]:
+        """Nested settings of a trial with these choices, by dotted name."""
+        merged: dict[str, Any] = yaml.safe_load(yaml.safe_dump(self._base))
+        for name, value in {**self.settings, **chosen}.items():
+            _put(merged, name, value)
+        return merged
+
+    def config(self, chosen: Mapping[str, Any]) -> TrainConfig:
+        """Settings of a trial with these choices.
+
+        Raises:
+            SettingsError: they do not go together.
+        """
+        values = self.values(chosen)
+        if self.objective.steps is not None:
+            values["steps"] = self.objective.steps
+        config = make_config(values, source="trial")
+        if self.objective.tokens is not None:
+            per_step = config.batch_size * (config.sequence_length if config.model.family not in ("vit",) else 1)
+            config = config.model_copy(update={"steps": max(1, self.objective.tokens // per_step)})
+        return config
+
+    def problem(self, chosen: Mapping[str, Any]) -> str | None:
+        """Why these choices cannot be a trial; None: they can."""
+        try:
+            self.config(chosen)
+        except SettingsError as error:
+            return str(error)
+        return None
+
+
+def load_sweep(path: str | Path, overrides: Iterable[str] = ()) -> Sweep:
+    """Read a sweep file, with changes to it by `key=value`, and check it, its base config and its space.
+
+    Raises:
+        SettingsError: what is wrong, and what to change.
+    """
+    path = Path(path)
+    try:
+        loaded = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise SettingsError(f"cannot read {path}: {error.strerror or error}; give the path of a sweep's YAML file") from None
+    except yaml.YAMLError as error:
+        raise SettingsError(f"{path} is not YAML: {error}") from None
+    if not isinstance(loaded, dict):
+        raise SettingsError(f"{path} holds a {type(loaded).__name__}; it must be a mapping with a `space`")
+    for override in overrides:
+        _override(loaded, override)
+    return make_sweep(loaded, path.parent, source=str(path))
+
+
+def make_sweep(values: Mapping[str, Any], folder: str | Path = ".", *, source: str = "sweep") -> Sweep:
+    """A sweep of nested values.
+
+    Args:
+        folder: what `base` is relative to.
+
+    Raises:
+        SettingsError: what is wrong, and what to change.
+    """
+    try:
+        sweep = Sweep.model_validate(dict(values))
+    except ValidationError as error:
+        raise SettingsError(f"{source}: " + "; ".join(_explain(fault) for fault in error.errors())) from None
+    sweep._base = _read_base(sweep.base, Path(folder))
+    for name in (*sweep.settings, *sweep.space):
+        _check_name(name, source)
+    sweep._space = Space.parse(sweep.space, source)
+    _check(sweep, source)
+    return sweep
+
+
+def _check(sweep: Sweep, source: str) -> None:
+    base = sweep.config({})  # the base config itself must be valid
+    objective, names = sweep.objective, set(sweep.space)
+    if not isinstance(base.workers, int | None) or any(isinstance(value, dict) for value in sweep.parameters.all_values("workers")):
+        raise SettingsError(
+            f"{source}: a trial's workers live in its own placement group, so their number is fixed: give workers as a number"
+        )
+    if objective.needs_bias and not base.adaptive.probe_every and "adaptive.probe_every" not in names:
+        raise SettingsError(
+            f"{source}: objective {objective.kind} needs the gradient's bias, which probes measure: set adaptive.probe_every"
+        )
+    if objective.kind == "pareto" and sweep.scheduler != "none":
+        raise SettingsError(f"{source}: scheduler {sweep.scheduler} compares one number a trial, and pareto has two: use scheduler: none")
+    if objective.kind == "pareto" and sweep.searcher != "optuna":
+        raise SettingsError(f"{source}: searcher {sweep.searcher} looks for one number, and pareto has two: use searcher: optuna")
+    if sweep.scheduler == "asha" and not base.eval.every and "eval.every" not in names:
+        raise SettingsError(f"{source}: asha compares trials on the way, by their evaluations: set eval.every, or use scheduler: none")
+    if sweep.scheduler == "pbt" and sweep.searcher == "grid":
+        raise SettingsError(f"{source}: pbt changes settings on the way, a grid has its own: use another of the two")
+    if objective.cluster is not None:
+        varied = sorted(name for name in names if name.startswith(COSTS))
+        if varied:
+            raise SettingsError(
+                f"{source}: objective.cluster predicts with one set of layer costs, but {', '.join(varied)} changes them: leave it out of "
+                "the space, or leave out objective.cluster"
+            )
+    if sweep.searcher == "grid":
+        sweep.parameters.grid()  # refuses what has no end
+
+
+def _read_base(base: str | None, folder: Path) -> dict[str, Any]:
+    if base is None:
+        return {}
+    path = folder / base
+    if not path.is_file():
+        raise SettingsError(f"base {base} does not exist (looked for {path}): give a training config's path, relative to the sweep file")
+    loaded = yaml.safe_load(path.read_text()) or {}
+    if not isinstance(loaded, dict):
+        raise SettingsError(f"base {path} holds a {type(loaded).__name__}; it must be a mapping of settings")
+    return loaded
+
+
+def _override(values: dict[str, Any], override: str) -> None:
+    """`trials=8`; or `settings.NAME=…`, where NAME is a dotted one."""
+    key, _, _ = override.partition("=")
+    if key.startswith("settings."):
+        name = key.removeprefix("settings.")
+        found: dict[str, Any] = {}
+        set_value(found, f"value={override.partition('=')[2]}")
+        values.setdefault("settings", {})[name] = found["value"]
+    else:
+        set_value(values, override)
+
+
+def _check_name(name: str, source: str) -> None:
+    import difflib
+
+    known = setting_names()
+    if name in known or any(name.startswith(f"{whole}.") for whole in known):
+        return
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5) or [k for k in known if k.split(".")[-1] == name.split(".")[-1]]
+    hint = f"; did you mean {close[0]}?" if close else "; `rayllp settings` lists them all"
+    raise SettingsError(f"{source}: unknown setting {name}{hint}")
+
+
+def _put(values: dict[str, Any], name: str, value: Any) -> None:
+    *path, last = name.split(".")
+    for part in path:
+        if not isinstance(values.get(part), dict):
+            values[part] = {}
+        values = values[part]
+    values[last] = value
+
+
+def _explain(fault: Any) -> str:
+    name = ".".join(map(str, fault["loc"]))
+    if fault["type"] == "extra_forbidden":
+        return f"unknown entry {name} (a sweep has {', '.join(Sweep.model_fields)}; a training setting goes into `settings` or `space`)"
+    return f"{name}: {fault['msg'].removeprefix('Value error, ')}"

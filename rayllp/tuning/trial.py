@@ -1,0 +1,110 @@
+"""One trial: the driver loop of `rayllp train`, in the trial's own placement group, reporting to Tune at each evaluation."""
+
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from ray import tune
+from ray.util import get_current_placement_group
+from rich.console import Console
+
+from rayllp.checkpoint import Folder, checkpoints, locate
+from rayllp.cluster.driver import Driver, Place
+from rayllp.cluster.session import validate
+from rayllp.config import TrainConfig, load_run_config
+from rayllp.control import Controller
+from rayllp.errors import NonFiniteError
+from rayllp.plan import Costs, predict_step
+from rayllp.report import RunDirectory
+from rayllp.tuning.reporter import Reporter
+from rayllp.tuning.sweep import Sweep
+
+POINTER = "rayllp.json"
+"""Tune's checkpoint of a trial: where its run is, which has its own."""
+
+
+class TrialDriver(Driver):
+    """Reports, and ends when the trial's budget is used up."""
+
+    reporter: Reporter
+
+    def _between_chunks(self, step: int) -> None:
+        super()._between_chunks(step)
+        over = self.reporter.is_exhausted
+        if over and self.evaluator.last != step:
+            self.evaluator.evaluate(step, self.journal)
+        if self.evaluator.last == step and step < self.whole.steps:
+            # Tune may end this process in report(): what it is to go on from must be complete.
+            report(self.reporter.report(), self._save(step), self.run)
+        self.stop = self.stop or over
+
+
+def train_trial(choices: dict[str, Any], *, sweep: Sweep, output: str, data: Any, costs: Costs | None) -> None:
+    """Tune's trainable."""
+    config = sweep.config(choices["settings"])
+    path = Path(output) / "trials" / str(tune.get_context().get_trial_id())
+    run, found = _open(path, config)
+    reporter = Reporter(sweep.objective, _predict(sweep, config, costs))
+    reporter.resume(_read(path / "metrics.jsonl"), [event for event in _read(path / "events.jsonl") if event["kind"] == "switch"])
+    group = get_current_placement_group()
+    driver = TrialDriver(
+        config, run, "cuda" if _on_gpus(group) else "cpu", None, None, validate(config, None, None, data=data),
+        Console(quiet=True), [reporter], Place(group, 1 if sweep.driver_cpus else 0),
+    )  # fmt: skip
+    driver.reporter = reporter
+    try:
+        driver.train(found)
+    except NonFiniteError as error:
+        (path / "diverged.txt").write_text(f"{error}\n")
+        tune.report(reporter.report(diverged=True))
+        return
+    tune.report(reporter.report())
+
+
+def report(result: dict[str, Any], checkpoint: Folder, run: RunDirectory) -> None:
+    """To Tune, with a checkpoint that says where the run's own is."""
+    with tempfile.TemporaryDirectory() as folder:
+        place = {"run": str(run.path.absolute()), "checkpoint": str(checkpoint.absolute())}
+        (Path(folder) / POINTER).write_text(json.dumps(place))
+        tune.report(result, checkpoint=tune.Checkpoint.from_directory(folder))
+
+
+def _open(path: Path, config: TrainConfig) -> tuple[RunDirectory, list[Folder]]:
+    """The trial's run directory, and checkpoints to go on from: its own, or another trial's whose place it takes."""
+    given = tune.get_checkpoint()
+    place: dict[str, str] = {}
+    if given is not None:
+        with given.as_directory() as folder:
+            place = json.loads((Path(folder) / POINTER).read_text())
+    if not (path / "config.yaml").is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        run, own = RunDirectory.create(path, config), []
+    else:
+        before = load_run_config(path)
+        run = RunDirectory(path, config)
+        run.mend()
+        if before != config:
+            run.change_settings(before, config)
+        own = checkpoints(run.checkpoints)
+    if place and place["run"] != str(path.absolute()):
+        return run, [locate(place["checkpoint"])]
+    return run, own
+
+
+def _predict(sweep: Sweep, config: TrainConfig, costs: Costs | None) -> float | None:
+    cluster = sweep.objective.cluster
+    if cluster is None or costs is None:
+        return None
+    large = TrainConfig.model_validate(config.model_dump(mode="json") | {"workers": cluster.workers, "mesh": {"data": 1}})
+    return predict_step(large, Controller(large).accuracy, costs)
+
+
+def _on_gpus(group: Any) -> bool:
+    return any(bundle.get("GPU") for bundle in group.bundle_specs)
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    """Whole lines of a run's file."""
+    return [json.loads(line) for line in path.read_text().split("\n")[:-1]] if os.path.isfile(path) else []

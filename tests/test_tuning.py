@@ -1,0 +1,234 @@
+"""Sweeps: what a file may say, which trials are made of it, what they report, and one real sweep on Ray Tune."""
+
+import csv
+import math
+
+import pytest
+import yaml
+
+import rayllp
+from rayllp.errors import ClusterError, SettingsError
+from rayllp.tuning.pictures import pareto_front
+from rayllp.tuning.reporter import WORST, Reporter
+from rayllp.tuning.searchers import build_searcher
+from rayllp.tuning.sweep import Objective, load_sweep, make_sweep
+from tests.test_train import living_actors, placement_groups, read, wait_until
+
+SMALL = {
+    "model.layers": 12, "model.width": 16, "model.heads": 2, "sequence_length": 16, "batch_size": 4, "workers": 1, "steps": 12,
+    "mode": "parallel", "eval.every": 4, "eval.batches": 2, "eval.sample": 0, "adaptive.probe_every": 4,
+}  # fmt: skip
+SPACE = {"mgrit.coarsening": {"choice": [2, 4]}, "mgrit.iterations.forward": {"int": [1, 2]}}
+
+
+def sweep_of(**changes):
+    return make_sweep({"settings": SMALL, "space": SPACE, **changes})
+
+
+# What a file may say ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"space": {}}, "space is empty"),
+        ({"space": {"mgrit.coarsning": {"choice": [2]}}}, "unknown setting mgrit.coarsning; did you mean mgrit.coarsening"),
+        ({"settings": {"learning_rate": 1}}, "unknown setting learning_rate"),
+        ({"space": {"mgrit.coarsening": {"int": [4, 2]}}}, r"int \[4, 2\] is an empty range"),
+        ({"space": {"optimizer.lr": {"float": [1.0, 1.0]}}}, "is an empty range"),
+        ({"space": {"optimizer.lr": {"log": [0, 1]}}}, "needs numbers above 0"),
+        ({"space": {"mgrit.coarsening": {"choice": []}}}, "is empty or no list"),
+        ({"space": {"mgrit.coarsening": 4}}, "a fixed value goes into `settings`"),
+        ({"space": {"mgrit.coarsening": {"choices": [4]}}}, "write one of"),
+        ({"space": {"buffers.open": {"int": [0, 1], "when": {"mode": "serial"}}}}, "a condition is on a setting that stands before it"),
+        ({"space": {"mgrit.levels.backward": {"same": "mgrit.levels.forward"}}}, "not in the space before it"),
+        ({"base": "nowhere.yaml"}, r"base nowhere\.yaml does not exist"),
+        ({"trails": 3}, "unknown entry trails"),
+        ({"objective": {"kind": "time_to_loss"}}, "needs a target"),
+        ({"objective": {"kind": "step_time"}}, "needs a bound"),
+        ({"objective": {"kind": "pareto"}}, "scheduler asha compares one number"),
+        ({"objective": {"kind": "loss", "cluster": {"workers": 8}}}, "cluster is for step_time and pareto"),
+        ({"searcher": "grid", "space": {"optimizer.lr": {"log": [1e-4, 1e-2]}}}, "a range of real numbers"),
+        ({"space": {"workers": {"choice": [{"min": 1, "max": 2}]}}}, "give workers as a number"),
+        ({"settings": {**SMALL, "eval.every": 0}}, "set eval.every"),
+        ({"settings": {**SMALL, "model.heads": 3}}, "heads"),
+    ],
+)
+def test_what_cannot_work_is_refused_in_words(changes, message):
+    with pytest.raises(SettingsError, match=message):
+        sweep_of(**changes)
+
+
+def test_files_and_their_base(tmp_path):
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump({"model": {"layers": 16}, "batch_size": 2}))
+    (tmp_path / "sweep.yaml").write_text(yaml.safe_dump({"base": "base.yaml", "settings": {"batch_size": 4}, "space": SPACE}))
+    sweep = load_sweep(tmp_path / "sweep.yaml", ["trials=3", "settings.optimizer.lr=1e-2", "objective.steps=7"])
+    config = sweep.config({"mgrit.coarsening": 2})
+    assert (config.model.layers, config.batch_size, config.optimizer.lr, config.mgrit.coarsening, config.steps) == (16, 4, 0.01, 2, 7)
+    assert sweep.trials == 3
+    with pytest.raises(SettingsError, match="cannot read"):
+        load_sweep(tmp_path / "none.yaml")
+
+
+def test_all_sweeps_that_come_with_it_are_valid():
+    from pathlib import Path
+
+    found = sorted((Path(__file__).parent.parent / "tune_configs").glob("*.yaml"))
+    assert len(found) >= 6
+    for path in found:
+        load_sweep(path)
+
+
+# Which trials are made of it ----------------------------------------------------------------------------------------------------
+
+
+def suggestions(sweep, searcher=None):
+    searcher, found = searcher or build_searcher(sweep), []
+    while isinstance(suggested := searcher.suggest(f"trial{len(found)}"), dict):
+        found.append(suggested["settings"])
+    return found, searcher
+
+
+def test_the_base_comes_first_and_no_trial_twice():
+    sweep = sweep_of(trials=20)
+    found, _ = suggestions(sweep)
+    assert found[0] == {}
+    # 2 · 2 points, of which the base config is one.
+    assert sorted(map(str, found[1:])) == sorted(
+        str({"mgrit.coarsening": c, "mgrit.iterations.forward": n}) for c in (2, 4) for n in (1, 2) if (c, n) != (4, 2)
+    )
+
+
+def test_what_does_not_go_together_never_becomes_a_trial():
+    space = {
+        "mgrit.coarsening": {"choice": [2, 4, [2, 2]]},
+        "mgrit.levels.forward": {"int": [2, 3]},
+        "mgrit.levels.backward": {"same": "mgrit.levels.forward"},
+    }
+    for searcher in ("random", "optuna", "grid"):
+        sweep = sweep_of(space=space, searcher=searcher, trials=30)
+        found, search = suggestions(sweep)
+        assert all(sweep.problem(chosen) is None for chosen in found)
+        assert all(chosen["mgrit.levels.backward"] == chosen["mgrit.levels.forward"] for chosen in found if chosen)
+        assert search.infeasible
+        assert {str(chosen["mgrit.coarsening"]) for chosen in found if chosen} >= {"2", "[2, 2]"}
+
+
+def test_a_setting_varies_only_where_it_matters():
+    space = {"mode": {"choice": ["parallel", "adaptive"]}, "adaptive.threshold": {"choice": [0.5, 1.0], "when": {"mode": "adaptive"}}}
+    found, _ = suggestions(sweep_of(space=space, searcher="grid"))
+    assert found == [
+        {"mode": "parallel"},
+        {"mode": "adaptive", "adaptive.threshold": 0.5},
+        {"mode": "adaptive", "adaptive.threshold": 1.0},
+    ]
+
+
+def test_a_search_goes_on_where_it_was_saved(tmp_path):
+    sweep = sweep_of(trials=4, searcher="random")
+    searcher = build_searcher(sweep)
+    first = [searcher.suggest(f"t{n}") for n in range(2)]
+    searcher.save(str(tmp_path / "state"))
+    rest = [searcher.suggest(f"t{n}") for n in range(2, 5)]
+    again = build_searcher(sweep)
+    again.restore(str(tmp_path / "state"))
+    assert [again.suggest(f"t{n}") for n in range(2, 5)] == rest
+    assert len({str(suggested) for suggested in [*first, *rest[:-1]]}) == 4
+    assert rest[-1] == "FINISHED"
+
+
+# What trials report ----------------------------------------------------------------------------------------------------------------
+
+
+def metric(step, **changes):
+    base = {"step": step, "tokens": 64, "step_time_s": 0.5, "mode": "parallel", "bias": None, "rho_forward": None, "rho_backward": None}
+    return base | changes
+
+
+def test_a_report_has_every_number_and_the_worst_where_there_is_none():
+    reporter = Reporter(Objective(kind="time_to_loss", target=2.0))
+    assert reporter.report()["seconds_to_target"] == WORST
+    for step in range(6):
+        reporter.step(metric(step, step_time_s=9.0 if step < 3 else 0.5, bias=0.1 * step if step == 5 else None, rho_backward=0.3))
+    reporter.evaluation(6, {"loss": 2.5, "perplexity": 12.0})
+    assert not reporter.is_exhausted
+    reporter.event(6, "switch", {"rung": "serial"})
+    reporter.step(metric(6, mode="serial"))
+    reporter.evaluation(7, {"loss": 1.9, "perplexity": 6.7})
+    assert reporter.is_exhausted
+    found = reporter.report()
+    assert found["seconds_to_target"] == pytest.approx(27 + 4 * 0.5)
+    assert (found["step_time"], found["bias"], found["largest_rho"], found["switched_at"]) == (0.5, 0.5, 0.3, 6)
+    assert (found["parallel_share"], found["mode"], found["perplexity"]) == (round(6 / 7, 4), "serial", 6.7)
+
+
+def test_what_is_over_the_bound_is_worse_the_more_it_is():
+    reports = []
+    for bias in (0.1, 0.3, 0.6):
+        reporter = Reporter(Objective(kind="step_time", bias=0.2))
+        reporter.step(metric(0, bias=bias))
+        reports.append(reporter.report()["constrained_step_time"])
+    assert reports[0] == 0.5
+    assert 1e3 < reports[1] < reports[2] < WORST
+    assert Reporter(Objective()).report(diverged=True)["validation_loss"] == WORST
+
+
+def test_a_budget_in_seconds():
+    reporter = Reporter(Objective(seconds=1.4))
+    steps = 0
+    while not reporter.is_exhausted:
+        reporter.step(metric(steps))
+        steps += 1
+    assert steps == 3
+
+
+def test_the_front_is_what_nothing_beats():
+    rows = [{"a": a, "b": b} for a, b in ((1, 5), (2, 2), (3, 3), (4, 1), (4, 4), (5, WORST), (0, None))]
+    assert [(row["a"], row["b"]) for row in pareto_front(rows, ("a", "b"))] == [(1, 5), (2, 2), (4, 1)]
+
+
+def test_a_trial_is_forced_once_and_gives_its_workers_back_once():
+    from rayllp.tuning.switching import SwitchingScheduler
+
+    settings = {**SMALL, "workers": 2, "mode": "adaptive"}
+    sweep = sweep_of(settings=settings, limits={"rho": 1.0}, on_serial="shrink")
+    scheduler = SwitchingScheduler(None, sweep, lambda workers: workers)
+    config = {"settings": {"mgrit.coarsening": 2}}
+    calm = {"mode": "parallel", "largest_rho": 0.4, "bias": 0.1}
+    assert scheduler._changed(config, calm) == (config, None)
+    forced, workers = scheduler._changed(config, calm | {"largest_rho": 1.2})
+    assert workers == 1
+    assert forced["settings"] | {"workers": 1, "mode": "serial"} == forced["settings"]
+    assert sweep.problem(forced["settings"]) is None
+    assert scheduler._changed(forced, calm | {"largest_rho": 1.2, "mode": "serial"}) == (forced, None)
+    # One that switched by itself only shrinks.
+    shrunk, workers = scheduler._changed(config, calm | {"mode": "serial"})
+    assert (workers, shrunk.get("forced_serial"), shrunk["shrunk"]) == (1, None, True)
+    keeping = SwitchingScheduler(None, sweep_of(settings=settings), lambda workers: workers)
+    assert keeping._changed(config, calm | {"mode": "serial"}) == (config, None)
+
+
+# On Ray ---------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_sweep_ends_with_a_config_that_trains_and_leaves_nothing(tmp_path):
+    space = {"optimizer.lr": {"choice": [1e-3, 1e30]}, "mgrit.coarsening": {"choice": [2, 16]}}
+    sweep = sweep_of(space=space, searcher="grid", scheduler="none", concurrent=2)
+    results = rayllp.tune(sweep, output=tmp_path / "out")
+    assert not placement_groups()
+    wait_until(lambda: not living_actors())
+    assert len(results) == 2  # a coarsening factor of 16 leaves the middle no C-point
+    rows = list(csv.DictReader((tmp_path / "out" / "trials.csv").open()))
+    assert sorted(row["state"] for row in rows) == ["diverged", "done"]
+    best = rayllp.load_config(tmp_path / "out" / "best.yaml")
+    assert (best.optimizer.lr, best.mgrit.coarsening) == (1e-3, 2)
+    done = next(row for row in rows if row["state"] == "done")
+    assert math.isclose(float(done["validation_loss"]), read(tmp_path / "out" / "trials" / done["trial"] / "evals.jsonl")[-1]["loss"])
+    page = (tmp_path / "out" / "index.html").read_text()
+    assert "Refused without starting: 2" in page
+    with pytest.raises(ClusterError, match="a trial with 9 workers needs 9 CPU, but the cluster has 4 CPU"):
+        rayllp.tune(sweep_of(settings={**SMALL, "model.layers": 40, "workers": 9}), output=tmp_path / "large")
+    with pytest.raises(SettingsError, match=r"no trial is feasible: 2 were refused, the first, \{'mgrit.coarsening': 16\}, because"):
+        rayllp.tune(sweep_of(space={"mgrit.coarsening": {"choice": [16, 32]}}, searcher="grid"), output=tmp_path / "none")
+    assert not (tmp_path / "large").exists()
