@@ -299,9 +299,10 @@ class Driver:
             self.saver.begin(step, self.ledger.controller.state(), self.journal)
         here = len(self.workers.workers)
         self.workers.recruit(here + len(leaving))
-        size = self._at_size(here - len(leaving) + min(self.workers.recruited(), len(leaving))).world
-        if size < self.whole.fewest_workers or (size < here and left_s > MOVE_S):
-            return  # others may be there before it is time
+        there = here - len(leaving) + min(self.workers.recruited(), len(leaving))
+        size = self._at_size(there).world
+        if size > there or (size < here and left_s > MOVE_S):
+            return  # too few to go on, or others may be there before it is time
         self.saver.finish(self.journal)
         self.workers.call("keep", step)
         self._resize(size, frozenset(), leaving)

@@ -56,7 +56,9 @@ class WorkerGroup:
     ) -> None:
         self.config, self.device, self.name = config, device, name
         self._own_group = group is None
-        cpus = max(1, int(ray.cluster_resources().get("CPU", 1)) // config.world) if device == "cpu" else 1
+        # A run that has a cluster to itself uses all of it; in a lent group a worker has what its bundle has.
+        alone = device == "cpu" and group is None
+        cpus = max(1, int(ray.cluster_resources().get("CPU", 1)) // config.world) if alone else 1
         self._bundle: dict[str, float] = {"CPU": 1.0, "GPU": 1.0} if device == "cuda" else {"CPU": 1.0}
         self.group = group or placement_group([self._bundle] * config.world, strategy="PACK", name=group_name(name) if name else "")
         self._threads = threads_of(cpus)

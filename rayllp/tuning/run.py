@@ -128,9 +128,12 @@ def _scheduler(sweep: Sweep) -> TrialScheduler | None:
         every = base.eval.every or base.steps
         return ASHAScheduler(time_attr="step", max_t=base.steps + 1, grace_period=min(base.steps, sweep.grace * every), reduction_factor=2)
     if sweep.scheduler == "pbt":
-        mutations = {f"settings/{parameter.name}": _mutation(parameter) for parameter in sweep.parameters.varying({})}
+        mutations = {parameter.name: _mutation(parameter) for parameter in sweep.parameters.varying({})}
         return PopulationBasedTraining(
-            time_attr="step", perturbation_interval=max(1, sweep.grace * (base.eval.every or base.steps)), hyperparam_mutations=mutations
+            time_attr="step",
+            perturbation_interval=max(1, sweep.grace * (base.eval.every or base.steps)),
+            hyperparam_mutations={"settings": mutations},
+            custom_explore_fn=partial(_valid, sweep),
         )
     return None
 
@@ -140,6 +143,14 @@ def _mutation(parameter: Any) -> Any:
         return list(parameter.values)
     low, high = parameter.values
     return {"int": ray_tune.randint, "float": ray_tune.uniform, "log": ray_tune.loguniform}[parameter.kind](low, high)
+
+
+def _valid(sweep: Sweep, explored: dict[str, Any]) -> dict[str, Any]:
+    """What population based training made of a trial's config, without what does not go together."""
+    settings = sweep.parameters.complete(explored["settings"])
+    while sweep.problem(settings) is not None and settings:
+        settings.popitem()  # back to the base config's value, the last ones first
+    return {**explored, "settings": settings}
 
 
 # Resources --------------------------------------------------------------------------------------------------------------------------

@@ -115,12 +115,25 @@ class Sweep(Settings):
         if self.objective.tokens is not None:
             per_step = config.batch_size * (config.sequence_length if config.model.family not in ("vit",) else 1)
             config = config.model_copy(update={"steps": max(1, self.objective.tokens // per_step)})
+        if self.scheduler == "pbt":  # another trial may go on from one that this one would not keep
+            config = config.model_copy(update={"checkpoint": config.checkpoint.model_copy(update={"keep": max(4, config.checkpoint.keep)})})
         return config
+
+    def enlarged(self, config: TrainConfig) -> TrainConfig | None:
+        """A trial's settings on the cluster that its step time is predicted for; None: it is measured.
+
+        Raises:
+            SettingsError: they do not go with so many workers.
+        """
+        cluster = self.objective.cluster
+        if cluster is None:
+            return None
+        return make_config(config.model_dump(mode="json") | {"workers": cluster.workers, "mesh": {"data": 1}}, source="on the cluster")
 
     def problem(self, chosen: Mapping[str, Any]) -> str | None:
         """Why these choices cannot be a trial; None: they can."""
         try:
-            self.config(chosen)
+            self.enlarged(self.config(chosen))
         except SettingsError as error:
             return str(error)
         return None

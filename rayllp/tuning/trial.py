@@ -94,11 +94,8 @@ def _open(path: Path, config: TrainConfig) -> tuple[RunDirectory, list[Folder]]:
 
 
 def _predict(sweep: Sweep, config: TrainConfig, costs: Costs | None) -> float | None:
-    cluster = sweep.objective.cluster
-    if cluster is None or costs is None:
-        return None
-    large = TrainConfig.model_validate(config.model_dump(mode="json") | {"workers": cluster.workers, "mesh": {"data": 1}})
-    return predict_step(large, Controller(large).accuracy, costs)
+    large = sweep.enlarged(config)
+    return None if large is None or costs is None else predict_step(large, Controller(large).accuracy, costs)
 
 
 def _on_gpus(group: Any) -> bool:

@@ -1,0 +1,58 @@
+"""What `rayllp doctor` finds: on nodes that are made up, and on the suite's own cluster."""
+
+from dataclasses import replace
+
+import pytest
+from rich.console import Console
+
+from rayllp.cluster.doctor import Diagnosis, Node, _compare, examine, show
+
+NODE = Node(
+    id="a", address="10.0.0.1", host="one", python="3.12.1", packages={"ray": "2.60.0", "torch": "2.13.0", "transformers": "5.20.0",
+    "safetensors": "0.6", "rayllp": "0.1.0"}, cpus=8.0, gpus=[], nccl="–", clock_skew_s=0.01, shared="ok",
+)  # fmt: skip
+
+
+def faults_of(*nodes):
+    found = Diagnosis(nodes=list(nodes))
+    _compare(found)
+    return found.faults
+
+
+def test_nodes_that_agree_have_no_fault():
+    assert not faults_of(NODE, replace(NODE, host="two"))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"python": "3.11.7"}, "python differs (one 3.12.1, two 3.11.7): install the same"),
+        ({"packages": {**NODE.packages, "torch": "2.12.0"}}, "torch differs (one 2.13.0, two 2.12.0)"),
+        ({"packages": {"ray": "2.60.0"}}, "two lacks torch, transformers, safetensors"),
+        ({"clock_skew_s": -3.2}, "the clock of two is -3.2 s off"),
+        ({"shared": "FileNotFoundError"}, "two cannot use the shared path (FileNotFoundError)"),
+    ],
+)
+def test_what_differs_is_told_with_what_to_do(change, message):
+    assert any(message in fault for fault in faults_of(NODE, replace(NODE, host="two", **change)))
+
+
+def test_no_node():
+    assert faults_of() == ["no node answered: is the cluster up? `ray status` says"]
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_real_cluster(tmp_path):
+    found = examine(str(tmp_path / "shared"))
+    assert not found.faults
+    ((node,), (link,)) = found.nodes, found.links
+    assert node.shared == "ok"
+    assert not list((tmp_path / "shared").iterdir())
+    assert 0 < link.latency_s < 1
+    assert link.bandwidth_gb_s > 0.01
+    console = Console(record=True, width=200, file=open("/dev/null", "w"))  # noqa: SIM115
+    show(found, console)
+    assert "nothing to mend" in console.export_text()
+    # A path below a file cannot be made.
+    (tmp_path / "file").touch()
+    assert "cannot be written here" in examine(str(tmp_path / "file" / "below")).faults[0]
