@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
-from rayllp.cluster.doctor import Diagnosis, Node, _compare, examine, show
+from rayllp.cluster.doctor import Diagnosis, Node, _compare, _shared_place, examine, show
 
 NODE = Node(
     id="a", address="10.0.0.1", host="one", python="3.12.1", packages={"ray": "2.60.0", "torch": "2.13.0", "transformers": "5.20.0",
@@ -53,6 +53,11 @@ def test_a_real_cluster(tmp_path):
     console = Console(record=True, width=200, file=open("/dev/null", "w"))  # noqa: SIM115
     show(found, console)
     assert "nothing to mend" in console.export_text()
-    # A path below a file cannot be made.
+
+
+def test_a_path_that_cannot_be_made(tmp_path):
     (tmp_path / "file").touch()
-    assert "cannot be written here" in examine(str(tmp_path / "file" / "below")).faults[0]
+    found = Diagnosis()
+    with _shared_place(str(tmp_path / "file" / "below"), "token", found) as place:
+        assert place is None
+    assert "cannot be written here" in found.faults[0]

@@ -29,17 +29,20 @@ pytestmark = pytest.mark.study
 
 @pytest.mark.usefixtures("ray_cluster")
 @pytest.mark.parametrize("mode", ["serial", "parallel"])
-def test_300_steps_with_three_kills_end_bit_equal(mode, tmp_path):
-    config = tiny(workers=3, steps=300, dtype="float32", mode=mode, snapshot_every=1, adaptive={"probe_every": 25}, model={"dropout": 0.1})
+def test_300_steps_with_three_kills_and_a_hang_end_bit_equal(mode, tmp_path):
+    limits = {"receive_timeout_s": 12, "hang_timeout_s": 10}
+    config = tiny(
+        workers=3, steps=300, dtype="float32", mode=mode, snapshot_every=1, adaptive={"probe_every": 25}, model={"dropout": 0.1}, **limits
+    )
     whole, _ = drive(config, tmp_path / "whole")
     generator = random.Random(mode)
-    steps = sorted(generator.sample(range(5, 295), 3))
-    phases = generator.sample(["forward", "adjoint", "optimizer"], 3)
+    steps = sorted(generator.sample(range(5, 295), 4))
+    phases = generator.sample(["forward", "adjoint", "optimizer", "hang"], 4)
     faults = [(generator.randrange(3), step, phase) for step, phase in zip(steps, phases, strict=True)]
     broken, _ = drive(config, tmp_path / "broken", faults)
     restores = [e for e in read(broken.directory / "events.jsonl") if e["kind"] == "restore"]
     print(mode, faults, [(e["source"], e["steps_lost"], e["seconds"]) for e in restores])
-    assert [e["source"] for e in restores] == ["memory"] * 3
+    assert [e["source"] for e in restores] == ["memory"] * 4
     assert [m["loss"] for m in read(broken.directory / "metrics.jsonl")] == [m["loss"] for m in read(whole.directory / "metrics.jsonl")]
     first, second = weights(whole.directory), weights(broken.directory)
     assert first.keys() == second.keys()

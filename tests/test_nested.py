@@ -293,7 +293,7 @@ def test_a_run_deepens_in_one_directory(deepened):
     assert load_config(run / "config.yaml") == config
 
 
-@pytest.mark.parametrize("step", [4, 6])
+@pytest.mark.parametrize("step", [4, pytest.param(6, marks=pytest.mark.study)])
 def test_an_interrupted_run_goes_on_in_its_stage_to_the_same_weights(deepened, step, tmp_path):
     """From the last step of a stage, whose checkpoint is still shallow, and from the middle of one."""
     config, whole = deepened

@@ -202,7 +202,9 @@ def undisturbed(rank, size, config):
     """The same run as one of `size` Gloo processes, without Ray or faults: for `run_processes`."""
     engine = make_engine(config, TorchChannel(timeout_s=60))
     stats = train_engine(engine, config.steps)
-    return [(step.loss, step.rho_forward) for step in stats], {name: p.detach() for name, p in engine.block.parameters.items()}
+    return [(step.loss, step.rho_forward) for step in stats], {
+        name: p.detach().numpy().copy() for name, p in engine.block.parameters.items()
+    }
 
 
 def weights(run):
@@ -215,23 +217,20 @@ def weights(run):
 @pytest.mark.usefixtures("ray_cluster")
 @pytest.mark.parametrize("mode", ["serial", "parallel"])
 def test_a_run_whose_workers_are_killed_ends_bit_equal(mode, tmp_path):
-    limits = {"receive_timeout_s": 6, "hang_timeout_s": 8}
-    config = tiny(
-        workers=3, steps=24, dtype="float32", mode=mode, snapshot_every=1, adaptive={"probe_every": 6}, model={"dropout": 0.1}, **limits
-    )
+    config = tiny(workers=3, steps=24, dtype="float32", mode=mode, snapshot_every=1, adaptive={"probe_every": 6}, model={"dropout": 0.1})
     whole = run_processes(3, undisturbed, config)
     generator = random.Random(mode)
-    first = "hang" if mode == "parallel" else "forward"
-    faults = [(generator.randrange(3), step, phase) for step, phase in ((4, first), (11, "adjoint"), (17, "optimizer"))]
+    phases = {"serial": "adjoint", "parallel": "forward"}
+    faults = [(generator.randrange(3), step, phase) for step, phase in ((7, phases[mode]), (17, "optimizer"))]
     broken, _ = drive(config, tmp_path / "broken", faults)
     events = read(broken.directory / "events.jsonl")
     assert [e["ranks"] for e in events if e["kind"] == "fault"] == [[rank] for rank, _, _ in faults]
     restores = [e for e in events if e["kind"] == "restore"]
-    assert [e["source"] for e in restores] == ["memory"] * 3
+    assert [e["source"] for e in restores] == ["memory"] * 2
     assert all(e["steps_lost"] <= 1 for e in restores)
     assert [(m["loss"], m["rho_forward"]) for m in read(broken.directory / "metrics.jsonl")] == whole[0][0]
     expected = {name: value for _, parameters in whole for name, value in parameters.items()}
     found = {name.partition("/weight/")[2]: value for name, value in weights(broken.directory).items() if "/weight/" in name}
-    assert found.keys() == expected.keys()
-    assert all(torch.equal(found[name], expected[name]) for name in found)
+    assert expected.keys() - found.keys() == {"lm_head.weight"}  # the embedding's
+    assert all(torch.equal(found[name], torch.from_numpy(expected[name])) for name in found)
     assert threading.active_count() < 50

@@ -228,7 +228,7 @@ def test_a_sweep_ends_with_a_config_that_trains_and_leaves_nothing(tmp_path):
     page = (tmp_path / "out" / "index.html").read_text()
     assert "Refused without starting: 2" in page
     with pytest.raises(ClusterError, match="a trial with 9 workers needs 9 CPU, but the cluster has 4 CPU"):
-        rayllp.tune(sweep_of(settings={**SMALL, "model.layers": 40, "workers": 9}), output=tmp_path / "large")
+        rayllp.tune(sweep_of(settings={**SMALL, "model.layers": 40}, space={"workers": {"choice": [1, 9]}}), output=tmp_path / "large")
     with pytest.raises(SettingsError, match=r"no trial is feasible: 2 were refused, the first, \{'mgrit.coarsening': 16\}, because"):
         rayllp.tune(sweep_of(space={"mgrit.coarsening": {"choice": [16, 32]}}, searcher="grid"), output=tmp_path / "none")
     assert not (tmp_path / "large").exists()

@@ -1,5 +1,6 @@
 """Sweeps and jobs on real clusters, started by hand: `make test ARGS="-m study tests/test_tuning_study.py -s"`."""
 
+import contextlib
 import csv
 import json
 import os
@@ -8,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.request
 from pathlib import Path
 
 import psutil
@@ -150,6 +152,16 @@ def two_raylets(tmp_path):
     subprocess.run([*start[:-1], "stop", "--force"], env=environment, timeout=60, capture_output=True)
 
 
+def scrape(ray_folder):
+    """What Prometheus would read, at the addresses that Ray writes for it."""
+    found = json.loads((ray_folder / "prom_metrics_service_discovery.json").read_text())
+    pages = []
+    for target in {target for group in found for target in group["targets"]}:
+        with contextlib.suppress(OSError), urllib.request.urlopen(f"http://{target}/metrics", timeout=10) as page:
+            pages.append(page.read().decode())
+    return "\n".join(pages)
+
+
 COUNT = """
 import json, ray
 ray.init(address={address!r}, logging_level="ERROR")
@@ -198,6 +210,8 @@ def test_jobs_on_two_raylets_with_a_token(two_raylets, tmp_path):
     ray_job("submit", "--no-wait", "--submission-id", "long", "--working-dir", str(folder), "--", "bash", "-c",
             f"exec env {python} train --output {jobs}/long --set workers=4 --set steps=100000 --set eval.every=0")  # fmt: skip
     wait_until(lambda: (jobs / "long" / "metrics.jsonl").exists(), 120)
+    wait_until(lambda: "ray_rayllp_step_time_s" in scrape(tmp_path / "ray"), 60)
+    print([line for line in scrape(tmp_path / "ray").splitlines() if line.startswith("ray_rayllp_loss")])
     ray_job("stop", "long")
     wait_until(lambda: count() == [2, [], 0], 60)
     steps = len(read(jobs / "long" / "metrics.jsonl"))
