@@ -126,6 +126,11 @@ def test_trials_switch_are_forced_and_give_workers_back(tmp_path):
             spans[row["trial"]],
             [(e["step"], e.get("reason") or e.get("changed")) for e in events if e["kind"] in ("switch", "settings")],
         )
+    # Two trials of two workers fill the four CPUs: a third at the same time has those that others gave back.
+    times = {row["trial"]: [e["time"] for e in read(tmp_path / "out" / "trials" / row["trial"] / "events.jsonl")] for row in rows}
+    at_once = max(sum(t[0] <= moment <= t[-1] for t in times.values()) for found in times.values() for moment in found)
+    print("trials at a time:", at_once)
+    assert at_once >= 3
     assert any(row["forced_serial"] == "True" for row in rows)
     assert any(row["shrunk"] == "True" for row in rows)
     assert all(row["state"] == "done" for row in rows)
