@@ -111,12 +111,14 @@ def test_killing_everything_during_a_write_leaves_a_complete_checkpoint(tmp_path
         events = len(read(run / "events.jsonl")) if kill else 0
         with log.open("w") as file:
             process = subprocess.Popen(command, stdout=file, stderr=file, env=environment, start_new_session=True)
-        # At some time within the writing of a checkpoint that this sitting made, or shortly after.
-        wanted = generator.randrange(1, 4)
-        _wait(process, lambda n=wanted, k=known: sum(step_of(p) not in k for p in checkpoints(run / "checkpoints")) >= n, log)
-        _wait(process, lambda: any((run / "checkpoints").glob(".step_*.partial")), log)
-        time.sleep(generator.uniform(0, 0.4))
-        _kill_all(process)
+        try:
+            # At some time within the writing of a checkpoint that this sitting made, or shortly after.
+            wanted = generator.randrange(1, 4)
+            _wait(process, lambda n=wanted, k=known: sum(step_of(p) not in k for p in checkpoints(run / "checkpoints")) >= n, log)
+            _wait(process, lambda: any((run / "checkpoints").glob(".step_*.partial")), log)
+            time.sleep(generator.uniform(0, 0.4))
+        finally:
+            _kill_all(process)
         left = list((run / "checkpoints").glob(".step_*.partial"))
         partial += bool(left)
         found = checkpoints(run / "checkpoints")

@@ -159,7 +159,7 @@ def test_a_report_has_every_number_and_the_worst_where_there_is_none():
     found = reporter.report()
     assert found["seconds_to_target"] == pytest.approx(27 + 4 * 0.5)
     assert (found["step_time"], found["bias"], found["largest_rho"], found["switched_at"]) == (0.5, 0.5, 0.3, 6)
-    assert (found["parallel_share"], found["mode"], found["perplexity"]) == (round(6 / 7, 4), "serial", 6.7)
+    assert (found["parallel_share"], found["last_mode"], found["perplexity"]) == (round(6 / 7, 4), "serial", 6.7)
 
 
 def test_what_is_over_the_bound_is_worse_the_more_it_is():
@@ -194,18 +194,18 @@ def test_a_trial_is_forced_once_and_gives_its_workers_back_once():
     sweep = sweep_of(settings=settings, limits={"rho": 1.0}, on_serial="shrink")
     scheduler = SwitchingScheduler(None, sweep, lambda workers: workers)
     config = {"settings": {"mgrit.coarsening": 2}}
-    calm = {"mode": "parallel", "largest_rho": 0.4, "bias": 0.1}
+    calm = {"last_mode": "parallel", "largest_rho": 0.4, "bias": 0.1}
     assert scheduler._changed(config, calm) == (config, None)
     forced, workers = scheduler._changed(config, calm | {"largest_rho": 1.2})
     assert workers == 1
     assert forced["settings"] | {"workers": 1, "mode": "serial"} == forced["settings"]
     assert sweep.problem(forced["settings"]) is None
-    assert scheduler._changed(forced, calm | {"largest_rho": 1.2, "mode": "serial"}) == (forced, None)
+    assert scheduler._changed(forced, calm | {"largest_rho": 1.2, "last_mode": "serial"}) == (forced, None)
     # One that switched by itself only shrinks.
-    shrunk, workers = scheduler._changed(config, calm | {"mode": "serial"})
+    shrunk, workers = scheduler._changed(config, calm | {"last_mode": "serial"})
     assert (workers, shrunk.get("forced_serial"), shrunk["shrunk"]) == (1, None, True)
     keeping = SwitchingScheduler(None, sweep_of(settings=settings), lambda workers: workers)
-    assert keeping._changed(config, calm | {"mode": "serial"}) == (config, None)
+    assert keeping._changed(config, calm | {"last_mode": "serial"}) == (config, None)
 
 
 # On Ray ---------------------------------------------------------------------------------------------------------------------------

@@ -83,7 +83,8 @@ class Reporter:
         others = {name: value for name, value in self.found.items() if name != "loss"}
         result = {
             "step": self.steps, "tokens": self.tokens, "seconds": round(self.seconds, 3), "step_time": step_time,
-            "measured_step_time": measured, "bias": bias, **self.rho, "largest_rho": self.largest_rho, "mode": self.mode, "rung": self.rung,
+            "measured_step_time": measured, "bias": bias, **self.rho, "largest_rho": self.largest_rho, "last_mode": self.mode,
+            "rung": self.rung,
             "parallel_share": round(share, 4), "switches": len(self.switches),
             "switched_at": next((step for step, rung in self.switches if rung == "serial"), None),
             "validation_loss": self.found.get("loss", WORST), "diverged": diverged, **others,

@@ -18,7 +18,8 @@ from rayllp.tuning.reporter import WORST
 from rayllp.tuning.sweep import Sweep
 
 COLUMNS = (
-    "validation_loss", "step_time", "bias", "largest_rho", "parallel_share", "switches", "switched_at", "mode", "step", "tokens", "seconds",
+    "validation_loss", "step_time", "bias", "largest_rho", "parallel_share", "switches", "switched_at", "last_mode", "step", "tokens",
+    "seconds",
     "seconds_to_target", "diverged",
 )  # fmt: skip
 

@@ -45,7 +45,7 @@ class SwitchingScheduler(TrialScheduler):
         """The trial's config from now on, and its number of workers, if that changes too."""
         settings, limits, workers = dict(config["settings"]), self.sweep.limits, None
         marks = {name: config.get(name, False) for name in (FORCED, SHRUNK)}
-        serial = result["mode"] == "serial"
+        serial = result["last_mode"] == "serial"
         over = (limits.rho is not None and result["largest_rho"] > limits.rho) or (
             limits.bias is not None and result["bias"] > limits.bias
         )  # fmt: skip
