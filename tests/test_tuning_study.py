@@ -8,6 +8,7 @@ import secrets
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
 from pathlib import Path
@@ -141,20 +142,21 @@ def test_trials_switch_are_forced_and_give_workers_back(tmp_path):
 
 
 @pytest.fixture
-def two_raylets(tmp_path):
-    """A head with a job server and a second raylet, by `ray start`, with a token."""
+def two_raylets():
+    """A head with a job server and a second raylet, by `ray start`, with a token; also where the cluster keeps its files."""
+    folder = Path(tempfile.mkdtemp(prefix="ray_"))  # a short path: sockets lie below it
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "RAY_worker_niceness": "0"}
     ports = {"port": 26379, "dashboard": 28265}
     start = [sys.executable, "-m", "ray.scripts.scripts", "start"]
     head = ["--head", f"--port={ports['port']}", f"--dashboard-port={ports['dashboard']}", "--num-cpus=3", "--node-ip-address=127.0.0.1"]
-    subprocess.run([*start, *head, f"--temp-dir={tmp_path / 'ray'}"], env=environment, check=True, timeout=120, capture_output=True)
+    subprocess.run([*start, *head, f"--temp-dir={folder}"], env=environment, check=True, timeout=120, capture_output=True)
     address = f"127.0.0.1:{ports['port']}"
     subprocess.run(
         [*start, f"--address={address}", "--num-cpus=3", "--node-ip-address=127.0.0.1"],
         env=environment, check=True, timeout=120, capture_output=True,
     )  # fmt: skip
-    yield environment | {"RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{ports['dashboard']}"}, address
+    yield environment | {"RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{ports['dashboard']}"}, address, folder
     subprocess.run([*start[:-1], "stop", "--force"], env=environment, timeout=60, capture_output=True)
 
 
@@ -180,7 +182,7 @@ print(json.dumps([len(ray.nodes()), [a for a in alive if "Job" not in a], len(gr
 
 
 def test_jobs_on_two_raylets_with_a_token(two_raylets, tmp_path):
-    environment, address = two_raylets
+    environment, address, ray_folder = two_raylets
 
     def ray_job(*arguments, check=True, timeout=300):
         command = [sys.executable, "-m", "ray.scripts.scripts", "job", *arguments]
@@ -216,8 +218,8 @@ def test_jobs_on_two_raylets_with_a_token(two_raylets, tmp_path):
     ray_job("submit", "--no-wait", "--submission-id", "long", "--working-dir", str(folder), "--", "bash", "-c",
             f"exec env {python} train --output {jobs}/long --set workers=4 --set steps=100000 --set eval.every=0")  # fmt: skip
     wait_until(lambda: (jobs / "long" / "metrics.jsonl").exists(), 120)
-    wait_until(lambda: "ray_rayllp_step_time_s" in scrape(tmp_path / "ray"), 60)
-    print([line for line in scrape(tmp_path / "ray").splitlines() if line.startswith("ray_rayllp_loss")])
+    wait_until(lambda: "ray_rayllp_step_time_s" in scrape(ray_folder), 60)
+    print([line for line in scrape(ray_folder).splitlines() if line.startswith("ray_rayllp_loss")])
     ray_job("stop", "long")
     wait_until(lambda: count() == [2, [], 0], 60)
     steps = len(read(jobs / "long" / "metrics.jsonl"))
