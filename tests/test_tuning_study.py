@@ -186,7 +186,11 @@ def test_jobs_on_two_raylets_with_a_token(two_raylets, tmp_path):
 
     def ray_job(*arguments, check=True, timeout=300):
         command = [sys.executable, "-m", "ray.scripts.scripts", "job", *arguments]
-        done = subprocess.run(command, env=environment, cwd=HERE, capture_output=True, text=True, timeout=timeout)
+        for _ in range(30):
+            done = subprocess.run(command, env=environment, cwd=HERE, capture_output=True, text=True, timeout=timeout)
+            if "No available agent" not in done.stdout + done.stderr:  # it starts after the cluster
+                break
+            time.sleep(2)
         assert not check or done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
         return done
 
