@@ -8,6 +8,7 @@ from typer.testing import CliRunner
 from rayllp.cli import app
 from rayllp.config import TrainConfig, default_blocks, load_config, make_config, setting_names, to_yaml
 from rayllp.errors import SettingsError
+from rayllp.report import RunDirectory, read_lines
 from rayllp.report.settings import WORTH_KNOWING, documents, settings_table
 
 FIXED_NAMES = (
@@ -111,3 +112,13 @@ def test_the_default_is_valid_and_immutable():
     assert config.model.layers >= 16
     with pytest.raises(ValueError):
         config.steps = 3
+
+
+def test_settings_change_in_a_run_whose_last_event_was_cut_off(tmp_path):
+    before, now = make_config({"steps": 3}), make_config({"steps": 4})
+    run = RunDirectory.create(tmp_path / "run", before)
+    run.event(1, "checkpoint")
+    with (run.path / "events.jsonl").open("a") as file:
+        file.write('{"step": 2, "ki')
+    run.change_settings(before, now)
+    assert [event["kind"] for event in read_lines(run.path / "events.jsonl")] == ["checkpoint", "settings"]

@@ -34,6 +34,7 @@ from rayllp.data import load_data
 from rayllp.engine import Engine
 from rayllp.models import build_architecture
 from rayllp.plan import Costs, predict_step
+from rayllp.plan.measure import Parts, parts_of_step
 
 torch.set_num_threads(1)
 
@@ -125,50 +126,16 @@ def clocked(works: Sequence[Callable[[], object]], repeats: int = 7) -> list[flo
 def measure_costs(engine: Engine, channel: TorchChannel) -> Costs:
     """Times of this worker's own layers, while the other worker measures too."""
     block = engine.block
-    inputs, targets, samples, terms = engine.my_batch("train", 0)
+    inputs, _, samples, _ = engine.my_batch("train", 0)
     block.begin(0, samples, inputs, training=True)
-    spec = engine.spec(inputs)
-    x = torch.randn(spec.shapes[0], dtype=block.dtype)
-    layers = list(block.middle)
-
-    def forward() -> None:
-        with torch.no_grad():
-            for n in layers:
-                block.layer(n, x)
-
-    recorded: list[tuple[torch.Tensor, torch.Tensor, list[torch.nn.Parameter]]] = []
-
-    def record() -> None:
-        for n in layers:
-            leaf = x.detach().requires_grad_()
-            recorded.append((leaf, block.layer(n, leaf), list(block.layers[n].parameters())))
-
-    def input_gradients() -> None:
-        for leaf, out, _ in recorded:
-            torch.autograd.grad(out, leaf, x, retain_graph=True)
-
-    def full_gradients() -> None:
-        # As in a step: the last layer first, its graph freed.
-        while recorded:
-            leaf, out, parameters = recorded.pop()
-            torch.autograd.backward(out, x, inputs=[leaf, *parameters])
-
-    def ends() -> None:
-        if block.first:
-            block.enter(inputs)
-        if block.last:
-            engine.loss_and_seed(x, targets, 1 / terms)
-
-    count = len(layers)
-    works = (forward, record, input_gradients, full_gradients, ends, engine.optimizer.step, engine.optimizer.zero_grad)
-    values = clocked(works)
-    everyone = torch.tensor(values, dtype=torch.float64)
-    mean = (dist.all_reduce(everyone), everyone / channel.size)[1].tolist()
-    own_ends = torch.tensor([values[4] if block.last else 0.0, values[4] if block.first else 0.0], dtype=torch.float64)
-    dist.all_reduce(own_ends)
+    own = clocked(parts_of_step(engine, torch.randn(engine.spec(inputs).shapes[0], dtype=block.dtype)))
+    everyone = torch.tensor(own, dtype=torch.float64)
+    dist.all_reduce(everyone)
+    once, count = Parts(*everyone.tolist()), len(block.middle) * channel.size
+    # Only one worker enters, and one leaves: the sums are theirs.
     return Costs(
-        forward=mean[0] / count, record=mean[1] / count, input_gradient=mean[2] / count, full_gradient=mean[3] / count,
-        leave=own_ends[0].item(), enter=own_ends[1].item(), enter_gradient=own_ends[1].item(), update=mean[5] / count,
+        forward=once.forward / count, record=once.record / count, input_gradient=once.input_gradient / count,
+        full_gradient=once.full_gradient / count, leave=once.leave, enter=once.enter, enter_gradient=once.enter, update=once.update / count,
     )  # fmt: skip
 
 

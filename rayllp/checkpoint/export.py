@@ -18,7 +18,7 @@ from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from rayllp.checkpoint.location import Folder, at_hand, locate
+from rayllp.checkpoint.location import Folder, at_hand, place_of_checkpoints
 from rayllp.checkpoint.prolong import LAYER
 from rayllp.checkpoint.store import checkpoints, read_manifest
 from rayllp.config import TrainConfig, load_run_config
@@ -121,8 +121,7 @@ def write_tokenizer_json(run_dir: Path, batches: object) -> None:
 def _open_run(run: Path, step: int | None) -> tuple[TrainConfig, Folder]:
     """The run's settings and the checkpoint's folder."""
     config = load_run_config(run)
-    root = locate(config.checkpoint.path) if config.checkpoint.path is not None else run / "checkpoints"
-    found = {path.name.removeprefix("step_"): path for path in checkpoints(root)}
+    found = {path.name.removeprefix("step_"): path for path in checkpoints(place_of_checkpoints(run, config.checkpoint.path))}
     if not found:
         raise CheckpointError(f"{run} has no complete checkpoint to export: let the run end, stop it by Ctrl-C, or set checkpoint.every")
     chosen = list(found)[-1] if step is None else str(step)

@@ -39,9 +39,13 @@ def locate(text: str | Folder) -> Folder:
     return place
 
 
-def is_remote(folder: Folder) -> bool:
-    """Whether a folder is behind a URL."""
-    return isinstance(folder, UPath) and not isinstance(folder, Path)
+def place_of_checkpoints(run: Path, path: str | None) -> Folder:
+    """Where a run's checkpoints are.
+
+    Args:
+        path: the setting checkpoint.path.
+    """
+    return run / "checkpoints" if path is None else locate(path)
 
 
 def remove(folder: Folder) -> None:

@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, load_file, save, save_file
 from torch import Tensor, nn
 
-from rayllp.checkpoint.location import Folder, is_remote, remove, sync, write
+from rayllp.checkpoint.location import Folder, remove, sync, write
 from rayllp.checkpoint.prolong import LAYER, Prolongation
 from rayllp.engine.engine import Engine
 from rayllp.errors import CheckpointError
@@ -30,14 +30,16 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 def staging(root: Folder, step: int) -> Folder:
     """A fresh folder to write the checkpoint of `step` to; those that were never finished go."""
-    if is_remote(root):
+    folder: Folder
+    unfinished: list[Folder]
+    if isinstance(root, Path):
+        folder = root / f".step_{step}.partial"
+        unfinished = list(root.glob(".step_*.partial"))
+    else:
         folder = root / f"step_{step}"
         (folder / MANIFEST).unlink(missing_ok=True)
         complete = {path.name for path in checkpoints(root)}
         unfinished = [path for path in root.glob("step_*") if path.name not in complete]
-    else:
-        folder = root / f".step_{step}.partial"
-        unfinished = list(root.glob(".step_*.partial"))
     for path in unfinished:
         remove(path)
     folder.mkdir(parents=True, exist_ok=True)

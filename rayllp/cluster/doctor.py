@@ -202,9 +202,9 @@ def _shared_place(path: str | None, token: str, found: Diagnosis) -> Iterator[st
 def _compare(found: Diagnosis) -> None:
     """Faults in what the nodes say."""
     for name in ("python", *PACKAGES):
-        kinds = {node.python if name == "python" else node.packages.get(name, "none") for node in found.nodes}
-        if len(kinds) > 1:
-            where = ", ".join(f"{node.host} {node.python if name == 'python' else node.packages.get(name, 'none')}" for node in found.nodes)
+        has = [(node.host, node.python if name == "python" else node.packages.get(name, "none")) for node in found.nodes]
+        if len({kind for _, kind in has}) > 1:
+            where = ", ".join(f"{host} {kind}" for host, kind in has)
             found.faults.append(f"{name} differs ({where}): install the same version on every node")
     for node in found.nodes:
         missing = [name for name in PACKAGES if name not in node.packages and name != "rayllp"]

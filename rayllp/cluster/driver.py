@@ -280,10 +280,8 @@ class Driver:
         count = self.workers.recruited()
         if not count or self._at_size(len(self.workers.workers) + count).world <= len(self.workers.workers):
             return
-        self.workers.call("keep", step)
         began = time.monotonic()
-        self._resize(len(self.workers.workers) + count, frozenset())
-        self._keep_in_memory(step)
+        self._resize_between_steps(step, len(self.workers.workers) + count)
         self.journal.say(f"step {step}: grown in {time.monotonic() - began:.1f} s")
 
     def _leave_in_time(self, step: int) -> None:
@@ -304,6 +302,10 @@ class Driver:
         if size > there or (size < here and left_s > MOVE_S):
             return  # too few to go on, or others may be there before it is time
         self.saver.finish(self.journal)
+        self._resize_between_steps(step, size, leaving)
+
+    def _resize_between_steps(self, step: int, size: int, leaving: frozenset[int] = frozenset()) -> None:
+        """Another number of workers, or others, while all are there."""
         self.workers.call("keep", step)
         self._resize(size, frozenset(), leaving)
         self._keep_in_memory(step)

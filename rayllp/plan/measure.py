@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable
 from statistics import median
+from typing import Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +14,9 @@ from rayllp.data import Batches
 from rayllp.engine import Engine
 from rayllp.models import build_architecture
 from rayllp.plan.cost import Costs
-from rayllp.state import combine, like, tensors
+from rayllp.state import State, like, tensors
 
+T = TypeVar("T")
 LAYERS = 4
 ROUNDS = 7
 
@@ -39,52 +41,77 @@ def measure_costs(config: TrainConfig, data: Batches, *, message_s: float, devic
 
 def _measure(engine: Engine, message_s: float, rounds: int) -> Costs:
     block = engine.block
-    inputs, targets, samples, terms = engine.my_batch("train", 0)
+    inputs, _, samples, _ = engine.my_batch("train", 0)
     block.begin(0, samples, inputs, training=True)
     with torch.no_grad():
-        entered = block.enter(inputs)
-    layers = list(block.middle)
-    seed = combine(torch.ones_like, entered)
+        parts = parts_of_step(engine, block.enter(inputs))
+    times = [[_clocked(work) for work in parts] for _ in range(1 + rounds)][1:]
+    once = Parts(*(median(column) for column in zip(*times, strict=True)))
+    count, owned = len(block.middle), len(block.layers)
+    # `enter` and `leave` went through the buffers, which a prediction counts as layers.
+    enter = max(0.0, once.enter - once.record / count * len(block.open))
+    leave = max(0.0, once.leave - (once.record + once.full_gradient) / count * len(block.close))
+    return Costs(
+        forward=once.forward / count, record=once.record / count, input_gradient=once.input_gradient / count,
+        full_gradient=once.full_gradient / count, enter=enter, enter_gradient=enter, leave=leave,
+        update=once.update / owned, message=message_s,
+    )  # fmt: skip
+
+
+class Parts(NamedTuple, Generic[T]):
+    """Something of each part of a step: what does it, or the seconds that it takes. The first four are over all middle layers."""
+
+    forward: T
+    record: T
+    input_gradient: T
+    full_gradient: T
+    enter: T
+    leave: T
+    update: T
+
+
+def parts_of_step(engine: Engine, state: State) -> Parts[Callable[[], None]]:
+    """The parts of a training step on this worker, to be clocked in this order. Its block has begun a batch, step 0's.
+
+    Args:
+        state: what layers are given, and the gradients' seed.
+    """
+    block, layers = engine.block, list(engine.block.middle)
+    inputs, targets, _, terms = engine.my_batch("train", 0)
     recorded: list[tuple[tuple[Tensor, ...], tuple[Tensor, ...], list[nn.Parameter]]] = []
 
     def forward() -> None:
         with torch.no_grad():
             for n in layers:
-                block.layer(n, entered)
+                block.layer(n, state)
 
     def record() -> None:
         for n in layers:
-            leaves = tuple(part.detach().requires_grad_(part.is_floating_point()) for part in tensors(entered))
-            recorded.append((leaves, tensors(block.layer(n, like(entered, leaves))), list(block.layers[n].parameters())))
+            leaves = tuple(part.detach().requires_grad_(part.is_floating_point()) for part in tensors(state))
+            recorded.append((leaves, tensors(block.layer(n, like(state, leaves))), list(block.layers[n].parameters())))
 
     def input_gradients() -> None:
         for leaves, outputs, _ in recorded:
-            torch.autograd.grad(outputs, leaves, tensors(seed), retain_graph=True, allow_unused=True)
+            torch.autograd.grad(outputs, leaves, tensors(state), retain_graph=True, allow_unused=True)
 
     def full_gradients() -> None:
         while recorded:  # as in a step: the last layer first, its graph freed
             leaves, outputs, parameters = recorded.pop()
-            torch.autograd.backward(outputs, tensors(seed), inputs=[*leaves, *parameters])
+            torch.autograd.backward(outputs, tensors(state), inputs=[*leaves, *parameters])
 
     def enter() -> None:
-        block.enter(inputs)
+        if block.first:
+            block.enter(inputs)
 
     def leave() -> None:
-        engine.loss_and_seed(entered, targets, 1 / max(1, terms))
+        if block.last:
+            engine.loss_and_seed(state, targets, 1 / max(1, terms))
 
     def update() -> None:
         engine.optimizer.step()
         engine.optimizer.zero_grad(set_to_none=True)
 
-    works = (forward, record, input_gradients, full_gradients, enter, leave, update)
-    times = [[_clocked(work) for work in works] for _ in range(1 + rounds)][1:]
-    once = [median(column) for column in zip(*times, strict=True)]
-    count, owned = len(layers), len(block.layers)
-    buffers = (once[1] + once[3]) / count * len(block.close)  # `leave` went through the closing buffers
-    return Costs(
-        forward=once[0] / count, record=once[1] / count, input_gradient=once[2] / count, full_gradient=once[3] / count,
-        enter=once[4], enter_gradient=once[4], leave=max(0.0, once[5] - buffers), update=once[6] / owned, message=message_s,
-    )  # fmt: skip
+    return Parts(forward, record, input_gradients, full_gradients, enter, leave, update)
 
 
 def _clocked(work: Callable[[], None]) -> float:

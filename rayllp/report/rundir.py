@@ -10,7 +10,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from rayllp.checkpoint.location import Folder, locate
+from rayllp.checkpoint.location import Folder, place_of_checkpoints
 from rayllp.config import TrainConfig, to_yaml
 from rayllp.errors import SettingsError
 
@@ -29,10 +29,9 @@ class RunDirectory:
 
     def __init__(self, path: Path, config: TrainConfig | None = None) -> None:
         self.path = path
-        elsewhere = config.checkpoint.path if config is not None else None
         self.trouble: str | None = None
         self._waiting: deque[Callable[[], None]] = deque()
-        self.checkpoints: Folder = path / "checkpoints" if elsewhere is None else locate(elsewhere)
+        self.checkpoints: Folder = place_of_checkpoints(path, None if config is None else config.checkpoint.path)
 
     @classmethod
     def create(cls, output: str | Path | None, config: TrainConfig) -> "RunDirectory":
@@ -41,7 +40,7 @@ class RunDirectory:
         Raises:
             SettingsError: it holds another run, or cannot be written.
         """
-        path = Path(output) if output else _unused(Path("runs") / f"{date.today().isoformat()}_{config.name}")
+        path = Path(output) if output else unused(Path("runs") / f"{date.today().isoformat()}_{config.name}")
         if path.exists() and not path.is_dir():
             raise SettingsError(f"output {path} is a file: choose a directory with --output")
         if path.is_dir() and any(path.iterdir()):
@@ -56,6 +55,7 @@ class RunDirectory:
 
     def change_settings(self, before: TrainConfig, now: TrainConfig) -> None:
         """The run goes on with other settings."""
+        self.mend()
         old, new = (_flat(config.model_dump(mode="json")) for config in (before, now))
         changed = {name: [old.get(name), new.get(name)] for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name)}
         _replace(self.path / "config.yaml", to_yaml(now))
@@ -63,8 +63,7 @@ class RunDirectory:
 
     def last_evaluation(self) -> dict[str, Any] | None:
         """The last line of evals.jsonl."""
-        lines = _whole_lines(self.path / "evals.jsonl")
-        return json.loads(lines[-1]) if lines else None
+        return next(reversed(read_lines(self.path / "evals.jsonl")), None)
 
     def metric(self, values: Mapping[str, Any]) -> None:
         """A line of metrics.jsonl."""
@@ -80,7 +79,7 @@ class RunDirectory:
 
     def read_lipschitz(self) -> list[list[float]]:
         """Estimates of all layers, one list a probe that made them, as metrics.jsonl has them."""
-        return [found for line in _whole_lines(self.path / "metrics.jsonl") if (found := json.loads(line).get("lipschitz"))]
+        return [found for metric in read_lines(self.path / "metrics.jsonl") if (found := metric.get("lipschitz"))]
 
     def read_best(self) -> dict[str, Any] | None:
         """Step and losses of the best evaluation so far, as `write_best` left them."""
@@ -143,6 +142,11 @@ def _whole_lines(path: Path) -> list[str]:
     return path.read_text().split("\n")[:-1] if path.is_file() else []
 
 
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """What a .jsonl file of a run has; nothing where it is not there."""
+    return [json.loads(line) for line in _whole_lines(path)]
+
+
 def _append_line(path: Path, line: str) -> None:
     """Add a line, all of it or nothing."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -164,7 +168,8 @@ def _replace(path: Path, text: str) -> None:
     os.replace(beside, path)
 
 
-def _unused(path: Path) -> Path:
+def unused(path: Path) -> Path:
+    """This path, or with a number where it is taken."""
     candidate, number = path, 2
     while candidate.exists():
         candidate, number = path.with_name(f"{path.name}_{number}"), number + 1

@@ -5,20 +5,26 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from rayllp.report import read_lines
 from rayllp.tuning.reporter import WORST
 from rayllp.tuning.sweep import Sweep
 
 Row = dict[str, Any]
 
 
+def whole(rows: Sequence[Row], *metrics: str) -> list[Row]:
+    """Rows that have all of these metrics."""
+    return [row for row in rows if all(row[name] is not None and row[name] < WORST for name in metrics)]
+
+
 def pareto_front(rows: Sequence[Row], metrics: Sequence[str]) -> list[Row]:
     """Rows that no other is as good as in all metrics and better in one, by the first metric. All metrics are to be small."""
-    whole = [row for row in rows if all(row[name] is not None and row[name] < WORST for name in metrics)]
+    found = whole(rows, *metrics)
 
     def beats(one: Row, other: Row) -> bool:
         return all(one[name] <= other[name] for name in metrics) and any(one[name] < other[name] for name in metrics)
 
-    return sorted((row for row in whole if not any(beats(other, row) for other in whole)), key=lambda row: row[metrics[0]])
+    return sorted((row for row in found if not any(beats(other, row) for other in found)), key=lambda row: row[metrics[0]])
 
 
 def draw_all(rows: list[Row], sweep: Sweep, folder: Path) -> list[tuple[str, Path]]:
@@ -47,15 +53,15 @@ def draw_all(rows: list[Row], sweep: Sweep, folder: Path) -> list[tuple[str, Pat
 
 def _pareto(plt: Any, rows: list[Row], sweep: Sweep, folder: Path) -> Any:
     metrics = ("step_time", "bias")
-    whole = [row for row in rows if all(row[name] is not None and row[name] < WORST for name in metrics)]
-    if len(whole) < 2:
+    found = whole(rows, *metrics)
+    if len(found) < 2:
         return None
     figure, axis = plt.subplots(figsize=(7, 4.2), layout="constrained")
     points = axis.scatter(
-        [row["step_time"] for row in whole], [max(row["bias"], 1e-4) for row in whole], c=[row["validation_loss"] for row in whole],
+        [row["step_time"] for row in found], [max(row["bias"], 1e-4) for row in found], c=[row["validation_loss"] for row in found],
         cmap="viridis_r", zorder=2,
     )  # fmt: skip
-    front = pareto_front(whole, metrics)
+    front = pareto_front(found, metrics)
     axis.step(
         [row["step_time"] for row in front], [max(row["bias"], 1e-4) for row in front], where="post", color="#d62728", lw=1, label="front"
     )
@@ -70,16 +76,16 @@ def _pareto(plt: Any, rows: list[Row], sweep: Sweep, folder: Path) -> Any:
 
 def _coordinates(plt: Any, rows: list[Row], sweep: Sweep, folder: Path) -> Any:
     metric = sweep.objective.metrics[0]
-    whole = [row for row in rows if row[metric] is not None and row[metric] < WORST]
+    found = whole(rows, metric)
     names = [parameter.name for parameter in sweep.parameters.parameters if parameter.kind != "same"]
-    if len(whole) < 2 or not names:
+    if len(found) < 2 or not names:
         return None
-    base = sweep.config({}).model_dump(mode="json")
-    columns = {name: [_value(row, name, base) for row in whole] for name in names} | {metric: [row[metric] for row in whole]}
+    base = sweep.base_values()
+    columns = {name: [(base | row["settings"])[name] for row in found] for name in names} | {metric: [row[metric] for row in found]}
     figure, axis = plt.subplots(figsize=(max(6, 1.5 * len(columns)), 4.2), layout="constrained")
     heights = {name: _scale(values) for name, values in columns.items()}
     low, high = min(columns[metric]), max(columns[metric])
-    for n in range(len(whole)):
+    for n in range(len(found)):
         shade = 0.0 if high == low else (columns[metric][n] - low) / (high - low)
         axis.plot(range(len(columns)), [heights[name][0][n] for name in columns], color=plt.cm.viridis(shade), lw=1, alpha=0.8)
     for place, name in enumerate(columns):
@@ -109,19 +115,19 @@ def _between(value: float, low: float, high: float) -> float:
 def _importance(plt: Any, rows: list[Row], sweep: Sweep, folder: Path) -> Any:
     """Optuna's, of a study made of the trials; None where there are too few, or Optuna or what it needs is missing."""
     metric = sweep.objective.metrics[0]
-    whole = [row for row in rows if row[metric] is not None and row[metric] < WORST]
-    if len(whole) < 4:
+    usable = whole(rows, metric)
+    if len(usable) < 4:
         return None
     try:
         import optuna
         from optuna.importance import get_param_importances
     except ImportError:
         return None
-    base = sweep.config({}).model_dump(mode="json")
+    base = sweep.base_values()
     parameters = [parameter for parameter in sweep.parameters.parameters if parameter.kind != "same"]
     study = optuna.create_study()
-    for row in whole:
-        values = {parameter.name: _value(row, parameter.name, base) for parameter in parameters}
+    for row in usable:
+        values = base | row["settings"]
         if not all(parameter.has(values[parameter.name]) for parameter in parameters):
             continue
         distributions = {parameter.name: _distribution(optuna, parameter) for parameter in parameters}
@@ -153,10 +159,7 @@ def _rho(plt: Any, rows: list[Row], sweep: Sweep, folder: Path) -> Any:
     figure, axis = plt.subplots(figsize=(7, 4.2), layout="constrained")
     drawn = 0
     for row in rows:
-        path = folder / "trials" / str(row["trial"]) / "metrics.jsonl"
-        if not path.is_file():
-            continue
-        metrics = [json.loads(line) for line in path.read_text().split("\n")[:-1]]
+        metrics = read_lines(folder / "trials" / str(row["trial"]) / "metrics.jsonl")
         points = [(m["step"], max(rho)) for m in metrics if (rho := [m[k] for k in ("rho_forward", "rho_backward") if m[k] is not None])]
         if len(points) < 2:
             continue
@@ -173,13 +176,3 @@ def _rho(plt: Any, rows: list[Row], sweep: Sweep, folder: Path) -> Any:
     axis.axhline(1, color="grey", ls="--", lw=0.8)
     axis.set(xlabel="step", ylabel="ρ, the larger of forward and backward", yscale="log")
     return figure
-
-
-def _value(row: Row, name: str, base: dict[str, Any]) -> Any:
-    """Of a setting in a trial: chosen, else the base config's."""
-    if name in row["settings"]:
-        return row["settings"][name]
-    value: Any = base
-    for part in name.split("."):
-        value = value.get(part) if isinstance(value, dict) else None
-    return value

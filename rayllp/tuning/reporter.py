@@ -84,8 +84,7 @@ class Reporter:
         result = {
             "step": self.steps, "tokens": self.tokens, "seconds": round(self.seconds, 3), "step_time": step_time,
             "measured_step_time": measured, "bias": bias, **self.rho, "largest_rho": self.largest_rho, "last_mode": self.mode,
-            "rung": self.rung,
-            "parallel_share": round(share, 4), "switches": len(self.switches),
+            "rung": self.rung, "parallel_share": round(share, 4), "switches": len(self.switches),
             "switched_at": next((step for step, rung in self.switches if rung == "serial"), None),
             "validation_loss": self.found.get("loss", WORST), "diverged": diverged, **others,
             "seconds_to_target": self.reached if self.reached is not None else WORST,

@@ -13,14 +13,13 @@ from rich.console import Console
 from rich.table import Table
 
 from rayllp.config import to_yaml
-from rayllp.tuning.pictures import draw_all, pareto_front
+from rayllp.tuning.pictures import draw_all, pareto_front, whole
 from rayllp.tuning.reporter import WORST
 from rayllp.tuning.sweep import Sweep
 
 COLUMNS = (
     "validation_loss", "step_time", "bias", "largest_rho", "parallel_share", "switches", "switched_at", "last_mode", "step", "tokens",
-    "seconds",
-    "seconds_to_target", "diverged",
+    "seconds", "seconds_to_target", "diverged",
 )  # fmt: skip
 
 Row = dict[str, Any]
@@ -61,14 +60,14 @@ def rows_of(sweep: Sweep, results: ResultGrid) -> list[Row]:
 
 
 def best_row(rows: list[Row], sweep: Sweep) -> Row | None:
-    """The trial with the least of the objective; of a Pareto front the fastest whose bias is below the front's median."""
+    """The trial with the least of the objective; of a Pareto front the one in its middle."""
     metrics = sweep.objective.metrics
-    whole = [row for row in rows if row["state"] == "done" and all(row[name] is not None and row[name] < WORST for name in metrics)]
-    if not whole:
+    done = whole([row for row in rows if row["state"] == "done"], *metrics)
+    if not done:
         return None
     if len(metrics) == 1:
-        return min(whole, key=lambda row: row[metrics[0]])
-    front = pareto_front(whole, metrics)
+        return min(done, key=lambda row: row[metrics[0]])
+    front = pareto_front(done, metrics)
     return front[len(front) // 2]
 
 

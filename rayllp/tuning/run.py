@@ -20,6 +20,7 @@ from rayllp.cluster.session import join_cluster
 from rayllp.data import load_data
 from rayllp.errors import ClusterError, SettingsError
 from rayllp.plan.measure import measure_costs
+from rayllp.report import unused
 from rayllp.tuning.results import write_results
 from rayllp.tuning.searchers import FeasibleSearch, GridSearch, build_searcher
 from rayllp.tuning.sweep import DATA, Sweep, load_sweep, make_sweep
@@ -75,8 +76,7 @@ def tune(
             raise
         if not len(results):
             raise SettingsError(f"no trial is feasible: {_first(searcher)}")
-        infeasible = getattr(searcher, "infeasible", [])
-        write_results(sweep, results, folder, infeasible, console)
+        write_results(sweep, results, folder, searcher.infeasible, console)
         return results
 
 
@@ -84,11 +84,10 @@ def _fit(sweep: Sweep, folder: Path, searcher: FeasibleSearch | GridSearch, *, r
     base = sweep.config({})
     device = choose_device(base)
     _check_room(sweep, device)
-    shared = not any(name.startswith(DATA) for name in sweep.space)
-    costs = None
-    if sweep.objective.cluster is not None:
-        costs = measure_costs(base, load_data(base), message_s=sweep.objective.cluster.message_s)
-    given = {"sweep": sweep, "output": str(folder), "data": load_data(base) if shared else None, "costs": costs}
+    shared, cluster = not any(name.startswith(DATA) for name in sweep.space), sweep.objective.cluster
+    data: Any = load_data(base) if shared or cluster is not None else None
+    costs = None if cluster is None else measure_costs(base, data, message_s=cluster.message_s)
+    given = {"sweep": sweep, "output": str(folder), "data": data if shared else None, "costs": costs}
     resources = partial(_resources, sweep, device)
     trainable = ray_tune.with_resources(
         ray_tune.with_parameters(train_trial, **given), lambda config: resources(sweep.config(config["settings"]).world)
@@ -171,11 +170,12 @@ def _check_room(sweep: Sweep, device: str) -> None:
     """Refuse a sweep of which a trial would wait for ever."""
     there = ray.cluster_resources()
     for workers in {sweep.config({}).world, *(value for value in sweep.parameters.all_values("workers") if isinstance(value, int))}:
-        needed = _resources(sweep, device, workers).required_resources
+        resources = _resources(sweep, device, workers)
+        needed = resources.required_resources
         if any(there.get(name, 0) < amount for name, amount in needed.items()):
             has = ", ".join(f"{there.get(name, 0):g} {name}" for name in needed)
             raise ClusterError(
-                f"a trial with {workers} workers needs {_describe(_resources(sweep, device, workers))}, but the cluster has {has}: lower "
+                f"a trial with {workers} workers needs {_describe(resources)}, but the cluster has {has}: lower "
                 "workers or driver_cpus, or add nodes"
             )
 
@@ -184,7 +184,7 @@ def _check_room(sweep: Sweep, device: str) -> None:
 
 
 def _create(output: str | Path | None, sweep: Sweep) -> Path:
-    path = Path(output) if output else _unused(Path("runs") / f"{date.today().isoformat()}_{sweep.name}")
+    path = Path(output) if output else unused(Path("runs") / f"{date.today().isoformat()}_{sweep.name}")
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise SettingsError(f"output {path} is not empty: choose another with --output, or go on with a sweep by --resume {path}")
     try:
@@ -207,13 +207,6 @@ def _read_sweep(folder: Path) -> Sweep:
     return make_sweep({**kept["sweep"], "base": base.name}, folder, source=str(folder))
 
 
-def _unused(path: Path) -> Path:
-    candidate, number = path, 2
-    while candidate.exists():
-        candidate, number = path.with_name(f"{path.name}_{number}"), number + 1
-    return candidate
-
-
-def _first(searcher: Any) -> str:
-    found = getattr(searcher, "infeasible", [])
+def _first(searcher: FeasibleSearch | GridSearch) -> str:
+    found = searcher.infeasible
     return f"{len(found)} were refused, the first, {found[0][0]}, because {found[0][1]}" if found else "none was suggested"

@@ -18,7 +18,7 @@ def build_searcher(sweep: Sweep) -> "FeasibleSearch | GridSearch":
     """The sweep's searcher.
 
     Raises:
-        SettingsError: optuna is missing, or no point of a grid is feasible.
+        SettingsError: optuna is missing.
     """
     if sweep.searcher == "grid":
         return GridSearch(sweep)
@@ -112,9 +112,7 @@ class FeasibleSearch(_Search):
     def _default(self, trial_id: str) -> dict[str, Any]:
         """The base config; Optuna is told of it where it is a point of the space."""
         self._is_new({})
-        base = self.sweep.config({}).model_dump(mode="json")
-        values = {parameter.name: _get(base, parameter.name) for parameter in self.sweep.parameters.parameters}
-        point = self.sweep.parameters.encode(values)
+        point = self.sweep.parameters.encode(self.sweep.base_values())
         if point is not None:
             self.inner._ot_study.enqueue_trial(point)
             self._names[trial_id] = f"{trial_id}.default"
@@ -149,9 +147,3 @@ class GridSearch(_Search):
             return Searcher.FINISHED
         self.given += 1
         return {"settings": self.points[self.given - 1]}
-
-
-def _get(values: Any, name: str) -> Any:
-    for part in name.split("."):
-        values = values.get(part) if isinstance(values, dict) else None
-    return values

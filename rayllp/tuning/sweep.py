@@ -1,5 +1,6 @@
 """What a sweep file says: a base config, what varies, what is wanted, and how to look for it. Checked without a cluster."""
 
+import copy
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -97,7 +98,7 @@ class Sweep(Settings):
 
     def values(self, chosen: Mapping[str, Any]) -> dict[str, Any]:
         """Nested settings of a trial with these choices, by dotted name."""
-        merged: dict[str, Any] = yaml.safe_load(yaml.safe_dump(self._base))
+        merged = copy.deepcopy(self._base)
         for name, value in {**self.settings, **chosen}.items():
             _put(merged, name, value)
         return merged
@@ -118,6 +119,11 @@ class Sweep(Settings):
         if self.scheduler == "pbt":  # another trial may go on from one that this one would not keep
             config = config.model_copy(update={"checkpoint": config.checkpoint.model_copy(update={"keep": max(4, config.checkpoint.keep)})})
         return config
+
+    def base_values(self) -> dict[str, Any]:
+        """What the base config has for each setting that varies, by dotted name."""
+        base = self.config({}).model_dump(mode="json")
+        return {parameter.name: _get(base, parameter.name) for parameter in self._space.parameters}
 
     def enlarged(self, config: TrainConfig) -> TrainConfig | None:
         """A trial's settings on the cluster that its step time is predicted for; None: it is measured.
@@ -243,6 +249,12 @@ def _check_name(name: str, source: str) -> None:
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5) or [k for k in known if k.split(".")[-1] == name.split(".")[-1]]
     hint = f"; did you mean {close[0]}?" if close else "; `rayllp settings` lists them all"
     raise SettingsError(f"{source}: unknown setting {name}{hint}")
+
+
+def _get(values: Any, name: str) -> Any:
+    for part in name.split("."):
+        values = values.get(part) if isinstance(values, dict) else None
+    return values
 
 
 def _put(values: dict[str, Any], name: str, value: Any) -> None:

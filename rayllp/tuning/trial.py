@@ -1,7 +1,6 @@
 """One trial: the driver loop of `rayllp train`, in the trial's own placement group, reporting to Tune at each evaluation."""
 
 import json
-import os
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -10,14 +9,14 @@ from ray import tune
 from ray.util import get_current_placement_group
 from rich.console import Console
 
-from rayllp.checkpoint import Folder, checkpoints, locate
+from rayllp.checkpoint import Folder, checkpoints, locate, step_of
 from rayllp.cluster.driver import Driver, Place
 from rayllp.cluster.session import validate
 from rayllp.config import TrainConfig, load_run_config
 from rayllp.control import Controller
 from rayllp.errors import NonFiniteError
 from rayllp.plan import Costs, predict_step
-from rayllp.report import RunDirectory
+from rayllp.report import RunDirectory, read_lines
 from rayllp.tuning.reporter import Reporter
 from rayllp.tuning.sweep import Sweep
 
@@ -47,7 +46,9 @@ def train_trial(choices: dict[str, Any], *, sweep: Sweep, output: str, data: Any
     path = Path(output) / "trials" / str(tune.get_context().get_trial_id())
     run, found = _open(path, config)
     reporter = Reporter(sweep.objective, _predict(sweep, config, costs))
-    reporter.resume(_read(path / "metrics.jsonl"), [event for event in _read(path / "events.jsonl") if event["kind"] == "switch"])
+    done = step_of(found[-1]) if found else 0  # what came after is done again
+    events = [event for event in read_lines(path / "events.jsonl") if event["kind"] == "switch" and event["step"] < done]
+    reporter.resume([metric for metric in read_lines(path / "metrics.jsonl") if metric["step"] < done], events)
     group = get_current_placement_group()
     driver = TrialDriver(
         config, run, "cuda" if _on_gpus(group) else "cpu", None, None, validate(config, None, None, data=data),
@@ -84,7 +85,6 @@ def _open(path: Path, config: TrainConfig) -> tuple[RunDirectory, list[Folder]]:
     else:
         before = load_run_config(path)
         run = RunDirectory(path, config)
-        run.mend()
         if before != config:
             run.change_settings(before, config)
         own = checkpoints(run.checkpoints)
@@ -100,8 +100,3 @@ def _predict(sweep: Sweep, config: TrainConfig, costs: Costs | None) -> float | 
 
 def _on_gpus(group: Any) -> bool:
     return any(bundle.get("GPU") for bundle in group.bundle_specs)
-
-
-def _read(path: Path) -> list[dict[str, Any]]:
-    """Whole lines of a run's file."""
-    return [json.loads(line) for line in path.read_text().split("\n")[:-1]] if os.path.isfile(path) else []
