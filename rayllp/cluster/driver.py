@@ -8,7 +8,6 @@ from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ray.util.placement_group import PlacementGroup
 from rich.console import Console
 
 from rayllp.checkpoint import Folder, checkpoints, count_layers, read_manifest, step_of
@@ -21,6 +20,7 @@ from rayllp.cluster.names import run_name
 from rayllp.cluster.places import capacity
 from rayllp.cluster.recovery import FailureBudget, choose_interval
 from rayllp.cluster.saving import Saver
+from rayllp.cluster.staff import Staff
 from rayllp.config import TrainConfig
 from rayllp.data import Batches
 from rayllp.errors import ChannelError, NonFiniteError, RayllpError, WorkerLostError
@@ -64,19 +64,12 @@ class Loaded(NamedTuple):
     kept: dict[str, Any] | None
 
 
-class Place(NamedTuple):
-    """A placement group of somebody else's to live in, and its first bundle for a worker."""
-
-    group: PlacementGroup | None
-    first_bundle: int
-
-
 class Driver:
     """One sitting of one run.
 
     Args:
         listeners: are told what happens.
-        place: where the workers live; None: in a placement group of their own.
+        staff: processes to be its workers; None: its own, in a placement group of their own.
 
     Attributes:
         whole: the run's settings.
@@ -85,7 +78,7 @@ class Driver:
 
     def __init__(
         self, config: TrainConfig, run: RunDirectory, device: str, model: Architecture | None, batches: Batches | None,
-        loaded: Loaded | None, console: Console | None = None, listeners: Sequence[Listener] = (), place: Place | None = None,
+        loaded: Loaded | None, console: Console | None = None, listeners: Sequence[Listener] = (), staff: Staff | None = None,
     ) -> None:  # fmt: skip
         self.whole, self.run = config, run
         self.stage = stage_at(config, 0)
@@ -93,8 +86,7 @@ class Driver:
         self.config = self._at_size(self._size)
         self.data, self.plan, self.kept = loaded or Loaded(None, None, None)
         self.model, self.batches = model, batches
-        group, first_bundle = place or Place(None, 0)
-        self.workers = WorkerGroup(self.config, device, group, first_bundle, name=run_name(run.path))
+        self.workers = WorkerGroup(self.config, staff or Staff(self.config, device, name=run_name(run.path)))
         self.listeners = listeners
         self.console = console or Console(stderr=True)
         self.stop = False

@@ -1,36 +1,26 @@
-"""All workers of a run: placement group, actors, process group, and calls to all at once."""
+"""All workers of a run: which layers each has, their process group, and calls to all at once."""
 
 import contextlib
 import math
 import time
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
-from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from rayllp.checkpoint.memory import Inventory, Layout, common_step, copy_offset, holder_of
-from rayllp.cluster.names import NAMESPACE, group_name, worker_name
-from rayllp.cluster.places import Slot, draining, threads_of
-from rayllp.cluster.worker import BlockWorker, Plan
+from rayllp.cluster.places import Slot, draining
+from rayllp.cluster.staff import START_TIMEOUT_S, Staff
+from rayllp.cluster.worker import Plan
 from rayllp.config import TrainConfig
 from rayllp.data import Batches
 from rayllp.errors import ClusterError, RayllpError, WorkerLostError
 from rayllp.models import FAMILIES, Architecture
 
-START_TIMEOUT_S = 180.0
 BROKEN = ("ChannelError", "RuntimeError", "DistBackendError")
 """Errors of a worker that may only be the echo of another's."""
-
-
-class Starting(NamedTuple):
-    """A worker that has no layers yet, and what says that it is there."""
-
-    actor: Any
-    ready: Any
 
 
 @dataclass(frozen=True)
@@ -43,36 +33,27 @@ class Estate:
 
 
 class WorkerGroup:
-    """The actors of one run.
+    """The workers of one run.
 
     Args:
-        group: a placement group to live in (a Tune trial's own); made here, and removed at shutdown, if None.
-        first_bundle: the group's bundle that takes worker 0.
-        name: the run's, under which Ray's other users find its workers (`rayllp.cluster.names`); None: nobody does.
+        staff: the processes that they are made of.
     """
 
-    def __init__(
-        self, config: TrainConfig, device: str, group: PlacementGroup | None = None, first_bundle: int = 0, name: str | None = None
-    ) -> None:
-        self.config, self.device, self.name = config, device, name
-        self._own_group = group is None
-        # A run that has a cluster to itself uses all of it; in a lent group a worker has what its bundle has.
-        alone = device == "cpu" and group is None
-        cpus = max(1, int(ray.cluster_resources().get("CPU", 1)) // config.world) if alone else 1
-        self._bundle: dict[str, float] = {"CPU": 1.0, "GPU": 1.0} if device == "cuda" else {"CPU": 1.0}
-        self.group = group or placement_group([self._bundle] * config.world, strategy="PACK", name=group_name(name) if name else "")
-        self._threads = threads_of(cpus)
+    def __init__(self, config: TrainConfig, staff: Staff) -> None:
+        self.config, self.staff = config, staff
         self.workers: list[Any] = []
-        self._slots = [Slot(self.group, first_bundle + rank) for rank in range(config.world)]  # of the workers, and then free ones
-        self._started = 0
+        self._slots: list[Slot] = []  # theirs
         self._nodes: list[str] = []
         self._offset = 1
-        self._spares: dict[str, Starting] = {}  # by node
-        self._recruits: dict[Slot, Starting] = {}
         self._layouts: dict[int, Layout] = {}
         self._estate: Estate | None = None
         self._shared: Any = None
         self._sources: tuple[Architecture | None, dict[str, Any] | None] = (None, None)
+
+    @property
+    def device(self) -> str:
+        """cpu or cuda."""
+        return self.staff.device
 
     def start(self, architecture: Architecture | None, batches: Batches, kept: dict[str, Any] | None = None) -> list[dict[str, Any]]:
         """Create, connect and build all workers; what each says of itself.
@@ -85,27 +66,12 @@ class WorkerGroup:
         Raises:
             ClusterError: the resources did not come free, or a worker failed to start.
         """
-        if not self.group.wait(START_TIMEOUT_S):
-            available = {name: ray.available_resources().get(name, 0) for name in self._bundle}
-            raise ClusterError(
-                f"{self.config.world} workers of {self._bundle} each were not granted within {START_TIMEOUT_S:g} s; free now: {available}. "
-                "Wait for other jobs, or lower workers"
-            )
-        self.workers = [self._actor(rank, self._slots[rank]) for rank in range(self.config.world)]
+        self.staff.wait_for_room()
+        self._slots = self.staff.slots[: self.config.world]
+        self.workers = [self.staff.hire(slot, rank, self.config) for rank, slot in enumerate(self._slots)]
         self._shared, self._sources = ray.put(batches), (architecture, kept)
         self._connect()
         return self._build(range(self.config.world))
-
-    def _actor(self, rank: int, slot: Slot) -> Any:
-        place = PlacementGroupSchedulingStrategy(placement_group=slot.group, placement_group_bundle_index=slot.bundle)
-        return self._start_actor(rank, place, self._bundle["CPU"])
-
-    def _start_actor(self, rank: int, strategy: Any, cpus: float) -> Any:
-        options: dict[str, Any] = {"num_cpus": cpus, "num_gpus": self._bundle.get("GPU", 0), "scheduling_strategy": strategy}
-        if self.name:
-            options |= {"name": worker_name(self.name, self._started), "namespace": NAMESPACE}
-        self._started += 1
-        return ray.remote(BlockWorker).options(**options).remote(rank, self.config, self._threads)
 
     def _connect(self, *, keep_offset: bool = False) -> None:
         """Join all workers anew. With `keep_offset` the copies that they hold stay those of the same workers' states."""
@@ -215,33 +181,17 @@ class WorkerGroup:
         """
         self.call_some(self.survivors(lost), "leave", timeout_s=START_TIMEOUT_S)
         for rank in lost:
-            spare = self._take_spare(self._nodes[rank])
-            self.workers[rank] = spare or self._actor(rank, self._slots[rank])
+            spare = self.staff.take_spare(self._nodes[rank])
+            self.workers[rank] = spare or self.staff.hire(self._slots[rank], rank, self.config)
             if spare is not None:
                 self._get({rank: spare.reconfigure.remote(self.config, rank)}, START_TIMEOUT_S)
         self._connect(keep_offset=True)
         self._build(sorted(lost))
 
     def keep_spares(self) -> None:
-        """Begin to start a spare on each node that has workers and no spare. Waits for nothing.
-
-        A spare has done what takes longest in a worker's start, the imports. It takes the bundle of a worker that was lost on its node,
-        so it asks for no resources of its own; on GPUs there are none, since a process without one cannot be given one.
-        """
-        if not self.config.spare_workers or not self.config.max_failures or self.device != "cpu":
-            return
-        for node in set(self._nodes) - self._spares.keys():
-            actor = self._start_actor(-1, NodeAffinitySchedulingStrategy(node, soft=False), cpus=0)
-            self._spares[node] = Starting(actor, actor.warm.remote(self._sources[0], self._shared, self._plan()))
-
-    def _take_spare(self, node: str) -> Any | None:
-        """The spare on this node; None: there is none. One that is still starting is further along than a new worker would be."""
-        spare = self._spares.pop(node, None)
-        if spare is not None:
-            with contextlib.suppress(RayActorError, RayTaskError, GetTimeoutError):  # it died itself: as if there were none
-                ray.get([spare.ready, spare.actor.ping.remote()], timeout=START_TIMEOUT_S)
-                return spare.actor
-        return None
+        """Begin to start a spare on each node that has workers and no spare, where the settings want that. Waits for nothing."""
+        if self.config.spare_workers and self.config.max_failures:
+            self.staff.keep_spares(self._nodes, self.config, self._sources[0], self._shared, self._plan())
 
     def survivors(self, lost: Collection[int]) -> list[int]:
         """Ranks of all other workers."""
@@ -294,33 +244,11 @@ class WorkerGroup:
 
     def recruit(self, most: int) -> None:
         """Begin to start workers, where the cluster has room, so that there are `most` with those at work. Waits for nothing."""
-        wanted = most - len(self.workers) - len(self._recruits)
-        free = [slot for slot in self._slots[len(self.workers) :] if slot not in self._recruits]
-        available = ray.available_resources()
-        for _ in range(wanted):
-            slot = next((slot for slot in free if slot.is_alive()), None)
-            if slot is not None:
-                free.remove(slot)
-            elif all(available.get(name, 0) >= amount for name, amount in self._bundle.items()):
-                available = {name: amount - self._bundle.get(name, 0) for name, amount in available.items()}
-                slot = Slot(placement_group([self._bundle]), 0)
-                self._slots.append(slot)
-            else:
-                break
-            actor = self._actor(-1, slot)
-            self._recruits[slot] = Starting(actor, actor.place.remote())
+        self.staff.recruit(most - len(self.workers), self._slots, self.config)
 
     def recruited(self) -> int:
-        """Recruits that are there. One that died on the way is forgotten."""
-        ready = 0
-        for slot, recruit in list(self._recruits.items()):
-            if ray.wait([recruit.ready], timeout=0)[0]:
-                try:
-                    ray.get(recruit.ready)
-                    ready += 1
-                except RayActorError:
-                    del self._recruits[slot]
-        return ready
+        """Recruits that are there."""
+        return self.staff.recruited()
 
     @property
     def is_halfway(self) -> bool:
@@ -372,41 +300,27 @@ class WorkerGroup:
     def _reseat(self, world: int, lost: frozenset[int], leaving: frozenset[int]) -> None:
         """The workers from now on, in the order of their layers: survivors, recruits that are there, then new ones where the lost were."""
         seats = [(self._slots[rank], self.workers[rank]) for rank in self.survivors(lost | leaving)]
-        for dismissed in [*(worker for _, worker in seats[world:]), *(self.workers[rank] for rank in leaving - lost)]:
-            ray.kill(dismissed, no_restart=True)
+        self.staff.dismiss([*(worker for _, worker in seats[world:]), *(self.workers[rank] for rank in leaving - lost)])
         seats = seats[:world]
-        for slot, recruit in list(self._recruits.items()):
-            if len(seats) < world and ray.wait([recruit.ready], timeout=0)[0]:
-                seats.append((slot, recruit.actor))
-                del self._recruits[slot]
-        used = {slot for slot, _ in seats} | self._recruits.keys()
-        for slot in sorted((slot for slot in self._slots if slot not in used), key=lambda slot: not slot.is_alive()):
-            if len(seats) < world:
-                seats.append((slot, self._actor(len(seats), slot)))
-        used = {slot for slot, _ in seats}
-        self._slots = [slot for slot, _ in seats] + [slot for slot in self._slots if slot not in used]
-        self.workers = [worker for _, worker in seats]
+        seats += self.staff.take_recruits(world - len(seats))
+        free = self.staff.free([slot for slot, _ in seats])[: world - len(seats)]
+        seats += [(slot, self.staff.hire(slot, len(seats) + number, self.config)) for number, slot in enumerate(free)]
+        self._slots, self.workers = [slot for slot, _ in seats], [worker for _, worker in seats]
 
     def _reconfigure(self) -> None:
         self._get({rank: worker.reconfigure.remote(self.config, rank) for rank, worker in enumerate(self.workers)}, START_TIMEOUT_S)
 
     def dismiss(self) -> None:
-        """Kill all actors; `start` makes new ones."""
-        starting = [*self._recruits.values(), *self._spares.values()]
-        for actor in [*self.workers, *(each.actor for each in starting)]:
-            with contextlib.suppress(Exception):
-                ray.kill(actor, no_restart=True)
-        self.workers, self._recruits, self._spares = [], {}, {}
+        """End all processes; `start` makes new ones."""
+        self.staff.dismiss(self.workers)
+        self.staff.dismiss_idle()
+        self.workers = []
 
     def shutdown(self) -> None:
-        """Kill the actors and give the resources back."""
-        if not ray.is_initialized():  # the cluster is gone, and a call would start another
-            return
-        self.dismiss()
-        for group in {slot.group.id: slot.group for slot in self._slots}.values():
-            if self._own_group or group.id != self.group.id:
-                with contextlib.suppress(Exception):
-                    remove_placement_group(group)
+        """Let the workers go, and give the resources back, if they are not to stay for another run."""
+        if ray.is_initialized():  # else the cluster is gone, and a call would start another
+            self.staff.release(zip(self._slots, self.workers, strict=False))
+            self.workers = []
 
 
 def _lost(ranks: frozenset[int], why: str = "") -> WorkerLostError:

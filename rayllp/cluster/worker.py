@@ -184,6 +184,14 @@ class BlockWorker:
         self.rank, self.config, self.engine, self._copies = rank, config, None, None
         gc.collect()  # two networks at once may not fit, and an engine and its parts refer to each other
 
+    def vacate(self) -> None:
+        """Give up layers and connections, and forget the run: `reconfigure` begins another one."""
+        self.leave()
+        self.reconfigure(self.config, -1)
+        self._writer, self._done = PieceWriter(), deque(maxlen=REMEMBERED)
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()
+
     @_leaving
     def run(self, steps: list[tuple[int, Accuracy, ProbePlan | None]], snapshot_every: int = 0) -> list[dict[str, Any]]:
         """A chunk of training steps; ends early after a step whose loss or gradient is not finite.

@@ -109,6 +109,7 @@ def _fit(sweep: Sweep, folder: Path, searcher: FeasibleSearch | GridSearch, *, r
             num_samples=grid,
             max_concurrent_trials=sweep.concurrent,
             time_budget_s=sweep.time_budget_s,
+            reuse_actors=True,
             trial_dirname_creator=lambda trial: f"trial_{trial.trial_id}",
         ),
         run_config=ray_tune.RunConfig(

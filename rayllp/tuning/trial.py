@@ -1,17 +1,20 @@
 """One trial: the driver loop of `rayllp train`, in the trial's own placement group, reporting to Tune at each evaluation."""
 
 import json
+import os
 import tempfile
 from pathlib import Path
 from typing import Any
 
 from ray import tune
 from ray.util import get_current_placement_group
+from ray.util.placement_group import PlacementGroup
 from rich.console import Console
 
 from rayllp.checkpoint import Folder, checkpoints, locate, step_of
-from rayllp.cluster.driver import Driver, Place
+from rayllp.cluster.driver import Driver
 from rayllp.cluster.session import validate
+from rayllp.cluster.staff import Staff
 from rayllp.config import TrainConfig, load_run_config
 from rayllp.control import Controller
 from rayllp.errors import NonFiniteError
@@ -22,6 +25,11 @@ from rayllp.tuning.sweep import Sweep
 
 POINTER = "rayllp.json"
 """Tune's checkpoint of a trial: where its run is, which has its own."""
+LEAVE_S = 30
+"""A trial that was stopped lets its workers go before the next one takes its process; Tune's own limit of 2 s may be too short for that."""
+
+_staff: Staff | None = None
+"""The workers' processes of this one's last trial: Tune reuses a trial's process, with its placement group, for the next one like it."""
 
 
 class TrialDriver(Driver):
@@ -49,11 +57,9 @@ def train_trial(choices: dict[str, Any], *, sweep: Sweep, output: str, data: Any
     done = step_of(found[-1]) if found else 0  # what came after is done again
     events = [event for event in read_lines(path / "events.jsonl") if event["kind"] == "switch" and event["step"] < done]
     reporter.resume([metric for metric in read_lines(path / "metrics.jsonl") if metric["step"] < done], events)
-    group = get_current_placement_group()
-    driver = TrialDriver(
-        config, run, "cuda" if _on_gpus(group) else "cpu", None, None, validate(config, None, None, data=data),
-        Console(quiet=True), [reporter], Place(group, 1 if sweep.driver_cpus else 0),
-    )  # fmt: skip
+    staff = _staff_for(config, get_current_placement_group(), 1 if sweep.driver_cpus else 0)
+    loaded = validate(config, None, None, data=data)
+    driver = TrialDriver(config, run, staff.device, None, None, loaded, Console(quiet=True), [reporter], staff)
     driver.reporter = reporter
     try:
         driver.train(found)
@@ -98,5 +104,10 @@ def _predict(sweep: Sweep, config: TrainConfig, costs: Costs | None) -> float | 
     return None if large is None or costs is None else predict_step(large, Controller(large).accuracy, costs)
 
 
-def _on_gpus(group: Any) -> bool:
-    return any(bundle.get("GPU") for bundle in group.bundle_specs)
+def _staff_for(config: TrainConfig, group: PlacementGroup, first_bundle: int) -> Staff:
+    global _staff
+    os.environ.setdefault("TUNE_FUNCTION_THREAD_TIMEOUT_S", str(LEAVE_S))
+    if _staff is None or _staff.group.id != group.id:
+        device = "cuda" if any(bundle.get("GPU") for bundle in group.bundle_specs) else "cpu"
+        _staff = Staff(config, device, group, first_bundle, lasting=True)
+    return _staff

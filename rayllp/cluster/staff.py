@@ -1,0 +1,201 @@
+"""The worker processes of a run: where in the cluster they live, and those that have no layers (yet)."""
+
+import contextlib
+from collections.abc import Collection, Iterable
+from typing import Any, NamedTuple
+
+import ray
+from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
+
+from rayllp.cluster.names import NAMESPACE, group_name, worker_name
+from rayllp.cluster.places import Slot, threads_of
+from rayllp.cluster.worker import BlockWorker
+from rayllp.config import TrainConfig
+from rayllp.errors import ClusterError
+
+START_TIMEOUT_S = 180.0
+VACATE_TIMEOUT_S = 10.0
+
+
+class Starting(NamedTuple):
+    """A process that has no layers yet, and what says that it is there."""
+
+    actor: Any
+    ready: Any
+
+
+class Staff:
+    """Starts worker processes, and keeps those that are not at work: a process's start, most of it imports, takes seconds.
+
+    They are spares, one a node, which take the bundle of a worker that was lost there; recruits, for which the cluster had room; and, where
+    the staff is `lasting`, those that are left from the run before.
+
+    Args:
+        config: how many workers there are to be, and which resources each takes.
+        group: a placement group to live in (a Tune trial's own); made here, and removed at `close`, if None.
+        first_bundle: the group's bundle that takes the first worker.
+        name: the run's, under which Ray's other users find its workers (`rayllp.cluster.names`); None: nobody does.
+        lasting: whether processes stay when a run ends, for another one in the same placement group.
+
+    Attributes:
+        slots: the places in the cluster, of workers and free.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        device: str,
+        group: PlacementGroup | None = None,
+        first_bundle: int = 0,
+        name: str | None = None,
+        *,
+        lasting: bool = False,
+    ) -> None:
+        self.device, self.name, self.lasting = device, name, lasting
+        # A run that has a cluster to itself uses all of it; in a lent group a worker has what its bundle has.
+        alone = device == "cpu" and group is None
+        cpus = max(1, int(ray.cluster_resources().get("CPU", 1)) // config.world) if alone else 1
+        self._threads = threads_of(cpus)
+        self._bundle: dict[str, float] = {"CPU": 1.0, "GPU": 1.0} if device == "cuda" else {"CPU": 1.0}
+        self._lent = group is not None
+        self.group = group or placement_group([self._bundle] * config.world, strategy="PACK", name=group_name(name) if name else "")
+        self.slots = [Slot(self.group, first_bundle + rank) for rank in range(config.world)]
+        self._started = 0
+        self._idle: dict[Slot, Any] = {}
+        self._spares: dict[str, Starting] = {}  # by node
+        self._recruits: dict[Slot, Starting] = {}
+
+    def wait_for_room(self) -> None:
+        """Until the placement group has its resources.
+
+        Raises:
+            ClusterError: they did not come free.
+        """
+        if not self.group.wait(START_TIMEOUT_S):
+            available = {name: ray.available_resources().get(name, 0) for name in self._bundle}
+            raise ClusterError(
+                f"{len(self.slots)} workers of {self._bundle} each were not granted within {START_TIMEOUT_S:g} s; free now: {available}. "
+                "Wait for other jobs, or lower workers"
+            )
+
+    def hire(self, slot: Slot, rank: int, config: TrainConfig) -> Any:
+        """A worker in this place: the one that an earlier run left there, else a new process."""
+        actor = self._idle.pop(slot, None)
+        if actor is not None:
+            actor.reconfigure.remote(config, rank)  # if that fails, so does whatever it is asked next
+            return actor
+        place = PlacementGroupSchedulingStrategy(placement_group=slot.group, placement_group_bundle_index=slot.bundle)
+        return self._start(rank, config, place, self._bundle["CPU"])
+
+    def _start(self, rank: int, config: TrainConfig, strategy: Any, cpus: float) -> Any:
+        options: dict[str, Any] = {"num_cpus": cpus, "num_gpus": self._bundle.get("GPU", 0), "scheduling_strategy": strategy}
+        if self.name:
+            options |= {"name": worker_name(self.name, self._started), "namespace": NAMESPACE}
+        self._started += 1
+        return ray.remote(BlockWorker).options(**options).remote(rank, config, self._threads)
+
+    def free(self, taken: Collection[Slot]) -> list[Slot]:
+        """Places that neither have these workers nor a recruit, those of nodes that live first."""
+        found = [slot for slot in self.slots if slot not in taken and slot not in self._recruits]
+        return sorted(found, key=lambda slot: not slot.is_alive())
+
+    # Spares ---------------------------------------------------------------------------------------------------------------------
+
+    def keep_spares(self, nodes: Iterable[str], config: TrainConfig, *sources: Any) -> None:
+        """Begin to start a spare on each of these nodes that has none. Waits for nothing.
+
+        It asks for no resources of its own, and on GPUs there are none, since a process without one cannot be given one.
+
+        Args:
+            sources: what `BlockWorker.warm` wants.
+        """
+        if self.device != "cpu":
+            return
+        for node in set(nodes) - self._spares.keys():
+            actor = self._start(-1, config, NodeAffinitySchedulingStrategy(node, soft=False), cpus=0)
+            self._spares[node] = Starting(actor, actor.warm.remote(*sources))
+
+    def take_spare(self, node: str) -> Any | None:
+        """The spare on this node; None: there is none. One that is still starting is further along than a new worker would be."""
+        spare = self._spares.pop(node, None)
+        if spare is not None:
+            with contextlib.suppress(RayActorError, RayTaskError, GetTimeoutError):  # it died itself: as if there were none
+                ray.get([spare.ready, spare.actor.ping.remote()], timeout=START_TIMEOUT_S)
+                return spare.actor
+        return None
+
+    # Recruits -------------------------------------------------------------------------------------------------------------------
+
+    def recruit(self, wanted: int, taken: Collection[Slot], config: TrainConfig) -> None:
+        """Begin to start workers, where the cluster has room, so that there are so many recruits. Waits for nothing."""
+        free = self.free(taken)
+        available = ray.available_resources()
+        for _ in range(wanted - len(self._recruits)):
+            slot = next((slot for slot in free if slot.is_alive()), None)
+            if slot is not None:
+                free.remove(slot)
+            elif all(available.get(name, 0) >= amount for name, amount in self._bundle.items()):
+                available = {name: amount - self._bundle.get(name, 0) for name, amount in available.items()}
+                slot = Slot(placement_group([self._bundle]), 0)
+                self.slots.append(slot)
+            else:
+                break
+            actor = self.hire(slot, -1, config)
+            self._recruits[slot] = Starting(actor, actor.place.remote())
+
+    def recruited(self) -> int:
+        """Recruits that are there. One that died on the way is forgotten."""
+        ready = 0
+        for slot, recruit in list(self._recruits.items()):
+            if ray.wait([recruit.ready], timeout=0)[0]:
+                try:
+                    ray.get(recruit.ready)
+                    ready += 1
+                except RayActorError:
+                    del self._recruits[slot]
+        return ready
+
+    def take_recruits(self, most: int) -> list[tuple[Slot, Any]]:
+        """Recruits that are there, with their places; they are none any more."""
+        there = [slot for slot, recruit in self._recruits.items() if ray.wait([recruit.ready], timeout=0)[0]]
+        return [(slot, self._recruits.pop(slot).actor) for slot in there[: max(0, most)]]
+
+    # The end --------------------------------------------------------------------------------------------------------------------
+
+    def dismiss(self, actors: Iterable[Any]) -> None:
+        """End these processes."""
+        for actor in actors:
+            with contextlib.suppress(Exception):
+                ray.kill(actor, no_restart=True)
+
+    def dismiss_idle(self) -> None:
+        """End all processes that have no layers."""
+        self.dismiss([*self._idle.values(), *(each.actor for each in (*self._recruits.values(), *self._spares.values()))])
+        self._idle, self._recruits, self._spares = {}, {}, {}
+
+    def release(self, seats: Iterable[tuple[Slot, Any]]) -> None:
+        """A run has ended: its workers give up their layers and stay, where the staff is lasting; else all is given back."""
+        seats = list(seats)
+        if not self.lasting:
+            self.dismiss(actor for _, actor in seats)
+            self.close()
+            return
+        leaving = {actor.vacate.remote(): (slot, actor) for slot, actor in seats}
+        ray.wait(list(leaving), num_returns=max(1, len(leaving)), timeout=VACATE_TIMEOUT_S) if leaving else None
+        for reference, (slot, actor) in leaving.items():
+            try:
+                ray.get(reference, timeout=0)
+            except Exception:  # dead, or at something that it does not leave
+                self.dismiss([actor])
+            else:
+                self._idle[slot] = actor
+
+    def close(self) -> None:
+        """End all processes without layers, and give the resources back."""
+        self.dismiss_idle()
+        for group in {slot.group.id: slot.group for slot in self.slots}.values():
+            if not self._lent or group.id != self.group.id:
+                with contextlib.suppress(Exception):
+                    remove_placement_group(group)
