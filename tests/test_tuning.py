@@ -162,6 +162,27 @@ def test_a_report_has_every_number_and_the_worst_where_there_is_none():
     assert (found["parallel_share"], found["last_mode"], found["perplexity"]) == (round(6 / 7, 4), "serial", 6.7)
 
 
+def test_a_trial_that_goes_on_reports_as_if_it_had_not_stopped():
+    def done(reporter, start, stop):
+        for step in range(start, stop):
+            if step == 4:
+                reporter.event(4, "switch", {"rung": "2+2"})
+            reporter.step(metric(step, bias=0.1 if step == 2 else None))
+            if step % 3 == 2:
+                reporter.evaluation(step + 1, {"loss": 2.1 - step / 10, "perplexity": 8.0})
+
+    objective = Objective(kind="time_to_loss", target=1.9)
+    whole, again = Reporter(objective), Reporter(objective)
+    done(whole, 0, 6)
+    events = [{"step": 3, "kind": "checkpoint"}, {"step": 4, "kind": "switch", "rung": "2+2"}]
+    evaluations = [{"step": s + 1, "split": "validation", "loss": 2.1 - s / 10, "perplexity": 8.0} for s in (2, 5)]
+    again.resume([metric(step, bias=0.1 if step == 2 else None) for step in range(6)], events, evaluations)
+    assert again.report() == whole.report()
+    assert again.is_exhausted
+    assert again.report()["seconds_to_target"] == 6 * 0.5
+    assert again.report()["switches"] == 1
+
+
 def test_what_is_over_the_bound_is_worse_the_more_it_is():
     reports = []
     for bias in (0.1, 0.3, 0.6):

@@ -32,12 +32,16 @@ class Reporter:
         self.reached: float | None = None
         self._warm = WARM_STEPS
 
-    def resume(self, metrics: list[dict[str, Any]], switches: list[dict[str, Any]]) -> None:
-        """Take in what the trial did before it was interrupted."""
+    def resume(self, metrics: list[dict[str, Any]], events: list[dict[str, Any]], evaluations: list[dict[str, Any]]) -> None:
+        """Take in what the trial did before it was interrupted: lines of its files."""
+        waiting = list(evaluations)
         for metric in metrics:
             self.step(metric)
-        for switch in switches:
-            self.event(switch["step"], "switch", switch)
+            while waiting and waiting[0]["step"] <= self.steps:
+                found = waiting.pop(0)
+                self.evaluation(found["step"], {name: value for name, value in found.items() if name not in ("step", "split")})
+        for event in events:
+            self.event(event["step"], event["kind"], event)
         self._warm = WARM_STEPS  # the first steps of each sitting are slow
 
     def step(self, metric: Mapping[str, Any]) -> None:

@@ -55,8 +55,12 @@ def train_trial(choices: dict[str, Any], *, sweep: Sweep, output: str, data: Any
     run, found = _open(path, config)
     reporter = Reporter(sweep.objective, _predict(sweep, config, costs))
     done = step_of(found[-1]) if found else 0  # what came after is done again
-    events = [event for event in read_lines(path / "events.jsonl") if event["kind"] == "switch" and event["step"] < done]
-    reporter.resume([metric for metric in read_lines(path / "metrics.jsonl") if metric["step"] < done], events)
+    metrics, events, evaluations = (read_lines(path / f"{name}.jsonl") for name in ("metrics", "events", "evals"))
+    evaluations = [found for found in evaluations if found["step"] <= done]
+    reporter.resume([m for m in metrics if m["step"] < done], [e for e in events if e["step"] < done], evaluations)
+    if done == config.steps and evaluations and evaluations[-1]["step"] == done:  # all was done, but Tune was not told any more
+        tune.report(reporter.report())
+        return
     staff = _staff_for(config, get_current_placement_group(), 1 if sweep.driver_cpus else 0)
     loaded = validate(config, None, None, data=data)
     driver = TrialDriver(config, run, staff.device, None, None, loaded, Console(quiet=True), [reporter], staff)
