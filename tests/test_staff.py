@@ -26,7 +26,9 @@ class Watched(Driver):
 
 
 def train(config, path, staff):
-    driver = Watched(config, RunDirectory.create(path, config), "cpu", None, None, validate(config, None, None), Console(quiet=True), staff=staff)
+    driver = Watched(
+        config, RunDirectory.create(path, config), "cpu", None, None, validate(config, None, None), Console(quiet=True), staff=staff
+    )
     driver.train()
     return driver
 
