@@ -422,8 +422,6 @@ class Engine:
                     faults.append((0, layer + offset, f"layer {layer + offset}: its output is not finite"))
                 return after
 
-            last_step = step
-
         with torch.no_grad():
             self.block.begin(step, samples, inputs, training=True)
             entered = self.block.enter(inputs) if self.block.first else None

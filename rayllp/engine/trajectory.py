@@ -41,21 +41,36 @@ class Trajectory:
     recompute: bool
     noise: float = 0.0
     graphs: dict[int, Graph] = field(default_factory=dict)
+    ahead: dict[int, tuple[State, Graph]] = field(default_factory=dict)
     checkpoints: dict[int, State] = field(default_factory=dict)
 
     def run(self, layer: int, state: State) -> State:
         """One middle layer."""
         return self.block.layer(layer + self.block.config.buffers.open, state)
 
-    def record(self, layer: int, state: State) -> State:
+    def run_ahead(self, layer: int, state: State) -> State:
+        """A step that the last sweep may take again. At a C-point its graph is kept for that, in place of one from another state."""
+        if self.recompute or layer not in self.c_points:
+            with torch.no_grad():
+                return self.run(layer, state)
+        graph = self._graph(layer, state)
+        self.ahead[layer] = state, graph
+        return like(state, tuple(part.detach() for part in graph.outputs))
+
+    def record(self, layer: int, state: State, known: State | None) -> State:
         """One step of the last forward sweep; its graph, or at an interval's beginning its input, is kept."""
+        before, graph = self.ahead.pop(layer, (None, None))
         if self.noise and layer in self.c_points:
-            state = self._noisy(layer, state)
+            state, known, before = self._noisy(layer, state), None, None
         if not self.recompute:
-            self.graphs[layer] = graph = self._graph(layer, state)
+            if graph is None or before is not state:
+                graph = self._graph(layer, state)
+            self.graphs[layer] = graph
             return like(state, tuple(part.detach() for part in graph.outputs))
         if layer in self.c_points or layer == self.block_start:
             self.checkpoints[layer] = detach(state)
+        if known is not None:
+            return known
         with torch.no_grad():
             return self.run(layer, state)
 
@@ -107,18 +122,24 @@ class ForwardPropagator:
         self.trajectory = trajectory
 
     def step(self, layer: int, state: State) -> State:
+        return self.trajectory.run_ahead(layer, state)
+
+    def last_step(self, layer: int, state: State, known: State | None) -> State:
+        return self.trajectory.record(layer, state, known)
+
+
+class ExactPropagator:
+    """Forward without a record: evaluation and generation."""
+
+    def __init__(self, trajectory: Trajectory) -> None:
+        self.trajectory = trajectory
+
+    def step(self, layer: int, state: State) -> State:
         with torch.no_grad():
             return self.trajectory.run(layer, state)
 
-    def last_step(self, layer: int, state: State) -> State:
-        return self.trajectory.record(layer, state)
-
-
-class ExactPropagator(ForwardPropagator):
-    """Forward without a record: evaluation and generation."""
-
-    def last_step(self, layer: int, state: State) -> State:
-        return self.step(layer, state)
+    def last_step(self, layer: int, state: State, known: State | None) -> State:
+        return self.step(layer, state) if known is None else known
 
 
 class AdjointPropagator:
@@ -132,7 +153,7 @@ class AdjointPropagator:
         gradients = torch.autograd.grad(graph.outputs, graph.inputs, tensors(state), retain_graph=True, materialize_grads=True)
         return like(state, gradients)
 
-    def last_step(self, layer: int, state: State) -> State:
+    def last_step(self, layer: int, state: State, known: State | None) -> State:
         graph, penalty = self.trajectory.graph(layer), self.penalty
         if penalty is not None:
             state = penalty.into(layer, self._with_end_seed(penalty, layer, state))

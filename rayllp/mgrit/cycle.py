@@ -15,7 +15,7 @@ from rayllp.errors import SettingsError
 from rayllp.mgrit.anderson import Anderson
 from rayllp.mgrit.grid import Grid
 from rayllp.mgrit.hierarchy import Hierarchy, Level
-from rayllp.mgrit.propagator import Propagator, coarse_operator
+from rayllp.mgrit.propagator import Propagator, Remembering, coarse_operator
 from rayllp.mgrit.result import MGRITResult, Status, no_residuals
 from rayllp.state import State, squared_norm, subtract
 
@@ -63,9 +63,9 @@ class Solver:
     def __init__(
         self, hierarchy: Hierarchy, method: Method, propagator: Propagator, channel: Channel, spec: StateSpec, tag: MessageTag
     ) -> None:
-        operator = coarse_operator(method.coarse_step_weight)
+        operator, steps = coarse_operator(method.coarse_step_weight), Remembering(propagator)
         self.method, self.channel, self.tag, self.spec = method, channel, tag, spec
-        self.grids = [Grid(level, depth, propagator, operator, channel, spec, tag) for depth, level in enumerate(hierarchy.levels)]
+        self.grids = [Grid(level, depth, steps, operator, channel, spec, tag) for depth, level in enumerate(hierarchy.levels)]
         self.squares: list[Tensor] = []
 
     def solve(self, initial: State | None) -> MGRITResult:
@@ -116,12 +116,12 @@ class Solver:
                 self.cycle(depth, "V")
 
     def relax(self, depth: int) -> None:
-        """F- or FCF-relaxation."""
+        """F- or FCF-relaxation. The last interval's F-points are nobody's start: what comes after the correction makes them anew."""
         kinds, grid = self.method.relaxation, self.grids[depth]
-        grid.f_relax()
+        grid.f_relax(but_last=True)
         if kinds[min(depth, len(kinds) - 1)] == "FCF":
             grid.c_relax(self.method.c_relaxation_weight)
-            grid.f_relax()
+            grid.f_relax(but_last=True)
 
     def restrict(self, depth: int) -> None:
         """Residual at the C-points, and the coarse level's FAS problem, by injection."""

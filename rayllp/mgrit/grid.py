@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from rayllp.channel.base import Channel, MessageTag, StateSpec
 from rayllp.mgrit.hierarchy import Level
-from rayllp.mgrit.propagator import CoarseOperator, Propagator
+from rayllp.mgrit.propagator import CoarseOperator, Remembering
 from rayllp.state import State, add, interpolate, subtract
 
 Step = Callable[[int], State]
@@ -18,7 +18,14 @@ class Grid:
     """Values and sweeps of one worker on one level."""
 
     def __init__(
-        self, level: Level, depth: int, propagator: Propagator, operator: CoarseOperator, channel: Channel, spec: StateSpec, tag: MessageTag
+        self,
+        level: Level,
+        depth: int,
+        propagator: Remembering,
+        operator: CoarseOperator,
+        channel: Channel,
+        spec: StateSpec,
+        tag: MessageTag,
     ) -> None:
         self.level, self.depth = level, depth
         self.propagator, self.operator = propagator, operator
@@ -35,8 +42,9 @@ class Grid:
         """Φ_j(state) of this level."""
         layer = self.level.layers[j]
         if self.depth == 0:
-            return self.propagator.step(layer, state)
-        return self.operator(lambda x: self.propagator.step(layer, x), state, self.level.ratios[j])
+            step = self.propagator.shared_step if j in self.level.is_c_point else self.propagator.step
+            return step(layer, state)
+        return self.operator(lambda x: self.propagator.shared_step(layer, x), state, self.level.ratios[j])
 
     def advance(self, j: int) -> State:
         """Φ_j(u_j) − offset_j: what point j hands to point j + 1."""
@@ -57,9 +65,14 @@ class Grid:
 
     # Sweeps -------------------------------------------------------------------------------------------------------------------
 
-    def f_relax(self) -> None:
-        """New values at all F-points, from the C-points."""
-        self._sweep(self.advance, "relaxation", to_the_end=False)
+    def f_relax(self, *, but_last: bool = False) -> None:
+        """New values at all F-points, from the C-points.
+
+        Args:
+            but_last: leave those of the last interval: no C-point comes after them.
+        """
+        last = self.level.c_points[-1] if but_last else self.level.size
+        self._sweep(self.advance, "relaxation", [run for run in self.runs if run.start < last], to_the_end=False)
 
     def last_sweep(self, keep: bool = True) -> State | None:
         """F-relaxation that records (forward) or forms gradients (adjoint); also takes every interval's last step.
@@ -70,13 +83,13 @@ class Grid:
         Returns the state after the last step of all, on the worker that takes it.
         """
         return self._sweep(
-            lambda j: self.propagator.last_step(self.level.layers[j], self.values[j]), "last sweep", to_the_end=True, keep=keep
+            lambda j: self.propagator.last_step(self.level.layers[j], self.values[j]), "last sweep", self.runs, to_the_end=True, keep=keep
         )
 
-    def _sweep(self, step: Step, phase: str, *, to_the_end: bool, keep: bool = True) -> State | None:
+    def _sweep(self, step: Step, phase: str, runs: list[range], *, to_the_end: bool, keep: bool = True) -> State | None:
         # The last run goes first: its end is what the next worker waits for. The first run, which may have to wait, goes last.
         output = None
-        for run in reversed(self.runs):
+        for run in reversed(runs):
             if run.start not in self.level.is_c_point:
                 self.values[run.start] = self.arrive(run.start, self.receive(run.start, phase))
             for j in run[:-1]:

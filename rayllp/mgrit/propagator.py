@@ -1,5 +1,6 @@
 """What the cycle knows of a model: a step of one layer, and how a coarse step is made from it."""
 
+from collections import deque
 from collections.abc import Callable
 from typing import Protocol
 
@@ -10,12 +11,50 @@ class Propagator(Protocol):
     """The steps of the layers that this worker owns: forward, x_n -> x_{n+1}, or adjoint, λ_{n+1} -> λ_n."""
 
     def step(self, layer: int, state: State) -> State:
-        """One fine step inside an iteration: nothing is kept, no parameter gradient is formed."""
+        """One fine step inside an iteration: no parameter gradient is formed."""
         ...
 
-    def last_step(self, layer: int, state: State) -> State:
-        """One fine step of the last sweep: forward records the layer's graph, adjoint adds its parameter gradients."""
+    def last_step(self, layer: int, state: State, known: State | None) -> State:
+        """One fine step of the last sweep: forward records the layer's graph, adjoint adds its parameter gradients.
+
+        Args:
+            known: what `step` has given from this very state; None: it was not asked, or is forgotten.
+        """
         ...
+
+
+class Remembering:
+    """A propagator whose steps are not taken twice from one state.
+
+    The coarse step from a C-point and the fine step from it ask for the same Φ(x), and so do a FAS term and the sweep before it. A state is
+    the same if it is the same object: none is changed in place.
+    """
+
+    def __init__(self, inner: Propagator) -> None:
+        self.inner = inner
+        # Two of each layer: a FAS term asks for what was known before the relaxation that came between.
+        self._known: dict[int, deque[tuple[State, State]]] = {}
+
+    def step(self, layer: int, state: State) -> State:
+        """As the inner one's; not remembered."""
+        return self.inner.step(layer, state)
+
+    def shared_step(self, layer: int, state: State) -> State:
+        """The same, for steps that may be asked for again."""
+        known = self._recall(layer, state)
+        if known is None:
+            known = self.inner.step(layer, state)
+            self._known.setdefault(layer, deque(maxlen=2)).append((state, known))
+        return known
+
+    def last_step(self, layer: int, state: State) -> State:
+        """As the inner one's."""
+        known = self._recall(layer, state)
+        self._known.pop(layer, None)
+        return self.inner.last_step(layer, state, known)
+
+    def _recall(self, layer: int, state: State) -> State | None:
+        return next((after for before, after in self._known.get(layer, ()) if before is state), None)
 
 
 class CoarseOperator(Protocol):

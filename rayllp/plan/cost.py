@@ -13,7 +13,7 @@ from rayllp.channel.virtual import Clock, VirtualChannel
 from rayllp.config import TrainConfig
 from rayllp.control import Accuracy
 from rayllp.mgrit import solve
-from rayllp.state import State
+from rayllp.state import State, detach
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,19 +42,35 @@ class Costs:
     message: float = 0.0
 
 
-class _Spending:
-    """A propagator that takes time and does nothing."""
+class _Forward:
+    """Takes a forward's time and does nothing: at C-points with a graph, which the last sweep then need not make."""
 
-    def __init__(self, clock: Clock, step_s: float, last_s: float) -> None:
-        self.clock, self.step_s, self.last_s = clock, step_s, last_s
+    def __init__(self, clock: Clock, costs: Costs, c_points: frozenset[int]) -> None:
+        self.clock, self.costs, self.c_points = clock, costs, c_points
 
     def step(self, layer: int, state: State) -> State:
-        self.clock.spend(self.step_s)
-        return state
+        self.clock.spend(self.costs.record if layer in self.c_points else self.costs.forward)
+        return detach(state)
 
-    def last_step(self, layer: int, state: State) -> State:
-        self.clock.spend(self.last_s)
-        return state
+    def last_step(self, layer: int, state: State, known: State | None) -> State:
+        if known is None:
+            self.clock.spend(self.costs.record)
+        return detach(state)
+
+
+class _Adjoint:
+    """The same for gradients."""
+
+    def __init__(self, clock: Clock, costs: Costs) -> None:
+        self.clock, self.costs = clock, costs
+
+    def step(self, layer: int, state: State) -> State:
+        self.clock.spend(self.costs.input_gradient)
+        return detach(state)
+
+    def last_step(self, layer: int, state: State, known: State | None) -> State:
+        self.clock.spend(self.costs.full_gradient)
+        return detach(state)
 
 
 def predict_step(config: TrainConfig, accuracy: Accuracy, costs: Costs) -> float:
@@ -65,6 +81,7 @@ def predict_step(config: TrainConfig, accuracy: Accuracy, costs: Costs) -> float
     methods = accuracy.methods(config)
     forward = config.hierarchy(accuracy.levels_forward)
     adjoint = config.hierarchy(accuracy.levels_backward).adjoint()
+    c_points = frozenset(range(0, config.middle_layers, config.first_coarsening))
     nothing = torch.zeros(())
     spec = StateSpec.of(nothing)
 
@@ -77,14 +94,14 @@ def predict_step(config: TrainConfig, accuracy: Accuracy, costs: Costs) -> float
             owned += config.buffers.open
             clock.spend(costs.enter + config.buffers.open * costs.record)
         solve(
-            forward, methods[0], _Spending(clock, costs.forward, costs.record), channel,
+            forward, methods[0], _Forward(clock, costs, c_points), channel,
             initial=nothing if first else None, spec=spec, tag=MessageTag(0, "forward"), reduce=False,
         )  # fmt: skip
         if last:
             owned += config.buffers.close
             clock.spend(config.buffers.close * (costs.record + costs.full_gradient) + costs.leave)
         solve(
-            adjoint, methods[1], _Spending(clock, costs.input_gradient, costs.full_gradient), channel,
+            adjoint, methods[1], _Adjoint(clock, costs), channel,
             initial=nothing if last else None, spec=spec, tag=MessageTag(0, "adjoint"), reduce=False,
         )  # fmt: skip
         if first:
