@@ -106,6 +106,47 @@ def doctor(
         raise typer.Exit(1)
 
 
+bench = typer.Typer(no_args_is_help=True, help="Time a model's layers, the links between workers, or a training step.")
+app.add_typer(bench, name="bench")
+Config = Annotated[Path | None, typer.Argument(help="YAML file of settings; none: the embedded default")]
+Overrides = Annotated[list[str] | None, typer.Option("--set", help="key=value, such as workers=4; repeatable")]
+Json = Annotated[Path | None, typer.Option("--json", help="write the figures to this file too")]
+
+
+@bench.command("step")
+def bench_step(
+    config: Config = None,
+    overrides: Overrides = None,
+    emulate: Annotated[
+        str | None, typer.Option(help="layers that take 10ms each for forward, input and weight gradient, or 10ms,8ms,6ms; not the model's")
+    ] = None,
+    steps: Annotated[int, typer.Option(min=1, help="that are timed")] = 10,
+    json: Json = None,
+    trace: Annotated[Path | None, typer.Option(help="write the timeline to this file, for ui.perfetto.dev or chrome://tracing")] = None,
+    picture: Annotated[Path | None, typer.Option(help="write the timeline to this .png or .svg")] = None,
+) -> None:
+    """A training step: seconds by phase and worker, beside the schedule's ideal."""
+    from rayllp.bench.command import run_step
+
+    run_step(load_config(config, overrides or []), emulate, steps, json, trace, picture, Console(highlight=False))
+
+
+@bench.command("layers")
+def bench_layers(config: Config = None, overrides: Overrides = None, json: Json = None) -> None:
+    """A layer: seconds of its forward, input gradient and full gradient, and bytes."""
+    from rayllp.bench.command import run_layers
+
+    run_layers(load_config(config, overrides or []), json, Console(highlight=False))
+
+
+@bench.command("links")
+def bench_links(config: Config = None, overrides: Overrides = None, json: Json = None) -> None:
+    """The way of a state from worker to worker: seconds, and bandwidth."""
+    from rayllp.bench.command import run_links
+
+    run_links(load_config(config, overrides or []), json, Console(highlight=False))
+
+
 @app.command()
 def settings() -> None:
     """List every setting with its default and meaning."""

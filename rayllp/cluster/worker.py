@@ -18,6 +18,7 @@ from torch._C._distributed_c10d import TCPStore
 
 from rayllp.channel.base import Channel
 from rayllp.channel.local import LocalChannel
+from rayllp.channel.timing import Link, time_messages
 from rayllp.channel.torch_dist import TorchChannel
 from rayllp.checkpoint import PieceWriter, Prolongation, load_pieces, locate
 from rayllp.checkpoint.memory import Inventory, Layout, NeighbourCopies
@@ -27,6 +28,7 @@ from rayllp.data import Batches
 from rayllp.engine import Engine
 from rayllp.engine.decode import continue_text, translate
 from rayllp.models import FAMILIES, Architecture, build_architecture
+from rayllp.timeline import Span, Timeline
 
 REMEMBERED = 512
 """Steps whose statistics a worker can still tell, for a driver whose call for them failed."""
@@ -209,6 +211,26 @@ class BlockWorker:
             if snapshot_every and (step + 1) % snapshot_every == 0:
                 self.keep(step + 1)
         return stats
+
+    @_leaving
+    def time_steps(self, steps: list[tuple[int, Accuracy]]) -> list[tuple[float, list[Span]]]:
+        """Seconds and spans of training steps; a span's times are from the beginning of its step."""
+        engine, found = self._engine, []
+        try:
+            for step, accuracy in steps:
+                engine.timeline = timeline = Timeline()
+                begin = timeline.clock()
+                engine.train_step(step, accuracy)
+                spans = [span._replace(begin=span.begin - begin, end=span.end - begin) for span in timeline.spans]
+                found.append((timeline.clock() - begin, spans))
+        finally:
+            engine.timeline = None
+        return found
+
+    @_leaving
+    def time_messages(self, sizes: list[int]) -> list[Link]:
+        """Times of messages of so many bytes to the next worker."""
+        return time_messages(self._engine.layers, sizes, self._engine.device)
 
     # Coming back after a loss ---------------------------------------------------------------------------------------------------
 

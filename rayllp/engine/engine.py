@@ -6,6 +6,7 @@ the gradient norm, the loss and the residuals together.
 
 import time
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -26,9 +27,10 @@ from rayllp.engine.probe import Bias, Probing
 from rayllp.engine.smoothness import add_smoothness_gradient
 from rayllp.engine.sums import Sums
 from rayllp.engine.trajectory import AdjointPropagator, ExactPropagator, ForwardPropagator, Trajectory
-from rayllp.mgrit import Hierarchy, MGRITResult, solve
+from rayllp.mgrit import Hierarchy, Method, MGRITResult, Propagator, solve
 from rayllp.models.base import Architecture
 from rayllp.state import State, combine, detach, like, tensors
+from rayllp.timeline import TimedChannel, TimedPropagator, Timeline
 
 BUCKET_BYTES = 32 * 1024 * 1024
 
@@ -72,6 +74,9 @@ class Engine:
     Args:
         layer_channel: to the workers of the same replica, in order of the layers.
         data_channel: to the workers of other replicas that own the same layers.
+
+    Attributes:
+        timeline: None, or what is told of the spans of layer-parallel steps.
     """
 
     def __init__(
@@ -90,6 +95,7 @@ class Engine:
         self.optimizer = build_optimizer(self.block.parameters, config.optimizer)
         self.penalty: Consistency | None = None
         self.coarse_weights: tuple[float, ...] | None = None
+        self.timeline: Timeline | None = None
         self._pipeline: Pipeline | None = None
         self._whole = StageModule(self.block)
         self._hierarchies: dict[tuple[int, tuple[float, ...]], tuple[Hierarchy, Hierarchy]] = {}
@@ -156,12 +162,14 @@ class Engine:
         self.add_shared_gradients(step)
         if accuracy.smoothness:
             add_smoothness_gradient(self.block, self.layers, accuracy.smoothness, step)
-        norm, loss_value, gap, forward, backward, bias = self.reduce_statistics(step, loss, forward, backward, probing)
+        with self.span("statistics", "wait"):
+            norm, loss_value, gap, forward, backward, bias = self.reduce_statistics(step, loss, forward, backward, probing)
         lr = learning_rate(self.config.optimizer, step, self.config.steps)
         finite = torch.isfinite(torch.tensor([norm, loss_value])).all().item()
         fault = None if finite else self.diagnose(step)
         if finite:
-            self.update(norm, lr)
+            with self.span("update"):
+                self.update(norm, lr)
         self.optimizer.zero_grad(set_to_none=True)
         self.layers.finish()
         return StepStats(
@@ -239,26 +247,41 @@ class Engine:
         weights = accuracy.coarse_weights
         block.begin(step, samples, inputs, training=True)
         spec = self.spec(inputs)
-        entered = block.enter(inputs) if block.first else None
+        with self.span("enter"):
+            entered = block.enter(inputs) if block.first else None
         c_points = frozenset(range(0, config.middle_layers, config.first_coarsening))
         trajectory = Trajectory(block, c_points, config.mgrit.recompute, accuracy.noise if levels[0] > 1 else 0.0)
         methods = accuracy.methods(config)
-        forward = solve(
-            self.hierarchies(levels[0], weights)[0], methods[0], ForwardPropagator(trajectory), self.layers,
-            initial=None if entered is None else detach(entered),
-            spec=spec, tag=MessageTag(step, "forward"), reduce=False,
+        forward = self._solve(
+            self.hierarchies(levels[0], weights)[0], methods[0], ForwardPropagator(trajectory),
+            None if entered is None else detach(entered), spec, MessageTag(step, "forward"),
         )  # fmt: skip
-        loss, seed = self.loss_and_seed(forward.output, targets, scale) if block.last else (torch.zeros((), device=self.device), None)
-        backward = solve(
+        with self.span("loss"):
+            loss, seed = self.loss_and_seed(forward.output, targets, scale) if block.last else (torch.zeros((), device=self.device), None)
+        backward = self._solve(
             self.hierarchies(levels[1], weights)[1], methods[1], AdjointPropagator(trajectory, self.penalty),
-            self.layers, initial=seed, spec=spec, tag=MessageTag(step, "adjoint"), reduce=False,
+            seed, spec, MessageTag(step, "adjoint"),
         )  # fmt: skip
         if entered is not None and backward.output is not None:
             # An embedding without parameters has no graph.
             seeds = [(state, lam) for state, lam in zip(tensors(entered), tensors(backward.output), strict=True) if state.requires_grad]
             if seeds:
-                torch.autograd.backward([state for state, _ in seeds], [lam for _, lam in seeds])
+                with self.span("enter"):
+                    torch.autograd.backward([state for state, _ in seeds], [lam for _, lam in seeds])
         return loss, forward, backward
+
+    def _solve(
+        self, hierarchy: Hierarchy, method: Method, propagator: Propagator, initial: State | None, spec: StateSpec, tag: MessageTag
+    ) -> MGRITResult:
+        channel, watch = self.layers, None
+        if self.timeline is not None:
+            channel, propagator = TimedChannel(channel, self.timeline), TimedPropagator(propagator, self.timeline)
+            watch = self.timeline.begin_solve(tag.solve)
+        return solve(hierarchy, method, propagator, channel, initial=initial, spec=spec, tag=tag, reduce=False, watch=watch)
+
+    def span(self, solve: str, kind: str = "compute") -> AbstractContextManager[None]:
+        """What happens inside, on the timeline, if there is one."""
+        return nullcontext() if self.timeline is None else self.timeline.span(kind, solve)
 
     def loss_and_seed(self, output: State | None, targets: Tensor, scale: float) -> tuple[Tensor, State]:
         """Loss, gradients of closing buffers and head, and λ_N."""

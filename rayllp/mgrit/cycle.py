@@ -4,6 +4,7 @@ Iterations are counted as XBraid and the paper count them. With a skipped down-c
 propagation and the last sweep; every further one adds a relaxation, a restriction and a coarse solve before that sweep.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -20,6 +21,7 @@ from rayllp.mgrit.result import MGRITResult, Status, no_residuals
 from rayllp.state import State, squared_norm, subtract
 
 Relaxation = Literal["F", "FCF"]
+Watch = Callable[[str, int], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,12 +63,20 @@ class Solver:
     """One solve on one worker. All workers of the channel build one from the same hierarchy and method and call `solve`."""
 
     def __init__(
-        self, hierarchy: Hierarchy, method: Method, propagator: Propagator, channel: Channel, spec: StateSpec, tag: MessageTag
+        self,
+        hierarchy: Hierarchy,
+        method: Method,
+        propagator: Propagator,
+        channel: Channel,
+        spec: StateSpec,
+        tag: MessageTag,
+        watch: Watch | None = None,
     ) -> None:
         operator, steps = coarse_operator(method.coarse_step_weight), Remembering(propagator)
         self.method, self.channel, self.tag, self.spec = method, channel, tag, spec
         self.grids = [Grid(level, depth, steps, operator, channel, spec, tag) for depth, level in enumerate(hierarchy.levels)]
         self.squares: list[Tensor] = []
+        self.enter = watch or (lambda phase, level: None)
 
     def solve(self, initial: State | None) -> MGRITResult:
         """Solve from `initial`, given on the worker that owns the first step and ignored elsewhere."""
@@ -85,6 +95,7 @@ class Solver:
                 if mixer is not None:
                     fine.values.update(mixer.mix(before, self.c_values()))
                 done += 1
+        self.enter("last sweep", 0)
         output = fine.last_sweep(self.method.keep_states)
         return self.result(output, max(done, 1))
 
@@ -93,7 +104,7 @@ class Solver:
     def cycle(self, depth: int, kind: str) -> None:
         """One V- or F-cycle from level `depth` down."""
         if depth == len(self.grids) - 1:
-            self.grids[depth].solve()
+            self.solve_coarsest()
             return
         self.relax(depth)
         self.restrict(depth)
@@ -103,14 +114,20 @@ class Solver:
 
     def propagate_coarsely(self) -> None:
         """The initial guess: the skipped down-cycle, a serial solve on the coarsest level carried up."""
-        self.grids[-1].solve()
+        self.solve_coarsest()
         for depth in reversed(range(len(self.grids) - 1)):
             self.correct(depth)
             self.finish_level(depth, self.method.cycle)
 
+    def solve_coarsest(self) -> None:
+        """The serial solve."""
+        self.enter("coarse solve", len(self.grids) - 1)
+        self.grids[-1].solve()
+
     def finish_level(self, depth: int, kind: str) -> None:
         """F-points of a coarse level from its corrected C-points, and the F-cycle's extra V-cycle; the finest level does without."""
         if depth > 0:
+            self.enter("relaxation", depth)
             self.grids[depth].f_relax()
             if kind == "F":
                 self.cycle(depth, "V")
@@ -118,6 +135,7 @@ class Solver:
     def relax(self, depth: int) -> None:
         """F- or FCF-relaxation. The last interval's F-points are nobody's start: what comes after the correction makes them anew."""
         kinds, grid = self.method.relaxation, self.grids[depth]
+        self.enter("relaxation", depth)
         grid.f_relax(but_last=True)
         if kinds[min(depth, len(kinds) - 1)] == "FCF":
             grid.c_relax(self.method.c_relaxation_weight)
@@ -125,6 +143,7 @@ class Solver:
 
     def restrict(self, depth: int) -> None:
         """Residual at the C-points, and the coarse level's FAS problem, by injection."""
+        self.enter("restriction", depth)
         fine, coarse = self.grids[depth], self.grids[depth + 1]
         arrived = fine.arrivals("restriction")
         if depth == 0:
@@ -139,6 +158,7 @@ class Solver:
 
     def correct(self, depth: int) -> None:
         """The coarse solution, injected at the C-points."""
+        self.enter("correction", depth)
         fine, coarse = self.grids[depth], self.grids[depth + 1]
         for k, point in self.each_c_point(fine.level):
             mine = (coarse.values[k],) if k in coarse.points else ()
@@ -237,6 +257,7 @@ def solve(
     spec: StateSpec | None = None,
     tag: MessageTag | None = None,
     reduce: bool = True,
+    watch: Watch | None = None,
 ) -> MGRITResult:
     """Solve u_{n+1} = Φ_n(u_n) over all layers of `hierarchy`, each worker its own block.
 
@@ -249,6 +270,7 @@ def solve(
         spec: shapes of a state; taken from `initial` when there is one worker.
         tag: what to call this solve in errors.
         reduce: sum the residuals over all workers now; False leaves that to the caller (one message a step instead of one a solve).
+        watch: is told of each phase of the cycle as it begins, and of its level.
 
     Raises:
         SettingsError: no initial state or no spec where one is needed.
@@ -259,7 +281,7 @@ def solve(
             raise SettingsError("spec is needed on a worker that has no initial state")
         spec = StateSpec.of(initial)
     tag = tag or MessageTag(step=0, solve="forward")
-    result = Solver(hierarchy, method, propagator, channel, spec, tag).solve(initial)
+    result = Solver(hierarchy, method, propagator, channel, spec, tag, watch).solve(initial)
     if not reduce:
         return result
     squared = result.squared_residuals

@@ -1,6 +1,6 @@
 """Predictions: the cycle that trains, run on logical clocks; and what a run's measurements ask for."""
 
 from rayllp.plan.buffers import BufferSuggestion, suggest_buffers
-from rayllp.plan.cost import Costs, predict_step
+from rayllp.plan.cost import Costs, Prediction, predict, predict_step
 
-__all__ = ["BufferSuggestion", "Costs", "predict_step", "suggest_buffers"]
+__all__ = ["BufferSuggestion", "Costs", "Prediction", "predict", "predict_step", "suggest_buffers"]

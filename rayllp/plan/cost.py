@@ -14,6 +14,7 @@ from rayllp.config import TrainConfig
 from rayllp.control import Accuracy
 from rayllp.mgrit import solve
 from rayllp.state import State, detach
+from rayllp.timeline import Span, TimedChannel, TimedPropagator, Timeline
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,11 +74,26 @@ class _Adjoint:
         return detach(state)
 
 
-def predict_step(config: TrainConfig, accuracy: Accuracy, costs: Costs) -> float:
-    """Seconds of one layer-parallel step on the critical path: when the last worker has finished its update.
+@dataclass(frozen=True)
+class Prediction:
+    """Of one step.
 
-    Recomputation, accumulation and replicas are not in it.
+    Attributes:
+        step_s: seconds on the critical path, until the last worker has finished its update.
+        spans: what each worker does when.
     """
+
+    step_s: float
+    spans: tuple[tuple[Span, ...], ...]
+
+
+def predict_step(config: TrainConfig, accuracy: Accuracy, costs: Costs) -> float:
+    """Seconds of one layer-parallel step; see `predict`."""
+    return predict(config, accuracy, costs).step_s
+
+
+def predict(config: TrainConfig, accuracy: Accuracy, costs: Costs) -> Prediction:
+    """One layer-parallel step on logical clocks. Recomputation, accumulation and replicas are not in it."""
     methods = accuracy.methods(config)
     forward = config.hierarchy(accuracy.levels_forward)
     adjoint = config.hierarchy(accuracy.levels_backward).adjoint()
@@ -85,32 +101,42 @@ def predict_step(config: TrainConfig, accuracy: Accuracy, costs: Costs) -> float
     nothing = torch.zeros(())
     spec = StateSpec.of(nothing)
 
-    def work(inner: LocalChannel) -> float:
+    def work(inner: LocalChannel) -> tuple[float, tuple[Span, ...]]:
         clock = Clock()
-        channel = VirtualChannel(inner, clock, costs.message)
+        timeline = Timeline(lambda: clock.now)
+        channel = TimedChannel(VirtualChannel(inner, clock, costs.message), timeline)
         first, last = inner.rank == 0, inner.rank == inner.size - 1
-        owned = config.blocks[inner.rank]
+        buffers = config.buffers
+
+        def spend(solve: str, seconds: float) -> None:
+            with timeline.span("compute", solve):
+                clock.spend(seconds)
+
         if first:
-            owned += config.buffers.open
-            clock.spend(costs.enter + config.buffers.open * costs.record)
+            spend("enter", costs.enter + buffers.open * costs.record)
         solve(
-            forward, methods[0], _Forward(clock, costs, c_points), channel,
+            forward, methods[0], TimedPropagator(_Forward(clock, costs, c_points), timeline), channel,
             initial=nothing if first else None, spec=spec, tag=MessageTag(0, "forward"), reduce=False,
+            watch=timeline.begin_solve("forward"),
         )  # fmt: skip
         if last:
-            owned += config.buffers.close
-            clock.spend(config.buffers.close * (costs.record + costs.full_gradient) + costs.leave)
+            spend("loss", buffers.close * (costs.record + costs.full_gradient) + costs.leave)
         solve(
-            adjoint, methods[1], _Adjoint(clock, costs), channel,
+            adjoint, methods[1], TimedPropagator(_Adjoint(clock, costs), timeline), channel,
             initial=nothing if last else None, spec=spec, tag=MessageTag(0, "adjoint"), reduce=False,
+            watch=timeline.begin_solve("adjoint"),
         )  # fmt: skip
         if first:
-            clock.spend(config.buffers.open * costs.full_gradient + costs.enter_gradient)
+            spend("enter", buffers.open * costs.full_gradient + costs.enter_gradient)
         # The gradient norm is over all workers: nobody updates before everybody has gradients.
         slowest = inner.shared_queues("ends")
         for other in range(inner.size):
             slowest[inner.rank, other].put(clock.now)
-        everybody = max(slowest[other, inner.rank].get(timeout=5.0) for other in range(inner.size))
-        return float(everybody + owned * costs.update)
+        with timeline.span("wait", "statistics"):
+            clock.now = max(slowest[other, inner.rank].get(timeout=5.0) for other in range(inner.size))
+        owned = config.blocks[inner.rank] + first * buffers.open + last * buffers.close
+        spend("update", owned * costs.update)
+        return clock.now, tuple(span for span in timeline.spans if span.seconds)
 
-    return max(run_workers(config.layer_workers, work))
+    ends, spans = zip(*run_workers(config.layer_workers, work), strict=True)
+    return Prediction(max(ends), spans)

@@ -28,15 +28,19 @@ def measure_costs(config: TrainConfig, data: Batches, *, message_s: float, devic
         data: the settings' data set.
         message_s: seconds of a state's way to the neighbour, which one process alone cannot measure.
     """
+    return _measure(engine_alone(config, data, device), message_s, rounds)
+
+
+def engine_alone(config: TrainConfig, data: Batches, device: str = "cpu") -> Engine:
+    """One worker of this process with a network as `config`'s, of as few middle layers as tell a layer's time."""
     whole = config.model_dump(mode="json")
-    middle = min(LAYERS, config.middle_layers)  # as many as tell a layer's time
+    middle = min(LAYERS, config.middle_layers)
     whole["model"]["layers"] = middle + config.buffers.open + config.buffers.close
     alone = {"workers": 1, "mesh": {"data": 1}, "batch_size": config.replica_batch, "nested": {}, "mode": "serial"}
     small = TrainConfig.model_validate(whole | alone | {"mgrit": {**whole["mgrit"], "coarsening": 2}})
     architecture = build_architecture(small, data.facts)  # type: ignore[attr-defined]  # a data set of ours
     channel = LocalChannel.alone()
-    engine = Engine(architecture, small, data, channel, channel, torch.device(device))
-    return _measure(engine, message_s, rounds)
+    return Engine(architecture, small, data, channel, channel, torch.device(device))
 
 
 def _measure(engine: Engine, message_s: float, rounds: int) -> Costs:

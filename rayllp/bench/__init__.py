@@ -1,0 +1,1 @@
+"""What layers, links and steps cost on a cluster."""

@@ -1,0 +1,90 @@
+"""The commands of `rayllp bench`: measure on the cluster, print a table, write files."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from rayllp.bench.emulated import Emulation, RandomBatches, emulated_stack
+from rayllp.bench.layers import bench_layers
+from rayllp.bench.step import bench_step, show_step
+from rayllp.channel.timing import LARGE, Link
+from rayllp.cluster.group import WorkerGroup
+from rayllp.cluster.places import choose_device
+from rayllp.cluster.session import join_cluster
+from rayllp.cluster.staff import Staff
+from rayllp.config import TrainConfig
+from rayllp.errors import SettingsError
+from rayllp.report.gantt import draw_timeline, write_trace
+
+
+def run_step(
+    config: TrainConfig, emulate: str | None, steps: int, file: Path | None, trace: Path | None, picture: Path | None, console: Console
+) -> None:
+    """`rayllp bench step`."""
+    times = None if emulate is None else Emulation.parse(emulate)
+    with join_cluster(config.world):
+        found = bench_step(config, steps=steps, emulate=times, device="cpu" if times else choose_device(config))
+    show_step(config, found, console)
+    _write(file, found.as_dict())
+    if trace is not None:
+        write_trace(found.spans, trace)
+    if picture is not None:
+        draw_timeline(found.spans, picture, f"{config.layer_workers} workers, {1e3 * found.step_s:.0f} ms")
+
+
+def run_layers(config: TrainConfig, file: Path | None, console: Console) -> None:
+    """`rayllp bench layers`."""
+    import torch
+
+    found = bench_layers(config, "cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu")
+    table = Table(title=f"{config.model.family}: a layer, batch {config.replica_batch}")
+    for name in ("part", "ms"):
+        table.add_column(name)
+    for name, seconds in asdict(found.costs).items():
+        if name != "message":
+            table.add_row(name.replace("_", " "), f"{1e3 * seconds:.3f}")
+    console.print(table)
+    sizes = {"weights": found.parameter_bytes, "graph": found.graph_bytes, "state": found.state_bytes}
+    console.print(", ".join(f"{name} {size / 2**20:.2f} MiB" for name, size in sizes.items()), highlight=False)
+    _write(file, asdict(found))
+
+
+def run_links(config: TrainConfig, file: Path | None, console: Console) -> None:
+    """`rayllp bench links`.
+
+    Raises:
+        SettingsError: one worker has no neighbour.
+    """
+    if config.layer_workers == 1:
+        raise SettingsError("one worker has no neighbour: give at least two with --set workers=2")
+    instant = Emulation(0, 0, 0)
+    state = 4 * config.replica_batch * config.sequence_length * config.model.width
+    with join_cluster(config.world):
+        group = WorkerGroup(config, Staff(config, choose_device(config)))
+        try:
+            group.start(emulated_stack(config, instant), RandomBatches(config))
+            found: list[Link] = [link for links in group.call("time_messages", sorted({1024, state, LARGE})) for link in links]
+        finally:
+            group.shutdown()
+    table = Table(title="from a worker to the next, half a round trip")
+    for name in ("workers", *(_bytes(size) + ", µs" for size in found[0].seconds), "GB/s"):
+        table.add_column(name, justify="right")
+    for link in found:
+        times = (f"{1e6 * seconds:.0f}" for seconds in link.seconds.values())
+        table.add_row(f"{link.worker} – {link.worker + 1}", *times, f"{link.bandwidth_gb_s:.2f}")
+    console.print(table)
+    _write(file, [asdict(link) for link in found])
+
+
+def _bytes(size: int) -> str:
+    return f"{size / 2**20:.3g} MiB" if size >= 2**20 else f"{size / 2**10:.3g} KiB"
+
+
+def _write(file: Path | None, figures: Any) -> None:
+    if file is not None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(figures, indent=1) + "\n")

@@ -1,0 +1,132 @@
+"""`rayllp bench step`: a training step's time, by phase and worker, beside its ideal."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from statistics import median
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from rayllp.bench.emulated import Emulation, RandomBatches, emulated_stack
+from rayllp.cluster.group import WorkerGroup
+from rayllp.cluster.staff import Staff
+from rayllp.config import TrainConfig
+from rayllp.control import Controller
+from rayllp.data import Batches, load_data
+from rayllp.models import Architecture
+from rayllp.plan import predict
+from rayllp.plan.measure import measure_costs
+from rayllp.report.gantt import name_of
+from rayllp.timeline import Span
+
+WARM_STEPS = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepBench:
+    """Seconds; medians over the steps that were timed.
+
+    Attributes:
+        step_s: from a step's beginning to its end, of the slowest worker.
+        forward_s: until the last worker has the loss' gradient; in serial mode, where phases overlap, None.
+        backward_s: the rest.
+        serial_s: layers times forward and backward of one: an exact step on one worker.
+        ideal_s: the schedule's critical path, without messages and without overhead; None in serial mode.
+        phases: of each worker, seconds by phase: "forward coarse solve", "adjoint last sweep", …, "wait", "send".
+        spans: of each worker, in the step whose time is the median.
+        steps: how many were timed.
+    """
+
+    step_s: float
+    forward_s: float | None
+    backward_s: float | None
+    serial_s: float
+    ideal_s: float | None
+    phases: tuple[dict[str, float], ...]
+    spans: tuple[tuple[Span, ...], ...]
+    steps: int
+
+    def as_dict(self) -> dict[str, Any]:
+        """For a file; without the spans."""
+        return {name: value for name, value in asdict(self).items() if name != "spans"}
+
+
+def bench_step(
+    config: TrainConfig, *, steps: int = 10, emulate: Emulation | None = None, device: str = "cpu", staff: Staff | None = None
+) -> StepBench:
+    """Time training steps on the cluster that this process has joined.
+
+    Args:
+        emulate: layers that take these times, instead of the model's.
+        staff: a lasting one, for several measurements with the same processes.
+    """
+    architecture: Architecture | None = None
+    batches: Batches
+    if emulate is None:
+        batches = load_data(config)
+        costs = measure_costs(config, batches, message_s=0.0)
+        serial_s = config.model.layers * (costs.record + costs.full_gradient) + costs.enter + costs.enter_gradient + costs.leave
+    else:
+        architecture, batches = emulated_stack(config, emulate), RandomBatches(config)
+        costs, serial_s = emulate.costs(), config.model.layers * emulate.serial
+    accuracy = Controller(config).accuracy
+    group = WorkerGroup(config, staff or Staff(config, device))
+    try:
+        group.start(architecture, batches)
+        group.call("time_steps", [(step, accuracy) for step in range(WARM_STEPS)])
+        found = group.call("time_steps", [(step, accuracy) for step in range(WARM_STEPS, WARM_STEPS + steps)])
+    finally:
+        group.shutdown()
+    return _summary(config, found, serial_s, None if accuracy.serial else predict(config, accuracy, costs).step_s)
+
+
+def _summary(config: TrainConfig, found: Sequence[list[tuple[float, list[Span]]]], serial_s: float, ideal_s: float | None) -> StepBench:
+    times = [max(seconds for seconds, _ in step) for step in zip(*found, strict=True)]
+    step_s = median(times)
+    forward_s = None
+    if ideal_s is not None:
+        last = found[config.layer_workers - 1]
+        forward_s = median(max(span.end for span in spans if span.solve in ("forward", "loss")) for _, spans in last)
+    middle = min(range(len(times)), key=lambda n: abs(times[n] - step_s))
+    return StepBench(
+        step_s=step_s,
+        forward_s=forward_s,
+        backward_s=None if forward_s is None else step_s - forward_s,
+        serial_s=serial_s,
+        ideal_s=ideal_s,
+        phases=tuple(_phases([spans for _, spans in worker]) for worker in found),
+        spans=tuple(tuple(worker[middle][1]) for worker in found),
+        steps=len(times),
+    )
+
+
+def _phases(steps: list[list[Span]]) -> dict[str, float]:
+    """Median seconds by phase, over steps."""
+    sums = [_sums(spans) for spans in steps]
+    return {name: median(each.get(name, 0.0) for each in sums) for name in dict.fromkeys(name for each in sums for name in each)}
+
+
+def _sums(spans: list[Span]) -> dict[str, float]:
+    sums: dict[str, float] = {}
+    for span in spans:
+        sums[name_of(span)] = sums.get(name_of(span), 0.0) + span.seconds
+    return sums
+
+
+def show_step(config: TrainConfig, found: StepBench, console: Console) -> None:
+    """A table of phases by worker, and a line of sums."""
+    names = list(dict.fromkeys(name for phases in found.phases for name in phases))
+    table = Table(title=f"a step's time in ms: {config.layer_workers} workers, median of {found.steps} steps")
+    for name in ("worker", *names):
+        table.add_column(name, justify="right")
+    for rank, phases in enumerate(found.phases):
+        table.add_row(str(rank), *(f"{1e3 * phases.get(name, 0):.1f}" for name in names))
+    console.print(table)
+    parts = [f"step {1e3 * found.step_s:.1f} ms"]
+    if found.forward_s is not None and found.backward_s is not None:
+        parts.append(f"forward {1e3 * found.forward_s:.1f}, backward {1e3 * found.backward_s:.1f}")
+    parts.append(f"serial on one worker {1e3 * found.serial_s:.1f}, speed-up {found.serial_s / found.step_s:.2f}")
+    if found.ideal_s is not None:
+        parts.append(f"ideal {1e3 * found.ideal_s:.1f}, time over ideal {found.step_s / found.ideal_s:.3f}")
+    console.print("; ".join(parts), highlight=False, soft_wrap=True)

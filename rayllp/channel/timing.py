@@ -1,0 +1,57 @@
+"""What a message to the neighbour costs."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import median
+
+import torch
+
+from rayllp.channel.base import Channel, MessageTag, StateSpec
+
+LARGE = 8 * 1024**2
+
+
+@dataclass(frozen=True)
+class Link:
+    """From a worker to the next and back, halved; medians, seconds by bytes of a message."""
+
+    worker: int
+    seconds: dict[int, float]
+
+    @property
+    def bandwidth_gb_s(self) -> float:
+        """Of the largest message."""
+        largest = max(self.seconds)
+        return largest / self.seconds[largest] / 1e9
+
+
+def time_messages(channel: Channel, sizes: Sequence[int], device: torch.device, rounds: int = 20) -> list[Link]:
+    """This worker's links to the next one; all workers call it, and take turns, pair by pair."""
+    found = []
+    for left in range(channel.size - 1):
+        if channel.rank not in (left, left + 1):
+            continue
+        times = {size: _round_trips(channel, left, size, device, rounds) for size in sizes}
+        if channel.rank == left:
+            found.append(Link(left, {size: median(each[2:]) / 2 for size, each in times.items()}))
+    return found
+
+
+def _round_trips(channel: Channel, left: int, size: int, device: torch.device, rounds: int) -> list[float]:
+    message = torch.zeros(size, dtype=torch.uint8, device=device)
+    spec, times = StateSpec.of(message), []
+    for n in range(2 + rounds):
+        tag = MessageTag(n, "bench", "links")
+        started = time.perf_counter()
+        if channel.rank == left:
+            channel.send(message, left + 1, tag)
+            channel.receive(spec, left + 1, tag)
+        else:
+            channel.receive(spec, left, tag)
+            channel.send(message, left, tag)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - started)
+    channel.finish()
+    return times

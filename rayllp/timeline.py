@@ -1,0 +1,115 @@
+"""What a worker does when: the spans of a step, on a real clock or a logical one."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+from torch import Tensor
+
+from rayllp.channel.base import Channel, MessageTag, StateSpec
+from rayllp.mgrit.propagator import Propagator
+from rayllp.state import State
+
+
+class Span(NamedTuple):
+    """Something that one worker did.
+
+    Attributes:
+        begin, end: seconds, on the timeline's clock.
+        kind: "compute", "wait" (for a message, or for all), or "send".
+        solve: "forward" or "adjoint"; what else a step has: "enter", "loss", "statistics", "update".
+        phase: of the cycle, such as "coarse solve" or "last sweep"; empty outside a solve.
+        level: of the cycle, 0 the finest.
+        layer: counted from the first middle layer; None where it is none.
+    """
+
+    begin: float
+    end: float
+    kind: str
+    solve: str
+    phase: str = ""
+    level: int = 0
+    layer: int | None = None
+
+    @property
+    def seconds(self) -> float:
+        return self.end - self.begin
+
+
+class Timeline:
+    """One worker's spans, in the order in which they ended."""
+
+    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+        self.clock = clock
+        self.spans: list[Span] = []
+        self.solve, self.phase, self.level = "", "", 0
+
+    @contextmanager
+    def span(self, kind: str, solve: str) -> Iterator[None]:
+        """What happens inside is one span, outside of any solve."""
+        begin = self.clock()
+        yield
+        self.spans.append(Span(begin, self.clock(), kind, solve))
+
+    def begin_solve(self, solve: str) -> Callable[[str, int], None]:
+        """What follows belongs to this solve; returns what is to be told of its phases."""
+        self.solve = solve
+        return self._enter
+
+    def _enter(self, phase: str, level: int) -> None:
+        self.phase, self.level = phase, level
+
+    def add(self, begin: float, kind: str, layer: int | None = None) -> None:
+        """A span of the phase in hand, which ends now."""
+        self.spans.append(Span(begin, self.clock(), kind, self.solve, self.phase, self.level, layer))
+
+
+class TimedPropagator:
+    """A propagator whose steps are spans."""
+
+    def __init__(self, inner: Propagator, timeline: Timeline) -> None:
+        self.inner, self.timeline = inner, timeline
+
+    def step(self, layer: int, state: State) -> State:
+        begin = self.timeline.clock()
+        after = self.inner.step(layer, state)
+        self.timeline.add(begin, "compute", layer)
+        return after
+
+    def last_step(self, layer: int, state: State, known: State | None) -> State:
+        begin = self.timeline.clock()
+        after = self.inner.last_step(layer, state, known)
+        self.timeline.add(begin, "compute", layer)
+        return after
+
+
+class TimedChannel:
+    """A channel whose messages are spans."""
+
+    def __init__(self, inner: Channel, timeline: Timeline) -> None:
+        self.inner, self.timeline = inner, timeline
+        self.rank, self.size = inner.rank, inner.size
+
+    def send(self, state: State, destination: int, tag: MessageTag) -> None:
+        begin = self.timeline.clock()
+        self.inner.send(state, destination, tag)
+        self.timeline.add(begin, "send")
+
+    def receive(self, spec: StateSpec, source: int, tag: MessageTag) -> State:
+        begin = self.timeline.clock()
+        state = self.inner.receive(spec, source, tag)
+        self.timeline.add(begin, "wait")
+        return state
+
+    def all_reduce(self, tensor: Tensor, tag: MessageTag) -> Tensor:
+        begin = self.timeline.clock()
+        total = self.inner.all_reduce(tensor, tag)
+        self.timeline.add(begin, "wait")
+        return total
+
+    def finish(self) -> None:
+        self.inner.finish()
+
+    def close(self) -> None:
+        self.inner.close()
