@@ -148,6 +148,47 @@ def bench_links(config: Config = None, overrides: Overrides = None, json: Json =
 
 
 @app.command()
+def plan(
+    config: Config = None,
+    overrides: Overrides = None,
+    devices: Annotated[int, typer.Option(min=1, help="how many there are")] = 8,
+    batch: Annotated[int | None, typer.Option(min=1, help="sequences a step; default the config's")] = None,
+    costs: Annotated[
+        list[Path] | None,
+        typer.Option(help="what `rayllp bench layers --json` wrote on such a device, one a batch; default: measured here"),
+    ] = None,
+    latency: Annotated[str, typer.Option(help="of a message to the neighbour")] = "20us",
+    bandwidth: Annotated[str, typer.Option(help="between neighbours")] = "10GB/s",
+    memory: Annotated[str | None, typer.Option(help="of a device, such as 80GB; default: enough")] = None,
+    run: Annotated[list[Path] | None, typer.Option(help="a run or a sweep whose probes measured biases; repeatable")] = None,
+    bias: Annotated[float, typer.Option(help="the largest that is accurate enough")] = 0.2,
+    json: Json = None,
+) -> None:
+    """Predict every data × layer mesh: layer-parallel, pipeline, data parallel; say what to take."""
+    from rayllp.bench.layers import data_for_timing, layer_model, measure_layers, read_layers
+    from rayllp.plan import Device, make_plan
+    from rayllp.report.plan import measured_biases, quantity, show_plan, write_plan
+
+    settings = load_config(config, [*(overrides or []), *([] if batch is None else [f"batch_size={batch}"])])
+    device = Device(
+        latency_s=quantity(latency, "--latency", "us µs ms s"),
+        bandwidth=quantity(bandwidth, "--bandwidth", "GB/s MB/s Gb/s"),
+        memory=None if memory is None else quantity(memory, "--memory", "GB GiB MB"),
+    )
+    biases = measured_biases(run or [])
+    if costs:
+        layers = [read_layers(path) for path in costs]
+    else:
+        settings, data = data_for_timing(settings, Console(stderr=True, highlight=False, soft_wrap=True).print)
+        layers = measure_layers(settings, data)
+    model = layer_model(layers)
+    found = make_plan(settings, model, device, devices, biases=biases, bias_limit=bias)
+    show_plan(found, device, Console(highlight=False))
+    if json is not None:
+        write_plan(found, json)
+
+
+@app.command()
 def settings() -> None:
     """List every setting with its default and meaning."""
     from rayllp.report.settings import settings_table

@@ -14,8 +14,8 @@ def tensors(state: State) -> tuple[Tensor, ...]:
 
 
 def like(state: State, parts: tuple[Tensor, ...]) -> State:
-    """`parts` in the form of `state`: a bare tensor where `state` is one."""
-    return parts[0] if isinstance(state, Tensor) else parts
+    """`parts` in the form of `state`: a bare tensor where `state` is one, else a tuple of its type."""
+    return parts[0] if isinstance(state, Tensor) else type(state)(parts)
 
 
 def combine(function: Callable[..., Tensor], first: State, *others: State) -> State:
@@ -42,4 +42,5 @@ def detach(state: State) -> State:
 
 def squared_norm(state: State) -> Tensor:
     """The squared 2-norm as a float64 scalar on the state's device (no host synchronisation)."""
-    return torch.stack([part.detach().double().square().sum() for part in tensors(state)]).sum()
+    parts = [part.detach().double().square().sum() for part in tensors(state)]
+    return torch.stack(parts).sum() if parts else torch.zeros((), dtype=torch.float64)

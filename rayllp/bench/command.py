@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from rayllp.bench.emulated import Emulation, RandomBatches, emulated_stack
-from rayllp.bench.layers import bench_layers
+from rayllp.bench.layers import bench_layers, data_for_timing
 from rayllp.bench.step import bench_step, show_step
 from rayllp.channel.timing import LARGE, Link
 from rayllp.cluster.group import WorkerGroup
@@ -40,7 +40,8 @@ def run_layers(config: TrainConfig, file: Path | None, console: Console) -> None
     """`rayllp bench layers`."""
     import torch
 
-    found = bench_layers(config, "cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu")
+    config, data = data_for_timing(config, console.print)
+    found = bench_layers(config, data, "cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu")
     table = Table(title=f"{config.model.family}: a layer, batch {config.replica_batch}")
     for name in ("part", "ms"):
         table.add_column(name)

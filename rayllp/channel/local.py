@@ -16,15 +16,25 @@ from rayllp.state import State, detach
 T = TypeVar("T")
 
 
+class _Queues(dict[tuple[int, int], Any]):
+    """Queues by sender and receiver, made when they are first asked for: of many workers few talk to each other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._lock = threading.Lock()
+
+    def __missing__(self, pair: tuple[int, int]) -> Any:
+        with self._lock:
+            return self.setdefault(pair, queue.SimpleQueue())
+
+
 class _Hub:
     """What the threads share."""
 
     def __init__(self, size: int, timeout_s: float) -> None:
         self.size, self.timeout_s = size, timeout_s
-        self.queues: dict[tuple[int, int], queue.SimpleQueue[tuple[MessageTag, State]]] = {
-            (a, b): queue.SimpleQueue() for a in range(size) for b in range(size)
-        }
-        self.named: dict[str, dict[tuple[int, int], Any]] = {}
+        self.queues = _Queues()
+        self.named: dict[str, _Queues] = {}
         self.lock = threading.Lock()
         self.barrier = threading.Barrier(size)
         self.slots: list[Tensor | None] = [None] * size
@@ -50,8 +60,7 @@ class LocalChannel:
     def shared_queues(self, name: str) -> dict[tuple[int, int], Any]:
         """Queues between all pairs of workers, the same ones for everybody who asks by this name."""
         with self._hub.lock:
-            pairs = [(a, b) for a in range(self.size) for b in range(self.size)]
-            return self._hub.named.setdefault(name, {pair: queue.SimpleQueue() for pair in pairs})
+            return self._hub.named.setdefault(name, _Queues())
 
     def send(self, state: State, destination: int, tag: MessageTag) -> None:
         self._hub.queues[self.rank, destination].put((tag, detach(state)))

@@ -15,7 +15,7 @@ from rayllp.channel.base import Channel, MessageTag, StateSpec
 from rayllp.errors import SettingsError
 from rayllp.mgrit.anderson import Anderson
 from rayllp.mgrit.grid import Grid
-from rayllp.mgrit.hierarchy import Hierarchy, Level
+from rayllp.mgrit.hierarchy import Hierarchy
 from rayllp.mgrit.propagator import Propagator, Remembering, coarse_operator
 from rayllp.mgrit.result import MGRITResult, Status, no_residuals
 from rayllp.state import State, squared_norm, subtract
@@ -75,6 +75,7 @@ class Solver:
         operator, steps = coarse_operator(method.coarse_step_weight), Remembering(propagator)
         self.method, self.channel, self.tag, self.spec = method, channel, tag, spec
         self.grids = [Grid(level, depth, steps, operator, channel, spec, tag) for depth, level in enumerate(hierarchy.levels)]
+        self.transfers = [of_level.get(channel.rank, []) for of_level in hierarchy.transfers]
         self.squares: list[Tensor] = []
         self.enter = watch or (lambda phase, level: None)
 
@@ -90,7 +91,7 @@ class Solver:
                 self.spread_initial()
             mixer = Anderson(self.method.anderson, self.channel, self.tag) if self.method.anderson else None
             while done < self.method.iterations and not self.is_converged():
-                before = self.c_values()
+                before = self.c_values() if mixer is not None else {}
                 self.cycle(0, self.method.cycle)
                 if mixer is not None:
                     fine.values.update(mixer.mix(before, self.c_values()))
@@ -148,9 +149,9 @@ class Solver:
         arrived = fine.arrivals("restriction")
         if depth == 0:
             self.measure(arrived)
-        for k, point in self.each_c_point(fine.level):
+        for k, point, owner, coarse_owner in self.transfers[depth]:
             mine = (arrived[point], fine.values[point]) if point in fine.points else ()
-            if moved := self.move(mine, fine.level.owners[point], coarse.level.owners[k], 2, "restriction", depth):
+            if moved := self.move(mine, owner, coarse_owner, 2, "restriction", depth):
                 coarse.rhs[k], coarse.values[k] = moved
         for k in coarse.points:
             if k < coarse.level.size - 1:
@@ -160,9 +161,9 @@ class Solver:
         """The coarse solution, injected at the C-points."""
         self.enter("correction", depth)
         fine, coarse = self.grids[depth], self.grids[depth + 1]
-        for k, point in self.each_c_point(fine.level):
+        for k, point, owner, coarse_owner in self.transfers[depth]:
             mine = (coarse.values[k],) if k in coarse.points else ()
-            if moved := self.move(mine, coarse.level.owners[k], fine.level.owners[point], 1, "correction", depth):
+            if moved := self.move(mine, coarse_owner, owner, 1, "correction", depth):
                 (fine.values[point],) = moved
 
     # Its parts ----------------------------------------------------------------------------------------------------------------
@@ -171,11 +172,6 @@ class Solver:
         """This worker's C-points of the finest level, but for the first of all, which is given."""
         fine = self.grids[0]
         return {point: fine.values[point] for point in fine.level.c_points if point in fine.points and point > 0 and point in fine.values}
-
-    @staticmethod
-    def each_c_point(level: Level) -> list[tuple[int, int]]:
-        """(index on the coarse level, index on this level) of every C-point but the first, which is given."""
-        return list(enumerate(level.c_points))[1:]
 
     def move(self, states: tuple[State, ...], sender: int, receiver: int, count: int, phase: str, depth: int) -> tuple[State, ...]:
         """Carry `count` states from `sender` to `receiver`; empty on every other worker.

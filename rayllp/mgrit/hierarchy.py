@@ -8,10 +8,12 @@ No rule asks that anything divides: blocks may be uneven, the last interval may 
 The adjoint runs on the same intervals in reverse: `Hierarchy.adjoint()` mirrors every level.
 """
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate, pairwise
+from typing import NamedTuple
 
 from rayllp.errors import SettingsError
 
@@ -42,13 +44,16 @@ class Level:
 
     def local(self, rank: int) -> range:
         """The points that `rank` owns: contiguous, perhaps none."""
-        mine = [j for j, owner in enumerate(self.owners) if owner == rank]
-        return range(mine[0], mine[-1] + 1) if mine else range(0)
+        if rank not in self.owners:
+            return range(0)
+        start = self.owners.index(rank)
+        return range(start, start + self.owners.count(rank))
 
     def runs(self, rank: int) -> list[range]:
         """The owned points, cut before each C-point: the pieces of intervals that lie on `rank`."""
         points = self.local(rank)
-        cuts = [points.start, *(c for c in self.c_points if points.start < c < points.stop), points.stop]
+        inside = self.c_points[bisect_right(self.c_points, points.start) : bisect_left(self.c_points, points.stop)]
+        cuts = [points.start, *inside, points.stop]
         return [range(a, b) for a, b in pairwise(cuts)] if points else []
 
     def mirrored(self) -> "Level":
@@ -62,11 +67,33 @@ class Level:
         )
 
 
+class Transfer(NamedTuple):
+    """A C-point between its level and the next: point `point` there is point `coarse` here, and these workers own them."""
+
+    coarse: int
+    point: int
+    owner: int
+    coarse_owner: int
+
+
 @dataclass(frozen=True)
 class Hierarchy:
     """All levels of one solve, finest first."""
 
     levels: tuple[Level, ...]
+
+    @cached_property
+    def transfers(self) -> tuple[dict[int, list[Transfer]], ...]:
+        """By level and worker: the C-points that the worker owns on that level or the next, but for the first, which is given."""
+        found = []
+        for fine, coarse in pairwise(self.levels):
+            mine: dict[int, list[Transfer]] = {}
+            for k, point in list(enumerate(fine.c_points))[1:]:
+                transfer = Transfer(k, point, fine.owners[point], coarse.owners[k])
+                for rank in {transfer.owner, transfer.coarse_owner}:
+                    mine.setdefault(rank, []).append(transfer)
+            found.append(mine)
+        return tuple(found)
 
     def adjoint(self) -> "Hierarchy":
         """The hierarchy of the adjoint solve: the same intervals, the same layers at the C-points, last layer first.

@@ -2,5 +2,18 @@
 
 from rayllp.plan.buffers import BufferSuggestion, suggest_buffers
 from rayllp.plan.cost import Costs, Prediction, predict, predict_step
+from rayllp.plan.planner import Device, LayerModel, Option, Plan, make_plan
 
-__all__ = ["BufferSuggestion", "Costs", "Prediction", "predict", "predict_step", "suggest_buffers"]
+__all__ = [
+    "BufferSuggestion",
+    "Costs",
+    "Device",
+    "LayerModel",
+    "Option",
+    "Plan",
+    "Prediction",
+    "make_plan",
+    "predict",
+    "predict_step",
+    "suggest_buffers",
+]

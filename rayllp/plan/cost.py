@@ -1,20 +1,14 @@
-"""Predicting a step's time: the very cycle that trains, run on logical clocks.
+"""Predicting a step's time: the very cycle that trains, on logical clocks.
 
-Nothing here knows a formula for the schedule, so a prediction cannot drift from the code.
+Nothing here knows a formula for the schedule (`schedule.py` runs the cycle to learn it), so a prediction cannot drift from the code.
 """
 
 from dataclasses import dataclass
 
-import torch
-
-from rayllp.channel.base import MessageTag, StateSpec
-from rayllp.channel.local import LocalChannel, run_workers
-from rayllp.channel.virtual import Clock, VirtualChannel
 from rayllp.config import TrainConfig
 from rayllp.control import Accuracy
-from rayllp.mgrit import solve
-from rayllp.state import State, detach
-from rayllp.timeline import Span, TimedChannel, TimedPropagator, Timeline
+from rayllp.plan.schedule import Schedule, schedules_of
+from rayllp.timeline import Span
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,37 +37,6 @@ class Costs:
     message: float = 0.0
 
 
-class _Forward:
-    """Takes a forward's time and does nothing: at C-points with a graph, which the last sweep then need not make."""
-
-    def __init__(self, clock: Clock, costs: Costs, c_points: frozenset[int]) -> None:
-        self.clock, self.costs, self.c_points = clock, costs, c_points
-
-    def step(self, layer: int, state: State) -> State:
-        self.clock.spend(self.costs.record if layer in self.c_points else self.costs.forward)
-        return detach(state)
-
-    def last_step(self, layer: int, state: State, known: State | None) -> State:
-        if known is None:
-            self.clock.spend(self.costs.record)
-        return detach(state)
-
-
-class _Adjoint:
-    """The same for gradients."""
-
-    def __init__(self, clock: Clock, costs: Costs) -> None:
-        self.clock, self.costs = clock, costs
-
-    def step(self, layer: int, state: State) -> State:
-        self.clock.spend(self.costs.input_gradient)
-        return detach(state)
-
-    def last_step(self, layer: int, state: State, known: State | None) -> State:
-        self.clock.spend(self.costs.full_gradient)
-        return detach(state)
-
-
 @dataclass(frozen=True)
 class Prediction:
     """Of one step.
@@ -93,50 +56,31 @@ def predict_step(config: TrainConfig, accuracy: Accuracy, costs: Costs) -> float
 
 
 def predict(config: TrainConfig, accuracy: Accuracy, costs: Costs) -> Prediction:
-    """One layer-parallel step on logical clocks. Recomputation, accumulation and replicas are not in it."""
-    methods = accuracy.methods(config)
-    forward = config.hierarchy(accuracy.levels_forward)
-    adjoint = config.hierarchy(accuracy.levels_backward).adjoint()
-    c_points = frozenset(range(0, config.middle_layers, config.first_coarsening))
-    nothing = torch.zeros(())
-    spec = StateSpec.of(nothing)
+    """One layer-parallel step. Recomputation, accumulation and replicas are not in it."""
+    forward, adjoint = schedules_of(config, accuracy)
+    kinds = {name: getattr(costs, name) for name in ("forward", "record", "input_gradient", "full_gradient")}
+    workers, buffers = config.layer_workers, config.buffers
+    clocks = [0.0] * workers
+    spans: list[list[Span]] = [[] for _ in range(workers)]
 
-    def work(inner: LocalChannel) -> tuple[float, tuple[Span, ...]]:
-        clock = Clock()
-        timeline = Timeline(lambda: clock.now)
-        channel = TimedChannel(VirtualChannel(inner, clock, costs.message), timeline)
-        first, last = inner.rank == 0, inner.rank == inner.size - 1
-        buffers = config.buffers
+    def spend(rank: int, solve: str, seconds: float) -> None:
+        spans[rank].append(Span(clocks[rank], clocks[rank] + seconds, "compute", solve))
+        clocks[rank] += seconds
 
-        def spend(solve: str, seconds: float) -> None:
-            with timeline.span("compute", solve):
-                clock.spend(seconds)
+    def run(schedule: Schedule) -> None:
+        for mine, more in zip(spans, schedule.replay(kinds, costs.message, clocks), strict=True):
+            mine += more
 
-        if first:
-            spend("enter", costs.enter + buffers.open * costs.record)
-        solve(
-            forward, methods[0], TimedPropagator(_Forward(clock, costs, c_points), timeline), channel,
-            initial=nothing if first else None, spec=spec, tag=MessageTag(0, "forward"), reduce=False,
-            watch=timeline.begin_solve("forward"),
-        )  # fmt: skip
-        if last:
-            spend("loss", buffers.close * (costs.record + costs.full_gradient) + costs.leave)
-        solve(
-            adjoint, methods[1], TimedPropagator(_Adjoint(clock, costs), timeline), channel,
-            initial=nothing if last else None, spec=spec, tag=MessageTag(0, "adjoint"), reduce=False,
-            watch=timeline.begin_solve("adjoint"),
-        )  # fmt: skip
-        if first:
-            spend("enter", buffers.open * costs.full_gradient + costs.enter_gradient)
-        # The gradient norm is over all workers: nobody updates before everybody has gradients.
-        slowest = inner.shared_queues("ends")
-        for other in range(inner.size):
-            slowest[inner.rank, other].put(clock.now)
-        with timeline.span("wait", "statistics"):
-            clock.now = max(slowest[other, inner.rank].get(timeout=5.0) for other in range(inner.size))
-        owned = config.blocks[inner.rank] + first * buffers.open + last * buffers.close
-        spend("update", owned * costs.update)
-        return clock.now, tuple(span for span in timeline.spans if span.seconds)
-
-    ends, spans = zip(*run_workers(config.layer_workers, work), strict=True)
-    return Prediction(max(ends), spans)
+    spend(0, "enter", costs.enter + buffers.open * costs.record)
+    run(forward)
+    spend(workers - 1, "loss", buffers.close * (costs.record + costs.full_gradient) + costs.leave)
+    run(adjoint)
+    spend(0, "enter", buffers.open * costs.full_gradient + costs.enter_gradient)
+    # The gradient norm is over all workers: nobody updates before everybody has gradients.
+    together = max(clocks)
+    for rank, mine in enumerate(spans):
+        mine.append(Span(clocks[rank], together, "wait", "statistics"))
+        clocks[rank] = together
+        owned = config.blocks[rank] + (rank == 0) * buffers.open + (rank == workers - 1) * buffers.close
+        spend(rank, "update", owned * costs.update)
+    return Prediction(max(clocks), tuple(tuple(span for span in mine if span.seconds) for mine in spans))

@@ -10,6 +10,10 @@ from rayllp.tuning.reporter import WORST
 from rayllp.tuning.sweep import Sweep
 
 Row = dict[str, Any]
+LEAST_BIAS = 1e-4
+"""Smaller ones are drawn here."""
+MOST_NAMED = 12
+"""Points of the front whose settings are written out."""
 
 
 def whole(rows: Sequence[Row], *metrics: str) -> list[Row]:
@@ -56,22 +60,40 @@ def _pareto(plt: Any, rows: list[Row], sweep: Sweep, folder: Path) -> Any:
     found = whole(rows, *metrics)
     if len(found) < 2:
         return None
-    figure, axis = plt.subplots(figsize=(7, 4.2), layout="constrained")
-    points = axis.scatter(
-        [row["step_time"] for row in found], [max(row["bias"], 1e-4) for row in found], c=[row["validation_loss"] for row in found],
-        cmap="viridis_r", zorder=2,
-    )  # fmt: skip
+    figure, axis = plt.subplots(figsize=(10, 4.2), layout="constrained")
+
+    def place(row: Row) -> tuple[float, float]:
+        return row["step_time"], max(row["bias"], LEAST_BIAS)
+
+    losses = [row["validation_loss"] for row in found]
+    points = axis.scatter(*zip(*map(place, found), strict=True), c=losses, cmap="viridis_r", zorder=2)
     front = pareto_front(found, metrics)
-    axis.step(
-        [row["step_time"] for row in front], [max(row["bias"], 1e-4) for row in front], where="post", color="#d62728", lw=1, label="front"
-    )
-    for row in front[:8]:
-        label = " ".join(f"{name.split('.')[-1]}={value}" for name, value in row["settings"].items()) or "base config"
-        axis.annotate(label, (row["step_time"], max(row["bias"], 1e-4)), fontsize=6, xytext=(4, 4), textcoords="offset points")
+    axis.step(*zip(*map(place, front), strict=True), where="post", color="#d62728", lw=1, label="front")
+    base = next((row for row in found if not row["settings"]), None)
+    if base is not None:
+        axis.scatter(*place(base), s=110, facecolors="none", edgecolors="black", label="base config", zorder=3)
+    names = _short([parameter.name for parameter in sweep.parameters.parameters if parameter.kind != "same"])
+    lines = []
+    for number, row in enumerate(front[:MOST_NAMED], 1):
+        axis.annotate(str(number), place(row), fontsize=8, xytext=(5, 4), textcoords="offset points")
+        chosen = ", ".join(f"{short} {row['settings'][name]}" for name, short in names.items() if name in row["settings"])
+        lines.append(f"{number}  {chosen or 'base config'}")
     axis.set(xlabel="step time, s" + (" (predicted)" if sweep.objective.cluster else ""), ylabel="largest gradient bias", yscale="log")
     axis.legend(frameon=False)
     figure.colorbar(points, label="validation loss")
+    figure.supxlabel("\n".join(lines), x=0.02, ha="left", fontsize=7)
     return figure
+
+
+def _short(names: Sequence[str]) -> dict[str, str]:
+    """The shortest endings of dotted names that tell them apart."""
+    found = {}
+    for name in names:
+        parts = name.split(".")
+        ends = [".".join(parts[-count:]) for count in range(1, len(parts) + 1)]
+        others = [other for other in names if other != name]
+        found[name] = next((end for end in ends if not any(other.endswith("." + end) or other == end for other in others)), name)
+    return found
 
 
 def _coordinates(plt: Any, rows: list[Row], sweep: Sweep, folder: Path) -> Any:
@@ -83,11 +105,10 @@ def _coordinates(plt: Any, rows: list[Row], sweep: Sweep, folder: Path) -> Any:
     base = sweep.base_values()
     columns = {name: [(base | row["settings"])[name] for row in found] for name in names} | {metric: [row[metric] for row in found]}
     figure, axis = plt.subplots(figsize=(max(6, 1.5 * len(columns)), 4.2), layout="constrained")
-    heights = {name: _scale(values) for name, values in columns.items()}
-    low, high = min(columns[metric]), max(columns[metric])
-    for n in range(len(found)):
-        shade = 0.0 if high == low else (columns[metric][n] - low) / (high - low)
-        axis.plot(range(len(columns)), [heights[name][0][n] for name in columns], color=plt.cm.viridis(shade), lw=1, alpha=0.8)
+    heights = {name: _ranks(values) if name == metric else _scale(values) for name, values in columns.items()}
+    for n in sorted(range(len(found)), key=lambda n: -columns[metric][n]):  # the best lie on top
+        colour = plt.cm.viridis(heights[metric][0][n])
+        axis.plot(range(len(columns)), [heights[name][0][n] for name in columns], color=colour, lw=1, alpha=0.8)
     for place, name in enumerate(columns):
         for height, label in heights[name][1]:
             axis.annotate(label, (place, height), fontsize=7, xytext=(3, 0), textcoords="offset points")
@@ -106,6 +127,13 @@ def _scale(values: list[Any]) -> tuple[list[float], list[tuple[float, str]]]:
     kinds = sorted({json.dumps(value) for value in values})
     places = {kind: _between(n, 0, len(kinds) - 1) for n, kind in enumerate(kinds)}
     return [places[json.dumps(value)] for value in values], [(place, kind) for kind, place in places.items()]
+
+
+def _ranks(values: list[float]) -> tuple[list[float], list[tuple[float, str]]]:
+    """The same by order alone: a few bad trials must not hide how the good ones differ."""
+    order = sorted(set(values))
+    places = {value: _between(n, 0, len(order) - 1) for n, value in enumerate(order)}
+    return [places[value] for value in values], [(places[v], f"{v:.4g}") for v in (order[0], order[len(order) // 2], order[-1])]
 
 
 def _between(value: float, low: float, high: float) -> float:

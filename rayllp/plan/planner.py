@@ -1,0 +1,282 @@
+"""Which data × layer mesh and which settings pay on so many devices: layer-parallel, 1F1B pipeline, or plain data parallel.
+
+Layer-parallel steps are predicted by the cycle itself on logical clocks (`cost.py`); the other two have schedules simple enough to be
+written down: 1F1B's critical path is (microbatches + stages - 1) times a stage's forward and gradient.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Literal
+
+from rayllp.config import TrainConfig
+from rayllp.control import Controller
+from rayllp.errors import SettingsError
+from rayllp.plan.cost import Costs, predict_step
+
+COPIES = 4
+"""A weight, its gradient, and AdamW's two moments."""
+COARSENINGS = (2, 4, 8, 16)
+LEVELS = (2, 3, 4)
+ITERATIONS = ((1, 1), (2, 1), (2, 2), (3, 3))
+
+Solve = tuple[int, int, int, int]
+"""c_f, levels, iterations forward and backward."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Device:
+    """What a worker has.
+
+    Attributes:
+        latency_s: of a message to the neighbour.
+        bandwidth: bytes a second, to the neighbour and in an all-reduce.
+        memory: bytes; None: enough.
+    """
+
+    latency_s: float = 2e-5
+    bandwidth: float = 1e10
+    memory: float | None = None
+
+    def message_s(self, size: float) -> float:
+        return self.latency_s + size / self.bandwidth
+
+    def all_reduce_s(self, size: float, count: int) -> float:
+        """A ring's."""
+        if count == 1:
+            return 0.0
+        return 2 * (count - 1) / count * size / self.bandwidth + 2 * math.ceil(math.log2(count)) * self.latency_s
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerModel:
+    """A layer's costs by batch: a constant part, which many small operations cost however small they are, and one that grows.
+
+    Attributes:
+        measured: costs by the batch that they were measured at.
+        parameter_bytes: of a layer's weights.
+        graph_bytes, state_bytes: of one sample.
+    """
+
+    measured: Mapping[int, Costs]
+    parameter_bytes: float = 0.0
+    graph_bytes: float = 0.0
+    state_bytes: float = 0.0
+
+    def at(self, batch: float, device: Device) -> Costs:
+        """Costs at a batch: between the two nearest measured ones, or beyond the last as these go on."""
+        sizes = sorted(self.measured)
+        if len(sizes) == 1:
+            found = self.measured[sizes[0]]
+        else:
+            upper = next((n for n, size in enumerate(sizes[1:], 1) if size >= batch), len(sizes) - 1)
+            low, high = sizes[upper - 1], sizes[upper]
+            weight = max(0.0, (batch - low) / (high - low))
+            pairs = {
+                field.name: (getattr(self.measured[low], field.name), getattr(self.measured[high], field.name)) for field in fields(Costs)
+            }
+            found = Costs(**{name: a + weight * max(0.0, b - a) for name, (a, b) in pairs.items()})
+        return replace(found, message=device.message_s(batch * self.state_bytes))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Option:
+    """One way to train, predicted.
+
+    Attributes:
+        kind: layer (MGRIT), pipeline (1F1B), data.
+        data, layer: replicas, and workers of each.
+        solve: of MGRIT; None otherwise.
+        microbatches: of 1F1B.
+        step_s: seconds of a step.
+        memory: bytes on the worker that needs most.
+        bias: of the gradient, where it was measured; 0 for exact ways; None: not measured.
+    """
+
+    kind: Literal["layer", "pipeline", "data"]
+    data: int
+    layer: int
+    step_s: float
+    memory: float
+    solve: Solve | None = None
+    microbatches: int = 1
+    bias: float | None = 0.0
+
+    @property
+    def devices(self) -> int:
+        return self.data * self.layer
+
+    @property
+    def text(self) -> str:
+        """In words."""
+        mesh = f"{self.data} × {self.layer}"
+        if self.solve is not None:
+            c, levels, forward, backward = self.solve
+            return f"layer-parallel {mesh}, c_f {c}, {levels} levels, {forward}+{backward} iterations"
+        return f"1F1B pipeline {mesh}, {self.microbatches} microbatches" if self.kind == "pipeline" else f"data parallel {mesh}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Attributes:
+    serial_s: a step on one device.
+    options: all that were predicted, the fastest first.
+    best: the fastest that fits and whose bias is known to be within the limit, or is not known.
+    exact: the fastest exact one that fits.
+    advice: in words.
+    """
+
+    serial_s: float
+    options: tuple[Option, ...]
+    best: Option | None
+    exact: Option | None
+    advice: str
+
+
+def make_plan(
+    config: TrainConfig,
+    model: LayerModel,
+    device: Device,
+    devices: int,
+    *,
+    biases: Mapping[Solve, float] | None = None,
+    bias_limit: float = 0.2,
+    solves: Sequence[Solve] | None = None,
+) -> Plan:
+    """Predict every mesh of up to `devices` workers, and say what to take.
+
+    Args:
+        biases: measured ones, by solve.
+        bias_limit: an approximate way whose bias is known to be larger is not advised.
+        solves: to try on each mesh; default c_f 2 to 16, 2 to 4 levels, 1+1 to 3+3 iterations, those that the depth allows and that can
+            be the mesh's fastest, or whose bias is known.
+
+    Raises:
+        SettingsError: fewer than one device.
+    """
+    if devices < 1:
+        raise SettingsError(f"{devices} devices: give at least one")
+    options: list[Option] = []
+    known = biases or {}
+    for replicas, layer in _meshes(config, devices):
+        options += _exact(config, model, device, replicas, layer)
+        if layer == 1:
+            continue
+        costs = model.at(config.batch_size / replicas, device)
+        fastest = math.inf
+        tried = list(solves or _solves(config.middle_layers))
+        for solve in sorted(tried, key=lambda solve: _at_least(config, costs, layer, solve)):
+            if solves is None and solve not in known and _at_least(config, costs, layer, solve) >= fastest:
+                continue  # it cannot be the mesh's fastest
+            found = _layer_parallel(config, model, device, costs, replicas, layer, solve, known)
+            if found is not None:
+                options.append(found)
+                fastest = min(fastest, found.step_s)
+    options.sort(key=lambda option: option.step_s)
+    fitting = [o for o in options if device.memory is None or o.memory <= device.memory]
+    usable = [o for o in fitting if o.bias is None or o.bias <= bias_limit]
+    exact = next((o for o in fitting if o.solve is None), None)
+    best = next(iter(usable), None)
+    one = model.at(config.batch_size, device)
+    serial_s = _block_s(config, one, config.model.layers, first=True, last=True)
+    return Plan(serial_s=serial_s, options=tuple(options), best=best, exact=exact, advice=_advise(best, exact, serial_s, devices))
+
+
+def _meshes(config: TrainConfig, devices: int) -> Iterator[tuple[int, int]]:
+    """Replicas, which divide the batch, and workers of each: powers of two, and as many as fit; at most one a middle layer."""
+    for replicas in range(1, min(config.batch_size, devices) + 1):
+        if config.batch_size % replicas == 0:
+            most = min(devices // replicas, config.middle_layers)
+            yield from ((replicas, layer) for layer in sorted({most, *(2**n for n in range(most.bit_length()))}))
+
+
+def _solves(layers: int) -> Iterator[Solve]:
+    for c in COARSENINGS:
+        for levels in LEVELS:
+            if layers > c ** (levels - 1):
+                yield from ((c, levels, *iterations) for iterations in ITERATIONS)
+
+
+def _at_least(config: TrainConfig, costs: Costs, layer: int, solve: Solve) -> float:
+    """No step is faster: the coarse chains one after the other, then what the first worker owns."""
+    c, levels, forward, backward = solve
+    chain = math.ceil(config.middle_layers / c ** (levels - 1)) - 1
+    owned = math.ceil(config.middle_layers / layer) + config.buffers.open
+    return chain * (forward * costs.forward + backward * costs.input_gradient) + owned * costs.full_gradient
+
+
+def _block_s(config: TrainConfig, costs: Costs, layers: int, *, first: bool, last: bool) -> float:
+    """Forward and gradient of so many layers, and their update."""
+    seconds = layers * (costs.record + costs.full_gradient + costs.update)
+    return seconds + first * (costs.enter + costs.enter_gradient) + last * costs.leave
+
+
+def _gradients_s(model: LayerModel, device: Device, layers: int, replicas: int) -> float:
+    return device.all_reduce_s(layers * model.parameter_bytes, replicas)
+
+
+def _exact(config: TrainConfig, model: LayerModel, device: Device, replicas: int, layer: int) -> Iterator[Option]:
+    batch, layers = config.batch_size // replicas, config.model.layers
+    if layer == 1:
+        costs = model.at(batch, device)
+        step_s = _block_s(config, costs, layers, first=True, last=True) + _gradients_s(model, device, layers, replicas)
+        memory = layers * (COPIES * model.parameter_bytes + batch * model.graph_bytes)
+        yield Option(kind="data", data=replicas, layer=1, step_s=step_s, memory=memory)
+        return
+    owned = math.ceil(layers / layer)
+    found = []
+    for count in (m for m in range(layer, batch + 1) if batch % m == 0):  # 1F1B wants as many microbatches as stages
+        costs = model.at(batch / count, device)
+        ends = max(costs.enter + costs.enter_gradient, costs.leave)
+        stage_s = owned * (costs.record + costs.full_gradient) + ends + 2 * costs.message
+        step_s = (count + layer - 1) * stage_s + owned * costs.update + _gradients_s(model, device, owned, replicas)
+        memory = owned * (COPIES * model.parameter_bytes + min(count, layer) * batch / count * model.graph_bytes)
+        found.append(Option(kind="pipeline", data=replicas, layer=layer, step_s=step_s, memory=memory, microbatches=count))
+    if found:
+        yield min(found, key=lambda option: option.step_s)
+
+
+def _layer_parallel(
+    config: TrainConfig,
+    model: LayerModel,
+    device: Device,
+    costs: Costs,
+    replicas: int,
+    layer: int,
+    solve: Solve,
+    biases: Mapping[Solve, float],
+) -> Option | None:
+    """None where the settings refuse it."""
+    c, levels, forward, backward = solve
+    values = config.model_dump(mode="json")
+    values |= {"workers": layer, "mode": "parallel", "mesh": {"data": 1}, "batch_size": config.batch_size // replicas, "microbatches": None}
+    values["mgrit"] |= {
+        "coarsening": c, "levels": {"forward": levels, "backward": levels}, "iterations": {"forward": forward, "backward": backward},
+    }  # fmt: skip
+    try:
+        found = TrainConfig.model_validate(values | {"accumulate": 1})
+    except ValueError:
+        return None
+    owned = max(found.blocks)
+    step_s = predict_step(found, Controller(found).accuracy, costs) + _gradients_s(model, device, owned, replicas)
+    batch = config.batch_size / replicas
+    graphs = c if config.mgrit.recompute else owned
+    memory = owned * COPIES * model.parameter_bytes + batch * (graphs * model.graph_bytes + owned * model.state_bytes)
+    return Option(kind="layer", data=replicas, layer=layer, step_s=step_s, memory=memory, solve=solve, bias=biases.get(solve))
+
+
+def _advise(best: Option | None, exact: Option | None, serial_s: float, devices: int) -> str:
+    if best is None or exact is None:
+        return "nothing fits into the devices' memory: more devices, a smaller batch, or mgrit.recompute=true"
+
+    def praise(option: Option) -> str:
+        return f"{option.text}, {1e3 * option.step_s:.4g} ms a step, {serial_s / option.step_s:.3g} times as fast as one device"
+
+    if best.solve is None:
+        way = {"pipeline": "the pipeline (mode=serial)", "data": "plain data parallelism"}[best.kind]
+        return f"use {way} here: {praise(best)}. It is exact, and no layer-parallel setting that is known to be accurate enough is faster"
+    known = (
+        "its bias was not measured: try it with probes" if best.bias is None else f"its gradient's bias was measured to be {best.bias:.2g}"
+    )
+    idle = f"; {devices - best.devices} devices stay free" if best.devices < devices else ""
+    return f"layer-parallel pays here: {praise(best)}; {known}. The best exact way is {praise(exact)}{idle}"

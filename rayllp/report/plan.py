@@ -1,0 +1,103 @@
+"""`rayllp plan`: which mesh and which settings pay, as a table and in words."""
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from rayllp.config import load_run_config
+from rayllp.errors import SettingsError
+from rayllp.plan import Device, Option, Plan
+from rayllp.plan.planner import Solve
+from rayllp.report.rundir import read_lines
+
+SCALES = {"us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0, "GB/s": 1e9, "MB/s": 1e6, "Gb/s": 1.25e8, "GB": 1e9, "GiB": 2**30, "MB": 1e6}
+
+
+def quantity(text: str, option: str, units: str) -> float:
+    """A number with one of these units (separated by spaces), in seconds, bytes or bytes a second.
+
+    Raises:
+        SettingsError: it is none.
+    """
+    for unit in sorted(units.split(), key=len, reverse=True):
+        if text.endswith(unit):
+            try:
+                value = float(text.removesuffix(unit)) * SCALES[unit]
+            except ValueError:
+                break
+            if value > 0 and math.isfinite(value):
+                return value
+    raise SettingsError(f"{option} {text}: write a number above 0 and a unit ({units.replace(' ', ', ')}), such as 20{units.split()[0]}")
+
+
+def measured_biases(folders: Sequence[Path]) -> dict[Solve, float]:
+    """The largest gradient bias that probes found, by solve, in runs or in a sweep's trials.
+
+    Raises:
+        SettingsError: a folder is neither.
+    """
+    found: dict[Solve, float] = {}
+    for folder in folders:
+        runs = [folder] if (folder / "config.yaml").is_file() else sorted((folder / "trials").glob("*/config.yaml"))
+        if not runs:
+            raise SettingsError(f"--run {folder}: neither a run's directory nor a sweep's")
+        for run in runs:
+            for solve, bias in _biases_of(run if run.is_dir() else run.parent):
+                found[solve] = max(bias, found.get(solve, 0.0))
+    return found
+
+
+def _biases_of(run: Path) -> list[tuple[Solve, float]]:
+    config, before, found = load_run_config(run), None, []
+    first = config.mgrit.iterations
+    iterations = first.forward, first.backward
+    for metric in read_lines(run / "metrics.jsonl"):
+        if metric["bias"] is None:  # a probe's own iterations are doubled: what it judged is the step before's
+            iterations = metric["iterations_forward"], metric["iterations_backward"]
+        elif metric["mode"] == "parallel" and (before is None or before["mode"] == "parallel"):
+            levels = config.mgrit.levels
+            if levels.forward == levels.backward:
+                found.append(((config.first_coarsening, levels.forward, *iterations), float(metric["bias"])))
+        before = metric
+    return found
+
+
+def show_plan(plan: Plan, device: Device, console: Console) -> None:
+    """The fastest of each kind and mesh, then the advice."""
+    table = Table(title="predicted, the fastest of each mesh")
+    for name in ("devices", "how", "step, ms", "speed-up", "memory, GiB", "bias"):
+        table.add_column(name, justify="left" if name == "how" else "right")
+    for option in _fastest(plan.options):
+        fits = device.memory is None or option.memory <= device.memory
+        bias = "?" if option.bias is None else f"{option.bias:.2g}" if option.bias else "exact"
+        numbers = (
+            f"{1e3 * option.step_s:.4g}",
+            f"{plan.serial_s / option.step_s:.2f}",
+            f"{option.memory / 2**30:.3g}" + ("" if fits else " !"),
+        )
+        table.add_row(str(option.devices), option.text, *numbers, bias, style="bold" if option in (plan.best, plan.exact) else None)
+    console.print(table)
+    console.print(plan.advice, highlight=False, soft_wrap=True)
+
+
+def _fastest(options: Sequence[Option]) -> list[Option]:
+    seen, found = set(), []
+    for option in options:
+        key = option.kind, option.data, option.layer
+        if key not in seen:
+            seen.add(key)
+            found.append(option)
+    return found
+
+
+def write_plan(plan: Plan, path: Path) -> None:
+    """All options, as JSON."""
+    figures: dict[str, Any] = asdict(plan)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(figures, indent=1) + "\n")
