@@ -26,7 +26,6 @@ from rayllp.config import TrainConfig
 from rayllp.control import Accuracy, ProbePlan
 from rayllp.data import Batches
 from rayllp.engine import Engine
-from rayllp.engine.decode import continue_text, translate
 from rayllp.models import FAMILIES, Architecture, build_architecture
 from rayllp.timeline import Span, Timeline
 
@@ -285,11 +284,15 @@ class BlockWorker:
     @_leaving
     def generate(self, prompt: list[int], tokens: int) -> list[int]:
         """A continuation of `prompt`, exact forward."""
+        from rayllp.engine.decode import continue_text  # transformers' generation takes seconds to import, which start no worker
+
         return continue_text(self._engine, prompt, tokens)
 
     @_leaving
     def translate(self, sentences: int, beams: int, batch: int = 50) -> list[str]:
         """Translations of the first held-out sentences, exact forward."""
+        from rayllp.engine.decode import translate
+
         data = self._engine.batches
         sources = data.encode_source(data.sources("validation")[:sentences])  # type: ignore[attr-defined]
         found = [tokens for part in sources.split(batch) for tokens in translate(self._engine, part, beams)]

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.pipelining import PipelineStage, Schedule1F1B
 from torch.utils.checkpoint import checkpoint
 
 from rayllp.channel.torch_dist import TorchChannel
@@ -79,6 +78,8 @@ class Pipeline:
     """
 
     def __init__(self, block: Block, channel: TorchChannel, inputs: Inputs, microbatches: int) -> None:
+        from torch.distributed.pipelining import PipelineStage, Schedule1F1B  # takes a second, which other workers need not wait
+
         if microbatches < channel.size:
             raise SettingsError(f"1F1B needs at least {channel.size} microbatches for {channel.size} workers; got {microbatches}")
         self.block, self.microbatches = block, microbatches
