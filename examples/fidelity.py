@@ -45,8 +45,8 @@ class Network:
 # A bias below 0.4 of the gradient's noise costs nothing that can be seen, if the last fifth of the steps is exact; the penalty holds it
 # there, and with intervals of two layers little of it is needed.
 STEERED = (
-    "mgrit.coarsening=2", "adaptive.ladder=[1+1,2+1,2+2,3+3]", "adaptive.bias_to_noise=0.4", "adaptive.bias_target=0.2", "adaptive.steer=true",
-    "adaptive.consistency=0.3", "adaptive.switch_at=1600",
+    "mgrit.coarsening=2", "adaptive.ladder=[1+1,2+1,2+2,3+3]", "adaptive.bias_to_noise=0.4", "adaptive.bias_target=0.2",
+    "adaptive.steer=true", "adaptive.consistency=0.3", "adaptive.switch_at=1600",
 )  # fmt: skip
 WITHOUT = ("buffers.open=0", "buffers.close=0")
 NETWORKS = {
@@ -61,8 +61,8 @@ NETWORKS = {
     "standard": Network("GPT-2, 16, h = 1", "gpt2_shakespeare", SHAKESPEARE, ("step.middle=1", *WITHOUT), STEERED, (0, 1, 2)),
     "unbuffered": Network("GPT-2, 16, h = 1/N", "gpt2_shakespeare", SHAKESPEARE, WITHOUT, STEERED, (0, 1, 2)),
     "deep": Network("GPT-2, 2 + 64 + 2, h = 1/N", "gpt2_shakespeare", SHAKESPEARE, ("model.layers=68",), STEERED),
-    "bert": Network("BERT, 64, h = 1/N", "bert_shakespeare", SHAKESPEARE, (), STEERED),
-    "mc": Network("word classification, 64, h = 1/N", "mc_gum", TREEBANK, (), STEERED),
+    "bert": Network("BERT, 16, h = 1/N", "bert_shakespeare", SHAKESPEARE, ("model.layers=16",), STEERED),
+    "mc": Network("word classification, 16, h = 1/N", "mc_gum", TREEBANK, ("model.layers=16",), STEERED),
 }
 CHEAP = ("mgrit.iterations.forward=1", "mgrit.iterations.backward=1", "adaptive.probe_every=50", "adaptive.exact_every=2")
 WAYS = {
