@@ -1,8 +1,8 @@
 """What a worker does when: the spans of a step, on a real clock or a logical one."""
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import NamedTuple
 
 from torch import Tensor
@@ -35,6 +35,14 @@ class Span(NamedTuple):
     @property
     def seconds(self) -> float:
         return self.end - self.begin
+
+
+class TimedStep(NamedTuple):
+    """A worker's step: when it began by the node's clock, its seconds, and its spans from its beginning on."""
+
+    started: float
+    seconds: float
+    spans: tuple[Span, ...]
 
 
 class Timeline:
@@ -107,6 +115,9 @@ class TimedChannel:
         total = self.inner.all_reduce(tensor, tag)
         self.timeline.add(begin, "wait")
         return total
+
+    def program(self, key: Hashable | None) -> AbstractContextManager[None]:
+        return self.inner.program(key)
 
     def finish(self) -> None:
         self.inner.finish()

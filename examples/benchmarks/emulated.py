@@ -6,7 +6,7 @@
     python examples/benchmarks/emulated.py overhead
 
 A layer's forward, input gradient and weight gradient take 10 ms each, of which little is arithmetic and the rest is sleep, so that 16
-worker processes run at once on two cores, with real messages (256 KiB a state, Gloo). Times are medians over steps, of the slowest worker.
+worker processes run at once on two cores, with real messages (64 KiB a state, Gloo). Times are medians over steps, of the slowest worker.
 
 rows: the settings of the table below, beside the schedule's ideal (messages and everything but layers take no time), the ideal with a
 barrier between forward and backward, and TorchBraid (29b42ce with MPICH, on such a machine; measured once, not by this script).
@@ -43,7 +43,7 @@ from rayllp.plan import predict_step
 from rayllp.plan.schedule import schedules_of
 
 LAYER = Emulation.parse("10ms")
-BATCH, TIME, WIDTH = 8, 64, 128
+BATCH, TIME, WIDTH = 8, 16, 128
 
 
 class Row(NamedTuple):
@@ -89,7 +89,7 @@ def settings(row: Row, **changes: Any) -> TrainConfig:
     }  # fmt: skip
     base = {
         "model": {"layers": row.layers, "width": WIDTH, "heads": 4}, "buffers": {"open": 0, "close": 0}, "workers": row.workers,
-        "mode": "parallel", "mgrit": mgrit, "sequence_length": TIME, "batch_size": BATCH,
+        "mode": "parallel", "mgrit": mgrit, "sequence_length": TIME, "batch_size": BATCH, "step": {"middle": 1.0},
     }  # fmt: skip
     return rayllp.make_config({**base, **changes})
 

@@ -18,7 +18,7 @@ from rayllp.models import Architecture
 from rayllp.plan import predict
 from rayllp.plan.measure import measure_costs
 from rayllp.report.gantt import name_of
-from rayllp.timeline import Span
+from rayllp.timeline import Span, TimedStep
 
 WARM_STEPS = 3
 
@@ -34,7 +34,7 @@ class StepBench:
         serial_s: layers times forward and backward of one: an exact step on one worker.
         ideal_s: the schedule's critical path, without messages and without overhead; None in serial mode.
         phases: of each worker, seconds by phase: "forward coarse solve", "adjoint last sweep", …, "wait", "send".
-        spans: of each worker, in the step whose time is the median.
+        spans: of each worker, in the step whose time is the median, from when the first worker began it, by the nodes' clocks.
         steps: how many were timed.
     """
 
@@ -81,33 +81,41 @@ def bench_step(
     return _summary(config, found, serial_s, None if accuracy.serial else predict(config, accuracy, costs).step_s)
 
 
-def _summary(config: TrainConfig, found: Sequence[list[tuple[float, list[Span]]]], serial_s: float, ideal_s: float | None) -> StepBench:
-    times = [max(seconds for seconds, _ in step) for step in zip(*found, strict=True)]
+def _summary(config: TrainConfig, found: Sequence[list[TimedStep]], serial_s: float, ideal_s: float | None) -> StepBench:
+    """Args:
+    found: of each worker.
+    """
+    times = [max(worker.seconds for worker in step) for step in zip(*found, strict=True)]
     step_s = median(times)
     forward_s = None
     if ideal_s is not None:
         last = found[config.layer_workers - 1]
-        forward_s = median(max(span.end for span in spans if span.solve in ("forward", "loss")) for _, spans in last)
+        forward_s = median(max(span.end for span in step.spans if span.solve in ("forward", "loss")) for step in last)
     middle = min(range(len(times)), key=lambda n: abs(times[n] - step_s))
+    began = min(worker[middle].started for worker in found)
     return StepBench(
         step_s=step_s,
         forward_s=forward_s,
         backward_s=None if forward_s is None else step_s - forward_s,
         serial_s=serial_s,
         ideal_s=ideal_s,
-        phases=tuple(_phases([spans for _, spans in worker]) for worker in found),
-        spans=tuple(tuple(worker[middle][1]) for worker in found),
+        phases=tuple(_phases([step.spans for step in worker]) for worker in found),
+        spans=tuple(_shifted(worker[middle].spans, worker[middle].started - began) for worker in found),
         steps=len(times),
     )
 
 
-def _phases(steps: list[list[Span]]) -> dict[str, float]:
+def _shifted(spans: Sequence[Span], seconds: float) -> tuple[Span, ...]:
+    return tuple(span._replace(begin=span.begin + seconds, end=span.end + seconds) for span in spans)
+
+
+def _phases(steps: Sequence[Sequence[Span]]) -> dict[str, float]:
     """Median seconds by phase, over steps."""
     sums = [_sums(spans) for spans in steps]
     return {name: median(each.get(name, 0.0) for each in sums) for name in dict.fromkeys(name for each in sums for name in each)}
 
 
-def _sums(spans: list[Span]) -> dict[str, float]:
+def _sums(spans: Sequence[Span]) -> dict[str, float]:
     sums: dict[str, float] = {}
     for span in spans:
         sums[name_of(span)] = sums.get(name_of(span), 0.0) + span.seconds

@@ -1,5 +1,7 @@
 """How workers talk: the one interface, and the name that every message carries."""
 
+from collections.abc import Hashable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -66,6 +68,10 @@ class Channel(Protocol):
 
     def all_reduce(self, tensor: Tensor, tag: MessageTag) -> Tensor:
         """The sum of `tensor` over all workers, in place; the same bits on every worker."""
+        ...
+
+    def program(self, key: Hashable | None) -> AbstractContextManager[None]:
+        """What is received inside is what was received inside the last time with this key: a channel may prepare for it. None: not so."""
         ...
 
     def finish(self) -> None:

@@ -2,8 +2,9 @@
 
 import queue
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
 import torch
@@ -89,6 +90,9 @@ class LocalChannel:
             raise ChannelError(
                 f"{tag}: worker {self.rank} waited {self._hub.timeout_s:g} s for all {self.size} workers to meet in an all-reduce"
             ) from None
+
+    def program(self, key: Hashable | None) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def finish(self) -> None:
         pass

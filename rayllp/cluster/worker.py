@@ -4,6 +4,7 @@ import functools
 import gc
 import os
 import socket
+import time
 import traceback
 from collections import deque
 from collections.abc import Callable
@@ -27,7 +28,7 @@ from rayllp.control import Accuracy, ProbePlan
 from rayllp.data import Batches
 from rayllp.engine import Engine
 from rayllp.models import FAMILIES, Architecture, build_architecture
-from rayllp.timeline import Span, Timeline
+from rayllp.timeline import TimedStep, Timeline
 
 REMEMBERED = 512
 """Steps whose statistics a worker can still tell, for a driver whose call for them failed."""
@@ -212,16 +213,16 @@ class BlockWorker:
         return stats
 
     @_leaving
-    def time_steps(self, steps: list[tuple[int, Accuracy]]) -> list[tuple[float, list[Span]]]:
-        """Seconds and spans of training steps; a span's times are from the beginning of its step."""
+    def time_steps(self, steps: list[tuple[int, Accuracy]]) -> list[TimedStep]:
+        """Do training steps with a timeline each."""
         engine, found = self._engine, []
         try:
             for step, accuracy in steps:
                 engine.timeline = timeline = Timeline()
-                begin = timeline.clock()
+                started, begin = time.time(), timeline.clock()
                 engine.train_step(step, accuracy)
-                spans = [span._replace(begin=span.begin - begin, end=span.end - begin) for span in timeline.spans]
-                found.append((timeline.clock() - begin, spans))
+                spans = tuple(span._replace(begin=span.begin - begin, end=span.end - begin) for span in timeline.spans)
+                found.append(TimedStep(started, timeline.clock() - begin, spans))
         finally:
             engine.timeline = None
         return found

@@ -247,21 +247,25 @@ class Engine:
         weights = accuracy.coarse_weights
         block.begin(step, samples, inputs, training=True)
         spec = self.spec(inputs)
-        with self.span("enter"):
-            entered = block.enter(inputs) if block.first else None
-        c_points = frozenset(range(0, config.middle_layers, config.first_coarsening))
-        trajectory = Trajectory(block, c_points, config.mgrit.recompute, accuracy.noise if levels[0] > 1 else 0.0)
         methods = accuracy.methods(config)
-        forward = self._solve(
-            self.hierarchies(levels[0], weights)[0], methods[0], ForwardPropagator(trajectory),
-            None if entered is None else detach(entered), spec, MessageTag(step, "forward"),
-        )  # fmt: skip
-        with self.span("loss"):
-            loss, seed = self.loss_and_seed(forward.output, targets, scale) if block.last else (torch.zeros((), device=self.device), None)
-        backward = self._solve(
-            self.hierarchies(levels[1], weights)[1], methods[1], AdjointPropagator(trajectory, self.penalty),
-            seed, spec, MessageTag(step, "adjoint"),
-        )  # fmt: skip
+        # How many messages come depends on residuals, where iterations do.
+        program = None if config.mgrit.tolerance is not None else (levels, methods, spec)
+        with self.layers.program(program):
+            with self.span("enter"):
+                entered = block.enter(inputs) if block.first else None
+            c_points = frozenset(range(0, config.middle_layers, config.first_coarsening))
+            trajectory = Trajectory(block, c_points, config.mgrit.recompute, accuracy.noise if levels[0] > 1 else 0.0)
+            forward = self._solve(
+                self.hierarchies(levels[0], weights)[0], methods[0], ForwardPropagator(trajectory),
+                None if entered is None else detach(entered), spec, MessageTag(step, "forward"),
+            )  # fmt: skip
+            with self.span("loss"):
+                none = torch.zeros((), device=self.device)
+                loss, seed = self.loss_and_seed(forward.output, targets, scale) if block.last else (none, None)
+            backward = self._solve(
+                self.hierarchies(levels[1], weights)[1], methods[1], AdjointPropagator(trajectory, self.penalty),
+                seed, spec, MessageTag(step, "adjoint"),
+            )  # fmt: skip
         if entered is not None and backward.output is not None:
             # An embedding without parameters has no graph.
             seeds = [(state, lam) for state, lam in zip(tensors(entered), tensors(backward.output), strict=True) if state.requires_grad]

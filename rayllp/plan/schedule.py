@@ -5,7 +5,8 @@ A worker's order of work depends on no number, so its cycle can run alone: what 
 """
 
 from collections import defaultdict, deque
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
@@ -79,6 +80,9 @@ class _Recorder:
 
     def all_reduce(self, tensor: Tensor, tag: MessageTag) -> Tensor:
         return tensor
+
+    def program(self, key: Hashable | None) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def finish(self) -> None:
         pass
