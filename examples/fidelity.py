@@ -69,7 +69,7 @@ WAYS = {
     "serial": ("mode=serial",),
     "parallel": ("mode=parallel", *CHEAP),
     "paper": ("mode=adaptive", *CHEAP, "adaptive.ladder=[1+1]", "adaptive.return_below=null"),
-    "ours": ("mode=adaptive", *CHEAP, "adaptive.rule=both"),
+    "ours": ("mode=adaptive", *CHEAP, "adaptive.rule=bias"),
 }
 TWICE, THRICE = (
     ("mgrit.iterations.forward=2", "mgrit.iterations.backward=2"),
