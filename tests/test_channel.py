@@ -54,6 +54,37 @@ def test_states_arrive_whole_and_in_order(workers):
         assert total == [3.0, 3.0]
 
 
+def programs(channel):
+    """Two programs in turn, of other shapes and other neighbours; what each worker heard, and how often it had asked ahead of time."""
+    heard, asked = [], 0
+    right, left = (channel.rank + 1) % channel.size, (channel.rank - 1) % channel.size
+    for step in range(4):
+        for key, sources, size in (("a", (left, left, right), 3), ("b", (right, left), 5)):
+            with channel.program((key, size)):
+                for n, source in enumerate(sources):  # everybody does the same: who sends to me is whom I send to, the other way round
+                    destination = right if source == left else left
+                    channel.send(torch.full((size,), float(100 * step + 10 * n + channel.rank)), destination, TAG)
+                asked += len(getattr(channel, "_posted", ()))
+                heard += [float(channel.receive(StateSpec.of(torch.zeros(size)), source, TAG)[-1]) for source in sources]
+        with channel.program(None):  # nothing is known of this one
+            channel.send(torch.zeros(step + 1), right, TAG)
+            heard.append(float(len(channel.receive(StateSpec.of(torch.zeros(step + 1)), left, TAG))))
+    channel.finish()
+    return heard, asked
+
+
+def test_programs_change_no_message(workers):
+    for rank, (heard, asked) in enumerate(workers(3, programs)):
+        right, left = (rank + 1) % 3, (rank - 1) % 3
+        sources = (left, left, right, right, left)
+        places = (0, 1, 2, 0, 1)
+        expected = []
+        for step in range(4):
+            expected += [100.0 * step + 10 * n + source for n, source in zip(places, sources, strict=True)] + [step + 1.0]
+        assert heard == expected
+        assert asked == (0 if workers is over_threads else 3 * 4)  # from the second time on, the next of each of two senders
+
+
 def one_waits_in_vain(channel):
     if channel.rank == 1:
         started = time.monotonic()

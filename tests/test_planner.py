@@ -1,0 +1,141 @@
+"""Which mesh pays: predictions of whole plans, their advice, and the command."""
+
+import json
+from dataclasses import asdict
+from itertools import pairwise
+
+import pytest
+from typer.testing import CliRunner
+
+from rayllp.bench.layers import LayerBench
+from rayllp.cli import app
+from rayllp.config import make_config
+from rayllp.control import Controller
+from rayllp.errors import SettingsError
+from rayllp.plan import Costs, Device, LayerModel, make_plan, predict
+from rayllp.plan.planner import _solves
+from rayllp.report.plan import measured_biases, quantity
+
+FREE = Device(latency_s=1e-9, bandwidth=1e18)
+
+
+def config(layers=64, batch=16):
+    return make_config({"model": {"layers": layers}, "buffers": {"open": 0, "close": 0}, "batch_size": batch, "workers": 1})
+
+
+def layers(small=1e-2, per_sample=0.0, **changes):
+    """A forward takes `small` + `per_sample` a sample, gradients as long each."""
+
+    def costs(batch):
+        seconds = small + per_sample * batch
+        return Costs(forward=seconds, record=seconds, input_gradient=seconds, full_gradient=2 * seconds)
+
+    return LayerModel(measured={1: costs(1), 16: costs(16)}, **changes)
+
+
+def test_latency_bound_layers_want_layer_parallelism_and_others_do_not():
+    # However small the batch, a layer takes as long: neither replicas nor microbatches help.
+    slow = make_plan(config(), layers(), FREE, 8)
+    assert (slow.best.kind, slow.best.data, slow.best.layer) == ("layer", 1, 8)
+    assert slow.exact.kind == "data"
+    assert "layer-parallel pays here" in slow.advice
+    assert "its bias was not measured" in slow.advice
+    # A layer's time is proportional to the batch: replicas divide it for nothing.
+    wide = make_plan(config(), layers(small=0.0, per_sample=1e-3), FREE, 8)
+    assert (wide.best.kind, wide.best.data) == ("data", 8)
+    assert wide.serial_s / wide.best.step_s == pytest.approx(8)
+    assert "use plain data parallelism here" in wide.advice
+    # The same where gradients are too large to be exchanged: the pipeline, whose microbatches take their share.
+    heavy = make_plan(config(), layers(small=0.0, per_sample=1e-3, parameter_bytes=1e9), Device(bandwidth=1e9), 8)
+    assert (heavy.best.kind, heavy.best.layer) == ("pipeline", 8)
+    assert "use the pipeline (mode=serial) here" in heavy.advice
+
+
+def test_a_pipeline_takes_microbatches_and_stages_less_one():
+    found = make_plan(config(), layers(small=0.0, per_sample=1e-3), FREE, 4).options
+    pipe = next(option for option in found if (option.kind, option.data, option.layer) == ("pipeline", 1, 4))
+    assert pipe.microbatches == 16
+    assert pipe.step_s == pytest.approx((16 + 3) * 16 * 3e-3)
+
+
+def test_what_is_not_tried_is_not_faster():
+    some, model = config(48, 8), layers(small=2e-3, per_sample=1e-3)
+    quick = make_plan(some, model, Device(), 16)
+    whole = make_plan(some, model, Device(), 16, solves=list(_solves(48)))
+    assert len(quick.options) < len(whole.options)
+    assert quick.best == whole.best
+    assert {(o.data, o.layer) for o in quick.options} == {(o.data, o.layer) for o in whole.options}
+
+
+def test_bias_and_memory_rule_options_out():
+    fast = make_plan(config(), layers(), FREE, 8)
+    known = make_plan(config(), layers(), FREE, 8, biases={fast.best.solve: 0.9})
+    assert known.best.solve != fast.best.solve
+    good = make_plan(config(), layers(), FREE, 8, biases={fast.best.solve: 0.03})
+    assert good.best.solve == fast.best.solve
+    assert "measured to be 0.03" in good.advice
+    # Eight blocks of weights fit where the whole network does not.
+    model = layers(parameter_bytes=1e9, graph_bytes=1e6)
+    tight = make_plan(config(), model, Device(bandwidth=1e18, memory=64e9), 8)
+    assert tight.best.layer >= 8
+    assert tight.best.memory < 64e9
+    none = make_plan(config(), model, Device(memory=1e9), 8)
+    assert none.best is None
+    assert "nothing fits" in none.advice
+    with pytest.raises(SettingsError, match="0 devices"):
+        make_plan(config(), model, FREE, 0)
+
+
+def test_spans_fill_a_predicted_step():
+    """Whatever a worker does, it does one thing at a time, from the step's beginning to its end."""
+    some = make_config({"model": {"layers": 24}, "workers": 5, "mode": "parallel", "mgrit": {"coarsening": 3}})
+    costs = Costs(forward=2, record=3, input_gradient=2, full_gradient=5, enter=1, leave=4, update=0.5, message=0.25)
+    found = predict(some, Controller(some).accuracy, costs)
+    for spans in found.spans:
+        assert spans[0].begin == 0
+        assert all(one.end == other.begin for one, other in pairwise(spans))
+    assert max(spans[-1].end for spans in found.spans) == found.step_s
+
+
+@pytest.mark.parametrize(("text", "value"), [("20us", 2e-5), ("1.5ms", 1.5e-3), ("2s", 2.0)])
+def test_quantities_are_read(text, value):
+    assert quantity(text, "--latency", "us µs ms s") == pytest.approx(value)
+
+
+@pytest.mark.parametrize("text", ["20", "us", "-1us", "nanus", "fast", "3GB"])
+def test_what_is_no_quantity_is_refused(text):
+    with pytest.raises(SettingsError, match="--latency"):
+        quantity(text, "--latency", "us µs ms s")
+
+
+def test_biases_come_from_runs_and_sweeps(tmp_path):
+    some = make_config({"mode": "parallel", "mgrit": {"coarsening": 2, "iterations": {"forward": 1, "backward": 1}}})
+    run = tmp_path / "sweep" / "trials" / "one"
+    run.mkdir(parents=True)
+    (run / "config.yaml").write_text(json.dumps(some.model_dump(mode="json")))
+    steps = [(1, None), (3, 0.2), (1, None), (3, 0.4), (2, None), (4, 0.1)]  # a probe's own iterations are more
+    lines = [{"mode": "parallel", "bias": bias, "iterations_forward": count, "iterations_backward": count} for count, bias in steps]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert measured_biases([tmp_path / "sweep"]) == measured_biases([run]) == {(2, 2, 1, 1): 0.4, (2, 2, 2, 2): 0.1}
+    with pytest.raises(SettingsError, match="neither a run's directory nor a sweep's"):
+        measured_biases([tmp_path])
+
+
+def test_the_command(tmp_path):
+    files = []
+    for batch in (1, 8):
+        costs = Costs(forward=0.01, record=0.01, input_gradient=0.01, full_gradient=0.02)
+        bench = LayerBench(batch=batch, costs=costs, parameter_bytes=1000, graph_bytes=100 * batch, state_bytes=10 * batch)
+        files.append(tmp_path / f"layers{batch}.json")
+        files[-1].write_text(json.dumps(asdict(bench)))
+    arguments = ["plan", "--set", "model.layers=64", "--set", "workers=1", "--devices", "16", "--json", str(tmp_path / "plan.json")]
+    arguments += [part for file in files for part in ("--costs", str(file))]
+    result = CliRunner().invoke(app, arguments, catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    assert "layer-parallel pays here" in result.output
+    written = json.loads((tmp_path / "plan.json").read_text())
+    assert written["best"]["kind"] == "layer"
+    assert written["serial_s"] == pytest.approx(64 * 0.03)
+    files[0].write_text("{}")
+    with pytest.raises(SettingsError, match="bench layers --json"):
+        CliRunner().invoke(app, arguments, catch_exceptions=False)
