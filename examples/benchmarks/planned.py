@@ -4,8 +4,8 @@
 
 1. N = 1024 layers on 8 workers, 2 to 4 levels, c_f = 2 to 16, one iteration each way: speed-up over one device (figure 8 there).
 2. 64 layers on 16, 32 and 64 devices, batch 32, as replicas times layer-parallel workers: step time by replicas (figure 9 there, a
-   parabola). A layer's forward takes 0.5 ms and 0.1 ms a sequence, its gradients as long each: a device that small batches leave idle. Its weights
-   are 28 MB, a sequence's state 2 MB; messages take 20 µs and go at 10 GB/s.
+   parabola). A layer's forward takes 0.5 ms and 0.1 ms a sequence, its gradients as long each: a device that small batches leave idle.
+   Its weights are 28 MB, a sequence's state 2 MB; messages take 20 µs and go at 10 GB/s.
 """
 
 import argparse
