@@ -165,6 +165,8 @@ def plan(
     json: Json = None,
 ) -> None:
     """Predict every data × layer mesh: layer-parallel, pipeline, data parallel; say what to take."""
+    import torch
+
     from rayllp.bench.layers import data_for_timing, layer_model, measure_layers, read_layers
     from rayllp.plan import Device, make_plan
     from rayllp.report.plan import measured_biases, quantity, show_plan, write_plan
@@ -180,7 +182,7 @@ def plan(
         layers = [read_layers(path) for path in costs]
     else:
         settings, data = data_for_timing(settings, Console(stderr=True, highlight=False, soft_wrap=True).print)
-        layers = measure_layers(settings, data)
+        layers = measure_layers(settings, data, "cuda" if settings.device != "cpu" and torch.cuda.is_available() else "cpu")
     model = layer_model(layers)
     found = make_plan(settings, model, device, devices, biases=biases, bias_limit=bias)
     show_plan(found, device, Console(highlight=False))

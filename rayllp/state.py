@@ -14,8 +14,10 @@ def tensors(state: State) -> tuple[Tensor, ...]:
 
 
 def like(state: State, parts: tuple[Tensor, ...]) -> State:
-    """`parts` in the form of `state`: a bare tensor where `state` is one, else a tuple of its type."""
-    return parts[0] if isinstance(state, Tensor) else type(state)(parts)
+    """`parts` in the form of `state`: a bare tensor where `state` is one."""
+    if isinstance(state, Tensor):
+        return parts[0]
+    return parts or type(state)()  # of a kind of its own where there is nothing in it (`plan/schedule.py`)
 
 
 def combine(function: Callable[..., Tensor], first: State, *others: State) -> State:

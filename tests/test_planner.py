@@ -51,6 +51,24 @@ def test_latency_bound_layers_want_layer_parallelism_and_others_do_not():
     assert "use the pipeline (mode=serial) here" in heavy.advice
 
 
+def test_costs_between_and_beyond_what_was_measured():
+    model = layers(small=1e-3, per_sample=1e-3)
+    assert model.at(8, FREE).forward == pytest.approx(9e-3)
+    assert model.at(32, FREE).forward == pytest.approx(33e-3)
+    assert model.at(0.5, FREE).forward == pytest.approx(2e-3)
+    one = LayerModel(measured={16: model.measured[16]})
+    assert one.at(4, FREE).forward == pytest.approx(17e-3 / 4)
+
+
+def test_a_ladder_or_a_tolerance_changes_no_prediction():
+    changes = {"adaptive": {"ladder": ["3+3"]}, "mgrit": {"tolerance": 1e-3}}
+    plain = config().model_dump(mode="json")
+    other = make_config({**plain, **{name: {**plain[name], **values} for name, values in changes.items()}})
+    solves = [(4, 2, 1, 1), (4, 3, 3, 3)]
+    found = [make_plan(some, layers(), FREE, 8, solves=solves).options for some in (config(), other)]
+    assert [(o.text, o.step_s) for o in found[0]] == [(o.text, o.step_s) for o in found[1]]
+
+
 def test_a_pipeline_takes_microbatches_and_stages_less_one():
     found = make_plan(config(), layers(small=0.0, per_sample=1e-3), FREE, 4).options
     pipe = next(option for option in found if (option.kind, option.data, option.layer) == ("pipeline", 1, 4))
@@ -58,10 +76,12 @@ def test_a_pipeline_takes_microbatches_and_stages_less_one():
     assert pipe.step_s == pytest.approx((16 + 3) * 16 * 3e-3)
 
 
-def test_what_is_not_tried_is_not_faster():
-    some, model = config(48, 8), layers(small=2e-3, per_sample=1e-3)
-    quick = make_plan(some, model, Device(), 16)
-    whole = make_plan(some, model, Device(), 16, solves=list(_solves(48)))
+@pytest.mark.parametrize("weight", [1.0, 0.0])
+def test_what_is_not_tried_is_not_faster(weight):
+    some, model = make_config({**config(48, 8).model_dump(mode="json"), "mgrit": {"coarse_step_weight": weight}}), layers(2e-3, 1e-3)
+    biases = {solve: 0.9 for solve in _solves(48) if solve[2] == 1 and solve[0] > 2}
+    quick = make_plan(some, model, Device(), 16, biases=biases)
+    whole = make_plan(some, model, Device(), 16, biases=biases, solves=list(_solves(48)))
     assert len(quick.options) < len(whole.options)
     assert quick.best == whole.best
     assert {(o.data, o.layer) for o in quick.options} == {(o.data, o.layer) for o in whole.options}
@@ -114,7 +134,8 @@ def test_biases_come_from_runs_and_sweeps(tmp_path):
     run.mkdir(parents=True)
     (run / "config.yaml").write_text(json.dumps(some.model_dump(mode="json")))
     steps = [(1, None), (3, 0.2), (1, None), (3, 0.4), (2, None), (4, 0.1)]  # a probe's own iterations are more
-    lines = [{"mode": "parallel", "bias": bias, "iterations_forward": count, "iterations_backward": count} for count, bias in steps]
+    counts = ("iterations_forward", "iterations_backward")
+    lines = [{"mode": "parallel", "bias": bias, "rho_backward": bias, **dict.fromkeys(counts, count)} for count, bias in steps]
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert measured_biases([tmp_path / "sweep"]) == measured_biases([run]) == {(2, 2, 1, 1): 0.4, (2, 2, 2, 2): 0.1}
     with pytest.raises(SettingsError, match="neither a run's directory nor a sweep's"):

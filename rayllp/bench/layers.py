@@ -115,12 +115,13 @@ def read_layers(path: Path) -> LayerBench:
 
 def measure_layers(config: TrainConfig, data: Any, device: str = "cpu", limit_s: float = MEASURE_S) -> list[LayerBench]:
     """Layers at batches of 1, 2, 4, …, up to the config's, or until a measurement takes so long that more would be a nuisance."""
-    found, batch = [], 1
+    found: list[LayerBench] = []
+    batch = 1
     while batch <= config.batch_size:
         alone = {"batch_size": batch, "workers": 1, "mesh": {"data": 1}, "accumulate": 1, "microbatches": None}
         started = time.perf_counter()
         found.append(bench_layers(TrainConfig.model_validate(config.model_dump(mode="json") | alone), data, device))
-        if time.perf_counter() - started > limit_s:
+        if time.perf_counter() - started > limit_s and len(found) > 1:
             break
         batch *= 2
     return found

@@ -55,7 +55,7 @@ class StepBench:
 def bench_step(
     config: TrainConfig, *, steps: int = 10, emulate: Emulation | None = None, device: str = "cpu", staff: Staff | None = None
 ) -> StepBench:
-    """Time training steps on the cluster that this process has joined.
+    """Time training steps on the cluster that this process has joined. With `accumulate` the ideal is that of one part.
 
     Args:
         emulate: layers that take these times, instead of the model's.
@@ -65,7 +65,7 @@ def bench_step(
     batches: Batches
     if emulate is None:
         batches = load_data(config)
-        costs = measure_costs(config, batches, message_s=0.0)
+        costs = measure_costs(config, batches, message_s=0.0, device=device)
         serial_s = config.model.layers * (costs.record + costs.full_gradient) + costs.enter + costs.enter_gradient + costs.leave
     else:
         architecture, batches = emulated_stack(config, emulate), RandomBatches(config)

@@ -29,6 +29,7 @@ class Expected(NamedTuple):
 class Posted(NamedTuple):
     """A receive that was begun, and where its message goes."""
 
+    expected: Expected
     work: dist.Work | None
     buffer: Tensor
 
@@ -57,8 +58,9 @@ class TorchChannel:
         self._sent = [(work, buffer) for work, buffer in self._sent if not work.is_completed()]
         buffer = _flat(state)
         if self._host:
+            buffer = buffer.cpu()
             # What dist.isend does, without its checks, which take longer than the message.
-            self._sent.append((self.group.send([buffer.cpu()], destination, 0), buffer))
+            self._sent.append((self.group.send([buffer], destination, 0), buffer))
             return
         work = dist.isend(buffer, group=self.group, group_dst=destination)
         if work is not None:
@@ -68,7 +70,9 @@ class TorchChannel:
         expected = Expected(spec, source)
         started = time.monotonic()
         try:
-            work, buffer = self._posted.pop(source) if source in self._posted else self._post(expected)
+            posted, work, buffer = self._posted.pop(source) if source in self._posted else self._post(expected)
+            if posted != expected:
+                raise ChannelError(f"{tag}: worker {self.rank} expects {spec} from worker {source}, and asked for {posted.spec} before")
             if work is not None:
                 # NCCL orders the stream and returns at once; its watchdog holds the group's own time limit.
                 work.wait(timedelta(seconds=self.timeout_s)) if self._host else work.wait()
@@ -86,8 +90,8 @@ class TorchChannel:
         dtype = _wire_dtype(spec.dtypes)
         buffer = torch.empty(_wire_length(spec, dtype), dtype=dtype, device=torch.device("cpu") if self._host else spec.device)
         if self._host:
-            return Posted(self.group.recv([buffer], source, 0), buffer)
-        return Posted(dist.irecv(buffer, group=self.group, group_src=source), buffer)
+            return Posted(expected, self.group.recv([buffer], source, 0), buffer)
+        return Posted(expected, dist.irecv(buffer, group=self.group, group_src=source), buffer)
 
     @contextmanager
     def program(self, key: Hashable | None) -> Iterator[None]:
@@ -101,10 +105,11 @@ class TorchChannel:
         for source in list(self._ahead):
             self._ask_ahead(source)
         yield
-        if len(self._programs) >= PROGRAMS:
+        if key not in self._programs and len(self._programs) >= PROGRAMS:
             self._programs.clear()
         self._programs[key], self._heard = self._heard, None
-        assert not self._ahead, "a program's messages changed"
+        if self._ahead or self._posted:
+            raise ChannelError(f"worker {self.rank}: fewer messages came than the last time, in a step of the same kind")
 
     def _ask_ahead(self, source: int) -> None:
         """Begin the next receive from this worker that the program in hand will want."""

@@ -182,6 +182,7 @@ class Staff:
             self.dismiss(actor for _, actor in seats)
             self.close()
             return
+        self._forget_recruits()
         leaving = {actor.vacate.remote(): (slot, actor) for slot, actor in seats}
         ray.wait(list(leaving), num_returns=max(1, len(leaving)), timeout=VACATE_TIMEOUT_S) if leaving else None
         for reference, (slot, actor) in leaving.items():
@@ -190,12 +191,26 @@ class Staff:
             except Exception:  # dead, or at something that it does not leave
                 self.dismiss([actor])
             else:
-                self._idle[slot] = actor
+                if slot in self.slots:
+                    self._idle[slot] = actor
+                else:
+                    self.dismiss([actor])
+
+    def _forget_recruits(self) -> None:
+        """Let go of what was added while a run lasted: recruits, and places beyond the first ones."""
+        self.dismiss(recruit.actor for recruit in self._recruits.values())
+        self._recruits = {}
+        extra = [slot for slot in self.slots if slot.group.id != self.group.id]
+        self.slots = [slot for slot in self.slots if slot.group.id == self.group.id]
+        self._remove_groups(extra)
 
     def close(self) -> None:
         """End all processes without layers, and give the resources back."""
         self.dismiss_idle()
-        for group in {slot.group.id: slot.group for slot in self.slots}.values():
-            if not self._lent or group.id != self.group.id:
-                with contextlib.suppress(Exception):
-                    remove_placement_group(group)
+        self._remove_groups(slot for slot in self.slots if not self._lent or slot.group.id != self.group.id)
+
+    @staticmethod
+    def _remove_groups(slots: Iterable[Slot]) -> None:
+        for group in {slot.group.id: slot.group for slot in slots}.values():
+            with contextlib.suppress(Exception):
+                remove_placement_group(group)

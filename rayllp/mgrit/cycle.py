@@ -72,7 +72,8 @@ class Solver:
         tag: MessageTag,
         watch: Watch | None = None,
     ) -> None:
-        operator, steps = coarse_operator(method.coarse_step_weight), Remembering(propagator)
+        operator = coarse_operator(method.coarse_step_weight)
+        steps = Remembering(propagator, frozenset(layer for level in hierarchy.levels[1:2] for layer in level.layers))
         self.method, self.channel, self.tag, self.spec = method, channel, tag, spec
         self.grids = [Grid(level, depth, steps, operator, channel, spec, tag) for depth, level in enumerate(hierarchy.levels)]
         self.transfers = [of_level.get(channel.rank, []) for of_level in hierarchy.transfers]

@@ -28,10 +28,13 @@ class Remembering:
 
     The coarse step from a C-point and the fine step from it ask for the same Φ(x), and so do a FAS term and the sweep before it. A state is
     the same if it is the same object: none is changed in place.
+
+    Args:
+        layers: that coarse levels evaluate; others are not remembered.
     """
 
-    def __init__(self, inner: Propagator) -> None:
-        self.inner = inner
+    def __init__(self, inner: Propagator, layers: frozenset[int]) -> None:
+        self.inner, self.layers = inner, layers
         # Two of each layer: a FAS term asks for what was known before the relaxation that came between.
         self._known: dict[int, deque[tuple[State, State]]] = {}
 
@@ -41,6 +44,8 @@ class Remembering:
 
     def shared_step(self, layer: int, state: State) -> State:
         """The same, for steps that may be asked for again."""
+        if layer not in self.layers:
+            return self.inner.step(layer, state)
         known = self._recall(layer, state)
         if known is None:
             known = self.inner.step(layer, state)

@@ -59,7 +59,7 @@ def predict(config: TrainConfig, accuracy: Accuracy, costs: Costs) -> Prediction
     """One layer-parallel step. Recomputation, accumulation and replicas are not in it."""
     forward, adjoint = schedules_of(config, accuracy)
     kinds = {name: getattr(costs, name) for name in ("forward", "record", "input_gradient", "full_gradient")}
-    workers, buffers = config.layer_workers, config.buffers
+    workers, buffers, blocks = config.layer_workers, config.buffers, config.blocks
     clocks = [0.0] * workers
     spans: list[list[Span]] = [[] for _ in range(workers)]
 
@@ -81,6 +81,6 @@ def predict(config: TrainConfig, accuracy: Accuracy, costs: Costs) -> Prediction
     for rank, mine in enumerate(spans):
         mine.append(Span(clocks[rank], together, "wait", "statistics"))
         clocks[rank] = together
-        owned = config.blocks[rank] + (rank == 0) * buffers.open + (rank == workers - 1) * buffers.close
+        owned = blocks[rank] + (rank == 0) * buffers.open + (rank == workers - 1) * buffers.close
         spend(rank, "update", owned * costs.update)
     return Prediction(max(clocks), tuple(tuple(span for span in mine if span.seconds) for mine in spans))

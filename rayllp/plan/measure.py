@@ -37,7 +37,9 @@ def engine_alone(config: TrainConfig, data: Batches, device: str = "cpu") -> Eng
     middle = min(LAYERS, config.middle_layers)
     whole["model"]["layers"] = middle + config.buffers.open + config.buffers.close
     alone = {"workers": 1, "mesh": {"data": 1}, "batch_size": config.replica_batch, "nested": {}, "mode": "serial"}
-    small = TrainConfig.model_validate(whole | alone | {"mgrit": {**whole["mgrit"], "coarsening": 2}})
+    small = TrainConfig.model_validate(
+        whole | alone | {"mgrit": {**whole["mgrit"], "coarsening": 2, "levels": {"forward": 2, "backward": 2}}}
+    )
     architecture = build_architecture(small, data.facts)  # type: ignore[attr-defined]  # a data set of ours
     channel = LocalChannel.alone()
     return Engine(architecture, small, data, channel, channel, torch.device(device))

@@ -64,10 +64,11 @@ class LayerModel:
     state_bytes: float = 0.0
 
     def at(self, batch: float, device: Device) -> Costs:
-        """Costs at a batch: between the two nearest measured ones, or beyond the last as these go on."""
+        """Costs at a batch: between the two nearest measured ones, or beyond the last as these go on; of one alone, in proportion."""
         sizes = sorted(self.measured)
         if len(sizes) == 1:
-            found = self.measured[sizes[0]]
+            scale = batch / sizes[0]
+            found = Costs(**{field.name: scale * getattr(self.measured[sizes[0]], field.name) for field in fields(Costs)})
         else:
             upper = next((n for n, size in enumerate(sizes[1:], 1) if size >= batch), len(sizes) - 1)
             low, high = sizes[upper - 1], sizes[upper]
@@ -105,6 +106,10 @@ class Option:
     @property
     def devices(self) -> int:
         return self.data * self.layer
+
+    def is_usable(self, device: Device, bias_limit: float) -> bool:
+        """Whether it fits into memory, and is not known to be too inaccurate."""
+        return (device.memory is None or self.memory <= device.memory) and (self.bias is None or self.bias <= bias_limit)
 
     @property
     def text(self) -> str:
@@ -171,11 +176,11 @@ def make_plan(
             found = _layer_parallel(config, model, device, costs, replicas, layer, solve, known)
             if found is not None:
                 options.append(found)
-                fastest = min(fastest, found.step_s)
+                if found.is_usable(device, bias_limit):
+                    fastest = min(fastest, found.step_s)
     options.sort(key=lambda option: option.step_s)
-    fitting = [o for o in options if device.memory is None or o.memory <= device.memory]
-    usable = [o for o in fitting if o.bias is None or o.bias <= bias_limit]
-    exact = next((o for o in fitting if o.solve is None), None)
+    usable = [option for option in options if option.is_usable(device, bias_limit)]
+    exact = next((option for option in usable if option.solve is None), None)
     best = next(iter(usable), None)
     one = model.at(config.batch_size, device)
     serial_s = _block_s(config, one, config.model.layers, first=True, last=True)
@@ -198,11 +203,17 @@ def _solves(layers: int) -> Iterator[Solve]:
 
 
 def _at_least(config: TrainConfig, costs: Costs, layer: int, solve: Solve) -> float:
-    """No step is faster: the coarse chains one after the other, then what the first worker owns."""
+    """No step is faster.
+
+    A coarse chain, then what the last worker still has to record; a chain back, then what the first worker owns. The chains of further
+    iterations overlap with the first one's but for a relaxation.
+    """
     c, levels, forward, backward = solve
-    chain = math.ceil(config.middle_layers / c ** (levels - 1)) - 1
-    owned = math.ceil(config.middle_layers / layer) + config.buffers.open
-    return chain * (forward * costs.forward + backward * costs.input_gradient) + owned * costs.full_gradient
+    chain = 0 if config.mgrit.coarse_step_weight == 0 else math.ceil(config.middle_layers / c ** (levels - 1)) - 1
+    last, first = config.middle_layers // layer, math.ceil(config.middle_layers / layer) + config.buffers.open
+    ahead = chain * costs.forward + (forward - 1) * (c - 1) * costs.forward + (last - math.ceil(last / c)) * costs.record
+    back = chain * costs.input_gradient + (backward - 1) * (c - 1) * costs.input_gradient + first * costs.full_gradient
+    return ahead + back
 
 
 def _block_s(config: TrainConfig, costs: Costs, layers: int, *, first: bool, last: bool) -> float:
@@ -250,6 +261,7 @@ def _layer_parallel(
     c, levels, forward, backward = solve
     values = config.model_dump(mode="json")
     values |= {"workers": layer, "mode": "parallel", "mesh": {"data": 1}, "batch_size": config.batch_size // replicas, "microbatches": None}
+    values["adaptive"]["ladder"] = None
     values["mgrit"] |= {
         "coarsening": c, "levels": {"forward": levels, "backward": levels}, "iterations": {"forward": forward, "backward": backward},
     }  # fmt: skip
@@ -257,7 +269,9 @@ def _layer_parallel(
         found = TrainConfig.model_validate(values | {"accumulate": 1})
     except ValueError:
         return None
-    owned = max(found.blocks)
+    ends = {0: found.buffers.open}
+    ends[layer - 1] = ends.get(layer - 1, 0) + found.buffers.close
+    owned = max(block + ends.get(rank, 0) for rank, block in enumerate(found.blocks))
     step_s = predict_step(found, Controller(found).accuracy, costs) + _gradients_s(model, device, owned, replicas)
     batch = config.batch_size / replicas
     graphs = c if config.mgrit.recompute else owned
@@ -266,7 +280,7 @@ def _layer_parallel(
 
 
 def _advise(best: Option | None, exact: Option | None, serial_s: float, devices: int) -> str:
-    if best is None or exact is None:
+    if best is None:
         return "nothing fits into the devices' memory: more devices, a smaller batch, or mgrit.recompute=true"
 
     def praise(option: Option) -> str:
@@ -279,4 +293,5 @@ def _advise(best: Option | None, exact: Option | None, serial_s: float, devices:
         "its bias was not measured: try it with probes" if best.bias is None else f"its gradient's bias was measured to be {best.bias:.2g}"
     )
     idle = f"; {devices - best.devices} devices stay free" if best.devices < devices else ""
-    return f"layer-parallel pays here: {praise(best)}; {known}. The best exact way is {praise(exact)}{idle}"
+    other = "No exact way fits" if exact is None else f"The best exact way is {praise(exact)}"
+    return f"layer-parallel pays here: {praise(best)}; {known}. {other}{idle}"

@@ -7,7 +7,7 @@ A worker's order of work depends on no number, so its cycle can run alone: what 
 from collections import defaultdict, deque
 from collections.abc import Hashable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -142,7 +142,8 @@ def schedules_of(config: TrainConfig, accuracy: Accuracy) -> tuple[Schedule, Sch
     forward = config.hierarchy(accuracy.levels_forward)
     adjoint = config.hierarchy(accuracy.levels_backward).adjoint()
     c_points = frozenset(range(0, config.middle_layers, config.first_coarsening))
-    methods = accuracy.methods(config)
+    # Where a tolerance may end the iterations early, their cap is what is predicted.
+    methods = [replace(method, tolerance=None) for method in accuracy.methods(config)]
     workers = config.layer_workers
     return (
         _record(forward, methods[0], workers, "forward", c_points),
@@ -150,7 +151,7 @@ def schedules_of(config: TrainConfig, accuracy: Accuracy) -> tuple[Schedule, Sch
     )
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=1024)
 def _record(hierarchy: Hierarchy, method: Method, workers: int, name: str, c_points: frozenset[int]) -> Schedule:
     spec = StateSpec((), (), torch.device("cpu"), bare=False)
     found: list[tuple[Work, ...]] = []

@@ -55,15 +55,18 @@ def measured_biases(folders: Sequence[Path]) -> dict[Solve, float]:
 
 def _biases_of(run: Path) -> list[tuple[Solve, float]]:
     config, before, found = load_run_config(run), None, []
+    if any(rung.startswith("0+") for rung in config.adaptive.ladder or ()):
+        return []  # metrics do not tell a serial forward from one iteration
     first = config.mgrit.iterations
     iterations = first.forward, first.backward
     for metric in read_lines(run / "metrics.jsonl"):
-        if metric["bias"] is None:  # a probe's own iterations are doubled: what it judged is the step before's
+        if metric["bias"] is None and metric["rho_backward"] is None:  # a probe's own are doubled: what it judged is the step before's
             iterations = metric["iterations_forward"], metric["iterations_backward"]
-        elif metric["mode"] == "parallel" and (before is None or before["mode"] == "parallel"):
+        elif metric["bias"] is not None and metric["mode"] == "parallel" and (before is None or before["mode"] == "parallel"):
             levels = config.mgrit.levels
             if levels.forward == levels.backward:
-                found.append(((config.first_coarsening, levels.forward, *iterations), float(metric["bias"])))
+                bias = float(metric["bias"])
+                found.append(((config.first_coarsening, levels.forward, *iterations), math.inf if math.isnan(bias) else bias))
         before = metric
     return found
 
@@ -73,7 +76,7 @@ def show_plan(plan: Plan, device: Device, console: Console) -> None:
     table = Table(title="predicted, the fastest of each mesh")
     for name in ("devices", "how", "step, ms", "speed-up", "memory, GiB", "bias"):
         table.add_column(name, justify="left" if name == "how" else "right")
-    for option in _fastest(plan.options):
+    for option in _fastest(plan):
         fits = device.memory is None or option.memory <= device.memory
         bias = "?" if option.bias is None else f"{option.bias:.2g}" if option.bias else "exact"
         numbers = (
@@ -86,11 +89,12 @@ def show_plan(plan: Plan, device: Device, console: Console) -> None:
     console.print(plan.advice, highlight=False, soft_wrap=True)
 
 
-def _fastest(options: Sequence[Option]) -> list[Option]:
+def _fastest(plan: Plan) -> list[Option]:
+    """The fastest of each kind and mesh, and what is advised."""
     seen, found = set(), []
-    for option in options:
+    for option in plan.options:
         key = option.kind, option.data, option.layer
-        if key not in seen:
+        if key not in seen or option in (plan.best, plan.exact):
             seen.add(key)
             found.append(option)
     return found
