@@ -10,8 +10,10 @@ worker processes run at once on two cores, with real messages (64 KiB a state, G
 
 rows: the settings of the table below, beside the schedule's ideal (messages and everything but layers take no time), the ideal with a
 barrier between forward and backward, and TorchBraid (29b42ce with MPICH, on such a machine; measured once, not by this script).
-plans: predictions against measurements, for other settings than those of the table; messages as `bench links` finds them.
-pipeline: against 1F1B on the same workers, by microbatches, where a microbatch takes as long as the batch, and where it takes its share.
+plans: predictions against measurements, for other settings than those of the table; a layer's times measured in one process, messages' as
+`bench links` finds them.
+pipeline: against 1F1B (three steps each) on the same workers, by microbatches, where a microbatch takes as long as the batch, and where it
+takes its share.
 overhead: processor time of a step outside of layers and messages, one process, N = 32 to 1024.
 """
 
@@ -39,7 +41,8 @@ from rayllp.cluster.staff import Staff
 from rayllp.config import TrainConfig
 from rayllp.control import Controller
 from rayllp.engine import Engine
-from rayllp.plan import predict_step
+from rayllp.plan import Costs, predict_step
+from rayllp.plan.measure import costs_of
 from rayllp.plan.schedule import schedules_of
 
 LAYER = Emulation.parse("10ms")
@@ -141,21 +144,31 @@ def message_s(staff: Staff, most: Row) -> float:
     return max(next(iter(link.seconds.values())) for link in links)
 
 
+def measured_costs(message: float) -> Costs:
+    """Of an emulated layer as a worker calls it, with what autograd and Python add to its sleep."""
+    torch.set_num_threads(1)
+    config, alone = settings(Row(1, 8, 4, 2, 1, 1)), LocalChannel.alone()
+    engine = Engine(emulated_stack(config, LAYER), config, RandomBatches(config), alone, alone, torch.device("cpu"))
+    return costs_of(engine, message_s=message)
+
+
 def plans(arguments: argparse.Namespace) -> None:
     most = max(OTHERS, key=lambda row: row.workers)
     with processes(most) as staff:
         way = message_s(staff, most)
-        print(f"a state's way to the neighbour: {1e6 * way:.0f} µs\n")
+        costs = measured_costs(way)
+        shown = ", ".join(f"{name.replace('_', ' ')} {1e3 * seconds:.2f}" for name, seconds in vars(costs).items() if seconds)
+        print(f"measured, ms: {shown}\n")
         print("| workers | N | c_f | levels | iterations | measured, s | predicted | error, % |\n" + "|---" * 8 + "|")
         for row in OTHERS:
             config = settings(row)
             found = bench_step(config, steps=arguments.steps, emulate=LAYER, staff=staff)
-            predicted = predict_step(config, Controller(config).accuracy, LAYER.costs(message=way))
+            predicted = predict_step(config, Controller(config).accuracy, costs)
             print(f"| {row.text} | {found.step_s:.3f} | {predicted:.3f} | {100 * (predicted / found.step_s - 1):+.1f} |", flush=True)
 
 
 def pipeline(arguments: argparse.Namespace) -> None:
-    counts, measured = (8, 16, 32, 64), {}
+    counts, measured = (8, 16, 32), {}
     row = Row(8, 64, 8, 2, 1, 1)
     ours = {"c_f 8, 2 levels": row, "c_f 4, 3 levels": Row(8, 64, 4, 3, 1, 1)}
     shape = {"batch_size": 64, "sequence_length": 8}  # states as large, and a batch that divides
@@ -165,7 +178,7 @@ def pipeline(arguments: argparse.Namespace) -> None:
         for count in counts:
             config = settings(row, **shape, microbatches=count).model_copy(update={"mode": "serial"})
             for name, times in ((f"latency-bound {count}", LAYER), (f"throughput-bound {count}", LAYER.scaled(1 / count))):
-                measured[name] = bench_step(config, steps=max(3, arguments.steps // 2), emulate=times, staff=staff)
+                measured[name] = bench_step(config, steps=3, emulate=times, staff=staff, warm=1)
     print("| what | step, s | speed-up over one device |\n|---|---|---|")
     for name, found in measured.items():
         print(f"| {name} | {found.step_s:.3f} | {64 * LAYER.serial / found.step_s:.2f} |")

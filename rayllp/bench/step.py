@@ -53,13 +53,20 @@ class StepBench:
 
 
 def bench_step(
-    config: TrainConfig, *, steps: int = 10, emulate: Emulation | None = None, device: str = "cpu", staff: Staff | None = None
+    config: TrainConfig,
+    *,
+    steps: int = 10,
+    emulate: Emulation | None = None,
+    device: str = "cpu",
+    staff: Staff | None = None,
+    warm: int = WARM_STEPS,
 ) -> StepBench:
     """Time training steps on the cluster that this process has joined. With `accumulate` the ideal is that of one part.
 
     Args:
         emulate: layers that take these times, instead of the model's.
         staff: a lasting one, for several measurements with the same processes.
+        warm: steps before those that are timed.
     """
     architecture: Architecture | None = None
     batches: Batches
@@ -74,8 +81,8 @@ def bench_step(
     group = WorkerGroup(config, staff or Staff(config, device))
     try:
         group.start(architecture, batches)
-        group.call("time_steps", [(step, accuracy) for step in range(WARM_STEPS)])
-        found = group.call("time_steps", [(step, accuracy) for step in range(WARM_STEPS, WARM_STEPS + steps)])
+        group.call("time_steps", [(step, accuracy) for step in range(warm)])
+        found = group.call("time_steps", [(step, accuracy) for step in range(warm, warm + steps)])
     finally:
         group.shutdown()
     return _summary(config, found, serial_s, None if accuracy.serial else predict(config, accuracy, costs).step_s)

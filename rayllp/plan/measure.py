@@ -28,7 +28,7 @@ def measure_costs(config: TrainConfig, data: Batches, *, message_s: float, devic
         data: the settings' data set.
         message_s: seconds of a state's way to the neighbour, which one process alone cannot measure.
     """
-    return _measure(engine_alone(config, data, device), message_s, rounds)
+    return costs_of(engine_alone(config, data, device), message_s=message_s, rounds=rounds)
 
 
 def engine_alone(config: TrainConfig, data: Batches, device: str = "cpu") -> Engine:
@@ -45,7 +45,8 @@ def engine_alone(config: TrainConfig, data: Batches, device: str = "cpu") -> Eng
     return Engine(architecture, small, data, channel, channel, torch.device(device))
 
 
-def _measure(engine: Engine, message_s: float, rounds: int) -> Costs:
+def costs_of(engine: Engine, *, message_s: float, rounds: int = ROUNDS) -> Costs:
+    """The same of an engine that is there, alone."""
     block = engine.block
     inputs, _, samples, _ = engine.my_batch("train", 0)
     block.begin(0, samples, inputs, training=True)
