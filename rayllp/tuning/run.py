@@ -99,15 +99,18 @@ def _fit(sweep: Sweep, folder: Path, searcher: FeasibleSearch | GridSearch, *, r
     single = len(sweep.objective.metrics) == 1
     grid = len(searcher.points) if isinstance(searcher, GridSearch) else sweep.trials
     console.print(f"sweep {sweep.name}: up to {grid} trials, {_describe(resources(base.world))} each; directory {folder}", highlight=False)
+    # Population based training wants no searcher: its population is made of the first points that ours suggests.
+    population = _population(searcher, grid) if sweep.scheduler == "pbt" else None
     tuner = ray_tune.Tuner(
         trainable,
+        param_space=None if population is None else {"settings": ray_tune.grid_search(population)},
         tune_config=ray_tune.TuneConfig(
             metric=sweep.objective.metrics[0] if single else None,
             mode="min" if single else None,
-            search_alg=searcher,
+            search_alg=searcher if population is None else None,
             scheduler=scheduler,
-            num_samples=grid,
-            max_concurrent_trials=sweep.concurrent,
+            num_samples=grid if population is None else 1,
+            max_concurrent_trials=sweep.concurrent if population is None else None,  # all of a population train at once
             time_budget_s=sweep.time_budget_s,
             reuse_actors=True,
             trial_dirname_creator=lambda trial: f"trial_{trial.trial_id}",
@@ -136,6 +139,13 @@ def _scheduler(sweep: Sweep) -> TrialScheduler | None:
             custom_explore_fn=partial(_valid, sweep),
         )
     return None
+
+
+def _population(searcher: FeasibleSearch | GridSearch, count: int) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = []
+    while len(found) < count and isinstance(suggested := searcher.suggest(f"member{len(found)}"), dict):
+        found.append(suggested["settings"])
+    return found
 
 
 def _mutation(parameter: Any) -> Any:
