@@ -165,29 +165,17 @@ def plan(
     json: Json = None,
 ) -> None:
     """Predict every data × layer mesh: layer-parallel, pipeline, data parallel; say what to take."""
-    import torch
-
-    from rayllp.bench.layers import data_for_timing, layer_model, measure_layers, read_layers
-    from rayllp.plan import Device, make_plan
-    from rayllp.report.plan import measured_biases, quantity, show_plan, write_plan
+    from rayllp.bench.command import run_plan
+    from rayllp.plan import Device
+    from rayllp.quantities import TIMES, quantity
 
     settings = load_config(config, [*(overrides or []), *([] if batch is None else [f"batch_size={batch}"])])
     device = Device(
-        latency_s=quantity(latency, "--latency", "us µs ms s"),
+        latency_s=quantity(latency, "--latency", TIMES),
         bandwidth=quantity(bandwidth, "--bandwidth", "GB/s MB/s Gb/s"),
         memory=None if memory is None else quantity(memory, "--memory", "GB GiB MB"),
     )
-    biases = measured_biases(run or [])
-    if costs:
-        layers = [read_layers(path) for path in costs]
-    else:
-        settings, data = data_for_timing(settings, Console(stderr=True, highlight=False, soft_wrap=True).print)
-        layers = measure_layers(settings, data, "cuda" if settings.device != "cpu" and torch.cuda.is_available() else "cpu")
-    model = layer_model(layers)
-    found = make_plan(settings, model, device, devices, biases=biases, bias_limit=bias)
-    show_plan(found, device, Console(highlight=False))
-    if json is not None:
-        write_plan(found, json)
+    run_plan(settings, device, devices, costs or [], run or [], bias, json, Console(highlight=False))
 
 
 @app.command()

@@ -36,6 +36,11 @@ class Span(NamedTuple):
     def seconds(self) -> float:
         return self.end - self.begin
 
+    @property
+    def name(self) -> str:
+        """What it counts as in sums and pictures: solve and phase of a layer's work, else its kind."""
+        return f"{self.solve} {self.phase}".strip() if self.kind == "compute" else self.kind
+
 
 class TimedStep(NamedTuple):
     """A worker's step: when it began by the node's clock, its seconds, and its spans from its beginning on."""

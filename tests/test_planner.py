@@ -14,7 +14,8 @@ from rayllp.control import Controller
 from rayllp.errors import SettingsError
 from rayllp.plan import Costs, Device, LayerModel, make_plan, predict
 from rayllp.plan.planner import _solves
-from rayllp.report.plan import measured_biases, quantity
+from rayllp.quantities import quantity
+from rayllp.report.plan import measured_biases
 
 FREE = Device(latency_s=1e-9, bandwidth=1e18)
 

@@ -111,8 +111,7 @@ def processes(most: Row) -> Iterator[Staff]:
 
 def with_barrier(config: TrainConfig) -> float:
     """The ideal step if no worker began the backward solve before all had ended the forward one."""
-    costs, clocks = LAYER.costs(), [0.0] * config.layer_workers
-    kinds = {name: getattr(costs, name) for name in ("forward", "record", "input_gradient", "full_gradient")}
+    kinds, clocks = LAYER.costs().kinds, [0.0] * config.layer_workers
     for schedule in schedules_of(config, Controller(config).accuracy):
         clocks = [max(clocks)] * len(clocks)
         schedule.replay(kinds, 0.0, clocks)

@@ -1,6 +1,7 @@
-"""The commands of `rayllp bench`: measure on the cluster, print a table, write files."""
+"""The commands `rayllp bench` and `rayllp plan`: measure, print a table, write files."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from rayllp.bench.emulated import Emulation, RandomBatches, emulated_stack
-from rayllp.bench.layers import bench_layers, data_for_timing
+from rayllp.bench.layers import bench_layers, data_for_timing, device_here, layer_model, measure_layers, read_layers
 from rayllp.bench.step import bench_step, show_step
 from rayllp.channel.timing import LARGE, Link
 from rayllp.cluster.group import WorkerGroup
@@ -18,7 +19,9 @@ from rayllp.cluster.session import join_cluster
 from rayllp.cluster.staff import Staff
 from rayllp.config import TrainConfig
 from rayllp.errors import SettingsError
+from rayllp.plan import Device, make_plan
 from rayllp.report.gantt import draw_timeline, write_trace
+from rayllp.report.plan import measured_biases, show_plan
 
 
 def run_step(
@@ -38,10 +41,8 @@ def run_step(
 
 def run_layers(config: TrainConfig, file: Path | None, console: Console) -> None:
     """`rayllp bench layers`."""
-    import torch
-
     config, data = data_for_timing(config, console.print)
-    found = bench_layers(config, data, "cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu")
+    found = bench_layers(config, data, device_here(config))
     table = Table(title=f"{config.model.family}: a layer, batch {config.replica_batch}")
     for name in ("part", "ms"):
         table.add_column(name)
@@ -79,6 +80,22 @@ def run_links(config: TrainConfig, file: Path | None, console: Console) -> None:
         table.add_row(f"{link.worker} – {link.worker + 1}", *times, f"{link.bandwidth_gb_s:.2f}")
     console.print(table)
     _write(file, [asdict(link) for link in found])
+
+
+def run_plan(
+    config: TrainConfig, device: Device, devices: int, costs: Sequence[Path], runs: Sequence[Path], bias: float, file: Path | None,
+    console: Console,
+) -> None:  # fmt: skip
+    """`rayllp plan`."""
+    biases = measured_biases(runs)
+    if costs:
+        layers = [read_layers(path) for path in costs]
+    else:
+        config, data = data_for_timing(config, Console(stderr=True, highlight=False, soft_wrap=True).print)
+        layers = measure_layers(config, data, device_here(config))
+    found = make_plan(config, layer_model(layers), device, devices, biases=biases, bias_limit=bias)
+    show_plan(found, device, console)
+    _write(file, asdict(found))
 
 
 def _bytes(size: int) -> str:

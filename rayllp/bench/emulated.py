@@ -18,8 +18,7 @@ from rayllp.data.base import Inputs
 from rayllp.errors import SettingsError
 from rayllp.models import LayerStack
 from rayllp.plan import Costs
-
-UNITS = {"us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0}
+from rayllp.quantities import TIMES, quantity
 
 
 @dataclass(frozen=True)
@@ -37,7 +36,7 @@ class Emulation:
         Raises:
             SettingsError: neither of these.
         """
-        times = [_seconds(part.strip(), text) for part in text.split(",")]
+        times = [quantity(part.strip(), "--emulate", TIMES, zero=True) for part in text.split(",")]
         if len(times) not in (1, 3):
             raise SettingsError(f"--emulate {text}: give one time for all (10ms), or three: forward, input gradient, weight gradient")
         return Emulation(*(times * 3)[:3])
@@ -55,19 +54,6 @@ class Emulation:
         """For predictions."""
         full = self.input_gradient + self.weight_gradient
         return Costs(forward=self.forward, record=self.forward, input_gradient=self.input_gradient, full_gradient=full, message=message)
-
-
-def _seconds(part: str, text: str) -> float:
-    for unit, scale in UNITS.items():
-        number = part.removesuffix(unit)
-        if number != part:
-            try:
-                seconds = float(number) * scale
-            except ValueError:
-                continue
-            if seconds >= 0:
-                return seconds
-    raise SettingsError(f"--emulate {text}: {part or 'nothing'} is no time; write 10ms, 500us or 0.1s")
 
 
 class Wait:

@@ -14,7 +14,7 @@ from rayllp.config import DataSettings, TrainConfig
 from rayllp.data import load_data
 from rayllp.errors import DataError, RayllpError, SettingsError
 from rayllp.plan import Costs, LayerModel
-from rayllp.plan.measure import engine_alone, measure_costs
+from rayllp.plan.measure import costs_of, engine_alone
 from rayllp.state import tensors
 
 MEASURE_S = 4.0
@@ -56,11 +56,15 @@ def data_for_timing(config: TrainConfig, say: Callable[[str], None]) -> tuple[Tr
         return embedded, data
 
 
+def device_here(config: TrainConfig) -> str:
+    """The settings' kind of device, as far as this machine has it."""
+    return "cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu"
+
+
 def bench_layers(config: TrainConfig, data: Any, device: str = "cpu") -> LayerBench:
     """Measure in this process."""
-    costs = measure_costs(config, data, message_s=0.0, device=device)
     engine = engine_alone(config, data, device)
-    block = engine.block
+    costs, block = costs_of(engine, message_s=0.0), engine.block
     inputs, _, samples, _ = engine.my_batch("train", 0)
     block.begin(0, samples, inputs, training=True)
     with torch.no_grad():

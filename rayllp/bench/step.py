@@ -17,7 +17,6 @@ from rayllp.data import Batches, load_data
 from rayllp.models import Architecture
 from rayllp.plan import predict
 from rayllp.plan.measure import measure_costs
-from rayllp.report.gantt import name_of
 from rayllp.timeline import Span, TimedStep
 
 WARM_STEPS = 3
@@ -125,7 +124,7 @@ def _phases(steps: Sequence[Sequence[Span]]) -> dict[str, float]:
 def _sums(spans: Sequence[Span]) -> dict[str, float]:
     sums: dict[str, float] = {}
     for span in spans:
-        sums[name_of(span)] = sums.get(name_of(span), 0.0) + span.seconds
+        sums[span.name] = sums.get(span.name, 0.0) + span.seconds
     return sums
 
 

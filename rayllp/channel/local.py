@@ -35,8 +35,6 @@ class _Hub:
     def __init__(self, size: int, timeout_s: float) -> None:
         self.size, self.timeout_s = size, timeout_s
         self.queues = _Queues()
-        self.named: dict[str, _Queues] = {}
-        self.lock = threading.Lock()
         self.barrier = threading.Barrier(size)
         self.slots: list[Tensor | None] = [None] * size
 
@@ -57,11 +55,6 @@ class LocalChannel:
     def alone() -> "LocalChannel":
         """A group of one."""
         return LocalChannel.group(1)[0]
-
-    def shared_queues(self, name: str) -> dict[tuple[int, int], Any]:
-        """Queues between all pairs of workers, the same ones for everybody who asks by this name."""
-        with self._hub.lock:
-            return self._hub.named.setdefault(name, _Queues())
 
     def send(self, state: State, destination: int, tag: MessageTag) -> None:
         self._hub.queues[self.rank, destination].put((tag, detach(state)))

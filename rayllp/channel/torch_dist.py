@@ -56,23 +56,22 @@ class TorchChannel:
 
     def send(self, state: State, destination: int, tag: MessageTag) -> None:
         self._sent = [(work, buffer) for work, buffer in self._sent if not work.is_completed()]
-        buffer = _flat(state)
-        if self._host:
-            buffer = buffer.cpu()
-            # What dist.isend does, without its checks, which take longer than the message.
-            self._sent.append((self.group.send([buffer], destination, 0), buffer))
-            return
-        work = dist.isend(buffer, group=self.group, group_dst=destination)
+        buffer = _flat(state).cpu() if self._host else _flat(state)
+        # On the host what dist.isend does, without its checks, which take longer than the message.
+        work = self.group.send([buffer], destination, 0) if self._host else dist.isend(buffer, group=self.group, group_dst=destination)
         if work is not None:
             self._sent.append((work, buffer))
 
     def receive(self, spec: StateSpec, source: int, tag: MessageTag) -> State:
         expected = Expected(spec, source)
+        posted = self._posted.pop(source, None)
+        if posted is not None and posted.expected != expected:
+            raise ChannelError(
+                f"{tag}: worker {self.rank} expects {spec} from worker {source}, and asked for {posted.expected.spec} before"
+            )
         started = time.monotonic()
         try:
-            posted, work, buffer = self._posted.pop(source) if source in self._posted else self._post(expected)
-            if posted != expected:
-                raise ChannelError(f"{tag}: worker {self.rank} expects {spec} from worker {source}, and asked for {posted.spec} before")
+            _, work, buffer = posted or self._post(expected)
             if work is not None:
                 # NCCL orders the stream and returns at once; its watchdog holds the group's own time limit.
                 work.wait(timedelta(seconds=self.timeout_s)) if self._host else work.wait()
@@ -88,10 +87,10 @@ class TorchChannel:
     def _post(self, expected: Expected) -> Posted:
         spec, source = expected
         dtype = _wire_dtype(spec.dtypes)
-        buffer = torch.empty(_wire_length(spec, dtype), dtype=dtype, device=torch.device("cpu") if self._host else spec.device)
-        if self._host:
-            return Posted(expected, self.group.recv([buffer], source, 0), buffer)
-        return Posted(expected, dist.irecv(buffer, group=self.group, group_src=source), buffer)
+        device = torch.device("cpu") if self._host else spec.device
+        buffer = torch.empty(_wire_length(spec, dtype), dtype=dtype, device=device)
+        work = self.group.recv([buffer], source, 0) if self._host else dist.irecv(buffer, group=self.group, group_src=source)
+        return Posted(expected, work, buffer)
 
     @contextmanager
     def program(self, key: Hashable | None) -> Iterator[None]:

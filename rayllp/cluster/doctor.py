@@ -17,6 +17,9 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from rich.console import Console
 from rich.table import Table
 
+from rayllp.channel.timing import Link as TimedLink
+from rayllp.channel.timing import time_messages
+from rayllp.channel.torch_dist import TorchChannel
 from rayllp.checkpoint import locate
 
 PACKAGES = ("ray", "torch", "transformers", "safetensors", "rayllp")
@@ -242,8 +245,8 @@ class _End:
         self._listener = socket.create_server((host, 0))
         return host, self._listener.getsockname()[1]
 
-    def measure(self, rank: int, host: str, port: int, backend: str) -> tuple[float, float]:
-        """Seconds of a round trip of the small message, and GB/s of the large one."""
+    def measure(self, rank: int, host: str, port: int, backend: str) -> TimedLink | None:
+        """Times of a small and of a large message."""
         import torch
         import torch.distributed as dist
         from torch._C._distributed_c10d import TCPStore
@@ -255,20 +258,10 @@ class _End:
             store = TCPStore(host, port, 2, False, limit)
         dist.init_process_group(backend, store=store, rank=rank, world_size=2, timeout=limit)
         device = torch.device("cuda", 0) if backend == "nccl" else torch.device("cpu")
-        times = []
-        for size in SIZES.values():
-            message = torch.zeros(size, dtype=torch.uint8, device=device)
-            rounds = []
-            for _ in range(12):
-                started = time.perf_counter()
-                for turn in (0, 1):
-                    (dist.send if rank == turn else dist.recv)(message, 1 - rank)
-                if backend == "nccl":
-                    torch.cuda.synchronize()
-                rounds.append(time.perf_counter() - started)
-            times.append(sorted(rounds[2:])[len(rounds[2:]) // 2])
+        # Rank 0 has the link's figures, for half a round trip; the other end has none.
+        links = time_messages(TorchChannel(timeout_s=60), list(SIZES.values()), device, rounds=10)
         dist.destroy_process_group()
-        return times[0], 2 * SIZES["8 MiB"] / times[1] / 1e9
+        return links[0] if links else None
 
 
 def _measure_link(one: Node, other: Node, backend: str) -> Link:
@@ -285,7 +278,7 @@ def _measure_link(one: Node, other: Node, backend: str) -> Link:
     finally:
         for end in ends:
             ray.kill(end)
-    return Link((one.host, other.host), backend, found[0][0], found[0][1])
+    return Link((one.host, other.host), backend, 2 * found[0].seconds[SIZES["32 KiB"]], found[0].bandwidth_gb_s)
 
 
 def run_doctor(path: str | None, console: Console) -> bool:

@@ -184,7 +184,8 @@ class Staff:
             return
         self._forget_recruits()
         leaving = {actor.vacate.remote(): (slot, actor) for slot, actor in seats}
-        ray.wait(list(leaving), num_returns=max(1, len(leaving)), timeout=VACATE_TIMEOUT_S) if leaving else None
+        if leaving:
+            ray.wait(list(leaving), num_returns=len(leaving), timeout=VACATE_TIMEOUT_S)
         for reference, (slot, actor) in leaving.items():
             try:
                 ray.get(reference, timeout=0)

@@ -36,6 +36,12 @@ class Costs:
     update: float = 0.0
     message: float = 0.0
 
+    @property
+    def kinds(self) -> dict[str, float]:
+        """By kind of a layer's work, as schedules name it."""
+        names = ("forward", "record", "input_gradient", "full_gradient")
+        return {name: getattr(self, name) for name in names}
+
 
 @dataclass(frozen=True)
 class Prediction:
@@ -58,7 +64,6 @@ def predict_step(config: TrainConfig, accuracy: Accuracy, costs: Costs) -> float
 def predict(config: TrainConfig, accuracy: Accuracy, costs: Costs) -> Prediction:
     """One layer-parallel step. Recomputation, accumulation and replicas are not in it."""
     forward, adjoint = schedules_of(config, accuracy)
-    kinds = {name: getattr(costs, name) for name in ("forward", "record", "input_gradient", "full_gradient")}
     workers, buffers, blocks = config.layer_workers, config.buffers, config.blocks
     clocks = [0.0] * workers
     spans: list[list[Span]] = [[] for _ in range(workers)]
@@ -68,7 +73,7 @@ def predict(config: TrainConfig, accuracy: Accuracy, costs: Costs) -> Prediction
         clocks[rank] += seconds
 
     def run(schedule: Schedule) -> None:
-        for mine, more in zip(spans, schedule.replay(kinds, costs.message, clocks), strict=True):
+        for mine, more in zip(spans, schedule.replay(costs.kinds, costs.message, clocks), strict=True):
             mine += more
 
     spend(0, "enter", costs.enter + buffers.open * costs.record)

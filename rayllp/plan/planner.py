@@ -6,7 +6,8 @@ written down: 1F1B's critical path is (microbatches + stages - 1) times a stage'
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
+from operator import itemgetter
 from typing import Literal
 
 from rayllp.config import TrainConfig
@@ -19,6 +20,8 @@ COPIES = 4
 COARSENINGS = (2, 4, 8, 16)
 LEVELS = (2, 3, 4)
 ITERATIONS = ((1, 1), (2, 1), (2, 2), (3, 3))
+
+NOTHING = Costs(forward=0, record=0, input_gradient=0, full_gradient=0)
 
 Solve = tuple[int, int, int, int]
 """c_f, levels, iterations forward and backward."""
@@ -65,19 +68,13 @@ class LayerModel:
 
     def at(self, batch: float, device: Device) -> Costs:
         """Costs at a batch: between the two nearest measured ones, or beyond the last as these go on; of one alone, in proportion."""
-        sizes = sorted(self.measured)
-        if len(sizes) == 1:
-            scale = batch / sizes[0]
-            found = Costs(**{field.name: scale * getattr(self.measured[sizes[0]], field.name) for field in fields(Costs)})
-        else:
-            upper = next((n for n, size in enumerate(sizes[1:], 1) if size >= batch), len(sizes) - 1)
-            low, high = sizes[upper - 1], sizes[upper]
-            weight = max(0.0, (batch - low) / (high - low))
-            pairs = {
-                field.name: (getattr(self.measured[low], field.name), getattr(self.measured[high], field.name)) for field in fields(Costs)
-            }
-            found = Costs(**{name: a + weight * max(0.0, b - a) for name, (a, b) in pairs.items()})
-        return replace(found, message=device.message_s(batch * self.state_bytes))
+        points = sorted(self.measured if len(self.measured) > 1 else {0, *self.measured})
+        upper = next((n for n, size in enumerate(points[1:], 1) if size >= batch), len(points) - 1)
+        low, high = points[upper - 1], points[upper]
+        weight = max(0.0, (batch - low) / (high - low))
+        below, above = (vars(self.measured.get(size, NOTHING)) for size in (low, high))
+        found = {name: value + weight * max(0.0, above[name] - value) for name, value in below.items()}
+        return Costs(**found | {"message": device.message_s(batch * self.state_bytes)})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,9 +166,9 @@ def make_plan(
             continue
         costs = model.at(config.batch_size / replicas, device)
         fastest = math.inf
-        tried = list(solves or _solves(config.middle_layers))
-        for solve in sorted(tried, key=lambda solve: _at_least(config, costs, layer, solve)):
-            if solves is None and solve not in known and _at_least(config, costs, layer, solve) >= fastest:
+        tried = [(_at_least(config, costs, layer, solve), solve) for solve in solves or _solves(config.middle_layers)]
+        for bound, solve in sorted(tried, key=itemgetter(0)):
+            if solves is None and solve not in known and bound >= fastest:
                 continue  # it cannot be the mesh's fastest
             found = _layer_parallel(config, model, device, costs, replicas, layer, solve, known)
             if found is not None:

@@ -14,11 +14,6 @@ COLOURS = {
 """Blue forward, orange adjoint, dark the serial part."""
 
 
-def name_of(span: Span) -> str:
-    """What a span counts as in sums and pictures: solve and phase of a layer's work, else its kind."""
-    return f"{span.solve} {span.phase}".strip() if span.kind == "compute" else span.kind
-
-
 def draw_timeline(workers: Sequence[Sequence[Span]], picture: Path, title: str = "") -> None:
     """A row a worker, seconds to the right."""
     import matplotlib
@@ -30,9 +25,9 @@ def draw_timeline(workers: Sequence[Sequence[Span]], picture: Path, title: str =
     figure, axis = plt.subplots(figsize=(11, 1.2 + 0.32 * len(workers)), layout="constrained")
     seen: dict[str, str] = {}
     for rank, spans in enumerate(workers):
-        for name in sorted({name_of(span) for span in spans}, key=lambda name: name != "wait"):  # waiting lies below
+        for name in sorted({span.name for span in spans}, key=lambda name: name != "wait"):  # waiting lies below
             colour = seen.setdefault(name, COLOURS.get(name, "#000000"))
-            bars = [(1e3 * span.begin, 1e3 * span.seconds) for span in spans if name_of(span) == name]
+            bars = [(1e3 * span.begin, 1e3 * span.seconds) for span in spans if span.name == name]
             axis.broken_barh(bars, (rank - 0.4, 0.8), facecolors=colour, edgecolors="white" if name != "wait" else "none", linewidth=0.3)
     axis.set(xlabel="ms", ylabel="worker", yticks=range(len(workers)), title=title)
     axis.invert_yaxis()
@@ -53,7 +48,7 @@ def write_trace(workers: Sequence[Sequence[Span]], path: Path) -> None:
             place = {name: value for name, value in (("level", span.level), ("layer", span.layer)) if span.phase and value is not None}
             events.append(
                 {
-                    "name": name_of(span), "cat": span.kind, "ph": "X", "ts": round(1e6 * span.begin, 1),
+                    "name": span.name, "cat": span.kind, "ph": "X", "ts": round(1e6 * span.begin, 1),
                     "dur": round(1e6 * span.seconds, 1), "pid": 0, "tid": rank, "args": place | {"phase": f"{span.solve} {span.phase}"},
                 }
             )  # fmt: skip

@@ -1,11 +1,8 @@
 """`rayllp plan`: which mesh and which settings pay, as a table and in words."""
 
-import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -16,25 +13,6 @@ from rayllp.plan import Device, Option, Plan
 from rayllp.plan.planner import Solve
 from rayllp.report.rundir import read_lines
 
-SCALES = {"us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0, "GB/s": 1e9, "MB/s": 1e6, "Gb/s": 1.25e8, "GB": 1e9, "GiB": 2**30, "MB": 1e6}
-
-
-def quantity(text: str, option: str, units: str) -> float:
-    """A number with one of these units (separated by spaces), in seconds, bytes or bytes a second.
-
-    Raises:
-        SettingsError: it is none.
-    """
-    for unit in sorted(units.split(), key=len, reverse=True):
-        if text.endswith(unit):
-            try:
-                value = float(text.removesuffix(unit)) * SCALES[unit]
-            except ValueError:
-                break
-            if value > 0 and math.isfinite(value):
-                return value
-    raise SettingsError(f"{option} {text}: write a number above 0 and a unit ({units.replace(' ', ', ')}), such as 20{units.split()[0]}")
-
 
 def measured_biases(folders: Sequence[Path]) -> dict[Solve, float]:
     """The largest gradient bias that probes found, by solve, in runs or in a sweep's trials.
@@ -44,11 +22,12 @@ def measured_biases(folders: Sequence[Path]) -> dict[Solve, float]:
     """
     found: dict[Solve, float] = {}
     for folder in folders:
-        runs = [folder] if (folder / "config.yaml").is_file() else sorted((folder / "trials").glob("*/config.yaml"))
+        trials = [path.parent for path in sorted((folder / "trials").glob("*/config.yaml"))]
+        runs = [folder] if (folder / "config.yaml").is_file() else trials
         if not runs:
             raise SettingsError(f"--run {folder}: neither a run's directory nor a sweep's")
         for run in runs:
-            for solve, bias in _biases_of(run if run.is_dir() else run.parent):
+            for solve, bias in _biases_of(run):
                 found[solve] = max(bias, found.get(solve, 0.0))
     return found
 
@@ -98,10 +77,3 @@ def _fastest(plan: Plan) -> list[Option]:
             seen.add(key)
             found.append(option)
     return found
-
-
-def write_plan(plan: Plan, path: Path) -> None:
-    """All options, as JSON."""
-    figures: dict[str, Any] = asdict(plan)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(figures, indent=1) + "\n")

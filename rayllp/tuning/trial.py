@@ -56,7 +56,7 @@ def train_trial(choices: dict[str, Any], *, sweep: Sweep, output: str, data: Any
     reporter = Reporter(sweep.objective, _predict(sweep, config, costs))
     done = step_of(found[-1]) if found else 0  # what came after is done again
     metrics, events, evaluations = (read_lines(path / f"{name}.jsonl") for name in ("metrics", "events", "evals"))
-    evaluations = [found for found in evaluations if found["step"] <= done]
+    evaluations = [e for e in evaluations if e["step"] <= done]
     reporter.resume([m for m in metrics if m["step"] < done], [e for e in events if e["step"] < done], evaluations)
     if done == config.steps and evaluations and evaluations[-1]["step"] == done:  # all was done, but Tune was not told any more
         tune.report(reporter.report())
