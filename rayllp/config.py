@@ -19,6 +19,10 @@ from rayllp.nested import stages
 from rayllp.sizes import with_pretrained_sizes
 
 Relaxation = Literal["F", "FCF"]
+CONSISTENCY = 0.3
+"""Weight of the consistency penalty in mode adaptive; what examples/fidelity.py found to be enough to begin with."""
+EXACT_FROM = 0.8
+"""Share of the steps after which mode adaptive trains exactly: what bias there was is trained away."""
 RUNG = re.compile(r"(\d+)\+([1-9]\d*)(?: (FCF|F))?")
 
 
@@ -178,11 +182,13 @@ class StepSettings(Settings):
 class AdaptiveSettings(Settings):
     """The controller of mode=adaptive, the probes of every parallel mode, and the consistency penalty."""
 
-    rule: Literal["convergence", "bias", "both"] = Field("convergence", description="what a probe is judged by: ρ, the gradient's bias")
+    rule: Literal["convergence", "bias", "both"] = Field(
+        "bias", description="what a probe is judged by: the gradient's bias, ρ (convergence, the paper's rule), or both"
+    )
     probe_every: int = Field(100, ge=0, description="steps between probes (doubled iterations, at least 3); 0: never")
     threshold: float = Field(1.0, gt=0, description="a probe's ρ, forward or backward, beyond this is a fault")
     bias_limit: float = Field(0.1, gt=0, description="a relative bias of the gradient beyond this is a fault …")
-    bias_to_noise: float = Field(0.5, ge=0, description="… unless it is below this share of the gradient's own noise")
+    bias_to_noise: float = Field(0.4, ge=0, description="… unless it is below this share of the gradient's own noise")
     exact_every: int = Field(
         0, ge=0, description="every so many probes the bias is taken against the exact gradient, by any rule; 0: never"
     )
@@ -195,12 +201,30 @@ class AdaptiveSettings(Settings):
     return_below: float | None = Field(0.3, gt=0, description="a probe whose every ρ is below this is calm; none: no way back")
     patience: int = Field(3, ge=1, description="calm probes in a row after which a rung is gone down")
     max_flips: int = Field(6, ge=0, description="switches to serial and steps down, in all, after which there are no more steps down")
-    consistency: float = Field(0.0, ge=0, description="weight μ of the consistency penalty; none after a switch to serial")
+    consistency: float | None = Field(
+        None,
+        ge=0,
+        description="weight μ of the consistency penalty until a switch to serial; default 0.3 in mode adaptive with rule bias or both "
+        "(where no worker has less than an interval), else 0",
+    )
     consistency_noise: float = Field(0.0, ge=0, description="noise on C-points in the last sweep, in standard deviations of the state")
     smoothness: float = Field(0.0, ge=0, description="weight of Σ ‖θ_{n+1} − θ_n‖² / Δt over middle layers; none after a switch to serial")
-    steer: bool = Field(False, description="probes move μ toward the least that holds adaptive.bias_target (rule bias or both)")
-    bias_target: float = Field(0.05, gt=0, description="relative bias that steering aims at")
-    switch_at: int | None = Field(None, ge=0, description="switch to serial at this step, whatever probes say")
+    steer: bool | None = Field(
+        None, description="probes move μ toward the least that holds adaptive.bias_target; default: where the rule sees bias"
+    )
+    bias_target: float = Field(0.2, gt=0, description="relative bias that steering aims at")
+    switch_at: int | float | None = Field(
+        None, ge=0, description="serial from this step (or share of the steps) on; default 0.8 in mode adaptive, where 1.0 is never"
+    )
+
+    @field_validator("switch_at")
+    @classmethod
+    def _step_or_share(cls, value: int | float | None) -> int | float | None:
+        if isinstance(value, float) and value > 1:
+            if not value.is_integer():
+                raise ValueError(f"switch_at {value}: give a step, or a share of the steps from 0 to 1")
+            return int(value)
+        return value
 
     @field_validator("ladder")
     @classmethod
@@ -221,7 +245,7 @@ class AdaptiveSettings(Settings):
             raise ValueError(f"return_below {self.return_below} is not below threshold {self.threshold}: the rung would swing; lower it")
         if self.lipschitz_every and not self.probe_every:
             raise ValueError(f"lipschitz_every {self.lipschitz_every} counts probes, of which probe_every=0 makes none: set probe_every")
-        if self.steer and (self.rule == "convergence" or not self.consistency):
+        if self.steer and (self.rule == "convergence" or self.consistency == 0):
             raise ValueError("steer needs adaptive.consistency > 0 to start from, and adaptive.rule bias or both to see the bias")
         return self
 
@@ -335,7 +359,9 @@ class TrainConfig(Settings):
         True, description="keep a started process in reserve on each node with workers (CPUs only, 0.4 GB): losses cost 2 s instead of 10"
     )
     max_failures: int = Field(10, ge=0, description="lost workers that a run survives within an hour")
-    mode: Literal["parallel", "serial", "adaptive"] = Field("adaptive", description="adaptive: parallel until ρ says otherwise")
+    mode: Literal["parallel", "serial", "adaptive"] = Field(
+        "adaptive", description="adaptive: as parallel as the gradient's bias allows, exact at the end"
+    )
     mgrit: MGRITSettings = MGRITSettings()
     buffers: BufferSettings = BufferSettings()
     step: StepSettings = StepSettings()
@@ -372,6 +398,7 @@ class TrainConfig(Settings):
         if not isinstance(self.workers, WorkerRange):
             return self
         values, failure = self.model_dump(), "the range ends above that"
+        values["adaptive"]["consistency"] = self.consistency  # the number of workers is to change nothing but the time
         for size in range(min(count, self.workers.max), self.workers.min - 1, -1):
             try:
                 return type(self).model_validate(values | {"workers": size})
@@ -404,7 +431,10 @@ class TrainConfig(Settings):
     @property
     def blocks(self) -> tuple[int, ...]:
         """Middle layers of each worker."""
-        return self.mesh.blocks or default_blocks(self.middle_layers, self.layer_workers, self.first_coarsening)
+        if self.mesh.blocks:
+            return self.mesh.blocks
+        whole = self.needs_whole_intervals
+        return default_blocks(self.middle_layers, self.layer_workers, self.first_coarsening, whole_intervals=whole)
 
     @property
     def first_coarsening(self) -> int:
@@ -419,7 +449,46 @@ class TrainConfig(Settings):
         forward, backward = self.mgrit.iterations.forward, self.mgrit.iterations.backward
         if self.mgrit.levels.forward == 1:
             return (0, backward, None), (0, backward + 1, None)
-        return (forward, backward, None), (forward + 1, backward + 1, None)
+        # Most of a gradient's bias comes from the states it is taken at: an iteration more of the forward helps first.
+        return (forward, backward, None), (forward + 1, backward, None), (forward + 1, backward + 1, None)
+
+    @property
+    def consistency(self) -> float:
+        """Weight of the consistency penalty that training begins with."""
+        if self.adaptive.consistency is not None:
+            return self.adaptive.consistency
+        watched = self.mode == "adaptive" and self.adaptive.rule != "convergence"
+        if not watched or self.layer_workers > len(self.coarse_lengths) or (self.mesh.blocks and not self.has_whole_intervals):
+            return 0.0
+        return CONSISTENCY
+
+    @property
+    def steers(self) -> bool:
+        """Whether probes move that weight."""
+        if self.adaptive.steer is not None:
+            return self.adaptive.steer
+        return self.consistency > 0 and self.adaptive.rule != "convergence"
+
+    @property
+    def switch_at(self) -> int | float | None:
+        """The step, or the share of the steps, from which on training is serial, whatever probes say; None: none."""
+        at = self.adaptive.switch_at
+        return EXACT_FROM if at is None and self.mode == "adaptive" else at
+
+    @property
+    def switch_step(self) -> int | None:
+        """The same as a step."""
+        return round(self.switch_at * self.steps) if isinstance(self.switch_at, float) else self.switch_at
+
+    @property
+    def needs_whole_intervals(self) -> bool:
+        """Whether something that is on asks for every coarse interval on one worker."""
+        return self.consistency > 0 or self.fits_coarse_steps
+
+    @property
+    def has_whole_intervals(self) -> bool:
+        """Whether every coarse interval is on one worker."""
+        return not any(begin % self.first_coarsening for begin in [0, *accumulate(self.blocks)][:-1])
 
     @property
     def fits_coarse_steps(self) -> bool:
@@ -501,18 +570,10 @@ class TrainConfig(Settings):
             raise ValueError(f"mesh.blocks {mesh.blocks} must be {P} positive numbers that add up to the {N} middle layers")
 
     def _check_consistency(self) -> None:
-        c, begins = self.first_coarsening, [0, *accumulate(self.blocks)][:-1]
-        needed = [
-            name
-            for name, is_on in (
-                ("adaptive.consistency", self.adaptive.consistency),
-                ("mgrit.coarse_step_weight=fit", self.fits_coarse_steps),
-            )
-            if is_on
-        ]
-        if needed and any(begin % c for begin in begins):
+        if self.needs_whole_intervals and not self.has_whole_intervals:
+            name, c = "adaptive.consistency" if self.consistency else "mgrit.coarse_step_weight=fit", self.first_coarsening
             raise ValueError(
-                f"{needed[0]} needs every coarse interval on one worker, but blocks {self.blocks} cut intervals of {c}: "
+                f"{name} needs every coarse interval on one worker, but blocks {self.blocks} cut intervals of {c}: "
                 f"set mesh.blocks to multiples of {c} (the last may be any), or workers, buffers or mgrit.coarsening so that they are"
             )
 
@@ -535,10 +596,13 @@ def _read_rung(rung: str) -> tuple[int, int, Relaxation | None]:
     return int(forward), int(backward), relaxation  # type: ignore[return-value]
 
 
-def default_blocks(layers: int, workers: int, coarsening: int) -> tuple[int, ...]:
+def default_blocks(layers: int, workers: int, coarsening: int, *, whole_intervals: bool = False) -> tuple[int, ...]:
     """Blocks of layers: cut at C-points where the largest block does not grow by that, else as even as can be.
 
     A block that begins at a C-point starts its sweep without waiting for a neighbour.
+
+    Args:
+        whole_intervals: cut at C-points even so, where there is an interval for every worker.
     """
     even = split_evenly(layers, workers)
     intervals = -(-layers // coarsening)
@@ -549,7 +613,7 @@ def default_blocks(layers: int, workers: int, coarsening: int) -> tuple[int, ...
         done += share
         ends.append(min(done * coarsening, layers))
     aligned = tuple(end - start for start, end in zip([0, *ends], ends, strict=False))
-    return aligned if max(aligned) <= max(even) else even
+    return aligned if whole_intervals or max(aligned) <= max(even) else even
 
 
 # Reading and changing ---------------------------------------------------------------------------------------------------------

@@ -43,7 +43,7 @@ def tiny(**changes):
         "dtype": "float64",
         "eval": {"every": 0, "batches": 2, "sample": 0, "final_translate": 0},
         "checkpoint": {"best": False},
-        "adaptive": {"probe_every": 0},
+        "adaptive": {"probe_every": 0, "rule": "convergence", "switch_at": 1.0},
         "mode": "parallel",
         "workers": 1,
     }

@@ -151,8 +151,9 @@ def test_training_with_it_lowers_the_gap():
 
 def test_intervals_that_workers_share_are_refused():
     with pytest.raises(SettingsError, match=r"blocks \(8, 8\) cut intervals of 5: set mesh.blocks to multiples of 5"):
-        make_config({"mgrit": {"coarsening": 5}, "adaptive": {"consistency": 1.0}})
-    make_config({"adaptive": {"consistency": 1.0}})
+        make_config({"mgrit": {"coarsening": 5}, "mesh": {"blocks": [8, 8]}, "adaptive": {"consistency": 1.0}})
+    assert make_config({"mgrit": {"coarsening": 5}, "adaptive": {"consistency": 1.0}}).blocks == (10, 6)
+    assert make_config({"mgrit": {"coarsening": 5}, "mode": "parallel"}).blocks == (8, 8)
 
 
 def test_a_switched_run_lets_go_of_it_and_a_serial_one_keeps_it():

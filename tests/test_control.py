@@ -15,7 +15,7 @@ from tests.test_engine import FEW, SERIAL
 
 
 def controller(mode="adaptive", iterations=(2, 1), **adaptive):
-    base = {"probe_every": 10, "ladder": ["2+1", "3+2"], "patience": 2, "max_flips": 4}
+    base = {"rule": "convergence", "probe_every": 10, "ladder": ["2+1", "3+2"], "patience": 2, "max_flips": 4, "switch_at": 1.0}
     mgrit = {"iterations": {"forward": iterations[0], "backward": iterations[1]}}
     return Controller(make_config({"mode": mode, "mgrit": mgrit, "adaptive": {**base, **adaptive}}))
 
@@ -76,7 +76,7 @@ def test_what_is_not_finite_is_a_fault(bad):
 
 
 def test_bias_is_judged_beside_the_noise():
-    control = controller(rule="bias", bias_limit=0.1, bias_to_noise=0.5)
+    control = controller(rule="bias", bias_limit=0.1, bias_to_noise=0.5, consistency=0)
     harmless, harmful = Probe(rho_forward=3.0, bias=0.2, noise=0.9), Probe(rho_forward=0.1, bias=0.2, noise=0.3)
     assert feed(control, [harmless, Probe(bias=0.05, noise=0.01)]) == ["2+1", "2+1"]
     decision = control.observe(29, harmful)
@@ -135,12 +135,44 @@ def test_probes_are_planned():
     assert controller(return_below=None, ladder=["2+1"]).probe(9).bias is False
 
 
-def test_a_switch_at_a_step_is_final():
-    control = controller(switch_at=15)
-    assert control.begin(14) is None
-    assert control.begin(15).reason == "adaptive.switch_at 15"
+@pytest.mark.parametrize(("at", "reason"), [(200, "200"), (0.8, "0.8"), (None, "0.8")])
+def test_a_switch_at_a_step_is_final(at, reason):
+    control = controller(switch_at=at)  # of 250 steps
+    assert control.begin(199) is None
+    assert control.begin(200).reason == f"adaptive.switch_at {reason}"
     assert feed(control, [0.01] * 5) == ["serial"] * 5
-    assert control.probe(19) is None
+    assert control.probe(209) is None
+
+
+def test_a_switch_that_has_come_by_itself_is_made_final_in_silence():
+    control = controller(switch_at=200)
+    feed(control, [3.0])
+    assert control.probe(109) is not None
+    assert control.begin(200) is None
+    assert control.probe(209) is None
+
+
+def test_only_the_adaptive_mode_has_a_last_exact_part_by_itself():
+    assert controller(mode="parallel", switch_at=None).begin(249) is None
+    assert controller(mode="parallel", switch_at=200).begin(200).rung == "serial"
+    for nonsense in (-1, 1.5):
+        with pytest.raises(SettingsError, match="switch_at"):
+            make_config({"adaptive": {"switch_at": nonsense}})
+
+
+def test_the_penalty_is_on_where_its_effect_is_watched():
+    assert make_config({}).consistency == 0.3
+    assert make_config({}).steers
+    for values in ({"mode": "parallel"}, {"mode": "serial"}, {"adaptive": {"rule": "convergence"}}, {"adaptive": {"consistency": 0}}):
+        config = make_config(values)
+        assert config.consistency == 0
+        assert not config.steers
+    assert not make_config({"adaptive": {"rule": "convergence", "consistency": 1}}).steers
+
+
+def test_by_the_bias_only_what_is_not_finite_goes_straight_to_serial():
+    probes = [Probe(rho_forward=9.0, bias=5.0, noise=1.0), Probe(bias=math.nan)]
+    assert feed(controller(rule="bias", consistency=0), probes) == ["3+2", "serial"]
 
 
 def test_parallel_mode_never_changes():
@@ -148,7 +180,7 @@ def test_parallel_mode_never_changes():
 
 
 def test_default_ladders():
-    assert make_config({}).ladder == ((2, 1, None), (3, 2, None))
+    assert make_config({}).ladder == ((2, 1, None), (3, 1, None), (3, 2, None))
     assert make_config({"mgrit": {"levels": {"forward": 1}}}).ladder == ((0, 1, None), (0, 2, None))
     rungs = controller(ladder=["1+1", "2+2 FCF", "0+2"]).rungs
     assert [rung.name for rung in rungs] == ["1+1", "2+2 FCF", "0+2", "serial"]
@@ -161,7 +193,7 @@ def test_default_ladders():
         ({"ladder": ["2-1"]}, r'"F\+B"'),
         ({"ladder": []}, "at least one rung"),
         ({"return_below": 1.5}, "not below threshold"),
-        ({"steer": True}, "steer needs adaptive.consistency > 0"),
+        ({"steer": True, "consistency": 0}, "steer needs adaptive.consistency > 0"),
     ],
 )
 def test_settings_that_cannot_work(adaptive, message):

@@ -106,6 +106,7 @@ def test_trials_switch_are_forced_and_give_workers_back(tmp_path):
         **SMALL, "workers": 2, "steps": 240, "mode": "adaptive", "step.middle": 1, "buffers.open": 0, "buffers.close": 0,
         "mgrit.iterations.forward": 1, "mgrit.iterations.backward": 1, "adaptive.ladder": ["1+1"], "eval.every": 20,
         "adaptive.probe_every": 10, "optimizer.lr": 0.01, "adaptive.return_below": None, "optimizer.warmup": 5,
+        "adaptive.rule": "convergence", "adaptive.switch_at": 1.0,
         "adaptive.threshold": 0.12,  # a network so small stays far below 1
     }  # fmt: skip
     sweep = make_sweep(

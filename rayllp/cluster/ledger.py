@@ -56,7 +56,7 @@ class Ledger:
             probe = self.controller.probe(n)
             chunk.append((n, self.controller.accuracy, probe))
             due = [every for every in (config.eval.every, config.checkpoint.every) if every and (n + 1) % every == 0]
-            if probe or due or n + 1 == config.adaptive.switch_at:
+            if probe or due or n + 1 == config.switch_step:
                 break
         return chunk
 

@@ -123,7 +123,7 @@ class Controller:
     def __init__(self, config: TrainConfig) -> None:
         self.config, self.settings = config, config.adaptive
         self.rungs = [*(_rung(config, *rung) for rung in config.ladder), _serial(config)]
-        self._state = _State(weight=self.settings.consistency)
+        self._state = _State(weight=config.consistency)
         if config.mode == "serial":
             self._state.rung, self._state.final = len(self.rungs) - 1, True
 
@@ -171,11 +171,12 @@ class Controller:
 
     def begin(self, step: int) -> Decision | None:
         """Before a step: the switch that settings ask for at it."""
-        at = self.settings.switch_at
+        at = self.config.switch_step
         if self._state.final or at is None or step < at:
             return None
+        was_serial = self.serial
         self._state.rung, self._state.final = len(self.rungs) - 1, True
-        return self._decision(step, f"adaptive.switch_at {at}")
+        return None if was_serial else self._decision(step, f"adaptive.switch_at {self.config.switch_at}")
 
     def observe(self, step: int, probe: Probe) -> Decision | None:
         """Take a probe's findings; a decision if the rung changes."""
@@ -209,8 +210,10 @@ class Controller:
         return None
 
     def _is_hopeless(self, probe: Probe) -> bool:
+        if self.settings.rule == "bias":
+            return probe.bias is not None and not math.isfinite(probe.bias)
         found = [rho for rho in (probe.rho_forward, probe.rho_backward) if rho is not None]
-        return self.settings.rule != "bias" and any(not rho <= HOPELESS * self.settings.threshold for rho in found)
+        return any(not rho <= HOPELESS * self.settings.threshold for rho in found)
 
     def _raise(self, step: int, probe: Probe, fault: str) -> Decision:
         last = len(self.rungs) - 1
@@ -254,14 +257,14 @@ class Controller:
 
     def _steer(self, probe: Probe) -> bool:
         """Move the penalty's weight toward the least that holds the bias at its target; whether it could still be raised."""
-        settings, bias = self.settings, probe.bias
-        if not settings.steer or not settings.consistency or bias is None:
+        settings, bias, initial = self.settings, probe.bias, self.config.consistency
+        if not self.config.steers or not initial or bias is None:
             return False
-        before, largest = self._state.weight, settings.consistency * STEER_RANGE**0.5
+        before, largest = self._state.weight, initial * STEER_RANGE**0.5
         if not bias <= settings.bias_target:
             self._state.weight = min(largest, before * STEER)
         elif bias < settings.bias_target / 4:
-            self._state.weight = max(settings.consistency / STEER_RANGE**0.5, before / STEER)
+            self._state.weight = max(initial / STEER_RANGE**0.5, before / STEER)
         return self._state.weight > 1.01 * before
 
     def mark(self) -> "_State":

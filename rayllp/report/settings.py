@@ -5,7 +5,7 @@ python -m rayllp.report.settings     # writes the tables into README.md and docs
 
 from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
 
@@ -14,7 +14,8 @@ from rayllp.config import TrainConfig
 WORTH_KNOWING = (
     "model.family model.layers model.width data.path data.dataset data.tokenizer sequence_length batch_size steps workers mesh.data mode "
     "mgrit.coarsening mgrit.levels.forward mgrit.levels.backward mgrit.iterations.forward mgrit.iterations.backward "
-    "mgrit.coarse_step_weight mgrit.recompute buffers.open buffers.close step.middle adaptive.probe_every adaptive.threshold"
+    "mgrit.coarse_step_weight mgrit.recompute buffers.open buffers.close step.middle "
+    "adaptive.rule adaptive.probe_every adaptive.consistency adaptive.switch_at"
 ).split()
 BEGIN, END = "<!-- settings: ", "<!-- end of settings -->"
 
@@ -54,8 +55,12 @@ def _kind(annotation: Any) -> str:
         return ", ".join(str(argument) for argument in arguments)
     if origin in (Union, type(int | str)):
         return " or ".join(_kind(argument) for argument in arguments if argument is not type(None))
+    if origin is Annotated:
+        return _kind(arguments[0])
     if origin is tuple:
         return "list of " + _kind(arguments[0])
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return "{" + ", ".join(f"{name}: {_kind(field.annotation)}" for name, field in annotation.model_fields.items()) + "}"
     return {int: "integer", float: "number", str: "text", bool: "true or false"}.get(annotation, str(annotation))
 
 
