@@ -7,7 +7,9 @@ import pytest
 import yaml
 
 import rayllp
-from rayllp.errors import ClusterError, SettingsError
+from rayllp.checkpoint import MANIFEST, checkpoints, step_of
+from rayllp.errors import CheckpointError, ClusterError, SettingsError
+from rayllp.report import RunDirectory
 from rayllp.tuning.pictures import pareto_front
 from rayllp.tuning.reporter import WORST, Reporter
 from rayllp.tuning.searchers import build_searcher
@@ -227,6 +229,28 @@ def test_a_trial_is_forced_once_and_gives_its_workers_back_once():
     assert (workers, shrunk.get("forced_serial"), shrunk["shrunk"]) == (1, None, True)
     keeping = SwitchingScheduler(None, sweep_of(settings=settings), lambda workers: workers)
     assert keeping._changed(config, calm | {"last_mode": "serial"}) == (config, None)
+
+
+def test_what_a_trial_did_before_it_took_anothers_weights_is_void(tmp_path):
+    from rayllp.tuning.trial import take_over
+
+    def checkpointed(name, steps):
+        run = RunDirectory.create(tmp_path / name, rayllp.TrainConfig())
+        for step in steps:
+            (run.checkpoints / f"step_{step}").mkdir(parents=True)
+            (run.checkpoints / f"step_{step}" / MANIFEST).write_text("{}")
+        return run
+
+    mine, other = checkpointed("mine", [4, 20, 24]), checkpointed("other", [12, 16])
+    mine.write_best({"step": 20})
+    given = other.checkpoints / "step_12"
+    assert take_over(mine, checkpoints(mine.checkpoints), other.path, given) == [given]
+    assert [step_of(kept) for kept in checkpoints(mine.checkpoints)] == [4]
+    assert mine.read_best() is None
+    # The other went on meanwhile, and keeps only its last ones.
+    assert take_over(mine, [], other.path, other.checkpoints / "step_8") == [given]
+    with pytest.raises(CheckpointError, match="no checkpoint of step 20 or later"):
+        take_over(mine, [], other.path, other.checkpoints / "step_20")
 
 
 # On Ray ---------------------------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 import contextlib
 import csv
 import json
+import math
 import os
 import secrets
 import signal
@@ -137,6 +138,26 @@ def test_trials_switch_are_forced_and_give_workers_back(tmp_path):
     assert any(row["forced_serial"] == "True" for row in rows)
     assert any(row["shrunk"] == "True" for row in rows)
     assert all(row["state"] == "done" for row in rows)
+
+
+@pytest.mark.usefixtures("four_cpus")
+def test_a_population_shares_its_best_weights(tmp_path):
+    """One of two trials hardly learns: it is given the other's weights, and ends where that one does."""
+    settings = {**SMALL, "steps": 24, "optimizer.warmup": 2, "optimizer.lr": 1e-2}
+    space = {"optimizer.lr": {"choice": [1e-2, 1e-7]}}
+    sweep = make_sweep({"settings": settings, "space": space, "searcher": "random", "scheduler": "pbt", "grace": 1, "trials": 2})
+    results = rayllp.tune(sweep, output=tmp_path / "out")
+    nothing_is_left()
+    assert [result.error for result in results] == [None, None]
+    curves = [read(trial / "evals.jsonl") for trial in sorted((tmp_path / "out" / "trials").iterdir())]
+    for curve in curves:
+        print([(e["step"], round(e["loss"], 3)) for e in curve])
+        assert [e["step"] for e in curve] == sorted({e["step"] for e in curve})
+        assert curve[-1]["step"] == 24
+    losses = [curve[-1]["loss"] for curve in curves]
+    assert max(losses) < 0.8 * math.log(256)  # which the one that hardly learns would never reach
+    rows = list(csv.DictReader((tmp_path / "out" / "trials.csv").open()))
+    assert sorted(float(row["validation_loss"]) for row in rows) == pytest.approx(sorted(losses))
 
 
 # Jobs -------------------------------------------------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """Per-layer checkpoints that any number of workers can load."""
 
-from rayllp.checkpoint.location import Folder, check_writable, locate
+from rayllp.checkpoint.location import Folder, check_writable, locate, remove
 from rayllp.checkpoint.prolong import Prolongation
 from rayllp.checkpoint.store import (
     MANIFEST,
@@ -16,5 +16,5 @@ from rayllp.checkpoint.store import (
 
 __all__ = [
     "MANIFEST", "Folder", "PieceWriter", "Prolongation", "check_writable", "checkpoints", "commit", "count_layers", "load_pieces", "locate",
-    "read_manifest", "staging", "step_of",
+    "read_manifest", "remove", "staging", "step_of",
 ]  # fmt: skip

@@ -11,13 +11,13 @@ from ray.util import get_current_placement_group
 from ray.util.placement_group import PlacementGroup
 from rich.console import Console
 
-from rayllp.checkpoint import Folder, checkpoints, locate, step_of
+from rayllp.checkpoint import Folder, checkpoints, locate, remove, step_of
 from rayllp.cluster.driver import Driver
 from rayllp.cluster.session import validate
 from rayllp.cluster.staff import Staff
 from rayllp.config import TrainConfig, load_run_config
 from rayllp.control import Controller
-from rayllp.errors import NonFiniteError
+from rayllp.errors import CheckpointError, NonFiniteError
 from rayllp.plan import Costs, predict_step
 from rayllp.report import RunDirectory, read_lines
 from rayllp.tuning.reporter import Reporter
@@ -99,8 +99,32 @@ def _open(path: Path, config: TrainConfig) -> tuple[RunDirectory, list[Folder]]:
             run.change_settings(before, config)
         own = checkpoints(run.checkpoints)
     if place and place["run"] != str(path.absolute()):
-        return run, [locate(place["checkpoint"])]
+        return run, take_over(run, own, Path(place["run"]), locate(place["checkpoint"]))
     return run, own
+
+
+def take_over(run: RunDirectory, own: list[Folder], other: Path, checkpoint: Folder) -> list[Folder]:
+    """Go on from another trial's checkpoint (population based training): what this one had done beyond it is void.
+
+    Args:
+        run: this trial's.
+        own: its checkpoints.
+        other: the other trial's run directory.
+
+    Returns:
+        the checkpoint, or where it has gone since, the first later one of the other trial.
+
+    Raises:
+        CheckpointError: none is left.
+    """
+    later = [found for found in checkpoints(checkpoint.parent) if step_of(found) >= step_of(checkpoint)]
+    if not later:
+        raise CheckpointError(f"{other} has no checkpoint of step {step_of(checkpoint)} or later any more: raise checkpoint.keep")
+    for stale in own:
+        if step_of(stale) > step_of(later[0]):
+            remove(stale)
+    run.forget_best()
+    return later[:1]
 
 
 def _predict(sweep: Sweep, config: TrainConfig, costs: Costs | None) -> float | None:
