@@ -10,6 +10,7 @@ import torch
 from rayllp.channel import LocalChannel, run_workers
 from rayllp.config import make_config
 from rayllp.control import Controller, Probe, ProbePlan
+from rayllp.engine.gradients import add_shared_gradients
 from rayllp.errors import SettingsError
 from rayllp.state import tensors
 from tests.conftest import merge, run_processes, tiny
@@ -31,7 +32,7 @@ def computed(config, accuracy):
         engine = make(config, channel)
         inputs, targets, samples, terms = engine.my_batch("train", 5)
         loss, forward, backward = engine.gradients(5, accuracy, inputs, targets, samples, 1 / terms)
-        engine.add_shared_gradients(5)
+        add_shared_gradients(engine.block, engine.layers, 5)
         _, _, gap, *_ = engine.reduce_statistics(5, loss, forward, backward)
         return {name: p.grad for name, p in engine.block.parameters.items()}, gap
 

@@ -6,6 +6,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from rayllp.channel import LocalChannel, run_workers
 from rayllp.control import Accuracy, Controller
+from rayllp.engine.gradients import add_shared_gradients
 from rayllp.engine.optimizer import learning_rate
 from tests.conftest import losses_over_gloo, losses_over_threads, make_engine, run_processes, tiny, train_engine
 
@@ -73,7 +74,7 @@ def gradients(config, accuracy):
         engine = make_engine(config, channel)
         inputs, targets, samples, terms = engine.my_batch("train", 3)
         loss, *_ = engine.gradients(3, accuracy, inputs, targets, samples, 1 / terms)
-        engine.add_shared_gradients(3)
+        add_shared_gradients(engine.block, engine.layers, 3)
         return {name: p.grad.clone() for name, p in engine.block.parameters.items()}, loss
 
     merged = {}

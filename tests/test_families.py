@@ -8,6 +8,7 @@ from rayllp.channel import LocalChannel, run_workers
 from rayllp.control import Accuracy
 from rayllp.data import IGNORE, Facts
 from rayllp.engine import Engine
+from rayllp.engine.gradients import add_shared_gradients
 from rayllp.errors import SettingsError
 from rayllp.models import build_architecture, families
 from rayllp.models.randomness import FrozenRandomness
@@ -76,7 +77,7 @@ def ours(config, accuracy):
         engine.block.leave = lambda state, **options: outputs.append(leave(state, **options)) or outputs[-1]
         inputs, targets, samples, terms = engine.my_batch("train", 5)
         loss, *_ = engine.gradients(5, accuracy, inputs, targets, samples, 1 / terms)
-        engine.add_shared_gradients(5)
+        add_shared_gradients(engine.block, engine.layers, 5)
         parameters = engine.block.parameters
         return (
             {name: p.grad for name, p in parameters.items()},

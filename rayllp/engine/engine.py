@@ -21,6 +21,8 @@ from rayllp.control import Accuracy, ProbePlan
 from rayllp.data.base import Batches, Inputs
 from rayllp.engine.block import Block
 from rayllp.engine.consistency import Consistency, Interval, fitted_weights
+from rayllp.engine.diagnosis import diagnose
+from rayllp.engine.gradients import add_shared_gradients, average_over_replicas
 from rayllp.engine.optimizer import build_optimizer, learning_rate, scale_gradients, squared_gradient_norm
 from rayllp.engine.pipeline import Pipeline, StageModule, count_microbatches
 from rayllp.engine.probe import Bias, Probing
@@ -31,8 +33,6 @@ from rayllp.mgrit import Hierarchy, Method, MGRITResult, Propagator, solve
 from rayllp.models.base import Architecture
 from rayllp.state import State, combine, detach, like, tensors
 from rayllp.timeline import TimedChannel, TimedPropagator, Timeline
-
-BUCKET_BYTES = 32 * 1024 * 1024
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,15 +158,15 @@ class Engine:
         probing = Probing(self, plan) if plan else None
         form = probing.gradients if probing else self.gradients
         loss, forward, backward = form(step, accuracy, inputs, targets, samples, 1 / max(1, terms))
-        self.average_over_replicas(loss)
-        self.add_shared_gradients(step)
+        average_over_replicas(self.block, self.replicas, loss)
+        add_shared_gradients(self.block, self.layers, step)
         if accuracy.smoothness:
             add_smoothness_gradient(self.block, self.layers, accuracy.smoothness, step)
         with self.span("statistics", "wait"):
             norm, loss_value, gap, forward, backward, bias = self.reduce_statistics(step, loss, forward, backward, probing)
         lr = learning_rate(self.config.optimizer, step, self.config.steps)
         finite = torch.isfinite(torch.tensor([norm, loss_value])).all().item()
-        fault = None if finite else self.diagnose(step)
+        fault = None if finite else diagnose(self, step)
         if finite:
             with self.span("update"):
                 self.update(norm, lr)
@@ -308,55 +308,6 @@ class Engine:
             self._pipeline = Pipeline(self.block, self.layers, inputs, microbatches)
         return self._pipeline
 
-    # Gradients over workers ---------------------------------------------------------------------------------------------------
-
-    def average_over_replicas(self, loss: Tensor) -> None:
-        """Sum gradients and loss over replicas; the loss is scaled by the global number of terms, so the sum is the mean."""
-        if self.replicas.size == 1:
-            return
-        tag = MessageTag(-1, "gradients", "average over replicas")
-        gradients = [p.grad for p in self.block.parameters.values() if p.grad is not None]
-        bucket: list[Tensor] = [loss.view(1)]
-        size = 0
-        for gradient in [*gradients, None]:
-            if gradient is None or size + gradient.nbytes > BUCKET_BYTES:
-                self._reduce_bucket(bucket, tag)
-                bucket, size = [], 0
-            if gradient is not None:
-                bucket.append(gradient)
-                size += gradient.nbytes
-
-    def _reduce_bucket(self, bucket: list[Tensor], tag: MessageTag) -> None:
-        if not bucket:
-            return
-        dtype = max((part.dtype for part in bucket), key=lambda d: d.itemsize)
-        flat = self.replicas.all_reduce(torch.cat([part.reshape(-1).to(dtype) for part in bucket]), tag)
-        for part, summed in zip(bucket, flat.split([part.numel() for part in bucket]), strict=True):
-            part.copy_(summed.view(part.shape))
-
-    def add_shared_gradients(self, step: int) -> None:
-        """Tied parameters: the first and the last worker add each other's gradient, so that both copies move alike."""
-        other = self.layers.size - 1 if self.block.first else 0
-        for name in self.block.shared:
-            parameter = self.block.parameters[name]
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-            tag = MessageTag(step, "gradients", "tied parameters")
-            self.layers.send(parameter.grad.clone(), other, tag)
-            (received,) = tensors(self.layers.receive(StateSpec.of(parameter.grad), other, tag))
-            parameter.grad += received
-        self.add_common_gradients(step)
-
-    def add_common_gradients(self, step: int) -> None:
-        """Parameters that several layers use: every worker gets the sum of all workers' gradients."""
-        common = list(self.block.common_parameters.values())
-        if not common or self.layers.size == 1:
-            return
-        flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in common])
-        self.layers.all_reduce(flat, MessageTag(step, "gradients", "common parameters"))
-        for parameter, summed in zip(common, flat.split([p.numel() for p in common]), strict=True):
-            parameter.grad = summed.view_as(parameter).clone()
-
     def reduce_statistics(
         self, step: int, loss: Tensor, forward: MGRITResult | None, backward: MGRITResult | None, probing: Probing | None = None
     ) -> tuple[float, float, float | None, MGRITResult | None, MGRITResult | None, Bias | None]:
@@ -433,46 +384,6 @@ class Engine:
             return wanted or 1
         whole = int(finite(split, self.config.batch_size))
         return min(wanted, whole) if wanted else whole
-
-    # When something is not finite ---------------------------------------------------------------------------------------------
-
-    def diagnose(self, step: int) -> tuple[int, int, str] | None:
-        """The first place on this worker where the step's exact forward, then its gradients, stop being finite."""
-        inputs, targets, samples, _ = self.my_batch("train", step)
-        faults: list[tuple[int, int, str]] = []
-        engine, offset = self, self.config.buffers.open
-
-        class Checking(ExactPropagator):
-            def step(self, layer: int, state: State) -> State:
-                after = super().step(layer, state)
-                if not faults and not engine.is_finite(after):
-                    faults.append((0, layer + offset, f"layer {layer + offset}: its output is not finite"))
-                return after
-
-        with torch.no_grad():
-            self.block.begin(step, samples, inputs, training=True)
-            entered = self.block.enter(inputs) if self.block.first else None
-            if entered is not None and not self.is_finite(entered):
-                faults.append((0, -1, "embedding or opening buffers: their output is not finite"))
-            result = solve(
-                self.hierarchies(1)[0], self.config.method(1), Checking(Trajectory(self.block, frozenset((0,)), True)), self.layers,
-                initial=entered, spec=self.spec(inputs), tag=MessageTag(step, "diagnosis"), reduce=False,
-            )  # fmt: skip
-            if result.output is not None and not faults:
-                outputs = self.block.leave(result.output)
-                if not self.is_finite(outputs):
-                    faults.append((0, self.config.model.layers, "head or closing buffers: their output is not finite"))
-                elif not self.is_finite(self.block.architecture.loss(outputs, targets)):
-                    faults.append((0, self.config.model.layers + 1, "the loss is not finite, all layers' outputs are"))
-        for order, (name, parameter) in enumerate(reversed(self.block.parameters.items())):
-            if not faults and parameter.grad is not None and not self.is_finite(parameter.grad):
-                order += 10_000_000 * (self.layers.size - self.layers.rank)
-                faults.append((1, order, f"{name}: its gradient is not finite, the forward is"))
-        return min(faults, default=None)
-
-    @staticmethod
-    def is_finite(state: State) -> bool:
-        return all(bool(torch.isfinite(part).all()) for part in tensors(state))
 
 
 def _positions(spec: StateSpec) -> int:

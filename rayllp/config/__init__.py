@@ -1,0 +1,10 @@
+"""Settings: frozen, checked where they are made."""
+
+from rayllp.config.files import check_run, load_config, load_run_config, make_config, set_value, setting_names, to_yaml
+from rayllp.config.groups import DataSettings, EvalSettings, OptimizerSettings, Relaxation, Settings, WorkerRange
+from rayllp.config.train import TrainConfig, default_blocks
+
+__all__ = [
+    "DataSettings", "EvalSettings", "OptimizerSettings", "Relaxation", "Settings", "TrainConfig", "WorkerRange", "check_run",
+    "default_blocks", "load_config", "load_run_config", "make_config", "set_value", "setting_names", "to_yaml",
+]  # fmt: skip

@@ -1,0 +1,123 @@
+"""Settings from and to YAML, with overrides; faults in words."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from rayllp.config.train import TrainConfig
+from rayllp.errors import NotARunError, SettingsError
+
+
+def make_config(values: Mapping[str, Any], *, source: str = "settings") -> TrainConfig:
+    """A checked config from nested values.
+
+    Raises:
+        SettingsError: every fault found, one a line, each with the setting's name.
+    """
+    try:
+        return TrainConfig.model_validate(dict(values))
+    except ValidationError as error:
+        lines = [_explain(fault, values) for fault in error.errors()]
+        raise SettingsError(f"{source}: " + ("\n  ".join(["", *lines]) if len(lines) > 1 else lines[0])) from None
+
+
+def load_config(path: str | Path | None = None, overrides: list[str] | tuple[str, ...] = ()) -> TrainConfig:
+    """Read YAML (nothing: the embedded default), apply `key=value` overrides, check.
+
+    Raises:
+        SettingsError: unreadable file, malformed override, or a setting that breaks a rule.
+    """
+    values: dict[str, Any] = {}
+    if path is not None:
+        try:
+            loaded = yaml.safe_load(Path(path).read_text())
+        except OSError as error:
+            raise SettingsError(f"cannot read {path}: {error.strerror or error}; give the path of a YAML file") from None
+        except yaml.YAMLError as error:
+            raise SettingsError(f"{path} is not YAML: {error}") from None
+        if loaded is not None and not isinstance(loaded, dict):
+            raise SettingsError(f"{path} holds a {type(loaded).__name__}; it must be a mapping of settings")
+        values = loaded or {}
+    for override in overrides:
+        set_value(values, override)
+    return make_config(values, source=str(path) if path else "settings")
+
+
+def check_run(run: Path) -> None:
+    """Refuse a directory that holds no run.
+
+    Raises:
+        NotARunError: it has no config.yaml.
+    """
+    if not (run / "config.yaml").is_file():
+        raise NotARunError(f"{run} is not a run directory (no config.yaml): give the directory that a run printed")
+
+
+def load_run_config(run: Path, overrides: list[str] | tuple[str, ...] = ()) -> TrainConfig:
+    """The settings of a run, by its directory; else as `load_config`.
+
+    Raises:
+        NotARunError: the directory holds no run.
+    """
+    check_run(run)
+    return load_config(run / "config.yaml", overrides)
+
+
+def set_value(values: dict[str, Any], override: str) -> None:
+    """Apply one `a.b=value` in place; the value is read as YAML."""
+    key, equals, text = override.partition("=")
+    if not equals or not key.strip():
+        raise SettingsError(f"--set {override!r}: write key=value, such as mgrit.coarsening=8")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        value = text
+    *path, last = key.strip().split(".")
+    for part in path:
+        values = values.setdefault(part, {})
+        if not isinstance(values, dict):
+            raise SettingsError(f"--set {override!r}: {part} is not a group of settings")
+    values[last] = float(value) if isinstance(value, str) and _is_number(value) else value
+
+
+def _is_number(text: str) -> bool:
+    # YAML 1.1 reads 1e-3 as a string; users of --set mean the number.
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def setting_names(model: type[BaseModel] = TrainConfig, prefix: str = "") -> list[str]:
+    """Every setting's dotted name."""
+    names: list[str] = []
+    for name, field in model.model_fields.items():
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            names += setting_names(kind, f"{prefix}{name}.")
+        else:
+            names.append(prefix + name)
+    return names
+
+
+def _explain(fault: Any, values: Mapping[str, Any]) -> str:
+    import difflib
+
+    name = ".".join(str(part) for part in fault["loc"] if not str(part).startswith(("tuple", "literal", "function", "constrained")))
+    if fault["type"] == "extra_forbidden":
+        close = difflib.get_close_matches(name, setting_names(), n=1, cutoff=0.6)
+        tail = [known for known in setting_names() if known.split(".")[-1] == name.split(".")[-1]]
+        hint = close or tail
+        return f"unknown setting {name}" + (f"; did you mean {hint[0]}?" if hint else "; `rayllp settings` lists them all")
+    message = fault["msg"].removeprefix("Value error, ")
+    given = f" (given: {fault['input']!r})" if name and not isinstance(fault["input"], dict | BaseModel) else ""
+    return f"{name}: {message}{given}" if name else message
+
+
+def to_yaml(config: TrainConfig) -> str:
+    """Everything resolved, defaults included."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)

@@ -1,0 +1,309 @@
+"""Groups of settings, each checked by itself."""
+
+import re
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+Relaxation = Literal["F", "FCF"]
+RUNG = re.compile(r"(\d+)\+([1-9]\d*)(?: (FCF|F))?")
+
+
+class Settings(BaseModel):
+    """Base of every group of settings: immutable, no unknown names."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+class ModelSettings(Settings):
+    """What is trained."""
+
+    family: str = Field("gpt2", description="architecture; `rayllp.models.families()` lists them")
+    layers: int = Field(20, ge=1, description="all layers, buffers included")
+    width: int = Field(64, ge=1, description="size of the residual stream")
+    heads: int = Field(4, ge=1, description="attention heads; must divide the width")
+    dropout: float = Field(0.0, ge=0, lt=1, description="embedding, attention and residual dropout")
+    tie_embeddings: bool = Field(True, description="the head shares the token embedding's weight")
+    feed_forward: int | None = Field(None, ge=1, description="inner size of the MLPs; default 4 × width (llama: 8/3 × width)")
+    kv_heads: int | None = Field(None, ge=1, description="key and value heads of llama's grouped-query attention; default heads")
+    patch_size: int = Field(4, ge=1, description="of vit, in pixels")
+    encoder_layers: int | None = Field(None, ge=1, description="of mt, out of model.layers; default half")
+    head: Literal["auto", "sentences"] = Field("auto", description="auto: the family's own task; sentences: classify sentences (bert)")
+    label_smoothing: float = Field(0.0, ge=0, lt=1, description="of the loss, where targets are classes or tokens")
+    initialisation: Literal["default", "deep", "scaled"] = Field(
+        "default", description="default: transformers'; deep: MLP, value, output weights times √(log 2L); scaled: outputs over √(2L)"
+    )
+    from_pretrained: str | None = Field(None, description="folder or name of a transformers checkpoint to start from")
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> "ModelSettings":
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} does not divide by {self.heads} heads: use model.heads that divides model.width")
+        if self.kv_heads and self.heads % self.kv_heads:
+            raise ValueError(f"{self.heads} heads do not divide among kv_heads={self.kv_heads}: use a divisor of model.heads")
+        if self.family == "llama" and self.width // self.heads % 2:
+            raise ValueError(
+                f"heads of size {self.width // self.heads} (width / heads) are odd, and rotary positions turn pairs: make it even"
+            )
+        return self
+
+
+class DataSettings(Settings):
+    """What it is trained on. Which kind of data is read follows from model.family and model.head (docs/families.md)."""
+
+    model_config = ConfigDict(coerce_numbers_to_str=True)
+
+    path: str | None = Field(None, description="file or folder (.gz allowed); none: an embedded set where the family has one")
+    validation_path: str | None = Field(None, description="held-out file; none: a part of data.path, or the set's own split")
+    dataset: str | None = Field(None, description="a Hugging Face `datasets` name or a folder written by save_to_disk")
+    subset: str | None = Field(None, description="the data set's configuration name")
+    streaming: bool = Field(False, description="read a `datasets` name as a stream, up to data.max_bytes, instead of downloading it whole")
+    max_bytes: int | None = Field(None, ge=1, description="text, pairs or lines beyond this size are not read")
+    text_field: str = Field("text", description="column that holds the text (a number for a file without column names)")
+    pair_field: str | None = Field(None, description="column of the second sentence of a pair")
+    label_field: str = Field("label", description="column of the label (a number without column names); for words upos, xpos or feats")
+    source: str = Field("de", description="language translated from: a file's ending or a data set's key")
+    target: str = Field("en", description="language translated to")
+    tokenizer: str = Field(
+        "bytes", description="bytes, characters, bpe:SIZE (trained on the text), a tokenizers JSON, a transformers name or folder"
+    )
+    validation_fraction: float = Field(0.1, gt=0, lt=1, description="the text's end held out for evaluation")
+    mask_fraction: float = Field(0.2, gt=0, lt=1, description="of the tokens that bert is to guess")
+    min_count: int = Field(1, ge=1, description="occurrences that give a word its own entry in the vocabulary (words)")
+    on_error: Literal["refuse", "skip"] = Field("refuse", description="a broken line or unseen label: stop, or leave it out and say so")
+
+    @model_validator(mode="after")
+    def _one_source(self) -> "DataSettings":
+        if self.path and self.dataset:
+            raise ValueError("data.path and data.dataset are both set: choose one")
+        return self
+
+
+class ByDirection(Settings):
+    """A number for the forward solve and one for the backward solve."""
+
+    forward: int = Field(2, ge=1, description="forward solve")
+    backward: int = Field(2, ge=1, description="adjoint solve")
+
+
+class Iterations(ByDirection):
+    """Iterations, as XBraid counts them (docs/method.md)."""
+
+    forward: int = Field(2, ge=1, description="forward solve")
+    backward: int = Field(1, ge=1, description="adjoint solve")
+
+
+class RelaxationSettings(Settings):
+    """Relaxation by level."""
+
+    fine: Relaxation = Field("F", description="on the finest level")
+    coarse: Relaxation = Field("FCF", description="on all others")
+    weight: float = Field(1.0, gt=0, le=2, description="of the new value in C-relaxation, the rest is the old one's (FCF only)")
+
+
+class MGRITSettings(Settings):
+    """How the layers are solved in parallel mode (arXiv:2601.09026, section 3.2)."""
+
+    coarsening: int | tuple[int, ...] = Field(4, description="c_f, one for all levels or a list, one a coarse level")
+    levels: ByDirection = Field(ByDirection(), description="1 is the serial solve")
+    iterations: Iterations = Field(Iterations(), description="fixed, or the cap where mgrit.tolerance is set")
+    relaxation: RelaxationSettings = Field(RelaxationSettings(), description="F or FCF")
+    cycle: Literal["V", "F"] = Field("V", description="V- or F-cycles")
+    coarse_step_weight: float | Literal["fit"] = Field(
+        1.0, description="ω: 1 rediscretises (the paper's), 0 is the identity; fit: one a coarse step, at probes, by least squares"
+    )
+    initial_guess: Literal["coarse", "constant"] = Field("coarse", description="coarse propagation, or every state as the first")
+    anderson: int = Field(0, ge=0, le=3, description="window of Anderson acceleration of the C-points; acts from 3 iterations on; 0: none")
+    tolerance: float | None = Field(None, gt=0, description="stop the solve once its residual norm is at or below this")
+    recompute: bool = Field(False, description="keep C-point states only and recompute an interval's graph in its adjoint")
+
+    @field_validator("coarsening")
+    @classmethod
+    def _at_least_two(cls, value: int | tuple[int, ...]) -> int | tuple[int, ...]:
+        factors = (value,) if isinstance(value, int) else value
+        if not factors or any(factor < 2 for factor in factors):
+            raise ValueError(f"coarsening {value}: every factor must be at least 2")
+        return value
+
+    @field_validator("coarse_step_weight")
+    @classmethod
+    def _not_negative(cls, value: float | str) -> float | str:
+        if not isinstance(value, str) and value < 0:
+            raise ValueError(f"coarse_step_weight {value}: must be 0 or more, or fit")
+        return value
+
+
+class BufferSettings(Settings):
+    """Layers outside the parallel solve, run serially with their own Δt (appendix B)."""
+
+    open: int = Field(2, ge=0, description="layers before the middle, on the first worker")
+    close: int = Field(2, ge=0, description="layers after it, on the last")
+
+
+class StepSettings(Settings):
+    """Δt of the layers: x + Δt·(block(x) − x)."""
+
+    middle: float | str = Field("1/N", description='a number, or "T/N" with N the middle layers, such as "1/N"')
+    buffer: float = Field(1.0, gt=0, description="of buffer layers")
+
+    @field_validator("middle")
+    @classmethod
+    def _number_or_fraction(cls, value: float | str) -> float | str:
+        if isinstance(value, str):
+            head, _, tail = value.partition("/")
+            try:
+                time = float(head)
+            except ValueError:
+                time = -1.0
+            if tail.strip() != "N" or time <= 0:
+                raise ValueError(f'step.middle {value!r}: give a positive number, or "T/N" such as "1/N"')
+        elif value <= 0:
+            raise ValueError(f"step.middle {value}: must be positive")
+        return value
+
+
+class AdaptiveSettings(Settings):
+    """The controller of mode=adaptive, the probes of every parallel mode, and the consistency penalty."""
+
+    rule: Literal["convergence", "bias", "both"] = Field(
+        "bias", description="what a probe is judged by: the gradient's bias, ρ (convergence, the paper's rule), or both"
+    )
+    probe_every: int = Field(100, ge=0, description="steps between probes (doubled iterations, at least 3); 0: never")
+    threshold: float = Field(1.0, gt=0, description="a probe's ρ, forward or backward, beyond this is a fault")
+    bias_limit: float = Field(0.1, gt=0, description="a relative bias of the gradient beyond this is a fault …")
+    bias_to_noise: float = Field(0.4, ge=0, description="… unless it is below this share of the gradient's own noise")
+    exact_every: int = Field(
+        0, ge=0, description="every so many probes the bias is taken against the exact gradient, by any rule; 0: never"
+    )
+    lipschitz_every: int = Field(
+        0, ge=0, description="every so many probes each layer's Lipschitz constant is estimated, for `rayllp suggest-buffers`; 0: never"
+    )
+    ladder: tuple[str, ...] | None = Field(
+        None, description='rungs from cheap to dear, "F+B" iterations or "F+B FCF" (0: serial forward); serial follows; default from mgrit'
+    )
+    return_below: float | None = Field(0.3, gt=0, description="a probe whose every ρ is below this is calm; none: no way back")
+    patience: int = Field(3, ge=1, description="calm probes in a row after which a rung is gone down")
+    max_flips: int = Field(6, ge=0, description="switches to serial and steps down, in all, after which there are no more steps down")
+    consistency: float | None = Field(
+        None,
+        ge=0,
+        description="weight μ of the consistency penalty until a switch to serial; default 0.3 in mode adaptive with rule bias or both "
+        "(where no worker has less than an interval), else 0",
+    )
+    consistency_noise: float = Field(0.0, ge=0, description="noise on C-points in the last sweep, in standard deviations of the state")
+    smoothness: float = Field(0.0, ge=0, description="weight of Σ ‖θ_{n+1} − θ_n‖² / Δt over middle layers; none after a switch to serial")
+    steer: bool | None = Field(
+        None, description="probes move μ toward the least that holds adaptive.bias_target; default: where the rule sees bias"
+    )
+    bias_target: float = Field(0.2, gt=0, description="relative bias that steering aims at")
+    switch_at: int | float | None = Field(
+        None, ge=0, description="serial from this step (or share of the steps) on; default 0.8 in mode adaptive, where 1.0 is never"
+    )
+
+    @field_validator("switch_at")
+    @classmethod
+    def _step_or_share(cls, value: int | float | None) -> int | float | None:
+        if isinstance(value, float) and value > 1:
+            if not value.is_integer():
+                raise ValueError(f"switch_at {value}: give a step, or a share of the steps from 0 to 1")
+            return int(value)
+        return value
+
+    @field_validator("ladder")
+    @classmethod
+    def _rungs(cls, value: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        for rung in value or ():
+            if not RUNG.fullmatch(rung):
+                raise ValueError(
+                    f'adaptive.ladder has {rung!r}: a rung is "F+B", F forward (0: serial) and B ≥ 1 backward iterations, and then, if it '
+                    'is not mgrit.relaxation.fine\'s, the relaxation: "2+1 FCF"'
+                )
+        if value == ():
+            raise ValueError("adaptive.ladder is empty: give at least one rung, or leave it out")
+        return value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "AdaptiveSettings":
+        if self.return_below is not None and self.return_below >= self.threshold:
+            raise ValueError(f"return_below {self.return_below} is not below threshold {self.threshold}: the rung would swing; lower it")
+        if self.lipschitz_every and not self.probe_every:
+            raise ValueError(f"lipschitz_every {self.lipschitz_every} counts probes, of which probe_every=0 makes none: set probe_every")
+        if self.steer and (self.rule == "convergence" or self.consistency == 0):
+            raise ValueError("steer needs adaptive.consistency > 0 to start from, and adaptive.rule bias or both to see the bias")
+        return self
+
+
+class OptimizerSettings(Settings):
+    """AdamW, linear warm-up, cosine decay."""
+
+    lr: float = Field(1e-3, gt=0, description="peak learning rate")
+    min_lr_ratio: float = Field(0.1, ge=0, le=1, description="final over peak learning rate")
+    warmup: int = Field(20, ge=0, description="steps of linear warm-up")
+    weight_decay: float = Field(0.1, ge=0, description="on tensors of two or more dimensions")
+    betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW's")
+    eps: float = Field(1e-8, gt=0, description="AdamW's")
+    clip: float = Field(1.0, ge=0, description="global gradient norm over all workers; 0: none")
+
+
+class EvalSettings(Settings):
+    """Evaluation on the held-out text: always with the exact forward."""
+
+    every: int = Field(100, ge=0, description="steps between evaluations; 0: only at the end")
+    batches: int = Field(8, ge=0, description="batches each time, the same ones; 0: one pass through a finite held-out set")
+    final_batches: int = Field(0, ge=0, description="at the end; 0: one pass, or eval.batches where the held-out set has no end")
+    sample: int = Field(160, ge=0, description="tokens generated at the end (gpt2, llama); 0: none")
+    translate: int = Field(0, ge=0, description="held-out sentences translated each time for BLEU (mt); 0: none")
+    final_translate: int = Field(200, ge=0, description="at the end (mt); 0: none")
+    beams: int = Field(4, ge=1, description="of the beam search (mt)")
+
+
+class CheckpointSettings(Settings):
+    """Checkpoints of a run."""
+
+    path: str | None = Field(
+        None, description="folder or URL (s3://…, gs://…; through fsspec), this run's own and seen by all nodes; default RUN/checkpoints"
+    )
+    every: int = Field(0, ge=0, description="steps between checkpoints; 0: only at the end or when stopped")
+    keep: int = Field(2, ge=1, description="the last so many stay")
+    best: bool = Field(True, description="also keep that of the lowest validation loss; written after an evaluation that finds one")
+
+
+class MeshSettings(Settings):
+    """Data-parallel replicas times layer blocks."""
+
+    data: int = Field(1, ge=1, description="replicas; each takes batch_size / data sequences")
+    layer: int | None = Field(None, ge=1, description="blocks of layers; default workers / data")
+    blocks: tuple[int, ...] | None = Field(
+        None, description="middle layers of each worker; default even, cut at C-points where that is free"
+    )
+
+
+class NestedSettings(Settings):
+    """Depth by nested iteration: train shallow, prolong, go on deep (arXiv:1912.08974)."""
+
+    factors: tuple[int, ...] = Field((), description="layers that a middle layer becomes at each deepening; none: deep from the start")
+    at: tuple[int, ...] = Field((), description="steps before which the deepenings come, one a factor")
+
+    @model_validator(mode="after")
+    def _one_step_a_factor(self) -> "NestedSettings":
+        factors, at = list(self.factors), list(self.at)
+        if len(factors) != len(at):
+            raise ValueError(f"{len(factors)} factors {factors} at {len(at)} steps {at}: give as many of nested.factors as of nested.at")
+        if any(factor < 2 for factor in factors):
+            raise ValueError(f"factors {factors}: every factor must be at least 2")
+        if any(late <= early for early, late in zip([0, *at], at, strict=False)):
+            raise ValueError(f"at {at}: steps must be positive and increase, such as [300, 600]")
+        return self
+
+
+class WorkerRange(Settings):
+    """As many workers as the cluster has room for, between two numbers."""
+
+    min: int = Field(1, ge=1, description="with fewer a run waits, or ends")
+    max: int = Field(ge=1, description="more are not asked for")
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "WorkerRange":
+        if self.max < self.min:
+            raise ValueError(f"min {self.min} is above max {self.max}: swap them")
+        return self

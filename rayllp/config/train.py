@@ -1,0 +1,327 @@
+"""`TrainConfig`: what `rayllp train` reads from YAML and what `rayllp.train` takes; what follows from it, and rules over several settings.
+
+Every rule that needs no data and no cluster is checked here. Names are fixed (docs/design.md): other tools set them by `--set key=value`.
+"""
+
+from collections.abc import Mapping
+from itertools import accumulate
+from typing import Any, Literal
+
+from pydantic import Field, PositiveInt, ValidationError, model_validator
+
+from rayllp.config.groups import (
+    RUNG,
+    AdaptiveSettings,
+    BufferSettings,
+    CheckpointSettings,
+    DataSettings,
+    EvalSettings,
+    MeshSettings,
+    MGRITSettings,
+    ModelSettings,
+    NestedSettings,
+    OptimizerSettings,
+    Relaxation,
+    Settings,
+    StepSettings,
+    WorkerRange,
+)
+from rayllp.errors import SettingsError
+from rayllp.mgrit import Hierarchy, Method, build_hierarchy, split_evenly
+from rayllp.nested import stages
+from rayllp.sizes import with_pretrained_sizes
+
+CONSISTENCY = 0.3
+"""Weight of the consistency penalty in mode adaptive; what examples/fidelity.py found to be enough to begin with."""
+EXACT_FROM = 0.8
+"""Share of the steps after which mode adaptive trains exactly: what bias there was is trained away."""
+
+
+class TrainConfig(Settings):
+    """One run. `TrainConfig()` is the embedded default."""
+
+    name: str = Field("gpt2", description="part of the run directory's name")
+    model: ModelSettings = ModelSettings()
+    data: DataSettings = DataSettings()
+    sequence_length: int = Field(128, ge=2, description="tokens a sequence")
+    batch_size: int = Field(8, ge=1, description="sequences a step, over all replicas")
+    accumulate: int = Field(1, ge=1, description="gradient accumulation: parts in which a step's batch is solved")
+    microbatches: int | None = Field(
+        None, ge=1, description="of serial mode's pipeline; default as many as divide the batch, up to 4 a worker"
+    )
+    steps: int = Field(250, ge=1, description="optimizer steps")
+    seed: int = Field(0, ge=0, description="keys initialisation, batches and dropout")
+    dtype: Literal["float32", "bfloat16", "float64"] = Field("float32", description="bfloat16: autocast over float32 weights")
+    workers: PositiveInt | WorkerRange | None = Field(
+        None, description="mesh.data × mesh.layer; default 2. {min: 2, max: 8}: as many as the cluster has room for, at any time"
+    )
+    resize_check_s: float = Field(10.0, gt=0, description="seconds between looks for room for more workers, below workers.max")
+    mesh: MeshSettings = MeshSettings()
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: GPUs where the cluster has enough of them")
+    channel: Literal["auto", "gloo", "nccl"] = Field("auto", description="auto: nccl on GPUs, gloo on CPUs")
+    receive_timeout_s: float = Field(120.0, gt=0, description="longest wait for a neighbour's message")
+    hang_timeout_s: float = Field(30.0, gt=0, description="a worker that is silent for so long after another failed is killed and replaced")
+    snapshot_every: int | None = Field(
+        None,
+        ge=0,
+        description="steps between states kept in memory, here and at the neighbour; default: as 3 % of the time allows; 0: never",
+    )
+    spare_workers: bool = Field(
+        True, description="keep a started process in reserve on each node with workers (CPUs only, 0.4 GB): losses cost 2 s instead of 10"
+    )
+    max_failures: int = Field(10, ge=0, description="lost workers that a run survives within an hour")
+    mode: Literal["parallel", "serial", "adaptive"] = Field(
+        "adaptive", description="adaptive: as parallel as the gradient's bias allows, exact at the end"
+    )
+    mgrit: MGRITSettings = MGRITSettings()
+    buffers: BufferSettings = BufferSettings()
+    step: StepSettings = StepSettings()
+    nested: NestedSettings = NestedSettings()
+    adaptive: AdaptiveSettings = AdaptiveSettings()
+    optimizer: OptimizerSettings = OptimizerSettings()
+    eval: EvalSettings = EvalSettings()
+    checkpoint: CheckpointSettings = CheckpointSettings()
+
+    # Derived ------------------------------------------------------------------------------------------------------------------
+
+    @property
+    def layer_workers(self) -> int:
+        """Blocks of layers, P."""
+        workers = self.workers.max if isinstance(self.workers, WorkerRange) else self.workers
+        return self.mesh.layer or max(1, (workers or 2 * self.mesh.data) // self.mesh.data)
+
+    @property
+    def world(self) -> int:
+        """Workers in all."""
+        return self.mesh.data * self.layer_workers
+
+    @property
+    def fewest_workers(self) -> int:
+        """With fewer the run waits: `world`, or where `workers` is a range its lower end."""
+        return self.workers.min if isinstance(self.workers, WorkerRange) else self.world
+
+    def with_workers(self, count: int) -> "TrainConfig":
+        """These settings for a number of workers within the range: the largest that they allow up to `count`, so that blocks fit.
+
+        Raises:
+            SettingsError: none of the range up to `count` does.
+        """
+        if not isinstance(self.workers, WorkerRange):
+            return self
+        values, failure = self.model_dump(), "the range ends above that"
+        values["adaptive"]["consistency"] = self.consistency  # the number of workers is to change nothing but the time
+        for size in range(min(count, self.workers.max), self.workers.min - 1, -1):
+            try:
+                return type(self).model_validate(values | {"workers": size})
+            except ValidationError as error:
+                failure = error.errors()[0]["msg"].removeprefix("Value error, ")
+        raise SettingsError(f"workers {self.workers.min} to {min(count, self.workers.max)} do not serve: {failure}; change workers.min")
+
+    @property
+    def middle_layers(self) -> int:
+        """Layers in the parallel solve, N."""
+        return self.model.layers - self.buffers.open - self.buffers.close
+
+    @property
+    def middle_step(self) -> float:
+        """Δt of a middle layer."""
+        value = self.step.middle
+        return float(value.partition("/")[0]) / self.middle_layers if isinstance(value, str) else value
+
+    @property
+    def step_sizes(self) -> tuple[float, ...]:
+        """Δt of every layer, buffers included."""
+        buffers, middle = self.buffers, (self.middle_step,) * self.middle_layers
+        return (self.step.buffer,) * buffers.open + middle + (self.step.buffer,) * buffers.close
+
+    @property
+    def replica_batch(self) -> int:
+        """Sequences a replica takes in a step."""
+        return self.batch_size // self.mesh.data
+
+    @property
+    def blocks(self) -> tuple[int, ...]:
+        """Middle layers of each worker."""
+        if self.mesh.blocks:
+            return self.mesh.blocks
+        whole = self.needs_whole_intervals
+        return default_blocks(self.middle_layers, self.layer_workers, self.first_coarsening, whole_intervals=whole)
+
+    @property
+    def first_coarsening(self) -> int:
+        """c_f between the finest level and the next."""
+        return self.mgrit.coarsening if isinstance(self.mgrit.coarsening, int) else self.mgrit.coarsening[0]
+
+    @property
+    def ladder(self) -> tuple[tuple[int, int, Relaxation | None], ...]:
+        """Forward (0: serial) and backward iterations and relaxation of the controller's rungs, cheap ones first; serial follows."""
+        if self.adaptive.ladder is not None:
+            return tuple(_read_rung(rung) for rung in self.adaptive.ladder)
+        forward, backward = self.mgrit.iterations.forward, self.mgrit.iterations.backward
+        if self.mgrit.levels.forward == 1:
+            return (0, backward, None), (0, backward + 1, None)
+        # Most of a gradient's bias comes from the states it is taken at: an iteration more of the forward helps first.
+        return (forward, backward, None), (forward + 1, backward, None), (forward + 1, backward + 1, None)
+
+    @property
+    def consistency(self) -> float:
+        """Weight of the consistency penalty that training begins with."""
+        if self.adaptive.consistency is not None:
+            return self.adaptive.consistency
+        watched = self.mode == "adaptive" and self.adaptive.rule != "convergence"
+        if not watched or self.layer_workers > len(self.coarse_lengths) or (self.mesh.blocks and not self.has_whole_intervals):
+            return 0.0
+        return CONSISTENCY
+
+    @property
+    def steers(self) -> bool:
+        """Whether probes move that weight."""
+        if self.adaptive.steer is not None:
+            return self.adaptive.steer
+        return self.consistency > 0 and self.adaptive.rule != "convergence"
+
+    @property
+    def switch_at(self) -> int | float | None:
+        """The step, or the share of the steps, from which on training is serial, whatever probes say; None: none."""
+        at = self.adaptive.switch_at
+        return EXACT_FROM if at is None and self.mode == "adaptive" else at
+
+    @property
+    def switch_step(self) -> int | None:
+        """The same as a step."""
+        return round(self.switch_at * self.steps) if isinstance(self.switch_at, float) else self.switch_at
+
+    @property
+    def needs_whole_intervals(self) -> bool:
+        """Whether something that is on asks for every coarse interval on one worker."""
+        return self.consistency > 0 or self.fits_coarse_steps
+
+    @property
+    def has_whole_intervals(self) -> bool:
+        """Whether every coarse interval is on one worker."""
+        return not any(begin % self.first_coarsening for begin in [0, *accumulate(self.blocks)][:-1])
+
+    @property
+    def fits_coarse_steps(self) -> bool:
+        """Whether probes choose the coarse steps' weights."""
+        return self.mgrit.coarse_step_weight == "fit"
+
+    @property
+    def coarse_step_weight(self) -> float:
+        """ω that all coarse steps begin with."""
+        weight = self.mgrit.coarse_step_weight
+        return 1.0 if isinstance(weight, str) else weight
+
+    @property
+    def coarse_lengths(self) -> tuple[int, ...]:
+        """Layers of each coarse interval of the finest level."""
+        c, N = self.first_coarsening, self.middle_layers
+        return tuple(min(start + c, N) - start for start in range(0, N, c))
+
+    def hierarchy(self, levels: int) -> Hierarchy:
+        """The forward hierarchy over the middle layers."""
+        return build_hierarchy(blocks=self.blocks, levels=levels, coarsening=self.mgrit.coarsening)
+
+    def method(self, iterations: int, relaxation: Relaxation | None = None) -> Method:
+        """The solver's method with so many iterations, and with this relaxation of the finest level instead of the settings'."""
+        settings = self.mgrit
+        return Method(
+            iterations=iterations,
+            relaxation=(relaxation or settings.relaxation.fine, settings.relaxation.coarse),
+            cycle=settings.cycle,
+            coarse_step_weight=self.coarse_step_weight,
+            c_relaxation_weight=settings.relaxation.weight,
+            anderson=settings.anderson,
+            initial_guess=settings.initial_guess,
+            tolerance=settings.tolerance,
+            keep_states=False,
+        )
+
+    # Rules over several settings ----------------------------------------------------------------------------------------------
+
+    @model_validator(mode="before")
+    @classmethod
+    def _sizes_of_the_pretrained(cls, values: Any) -> Any:
+        return with_pretrained_sizes(values) if isinstance(values, Mapping) else values
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "TrainConfig":
+        self._check_mesh()
+        self._check_batch()
+        self._check_consistency()
+        try:
+            for levels in {self.mgrit.levels.forward, self.mgrit.levels.backward}:
+                self.hierarchy(levels)
+            stages(self)
+        except SettingsError as error:
+            raise ValueError(str(error)) from None
+        return self
+
+    def _check_mesh(self) -> None:
+        mesh, N, P = self.mesh, self.middle_layers, self.layer_workers
+        if N < 1:
+            raise ValueError(
+                f"{self.buffers.open} + {self.buffers.close} buffer layers leave {N} of {self.model.layers} layers for the middle: "
+                "raise model.layers or lower buffers.open and buffers.close"
+            )
+        if isinstance(self.workers, WorkerRange):
+            if mesh.data > 1 or mesh.layer or mesh.blocks:
+                raise ValueError(
+                    "workers as a range decides how layers are shared out: leave out mesh.layer and mesh.blocks, and mesh.data at 1"
+                )
+        elif self.workers is not None and self.workers != self.world:
+            raise ValueError(
+                f"workers={self.workers} is not mesh.data × mesh.layer = {mesh.data} × {P}: leave one of them out"
+                if mesh.layer
+                else f"workers={self.workers} does not divide by mesh.data={mesh.data}"
+            )
+        if P > N:
+            raise ValueError(f"{P} layer-parallel workers for {N} middle layers: use at most {N} (workers or mesh.layer), or more layers")
+        if mesh.blocks and (len(mesh.blocks) != P or sum(mesh.blocks) != N or min(mesh.blocks) < 1):
+            raise ValueError(f"mesh.blocks {mesh.blocks} must be {P} positive numbers that add up to the {N} middle layers")
+
+    def _check_consistency(self) -> None:
+        if self.needs_whole_intervals and not self.has_whole_intervals:
+            name, c = "adaptive.consistency" if self.consistency else "mgrit.coarse_step_weight=fit", self.first_coarsening
+            raise ValueError(
+                f"{name} needs every coarse interval on one worker, but blocks {self.blocks} cut intervals of {c}: "
+                f"set mesh.blocks to multiples of {c} (the last may be any), or workers, buffers or mgrit.coarsening so that they are"
+            )
+
+    def _check_batch(self) -> None:
+        encoder = self.model.encoder_layers
+        if encoder is not None and encoder >= self.model.layers:
+            raise ValueError(f"model.encoder_layers={encoder} leaves no decoder layer of model.layers={self.model.layers}: lower it")
+        if self.batch_size % self.mesh.data:
+            raise ValueError(f"batch_size {self.batch_size} does not divide by mesh.data={self.mesh.data}")
+        if self.replica_batch % self.accumulate:
+            raise ValueError(f"a replica's {self.replica_batch} sequences do not divide into accumulate={self.accumulate} parts")
+        if self.microbatches and self.replica_batch // self.accumulate % self.microbatches:
+            raise ValueError(f"{self.replica_batch // self.accumulate} sequences do not divide into microbatches={self.microbatches}")
+
+
+def _read_rung(rung: str) -> tuple[int, int, Relaxation | None]:
+    match = RUNG.fullmatch(rung)
+    assert match is not None
+    forward, backward, relaxation = match.groups()
+    return int(forward), int(backward), relaxation  # type: ignore[return-value]
+
+
+def default_blocks(layers: int, workers: int, coarsening: int, *, whole_intervals: bool = False) -> tuple[int, ...]:
+    """Blocks of layers: cut at C-points where the largest block does not grow by that, else as even as can be.
+
+    A block that begins at a C-point starts its sweep without waiting for a neighbour.
+
+    Args:
+        whole_intervals: cut at C-points even so, where there is an interval for every worker.
+    """
+    even = split_evenly(layers, workers)
+    intervals = -(-layers // coarsening)
+    if intervals < workers:
+        return even
+    ends, done = [], 0
+    for share in split_evenly(intervals, workers):
+        done += share
+        ends.append(min(done * coarsening, layers))
+    aligned = tuple(end - start for start, end in zip([0, *ends], ends, strict=False))
+    return aligned if whole_intervals or max(aligned) <= max(even) else even
