@@ -11,10 +11,10 @@ from typing import Any
 from rayllp.config import Relaxation, TrainConfig
 from rayllp.mgrit import Method
 
-STEER = 2.0
-"""Factor by which a probe changes the consistency penalty's weight."""
-STEER_RANGE = 32.0
-"""Largest over smallest weight, around the one that was set."""
+RAISE, LOWER = 4.0, 2.0
+"""Factors by which a probe changes the consistency penalty's weight. A bias that has come costs more than a weight that is too large."""
+LEAST, MOST = 0.5, 5.66
+"""Of the weight that was set: beyond these it does not go. More would cost more than the next rung."""
 HOPELESS = 2.0
 """ρ of so many thresholds: more iterations only diverge further, so no rung between is tried."""
 
@@ -260,11 +260,11 @@ class Controller:
         settings, bias, initial = self.settings, probe.bias, self.config.consistency
         if not self.config.steers or not initial or bias is None:
             return False
-        before, largest = self._state.weight, initial * STEER_RANGE**0.5
+        before = self._state.weight
         if not bias <= settings.bias_target:
-            self._state.weight = min(largest, before * STEER)
+            self._state.weight = min(initial * MOST, before * RAISE)
         elif bias < settings.bias_target / 4:
-            self._state.weight = max(initial / STEER_RANGE**0.5, before / STEER)
+            self._state.weight = max(initial * LEAST, before / LOWER)
         return self._state.weight > 1.01 * before
 
     def mark(self) -> "_State":
