@@ -67,7 +67,7 @@ WAYS = {
     "serial": ("mode=serial",),
     "parallel": ("mode=parallel", *CHEAP, *BY_RHO),
     "paper": ("mode=adaptive", *CHEAP, *BY_RHO, "adaptive.ladder=[1+1]", "adaptive.return_below=null"),
-    "default": ("mode=adaptive", "mgrit.iterations.forward=2", "mgrit.iterations.backward=1"),
+    "default": ("mode=adaptive", "mgrit.iterations.forward=2", "mgrit.iterations.backward=1", "adaptive.probe_every=100"),
     "ours": ("mode=adaptive", *CHEAP),
 }
 TWICE, THRICE = (
@@ -278,7 +278,12 @@ def draw_curves(results: list[dict[str, Any]], picture: Path) -> None:
                     axis.plot(*zip(*points, strict=True), color=COLOURS[way], lw=1.2, label=way if r["seed"] == min(exact) else None)
         axis.axhline(0.5, color="grey", ls="--", lw=0.8)
         axis.axhline(0, color=COLOURS["serial"], lw=0.8)
-        axis.set(title=NETWORKS[name].title, xlabel="step", ylabel="gap to serial, %", yscale="symlog")
+        axis.set_yscale("symlog", linthresh=2)
+        low, high = axis.get_ylim()
+        axis.set_yticks([-2, -1, 0, 1, 2, 5, 10, 50], labels=["-2", "-1", "0", "1", "2", "5", "10", "50"], minor=False)
+        axis.minorticks_off()
+        axis.set_ylim(min(low, -2.2), max(high, 2.2))
+        axis.set(title=NETWORKS[name].title, xlabel="step", ylabel="gap to serial, %")
         axis.legend(frameon=False, fontsize="small")
     for axis in axes.flat[len(names) :]:
         axis.set_axis_off()
