@@ -46,6 +46,7 @@ def tiny(**changes):
         "adaptive": {"probe_every": 0, "rule": "convergence", "switch_at": 1.0},
         "mode": "parallel",
         "workers": 1,
+        "spare_workers": False,  # a spare is a process more, which imports for seconds: only where it is what is tested
     }
     return make_config(merge(base, changes))
 

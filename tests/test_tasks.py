@@ -27,6 +27,7 @@ BASE = {
     "optimizer": {"lr": 0.01, "warmup": 2},
     "eval": {"every": 4, "batches": 2},
     "adaptive": {"probe_every": 0},
+    "spare_workers": False,
 }
 
 

@@ -188,7 +188,7 @@ def test_texts_that_do_not_serve(tmp_path):
 def test_ctrl_c_leaves_a_checkpoint_and_no_actor(tmp_path):
     run = tmp_path / "run"
     command = [sys.executable, "-m", "rayllp", "train", "--output", str(run), "--set", "steps=100000", "--set", "eval.every=0"]
-    command += ["--set", "workers=1"]
+    command += ["--set", "workers=1", "--set", "spare_workers=false"]
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     with (tmp_path / "log").open("w") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
