@@ -280,7 +280,7 @@ def draw_curves(results: list[dict[str, Any]], picture: Path) -> None:
         axis.axhline(0, color=COLOURS["serial"], lw=0.8)
         axis.set_yscale("symlog", linthresh=2)
         low, high = axis.get_ylim()
-        axis.set_yticks([-2, -1, 0, 1, 2, 5, 10, 50], labels=["-2", "-1", "0", "1", "2", "5", "10", "50"], minor=False)
+        axis.set_yticks([-2, -1, 0, 1, 2, 5, 10, 50], labels=["-2", "-1", "0", "1", "2", "5", "10", "50"])
         axis.minorticks_off()
         axis.set_ylim(min(low, -2.2), max(high, 2.2))
         axis.set(title=NETWORKS[name].title, xlabel="step", ylabel="gap to serial, %")

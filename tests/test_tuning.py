@@ -244,13 +244,13 @@ def test_what_a_trial_did_before_it_took_anothers_weights_is_void(tmp_path):
     mine, other = checkpointed("mine", [4, 20, 24]), checkpointed("other", [12, 16])
     mine.write_best({"step": 20})
     given = other.checkpoints / "step_12"
-    assert take_over(mine, checkpoints(mine.checkpoints), other.path, given) == [given]
+    assert take_over(mine, checkpoints(mine.checkpoints), given) == [given]
     assert [step_of(kept) for kept in checkpoints(mine.checkpoints)] == [4]
     assert mine.read_best() is None
     # The other went on meanwhile, and keeps only its last ones.
-    assert take_over(mine, [], other.path, other.checkpoints / "step_8") == [given]
-    with pytest.raises(CheckpointError, match="no checkpoint of step 20 or later"):
-        take_over(mine, [], other.path, other.checkpoints / "step_20")
+    assert take_over(mine, [], other.checkpoints / "step_8") == [given]
+    with pytest.raises(CheckpointError, match=r"no checkpoint of step 20 or later any more: raise checkpoint\.keep"):
+        take_over(mine, [], other.checkpoints / "step_20")
 
 
 # On Ray ---------------------------------------------------------------------------------------------------------------------------

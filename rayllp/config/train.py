@@ -176,9 +176,7 @@ class TrainConfig(Settings):
     @property
     def steers(self) -> bool:
         """Whether probes move that weight."""
-        if self.adaptive.steer is not None:
-            return self.adaptive.steer
-        return self.consistency > 0 and self.adaptive.rule != "convergence"
+        return self.consistency > 0 and self.adaptive.rule != "convergence" and self.adaptive.steer is not False
 
     @property
     def switch_at(self) -> int | float | None:

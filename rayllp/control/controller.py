@@ -258,7 +258,7 @@ class Controller:
     def _steer(self, probe: Probe) -> bool:
         """Move the penalty's weight toward the least that holds the bias at its target; whether it could still be raised."""
         settings, bias, initial = self.settings, probe.bias, self.config.consistency
-        if not self.config.steers or not initial or bias is None:
+        if not self.config.steers or bias is None:
             return False
         before = self._state.weight
         if not bias <= settings.bias_target:

@@ -99,17 +99,17 @@ def _open(path: Path, config: TrainConfig) -> tuple[RunDirectory, list[Folder]]:
             run.change_settings(before, config)
         own = checkpoints(run.checkpoints)
     if place and place["run"] != str(path.absolute()):
-        return run, take_over(run, own, Path(place["run"]), locate(place["checkpoint"]))
+        return run, take_over(run, own, locate(place["checkpoint"]))
     return run, own
 
 
-def take_over(run: RunDirectory, own: list[Folder], other: Path, checkpoint: Folder) -> list[Folder]:
+def take_over(run: RunDirectory, own: list[Folder], checkpoint: Folder) -> list[Folder]:
     """Go on from another trial's checkpoint (population based training): what this one had done beyond it is void.
 
     Args:
         run: this trial's.
         own: its checkpoints.
-        other: the other trial's run directory.
+        checkpoint: the other trial's.
 
     Returns:
         the checkpoint, or where it has gone since, the first later one of the other trial.
@@ -119,7 +119,9 @@ def take_over(run: RunDirectory, own: list[Folder], other: Path, checkpoint: Fol
     """
     later = [found for found in checkpoints(checkpoint.parent) if step_of(found) >= step_of(checkpoint)]
     if not later:
-        raise CheckpointError(f"{other} has no checkpoint of step {step_of(checkpoint)} or later any more: raise checkpoint.keep")
+        raise CheckpointError(
+            f"{checkpoint.parent} has no checkpoint of step {step_of(checkpoint)} or later any more: raise checkpoint.keep"
+        )
     for stale in own:
         if step_of(stale) > step_of(later[0]):
             remove(stale)
