@@ -7,7 +7,7 @@ result = rayllp.train(rayllp.make_config({"model": {"layers": 36}, "workers": 4}
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rayllp.cluster.driver import TrainResult
+    from rayllp.cluster.given import TrainResult
     from rayllp.cluster.session import train
     from rayllp.config import TrainConfig, load_config, make_config
     from rayllp.models.stack import LayerStack
@@ -18,7 +18,7 @@ __all__ = ["LayerStack", "TrainConfig", "TrainResult", "load_config", "make_conf
 
 _HOMES = {
     "train": "rayllp.cluster.session",
-    "TrainResult": "rayllp.cluster.driver",
+    "TrainResult": "rayllp.cluster.given",
     "TrainConfig": "rayllp.config",
     "load_config": "rayllp.config",
     "make_config": "rayllp.config",

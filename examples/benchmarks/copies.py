@@ -30,15 +30,15 @@ class TakingTurns(Driver):
 
     def _between_chunks(self, step: int) -> None:
         super()._between_chunks(step)
-        if step % self.block or not self._keep_chosen:
+        if step % self.block or self.copies.is_open:
             return
         now = time.perf_counter()
-        was_on = bool(self._keep_every)
+        was_on = bool(self.copies.every)
         if hasattr(self, "_since"):
             self.times[was_on].append((now - self._since) / self.block)
-        self.chosen = self._keep_every or self.chosen
-        self._keep_every = 0 if was_on else self.chosen
-        if self._keep_every:
+        self.chosen = self.copies.every or self.chosen
+        self.copies.every = 0 if was_on else self.chosen
+        if self.copies.every:
             self.saver.begin(step, self.ledger.controller.state(), self.journal)
         self._since = time.perf_counter()
 

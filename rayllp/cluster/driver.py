@@ -2,66 +2,36 @@
 
 import math
 import time
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from itertools import count
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from rich.console import Console
 
 from rayllp.checkpoint import Folder, checkpoints, count_layers, read_manifest, step_of
 from rayllp.checkpoint.export import write_model_json, write_tokenizer_json
 from rayllp.cluster.evaluation import Evaluator
+from rayllp.cluster.given import Loaded, TrainResult, network_at
 from rayllp.cluster.group import WorkerGroup
 from rayllp.cluster.interrupt import stopping
 from rayllp.cluster.ledger import Chunk, Ledger
 from rayllp.cluster.names import run_name
 from rayllp.cluster.places import capacity
-from rayllp.cluster.recovery import FailureBudget, choose_interval
+from rayllp.cluster.recovery import CopyInterval, FailureBudget
 from rayllp.cluster.saving import Saver
 from rayllp.cluster.staff import Staff
+from rayllp.cluster.wording import describe_run, describe_stage, listed, where_not_finite
 from rayllp.config import TrainConfig
 from rayllp.data import Batches
 from rayllp.errors import ChannelError, NonFiniteError, RayllpError, WorkerLostError
-from rayllp.models import Architecture, LayerStack
+from rayllp.models import Architecture
 from rayllp.nested import stage_at
 from rayllp.report import Journal, Listener, RunDirectory
-from rayllp.sizes import with_layers
 
 MOVE_S = 10.0
 """Before its node goes, a worker's layers move, be there new workers or not."""
 WARM_STEPS = 3
 """Steps before the cost of keeping states is looked at."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainResult:
-    """What `train` returns.
-
-    Attributes:
-        directory: the run directory.
-        steps: optimizer steps done, over all sittings of the run.
-        validation_loss: mean held-out loss per token (or image, or sentence), exact forward; None if stopped early.
-        metrics: what else the last evaluation found: perplexity, accuracy, bleu, by the family.
-        sample: generated text; empty unless the family writes text, and for a stopped run.
-        stopped: whether Ctrl-C (or SIGTERM) ended it.
-    """
-
-    directory: Path
-    steps: int
-    validation_loss: float | None
-    sample: str
-    stopped: bool
-    metrics: dict[str, float] = field(default_factory=dict)
-
-
-class Loaded(NamedTuple):
-    """What the settings name: the data set, the architecture (a plan without weights), and its configuration where a run goes on."""
-
-    data: Any
-    plan: Architecture | None
-    kept: dict[str, Any] | None
 
 
 class Driver:
@@ -94,7 +64,7 @@ class Driver:
         self.evaluator = Evaluator(run, self.workers, self.saver, config.eval, self.data, batches)
         self.budget = FailureBudget(config.max_failures)
         self._settled = 0  # the last step after which everything due was done
-        self._choose_anew()
+        self.copies = CopyInterval(self.config)
         self._warned: frozenset[int] = frozenset()  # ranks whose nodes are known to go
         self._looked = time.monotonic()  # for room for more workers
 
@@ -141,7 +111,7 @@ class Driver:
         self.run.truncate(step)  # one that ended before its first checkpoint has records too
         while True:
             try:
-                architecture, kept = self._plans()
+                architecture, kept = self._network()
                 shares = self.workers.start(architecture, self.batches or self.data, kept)
                 if start is not None and manifest is not None:
                     self._restore(start, manifest)
@@ -152,14 +122,11 @@ class Driver:
                 self.journal.say(f"at the start: {error}; all workers start anew")
                 self.workers.dismiss()
                 time.sleep(wait_s)
-        self._keep_what_export_needs()
-        self.journal.say(self._describe(shares))
-        return step
-
-    def _keep_what_export_needs(self) -> None:
         if self.plan is not None:
             write_model_json(self.run.path, self.plan)
             write_tokenizer_json(self.run.path, self.data)
+        self.journal.say(self._describe(shares))
+        return step
 
     # Faults ---------------------------------------------------------------------------------------------------------------------
 
@@ -197,7 +164,7 @@ class Driver:
                 else:
                     self.workers.replace(lost)
                     step, source = self._take_back(lost)
-                if self._keep_every:
+                if self.copies.every:
                     self.workers.call("keep", step)
                 break
             except (WorkerLostError, ChannelError) as another:
@@ -240,24 +207,8 @@ class Driver:
         """A state to come back to before the next step is done."""
         self.ledger.start_at(step)
         self._settled = step
-        if self._keep_every:
+        if self.copies.every:
             self.workers.call("keep", step)
-
-    def _choose_anew(self) -> None:
-        """How often states are kept is open again, unless the settings say it."""
-        wanted = self.config.snapshot_every
-        self._keep_every, self._keep_chosen = (1, False) if wanted is None else (wanted, True)
-        if self.config.world == 1:  # who would hold it when the worker is gone?
-            self._keep_every, self._keep_chosen = 0, True
-
-    def _choose_keep_every(self) -> None:
-        """After the first steps: how often states are kept, by what that costs, where the settings leave it open."""
-        if self._keep_chosen or self.ledger.step < self.ledger.first_step + WARM_STEPS:
-            return
-        costs = self.workers.call("cost_of_copies")
-        take_s, exchange_s = (max(cost[part] for cost in costs) for part in (0, 1))
-        self._keep_every = choose_interval(self.ledger.step_s, take_s, exchange_s, on_cpu=self.workers.device == "cpu")
-        self._keep_chosen = True
 
     # Another number of workers --------------------------------------------------------------------------------------------------
 
@@ -284,8 +235,11 @@ class Driver:
             return
         if leaving != self._warned:
             self._warned = leaving
-            self.journal.event(step, "fault", reason="the node was told to go", ranks=sorted(leaving), seconds_left=_finite(left_s))
-            self.journal.say(f"step {step}: workers {_listed(leaving)} are on nodes that were told to go; their layers move elsewhere")
+            known = round(left_s, 1) if math.isfinite(left_s) else None
+            self.journal.event(step, "fault", reason="the node was told to go", ranks=sorted(leaving), seconds_left=known)
+            self.journal.say(
+                f"step {step}: workers {listed(sorted(leaving))} are on nodes that were told to go; their layers move elsewhere"
+            )
             self.saver.begin(step, self.ledger.controller.state(), self.journal)
         here = len(self.workers.workers)
         self.workers.recruit(here + len(leaving))
@@ -310,7 +264,7 @@ class Driver:
         if step is not None and not self.workers.is_halfway:
             self._agree_on(step, lost)
         self._set_size(size)
-        self.workers.reshape(self.config, lost, *self._plans(), leaving)
+        self.workers.reshape(self.config, lost, *self._network(), leaving)
         source = "memory"
         if step is None:
             step, source = self._take_back_from_disk()
@@ -319,7 +273,7 @@ class Driver:
             step, "resize", workers_before=before.world, workers=self.config.world, blocks=self.config.blocks, seconds=seconds
         )
         self.journal.scalar("train/workers", self.config.world, step)
-        self.journal.say(f"step {step}: {before.world} workers became {self.config.world}, blocks {'/'.join(map(str, self.config.blocks))}")
+        self.journal.say(f"step {step}: {before.world} workers became {self.config.world}, blocks {listed(self.config.blocks, '/')}")
         return step, source
 
     def _at_size(self, size: int) -> TrainConfig:
@@ -330,7 +284,7 @@ class Driver:
         self._size = size
         self.config = self.saver.settings = self.ledger.config = self._at_size(size)
         self.ledger.first_step = self.ledger.step
-        self._choose_anew()
+        self.copies = CopyInterval(self.config)
 
     # Stages of nested iteration: one without it ---------------------------------------------------------------------------------
 
@@ -352,7 +306,7 @@ class Driver:
     def _rebuild(self, step: int) -> None:
         """Give the same workers new layers, those of the stage that does `step`."""
         self._enter_stage(step)
-        self.workers.rebuild(self.config, *self._plans())
+        self.workers.rebuild(self.config, *self._network())
 
     def _deepen(self, step: int) -> None:
         """Go on with the next stage's network on the same workers, made of this one's checkpoint."""
@@ -360,17 +314,10 @@ class Driver:
         self._rebuild(step)
         self._load(folder, read_manifest(folder))
         self._keep_in_memory(step)
-        self.journal.say(f"step {step}: {self._describe_stage()}")
+        self.journal.say(f"step {step}: {describe_stage(self.stage, self.whole)}")
 
-    def _plans(self) -> tuple[Architecture | None, dict[str, Any] | None]:
-        """The user's own network and the kept configuration of a run that goes on, at this stage's depth."""
-        if not self.whole.nested.factors:
-            return self.model, self.kept
-        config = self.config
-        kept = None if self.kept is None else with_layers(self.kept, config.model.layers)
-        if not isinstance(self.model, LayerStack):
-            return self.model, kept
-        return self.model.thinned(config.buffers.open, config.buffers.close, self.whole.middle_layers // config.middle_layers), kept
+    def _network(self) -> tuple[Architecture | None, dict[str, Any] | None]:
+        return network_at(self.config, self.whole, self.model, self.kept)
 
     def _load(self, folder: Folder, manifest: dict[str, Any]) -> None:
         """Take over a checkpoint, of this stage's network or of a shallower one's."""
@@ -380,12 +327,6 @@ class Driver:
         else:
             sizes = {"middle_layers": config.middle_layers, "step_size": config.middle_step}
             self.journal.event(manifest["step"], "deepen", layers_before=count_layers(manifest), layers=config.model.layers, **sizes)
-
-    def _describe_stage(self) -> str:
-        stage, config = self.stage, self.config
-        note = f" ({stage.note})" if stage.note else ""
-        depth = f"{config.middle_layers} middle layers with Δt = {config.middle_step:g}"
-        return f"stage {stage.number} of {len(self.whole.nested.factors) + 1}, to step {stage.end}: {depth}{note}"
 
     # The loop -----------------------------------------------------------------------------------------------------------------
 
@@ -400,10 +341,11 @@ class Driver:
             self._grow(step)
             self.ledger.begin(step)
             chunk = self._next_chunk(step)
-            answers = self.workers.call("run", chunk, self._keep_every, timeout_s=self.ledger.expect(chunk))
+            answers = self.workers.call("run", chunk, self.copies.every, timeout_s=self.ledger.expect(chunk))
             self.ledger.note_time()
             step = self._take_in(answers)
-            self._choose_keep_every()
+            if self.copies.is_open and self.ledger.step >= self.ledger.first_step + WARM_STEPS:
+                self.copies.choose(self.ledger.step_s, self.workers.call("cost_of_copies"), on_cpu=self.workers.device == "cpu")
             self.workers.keep_spares()  # after a step, so that a spare does not start while a lost worker is waited for
 
     def _next_chunk(self, step: int) -> Chunk:
@@ -439,13 +381,7 @@ class Driver:
         return step
 
     def _not_finite(self, step: int, faults: list[tuple[int, int, str] | None]) -> None:
-        found = [fault for fault in faults if fault is not None]
-        where = (
-            min(found)[2]
-            if found
-            else "the approximate solve alone (exact forward and gradients are finite): raise mgrit.iterations or use mode=serial"
-        )
-        path = self._save(step)
+        where, path = where_not_finite(faults), self._save(step)
         self.journal.event(step, "fault", reason="not finite", where=where)
         raise NonFiniteError(
             f"step {step}: the loss or the gradient is not finite; first at fault: {where}. The optimizer step was not taken; the state "
@@ -453,25 +389,11 @@ class Driver:
         )
 
     def _describe(self, shares: list[dict[str, Any]]) -> str:
-        config, parameters = self.config, sum(share["parameters"] for share in shares) // self.config.mesh.data
-        buffers = f"{config.buffers.open} + {config.middle_layers} + {config.buffers.close} layers"
-        mesh = f"{config.layer_workers} blocks {'/'.join(map(str, config.blocks))}" + (
-            f" × {config.mesh.data} replicas" if config.mesh.data > 1 else ""
-        )
-        what = config.model.family if self.model is None else type(self.model).__name__
-        skipped = getattr(self.data, "skipped", {})
-        left_out = "; left out of the data: " + ", ".join(f"{n} {kind}" for kind, n in skipped.items()) if skipped else ""
-        where = f"{mesh} on {self.workers.device}; run directory {self.run.path}"
-        stage = f"; {self._describe_stage()}" if self.whole.nested.factors else ""
-        return f"{what}: {buffers}, {parameters / 1e6:.1f} M parameters, {where}{left_out}{stage}"
-
-
-def _listed(ranks: Iterable[int]) -> str:
-    return ", ".join(map(str, sorted(ranks)))
-
-
-def _finite(seconds: float) -> float | None:
-    return round(seconds, 1) if math.isfinite(seconds) else None
+        network = self.config.model.family if self.model is None else type(self.model).__name__
+        parameters = sum(share["parameters"] for share in shares) // self.config.mesh.data
+        left_out = getattr(self.data, "skipped", {})
+        line = describe_run(self.config, network, parameters, self.workers.device, self.run.path, left_out)
+        return f"{line}; {describe_stage(self.stage, self.whole)}" if self.whole.nested.factors else line
 
 
 def _ranks_of(error: RayllpError) -> frozenset[int]:

@@ -2,7 +2,9 @@
 
 import math
 from collections import deque
+from collections.abc import Sequence
 
+from rayllp.config import TrainConfig
 from rayllp.errors import ClusterError
 
 HOUR_S = 3600.0
@@ -61,6 +63,27 @@ class FailureBudget:
             raise ClusterError(
                 f"{what}; that is fault {len(self._times)} within an hour, and max_failures is {self.most}: see events.jsonl"
             )
+
+
+class CopyInterval:
+    """How often states are kept in memory: as the settings say, or by what that costs, once it is known.
+
+    Attributes:
+        every: steps between states; 0: never.
+        is_open: whether it is yet to be chosen.
+    """
+
+    def __init__(self, config: TrainConfig) -> None:
+        if config.world == 1:  # who would hold it when the worker is gone?
+            self.every, self.is_open = 0, False
+        else:
+            wanted = config.snapshot_every
+            self.every, self.is_open = (1, True) if wanted is None else (wanted, False)
+
+    def choose(self, step_s: float, costs: Sequence[tuple[float, float]], *, on_cpu: bool) -> None:
+        """By a step's seconds, and each worker's for taking a state and for its way to the next one."""
+        take_s, exchange_s = (max(cost[part] for cost in costs) for part in (0, 1))
+        self.every, self.is_open = choose_interval(step_s, take_s, exchange_s, on_cpu=on_cpu), False
 
 
 def choose_interval(step_s: float, take_s: float, exchange_s: float, *, on_cpu: bool) -> int:

@@ -14,7 +14,8 @@ from rich.console import Console
 
 from rayllp.checkpoint import MANIFEST, Folder, check_writable, checkpoints, locate
 from rayllp.checkpoint.export import read_model_json
-from rayllp.cluster.driver import Driver, Loaded, TrainResult
+from rayllp.cluster.driver import Driver
+from rayllp.cluster.given import Loaded, TrainResult
 from rayllp.cluster.metrics import ClusterMetrics
 from rayllp.cluster.places import choose_device
 from rayllp.config import TrainConfig, load_run_config

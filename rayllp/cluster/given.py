@@ -1,0 +1,55 @@
+"""What a run is given, and what it gives back."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rayllp.config import TrainConfig
+from rayllp.models import Architecture, LayerStack
+from rayllp.sizes import with_layers
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainResult:
+    """What `train` returns.
+
+    Attributes:
+        directory: the run directory.
+        steps: optimizer steps done, over all sittings of the run.
+        validation_loss: mean held-out loss per token (or image, or sentence), exact forward; None if stopped early.
+        metrics: what else the last evaluation found: perplexity, accuracy, bleu, by the family.
+        sample: generated text; empty unless the family writes text, and for a stopped run.
+        stopped: whether Ctrl-C (or SIGTERM) ended it.
+    """
+
+    directory: Path
+    steps: int
+    validation_loss: float | None
+    sample: str
+    stopped: bool
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+class Loaded(NamedTuple):
+    """What the settings name: the data set, the architecture (a plan without weights), and its configuration where a run goes on."""
+
+    data: Any
+    plan: Architecture | None
+    kept: dict[str, Any] | None
+
+
+def network_at(
+    config: TrainConfig, whole: TrainConfig, model: Architecture | None, kept: dict[str, Any] | None
+) -> tuple[Architecture | None, dict[str, Any] | None]:
+    """The user's own network and the kept configuration of a run that goes on, at a stage's depth.
+
+    Args:
+        config: the stage's settings.
+        whole: the run's.
+    """
+    if not whole.nested.factors:
+        return model, kept
+    kept = None if kept is None else with_layers(kept, config.model.layers)
+    if not isinstance(model, LayerStack):
+        return model, kept
+    return model.thinned(config.buffers.open, config.buffers.close, whole.middle_layers // config.middle_layers), kept

@@ -1,0 +1,41 @@
+"""What a driver says of its run."""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from rayllp.config import TrainConfig
+from rayllp.nested import Stage
+
+
+def describe_run(config: TrainConfig, network: str, parameters: int, device: str, run: Path, left_out: Mapping[str, int]) -> str:
+    """A run's first line.
+
+    Args:
+        network: the model's family, or the name of the user's own.
+        left_out: of the data, by kind.
+    """
+    buffers = f"{config.buffers.open} + {config.middle_layers} + {config.buffers.close} layers"
+    replicas = f" × {config.mesh.data} replicas" if config.mesh.data > 1 else ""
+    mesh = f"{config.layer_workers} blocks {listed(config.blocks, '/')}{replicas}"
+    skipped = "; left out of the data: " + ", ".join(f"{n} {kind}" for kind, n in left_out.items()) if left_out else ""
+    return f"{network}: {buffers}, {parameters / 1e6:.1f} M parameters, {mesh} on {device}; run directory {run}{skipped}"
+
+
+def describe_stage(stage: Stage, whole: TrainConfig) -> str:
+    """A stage of nested iteration, of a run with these settings."""
+    config, note = stage.config, f" ({stage.note})" if stage.note else ""
+    depth = f"{config.middle_layers} middle layers with Δt = {config.middle_step:g}"
+    return f"stage {stage.number} of {len(whole.nested.factors) + 1}, to step {stage.end}: {depth}{note}"
+
+
+def where_not_finite(faults: Iterable[tuple[int, int, str] | None]) -> str:
+    """The first layer at fault, as the workers see it."""
+    found = [fault for fault in faults if fault is not None]
+    if found:
+        return min(found)[2]
+    return "the approximate solve alone (exact forward and gradients are finite): raise mgrit.iterations or use mode=serial"
+
+
+def listed(numbers: Iterable[int], between: str = ", ") -> str:
+    """Numbers in a row."""
+    return between.join(map(str, numbers))
