@@ -1,7 +1,7 @@
 """What a worker does when: the spans of a step, on a real clock or a logical one."""
 
 import time
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import NamedTuple
 
@@ -78,8 +78,8 @@ class Timeline:
         self.spans.append(Span(begin, self.clock(), kind, self.solve, self.phase, self.level, layer))
 
 
-class TimedPropagator:
-    """A propagator whose steps are spans."""
+class TimedPropagator(Propagator):
+    """A propagator whose steps are spans; one span for several in one call, with the first one's layer."""
 
     def __init__(self, inner: Propagator, timeline: Timeline) -> None:
         self.inner, self.timeline = inner, timeline
@@ -94,6 +94,18 @@ class TimedPropagator:
         begin = self.timeline.clock()
         after = self.inner.last_step(layer, state, known)
         self.timeline.add(begin, "compute", layer)
+        return after
+
+    def steps(self, layers: Sequence[int], states: Sequence[State]) -> list[State]:
+        begin = self.timeline.clock()
+        after = self.inner.steps(layers, states)
+        self.timeline.add(begin, "compute", layers[0])
+        return after
+
+    def last_steps(self, layers: Sequence[int], states: Sequence[State]) -> list[State]:
+        begin = self.timeline.clock()
+        after = self.inner.last_steps(layers, states)
+        self.timeline.add(begin, "compute", layers[0])
         return after
 
 

@@ -53,7 +53,7 @@ def wait_until(condition, limit_s=20):
 def parallel_run(tmp_path_factory):
     adaptive = {"probe_every": 4, "lipschitz_every": 2}
     config = tiny(workers=2, steps=12, adaptive=adaptive, eval={"every": 5, "batches": 2, "sample": 8}, model={"layers": 20})
-    return config, rayllp.train(config, output=tmp_path_factory.mktemp("runs") / "parallel")
+    return config, rayllp.train(config, output=tmp_path_factory.mktemp("runs") / "parallel μ")
 
 
 def test_a_run_writes_what_the_design_names(parallel_run):

@@ -24,8 +24,9 @@ class ClusterMetrics:
 
     def __init__(self, run: str) -> None:
         self._gauges = {name: Gauge(f"rayllp_{name}", description, tag_keys=("run",)) for name, description in GAUGES.items()}
+        tag = run.encode("ascii", "backslashreplace").decode()  # Ray refuses a tag with anything else
         for gauge in self._gauges.values():
-            gauge.set_default_tags({"run": run})
+            gauge.set_default_tags({"run": tag})
 
     def step(self, metric: Mapping[str, Any]) -> None:
         found = {name: metric[name] for name in ("loss", "rho_forward", "rho_backward", "bias", "step_time_s", "workers")}

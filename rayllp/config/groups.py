@@ -115,7 +115,16 @@ class MGRITSettings(Settings):
     initial_guess: Literal["coarse", "constant"] = Field("coarse", description="coarse propagation, or every state as the first")
     anderson: int = Field(0, ge=0, le=3, description="window of Anderson acceleration of the C-points; acts from 3 iterations on; 0: none")
     tolerance: float | None = Field(None, gt=0, description="stop the solve once its residual norm is at or below this")
+    batched: bool = Field(
+        False, description="sweep a worker's intervals side by side, a layer of each in one call: for small layers on a GPU (docs/speed.md)"
+    )
     recompute: bool = Field(False, description="keep C-point states only and recompute an interval's graph in its adjoint")
+
+    @model_validator(mode="after")
+    def _graphs_of_all_or_of_one(self) -> "MGRITSettings":
+        if self.batched and self.recompute:
+            raise ValueError("mgrit.batched keeps the graphs of all intervals at once, mgrit.recompute of one: choose one")
+        return self
 
     @field_validator("coarsening")
     @classmethod

@@ -58,6 +58,7 @@ class TrainConfig(Settings):
     resize_check_s: float = Field(10.0, gt=0, description="seconds between looks for room for more workers, below workers.max")
     mesh: MeshSettings = MeshSettings()
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: GPUs where the cluster has enough of them")
+    compile: bool = Field(False, description="torch.compile of the layers; the first steps then take a minute")
     channel: Literal["auto", "gloo", "nccl"] = Field("auto", description="auto: nccl on GPUs, gloo on CPUs")
     receive_timeout_s: float = Field(120.0, gt=0, description="longest wait for a neighbour's message")
     hang_timeout_s: float = Field(30.0, gt=0, description="a worker that is silent for so long after another failed is killed and replaced")
@@ -233,6 +234,8 @@ class TrainConfig(Settings):
             initial_guess=settings.initial_guess,
             tolerance=settings.tolerance,
             keep_states=False,
+            # With one level in one direction there are no intervals, and its adjoint or forward wants single layers' graphs.
+            batched=settings.batched and min(settings.levels.forward, settings.levels.backward) > 1,
         )
 
     # Rules over several settings ----------------------------------------------------------------------------------------------

@@ -1,18 +1,22 @@
 """One worker's share of the network: its layers, and the embedding or head where it is first or last."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from rayllp.config import TrainConfig
 from rayllp.data.base import Inputs
+from rayllp.engine.stacks import Stacks
+from rayllp.errors import SettingsError
 from rayllp.models.base import Architecture
 from rayllp.models.randomness import FrozenRandomness
-from rayllp.state import State, combine, interpolate, subtract
+from rayllp.state import State, combine, interpolate, subtract, tensors
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.float32, "float64": torch.float64}
 
@@ -34,6 +38,7 @@ class Block:
         layers: by index in the whole network; the buffers of the first and last worker among them.
         middle: indices of the owned middle layers.
         watched: None, or the last input of each layer, of the global batch's first sequence alone; filled while it is not None.
+        stacks: of the middle layers, for calls of several.
     """
 
     def __init__(self, architecture: Architecture, config: TrainConfig, rank: int, device: torch.device) -> None:
@@ -54,10 +59,24 @@ class Block:
         self._tie()
         self.moment = Moment()
         self.watched: dict[int, State] | None = None
+        self.stacks = Stacks(self.layers)
         self._templates: dict[int, dict[str, Tensor]] = {}
+        self._callable: Mapping[int, nn.Module] = self.layers
+        self._side_by_side = _side_by_side
+        for name, chosen in (("mgrit.batched", config.mgrit.batched), ("compile", config.compile)):
+            if chosen and architecture.stochastic:
+                raise SettingsError(f"{name}=true and dropout, whose masks go by layer and sample: set model.dropout=0 or {name}=false")
+        if config.compile:
+            self._compile()
 
     def _place(self, module: nn.Module) -> nn.Module:
         return module.to(device=self.device, dtype=self.dtype).eval()
+
+    def _compile(self) -> None:
+        # A recorded graph is read several times: by relaxation, by the coarse solve, by the last sweep.
+        torch._functorch.config.donated_buffer = False
+        self._callable = {n: cast(nn.Module, torch.compile(module)) for n, module in self.layers.items()}
+        self._side_by_side = torch.compile(_side_by_side)
 
     def pieces(self) -> Iterator[tuple[str, str, nn.Module]]:
         """Name ("embed", "layer_00003", "common", "head"), prefix of the parameters' names, and module of each owned piece."""
@@ -149,11 +168,31 @@ class Block:
     def layer(self, index: int, state: State) -> State:
         """x + Δt·(block(x) − x); the block as it is where Δt = 1."""
         size = self.config.step_sizes[index]
+        self._watch(index, state)
+        with self._context(index):
+            after = self.architecture.advance(index, self._callable[index], state, self.moment.context, self.common)
+        return after if size == 1 else interpolate(state, after, size)
+
+    def side_by_side(self, indices: Sequence[int], state: State, weights: Mapping[str, Tensor]) -> State:
+        """`layer` of several middle layers in one call.
+
+        Args:
+            state: one a layer: dimension 0 is the layers.
+            weights: of a stack that has these layers, and of no other.
+        """
+        first = indices[0]
+        for place, index in enumerate(indices):
+            self._watch(index, combine(lambda part, place=place: part[place], state))
+        with self._context(first):
+            after = self._side_by_side(
+                self.architecture.advance, first, self.layers[first], dict(weights), state, self.moment.context, self.common
+            )
+        size = self.config.step_sizes[first]
+        return after if size == 1 else interpolate(state, after, size)
+
+    def _watch(self, index: int, state: State) -> None:
         if self.watched is not None and self.moment.samples[0] == 0:
             self.watched[index] = combine(lambda part: part[:1].detach().clone(), state)
-        with self._context(index):
-            after = self.architecture.advance(index, self.layers[index], state, self.moment.context, self.common)
-        return after if size == 1 else interpolate(state, after, size)
 
     def increment(self, index: int, state: State) -> State:
         """block(x) − x, a layer's step for Δt = 1, in the weights' own precision: differences of it are taken."""
@@ -179,3 +218,27 @@ class Block:
             state = self.architecture.last_position(state)
         with self._context("head"):
             return self.architecture.leave(self.head, state, self.moment.context)
+
+
+def _side_by_side(
+    advance: Callable[[int, nn.Module, State, Any, nn.Module | None], State],
+    index: int,
+    module: nn.Module,
+    weights: dict[str, Tensor],
+    state: State,
+    context: Any,
+    common: nn.Module | None,
+) -> State:
+    """`advance` of a layer with several weights, each from a state of its own."""
+
+    def one(weights: dict[str, Tensor], state: State) -> State:
+        def layer(*args: Any, **kwargs: Any) -> Any:
+            return functional_call(module, weights, args, kwargs)
+
+        return advance(index, cast(nn.Module, layer), state, context, common)
+
+    # Of the fused attentions only the GPU's flash can be called under vmap: the CPU's is looped over, and the memory-efficient one's
+    # backward pass refuses what its forward pass has made.
+    on_gpu = tensors(state)[0].device.type == "cuda"
+    with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.MATH] if on_gpu else [SDPBackend.MATH]):
+        return vmap(one)(weights, state)

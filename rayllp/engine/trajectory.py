@@ -5,6 +5,7 @@ recomputation only the states at the beginning of each interval (and of the bloc
 when its adjoint arrives; at most one interval's graphs exist at a time.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -13,6 +14,8 @@ from torch import Tensor
 from rayllp.engine.block import Block
 from rayllp.engine.consistency import Consistency
 from rayllp.engine.memory import return_freed_memory
+from rayllp.engine.stacks import Stack, apart, side_by_side
+from rayllp.mgrit import Propagator
 from rayllp.models.randomness import FrozenRandomness
 from rayllp.state import State, combine, detach, like, tensors
 
@@ -23,6 +26,21 @@ class Graph:
 
     inputs: tuple[Tensor, ...]
     outputs: tuple[Tensor, ...]
+
+
+@dataclass
+class BatchedGraph:
+    """The recorded steps of several layers in one call. Dimension 0 of inputs and outputs is the layers, ascending."""
+
+    layers: tuple[int, ...]
+    stack: Stack
+    inputs: tuple[Tensor, ...]
+    outputs: tuple[Tensor, ...]
+
+    def seeds(self, layers: Sequence[int], states: Sequence[State]) -> tuple[Tensor, ...]:
+        """Adjoints at the outputs: these of these layers, zero of all others."""
+        given, zero = dict(zip(layers, states, strict=True)), combine(torch.zeros_like, states[0])
+        return tensors(side_by_side([given.get(layer, zero) for layer in self.layers]))
 
 
 @dataclass
@@ -41,12 +59,36 @@ class Trajectory:
     recompute: bool
     noise: float = 0.0
     graphs: dict[int, Graph] = field(default_factory=dict)
+    batched: dict[int, BatchedGraph] = field(default_factory=dict)
     ahead: dict[int, tuple[State, Graph]] = field(default_factory=dict)
     checkpoints: dict[int, State] = field(default_factory=dict)
 
     def run(self, layer: int, state: State) -> State:
         """One middle layer."""
         return self.block.layer(layer + self.block.config.buffers.open, state)
+
+    def run_together(self, layers: Sequence[int], states: Sequence[State]) -> list[State]:
+        """Several middle layers in one call, without a record."""
+        indices = [layer + self.block.config.buffers.open for layer in layers]
+        weights = self.block.stacks.containing(indices).weights(indices)
+        with torch.no_grad():
+            return apart(self.block.side_by_side(indices, side_by_side(states), weights))
+
+    def record_together(self, layers: Sequence[int], states: Sequence[State]) -> list[State]:
+        """The same in the last forward sweep; the graph is kept."""
+        indices = [layer + self.block.config.buffers.open for layer in layers]
+        stack = self.block.stacks.containing(indices)
+        with torch.no_grad():
+            whole = side_by_side(states)
+        inputs = tuple(part.requires_grad_() for part in tensors(whole))
+        with torch.enable_grad():
+            outputs = tensors(self.block.side_by_side(indices, like(whole, inputs), stack.weights(indices)))
+        graph = BatchedGraph(tuple(layers), stack, inputs, outputs)
+        after = apart(like(whole, tuple(part.detach() for part in outputs)))
+        for layer, before, state in zip(layers, states, after, strict=True):
+            self.batched[layer] = graph
+            self.graphs[layer] = Graph(tensors(before), tensors(state))  # values only
+        return after
 
     def run_ahead(self, layer: int, state: State) -> State:
         """A step that the last sweep may take again. At a C-point its graph is kept for that, in place of one from another state."""
@@ -115,7 +157,7 @@ class Trajectory:
             return Graph(inputs, tensors(self.run(layer, like(state, inputs))))
 
 
-class ForwardPropagator:
+class ForwardPropagator(Propagator):
     """x_n -> x_{n+1}."""
 
     def __init__(self, trajectory: Trajectory) -> None:
@@ -127,8 +169,14 @@ class ForwardPropagator:
     def last_step(self, layer: int, state: State, known: State | None) -> State:
         return self.trajectory.record(layer, state, known)
 
+    def steps(self, layers: Sequence[int], states: Sequence[State]) -> list[State]:
+        return self.trajectory.run_together(layers, states)
 
-class ExactPropagator:
+    def last_steps(self, layers: Sequence[int], states: Sequence[State]) -> list[State]:
+        return self.trajectory.record_together(layers, states)
+
+
+class ExactPropagator(Propagator):
     """Forward without a record: evaluation and generation."""
 
     def __init__(self, trajectory: Trajectory) -> None:
@@ -142,16 +190,40 @@ class ExactPropagator:
         return self.step(layer, state) if known is None else known
 
 
-class AdjointPropagator:
+class AdjointPropagator(Propagator):
     """λ_{n+1} -> λ_n = (∂Φ_n/∂x)ᵀ λ_{n+1}; in the last sweep also g_n = (∂Φ_n/∂θ_n)ᵀ λ_{n+1} (section 3.1)."""
 
     def __init__(self, trajectory: Trajectory, penalty: Consistency | None = None) -> None:
         self.trajectory, self.penalty = trajectory, penalty
 
     def step(self, layer: int, state: State) -> State:
+        if layer in self.trajectory.batched:  # a sweep that leaves out all others of its graph
+            return self.steps((layer,), (state,))[0]
         graph = self.trajectory.graph(layer)
         gradients = torch.autograd.grad(graph.outputs, graph.inputs, tensors(state), retain_graph=True, materialize_grads=True)
         return like(state, gradients)
+
+    def steps(self, layers: Sequence[int], states: Sequence[State]) -> list[State]:
+        graph = self.trajectory.batched.get(layers[0])
+        if graph is None:  # the forward was exact, one interval in all
+            return super().steps(layers, states)
+        gradients = torch.autograd.grad(graph.outputs, graph.inputs, graph.seeds(layers, states), retain_graph=True, materialize_grads=True)
+        found = dict(zip(graph.layers, apart(like(states[0], gradients)), strict=True))
+        return [found[layer] for layer in layers]
+
+    def last_steps(self, layers: Sequence[int], states: Sequence[State]) -> list[State]:
+        graph, penalty = self.trajectory.batched.get(layers[0]), self.penalty
+        if graph is None:
+            return super().last_steps(layers, states)
+        if penalty is not None:
+            states = [self._with_end_seed(penalty, layer, state) for layer, state in zip(layers, states, strict=True)]
+        torch.autograd.backward(graph.outputs, graph.seeds(layers, states), inputs=[*graph.inputs, *graph.stack.trained])
+        graph.stack.hand_out()
+        parts = tuple(torch.zeros_like(part) if part.grad is None else part.grad for part in graph.inputs)
+        found = dict(zip(graph.layers, apart(like(states[0], parts)), strict=True))
+        for layer in graph.layers:
+            del self.trajectory.batched[layer], self.trajectory.graphs[layer]
+        return [found[layer] for layer in layers]
 
     def last_step(self, layer: int, state: State, known: State | None) -> State:
         graph, penalty = self.trajectory.graph(layer), self.penalty

@@ -37,6 +37,7 @@ class Method:
         initial_guess: "coarse" (skipped down-cycle) or "constant" (every point starts as the initial state, a zero correction).
         c_relaxation_weight: of the new value in C-relaxation, the rest is the old one's; below 1 is under-relaxation.
         anderson: window of Anderson acceleration of the C-points; 0: none.
+        batched: sweep a worker's intervals on the finest level side by side, a layer of each in one call.
         tolerance: stop once the residual norm is at or below it; costs one all-reduce an iteration.
     """
 
@@ -49,6 +50,7 @@ class Method:
     keep_states: bool = True
     c_relaxation_weight: float = 1.0
     anderson: int = 0
+    batched: bool = False
 
     def __post_init__(self) -> None:
         if self.iterations < 1:
@@ -76,6 +78,7 @@ class Solver:
         steps = Remembering(propagator, frozenset(layer for level in hierarchy.levels[1:2] for layer in level.layers))
         self.method, self.channel, self.tag, self.spec = method, channel, tag, spec
         self.grids = [Grid(level, depth, steps, operator, channel, spec, tag) for depth, level in enumerate(hierarchy.levels)]
+        self.grids[0].batched = method.batched and len(self.grids) > 1
         self.transfers = [of_level.get(channel.rank, []) for of_level in hierarchy.transfers]
         self.squares: list[Tensor] = []
         self.enter = watch or (lambda phase, level: None)

@@ -4,7 +4,7 @@ A level solves u_{j+1} = Φ_j(u_j) − offset_j + rhs_{j+1}. Offset and right-ha
 because the offset belongs to the worker that takes the step and the right-hand side to the one that receives it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from rayllp.channel.base import Channel, MessageTag, StateSpec
 from rayllp.mgrit.hierarchy import Level
@@ -12,10 +12,15 @@ from rayllp.mgrit.propagator import CoarseOperator, Remembering
 from rayllp.state import State, add, interpolate, subtract
 
 Step = Callable[[int], State]
+Steps = Callable[[Sequence[int]], list[State]]
 
 
 class Grid:
-    """Values and sweeps of one worker on one level."""
+    """Values and sweeps of one worker on one level.
+
+    Attributes:
+        batched: whether whole intervals are swept side by side: on the finest level, where the method says so.
+    """
 
     def __init__(
         self,
@@ -35,6 +40,7 @@ class Grid:
         self.values: dict[int, State] = {}
         self.offsets: dict[int, State] = {}
         self.rhs: dict[int, State] = {}
+        self.batched = False
 
     # One step, and one message ------------------------------------------------------------------------------------------------
 
@@ -50,6 +56,24 @@ class Grid:
         """Φ_j(u_j) − offset_j: what point j hands to point j + 1."""
         state = self.apply(j, self.values[j])
         return subtract(state, self.offsets[j]) if j in self.offsets else state
+
+    def advance_all(self, points: Sequence[int]) -> list[State]:
+        """`advance` of several points; those of a batched level in one call."""
+        layers = [self.level.layers[j] for j in points]
+        if not self.batched or len(points) < 2 or self.propagator.remembers(layers):
+            return [self.advance(j) for j in points]
+        return self.propagator.steps(layers, [self.values[j] for j in points])
+
+    def last_advance(self, j: int) -> State:
+        """Φ_j(u_j) in the last sweep."""
+        return self.propagator.last_step(self.level.layers[j], self.values[j])
+
+    def last_advance_all(self, points: Sequence[int]) -> list[State]:
+        """The same of several points."""
+        layers = [self.level.layers[j] for j in points]
+        if self.propagator.remembers(layers):
+            return [self.last_advance(j) for j in points]
+        return self.propagator.last_steps(layers, [self.values[j] for j in points])
 
     def arrive(self, j: int, state: State) -> State:
         """What point j becomes when its left neighbour hands over `state`."""
@@ -72,7 +96,8 @@ class Grid:
             but_last: leave those of the last interval: no C-point comes after them.
         """
         last = self.level.c_points[-1] if but_last else self.level.size
-        self._sweep(self.advance, "relaxation", [run for run in self.runs if run.start < last], to_the_end=False)
+        runs = [run for run in self.runs if run.start < last]
+        self._sweep(self.advance, self.advance_all, "relaxation", runs, to_the_end=False)
 
     def last_sweep(self, keep: bool = True) -> State | None:
         """F-relaxation that records (forward) or forms gradients (adjoint); also takes every interval's last step.
@@ -82,14 +107,24 @@ class Grid:
 
         Returns the state after the last step of all, on the worker that takes it.
         """
-        return self._sweep(
-            lambda j: self.propagator.last_step(self.level.layers[j], self.values[j]), "last sweep", self.runs, to_the_end=True, keep=keep
-        )
+        return self._sweep(self.last_advance, self.last_advance_all, "last sweep", self.runs, to_the_end=True, keep=keep)
 
-    def _sweep(self, step: Step, phase: str, runs: list[range], *, to_the_end: bool, keep: bool = True) -> State | None:
+    def whole(self, runs: Sequence[range]) -> list[range]:
+        """Of these runs, the whole intervals of the greatest length, if there are several and the level is batched."""
+        c_points, size = self.level.is_c_point, self.level.size
+        found = [run for run in runs if run.start in c_points and (run.stop in c_points or run.stop == size)] if self.batched else []
+        found = [run for run in found if len(run) == max(map(len, found))]
+        return found if len(found) > 1 else []
+
+    def _sweep(self, step: Step, steps: Steps, phase: str, runs: list[range], *, to_the_end: bool, keep: bool = True) -> State | None:
         # The last run goes first: its end is what the next worker waits for. The first run, which may have to wait, goes last.
-        output = None
+        output, whole = None, self.whole(runs)
         for run in reversed(runs):
+            if run in whole:
+                if run is whole[-1]:
+                    state = self._sweep_together(steps, whole, to_the_end, keep)
+                    output = state if run.stop == self.level.size else output
+                continue
             if run.start not in self.level.is_c_point:
                 self.values[run.start] = self.arrive(run.start, self.receive(run.start, phase))
             for j in run[:-1]:
@@ -106,13 +141,25 @@ class Grid:
                     output = state
         return output
 
+    def _sweep_together(self, steps: Steps, runs: list[range], to_the_end: bool, keep: bool) -> State | None:
+        """Whole intervals of one length, a point of each at a time; the state after the last of them, where they go to the end."""
+        length = len(runs[0])
+        for i in range(length - 1):
+            points = [run[i] for run in runs]
+            for j, state in zip(points, steps(points), strict=True):
+                self.values[j + 1] = self.arrive(j + 1, state)
+                if not keep and i > 0:
+                    del self.values[j]
+        return steps([run[-1] for run in runs])[-1] if to_the_end else None
+
     def arrivals(self, phase: str) -> dict[int, State]:
         """For each owned C-point but 0: the step from the F-point before it."""
         c_points, arrived = self.level.is_c_point, {}
         if self.points and self.points.stop in c_points:
             self.send(self.advance(self.points.stop - 1), self.points.stop, phase)
-        for run in self.runs[1:]:
-            arrived[run.start] = self.arrive(run.start, self.advance(run.start - 1))
+        inner = [run.start for run in self.runs[1:]]
+        for point, state in zip(inner, self.advance_all([point - 1 for point in inner]), strict=True):
+            arrived[point] = self.arrive(point, state)
         if self.points and self.points.start > 0 and self.points.start in c_points:
             arrived[self.points.start] = self.arrive(self.points.start, self.receive(self.points.start, phase))
         return arrived

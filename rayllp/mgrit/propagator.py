@@ -1,7 +1,7 @@
 """What the cycle knows of a model: a step of one layer, and how a coarse step is made from it."""
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
 from rayllp.state import State, interpolate
@@ -21,6 +21,14 @@ class Propagator(Protocol):
             known: what `step` has given from this very state; None: it was not asked, or is forgotten.
         """
         ...
+
+    def steps(self, layers: Sequence[int], states: Sequence[State]) -> list[State]:
+        """`step` of several layers, each from a state of its own. What can, takes them in one call."""
+        return [self.step(layer, state) for layer, state in zip(layers, states, strict=True)]
+
+    def last_steps(self, layers: Sequence[int], states: Sequence[State]) -> list[State]:
+        """`last_step` of several layers, of none of which anything is known."""
+        return [self.last_step(layer, state, None) for layer, state in zip(layers, states, strict=True)]
 
 
 class Remembering:
@@ -51,6 +59,18 @@ class Remembering:
             known = self.inner.step(layer, state)
             self._known.setdefault(layer, deque(maxlen=2)).append((state, known))
         return known
+
+    def remembers(self, layers: Iterable[int]) -> bool:
+        """Whether it remembers any of these."""
+        return not self.layers.isdisjoint(layers)
+
+    def steps(self, layers: Sequence[int], states: Sequence[State]) -> list[State]:
+        """As the inner one's, of layers that are not remembered."""
+        return self.inner.steps(layers, states)
+
+    def last_steps(self, layers: Sequence[int], states: Sequence[State]) -> list[State]:
+        """The same."""
+        return self.inner.last_steps(layers, states)
 
     def last_step(self, layer: int, state: State) -> State:
         """As the inner one's."""

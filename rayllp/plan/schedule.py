@@ -17,7 +17,7 @@ from torch import Tensor
 from rayllp.channel.base import MessageTag, StateSpec
 from rayllp.config import TrainConfig
 from rayllp.control import Accuracy
-from rayllp.mgrit import Hierarchy, Method, solve
+from rayllp.mgrit import Hierarchy, Method, Propagator, solve
 from rayllp.state import State
 from rayllp.timeline import Span
 
@@ -45,7 +45,7 @@ class Work(NamedTuple):
     peer: int = -1
 
 
-class _Recorder:
+class _Recorder(Propagator):
     """A propagator and a channel of one worker, which write down what they are asked for."""
 
     def __init__(self, rank: int, size: int, solve: str, c_points: frozenset[int], done: list[Work]) -> None:

@@ -1,0 +1,122 @@
+"""Layers of one shape side by side: one call of several layers, each with a state and weights of its own.
+
+On a GPU a small layer takes as long as the launches of its kernels; several in one call take hardly longer than one. A worker's coarse
+intervals depend on each other through the coarse solve alone, so that its sweeps may take the first layer of each, then the second, ….
+
+The weights of such layers lie in one tensor with a dimension more; the modules' own parameters are views of its rows, so that optimizer,
+checkpoints and single calls know nothing of it.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from rayllp.errors import SettingsError
+from rayllp.state import State, combine, tensors
+
+
+@dataclass(frozen=True)
+class Stack:
+    """The weights of several layers.
+
+    Attributes:
+        layers: by index in the network, ascending.
+        parameters, buffers: by name in the module; dimension 0 is the layers.
+    """
+
+    layers: tuple[int, ...]
+    modules: tuple[nn.Module, ...]
+    parameters: Mapping[str, Tensor]
+    buffers: Mapping[str, Tensor]
+
+    @staticmethod
+    def of(modules: Mapping[int, nn.Module]) -> "Stack":
+        """Of these layers, whose parameters become views.
+
+        Raises:
+            SettingsError: they differ in more than their weights.
+        """
+        layers, members = tuple(modules), tuple(modules.values())
+        kinds = [_kind(module) for module in members]
+        if other := next((n for n, kind in zip(layers, kinds, strict=True) if kind != kinds[0]), None):
+            raise SettingsError(
+                f"mgrit.batched=true, but layers {layers[0]} and {other} differ in more than their weights (module, shapes, or what is "
+                "trained): set mgrit.batched=false"
+            )
+        parameters: dict[str, Tensor] = {}
+        for name, first in members[0].named_parameters():
+            rows = [module.get_parameter(name) for module in members]
+            whole = torch.stack([row.detach() for row in rows])
+            for row, place in zip(rows, whole, strict=True):
+                row.data = place
+            parameters[name] = whole.requires_grad_(first.requires_grad)
+        buffers = {name: torch.stack([module.get_buffer(name) for module in members]) for name, _ in members[0].named_buffers()}
+        return Stack(layers, members, parameters, buffers)
+
+    @property
+    def trained(self) -> list[Tensor]:
+        """What gradients are formed of."""
+        return [whole for whole in self.parameters.values() if whole.requires_grad]
+
+    def holds(self) -> bool:
+        """Whether the modules' parameters still are views: nobody has given them other tensors."""
+        return all(
+            module.get_parameter(name).data_ptr() == place.data_ptr()
+            for name, whole in self.parameters.items()
+            for module, place in zip((self.modules[0], self.modules[-1]), (whole[0], whole[-1]), strict=True)
+        )
+
+    def weights(self, layers: Sequence[int]) -> dict[str, Tensor]:
+        """Parameters and buffers of some of the layers, in their order."""
+        everything = {**self.parameters, **self.buffers}
+        places = [self.layers.index(n) for n in layers]
+        if places == list(range(len(self.layers))):
+            return everything
+        if places == list(range(places[0], places[-1] + 1)):
+            return {name: whole[places[0] : places[-1] + 1] for name, whole in everything.items()}
+        return {name: whole[places] for name, whole in everything.items()}
+
+    def hand_out(self) -> None:
+        """Give each layer's parameters their gradients."""
+        for name, whole in self.parameters.items():
+            gradients, whole.grad = whole.grad, None
+            if gradients is None:
+                continue
+            for module, gradient in zip(self.modules, gradients.unbind(), strict=True):
+                parameter = module.get_parameter(name)
+                parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+
+
+class Stacks:
+    """The stacks of a block, made as they are asked for."""
+
+    def __init__(self, modules: Mapping[int, nn.Module]) -> None:
+        self.modules = modules
+        self._of: dict[int, Stack] = {}
+
+    def containing(self, layers: Sequence[int]) -> Stack:
+        """A stack that has all of these layers."""
+        found = self._of.get(layers[0])
+        if found is None or not set(layers) <= set(found.layers) or not found.holds():
+            found = Stack.of({n: self.modules[n] for n in sorted(layers)})
+            self._of.update(dict.fromkeys(found.layers, found))
+        return found
+
+
+def side_by_side(states: Sequence[State]) -> State:
+    """States as one, with a dimension more in front."""
+    return combine(lambda *parts: torch.stack(parts), *states)
+
+
+def apart(state: State) -> list[State]:
+    """The opposite: views."""
+    rows = zip(*(part.unbind() for part in tensors(state)), strict=True)
+    return [row[0] if isinstance(state, Tensor) else row for row in rows]
+
+
+def _kind(module: nn.Module) -> object:
+    """What must be equal for two layers to be called as one: their printed form shows what neither shapes nor names do."""
+    parameters = [(name, p.shape, p.dtype, p.requires_grad) for name, p in module.named_parameters()]
+    return type(module), str(module), parameters, [(name, b.shape) for name, b in module.named_buffers()]
