@@ -118,8 +118,8 @@ def _shallow(config: "TrainConfig", divisor: int, name: str) -> tuple["TrainConf
         values["mesh"]["blocks"] = [block // divisor for block in config.mesh.blocks]
     if divisor == 1:
         return _validated(config, values, name, N), ""
-    # The penalties and fitted coarse steps belong to a coarse grid, which a stage with too few layers does not have.
-    gridless = {"adaptive": {"consistency": 0.0, "steer": False}, "mgrit": {"coarse_step_weight": config.coarse_step_weight}}
+    # The consistency penalty belongs to a coarse grid, which a stage with too few layers does not have.
+    gridless = {"adaptive": {"consistency": 0.0, "steer": False}}
     serial = _merged(values, {**gridless, "mode": "serial"})
     serial["mgrit"]["levels"] = {"forward": 1, "backward": 1}
     bare = _validated(config, serial, name, N)

@@ -77,7 +77,7 @@ def test_blocks_that_are_set_are_divided():
 
 
 def test_a_stage_too_shallow_for_its_levels_has_fewer_or_is_serial():
-    levels = {"levels": {"forward": 1, "backward": 3}, "coarsening": 4, "coarse_step_weight": "fit"}
+    levels = {"levels": {"forward": 1, "backward": 3}, "coarsening": 4}
     adaptive = {"consistency": 1.0, "steer": True, "rule": "bias"}
     found = stages(make_config({"model": {"layers": 68}, "mgrit": levels, "adaptive": adaptive, "nested": {**TWICE, "factors": [4, 4]}}))
     assert [stage.config.mode for stage in found] == ["serial", "adaptive", "adaptive"]

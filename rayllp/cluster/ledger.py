@@ -117,7 +117,7 @@ class Ledger:
     def _observe(self, stats: dict[str, Any]) -> None:
         bias = stats["bias"] or {}
         found = {"rho_forward": stats["rho_forward"], "rho_backward": stats["rho_backward"]}
-        probe = Probe(**found, bias=bias.get("relative"), noise=bias.get("noise"), coarse_weights=stats["coarse_weights"])
+        probe = Probe(**found, bias=bias.get("relative"), noise=bias.get("noise"))
         advice = {"forward": stats["advice_forward"], "backward": stats["advice_backward"]}
         self._announce(self.controller.observe(stats["step"], probe), advice=advice, **found, bias=probe.bias, noise=probe.noise)
 
@@ -138,7 +138,7 @@ class Ledger:
             "bias": bias.get("relative"), "cosine": bias.get("cosine"), "noise": bias.get("noise"), "bias_by_block": bias.get("by_block"),
             "bias_against": ("exact" if plan.exact or accuracy.serial else "doubled") if plan is not None and bias else None,
             "consistency": stats["consistency"], "consistency_weight": accuracy.consistency or None,
-            "coarse_weights": stats["coarse_weights"], "lipschitz": None, "grad_norm": stats["grad_norm"],
+            "lipschitz": None, "grad_norm": stats["grad_norm"],
             "lr": stats["lr"], "step_time_s": stats["time_s"], "tokens": stats["tokens"], "workers": self.config.world,
         }  # fmt: skip
 

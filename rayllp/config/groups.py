@@ -98,7 +98,6 @@ class RelaxationSettings(Settings):
 
     fine: Relaxation = Field("F", description="on the finest level")
     coarse: Relaxation = Field("FCF", description="on all others")
-    weight: float = Field(1.0, gt=0, le=2, description="of the new value in C-relaxation, the rest is the old one's (FCF only)")
 
 
 class MGRITSettings(Settings):
@@ -109,11 +108,8 @@ class MGRITSettings(Settings):
     iterations: Iterations = Field(Iterations(), description="fixed, or the cap where mgrit.tolerance is set")
     relaxation: RelaxationSettings = Field(RelaxationSettings(), description="F or FCF")
     cycle: Literal["V", "F"] = Field("V", description="V- or F-cycles")
-    coarse_step_weight: float | Literal["fit"] = Field(
-        1.0, description="ω: 1 rediscretises (the paper's), 0 is the identity; fit: one a coarse step, at probes, by least squares"
-    )
+    coarse_step_weight: float = Field(1.0, ge=0, description="ω: 1 rediscretises (the paper's), 0 is the identity")
     initial_guess: Literal["coarse", "constant"] = Field("coarse", description="coarse propagation, or every state as the first")
-    anderson: int = Field(0, ge=0, le=3, description="window of Anderson acceleration of the C-points; acts from 3 iterations on; 0: none")
     tolerance: float | None = Field(None, gt=0, description="stop the solve once its residual norm is at or below this")
     batched: bool = Field(
         False, description="sweep a worker's intervals side by side, a layer of each in one call: for small layers on a GPU (docs/speed.md)"
@@ -132,13 +128,6 @@ class MGRITSettings(Settings):
         factors = (value,) if isinstance(value, int) else value
         if not factors or any(factor < 2 for factor in factors):
             raise ValueError(f"coarsening {value}: every factor must be at least 2")
-        return value
-
-    @field_validator("coarse_step_weight")
-    @classmethod
-    def _not_negative(cls, value: float | str) -> float | str:
-        if not isinstance(value, str) and value < 0:
-            raise ValueError(f"coarse_step_weight {value}: must be 0 or more, or fit")
         return value
 
 
@@ -201,7 +190,6 @@ class AdaptiveSettings(Settings):
         description="weight μ of the consistency penalty until a switch to serial; default 0.3 in mode adaptive with rule bias or both "
         "(where no worker has less than an interval), else 0",
     )
-    consistency_noise: float = Field(0.0, ge=0, description="noise on C-points in the last sweep, in standard deviations of the state")
     smoothness: float = Field(0.0, ge=0, description="weight of Σ ‖θ_{n+1} − θ_n‖² / Δt over middle layers; none after a switch to serial")
     steer: bool | None = Field(
         None, description="probes move μ toward the least that holds adaptive.bias_target; default: where the rule sees bias"

@@ -193,23 +193,12 @@ class TrainConfig(Settings):
     @property
     def needs_whole_intervals(self) -> bool:
         """Whether something that is on asks for every coarse interval on one worker."""
-        return self.consistency > 0 or self.fits_coarse_steps
+        return self.consistency > 0
 
     @property
     def has_whole_intervals(self) -> bool:
         """Whether every coarse interval is on one worker."""
         return not any(begin % self.first_coarsening for begin in [0, *accumulate(self.blocks)][:-1])
-
-    @property
-    def fits_coarse_steps(self) -> bool:
-        """Whether probes choose the coarse steps' weights."""
-        return self.mgrit.coarse_step_weight == "fit"
-
-    @property
-    def coarse_step_weight(self) -> float:
-        """ω that all coarse steps begin with."""
-        weight = self.mgrit.coarse_step_weight
-        return 1.0 if isinstance(weight, str) else weight
 
     @property
     def coarse_lengths(self) -> tuple[int, ...]:
@@ -228,9 +217,7 @@ class TrainConfig(Settings):
             iterations=iterations,
             relaxation=(relaxation or settings.relaxation.fine, settings.relaxation.coarse),
             cycle=settings.cycle,
-            coarse_step_weight=self.coarse_step_weight,
-            c_relaxation_weight=settings.relaxation.weight,
-            anderson=settings.anderson,
+            coarse_step_weight=settings.coarse_step_weight,
             initial_guess=settings.initial_guess,
             tolerance=settings.tolerance,
             keep_states=False,
@@ -283,9 +270,9 @@ class TrainConfig(Settings):
 
     def _check_consistency(self) -> None:
         if self.needs_whole_intervals and not self.has_whole_intervals:
-            name, c = "adaptive.consistency" if self.consistency else "mgrit.coarse_step_weight=fit", self.first_coarsening
+            c = self.first_coarsening
             raise ValueError(
-                f"{name} needs every coarse interval on one worker, but blocks {self.blocks} cut intervals of {c}: "
+                f"adaptive.consistency needs every coarse interval on one worker, but blocks {self.blocks} cut intervals of {c}: "
                 f"set mesh.blocks to multiples of {c} (the last may be any), or workers, buffers or mgrit.coarsening so that they are"
             )
 

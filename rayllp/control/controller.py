@@ -5,7 +5,7 @@ exact; the last one is serial. A probe that looks bad raises the penalty's weigh
 """
 
 import math
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from rayllp.config import Relaxation, TrainConfig
@@ -26,8 +26,6 @@ class Accuracy:
     Attributes:
         consistency, smoothness: weights of the two penalties.
         relaxation: of the finest level; None: mgrit.relaxation.fine.
-        noise: on C-points in the last forward sweep, in standard deviations of the state.
-        coarse_weights: ω of each coarse step of the first coarse level; empty: mgrit.coarse_step_weight for all.
     """
 
     serial: bool
@@ -36,10 +34,8 @@ class Accuracy:
     iterations_forward: int
     iterations_backward: int
     consistency: float = 0.0
-    noise: float = 0.0
     smoothness: float = 0.0
     relaxation: Relaxation | None = None
-    coarse_weights: tuple[float, ...] = ()
 
     @property
     def mode(self) -> str:
@@ -58,9 +54,9 @@ class Accuracy:
         return config.method(self.iterations_forward, self.relaxation), config.method(self.iterations_backward, self.relaxation)
 
     def probing(self) -> "Accuracy":
-        """Doubled iterations, at least three, so that two residuals give ρ; without noise, so that what is measured is the solve."""
+        """Doubled iterations, at least three, so that two residuals give ρ."""
         forward, backward = max(3, 2 * self.iterations_forward), max(3, 2 * self.iterations_backward)
-        return replace(self, iterations_forward=forward, iterations_backward=backward, noise=0.0)
+        return replace(self, iterations_forward=forward, iterations_backward=backward)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,14 +83,12 @@ class Probe:
     Attributes:
         bias: norm of the gradient's error over the gradient's norm.
         noise: standard deviation of the gradient over the choice of the batch, over the gradient's norm.
-        coarse_weights: ω of each coarse step that leaves the least gap to the layers it stands for.
     """
 
     rho_forward: float | None = None
     rho_backward: float | None = None
     bias: float | None = None
     noise: float | None = None
-    coarse_weights: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -113,7 +107,6 @@ class _State:
     calm: int = 0
     flips: int = 0
     weight: float = 0.0
-    coarse_weights: tuple[float, ...] = ()
     final: bool = False  # no way back
 
 
@@ -140,8 +133,6 @@ class Controller:
             self.rungs[self._state.rung],
             consistency=self._state.weight if kept else 0.0,
             smoothness=self.settings.smoothness if kept else 0.0,
-            noise=0.0 if self.serial else self.settings.consistency_noise,
-            coarse_weights=self._state.coarse_weights,
         )
 
     # Probes -------------------------------------------------------------------------------------------------------------------
@@ -157,7 +148,7 @@ class Controller:
         probes = (step + 1) // every
         exact, lipschitz = (bool(n) and probes % n == 0 for n in (self.settings.exact_every, self.settings.lipschitz_every))
         return ProbePlan(
-            candidate=replace(self.rungs[index], consistency=self.accuracy.consistency, coarse_weights=self._state.coarse_weights),
+            candidate=replace(self.rungs[index], consistency=self.accuracy.consistency),
             bias=exact or self.settings.rule != "convergence",
             exact=exact,
             lipschitz=lipschitz,
@@ -180,8 +171,6 @@ class Controller:
 
     def observe(self, step: int, probe: Probe) -> Decision | None:
         """Take a probe's findings; a decision if the rung changes."""
-        if probe.coarse_weights and all(map(math.isfinite, probe.coarse_weights)):
-            self._state.coarse_weights = probe.coarse_weights
         if self.config.mode != "adaptive" or self._state.final:
             return None
         fault = self._fault(probe)
@@ -286,8 +275,7 @@ class Controller:
         if self.config.mode != "adaptive":
             return
         names = [rung.name for rung in self.rungs]
-        name, kept = state["name"], {key: value for key, value in state.items() if key != "name"}
-        kept["coarse_weights"] = tuple(kept.get("coarse_weights", ()))
+        name, kept = state["name"], {field.name: state[field.name] for field in fields(_State)}
         self._state = _State(**{**kept, "rung": names.index(name) if name in names else 0})
 
 

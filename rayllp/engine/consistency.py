@@ -16,15 +16,11 @@ from torch import Tensor
 
 from rayllp.state import State, combine, like, tensors
 
-MAX_WEIGHT = 2.0
-"""Of a fitted coarse step: beyond it the coarse solve is likelier to grow than to be right."""
-
 
 @dataclass(frozen=True)
 class Interval:
-    """One coarse interval: its place among all, its first layer, the layer after its last, and ω."""
+    """One coarse interval: its first layer, the layer after its last, and ω."""
 
-    index: int
     start: int
     stop: int
     weight: float
@@ -47,15 +43,11 @@ class Consistency:
         weight: μ over the number of samples of the global batch, so that parts and replicas add up to the mean.
         intervals: those on this worker, by first layer. Layers are counted from the first middle layer.
         value: R's share of this worker times samples: a float64 scalar, filled as intervals are met.
-        products: for each interval of the whole network, (f·e, f·f) of the coarse step's increment f at ω = 1 and the layers' increment e,
-            over ‖C_k‖² and summed over samples, float64, shape (intervals, 2); None where ω is not fitted. The ω that leaves the least
-            gap is their ratio.
     """
 
     weight: float
     intervals: Mapping[int, Interval]
     value: Tensor
-    products: Tensor | None = None
     _seeds: dict[int, State] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -68,23 +60,12 @@ class Consistency:
             norms_B = _squares(tensors(begin))
             if counted:
                 self.value += (_squares(gaps) / norms_B).sum().double()
-                self._add_products(interval, begin, first, end, norms_B)
             scale_B = 2 * self.weight / norms_B
             return like(end, tuple(gap * scale_B.view(-1, *[1] * (gap.ndim - 1)) for gap in gaps))
 
     def add(self, other: "Consistency") -> None:
         """What another part of the batch found."""
         self.value += other.value
-        if self.products is not None and other.products is not None:
-            self.products += other.products
-
-    def _add_products(self, interval: Interval, begin: State, first: State, end: State, norms_B: Tensor) -> None:
-        if self.products is None:
-            return
-        steps = [interval.length * (f - c) for c, f in zip(tensors(begin), tensors(first), strict=True)]
-        true = [e - c for c, e in zip(tensors(begin), tensors(end), strict=True)]
-        both = torch.stack([(_products(steps, true) / norms_B).sum(), (_products(steps, steps) / norms_B).sum()])
-        self.products[interval.index] += both.double()
 
     # For an adjoint that goes layer by layer ------------------------------------------------------------------------------------
 
@@ -156,19 +137,8 @@ class _Seeded(torch.autograd.Function):
 
 def _squares(parts: Sequence[Tensor]) -> Tensor:
     """Squared norm of each sample."""
-    return _products(parts, parts)
-
-
-def _products(parts: Sequence[Tensor], others: Sequence[Tensor]) -> Tensor:
-    """Inner product of each sample."""
-    return torch.stack([(a * b).flatten(1).sum(1) for a, b in zip(parts, others, strict=True)]).sum(0)
+    return torch.stack([part.square().flatten(1).sum(1) for part in parts]).sum(0)
 
 
 def _add(lam: State, seed: State, factor: float) -> State:
     return combine(lambda a, b: torch.add(a, b, alpha=factor), lam, like(lam, tensors(seed)))
-
-
-def fitted_weights(products: Tensor) -> tuple[float, ...]:
-    """ω of each coarse step from the products of all workers, shape (intervals, 2): between 0 and MAX_WEIGHT, 1 where nothing moves."""
-    found = (products[:, 0] / products[:, 1]).nan_to_num(nan=1.0).clamp(0, MAX_WEIGHT)
-    return tuple(found.tolist())

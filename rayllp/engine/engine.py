@@ -20,7 +20,7 @@ from rayllp.config import TrainConfig
 from rayllp.control import Accuracy, ProbePlan
 from rayllp.data.base import Batches, Inputs
 from rayllp.engine.block import Block
-from rayllp.engine.consistency import Consistency, Interval, fitted_weights
+from rayllp.engine.consistency import Consistency, Interval
 from rayllp.engine.diagnosis import diagnose
 from rayllp.engine.gradients import add_shared_gradients, average_over_replicas
 from rayllp.engine.optimizer import build_optimizer, learning_rate, scale_gradients, squared_gradient_norm
@@ -43,7 +43,6 @@ class StepStats:
         fault: None, or the first layer at fault as this worker sees it: (stage, order, text); the smallest over all workers is it.
         rho_forward, rho_backward: convergence factors, None unless two residuals were measured.
         bias: of the gradient in use, where a probe measured it.
-        coarse_weights: ω of each coarse step that this step's states ask for, where a probe fitted it.
         consistency: the consistency penalty R over this replica's samples, without its weight; None where it is off.
         lipschitz: constants of this worker's own layers, by index, where a probe estimated them.
     """
@@ -58,7 +57,6 @@ class StepStats:
     rho_backward: float | None
     consistency: float | None
     bias: Bias | None
-    coarse_weights: tuple[float, ...] | None
     advice_forward: str
     advice_backward: str
     fault: tuple[int, int, str] | None = None
@@ -94,11 +92,10 @@ class Engine:
         self._counted = [p for name, p in self.block.parameters.items() if not self.block.is_counted_elsewhere(name)]
         self.optimizer = build_optimizer(self.block.parameters, config.optimizer)
         self.penalty: Consistency | None = None
-        self.coarse_weights: tuple[float, ...] | None = None
         self.timeline: Timeline | None = None
         self._pipeline: Pipeline | None = None
         self._whole = StageModule(self.block)
-        self._hierarchies: dict[tuple[int, tuple[float, ...]], tuple[Hierarchy, Hierarchy]] = {}
+        self._hierarchies: dict[int, tuple[Hierarchy, Hierarchy]] = {}
         self._specs: dict[tuple[torch.Size, ...], StateSpec] = {}
 
     def disconnect(self) -> None:
@@ -115,19 +112,12 @@ class Engine:
 
     # Pieces -------------------------------------------------------------------------------------------------------------------
 
-    def hierarchies(self, levels: int, weights: tuple[float, ...] = ()) -> tuple[Hierarchy, Hierarchy]:
-        """Forward and adjoint hierarchy with so many levels, and these weights of the coarse steps."""
-        weights = weights if levels > 1 else ()
-        key = levels, weights
-        if key not in self._hierarchies:
-            if weights:
-                forward = self.hierarchies(levels)[0].weighted(weights)
-                # Fitted weights change with every probe: of them only the last are kept.
-                self._hierarchies = {known: pair for known, pair in self._hierarchies.items() if known[1] in ((), weights)}
-            else:
-                forward = self.config.hierarchy(levels)
-            self._hierarchies[key] = forward, forward.adjoint()
-        return self._hierarchies[key]
+    def hierarchies(self, levels: int) -> tuple[Hierarchy, Hierarchy]:
+        """Forward and adjoint hierarchy with so many levels."""
+        if levels not in self._hierarchies:
+            forward = self.config.hierarchy(levels)
+            self._hierarchies[levels] = forward, forward.adjoint()
+        return self._hierarchies[levels]
 
     def spec(self, inputs: Inputs) -> StateSpec:
         """Shape of the state for these inputs."""
@@ -183,7 +173,6 @@ class Engine:
             rho_backward=backward.convergence_factor if backward else None,
             consistency=gap,
             bias=bias,
-            coarse_weights=self.coarse_weights if plan else None,
             advice_forward=forward.status.value if forward else "",
             advice_backward=backward.status.value if backward else "",
             fault=fault,
@@ -212,17 +201,13 @@ class Engine:
 
     def make_penalty(self, accuracy: Accuracy) -> Consistency | None:
         """The consistency penalty of one gradient computation; None where its weight is 0."""
-        config, start = self.config, self.block.middle.start - self.config.buffers.open
-        fits = config.fits_coarse_steps
-        if not accuracy.consistency and not fits:
+        if not accuracy.consistency:
             return None
-        lengths, c = config.coarse_lengths, config.first_coarsening
-        weights = accuracy.coarse_weights or (config.coarse_step_weight,) * len(lengths)
-        mine = range(start, start + len(self.block.middle))
-        intervals = {n: Interval(n // c, n, n + lengths[n // c], weights[n // c]) for n in mine[::c]}
+        config, start = self.config, self.block.middle.start - self.config.buffers.open
+        stop, c = start + len(self.block.middle), config.first_coarsening
+        intervals = {n: Interval(n, min(n + c, stop), config.mgrit.coarse_step_weight) for n in range(start, stop, c)}
         value = torch.zeros((), dtype=torch.float64, device=self.device)
-        products = torch.zeros((len(lengths), 2), dtype=torch.float64, device=self.device) if fits else None
-        return Consistency(accuracy.consistency / config.batch_size, intervals, value, products)
+        return Consistency(accuracy.consistency / config.batch_size, intervals, value)
 
     def parts(self, batch: int) -> Iterator[slice]:
         """The slices of gradient accumulation."""
@@ -244,7 +229,6 @@ class Engine:
         """MGRIT forward and adjoint; with one level each this is exact, layer after layer."""
         block, config = self.block, self.config
         levels = (1, 1) if accuracy.serial else (accuracy.levels_forward, accuracy.levels_backward)
-        weights = accuracy.coarse_weights
         block.begin(step, samples, inputs, training=True)
         spec = self.spec(inputs)
         methods = accuracy.methods(config)
@@ -254,16 +238,16 @@ class Engine:
             with self.span("enter"):
                 entered = block.enter(inputs) if block.first else None
             c_points = frozenset(range(0, config.middle_layers, config.first_coarsening))
-            trajectory = Trajectory(block, c_points, config.mgrit.recompute, accuracy.noise if levels[0] > 1 else 0.0)
+            trajectory = Trajectory(block, c_points, config.mgrit.recompute)
             forward = self._solve(
-                self.hierarchies(levels[0], weights)[0], methods[0], ForwardPropagator(trajectory),
+                self.hierarchies(levels[0])[0], methods[0], ForwardPropagator(trajectory),
                 None if entered is None else detach(entered), spec, MessageTag(step, "forward"),
             )  # fmt: skip
             with self.span("loss"):
                 none = torch.zeros((), device=self.device)
                 loss, seed = self.loss_and_seed(forward.output, targets, scale) if block.last else (none, None)
             backward = self._solve(
-                self.hierarchies(levels[1], weights)[1], methods[1], AdjointPropagator(trajectory, self.penalty),
+                self.hierarchies(levels[1])[1], methods[1], AdjointPropagator(trajectory, self.penalty),
                 seed, spec, MessageTag(step, "adjoint"),
             )  # fmt: skip
         if entered is not None and backward.output is not None:
@@ -318,8 +302,6 @@ class Engine:
         sums.add("loss", loss if self.block.last else zero)
         if self.penalty is not None:
             sums.add("consistency", self.penalty.value)
-            if self.penalty.products is not None:
-                sums.add("products", self.penalty.products)
         solves = {"forward": forward, "backward": backward}
         for name, result in solves.items():
             if result is not None:
@@ -327,7 +309,6 @@ class Engine:
         if probing is not None:
             sums.add("probe", probing.table())
         sums.reduce(self.layers, MessageTag(step, "gradients", "norm, loss and residuals"))
-        self.coarse_weights = fitted_weights(sums["products"]) if "products" in sums else None
         gap = float(sums["consistency"]) / self.config.replica_batch if self.penalty is not None else None
         measured = [None if result is None else result.measured(sums[name]) for name, result in solves.items()]
         bias = probing.read(sums["probe"]) if probing is not None else None

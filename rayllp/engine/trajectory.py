@@ -16,7 +16,6 @@ from rayllp.engine.consistency import Consistency
 from rayllp.engine.memory import return_freed_memory
 from rayllp.engine.stacks import Stack, apart, side_by_side
 from rayllp.mgrit import Propagator
-from rayllp.models.randomness import FrozenRandomness
 from rayllp.state import State, combine, detach, like, tensors
 
 
@@ -51,13 +50,11 @@ class Trajectory:
         block: this worker's layers.
         c_points: layers that begin coarse intervals: what recomputation starts from.
         recompute: keep C-point states only.
-        noise: what is added to C-points in the last sweep, in standard deviations of the state: layers learn to answer alike nearby.
     """
 
     block: Block
     c_points: frozenset[int]
     recompute: bool
-    noise: float = 0.0
     graphs: dict[int, Graph] = field(default_factory=dict)
     batched: dict[int, BatchedGraph] = field(default_factory=dict)
     ahead: dict[int, tuple[State, Graph]] = field(default_factory=dict)
@@ -102,8 +99,6 @@ class Trajectory:
     def record(self, layer: int, state: State, known: State | None) -> State:
         """One step of the last forward sweep; its graph, or at an interval's beginning its input, is kept."""
         before, graph = self.ahead.pop(layer, (None, None))
-        if self.noise and layer in self.c_points:
-            state, known, before = self._noisy(layer, state), None, None
         if not self.recompute:
             if graph is None or before is not state:
                 graph = self._graph(layer, state)
@@ -115,17 +110,6 @@ class Trajectory:
             return known
         with torch.no_grad():
             return self.run(layer, state)
-
-    def _noisy(self, layer: int, state: State) -> State:
-        moment = self.block.moment
-        random = FrozenRandomness((self.block.config.seed, moment.step, "C-point", layer), moment.samples)
-
-        def disturbed(part: Tensor) -> Tensor:
-            uniform = random.uniform(tuple(part.shape), part.device, part.dtype) - 0.5
-            return torch.addcmul(part, uniform, part.std() * 12**0.5 * self.noise)
-
-        with torch.no_grad():
-            return combine(disturbed, state)
 
     @property
     def block_start(self) -> int:

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from rayllp.channel.base import Channel, MessageTag, StateSpec
 from rayllp.errors import SettingsError
-from rayllp.mgrit.anderson import Anderson
 from rayllp.mgrit.grid import Grid
 from rayllp.mgrit.hierarchy import Hierarchy
 from rayllp.mgrit.propagator import Propagator, Remembering, coarse_operator
@@ -35,8 +34,6 @@ class Method:
         coarse_step_weight: ω of the coarse operator; 1 is the paper's, 0 the identity.
         keep_states: whether F-points' values are in the result; what records graphs or checkpoints needs them no more.
         initial_guess: "coarse" (skipped down-cycle) or "constant" (every point starts as the initial state, a zero correction).
-        c_relaxation_weight: of the new value in C-relaxation, the rest is the old one's; below 1 is under-relaxation.
-        anderson: window of Anderson acceleration of the C-points; 0: none.
         batched: sweep a worker's intervals on the finest level side by side, a layer of each in one call.
         tolerance: stop once the residual norm is at or below it; costs one all-reduce an iteration.
     """
@@ -48,8 +45,6 @@ class Method:
     initial_guess: Literal["coarse", "constant"] = "coarse"
     tolerance: float | None = None
     keep_states: bool = True
-    c_relaxation_weight: float = 1.0
-    anderson: int = 0
     batched: bool = False
 
     def __post_init__(self) -> None:
@@ -57,8 +52,6 @@ class Method:
             raise SettingsError(f"{self.iterations} iterations: need at least 1; for an exact solve use 1 level")
         if not self.relaxation or any(kind not in ("F", "FCF") for kind in self.relaxation):
             raise SettingsError(f"relaxation {self.relaxation}: each level takes F or FCF")
-        if not 0 < self.c_relaxation_weight <= 2:
-            raise SettingsError(f"C-relaxation weight {self.c_relaxation_weight}: must be above 0 and at most 2")
 
 
 class Solver:
@@ -93,12 +86,8 @@ class Solver:
                 done = 1
             else:
                 self.spread_initial()
-            mixer = Anderson(self.method.anderson, self.channel, self.tag) if self.method.anderson else None
             while done < self.method.iterations and not self.is_converged():
-                before = self.c_values() if mixer is not None else {}
                 self.cycle(0, self.method.cycle)
-                if mixer is not None:
-                    fine.values.update(mixer.mix(before, self.c_values()))
                 done += 1
         self.enter("last sweep", 0)
         output = fine.last_sweep(self.method.keep_states)
@@ -143,7 +132,7 @@ class Solver:
         self.enter("relaxation", depth)
         grid.f_relax(but_last=True)
         if kinds[min(depth, len(kinds) - 1)] == "FCF":
-            grid.c_relax(self.method.c_relaxation_weight)
+            grid.c_relax()
             grid.f_relax(but_last=True)
 
     def restrict(self, depth: int) -> None:
@@ -171,11 +160,6 @@ class Solver:
                 (fine.values[point],) = moved
 
     # Its parts ----------------------------------------------------------------------------------------------------------------
-
-    def c_values(self) -> dict[int, State]:
-        """This worker's C-points of the finest level, but for the first of all, which is given."""
-        fine = self.grids[0]
-        return {point: fine.values[point] for point in fine.level.c_points if point in fine.points and point > 0 and point in fine.values}
 
     def move(self, states: tuple[State, ...], sender: int, receiver: int, count: int, phase: str, depth: int) -> tuple[State, ...]:
         """Carry `count` states from `sender` to `receiver`; empty on every other worker.

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from rayllp.channel.base import Channel, MessageTag, StateSpec
 from rayllp.mgrit.hierarchy import Level
 from rayllp.mgrit.propagator import CoarseOperator, Remembering
-from rayllp.state import State, add, interpolate, subtract
+from rayllp.state import State, add, subtract
 
 Step = Callable[[int], State]
 Steps = Callable[[Sequence[int]], list[State]]
@@ -164,10 +164,9 @@ class Grid:
             arrived[self.points.start] = self.arrive(self.points.start, self.receive(self.points.start, phase))
         return arrived
 
-    def c_relax(self, weight: float = 1.0) -> None:
-        """New values at all C-points, from the F-points before them: old + weight × (new − old)."""
-        for point, state in self.arrivals("C-relaxation").items():
-            self.values[point] = state if weight == 1 else interpolate(self.values[point], state, weight)
+    def c_relax(self) -> None:
+        """New values at all C-points, from the F-points before them."""
+        self.values.update(self.arrivals("C-relaxation"))
 
     def solve(self, step: Step | None = None, phase: str = "coarse solve") -> None:
         """All points in order, from point 0: the serial coarsest solve."""

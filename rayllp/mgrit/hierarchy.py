@@ -10,7 +10,7 @@ The adjoint runs on the same intervals in reverse: `Hierarchy.adjoint()` mirrors
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, pairwise
 from typing import NamedTuple
@@ -102,24 +102,6 @@ class Hierarchy:
         that the forward sweep recorded at that interval's C-point.
         """
         return Hierarchy(tuple(level.mirrored() for level in self.levels))
-
-    def weighted(self, weights: Sequence[float]) -> "Hierarchy":
-        """This forward hierarchy with each coarse step's length times a weight of its own, ω_k.
-
-        Args:
-            weights: one a step of the first coarse level. A step of a coarser level takes the mean of those that it covers.
-
-        Raises:
-            SettingsError: another number of weights than of coarse steps.
-        """
-        if len(weights) != len(self.levels[0].c_points):
-            raise SettingsError(f"{len(weights)} coarse step weights for {len(self.levels[0].c_points)} coarse steps: give one for each")
-        levels, mine = [self.levels[0]], list(weights)
-        for level in self.levels[1:]:
-            levels.append(replace(level, ratios=tuple(ratio * weight for ratio, weight in zip(level.ratios, mine, strict=True))))
-            ends = (*level.c_points[1:], level.size)
-            mine = [sum(mine[start:end]) / (end - start) for start, end in zip(level.c_points, ends, strict=True)]
-        return Hierarchy(tuple(levels))
 
 
 def split_evenly(layers: int, workers: int) -> tuple[int, ...]:

@@ -23,7 +23,7 @@ class Status(enum.Enum):
     )
     DIVERGING = (
         "diverging: the convergence factor is above 1, more iterations make it worse; switch to mode=serial, or use a smaller "
-        "mgrit.coarsening, mgrit.coarse_step_weight below 1, buffer layers or a smaller step.middle"
+        "mgrit.coarsening, the consistency penalty (adaptive.consistency), buffer layers or a smaller step.middle"
     )
     NOT_FINITE = "not finite: a residual is NaN or infinite; look at the batch, the learning rate and the weights"
 
