@@ -139,3 +139,12 @@ def ray_cluster():
     ray.init(address="local", num_cpus=4, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
     yield ray
     ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def kept_workers(ray_cluster):
+    """Trainings of the module share their processes, whose start is most of such a short run's time. All CPUs stay taken till its end."""
+    from rayllp import keep_workers
+
+    with keep_workers(4):
+        yield

@@ -268,7 +268,7 @@ def read(path):
 
 
 @pytest.fixture(scope="module")
-def deepened(ray_cluster, tmp_path_factory):
+def deepened(kept_workers, tmp_path_factory):
     """2 + 2 + 2 layers to step 4 (too few for MGRIT), 2 + 4 + 2 to step 8, 2 + 8 + 2 to step 12."""
     config = tiny(
         workers=2, steps=12, mgrit={"coarsening": 2}, nested={"factors": [2, 2], "at": [4, 8]}, checkpoint={"every": 3, "keep": 9},

@@ -36,7 +36,7 @@ def test_the_next_run_takes_the_same_processes_and_nothing_else_of_the_last(tmp_
     first = tiny(workers=2, steps=12, snapshot_every=2, spare_workers=False, checkpoint={"every": 5})
     second = tiny(workers=2, steps=8, seed=3, model={"layers": 20}, snapshot_every=2, spare_workers=False)
     group = placement_group([{"CPU": 1}] * 2)
-    staff = Staff(first, "cpu", group, lasting=True)
+    staff = Staff(2, "cpu", group, lasting=True)
     try:
         one = train(first, tmp_path / "first", staff)
         two = train(second, tmp_path / "second", staff)

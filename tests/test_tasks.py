@@ -13,7 +13,7 @@ from rayllp.errors import SettingsError
 from rayllp.models.scaled import ScaledModel
 from tests.conftest import merge
 
-pytestmark = pytest.mark.usefixtures("ray_cluster")
+pytestmark = pytest.mark.usefixtures("kept_workers")
 
 BASE = {
     "model": {"layers": 8, "width": 16, "heads": 2},

@@ -1,25 +1,19 @@
-"""Whole runs on a real Ray cluster: what a run writes, meshes, resuming, faults, Ctrl-C, and refusals."""
+"""Whole runs on a real Ray cluster, with the same processes: what a run writes, meshes, resuming, damaged checkpoints, refusals."""
 
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
 import time
 
 import pytest
-import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import rayllp
-from rayllp.cluster.driver import Driver
-from rayllp.cluster.session import validate
-from rayllp.errors import CheckpointError, ClusterError, DataError, NonFiniteError, SettingsError
+from rayllp.cluster import session
+from rayllp.errors import CheckpointError, ClusterError, DataError, SettingsError
 from rayllp.report import RunDirectory
 from tests.conftest import losses_over_threads, tiny
 
-pytestmark = pytest.mark.usefixtures("ray_cluster")
+pytestmark = pytest.mark.usefixtures("kept_workers")
 
 
 def read(path):
@@ -50,7 +44,7 @@ def wait_until(condition, limit_s=20):
 
 
 @pytest.fixture(scope="module")
-def parallel_run(tmp_path_factory):
+def parallel_run(kept_workers, tmp_path_factory):
     adaptive = {"probe_every": 4, "lipschitz_every": 2}
     config = tiny(workers=2, steps=12, adaptive=adaptive, eval={"every": 5, "batches": 2, "sample": 8}, model={"layers": 20})
     return config, rayllp.train(config, output=tmp_path_factory.mktemp("runs") / "parallel μ")
@@ -80,8 +74,6 @@ def test_a_run_writes_what_the_design_names(parallel_run):
     assert (run / "checkpoints" / "step_12" / "manifest.json").exists()
     curves = EventAccumulator(str(run / "tensorboard")).Reload().Tags()["scalars"]
     assert {"train/loss", "lipschitz/layer_00000", "lipschitz/layer_00019", "validation/loss"} <= set(curves)
-    assert not placement_groups()
-    wait_until(lambda: not living_actors())
 
 
 def test_actors_compute_what_threads_compute(parallel_run):
@@ -112,52 +104,6 @@ def test_a_checkpoint_goes_on_with_any_number_of_workers(tmp_path):
     assert events[-3]["changed"] == {"checkpoint.every": [4, 0], "workers": [2, 3]}
 
 
-class Sabotaged(Driver):
-    """A driver that does something to its workers before step 3."""
-
-    def act(self):
-        raise NotImplementedError
-
-    def _next_chunk(self, step):
-        if step == 3:
-            self.act()
-        return super()._next_chunk(step)[:1]
-
-
-def drive(kind, config, path):
-    loaded = validate(config, None, None)
-    return kind(config, RunDirectory.create(path, config), "cpu", None, None, loaded).train()
-
-
-def test_a_loss_that_is_not_finite_stops_before_the_step_and_names_the_layer(tmp_path):
-    class Poisoned(Sabotaged):
-        def act(self):
-            self.workers.call("set_parameter", "transformer.h.7.ln_2.weight", torch.full((16,), float("inf")))
-
-    with pytest.raises(NonFiniteError, match=r"step 3: .*layer 7: its output is not finite.*step_3"):
-        drive(Poisoned, tiny(workers=2, steps=6, max_failures=0), tmp_path / "run")
-    assert len(read(tmp_path / "run" / "metrics.jsonl")) == 3
-    assert [e["kind"] for e in read(tmp_path / "run" / "events.jsonl")] == ["checkpoint", "fault"]
-    assert (tmp_path / "run" / "checkpoints" / "step_3" / "manifest.json").exists()
-    assert not placement_groups()
-
-
-def test_a_lost_worker_ends_the_run_at_once_and_leaves_nothing(tmp_path):
-    class Murdered(Sabotaged):
-        def act(self):
-            import ray
-
-            ray.kill(self.workers.workers[1], no_restart=True)
-            self.since = time.monotonic()
-
-    started = time.monotonic()
-    with pytest.raises(ClusterError, match="worker 1 was lost"):
-        drive(Murdered, tiny(workers=2, steps=6, max_failures=0), tmp_path / "run")
-    assert time.monotonic() - started < 60
-    assert not placement_groups()
-    wait_until(lambda: not living_actors())
-
-
 def test_more_workers_or_gpus_than_the_cluster_has(tmp_path):
     with pytest.raises(ClusterError, match="needs 2 GPUs, but the cluster has 0"):
         rayllp.train(tiny(workers=2, device="cuda"), output=tmp_path / "a")
@@ -185,29 +131,6 @@ def test_texts_that_do_not_serve(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_ctrl_c_leaves_a_checkpoint_and_no_actor(tmp_path):
-    run = tmp_path / "run"
-    command = [sys.executable, "-m", "rayllp", "train", "--output", str(run), "--set", "steps=100000", "--set", "eval.every=0"]
-    command += ["--set", "workers=1", "--set", "spare_workers=false"]
-    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-    with (tmp_path / "log").open("w") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
-    try:
-        metrics = run / "metrics.jsonl"
-        wait_until(lambda: process.poll() is not None or (metrics.exists() and len(read(metrics)) > 3), 120)
-        assert process.poll() is None, (tmp_path / "log").read_text()
-        os.killpg(process.pid, signal.SIGINT)
-        assert process.wait(60) == 130, (tmp_path / "log").read_text()
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-    (checkpoint,) = (run / "checkpoints").iterdir()
-    assert checkpoint.name == f"step_{len(read(metrics))}"
-    assert (checkpoint / "manifest.json").exists()
-    assert f"rayllp train --resume {run}" in (tmp_path / "log").read_text()
-    assert not subprocess.run(["pgrep", "-g", str(process.pid)], capture_output=True, text=True).stdout
-
-
 # Checkpoints that are damaged or cannot be written ---------------------------------------------------------------------------------
 
 
@@ -227,27 +150,6 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(tmp_path):
         (folder / "layer_00003.safetensors").write_bytes(data)
     with pytest.raises(CheckpointError, match=r"layer_00003.*altered"):
         rayllp.train(resume=run)
-
-
-def test_training_goes_on_where_nothing_can_be_written(tmp_path):
-    class Walled(Sabotaged):
-        def act(self):
-            self.run.path.rename(tmp_path / "aside")
-            self.run.path.write_text("in the way")
-
-        def _next_chunk(self, step):
-            if step == 5:
-                self.run.path.unlink()
-                (tmp_path / "aside").rename(self.run.path)
-            return super()._next_chunk(step)
-
-    result = drive(Walled, tiny(workers=2, steps=7, checkpoint={"every": 4}), tmp_path / "run")
-    assert result.steps == 7
-    assert [m["step"] for m in read(result.directory / "metrics.jsonl")] == list(range(7))
-    events = read(result.directory / "events.jsonl")
-    assert [e["step"] for e in events if e["kind"] == "fault" and "checkpoint not written" in e["reason"]] == [4, 5]
-    # Tried again as soon as another chunk was done.
-    assert [e["step"] for e in events if e["kind"] == "checkpoint"] == [6, 7]
 
 
 def test_a_run_goes_on_by_its_output_directory_or_its_checkpoints(tmp_path):
@@ -278,3 +180,12 @@ def test_a_run_goes_on_by_its_output_directory_or_its_checkpoints(tmp_path):
     with pytest.raises(SettingsError, match="cannot be written"):
         rayllp.train(tiny(checkpoint={"path": str(tmp_path / "file" / "below")}), output=tmp_path / "other")
     assert not (tmp_path / "other").exists()
+
+
+def test_these_runs_had_the_same_processes(parallel_run):
+    rayllp.train(tiny(workers=1, steps=1), output=parallel_run[1].directory.parent / "one more")
+    assert len(living_actors()) <= 4
+    with pytest.raises(SettingsError, match=r"5 workers within keep_workers\(4\): keep 5, or lower workers"):
+        session._kept.staff(tiny(workers=5), "cpu")
+    with pytest.raises(SettingsError, match="keep_workers within keep_workers"), rayllp.keep_workers(1):
+        pass

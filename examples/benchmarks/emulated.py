@@ -101,7 +101,7 @@ def settings(row: Row, **changes: Any) -> TrainConfig:
 def processes(most: Row) -> Iterator[Staff]:
     """Worker processes for all measurements of a run."""
     ray.init(address="local", num_cpus=most.workers, include_dashboard=False, logging_level="ERROR")
-    staff = Staff(settings(most), "cpu", lasting=True)
+    staff = Staff(settings(most).world, "cpu", lasting=True)
     try:
         yield staff
     finally:

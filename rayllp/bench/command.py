@@ -66,7 +66,7 @@ def run_links(config: TrainConfig, file: Path | None, console: Console) -> None:
     instant = Emulation(0, 0, 0)
     state = 4 * config.replica_batch * config.sequence_length * config.model.width
     with join_cluster(config.world):
-        group = WorkerGroup(config, Staff(config, choose_device(config)))
+        group = WorkerGroup(config, Staff(config.world, choose_device(config)))
         try:
             group.start(emulated_stack(config, instant), RandomBatches(config))
             found: list[Link] = [link for links in group.call("time_messages", sorted({1024, state, LARGE})) for link in links]

@@ -77,7 +77,7 @@ def bench_step(
         architecture, batches = emulated_stack(config, emulate), RandomBatches(config)
         costs, serial_s = emulate.costs(), config.model.layers * emulate.serial
     accuracy = Controller(config).accuracy
-    group = WorkerGroup(config, staff or Staff(config, device))
+    group = WorkerGroup(config, staff or Staff(config.world, device))
     try:
         group.start(architecture, batches)
         group.call("time_steps", [(step, accuracy) for step in range(warm)])

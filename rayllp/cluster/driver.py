@@ -56,7 +56,7 @@ class Driver:
         self.config = self._at_size(self._size)
         self.data, self.plan, self.kept = loaded or Loaded(None, None, None)
         self.model, self.batches = model, batches
-        self.workers = WorkerGroup(self.config, staff or Staff(self.config, device, name=run_name(run.path)))
+        self.workers = WorkerGroup(self.config, staff or Staff(self.config.world, device, name=run_name(run.path)))
         self.listeners = listeners
         self.console = console or Console(stderr=True)
         self.stop = False

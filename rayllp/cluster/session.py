@@ -18,6 +18,7 @@ from rayllp.cluster.driver import Driver
 from rayllp.cluster.given import Loaded, TrainResult
 from rayllp.cluster.metrics import ClusterMetrics
 from rayllp.cluster.places import choose_device
+from rayllp.cluster.staff import Staff
 from rayllp.config import TrainConfig, load_run_config
 from rayllp.data import Batches, load_data
 from rayllp.errors import CheckpointError, DataError, SettingsError
@@ -72,8 +73,63 @@ def train(
     loaded = validate(config, model, batches, run)
     with join_cluster(config.fewest_workers):
         device = choose_device(config)
+        staff = _kept.staff(config, device) if _kept is not None else None
         run = run or RunDirectory.create(output, config)
-        return Driver(config, run, device, model, batches, loaded, console, [ClusterMetrics(run.path.name)]).train(found)
+        return Driver(config, run, device, model, batches, loaded, console, [ClusterMetrics(run.path.name)], staff).train(found)
+
+
+# Several trainings with the same processes ----------------------------------------------------------------------------------------
+
+
+class _Kept:
+    """Worker processes between trainings."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self._staff: Staff | None = None
+
+    def staff(self, config: TrainConfig, device: str) -> Staff:
+        """The processes, for a run of these settings.
+
+        Raises:
+            SettingsError: they are fewer than it needs.
+        """
+        if config.world > self.count:
+            raise SettingsError(f"{config.world} workers within keep_workers({self.count}): keep {config.world}, or lower workers")
+        if self._staff is None or self._staff.device != device:
+            self.close()
+            self._staff = Staff(self.count, device, lasting=True)
+        return self._staff
+
+    def close(self) -> None:
+        if self._staff is not None:
+            self._staff.close()
+
+
+_kept: _Kept | None = None
+
+
+@contextlib.contextmanager
+def keep_workers(count: int) -> Iterator[None]:
+    """Let each `train` inside go on with the worker processes of the one before, up to `count` of them.
+
+    A process takes seconds to start, most of them imports: several short trainings in one program, a notebook for instance, pay that
+    once. Results are the same. The CPUs or GPUs stay taken until the end of the block, and `rayllp chaos` does not find these runs.
+
+    Raises:
+        SettingsError: it is within another one.
+        ClusterError: no cluster could be joined or started.
+    """
+    global _kept
+    if _kept is not None:
+        raise SettingsError("keep_workers within keep_workers: end the first, or give it the larger count")
+    with join_cluster(count):
+        _kept = _Kept(count)
+        try:
+            yield
+        finally:
+            _kept.close()
+            _kept = None
 
 
 def validate(

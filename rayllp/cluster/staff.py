@@ -33,7 +33,8 @@ class Staff:
     the staff is `lasting`, those that are left from the run before.
 
     Args:
-        config: how many workers there are to be, and which resources each takes.
+        count: how many workers there are to be.
+        device: which resources each takes.
         group: a placement group to live in (a Tune trial's own); made here, and removed at `close`, if None.
         first_bundle: the group's bundle that takes the first worker.
         name: the run's, under which Ray's other users find its workers (`rayllp.cluster.names`); None: nobody does.
@@ -45,7 +46,7 @@ class Staff:
 
     def __init__(
         self,
-        config: TrainConfig,
+        count: int,
         device: str,
         group: PlacementGroup | None = None,
         first_bundle: int = 0,
@@ -55,13 +56,11 @@ class Staff:
     ) -> None:
         self.device, self.name, self.lasting = device, name, lasting
         # A run that has a cluster to itself uses all of it; in a lent group a worker has what its bundle has.
-        alone = device == "cpu" and group is None
-        cpus = max(1, int(ray.cluster_resources().get("CPU", 1)) // config.world) if alone else 1
-        self._threads = threads_of(cpus)
+        self._alone = device == "cpu" and group is None
         self._bundle: dict[str, float] = {"CPU": 1.0, "GPU": 1.0} if device == "cuda" else {"CPU": 1.0}
         self._lent = group is not None
-        self.group = group or placement_group([self._bundle] * config.world, strategy="PACK", name=group_name(name) if name else "")
-        self.slots = [Slot(self.group, first_bundle + rank) for rank in range(config.world)]
+        self.group = group or placement_group([self._bundle] * count, strategy="PACK", name=group_name(name) if name else "")
+        self.slots = [Slot(self.group, first_bundle + rank) for rank in range(count)]
         self._started = 0
         self._idle: dict[Slot, Any] = {}
         self._spares: dict[str, Starting] = {}  # by node
@@ -84,7 +83,7 @@ class Staff:
         """A worker in this place: the one that an earlier run left there, else a new process."""
         actor = self._idle.pop(slot, None)
         if actor is not None:
-            actor.reconfigure.remote(config, rank)  # if that fails, so does whatever it is asked next
+            actor.reconfigure.remote(config, rank, self._threads(config))  # if that fails, so does whatever it is asked next
             return actor
         place = PlacementGroupSchedulingStrategy(placement_group=slot.group, placement_group_bundle_index=slot.bundle)
         return self._start(rank, config, place, self._bundle["CPU"])
@@ -94,7 +93,12 @@ class Staff:
         if self.name:
             options |= {"name": worker_name(self.name, self._started), "namespace": NAMESPACE}
         self._started += 1
-        return ray.remote(BlockWorker).options(**options).remote(rank, config, self._threads)
+        return ray.remote(BlockWorker).options(**options).remote(rank, config, self._threads(config))
+
+    def _threads(self, config: TrainConfig) -> int:
+        """Of each worker of such a run."""
+        cpus = int(ray.cluster_resources().get("CPU", 1)) // config.world if self._alone else 1
+        return threads_of(max(1, cpus))
 
     def free(self, taken: Collection[Slot]) -> list[Slot]:
         """Places that neither have these workers nor a recruit, those of nodes that live first."""

@@ -178,8 +178,10 @@ class BlockWorker:
         channel = None if group is None else TorchChannel(group, COPY_TIMEOUT_S)
         self._copies = NeighbourCopies(self._engine, channel, before, self._offset)
 
-    def reconfigure(self, config: TrainConfig, rank: int) -> None:
+    def reconfigure(self, config: TrainConfig, rank: int, threads: int | None = None) -> None:
         """Give up this worker's layers and its place; those that `build` makes next are of other settings."""
+        if threads is not None:
+            torch.set_num_threads(threads)
         if self._copies is not None:
             self._copies.close()
         self._writer.wait()

@@ -139,5 +139,5 @@ def _staff_for(config: TrainConfig, group: PlacementGroup, first_bundle: int) ->
     os.environ.setdefault("TUNE_FUNCTION_THREAD_TIMEOUT_S", str(LEAVE_S))
     if _staff is None or _staff.group.id != group.id:
         device = "cuda" if any(bundle.get("GPU") for bundle in group.bundle_specs) else "cpu"
-        _staff = Staff(config, device, group, first_bundle, lasting=True)
+        _staff = Staff(config.world, device, group, first_bundle, lasting=True)
     return _staff

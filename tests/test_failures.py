@@ -1,0 +1,111 @@
+"""Runs that end, or go on, when something fails: a loss, a worker, the user, the disk."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from rayllp.cluster.driver import Driver
+from rayllp.cluster.session import validate
+from rayllp.errors import ClusterError, NonFiniteError
+from rayllp.report import RunDirectory
+from tests.conftest import tiny
+from tests.test_train import living_actors, placement_groups, read, wait_until
+
+pytestmark = pytest.mark.usefixtures("ray_cluster")
+
+
+class Sabotaged(Driver):
+    """A driver that does something to its workers before step 3."""
+
+    def act(self):
+        raise NotImplementedError
+
+    def _next_chunk(self, step):
+        if step == 3:
+            self.act()
+        return super()._next_chunk(step)[:1]
+
+
+def drive(kind, config, path):
+    loaded = validate(config, None, None)
+    return kind(config, RunDirectory.create(path, config), "cpu", None, None, loaded).train()
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_step_and_names_the_layer(tmp_path):
+    class Poisoned(Sabotaged):
+        def act(self):
+            self.workers.call("set_parameter", "transformer.h.7.ln_2.weight", torch.full((16,), float("inf")))
+
+    with pytest.raises(NonFiniteError, match=r"step 3: .*layer 7: its output is not finite.*step_3"):
+        drive(Poisoned, tiny(workers=2, steps=6, max_failures=0), tmp_path / "run")
+    assert len(read(tmp_path / "run" / "metrics.jsonl")) == 3
+    assert [e["kind"] for e in read(tmp_path / "run" / "events.jsonl")] == ["checkpoint", "fault"]
+    assert (tmp_path / "run" / "checkpoints" / "step_3" / "manifest.json").exists()
+    assert not placement_groups()
+
+
+def test_a_lost_worker_ends_the_run_at_once_and_leaves_nothing(tmp_path):
+    class Murdered(Sabotaged):
+        def act(self):
+            import ray
+
+            ray.kill(self.workers.workers[1], no_restart=True)
+            self.since = time.monotonic()
+
+    started = time.monotonic()
+    with pytest.raises(ClusterError, match="worker 1 was lost"):
+        drive(Murdered, tiny(workers=2, steps=6, max_failures=0), tmp_path / "run")
+    assert time.monotonic() - started < 60
+    assert not placement_groups()
+    wait_until(lambda: not living_actors())
+
+
+def test_ctrl_c_leaves_a_checkpoint_and_no_actor(tmp_path):
+    run = tmp_path / "run"
+    command = [sys.executable, "-m", "rayllp", "train", "--output", str(run), "--set", "steps=100000", "--set", "eval.every=0"]
+    command += ["--set", "workers=1", "--set", "spare_workers=false"]
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
+    try:
+        metrics = run / "metrics.jsonl"
+        wait_until(lambda: process.poll() is not None or (metrics.exists() and len(read(metrics)) > 3), 120)
+        assert process.poll() is None, (tmp_path / "log").read_text()
+        os.killpg(process.pid, signal.SIGINT)
+        assert process.wait(60) == 130, (tmp_path / "log").read_text()
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    (checkpoint,) = (run / "checkpoints").iterdir()
+    assert checkpoint.name == f"step_{len(read(metrics))}"
+    assert (checkpoint / "manifest.json").exists()
+    assert f"rayllp train --resume {run}" in (tmp_path / "log").read_text()
+    assert not subprocess.run(["pgrep", "-g", str(process.pid)], capture_output=True, text=True).stdout
+
+
+def test_training_goes_on_where_nothing_can_be_written(tmp_path):
+    class Walled(Sabotaged):
+        def act(self):
+            self.run.path.rename(tmp_path / "aside")
+            self.run.path.write_text("in the way")
+
+        def _next_chunk(self, step):
+            if step == 5:
+                self.run.path.unlink()
+                (tmp_path / "aside").rename(self.run.path)
+            return super()._next_chunk(step)
+
+    result = drive(Walled, tiny(workers=2, steps=7, checkpoint={"every": 4}), tmp_path / "run")
+    assert result.steps == 7
+    assert [m["step"] for m in read(result.directory / "metrics.jsonl")] == list(range(7))
+    events = read(result.directory / "events.jsonl")
+    assert [e["step"] for e in events if e["kind"] == "fault" and "checkpoint not written" in e["reason"]] == [4, 5]
+    # Tried again as soon as another chunk was done.
+    assert [e["step"] for e in events if e["kind"] == "checkpoint"] == [6, 7]
+    assert not placement_groups()
+    wait_until(lambda: not living_actors())
