@@ -16,7 +16,8 @@ from rayllp.channel import LocalChannel, run_workers
 from rayllp.channel.base import MessageTag
 from rayllp.checkpoint import PieceWriter, checkpoints, commit, staging
 from rayllp.checkpoint import export as export_module
-from rayllp.checkpoint.export import TOKENIZER_JSON, export, read_model_json, write_model_json, write_tokenizer_json
+from rayllp.checkpoint.described import TOKENIZER_JSON, read_model_json, write_model_json, write_tokenizer_json
+from rayllp.checkpoint.export import export
 from rayllp.cli import app
 from rayllp.config import load_config, to_yaml
 from rayllp.control import Accuracy
@@ -58,7 +59,7 @@ def trained(config, path, steps=1):
 
     engines = run_workers(config.layer_workers, work)
     run = RunDirectory.create(path, config)
-    write_model_json(run.path, engines[0].block.architecture)
+    write_model_json(run.path, engines[0].block.architecture.transformers_config())
     save(engines, run, steps)
     return run, engines
 
@@ -333,7 +334,7 @@ def test_a_trained_tokenizer_comes_along(family, text, tmp_path):
         assert (tokenizer.pad_token_id, tokenizer.mask_token_id) == (special.pad, special.mask)
         assert len(tokenizer) == special.vocabulary
     # The text gone: what the run directory kept serves.
-    write_model_json(run.path, engine.block.architecture)
+    write_model_json(run.path, engine.block.architecture.transformers_config())
     text.unlink()
     with pytest.warns(UserWarning, match=r"without a tokenizer: data.path .*no such file"):
         assert not (export(run.path, tmp_path / "bare") / TOKENIZER_JSON).exists()
@@ -450,7 +451,8 @@ def test_export_refuses(tmp_path):
 def test_export_refuses_damaged_and_strange_checkpoints(tmp_path):
     run, _ = trained(config_of("gpt2"), tmp_path / "run")
     other = RunDirectory.create(tmp_path / "other", config_of("gpt2", model={"width": 32}))
-    write_model_json(other.path, build_architecture(config_of("gpt2", model={"width": 32}), RandomBatches("gpt2", "auto").facts))
+    other_network = build_architecture(config_of("gpt2", model={"width": 32}), RandomBatches("gpt2", "auto").facts)
+    write_model_json(other.path, other_network.transformers_config())
     shutil.copytree(run.checkpoints, other.checkpoints)
     with pytest.raises(CheckpointError, match=r"another model .*wte.weight is \(23, 16\), GPT2LMHeadModel has \(23, 32\)"):
         export(other.path, tmp_path / "model")
@@ -469,7 +471,7 @@ def test_export_refuses_a_layer_stack(tmp_path):
     )  # fmt: skip
     engine = Engine(stack, config, None, LocalChannel.alone(), LocalChannel.alone(), torch.device("cpu"))
     run = RunDirectory.create(tmp_path / "run", config)
-    write_model_json(run.path, stack)
+    write_model_json(run.path, stack.transformers_config())
     assert not (run.path / "model.json").exists()
     save([engine], run, 0)
     with pytest.raises(CheckpointError, match="of a LayerStack, whose modules only your own program can build"):
@@ -530,7 +532,7 @@ def test_a_run_goes_on_without_the_checkpoint_it_started_from(tmp_path):
     folder = export(tmp_path / "run", tmp_path / "model")
     config = config_of("llama", model={"from_pretrained": str(folder)})
     plan = build_architecture(config, RandomBatches("llama", "auto").facts)
-    write_model_json(tmp_path, plan)
+    write_model_json(tmp_path, plan.transformers_config())
     shutil.rmtree(folder)
     again = build_architecture(load_config_again(config, tmp_path), plan.facts, read_model_json(tmp_path))
     assert again.config.to_dict() == plan.config.to_dict()

@@ -2,12 +2,15 @@
 
 import csv
 import math
+import subprocess
+import sys
 
 import pytest
 import yaml
 
 import rayllp
 from rayllp.checkpoint import MANIFEST, checkpoints, step_of
+from rayllp.data import Facts
 from rayllp.errors import CheckpointError, ClusterError, SettingsError
 from rayllp.report import RunDirectory
 from rayllp.tuning.pictures import pareto_front
@@ -114,6 +117,21 @@ def test_what_does_not_go_together_never_becomes_a_trial():
         assert all(chosen["mgrit.levels.backward"] == chosen["mgrit.levels.forward"] for chosen in found if chosen)
         assert search.infeasible
         assert {str(chosen["mgrit.coarsening"]) for chosen in found if chosen} >= {"2", "[2, 2]"}
+
+
+def test_a_network_that_does_not_fit_the_data_never_becomes_a_trial():
+    sweep = sweep_of(settings={**SMALL, "model.family": "vit"}, space={"model.patch_size": {"choice": [4, 5]}}, searcher="grid")
+    assert len(suggestions(sweep)[0]) == 2
+    sweep.know(Facts(vocabulary=0, classes=("a", "b"), image=(1, 28, 28)))
+    found, search = suggestions(sweep)
+    assert found == [{"model.patch_size": 4}]
+    assert "patch" in search.infeasible[0][1]
+
+
+def test_a_trials_driver_starts_without_transformers():
+    """Whose import takes as long as all else that it needs, in a process that has no layers."""
+    code = "import sys, rayllp.tuning.trial as t; assert 'transformers' not in sys.modules and 'torch' in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 
 def test_a_setting_varies_only_where_it_matters():

@@ -18,6 +18,7 @@ from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from rayllp.checkpoint.described import MODEL_JSON, TOKENIZER_JSON, read_model_json
 from rayllp.checkpoint.location import Folder, at_hand, place_of_checkpoints
 from rayllp.checkpoint.prolong import LAYER
 from rayllp.checkpoint.store import checkpoints, read_manifest
@@ -27,13 +28,11 @@ from rayllp.data.special import SpecialTokens
 from rayllp.data.tokenizer import SENTENCEPIECE_ENDINGS, make_tokenizer
 from rayllp.errors import CheckpointError, DataError, SettingsError
 from rayllp.models import adapter, build_architecture
-from rayllp.models.base import Architecture
 from rayllp.models.scaled import model_class, scaled_config
 from rayllp.models.weights import INDEX, SINGLE, names_of_tied
 from rayllp.nested import stage_of_depth
 from rayllp.sizes import with_layers
 
-MODEL_JSON, TOKENIZER_JSON = "model.json", "tokenizer.json"
 SHARD_BYTES = 4 * 1024**3
 DTYPES = {"F32": torch.float32, "F64": torch.float64}
 # mBART's embedding that neither side reads where embeddings are not tied: no piece has it, but the model does.
@@ -102,19 +101,6 @@ def _export(run: Path, config: TrainConfig, checkpoint: Path, to: Path) -> None:
             tokenizer.save_pretrained(folder)
 
 
-def write_model_json(run_dir: Path, architecture: Architecture) -> None:
-    """Keep transformers' configuration in the run directory, so that `export` needs no data; nothing for a LayerStack."""
-    if hasattr(architecture, "model_class"):
-        (run_dir / MODEL_JSON).write_text(json.dumps(_values_of(architecture), indent=2) + "\n")
-
-
-def write_tokenizer_json(run_dir: Path, batches: object) -> None:
-    """Keep a tokenizer of the tokenizers library, such as one trained on the text, so that `export` needs no data; nothing for others."""
-    tokenizer: Any = getattr(batches, "tokenizer", None)
-    if hasattr(tokenizer, "save"):
-        tokenizer.save(run_dir / TOKENIZER_JSON)
-
-
 # What is exported ---------------------------------------------------------------------------------------------------------------
 
 
@@ -147,33 +133,16 @@ def _read_places(checkpoint: Path) -> dict[str, _Stored]:
     return stored
 
 
-def read_model_json(run_dir: Path) -> dict[str, Any] | None:
-    """transformers' configuration as the run kept it; None where it kept none.
-
-    Raises:
-        CheckpointError: it cannot be read.
-    """
-    path = run_dir / MODEL_JSON
-    if not path.is_file():
-        return None
-    try:
-        return dict(json.loads(path.read_text()))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read ({error}): remove it, and it is made anew from the run's data") from None
-
-
 def _read_model(run: Path, config: TrainConfig) -> dict[str, Any]:
     """transformers' configuration: as the run kept it, else made anew for the run's data."""
     values = read_model_json(run)
     if values is None:
         # The run's weights replace those that it started from, which may be gone.
         bare = config.model_copy(update={"model": config.model.model_copy(update={"from_pretrained": None})})
-        return _values_of(build_architecture(bare, load_data(bare).facts))
+        found = build_architecture(bare, load_data(bare).facts).transformers_config()
+        assert found is not None
+        return found
     return values if values.get("architectures") else {**values, "architectures": [adapter(config).model_class.__name__]}
-
-
-def _values_of(architecture: Any) -> dict[str, Any]:
-    return {**json.loads(architecture.config.to_json_string(use_diff=False)), "architectures": [architecture.model_class.__name__]}
 
 
 def _scaled(config: TrainConfig) -> bool:

@@ -9,9 +9,9 @@ from typing import Any
 from rich.console import Console
 
 from rayllp.checkpoint import Folder, checkpoints, count_layers, read_manifest, step_of
-from rayllp.checkpoint.export import write_model_json, write_tokenizer_json
+from rayllp.checkpoint.described import write_model_json, write_tokenizer_json
 from rayllp.cluster.evaluation import Evaluator
-from rayllp.cluster.given import Loaded, TrainResult, network_at
+from rayllp.cluster.given import Loaded, TrainResult, network_at, whole_network
 from rayllp.cluster.group import WorkerGroup
 from rayllp.cluster.interrupt import stopping
 from rayllp.cluster.ledger import Chunk, Ledger
@@ -54,7 +54,7 @@ class Driver:
         self.stage = stage_at(config, 0)
         self._size = capacity(config, device)
         self.config = self._at_size(self._size)
-        self.data, self.plan, self.kept = loaded or Loaded(None, None, None)
+        self.data, self.kept = loaded or Loaded(None, None)
         self.model, self.batches = model, batches
         self.workers = WorkerGroup(self.config, staff or Staff(self.config.world, device, name=run_name(run.path)))
         self.listeners = listeners
@@ -122,9 +122,8 @@ class Driver:
                 self.journal.say(f"at the start: {error}; all workers start anew")
                 self.workers.dismiss()
                 time.sleep(wait_s)
-        if self.plan is not None:
-            write_model_json(self.run.path, self.plan)
-            write_tokenizer_json(self.run.path, self.data)
+        write_model_json(self.run.path, whole_network(self.whole, shares[0]["network"]))
+        write_tokenizer_json(self.run.path, self.data)
         self.journal.say(self._describe(shares))
         return step
 

@@ -31,11 +31,19 @@ class TrainResult:
 
 
 class Loaded(NamedTuple):
-    """What the settings name: the data set, the architecture (a plan without weights), and its configuration where a run goes on."""
+    """What the settings name: the data set, and transformers' configuration where a run goes on."""
 
     data: Any
-    plan: Architecture | None
     kept: dict[str, Any] | None
+
+
+def whole_network(whole: TrainConfig, found: dict[str, Any] | None) -> dict[str, Any] | None:
+    """transformers' configuration at the run's full depth.
+
+    Args:
+        found: a stage's.
+    """
+    return with_layers(found, whole.model.layers) if found is not None and whole.nested.factors else found
 
 
 def network_at(

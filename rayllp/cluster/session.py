@@ -13,9 +13,9 @@ import ray
 from rich.console import Console
 
 from rayllp.checkpoint import MANIFEST, Folder, check_writable, checkpoints, locate
-from rayllp.checkpoint.export import read_model_json
+from rayllp.checkpoint.described import read_model_json
 from rayllp.cluster.driver import Driver
-from rayllp.cluster.given import Loaded, TrainResult
+from rayllp.cluster.given import Loaded, TrainResult, whole_network
 from rayllp.cluster.metrics import ClusterMetrics
 from rayllp.cluster.places import choose_device
 from rayllp.cluster.staff import Staff
@@ -24,7 +24,6 @@ from rayllp.data import Batches, load_data
 from rayllp.errors import CheckpointError, DataError, SettingsError
 from rayllp.models import Architecture, LayerStack, build_architecture, check_family
 from rayllp.report import RunDirectory
-from rayllp.sizes import with_layers
 
 MAY_DIFFER = set(
     "name workers resize_check_s mesh device channel receive_timeout_s hang_timeout_s snapshot_every spare_workers max_failures eval "
@@ -152,10 +151,14 @@ def validate(
     if config.model.family == "mt" and (config.eval.translate or config.eval.final_translate) and find_spec("sacrebleu") is None:
         raise DataError("BLEU needs sacrebleu: pip install 'rayllp[translation]', or set eval.translate and eval.final_translate to 0")
     data = load_data(config) if data is None else data
-    kept = read_model_json(run.path) if run is not None else None
-    if kept is not None and config.nested.factors:  # the run may have been made shallower than the settings now say
-        kept = with_layers(kept, config.model.layers)
-    return Loaded(data, build_architecture(config, data.facts, kept), kept)  # refuses sizes and checkpoints that do not fit
+    kept = kept_network(config, run)
+    build_architecture(config, data.facts, kept)  # refuses sizes and checkpoints that do not fit
+    return Loaded(data, kept)
+
+
+def kept_network(config: TrainConfig, run: RunDirectory | None) -> dict[str, Any] | None:
+    """transformers' configuration that the run has kept; it may have been made shallower than the settings now say."""
+    return whole_network(config, read_model_json(run.path)) if run is not None else None
 
 
 # A run that goes on ---------------------------------------------------------------------------------------------------------------

@@ -163,6 +163,7 @@ class BlockWorker:
         parameters = sum(p.numel() for p in self.engine.block.parameters.values())
         names, tied = list(self.engine.block.parameters), architecture.tied_to
         return {
+            "network": architecture.transformers_config() if self.rank == 0 else None,
             "rank": self.rank, "layers": sorted(self.engine.block.layers), "parameters": parameters, "pid": os.getpid(),
             "layout": self._memory.state.layout, "sources": {*names, *(tied[name] for name in names if name in tied)},
         }  # fmt: skip

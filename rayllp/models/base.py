@@ -72,6 +72,10 @@ class Architecture(ABC):
         """The state of the last token alone, which is all that choosing the next one needs: dimension 1 is time."""
         return combine(lambda part: part[:, -1:], state)
 
+    def transformers_config(self) -> dict[str, Any] | None:
+        """What transformers would read this network's sizes from; None for one that it does not know."""
+        return None
+
     # Loss ---------------------------------------------------------------------------------------------------------------------
 
     @abstractmethod

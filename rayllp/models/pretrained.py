@@ -5,6 +5,7 @@ the model's own rules, or by a checkpoint; nothing else is ever built.
 """
 
 import copy
+import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
@@ -75,6 +76,9 @@ class PretrainedArchitecture(Architecture):
         self.weights = PretrainedWeights.open(pretrained, self.model)
         self.stochastic = settings.model.dropout > 0
         self.tied = tuple(self._ties_between(self.embed_paths, self.head_paths))
+
+    def transformers_config(self) -> dict[str, Any]:
+        return {**json.loads(self.config.to_json_string(use_diff=False)), "architectures": [self.model_class.__name__]}
 
     @classmethod
     def from_settings(cls, settings: TrainConfig, facts: Facts, kept: Mapping[str, Any] | None = None) -> "PretrainedArchitecture":

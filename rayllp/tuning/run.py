@@ -61,6 +61,13 @@ def tune(
         raise SettingsError("a sweep file or --resume DIRECTORY is needed")
     else:
         sweep = sweep if isinstance(sweep, Sweep) else load_sweep(sweep)
+    # Data that all trials share are loaded here, once, and so refused before there is anything else.
+    shared = not any(name.startswith(DATA) for name in sweep.space)
+    data: Any = load_data(sweep.config({})) if shared or sweep.objective.cluster is not None else None
+    if shared:
+        sweep.know(data.facts)
+        if (why := sweep.problem({})) is not None:
+            raise SettingsError(f"the base config of the sweep: {why}")
     searcher = build_searcher(sweep)
     if isinstance(searcher, GridSearch) and not searcher.points:
         raise SettingsError(f"no trial is feasible: {_first(searcher)}")
@@ -69,7 +76,7 @@ def tune(
     # A cluster of this machine's own has room for as many trials as are wanted at a time.
     with join_cluster((sweep.concurrent or 1) * (sweep.config({}).world + math.ceil(sweep.driver_cpus))):
         try:
-            results = _fit(sweep, folder, searcher, resumed=resume is not None, console=console)
+            results = _fit(sweep, folder, searcher, data, shared=shared, resumed=resume is not None, console=console)
         except BaseException:
             if resume is None and not (folder / EXPERIMENT).exists():
                 shutil.rmtree(folder)
@@ -80,12 +87,13 @@ def tune(
         return results
 
 
-def _fit(sweep: Sweep, folder: Path, searcher: FeasibleSearch | GridSearch, *, resumed: bool, console: Console) -> ResultGrid:
+def _fit(
+    sweep: Sweep, folder: Path, searcher: FeasibleSearch | GridSearch, data: Any, *, shared: bool, resumed: bool, console: Console
+) -> ResultGrid:
     base = sweep.config({})
     device = choose_device(base)
     _check_room(sweep, device)
-    shared, cluster = not any(name.startswith(DATA) for name in sweep.space), sweep.objective.cluster
-    data: Any = load_data(base) if shared or cluster is not None else None
+    cluster = sweep.objective.cluster
     costs = None if cluster is None else measure_costs(base, data, message_s=cluster.message_s)
     given = {"sweep": sweep, "output": str(folder), "data": data if shared else None, "costs": costs}
     resources = partial(_resources, sweep, device)

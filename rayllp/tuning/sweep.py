@@ -9,7 +9,9 @@ import yaml
 from pydantic import Field, PrivateAttr, ValidationError, model_validator
 
 from rayllp.config import Settings, TrainConfig, make_config, set_value, setting_names
-from rayllp.errors import SettingsError
+from rayllp.data.base import Facts
+from rayllp.errors import CheckpointError, SettingsError
+from rayllp.models import build_architecture
 from rayllp.tuning.space import Space
 
 Kind = Literal["loss", "time_to_loss", "step_time", "pareto"]
@@ -91,6 +93,7 @@ class Sweep(Settings):
 
     _base: dict[str, Any] = PrivateAttr(default_factory=dict)
     _space: Space = PrivateAttr()
+    _facts: Facts | None = PrivateAttr(None)
 
     @property
     def parameters(self) -> Space:
@@ -136,11 +139,18 @@ class Sweep(Settings):
             return None
         return make_config(config.model_dump(mode="json") | {"workers": cluster.workers, "mesh": {"data": 1}}, source="on the cluster")
 
+    def know(self, facts: Facts) -> None:
+        """These are the facts of all trials' data: from now on trials whose network does not fit them are a problem."""
+        self._facts = facts
+
     def problem(self, chosen: Mapping[str, Any]) -> str | None:
         """Why these choices cannot be a trial; None: they can."""
         try:
-            self.enlarged(self.config(chosen))
-        except SettingsError as error:
+            config = self.config(chosen)
+            self.enlarged(config)
+            if self._facts is not None:
+                build_architecture(config, self._facts)
+        except (SettingsError, CheckpointError) as error:
             return str(error)
         return None
 

@@ -13,7 +13,8 @@ from rich.console import Console
 
 from rayllp.checkpoint import Folder, checkpoints, locate, remove, step_of
 from rayllp.cluster.driver import Driver
-from rayllp.cluster.session import validate
+from rayllp.cluster.given import Loaded
+from rayllp.cluster.session import kept_network, validate
 from rayllp.cluster.staff import Staff
 from rayllp.config import TrainConfig, load_run_config
 from rayllp.control import Controller
@@ -62,7 +63,8 @@ def train_trial(choices: dict[str, Any], *, sweep: Sweep, output: str, data: Any
         tune.report(reporter.report())
         return
     staff = _staff_for(config, get_current_placement_group(), 1 if sweep.driver_cpus else 0)
-    loaded = validate(config, None, None, data=data)
+    # What the sweep has checked with its data is not checked again: that alone would need transformers, whose import takes seconds.
+    loaded = Loaded(data, kept_network(config, run)) if data is not None else validate(config, None, None, run)
     driver = TrialDriver(config, run, staff.device, None, None, loaded, Console(quiet=True), [reporter], staff)
     driver.reporter = reporter
     try:
