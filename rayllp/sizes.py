@@ -17,6 +17,8 @@ NAMES = {
     "encoder_layers": ("encoder_layers",),
 }
 LAYERS = ("num_hidden_layers", "n_layer")
+LISTED = ("layer_types", "mlp_layer_types")
+"""What has an entry a layer."""
 SCALED = "rayllp_scaled"
 """model_type of an export whose layers have step sizes; transformers' own configuration is inside it."""
 
@@ -48,7 +50,9 @@ def transformers_config(stored: Mapping[str, Any]) -> dict[str, Any]:
 
 def with_layers(config: Mapping[str, Any], layers: int) -> dict[str, Any]:
     """transformers' configuration with so many layers, under the name that it has for their number."""
-    return {**config, **{name: layers for name in LAYERS if name in config}}
+    listed = {name for name in LISTED if config.get(name) is not None and len(config[name]) != layers}  # derived where it is not given
+    kept = {name: value for name, value in config.items() if name not in listed}
+    return {**kept, **{name: layers for name in LAYERS if name in config}}
 
 
 def with_pretrained_sizes(values: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -27,6 +27,7 @@ from rayllp.models import build_architecture, weights
 from rayllp.models.scaled import ScaledModel
 from rayllp.models.weights import PretrainedWeights
 from rayllp.report import RunDirectory
+from rayllp.sizes import with_layers
 from tests.conftest import make_engine, tiny
 from tests.test_families import CASES, PAD, SERIAL, RandomBatches, config_of, make
 
@@ -536,6 +537,20 @@ def test_a_run_goes_on_without_the_checkpoint_it_started_from(tmp_path):
     shutil.rmtree(folder)
     again = build_architecture(load_config_again(config, tmp_path), plan.facts, read_model_json(tmp_path))
     assert again.config.to_dict() == plan.config.to_dict()
+
+
+def test_a_run_that_goes_on_has_the_dropout_of_its_settings():
+    facts = RandomBatches("gpt2", "auto").facts
+    kept = build_architecture(config_of("gpt2", model={"dropout": 0.1}), facts).transformers_config()
+    again = build_architecture(config_of("gpt2", model={"dropout": 0.0}), facts, kept)
+    assert again.config.resid_pdrop == again.config.attn_pdrop == 0
+    assert not again.stochastic
+
+
+def test_entries_of_each_layer_go_where_their_number_changes():
+    config = {"n_layer": 2, "layer_types": ["a", "b"], "width": 3}
+    assert with_layers(config, 4) == {"n_layer": 4, "width": 3}
+    assert with_layers(config, 2) == config
 
 
 def load_config_again(config, folder):

@@ -97,6 +97,11 @@ def test_a_parameter_that_was_given_another_tensor_is_stacked_anew():
     assert again is not stack
     name = next(iter(again.parameters))
     assert torch.equal(again.parameters[name][0], parameter)
+    # Sets that overlap become one, which serves both.
+    union = engine.block.stacks.containing([6, 10])
+    assert union.layers == (2, 6, 10)
+    assert engine.block.stacks.containing([2, 6]) is union
+    assert torch.equal(union.weights([6, 10])[name], union.parameters[name][1:])
 
 
 @pytest.mark.parametrize(
@@ -111,6 +116,14 @@ def test_what_cannot_be_batched_is_refused(changes, message):
         make(settings(batched=True, **changes), LocalChannel.alone())
 
 
+def test_of_an_encoder_and_a_decoder_on_workers_of_their_own():
+    """The decoder's layers share the encoder's final norm, whose gradient comes from all of them."""
+    options = {"family": "mt", "model": {"layers": 18, "encoder_layers": 9}, "workers": 2}
+    one, other = (gradients(settings(batched=b, **options), TWO) for b in (True, False))
+    assert any("encoder.layer_norm" in name for name in one)
+    assert_equal(one, other)
+
+
 def test_an_encoder_and_a_decoder_are_refused():
     with pytest.raises(SettingsError, match="differ in more than their weights"):
         gradients(settings(batched=True, family="mt"), TWO)
@@ -121,9 +134,6 @@ def test_layers_that_differ_are_refused():
         def __init__(self, exponent):
             super().__init__()
             self.exponent, self.linear = exponent, nn.Linear(4, 4)
-
-        def extra_repr(self):
-            return f"{self.exponent}"
 
         def forward(self, x):
             return x + self.linear(x) ** self.exponent

@@ -52,7 +52,8 @@ class Driver:
     ) -> None:  # fmt: skip
         self.whole, self.run = config, run
         self.stage = stage_at(config, 0)
-        self._size = capacity(config, device)
+        room = len(staff.slots) if staff is not None else capacity(device)
+        self._size = max(config.fewest_workers, min(config.world, room))
         self.config = self._at_size(self._size)
         self.data, self.kept = loaded or Loaded(None, None)
         self.model, self.batches = model, batches

@@ -184,7 +184,7 @@ class WorkerGroup:
             spare = self.staff.take_spare(self._nodes[rank])
             self.workers[rank] = spare or self.staff.hire(self._slots[rank], rank, self.config)
             if spare is not None:
-                self._get({rank: spare.reconfigure.remote(self.config, rank)}, START_TIMEOUT_S)
+                self._get({rank: self.staff.reassign(spare, rank, self.config)}, START_TIMEOUT_S)
         self._connect(keep_offset=True)
         self._build(sorted(lost))
 

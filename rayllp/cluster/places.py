@@ -37,11 +37,10 @@ def choose_device(config: TrainConfig) -> str:
     return device
 
 
-def capacity(config: TrainConfig, device: str) -> int:
-    """Workers to begin with: as many as `config` asks for; where it leaves that open, as many of them as there is room for now."""
+def capacity(device: str) -> int:
+    """Workers that there is room for now."""
     kind = "GPU" if device == "cuda" else "CPU"
-    room = int(min(ray.available_resources().get(name, 0) for name in {kind, "CPU"}))
-    return max(config.fewest_workers, min(config.world, room))
+    return int(min(ray.available_resources().get(name, 0) for name in {kind, "CPU"}))
 
 
 @dataclass(frozen=True, eq=False)

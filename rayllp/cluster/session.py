@@ -5,7 +5,6 @@ import json
 import logging
 import os
 from collections.abc import Iterator
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +20,8 @@ from rayllp.cluster.places import choose_device
 from rayllp.cluster.staff import Staff
 from rayllp.config import TrainConfig, load_run_config
 from rayllp.data import Batches, load_data
-from rayllp.errors import CheckpointError, DataError, SettingsError
-from rayllp.models import Architecture, LayerStack, build_architecture, check_family
+from rayllp.errors import CheckpointError, SettingsError
+from rayllp.models import Architecture, LayerStack, check_family, check_network
 from rayllp.report import RunDirectory
 
 MAY_DIFFER = set(
@@ -93,8 +92,9 @@ class _Kept:
         Raises:
             SettingsError: they are fewer than it needs.
         """
-        if config.world > self.count:
-            raise SettingsError(f"{config.world} workers within keep_workers({self.count}): keep {config.world}, or lower workers")
+        fewest = config.fewest_workers
+        if fewest > self.count:
+            raise SettingsError(f"{fewest} workers within keep_workers({self.count}): keep {fewest}, or lower workers")
         if self._staff is None or self._staff.device != device:
             self.close()
             self._staff = Staff(self.count, device, lasting=True)
@@ -131,14 +131,8 @@ def keep_workers(count: int) -> Iterator[None]:
             _kept = None
 
 
-def validate(
-    config: TrainConfig, model: Architecture | None, batches: Batches | None, run: RunDirectory | None = None, data: Any = None
-) -> Loaded | None:
-    """Refuse what can be refused without a cluster; the data set and the architecture, where the settings name them.
-
-    Args:
-        data: the settings' data set, where it has been loaded already.
-    """
+def validate(config: TrainConfig, model: Architecture | None, batches: Batches | None, run: RunDirectory | None = None) -> Loaded | None:
+    """Refuse what can be refused without a cluster; the data set, where the settings name it."""
     if (model is None) != (batches is None):
         raise SettingsError("model and batches belong together: give both, or neither")
     if model is not None:
@@ -148,11 +142,8 @@ def validate(
             raise SettingsError(f"nested needs a LayerStack, to make shallower ones of it; got a {type(model).__name__}: leave nested out")
         return None
     check_family(config)
-    if config.model.family == "mt" and (config.eval.translate or config.eval.final_translate) and find_spec("sacrebleu") is None:
-        raise DataError("BLEU needs sacrebleu: pip install 'rayllp[translation]', or set eval.translate and eval.final_translate to 0")
-    data = load_data(config) if data is None else data
-    kept = kept_network(config, run)
-    build_architecture(config, data.facts, kept)  # refuses sizes and checkpoints that do not fit
+    data, kept = load_data(config), kept_network(config, run)
+    check_network(config, data.facts, kept)
     return Loaded(data, kept)
 
 

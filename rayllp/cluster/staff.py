@@ -83,10 +83,14 @@ class Staff:
         """A worker in this place: the one that an earlier run left there, else a new process."""
         actor = self._idle.pop(slot, None)
         if actor is not None:
-            actor.reconfigure.remote(config, rank, self._threads(config))  # if that fails, so does whatever it is asked next
+            self.reassign(actor, rank, config)  # if that fails, so does whatever it is asked next
             return actor
         place = PlacementGroupSchedulingStrategy(placement_group=slot.group, placement_group_bundle_index=slot.bundle)
         return self._start(rank, config, place, self._bundle["CPU"])
+
+    def reassign(self, actor: Any, rank: int, config: TrainConfig) -> Any:
+        """Give a process that has no layers another place; what says that it is done."""
+        return actor.reconfigure.remote(config, rank, self._threads(config))
 
     def _start(self, rank: int, config: TrainConfig, strategy: Any, cpus: float) -> Any:
         options: dict[str, Any] = {"num_cpus": cpus, "num_gpus": self._bundle.get("GPU", 0), "scheduling_strategy": strategy}

@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from rayllp.config import TrainConfig
 from rayllp.data.base import Inputs
 from rayllp.engine.stacks import Stacks
-from rayllp.errors import SettingsError
+from rayllp.models import check_batched
 from rayllp.models.base import Architecture
 from rayllp.models.randomness import FrozenRandomness
 from rayllp.state import State, combine, interpolate, subtract, tensors
@@ -63,9 +63,7 @@ class Block:
         self._templates: dict[int, dict[str, Tensor]] = {}
         self._callable: Mapping[int, nn.Module] = self.layers
         self._side_by_side = _side_by_side
-        for name, chosen in (("mgrit.batched", config.mgrit.batched), ("compile", config.compile)):
-            if chosen and architecture.stochastic:
-                raise SettingsError(f"{name}=true and dropout, whose masks go by layer and sample: set model.dropout=0 or {name}=false")
+        check_batched(config, architecture)
         if config.compile:
             self._compile()
 
@@ -130,8 +128,12 @@ class Block:
 
     def leaves(self, index: int) -> list[nn.Parameter]:
         """Trainable parameters that layer `index` uses."""
-        modules = (self.layers[index], *(() if self.common is None else (self.common,)))
-        return [parameter for module in modules for parameter in module.parameters() if parameter.requires_grad]
+        return [*(p for p in self.layers[index].parameters() if p.requires_grad), *self.common_leaves]
+
+    @property
+    def common_leaves(self) -> list[nn.Parameter]:
+        """Those of them that are every layer's."""
+        return [] if self.common is None else [p for p in self.common.parameters() if p.requires_grad]
 
     def template(self, index: int) -> dict[str, Tensor]:
         """A layer of any worker: names of its parameters and tensors of their shapes, whose values mean nothing."""

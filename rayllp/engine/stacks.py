@@ -16,6 +16,9 @@ from torch import Tensor, nn
 from rayllp.errors import SettingsError
 from rayllp.state import State, combine, tensors
 
+PLACES = ("layer_idx",)
+"""Attributes that only say where a layer is."""
+
 
 @dataclass(frozen=True)
 class Stack:
@@ -100,7 +103,9 @@ class Stacks:
         """A stack that has all of these layers."""
         found = self._of.get(layers[0])
         if found is None or not set(layers) <= set(found.layers) or not found.holds():
-            found = Stack.of({n: self.modules[n] for n in sorted(layers)})
+            # With all that they were with before: else two sets that overlap would take each other's place at every step.
+            wanted = set(layers).union(*(self._of[n].layers for n in layers if n in self._of))
+            found = Stack.of({n: self.modules[n] for n in sorted(wanted)})
             self._of.update(dict.fromkeys(found.layers, found))
         return found
 
@@ -117,6 +122,12 @@ def apart(state: State) -> list[State]:
 
 
 def _kind(module: nn.Module) -> object:
-    """What must be equal for two layers to be called as one: their printed form shows what neither shapes nor names do."""
+    """What must be equal for two layers to be called as one."""
     parameters = [(name, p.shape, p.dtype, p.requires_grad) for name, p in module.named_parameters()]
-    return type(module), str(module), parameters, [(name, b.shape) for name, b in module.named_buffers()]
+    plain = [
+        (path, name, value)
+        for path, part in module.named_modules()
+        for name, value in vars(part).items()
+        if isinstance(value, bool | int | float | str | None) and name not in PLACES
+    ]
+    return type(module), str(module), parameters, [(name, b.shape) for name, b in module.named_buffers()], plain

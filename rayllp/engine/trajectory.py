@@ -201,7 +201,9 @@ class AdjointPropagator(Propagator):
             return super().last_steps(layers, states)
         if penalty is not None:
             states = [self._with_end_seed(penalty, layer, state) for layer, state in zip(layers, states, strict=True)]
-        torch.autograd.backward(graph.outputs, graph.seeds(layers, states), inputs=[*graph.inputs, *graph.stack.trained])
+        torch.autograd.backward(
+            graph.outputs, graph.seeds(layers, states), inputs=[*graph.inputs, *graph.stack.trained, *self.trajectory.block.common_leaves]
+        )
         graph.stack.hand_out()
         parts = tuple(torch.zeros_like(part) if part.grad is None else part.grad for part in graph.inputs)
         found = dict(zip(graph.layers, apart(like(states[0], parts)), strict=True))

@@ -2,11 +2,12 @@
 
 import importlib
 from collections.abc import Mapping
+from importlib.util import find_spec
 from typing import Any
 
 from rayllp.config import TrainConfig
 from rayllp.data.base import Facts
-from rayllp.errors import SettingsError
+from rayllp.errors import DataError, SettingsError
 from rayllp.models.base import Architecture
 from rayllp.models.kinds import refuse_post_ln
 from rayllp.models.stack import LayerStack
@@ -44,7 +45,28 @@ def build_architecture(config: TrainConfig, facts: Facts, kept: Mapping[str, Any
         CheckpointError: model.from_pretrained does not fit.
     """
     check_family(config)
-    return adapter(config).from_settings(config, facts, kept)
+    architecture: Architecture = adapter(config).from_settings(config, facts, kept)
+    check_batched(config, architecture)
+    return architecture
+
+
+def check_network(config: TrainConfig, facts: Facts, kept: Mapping[str, Any] | None = None) -> None:
+    """Refuse settings of which no network can be made for data with these facts, or whose results could not be told.
+
+    Raises:
+        SettingsError, CheckpointError: as `build_architecture`.
+        DataError: a translation's metric is not installed.
+    """
+    build_architecture(config, facts, kept)
+    if config.model.family == "mt" and (config.eval.translate or config.eval.final_translate) and find_spec("sacrebleu") is None:
+        raise DataError("BLEU needs sacrebleu: pip install 'rayllp[translation]', or set eval.translate and eval.final_translate to 0")
+
+
+def check_batched(config: TrainConfig, architecture: Architecture) -> None:
+    """Refuse several layers in one call, and compiled ones, where their dropout is frozen."""
+    for name, chosen in (("mgrit.batched", config.mgrit.batched), ("compile", config.compile)):
+        if chosen and architecture.stochastic:
+            raise SettingsError(f"{name}=true and dropout, whose masks go by layer and sample: set model.dropout=0 or {name}=false")
 
 
 def adapter(config: TrainConfig) -> Any:
@@ -71,4 +93,7 @@ def check_family(config: TrainConfig) -> None:
         raise SettingsError(f"model.head=sentences goes with model.family {' or '.join(SENTENCES)}; got {family}")
 
 
-__all__ = ["FAMILIES", "Architecture", "LayerStack", "adapter", "build_architecture", "check_family", "families", "register"]
+__all__ = [
+    "FAMILIES", "Architecture", "LayerStack", "adapter", "build_architecture", "check_batched", "check_family", "check_network", "families",
+    "register",
+]  # fmt: skip

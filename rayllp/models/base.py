@@ -61,7 +61,10 @@ class Architecture(ABC):
         return embed(inputs)
 
     def advance(self, index: int, layer: nn.Module, state: State, context: Any, common: nn.Module | None) -> State:
-        """The residual block as it is: x -> block(x)."""
+        """The residual block as it is: x -> block(x).
+
+        With `mgrit.batched` several layers are one call: `index` is the first one's, and `layer` a function.
+        """
         return layer(state)
 
     def leave(self, head: nn.Module, state: State, context: Any) -> Tensor:

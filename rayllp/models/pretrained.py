@@ -85,7 +85,7 @@ class PretrainedArchitecture(Architecture):
         """The adapter for these settings and this data; `kept` is the configuration of a run that goes on."""
         config, source = cls.config_of(settings, facts), settings.model.from_pretrained
         if kept is not None:
-            config, source = type(config).from_dict(dict(kept)), None
+            config, source = _with_ours(type(config).from_dict(dict(kept)), config), None
         elif source is not None:
             config = cls._as_pretrained(config, source)
         cls.check_sizes(config, settings)
@@ -97,11 +97,7 @@ class PretrainedArchitecture(Architecture):
         """The checkpoint's own configuration, with what this run's data and settings say of vocabulary, labels, ids and dropout."""
         stored = transformers_config(read_config(source))
         check_model_type(str(stored.get("model_type", "")), config.model_type, source)
-        merged = type(config).from_dict(stored)
-        for name in vars(config):
-            if "drop" in name or name in OURS:
-                setattr(merged, name, getattr(config, name))
-        return merged
+        return _with_ours(type(config).from_dict(stored), config)
 
     @classmethod
     def check_sizes(cls, config: PreTrainedConfig, settings: TrainConfig) -> None:
@@ -247,3 +243,11 @@ def _make_one(piece: Piece, names: list[str]) -> None:
 
 def _within(name: str, paths: Iterable[str]) -> bool:
     return any(name == path or name.startswith(path + ".") for path in paths)
+
+
+def _with_ours(merged: PreTrainedConfig, config: PreTrainedConfig) -> PreTrainedConfig:
+    """`merged`, with what `config` says of vocabulary, labels, ids and dropout: the run's data and settings have the last word there."""
+    for name in vars(config):
+        if "drop" in name or name in OURS:
+            setattr(merged, name, getattr(config, name))
+    return merged

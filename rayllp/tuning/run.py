@@ -19,6 +19,7 @@ from rayllp.cluster.places import choose_device
 from rayllp.cluster.session import join_cluster
 from rayllp.data import load_data
 from rayllp.errors import ClusterError, SettingsError
+from rayllp.models import FAMILIES
 from rayllp.plan.measure import measure_costs
 from rayllp.report import unused
 from rayllp.tuning.results import write_results
@@ -66,8 +67,9 @@ def tune(
     data: Any = load_data(sweep.config({})) if shared or sweep.objective.cluster is not None else None
     if shared:
         sweep.know(data.facts)
-        if (why := sweep.problem({})) is not None:
-            raise SettingsError(f"the base config of the sweep: {why}")
+        is_trial = sweep.default_first and sweep.searcher != "grid" and sweep.scheduler != "pbt"
+        if (is_trial or sweep.objective.cluster is not None) and (why := sweep.problem({})) is not None:
+            raise SettingsError(f"the sweep's base config: {why}")
     searcher = build_searcher(sweep)
     if isinstance(searcher, GridSearch) and not searcher.points:
         raise SettingsError(f"no trial is feasible: {_first(searcher)}")
@@ -95,7 +97,7 @@ def _fit(
     _check_room(sweep, device)
     cluster = sweep.objective.cluster
     costs = None if cluster is None else measure_costs(base, data, message_s=cluster.message_s)
-    given = {"sweep": sweep, "output": str(folder), "data": data if shared else None, "costs": costs}
+    given = {"sweep": sweep, "output": str(folder), "data": data if shared else None, "costs": costs, "families": dict(FAMILIES)}
     resources = partial(_resources, sweep, device)
     trainable = ray_tune.with_resources(
         ray_tune.with_parameters(train_trial, **given), lambda config: resources(sweep.config(config["settings"]).world)

@@ -10,8 +10,8 @@ from pydantic import Field, PrivateAttr, ValidationError, model_validator
 
 from rayllp.config import Settings, TrainConfig, make_config, set_value, setting_names
 from rayllp.data.base import Facts
-from rayllp.errors import CheckpointError, SettingsError
-from rayllp.models import build_architecture
+from rayllp.errors import CheckpointError, DataError, SettingsError
+from rayllp.models import check_network
 from rayllp.tuning.space import Space
 
 Kind = Literal["loss", "time_to_loss", "step_time", "pareto"]
@@ -149,8 +149,8 @@ class Sweep(Settings):
             config = self.config(chosen)
             self.enlarged(config)
             if self._facts is not None:
-                build_architecture(config, self._facts)
-        except (SettingsError, CheckpointError) as error:
+                check_network(config, self._facts)
+        except (SettingsError, CheckpointError, DataError) as error:
             return str(error)
         return None
 

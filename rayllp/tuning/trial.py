@@ -19,6 +19,7 @@ from rayllp.cluster.staff import Staff
 from rayllp.config import TrainConfig, load_run_config
 from rayllp.control import Controller
 from rayllp.errors import CheckpointError, NonFiniteError
+from rayllp.models import FAMILIES
 from rayllp.plan import Costs, predict_step
 from rayllp.report import RunDirectory, read_lines
 from rayllp.tuning.reporter import Reporter
@@ -49,8 +50,9 @@ class TrialDriver(Driver):
         self.stop = self.stop or over
 
 
-def train_trial(choices: dict[str, Any], *, sweep: Sweep, output: str, data: Any, costs: Costs | None) -> None:
+def train_trial(choices: dict[str, Any], *, sweep: Sweep, output: str, data: Any, costs: Costs | None, families: dict[str, str]) -> None:
     """Tune's trainable."""
+    FAMILIES.update(families)
     config = sweep.config(choices["settings"])
     path = Path(output) / "trials" / str(tune.get_context().get_trial_id())
     run, found = _open(path, config)
