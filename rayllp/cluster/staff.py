@@ -114,12 +114,13 @@ class Staff:
     def keep_spares(self, nodes: Iterable[str], config: TrainConfig, *sources: Any) -> None:
         """Begin to start a spare on each of these nodes that has none. Waits for nothing.
 
-        It asks for no resources of its own, and on GPUs there are none, since a process without one cannot be given one.
+        It asks for no resources of its own, and on GPUs there are none, since a process without one cannot be given one. Nor are there any
+        beside a lent placement group, which is to hold all that a Tune trial starts.
 
         Args:
             sources: what `BlockWorker.warm` wants.
         """
-        if self.device != "cpu":
+        if self.device != "cpu" or self._lent:
             return
         for node in set(nodes) - self._spares.keys():
             actor = self._start(-1, config, NodeAffinitySchedulingStrategy(node, soft=False), cpus=0)
