@@ -126,7 +126,7 @@ def rows(arguments: argparse.Namespace) -> None:
     with processes(most) as staff:
         # The ideal has layers of 10 ms and messages of none; the model has what both take on this machine.
         costs = measured_costs(message_s(staff, most))
-        print(shown(costs) + f"\n| {heads} | over that | speed-up | TorchBraid over ours |\n" + "|---" * 14 + "|", flush=True)
+        print(shown(costs) + f"\n| {heads} | speed-up | TorchBraid over ours |\n" + "|---" * 14 + "|", flush=True)
         for row in ROWS:
             config = settings(row)
             found = bench_step(config, steps=arguments.steps, emulate=LAYER, staff=staff)
