@@ -19,14 +19,13 @@ from typing import Any
 
 import torch
 from plain import plain_gpt2, plain_step
+from step import make_engine
 
 import rayllp
 from rayllp.channel import LocalChannel
 from rayllp.config import TrainConfig
 from rayllp.control import Controller
 from rayllp.data import load_data
-from rayllp.engine import Engine
-from rayllp.models import build_architecture
 
 SIZES: dict[str, dict[str, Any]] = {
     "tiny": {"model": {"layers": 16, "width": 32, "heads": 2}, "sequence_length": 32, "batch_size": 2},
@@ -62,9 +61,7 @@ def settings(size: str, **changes: Any) -> TrainConfig:
 
 
 def ours(config: TrainConfig, device: torch.device) -> Callable[[int], float]:
-    text, alone = load_data(config), LocalChannel.alone()
-    engine = Engine(build_architecture(config, text.facts), config, text, alone, alone, device)
-    accuracy = Controller(config).accuracy
+    engine, accuracy = make_engine(config, LocalChannel.alone(), device), Controller(config).accuracy
     return lambda step: engine.train_step(step, accuracy).loss
 
 

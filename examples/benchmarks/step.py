@@ -45,10 +45,10 @@ def settings(**changes: object) -> TrainConfig:
     return rayllp.make_config({**base, "mode": "serial", "workers": 1, "sequence_length": 128, "batch_size": 8, **changes})
 
 
-def make_engine(config: TrainConfig, channel: object) -> Engine:
+def make_engine(config: TrainConfig, channel: object, device: str | torch.device = "cpu") -> Engine:
     text = load_data(config)
     architecture = build_architecture(config, text.facts)
-    return Engine(architecture, config, text, channel, LocalChannel.alone(), torch.device("cpu"))  # type: ignore[arg-type]
+    return Engine(architecture, config, text, channel, LocalChannel.alone(), torch.device(device))  # type: ignore[arg-type]
 
 
 # One worker against a bare loop ---------------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from rayllp.cluster.staff import Staff
 from rayllp.config import TrainConfig, load_run_config
 from rayllp.data import Batches, load_data
 from rayllp.errors import CheckpointError, SettingsError
-from rayllp.models import Architecture, LayerStack, check_family, check_network
+from rayllp.models import Architecture, LayerStack, check_batched, check_family, check_network
 from rayllp.report import RunDirectory
 
 MAY_DIFFER = set(
@@ -140,6 +140,7 @@ def validate(config: TrainConfig, model: Architecture | None, batches: Batches |
             raise SettingsError(f"the model has {model.layers} layers but model.layers is {config.model.layers}: make them equal")
         if config.nested.factors and not isinstance(model, LayerStack):
             raise SettingsError(f"nested needs a LayerStack, to make shallower ones of it; got a {type(model).__name__}: leave nested out")
+        check_batched(config, model)
         return None
     check_family(config)
     data, kept = load_data(config), kept_network(config, run)

@@ -56,7 +56,8 @@ class Staff:
     ) -> None:
         self.device, self.name, self.lasting = device, name, lasting
         # A run that has a cluster to itself uses all of it; in a lent group a worker has what its bundle has.
-        self._alone = device == "cpu" and group is None
+        alone = device == "cpu" and group is None
+        self._cpus = int(ray.cluster_resources().get("CPU", 1)) if alone else 1
         self._bundle: dict[str, float] = {"CPU": 1.0, "GPU": 1.0} if device == "cuda" else {"CPU": 1.0}
         self._lent = group is not None
         self.group = group or placement_group([self._bundle] * count, strategy="PACK", name=group_name(name) if name else "")
@@ -101,8 +102,7 @@ class Staff:
 
     def _threads(self, config: TrainConfig) -> int:
         """Of each worker of such a run."""
-        cpus = int(ray.cluster_resources().get("CPU", 1)) // config.world if self._alone else 1
-        return threads_of(max(1, cpus))
+        return threads_of(max(1, self._cpus // config.world))
 
     def free(self, taken: Collection[Slot]) -> list[Slot]:
         """Places that neither have these workers nor a recruit, those of nodes that live first."""

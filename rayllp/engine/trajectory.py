@@ -38,8 +38,14 @@ class BatchedGraph:
 
     def seeds(self, layers: Sequence[int], states: Sequence[State]) -> tuple[Tensor, ...]:
         """Adjoints at the outputs: these of these layers, zero of all others."""
-        given, zero = dict(zip(layers, states, strict=True)), combine(torch.zeros_like, states[0])
-        return tensors(side_by_side([given.get(layer, zero) for layer in self.layers]))
+        given = dict(zip(layers, states, strict=True))
+        everything = [given[layer] if layer in given else combine(torch.zeros_like, states[0]) for layer in self.layers]
+        return tensors(side_by_side(everything))
+
+    def of(self, layers: Sequence[int], state: State) -> list[State]:
+        """These layers' parts of a state of all."""
+        found = dict(zip(self.layers, apart(state), strict=True))
+        return [found[layer] for layer in layers]
 
 
 @dataclass
@@ -62,18 +68,22 @@ class Trajectory:
 
     def run(self, layer: int, state: State) -> State:
         """One middle layer."""
-        return self.block.layer(layer + self.block.config.buffers.open, state)
+        return self.block.layer(self.index(layer), state)
+
+    def index(self, layer: int) -> int:
+        """The layer's place in the whole network."""
+        return layer + self.block.config.buffers.open
 
     def run_together(self, layers: Sequence[int], states: Sequence[State]) -> list[State]:
         """Several middle layers in one call, without a record."""
-        indices = [layer + self.block.config.buffers.open for layer in layers]
+        indices = [self.index(layer) for layer in layers]
         weights = self.block.stacks.containing(indices).weights(indices)
         with torch.no_grad():
             return apart(self.block.side_by_side(indices, side_by_side(states), weights))
 
     def record_together(self, layers: Sequence[int], states: Sequence[State]) -> list[State]:
         """The same in the last forward sweep; the graph is kept."""
-        indices = [layer + self.block.config.buffers.open for layer in layers]
+        indices = [self.index(layer) for layer in layers]
         stack = self.block.stacks.containing(indices)
         with torch.no_grad():
             whole = side_by_side(states)
@@ -192,8 +202,7 @@ class AdjointPropagator(Propagator):
         if graph is None:  # the forward was exact, one interval in all
             return super().steps(layers, states)
         gradients = torch.autograd.grad(graph.outputs, graph.inputs, graph.seeds(layers, states), retain_graph=True, materialize_grads=True)
-        found = dict(zip(graph.layers, apart(like(states[0], gradients)), strict=True))
-        return [found[layer] for layer in layers]
+        return graph.of(layers, like(states[0], gradients))
 
     def last_steps(self, layers: Sequence[int], states: Sequence[State]) -> list[State]:
         graph, penalty = self.trajectory.batched.get(layers[0]), self.penalty
@@ -205,20 +214,18 @@ class AdjointPropagator(Propagator):
             graph.outputs, graph.seeds(layers, states), inputs=[*graph.inputs, *graph.stack.trained, *self.trajectory.block.common_leaves]
         )
         graph.stack.hand_out()
-        parts = tuple(torch.zeros_like(part) if part.grad is None else part.grad for part in graph.inputs)
-        found = dict(zip(graph.layers, apart(like(states[0], parts)), strict=True))
         for layer in graph.layers:
             del self.trajectory.batched[layer], self.trajectory.graphs[layer]
-        return [found[layer] for layer in layers]
+        return graph.of(layers, like(states[0], _gradients(graph.inputs)))
 
     def last_step(self, layer: int, state: State, known: State | None) -> State:
         graph, penalty = self.trajectory.graph(layer), self.penalty
         if penalty is not None:
             state = penalty.into(layer, self._with_end_seed(penalty, layer, state))
-        leaves = self.trajectory.block.leaves(layer + self.trajectory.block.config.buffers.open)
+        leaves = self.trajectory.block.leaves(self.trajectory.index(layer))
         torch.autograd.backward(graph.outputs, tensors(state), inputs=[*graph.inputs, *leaves])
         del self.trajectory.graphs[layer]
-        state = like(state, tuple(torch.zeros_like(part) if part.grad is None else part.grad for part in graph.inputs))
+        state = like(state, _gradients(graph.inputs))
         return state if penalty is None else penalty.out_of(layer, state)
 
     def _with_end_seed(self, penalty: Consistency, layer: int, lam: State) -> State:
@@ -229,3 +236,8 @@ class AdjointPropagator(Propagator):
         seed = penalty.seed(interval, first.inputs, first.outputs, last.outputs)
         penalty.keep(interval, seed)
         return combine(torch.add, lam, like(lam, tensors(seed)))
+
+
+def _gradients(inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """What a backward pass left at these; zero where nothing came."""
+    return tuple(torch.zeros_like(part) if part.grad is None else part.grad for part in inputs)

@@ -70,8 +70,11 @@ class Solver:
         operator = coarse_operator(method.coarse_step_weight)
         steps = Remembering(propagator, frozenset(layer for level in hierarchy.levels[1:2] for layer in level.layers))
         self.method, self.channel, self.tag, self.spec = method, channel, tag, spec
-        self.grids = [Grid(level, depth, steps, operator, channel, spec, tag) for depth, level in enumerate(hierarchy.levels)]
-        self.grids[0].batched = method.batched and len(self.grids) > 1
+        batched = method.batched and len(hierarchy.levels) > 1
+        self.grids = [
+            Grid(level, depth, steps, operator, channel, spec, tag, batched=batched and depth == 0)
+            for depth, level in enumerate(hierarchy.levels)
+        ]
         self.transfers = [of_level.get(channel.rank, []) for of_level in hierarchy.transfers]
         self.squares: list[Tensor] = []
         self.enter = watch or (lambda phase, level: None)

@@ -18,7 +18,7 @@ Steps = Callable[[Sequence[int]], list[State]]
 class Grid:
     """Values and sweeps of one worker on one level.
 
-    Attributes:
+    Args:
         batched: whether whole intervals are swept side by side: on the finest level, where the method says so.
     """
 
@@ -31,6 +31,8 @@ class Grid:
         channel: Channel,
         spec: StateSpec,
         tag: MessageTag,
+        *,
+        batched: bool = False,
     ) -> None:
         self.level, self.depth = level, depth
         self.propagator, self.operator = propagator, operator
@@ -40,7 +42,7 @@ class Grid:
         self.values: dict[int, State] = {}
         self.offsets: dict[int, State] = {}
         self.rhs: dict[int, State] = {}
-        self.batched = False
+        self.batched = batched
 
     # One step, and one message ------------------------------------------------------------------------------------------------
 

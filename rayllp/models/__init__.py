@@ -47,9 +47,7 @@ def build_architecture(config: TrainConfig, facts: Facts, kept: Mapping[str, Any
         CheckpointError: model.from_pretrained does not fit.
     """
     check_family(config)
-    architecture: Architecture = adapter(config).from_settings(config, facts, kept)
-    check_batched(config, architecture)
-    return architecture
+    return adapter(config).from_settings(config, facts, kept)
 
 
 def check_network(config: TrainConfig, facts: Facts, kept: Mapping[str, Any] | None = None) -> None:
@@ -59,7 +57,7 @@ def check_network(config: TrainConfig, facts: Facts, kept: Mapping[str, Any] | N
         SettingsError, CheckpointError: as `build_architecture`.
         DataError: a translation's metric is not installed.
     """
-    build_architecture(config, facts, kept)
+    check_batched(config, build_architecture(config, facts, kept))
     if config.model.family == "mt" and (config.eval.translate or config.eval.final_translate) and find_spec("sacrebleu") is None:
         raise DataError("BLEU needs sacrebleu: pip install 'rayllp[translation]', or set eval.translate and eval.final_translate to 0")
 

@@ -24,7 +24,7 @@ from rayllp.plan.measure import measure_costs
 from rayllp.report import unused
 from rayllp.tuning.results import write_results
 from rayllp.tuning.searchers import FeasibleSearch, GridSearch, build_searcher
-from rayllp.tuning.sweep import DATA, Sweep, load_sweep, make_sweep
+from rayllp.tuning.sweep import Sweep, load_sweep, make_sweep
 from rayllp.tuning.switching import SwitchingScheduler
 from rayllp.tuning.trial import train_trial
 
@@ -63,12 +63,10 @@ def tune(
     else:
         sweep = sweep if isinstance(sweep, Sweep) else load_sweep(sweep)
     # Data that all trials share are loaded here, once, and so refused before there is anything else.
-    shared = not any(name.startswith(DATA) for name in sweep.space)
-    data: Any = load_data(sweep.config({})) if shared or sweep.objective.cluster is not None else None
-    if shared:
+    data: Any = load_data(sweep.config({})) if sweep.shares_data or sweep.objective.cluster is not None else None
+    if sweep.shares_data:
         sweep.know(data.facts)
-        is_trial = sweep.default_first and sweep.searcher != "grid" and sweep.scheduler != "pbt"
-        if (is_trial or sweep.objective.cluster is not None) and (why := sweep.problem({})) is not None:
+        if (sweep.begins_with_base or sweep.objective.cluster is not None) and (why := sweep.problem({})) is not None:
             raise SettingsError(f"the sweep's base config: {why}")
     searcher = build_searcher(sweep)
     if isinstance(searcher, GridSearch) and not searcher.points:
@@ -78,7 +76,7 @@ def tune(
     # A cluster of this machine's own has room for as many trials as are wanted at a time.
     with join_cluster((sweep.concurrent or 1) * (sweep.config({}).world + math.ceil(sweep.driver_cpus))):
         try:
-            results = _fit(sweep, folder, searcher, data, shared=shared, resumed=resume is not None, console=console)
+            results = _fit(sweep, folder, searcher, data, resumed=resume is not None, console=console)
         except BaseException:
             if resume is None and not (folder / EXPERIMENT).exists():
                 shutil.rmtree(folder)
@@ -89,15 +87,13 @@ def tune(
         return results
 
 
-def _fit(
-    sweep: Sweep, folder: Path, searcher: FeasibleSearch | GridSearch, data: Any, *, shared: bool, resumed: bool, console: Console
-) -> ResultGrid:
+def _fit(sweep: Sweep, folder: Path, searcher: FeasibleSearch | GridSearch, data: Any, *, resumed: bool, console: Console) -> ResultGrid:
     base = sweep.config({})
     device = choose_device(base)
     _check_room(sweep, device)
     cluster = sweep.objective.cluster
     costs = None if cluster is None else measure_costs(base, data, message_s=cluster.message_s)
-    given = {"sweep": sweep, "output": str(folder), "data": data if shared else None, "costs": costs, "families": dict(FAMILIES)}
+    given = {"sweep": sweep, "output": str(folder), "data": data if sweep.shares_data else None, "costs": costs, "families": dict(FAMILIES)}
     resources = partial(_resources, sweep, device)
     trainable = ray_tune.with_resources(
         ray_tune.with_parameters(train_trial, **given), lambda config: resources(sweep.config(config["settings"]).world)

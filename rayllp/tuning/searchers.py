@@ -80,7 +80,7 @@ class FeasibleSearch(_Search):
     def suggest(self, trial_id: str) -> Any:
         if self.given >= self.sweep.trials:
             return Searcher.FINISHED
-        if not self.given and self.sweep.default_first and self.sweep.scheduler != "pbt":  # which changes what a trial's config has
+        if not self.given and self.sweep.begins_with_base:
             return self._give(trial_id, self._default(trial_id))
         for attempt in range(MOST_INFEASIBLE):
             name = f"{trial_id}.{attempt}"

@@ -99,6 +99,16 @@ class Sweep(Settings):
     def parameters(self) -> Space:
         return self._space
 
+    @property
+    def begins_with_base(self) -> bool:
+        """Whether the first trial is the base config: of a grid it is one only as a point, and population based training changes it."""
+        return self.default_first and self.searcher != "grid" and self.scheduler != "pbt"
+
+    @property
+    def shares_data(self) -> bool:
+        """Whether all trials have the same data set."""
+        return not any(name.startswith(DATA) for name in self.space)
+
     def values(self, chosen: Mapping[str, Any]) -> dict[str, Any]:
         """Nested settings of a trial with these choices, by dotted name."""
         merged = copy.deepcopy(self._base)
