@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import queue
 import tempfile
+import time
 import traceback
 from datetime import timedelta
 from pathlib import Path
@@ -116,19 +117,43 @@ def run_processes(size, work, *arguments):
         ]
         for process in processes:
             process.start()
+        deadline = time.monotonic() + PROCESS_LIMIT_S
         try:
-            for _ in range(size):
-                rank, value, error = outcomes.get(timeout=PROCESS_LIMIT_S)
+            while len(results) < size:
+                try:
+                    rank, value, error = outcomes.get(timeout=1)
+                except queue.Empty:
+                    died = [rank for rank, process in enumerate(processes) if process.exitcode and rank not in results]
+                    if died or time.monotonic() > deadline:
+                        raise AssertionError(
+                            f"only {sorted(results)} of {size} processes answered in {PROCESS_LIMIT_S} s; {died} died"
+                        ) from None
+                    continue
                 if error:
                     raise AssertionError(f"process {rank} failed:\n{error}")
                 results[rank] = value
-        except queue.Empty:
-            raise AssertionError(f"only {sorted(results)} of {size} processes answered in {PROCESS_LIMIT_S} s") from None
         finally:
             for process in processes:
                 process.join(5)
                 process.kill()
     return [results[rank] for rank in range(size)]
+
+
+def run_mpi_processes(size, work, *arguments):
+    """The same, where the processes also become an MPI world, without MPI's launcher, as Ray's actors do: `work(world, *arguments)`."""
+    from rayllp.channel.pmi import ProcessManager
+
+    manager = ProcessManager("127.0.0.1", ["here"] * size)
+    try:
+        return run_processes(size, _in_mpi_world, manager.rendezvous, work, *arguments)
+    finally:
+        manager.close()
+
+
+def _in_mpi_world(rank, size, rendezvous, work, *arguments):
+    from rayllp.channel.mpi import MPIWorld
+
+    return work(MPIWorld.join(rendezvous, rank, timeout_s=30), *arguments)
 
 
 @pytest.fixture(scope="session")

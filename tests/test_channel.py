@@ -7,7 +7,7 @@ import torch
 
 from rayllp.channel import MessageTag, StateSpec, run_workers
 from rayllp.errors import ChannelError
-from tests.conftest import run_processes
+from tests.conftest import run_mpi_processes, run_processes
 
 TAG = MessageTag(7, "forward", "relaxation", 1)
 
@@ -26,7 +26,15 @@ def over_gloo(size, work):
     return run_processes(size, _gloo, work)
 
 
-@pytest.fixture(params=[over_threads, over_gloo], ids=["threads", "gloo"])
+def _mpi(world, work):
+    return work(world.channel(0, timeout_s=1.0))
+
+
+def over_mpi(size, work):
+    return run_mpi_processes(size, _mpi, work)
+
+
+@pytest.fixture(params=[over_threads, over_gloo, over_mpi], ids=["threads", "gloo", "mpi"])
 def workers(request):
     return request.param
 

@@ -159,7 +159,7 @@ class Driver:
             try:
                 reached = max(reached, self.workers.reached(lost))
                 size = max(self.workers.places(lost), self.whole.fewest_workers)
-                if size < len(self.workers.workers) or self.workers.is_halfway:
+                if size < len(self.workers.workers) or self.workers.is_halfway or not self.workers.keeps_processes:
                     step, source = self._resize(size, lost)
                 else:
                     self.workers.replace(lost)
@@ -269,6 +269,9 @@ class Driver:
         if step is None:
             step, source = self._take_back_from_disk()
         seconds = round(time.monotonic() - began, 3)
+        if before.world == self.config.world:
+            self.journal.say(f"step {step}: all {before.world} workers are new processes")
+            return step, source
         self.journal.event(
             step, "resize", workers_before=before.world, workers=self.config.world, blocks=self.config.blocks, seconds=seconds
         )

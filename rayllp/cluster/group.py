@@ -10,6 +10,7 @@ from typing import Any
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
+from rayllp.channel.pmi import ProcessManager, Rendezvous
 from rayllp.checkpoint.memory import Inventory, Layout, common_step, copy_offset, holder_of
 from rayllp.cluster.places import Slot, draining
 from rayllp.cluster.staff import START_TIMEOUT_S, Staff
@@ -49,6 +50,7 @@ class WorkerGroup:
         self._estate: Estate | None = None
         self._shared: Any = None
         self._sources: tuple[Architecture | None, dict[str, Any] | None] = (None, None)
+        self._manager: ProcessManager | None = None
 
     @property
     def device(self) -> str:
@@ -80,10 +82,29 @@ class WorkerGroup:
         one_node = len(set(self._nodes)) == 1
         host = "127.0.0.1" if one_node else places[0][1]
         port = self._get({0: self.workers[0].listen.remote(host)}, START_TIMEOUT_S)[0]
-        backend = {"auto": "nccl" if self.device == "cuda" else "gloo"}.get(self.config.channel, self.config.channel)
+        backend = self.config.channel if self.config.channel in ("gloo", "nccl") else "nccl" if self.device == "cuda" else "gloo"
         if not keep_offset:
             self._offset = copy_offset(self._nodes[: self.config.layer_workers])
-        self.call("connect", host, port, backend, self.device, self._offset, timeout_s=START_TIMEOUT_S)
+        self.call("connect", host, port, backend, self.device, self._offset, self._begin_mpi(), timeout_s=START_TIMEOUT_S)
+
+    def _begin_mpi(self) -> Rendezvous | None:
+        """Where the workers become an MPI world, where states are to travel by MPI."""
+        self._end_mpi()
+        if self.config.channel != "mpi":
+            return None
+        here = ray.get_runtime_context().get_node_id()
+        self._manager = ProcessManager("127.0.0.1" if {*self._nodes} == {here} else ray.util.get_node_ip_address(), self._nodes)
+        return self._manager.rendezvous
+
+    def _end_mpi(self) -> None:
+        if self._manager is not None:
+            self._manager.close()
+            self._manager = None
+
+    @property
+    def keeps_processes(self) -> bool:
+        """Whether workers can be connected anew. If not, all give up their layers to new processes when one is lost, or comes."""
+        return self.config.channel != "mpi"
 
     def rebuild(self, config: TrainConfig, architecture: Architecture | None, kept: dict[str, Any] | None = None) -> list[dict[str, Any]]:
         """Give the workers the layers of other settings, which want as many workers, and drop those they have; else as `start`."""
@@ -190,7 +211,7 @@ class WorkerGroup:
 
     def keep_spares(self) -> None:
         """Begin to start a spare on each node that has workers and no spare, where the settings want that. Waits for nothing."""
-        if self.config.spare_workers and self.config.max_failures:
+        if self.config.spare_workers and self.config.max_failures and self.keeps_processes:
             self.staff.keep_spares(self._nodes, self.config, self._sources[0], self._shared, self._plan())
 
     def survivors(self, lost: Collection[int]) -> list[int]:
@@ -275,7 +296,7 @@ class WorkerGroup:
         self._estate = estate = self._estate or self._collect(lost)
         self.call_some(self.survivors(lost), "leave", timeout_s=START_TIMEOUT_S)
         self.config, self._sources = config, (architecture, kept)
-        self._reseat(config.world, lost, leaving)
+        self._reseat(config.world, lost, leaving if self.keeps_processes else frozenset(self.survivors(lost)))
         self._reconfigure()
         self._connect()
         shares = self._build(range(config.world))
@@ -312,6 +333,7 @@ class WorkerGroup:
 
     def dismiss(self) -> None:
         """End all processes; `start` makes new ones."""
+        self._end_mpi()
         self.staff.dismiss(self.workers)
         self.staff.dismiss_idle()
         self.workers = []
@@ -321,6 +343,7 @@ class WorkerGroup:
         if ray.is_initialized():  # else the cluster is gone, and a call would start another
             self.staff.release(zip(self._slots, self.workers, strict=False))
             self.workers = []
+        self._end_mpi()
 
 
 def _lost(ranks: frozenset[int], why: str = "") -> WorkerLostError:

@@ -19,6 +19,8 @@ from torch._C._distributed_c10d import TCPStore
 
 from rayllp.channel.base import Channel
 from rayllp.channel.local import LocalChannel
+from rayllp.channel.mpi import MPIWorld
+from rayllp.channel.pmi import Rendezvous
 from rayllp.channel.timing import Link, time_messages
 from rayllp.channel.torch_dist import TorchChannel
 from rayllp.checkpoint import PieceWriter, Prolongation, load_pieces, locate
@@ -27,6 +29,7 @@ from rayllp.config import TrainConfig
 from rayllp.control import Accuracy, ProbePlan
 from rayllp.data import Batches
 from rayllp.engine import Engine
+from rayllp.errors import ChannelError
 from rayllp.models import FAMILIES, Architecture, build_architecture
 from rayllp.timeline import TimedStep, Timeline
 
@@ -81,6 +84,7 @@ class BlockWorker:
         self._layer_group: dist.ProcessGroup | None = None
         self._data_group: dist.ProcessGroup | None = None
         self._copies_group: dist.ProcessGroup | None = None
+        self._mpi: MPIWorld | None = None
         self._copies: NeighbourCopies | None = None
         self._writer = PieceWriter()
         self._offset = 1
@@ -102,11 +106,12 @@ class BlockWorker:
         self._listener = socket.create_server((host, 0))
         return int(self._listener.getsockname()[1])
 
-    def connect(self, host: str, port: int, backend: str, device: str, offset: int) -> None:
+    def connect(self, host: str, port: int, backend: str, device: str, offset: int, rendezvous: Rendezvous | None = None) -> None:
         """Join the process groups.
 
         Args:
             offset: copies of states go to the worker so many blocks on.
+            rendezvous: of the MPI world that is to carry states; None: torch's groups do.
         """
         self._offset = offset
         config = self.config
@@ -130,6 +135,8 @@ class BlockWorker:
         if D == 1 and config.world > 1:  # with replicas a block's state is on another one already
             self._copies_group = dist.new_group(backend="gloo", timeout=timeout)
             _limit(self._copies_group, "cpu", COPY_TIMEOUT_S)
+        if rendezvous is not None:
+            self._mpi = MPIWorld.join(rendezvous, self.rank, timeout.total_seconds())
         if self.engine is not None:
             self.engine.reconnect(*self._channels())
             self._keep_copies()
@@ -140,6 +147,8 @@ class BlockWorker:
             return
         if self._copies is not None:
             self._copies.close()
+        if self._mpi is not None:
+            self._mpi.leave()
         if self.engine is not None:
             self.engine.disconnect()
         self._layer_group = self._data_group = self._copies_group = None
@@ -171,7 +180,10 @@ class BlockWorker:
     def _channels(self) -> tuple[Channel, Channel]:
         """To the other blocks, and to the other replicas."""
         assert self._layer_group is not None, "connect() comes first"
-        limit, data = self.config.receive_timeout_s, self._data_group
+        limit, data, P = self.config.receive_timeout_s, self._data_group, self.config.layer_workers
+        if self._mpi is not None:
+            layers = self._mpi.channel(self.rank // P, limit, self._layer_group)
+            return layers, LocalChannel.alone() if data is None else self._mpi.channel(self.rank % P, limit, data)
         return TorchChannel(self._layer_group, limit), LocalChannel.alone() if data is None else TorchChannel(data, limit)
 
     def _keep_copies(self) -> None:
@@ -190,8 +202,14 @@ class BlockWorker:
         gc.collect()  # two networks at once may not fit, and an engine and its parts refer to each other
 
     def vacate(self) -> None:
-        """Give up layers and connections, and forget the run: `reconfigure` begins another one."""
+        """Give up layers and connections, and forget the run: `reconfigure` begins another one.
+
+        Raises:
+            ChannelError: this process is in an MPI world, and can be in no other.
+        """
         self.leave()
+        if self._mpi is not None:
+            raise ChannelError("a process can be in one MPI world only")
         self.reconfigure(self.config, -1)
         self._writer, self._done = PieceWriter(), deque(maxlen=REMEMBERED)
         if torch.cuda.is_initialized():

@@ -59,7 +59,9 @@ class TrainConfig(Settings):
     mesh: MeshSettings = MeshSettings()
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: GPUs where the cluster has enough of them")
     compile: bool = Field(False, description="torch.compile of the layers; the first steps then take a minute")
-    channel: Literal["auto", "gloo", "nccl"] = Field("auto", description="auto: nccl on GPUs, gloo on CPUs")
+    channel: Literal["auto", "gloo", "nccl", "mpi"] = Field(
+        "auto", description="auto: nccl on GPUs, gloo on CPUs; mpi: mpi4py's, for a tuned MPI (docs/cluster.md)"
+    )
     receive_timeout_s: float = Field(120.0, gt=0, description="longest wait for a neighbour's message")
     hang_timeout_s: float = Field(30.0, gt=0, description="a worker that is silent for so long after another failed is killed and replaced")
     snapshot_every: int | None = Field(

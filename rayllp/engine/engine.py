@@ -15,7 +15,7 @@ from torch import Tensor
 
 from rayllp.channel.base import Channel, MessageTag, StateSpec
 from rayllp.channel.local import LocalChannel
-from rayllp.channel.torch_dist import TorchChannel
+from rayllp.channel.wired import WiredChannel
 from rayllp.config import TrainConfig
 from rayllp.control import Accuracy, ProbePlan
 from rayllp.data.base import Batches, Inputs
@@ -282,14 +282,15 @@ class Engine:
 
     def pipeline(self, inputs: Inputs, batch: int) -> Pipeline | None:
         """The 1F1B pipeline; None where one worker holds all, or the batch cannot be cut finely enough."""
-        if self.layers.size == 1 or not isinstance(self.layers, TorchChannel):
+        group = self.layers.group if isinstance(self.layers, WiredChannel) else None
+        if self.layers.size == 1 or group is None:
             return None
         if self._pipeline is None:
             parts = self.config.accumulate
             microbatches = parts * count_microbatches(batch // parts, self.layers.size, self.config.microbatches)
             if microbatches < self.layers.size:
                 return None
-            self._pipeline = Pipeline(self.block, self.layers, inputs, microbatches)
+            self._pipeline = Pipeline(self.block, group, inputs, microbatches)
         return self._pipeline
 
     def reduce_statistics(

@@ -7,10 +7,10 @@ serial; one worker runs plain autograd.
 from collections.abc import Callable, Iterator
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from rayllp.channel.torch_dist import TorchChannel
 from rayllp.data.base import Inputs
 from rayllp.engine.block import Block, Moment
 from rayllp.engine.consistency import Consistency, Watch
@@ -73,15 +73,15 @@ class Pipeline:
     """One worker's end of the 1F1B schedule; built once, stepped every training step in serial mode.
 
     Raises:
-        SettingsError: fewer microbatches than workers (the caller then solves exactly without microbatches), or a channel that
-            torch's pipelining cannot use.
+        SettingsError: fewer microbatches than workers (the caller then solves exactly without microbatches).
     """
 
-    def __init__(self, block: Block, channel: TorchChannel, inputs: Inputs, microbatches: int) -> None:
+    def __init__(self, block: Block, group: dist.ProcessGroup, inputs: Inputs, microbatches: int) -> None:
         from torch.distributed.pipelining import PipelineStage, Schedule1F1B  # takes a second, which other workers need not wait
 
-        if microbatches < channel.size:
-            raise SettingsError(f"1F1B needs at least {channel.size} microbatches for {channel.size} workers; got {microbatches}")
+        rank, size = dist.get_rank(group), dist.get_world_size(group)
+        if microbatches < size:
+            raise SettingsError(f"1F1B needs at least {size} microbatches for {size} workers; got {microbatches}")
         self.block, self.microbatches = block, microbatches
         self.module = StageModule(block)
         self.part = tensors(inputs)[0].shape[0] // microbatches
@@ -98,10 +98,10 @@ class Pipeline:
                 block.begin(0, range(self.part), small, training=False)
                 outputs = (block.leave(real).to("meta").requires_grad_(),)
         stage = PipelineStage(
-            self.module, channel.rank, channel.size, block.device,
+            self.module, rank, size, block.device,
             input_args=entering if block.first else state, output_args=outputs,
             input_grads=(None,) * len(entering) if block.first else state, output_grads=None if block.last else outputs,
-            group=channel.group,
+            group=group,
         )  # fmt: skip
         self.schedule = Schedule1F1B(stage, microbatches, loss_fn=self._loss, scale_grads=False)
         self.scale = 1.0
