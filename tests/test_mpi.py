@@ -1,0 +1,143 @@
+"""States over MPI: as exact as over anything else, on Ray too, and a lost rank is noticed by all."""
+
+import socket
+import time
+
+import pytest
+import torch
+
+from rayllp.channel import MessageTag, StateSpec
+from rayllp.channel.pmi import Lifeline, ProcessManager
+from rayllp.errors import ChannelError
+from tests.conftest import losses_over_threads, make_engine, merge, run_mpi_processes, run_processes, tiny, train_engine
+from tests.test_recovery import drive, read, undisturbed, weights
+
+TAG = MessageTag(3, "forward", "relaxation")
+
+
+def losses_over_mpi(world, config, steps):
+    return [stats.loss for stats in train_engine(make_engine(config, world.channel(0, 60.0)), steps)]
+
+
+@pytest.mark.parametrize("workers", [2, 3, 4])
+def test_a_step_over_mpi_is_the_step_over_threads(workers):
+    exact = {"model": {"layers": 12}, "mgrit": {"levels": {"forward": 1, "backward": 1}}}
+    wanted = losses_over_threads(tiny(**exact), 6)
+    found = run_mpi_processes(workers, losses_over_mpi, tiny(**exact, workers=workers), 6)
+    assert found == [pytest.approx(wanted, abs=1e-10)] * workers
+    cycled = {"buffers": {"open": 0, "close": 0}, "mgrit": {"coarsening": 3}, "adaptive": {"probe_every": 2}}
+    config = tiny(**cycled, workers=workers)
+    assert run_mpi_processes(workers, losses_over_mpi, config, 4) == [losses_over_threads(config, 4)] * workers  # to the bit
+
+
+def large(channel):
+    """Messages of 16 MiB both ways at once, each sent before anything is received, while the sender is at something else."""
+    other, count = 1 - channel.rank, 4 * 1024**2
+    channel.send(torch.full((count,), float(channel.rank)), other, TAG)
+    time.sleep(0.3)
+    found = channel.receive(StateSpec.of(torch.zeros(count)), other, TAG)
+    channel.finish()
+    halves = channel.all_reduce(torch.full((3,), 1.5, dtype=torch.bfloat16), TAG)
+    return float(found.sum()) / count, halves.dtype, halves.tolist()
+
+
+def _large(world):
+    return large(world.channel(0, 30.0))
+
+
+def test_large_messages_and_reduced_precision():
+    assert run_mpi_processes(2, _large) == [(1.0, torch.bfloat16, [3.0] * 3), (0.0, torch.bfloat16, [3.0] * 3)]
+
+
+def _one_goes(world):
+    channel = world.channel(0, 60.0)
+    if channel.rank == 1:
+        time.sleep(0.5)  # the others are out of the call that made their channel
+        world.leave()
+        return None, 0.0
+    started = time.monotonic()
+    with pytest.raises(ChannelError) as caught:
+        channel.receive(StateSpec.of(torch.zeros(2)), 1, TAG)
+    return str(caught.value), time.monotonic() - started
+
+
+def test_who_waits_for_a_worker_that_is_gone_is_told_at_once():
+    for message, waited in run_mpi_processes(3, _one_goes)[::2]:
+        assert "received nothing from worker 1: the connection was lost (a worker is gone)" in message
+        assert waited < 10
+
+
+# The process manager ----------------------------------------------------------------------------------------------------------------
+
+
+def say(meeting, *lines):
+    """Answers to these lines, each of which has one; None where the manager hangs up."""
+    with socket.create_connection((meeting.host, meeting.port), timeout=5) as connection, connection.makefile("rw") as file:
+        answers = []
+        for line in lines:
+            file.write(line + "\n")
+            file.flush()
+            answers.append(file.readline().strip() or None)
+        return answers
+
+
+def test_the_manager_lets_in_who_has_a_key_and_closes_its_door_when_all_are_there():
+    manager = ProcessManager("127.0.0.1", ["a", "a", "b"])
+    meeting = manager.rendezvous
+    assert len({*meeting.keys}) == 3
+    wrong = next(key for key in range(10) if key not in meeting.keys)
+    assert say(meeting, f"cmd=initack pmiid={wrong}") == [None]
+    assert say(meeting, "cmd=get kvsname=x key=PMI_process_mapping") == [None]  # no key was shown
+    assert say(meeting, "nonsense") == [None]
+
+    def enter(rank):
+        connection = socket.create_connection((meeting.host, meeting.port), timeout=5)
+        connection.sendall(f"cmd=initack pmiid={meeting.keys[rank]}\n".encode())
+        file = connection.makefile("rw")
+        assert [file.readline().strip() for _ in range(4)] == [
+            "cmd=initack rc=0",
+            "cmd=set size=3",
+            f"cmd=set rank={rank}",
+            "cmd=set debug=0",
+        ]
+        return connection, file
+
+    members, lines = zip(*(enter(rank) for rank in range(3)), strict=True)
+    assert say(meeting, f"cmd=initack pmiid={meeting.keys[0]}") == [None]  # that rank is there
+    lines[0].write("cmd=get kvsname=x key=PMI_process_mapping\n")
+    lines[0].flush()
+    assert lines[0].readline() == "cmd=get_result rc=0 msg=success value=(vector,(0,1,2),(1,1,1))\n"
+    lifelines = [Lifeline(meeting, rank, 5.0) for rank in range(3)]
+    deadline = time.monotonic() + 5
+    while time.monotonic() < deadline:  # the last lifeline may not have been heard yet
+        try:
+            socket.create_connection((meeting.host, meeting.port), timeout=5).close()
+        except ConnectionRefusedError:
+            break
+        time.sleep(0.01)
+    else:
+        pytest.fail("the manager still listens")
+    assert all(lifeline.holds() for lifeline in lifelines)
+    members[1].shutdown(socket.SHUT_RDWR)  # as if its process had died
+    while time.monotonic() < deadline and any(lifeline.holds() for lifeline in lifelines):
+        time.sleep(0.01)
+    assert not any(lifeline.holds() for lifeline in lifelines)
+    manager.close()
+
+
+# On Ray ---------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_run_over_mpi_is_that_over_gloo_though_a_rank_is_killed(tmp_path):
+    settings = {"workers": 3, "steps": 10, "dtype": "float32", "snapshot_every": 1, "adaptive": {"probe_every": 4}}
+    whole = run_processes(3, undisturbed, tiny(**settings))
+    run, _ = drive(tiny(**merge(settings, {"channel": "mpi"})), tmp_path / "mpi", [(1, 6, "forward")])
+    events = read(run.directory / "events.jsonl")
+    assert [e["ranks"] for e in events if e["kind"] == "fault"] == [[1]]
+    assert [e["source"] for e in events if e["kind"] == "restore"] == ["memory"]
+    assert not [e for e in events if e["kind"] == "resize"]
+    assert [(m["loss"], m["rho_forward"]) for m in read(run.directory / "metrics.jsonl")] == whole[0][0]
+    expected = {name: value for _, parameters in whole for name, value in parameters.items()}
+    found = {name.partition("/weight/")[2]: value for name, value in weights(run.directory).items() if "/weight/" in name}
+    assert all(torch.equal(found[name], torch.from_numpy(expected[name])) for name in found)
