@@ -8,7 +8,7 @@ import ctypes
 import os
 import threading
 import time
-from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -82,7 +82,7 @@ class MPIWorld:
         lifeline, found = Lifeline(rendezvous, rank, timeout_s), rendezvous.environment(rank)
         os.environ.update(found)
         try:
-            with lifeline.watched(lambda: os._exit(1)):
+            with lifeline.fatal():
                 MPI.Init_thread(MPI.THREAD_MULTIPLE)
         finally:
             for name in found:
@@ -94,7 +94,7 @@ class MPIWorld:
                 f"channel: mpi made a world of {comm.Get_size()}, not {world}: {library} does not speak PMI-1. Use MPICH or one of its kin "
                 "(pip install 'rayllp[mpi]' has it), or start all by the launcher of that MPI: mpiexec … rayllp train … --launcher mpi"
             )
-        with lifeline.watched(lambda: os._exit(1)):
+        with lifeline.fatal():
             comm.Barrier()
             _unlink_shared_memory()
             comm.Barrier()
@@ -102,10 +102,8 @@ class MPIWorld:
 
     def channel(self, colour: int, timeout_s: float, group: dist.ProcessGroup | None = None) -> "MPIChannel":
         """Between all workers that give this colour; all of the world call it, and it waits for them."""
-        if self.lifeline is None:
-            return MPIChannel(self.comm.Split(colour), timeout_s, group=group)
-        with self.lifeline.watched(lambda: os._exit(1)):
-            return MPIChannel(self.comm.Split(colour), timeout_s, self.lifeline.holds, group)
+        with nullcontext() if self.lifeline is None else self.lifeline.fatal():
+            return MPIChannel(self.comm.Split(colour), timeout_s, self.lifeline, group)
 
     def leave(self) -> None:
         """Tell the others that this worker is not with them any more."""
@@ -119,7 +117,7 @@ class MPIChannel(WiredChannel):
     CPU tensors travel from and to where they are. So do CUDA tensors if MPI says that it can; else they are staged through the host.
 
     Args:
-        holds: whether all other workers are still there.
+        lifeline: to all other workers, if there is one.
         group: the same workers as torch's process group, if there is one.
     """
 
@@ -127,11 +125,11 @@ class MPIChannel(WiredChannel):
         self,
         comm: Any,
         timeout_s: float = 300.0,
-        holds: Callable[[], bool] = lambda: True,
+        lifeline: Lifeline | None = None,
         group: dist.ProcessGroup | None = None,
     ) -> None:
         super().__init__(comm.Get_rank(), comm.Get_size(), timeout_s, group=group, on_host=not is_cuda_aware(), asks_ahead=True)
-        self.comm, self._holds, self._mpi = comm, holds, load_mpi()
+        self.comm, self._lifeline, self._mpi = comm, lifeline, load_mpi()
         self._sent: list[tuple[Any, Tensor]] = []
         self._lock = threading.Lock()
         self._unsent, self._closed = threading.Event(), False
@@ -170,9 +168,13 @@ class MPIChannel(WiredChannel):
                 raise RuntimeError(f"MPI request not done after {waited:.3g} s")
             if waited - looked > 0.01:
                 looked = waited
-                if not self._holds():
+                if self._lifeline is not None and not self._lifeline.holds():
                     raise RuntimeError("a worker is gone")
             time.sleep(min(LONGEST_S, max(SHORTEST_S, waited * RARELY)))
+
+    def fatal_losses(self) -> AbstractContextManager[None]:
+        """A worker that is lost inside ends this process: for MPI calls of others, which have no time limit."""
+        return nullcontext() if self._lifeline is None else self._lifeline.fatal()
 
     # What has not left ----------------------------------------------------------------------------------------------------------
 

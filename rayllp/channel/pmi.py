@@ -7,11 +7,14 @@ worker also keeps a lifeline to the manager, and the manager closes all of them 
 A process may come in only with the key that is its own. Once all are in, nobody else is listened to.
 """
 
+import fcntl
+import os
 import secrets
 import selectors
+import signal
 import socket
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -210,26 +213,20 @@ class Lifeline:
             return False
 
     @contextmanager
-    def watched(self, broken: Callable[[], None]) -> Iterator[None]:
-        """Call `broken`, from a thread of its own, should a worker be lost inside."""
-        mine, theirs = socket.socketpair()
+    def fatal(self) -> Iterator[None]:
+        """Should a worker be lost inside, end this process at once, whatever it is doing: for calls of MPI that nothing else can break off.
 
-        def watch() -> None:
-            with selectors.DefaultSelector() as selector:
-                selector.register(self._connection, selectors.EVENT_READ)
-                selector.register(theirs, selectors.EVENT_READ)
-                if all(key.fileobj is not theirs for key, _ in selector.select()):
-                    broken()
-
-        thread = threading.Thread(target=watch, name="lifeline", daemon=True)
-        thread.start()
+        By a signal, since such calls may hold Python's lock. Its default action is to end the process.
+        """
+        flags = fcntl.fcntl(self._connection, fcntl.F_GETFL)
+        fcntl.fcntl(self._connection, fcntl.F_SETOWN, os.getpid())
+        fcntl.fcntl(self._connection, fcntl.F_SETFL, flags | os.O_ASYNC)
         try:
+            if not self.holds():
+                os.kill(os.getpid(), signal.SIGIO)
             yield
         finally:
-            mine.send(b"x")
-            thread.join()
-            mine.close()
-            theirs.close()
+            fcntl.fcntl(self._connection, fcntl.F_SETFL, flags)
 
     def cut(self) -> None:
         """Leave: all other workers' lifelines end too."""

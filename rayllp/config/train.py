@@ -57,6 +57,9 @@ class TrainConfig(Settings):
     )
     resize_check_s: float = Field(10.0, gt=0, description="seconds between looks for room for more workers, below workers.max")
     mesh: MeshSettings = MeshSettings()
+    solver: Literal["mgrit", "torchbraid"] = Field(
+        "mgrit", description="of parallel mode; torchbraid: that package's, where it is installed (docs/torchbraid.md)"
+    )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: GPUs where the cluster has enough of them")
     compile: bool = Field(False, description="torch.compile of the layers; the first steps then take a minute")
     channel: Literal["auto", "gloo", "nccl", "mpi"] = Field(
@@ -147,6 +150,8 @@ class TrainConfig(Settings):
         """Middle layers of each worker."""
         if self.mesh.blocks:
             return self.mesh.blocks
+        if self.solver == "torchbraid":
+            return torchbraid_blocks(self.middle_layers, self.layer_workers)
         whole = self.needs_whole_intervals
         return default_blocks(self.middle_layers, self.layer_workers, self.first_coarsening, whole_intervals=whole)
 
@@ -239,6 +244,7 @@ class TrainConfig(Settings):
         self._check_mesh()
         self._check_batch()
         self._check_consistency()
+        self._check_torchbraid()
         try:
             for levels in {self.mgrit.levels.forward, self.mgrit.levels.backward}:
                 self.hierarchy(levels)
@@ -278,6 +284,36 @@ class TrainConfig(Settings):
                 f"set mesh.blocks to multiples of {c} (the last may be any), or workers, buffers or mgrit.coarsening so that they are"
             )
 
+    def _check_torchbraid(self) -> None:
+        """What TorchBraid cannot do is refused here; it would go on with wrong numbers, or wait for ever."""
+        if self.solver != "torchbraid":
+            return
+        mgrit, N, P = self.mgrit, self.middle_layers, self.layer_workers
+        factors = (mgrit.coarsening,) if isinstance(mgrit.coarsening, int) else mgrit.coarsening
+        refused = {
+            "talks by MPI alone: set channel: mpi": self.channel != "mpi",
+            "has no controller: set mode: parallel (or serial), or solver: mgrit": self.mode == "adaptive",
+            f"wants middle layers in equal blocks of at least 2, and {N} on {P} workers are not: change model.layers, buffers or workers": (
+                N % P > 0 or N == P > 1
+            ),
+            "decides itself which worker has which layers: leave mesh.blocks out, and workers a number": (
+                bool(self.mesh.blocks) or isinstance(self.workers, WorkerRange)
+            ),
+            "sends float32 alone: set dtype: float32": self.dtype != "float32",
+            "has V-cycles alone: set mgrit.cycle: V": mgrit.cycle != "V",
+            "has one coarse operator: set mgrit.coarse_step_weight: 1": mgrit.coarse_step_weight != 1,
+            f"keeps layers by one coarsening factor, not {factors}: set mgrit.coarsening to a number": len(set(factors)) > 1,
+            "has no tolerance here: leave mgrit.tolerance out": mgrit.tolerance is not None,
+            "keeps every graph, and sweeps interval after interval: leave mgrit.recompute and mgrit.batched out": (
+                mgrit.recompute or mgrit.batched
+            ),
+            "measures no convergence factor for probes: set adaptive.probe_every: 0": self.adaptive.probe_every > 0,
+            "knows no consistency penalty: leave adaptive.consistency out": self.consistency > 0,
+        }
+        for reason, holds in refused.items():
+            if holds:
+                raise ValueError(f"solver: torchbraid {reason}")
+
     def _check_batch(self) -> None:
         encoder = self.model.encoder_layers
         if encoder is not None and encoder >= self.model.layers:
@@ -295,6 +331,14 @@ def _read_rung(rung: str) -> tuple[int, int, Relaxation | None]:
     assert match is not None
     forward, backward, relaxation = match.groups()
     return int(forward), int(backward), relaxation  # type: ignore[return-value]
+
+
+def torchbraid_blocks(layers: int, workers: int) -> tuple[int, ...]:
+    """As TorchBraid has it: it shares out the N + 1 points evenly, the first worker has one more, and the last one begins no layer."""
+    if workers == 1:
+        return (layers,)
+    even = layers // workers
+    return (even + 1, *(even,) * (workers - 2), even - 1)
 
 
 def default_blocks(layers: int, workers: int, coarsening: int, *, whole_intervals: bool = False) -> tuple[int, ...]:

@@ -169,10 +169,14 @@ class Block:
 
     def layer(self, index: int, state: State) -> State:
         """x + Δt·(block(x) − x); the block as it is where Δt = 1."""
+        return self.run_layer(index, self._callable[index], state)
+
+    def run_layer(self, index: int, module: nn.Module, state: State) -> State:
+        """The same by another module for this layer, which may be another worker's."""
         size = self.config.step_sizes[index]
         self._watch(index, state)
         with self._context(index):
-            after = self.architecture.advance(index, self._callable[index], state, self.moment.context, self.common)
+            after = self.architecture.advance(index, module, state, self.moment.context, self.common)
         return after if size == 1 else interpolate(state, after, size)
 
     def side_by_side(self, indices: Sequence[int], state: State, weights: Mapping[str, Tensor]) -> State:

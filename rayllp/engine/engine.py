@@ -24,6 +24,7 @@ from rayllp.engine.consistency import Consistency, Interval
 from rayllp.engine.diagnosis import diagnose
 from rayllp.engine.gradients import add_shared_gradients, average_over_replicas
 from rayllp.engine.optimizer import build_optimizer, learning_rate, scale_gradients, squared_gradient_norm
+from rayllp.engine.peer import TorchBraidSolver
 from rayllp.engine.pipeline import Pipeline, StageModule, count_microbatches
 from rayllp.engine.probe import Bias, Probing
 from rayllp.engine.smoothness import add_smoothness_gradient
@@ -94,6 +95,7 @@ class Engine:
         self.penalty: Consistency | None = None
         self.timeline: Timeline | None = None
         self._pipeline: Pipeline | None = None
+        self._peer: TorchBraidSolver | None = None
         self._whole = StageModule(self.block)
         self._hierarchies: dict[int, tuple[Hierarchy, Hierarchy]] = {}
         self._specs: dict[tuple[torch.Size, ...], StateSpec] = {}
@@ -102,7 +104,7 @@ class Engine:
         """Let go of the other workers; the layers stay."""
         alone = LocalChannel.alone()
         self.layers, self.replicas = alone, alone
-        self._pipeline = None
+        self._pipeline = self._peer = None
 
     def reconnect(self, layer_channel: Channel, data_channel: Channel) -> None:
         """Go on among other workers, with the same block; a step that was cut short has left nothing."""
@@ -225,9 +227,11 @@ class Engine:
 
     def parallel_gradients(
         self, accuracy: Accuracy, step: int, inputs: Inputs, targets: Tensor, samples: tuple[int, ...], scale: float
-    ) -> tuple[Tensor, MGRITResult, MGRITResult]:
+    ) -> tuple[Tensor, MGRITResult | None, MGRITResult | None]:
         """MGRIT forward and adjoint; with one level each this is exact, layer after layer."""
         block, config = self.block, self.config
+        if config.solver == "torchbraid" and not accuracy.serial:
+            return self.peer_gradients(accuracy, step, inputs, targets, samples, scale), None, None
         levels = (1, 1) if accuracy.serial else (accuracy.levels_forward, accuracy.levels_backward)
         block.begin(step, samples, inputs, training=True)
         spec = self.spec(inputs)
@@ -250,13 +254,35 @@ class Engine:
                 self.hierarchies(levels[1])[1], methods[1], AdjointPropagator(trajectory, self.penalty),
                 seed, spec, MessageTag(step, "adjoint"),
             )  # fmt: skip
-        if entered is not None and backward.output is not None:
-            # An embedding without parameters has no graph.
-            seeds = [(state, lam) for state, lam in zip(tensors(entered), tensors(backward.output), strict=True) if state.requires_grad]
-            if seeds:
-                with self.span("enter"):
-                    torch.autograd.backward([state for state, _ in seeds], [lam for _, lam in seeds])
+        self._embedding_gradients(entered, backward.output)
         return loss, forward, backward
+
+    def _embedding_gradients(self, entered: State | None, adjoint: State | None) -> None:
+        """Gradients of embedding and opening buffers, on the first worker, from λ_0."""
+        if entered is None or adjoint is None:
+            return
+        # An embedding without parameters has no graph.
+        seeds = [(state, lam) for state, lam in zip(tensors(entered), tensors(adjoint), strict=True) if state.requires_grad]
+        if seeds:
+            with self.span("enter"):
+                torch.autograd.backward([state for state, _ in seeds], [lam for _, lam in seeds])
+
+    def peer_gradients(
+        self, accuracy: Accuracy, step: int, inputs: Inputs, targets: Tensor, samples: tuple[int, ...], scale: float
+    ) -> Tensor:
+        """The same by TorchBraid; the loss, on the last worker."""
+        self.block.begin(step, samples, inputs, training=True)
+        if self._peer is None:
+            self._peer = TorchBraidSolver(self.block, self.layers, self.config)
+        spec = self.spec(inputs)
+        entered = self.block.enter(inputs) if self.block.first else None
+        like = torch.empty(spec.shapes[0], dtype=spec.dtypes[0], device=self.device)
+        output = self._peer.forward(None if entered is None else detach(entered), like, accuracy)
+        loss, seed = torch.zeros((), device=self.device), None
+        if self.block.last:
+            loss, seed = self.loss_and_seed(output, targets, scale)
+        self._embedding_gradients(entered, self._peer.adjoint(seed))
+        return loss
 
     def _solve(
         self, hierarchy: Hierarchy, method: Method, propagator: Propagator, initial: State | None, spec: StateSpec, tag: MessageTag

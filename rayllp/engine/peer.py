@@ -1,0 +1,171 @@
+"""TorchBraid's solver in place of ours: the same layers, weights, batches and optimizer, for cross-checks and for who has it tuned.
+
+TorchBraid (github.com/Multilevel-NN/torchbraid) wraps XBraid, and is installed by its own README. It is imported when it is asked for.
+Of it the two apps that XBraid drives are used, forward and backward, as its `LayerParallel` sets them up; what that module does around them
+(the output's way to rank 0 and back) is left out, since here the last worker has the head.
+"""
+
+import sys
+import types
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rayllp.channel.base import Channel
+from rayllp.channel.mpi import MPIChannel
+from rayllp.config import TrainConfig
+from rayllp.control import Accuracy
+from rayllp.engine.block import Block
+from rayllp.errors import ChannelError, SettingsError
+from rayllp.state import State, interpolate
+
+INSTALL = "install TorchBraid as its README says (github.com/Multilevel-NN/torchbraid), for this Python and this MPI, or set solver: mgrit"
+
+
+def check_installed(config: TrainConfig) -> None:
+    """Refuse `solver: torchbraid` where it is missing.
+
+    Raises:
+        SettingsError: it is.
+    """
+    if config.solver == "torchbraid" and find_spec("torchbraid") is None:
+        raise SettingsError(f"solver: torchbraid, but there is no such module here: {INSTALL}")
+
+
+class _Step(nn.Module):
+    """A layer as TorchBraid takes it: its step over `dt` layers, x + dt·(Φ(x) − x)."""
+
+    def __init__(self, block: Block, index: int, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+        self._run = partial(block.run_layer, index, layer)
+
+    def forward(self, x: Tensor, dt: float) -> Tensor:
+        after = self._run(x)
+        found = after if dt == 1 else interpolate(x, after, dt)
+        assert isinstance(found, Tensor)
+        return found
+
+
+class _Noticing(types.SimpleNamespace):
+    """`traceback` as TorchBraid's modules see it: it prints exceptions and goes on with wrong numbers; here they are kept."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.noticed: list[BaseException] = []
+
+    def print_exc(self, *_: Any) -> None:
+        self.format_exc()
+
+    def format_exc(self, *_: Any) -> str:
+        error = sys.exc_info()[1]
+        if error is not None:
+            self.noticed.append(error)
+        return repr(error)
+
+
+class TorchBraidSolver:
+    """One worker's end of TorchBraid, over the communicator of its channel.
+
+    Args:
+        channel: of MPI, or of one worker.
+
+    Raises:
+        SettingsError: TorchBraid is missing, or the channel is another.
+    """
+
+    def __init__(self, block: Block, channel: Channel, config: TrainConfig) -> None:
+        if not isinstance(channel, MPIChannel):
+            raise SettingsError(f"solver: torchbraid talks by MPI, not by a {type(channel).__name__}: set channel: mpi")
+        try:
+            from torchbraid import odenet_apps, torchbraid_app
+            from torchbraid.layer_parallel import LayerParallel
+        except ImportError as error:
+            raise SettingsError(f"solver: torchbraid cannot be loaded ({error}): {INSTALL}") from error
+        self.block, self.channel, N = block, channel, config.middle_layers
+        self._noticing = _Noticing()
+        for module in (odenet_apps, torchbraid_app):
+            module.traceback = self._noticing
+        steps = [partial(self._step, config.buffers.open + n) for n in range(N)]
+        levels, c = config.mgrit.levels, config.mgrit.coarsening
+        self.solver = LayerParallel(
+            channel.comm.Dup(), steps, [1] * N, float(N), max_fwd_levels=levels.forward, max_bwd_levels=levels.backward, max_iters=1
+        )
+        solver, relaxation = self.solver, config.mgrit.relaxation
+        solver.setPrintLevel(0)
+        solver.setSkipDowncycle(config.mgrit.initial_guess == "coarse")
+        solver.setCFactor(c if isinstance(c, int) else dict(enumerate((*c, *(c[-1:] * levels.forward))[: max(levels.forward, 1)])))
+        coarse, fine = (int(kind == "FCF") for kind in (relaxation.coarse, relaxation.fine))
+        solver.setNumRelax(coarse)
+        solver.setNumRelax(fine, level=0)
+        for app in (solver.fwd_app, solver.bwd_app):
+            app.setDevice(block.device)
+            app.trainNetwork()
+        self.residuals: tuple[float, float] = (0.0, 0.0)
+
+    def _step(self, index: int) -> _Step:
+        """Layer `index`: this worker's own, or room for a neighbour's, whose weights TorchBraid sends where its coarse grid wants them."""
+        mine = self.block.layers.get(index)
+        if mine is None:
+            layer = self.block.architecture.build_layer(self.block.config.seed, index)
+            mine = layer.to(device=self.block.device, dtype=self.block.dtype)
+        return _Step(self.block, index, mine)
+
+    @contextmanager
+    def _surfaced(self, what: str) -> Iterator[None]:
+        """What goes wrong inside is raised, and a worker that is lost meanwhile ends this process: XBraid's waits have no end."""
+        self._noticing.noticed.clear()
+        with self.channel.fatal_losses():
+            yield
+        if self._noticing.noticed:
+            raise ChannelError(f"TorchBraid's {what} solve failed: {self._noticing.noticed[0]!r}") from self._noticing.noticed[0]
+
+    def forward(self, initial: State | None, like: Tensor, accuracy: Accuracy) -> Tensor | None:
+        """From the state before the first step, on the first worker, to the one after the last, on the last.
+
+        Args:
+            like: a tensor of a state's shape.
+        """
+        solver = self.solver
+        solver.setFwdMaxIters(accuracy.iterations_forward)
+        solver.setBwdMaxIters(accuracy.iterations_backward)
+        app = solver.fwd_app
+        shapes = [like.shape] * (self.block.config.middle_layers + 1)
+        for each in (app, solver.bwd_app):
+            if each.getShape() != shapes:
+                each.setShape(shapes)
+        app.backpropped.clear()
+        with self._surfaced("forward"), torch.no_grad():
+            output = app.run(initial if initial is not None else torch.zeros_like(like), [], {})
+        return output if self.block.last else None
+
+    def adjoint(self, seed: State | None) -> Tensor | None:
+        """From λ_N, on the last worker, to λ_0, on the first; gradients of this worker's layers are added to `.grad`."""
+        layers = [list(layer.parameters()) for layer in self.solver.layer_models]
+        before = [[p.grad for p in parameters] for parameters in layers]
+        for parameters in layers:
+            for p in parameters:
+                p.grad = None
+        app = self.solver.bwd_app
+        with self._surfaced("adjoint"):
+            found = app.run(seed, [], {})
+        for parameters, earlier, gradients in zip(layers, before, app.grads, strict=True):
+            for p, old, new in zip(parameters, earlier, gradients, strict=True):
+                p.grad = new if old is None else old if new is None else old.add_(new)
+        app.grads = []
+        self.solver.fwd_app.backpropped.clear()
+        return found if self.block.first else None
+
+    def states(self) -> dict[int, Tensor]:
+        """Of the last forward solve: each of this worker's points' state that XBraid keeps, by index."""
+        app, found = self.solver.fwd_app, {}
+        for n in range(app.start_layer, app.end_layer + 1):
+            vector = app.getUVector(0, n * app.dt)
+            if vector is not None:
+                found[n] = vector.tensor().detach().clone()
+        return found
