@@ -10,6 +10,7 @@ import threading
 import time
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -51,6 +52,16 @@ def load_mpi() -> ModuleType:
             f"channel: mpi needs mpi4py and an MPI library ({error}): pip install 'rayllp[mpi]', or mpi4py beside the system's MPI"
         ) from None
     return MPI
+
+
+def check_mpi() -> None:
+    """Refuse `channel: mpi` where mpi4py is missing. Loads no MPI library, which only workers need.
+
+    Raises:
+        SettingsError: it is.
+    """
+    if find_spec("mpi4py") is None:
+        raise SettingsError("channel: mpi needs mpi4py and an MPI library: pip install 'rayllp[mpi]', or mpi4py beside the system's MPI")
 
 
 class MPIWorld:

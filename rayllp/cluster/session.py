@@ -11,6 +11,7 @@ from typing import Any
 import ray
 from rich.console import Console
 
+from rayllp.channel.mpi import check_mpi
 from rayllp.checkpoint import MANIFEST, Folder, check_writable, checkpoints, locate
 from rayllp.checkpoint.described import read_model_json
 from rayllp.cluster.driver import Driver
@@ -20,6 +21,7 @@ from rayllp.cluster.places import choose_device
 from rayllp.cluster.staff import Staff
 from rayllp.config import TrainConfig, load_run_config
 from rayllp.data import Batches, load_data
+from rayllp.engine.peer import check_installed
 from rayllp.errors import CheckpointError, SettingsError
 from rayllp.models import Architecture, LayerStack, check_batched, check_family, check_network
 from rayllp.report import RunDirectory
@@ -133,6 +135,9 @@ def keep_workers(count: int) -> Iterator[None]:
 
 def validate(config: TrainConfig, model: Architecture | None, batches: Batches | None, run: RunDirectory | None = None) -> Loaded | None:
     """Refuse what can be refused without a cluster; the data set, where the settings name it."""
+    if config.channel == "mpi":
+        check_mpi()
+    check_installed(config)
     if (model is None) != (batches is None):
         raise SettingsError("model and batches belong together: give both, or neither")
     if model is not None:

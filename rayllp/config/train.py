@@ -243,8 +243,8 @@ class TrainConfig(Settings):
     def _consistent(self) -> "TrainConfig":
         self._check_mesh()
         self._check_batch()
-        self._check_consistency()
         self._check_torchbraid()
+        self._check_consistency()
         try:
             for levels in {self.mgrit.levels.forward, self.mgrit.levels.backward}:
                 self.hierarchy(levels)

@@ -31,7 +31,7 @@ def check_installed(config: TrainConfig) -> None:
     """Refuse `solver: torchbraid` where it is missing.
 
     Raises:
-        SettingsError: it is.
+        SettingsError: it is, or states of this network are of several tensors or a layer's weights not all its own.
     """
     if config.solver == "torchbraid" and find_spec("torchbraid") is None:
         raise SettingsError(f"solver: torchbraid, but there is no such module here: {INSTALL}")
