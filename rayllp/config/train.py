@@ -299,6 +299,7 @@ class TrainConfig(Settings):
             "decides itself which worker has which layers: leave mesh.blocks out, and workers a number": (
                 bool(self.mesh.blocks) or isinstance(self.workers, WorkerRange)
             ),
+            "solves states of one tensor, and family mt has one of two: set solver: mgrit": self.model.family == "mt",
             "sends float32 alone: set dtype: float32": self.dtype != "float32",
             "has V-cycles alone: set mgrit.cycle: V": mgrit.cycle != "V",
             "has one coarse operator: set mgrit.coarse_step_weight: 1": mgrit.coarse_step_weight != 1,

@@ -31,7 +31,7 @@ def check_installed(config: TrainConfig) -> None:
     """Refuse `solver: torchbraid` where it is missing.
 
     Raises:
-        SettingsError: it is, or states of this network are of several tensors or a layer's weights not all its own.
+        SettingsError: it is.
     """
     if config.solver == "torchbraid" and find_spec("torchbraid") is None:
         raise SettingsError(f"solver: torchbraid, but there is no such module here: {INSTALL}")
@@ -76,12 +76,16 @@ class TorchBraidSolver:
         channel: of MPI, or of one worker.
 
     Raises:
-        SettingsError: TorchBraid is missing, or the channel is another.
+        SettingsError: TorchBraid is missing, the channel is another, or layers share weights.
     """
 
     def __init__(self, block: Block, channel: Channel, config: TrainConfig) -> None:
         if not isinstance(channel, MPIChannel):
             raise SettingsError(f"solver: torchbraid talks by MPI, not by a {type(channel).__name__}: set channel: mpi")
+        if block.common is not None:
+            raise SettingsError(
+                "solver: torchbraid wants layers with weights of their own, and this network has common ones: set solver: mgrit"
+            )
         try:
             from torchbraid import odenet_apps, torchbraid_app
             from torchbraid.layer_parallel import LayerParallel
