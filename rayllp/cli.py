@@ -1,6 +1,7 @@
 """The command line."""
 
 import sys
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -9,6 +10,14 @@ from rich.console import Console
 
 from rayllp.config import TrainConfig, load_config, load_run_config
 from rayllp.errors import RayllpError
+
+
+class Launcher(StrEnum):
+    """What starts worker processes."""
+
+    ray = "ray"
+    mpi = "mpi"
+
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Train very deep transformers in parallel over their layers, on Ray.")
 
@@ -19,17 +28,25 @@ def train(
     overrides: Annotated[list[str] | None, typer.Option("--set", help="key=value, such as mgrit.coarsening=8; repeatable")] = None,
     output: Annotated[Path | None, typer.Option(help="run directory; default runs/<date>_<name>")] = None,
     resume: Annotated[Path | None, typer.Option(help="go on with this run directory")] = None,
+    launcher: Annotated[Launcher, typer.Option(help="ray: actors of a cluster; mpi: the processes that mpiexec started")] = Launcher.ray,
 ) -> None:
-    """Train a model, its layers spread over Ray actors."""
+    """Train a model, its layers spread over Ray actors, or over the processes of MPI's launcher."""
     if resume and (config or output):
         raise typer.BadParameter("--resume takes the run's own settings: give no CONFIG or --output with it; --set changes some of them")
     if resume and overrides:
         settings: TrainConfig | None = load_run_config(resume, overrides)
     else:
         settings = None if resume else load_config(config, overrides or [])
-    from rayllp.cluster.session import train as run_training
+    if launcher is Launcher.mpi:
+        from rayllp.cluster.launched import train_launched
 
-    result = run_training(settings, output=output, resume=resume)
+        result = train_launched(settings, output=output, resume=resume)
+        if result is None:  # rank 0 says how it went
+            return
+    else:
+        from rayllp.cluster.session import train as run_training
+
+        result = run_training(settings, output=output, resume=resume)
     if result.stopped:
         raise typer.Exit(130)
     out = Console(highlight=False)

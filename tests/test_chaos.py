@@ -12,7 +12,7 @@ from rayllp.cluster import chaos
 from rayllp.cluster.chaos import RayTarget, Steps, Worker, choose, parse_duration, strike, strikes, unleash
 from rayllp.cluster.driver import Driver
 from rayllp.cluster.names import NAMESPACE, group_name, is_group, number_of, run_name, worker_name
-from rayllp.cluster.session import validate
+from rayllp.cluster.prepare import validate
 from rayllp.errors import ClusterError, SettingsError
 from rayllp.report import RunDirectory
 from tests.conftest import tiny

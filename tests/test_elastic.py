@@ -10,7 +10,7 @@ import torch
 from rayllp.channel import run_workers
 from rayllp.checkpoint.memory import BlockState
 from rayllp.cluster.driver import Driver
-from rayllp.cluster.session import validate
+from rayllp.cluster.prepare import validate
 from rayllp.errors import ClusterError, SettingsError
 from rayllp.report import RunDirectory
 from tests.conftest import losses_over_threads, make_engine, tiny, train_engine

@@ -19,7 +19,7 @@ import torch
 import rayllp
 from rayllp.checkpoint import checkpoints, read_manifest, step_of
 from rayllp.cluster.driver import Driver
-from rayllp.cluster.session import validate
+from rayllp.cluster.prepare import validate
 from rayllp.report import RunDirectory
 from tests.conftest import tiny
 from tests.test_recovery import drive, weights

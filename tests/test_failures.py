@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from rayllp.cluster.driver import Driver
-from rayllp.cluster.session import validate
+from rayllp.cluster.prepare import validate
 from rayllp.errors import ClusterError, NonFiniteError
 from rayllp.report import RunDirectory
 from tests.conftest import tiny

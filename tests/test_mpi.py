@@ -1,10 +1,14 @@
 """States over MPI: as exact as over anything else, on Ray too, and a lost rank is noticed by all."""
 
 import socket
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from rayllp.channel import MessageTag, StateSpec
 from rayllp.channel.pmi import Lifeline, ProcessManager
@@ -141,3 +145,37 @@ def test_a_run_over_mpi_is_that_over_gloo_though_a_rank_is_killed(tmp_path):
     expected = {name: value for _, parameters in whole for name, value in parameters.items()}
     found = {name.partition("/weight/")[2]: value for name, value in weights(run.directory).items() if "/weight/" in name}
     assert all(torch.equal(found[name], torch.from_numpy(expected[name])) for name in found)
+
+
+# By MPI's own launcher --------------------------------------------------------------------------------------------------------------
+
+
+def mpiexec(count, *arguments):
+    """`rayllp train` in so many processes; exit code and all that was said."""
+    command = [
+        str(Path(sys.executable).with_name("mpiexec")),
+        "-n",
+        str(count),
+        sys.executable,
+        "-m",
+        "rayllp",
+        "train",
+        "--launcher",
+        "mpi",
+    ]
+    done = subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=120)
+    return done.returncode, done.stdout + done.stderr
+
+
+def test_processes_of_mpis_launcher_train_without_ray(tmp_path):
+    config = tiny(steps=6, checkpoint={"every": 4}).model_dump(mode="json", exclude_unset=True) | {"workers": None}
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump(config))
+    code, said = mpiexec(2, str(file), "--output", str(tmp_path / "run"))
+    assert code == 0, said
+    assert "after 6 steps (exact forward)" in said
+    found = [m["loss"] for m in read(tmp_path / "run" / "metrics.jsonl")]
+    assert found == losses_over_threads(tiny(steps=6, workers=2), 6)
+    code, said = mpiexec(2, "--resume", str(tmp_path / "run"), "--set", "workers=3")
+    assert code != 0
+    assert "2 processes were launched for workers=3: make them equal, or leave workers out" in said

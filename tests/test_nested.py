@@ -18,7 +18,7 @@ from rayllp.channel.base import MessageTag
 from rayllp.checkpoint import PieceWriter, Prolongation, count_layers, load_pieces, read_manifest
 from rayllp.checkpoint.export import export
 from rayllp.checkpoint.prolong import prolong_layer
-from rayllp.cluster.session import validate
+from rayllp.cluster.prepare import validate
 from rayllp.config import load_config, make_config
 from rayllp.control import Accuracy
 from rayllp.engine import Engine

@@ -14,8 +14,8 @@ from rayllp.channel import run_workers
 from rayllp.channel.torch_dist import TorchChannel
 from rayllp.checkpoint.memory import Inventory, NeighbourCopies, common_step, copy_offset, holder_of
 from rayllp.cluster.driver import Driver
+from rayllp.cluster.prepare import validate
 from rayllp.cluster.recovery import FailureBudget, choose_interval
-from rayllp.cluster.session import validate
 from rayllp.errors import ClusterError
 from rayllp.report import RunDirectory
 from tests.conftest import make_engine, run_processes, tiny, train_engine

@@ -6,7 +6,7 @@ from ray.util.placement_group import placement_group, remove_placement_group
 from rich.console import Console
 
 from rayllp.cluster.driver import Driver
-from rayllp.cluster.session import validate
+from rayllp.cluster.prepare import validate
 from rayllp.cluster.staff import Staff
 from rayllp.report import RunDirectory
 from tests.conftest import losses_over_threads, tiny

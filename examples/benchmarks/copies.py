@@ -17,7 +17,7 @@ import ray
 
 import rayllp
 from rayllp.cluster.driver import Driver
-from rayllp.cluster.session import validate
+from rayllp.cluster.prepare import validate
 from rayllp.report import RunDirectory
 
 

@@ -106,9 +106,7 @@ class MPIWorld:
                 "(pip install 'rayllp[mpi]' has it), or start all by the launcher of that MPI: mpiexec … rayllp train … --launcher mpi"
             )
         with lifeline.fatal():
-            comm.Barrier()
-            _unlink_shared_memory()
-            comm.Barrier()
+            leave_no_names(comm)
         return MPIWorld(comm, lifeline)
 
     def channel(self, colour: int, timeout_s: float, group: dist.ProcessGroup | None = None) -> "MPIChannel":
@@ -244,14 +242,16 @@ class MPIChannel(WiredChannel):
         self._posted.clear()
 
 
-def _unlink_shared_memory() -> None:
-    """Take the names from the segments that MPICH shares on this node, once all have them: whoever is killed then leaves none behind."""
+def leave_no_names(comm: Any) -> None:
+    """Take the names from the memory that MPICH shares on a node, now that all have it: whoever is killed then leaves none behind."""
+    comm.Barrier()
     maps = Path("/proc/self/maps")
     if maps.exists():
         for line in maps.read_text().splitlines():
             path = Path(line.split(maxsplit=5)[-1])
             if path.name.startswith("mpich_shm_"):
                 path.unlink(missing_ok=True)
+    comm.Barrier()
 
 
 @cache

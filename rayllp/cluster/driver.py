@@ -40,6 +40,7 @@ class Driver:
     Args:
         listeners: are told what happens.
         staff: processes to be its workers; None: its own, in a placement group of their own.
+        workers: workers that something other than a staff starts.
 
     Attributes:
         whole: the run's settings.
@@ -49,23 +50,24 @@ class Driver:
     def __init__(
         self, config: TrainConfig, run: RunDirectory, device: str, model: Architecture | None, batches: Batches | None,
         loaded: Loaded | None, console: Console | None = None, listeners: Sequence[Listener] = (), staff: Staff | None = None,
+        workers: WorkerGroup | None = None,
     ) -> None:  # fmt: skip
         self.whole, self.run = config, run
         self.stage = stage_at(config, 0)
-        room = len(staff.slots) if staff is not None else capacity(device)
+        room = config.world if workers is not None else len(staff.slots) if staff is not None else capacity(device)
         self._size = max(config.fewest_workers, min(config.world, room))
         self.config = self._at_size(self._size)
         self.data, self.kept = loaded or Loaded(None, None)
         self.model, self.batches = model, batches
-        self.workers = WorkerGroup(self.config, staff or Staff(self.config.world, device, name=run_name(run.path)))
+        self.workers = workers or WorkerGroup(self.config, staff or Staff(self.config.world, device, name=run_name(run.path)))
         self.listeners = listeners
         self.console = console or Console(stderr=True)
         self.stop = False
         self.saver = Saver(run, self.workers, config)
         self.evaluator = Evaluator(run, self.workers, self.saver, config.eval, self.data, batches)
-        self.budget = FailureBudget(config.max_failures)
+        self.budget = FailureBudget(config.max_failures if self.workers.recovers else 0)
         self._settled = 0  # the last step after which everything due was done
-        self.copies = CopyInterval(self.config)
+        self.copies = CopyInterval(self.config, there=self.workers.recovers)
         self._warned: frozenset[int] = frozenset()  # ranks whose nodes are known to go
         self._looked = time.monotonic()  # for room for more workers
 
@@ -287,7 +289,7 @@ class Driver:
         self._size = size
         self.config = self.saver.settings = self.ledger.config = self._at_size(size)
         self.ledger.first_step = self.ledger.step
-        self.copies = CopyInterval(self.config)
+        self.copies = CopyInterval(self.config, there=self.workers.recovers)
 
     # Stages of nested iteration: one without it ---------------------------------------------------------------------------------
 

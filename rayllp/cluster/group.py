@@ -37,11 +37,16 @@ class WorkerGroup:
     """The workers of one run.
 
     Args:
-        staff: the processes that they are made of.
+        staff: the processes that they are made of; None where a subclass has others.
+
+    Attributes:
+        recovers: whether training goes on when a worker is lost.
     """
 
-    def __init__(self, config: TrainConfig, staff: Staff) -> None:
-        self.config, self.staff = config, staff
+    recovers = True
+
+    def __init__(self, config: TrainConfig, staff: Staff | None) -> None:
+        self.config, self._staff = config, staff
         self.workers: list[Any] = []
         self._slots: list[Slot] = []  # theirs
         self._nodes: list[str] = []
@@ -51,6 +56,12 @@ class WorkerGroup:
         self._shared: Any = None
         self._sources: tuple[Architecture | None, dict[str, Any] | None] = (None, None)
         self._manager: ProcessManager | None = None
+
+    @property
+    def staff(self) -> Staff:
+        """The processes that they are made of."""
+        assert self._staff is not None
+        return self._staff
 
     @property
     def device(self) -> str:

@@ -71,10 +71,13 @@ class CopyInterval:
     Attributes:
         every: steps between states; 0: never.
         is_open: whether it is yet to be chosen.
+
+    Args:
+        there: whether any worker outlives another's loss.
     """
 
-    def __init__(self, config: TrainConfig) -> None:
-        if config.world == 1:  # who would hold it when the worker is gone?
+    def __init__(self, config: TrainConfig, *, there: bool = True) -> None:
+        if config.world == 1 or not there:  # who would hold it when the worker is gone?
             self.every, self.is_open = 0, False
         else:
             wanted = config.snapshot_every

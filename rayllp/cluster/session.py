@@ -1,36 +1,25 @@
 """`rayllp.train`: what the settings name is checked, a cluster is joined or started, and a driver runs on it."""
 
 import contextlib
-import json
 import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import ray
 from rich.console import Console
 
-from rayllp.channel.mpi import check_mpi
-from rayllp.checkpoint import MANIFEST, Folder, check_writable, checkpoints, locate
-from rayllp.checkpoint.described import read_model_json
 from rayllp.cluster.driver import Driver
-from rayllp.cluster.given import Loaded, TrainResult, whole_network
+from rayllp.cluster.given import TrainResult
 from rayllp.cluster.metrics import ClusterMetrics
 from rayllp.cluster.places import choose_device
+from rayllp.cluster.prepare import prepare
 from rayllp.cluster.staff import Staff
-from rayllp.config import TrainConfig, load_run_config
-from rayllp.data import Batches, load_data
-from rayllp.engine.peer import check_installed
-from rayllp.errors import CheckpointError, SettingsError
-from rayllp.models import Architecture, LayerStack, check_batched, check_family, check_network
+from rayllp.config import TrainConfig
+from rayllp.data import Batches
+from rayllp.errors import SettingsError
+from rayllp.models import Architecture
 from rayllp.report import RunDirectory
-
-MAY_DIFFER = set(
-    "name workers resize_check_s mesh device channel receive_timeout_s hang_timeout_s snapshot_every spare_workers max_failures eval "
-    "checkpoint microbatches".split()
-)
-"""Settings of a run that may be others when it goes on from checkpoints alone."""
 
 
 def train(
@@ -57,20 +46,7 @@ def train(
         NonFiniteError: the loss or a gradient is not finite; the last good state is saved first.
         CheckpointError: nothing to resume, or the run directory could not be written to the end.
     """
-    run: RunDirectory | None = None
-    found: list[Folder] = []
-    if resume is not None:
-        run, config, found = _reopen(Path(resume), config)
-    else:
-        config = config or TrainConfig()
-        if output is not None and _is_unfinished(Path(output), config):
-            run = RunDirectory(Path(output), config)
-            found = checkpoints(run.checkpoints)
-        elif config.checkpoint.path is not None:  # its run directory may be lost
-            found = _find_own(config.checkpoint.path, config)
-    if config.checkpoint.path is not None:
-        check_writable(locate(config.checkpoint.path))
-    loaded = validate(config, model, batches, run)
+    run, config, found, loaded = prepare(config, output, resume, model, batches)
     with join_cluster(config.fewest_workers):
         device = choose_device(config)
         staff = _kept.staff(config, device) if _kept is not None else None
@@ -131,70 +107,6 @@ def keep_workers(count: int) -> Iterator[None]:
         finally:
             _kept.close()
             _kept = None
-
-
-def validate(config: TrainConfig, model: Architecture | None, batches: Batches | None, run: RunDirectory | None = None) -> Loaded | None:
-    """Refuse what can be refused without a cluster; the data set, where the settings name it."""
-    if config.channel == "mpi":
-        check_mpi()
-    check_installed(config)
-    if (model is None) != (batches is None):
-        raise SettingsError("model and batches belong together: give both, or neither")
-    if model is not None:
-        if model.layers != config.model.layers:
-            raise SettingsError(f"the model has {model.layers} layers but model.layers is {config.model.layers}: make them equal")
-        if config.nested.factors and not isinstance(model, LayerStack):
-            raise SettingsError(f"nested needs a LayerStack, to make shallower ones of it; got a {type(model).__name__}: leave nested out")
-        check_batched(config, model)
-        return None
-    check_family(config)
-    data, kept = load_data(config), kept_network(config, run)
-    check_network(config, data.facts, kept)
-    return Loaded(data, kept)
-
-
-def kept_network(config: TrainConfig, run: RunDirectory | None) -> dict[str, Any] | None:
-    """transformers' configuration that the run has kept; it may have been made shallower than the settings now say."""
-    return whole_network(config, read_model_json(run.path)) if run is not None else None
-
-
-# A run that goes on ---------------------------------------------------------------------------------------------------------------
-
-
-def _reopen(path: Path, config: TrainConfig | None) -> tuple[RunDirectory, TrainConfig, list[Folder]]:
-    """A run, its settings and checkpoints; other settings, where they are given, take the place of those it has."""
-    before = load_run_config(path)
-    found = checkpoints(RunDirectory(path, before).checkpoints)
-    if not found:
-        raise CheckpointError(f"{path} has no complete checkpoint to resume from; start it anew, with checkpoint.every set")
-    run = RunDirectory(path, config or before)
-    if config is not None and config != before:
-        run.change_settings(before, config)
-    return run, config or before, found
-
-
-def _find_own(place: str, config: TrainConfig) -> list[Folder]:
-    """Checkpoints that a run of these settings left in a place of its own.
-
-    Raises:
-        SettingsError: they are of another run.
-    """
-    found = checkpoints(locate(place))
-    if found:
-        theirs, ours = json.loads((found[-1] / MANIFEST).read_text()).get("config", {}), config.model_dump(mode="json")
-        other = sorted(name for name in ours if name not in MAY_DIFFER and theirs.get(name) != ours[name])
-        if other:
-            raise SettingsError(
-                f"checkpoint.path {place} holds checkpoints of a run with other {', '.join(other)}: give each run a place of its own"
-            )
-    return found
-
-
-def _is_unfinished(path: Path, config: TrainConfig) -> bool:
-    """Whether a directory holds a run of these settings that did not get to its last evaluation."""
-    if not (path / "config.yaml").is_file() or load_run_config(path) != config:
-        return False
-    return (RunDirectory(path).last_evaluation() or {"step": -1})["step"] < config.steps
 
 
 # Around the driver ----------------------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from rich.console import Console
 from rayllp.checkpoint import Folder, checkpoints, locate, remove, step_of
 from rayllp.cluster.driver import Driver
 from rayllp.cluster.given import Loaded
-from rayllp.cluster.session import kept_network, validate
+from rayllp.cluster.prepare import kept_network, validate
 from rayllp.cluster.staff import Staff
 from rayllp.config import TrainConfig, load_run_config
 from rayllp.control import Controller

@@ -1,0 +1,286 @@
+"""`--launcher mpi`: processes that MPI's launcher started train without Ray. Rank 0 is driver and first worker; the others do as it says.
+
+    mpiexec -n 4 python -m rayllp train CONFIG --launcher mpi
+
+Nothing is elastic then: MPI's launcher ends all processes when one is lost, and the same command goes on from the last checkpoint.
+"""
+
+import os
+import pickle
+import signal
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from rayllp.channel.mpi import MPIWorld, leave_no_names, load_mpi
+from rayllp.cluster.driver import Driver
+from rayllp.cluster.given import TrainResult
+from rayllp.cluster.group import WorkerGroup
+from rayllp.cluster.places import threads_of
+from rayllp.cluster.prepare import prepare
+from rayllp.cluster.worker import BlockWorker
+from rayllp.config import TrainConfig, make_config
+from rayllp.data import Batches
+from rayllp.errors import ClusterError, RayllpError, SettingsError
+from rayllp.models import Architecture
+from rayllp.report import RunDirectory
+
+TAG = 11
+PAUSE_S = 5e-4
+"""Between looks for a message from the driver, or to it: MPI's own wait would keep a core busy."""
+STOP = "stop"
+
+
+@dataclass(frozen=True)
+class Launched:
+    """This process among those that MPI's launcher started: all of them, this one's place on its node, and how many are there."""
+
+    comm: Any
+    local_rank: int
+    local_size: int
+
+
+def launched() -> Launched:
+    """All processes that MPI's launcher started; each of them calls this.
+
+    Raises:
+        SettingsError: there is no mpi4py or no MPI.
+    """
+    MPI = load_mpi()
+    if not MPI.Is_initialized():
+        MPI.Init_thread(MPI.THREAD_MULTIPLE)
+    leave_no_names(MPI.COMM_WORLD)
+    node = MPI.COMM_WORLD.Split_type(MPI.COMM_TYPE_SHARED)
+    return Launched(MPI.COMM_WORLD.Dup(), node.Get_rank(), node.Get_size())
+
+
+def train_launched(
+    config: TrainConfig | None, *, output: str | Path | None = None, resume: str | Path | None = None, console: Console | None = None
+) -> TrainResult | None:
+    """`rayllp.train` in processes that MPI's launcher started, all of which call this; the result on rank 0, None on the others.
+
+    `config.workers` is theirs if it is not given. States travel by MPI, whatever `config.channel` says.
+
+    Raises:
+        SettingsError: on rank 0: as many workers were asked for as there are no processes, or workers is a range; and as `rayllp.train`.
+    """
+    here = launched()
+    comm = here.comm
+    if comm.Get_rank() > 0:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the launcher passes Ctrl-C to all; the driver decides what it means
+        _serve(here)
+        load_mpi().Finalize()
+        return None
+    others = _Others(comm)
+    try:
+        run, config, found, loaded = prepare(_sized(config, comm.Get_size()) if resume is None else config, output, resume)
+        _check(config, comm.Get_size())
+        device = _device(config, here)
+        run = run or RunDirectory.create(output, config)
+        group = LaunchedGroup(config, device, here, others)
+        result = Driver(config, run, device, None, None, loaded, console, workers=group).train(found)
+    except BaseException as error:
+        others.abandon(error)
+        raise
+    others.stop()
+    load_mpi().Finalize()
+    return result
+
+
+def _sized(config: TrainConfig | None, size: int) -> TrainConfig:
+    config = config or TrainConfig()
+    if config.workers is None and config.mesh.layer is None:
+        return make_config(config.model_dump(exclude_unset=True) | {"workers": size})
+    return config
+
+
+def _check(config: TrainConfig, size: int) -> None:
+    if config.fewest_workers != config.world:
+        raise SettingsError("--launcher mpi starts a number of processes: set workers to a number, or leave it out")
+    if config.world != size:
+        raise SettingsError(f"{size} processes were launched for workers={config.world}: make them equal, or leave workers out")
+
+
+def _device(config: TrainConfig, here: Launched) -> str:
+    """cpu or cuda: as the settings say, auto is GPUs where each of a node's processes has one."""
+    enough = torch.cuda.is_available() and torch.cuda.device_count() >= here.local_size
+    if config.device == "cuda" and not enough:
+        raise SettingsError(f"device=cuda: {here.local_size} processes on this node and {torch.cuda.device_count()} GPUs: use device=cpu")
+    return "cuda" if enough and config.device != "cpu" else "cpu"
+
+
+class LaunchedWorker(BlockWorker):
+    """A worker in a process that MPI's launcher started."""
+
+    def __init__(self, rank: int, config: TrainConfig, here: Launched, device: str) -> None:
+        if device == "cuda":  # Ray's workers see one GPU each
+            os.environ["CUDA_VISIBLE_DEVICES"] = _visible(here.local_rank)
+        super().__init__(rank, config, threads_of(max(1, (os.cpu_count() or 1) // here.local_size)))
+        self._here = here
+        self._mpi = MPIWorld(here.comm)
+
+    def place(self) -> tuple[str, str]:
+        """The name of this node, and its address."""
+        name = socket.gethostname()
+        one_node = self._here.local_size == self._here.comm.Get_size()
+        return name, "127.0.0.1" if one_node else socket.gethostbyname(name)
+
+    def leave(self) -> None:
+        """End all processes: what this one failed in the others wait for."""
+        traceback.print_exception(sys.exc_info()[1])
+        self._here.comm.Abort(1)
+
+
+def _visible(rank: int) -> str:
+    """The GPU of this node's `rank`-th process, as CUDA_VISIBLE_DEVICES has it."""
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return given.split(",")[rank] if given and "," in given else given or str(rank)
+
+
+# Calls ----------------------------------------------------------------------------------------------------------------------------
+
+
+def _serve(here: Launched) -> None:
+    """Do as rank 0 says until it says stop."""
+    worker: LaunchedWorker | None = None
+    while True:
+        method, arguments = _hear(here.comm, 0)
+        if method == STOP:
+            return
+        try:
+            if method == "begin":
+                rank, config, device = arguments
+                worker, answer = LaunchedWorker(rank, config, here, device), None
+            else:
+                answer = getattr(worker, method)(*arguments)
+            found = True, answer
+        except Exception as error:
+            found = False, error if _travels(error) else ClusterError(f"{type(error).__name__}: {error}")
+        here.comm.send(found, 0, TAG)
+
+
+def _hear(comm: Any, source: int) -> Any:
+    while not comm.Iprobe(source, TAG):
+        time.sleep(PAUSE_S)
+    return comm.recv(source=source, tag=TAG)
+
+
+def _travels(error: Exception) -> bool:
+    try:
+        return type(pickle.loads(pickle.dumps(error))) is type(error)
+    except Exception:
+        return False
+
+
+class _Others:
+    """Rank 0's way to the other processes."""
+
+    def __init__(self, comm: Any) -> None:
+        self.comm, self.busy = comm, set[int]()
+
+    def ask(self, rank: int, method: str, *arguments: Any) -> None:
+        self.busy.add(rank)
+        self.comm.send((method, arguments), rank, TAG)
+
+    def answer(self, rank: int) -> tuple[bool, Any]:
+        found: tuple[bool, Any] = _hear(self.comm, rank)
+        self.busy.discard(rank)
+        return found
+
+    def stop(self) -> None:
+        for rank in range(1, self.comm.Get_size()):
+            self.comm.send((STOP, ()), rank, TAG)
+
+    def abandon(self, error: BaseException) -> None:
+        """Training failed: let the others go, or end them where they are at something."""
+        if not self.busy:
+            self.stop()
+            return
+        text = f"{type(error).__name__}: {error}" if isinstance(error, RayllpError) else "".join(traceback.format_exception(error))
+        Console(stderr=True, highlight=False, soft_wrap=True).print(text, markup=False, style="red")
+        self.comm.Abort(2)
+
+
+class LaunchedGroup(WorkerGroup):
+    """All workers of a run whose processes MPI's launcher started."""
+
+    recovers = False
+
+    def __init__(self, config: TrainConfig, device: str, here: Launched, others: _Others) -> None:
+        super().__init__(config, None)
+        self._device, self._here, self._others = device, here, others
+        self._mine: LaunchedWorker | None = None
+
+    @property
+    def device(self) -> str:
+        return self._device
+
+    def start(self, architecture: Architecture | None, batches: Batches, kept: dict[str, Any] | None = None) -> list[dict[str, Any]]:
+        self.workers = list(range(self.config.world))
+        for rank in self.workers[1:]:
+            self._others.ask(rank, "begin", rank, self.config, self._device)
+        self._mine = LaunchedWorker(0, self.config, self._here, self._device)
+        self._collect_answers({rank: self._others.answer(rank) for rank in self.workers[1:]})
+        self._shared, self._sources = batches, (architecture, kept)
+        self._connect()
+        return self._build(range(self.config.world))
+
+    def _connect(self, *, keep_offset: bool = False) -> None:
+        assert self._mine is not None
+        host = self._mine.place()[1]
+        port = self._mine.listen(host)
+        self.call("connect", host, port, "nccl" if self._device == "cuda" else "gloo", self._device, self._offset)
+
+    def _reconfigure(self) -> None:
+        for rank in self.workers:
+            self.call_some([rank], "reconfigure", self.config, rank)
+
+    def call_some(self, ranks: Iterable[int], method: str, *arguments: Any, timeout_s: float | None = None) -> list[Any]:
+        """As on Ray; a worker that fails at something that others take part in ends all, and a limit is the channel's."""
+        ranks = list(ranks)
+        for rank in ranks:
+            if rank > 0:
+                self._others.ask(rank, method, *arguments)
+        answers: dict[int, tuple[bool, Any]] = {}
+        if 0 in ranks:
+            try:
+                answers[0] = True, getattr(self._mine, method)(*arguments)
+            except Exception as error:
+                answers[0] = False, error
+        answers |= {rank: self._others.answer(rank) for rank in ranks if rank > 0}
+        self._collect_answers(answers)
+        return [answers[rank][1] for rank in ranks]
+
+    @staticmethod
+    def _collect_answers(answers: dict[int, tuple[bool, Any]]) -> None:
+        for rank, (worked, answer) in answers.items():
+            if not worked:
+                if isinstance(answer, RayllpError):
+                    raise answer
+                raise ClusterError(f"worker {rank} failed: {type(answer).__name__}: {answer}") from answer
+
+    def keep_spares(self) -> None:
+        pass
+
+    def recruit(self, most: int) -> None:
+        pass
+
+    def recruited(self) -> int:
+        return 0
+
+    def reached(self, lost: Collection[int]) -> int:
+        return 0
+
+    def dismiss(self) -> None:
+        pass
+
+    def shutdown(self) -> None:
+        self.workers = []
