@@ -1,0 +1,230 @@
+"""Weights of TorchBraid's networks, from its files and back: with the same modules, the same network.
+
+TorchBraid's examples (github.com/Multilevel-NN/torchbraid) have one way of building a network: an opening module and a closing one on rank
+0, and between them a `LayerParallel` of equal steps x + dt·F(x). Each rank saves the `state_dict` of its part; `saveSerialNet` makes a
+`SerialNet` of all of it. Both are read by name, so that any of their networks becomes a `LayerStack` of the same modules.
+
+    weights = TorchBraidWeights.read(["rank0.pt", "rank1.pt"])
+    model = weights.stack(embed=OpenLayer(...), step=lambda: StepLayer(...), head=CloseLayer(...), loss=my_loss, dt=Tf / N)
+    rayllp.train(config, model=model, batches=batches)              # step.middle = Tf / N
+    TorchBraidWeights.of_run("runs/mine").write("serial.pt")        # a SerialNet's state_dict; workers=4: one a rank
+"""
+
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load
+from torch import Tensor, nn
+
+from rayllp.checkpoint.location import Folder, place_of_checkpoints
+from rayllp.checkpoint.store import checkpoints
+from rayllp.config import load_run_config, torchbraid_blocks
+from rayllp.errors import CheckpointError
+from rayllp.models.stack import LayerStack
+
+State = dict[str, Tensor]
+PARALLEL, SERIAL = "parallel_nn.", "serial_nn."
+LAYERS = "local_layers."
+WRAPPERS = ("model_state", "model_state_dict", "state_dict")
+"""Under which their scripts put a state_dict beside other things."""
+
+
+class Step(nn.Module):
+    """A step of TorchBraid's, x + F(x), as a residual layer.
+
+    Args:
+        step: F, or where it takes dt as its second argument the step itself, x -> x + dt·F(x, dt).
+        dt: of TorchBraid's finest level, Tf / N; `step.middle` has to be the same.
+    """
+
+    def __init__(self, step: nn.Module, dt: float = 1.0) -> None:
+        super().__init__()
+        self.step, self.dt = step, dt
+        self._takes_dt = len(inspect.signature(step.forward).parameters) > 1
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = x + ((self.step(x, self.dt) - x) / self.dt if self._takes_dt else self.step(x))
+        return found
+
+
+@dataclass(frozen=True)
+class TorchBraidWeights:
+    """All weights of one network.
+
+    Attributes:
+        ends: of the opening and closing modules, by their full names ("open_nn.…", "close_nn.…").
+        layers: of each step, by its own names.
+    """
+
+    ends: State
+    layers: list[State] = field(default_factory=list)
+
+    # From TorchBraid ------------------------------------------------------------------------------------------------------------
+
+    @staticmethod
+    def read(paths: str | Path | Sequence[str | Path]) -> "TorchBraidWeights":
+        """From the files of all ranks, in the order of the ranks, or the one of a SerialNet's state_dict.
+
+        Raises:
+            CheckpointError: a file that cannot be read, holds a whole pickled module, or other names.
+        """
+        files = [paths] if isinstance(paths, str | Path) else list(paths)
+        return TorchBraidWeights.of([_read(Path(path)) for path in files])
+
+    @staticmethod
+    def of(states: Sequence[Mapping[str, Tensor]]) -> "TorchBraidWeights":
+        """The same from state_dicts.
+
+        Raises:
+            CheckpointError: names that are not TorchBraid's.
+        """
+        ends: State = {}
+        layers: list[State] = []
+        for rank, state in enumerate(states):
+            mine: dict[int, State] = {}
+            for name, value in state.items():
+                if not name.startswith((PARALLEL, SERIAL)):
+                    ends[name] = value
+                    continue
+                place, _, own = name.removeprefix(SERIAL).removeprefix(PARALLEL).removeprefix(LAYERS).partition(".")
+                own = own.removeprefix("layer.").removeprefix("layer." if name.startswith(SERIAL) else "")
+                if not place.isdigit():
+                    raise CheckpointError(f"rank {rank}: {name} is no layer's: give the state_dict of a ParallelNet or a SerialNet")
+                mine.setdefault(int(place), {})[own] = value
+            if sorted(mine) != list(range(len(mine))):
+                raise CheckpointError(f"rank {rank} has layers {sorted(mine)}, which leave some out: give the whole state_dict")
+            layers += [mine[place] for place in sorted(mine)]
+        if not layers:
+            raise CheckpointError(f"no name begins with {PARALLEL} or {SERIAL}: give the state_dict of a ParallelNet or a SerialNet")
+        if len({tuple(sorted(layer)) for layer in layers}) > 1:
+            raise CheckpointError("layers have unlike parameters: give the files of all ranks of one network, in the order of the ranks")
+        return TorchBraidWeights(ends, layers)
+
+    def stack(
+        self,
+        *,
+        embed: nn.Module,
+        step: Callable[[], nn.Module],
+        head: nn.Module,
+        loss: Callable[[Tensor, Tensor], Tensor],
+        dt: float = 1.0,
+        **options: Any,
+    ) -> LayerStack:
+        """A network of these modules, TorchBraid's own, that begins with these weights.
+
+        Args:
+            embed, head: the opening and the closing module.
+            step: builds one step.
+            dt: as in `Step`.
+            options: others of `LayerStack`.
+
+        Raises:
+            CheckpointError: the modules have other parameters.
+        """
+        for module, state in ((embed, self._end("open")), (head, self._end("close"))):
+            _fill(module, state)
+        layers = [partial(_layer, step, state, dt) for state in self.layers]
+        layers[0]()  # refuse what does not fit now, not in a worker
+        return LayerStack(embed=embed, layers=layers, head=head, loss=loss, **options)
+
+    def _end(self, which: str) -> State:
+        return {name.partition(".")[2]: value for name, value in self.ends.items() if name.startswith(which)}
+
+    # To TorchBraid --------------------------------------------------------------------------------------------------------------
+
+    @staticmethod
+    def of_run(run: str | Path, step: int | None = None) -> "TorchBraidWeights":
+        """From a checkpoint of a run whose model `stack` made; the latest, or that after `step` steps. Parameters alone, no buffers.
+
+        Raises:
+            CheckpointError: there is none, or it is of another model.
+        """
+        found: list[Folder] = checkpoints(place_of_checkpoints(Path(run), load_run_config(Path(run)).checkpoint.path))
+        folder = next((path for path in found if path.name == f"step_{step}"), None) if step is not None else found[-1] if found else None
+        if folder is None:
+            raise CheckpointError(f"{run} has no complete checkpoint{'' if step is None else f' after {step} steps'}")
+        files: list[Folder] = sorted(folder.glob("*.safetensors"), key=str)
+        pieces = {path.stem: _weights(path.read_bytes()) for path in files}
+        layers = [
+            {name.partition(".step.")[2]: value for name, value in pieces[piece].items()}
+            for piece in sorted(pieces)
+            if piece.startswith("layer_")
+        ]
+        if not layers or any("" in layer for layer in layers):
+            raise CheckpointError(f"{folder} is not of a model that TorchBraidWeights.stack made: its layers are no steps")
+        ends = {
+            f"{end}.{name.partition('.')[2]}": value
+            for piece, end in (("embed", "open_nn"), ("head", "close_nn"))
+            for name, value in pieces.get(piece, {}).items()
+        }
+        return TorchBraidWeights(ends, layers)
+
+    def states(self, workers: int | None = None) -> list[State]:
+        """A state_dict for each of so many ranks, as TorchBraid shares layers out; None: one, of a SerialNet.
+
+        Raises:
+            CheckpointError: TorchBraid does not share these layers out so.
+        """
+        if workers is None:
+            return [self.ends | {f"{SERIAL}{n}.layer.layer.{name}": value for n, name, value in _numbered(self.layers)}]
+        if len(self.layers) % workers:
+            raise CheckpointError(f"TorchBraid wants as many layers on each rank, and {len(self.layers)} on {workers} are not")
+        found, start = [], 0
+        for rank, count in enumerate(torchbraid_blocks(len(self.layers), workers)):
+            own = _numbered(self.layers[start : start + count])
+            mine = {f"{PARALLEL}{LAYERS}{n}.layer.{name}": value for n, name, value in own}
+            found.append((self.ends if rank == 0 else {}) | mine)
+            start += count
+        return found
+
+    def write(self, path: str | Path, workers: int | None = None) -> list[Path]:
+        """Those as files: `path` itself, or with workers one a rank, "serial.pt" as "serial_rank0.pt" and so on; the files."""
+        target = Path(path)
+        states = self.states(workers)
+        paths = [target] if workers is None else [target.with_stem(f"{target.stem}_rank{rank}") for rank in range(workers)]
+        for each, state in zip(paths, states, strict=True):
+            torch.save(state, each)
+        return paths
+
+
+def _numbered(layers: Iterable[State]) -> list[tuple[int, str, Tensor]]:
+    return [(n, name, value) for n, layer in enumerate(layers) for name, value in layer.items()]
+
+
+def _read(path: Path) -> Mapping[str, Tensor]:
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise CheckpointError(
+            f"{path} cannot be read as tensors alone ({str(error).splitlines()[0]}). saveSerialNet writes a whole pickled module, which is "
+            "a program and is not run here: load it where you trust it, and save its state_dict()"
+        ) from error
+    for name in WRAPPERS:
+        if isinstance(found, Mapping) and isinstance(found.get(name), Mapping):
+            found = found[name]
+    if not isinstance(found, Mapping) or not all(isinstance(value, Tensor) for value in found.values()):
+        raise CheckpointError(f"{path} holds no state_dict, nor one under {', '.join(WRAPPERS)}")
+    return found
+
+
+def _fill(module: nn.Module, state: State) -> None:
+    try:
+        module.load_state_dict(state)
+    except RuntimeError as error:
+        raise CheckpointError(f"{type(module).__name__} is not the module that these weights are of: {error}") from error
+
+
+def _layer(step: Callable[[], nn.Module], state: State, dt: float) -> Step:
+    module = step()
+    _fill(module, state)
+    return Step(module, dt)
+
+
+def _weights(data: bytes) -> State:
+    """The parameters of one piece of a checkpoint."""
+    return {name.removeprefix("weight/"): value for name, value in load(data).items() if name.startswith("weight/")}
