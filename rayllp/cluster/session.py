@@ -4,7 +4,7 @@ import contextlib
 import json
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +22,11 @@ from rayllp.config import TrainConfig, load_run_config
 from rayllp.data import Batches, load_data
 from rayllp.errors import CheckpointError, SettingsError
 from rayllp.models import Architecture, LayerStack, check_batched, check_family, check_network
-from rayllp.report import RunDirectory
+from rayllp.report import Listener, RunDirectory
 
 MAY_DIFFER = set(
     "name workers resize_check_s mesh device channel receive_timeout_s hang_timeout_s snapshot_every spare_workers max_failures eval "
-    "checkpoint microbatches".split()
+    "checkpoint microbatches timeline_every".split()
 )
 """Settings of a run that may be others when it goes on from checkpoints alone."""
 
@@ -39,6 +39,7 @@ def train(
     model: Architecture | None = None,
     batches: Batches | None = None,
     console: Console | None = None,
+    listeners: Sequence[Listener] = (),
 ) -> TrainResult:
     """Train layer-parallel on Ray: on the cluster that this process belongs to (RAY_ADDRESS, or an earlier ray.init), else on this machine.
 
@@ -49,6 +50,8 @@ def train(
             may change, and whatever does not change the network.
         model: a LayerStack of your own instead of config.model; needs `batches`.
         batches: where inputs and targets come from, instead of config.data.
+        console: where progress is shown; default the standard error: a bar on a terminal, plain lines elsewhere.
+        listeners: are told of each step, event and evaluation as it comes (see `Listener`).
 
     Raises:
         SettingsError, DataError, ClusterError: before any step was done; nothing is left behind.
@@ -73,7 +76,8 @@ def train(
         device = choose_device(config)
         staff = _kept.staff(config, device) if _kept is not None else None
         run = run or RunDirectory.create(output, config)
-        return Driver(config, run, device, model, batches, loaded, console, [ClusterMetrics(run.path.name)], staff).train(found)
+        told = [ClusterMetrics(run.path.name), *listeners]
+        return Driver(config, run, device, model, batches, loaded, console, told, staff).train(found)
 
 
 # Several trainings with the same processes ----------------------------------------------------------------------------------------

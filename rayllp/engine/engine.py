@@ -74,7 +74,7 @@ class Engine:
         data_channel: to the workers of other replicas that own the same layers.
 
     Attributes:
-        timeline: None, or what is told of the spans of layer-parallel steps.
+        timeline: None, or what is told of the spans of steps.
     """
 
     def __init__(
@@ -187,6 +187,7 @@ class Engine:
         if accuracy.serial:
             pipeline = self.pipeline(inputs, len(samples))
             if pipeline is not None:
+                pipeline.timeline = self.timeline
                 return pipeline.step(step, inputs, targets, samples, scale, self.penalty), None, None
         loss = torch.zeros((), device=self.device, dtype=self.block.dtype)
         forward = backward = None
@@ -218,9 +219,11 @@ class Engine:
         """Plain autograd: one worker holds the whole network."""
         self.block.begin(step, samples, inputs, training=True)
         self._whole.penalty = self.penalty
-        outputs = self._whole(*tensors(inputs))
-        loss = self.block.architecture.training_loss(outputs, targets) * scale
-        loss.backward()
+        with self.span("forward"):
+            outputs = self._whole(*tensors(inputs))
+            loss = self.block.architecture.training_loss(outputs, targets) * scale
+        with self.span("adjoint"):
+            loss.backward()
         return loss.detach()
 
     def parallel_gradients(
