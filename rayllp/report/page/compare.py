@@ -149,7 +149,7 @@ def _common_step(runs: Sequence[RunRecord]) -> int:
     """The last step after which all were evaluated."""
     steps = set.intersection(*({int(line["step"]) for line in run.evaluations} for run in runs))
     if not steps:
-        last = ", ".join(f"{run.name} {[line['step'] for line in run.evaluations[-1:]] or 'never'}" for run in runs)
+        last = ", ".join(f"{run.name} {run.evaluations[-1]['step'] if run.evaluations else 'never'}" for run in runs)
         raise SettingsError(f"--compare needs a step after which all were evaluated; last evaluations: {last}: set eval.every alike")
     return max(steps)
 

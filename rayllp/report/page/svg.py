@@ -242,7 +242,7 @@ def draw_gantt(timeline: StepTimeline) -> Gantt:
         names = sorted(dict.fromkeys(span.name for span in spans), key=lambda name: name != "wait")  # waiting lies below
         bars = [(name, _bars([span for span in spans if span.name == name], scale), _total(spans, name)) for name in names]
         rows.append(GanttRow(rank=rank, bars=bars))
-    names = dict.fromkeys(span.name for spans in timeline.workers for span in spans)
+    seen = dict.fromkeys(span.name for spans in timeline.workers for span in spans)
     return Gantt(
         timeline=timeline,
         rows=rows,
@@ -250,7 +250,7 @@ def draw_gantt(timeline: StepTimeline) -> Gantt:
             Tick(at=100 * tick / (1e3 * timeline.seconds), text=f"{tick:g}", minor=n % 2 == 1)
             for n, tick in enumerate(nice_ticks(0.0, 1e3 * timeline.seconds))
         ],
-        names=[(name, tuple(_total(spans, name) for spans in timeline.workers)) for name in names],
+        names=[(name, tuple(_total(spans, name) for spans in timeline.workers)) for name in seen],
     )
 
 
