@@ -70,6 +70,7 @@ class Chart:
         log: a logarithmic vertical axis.
         scale: how x is written: "plain", "count" (k, M, G) or "time" (x is in seconds).
         zero: the vertical axis begins at 0.
+        whole: its values are whole numbers.
     """
 
     key: str
@@ -83,6 +84,7 @@ class Chart:
     rules: tuple[Rule, ...] = ()
     log: bool = False
     zero: bool = False
+    whole: bool = False
     scale: Literal["plain", "count", "time"] = "plain"
     x_range: tuple[float, float] = field(init=False)
     y_range: tuple[float, float] = field(init=False)

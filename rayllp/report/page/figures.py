@@ -116,6 +116,9 @@ def _loss(runs: Sequence[RunRecord], key: str, title: str, label: str, scale: An
     losses = np.concatenate([run.column("loss") for run in runs])
     losses = losses[np.isfinite(losses) & (losses > 0)]
     log = bool(len(losses)) and float(losses.max()) > 3 * float(np.quantile(losses, 0.99))  # a spike must not flatten all else
+    if scale == "time":
+        caption = "The same. Time is that of the steps: without evaluations, recoveries, and what was lost and done again."
+        return _chart(runs, key, title, curves, place, caption=caption, x_label=label, y_label="loss", scale=scale, log=log)
     caption = "Training loss as the step's own solve sees it; validation loss (points) always by the exact forward."
     if any(curve.low is not None for curve in curves):
         caption += " Where a line stands for many steps it is their mean, and the shade about it goes from the least to the largest."
@@ -241,7 +244,7 @@ def _iterations(runs: Sequence[RunRecord]) -> Chart | None:
             if len(x):
                 curves.append(Curve(name=name, run=number, x=x, y=y, kind="steps", dash=dash))  # type: ignore[arg-type]
     caption = "Of the forward and the adjoint solve; 0 is serial, and exact. Probes, which do more of them, are left out."
-    return _chart(runs, "iterations", "Iterations in use", curves, caption=caption, y_label="iterations", zero=True)
+    return _chart(runs, "iterations", "Iterations in use", curves, caption=caption, y_label="iterations", zero=True, whole=True)
 
 
 def _in_use(run: RunRecord, name: str) -> tuple[Floats, Floats]:
@@ -272,7 +275,7 @@ def _workers(runs: Sequence[RunRecord]) -> Chart | None:
         curves.append(Curve(name="workers", run=number, x=x, y=y, kind="steps"))
     if all(len(curve.x) == 2 for curve in curves):  # nothing ever changed
         return None
-    return _chart(runs, "workers", "Workers", curves, caption="At work, by step.", y_label="workers", zero=True)
+    return _chart(runs, "workers", "Workers", curves, caption="At work, by step.", y_label="workers", zero=True, whole=True)
 
 
 def last_loss(run: RunRecord) -> float:

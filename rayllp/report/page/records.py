@@ -3,6 +3,8 @@
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -77,16 +79,13 @@ class RunRecord:
         """Steps done."""
         return int(self.steps[-1]) + 1
 
-    @property
+    @cached_property
     def phases(self) -> list[Phase]:
         """How the mode changed."""
-        found: list[Phase] = []
-        for metric in self.metrics:
-            mode, step = metric["mode"], metric["step"]
-            if found and found[-1].mode == mode:
-                found[-1] = Phase(mode=mode, begin=found[-1].begin, end=step + 1)
-            else:
-                found.append(Phase(mode=mode, begin=step, end=step + 1))
+        found = []
+        for mode, group in groupby(self.metrics, key=lambda metric: metric["mode"]):
+            steps = [metric["step"] for metric in group]
+            found.append(Phase(mode=mode, begin=steps[0], end=steps[-1] + 1))
         return found
 
     @property

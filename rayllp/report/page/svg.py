@@ -20,6 +20,8 @@ from rayllp.timeline import Span
 WIDTH, HEIGHT = 1000.0, 300.0
 TABLE_ROWS = 24
 """Of a curve with more points the table has means, over so many stretches of it."""
+MANY = 60
+"""Points beyond this are drawn small."""
 GLYPHS = {"switch": "◆", "fault": "✕", "resize": "▲", "deepen": "▼", "settings": "●"}
 
 
@@ -58,15 +60,15 @@ class Drawing:
     """What the page's template makes a figure of.
 
     Attributes:
-        paths: SVG paths: class, run, `d`.
+        paths: SVG paths: how it is drawn, classes of its colour, `d`.
         data: the curves' values, for the script that shows them under the pointer.
         summary: the picture in words.
         rows: of the table behind the picture.
-        styles: names of curves, each once, with how they are drawn.
+        styles: names of curves, each once, with how they are drawn and, where there is one run, classes of their colour.
     """
 
     chart: Chart
-    paths: Sequence[tuple[str, int, str]]
+    paths: Sequence[tuple[str, str, str]]
     x_ticks: Sequence[Tick]
     y_ticks: Sequence[Tick]
     rules: Sequence[Tick]
@@ -77,7 +79,7 @@ class Drawing:
     data: dict[str, Any]
     summary: str
     rows: Sequence[Sequence[str]]
-    styles: Sequence[tuple[str, str]]
+    styles: Sequence[tuple[str, str, str]]
 
 
 def draw(chart: Chart, runs: Sequence[RunRecord]) -> Drawing:
@@ -88,11 +90,12 @@ def draw(chart: Chart, runs: Sequence[RunRecord]) -> Drawing:
         for band in chart.bands
     ]
     alone = len(runs) == 1
+    colours = [f"r0 k{n}" if alone else f"r{curve.run}" for n, curve in enumerate(chart.curves)]  # of one run curves have one each
     return Drawing(
         chart=chart,
-        paths=[path for curve in chart.curves for path in _paths(chart, curve)],
+        paths=[(style, colours[n], d) for n, curve in enumerate(chart.curves) for style, d in _paths(chart, curve)],
         x_ticks=_x_ticks(chart, size),
-        y_ticks=[Tick(at=_y(chart, tick), text=write_number(tick, 3)) for tick in (log_ticks if chart.log else nice_ticks)(*chart.y_range)],
+        y_ticks=[Tick(at=_y(chart, tick), text=write_number(tick, 3)) for tick in _y_ticks(chart)],
         rules=[Tick(at=_y(chart, rule.y), text=rule.text) for rule in chart.rules],
         marks=[
             Placed(at=_x(chart, mark.x), run=mark.run, kind=mark.kind, glyph=GLYPHS.get(mark.kind, "●"), text=mark.text)
@@ -101,10 +104,10 @@ def draw(chart: Chart, runs: Sequence[RunRecord]) -> Drawing:
         bands=bands if alone else [],
         lanes=[] if alone else [(number, [band for band in bands if band.run == number]) for number in sorted({b.run for b in bands})],
         x_label=f"{chart.x_label}, {unit}" if unit else chart.x_label,
-        data=_data(chart),
+        data=_data(chart, colours),
         summary=_summary(chart, runs),
         rows=list(_rows(chart, runs)),
-        styles=list(dict.fromkeys((curve.name, _style(curve)) for curve in chart.curves)),
+        styles=list(dict.fromkeys((c.name, _style(c), colours[n] if alone else "") for n, c in enumerate(chart.curves))),
     )
 
 
@@ -131,25 +134,31 @@ def _x_ticks(chart: Chart, size: float) -> list[Tick]:
     return [Tick(at=_x(chart, place), text=write(place / size), minor=n % 2 == 1) for n, place in enumerate(places)]
 
 
+def _y_ticks(chart: Chart) -> list[float]:
+    ticks = log_ticks(*chart.y_range) if chart.log else nice_ticks(*chart.y_range)
+    return [tick for tick in ticks if tick.is_integer()] if chart.whole else ticks
+
+
 def _style(curve: Curve) -> str:
     return f"{curve.kind} {curve.dash}"
 
 
-def _paths(chart: Chart, curve: Curve) -> list[tuple[str, int, str]]:
+def _paths(chart: Chart, curve: Curve) -> list[tuple[str, str]]:
     points = [(10 * _x(chart, x), 3 * _y(chart, y)) for x, y in zip(curve.x.tolist(), curve.y.tolist(), strict=True)]
     style, found = _style(curve), []
     if curve.low is not None and curve.high is not None:
         xs = [10 * _x(chart, x) for x in curve.x.tolist()]
         upper = list(zip(xs, (3 * _y(chart, y) for y in curve.high.tolist()), strict=True))
         lower = list(zip(xs, (3 * _y(chart, y) for y in curve.low.tolist()), strict=True))
-        found.append(("shade", curve.run, _line([*upper, *reversed(lower)]) + "Z"))
+        found.append(("shade", _line([*upper, *reversed(lower)]) + "Z"))
     if curve.kind == "steps":
         corners = [corner for (x, y), (after, _) in zip(points, [*points[1:], points[-1]], strict=True) for corner in ((x, y), (after, y))]
-        return [*found, (f"curve {style}", curve.run, _line(corners))]
+        return [*found, (f"curve {style}", _line(corners))]
     if len(points) > 1:
-        found.append((f"curve {style}", curve.run, _line(points)))
+        found.append((f"curve {style}", _line(points)))
     if curve.kind == "points" or len(points) == 1:
-        found.append((f"dots {curve.dash}", curve.run, "".join(f"M{x:.1f} {y:.1f}h.1" for x, y in points)))
+        many = " many" if len(points) > MANY else ""
+        found.append((f"dots {curve.dash}{many}", "".join(f"M{x:.1f} {y:.1f}h.1" for x, y in points)))
     return found
 
 
@@ -160,12 +169,13 @@ def _line(points: Iterable[tuple[float, float]]) -> str:
 # What else is said of a chart -----------------------------------------------------------------------------------------------------
 
 
-def _data(chart: Chart) -> dict[str, Any]:
+def _data(chart: Chart, colours: Sequence[str]) -> dict[str, Any]:
     curves = []
-    for curve in chart.curves:
+    for curve, colour in zip(chart.curves, colours, strict=True):
         entry: dict[str, Any] = {
             "name": curve.name,
             "run": curve.run,
+            "colour": colour,
             "x": _short(curve.x),
             "y": _short(curve.y),
             "steps": curve.kind == "steps",

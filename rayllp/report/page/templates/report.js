@@ -36,7 +36,7 @@
       for (const curve of data.curves) {
         if (document.body.classList.contains("hide" + curve.run) || !curve.x.length) continue;
         const n = nearest(curve.x, x, curve.steps), line = document.createElement("div"), swatch = document.createElement("span");
-        swatch.className = "swatch r" + curve.run;
+        swatch.className = "swatch " + curve.colour;
         let text = (names.length ? names[curve.run] + ", " : "") + curve.name + ": " + written(curve.y[n]);
         if (curve.low && curve.low[n] !== curve.high[n]) text += " (" + written(curve.low[n]) + " to " + written(curve.high[n]) + ")";
         if (curve.x.length < 200) text += " at " + place(curve.x[n], data.scale);
