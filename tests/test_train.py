@@ -60,7 +60,8 @@ HEARD = Heard()
 @pytest.fixture(scope="module")
 def parallel_run(kept_workers, tmp_path_factory):
     adaptive = {"probe_every": 4, "lipschitz_every": 2}
-    config = tiny(workers=2, steps=12, adaptive=adaptive, eval={"every": 5, "batches": 2, "sample": 8}, model={"layers": 20}, timeline_every=4)
+    evaluations = {"every": 5, "batches": 2, "sample": 8}
+    config = tiny(workers=2, steps=12, adaptive=adaptive, eval=evaluations, model={"layers": 20}, timeline_every=4)
     return config, rayllp.train(config, output=tmp_path_factory.mktemp("runs") / "parallel μ", listeners=[HEARD])
 
 
