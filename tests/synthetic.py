@@ -104,7 +104,9 @@ def long_run(path, steps=20_000, workers=8, **settings):
             lines.append(metric(step, **values, **(serial if step >= serial_from else {})))
         if step % 50 == 25:
             kind = serial if step >= serial_from else {"mode": "parallel", "iterations_forward": 2, "iterations_backward": 1}
-            run.timeline(step, kind, [(_busy(rank), (2**30, 2**31)) for rank in range(workers)], spans=step < 150 or step > steps - 150)
+            kept = step < 150 or step > steps - 150
+            timed = [(_busy(rank, 400 if kept else 20), (2**30, 2**31)) for rank in range(workers)]
+            run.timeline(step, kind, timed, spans=kept)
         if (step + 1) % 500 == 0:
             run.evaluation(step + 1, "validation", 2 + 2 * math.exp(-8 * share), perplexity=9.0)
             run.event(step + 1, "checkpoint", path="somewhere")
@@ -117,9 +119,11 @@ def long_run(path, steps=20_000, workers=8, **settings):
     return run
 
 
-def _busy(rank):
-    """A step of some hundred spans."""
-    spans = [Span(0.0001 * n, 0.0001 * n + 0.00008, "compute", "forward" if n < 200 else "adjoint", "last sweep", 0, n) for n in range(400)]
+def _busy(rank, count):
+    """A step of so many spans."""
+    length = 0.04 / count
+    solves = ["forward"] * (count // 2) + ["adjoint"] * (count // 2)
+    spans = [Span(length * n, length * (n + 0.8), "compute", solve, "last sweep", 0, n) for n, solve in enumerate(solves)]
     return TimedStep(1000.0 + 0.001 * rank, 0.045, tuple(spans))
 
 
