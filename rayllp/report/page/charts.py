@@ -71,6 +71,7 @@ class Chart:
         scale: how x is written: "plain", "count" (k, M, G) or "time" (x is in seconds).
         zero: the vertical axis begins at 0.
         whole: its values are whole numbers.
+        lanes: where there are several runs, bands are lanes below the chart, one a run; else they are left out.
     """
 
     key: str
@@ -85,6 +86,7 @@ class Chart:
     log: bool = False
     zero: bool = False
     whole: bool = False
+    lanes: bool = False
     scale: Literal["plain", "count", "time"] = "plain"
     x_range: tuple[float, float] = field(init=False)
     y_range: tuple[float, float] = field(init=False)

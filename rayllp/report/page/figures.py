@@ -116,13 +116,14 @@ def _loss(runs: Sequence[RunRecord], key: str, title: str, label: str, scale: An
     losses = np.concatenate([run.column("loss") for run in runs])
     losses = losses[np.isfinite(losses) & (losses > 0)]
     log = bool(len(losses)) and float(losses.max()) > 3 * float(np.quantile(losses, 0.99))  # a spike must not flatten all else
+    more: dict[str, Any] = {"x_label": label, "y_label": "loss", "scale": scale, "log": log, "lanes": True}
     if scale == "time":
         caption = "The same. Time is that of the steps: without evaluations, recoveries, and what was lost and done again."
-        return _chart(runs, key, title, curves, place, caption=caption, x_label=label, y_label="loss", scale=scale, log=log)
+        return _chart(runs, key, title, curves, place, caption=caption, **more)
     caption = "Training loss as the step's own solve sees it; validation loss (points) always by the exact forward."
     if any(curve.low is not None for curve in curves):
         caption += " Where a line stands for many steps it is their mean, and the shade about it goes from the least to the largest."
-    return _chart(runs, key, title, curves, place, caption=caption, x_label=label, y_label="loss", scale=scale, log=log)
+    return _chart(runs, key, title, curves, place, caption=caption, **more)
 
 
 def _evaluated(run: RunRecord, number: int, metric: str, name: str, place: Place) -> Curve:

@@ -102,7 +102,7 @@ def draw(chart: Chart, runs: Sequence[RunRecord]) -> Drawing:
             for mark in chart.marks
         ],
         bands=bands if alone else [],
-        lanes=[] if alone else [(number, [band for band in bands if band.run == number]) for number in sorted({b.run for b in bands})],
+        lanes=[] if alone or not chart.lanes else _lanes(bands),
         x_label=f"{chart.x_label}, {unit}" if unit else chart.x_label,
         data=_data(chart, colours),
         summary=_summary(chart, runs),
@@ -132,6 +132,10 @@ def _x_ticks(chart: Chart, size: float) -> list[Tick]:
     places = [size * tick for tick in nice_ticks(low / size, high / size)]
     write = write_count if chart.scale == "count" or high >= 10_000 else lambda value: f"{value:g}"
     return [Tick(at=_x(chart, place), text=write(place / size), minor=n % 2 == 1) for n, place in enumerate(places)]
+
+
+def _lanes(bands: Sequence[Stretch]) -> list[tuple[int, list[Stretch]]]:
+    return [(run, [band for band in bands if band.run == run]) for run in sorted({band.run for band in bands})]
 
 
 def _y_ticks(chart: Chart) -> list[float]:
