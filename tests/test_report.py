@@ -212,6 +212,23 @@ def test_texts_are_escaped(tmp_path):
     assert all(json.loads(script) for script in page.scripts[:-1])
 
 
+def test_a_long_sample_is_cut_and_the_page_says_so(tmp_path):
+    run = small_run(tmp_path / "run", steps=10, sample="x" * 20_100)
+    text = next(text for text in page_of(run).texts["pre"] if text.startswith("xxx"))
+    assert text == "x" * 20_000 + "\n… and 100 characters more"
+
+
+def test_many_events_are_cut_and_the_page_says_so(tmp_path):
+    run = begin_run(tmp_path / "run")
+    run.metric(metric(0))
+    for step in range(340):
+        run.event(step, "fault", reason=f"number {step}", ranks=[])
+    page = page_of(run)
+    assert "40 events in the middle are left out." in page.words
+    told = [row[2] for row in page.rows if len(row) == 4 and row[1] == "fault"]
+    assert (len(told), told[149], told[150]) == (300, "step 149: fault: number 149", "step 190: fault: number 190")
+
+
 def test_values_that_are_not_finite(tmp_path):
     run = begin_run(tmp_path / "run")
     for step, rho in enumerate((0.1, float("inf"), float("nan"), 0.0)):

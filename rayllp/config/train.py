@@ -183,7 +183,7 @@ class TrainConfig(Settings):
         return self.consistency > 0 and self.adaptive.rule != "convergence" and self.adaptive.steer is not False
 
     def is_timed(self, step: int) -> bool:
-        """Whether this step's timeline is recorded, unless it is a probe. Not a run's first: that one makes what others find made."""
+        """Whether this step's timeline is recorded, unless it is a probe: the middle one of so many, since a run's first is slow."""
         return bool(self.timeline_every) and step % self.timeline_every == self.timeline_every // 2
 
     @property

@@ -22,7 +22,7 @@ from rayllp.report.rundir import flatten
 MOST_EVENTS = 300
 """Lines of the table of events; of more the first and the last."""
 MOST_TEXT = 20_000
-"""Characters of a sample."""
+"""Characters of a sample; the page says what it leaves out."""
 COLOURS = 8
 """Of runs; they begin anew with the next."""
 
@@ -95,7 +95,7 @@ def render(runs: Sequence[RunRecord], title: str | None = None, comparison: Comp
         parts=PARTS,
         gantts=[[draw_gantt(timeline) for timeline in step_timelines(run)] for run in runs],
         memories=[memory(run) for run in runs],
-        samples=[(run.sample[:MOST_TEXT], run.translations[:MOST_TEXT]) for run in runs],
+        samples=[(_cut(run.sample), _cut(run.translations)) for run in runs],
         events=[_events(run) for run in runs],
         settings=_settings(runs),
         yamls=[to_yaml(run.config) for run in runs],
@@ -157,6 +157,11 @@ def _settings(runs: Sequence[RunRecord]) -> list[tuple[str, str, list[str]]]:
     names = dict.fromkeys(name for values in (defaults, *found) for name in values)
     rows = [(name, _plain(defaults.get(name)), [_plain(values.get(name)) for values in found]) for name in names]
     return [row for row in rows if any(value != row[1] for value in row[2])]
+
+
+def _cut(text: str) -> str:
+    left_out = len(text) - MOST_TEXT
+    return text if left_out <= 0 else f"{text[:MOST_TEXT]}\n… and {left_out:,} characters more"
 
 
 def _plain(value: Any) -> str:
