@@ -20,7 +20,7 @@ class Span(NamedTuple):
     Attributes:
         begin, end: seconds, on the timeline's clock.
         kind: "compute", "wait" (for a message, or for all), or "send".
-        solve: "forward" or "adjoint"; what else a step has: "enter", "loss", "statistics", "update".
+        solve: "forward" or "adjoint"; what else a step has: "enter", "loss", "gradients" (shared), "statistics", "update".
         phase: of the cycle, such as "coarse solve" or "last sweep"; "microbatch" in the exact mode's pipeline; empty outside a solve.
         level: of the cycle, 0 the finest.
         layer: counted from the first middle layer; None where it is none.

@@ -148,10 +148,11 @@ class Engine:
         probing = Probing(self, plan) if plan else None
         form = probing.gradients if probing else self.gradients
         loss, forward, backward = form(step, accuracy, inputs, targets, samples, 1 / max(1, terms))
-        average_over_replicas(self.block, self.replicas, loss)
-        add_shared_gradients(self.block, self.layers, step)
-        if accuracy.smoothness:
-            add_smoothness_gradient(self.block, self.layers, accuracy.smoothness, step)
+        with self.span("gradients", "wait"):
+            average_over_replicas(self.block, self.replicas, loss)
+            add_shared_gradients(self.block, self.layers, step)
+            if accuracy.smoothness:
+                add_smoothness_gradient(self.block, self.layers, accuracy.smoothness, step)
         with self.span("statistics", "wait"):
             norm, loss_value, gap, forward, backward, bias = self.reduce_statistics(step, loss, forward, backward, probing)
         lr = learning_rate(self.config.optimizer, step, self.config.steps)

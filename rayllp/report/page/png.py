@@ -9,6 +9,7 @@ import numpy as np
 from rayllp.errors import SettingsError
 from rayllp.report.gantt import draw_timeline
 from rayllp.report.page.charts import Chart, Curve, time_unit
+from rayllp.report.page.figures import MARKED
 from rayllp.report.page.records import RunRecord
 from rayllp.report.page.workers import step_timelines
 
@@ -51,18 +52,18 @@ def _write(chart: Chart, runs: Sequence[RunRecord], path: Path) -> Path:
         for band in chart.bands:
             if band.mode == "serial":
                 axis.axvspan(band.begin / size, band.end / size, color="#888888", alpha=0.15, lw=0, label="serial")
-    for curve in chart.curves:
-        _draw(axis, curve, runs, size)
+    for number, curve in enumerate(chart.curves):
+        _draw(axis, curve, runs, size, COLOURS[(number if len(runs) == 1 else curve.run) % len(COLOURS)])
     for rule in chart.rules:
         axis.axhline(rule.y, color="#888888", lw=0.8, ls="-.")
         axis.annotate(rule.text, (1, rule.y), xycoords=("axes fraction", "data"), fontsize=7, ha="right", va="bottom")
     for mark in chart.marks:
-        colour = COLOURS[mark.run % len(COLOURS)]
+        colour = "#444444" if len(runs) == 1 else COLOURS[mark.run % len(COLOURS)]
         axis.axvline(mark.x / size, color=colour, lw=0.5, alpha=0.5)
-        axis.plot(
-            [mark.x / size], [1.0], MARKS.get(mark.kind, "o"), color=colour, ms=6, transform=axis.get_xaxis_transform(), clip_on=False
-        )
+        style = {"marker": MARKS[mark.kind], "ms": 6, "color": colour, "ls": "", "label": MARKED[mark.kind]}
+        axis.plot([mark.x / size], [1.0], transform=axis.get_xaxis_transform(), clip_on=False, **style)
     axis.set(xlabel=f"{chart.x_label}{unit and f', {unit}'}", ylabel=chart.y_label, title=chart.title, ylim=chart.y_range)
+    axis.set_xlim(chart.x_range[0] / size, chart.x_range[1] / size)
     if chart.log:
         axis.set_yscale("log")
         axis.set_ylim(*chart.y_range)
@@ -74,8 +75,8 @@ def _write(chart: Chart, runs: Sequence[RunRecord], path: Path) -> Path:
     return path
 
 
-def _draw(axis: Any, curve: Curve, runs: Sequence[RunRecord], size: float) -> None:
-    colour, x = COLOURS[curve.run % len(COLOURS)], curve.x / size
+def _draw(axis: Any, curve: Curve, runs: Sequence[RunRecord], size: float, colour: str) -> None:
+    x = curve.x / size
     label = curve.name if len(runs) == 1 else f"{runs[curve.run].name}, {curve.name}"
     if curve.low is not None and curve.high is not None:
         axis.fill_between(x, curve.low, np.where(np.isfinite(curve.high), curve.high, np.nanmax(curve.y)), color=colour, alpha=0.2, lw=0)
