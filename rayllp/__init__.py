@@ -11,10 +11,11 @@ if TYPE_CHECKING:
     from rayllp.cluster.session import keep_workers, train
     from rayllp.config import TrainConfig, load_config, make_config
     from rayllp.models.stack import LayerStack
+    from rayllp.report.journal import Listener
     from rayllp.tuning.run import tune
 
 __version__ = "0.1.0"
-__all__ = ["LayerStack", "TrainConfig", "TrainResult", "keep_workers", "load_config", "make_config", "train", "tune"]
+__all__ = ["LayerStack", "Listener", "TrainConfig", "TrainResult", "keep_workers", "load_config", "make_config", "train", "tune"]
 
 _HOMES = {
     "keep_workers": "rayllp.cluster.session",
@@ -24,6 +25,7 @@ _HOMES = {
     "load_config": "rayllp.config",
     "make_config": "rayllp.config",
     "LayerStack": "rayllp.models.stack",
+    "Listener": "rayllp.report.journal",
     "tune": "rayllp.tuning.run",
 }
 

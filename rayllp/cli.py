@@ -89,6 +89,26 @@ def export(
 
 
 @app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="run directories; several lie over one another")],
+    compare: Annotated[
+        str | None, typer.Option(help="serial, parallel or adaptive: state how far the others' losses are from that mode's, in %")
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="HTML file; default report.html in the run's directory, of several here")] = None,
+    png: Annotated[Path | None, typer.Option(help="write the charts as PNG files to this folder too")] = None,
+    title: Annotated[str | None, typer.Option(help="of the page; default the runs' names")] = None,
+) -> None:
+    """Write one HTML page of runs: loss, ρ, bias, time and memory by worker, events, sample, settings. Needs no cluster."""
+    from rayllp.report.page import write_report
+
+    written = write_report(runs, output=output, png=png, title=title, baseline=compare)
+    for gap in written.comparison.gaps if written.comparison is not None else ():
+        typer.echo(gap.sentence(str(compare)))
+    pictures = f" and {len(written.pictures)} pictures in {png}" if written.pictures else ""
+    typer.echo(f"wrote {written.page} ({written.page.stat().st_size / 1e6:.2f} MB){pictures}")
+
+
+@app.command()
 def suggest_buffers(
     run: Annotated[Path, typer.Argument(help="run directory, of a run with adaptive.lipschitz_every")],
     factor: Annotated[float, typer.Option(help="a layer is steep beyond so many medians of the middle")] = 2.0,

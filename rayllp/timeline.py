@@ -11,6 +11,8 @@ from rayllp.channel.base import Channel, MessageTag, StateSpec
 from rayllp.mgrit.propagator import Propagator
 from rayllp.state import State
 
+KINDS = ("compute", "send", "wait")
+
 
 class Span(NamedTuple):
     """Something that one worker did.
@@ -18,8 +20,8 @@ class Span(NamedTuple):
     Attributes:
         begin, end: seconds, on the timeline's clock.
         kind: "compute", "wait" (for a message, or for all), or "send".
-        solve: "forward" or "adjoint"; what else a step has: "enter", "loss", "statistics", "update".
-        phase: of the cycle, such as "coarse solve" or "last sweep"; empty outside a solve.
+        solve: "forward" or "adjoint"; what else a step has: "enter", "loss", "gradients" (shared), "statistics", "update".
+        phase: of the cycle, such as "coarse solve" or "last sweep"; "microbatch" in the exact mode's pipeline; empty outside a solve.
         level: of the cycle, 0 the finest.
         layer: counted from the first middle layer; None where it is none.
     """
@@ -50,6 +52,22 @@ class TimedStep(NamedTuple):
     spans: tuple[Span, ...]
 
 
+def sum_kinds(step: TimedStep) -> dict[str, float]:
+    """Seconds of a worker's step by kind: compute, send, wait; what no span covers (the batch, bookkeeping) is "other"."""
+    sums = dict.fromkeys(KINDS, 0.0)
+    for span in step.spans:
+        sums[span.kind] += span.seconds
+    return sums | {"other": max(0.0, step.seconds - sum(sums.values()))}
+
+
+def sum_phases(spans: Sequence[Span]) -> dict[str, float]:
+    """Seconds by `Span.name`, in the order of their first."""
+    sums: dict[str, float] = {}
+    for span in spans:
+        sums[span.name] = sums.get(span.name, 0.0) + span.seconds
+    return sums
+
+
 class Timeline:
     """One worker's spans, in the order in which they ended."""
 
@@ -64,6 +82,13 @@ class Timeline:
         begin = self.clock()
         yield
         self.spans.append(Span(begin, self.clock(), kind, solve))
+
+    def fill(self, first: int, begin: float) -> None:
+        """What lies between the spans from number `first` on, since `begin` and until now, was spent waiting for messages."""
+        for span in [*self.spans[first:], Span(now := self.clock(), now, "", "")]:
+            if span.begin > begin:
+                self.spans.append(Span(begin, span.begin, "wait", span.solve))
+            begin = max(begin, span.end)
 
     def begin_solve(self, solve: str) -> Callable[[str, int], None]:
         """What follows belongs to this solve; returns what is to be told of its phases."""

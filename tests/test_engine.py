@@ -1,13 +1,17 @@
 """One training step against bare transformers, and against itself on other meshes."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from rayllp.channel import LocalChannel, run_workers
+from rayllp.channel.torch_dist import TorchChannel
 from rayllp.control import Accuracy, Controller
 from rayllp.engine.gradients import add_shared_gradients
 from rayllp.engine.optimizer import learning_rate
+from rayllp.timeline import TimedStep, Timeline, sum_kinds
 from tests.conftest import losses_over_gloo, losses_over_threads, make_engine, run_processes, tiny, train_engine
 
 PLAIN = {"buffers": {"open": 0, "close": 0}, "step": {"middle": 1.0}, "mode": "serial", "model": {"layers": 6}}
@@ -185,3 +189,43 @@ def test_the_step_with_a_bad_weight_is_not_taken_and_the_layer_is_named():
     outcomes = run_workers(2, work)
     assert all(same for _, same in outcomes)
     assert min(stats.fault for stats, _ in outcomes if stats.fault)[2] == "layer 5: its output is not finite"
+
+
+def timed_over_gloo(rank, size, config):
+    """Losses of two steps without a timeline and of two with one, and the last one's spans."""
+    engine = make_engine(config, TorchChannel(timeout_s=60))
+    stats = train_engine(engine, 2)
+    engine.timeline = Timeline()
+    begin = engine.timeline.clock()
+    stats += train_engine(engine, 1, first=2)
+    seconds = engine.timeline.clock() - begin
+    spans, engine.timeline = engine.timeline.spans, None
+    stats += train_engine(engine, 1, first=3)
+    return [each.loss for each in stats], TimedStep(0.0, seconds, tuple(spans))
+
+
+def test_a_timeline_of_the_pipeline_covers_it_and_changes_nothing():
+    config = tiny(**PLAIN, workers=2)
+    found = run_processes(2, timed_over_gloo, config)
+    assert found[0][0] == losses_over_gloo_processes(config, 4)
+    for _, step in found:
+        assert [span.name for span in step.spans if span.phase].count("forward microbatch") == 4
+        assert [span.name for span in step.spans if span.phase].count("adjoint microbatch") == 4
+        sums = sum_kinds(step)
+        assert sums["compute"] > 0
+        assert sums["wait"] > 0
+        assert sums["other"] < 0.9 * step.seconds
+        pieces = sorted(step.spans)
+        assert all(later.begin >= earlier.end - 1e-9 for earlier, later in pairwise(pieces))  # none counts twice
+
+
+def losses_over_gloo_processes(config, steps):
+    return run_processes(config.workers, losses_over_gloo, config, steps)[0][0]
+
+
+def test_a_timeline_of_one_worker():
+    config = tiny(mode="serial")
+    engine, plain = make_engine(config), make_engine(config)
+    engine.timeline = Timeline()
+    assert [stats.loss for stats in train_engine(engine, 2)] == [stats.loss for stats in train_engine(plain, 2)]
+    assert [span.name for span in engine.timeline.spans] == 2 * ["forward", "adjoint", "wait", "wait", "update"]

@@ -43,11 +43,40 @@ def wait_until(condition, limit_s=20):
         time.sleep(0.1)
 
 
+class Heard(rayllp.Listener):
+    def __init__(self):
+        self.steps, self.kinds = [], set()
+
+    def step(self, metric):
+        self.steps.append(metric["step"])
+
+    def event(self, step, kind, details):
+        self.kinds.add(kind)
+
+
+HEARD = Heard()
+
+
 @pytest.fixture(scope="module")
 def parallel_run(kept_workers, tmp_path_factory):
     adaptive = {"probe_every": 4, "lipschitz_every": 2}
-    config = tiny(workers=2, steps=12, adaptive=adaptive, eval={"every": 5, "batches": 2, "sample": 8}, model={"layers": 20})
-    return config, rayllp.train(config, output=tmp_path_factory.mktemp("runs") / "parallel μ")
+    evaluations = {"every": 5, "batches": 2, "sample": 8}
+    config = tiny(workers=2, steps=12, adaptive=adaptive, eval=evaluations, model={"layers": 20}, timeline_every=4)
+    return config, rayllp.train(config, output=tmp_path_factory.mktemp("runs") / "parallel μ", listeners=[HEARD])
+
+
+def test_a_run_records_timelines_and_tells_listeners(parallel_run):
+    _, result = parallel_run
+    lines = read(result.directory / "timeline.jsonl")
+    assert [line["step"] for line in lines] == [2, 6, 10]
+    for worker, spans in zip(lines[-1]["workers"], lines[-1]["spans"], strict=True):
+        assert sum(worker[part] for part in ("compute", "send", "wait", "other")) == pytest.approx(worker["seconds"], abs=1e-4)
+        assert worker["compute"] > 0
+        assert worker["phases"]["forward last sweep"] > 0
+        assert 2**26 < worker["peak_bytes"] < 2**34
+        assert all(0 <= begin <= end <= worker["seconds"] + 1e-5 for begin, end, *_ in spans)
+    assert HEARD.steps == list(range(12))
+    assert "checkpoint" in HEARD.kinds
 
 
 def test_a_run_writes_what_the_design_names(parallel_run):

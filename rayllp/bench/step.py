@@ -17,7 +17,7 @@ from rayllp.data import Batches, load_data
 from rayllp.models import Architecture
 from rayllp.plan import predict
 from rayllp.plan.measure import measure_costs
-from rayllp.timeline import Span, TimedStep
+from rayllp.timeline import Span, TimedStep, sum_phases
 
 WARM_STEPS = 3
 
@@ -117,15 +117,8 @@ def _shifted(spans: Sequence[Span], seconds: float) -> tuple[Span, ...]:
 
 def _phases(steps: Sequence[Sequence[Span]]) -> dict[str, float]:
     """Median seconds by phase, over steps."""
-    sums = [_sums(spans) for spans in steps]
+    sums = [sum_phases(spans) for spans in steps]
     return {name: median(each.get(name, 0.0) for each in sums) for name in dict.fromkeys(name for each in sums for name in each)}
-
-
-def _sums(spans: Sequence[Span]) -> dict[str, float]:
-    sums: dict[str, float] = {}
-    for span in spans:
-        sums[span.name] = sums.get(span.name, 0.0) + span.seconds
-    return sums
 
 
 def show_step(config: TrainConfig, found: StepBench, console: Console) -> None:

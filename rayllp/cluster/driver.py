@@ -143,6 +143,7 @@ class Driver:
                 self._save(step)  # first of all: what follows can take long, and be interrupted
                 final, sample = ({}, "") if self.stop else self.evaluator.finish(step, self.journal)
                 self._save(step)
+                self.journal.finish(self.whole, final, sample, step)
             except (WorkerLostError, ChannelError) as error:
                 step = self._recover(error)
             else:

@@ -2,7 +2,8 @@
 
 import math
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 from rayllp.cluster.recovery import RAREST
@@ -12,6 +13,8 @@ from rayllp.report import Journal, RunDirectory
 
 CHUNK_S = 1.0
 MAX_CHUNK = 50
+DRAWN = 3
+"""Timed steps of each kind (mode, iterations, workers) of which every span is kept: the first of a kind may be slow."""
 SLOW = 20.0
 """A chunk of steps that takes so many times what it should, and the time limits besides, hangs."""
 
@@ -36,6 +39,7 @@ class Ledger:
         self.step_s = CHUNK_S
         self._marks: dict[int, Any] = {}  # where the controller was before chunks
         self._chunk: Chunk = []
+        self._drawn: Counter[Hashable] = Counter()
         self.enter(config)
 
     def enter(self, config: TrainConfig) -> None:
@@ -81,7 +85,7 @@ class Ledger:
 
         Returns: None; or, of a step whose loss or gradient is not finite, and was not taken, each worker's fault.
         """
-        for stats, (_, accuracy, plan) in zip(answers[0], self._chunk, strict=False):
+        for done, (stats, (_, accuracy, plan)) in enumerate(zip(answers[0], self._chunk, strict=False)):
             metric = self._metric(stats, accuracy, plan)
             if plan is not None and plan.lipschitz:  # a probe ends its chunk
                 found = _in_layer_order([answer[-1]["lipschitz"] for answer in answers])
@@ -89,10 +93,21 @@ class Ledger:
             if not math.isfinite(stats["loss"]) or not math.isfinite(stats["grad_norm"]):
                 return [answer[-1]["fault"] for answer in answers]
             self._journal.step(metric)
+            self._record_timeline(metric, [answer[done] for answer in answers])
             self.step += 1
         if len(answers[0]) == len(self._chunk) and self._chunk[-1][2] is not None:
             self._observe(answers[0][-1])
         return None
+
+    def _record_timeline(self, metric: dict[str, Any], stats: Sequence[dict[str, Any]]) -> None:
+        """A timed step; with all its spans where few of its kind were recorded, else sums: spans are many."""
+        timed = [(each["timed"], each["peak_memory"]) for each in stats if each["timed"] is not None]
+        if not timed or len(timed) < self.config.world:  # some were lost with their worker
+            return
+        kind = {name: metric[name] for name in ("mode", "iterations_forward", "iterations_backward")}
+        key = (*kind.values(), self.config.world, self.config.model.layers)
+        self._drawn[key] += 1
+        self._run.timeline(metric["step"], kind, timed, spans=self._drawn[key] <= DRAWN)
 
     # Going back -------------------------------------------------------------------------------------------------------------------
 
@@ -103,14 +118,18 @@ class Ledger:
 
     def rewind(self, step: int) -> None:
         """Forget what was recorded after `step` steps, which will be done again."""
-        self._run.truncate(step)
+        self._forget(step)
         self.controller.rewind(self._marks[max(known for known in self._marks if known <= step)])
         self.step = step
 
     def restart(self, step: int) -> None:
         """The same where the controller is that of a checkpoint, or new."""
-        self._run.truncate(step)
+        self._forget(step)
         self.step = step
+
+    def _forget(self, step: int) -> None:
+        self._run.truncate(step)
+        self._drawn.clear()
 
     # The controller -----------------------------------------------------------------------------------------------------------------
 

@@ -17,7 +17,7 @@ from rayllp.report import RunDirectory
 
 MAY_DIFFER = set(
     "name workers resize_check_s mesh device channel receive_timeout_s hang_timeout_s snapshot_every spare_workers max_failures eval "
-    "checkpoint microbatches".split()
+    "checkpoint microbatches timeline_every".split()
 )
 """Settings of a run that may be others when it goes on from checkpoints alone."""
 

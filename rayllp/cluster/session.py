@@ -3,7 +3,7 @@
 import contextlib
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import ray
@@ -19,7 +19,7 @@ from rayllp.config import TrainConfig
 from rayllp.data import Batches
 from rayllp.errors import SettingsError
 from rayllp.models import Architecture
-from rayllp.report import RunDirectory
+from rayllp.report import Listener, RunDirectory
 
 
 def train(
@@ -30,6 +30,7 @@ def train(
     model: Architecture | None = None,
     batches: Batches | None = None,
     console: Console | None = None,
+    listeners: Sequence[Listener] = (),
 ) -> TrainResult:
     """Train layer-parallel on Ray: on the cluster that this process belongs to (RAY_ADDRESS, or an earlier ray.init), else on this machine.
 
@@ -40,6 +41,8 @@ def train(
             may change, and whatever does not change the network.
         model: a LayerStack of your own instead of config.model; needs `batches`.
         batches: where inputs and targets come from, instead of config.data.
+        console: where progress is shown; default the standard error: a bar on a terminal, plain lines elsewhere.
+        listeners: are told of each step, event and evaluation as it comes (see `Listener`).
 
     Raises:
         SettingsError, DataError, ClusterError: before any step was done; nothing is left behind.
@@ -51,7 +54,8 @@ def train(
         device = choose_device(config)
         staff = _kept.staff(config, device) if _kept is not None else None
         run = run or RunDirectory.create(output, config)
-        return Driver(config, run, device, model, batches, loaded, console, [ClusterMetrics(run.path.name)], staff).train(found)
+        told = [ClusterMetrics(run.path.name), *listeners]
+        return Driver(config, run, device, model, batches, loaded, console, told, staff).train(found)
 
 
 # Several trainings with the same processes ----------------------------------------------------------------------------------------

@@ -29,6 +29,8 @@ from rayllp.config import TrainConfig
 from rayllp.control import Accuracy, ProbePlan
 from rayllp.data import Batches
 from rayllp.engine import Engine
+from rayllp.engine.engine import StepStats
+from rayllp.engine.memory import peak_memory
 from rayllp.errors import ChannelError
 from rayllp.models import FAMILIES, Architecture, build_architecture
 from rayllp.timeline import TimedStep, Timeline
@@ -224,8 +226,13 @@ class BlockWorker:
         """
         stats = []
         for step, accuracy, plan in steps:
-            done = self._engine.train_step(step, accuracy, plan)
-            stats.append(done.as_dict())
+            timed = peak = None
+            if plan is None and self.config.is_timed(step):
+                done, timed = self._timed_step(step, accuracy)
+                peak = peak_memory(self._engine.device)
+            else:
+                done = self._engine.train_step(step, accuracy, plan)
+            stats.append(done.as_dict() | {"timed": timed, "peak_memory": peak})
             self._done.append(stats[-1])
             if done.fault is not None or not _is_finite(done.loss, done.grad_norm):
                 break
@@ -236,17 +243,19 @@ class BlockWorker:
     @_leaving
     def time_steps(self, steps: list[tuple[int, Accuracy]]) -> list[TimedStep]:
         """Do training steps with a timeline each."""
-        engine, found = self._engine, []
+        return [self._timed_step(step, accuracy)[1] for step, accuracy in steps]
+
+    def _timed_step(self, step: int, accuracy: Accuracy) -> tuple[StepStats, TimedStep]:
+        engine, timeline = self._engine, Timeline()
+        engine.timeline = timeline
         try:
-            for step, accuracy in steps:
-                engine.timeline = timeline = Timeline()
-                started, begin = time.time(), timeline.clock()
-                engine.train_step(step, accuracy)
-                spans = tuple(span._replace(begin=span.begin - begin, end=span.end - begin) for span in timeline.spans)
-                found.append(TimedStep(started, timeline.clock() - begin, spans))
+            started, begin = time.time(), timeline.clock()
+            done = engine.train_step(step, accuracy)
+            seconds = timeline.clock() - begin
         finally:
             engine.timeline = None
-        return found
+        spans = tuple(span._replace(begin=span.begin - begin, end=span.end - begin) for span in timeline.spans)
+        return done, TimedStep(started, seconds, spans)
 
     @_leaving
     def time_messages(self, sizes: list[int]) -> list[Link]:

@@ -75,6 +75,9 @@ class TrainConfig(Settings):
     spare_workers: bool = Field(
         True, description="keep a started process in reserve on each node with workers (CPUs only, 0.4 GB): losses cost 2 s instead of 10"
     )
+    timeline_every: int = Field(
+        50, ge=0, description="steps between steps whose time is taken apart by phase and worker, for `rayllp report`; 0: never"
+    )
     max_failures: int = Field(10, ge=0, description="lost workers that a run survives within an hour")
     mode: Literal["parallel", "serial", "adaptive"] = Field(
         "adaptive", description="adaptive: as parallel as the gradient's bias allows, exact at the end"
@@ -185,6 +188,10 @@ class TrainConfig(Settings):
     def steers(self) -> bool:
         """Whether probes move that weight."""
         return self.consistency > 0 and self.adaptive.rule != "convergence" and self.adaptive.steer is not False
+
+    def is_timed(self, step: int) -> bool:
+        """Whether this step's timeline is recorded, unless it is a probe: the middle one of so many, since a run's first is slow."""
+        return bool(self.timeline_every) and step % self.timeline_every == self.timeline_every // 2
 
     @property
     def switch_at(self) -> int | float | None:

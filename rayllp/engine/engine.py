@@ -75,7 +75,7 @@ class Engine:
         data_channel: to the workers of other replicas that own the same layers.
 
     Attributes:
-        timeline: None, or what is told of the spans of layer-parallel steps.
+        timeline: None, or what is told of the spans of steps.
     """
 
     def __init__(
@@ -150,10 +150,11 @@ class Engine:
         probing = Probing(self, plan) if plan else None
         form = probing.gradients if probing else self.gradients
         loss, forward, backward = form(step, accuracy, inputs, targets, samples, 1 / max(1, terms))
-        average_over_replicas(self.block, self.replicas, loss)
-        add_shared_gradients(self.block, self.layers, step)
-        if accuracy.smoothness:
-            add_smoothness_gradient(self.block, self.layers, accuracy.smoothness, step)
+        with self.span("gradients", "wait"):
+            average_over_replicas(self.block, self.replicas, loss)
+            add_shared_gradients(self.block, self.layers, step)
+            if accuracy.smoothness:
+                add_smoothness_gradient(self.block, self.layers, accuracy.smoothness, step)
         with self.span("statistics", "wait"):
             norm, loss_value, gap, forward, backward, bias = self.reduce_statistics(step, loss, forward, backward, probing)
         lr = learning_rate(self.config.optimizer, step, self.config.steps)
@@ -189,6 +190,7 @@ class Engine:
         if accuracy.serial:
             pipeline = self.pipeline(inputs, len(samples))
             if pipeline is not None:
+                pipeline.timeline = self.timeline
                 return pipeline.step(step, inputs, targets, samples, scale, self.penalty), None, None
         loss = torch.zeros((), device=self.device, dtype=self.block.dtype)
         forward = backward = None
@@ -220,9 +222,11 @@ class Engine:
         """Plain autograd: one worker holds the whole network."""
         self.block.begin(step, samples, inputs, training=True)
         self._whole.penalty = self.penalty
-        outputs = self._whole(*tensors(inputs))
-        loss = self.block.architecture.training_loss(outputs, targets) * scale
-        loss.backward()
+        with self.span("forward"):
+            outputs = self._whole(*tensors(inputs))
+            loss = self.block.architecture.training_loss(outputs, targets) * scale
+        with self.span("adjoint"):
+            loss.backward()
         return loss.detach()
 
     def parallel_gradients(

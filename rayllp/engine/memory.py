@@ -1,8 +1,13 @@
-"""Give freed tensors back to the system."""
+"""Memory of this process: the most that it has taken, and freed tensors given back to the system."""
 
 import ctypes
+import resource
+import sys
 from collections.abc import Callable
 from functools import cache
+from typing import NamedTuple
+
+import torch
 
 
 @cache
@@ -23,3 +28,22 @@ def return_freed_memory() -> None:
     trim = _malloc_trim()
     if trim is not None:
         trim(0)
+
+
+class PeakMemory(NamedTuple):
+    """Bytes, since the process began.
+
+    Attributes:
+        resident: of the process, in main memory.
+        cuda: of tensors on its GPU; None without one.
+    """
+
+    resident: int
+    cuda: int | None
+
+
+def peak_memory(device: torch.device) -> PeakMemory:
+    """What the kernel and torch's allocator have counted; costs microseconds."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return PeakMemory(resident, torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None)

@@ -5,6 +5,7 @@ serial; one worker runs plain autograd.
 """
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -16,6 +17,7 @@ from rayllp.engine.block import Block, Moment
 from rayllp.engine.consistency import Consistency, Watch
 from rayllp.errors import SettingsError
 from rayllp.state import State, combine, tensors
+from rayllp.timeline import Timeline
 
 
 class StageModule(nn.Module):
@@ -103,11 +105,28 @@ class Pipeline:
             input_grads=(None,) * len(entering) if block.first else state, output_grads=None if block.last else outputs,
             group=group,
         )  # fmt: skip
+        self.timeline: Timeline | None = None
+        for solve, name in (("forward", "forward_one_chunk"), ("adjoint", "backward_one_chunk")):
+            setattr(stage, name, self._timed(getattr(stage, name), solve))
         self.schedule = Schedule1F1B(stage, microbatches, loss_fn=self._loss, scale_grads=False)
         self.scale = 1.0
 
     def _loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         return self.block.architecture.training_loss(outputs, targets) * self.scale
+
+    def _timed(self, method: Callable[..., Any], solve: str) -> Callable[..., Any]:
+        """A microbatch's forward or backward on this stage, a span on the timeline where there is one."""
+
+        def timed(*arguments: Any, **named: Any) -> Any:
+            if self.timeline is None:
+                return method(*arguments, **named)
+            self.timeline.begin_solve(solve)("microbatch", 0)
+            begin = self.timeline.clock()
+            result = method(*arguments, **named)
+            self.timeline.add(begin, "compute")
+            return result
+
+        return timed
 
     def step(
         self, step: int, inputs: Inputs, targets: Tensor, samples: tuple[int, ...], scale: float, penalty: Consistency | None
@@ -124,10 +143,13 @@ class Pipeline:
 
         self.module.begin = begin
         losses: list[Tensor] = []
+        first, began = (len(self.timeline.spans), self.timeline.clock()) if self.timeline else (0, 0.0)
         self.schedule.step(
             *(tensors(inputs) if self.block.first else ()),
             target=targets if self.block.last else None,
             losses=losses if self.block.last else None,
             return_outputs=False,
         )
+        if self.timeline is not None:
+            self.timeline.fill(first, began)
         return torch.stack([loss.detach() for loss in losses]).sum() if losses else torch.zeros((), device=self.block.device)

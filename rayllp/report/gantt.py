@@ -9,6 +9,7 @@ from rayllp.timeline import Span
 COLOURS = {
     "forward coarse solve": "#08519c", "forward relaxation": "#6baed6", "forward restriction": "#9ecae1", "forward last sweep": "#3182bd",
     "adjoint coarse solve": "#a63603", "adjoint relaxation": "#fdae6b", "adjoint restriction": "#fdd0a2", "adjoint last sweep": "#e6550d",
+    "forward": "#3182bd", "adjoint": "#e6550d", "forward microbatch": "#3182bd", "adjoint microbatch": "#e6550d",
     "enter": "#756bb1", "loss": "#636363", "update": "#31a354", "send": "#dd1c77", "wait": "#eeeeee",
 }  # fmt: skip
 """Blue forward, orange adjoint, dark the serial part."""

@@ -1,29 +1,53 @@
 """What happens in a run, told to all who listen: the run directory's files, TensorBoard, and the person who watches."""
 
-from collections.abc import Iterator, Mapping, Sequence
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, Protocol
 
+import torch
 from rich.console import Console
 
+from rayllp.config import TrainConfig
 from rayllp.report.progress import ProgressDisplay
-from rayllp.report.rundir import RunDirectory
+from rayllp.report.rundir import RunDirectory, flatten
 
 SCALARS = "loss grad_norm lr rho_forward rho_backward bias cosine noise consistency consistency_weight".split()
 """What TensorBoard gets of each step, where it was measured."""
 
 
 class Listener(Protocol):
-    """Who else is told."""
+    """Who else is told: give one to `rayllp.train(listeners=[…])`, for Weights & Biases, MLflow, or a plot of your own.
+
+    A class that derives from this one writes the methods that it needs, and inherits the others, which do nothing. They are called in the
+    process that called `train`, between chunks of steps: time spent here is time not trained. What a method raises ends the run. After a
+    fault, steps that are done again are told again.
+    """
 
     def step(self, metric: Mapping[str, Any]) -> None:
-        """A training step, as metrics.jsonl has it."""
+        """A training step.
+
+        Args:
+            metric: a line of metrics.jsonl: "step" (from 0), "loss", "mode", "step_time_s", "rho_forward" (None unless probed), ….
+        """
 
     def event(self, step: int, kind: str, details: Mapping[str, Any]) -> None:
-        """As events.jsonl has it."""
+        """A switch, fault, resize, restore or checkpoint.
+
+        Args:
+            step: steps done before it.
+            kind: as in events.jsonl.
+            details: what else its line has, but for the time.
+        """
 
     def evaluation(self, step: int, found: Mapping[str, float]) -> None:
-        """Validation loss and metrics."""
+        """An evaluation, by the exact forward.
+
+        Args:
+            step: steps done before it.
+            found: "loss", and the task's metric.
+        """
 
 
 class Journal:
@@ -60,6 +84,25 @@ class Journal:
 
     def scalar(self, name: str, value: float, step: int) -> None:
         """A point in TensorBoard; none while the run directory cannot be written."""
+        self._draw(lambda board: board.add_scalar(name, value, step))
+
+    def histogram(self, name: str, values: Sequence[float], step: int) -> None:
+        """A histogram in TensorBoard, of values that are finite."""
+        finite = [value for value in values if math.isfinite(value)]
+        if finite:
+            self._draw(lambda board: board.add_histogram(name, torch.tensor(finite), step))
+
+    def finish(self, config: TrainConfig, found: Mapping[str, float], sample: str, step: int) -> None:
+        """The run has ended: in TensorBoard its settings beside what the last evaluation found (HParams), and a sample of its text."""
+        if sample:
+            self._draw(lambda board: board.add_text("sample", _as_code(sample), step))
+        flat = flatten(config.model_dump(mode="json"))
+        settings = {name: value if isinstance(value, bool | int | float | str) else json.dumps(value) for name, value in flat.items()}
+        results = {f"hparam/{name}": value for name, value in found.items()}
+        if results:
+            self._draw(lambda board: board.add_hparams(settings, results, run_name=".", global_step=step))
+
+    def _draw(self, draw: Callable[[Any], None]) -> None:
         if self._run.trouble is not None:
             return
         try:
@@ -67,7 +110,7 @@ class Journal:
                 from torch.utils.tensorboard import SummaryWriter
 
                 self._board = SummaryWriter(str(self._run.path / "tensorboard"))
-            self._board.add_scalar(name, value, step)
+            draw(self._board)
         except OSError:  # metrics.jsonl will meet the same, and say so; closing it would wait for its dead thread
             self._board = None
 
@@ -86,6 +129,8 @@ class Journal:
         self.scalar("train/serial", float(metric["mode"] == "serial"), step)
         for n, constant in enumerate(metric["lipschitz"] or ()):
             self.scalar(f"lipschitz/layer_{n:05d}", constant, step)
+        self.histogram("layers/lipschitz", metric["lipschitz"] or (), step)
+        self.histogram("blocks/bias", [bias for bias, _ in metric["bias_by_block"] or ()], step)
 
     def evaluation(self, step: int, found: Mapping[str, float], split: str = "validation") -> None:
         """What an evaluation found."""
@@ -109,3 +154,8 @@ class Journal:
         if board is not None:
             with suppress(OSError):
                 board.close()
+
+
+def _as_code(text: str) -> str:
+    """Markdown that shows a text as it is: every line indented, so that nothing in it is markup."""
+    return "".join(f"    {line}\n" for line in text.splitlines())

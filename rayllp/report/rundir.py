@@ -5,7 +5,7 @@ import os
 import shutil
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -13,10 +13,11 @@ from typing import Any
 from rayllp.checkpoint.location import Folder, place_of_checkpoints
 from rayllp.config import TrainConfig, to_yaml
 from rayllp.errors import SettingsError
+from rayllp.timeline import TimedStep, sum_kinds, sum_phases
 
 
 class RunDirectory:
-    """RUN/: config.yaml, metrics.jsonl, evals.jsonl, events.jsonl, checkpoints/, tensorboard/.
+    """RUN/: config.yaml, metrics.jsonl, evals.jsonl, events.jsonl, timeline.jsonl, checkpoints/, tensorboard/.
 
     Args:
         config: says where checkpoints are, if not in RUN/checkpoints.
@@ -56,7 +57,7 @@ class RunDirectory:
     def change_settings(self, before: TrainConfig, now: TrainConfig) -> None:
         """The run goes on with other settings."""
         self.mend()
-        old, new = (_flat(config.model_dump(mode="json")) for config in (before, now))
+        old, new = (flatten(config.model_dump(mode="json")) for config in (before, now))
         changed = {name: [old.get(name), new.get(name)] for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name)}
         _replace(self.path / "config.yaml", to_yaml(now))
         self.event(-1, "settings", changed=changed)
@@ -68,6 +69,29 @@ class RunDirectory:
     def metric(self, values: Mapping[str, Any]) -> None:
         """A line of metrics.jsonl."""
         self._append("metrics.jsonl", values)
+
+    def timeline(
+        self, step: int, kind: Mapping[str, Any], timed: Sequence[tuple[TimedStep, tuple[int, int | None]]], *, spans: bool
+    ) -> None:
+        """A line of timeline.jsonl.
+
+        Args:
+            kind: mode and iterations.
+            timed: of each worker by rank, its step, and the most bytes it has taken: resident, and on its GPU.
+            spans: whether to keep every span, else sums alone.
+        """
+        began = min(each.started for each, _ in timed)
+        workers = [
+            {
+                "began": round(each.started - began, 6), "seconds": each.seconds, **sum_kinds(each),
+                "phases": sum_phases(each.spans), "peak_bytes": resident, "peak_cuda_bytes": cuda,
+            }
+            for each, (resident, cuda) in timed
+        ]  # fmt: skip
+        line: dict[str, Any] = {"step": step, **kind, "workers": _rounded(workers)}
+        if spans:
+            line["spans"] = _rounded([[list(span) for span in each.spans] for each, _ in timed])
+        self._append("timeline.jsonl", line)
 
     def evaluation(self, step: int, split: str, loss: float, **metrics: float) -> None:
         """A line of evals.jsonl."""
@@ -105,16 +129,16 @@ class RunDirectory:
 
     def mend(self) -> None:
         """Remove lines that a driver's sudden end cut off: what is written next would hang on to them."""
-        for name in ("metrics.jsonl", "evals.jsonl", "events.jsonl"):
+        for name in ("metrics.jsonl", "evals.jsonl", "events.jsonl", "timeline.jsonl"):
             path = self.path / name
             if path.is_file() and not path.read_bytes().endswith(b"\n"):
                 _replace(path, "".join(line + "\n" for line in _whole_lines(path)))
 
     def truncate(self, step: int) -> None:
-        """Forget metrics and evaluations after `step` steps, which a resumed run will repeat."""
+        """Forget metrics, timelines and evaluations after `step` steps, which a resumed run will repeat."""
 
         def cut() -> None:
-            for name, last in (("metrics.jsonl", step - 1), ("evals.jsonl", step)):
+            for name, last in (("metrics.jsonl", step - 1), ("timeline.jsonl", step - 1), ("evals.jsonl", step)):
                 path = self.path / name
                 if path.exists():
                     _replace(path, "".join(line + "\n" for line in _whole_lines(path) if json.loads(line)["step"] <= last))
@@ -176,8 +200,18 @@ def unused(path: Path) -> Path:
     return candidate
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def _rounded(values: Any) -> Any:
+    """Times to the microsecond: they are many."""
+    if isinstance(values, float):
+        return round(values, 6)
+    if isinstance(values, Mapping):
+        return {name: _rounded(value) for name, value in values.items()}
+    return [_rounded(value) for value in values] if isinstance(values, list) else values
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by dotted name."""
     found: dict[str, Any] = {}
     for name, value in values.items():
-        found |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+        found |= flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
     return found

@@ -1,0 +1,202 @@
+"""A chart as data: what is drawn, whoever draws it (svg.py for the page, png.py for files)."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+
+Floats = np.ndarray
+BUCKETS = 400
+"""Of a curve that has more points than twice as many; each keeps its least and largest value."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Curve:
+    """One line, or points, of one run.
+
+    Attributes:
+        name: what it is, without the run's name.
+        run: the run's number on the page, which is its colour.
+        x, y: shape (n,); y may have infinite values or NaN, which are drawn at the chart's upper edge.
+        low, high: least and largest value about each x, shape (n,), where a point stands for several; else None.
+        kind: "line", "points" (joined by a thin line) or "steps" (constant up to the next x).
+        dash: tells apart the curves of one run.
+    """
+
+    name: str
+    run: int
+    x: Floats
+    y: Floats
+    low: Floats | None = None
+    high: Floats | None = None
+    kind: Literal["line", "points", "steps"] = "line"
+    dash: Literal["solid", "dashed", "dotted"] = "solid"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mark:
+    """Something that happened at one x; kind as in events.jsonl."""
+
+    x: float
+    run: int
+    kind: str
+    text: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Band:
+    """A stretch of x in one mode."""
+
+    begin: float
+    end: float
+    run: int
+    mode: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rule:
+    """A horizontal line with a meaning."""
+
+    y: float
+    text: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chart:
+    """One picture.
+
+    Attributes:
+        key: its name in file names and links.
+        log: a logarithmic vertical axis.
+        scale: how x is written: "plain", "count" (k, M, G) or "time" (x is in seconds).
+        zero: the vertical axis begins at 0.
+        whole: its values are whole numbers.
+        lanes: where there are several runs, bands are lanes below the chart, one a run; else they are left out.
+    """
+
+    key: str
+    title: str
+    caption: str
+    x_label: str
+    y_label: str
+    curves: tuple[Curve, ...]
+    marks: tuple[Mark, ...] = ()
+    bands: tuple[Band, ...] = ()
+    rules: tuple[Rule, ...] = ()
+    log: bool = False
+    zero: bool = False
+    whole: bool = False
+    lanes: bool = False
+    scale: Literal["plain", "count", "time"] = "plain"
+    x_range: tuple[float, float] = field(init=False)
+    y_range: tuple[float, float] = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "x_range", self._find_x_range())
+        object.__setattr__(self, "y_range", self._find_y_range())
+
+    def _find_x_range(self) -> tuple[float, float]:
+        found = np.concatenate([*(curve.x for curve in self.curves), *([band.begin, band.end] for band in self.bands)])
+        low, high = float(found.min()), float(found.max())
+        return (low, high) if high > low else (low - 0.5, high + 0.5)
+
+    def _find_y_range(self) -> tuple[float, float]:
+        edges = [edge for curve in self.curves for edge in (curve.y, curve.low, curve.high) if edge is not None]
+        found = np.concatenate([*edges, [rule.y for rule in self.rules]])
+        found = found[np.isfinite(found) & ((found > 0) if self.log else True)]
+        if not len(found):
+            return (0.1, 1.0) if self.log else (0.0, 1.0)
+        low, high = float(found.min()), float(found.max())
+        if self.log:
+            room = max((high / low) ** 0.06, 1.05)
+            return low / room, high * room
+        low = min(low, 0.0) if self.zero else low
+        room = 0.06 * (high - low) or 0.05 * abs(high) or 0.5
+        return (low if self.zero else low - room), high + room
+
+
+@dataclass(frozen=True)
+class Thinned:
+    """Points that stand for several each; shapes (m,)."""
+
+    x: Floats
+    y: Floats
+    low: Floats | None
+    high: Floats | None
+
+
+def thin(x: Floats, y: Floats, buckets: int = BUCKETS) -> Thinned:
+    """At most `buckets` points in the place of many: the mean of each bucket, with its least and largest value, so that no spike is lost.
+
+    Args:
+        x: increasing, shape (n,).
+        y: shape (n,). Values that are not finite stand out: the bucket that has one has it as its largest.
+
+    Returns: x and y themselves, without low and high, where there are no more than twice as many.
+    """
+    if len(x) <= 2 * buckets:
+        return Thinned(x, y, None, None)
+    starts = np.linspace(0, len(x), buckets, endpoint=False).astype(int)
+    sizes = np.diff([*starts, len(x)])
+    finite = np.isfinite(y)
+    counts = np.add.reduceat(finite.astype(float), starts)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        mean = np.add.reduceat(np.where(finite, y, 0.0), starts) / counts
+    low = np.minimum.reduceat(np.where(finite, y, np.inf), starts)
+    high = np.maximum.reduceat(np.where(finite, y, -np.inf), starts)
+    high = np.where(counts < sizes, np.inf, high)
+    return Thinned(np.add.reduceat(x.astype(float), starts) / sizes, mean, low, high)
+
+
+def nice_ticks(low: float, high: float, most: int = 6) -> list[float]:
+    """Round numbers between two."""
+    raw = (high - low) / max(1, most - 1)
+    unit = 10.0 ** np.floor(np.log10(raw))
+    step = unit * next(factor for factor in (1, 2, 5, 10) if factor * unit >= raw * 0.999)
+    first = np.ceil(low / step - 1e-9)
+    return [float(n * step) + 0.0 for n in np.arange(first, np.floor(high / step + 1e-9) + 1)]  # + 0.0: no −0
+
+
+def log_ticks(low: float, high: float) -> list[float]:
+    """Powers of ten between two, with 2 and 5 between them where they are few."""
+    decades = np.log10(high / low)
+    factors = (1, 2, 5) if decades < 2.5 else (1,)
+    every = max(1, int(np.ceil(decades / 6)))
+    exponents = range(int(np.floor(np.log10(low))), int(np.ceil(np.log10(high))) + 1, every)
+    found = [factor * 10.0**exponent for exponent in exponents for factor in factors]
+    ticks = [tick for tick in found if low <= tick <= high]
+    return ticks if len(ticks) > 1 else nice_ticks(low, high, 4)
+
+
+def write_number(value: float, digits: int = 4) -> str:
+    """A number as people read it; – for none."""
+    if np.isnan(value):
+        return "not finite"
+    if np.isinf(value):
+        return "∞" if value > 0 else "−∞"
+    text = f"{value:.{digits}g}" if abs(value) < 10**digits else f"{value:,.0f}"
+    if "e" in text:
+        mantissa, _, exponent = text.partition("e")
+        text = f"{mantissa}e{int(exponent)}"
+    return text.replace("-", "−")
+
+
+def write_count(value: float) -> str:
+    """With k, M, G or T."""
+    for size, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= size:
+            return f"{value / size:.3g} {letter}"
+    return f"{value:g}"
+
+
+def time_unit(seconds: float) -> tuple[float, str]:
+    """Seconds of the unit in which so long a time is best written, and its name."""
+    return (1.0, "s") if seconds < 300 else (60.0, "min") if seconds < 3 * 3600 else (3600.0, "h")
+
+
+def write_time(seconds: float) -> str:
+    """In its unit."""
+    if seconds < 1:
+        return f"{1e3 * seconds:.3g} ms"
+    size, unit = time_unit(seconds)
+    return f"{seconds / size:.3g} {unit}"

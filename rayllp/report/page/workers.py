@@ -1,0 +1,101 @@
+"""What timed steps say of workers: where their time goes, who does what when, and memory."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+from rayllp.report.page.records import RunRecord
+from rayllp.timeline import KINDS, Span
+
+PARTS = (*KINDS, "other")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TimeSplit:
+    """Where the time of one kind of step goes, medians over the timed steps.
+
+    Attributes:
+        kind: mode, iterations and number of workers, in words.
+        steps: that were timed.
+        step_s: of the slowest worker.
+        workers: of each by rank, seconds of compute, send, wait and other.
+    """
+
+    kind: str
+    steps: int
+    step_s: float
+    workers: tuple[dict[str, float], ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepTimeline:
+    """One step.
+
+    Attributes:
+        workers: spans of each by rank, seconds from when the first worker began the step, by the nodes' clocks.
+        seconds: until the last worker had done it.
+    """
+
+    kind: str
+    step: int
+    seconds: float
+    workers: tuple[tuple[Span, ...], ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerMemory:
+    """Peaks up to the last timed step, in bytes; cuda is None without a GPU."""
+
+    rank: int
+    resident: int
+    cuda: int | None
+
+
+def describe_kind(line: dict[str, Any]) -> str:
+    """What kind of step a line of timeline.jsonl is of."""
+    forward, backward, workers = line["iterations_forward"], line["iterations_backward"], len(line["workers"])
+    how = "serial" if line["mode"] == "serial" else f"{forward} forward + {backward} backward iterations"
+    return f"{how}, {workers} worker{'' if workers == 1 else 's'}"
+
+
+def time_splits(run: RunRecord) -> list[TimeSplit]:
+    """Of each kind of step that was timed, in the order of their first."""
+    kinds: dict[str, list[dict[str, Any]]] = {}
+    for line in run.timelines:
+        kinds.setdefault(describe_kind(line), []).append(line)
+    return [
+        TimeSplit(
+            kind=kind,
+            steps=len(lines),
+            step_s=median(max(worker["seconds"] for worker in line["workers"]) for line in lines),
+            workers=tuple(
+                {part: median(line["workers"][rank][part] for line in lines) for part in PARTS} for rank in range(len(lines[0]["workers"]))
+            ),
+        )
+        for kind, lines in kinds.items()
+    ]
+
+
+def step_timelines(run: RunRecord) -> list[StepTimeline]:
+    """Of each kind, the last step whose spans were kept."""
+    last = {describe_kind(line): line for line in run.timelines if line.get("spans")}
+    return [_timeline(kind, line) for kind, line in last.items()]
+
+
+def _timeline(kind: str, line: dict[str, Any]) -> StepTimeline:
+    begins = [worker["began"] for worker in line["workers"]]
+    spans = [_shifted(rows, began) for rows, began in zip(line["spans"], begins, strict=True)]
+    ends = [began + worker["seconds"] for began, worker in zip(begins, line["workers"], strict=True)]
+    return StepTimeline(kind=kind, step=line["step"], seconds=max(ends), workers=tuple(spans))
+
+
+def _shifted(rows: Sequence[Sequence[Any]], seconds: float) -> tuple[Span, ...]:
+    spans = (Span(*row) for row in rows)
+    return tuple(span._replace(begin=span.begin + seconds, end=span.end + seconds) for span in spans)
+
+
+def memory(run: RunRecord) -> list[WorkerMemory]:
+    """Of each worker at the last timed step; of none where there is none."""
+    workers = run.timelines[-1]["workers"] if run.timelines else []
+    return [WorkerMemory(rank=rank, resident=worker["peak_bytes"], cuda=worker["peak_cuda_bytes"]) for rank, worker in enumerate(workers)]

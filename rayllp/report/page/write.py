@@ -1,0 +1,173 @@
+"""The page."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from rayllp.config import TrainConfig, to_yaml
+from rayllp.errors import SettingsError
+from rayllp.report.page.charts import write_count, write_number, write_time
+from rayllp.report.page.compare import Comparison, compare
+from rayllp.report.page.figures import build_charts, describe_event, last_loss
+from rayllp.report.page.png import write_pngs
+from rayllp.report.page.records import RunRecord, read_runs
+from rayllp.report.page.svg import describe_glyphs, draw, draw_gantt
+from rayllp.report.page.workers import PARTS, memory, step_timelines, time_splits
+from rayllp.report.rundir import flatten
+
+MOST_EVENTS = 300
+"""Lines of the table of events; of more the first and the last."""
+MOST_TEXT = 20_000
+"""Characters of a sample; the page says what it leaves out."""
+COLOURS = 8
+"""Of runs; they begin anew with the next."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Written:
+    """What `write_report` has written.
+
+    Attributes:
+        page: the HTML file.
+        pictures: PNG files; none unless asked for.
+        comparison: None unless asked for.
+    """
+
+    page: Path
+    pictures: tuple[Path, ...]
+    comparison: Comparison | None
+
+
+def write_report(
+    paths: Sequence[Path],
+    *,
+    output: Path | None = None,
+    png: Path | None = None,
+    title: str | None = None,
+    baseline: str | None = None,
+) -> Written:
+    """Write one page of one or more runs that needs no other file.
+
+    Args:
+        paths: run directories; a run may still be training.
+        output: the HTML file; default report.html, in the run's directory if it is one, else here.
+        png: a folder for the charts as PNG files.
+        title: of the page; default the runs' names.
+        baseline: "serial", "parallel" or "adaptive": how far the other runs' losses are from that mode's is stated.
+
+    Raises:
+        NotARunError, SettingsError: a run that is none, has no step, or cannot be read; runs that cannot be compared; a place that cannot
+            be written. Nothing is written then.
+    """
+    runs = read_runs(paths)
+    comparison = None if baseline is None else compare(runs, baseline)
+    page = output or (paths[0] / "report.html" if len(paths) == 1 else Path("report.html"))
+    text = render(runs, title, comparison)
+    try:
+        page.parent.mkdir(parents=True, exist_ok=True)
+        page.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise SettingsError(f"--output {page} cannot be written: {error.strerror or error}; choose another file") from None
+    pictures = write_pngs(build_charts(runs), runs, png) if png is not None else []
+    return Written(page=page, pictures=tuple(pictures), comparison=comparison)
+
+
+def render(runs: Sequence[RunRecord], title: str | None = None, comparison: Comparison | None = None) -> str:
+    """The page's text. Whatever comes from runs (names, samples, reasons) is escaped."""
+    environment = Environment(
+        loader=PackageLoader("rayllp.report.page"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {"number": write_number, "count": write_count, "time": write_time, "size": _size}
+    charts = build_charts(runs)
+    return environment.get_template("report.html.jinja").render(
+        title=title or ", ".join(run.name for run in runs),
+        runs=runs,
+        alone=len(runs) == 1,
+        colours=COLOURS,
+        facts=[_facts(run) for run in runs],
+        drawings=[draw(chart, runs) for chart in charts],
+        glyphs=describe_glyphs(charts),
+        splits=[time_splits(run) for run in runs],
+        parts=PARTS,
+        gantts=[[draw_gantt(timeline) for timeline in step_timelines(run)] for run in runs],
+        memories=[memory(run) for run in runs],
+        samples=[(_cut(run.sample), _cut(run.translations)) for run in runs],
+        events=[_events(run) for run in runs],
+        settings=_settings(runs),
+        yamls=[to_yaml(run.config) for run in runs],
+        comparison=comparison,
+    )
+
+
+def _facts(run: RunRecord) -> dict[str, str]:
+    """A run in figures."""
+    config, last = run.config, run.evaluations[-1] if run.evaluations else None
+    facts = {"Mode": config.mode, "Steps": f"{run.done:,} of {config.steps:,}"}
+    if last is not None:
+        facts["Validation loss"] = f"{last['loss']:.4f} after {last['step']:,} steps"
+        others = {name: value for name, value in last.items() if name not in ("step", "split", "loss")}
+        facts |= {name.replace("_", " ").capitalize(): write_number(value) for name, value in others.items()}
+        best = min(run.evaluations, key=lambda line: line["loss"])
+        if best is not last:
+            facts["Lowest"] = f"{best['loss']:.4f} after {best['step']:,} steps"
+    facts["Training loss"] = f"{last_loss(run):.4f}, mean of the last twentieth"
+    facts["In parallel"] = f"{run.parallel_share:.0%} of the steps".replace("%", " %")
+    facts["Tokens"] = write_count(float(run.tokens[-1]))
+    facts["Time of the steps"] = write_time(float(run.seconds[-1]))
+    facts["Median step"] = write_time(median(metric["step_time_s"] for metric in run.metrics))
+    workers = sorted({metric["workers"] for metric in run.metrics})
+    facts["Workers"] = str(workers[0]) if len(workers) == 1 else f"{workers[0]} to {workers[-1]}"
+    counts = {name: len(run.events_of(kind)) for kind, name in (("switch", "switches"), ("fault", "faults"), ("resize", "resizes"))}
+    facts["Events"] = ", ".join(f"{count} {name if count != 1 else _one(name)}" for name, count in counts.items())
+    facts["Seed"] = str(config.seed)
+    return facts
+
+
+def _one(name: str) -> str:
+    return name.removesuffix("es") if name == "switches" else name.removesuffix("s")
+
+
+def _events(run: RunRecord) -> dict[str, Any]:
+    """Lines of the table of events, and how many it leaves out. Checkpoints are counted: a run has many, and they all say the same."""
+    told = [event for event in run.events if event["kind"] != "checkpoint"]
+    begin = run.events[0]["time"] if run.events else 0.0
+    rows = [
+        {
+            "after": write_time(max(0.0, event["time"] - begin)),
+            "kind": event["kind"],
+            "text": describe_event(event),
+            "seconds": event.get("seconds"),
+        }
+        for event in told
+    ]
+    left_out = max(0, len(rows) - MOST_EVENTS)
+    if left_out:
+        rows = rows[: MOST_EVENTS // 2] + rows[-MOST_EVENTS // 2 :]
+    return {"rows": rows, "left_out": left_out, "checkpoints": len(run.events_of("checkpoint"))}
+
+
+def _settings(runs: Sequence[RunRecord]) -> list[tuple[str, str, list[str]]]:
+    """Settings of which some run has another value than the default: name, default, each run's."""
+    defaults = flatten(TrainConfig().model_dump(mode="json"))
+    found = [flatten(run.config.model_dump(mode="json")) for run in runs]
+    names = dict.fromkeys(name for values in (defaults, *found) for name in values)
+    rows = [(name, _plain(defaults.get(name)), [_plain(values.get(name)) for values in found]) for name in names]
+    return [row for row in rows if any(value != row[1] for value in row[2])]
+
+
+def _cut(text: str) -> str:
+    left_out = len(text) - MOST_TEXT
+    return text if left_out <= 0 else f"{text[:MOST_TEXT]}\n… and {left_out:,} characters more"
+
+
+def _plain(value: Any) -> str:
+    return "–" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _size(count: float) -> str:
+    """Bytes."""
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"

@@ -1,0 +1,540 @@
+"""`rayllp report`: what the page says is what the run's files have, whatever they hold; and what listeners and TensorBoard are told."""
+
+import ast
+import json
+import sys
+import time
+import types
+from contextlib import nullcontext
+from html.parser import HTMLParser
+from io import StringIO
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rich.console import Console
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from typer.testing import CliRunner
+
+import rayllp
+from rayllp.cli import app
+from rayllp.errors import NotARunError, SettingsError
+from rayllp.report import Journal, read_lines
+from rayllp.report.page import compare, read_run, read_runs, write_report
+from rayllp.report.page.charts import log_ticks, nice_ticks, thin, write_count, write_number, write_time
+from rayllp.report.page.compare import t_quantile
+from rayllp.report.page.figures import build_charts
+from rayllp.report.page.workers import memory, step_timelines, time_splits
+from rayllp.timeline import Span, TimedStep, Timeline, sum_kinds
+from tests.synthetic import begin_run, long_run, metric, probe, small_run, timed_step
+
+VOID = set("meta link input br img hr".split())
+
+
+class Page(HTMLParser):
+    """A page's elements, and that every one of them is closed."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.tags, self.texts, self.attributes, self.rows, self.scripts = [], [], {}, [], [], []
+        self.feed(text)
+        self.close()
+        assert not self.open, f"left open: {self.open}"
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.attributes.append((tag, dict(attributes)))
+        if tag not in VOID:
+            self.open.append(tag)
+        if tag == "tr":
+            self.rows.append([])
+        if tag in ("td", "th"):
+            self.rows[-1].append("")
+        if tag == "script":
+            self.scripts.append("")
+
+    def handle_startendtag(self, tag, attributes):
+        self.attributes.append((tag, dict(attributes)))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if {"td", "th"} & set(self.open):
+            self.rows[-1][-1] += data
+        if self.open and self.open[-1] == "script":
+            self.scripts[-1] += data
+        if self.open:
+            self.texts.setdefault(self.open[-1], []).append(data)
+
+    @property
+    def words(self):
+        return " ".join(" ".join(part for tag, parts in self.texts.items() if tag not in ("script", "style") for part in parts).split())
+
+    def curves(self, label):
+        """What the script shows under the pointer, of the chart over this."""
+        return next(data["curves"] for data in map(json.loads, self.scripts[:-1]) if data["label"].startswith(label))
+
+
+def page_of(*runs, **options):
+    return Page(write_report([run.path for run in runs], **options).page.read_text())
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return small_run(tmp_path_factory.mktemp("runs") / "small", sample="ROMEO: what light", seed=3)
+
+
+@pytest.fixture(scope="module")
+def page(run):
+    return page_of(run)
+
+
+# The page of one run ------------------------------------------------------------------------------------------------------------
+
+
+def test_figures_are_those_of_the_records(page, run):
+    facts = dict(zip((text for text in page.texts["dt"]), page.texts["dd"], strict=True))
+    metrics, evaluations = read_lines(run.path / "metrics.jsonl"), read_lines(run.path / "evals.jsonl")
+    assert facts["Validation loss"] == f"{evaluations[-1]['loss']:.4f} after 100 steps"
+    assert facts["Steps"] == "100 of 100"
+    assert facts["In parallel"] == "80 % of the steps"
+    assert facts["Tokens"] == "51.2 k" == write_count(sum(m["tokens"] for m in metrics))
+    assert facts["Training loss"].startswith(f"{np.mean([m['loss'] for m in metrics[-5:]]):.4f}")
+    assert facts["Events"] == "1 switch, 1 fault, 1 resize"
+    assert (facts["Workers"], facts["Seed"]) == ("2 to 4", "3")
+
+
+def test_curves_are_those_of_the_records(page, run):
+    training, validation = page.curves("tokens")
+    metrics = read_lines(run.path / "metrics.jsonl")
+    assert training["x"] == list(np.cumsum([m["tokens"] for m in metrics]))
+    assert training["y"] == pytest.approx([m["loss"] for m in metrics], rel=1e-5)
+    assert (validation["x"], validation["y"]) == ([25600, 51200], [2.0, 1.5])
+    assert page.curves("time")[0]["x"][-1] == pytest.approx(sum(m["step_time_s"] for m in metrics))
+    names = {curve["name"]: curve for data in map(json.loads, page.scripts[:-1]) for curve in data["curves"]}
+    assert (names["bias"]["y"], names["noise"]["y"]) == ([0.05], [0.4])
+    assert names["forward"]["x"] == [0, 80, 100]  # of two charts the last: iterations
+    assert names["forward"]["y"] == [2, 0, 0]  # without the probe's four, and 0 where serial
+    assert names["workers"]["y"] == [4, 2, 2]
+    assert ["validation", "25,600", "2", ""] in page.rows
+
+
+def test_marks_bands_and_events_are_those_of_the_run(page):
+    marks = [a for tag, a in page.attributes if tag == "i" and a.get("class", "").startswith("glyph")]
+    loss_tokens = marks[:3]
+    assert [(mark["class"].split()[1], mark["style"]) for mark in loss_tokens] == [
+        ("fault", "left:25.0%"), ("resize", "left:50.0%"), ("switch", "left:80.0%"),
+    ]  # fmt: skip
+    assert "4 workers became 2" in loss_tokens[1]["title"]
+    bands = [a for tag, a in page.attributes if tag == "i" and a.get("class", "").startswith("band")][:2]
+    assert [band["class"] for band in bands] == ["band parallel", "band serial"]
+    kinds = [row[1] for row in page.rows if len(row) == 4 and row[1] in ("fault", "restore", "resize", "switch")]
+    assert kinds == ["fault", "restore", "resize", "switch"]
+    assert any(row[2:] == ["step 25: restored from memory, 3 steps lost", "2.5 s"] for row in page.rows)
+    assert "1 checkpoint." in page.words
+
+
+def test_thresholds_are_drawn(run, page):
+    charts = {chart.key: chart for chart in build_charts(read_runs([run.path]))}
+    assert [(rule.y, rule.text) for rule in charts["rho"].rules] == [(1.0, "threshold 1 (not watched: rule bias)")]
+    assert [(rule.y, rule.text) for rule in charts["bias"].rules] == [(0.1, "limit 0.1")]
+    assert "limit 0.1" in page.words
+
+
+def test_workers_times_and_memory(page, run):
+    record = read_run(run.path)
+    parallel, serial = time_splits(record)
+    assert (parallel.kind, serial.kind) == ("2 forward + 1 backward iterations, 4 workers", "serial, 2 workers")
+    assert parallel.workers[0] == pytest.approx({"compute": 0.06, "send": 0.01, "wait": 0.02, "other": 0.01})
+    assert serial.step_s == pytest.approx(0.2)
+    assert ["0", "60.00", "10.00", "20.00", "10.00"] in page.rows
+    assert ["adjoint last sweep", "50.00", "50.00", "50.00", "50.00"] in page.rows
+    assert [worker.resident for worker in memory(record)] == [2**30, 2**30 + 2**20]
+    assert "1.00 GiB" in page.words
+    first = step_timelines(record)[0]
+    assert first.seconds == pytest.approx(0.103)
+    span = first.workers[3][0]  # of a worker that began 3 ms after the first
+    assert span[:2] == pytest.approx((0.003, 0.013))
+    assert span[2:] == ("compute", "forward", "coarse solve", 1, 0)
+
+
+def test_settings_and_sample(page):
+    assert ["seed", "3", "0"] in page.rows
+    assert "ROMEO: what light" in page.texts["pre"]
+    assert any("layers: 20" in text for text in page.texts["pre"])
+
+
+def test_the_page_needs_no_other_and_can_be_heard(page):
+    for tag, attributes in page.attributes:
+        assert not ({"src", "srcset", "action", "poster"} & attributes.keys()), (tag, attributes)
+        assert attributes.get("href", "data:,") == "data:,"
+    assert "url(" not in "".join(page.texts["style"])
+    assert "@import" not in "".join(page.texts["style"])
+    policy = next(a["content"] for tag, a in page.attributes if a.get("http-equiv") == "Content-Security-Policy")
+    assert "default-src 'none'" in policy
+    pictures = [a for _, a in page.attributes if a.get("role") == "img"]
+    assert len(pictures) > 8
+    assert all(len(a["aria-label"]) > 20 for a in pictures)
+    assert any("validation: first 2, last 1.5, least 1.5, largest 2" in a["aria-label"] for a in pictures)
+    targets = [a["aria-labelledby"] for tag, a in page.attributes if tag == "section"]
+    assert set(targets) <= {a["id"] for _, a in page.attributes if "id" in a}
+    assert page.tags.count("h1") == 1
+
+
+def test_a_run_that_recorded_little(tmp_path):
+    run = begin_run(tmp_path / "run", timeline_every=0)
+    run.metric(metric(0))
+    page = page_of(run)
+    assert "No step of this run was timed" in page.words
+    assert "No switch, fault or resize." in page.words
+    assert "What the model writes" not in page.words
+
+
+# What runs hold may be anything -------------------------------------------------------------------------------------------------
+
+EVIL = "</pre></script><script>alert(1)</script><img src=x onerror=alert(2)>\" onmouseover=alert(3) x='{{ 7 * 7 }}"
+
+
+def test_texts_are_escaped(tmp_path):
+    name = "<img src=x onerror=alert(2)>\" onmouseover='alert(3)"
+    run = small_run(tmp_path / name, sample=EVIL, name=EVIL)
+    run.event(1, "fault", reason=EVIL, ranks=[0])
+    run.evaluation(100, "validation", 1.25, **{EVIL: 3.0})
+    page = page_of(run, title=EVIL)
+    assert "img" not in page.tags
+    assert not any(key.startswith("on") for _, attributes in page.attributes for key in attributes)
+    assert [a.get("type") for tag, a in page.attributes if tag == "script"][-1] is None
+    assert sum(tag == "script" and "type" not in a for tag, a in page.attributes) == 1
+    assert page.texts["h1"] == [EVIL]
+    assert EVIL in page.texts["pre"]
+    assert any(EVIL in row[2] for row in page.rows if len(row) == 4)
+    assert all(json.loads(script) for script in page.scripts[:-1])
+
+
+def test_a_long_sample_is_cut_and_the_page_says_so(tmp_path):
+    run = small_run(tmp_path / "run", steps=10, sample="x" * 20_100)
+    text = next(text for text in page_of(run).texts["pre"] if text.startswith("xxx"))
+    assert text == "x" * 20_000 + "\n… and 100 characters more"
+
+
+def test_many_events_are_cut_and_the_page_says_so(tmp_path):
+    run = begin_run(tmp_path / "run")
+    run.metric(metric(0))
+    for step in range(340):
+        run.event(step, "fault", reason=f"number {step}", ranks=[])
+    page = page_of(run)
+    assert "40 events in the middle are left out." in page.words
+    told = [row[2] for row in page.rows if len(row) == 4 and row[1] == "fault"]
+    assert (len(told), told[149], told[150]) == (300, "step 149: fault: number 149", "step 190: fault: number 190")
+
+
+def test_values_that_are_not_finite(tmp_path):
+    run = begin_run(tmp_path / "run")
+    for step, rho in enumerate((0.1, float("inf"), float("nan"), 0.0)):
+        run.metric(probe(step, rho_forward=rho, bias=rho))
+    page = page_of(run)
+    forward = next(c for c in page.curves("steps") if c["name"] == "forward")
+    assert forward["y"] == [0.1, None, None, 0]
+    assert "∞" in [row[2] for row in page.rows if len(row) == 4]
+    assert "nan" not in "".join(a.get("d", "") + a.get("style", "") for _, a in page.attributes).lower()
+
+
+@pytest.mark.parametrize(
+    ("prepare", "message"),
+    [
+        (lambda path: None, "is not a run directory .no config.yaml.: give the directory that a run printed"),
+        (lambda path: begin_run(path), "has no step in metrics.jsonl, and a report needs at least one: wait for"),
+        (lambda path: _broken(path), "metrics.jsonl, line 2: not JSON .*: remove or mend it"),
+    ],
+)
+def test_runs_that_are_none(tmp_path, prepare, message):
+    path = tmp_path / "run"
+    prepare(path)
+    with pytest.raises(SettingsError, match=message):
+        write_report([path])
+    assert not (path / "report.html").exists()
+
+
+def _broken(path):
+    run = begin_run(path)
+    run.metric(metric(0))
+    with (path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 1,\n')
+    run.metric(metric(2))
+
+
+def test_other_refusals(run, tmp_path):
+    with pytest.raises(SettingsError, match="no run given"):
+        write_report([])
+    with pytest.raises(SettingsError, match="is given twice"):
+        write_report([run.path, run.path])
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SettingsError, match=r"--output .*report\.html cannot be written"):
+        write_report([run.path], output=tmp_path / "file" / "report.html")
+    with pytest.raises(SettingsError, match=r"--png .*pictures cannot be written"):
+        write_report([run.path], png=tmp_path / "file" / "pictures")
+    with pytest.raises(NotARunError):
+        CliRunner().invoke(app, ["report", str(tmp_path / "gone")], catch_exceptions=False)
+
+
+def test_a_line_cut_off_and_a_step_done_twice(tmp_path):
+    run = begin_run(tmp_path / "run")
+    for step, loss in ((0, 4.0), (1, 3.0), (1, 2.5)):
+        run.metric(metric(step, loss=loss))
+    with (run.path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 2, "lo')
+    assert list(read_run(run.path).column("loss")) == [4.0, 2.5]
+
+
+# Several runs, and how far apart they end ----------------------------------------------------------------------------------------
+
+
+def runs_of(folder, mode, losses, seeds=None, **settings):
+    seeds = range(len(losses)) if seeds is None else seeds
+    return [
+        small_run(folder / f"{mode}_{seed}", steps=20, mode=mode, seed=seed, losses=(3.0, loss), **settings)
+        for seed, loss in zip(seeds, losses, strict=True)
+    ]
+
+
+def test_paired_gap(tmp_path):
+    serial, adaptive = runs_of(tmp_path, "serial", (2.0, 2.1, 2.2)), runs_of(tmp_path, "adaptive", (2.02, 2.1, 2.211))
+    (gap,) = compare(read_runs([run.path for run in (*serial, *adaptive)]), "serial").gaps
+    gaps = [1.0, 0.0, 0.5]
+    assert (gap.kind, gap.way, gap.seeds, gap.step, gap.differs) == ("adaptive", "paired", 3, 20, ())
+    assert gap.percent == pytest.approx(0.5)
+    assert gap.half_width == pytest.approx(4.302653 * np.std(gaps, ddof=1) / np.sqrt(3), rel=1e-5)
+    page = page_of(*serial, *adaptive, output=tmp_path / "page.html", baseline="serial")
+    assert "+0.50 %" in page.words
+    assert "95 % t-interval -0.74 to +1.74 % over 3 seeds (the same seeds in both). It holds 0: no difference is shown." in page.words
+    assert sum(tag == "input" for tag in page.tags) == 6
+    assert len({curve["run"] for curve in page.curves("tokens")}) == 6
+
+
+def test_unpaired_gap_and_one_seed(tmp_path):
+    serial, other = runs_of(tmp_path, "serial", (2.0, 2.02)), runs_of(tmp_path, "parallel", (2.2, 2.24), seeds=(5, 6))
+    (gap,) = compare(read_runs([run.path for run in (*serial, *other)]), "serial").gaps
+    assert (gap.way, gap.seeds) == ("unpaired", 2)
+    assert gap.percent == pytest.approx(100 * (2.22 / 2.01 - 1))
+    ratio = 2.22 / 2.01
+    error = np.sqrt(0.0008 / 2 + ratio**2 * 0.0002 / 2) / 2.01
+    assert gap.half_width == pytest.approx(100 * 12.7062 * error, rel=1e-4)  # 1.5 degrees of freedom, taken as 1
+    (gap,) = compare(read_runs([serial[0].path, other[0].path]), "serial").gaps
+    assert (gap.way, gap.half_width) == ("one seed", None)
+    assert gap.sentence("serial").endswith("One seed only: how far another seed would end from this is not known.")
+    page = page_of(serial[0], other[0], output=tmp_path / "page.html", baseline="serial")
+    assert "One seed only" in page.words
+    result = CliRunner().invoke(
+        app, ["report", str(serial[0].path), str(other[0].path), "--compare", "serial", "--output", str(tmp_path / "x" / "p.html")]
+    )
+    assert result.exit_code == 0
+    assert "parallel: validation loss 2.2000 after 20 steps, 10.00 % above serial's 2.0000. One seed only" in result.output
+
+
+def test_kinds_are_told_apart_and_disagreement_is_said(tmp_path):
+    serial = runs_of(tmp_path / "a", "serial", (2.0,))
+    fine = runs_of(tmp_path / "b", "adaptive", (2.0,), mgrit={"coarsening": 2})
+    coarse = runs_of(tmp_path / "c", "adaptive", (2.1,), mgrit={"coarsening": 4}, optimizer={"lr": 1e-2})
+    found = compare(read_runs([run.path for run in (*serial, *fine, *coarse)]), "serial").gaps
+    assert [gap.kind for gap in found] == [
+        "adaptive, mgrit.coarsening 2, optimizer.lr 0.001", "adaptive, mgrit.coarsening 4, optimizer.lr 0.01",
+    ]  # fmt: skip
+    assert [gap.differs for gap in found] == [(), ("optimizer.lr",)]
+
+
+def test_comparisons_that_cannot_be(tmp_path):
+    serial, other = runs_of(tmp_path, "serial", (2.0,)), runs_of(tmp_path, "parallel", (2.0,))
+    records = read_runs([serial[0].path, other[0].path])
+    with pytest.raises(SettingsError, match="--compare fast: give a mode: serial, parallel or adaptive"):
+        compare(records, "fast")
+    with pytest.raises(SettingsError, match=r"of serial_0 .serial., parallel_0 .parallel. none is in mode adaptive: add one"):
+        compare(records, "adaptive")
+    with pytest.raises(SettingsError, match="all are in mode serial: add one"):
+        compare(records[:1], "serial")
+    short = begin_run(tmp_path / "short", mode="serial")
+    short.metric(metric(0))
+    with pytest.raises(SettingsError, match=r"last evaluations: parallel_0 20, short never: set eval\.every alike"):
+        compare(read_runs([other[0].path, short.path]), "serial")
+
+
+def test_quantiles_of_t():
+    # tables of Student's distribution, 95 % between both sides
+    for freedom, value in ((1, 12.706), (2, 4.303), (3, 3.182), (4, 2.776), (5, 2.571), (10, 2.228), (29, 2.045), (100, 1.984)):
+        assert t_quantile(freedom) == pytest.approx(value, abs=6e-4)
+
+
+def test_names_of_runs_that_are_called_alike(tmp_path):
+    for folder in ("a", "b"):
+        begin_run(tmp_path / folder / "run").metric(metric(0))
+    assert [run.name for run in read_runs([tmp_path / "a" / "run", tmp_path / "b" / "run"])] == ["a/run", "b/run"]
+
+
+# Long runs ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_thinning_keeps_spikes():
+    y = np.sin(np.arange(20_000) / 3000)
+    y[7777], y[3] = 50.0, -60.0
+    found = thin(np.arange(20_000), y, 400)
+    assert len(found.x) == len(found.y) == 400
+    assert (found.high.max(), found.low.min()) == (50.0, -60.0)
+    assert found.y[100] == pytest.approx(y[5000:5050].mean())
+    assert (np.diff(found.x) > 0).all()
+    y[100] = np.nan
+    assert np.isinf(thin(np.arange(20_000), y, 400).high[2])
+    few = thin(np.arange(800), y[:800], 400)
+    assert few.low is None
+    assert len(few.y) == 800
+
+
+def test_a_run_of_20000_steps(tmp_path):
+    run = long_run(tmp_path / "long", steps=20_000)
+    began = time.process_time()
+    text = write_report([run.path]).page.read_text()
+    seconds = time.process_time() - began
+    assert len(text.encode()) < 1_500_000  # the bound is 5 MB
+    assert seconds < 8
+    page = Page(text)
+    training = page.curves("tokens")[0]
+    assert len(training["x"]) == 400
+    assert max(training["high"]) == 40.0  # the spike of one step
+    assert training["x"][-1] < 20_000 * 512
+    assert len(page.curves("steps")) > 0
+    assert page.tags.count("path") < 400
+
+
+# Files, listeners and TensorBoard ------------------------------------------------------------------------------------------------
+
+
+def test_pictures(tmp_path):
+    run = begin_run(tmp_path / "run")
+    for step in range(4):
+        run.metric(metric(step, loss=4.0 - step, grad_norm=10.0**step))  # a logarithmic axis
+    run.event(2, "resize", workers_before=4, workers=2, blocks=[8, 8], seconds=1.0)
+    run.timeline(3, {"mode": "serial", "iterations_forward": None, "iterations_backward": None}, [(timed_step(), (1, None))], spans=True)
+    written = write_report([run.path], output=tmp_path / "page.html", png=tmp_path / "png")
+    keys = {chart.key for chart in build_charts(read_runs([run.path]))}
+    assert {"loss_tokens", "loss_time", "iterations", "step_time", "grad_norm"} <= keys
+    assert {path.stem for path in written.pictures} == {*keys, "timeline_0_0"}
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in written.pictures)
+
+
+def test_timelines_are_forgotten_with_their_steps(tmp_path):
+    run = begin_run(tmp_path / "run")
+    for step in (25, 75):
+        run.timeline(step, {"mode": "serial"}, [(timed_step(), (1, None))], spans=step == 25)
+    with (run.path / "timeline.jsonl").open("a") as file:
+        file.write('{"step": 125, "wor')
+    run.mend()
+    run.truncate(75)
+    (line,) = read_lines(run.path / "timeline.jsonl")
+    assert line["step"] == 25
+    assert [Span(*row) for row in line["spans"][0]] == list(timed_step().spans)
+    phases = {"forward coarse solve": 0.01, "send": 0.01, "wait": 0.02, "adjoint last sweep": 0.05}
+    assert line["workers"][0]["phases"] == pytest.approx(phases)
+
+
+def test_sums_of_a_step():
+    assert sum_kinds(TimedStep(0.0, 1.0, ())) == {"compute": 0, "send": 0, "wait": 0, "other": 1.0}
+    clock = iter((5.0, 9.0)).__next__
+    timeline = Timeline(clock)
+    timeline.spans = [Span(0.0, 0.5, "compute", "enter"), Span(1.0, 2.0, "compute", "forward"), Span(3.0, 4.0, "compute", "adjoint")]
+    timeline.fill(1, 0.5)
+    assert [(s.begin, s.end) for s in timeline.spans if s.kind == "wait"] == [(0.5, 1.0), (2.0, 3.0), (4.0, 5.0)]
+
+
+class Heard(rayllp.Listener):
+    """Writes one method, and inherits the others."""
+
+    def __init__(self):
+        self.losses = []
+
+    def step(self, metric):
+        self.losses.append(metric["loss"])
+
+
+def test_listeners_and_tensorboard(tmp_path):
+    run, heard = begin_run(tmp_path / "run", steps=3), Heard()
+    config = rayllp.load_config(run.path / "config.yaml")
+    with Journal.open(run, 3, 0, Console(file=StringIO()), [heard]) as journal:
+        journal.step(metric(0, loss=4.0))
+        journal.step(probe(1, loss=3.0, lipschitz=[1.0, 2.0, float("nan")]))
+        journal.event(1, "fault", reason="worker 0 was lost")
+        journal.evaluation(2, {"loss": 2.5})
+        journal.finish(config, {"loss": 2.5, "perplexity": 12.0}, "O <b>Romeo</b>\n# no heading", 2)
+    assert heard.losses == [4.0, 3.0]
+    board = EventAccumulator(str(run.path / "tensorboard"), size_guidance={"histograms": 0}).Reload()
+    assert [event.value for event in board.Scalars("train/loss")] == [4.0, 3.0]
+    assert (board.Histograms("layers/lipschitz")[0].histogram_value.num, board.Histograms("layers/lipschitz")[0].step) == (2, 1)
+    assert board.Histograms("blocks/bias")[0].histogram_value.num == 4
+    assert board.Tensors("sample/text_summary")[0].tensor_proto.string_val[0].decode() == "    O <b>Romeo</b>\n    # no heading\n"
+    assert board.Scalars("hparam/perplexity")[0].value == 12.0
+    assert "hparams" in board.SummaryMetadata("_hparams_/experiment").plugin_data.plugin_name
+
+
+def test_the_hooks_in_the_docs(monkeypatch, tmp_path):
+    """Weights & Biases and MLflow stood in for by modules that note what they are told: their calls are these."""
+    text = (Path(__file__).parent.parent / "docs" / "report.md").read_text()
+    blocks = [block.partition("```")[0] for block in text.split("```python\n")[1:]]
+    told = []
+
+    class Fake(types.ModuleType):
+        def __getattr__(self, name):
+            def call(*arguments, **named):
+                told.append((f"{self.__name__}.{name}", *arguments, named.get("step")))
+                return nullcontext()
+
+            return call
+
+    def train(config, *, listeners):
+        for listener in listeners:
+            listener.step(probe(7, loss=3.5))
+            listener.event(7, "fault", {"reason": "worker 0 was lost"})
+            listener.evaluation(8, {"loss": 2.5})
+        return types.SimpleNamespace(directory=tmp_path)
+
+    monkeypatch.setattr(rayllp, "train", train, raising=False)
+    monkeypatch.chdir(Path(__file__).parent.parent)
+    names = {}
+    for module in ("wandb", "mlflow"):
+        monkeypatch.setitem(sys.modules, module, Fake(module))
+    for block in blocks:
+        exec(block, names)
+    assert ("wandb.log", {"loss": 3.5, "rho": 0.25, "serial": False}, 7) in told
+    assert ("wandb.log", {"validation/loss": 2.5}, 8) in told
+    assert ("mlflow.log_metric", "loss", 3.5, 7) in told
+    assert ("mlflow.log_metrics", {"validation_loss": 2.5}, 8) in told
+
+
+def test_numbers_are_written_for_people():
+    assert [write_number(v) for v in (0.0, 1.5, -2.0, 1e-5, 123456.0, float("inf"))] == ["0", "1.5", "−2", "1e−5", "123,456", "∞"]
+    assert [write_time(v) for v in (0.25, 2.0, 600.0, 7200.0, 36000.0)] == ["250 ms", "2 s", "10 min", "120 min", "10 h"]
+    assert nice_ticks(0.0, 10.0) == [0, 2, 4, 6, 8, 10]
+    assert nice_ticks(-1.0, 1.0, 5) == [-1, -0.5, 0, 0.5, 1]
+    assert log_ticks(0.9, 1100.0) == [1, 10, 100, 1000]
+    assert [str(tick) for tick in nice_ticks(-0.1, 0.1, 3)] == ["-0.1", "0.0", "0.1"]  # no -0.0
+
+
+def test_reports_need_no_ray():
+    root, waiting, seen = Path(rayllp.__file__).parent.parent, ["rayllp.report.page.write"], set()
+    while waiting:
+        module = waiting.pop()
+        parents = {module.rsplit(".", n)[0] for n in range(module.count(".") + 1)}
+        for name in parents - seen:
+            seen.add(name)
+            place = root.joinpath(*name.split("."))
+            path = place / "__init__.py" if place.is_dir() else place.with_suffix(".py")
+            for node in ast.parse(path.read_text()).body:  # what is imported as the module is, and not later
+                found = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+                if isinstance(node, ast.ImportFrom):
+                    found = [str(node.module), *(f"{node.module}.{alias.name}" for alias in node.names)]
+                assert not any(each.split(".")[0] == "ray" for each in found), name
+                waiting += [each for each in found if each.startswith("rayllp.") and _is_module(root, each)]
+    assert "rayllp.report.rundir" in seen
+    assert "rayllp.timeline" in seen
+
+
+def _is_module(root, name):
+    place = root.joinpath(*name.split("."))
+    return place.is_dir() or place.with_suffix(".py").is_file()
