@@ -1,6 +1,6 @@
 """Layer-parallel steps over emulated devices: how close to the critical path, beside TorchBraid and 1F1B.
 
-    python examples/benchmarks/emulated.py rows [--steps 10]
+    python examples/benchmarks/emulated.py rows [--steps 10] [--only 0 6] [--channel mpi]
     python examples/benchmarks/emulated.py plans [--steps 10]
     python examples/benchmarks/emulated.py pipeline [--steps 10] [--picture docs/images/pipeline.png]
     python examples/benchmarks/emulated.py overhead
@@ -127,8 +127,8 @@ def rows(arguments: argparse.Namespace) -> None:
         # The ideal has layers of 10 ms and messages of none; the model has what both take on this machine.
         costs = measured_costs(message_s(staff, most))
         print(shown(costs) + f"\n| {heads} | speed-up | TorchBraid over ours |\n" + "|---" * 14 + "|", flush=True)
-        for row in ROWS:
-            config = settings(row)
+        for row in [ROWS[n] for n in arguments.only or range(len(ROWS))]:
+            config = settings(row, channel=arguments.channel)
             found = bench_step(config, steps=arguments.steps, emulate=LAYER, staff=staff)
             assert found.ideal_s is not None
             alone = found.serial_s / row.bound
@@ -236,6 +236,8 @@ def main() -> None:
     parser.add_argument("what", choices=["rows", "plans", "pipeline", "overhead"])
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--picture", type=Path)
+    parser.add_argument("--only", type=int, nargs="+", help="of the table's rows, from 0")
+    parser.add_argument("--channel", default="auto", help="of rows: auto (Gloo) or mpi")
     arguments = parser.parse_args()
     {"rows": rows, "plans": plans, "pipeline": pipeline, "overhead": overhead}[arguments.what](arguments)
 
