@@ -16,6 +16,7 @@ def test_the_notebook_trains_and_plots(ray_cluster, monkeypatch):
     """It joins the suite's cluster, whose start it would else pay for; by itself it starts one."""
     address = ray_cluster.get_runtime_context().gcs_address
     monkeypatch.setenv("RAY_ADDRESS", address)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # as in the suite: the cluster claims more CPUs than there are
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(PATH.parents[1]), os.environ.get("PYTHONPATH", "")]))
     notebook = nbformat.read(PATH, as_version=4)
     cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
