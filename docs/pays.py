@@ -44,9 +44,9 @@ def cell(plan: Plan, wanted: Callable[[Option], bool]) -> tuple[float, str]:
     found = next((option for option in plan.options if wanted(option)), None)
     if found is None or found.devices == 1:
         return 1.0, "one device"
-    way = {"pipeline": "pipeline", "data": "replicas", "layer": "layer-parallel"}[found.kind]
+    way = {"pipeline": "pipeline ", "data": "replicas ", "layer": ""}[found.kind]
     settings = f", c_f {found.solve[0]}, {found.solve[1]} levels" if found.solve and found.solve[2:] == (1, 1) else ""
-    return plan.serial_s / found.step_s, f"{way} {found.data} × {found.layer}{settings}"
+    return plan.serial_s / found.step_s, f"{way}{found.data} × {found.layer}{settings}"
 
 
 def table(measured: dict[int, Costs]) -> Iterable[str]:

@@ -18,9 +18,8 @@
       inner.document.open();
       inner.document.write("<body></body>");
       inner.document.close();
-      inner.postMessage = (data) => parent.postMessage.call(null, data, "*");
       inner.importScripts = (...scripts) => scripts.reduce((before, script) => before.then(() => this.load(script)), Promise.resolve());
-      /* What the frame posts must come from the frame: post by a function of its own. */
+      /* The answers must come from the frame: it posts by a function of its own. */
       const post = inner.document.createElement("script");
       post.textContent = "postMessage = (data) => parent.postMessage(data, '*')";
       inner.document.body.append(post);
