@@ -56,8 +56,8 @@ WAYS = (
     Way(r"rayllp chaos", NOT, "needs a run that trains in another terminal; the tutorial's is run"),
     Way(r"make (train|test|docs)", instead=((r"^make", f"make --dry-run -C {shlex.quote(str(ROOT))}"),)),
     Way(r"rayllp train .*&\n", SHELL, "a run in the background", instead=((r"steps=1000", "steps=150"), (r"20s --for 1m", "8s --for 20s"))),
-    Way(r"rayllp train .*--resume", instead=((r"steps=\d+", "steps=3"),)),
-    Way(r"rayllp train .*mc_gum", adds=SHORT + " --set model.layers=8"),
+    Way(r"rayllp train .*--resume", instead=((r"steps=\d+", "steps=3"), (r"workers=3", "workers=1"))),
+    Way(r"rayllp train .*mc_gum", adds=SHORT + " --set model.layers=8 --set microbatches=2"),
     Way(
         r"rayllp train .*s3://", SHELL, "tests/test_train.py does so by default",
         instead=((r"s3://bucket/run", "file://$PWD/bucket/run"),), adds=SHORT,
