@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: train test lint clean
+.PHONY: train test lint docs clean
 
 # torch first and by its exact version: a range would take another build.
 $(VENV)/.installed: pyproject.toml
@@ -16,14 +16,22 @@ $(VENV)/.installed: pyproject.toml
 train: $(VENV)/.installed
 	$(BIN)/rayllp train $(ARGS)
 
+$(VENV)/.docs: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet -e ".[docs]"
+	touch $@
+
+# Into site/: open site/index.html, no server needed.
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
 test: $(VENV)/.installed
-	$(BIN)/ruff check rayllp tests examples
+	$(BIN)/ruff check rayllp tests examples docs
 	$(BIN)/mypy
 	$(BIN)/python -m pytest $(ARGS)
 
 lint: $(VENV)/.installed
-	$(BIN)/ruff check --fix rayllp tests examples
-	$(BIN)/ruff format rayllp tests examples
+	$(BIN)/ruff check --fix rayllp tests examples docs
+	$(BIN)/ruff format rayllp tests examples docs
 
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) build site *.egg-info .pytest_cache .mypy_cache .ruff_cache

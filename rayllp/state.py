@@ -26,10 +26,12 @@ def combine(function: Callable[..., Tensor], first: State, *others: State) -> St
 
 
 def add(x: State, y: State) -> State:
+    """x + y, part by part."""
     return combine(torch.add, x, y)
 
 
 def subtract(x: State, y: State) -> State:
+    """x − y, part by part."""
     return combine(torch.sub, x, y)
 
 
@@ -39,6 +41,7 @@ def interpolate(x: State, y: State, weight: float) -> State:
 
 
 def detach(state: State) -> State:
+    """The same values without a graph."""
     return combine(torch.Tensor.detach, state)
 
 

@@ -121,6 +121,7 @@ class EmulatedLayer(nn.Module):
         self.bias, self.times = nn.Parameter(torch.zeros(width)), times
 
     def forward(self, x: Tensor) -> Tensor:
+        """x plus a little real arithmetic, after the forward's time; its gradients take theirs."""
         wait = Wait(self.times.forward)
         y = _Through.apply(x, self.times)
         z = x + y + _Weight.apply(y.detach(), self.bias, self.times)  # type: ignore[no-untyped-call]

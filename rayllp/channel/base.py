@@ -22,6 +22,7 @@ class MessageTag:
     level: int = 0
 
     def at(self, phase: str, level: int) -> "MessageTag":
+        """The same solve, at a phase and level of its cycle."""
         return replace(self, phase=phase, level=level)
 
     def __str__(self) -> str:
@@ -39,12 +40,14 @@ class StateSpec:
 
     @staticmethod
     def of(state: State) -> "StateSpec":
+        """That of a state at hand."""
         parts = tensors(state)
         return StateSpec(
             tuple(part.shape for part in parts), tuple(part.dtype for part in parts), parts[0].device, isinstance(state, Tensor)
         )
 
     def build(self, parts: list[Tensor]) -> State:
+        """A state of these parts: a tensor where a single one is meant, else a tuple."""
         return parts[0] if self.bare else tuple(parts)
 
 

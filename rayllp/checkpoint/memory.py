@@ -168,6 +168,7 @@ class NeighbourCopies:
             self._work.put(step)
 
     def inventory(self) -> Inventory:
+        """The steps whose states are held, one's own and the neighbour's."""
         with self._lock:
             return Inventory(tuple(sorted(self._own)), tuple(sorted(self._neighbours)))
 

@@ -39,6 +39,7 @@ class Accuracy:
 
     @property
     def mode(self) -> str:
+        """ "serial" or "parallel", as `metrics.jsonl` says it."""
         return "serial" if self.serial else "parallel"
 
     @property
@@ -122,6 +123,7 @@ class Controller:
 
     @property
     def serial(self) -> bool:
+        """Whether steps are exact now: the last rung."""
         return self._state.rung == len(self.rungs) - 1
 
     @property

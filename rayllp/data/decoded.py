@@ -31,6 +31,7 @@ class DecodedImages:
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """Images, channels, height and width, as an array of them would have."""
         return (len(self.numbers), *self.image)
 
     def __len__(self) -> int:

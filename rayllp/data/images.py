@@ -62,6 +62,7 @@ class ImageBatches:
 
     @property
     def facts(self) -> Facts:
+        """Classes, and channels, height and width."""
         channels, height, width = self.pixels["train"].shape[1:]
         return Facts(classes=self.classes, image=(channels, height, width))
 

@@ -10,7 +10,9 @@ class DataSet(Batches, Protocol):
     """Batches that also say what a model needs to know of them."""
 
     @property
-    def facts(self) -> Facts: ...
+    def facts(self) -> Facts:
+        """What the model has to know of it."""
+        ...
 
 
 def load_data(config: TrainConfig) -> Any:

@@ -43,6 +43,7 @@ class MaskedBatches:
 
     @property
     def facts(self) -> Facts:
+        """The vocabulary with its mask, and the padding."""
         return Facts(vocabulary=self.special.vocabulary, pad=self.special.pad)
 
     def batch(self, split: str, step: int, size: int) -> tuple[Tensor, Tensor]:

@@ -64,6 +64,7 @@ class PairBatches:
 
     @property
     def facts(self) -> Facts:
+        """The vocabulary of both languages, padding, and what begins and ends a target."""
         special = self.special
         return Facts(vocabulary=special.vocabulary, pad=special.pad, bos=special.cls, eos=special.sep)
 

@@ -58,6 +58,7 @@ class SentenceBatches:
 
     @property
     def facts(self) -> Facts:
+        """Vocabulary, labels, padding."""
         special = SpecialTokens.of(self.tokenizer)
         return Facts(vocabulary=special.vocabulary, classes=self.classes, pad=special.pad)
 

@@ -121,6 +121,7 @@ class TextBatches:
 
     @property
     def facts(self) -> Facts:
+        """The vocabulary; sequences are equally long, so there is no padding."""
         return Facts(vocabulary=self.tokenizer.vocabulary)
 
     def batch(self, split: str, step: int, size: int) -> tuple[Tensor, Tensor]:

@@ -20,11 +20,17 @@ class Tokenizer(Protocol):
     """What the trainer needs of a tokenizer."""
 
     @property
-    def vocabulary(self) -> int: ...
+    def vocabulary(self) -> int:
+        """Token ids are below this."""
+        ...
 
-    def encode(self, text: bytes) -> np.ndarray: ...
+    def encode(self, text: bytes) -> np.ndarray:
+        """Token ids of a text, an array of one dimension."""
+        ...
 
-    def decode(self, tokens: list[int]) -> str: ...
+    def decode(self, tokens: list[int]) -> str:
+        """The text of some tokens."""
+        ...
 
 
 class Bytes:
@@ -33,9 +39,11 @@ class Bytes:
     vocabulary = 256
 
     def encode(self, text: bytes) -> np.ndarray:
+        """The bytes themselves."""
         return np.frombuffer(text, np.uint8)
 
     def decode(self, tokens: list[int]) -> str:
+        """The text; bytes that are no UTF-8 become the replacement character."""
         return bytes(tokens).decode("utf-8", errors="replace")
 
 
@@ -48,9 +56,11 @@ class Characters:
         self._index = {character: i for i, character in enumerate(self.alphabet)}
 
     def encode(self, text: bytes) -> np.ndarray:
+        """Places of the characters in the alphabet."""
         return np.array([self._index[character] for character in text.decode("utf-8", errors="replace")], np.uint32)
 
     def decode(self, tokens: list[int]) -> str:
+        """The characters at these places."""
         return "".join(self.alphabet[token] for token in tokens)
 
 
@@ -129,10 +139,12 @@ class SentencePiece:
         self.vocabulary: int = self._processor.get_piece_size()
 
     def encode(self, text: bytes) -> np.ndarray:
+        """Line by line, as the model was trained."""
         # A list would start a pool of threads at every call, fifteen times slower where calls are of one line.
         return _encode_lines(text, lambda lines: [self._processor.encode(line, out_type=int) for line in lines])
 
     def decode(self, tokens: list[int]) -> str:
+        """The text, spaces restored."""
         return self._processor.decode(tokens)
 
 
@@ -159,9 +171,11 @@ class Pretrained:
         self.special = None if None in ids else ids
 
     def encode(self, text: bytes) -> np.ndarray:
+        """Line by line, without special tokens."""
         return _encode_lines(text, lambda lines: self._tokenizer(lines, add_special_tokens=False, verbose=False)["input_ids"])
 
     def decode(self, tokens: list[int]) -> str:
+        """The text, as transformers puts it together."""
         return self._tokenizer.decode(tokens)
 
 

@@ -54,6 +54,7 @@ class WordBatches:
 
     @property
     def facts(self) -> Facts:
+        """Known words, labels, padding."""
         return Facts(vocabulary=FIRST_WORD + len(self.index), classes=self.classes, pad=PADDING)
 
     def batch(self, split: str, step: int, size: int) -> tuple[Tensor, Tensor]:

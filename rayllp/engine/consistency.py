@@ -27,6 +27,7 @@ class Interval:
 
     @property
     def length(self) -> int:
+        """Its layers."""
         return self.stop - self.start
 
     @property
@@ -74,6 +75,7 @@ class Consistency:
         return self._by_last.get(layer)
 
     def keep(self, interval: Interval, seed: State) -> None:
+        """Keep an interval's seed until the adjoint comes to its C-point."""
         self._seeds[interval.start] = seed
 
     def into(self, layer: int, lam: State) -> State:
@@ -101,14 +103,17 @@ class Watch:
         self._seed: State | None = None
 
     def begin(self, state: State) -> State:
+        """The C-point's state; its gradient gets the seed of the coarse step's identity part."""
         self._begin = state
         return self._pass(state, self.interval.ratio - 1)
 
     def first(self, state: State) -> State:
+        """The state after the C-point's layer; its gradient gets the coarse step's seed."""
         self._first = state
         return self._pass(state, -self.interval.ratio)
 
     def end(self, state: State) -> State:
+        """The interval's end, where the penalty's seed is made."""
         assert self._begin is not None
         assert self._first is not None
         # A recomputation passes here a second time.
@@ -120,6 +125,7 @@ class Watch:
         return like(state, tuple(_Seeded.apply(part, self, index, factor) for index, part in enumerate(tensors(state))))
 
     def part(self, index: int) -> Tensor:
+        """A tensor of the seed."""
         assert self._seed is not None
         return tensors(self._seed)[index]
 

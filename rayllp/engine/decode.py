@@ -49,9 +49,11 @@ class Decoder:
         return outputs
 
     def forward(self, inputs: Inputs) -> Tensor | None:
+        """Outputs at the last position, on the last worker; None on all others."""
         return self.engine.exact_forward(inputs, self._tag("forward"), last_only=True)
 
     def inputs(self, tokens: Tensor, row: Tensor) -> Inputs:
+        """Tokens as the model takes them, beside their rows' sources where it translates."""
         device = self.engine.device
         return tokens.to(device) if self.sources is None else (self.sources[row].to(device), tokens.to(device))
 
@@ -62,6 +64,7 @@ class Decoder:
         self.share(torch.zeros((0, 0), dtype=torch.int64) if table is None else table)
 
     def hear(self) -> Inputs | None:
+        """What the last worker wants evaluated next; None when it is done."""
         table = self.share(None)
         return self.inputs(table[:, 1:], table[:, 0]) if len(table) else None
 

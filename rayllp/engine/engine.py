@@ -64,6 +64,7 @@ class StepStats:
     lipschitz: dict[int, float] | None = None
 
     def as_dict(self) -> dict[str, Any]:
+        """By name, for a line of `metrics.jsonl`."""
         return asdict(self)
 
 

@@ -31,6 +31,7 @@ class StageModule(nn.Module):
         self.penalty: Consistency | None = None
 
     def forward(self, *parts: Tensor) -> State:
+        """A microbatch through this worker's block, with embedding and head where it owns them."""
         self.begin()
         block = self.block
         state: State = parts[0] if len(parts) == 1 else parts

@@ -158,15 +158,19 @@ class ForwardPropagator(Propagator):
         self.trajectory = trajectory
 
     def step(self, layer: int, state: State) -> State:
+        """One layer of a relaxation or coarse solve."""
         return self.trajectory.run_ahead(layer, state)
 
     def last_step(self, layer: int, state: State, known: State | None) -> State:
+        """One layer with its graph."""
         return self.trajectory.record(layer, state, known)
 
     def steps(self, layers: Sequence[int], states: Sequence[State]) -> list[State]:
+        """A layer of each interval, in one call."""
         return self.trajectory.run_together(layers, states)
 
     def last_steps(self, layers: Sequence[int], states: Sequence[State]) -> list[State]:
+        """The same with one graph for all."""
         return self.trajectory.record_together(layers, states)
 
 
@@ -177,10 +181,12 @@ class ExactPropagator(Propagator):
         self.trajectory = trajectory
 
     def step(self, layer: int, state: State) -> State:
+        """One layer without a graph."""
         with torch.no_grad():
             return self.trajectory.run(layer, state)
 
     def last_step(self, layer: int, state: State, known: State | None) -> State:
+        """The same: nobody reads graphs of an exact solve."""
         return self.step(layer, state) if known is None else known
 
 
@@ -191,6 +197,7 @@ class AdjointPropagator(Propagator):
         self.trajectory, self.penalty = trajectory, penalty
 
     def step(self, layer: int, state: State) -> State:
+        """The input gradient of one layer, through its recorded graph."""
         if layer in self.trajectory.batched:  # a sweep that leaves out all others of its graph
             return self.steps((layer,), (state,))[0]
         graph = self.trajectory.graph(layer)
@@ -198,6 +205,7 @@ class AdjointPropagator(Propagator):
         return like(state, gradients)
 
     def steps(self, layers: Sequence[int], states: Sequence[State]) -> list[State]:
+        """Of a layer of each interval, through the graph that they share."""
         graph = self.trajectory.batched.get(layers[0])
         if graph is None:  # the forward was exact, one interval in all
             return super().steps(layers, states)
@@ -205,6 +213,7 @@ class AdjointPropagator(Propagator):
         return graph.of(layers, like(states[0], gradients))
 
     def last_steps(self, layers: Sequence[int], states: Sequence[State]) -> list[State]:
+        """That, and the gradients of their parameters."""
         graph, penalty = self.trajectory.batched.get(layers[0]), self.penalty
         if graph is None:
             return super().last_steps(layers, states)
@@ -219,6 +228,7 @@ class AdjointPropagator(Propagator):
         return graph.of(layers, like(states[0], _gradients(graph.inputs)))
 
     def last_step(self, layer: int, state: State, known: State | None) -> State:
+        """The input gradient of one layer, and the gradients of its parameters."""
         graph, penalty = self.trajectory.graph(layer), self.penalty
         if penalty is not None:
             state = penalty.into(layer, self._with_end_seed(penalty, layer, state))

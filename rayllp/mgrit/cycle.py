@@ -209,6 +209,7 @@ class Solver:
         return float(self.channel.all_reduce(self.squares[-1].clone(), self.tag.at("residual", 0))) <= self.method.tolerance**2
 
     def result(self, output: State | None, iterations: int) -> MGRITResult:
+        """What the solve has come to, from this worker's view; residuals are its share."""
         fine = self.grids[0].level
         exact = len(self.grids) == 1 or iterations >= len(fine.c_points)
         squares = torch.stack(self.squares) if self.squares else no_residuals()

@@ -36,10 +36,12 @@ class Level:
 
     @property
     def size(self) -> int:
+        """Steps on this level, as many as points."""
         return len(self.layers)
 
     @cached_property
     def is_c_point(self) -> frozenset[int]:
+        """The C-points, for asking whether a point is one."""
         return frozenset(self.c_points)
 
     def local(self, rank: int) -> range:

@@ -89,4 +89,5 @@ def judge(residuals: tuple[float, ...], rho: float | None, *, tolerance: float |
 
 
 def no_residuals() -> Tensor:
+    """Of a solve that measured none: an empty tensor of doubles."""
     return torch.zeros(0, dtype=torch.float64)

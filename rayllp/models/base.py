@@ -118,18 +118,22 @@ class Architecture(ABC):
     # Built under a key of (seed, piece), so that a piece's weights do not depend on who builds it or on what else is built.
 
     def build_embed(self, seed: int) -> nn.Module:
+        """The embedding, initialised by its key."""
         with seeded(seed, "initialise", "embed"):
             return self.embed()
 
     def build_layer(self, seed: int, index: int) -> nn.Module:
+        """A layer, initialised by the key of (seed, index): the same on any worker."""
         with seeded(seed, "initialise", "layer", index):
             return self.layer(index)
 
     def build_head(self, seed: int) -> nn.Module:
+        """The head, initialised by its key."""
         with seeded(seed, "initialise", "head"):
             return self.head()
 
     def build_common(self, seed: int) -> nn.Module | None:
+        """What several layers read, initialised by its key; None where there is nothing."""
         with seeded(seed, "initialise", "common"):
             return self.common()
 

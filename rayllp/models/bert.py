@@ -31,6 +31,7 @@ class Encoder(PretrainedArchitecture):
 
     @classmethod
     def config_of(cls, settings: TrainConfig, facts: Facts) -> RobertaPreLayerNormConfig:
+        """RoBERTa-PreLayerNorm's configuration of these settings."""
         model, pad = settings.model, facts.pad or 0
         return RobertaPreLayerNormConfig(
             vocab_size=facts.vocabulary, hidden_size=model.width, num_hidden_layers=model.layers, num_attention_heads=model.heads,
@@ -42,6 +43,7 @@ class Encoder(PretrainedArchitecture):
 
     @classmethod
     def positions(cls, config: RobertaPreLayerNormConfig) -> float:
+        """Longest sequence; positions begin behind the padding's."""
         return config.max_position_embeddings - config.pad_token_id - 1
 
     def context(self, inputs: Inputs, dtype: torch.dtype) -> Tensor | None:
@@ -52,9 +54,11 @@ class Encoder(PretrainedArchitecture):
         )
 
     def enter(self, embed: Piece, inputs: Inputs, context: Any) -> Tensor:  # type: ignore[override]
+        """Token ids (B, T) to states (B, T, D)."""
         return embed[f"{BASE}.embeddings"](input_ids=inputs)
 
     def advance(self, index: int, layer: nn.Module, state: State, context: Any, common: nn.Module | None) -> State:
+        """One layer, under the mask of padding."""
         return layer(state, attention_mask=context)
 
 
@@ -66,6 +70,7 @@ class BERT(Encoder):
     metric = Accuracy("masked_accuracy")
 
     def leave(self, head: Piece, state: State, context: Any) -> Tensor:  # type: ignore[override]
+        """Logits of all positions (B, T, vocabulary)."""
         return head["lm_head"](head[f"{BASE}.LayerNorm"](state))
 
 
@@ -77,6 +82,7 @@ class Words(Encoder):
     metric = Accuracy("word_accuracy")
 
     def leave(self, head: Piece, state: State, context: Any) -> Tensor:  # type: ignore[override]
+        """Logits of all words (B, T, classes)."""
         return head["classifier"](head["dropout"](head[f"{BASE}.LayerNorm"](state)))
 
 
@@ -91,4 +97,5 @@ class Sentences(Encoder):
         self.metric = Confusion(len(facts.classes))
 
     def leave(self, head: Piece, state: State, context: Any) -> Tensor:  # type: ignore[override]
+        """Logits of the sentences (B, classes), from their first position."""
         return head["classifier"](head[f"{BASE}.LayerNorm"](state))

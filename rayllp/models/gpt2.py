@@ -28,6 +28,7 @@ class GPT2(PretrainedArchitecture):
 
     @classmethod
     def config_of(cls, settings: TrainConfig, facts: Facts) -> GPT2Config:
+        """GPT-2's configuration of these settings."""
         model = settings.model
         return GPT2Config(
             vocab_size=facts.vocabulary, n_positions=settings.sequence_length, n_embd=model.width, n_layer=model.layers,
@@ -36,12 +37,14 @@ class GPT2(PretrainedArchitecture):
         )  # fmt: skip
 
     def enter(self, embed: Piece, inputs: Inputs, context: Any) -> Tensor:  # type: ignore[override]
+        """Token ids (B, T) to states (B, T, D), positions added."""
         assert isinstance(inputs, Tensor)
         positions_T = torch.arange(inputs.shape[1], device=inputs.device)
         x_BTD = embed["transformer.wte"](inputs) + embed["transformer.wpe"](positions_T)
         return embed["transformer.drop"](x_BTD)
 
     def leave(self, head: Piece, state: State, context: Any) -> Tensor:  # type: ignore[override]
+        """Logits (B, T, vocabulary)."""
         return head["lm_head"](head["transformer.ln_f"](state))
 
     def rescale(self, layer: nn.Module) -> None:

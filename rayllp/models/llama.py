@@ -27,6 +27,7 @@ class Llama(PretrainedArchitecture):
 
     @classmethod
     def config_of(cls, settings: TrainConfig, facts: Facts) -> LlamaConfig:
+        """Llama's configuration of these settings."""
         model = settings.model
         return LlamaConfig(
             vocab_size=facts.vocabulary, max_position_embeddings=settings.sequence_length, hidden_size=model.width,
@@ -44,10 +45,13 @@ class Llama(PretrainedArchitecture):
         return self._rotary(torch.empty(0, dtype=dtype, device=inputs.device), position_ids=positions_1T)
 
     def enter(self, embed: Piece, inputs: Inputs, context: Any) -> Tensor:  # type: ignore[override]
+        """Token ids (B, T) to states (B, T, D); positions are rotary, in the layers."""
         return embed["model.embed_tokens"](inputs)
 
     def advance(self, index: int, layer: nn.Module, state: State, context: Any, common: nn.Module | None) -> State:
+        """One layer, with the mask and the rotary positions of the context."""
         return layer(state, attention_mask=None, position_embeddings=context)
 
     def leave(self, head: Piece, state: State, context: Any) -> Tensor:  # type: ignore[override]
+        """Logits (B, T, vocabulary)."""
         return head["lm_head"](head["model.norm"](state))

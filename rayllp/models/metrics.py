@@ -29,9 +29,11 @@ class NoMetric:
     size = 0
 
     def tally(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Nothing to count."""
         return torch.zeros(0, dtype=torch.float64)
 
     def read(self, tally: Tensor, loss: float) -> dict[str, float]:
+        """Nothing to say."""
         return {}
 
 
@@ -51,11 +53,13 @@ class Accuracy:
         self.name = name
 
     def tally(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """How many are right, of how many."""
         counted = targets != IGNORE
         right = (outputs.argmax(-1) == targets) & counted
         return torch.stack([right.sum(), counted.sum()]).double().cpu()
 
     def read(self, tally: Tensor, loss: float) -> dict[str, float]:
+        """Their share."""
         return {self.name: float(tally[0] / tally[1].clamp(min=1))}
 
 
@@ -66,11 +70,13 @@ class Confusion:
         self.classes, self.size = classes, classes * classes
 
     def tally(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """A matrix of counts: what is true by what was said."""
         counted = targets != IGNORE
         pairs = targets[counted] * self.classes + outputs.argmax(-1)[counted]
         return torch.bincount(pairs, minlength=self.size).double().cpu()
 
     def read(self, tally: Tensor, loss: float) -> dict[str, float]:
+        """Accuracy, and Matthews correlation for any number of classes."""
         matrix = tally.view(self.classes, self.classes)
         total, right, truth, said = matrix.sum(), matrix.trace(), matrix.sum(1), matrix.sum(0)
         spread = (total**2 - said.square().sum()) * (total**2 - truth.square().sum())

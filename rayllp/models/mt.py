@@ -44,6 +44,7 @@ class MT(PretrainedArchitecture):
 
     @classmethod
     def config_of(cls, settings: TrainConfig, facts: Facts) -> MBartConfig:
+        """mBART's configuration of these settings."""
         model = settings.model
         encoder = model.encoder_layers or model.layers // 2
         inner = model.feed_forward or 4 * model.width
@@ -58,18 +59,22 @@ class MT(PretrainedArchitecture):
 
     @classmethod
     def count_layers(cls, config: Any) -> int:
+        """Encoder and decoder together."""
         return int(config.encoder_layers + config.decoder_layers)
 
     @classmethod
     def layer_paths(cls, config: Any, layers: int) -> list[str]:
+        """The encoder's layers, then the decoder's."""
         encoder = [f"model.encoder.layers.{n}" for n in range(config.encoder_layers)]
         return encoder + [f"model.decoder.layers.{n}" for n in range(config.decoder_layers)]
 
     def state_spec(self, inputs: Inputs, dtype: torch.dtype, device: torch.device) -> StateSpec:
+        """Z = [X, Y]: source states (B, S, D) and target states (B, T, D)."""
         shapes = tuple(torch.Size((*tokens_BT.shape, self.config.d_model)) for tokens_BT in tensors(inputs))
         return StateSpec(shapes, (dtype, dtype), device, bare=False)
 
     def context(self, inputs: Inputs, dtype: torch.dtype) -> Masks:
+        """Masks of the encoder, the decoder and its cross-attention."""
         source_BS, target_BT = tensors(inputs)
         seen = source_BS != self.config.pad_token_id
         source = positions_like(source_BS, dtype)
@@ -81,6 +86,7 @@ class MT(PretrainedArchitecture):
         )
 
     def enter(self, embed: Piece, inputs: Inputs, context: Any) -> State:  # type: ignore[override]
+        """Source and target ids to Z."""
         return tuple(self._embed(embed, f"model.{side}", ids) for side, ids in zip(("encoder", "decoder"), tensors(inputs), strict=True))
 
     def _embed(self, embed: Piece, side: str, tokens_BT: Tensor) -> Tensor:
@@ -89,6 +95,7 @@ class MT(PretrainedArchitecture):
         return nn.functional.dropout(embed[f"{side}.layernorm_embedding"](x_BTD), p=self.config.dropout, training=training)
 
     def advance(self, index: int, layer: nn.Module, state: State, context: Masks, common: nn.Module | None) -> State:
+        """An encoder's layer moves X; a decoder's moves Y and reads X under the encoder's last norm."""
         x_BSD, y_BTD = tensors(state)
         if index < self.config.encoder_layers:
             return layer(x_BSD, context.encoder), y_BTD
@@ -98,4 +105,5 @@ class MT(PretrainedArchitecture):
         return x_BSD, y_BTD
 
     def leave(self, head: Piece, state: State, context: Any) -> Tensor:  # type: ignore[override]
+        """Logits of the target (B, T, vocabulary), from Y."""
         return head["lm_head"](head["model.decoder.layer_norm"](tensors(state)[1]))

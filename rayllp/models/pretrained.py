@@ -78,6 +78,7 @@ class PretrainedArchitecture(Architecture):
         self.tied = tuple(self._ties_between(self.embed_paths, self.head_paths))
 
     def transformers_config(self) -> dict[str, Any]:
+        """The whole configuration, defaults included, and the class that reads it."""
         return {**json.loads(self.config.to_json_string(use_diff=False)), "architectures": [self.model_class.__name__]}
 
     @classmethod
@@ -138,18 +139,22 @@ class PretrainedArchitecture(Architecture):
         return self.paths[index]
 
     def embed(self) -> nn.Module:
+        """A copy of its modules, with memory of their own."""
         return self.make(self.embed_paths)
 
     def layer(self, index: int) -> nn.Module:
+        """Likewise; rescaled by `model.initialisation` where no checkpoint has it."""
         piece = self.make((self.path_of(index),))
         if not self.weights.has(self.path_of(index)):
             self.rescale(piece[self.path_of(index)])
         return piece[self.path_of(index)]
 
     def head(self) -> nn.Module:
+        """Likewise."""
         return self.make(self.head_paths)
 
     def common(self) -> nn.Module | None:
+        """Likewise, where the family has some."""
         return self.make(self.common_paths) if self.common_paths else None
 
     def make(self, paths: Sequence[str]) -> Piece:
@@ -189,13 +194,16 @@ class PretrainedArchitecture(Architecture):
     # Calls --------------------------------------------------------------------------------------------------------------------
 
     def state_spec(self, inputs: Inputs, dtype: torch.dtype, device: torch.device) -> StateSpec:
+        """(batch, time, width)."""
         shape = torch.Size((*tensors(inputs)[0].shape[:2], self.settings.model.width))
         return StateSpec((shape,), (dtype,), device)
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Cross-entropy, summed over targets that count."""
         return self._cross_entropy(outputs, targets, 0.0)
 
     def training_loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """The same with label smoothing."""
         return self._cross_entropy(outputs, targets, self.settings.model.label_smoothing)
 
     def _cross_entropy(self, outputs: Tensor, targets: Tensor, smoothing: float) -> Tensor:
@@ -205,20 +213,25 @@ class PretrainedArchitecture(Architecture):
         )
 
     def count(self, targets: Tensor) -> int:
+        """Targets that are not IGNORE."""
         return int((targets != IGNORE).sum())
 
     # Names: pieces carry full names already -----------------------------------------------------------------------------------
 
     def embed_prefix(self) -> str:
+        """None: paths are the whole model's."""
         return ""
 
     def layer_prefix(self, index: int) -> str:
+        """The layer's path in the whole model."""
         return self.path_of(index) + "."
 
     def head_prefix(self) -> str:
+        """None."""
         return ""
 
     def common_prefix(self) -> str:
+        """None."""
         return ""
 
 

@@ -64,12 +64,14 @@ class FrozenRandomness(TorchFunctionMode):
         return out
 
     def dropout(self, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+        """nn.functional.dropout, with the mask of this layer and sample."""
         if not training or p == 0:
             return input
         keep = self.uniform(tuple(input.shape), input.device) >= p
         return input * keep.to(input.dtype).mul_(1 / (1 - p))
 
     def feature_dropout(self, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+        """Of whole channels."""
         if not training or p == 0:
             return input
         keep = self.uniform(tuple(input.shape[:2]), input.device) >= p
@@ -103,17 +105,21 @@ class FrozenRandomness(TorchFunctionMode):
         return self.dropout(weights.softmax(-1), dropout_p) @ value
 
     def rand(self, *size: Any, **options: Any) -> Tensor:
+        """torch.rand, by key."""
         shape = tuple(size[0]) if len(size) == 1 and not isinstance(size[0], int) else size
         dtype, device = options.get("dtype") or torch.get_default_dtype(), options.get("device") or torch.device("cpu")
         return self.uniform(shape, torch.device(device), dtype)
 
     def rand_like(self, input: Tensor, **options: Any) -> Tensor:
+        """torch.rand_like, by key."""
         return self.uniform(tuple(input.shape), input.device, options.get("dtype") or input.dtype)
 
     def bernoulli(self, input: Tensor, *_: Any, **__: Any) -> Tensor:
+        """torch.bernoulli, by key."""
         return (self.uniform(tuple(input.shape), input.device) < input).to(input.dtype)
 
     def bernoulli_(self, input: Tensor, p: float | Tensor = 0.5, **_: Any) -> Tensor:
+        """Tensor.bernoulli_, by key."""
         return input.copy_((self.uniform(tuple(input.shape), input.device) < p).to(input.dtype))
 
 

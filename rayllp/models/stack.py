@@ -60,21 +60,27 @@ class LayerStack(Architecture):
         return shallow
 
     def embed(self) -> nn.Module:
+        """A new one: a copy of the module, or what the function builds."""
         return _build(self._embed)
 
     def layer(self, index: int) -> nn.Module:
+        """A new one, likewise."""
         return _build(self._layers[index])
 
     def head(self) -> nn.Module:
+        """A new one, likewise."""
         return _build(self._head)
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """As it was given."""
         return self._loss(outputs, targets)
 
     def count(self, targets: Tensor) -> int:
+        """As it was given."""
         return self._count(targets)
 
     def state_spec(self, inputs: Inputs, dtype: torch.dtype, device: torch.device) -> StateSpec:
+        """Shapes that the embedding makes of one sample, with the batch's size."""
         # The embedding is the only piece that knows; run it on one sample, on whichever worker asks.
         with seeded("state spec"), torch.no_grad():
             state = _build(self._embed).to(dtype).eval()(combine(lambda part: part[:1].cpu(), inputs))

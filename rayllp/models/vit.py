@@ -29,6 +29,11 @@ class ViT(PretrainedArchitecture):
 
     @classmethod
     def config_of(cls, settings: TrainConfig, facts: Facts) -> ViTConfig:
+        """ViT's configuration of these settings and images.
+
+        Raises:
+            SettingsError: patches do not divide the images.
+        """
         model = settings.model
         assert facts.image is not None
         channels, height, width = facts.image
@@ -45,18 +50,22 @@ class ViT(PretrainedArchitecture):
 
     @classmethod
     def positions(cls, config: ViTConfig) -> float:
+        """No limit."""
         return math.inf  # images have one size, and data.sequence_length says nothing of it
 
     def state_spec(self, inputs: Inputs, dtype: torch.dtype, device: torch.device) -> StateSpec:
+        """(batch, patches and the class token, width)."""
         (images_BCHW,) = tensors(inputs)
         patches = images_BCHW.shape[2] * images_BCHW.shape[3] // self.config.patch_size**2
         return StateSpec((torch.Size((images_BCHW.shape[0], patches + 1, self.config.hidden_size)),), (dtype,), device)
 
     def enter(self, embed: Piece, inputs: Inputs, context: Any) -> Tensor:  # type: ignore[override]
+        """Images (B, C, H, W) to states of patches."""
         assert isinstance(inputs, Tensor)
         embeddings = embed["vit.embeddings"]
         return embeddings(inputs.to(next(embeddings.parameters()).dtype))
 
     def leave(self, head: Piece, state: State, context: Any) -> Tensor:  # type: ignore[override]
+        """Logits (B, classes), from the class token."""
         assert isinstance(state, Tensor)
         return head["classifier"](head["vit.layernorm"](state)[:, 0])

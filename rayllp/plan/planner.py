@@ -42,6 +42,7 @@ class Device:
     memory: float | None = None
 
     def message_s(self, size: float) -> float:
+        """Seconds of a message of so many bytes to the neighbour."""
         return self.latency_s + size / self.bandwidth
 
     def all_reduce_s(self, size: float, count: int) -> float:
@@ -102,6 +103,7 @@ class Option:
 
     @property
     def devices(self) -> int:
+        """How many it uses."""
         return self.data * self.layer
 
     def is_usable(self, device: Device, bias_limit: float) -> bool:

@@ -45,6 +45,7 @@ class Reporter:
         self._warm = WARM_STEPS  # the first steps of each sitting are slow
 
     def step(self, metric: Mapping[str, Any]) -> None:
+        """Add a step to what the trial has done."""
         self.steps = metric["step"] + 1
         self.tokens += metric["tokens"]
         self.seconds += metric["step_time_s"]
@@ -62,11 +63,13 @@ class Reporter:
                 self.largest_rho = max(self.largest_rho, metric[name])
 
     def event(self, step: int, kind: str, details: Mapping[str, Any]) -> None:
+        """Note switches."""
         if kind == "switch":
             self.rung = details["rung"]
             self.switches.append((step, details["rung"]))
 
     def evaluation(self, step: int, found: Mapping[str, float]) -> None:
+        """Note what an evaluation found, and whether the target is reached."""
         self.found = dict(found)
         target = self.objective.target
         if target is not None and self.reached is None and found["loss"] <= target:

@@ -78,6 +78,7 @@ class FeasibleSearch(_Search):
         self._keys: set[str] = set()
 
     def suggest(self, trial_id: str) -> Any:
+        """The next settings that can be a trial: the base first, nothing twice, nothing that does not go together."""
         if self.given >= self.sweep.trials:
             return Searcher.FINISHED
         if not self.given and self.sweep.begins_with_base:
@@ -120,10 +121,12 @@ class FeasibleSearch(_Search):
         return {}
 
     def on_trial_result(self, trial_id: str, result: Any) -> None:
+        """Passed on, for trials that are the searcher's own."""
         if trial_id in self._names:
             self.inner.on_trial_result(self._names[trial_id], result)
 
     def on_trial_complete(self, trial_id: str, result: Any = None, error: bool = False) -> None:
+        """Passed on, likewise."""
         name = self._names.pop(trial_id, None)
         if name is not None:
             self.inner.on_trial_complete(name, result, error)
@@ -143,6 +146,7 @@ class GridSearch(_Search):
                 self.infeasible.append((chosen, why))
 
     def suggest(self, trial_id: str) -> Any:
+        """The next point, until all were given."""
         if self.given >= len(self.points):
             return Searcher.FINISHED
         self.given += 1

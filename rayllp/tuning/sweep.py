@@ -59,6 +59,7 @@ class Objective(Settings):
 
     @property
     def needs_bias(self) -> bool:
+        """Whether trials are judged by the gradient's bias, so that they must probe."""
         return self.kind in ("step_time", "pareto")
 
 
@@ -97,6 +98,7 @@ class Sweep(Settings):
 
     @property
     def parameters(self) -> Space:
+        """What varies."""
         return self._space
 
     @property

@@ -29,6 +29,7 @@ class SwitchingScheduler(TrialScheduler):
         self.inner, self.sweep, self.resources = inner or FIFOScheduler(), sweep, resources
 
     def on_trial_result(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> str:
+        """The inner scheduler's decision; a trial that is to be forced or to shrink is paused."""
         decision = self.inner.on_trial_result(tune_controller, trial, result)
         if decision != TrialScheduler.CONTINUE:
             return decision
@@ -63,6 +64,7 @@ class SwitchingScheduler(TrialScheduler):
     # As the inner one has it ------------------------------------------------------------------------------------------------------
 
     def set_search_properties(self, metric: str | None, mode: str | None, **spec: Any) -> bool:
+        """Passed on."""
         return bool(self.inner.set_search_properties(metric, mode, **spec))
 
     def on_trial_add(self, tune_controller: Any, trial: Trial) -> None:
@@ -78,6 +80,7 @@ class SwitchingScheduler(TrialScheduler):
         self.inner.on_trial_remove(tune_controller, trial)
 
     def choose_trial_to_run(self, tune_controller: Any) -> Trial | None:
+        """Passed on."""
         return self.inner.choose_trial_to_run(tune_controller)
 
     def debug_string(self) -> str:

@@ -1,0 +1,77 @@
+"""The tables of docs/pays.md, by the planner.
+
+    python docs/pays.py        # writes them into docs/pays.md
+
+Eight devices, messages of 20 µs and 10 GB/s, a layer of 28 MB of weights and a state of 2 MB a sequence. Two kinds of device: one that
+small batches leave idle, whose layer takes 0.5 ms and 0.1 ms a sequence forward, and one that is busy with a single sequence, 0.6 ms each.
+A gradient takes twice a forward.
+"""
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from rayllp.config import make_config
+from rayllp.plan import Costs, Device, LayerModel, Option, Plan, make_plan
+
+PAGE = Path(__file__).parent / "pays.md"
+BEGIN, END = "<!-- tables: made by `python docs/pays.py`, checked by the tests -->\n", "<!-- end of tables -->"
+DEVICES = 8
+CHEAPEST = [(c, levels, 1, 1) for c in (2, 4, 8, 16) for levels in (2, 3, 4)]
+DEFAULT = [(4, 2, 2, 1)]
+
+
+def costs(forward: float) -> Costs:
+    """A layer's, in seconds; its gradients take twice its forward."""
+    return Costs(forward=forward, record=forward, input_gradient=forward, full_gradient=2 * forward)
+
+
+KINDS = {
+    "A device that small batches leave idle": {1: costs(0.6e-3), 64: costs(6.9e-3)},
+    "A device that one sequence keeps busy": {1: costs(0.6e-3)},
+}
+
+
+def planned(measured: dict[int, Costs], layers: int, batch: int, solves: list[tuple[int, int, int, int]]) -> Plan:
+    """All meshes of eight devices, and of fewer."""
+    config = make_config({"model": {"layers": layers}, "buffers": {"open": 0, "close": 0}, "batch_size": batch, "workers": 1})
+    model = LayerModel(measured=measured, parameter_bytes=28e6, state_bytes=2e6, graph_bytes=6e7)
+    deep_enough = [solve for solve in solves if layers > solve[0] ** (solve[1] - 1)]
+    return make_plan(config, model, Device(), DEVICES, solves=deep_enough)
+
+
+def cell(plan: Plan, wanted: Callable[[Option], bool]) -> tuple[float, str]:
+    """The fastest way of a kind: its speed-up over one device, and in words."""
+    found = next((option for option in plan.options if wanted(option)), None)
+    if found is None or found.devices == 1:
+        return 1.0, "one device"
+    way = {"pipeline": "pipeline ", "data": "replicas ", "layer": ""}[found.kind]
+    settings = f", c_f {found.solve[0]}, {found.solve[1]} levels" if found.solve and found.solve[2:] == (1, 1) else ""
+    return plan.serial_s / found.step_s, f"{way}{found.data} × {found.layer}{settings}"
+
+
+def table(measured: dict[int, Costs]) -> Iterable[str]:
+    """A row a depth and batch; the fastest is bold."""
+    yield "| layers | batch | best exact way | layer-parallel, defaults (c_f 4, 2+1) | layer-parallel, 1+1 |"
+    yield "|---|---|---|---|---|"
+    for layers in (16, 64, 256):
+        for batch in (1, 8, 64):
+            default, cheapest = (planned(measured, layers, batch, solves) for solves in (DEFAULT, CHEAPEST))
+            cells = [
+                cell(default, lambda option: option.solve is None),
+                cell(default, lambda option: option.solve is not None),
+                cell(cheapest, lambda option: option.solve is not None),
+            ]
+            best = max(factor for factor, _ in cells)
+            words = (f"**{factor:.1f}** ({way})" if factor == best else f"{factor:.1f} ({way})" for factor, way in cells)
+            yield f"| {layers} | {batch} | " + " | ".join(words) + " |"
+
+
+def page() -> str:
+    """docs/pays.md, with its tables as the planner has them."""
+    before, _, rest = PAGE.read_text().partition(BEGIN)
+    made = "\n".join(f"**{kind}**: speed-up over one device.\n\n" + "\n".join(table(measured)) + "\n" for kind, measured in KINDS.items())
+    return f"{before}{BEGIN}\n{made}\n{END}{rest.partition(END)[2]}"
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page())
