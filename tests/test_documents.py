@@ -53,6 +53,7 @@ WAYS = (
     Way(r"curl ", NOT, "downloads; the tests have a text of their own under that name"),
     Way(r"tensorboard ", NOT, "serves until it is stopped; tests/test_train.py reads what it would show"),
     Way(r"ray job submit", NOT, "needs a cluster with a job server; tests/test_tuning_study.py submits jobs to one"),
+    Way(r"mpiexec ", SHELL, "processes of MPI's launcher; tests/test_mpi.py starts some by default", adds=SHORT),
     Way(r"rayllp chaos", NOT, "needs a run that trains in another terminal; the tutorial's is run"),
     Way(r"make (train|test|docs)", instead=((r"^make", f"make --dry-run -C {shlex.quote(str(ROOT))}"),)),
     Way(r"rayllp train .*&\n", SHELL, "a run in the background", instead=((r"steps=1000", "steps=150"), (r"20s --for 1m", "8s --for 20s"))),
