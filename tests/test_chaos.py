@@ -151,6 +151,7 @@ class Bystander:
 
 
 @pytest.mark.usefixtures("ray_cluster")
+@pytest.mark.study
 def test_a_run_survives_chaos_and_others_do_not_see_it(tmp_path):
     config = tiny(workers=2, steps=STEPS, dtype="float32", snapshot_every=1, spare_workers=False)
     run = RunDirectory.create(tmp_path / "run", config)

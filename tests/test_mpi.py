@@ -12,26 +12,28 @@ import yaml
 
 from rayllp.channel import MessageTag, StateSpec
 from rayllp.channel.pmi import Lifeline, ProcessManager
-from rayllp.errors import ChannelError
+from rayllp.cluster.launched import check_size, sized
+from rayllp.errors import ChannelError, SettingsError
 from tests.conftest import losses_over_threads, make_engine, merge, run_mpi_processes, run_processes, tiny, train_engine
 from tests.test_recovery import drive, read, undisturbed, weights
 
 TAG = MessageTag(3, "forward", "relaxation")
 
 
-def losses_over_mpi(world, config, steps):
-    return [stats.loss for stats in train_engine(make_engine(config, world.channel(0, 60.0)), steps)]
+def losses_over_mpi(world, *configs):
+    """Of three steps each."""
+    return [[stats.loss for stats in train_engine(make_engine(config, world.channel(0, 60.0)), 3)] for config in configs]
 
 
 @pytest.mark.parametrize("workers", [2, 3, 4])
 def test_a_step_over_mpi_is_the_step_over_threads(workers):
-    exact = {"model": {"layers": 12}, "mgrit": {"levels": {"forward": 1, "backward": 1}}}
-    wanted = losses_over_threads(tiny(**exact), 6)
-    found = run_mpi_processes(workers, losses_over_mpi, tiny(**exact, workers=workers), 6)
-    assert found == [pytest.approx(wanted, abs=1e-10)] * workers
-    cycled = {"buffers": {"open": 0, "close": 0}, "mgrit": {"coarsening": 3}, "adaptive": {"probe_every": 2}}
-    config = tiny(**cycled, workers=workers)
-    assert run_mpi_processes(workers, losses_over_mpi, config, 4) == [losses_over_threads(config, 4)] * workers  # to the bit
+    exact = tiny(mgrit={"levels": {"forward": 1, "backward": 1}}, workers=workers)
+    cycled = tiny(buffers={"open": 0, "close": 0}, mgrit={"coarsening": 3}, adaptive={"probe_every": 2}, workers=workers)
+    wanted = losses_over_threads(tiny(mgrit={"levels": {"forward": 1, "backward": 1}}), 3)
+    by_threads = losses_over_threads(cycled, 3)
+    for serial, parallel in run_mpi_processes(workers, losses_over_mpi, exact, cycled):
+        assert serial == pytest.approx(wanted, abs=1e-10)
+        assert parallel == by_threads  # to the bit
 
 
 def large(channel):
@@ -176,6 +178,11 @@ def test_processes_of_mpis_launcher_train_without_ray(tmp_path):
     assert "after 6 steps (exact forward)" in said
     found = [m["loss"] for m in read(tmp_path / "run" / "metrics.jsonl")]
     assert found == losses_over_threads(tiny(steps=6, workers=2), 6)
-    code, said = mpiexec(2, "--resume", str(tmp_path / "run"), "--set", "workers=3")
-    assert code != 0
-    assert "2 processes were launched for workers=3: make them equal, or leave workers out" in said
+
+
+def test_the_settings_must_fit_the_processes():
+    assert sized(None, 3).world == 3
+    with pytest.raises(SettingsError, match="2 processes were launched for workers=3: make them equal, or leave workers out"):
+        check_size(tiny(workers=3), 2)
+    with pytest.raises(SettingsError, match="set workers to a number"):
+        check_size(tiny(workers={"min": 1, "max": 2}), 2)

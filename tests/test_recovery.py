@@ -215,7 +215,7 @@ def weights(run):
 
 
 @pytest.mark.usefixtures("ray_cluster")
-@pytest.mark.parametrize("mode", ["serial", "parallel"])
+@pytest.mark.parametrize("mode", [pytest.param("serial", marks=pytest.mark.study), "parallel"])
 def test_a_run_whose_workers_are_killed_ends_bit_equal(mode, tmp_path):
     config = tiny(
         workers=3, steps=24, dtype="float32", mode=mode, snapshot_every=1, adaptive={"probe_every": 6}, model={"dropout": 0.1},

@@ -122,20 +122,6 @@ def test_there_and_back(tmp_path):
     assert [each.name for each in weights.write(tmp_path / "net.pt", workers=4)] == [f"net_rank{n}.pt" for n in range(4)]
 
 
-@pytest.mark.usefixtures("kept_workers")
-def test_a_run_goes_on_from_theirs_and_back(tmp_path):
-    import rayllp
-
-    weights = TorchBraidWeights.of(rank_states(network(StepLayer)))
-    config = settings(workers=2, checkpoint={"every": 3})
-    run = rayllp.train(config, output=tmp_path / "run", model=stack(weights, StepLayer), batches=Points())
-    back = TorchBraidWeights.of_run(run.directory)
-    assert len(back.layers) == LAYERS
-    assert back.ends.keys() == weights.ends.keys()
-    assert all(a.keys() == b.keys() for a, b in zip(back.layers, weights.layers, strict=True))
-    assert not torch.equal(back.layers[3]["mix.weight"], weights.layers[3]["mix.weight"])  # it was trained
-
-
 def test_what_is_no_network_of_torchbraids_is_refused(tmp_path):
     pickled = tmp_path / "serialnet"
     torch.save(Open(), pickled)

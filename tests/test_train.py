@@ -5,12 +5,15 @@ import shutil
 import time
 
 import pytest
+import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import rayllp
+from rayllp.checkpoint.torchbraid import TorchBraidWeights
 from rayllp.cluster import session
 from rayllp.errors import CheckpointError, ClusterError, DataError, SettingsError
 from rayllp.report import RunDirectory
+from tests import test_torchbraid_weights as theirs
 from tests.conftest import losses_over_threads, tiny
 
 pytestmark = pytest.mark.usefixtures("kept_workers")
@@ -209,6 +212,17 @@ def test_a_run_goes_on_by_its_output_directory_or_its_checkpoints(tmp_path):
     with pytest.raises(SettingsError, match="cannot be written"):
         rayllp.train(tiny(checkpoint={"path": str(tmp_path / "file" / "below")}), output=tmp_path / "other")
     assert not (tmp_path / "other").exists()
+
+
+def test_a_run_goes_on_from_torchbraids_weights_and_back(tmp_path):
+    weights = TorchBraidWeights.of(theirs.rank_states(theirs.network(theirs.StepLayer)))
+    config = theirs.settings(workers=2, checkpoint={"every": 3})
+    run = rayllp.train(config, output=tmp_path / "run", model=theirs.stack(weights, theirs.StepLayer), batches=theirs.Points())
+    back = TorchBraidWeights.of_run(run.directory)
+    assert len(back.layers) == theirs.LAYERS
+    assert back.ends.keys() == weights.ends.keys()
+    assert all(a.keys() == b.keys() for a, b in zip(back.layers, weights.layers, strict=True))
+    assert not torch.equal(back.layers[3]["mix.weight"], weights.layers[3]["mix.weight"])  # it was trained
 
 
 def test_these_runs_had_the_same_processes(parallel_run):

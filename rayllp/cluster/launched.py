@@ -81,8 +81,8 @@ def train_launched(
         return None
     others = _Others(comm)
     try:
-        run, config, found, loaded = prepare(_sized(config, comm.Get_size()) if resume is None else config, output, resume)
-        _check(config, comm.Get_size())
+        run, config, found, loaded = prepare(sized(config, comm.Get_size()) if resume is None else config, output, resume)
+        check_size(config, comm.Get_size())
         device = _device(config, here)
         run = run or RunDirectory.create(output, config)
         group = LaunchedGroup(config, device, here, others)
@@ -95,14 +95,20 @@ def train_launched(
     return result
 
 
-def _sized(config: TrainConfig | None, size: int) -> TrainConfig:
+def sized(config: TrainConfig | None, size: int) -> TrainConfig:
+    """The settings, with as many workers as there are processes where they do not say."""
     config = config or TrainConfig()
     if config.workers is None and config.mesh.layer is None:
         return make_config(config.model_dump(exclude_unset=True) | {"workers": size})
     return config
 
 
-def _check(config: TrainConfig, size: int) -> None:
+def check_size(config: TrainConfig, size: int) -> None:
+    """Refuse settings for another number of processes.
+
+    Raises:
+        SettingsError: they are.
+    """
     if config.fewest_workers != config.world:
         raise SettingsError("--launcher mpi starts a number of processes: set workers to a number, or leave it out")
     if config.world != size:

@@ -63,9 +63,12 @@ def _leaving(method: Callable[P, R]) -> Callable[P, R]:
     def checked(*arguments: P.args, **named: P.kwargs) -> R:
         try:
             return method(*arguments, **named)
-        except Exception as error:
-            failure = error
-        traceback.clear_frames(failure.__traceback__)  # what they hold would keep the connections open
+        except Exception as raised:
+            failure = raised
+        error: BaseException | None = failure
+        while error is not None:  # what frames hold, those of causes too, would keep the connections open
+            traceback.clear_frames(error.__traceback__)
+            error = error.__cause__ or error.__context__
         worker = arguments[0]
         assert isinstance(worker, BlockWorker)
         worker.leave()
