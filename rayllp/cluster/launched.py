@@ -139,9 +139,10 @@ class LaunchedWorker(BlockWorker):
         one_node = self._here.local_size == self._here.comm.Get_size()
         return name, "127.0.0.1" if one_node else socket.gethostbyname(name)
 
-    def leave(self) -> None:
+    def leave(self, failure: Exception | None = None) -> None:
         """End all processes: what this one failed in the others wait for."""
-        traceback.print_exception(sys.exc_info()[1])
+        if failure is not None:
+            print(f"worker {self.rank}:", *traceback.format_exception_only(failure), sep="\n", file=sys.stderr, flush=True)
         self._here.comm.Abort(1)
 
 

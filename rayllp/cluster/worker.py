@@ -31,7 +31,7 @@ from rayllp.data import Batches
 from rayllp.engine import Engine
 from rayllp.engine.engine import StepStats
 from rayllp.engine.memory import peak_memory
-from rayllp.errors import ChannelError
+from rayllp.errors import ChannelError, RayllpError
 from rayllp.models import FAMILIES, Architecture, build_architecture
 from rayllp.timeline import TimedStep, Timeline
 
@@ -65,13 +65,16 @@ def _leaving(method: Callable[P, R]) -> Callable[P, R]:
             return method(*arguments, **named)
         except Exception as raised:
             failure = raised
+        if not isinstance(failure, RayllpError):
+            failure.add_note("".join(traceback.format_exception(failure)))
         error: BaseException | None = failure
-        while error is not None:  # what frames hold, those of causes too, would keep the connections open
-            traceback.clear_frames(error.__traceback__)
+        while error is not None:
+            # What its frames hold would keep the connections open, and a frame that is cleared still holds its function's closure.
+            error.__traceback__ = None
             error = error.__cause__ or error.__context__
         worker = arguments[0]
         assert isinstance(worker, BlockWorker)
-        worker.leave()
+        worker.leave(failure)
         raise failure
 
     return checked
@@ -146,8 +149,12 @@ class BlockWorker:
             self.engine.reconnect(*self._channels())
             self._keep_copies()
 
-    def leave(self) -> None:
-        """Close this worker's connections, so that others who wait for it are told at once; its layers stay."""
+    def leave(self, failure: Exception | None = None) -> None:
+        """Close this worker's connections, so that others who wait for it are told at once; its layers stay.
+
+        Args:
+            failure: why, if it is not the driver's wish.
+        """
         if self._layer_group is None and not dist.is_initialized():
             return
         if self._copies is not None:
