@@ -100,7 +100,10 @@ class ProcessManager:
             self._selector.close()
 
     def _accept(self) -> None:
-        connection, _ = self._listener.accept()
+        try:
+            connection, _ = self._listener.accept()
+        except OSError:  # the door was closed by what was heard just before, or whoever knocked is gone
+            return
         connection.settimeout(10)
         client = _Client(connection)
         self._clients.append(client)
