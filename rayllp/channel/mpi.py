@@ -48,9 +48,7 @@ def load_mpi() -> ModuleType:
         mpi4py.rc.finalize = False  # which would wait for workers that are gone
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:
-        raise SettingsError(
-            f"channel: mpi needs mpi4py and an MPI library ({error}): pip install 'rayllp[mpi]', or mpi4py beside the system's MPI"
-        ) from None
+        raise _missing(f" ({error})") from None
     return MPI
 
 
@@ -61,7 +59,11 @@ def check_mpi() -> None:
         SettingsError: it is.
     """
     if find_spec("mpi4py") is None:
-        raise SettingsError("channel: mpi needs mpi4py and an MPI library: pip install 'rayllp[mpi]', or mpi4py beside the system's MPI")
+        raise _missing()
+
+
+def _missing(why: str = "") -> SettingsError:
+    return SettingsError(f"channel: mpi needs mpi4py and an MPI library{why}: pip install 'rayllp[mpi]', or mpi4py beside the system's MPI")
 
 
 class MPIWorld:
@@ -111,7 +113,7 @@ class MPIWorld:
 
     def channel(self, colour: int, timeout_s: float, group: dist.ProcessGroup | None = None) -> "MPIChannel":
         """Between all workers that give this colour; all of the world call it, and it waits for them."""
-        with nullcontext() if self.lifeline is None else self.lifeline.fatal():
+        with _fatal_losses(self.lifeline):
             return MPIChannel(self.comm.Split(colour), timeout_s, self.lifeline, group)
 
     def leave(self) -> None:
@@ -183,7 +185,7 @@ class MPIChannel(WiredChannel):
 
     def fatal_losses(self) -> AbstractContextManager[None]:
         """A worker that is lost inside ends this process: for MPI calls of others, which have no time limit."""
-        return nullcontext() if self._lifeline is None else self._lifeline.fatal()
+        return _fatal_losses(self._lifeline)
 
     # What has not left ----------------------------------------------------------------------------------------------------------
 
@@ -240,6 +242,10 @@ class MPIChannel(WiredChannel):
         with self._lock:
             self._sent.clear()
         self._posted.clear()
+
+
+def _fatal_losses(lifeline: Lifeline | None) -> AbstractContextManager[None]:
+    return nullcontext() if lifeline is None else lifeline.fatal()
 
 
 def leave_no_names(comm: Any) -> None:

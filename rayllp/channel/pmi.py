@@ -153,10 +153,9 @@ class ProcessManager:
                 waiting, self._waiting = self._waiting, []
                 for each in waiting:
                     _say(each, "cmd=barrier_out rc=0")
-        elif command in ("finalize", "goodbye"):
+        elif command == "finalize":
             client.ended = True
-            if command == "finalize":
-                _say(client, "cmd=finalize_ack rc=0")
+            _say(client, "cmd=finalize_ack rc=0")
         else:
             _say(client, self._constants[command])
 

@@ -12,7 +12,7 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -275,18 +275,6 @@ class LaunchedGroup(WorkerGroup):
                 raise ClusterError(f"worker {rank} failed: {type(answer).__name__}: {answer}") from answer
 
     def keep_spares(self) -> None:
-        pass
-
-    def recruit(self, most: int) -> None:
-        pass
-
-    def recruited(self) -> int:
-        return 0
-
-    def reached(self, lost: Collection[int]) -> int:
-        return 0
-
-    def dismiss(self) -> None:
         pass
 
     def shutdown(self) -> None:

@@ -8,18 +8,12 @@ from rayllp.channel.mpi import check_mpi
 from rayllp.checkpoint import MANIFEST, Folder, check_writable, checkpoints, locate
 from rayllp.checkpoint.described import read_model_json
 from rayllp.cluster.given import Loaded, whole_network
-from rayllp.config import TrainConfig, load_run_config
+from rayllp.config import MAY_DIFFER, TrainConfig, load_run_config
 from rayllp.data import Batches, load_data
 from rayllp.engine.peer import check_installed
 from rayllp.errors import CheckpointError, SettingsError
 from rayllp.models import Architecture, LayerStack, check_batched, check_family, check_network
 from rayllp.report import RunDirectory
-
-MAY_DIFFER = set(
-    "name workers resize_check_s mesh device channel receive_timeout_s hang_timeout_s snapshot_every spare_workers max_failures eval "
-    "checkpoint microbatches timeline_every".split()
-)
-"""Settings of a run that may be others when it goes on from checkpoints alone."""
 
 
 class Prepared(NamedTuple):

@@ -36,6 +36,12 @@ CONSISTENCY = 0.3
 EXACT_FROM = 0.8
 """Share of the steps after which mode adaptive trains exactly: what bias there was is trained away."""
 
+MAY_DIFFER = set(
+    "name workers resize_check_s mesh device channel receive_timeout_s hang_timeout_s snapshot_every spare_workers max_failures eval "
+    "checkpoint microbatches timeline_every".split()
+)
+"""Settings of a run that may be others when it goes on from checkpoints alone, and that make it no other kind of run."""
+
 
 class TrainConfig(Settings):
     """One run. `TrainConfig()` is the embedded default."""

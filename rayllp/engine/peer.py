@@ -164,12 +164,3 @@ class TorchBraidSolver:
         app.grads = []
         self.solver.fwd_app.backpropped.clear()
         return found if self.block.first else None
-
-    def states(self) -> dict[int, Tensor]:
-        """Of the last forward solve: each of this worker's points' state that XBraid keeps, by index."""
-        app, found = self.solver.fwd_app, {}
-        for n in range(app.start_layer, app.end_layer + 1):
-            vector = app.getUVector(0, n * app.dt)
-            if vector is not None:
-                found[n] = vector.tensor().detach().clone()
-        return found

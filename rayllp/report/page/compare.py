@@ -6,15 +6,13 @@ from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import Any, Literal
 
+from rayllp.config import MAY_DIFFER
 from rayllp.errors import SettingsError
 from rayllp.report.page.records import RunRecord
 from rayllp.report.rundir import flatten
 
 CONFIDENCE = 0.95
-INDIFFERENT = (
-    "seed name workers resize_check_s mesh device channel receive_timeout_s hang_timeout_s snapshot_every spare_workers max_failures eval "
-    "checkpoint microbatches timeline_every"
-).split()
+INDIFFERENT = MAY_DIFFER | {"seed"}
 """Settings that do not make a run another kind."""
 TASK = "model data sequence_length batch_size steps dtype step nested optimizer".split()
 """Settings in which runs that are compared should agree: the network, its data, and how long it is trained."""
