@@ -91,7 +91,7 @@ def losses_over_gloo(rank, size, config, steps):
     return losses, engine._pipeline is not None
 
 
-def _process(work, rank, size, folder, outcomes, arguments):
+def _process(work, rank, size, folder, outcomes, heard, arguments):
     import torch.distributed as dist
 
     torch.set_num_threads(1)
@@ -99,8 +99,8 @@ def _process(work, rank, size, folder, outcomes, arguments):
         store = dist.FileStore(str(Path(folder) / "store"), size)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=60))
         outcomes.put((rank, work(rank, size, *arguments), None))
+        heard.wait(PROCESS_LIMIT_S)  # tensors are handed over by the process that made them
         with contextlib.suppress(RuntimeError):  # a test may have broken the connection on purpose
-            dist.barrier()
             dist.destroy_process_group()
     except BaseException:
         outcomes.put((rank, None, traceback.format_exc()))
@@ -110,10 +110,11 @@ def run_processes(size, work, *arguments):
     """Run `work(rank, size, *arguments)` in `size` Gloo processes; results by rank."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["rayllp.engine", "rayllp.models.gpt2", "rayllp.channel.torch_dist"])
-    outcomes, results = context.Queue(), {}
+    outcomes, heard, results = context.Queue(), context.Event(), {}
     with tempfile.TemporaryDirectory() as folder:
         processes = [
-            context.Process(target=_process, args=(work, rank, size, folder, outcomes, arguments), daemon=True) for rank in range(size)
+            context.Process(target=_process, args=(work, rank, size, folder, outcomes, heard, arguments), daemon=True)
+            for rank in range(size)
         ]
         for process in processes:
             process.start()
@@ -133,6 +134,7 @@ def run_processes(size, work, *arguments):
                     raise AssertionError(f"process {rank} failed:\n{error}")
                 results[rank] = value
         finally:
+            heard.set()
             for process in processes:
                 process.join(5)
                 process.kill()
@@ -150,10 +152,15 @@ def run_mpi_processes(size, work, *arguments):
         manager.close()
 
 
+_worlds = []
+"""Of this process: they last as long as it does. One that ends tells the others that a worker is gone, though they may still be at work."""
+
+
 def _in_mpi_world(rank, size, rendezvous, work, *arguments):
     from rayllp.channel.mpi import MPIWorld
 
-    return work(MPIWorld.join(rendezvous, rank, timeout_s=30), *arguments)
+    _worlds.append(MPIWorld.join(rendezvous, rank, timeout_s=30))
+    return work(_worlds[-1], *arguments)
 
 
 @pytest.fixture(scope="session")
