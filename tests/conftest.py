@@ -173,9 +173,15 @@ def ray_cluster():
     ray.shutdown()
 
 
-@pytest.fixture(scope="module")
+def pytest_collection_modifyitems(items):
+    """Modules that use `kept_workers` come last, since these keep all CPUs from the first of them to the end."""
+    keeping = {item.path for item in items if "kept_workers" in item.fixturenames}
+    items.sort(key=lambda item: item.path in keeping)
+
+
+@pytest.fixture(scope="session")
 def kept_workers(ray_cluster):
-    """Trainings of the module share their processes, whose start is most of such a short run's time. All CPUs stay taken till its end."""
+    """Trainings share their processes, whose start is most of such a short run's time."""
     from rayllp import keep_workers
 
     with keep_workers(4):

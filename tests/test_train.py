@@ -226,8 +226,10 @@ def test_a_run_goes_on_from_torchbraids_weights_and_back(tmp_path):
 
 
 def test_these_runs_had_the_same_processes(parallel_run):
+    before = {actor["ActorID"] for actor in living_actors()}
     rayllp.train(tiny(workers=1, steps=1), output=parallel_run[1].directory.parent / "one more")
-    assert len(living_actors()) <= 4
+    assert len(before) >= 4
+    assert {actor["ActorID"] for actor in living_actors()} == before
     with pytest.raises(SettingsError, match=r"5 workers within keep_workers\(4\): keep 5, or lower workers"):
         session._kept.staff(tiny(workers=5), "cpu")
     with pytest.raises(SettingsError, match="keep_workers within keep_workers"), rayllp.keep_workers(1):
