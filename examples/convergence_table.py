@@ -70,7 +70,7 @@ def measure(layers: int, h: float, forward: int, backward: int) -> tuple[Tensor,
     outputs: list[Tensor] = []
     engine.block.head.register_forward_pre_hook(lambda _, arguments: outputs.append(arguments[0].detach()))  # type: ignore[union-attr]
     *_, solved, _ = engine.gradients(0, accuracy, inputs, targets, samples, 1.0)
-    measured = solved.measured(solved.squared_residuals)  # type: ignore[union-attr]
+    measured = solved.measured(solved.shares)  # type: ignore[union-attr]
     gradients = torch.cat([p.grad.flatten() for p in engine.block.parameters.values() if p.grad is not None])
     return outputs[0], gradients, measured.convergence_factor
 

@@ -22,9 +22,9 @@ def metric(step, **changes):
     """A line of metrics.jsonl: a layer-parallel step."""
     plain = {
         "step": step, "loss": 4.0, "mode": "parallel", "iterations_forward": 2, "iterations_backward": 1, "rho_forward": None,
-        "rho_backward": None, "bias": None, "cosine": None, "noise": None, "bias_by_block": None, "bias_against": None,
-        "consistency": None, "consistency_weight": 0.3, "lipschitz": None, "grad_norm": 1.0, "lr": 1e-3, "step_time_s": 0.1,
-        "tokens": 512, "workers": WORKERS,
+        "rho_backward": None, "rho_by_point": None, "bias": None, "cosine": None, "noise": None, "bias_by_block": None,
+        "bias_against": None, "consistency": None, "consistency_weight": 0.3, "lipschitz": None, "grad_norm": 1.0, "lr": 1e-3,
+        "step_time_s": 0.1, "tokens": 512, "workers": WORKERS,
     }  # fmt: skip
     return plain | changes
 
@@ -33,6 +33,7 @@ def probe(step, **changes):
     """The same of a probe."""
     found = {"rho_forward": 0.25, "rho_backward": 0.5, "bias": 0.05, "cosine": 0.99, "noise": 0.4}
     found |= {"bias_by_block": [[0.05, 0.99]] * WORKERS}
+    found |= {"rho_by_point": {"forward": [[None, 0.2, 0.3], [0.6]], "backward": [[0.4, 0.5, None], [0.7]]}}
     return metric(step, **({"iterations_forward": 4, "iterations_backward": 3} | found | changes))
 
 
@@ -98,6 +99,7 @@ def long_run(path, steps=20_000, workers=8, **settings):
         if (step + 1) % 150 == 0 and step < serial_from:
             growth = 10 ** (2 * share - 1.5)
             found = {"rho_forward": growth, "rho_backward": 2 * growth, "bias": growth, "noise": 0.5 + share}
+            found |= {"rho_by_point": {way: [[growth] * 7] for way in ("forward", "backward")}}
             found |= {"lipschitz": (1 + noise.random(68)).tolist(), "bias_by_block": [[growth, 0.99]] * workers}
             lines.append(probe(step, **values, **found))
         else:

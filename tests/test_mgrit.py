@@ -241,6 +241,42 @@ def test_statuses_advise():
     assert judge((1.0, float("nan")), None) is Status.NOT_FINITE
 
 
+@pytest.mark.parametrize("kind", ["F", "FCF"])
+def test_factors_of_points_are_those_of_each_points_residuals(kind):
+    layers, method = Layers(40), Method(iterations=3, relaxation=(kind,))
+    found = {}
+    for workers in (1, 3):
+        outcomes = run_workers(
+            workers,
+            lambda channel, workers=workers: both_solves(channel, layers, split_evenly(40, workers), method, method, 3, 3, (4, 2)),
+        )
+        assert len({(forward.factors, back.factors) for forward, back, *_ in outcomes}) == 1  # all workers know all
+        found[workers] = outcomes[0][:2]
+        for each in (0, 1):
+            # What belongs to the points adds up to the whole, and is where its worker says.
+            whole = sum(outcome[each].squared_residuals for outcome in outcomes)
+            points = [sum(outcome[each].point_residuals[level] for outcome in outcomes) for level in (0, 1)]
+            assert [tuple(table.shape) for table in points] == [(2, 9), (2, 4)]
+            torch.testing.assert_close(points[0].sum(1), whole)
+            for level, table in enumerate(points):
+                factors = [None if factor is None else pytest.approx(factor, rel=1e-9) for factor in outcomes[0][each].factors[level]]
+                ratios = (table[1] / table[0]).sqrt().tolist()
+                assert [None if factor is None else ratio for factor, ratio in zip(factors, ratios, strict=True)] == factors
+    for alone, together in zip(found[1], found[3], strict=True):
+        exact = {"F": 1, "FCF": 3}[kind]  # points, by the second residual
+        for result in (alone, together):
+            assert [factor is None for factor in result.factors[0]] == [True] * exact + [False] * (9 - exact)
+        for one, other in zip(alone.factors, together.factors, strict=True):
+            assert [factor for factor in one if factor] == pytest.approx([factor for factor in other if factor], rel=1e-9)
+        # They are what ρ is made of: it lies between the least and the largest.
+        assert min(filter(None, alone.factors[0])) < alone.convergence_factor < max(filter(None, alone.factors[0]))
+    few = solve(
+        build_hierarchy(blocks=(40,), levels=2, coarsening=4), Method(iterations=2), Forward(layers), LocalChannel.alone(),
+        initial=layers.state,
+    )  # fmt: skip
+    assert (len(few.residuals), few.point_residuals, few.factors) == (1, (), ())
+
+
 @pytest.mark.parametrize(("kind", "measured", "informative"), [("F", 6, 5), ("FCF", 6, 2)])
 def test_residuals_that_are_zero_by_construction_do_not_count(kind, measured, informative):
     layers = Layers(24)

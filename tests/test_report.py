@@ -118,6 +118,10 @@ def test_curves_are_those_of_the_records(page, run):
     assert names["forward"]["y"] == [2, 0, 0]  # without the probe's four, and 0 where serial
     assert names["workers"]["y"] == [4, 2, 2]
     assert ["validation", "25,600", "2", ""] in page.rows
+    # 2 + 16 + 2 layers, intervals of 4: those that are exact are no points.
+    assert [(names[f"{way}, step 25"]["x"], names[f"{way}, step 25"]["y"]) for way in ("forward", "backward")] == [
+        ([10, 14], [0.2, 0.3]), ([6, 10], [0.4, 0.5])
+    ]  # fmt: skip
 
 
 def test_marks_bands_and_events_are_those_of_the_run(page):
@@ -467,6 +471,8 @@ def test_listeners_and_tensorboard(tmp_path):
     board = EventAccumulator(str(run.path / "tensorboard"), size_guidance={"histograms": 0}).Reload()
     assert [event.value for event in board.Scalars("train/loss")] == [4.0, 3.0]
     assert (board.Histograms("layers/lipschitz")[0].histogram_value.num, board.Histograms("layers/lipschitz")[0].step) == (2, 1)
+    histograms = {f"rho_{way}/level_{level}": count for way in ("forward", "backward") for level, count in ((0, 2), (1, 1))}
+    assert {name: board.Histograms(name)[0].histogram_value.num for name in histograms} == histograms
     assert board.Histograms("blocks/bias")[0].histogram_value.num == 4
     assert board.Tensors("sample/text_summary")[0].tensor_proto.string_val[0].decode() == "    O <b>Romeo</b>\n    # no heading\n"
     assert board.Scalars("hparam/perplexity")[0].value == 12.0

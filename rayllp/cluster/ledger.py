@@ -154,12 +154,24 @@ class Ledger:
             "iterations_forward": None if accuracy.serial else accuracy.iterations_forward,
             "iterations_backward": None if accuracy.serial else accuracy.iterations_backward,
             "rho_forward": stats["rho_forward"], "rho_backward": stats["rho_backward"],
+            "rho_by_point": None if plan is None else _rho_by_point(stats),
             "bias": bias.get("relative"), "cosine": bias.get("cosine"), "noise": bias.get("noise"), "bias_by_block": bias.get("by_block"),
             "bias_against": ("exact" if plan.exact or accuracy.serial else "doubled") if plan is not None and bias else None,
             "consistency": stats["consistency"], "consistency_weight": accuracy.consistency or None,
             "lipschitz": None, "grad_norm": stats["grad_norm"],
             "lr": stats["lr"], "step_time_s": stats["time_s"], "tokens": stats["tokens"], "workers": self.config.world,
         }  # fmt: skip
+
+
+def _rho_by_point(stats: dict[str, Any]) -> dict[str, list[list[float | None]]] | None:
+    """By direction, level and boundary between coarse intervals; None where no two residuals were measured."""
+    found = {direction: stats[f"factors_{direction}"] for direction in ("forward", "backward")}
+    short = {
+        direction: [[None if factor is None else float(f"{factor:.4g}") for factor in level] for level in levels]
+        for direction, levels in found.items()
+        if levels
+    }
+    return short or None
 
 
 def _in_layer_order(found: list[dict[int, float]]) -> list[float]:

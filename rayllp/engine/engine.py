@@ -35,6 +35,8 @@ from rayllp.models.base import Architecture
 from rayllp.state import State, combine, detach, like, tensors
 from rayllp.timeline import TimedChannel, TimedPropagator, Timeline
 
+Factors = tuple[tuple[float | None, ...], ...]
+
 
 @dataclass(frozen=True, kw_only=True)
 class StepStats:
@@ -43,6 +45,8 @@ class StepStats:
     Attributes:
         fault: None, or the first layer at fault as this worker sees it: (stage, order, text); the smallest over all workers is it.
         rho_forward, rho_backward: convergence factors, None unless two residuals were measured.
+        factors_forward, factors_backward: the same by level and boundary between coarse intervals, in order of the layers; no levels unless
+            measured.
         bias: of the gradient in use, where a probe measured it.
         consistency: the consistency penalty R over this replica's samples, without its weight; None where it is off.
         lipschitz: constants of this worker's own layers, by index, where a probe estimated them.
@@ -56,6 +60,8 @@ class StepStats:
     tokens: int
     rho_forward: float | None
     rho_backward: float | None
+    factors_forward: Factors
+    factors_backward: Factors
     consistency: float | None
     bias: Bias | None
     advice_forward: str
@@ -176,6 +182,8 @@ class Engine:
             rho_forward=forward.convergence_factor if forward else None,
             rho_backward=backward.convergence_factor if backward else None,
             consistency=gap,
+            factors_forward=forward.factors if forward else (),
+            factors_backward=tuple(level[::-1] for level in backward.factors) if backward else (),
             bias=bias,
             advice_forward=forward.status.value if forward else "",
             advice_backward=backward.status.value if backward else "",
@@ -337,7 +345,7 @@ class Engine:
         solves = {"forward": forward, "backward": backward}
         for name, result in solves.items():
             if result is not None:
-                sums.add(name, result.squared_residuals)
+                sums.add(name, result.shares)
         if probing is not None:
             sums.add("probe", probing.table())
         sums.reduce(self.layers, MessageTag(step, "gradients", "norm, loss and residuals"))

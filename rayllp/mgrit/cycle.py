@@ -47,6 +47,11 @@ class Method:
     keep_states: bool = True
     batched: bool = False
 
+    @property
+    def measuring(self) -> int:
+        """Iterations that yield a residual, at most."""
+        return self.iterations - (self.initial_guess == "coarse")
+
     def __post_init__(self) -> None:
         if self.iterations < 1:
             raise SettingsError(f"{self.iterations} iterations: need at least 1; for an exact solve use 1 level")
@@ -76,25 +81,26 @@ class Solver:
             for depth, level in enumerate(hierarchy.levels)
         ]
         self.transfers = [of_level.get(channel.rank, []) for of_level in hierarchy.transfers]
-        self.squares: list[Tensor] = []
+        # By level and iteration: the squared residual at each C-point owned here. On coarse levels only where they can be compared.
+        self.residuals: list[dict[int, dict[int, Tensor]]] = [{} for _ in self.grids[:-1]]
+        self.done = 0
         self.enter = watch or (lambda phase, level: None)
 
     def solve(self, initial: State | None) -> MGRITResult:
         """Solve from `initial`, given on the worker that owns the first step and ignored elsewhere."""
-        fine, done = self.grids[0], 0
         self.inject_initial(initial)
         if len(self.grids) > 1:
             if self.method.initial_guess == "coarse":
                 self.propagate_coarsely()
-                done = 1
+                self.done = 1
             else:
                 self.spread_initial()
-            while done < self.method.iterations and not self.is_converged():
+            while self.done < self.method.iterations and not self.is_converged():
                 self.cycle(0, self.method.cycle)
-                done += 1
+                self.done += 1
         self.enter("last sweep", 0)
-        output = fine.last_sweep(self.method.keep_states)
-        return self.result(output, max(done, 1))
+        output = self.grids[0].last_sweep(self.method.keep_states)
+        return self.result(output, max(self.done, 1))
 
     # The cycle ----------------------------------------------------------------------------------------------------------------
 
@@ -143,8 +149,8 @@ class Solver:
         self.enter("restriction", depth)
         fine, coarse = self.grids[depth], self.grids[depth + 1]
         arrived = fine.arrivals("restriction")
-        if depth == 0:
-            self.measure(arrived)
+        if depth == 0 or self.method.measuring > 1:
+            self.measure(depth, arrived)
         for k, point, owner, coarse_owner in self.transfers[depth]:
             mine = (arrived[point], fine.values[point]) if point in fine.points else ()
             if moved := self.move(mine, owner, coarse_owner, 2, "restriction", depth):
@@ -196,29 +202,49 @@ class Solver:
         coarse.solve(step=lambda j: coarse.values[j], phase="initial guess")
         self.correct(0)
 
-    def measure(self, arrived: dict[int, State]) -> None:
-        """Keep this worker's share of the squared fine residual."""
-        fine = self.grids[0]
-        shares = [squared_norm(subtract(state, fine.values[c])) for c, state in arrived.items()]
-        self.squares.append(torch.stack(shares).sum() if shares else torch.zeros((), dtype=torch.float64, device=self.spec.device))
+    def measure(self, depth: int, arrived: dict[int, State]) -> None:
+        """Keep the squared residuals of a level's owned C-points; of a level that an F-cycle visits twice, the later ones."""
+        values = self.grids[depth].values
+        self.residuals[depth][self.done] = {c: squared_norm(subtract(state, values[c])) for c, state in arrived.items()}
+
+    def squared_residual(self, iteration: int) -> Tensor:
+        """This worker's share of the squared residual norm of the finest level."""
+        shares = list(self.residuals[0][iteration].values())
+        return torch.stack(shares).sum() if shares else torch.zeros((), dtype=torch.float64, device=self.spec.device)
+
+    def point_residuals(self) -> tuple[Tensor, ...]:
+        """By level, of all iterations that measured: the squared residuals at its C-points but the first, zero where another owns them."""
+        if self.method.measuring < 2 or not self.residuals:
+            return ()
+        tables = []
+        for grid, found in zip(self.grids, self.residuals, strict=False):
+            column = {c: k for k, c in enumerate(grid.level.c_points[1:])}
+            table = torch.zeros((len(found), len(column)), dtype=torch.float64, device=self.spec.device)
+            for row, squares in zip(table, found.values(), strict=True):
+                if squares:
+                    row[[column[c] for c in squares]] = torch.stack(list(squares.values())).to(row.dtype)
+            tables.append(table)
+        return tuple(tables)
 
     def is_converged(self) -> bool:
         """Whether the last residual is at or below the tolerance; the same answer on every worker."""
-        if self.method.tolerance is None or not self.squares:
+        if self.method.tolerance is None or not self.residuals[0]:
             return False
-        return float(self.channel.all_reduce(self.squares[-1].clone(), self.tag.at("residual", 0))) <= self.method.tolerance**2
+        square = self.squared_residual(self.done - 1).clone()
+        return float(self.channel.all_reduce(square, self.tag.at("residual", 0))) <= self.method.tolerance**2
 
     def result(self, output: State | None, iterations: int) -> MGRITResult:
         """What the solve has come to, from this worker's view; residuals are its share."""
         fine = self.grids[0].level
         exact = len(self.grids) == 1 or iterations >= len(fine.c_points)
-        squares = torch.stack(self.squares) if self.squares else no_residuals()
+        squares = [self.squared_residual(iteration) for iteration in self.residuals[0]] if self.residuals else []
         status = Status.EXACT if exact else Status.UNMEASURED
         return MGRITResult(
             output=output,
             states=self.grids[0].values,
             iterations=iterations,
-            squared_residuals=squares,
+            squared_residuals=torch.stack(squares) if squares else no_residuals(),
+            point_residuals=self.point_residuals(),
             status=status,
             tolerance=self.method.tolerance,
             exact=exact,
@@ -272,5 +298,5 @@ def solve(
     result = Solver(hierarchy, method, propagator, channel, spec, tag, watch).solve(initial)
     if not reduce:
         return result
-    squared = result.squared_residuals
-    return result.measured(channel.all_reduce(squared.clone(), tag.at("residual", 0)) if len(squared) else squared)
+    shares = result.shares
+    return result.measured(channel.all_reduce(shares, tag.at("residual", 0)) if len(shares) else shares)

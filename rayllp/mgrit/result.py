@@ -9,6 +9,9 @@ from torch import Tensor
 
 from rayllp.state import State
 
+ROUNDING = 1e-10
+"""A squared residual that is this part of the largest on its level, or less, is zero but for rounding."""
+
 
 class Status(enum.Enum):
     """How a solve ended; the value is the advice."""
@@ -37,9 +40,13 @@ class MGRITResult:
         states: the owned fine points by index in time order (C-points and block inputs always, F-points where kept).
         iterations: iterations done, counted as XBraid and the paper count them.
         squared_residuals: this worker's share of the squared residual norm of each measuring iteration, float64, shape (measured,).
+        point_residuals: the same by level (but the coarsest) and C-point (but the first, which is given), shapes (measured, points); no
+            levels where no two can be compared.
         residuals: norms over all workers, filled by `measured`; empty until then.
         informative: how many residuals say something of convergence; the later ones are zero because iterations have by then made
             every interval exact.
+        factors: by level and C-point but the first, how much of the residual there an iteration left: of the last two informative ones,
+            filled by `measured`. None where iterations have by then made the state exact. On coarse levels the problem changes in between.
         status: how it went, as advice.
     """
 
@@ -47,7 +54,9 @@ class MGRITResult:
     states: dict[int, State]
     iterations: int
     squared_residuals: Tensor
+    point_residuals: tuple[Tensor, ...] = ()
     residuals: tuple[float, ...] = ()
+    factors: tuple[tuple[float | None, ...], ...] = ()
     status: Status = Status.UNMEASURED
     tolerance: float | None = None
     exact: bool = False
@@ -58,11 +67,21 @@ class MGRITResult:
         """ρ = ‖r^{k+1}‖ / ‖r^k‖ of the last two informative residuals (section 3.2.3); None with fewer than two."""
         return convergence_factor(self.residuals[: self.informative])
 
-    def measured(self, squared: Tensor) -> "MGRITResult":
-        """This result with the residual norms that belong to `squared`, the squares summed over all workers."""
+    @property
+    def shares(self) -> Tensor:
+        """What is to be summed over all workers for `measured`, float64, flat."""
+        return torch.cat([self.squared_residuals, *(table.flatten() for table in self.point_residuals)])
+
+    def measured(self, shares: Tensor) -> "MGRITResult":
+        """This result with the residual norms and factors that belong to `shares`, summed over all workers."""
+        squared, *points = shares.split([len(self.squared_residuals), *(table.numel() for table in self.point_residuals)])
         residuals = tuple(math.sqrt(value) if value >= 0 else math.nan for value in squared.tolist())
         rho = convergence_factor(residuals[: self.informative])
-        return replace(self, residuals=residuals, status=judge(residuals, rho, tolerance=self.tolerance, exact=self.exact))
+        last = min(len(squared), self.informative)
+        tables = [summed.view(table.shape) for summed, table in zip(points, self.point_residuals, strict=True)]
+        factors = tuple(_factors(table[last - 2], table[last - 1]) for table in tables) if last > 1 else ()
+        status = judge(residuals, rho, tolerance=self.tolerance, exact=self.exact)
+        return replace(self, residuals=residuals, factors=factors, status=status)
 
 
 def convergence_factor(residuals: tuple[float, ...] | list[float]) -> float | None:
@@ -71,6 +90,12 @@ def convergence_factor(residuals: tuple[float, ...] | list[float]) -> float | No
         return None
     former, last = residuals[-2:]
     return 0.0 if former == 0 else last / former
+
+
+def _factors(former: Tensor, last: Tensor) -> tuple[float | None, ...]:
+    """Of squared residuals, by point."""
+    inexact = torch.minimum(former, last) > ROUNDING * former.max()
+    return tuple(ratio if there else None for ratio, there in zip((last / former).sqrt().tolist(), inexact.tolist(), strict=True))
 
 
 def judge(residuals: tuple[float, ...], rho: float | None, *, tolerance: float | None = None, exact: bool = False) -> Status:

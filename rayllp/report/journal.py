@@ -130,6 +130,9 @@ class Journal:
         for n, constant in enumerate(metric["lipschitz"] or ()):
             self.scalar(f"lipschitz/layer_{n:05d}", constant, step)
         self.histogram("layers/lipschitz", metric["lipschitz"] or (), step)
+        for direction, levels in (metric["rho_by_point"] or {}).items():
+            for level, factors in enumerate(levels):
+                self.histogram(f"rho_{direction}/level_{level}", [factor for factor in factors if factor is not None], step)
         self.histogram("blocks/bias", [bias for bias, _ in metric["bias_by_block"] or ()], step)
 
     def evaluation(self, step: int, found: Mapping[str, float], split: str = "validation") -> None:

@@ -26,6 +26,7 @@ def build_charts(runs: Sequence[RunRecord]) -> list[Chart]:
         _loss(runs, "loss_time", "Loss against time", "time of the steps", "time", _seconds),
         *_metrics(runs),
         _rho(runs),
+        _rho_by_point(runs),
         _bias(runs),
         _of_probes(
             runs, "cosine", "Direction of the gradient", "Cosine between the gradient in use and the better one; 1: the same direction.",
@@ -184,6 +185,35 @@ def _rho(runs: Sequence[RunRecord]) -> Chart | None:
     caption = "Convergence factor ρ of the forward and the adjoint solve, where probed: the part of the error that an iteration leaves."
     names = {"rho_forward": "forward", "rho_backward": "backward"}
     return _of_probes(runs, "rho", "Convergence factor", caption, "ρ", names, rules=tuple(rules), log=True)
+
+
+def _rho_by_point(runs: Sequence[RunRecord]) -> Chart | None:
+    """Of the finest level at the last probe; coarse levels are in TensorBoard."""
+    curves = []
+    for number, run in enumerate(runs):
+        step, found = next(((m["step"], m["rho_by_point"]) for m in reversed(run.metrics) if m.get("rho_by_point")), (0, {}))
+        for direction, (factors, *_) in found.items():
+            x = run.config.buffers.open + run.config.first_coarsening * np.arange(1, len(factors) + 1, dtype=float)
+            known = np.array([factor is not None for factor in factors])
+            y = np.array([factor for factor in factors if factor is not None], dtype=float)
+            dash = "solid" if direction == "forward" else "dashed"
+            curves.append(Curve(name=f"{direction}, step {step}", run=number, x=x[known], y=y, kind="points", dash=dash))  # type: ignore[arg-type]
+    curves = [curve for curve in curves if len(curve.x)]
+    if not curves:
+        return None
+    caption = (
+        "What an iteration leaves of the residual at each boundary between coarse intervals, at the last probe. Where it is large, "
+        "layers belong into buffers, or intervals are too long."
+    )
+    return Chart(
+        key="rho_by_layer",
+        title="Convergence factor by layer",
+        caption=caption,
+        x_label="layer",
+        y_label="ρ",
+        curves=tuple(curves),
+        log=True,
+    )
 
 
 def _bias(runs: Sequence[RunRecord]) -> Chart | None:
