@@ -1,10 +1,16 @@
 """Predictions against schedules counted by hand."""
 
+import time
+from itertools import islice
+from random import Random
+
 import pytest
 
 from rayllp.config import make_config
 from rayllp.control import Controller
-from rayllp.plan import Costs, predict_step
+from rayllp.errors import SettingsError
+from rayllp.mgrit import Method, build_hierarchy, split_evenly
+from rayllp.plan import Costs, predict_step, schedule
 
 
 def predicted(workers, costs, **mgrit):
@@ -43,3 +49,44 @@ def test_messages_and_serial_solves_count():
     assert predicted(2, costs) == pytest.approx(21 + 2 * 0.5)
     serial = {"levels": {"forward": 1, "backward": 1}}
     assert predicted(4, costs, **serial) == pytest.approx(32 + 6 * 0.5)
+
+
+def hierarchies():
+    """Blocks of all kinds, workers without layers or C-points, short last intervals."""
+    random = Random(0)
+    yield build_hierarchy(blocks=(4,) * 32, levels=3, coarsening=4)
+    while True:
+        workers = random.randint(1, 24)
+        blocks = random.choice([split_evenly(random.randint(workers, 90), workers), [random.randint(0, 7) for _ in range(workers)]])
+        try:
+            yield build_hierarchy(blocks=blocks, levels=random.randint(1, 4), coarsening=[random.randint(2, 6) for _ in range(3)])
+        except SettingsError:  # too few layers for so many levels
+            continue
+
+
+@pytest.mark.parametrize("name", ["forward", "adjoint"])
+def test_workers_that_are_alike_do_alike(name, monkeypatch):
+    random, saved = Random(1), 0
+    for forward in islice(hierarchies(), 60):
+        hierarchy = forward if name == "forward" else forward.adjoint()
+        method = Method(
+            iterations=random.randint(1, 3), relaxation=(random.choice(["F", "FCF"]), random.choice(["F", "FCF"])),
+            cycle=random.choice("VF"), initial_guess=random.choice(["coarse", "constant"]), coarse_step_weight=random.choice([0.0, 1.0]),
+        )  # fmt: skip
+        c_points = frozenset(range(0, forward.levels[0].size, random.choice([2, 4])))
+        arguments = hierarchy, method, max(hierarchy.levels[0].owners) + 1, name, c_points
+        found = schedule._record.__wrapped__(*arguments)
+        with monkeypatch.context() as patch:
+            patch.setattr(schedule._Alike, "look", lambda _, rank, first: rank)
+            assert found == schedule._record.__wrapped__(*arguments)
+        saved += len(found.workers) - len({id(work) for work in found.workers})
+    assert saved > 150
+
+
+def test_thousands_of_workers_take_seconds():
+    config = make_config({"model": {"layers": 4096}, "workers": 4096, "mode": "parallel", "buffers": {"open": 0, "close": 0}})
+    costs = Costs(forward=1.0, record=1.0, input_gradient=1.0, full_gradient=2.0, message=0.1)
+    started = time.process_time()
+    step_s = predict_step(config, Controller(config).accuracy, costs)
+    assert time.process_time() - started < 10
+    assert 2 * 1023 + 7 < step_s < 2 * 1023 * 1.1 + 20  # two coarse chains, and a message each

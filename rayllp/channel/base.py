@@ -2,7 +2,7 @@
 
 from collections.abc import Hashable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -23,7 +23,7 @@ class MessageTag:
 
     def at(self, phase: str, level: int) -> "MessageTag":
         """The same solve, at a phase and level of its cycle."""
-        return replace(self, phase=phase, level=level)
+        return MessageTag(self.step, self.solve, phase, level)
 
     def __str__(self) -> str:
         return f"step {self.step}, {self.solve} {self.phase}, level {self.level}"

@@ -73,7 +73,7 @@ class Solver:
         watch: Watch | None = None,
     ) -> None:
         operator = coarse_operator(method.coarse_step_weight)
-        steps = Remembering(propagator, frozenset(layer for level in hierarchy.levels[1:2] for layer in level.layers))
+        steps = Remembering(propagator, hierarchy.coarse_layers)
         self.method, self.channel, self.tag, self.spec = method, channel, tag, spec
         batched = method.batched and len(hierarchy.levels) > 1
         self.grids = [

@@ -11,8 +11,8 @@ The adjoint runs on the same intervals in reverse: `Hierarchy.adjoint()` mirrors
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from itertools import accumulate, pairwise
+from functools import cached_property, lru_cache
+from itertools import accumulate, groupby, pairwise
 from typing import NamedTuple
 
 from rayllp.errors import SettingsError
@@ -44,12 +44,18 @@ class Level:
         """The C-points, for asking whether a point is one."""
         return frozenset(self.c_points)
 
+    @cached_property
+    def _owned(self) -> dict[int, range]:
+        found, start = {}, 0
+        for rank, points in groupby(self.owners):
+            stop = start + len(list(points))
+            found[rank] = range(start, stop)
+            start = stop
+        return found
+
     def local(self, rank: int) -> range:
         """The points that `rank` owns: contiguous, perhaps none."""
-        if rank not in self.owners:
-            return range(0)
-        start = self.owners.index(rank)
-        return range(start, start + self.owners.count(rank))
+        return self._owned.get(rank, range(0))
 
     def runs(self, rank: int) -> list[range]:
         """The owned points, cut before each C-point: the pieces of intervals that lie on `rank`."""
@@ -97,12 +103,21 @@ class Hierarchy:
             found.append(mine)
         return tuple(found)
 
+    @cached_property
+    def coarse_layers(self) -> frozenset[int]:
+        """The layers that coarse levels evaluate."""
+        return frozenset(layer for level in self.levels[1:2] for layer in level.layers)
+
     def adjoint(self) -> "Hierarchy":
         """The hierarchy of the adjoint solve: the same intervals, the same layers at the C-points, last layer first.
 
         A coarse adjoint step is thus the exact transpose of the coarse forward step over the same interval, and reads the graph
         that the forward sweep recorded at that interval's C-point.
         """
+        return self._mirrored
+
+    @cached_property
+    def _mirrored(self) -> "Hierarchy":
         return Hierarchy(tuple(level.mirrored() for level in self.levels))
 
 
@@ -129,9 +144,14 @@ def build_hierarchy(
     Raises:
         SettingsError: fewer than one layer or level, a factor below 2, or a level that would be left with one step.
     """
+    factors = (coarsening,) * (levels - 1) if isinstance(coarsening, int) else tuple(coarsening)[: levels - 1]
+    return _build(tuple(blocks), levels, factors, None if step_sizes is None else tuple(step_sizes))
+
+
+@lru_cache(maxsize=64)  # settings are checked by building one, and a planner asks for the same many times
+def _build(blocks: tuple[int, ...], levels: int, factors: tuple[int, ...], step_sizes: tuple[float, ...] | None) -> Hierarchy:
     layers = sum(blocks)
     sizes = list(step_sizes) if step_sizes is not None else [1.0] * layers
-    factors = [coarsening] * (levels - 1) if isinstance(coarsening, int) else list(coarsening)[: levels - 1]
     _check(layers, blocks, levels, factors, sizes)
 
     layer_of, length, built = list(range(layers)), sizes, []
@@ -154,20 +174,20 @@ def build_hierarchy(
         layer_of = [layer_of[start] for start in c_points]
         if level < levels - 1 and len(layer_of) < 2:
             raise SettingsError(
-                f"coarsening {factors[: level + 1]} of {layers} layers leaves one coarse step on level {level + 1}, so nothing "
+                f"coarsening {list(factors[: level + 1])} of {layers} layers leaves one coarse step on level {level + 1}, so nothing "
                 f"would run in parallel: use a smaller mgrit.coarsening, fewer mgrit.levels than {levels}, or more layers"
             )
     return Hierarchy(tuple(built))
 
 
-def _check(layers: int, blocks: Sequence[int], levels: int, factors: list[int], sizes: list[float]) -> None:
+def _check(layers: int, blocks: Sequence[int], levels: int, factors: Sequence[int], sizes: list[float]) -> None:
     if layers < 1 or any(block < 0 for block in blocks):
         raise SettingsError(f"blocks {tuple(blocks)}: need at least one layer and no negative block")
     if levels < 1:
         raise SettingsError(f"{levels} levels: need at least 1 (1 is the serial solve)")
     if len(factors) != levels - 1:
-        raise SettingsError(f"coarsening {factors} names {len(factors)} factors, but {levels} levels need {levels - 1}")
+        raise SettingsError(f"coarsening {list(factors)} names {len(factors)} factors, but {levels} levels need {levels - 1}")
     if any(factor < 2 for factor in factors):
-        raise SettingsError(f"coarsening {factors}: every factor must be at least 2")
+        raise SettingsError(f"coarsening {list(factors)}: every factor must be at least 2")
     if len(sizes) != layers or any(size <= 0 for size in sizes):
         raise SettingsError(f"step sizes must be {layers} positive numbers, one a layer; got {sizes}")

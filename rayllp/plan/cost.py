@@ -3,11 +3,12 @@
 Nothing here knows a formula for the schedule (`schedule.py` runs the cycle to learn it), so a prediction cannot drift from the code.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rayllp.config import TrainConfig
 from rayllp.control import Accuracy
-from rayllp.plan.schedule import Schedule, schedules_of
+from rayllp.plan.schedule import schedules_of
 from rayllp.timeline import Span
 
 
@@ -57,35 +58,37 @@ class Prediction:
 
 
 def predict_step(config: TrainConfig, accuracy: Accuracy, costs: Costs) -> float:
-    """Seconds of one layer-parallel step; see `predict`."""
-    return predict(config, accuracy, costs).step_s
+    """Seconds of one layer-parallel step, on the critical path, until the last worker has finished its update; see `predict`."""
+    return _step(config, accuracy, costs, None)
 
 
 def predict(config: TrainConfig, accuracy: Accuracy, costs: Costs) -> Prediction:
     """One layer-parallel step. Recomputation, accumulation and replicas are not in it."""
-    forward, adjoint = schedules_of(config, accuracy)
+    spans: list[list[Span]] = [[] for _ in range(config.layer_workers)]
+    step_s = _step(config, accuracy, costs, spans)
+    return Prediction(step_s, tuple(tuple(span for span in mine if span.seconds) for mine in spans))
+
+
+def _step(config: TrainConfig, accuracy: Accuracy, costs: Costs, spans: Sequence[list[Span]] | None) -> float:
+    """Seconds; what each worker does is appended to `spans`, if there are any."""
     workers, buffers, blocks = config.layer_workers, config.buffers, config.blocks
     clocks = [0.0] * workers
-    spans: list[list[Span]] = [[] for _ in range(workers)]
 
-    def spend(rank: int, solve: str, seconds: float) -> None:
-        spans[rank].append(Span(clocks[rank], clocks[rank] + seconds, "compute", solve))
+    def spend(rank: int, solve: str, seconds: float, kind: str = "compute") -> None:
+        if spans is not None:
+            spans[rank].append(Span(clocks[rank], clocks[rank] + seconds, kind, solve))
         clocks[rank] += seconds
 
-    def run(schedule: Schedule) -> None:
-        for mine, more in zip(spans, schedule.replay(costs.kinds, costs.message, clocks), strict=True):
-            mine += more
-
+    forward, adjoint = schedules_of(config, accuracy)
     spend(0, "enter", costs.enter + buffers.open * costs.record)
-    run(forward)
+    forward.replay(costs.kinds, costs.message, clocks, spans)
     spend(workers - 1, "loss", buffers.close * (costs.record + costs.full_gradient) + costs.leave)
-    run(adjoint)
+    adjoint.replay(costs.kinds, costs.message, clocks, spans)
     spend(0, "enter", buffers.open * costs.full_gradient + costs.enter_gradient)
     # The gradient norm is over all workers: nobody updates before everybody has gradients.
     together = max(clocks)
-    for rank, mine in enumerate(spans):
-        mine.append(Span(clocks[rank], together, "wait", "statistics"))
-        clocks[rank] = together
+    for rank in range(workers):
+        spend(rank, "statistics", together - clocks[rank], "wait")
         owned = blocks[rank] + (rank == 0) * buffers.open + (rank == workers - 1) * buffers.close
         spend(rank, "update", owned * costs.update)
-    return Prediction(max(clocks), tuple(tuple(span for span in mine if span.seconds) for mine in spans))
+    return max(clocks)

@@ -1,14 +1,16 @@
 """What each worker does in a step, in which order: the very cycle that trains, run once for each worker without layers and without others.
 
 A worker's order of work depends on no number, so its cycle can run alone: what it is sent is a state without contents, there at once.
-`Schedule.replay` then gives every piece of work its time and lets receivers wait for senders.
+Workers whose parts of the hierarchy look alike do alike, so of those one runs. `Schedule.replay` then gives every piece of work its time
+and lets receivers wait for senders.
 """
 
 from collections import defaultdict, deque
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -17,7 +19,7 @@ from torch import Tensor
 from rayllp.channel.base import MessageTag, StateSpec
 from rayllp.config import TrainConfig
 from rayllp.control import Accuracy
-from rayllp.mgrit import Hierarchy, Method, Propagator, solve
+from rayllp.mgrit import Hierarchy, Level, Method, Propagator, solve
 from rayllp.state import State
 from rayllp.timeline import Span
 
@@ -33,49 +35,53 @@ class Work(NamedTuple):
 
     Attributes:
         kind: of its cost: forward, record, input_gradient, full_gradient, or send or receive.
-        peer: to or from whom; -1 for work on a layer.
-        layer: counted from the first middle layer; -1 for messages.
+        layer: counted from the worker's first one in the order of the solve; 0 for messages.
+        peer: to or from whom, counted from the worker itself; 0 for work on a layer.
     """
 
     kind: str
     solve: str
     phase: str
     level: int
-    layer: int = -1
-    peer: int = -1
+    layer: int = 0
+    peer: int = 0
 
 
 class _Recorder(Propagator):
     """A propagator and a channel of one worker, which write down what they are asked for."""
 
-    def __init__(self, rank: int, size: int, solve: str, c_points: frozenset[int], done: list[Work]) -> None:
-        self.rank, self.size, self._solve, self._c_points, self._done = rank, size, solve, c_points, done
+    def __init__(self, rank: int, size: int, first: int, solve: str, c_points: frozenset[int]) -> None:
+        self.rank, self.size, self._first, self._solve, self._c_points = rank, size, first, solve, c_points
         self._phase, self._level = "", 0
+        self.done: list[Work] = []
 
     def enter(self, phase: str, level: int) -> None:
         self._phase, self._level = phase, level
 
-    def _note(self, kind: str, layer: int = -1, peer: int = -1) -> None:
-        self._done.append(Work(kind, self._solve, self._phase, self._level, layer, peer))
+    def _work(self, kind: str, layer: int) -> None:
+        self.done.append(Work(kind, self._solve, self._phase, self._level, layer=layer - self._first))
+
+    def _message(self, kind: str, peer: int) -> None:
+        self.done.append(Work(kind, self._solve, self._phase, self._level, peer=peer - self.rank))
 
     # As a propagator: the forward keeps a graph at C-points, which the last sweep then need not make.
 
     def step(self, layer: int, state: State) -> State:
-        self._note("input_gradient" if self._solve == "adjoint" else "record" if layer in self._c_points else "forward", layer)
+        self._work("input_gradient" if self._solve == "adjoint" else "record" if layer in self._c_points else "forward", layer)
         return Nothing()
 
     def last_step(self, layer: int, state: State, known: State | None) -> State:
         if self._solve == "adjoint" or known is None:
-            self._note("full_gradient" if self._solve == "adjoint" else "record", layer)
+            self._work("full_gradient" if self._solve == "adjoint" else "record", layer)
         return Nothing()
 
     # As a channel
 
     def send(self, state: State, destination: int, tag: MessageTag) -> None:
-        self._note("send", peer=destination)
+        self._message("send", destination)
 
     def receive(self, spec: StateSpec, source: int, tag: MessageTag) -> State:
-        self._note("receive", peer=source)
+        self._message("receive", source)
         return Nothing()
 
     def all_reduce(self, tensor: Tensor, tag: MessageTag) -> Tensor:
@@ -93,48 +99,56 @@ class _Recorder(Propagator):
 
 @dataclass(frozen=True)
 class Schedule:
-    """Of one solve: what each worker does, in order."""
+    """Of one solve: what each worker does, in order, and the layer that its work is counted from."""
 
     workers: tuple[tuple[Work, ...], ...]
+    first_layers: tuple[int, ...]
 
-    def replay(self, costs: Mapping[str, float], message_s: float, clocks: list[float]) -> list[list[Span]]:
-        """Spans of each worker; `clocks` are its times before, and after.
+    def replay(
+        self, costs: Mapping[str, float], message_s: float, clocks: list[float], spans: Sequence[list[Span]] | None = None
+    ) -> None:
+        """Let the workers do it; `clocks` are their times before, and after.
 
         Args:
             costs: seconds by kind of work.
             message_s: from sending to arrival; sending itself takes no time.
+            spans: of each worker; what it does is appended. None: nobody wants to know.
         """
-        spans: list[list[Span]] = [[] for _ in self.workers]
         arrivals: dict[tuple[int, int], deque[float]] = defaultdict(deque)
         places = [0] * len(self.workers)
         ready = deque(range(len(self.workers)))
         waiting: dict[tuple[int, int], int] = {}
         while ready:
             rank = ready.popleft()
-            work, now = self.workers[rank], clocks[rank]
-            while places[rank] < len(work):
-                kind, solve_, phase, level, layer, peer = work[places[rank]]
+            work, place, now = self.workers[rank], places[rank], clocks[rank]
+            mine, first = None if spans is None else spans[rank], self.first_layers[rank]
+            while place < len(work):
+                kind, solve_, phase, level, layer, peer = work[place]
                 if kind == "send":
-                    arrivals[rank, peer].append(now + message_s)
-                    if (rank, peer) in waiting:
-                        ready.append(waiting.pop((rank, peer)))
+                    link = rank, rank + peer
+                    arrivals[link].append(now + message_s)
+                    if link in waiting:
+                        ready.append(waiting.pop(link))
                 elif kind == "receive":
-                    queue = arrivals[peer, rank]
+                    link = rank + peer, rank
+                    queue = arrivals[link]
                     if not queue:
-                        waiting[peer, rank] = rank
+                        waiting[link] = rank
                         break
                     there = queue.popleft()
                     if there > now:
-                        spans[rank].append(Span(now, there, "wait", solve_, phase, level))
+                        if mine is not None:
+                            mine.append(Span(now, there, "wait", solve_, phase, level))
                         now = there
                 else:
-                    spans[rank].append(Span(now, now + costs[kind], "compute", solve_, phase, level, layer))
-                    now += costs[kind]
-                places[rank] += 1
-            clocks[rank] = now
+                    then = now + costs[kind]
+                    if mine is not None:
+                        mine.append(Span(now, then, "compute", solve_, phase, level, first + layer))
+                    now = then
+                place += 1
+            places[rank], clocks[rank] = place, now
         stuck = [rank for rank, place in enumerate(places) if place < len(self.workers[rank])]
         assert not stuck, f"workers {stuck} wait for ever: the schedules differ"
-        return spans
 
 
 def schedules_of(config: TrainConfig, accuracy: Accuracy) -> tuple[Schedule, Schedule]:
@@ -154,14 +168,63 @@ def schedules_of(config: TrainConfig, accuracy: Accuracy) -> tuple[Schedule, Sch
 @lru_cache(maxsize=1024)
 def _record(hierarchy: Hierarchy, method: Method, workers: int, name: str, c_points: frozenset[int]) -> Schedule:
     spec = StateSpec((), (), torch.device("cpu"), bare=False)
+    fine, alike = hierarchy.levels[0], _Alike(hierarchy, c_points)
     found: list[tuple[Work, ...]] = []
+    first_layers: list[int] = []
+    known: dict[Hashable, tuple[Work, ...]] = {}
     for rank in range(workers):
-        done: list[Work] = []
-        recorder = _Recorder(rank, workers, name, c_points, done)
-        first = rank == hierarchy.levels[0].owners[0]
-        initial = Nothing() if first else None
-        solve(
-            hierarchy, method, recorder, recorder, initial=initial, spec=spec, tag=MessageTag(0, name), reduce=False, watch=recorder.enter
+        owned = fine.local(rank)
+        first_layers.append(fine.layers[owned.start] if owned else 0)
+        look = alike.look(rank, first_layers[-1])
+        if look not in known:
+            recorder = _Recorder(rank, workers, first_layers[-1], name, c_points)
+            initial = Nothing() if rank == fine.owners[0] else None
+            solve(
+                hierarchy, method, recorder, recorder,
+                initial=initial, spec=spec, tag=MessageTag(0, name), reduce=False, watch=recorder.enter,
+            )  # fmt: skip
+            known[look] = tuple(recorder.done)
+        found.append(known[look])
+    return Schedule(tuple(found), tuple(first_layers))
+
+
+class _Alike:
+    """Which workers do alike: all that a worker's cycle reads of a hierarchy, with layers and workers counted from its own."""
+
+    def __init__(self, hierarchy: Hierarchy, c_points: frozenset[int]) -> None:
+        self._hierarchy, self._c_points = hierarchy, c_points
+        first = [level.owners[0] for level in hierarchy.levels]
+        self._initial = list(pairwise(first))  # from whom to whom the initial state goes
+
+    def look(self, rank: int, first: int) -> Hashable:
+        """Equal for workers that do alike."""
+        levels = [self._level(level, rank, first) for level in self._hierarchy.levels]
+        moves = [
+            tuple(
+                (fine.layers[move.point] - first, coarse.layers[move.coarse] - first, move.owner - rank, move.coarse_owner - rank)
+                for move in transfers.get(rank, ())
+            )
+            for transfers, fine, coarse in zip(
+                self._hierarchy.transfers, self._hierarchy.levels, self._hierarchy.levels[1:], strict=False
+            )
+        ]
+        initial = [(a - rank, b - rank) if rank in (a, b) else None for a, b in self._initial]
+        return tuple(levels), tuple(moves), tuple(initial)
+
+    def _level(self, level: Level, rank: int, first: int) -> Hashable:
+        points = level.local(rank)
+        if not points:
+            return None
+        start, stop, last = points.start, points.stop, level.c_points[-1]
+        layers = level.layers[start:stop]
+        return (
+            start == 0,
+            stop == level.size,
+            start in level.is_c_point,
+            stop in level.is_c_point,
+            tuple((len(run), run.start < last) for run in level.runs(rank)),
+            tuple((layer - first, layer in self._c_points) for layer in layers),
+            level.ratios[start:stop],
+            level.owners[start - 1] - rank if start else None,
+            level.owners[stop] - rank if stop < level.size else None,
         )
-        found.append(tuple(done))
-    return Schedule(tuple(found))
