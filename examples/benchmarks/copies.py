@@ -18,6 +18,7 @@ import ray
 import rayllp
 from rayllp.cluster.driver import Driver
 from rayllp.cluster.prepare import validate
+from rayllp.cluster.ray_group import RayGroup
 from rayllp.report import RunDirectory
 
 
@@ -65,7 +66,7 @@ def main() -> None:
     config = rayllp.load_config(None, settings)
     run = RunDirectory.create((arguments.output or Path(tempfile.mkdtemp(prefix="copies_"))) / "run", config)
     ray.init(address="local", num_cpus=max(2, arguments.workers), include_dashboard=False, logging_level="ERROR")
-    driver = TakingTurns(config, run, "cpu", None, None, validate(config, None, None))
+    driver = TakingTurns(config, run, RayGroup.for_run(config, run.path, "cpu"), None, None, validate(config, None, None))
     driver.block, driver.times = arguments.block, {True: [], False: []}
     driver.train()
     ray.shutdown()

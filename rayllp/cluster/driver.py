@@ -12,14 +12,11 @@ from rayllp.checkpoint import Folder, checkpoints, count_layers, read_manifest, 
 from rayllp.checkpoint.described import write_model_json, write_tokenizer_json
 from rayllp.cluster.evaluation import Evaluator
 from rayllp.cluster.given import Loaded, TrainResult, network_at, whole_network
-from rayllp.cluster.group import WorkerGroup
+from rayllp.cluster.group import ElasticGroup, WorkerGroup
 from rayllp.cluster.interrupt import stopping
 from rayllp.cluster.ledger import Chunk, Ledger
-from rayllp.cluster.names import run_name
-from rayllp.cluster.places import capacity
 from rayllp.cluster.recovery import CopyInterval, FailureBudget
 from rayllp.cluster.saving import Saver
-from rayllp.cluster.staff import Staff
 from rayllp.cluster.wording import describe_run, describe_stage, listed, where_not_finite
 from rayllp.config import TrainConfig
 from rayllp.data import Batches
@@ -39,8 +36,6 @@ class Driver:
 
     Args:
         listeners: are told what happens.
-        staff: processes to be its workers; None: its own, in a placement group of their own.
-        workers: workers that something other than a staff starts.
 
     Attributes:
         whole: the run's settings.
@@ -48,26 +43,25 @@ class Driver:
     """
 
     def __init__(
-        self, config: TrainConfig, run: RunDirectory, device: str, model: Architecture | None, batches: Batches | None,
-        loaded: Loaded | None, console: Console | None = None, listeners: Sequence[Listener] = (), staff: Staff | None = None,
-        workers: WorkerGroup | None = None,
+        self, config: TrainConfig, run: RunDirectory, workers: WorkerGroup, model: Architecture | None, batches: Batches | None,
+        loaded: Loaded | None, console: Console | None = None, listeners: Sequence[Listener] = (),
     ) -> None:  # fmt: skip
         self.whole, self.run = config, run
         self.stage = stage_at(config, 0)
-        room = config.world if workers is not None else len(staff.slots) if staff is not None else capacity(device)
-        self._size = max(config.fewest_workers, min(config.world, room))
+        self._size = workers.config.world
         self.config = self._at_size(self._size)
         self.data, self.kept = loaded or Loaded(None, None)
         self.model, self.batches = model, batches
-        self.workers = workers or WorkerGroup(self.config, staff or Staff(self.config.world, device, name=run_name(run.path)))
+        self.workers = workers
+        self.elastic = workers if isinstance(workers, ElasticGroup) else None
         self.listeners = listeners
         self.console = console or Console(stderr=True)
         self.stop = False
         self.saver = Saver(run, self.workers, config)
         self.evaluator = Evaluator(run, self.workers, self.saver, config.eval, self.data, batches)
-        self.budget = FailureBudget(config.max_failures if self.workers.recovers else 0)
+        self.budget = FailureBudget(config.max_failures)
         self._settled = 0  # the last step after which everything due was done
-        self.copies = CopyInterval(self.config, there=self.workers.recovers)
+        self.copies = CopyInterval(self.config, there=self.elastic is not None)
         self._warned: frozenset[int] = frozenset()  # ranks whose nodes are known to go
         self._looked = time.monotonic()  # for room for more workers
 
@@ -120,10 +114,12 @@ class Driver:
                     self._restore(start, manifest)
                 break
             except (WorkerLostError, ChannelError) as error:
+                if self.elastic is None:
+                    raise
                 wait_s = self.budget.spend(step, time.monotonic(), str(error))
                 self.journal.event(step, "fault", reason=f"at the start: {error}", ranks=sorted(_ranks_of(error)))
                 self.journal.say(f"at the start: {error}; all workers start anew")
-                self.workers.dismiss()
+                self.elastic.dismiss()
                 time.sleep(wait_s)
         write_model_json(self.run.path, whole_network(self.whole, shares[0]["network"]))
         write_tokenizer_json(self.run.path, self.data)
@@ -151,6 +147,8 @@ class Driver:
 
     def _recover(self, error: RayllpError) -> int:
         """Replace lost workers and take all blocks back to a common step; that step."""
+        if self.elastic is None:
+            raise error
         began, lost, reached = time.monotonic(), _ranks_of(error), self.ledger.step
         self.saver.abandon()
         for attempt in count():
@@ -160,19 +158,19 @@ class Driver:
             wait_s = self.budget.spend_again(attempt, now, str(error)) if attempt else self.budget.spend(self.ledger.step, now, str(error))
             time.sleep(wait_s)
             try:
-                reached = max(reached, self.workers.reached(lost))
-                size = max(self.workers.places(lost), self.whole.fewest_workers)
-                if size < len(self.workers.workers) or self.workers.is_halfway or not self.workers.keeps_processes:
+                reached = max(reached, self.elastic.reached(lost))
+                size = max(self.elastic.places(lost), self.whole.fewest_workers)
+                if size < self.elastic.size or self.elastic.is_halfway or not self.elastic.keeps_processes:
                     step, source = self._resize(size, lost)
                 else:
-                    self.workers.replace(lost)
+                    self.elastic.replace(lost)
                     step, source = self._take_back(lost)
                 if self.copies.every:
                     self.workers.call("keep", step)
                 break
             except (WorkerLostError, ChannelError) as another:
                 # Those that were replaced have no state yet, as far as is known.
-                error, lost = another, _ranks_of(another) | (frozenset() if self.workers.is_halfway else lost)
+                error, lost = another, _ranks_of(another) | (frozenset() if self.elastic.is_halfway else lost)
         seconds = time.monotonic() - began
         self.journal.event(step, "restore", source=source, ranks=sorted(lost), seconds=round(seconds, 3), steps_lost=reached - step)
         self.journal.scalar("recovery/seconds", seconds, step)
@@ -181,7 +179,8 @@ class Driver:
 
     def _take_back(self, lost: frozenset[int]) -> tuple[int, str]:
         """Blocks and controller as they were after some step: held in memory, else of the last checkpoint, else of none; its source."""
-        step = self.workers.roll_back(lost)
+        assert self.elastic is not None
+        step = self.elastic.roll_back(lost)
         if step is None:
             return self._take_back_from_disk()
         self._agree_on(step, lost)
@@ -189,8 +188,9 @@ class Driver:
 
     def _agree_on(self, step: int, lost: frozenset[int]) -> None:
         """Records and controller as they were after `step` steps, of which the workers' memories know."""
+        assert self.elastic is not None
         if step > self.ledger.step:  # their statistics were lost with the call
-            self._take_in(self.workers.call_some(self.workers.survivors(lost), "report", self.ledger.step, step))
+            self._take_in(self.elastic.report(lost, self.ledger.step, step))
         elif step < self.ledger.step:
             self.ledger.rewind(step)
             self._settled = min(step, self._settled)
@@ -217,22 +217,24 @@ class Driver:
 
     def _grow(self, step: int) -> None:
         """Look for room for more workers now and then, and take in those that are there."""
+        assert self.elastic is not None
         most = self.whole.world
-        if len(self.workers.workers) >= most:
+        if self.elastic.size >= most:
             return
         if time.monotonic() - self._looked >= self.whole.resize_check_s:
             self._looked = time.monotonic()
-            self.workers.recruit(most)
-        count = self.workers.recruited()
-        if not count or self._at_size(len(self.workers.workers) + count).world <= len(self.workers.workers):
+            self.elastic.recruit(most)
+        count = self.elastic.recruited()
+        if not count or self._at_size(self.elastic.size + count).world <= self.elastic.size:
             return
         began = time.monotonic()
-        self._resize_between_steps(step, len(self.workers.workers) + count)
+        self._resize_between_steps(step, self.elastic.size + count)
         self.journal.say(f"step {step}: grown in {time.monotonic() - began:.1f} s")
 
     def _leave_in_time(self, step: int) -> None:
         """Move layers off nodes that were told to go, to new workers elsewhere as far as there is room; first of all, a checkpoint."""
-        leaving, left_s = self.workers.leaving()
+        assert self.elastic is not None
+        leaving, left_s = self.elastic.leaving()
         if not leaving:
             self._warned = frozenset()
             return
@@ -244,9 +246,9 @@ class Driver:
                 f"step {step}: workers {listed(sorted(leaving))} are on nodes that were told to go; their layers move elsewhere"
             )
             self.saver.begin(step, self.ledger.controller.state(), self.journal)
-        here = len(self.workers.workers)
-        self.workers.recruit(here + len(leaving))
-        there = here - len(leaving) + min(self.workers.recruited(), len(leaving))
+        here = self.elastic.size
+        self.elastic.recruit(here + len(leaving))
+        there = here - len(leaving) + min(self.elastic.recruited(), len(leaving))
         size = self._at_size(there).world
         if size > there or (size < here and left_s > MOVE_S):
             return  # too few to go on, or others may be there before it is time
@@ -261,13 +263,14 @@ class Driver:
 
     def _resize(self, size: int, lost: frozenset[int], leaving: frozenset[int] = frozenset()) -> tuple[int, str]:
         """Share the layers out among another number of workers; the step that they are at, and where their states came from."""
+        assert self.elastic is not None
         began, before = time.monotonic(), self.config
         self.saver.abandon()
-        step = self.workers.common_step(lost)
-        if step is not None and not self.workers.is_halfway:
+        step = self.elastic.common_step(lost)
+        if step is not None and not self.elastic.is_halfway:
             self._agree_on(step, lost)
         self._set_size(size)
-        self.workers.reshape(self.config, lost, *self._network(), leaving)
+        self.elastic.reshape(self.config, lost, *self._network(), leaving)
         source = "memory"
         if step is None:
             step, source = self._take_back_from_disk()
@@ -290,7 +293,7 @@ class Driver:
         self._size = size
         self.config = self.saver.settings = self.ledger.config = self._at_size(size)
         self.ledger.first_step = self.ledger.step
-        self.copies = CopyInterval(self.config, there=self.workers.recovers)
+        self.copies = CopyInterval(self.config, there=self.elastic is not None)
 
     # Stages of nested iteration: one without it ---------------------------------------------------------------------------------
 
@@ -343,8 +346,9 @@ class Driver:
                 self._settled = step
             if step >= self.stage.end or self.stop:
                 return step
-            self._leave_in_time(step)
-            self._grow(step)
+            if self.elastic is not None:
+                self._leave_in_time(step)
+                self._grow(step)
             self.ledger.begin(step)
             chunk = self._next_chunk(step)
             answers = self.workers.call("run", chunk, self.copies.every, timeout_s=self.ledger.expect(chunk))
@@ -352,7 +356,8 @@ class Driver:
             step = self._take_in(answers)
             if self.copies.is_open and self.ledger.step >= self.ledger.first_step + WARM_STEPS:
                 self.copies.choose(self.ledger.step_s, self.workers.call("cost_of_copies"), on_cpu=self.workers.device == "cpu")
-            self.workers.keep_spares()  # after a step, so that a spare does not start while a lost worker is waited for
+            if self.elastic is not None:
+                self.elastic.keep_spares()  # after a step, so that a spare does not start while a lost worker is waited for
 
     def _next_chunk(self, step: int) -> Chunk:
         return self.ledger.next_chunk(step, self.stage.end)
