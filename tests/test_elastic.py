@@ -79,12 +79,12 @@ class Patient(Driver):
         chunk = super()._next_chunk(step)
         return chunk[: 20 - step] if step < 20 else chunk
 
-    def _grow(self, step):
-        super()._grow(step)
+    def _between_chunks(self, step):
+        super()._between_chunks(step)
         deadline = time.monotonic() + 90
-        while step == 20 and len(self.workers.workers) < 4 and time.monotonic() < deadline:
+        while step == 20 and self.workers.size < 4 and time.monotonic() < deadline:
             time.sleep(0.1)
-            super()._grow(step)
+            self.resizing.grow(step)
 
 
 @pytest.mark.usefixtures("ray_cluster")

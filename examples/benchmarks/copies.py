@@ -31,16 +31,17 @@ class TakingTurns(Driver):
 
     def _between_chunks(self, step: int) -> None:
         super()._between_chunks(step)
-        if step % self.block or self.copies.is_open:
+        copies = self.training.copies
+        if step % self.block or copies.is_open:
             return
         now = time.perf_counter()
-        was_on = bool(self.copies.every)
+        was_on = bool(copies.every)
         if hasattr(self, "_since"):
             self.times[was_on].append((now - self._since) / self.block)
-        self.chosen = self.copies.every or self.chosen
-        self.copies.every = 0 if was_on else self.chosen
-        if self.copies.every:
-            self.saver.begin(step, self.ledger.controller.state(), self.journal)
+        self.chosen = copies.every or self.chosen
+        copies.every = 0 if was_on else self.chosen
+        if copies.every:
+            self.training.begin_save(step)
         self._since = time.perf_counter()
 
     def _next_chunk(self, step: int) -> Any:

@@ -219,8 +219,7 @@ class _Others:
 class LaunchedGroup(WorkerGroup):
     """All workers of a run whose processes MPI's launcher started.
 
-    A worker that fails at something that others take part in ends all processes: who is lost ends the run, and a call's time limit is the
-    channel's.
+    A worker that fails at something that others take part in ends all processes.
     """
 
     def __init__(self, config: TrainConfig, device: str, here: Launched, others: _Others) -> None:
@@ -230,6 +229,7 @@ class LaunchedGroup(WorkerGroup):
         self._batches: Batches | None = None
 
     def start(self, architecture: Architecture | None, batches: Batches, kept: dict[str, Any] | None = None) -> list[dict[str, Any]]:
+        """Each process, this one among them, makes its worker; they are connected for good."""
         others = range(1, self.config.world)
         for rank in others:
             self._others.ask(rank, "begin", rank, self.config, self.device)
@@ -250,6 +250,7 @@ class LaunchedGroup(WorkerGroup):
         return self.call("build", architecture, self._batches, self.device, Plan.of(architecture, kept))
 
     def call(self, method: str, *arguments: Any, timeout_s: float | None = None) -> list[Any]:
+        """`timeout_s` is not looked at: the channel has a limit."""
         return self._call_some(range(self.config.world), method, *arguments)
 
     def _call_some(self, ranks: Sequence[int], method: str, *arguments: Any) -> list[Any]:

@@ -104,6 +104,7 @@ class RayGroup(ElasticGroup):
 
     @property
     def keeps_processes(self) -> bool:
+        """Not over MPI: a process can be in one MPI world only."""
         return self.config.channel != "mpi"
 
     def rebuild(self, config: TrainConfig, architecture: Architecture | None, kept: dict[str, Any] | None = None) -> list[dict[str, Any]]:
@@ -196,6 +197,7 @@ class RayGroup(ElasticGroup):
         self._build(sorted(lost))
 
     def keep_spares(self) -> None:
+        """None over MPI, where all processes are new after a loss."""
         if self.config.spare_workers and self.config.max_failures and self.keeps_processes:
             self.staff.keep_spares(self._nodes, self.config, self._sources[0], self._shared, Plan.of(*self._sources))
 
@@ -300,6 +302,7 @@ class RayGroup(ElasticGroup):
         self._get({rank: worker.reconfigure.remote(self.config, rank) for rank, worker in enumerate(self.workers)}, START_TIMEOUT_S)
 
     def dismiss(self) -> None:
+        """Spares and recruits too."""
         self._end_mpi()
         self.staff.dismiss(self.workers)
         self.staff.dismiss_idle()

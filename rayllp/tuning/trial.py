@@ -47,7 +47,7 @@ class TrialDriver(Driver):
             self.evaluator.evaluate(step, self.journal)
         if self.evaluator.last == step and step < self.whole.steps:
             # Tune may end this process in report(): what it is to go on from must be complete.
-            report(self.reporter.report(), self._save(step), self.run)
+            report(self.reporter.report(), self.training.save(step), self.run)
         self.stop = self.stop or over
 
 
