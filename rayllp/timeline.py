@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import NamedTuple
 
 from torch import Tensor
@@ -101,6 +101,11 @@ class Timeline:
     def add(self, begin: float, kind: str, layer: int | None = None) -> None:
         """A span of the phase in hand, which ends now."""
         self.spans.append(Span(begin, self.clock(), kind, self.solve, self.phase, self.level, layer))
+
+
+def span_on(timeline: Timeline | None, solve: str, kind: str = "compute") -> AbstractContextManager[None]:
+    """What happens inside, on the timeline, if there is one."""
+    return nullcontext() if timeline is None else timeline.span(kind, solve)
 
 
 class TimedPropagator(Propagator):

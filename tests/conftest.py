@@ -18,6 +18,7 @@ from rayllp.config import make_config
 from rayllp.control import Controller
 from rayllp.data import load_data
 from rayllp.engine import Engine
+from rayllp.engine.pipeline import Pipeline
 from rayllp.models import build_architecture
 
 os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 would leave workers behind whatever else this machine does
@@ -88,7 +89,7 @@ def losses_over_gloo(rank, size, config, steps):
 
     engine = make_engine(config, TorchChannel(timeout_s=60))
     losses = [stats.loss for stats in train_engine(engine, steps)]
-    return losses, engine._pipeline is not None
+    return losses, isinstance(engine._exact, Pipeline)
 
 
 def _process(work, rank, size, folder, outcomes, heard, arguments):

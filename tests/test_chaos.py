@@ -13,6 +13,7 @@ from rayllp.cluster.chaos import RayTarget, Steps, Worker, choose, parse_duratio
 from rayllp.cluster.driver import Driver
 from rayllp.cluster.names import NAMESPACE, group_name, is_group, number_of, run_name, worker_name
 from rayllp.cluster.prepare import validate
+from rayllp.cluster.ray_group import RayGroup
 from rayllp.errors import ClusterError, SettingsError
 from rayllp.report import RunDirectory
 from tests.conftest import tiny
@@ -137,7 +138,7 @@ class Patient(Driver):
 
 
 def train(run, config, over, outcome):
-    driver = Patient(config, run, "cpu", None, None, validate(config, None, None))
+    driver = Patient(config, run, RayGroup.for_run(config, run.path, "cpu"), None, None, validate(config, None, None))
     driver.chaos_is_over = over
     try:
         outcome.append(driver.train())

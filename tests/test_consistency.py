@@ -9,6 +9,7 @@ from rayllp.channel import LocalChannel, run_workers
 from rayllp.config import make_config
 from rayllp.control import Controller
 from rayllp.engine.gradients import add_shared_gradients
+from rayllp.engine.pipeline import Pipeline
 from rayllp.errors import SettingsError
 from rayllp.state import tensors
 from tests.conftest import merge, run_processes, tiny
@@ -98,7 +99,7 @@ def over_gloo(rank, size, config, accuracy):
 
     engine = make(config, TorchChannel(timeout_s=60))
     stats = [engine.train_step(step, accuracy) for step in range(3)]
-    return [s.loss for s in stats], [s.consistency for s in stats], engine._pipeline is not None
+    return [s.loss for s in stats], [s.consistency for s in stats], isinstance(engine._exact, Pipeline)
 
 
 @pytest.mark.parametrize("recompute", [False, True])

@@ -11,6 +11,7 @@ from rayllp.channel import run_workers
 from rayllp.checkpoint.memory import BlockState
 from rayllp.cluster.driver import Driver
 from rayllp.cluster.prepare import validate
+from rayllp.cluster.ray_group import RayGroup
 from rayllp.errors import ClusterError, SettingsError
 from rayllp.report import RunDirectory
 from tests.conftest import losses_over_threads, make_engine, tiny, train_engine
@@ -78,12 +79,12 @@ class Patient(Driver):
         chunk = super()._next_chunk(step)
         return chunk[: 20 - step] if step < 20 else chunk
 
-    def _grow(self, step):
-        super()._grow(step)
+    def _between_chunks(self, step):
+        super()._between_chunks(step)
         deadline = time.monotonic() + 90
-        while step == 20 and len(self.workers.workers) < 4 and time.monotonic() < deadline:
+        while step == 20 and self.workers.size < 4 and time.monotonic() < deadline:
             time.sleep(0.1)
-            super()._grow(step)
+            self.resizing.grow(step)
 
 
 @pytest.mark.usefixtures("ray_cluster")
@@ -93,7 +94,7 @@ def test_a_run_grows_into_room_that_comes_free(tmp_path):
     tenant = Tenant.remote()
     ray.get(tenant.ping.remote(), timeout=60)
     run = RunDirectory.create(tmp_path / "run", config)
-    driver = Patient(config, run, "cpu", None, None, validate(config, None, None))
+    driver = Patient(config, run, RayGroup.for_run(config, run.path, "cpu"), None, None, validate(config, None, None))
 
     def leave():
         deadline = time.monotonic() + 60

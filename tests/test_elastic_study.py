@@ -20,6 +20,7 @@ import rayllp
 from rayllp.checkpoint import checkpoints, read_manifest, step_of
 from rayllp.cluster.driver import Driver
 from rayllp.cluster.prepare import validate
+from rayllp.cluster.ray_group import RayGroup
 from rayllp.report import RunDirectory
 from tests.conftest import tiny
 from tests.test_recovery import drive, weights
@@ -75,7 +76,7 @@ def sit(mode, path):
     run = RunDirectory.create(path / "run", tiny(**settings, **SITTINGS[0]))
     for number, sitting in enumerate(SITTINGS, 1):
         config = tiny(**settings, **sitting)
-        driver = Halting(config, run, "cpu", None, None, validate(config, None, None))
+        driver = Halting(config, run, RayGroup.for_run(config, run.path, "cpu"), None, None, validate(config, None, None))
         driver.until = 20 * number
         driver.train(checkpoints(run.checkpoints))
     ray.shutdown()

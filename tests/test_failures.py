@@ -11,6 +11,7 @@ import torch
 
 from rayllp.cluster.driver import Driver
 from rayllp.cluster.prepare import validate
+from rayllp.cluster.ray_group import RayGroup
 from rayllp.errors import ClusterError, NonFiniteError
 from rayllp.report import RunDirectory
 from tests.conftest import tiny
@@ -32,8 +33,8 @@ class Sabotaged(Driver):
 
 
 def drive(kind, config, path):
-    loaded = validate(config, None, None)
-    return kind(config, RunDirectory.create(path, config), "cpu", None, None, loaded).train()
+    loaded, workers = validate(config, None, None), RayGroup.for_run(config, path, "cpu")
+    return kind(config, RunDirectory.create(path, config), workers, None, None, loaded).train()
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_step_and_names_the_layer(tmp_path):

@@ -9,6 +9,7 @@ from rayllp.control import Accuracy
 from rayllp.data import IGNORE, Facts
 from rayllp.engine import Engine
 from rayllp.engine.gradients import add_shared_gradients
+from rayllp.engine.pipeline import Pipeline
 from rayllp.errors import SettingsError
 from rayllp.models import build_architecture, families
 from rayllp.models.randomness import FrozenRandomness
@@ -173,7 +174,7 @@ def steps_over_gloo(rank, size, config, accuracy, steps):
 
     engine = make(config, TorchChannel(timeout_s=60))
     losses = [engine.train_step(step, accuracy).loss for step in range(steps)]
-    return losses, engine.evaluate(2), engine._pipeline is not None
+    return losses, engine.evaluate(2), isinstance(engine._exact, Pipeline)
 
 
 @pytest.mark.parametrize("family", ["mt", "mc"])

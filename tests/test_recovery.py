@@ -14,6 +14,7 @@ from rayllp.channel.torch_dist import TorchChannel
 from rayllp.checkpoint.memory import Inventory, NeighbourCopies, common_step, copy_offset, holder_of
 from rayllp.cluster.driver import Driver
 from rayllp.cluster.prepare import validate
+from rayllp.cluster.ray_group import RayGroup
 from rayllp.cluster.recovery import FailureBudget, choose_interval
 from rayllp.errors import ClusterError
 from rayllp.report import RunDirectory
@@ -191,7 +192,7 @@ class Faulty(Driver):
 
 def drive(config, path, faults=()):
     run = RunDirectory.create(path, config)
-    driver = Faulty(config, run, "cpu", None, None, validate(config, None, None))
+    driver = Faulty(config, run, RayGroup.for_run(config, run.path, "cpu"), None, None, validate(config, None, None))
     driver.pending = list(faults)
     result = driver.train()
     return result, driver

@@ -7,6 +7,7 @@ from rich.console import Console
 
 from rayllp.cluster.driver import Driver
 from rayllp.cluster.prepare import validate
+from rayllp.cluster.ray_group import RayGroup
 from rayllp.cluster.staff import Staff
 from rayllp.report import RunDirectory
 from tests.conftest import losses_over_threads, tiny
@@ -25,9 +26,8 @@ class Watched(Driver):
 
 
 def train(config, path, staff):
-    driver = Watched(
-        config, RunDirectory.create(path, config), "cpu", None, None, validate(config, None, None), Console(quiet=True), staff=staff
-    )
+    workers = RayGroup.for_run(config, path, "cpu", staff)
+    driver = Watched(config, RunDirectory.create(path, config), workers, None, None, validate(config, None, None), Console(quiet=True))
     driver.train()
     return driver
 

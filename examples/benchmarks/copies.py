@@ -18,6 +18,7 @@ import ray
 import rayllp
 from rayllp.cluster.driver import Driver
 from rayllp.cluster.prepare import validate
+from rayllp.cluster.ray_group import RayGroup
 from rayllp.report import RunDirectory
 
 
@@ -30,16 +31,17 @@ class TakingTurns(Driver):
 
     def _between_chunks(self, step: int) -> None:
         super()._between_chunks(step)
-        if step % self.block or self.copies.is_open:
+        copies = self.training.copies
+        if step % self.block or copies.is_open:
             return
         now = time.perf_counter()
-        was_on = bool(self.copies.every)
+        was_on = bool(copies.every)
         if hasattr(self, "_since"):
             self.times[was_on].append((now - self._since) / self.block)
-        self.chosen = self.copies.every or self.chosen
-        self.copies.every = 0 if was_on else self.chosen
-        if self.copies.every:
-            self.saver.begin(step, self.ledger.controller.state(), self.journal)
+        self.chosen = copies.every or self.chosen
+        copies.every = 0 if was_on else self.chosen
+        if copies.every:
+            self.training.begin_save(step)
         self._since = time.perf_counter()
 
     def _next_chunk(self, step: int) -> Any:
@@ -65,7 +67,7 @@ def main() -> None:
     config = rayllp.load_config(None, settings)
     run = RunDirectory.create((arguments.output or Path(tempfile.mkdtemp(prefix="copies_"))) / "run", config)
     ray.init(address="local", num_cpus=max(2, arguments.workers), include_dashboard=False, logging_level="ERROR")
-    driver = TakingTurns(config, run, "cpu", None, None, validate(config, None, None))
+    driver = TakingTurns(config, run, RayGroup.for_run(config, run.path, "cpu"), None, None, validate(config, None, None))
     driver.block, driver.times = arguments.block, {True: [], False: []}
     driver.train()
     ray.shutdown()

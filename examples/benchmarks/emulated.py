@@ -36,7 +36,7 @@ from rayllp.bench.emulated import Emulation, RandomBatches, emulated_stack
 from rayllp.bench.step import StepBench, bench_step
 from rayllp.channel.local import LocalChannel
 from rayllp.channel.timing import Link
-from rayllp.cluster.group import WorkerGroup
+from rayllp.cluster.ray_group import RayGroup
 from rayllp.cluster.staff import Staff
 from rayllp.config import TrainConfig
 from rayllp.control import Controller
@@ -143,7 +143,7 @@ def rows(arguments: argparse.Namespace) -> None:
 def message_s(staff: Staff, most: Row) -> float:
     """A state's way to the neighbour, of the slowest link."""
     config = settings(most)
-    group = WorkerGroup(config, staff)
+    group = RayGroup(config, staff)
     group.start(emulated_stack(config, Emulation(0, 0, 0)), RandomBatches(config))
     links: list[Link] = [link for mine in group.call("time_messages", [4 * BATCH * TIME * WIDTH]) for link in mine]
     group.shutdown()

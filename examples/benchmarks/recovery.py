@@ -127,10 +127,10 @@ class Rayllp:
 
     @staticmethod
     def train(folder: Path, config: TrainConfig, every: int) -> None:
-        from rayllp.cluster import driver
-        from rayllp.cluster.group import WorkerGroup
+        from rayllp.cluster import session
+        from rayllp.cluster.ray_group import RayGroup
 
-        class Watched(WorkerGroup):
+        class Watched(RayGroup):
             """Writes down which processes the workers are: each says so where its layers are built."""
 
             def call_some(self, ranks: Iterable[int], method: str, *arguments: Any, timeout_s: float | None = None) -> list[Any]:
@@ -140,7 +140,7 @@ class Rayllp:
                         append(folder / "workers.jsonl", rank=share["rank"], pid=share["pid"])
                 return answers
 
-        driver.WorkerGroup = Watched  # type: ignore[misc, attr-defined]
+        session.RayGroup = Watched  # type: ignore[misc, attr-defined]
         rayllp.train(config, output=folder / "run")
 
     def steps(self) -> int:

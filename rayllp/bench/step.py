@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from rayllp.bench.emulated import Emulation, RandomBatches, emulated_stack
-from rayllp.cluster.group import WorkerGroup
+from rayllp.cluster.ray_group import RayGroup
 from rayllp.cluster.staff import Staff
 from rayllp.config import TrainConfig
 from rayllp.control import Controller
@@ -77,7 +77,7 @@ def bench_step(
         architecture, batches = emulated_stack(config, emulate), RandomBatches(config)
         costs, serial_s = emulate.costs(), config.model.layers * emulate.serial
     accuracy = Controller(config).accuracy
-    group = WorkerGroup(config, staff or Staff(config.world, device))
+    group = RayGroup(config, staff or Staff(config.world, device))
     try:
         group.start(architecture, batches)
         group.call("time_steps", [(step, accuracy) for step in range(warm)])

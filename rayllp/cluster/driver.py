@@ -1,37 +1,27 @@
-"""The driver of one run: has the workers do chunks of steps, brings lost ones back, and takes in new ones."""
+"""The driver of one run: starts its workers, has them do chunks of steps, and does what is due between these."""
 
-import math
-import time
 from collections.abc import Sequence
-from itertools import count
 from typing import Any
 
 from rich.console import Console
 
-from rayllp.checkpoint import Folder, checkpoints, count_layers, read_manifest, step_of
+from rayllp.checkpoint import Folder, step_of
 from rayllp.checkpoint.described import write_model_json, write_tokenizer_json
 from rayllp.cluster.evaluation import Evaluator
-from rayllp.cluster.given import Loaded, TrainResult, network_at, whole_network
-from rayllp.cluster.group import WorkerGroup
+from rayllp.cluster.faults import FAULTS, Recovery
+from rayllp.cluster.given import Loaded, TrainResult, whole_network
+from rayllp.cluster.group import ElasticGroup, WorkerGroup
 from rayllp.cluster.interrupt import stopping
-from rayllp.cluster.ledger import Chunk, Ledger
-from rayllp.cluster.names import run_name
-from rayllp.cluster.places import capacity
-from rayllp.cluster.recovery import CopyInterval, FailureBudget
+from rayllp.cluster.ledger import Chunk
+from rayllp.cluster.resizing import Resizing
 from rayllp.cluster.saving import Saver
-from rayllp.cluster.staff import Staff
-from rayllp.cluster.wording import describe_run, describe_stage, listed, where_not_finite
+from rayllp.cluster.training import Training
+from rayllp.cluster.wording import describe_run, describe_stage
 from rayllp.config import TrainConfig
 from rayllp.data import Batches
-from rayllp.errors import ChannelError, NonFiniteError, RayllpError, WorkerLostError
+from rayllp.errors import RayllpError
 from rayllp.models import Architecture
-from rayllp.nested import stage_at
 from rayllp.report import Journal, Listener, RunDirectory
-
-MOVE_S = 10.0
-"""Before its node goes, a worker's layers move, be there new workers or not."""
-WARM_STEPS = 3
-"""Steps before the cost of keeping states is looked at."""
 
 
 class Driver:
@@ -39,37 +29,27 @@ class Driver:
 
     Args:
         listeners: are told what happens.
-        staff: processes to be its workers; None: its own, in a placement group of their own.
-        workers: workers that something other than a staff starts.
 
     Attributes:
         whole: the run's settings.
-        config: those of the stage in hand; without `nested` the same.
+        training: what the workers train and how far it is.
+        resizing, recovery: None where the workers are not elastic: the first fault then ends the run.
     """
 
     def __init__(
-        self, config: TrainConfig, run: RunDirectory, device: str, model: Architecture | None, batches: Batches | None,
-        loaded: Loaded | None, console: Console | None = None, listeners: Sequence[Listener] = (), staff: Staff | None = None,
-        workers: WorkerGroup | None = None,
+        self, config: TrainConfig, run: RunDirectory, workers: WorkerGroup, model: Architecture | None, batches: Batches | None,
+        loaded: Loaded | None, console: Console | None = None, listeners: Sequence[Listener] = (),
     ) -> None:  # fmt: skip
-        self.whole, self.run = config, run
-        self.stage = stage_at(config, 0)
-        room = config.world if workers is not None else len(staff.slots) if staff is not None else capacity(device)
-        self._size = max(config.fewest_workers, min(config.world, room))
-        self.config = self._at_size(self._size)
+        self.whole, self.run, self.workers = config, run, workers
         self.data, self.kept = loaded or Loaded(None, None)
         self.model, self.batches = model, batches
-        self.workers = workers or WorkerGroup(self.config, staff or Staff(self.config.world, device, name=run_name(run.path)))
         self.listeners = listeners
         self.console = console or Console(stderr=True)
         self.stop = False
-        self.saver = Saver(run, self.workers, config)
-        self.evaluator = Evaluator(run, self.workers, self.saver, config.eval, self.data, batches)
-        self.budget = FailureBudget(config.max_failures if self.workers.recovers else 0)
-        self._settled = 0  # the last step after which everything due was done
-        self.copies = CopyInterval(self.config, there=self.workers.recovers)
-        self._warned: frozenset[int] = frozenset()  # ranks whose nodes are known to go
-        self._looked = time.monotonic()  # for room for more workers
+        self.saver = Saver(run, workers, config)
+        self.evaluator = Evaluator(run, workers, self.saver, config.eval, self.data, batches)
+        self.resizing: Resizing | None = None
+        self.recovery: Recovery | None = None
 
     def train(self, found: Sequence[Folder] = ()) -> TrainResult:
         """Run to the last step, or to Ctrl-C.
@@ -83,7 +63,10 @@ class Driver:
         self.run.mend()
         try:
             with Journal.open(self.run, self.whole.steps, begin, self.console, self.listeners) as self.journal:
-                self.ledger = Ledger(self.run, self.journal, self.config)
+                self.training = Training(self.whole, self.run, self.workers, self.saver, self.journal, self.model, self.kept)
+                if isinstance(self.workers, ElasticGroup):
+                    self.resizing = Resizing(self.training, self.workers)
+                    self.recovery = Recovery(self.training, self.workers, self.resizing)
                 start, manifest = self.saver.read_newest(list(found), self.journal) if found else (None, None)
                 step = self._begin(start, manifest)
                 with stopping(self._stop):  # a start that is interrupted leaves nothing
@@ -107,262 +90,95 @@ class Driver:
         self.stop = True
         self.console.print("stopping after this chunk of steps, with a checkpoint; again to stop at once", highlight=False, soft_wrap=True)
 
+    # The start ------------------------------------------------------------------------------------------------------------------
+
     def _begin(self, start: Folder | None, manifest: dict[str, Any] | None) -> int:
         """Start the workers, and have them take over a checkpoint; steps done."""
         step = step_of(start) if start is not None else 0
-        self._enter_stage(step)
+        self.training.enter_stage(step)
         self.run.truncate(step)  # one that ended before its first checkpoint has records too
         while True:
             try:
-                architecture, kept = self._network()
+                architecture, kept = self.training.network()
                 shares = self.workers.start(architecture, self.batches or self.data, kept)
                 if start is not None and manifest is not None:
-                    self._restore(start, manifest)
+                    self.training.restore(start, manifest)
                 break
-            except (WorkerLostError, ChannelError) as error:
-                wait_s = self.budget.spend(step, time.monotonic(), str(error))
-                self.journal.event(step, "fault", reason=f"at the start: {error}", ranks=sorted(_ranks_of(error)))
-                self.journal.say(f"at the start: {error}; all workers start anew")
-                self.workers.dismiss()
-                time.sleep(wait_s)
+            except FAULTS as error:
+                if self.recovery is None:
+                    raise
+                self.recovery.start_anew(step, error)
         write_model_json(self.run.path, whole_network(self.whole, shares[0]["network"]))
         write_tokenizer_json(self.run.path, self.data)
         self.journal.say(self._describe(shares))
         return step
 
-    # Faults ---------------------------------------------------------------------------------------------------------------------
+    def _describe(self, shares: list[dict[str, Any]]) -> str:
+        config = self.training.config
+        network = config.model.family if self.model is None else type(self.model).__name__
+        parameters = sum(share["parameters"] for share in shares) // config.mesh.data
+        left_out = getattr(self.data, "skipped", {})
+        line = describe_run(config, network, parameters, self.workers.device, self.run.path, left_out)
+        return f"{line}; {describe_stage(self.training.stage, self.whole)}" if self.whole.nested.factors else line
+
+    # From there to the end --------------------------------------------------------------------------------------------------------
 
     def _train_through_faults(self, step: int) -> tuple[int, dict[str, float], str]:
+        """Steps done, figures of the last evaluation, and a sample."""
         try:
-            self._keep_in_memory(step)
-        except (WorkerLostError, ChannelError) as error:
+            self.training.start_at(step)
+        except FAULTS as error:
             step = self._recover(error)
         while True:
             try:
-                step = self._train_stages(step)
-                self._save(step)  # first of all: what follows can take long, and be interrupted
-                final, sample = ({}, "") if self.stop else self.evaluator.finish(step, self.journal)
-                self._save(step)
-                self.journal.finish(self.whole, final, sample, step)
-            except (WorkerLostError, ChannelError) as error:
+                return self._train_to_the_end(step)
+            except FAULTS as error:
                 step = self._recover(error)
-            else:
-                return step, final, sample
 
     def _recover(self, error: RayllpError) -> int:
-        """Replace lost workers and take all blocks back to a common step; that step."""
-        began, lost, reached = time.monotonic(), _ranks_of(error), self.ledger.step
-        self.saver.abandon()
-        for attempt in count():
-            self.journal.event(reached, "fault", reason=str(error), ranks=sorted(lost))
-            self.journal.say(f"step {reached}: {error}")
-            now = time.monotonic()
-            wait_s = self.budget.spend_again(attempt, now, str(error)) if attempt else self.budget.spend(self.ledger.step, now, str(error))
-            time.sleep(wait_s)
-            try:
-                reached = max(reached, self.workers.reached(lost))
-                size = max(self.workers.places(lost), self.whole.fewest_workers)
-                if size < len(self.workers.workers) or self.workers.is_halfway or not self.workers.keeps_processes:
-                    step, source = self._resize(size, lost)
-                else:
-                    self.workers.replace(lost)
-                    step, source = self._take_back(lost)
-                if self.copies.every:
-                    self.workers.call("keep", step)
-                break
-            except (WorkerLostError, ChannelError) as another:
-                # Those that were replaced have no state yet, as far as is known.
-                error, lost = another, _ranks_of(another) | (frozenset() if self.workers.is_halfway else lost)
-        seconds = time.monotonic() - began
-        self.journal.event(step, "restore", source=source, ranks=sorted(lost), seconds=round(seconds, 3), steps_lost=reached - step)
-        self.journal.scalar("recovery/seconds", seconds, step)
-        self.journal.say(f"step {step}: going on from {source} after {seconds:.1f} s; {reached - step} steps are done again")
-        return step
+        if self.recovery is None:
+            raise error
+        return self.recovery.recover(error)
 
-    def _take_back(self, lost: frozenset[int]) -> tuple[int, str]:
-        """Blocks and controller as they were after some step: held in memory, else of the last checkpoint, else of none; its source."""
-        step = self.workers.roll_back(lost)
-        if step is None:
-            return self._take_back_from_disk()
-        self._agree_on(step, lost)
-        return step, "memory"
-
-    def _agree_on(self, step: int, lost: frozenset[int]) -> None:
-        """Records and controller as they were after `step` steps, of which the workers' memories know."""
-        if step > self.ledger.step:  # their statistics were lost with the call
-            self._take_in(self.workers.call_some(self.workers.survivors(lost), "report", self.ledger.step, step))
-        elif step < self.ledger.step:
-            self.ledger.rewind(step)
-            self._settled = min(step, self._settled)
-
-    def _take_back_from_disk(self) -> tuple[int, str]:
-        found = checkpoints(self.run.checkpoints)
-        if found:
-            folder, manifest = self.saver.read_newest(found, self.journal)
-            self._rebuild(step_of(folder))
-            return self._restore(folder, manifest), "checkpoint"
-        self._rebuild(0)
-        self.ledger.restart(0)
-        self._settled = 0
-        return 0, "the start"
-
-    def _keep_in_memory(self, step: int) -> None:
-        """A state to come back to before the next step is done."""
-        self.ledger.start_at(step)
-        self._settled = step
-        if self.copies.every:
-            self.workers.call("keep", step)
-
-    # Another number of workers --------------------------------------------------------------------------------------------------
-
-    def _grow(self, step: int) -> None:
-        """Look for room for more workers now and then, and take in those that are there."""
-        most = self.whole.world
-        if len(self.workers.workers) >= most:
-            return
-        if time.monotonic() - self._looked >= self.whole.resize_check_s:
-            self._looked = time.monotonic()
-            self.workers.recruit(most)
-        count = self.workers.recruited()
-        if not count or self._at_size(len(self.workers.workers) + count).world <= len(self.workers.workers):
-            return
-        began = time.monotonic()
-        self._resize_between_steps(step, len(self.workers.workers) + count)
-        self.journal.say(f"step {step}: grown in {time.monotonic() - began:.1f} s")
-
-    def _leave_in_time(self, step: int) -> None:
-        """Move layers off nodes that were told to go, to new workers elsewhere as far as there is room; first of all, a checkpoint."""
-        leaving, left_s = self.workers.leaving()
-        if not leaving:
-            self._warned = frozenset()
-            return
-        if leaving != self._warned:
-            self._warned = leaving
-            known = round(left_s, 1) if math.isfinite(left_s) else None
-            self.journal.event(step, "fault", reason="the node was told to go", ranks=sorted(leaving), seconds_left=known)
-            self.journal.say(
-                f"step {step}: workers {listed(sorted(leaving))} are on nodes that were told to go; their layers move elsewhere"
-            )
-            self.saver.begin(step, self.ledger.controller.state(), self.journal)
-        here = len(self.workers.workers)
-        self.workers.recruit(here + len(leaving))
-        there = here - len(leaving) + min(self.workers.recruited(), len(leaving))
-        size = self._at_size(there).world
-        if size > there or (size < here and left_s > MOVE_S):
-            return  # too few to go on, or others may be there before it is time
-        self.saver.finish(self.journal)
-        self._resize_between_steps(step, size, leaving)
-
-    def _resize_between_steps(self, step: int, size: int, leaving: frozenset[int] = frozenset()) -> None:
-        """Another number of workers, or others, while all are there."""
-        self.workers.call("keep", step)
-        self._resize(size, frozenset(), leaving)
-        self._keep_in_memory(step)
-
-    def _resize(self, size: int, lost: frozenset[int], leaving: frozenset[int] = frozenset()) -> tuple[int, str]:
-        """Share the layers out among another number of workers; the step that they are at, and where their states came from."""
-        began, before = time.monotonic(), self.config
-        self.saver.abandon()
-        step = self.workers.common_step(lost)
-        if step is not None and not self.workers.is_halfway:
-            self._agree_on(step, lost)
-        self._set_size(size)
-        self.workers.reshape(self.config, lost, *self._network(), leaving)
-        source = "memory"
-        if step is None:
-            step, source = self._take_back_from_disk()
-        seconds = round(time.monotonic() - began, 3)
-        if before.world == self.config.world:
-            self.journal.say(f"step {step}: all {before.world} workers are new processes")
-            return step, source
-        self.journal.event(
-            step, "resize", workers_before=before.world, workers=self.config.world, blocks=self.config.blocks, seconds=seconds
-        )
-        self.journal.scalar("train/workers", self.config.world, step)
-        self.journal.say(f"step {step}: {before.world} workers became {self.config.world}, blocks {listed(self.config.blocks, '/')}")
-        return step, source
-
-    def _at_size(self, size: int) -> TrainConfig:
-        return self.stage.config.with_workers(size)
-
-    def _set_size(self, size: int) -> None:
-        """Settings for another number of workers."""
-        self._size = size
-        self.config = self.saver.settings = self.ledger.config = self._at_size(size)
-        self.ledger.first_step = self.ledger.step
-        self.copies = CopyInterval(self.config, there=self.workers.recovers)
-
-    # Stages of nested iteration: one without it ---------------------------------------------------------------------------------
+    def _train_to_the_end(self, step: int) -> tuple[int, dict[str, float], str]:
+        step = self._train_stages(step)
+        self.training.save(step)  # first of all: what follows can take long, and be interrupted
+        final, sample = ({}, "") if self.stop else self.evaluator.finish(step, self.journal)
+        self.training.save(step)
+        self.journal.finish(self.whole, final, sample, step)
+        return step, final, sample
 
     def _train_stages(self, step: int) -> int:
+        """Stages of nested iteration: one without it."""
         while True:
             if self.whole.nested.factors:
-                self.journal.scalar("train/layers", self.config.model.layers, step)
+                self.journal.scalar("train/layers", self.training.config.model.layers, step)
             step = self._loop(step)
             if self.stop or step >= self.whole.steps:
                 return step
-            self._deepen(step)
-
-    def _enter_stage(self, step: int) -> None:
-        """From `step` on: the settings of the stage that does it, and a controller that starts anew, since its network is another."""
-        self.stage = stage_at(self.whole, step)
-        self.config = self.workers.config = self.saver.settings = self._at_size(self._size)
-        self.ledger.enter(self.config)
-
-    def _rebuild(self, step: int) -> None:
-        """Give the same workers new layers, those of the stage that does `step`."""
-        self._enter_stage(step)
-        self.workers.rebuild(self.config, *self._network())
-
-    def _deepen(self, step: int) -> None:
-        """Go on with the next stage's network on the same workers, made of this one's checkpoint."""
-        folder = self._save(step)
-        self._rebuild(step)
-        self._load(folder, read_manifest(folder))
-        self._keep_in_memory(step)
-        self.journal.say(f"step {step}: {describe_stage(self.stage, self.whole)}")
-
-    def _network(self) -> tuple[Architecture | None, dict[str, Any] | None]:
-        return network_at(self.config, self.whole, self.model, self.kept)
-
-    def _load(self, folder: Folder, manifest: dict[str, Any]) -> None:
-        """Take over a checkpoint, of this stage's network or of a shallower one's."""
-        prolongation, config = self.saver.load(folder, manifest, nested=bool(self.whole.nested.factors)), self.config
-        if prolongation is None:
-            self.ledger.controller.restore(manifest["controller"])
-        else:
-            sizes = {"middle_layers": config.middle_layers, "step_size": config.middle_step}
-            self.journal.event(manifest["step"], "deepen", layers_before=count_layers(manifest), layers=config.model.layers, **sizes)
-
-    # The loop -----------------------------------------------------------------------------------------------------------------
+            self.training.deepen(step)
 
     def _loop(self, step: int) -> int:
+        """Chunk after chunk, to the end of the stage."""
+        training, ledger = self.training, self.training.ledger
         while True:
-            if step > self._settled:
+            if step > training.settled:
                 self._between_chunks(step)
-                self._settled = step
-            if step >= self.stage.end or self.stop:
+                training.settled = step
+            if step >= training.stage.end or self.stop:
                 return step
-            self._leave_in_time(step)
-            self._grow(step)
-            self.ledger.begin(step)
+            if self.resizing is not None:
+                self.resizing.adapt(step)
+            ledger.begin(step)
             chunk = self._next_chunk(step)
-            answers = self.workers.call("run", chunk, self.copies.every, timeout_s=self.ledger.expect(chunk))
-            self.ledger.note_time()
-            step = self._take_in(answers)
-            if self.copies.is_open and self.ledger.step >= self.ledger.first_step + WARM_STEPS:
-                self.copies.choose(self.ledger.step_s, self.workers.call("cost_of_copies"), on_cpu=self.workers.device == "cpu")
-            self.workers.keep_spares()  # after a step, so that a spare does not start while a lost worker is waited for
+            answers = self.workers.call("run", chunk, training.copies.every, timeout_s=ledger.expect(chunk))
+            ledger.note_time()
+            step = training.take_in(answers)
+            if self.recovery is not None:
+                self.recovery.prepare()
 
     def _next_chunk(self, step: int) -> Chunk:
-        return self.ledger.next_chunk(step, self.stage.end)
-
-    def _take_in(self, answers: Sequence[list[dict[str, Any]]]) -> int:
-        """What the chunk's steps did; steps done."""
-        faults = self.ledger.take_in(answers)
-        if faults is not None:
-            self._not_finite(self.ledger.step, faults)
-        return self.ledger.step
+        return self.training.ledger.next_chunk(step, self.training.stage.end)
 
     def _between_chunks(self, step: int) -> None:
         """What is due after a chunk; the last step's is done when training ends."""
@@ -370,37 +186,5 @@ class Driver:
             if self.evaluator.is_due(step):
                 self.evaluator.evaluate(step, self.journal)
             if self.saver.is_wanted(step):
-                self.saver.begin(step, self.ledger.controller.state(), self.journal)
+                self.training.begin_save(step)
         self.saver.poll(self.journal)
-
-    # Checkpoints ----------------------------------------------------------------------------------------------------------------
-
-    def _save(self, step: int) -> Folder:
-        return self.saver.save(step, self.ledger.controller.state(), self.journal)
-
-    def _restore(self, folder: Folder, manifest: dict[str, Any]) -> int:
-        self._load(folder, manifest)
-        step = self._settled = int(manifest["step"])
-        self.saver.restored(step)
-        self.ledger.restart(step)
-        self.journal.event(step, "restore", path=str(folder))
-        return step
-
-    def _not_finite(self, step: int, faults: list[tuple[int, int, str] | None]) -> None:
-        where, path = where_not_finite(faults), self._save(step)
-        self.journal.event(step, "fault", reason="not finite", where=where)
-        raise NonFiniteError(
-            f"step {step}: the loss or the gradient is not finite; first at fault: {where}. The optimizer step was not taken; the state "
-            f"before it is in {path}. Look at the batch of this step, lower optimizer.lr, or lengthen optimizer.warmup"
-        )
-
-    def _describe(self, shares: list[dict[str, Any]]) -> str:
-        network = self.config.model.family if self.model is None else type(self.model).__name__
-        parameters = sum(share["parameters"] for share in shares) // self.config.mesh.data
-        left_out = getattr(self.data, "skipped", {})
-        line = describe_run(self.config, network, parameters, self.workers.device, self.run.path, left_out)
-        return f"{line}; {describe_stage(self.stage, self.whole)}" if self.whole.nested.factors else line
-
-
-def _ranks_of(error: RayllpError) -> frozenset[int]:
-    return error.ranks if isinstance(error, WorkerLostError) else frozenset()

@@ -1,209 +1,77 @@
-"""All workers of a run: which layers each has, their process group, and calls to all at once."""
+"""What a run asks of its workers, whatever starts their processes."""
 
-import contextlib
-import math
-import time
-from collections.abc import Collection, Iterable
-from dataclasses import dataclass
+from abc import ABC, abstractmethod
+from collections.abc import Collection
 from typing import Any
 
-import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
-
-from rayllp.channel.pmi import ProcessManager, Rendezvous
-from rayllp.checkpoint.memory import Inventory, Layout, common_step, copy_offset, holder_of
-from rayllp.cluster.places import Slot, draining
-from rayllp.cluster.staff import START_TIMEOUT_S, Staff
-from rayllp.cluster.worker import Plan
 from rayllp.config import TrainConfig
 from rayllp.data import Batches
-from rayllp.errors import ClusterError, RayllpError, WorkerLostError
-from rayllp.models import FAMILIES, Architecture
-
-BROKEN = ("ChannelError", "RuntimeError", "DistBackendError")
-"""Errors of a worker that may only be the echo of another's."""
+from rayllp.models import Architecture
 
 
-@dataclass(frozen=True)
-class Estate:
-    """The states of all blocks after `step` steps while layers are shared out anew; with step None there are none."""
-
-    step: int | None
-    layouts: tuple[Layout, ...]
-    states: tuple[Any, ...]
-
-
-class WorkerGroup:
-    """The workers of one run.
-
-    Args:
-        staff: the processes that they are made of; None where a subclass has others.
+class WorkerGroup(ABC):
+    """All workers of one run, and calls to all at once.
 
     Attributes:
-        recovers: whether training goes on when a worker is lost.
+        config: settings of the network whose layers they have, or will have after `start`.
+        device: cpu or cuda.
     """
 
-    recovers = True
+    config: TrainConfig
+    device: str
 
-    def __init__(self, config: TrainConfig, staff: Staff | None) -> None:
-        self.config, self._staff = config, staff
-        self.workers: list[Any] = []
-        self._slots: list[Slot] = []  # theirs
-        self._nodes: list[str] = []
-        self._offset = 1
-        self._layouts: dict[int, Layout] = {}
-        self._estate: Estate | None = None
-        self._shared: Any = None
-        self._sources: tuple[Architecture | None, dict[str, Any] | None] = (None, None)
-        self._manager: ProcessManager | None = None
-
-    @property
-    def staff(self) -> Staff:
-        """The processes that they are made of."""
-        assert self._staff is not None
-        return self._staff
-
-    @property
-    def device(self) -> str:
-        """cpu or cuda."""
-        return self.staff.device
-
+    @abstractmethod
     def start(self, architecture: Architecture | None, batches: Batches, kept: dict[str, Any] | None = None) -> list[dict[str, Any]]:
         """Create, connect and build all workers; what each says of itself.
 
         Args:
             architecture: a LayerStack of the user's; None: what the settings name.
-            batches: the data set, loaded once and shared through Ray's object store.
+            batches: the data set, loaded once.
             kept: transformers' configuration of a run that goes on.
 
         Raises:
             ClusterError: the resources did not come free, or a worker failed to start.
         """
-        self.staff.wait_for_room()
-        self._slots = self.staff.slots[: self.config.world]
-        self.workers = [self.staff.hire(slot, rank, self.config) for rank, slot in enumerate(self._slots)]
-        self._shared, self._sources = ray.put(batches), (architecture, kept)
-        self._connect()
-        return self._build(range(self.config.world))
 
-    def _connect(self, *, keep_offset: bool = False) -> None:
-        """Join all workers anew. With `keep_offset` the copies that they hold stay those of the same workers' states."""
-        places = self.call("place", timeout_s=START_TIMEOUT_S)
-        self._nodes = [node for node, _ in places]
-        one_node = len(set(self._nodes)) == 1
-        host = "127.0.0.1" if one_node else places[0][1]
-        port = self._get({0: self.workers[0].listen.remote(host)}, START_TIMEOUT_S)[0]
-        backend = self.config.channel if self.config.channel in ("gloo", "nccl") else "nccl" if self.device == "cuda" else "gloo"
-        if not keep_offset:
-            self._offset = copy_offset(self._nodes[: self.config.layer_workers])
-        self.call("connect", host, port, backend, self.device, self._offset, self._begin_mpi(), timeout_s=START_TIMEOUT_S)
-
-    def _begin_mpi(self) -> Rendezvous | None:
-        """Where the workers become an MPI world, where states are to travel by MPI."""
-        self._end_mpi()
-        if self.config.channel != "mpi":
-            return None
-        here = ray.get_runtime_context().get_node_id()
-        self._manager = ProcessManager("127.0.0.1" if {*self._nodes} == {here} else ray.util.get_node_ip_address(), self._nodes)
-        return self._manager.rendezvous
-
-    def _end_mpi(self) -> None:
-        if self._manager is not None:
-            self._manager.close()
-            self._manager = None
-
-    @property
-    def keeps_processes(self) -> bool:
-        """Whether workers can be connected anew. If not, all give up their layers to new processes when one is lost, or comes."""
-        return self.config.channel != "mpi"
-
+    @abstractmethod
     def rebuild(self, config: TrainConfig, architecture: Architecture | None, kept: dict[str, Any] | None = None) -> list[dict[str, Any]]:
         """Give the workers the layers of other settings, which want as many workers, and drop those they have; else as `start`."""
-        self.config, self._sources = config, (architecture, kept)
-        self._reconfigure()
-        return self._build(range(config.world))
 
-    def _build(self, ranks: Iterable[int]) -> list[dict[str, Any]]:
-        # No limit: reading pretrained weights takes as long as it takes, and a worker that dies is noticed.
-        found = self.call_some(ranks, "build", self._sources[0], self._shared, self.device, self._plan())
-        self._layouts |= {share["rank"]: share["layout"] for share in found}
-        return found
-
-    def _plan(self) -> Plan:
-        architecture, kept = self._sources
-        return Plan({} if architecture is not None else dict(FAMILIES), kept)
-
-    # Calls ----------------------------------------------------------------------------------------------------------------------
-
+    @abstractmethod
     def call(self, method: str, *arguments: Any, timeout_s: float | None = None) -> list[Any]:
-        """Call `method` on all workers and wait; their answers by rank.
+        """Call `method` of `BlockWorker` on all workers and wait; their answers by rank.
 
         Raises:
             RayllpError: what a worker raised on purpose.
             WorkerLostError: workers died.
             ClusterError: a worker failed otherwise, or did not answer within the limit.
         """
-        return self.call_some(range(len(self.workers)), method, *arguments, timeout_s=timeout_s)
 
-    def call_some(self, ranks: Iterable[int], method: str, *arguments: Any, timeout_s: float | None = None) -> list[Any]:
-        """The same on some workers; answers in the order of `ranks`."""
-        return self._get({rank: getattr(self.workers[rank], method).remote(*arguments) for rank in ranks}, timeout_s)
+    @abstractmethod
+    def shutdown(self) -> None:
+        """Let the workers go, and give the resources back, if they are not to stay for another run."""
 
-    def _get(self, references: dict[int, Any], timeout_s: float | None) -> list[Any]:
-        # The first answer that fails ends the wait: the others may be blocked on the failed worker until their own time limit.
-        pending, deadline = list(references.values()), None if timeout_s is None else time.monotonic() + timeout_s
-        while pending:
-            left = None if deadline is None else max(0.0, deadline - time.monotonic())
-            ready, pending = ray.wait(pending, num_returns=1, timeout=left)
-            if not ready:
-                late = f"{len(pending)} of {len(references)} workers did not answer within {timeout_s:g} s"
-                raise _lost(lost, late) if (lost := self.lost()) else ClusterError(late)
-            try:
-                ray.get(ready)
-            except (RayTaskError, RayActorError) as error:
-                self._raise(error, references)
-        return list(ray.get(list(references.values())))
 
-    def _raise(self, error: Exception, references: dict[int, Any]) -> None:
-        """Raise what lies behind a failed call: workers that died, else what the culprit raised."""
-        lost = self.lost()
-        if lost:
-            for reference in references.values():  # else Ray prints what nobody asked for
-                with contextlib.suppress(Exception):
-                    ray.get(reference, timeout=0)
-            raise _lost(lost) from error
-        # Nobody died: a worker whose neighbour failed says so first, perhaps.
-        ray.wait(list(references.values()), num_returns=len(references), timeout=self.config.hang_timeout_s)
-        causes = [error.cause if isinstance(error, RayTaskError) and isinstance(error.cause, BaseException) else error]
-        for reference in references.values():
-            try:
-                ray.get(reference, timeout=0)
-            except GetTimeoutError:
-                continue
-            except RayTaskError as other:
-                causes.append(other.cause if isinstance(other.cause, BaseException) else other)
-        cause = next((c for c in causes if type(c).__name__ not in BROKEN), causes[0])
-        if isinstance(cause, RayllpError):
-            raise cause
-        raise ClusterError(f"a worker failed: {type(cause).__name__}: {cause}") from error
+class ElasticGroup(WorkerGroup):
+    """Workers that outlive each other's loss, and whose number may change while they train."""
 
-    def lost(self) -> frozenset[int]:
-        """Ranks of workers that are dead, or do not answer now that others have failed; those are killed."""
-        references = {rank: worker.ping.remote() for rank, worker in enumerate(self.workers)}
-        ray.wait(list(references.values()), num_returns=len(references), timeout=self.config.hang_timeout_s)
-        gone = set()
-        for rank, reference in references.items():
-            try:
-                ray.get(reference, timeout=0)
-            except GetTimeoutError:
-                ray.kill(self.workers[rank], no_restart=True)
-                gone.add(rank)
-            except RayActorError:
-                gone.add(rank)
-        return frozenset(gone)
+    @property
+    @abstractmethod
+    def size(self) -> int:
+        """Workers there are, those that were lost and not yet replaced among them."""
+
+    @property
+    @abstractmethod
+    def keeps_processes(self) -> bool:
+        """Whether workers can be connected anew. If not, all give up their layers to new processes when one is lost, or comes."""
+
+    @abstractmethod
+    def dismiss(self) -> None:
+        """End all processes; `start` makes new ones."""
 
     # After a loss ---------------------------------------------------------------------------------------------------------------
 
+    @abstractmethod
     def replace(self, lost: Collection[int]) -> None:
         """New workers in place of lost ones, all connected anew. The others keep their layers and the states in their memory.
 
@@ -211,82 +79,55 @@ class WorkerGroup:
             WorkerLostError: more were lost meanwhile.
             ClusterError: the resources of the lost did not come back.
         """
-        self.call_some(self.survivors(lost), "leave", timeout_s=START_TIMEOUT_S)
-        for rank in lost:
-            spare = self.staff.take_spare(self._nodes[rank])
-            self.workers[rank] = spare or self.staff.hire(self._slots[rank], rank, self.config)
-            if spare is not None:
-                self._get({rank: self.staff.reassign(spare, rank, self.config)}, START_TIMEOUT_S)
-        self._connect(keep_offset=True)
-        self._build(sorted(lost))
 
+    @abstractmethod
     def keep_spares(self) -> None:
         """Begin to start a spare on each node that has workers and no spare, where the settings want that. Waits for nothing."""
-        if self.config.spare_workers and self.config.max_failures and self.keeps_processes:
-            self.staff.keep_spares(self._nodes, self.config, self._sources[0], self._shared, self._plan())
 
-    def survivors(self, lost: Collection[int]) -> list[int]:
-        """Ranks of all other workers."""
-        return [rank for rank in range(len(self.workers)) if rank not in lost]
-
+    @abstractmethod
     def reached(self, lost: Collection[int]) -> int:
         """Steps that some survivor has done."""
-        return max(self.call_some(self.survivors(lost), "reached"), default=0)
 
+    @abstractmethod
+    def report(self, lost: Collection[int], start: int, stop: int) -> list[list[dict[str, Any]]]:
+        """What the steps from `start` up to `stop` did, as each survivor tells it."""
+
+    @abstractmethod
     def roll_back(self, lost: frozenset[int]) -> int | None:
         """All blocks back to the last step that is held in memory everywhere; that step, or None where there is none.
 
         Args:
             lost: ranks whose workers are new, and get their state from a replica or from the next worker.
         """
-        step, found = self._common_step(lost)
-        if step is None:
-            return None
-        self.call_some(self.survivors(lost), "roll_back", step)
-        for rank in lost:
-            self._get({rank: self.workers[rank].adopt.remote(self._given(rank, step, found))}, None)
-        return step
 
+    @abstractmethod
     def common_step(self, lost: frozenset[int]) -> int | None:
         """The last step that the states of all blocks are held of; None: there is none."""
-        return self._estate.step if self._estate is not None else self._common_step(lost)[0]
-
-    def _common_step(self, lost: frozenset[int]) -> tuple[int | None, dict[int, Inventory]]:
-        """The last step that is held in memory everywhere, and what each survivor holds."""
-        ranks = self.survivors(lost)
-        found = dict(zip(ranks, self.call_some(ranks, "inventory"), strict=True))
-        return (common_step(found, set(lost), self.config.layer_workers, self._offset) if ranks else None), found
-
-    def _given(self, rank: int, step: int, found: dict[int, Inventory]) -> Any:
-        """A reference to the state of a block after `step` steps, from whoever holds it."""
-        holder, neighbour = (rank, False) if rank in found else holder_of(rank, step, found, self.config.layer_workers, self._offset)
-        return self.workers[holder].give.remote(step, neighbour)
 
     # Another number of workers ---------------------------------------------------------------------------------------------------
 
+    @abstractmethod
     def places(self, lost: frozenset[int]) -> int:
         """Workers that can go on at once: the survivors, and those whose place in the cluster outlived them."""
-        return len(self.workers) - len(lost) + sum(self._slots[rank].is_alive() for rank in lost)
 
+    @abstractmethod
     def leaving(self) -> tuple[frozenset[int], float]:
         """Ranks of workers on nodes that were told to go, and the seconds that the first of these has left."""
-        nodes = draining() if self._nodes else {}
-        ranks = frozenset(rank for rank, node in enumerate(self._nodes) if node in nodes)
-        return ranks, min((nodes[self._nodes[rank]] for rank in ranks), default=math.inf)
 
+    @abstractmethod
     def recruit(self, most: int) -> None:
         """Begin to start workers, where the cluster has room, so that there are `most` with those at work. Waits for nothing."""
-        self.staff.recruit(most - len(self.workers), self._slots, self.config)
 
+    @abstractmethod
     def recruited(self) -> int:
         """Recruits that are there."""
-        return self.staff.recruited()
 
     @property
+    @abstractmethod
     def is_halfway(self) -> bool:
         """Whether layers are between two ways of sharing them out, because workers were lost meanwhile: `reshape` goes on with that."""
-        return self._estate is not None
 
+    @abstractmethod
     def reshape(
         self,
         config: TrainConfig,
@@ -297,66 +138,10 @@ class WorkerGroup:
     ) -> list[dict[str, Any]]:
         """Share the layers out anew, among as many workers as `config` says: survivors, recruits that are there, new ones for lost ones.
 
-        Blocks are then at `common_step`, new ones if that is None. States pass from those that hold them through Ray's object store.
+        Blocks are then at `common_step`, new ones if that is None.
 
         Args:
             leaving: workers that give their states, and get no layers.
 
         Returns: what each worker says of itself.
         """
-        self._estate = estate = self._estate or self._collect(lost)
-        self.call_some(self.survivors(lost), "leave", timeout_s=START_TIMEOUT_S)
-        self.config, self._sources = config, (architecture, kept)
-        self._reseat(config.world, lost, leaving if self.keeps_processes else frozenset(self.survivors(lost)))
-        self._reconfigure()
-        self._connect()
-        shares = self._build(range(config.world))
-        if estate.step is not None:
-            gathering = {}
-            for share in shares:
-                holders = [n for n, layout in enumerate(estate.layouts) if not share["sources"].isdisjoint(name for name, _ in layout)]
-                layouts, states = [estate.layouts[n] for n in holders], [estate.states[n] for n in holders]
-                gathering[share["rank"]] = self.workers[share["rank"]].gather.remote(layouts, *states)
-            self._get(gathering, None)
-        self._estate = None
-        return shares
-
-    def _collect(self, lost: frozenset[int]) -> Estate:
-        """All blocks' states, in Ray's object store: the workers give up what they hold next."""
-        step, found = self._common_step(lost)
-        states = {} if step is None else {rank: self._given(rank, step, found) for rank in range(len(self.workers))}
-        if states:
-            ray.wait(list(states.values()), num_returns=len(states), fetch_local=False)
-        return Estate(step, tuple(self._layouts[rank] for rank in states), tuple(states.values()))
-
-    def _reseat(self, world: int, lost: frozenset[int], leaving: frozenset[int]) -> None:
-        """The workers from now on, in the order of their layers: survivors, recruits that are there, then new ones where the lost were."""
-        seats = [(self._slots[rank], self.workers[rank]) for rank in self.survivors(lost | leaving)]
-        self.staff.dismiss([*(worker for _, worker in seats[world:]), *(self.workers[rank] for rank in leaving - lost)])
-        seats = seats[:world]
-        seats += self.staff.take_recruits(world - len(seats))
-        free = self.staff.free([slot for slot, _ in seats])[: world - len(seats)]
-        seats += [(slot, self.staff.hire(slot, len(seats) + number, self.config)) for number, slot in enumerate(free)]
-        self._slots, self.workers = [slot for slot, _ in seats], [worker for _, worker in seats]
-
-    def _reconfigure(self) -> None:
-        self._get({rank: worker.reconfigure.remote(self.config, rank) for rank, worker in enumerate(self.workers)}, START_TIMEOUT_S)
-
-    def dismiss(self) -> None:
-        """End all processes; `start` makes new ones."""
-        self._end_mpi()
-        self.staff.dismiss(self.workers)
-        self.staff.dismiss_idle()
-        self.workers = []
-
-    def shutdown(self) -> None:
-        """Let the workers go, and give the resources back, if they are not to stay for another run."""
-        if ray.is_initialized():  # else the cluster is gone, and a call would start another
-            self.staff.release(zip(self._slots, self.workers, strict=False))
-            self.workers = []
-        self._end_mpi()
-
-
-def _lost(ranks: frozenset[int], why: str = "") -> WorkerLostError:
-    names, plural = ", ".join(map(str, sorted(ranks))), len(ranks) > 1
-    return WorkerLostError(f"worker{'s' if plural else ''} {names} {'were' if plural else 'was'} lost{why and f' ({why})'}", ranks)

@@ -12,7 +12,7 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from rayllp.cluster.given import TrainResult
 from rayllp.cluster.group import WorkerGroup
 from rayllp.cluster.places import threads_of
 from rayllp.cluster.prepare import prepare
-from rayllp.cluster.worker import BlockWorker
+from rayllp.cluster.worker import BlockWorker, Plan
 from rayllp.config import TrainConfig, make_config
 from rayllp.data import Batches
 from rayllp.errors import ClusterError, RayllpError, SettingsError
@@ -86,7 +86,7 @@ def train_launched(
         device = _device(config, here)
         run = run or RunDirectory.create(output, config)
         group = LaunchedGroup(config, device, here, others)
-        result = Driver(config, run, device, None, None, loaded, console, workers=group).train(found)
+        result = Driver(config, run, group, None, None, loaded, console).train(found)
     except BaseException as error:
         others.abandon(error)
         raise
@@ -217,42 +217,43 @@ class _Others:
 
 
 class LaunchedGroup(WorkerGroup):
-    """All workers of a run whose processes MPI's launcher started."""
+    """All workers of a run whose processes MPI's launcher started.
 
-    recovers = False
+    A worker that fails at something that others take part in ends all processes.
+    """
 
     def __init__(self, config: TrainConfig, device: str, here: Launched, others: _Others) -> None:
-        super().__init__(config, None)
-        self._device, self._here, self._others = device, here, others
+        self.config, self.device = config, device
+        self._here, self._others = here, others
         self._mine: LaunchedWorker | None = None
-
-    @property
-    def device(self) -> str:
-        return self._device
+        self._batches: Batches | None = None
 
     def start(self, architecture: Architecture | None, batches: Batches, kept: dict[str, Any] | None = None) -> list[dict[str, Any]]:
-        self.workers = list(range(self.config.world))
-        for rank in self.workers[1:]:
-            self._others.ask(rank, "begin", rank, self.config, self._device)
-        self._mine = LaunchedWorker(0, self.config, self._here, self._device)
-        self._collect_answers({rank: self._others.answer(rank) for rank in self.workers[1:]})
-        self._shared, self._sources = batches, (architecture, kept)
-        self._connect()
-        return self._build(range(self.config.world))
-
-    def _connect(self, *, keep_offset: bool = False) -> None:
-        assert self._mine is not None
+        """Each process, this one among them, makes its worker; they are connected for good."""
+        others = range(1, self.config.world)
+        for rank in others:
+            self._others.ask(rank, "begin", rank, self.config, self.device)
+        self._mine, self._batches = LaunchedWorker(0, self.config, self._here, self.device), batches
+        _unpack({rank: self._others.answer(rank) for rank in others})
         host = self._mine.place()[1]
         port = self._mine.listen(host)
-        self.call("connect", host, port, "nccl" if self._device == "cuda" else "gloo", self._device, self._offset)
+        self.call("connect", host, port, "nccl" if self.device == "cuda" else "gloo", self.device, 1)
+        return self._build(architecture, kept)
 
-    def _reconfigure(self) -> None:
-        for rank in self.workers:
-            self.call_some([rank], "reconfigure", self.config, rank)
+    def rebuild(self, config: TrainConfig, architecture: Architecture | None, kept: dict[str, Any] | None = None) -> list[dict[str, Any]]:
+        self.config = config
+        for rank in range(config.world):
+            self._call_some([rank], "reconfigure", config, rank)
+        return self._build(architecture, kept)
 
-    def call_some(self, ranks: Iterable[int], method: str, *arguments: Any, timeout_s: float | None = None) -> list[Any]:
-        """As on Ray; a worker that fails at something that others take part in ends all, and a limit is the channel's."""
-        ranks = list(ranks)
+    def _build(self, architecture: Architecture | None, kept: dict[str, Any] | None) -> list[dict[str, Any]]:
+        return self.call("build", architecture, self._batches, self.device, Plan.of(architecture, kept))
+
+    def call(self, method: str, *arguments: Any, timeout_s: float | None = None) -> list[Any]:
+        """`timeout_s` is not looked at: the channel has a limit."""
+        return self._call_some(range(self.config.world), method, *arguments)
+
+    def _call_some(self, ranks: Sequence[int], method: str, *arguments: Any) -> list[Any]:
         for rank in ranks:
             if rank > 0:
                 self._others.ask(rank, method, *arguments)
@@ -263,19 +264,17 @@ class LaunchedGroup(WorkerGroup):
             except Exception as error:
                 answers[0] = False, error
         answers |= {rank: self._others.answer(rank) for rank in ranks if rank > 0}
-        self._collect_answers(answers)
-        return [answers[rank][1] for rank in ranks]
-
-    @staticmethod
-    def _collect_answers(answers: dict[int, tuple[bool, Any]]) -> None:
-        for rank, (worked, answer) in answers.items():
-            if not worked:
-                if isinstance(answer, RayllpError):
-                    raise answer
-                raise ClusterError(f"worker {rank} failed: {type(answer).__name__}: {answer}") from answer
-
-    def keep_spares(self) -> None:
-        pass
+        return _unpack(answers)
 
     def shutdown(self) -> None:
-        self.workers = []
+        """Nothing: the processes are the launcher's, and end with the program."""
+
+
+def _unpack(answers: dict[int, tuple[bool, Any]]) -> list[Any]:
+    """The answers of workers that did what they were asked; else the first failure is raised."""
+    for rank, (worked, answer) in answers.items():
+        if not worked:
+            if isinstance(answer, RayllpError):
+                raise answer
+            raise ClusterError(f"worker {rank} failed: {type(answer).__name__}: {answer}") from answer
+    return [answer for _, answer in answers.values()]

@@ -14,6 +14,7 @@ from rayllp.cluster.given import TrainResult
 from rayllp.cluster.metrics import ClusterMetrics
 from rayllp.cluster.places import choose_device
 from rayllp.cluster.prepare import prepare
+from rayllp.cluster.ray_group import RayGroup
 from rayllp.cluster.staff import Staff
 from rayllp.config import TrainConfig
 from rayllp.data import Batches
@@ -54,8 +55,9 @@ def train(
         device = choose_device(config)
         staff = _kept.staff(config, device) if _kept is not None else None
         run = run or RunDirectory.create(output, config)
+        workers = RayGroup.for_run(config, run.path, device, staff)
         told = [ClusterMetrics(run.path.name), *listeners]
-        return Driver(config, run, device, model, batches, loaded, console, told, staff).train(found)
+        return Driver(config, run, workers, model, batches, loaded, console, told).train(found)
 
 
 # Several trainings with the same processes ----------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec, Self, TypeVar
 
 import ray
 import torch
@@ -54,6 +54,11 @@ class Plan:
 
     families: dict[str, str] = field(default_factory=dict)
     kept: dict[str, Any] | None = None
+
+    @classmethod
+    def of(cls, architecture: Architecture | None, kept: dict[str, Any] | None) -> Self:
+        """Of what the driver knows; an architecture of the user's own needs no adapter."""
+        return cls({} if architecture is not None else dict(FAMILIES), kept)
 
 
 def _leaving(method: Callable[P, R]) -> Callable[P, R]:

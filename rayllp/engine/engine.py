@@ -5,8 +5,7 @@ the gradient norm, the loss and the residuals together.
 """
 
 import time
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -15,7 +14,6 @@ from torch import Tensor
 
 from rayllp.channel.base import Channel, MessageTag, StateSpec
 from rayllp.channel.local import LocalChannel
-from rayllp.channel.wired import WiredChannel
 from rayllp.config import TrainConfig
 from rayllp.control import Accuracy, ProbePlan
 from rayllp.data.base import Batches, Inputs
@@ -25,7 +23,7 @@ from rayllp.engine.diagnosis import diagnose
 from rayllp.engine.gradients import add_shared_gradients, average_over_replicas
 from rayllp.engine.optimizer import build_optimizer, learning_rate, scale_gradients, squared_gradient_norm
 from rayllp.engine.peer import TorchBraidSolver
-from rayllp.engine.pipeline import Pipeline, StageModule, count_microbatches
+from rayllp.engine.pipeline import Pipeline, PlainAutograd, exact_gradients, slices
 from rayllp.engine.probe import Bias, Probing
 from rayllp.engine.smoothness import add_smoothness_gradient
 from rayllp.engine.sums import Sums
@@ -33,7 +31,7 @@ from rayllp.engine.trajectory import AdjointPropagator, ExactPropagator, Forward
 from rayllp.mgrit import Hierarchy, Method, MGRITResult, Propagator, solve
 from rayllp.models.base import Architecture
 from rayllp.state import State, combine, detach, like, tensors
-from rayllp.timeline import TimedChannel, TimedPropagator, Timeline
+from rayllp.timeline import TimedChannel, TimedPropagator, Timeline, span_on
 
 Factors = tuple[tuple[float | None, ...], ...]
 
@@ -101,9 +99,8 @@ class Engine:
         self.optimizer = build_optimizer(self.block.parameters, config.optimizer)
         self.penalty: Consistency | None = None
         self.timeline: Timeline | None = None
-        self._pipeline: Pipeline | None = None
+        self._exact: PlainAutograd | Pipeline | None = None
         self._peer: TorchBraidSolver | None = None
-        self._whole = StageModule(self.block)
         self._hierarchies: dict[int, tuple[Hierarchy, Hierarchy]] = {}
         self._specs: dict[tuple[torch.Size, ...], StateSpec] = {}
 
@@ -111,7 +108,7 @@ class Engine:
         """Let go of the other workers; the layers stay."""
         alone = LocalChannel.alone()
         self.layers, self.replicas = alone, alone
-        self._pipeline = self._peer = None
+        self._exact = self._peer = None
 
     def reconnect(self, layer_channel: Channel, data_channel: Channel) -> None:
         """Go on among other workers, with the same block; a step that was cut short has left nothing."""
@@ -197,19 +194,16 @@ class Engine:
         """Gradients of scale × summed loss into `.grad`; the loss (on the last worker), and the last part's solves."""
         self.penalty = self.make_penalty(accuracy)
         if accuracy.serial:
-            pipeline = self.pipeline(inputs, len(samples))
-            if pipeline is not None:
-                pipeline.timeline = self.timeline
-                return pipeline.step(step, inputs, targets, samples, scale, self.penalty), None, None
+            self._exact = self._exact or exact_gradients(self.block, self.layers, inputs, len(samples))
+            if self._exact is not None:
+                self._exact.timeline = self.timeline
+                return self._exact.step(step, inputs, targets, samples, scale, self.penalty), None, None
         loss = torch.zeros((), device=self.device, dtype=self.block.dtype)
         forward = backward = None
-        for part in self.parts(len(samples)):
+        for part in slices(len(samples), self.config.accumulate):
             arguments = (step, combine(lambda whole, part=part: whole[part], inputs), targets[part], samples[part], scale)
-            if accuracy.serial and self.layers.size == 1:
-                loss += self.plain_gradients(*arguments)
-            else:
-                part_loss, forward, backward = self.parallel_gradients(accuracy, *arguments)
-                loss += part_loss
+            part_loss, forward, backward = self.parallel_gradients(accuracy, *arguments)
+            loss += part_loss
         return loss, *((None, None) if accuracy.serial else (forward, backward))
 
     def make_penalty(self, accuracy: Accuracy) -> Consistency | None:
@@ -221,22 +215,6 @@ class Engine:
         intervals = {n: Interval(n, min(n + c, stop), config.mgrit.coarse_step_weight) for n in range(start, stop, c)}
         value = torch.zeros((), dtype=torch.float64, device=self.device)
         return Consistency(accuracy.consistency / config.batch_size, intervals, value)
-
-    def parts(self, batch: int) -> Iterator[slice]:
-        """The slices of gradient accumulation."""
-        size = batch // self.config.accumulate
-        yield from (slice(start, start + size) for start in range(0, batch, size))
-
-    def plain_gradients(self, step: int, inputs: Inputs, targets: Tensor, samples: tuple[int, ...], scale: float) -> Tensor:
-        """Plain autograd: one worker holds the whole network."""
-        self.block.begin(step, samples, inputs, training=True)
-        self._whole.penalty = self.penalty
-        with self.span("forward"):
-            outputs = self._whole(*tensors(inputs))
-            loss = self.block.architecture.training_loss(outputs, targets) * scale
-        with self.span("adjoint"):
-            loss.backward()
-        return loss.detach()
 
     def parallel_gradients(
         self, accuracy: Accuracy, step: int, inputs: Inputs, targets: Tensor, samples: tuple[int, ...], scale: float
@@ -308,7 +286,7 @@ class Engine:
 
     def span(self, solve: str, kind: str = "compute") -> AbstractContextManager[None]:
         """What happens inside, on the timeline, if there is one."""
-        return nullcontext() if self.timeline is None else self.timeline.span(kind, solve)
+        return span_on(self.timeline, solve, kind)
 
     def loss_and_seed(self, output: State | None, targets: Tensor, scale: float) -> tuple[Tensor, State]:
         """Loss, gradients of closing buffers and head, and λ_N."""
@@ -318,19 +296,6 @@ class Engine:
         loss.backward()
         seed = tuple(torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves)
         return loss.detach(), like(output, seed)
-
-    def pipeline(self, inputs: Inputs, batch: int) -> Pipeline | None:
-        """The 1F1B pipeline; None where one worker holds all, or the batch cannot be cut finely enough."""
-        group = self.layers.group if isinstance(self.layers, WiredChannel) else None
-        if self.layers.size == 1 or group is None:
-            return None
-        if self._pipeline is None:
-            parts = self.config.accumulate
-            microbatches = parts * count_microbatches(batch // parts, self.layers.size, self.config.microbatches)
-            if microbatches < self.layers.size:
-                return None
-            self._pipeline = Pipeline(self.block, group, inputs, microbatches)
-        return self._pipeline
 
     def reduce_statistics(
         self, step: int, loss: Tensor, forward: MGRITResult | None, backward: MGRITResult | None, probing: Probing | None = None

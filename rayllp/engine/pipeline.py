@@ -1,7 +1,7 @@
 """Serial mode: exact gradients over the same blocks.
 
 Several workers run torch.distributed.pipelining's 1F1B over microbatches, so that nothing moves when training switches from parallel to
-serial; one worker runs plain autograd.
+serial; one worker runs plain autograd. Where neither can be, the caller solves exactly with MGRIT on one level.
 """
 
 from collections.abc import Callable, Iterator
@@ -12,12 +12,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from rayllp.channel.base import Channel
+from rayllp.channel.wired import WiredChannel
 from rayllp.data.base import Inputs
 from rayllp.engine.block import Block, Moment
 from rayllp.engine.consistency import Consistency, Watch
 from rayllp.errors import SettingsError
 from rayllp.state import State, combine, tensors
-from rayllp.timeline import Timeline
+from rayllp.timeline import Timeline, span_on
 
 
 class StageModule(nn.Module):
@@ -63,6 +65,49 @@ class StageModule(nn.Module):
         for n in layers[1:]:
             state = self.block.layer(n, state)
         return watch.end(state)
+
+
+def slices(batch: int, parts: int) -> Iterator[slice]:
+    """The parts of gradient accumulation."""
+    size = batch // parts
+    yield from (slice(start, start + size) for start in range(0, batch, size))
+
+
+def exact_gradients(block: Block, layers: Channel, inputs: Inputs, batch: int) -> "PlainAutograd | Pipeline | None":
+    """What forms exact gradients on this worker: plain autograd where it holds all layers, else the 1F1B pipeline.
+
+    None: the channel has no process group, or the batch cannot be cut finely enough.
+    """
+    if layers.size == 1:
+        return PlainAutograd(block)
+    group = layers.group if isinstance(layers, WiredChannel) else None
+    parts = block.config.accumulate
+    microbatches = parts * count_microbatches(batch // parts, layers.size, block.config.microbatches)
+    return None if group is None or microbatches < layers.size else Pipeline(block, group, inputs, microbatches)
+
+
+class PlainAutograd:
+    """The whole network on one worker."""
+
+    def __init__(self, block: Block) -> None:
+        self.block, self.module = block, StageModule(block)
+        self.timeline: Timeline | None = None
+
+    def step(
+        self, step: int, inputs: Inputs, targets: Tensor, samples: tuple[int, ...], scale: float, penalty: Consistency | None
+    ) -> Tensor:
+        """Gradients of scale × summed loss into `.grad`, part by part of gradient accumulation; the scaled loss."""
+        block, self.module.penalty = self.block, penalty
+        total = torch.zeros((), device=block.device, dtype=block.dtype)
+        for part in slices(len(samples), block.config.accumulate):
+            mine = combine(lambda whole, part=part: whole[part], inputs)
+            block.begin(step, samples[part], mine, training=True)
+            with span_on(self.timeline, "forward"):
+                loss = block.architecture.training_loss(self.module(*tensors(mine)), targets[part]) * scale
+            with span_on(self.timeline, "adjoint"):
+                loss.backward()
+            total += loss.detach()
+        return total
 
 
 def count_microbatches(batch: int, workers: int, wanted: int | None) -> int:

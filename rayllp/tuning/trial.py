@@ -15,6 +15,7 @@ from rayllp.checkpoint import Folder, checkpoints, locate, remove, step_of
 from rayllp.cluster.driver import Driver
 from rayllp.cluster.given import Loaded
 from rayllp.cluster.prepare import kept_network, validate
+from rayllp.cluster.ray_group import RayGroup
 from rayllp.cluster.staff import Staff
 from rayllp.config import TrainConfig, load_run_config
 from rayllp.control import Controller
@@ -46,7 +47,7 @@ class TrialDriver(Driver):
             self.evaluator.evaluate(step, self.journal)
         if self.evaluator.last == step and step < self.whole.steps:
             # Tune may end this process in report(): what it is to go on from must be complete.
-            report(self.reporter.report(), self._save(step), self.run)
+            report(self.reporter.report(), self.training.save(step), self.run)
         self.stop = self.stop or over
 
 
@@ -67,7 +68,8 @@ def train_trial(choices: dict[str, Any], *, sweep: Sweep, output: str, data: Any
     staff = _staff_for(config, get_current_placement_group(), 1 if sweep.driver_cpus else 0)
     # What the sweep has checked with its data is not checked again: that alone would need transformers, whose import takes seconds.
     loaded = Loaded(data, kept_network(config, run)) if data is not None else validate(config, None, None, run)
-    driver = TrialDriver(config, run, staff.device, None, None, loaded, Console(quiet=True), [reporter], staff)
+    workers = RayGroup.for_run(config, run.path, staff.device, staff)
+    driver = TrialDriver(config, run, workers, None, None, loaded, Console(quiet=True), [reporter])
     driver.reporter = reporter
     try:
         driver.train(found)
