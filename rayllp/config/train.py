@@ -124,7 +124,8 @@ class TrainConfig(Settings):
         if not isinstance(self.workers, WorkerRange):
             return self
         values, failure = self.model_dump(), "the range ends above that"
-        values["adaptive"]["consistency"] = self.consistency  # the number of workers is to change nothing but the time
+        # The number of workers is to change nothing but the time.
+        values["adaptive"] |= {"consistency": self.consistency, "steer": self.steers}
         for size in range(min(count, self.workers.max), self.workers.min - 1, -1):
             try:
                 return type(self).model_validate(values | {"workers": size})
