@@ -51,6 +51,14 @@ def test_bad_settings_are_refused_in_words(override, message):
         load_config(None, [override])
 
 
+def test_levels_that_a_ladder_alone_asks_for_are_refused_too():
+    serial = {"model": {"layers": 8}, "mgrit": {"levels": {"forward": 1, "backward": 1}}}  # four middle layers are one interval
+    for ladder in (None, ["0+1"]):
+        make_config({**serial, "adaptive": {"ladder": ladder}})
+    with pytest.raises(SettingsError, match=r"coarsening \[4\] of 4 layers leaves one coarse step"):
+        make_config({**serial, "adaptive": {"ladder": ["0+1", "1+1"]}})
+
+
 def test_all_faults_are_listed_at_once():
     with pytest.raises(SettingsError) as caught:
         make_config({"steps": -1, "sede": 1, "model": {"width": "wide"}})

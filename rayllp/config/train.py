@@ -182,6 +182,12 @@ class TrainConfig(Settings):
         return (forward, backward, None), (forward + 1, backward, None), (forward + 1, backward + 1, None)
 
     @property
+    def rung_levels(self) -> int:
+        """Levels of a rung's forward solve, where it is not serial: a ladder may have such rungs where mgrit.levels.forward is 1."""
+        levels = self.mgrit.levels
+        return levels.forward if levels.forward > 1 else max(2, levels.backward)
+
+    @property
     def consistency(self) -> float:
         """Weight of the consistency penalty that training begins with."""
         if self.adaptive.consistency is not None:
@@ -260,7 +266,8 @@ class TrainConfig(Settings):
         self._check_torchbraid()
         self._check_consistency()
         try:
-            for levels in {self.mgrit.levels.forward, self.mgrit.levels.backward}:
+            climbs = self.mode != "serial" and any(forward for forward, _, _ in self.ladder)
+            for levels in {self.mgrit.levels.forward, self.mgrit.levels.backward, *([self.rung_levels] if climbs else [])}:
                 self.hierarchy(levels)
             stages(self)
         except SettingsError as error:

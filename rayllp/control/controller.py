@@ -299,10 +299,9 @@ class Controller:
 
 def _rung(config: TrainConfig, forward: int, backward: int, relaxation: Relaxation | None) -> Accuracy:
     levels = config.mgrit.levels
-    parallel = levels.forward if levels.forward > 1 else max(2, levels.backward)
     return Accuracy(
         serial=False,
-        levels_forward=1 if forward == 0 else parallel,
+        levels_forward=1 if forward == 0 else config.rung_levels,
         levels_backward=levels.backward,
         iterations_forward=max(1, forward),
         iterations_backward=backward,
