@@ -132,8 +132,8 @@ def test_an_encoder_and_a_decoder_are_refused():
 
 def test_they_are_refused_before_a_worker_starts():
     options = {"family": "mt", "model": {"layers": 18, "encoder_layers": 9}}
-    for workers, refused in ((1, True), (2, False)):
-        config = settings(batched=True, workers=workers, **options)
+    for workers, mode, refused in ((1, "parallel", True), (1, "serial", False), (2, "parallel", False)):
+        config = settings(batched=True, workers=workers, mode=mode, **options)
         architecture = build_architecture(config, RandomBatches("mt", "auto").facts)
         with pytest.raises(SettingsError, match="one is the encoder's, one the decoder's") if refused else nullcontext():
             check_batched(config, architecture)

@@ -67,7 +67,8 @@ def check_batched(config: TrainConfig, architecture: Architecture) -> None:
     for name, chosen in (("mgrit.batched", config.mgrit.batched), ("compile", config.compile)):
         if chosen and architecture.stochastic:
             raise SettingsError(f"{name}=true and dropout, whose masks go by layer and sample: set model.dropout=0 or {name}=false")
-    if config.mgrit.batched and min(config.mgrit.levels.forward, config.mgrit.levels.backward) > 1:
+    levels = config.mgrit.levels
+    if config.mgrit.batched and config.mode != "serial" and min(levels.forward, levels.backward) > 1:
         _check_kinds(config, architecture)
 
 
