@@ -124,6 +124,39 @@ def test_settings_changed_before_a_resumption_have_the_last_word():
     assert shorter.accuracy.name == "1+1"
 
 
+def test_a_run_that_is_made_longer_comes_back_from_the_switch_at_its_old_end():
+    ended = Controller(make_config({"steps": 250}))
+    assert ended.begin(200).rung == "serial"
+    longer = Controller(make_config({"steps": 500}))
+    longer.restore(ended.state())
+    decision = longer.begin(250)  # its own switch is at 400
+    assert (decision.rung, decision.reason) == ("2+1", "adaptive.switch_at is ahead again")
+    assert longer.probe(299) is not None
+    assert longer.begin(251) is None
+    assert longer.begin(400).rung == "serial"
+    # One that a fault has switched stays so, and so does one of an earlier version, which did not keep what the switch left.
+    faulty = controller(return_below=None)
+    feed(faulty, [3.0])
+    old = {name: value for name, value in ended.state().items() if name not in ("left", "consistency")}
+    for state in (faulty.state(), old):
+        same = Controller(make_config({"steps": 500}))
+        same.restore(state)
+        assert same.begin(250) is None
+        assert same.serial
+
+
+def test_a_penalty_that_was_set_anew_is_not_the_one_that_was_steered():
+    steered = Controller(make_config({}))
+    for n in range(3):
+        steered.observe(n, Probe(bias=0.01))
+    assert steered.accuracy.consistency == 0.15
+    # Five workers for four intervals: there is no penalty by default, whose intervals they would cut.
+    for changes, weight in (({}, 0.15), ({"adaptive": {"consistency": 2}}, 2), ({"adaptive": {"consistency": 0}}, 0), ({"workers": 5}, 0)):
+        resumed = Controller(make_config(changes))
+        resumed.restore(steered.state())
+        assert resumed.accuracy.consistency == weight
+
+
 def test_probes_are_planned():
     control = controller(rule="both", exact_every=2)
     assert [step for step in range(40) if control.probe(step)] == [0, 9, 19, 29, 39]

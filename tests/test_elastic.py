@@ -55,6 +55,9 @@ def test_a_range_of_workers():
     # A penalty needs whole intervals on each worker: the largest number that serves is taken.
     penalised = tiny(workers={"min": 1, "max": 2}, adaptive={"consistency": 1.0})
     assert penalised.with_workers(2).world == 2
+    # More workers than intervals: no penalty, hence none to steer, with fewer of them too.
+    steered = tiny(workers={"min": 1, "max": 4}, mode="adaptive", adaptive={"rule": "bias", "steer": True})
+    assert (steered.consistency, steered.with_workers(2).world, steered.with_workers(2).consistency) == (0, 2, 0)
     with pytest.raises(SettingsError, match="min 3 is above max 2"):
         tiny(workers={"min": 3, "max": 2})
     with pytest.raises(SettingsError, match=r"leave out mesh\.layer"):

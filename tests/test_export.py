@@ -14,11 +14,12 @@ from typer.testing import CliRunner
 from rayllp import LayerStack
 from rayllp.channel import LocalChannel, run_workers
 from rayllp.channel.base import MessageTag
-from rayllp.checkpoint import PieceWriter, checkpoints, commit, staging
+from rayllp.checkpoint import PieceWriter, checkpoints, commit, locate, staging
 from rayllp.checkpoint import export as export_module
 from rayllp.checkpoint.described import TOKENIZER_JSON, read_model_json, write_model_json, write_tokenizer_json
 from rayllp.checkpoint.export import export
 from rayllp.cli import app
+from rayllp.cluster import prepare
 from rayllp.config import load_config, to_yaml
 from rayllp.control import Accuracy
 from rayllp.engine import Engine
@@ -594,3 +595,30 @@ def test_nothing_pretrained_has_nothing():
     nothing = PretrainedWeights.open(None, architecture.model)
     assert not nothing.has("transformer.h.0")
     assert nothing.place("transformer.h.0.ln_1.weight") is None
+
+
+@pytest.mark.parametrize("url", [False, True])
+def test_a_copy_that_somebody_made_beside_checkpoints_is_none(tmp_path, url):
+    root = locate(f"memory://{tmp_path.name}") if url else tmp_path
+    for step in (3, 6):
+        commit(staging(root, step), step, {}, {}, keep=9)
+    for name in ("step_6_good", "step_6_1", "step_old"):  # int("6_1") is 61
+        (root / name).mkdir()
+        (root / name / "manifest.json").write_text("{}")
+    (root / "step_notes").mkdir()
+    (root / "step_notes" / "text").write_text("mine")
+    commit(staging(root, 9), 9, {}, {}, keep=1)
+    assert [path.name for path in checkpoints(root)] == ["step_9"]
+    assert (root / "step_6_good" / "manifest.json").is_file()
+    assert (root / "step_notes" / "text").is_file()
+
+
+def test_a_damaged_manifest_does_not_hide_whose_checkpoints_they_are(tmp_path):
+    config = tiny(checkpoint={"path": str(tmp_path)})
+    commit(staging(tmp_path, 3), 3, {}, {"config": config.model_dump(mode="json")}, keep=9)
+    commit(staging(tmp_path, 6), 6, {}, {}, keep=9)
+    (tmp_path / "step_6" / "manifest.json").write_text('{"format": 2, "st')
+    # Who reads them takes the one that is whole.
+    assert [path.name for path in prepare._find_own(str(tmp_path), config)] == ["step_3", "step_6"]
+    with pytest.raises(SettingsError, match="checkpoints of a run with other seed"):
+        prepare._find_own(str(tmp_path), tiny(seed=1, checkpoint={"path": str(tmp_path)}))

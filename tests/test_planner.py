@@ -13,9 +13,11 @@ from rayllp.config import make_config
 from rayllp.control import Controller
 from rayllp.errors import SettingsError
 from rayllp.plan import Costs, Device, LayerModel, make_plan, predict
+from rayllp.plan.measure import measure_costs
 from rayllp.plan.planner import _solves
 from rayllp.quantities import quantity
 from rayllp.report.plan import measured_biases
+from tests.test_families import RandomBatches, config_of
 
 FREE = Device(latency_s=1e-9, bandwidth=1e18)
 
@@ -161,3 +163,15 @@ def test_the_command(tmp_path):
     files[0].write_text("{}")
     with pytest.raises(SettingsError, match="bench layers --json"):
         CliRunner().invoke(app, arguments, catch_exceptions=False)
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("gpt2", {"model": {"layers": 6}, "buffers": {"open": 2, "close": 2}, "mgrit": {"levels": {"forward": 1, "backward": 1}}}),
+        ("mt", {"model": {"layers": 12, "encoder_layers": 7}}),
+    ],
+)
+def test_layers_are_timed_where_few_are_left_of_a_network(family, changes):
+    costs = measure_costs(config_of(family, **changes), RandomBatches(family, "auto"), message_s=0.0, rounds=1)
+    assert min(costs.forward, costs.record, costs.full_gradient) > 0

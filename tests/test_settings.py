@@ -40,11 +40,23 @@ FIXED_NAMES = (
         ("model=3", "model: "),
         ("accumulate=3", "do not divide into accumulate=3"),
         ("novalue", "write key=value"),
+        ("optimizer.lr=inf", "optimizer.lr: .*finite number.*inf"),
+        ("step.middle=nan", "step.middle"),
+        ("step.middle=nan/N", "give a positive number"),
+        ("optimizer.betas=[0.9, 1.0]", r"betas \(0.9, 1.0\): each must be at least 0 and below 1"),
     ],
 )
 def test_bad_settings_are_refused_in_words(override, message):
     with pytest.raises(SettingsError, match=message):
         load_config(None, [override])
+
+
+def test_levels_that_a_ladder_alone_asks_for_are_refused_too():
+    serial = {"model": {"layers": 8}, "mgrit": {"levels": {"forward": 1, "backward": 1}}}  # four middle layers are one interval
+    for ladder in (None, ["0+1"]):
+        make_config({**serial, "adaptive": {"ladder": ladder}})
+    with pytest.raises(SettingsError, match=r"coarsening \[4\] of 4 layers leaves one coarse step"):
+        make_config({**serial, "adaptive": {"ladder": ["0+1", "1+1"]}})
 
 
 def test_all_faults_are_listed_at_once():
@@ -85,6 +97,14 @@ def test_files_that_are_no_settings(tmp_path):
     (tmp_path / "broken.yaml").write_text("a: [")
     with pytest.raises(SettingsError, match="is not YAML"):
         load_config(tmp_path / "broken.yaml")
+    (tmp_path / "latin.yaml").write_bytes("name: é".encode("latin-1"))
+    with pytest.raises(SettingsError, match=r"latin\.yaml is not UTF-8 text \(.* at byte 6\)"):
+        load_config(tmp_path / "latin.yaml")
+
+
+def test_a_group_that_a_file_leaves_empty_can_be_set(tmp_path):
+    (tmp_path / "config.yaml").write_text("mgrit:\n")
+    assert load_config(tmp_path / "config.yaml", ["mgrit.coarsening=8"]).mgrit.coarsening == 8
 
 
 def test_blocks_are_cut_at_c_points_where_that_is_free():

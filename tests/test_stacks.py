@@ -1,5 +1,6 @@
 """Intervals swept side by side: the same numbers as one after another, in one call of a layer for all of them."""
 
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -11,9 +12,9 @@ from rayllp.control import Accuracy
 from rayllp.engine.block import Block
 from rayllp.engine.gradients import add_shared_gradients
 from rayllp.errors import SettingsError
-from rayllp.models import LayerStack
+from rayllp.models import LayerStack, build_architecture, check_batched
 from tests.conftest import make_engine, merge, tiny, train_engine
-from tests.test_families import config_of, make
+from tests.test_families import RandomBatches, config_of, make
 
 ONE = Accuracy(serial=False, levels_forward=2, levels_backward=2, iterations_forward=1, iterations_backward=1)
 TWO = replace(ONE, iterations_forward=2, iterations_backward=2)
@@ -127,6 +128,15 @@ def test_of_an_encoder_and_a_decoder_on_workers_of_their_own():
 def test_an_encoder_and_a_decoder_are_refused():
     with pytest.raises(SettingsError, match="differ in more than their weights"):
         gradients(settings(batched=True, family="mt"), TWO)
+
+
+def test_they_are_refused_before_a_worker_starts():
+    options = {"family": "mt", "model": {"layers": 18, "encoder_layers": 9}}
+    for workers, mode, refused in ((1, "parallel", True), (1, "serial", False), (2, "parallel", False)):
+        config = settings(batched=True, workers=workers, mode=mode, **options)
+        architecture = build_architecture(config, RandomBatches("mt", "auto").facts)
+        with pytest.raises(SettingsError, match="one is the encoder's, one the decoder's") if refused else nullcontext():
+            check_batched(config, architecture)
 
 
 def test_layers_that_differ_are_refused():

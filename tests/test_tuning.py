@@ -47,6 +47,7 @@ def sweep_of(**changes):
         ({"space": {"mgrit.coarsening": {"choices": [4]}}}, "write one of"),
         ({"space": {"buffers.open": {"int": [0, 1], "when": {"mode": "serial"}}}}, "a condition is on a setting that stands before it"),
         ({"space": {"mgrit.levels.backward": {"same": "mgrit.levels.forward"}}}, "not in the space before it"),
+        ({"space": {"optimizer.lr": {"float": [1, 2], "when": "mode"}}}, "when 'mode': write the other setting and what it must be"),
         ({"base": "nowhere.yaml"}, r"base nowhere\.yaml does not exist"),
         ({"trails": 3}, "unknown entry trails"),
         ({"objective": {"kind": "time_to_loss"}}, "needs a target"),
@@ -73,6 +74,9 @@ def test_files_and_their_base(tmp_path):
     assert sweep.trials == 3
     with pytest.raises(SettingsError, match="cannot read"):
         load_sweep(tmp_path / "none.yaml")
+    (tmp_path / "base.yaml").write_text("model: [")
+    with pytest.raises(SettingsError, match=r"base\.yaml is not YAML"):
+        load_sweep(tmp_path / "sweep.yaml")
 
 
 def test_all_sweeps_that_come_with_it_are_valid():

@@ -7,6 +7,7 @@ URL, where nothing is renamed, it is complete once it has its manifest. safetens
 import hashlib
 import json
 import os
+import re
 import threading
 from collections.abc import Iterator, Mapping
 from functools import partial
@@ -25,6 +26,8 @@ from rayllp.errors import CheckpointError
 
 FORMAT = 2
 MANIFEST = "manifest.json"
+NAME = re.compile(r"step_\d+")
+"""Of a checkpoint's folder. What else lies beside them (a copy that somebody made, step_300_good) is none of ours."""
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -39,7 +42,7 @@ def staging(root: Folder, step: int) -> Folder:
         folder = root / f"step_{step}"
         (folder / MANIFEST).unlink(missing_ok=True)
         complete = {path.name for path in checkpoints(root)}
-        unfinished = [path for path in root.glob("step_*") if path.name not in complete]
+        unfinished = [path for path in root.glob("step_*") if NAME.fullmatch(path.name) and path.name not in complete]
     for path in unfinished:
         remove(path)
     folder.mkdir(parents=True, exist_ok=True)
@@ -130,7 +133,7 @@ def checkpoints(root: Folder) -> list[Folder]:
     """Complete checkpoints, oldest first."""
     if not isinstance(root, Path):
         root.fs.invalidate_cache()  # others have written there
-    found: list[Folder] = [path.parent for path in root.glob(f"step_*/{MANIFEST}")]
+    found: list[Folder] = [path.parent for path in root.glob(f"step_*/{MANIFEST}") if NAME.fullmatch(path.parent.name)]
     return sorted(found, key=step_of)
 
 

@@ -97,14 +97,23 @@ def _find_own(place: str, config: TrainConfig) -> list[Folder]:
         SettingsError: they are of another run.
     """
     found = checkpoints(locate(place))
-    if found:
-        theirs, ours = json.loads((found[-1] / MANIFEST).read_text()).get("config", {}), config.model_dump(mode="json")
+    theirs = next((kept for folder in reversed(found) if (kept := _settings_of(folder)) is not None), None)
+    if theirs is not None:
+        ours = config.model_dump(mode="json")
         other = sorted(name for name in ours if name not in MAY_DIFFER and theirs.get(name) != ours[name])
         if other:
             raise SettingsError(
                 f"checkpoint.path {place} holds checkpoints of a run with other {', '.join(other)}: give each run a place of its own"
             )
     return found
+
+
+def _settings_of(checkpoint: Folder) -> dict[str, Any] | None:
+    """Of the run that left a checkpoint; None where its manifest is damaged: who reads the checkpoint says so, and takes the one before."""
+    try:
+        return dict(json.loads((checkpoint / MANIFEST).read_text()).get("config", {}))
+    except (OSError, ValueError):
+        return None
 
 
 def _is_unfinished(path: Path, config: TrainConfig) -> bool:

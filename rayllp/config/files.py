@@ -32,18 +32,32 @@ def load_config(path: str | Path | None = None, overrides: list[str] | tuple[str
     """
     values: dict[str, Any] = {}
     if path is not None:
-        try:
-            loaded = yaml.safe_load(Path(path).read_text())
-        except OSError as error:
-            raise SettingsError(f"cannot read {path}: {error.strerror or error}; give the path of a YAML file") from None
-        except yaml.YAMLError as error:
-            raise SettingsError(f"{path} is not YAML: {error}") from None
+        loaded = read_yaml(path, "a YAML file")
         if loaded is not None and not isinstance(loaded, dict):
             raise SettingsError(f"{path} holds a {type(loaded).__name__}; it must be a mapping of settings")
         values = loaded or {}
     for override in overrides:
         set_value(values, override)
     return make_config(values, source=str(path) if path else "settings")
+
+
+def read_yaml(path: str | Path, wanted: str) -> Any:
+    """What a YAML file holds.
+
+    Args:
+        wanted: what to give the path of instead, for errors.
+
+    Raises:
+        SettingsError: unreadable, or no YAML.
+    """
+    try:
+        return yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise SettingsError(f"cannot read {path}: {error.strerror or error}; give the path of {wanted}") from None
+    except UnicodeDecodeError as error:
+        raise SettingsError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}); give the path of {wanted}") from None
+    except yaml.YAMLError as error:
+        raise SettingsError(f"{path} is not YAML: {error}") from None
 
 
 def check_run(run: Path) -> None:
@@ -77,7 +91,9 @@ def set_value(values: dict[str, Any], override: str) -> None:
         value = text
     *path, last = key.strip().split(".")
     for part in path:
-        values = values.setdefault(part, {})
+        if values.get(part) is None:  # a group that a file names and leaves empty
+            values[part] = {}
+        values = values[part]
         if not isinstance(values, dict):
             raise SettingsError(f"--set {override!r}: {part} is not a group of settings")
     values[last] = float(value) if isinstance(value, str) and _is_number(value) else value

@@ -1,5 +1,6 @@
 """Groups of settings, each checked by itself."""
 
+import math
 import re
 from typing import Literal
 
@@ -12,7 +13,8 @@ RUNG = re.compile(r"(\d+)\+([1-9]\d*)(?: (FCF|F))?")
 class Settings(BaseModel):
     """Base of every group of settings: immutable, no unknown names."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+    # A number that is not finite is a slip (1e400, a division in a script): it would train to NaN, or never end.
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False)
 
 
 class ModelSettings(Settings):
@@ -153,7 +155,7 @@ class StepSettings(Settings):
                 time = float(head)
             except ValueError:
                 time = -1.0
-            if tail.strip() != "N" or time <= 0:
+            if tail.strip() != "N" or not 0 < time < math.inf:
                 raise ValueError(f'step.middle {value!r}: give a positive number, or "T/N" such as "1/N"')
         elif value <= 0:
             raise ValueError(f"step.middle {value}: must be positive")
@@ -242,6 +244,13 @@ class OptimizerSettings(Settings):
     betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW's")
     eps: float = Field(1e-8, gt=0, description="AdamW's")
     clip: float = Field(1.0, ge=0, description="global gradient norm over all workers; 0: none")
+
+    @field_validator("betas")
+    @classmethod
+    def _shares(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if any(not 0 <= beta < 1 for beta in value):
+            raise ValueError(f"betas {value}: each must be at least 0 and below 1, such as [0.9, 0.95]")
+        return value
 
 
 class EvalSettings(Settings):

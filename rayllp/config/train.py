@@ -124,7 +124,8 @@ class TrainConfig(Settings):
         if not isinstance(self.workers, WorkerRange):
             return self
         values, failure = self.model_dump(), "the range ends above that"
-        values["adaptive"]["consistency"] = self.consistency  # the number of workers is to change nothing but the time
+        # The number of workers is to change nothing but the time.
+        values["adaptive"] |= {"consistency": self.consistency, "steer": self.steers}
         for size in range(min(count, self.workers.max), self.workers.min - 1, -1):
             try:
                 return type(self).model_validate(values | {"workers": size})
@@ -179,6 +180,12 @@ class TrainConfig(Settings):
             return (0, backward, None), (0, backward + 1, None)
         # Most of a gradient's bias comes from the states it is taken at: an iteration more of the forward helps first.
         return (forward, backward, None), (forward + 1, backward, None), (forward + 1, backward + 1, None)
+
+    @property
+    def rung_levels(self) -> int:
+        """Levels of a rung's forward solve, where it is not serial: a ladder may have such rungs where mgrit.levels.forward is 1."""
+        levels = self.mgrit.levels
+        return levels.forward if levels.forward > 1 else max(2, levels.backward)
 
     @property
     def consistency(self) -> float:
@@ -259,7 +266,8 @@ class TrainConfig(Settings):
         self._check_torchbraid()
         self._check_consistency()
         try:
-            for levels in {self.mgrit.levels.forward, self.mgrit.levels.backward}:
+            climbs = self.mode != "serial" and any(forward for forward, _, _ in self.ladder)
+            for levels in {self.mgrit.levels.forward, self.mgrit.levels.backward, *([self.rung_levels] if climbs else [])}:
                 self.hierarchy(levels)
             stages(self)
         except SettingsError as error:

@@ -109,6 +109,7 @@ class _State:
     flips: int = 0
     weight: float = 0.0
     final: bool = False  # no way back
+    left: str | None = None  # the rung that adaptive.switch_at ended
 
 
 class Controller:
@@ -165,11 +166,20 @@ class Controller:
     def begin(self, step: int) -> Decision | None:
         """Before a step: the switch that settings ask for at it."""
         at = self.config.switch_step
-        if self._state.final or at is None or step < at:
+        if at is None or step < at:
+            return self._take_back_switch(step)
+        if self._state.final:
             return None
-        was_serial = self.serial
+        was_serial, self._state.left = self.serial, self.accuracy.name
         self._state.rung, self._state.final = len(self.rungs) - 1, True
         return None if was_serial else self._decision(step, f"adaptive.switch_at {self.config.switch_at}")
+
+    def _take_back_switch(self, step: int) -> Decision | None:
+        """A run that was made longer, or given a later switch, has not come to it yet."""
+        if self._state.left is None:
+            return None
+        self._state.rung, self._state.final, self._state.left = self._rung_of(self._state.left), False, None
+        return None if self.serial else self._decision(step, "adaptive.switch_at is ahead again")
 
     def observe(self, step: int, probe: Probe) -> Decision | None:
         """Take a probe's findings; a decision if the rung changes."""
@@ -270,23 +280,28 @@ class Controller:
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps."""
-        return {**asdict(self._state), "name": self.accuracy.name}
+        return {**asdict(self._state), "name": self.accuracy.name, "consistency": self.config.consistency}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from a checkpoint; settings that were changed since then have the last word."""
         if self.config.mode != "adaptive":
             return
-        names = [rung.name for rung in self.rungs]
-        name, kept = state["name"], {field.name: state[field.name] for field in fields(_State)}
-        self._state = _State(**{**kept, "rung": names.index(name) if name in names else 0})
+        kept = {field.name: state[field.name] for field in fields(_State) if field.name in state}  # earlier versions knew fewer
+        self._state = _State(**{**kept, "rung": self._rung_of(state["name"])})
+        initial = self.config.consistency
+        if not self.config.steers or state.get("consistency", initial) != initial:
+            self._state.weight = initial
+
+    def _rung_of(self, name: str) -> int:
+        """The rung of this name; the first, where the ladder has none."""
+        return next((index for index, rung in enumerate(self.rungs) if rung.name == name), 0)
 
 
 def _rung(config: TrainConfig, forward: int, backward: int, relaxation: Relaxation | None) -> Accuracy:
     levels = config.mgrit.levels
-    parallel = levels.forward if levels.forward > 1 else max(2, levels.backward)
     return Accuracy(
         serial=False,
-        levels_forward=1 if forward == 0 else parallel,
+        levels_forward=1 if forward == 0 else config.rung_levels,
         levels_backward=levels.backward,
         iterations_forward=max(1, forward),
         iterations_backward=backward,

@@ -16,6 +16,20 @@ from rayllp.keys import key
 Sample = TypeVar("Sample")
 
 
+def locate(name: str, what: str) -> Path:
+    """The path that a setting names, ~ for a home.
+
+    Raises:
+        DataError: it can be no path: nobody's home, or longer than paths are.
+    """
+    try:
+        path = Path(name).expanduser()
+        path.exists()
+    except (OSError, RuntimeError) as error:
+        raise DataError(f"{what} {name}: {getattr(error, 'strerror', None) or error}; give the path of a file or folder") from None
+    return path
+
+
 def read_lines(path: Path, what: str, max_bytes: int | None = None) -> list[str]:
     """The lines of a UTF-8 text file or a .gz of one, without their ends.
 

@@ -2,10 +2,10 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeVar
 
 from rayllp.config import DataSettings
+from rayllp.data.files import locate
 from rayllp.errors import DataError
 
 Item = TypeVar("Item")
@@ -105,7 +105,7 @@ def _load(settings: DataSettings) -> Mapping[str, Any]:
         import datasets
     except ImportError:
         raise DataError(f"data.dataset {name} needs the datasets package: pip install 'rayllp[datasets]'") from None
-    folder = Path(name).expanduser()
+    folder = locate(name, "data.dataset")
     try:
         if (folder / "dataset_info.json").exists() or (folder / "dataset_dict.json").exists():
             loaded = datasets.load_from_disk(str(folder))

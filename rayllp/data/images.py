@@ -12,7 +12,7 @@ from torch import Tensor
 from rayllp.config import DataSettings
 from rayllp.data.base import IGNORE, Facts, passes
 from rayllp.data.decoded import DecodedImages
-from rayllp.data.files import Faults, select
+from rayllp.data.files import Faults, locate, select
 from rayllp.data.hub import Split, load_split, load_train, up_to
 from rayllp.data.text import read_file
 from rayllp.errors import DataError
@@ -95,7 +95,7 @@ def load_images(settings: DataSettings, seed: int) -> ImageBatches:
     if settings.dataset:
         train, validation, classes = _read_dataset(settings)
     elif settings.path:
-        train, validation = _read_folder(Path(settings.path).expanduser())
+        train, validation = _read_folder(locate(settings.path, "data.path"))
     else:
         train, validation = _hold_out(_read_digits(), DIGITS_HELD_OUT)
     classes = classes or _find_classes(train.labels)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rayllp.config import DataSettings
 from rayllp.data.base import IGNORE, Facts, passes
-from rayllp.data.files import Faults, Rows, hold_out, read_lines, select
+from rayllp.data.files import Faults, Rows, hold_out, locate, read_lines, select
 from rayllp.data.hub import Split, load_split, load_train, up_to
 from rayllp.data.special import SpecialTokens
 from rayllp.data.tokenizer import Tokenizer, make_tokenizer
@@ -212,7 +212,7 @@ def _read_folder(settings: DataSettings) -> dict[str, list[_Pair]]:
     files = f"train.{source}, train.{target}, val.{source} and val.{target} (plain or .gz)"
     if settings.path is None:
         raise DataError(f"translation needs data.path, a folder with {files}, or data.dataset with a column translation")
-    folder = Path(settings.path).expanduser()
+    folder = locate(settings.path, "data.path")
     if not folder.is_dir():
         raise DataError(f"data.path {folder} is no folder: give one with {files}")
     validation = next((name for name in VALIDATION_NAMES if _find(folder, f"{name}.{source}")), None)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from rayllp.config import DataSettings
 from rayllp.data.base import IGNORE, Facts, passes
-from rayllp.data.files import Faults, Rows, read_lines, select, train_and_held_out
+from rayllp.data.files import Faults, Rows, locate, read_lines, select, train_and_held_out
 from rayllp.data.special import SpecialTokens
 from rayllp.data.tokenizer import Tokenizer, make_tokenizer
 from rayllp.errors import DataError
@@ -119,7 +119,7 @@ def _read_splits(settings: DataSettings, faults: Faults) -> tuple[list[_Example]
 
 
 def _read_examples(name: str, what: str, settings: DataSettings, faults: Faults, max_bytes: int | None) -> list[_Example]:
-    path = Path(name).expanduser()
+    path = locate(name, what)
     lines = read_lines(path, what, max_bytes)
     columns = _find_columns(settings, lines[0].split("\t"), path)
     examples = []

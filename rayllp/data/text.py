@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rayllp.config import DataSettings
 from rayllp.data.base import Facts
-from rayllp.data.files import draw
+from rayllp.data.files import draw, locate
 from rayllp.data.hub import load_train
 from rayllp.data.tokenizer import Tokenizer, make_tokenizer
 from rayllp.errors import DataError
@@ -52,7 +52,7 @@ def read_file(what: str, path: Path, limit: int | None = None) -> bytes:
 
 
 def _read_path(what: str, name: str, limit: int | None) -> bytes:
-    path = Path(name).expanduser()
+    path = locate(name, what)
     if not path.exists():
         raise DataError(f"{what} {path}: no such file or folder; give a text file, a .gz of one, or a folder of them")
     if path.is_file():

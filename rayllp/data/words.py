@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rayllp.config import DataSettings
 from rayllp.data.base import IGNORE, Facts, passes
-from rayllp.data.files import Faults, Rows, read_lines, select, train_and_held_out
+from rayllp.data.files import Faults, Rows, locate, read_lines, select, train_and_held_out
 from rayllp.errors import DataError
 
 PADDING, UNKNOWN, FIRST_WORD = 0, 1, 2
@@ -108,7 +108,7 @@ def _read_splits(settings: DataSettings, faults: Faults) -> tuple[list[_Sentence
 
 
 def _read_sentences(name: str, what: str, label: str, faults: Faults, max_bytes: int | None) -> list[_Sentence]:
-    path = Path(name).expanduser()
+    path = locate(name, what)
     blocks = _blocks(read_lines(path, what, max_bytes))
     sentences = [sentence for block in blocks if (sentence := _parse(path, block, label, faults)) and sentence.words]
     if not sentences:

@@ -113,10 +113,7 @@ class Grid:
 
     def whole(self, runs: Sequence[range]) -> list[range]:
         """Of these runs, the whole intervals of the greatest length, if there are several and the level is batched."""
-        c_points, size = self.level.is_c_point, self.level.size
-        found = [run for run in runs if run.start in c_points and (run.stop in c_points or run.stop == size)] if self.batched else []
-        found = [run for run in found if len(run) == max(map(len, found))]
-        return found if len(found) > 1 else []
+        return self.level.alike(runs) if self.batched else []
 
     def _sweep(self, step: Step, steps: Steps, phase: str, runs: list[range], *, to_the_end: bool, keep: bool = True) -> State | None:
         # The last run goes first: its end is what the next worker waits for. The first run, which may have to wait, goes last.

@@ -64,6 +64,12 @@ class Level:
         cuts = [points.start, *inside, points.stop]
         return [range(a, b) for a, b in pairwise(cuts)] if points else []
 
+    def alike(self, runs: Sequence[range]) -> list[range]:
+        """Of these runs, the whole intervals of the greatest length, if there are several."""
+        found = [run for run in runs if run.start in self.is_c_point and (run.stop in self.is_c_point or run.stop == self.size)]
+        found = [run for run in found if len(run) == max(map(len, found))]
+        return found if len(found) > 1 else []
+
     def mirrored(self) -> "Level":
         """The same intervals with time reversed."""
         ends = (*self.c_points[1:], self.size)

@@ -63,10 +63,28 @@ def check_network(config: TrainConfig, facts: Facts, kept: Mapping[str, Any] | N
 
 
 def check_batched(config: TrainConfig, architecture: Architecture) -> None:
-    """Refuse several layers in one call, and compiled ones, where their dropout is frozen."""
+    """Refuse several layers in one call, and compiled ones, where their dropout is frozen; and layers of several kinds in one call."""
     for name, chosen in (("mgrit.batched", config.mgrit.batched), ("compile", config.compile)):
         if chosen and architecture.stochastic:
             raise SettingsError(f"{name}=true and dropout, whose masks go by layer and sample: set model.dropout=0 or {name}=false")
+    levels = config.mgrit.levels
+    if config.mgrit.batched and config.mode != "serial" and min(levels.forward, levels.backward) > 1:
+        _check_kinds(config, architecture)
+
+
+def _check_kinds(config: TrainConfig, architecture: Architecture) -> None:
+    level, offset = config.hierarchy(2).levels[0], config.buffers.open
+    for rank in range(config.layer_workers):
+        # The first of an interval is a C-point, which is called by itself.
+        for together in list(zip(*level.alike(level.runs(rank)), strict=True))[1:]:
+            first, *others = (offset + n for n in together)
+            other = next((n for n in others if architecture.kind(n) != architecture.kind(first)), None)
+            if other is not None:
+                raise SettingsError(
+                    f"mgrit.batched=true, but layers {first} and {other} of one worker differ in more than their weights (one is the "
+                    f"{architecture.kind(first)}'s, one the {architecture.kind(other)}'s): set mgrit.batched=false, or workers or "
+                    "mesh.blocks so that no worker has both"
+                )
 
 
 def adapter(config: TrainConfig) -> Any:

@@ -1,6 +1,7 @@
 """What an architecture must say of itself so that its layers can be spread over workers."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Hashable
 from typing import Any
 
 import torch
@@ -48,6 +49,10 @@ class Architecture(ABC):
 
     def common(self) -> nn.Module | None:
         """Parameters that several layers use (an encoder's final norm, which every decoder layer reads); on every worker, so small."""
+        return None
+
+    def kind(self, index: int) -> Hashable:
+        """Layers of one kind differ in their weights alone, so that `mgrit.batched` may take them in one call."""
         return None
 
     # How they are called ------------------------------------------------------------------------------------------------------

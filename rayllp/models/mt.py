@@ -68,6 +68,10 @@ class MT(PretrainedArchitecture):
         encoder = [f"model.encoder.layers.{n}" for n in range(config.encoder_layers)]
         return encoder + [f"model.decoder.layers.{n}" for n in range(config.decoder_layers)]
 
+    def kind(self, index: int) -> str:
+        """An encoder's layer or a decoder's."""
+        return "encoder" if index < self.config.encoder_layers else "decoder"
+
     def state_spec(self, inputs: Inputs, dtype: torch.dtype, device: torch.device) -> StateSpec:
         """Z = [X, Y]: source states (B, S, D) and target states (B, T, D)."""
         shapes = tuple(torch.Size((*tokens_BT.shape, self.config.d_model)) for tokens_BT in tensors(inputs))

@@ -36,10 +36,10 @@ def engine_alone(config: TrainConfig, data: Batches, device: str = "cpu") -> Eng
     whole = config.model_dump(mode="json")
     middle = min(LAYERS, config.middle_layers)
     whole["model"]["layers"] = middle + config.buffers.open + config.buffers.close
+    whole["model"]["encoder_layers"] = None  # of mt: half of these few
+    whole["mgrit"]["levels"] = {"forward": 1, "backward": 1}  # layers are called one by one, and may be too few for an interval
     alone = {"workers": 1, "mesh": {"data": 1}, "batch_size": config.replica_batch, "nested": {}, "mode": "serial"}
-    small = TrainConfig.model_validate(
-        whole | alone | {"mgrit": {**whole["mgrit"], "coarsening": 2, "levels": {"forward": 2, "backward": 2}}}
-    )
+    small = TrainConfig.model_validate(whole | alone)
     architecture = build_architecture(small, data.facts)  # type: ignore[attr-defined]  # a data set of ours
     channel = LocalChannel.alone()
     return Engine(architecture, small, data, channel, channel, torch.device(device))

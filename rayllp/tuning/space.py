@@ -139,6 +139,8 @@ def _parameter(name: str, rule: Any, before: list[str], source: str) -> Paramete
         raise SettingsError(f"{where} is {rule!r}: write {FORMS}; a fixed value goes into `settings`")
     rule = dict(rule)
     when = rule.pop("when", {})
+    if not isinstance(when, dict):
+        raise SettingsError(f"{where}: when {when!r}: write the other setting and what it must be, {{other.setting: value}}")
     if len(rule) != 1 or next(iter(rule)) not in KINDS:
         raise SettingsError(f"{where} is {rule!r}: write one of {FORMS}, and `when` beside it if it does not always matter")
     ((kind, values),) = rule.items()
@@ -150,7 +152,7 @@ def _parameter(name: str, rule: Any, before: list[str], source: str) -> Paramete
         raise SettingsError(f"{where}: {kind} {values!r} is empty or no list: write {FORMS}")
     if kind != "choice":
         _check_range(where, kind, values)
-    return Parameter(name, kind, tuple(values), tuple(_condition(where, other, allowed, before) for other, allowed in dict(when).items()))
+    return Parameter(name, kind, tuple(values), tuple(_condition(where, other, allowed, before) for other, allowed in when.items()))
 
 
 def _check_range(where: str, kind: str, values: list[Any]) -> None:

@@ -5,10 +5,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import Field, PrivateAttr, ValidationError, model_validator
 
-from rayllp.config import Settings, TrainConfig, make_config, set_value, setting_names
+from rayllp.config import Settings, TrainConfig, make_config, read_yaml, set_value, setting_names
 from rayllp.data.base import Facts
 from rayllp.errors import CheckpointError, DataError, SettingsError
 from rayllp.models import check_network
@@ -174,12 +173,7 @@ def load_sweep(path: str | Path, overrides: Iterable[str] = ()) -> Sweep:
         SettingsError: what is wrong, and what to change.
     """
     path = Path(path)
-    try:
-        loaded = yaml.safe_load(path.read_text())
-    except OSError as error:
-        raise SettingsError(f"cannot read {path}: {error.strerror or error}; give the path of a sweep's YAML file") from None
-    except yaml.YAMLError as error:
-        raise SettingsError(f"{path} is not YAML: {error}") from None
+    loaded = read_yaml(path, "a sweep's YAML file")
     if not isinstance(loaded, dict):
         raise SettingsError(f"{path} holds a {type(loaded).__name__}; it must be a mapping with a `space`")
     for override in overrides:
@@ -244,7 +238,7 @@ def _read_base(base: str | None, folder: Path) -> dict[str, Any]:
     path = folder / base
     if not path.is_file():
         raise SettingsError(f"base {base} does not exist (looked for {path}): give a training config's path, relative to the sweep file")
-    loaded = yaml.safe_load(path.read_text()) or {}
+    loaded = read_yaml(path, "a training config") or {}
     if not isinstance(loaded, dict):
         raise SettingsError(f"base {path} holds a {type(loaded).__name__}; it must be a mapping of settings")
     return loaded
