@@ -6,6 +6,8 @@ import pytest
 from typer.testing import CliRunner
 
 from rayllp.cli import app
+from rayllp.cluster.prepare import prepare
+from rayllp.cluster.saving import Saver
 from rayllp.config import TrainConfig, default_blocks, load_config, make_config, setting_names, to_yaml
 from rayllp.errors import SettingsError
 from rayllp.report import RunDirectory, read_lines
@@ -142,3 +144,41 @@ def test_settings_change_in_a_run_whose_last_event_was_cut_off(tmp_path):
         file.write('{"step": 2, "ki')
     run.change_settings(before, now)
     assert [event["kind"] for event in read_lines(run.path / "events.jsonl")] == ["checkpoint", "settings"]
+
+
+@pytest.mark.parametrize(
+    ("output", "message"),
+    [
+        ("held", r"held holds another run: choose another with --output, or go on with it by --resume"),
+        ("full", r"full holds other files"),
+        ("file", r"file is a file"),
+        ("file/run", r"file/run cannot be written: .*file is a file"),
+        ("x" * 300, r"cannot be written: File name too long"),
+    ],
+)
+def test_output_is_refused_before_a_cluster_is_started(tmp_path, output, message):
+    (tmp_path / "file").touch()
+    (tmp_path / "held").mkdir()
+    (tmp_path / "held" / "config.yaml").write_text("seed: 1\n")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "notes").touch()
+    with pytest.raises(SettingsError, match=message):
+        prepare(make_config({}), output=tmp_path / output)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "full", "held"]
+    assert prepare(make_config({}), output=tmp_path / "new" / "run").run is None
+    assert not (tmp_path / "new").exists()
+
+
+def test_names_are_parts_of_paths():
+    with pytest.raises(SettingsError, match="name"):
+        make_config({"name": "a/b"})
+    assert make_config({"name": "β 1"}).name == "β 1"
+
+
+def test_a_loss_that_is_not_finite_is_never_the_best(tmp_path):
+    config = make_config({"checkpoint": {"best": True}})
+    saver = Saver(RunDirectory.create(tmp_path / "run", config), None, config)
+    saver.note_loss(1, float("nan"), 4)
+    assert not saver.is_wanted(1)
+    saver.note_loss(2, 3.0, 4)
+    assert saver.is_wanted(2)

@@ -1,6 +1,7 @@
 """Before any actor starts: which run it is to be, what it goes on from, and what can be refused without a cluster."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -44,6 +45,8 @@ def prepare(
             found = checkpoints(run.checkpoints)
         elif config.checkpoint.path is not None:  # its run directory may be lost
             found = _find_own(config.checkpoint.path, config)
+    if run is None:
+        RunDirectory.find_place(output, config)
     if config.checkpoint.path is not None:
         check_writable(locate(config.checkpoint.path))
     loaded = validate(config, model, batches, run)
@@ -118,6 +121,6 @@ def _settings_of(checkpoint: Folder) -> dict[str, Any] | None:
 
 def _is_unfinished(path: Path, config: TrainConfig) -> bool:
     """Whether a directory holds a run of these settings that did not get to its last evaluation."""
-    if not (path / "config.yaml").is_file() or load_run_config(path) != config:
+    if not os.path.isfile(path / "config.yaml") or load_run_config(path) != config:
         return False
     return (RunDirectory(path).last_evaluation() or {"step": -1})["step"] < config.steps

@@ -1,5 +1,6 @@
 """A run's checkpoints: written by the workers in the background, made to appear by the driver, read back by any number of workers."""
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -113,7 +114,7 @@ class Saver:
         Losses are compared that were measured on the same batches; the last evaluation, over more of them, stands alone.
         """
         best = self.best
-        if self.settings.checkpoint.best and (best is None or (best["batches"] == batches and loss < best["loss"])):
+        if self.settings.checkpoint.best and math.isfinite(loss) and (best is None or (best["batches"] == batches and loss < best["loss"])):
             self._new_best = {"step": step, "loss": loss, "batches": batches}
 
     def is_wanted(self, step: int) -> bool:

@@ -46,7 +46,7 @@ MAY_DIFFER = set(
 class TrainConfig(Settings):
     """One run. `TrainConfig()` is the embedded default."""
 
-    name: str = Field("gpt2", description="part of the run directory's name")
+    name: str = Field("gpt2", min_length=1, max_length=100, pattern=r"^[^/\x00]+$", description="part of the run directory's name")
     model: ModelSettings = ModelSettings()
     data: DataSettings = DataSettings()
     sequence_length: int = Field(128, ge=2, description="tokens a sequence")

@@ -104,9 +104,7 @@ class Schedule:
     workers: tuple[tuple[Work, ...], ...]
     first_layers: tuple[int, ...]
 
-    def replay(
-        self, costs: Mapping[str, float], message_s: float, clocks: list[float], spans: Sequence[list[Span]] | None = None
-    ) -> None:
+    def replay(self, costs: Mapping[str, float], message_s: float, clocks: list[float], spans: Sequence[list[Span]] | None = None) -> None:
         """Let the workers do it; `clocks` are their times before, and after.
 
         Args:
@@ -204,9 +202,7 @@ class _Alike:
                 (fine.layers[move.point] - first, coarse.layers[move.coarse] - first, move.owner - rank, move.coarse_owner - rank)
                 for move in transfers.get(rank, ())
             )
-            for transfers, fine, coarse in zip(
-                self._hierarchy.transfers, self._hierarchy.levels, self._hierarchy.levels[1:], strict=False
-            )
+            for transfers, fine, coarse in zip(self._hierarchy.transfers, self._hierarchy.levels, self._hierarchy.levels[1:], strict=False)
         ]
         initial = [(a - rank, b - rank) if rank in (a, b) else None for a, b in self._initial]
         return tuple(levels), tuple(moves), tuple(initial)

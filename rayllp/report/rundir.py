@@ -5,8 +5,10 @@ import os
 import shutil
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import date
+from errno import EACCES, ENOTDIR
 from pathlib import Path
 from typing import Any
 
@@ -41,18 +43,35 @@ class RunDirectory:
         Raises:
             SettingsError: it holds another run, or cannot be written.
         """
-        path = Path(output) if output else unused(Path("runs") / f"{date.today().isoformat()}_{config.name}")
-        if path.exists() and not path.is_dir():
-            raise SettingsError(f"output {path} is a file: choose a directory with --output")
-        if path.is_dir() and any(path.iterdir()):
-            held = "another run" if (path / "config.yaml").exists() else "other files"
-            raise SettingsError(f"output directory {path} holds {held}: choose another with --output, or go on with it by --resume {path}")
-        try:
+        path = cls.find_place(output, config)
+        with _refusing(path):
             path.mkdir(parents=True, exist_ok=True)
             (path / "config.yaml").write_text(to_yaml(config))
-        except OSError as error:
-            raise SettingsError(f"output directory {path} cannot be written: {error.strerror}; choose another with --output") from None
         return cls(path, config)
+
+    @staticmethod
+    def find_place(output: str | Path | None, config: TrainConfig) -> Path:
+        """Where `create` would make one. Makes nothing.
+
+        Raises:
+            SettingsError: as `create`, as far as can be seen.
+        """
+        path = Path(output) if output else Path("runs") / f"{date.today().isoformat()}_{config.name}"
+        with _refusing(path):
+            path = path if output else unused(path)
+            if path.exists() and not path.is_dir():
+                raise SettingsError(f"output {path} is a file: choose a directory with --output")
+            if path.is_dir() and any(path.iterdir()):
+                held = "another run" if (path / "config.yaml").exists() else "other files"
+                raise SettingsError(
+                    f"output directory {path} holds {held}: choose another with --output, or go on with it by --resume {path}"
+                )
+            there = next(parent for parent in (path.absolute(), *path.absolute().parents) if parent.exists())
+            if not there.is_dir():
+                raise NotADirectoryError(ENOTDIR, f"{there} is a file")
+            if not os.access(there, os.W_OK | os.X_OK):
+                raise PermissionError(EACCES, os.strerror(EACCES))
+        return path
 
     def change_settings(self, before: TrainConfig, now: TrainConfig) -> None:
         """The run goes on with other settings."""
@@ -190,6 +209,14 @@ def _replace(path: Path, text: str) -> None:
     beside = path.with_name(f".{path.name}.new")
     beside.write_text(text)
     os.replace(beside, path)
+
+
+@contextmanager
+def _refusing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise SettingsError(f"output directory {path} cannot be written: {error.strerror}; choose another with --output") from None
 
 
 def unused(path: Path) -> Path:
