@@ -99,14 +99,18 @@ def test_a_run_grows_into_room_that_comes_free(tmp_path):
     run = RunDirectory.create(tmp_path / "run", config)
     driver = Patient(config, run, RayGroup.for_run(config, run.path, "cpu"), None, None, validate(config, None, None))
 
+    trained = []
+
     def leave():
         deadline = time.monotonic() + 60
         while not (run.path / "metrics.jsonl").exists() and time.monotonic() < deadline:
             time.sleep(0.05)
+        trained.append((run.path / "metrics.jsonl").exists())
         ray.kill(tenant)
 
     threading.Thread(target=leave, daemon=True).start()
     driver.train()
+    assert trained == [True]  # beside the tenant, on the workers that there was room for
     resizes = [e for e in read(run.path / "events.jsonl") if e["kind"] == "resize"]
     assert (resizes[0]["workers_before"], resizes[-1]["workers"]) == (2, 4)
     metrics = read(run.path / "metrics.jsonl")

@@ -65,7 +65,7 @@ class RayGroup(ElasticGroup):
         """
         room = capacity(device) if staff is None else len(staff.slots)
         config_here = config.with_workers(max(config.fewest_workers, min(config.world, room)))
-        return cls(config_here, staff or Staff(config.world, device, name=run_name(run)))
+        return cls(config_here, staff or Staff(config_here.world, device, name=run_name(run)))
 
     def start(self, architecture: Architecture | None, batches: Batches, kept: dict[str, Any] | None = None) -> list[dict[str, Any]]:
         """As asked; `batches` pass through Ray's object store, once for all workers."""
