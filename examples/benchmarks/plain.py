@@ -9,12 +9,13 @@ from rayllp.engine.optimizer import learning_rate
 
 
 def plain_gpt2(config: TrainConfig, vocabulary: int) -> GPT2LMHeadModel:
-    """A GPT-2 of the settings' sizes, in training mode."""
+    """A GPT-2 of the settings' sizes, in training mode; its GELU is one operation, as in ours."""
     m = config.model
     return GPT2LMHeadModel(
         GPT2Config(
             vocab_size=vocabulary, n_positions=config.sequence_length, n_embd=m.width, n_layer=m.layers, n_head=m.heads,
             embd_pdrop=0, attn_pdrop=0, resid_pdrop=0, bos_token_id=0, eos_token_id=0, attn_implementation="sdpa", use_cache=False,
+            activation_function="gelu_pytorch_tanh",
         )
     ).train()  # fmt: skip
 
