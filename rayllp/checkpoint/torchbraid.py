@@ -118,8 +118,10 @@ class TorchBraidWeights:
         """A network of these modules, TorchBraid's own, that begins with these weights.
 
         Args:
-            embed, head: the opening and the closing module.
+            embed: the opening module.
             step: builds one step.
+            head: the closing module.
+            loss: of outputs and targets, summed.
             dt: as in `Step`.
             options: others of `LayerStack`.
 
