@@ -12,7 +12,6 @@ pytest.importorskip("ipykernel")
 PATH = Path(__file__).parents[1] / "examples" / "train_and_watch.ipynb"
 
 
-@pytest.mark.study
 def test_the_notebook_trains_and_plots(ray_cluster, monkeypatch):
     """It joins the suite's cluster, whose start it would else pay for; by itself it starts one."""
     address = ray_cluster.get_runtime_context().gcs_address
