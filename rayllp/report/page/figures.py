@@ -194,11 +194,11 @@ def _rho_by_point(runs: Sequence[RunRecord]) -> Chart | None:
         step, found = next(((m["step"], m["rho_by_point"]) for m in reversed(run.metrics) if m.get("rho_by_point")), (0, {}))
         for direction, (factors, *_) in found.items():
             x = run.config.buffers.open + run.config.first_coarsening * np.arange(1, len(factors) + 1, dtype=float)
-            known = np.array([factor is not None for factor in factors])
-            y = np.array([factor for factor in factors if factor is not None], dtype=float)
+            y = np.array(factors, dtype=float)
+            known = ~np.isnan(y)
             dash = "solid" if direction == "forward" else "dashed"
-            curves.append(Curve(name=f"{direction}, step {step}", run=number, x=x[known], y=y, kind="points", dash=dash))  # type: ignore[arg-type]
-    curves = [curve for curve in curves if len(curve.x)]
+            if known.any():
+                curves.append(Curve(name=f"{direction}, step {step}", run=number, x=x[known], y=y[known], kind="points", dash=dash))  # type: ignore[arg-type]
     if not curves:
         return None
     caption = (
