@@ -98,9 +98,15 @@ class Timeline:
     def _enter(self, phase: str, level: int) -> None:
         self.phase, self.level = phase, level
 
-    def add(self, begin: float, kind: str, layer: int | None = None) -> None:
-        """A span of the phase in hand, which ends now."""
-        self.spans.append(Span(begin, self.clock(), kind, self.solve, self.phase, self.level, layer))
+    def add(self, begin: float, kind: str, layer: int | None = None, phase: tuple[str, str, int] | None = None) -> None:
+        """A span which ends now: since `begin`, or since the end of another that was done inside it.
+
+        Args:
+            phase: solve, phase and level; those in hand if None.
+        """
+        if self.spans:
+            begin = max(begin, self.spans[-1].end)
+        self.spans.append(Span(begin, self.clock(), kind, *(phase or (self.solve, self.phase, self.level)), layer))
 
 
 def span_on(timeline: Timeline | None, solve: str, kind: str = "compute") -> AbstractContextManager[None]:
@@ -109,10 +115,13 @@ def span_on(timeline: Timeline | None, solve: str, kind: str = "compute") -> Abs
 
 
 class TimedPropagator(Propagator):
-    """A propagator whose steps are spans; one span for several in one call, with the first one's layer."""
+    """A propagator whose steps are spans of `solve`; one span for several in one call, with the first one's layer."""
 
-    def __init__(self, inner: Propagator, timeline: Timeline) -> None:
-        self.inner, self.timeline = inner, timeline
+    def __init__(self, inner: Propagator, timeline: Timeline, solve: str) -> None:
+        self.inner, self.timeline, self.solve = inner, timeline, solve
+
+    def postpone(self, layer: int, state: State) -> bool:
+        return self.inner.postpone(layer, state)
 
     def step(self, layer: int, state: State) -> State:
         begin = self.timeline.clock()
@@ -123,7 +132,7 @@ class TimedPropagator(Propagator):
     def last_step(self, layer: int, state: State, known: State | None) -> State:
         begin = self.timeline.clock()
         after = self.inner.last_step(layer, state, known)
-        self.timeline.add(begin, "compute", layer)
+        self.timeline.add(begin, "compute", layer, (self.solve, "last sweep", 0))  # perhaps put off, into another solve
         return after
 
     def steps(self, layers: Sequence[int], states: Sequence[State]) -> list[State]:
@@ -156,6 +165,9 @@ class TimedChannel:
         state = self.inner.receive(spec, source, tag)
         self.timeline.add(begin, "wait")
         return state
+
+    def arrived(self, spec: StateSpec, source: int) -> bool:
+        return self.inner.arrived(spec, source)
 
     def all_reduce(self, tensor: Tensor, tag: MessageTag) -> Tensor:
         begin = self.timeline.clock()

@@ -63,6 +63,34 @@ def test_states_arrive_whole_and_in_order(workers, size):
         assert total == [size, sum(range(size))]
 
 
+def lateness(channel):
+    """Whether a state was said to be there before it was sent and after, and what was then received; in a program new and known."""
+    found, state = [], torch.full((3, 5), 7.0)
+    for _ in range(2):
+        with channel.program("late"):
+            if channel.rank == 0:
+                before = channel.arrived(StateSpec.of(state), 1)
+                channel.send(torch.zeros(1), 1, TAG)
+                deadline = time.monotonic() + 20
+                while not (after := channel.arrived(StateSpec.of(state), 1)) and time.monotonic() < deadline:
+                    time.sleep(0.001)
+                found.append((before, after, channel.receive(StateSpec.of(state), 1, TAG).clone(), channel.arrived(StateSpec.of(state), 1)))
+                channel.send(torch.zeros(1), 1, TAG)
+                channel.receive(StateSpec.of(state), 1, TAG)
+            else:
+                for _ in range(2):
+                    channel.receive(StateSpec.of(torch.zeros(1)), 0, TAG)
+                    channel.send(state, 0, TAG)
+    channel.finish()
+    return found
+
+
+def test_a_channel_says_what_has_arrived(workers):
+    found, _ = workers(2, lateness)
+    assert [(before, after, again) for before, after, _, again in found] == [(False, True, False)] * 2
+    assert all(torch.equal(state, torch.full((3, 5), 7.0)) for _, _, state, _ in found)
+
+
 def programs(channel):
     """Two programs in turn, of other shapes and other neighbours; what each worker heard, and how often it had asked ahead of time."""
     heard, asked = [], 0

@@ -1,5 +1,9 @@
 """One training step against bare transformers, and against itself on other meshes."""
 
+import platform
+import subprocess
+import sys
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -9,8 +13,10 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from rayllp.channel import LocalChannel, run_workers
 from rayllp.channel.torch_dist import TorchChannel
 from rayllp.control import Accuracy, Controller
+from rayllp.engine import Engine
 from rayllp.engine.gradients import add_shared_gradients
 from rayllp.engine.optimizer import learning_rate
+from rayllp.mgrit.postponed import Piece
 from rayllp.timeline import TimedStep, Timeline, sum_kinds
 from tests.conftest import losses_over_gloo, losses_over_threads, make_engine, run_processes, tiny, train_engine
 
@@ -113,6 +119,55 @@ def test_few_iterations_do_not_depend_on_workers_recomputation_or_accumulation()
         got = gradients(tiny(**options), FEW)
         for name, gradient in wanted.items():
             torch.testing.assert_close(got[name], gradient, rtol=1e-9, atol=1e-12)
+
+
+PUT_OFF = {
+    "intervals that workers share": {"mgrit": {"coarsening": 5}},
+    "one that three share": {"mgrit": {"coarsening": 9}},
+    "recomputation": {"mgrit": {"coarsening": 2, "recompute": True}},
+    "recomputation of shared ones": {"mgrit": {"coarsening": 5, "recompute": True}},
+    "the penalty": {"mgrit": {"coarsening": 2}, "adaptive": {"consistency": 1.0}},
+    "three levels": {"mgrit": {"coarsening": 2, "levels": {"forward": 3, "backward": 3}}},
+    "an exact adjoint": {"mgrit": {"coarsening": 2, "levels": {"forward": 2, "backward": 1}}},
+}
+
+
+@pytest.mark.parametrize("iterations", [1, 2])
+@pytest.mark.parametrize("case", PUT_OFF)
+def test_when_what_was_put_off_is_done_changes_no_bit(case, iterations, monkeypatch):
+    config = tiny(workers=3, **{"model": {"layers": 20, "dropout": 0.1}, **PUT_OFF[case]})
+    accuracy = replace(Controller(config).accuracy, iterations_forward=iterations, iterations_backward=iterations)
+    asked, steps = [], []
+    with monkeypatch.context() as patch:
+        solve = Engine._solve
+        patch.setattr(Engine, "_solve", lambda self, *arguments, **_: solve(self, *arguments))
+        wanted = gradients(config, accuracy)  # nothing is put off
+    advance = Piece.advance
+    monkeypatch.setattr(Piece, "advance", lambda self: advance(self) and (steps.append(self), True)[1])
+    for there in (False, True):  # all of it before the first message is looked at, or no layer before the adjoint wants it
+        monkeypatch.setattr(LocalChannel, "arrived", lambda *_, there=there: (asked.append(1), there)[1])
+        got = gradients(config, accuracy)
+        assert all(torch.equal(got[name], gradient) for name, gradient in wanted.items())
+    assert asked
+    assert bool(steps) != ("recompute" in PUT_OFF[case]["mgrit"])
+
+
+def test_recomputation_makes_a_graph_that_was_put_off_once():
+    """Two workers, 16 layers, c_f = 4, 1 + 1 iterations: without recomputation 16 forwards, with it the coarse steps' besides."""
+    counts = {}
+    for recompute in (False, True):
+        config = tiny(model={"layers": 16}, buffers={"open": 0, "close": 0}, workers=2, mgrit={"coarsening": 4, "recompute": recompute})
+
+        def work(channel, config=config):
+            engine, calls = make_engine(config, channel), []
+            for layer in engine.block.layers.values():
+                layer.register_forward_hook(lambda *_: calls.append(1))
+            engine.train_step(0, FEW)
+            return len(calls)
+
+        counts[recompute] = run_workers(2, work)
+    # The first worker: 2 coarse steps forward, 1 in the adjoint, and its 8 layers. The second: 1, 2, and 8, and 4 for the loss.
+    assert counts == {False: [8, 8], True: [2 + 1 + 8, 1 + 2 + 8 + 4]}
 
 
 def test_replicas_give_the_same_losses():
@@ -229,3 +284,30 @@ def test_a_timeline_of_one_worker():
     engine.timeline = Timeline()
     assert [stats.loss for stats in train_engine(engine, 2)] == [stats.loss for stats in train_engine(plain, 2)]
     assert [span.name for span in engine.timeline.spans] == 2 * ["forward", "adjoint", "wait", "wait", "update"]
+
+
+FAULTS = """
+import resource, sys, torch
+from rayllp.engine.memory import keep_freed_memory
+
+torch.set_num_threads(1)
+if sys.argv[1] == "kept":
+    keep_freed_memory()
+for _ in range(3):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    tensors = [torch.zeros(2**18) for _ in range(64)]  # 64 MiB
+    del tensors
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of glibc")
+def test_pages_of_freed_tensors_are_kept():
+    faults = {}
+    for how in ("kept", "left"):
+        command = [sys.executable, "-c", FAULTS, how]
+        faults[how] = [
+            int(line) for line in subprocess.run(command, check=True, capture_output=True, text=True, timeout=120).stdout.split()
+        ]
+    assert faults["kept"][0] > 10_000
+    assert faults["kept"][2] < 100 < faults["left"][2]

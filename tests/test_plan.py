@@ -1,6 +1,7 @@
 """Predictions against schedules counted by hand."""
 
 import time
+from dataclasses import replace
 from itertools import islice
 from random import Random
 
@@ -10,11 +11,11 @@ from rayllp.config import make_config
 from rayllp.control import Controller
 from rayllp.errors import SettingsError
 from rayllp.mgrit import Method, build_hierarchy, split_evenly
-from rayllp.plan import Costs, predict_step, schedule
+from rayllp.plan import Costs, predict, predict_step, schedule
 
 
-def predicted(workers, costs, **mgrit):
-    config = make_config(
+def config_of(workers, **mgrit):
+    return make_config(
         {
             "workers": workers,
             "mode": "parallel",
@@ -23,6 +24,10 @@ def predicted(workers, costs, **mgrit):
             "mgrit": {"coarsening": 4, "iterations": {"forward": 1, "backward": 1}, **mgrit},
         }
     )
+
+
+def predicted(workers, costs, **mgrit):
+    config = config_of(workers, **mgrit)
     return predict_step(config, Controller(config).accuracy, costs)
 
 
@@ -37,16 +42,33 @@ def test_one_worker_pays_every_evaluation():
 
 
 def test_two_workers_halve_the_fine_sweeps_but_not_the_coarse_chain():
-    # Forward: the second worker gets its first C-point after two coarse steps, then sweeps 8 layers while the first sweeps its own.
-    # The coarse step that it owns comes first, and is one of the sweep's. Adjoint likewise, from the other end, where it is not.
+    # Forward: the second worker gets its first C-point after two coarse steps, takes the one that it owns, and the last interval. The
+    # other one, whose first layer is that coarse step, it puts off until it has taken its two coarse steps of the adjoint.
     costs = Costs(forward=1.0, record=1.0, input_gradient=1.0, full_gradient=1.0)
     assert predicted(1, costs) == pytest.approx(35)
-    assert predicted(2, costs) == pytest.approx(2 + 1 + 7 + 2 + 1 + 8)
+    assert predicted(2, costs) == pytest.approx(2 + 1 + 4 + 2 + 3 + 8)
+    # Where gradients cost more, the first worker is the last: after the adjoint's whole coarse chain. It has swept its layers by then.
+    assert predicted(4, replace(costs, input_gradient=2.0)) == pytest.approx(3 + 4 + 3 * 2 + 4)
+
+
+def test_what_was_put_off_is_done_while_waiting_or_when_it_is_wanted():
+    costs = Costs(forward=1.0, record=1.0, input_gradient=1.0, full_gradient=1.0)
+    config = config_of(2)
+    first, second = predict(config, Controller(config).accuracy, costs).spans
+    assert [(s.layer, s.begin) for s in first if s.solve == "forward" and s.phase == "last sweep"] == [
+        (1, 2), (2, 3), (3, 4), (5, 5), (6, 6), (7, 7),
+    ]  # fmt: skip
+    assert [(s.kind, s.begin, s.end) for s in first if s.solve == "adjoint"][:2] == [("wait", 8, 9), ("compute", 9, 10)]
+    put_off = [(s.solve, s.layer, s.begin) for s in second if s.begin >= 7]
+    assert put_off[:6] == [
+        ("adjoint", 12, 7), ("adjoint", 8, 8), ("forward", 9, 9), ("forward", 10, 10), ("forward", 11, 11), ("adjoint", 11, 12),
+    ]  # fmt: skip
 
 
 def test_messages_and_serial_solves_count():
     costs = Costs(forward=1.0, record=1.0, input_gradient=1.0, full_gradient=1.0, message=0.5)
-    assert predicted(2, costs) == pytest.approx(21 + 2 * 0.5)
+    assert predicted(2, costs) == pytest.approx(20 + 0.5)
+    assert predicted(4, costs) == pytest.approx(3 + 4 + 3 + 4 + 6 * 0.5)
     serial = {"levels": {"forward": 1, "backward": 1}}
     assert predicted(4, costs, **serial) == pytest.approx(32 + 6 * 0.5)
 

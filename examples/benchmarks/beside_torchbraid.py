@@ -1,10 +1,10 @@
-"""A step by TorchBraid and by ours, in the same processes, taking turns. TorchBraid must be installed (docs/torchbraid.md).
+"""A step by TorchBraid and by ours, taking turns, each in processes of its own. TorchBraid must be installed (docs/torchbraid.md).
 
     python examples/benchmarks/beside_torchbraid.py [real] [--rounds 15]
     python examples/benchmarks/beside_torchbraid.py rows [--rounds 10] [--only 0 3 4]
 
 real: two workers, 64 layers of GPT-2 (width 128, 4 heads, 64 tokens, batch 8, c_f = 8, 1+1), one thread each, and a bare loop over the same
-layers on one of them while the other waits. rows: the table of emulated.py (layers that take 10 ms for each of forward, input gradient and
+layers in one process. rows: the table of emulated.py (layers that take 10 ms for each of forward, input gradient and
 weight gradient), TorchBraid measured here rather than quoted.
 
 Whole steps: embedding, both solves, loss, gradients, optimizer. TorchBraid is driven by the same engine (`solver: torchbraid`); it shares
@@ -16,10 +16,12 @@ import multiprocessing
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from datetime import timedelta
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -37,23 +39,34 @@ from rayllp.channel.torch_dist import TorchChannel
 from rayllp.config import TrainConfig
 from rayllp.control import Controller
 from rayllp.engine import Engine
+from rayllp.engine.memory import keep_freed_memory
 from rayllp.models import LayerStack
 
 Step = Callable[[int], Any]
+WARM_STEPS = 4
 QUIET = {"adaptive": {"probe_every": 0, "consistency": 0}}
 
 
-def real() -> tuple[str, TrainConfig, TrainConfig, bool]:
+class Case(NamedTuple):
+    """What is measured: the settings of ours and of TorchBraid, and whether a bare loop is one of the contenders."""
+
+    text: str
+    ours: TrainConfig
+    theirs: TrainConfig
+    with_bare: bool
+
+
+def real() -> Case:
     mgrit = {"coarsening": 8, "iterations": {"forward": 1, "backward": 1}}
     base = {
         "workers": 2, "mode": "parallel", "mgrit": mgrit, "model": {"layers": 64, "width": 128, "heads": 4}, "step": {"middle": "1/N"},
         "sequence_length": 64, **QUIET,
     }  # fmt: skip
-    return "real", real_settings(**base), real_settings(**base, channel="mpi", solver="torchbraid"), True
+    return Case("real", real_settings(**base), real_settings(**base, channel="mpi", solver="torchbraid"), True)
 
 
-def emulated(row: Row) -> tuple[str, TrainConfig, TrainConfig, bool]:
-    return row.text, emulated_settings(row, **QUIET), emulated_settings(row, **QUIET, channel="mpi", solver="torchbraid"), False
+def emulated(row: Row) -> Case:
+    return Case(row.text, emulated_settings(row, **QUIET), emulated_settings(row, **QUIET, channel="mpi", solver="torchbraid"), False)
 
 
 def engine_of(config: TrainConfig, channel: Channel, emulate: bool) -> Engine:
@@ -63,54 +76,81 @@ def engine_of(config: TrainConfig, channel: Channel, emulate: bool) -> Engine:
     return Engine(stack, config, RandomBatches(config), channel, LocalChannel.alone(), torch.device("cpu"))
 
 
-def process(
-    rank: int, folder: str, meeting: Rendezvous, case: tuple[str, TrainConfig, TrainConfig, bool], rounds: int, outcome: Any
-) -> None:
+class Turns(NamedTuple):
+    """What a process has of its contender: the pipe on which steps are asked for, and where its fellows meet."""
+
+    orders: Connection
+    rank: int
+    folder: str
+    meeting: Rendezvous
+
+
+def process(turns: Turns, name: str, case: Case) -> None:
+    """Take a step whenever told to, and tell its seconds."""
     torch.set_num_threads(1)
-    _, ours, theirs, with_bare = case
-    size = ours.layer_workers
-    dist.init_process_group(
-        "gloo", store=dist.FileStore(str(Path(folder) / "store"), size), rank=rank, world_size=size, timeout=timedelta(seconds=120)
-    )
-    world = MPIWorld.join(meeting, rank, 60)
-    steps: dict[str, Step] = {}
-    for name, config, channel in (
-        ("torchbraid", theirs, world.channel(0, 60)), ("gloo", ours, TorchChannel(timeout_s=60)), ("mpi", ours, world.channel(0, 60)),
-    ):  # fmt: skip
-        engine, accuracy = engine_of(config, channel, not with_bare), Controller(config).accuracy
-        steps[name] = lambda n, engine=engine, accuracy=accuracy: engine.train_step(n, accuracy).loss
-    if with_bare:
-        alone = bare(ours) if rank == 0 else None
-        steps["bare loop"] = lambda n: alone(n) if alone is not None else None
-    names, times = list(steps), {name: [] for name in steps}
-    for n in range(rounds + 2):
-        for name in names[n % len(names) :] + names[: n % len(names)]:
+    keep_freed_memory()  # as workers do
+    orders, rank, folder, meeting = turns
+    if name == "bare loop":
+        step: Step = bare(case.ours)
+    else:
+        config = case.theirs if name == "torchbraid" else case.ours
+        size = config.layer_workers
+        dist.init_process_group(
+            "gloo", store=dist.FileStore(str(Path(folder) / "store"), size), rank=rank, world_size=size, timeout=timedelta(seconds=120)
+        )
+        channel: Channel = TorchChannel(timeout_s=60) if name == "gloo" else MPIWorld.join(meeting, rank, 60).channel(0, 60)
+        engine, accuracy = engine_of(config, channel, not case.with_bare), Controller(config).accuracy
+        step = lambda n: engine.train_step(n, accuracy)  # noqa: E731
+    while (n := orders.recv()) is not None:
+        if name != "bare loop":
             dist.barrier()
-            started = time.perf_counter()
-            steps[name](n)
-            taken = torch.tensor(time.perf_counter() - started, dtype=torch.float64)
-            dist.all_reduce(taken, dist.ReduceOp.MAX)
-            if n >= 2:
-                times[name].append(float(taken))
-    if rank == 0:
-        outcome.put(times)
-    dist.barrier()
+        started = time.perf_counter()
+        step(n)
+        orders.send(time.perf_counter() - started)
 
 
-def measure(case: tuple[str, TrainConfig, TrainConfig, bool], rounds: int) -> dict[str, list[float]]:
-    context, size = multiprocessing.get_context("spawn"), case[1].layer_workers
-    outcome, manager = context.Queue(), ProcessManager("127.0.0.1", ["here"] * size)
+@contextmanager
+def contender(name: str, case: Case) -> Iterator[Step]:
+    """Its processes; a step of theirs, which returns the seconds of the slowest."""
+    context, size = multiprocessing.get_context("spawn"), 1 if name == "bare loop" else case.ours.layer_workers
+    manager = ProcessManager("127.0.0.1", ["here"] * size)
+    pipes = [context.Pipe() for _ in range(size)]
     with tempfile.TemporaryDirectory() as folder:
-        processes = [context.Process(target=process, args=(r, folder, manager.rendezvous, case, rounds, outcome)) for r in range(size)]
+        turns = [Turns(pipe[1], rank, folder, manager.rendezvous) for rank, pipe in enumerate(pipes)]
+        processes = [context.Process(target=process, args=(each, name, case)) for each in turns]
         for each in processes:
             each.start()
+
+        def step(n: int) -> float:
+            for pipe, _ in pipes:
+                pipe.send(n)
+            if not all(pipe.poll(120) for pipe, _ in pipes):
+                raise TimeoutError(f"{name}: step {n} took more than 120 s")
+            return max(pipe.recv() for pipe, _ in pipes)
+
         try:
-            return outcome.get(timeout=900)
+            yield step
+            for pipe, _ in pipes:
+                pipe.send(None)
         finally:
             for each in processes:
                 each.join(20)
                 each.kill()
             manager.close()
+
+
+def measure(case: Case, rounds: int) -> dict[str, list[float]]:
+    """Seconds of each contender's steps, which take turns."""
+    names = ["torchbraid", "gloo", "mpi", *(["bare loop"] if case.with_bare else [])]
+    times: dict[str, list[float]] = {name: [] for name in names}
+    with ExitStack() as stack:
+        steps = {name: stack.enter_context(contender(name, case)) for name in names}
+        for n in range(rounds + WARM_STEPS):
+            for name in names[n % len(names) :] + names[: n % len(names)]:
+                seconds = steps[name](n)
+                if n >= WARM_STEPS:
+                    times[name].append(seconds)
+    return times
 
 
 def main() -> None:
@@ -132,7 +172,7 @@ def main() -> None:
 
         shown = " | ".join(f"{median[name]:.3f}" for name in ("torchbraid", "gloo", "mpi"))
         bares = " ".join(over(name, "bare loop") for name in ("torchbraid", "gloo", "mpi"))
-        print(f"{case[0]} | {shown} | {bares} | {over('gloo', 'torchbraid')} {over('mpi', 'torchbraid')}", flush=True)
+        print(f"{case.text} | {shown} | {bares} | {over('gloo', 'torchbraid')} {over('mpi', 'torchbraid')}", flush=True)
 
 
 if __name__ == "__main__":

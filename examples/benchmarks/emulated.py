@@ -112,9 +112,13 @@ def processes(most: Row) -> Iterator[Staff]:
 def with_barrier(config: TrainConfig) -> float:
     """The ideal step if no worker began the backward solve before all had ended the forward one."""
     kinds, clocks = LAYER.costs().kinds, [0.0] * config.layer_workers
-    for schedule in schedules_of(config, Controller(config).accuracy):
-        clocks = [max(clocks)] * len(clocks)
-        schedule.replay(kinds, 0.0, clocks)
+    forward, adjoint = schedules_of(config, Controller(config).accuracy)
+    forward.replay(kinds, 0.0, clocks)
+    for rank, rest in enumerate(forward.rests()):
+        while late := rest.take():
+            clocks[rank] += kinds[late.kind]
+    clocks = [max(clocks)] * len(clocks)
+    adjoint.replay(kinds, 0.0, clocks)
     return max(clocks)
 
 

@@ -33,6 +33,7 @@ from rayllp.config import TrainConfig
 from rayllp.control import Controller
 from rayllp.data import load_data
 from rayllp.engine import Engine
+from rayllp.engine.memory import keep_freed_memory
 from rayllp.models import build_architecture
 from rayllp.plan import Costs, predict_step
 from rayllp.plan.measure import Parts, parts_of_step
@@ -142,6 +143,7 @@ def measure_costs(engine: Engine, channel: TorchChannel) -> Costs:
 
 def two_workers_process(rank: int, folder: str, config: TrainConfig, rounds: int, outcome: "multiprocessing.Queue") -> None:
     torch.set_num_threads(1)
+    keep_freed_memory()  # as workers do
     store = dist.FileStore(str(Path(folder) / "store"), 2)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=120))
     channel = TorchChannel()

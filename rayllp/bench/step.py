@@ -96,7 +96,7 @@ def _summary(config: TrainConfig, found: Sequence[list[TimedStep]], serial_s: fl
     forward_s = None
     if ideal_s is not None:
         last = found[config.layer_workers - 1]
-        forward_s = median(max(span.end for span in step.spans if span.solve in ("forward", "loss")) for step in last)
+        forward_s = median(max(span.end for span in step.spans if span.solve == "loss") for step in last)
     middle = min(range(len(times)), key=lambda n: abs(times[n] - step_s))
     began = min(worker[middle].started for worker in found)
     return StepBench(

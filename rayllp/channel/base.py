@@ -69,6 +69,10 @@ class Channel(Protocol):
         """
         ...
 
+    def arrived(self, spec: StateSpec, source: int) -> bool:
+        """Whether the next state from `source` is there, so that `receive` would not wait. False where a channel cannot tell."""
+        ...
+
     def all_reduce(self, tensor: Tensor, tag: MessageTag) -> Tensor:
         """The sum of `tensor` over all workers, in place; the same bits on every worker."""
         ...

@@ -68,6 +68,9 @@ class LocalChannel:
             raise ChannelError(f"worker {self.rank} waits for {tag} from worker {source}, which sent {sent}: the schedules differ")
         return state
 
+    def arrived(self, spec: StateSpec, source: int) -> bool:
+        return not self._hub.queues[source, self.rank].empty()
+
     def all_reduce(self, tensor: Tensor, tag: MessageTag) -> Tensor:
         hub = self._hub
         hub.slots[self.rank] = tensor.clone()

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from rayllp.channel.base import MessageTag
 from rayllp.channel.pmi import Lifeline, Rendezvous
-from rayllp.channel.wired import WiredChannel
+from rayllp.channel.wired import Posted, WiredChannel
 from rayllp.errors import ChannelError, ClusterError, SettingsError
 
 SPIN_S = 200e-6
@@ -156,6 +156,9 @@ class MPIChannel(WiredChannel):
 
     def _begin_receive(self, buffer: Tensor, source: int) -> Any:
         return self.comm.Irecv(self._memory(buffer), source, TAG)
+
+    def _is_there(self, posted: Posted) -> bool:
+        return bool(posted.work.Test())
 
     def _memory(self, buffer: Tensor) -> Any:
         """A flat tensor as MPI takes it."""

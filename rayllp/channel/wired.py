@@ -70,6 +70,10 @@ class WiredChannel(ABC):
             RuntimeError: the time limit has passed, or the sender is gone.
         """
 
+    @abstractmethod
+    def _is_there(self, posted: Posted) -> bool:
+        """Whether its message has arrived."""
+
     def send(self, state: State, destination: int, tag: MessageTag) -> None:
         buffer = _flat(state)
         self._begin_send(buffer.cpu() if self._on_host else buffer, destination)
@@ -93,6 +97,16 @@ class WiredChannel(ABC):
         if self._heard is not None:
             self._heard.append(expected)
         return _unflat(buffer.to(spec.device), spec)
+
+    def arrived(self, spec: StateSpec, source: int) -> bool:
+        if not self._asks_ahead:
+            return False
+        if source not in self._posted:
+            try:
+                self._posted[source] = self._post(Expected(spec, source))
+            except RuntimeError:  # `receive` will meet it too, and says what it was waiting for
+                return True
+        return self._is_there(self._posted[source])
 
     def _post(self, expected: Expected) -> Posted:
         spec, source = expected

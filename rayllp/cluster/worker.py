@@ -30,7 +30,7 @@ from rayllp.control import Accuracy, ProbePlan
 from rayllp.data import Batches
 from rayllp.engine import Engine
 from rayllp.engine.engine import StepStats
-from rayllp.engine.memory import peak_memory
+from rayllp.engine.memory import keep_freed_memory, peak_memory
 from rayllp.errors import ChannelError, RayllpError
 from rayllp.models import FAMILIES, Architecture, build_architecture
 from rayllp.timeline import TimedStep, Timeline
@@ -91,6 +91,7 @@ class BlockWorker:
     def __init__(self, rank: int, config: TrainConfig, threads: int) -> None:
         gc.freeze()  # the modules' objects stay: without this, a collection after a loss looks through them all, for 0.2 s
         torch.set_num_threads(threads)
+        keep_freed_memory()
         self.rank, self.config = rank, config
         self.engine: Engine | None = None
         self._listener: socket.socket | None = None

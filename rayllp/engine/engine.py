@@ -28,7 +28,7 @@ from rayllp.engine.probe import Bias, Probing
 from rayllp.engine.smoothness import add_smoothness_gradient
 from rayllp.engine.sums import Sums
 from rayllp.engine.trajectory import AdjointPropagator, ExactPropagator, ForwardPropagator, Trajectory
-from rayllp.mgrit import Hierarchy, Method, MGRITResult, Propagator, solve
+from rayllp.mgrit import Hierarchy, Method, MGRITResult, Postponed, Propagator, solve
 from rayllp.models.base import Architecture
 from rayllp.state import State, combine, detach, like, tensors
 from rayllp.timeline import TimedChannel, TimedPropagator, Timeline, span_on
@@ -236,14 +236,14 @@ class Engine:
             trajectory = Trajectory(block, c_points, config.mgrit.recompute)
             forward = self._solve(
                 self.hierarchies(levels[0])[0], methods[0], ForwardPropagator(trajectory),
-                None if entered is None else detach(entered), spec, MessageTag(step, "forward"),
+                None if entered is None else detach(entered), spec, MessageTag(step, "forward"), postponed=trajectory.postponed,
             )  # fmt: skip
             with self.span("loss"):
                 none = torch.zeros((), device=self.device)
                 loss, seed = self.loss_and_seed(forward.output, targets, scale) if block.last else (none, None)
             backward = self._solve(
                 self.hierarchies(levels[1])[1], methods[1], AdjointPropagator(trajectory, self.penalty),
-                seed, spec, MessageTag(step, "adjoint"),
+                seed, spec, MessageTag(step, "adjoint"), meanwhile=trajectory.postponed,
             )  # fmt: skip
         self._embedding_gradients(entered, backward.output)
         return loss, forward, backward
@@ -276,13 +276,14 @@ class Engine:
         return loss
 
     def _solve(
-        self, hierarchy: Hierarchy, method: Method, propagator: Propagator, initial: State | None, spec: StateSpec, tag: MessageTag
-    ) -> MGRITResult:
+        self, hierarchy: Hierarchy, method: Method, propagator: Propagator, initial: State | None, spec: StateSpec, tag: MessageTag,
+        **order: Postponed,
+    ) -> MGRITResult:  # fmt: skip
         channel, watch = self.layers, None
         if self.timeline is not None:
-            channel, propagator = TimedChannel(channel, self.timeline), TimedPropagator(propagator, self.timeline)
+            channel, propagator = TimedChannel(channel, self.timeline), TimedPropagator(propagator, self.timeline, tag.solve)
             watch = self.timeline.begin_solve(tag.solve)
-        return solve(hierarchy, method, propagator, channel, initial=initial, spec=spec, tag=tag, reduce=False, watch=watch)
+        return solve(hierarchy, method, propagator, channel, initial=initial, spec=spec, tag=tag, reduce=False, watch=watch, **order)
 
     def span(self, solve: str, kind: str = "compute") -> AbstractContextManager[None]:
         """What happens inside, on the timeline, if there is one."""

@@ -2,6 +2,7 @@
 
 from rayllp.mgrit.cycle import Method, solve
 from rayllp.mgrit.hierarchy import Hierarchy, Level, build_hierarchy, split_evenly
+from rayllp.mgrit.postponed import Postponed
 from rayllp.mgrit.propagator import CoarseOperator, Identity, Propagator, Rediscretised, coarse_operator
 from rayllp.mgrit.result import MGRITResult, Status, convergence_factor, judge
 from rayllp.state import State
@@ -13,6 +14,7 @@ __all__ = [
     "Level",
     "MGRITResult",
     "Method",
+    "Postponed",
     "Propagator",
     "Rediscretised",
     "State",

@@ -15,6 +15,7 @@ from rayllp.channel.base import Channel, MessageTag, StateSpec
 from rayllp.errors import SettingsError
 from rayllp.mgrit.grid import Grid
 from rayllp.mgrit.hierarchy import Hierarchy
+from rayllp.mgrit.postponed import Meanwhile, Postponed
 from rayllp.mgrit.propagator import Propagator, Remembering, coarse_operator
 from rayllp.mgrit.result import MGRITResult, Status, no_residuals
 from rayllp.state import State, squared_norm, subtract
@@ -86,8 +87,12 @@ class Solver:
         self.done = 0
         self.enter = watch or (lambda phase, level: None)
 
-    def solve(self, initial: State | None) -> MGRITResult:
-        """Solve from `initial`, given on the worker that owns the first step and ignored elsewhere."""
+    def solve(self, initial: State | None, postponed: Postponed | None = None) -> MGRITResult:
+        """Solve from `initial`, given on the worker that owns the first step and ignored elsewhere.
+
+        Args:
+            postponed: takes what of the last sweep need not be done now.
+        """
         self.inject_initial(initial)
         if len(self.grids) > 1:
             if self.method.initial_guess == "coarse":
@@ -99,7 +104,7 @@ class Solver:
                 self.cycle(0, self.method.cycle)
                 self.done += 1
         self.enter("last sweep", 0)
-        output = self.grids[0].last_sweep(self.method.keep_states)
+        output = self.grids[0].last_sweep(self.method.keep_states, postponed)
         return self.result(output, max(self.done, 1))
 
     # The cycle ----------------------------------------------------------------------------------------------------------------
@@ -272,6 +277,8 @@ def solve(
     tag: MessageTag | None = None,
     reduce: bool = True,
     watch: Watch | None = None,
+    postponed: Postponed | None = None,
+    meanwhile: Postponed | None = None,
 ) -> MGRITResult:
     """Solve u_{n+1} = Φ_n(u_n) over all layers of `hierarchy`, each worker its own block.
 
@@ -285,6 +292,8 @@ def solve(
         tag: what to call this solve in errors.
         reduce: sum the residuals over all workers now; False leaves that to the caller (one message a step instead of one a solve).
         watch: is told of each phase of the cycle as it begins, and of its level.
+        postponed: takes the pieces of the last sweep that nobody else waits for; the caller sees to it that they are made.
+        meanwhile: such pieces of an earlier solve, made while this one would wait for messages.
 
     Raises:
         SettingsError: no initial state or no spec where one is needed.
@@ -295,7 +304,9 @@ def solve(
             raise SettingsError("spec is needed on a worker that has no initial state")
         spec = StateSpec.of(initial)
     tag = tag or MessageTag(step=0, solve="forward")
-    result = Solver(hierarchy, method, propagator, channel, spec, tag, watch).solve(initial)
+    if meanwhile is not None:
+        channel = Meanwhile(channel, meanwhile)
+    result = Solver(hierarchy, method, propagator, channel, spec, tag, watch).solve(initial, postponed)
     if not reduce:
         return result
     shares = result.shares

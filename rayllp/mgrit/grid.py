@@ -4,10 +4,11 @@ A level solves u_{j+1} = Φ_j(u_j) − offset_j + rhs_{j+1}. Offset and right-ha
 because the offset belongs to the worker that takes the step and the right-hand side to the one that receives it.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 
 from rayllp.channel.base import Channel, MessageTag, StateSpec
 from rayllp.mgrit.hierarchy import Level
+from rayllp.mgrit.postponed import Piece, Postponed
 from rayllp.mgrit.propagator import CoarseOperator, Remembering
 from rayllp.state import State, add, subtract
 
@@ -101,15 +102,28 @@ class Grid:
         runs = [run for run in self.runs if run.start < last]
         self._sweep(self.advance, self.advance_all, "relaxation", runs, to_the_end=False)
 
-    def last_sweep(self, keep: bool = True) -> State | None:
+    def last_sweep(self, keep: bool = True, postponed: Postponed | None = None) -> State | None:
         """F-relaxation that records (forward) or forms gradients (adjoint); also takes every interval's last step.
 
         Args:
             keep: the F-points' values; else they are dropped once the next one is there.
+            postponed: takes the pieces that lead neither to another worker nor out of the last layer, where whole intervals are not swept
+                side by side. None: all is done now.
 
         Returns the state after the last step of all, on the worker that takes it.
         """
-        return self._sweep(self.last_advance, self.last_advance_all, "last sweep", self.runs, to_the_end=True, keep=keep)
+        now, later = self.runs, []
+        if postponed is not None and not self.whole(self.runs):
+            now = [run for run in self.runs if self._leads_on(run) or run.stop == self.level.size]
+            later = [run for run in self.runs if run not in now]
+        output = self._sweep(self.last_advance, self.last_advance_all, "last sweep", now, to_the_end=True, keep=keep)
+        for run in later:
+            self._await_start(run, "last sweep")
+            layers = range(self.level.layers[run.start], self.level.layers[run.start] + len(run))
+            if self.propagator.postpone(layers.start, self.values[run.start]):
+                assert postponed is not None
+                postponed.pieces.append(Piece(layers, self._through(self.last_advance, "last sweep", run, to_the_end=True, keep=keep)))
+        return output
 
     def whole(self, runs: Sequence[range]) -> list[range]:
         """Of these runs, the whole intervals of the greatest length, if there are several and the level is batched."""
@@ -119,26 +133,39 @@ class Grid:
         # The last run goes first: its end is what the next worker waits for. The first run, which may have to wait, goes last.
         output, whole = None, self.whole(runs)
         for run in reversed(runs):
-            if run in whole:
-                if run is whole[-1]:
-                    state = self._sweep_together(steps, whole, to_the_end, keep)
-                    output = state if run.stop == self.level.size else output
+            if run not in whole:
+                self._await_start(run, phase)
+                state = _exhaust(self._through(step, phase, run, to_the_end=to_the_end, keep=keep))
+            elif run is whole[-1]:
+                state = self._sweep_together(steps, whole, to_the_end, keep)
+            else:
                 continue
-            if run.start not in self.level.is_c_point:
-                self.values[run.start] = self.arrive(run.start, self.receive(run.start, phase))
-            for j in run[:-1]:
-                self.values[j + 1] = self.arrive(j + 1, step(j))
-                if not keep and j > run.start:
-                    del self.values[j]
-            end = run.stop
-            interval_goes_on = end < self.level.size and end not in self.level.is_c_point
-            if interval_goes_on or to_the_end:
-                state = step(end - 1)
-                if interval_goes_on:
-                    self.send(state, end, phase)
-                elif end == self.level.size:
-                    output = state
+            output = state if run.stop == self.level.size else output
         return output
+
+    def _leads_on(self, run: range) -> bool:
+        """Whether its interval goes on at the next worker."""
+        return run.stop < self.level.size and run.stop not in self.level.is_c_point
+
+    def _await_start(self, run: range, phase: str) -> None:
+        """Its first point, from the worker before, where it does not begin its interval."""
+        if run.start not in self.level.is_c_point:
+            self.values[run.start] = self.arrive(run.start, self.receive(run.start, phase))
+
+    def _through(self, step: Step, phase: str, run: range, *, to_the_end: bool, keep: bool) -> Generator[None, None, State | None]:
+        """A step of the run at a time; returns the state after the last one, where that was asked for or the interval goes on."""
+        for j in run[:-1]:
+            self.values[j + 1] = self.arrive(j + 1, step(j))
+            if not keep and j > run.start:
+                del self.values[j]
+            yield
+        state, leads_on = None, self._leads_on(run)
+        if leads_on or to_the_end:
+            state = step(run[-1])
+            if leads_on:
+                self.send(state, run.stop, phase)
+            yield
+        return state
 
     def _sweep_together(self, steps: Steps, runs: list[range], to_the_end: bool, keep: bool) -> State | None:
         """Whole intervals of one length, a point of each at a time; the state after the last of them, where they go to the end."""
@@ -176,3 +203,13 @@ class Grid:
                 self.values[j] = self.arrive(j, state)
         if self.points and self.points.stop < self.level.size:
             self.send(step(self.points.stop - 1), self.points.stop, phase)
+
+
+def _exhaust(steps: Generator[None, None, State | None]) -> State | None:
+    """Take them all; what they return."""
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            found: State | None = end.value
+            return found

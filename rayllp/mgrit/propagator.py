@@ -22,6 +22,10 @@ class Propagator(Protocol):
         """
         ...
 
+    def postpone(self, layer: int, state: State) -> bool:
+        """Be told that the last sweep's piece from this layer and state on is put off; whether it will be wanted at all."""
+        return True
+
     def steps(self, layers: Sequence[int], states: Sequence[State]) -> list[State]:
         """`step` of several layers, each from a state of its own. What can, takes them in one call."""
         return [self.step(layer, state) for layer, state in zip(layers, states, strict=True)]
@@ -71,6 +75,10 @@ class Remembering:
     def last_steps(self, layers: Sequence[int], states: Sequence[State]) -> list[State]:
         """The same."""
         return self.inner.last_steps(layers, states)
+
+    def postpone(self, layer: int, state: State) -> bool:
+        """As the inner one's."""
+        return self.inner.postpone(layer, state)
 
     def last_step(self, layer: int, state: State) -> State:
         """As the inner one's."""

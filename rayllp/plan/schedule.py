@@ -2,7 +2,7 @@
 
 A worker's order of work depends on no number, so its cycle can run alone: what it is sent is a state without contents, there at once.
 Workers whose parts of the hierarchy look alike do alike, so of those one runs. `Schedule.replay` then gives every piece of work its time
-and lets receivers wait for senders.
+and lets receivers wait for senders. What a forward solve puts off is replayed with the adjoint, where a worker takes it while it waits.
 """
 
 from collections import defaultdict, deque
@@ -19,7 +19,8 @@ from torch import Tensor
 from rayllp.channel.base import MessageTag, StateSpec
 from rayllp.config import TrainConfig
 from rayllp.control import Accuracy
-from rayllp.mgrit import Hierarchy, Level, Method, Propagator, solve
+from rayllp.mgrit import Hierarchy, Level, Method, Postponed, Propagator, solve
+from rayllp.mgrit.postponed import Piece as PostponedPiece
 from rayllp.state import State
 from rayllp.timeline import Span
 
@@ -64,6 +65,13 @@ class _Recorder(Propagator):
     def _message(self, kind: str, peer: int) -> None:
         self.done.append(Work(kind, self._solve, self._phase, self._level, peer=peer - self.rank))
 
+    def take(self, piece: PostponedPiece | None = None) -> tuple[Work, ...]:
+        """What it was asked for since the last time, or what a postponed piece asks for."""
+        while piece is not None and piece.advance():
+            pass
+        done, self.done = tuple(self.done), []
+        return done
+
     # As a propagator: the forward keeps a graph at C-points, which the last sweep then need not make.
 
     def step(self, layer: int, state: State) -> State:
@@ -84,6 +92,9 @@ class _Recorder(Propagator):
         self._message("receive", source)
         return Nothing()
 
+    def arrived(self, spec: StateSpec, source: int) -> bool:
+        return True
+
     def all_reduce(self, tensor: Tensor, tag: MessageTag) -> Tensor:
         return tensor
 
@@ -97,20 +108,70 @@ class _Recorder(Propagator):
         pass
 
 
+def _spend(work: Work, first: int, costs: Mapping[str, float], now: float, spans: list[Span] | None) -> float:
+    """When this work on a layer is done."""
+    then = now + costs[work.kind]
+    if spans is not None:
+        spans.append(Span(now, then, "compute", work.solve, work.phase, work.level, first + work.layer))
+    return then
+
+
+Piece = tuple[Work, ...]
+
+
+class Rest:
+    """What one worker has put off: pieces of its forward solve, whose work is counted from its first layer."""
+
+    def __init__(self, pieces: Sequence[Piece], first: int) -> None:
+        self.first = first
+        self._pieces = deque(deque(piece) for piece in pieces)
+
+    def take(self) -> Work | None:
+        """The next layer's, if anything is left."""
+        while self._pieces:
+            if self._pieces[0]:
+                return self._pieces[0].popleft()
+            self._pieces.popleft()
+        return None
+
+    def reach(self, layer: int) -> list[Work]:
+        """All up to this layer that its own piece has left."""
+        while self._pieces and not self._pieces[0]:
+            self._pieces.popleft()
+        for piece in self._pieces:
+            if piece and piece[0].layer <= layer - self.first <= piece[-1].layer:
+                count = sum(work.layer <= layer - self.first for work in piece)
+                return [piece.popleft() for _ in range(count)]
+        return []
+
+
 @dataclass(frozen=True)
 class Schedule:
-    """Of one solve: what each worker does, in order, and the layer that its work is counted from."""
+    """Of one solve: what each worker does, in order, the layer that its work is counted from, and what it puts off."""
 
     workers: tuple[tuple[Work, ...], ...]
     first_layers: tuple[int, ...]
+    postponed: tuple[tuple[Piece, ...], ...]
 
-    def replay(self, costs: Mapping[str, float], message_s: float, clocks: list[float], spans: Sequence[list[Span]] | None = None) -> None:
+    def rests(self) -> list[Rest]:
+        """What each worker has put off once this solve is over."""
+        return [Rest(pieces, first) for pieces, first in zip(self.postponed, self.first_layers, strict=True)]
+
+    def replay(
+        self,
+        costs: Mapping[str, float],
+        message_s: float,
+        clocks: list[float],
+        spans: Sequence[list[Span]] | None = None,
+        rests: Sequence[Rest] | None = None,
+    ) -> None:
         """Let the workers do it; `clocks` are their times before, and after.
 
         Args:
             costs: seconds by kind of work.
             message_s: from sending to arrival; sending itself takes no time.
             spans: of each worker; what it does is appended. None: nobody wants to know.
+            rests: what each has put off before: taken while a message is awaited, and where a layer's graph is wanted.
         """
         arrivals: dict[tuple[int, int], deque[float]] = defaultdict(deque)
         places = [0] * len(self.workers)
@@ -120,6 +181,7 @@ class Schedule:
             rank = ready.popleft()
             work, place, now = self.workers[rank], places[rank], clocks[rank]
             mine, first = None if spans is None else spans[rank], self.first_layers[rank]
+            rest = None if rests is None else rests[rank]
             while place < len(work):
                 kind, solve_, phase, level, layer, peer = work[place]
                 if kind == "send":
@@ -134,15 +196,17 @@ class Schedule:
                         waiting[link] = rank
                         break
                     there = queue.popleft()
+                    while there > now and rest is not None and (late := rest.take()) is not None:
+                        now = _spend(late, rest.first, costs, now, mine)
                     if there > now:
                         if mine is not None:
                             mine.append(Span(now, there, "wait", solve_, phase, level))
                         now = there
                 else:
-                    then = now + costs[kind]
-                    if mine is not None:
-                        mine.append(Span(now, then, "compute", solve_, phase, level, first + layer))
-                    now = then
+                    if rest is not None:
+                        for late in rest.reach(first + layer):
+                            now = _spend(late, rest.first, costs, now, mine)
+                    now = _spend(work[place], first, costs, now, mine)
                 place += 1
             places[rank], clocks[rank] = place, now
         stuck = [rank for rank, place in enumerate(places) if place < len(self.workers[rank])]
@@ -167,23 +231,24 @@ def schedules_of(config: TrainConfig, accuracy: Accuracy) -> tuple[Schedule, Sch
 def _record(hierarchy: Hierarchy, method: Method, workers: int, name: str, c_points: frozenset[int]) -> Schedule:
     spec = StateSpec((), (), torch.device("cpu"), bare=False)
     fine, alike = hierarchy.levels[0], _Alike(hierarchy, c_points)
-    found: list[tuple[Work, ...]] = []
+    found: list[tuple[Piece, tuple[Piece, ...]]] = []
     first_layers: list[int] = []
-    known: dict[Hashable, tuple[Work, ...]] = {}
+    known: dict[Hashable, tuple[Piece, tuple[Piece, ...]]] = {}
     for rank in range(workers):
         owned = fine.local(rank)
         first_layers.append(fine.layers[owned.start] if owned else 0)
         look = alike.look(rank, first_layers[-1])
         if look not in known:
-            recorder = _Recorder(rank, workers, first_layers[-1], name, c_points)
+            recorder, postponed = _Recorder(rank, workers, first_layers[-1], name, c_points), Postponed()
             initial = Nothing() if rank == fine.owners[0] else None
             solve(
-                hierarchy, method, recorder, recorder,
-                initial=initial, spec=spec, tag=MessageTag(0, name), reduce=False, watch=recorder.enter,
+                hierarchy, method, recorder, recorder, initial=initial, spec=spec, tag=MessageTag(0, name), reduce=False,
+                watch=recorder.enter, postponed=postponed if name == "forward" else None,
             )  # fmt: skip
-            known[look] = tuple(recorder.done)
+            known[look] = recorder.take(), tuple(recorder.take(piece) for piece in postponed.pieces)
         found.append(known[look])
-    return Schedule(tuple(found), tuple(first_layers))
+    done, later = zip(*found, strict=True)
+    return Schedule(done, tuple(first_layers), later)
 
 
 class _Alike:

@@ -1,0 +1,87 @@
+"""The part of a forward solve's last sweep that nobody else waits for, and a channel whose waits are used for it.
+
+Only the end of the last interval leads on: to the loss, and from there into the adjoint's coarse chain, which reads graphs at C-points
+alone. So a worker puts the other intervals off. It takes their layers while it would wait for the adjoint, and those that are left when
+an adjoint step asks for them. The order of work thus depends on when messages arrive, its results do not.
+"""
+
+from collections import deque
+from collections.abc import Hashable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from rayllp.channel.base import Channel, MessageTag, StateSpec
+from rayllp.state import State
+
+
+@dataclass
+class Piece:
+    """Part of an interval: its layers, ascending, and the steps through them, one a `next`."""
+
+    layers: range
+    steps: Iterator[None]
+    taken: int = 0
+
+    def advance(self) -> bool:
+        """Take the next step; False if there is none."""
+        if self.taken == len(self.layers):
+            return False
+        next(self.steps)
+        self.taken += 1
+        return True
+
+
+class Postponed:
+    """Pieces of a last sweep that have yet to be made, in the order in which the adjoint's last sweep wants them."""
+
+    def __init__(self) -> None:
+        self.pieces: deque[Piece] = deque()
+
+    def advance(self) -> bool:
+        """Take one layer; False if nothing is left."""
+        while self.pieces:
+            if self.pieces[0].advance():
+                return True
+            self.pieces.popleft()
+        return False
+
+    def reach(self, layer: int) -> None:
+        """Take the layers of its piece up to this one, if they were put off and not taken since."""
+        for piece in self.pieces:
+            if layer in piece.layers:
+                while piece.layers.start + piece.taken <= layer:
+                    piece.advance()
+                return
+
+
+class Meanwhile:
+    """A channel that takes postponed layers for as long as what is to be received is not there."""
+
+    def __init__(self, inner: Channel, postponed: Postponed) -> None:
+        self.inner, self.postponed = inner, postponed
+        self.rank, self.size = inner.rank, inner.size
+
+    def send(self, state: State, destination: int, tag: MessageTag) -> None:
+        self.inner.send(state, destination, tag)
+
+    def receive(self, spec: StateSpec, source: int, tag: MessageTag) -> State:
+        while not self.inner.arrived(spec, source) and self.postponed.advance():
+            pass
+        return self.inner.receive(spec, source, tag)
+
+    def arrived(self, spec: StateSpec, source: int) -> bool:
+        return self.inner.arrived(spec, source)
+
+    def all_reduce(self, tensor: Tensor, tag: MessageTag) -> Tensor:
+        return self.inner.all_reduce(tensor, tag)
+
+    def program(self, key: Hashable | None) -> AbstractContextManager[None]:
+        return self.inner.program(key)
+
+    def finish(self) -> None:
+        self.inner.finish()
+
+    def close(self) -> None:
+        self.inner.close()
