@@ -12,6 +12,7 @@ layers out its own way, one more on the first worker and one fewer on the last. 
 """
 
 import argparse
+import gc
 import multiprocessing
 import statistics
 import tempfile
@@ -44,6 +45,7 @@ from rayllp.models import LayerStack
 
 Step = Callable[[int], Any]
 WARM_STEPS = 4
+PATIENCE_S = 300
 QUIET = {"adaptive": {"probe_every": 0, "consistency": 0}}
 
 
@@ -88,7 +90,8 @@ class Turns(NamedTuple):
 def process(turns: Turns, name: str, case: Case) -> None:
     """Take a step whenever told to, and tell its seconds."""
     torch.set_num_threads(1)
-    keep_freed_memory()  # as workers do
+    gc.freeze()
+    keep_freed_memory()  # both as workers do
     orders, rank, folder, meeting = turns
     if name == "bare loop":
         step: Step = bare(case.ours)
@@ -124,8 +127,8 @@ def contender(name: str, case: Case) -> Iterator[Step]:
         def step(n: int) -> float:
             for pipe, _ in pipes:
                 pipe.send(n)
-            if not all(pipe.poll(120) for pipe, _ in pipes):
-                raise TimeoutError(f"{name}: step {n} took more than 120 s")
+            if not all(pipe.poll(PATIENCE_S) for pipe, _ in pipes):
+                raise TimeoutError(f"{name}: step {n} took more than {PATIENCE_S} s")
             return max(pipe.recv() for pipe, _ in pipes)
 
         try:
@@ -133,23 +136,25 @@ def contender(name: str, case: Case) -> Iterator[Step]:
             for pipe, _ in pipes:
                 pipe.send(None)
         finally:
+            deadline = time.monotonic() + 20
             for each in processes:
-                each.join(20)
+                each.join(max(0.0, deadline - time.monotonic()))
                 each.kill()
             manager.close()
 
 
 def measure(case: Case, rounds: int) -> dict[str, list[float]]:
-    """Seconds of each contender's steps, which take turns."""
+    """Seconds of each contender's steps. Those that compute take turns; those that sleep go one after the other, as there are many."""
     names = ["torchbraid", "gloo", "mpi", *(["bare loop"] if case.with_bare else [])]
     times: dict[str, list[float]] = {name: [] for name in names}
-    with ExitStack() as stack:
-        steps = {name: stack.enter_context(contender(name, case)) for name in names}
-        for n in range(rounds + WARM_STEPS):
-            for name in names[n % len(names) :] + names[: n % len(names)]:
-                seconds = steps[name](n)
-                if n >= WARM_STEPS:
-                    times[name].append(seconds)
+    for together in [names] if case.with_bare else [[name] for name in names]:
+        with ExitStack() as stack:
+            steps = {name: stack.enter_context(contender(name, case)) for name in together}
+            for n in range(rounds + WARM_STEPS):
+                for name in together[n % len(together) :] + together[: n % len(together)]:
+                    seconds = steps[name](n)
+                    if n >= WARM_STEPS:
+                        times[name].append(seconds)
     return times
 
 
