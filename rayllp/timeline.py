@@ -1,13 +1,13 @@
 """What a worker does when: the spans of a step, on a real clock or a logical one."""
 
 import time
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import NamedTuple
 
 from torch import Tensor
 
-from rayllp.channel.base import Channel, MessageTag, StateSpec
+from rayllp.channel.base import Channel, ChannelAround, MessageTag, StateSpec
 from rayllp.mgrit.propagator import Propagator
 from rayllp.state import State
 
@@ -148,12 +148,12 @@ class TimedPropagator(Propagator):
         return after
 
 
-class TimedChannel:
+class TimedChannel(ChannelAround):
     """A channel whose messages are spans."""
 
     def __init__(self, inner: Channel, timeline: Timeline) -> None:
-        self.inner, self.timeline = inner, timeline
-        self.rank, self.size = inner.rank, inner.size
+        super().__init__(inner)
+        self.timeline = timeline
 
     def send(self, state: State, destination: int, tag: MessageTag) -> None:
         begin = self.timeline.clock()
@@ -166,20 +166,8 @@ class TimedChannel:
         self.timeline.add(begin, "wait")
         return state
 
-    def arrived(self, spec: StateSpec, source: int) -> bool:
-        return self.inner.arrived(spec, source)
-
     def all_reduce(self, tensor: Tensor, tag: MessageTag) -> Tensor:
         begin = self.timeline.clock()
         total = self.inner.all_reduce(tensor, tag)
         self.timeline.add(begin, "wait")
         return total
-
-    def program(self, key: Hashable | None) -> AbstractContextManager[None]:
-        return self.inner.program(key)
-
-    def finish(self) -> None:
-        self.inner.finish()
-
-    def close(self) -> None:
-        self.inner.close()

@@ -112,18 +112,23 @@ class Grid:
 
         Returns the state after the last step of all, on the worker that takes it.
         """
-        now, later = self.runs, []
+        now = self.runs
         if postponed is not None and not self.whole(self.runs):
             now = [run for run in self.runs if self._leads_on(run) or run.stop == self.level.size]
-            later = [run for run in self.runs if run not in now]
         output = self._sweep(self.last_advance, self.last_advance_all, "last sweep", now, to_the_end=True, keep=keep)
-        for run in later:
-            self._await_start(run, "last sweep")
-            layers = range(self.level.layers[run.start], self.level.layers[run.start] + len(run))
-            if self.propagator.postpone(layers.start, self.values[run.start]):
-                assert postponed is not None
-                postponed.pieces.append(Piece(layers, self._through(self.last_advance, "last sweep", run, to_the_end=True, keep=keep)))
+        if postponed is not None:
+            for run in self.runs:
+                if run not in now:
+                    self._postpone(run, postponed, keep)
         return output
+
+    def _postpone(self, run: range, postponed: Postponed, keep: bool) -> None:
+        """Put off its last sweep, unless the propagator will never want it. Its start is received now: messages keep their order."""
+        self._await_start(run, "last sweep")
+        first = self.level.layers[run.start]
+        if self.propagator.postpone(first, self.values[run.start]):
+            steps = self._through(self.last_advance, "last sweep", run, to_the_end=True, keep=keep)
+            postponed.pieces.append(Piece(range(first, first + len(run)), steps))
 
     def whole(self, runs: Sequence[range]) -> list[range]:
         """Of these runs, the whole intervals of the greatest length, if there are several and the level is batched."""

@@ -6,13 +6,10 @@ an adjoint step asks for them. The order of work thus depends on when messages a
 """
 
 from collections import deque
-from collections.abc import Hashable, Iterator
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
 from dataclasses import dataclass
 
-from torch import Tensor
-
-from rayllp.channel.base import Channel, MessageTag, StateSpec
+from rayllp.channel.base import Channel, ChannelAround, MessageTag, StateSpec
 from rayllp.state import State
 
 
@@ -56,32 +53,14 @@ class Postponed:
                 return
 
 
-class Meanwhile:
+class Meanwhile(ChannelAround):
     """A channel that takes postponed layers for as long as what is to be received is not there."""
 
     def __init__(self, inner: Channel, postponed: Postponed) -> None:
-        self.inner, self.postponed = inner, postponed
-        self.rank, self.size = inner.rank, inner.size
-
-    def send(self, state: State, destination: int, tag: MessageTag) -> None:
-        self.inner.send(state, destination, tag)
+        super().__init__(inner)
+        self.postponed = postponed
 
     def receive(self, spec: StateSpec, source: int, tag: MessageTag) -> State:
         while not self.inner.arrived(spec, source) and self.postponed.advance():
             pass
         return self.inner.receive(spec, source, tag)
-
-    def arrived(self, spec: StateSpec, source: int) -> bool:
-        return self.inner.arrived(spec, source)
-
-    def all_reduce(self, tensor: Tensor, tag: MessageTag) -> Tensor:
-        return self.inner.all_reduce(tensor, tag)
-
-    def program(self, key: Hashable | None) -> AbstractContextManager[None]:
-        return self.inner.program(key)
-
-    def finish(self) -> None:
-        self.inner.finish()
-
-    def close(self) -> None:
-        self.inner.close()
