@@ -171,3 +171,9 @@ class TimedChannel(ChannelAround):
         total = self.inner.all_reduce(tensor, tag)
         self.timeline.add(begin, "wait")
         return total
+
+    def all_gather(self, state: State, spec: StateSpec, tag: MessageTag) -> list[State]:
+        begin = self.timeline.clock()
+        found = self.inner.all_gather(state, spec, tag)
+        self.timeline.add(begin, "wait")
+        return found

@@ -77,6 +77,14 @@ class Channel(Protocol):
         """The sum of `tensor` over all workers, in place; the same bits on every worker."""
         ...
 
+    def all_gather(self, state: State, spec: StateSpec, tag: MessageTag) -> list[State]:
+        """Every worker's `state`, all of one spec, in order of the ranks; the own one is not copied.
+
+        Raises:
+            ChannelError: one of them did not come within the time limit, or a worker is gone.
+        """
+        ...
+
     def program(self, key: Hashable | None) -> AbstractContextManager[None]:
         """What is received inside is what was received inside the last time with this key: a channel may prepare for it. None: not so."""
         ...
@@ -108,6 +116,9 @@ class ChannelAround:
 
     def all_reduce(self, tensor: Tensor, tag: MessageTag) -> Tensor:
         return self.inner.all_reduce(tensor, tag)
+
+    def all_gather(self, state: State, spec: StateSpec, tag: MessageTag) -> list[State]:
+        return self.inner.all_gather(state, spec, tag)
 
     def program(self, key: Hashable | None) -> AbstractContextManager[None]:
         return self.inner.program(key)

@@ -37,6 +37,7 @@ class _Hub:
         self.queues = _Queues()
         self.barrier = threading.Barrier(size)
         self.slots: list[Tensor | None] = [None] * size
+        self.states: list[State | None] = [None] * size
 
 
 class LocalChannel:
@@ -79,12 +80,20 @@ class LocalChannel:
         self._meet(tag)
         return tensor.copy_(total)
 
+    def all_gather(self, state: State, spec: StateSpec, tag: MessageTag) -> list[State]:
+        hub = self._hub
+        hub.states[self.rank] = detach(state)
+        self._meet(tag)
+        found = [other for other in hub.states if other is not None]
+        self._meet(tag)
+        return found
+
     def _meet(self, tag: MessageTag) -> None:
         try:
             self._hub.barrier.wait(self._hub.timeout_s)
         except threading.BrokenBarrierError:
             raise ChannelError(
-                f"{tag}: worker {self.rank} waited {self._hub.timeout_s:g} s for all {self.size} workers to meet in an all-reduce"
+                f"{tag}: worker {self.rank} waited {self._hub.timeout_s:g} s for all {self.size} workers to meet in a collective"
             ) from None
 
     def program(self, key: Hashable | None) -> AbstractContextManager[None]:

@@ -214,6 +214,11 @@ class MPIChannel(WiredChannel):
 
     # Together -------------------------------------------------------------------------------------------------------------------
 
+    def _gather(self, buffer: Tensor) -> list[Tensor]:
+        found = buffer.new_empty(self.size, len(buffer))
+        self._await(self.comm.Iallgather(self._memory(buffer), self._memory(found.view(-1))))
+        return list(found.unbind())
+
     def all_reduce(self, tensor: Tensor, tag: MessageTag) -> Tensor:
         if self.size == 1:
             return tensor

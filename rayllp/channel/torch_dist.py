@@ -54,6 +54,11 @@ class TorchChannel(WiredChannel):
             # NCCL orders the stream and returns at once; its watchdog holds the group's own time limit.
             work.wait(timedelta(seconds=self.timeout_s)) if self._on_host else work.wait()
 
+    def _gather(self, buffer: Tensor) -> list[Tensor]:
+        found = list(buffer.new_empty(self.size, len(buffer)).unbind())
+        dist.all_gather(found, buffer, group=self._mine)
+        return found
+
     def all_reduce(self, tensor: Tensor, tag: MessageTag) -> Tensor:
         if self.size == 1:
             return tensor

@@ -98,6 +98,24 @@ class WiredChannel(ABC):
             self._heard.append(expected)
         return _unflat(buffer.to(spec.device), spec)
 
+    @abstractmethod
+    def _gather(self, buffer: Tensor) -> list[Tensor]:
+        """Every worker's flat buffer, all of one length, in order of the ranks.
+
+        Raises:
+            RuntimeError: the time limit has passed, or a worker is gone.
+        """
+
+    def all_gather(self, state: State, spec: StateSpec, tag: MessageTag) -> list[State]:
+        if self.size == 1:
+            return [state]
+        buffer = _flat(state)
+        try:
+            found = self._gather(buffer.cpu() if self._on_host else buffer)
+        except RuntimeError as error:
+            raise ChannelError(f"{tag}: all-gather over {self.size} workers failed on worker {self.rank}: {error}") from error
+        return [state if rank == self.rank else _unflat(part.to(spec.device), spec) for rank, part in enumerate(found)]
+
     def arrived(self, spec: StateSpec, source: int) -> bool:
         if not self._asks_ahead:
             return False

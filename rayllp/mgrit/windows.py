@@ -1,0 +1,210 @@
+"""Windows: solve c layers at once by Picard iteration, window after window, with neighbouring layers on different workers.
+
+MGRIT's coarse step stands for an interval of layers by one of them, so it is cheap and only first-order accurate. A window's coarse step is
+the sum over all of its layers, each evaluated at the window's first state C:
+
+    u_{j+1} = u_j + d_j(C),   d_j(x) = Φ_j(x) − x
+
+It has no error from weights that differ between layers, only one of second order in the window's length. It costs as many evaluations
+as the window has layers, but these are independent: where layer n lives on worker n mod P, a window of P layers takes the time of one.
+Every evaluation is of a layer that the worker owns, so that no worker is idle and none does a layer twice. A further sweep evaluates
+each layer at the state that the last sweep has found for it (Picard iteration, or waveform relaxation; MGRIT on the window with the
+identity as the coarse operator). k sweeps make the first k layers of each window exact, and as many sweeps as layers the whole.
+
+The adjoint is the same solve from the other end, with the transposed steps. With one sweep in both directions the gradient is the exact one
+of the network whose windows are evaluated so, which is why a single sweep trains stably.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rayllp.channel.base import Channel, MessageTag, StateSpec
+from rayllp.errors import SettingsError
+from rayllp.mgrit.propagator import Propagator
+from rayllp.mgrit.result import MGRITResult, Status, no_residuals
+from rayllp.state import State, add, squared_norm, subtract
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Which worker owns which layer.
+
+    Attributes:
+        owners: by layer, in the order of the network.
+    """
+
+    owners: tuple[int, ...]
+
+    @staticmethod
+    def cyclic(layers: int, workers: int) -> "Placement":
+        """Layer n on worker n mod P: any P neighbouring layers are on P workers.
+
+        Raises:
+            SettingsError: fewer layers than workers, or none.
+        """
+        if not 1 <= workers <= layers:
+            raise SettingsError(f"{layers} middle layers on {workers} workers: each worker needs at least one layer")
+        return Placement(tuple(layer % workers for layer in range(layers)))
+
+    def owned(self, rank: int) -> tuple[int, ...]:
+        """The layers of a worker, ascending."""
+        return tuple(layer for layer, owner in enumerate(self.owners) if owner == rank)
+
+    def windows(self, length: int) -> list[range]:
+        """The network cut into windows of so many layers; the last one may be shorter."""
+        return [range(start, min(start + length, len(self.owners))) for start in range(0, len(self.owners), length)]
+
+
+class WindowSolver:
+    """One solve over all layers, forward or adjoint. All workers of the channel build one alike and call `solve`.
+
+    Args:
+        placement: of the layers.
+        window: layers in a window, c.
+        sweeps: Picard sweeps in each window, at least 1; more than `window` change nothing.
+        propagator: this worker's layers.
+        channel: to the other workers.
+        spec: shapes of a state.
+        tag: what to call this solve in errors.
+        adjoint: solve λ_n = (∂Φ_n/∂x)ᵀ λ_{n+1} from the last layer to the first instead of u_{n+1} = Φ_n(u_n).
+
+    Raises:
+        SettingsError: no layer in a window, or no sweep.
+    """
+
+    def __init__(
+        self,
+        placement: Placement,
+        window: int,
+        sweeps: int,
+        propagator: Propagator,
+        channel: Channel,
+        spec: StateSpec,
+        tag: MessageTag,
+        *,
+        adjoint: bool = False,
+    ) -> None:
+        if window < 1 or sweeps < 1:
+            raise SettingsError(f"windows of {window} layers and {sweeps} sweeps: both must be at least 1")
+        self.placement, self.propagator, self.channel, self.spec, self.tag = placement, propagator, channel, spec, tag
+        self.sweeps = min(sweeps, window)
+        windows = placement.windows(window)
+        self.windows: list[Sequence[int]] = [layers[::-1] for layers in reversed(windows)] if adjoint else list(windows)
+        self._longest = max(len(layers) for layers in windows)
+        # Squared distance between a sweep's inputs and the next one's, of the layers owned here.
+        self._changes = torch.zeros(self.sweeps - 1, dtype=torch.float64, device=spec.device)
+
+    def solve(self, initial: State | None, source: int) -> MGRITResult:
+        """Solve from `initial`, which worker `source` has; the result's output is on every worker."""
+        state = self._broadcast(initial, source)
+        for layers in self.windows:
+            state = self._solve_window(layers, state)
+        exact = self.sweeps >= self._longest
+        return MGRITResult(
+            output=state,
+            states={},
+            iterations=self.sweeps,
+            squared_residuals=self._changes if len(self._changes) else no_residuals(),
+            status=Status.EXACT if exact else Status.UNMEASURED,
+            exact=exact,
+            # Sweep k + 1 finds the inputs of the first k layers unchanged, so of a window of c layers the first c − 1 changes count.
+            informative=self._longest - 1,
+        )
+
+    def _solve_window(self, layers: Sequence[int], start: State) -> State:
+        """The state after these layers, in the order in which they are taken."""
+        mine = [layer for layer in layers if self.placement.owners[layer] == self.channel.rank]
+        inputs = dict.fromkeys(mine, start)
+        increments: list[State] = []
+        for sweep in range(self.sweeps):
+            last = sweep == self.sweeps - 1
+            found = {layer: subtract(self._step(layer, inputs[layer], last), inputs[layer]) for layer in mine}
+            increments = self._gather(layers, found, f"sweep {sweep}")
+            if not last:
+                inputs = self._next_inputs(layers, start, increments, inputs, sweep)
+        state = start
+        for increment in increments:
+            state = add(state, increment)
+        return state
+
+    def _step(self, layer: int, state: State, last: bool) -> State:
+        return self.propagator.last_step(layer, state, None) if last else self.propagator.step(layer, state)
+
+    def _next_inputs(
+        self, layers: Sequence[int], start: State, increments: Sequence[State], before: dict[int, State], sweep: int
+    ) -> dict[int, State]:
+        """Of the own layers: the window's first state and the increments of all layers before."""
+        state, inputs = start, {}
+        for place, (layer, increment) in enumerate(zip(layers, increments, strict=True)):
+            if layer in before:
+                inputs[layer] = state if place else start
+                self._changes[sweep] += squared_norm(subtract(state, before[layer]))
+            state = add(state, increment)
+        return inputs
+
+    # Messages -----------------------------------------------------------------------------------------------------------------
+
+    def _broadcast(self, state: State | None, source: int) -> State:
+        """The state of worker `source`, on every worker."""
+        tag = self.tag.at("broadcast", 0)
+        if self.channel.rank != source:
+            return self.channel.receive(self.spec, source, tag)
+        if state is None:
+            raise SettingsError(f"worker {source} is to begin the {self.tag.solve} solve and has no initial state")
+        for other in range(self.channel.size):
+            if other != source:
+                self.channel.send(state, other, tag)
+        return state
+
+    def _gather(self, layers: Sequence[int], mine: dict[int, State], phase: str) -> list[State]:
+        """The increments of all these layers, in order: summed in that order they give the same bits for any number of workers."""
+        if self.channel.size == 1:
+            return [mine[layer] for layer in layers]
+        owners = [self.placement.owners[layer] for layer in layers]
+        most = max(owners.count(rank) for rank in set(owners))
+        own = [*mine.values(), *[self._nothing()] * (most - len(mine))]
+        gathered = [self.channel.all_gather(increment, self.spec, self.tag.at(phase, place)) for place, increment in enumerate(own)]
+        taken = dict.fromkeys(owners, 0)
+        increments = []
+        for owner in owners:
+            increments.append(gathered[taken[owner]][owner])
+            taken[owner] += 1
+        return increments
+
+    def _nothing(self) -> State:
+        """What a worker without a layer in the window adds to a gather."""
+        parts = [torch.zeros(shape, dtype=dtype, device=self.spec.device) for shape, dtype in zip(self.spec.shapes, self.spec.dtypes, strict=True)]
+        return self.spec.build(parts)
+
+
+def solve_in_order(
+    placement: Placement, propagator: Propagator, channel: Channel, initial: State | None, spec: StateSpec, tag: MessageTag, *, recorded: bool
+) -> State | None:
+    """The exact forward solve, layer after layer, from worker to worker.
+
+    Args:
+        initial: the state before the first layer, on the first worker.
+        recorded: take each layer's last step (with its graph) rather than a plain one.
+
+    Returns: the state after the last layer, on the last worker of the channel; None elsewhere.
+    """
+    rank, owners, last = channel.rank, placement.owners, len(placement.owners) - 1
+    arriving = tag.at("in order", 0)
+    state = initial
+    for layer in placement.owned(rank):
+        source = 0 if layer == 0 else owners[layer - 1]
+        if source != rank:
+            state = channel.receive(spec, source, arriving)
+        if state is None:
+            raise SettingsError("the first worker is to begin the solve and has no initial state")
+        state = propagator.last_step(layer, state, None) if recorded else propagator.step(layer, state)
+        target = channel.size - 1 if layer == last else owners[layer + 1]
+        if target != rank:
+            channel.send(state, target, arriving)
+    if rank != channel.size - 1:
+        return None
+    return state if owners[last] == rank else channel.receive(spec, owners[last], arriving)
+

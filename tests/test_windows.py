@@ -1,0 +1,163 @@
+"""Window solves on small systems: order of accuracy, exactness, adjoints, and the same bits for any number of workers."""
+
+import pytest
+import torch
+
+from rayllp.channel import LocalChannel, run_workers
+from rayllp.channel.base import MessageTag, StateSpec
+from rayllp.errors import SettingsError
+from rayllp.mgrit import Propagator
+from rayllp.mgrit.windows import Placement, WindowSolver, solve_in_order
+
+N, WIDTH = 16, 5
+TAG = MessageTag(0, "forward")
+
+
+def weights(scale=1.0):
+    generator = torch.Generator().manual_seed(0)
+    return scale * torch.randn(N, WIDTH, WIDTH, generator=generator, dtype=torch.float64)
+
+
+class Layers(Propagator):
+    """x + h·tanh(W x), h = 1/N; or its adjoint at given states."""
+
+    def __init__(self, matrices, states=None):
+        self.matrices, self.states = matrices, states
+        self.calls, self.last = [], {}
+
+    def step(self, layer, state):
+        self.calls.append(layer)
+        if self.states is None:
+            return state + torch.tanh(state @ self.matrices[layer]) / N
+        x = self.states[layer].clone().requires_grad_()
+        after = x + torch.tanh(x @ self.matrices[layer]) / N
+        return torch.autograd.grad(after, x, state)[0]
+
+    def last_step(self, layer, state, known):
+        self.last[layer] = state
+        return self.step(layer, state)
+
+
+def start():
+    return torch.linspace(-1, 1, 3 * WIDTH, dtype=torch.float64).view(3, WIDTH)
+
+
+def serial(matrices):
+    states = [start()]
+    for layer in range(N):
+        states.append(Layers(matrices).step(layer, states[-1]))
+    return states
+
+
+def solve(workers, window, sweeps, make=None, *, adjoint=False, source=0, begin=None):
+    """Output, inputs of the last sweep, and result, of all workers together."""
+    matrices, placement = weights(), Placement.cyclic(N, workers)
+
+    def work(channel):
+        propagator = make() if make else Layers(matrices)
+        initial = (start() if begin is None else begin) if channel.rank == source else None
+        solver = WindowSolver(placement, window, sweeps, propagator, channel, StateSpec.of(start()), TAG, adjoint=adjoint)
+        return solver.solve(initial, source), propagator
+
+    found = run_workers(workers, work)
+    inputs = {layer: state for _, propagator in found for layer, state in propagator.last.items()}
+    assert all(torch.equal(result.output, found[0][0].output) for result, _ in found)
+    return found[0][0].output, inputs, found
+
+
+@pytest.mark.parametrize("window", [2, 4, 5])
+def test_as_many_sweeps_as_layers_are_exact(window):
+    states = serial(weights())
+    output, inputs, found = solve(4, window, window)
+    torch.testing.assert_close(output, states[-1], rtol=1e-13, atol=1e-13)
+    for layer, state in inputs.items():
+        torch.testing.assert_close(state, states[layer], rtol=1e-13, atol=1e-13)
+    assert found[0][0].exact
+
+
+def test_the_bits_do_not_depend_on_the_number_of_workers():
+    first, inputs, _ = solve(1, 4, 2)
+    for workers in (2, 3, 4, 8):
+        output, others, _ = solve(workers, 4, 2)
+        assert torch.equal(output, first)
+        assert all(torch.equal(state, inputs[layer]) for layer, state in others.items())
+
+
+def test_an_error_of_second_order_and_each_sweep_gains_one_more():
+    exact = serial(weights())[-1]
+    errors = {(c, k): float((solve(2, c, k)[0] - exact).norm()) for c in (2, 4, 8) for k in (1, 2, 3)}
+    assert 1.5 < errors[4, 1] / errors[2, 1] < 4  # of a window c²h², of N / c windows ch
+    for c in (4, 8):
+        assert errors[c, 2] < 0.3 * errors[c, 1]
+        assert errors[c, 3] < 0.3 * errors[c, 2]
+    # A coarse step by the window's first layer does not see the others' weights.
+    first_layer = start()
+    for layer in range(0, N, 4):
+        first_layer = first_layer + 4 / N * torch.tanh(first_layer @ weights()[layer])
+    assert errors[4, 1] < 0.2 * float((first_layer - exact).norm())
+
+
+def test_each_worker_evaluates_its_own_layers_once_a_sweep():
+    _, _, found = solve(4, 4, 2)
+    for rank, (_, propagator) in enumerate(found):
+        assert sorted(propagator.calls) == sorted(2 * list(range(rank, N, 4)))
+
+
+@pytest.mark.parametrize("sweeps", [1, 2, 4])
+def test_the_adjoint_is_the_transpose(sweeps):
+    """<λ_N, J v> = <Jᵀ λ_N, v> with J of the steps at fixed states: the adjoint solve against the forward solve of linear layers."""
+    matrices, states = weights(), serial(weights())
+    seed = torch.randn(3, WIDTH, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    lam, _, _ = solve(4, 4, sweeps, lambda: Layers(matrices, states), adjoint=True, source=3, begin=seed)
+    if sweeps == 4:
+        expected = seed
+        for layer in reversed(range(N)):
+            expected = Layers(matrices, states).step(layer, expected)
+    else:
+        x = start().requires_grad_()
+
+        def linear(layer, v):
+            after, pull = torch.func.vjp(lambda y: y + torch.tanh(y @ matrices[layer]) / N, states[layer])
+            del after
+            return torch.func.vjp(pull, torch.zeros_like(v))[1]((v,))[0]
+
+        out = x
+        for w in range(0, N, 4):
+            inputs = [out] * 4
+            # The transpose of Picard sweeps from the end: those from the beginning with the roles of the layers reversed.
+            for sweep in range(sweeps):
+                increments = [linear(w + i, v) - v for i, v in enumerate(inputs)]
+                if sweep < sweeps - 1:
+                    inputs = [out + sum(increments[:i], torch.zeros_like(out)) for i in range(4)]
+            out = out + sum(increments)
+        expected = torch.autograd.grad(out, x, seed)[0]
+    torch.testing.assert_close(lam, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_changes_between_sweeps_shrink_and_give_a_factor():
+    _, _, found = solve(4, 8, 4)
+    changes = sum(result.squared_residuals for result, _ in found)
+    result = found[0][0].measured(changes)
+    assert len(result.residuals) == 3
+    assert result.convergence_factor == pytest.approx(result.residuals[2] / result.residuals[1])
+    assert 0 < result.convergence_factor < 0.3
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3, 4])
+def test_in_order_is_the_serial_solve(workers):
+    matrices, placement, states = weights(), Placement.cyclic(N, workers), serial(weights())
+
+    def work(channel):
+        initial = start() if channel.rank == 0 else None
+        return solve_in_order(placement, Layers(matrices), channel, initial, StateSpec.of(start()), TAG, recorded=True)
+
+    *others, output = run_workers(workers, work)
+    assert all(other is None for other in others)
+    assert torch.equal(output, states[-1])
+
+
+def test_what_cannot_be_is_refused_in_words():
+    with pytest.raises(SettingsError, match="3 middle layers on 4 workers"):
+        Placement.cyclic(3, 4)
+    with pytest.raises(SettingsError, match="windows of 0 layers and 1 sweeps"):
+        WindowSolver(Placement.cyclic(4, 1), 0, 1, Layers(weights()), LocalChannel.alone(), StateSpec.of(start()), TAG)
