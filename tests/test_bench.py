@@ -60,7 +60,7 @@ def test_a_step_s_timeline_is_the_predicted_one(monkeypatch):
     """
     monkeypatch.setattr(LocalChannel, "arrived", lambda *_: False)
     config = tiny(workers=3, buffers={"open": 0, "close": 0}, model={"layers": 13}, dtype="float32", mgrit={"coarsening": 3})
-    accuracy, times = Controller(config).accuracy, Emulation(0.0, 0.0, 0.0)
+    accuracy, times = Controller(config).chosen, Emulation(0.0, 0.0, 0.0)
 
     def work(channel):
         engine = Engine(emulated_stack(config, times), config, RandomBatches(config), channel, LocalChannel.alone(), torch.device("cpu"))
@@ -81,7 +81,7 @@ def test_a_step_s_timeline_is_the_predicted_one(monkeypatch):
 
 def test_a_timeline_is_drawn_and_written(tmp_path):
     config = tiny(workers=4, buffers={"open": 0, "close": 0}, model={"layers": 16})
-    found = predict(config, Controller(config).accuracy, Costs(forward=1, record=1, input_gradient=1, full_gradient=2, message=0.1))
+    found = predict(config, Controller(config).chosen, Costs(forward=1, record=1, input_gradient=1, full_gradient=2, message=0.1))
     assert found.step_s == max(span.end for spans in found.spans for span in spans)
     draw_timeline(found.spans, tmp_path / "new" / "step.png")
     assert (tmp_path / "new" / "step.png").stat().st_size > 5000

@@ -26,7 +26,7 @@ def feed(control, rhos, start=0):
     for n, rho in enumerate(rhos, start):
         probe = rho if isinstance(rho, Probe) else Probe(rho_forward=rho, rho_backward=0.1 * rho)
         control.observe(10 * n + 9, probe)
-        rungs.append(control.accuracy.name)
+        rungs.append(control.rung)
     return rungs
 
 
@@ -125,9 +125,9 @@ def test_settings_changed_before_a_resumption_have_the_last_word():
 
 
 def test_a_run_that_is_made_longer_comes_back_from_the_switch_at_its_old_end():
-    ended = Controller(make_config({"steps": 250}))
+    ended = Controller(make_config({"steps": 250, "mesh": {"placement": "blocks"}}))
     assert ended.begin(200).rung == "serial"
-    longer = Controller(make_config({"steps": 500}))
+    longer = Controller(make_config({"steps": 500, "mesh": {"placement": "blocks"}}))
     longer.restore(ended.state())
     decision = longer.begin(250)  # its own switch is at 400
     assert (decision.rung, decision.reason) == ("2+1", "adaptive.switch_at is ahead again")
@@ -139,26 +139,28 @@ def test_a_run_that_is_made_longer_comes_back_from_the_switch_at_its_old_end():
     feed(faulty, [3.0])
     old = {name: value for name, value in ended.state().items() if name not in ("left", "consistency")}
     for state in (faulty.state(), old):
-        same = Controller(make_config({"steps": 500}))
+        same = Controller(make_config({"steps": 500, "mesh": {"placement": "blocks"}}))
         same.restore(state)
         assert same.begin(250) is None
         assert same.serial
 
 
 def test_a_penalty_that_was_set_anew_is_not_the_one_that_was_steered():
-    steered = Controller(make_config({}))
+    steered = Controller(make_config({"mesh": {"placement": "blocks"}}))
     for n in range(3):
         steered.observe(n, Probe(bias=0.01))
     assert steered.accuracy.consistency == 0.15
     # Five workers for four intervals: there is no penalty by default, whose intervals they would cut.
     for changes, weight in (({}, 0.15), ({"adaptive": {"consistency": 2}}, 2), ({"adaptive": {"consistency": 0}}, 0), ({"workers": 5}, 0)):
-        resumed = Controller(make_config(changes))
+        resumed = Controller(make_config({"mesh": {"placement": "blocks"}} | changes))
         resumed.restore(steered.state())
         assert resumed.accuracy.consistency == weight
 
 
 def test_probes_are_planned():
     control = controller(rule="both", exact_every=2)
+    assert [step for step in range(3) if control.probe(step)] == [0, 1, 2]  # until one is good
+    control.observe(0, Probe(rho_forward=0.1, bias=0.01))
     assert [step for step in range(40) if control.probe(step)] == [0, 9, 19, 29, 39]
     assert [control.probe(step).exact for step in (9, 19, 29, 39)] == [False, True, False, True]
     feed(control, [3.0])
@@ -193,8 +195,9 @@ def test_only_the_adaptive_mode_has_a_last_exact_part_by_itself():
 
 
 def test_the_penalty_is_on_where_its_effect_is_watched():
-    assert make_config({}).consistency == 0.3
-    assert make_config({}).steers
+    assert make_config({"mesh": {"placement": "blocks"}}).consistency == 0.3
+    assert make_config({"mesh": {"placement": "blocks"}}).steers
+    assert make_config({}).consistency == 0  # windows need none
     for values in ({"mode": "parallel"}, {"mode": "serial"}, {"adaptive": {"rule": "convergence"}}, {"adaptive": {"consistency": 0}}):
         config = make_config(values)
         assert config.consistency == 0
@@ -212,11 +215,87 @@ def test_parallel_mode_never_changes():
 
 
 def test_default_ladders():
-    assert make_config({}).ladder == ((2, 1, None), (3, 1, None), (3, 2, None))
+    assert make_config({"mesh": {"placement": "blocks"}}).ladder == ((2, 1, None), (3, 1, None), (3, 2, None))
+    assert make_config({"workers": 4}).ladder == ((1, 1, None), (2, 1, None), (2, 2, None), (3, 3, None))
+    assert make_config({"workers": 2}).ladder == ((1, 1, None), (2, 1, None))  # two sweeps of two layers are exact
+    assert make_config({"workers": 1}).ladder == ()
     assert make_config({"mgrit": {"levels": {"forward": 1}}}).ladder == ((0, 1, None), (0, 2, None))
     rungs = controller(ladder=["1+1", "2+2 FCF", "0+2"]).rungs
     assert [rung.name for rung in rungs] == ["1+1", "2+2 FCF", "0+2", "serial"]
     assert [rung.methods(make_config({}))[1].relaxation[0] for rung in rungs[:3]] == ["F", "FCF", "F"]
+
+
+# With times, and verified -----------------------------------------------------------------------------------------------------------
+
+
+GOOD, BAD = Probe(bias=0.02, noise=0.5), Probe(bias=0.9, noise=0.5)
+
+
+def open_controller(workers=8, **values):
+    return Controller(make_config({"workers": workers, "model": {"layers": 20}, "steps": 1000, "adaptive": {"probe_every": 50}, **values}))
+
+
+def test_nothing_is_trained_by_a_rung_before_a_probe_has_found_it_accurate():
+    control = open_controller()
+    assert control.accuracy_at(0).serial
+    assert control.probe(0).candidate.name == "1+1"
+    for step, rung in enumerate(("2+1", "2+2", "3+3", "serial")):
+        assert control.observe(step, BAD).rung == rung
+        assert control.accuracy_at(step + 1).serial
+    assert control.probe(4) is None  # exact: it looks again at the next regular probe
+    assert control.probe(49).candidate.name == "3+3"
+    control = open_controller()
+    assert "a gradient bias of 0.02 beside a noise of 0.5" in control.observe(0, GOOD).reason
+    assert [control.accuracy_at(step).name for step in (1, 4, 5)] == ["serial", "serial", "1+1"]  # the first ones are timed
+    assert control.observe(49, BAD).rung == "2+1"
+    assert control.accuracy_at(50).serial
+    assert control.probe(50).candidate.name == "2+1"
+    control.observe(50, GOOD)
+    assert control.accuracy_at(51).name == "2+1"
+
+
+def test_a_step_down_is_probed_before_it_is_used_and_taken_back_if_it_is_too_coarse():
+    control = open_controller()
+    control.observe(0, BAD)
+    control.observe(1, GOOD)
+    calm = Probe(rho_forward=0.1, rho_backward=0.1, bias=0.01, noise=0.5)
+    for step in (49, 99, 149):
+        control.observe(step, calm)
+    assert control.rung == "1+1"
+    assert control.accuracy_at(150).serial
+    assert control.observe(150, BAD).rung == "2+1"
+    assert control.accuracy_at(151).name == "2+1"
+
+
+def test_a_ladder_that_is_no_faster_than_exact_steps_is_left_and_looked_at_again():
+    control = open_controller()
+    control.observe(0, GOOD)
+    assert control.begin(10, {"serial": 1.0}) is None
+    assert control.begin(10, {"serial": 1.0, "1+1": 0.5}) is None
+    decision = control.begin(20, {"serial": 1.0, "1+1": 0.99})
+    assert (decision.rung, decision.reason) == ("serial", "a step by 1+1 takes 0.99 s, an exact one 1 s")
+    assert control.probe(49) is None  # a probe would cost time for nothing
+    resumed = open_controller()
+    resumed.restore(control.state())
+    for each in (control, resumed):
+        assert each.begin(519, {"serial": 1.0, "1+1": 0.99}) is None
+        assert "looking again" in each.begin(520, {"serial": 1.0, "1+1": 0.99}).reason
+        assert each.probe(520).candidate.name == "1+1"
+    control.time_anew(520)  # on another number of workers
+    assert control.accuracy_at(524).serial
+
+
+def test_a_ladder_of_ones_own_is_heeded_whatever_its_times():
+    own = open_controller(mesh={"placement": "cyclic"}, adaptive={"probe_every": 50, "ladder": ["1+1"]})
+    own.observe(0, GOOD)
+    assert own.begin(20, {"serial": 1.0, "1+1": 3.0}) is None
+    assert own.accuracy_at(1).name == "1+1"
+
+
+def test_one_worker_trains_exactly():
+    control = open_controller(workers=1)
+    assert control.serial
+    assert control.probe(0) is None
 
 
 @pytest.mark.parametrize(

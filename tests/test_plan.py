@@ -28,7 +28,7 @@ def config_of(workers, **mgrit):
 
 def predicted(workers, costs, **mgrit):
     config = config_of(workers, **mgrit)
-    return predict_step(config, Controller(config).accuracy, costs)
+    return predict_step(config, Controller(config).chosen, costs)
 
 
 def test_one_worker_pays_every_evaluation():
@@ -54,7 +54,7 @@ def test_two_workers_halve_the_fine_sweeps_but_not_the_coarse_chain():
 def test_what_was_put_off_is_done_while_waiting_or_when_it_is_wanted():
     costs = Costs(forward=1.0, record=1.0, input_gradient=1.0, full_gradient=1.0)
     config = config_of(2)
-    first, second = predict(config, Controller(config).accuracy, costs).spans
+    first, second = predict(config, Controller(config).chosen, costs).spans
     assert [(s.layer, s.begin) for s in first if s.solve == "forward" and s.phase == "last sweep"] == [
         (1, 2), (2, 3), (3, 4), (5, 5), (6, 6), (7, 7),
     ]  # fmt: skip
@@ -109,6 +109,6 @@ def test_thousands_of_workers_take_seconds():
     config = make_config({"model": {"layers": 4096}, "workers": 4096, "mode": "parallel", "buffers": {"open": 0, "close": 0}})
     costs = Costs(forward=1.0, record=1.0, input_gradient=1.0, full_gradient=2.0, message=0.1)
     started = time.process_time()
-    step_s = predict_step(config, Controller(config).accuracy, costs)
+    step_s = predict_step(config, Controller(config).chosen, costs)
     assert time.process_time() - started < 10
     assert 2 * 1023 + 7 < step_s < 2 * 1023 * 1.1 + 20  # two coarse chains, and a message each

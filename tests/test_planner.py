@@ -113,7 +113,7 @@ def test_spans_fill_a_predicted_step():
     """Whatever a worker does, it does one thing at a time, from the step's beginning to its end."""
     some = make_config({"model": {"layers": 24}, "workers": 5, "mode": "parallel", "mgrit": {"coarsening": 3}})
     costs = Costs(forward=2, record=3, input_gradient=2, full_gradient=5, enter=1, leave=4, update=0.5, message=0.25)
-    found = predict(some, Controller(some).accuracy, costs)
+    found = predict(some, Controller(some).chosen, costs)
     for spans in found.spans:
         assert spans[0].begin == 0
         assert all(one.end == other.begin for one, other in pairwise(spans))

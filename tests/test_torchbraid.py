@@ -40,7 +40,7 @@ def solved(channel, config):
     engine = make_engine(config, channel)
     inputs, targets, samples, terms = engine.my_batch("train", 3)
     engine.block.watched = {}
-    loss, _, _ = engine.gradients(3, Controller(config).accuracy, inputs, targets, samples, 1 / terms)
+    loss, _, _ = engine.gradients(3, Controller(config).chosen, inputs, targets, samples, 1 / terms)
     gradients = {name: p.grad.clone() for name, p in engine.block.parameters.items() if p.grad is not None}
     return float(loss), dict(engine.block.watched), gradients
 
@@ -112,7 +112,7 @@ def train_both(world, config, other):
     channel, found = world.channel(0, 60.0), []
     for each in (config, other):
         engine, controller = make_engine(each, channel), Controller(each)
-        found.append([engine.train_step(step, controller.accuracy).loss for step in range(5)])
+        found.append([engine.train_step(step, controller.chosen).loss for step in range(5)])
     return found
 
 
@@ -130,7 +130,7 @@ def broken(world, config):
     engine = make_engine(config, world.channel(0, 60.0))
     engine.block.layers[engine.block.middle.start + 3].forward = None  # cannot be called
     with pytest.raises(ChannelError) as caught:
-        engine.train_step(0, Controller(config).accuracy)
+        engine.train_step(0, Controller(config).chosen)
     return str(caught.value)
 
 

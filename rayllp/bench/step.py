@@ -76,7 +76,7 @@ def bench_step(
     else:
         architecture, batches = emulated_stack(config, emulate), RandomBatches(config)
         costs, serial_s = emulate.costs(), config.model.layers * emulate.serial
-    accuracy = Controller(config).accuracy
+    accuracy = Controller(config).chosen
     group = RayGroup(config, staff or Staff(config.world, device))
     try:
         group.start(architecture, batches)

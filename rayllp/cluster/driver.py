@@ -145,8 +145,16 @@ class Driver:
         self.training.save(step)  # first of all: what follows can take long, and be interrupted
         final, sample = ({}, "") if self.stop else self.evaluator.finish(step, self.journal)
         self.training.save(step)
+        self._say_gain(step)
         self.journal.finish(self.whole, final, sample, step)
         return step, final, sample
+
+    def _say_gain(self, step: int) -> None:
+        """What the layer-parallel steps of this sitting were worth."""
+        ledger = self.training.ledger
+        gain = ledger.times.gain
+        if gain.steps and self.whole.mode != "serial":
+            self.journal.gain(step, gain.as_dict(), gain.sentence(ledger.last_reason if ledger.controller.serial else None))
 
     def _train_stages(self, step: int) -> int:
         """Stages of nested iteration: one without it."""

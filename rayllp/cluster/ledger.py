@@ -6,10 +6,12 @@ from collections import Counter
 from collections.abc import Hashable, Sequence
 from typing import Any
 
+from rayllp.cluster.gain import StepTimes
 from rayllp.cluster.recovery import RAREST
 from rayllp.config import TrainConfig
 from rayllp.control import Accuracy, Controller, Decision, Probe, ProbePlan
 from rayllp.report import Journal, RunDirectory
+from rayllp.timeline import sum_kinds
 
 CHUNK_S = 1.0
 MAX_CHUNK = 50
@@ -40,15 +42,19 @@ class Ledger:
         self._marks: dict[int, Any] = {}  # where the controller was before chunks
         self._chunk: Chunk = []
         self._drawn: Counter[Hashable] = Counter()
+        self.times = StepTimes()
         self.enter(config)
 
     def enter(self, config: TrainConfig) -> None:
         """Train a network of other settings from now on: the controller starts anew."""
         self.config, self.controller = config, Controller(config)
+        self.last_reason: str | None = None  # of the controller's last change
 
     def start_at(self, step: int) -> None:
         """Go on after `step` steps, with workers whose speed is not known."""
         self.step = self.first_step = step
+        self.times.forget_speed()
+        self.controller.time_anew(step)
         self.remember(step)
 
     # Steps ------------------------------------------------------------------------------------------------------------------------
@@ -58,16 +64,17 @@ class Ledger:
         config, chunk = self.config, []
         for n in range(step, min(end, step + max(1, min(MAX_CHUNK, int(CHUNK_S / self.step_s))))):
             probe = self.controller.probe(n)
-            chunk.append((n, self.controller.accuracy, probe))
+            accuracy = self.controller.accuracy_at(n)
+            chunk.append((n, accuracy, probe))
             due = [every for every in (config.eval.every, config.checkpoint.every) if every and (n + 1) % every == 0]
-            if probe or due or n + 1 == config.switch_step:
+            if probe or due or n + 1 == config.switch_step or self.controller.accuracy_at(n + 1) != accuracy:
                 break
         return chunk
 
     def begin(self, step: int) -> None:
         """Before the chunk that begins with `step`: the controller may decide something."""
         self.remember(step)
-        self._announce(self.controller.begin(step))
+        self._announce(self.controller.begin(step, self.times.step_s))
 
     def expect(self, chunk: Chunk) -> float | None:
         """This chunk is what the workers do now; seconds after which one of them must hang; None: not known yet."""
@@ -93,7 +100,9 @@ class Ledger:
             if not math.isfinite(stats["loss"]) or not math.isfinite(stats["grad_norm"]):
                 return [answer[-1]["fault"] for answer in answers]
             self._journal.step(metric)
-            self._record_timeline(metric, [answer[done] for answer in answers])
+            timed = [answer[done] for answer in answers]
+            self._record_timeline(metric, timed)
+            self.times.take("probes" if plan is not None else accuracy.name, stats["time_s"], _computed(timed))
             self.step += 1
         if len(answers[0]) == len(self._chunk) and self._chunk[-1][2] is not None:
             self._observe(answers[0][-1])
@@ -142,6 +151,7 @@ class Ledger:
 
     def _announce(self, decision: Decision | None, **details: Any) -> None:
         if decision:
+            self.last_reason = decision.reason
             self._journal.event(decision.step, "switch", to=decision.mode, rung=decision.rung, reason=decision.reason, **details)
             self._journal.say(f"step {decision.step + 1}: now {decision.rung}: {decision.reason}")
 
@@ -150,7 +160,7 @@ class Ledger:
             accuracy = accuracy.probing()
         bias = stats["bias"] or {}
         return {
-            "step": stats["step"], "loss": stats["loss"], "mode": accuracy.mode,
+            "step": stats["step"], "loss": stats["loss"], "mode": accuracy.mode, "solve": accuracy.name,
             "iterations_forward": None if accuracy.serial else accuracy.iterations_forward,
             "iterations_backward": None if accuracy.serial else accuracy.iterations_backward,
             "rho_forward": stats["rho_forward"], "rho_backward": stats["rho_backward"],
@@ -172,6 +182,14 @@ def _rho_by_point(stats: dict[str, Any]) -> dict[str, list[list[float | None]]] 
         if levels
     }
     return short or None
+
+
+def _computed(stats: Sequence[dict[str, Any]]) -> float | None:
+    """Seconds that all workers together computed in a step; None where its timeline was not recorded."""
+    timelines = [each["timed"] for each in stats]
+    if any(timeline is None for timeline in timelines):
+        return None
+    return sum(sum_kinds(timeline)["compute"] for timeline in timelines)
 
 
 def _in_layer_order(found: list[dict[int, float]]) -> list[float]:

@@ -6,7 +6,7 @@ from functools import partial
 
 from rayllp.cluster.group import ElasticGroup
 from rayllp.cluster.training import Training
-from rayllp.cluster.wording import listed
+from rayllp.cluster.wording import describe_layout
 
 MOVE_S = 10.0
 """Before its node goes, a worker's layers move, be there new workers or not."""
@@ -85,7 +85,8 @@ class Resizing:
         if before.world == config.world:
             journal.say(f"step {step}: all {before.world} workers are new processes")
             return step, source
-        journal.event(step, "resize", workers_before=before.world, workers=config.world, blocks=config.blocks, seconds=seconds)
+        counts = [len(config.layers_of(rank)) for rank in range(config.layer_workers)]
+        journal.event(step, "resize", workers_before=before.world, workers=config.world, blocks=counts, seconds=seconds)
         journal.scalar("train/workers", config.world, step)
-        journal.say(f"step {step}: {before.world} workers became {config.world}, blocks {listed(config.blocks, '/')}")
+        journal.say(f"step {step}: {before.world} workers became {config.world}: {describe_layout(config)}")
         return step, source

@@ -16,9 +16,16 @@ def describe_run(config: TrainConfig, network: str, parameters: int, device: str
     """
     buffers = f"{config.buffers.open} + {config.middle_layers} + {config.buffers.close} layers"
     replicas = f" × {config.mesh.data} replicas" if config.mesh.data > 1 else ""
-    mesh = f"{config.layer_workers} blocks {listed(config.blocks, '/')}{replicas}"
+    mesh = f"{describe_layout(config)}{replicas}"
     skipped = "; left out of the data: " + ", ".join(f"{n} {kind}" for kind, n in left_out.items()) if left_out else ""
     return f"{network}: {buffers}, {parameters / 1e6:.1f} M parameters, {mesh} on {device}; run directory {run}{skipped}"
+
+
+def describe_layout(config: TrainConfig) -> str:
+    """Which worker has which layers."""
+    if config.placement == "cyclic":
+        return f"{config.layer_workers} workers, every {config.layer_workers}th layer each, windows of {config.window}"
+    return f"{config.layer_workers} blocks {listed(config.blocks, '/')}"
 
 
 def describe_stage(stage: Stage, whole: TrainConfig) -> str:

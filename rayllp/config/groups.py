@@ -103,11 +103,16 @@ class RelaxationSettings(Settings):
 
 
 class MGRITSettings(Settings):
-    """How the layers are solved in parallel mode (arXiv:2601.09026, section 3.2)."""
+    """How the layers are solved in parallel mode (arXiv:2601.09026, section 3.2). With a cyclic placement iterations are sweeps of a
+    window, and levels, coarsening, relaxation, cycle and coarse operator say nothing.
+    """
 
     coarsening: int | tuple[int, ...] = Field(4, description="c_f, one for all levels or a list, one a coarse level")
     levels: ByDirection = Field(ByDirection(), description="1 is the serial solve")
     iterations: Iterations = Field(Iterations(), description="fixed, or the cap where mgrit.tolerance is set")
+    window: int | None = Field(
+        None, ge=1, description="layers that are solved at once where mesh.placement is cyclic; default as many as workers"
+    )
     relaxation: RelaxationSettings = Field(RelaxationSettings(), description="F or FCF")
     cycle: Literal["V", "F"] = Field("V", description="V- or F-cycles")
     coarse_step_weight: float = Field(1.0, ge=0, description="ω: 1 rediscretises (the paper's), 0 is the identity")
@@ -283,6 +288,11 @@ class MeshSettings(Settings):
     layer: int | None = Field(None, ge=1, description="blocks of layers; default workers / data")
     blocks: tuple[int, ...] | None = Field(
         None, description="middle layers of each worker; default even, cut at C-points where that is free"
+    )
+    placement: Literal["blocks", "cyclic"] | None = Field(
+        None,
+        description="blocks: neighbouring layers on one worker, solved by MGRIT; cyclic: on different ones, solved in windows; "
+        "default cyclic in mode adaptive where mgrit and adaptive.ladder are left as they are, else blocks",
     )
 
 

@@ -28,9 +28,14 @@ from rayllp.config.groups import (
 )
 from rayllp.errors import SettingsError
 from rayllp.mgrit import Hierarchy, Method, build_hierarchy, split_evenly
+from rayllp.mgrit.windows import Placement
 from rayllp.nested import stages
 from rayllp.sizes import with_pretrained_sizes
 
+TIMED_STEP = 3
+"""Of the first exact steps, the one whose timeline is recorded."""
+SWEEPS = ((1, 1), (2, 1), (2, 2), (3, 3))
+"""Forward and backward sweeps of windows that a default ladder has. A sweep more costs a fifth to a half of the step, and gains an order."""
 CONSISTENCY = 0.3
 """Weight of the consistency penalty in mode adaptive; what examples/fidelity.py found to be enough to begin with."""
 EXACT_FROM = 0.8
@@ -126,6 +131,9 @@ class TrainConfig(Settings):
         values, failure = self.model_dump(), "the range ends above that"
         # The number of workers is to change nothing but the time.
         values["adaptive"] |= {"consistency": self.consistency, "steer": self.steers}
+        values["mesh"]["placement"] = self.placement
+        if self.placement == "cyclic":
+            values["mgrit"]["window"] = self.window
         for size in range(min(count, self.workers.max), self.workers.min - 1, -1):
             try:
                 return type(self).model_validate(values | {"workers": size})
@@ -166,6 +174,38 @@ class TrainConfig(Settings):
         return default_blocks(self.middle_layers, self.layer_workers, self.first_coarsening, whole_intervals=whole)
 
     @property
+    def placement(self) -> Literal["blocks", "cyclic"]:
+        """Which worker has which middle layers: neighbouring ones, or layer n on worker n mod P."""
+        if self.mesh.placement is not None:
+            return self.mesh.placement
+        return "cyclic" if self._leaves_solver_open else "blocks"
+
+    @property
+    def _leaves_solver_open(self) -> bool:
+        """Whether it says nothing of how layers are to be solved: then the fastest accurate way is looked for."""
+        adaptive = self.adaptive
+        penalised = bool(adaptive.consistency or adaptive.smoothness or adaptive.steer)
+        judged_by_bias = self.mode == "adaptive" and adaptive.rule == "bias" and adaptive.ladder is None and not penalised
+        return judged_by_bias and self.mgrit == MGRITSettings() and self.solver == "mgrit" and self.mesh.blocks is None
+
+    @property
+    def window(self) -> int:
+        """Layers that a window solve takes at once."""
+        return self.mgrit.window or self.layer_workers
+
+    @property
+    def heeds_times(self) -> bool:
+        """Whether the controller leaves solves that are no faster than an exact step: where the ladder is not the user's own."""
+        return self.mode == "adaptive" and self.placement == "cyclic" and self.adaptive.ladder is None
+
+    def layers_of(self, rank: int) -> tuple[int, ...]:
+        """The middle layers of a worker of the layer group, ascending, counted from the first middle layer."""
+        if self.placement == "cyclic":
+            return Placement.cyclic(self.middle_layers, self.layer_workers).owned(rank)
+        start = sum(self.blocks[:rank])
+        return tuple(range(start, start + self.blocks[rank]))
+
+    @property
     def first_coarsening(self) -> int:
         """c_f between the finest level and the next."""
         return self.mgrit.coarsening if isinstance(self.mgrit.coarsening, int) else self.mgrit.coarsening[0]
@@ -175,7 +215,11 @@ class TrainConfig(Settings):
         """Forward (0: serial) and backward iterations and relaxation of the controller's rungs, cheap ones first; serial follows."""
         if self.adaptive.ladder is not None:
             return tuple(_read_rung(rung) for rung in self.adaptive.ladder)
+        if self.placement == "cyclic" and self.mode == "adaptive":
+            return tuple((forward, backward, None) for forward, backward in SWEEPS if min(forward, backward) < self.window)
         forward, backward = self.mgrit.iterations.forward, self.mgrit.iterations.backward
+        if self.placement == "cyclic":
+            return ((forward, backward, None),)
         if self.mgrit.levels.forward == 1:
             return (0, backward, None), (0, backward + 1, None)
         # Most of a gradient's bias comes from the states it is taken at: an iteration more of the forward helps first.
@@ -192,6 +236,8 @@ class TrainConfig(Settings):
         """Weight of the consistency penalty that training begins with."""
         if self.adaptive.consistency is not None:
             return self.adaptive.consistency
+        if self.placement == "cyclic":  # a window's error does not come from weights that differ
+            return 0.0
         watched = self.mode == "adaptive" and self.adaptive.rule != "convergence"
         if not watched or self.layer_workers > len(self.coarse_lengths) or (self.mesh.blocks and not self.has_whole_intervals):
             return 0.0
@@ -204,7 +250,9 @@ class TrainConfig(Settings):
 
     def is_timed(self, step: int) -> bool:
         """Whether this step's timeline is recorded, unless it is a probe: the middle one of so many, since a run's first is slow."""
-        return bool(self.timeline_every) and step % self.timeline_every == self.timeline_every // 2
+        every = self.timeline_every
+        # Where exact steps are timed at the start, one of them tells what all workers compute together.
+        return bool(every) and (step % every == every // 2 or (self.heeds_times and step == TIMED_STEP))
 
     @property
     def switch_at(self) -> int | float | None:
@@ -265,9 +313,11 @@ class TrainConfig(Settings):
         self._check_batch()
         self._check_torchbraid()
         self._check_consistency()
+        self._check_cyclic()
         try:
             climbs = self.mode != "serial" and any(forward for forward, _, _ in self.ladder)
-            for levels in {self.mgrit.levels.forward, self.mgrit.levels.backward, *([self.rung_levels] if climbs else [])}:
+            blocks = self.placement == "blocks"
+            for levels in set() if not blocks else {self.mgrit.levels.forward, self.mgrit.levels.backward, *([self.rung_levels] if climbs else [])}:
                 self.hierarchy(levels)
             stages(self)
         except SettingsError as error:
@@ -304,6 +354,32 @@ class TrainConfig(Settings):
                 f"adaptive.consistency needs every coarse interval on one worker, but blocks {self.blocks} cut intervals of {c}: "
                 f"set mesh.blocks to multiples of {c} (the last may be any), or workers, buffers or mgrit.coarsening so that they are"
             )
+
+    def _check_cyclic(self) -> None:
+        """What windows cannot do, and what only they can."""
+        if self.placement == "blocks":
+            if self.mgrit.window is not None:
+                raise ValueError(
+                    f"mgrit.window={self.mgrit.window} is of windows, and MGRIT on blocks has none: set mesh.placement=cyclic, or leave it out"
+                )
+            return
+        adaptive, mgrit = self.adaptive, self.mgrit
+        refused = {
+            "mesh.blocks shares out neighbouring layers: leave it out": self.mesh.blocks is not None,
+            "solver: torchbraid keeps neighbouring layers together: set solver: mgrit": self.solver == "torchbraid",
+            "adaptive.consistency is for coarse steps by an interval's first layer, which windows do not take: leave it out": (
+                bool(adaptive.consistency)
+            ),
+            "adaptive.smoothness wants neighbouring layers on one worker: leave it out": adaptive.smoothness > 0,
+            "mgrit.batched sweeps the intervals of a block: leave it out": mgrit.batched,
+            "mgrit.tolerance ends iterations of MGRIT, not sweeps of a window: leave it out": mgrit.tolerance is not None,
+            "a rung with a serial forward or FCF-relaxation is MGRIT's; windows take sweeps, such as 2+1": (
+                any(forward == 0 or relaxation is not None for forward, _, relaxation in self.ladder)
+            ),
+        }
+        for reason, holds in refused.items():
+            if holds:
+                raise ValueError(f"mesh.placement: cyclic: {reason}; or set mesh.placement: blocks")
 
     def _check_torchbraid(self) -> None:
         """What TorchBraid cannot do is refused here; it would go on with wrong numbers, or wait for ever."""

@@ -1,10 +1,16 @@
 """How accurate the next steps are to be (arXiv:2601.09026, section 3.2.3, and beyond it).
 
-Pure: no clock, no cluster, no random numbers. The driver owns it, and feeds it what probes measured. Rungs of a ladder go from cheap to
-exact; the last one is serial. A probe that looks bad raises the penalty's weight, then the rung; several good ones in a row lower it.
+Pure: no clock, no cluster, no random numbers. The driver owns it, and feeds it what probes measured and how long steps took. Rungs of a
+ladder go from cheap to exact; the last one is serial. A probe that looks bad raises the penalty's weight, then the rung; several good ones
+in a row lower it.
+
+Where probes measure the gradient's bias, a rung is in use only after one has found it accurate: at the start, after a fault and after every
+change of rung, steps are exact until a probe of the new rung is good. So no step is trained on a gradient that was just found to be wrong.
+Where the ladder is the default one, a rung whose steps are no faster than exact ones is left.
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
@@ -17,6 +23,14 @@ LEAST, MOST = 0.5, 5.66
 """Of the weight that was set: beyond these it does not go. More would cost more than the next rung."""
 HOPELESS = 2.0
 """ρ of so many thresholds: more iterations only diverge further, so no rung between is tried."""
+RETRY = 10
+"""Steps from a fault that has raised the penalty's weight to the next probe: it teaches the layers in steps, not at once."""
+TIMED = 5
+"""Exact steps at the start that are timed, where times are heeded; the first is a probe, the second may be slow."""
+GAIN = 0.98
+"""A solve that takes more than this part of an exact step's time is not worth its bias."""
+LOOK_AGAIN = 10
+"""Probes' distances until a ladder that was too slow is tried again."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +40,7 @@ class Accuracy:
     Attributes:
         consistency, smoothness: weights of the two penalties.
         relaxation: of the finest level; None: mgrit.relaxation.fine.
+        window: layers solved at once, where the placement is cyclic: iterations are sweeps then, and levels mean nothing. 0: MGRIT.
     """
 
     serial: bool
@@ -36,6 +51,7 @@ class Accuracy:
     consistency: float = 0.0
     smoothness: float = 0.0
     relaxation: Relaxation | None = None
+    window: int = 0
 
     @property
     def mode(self) -> str:
@@ -110,6 +126,11 @@ class _State:
     weight: float = 0.0
     final: bool = False  # no way back
     left: str | None = None  # the rung that adaptive.switch_at ended
+    verified: bool = True  # whether a probe has found the rung accurate since it was chosen
+    probe_at: int = 0  # the step of the next probe while it is not
+    above: int | None = None  # the rung that a step down has left: where to go back to if the lower one is not accurate
+    timed_from: int = 0  # exact steps are timed from here on
+    slow_until: int | None = None  # every rung was too slow; look again then
 
 
 class Controller:
@@ -118,32 +139,61 @@ class Controller:
     def __init__(self, config: TrainConfig) -> None:
         self.config, self.settings = config, config.adaptive
         self.rungs = [*(_rung(config, *rung) for rung in config.ladder), _serial(config)]
-        self._state = _State(weight=config.consistency)
-        if config.mode == "serial":
+        self._state = _State(weight=config.consistency, verified=not self._verifies)
+        if config.mode == "serial" or len(self.rungs) == 1:
             self._state.rung, self._state.final = len(self.rungs) - 1, True
 
     @property
     def serial(self) -> bool:
-        """Whether steps are exact now: the last rung."""
+        """Whether the rung is the last one: exact steps."""
         return self._state.rung == len(self.rungs) - 1
 
     @property
+    def rung(self) -> str:
+        """The name of the rung, which steps use once it is verified."""
+        return self.rungs[self._state.rung].name
+
+    @property
+    def _verifies(self) -> bool:
+        """Whether a rung is used only after a probe has found it accurate."""
+        return self.config.mode == "adaptive" and self.settings.rule != "convergence" and self.settings.probe_every > 0
+
+    @property
+    def _is_unverified(self) -> bool:
+        return not self._state.verified and not self.serial
+
+    @property
     def accuracy(self) -> Accuracy:
-        """Of the next step."""
+        """Of the next step, but for the exact ones that are timed at the start."""
+        chosen = self.chosen
+        return replace(self.rungs[-1], consistency=chosen.consistency, smoothness=chosen.smoothness) if self._is_unverified else chosen
+
+    @property
+    def chosen(self) -> Accuracy:
+        """Of a step by the rung, whether a probe has found it accurate or not."""
         # A switched run lets go of the penalties; mode=serial with them prepares a network for parallel training.
         kept = not self.serial or self.config.mode == "serial"
-        return replace(
-            self.rungs[self._state.rung],
-            consistency=self._state.weight if kept else 0.0,
-            smoothness=self.settings.smoothness if kept else 0.0,
-        )
+        weights = (self._state.weight, self.settings.smoothness) if kept else (0.0, 0.0)
+        return replace(self.rungs[self._state.rung], consistency=weights[0], smoothness=weights[1])
+
+    def accuracy_at(self, step: int) -> Accuracy:
+        """Of a step, if nothing is decided before it."""
+        return self.rungs[-1] if self._is_being_timed(step) else self.accuracy
+
+    def _is_being_timed(self, step: int) -> bool:
+        return self.config.heeds_times and not self._state.final and step < self._state.timed_from + TIMED
 
     # Probes -------------------------------------------------------------------------------------------------------------------
 
     def probe(self, step: int) -> ProbePlan | None:
         """What step `step` is to measure: every `probe_every`-th, and the first, so that a run shows ρ early."""
         every = self.settings.probe_every
-        if not every or self._state.final or (step != 0 and (step + 1) % every):
+        if not every or self._state.final or self._state.slow_until is not None:
+            return None
+        if self._is_unverified:
+            if step < self._state.probe_at:
+                return None
+        elif step != 0 and (step + 1) % every:
             return None
         if self.serial and not self._may_return:
             return None
@@ -163,14 +213,18 @@ class Controller:
 
     # Decisions ----------------------------------------------------------------------------------------------------------------
 
-    def begin(self, step: int) -> Decision | None:
-        """Before a step: the switch that settings ask for at it."""
+    def begin(self, step: int, seconds: Mapping[str, float] | None = None) -> Decision | None:
+        """Before a step: the switch that settings ask for at it, or one for the time that steps take.
+
+        Args:
+            seconds: of a step, by the name of its solve, as far as it was timed.
+        """
         at = self.config.switch_step
         if at is None or step < at:
-            return self._take_back_switch(step)
+            return self._take_back_switch(step) or self._heed_times(step, seconds or {})
         if self._state.final:
             return None
-        was_serial, self._state.left = self.serial, self.accuracy.name
+        was_serial, self._state.left = self.serial, self.rung
         self._state.rung, self._state.final = len(self.rungs) - 1, True
         return None if was_serial else self._decision(step, f"adaptive.switch_at {self.config.switch_at}")
 
@@ -179,10 +233,34 @@ class Controller:
         if self._state.left is None:
             return None
         self._state.rung, self._state.final, self._state.left = self._rung_of(self._state.left), False, None
+        self._choose_unverified(step - 1)
         return None if self.serial else self._decision(step, "adaptive.switch_at is ahead again")
 
+    def time_anew(self, step: int) -> None:
+        """Steps take other times from here on: on another number of workers, or after a restart."""
+        self._state.timed_from = step
+        if self._state.slow_until is not None:
+            self._state.slow_until = step
+
+    def _heed_times(self, step: int, seconds: Mapping[str, float]) -> Decision | None:
+        """Leave the ladder where its rung is no faster than an exact step; every further rung is slower still."""
+        state = self._state
+        if not self.config.heeds_times or state.final:
+            return None
+        if state.slow_until is not None:
+            if step < state.slow_until:
+                return None
+            state.slow_until, state.rung, state.verified, state.probe_at, state.timed_from = None, 0, False, step, step
+            return Decision(step, "serial", "looking again whether layer-parallel steps are faster", "serial")
+        exact, here = seconds.get("serial"), seconds.get(self.rung)
+        if self.serial or self._is_unverified or exact is None or here is None or here <= GAIN * exact:
+            return None
+        slow = self.rung
+        state.slow_until, state.rung = step + LOOK_AGAIN * self.settings.probe_every, len(self.rungs) - 1
+        return self._decision(step, f"a step by {slow} takes {here:.3g} s, an exact one {exact:.3g} s")
+
     def observe(self, step: int, probe: Probe) -> Decision | None:
-        """Take a probe's findings; a decision if the rung changes."""
+        """Take a probe's findings; a decision if the rung changes, or is used from now on."""
         if self.config.mode != "adaptive" or self._state.final:
             return None
         fault = self._fault(probe)
@@ -190,11 +268,23 @@ class Controller:
             return self._consider_return(step, probe, fault)
         if fault is None:
             self._steer(probe)
+            if self._is_unverified:
+                self._state.verified, self._state.above = True, None
+                return self._decision(step, _found_accurate(probe))
             return self._consider_descent(step, probe)
         self._state.calm = 0
+        if self._state.above is not None:  # the step down was one too many
+            self._state.rung, self._state.verified, self._state.above = self._state.above, True, None
+            return self._decision(step, fault)
         if not self._is_hopeless(probe) and self._steer(probe):
-            return None
+            return self._distrust(step, fault)
         return self._raise(step, probe, fault)
+
+    def _distrust(self, step: int, fault: str) -> Decision | None:
+        """Exact steps until a probe finds the same rung accurate, under a larger penalty."""
+        was_in_use = not self._is_unverified
+        self._state.verified, self._state.probe_at = not self._verifies, step + RETRY
+        return Decision(step, "serial", f"{fault}; the penalty's weight is raised", "serial") if was_in_use and self._verifies else None
 
     def _fault(self, probe: Probe) -> str | None:
         """What is wrong with the probe, by the rule that is set."""
@@ -219,10 +309,15 @@ class Controller:
     def _raise(self, step: int, probe: Probe, fault: str) -> Decision:
         last = len(self.rungs) - 1
         self._state.rung = last if self._is_hopeless(probe) else self._state.rung + 1
+        self._choose_unverified(step)
         if self.serial:
             self._state.flips += 1
             self._state.final = not self._may_return
         return self._decision(step, fault)
+
+    def _choose_unverified(self, step: int) -> None:
+        """The rung was just chosen: the next step probes it."""
+        self._state.verified, self._state.probe_at, self._state.above = not self._verifies, step + 1, None
 
     def _is_calm(self, probe: Probe) -> bool:
         """Well below every limit: there is a gap between this and a fault, so that the rung does not swing."""
@@ -247,14 +342,17 @@ class Controller:
         self._state.calm = self._state.calm + 1 if self._is_calm(probe) else 0
         if self._state.calm < self.settings.patience:
             return None
+        before = None if self.serial else self._state.rung
         self._state.calm = 0
         self._state.rung -= 1
         self._state.flips += 1
+        self._choose_unverified(step)
+        self._state.above = before if self._verifies else None
         return self._decision(step, f"{self.settings.patience} probes below adaptive.return_below {self.settings.return_below:g}")
 
     def _decision(self, step: int, reason: str) -> Decision:
-        accuracy = self.accuracy
-        return Decision(step, accuracy.mode, reason, accuracy.name)
+        """To the rung there is; what is in use until it is verified is exact."""
+        return Decision(step, self.rungs[self._state.rung].mode, reason, self.rung)
 
     def _steer(self, probe: Probe) -> bool:
         """Move the penalty's weight toward the least that holds the bias at its target; whether it could still be raised."""
@@ -280,7 +378,7 @@ class Controller:
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps."""
-        return {**asdict(self._state), "name": self.accuracy.name, "consistency": self.config.consistency}
+        return {**asdict(self._state), "name": self.rung, "consistency": self.config.consistency}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from a checkpoint; settings that were changed since then have the last word."""
@@ -306,11 +404,20 @@ def _rung(config: TrainConfig, forward: int, backward: int, relaxation: Relaxati
         iterations_forward=max(1, forward),
         iterations_backward=backward,
         relaxation=relaxation,
+        window=config.window if config.placement == "cyclic" else 0,
     )
 
 
 def _serial(config: TrainConfig) -> Accuracy:
-    return replace(_rung(config, *config.ladder[0]), serial=True)
+    first = config.ladder[0] if config.ladder else (1, 1, None)
+    return replace(_rung(config, *first), serial=True)
+
+
+def _found_accurate(probe: Probe) -> str:
+    if probe.bias is None:
+        return "a probe has found nothing against it"
+    beside = "" if probe.noise is None else f" beside a noise of {_shown(probe.noise)}"
+    return f"a probe has found a gradient bias of {_shown(probe.bias)}{beside}"
 
 
 def _shown(value: float) -> str:

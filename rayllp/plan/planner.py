@@ -271,7 +271,7 @@ def _layer_parallel(
     ends = {0: found.buffers.open}
     ends[layer - 1] = ends.get(layer - 1, 0) + found.buffers.close
     owned = max(block + ends.get(rank, 0) for rank, block in enumerate(found.blocks))
-    step_s = predict_step(found, Controller(found).accuracy, costs) + _gradients_s(model, device, owned, replicas)
+    step_s = predict_step(found, Controller(found).chosen, costs) + _gradients_s(model, device, owned, replicas)
     batch = config.batch_size / replicas
     graphs = c if config.mgrit.recompute else owned
     memory = owned * COPIES * model.parameter_bytes + batch * (graphs * model.graph_bytes + owned * model.state_bytes)

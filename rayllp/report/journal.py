@@ -82,6 +82,14 @@ class Journal:
         for listener in self._listeners:
             listener.event(step, kind, details)
 
+    def gain(self, step: int, found: Mapping[str, Any], sentence: str) -> None:
+        """What a sitting's layer-parallel steps have gained over exact ones: an event, TensorBoard's scalars, and a line."""
+        self.event(step, "gain", **found)
+        for name in ("speedup", "speedup_over_one"):
+            if found[name] is not None:
+                self.scalar(f"gain/{name}", found[name], step)
+        self.say(sentence)
+
     def scalar(self, name: str, value: float, step: int) -> None:
         """A point in TensorBoard; none while the run directory cannot be written."""
         self._draw(lambda board: board.add_scalar(name, value, step))

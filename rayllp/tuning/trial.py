@@ -137,7 +137,7 @@ def take_over(run: RunDirectory, own: list[Folder], checkpoint: Folder) -> list[
 
 def _predict(sweep: Sweep, config: TrainConfig, costs: Costs | None) -> float | None:
     large = sweep.enlarged(config)
-    return None if large is None or costs is None else predict_step(large, Controller(large).accuracy, costs)
+    return None if large is None or costs is None else predict_step(large, Controller(large).chosen, costs)
 
 
 def _staff_for(config: TrainConfig, group: PlacementGroup, first_bundle: int) -> Staff:
