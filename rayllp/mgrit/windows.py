@@ -19,7 +19,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from rayllp.channel.base import Channel, MessageTag, StateSpec
 from rayllp.errors import SettingsError
@@ -176,12 +175,22 @@ class WindowSolver:
 
     def _nothing(self) -> State:
         """What a worker without a layer in the window adds to a gather."""
-        parts = [torch.zeros(shape, dtype=dtype, device=self.spec.device) for shape, dtype in zip(self.spec.shapes, self.spec.dtypes, strict=True)]
+        parts = [
+            torch.zeros(shape, dtype=dtype, device=self.spec.device)
+            for shape, dtype in zip(self.spec.shapes, self.spec.dtypes, strict=True)
+        ]
         return self.spec.build(parts)
 
 
 def solve_in_order(
-    placement: Placement, propagator: Propagator, channel: Channel, initial: State | None, spec: StateSpec, tag: MessageTag, *, recorded: bool
+    placement: Placement,
+    propagator: Propagator,
+    channel: Channel,
+    initial: State | None,
+    spec: StateSpec,
+    tag: MessageTag,
+    *,
+    recorded: bool,
 ) -> State | None:
     """The exact forward solve, layer after layer, from worker to worker.
 
@@ -207,4 +216,3 @@ def solve_in_order(
     if rank != channel.size - 1:
         return None
     return state if owners[last] == rank else channel.receive(spec, owners[last], arriving)
-

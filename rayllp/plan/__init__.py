@@ -1,7 +1,8 @@
 """Predictions: the cycle that trains, run on logical clocks; and what a run's measurements ask for."""
 
 from rayllp.plan.buffers import BufferSuggestion, suggest_buffers
-from rayllp.plan.cost import Costs, Prediction, predict, predict_step
+from rayllp.plan.cost import Prediction, predict, predict_step
+from rayllp.plan.costs import Costs
 from rayllp.plan.planner import Device, LayerModel, Option, Plan, make_plan
 
 __all__ = [

@@ -8,40 +8,10 @@ from dataclasses import dataclass
 
 from rayllp.config import TrainConfig
 from rayllp.control import Accuracy
+from rayllp.plan.costs import Costs
 from rayllp.plan.schedule import schedules_of
+from rayllp.plan.windows import Clocks, in_order_step, window_step
 from rayllp.timeline import Span
-
-
-@dataclass(frozen=True, kw_only=True)
-class Costs:
-    """Seconds.
-
-    Attributes:
-        forward: a layer's forward without a graph.
-        record: a layer's forward with its graph.
-        input_gradient: a layer's vector-Jacobian product.
-        full_gradient: that, and the gradients of its parameters.
-        enter, enter_gradient: embedding (without opening buffers).
-        leave: head and loss, forward and gradient (without closing buffers).
-        update: gradient norm, clipping and optimizer, a layer.
-        message: a state's way to the neighbour.
-    """
-
-    forward: float
-    record: float
-    input_gradient: float
-    full_gradient: float
-    enter: float = 0.0
-    enter_gradient: float = 0.0
-    leave: float = 0.0
-    update: float = 0.0
-    message: float = 0.0
-
-    @property
-    def kinds(self) -> dict[str, float]:
-        """By kind of a layer's work, as schedules name it."""
-        names = ("forward", "record", "input_gradient", "full_gradient")
-        return {name: getattr(self, name) for name in names}
 
 
 @dataclass(frozen=True)
@@ -71,6 +41,8 @@ def predict(config: TrainConfig, accuracy: Accuracy, costs: Costs) -> Prediction
 
 def _step(config: TrainConfig, accuracy: Accuracy, costs: Costs, spans: Sequence[list[Span]] | None) -> float:
     """Seconds; what each worker does is appended to `spans`, if there are any."""
+    if config.placement == "cyclic":
+        return _cyclic_step(config, accuracy, costs, spans)
     workers, buffers, blocks = config.layer_workers, config.buffers, config.blocks
     clocks = [0.0] * workers
 
@@ -92,3 +64,18 @@ def _step(config: TrainConfig, accuracy: Accuracy, costs: Costs, spans: Sequence
         owned = blocks[rank] + (rank == 0) * buffers.open + (rank == workers - 1) * buffers.close
         spend(rank, "update", owned * costs.update)
     return max(clocks)
+
+
+def _cyclic_step(config: TrainConfig, accuracy: Accuracy, costs: Costs, spans: Sequence[list[Span]] | None) -> float:
+    """The same where neighbouring layers are on different workers. An exact step is predicted as one of a batch that is not split."""
+    clocks, workers = Clocks(config.layer_workers, spans), config.layer_workers
+    if accuracy.serial:
+        in_order_step(config, 1, costs, clocks)
+    else:
+        window_step(config, accuracy, costs, clocks)
+    clocks.meet(0.0, "statistics")
+    ends = {0: config.buffers.open}
+    ends[workers - 1] = ends.get(workers - 1, 0) + config.buffers.close
+    for rank in range(workers):
+        clocks.spend(rank, (len(config.layers_of(rank)) + ends.get(rank, 0)) * costs.update, "update")
+    return max(clocks.now)

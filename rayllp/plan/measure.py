@@ -13,7 +13,7 @@ from rayllp.config import TrainConfig
 from rayllp.data import Batches
 from rayllp.engine import Engine
 from rayllp.models import build_architecture
-from rayllp.plan.cost import Costs
+from rayllp.plan.costs import Costs
 from rayllp.state import State, like, tensors
 
 T = TypeVar("T")

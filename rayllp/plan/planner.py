@@ -13,7 +13,8 @@ from typing import Literal
 from rayllp.config import TrainConfig
 from rayllp.control import Controller
 from rayllp.errors import SettingsError
-from rayllp.plan.cost import Costs, predict_step
+from rayllp.plan.cost import predict_step
+from rayllp.plan.costs import Costs
 
 COPIES = 4
 """A weight, its gradient, and AdamW's two moments."""

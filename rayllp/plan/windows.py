@@ -1,0 +1,112 @@
+"""Steps on a cyclic placement on logical clocks: windows, and exact steps layer after layer.
+
+Workers of a window solve meet in an all-gather after every sweep, so their clocks are one; an exact step's microbatches wait for each other
+as `engine/in_order.py` has them wait.
+"""
+
+from collections.abc import Sequence
+
+from rayllp.config import TrainConfig
+from rayllp.control import Accuracy
+from rayllp.mgrit.windows import Placement
+from rayllp.plan.costs import Costs
+from rayllp.timeline import Span
+
+
+class Clocks:
+    """Each worker's time, and what it did when.
+
+    Args:
+        spans: of each worker, to be appended to; None: not wanted.
+    """
+
+    def __init__(self, workers: int, spans: Sequence[list[Span]] | None) -> None:
+        self.now = [0.0] * workers
+        self._spans = spans
+
+    def spend(self, rank: int, seconds: float, solve: str, phase: str = "", kind: str = "compute", layer: int | None = None) -> None:
+        """A worker is busy, or waits."""
+        if self._spans is not None and seconds:
+            self._spans[rank].append(Span(self.now[rank], self.now[rank] + seconds, kind, solve, phase, 0, layer))
+        self.now[rank] += seconds
+
+    def wait_until(self, rank: int, moment: float, solve: str) -> None:
+        """A worker waits for a message, if it is not there yet."""
+        self.spend(rank, max(0.0, moment - self.now[rank]), solve, kind="wait")
+
+    def meet(self, message: float, solve: str) -> None:
+        """All wait for all."""
+        together = max(self.now) + (message if len(self.now) > 1 else 0.0)
+        for rank in range(len(self.now)):
+            self.wait_until(rank, together, solve)
+
+
+def window_step(config: TrainConfig, accuracy: Accuracy, costs: Costs, clocks: Clocks) -> None:
+    """A step by windows, without update."""
+    placement, last = Placement.cyclic(config.middle_layers, config.layer_workers), config.layer_workers - 1
+    windows = placement.windows(accuracy.window)
+    clocks.spend(0, costs.enter + config.buffers.open * costs.record, "enter")
+    clocks.meet(costs.message, "forward")
+    for window in windows:
+        _sweeps(placement, window, accuracy.iterations_forward, costs.forward, costs.record, costs.message, "forward", clocks)
+    clocks.spend(last, config.buffers.close * (costs.record + costs.full_gradient) + costs.leave, "loss")
+    clocks.meet(costs.message, "adjoint")
+    for window in reversed(windows):
+        gradients = costs.input_gradient, costs.full_gradient
+        _sweeps(placement, window, accuracy.iterations_backward, *gradients, costs.message, "adjoint", clocks)
+    clocks.spend(0, config.buffers.open * costs.full_gradient + costs.enter_gradient, "enter")
+
+
+def _sweeps(
+    placement: Placement, window: range, sweeps: int, inner: float, final: float, message: float, solve: str, clocks: Clocks
+) -> None:
+    for sweep in range(min(sweeps, len(window))):
+        is_last = sweep == min(sweeps, len(window)) - 1
+        for layer in window:
+            phase = "last sweep" if is_last else "relaxation"
+            clocks.spend(placement.owners[layer], final if is_last else inner, solve, phase, layer=layer)
+        clocks.meet(message, solve)
+
+
+def in_order_step(config: TrainConfig, microbatches: int, costs: Costs, clocks: Clocks) -> None:
+    """An exact step on a cyclic placement, without update.
+
+    Args:
+        costs: of one microbatch.
+    """
+    workers, layers = config.layer_workers, config.middle_layers
+    owners = Placement.cyclic(layers, workers).owners
+    there = [0.0] * microbatches  # when each microbatch's state is handed on
+    for number in range(microbatches):
+        clocks.spend(0, costs.enter + config.buffers.open * costs.record, "enter")
+        there[number] = clocks.now[0]
+
+    def arrive(rank: int, number: int, source: int, solve: str) -> None:
+        clocks.wait_until(rank, there[number] + (costs.message if source != rank else 0.0), solve)
+
+    for layer in range(layers):
+        rank, source = owners[layer], owners[layer - 1] if layer else 0
+        for number in range(microbatches):
+            arrive(rank, number, source, "forward")
+            clocks.spend(rank, costs.record, "forward", "microbatch", layer=layer)
+            there[number] = clocks.now[rank]
+    for number in range(microbatches):
+        arrive(workers - 1, number, owners[-1], "loss")
+        clocks.spend(workers - 1, config.buffers.close * (costs.record + costs.full_gradient) + costs.leave, "loss")
+        there[number] = clocks.now[workers - 1]
+    waits, left = microbatches < workers, [0] * workers
+    for layer in reversed(range(layers)):
+        rank, source = owners[layer], owners[layer + 1] if layer + 1 < layers else workers - 1
+        for number in range(microbatches):
+            due = there[number] + (costs.message if source != rank else 0.0)
+            while left[rank] and clocks.now[rank] < due:  # parameter gradients that nobody waits for
+                left[rank] -= 1
+                clocks.spend(rank, costs.full_gradient, "adjoint", "microbatch")
+            clocks.wait_until(rank, due, "adjoint")
+            clocks.spend(rank, costs.input_gradient if waits else costs.full_gradient, "adjoint", "microbatch", layer=layer)
+            left[rank] += waits
+            there[number] = clocks.now[rank]
+    for rank, count in enumerate(left):
+        clocks.spend(rank, count * costs.full_gradient, "adjoint", "microbatch")
+    for _ in range(microbatches):
+        clocks.spend(0, config.buffers.open * costs.full_gradient + costs.enter_gradient, "enter")
