@@ -156,11 +156,13 @@ class Ledger:
             self._journal.say(f"step {decision.step + 1}: now {decision.rung}: {decision.reason}")
 
     def _metric(self, stats: dict[str, Any], accuracy: Accuracy, plan: ProbePlan | None) -> dict[str, Any]:
+        probed = None if plan is None else plan.candidate.name
         if plan is not None and not accuracy.serial:
             accuracy = accuracy.probing()
         bias = stats["bias"] or {}
         return {
             "step": stats["step"], "loss": stats["loss"], "mode": accuracy.mode, "solve": accuracy.name,
+            "probed": probed,
             "iterations_forward": None if accuracy.serial else accuracy.iterations_forward,
             "iterations_backward": None if accuracy.serial else accuracy.iterations_backward,
             "rho_forward": stats["rho_forward"], "rho_backward": stats["rho_backward"],

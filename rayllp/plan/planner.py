@@ -1,7 +1,8 @@
 """Which data × layer mesh and which settings pay on so many devices: layer-parallel, 1F1B pipeline, or plain data parallel.
 
-Layer-parallel steps are predicted by the cycle itself on logical clocks (`cost.py`); the other two have schedules simple enough to be
-written down: 1F1B's critical path is (microbatches + stages - 1) times a stage's forward and gradient.
+Layer-parallel steps are predicted by the cycle itself on logical clocks (`cost.py`); the exact ways have schedules simple enough to be
+written down: 1F1B's critical path is (microbatches + stages - 1) times a stage's forward and gradient, and with layers in turn a stage is
+one layer.
 """
 
 import math
@@ -11,6 +12,7 @@ from operator import itemgetter
 from typing import Literal
 
 from rayllp.config import TrainConfig
+from rayllp.config.train import SWEEPS
 from rayllp.control import Controller
 from rayllp.errors import SettingsError
 from rayllp.plan.cost import predict_step
@@ -22,10 +24,15 @@ COARSENINGS = (2, 4, 8, 16)
 LEVELS = (2, 3, 4)
 ITERATIONS = ((1, 1), (2, 1), (2, 2), (3, 3))
 
+WORTH_IT = 1.05
+"""An approximate way that is less than so many times as fast as the best exact one is not advised."""
+SHALLOWER = 4
+"""A network with so many times fewer middle layers on one device is what layer-parallel training is compared with."""
+
 NOTHING = Costs(forward=0, record=0, input_gradient=0, full_gradient=0)
 
 Solve = tuple[int, int, int, int]
-"""c_f, levels, iterations forward and backward."""
+"""c_f, levels, iterations forward and backward; of windows their length, 0, sweeps forward and backward."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +94,8 @@ class Option:
         kind: layer (MGRIT), pipeline (1F1B), data.
         data, layer: replicas, and workers of each.
         solve: of MGRIT; None otherwise.
-        microbatches: of 1F1B.
+        microbatches: of the exact way over several workers.
+        in_order: of it, whether neighbouring layers are on different workers; else 1F1B over blocks.
         step_s: seconds of a step.
         memory: bytes on the worker that needs most.
         bias: of the gradient, where it was measured; 0 for exact ways; None: not measured.
@@ -100,6 +108,7 @@ class Option:
     memory: float
     solve: Solve | None = None
     microbatches: int = 1
+    in_order: bool = False
     bias: float | None = 0.0
 
     @property
@@ -117,8 +126,13 @@ class Option:
         mesh = f"{self.data} × {self.layer}"
         if self.solve is not None:
             c, levels, forward, backward = self.solve
+            if not levels:
+                return f"layer-parallel {mesh}, windows of {c}, {forward}+{backward} sweeps"
             return f"layer-parallel {mesh}, c_f {c}, {levels} levels, {forward}+{backward} iterations"
-        return f"1F1B pipeline {mesh}, {self.microbatches} microbatches" if self.kind == "pipeline" else f"data parallel {mesh}"
+        if self.kind == "data":
+            return f"data parallel {mesh}"
+        parts = "the whole batch" if self.microbatches == 1 else f"{self.microbatches} microbatches"
+        return f"exact, layers in turn {mesh}, {parts}" if self.in_order else f"1F1B pipeline {mesh}, {parts}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,7 +140,8 @@ class Plan:
     """Attributes:
     serial_s: a step on one device.
     options: all that were predicted, the fastest first.
-    best: the fastest that fits and whose bias is known to be within the limit, or is not known.
+    best: the fastest that fits and whose bias is known to be within the limit, or is not known; the best exact one, where that is hardly
+        slower.
     exact: the fastest exact one that fits.
     advice: in words.
     """
@@ -153,8 +168,8 @@ def make_plan(
     Args:
         biases: measured ones, by solve.
         bias_limit: an approximate way whose bias is known to be larger is not advised.
-        solves: to try on each mesh; default c_f 2 to 16, 2 to 4 levels, 1+1 to 3+3 iterations, those that the depth allows and that can
-            be the mesh's fastest, or whose bias is known.
+        solves: to try on each mesh; default windows of as many layers as workers, and of MGRIT c_f 2 to 16, 2 to 4 levels, 1+1 to 3+3
+            iterations, those that the depth allows and that can be the mesh's fastest, or whose bias is known.
 
     Raises:
         SettingsError: fewer than one device.
@@ -169,7 +184,13 @@ def make_plan(
             continue
         costs = model.at(config.batch_size / replicas, device)
         fastest = math.inf
-        tried = [(_at_least(config, costs, layer, solve), solve) for solve in solves or _solves(config.middle_layers)]
+        found_windows = solves if solves is not None else [(layer, 0, *sweeps) for sweeps in SWEEPS]
+        for solve in (solve for solve in found_windows if not solve[1]):
+            found = _layer_parallel(config, model, device, costs, replicas, layer, solve, known)
+            if found is not None:
+                options.append(found)
+        mgrit = _solves(config.middle_layers) if solves is None else (solve for solve in solves if solve[1])
+        tried = [(_at_least(config, costs, layer, solve), solve) for solve in mgrit]
         for bound, solve in sorted(tried, key=itemgetter(0)):
             if solves is None and solve not in known and bound >= fastest:
                 continue  # it cannot be the mesh's fastest
@@ -182,9 +203,20 @@ def make_plan(
     usable = [option for option in options if option.is_usable(device, bias_limit)]
     exact = next((option for option in usable if option.solve is None), None)
     best = next(iter(usable), None)
+    if exact is not None and best is not None and exact.step_s <= WORTH_IT * best.step_s:
+        best = exact
     one = model.at(config.batch_size, device)
     serial_s = _block_s(config, one, config.model.layers, first=True, last=True)
-    return Plan(serial_s=serial_s, options=tuple(options), best=best, exact=exact, advice=_advise(best, exact, serial_s, devices))
+    advice = _advise(best, exact, serial_s, devices)
+    if best is not None and best.devices > 1 and config.middle_layers >= SHALLOWER:
+        shallow = config.model.layers - config.middle_layers + config.middle_layers // SHALLOWER
+        shallow_s = _block_s(config, one, shallow, first=True, last=True)
+        if shallow_s < 1.5 * best.step_s:
+            advice += (
+                f". A network of {shallow} layers takes {1e3 * shallow_s:.4g} ms a step on one device: if it reaches the loss you want, "
+                "it is the better buy (docs/frontier.md has both on two tasks)"
+            )
+    return Plan(serial_s=serial_s, options=tuple(options), best=best, exact=exact, advice=advice)
 
 
 def _meshes(config: TrainConfig, devices: int) -> Iterator[tuple[int, int]]:
@@ -245,6 +277,29 @@ def _exact(config: TrainConfig, model: LayerModel, device: Device, replicas: int
         found.append(Option(kind="pipeline", data=replicas, layer=layer, step_s=step_s, memory=memory, microbatches=count))
     if found:
         yield min(found, key=lambda option: option.step_s)
+    if layer <= config.middle_layers:
+        counts = [m for m in range(1, batch + 1) if batch % m == 0]
+        yield min((_in_order(config, model, device, replicas, layer, count) for count in counts), key=lambda option: option.step_s)
+
+
+def _in_order(config: TrainConfig, model: LayerModel, device: Device, replicas: int, layer: int, count: int) -> Option:
+    """Exact steps on a cyclic placement: with as many microbatches as workers every worker is busy but for one round of single layers."""
+    batch, buffers = config.batch_size // replicas, config.buffers
+    costs = model.at(batch / count, device)
+    middle, ends = math.ceil(config.middle_layers / layer), max(buffers.open, buffers.close)
+    layer_s = costs.record + costs.full_gradient
+    if count >= layer:
+        busy = (middle + ends) * layer_s + max(costs.enter + costs.enter_gradient, costs.leave)
+        step_s = count * busy + (layer - 1) * (layer_s + 2 * costs.message)
+    else:
+        there_and_back = config.middle_layers * (costs.record + costs.input_gradient + 2 * costs.message)
+        serial_ends = (buffers.open + buffers.close) * layer_s + costs.enter + costs.enter_gradient + costs.leave
+        # The last microbatch follows the first at a layer's distance; parameter gradients fit into the waits but for the first layer's.
+        step_s = there_and_back + serial_ends + (count - 1) * layer_s + count * costs.full_gradient
+    owned = middle + ends
+    step_s += owned * costs.update + _gradients_s(model, device, owned, replicas)
+    memory = owned * (COPIES * model.parameter_bytes + batch * model.graph_bytes)
+    return Option(kind="pipeline", data=replicas, layer=layer, step_s=step_s, memory=memory, microbatches=count, in_order=True)
 
 
 def _layer_parallel(
@@ -259,22 +314,27 @@ def _layer_parallel(
 ) -> Option | None:
     """None where the settings refuse it."""
     c, levels, forward, backward = solve
+    cyclic = not levels
     values = config.model_dump(mode="json")
     values |= {"workers": layer, "mode": "parallel", "mesh": {"data": 1}, "batch_size": config.batch_size // replicas, "microbatches": None}
     values["adaptive"]["ladder"] = None
-    values["mgrit"] |= {
-        "coarsening": c, "levels": {"forward": levels, "backward": levels}, "iterations": {"forward": forward, "backward": backward},
-    }  # fmt: skip
+    values["mgrit"] |= {"window": None, "iterations": {"forward": forward, "backward": backward}}
+    if cyclic:
+        values["mesh"]["placement"] = "cyclic"
+        values["mgrit"]["window"] = c
+        values["adaptive"] |= {"consistency": None, "smoothness": 0.0}
+    else:
+        values["mgrit"] |= {"coarsening": c, "levels": {"forward": levels, "backward": levels}}
     try:
         found = TrainConfig.model_validate(values | {"accumulate": 1})
     except ValueError:
         return None
     ends = {0: found.buffers.open}
     ends[layer - 1] = ends.get(layer - 1, 0) + found.buffers.close
-    owned = max(block + ends.get(rank, 0) for rank, block in enumerate(found.blocks))
+    owned = max(len(found.layers_of(rank)) + ends.get(rank, 0) for rank in range(layer))
     step_s = predict_step(found, Controller(found).chosen, costs) + _gradients_s(model, device, owned, replicas)
     batch = config.batch_size / replicas
-    graphs = c if config.mgrit.recompute else owned
+    graphs = (1 if cyclic else c) if config.mgrit.recompute else owned
     memory = owned * COPIES * model.parameter_bytes + batch * (graphs * model.graph_bytes + owned * model.state_bytes)
     return Option(kind="layer", data=replicas, layer=layer, step_s=step_s, memory=memory, solve=solve, bias=biases.get(solve))
 
@@ -287,7 +347,8 @@ def _advise(best: Option | None, exact: Option | None, serial_s: float, devices:
         return f"{option.text}, {1e3 * option.step_s:.4g} ms a step, {serial_s / option.step_s:.3g} times as fast as one device"
 
     if best.solve is None:
-        way = {"pipeline": "the pipeline (mode=serial)", "data": "plain data parallelism"}[best.kind]
+        pipeline = "layers in turn (mode=serial, mesh.placement=cyclic)" if best.in_order else "the pipeline (mode=serial)"
+        way = {"pipeline": pipeline, "data": "plain data parallelism"}[best.kind]
         return f"use {way} here: {praise(best)}. It is exact, and no layer-parallel setting that is known to be accurate enough is faster"
     known = (
         "its bias was not measured: try it with probes" if best.bias is None else f"its gradient's bias was measured to be {best.bias:.2g}"
