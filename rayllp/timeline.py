@@ -120,8 +120,8 @@ class TimedPropagator(Propagator):
     def __init__(self, inner: Propagator, timeline: Timeline, solve: str) -> None:
         self.inner, self.timeline, self.solve = inner, timeline, solve
 
-    def postpone(self, layer: int, state: State) -> bool:
-        return self.inner.postpone(layer, state)
+    def defer(self, layer: int, state: State) -> bool:
+        return self.inner.defer(layer, state)
 
     def step(self, layer: int, state: State) -> State:
         begin = self.timeline.clock()

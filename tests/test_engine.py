@@ -16,7 +16,7 @@ from rayllp.control import Accuracy, Controller
 from rayllp.engine import Engine
 from rayllp.engine.gradients import add_shared_gradients
 from rayllp.engine.optimizer import learning_rate
-from rayllp.mgrit.postponed import Piece
+from rayllp.mgrit.deferred import DeferredRun
 from rayllp.timeline import TimedStep, Timeline, sum_kinds
 from tests.conftest import losses_over_gloo, losses_over_threads, make_engine, run_processes, tiny, train_engine
 
@@ -142,8 +142,8 @@ def test_when_what_was_put_off_is_done_changes_no_bit(case, iterations, monkeypa
         solve = Engine._solve
         patch.setattr(Engine, "_solve", lambda self, *arguments, **_: solve(self, *arguments))
         wanted = gradients(config, accuracy)  # nothing is put off
-    advance = Piece.advance
-    monkeypatch.setattr(Piece, "advance", lambda self: advance(self) and (steps.append(self), True)[1])
+    advance = DeferredRun.advance
+    monkeypatch.setattr(DeferredRun, "advance", lambda self: advance(self) and (steps.append(self), True)[1])
     for there in (False, True):  # all of it before the first message is looked at, or no layer before the adjoint wants it
         monkeypatch.setattr(LocalChannel, "arrived", lambda *_, there=there: (asked.append(1), there)[1])
         got = gradients(config, accuracy)

@@ -13,7 +13,7 @@ import torch
 from rayllp.config import make_config
 from rayllp.control import Controller
 from rayllp.engine import engine as engine_module
-from rayllp.engine.peer import check_installed
+from rayllp.engine.torchbraid_solver import check_installed
 from rayllp.engine.trajectory import AdjointPropagator
 from rayllp.errors import ChannelError, SettingsError
 from rayllp.state import like, tensors

@@ -17,18 +17,18 @@ from rayllp.channel.local import LocalChannel
 from rayllp.config import TrainConfig
 from rayllp.control import Accuracy, ProbePlan
 from rayllp.data.base import Batches, Inputs
+from rayllp.engine.all_reduce import PackedAllReduce
 from rayllp.engine.block import Block
 from rayllp.engine.consistency import Consistency, Interval
 from rayllp.engine.diagnosis import diagnose
-from rayllp.engine.gradients import add_shared_gradients, average_over_replicas
+from rayllp.engine.gradients import add_shared_gradients, sum_over_replicas
 from rayllp.engine.optimizer import build_optimizer, learning_rate, scale_gradients, squared_gradient_norm
-from rayllp.engine.peer import TorchBraidSolver
 from rayllp.engine.pipeline import Pipeline, PlainAutograd, exact_gradients, slices
 from rayllp.engine.probe import Bias, Probing
 from rayllp.engine.smoothness import add_smoothness_gradient
-from rayllp.engine.sums import Sums
+from rayllp.engine.torchbraid_solver import TorchBraidSolver
 from rayllp.engine.trajectory import AdjointPropagator, ExactPropagator, ForwardPropagator, Trajectory
-from rayllp.mgrit import Hierarchy, Method, MGRITResult, Postponed, Propagator, solve
+from rayllp.mgrit import DeferredSweeps, Hierarchy, Method, MGRITResult, Propagator, solve
 from rayllp.models.base import Architecture
 from rayllp.state import State, combine, detach, like, tensors
 from rayllp.timeline import TimedChannel, TimedPropagator, Timeline, span_on
@@ -155,7 +155,7 @@ class Engine:
         form = probing.gradients if probing else self.gradients
         loss, forward, backward = form(step, accuracy, inputs, targets, samples, 1 / max(1, terms))
         with self.span("gradients", "wait"):
-            average_over_replicas(self.block, self.replicas, loss)
+            sum_over_replicas(self.block, self.replicas, loss)
             add_shared_gradients(self.block, self.layers, step)
             if accuracy.smoothness:
                 add_smoothness_gradient(self.block, self.layers, accuracy.smoothness, step)
@@ -236,14 +236,14 @@ class Engine:
             trajectory = Trajectory(block, c_points, config.mgrit.recompute)
             forward = self._solve(
                 self.hierarchies(levels[0])[0], methods[0], ForwardPropagator(trajectory),
-                None if entered is None else detach(entered), spec, MessageTag(step, "forward"), postponed=trajectory.postponed,
+                None if entered is None else detach(entered), spec, MessageTag(step, "forward"), deferred=trajectory.deferred,
             )  # fmt: skip
             with self.span("loss"):
                 none = torch.zeros((), device=self.device)
                 loss, seed = self.loss_and_seed(forward.output, targets, scale) if block.last else (none, None)
             backward = self._solve(
                 self.hierarchies(levels[1])[1], methods[1], AdjointPropagator(trajectory, self.penalty),
-                seed, spec, MessageTag(step, "adjoint"), meanwhile=trajectory.postponed,
+                seed, spec, MessageTag(step, "adjoint"), while_waiting=trajectory.deferred,
             )  # fmt: skip
         self._embedding_gradients(entered, backward.output)
         return loss, forward, backward
@@ -277,13 +277,13 @@ class Engine:
 
     def _solve(
         self, hierarchy: Hierarchy, method: Method, propagator: Propagator, initial: State | None, spec: StateSpec, tag: MessageTag,
-        **order: Postponed,
+        **order: DeferredSweeps,
     ) -> MGRITResult:  # fmt: skip
-        channel, watch = self.layers, None
+        channel, on_phase = self.layers, None
         if self.timeline is not None:
             channel, propagator = TimedChannel(channel, self.timeline), TimedPropagator(propagator, self.timeline, tag.solve)
-            watch = self.timeline.begin_solve(tag.solve)
-        return solve(hierarchy, method, propagator, channel, initial=initial, spec=spec, tag=tag, reduce=False, watch=watch, **order)
+            on_phase = self.timeline.begin_solve(tag.solve)
+        return solve(hierarchy, method, propagator, channel, initial=initial, spec=spec, tag=tag, reduce=False, on_phase=on_phase, **order)
 
     def span(self, solve: str, kind: str = "compute") -> AbstractContextManager[None]:
         """What happens inside, on the timeline, if there is one."""
@@ -303,7 +303,7 @@ class Engine:
     ) -> tuple[float, float, float | None, MGRITResult | None, MGRITResult | None, Bias | None]:
         """Global gradient norm, loss, penalty, residuals and bias in one all-reduce over the layer group."""
         zero = torch.zeros((), dtype=torch.float64, device=self.device)
-        sums = Sums(self.device)
+        sums = PackedAllReduce(self.device)
         sums.add("norm", squared_gradient_norm(self._counted, self.device))
         sums.add("loss", loss if self.block.last else zero)
         if self.penalty is not None:

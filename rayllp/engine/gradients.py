@@ -10,7 +10,7 @@ from rayllp.state import tensors
 BUCKET_BYTES = 32 * 1024 * 1024
 
 
-def average_over_replicas(block: Block, replicas: Channel, loss: Tensor) -> None:
+def sum_over_replicas(block: Block, replicas: Channel, loss: Tensor) -> None:
     """Sum gradients and loss over replicas; the loss is scaled by the global number of terms, so the sum is the mean."""
     if replicas.size == 1:
         return
@@ -28,7 +28,7 @@ def average_over_replicas(block: Block, replicas: Channel, loss: Tensor) -> None
 def _reduce(bucket: list[Tensor], replicas: Channel) -> None:
     dtype = max((part.dtype for part in bucket), key=lambda d: d.itemsize)
     flat = torch.cat([part.reshape(-1).to(dtype) for part in bucket])
-    flat = replicas.all_reduce(flat, MessageTag(-1, "gradients", "average over replicas"))
+    flat = replicas.all_reduce(flat, MessageTag(-1, "gradients", "sum over replicas"))
     for part, summed in zip(bucket, flat.split([part.numel() for part in bucket]), strict=True):
         part.copy_(summed.view(part.shape))
 

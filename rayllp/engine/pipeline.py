@@ -16,7 +16,7 @@ from rayllp.channel.base import Channel
 from rayllp.channel.wired import WiredChannel
 from rayllp.data.base import Inputs
 from rayllp.engine.block import Block, Moment
-from rayllp.engine.consistency import Consistency, Watch
+from rayllp.engine.consistency import Consistency, PenaltyHooks
 from rayllp.errors import SettingsError
 from rayllp.state import State, combine, tensors
 from rayllp.timeline import Timeline, span_on
@@ -40,31 +40,31 @@ class StageModule(nn.Module):
         if block.first:
             state = block.enter(state)
         recompute = block.config.mgrit.recompute and torch.is_grad_enabled()
-        for layers, watch in self._intervals() if recompute or self.penalty else ((block.middle, None),):
+        for layers, hooks in self._intervals() if recompute or self.penalty else ((block.middle, None),):
             if recompute:
-                state = checkpoint(self._run, state, layers, watch, block.moment, use_reentrant=False, preserve_rng_state=False)
+                state = checkpoint(self._run, state, layers, hooks, block.moment, use_reentrant=False, preserve_rng_state=False)
             else:
-                state = self._run(state, layers, watch)
+                state = self._run(state, layers, hooks)
         return block.leave(state) if block.last else state
 
-    def _intervals(self) -> Iterator[tuple[range, Watch | None]]:
+    def _intervals(self) -> Iterator[tuple[range, PenaltyHooks | None]]:
         """The block's middle layers, c_f by c_f from its first."""
         middle, c, offset = self.block.middle, self.block.config.first_coarsening, self.block.config.buffers.open
         for start in range(middle.start, middle.stop, c):
-            watch = self.penalty.watch(start - offset) if self.penalty else None
-            yield range(start, min(start + c, middle.stop)), watch
+            hooks = self.penalty.hooks(start - offset) if self.penalty else None
+            yield range(start, min(start + c, middle.stop)), hooks
 
-    def _run(self, state: State, layers: range, watch: Watch | None, moment: Moment | None = None) -> State:
+    def _run(self, state: State, layers: range, hooks: PenaltyHooks | None, moment: Moment | None = None) -> State:
         if moment is not None:  # a recomputation may come after another microbatch's forward
             self.block.resume(moment)
-        if watch is None:
+        if hooks is None:
             for n in layers:
                 state = self.block.layer(n, state)
             return state
-        state = watch.first(self.block.layer(layers.start, watch.begin(state)))
+        state = hooks.first(self.block.layer(layers.start, hooks.begin(state)))
         for n in layers[1:]:
             state = self.block.layer(n, state)
-        return watch.end(state)
+        return hooks.end(state)
 
 
 def slices(batch: int, parts: int) -> Iterator[slice]:

@@ -15,8 +15,8 @@ from torch import Tensor
 from rayllp.engine.block import Block
 from rayllp.engine.consistency import Consistency
 from rayllp.engine.memory import return_freed_memory
-from rayllp.engine.stacks import Stack, apart, side_by_side
-from rayllp.mgrit import Postponed, Propagator
+from rayllp.engine.vmapped_layers import Stack, apart, side_by_side
+from rayllp.mgrit import DeferredSweeps, Propagator
 from rayllp.state import State, combine, detach, like, tensors
 
 
@@ -57,7 +57,7 @@ class Trajectory:
         block: this worker's layers.
         c_points: layers that begin coarse intervals: what recomputation starts from.
         recompute: keep C-point states only.
-        postponed: of the last sweep.
+        deferred: of the last sweep.
     """
 
     block: Block
@@ -67,7 +67,7 @@ class Trajectory:
     batched: dict[int, BatchedGraph] = field(default_factory=dict)
     ahead: dict[int, tuple[State, Graph]] = field(default_factory=dict)
     checkpoints: dict[int, State] = field(default_factory=dict)
-    postponed: Postponed = field(default_factory=Postponed)
+    deferred: DeferredSweeps = field(default_factory=DeferredSweeps)
 
     def run(self, layer: int, state: State) -> State:
         """One middle layer."""
@@ -124,7 +124,7 @@ class Trajectory:
         with torch.no_grad():
             return self.run(layer, state)
 
-    def postpone(self, layer: int, state: State) -> bool:
+    def defer(self, layer: int, state: State) -> bool:
         """A piece of the last sweep, from this layer on. Recomputation needs its first state only: where it leads is known, or unneeded."""
         if self.recompute:
             self.checkpoints[layer] = detach(state)
@@ -138,7 +138,7 @@ class Trajectory:
     def graph(self, layer: int) -> Graph:
         """The recorded graph of a layer; made now where its piece was put off, and again where only checkpoints are kept."""
         if layer not in self.graphs:
-            self.postponed.reach(layer)
+            self.deferred.reach(layer)
         if layer not in self.graphs:
             self.graphs.clear()
             if layer in self.checkpoints:  # a coarse step: this layer alone
@@ -176,9 +176,9 @@ class ForwardPropagator(Propagator):
         """One layer with its graph."""
         return self.trajectory.record(layer, state, known)
 
-    def postpone(self, layer: int, state: State) -> bool:
+    def defer(self, layer: int, state: State) -> bool:
         """Not wanted where recomputation makes all graphs."""
-        return self.trajectory.postpone(layer, state)
+        return self.trajectory.defer(layer, state)
 
     def steps(self, layers: Sequence[int], states: Sequence[State]) -> list[State]:
         """A layer of each interval, in one call."""

@@ -13,15 +13,15 @@ from torch import Tensor
 
 from rayllp.channel.base import Channel, MessageTag, StateSpec
 from rayllp.errors import SettingsError
+from rayllp.mgrit.deferred import DeferredSweeps, RunsDeferredWhileWaiting
 from rayllp.mgrit.grid import Grid
 from rayllp.mgrit.hierarchy import Hierarchy
-from rayllp.mgrit.postponed import Meanwhile, Postponed
-from rayllp.mgrit.propagator import Propagator, Remembering, coarse_operator
+from rayllp.mgrit.propagator import EvaluationCache, Propagator, coarse_operator
 from rayllp.mgrit.result import MGRITResult, Status, no_residuals
 from rayllp.state import State, squared_norm, subtract
 
 Relaxation = Literal["F", "FCF"]
-Watch = Callable[[str, int], None]
+PhaseListener = Callable[[str, int], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,10 +71,10 @@ class Solver:
         channel: Channel,
         spec: StateSpec,
         tag: MessageTag,
-        watch: Watch | None = None,
+        on_phase: PhaseListener | None = None,
     ) -> None:
         operator = coarse_operator(method.coarse_step_weight)
-        steps = Remembering(propagator, hierarchy.coarse_layers)
+        steps = EvaluationCache(propagator, hierarchy.coarse_layers)
         self.method, self.channel, self.tag, self.spec = method, channel, tag, spec
         batched = method.batched and len(hierarchy.levels) > 1
         self.grids = [
@@ -85,13 +85,13 @@ class Solver:
         # By level and iteration: the squared residual at each C-point owned here. On coarse levels only where they can be compared.
         self.residuals: list[dict[int, dict[int, Tensor]]] = [{} for _ in self.grids[:-1]]
         self.done = 0
-        self.enter = watch or (lambda phase, level: None)
+        self.enter = on_phase or (lambda phase, level: None)
 
-    def solve(self, initial: State | None, postponed: Postponed | None = None) -> MGRITResult:
+    def solve(self, initial: State | None, deferred: DeferredSweeps | None = None) -> MGRITResult:
         """Solve from `initial`, given on the worker that owns the first step and ignored elsewhere.
 
         Args:
-            postponed: takes what of the last sweep need not be done now.
+            deferred: takes what of the last sweep need not be done now.
         """
         self.inject_initial(initial)
         if len(self.grids) > 1:
@@ -104,7 +104,7 @@ class Solver:
                 self.cycle(0, self.method.cycle)
                 self.done += 1
         self.enter("last sweep", 0)
-        output = self.grids[0].last_sweep(self.method.keep_states, postponed)
+        output = self.grids[0].last_sweep(self.method.keep_states, deferred)
         return self.result(output, max(self.done, 1))
 
     # The cycle ----------------------------------------------------------------------------------------------------------------
@@ -276,9 +276,9 @@ def solve(
     spec: StateSpec | None = None,
     tag: MessageTag | None = None,
     reduce: bool = True,
-    watch: Watch | None = None,
-    postponed: Postponed | None = None,
-    meanwhile: Postponed | None = None,
+    on_phase: PhaseListener | None = None,
+    deferred: DeferredSweeps | None = None,
+    while_waiting: DeferredSweeps | None = None,
 ) -> MGRITResult:
     """Solve u_{n+1} = Φ_n(u_n) over all layers of `hierarchy`, each worker its own block.
 
@@ -291,9 +291,9 @@ def solve(
         spec: shapes of a state; taken from `initial` when there is one worker.
         tag: what to call this solve in errors.
         reduce: sum the residuals over all workers now; False leaves that to the caller (one message a step instead of one a solve).
-        watch: is told of each phase of the cycle as it begins, and of its level.
-        postponed: takes the pieces of the last sweep that nobody else waits for; the caller sees to it that they are made.
-        meanwhile: such pieces of an earlier solve, made while this one would wait for messages.
+        on_phase: is told of each phase of the cycle as it begins, and of its level.
+        deferred: takes the pieces of the last sweep that nobody else waits for; the caller sees to it that they are made.
+        while_waiting: such pieces of an earlier solve, made while this one would wait for messages.
 
     Raises:
         SettingsError: no initial state or no spec where one is needed.
@@ -304,9 +304,9 @@ def solve(
             raise SettingsError("spec is needed on a worker that has no initial state")
         spec = StateSpec.of(initial)
     tag = tag or MessageTag(step=0, solve="forward")
-    if meanwhile is not None:
-        channel = Meanwhile(channel, meanwhile)
-    result = Solver(hierarchy, method, propagator, channel, spec, tag, watch).solve(initial, postponed)
+    if while_waiting is not None:
+        channel = RunsDeferredWhileWaiting(channel, while_waiting)
+    result = Solver(hierarchy, method, propagator, channel, spec, tag, on_phase).solve(initial, deferred)
     if not reduce:
         return result
     shares = result.shares

@@ -7,9 +7,9 @@ because the offset belongs to the worker that takes the step and the right-hand 
 from collections.abc import Callable, Generator, Sequence
 
 from rayllp.channel.base import Channel, MessageTag, StateSpec
+from rayllp.mgrit.deferred import DeferredRun, DeferredSweeps
 from rayllp.mgrit.hierarchy import Level
-from rayllp.mgrit.postponed import Piece, Postponed
-from rayllp.mgrit.propagator import CoarseOperator, Remembering
+from rayllp.mgrit.propagator import CoarseOperator, EvaluationCache
 from rayllp.state import State, add, subtract
 
 Step = Callable[[int], State]
@@ -27,7 +27,7 @@ class Grid:
         self,
         level: Level,
         depth: int,
-        propagator: Remembering,
+        propagator: EvaluationCache,
         operator: CoarseOperator,
         channel: Channel,
         spec: StateSpec,
@@ -102,33 +102,33 @@ class Grid:
         runs = [run for run in self.runs if run.start < last]
         self._sweep(self.advance, self.advance_all, "relaxation", runs, to_the_end=False)
 
-    def last_sweep(self, keep: bool = True, postponed: Postponed | None = None) -> State | None:
+    def last_sweep(self, keep: bool = True, deferred: DeferredSweeps | None = None) -> State | None:
         """F-relaxation that records (forward) or forms gradients (adjoint); also takes every interval's last step.
 
         Args:
             keep: the F-points' values; else they are dropped once the next one is there.
-            postponed: takes the pieces that lead neither to another worker nor out of the last layer, where whole intervals are not swept
+            deferred: takes the pieces that lead neither to another worker nor out of the last layer, where whole intervals are not swept
                 side by side. None: all is done now.
 
         Returns the state after the last step of all, on the worker that takes it.
         """
         now = self.runs
-        if postponed is not None and not self.whole(self.runs):
+        if deferred is not None and not self.whole(self.runs):
             now = [run for run in self.runs if self._leads_on(run) or run.stop == self.level.size]
         output = self._sweep(self.last_advance, self.last_advance_all, "last sweep", now, to_the_end=True, keep=keep)
-        if postponed is not None:
+        if deferred is not None:
             for run in self.runs:
                 if run not in now:
-                    self._postpone(run, postponed, keep)
+                    self._defer(run, deferred, keep)
         return output
 
-    def _postpone(self, run: range, postponed: Postponed, keep: bool) -> None:
+    def _defer(self, run: range, deferred: DeferredSweeps, keep: bool) -> None:
         """Put off its last sweep, unless the propagator will never want it. Its start is received now: messages keep their order."""
         self._await_start(run, "last sweep")
         first = self.level.layers[run.start]
-        if self.propagator.postpone(first, self.values[run.start]):
+        if self.propagator.defer(first, self.values[run.start]):
             steps = self._through(self.last_advance, "last sweep", run, to_the_end=True, keep=keep)
-            postponed.pieces.append(Piece(range(first, first + len(run)), steps))
+            deferred.runs.append(DeferredRun(range(first, first + len(run)), steps))
 
     def whole(self, runs: Sequence[range]) -> list[range]:
         """Of these runs, the whole intervals of the greatest length, if there are several and the level is batched."""

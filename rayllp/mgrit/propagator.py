@@ -22,7 +22,7 @@ class Propagator(Protocol):
         """
         ...
 
-    def postpone(self, layer: int, state: State) -> bool:
+    def defer(self, layer: int, state: State) -> bool:
         """Be told that the last sweep's piece from this layer and state on is put off; whether it will be wanted at all."""
         return True
 
@@ -35,7 +35,7 @@ class Propagator(Protocol):
         return [self.last_step(layer, state, None) for layer, state in zip(layers, states, strict=True)]
 
 
-class Remembering:
+class EvaluationCache:
     """A propagator whose steps are not taken twice from one state.
 
     The coarse step from a C-point and the fine step from it ask for the same Φ(x), and so do a FAS term and the sweep before it. A state is
@@ -76,9 +76,9 @@ class Remembering:
         """The same."""
         return self.inner.last_steps(layers, states)
 
-    def postpone(self, layer: int, state: State) -> bool:
+    def defer(self, layer: int, state: State) -> bool:
         """As the inner one's."""
-        return self.inner.postpone(layer, state)
+        return self.inner.defer(layer, state)
 
     def last_step(self, layer: int, state: State) -> State:
         """As the inner one's."""

@@ -14,7 +14,7 @@ from rayllp.state import State
 
 
 @dataclass
-class Piece:
+class DeferredRun:
     """Part of an interval: its layers, ascending, and the steps through them, one a `next`."""
 
     layers: range
@@ -30,37 +30,37 @@ class Piece:
         return True
 
 
-class Postponed:
+class DeferredSweeps:
     """Pieces of a last sweep that have yet to be made, in the order in which the adjoint's last sweep wants them."""
 
     def __init__(self) -> None:
-        self.pieces: deque[Piece] = deque()
+        self.runs: deque[DeferredRun] = deque()
 
     def advance(self) -> bool:
         """Take one layer; False if nothing is left."""
-        while self.pieces:
-            if self.pieces[0].advance():
+        while self.runs:
+            if self.runs[0].advance():
                 return True
-            self.pieces.popleft()
+            self.runs.popleft()
         return False
 
     def reach(self, layer: int) -> None:
         """Take the layers of its piece up to this one, if they were put off and not taken since."""
-        for piece in self.pieces:
+        for piece in self.runs:
             if layer in piece.layers:
                 while piece.layers.start + piece.taken <= layer:
                     piece.advance()
                 return
 
 
-class Meanwhile(ChannelAround):
-    """A channel that takes postponed layers for as long as what is to be received is not there."""
+class RunsDeferredWhileWaiting(ChannelAround):
+    """A channel that takes deferred layers for as long as what is to be received is not there."""
 
-    def __init__(self, inner: Channel, postponed: Postponed) -> None:
+    def __init__(self, inner: Channel, deferred: DeferredSweeps) -> None:
         super().__init__(inner)
-        self.postponed = postponed
+        self.deferred = deferred
 
     def receive(self, spec: StateSpec, source: int, tag: MessageTag) -> State:
-        while not self.inner.arrived(spec, source) and self.postponed.advance():
+        while not self.inner.arrived(spec, source) and self.deferred.advance():
             pass
         return self.inner.receive(spec, source, tag)
