@@ -6,7 +6,7 @@ import torch
 
 from rayllp.channel.base import MessageTag
 from rayllp.engine.trajectory import ExactPropagator, Trajectory
-from rayllp.mgrit import solve
+from rayllp.mgrit import Communicator, MGRITSolver, Problem
 from rayllp.state import State, tensors
 
 if TYPE_CHECKING:
@@ -47,10 +47,9 @@ def _fault_of_forward(engine: "Engine", step: int) -> tuple[int, int, str] | Non
         entered = block.enter(inputs) if block.first else None
         checking = _Checking(Trajectory(block, frozenset((0,)), True))
         # All workers take part in the solve, whatever they have found.
-        result = solve(
-            engine.hierarchies(1)[0], config.method(1), checking, engine.layers,
-            initial=entered, spec=engine.spec(inputs), tag=MessageTag(step, "diagnosis"), reduce=False,
-        )  # fmt: skip
+        problem = Problem(engine.hierarchies(1)[0], checking, engine.spec(inputs))
+        solver = MGRITSolver(problem, config.method(1), Communicator(engine.layers, MessageTag(step, "diagnosis")))
+        result = solver.solve(entered, reduce_residuals=False)
         if entered is not None and not is_finite(entered):
             return 0, -1, "embedding or opening buffers: their output is not finite"
         if checking.fault is not None:

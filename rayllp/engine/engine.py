@@ -6,7 +6,7 @@ the gradient norm, the loss and the residuals together.
 
 import time
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -28,7 +28,7 @@ from rayllp.engine.probe import Bias, Probing
 from rayllp.engine.smoothness import add_smoothness_gradient
 from rayllp.engine.torchbraid_solver import TorchBraidSolver
 from rayllp.engine.trajectory import AdjointPropagator, ExactPropagator, ForwardPropagator, Trajectory
-from rayllp.mgrit import DeferredSweeps, Hierarchy, Method, MGRITResult, Propagator, solve
+from rayllp.mgrit import Communicator, DeferredSweeps, Hierarchy, MGRITResult, MGRITSolver, Problem, SolverOptions
 from rayllp.models.base import Architecture
 from rayllp.state import State, combine, detach, like, tensors
 from rayllp.timeline import TimedChannel, TimedPropagator, Timeline, span_on
@@ -234,17 +234,14 @@ class Engine:
                 entered = block.enter(inputs) if block.first else None
             c_points = frozenset(range(0, config.middle_layers, config.first_coarsening))
             trajectory = Trajectory(block, c_points, config.mgrit.recompute)
-            forward = self._solve(
-                self.hierarchies(levels[0])[0], methods[0], ForwardPropagator(trajectory),
-                None if entered is None else detach(entered), spec, MessageTag(step, "forward"), deferred=trajectory.deferred,
-            )  # fmt: skip
+            problem = Problem(self.hierarchies(levels[0])[0], ForwardPropagator(trajectory), spec)
+            u0 = None if entered is None else detach(entered)
+            forward = self._solve(problem, methods[0], MessageTag(step, "forward"), u0, defer_to=trajectory.deferred)
             with self.span("loss"):
                 none = torch.zeros((), device=self.device)
                 loss, seed = self.loss_and_seed(forward.output, targets, scale) if block.last else (none, None)
-            backward = self._solve(
-                self.hierarchies(levels[1])[1], methods[1], AdjointPropagator(trajectory, self.penalty),
-                seed, spec, MessageTag(step, "adjoint"), while_waiting=trajectory.deferred,
-            )  # fmt: skip
+            problem = Problem(self.hierarchies(levels[1])[1], AdjointPropagator(trajectory, self.penalty), spec)
+            backward = self._solve(problem, methods[1], MessageTag(step, "adjoint"), seed, while_waiting=trajectory.deferred)
         self._embedding_gradients(entered, backward.output)
         return loss, forward, backward
 
@@ -276,14 +273,22 @@ class Engine:
         return loss
 
     def _solve(
-        self, hierarchy: Hierarchy, method: Method, propagator: Propagator, initial: State | None, spec: StateSpec, tag: MessageTag,
-        **order: DeferredSweeps,
-    ) -> MGRITResult:  # fmt: skip
+        self,
+        problem: Problem,
+        options: SolverOptions,
+        tag: MessageTag,
+        u0: State | None,
+        *,
+        defer_to: DeferredSweeps | None = None,
+        while_waiting: DeferredSweeps | None = None,
+    ) -> MGRITResult:
         channel, on_phase = self.layers, None
         if self.timeline is not None:
-            channel, propagator = TimedChannel(channel, self.timeline), TimedPropagator(propagator, self.timeline, tag.solve)
+            channel = TimedChannel(channel, self.timeline)
+            problem = replace(problem, propagator=TimedPropagator(problem.propagator, self.timeline, tag.solve))
             on_phase = self.timeline.begin_solve(tag.solve)
-        return solve(hierarchy, method, propagator, channel, initial=initial, spec=spec, tag=tag, reduce=False, on_phase=on_phase, **order)
+        solver = MGRITSolver(problem, options, Communicator(channel, tag, while_waiting), on_phase)
+        return solver.solve(u0, defer_to=defer_to, reduce_residuals=False)
 
     def span(self, solve: str, kind: str = "compute") -> AbstractContextManager[None]:
         """What happens inside, on the timeline, if there is one."""
@@ -336,10 +341,10 @@ class Engine:
         with torch.no_grad():
             self.block.begin(tag.step, range(tensors(inputs)[0].shape[0]), inputs, training=False)
             c_points = frozenset((0,))
-            result = solve(
-                self.hierarchies(1)[0], self.config.method(1), ExactPropagator(Trajectory(self.block, c_points, True)), self.layers,
-                initial=self.block.enter(inputs) if self.block.first else None, spec=self.spec(inputs), tag=tag, reduce=False,
-            )  # fmt: skip
+            entered = self.block.enter(inputs) if self.block.first else None
+            problem = Problem(self.hierarchies(1)[0], ExactPropagator(Trajectory(self.block, c_points, True)), self.spec(inputs))
+            solver = MGRITSolver(problem, self.config.method(1), Communicator(self.layers, tag))
+            result = solver.solve(entered, reduce_residuals=False)
             return self.block.leave(result.output, last_only=last_only) if result.output is not None else None
 
     def evaluate(self, batches: int) -> dict[str, float]:

@@ -1,43 +1,55 @@
-"""The part of a forward solve's last sweep that nobody else waits for, and a channel whose waits are used for it.
+"""Last sweeps that a worker defers, because no other worker waits for them.
 
-Only the end of the last interval leads on: to the loss, and from there into the adjoint's coarse chain, which reads graphs at C-points
-alone. So a worker puts the other intervals off. It takes their layers while it would wait for the adjoint, and those that are left when
-an adjoint step asks for them. The order of work thus depends on when messages arrive, its results do not.
+Of a forward solve's last sweep only the end of the last interval leads on: to the loss, and from there into the adjoint's coarse solve,
+which reads graphs at C-points alone. So a worker defers the sweeps of its other intervals. The adjoint solve evaluates their layers
+while it would wait for messages (`Communicator.receive`), and those that are left when it asks for their graphs (`DeferredSweeps.reach`).
 """
 
 from collections import deque
-from collections.abc import Iterator
-from dataclasses import dataclass
-
-from rayllp.channel.base import Channel, ChannelAround, MessageTag, StateSpec
-from rayllp.state import State
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 
 @dataclass
 class DeferredRun:
-    """Part of an interval: its layers, ascending, and the steps through them, one a `next`."""
+    """The last sweep through one run of layers, done a layer at a time.
+
+    Attributes:
+        layers: in the order in which they are evaluated.
+        evaluate: takes the last sweep's step of a layer. It is called once for each layer, in order.
+        done: how many layers have been evaluated.
+    """
 
     layers: range
-    steps: Iterator[None]
-    taken: int = 0
+    evaluate: Callable[[int], None]
+    done: int = 0
 
     def advance(self) -> bool:
-        """Take the next step; False if there is none."""
-        if self.taken == len(self.layers):
+        """Evaluate the next layer; False if all have been."""
+        if self.done == len(self.layers):
             return False
-        next(self.steps)
-        self.taken += 1
+        self.evaluate(self.layers[self.done])
+        self.done += 1
         return True
 
+    def reach(self, layer: int) -> None:
+        """Evaluate the layers up to and including this one, as far as they have not been."""
+        while self.done <= self.layers.index(layer):
+            self.advance()
 
+
+@dataclass
 class DeferredSweeps:
-    """Pieces of a last sweep that have yet to be made, in the order in which the adjoint's last sweep wants them."""
+    """All that one solve has deferred on this worker, in the order in which the adjoint's last sweep asks for it."""
 
-    def __init__(self) -> None:
-        self.runs: deque[DeferredRun] = deque()
+    runs: deque[DeferredRun] = field(default_factory=deque)
+
+    def add(self, run: DeferredRun) -> None:
+        """Defer one more run."""
+        self.runs.append(run)
 
     def advance(self) -> bool:
-        """Take one layer; False if nothing is left."""
+        """Evaluate one layer; False if nothing is left."""
         while self.runs:
             if self.runs[0].advance():
                 return True
@@ -45,22 +57,8 @@ class DeferredSweeps:
         return False
 
     def reach(self, layer: int) -> None:
-        """Take the layers of its piece up to this one, if they were put off and not taken since."""
-        for piece in self.runs:
-            if layer in piece.layers:
-                while piece.layers.start + piece.taken <= layer:
-                    piece.advance()
+        """Evaluate what the layer's run has left, up to the layer; nothing if that was never deferred, or is done."""
+        for run in self.runs:
+            if layer in run.layers:
+                run.reach(layer)
                 return
-
-
-class RunsDeferredWhileWaiting(ChannelAround):
-    """A channel that takes deferred layers for as long as what is to be received is not there."""
-
-    def __init__(self, inner: Channel, deferred: DeferredSweeps) -> None:
-        super().__init__(inner)
-        self.deferred = deferred
-
-    def receive(self, spec: StateSpec, source: int, tag: MessageTag) -> State:
-        while not self.inner.arrived(spec, source) and self.deferred.advance():
-            pass
-        return self.inner.receive(spec, source, tag)

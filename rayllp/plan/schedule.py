@@ -19,8 +19,7 @@ from torch import Tensor
 from rayllp.channel.base import MessageTag, StateSpec
 from rayllp.config import TrainConfig
 from rayllp.control import Accuracy
-from rayllp.mgrit import DeferredSweeps, Hierarchy, Level, Method, Propagator, solve
-from rayllp.mgrit.deferred import DeferredRun
+from rayllp.mgrit import Communicator, DeferredRun, DeferredSweeps, Hierarchy, Level, MGRITSolver, Problem, Propagator, SolverOptions
 from rayllp.state import State
 from rayllp.timeline import Span
 
@@ -220,16 +219,16 @@ def schedules_of(config: TrainConfig, accuracy: Accuracy) -> tuple[Schedule, Sch
     adjoint = config.hierarchy(accuracy.levels_backward).adjoint()
     c_points = frozenset(range(0, config.middle_layers, config.first_coarsening))
     # Where a tolerance may end the iterations early, their cap is what is predicted.
-    methods = [replace(method, tolerance=None) for method in accuracy.methods(config)]
+    options = [replace(each, tolerance=None) for each in accuracy.methods(config)]
     workers = config.layer_workers
     return (
-        _record(forward, methods[0], workers, "forward", c_points),
-        _record(adjoint, methods[1], workers, "adjoint", c_points),
+        _record(forward, options[0], workers, "forward", c_points),
+        _record(adjoint, options[1], workers, "adjoint", c_points),
     )
 
 
 @lru_cache(maxsize=1024)
-def _record(hierarchy: Hierarchy, method: Method, workers: int, name: str, c_points: frozenset[int]) -> Schedule:
+def _record(hierarchy: Hierarchy, options: SolverOptions, workers: int, name: str, c_points: frozenset[int]) -> Schedule:
     spec = StateSpec((), (), torch.device("cpu"), bare=False)
     fine, alike = hierarchy.levels[0], _Alike(hierarchy, c_points)
     found: list[tuple[RunWork, tuple[RunWork, ...]]] = []
@@ -242,10 +241,10 @@ def _record(hierarchy: Hierarchy, method: Method, workers: int, name: str, c_poi
         if look not in known:
             recorder, deferred = _Recorder(rank, workers, first_layers[-1], name, c_points), DeferredSweeps()
             initial = Nothing() if rank == fine.owners[0] else None
-            solve(
-                hierarchy, method, recorder, recorder, initial=initial, spec=spec, tag=MessageTag(0, name), reduce=False,
-                on_phase=recorder.enter, deferred=deferred if name == "forward" else None,
-            )  # fmt: skip
+            solver = MGRITSolver(
+                Problem(hierarchy, recorder, spec), options, Communicator(recorder, MessageTag(0, name)), on_phase=recorder.enter
+            )
+            solver.solve(initial, defer_to=deferred if name == "forward" else None, reduce_residuals=False)
             known[look] = recorder.take(), tuple(recorder.take(run) for run in deferred.runs)
         found.append(known[look])
     done, later = zip(*found, strict=True)
