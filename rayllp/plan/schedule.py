@@ -19,6 +19,7 @@ from torch import Tensor
 from rayllp.channel.base import MessageTag, StateSpec
 from rayllp.config import TrainConfig
 from rayllp.control import Accuracy
+from rayllp.engine.step_solves import StepSolves
 from rayllp.mgrit import Communicator, DeferredRun, DeferredSweeps, Hierarchy, Level, MGRITSolver, Problem, Propagator, SolverOptions
 from rayllp.state import State
 from rayllp.timeline import Span
@@ -215,15 +216,12 @@ class Schedule:
 
 def schedules_of(config: TrainConfig, accuracy: Accuracy) -> tuple[Schedule, Schedule]:
     """Forward and adjoint of a layer-parallel step."""
-    forward = config.hierarchy(accuracy.levels_forward)
-    adjoint = config.hierarchy(accuracy.levels_backward).adjoint()
-    c_points = frozenset(range(0, config.middle_layers, config.first_coarsening))
+    solves, workers = StepSolves.of(accuracy, config), config.layer_workers
     # Where a tolerance may end the iterations early, their cap is what is predicted.
-    options = [replace(each, tolerance=None) for each in accuracy.methods(config)]
-    workers = config.layer_workers
+    forward, adjoint = (replace(options, tolerance=None) for options in (solves.forward_options, solves.adjoint_options))
     return (
-        _record(forward, options[0], workers, "forward", c_points),
-        _record(adjoint, options[1], workers, "adjoint", c_points),
+        _record(solves.forward, forward, workers, "forward", solves.c_points),
+        _record(solves.adjoint, adjoint, workers, "adjoint", solves.c_points),
     )
 
 
