@@ -58,7 +58,6 @@ def measure(layers: int, h: float, forward: int, backward: int) -> tuple[Tensor,
     )
     stack = LayerStack(embed=nn.Identity, layers=[GPTBlock] * layers, head=nn.Identity, loss=lambda y, w: (w * y).sum(), count=lambda _: 1)
     engine = Engine(stack, config, NormalInput(), LocalChannel.alone(), LocalChannel.alone(), torch.device("cpu"))
-    inputs, targets, samples, _ = engine.my_batch("train", 0)
     levels = [2 if count else 1 for count in (forward, backward)]
     accuracy = Accuracy(
         serial=False,
@@ -69,7 +68,7 @@ def measure(layers: int, h: float, forward: int, backward: int) -> tuple[Tensor,
     )
     outputs: list[Tensor] = []
     engine.block.head.register_forward_pre_hook(lambda _, arguments: outputs.append(arguments[0].detach()))  # type: ignore[union-attr]
-    *_, solved, _ = engine.gradients(0, accuracy, inputs, targets, samples, 1.0)
+    solved = engine.gradients(engine.step_batch(0, accuracy)).forward
     measured = solved.measured(solved.shares)  # type: ignore[union-attr]
     gradients = torch.cat([p.grad.flatten() for p in engine.block.parameters.values() if p.grad is not None])
     return outputs[0], gradients, measured.convergence_factor

@@ -120,8 +120,8 @@ class TimedPropagator(Propagator):
     def __init__(self, inner: Propagator, timeline: Timeline, solve: str) -> None:
         self.inner, self.timeline, self.solve = inner, timeline, solve
 
-    def postpone(self, layer: int, state: State) -> bool:
-        return self.inner.postpone(layer, state)
+    def defer(self, layer: int, state: State) -> bool:
+        return self.inner.defer(layer, state)
 
     def step(self, layer: int, state: State) -> State:
         begin = self.timeline.clock()
@@ -132,7 +132,7 @@ class TimedPropagator(Propagator):
     def last_step(self, layer: int, state: State, known: State | None) -> State:
         begin = self.timeline.clock()
         after = self.inner.last_step(layer, state, known)
-        self.timeline.add(begin, "compute", layer, (self.solve, "last sweep", 0))  # perhaps put off, into another solve
+        self.timeline.add(begin, "compute", layer, (self.solve, "last sweep", 0))  # perhaps deferred, into another solve
         return after
 
     def steps(self, layers: Sequence[int], states: Sequence[State]) -> list[State]:

@@ -89,7 +89,7 @@ def losses_over_gloo(rank, size, config, steps):
 
     engine = make_engine(config, TorchChannel(timeout_s=60))
     losses = [stats.loss for stats in train_engine(engine, steps)]
-    return losses, isinstance(engine._exact, Pipeline)
+    return losses, isinstance(engine.gradients.exact.method, Pipeline)
 
 
 def _process(work, rank, size, folder, outcomes, heard, arguments):

@@ -8,8 +8,8 @@ import torch
 from rayllp.channel import LocalChannel, run_workers
 from rayllp.config import make_config
 from rayllp.control import Controller
-from rayllp.engine.gradients import add_shared_gradients
 from rayllp.engine.pipeline import Pipeline
+from rayllp.engine.reduce_gradients import add_shared_gradients
 from rayllp.errors import SettingsError
 from rayllp.state import tensors
 from tests.conftest import merge, run_processes, tiny
@@ -29,10 +29,9 @@ def computed(config, accuracy):
 
     def work(channel):
         engine = make(config, channel)
-        inputs, targets, samples, terms = engine.my_batch("train", 5)
-        loss, forward, backward = engine.gradients(5, accuracy, inputs, targets, samples, 1 / terms)
+        formed = engine.gradients(engine.step_batch(5, accuracy))
         add_shared_gradients(engine.block, engine.layers, 5)
-        _, _, gap, *_ = engine.reduce_statistics(5, loss, forward, backward)
+        gap = engine.reduce_statistics(5, formed).consistency
         return {name: p.grad for name, p in engine.block.parameters.items()}, gap
 
     outcomes = run_workers(config.layer_workers, work)
@@ -99,7 +98,7 @@ def over_gloo(rank, size, config, accuracy):
 
     engine = make(config, TorchChannel(timeout_s=60))
     stats = [engine.train_step(step, accuracy) for step in range(3)]
-    return [s.loss for s in stats], [s.consistency for s in stats], isinstance(engine._exact, Pipeline)
+    return [s.loss for s in stats], [s.consistency for s in stats], isinstance(engine.gradients.exact.method, Pipeline)
 
 
 @pytest.mark.parametrize("recompute", [False, True])
@@ -131,8 +130,7 @@ def test_it_costs_no_layer_evaluation():
         layer = engine.block.layer
         engine.block.layer = lambda *arguments: calls.append(1) or layer(*arguments)
         calls.clear()
-        inputs, targets, samples, terms = engine.my_batch("train", 5)
-        engine.gradients(5, accuracy, inputs, targets, samples, 1 / terms)
+        engine.gradients(engine.step_batch(5, accuracy))
         return len(calls)
 
     assert count(replace(ENOUGH, consistency=MU)) == count(ENOUGH) > 9

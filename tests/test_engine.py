@@ -13,10 +13,10 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from rayllp.channel import LocalChannel, run_workers
 from rayllp.channel.torch_dist import TorchChannel
 from rayllp.control import Accuracy, Controller
-from rayllp.engine import Engine
-from rayllp.engine.gradients import add_shared_gradients
+from rayllp.engine.layer_group import LayerGroup
 from rayllp.engine.optimizer import learning_rate
-from rayllp.mgrit.postponed import Piece
+from rayllp.engine.reduce_gradients import add_shared_gradients
+from rayllp.mgrit.deferred import DeferredRun
 from rayllp.timeline import TimedStep, Timeline, sum_kinds
 from tests.conftest import losses_over_gloo, losses_over_threads, make_engine, run_processes, tiny, train_engine
 
@@ -82,10 +82,9 @@ def test_dropout_does_not_depend_on_the_workers():
 def gradients(config, accuracy):
     def work(channel):
         engine = make_engine(config, channel)
-        inputs, targets, samples, terms = engine.my_batch("train", 3)
-        loss, *_ = engine.gradients(3, accuracy, inputs, targets, samples, 1 / terms)
+        formed = engine.gradients(engine.step_batch(3, accuracy))
         add_shared_gradients(engine.block, engine.layers, 3)
-        return {name: p.grad.clone() for name, p in engine.block.parameters.items()}, loss
+        return {name: p.grad.clone() for name, p in engine.block.parameters.items()}, formed.loss
 
     merged = {}
     for mine, _ in run_workers(config.layer_workers, work):
@@ -139,11 +138,11 @@ def test_when_what_was_put_off_is_done_changes_no_bit(case, iterations, monkeypa
     accuracy = replace(Controller(config).accuracy, iterations_forward=iterations, iterations_backward=iterations)
     asked, steps = [], []
     with monkeypatch.context() as patch:
-        solve = Engine._solve
-        patch.setattr(Engine, "_solve", lambda self, *arguments, **_: solve(self, *arguments))
+        solve = LayerGroup.solve
+        patch.setattr(LayerGroup, "solve", lambda self, *arguments, **_: solve(self, *arguments))
         wanted = gradients(config, accuracy)  # nothing is put off
-    advance = Piece.advance
-    monkeypatch.setattr(Piece, "advance", lambda self: advance(self) and (steps.append(self), True)[1])
+    advance = DeferredRun.advance
+    monkeypatch.setattr(DeferredRun, "advance", lambda self: advance(self) and (steps.append(self), True)[1])
     for there in (False, True):  # all of it before the first message is looked at, or no layer before the adjoint wants it
         monkeypatch.setattr(LocalChannel, "arrived", lambda *_, there=there: (asked.append(1), there)[1])
         got = gradients(config, accuracy)

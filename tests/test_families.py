@@ -8,8 +8,8 @@ from rayllp.channel import LocalChannel, run_workers
 from rayllp.control import Accuracy
 from rayllp.data import IGNORE, Facts
 from rayllp.engine import Engine
-from rayllp.engine.gradients import add_shared_gradients
 from rayllp.engine.pipeline import Pipeline
+from rayllp.engine.reduce_gradients import add_shared_gradients
 from rayllp.errors import SettingsError
 from rayllp.models import build_architecture, families
 from rayllp.models.randomness import FrozenRandomness
@@ -76,15 +76,14 @@ def ours(config, accuracy):
         outputs = []
         leave = engine.block.leave
         engine.block.leave = lambda state, **options: outputs.append(leave(state, **options)) or outputs[-1]
-        inputs, targets, samples, terms = engine.my_batch("train", 5)
-        loss, *_ = engine.gradients(5, accuracy, inputs, targets, samples, 1 / terms)
+        formed = engine.gradients(engine.step_batch(5, accuracy))
         add_shared_gradients(engine.block, engine.layers, 5)
         parameters = engine.block.parameters
         return (
             {name: p.grad for name, p in parameters.items()},
             {name: p.detach() for name, p in parameters.items()},
             outputs[0].detach() if outputs else None,
-            loss,
+            formed.loss,
         )
 
     merged = {}, {}
@@ -174,7 +173,7 @@ def steps_over_gloo(rank, size, config, accuracy, steps):
 
     engine = make(config, TorchChannel(timeout_s=60))
     losses = [engine.train_step(step, accuracy).loss for step in range(steps)]
-    return losses, engine.evaluate(2), isinstance(engine._exact, Pipeline)
+    return losses, engine.evaluate(2), isinstance(engine.gradients.exact.method, Pipeline)
 
 
 @pytest.mark.parametrize("family", ["mt", "mc"])

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from rayllp.channel import LocalChannel, MessageTag, StateSpec, run_workers
 from rayllp.errors import SettingsError
-from rayllp.mgrit import Method, Status, build_hierarchy, judge, solve, split_evenly
+from rayllp.mgrit import Communicator, MGRITSolver, Problem, SolverOptions, Status, build_hierarchy, judge, split_evenly
 from rayllp.state import State, like, tensors
 
 torch.set_num_threads(1)
@@ -77,13 +77,21 @@ def both_solves(channel, layers, blocks, method, adjoint_method, levels=2, adjoi
     backward_hierarchy = build_hierarchy(blocks=blocks, levels=adjoint_levels, coarsening=coarsening).adjoint()
     first, last = forward_hierarchy.levels[0].owners[0], forward_hierarchy.levels[0].owners[-1]
     forward = Forward(layers)
-    result = solve(forward_hierarchy, method, forward, channel, initial=layers.state if channel.rank == first else None, spec=spec)
+    solver = MGRITSolver(Problem(forward_hierarchy, forward, spec), method, Communicator(channel))
+    result = solver.solve(layers.state if channel.rank == first else None)
     lam = None
     if channel.rank == last:
         lam = like(layers.state, tuple(2 * part for part in tensors(result.output)))
     adjoint = Adjoint(forward)
-    back = solve(backward_hierarchy, adjoint_method, adjoint, channel, initial=lam, spec=spec, tag=MessageTag(0, "adjoint"))
+    communicator = Communicator(channel, MessageTag(0, "adjoint"))
+    back = MGRITSolver(Problem(backward_hierarchy, adjoint, spec), adjoint_method, communicator).solve(lam)
     return result, back, adjoint.gradients, {n: g[0] for n, g in forward.graphs.items()}
+
+
+def solve_alone(hierarchy, options, propagator, layers):
+    """A forward solve on one worker."""
+    problem = Problem(hierarchy, propagator, StateSpec.of(layers.state))
+    return MGRITSolver(problem, options, Communicator(LocalChannel.alone())).solve(layers.state)
 
 
 def gather(outcomes):
@@ -107,7 +115,7 @@ def test_enough_iterations_equal_autograd(count, c, levels, kind):
     layers = Layers(count)
     states, gradients = layers.serial()
     intervals = -(-count // (c if isinstance(c, int) else c[0]))  # an iteration makes one more of them exact
-    method = Method(iterations=intervals + 1, relaxation=(kind,))
+    method = SolverOptions(iterations=intervals + 1, relaxation=(kind,))
     for workers in (1, 2, 3, 5, 7):
         blocks = split_evenly(count, workers)
         outcomes = run_workers(
@@ -125,7 +133,7 @@ def test_enough_iterations_equal_autograd(count, c, levels, kind):
 def test_few_iterations_do_not_depend_on_the_workers(count, c, levels, kind, iterations):
     layers = Layers(count)
     for cycle, guess, weight in (("V", "coarse", 1.0), ("F", "coarse", 0.5), ("V", "constant", 0.0)):
-        method = Method(iterations=iterations, relaxation=(kind, "FCF"), cycle=cycle, initial_guess=guess, coarse_step_weight=weight)
+        method = SolverOptions(iterations=iterations, relaxation=(kind, "FCF"), cycle=cycle, initial_guess=guess, coarse_step_weight=weight)
         _check_independent(layers, count, method, levels, c)
 
 
@@ -150,7 +158,7 @@ def _check_independent(layers, count, method, levels, c):
 def test_a_state_of_two_tensors():
     layers = Layers(12, parts=2)
     states, gradients = layers.serial()
-    method = Method(iterations=3)
+    method = SolverOptions(iterations=3)
     outcomes = run_workers(3, lambda channel: both_solves(channel, layers, (4, 3, 5), method, method))
     _, got, output = gather(outcomes)
     for part, wanted in zip(output, states[-1], strict=True):
@@ -162,7 +170,7 @@ def test_a_state_of_two_tensors():
 def test_forward_and_backward_are_configured_separately():
     layers = Layers(16)
     states, gradients = layers.serial()
-    serial, two = Method(iterations=1), Method(iterations=4)
+    serial, two = SolverOptions(iterations=1), SolverOptions(iterations=4)
     outcomes = run_workers(2, lambda channel: both_solves(channel, layers, (8, 8), serial, two, levels=1))
     _, got, output = gather(outcomes)
     assert outcomes[0][0].status is Status.EXACT
@@ -193,13 +201,8 @@ def test_no_layer_is_evaluated_twice_from_one_state(iterations, evaluations):
             assert known is None or torch.equal(known, after)
             return after
 
-    solve(
-        build_hierarchy(blocks=(32,), levels=2, coarsening=4),
-        Method(iterations=iterations, relaxation=("F",)),
-        Counting(layers),
-        LocalChannel.alone(),
-        initial=layers.state,
-    )
+    options = SolverOptions(iterations=iterations, relaxation=("F",))
+    solve_alone(build_hierarchy(blocks=(32,), levels=2, coarsening=4), options, Counting(layers), layers)
     assert Counting.calls == evaluations
 
 
@@ -214,8 +217,8 @@ def test_the_identity_evaluates_no_layer_on_the_coarse_grid():
             return super().step(n, state)
 
     hierarchy = build_hierarchy(blocks=(16,), levels=2, coarsening=4)
-    method = Method(iterations=2, relaxation=("F",), coarse_step_weight=0)
-    result = solve(hierarchy, method, Counting(layers), LocalChannel.alone(), initial=layers.state)
+    method = SolverOptions(iterations=2, relaxation=("F",), coarse_step_weight=0)
+    result = solve_alone(hierarchy, method, Counting(layers), layers)
     # F-relaxation of four intervals, and the steps into the three C-points: all fine.
     assert Counting.calls == 4 * 3
     assert result.iterations == 2
@@ -224,10 +227,10 @@ def test_the_identity_evaluates_no_layer_on_the_coarse_grid():
 def test_a_tolerance_stops_early_and_a_cap_holds():
     layers = Layers(32)
     hierarchy = build_hierarchy(blocks=(32,), levels=2, coarsening=4)
-    loose = solve(hierarchy, Method(iterations=7, tolerance=1e-3), Forward(layers), LocalChannel.alone(), initial=layers.state)
+    loose = solve_alone(hierarchy, SolverOptions(iterations=7, tolerance=1e-3), Forward(layers), layers)
     assert loose.iterations < 7
     assert loose.status is Status.CONVERGED
-    strict = solve(hierarchy, Method(iterations=3, tolerance=1e-30), Forward(layers), LocalChannel.alone(), initial=layers.state)
+    strict = solve_alone(hierarchy, SolverOptions(iterations=3, tolerance=1e-30), Forward(layers), layers)
     assert strict.iterations == 3
     assert strict.status is Status.CONVERGING
     assert 0 < strict.convergence_factor < 0.5
@@ -243,7 +246,7 @@ def test_statuses_advise():
 
 @pytest.mark.parametrize("kind", ["F", "FCF"])
 def test_factors_of_points_are_those_of_each_points_residuals(kind):
-    layers, method = Layers(40), Method(iterations=3, relaxation=(kind,))
+    layers, method = Layers(40), SolverOptions(iterations=3, relaxation=(kind,))
     found = {}
     for workers in (1, 3):
         outcomes = run_workers(
@@ -270,10 +273,7 @@ def test_factors_of_points_are_those_of_each_points_residuals(kind):
             assert [factor for factor in one if factor] == pytest.approx([factor for factor in other if factor], rel=1e-9)
         # They are what ρ is made of: it lies between the least and the largest.
         assert min(filter(None, alone.factors[0])) < alone.convergence_factor < max(filter(None, alone.factors[0]))
-    few = solve(
-        build_hierarchy(blocks=(40,), levels=2, coarsening=4), Method(iterations=2), Forward(layers), LocalChannel.alone(),
-        initial=layers.state,
-    )  # fmt: skip
+    few = solve_alone(build_hierarchy(blocks=(40,), levels=2, coarsening=4), SolverOptions(iterations=2), Forward(layers), layers)
     assert (len(few.residuals), few.point_residuals, few.factors) == (1, (), ())
 
 
@@ -281,8 +281,8 @@ def test_factors_of_points_are_those_of_each_points_residuals(kind):
 def test_residuals_that_are_zero_by_construction_do_not_count(kind, measured, informative):
     layers = Layers(24)
     hierarchy = build_hierarchy(blocks=(24,), levels=2, coarsening=4)
-    method = Method(iterations=7, relaxation=(kind,))
-    result = solve(hierarchy, method, Forward(layers), LocalChannel.alone(), initial=layers.state)
+    method = SolverOptions(iterations=7, relaxation=(kind,))
+    result = solve_alone(hierarchy, method, Forward(layers), layers)
     assert len(result.residuals) == measured
     assert all(r > 1e-12 for r in result.residuals[:informative])
     assert all(r < 1e-14 for r in result.residuals[informative:])

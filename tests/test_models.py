@@ -119,8 +119,7 @@ def test_every_kind_of_dropout_is_frozen_within_a_step_in_a_users_module():
 
         def work(channel):
             engine = Engine(stack, config, Vectors(), channel, LocalChannel.alone(), torch.device("cpu"))
-            inputs, targets, samples, terms = engine.my_batch("train", step)
-            engine.gradients(step, accuracy, inputs, targets, samples, 1 / terms)
+            engine.gradients(engine.step_batch(step, accuracy))
             return {name: p.grad for name, p in engine.block.parameters.items()}
 
         return {name: grad for mine in run_workers(workers, work) for name, grad in mine.items()}
@@ -141,7 +140,7 @@ def test_every_kind_of_dropout_is_frozen_within_a_step_in_a_users_module():
 def test_sampled_text_does_not_depend_on_the_workers(family):
     def sample(workers):
         config = config_of(family, workers=workers)
-        return run_workers(workers, lambda channel: continue_text(make(config, channel), [1, 2, 3], 12))
+        return run_workers(workers, lambda channel: continue_text(make(config, channel).exact_forward, [1, 2, 3], 12))
 
     (wanted,) = sample(1)
     assert len(wanted) == 12
@@ -158,7 +157,7 @@ def test_beam_search_over_workers_is_that_of_transformers():
         engine = make(config_of("mt", workers=channel.size, model={"width": 32, "tie_embeddings": False}), channel)
         for parameter in engine.block.parameters.values():
             parameter.data.mul_(3)  # outputs of a fresh network are too alike to tell beams apart
-        return translate(engine, sources, 3), {name: p.detach() for name, p in engine.block.parameters.items()}
+        return translate(engine.exact_forward, sources, 3), {name: p.detach() for name, p in engine.block.parameters.items()}
 
     ((wanted, weights),) = run_workers(1, work)
     for found, _ in run_workers(3, work):

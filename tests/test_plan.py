@@ -10,7 +10,7 @@ import pytest
 from rayllp.config import make_config
 from rayllp.control import Controller
 from rayllp.errors import SettingsError
-from rayllp.mgrit import Method, build_hierarchy, split_evenly
+from rayllp.mgrit import SolverOptions, build_hierarchy, split_evenly
 from rayllp.plan import Costs, predict, predict_step, schedule
 
 
@@ -91,12 +91,12 @@ def test_workers_that_are_alike_do_alike(name, monkeypatch):
     random, saved = Random(1), 0
     for forward in islice(hierarchies(), 60):
         hierarchy = forward if name == "forward" else forward.adjoint()
-        method = Method(
+        options = SolverOptions(
             iterations=random.randint(1, 3), relaxation=(random.choice(["F", "FCF"]), random.choice(["F", "FCF"])),
             cycle=random.choice("VF"), initial_guess=random.choice(["coarse", "constant"]), coarse_step_weight=random.choice([0.0, 1.0]),
         )  # fmt: skip
         c_points = frozenset(range(0, forward.levels[0].size, random.choice([2, 4])))
-        arguments = hierarchy, method, max(hierarchy.levels[0].owners) + 1, name, c_points
+        arguments = hierarchy, options, max(hierarchy.levels[0].owners) + 1, name, c_points
         found = schedule._record.__wrapped__(*arguments)
         with monkeypatch.context() as patch:
             patch.setattr(schedule._Alike, "look", lambda _, rank, first: rank)

@@ -28,8 +28,7 @@ def gradients(config, accuracy):
 def test_its_gradient_is_autograds_on_any_number_of_workers(family):
     options = {"optimizer": {"clip": 0, "warmup": 0}, "step": {"middle": 0.3}}
     engine = make(config_of(family, **options), LocalChannel.alone())
-    inputs, targets, samples, terms = engine.my_batch("train", 2)
-    engine.gradients(2, SERIAL, inputs, targets, samples, 1 / terms)
+    engine.gradients(engine.step_batch(2, SERIAL))
     layers = [dict(engine.block.layers[n].named_parameters()) for n in engine.block.middle]
     penalty = sum(
         (b[name] - a[name]).square().sum() / 0.3 for a, b in pairwise(layers) for name in a

@@ -13,7 +13,7 @@ import torch
 from rayllp.config import make_config
 from rayllp.control import Controller
 from rayllp.engine import engine as engine_module
-from rayllp.engine.peer import check_installed
+from rayllp.engine.torchbraid_solver import check_installed
 from rayllp.engine.trajectory import AdjointPropagator
 from rayllp.errors import ChannelError, SettingsError
 from rayllp.state import like, tensors
@@ -38,9 +38,8 @@ def settings(workers, c, levels, iterations, relaxation, **changes):
 def solved(channel, config):
     """Loss, gradients, and the last input of each of this worker's layers."""
     engine = make_engine(config, channel)
-    inputs, targets, samples, terms = engine.my_batch("train", 3)
     engine.block.watched = {}
-    loss, _, _ = engine.gradients(3, Controller(config).chosen, inputs, targets, samples, 1 / terms)
+    loss = engine.gradients(engine.step_batch(3, Controller(config).chosen)).loss
     gradients = {name: p.grad.clone() for name, p in engine.block.parameters.items() if p.grad is not None}
     return float(loss), dict(engine.block.watched), gradients
 

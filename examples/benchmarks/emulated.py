@@ -114,8 +114,8 @@ def with_barrier(config: TrainConfig) -> float:
     kinds, clocks = LAYER.costs().kinds, [0.0] * config.layer_workers
     forward, adjoint = schedules_of(config, Controller(config).accuracy)
     forward.replay(kinds, 0.0, clocks)
-    for rank, rest in enumerate(forward.rests()):
-        while late := rest.take():
+    for rank, deferred in enumerate(forward.deferred_work()):
+        while late := deferred.take():
             clocks[rank] += kinds[late.kind]
     clocks = [max(clocks)] * len(clocks)
     adjoint.replay(kinds, 0.0, clocks)

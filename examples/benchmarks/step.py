@@ -130,7 +130,7 @@ def measure_costs(engine: Engine, channel: TorchChannel) -> Costs:
     block = engine.block
     inputs, _, samples, _ = engine.my_batch("train", 0)
     block.begin(0, samples, inputs, training=True)
-    own = clocked(parts_of_step(engine, torch.randn(engine.spec(inputs).shapes[0], dtype=block.dtype)))
+    own = clocked(parts_of_step(engine, torch.randn(engine.group.spec(inputs).shapes[0], dtype=block.dtype)))
     everyone = torch.tensor(own, dtype=torch.float64)
     dist.all_reduce(everyone)
     once, count = Parts(*everyone.tolist()), len(block.middle) * channel.size

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from rayllp.checkpoint.location import Folder, remove, sync, write
 from rayllp.checkpoint.prolong import LAYER, Prolongation
-from rayllp.engine.engine import Engine
+from rayllp.engine import Engine
 from rayllp.errors import CheckpointError
 
 FORMAT = 2

@@ -11,7 +11,7 @@ from rayllp.checkpoint.described import read_model_json
 from rayllp.cluster.given import Loaded, whole_network
 from rayllp.config import MAY_DIFFER, TrainConfig, load_run_config
 from rayllp.data import Batches, load_data
-from rayllp.engine.peer import check_installed
+from rayllp.engine.torchbraid_solver import check_installed
 from rayllp.errors import CheckpointError, SettingsError
 from rayllp.models import Architecture, LayerStack, check_batched, check_family, check_network
 from rayllp.report import RunDirectory

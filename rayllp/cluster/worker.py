@@ -28,8 +28,7 @@ from rayllp.checkpoint.memory import Inventory, Layout, NeighbourCopies
 from rayllp.config import TrainConfig
 from rayllp.control import Accuracy, ProbePlan
 from rayllp.data import Batches
-from rayllp.engine import Engine
-from rayllp.engine.engine import StepStats
+from rayllp.engine import Engine, StepStats
 from rayllp.engine.memory import keep_freed_memory, peak_memory
 from rayllp.errors import ChannelError, RayllpError
 from rayllp.models import FAMILIES, Architecture, build_architecture
@@ -333,7 +332,7 @@ class BlockWorker:
         """A continuation of `prompt`, exact forward."""
         from rayllp.engine.decode import continue_text  # transformers' generation takes seconds to import, which start no worker
 
-        return continue_text(self._engine, prompt, tokens)
+        return continue_text(self._engine.exact_forward, prompt, tokens)
 
     @_leaving
     def translate(self, sentences: int, beams: int, batch: int = 50) -> list[str]:
@@ -342,7 +341,7 @@ class BlockWorker:
 
         data = self._engine.batches
         sources = data.encode_source(data.sources("validation")[:sentences])  # type: ignore[attr-defined]
-        found = [tokens for part in sources.split(batch) for tokens in translate(self._engine, part, beams)]
+        found = [tokens for part in sources.split(batch) for tokens in translate(self._engine.exact_forward, part, beams)]
         return [data.decode(tokens) for tokens in found]  # type: ignore[attr-defined]
 
     def begin_save(self, folder: str) -> None:

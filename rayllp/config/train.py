@@ -27,7 +27,7 @@ from rayllp.config.groups import (
     WorkerRange,
 )
 from rayllp.errors import SettingsError
-from rayllp.mgrit import Hierarchy, Method, build_hierarchy, split_evenly
+from rayllp.mgrit import Hierarchy, SolverOptions, build_hierarchy, split_evenly
 from rayllp.mgrit.windows import Placement
 from rayllp.nested import stages
 from rayllp.sizes import with_pretrained_sizes
@@ -285,10 +285,10 @@ class TrainConfig(Settings):
         """The forward hierarchy over the middle layers."""
         return build_hierarchy(blocks=self.blocks, levels=levels, coarsening=self.mgrit.coarsening)
 
-    def method(self, iterations: int, relaxation: Relaxation | None = None) -> Method:
+    def method(self, iterations: int, relaxation: Relaxation | None = None) -> SolverOptions:
         """The solver's method with so many iterations, and with this relaxation of the finest level instead of the settings'."""
         settings = self.mgrit
-        return Method(
+        return SolverOptions(
             iterations=iterations,
             relaxation=(relaxation or settings.relaxation.fine, settings.relaxation.coarse),
             cycle=settings.cycle,

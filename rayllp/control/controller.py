@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from rayllp.config import Relaxation, TrainConfig
-from rayllp.mgrit import Method
+from rayllp.mgrit import SolverOptions
 
 RAISE, LOWER = 4.0, 2.0
 """Factors by which a probe changes the consistency penalty's weight. A bias that has come costs more than a weight that is too large."""
@@ -66,7 +66,7 @@ class Accuracy:
         forward = 0 if self.levels_forward == 1 else self.iterations_forward
         return f"{forward}+{self.iterations_backward}" + (f" {self.relaxation}" if self.relaxation else "")
 
-    def methods(self, config: TrainConfig) -> tuple[Method, Method]:
+    def methods(self, config: TrainConfig) -> tuple[SolverOptions, SolverOptions]:
         """How the forward and the adjoint are solved."""
         return config.method(self.iterations_forward, self.relaxation), config.method(self.iterations_backward, self.relaxation)
 

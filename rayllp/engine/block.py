@@ -12,13 +12,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from rayllp.config import TrainConfig
 from rayllp.data.base import Inputs
-from rayllp.engine.stacks import Stacks
+from rayllp.engine.vmapped_layers import Stacks
 from rayllp.models import check_batched
 from rayllp.models.base import Architecture
 from rayllp.models.randomness import FrozenRandomness
 from rayllp.state import State, combine, interpolate, subtract, tensors
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.float32, "float64": torch.float64}
+PARAMETER_DTYPES = {"float32": torch.float32, "bfloat16": torch.float32, "float64": torch.float64}
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Block:
 
     def __init__(self, architecture: Architecture, config: TrainConfig, rank: int, device: torch.device) -> None:
         self.architecture, self.config, self.device = architecture, config, device
-        self.dtype = DTYPES[config.dtype]
+        self.dtype = PARAMETER_DTYPES[config.dtype]
         self.first, self.last = rank == 0, rank == config.layer_workers - 1
         start = config.buffers.open + sum(config.blocks[:rank])
         self.middle = range(start, start + config.blocks[rank])

@@ -88,12 +88,12 @@ class Consistency:
 
     # For plain autograd -------------------------------------------------------------------------------------------------------------
 
-    def watch(self, start: int) -> "Watch":
+    def hooks(self, start: int) -> "PenaltyHooks":
         """Hooks for one pass through the interval that begins with layer `start`."""
-        return Watch(self, self.intervals[start])
+        return PenaltyHooks(self, self.intervals[start])
 
 
-class Watch:
+class PenaltyHooks:
     """Puts an interval's seeds into plain autograd: every state passes through, its gradient gets a seed on the way back."""
 
     def __init__(self, penalty: Consistency, interval: Interval) -> None:
@@ -132,13 +132,13 @@ class Watch:
 
 class _Seeded(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, watch: Watch, index: int, factor: float) -> Tensor:
-        ctx.watch, ctx.index, ctx.factor = watch, index, factor
+    def forward(ctx: Any, x: Tensor, hooks: PenaltyHooks, index: int, factor: float) -> Tensor:
+        ctx.hooks, ctx.index, ctx.factor = hooks, index, factor
         return x.view_as(x)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:  # type: ignore[override]
-        return torch.add(gradient, ctx.watch.part(ctx.index), alpha=ctx.factor), None, None, None
+        return torch.add(gradient, ctx.hooks.part(ctx.index), alpha=ctx.factor), None, None, None
 
 
 def _squares(parts: Sequence[Tensor]) -> Tensor:

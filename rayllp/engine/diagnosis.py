@@ -1,16 +1,12 @@
 """Where a step stopped being finite."""
 
-from typing import TYPE_CHECKING
-
 import torch
 
 from rayllp.channel.base import MessageTag
+from rayllp.engine.batch import StepBatch
+from rayllp.engine.exact_forward import ExactForward
 from rayllp.engine.trajectory import ExactPropagator, Trajectory
-from rayllp.mgrit import solve
 from rayllp.state import State, tensors
-
-if TYPE_CHECKING:
-    from rayllp.engine.engine import Engine
 
 
 class _Checking(ExactPropagator):
@@ -27,40 +23,37 @@ class _Checking(ExactPropagator):
         return after
 
 
-def diagnose(engine: "Engine", step: int) -> tuple[int, int, str] | None:
+def diagnose(forward: ExactForward, batch: StepBatch) -> tuple[int, int, str] | None:
     """The first place on this worker where the step's exact forward, then its gradients, stop being finite: (stage, order, text)."""
-    fault = _fault_of_forward(engine, step)
+    fault = _fault_of_forward(forward, batch)
     if fault is not None:
         return fault
-    for order, (name, parameter) in enumerate(reversed(engine.block.parameters.items())):
+    group = forward.group
+    for order, (name, parameter) in enumerate(reversed(group.block.parameters.items())):
         if parameter.grad is not None and not is_finite(parameter.grad):
-            order += 10_000_000 * (engine.layers.size - engine.layers.rank)
+            order += 10_000_000 * (group.channel.size - group.channel.rank)
             return 1, order, f"{name}: its gradient is not finite, the forward is"
     return None
 
 
-def _fault_of_forward(engine: "Engine", step: int) -> tuple[int, int, str] | None:
-    inputs, targets, samples, _ = engine.my_batch("train", step)
-    block, config = engine.block, engine.config
+def _fault_of_forward(forward: ExactForward, batch: StepBatch) -> tuple[int, int, str] | None:
+    block, config = forward.group.block, forward.group.config
     with torch.no_grad():
-        block.begin(step, samples, inputs, training=True)
-        entered = block.enter(inputs) if block.first else None
-        checking = _Checking(Trajectory(block, frozenset((0,)), True))
+        block.begin(batch.step, batch.samples, batch.inputs, training=True)
+        entered = block.enter(batch.inputs) if block.first else None
+        checking = _Checking(forward.trajectory())
         # All workers take part in the solve, whatever they have found.
-        result = solve(
-            engine.hierarchies(1)[0], config.method(1), checking, engine.layers,
-            initial=entered, spec=engine.spec(inputs), tag=MessageTag(step, "diagnosis"), reduce=False,
-        )  # fmt: skip
+        output = forward.propagate(checking, entered, batch.inputs, MessageTag(batch.step, "diagnosis"))
         if entered is not None and not is_finite(entered):
             return 0, -1, "embedding or opening buffers: their output is not finite"
         if checking.fault is not None:
             layer = checking.fault + config.buffers.open
             return 0, layer, f"layer {layer}: its output is not finite"
-        if result.output is not None:
-            outputs = block.leave(result.output)
+        if output is not None:
+            outputs = block.leave(output)
             if not is_finite(outputs):
                 return 0, config.model.layers, "head or closing buffers: their output is not finite"
-            if not is_finite(block.architecture.loss(outputs, targets)):
+            if not is_finite(block.architecture.loss(outputs, batch.targets)):
                 return 0, config.model.layers + 1, "the loss is not finite, all layers' outputs are"
     return None
 

@@ -1,75 +1,33 @@
-"""One training step of one worker: forward solve, loss, adjoint solve, gradients, clip, optimizer; and the exact mode.
+"""One training step of one worker, from its batch to the optimizer's update.
 
 No driver, no barrier inside a solve. The only collective of a step on the layer group is one small all-reduce at its end, which carries
 the gradient norm, the loss and the residuals together.
 """
 
 import time
-from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from rayllp.channel.base import Channel, MessageTag, StateSpec
+from rayllp.channel.base import Channel, StateSpec
 from rayllp.channel.local import LocalChannel
 from rayllp.config import TrainConfig
 from rayllp.control import Accuracy, ProbePlan
 from rayllp.data.base import Batches, Inputs
+from rayllp.engine.batch import ReplicaBatches, StepBatch
 from rayllp.engine.block import Block
-from rayllp.engine.consistency import Consistency, Interval
 from rayllp.engine.diagnosis import diagnose
-from rayllp.engine.gradients import add_shared_gradients, average_over_replicas
-from rayllp.engine.optimizer import build_optimizer, learning_rate, scale_gradients, squared_gradient_norm
-from rayllp.engine.peer import TorchBraidSolver
-from rayllp.engine.pipeline import Pipeline, PlainAutograd, exact_gradients, slices
-from rayllp.engine.probe import Bias, Probing
+from rayllp.engine.evaluation import evaluate
+from rayllp.engine.exact_forward import ExactForward
+from rayllp.engine.gradients import Gradients, StepGradients
+from rayllp.engine.layer_group import LayerGroup
+from rayllp.engine.optimizer import build_optimizer, learning_rate, scale_gradients
+from rayllp.engine.probe import Probing
+from rayllp.engine.reduce_gradients import add_shared_gradients, sum_over_replicas
 from rayllp.engine.smoothness import add_smoothness_gradient
-from rayllp.engine.sums import Sums
-from rayllp.engine.trajectory import AdjointPropagator, ExactPropagator, ForwardPropagator, Trajectory
-from rayllp.mgrit import Hierarchy, Method, MGRITResult, Postponed, Propagator, solve
+from rayllp.engine.statistics import ReducedStatistics, StepStats, reduce_statistics
 from rayllp.models.base import Architecture
-from rayllp.state import State, combine, detach, like, tensors
-from rayllp.timeline import TimedChannel, TimedPropagator, Timeline, span_on
-
-Factors = tuple[tuple[float | None, ...], ...]
-
-
-@dataclass(frozen=True, kw_only=True)
-class StepStats:
-    """What a step did; equal on all workers of a layer group, but for the time, the fault and what is said to be its own.
-
-    Attributes:
-        fault: None, or the first layer at fault as this worker sees it: (stage, order, text); the smallest over all workers is it.
-        rho_forward, rho_backward: convergence factors, None unless two residuals were measured.
-        factors_forward, factors_backward: the same by level and boundary between coarse intervals, in order of the layers; no levels unless
-            measured.
-        bias: of the gradient in use, where a probe measured it.
-        consistency: the consistency penalty R over this replica's samples, without its weight; None where it is off.
-        lipschitz: constants of this worker's own layers, by index, where a probe estimated them.
-    """
-
-    step: int
-    loss: float
-    grad_norm: float
-    lr: float
-    time_s: float
-    tokens: int
-    rho_forward: float | None
-    rho_backward: float | None
-    factors_forward: Factors
-    factors_backward: Factors
-    consistency: float | None
-    bias: Bias | None
-    advice_forward: str
-    advice_backward: str
-    fault: tuple[int, int, str] | None = None
-    lipschitz: dict[int, float] | None = None
-
-    def as_dict(self) -> dict[str, Any]:
-        """By name, for a line of `metrics.jsonl`."""
-        return asdict(self)
+from rayllp.timeline import Timeline
 
 
 class Engine:
@@ -80,7 +38,11 @@ class Engine:
         data_channel: to the workers of other replicas that own the same layers.
 
     Attributes:
-        timeline: None, or what is told of the spans of steps.
+        block: this worker's layers.
+        layers, replicas: the two channels.
+        group: this worker's end of its layer group.
+        gradients: what forms a step's gradients, from a `StepBatch`.
+        exact_forward: the exact network's outputs, for inputs and a tag.
     """
 
     def __init__(
@@ -93,53 +55,37 @@ class Engine:
         device: torch.device,
     ) -> None:
         self.config, self.batches, self.device = config, batches, device
-        self.layers, self.replicas = layer_channel, data_channel
         self.block = Block(architecture, config, layer_channel.rank, device)
         self._counted = [p for name, p in self.block.parameters.items() if not self.block.is_counted_elsewhere(name)]
         self.optimizer = build_optimizer(self.block.parameters, config.optimizer)
-        self.penalty: Consistency | None = None
-        self.timeline: Timeline | None = None
-        self._exact: PlainAutograd | Pipeline | None = None
-        self._peer: TorchBraidSolver | None = None
-        self._hierarchies: dict[int, tuple[Hierarchy, Hierarchy]] = {}
-        self._specs: dict[tuple[torch.Size, ...], StateSpec] = {}
+        self._join(layer_channel, data_channel)
+
+    def _join(self, layer_channel: Channel, data_channel: Channel) -> None:
+        """Make all that talks to other workers."""
+        self.layers, self.replicas = layer_channel, data_channel
+        self.group = LayerGroup(self.block, layer_channel)
+        self.gradients = Gradients(self.group)
+        self.exact_forward = ExactForward(self.group)
+        self._shares = ReplicaBatches(self.batches, self.block.architecture, self.config, data_channel.rank, self.device)
 
     def disconnect(self) -> None:
         """Let go of the other workers; the layers stay."""
         alone = LocalChannel.alone()
-        self.layers, self.replicas = alone, alone
-        self._exact = self._peer = None
+        self._join(alone, alone)
 
     def reconnect(self, layer_channel: Channel, data_channel: Channel) -> None:
         """Go on among other workers, with the same block; a step that was cut short has left nothing."""
-        self.disconnect()
-        self.layers, self.replicas = layer_channel, data_channel
+        self._join(layer_channel, data_channel)
         self.optimizer.zero_grad(set_to_none=True)
 
-    # Pieces -------------------------------------------------------------------------------------------------------------------
+    @property
+    def timeline(self) -> Timeline | None:
+        """None, or what is told of the spans of steps."""
+        return self.group.timeline
 
-    def hierarchies(self, levels: int) -> tuple[Hierarchy, Hierarchy]:
-        """Forward and adjoint hierarchy with so many levels."""
-        if levels not in self._hierarchies:
-            forward = self.config.hierarchy(levels)
-            self._hierarchies[levels] = forward, forward.adjoint()
-        return self._hierarchies[levels]
-
-    def spec(self, inputs: Inputs) -> StateSpec:
-        """Shape of the state for these inputs."""
-        shapes = tuple(part.shape for part in tensors(inputs))
-        if shapes not in self._specs:
-            self._specs[shapes] = self.block.architecture.state_spec(inputs, self.block.dtype, self.device)
-        return self._specs[shapes]
-
-    def my_batch(self, split: str, step: int) -> tuple[Inputs, Tensor, tuple[int, ...], int]:
-        """This replica's inputs and targets, their places in the global batch, and the global number of loss terms."""
-        inputs, targets = self.batches.batch(split, step, self.config.batch_size)
-        terms = self.block.architecture.count(targets)
-        size = self.config.replica_batch
-        mine = slice(self.replicas.rank * size, (self.replicas.rank + 1) * size)
-        inputs = combine(lambda part: part[mine].to(self.device), inputs)
-        return inputs, targets[mine].to(self.device), tuple(range(mine.start, mine.stop)), terms
+    @timeline.setter
+    def timeline(self, timeline: Timeline | None) -> None:
+        self.group.timeline = timeline
 
     # The training step --------------------------------------------------------------------------------------------------------
 
@@ -147,181 +93,60 @@ class Engine:
         """One optimizer step; the weights stay as they are if the loss or the gradient is not finite.
 
         Args:
+            accuracy: how the forward and the adjoint are solved.
             plan: what to measure, where the step is a probe.
+
+        Raises:
+            ChannelError: another worker was lost, or too slow.
         """
         started = time.perf_counter()
-        inputs, targets, samples, terms = self.my_batch("train", step)
-        probing = Probing(self, plan) if plan else None
-        form = probing.gradients if probing else self.gradients
-        loss, forward, backward = form(step, accuracy, inputs, targets, samples, 1 / max(1, terms))
-        with self.span("gradients", "wait"):
-            average_over_replicas(self.block, self.replicas, loss)
+        batch = self.step_batch(step, accuracy)
+        probing = Probing(self.gradients, plan, self.replicas.size) if plan else None
+        # Forward solve, loss, adjoint solve: see `LayerParallelGradients`.
+        formed = probing.form(batch) if probing else self.gradients(batch)
+        with self.group.span("gradients", "wait"):
+            sum_over_replicas(self.block, self.replicas, formed.loss)
             add_shared_gradients(self.block, self.layers, step)
             if accuracy.smoothness:
                 add_smoothness_gradient(self.block, self.layers, accuracy.smoothness, step)
-        with self.span("statistics", "wait"):
-            norm, loss_value, gap, forward, backward, bias = self.reduce_statistics(step, loss, forward, backward, probing)
+        with self.group.span("statistics", "wait"):
+            found = self.reduce_statistics(step, formed, probing)
         lr = learning_rate(self.config.optimizer, step, self.config.steps)
-        finite = torch.isfinite(torch.tensor([norm, loss_value])).all().item()
-        fault = None if finite else diagnose(self, step)
-        if finite:
-            with self.span("update"):
-                self.update(norm, lr)
+        fault = None if found.is_finite else diagnose(self.exact_forward, batch)
+        if found.is_finite:
+            with self.group.span("update"):
+                self.update(found.norm, lr)
         self.optimizer.zero_grad(set_to_none=True)
         self.layers.finish()
         return StepStats(
             step=step,
-            loss=loss_value,
-            grad_norm=norm,
+            loss=found.loss,
+            grad_norm=found.norm,
             lr=lr,
             time_s=time.perf_counter() - started,
-            tokens=self.config.batch_size * _positions(self.spec(inputs)),
-            rho_forward=forward.convergence_factor if forward else None,
-            rho_backward=backward.convergence_factor if backward else None,
-            consistency=gap,
-            factors_forward=forward.factors if forward else (),
-            factors_backward=tuple(level[::-1] for level in backward.factors) if backward else (),
-            bias=bias,
-            advice_forward=forward.status.value if forward else "",
-            advice_backward=backward.status.value if backward else "",
+            tokens=self.config.batch_size * _positions(self.group.spec(batch.inputs)),
+            rho_forward=found.forward.convergence_factor if found.forward else None,
+            rho_backward=found.backward.convergence_factor if found.backward else None,
+            consistency=found.consistency,
+            factors_forward=found.forward.factors if found.forward else (),
+            factors_backward=tuple(level[::-1] for level in found.backward.factors) if found.backward else (),
+            bias=found.bias,
+            advice_forward=found.forward.status.value if found.forward else "",
+            advice_backward=found.backward.status.value if found.backward else "",
             fault=fault,
             lipschitz=probing.lipschitz if probing else None,
         )
 
-    def gradients(
-        self, step: int, accuracy: Accuracy, inputs: Inputs, targets: Tensor, samples: tuple[int, ...], scale: float
-    ) -> tuple[Tensor, MGRITResult | None, MGRITResult | None]:
-        """Gradients of scale × summed loss into `.grad`; the loss (on the last worker), and the last part's solves."""
-        self.penalty = self.make_penalty(accuracy)
-        if accuracy.serial:
-            self._exact = self._exact or exact_gradients(self.block, self.layers, inputs, len(samples))
-            if self._exact is not None:
-                self._exact.timeline = self.timeline
-                return self._exact.step(step, inputs, targets, samples, scale, self.penalty), None, None
-        loss = torch.zeros((), device=self.device, dtype=self.block.dtype)
-        forward = backward = None
-        for part in slices(len(samples), self.config.accumulate):
-            arguments = (step, combine(lambda whole, part=part: whole[part], inputs), targets[part], samples[part], scale)
-            part_loss, forward, backward = self.parallel_gradients(accuracy, *arguments)
-            loss += part_loss
-        return loss, *((None, None) if accuracy.serial else (forward, backward))
+    def step_batch(self, step: int, accuracy: Accuracy) -> StepBatch:
+        """This replica's batch of a training step, to be solved with this accuracy."""
+        return self._shares.for_step(step, accuracy)
 
-    def make_penalty(self, accuracy: Accuracy) -> Consistency | None:
-        """The consistency penalty of one gradient computation; None where its weight is 0."""
-        if not accuracy.consistency:
-            return None
-        config, start = self.config, self.block.middle.start - self.config.buffers.open
-        stop, c = start + len(self.block.middle), config.first_coarsening
-        intervals = {n: Interval(n, min(n + c, stop), config.mgrit.coarse_step_weight) for n in range(start, stop, c)}
-        value = torch.zeros((), dtype=torch.float64, device=self.device)
-        return Consistency(accuracy.consistency / config.batch_size, intervals, value)
-
-    def parallel_gradients(
-        self, accuracy: Accuracy, step: int, inputs: Inputs, targets: Tensor, samples: tuple[int, ...], scale: float
-    ) -> tuple[Tensor, MGRITResult | None, MGRITResult | None]:
-        """MGRIT forward and adjoint; with one level each this is exact, layer after layer."""
-        block, config = self.block, self.config
-        if config.solver == "torchbraid" and not accuracy.serial:
-            return self.peer_gradients(accuracy, step, inputs, targets, samples, scale), None, None
-        levels = (1, 1) if accuracy.serial else (accuracy.levels_forward, accuracy.levels_backward)
-        block.begin(step, samples, inputs, training=True)
-        spec = self.spec(inputs)
-        methods = accuracy.methods(config)
-        # How many messages come depends on residuals, where iterations do.
-        program = None if config.mgrit.tolerance is not None else (levels, methods, spec)
-        with self.layers.program(program):
-            with self.span("enter"):
-                entered = block.enter(inputs) if block.first else None
-            c_points = frozenset(range(0, config.middle_layers, config.first_coarsening))
-            trajectory = Trajectory(block, c_points, config.mgrit.recompute)
-            forward = self._solve(
-                self.hierarchies(levels[0])[0], methods[0], ForwardPropagator(trajectory),
-                None if entered is None else detach(entered), spec, MessageTag(step, "forward"), postponed=trajectory.postponed,
-            )  # fmt: skip
-            with self.span("loss"):
-                none = torch.zeros((), device=self.device)
-                loss, seed = self.loss_and_seed(forward.output, targets, scale) if block.last else (none, None)
-            backward = self._solve(
-                self.hierarchies(levels[1])[1], methods[1], AdjointPropagator(trajectory, self.penalty),
-                seed, spec, MessageTag(step, "adjoint"), meanwhile=trajectory.postponed,
-            )  # fmt: skip
-        self._embedding_gradients(entered, backward.output)
-        return loss, forward, backward
-
-    def _embedding_gradients(self, entered: State | None, adjoint: State | None) -> None:
-        """Gradients of embedding and opening buffers, on the first worker, from λ_0."""
-        if entered is None or adjoint is None:
-            return
-        # An embedding without parameters has no graph.
-        seeds = [(state, lam) for state, lam in zip(tensors(entered), tensors(adjoint), strict=True) if state.requires_grad]
-        if seeds:
-            with self.span("enter"):
-                torch.autograd.backward([state for state, _ in seeds], [lam for _, lam in seeds])
-
-    def peer_gradients(
-        self, accuracy: Accuracy, step: int, inputs: Inputs, targets: Tensor, samples: tuple[int, ...], scale: float
-    ) -> Tensor:
-        """The same by TorchBraid; the loss, on the last worker."""
-        self.block.begin(step, samples, inputs, training=True)
-        if self._peer is None:
-            self._peer = TorchBraidSolver(self.block, self.layers, self.config)
-        spec = self.spec(inputs)
-        entered = self.block.enter(inputs) if self.block.first else None
-        like = torch.empty(spec.shapes[0], dtype=spec.dtypes[0], device=self.device)
-        output = self._peer.forward(None if entered is None else detach(entered), like, accuracy)
-        loss, seed = torch.zeros((), device=self.device), None
-        if self.block.last:
-            loss, seed = self.loss_and_seed(output, targets, scale)
-        self._embedding_gradients(entered, self._peer.adjoint(seed))
-        return loss
-
-    def _solve(
-        self, hierarchy: Hierarchy, method: Method, propagator: Propagator, initial: State | None, spec: StateSpec, tag: MessageTag,
-        **order: Postponed,
-    ) -> MGRITResult:  # fmt: skip
-        channel, watch = self.layers, None
-        if self.timeline is not None:
-            channel, propagator = TimedChannel(channel, self.timeline), TimedPropagator(propagator, self.timeline, tag.solve)
-            watch = self.timeline.begin_solve(tag.solve)
-        return solve(hierarchy, method, propagator, channel, initial=initial, spec=spec, tag=tag, reduce=False, watch=watch, **order)
-
-    def span(self, solve: str, kind: str = "compute") -> AbstractContextManager[None]:
-        """What happens inside, on the timeline, if there is one."""
-        return span_on(self.timeline, solve, kind)
-
-    def loss_and_seed(self, output: State | None, targets: Tensor, scale: float) -> tuple[Tensor, State]:
-        """Loss, gradients of closing buffers and head, and λ_N."""
-        assert output is not None
-        leaves = tuple(part.detach().requires_grad_() for part in tensors(output))
-        loss = self.block.architecture.training_loss(self.block.leave(like(output, leaves)), targets) * scale
-        loss.backward()
-        seed = tuple(torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves)
-        return loss.detach(), like(output, seed)
-
-    def reduce_statistics(
-        self, step: int, loss: Tensor, forward: MGRITResult | None, backward: MGRITResult | None, probing: Probing | None = None
-    ) -> tuple[float, float, float | None, MGRITResult | None, MGRITResult | None, Bias | None]:
-        """Global gradient norm, loss, penalty, residuals and bias in one all-reduce over the layer group."""
-        zero = torch.zeros((), dtype=torch.float64, device=self.device)
-        sums = Sums(self.device)
-        sums.add("norm", squared_gradient_norm(self._counted, self.device))
-        sums.add("loss", loss if self.block.last else zero)
-        if self.penalty is not None:
-            sums.add("consistency", self.penalty.value)
-        solves = {"forward": forward, "backward": backward}
-        for name, result in solves.items():
-            if result is not None:
-                sums.add(name, result.shares)
-        if probing is not None:
-            sums.add("probe", probing.table())
-        sums.reduce(self.layers, MessageTag(step, "gradients", "norm, loss and residuals"))
-        gap = float(sums["consistency"]) / self.config.replica_batch if self.penalty is not None else None
-        measured = [None if result is None else result.measured(sums[name]) for name, result in solves.items()]
-        bias = probing.read(sums["probe"]) if probing is not None else None
-        return float(sums["norm"]) ** 0.5, float(sums["loss"]), gap, measured[0], measured[1], bias
+    def reduce_statistics(self, step: int, formed: StepGradients, probing: Probing | None = None) -> ReducedStatistics:
+        """The step's numbers over the layer group, in one all-reduce."""
+        return reduce_statistics(self.group, step, formed, self._counted, probing)
 
     def update(self, norm: float, lr: float) -> None:
-        """Clip and step."""
+        """Clip the gradients, whose global norm is `norm`, and take the optimizer's step."""
         clip = self.config.optimizer.clip
         if clip and norm > clip:
             scale_gradients(self.block.parameters.values(), clip / (norm + 1e-6))
@@ -329,18 +154,11 @@ class Engine:
             group["lr"] = lr
         self.optimizer.step()
 
-    # Exact forward ------------------------------------------------------------------------------------------------------------
+    # Beside training ----------------------------------------------------------------------------------------------------------
 
-    def exact_forward(self, inputs: Inputs, tag: MessageTag, *, last_only: bool = False) -> Tensor | None:
-        """Outputs of the exact network, of all positions or of the last one only, on the last worker."""
-        with torch.no_grad():
-            self.block.begin(tag.step, range(tensors(inputs)[0].shape[0]), inputs, training=False)
-            c_points = frozenset((0,))
-            result = solve(
-                self.hierarchies(1)[0], self.config.method(1), ExactPropagator(Trajectory(self.block, c_points, True)), self.layers,
-                initial=self.block.enter(inputs) if self.block.first else None, spec=self.spec(inputs), tag=tag, reduce=False,
-            )  # fmt: skip
-            return self.block.leave(result.output, last_only=last_only) if result.output is not None else None
+    def my_batch(self, split: str, step: int) -> tuple[Inputs, Tensor, tuple[int, ...], int]:
+        """This replica's inputs and targets, their places in the global batch, and the global number of loss terms."""
+        return self._shares.share(split, step)
 
     def evaluate(self, batches: int) -> dict[str, float]:
         """Mean loss, and the architecture's metrics, on held-out batches through the exact forward, whatever the mode.
@@ -348,29 +166,7 @@ class Engine:
         Args:
             batches: how many; 0 or more than one pass: one pass, where the held-out set is finite.
         """
-        architecture = self.block.architecture
-        total = torch.zeros(2 + architecture.metric.size, dtype=torch.float64)
-        for index in range(self.passes("validation", batches)):
-            inputs, targets, _, _ = self.my_batch("validation", index)
-            outputs = self.exact_forward(inputs, MessageTag(index, "evaluation"))
-            if outputs is not None:
-                with torch.no_grad():
-                    loss = architecture.loss(outputs, targets).double().cpu().view(1)
-                    count = torch.tensor([float(architecture.count(targets))], dtype=torch.float64)
-                    total += torch.cat([loss, count, architecture.metric.tally(outputs, targets)])
-        total = self.replicas.all_reduce(total.to(self.device), MessageTag(0, "evaluation", "sum over replicas"))
-        total = self.layers.all_reduce(total, MessageTag(0, "evaluation", "sum over workers")).cpu()
-        self.layers.finish()
-        loss_value = float(total[0] / total[1].clamp(min=1))
-        return {"loss": loss_value, **architecture.metric.read(total[2:], loss_value)}
-
-    def passes(self, split: str, wanted: int) -> int:
-        """Batches to evaluate on: as wanted, at most one pass where the set is finite."""
-        finite = getattr(self.batches, "batches", None)
-        if finite is None:
-            return wanted or 1
-        whole = int(finite(split, self.config.batch_size))
-        return min(wanted, whole) if wanted else whole
+        return evaluate(self.exact_forward, self._shares, self.replicas, batches)
 
 
 def _positions(spec: StateSpec) -> int:

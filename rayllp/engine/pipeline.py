@@ -15,8 +15,9 @@ from torch.utils.checkpoint import checkpoint
 from rayllp.channel.base import Channel
 from rayllp.channel.wired import WiredChannel
 from rayllp.data.base import Inputs
+from rayllp.engine.batch import StepBatch
 from rayllp.engine.block import Block, Moment
-from rayllp.engine.consistency import Consistency, Watch
+from rayllp.engine.consistency import Consistency, PenaltyHooks
 from rayllp.errors import SettingsError
 from rayllp.state import State, combine, tensors
 from rayllp.timeline import Timeline, span_on
@@ -40,31 +41,34 @@ class StageModule(nn.Module):
         if block.first:
             state = block.enter(state)
         recompute = block.config.mgrit.recompute and torch.is_grad_enabled()
-        for layers, watch in self._intervals() if recompute or self.penalty else ((block.middle, None),):
+        for layers, hooks in self._intervals() if recompute or self.penalty else ((block.middle, None),):
             if recompute:
-                state = checkpoint(self._run, state, layers, watch, block.moment, use_reentrant=False, preserve_rng_state=False)
+                state = checkpoint(self._run, state, layers, hooks, block.moment, use_reentrant=False, preserve_rng_state=False)
             else:
-                state = self._run(state, layers, watch)
+                state = self._run(state, layers, hooks)
         return block.leave(state) if block.last else state
 
-    def _intervals(self) -> Iterator[tuple[range, Watch | None]]:
-        """The block's middle layers, c_f by c_f from its first."""
+    def _intervals(self) -> Iterator[tuple[range, PenaltyHooks | None]]:
+        """The block's middle layers by coarse interval: the penalty's, else c_f by c_f from the block's first."""
         middle, c, offset = self.block.middle, self.block.config.first_coarsening, self.block.config.buffers.open
+        if self.penalty is not None:
+            for start, interval in self.penalty.intervals.items():
+                yield range(start + offset, interval.stop + offset), self.penalty.hooks(start)
+            return
         for start in range(middle.start, middle.stop, c):
-            watch = self.penalty.watch(start - offset) if self.penalty else None
-            yield range(start, min(start + c, middle.stop)), watch
+            yield range(start, min(start + c, middle.stop)), None
 
-    def _run(self, state: State, layers: range, watch: Watch | None, moment: Moment | None = None) -> State:
+    def _run(self, state: State, layers: range, hooks: PenaltyHooks | None, moment: Moment | None = None) -> State:
         if moment is not None:  # a recomputation may come after another microbatch's forward
             self.block.resume(moment)
-        if watch is None:
+        if hooks is None:
             for n in layers:
                 state = self.block.layer(n, state)
             return state
-        state = watch.first(self.block.layer(layers.start, watch.begin(state)))
+        state = hooks.first(self.block.layer(layers.start, hooks.begin(state)))
         for n in layers[1:]:
             state = self.block.layer(n, state)
-        return watch.end(state)
+        return hooks.end(state)
 
 
 def slices(batch: int, parts: int) -> Iterator[slice]:
@@ -73,7 +77,7 @@ def slices(batch: int, parts: int) -> Iterator[slice]:
     yield from (slice(start, start + size) for start in range(0, batch, size))
 
 
-def exact_gradients(block: Block, layers: Channel, inputs: Inputs, batch: int) -> "PlainAutograd | Pipeline | None":
+def exact_method(block: Block, layers: Channel, inputs: Inputs, batch: int) -> "PlainAutograd | Pipeline | None":
     """What forms exact gradients on this worker: plain autograd where it holds all layers, else the 1F1B pipeline.
 
     None: the channel has no process group, or the batch cannot be cut finely enough.
@@ -93,17 +97,15 @@ class PlainAutograd:
         self.block, self.module = block, StageModule(block)
         self.timeline: Timeline | None = None
 
-    def step(
-        self, step: int, inputs: Inputs, targets: Tensor, samples: tuple[int, ...], scale: float, penalty: Consistency | None
-    ) -> Tensor:
+    def step(self, batch: StepBatch, penalty: Consistency | None) -> Tensor:
         """Gradients of scale × summed loss into `.grad`, part by part of gradient accumulation; the scaled loss."""
         block, self.module.penalty = self.block, penalty
         total = torch.zeros((), device=block.device, dtype=block.dtype)
-        for part in slices(len(samples), block.config.accumulate):
-            mine = combine(lambda whole, part=part: whole[part], inputs)
-            block.begin(step, samples[part], mine, training=True)
+        for rows in slices(len(batch.samples), block.config.accumulate):
+            part = batch.part(rows)
+            block.begin(part.step, part.samples, part.inputs, training=True)
             with span_on(self.timeline, "forward"):
-                loss = block.architecture.training_loss(self.module(*tensors(mine)), targets[part]) * scale
+                loss = block.architecture.training_loss(self.module(*tensors(part.inputs)), part.targets) * part.scale
             with span_on(self.timeline, "adjoint"):
                 loss.backward()
             total += loss.detach()
@@ -174,25 +176,24 @@ class Pipeline:
 
         return timed
 
-    def step(
-        self, step: int, inputs: Inputs, targets: Tensor, samples: tuple[int, ...], scale: float, penalty: Consistency | None
-    ) -> Tensor:
+    def step(self, batch: StepBatch, penalty: Consistency | None) -> Tensor:
         """Gradients of scale × summed loss into `.grad`; returns the scaled loss on the last worker, 0 elsewhere."""
-        self.scale, count = scale, 0
+        self.scale, count = batch.scale, 0
         self.module.penalty = penalty
 
         def begin() -> None:
             nonlocal count
             mine = slice(count * self.part, (count + 1) * self.part)
-            self.block.begin(step, samples[mine], combine(lambda part: part[mine], inputs), training=True)
+            part = batch.part(mine)
+            self.block.begin(part.step, part.samples, part.inputs, training=True)
             count += 1
 
         self.module.begin = begin
         losses: list[Tensor] = []
         first, began = (len(self.timeline.spans), self.timeline.clock()) if self.timeline else (0, 0.0)
         self.schedule.step(
-            *(tensors(inputs) if self.block.first else ()),
-            target=targets if self.block.last else None,
+            *(tensors(batch.inputs) if self.block.first else ()),
+            target=batch.targets if self.block.last else None,
             losses=losses if self.block.last else None,
             return_outputs=False,
         )

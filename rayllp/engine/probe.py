@@ -7,19 +7,15 @@ batch. A bias far below the noise moves the weights less than another batch woul
 """
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from rayllp.control import Accuracy, ProbePlan
-from rayllp.data.base import Inputs
+from rayllp.engine.batch import StepBatch
+from rayllp.engine.gradients import Gradients, StepGradients
+from rayllp.engine.layer_group import LayerGroup
 from rayllp.engine.lipschitz import estimate_layers
-from rayllp.mgrit import MGRITResult
-from rayllp.state import combine
-
-if TYPE_CHECKING:
-    from rayllp.engine.engine import Engine
 
 SUMS = 5
 """Of a block: error squared, better gradient squared, its product with the one in use, that one squared, the halves' gap squared."""
@@ -44,79 +40,80 @@ class Bias:
 
 @dataclass
 class Probing:
-    """A probe on one worker: forms the gradient of the step as `Engine.gradients` does, and measures on the way.
+    """A probe on one worker: forms the gradient of a step as `Gradients` does, and measures on the way.
 
     Attributes:
+        gradients: what forms them.
+        plan: what is measured.
+        replicas: how many there are.
         lipschitz: constants of this worker's layers, by index in the whole network; None where the plan does not ask for them.
     """
 
-    engine: "Engine"
+    gradients: Gradients
     plan: ProbePlan
+    replicas: int
     sums: Tensor | None = None
     has_halves: bool = False
     lipschitz: dict[int, float] | None = None
 
-    def gradients(
-        self, step: int, accuracy: Accuracy, inputs: Inputs, targets: Tensor, samples: tuple[int, ...], scale: float
-    ) -> tuple[Tensor, MGRITResult | None, MGRITResult | None]:
-        """The better gradient into `.grad`, its loss, and the solves that yield ρ."""
-        batch = (inputs, targets, samples)
-        self.engine.block.watched = {} if self.plan.lipschitz else None
-        used = self._used_gradient(step, batch, scale) if self.plan.bias else None
+    @property
+    def group(self) -> LayerGroup:
+        """This worker's layers, and the channel to the others."""
+        return self.gradients.group
+
+    def form(self, batch: StepBatch) -> StepGradients:
+        """The better gradient into `.grad`; its loss, and the solves that yield ρ."""
+        block, accuracy = self.group.block, batch.accuracy
+        block.watched = {} if self.plan.lipschitz else None
+        used = self._used_gradient(batch) if self.plan.bias else None
         doubled = self.plan.candidate.probing()
-        forward = backward = None
-        better = doubled
+        probed, better = None, doubled
         if accuracy.serial or self.plan.exact:
             # Doubled iterations are run for ρ alone; the gradient of the step is the exact one.
-            _, forward, backward = self.engine.gradients(step, doubled, *batch, scale)
-            self._forget()
+            probed = self.gradients(batch.solved_by(doubled))
+            self.gradients.forget()
             better = accuracy if accuracy.serial else replace(doubled, levels_forward=1, levels_backward=1)
-        halves = self._halves(better, len(samples)) if used is not None else ()
+        halves = self._halves(better, len(batch.samples)) if used is not None else ()
         self.has_halves = bool(halves)
-        loss, first, solved = self._in_parts(step, better, batch, scale, halves)
+        formed, first = self._in_halves(batch.solved_by(better), halves)
         if used is not None:
             self.sums = self._compare(used, first)
         if self.plan.lipschitz:
-            self.lipschitz = estimate_layers(self.engine.block, step, inputs)
-            self.engine.block.watched = None
-        return loss, forward or solved[0], backward or solved[1]
+            self.lipschitz = estimate_layers(block, batch.step, batch.inputs)
+            block.watched = None
+        if probed is None:
+            return formed
+        return replace(formed, forward=probed.forward or formed.forward, backward=probed.backward or formed.backward)
 
-    def _used_gradient(self, step: int, batch: tuple[Inputs, Tensor, tuple[int, ...]], scale: float) -> list[Tensor]:
-        self.engine.gradients(step, self.plan.candidate, *batch, scale)
+    def _used_gradient(self, batch: StepBatch) -> list[Tensor]:
+        self.gradients(batch.solved_by(self.plan.candidate))
         used = [gradient.clone() for gradient in self._middle()]
-        self._forget()
+        self.gradients.forget()
         return used
 
     def _halves(self, accuracy: Accuracy, samples: int) -> tuple[slice, ...]:
         """Two halves of the batch; none where it has none, or where the pipeline was built for the whole of it."""
-        if accuracy.serial or samples % (2 * self.engine.config.accumulate):
+        if accuracy.serial or samples % (2 * self.group.config.accumulate):
             return ()
         return slice(0, samples // 2), slice(samples // 2, samples)
 
-    def _in_parts(
-        self, step: int, accuracy: Accuracy, batch: tuple[Inputs, Tensor, tuple[int, ...]], scale: float, halves: tuple[slice, ...]
-    ) -> tuple[Tensor, list[Tensor], tuple[MGRITResult | None, MGRITResult | None]]:
-        """Gradients half by half; the loss, the first half's gradients, and the last solves."""
-        inputs, targets, samples = batch
+    def _in_halves(self, batch: StepBatch, halves: tuple[slice, ...]) -> tuple[StepGradients, list[Tensor]]:
+        """Gradients half by half, with the last half's solves; and the first half's gradients, none where there are no halves."""
         if not halves:
-            loss, *solved = self.engine.gradients(step, accuracy, inputs, targets, samples, scale)
-            return loss, [], (solved[0], solved[1])
-        losses: list[Tensor] = []
+            return self.gradients(batch), []
+        found: list[StepGradients] = []
         first: list[Tensor] = []
-        penalty = None
         for half in halves:
-            part = combine(lambda whole, half=half: whole[half], inputs)
-            loss, *solved = self.engine.gradients(step, accuracy, part, targets[half], samples[half], scale)
-            losses.append(loss)
-            if self.engine.penalty is not None and penalty is not None:
-                self.engine.penalty.add(penalty)
-            penalty = self.engine.penalty
+            found.append(self.gradients(batch.part(half)))
             first = first or [gradient.clone() for gradient in self._middle()]
-        return torch.stack(losses).sum(), first, (solved[0], solved[1])
+        one, other = found
+        if one.penalty is not None and other.penalty is not None:
+            other.penalty.add(one.penalty)
+        return replace(other, loss=torch.stack([one.loss, other.loss]).sum()), first
 
     def _compare(self, used: list[Tensor], first: list[Tensor]) -> Tensor:
         better = self._middle()
-        sums = torch.zeros(SUMS, dtype=torch.float64, device=self.engine.device)
+        sums = torch.zeros(SUMS, dtype=torch.float64, device=self.group.device)
         for index, gradient in enumerate(better):
             g, u = gradient.double(), used[index].double()
             parts = [(u - g).square().sum(), g.square().sum(), (u * g).sum(), u.square().sum()]
@@ -125,20 +122,17 @@ class Probing:
         return sums
 
     def _middle(self) -> list[Tensor]:
-        block = self.engine.block
+        block = self.group.block
         parameters = (parameter for n in block.middle for parameter in block.layers[n].parameters())
         return [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-
-    def _forget(self) -> None:
-        self.engine.optimizer.zero_grad(set_to_none=True)
 
     # Over workers -----------------------------------------------------------------------------------------------------------------
 
     def table(self) -> Tensor:
         """This worker's sums in a table of all workers', to be added up with the others'; shape (workers, SUMS), no rows without a bias."""
-        table = torch.zeros((self.engine.layers.size, SUMS), dtype=torch.float64, device=self.engine.device)
+        table = torch.zeros((self.group.channel.size, SUMS), dtype=torch.float64, device=self.group.device)
         if self.sums is not None:
-            table[self.engine.layers.rank] = self.sums
+            table[self.group.channel.rank] = self.sums
         return table if self.plan.bias else table[:0]
 
     def read(self, table: Tensor) -> Bias | None:
@@ -147,7 +141,7 @@ class Probing:
             return None
         total = table.sum(0)
         relative, cosine = _bias(total)
-        noise = float((total[4] / total[1]).sqrt()) / self.engine.replicas.size**0.5 if self.has_halves else None
+        noise = float((total[4] / total[1]).sqrt()) / self.replicas**0.5 if self.has_halves else None
         return Bias(relative, cosine, noise, tuple(_bias(row) for row in table))
 
 

@@ -1,9 +1,9 @@
 """The forward and adjoint propagators of one worker, and the graphs that the one leaves for the other.
 
-The last forward sweep records each layer's graph, and the adjoint solve reads them: no second forward on the fine level. Pieces of that
-sweep that nobody else waits for are put off, and made while this worker waits, or once the adjoint asks for a graph of theirs. With
-recomputation only the states at the beginning of each interval (and of the block) are kept, and an interval's graphs are made
-when its adjoint arrives, for pieces that were put off the first time; at most one interval's graphs exist at a time.
+The last forward sweep records each layer's graph, and the adjoint solve reads them: no second forward on the fine level. Runs of that
+sweep that no other worker waits for are deferred: they are recorded while this worker waits, or once the adjoint asks for one of their
+graphs. With recomputation only the states at the beginning of each interval (and of the block) are kept, and an interval's graphs are
+made when its adjoint arrives, those of deferred runs for the first time; at most one interval's graphs exist at a time.
 """
 
 from collections.abc import Sequence
@@ -15,8 +15,8 @@ from torch import Tensor
 from rayllp.engine.block import Block
 from rayllp.engine.consistency import Consistency
 from rayllp.engine.memory import return_freed_memory
-from rayllp.engine.stacks import Stack, apart, side_by_side
-from rayllp.mgrit import Postponed, Propagator
+from rayllp.engine.vmapped_layers import Stack, apart, side_by_side
+from rayllp.mgrit import DeferredSweeps, Propagator
 from rayllp.state import State, combine, detach, like, tensors
 
 
@@ -57,7 +57,7 @@ class Trajectory:
         block: this worker's layers.
         c_points: layers that begin coarse intervals: what recomputation starts from.
         recompute: keep C-point states only.
-        postponed: of the last sweep.
+        deferred: runs of the last sweep that are yet to be recorded.
     """
 
     block: Block
@@ -67,7 +67,7 @@ class Trajectory:
     batched: dict[int, BatchedGraph] = field(default_factory=dict)
     ahead: dict[int, tuple[State, Graph]] = field(default_factory=dict)
     checkpoints: dict[int, State] = field(default_factory=dict)
-    postponed: Postponed = field(default_factory=Postponed)
+    deferred: DeferredSweeps = field(default_factory=DeferredSweeps)
 
     def run(self, layer: int, state: State) -> State:
         """One middle layer."""
@@ -124,8 +124,10 @@ class Trajectory:
         with torch.no_grad():
             return self.run(layer, state)
 
-    def postpone(self, layer: int, state: State) -> bool:
-        """A piece of the last sweep, from this layer on. Recomputation needs its first state only: where it leads is known, or unneeded."""
+    def defer(self, layer: int, state: State) -> bool:
+        """Note that a run of the last sweep, from this layer on, is deferred. Returns False with recomputation, which needs its first state
+        only: where the run leads is known already, or not needed.
+        """
         if self.recompute:
             self.checkpoints[layer] = detach(state)
         return not self.recompute
@@ -136,9 +138,9 @@ class Trajectory:
         return self.block.middle.start - self.block.config.buffers.open
 
     def graph(self, layer: int) -> Graph:
-        """The recorded graph of a layer; made now where its piece was put off, and again where only checkpoints are kept."""
+        """The recorded graph of a layer; made now where its run was deferred, and again where only checkpoints are kept."""
         if layer not in self.graphs:
-            self.postponed.reach(layer)
+            self.deferred.reach(layer)
         if layer not in self.graphs:
             self.graphs.clear()
             if layer in self.checkpoints:  # a coarse step: this layer alone
@@ -176,9 +178,9 @@ class ForwardPropagator(Propagator):
         """One layer with its graph."""
         return self.trajectory.record(layer, state, known)
 
-    def postpone(self, layer: int, state: State) -> bool:
-        """Not wanted where recomputation makes all graphs."""
-        return self.trajectory.postpone(layer, state)
+    def defer(self, layer: int, state: State) -> bool:
+        """Not needed where recomputation makes all graphs."""
+        return self.trajectory.defer(layer, state)
 
     def steps(self, layers: Sequence[int], states: Sequence[State]) -> list[State]:
         """A layer of each interval, in one call."""

@@ -1,28 +1,34 @@
-"""MGRIT over layers. Knows no model, no Ray and no torch.distributed; see `cycle.py` for the algorithm."""
+"""MGRIT over layers. Knows no model, no Ray and no torch.distributed; see `solver.py` for the algorithm."""
 
-from rayllp.mgrit.cycle import Method, solve
+from rayllp.mgrit.communicator import Communicator
+from rayllp.mgrit.deferred import DeferredRun, DeferredSweeps
 from rayllp.mgrit.hierarchy import Hierarchy, Level, build_hierarchy, split_evenly
-from rayllp.mgrit.postponed import Postponed
+from rayllp.mgrit.options import SolverOptions
 from rayllp.mgrit.propagator import CoarseOperator, Identity, Propagator, Rediscretised, coarse_operator
 from rayllp.mgrit.result import MGRITResult, Status, convergence_factor, judge
+from rayllp.mgrit.solver import MGRITSolver, PhaseListener, Problem
 from rayllp.state import State
 
 __all__ = [
     "CoarseOperator",
+    "Communicator",
+    "DeferredRun",
+    "DeferredSweeps",
     "Hierarchy",
     "Identity",
     "Level",
     "MGRITResult",
-    "Method",
-    "Postponed",
+    "MGRITSolver",
+    "PhaseListener",
+    "Problem",
     "Propagator",
     "Rediscretised",
+    "SolverOptions",
     "State",
     "Status",
     "build_hierarchy",
     "coarse_operator",
     "convergence_factor",
     "judge",
-    "solve",
     "split_evenly",
 ]

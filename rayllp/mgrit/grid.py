@@ -1,16 +1,18 @@
 """One worker's part of one level: the values at its points, and the sweeps that move them.
 
-A level solves u_{j+1} = Φ_j(u_j) − offset_j + rhs_{j+1}. Offset and right-hand side together are the FAS term; they are kept apart
-because the offset belongs to the worker that takes the step and the right-hand side to the one that receives it.
+A level solves u_{j+1} = Φ_j(u_j) + τ_{j+1}, where τ is the FAS right-hand side (`fas.py`), zero on the finest level. A *run* is what a
+worker owns of one coarse interval: contiguous points, of which only the first can be a C-point.
 """
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Sequence
 
-from rayllp.channel.base import Channel, MessageTag, StateSpec
+from rayllp.channel.base import StateSpec
+from rayllp.mgrit.communicator import Communicator
+from rayllp.mgrit.deferred import DeferredRun, DeferredSweeps
+from rayllp.mgrit.fas import FASRightHandSide
 from rayllp.mgrit.hierarchy import Level
-from rayllp.mgrit.postponed import Piece, Postponed
-from rayllp.mgrit.propagator import CoarseOperator, Remembering
-from rayllp.state import State, add, subtract
+from rayllp.mgrit.propagator import CoarseOperator, EvaluationCache
+from rayllp.state import State
 
 Step = Callable[[int], State]
 Steps = Callable[[Sequence[int]], list[State]]
@@ -20,171 +22,102 @@ class Grid:
     """Values and sweeps of one worker on one level.
 
     Args:
-        batched: whether whole intervals are swept side by side: on the finest level, where the method says so.
+        level: its points, and who owns them.
+        depth: 0 for the finest level.
+        cache: this worker's layers.
+        operator: makes a coarse step of a fine one; not used on the finest level.
+        communicator: to the other workers.
+        spec: shapes and dtypes of a state.
+        batched: whether whole intervals are swept side by side.
+
+    Attributes:
+        values: u_j by point, of this worker's points.
+        tau: the FAS right-hand side.
     """
 
     def __init__(
         self,
         level: Level,
         depth: int,
-        propagator: Remembering,
+        cache: EvaluationCache,
         operator: CoarseOperator,
-        channel: Channel,
+        communicator: Communicator,
         spec: StateSpec,
-        tag: MessageTag,
         *,
         batched: bool = False,
     ) -> None:
         self.level, self.depth = level, depth
-        self.propagator, self.operator = propagator, operator
-        self.channel, self.spec, self.tag = channel, spec, tag
-        self.points = level.local(channel.rank)
-        self.runs = level.runs(channel.rank)
+        self.cache, self.operator = cache, operator
+        self.communicator, self.spec = communicator, spec
+        self.points = level.local(communicator.rank)
+        self.runs = level.runs(communicator.rank)
         self.values: dict[int, State] = {}
-        self.offsets: dict[int, State] = {}
-        self.rhs: dict[int, State] = {}
+        self.tau = FASRightHandSide()
         self.batched = batched
 
     # One step, and one message ------------------------------------------------------------------------------------------------
 
     def apply(self, j: int, state: State) -> State:
-        """Φ_j(state) of this level."""
+        """Φ_j(state): a layer on the finest level, the coarse operator on all others."""
         layer = self.level.layers[j]
         if self.depth == 0:
-            step = self.propagator.shared_step if j in self.level.is_c_point else self.propagator.step
+            # Coarse levels evaluate the layers at C-points, from the same states.
+            step = self.cache.cached_step if j in self.level.is_c_point else self.cache.step
             return step(layer, state)
-        return self.operator(lambda x: self.propagator.shared_step(layer, x), state, self.level.ratios[j])
+        return self.operator(lambda x: self.cache.cached_step(layer, x), state, self.level.ratios[j])
 
     def advance(self, j: int) -> State:
-        """Φ_j(u_j) − offset_j: what point j hands to point j + 1."""
-        state = self.apply(j, self.values[j])
-        return subtract(state, self.offsets[j]) if j in self.offsets else state
+        """Take step j from u_j; what it returns is handed to point j + 1, which makes u_{j+1} of it by `arrive`."""
+        return self.tau.leave(j, self.apply(j, self.values[j]))
 
     def advance_all(self, points: Sequence[int]) -> list[State]:
-        """`advance` of several points; those of a batched level in one call."""
+        """Take the steps of several points of this level; in one call, where it is batched and none of them may be cached."""
         layers = [self.level.layers[j] for j in points]
-        if not self.batched or len(points) < 2 or self.propagator.remembers(layers):
+        if not self.batched or len(points) < 2 or self.cache.may_hold(layers):
             return [self.advance(j) for j in points]
-        return self.propagator.steps(layers, [self.values[j] for j in points])
+        return self.cache.steps(layers, [self.values[j] for j in points])
 
     def last_advance(self, j: int) -> State:
-        """Φ_j(u_j) in the last sweep."""
-        return self.propagator.last_step(self.level.layers[j], self.values[j])
+        """Take step j from u_j in the last sweep: the propagator records it (forward), or forms parameter gradients (adjoint)."""
+        return self.cache.last_step(self.level.layers[j], self.values[j])
 
     def last_advance_all(self, points: Sequence[int]) -> list[State]:
-        """The same of several points."""
+        """Take the steps of several points in the last sweep; in one call, if none of them may be cached."""
         layers = [self.level.layers[j] for j in points]
-        if self.propagator.remembers(layers):
+        if self.cache.may_hold(layers):
             return [self.last_advance(j) for j in points]
-        return self.propagator.last_steps(layers, [self.values[j] for j in points])
+        return self.cache.last_steps(layers, [self.values[j] for j in points])
 
     def arrive(self, j: int, state: State) -> State:
-        """What point j becomes when its left neighbour hands over `state`."""
-        return add(state, self.rhs[j]) if j in self.rhs else state
+        """Return u_j, given what step j − 1 has handed over: the FAS right-hand side is added where this level has one."""
+        return self.tau.arrive(j, state)
 
     def send(self, state: State, j: int, phase: str) -> None:
-        """Hand `state` to the owner of point j."""
-        self.channel.send(state, self.level.owners[j], self.tag.at(phase, self.depth))
+        """Send the result of step j − 1 to the owner of point j."""
+        self.communicator.send(state, self.level.owners[j], phase, self.depth)
 
     def receive(self, j: int, phase: str) -> State:
-        """What the owner of point j − 1 hands to point j."""
-        return self.channel.receive(self.spec, self.level.owners[j - 1], self.tag.at(phase, self.depth))
+        """Receive the result of step j − 1 from the owner of point j − 1."""
+        return self.communicator.receive(self.spec, self.level.owners[j - 1], phase, self.depth)
 
     # Sweeps -------------------------------------------------------------------------------------------------------------------
 
     def f_relax(self, *, but_last: bool = False) -> None:
-        """New values at all F-points, from the C-points.
+        """F-relaxation: new values at all F-points, from the C-points.
 
         Args:
-            but_last: leave those of the last interval: no C-point comes after them.
+            but_last: leave out the last interval: no C-point comes after it.
         """
         last = self.level.c_points[-1] if but_last else self.level.size
         runs = [run for run in self.runs if run.start < last]
         self._sweep(self.advance, self.advance_all, "relaxation", runs, to_the_end=False)
 
-    def last_sweep(self, keep: bool = True, postponed: Postponed | None = None) -> State | None:
-        """F-relaxation that records (forward) or forms gradients (adjoint); also takes every interval's last step.
-
-        Args:
-            keep: the F-points' values; else they are dropped once the next one is there.
-            postponed: takes the pieces that lead neither to another worker nor out of the last layer, where whole intervals are not swept
-                side by side. None: all is done now.
-
-        Returns the state after the last step of all, on the worker that takes it.
-        """
-        now = self.runs
-        if postponed is not None and not self.whole(self.runs):
-            now = [run for run in self.runs if self._leads_on(run) or run.stop == self.level.size]
-        output = self._sweep(self.last_advance, self.last_advance_all, "last sweep", now, to_the_end=True, keep=keep)
-        if postponed is not None:
-            for run in self.runs:
-                if run not in now:
-                    self._postpone(run, postponed, keep)
-        return output
-
-    def _postpone(self, run: range, postponed: Postponed, keep: bool) -> None:
-        """Put off its last sweep, unless the propagator will never want it. Its start is received now: messages keep their order."""
-        self._await_start(run, "last sweep")
-        first = self.level.layers[run.start]
-        if self.propagator.postpone(first, self.values[run.start]):
-            steps = self._through(self.last_advance, "last sweep", run, to_the_end=True, keep=keep)
-            postponed.pieces.append(Piece(range(first, first + len(run)), steps))
-
-    def whole(self, runs: Sequence[range]) -> list[range]:
-        """Of these runs, the whole intervals of the greatest length, if there are several and the level is batched."""
-        return self.level.alike(runs) if self.batched else []
-
-    def _sweep(self, step: Step, steps: Steps, phase: str, runs: list[range], *, to_the_end: bool, keep: bool = True) -> State | None:
-        # The last run goes first: its end is what the next worker waits for. The first run, which may have to wait, goes last.
-        output, whole = None, self.whole(runs)
-        for run in reversed(runs):
-            if run not in whole:
-                self._await_start(run, phase)
-                state = _exhaust(self._through(step, phase, run, to_the_end=to_the_end, keep=keep))
-            elif run is whole[-1]:
-                state = self._sweep_together(steps, whole, to_the_end, keep)
-            else:
-                continue
-            output = state if run.stop == self.level.size else output
-        return output
-
-    def _leads_on(self, run: range) -> bool:
-        """Whether its interval goes on at the next worker."""
-        return run.stop < self.level.size and run.stop not in self.level.is_c_point
-
-    def _await_start(self, run: range, phase: str) -> None:
-        """Its first point, from the worker before, where it does not begin its interval."""
-        if run.start not in self.level.is_c_point:
-            self.values[run.start] = self.arrive(run.start, self.receive(run.start, phase))
-
-    def _through(self, step: Step, phase: str, run: range, *, to_the_end: bool, keep: bool) -> Generator[None, None, State | None]:
-        """A step of the run at a time; returns the state after the last one, where that was asked for or the interval goes on."""
-        for j in run[:-1]:
-            self.values[j + 1] = self.arrive(j + 1, step(j))
-            if not keep and j > run.start:
-                del self.values[j]
-            yield
-        state, leads_on = None, self._leads_on(run)
-        if leads_on or to_the_end:
-            state = step(run[-1])
-            if leads_on:
-                self.send(state, run.stop, phase)
-            yield
-        return state
-
-    def _sweep_together(self, steps: Steps, runs: list[range], to_the_end: bool, keep: bool) -> State | None:
-        """Whole intervals of one length, a point of each at a time; the state after the last of them, where they go to the end."""
-        length = len(runs[0])
-        for i in range(length - 1):
-            points = [run[i] for run in runs]
-            for j, state in zip(points, steps(points), strict=True):
-                self.values[j + 1] = self.arrive(j + 1, state)
-                if not keep and i > 0:
-                    del self.values[j]
-        return steps([run[-1] for run in runs])[-1] if to_the_end else None
+    def c_relax(self) -> None:
+        """C-relaxation: new values at all C-points, from the F-points before them."""
+        self.values.update(self.arrivals("C-relaxation"))
 
     def arrivals(self, phase: str) -> dict[int, State]:
-        """For each owned C-point but 0: the step from the F-point before it."""
+        """For each owned C-point but the first of all: the step from the F-point before it, τ added. u_j is not changed."""
         c_points, arrived = self.level.is_c_point, {}
         if self.points and self.points.stop in c_points:
             self.send(self.advance(self.points.stop - 1), self.points.stop, phase)
@@ -195,12 +128,13 @@ class Grid:
             arrived[self.points.start] = self.arrive(self.points.start, self.receive(self.points.start, phase))
         return arrived
 
-    def c_relax(self) -> None:
-        """New values at all C-points, from the F-points before them."""
-        self.values.update(self.arrivals("C-relaxation"))
-
     def solve(self, step: Step | None = None, phase: str = "coarse solve") -> None:
-        """All points in order, from point 0: the serial coarsest solve."""
+        """The serial solve: all points in order, from point 0. A worker waits for the one before it.
+
+        Args:
+            step: taken from each point in place of this level's own.
+            phase: what this is called in errors.
+        """
         step = step or self.advance
         for j in self.points:
             if j > 0:
@@ -209,12 +143,93 @@ class Grid:
         if self.points and self.points.stop < self.level.size:
             self.send(step(self.points.stop - 1), self.points.stop, phase)
 
+    def last_sweep(self, keep: bool = True, defer_to: DeferredSweeps | None = None) -> State | None:
+        """The F-relaxation that records (forward) or forms gradients (adjoint); it also takes every interval's last step.
 
-def _exhaust(steps: Generator[None, None, State | None]) -> State | None:
-    """Take them all; what they return."""
-    while True:
-        try:
-            next(steps)
-        except StopIteration as end:
-            found: State | None = end.value
-            return found
+        Args:
+            keep: keep the F-points' values; else each is dropped once the next one is there.
+            defer_to: takes the runs that lead neither to another worker nor out of the last layer, unless whole intervals are swept side by
+                side. None: nothing is deferred.
+
+        Returns the state after the last step of all, on the worker that takes it.
+        """
+        deferrable = [run for run in self.runs if not self._leads_on(run) and run.stop != self.level.size]
+        if defer_to is None or self.whole_intervals(self.runs):
+            deferrable = []
+        now = [run for run in self.runs if run not in deferrable]
+        output = self._sweep(self.last_advance, self.last_advance_all, "last sweep", now, to_the_end=True, keep=keep)
+        for run in deferrable:
+            assert defer_to is not None
+            self._defer(run, defer_to, keep)
+        return output
+
+    def _defer(self, run: range, defer_to: DeferredSweeps, keep: bool) -> None:
+        """Defer a run's last sweep, unless the propagator never needs it. Its first value is received now: messages keep their order."""
+        self._await_start(run, "last sweep")
+        first = self.level.layers[run.start]
+
+        def evaluate(layer: int) -> None:
+            j = run.start + layer - first
+            if j == run[-1]:
+                self.last_advance(j)
+            else:
+                self._step_within(self.last_advance, run, j, keep)
+
+        if self.cache.defer(first, self.values[run.start]):
+            defer_to.add(DeferredRun(range(first, first + len(run)), evaluate))
+
+    def whole_intervals(self, runs: Sequence[range]) -> list[range]:
+        """Of these runs, the whole intervals of the greatest length, if there are several and the level is batched."""
+        return self.level.alike(runs) if self.batched else []
+
+    def _sweep(self, step: Step, steps: Steps, phase: str, runs: list[range], *, to_the_end: bool, keep: bool = True) -> State | None:
+        # The last run goes first: its end is what the next worker waits for. The first run, which may have to wait, goes last.
+        output, whole = None, self.whole_intervals(runs)
+        for run in reversed(runs):
+            if run not in whole:
+                self._await_start(run, phase)
+                state = self._sweep_run(step, phase, run, to_the_end=to_the_end, keep=keep)
+            elif run is whole[-1]:
+                state = self._sweep_together(steps, whole, to_the_end, keep)
+            else:
+                continue
+            output = state if run.stop == self.level.size else output
+        return output
+
+    def _leads_on(self, run: range) -> bool:
+        """True if the run's interval goes on at the next worker."""
+        return run.stop < self.level.size and run.stop not in self.level.is_c_point
+
+    def _await_start(self, run: range, phase: str) -> None:
+        """Receive the run's first value from the worker before, where its interval begins there."""
+        if run.start not in self.level.is_c_point:
+            self.values[run.start] = self.arrive(run.start, self.receive(run.start, phase))
+
+    def _sweep_run(self, step: Step, phase: str, run: range, *, to_the_end: bool, keep: bool) -> State | None:
+        """Sweep one run; returns the state after its last step, where that was asked for or the interval goes on."""
+        for j in run[:-1]:
+            self._step_within(step, run, j, keep)
+        leads_on = self._leads_on(run)
+        if not (leads_on or to_the_end):
+            return None
+        state = step(run[-1])
+        if leads_on:
+            self.send(state, run.stop, phase)
+        return state
+
+    def _step_within(self, step: Step, run: range, j: int, keep: bool) -> None:
+        """Take step j from a point of the run to the next one."""
+        self.values[j + 1] = self.arrive(j + 1, step(j))
+        if not keep and j > run.start:
+            del self.values[j]
+
+    def _sweep_together(self, steps: Steps, runs: list[range], to_the_end: bool, keep: bool) -> State | None:
+        """Sweep whole intervals of one length, a point of each at a time; the state after the last of them, if they go to the end."""
+        length = len(runs[0])
+        for i in range(length - 1):
+            points = [run[i] for run in runs]
+            for j, state in zip(points, steps(points), strict=True):
+                self.values[j + 1] = self.arrive(j + 1, state)
+                if not keep and i > 0:
+                    del self.values[j]
+        return steps([run[-1] for run in runs])[-1] if to_the_end else None

@@ -55,7 +55,7 @@ def _step(config: TrainConfig, accuracy: Accuracy, costs: Costs, spans: Sequence
     spend(0, "enter", costs.enter + buffers.open * costs.record)
     forward.replay(costs.kinds, costs.message, clocks, spans)
     spend(workers - 1, "loss", buffers.close * (costs.record + costs.full_gradient) + costs.leave)
-    adjoint.replay(costs.kinds, costs.message, clocks, spans, forward.rests())
+    adjoint.replay(costs.kinds, costs.message, clocks, spans, forward.deferred_work())
     spend(0, "enter", buffers.open * costs.full_gradient + costs.enter_gradient)
     # The gradient norm is over all workers: nobody updates before everybody has gradients.
     together = max(clocks)

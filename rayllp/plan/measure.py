@@ -12,6 +12,7 @@ from rayllp.channel.local import LocalChannel
 from rayllp.config import TrainConfig
 from rayllp.data import Batches
 from rayllp.engine import Engine
+from rayllp.engine.gradients import loss_and_seed
 from rayllp.models import build_architecture
 from rayllp.plan.costs import Costs
 from rayllp.state import State, like, tensors
@@ -112,7 +113,7 @@ def parts_of_step(engine: Engine, state: State) -> Parts[Callable[[], None]]:
 
     def leave() -> None:
         if block.last:
-            engine.loss_and_seed(state, targets, 1 / max(1, terms))
+            loss_and_seed(block, state, targets, 1 / max(1, terms))
 
     def update() -> None:
         engine.optimizer.step()

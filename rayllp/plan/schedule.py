@@ -2,7 +2,7 @@
 
 A worker's order of work depends on no number, so its cycle can run alone: what it is sent is a state without contents, there at once.
 Workers whose parts of the hierarchy look alike do alike, so of those one runs. `Schedule.replay` then gives every piece of work its time
-and lets receivers wait for senders. What a forward solve puts off is replayed with the adjoint, where a worker takes it while it waits.
+and lets receivers wait for senders. What a forward solve defers is replayed with the adjoint, where a worker does it while it waits.
 """
 
 from collections import defaultdict, deque
@@ -19,8 +19,8 @@ from torch import Tensor
 from rayllp.channel.base import MessageTag, StateSpec
 from rayllp.config import TrainConfig
 from rayllp.control import Accuracy
-from rayllp.mgrit import Hierarchy, Level, Method, Postponed, Propagator, solve
-from rayllp.mgrit.postponed import Piece as PostponedPiece
+from rayllp.engine.step_solves import StepSolves
+from rayllp.mgrit import Communicator, DeferredRun, DeferredSweeps, Hierarchy, Level, MGRITSolver, Problem, Propagator, SolverOptions
 from rayllp.state import State
 from rayllp.timeline import Span
 
@@ -65,9 +65,9 @@ class _Recorder(Propagator):
     def _message(self, kind: str, peer: int) -> None:
         self.done.append(Work(kind, self._solve, self._phase, self._level, peer=peer - self.rank))
 
-    def take(self, piece: PostponedPiece | None = None) -> tuple[Work, ...]:
-        """What it was asked for since the last time, or what a postponed piece asks for."""
-        while piece is not None and piece.advance():
+    def take(self, run: DeferredRun | None = None) -> tuple[Work, ...]:
+        """The work recorded since the last call, or the work of a deferred run."""
+        while run is not None and run.advance():
             pass
         done, self.done = tuple(self.done), []
         return done
@@ -116,46 +116,47 @@ def _spend(work: Work, first: int, costs: Mapping[str, float], now: float, spans
     return then
 
 
-Piece = tuple[Work, ...]
+RunWork = tuple[Work, ...]
+"""The work of one run, a layer after another."""
 
 
-class Rest:
-    """What one worker has put off: pieces of its forward solve, whose work is counted from its first layer."""
+class DeferredWork:
+    """What one worker has deferred: the last sweep of runs of its forward solve, with layers counted from `first`."""
 
-    def __init__(self, pieces: Sequence[Piece], first: int) -> None:
+    def __init__(self, runs: Sequence[RunWork], first: int) -> None:
         self.first = first
-        self._pieces = deque(deque(piece) for piece in pieces)
+        self._runs = deque(deque(run) for run in runs)
 
     def take(self) -> Work | None:
-        """The next layer's, if anything is left."""
-        while self._pieces:
-            if self._pieces[0]:
-                return self._pieces[0].popleft()
-            self._pieces.popleft()
+        """Remove and return the work of the next layer; None if nothing is left."""
+        while self._runs:
+            if self._runs[0]:
+                return self._runs[0].popleft()
+            self._runs.popleft()
         return None
 
     def reach(self, layer: int) -> list[Work]:
-        """All up to this layer that its own piece has left."""
-        while self._pieces and not self._pieces[0]:
-            self._pieces.popleft()
-        for piece in self._pieces:
-            if piece and piece[0].layer <= layer - self.first <= piece[-1].layer:
-                count = sum(work.layer <= layer - self.first for work in piece)
-                return [piece.popleft() for _ in range(count)]
+        """Remove and return what the layer's run has left, up to this layer."""
+        while self._runs and not self._runs[0]:
+            self._runs.popleft()
+        for run in self._runs:
+            if run and run[0].layer <= layer - self.first <= run[-1].layer:
+                count = sum(work.layer <= layer - self.first for work in run)
+                return [run.popleft() for _ in range(count)]
         return []
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """Of one solve: what each worker does, in order, the layer that its work is counted from, and what it puts off."""
+    """Of one solve: what each worker does, in order, the layer that its work is counted from, and what it defers."""
 
     workers: tuple[tuple[Work, ...], ...]
     first_layers: tuple[int, ...]
-    postponed: tuple[tuple[Piece, ...], ...]
+    deferred: tuple[tuple[RunWork, ...], ...]
 
-    def rests(self) -> list[Rest]:
-        """What each worker has put off once this solve is over."""
-        return [Rest(pieces, first) for pieces, first in zip(self.postponed, self.first_layers, strict=True)]
+    def deferred_work(self) -> list[DeferredWork]:
+        """What each worker has deferred once this solve is over."""
+        return [DeferredWork(runs, first) for runs, first in zip(self.deferred, self.first_layers, strict=True)]
 
     def replay(
         self,
@@ -163,7 +164,7 @@ class Schedule:
         message_s: float,
         clocks: list[float],
         spans: Sequence[list[Span]] | None = None,
-        rests: Sequence[Rest] | None = None,
+        deferred: Sequence[DeferredWork] | None = None,
     ) -> None:
         """Let the workers do it; `clocks` are their times before, and after.
 
@@ -171,7 +172,7 @@ class Schedule:
             costs: seconds by kind of work.
             message_s: from sending to arrival; sending itself takes no time.
             spans: of each worker; what it does is appended. None: nobody wants to know.
-            rests: what each has put off before: taken while a message is awaited, and where a layer's graph is wanted.
+            deferred: what each has deferred before: done while a message is awaited, and where a layer's graph is wanted.
         """
         arrivals: dict[tuple[int, int], deque[float]] = defaultdict(deque)
         places = [0] * len(self.workers)
@@ -181,7 +182,7 @@ class Schedule:
             rank = ready.popleft()
             work, place, now = self.workers[rank], places[rank], clocks[rank]
             mine, first = None if spans is None else spans[rank], self.first_layers[rank]
-            rest = None if rests is None else rests[rank]
+            own_deferred = None if deferred is None else deferred[rank]
             while place < len(work):
                 kind, solve_, phase, level, layer, peer = work[place]
                 if kind == "send":
@@ -196,16 +197,16 @@ class Schedule:
                         waiting[link] = rank
                         break
                     there = queue.popleft()
-                    while there > now and rest is not None and (late := rest.take()) is not None:
-                        now = _spend(late, rest.first, costs, now, mine)
+                    while there > now and own_deferred is not None and (late := own_deferred.take()) is not None:
+                        now = _spend(late, own_deferred.first, costs, now, mine)
                     if there > now:
                         if mine is not None:
                             mine.append(Span(now, there, "wait", solve_, phase, level))
                         now = there
                 else:
-                    if rest is not None:
-                        for late in rest.reach(first + layer):
-                            now = _spend(late, rest.first, costs, now, mine)
+                    if own_deferred is not None:
+                        for late in own_deferred.reach(first + layer):
+                            now = _spend(late, own_deferred.first, costs, now, mine)
                     now = _spend(work[place], first, costs, now, mine)
                 place += 1
             places[rank], clocks[rank] = place, now
@@ -215,37 +216,34 @@ class Schedule:
 
 def schedules_of(config: TrainConfig, accuracy: Accuracy) -> tuple[Schedule, Schedule]:
     """Forward and adjoint of a layer-parallel step."""
-    forward = config.hierarchy(accuracy.levels_forward)
-    adjoint = config.hierarchy(accuracy.levels_backward).adjoint()
-    c_points = frozenset(range(0, config.middle_layers, config.first_coarsening))
+    solves, workers = StepSolves.of(accuracy, config), config.layer_workers
     # Where a tolerance may end the iterations early, their cap is what is predicted.
-    methods = [replace(method, tolerance=None) for method in accuracy.methods(config)]
-    workers = config.layer_workers
+    forward, adjoint = (replace(options, tolerance=None) for options in (solves.forward_options, solves.adjoint_options))
     return (
-        _record(forward, methods[0], workers, "forward", c_points),
-        _record(adjoint, methods[1], workers, "adjoint", c_points),
+        _record(solves.forward, forward, workers, "forward", solves.c_points),
+        _record(solves.adjoint, adjoint, workers, "adjoint", solves.c_points),
     )
 
 
 @lru_cache(maxsize=1024)
-def _record(hierarchy: Hierarchy, method: Method, workers: int, name: str, c_points: frozenset[int]) -> Schedule:
+def _record(hierarchy: Hierarchy, options: SolverOptions, workers: int, name: str, c_points: frozenset[int]) -> Schedule:
     spec = StateSpec((), (), torch.device("cpu"), bare=False)
     fine, alike = hierarchy.levels[0], _Alike(hierarchy, c_points)
-    found: list[tuple[Piece, tuple[Piece, ...]]] = []
+    found: list[tuple[RunWork, tuple[RunWork, ...]]] = []
     first_layers: list[int] = []
-    known: dict[Hashable, tuple[Piece, tuple[Piece, ...]]] = {}
+    known: dict[Hashable, tuple[RunWork, tuple[RunWork, ...]]] = {}
     for rank in range(workers):
         owned = fine.local(rank)
         first_layers.append(fine.layers[owned.start] if owned else 0)
         look = alike.look(rank, first_layers[-1])
         if look not in known:
-            recorder, postponed = _Recorder(rank, workers, first_layers[-1], name, c_points), Postponed()
+            recorder, deferred = _Recorder(rank, workers, first_layers[-1], name, c_points), DeferredSweeps()
             initial = Nothing() if rank == fine.owners[0] else None
-            solve(
-                hierarchy, method, recorder, recorder, initial=initial, spec=spec, tag=MessageTag(0, name), reduce=False,
-                watch=recorder.enter, postponed=postponed if name == "forward" else None,
-            )  # fmt: skip
-            known[look] = recorder.take(), tuple(recorder.take(piece) for piece in postponed.pieces)
+            solver = MGRITSolver(
+                Problem(hierarchy, recorder, spec), options, Communicator(recorder, MessageTag(0, name)), on_phase=recorder.enter
+            )
+            solver.solve(initial, defer_to=deferred if name == "forward" else None, reduce_residuals=False)
+            known[look] = recorder.take(), tuple(recorder.take(run) for run in deferred.runs)
         found.append(known[look])
     done, later = zip(*found, strict=True)
     return Schedule(done, tuple(first_layers), later)

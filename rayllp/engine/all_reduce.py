@@ -6,7 +6,7 @@ from torch import Tensor
 from rayllp.channel.base import Channel, MessageTag
 
 
-class Sums:
+class PackedAllReduce:
     """Named float64 tensors of any shape. Every worker adds the same names and shapes in the same order."""
 
     def __init__(self, device: torch.device) -> None:

@@ -10,7 +10,7 @@ from torch import nn
 from rayllp.channel import LocalChannel, run_workers
 from rayllp.control import Accuracy
 from rayllp.engine.block import Block
-from rayllp.engine.gradients import add_shared_gradients
+from rayllp.engine.reduce_gradients import add_shared_gradients
 from rayllp.errors import SettingsError
 from rayllp.models import LayerStack, build_architecture, check_batched
 from tests.conftest import make_engine, merge, tiny, train_engine
@@ -29,8 +29,7 @@ def settings(*, batched, family="gpt2", middle=16, **changes):
 def gradients(config, accuracy):
     def work(channel):
         engine = make(config, channel)
-        inputs, targets, samples, terms = engine.my_batch("train", 3)
-        engine.gradients(3, accuracy, inputs, targets, samples, 1 / terms)
+        engine.gradients(engine.step_batch(3, accuracy))
         add_shared_gradients(engine.block, engine.layers, 3)
         return {name: p.grad.clone() for name, p in engine.block.parameters.items()}
 

@@ -1,0 +1,55 @@
+"""The exact network's outputs, whatever the mode: for evaluation, generation and diagnosis."""
+
+import torch
+from torch import Tensor
+
+from rayllp.channel.base import MessageTag
+from rayllp.data.base import Inputs
+from rayllp.engine.layer_group import LayerGroup
+from rayllp.engine.trajectory import ExactPropagator, Trajectory
+from rayllp.mgrit import Communicator, MGRITSolver, Problem
+from rayllp.state import State, tensors
+
+
+class ExactForward:
+    """One worker's end of the exact forward: layer after layer, worker after worker. All workers of the group call it together.
+
+    Attributes:
+        group: this worker's layers, and the channel to the others.
+    """
+
+    def __init__(self, group: LayerGroup) -> None:
+        self.group = group
+        self._hierarchy, self._options = group.config.hierarchy(1), group.config.method(1)
+
+    def __call__(self, inputs: Inputs, tag: MessageTag, *, last_only: bool = False) -> Tensor | None:
+        """The outputs, without dropout, on the last worker; None on all others.
+
+        Args:
+            tag: names the forward in errors.
+            last_only: of the last position only.
+        """
+        block = self.group.block
+        with torch.no_grad():
+            block.begin(tag.step, range(tensors(inputs)[0].shape[0]), inputs, training=False)
+            entered = block.enter(inputs) if block.first else None
+            output = self.propagate(ExactPropagator(self.trajectory()), entered, inputs, tag)
+            return block.leave(output, last_only=last_only) if output is not None else None
+
+    def trajectory(self) -> Trajectory:
+        """Of one exact forward: it records nothing."""
+        return Trajectory(self.group.block, frozenset((0,)), recompute=True)
+
+    def propagate(self, propagator: ExactPropagator, entered: State | None, inputs: Inputs, tag: MessageTag) -> State | None:
+        """Take a state through all middle layers.
+
+        Args:
+            propagator: of this worker's layers.
+            entered: the state before the first of them, on the first worker.
+            inputs: what it was made of: they say its shape.
+
+        Returns the state after the last one, on the last worker; None on all others.
+        """
+        problem = Problem(self._hierarchy, propagator, self.group.spec(inputs))
+        solver = MGRITSolver(problem, self._options, Communicator(self.group.channel, tag))
+        return solver.solve(entered, reduce_residuals=False).output

@@ -1,0 +1,83 @@
+"""One worker's end of its layer group: its block of layers, the channel to the other blocks, and how they solve together."""
+
+from contextlib import AbstractContextManager
+from dataclasses import replace
+
+import torch
+
+from rayllp.channel.base import Channel, MessageTag, StateSpec
+from rayllp.control import Accuracy
+from rayllp.data.base import Inputs
+from rayllp.engine.block import Block
+from rayllp.engine.step_solves import StepSolves, without_penalties
+from rayllp.mgrit import Communicator, DeferredSweeps, MGRITResult, MGRITSolver, Problem, SolverOptions
+from rayllp.state import State, tensors
+from rayllp.timeline import TimedChannel, TimedPropagator, Timeline, span_on
+
+
+class LayerGroup:
+    """What all that happens in a step shares.
+
+    Attributes:
+        block: this worker's layers.
+        channel: to the workers of the same replica, in order of the layers.
+        config: the settings of the run.
+        timeline: None, or what is told of the spans of steps.
+    """
+
+    def __init__(self, block: Block, channel: Channel) -> None:
+        self.block, self.channel, self.config = block, channel, block.config
+        self.timeline: Timeline | None = None
+        self._solves: dict[Accuracy, StepSolves] = {}
+        self._specs: dict[tuple[torch.Size, ...], StateSpec] = {}
+
+    @property
+    def device(self) -> torch.device:
+        """Where this worker's layers are."""
+        return self.block.device
+
+    def solves(self, accuracy: Accuracy) -> StepSolves:
+        """How a step of this accuracy is solved."""
+        key = without_penalties(accuracy)
+        if key not in self._solves:
+            self._solves[key] = StepSolves.of(accuracy, self.config)
+        return self._solves[key]
+
+    def spec(self, inputs: Inputs) -> StateSpec:
+        """Shapes and dtypes of the state for these inputs."""
+        shapes = tuple(part.shape for part in tensors(inputs))
+        if shapes not in self._specs:
+            self._specs[shapes] = self.block.architecture.state_spec(inputs, self.block.dtype, self.device)
+        return self._specs[shapes]
+
+    def solve(
+        self,
+        problem: Problem,
+        options: SolverOptions,
+        tag: MessageTag,
+        u0: State | None,
+        *,
+        defer_to: DeferredSweeps | None = None,
+        while_waiting: DeferredSweeps | None = None,
+    ) -> MGRITResult:
+        """Solve on all workers of the group, on the timeline if there is one. Residuals are this worker's share.
+
+        Args:
+            u0: the state before the first step, on the worker that takes it.
+            defer_to: takes the last sweeps that no other worker waits for.
+            while_waiting: those that an earlier solve has deferred, evaluated while this one waits for messages.
+
+        Raises:
+            ChannelError: a message did not arrive in time.
+        """
+        channel, on_phase = self.channel, None
+        if self.timeline is not None:
+            channel = TimedChannel(channel, self.timeline)
+            problem = replace(problem, propagator=TimedPropagator(problem.propagator, self.timeline, tag.solve))
+            on_phase = self.timeline.begin_solve(tag.solve)
+        solver = MGRITSolver(problem, options, Communicator(channel, tag, while_waiting), on_phase)
+        return solver.solve(u0, defer_to=defer_to, reduce_residuals=False)
+
+    def span(self, solve: str, kind: str = "compute") -> AbstractContextManager[None]:
+        """What happens inside is one span on the timeline, if there is one."""
+        return span_on(self.timeline, solve, kind)

@@ -1,0 +1,59 @@
+"""A worker's gradients and the others': means over replicas, sums over the layer group of parameters that several workers hold."""
+
+import torch
+from torch import Tensor
+
+from rayllp.channel.base import Channel, MessageTag, StateSpec
+from rayllp.engine.block import Block
+from rayllp.state import tensors
+
+BUCKET_BYTES = 32 * 1024 * 1024
+
+
+def sum_over_replicas(block: Block, replicas: Channel, loss: Tensor) -> None:
+    """Sum gradients and loss over replicas; the loss is scaled by the global number of terms, so the sum is the mean."""
+    if replicas.size == 1:
+        return
+    bucket: list[Tensor] = [loss.view(1)]
+    size = 0
+    for gradient in [p.grad for p in block.parameters.values() if p.grad is not None]:
+        if size + gradient.nbytes > BUCKET_BYTES:
+            _reduce(bucket, replicas)
+            bucket, size = [], 0
+        bucket.append(gradient)
+        size += gradient.nbytes
+    _reduce(bucket, replicas)
+
+
+def _reduce(bucket: list[Tensor], replicas: Channel) -> None:
+    dtype = max((part.dtype for part in bucket), key=lambda d: d.itemsize)
+    flat = torch.cat([part.reshape(-1).to(dtype) for part in bucket])
+    flat = replicas.all_reduce(flat, MessageTag(-1, "gradients", "sum over replicas"))
+    for part, summed in zip(bucket, flat.split([part.numel() for part in bucket]), strict=True):
+        part.copy_(summed.view(part.shape))
+
+
+def add_shared_gradients(block: Block, layers: Channel, step: int) -> None:
+    """Tied parameters: the first and the last worker add each other's gradient, so that both copies move alike. Parameters that several
+    layers use: every worker gets the sum of all workers' gradients.
+    """
+    other = layers.size - 1 if block.first else 0
+    for name in block.shared:
+        parameter = block.parameters[name]
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        tag = MessageTag(step, "gradients", "tied parameters")
+        layers.send(parameter.grad.clone(), other, tag)
+        (received,) = tensors(layers.receive(StateSpec.of(parameter.grad), other, tag))
+        parameter.grad += received
+    _add_common_gradients(block, layers, step)
+
+
+def _add_common_gradients(block: Block, layers: Channel, step: int) -> None:
+    common = list(block.common_parameters.values())
+    if not common or layers.size == 1:
+        return
+    flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in common])
+    layers.all_reduce(flat, MessageTag(step, "gradients", "common parameters"))
+    for parameter, summed in zip(common, flat.split([p.numel() for p in common]), strict=True):
+        parameter.grad = summed.view_as(parameter).clone()

@@ -1,0 +1,59 @@
+"""How a solve talks to the other workers, and what a worker does while it waits for them."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from rayllp.channel.base import Channel, MessageTag, StateSpec
+from rayllp.mgrit.deferred import DeferredSweeps
+from rayllp.state import State
+
+FORWARD = MessageTag(step=0, solve="forward")
+
+
+@dataclass(frozen=True)
+class Communicator:
+    """The channel of one solve.
+
+    Attributes:
+        channel: to the other workers; `LocalChannel.alone()` for one worker.
+        tag: names the training step and the solve in errors.
+        while_waiting: layers that an earlier solve has deferred; they are evaluated while this solve would wait for a message.
+    """
+
+    channel: Channel
+    tag: MessageTag = FORWARD
+    while_waiting: DeferredSweeps | None = None
+
+    @property
+    def rank(self) -> int:
+        """This worker's rank."""
+        return self.channel.rank
+
+    def send(self, state: State, destination: int, phase: str, level: int) -> None:
+        """Send a state; returns at once."""
+        self.channel.send(state, destination, self.tag.at(phase, level))
+
+    def receive(self, spec: StateSpec, source: int, phase: str, level: int) -> State:
+        """Receive the next state from `source`. While it has not arrived, evaluate deferred layers, one at a time.
+
+        When messages arrive thus decides in which order a worker evaluates layers; it does not change what they evaluate to.
+
+        Args:
+            spec: shapes and dtypes of the state.
+
+        Raises:
+            ChannelError: it did not come within the time limit, or the sender is gone.
+        """
+        deferred = self.while_waiting
+        while deferred is not None and not self.channel.arrived(spec, source) and deferred.advance():
+            pass
+        return self.channel.receive(spec, source, self.tag.at(phase, level))
+
+    def sum(self, tensor: Tensor, what: str) -> Tensor:
+        """The sum of `tensor` over all workers, in place.
+
+        Raises:
+            ChannelError: a worker did not take part within the time limit.
+        """
+        return self.channel.all_reduce(tensor, self.tag.at(what, 0))

@@ -1,0 +1,258 @@
+"""The MGRIT solver: relax, restrict, solve on the coarse grid, correct (arXiv:2601.09026, section 3.2).
+
+Iterations are counted as XBraid and the paper count them. With a skipped down-cycle, the default, the first iteration is the coarse
+propagation and the last sweep; every further one adds a relaxation, a restriction and a coarse solve before that sweep.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rayllp.channel.base import StateSpec
+from rayllp.errors import SettingsError
+from rayllp.mgrit.communicator import Communicator
+from rayllp.mgrit.deferred import DeferredSweeps
+from rayllp.mgrit.grid import Grid
+from rayllp.mgrit.hierarchy import Hierarchy
+from rayllp.mgrit.options import SolverOptions
+from rayllp.mgrit.propagator import EvaluationCache, Propagator, coarse_operator
+from rayllp.mgrit.result import MGRITResult, Status, no_residuals
+from rayllp.state import State, squared_norm, subtract
+
+PhaseListener = Callable[[str, int], None]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """u_{n+1} = Φ_n(u_n) over all layers, as one worker sees it.
+
+    Attributes:
+        hierarchy: from `build_hierarchy`, or its `adjoint()`; the same on every worker.
+        propagator: Φ_n of this worker's layers.
+        spec: shapes and dtypes of a state.
+    """
+
+    hierarchy: Hierarchy
+    propagator: Propagator
+    spec: StateSpec
+
+
+class MGRITSolver:
+    """One solve on one worker. Every worker of the channel makes a solver for the same hierarchy and options, and calls `solve` once.
+
+    Args:
+        problem: what is solved.
+        options: how.
+        communicator: to the other workers.
+        on_phase: is told the name and level of each phase of the cycle as it begins.
+    """
+
+    def __init__(self, problem: Problem, options: SolverOptions, communicator: Communicator, on_phase: PhaseListener | None = None) -> None:
+        hierarchy, spec = problem.hierarchy, problem.spec
+        self.options, self.communicator, self.spec = options, communicator, spec
+        cache = EvaluationCache(problem.propagator, hierarchy.coarse_layers)
+        operator = coarse_operator(options.coarse_step_weight)
+        batched = options.batched and len(hierarchy.levels) > 1
+        self.grids = [
+            Grid(level, depth, cache, operator, communicator, spec, batched=batched and depth == 0)
+            for depth, level in enumerate(hierarchy.levels)
+        ]
+        self.transfers = [of_level.get(communicator.rank, []) for of_level in hierarchy.transfers]
+        # By level and iteration: the squared residual at each C-point owned here. On coarse levels only where they can be compared.
+        self.residuals: list[dict[int, dict[int, Tensor]]] = [{} for _ in self.grids[:-1]]
+        self.done = 0
+        self.enter = on_phase or (lambda phase, level: None)
+
+    def solve(self, u0: State | None, *, defer_to: DeferredSweeps | None = None, reduce_residuals: bool = True) -> MGRITResult:
+        """Solve for all u_n, each worker its own.
+
+        Args:
+            u0: the state before the first step, on the worker that takes that step; ignored on all others.
+            defer_to: takes the runs of the last sweep that no other worker waits for. Whoever passes it sees to it that they are
+                evaluated. None: nothing is deferred.
+            reduce_residuals: sum the residuals over all workers now. False leaves that to the caller (`MGRITResult.measured`), who can then
+                send one message a step instead of one a solve.
+
+        Raises:
+            SettingsError: no initial state on the worker that owns the first step.
+            ChannelError: a message did not arrive in time.
+        """
+        self.inject_initial(u0)
+        if len(self.grids) > 1:
+            if self.options.initial_guess == "coarse":
+                self.propagate_coarsely()
+                self.done = 1
+            else:
+                self.spread_initial()
+            while self.done < self.options.iterations and not self.is_converged():
+                self.cycle(0, self.options.cycle)
+                self.done += 1
+        self.enter("last sweep", 0)
+        output = self.grids[0].last_sweep(self.options.keep_states, defer_to)
+        result = self.result(output, max(self.done, 1))
+        if not reduce_residuals:
+            return result
+        shares = result.shares
+        return result.measured(self.communicator.sum(shares, "residual") if len(shares) else shares)
+
+    # The cycle ----------------------------------------------------------------------------------------------------------------
+
+    def cycle(self, depth: int, kind: str) -> None:
+        """One V- or F-cycle from level `depth` down."""
+        if depth == len(self.grids) - 1:
+            self.solve_coarsest()
+            return
+        self.relax(depth)
+        self.restrict(depth)
+        self.cycle(depth + 1, kind)
+        self.correct(depth)
+        self.finish_level(depth, kind)
+
+    def propagate_coarsely(self) -> None:
+        """The initial guess of a skipped down-cycle: the coarsest level is solved serially, and its solution carried up."""
+        self.solve_coarsest()
+        for depth in reversed(range(len(self.grids) - 1)):
+            self.correct(depth)
+            self.finish_level(depth, self.options.cycle)
+
+    def solve_coarsest(self) -> None:
+        """Solve the coarsest level serially."""
+        self.enter("coarse solve", len(self.grids) - 1)
+        self.grids[-1].solve()
+
+    def finish_level(self, depth: int, kind: str) -> None:
+        """Relax a coarse level's F-points from its corrected C-points, and add the F-cycle's V-cycle. The finest level needs neither."""
+        if depth > 0:
+            self.enter("relaxation", depth)
+            self.grids[depth].f_relax()
+            if kind == "F":
+                self.cycle(depth, "V")
+
+    def relax(self, depth: int) -> None:
+        """F- or FCF-relaxation, but for the last interval's F-points: nothing starts from them before they are made anew."""
+        grid = self.grids[depth]
+        self.enter("relaxation", depth)
+        grid.f_relax(but_last=True)
+        if self.options.relaxation_on(depth) == "FCF":
+            grid.c_relax()
+            grid.f_relax(but_last=True)
+
+    def restrict(self, depth: int) -> None:
+        """Measure the residual at the C-points, inject values there into the coarse level, and make its FAS right-hand side."""
+        self.enter("restriction", depth)
+        fine, coarse = self.grids[depth], self.grids[depth + 1]
+        arrived = fine.arrivals("restriction")
+        if depth == 0 or self.options.measured_iterations > 1:
+            self.measure(depth, arrived)
+        for k, point, owner, coarse_owner in self.transfers[depth]:
+            mine = (arrived[point], fine.values[point]) if point in fine.points else ()
+            if moved := self.move(mine, owner, coarse_owner, 2, "restriction", depth):
+                coarse.tau.fine_arrivals[k], coarse.values[k] = moved
+        for k in coarse.points:
+            if k < coarse.level.size - 1:
+                coarse.tau.coarse_steps[k] = coarse.apply(k, coarse.values[k])
+
+    def correct(self, depth: int) -> None:
+        """Inject the coarse solution at the C-points."""
+        self.enter("correction", depth)
+        fine, coarse = self.grids[depth], self.grids[depth + 1]
+        for k, point, owner, coarse_owner in self.transfers[depth]:
+            mine = (coarse.values[k],) if k in coarse.points else ()
+            if moved := self.move(mine, coarse_owner, owner, 1, "correction", depth):
+                (fine.values[point],) = moved
+
+    # Its parts ----------------------------------------------------------------------------------------------------------------
+
+    def move(self, states: tuple[State, ...], sender: int, receiver: int, count: int, phase: str, depth: int) -> tuple[State, ...]:
+        """Carry `count` states from `sender` to `receiver`; returns them there, and nothing on every other worker.
+
+        In a forward solve both are one worker. In an adjoint solve whose interval crosses workers they are not: the C-point
+        belongs to the worker of the interval's last layer, its coarse step to that of the interval's first.
+        """
+        rank = self.communicator.rank
+        if sender == receiver:
+            return states if rank == sender else ()
+        if rank == sender:
+            for state in states:
+                self.communicator.send(state, receiver, phase, depth)
+        if rank != receiver:
+            return ()
+        return tuple(self.communicator.receive(self.spec, sender, phase, depth) for _ in range(count))
+
+    def inject_initial(self, u0: State | None) -> None:
+        """Give point 0 of every level the initial state."""
+        fine = self.grids[0]
+        if 0 in fine.points:
+            if u0 is None:
+                raise SettingsError("the worker that owns the first step needs the initial state; got None")
+            fine.values[0] = u0
+        for source, target in zip(self.grids, self.grids[1:], strict=False):
+            mine = (source.values[0],) if 0 in source.points else ()
+            if moved := self.move(mine, source.level.owners[0], target.level.owners[0], 1, "injection", source.depth):
+                (target.values[0],) = moved
+
+    def spread_initial(self) -> None:
+        """The constant initial guess: give every C-point the initial state."""
+        coarse = self.grids[1]
+        coarse.solve(step=lambda j: coarse.values[j], phase="initial guess")
+        self.correct(0)
+
+    def measure(self, depth: int, arrived: dict[int, State]) -> None:
+        """Keep the squared residuals of a level's owned C-points; of a level that an F-cycle visits twice, the later ones."""
+        values = self.grids[depth].values
+        self.residuals[depth][self.done] = {c: squared_norm(subtract(state, values[c])) for c, state in arrived.items()}
+
+    def squared_residual(self, iteration: int) -> Tensor:
+        """This worker's share of the squared residual norm of the finest level: a float64 scalar."""
+        shares = list(self.residuals[0][iteration].values())
+        return torch.stack(shares).sum() if shares else torch.zeros((), dtype=torch.float64, device=self.spec.device)
+
+    def point_residuals(self) -> tuple[Tensor, ...]:
+        """By level: squared residuals, shape (iterations that measured, C-points but the first), zero where another worker owns them."""
+        if self.options.measured_iterations < 2 or not self.residuals:
+            return ()
+        tables = []
+        for grid, found in zip(self.grids, self.residuals, strict=False):
+            column = {c: k for k, c in enumerate(grid.level.c_points[1:])}
+            table = torch.zeros((len(found), len(column)), dtype=torch.float64, device=self.spec.device)
+            for row, squares in zip(table, found.values(), strict=True):
+                if squares:
+                    row[[column[c] for c in squares]] = torch.stack(list(squares.values())).to(row.dtype)
+            tables.append(table)
+        return tuple(tables)
+
+    def is_converged(self) -> bool:
+        """True if the last residual norm is at or below the tolerance; the same answer on every worker."""
+        if self.options.tolerance is None or not self.residuals[0]:
+            return False
+        square = self.squared_residual(self.done - 1).clone()
+        return float(self.communicator.sum(square, "residual")) <= self.options.tolerance**2
+
+    def result(self, output: State | None, iterations: int) -> MGRITResult:
+        """The result from this worker's view; its residuals are this worker's share."""
+        fine = self.grids[0].level
+        exact = len(self.grids) == 1 or iterations >= len(fine.c_points)
+        squares = [self.squared_residual(iteration) for iteration in self.residuals[0]] if self.residuals else []
+        status = Status.EXACT if exact else Status.UNMEASURED
+        return MGRITResult(
+            output=output,
+            states=self.grids[0].values,
+            iterations=iterations,
+            squared_residuals=torch.stack(squares) if squares else no_residuals(),
+            point_residuals=self.point_residuals(),
+            status=status,
+            tolerance=self.options.tolerance,
+            exact=exact,
+            informative=self.informative_residuals(),
+        )
+
+    def informative_residuals(self) -> int:
+        """How many residuals, from the first, are not zero by construction.
+
+        An iteration with F-relaxation makes one more coarse interval exact, one with FCF-relaxation two (section 3.2), the first of
+        them before its residual is taken.
+        """
+        unknown = len(self.grids[0].level.c_points) - 1
+        return unknown // (2 if self.options.relaxation_on(0) == "FCF" else 1)
