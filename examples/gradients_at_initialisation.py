@@ -35,7 +35,7 @@ def norms(initialisation: str, layers: int) -> list[float]:
     data = load_data(config)
     architecture = build_architecture(config, data.facts)
     engine = Engine(architecture, config, data, LocalChannel.alone(), LocalChannel.alone(), torch.device("cpu"))
-    engine.gradients(engine.step_batch(0, Controller(config).accuracy))
+    engine.gradients(engine.step_batch(0, Controller(config).chosen))
     squares = [0.0] * layers
     for n, layer in engine.block.layers.items():
         squares[n] = sum(float(p.grad.square().sum()) for p in layer.parameters() if p.grad is not None)

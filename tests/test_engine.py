@@ -135,7 +135,7 @@ PUT_OFF = {
 @pytest.mark.parametrize("case", PUT_OFF)
 def test_when_what_was_put_off_is_done_changes_no_bit(case, iterations, monkeypatch):
     config = tiny(workers=3, **{"model": {"layers": 20, "dropout": 0.1}, **PUT_OFF[case]})
-    accuracy = replace(Controller(config).accuracy, iterations_forward=iterations, iterations_backward=iterations)
+    accuracy = replace(Controller(config).chosen, iterations_forward=iterations, iterations_backward=iterations)
     asked, steps = [], []
     with monkeypatch.context() as patch:
         solve = LayerGroup.solve
@@ -236,7 +236,7 @@ def test_the_step_with_a_bad_weight_is_not_taken_and_the_layer_is_named():
         if 5 in engine.block.layers:
             engine.block.layers[5].mlp.c_fc.weight.data[0, 0] = float("nan")
         before = {name: p.detach().clone() for name, p in engine.block.parameters.items()}
-        stats = engine.train_step(0, Controller(config).accuracy)
+        stats = engine.train_step(0, Controller(config).chosen)
         same = all(torch.equal(p, before[name]) or torch.isnan(before[name]).any() for name, p in engine.block.parameters.items())
         return stats, same
 

@@ -10,11 +10,11 @@ from typer.testing import CliRunner
 from rayllp.bench.layers import LayerBench
 from rayllp.cli import app
 from rayllp.config import make_config
+from rayllp.config.train import SWEEPS
 from rayllp.control import Controller
 from rayllp.errors import SettingsError
 from rayllp.plan import Costs, Device, LayerModel, make_plan, predict
 from rayllp.plan.measure import measure_costs
-from rayllp.config.train import SWEEPS
 from rayllp.plan.planner import _solves
 from rayllp.quantities import quantity
 from rayllp.report.plan import measured_biases

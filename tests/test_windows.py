@@ -149,7 +149,7 @@ def test_in_order_is_the_serial_solve(workers):
 
     def work(channel):
         initial = start() if channel.rank == 0 else None
-        return solve_in_order(placement, Layers(matrices), channel, initial, StateSpec.of(start()), TAG, recorded=True)
+        return solve_in_order(placement, Layers(matrices), channel, initial, StateSpec.of(start()), TAG)
 
     *others, output = run_workers(workers, work)
     assert all(other is None for other in others)

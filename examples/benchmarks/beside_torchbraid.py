@@ -102,7 +102,7 @@ def process(turns: Turns, name: str, case: Case) -> None:
             "gloo", store=dist.FileStore(str(Path(folder) / "store"), size), rank=rank, world_size=size, timeout=timedelta(seconds=120)
         )
         channel: Channel = TorchChannel(timeout_s=60) if name == "gloo" else MPIWorld.join(meeting, rank, 60).channel(0, 60)
-        engine, accuracy = engine_of(config, channel, not case.with_bare), Controller(config).accuracy
+        engine, accuracy = engine_of(config, channel, not case.with_bare), Controller(config).chosen
         step = lambda n: engine.train_step(n, accuracy)  # noqa: E731
     while (n := orders.recv()) is not None:
         if name != "bare loop":

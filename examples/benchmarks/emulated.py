@@ -112,7 +112,7 @@ def processes(most: Row) -> Iterator[Staff]:
 def with_barrier(config: TrainConfig) -> float:
     """The ideal step if no worker began the backward solve before all had ended the forward one."""
     kinds, clocks = LAYER.costs().kinds, [0.0] * config.layer_workers
-    forward, adjoint = schedules_of(config, Controller(config).accuracy)
+    forward, adjoint = schedules_of(config, Controller(config).chosen)
     forward.replay(kinds, 0.0, clocks)
     for rank, deferred in enumerate(forward.deferred_work()):
         while late := deferred.take():
@@ -136,7 +136,7 @@ def rows(arguments: argparse.Namespace) -> None:
             found = bench_step(config, steps=arguments.steps, emulate=LAYER, staff=staff)
             assert found.ideal_s is not None
             alone = found.serial_s / row.bound
-            modelled = found.step_s / predict_step(config, Controller(config).accuracy, costs)
+            modelled = found.step_s / predict_step(config, Controller(config).chosen, costs)
             ideal = f"{found.ideal_s:.3f} | {found.step_s / found.ideal_s:.3f} | {modelled:.3f}"
             barrier = f"{with_barrier(config):.3f}"
             bound, speed_up = f"{alone:.3f} | {found.step_s / alone:.3f}", f"{found.serial_s / found.step_s:.2f}"
@@ -175,7 +175,7 @@ def plans(arguments: argparse.Namespace) -> None:
         for row in OTHERS:
             config = settings(row)
             found = bench_step(config, steps=arguments.steps, emulate=LAYER, staff=staff)
-            predicted = predict_step(config, Controller(config).accuracy, costs)
+            predicted = predict_step(config, Controller(config).chosen, costs)
             print(f"| {row.text} | {found.step_s:.3f} | {predicted:.3f} | {100 * (predicted / found.step_s - 1):+.1f} |", flush=True)
 
 
@@ -226,7 +226,7 @@ def overhead(arguments: argparse.Namespace) -> None:
         config = settings(Row(1, layers, 4, 2, 1, 1), sequence_length=2, batch_size=2, model={"layers": layers, "width": 4, "heads": 1})
         alone = LocalChannel.alone()
         engine = Engine(emulated_stack(config, Emulation(0, 0, 0)), config, RandomBatches(config), alone, alone, torch.device("cpu"))
-        accuracy, times = Controller(config).accuracy, []
+        accuracy, times = Controller(config).chosen, []
         for step in range(arguments.steps + 2):
             began = time.process_time()
             engine.train_step(step, accuracy)

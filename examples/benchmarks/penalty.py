@@ -65,7 +65,7 @@ def main() -> None:
     for width in arguments.widths:
         print(f"width {width}: time of a step over that of a plain layer-parallel step, median (quartiles)")
         config = settings(width)
-        engine, plain = make_engine(config, LocalChannel.alone()), Controller(config).accuracy
+        engine, plain = make_engine(config, LocalChannel.alone()), Controller(config).chosen
         shown("itself", ratio(engine, ((plain,), (plain,)), arguments.rounds))
         shown("with the consistency penalty", ratio(engine, ((plain,), (replace(plain, consistency=3.0),)), arguments.rounds))
         for rule, exact in (("convergence", 0), ("bias", 0), ("bias", 1)):

@@ -57,7 +57,7 @@ def make_engine(config: TrainConfig, channel: object, device: str | torch.device
 
 def ours(config: TrainConfig) -> Callable[[int], None]:
     engine, controller = make_engine(config, LocalChannel.alone()), Controller(config)
-    return lambda step: engine.train_step(step, controller.accuracy) and None
+    return lambda step: engine.train_step(step, controller.chosen) and None
 
 
 def bare(config: TrainConfig) -> Callable[[int], None]:
@@ -147,7 +147,7 @@ def two_workers_process(rank: int, folder: str, config: TrainConfig, rounds: int
     store = dist.FileStore(str(Path(folder) / "store"), 2)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=120))
     channel = TorchChannel()
-    engine, accuracy = make_engine(config, channel), Controller(config).accuracy
+    engine, accuracy = make_engine(config, channel), Controller(config).chosen
     alone = bare(config) if rank == 0 else None
     ratios, times, ideals, singles = [], [], [], []
     for n in range(rounds + 2):

@@ -6,7 +6,7 @@ from functools import partial
 
 from rayllp.cluster.group import ElasticGroup
 from rayllp.cluster.training import Training
-from rayllp.cluster.wording import describe_layout
+from rayllp.cluster.wording import describe_layout, listed
 
 MOVE_S = 10.0
 """Before its node goes, a worker's layers move, be there new workers or not."""

@@ -35,7 +35,7 @@ from rayllp.sizes import with_pretrained_sizes
 TIMED_STEP = 3
 """Of the first exact steps, the one whose timeline is recorded."""
 SWEEPS = ((1, 1), (2, 1), (2, 2), (3, 3))
-"""Forward and backward sweeps of windows that a default ladder has. A sweep more costs a fifth to a half of the step, and gains an order."""
+"""Forward and backward sweeps of windows that a default ladder has. A sweep more costs a fifth of the step or more, and gains an order."""
 CONSISTENCY = 0.3
 """Weight of the consistency penalty in mode adaptive; what examples/fidelity.py found to be enough to begin with."""
 EXACT_FROM = 0.8
@@ -178,7 +178,7 @@ class TrainConfig(Settings):
         """Which worker has which middle layers: neighbouring ones, or layer n on worker n mod P."""
         if self.mesh.placement is not None:
             return self.mesh.placement
-        return "cyclic" if self._leaves_solver_open else "blocks"
+        return "cyclic" if self.mgrit.window is not None or self._leaves_solver_open else "blocks"
 
     @property
     def _leaves_solver_open(self) -> bool:
@@ -186,7 +186,8 @@ class TrainConfig(Settings):
         adaptive = self.adaptive
         penalised = bool(adaptive.consistency or adaptive.smoothness or adaptive.steer)
         judged_by_bias = self.mode == "adaptive" and adaptive.rule == "bias" and adaptive.ladder is None and not penalised
-        return judged_by_bias and self.mgrit == MGRITSettings() and self.solver == "mgrit" and self.mesh.blocks is None
+        untouched = self.mgrit.model_copy(update={"recompute": False}) == MGRITSettings()
+        return judged_by_bias and untouched and self.solver == "mgrit" and self.mesh.blocks is None
 
     @property
     def window(self) -> int:
@@ -316,8 +317,8 @@ class TrainConfig(Settings):
         self._check_cyclic()
         try:
             climbs = self.mode != "serial" and any(forward for forward, _, _ in self.ladder)
-            blocks = self.placement == "blocks"
-            for levels in set() if not blocks else {self.mgrit.levels.forward, self.mgrit.levels.backward, *([self.rung_levels] if climbs else [])}:
+            solved = {self.mgrit.levels.forward, self.mgrit.levels.backward, *([self.rung_levels] if climbs else [])}
+            for levels in () if self.placement == "cyclic" else solved:
                 self.hierarchy(levels)
             stages(self)
         except SettingsError as error:
@@ -360,7 +361,7 @@ class TrainConfig(Settings):
         if self.placement == "blocks":
             if self.mgrit.window is not None:
                 raise ValueError(
-                    f"mgrit.window={self.mgrit.window} is of windows, and MGRIT on blocks has none: set mesh.placement=cyclic, or leave it out"
+                    f"mgrit.window={self.mgrit.window} is of a cyclic placement, and mesh.placement is blocks: leave one of them out"
                 )
             return
         adaptive, mgrit = self.adaptive, self.mgrit

@@ -36,7 +36,7 @@ class Block:
 
     Attributes:
         layers: by index in the whole network; the buffers of the first and last worker among them.
-        middle: indices of the owned middle layers.
+        middle: indices of the owned middle layers, ascending; neighbours where the placement is in blocks.
         watched: None, or the last input of each layer, of the global batch's first sequence alone; filled while it is not None.
         stacks: of the middle layers, for calls of several.
     """
@@ -45,8 +45,7 @@ class Block:
         self.architecture, self.config, self.device = architecture, config, device
         self.dtype = PARAMETER_DTYPES[config.dtype]
         self.first, self.last = rank == 0, rank == config.layer_workers - 1
-        start = config.buffers.open + sum(config.blocks[:rank])
-        self.middle = range(start, start + config.blocks[rank])
+        self.middle = tuple(config.buffers.open + layer for layer in config.layers_of(rank))
         self.open = range(config.buffers.open) if self.first else range(0)
         self.close = range(config.model.layers - config.buffers.close, config.model.layers) if self.last else range(0)
         seed = config.seed

@@ -19,13 +19,14 @@ from rayllp.engine.block import Block
 from rayllp.engine.diagnosis import diagnose
 from rayllp.engine.evaluation import evaluate
 from rayllp.engine.exact_forward import ExactForward
-from rayllp.engine.gradients import Gradients, StepGradients
+from rayllp.engine.gradients import Gradients
 from rayllp.engine.layer_group import LayerGroup
 from rayllp.engine.optimizer import build_optimizer, learning_rate, scale_gradients
 from rayllp.engine.probe import Probing
 from rayllp.engine.reduce_gradients import add_shared_gradients, sum_over_replicas
 from rayllp.engine.smoothness import add_smoothness_gradient
 from rayllp.engine.statistics import ReducedStatistics, StepStats, reduce_statistics
+from rayllp.engine.step_gradients import StepGradients
 from rayllp.models.base import Architecture
 from rayllp.timeline import Timeline
 

@@ -8,6 +8,7 @@ from rayllp.data.base import Inputs
 from rayllp.engine.layer_group import LayerGroup
 from rayllp.engine.trajectory import ExactPropagator, Trajectory
 from rayllp.mgrit import Communicator, MGRITSolver, Problem
+from rayllp.mgrit.windows import Placement, solve_in_order
 from rayllp.state import State, tensors
 
 
@@ -21,6 +22,8 @@ class ExactForward:
     def __init__(self, group: LayerGroup) -> None:
         self.group = group
         self._hierarchy, self._options = group.config.hierarchy(1), group.config.method(1)
+        cyclic = group.config.placement == "cyclic" and group.channel.size > 1
+        self._placement = Placement.cyclic(group.config.middle_layers, group.channel.size) if cyclic else None
 
     def __call__(self, inputs: Inputs, tag: MessageTag, *, last_only: bool = False) -> Tensor | None:
         """The outputs, without dropout, on the last worker; None on all others.
@@ -50,6 +53,9 @@ class ExactForward:
 
         Returns the state after the last one, on the last worker; None on all others.
         """
+        if self._placement is not None:
+            spec = self.group.spec(inputs)
+            return solve_in_order(self._placement, propagator, self.group.channel, entered, spec, tag)
         problem = Problem(self._hierarchy, propagator, self.group.spec(inputs))
         solver = MGRITSolver(problem, self._options, Communicator(self.group.channel, tag))
         return solver.solve(entered, reduce_residuals=False).output

@@ -1,42 +1,27 @@
-"""What forms a step's gradients on one worker: layer-parallel by MGRIT, exactly, or by TorchBraid.
+"""What forms a step's gradients on one worker: layer-parallel by MGRIT or by windows, exactly, or by TorchBraid.
 
 Each adds the gradients of scale × summed loss to `.grad` of this worker's parameters; over other workers and replicas they are summed
 afterwards (`reduce_gradients.py`).
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
-from torch import Tensor
 
 from rayllp.channel.base import MessageTag
 from rayllp.engine.batch import StepBatch
 from rayllp.engine.block import Block
 from rayllp.engine.consistency import Consistency, Interval
+from rayllp.engine.in_order import InOrderGradients
 from rayllp.engine.layer_group import LayerGroup
-from rayllp.engine.pipeline import Pipeline, PlainAutograd, exact_method, slices
+from rayllp.engine.pipeline import Pipeline, PlainAutograd, exact_method
+from rayllp.engine.step_gradients import StepGradients, add_embedding_gradients, in_parts, loss_and_seed
 from rayllp.engine.step_solves import StepSolves
 from rayllp.engine.torchbraid_solver import TorchBraidSolver
 from rayllp.engine.trajectory import AdjointPropagator, ForwardPropagator, Trajectory
-from rayllp.mgrit import MGRITResult, Problem
-from rayllp.state import State, detach, like, tensors
-
-
-@dataclass(frozen=True)
-class StepGradients:
-    """What forming gradients yields besides the gradients themselves.
-
-    Attributes:
-        loss: scaled, on the last worker; 0 elsewhere.
-        forward, backward: the solves of the last part of the batch; None where nothing was solved iteratively.
-        penalty: the consistency penalty, with its value; None where its weight is 0.
-    """
-
-    loss: Tensor
-    forward: MGRITResult | None = None
-    backward: MGRITResult | None = None
-    penalty: Consistency | None = None
+from rayllp.engine.window_gradients import WindowGradients
+from rayllp.mgrit import Problem
+from rayllp.state import detach
 
 
 class Gradients:
@@ -49,9 +34,16 @@ class Gradients:
 
     def __init__(self, group: LayerGroup) -> None:
         self.group = group
-        self.exact = ExactGradients(group)
-        self.parallel: LayerParallelGradients | TorchBraidGradients
-        self.parallel = TorchBraidGradients(group) if group.config.solver == "torchbraid" else LayerParallelGradients(group)
+        cyclic = group.config.placement == "cyclic"
+        self.exact: ExactGradients | InOrderGradients
+        self.exact = InOrderGradients(group) if cyclic and group.channel.size > 1 else ExactGradients(group)
+        self.parallel: LayerParallelGradients | WindowGradients | TorchBraidGradients
+        if cyclic:
+            self.parallel = WindowGradients(group)
+        elif group.config.solver == "torchbraid":
+            self.parallel = TorchBraidGradients(group)
+        else:
+            self.parallel = LayerParallelGradients(group)
 
     def __call__(self, batch: StepBatch) -> StepGradients:
         """Gradients of this replica's batch into `.grad`. All workers of the layer group call it."""
@@ -73,7 +65,7 @@ class LayerParallelGradients:
 
     def form(self, batch: StepBatch, penalty: Consistency | None) -> StepGradients:
         """Gradients of the batch, part by part of gradient accumulation."""
-        return _in_parts(self._form_part, batch, penalty, self.group.block)
+        return in_parts(self._form_part, batch, penalty, self.group.block)
 
     def _form_part(self, batch: StepBatch, penalty: Consistency | None) -> StepGradients:
         group, block, step = self.group, self.group.block, batch.step
@@ -135,7 +127,7 @@ class TorchBraidGradients:
         Raises:
             SettingsError: TorchBraid is missing, or cannot do this.
         """
-        return _in_parts(self._form_part, batch, penalty, self.group.block)
+        return in_parts(self._form_part, batch, penalty, self.group.block)
 
     def _form_part(self, batch: StepBatch, penalty: Consistency | None) -> StepGradients:
         group, block = self.group, self.group.block
@@ -153,52 +145,10 @@ class TorchBraidGradients:
         return StepGradients(loss, penalty=penalty)
 
 
-def _in_parts(
-    form: Callable[[StepBatch, Consistency | None], StepGradients], batch: StepBatch, penalty: Consistency | None, block: Block
-) -> StepGradients:
-    """Form gradients part by part of gradient accumulation; the losses' sum, and the last part's solves."""
-    total, found = torch.zeros((), device=block.device, dtype=block.dtype), None
-    for rows in slices(len(batch.samples), block.config.accumulate):
-        found = form(batch.part(rows), penalty)
-        total += found.loss
-    assert found is not None
-    return replace(found, loss=total)
-
-
 def make_penalty(block: Block, solves: StepSolves, weight: float) -> Consistency:
     """The consistency penalty of one gradient computation, over this worker's coarse intervals."""
-    start = block.middle.start - block.config.buffers.open
+    start = block.middle[0] - block.config.buffers.open
     stop, c = start + len(block.middle), solves.interval
     intervals = {n: Interval(n, min(n + c, stop), solves.forward_options.coarse_step_weight) for n in range(start, stop, c)}
     value = torch.zeros((), dtype=torch.float64, device=block.device)
     return Consistency(weight / block.config.batch_size, intervals, value)
-
-
-def loss_and_seed(block: Block, output: State | None, targets: Tensor, scale: float) -> tuple[Tensor, State]:
-    """The loss times `scale`, and its gradient λ_N at the last middle layer's output; adds gradients of closing buffers and head.
-
-    Args:
-        output: the state after the last middle layer, on the last worker.
-    """
-    assert output is not None
-    leaves = tuple(part.detach().requires_grad_() for part in tensors(output))
-    loss = block.architecture.training_loss(block.leave(like(output, leaves)), targets) * scale
-    loss.backward()
-    seed = tuple(torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves)
-    return loss.detach(), like(output, seed)
-
-
-def add_embedding_gradients(group: LayerGroup, entered: State | None, adjoint: State | None) -> None:
-    """Add gradients of embedding and opening buffers, on the first worker.
-
-    Args:
-        entered: the state before the first middle layer, with its graph.
-        adjoint: λ_0, the loss's gradient there.
-    """
-    if entered is None or adjoint is None:
-        return
-    # An embedding without parameters has no graph.
-    seeds = [(state, lam) for state, lam in zip(tensors(entered), tensors(adjoint), strict=True) if state.requires_grad]
-    if seeds:
-        with group.span("enter"):
-            torch.autograd.backward([state for state, _ in seeds], [lam for _, lam in seeds])

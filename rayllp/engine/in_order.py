@@ -3,9 +3,9 @@
 Each worker takes its first layer for every microbatch, then its second one, and so on: as many virtual pipeline stages as it has layers.
 With as many microbatches as workers all are busy, but for the first and the last few layers.
 
-With fewer (a batch that cannot be split, at the extreme) the states' way through the layers and the adjoint's way back are all that takes
-time: an adjoint step then forms the input gradient alone, which the worker before waits for, and the gradients of the parameters, two thirds
-of whose work nobody waits for, are formed while this worker waits itself.
+With fewer (a batch that cannot be split, at the extreme) the states' way through the layers and the adjoint's way back are what takes time.
+So an adjoint step then forms the input gradient alone, for which the worker before waits. The parameters' gradients, for which nobody
+waits, are formed while this worker waits itself.
 """
 
 from collections import deque
@@ -18,9 +18,9 @@ from torch import Tensor
 from rayllp.channel.base import Channel, MessageTag, StateSpec
 from rayllp.engine.batch import StepBatch
 from rayllp.engine.block import Block, Moment
-from rayllp.engine.step_gradients import StepGradients, add_embedding_gradients, loss_and_seed
 from rayllp.engine.layer_group import LayerGroup
 from rayllp.engine.pipeline import count_microbatches, slices
+from rayllp.engine.step_gradients import StepGradients, add_embedding_gradients, loss_and_seed
 from rayllp.mgrit.windows import Placement
 from rayllp.state import State, detach, like, tensors
 from rayllp.timeline import TimedChannel

@@ -10,7 +10,8 @@ from rayllp.control import Accuracy
 from rayllp.data.base import Inputs
 from rayllp.engine.block import Block
 from rayllp.engine.step_solves import StepSolves, without_penalties
-from rayllp.mgrit import Communicator, DeferredSweeps, MGRITResult, MGRITSolver, Problem, SolverOptions
+from rayllp.mgrit import Communicator, DeferredSweeps, MGRITResult, MGRITSolver, Problem, Propagator, SolverOptions
+from rayllp.mgrit.windows import Placement, WindowSolver
 from rayllp.state import State, tensors
 from rayllp.timeline import TimedChannel, TimedPropagator, Timeline, span_on
 
@@ -77,6 +78,24 @@ class LayerGroup:
             on_phase = self.timeline.begin_solve(tag.solve)
         solver = MGRITSolver(problem, options, Communicator(channel, tag, while_waiting), on_phase)
         return solver.solve(u0, defer_to=defer_to, reduce_residuals=False)
+
+    def window_solver(
+        self,
+        placement: Placement,
+        propagator: Propagator,
+        window: int,
+        sweeps: int,
+        spec: StateSpec,
+        tag: MessageTag,
+        *,
+        adjoint: bool = False,
+    ) -> WindowSolver:
+        """A solver by windows, on the timeline if there is one."""
+        channel, on_phase = self.channel, None
+        if self.timeline is not None:
+            channel, propagator = TimedChannel(channel, self.timeline), TimedPropagator(propagator, self.timeline, tag.solve)
+            on_phase = self.timeline.begin_solve(tag.solve)
+        return WindowSolver(placement, window, sweeps, propagator, channel, spec, tag, adjoint=adjoint, on_phase=on_phase)
 
     def span(self, solve: str, kind: str = "compute") -> AbstractContextManager[None]:
         """What happens inside is one span on the timeline, if there is one."""

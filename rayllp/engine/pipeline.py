@@ -4,7 +4,7 @@ Several workers run torch.distributed.pipelining's 1F1B over microbatches, so th
 serial; one worker runs plain autograd. Where neither can be, the caller solves exactly with MGRIT on one level.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -48,24 +48,24 @@ class StageModule(nn.Module):
                 state = self._run(state, layers, hooks)
         return block.leave(state) if block.last else state
 
-    def _intervals(self) -> Iterator[tuple[range, PenaltyHooks | None]]:
+    def _intervals(self) -> Iterator[tuple[Sequence[int], PenaltyHooks | None]]:
         """The block's middle layers by coarse interval: the penalty's, else c_f by c_f from the block's first."""
         middle, c, offset = self.block.middle, self.block.config.first_coarsening, self.block.config.buffers.open
         if self.penalty is not None:
             for start, interval in self.penalty.intervals.items():
                 yield range(start + offset, interval.stop + offset), self.penalty.hooks(start)
             return
-        for start in range(middle.start, middle.stop, c):
-            yield range(start, min(start + c, middle.stop)), None
+        for start in range(middle[0], middle[-1] + 1, c):
+            yield range(start, min(start + c, middle[-1] + 1)), None
 
-    def _run(self, state: State, layers: range, hooks: PenaltyHooks | None, moment: Moment | None = None) -> State:
+    def _run(self, state: State, layers: Sequence[int], hooks: PenaltyHooks | None, moment: Moment | None = None) -> State:
         if moment is not None:  # a recomputation may come after another microbatch's forward
             self.block.resume(moment)
         if hooks is None:
             for n in layers:
                 state = self.block.layer(n, state)
             return state
-        state = hooks.first(self.block.layer(layers.start, hooks.begin(state)))
+        state = hooks.first(self.block.layer(layers[0], hooks.begin(state)))
         for n in layers[1:]:
             state = self.block.layer(n, state)
         return hooks.end(state)

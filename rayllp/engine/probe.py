@@ -13,9 +13,10 @@ from torch import Tensor
 
 from rayllp.control import Accuracy, ProbePlan
 from rayllp.engine.batch import StepBatch
-from rayllp.engine.gradients import Gradients, StepGradients
+from rayllp.engine.gradients import Gradients
 from rayllp.engine.layer_group import LayerGroup
 from rayllp.engine.lipschitz import estimate_layers
+from rayllp.engine.step_gradients import StepGradients
 
 SUMS = 5
 """Of a block: error squared, better gradient squared, its product with the one in use, that one squared, the halves' gap squared."""
@@ -72,7 +73,7 @@ class Probing:
             # Doubled iterations are run for ρ alone; the gradient of the step is the exact one.
             probed = self.gradients(batch.solved_by(doubled))
             self.gradients.forget()
-            better = accuracy if accuracy.serial else replace(doubled, levels_forward=1, levels_backward=1)
+            better = accuracy if accuracy.serial else _exactly(doubled)
         halves = self._halves(better, len(batch.samples)) if used is not None else ()
         self.has_halves = bool(halves)
         formed, first = self._in_halves(batch.solved_by(better), halves)
@@ -93,7 +94,8 @@ class Probing:
 
     def _halves(self, accuracy: Accuracy, samples: int) -> tuple[slice, ...]:
         """Two halves of the batch; none where it has none, or where the pipeline was built for the whole of it."""
-        if accuracy.serial or samples % (2 * self.group.config.accumulate):
+        built_for_all = accuracy.serial and self.group.config.placement == "blocks"
+        if built_for_all or samples % (2 * self.group.config.accumulate):
             return ()
         return slice(0, samples // 2), slice(samples // 2, samples)
 
@@ -143,6 +145,11 @@ class Probing:
         relative, cosine = _bias(total)
         noise = float((total[4] / total[1]).sqrt()) / self.replicas**0.5 if self.has_halves else None
         return Bias(relative, cosine, noise, tuple(_bias(row) for row in table))
+
+
+def _exactly(accuracy: Accuracy) -> Accuracy:
+    """An exact step in place of this one, which can be solved half by half."""
+    return replace(accuracy, serial=True) if accuracy.window else replace(accuracy, levels_forward=1, levels_backward=1)
 
 
 def _bias(sums: Tensor) -> tuple[float, float]:

@@ -9,10 +9,10 @@ from torch import nn
 
 from rayllp.channel.base import MessageTag
 from rayllp.engine.all_reduce import PackedAllReduce
-from rayllp.engine.gradients import StepGradients
 from rayllp.engine.layer_group import LayerGroup
 from rayllp.engine.optimizer import squared_gradient_norm
 from rayllp.engine.probe import Bias, Probing
+from rayllp.engine.step_gradients import StepGradients
 from rayllp.mgrit import MGRITResult
 
 Factors = tuple[tuple[float | None, ...], ...]

@@ -135,7 +135,7 @@ class Trajectory:
     @property
     def block_start(self) -> int:
         """The first owned layer, counted from the first middle layer."""
-        return self.block.middle.start - self.block.config.buffers.open
+        return self.block.middle[0] - self.block.config.buffers.open
 
     def graph(self, layer: int) -> Graph:
         """The recorded graph of a layer; made now where its run was deferred, and again where only checkpoints are kept."""

@@ -6,8 +6,8 @@ from rayllp.channel.base import MessageTag
 from rayllp.control import Accuracy
 from rayllp.engine.batch import StepBatch
 from rayllp.engine.consistency import Consistency
-from rayllp.engine.step_gradients import StepGradients, add_embedding_gradients, in_parts, loss_and_seed
 from rayllp.engine.layer_group import LayerGroup
+from rayllp.engine.step_gradients import StepGradients, add_embedding_gradients, in_parts, loss_and_seed
 from rayllp.engine.trajectory import AdjointPropagator, ForwardPropagator, Trajectory
 from rayllp.mgrit.windows import Placement
 from rayllp.state import detach

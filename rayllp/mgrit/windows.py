@@ -15,7 +15,7 @@ The adjoint is the same solve from the other end, with the transposed steps. Wit
 of the network whose windows are evaluated so, which is why a single sweep trains stably.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -68,6 +68,7 @@ class WindowSolver:
         channel: to the other workers.
         spec: shapes of a state.
         tag: what to call this solve in errors.
+        on_phase: is told the name of each sweep as it begins, and 0 for the level.
         adjoint: solve λ_n = (∂Φ_n/∂x)ᵀ λ_{n+1} from the last layer to the first instead of u_{n+1} = Φ_n(u_n).
 
     Raises:
@@ -85,11 +86,13 @@ class WindowSolver:
         tag: MessageTag,
         *,
         adjoint: bool = False,
+        on_phase: Callable[[str, int], None] | None = None,
     ) -> None:
         if window < 1 or sweeps < 1:
             raise SettingsError(f"windows of {window} layers and {sweeps} sweeps: both must be at least 1")
         self.placement, self.propagator, self.channel, self.spec, self.tag = placement, propagator, channel, spec, tag
         self.sweeps = min(sweeps, window)
+        self._enter = on_phase or (lambda phase, level: None)
         windows = placement.windows(window)
         self.windows: list[Sequence[int]] = [layers[::-1] for layers in reversed(windows)] if adjoint else list(windows)
         self._longest = max(len(layers) for layers in windows)
@@ -120,6 +123,7 @@ class WindowSolver:
         increments: list[State] = []
         for sweep in range(self.sweeps):
             last = sweep == self.sweeps - 1
+            self._enter("last sweep" if last else "relaxation", 0)
             found = {layer: subtract(self._step(layer, inputs[layer], last), inputs[layer]) for layer in mine}
             increments = self._gather(layers, found, f"sweep {sweep}")
             if not last:
@@ -183,20 +187,12 @@ class WindowSolver:
 
 
 def solve_in_order(
-    placement: Placement,
-    propagator: Propagator,
-    channel: Channel,
-    initial: State | None,
-    spec: StateSpec,
-    tag: MessageTag,
-    *,
-    recorded: bool,
+    placement: Placement, propagator: Propagator, channel: Channel, initial: State | None, spec: StateSpec, tag: MessageTag
 ) -> State | None:
     """The exact forward solve, layer after layer, from worker to worker.
 
     Args:
         initial: the state before the first layer, on the first worker.
-        recorded: take each layer's last step (with its graph) rather than a plain one.
 
     Returns: the state after the last layer, on the last worker of the channel; None elsewhere.
     """
@@ -209,7 +205,7 @@ def solve_in_order(
             state = channel.receive(spec, source, arriving)
         if state is None:
             raise SettingsError("the first worker is to begin the solve and has no initial state")
-        state = propagator.last_step(layer, state, None) if recorded else propagator.step(layer, state)
+        state = propagator.step(layer, state)
         target = channel.size - 1 if layer == last else owners[layer + 1]
         if target != rank:
             channel.send(state, target, arriving)

@@ -12,7 +12,7 @@ from rayllp.channel.local import LocalChannel
 from rayllp.config import TrainConfig
 from rayllp.data import Batches
 from rayllp.engine import Engine
-from rayllp.engine.gradients import loss_and_seed
+from rayllp.engine.step_gradients import loss_and_seed
 from rayllp.models import build_architecture
 from rayllp.plan.costs import Costs
 from rayllp.state import State, like, tensors
@@ -39,6 +39,7 @@ def engine_alone(config: TrainConfig, data: Batches, device: str = "cpu") -> Eng
     whole["model"]["layers"] = middle + config.buffers.open + config.buffers.close
     whole["model"]["encoder_layers"] = None  # of mt: half of these few
     whole["mgrit"]["levels"] = {"forward": 1, "backward": 1}  # layers are called one by one, and may be too few for an interval
+    whole["mgrit"]["window"] = None
     alone = {"workers": 1, "mesh": {"data": 1}, "batch_size": config.replica_batch, "nested": {}, "mode": "serial"}
     small = TrainConfig.model_validate(whole | alone)
     architecture = build_architecture(small, data.facts)  # type: ignore[attr-defined]  # a data set of ours

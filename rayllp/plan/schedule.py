@@ -98,6 +98,9 @@ class _Recorder(Propagator):
     def all_reduce(self, tensor: Tensor, tag: MessageTag) -> Tensor:
         return tensor
 
+    def all_gather(self, state: State, spec: StateSpec, tag: MessageTag) -> list[State]:
+        raise NotImplementedError("MGRIT on blocks gathers nothing")
+
     def program(self, key: Hashable | None) -> AbstractContextManager[None]:
         return nullcontext()
 

@@ -1,0 +1,73 @@
+"""What forming a step's gradients yields, and what every way of forming them does at the two ends of the network."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from rayllp.engine.batch import StepBatch
+from rayllp.engine.block import Block
+from rayllp.engine.consistency import Consistency
+from rayllp.engine.layer_group import LayerGroup
+from rayllp.engine.pipeline import slices
+from rayllp.mgrit import MGRITResult
+from rayllp.state import State, like, tensors
+
+
+@dataclass(frozen=True)
+class StepGradients:
+    """What forming gradients yields besides the gradients themselves.
+
+    Attributes:
+        loss: scaled, on the last worker; 0 elsewhere.
+        forward, backward: the solves of the last part of the batch; None where nothing was solved iteratively.
+        penalty: the consistency penalty, with its value; None where its weight is 0.
+    """
+
+    loss: Tensor
+    forward: MGRITResult | None = None
+    backward: MGRITResult | None = None
+    penalty: Consistency | None = None
+
+
+def in_parts(
+    form: Callable[[StepBatch, Consistency | None], StepGradients], batch: StepBatch, penalty: Consistency | None, block: Block
+) -> StepGradients:
+    """Form gradients part by part of gradient accumulation; the losses' sum, and the last part's solves."""
+    total, found = torch.zeros((), device=block.device, dtype=block.dtype), None
+    for rows in slices(len(batch.samples), block.config.accumulate):
+        found = form(batch.part(rows), penalty)
+        total += found.loss
+    assert found is not None
+    return replace(found, loss=total)
+
+
+def loss_and_seed(block: Block, output: State | None, targets: Tensor, scale: float) -> tuple[Tensor, State]:
+    """The loss times `scale`, and its gradient λ_N at the last middle layer's output; adds gradients of closing buffers and head.
+
+    Args:
+        output: the state after the last middle layer, on the last worker.
+    """
+    assert output is not None
+    leaves = tuple(part.detach().requires_grad_() for part in tensors(output))
+    loss = block.architecture.training_loss(block.leave(like(output, leaves)), targets) * scale
+    loss.backward()
+    seed = tuple(torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves)
+    return loss.detach(), like(output, seed)
+
+
+def add_embedding_gradients(group: LayerGroup, entered: State | None, adjoint: State | None) -> None:
+    """Add gradients of embedding and opening buffers, on the first worker.
+
+    Args:
+        entered: the state before the first middle layer, with its graph.
+        adjoint: λ_0, the loss's gradient there.
+    """
+    if entered is None or adjoint is None:
+        return
+    # An embedding without parameters has no graph.
+    seeds = [(state, lam) for state, lam in zip(tensors(entered), tensors(adjoint), strict=True) if state.requires_grad]
+    if seeds:
+        with group.span("enter"):
+            torch.autograd.backward([state for state, _ in seeds], [lam for _, lam in seeds])

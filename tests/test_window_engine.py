@@ -1,0 +1,187 @@
+"""Training steps by windows, and exact ones with layers in turn: against autograd, and against themselves on other numbers of workers."""
+
+import pytest
+import torch
+
+from rayllp.channel import LocalChannel, run_workers
+from rayllp.channel.torch_dist import TorchChannel
+from rayllp.control import Accuracy, Controller, ProbePlan
+from rayllp.errors import SettingsError
+from rayllp.plan import Costs, predict
+from rayllp.timeline import Timeline
+from tests.conftest import make_engine, run_processes, tiny
+from tests.test_families import CASES, config_of, ours
+
+SERIAL = Accuracy(serial=True, levels_forward=1, levels_backward=1, iterations_forward=1, iterations_backward=1)
+
+
+def sweeps(forward, backward, window=4):
+    return Accuracy(
+        serial=False, levels_forward=2, levels_backward=2, iterations_forward=forward, iterations_backward=backward, window=window
+    )
+
+
+def cyclic(workers, **changes):
+    changes.setdefault("mesh", {"placement": "cyclic"})
+    return tiny(workers=workers, **changes)
+
+
+def gradients(config, accuracy, channel=None, step=3):
+    engine = make_engine(config, channel)
+    formed = engine.gradients(engine.step_batch(step, accuracy))
+    return formed, {name: p.grad.clone() for name, p in engine.block.parameters.items() if p.grad is not None}
+
+
+def on_workers(workers, accuracy, **changes):
+    """Loss and gradients of all workers' layers; tied copies added up."""
+    config = cyclic(workers, **changes)
+    found = run_workers(workers, lambda channel: gradients(config, accuracy, channel))
+    total = {}
+    for _, mine in found:
+        for name, gradient in mine.items():
+            name = name.replace("lm_head.weight", "transformer.wte.weight")
+            total[name] = total[name] + gradient if name in total else gradient
+    return float(sum(formed.loss for formed, _ in found)), total
+
+
+def assert_same(found, wanted, tolerance=0.0):
+    assert found[0] == pytest.approx(wanted[0], rel=max(tolerance, 1e-15))
+    assert found[1].keys() == wanted[1].keys()
+    for name, gradient in wanted[1].items():
+        torch.testing.assert_close(found[1][name], gradient, rtol=tolerance, atol=tolerance * float(gradient.abs().max()), msg=name)
+
+
+@pytest.mark.parametrize("changes", [{}, {"model": {"dropout": 0.1}}, {"mgrit": {"recompute": True}}, {"accumulate": 2}])
+@pytest.mark.parametrize("workers", [2, 4])
+def test_as_many_sweeps_as_layers_are_exact(workers, changes):
+    wanted = on_workers(1, SERIAL, **changes)
+    assert_same(on_workers(workers, sweeps(4, 4), **changes), wanted, 1e-9)
+
+
+@pytest.mark.parametrize("changes", [{}, {"microbatches": 1}, {"microbatches": 2}, {"model": {"dropout": 0.1}}, {"mgrit": {"recompute": True}}])
+@pytest.mark.parametrize("workers", [2, 3, 4])
+def test_exact_steps_with_layers_in_turn(workers, changes):
+    assert_same(on_workers(workers, SERIAL, **changes), on_workers(1, SERIAL, **changes), 1e-9)
+
+
+@pytest.mark.parametrize("iterations", [(1, 1), (2, 1), (3, 2)])
+def test_the_bits_do_not_depend_on_the_number_of_workers(iterations):
+    wanted = on_workers(1, sweeps(*iterations))
+    for workers in (2, 4):
+        found = on_workers(workers, sweeps(*iterations))
+        tied = "transformer.wte.weight"  # a sum over the two ends of the network
+        torch.testing.assert_close(found[1].pop(tied), wanted[1][tied], rtol=1e-12, atol=1e-14)
+        assert_same(found, (wanted[0], {name: g for name, g in wanted[1].items() if name != tied}))
+
+
+def test_one_sweep_each_way_is_the_exact_gradient_of_the_network_of_windows():
+    config = cyclic(1)
+    engine = make_engine(config)
+    batch, block = engine.step_batch(3, SERIAL), engine.block
+    block.begin(3, batch.samples, batch.inputs, training=True)
+    state, middle = block.enter(batch.inputs), list(block.middle)
+    for start in range(0, len(middle), 4):
+        state = state + sum(block.layer(n, state) - state for n in middle[start : start + 4])
+    (block.architecture.training_loss(block.leave(state), batch.targets) * batch.scale).backward()
+    wanted = {name: p.grad for name, p in block.parameters.items()}
+    _, found = gradients(config, sweeps(1, 1))
+    for name, gradient in wanted.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-9, atol=1e-12, msg=name)
+
+
+def test_a_sweep_more_makes_the_gradient_more_accurate():
+    exact = torch.cat([g.flatten() for g in on_workers(1, SERIAL)[1].values()])
+    errors = []
+    for iterations in ((1, 1), (2, 1), (2, 2), (3, 3)):
+        found = torch.cat([g.flatten() for g in on_workers(1, sweeps(*iterations))[1].values()])
+        errors.append(float((found - exact).norm() / exact.norm()))
+    assert errors == sorted(errors, reverse=True)
+    assert errors[2] < 0.1 * errors[0]
+
+
+def step_over_gloo(rank, size, config, accuracy):
+    engine = make_engine(config, TorchChannel(timeout_s=60))
+    return [engine.train_step(step, accuracy).loss for step in range(3)], engine.evaluate(2)["loss"]
+
+
+@pytest.mark.parametrize("accuracy", [sweeps(2, 1), SERIAL])
+def test_training_over_gloo_and_the_evaluation_are_those_of_one_worker(accuracy):
+    engine = make_engine(cyclic(1))
+    wanted = [engine.train_step(step, accuracy).loss for step in range(3)], engine.evaluate(2)["loss"]
+    for losses, evaluation in run_processes(3, step_over_gloo, cyclic(3), accuracy):
+        assert losses == pytest.approx(wanted[0], rel=1e-10)
+        assert evaluation == pytest.approx(wanted[1], rel=1e-10)
+
+
+def test_a_probe_tells_rho_bias_and_noise_and_trains_by_the_better_gradient():
+    plan = ProbePlan(candidate=sweeps(1, 1), bias=True)
+
+    def work(channel):
+        used = make_engine(cyclic(channel.size), channel).train_step(3, sweeps(1, 1), plan)
+        engine = make_engine(cyclic(channel.size), channel)
+        exact = engine.train_step(3, SERIAL, plan)
+        plain = make_engine(cyclic(channel.size, microbatches=1), channel)
+        plain.train_step(3, SERIAL)
+        same = [torch.allclose(p, plain.block.parameters[name], rtol=1e-9) for name, p in engine.block.parameters.items()]
+        return used, exact, all(same)
+
+    (_, noise) = work(LocalChannel.alone())[0].bias.relative, work(LocalChannel.alone())[0].bias.noise
+    for used, exact, same in run_workers(2, work):
+        assert 0 < used.bias.relative < 0.1
+        assert used.bias.noise == pytest.approx(noise, rel=1e-9)
+        assert used.bias.relative == pytest.approx(exact.bias.relative, rel=1e-3)  # three sweeps against exact
+        assert exact.bias.noise is not None
+        assert 0 < used.rho_forward < 0.2
+        assert 0 < used.rho_backward < 0.2
+        assert same
+
+
+@pytest.mark.parametrize(("family", "head"), CASES)
+def test_every_family(family, head):
+    """Two and three workers, dropout: as many sweeps as layers, and layers in turn, are the exact gradient on one worker."""
+    options = {"mesh": {"placement": "cyclic"}, "model": {"dropout": 0.1}}
+    wanted, _, _, wanted_loss = ours(config_of(family, head, **options), SERIAL)
+    for workers, accuracy in ((2, sweeps(3, 3, 3)), (3, SERIAL)):
+        got, _, _, loss = ours(config_of(family, head, workers=workers, **options), accuracy)
+        torch.testing.assert_close(loss, wanted_loss, rtol=1e-10, atol=1e-12)
+        for name, gradient in wanted.items():
+            torch.testing.assert_close(got[name], gradient, rtol=1e-8, atol=1e-11)
+
+
+def test_a_step_takes_what_the_planner_says():
+    """Work by worker and kind, counted on a timeline, against the schedule on logical clocks."""
+    config = cyclic(4, model={"layers": 20})
+    accuracy = sweeps(2, 2)
+
+    def work(channel):
+        engine = make_engine(config, channel)
+        engine.timeline = Timeline()
+        engine.train_step(0, accuracy)
+        return [span.name for span in engine.timeline.spans if span.kind == "compute"]
+
+    costs = Costs(forward=1, record=1, input_gradient=1, full_gradient=2)
+    for mine, planned in zip(run_workers(4, work), predict(config, accuracy, costs).spans, strict=True):
+        for name in ("forward relaxation", "forward last sweep", "adjoint relaxation", "adjoint last sweep"):
+            assert mine.count(name) == sum(span.name == name for span in planned) == 4
+
+
+def test_what_windows_cannot_do_is_refused_in_words():
+    for changes, words in (
+        ({"adaptive": {"consistency": 1.0}}, "consistency is for coarse steps"),
+        ({"adaptive": {"smoothness": 1.0}}, "wants neighbouring layers on one worker"),
+        ({"mesh": {"placement": "cyclic", "blocks": (4, 4)}}, "mesh.blocks shares out neighbouring layers"),
+        ({"mgrit": {"tolerance": 1e-3}}, "not sweeps of a window"),
+        ({"adaptive": {"ladder": ["0+1"]}}, "windows take sweeps, such as 2\\+1"),
+        ({"mesh": {"placement": "blocks"}, "mgrit": {"window": 4}}, "leave one of them out"),
+    ):
+        with pytest.raises(SettingsError, match=words):
+            cyclic(2, **changes)
+
+
+def test_the_controller_of_a_cyclic_run_hands_out_windows():
+    config = tiny(mode="adaptive", workers=4, adaptive={"rule": "bias", "probe_every": 10})
+    assert config.placement == "cyclic"
+    control = Controller(config)
+    assert [(rung.name, rung.window, rung.serial) for rung in control.rungs] == [
+        ("1+1", 4, False), ("2+1", 4, False), ("2+2", 4, False), ("3+3", 4, False), ("serial", 4, True),
+    ]  # fmt: skip
