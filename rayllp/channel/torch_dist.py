@@ -11,6 +11,8 @@ from rayllp.channel.base import MessageTag
 from rayllp.channel.wired import Posted, WiredChannel
 from rayllp.errors import ChannelError
 
+GATHERED = 1
+"""The tag of what is gathered; other messages, some of whose receives are begun ahead, have tag 0."""
 UNWRITTEN = np.frombuffer(bytes.fromhex("9e3779b97f4a7c15"), dtype=np.uint8)
 """What the last bytes of a buffer are until its message is there: Gloo writes from front to back, and can't be asked without waiting.
 A message that happens to end so is noticed by `receive` alone.
@@ -55,9 +57,24 @@ class TorchChannel(WiredChannel):
             work.wait(timedelta(seconds=self.timeout_s)) if self._on_host else work.wait()
 
     def _gather(self, buffer: Tensor) -> list[Tensor]:
-        found = list(buffer.new_empty(self.size, len(buffer)).unbind())
-        dist.all_gather(found, buffer, group=self._mine)
-        return found
+        if not self._on_host:
+            found = list(buffer.new_empty(self.size, len(buffer)).unbind())
+            dist.all_gather(found, buffer, group=self._mine)
+            return found
+        # Gloo's own goes round a ring, as many hops as workers, each of which waits for a process to wake up. Here what a worker has
+        # doubles with each hop (Bruck et al., 1997, doi:10.1109/71.642949): parts are in order of the ranks from its own on.
+        size, rank = self.size, self.rank
+        parts = buffer.new_empty(size, len(buffer))
+        parts[0] = buffer
+        have = 1
+        while have < size:
+            count = min(have, size - have)
+            coming = self._mine.recv([parts[have : have + count]], (rank + have) % size, GATHERED)
+            leaving = self._mine.send([parts[:count]], (rank - have) % size, GATHERED)
+            for work in (coming, leaving):
+                work.wait(timedelta(seconds=self.timeout_s))
+            have += count
+        return [parts[(other - rank) % size] for other in range(size)]
 
     def all_reduce(self, tensor: Tensor, tag: MessageTag) -> Tensor:
         if self.size == 1:
