@@ -54,6 +54,7 @@ def measure(layers: int, h: float, forward: int, backward: int) -> tuple[Tensor,
             "buffers": {"open": 0, "close": 0},
             "step": {"middle": h},
             "mgrit": {"relaxation": {"fine": "F"}},
+            "mode": "parallel",
         }
     )
     stack = LayerStack(embed=nn.Identity, layers=[GPTBlock] * layers, head=nn.Identity, loss=lambda y, w: (w * y).sum(), count=lambda _: 1)

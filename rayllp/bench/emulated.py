@@ -114,17 +114,22 @@ class _Weight(torch.autograd.Function):
 
 
 class EmulatedLayer(nn.Module):
-    """x + (x between -1 and 1) + bias, slowly: it grows, but not much."""
+    """x + (x between -1 and 1) + bias, slowly: it grows, but not much.
 
-    def __init__(self, width: int, times: Emulation) -> None:
+    Args:
+        batch: samples that take the times, of which a part takes its share; None: any number of samples takes them.
+    """
+
+    def __init__(self, width: int, times: Emulation, batch: int | None = None) -> None:
         super().__init__()
-        self.bias, self.times = nn.Parameter(torch.zeros(width)), times
+        self.bias, self.times, self.batch = nn.Parameter(torch.zeros(width)), times, batch
 
     def forward(self, x: Tensor) -> Tensor:
         """x plus a little real arithmetic, after the forward's time; its gradients take theirs."""
-        wait = Wait(self.times.forward)
-        y = _Through.apply(x, self.times)
-        z = x + y + _Weight.apply(y.detach(), self.bias, self.times)  # type: ignore[no-untyped-call]
+        times = self.times if self.batch is None else self.times.scaled(len(x) / self.batch)
+        wait = Wait(times.forward)
+        y = _Through.apply(x, times)
+        z = x + y + _Weight.apply(y.detach(), self.bias, times)  # type: ignore[no-untyped-call]
         wait()
         return z  # type: ignore[no-any-return]
 
@@ -142,8 +147,12 @@ class RandomBatches:
         return self._inputs[:size], self._targets[:size]
 
 
-def emulated_stack(config: TrainConfig, times: Emulation) -> LayerStack:
-    """A network of `config`'s depth and shapes whose layers take these times; its embedding and head take none."""
-    layer = partial(EmulatedLayer, config.model.width, times)
+def emulated_stack(config: TrainConfig, times: Emulation, *, batch: int | None = None) -> LayerStack:
+    """A network of `config`'s depth and shapes whose layers take these times; its embedding and head take none.
+
+    Args:
+        batch: as of `EmulatedLayer`.
+    """
+    layer = partial(EmulatedLayer, config.model.width, times, batch)
     loss = partial(functional.mse_loss, reduction="sum")
     return LayerStack(embed=nn.Identity(), layers=[layer] * config.model.layers, head=nn.Identity(), loss=loss, stochastic=False)

@@ -153,7 +153,7 @@ class Driver:
         """What the layer-parallel steps of this sitting were worth."""
         ledger = self.training.ledger
         gain = ledger.times.gain
-        if gain.steps and self.whole.mode != "serial":
+        if gain.steps and self.whole.mode == "adaptive":
             self.journal.gain(step, gain.as_dict(), gain.sentence(ledger.last_reason if ledger.controller.serial else None))
 
     def _train_stages(self, step: int) -> int:

@@ -1,0 +1,404 @@
+"""Time of a whole training against the loss it ends at: what depth is worth, and how much of it a faster way of training keeps.
+
+    python examples/frontier.py run --data DATA --results docs/frontier.json [--tasks …] [--ways …] [--seeds …] [--jobs 2]
+    python examples/frontier.py report --results docs/frontier.json --docs docs
+
+`run` trains what RESULTS does not have yet, each run in one process on one core: which solve a step takes does not depend on how many
+workers share the layers (tests/test_window_engine.py), only the time does. That is accounted afterwards: every step by the time that the
+planner predicts for its solve on 8 or 16 workers whose layers take LAYER_MS forward and for each half of the
+gradient, of a batch that cannot be split; probes count with all gradients that they form. Losses are those of the exact forward.
+
+DATA holds tinyshakespeare/input.txt.gz, and `nested/` as made by `python examples/depth_task.py DATA/nested` (see TASKS).
+"""
+
+import argparse
+import json
+import math
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from rayllp.config import TrainConfig, load_config, make_config
+from rayllp.config.train import SWEEPS
+from rayllp.control import Controller, Probe
+from rayllp.plan import Costs, predict_step
+
+HERE = Path(__file__).parent
+LAYER_MS, MESSAGE_MS = 10.0, 0.2
+COSTS = Costs(
+    forward=LAYER_MS, record=LAYER_MS, input_gradient=LAYER_MS, full_gradient=2 * LAYER_MS, message=MESSAGE_MS
+)  # fmt: skip
+STEPS = 2000
+
+
+@dataclass(frozen=True)
+class Task:
+    """A config of this folder, the files it reads below DATA, and networks of how many middle layers are trained on it.
+
+    Attributes:
+        middle: N, and the depths it is compared with; the last one is N.
+        settings: for all of its runs.
+        seeds: of its runs.
+        buffers: layers outside the middle.
+    """
+
+    title: str
+    config: str
+    files: dict[str, str]
+    middle: tuple[int, ...]
+    settings: tuple[str, ...] = ()
+    seeds: tuple[int, ...] = (0,)
+    buffers: int = 4
+
+
+TASKS = {
+    "shakespeare": Task(
+        "GPT-2, Shakespeare, 2 + N + 2 layers, Δt = 1/N",
+        "gpt2_shakespeare",
+        {"data.path": "tinyshakespeare/input.txt.gz"},
+        (4, 8, 16, 32, 64),
+    ),
+    "standard": Task(
+        "GPT-2, Shakespeare, 16 layers, Δt = 1, no buffers",
+        "gpt2_shakespeare",
+        {"data.path": "tinyshakespeare/input.txt.gz"},
+        (4, 16),
+        ("step.middle=1", "buffers.open=0", "buffers.close=0"),
+        seeds=(0, 1, 2),
+        buffers=0,
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Way:
+    """How a network is trained.
+
+    Attributes:
+        workers: that it is meant for; windows are of as many layers. 1: exact training on one device.
+        settings: besides those of `windows`.
+        exact_from: share of the steps after which they are exact.
+        rungs: of the ladder; none: exact training.
+    """
+
+    workers: int
+    rungs: tuple[str, ...] = ()
+    exact_from: float = 1.0
+    settings: tuple[str, ...] = ()
+
+    def overrides(self) -> list[str]:
+        """Settings of one process that solves as so many workers do."""
+        if not self.rungs:
+            return ["mode=serial", *self.settings]
+        windows = [f"mgrit.window={self.workers}", "mesh.placement=cyclic", f"adaptive.ladder=[{','.join(self.rungs)}]"]
+        adaptive = ["mode=adaptive", f"adaptive.switch_at={self.exact_from}", "adaptive.consistency=null"]
+        return [*windows, *adaptive, *self.settings]
+
+
+DEFAULT = tuple(f"{forward}+{backward}" for forward, backward in SWEEPS)
+WAYS = {
+    "serial": Way(1),
+    "adaptive": Way(8, DEFAULT, 0.9),
+    "adaptive 16": Way(16, DEFAULT, 0.9),
+}
+
+
+def overrides(task: Task, way: str, middle: int, seed: int, lr: float, data: Path, steps: int) -> list[str]:
+    files = [f"{setting}={data / path}" for setting, path in task.files.items()]
+    always = [
+        f"model.layers={middle + task.buffers}", f"steps={steps}", f"seed={seed}", f"optimizer.lr={lr:g}", "workers=1", "eval.every=250",
+        "checkpoint.best=false", "snapshot_every=0", "eval.sample=0", "eval.batches=40", "spare_workers=false",
+    ]  # fmt: skip
+    return [*files, *always, *task.settings, *WAYS[way].overrides()]
+
+
+# Running ----------------------------------------------------------------------------------------------------------------------
+
+
+Key = tuple[str, str, int, int, float, int]
+"""Task, way, middle layers, seed, learning rate, steps."""
+
+
+def train(key: Key, data: Path) -> dict[str, Any]:
+    """One run in this process: the engine of a worker that has all layers, and the controller, as `rayllp train` runs them."""
+    import torch
+
+    from rayllp.channel import LocalChannel
+    from rayllp.data import load_data
+    from rayllp.engine import Engine
+    from rayllp.models import build_architecture
+
+    torch.set_num_threads(1)
+    name, way, middle, seed, lr, steps = key
+    config = load_config(HERE / f"{TASKS[name].config}.yaml", overrides(TASKS[name], way, middle, seed, lr, data, steps))
+    batches, alone = load_data(config), LocalChannel.alone()
+    engine = Engine(build_architecture(config, batches.facts), config, batches, alone, alone, torch.device("cpu"))
+    controller = Controller(config)
+    curve, plain, probes, biases = [], Counter[str](), Counter[str](), []
+    for step in range(steps):
+        controller.begin(step)
+        accuracy, plan = controller.accuracy_at(step), controller.probe(step)
+        stats = engine.train_step(step, accuracy, plan)
+        if not math.isfinite(stats.loss):
+            raise SystemExit(f"{key}: the loss is not finite at step {step}")
+        if plan is None:
+            plain[accuracy.name] += 1
+        else:
+            probes[f"{plan.candidate.name} in {'exact' if accuracy.serial else 'parallel'}"] += 1
+            bias = stats.bias
+            probe = Probe(
+                rho_forward=stats.rho_forward, rho_backward=stats.rho_backward,
+                bias=bias.relative if bias else None, noise=bias.noise if bias else None,
+            )  # fmt: skip
+            controller.observe(step, probe)
+            biases.append((step, plan.candidate.name, rounded(probe.bias), rounded(probe.noise)))
+        if (step + 1) % config.eval.every == 0 or step + 1 == steps:
+            curve.append((step + 1, round(engine.evaluate(config.eval.batches)["loss"], 5)))
+            print(key, curve[-1], controller.rung, flush=True)
+    found = {"loss": curve[-1][1], "curve": curve, "solves": dict(plain), "probes": dict(probes), "biases": biases}
+    return dict(zip(("task", "way", "middle", "seed", "lr", "steps"), key, strict=True)) | found
+
+
+def rounded(value: float | None) -> float | None:
+    return None if value is None else float(f"{value:.3g}")
+
+
+def load(results: Path) -> list[dict[str, Any]]:
+    return json.loads(results.read_text()) if results.exists() else []
+
+
+def key_of(result: dict[str, Any]) -> Key:
+    return tuple(result[name] for name in ("task", "way", "middle", "seed", "lr", "steps"))  # type: ignore[return-value]
+
+
+def wanted(arguments: argparse.Namespace) -> Iterator[Key]:
+    """Exact training at every depth, the other ways at the largest."""
+    for name in arguments.tasks:
+        task = TASKS[name]
+        for seed in task.seeds if arguments.seeds is None else arguments.seeds:
+            for way in arguments.ways:
+                for middle in arguments.middle or (task.middle if way == "serial" else task.middle[-1:]):
+                    yield from ((name, way, middle, seed, lr, arguments.steps) for lr in arguments.lr)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    data = arguments.data.absolute()
+    done = {key_of(result) for result in load(arguments.results)}
+    missing = [key for key in wanted(arguments) if key not in done]
+    with ProcessPoolExecutor(arguments.jobs) as pool:
+        for future in as_completed([pool.submit(train, key, data) for key in missing]):
+            result = future.result()
+            keep(arguments.results, result)
+            print(" ".join(map(str, key_of(result))), f"loss {result['loss']:.4f}", result["solves"], result["probes"], flush=True)
+
+
+def keep(results: Path, result: dict[str, Any]) -> None:
+    """Add to the file, in place of an earlier result of the same run."""
+    others = [other for other in load(results) if key_of(other) != key_of(result)]
+    lines = [json.dumps(r) for r in sorted([*others, result], key=key_of)]
+    results.write_text("[\n" + ",\n".join(lines) + "\n]\n")
+
+
+# What it takes ----------------------------------------------------------------------------------------------------------------
+
+
+def config_of(task: Task, middle: int, workers: int) -> TrainConfig:
+    """The network's shape on so many workers, for predictions."""
+    base = load_config(HERE / f"{task.config}.yaml").model_dump(mode="json")
+    base["model"]["layers"] = middle + task.buffers
+    ends = task.buffers // 2
+    base |= {"workers": workers, "mode": "parallel", "mgrit": {}, "adaptive": {}, "buffers": {"open": ends, "close": ends}}
+    base["mesh"] = {"placement": "cyclic"}
+    return make_config(base)
+
+
+def serial_ms(task: Task, middle: int) -> float:
+    """An exact step on one device."""
+    return (middle + task.buffers) * 3 * LAYER_MS
+
+
+def total_ms(result: dict[str, Any], *, exact_gains: bool = True) -> float:
+    """Of a whole training, on the workers that its way is meant for.
+
+    Args:
+        exact_gains: exact steps leave parameter gradients to idle workers, as ours do; else they take as long as on one device.
+    """
+    task, way = TASKS[result["task"]], WAYS[result["way"]]
+    if way.workers == 1:
+        return sum(result["solves"].values()) * serial_ms(task, result["middle"])
+    config = config_of(task, result["middle"], way.workers)
+    rungs = {rung.name: rung for rung in Controller(config.model_copy(update={"adaptive": config.adaptive.model_copy(update={"ladder": way.rungs})})).rungs}
+
+    def step(name: str) -> float:
+        if name == "serial" and not exact_gains:
+            return serial_ms(task, result["middle"])
+        return predict_step(config, rungs[name], COSTS)
+
+    total = sum(count * step(name) for name, count in result["solves"].items())
+    for probe, count in result["probes"].items():
+        name, _, kind = probe.partition(" in ")
+        doubled = predict_step(config, rungs[name].probing(), COSTS)
+        # The better gradient is formed in two halves of the batch, each of which takes as long as the whole.
+        total += count * (step(name) + (doubled + 2 * step("serial") if kind == "exact" else 2 * doubled))
+    return total
+
+
+@dataclass(frozen=True)
+class Row:
+    """A way at a depth, over its seeds, each with its best learning rate by the exact network's loss."""
+
+    task: str
+    way: str
+    middle: int
+    workers: int
+    lr: float
+    losses: tuple[float, ...]
+    gaps: tuple[float, ...]
+    kept: tuple[float, ...]
+    hours: float
+    speedup: float
+    strict: float
+    shares: dict[str, float]
+
+
+def rows(results: list[dict[str, Any]]) -> list[Row]:
+    """What the tables and the picture show."""
+    found = []
+    for name, task in TASKS.items():
+        mine = [r for r in results if r["task"] == name]
+        serial = {(r["middle"], r["seed"], r["lr"]): r for r in mine if r["way"] == "serial"}
+        deep, shallow = task.middle[-1], task.middle[-1] // 4
+        rates = {m: best_rate(mine, "serial", m) for m in task.middle}
+        for way in WAYS:
+            for middle in task.middle:
+                lr = best_rate(mine, way, middle)
+                runs = [r for r in mine if (r["way"], r["middle"], r["lr"]) == (way, middle, lr)]
+                if not runs:
+                    continue
+                gaps, kept = [], []
+                for r in runs:
+                    exact, coarse = serial.get((middle, r["seed"], rates[middle])), serial.get((shallow, r["seed"], rates[shallow]))
+                    if exact is not None:
+                        gaps.append(100 * (r["loss"] / exact["loss"] - 1))
+                        if middle == deep and coarse is not None:
+                            kept.append(100 * (coarse["loss"] - r["loss"]) / (coarse["loss"] - exact["loss"]))
+                ms, alone = mean(total_ms(r) for r in runs), runs[0]["steps"] * serial_ms(task, middle)
+                strict = mean(total_ms(r, exact_gains=False) for r in runs)
+                steps = runs[0]["steps"]
+                shares: Counter[str] = Counter()
+                for r in runs:
+                    shares.update({key: count / steps / len(runs) for key, count in r["solves"].items()})
+                    shares["probes"] += sum(r["probes"].values()) / steps / len(runs)
+                found.append(
+                    Row(
+                        task=name, way=way, middle=middle, workers=WAYS[way].workers, lr=lr, losses=tuple(r["loss"] for r in runs),
+                        gaps=tuple(gaps), kept=tuple(kept), hours=ms / 3.6e6, speedup=alone / ms, strict=alone / strict, shares=dict(shares),
+                    )  # fmt: skip
+                )
+    return found
+
+
+def best_rate(results: list[dict[str, Any]], way: str, middle: int) -> float:
+    """The learning rate of the lowest mean loss."""
+    losses: dict[float, list[float]] = {}
+    for r in results:
+        if (r["way"], r["middle"]) == (way, middle):
+            losses.setdefault(r["lr"], []).append(r["loss"])
+    return min(losses, key=lambda lr: mean(losses[lr])) if losses else math.nan
+
+
+# Reporting --------------------------------------------------------------------------------------------------------------------
+
+
+def spread(values: tuple[float, ...], digits: int, *, sign: bool = False) -> str:
+    if not values:
+        return "–"
+    shown = f"{mean(values):{'+' if sign else ''}.{digits}f}"
+    return shown + (f" ± {stdev(values):.{digits}f}" if len(values) > 1 else "")
+
+
+def table(found: list[Row], task: str) -> str:
+    heads = "way | middle layers | workers | loss | gap, % | depth kept, % | hours | speed-up | steps by solve"
+    lines = ["| " + heads + " |", "|---" * 9 + "|"]
+    for row in found:
+        if row.task == task:
+            shares = ", ".join(f"{share:.0%} {name}" for name, share in sorted(row.shares.items()) if share >= 0.005)
+            serial = row.way == "serial"
+            speed = "1" if serial else f"{row.speedup:.2f} ({row.strict:.2f})"
+            cells = [
+                row.way, str(row.middle), str(row.workers), spread(row.losses, 4), "" if serial else spread(row.gaps, 2, sign=True),
+                spread(row.kept, 0) if row.kept and not serial else "", f"{row.hours:.3f}", speed, "" if serial else shares,
+            ]  # fmt: skip
+            lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+COLOURS = {"serial": "#1f77b4", "adaptive": "#2ca02c", "adaptive 16": "#d62728"}
+
+
+def draw(found: list[Row], picture: Path) -> None:
+    """Loss over the time of the training, one panel a task."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    names = [name for name in TASKS if any(row.task == name for row in found)]
+    figure, axes = plt.subplots(1, len(names), figsize=(5.2 * len(names), 3.8), layout="constrained", squeeze=False)
+    for name, axis in zip(names, axes[0], strict=True):
+        for way in WAYS:
+            mine = sorted((row for row in found if (row.task, row.way) == (name, way)), key=lambda row: row.middle)
+            if not mine:
+                continue
+            points = [(row.hours, mean(row.losses)) for row in mine]
+            workers = WAYS[way].workers
+            label = "exact, one device" if workers == 1 else f"adaptive, {workers} workers"
+            axis.plot(*zip(*points, strict=True), "o-", ms=4, lw=1.2, color=COLOURS.get(way, "#7f7f7f"), label=label)
+            for row, point in zip(mine, points, strict=True):
+                axis.annotate(str(row.middle), point, textcoords="offset points", xytext=(4, 4), fontsize="x-small")
+        axis.set(title=TASKS[name].title, xlabel="hours of training (emulated layers)", ylabel="validation loss, exact forward", xscale="log")
+        axis.legend(frameon=False, fontsize="small")
+    figure.savefig(picture, dpi=130)
+
+
+BEGIN, END = "<!-- tables: made by `python examples/frontier.py report` -->\n", "<!-- end of tables -->"
+
+
+def report(arguments: argparse.Namespace) -> None:
+    found = rows(load(arguments.results))
+    page = arguments.docs / "frontier.md"
+    made = "\n\n".join(f"**{task.title}**\n\n{table(found, name)}" for name, task in TASKS.items() if any(r.task == name for r in found))
+    before, _, rest = page.read_text().partition(BEGIN)
+    page.write_text(f"{before}{BEGIN}\n{made}\n\n{END}{rest.partition(END)[2]}")
+    draw(found, arguments.docs / "images" / "frontier.png")
+    print(made)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True)
+    runs = commands.add_parser("run", help="train what the results do not have yet")
+    runs.add_argument("--data", type=Path, required=True)
+    runs.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
+    runs.add_argument("--ways", nargs="+", default=list(WAYS), choices=list(WAYS))
+    runs.add_argument("--middle", nargs="+", type=int, help="depths; default the task's for exact training, its largest for other ways")
+    runs.add_argument("--lr", nargs="+", type=float, default=[1e-3, 2e-3, 4e-3])
+    runs.add_argument("--seeds", nargs="+", type=int)
+    runs.add_argument("--steps", type=int, default=STEPS)
+    runs.add_argument("--jobs", type=int, default=1)
+    runs.set_defaults(action=run)
+    reports = commands.add_parser("report", help="write the tables and the picture")
+    reports.add_argument("--docs", type=Path, default=Path("docs"))
+    reports.set_defaults(action=report)
+    for command in (runs, reports):
+        command.add_argument("--results", type=Path, default=Path("docs/frontier.json"))
+    arguments = parser.parse_args()
+    arguments.action(arguments)
+
+
+if __name__ == "__main__":
+    main()
