@@ -17,7 +17,7 @@ PAGE = Path(__file__).parent / "pays.md"
 BEGIN, END = "<!-- tables: made by `python docs/pays.py`, checked by the tests -->\n", "<!-- end of tables -->"
 DEVICES = 8
 CHEAPEST = [(c, levels, 1, 1) for c in (2, 4, 8, 16) for levels in (2, 3, 4)]
-DEFAULT = [(4, 2, 2, 1)]
+WINDOWS = {sweeps: [(length, 0, *sweeps) for length in (2, 4, 8)] for sweeps in ((1, 1), (2, 2))}
 
 
 def costs(forward: float) -> Costs:
@@ -35,7 +35,7 @@ def planned(measured: dict[int, Costs], layers: int, batch: int, solves: list[tu
     """All meshes of eight devices, and of fewer."""
     config = make_config({"model": {"layers": layers}, "buffers": {"open": 0, "close": 0}, "batch_size": batch, "workers": 1})
     model = LayerModel(measured=measured, parameter_bytes=28e6, state_bytes=2e6, graph_bytes=6e7)
-    deep_enough = [solve for solve in solves if layers > solve[0] ** (solve[1] - 1)]
+    deep_enough = [solve for solve in solves if layers > solve[0] ** max(1, solve[1] - 1)]
     return make_plan(config, model, Device(), DEVICES, solves=deep_enough)
 
 
@@ -44,23 +44,21 @@ def cell(plan: Plan, wanted: Callable[[Option], bool]) -> tuple[float, str]:
     found = next((option for option in plan.options if wanted(option)), None)
     if found is None or found.devices == 1:
         return 1.0, "one device"
-    way = {"pipeline": "pipeline ", "data": "replicas ", "layer": ""}[found.kind]
-    settings = f", c_f {found.solve[0]}, {found.solve[1]} levels" if found.solve and found.solve[2:] == (1, 1) else ""
+    way = {"pipeline": "in turn " if found.in_order else "pipeline ", "data": "replicas ", "layer": ""}[found.kind]
+    settings = f", c_f {found.solve[0]}, {found.solve[1]} levels" if found.solve and found.solve[1] else ""
     return plan.serial_s / found.step_s, f"{way}{found.data} × {found.layer}{settings}"
 
 
 def table(measured: dict[int, Costs]) -> Iterable[str]:
     """A row a depth and batch; the fastest is bold."""
-    yield "| layers | batch | best exact way | layer-parallel, defaults (c_f 4, 2+1) | layer-parallel, 1+1 |"
-    yield "|---|---|---|---|---|"
+    yield "| layers | batch | best exact way | MGRIT, 1+1 | windows, 1+1 | windows, 2+2 |"
+    yield "|---|---|---|---|---|---|"
     for layers in (16, 64, 256):
         for batch in (1, 8, 64):
-            default, cheapest = (planned(measured, layers, batch, solves) for solves in (DEFAULT, CHEAPEST))
-            cells = [
-                cell(default, lambda option: option.solve is None),
-                cell(default, lambda option: option.solve is not None),
-                cell(cheapest, lambda option: option.solve is not None),
-            ]
+            cheapest = planned(measured, layers, batch, CHEAPEST)
+            cells = [cell(cheapest, lambda option: option.solve is None)]
+            for solves in (CHEAPEST, *WINDOWS.values()):
+                cells.append(cell(planned(measured, layers, batch, solves), lambda option: option.solve is not None))
             best = max(factor for factor, _ in cells)
             words = (f"**{factor:.1f}** ({way})" if factor == best else f"{factor:.1f} ({way})" for factor, way in cells)
             yield f"| {layers} | {batch} | " + " | ".join(words) + " |"

@@ -8,7 +8,7 @@ workers share the layers (tests/test_window_engine.py), only the time does. That
 planner predicts for its solve on 8 or 16 workers whose layers take LAYER_MS forward and for each half of the
 gradient, of a batch that cannot be split; probes count with all gradients that they form. Losses are those of the exact forward.
 
-DATA holds tinyshakespeare/input.txt.gz, and `nested/` as made by `python examples/depth_task.py DATA/nested` (see TASKS).
+DATA holds tinyshakespeare/input.txt.gz; the teacher's task makes its own (examples/deep_teacher.py).
 """
 
 import argparse
@@ -18,6 +18,7 @@ from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -43,7 +44,9 @@ class Task:
         middle: N, and the depths it is compared with; the last one is N.
         settings: for all of its runs.
         seeds: of its runs.
+        rates: learning rates, the same for every depth and way.
         buffers: layers outside the middle.
+        module: in this folder, whose `student` and `Lessons` are trained; none: what the config names.
     """
 
     title: str
@@ -52,7 +55,9 @@ class Task:
     middle: tuple[int, ...]
     settings: tuple[str, ...] = ()
     seeds: tuple[int, ...] = (0,)
+    rates: tuple[float, ...] = (1e-3, 2e-3, 4e-3)
     buffers: int = 4
+    module: str | None = None
 
 
 TASKS = {
@@ -70,6 +75,16 @@ TASKS = {
         ("step.middle=1", "buffers.open=0", "buffers.close=0"),
         seeds=(0, 1, 2),
         buffers=0,
+    ),
+    "teacher": Task(
+        "Imitating a random network of 64 layers, Δt = 16/N",
+        "deep_teacher",
+        {},
+        (4, 8, 16, 32, 64),
+        seeds=(0, 1, 2),
+        rates=(1e-2, 3e-2, 6e-2),
+        buffers=0,
+        module="deep_teacher",
     ),
 }
 
@@ -93,7 +108,7 @@ class Way:
     def overrides(self) -> list[str]:
         """Settings of one process that solves as so many workers do."""
         if not self.rungs:
-            return ["mode=serial", *self.settings]
+            return ["mode=serial", "mesh.placement=cyclic", *self.settings]
         windows = [f"mgrit.window={self.workers}", "mesh.placement=cyclic", f"adaptive.ladder=[{','.join(self.rungs)}]"]
         adaptive = ["mode=adaptive", f"adaptive.switch_at={self.exact_from}", "adaptive.consistency=null"]
         return [*windows, *adaptive, *self.settings]
@@ -111,7 +126,7 @@ def overrides(task: Task, way: str, middle: int, seed: int, lr: float, data: Pat
     files = [f"{setting}={data / path}" for setting, path in task.files.items()]
     always = [
         f"model.layers={middle + task.buffers}", f"steps={steps}", f"seed={seed}", f"optimizer.lr={lr:g}", "workers=1", "eval.every=250",
-        "checkpoint.best=false", "snapshot_every=0", "eval.sample=0", "eval.batches=40", "spare_workers=false",
+        "eval.batches=40",
     ]  # fmt: skip
     return [*files, *always, *task.settings, *WAYS[way].overrides()]
 
@@ -135,8 +150,14 @@ def train(key: Key, data: Path) -> dict[str, Any]:
     torch.set_num_threads(1)
     name, way, middle, seed, lr, steps = key
     config = load_config(HERE / f"{TASKS[name].config}.yaml", overrides(TASKS[name], way, middle, seed, lr, data, steps))
-    batches, alone = load_data(config), LocalChannel.alone()
-    engine = Engine(build_architecture(config, batches.facts), config, batches, alone, alone, torch.device("cpu"))
+    alone = LocalChannel.alone()
+    if TASKS[name].module is None:
+        batches = load_data(config)
+        model = build_architecture(config, batches.facts)
+    else:
+        module = import_module(TASKS[name].module)
+        model, batches = module.student(config), module.Lessons(config)
+    engine = Engine(model, config, batches, alone, alone, torch.device("cpu"))
     controller = Controller(config)
     curve, plain, probes, biases = [], Counter[str](), Counter[str](), []
     for step in range(steps):
@@ -157,7 +178,7 @@ def train(key: Key, data: Path) -> dict[str, Any]:
             controller.observe(step, probe)
             biases.append((step, plan.candidate.name, rounded(probe.bias), rounded(probe.noise)))
         if (step + 1) % config.eval.every == 0 or step + 1 == steps:
-            curve.append((step + 1, round(engine.evaluate(config.eval.batches)["loss"], 5)))
+            curve.append((step + 1, float(f"{engine.evaluate(config.eval.batches)['loss']:.6g}")))
             print(key, curve[-1], controller.rung, flush=True)
     found = {"loss": curve[-1][1], "curve": curve, "solves": dict(plain), "probes": dict(probes), "biases": biases}
     return dict(zip(("task", "way", "middle", "seed", "lr", "steps"), key, strict=True)) | found
@@ -182,7 +203,7 @@ def wanted(arguments: argparse.Namespace) -> Iterator[Key]:
         for seed in task.seeds if arguments.seeds is None else arguments.seeds:
             for way in arguments.ways:
                 for middle in arguments.middle or (task.middle if way == "serial" else task.middle[-1:]):
-                    yield from ((name, way, middle, seed, lr, arguments.steps) for lr in arguments.lr)
+                    yield from ((name, way, middle, seed, lr, arguments.steps) for lr in arguments.lr or task.rates)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -386,7 +407,7 @@ def main() -> None:
     runs.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
     runs.add_argument("--ways", nargs="+", default=list(WAYS), choices=list(WAYS))
     runs.add_argument("--middle", nargs="+", type=int, help="depths; default the task's for exact training, its largest for other ways")
-    runs.add_argument("--lr", nargs="+", type=float, default=[1e-3, 2e-3, 4e-3])
+    runs.add_argument("--lr", nargs="+", type=float, help="learning rates; default the task's")
     runs.add_argument("--seeds", nargs="+", type=int)
     runs.add_argument("--steps", type=int, default=STEPS)
     runs.add_argument("--jobs", type=int, default=1)

@@ -177,3 +177,9 @@ class TimedChannel(ChannelAround):
         found = self.inner.all_gather(state, spec, tag)
         self.timeline.add(begin, "wait")
         return found
+
+    def all_to_all(self, parts: Sequence[Tensor], tag: MessageTag) -> list[Tensor]:
+        begin = self.timeline.clock()
+        found = self.inner.all_to_all(parts, tag)
+        self.timeline.add(begin, "wait")
+        return found

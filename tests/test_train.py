@@ -88,8 +88,8 @@ def test_a_run_writes_what_the_design_names(parallel_run):
     metrics = read(run / "metrics.jsonl")
     assert [m["step"] for m in metrics] == list(range(12))
     assert set(metrics[0]) == {
-        "step", "loss", "mode", "solve", "probed", "iterations_forward", "iterations_backward", "rho_forward", "rho_backward", "rho_by_point",
-            "bias",
+        "step", "loss", "mode", "solve", "probed", "iterations_forward", "iterations_backward", "rho_forward", "rho_backward",
+            "rho_by_point", "bias",
         "cosine", "noise", "bias_by_block", "bias_against", "consistency", "consistency_weight", "lipschitz", "grad_norm", "lr",
         "step_time_s", "tokens", "workers",
     }  # fmt: skip

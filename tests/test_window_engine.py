@@ -58,7 +58,9 @@ def test_as_many_sweeps_as_layers_are_exact(workers, changes):
     assert_same(on_workers(workers, sweeps(4, 4), **changes), wanted, 1e-9)
 
 
-@pytest.mark.parametrize("changes", [{}, {"microbatches": 1}, {"microbatches": 2}, {"model": {"dropout": 0.1}}, {"mgrit": {"recompute": True}}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"microbatches": 1}, {"microbatches": 2}, {"model": {"dropout": 0.1}}, {"mgrit": {"recompute": True}}]
+)
 @pytest.mark.parametrize("workers", [2, 3, 4])
 def test_exact_steps_with_layers_in_turn(workers, changes):
     assert_same(on_workers(workers, SERIAL, **changes), on_workers(1, SERIAL, **changes), 1e-9)

@@ -83,6 +83,13 @@ def test_the_bits_do_not_depend_on_the_number_of_workers():
         assert all(torch.equal(state, inputs[layer]) for layer, state in others.items())
 
 
+@pytest.mark.parametrize("workers", [2, 3, 4, 7])
+def test_large_states_are_added_up_in_pieces_to_the_same_bits(workers, monkeypatch):
+    wanted = solve(workers, 5, 2)[0]
+    monkeypatch.setattr("rayllp.mgrit.windows.IN_PIECES_BYTES", 0)
+    assert torch.equal(solve(workers, 5, 2)[0], wanted)
+
+
 def test_an_error_of_second_order_and_each_sweep_gains_one_more():
     exact = serial(weights())[-1]
     errors = {(c, k): float((solve(2, c, k)[0] - exact).norm()) for c in (2, 4, 8) for k in (1, 2, 3)}

@@ -1,6 +1,6 @@
 """How workers talk: the one interface, and the name that every message carries."""
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
@@ -85,6 +85,17 @@ class Channel(Protocol):
         """
         ...
 
+    def all_to_all(self, parts: Sequence[Tensor], tag: MessageTag) -> list[Tensor]:
+        """Part j of each worker to worker j: what this one is given, in order of the ranks.
+
+        Args:
+            parts: one for each worker, flat, all of one length and dtype on all workers.
+
+        Raises:
+            ChannelError: one of them did not come within the time limit, or a worker is gone.
+        """
+        ...
+
     def program(self, key: Hashable | None) -> AbstractContextManager[None]:
         """What is received inside is what was received inside the last time with this key: a channel may prepare for it. None: not so."""
         ...
@@ -119,6 +130,9 @@ class ChannelAround:
 
     def all_gather(self, state: State, spec: StateSpec, tag: MessageTag) -> list[State]:
         return self.inner.all_gather(state, spec, tag)
+
+    def all_to_all(self, parts: Sequence[Tensor], tag: MessageTag) -> list[Tensor]:
+        return self.inner.all_to_all(parts, tag)
 
     def program(self, key: Hashable | None) -> AbstractContextManager[None]:
         return self.inner.program(key)

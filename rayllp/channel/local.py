@@ -2,7 +2,7 @@
 
 import queue
 import threading
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
@@ -38,6 +38,7 @@ class _Hub:
         self.barrier = threading.Barrier(size)
         self.slots: list[Tensor | None] = [None] * size
         self.states: list[State | None] = [None] * size
+        self.parts: list[list[Tensor]] = [[] for _ in range(size)]
 
 
 class LocalChannel:
@@ -85,6 +86,14 @@ class LocalChannel:
         hub.states[self.rank] = detach(state)
         self._meet(tag)
         found = [other for other in hub.states if other is not None]
+        self._meet(tag)
+        return found
+
+    def all_to_all(self, parts: Sequence[Tensor], tag: MessageTag) -> list[Tensor]:
+        hub = self._hub
+        hub.parts[self.rank] = [part.clone() for part in parts]
+        self._meet(tag)
+        found = [theirs[self.rank] for theirs in hub.parts]
         self._meet(tag)
         return found
 

@@ -219,6 +219,11 @@ class MPIChannel(WiredChannel):
         self._await(self.comm.Iallgather(self._memory(buffer), self._memory(found.view(-1))))
         return list(found.unbind())
 
+    def _exchange(self, parts: Tensor) -> Tensor:
+        found = torch.empty_like(parts)
+        self._await(self.comm.Ialltoall(self._memory(parts.view(-1)), self._memory(found.view(-1))))
+        return found
+
     def all_reduce(self, tensor: Tensor, tag: MessageTag) -> Tensor:
         if self.size == 1:
             return tensor

@@ -76,6 +76,19 @@ class TorchChannel(WiredChannel):
             have += count
         return [parts[(other - rank) % size] for other in range(size)]
 
+    def _exchange(self, parts: Tensor) -> Tensor:
+        found = torch.empty_like(parts)
+        if not self._on_host:
+            dist.all_to_all_single(found, parts, group=self._mine)
+            return found
+        others = [(self.rank + step) % self.size for step in range(1, self.size)]
+        coming = [self._mine.recv([found[other]], other, GATHERED) for other in others]
+        leaving = [self._mine.send([parts[other]], other, GATHERED) for other in others]
+        found[self.rank] = parts[self.rank]
+        for work in (*coming, *leaving):
+            work.wait(timedelta(seconds=self.timeout_s))
+        return found
+
     def all_reduce(self, tensor: Tensor, tag: MessageTag) -> Tensor:
         if self.size == 1:
             return tensor

@@ -3,7 +3,7 @@
 import time
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -115,6 +115,24 @@ class WiredChannel(ABC):
         except RuntimeError as error:
             raise ChannelError(f"{tag}: all-gather over {self.size} workers failed on worker {self.rank}: {error}") from error
         return [state if rank == self.rank else _unflat(part.to(spec.device), spec) for rank, part in enumerate(found)]
+
+    @abstractmethod
+    def _exchange(self, parts: Tensor) -> Tensor:
+        """Row j of each worker to worker j: what this one is given, a row a worker.
+
+        Raises:
+            RuntimeError: the time limit has passed, or a worker is gone.
+        """
+
+    def all_to_all(self, parts: Sequence[Tensor], tag: MessageTag) -> list[Tensor]:
+        if self.size == 1:
+            return list(parts)
+        whole = torch.stack(list(parts))
+        try:
+            found = self._exchange(whole.cpu() if self._on_host else whole)
+        except RuntimeError as error:
+            raise ChannelError(f"{tag}: all-to-all over {self.size} workers failed on worker {self.rank}: {error}") from error
+        return list(found.to(parts[0].device).unbind())
 
     def arrived(self, spec: StateSpec, source: int) -> bool:
         if not self._asks_ahead:

@@ -19,12 +19,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from rayllp.channel.base import Channel, MessageTag, StateSpec
 from rayllp.errors import SettingsError
 from rayllp.mgrit.propagator import Propagator
 from rayllp.mgrit.result import MGRITResult, Status, no_residuals
-from rayllp.state import State, add, squared_norm, subtract
+from rayllp.state import State, add, like, squared_norm, subtract, tensors
+
+IN_PIECES_BYTES = 4 * 2**20
+"""What a worker would be sent at a window's end, beyond which the sum is taken in pieces; smaller ones wait for messages, not for bytes."""
 
 
 @dataclass(frozen=True)
@@ -120,21 +124,13 @@ class WindowSolver:
         """The state after these layers, in the order in which they are taken."""
         mine = [layer for layer in layers if self.placement.owners[layer] == self.channel.rank]
         inputs = dict.fromkeys(mine, start)
-        increments: list[State] = []
-        for sweep in range(self.sweeps):
-            last = sweep == self.sweeps - 1
-            self._enter("last sweep" if last else "relaxation", 0)
-            found = {layer: subtract(self._step(layer, inputs[layer], last), inputs[layer]) for layer in mine}
-            increments = self._gather(layers, found, f"sweep {sweep}")
-            if not last:
-                inputs = self._next_inputs(layers, start, increments, inputs, sweep)
-        state = start
-        for increment in increments:
-            state = add(state, increment)
-        return state
-
-    def _step(self, layer: int, state: State, last: bool) -> State:
-        return self.propagator.last_step(layer, state, None) if last else self.propagator.step(layer, state)
+        for sweep in range(self.sweeps - 1):
+            self._enter("relaxation", 0)
+            found = {layer: subtract(self.propagator.step(layer, inputs[layer]), inputs[layer]) for layer in mine}
+            inputs = self._next_inputs(layers, start, self._gather(layers, found, f"sweep {sweep}"), inputs, sweep)
+        self._enter("last sweep", 0)
+        found = {layer: subtract(self.propagator.last_step(layer, inputs[layer], None), inputs[layer]) for layer in mine}
+        return self._end(layers, start, found)
 
     def _next_inputs(
         self, layers: Sequence[int], start: State, increments: Sequence[State], before: dict[int, State], sweep: int
@@ -162,6 +158,39 @@ class WindowSolver:
                 self.channel.send(state, other, tag)
         return state
 
+    def _end(self, layers: Sequence[int], start: State, mine: dict[int, State]) -> State:
+        """The state after the window, from its first state and all increments, added in the order of the layers.
+
+        Large states are added up piece by piece, each worker one piece, and the pieces gathered: of P workers each then sends two states
+        instead of P − 1. The order of the sum is the same, and so are the bits.
+        """
+        size = self.channel.size
+        if size > 1 and (size - 1) * sum(part.nbytes for part in tensors(start)) > IN_PIECES_BYTES:
+            return self._end_in_pieces(layers, start, mine)
+        state = start
+        for increment in self._gather(layers, mine, "window's end"):
+            state = add(state, increment)
+        return state
+
+    def _end_in_pieces(self, layers: Sequence[int], start: State, mine: dict[int, State]) -> State:
+        rank, size, tag = self.channel.rank, self.channel.size, self.tag.at("window's end", 0)
+        owners = [self.placement.owners[layer] for layer in layers]
+        most, ends = max(owners.count(worker) for worker in set(owners)), []
+        own = [*mine.values(), *[self._nothing()] * (most - len(mine))]
+        for place, first in enumerate(tensors(start)):
+            length = -(-first.numel() // size)
+            rows = [_pieces(tensors(increment)[place], size, length) for increment in own]
+            # Of every worker, this one's piece of each of its layers.
+            given = self.channel.all_to_all([torch.cat([row[worker] for row in rows]) for worker in range(size)], tag)
+            piece, taken = _pieces(first, size, length)[rank], dict.fromkeys(owners, 0)
+            for owner in owners:
+                piece = piece + given[owner].view(most, length)[taken[owner]]
+                taken[owner] += 1
+            spec = StateSpec.of(piece)
+            whole = torch.cat([part for gathered in self.channel.all_gather(piece, spec, tag) for part in tensors(gathered)])
+            ends.append(whole[: first.numel()].view(first.shape))
+        return like(start, tuple(ends))
+
     def _gather(self, layers: Sequence[int], mine: dict[int, State], phase: str) -> list[State]:
         """The increments of all these layers, in order: summed in that order they give the same bits for any number of workers."""
         if self.channel.size == 1:
@@ -184,6 +213,12 @@ class WindowSolver:
             for shape, dtype in zip(self.spec.shapes, self.spec.dtypes, strict=True)
         ]
         return self.spec.build(parts)
+
+
+def _pieces(tensor: Tensor, count: int, length: int) -> Tensor:
+    """A tensor's numbers in rows of one length, the last one filled up with zeros; shape (count, length)."""
+    flat = tensor.detach().reshape(-1)
+    return torch.nn.functional.pad(flat, (0, count * length - len(flat))).view(count, length)
 
 
 def solve_in_order(

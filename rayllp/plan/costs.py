@@ -1,5 +1,6 @@
 """What the parts of a step cost."""
 
+import math
 from dataclasses import dataclass
 
 
@@ -16,6 +17,8 @@ class Costs:
         leave: head and loss, forward and gradient (without closing buffers).
         update: gradient norm, clipping and optimizer, a layer.
         message: a state's way to the neighbour.
+        gather: every worker's state to every other; None: as many messages one after the other as the number of workers has doublings.
+        total: the sum of all workers' states, on all of them; None: as long as to gather them.
     """
 
     forward: float
@@ -27,6 +30,18 @@ class Costs:
     leave: float = 0.0
     update: float = 0.0
     message: float = 0.0
+    gather: float | None = None
+    total: float | None = None
+
+    def gather_s(self, workers: int) -> float:
+        """Seconds of an all-gather of a state among so many workers."""
+        if workers == 1:
+            return 0.0
+        return self.message * math.ceil(math.log2(workers)) if self.gather is None else self.gather
+
+    def total_s(self, workers: int) -> float:
+        """Seconds until all of so many workers have the sum of their states."""
+        return self.gather_s(workers) if workers == 1 or self.total is None else min(self.total, self.gather_s(workers))
 
     @property
     def kinds(self) -> dict[str, float]:

@@ -7,7 +7,7 @@ one layer.
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import itemgetter
 from typing import Literal
 
@@ -53,6 +53,10 @@ class Device:
         """Seconds of a message of so many bytes to the neighbour."""
         return self.latency_s + size / self.bandwidth
 
+    def all_gather_s(self, size: float, count: int) -> float:
+        """So many bytes of each of so many workers to all."""
+        return 0.0 if count == 1 else (count - 1) * size / self.bandwidth + math.ceil(math.log2(count)) * self.latency_s
+
     def all_reduce_s(self, size: float, count: int) -> float:
         """A ring's."""
         if count == 1:
@@ -82,7 +86,7 @@ class LayerModel:
         low, high = points[upper - 1], points[upper]
         weight = max(0.0, (batch - low) / (high - low))
         below, above = (vars(self.measured.get(size, NOTHING)) for size in (low, high))
-        found = {name: value + weight * max(0.0, above[name] - value) for name, value in below.items()}
+        found = {name: value + weight * max(0.0, above[name] - value) for name, value in below.items() if value is not None}
         return Costs(**found | {"message": device.message_s(batch * self.state_bytes)})
 
 
@@ -332,6 +336,8 @@ def _layer_parallel(
     ends = {0: found.buffers.open}
     ends[layer - 1] = ends.get(layer - 1, 0) + found.buffers.close
     owned = max(len(found.layers_of(rank)) + ends.get(rank, 0) for rank in range(layer))
+    state_bytes = config.batch_size // replicas * model.state_bytes
+    costs = replace(costs, gather=device.all_gather_s(state_bytes, layer), total=device.all_reduce_s(state_bytes, layer))
     step_s = predict_step(found, Controller(found).chosen, costs) + _gradients_s(model, device, owned, replicas)
     batch = config.batch_size / replicas
     graphs = (1 if cyclic else c) if config.mgrit.recompute else owned

@@ -101,6 +101,9 @@ class _Recorder(Propagator):
     def all_gather(self, state: State, spec: StateSpec, tag: MessageTag) -> list[State]:
         raise NotImplementedError("MGRIT on blocks gathers nothing")
 
+    def all_to_all(self, parts: Sequence[Tensor], tag: MessageTag) -> list[Tensor]:
+        raise NotImplementedError("MGRIT on blocks gathers nothing")
+
     def program(self, key: Hashable | None) -> AbstractContextManager[None]:
         return nullcontext()
 

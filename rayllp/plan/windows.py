@@ -44,28 +44,28 @@ class Clocks:
 def window_step(config: TrainConfig, accuracy: Accuracy, costs: Costs, clocks: Clocks) -> None:
     """A step by windows, without update."""
     placement, last = Placement.cyclic(config.middle_layers, config.layer_workers), config.layer_workers - 1
-    windows = placement.windows(accuracy.window)
+    windows, meetings = placement.windows(accuracy.window), (costs.gather_s(config.layer_workers), costs.total_s(config.layer_workers))
     clocks.spend(0, costs.enter + config.buffers.open * costs.record, "enter")
     clocks.meet(costs.message, "forward")
     for window in windows:
-        _sweeps(placement, window, accuracy.iterations_forward, costs.forward, costs.record, costs.message, "forward", clocks)
+        _sweeps(placement, window, accuracy.iterations_forward, costs.forward, costs.record, meetings, "forward", clocks)
     clocks.spend(last, config.buffers.close * (costs.record + costs.full_gradient) + costs.leave, "loss")
     clocks.meet(costs.message, "adjoint")
     for window in reversed(windows):
         gradients = costs.input_gradient, costs.full_gradient
-        _sweeps(placement, window, accuracy.iterations_backward, *gradients, costs.message, "adjoint", clocks)
+        _sweeps(placement, window, accuracy.iterations_backward, *gradients, meetings, "adjoint", clocks)
     clocks.spend(0, config.buffers.open * costs.full_gradient + costs.enter_gradient, "enter")
 
 
 def _sweeps(
-    placement: Placement, window: range, sweeps: int, inner: float, final: float, message: float, solve: str, clocks: Clocks
+    placement: Placement, window: range, sweeps: int, inner: float, final: float, meetings: tuple[float, float], solve: str, clocks: Clocks
 ) -> None:
     for sweep in range(min(sweeps, len(window))):
         is_last = sweep == min(sweeps, len(window)) - 1
         for layer in window:
             phase = "last sweep" if is_last else "relaxation"
             clocks.spend(placement.owners[layer], final if is_last else inner, solve, phase, layer=layer)
-        clocks.meet(message, solve)
+        clocks.meet(meetings[is_last], solve)
 
 
 def in_order_step(config: TrainConfig, microbatches: int, costs: Costs, clocks: Clocks) -> None:
