@@ -3,9 +3,9 @@
     python examples/deep_teacher.py --layers 64 --steps 500        # trains exactly, on one worker, and prints the held-out error
 
 The teacher takes a vector through 64 layers x + TIME / 64 · (MLP of the normalised x), with random weights. A student of N layers has
-layers of the same shape and a step of TIME / N, so a shallow one has neither the parameters nor the steps for the teacher's way (docs/frontier.md has the losses).
-The loss is the squared error over the targets' variance: 1 for a student that says the mean. Samples are drawn anew for each step, from
-the seed and the step.
+layers of the same shape and a step of TIME / N, so a shallow one has neither the parameters nor the steps for the teacher's way
+(docs/frontier.md has the losses). The loss is the squared error over the targets' variance: 1 for a student that says the mean. Samples are
+drawn anew for each step, from the seed and the step.
 """
 
 import argparse

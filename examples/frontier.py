@@ -14,6 +14,7 @@ DATA holds tinyshakespeare/input.txt.gz; the teacher's task makes its own (examp
 import argparse
 import json
 import math
+import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -115,10 +116,14 @@ class Way:
 
 
 DEFAULT = tuple(f"{forward}+{backward}" for forward, backward in SWEEPS)
+FIXED = ("adaptive.bias_to_noise=1e9", "adaptive.probe_every=500")
+TAILS = (0.8, 0.9, 0.95, 0.98, 1.0)
 WAYS = {
     "serial": Way(1),
     "adaptive": Way(8, DEFAULT, 0.9),
     "adaptive 16": Way(16, DEFAULT, 0.9),
+    **{f"1+1, exact from {share:g}": Way(8, ("1+1",), share, FIXED) for share in TAILS},
+    **{f"2+2, exact from {share:g}": Way(8, ("2+2",), share, FIXED) for share in (0.9, 1.0)},
 }
 
 
@@ -138,8 +143,19 @@ Key = tuple[str, str, int, int, float, int]
 """Task, way, middle layers, seed, learning rate, steps."""
 
 
-def train(key: Key, data: Path) -> dict[str, Any]:
-    """One run in this process: the engine of a worker that has all layers, and the controller, as `rayllp train` runs them."""
+def branch_file(key: Key, step: int) -> Path:
+    """Where a run leaves its state before a step, for others to go on from."""
+    name, _, middle, seed, lr, steps = key
+    return Path(tempfile.gettempdir()) / f"frontier_{name}_{middle}_{seed}_{lr:g}_{steps}_{step}.pt"
+
+
+def train(key: Key, data: Path, keep_at: tuple[float, ...] = (), start: Path | None = None) -> dict[str, Any]:
+    """One run in this process: the engine of a worker that has all layers, and the controller, as `rayllp train` runs them.
+
+    Args:
+        keep_at: shares of the steps before which the state is kept (`branch_file`).
+        start: such a state, to go on from.
+    """
     import torch
 
     from rayllp.channel import LocalChannel
@@ -160,7 +176,21 @@ def train(key: Key, data: Path) -> dict[str, Any]:
     engine = Engine(model, config, batches, alone, alone, torch.device("cpu"))
     controller = Controller(config)
     curve, plain, probes, biases = [], Counter[str](), Counter[str](), []
-    for step in range(steps):
+    kept = {round(share * steps) for share in keep_at}
+    first = 0
+    if start is not None:
+        saved = torch.load(start, weights_only=True)
+        first, curve = saved["step"], [tuple(point) for point in saved["curve"]]
+        plain.update(saved["solves"])
+        probes.update(saved["probes"])
+        for name_, value in saved["parameters"].items():
+            engine.block.parameters[name_].data.copy_(value)
+        engine.optimizer.load_state_dict(saved["optimizer"])
+    for step in range(first, steps):
+        if step in kept and start is None:
+            parameters = {name_: p.detach() for name_, p in engine.block.parameters.items()}
+            state = {"step": step, "curve": curve, "solves": dict(plain), "probes": dict(probes), "parameters": parameters}
+            torch.save(state | {"optimizer": engine.optimizer.state_dict()}, branch_file(key, step))
         controller.begin(step)
         accuracy, plan = controller.accuracy_at(step), controller.probe(step)
         stats = engine.train_step(step, accuracy, plan)
@@ -217,6 +247,21 @@ def run(arguments: argparse.Namespace) -> None:
             print(" ".join(map(str, key_of(result))), f"loss {result['loss']:.4f}", result["solves"], result["probes"], flush=True)
 
 
+def tails(arguments: argparse.Namespace) -> None:
+    """1+1 to the end, and from states on its way the same with an exact end."""
+    data, (name,) = arguments.data.absolute(), arguments.tasks
+    for seed in arguments.seeds or (0,):
+        for lr in arguments.lr or TASKS[name].rates:
+            middle = TASKS[name].middle[-1]
+            whole = name, "1+1, exact from 1", middle, seed, lr, arguments.steps
+            keep(arguments.results, train(whole, data, keep_at=TAILS[:-1]))
+            for share in TAILS[:-1]:
+                key = name, f"1+1, exact from {share:g}", middle, seed, lr, arguments.steps
+                result = train(key, data, start=branch_file(key, round(share * arguments.steps)))
+                keep(arguments.results, result)
+                print(" ".join(map(str, key)), f"loss {result['loss']:.4f}", flush=True)
+
+
 def keep(results: Path, result: dict[str, Any]) -> None:
     """Add to the file, in place of an earlier result of the same run."""
     others = [other for other in load(results) if key_of(other) != key_of(result)]
@@ -227,12 +272,12 @@ def keep(results: Path, result: dict[str, Any]) -> None:
 # What it takes ----------------------------------------------------------------------------------------------------------------
 
 
-def config_of(task: Task, middle: int, workers: int) -> TrainConfig:
+def config_of(task: Task, middle: int, workers: int, rungs: tuple[str, ...]) -> TrainConfig:
     """The network's shape on so many workers, for predictions."""
     base = load_config(HERE / f"{task.config}.yaml").model_dump(mode="json")
     base["model"]["layers"] = middle + task.buffers
     ends = task.buffers // 2
-    base |= {"workers": workers, "mode": "parallel", "mgrit": {}, "adaptive": {}, "buffers": {"open": ends, "close": ends}}
+    base |= {"workers": workers, "mode": "parallel", "mgrit": {}, "adaptive": {"ladder": rungs}, "buffers": {"open": ends, "close": ends}}
     base["mesh"] = {"placement": "cyclic"}
     return make_config(base)
 
@@ -251,8 +296,8 @@ def total_ms(result: dict[str, Any], *, exact_gains: bool = True) -> float:
     task, way = TASKS[result["task"]], WAYS[result["way"]]
     if way.workers == 1:
         return sum(result["solves"].values()) * serial_ms(task, result["middle"])
-    config = config_of(task, result["middle"], way.workers)
-    rungs = {rung.name: rung for rung in Controller(config.model_copy(update={"adaptive": config.adaptive.model_copy(update={"ladder": way.rungs})})).rungs}
+    config = config_of(task, result["middle"], way.workers, way.rungs)
+    rungs = {rung.name: rung for rung in Controller(config).rungs}
 
     def step(name: str) -> float:
         if name == "serial" and not exact_gains:
@@ -264,7 +309,7 @@ def total_ms(result: dict[str, Any], *, exact_gains: bool = True) -> float:
         name, _, kind = probe.partition(" in ")
         doubled = predict_step(config, rungs[name].probing(), COSTS)
         # The better gradient is formed in two halves of the batch, each of which takes as long as the whole.
-        total += count * (step(name) + (doubled + 2 * step("serial") if kind == "exact" else 2 * doubled))
+        total += count * (step(name) + 2 * (step("serial") if kind == "exact" else doubled))
     return total
 
 
@@ -291,36 +336,56 @@ def rows(results: list[dict[str, Any]]) -> list[Row]:
     found = []
     for name, task in TASKS.items():
         mine = [r for r in results if r["task"] == name]
-        serial = {(r["middle"], r["seed"], r["lr"]): r for r in mine if r["way"] == "serial"}
-        deep, shallow = task.middle[-1], task.middle[-1] // 4
-        rates = {m: best_rate(mine, "serial", m) for m in task.middle}
         for way in WAYS:
             for middle in task.middle:
                 lr = best_rate(mine, way, middle)
                 runs = [r for r in mine if (r["way"], r["middle"], r["lr"]) == (way, middle, lr)]
-                if not runs:
-                    continue
-                gaps, kept = [], []
-                for r in runs:
-                    exact, coarse = serial.get((middle, r["seed"], rates[middle])), serial.get((shallow, r["seed"], rates[shallow]))
-                    if exact is not None:
-                        gaps.append(100 * (r["loss"] / exact["loss"] - 1))
-                        if middle == deep and coarse is not None:
-                            kept.append(100 * (coarse["loss"] - r["loss"]) / (coarse["loss"] - exact["loss"]))
-                ms, alone = mean(total_ms(r) for r in runs), runs[0]["steps"] * serial_ms(task, middle)
-                strict = mean(total_ms(r, exact_gains=False) for r in runs)
-                steps = runs[0]["steps"]
-                shares: Counter[str] = Counter()
-                for r in runs:
-                    shares.update({key: count / steps / len(runs) for key, count in r["solves"].items()})
-                    shares["probes"] += sum(r["probes"].values()) / steps / len(runs)
-                found.append(
-                    Row(
-                        task=name, way=way, middle=middle, workers=WAYS[way].workers, lr=lr, losses=tuple(r["loss"] for r in runs),
-                        gaps=tuple(gaps), kept=tuple(kept), hours=ms / 3.6e6, speedup=alone / ms, strict=alone / strict, shares=dict(shares),
-                    )  # fmt: skip
-                )
+                if runs:
+                    found.append(row_of(runs, mine))
     return found
+
+
+def row_of(runs: list[dict[str, Any]], results: list[dict[str, Any]]) -> Row:
+    """Of one way at one depth and learning rate.
+
+    Args:
+        runs: its seeds.
+        results: all of the task.
+    """
+    task, middle, steps = TASKS[runs[0]["task"]], runs[0]["middle"], runs[0]["steps"]
+    exact, coarse = exact_losses(results, middle), exact_losses(results, task.middle[-1] // 4)
+    gaps = [100 * (r["loss"] / exact[r["seed"]] - 1) for r in runs if r["seed"] in exact]
+    kept = [
+        100 * (coarse[r["seed"]] - r["loss"]) / (coarse[r["seed"]] - exact[r["seed"]])
+        for r in runs
+        if middle == task.middle[-1] and r["seed"] in exact and r["seed"] in coarse
+    ]
+    shares: Counter[str] = Counter()
+    for r in runs:
+        shares.update({key: count / steps / len(runs) for key, count in r["solves"].items()})
+        shares["probes"] += sum(r["probes"].values()) / steps / len(runs)
+    ms, strict = (mean(total_ms(r, exact_gains=gains) for r in runs) for gains in (True, False))
+    alone = steps * serial_ms(task, middle)
+    return Row(
+        task=runs[0]["task"],
+        way=runs[0]["way"],
+        middle=middle,
+        workers=WAYS[runs[0]["way"]].workers,
+        lr=runs[0]["lr"],
+        losses=tuple(r["loss"] for r in runs),
+        gaps=tuple(gaps),
+        kept=tuple(kept),
+        hours=ms / 3.6e6,
+        speedup=alone / ms,
+        strict=alone / strict,
+        shares=dict(shares),
+    )
+
+
+def exact_losses(results: list[dict[str, Any]], middle: int) -> dict[int, float]:
+    """By seed, of exact training at its best learning rate."""
+    lr = best_rate(results, "serial", middle)
+    return {r["seed"]: r["loss"] for r in results if (r["way"], r["middle"], r["lr"]) == ("serial", middle, lr)}
 
 
 def best_rate(results: list[dict[str, Any]], way: str, middle: int) -> float:
@@ -381,7 +446,7 @@ def draw(found: list[Row], picture: Path) -> None:
             axis.plot(*zip(*points, strict=True), "o-", ms=4, lw=1.2, color=COLOURS.get(way, "#7f7f7f"), label=label)
             for row, point in zip(mine, points, strict=True):
                 axis.annotate(str(row.middle), point, textcoords="offset points", xytext=(4, 4), fontsize="x-small")
-        axis.set(title=TASKS[name].title, xlabel="hours of training (emulated layers)", ylabel="validation loss, exact forward", xscale="log")
+        axis.set(title=TASKS[name].title, xlabel="hours of training (emulated layers)", ylabel="validation loss", xscale="log")
         axis.legend(frameon=False, fontsize="small")
     figure.savefig(picture, dpi=130)
 
@@ -412,10 +477,17 @@ def main() -> None:
     runs.add_argument("--steps", type=int, default=STEPS)
     runs.add_argument("--jobs", type=int, default=1)
     runs.set_defaults(action=run)
+    ends = commands.add_parser("tails", help="1+1 with exact ends of several lengths")
+    ends.add_argument("--data", type=Path, required=True)
+    ends.add_argument("--tasks", nargs=1, default=["shakespeare"], choices=list(TASKS))
+    ends.add_argument("--lr", nargs="+", type=float)
+    ends.add_argument("--seeds", nargs="+", type=int)
+    ends.add_argument("--steps", type=int, default=STEPS)
+    ends.set_defaults(action=tails)
     reports = commands.add_parser("report", help="write the tables and the picture")
     reports.add_argument("--docs", type=Path, default=Path("docs"))
     reports.set_defaults(action=report)
-    for command in (runs, reports):
+    for command in (runs, ends, reports):
         command.add_argument("--results", type=Path, default=Path("docs/frontier.json"))
     arguments = parser.parse_args()
     arguments.action(arguments)

@@ -60,9 +60,10 @@ def main() -> None:
                     solve["adaptive"] = {"probe_every": 0}
                     fixed["{}+{}".format(*sweeps)] = seconds(config(arguments, **solve, **parts), times, splits)[0]
                 shown = ", ".join(f"{name} {value:.1f} s" for name, value in fixed.items())
+                kind = "splits well" if splits else "cannot be split"
+                over = f"{adaptive / exact:.3f} of exact, {adaptive / min(fixed.values()):.3f} of the fastest fixed solve"
                 print(
-                    f"layers of {text}, a batch that {'splits well' if splits else 'cannot be split'}: exact {exact:.1f} s, {shown}, "
-                    f"adaptive {adaptive:.1f} s {counts}: {adaptive / exact:.3f} of exact, {adaptive / min(fixed.values()):.3f} of the fastest fixed",
+                    f"layers of {text}, a batch that {kind}: exact {exact:.1f} s, {shown}, adaptive {adaptive:.1f} s {counts}: {over}",
                     flush=True,
                 )
 

@@ -84,12 +84,14 @@ class ProbePlan:
         candidate: the accuracy that is judged: the one in use, or in serial training the rung to come back to.
         bias: whether its gradient is compared with a better one.
         exact: whether that better one is the exact gradient rather than that of doubled iterations.
+        rho: whether convergence factors are wanted where the step is exact, for which doubled iterations are run besides.
         lipschitz: whether each layer's Lipschitz constant is estimated.
     """
 
     candidate: Accuracy
     bias: bool = False
     exact: bool = False
+    rho: bool = True
     lipschitz: bool = False
 
 
@@ -204,6 +206,7 @@ class Controller:
             candidate=replace(self.rungs[index], consistency=self.accuracy.consistency),
             bias=exact or self.settings.rule != "convergence",
             exact=exact,
+            rho=not self._is_unverified or self.settings.rule != "bias",
             lipschitz=lipschitz,
         )
 

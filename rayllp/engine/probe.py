@@ -70,9 +70,9 @@ class Probing:
         doubled = self.plan.candidate.probing()
         probed, better = None, doubled
         if accuracy.serial or self.plan.exact:
-            # Doubled iterations are run for ρ alone; the gradient of the step is the exact one.
-            probed = self.gradients(batch.solved_by(doubled))
-            self.gradients.forget()
+            if self.plan.rho:  # doubled iterations are run for ρ alone; the gradient of the step is the exact one
+                probed = self.gradients(batch.solved_by(doubled))
+                self.gradients.forget()
             better = accuracy if accuracy.serial else _exactly(doubled)
         halves = self._halves(better, len(batch.samples)) if used is not None else ()
         self.has_halves = bool(halves)
