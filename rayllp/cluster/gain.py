@@ -44,7 +44,7 @@ class Gain:
     def as_dict(self) -> dict[str, Any]:
         """For a line of events.jsonl."""
         return {
-            "seconds": {name: round(value, 3) for name, value in self.seconds.items()}, "steps": dict(self.steps),
+            "seconds_by_solve": {name: round(value, 3) for name, value in self.seconds.items()}, "steps_by_solve": dict(self.steps),
             "exact_step_s": self.exact_step_s, "one_worker_step_s": self.one_worker_step_s,
             "speedup": self.speedup, "speedup_over_one": self.speedup_over_one,
         }  # fmt: skip

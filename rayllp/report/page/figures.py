@@ -86,6 +86,15 @@ def _thinned(name: str, number: int, x: Floats, y: Floats) -> Curve:
     return Curve(name=name, run=number, x=found.x, y=found.y, low=found.low, high=found.high)
 
 
+def describe_gain(event: dict[str, Any]) -> str:
+    """What a sitting's layer-parallel steps have gained."""
+    speedup, over_one = event["speedup"], event["speedup_over_one"]
+    if speedup is None:
+        return "no exact step was timed to compare with"
+    one = "" if over_one is None else f", {over_one:.2f} times as fast as one worker"
+    return f"{speedup:.2f} times as fast as exact steps on the same workers{one}"
+
+
 def describe_event(event: dict[str, Any]) -> str:
     """An event in words."""
     step, kind = event["step"], event["kind"]
@@ -100,6 +109,8 @@ def describe_event(event: dict[str, Any]) -> str:
     if kind == "restore":
         source = event.get("source") or event.get("path", "")
         return f"step {step}: restored from {source}" + (f", {event['steps_lost']} steps lost" if "steps_lost" in event else "")
+    if kind == "gain":
+        return f"step {step}: {describe_gain(event)}"
     if kind == "settings":
         return "settings changed: " + ", ".join(event.get("changed", {}))
     return f"step {step}: {kind}"

@@ -12,7 +12,7 @@ from rayllp.config import TrainConfig, to_yaml
 from rayllp.errors import SettingsError
 from rayllp.report.page.charts import write_count, write_number, write_time
 from rayllp.report.page.compare import Comparison, compare
-from rayllp.report.page.figures import build_charts, describe_event, last_loss
+from rayllp.report.page.figures import build_charts, describe_event, describe_gain, last_loss
 from rayllp.report.page.png import write_pngs
 from rayllp.report.page.records import RunRecord, read_runs
 from rayllp.report.page.svg import describe_glyphs, draw, draw_gantt
@@ -119,6 +119,8 @@ def _facts(run: RunRecord) -> dict[str, str]:
     facts["Tokens"] = write_count(float(run.tokens[-1]))
     facts["Time of the steps"] = write_time(float(run.seconds[-1]))
     facts["Median step"] = write_time(median(metric["step_time_s"] for metric in run.metrics))
+    if gains := run.events_of("gain"):
+        facts["Gain"] = describe_gain(gains[-1])
     workers = sorted({metric["workers"] for metric in run.metrics})
     facts["Workers"] = str(workers[0]) if len(workers) == 1 else f"{workers[0]} to {workers[-1]}"
     counts = {name: len(run.events_of(kind)) for kind, name in (("switch", "switches"), ("fault", "faults"), ("resize", "resizes"))}

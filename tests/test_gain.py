@@ -1,0 +1,61 @@
+"""What a run says that it has gained."""
+
+import pytest
+
+import rayllp
+from rayllp.cluster.gain import StepTimes
+from rayllp.report import read_lines
+from tests.conftest import tiny
+
+
+def test_seconds_by_solve_beside_exact_steps():
+    times = StepTimes()
+    times.take("probes", 5.0)
+    for _ in range(5):
+        times.take("serial", 1.0, computed=3.0)
+    for _ in range(10):
+        times.take("1+1", 0.25)
+    assert times.step_s == {"serial": 1.0, "1+1": 0.25}
+    gain = times.gain
+    assert gain.seconds == {"probes": 5.0, "serial": 5.0, "1+1": 2.5}
+    assert gain.speedup == pytest.approx(16 / 12.5)
+    assert gain.speedup_over_one == pytest.approx(48 / 12.5)
+    assert gain.sentence(None) == (
+        "trained 5 s in 1 probes, 5 s in 5 exact steps, 2.5 s in 10 steps by 1+1; 1.28 times as fast as exact training on these workers, "
+        "3.84 times as fast as one worker"
+    )
+
+
+def test_a_run_that_gains_nothing_says_so_and_why():
+    times = StepTimes()
+    for name, seconds in (("serial", 1.0), ("1+1", 1.2), ("serial", 1.0)):
+        for _ in range(5):
+            times.take(name, seconds)
+    assert "layer-parallel steps gained nothing over exact ones on these workers: a step by 1+1 takes 1.2 s" in times.gain.sentence(
+        "a step by 1+1 takes 1.2 s, an exact one 1 s"
+    )
+    times.forget_speed()
+    assert times.step_s == {}
+    assert "no exact step was timed" in times.gain.sentence(None)
+
+
+def test_the_first_step_of_a_kind_tells_nothing():
+    times = StepTimes()
+    for seconds in (9.0, 1.0, 1.0, 1.0):
+        times.take("serial", seconds)
+    assert times.step_s == {"serial": 1.0}
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_an_adaptive_run_records_its_gain(tmp_path):
+    config = tiny(mode="adaptive", workers=2, steps=24, dtype="float32", adaptive={"rule": "bias", "probe_every": 8, "switch_at": None})
+    assert config.placement == "cyclic"
+    run = rayllp.train(config, output=tmp_path / "run").directory
+    (gain,) = [event for event in read_lines(run / "events.jsonl") if event["kind"] == "gain"]
+    metrics = list(read_lines(run / "metrics.jsonl"))
+    assert sum(gain["steps_by_solve"].values()) == 24
+    assert sum(gain["seconds_by_solve"].values()) == pytest.approx(sum(metric["step_time_s"] for metric in metrics), abs=0.05)
+    assert gain["exact_step_s"] > 0
+    assert gain["one_worker_step_s"] > 0
+    assert metrics[0]["probed"] == "1+1"
+    assert [metric["solve"] for metric in metrics[1:5]] == ["serial"] * 4
