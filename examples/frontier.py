@@ -77,6 +77,15 @@ TASKS = {
         seeds=(0, 1, 2),
         buffers=0,
     ),
+    "translation": Task(
+        "Multi30k, German to English, 6 + 6 layers, Δt = 1, no buffers",
+        "mt_multi30k",
+        {"data.path": "multi30k"},
+        (12,),
+        ("adaptive.consistency=null", "microbatches=null"),
+        rates=(2e-3,),
+        buffers=0,
+    ),
     "teacher": Task(
         "Imitating a random network of 64 layers, Δt = 16/N",
         "deep_teacher",
