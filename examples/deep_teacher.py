@@ -21,7 +21,7 @@ from rayllp.config import TrainConfig
 
 CONFIG = Path(__file__).with_suffix(".yaml")
 WIDTH = 8
-TEACHER_LAYERS, TIME = 64, 16.0
+TEACHER_LAYERS, TIME = 64, 4.0
 LOUD = 2.0
 """The scale of the teacher's first weights in each layer: its nonlinearities are well used."""
 

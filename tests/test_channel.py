@@ -63,6 +63,31 @@ def test_states_arrive_whole_and_in_order(workers, size):
         assert total == [size, sum(range(size))]
 
 
+def gathering(channel):
+    """All states, of one tensor and of two; a row of each worker; between them a message, which takes nothing of theirs."""
+    bare = torch.full((2, 3), float(channel.rank), dtype=torch.float64)
+    pair = (torch.full((4,), channel.rank, dtype=torch.float32), torch.full((2, 2), channel.rank + 0.5, dtype=torch.float64))
+    right, left = (channel.rank + 1) % channel.size, (channel.rank - 1) % channel.size
+    states = [state.clone() for state in channel.all_gather(bare, StateSpec.of(bare), TAG)]
+    channel.send(bare, right, TAG)
+    pairs = [tuple(part.clone() for part in state) for state in channel.all_gather(pair, StateSpec.of(pair), TAG)]
+    rows = channel.all_to_all([torch.tensor([float(channel.rank), float(to)]) for to in range(channel.size)], TAG)
+    received = channel.receive(StateSpec.of(bare), left, TAG).clone()
+    channel.finish()
+    return states, pairs, [row.clone() for row in rows], received
+
+
+@pytest.mark.parametrize("size", [2, 3, 5])
+def test_what_is_gathered_is_in_order_of_the_ranks(workers, size):
+    for rank, (states, pairs, rows, received) in enumerate(workers(size, gathering)):
+        for other in range(size):
+            assert torch.equal(states[other], torch.full((2, 3), float(other), dtype=torch.float64))
+            assert torch.equal(pairs[other][0], torch.full((4,), other, dtype=torch.float32))
+            assert torch.equal(pairs[other][1], torch.full((2, 2), other + 0.5, dtype=torch.float64))
+            assert rows[other].tolist() == [other, rank]
+        assert torch.equal(received, torch.full((2, 3), float((rank - 1) % size), dtype=torch.float64))
+
+
 def lateness(channel):
     """Whether a state was said to be there before it was sent and after, and what was then received; in a program new and known."""
     found, state = [], torch.full((3, 5), 7.0)

@@ -245,6 +245,16 @@ class TrainConfig(Settings):
         return CONSISTENCY
 
     @property
+    def bias_to_noise(self) -> float:
+        """A bias below this share of the gradient's noise is let be.
+
+        One sweep of windows in both directions is the exact gradient of a network that is nearly the same: it is stable to train by.
+        """
+        if self.adaptive.bias_to_noise is not None:
+            return self.adaptive.bias_to_noise
+        return 0.8 if self.placement == "cyclic" else 0.4
+
+    @property
     def steers(self) -> bool:
         """Whether probes move that weight."""
         return self.consistency > 0 and self.adaptive.rule != "convergence" and self.adaptive.steer is not False

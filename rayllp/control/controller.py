@@ -298,7 +298,7 @@ class Controller:
                     return f"{name} convergence factor {_shown(rho)} passed adaptive.threshold {settings.threshold:g}"
         if settings.rule in ("bias", "both") and probe.bias is not None and not probe.bias <= settings.bias_limit:
             noise = probe.noise
-            if noise is None or not probe.bias <= settings.bias_to_noise * noise:
+            if noise is None or not probe.bias <= self.config.bias_to_noise * noise:
                 beside = "" if noise is None else f", {_shown(probe.bias / noise if noise else math.inf)} of its noise"
                 return f"gradient bias {_shown(probe.bias)} passed adaptive.bias_limit {settings.bias_limit:g}{beside}"
         return None
