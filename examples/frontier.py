@@ -25,7 +25,7 @@ from statistics import mean, stdev
 from typing import Any
 
 from rayllp.config import TrainConfig, load_config, make_config
-from rayllp.config.train import SWEEPS
+from rayllp.config.train import EXACT_FROM_WINDOWS, SWEEPS
 from rayllp.control import Controller, Probe
 from rayllp.plan import Costs, predict_step
 
@@ -129,8 +129,8 @@ FIXED = ("adaptive.bias_to_noise=1e9", "adaptive.probe_every=500")
 TAILS = (0.8, 0.9, 0.95, 0.98, 1.0)
 WAYS = {
     "serial": Way(1),
-    "adaptive": Way(8, DEFAULT, 0.9),
-    "adaptive 16": Way(16, DEFAULT, 0.9),
+    "adaptive": Way(8, DEFAULT, EXACT_FROM_WINDOWS),
+    "adaptive 16": Way(16, DEFAULT, EXACT_FROM_WINDOWS),
     **{f"1+1, exact from {share:g}": Way(8, ("1+1",), share, FIXED) for share in TAILS},
     **{f"2+2, exact from {share:g}": Way(8, ("2+2",), share, FIXED) for share in (0.9, 1.0)},
 }

@@ -254,6 +254,15 @@ def test_nothing_is_trained_by_a_rung_before_a_probe_has_found_it_accurate():
     assert control.accuracy_at(51).name == "2+1"
 
 
+def test_windows_are_probed_more_often_while_the_learning_rate_warms_up():
+    control = open_controller(adaptive={"probe_every": 50})
+    control.observe(0, GOOD)
+    assert [step for step in range(1, 160) if control.probe(step)] == [9, 19, 39, 49, 99, 149]
+    blocks = controller(rule="bias", consistency=0, probe_every=50)
+    blocks.observe(0, GOOD)
+    assert [step for step in range(1, 160) if blocks.probe(step)] == [49, 99, 149]
+
+
 def test_a_step_down_is_probed_before_it_is_used_and_taken_back_if_it_is_too_coarse():
     control = open_controller()
     control.observe(0, BAD)

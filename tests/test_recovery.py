@@ -215,15 +215,18 @@ def weights(run):
 
 
 @pytest.mark.usefixtures("ray_cluster")
-@pytest.mark.parametrize("mode", [pytest.param("serial", marks=pytest.mark.study), "parallel"])
-def test_a_run_whose_workers_are_killed_ends_bit_equal(mode, tmp_path):
+@pytest.mark.parametrize(
+    "kind", [pytest.param("serial", marks=pytest.mark.study), "parallel", pytest.param("windows", marks=pytest.mark.study)]
+)
+def test_a_run_whose_workers_are_killed_ends_bit_equal(kind, tmp_path):
+    mode, placement = ("parallel", "cyclic") if kind == "windows" else (kind, "blocks")
     config = tiny(
         workers=3, steps=24, dtype="float32", mode=mode, snapshot_every=1, adaptive={"probe_every": 6}, model={"dropout": 0.1},
-        spare_workers=True,
+        spare_workers=True, mesh={"placement": placement},
     )  # fmt: skip
     whole = run_processes(3, undisturbed, config)
     # The last worker's loss in the forward leaves the first one waiting for the one between.
-    faults = {"serial": [(1, 7, "adjoint"), (2, 17, "optimizer")], "parallel": [(2, 7, "forward"), (0, 17, "optimizer")]}[mode]
+    faults = [(1, 7, "adjoint"), (2, 17, "optimizer")] if kind == "serial" else [(2, 7, "forward"), (0, 17, "optimizer")]
     broken, _ = drive(config, tmp_path / "broken", faults)
     events = read(broken.directory / "events.jsonl")
     assert [e["ranks"] for e in events if e["kind"] == "fault"] == [[rank] for rank, _, _ in faults]

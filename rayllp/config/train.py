@@ -40,6 +40,8 @@ CONSISTENCY = 0.3
 """Weight of the consistency penalty in mode adaptive; what examples/fidelity.py found to be enough to begin with."""
 EXACT_FROM = 0.8
 """Share of the steps after which mode adaptive trains exactly: what bias there was is trained away."""
+EXACT_FROM_WINDOWS = 0.95
+"""The same of windows, whose bias costs less: ends of 2 to 20 % lead to the same loss (docs/frontier.md)."""
 
 MAY_DIFFER = set(
     "name workers resize_check_s mesh device channel receive_timeout_s hang_timeout_s snapshot_every spare_workers max_failures eval "
@@ -269,7 +271,9 @@ class TrainConfig(Settings):
     def switch_at(self) -> int | float | None:
         """The step, or the share of the steps, from which on training is serial, whatever probes say; None: none."""
         at = self.adaptive.switch_at
-        return EXACT_FROM if at is None and self.mode == "adaptive" else at
+        if at is not None or self.mode != "adaptive":
+            return at
+        return EXACT_FROM_WINDOWS if self.placement == "cyclic" else EXACT_FROM
 
     @property
     def switch_step(self) -> int | None:

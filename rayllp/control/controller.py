@@ -29,6 +29,10 @@ TIMED = 5
 """Exact steps at the start that are timed, where times are heeded; the first is a probe, the second may be slow."""
 GAIN = 0.98
 """A solve that takes more than this part of an exact step's time is not worth its bias."""
+EARLY = (10, 20, 40, 80)
+"""Steps after which windows are probed besides: while the learning rate warms up, a bias can grow from nothing to harm in fewer steps
+than lie between two regular probes.
+"""
 LOOK_AGAIN = 10
 """Probes' distances until a ladder that was too slow is tried again."""
 
@@ -195,7 +199,7 @@ class Controller:
         if self._is_unverified:
             if step < self._state.probe_at:
                 return None
-        elif step != 0 and (step + 1) % every:
+        elif step != 0 and (step + 1) % every and not self._is_early(step):
             return None
         if self.serial and not self._may_return:
             return None
@@ -209,6 +213,10 @@ class Controller:
             rho=not self._is_unverified or self.settings.rule != "bias",
             lipschitz=lipschitz,
         )
+
+    def _is_early(self, step: int) -> bool:
+        """Whether a probe besides the regular ones is due."""
+        return self._verifies and self.config.placement == "cyclic" and step + 1 in EARLY and step + 1 < self.settings.probe_every
 
     @property
     def _may_return(self) -> bool:
