@@ -410,10 +410,11 @@ def best_rate(results: list[dict[str, Any]], way: str, middle: int) -> float:
 
 
 def spread(values: tuple[float, ...], digits: int, *, sign: bool = False) -> str:
+    """Mean and standard deviation; small numbers with three significant digits."""
     if not values:
         return "–"
-    shown = f"{mean(values):{'+' if sign else ''}.{digits}f}"
-    return shown + (f" ± {stdev(values):.{digits}f}" if len(values) > 1 else "")
+    style = f"{'+' if sign else ''}.{digits}f" if sign or digits == 0 or abs(mean(values)) > 0.1 else ".3g"
+    return f"{mean(values):{style}}" + (f" ± {stdev(values):{style.lstrip('+')}}" if len(values) > 1 else "")
 
 
 def table(found: list[Row], task: str) -> str:
