@@ -47,7 +47,7 @@ def run_layers(config: TrainConfig, file: Path | None, console: Console) -> None
     for name in ("part", "ms"):
         table.add_column(name)
     for name, seconds in asdict(found.costs).items():
-        if name != "message":
+        if name != "message" and seconds is not None:
             table.add_row(name.replace("_", " "), f"{1e3 * seconds:.3f}")
     console.print(table)
     sizes = {"weights": found.parameter_bytes, "graph": found.graph_bytes, "state": found.state_bytes}

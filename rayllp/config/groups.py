@@ -205,7 +205,7 @@ class AdaptiveSettings(Settings):
     )
     bias_target: float = Field(0.2, gt=0, description="relative bias that steering aims at")
     switch_at: int | float | None = Field(
-        None, ge=0, description="serial from this step (or share of the steps) on; default 0.8 in mode adaptive, 0.95 of windows; 1.0: never"
+        None, ge=0, description="serial from this step (or share of the steps) on; default 0.8 in mode adaptive (windows 0.95); 1.0: never"
     )
 
     @field_validator("switch_at")
