@@ -24,7 +24,7 @@ def describe_run(config: TrainConfig, network: str, parameters: int, device: str
 def describe_layout(config: TrainConfig) -> str:
     """Which worker has which layers."""
     if config.placement == "cyclic":
-        return f"{config.layer_workers} workers, every {config.layer_workers}th layer each, windows of {config.window}"
+        return f"{config.layer_workers} workers take layers in turn, windows of {config.window}"
     return f"{config.layer_workers} blocks {listed(config.blocks, '/')}"
 
 
