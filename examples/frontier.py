@@ -434,6 +434,7 @@ def table(found: list[Row], task: str) -> str:
 
 
 COLOURS = {"serial": "#1f77b4", "adaptive": "#2ca02c", "adaptive 16": "#d62728"}
+"""Of the ways that the legend names; the others are grey: fixed solves with exact ends of several lengths."""
 
 
 def draw(found: list[Row], picture: Path) -> None:
@@ -452,7 +453,7 @@ def draw(found: list[Row], picture: Path) -> None:
                 continue
             points = [(row.hours, mean(row.losses)) for row in mine]
             workers = WAYS[way].workers
-            label = "exact, one device" if workers == 1 else f"adaptive, {workers} workers"
+            label = "exact, one device" if workers == 1 else f"adaptive, {workers} workers" if way in COLOURS else None
             axis.plot(*zip(*points, strict=True), "o-", ms=4, lw=1.2, color=COLOURS.get(way, "#7f7f7f"), label=label)
             for row, point in zip(mine, points, strict=True):
                 axis.annotate(str(row.middle), point, textcoords="offset points", xytext=(4, 4), fontsize="x-small")

@@ -15,7 +15,7 @@ import torch
 
 from rayllp.channel import LocalChannel, run_workers
 from rayllp.config import make_config
-from rayllp.control import Controller
+from rayllp.control import Controller, Probe
 from rayllp.data import load_data
 from rayllp.engine import Engine
 from rayllp.engine.pipeline import Pipeline
@@ -64,7 +64,12 @@ def train_engine(engine, steps, first=0):
     controller = Controller(engine.config)
     stats = []
     for step in range(first, first + steps):
-        stats.append(engine.train_step(step, controller.accuracy, controller.probe(step)))
+        plan = controller.probe(step)
+        stats.append(engine.train_step(step, controller.accuracy, plan))
+        if plan is not None:
+            found, bias = stats[-1], stats[-1].bias
+            bias, noise = (None, None) if bias is None else (bias.relative, bias.noise)
+            controller.observe(step, Probe(rho_forward=found.rho_forward, rho_backward=found.rho_backward, bias=bias, noise=noise))
     return stats
 
 
