@@ -189,7 +189,7 @@ def test_a_steep_middle_gives_no_buffer_back():
 
 def test_where_nothing_is_left_the_runs_own_stay():
     profile = [32.0, 16.0, 8.0, 4.0, 1.0, 1.0, 4.0, 8.0, 16.0, 32.0]
-    found = suggest(profile, buffers={"open": 1, "close": 1}, factor=1.0)
+    found = suggest(profile, buffers={"open": 1, "close": 1}, mesh={"placement": "blocks"}, factor=1.0)
     assert numbers(found) == (1, 8, 1)
     assert "leaves no middle" in found.reasons[3]
 
