@@ -18,26 +18,14 @@ from torch import Tensor
 from rayllp.channel.base import Channel, MessageTag, StateSpec
 from rayllp.engine.batch import StepBatch
 from rayllp.engine.block import Block, Moment
+from rayllp.engine.consistency import Consistency
 from rayllp.engine.layer_group import LayerGroup
 from rayllp.engine.pipeline import count_microbatches, slices
-from rayllp.engine.step_gradients import StepGradients, add_embedding_gradients, loss_and_seed
+from rayllp.engine.step_gradients import StepGradients, add_embedding_gradients, in_parts, loss_and_seed
+from rayllp.engine.trajectory import Graph, input_gradients, record_graph
 from rayllp.mgrit.windows import Placement
 from rayllp.state import State, detach, like, tensors
 from rayllp.timeline import TimedChannel
-
-
-@dataclass
-class _Step:
-    """A layer's recorded step for one microbatch.
-
-    Attributes:
-        inputs, outputs: with the graph between them; outputs are empty until it is recorded, where only inputs are kept.
-    """
-
-    layer: int
-    microbatch: int
-    inputs: tuple[Tensor, ...]
-    outputs: tuple[Tensor, ...] = ()
 
 
 @dataclass
@@ -47,6 +35,7 @@ class _Microbatch:
     Attributes:
         moment: which the block goes back to when it computes on this microbatch.
         state: what is handed on within this worker: the state after a layer, or the adjoint before it.
+        graphs: of this worker's layers; with recomputation their outputs are empty until they are made again.
     """
 
     batch: StepBatch
@@ -54,7 +43,7 @@ class _Microbatch:
     spec: StateSpec
     entered: State | None = None
     state: State | None = None
-    steps: dict[int, _Step] = field(default_factory=dict)
+    graphs: dict[int, Graph] = field(default_factory=dict)
 
 
 class InOrderGradients:
@@ -65,14 +54,11 @@ class InOrderGradients:
         self.placement = Placement.cyclic(group.config.middle_layers, group.config.layer_workers)
         self._layers = self.placement.owned(group.channel.rank)
 
-    def form(self, batch: StepBatch, penalty: object = None) -> StepGradients:
+    def form(self, batch: StepBatch, penalty: Consistency | None) -> StepGradients:
         """Gradients of the batch into `.grad`, part by part of gradient accumulation; the loss, on the last worker."""
-        total = torch.zeros((), device=self.block.device, dtype=self.block.dtype)
-        for rows in slices(len(batch.samples), self.block.config.accumulate):
-            total += self._form_part(batch.part(rows))
-        return StepGradients(total)
+        return in_parts(self._form_part, batch, penalty, self.block)
 
-    def _form_part(self, batch: StepBatch) -> Tensor:
+    def _form_part(self, batch: StepBatch, penalty: Consistency | None) -> StepGradients:
         group = self.group
         channel: Channel = group.channel if group.timeline is None else TimedChannel(group.channel, group.timeline)
         samples = len(batch.samples)
@@ -85,7 +71,8 @@ class InOrderGradients:
         for microbatch in microbatches:
             self.block.resume(microbatch.moment)
             add_embedding_gradients(group, microbatch.entered, microbatch.state)
-        return torch.stack(losses).sum() if losses else torch.zeros((), device=self.block.device)
+        loss = torch.stack(losses).sum() if losses else torch.zeros((), device=self.block.device)
+        return StepGradients(loss, penalty=penalty)
 
     def _begin(self, batch: StepBatch) -> _Microbatch:
         moment = self.block.begin(batch.step, batch.samples, batch.inputs, training=True)
@@ -99,7 +86,7 @@ class InOrderGradients:
         for layer in self._layers:
             source = owners[layer - 1] if layer else 0
             target = owners[layer + 1] if layer < final else channel.size - 1
-            for number, microbatch in enumerate(microbatches):
+            for microbatch in microbatches:
                 self.block.resume(microbatch.moment)
                 if layer == 0:
                     with self.group.span("enter"):
@@ -110,7 +97,7 @@ class InOrderGradients:
                     state = microbatch.state
                 else:
                     state = channel.receive(microbatch.spec, source, tag)
-                after = self._record(microbatch, layer, number, state)
+                after = self._record(microbatch, layer, state)
                 if target == rank:
                     microbatch.state = after
                 else:
@@ -119,18 +106,17 @@ class InOrderGradients:
             for microbatch in microbatches:
                 microbatch.state = channel.receive(microbatch.spec, owners[final], tag)
 
-    def _record(self, microbatch: _Microbatch, layer: int, number: int, state: State) -> State:
+    def _record(self, microbatch: _Microbatch, layer: int, state: State) -> State:
         """The state after a layer; its graph is kept, or with recomputation its input alone."""
-        step = microbatch.steps[layer] = _Step(layer, number, tuple(part.detach().requires_grad_() for part in tensors(state)))
         with self.group.span("forward"):
-            outputs = self._run(step, state)
-        if not self.block.config.mgrit.recompute:
-            step.outputs = outputs
-        return like(state, tuple(part.detach() for part in outputs))
+            graph = record_graph(self.block, self._index(layer), state)
+        after = like(state, tuple(part.detach() for part in graph.outputs))
+        microbatch.graphs[layer] = Graph(graph.inputs, ()) if self.block.config.mgrit.recompute else graph
+        return after
 
-    def _run(self, step: _Step, state: State) -> tuple[Tensor, ...]:
-        with torch.enable_grad():
-            return tensors(self.block.layer(step.layer + self.block.config.buffers.open, like(state, step.inputs)))
+    def _index(self, layer: int) -> int:
+        """The layer's place in the whole network."""
+        return layer + self.block.config.buffers.open
 
     def _loss(self, microbatch: _Microbatch) -> Tensor:
         """Of one microbatch; its adjoint takes the place of its state."""
@@ -170,21 +156,19 @@ class InOrderGradients:
                     channel.send(before, target, tag)
         while later.advance():
             pass
-        if self.block.first and self.placement.owners[0] != rank:
-            raise AssertionError("the first worker owns the first layer")
 
     def _pull(self, microbatch: _Microbatch, layer: int, lam: State, later: "_DeferredParameterGradients | None") -> State:
         """λ before a layer from λ after it; its parameters' gradients are added now, or left to `later`."""
-        step = microbatch.steps.pop(layer)
+        graph = microbatch.graphs.pop(layer)
         with self.group.span("adjoint"):
-            if not step.outputs:
-                step.outputs = self._run(step, lam)
-            leaves = self.block.leaves(layer + self.block.config.buffers.open)
+            if not graph.outputs:
+                graph = record_graph(self.block, self._index(layer), like(lam, graph.inputs))
+            leaves = self.block.leaves(self._index(layer))
             if later is None:
-                torch.autograd.backward(step.outputs, tensors(lam), inputs=[*step.inputs, *leaves])
-                return like(lam, tuple(torch.zeros_like(part) if part.grad is None else part.grad for part in step.inputs))
-            found = torch.autograd.grad(step.outputs, step.inputs, tensors(lam), retain_graph=True, materialize_grads=True)
-            later.add(step, tensors(lam), leaves)
+                torch.autograd.backward(graph.outputs, tensors(lam), inputs=[*graph.inputs, *leaves])
+                return like(lam, input_gradients(graph.inputs))
+            found = torch.autograd.grad(graph.outputs, graph.inputs, tensors(lam), retain_graph=True, materialize_grads=True)
+            later.add(graph, tensors(lam), leaves)
         return like(lam, found)
 
 
@@ -193,18 +177,18 @@ class _DeferredParameterGradients:
 
     def __init__(self, block: Block, group: LayerGroup) -> None:
         self._block, self._group = block, group
-        self._steps: deque[tuple[_Step, tuple[Tensor, ...], list[torch.nn.Parameter]]] = deque()
+        self._left: deque[tuple[Graph, tuple[Tensor, ...], list[torch.nn.Parameter]]] = deque()
 
-    def add(self, step: _Step, lam: tuple[Tensor, ...], leaves: list[torch.nn.Parameter]) -> None:
+    def add(self, graph: Graph, lam: tuple[Tensor, ...], leaves: list[torch.nn.Parameter]) -> None:
         """Put off one layer's, for λ at its output."""
-        self._steps.append((step, lam, leaves))
+        self._left.append((graph, lam, leaves))
 
     def advance(self) -> bool:
         """Form one layer's; False if none is left."""
-        if not self._steps:
+        if not self._left:
             return False
-        step, lam, leaves = self._steps.popleft()
+        graph, lam, leaves = self._left.popleft()
         if leaves:
             with self._group.span("adjoint"):
-                torch.autograd.backward(step.outputs, lam, inputs=leaves)
+                torch.autograd.backward(graph.outputs, lam, inputs=leaves)
         return True

@@ -159,9 +159,18 @@ class Trajectory:
             state = like(state, tuple(part.detach() for part in graph.outputs))
 
     def _graph(self, layer: int, state: State) -> Graph:
-        inputs = tuple(part.detach().requires_grad_() for part in tensors(state))
-        with torch.enable_grad():
-            return Graph(inputs, tensors(self.run(layer, like(state, inputs))))
+        return record_graph(self.block, self.index(layer), state)
+
+
+def record_graph(block: Block, index: int, state: State) -> Graph:
+    """One layer's step from a state, with its graph.
+
+    Args:
+        index: the layer's place in the whole network.
+    """
+    inputs = tuple(part.detach().requires_grad_() for part in tensors(state))
+    with torch.enable_grad():
+        return Graph(inputs, tensors(block.layer(index, like(state, inputs))))
 
 
 class ForwardPropagator(Propagator):
@@ -242,7 +251,7 @@ class AdjointPropagator(Propagator):
         graph.stack.hand_out()
         for layer in graph.layers:
             del self.trajectory.batched[layer], self.trajectory.graphs[layer]
-        return graph.of(layers, like(states[0], _gradients(graph.inputs)))
+        return graph.of(layers, like(states[0], input_gradients(graph.inputs)))
 
     def last_step(self, layer: int, state: State, known: State | None) -> State:
         """The input gradient of one layer, and the gradients of its parameters."""
@@ -252,7 +261,7 @@ class AdjointPropagator(Propagator):
         leaves = self.trajectory.block.leaves(self.trajectory.index(layer))
         torch.autograd.backward(graph.outputs, tensors(state), inputs=[*graph.inputs, *leaves])
         del self.trajectory.graphs[layer]
-        state = like(state, _gradients(graph.inputs))
+        state = like(state, input_gradients(graph.inputs))
         return state if penalty is None else penalty.out_of(layer, state)
 
     def _with_end_seed(self, penalty: Consistency, layer: int, lam: State) -> State:
@@ -265,6 +274,6 @@ class AdjointPropagator(Propagator):
         return combine(torch.add, lam, like(lam, tensors(seed)))
 
 
-def _gradients(inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+def input_gradients(inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """What a backward pass left at these; zero where nothing came."""
     return tuple(torch.zeros_like(part) if part.grad is None else part.grad for part in inputs)

@@ -3,7 +3,6 @@
 import torch
 
 from rayllp.channel.base import MessageTag
-from rayllp.control import Accuracy
 from rayllp.engine.batch import StepBatch
 from rayllp.engine.consistency import Consistency
 from rayllp.engine.layer_group import LayerGroup
@@ -28,7 +27,8 @@ class WindowGradients:
         group, block, accuracy = self.group, self.group.block, batch.accuracy
         block.begin(batch.step, batch.samples, batch.inputs, training=True)
         spec, last = group.spec(batch.inputs), group.channel.size - 1
-        with group.channel.program((program_key(accuracy), spec)):
+        messages = "windows", accuracy.window, accuracy.iterations_forward, accuracy.iterations_backward
+        with group.channel.program((messages, spec)):
             with group.span("enter"):
                 entered = block.enter(batch.inputs) if block.first else None
             recompute = block.config.mgrit.recompute
@@ -50,8 +50,3 @@ class WindowGradients:
             backward = solver.solve(seed, source=last)
         add_embedding_gradients(group, entered, backward.output)
         return StepGradients(loss, forward, backward, penalty)
-
-
-def program_key(accuracy: Accuracy) -> tuple[str, int, int, int]:
-    """Equal for steps whose messages are alike."""
-    return "windows", accuracy.window, accuracy.iterations_forward, accuracy.iterations_backward

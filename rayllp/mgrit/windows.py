@@ -137,9 +137,9 @@ class WindowSolver:
     ) -> dict[int, State]:
         """Of the own layers: the window's first state and the increments of all layers before."""
         state, inputs = start, {}
-        for place, (layer, increment) in enumerate(zip(layers, increments, strict=True)):
+        for layer, increment in zip(layers, increments, strict=True):
             if layer in before:
-                inputs[layer] = state if place else start
+                inputs[layer] = state
                 self._changes[sweep] += squared_norm(subtract(state, before[layer]))
             state = add(state, increment)
         return inputs
