@@ -186,23 +186,7 @@ def make_plan(
         options += _exact(config, model, device, replicas, layer)
         if layer == 1:
             continue
-        costs = model.at(config.batch_size / replicas, device)
-        fastest = math.inf
-        found_windows = solves if solves is not None else [(layer, 0, *sweeps) for sweeps in SWEEPS]
-        for solve in (solve for solve in found_windows if not solve[1]):
-            found = _layer_parallel(config, model, device, costs, replicas, layer, solve, known)
-            if found is not None:
-                options.append(found)
-        mgrit = _solves(config.middle_layers) if solves is None else (solve for solve in solves if solve[1])
-        tried = [(_at_least(config, costs, layer, solve), solve) for solve in mgrit]
-        for bound, solve in sorted(tried, key=itemgetter(0)):
-            if solves is None and solve not in known and bound >= fastest:
-                continue  # it cannot be the mesh's fastest
-            found = _layer_parallel(config, model, device, costs, replicas, layer, solve, known)
-            if found is not None:
-                options.append(found)
-                if found.is_usable(device, bias_limit):
-                    fastest = min(fastest, found.step_s)
+        options += _layer_parallel_options(config, model, device, replicas, layer, known, bias_limit, solves)
     options.sort(key=lambda option: option.step_s)
     usable = [option for option in options if option.is_usable(device, bias_limit)]
     exact = next((option for option in usable if option.solve is None), None)
@@ -221,6 +205,38 @@ def make_plan(
                 "it is the better buy (docs/frontier.md has both on two tasks)"
             )
     return Plan(serial_s=serial_s, options=tuple(options), best=best, exact=exact, advice=advice)
+
+
+def _layer_parallel_options(
+    config: TrainConfig,
+    model: LayerModel,
+    device: Device,
+    replicas: int,
+    layer: int,
+    known: Mapping[Solve, float],
+    bias_limit: float,
+    solves: Sequence[Solve] | None,
+) -> list[Option]:
+    """Of one mesh: windows, and of MGRIT what can be the fastest or has a known bias."""
+    options: list[Option] = []
+    costs = model.at(config.batch_size / replicas, device)
+    fastest = math.inf
+    found_windows = solves if solves is not None else [(layer, 0, *sweeps) for sweeps in SWEEPS]
+    for solve in (solve for solve in found_windows if not solve[1]):
+        found = _layer_parallel(config, model, device, costs, replicas, layer, solve, known)
+        if found is not None:
+            options.append(found)
+    mgrit = _solves(config.middle_layers) if solves is None else (solve for solve in solves if solve[1])
+    tried = [(_at_least(config, costs, layer, solve), solve) for solve in mgrit]
+    for bound, solve in sorted(tried, key=itemgetter(0)):
+        if solves is None and solve not in known and bound >= fastest:
+            continue  # it cannot be the mesh's fastest
+        found = _layer_parallel(config, model, device, costs, replicas, layer, solve, known)
+        if found is not None:
+            options.append(found)
+            if found.is_usable(device, bias_limit):
+                fastest = min(fastest, found.step_s)
+    return options
 
 
 def _meshes(config: TrainConfig, devices: int) -> Iterator[tuple[int, int]]:
