@@ -25,8 +25,16 @@ class WorkerLostError(ClusterError):
         self.ranks = ranks
 
 
+class RendezvousError(ClusterError):
+    """Workers that live could not be connected to each other: a matter of the network, which starting them anew does not mend."""
+
+
 class ChannelError(RayllpError, RuntimeError):
     """A message between two workers failed: names step, phase, level, sender and receiver."""
+
+
+class MessageTimeoutError(ChannelError):
+    """A message did not come within its time limit: whoever was to send it hangs, or is cut off."""
 
 
 class NonFiniteError(RayllpError, ArithmeticError):

@@ -58,6 +58,6 @@ def test_a_real_cluster(tmp_path):
 def test_a_path_that_cannot_be_made(tmp_path):
     (tmp_path / "file").touch()
     found = Diagnosis()
-    with _shared_place(str(tmp_path / "file" / "below"), "token", found) as place:
+    with _shared_place(str(tmp_path / "file" / "below"), found) as place:
         assert place is None
     assert "cannot be written here" in found.faults[0]

@@ -28,7 +28,7 @@ from tests.test_train import read
 def test_a_state_in_memory_is_the_whole_state(steps):
     engine, twin = make_engine(tiny()), make_engine(tiny(seed=1))
     train_engine(engine, steps)
-    copies, others = NeighbourCopies(engine, None), NeighbourCopies(twin, None)
+    copies, others = NeighbourCopies(engine, lambda limit: None), NeighbourCopies(twin, lambda limit: None)
     copies.take(steps)
     train_engine(twin, 2)
     others.adopt(copies.give(steps, neighbour=False))
@@ -44,7 +44,7 @@ def test_the_next_worker_has_the_last_states():
     def work(channel):
         engine = make_engine(tiny(workers=3), channel)
         # A channel of their own: threads share this one, so nothing is trained here.
-        copies = NeighbourCopies(engine, channel)
+        copies = NeighbourCopies(engine, lambda limit: channel)
         for step in range(4):
             with torch.no_grad():
                 for parameter in engine.block.parameters.values():
@@ -70,7 +70,7 @@ def test_an_exchange_that_fails_is_told_at_the_next_state():
         def send(self, *_):
             raise RuntimeError("gone")
 
-    copies = NeighbourCopies(make_engine(tiny()), Broken())
+    copies = NeighbourCopies(make_engine(tiny()), lambda limit: Broken())
     copies.take(1)
     copies.wait()
     with pytest.raises(rayllp.errors.ChannelError, match="gone"):

@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from rayllp.errors import ChannelError
+from rayllp.errors import ChannelError, MessageTimeoutError
 from rayllp.state import State, tensors
 
 
@@ -147,3 +147,9 @@ class ChannelAround:
 def failure(tag: MessageTag, source: int, destination: int, reason: str) -> ChannelError:
     """The error of a message that did not arrive."""
     return ChannelError(f"{tag}: worker {destination} received nothing from worker {source}: {reason}")
+
+
+def too_late(tag: MessageTag, source: int, destination: int, limit_s: float, details: str = "") -> MessageTimeoutError:
+    """The error of a message that did not arrive in time."""
+    reason = f"time limit of {limit_s:g} s passed{details}"
+    return MessageTimeoutError(f"{tag}: worker {destination} received nothing from worker {source}: {reason}")

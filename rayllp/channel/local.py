@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from rayllp.channel.base import MessageTag, StateSpec, failure
+from rayllp.channel.base import MessageTag, StateSpec, too_late
 from rayllp.errors import ChannelError
 from rayllp.state import State, detach
 
@@ -65,7 +65,7 @@ class LocalChannel:
         try:
             sent, state = self._hub.queues[source, self.rank].get(timeout=self._hub.timeout_s)
         except queue.Empty:
-            raise failure(tag, source, self.rank, f"time limit of {self._hub.timeout_s:g} s passed") from None
+            raise too_late(tag, source, self.rank, self._hub.timeout_s) from None
         if sent != tag:
             raise ChannelError(f"worker {self.rank} waits for {tag} from worker {source}, which sent {sent}: the schedules differ")
         return state

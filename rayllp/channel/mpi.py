@@ -89,9 +89,6 @@ class MPIWorld:
         MPI, world = load_mpi(), len(rendezvous.keys)
         if MPI.Is_initialized():
             raise ClusterError("this process was in an MPI world before; MPI lets a process be in one only: start a new one")
-        if rendezvous.host == "127.0.0.1":  # keep their traffic off the network, whatever carries it
-            os.environ.setdefault("FI_TCP_IFACE", "lo")
-            os.environ.setdefault("UCX_NET_DEVICES", "lo")
         lifeline, found = Lifeline(rendezvous, rank, timeout_s), rendezvous.environment(rank)
         os.environ.update(found)
         try:

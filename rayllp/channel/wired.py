@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from rayllp.channel.base import MessageTag, StateSpec, failure
+from rayllp.channel.base import MessageTag, StateSpec, failure, too_late
 from rayllp.errors import ChannelError
 from rayllp.state import State, tensors
 
@@ -91,9 +91,10 @@ class WiredChannel(ABC):
             self._await(work)
             self._ask_ahead(source)
         except RuntimeError as error:
-            waited = time.monotonic() - started
-            limit = f"time limit of {self.timeout_s:g} s passed" if waited >= self.timeout_s else "the connection was lost"
-            raise failure(tag, source, self.rank, f"{limit} ({str(error).splitlines()[0]})") from error
+            details = f" ({str(error).splitlines()[0]})"
+            if time.monotonic() - started >= self.timeout_s:
+                raise too_late(tag, source, self.rank, self.timeout_s, details) from error
+            raise failure(tag, source, self.rank, f"the connection was lost{details}") from error
         if self._heard is not None:
             self._heard.append(expected)
         return _unflat(buffer.to(spec.device), spec)

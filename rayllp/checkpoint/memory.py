@@ -11,7 +11,7 @@ import queue
 import threading
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +23,8 @@ from rayllp.engine import Engine
 from rayllp.errors import ChannelError, ClusterError
 
 KEPT = 2
+PATIENCE_S, SLOWEST_BYTES_S = 30.0, 10e6
+"""A state may be on its way for so long, and for as long as a link of 10 MB/s takes for it; a worker that is gone is noticed before."""
 Layout = tuple[tuple[str, tuple[int, ...]], ...]
 """Names and shapes of a block's parameters, in the order in which a state has them."""
 
@@ -121,7 +123,8 @@ class NeighbourCopies:
     """Keeps the last states of a block, and of the block before it, in host memory.
 
     Args:
-        channel: to the other blocks of the same replica, used by nothing else; None: own states only, where another replica has the same.
+        connect: a channel to the other blocks of the same replica, used by nothing else, whose messages may take so many seconds; None:
+            own states only, where another replica has the same.
         before: what kept them until the workers' connections broke; its states are taken over.
         offset: copies go to the worker so many blocks on (`copy_offset`).
 
@@ -129,8 +132,12 @@ class NeighbourCopies:
         seconds: that the last state took to take, on the training thread, and to exchange, in the background.
     """
 
-    def __init__(self, engine: Engine, channel: Channel | None, before: "NeighbourCopies | None" = None, offset: int = 1) -> None:
+    def __init__(
+        self, engine: Engine, connect: Callable[[float], Channel | None], before: "NeighbourCopies | None" = None, offset: int = 1
+    ) -> None:
         self.state = BlockState(engine)
+        self._connect = connect
+        channel = connect(PATIENCE_S)
         self.channel = channel if channel is not None and channel.size > 1 else None
         self.offset = offset
         self._own: dict[int, Tensor] = {} if before is None else before._own
@@ -197,7 +204,8 @@ class NeighbourCopies:
     def close(self) -> None:
         """End the background thread, once its exchange ends or fails, and let go of the connections."""
         self._work.put(None)
-        self.channel = None
+        with self._lock:
+            self.channel = None
 
     def _exchange_all(self) -> None:
         while (step := self._work.get()) is not None:
@@ -217,6 +225,10 @@ class NeighbourCopies:
             sizes = torch.zeros(channel.size, dtype=torch.float64)
             sizes[channel.rank] = self.state.size
             self._sizes = [int(size) for size in channel.all_reduce(sizes, tag).tolist()]
+            channel = self._connect(PATIENCE_S + max(self._sizes) * self.state.dtype.itemsize / SLOWEST_BYTES_S)
+            assert channel is not None
+            with self._lock:
+                self.channel = self.channel and channel  # it may have been closed meanwhile
         before = (channel.rank - self.offset) % channel.size
         spec = StateSpec((torch.Size((self._sizes[before],)),), (self.state.dtype,), torch.device("cpu"))
         channel.send(self._own[step], (channel.rank + self.offset) % channel.size, tag)

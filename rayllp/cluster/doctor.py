@@ -4,12 +4,10 @@ import contextlib
 import os
 import socket
 import time
-import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -17,10 +15,12 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from rich.console import Console
 from rich.table import Table
 
+from rayllp.channel.interfaces import LOOPBACK, use_interface_of
 from rayllp.channel.timing import Link as TimedLink
 from rayllp.channel.timing import time_messages
 from rayllp.channel.torch_dist import TorchChannel
 from rayllp.checkpoint import locate
+from rayllp.checkpoint.shared import Mark, leave_mark
 
 PACKAGES = ("ray", "torch", "transformers", "safetensors", "rayllp")
 SIZES = {"32 KiB": 32 * 1024, "8 MiB": 8 * 1024**2}
@@ -28,6 +28,8 @@ SKEW_S = 1.0
 ANSWER_S = 120.0
 MOST_LINKS = 16
 SLOW_GB_S = 0.1
+LINK_S = 20.0
+"""Longest wait for a connection, or for a message."""
 
 
 @dataclass(frozen=True)
@@ -74,11 +76,10 @@ def examine(path: str | None = None) -> Diagnosis:
     """
     found = Diagnosis()
     alive = [node for node in ray.nodes() if node["Alive"]]
-    token = uuid.uuid4().hex
-    with _shared_place(path, token, found) as place:
+    with _shared_place(path, found) as mark:
         for node in alive:
             with _as_fault(found, f"node {node['NodeManagerAddress']} did not answer"):
-                found.nodes.append(_ask(node, place, token))
+                found.nodes.append(_ask(node, mark))
     _compare(found)
     pairs = [(one, other) for one, other in zip(found.nodes, found.nodes[1:], strict=False)] or [(n, n) for n in found.nodes]
     if len(pairs) > MOST_LINKS:
@@ -115,9 +116,9 @@ def show(found: Diagnosis, console: Console) -> None:
         links.add_row(*link.nodes, link.backend, f"{link.latency_s * 1e6:.0f}", f"{link.bandwidth_gb_s:.2f}")
     console.print(links)
     for note in found.notes:
-        console.print(f"note: {note}", highlight=False, soft_wrap=True)
+        console.print(f"note: {note}", highlight=False, soft_wrap=True, markup=False)
     for fault in found.faults:
-        console.print(f"to mend: {fault}", style="red", highlight=False, soft_wrap=True)
+        console.print(f"to mend: {fault}", style="red", highlight=False, soft_wrap=True, markup=False)
     if not found.faults:
         console.print("nothing to mend", style="green")
 
@@ -125,19 +126,19 @@ def show(found: Diagnosis, console: Console) -> None:
 # Nodes ------------------------------------------------------------------------------------------------------------------------------
 
 
-def _ask(node: dict[str, Any], place: str | None, token: str) -> Node:
+def _ask(node: dict[str, Any], mark: Mark | None) -> Node:
     strategy = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
     asked = ray.remote(num_cpus=0, scheduling_strategy=strategy)(_describe_node)
-    ray.get(asked.remote(None, ""), timeout=ANSWER_S)  # its process is there now, so that the clock's reading comes at once
+    ray.get(asked.remote(None), timeout=ANSWER_S)  # its process is there now, so that the clock's reading comes at once
     before = time.time()
-    answer = ray.get(asked.remote(place, token), timeout=ANSWER_S)
+    answer = ray.get(asked.remote(mark), timeout=ANSWER_S)
     after = time.time()
     resources = node["Resources"]
     skew = answer.pop("time") - (before + after) / 2
     return Node(id=node["NodeID"], address=node["NodeManagerAddress"], cpus=resources.get("CPU", 0), clock_skew_s=skew, **answer)
 
 
-def _describe_node(place: str | None, token: str) -> dict[str, Any]:
+def _describe_node(mark: Mark | None) -> dict[str, Any]:
     import platform
 
     now = time.time()
@@ -148,7 +149,7 @@ def _describe_node(place: str | None, token: str) -> dict[str, Any]:
     gpus, nccl = _gpus()
     return {
         "time": now, "host": socket.gethostname(), "python": platform.python_version(), "packages": packages, "gpus": gpus, "nccl": nccl,
-        "shared": "–" if place is None else _look_at(place, token),
+        "shared": "–" if mark is None else mark.look(),
     }  # fmt: skip
 
 
@@ -167,39 +168,20 @@ def _gpus() -> tuple[list[str], str]:
     return names, nccl
 
 
-def _look_at(place: str, token: str) -> str:
-    """Whether this node sees what another wrote, and can write."""
-    folder = locate(place)
-    try:
-        if (folder / f"{token}.driver").read_text() != token:
-            return "another file"
-        (folder / f"{token}.{uuid.uuid4().hex}").write_text(token)
-    except Exception as error:  # whatever a file system's package raises
-        return f"{type(error).__name__}"
-    return "ok"
-
-
 @contextlib.contextmanager
-def _shared_place(path: str | None, token: str, found: Diagnosis) -> Iterator[str | None]:
+def _shared_place(path: str | None, found: Diagnosis) -> Iterator[Mark | None]:
     if path is None:
         found.notes.append("shared storage was not tried: give --path, the folder or URL that runs are to be written to")
         yield None
         return
-    place = str(Path(path).absolute()) if "://" not in path else path
-    folder = locate(place)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"{token}.driver").write_text(token)
-    except Exception as error:
-        found.faults.append(f"{path} cannot be written here ({type(error).__name__}: {error}): choose another place for runs")
-        yield None
-        return
-    try:
-        yield place
-    finally:
-        for leftover in folder.glob(f"{token}.*"):
-            with contextlib.suppress(Exception):
-                leftover.unlink()
+    with contextlib.ExitStack() as stack:
+        try:
+            mark = stack.enter_context(leave_mark(locate(path)))
+        except Exception as error:  # whatever a file system's package raises
+            found.faults.append(f"{path} cannot be written here ({type(error).__name__}: {error}): choose another place for runs")
+            yield None
+            return
+        yield mark
 
 
 def _compare(found: Diagnosis) -> None:
@@ -241,7 +223,7 @@ class _End:
     """One end of a link."""
 
     def listen(self, same_node: bool) -> tuple[str, int]:
-        host = "127.0.0.1" if same_node else ray.util.get_node_ip_address()
+        host = LOOPBACK if same_node else ray.util.get_node_ip_address()
         self._listener = socket.create_server((host, 0))
         return host, self._listener.getsockname()[1]
 
@@ -251,7 +233,8 @@ class _End:
         import torch.distributed as dist
         from torch._C._distributed_c10d import TCPStore
 
-        limit = timedelta(seconds=60)
+        use_interface_of(LOOPBACK if host == LOOPBACK else ray.util.get_node_ip_address())
+        limit = timedelta(seconds=LINK_S)
         if rank == 0:
             store = TCPStore(host, port, 2, True, limit, master_listen_fd=self._listener.detach())
         else:
@@ -259,7 +242,7 @@ class _End:
         dist.init_process_group(backend, store=store, rank=rank, world_size=2, timeout=limit)
         device = torch.device("cuda", 0) if backend == "nccl" else torch.device("cpu")
         # Rank 0 has the link's figures, for half a round trip; the other end has none.
-        links = time_messages(TorchChannel(timeout_s=60), list(SIZES.values()), device, rounds=10)
+        links = time_messages(TorchChannel(timeout_s=LINK_S), list(SIZES.values()), device, rounds=10)
         dist.destroy_process_group()
         return links[0] if links else None
 

@@ -20,16 +20,17 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from rayllp.channel.interfaces import LOOPBACK, Door, Reached, addresses, explain, open_doors
 from rayllp.channel.mpi import MPIWorld, leave_no_names, load_mpi
 from rayllp.cluster.driver import Driver
 from rayllp.cluster.given import TrainResult
 from rayllp.cluster.group import WorkerGroup
 from rayllp.cluster.places import threads_of
 from rayllp.cluster.prepare import prepare
-from rayllp.cluster.worker import BlockWorker, Plan
+from rayllp.cluster.worker import BlockWorker, Place, Plan
 from rayllp.config import TrainConfig, make_config
 from rayllp.data import Batches
-from rayllp.errors import ClusterError, RayllpError, SettingsError
+from rayllp.errors import ClusterError, RayllpError, RendezvousError, SettingsError
 from rayllp.models import Architecture
 from rayllp.report import RunDirectory
 
@@ -131,13 +132,24 @@ class LaunchedWorker(BlockWorker):
             os.environ["CUDA_VISIBLE_DEVICES"] = _visible(here.local_rank)
         super().__init__(rank, config, threads_of(max(1, (os.cpu_count() or 1) // here.local_size)))
         self._here = here
-        self._mpi = MPIWorld(here.comm)
+        self.membership.mpi = MPIWorld(here.comm)
+        self._address, self._reached = LOOPBACK, list[Reached]()
 
-    def place(self) -> tuple[str, str]:
-        """The name of this node, and its address."""
+    def place(self) -> Place:
+        """This host, and its address on the network that all share; that of the loopback until `settle`."""
         name = socket.gethostname()
-        one_node = self._here.local_size == self._here.comm.Get_size()
-        return name, "127.0.0.1" if one_node else socket.gethostbyname(name)
+        return Place(name, self._address, name)
+
+    def reach(self, doors: list[Door]) -> list[Reached]:
+        """As asked; `settle` says which door it is to be."""
+        self._reached = super().reach(doors)
+        return self._reached
+
+    def settle(self, number: int) -> None:
+        """Talk from the address that reached this door."""
+        own = self._reached[number].own
+        assert own is not None, "a door that all reached"
+        self._address = own
 
     def leave(self, failure: Exception | None = None) -> None:
         """End all processes: what this one failed in the others wait for."""
@@ -235,10 +247,31 @@ class LaunchedGroup(WorkerGroup):
             self._others.ask(rank, "begin", rank, self.config, self.device)
         self._mine, self._batches = LaunchedWorker(0, self.config, self._here, self.device), batches
         _unpack({rank: self._others.answer(rank) for rank in others})
-        host = self._mine.place()[1]
+        if self._here.local_size < self._here.comm.Get_size():
+            self._find_addresses()
+        host = self._mine.place().address
         port = self._mine.listen(host)
         self.call("connect", host, port, "nccl" if self.device == "cuda" else "gloo", self.device, 1)
         return self._build(architecture, kept)
+
+    def _find_addresses(self) -> None:
+        """Each process learns its address on the network that all hosts share: the first of this host's that all others reach.
+
+        Raises:
+            RendezvousError: there is none.
+        """
+        with open_doors(addresses()) as doors:
+            answers = self.call("reach", doors)
+        shared = [number for number in range(len(doors)) if all(reached[number].own is not None for reached in answers)]
+        if not shared:
+            unreached = [
+                (f"process {rank}", door, each.why_not)
+                for rank, reached in enumerate(answers)
+                for door, each in zip(doors, reached, strict=True)
+                if each.own is None
+            ]
+            raise RendezvousError(explain(unreached, f"{socket.gethostname()} has no address that all processes reach"))
+        self.call("settle", shared[0])
 
     def rebuild(self, config: TrainConfig, architecture: Architecture | None, kept: dict[str, Any] | None = None) -> list[dict[str, Any]]:
         self.config = config

@@ -3,28 +3,34 @@
 import contextlib
 import math
 import time
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any, Self
 
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
+from rayllp.channel.interfaces import LOOPBACK, Door, explain
 from rayllp.channel.pmi import ProcessManager, Rendezvous
+from rayllp.checkpoint import Folder
+from rayllp.checkpoint.location import place_of_checkpoints
 from rayllp.checkpoint.memory import Inventory, Layout, common_step, copy_offset, holder_of
+from rayllp.checkpoint.shared import leave_mark
 from rayllp.cluster.group import ElasticGroup
 from rayllp.cluster.names import run_name
 from rayllp.cluster.places import Slot, capacity, draining
 from rayllp.cluster.staff import START_TIMEOUT_S, Staff
-from rayllp.cluster.worker import Plan
+from rayllp.cluster.worker import Place, Plan
 from rayllp.config import TrainConfig
 from rayllp.data import Batches
-from rayllp.errors import ClusterError, RayllpError, WorkerLostError
+from rayllp.errors import ClusterError, MessageTimeoutError, RayllpError, RendezvousError, WorkerLostError
 from rayllp.models import Architecture
 
-BROKEN = ("ChannelError", "RuntimeError", "DistBackendError")
+BROKEN = ("ChannelError", "MessageTimeoutError", "RuntimeError", "DistBackendError")
 """Errors of a worker that may only be the echo of another's."""
+RENDEZVOUS_TRIES = 2
 
 
 @dataclass(frozen=True)
@@ -41,10 +47,12 @@ class RayGroup(ElasticGroup):
 
     Args:
         staff: the processes that they are made of.
+        storage: where checkpoints are written, which all hosts must see; None: none are.
     """
 
-    def __init__(self, config: TrainConfig, staff: Staff) -> None:
-        self.config, self.device, self.staff = config, staff.device, staff
+    def __init__(self, config: TrainConfig, staff: Staff, storage: Folder | None = None) -> None:
+        self.config, self.device, self.staff, self.storage = config, staff.device, staff, storage
+        self._seen_by: set[str] = set()  # nodes that were found to see the storage
         self.workers: list[Any] = []
         self._slots: list[Slot] = []  # theirs
         self._nodes: list[str] = []
@@ -65,7 +73,8 @@ class RayGroup(ElasticGroup):
         """
         room = capacity(device) if staff is None else len(staff.slots)
         config_here = config.with_workers(max(config.fewest_workers, min(config.world, room)))
-        return cls(config_here, staff or Staff(config_here.world, device, name=run_name(run)))
+        storage = place_of_checkpoints(run, config.checkpoint.path)
+        return cls(config_here, staff or Staff(config_here.world, device, name=run_name(run)), storage)
 
     def start(self, architecture: Architecture | None, batches: Batches, kept: dict[str, Any] | None = None) -> list[dict[str, Any]]:
         """As asked; `batches` pass through Ray's object store, once for all workers."""
@@ -79,14 +88,55 @@ class RayGroup(ElasticGroup):
     def _connect(self, *, keep_offset: bool = False) -> None:
         """Join all workers anew. With `keep_offset` the copies that they hold stay those of the same workers' states."""
         places = self.call("place", timeout_s=START_TIMEOUT_S)
-        self._nodes = [node for node, _ in places]
-        one_node = len(set(self._nodes)) == 1
-        host = "127.0.0.1" if one_node else places[0][1]
-        port = self._get({0: self.workers[0].listen.remote(host)}, START_TIMEOUT_S)[0]
+        self._nodes = [place.node for place in places]
+        self._check_storage(places)
+        host = LOOPBACK if len(set(self._nodes)) == 1 else places[0].address
         backend = self.config.channel if self.config.channel in ("gloo", "nccl") else "nccl" if self.device == "cuda" else "gloo"
         if not keep_offset:
             self._offset = copy_offset(self._nodes[: self.config.layer_workers])
-        self.call("connect", host, port, backend, self.device, self._offset, self._begin_mpi(), timeout_s=START_TIMEOUT_S)
+        for attempt in count(1):
+            port = self._listen(0, host)
+            try:
+                self.call("connect", host, port, backend, self.device, self._offset, self._begin_mpi(), timeout_s=START_TIMEOUT_S)
+                return
+            except RendezvousError as error:
+                if attempt == RENDEZVOUS_TRIES or not self.keeps_processes:
+                    raise RendezvousError(explain(self._unreached(places), str(error))) from None
+                self.call("leave", timeout_s=START_TIMEOUT_S)
+
+    def _check_storage(self, places: Sequence[Place]) -> None:
+        """See that hosts which were not among the workers' before find what this one writes.
+
+        Raises:
+            ClusterError: one does not, so that its part of a checkpoint would be lost.
+        """
+        new = {place.node: rank for rank, place in enumerate(places) if place.node not in self._seen_by}
+        if self.storage is None or not new.keys() - {ray.get_runtime_context().get_node_id()}:
+            return
+        with leave_mark(self.storage) as mark:
+            for rank, saw in zip(new.values(), self.call_some(new.values(), "look", mark, timeout_s=START_TIMEOUT_S), strict=True):
+                if saw != "ok":
+                    raise _not_shared(places[rank], mark.folder, saw)
+            if mark.answers() < len(new):
+                raise _not_shared(places[max(new.values())], mark.folder, "what it writes is not seen here")
+        self._seen_by |= new.keys()
+
+    def _listen(self, rank: int, host: str) -> int:
+        """A port that this worker opens there."""
+        return int(self._get({rank: self.workers[rank].listen.remote(host)}, START_TIMEOUT_S)[0])
+
+    def _unreached(self, places: Sequence[Place]) -> list[tuple[str, Door, str]]:
+        """Which hosts do not reach which others, by the first worker of each."""
+        first = {place.node: rank for rank, place in reversed(list(enumerate(places)))}
+        ranks = sorted(first.values())
+        doors = {rank: Door(places[rank].address, self._listen(rank, places[rank].address)) for rank in ranks}
+        found = []
+        for rank in ranks:
+            others = [door for other, door in doors.items() if other != rank]
+            (reached,) = self.call_some([rank], "reach", others, timeout_s=START_TIMEOUT_S)
+            where = f"{places[rank].host} ({places[rank].address})"
+            found += [(where, door, each.why_not) for door, each in zip(others, reached, strict=True) if each.own is None]
+        return found
 
     def _begin_mpi(self) -> Rendezvous | None:
         """Where the workers become an MPI world, where states are to travel by MPI."""
@@ -94,7 +144,7 @@ class RayGroup(ElasticGroup):
         if self.config.channel != "mpi":
             return None
         here = ray.get_runtime_context().get_node_id()
-        self._manager = ProcessManager("127.0.0.1" if {*self._nodes} == {here} else ray.util.get_node_ip_address(), self._nodes)
+        self._manager = ProcessManager(LOOPBACK if {*self._nodes} == {here} else ray.util.get_node_ip_address(), self._nodes)
         return self._manager.rendezvous
 
     def _end_mpi(self) -> None:
@@ -134,8 +184,10 @@ class RayGroup(ElasticGroup):
             left = None if deadline is None else max(0.0, deadline - time.monotonic())
             ready, pending = ray.wait(pending, num_returns=1, timeout=left)
             if not ready:
+                # All others would have given up waiting for a message by now: these hang.
                 late = f"{len(pending)} of {len(references)} workers did not answer within {timeout_s:g} s"
-                raise _lost(lost, late) if (lost := self.lost()) else ClusterError(late)
+                silent = frozenset(rank for rank, reference in references.items() if reference in pending)
+                raise _lost(self.lost() | self._give_up(silent), late)
             try:
                 ray.get(ready)
             except (RayTaskError, RayActorError) as error:
@@ -151,7 +203,7 @@ class RayGroup(ElasticGroup):
                     ray.get(reference, timeout=0)
             raise _lost(lost) from error
         # Nobody died: a worker whose neighbour failed says so first, perhaps.
-        ray.wait(list(references.values()), num_returns=len(references), timeout=self.config.hang_timeout_s)
+        _, pending = ray.wait(list(references.values()), num_returns=len(references), timeout=self.config.hang_timeout_s)
         causes = [error.cause if isinstance(error, RayTaskError) and isinstance(error.cause, BaseException) else error]
         for reference in references.values():
             try:
@@ -160,6 +212,9 @@ class RayGroup(ElasticGroup):
                 continue
             except RayTaskError as other:
                 causes.append(other.cause if isinstance(other.cause, BaseException) else other)
+        silent = frozenset(rank for rank, reference in references.items() if reference in pending)
+        if silent and any(isinstance(cause, MessageTimeoutError) for cause in causes):  # whoever was waited for, and still says nothing
+            raise _lost(self._give_up(silent), "others waited for their messages in vain") from error
         cause = next((c for c in causes if type(c).__name__ not in BROKEN), causes[0])
         if isinstance(cause, RayllpError):
             raise cause
@@ -173,12 +228,14 @@ class RayGroup(ElasticGroup):
         for rank, reference in references.items():
             try:
                 ray.get(reference, timeout=0)
-            except GetTimeoutError:
-                ray.kill(self.workers[rank], no_restart=True)
+            except (GetTimeoutError, RayActorError):
                 gone.add(rank)
-            except RayActorError:
-                gone.add(rank)
-        return frozenset(gone)
+        return self._give_up(frozenset(gone))
+
+    def _give_up(self, ranks: frozenset[int]) -> frozenset[int]:
+        """End these workers, should they live; the same ranks."""
+        self.staff.dismiss(self.workers[rank] for rank in ranks)
+        return ranks
 
     @property
     def size(self) -> int:
@@ -313,6 +370,14 @@ class RayGroup(ElasticGroup):
             self.staff.release(zip(self._slots, self.workers, strict=False))
             self.workers = []
         self._end_mpi()
+
+
+def _not_shared(place: Place, folder: str, why: str) -> ClusterError:
+    return ClusterError(
+        f"{place.host} ({place.address}) does not share {folder} with this host ({why}), where checkpoints are to be written: every worker "
+        "writes its own part. Set checkpoint.path to a URL that all hosts reach (s3://…, gs://…), or put the run on a file system that "
+        "all of them mount: --output"
+    )
 
 
 def _lost(ranks: frozenset[int], why: str = "") -> WorkerLostError:

@@ -11,7 +11,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, Place
 
 from rayllp.cluster.names import NAMESPACE, group_name, worker_name
 from rayllp.cluster.places import Slot, threads_of
-from rayllp.cluster.worker import BlockWorker
+from rayllp.cluster.worker import LIVENESS, BlockWorker
 from rayllp.config import TrainConfig
 from rayllp.errors import ClusterError
 
@@ -98,7 +98,8 @@ class Staff:
         if self.name:
             options |= {"name": worker_name(self.name, self._started), "namespace": NAMESPACE}
         self._started += 1
-        return ray.remote(BlockWorker).options(**options).remote(rank, config, self._threads(config))
+        actor = ray.remote(concurrency_groups={LIVENESS: 1})(BlockWorker)
+        return actor.options(**options).remote(rank, config, self._threads(config))
 
     def _threads(self, config: TrainConfig) -> int:
         """Of each worker of such a run."""

@@ -9,22 +9,19 @@ import traceback
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from datetime import timedelta
-from typing import Any, ParamSpec, Self, TypeVar
+from typing import Any, NamedTuple, ParamSpec, Self, TypeVar
 
 import ray
 import torch
-import torch.distributed as dist
-from torch._C._distributed_c10d import TCPStore
 
 from rayllp.channel.base import Channel
-from rayllp.channel.local import LocalChannel
-from rayllp.channel.mpi import MPIWorld
+from rayllp.channel.interfaces import LOOPBACK, Door, Reached, knock
 from rayllp.channel.pmi import Rendezvous
 from rayllp.channel.timing import Link, time_messages
-from rayllp.channel.torch_dist import TorchChannel
 from rayllp.checkpoint import PieceWriter, Prolongation, load_pieces, locate
 from rayllp.checkpoint.memory import Inventory, Layout, NeighbourCopies
+from rayllp.checkpoint.shared import Mark
+from rayllp.cluster.membership import Membership
 from rayllp.config import TrainConfig
 from rayllp.control import Accuracy, ProbePlan
 from rayllp.data import Batches
@@ -36,10 +33,19 @@ from rayllp.timeline import TimedStep, Timeline
 
 REMEMBERED = 512
 """Steps whose statistics a worker can still tell, for a driver whose call for them failed."""
-COPY_TIMEOUT_S = 30.0
+LIVENESS = "liveness"
+"""Ray's concurrency group whose thread answers while the worker's own computes."""
 
 P = ParamSpec("P")
 R = TypeVar("R")
+
+
+class Place(NamedTuple):
+    """Of a worker: the node's identifier, its address in the cluster, and the host's name."""
+
+    node: str
+    address: str
+    host: str
 
 
 @dataclass(frozen=True)
@@ -93,11 +99,7 @@ class BlockWorker:
         keep_freed_memory()
         self.rank, self.config = rank, config
         self.engine: Engine | None = None
-        self._listener: socket.socket | None = None
-        self._layer_group: dist.ProcessGroup | None = None
-        self._data_group: dist.ProcessGroup | None = None
-        self._copies_group: dist.ProcessGroup | None = None
-        self._mpi: MPIWorld | None = None
+        self.membership = Membership()
         self._copies: NeighbourCopies | None = None
         self._writer = PieceWriter()
         self._offset = 1
@@ -108,48 +110,42 @@ class BlockWorker:
         FAMILIES.update(plan.families)
         if architecture is None:
             build_architecture(self.config, batches.facts, plan.kept)  # type: ignore[attr-defined]
-        return self.place()[0]
+        return self.place().node
 
-    def place(self) -> tuple[str, str]:
-        """The node this worker is on, and its address."""
-        return ray.get_runtime_context().get_node_id(), ray.util.get_node_ip_address()
+    def place(self) -> Place:
+        """Where this worker is."""
+        return Place(ray.get_runtime_context().get_node_id(), ray.util.get_node_ip_address(), socket.gethostname())
 
     def listen(self, host: str) -> int:
         """Open the rendezvous port on `host`'s interface alone; the port."""
-        self._listener = socket.create_server((host, 0))
-        return int(self._listener.getsockname()[1])
+        return self.membership.listen(host)
+
+    def reach(self, doors: list[Door]) -> list[Reached]:
+        """Which of these ports this host gets a connection to."""
+        return [knock(door) for door in doors]
+
+    def look(self, mark: Mark) -> str:
+        """Whether this host sees a file that the driver's wrote; see `Mark.look`."""
+        return mark.look()
 
     def connect(self, host: str, port: int, backend: str, device: str, offset: int, rendezvous: Rendezvous | None = None) -> None:
-        """Join the process groups.
+        """Join the process groups, over the interface that holds this node's address in the cluster.
 
         Args:
+            host: where the first worker listens; the loopback address where all are on one node.
             offset: copies of states go to the worker so many blocks on.
             rendezvous: of the MPI world that is to carry states; None: torch's groups do.
+
+        Raises:
+            RendezvousError: they could not be made.
         """
+        own = LOOPBACK if host == LOOPBACK else self.place().address
+        try:
+            self.membership.join(self.config, self.rank, own, (host, port), backend, device, rendezvous)
+        except Exception as error:
+            self.leave(error)
+            raise
         self._offset = offset
-        config = self.config
-        # One that is lost now is not noticed by those who wait for it here: they must give up before they are taken for silent.
-        timeout = timedelta(seconds=min(config.receive_timeout_s, config.hang_timeout_s / 2))
-        if host == "127.0.0.1":  # all workers on this machine: keep their traffic off the network
-            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-            os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
-        if self._listener is not None:
-            store = TCPStore(host, port, config.world, True, timeout, master_listen_fd=self._listener.detach())
-            self._listener = None
-        else:
-            store = TCPStore(host, port, config.world, False, timeout)
-        dist.init_process_group(backend, store=store, rank=self.rank, world_size=config.world, timeout=timeout)
-        D, P = config.mesh.data, config.layer_workers
-        replicas = [[replica * P + block for block in range(P)] for replica in range(D)]
-        self._layer_group = _join(replicas, self.rank, timeout)
-        self._data_group = _join([list(ranks) for ranks in zip(*replicas, strict=True)], self.rank, timeout) if D > 1 else None
-        for group in filter(None, (dist.group.WORLD, self._layer_group, self._data_group)):
-            _limit(group, device, config.receive_timeout_s)
-        if D == 1 and config.world > 1:  # with replicas a block's state is on another one already
-            self._copies_group = dist.new_group(backend="gloo", timeout=timeout)
-            _limit(self._copies_group, "cpu", COPY_TIMEOUT_S)
-        if rendezvous is not None:
-            self._mpi = MPIWorld.join(rendezvous, self.rank, timeout.total_seconds())
         if self.engine is not None:
             self.engine.reconnect(*self._channels())
             self._keep_copies()
@@ -160,17 +156,13 @@ class BlockWorker:
         Args:
             failure: why, if it is not the driver's wish.
         """
-        if self._layer_group is None and not dist.is_initialized():
+        if not self.membership.is_joined:
             return
         if self._copies is not None:
             self._copies.close()
-        if self._mpi is not None:
-            self._mpi.leave()
         if self.engine is not None:
             self.engine.disconnect()
-        self._layer_group = self._data_group = self._copies_group = None
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        self.membership.leave()
         gc.collect()  # a connection closes when nothing refers to it any more
 
     def build(self, architecture: Architecture | None, batches: Batches, device: str, plan: Plan) -> dict[str, Any]:
@@ -196,17 +188,10 @@ class BlockWorker:
 
     def _channels(self) -> tuple[Channel, Channel]:
         """To the other blocks, and to the other replicas."""
-        assert self._layer_group is not None, "connect() comes first"
-        limit, data, P = self.config.receive_timeout_s, self._data_group, self.config.layer_workers
-        if self._mpi is not None:
-            layers = self._mpi.channel(self.rank // P, limit, self._layer_group)
-            return layers, LocalChannel.alone() if data is None else self._mpi.channel(self.rank % P, limit, data)
-        return TorchChannel(self._layer_group, limit), LocalChannel.alone() if data is None else TorchChannel(data, limit)
+        return self.membership.channels(self.config, self.rank)
 
     def _keep_copies(self) -> None:
-        group, before = self._copies_group, self._copies
-        channel = None if group is None else TorchChannel(group, COPY_TIMEOUT_S)
-        self._copies = NeighbourCopies(self._engine, channel, before, self._offset)
+        self._copies = NeighbourCopies(self._engine, self.membership.copies, self._copies, self._offset)
 
     def reconfigure(self, config: TrainConfig, rank: int, threads: int | None = None) -> None:
         """Give up this worker's layers and its place; those that `build` makes next are of other settings."""
@@ -225,7 +210,7 @@ class BlockWorker:
             ChannelError: this process is in an MPI world, and can be in no other.
         """
         self.leave()
-        if self._mpi is not None:
+        if self.membership.mpi is not None:
             raise ChannelError("a process can be in one MPI world only")
         self.reconfigure(self.config, -1)
         self._writer, self._done = PieceWriter(), deque(maxlen=REMEMBERED)
@@ -318,8 +303,9 @@ class BlockWorker:
         """Steps done, as far as they are remembered."""
         return int(self._done[-1]["step"]) + 1 if self._done else 0
 
+    @ray.method(concurrency_group=LIVENESS)  # type: ignore[untyped-decorator]
     def ping(self) -> int:
-        """This worker's rank."""
+        """This worker's rank: it answers from another thread than the one that computes, which may be at one operation for long."""
         return self.rank
 
     @_leaving
@@ -381,17 +367,6 @@ class BlockWorker:
     def _engine(self) -> Engine:
         assert self.engine is not None, "build() comes first"
         return self.engine
-
-
-def _join(groups: list[list[int]], rank: int, timeout: timedelta) -> dist.ProcessGroup:
-    """Make process groups of these ranks, all of them on every worker, as torch asks; this worker's."""
-    made = [dist.new_group(ranks, timeout=timeout) for ranks in groups]
-    return next(group for group, ranks in zip(made, groups, strict=True) if rank in ranks)
-
-
-def _limit(group: dist.ProcessGroup, device: str, seconds: float) -> None:
-    """Let the group's operations take so long: its making had a limit of its own."""
-    group._get_backend(torch.device(device))._set_default_timeout(timedelta(seconds=seconds))
 
 
 def _is_finite(*values: float) -> bool:

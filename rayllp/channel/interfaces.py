@@ -1,0 +1,143 @@
+"""The network interface that workers talk over: the one that holds their node's address in the cluster.
+
+Left to themselves, libraries take what the host's own name resolves to, which on stock Debian and Ubuntu is 127.0.1.1, or the first
+interface that is up, which may lead nowhere.
+"""
+
+import contextlib
+import os
+import socket
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import psutil
+
+from rayllp.errors import ClusterError
+
+LOOPBACK = "127.0.0.1"
+KNOCK_S = 3.0
+"""Longest wait for a connection to another host."""
+EXACT = {"GLOO_SOCKET_IFNAME": "{}", "NCCL_SOCKET_IFNAME": "={}", "FI_TCP_IFACE": "{}"}
+"""What tells Gloo, NCCL, and libfabric (of MPI) to use just this interface for TCP."""
+ON_ONE_HOST = {"UCX_NET_DEVICES": "{}"}
+"""The same for UCX, which would then leave InfiniBand unused between hosts."""
+
+_ours: dict[str, str] = {}
+"""What this process set itself, for an earlier membership: that is no wish of the user's."""
+
+
+def use_interface_of(address: str) -> None:
+    """Have the process groups that this process joins from now on talk over the interface with this address, here and in no other place.
+
+    A variable that the user has set stays as it is. Where no interface has the address (behind a translating gateway, for instance) the
+    libraries are left to themselves.
+
+    Raises:
+        ClusterError: the user's own GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME fits no interface of this host.
+    """
+    _check_own_wishes()
+    name = "lo" if address == LOOPBACK and "lo" in psutil.net_if_addrs() else interface_of(address)
+    for variable, form in (EXACT | (ON_ONE_HOST if address == LOOPBACK else {})).items():
+        if wish_of_user(variable) is not None:
+            continue
+        os.environ.pop(variable, None)
+        if name is not None:
+            _ours[variable] = os.environ[variable] = form.format(name)
+
+
+def interface_of(address: str) -> str | None:
+    """The name of this host's interface with this address."""
+    found = psutil.net_if_addrs().items()
+    return next((name for name, addresses in found if any(each.address == address for each in addresses)), None)
+
+
+def addresses() -> list[str]:
+    """This host's IPv4 addresses that others may reach; those of the interfaces that the user wants for Gloo, if any."""
+    wanted = wish_of_user("GLOO_SOCKET_IFNAME")
+    names = psutil.net_if_addrs() if wanted is None else wanted.split(",")
+    found = [each.address for name in names for each in psutil.net_if_addrs().get(name, ()) if each.family == socket.AF_INET]
+    return [address for address in found if not address.startswith("127.")]
+
+
+def wish_of_user(variable: str) -> str | None:
+    """What the user's own environment says; None: nothing."""
+    value = os.environ.get(variable)
+    return None if not value or value == _ours.get(variable) else value
+
+
+def _check_own_wishes() -> None:
+    there = sorted(psutil.net_if_addrs())
+    gloo, nccl = wish_of_user("GLOO_SOCKET_IFNAME"), wish_of_user("NCCL_SOCKET_IFNAME")
+    if gloo is not None and not set(gloo.split(",")) <= set(there):
+        raise _no_such_interface("GLOO_SOCKET_IFNAME", gloo, there)
+    # NCCL takes beginnings of names; "=" makes them whole names, "^" excludes them.
+    if nccl is not None and not nccl.startswith("^"):
+        exact, wanted = nccl.startswith("="), nccl.lstrip("=").split(",")
+        if not any(name == wish or (not exact and name.startswith(wish)) for name in there for wish in wanted):
+            raise _no_such_interface("NCCL_SOCKET_IFNAME", nccl, there)
+
+
+def _no_such_interface(variable: str, value: str, there: Sequence[str]) -> ClusterError:
+    return ClusterError(
+        f"{variable}={value} on {socket.gethostname()} fits none of its interfaces ({', '.join(there)}): unset it, and the one that holds "
+        "the node's address in the cluster is used, or name one of these"
+    )
+
+
+# Who reaches whom -------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Door:
+    """A port that is open for a moment, so that others can try whether they reach this host."""
+
+    address: str
+    port: int
+
+
+@contextlib.contextmanager
+def open_doors(places: Sequence[str]) -> Iterator[list[Door]]:
+    """A port on each of these addresses of this host."""
+    with contextlib.ExitStack() as stack:
+        listeners = [stack.enter_context(socket.create_server((address, 0))) for address in places]
+        yield [Door(*listener.getsockname()[:2]) for listener in listeners]
+
+
+class Reached(NamedTuple):
+    """Whether a host reaches another: the own address that it does so from, or None and the reason."""
+
+    own: str | None
+    why_not: str = ""
+
+
+def knock(door: Door, timeout_s: float = KNOCK_S) -> Reached:
+    """Try to reach another host's open port."""
+    try:
+        with socket.create_connection((door.address, door.port), timeout_s) as connection:
+            return Reached(str(connection.getsockname()[0]))
+    except TimeoutError:
+        return Reached(None, f"no answer within {timeout_s:g} s")
+    except OSError as error:
+        return Reached(None, error.strerror or str(error))
+
+
+def explain(unreached: Sequence[tuple[str, Door, str]], error: str) -> str:
+    """Why workers could not be connected, and what to do.
+
+    Args:
+        unreached: which host did not reach which door, and the reason.
+        error: what the libraries said.
+    """
+    if not unreached:
+        return (
+            f"the workers could not be connected ({error}), though all hosts reach each other at their addresses in the cluster. If "
+            "GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME is set on a host, unset it, or name the interface that the hosts share"
+        )
+    host, door, why = unreached[0]
+    more = f" ({len(unreached) - 1} more such pairs)" if len(unreached) > 1 else ""
+    return (
+        f"the workers could not be connected: {host} does not reach {door.address}: {why}{more}. A firewall lets no connection to port "
+        f"{door.port} through, or the hosts share another network: open TCP between all nodes on all ports, or start Ray on each with "
+        "--node-ip-address, its address in the network that they share"
+    )

@@ -1,0 +1,181 @@
+"""Two hosts on one machine: a network namespace each, joined by a cable (veth), with names, files and processes of their own.
+
+Needs root, iproute2 and util-linux. What a host has is gone when its processes are.
+"""
+
+import contextlib
+import os
+import secrets
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+SHARED = "/tmp/shared"
+"""The one folder that both hosts see."""
+TOKEN = secrets.token_hex(32)
+PYTHON = sys.executable
+RAY_PORT = 6379
+
+
+def why_not() -> str | None:
+    """What is missing here for hosts of one's own."""
+    if os.geteuid() != 0:
+        return "network namespaces need root"
+    for tool in ("ip", "unshare", "nsenter"):
+        if shutil.which(tool) is None:
+            return f"there is no {tool} (iproute2, util-linux)"
+    name = f"rayllp{os.getpid()}"
+    try:
+        _run("ip", "netns", "add", name)
+        _run("ip", "netns", "del", name)
+    except subprocess.CalledProcessError as error:
+        return f"network namespaces cannot be had: {error.stderr.strip()}"
+    return None
+
+
+def _run(*command: str) -> str:
+    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=30).stdout
+
+
+class Host:
+    """A network, mount and UTS namespace, held by a process that sleeps.
+
+    Its name resolves to 127.0.1.1, as on stock Debian and Ubuntu; /tmp, /dev/shm and the home are its own; a second interface leads
+    nowhere.
+
+    Attributes:
+        address: on the cable.
+    """
+
+    def __init__(self, number: int, shared: Path) -> None:
+        self.number, self.name, self.address = number, f"host{number}", f"10.77.0.{number}"
+        script = f"""
+            set -e
+            hostname {self.name}
+            mount --make-rprivate /
+            mount --bind {shared} /mnt
+            mount -t tmpfs tmpfs /tmp
+            mount -t tmpfs tmpfs /dev/shm
+            mkdir /tmp/shared /tmp/home
+            mount --move /mnt /tmp/shared
+            printf '127.0.0.1 localhost\\n127.0.1.1 {self.name}\\n' > /tmp/hosts
+            mount --bind /tmp/hosts /etc/hosts
+            ip link set lo up
+            echo ready
+            exec sleep infinity
+        """
+        self._holder = subprocess.Popen(["unshare", "--net", "--mount", "--uts", "sh", "-c", script], stdout=subprocess.PIPE, text=True)
+        assert self._holder.stdout is not None
+        assert self._holder.stdout.readline() == "ready\n", f"{self.name} cannot be had"
+
+    @property
+    def pid(self) -> int:
+        return self._holder.pid
+
+    def command(self, *command: str) -> list[str]:
+        """The same command, on this host."""
+        return ["nsenter", "-t", str(self.pid), "--net", "--mount", "--uts", f"--wd={ROOT}", *command]
+
+    def environment(self, **variables: str) -> dict[str, str]:
+        kept = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "GLOO_", "NCCL_", "PYTEST_"))}
+        own = {
+            "HOME": "/tmp/home", "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN, "RAY_worker_niceness": "0", "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": str(ROOT), "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+        }  # fmt: skip
+        return kept | own | variables
+
+    def run(self, *command: str, timeout_s: float = 120, check: bool = True, **variables: str) -> subprocess.CompletedProcess[str]:
+        done = subprocess.run(
+            self.command(*command), env=self.environment(**variables), capture_output=True, text=True, timeout=timeout_s
+        )  # fmt: skip
+        assert not check or done.returncode == 0, f"{command} on {self.name}: {done.returncode}\n{done.stdout}\n{done.stderr}"
+        return done
+
+    def start(self, *command: str, **variables: str) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            self.command(*command), env=self.environment(**variables), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )  # fmt: skip
+
+    def rayllp(self, *arguments: str, timeout_s: float = 180, check: bool = True, **variables: str) -> subprocess.CompletedProcess[str]:
+        """`rayllp …` on this host, in the cluster of both."""
+        return self.run(PYTHON, "-m", "rayllp", *arguments, timeout_s=timeout_s, check=check, **_cluster(), **variables)
+
+    def start_rayllp(self, *arguments: str, **variables: str) -> subprocess.Popen[str]:
+        return self.start(PYTHON, "-m", "rayllp", *arguments, **_cluster(), **variables)
+
+    def ray(self, *arguments: str, **variables: str) -> None:
+        """`ray …`, from Python, since an environment's scripts may be elsewhere."""
+        self.run(PYTHON, "-c", "from ray.scripts.scripts import main; main()", *arguments, timeout_s=120, **variables)
+
+    def ip(self, *arguments: str) -> None:
+        self.run("ip", *arguments)
+
+    def join(self, cpus: int = 2, **variables: str) -> None:
+        """Start Ray: the head on the first host; the others join it."""
+        place = ["--head", f"--port={RAY_PORT}", "--include-dashboard=false"] if self.number == 1 else [f"--address=10.77.0.1:{RAY_PORT}"]
+        memory = "--object-store-memory=200000000"
+        self.ray("start", *place, f"--node-ip-address={self.address}", f"--num-cpus={cpus}", memory, "--disable-usage-stats", **variables)
+
+    def cut(self) -> None:
+        """Pull the cable out: whoever talks to this host hears nothing, not even that it is gone."""
+        self.ip("link", "set", "cable", "down")
+
+    def mend(self) -> None:
+        """Plug it in again."""
+        self.ip("link", "set", "cable", "up")
+
+    def processes(self) -> list[int]:
+        """All in this host's network, but the one that holds it."""
+        mine, found = os.stat(f"/proc/{self.pid}/ns/net").st_ino, []
+        for entry in Path("/proc").iterdir():
+            with contextlib.suppress(OSError):
+                if entry.name.isdigit() and os.stat(entry / "ns/net").st_ino == mine and int(entry.name) != self.pid:
+                    found.append(int(entry.name))
+        return found
+
+    def leave(self) -> None:
+        """All its processes end at once, as where the power is cut."""
+        for _ in range(50):
+            found = self.processes()
+            if not found:
+                return
+            for pid in found:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            time.sleep(0.1)
+
+    def close(self) -> None:
+        self.leave()
+        self._holder.kill()
+        self._holder.wait()
+
+
+def _cluster() -> dict[str, str]:
+    return {"RAY_ADDRESS": f"10.77.0.1:{RAY_PORT}"}
+
+
+@contextlib.contextmanager
+def hosts(count: int = 2) -> Iterator[Sequence[Host]]:
+    """Two hosts with a cable between them; nothing runs on them yet."""
+    with tempfile.TemporaryDirectory() as shared:
+        found = [Host(number, Path(shared)) for number in range(1, count + 1)]
+        try:
+            one, other = (str(host.pid) for host in found)
+            ends = ("cable", "netns", one), ("cable", "netns", other)
+            _run("ip", "link", "add", *ends[0], "type", "veth", "peer", "name", *ends[1])
+            for host in found:
+                host.ip("link", "add", "astray", "type", "veth", "peer", "name", "nowhere")
+                for interface, address in (("astray", f"192.168.{host.number}.1/24"), ("cable", f"{host.address}/24")):
+                    host.ip("addr", "add", address, "dev", interface)
+                    host.ip("link", "set", interface, "up")
+                host.ip("link", "set", "nowhere", "up")
+            yield found
+        finally:
+            for host in found:
+                host.close()
