@@ -109,18 +109,19 @@ class Host:
     def start_rayllp(self, *arguments: str, **variables: str) -> subprocess.Popen[str]:
         return self.start(PYTHON, "-m", "rayllp", *arguments, **_cluster(), **variables)
 
-    def ray(self, *arguments: str, **variables: str) -> None:
+    def ray(self, *arguments: str, timeout_s: float = 120, **variables: str) -> None:
         """`ray …`, from Python, since an environment's scripts may be elsewhere."""
-        self.run(PYTHON, "-c", "from ray.scripts.scripts import main; main()", *arguments, timeout_s=120, **variables)
+        self.run(PYTHON, "-c", "from ray.scripts.scripts import main; main()", *arguments, timeout_s=timeout_s, **variables)
 
     def ip(self, *arguments: str) -> None:
         self.run("ip", *arguments)
 
-    def join(self, cpus: int = 2, **variables: str) -> None:
+    def join(self, *options: str, cpus: int = 2, dashboard: bool = False, **variables: str) -> None:
         """Start Ray: the head on the first host; the others join it."""
-        place = ["--head", f"--port={RAY_PORT}", "--include-dashboard=false"] if self.number == 1 else [f"--address=10.77.0.1:{RAY_PORT}"]
-        memory = "--object-store-memory=200000000"
-        self.ray("start", *place, f"--node-ip-address={self.address}", f"--num-cpus={cpus}", memory, "--disable-usage-stats", **variables)
+        head = ["--head", f"--port={RAY_PORT}", f"--include-dashboard={dashboard}"]
+        place = head if self.number == 1 else [f"--address=10.77.0.1:{RAY_PORT}"]
+        here = [f"--node-ip-address={self.address}", f"--num-cpus={cpus}", "--object-store-memory=200000000", "--disable-usage-stats"]
+        self.ray("start", *place, *here, *options, **variables)
 
     def cut(self) -> None:
         """Pull the cable out: whoever talks to this host hears nothing, not even that it is gone."""

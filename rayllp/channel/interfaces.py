@@ -60,6 +60,14 @@ def addresses() -> list[str]:
     return [address for address in found if not address.startswith("127.")]
 
 
+def own_address_towards(place: str) -> str | None:
+    """This host's address on the way to "HOST:PORT"; None: that is no such thing, or nothing answers there."""
+    host, _, port = place.rpartition(":")
+    if not host or not port.isdecimal() or "/" in host:
+        return None
+    return knock(Door(host, int(port))).own
+
+
 def wish_of_user(variable: str) -> str | None:
     """What the user's own environment says; None: nothing."""
     value = os.environ.get(variable)

@@ -38,8 +38,9 @@ class Mark:
 
 @contextlib.contextmanager
 def leave_mark(folder: Folder) -> Iterator[Mark]:
-    """A mark in a folder, which is made if need be; all of them are removed at the end."""
+    """A mark in a folder, which is made if need be; what was made for it is removed at the end."""
     mark = Mark(str(folder.absolute()), f".mark_{uuid.uuid4().hex}")
+    is_new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{mark.token}.driver").write_text(mark.token)
     try:
@@ -48,3 +49,6 @@ def leave_mark(folder: Folder) -> Iterator[Mark]:
         for leftover in folder.glob(f"{mark.token}.*"):
             with contextlib.suppress(Exception):
                 leftover.unlink()
+        if is_new:
+            with contextlib.suppress(Exception):
+                folder.rmdir()

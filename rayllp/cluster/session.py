@@ -9,6 +9,7 @@ from pathlib import Path
 import ray
 from rich.console import Console
 
+from rayllp.channel.interfaces import own_address_towards
 from rayllp.cluster.driver import Driver
 from rayllp.cluster.given import TrainResult
 from rayllp.cluster.metrics import ClusterMetrics
@@ -134,7 +135,10 @@ def join_cluster(cpus: int) -> Iterator[None]:
             configure_logging=True,
         )
     else:
-        ray.init(logging_level=logging.WARNING)
+        # Ray takes the driver's address from the default route, else from the host's name. Where that is not the network of the cluster
+        # it takes the driver for one of the head's, and workers elsewhere wait for ever for what the driver hands out.
+        own = own_address_towards(os.environ["RAY_ADDRESS"])
+        ray.init(logging_level=logging.WARNING, **({} if own is None else {"_node_ip_address": own}))
     try:
         yield
     finally:
