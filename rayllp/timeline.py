@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from rayllp.channel.base import Channel, ChannelAround, MessageTag, StateSpec
+from rayllp.channel.base import Channel, ChannelAround, Coming, Leaving, MessageTag, StateSpec
 from rayllp.mgrit.propagator import Propagator
 from rayllp.state import State
 
@@ -165,6 +165,12 @@ class TimedChannel(ChannelAround):
         state = self.inner.receive(spec, source, tag)
         self.timeline.add(begin, "wait")
         return state
+
+    def exchange(self, leaving: Leaving, coming: Coming, tag: MessageTag) -> list[State]:
+        begin = self.timeline.clock()
+        found = self.inner.exchange(leaving, coming, tag)
+        self.timeline.add(begin, "wait")
+        return found
 
     def all_reduce(self, tensor: Tensor, tag: MessageTag) -> Tensor:
         begin = self.timeline.clock()

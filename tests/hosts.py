@@ -87,6 +87,7 @@ class Host:
         own = {
             "HOME": "/tmp/home", "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN, "RAY_worker_niceness": "0", "OMP_NUM_THREADS": "1",
             "PYTHONPATH": str(ROOT), "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+            "RAY_raylet_start_wait_time_s": "120",
         }  # fmt: skip
         return kept | own | variables
 
@@ -102,7 +103,7 @@ class Host:
             self.command(*command), env=self.environment(**variables), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )  # fmt: skip
 
-    def rayllp(self, *arguments: str, timeout_s: float = 180, check: bool = True, **variables: str) -> subprocess.CompletedProcess[str]:
+    def rayllp(self, *arguments: str, timeout_s: float = 400, check: bool = True, **variables: str) -> subprocess.CompletedProcess[str]:
         """`rayllp …` on this host, in the cluster of both."""
         return self.run(PYTHON, "-m", "rayllp", *arguments, timeout_s=timeout_s, check=check, **_cluster(), **variables)
 

@@ -34,6 +34,31 @@ def over_mpi(size, work):
     return run_mpi_processes(size, _mpi, work)
 
 
+def exchanging(channel):
+    """With both neighbours at once, two tensors of two dtypes; with nobody."""
+    left, right = (channel.rank - 1) % channel.size, (channel.rank + 1) % channel.size
+    mine = (torch.full((3,), channel.rank, dtype=torch.bfloat16), torch.full((2, 2), channel.rank + 0.5, dtype=torch.float64))
+    spec = StateSpec.of(mine)
+    found = channel.exchange([(mine, left), (mine, right)], [(spec, left), (spec, right)], TAG)
+    assert channel.exchange([], [], TAG) == []
+    channel.finish()
+    return [float(part.sum()) for state in found for part in state]
+
+
+def misunderstandings(channel):
+    """A message of another phase, of another dtype, of another shape, each where a good one was waited for."""
+    said = []
+    for sent, tag in ((torch.zeros(4), TAG.at("correction", 0)), (torch.zeros(4, dtype=torch.bfloat16), TAG), (torch.zeros(2, 2), TAG)):
+        if channel.rank == 0:
+            channel.send(sent, 1, tag)
+            channel.finish()
+        else:
+            with pytest.raises(ChannelError) as caught:
+                channel.receive(StateSpec.of(torch.zeros(4)), 0, TAG)
+            said.append(str(caught.value))
+    return said
+
+
 @pytest.fixture(params=[over_threads, over_gloo, over_mpi], ids=["threads", "gloo", "mpi"])
 def workers(request):
     return request.param
@@ -86,6 +111,23 @@ def test_what_is_gathered_is_in_order_of_the_ranks(workers, size):
             assert torch.equal(pairs[other][1], torch.full((2, 2), other + 0.5, dtype=torch.float64))
             assert rows[other].tolist() == [other, rank]
         assert torch.equal(received, torch.full((2, 3), float((rank - 1) % size), dtype=torch.float64))
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_what_is_exchanged(workers, size):
+    for rank, found in enumerate(workers(size, exchanging)):
+        left, right = (rank - 1) % size, (rank + 1) % size
+        assert found == [3 * left, 4 * left + 2, 3 * right, 4 * right + 2]
+
+
+def test_a_message_that_was_not_waited_for_is_an_error_with_both_names():
+    for over in (over_gloo, over_mpi):
+        phase, dtype, shape = over(2, misunderstandings)[1]
+        waits = "worker 1 waits for step 7, forward relaxation, level 1 from worker 0"
+        assert phase == f"{waits}, which sent step 7, forward correction, level 0: the schedules differ"
+        assert f"{waits}, of (4,) torch.float32 (16 bytes); that one sent step 7, forward relaxation, level 1, of another" in dtype
+        assert "of another shape or dtype (8 bytes)" in dtype
+        assert "of another shape or dtype (16 bytes)" in shape
 
 
 def lateness(channel):

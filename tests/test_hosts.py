@@ -112,7 +112,7 @@ exec nsenter -t $pid --net --mount --uts sh -c "$*"
     command = write(one)
     launch = [PYTHON.replace("/python", "/mpiexec"), "-launcher", "ssh", "-launcher-exec", shell]
     places = ["-hosts", f"{one.address},{other.address}", "-ppn", "1", "-iface", "cable", "-n", "2"]
-    one.run(*launch, *places, PYTHON, "-m", "rayllp", *command, "--launcher", "mpi", timeout_s=180)
+    one.run(*launch, *places, PYTHON, "-m", "rayllp", *command, "--launcher", "mpi", timeout_s=400)
     assert losses(one, command[-1]) == pytest.approx(expected(), rel=1e-12)
 
 

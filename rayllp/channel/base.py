@@ -51,11 +51,23 @@ class StateSpec:
         return parts[0] if self.bare else tuple(parts)
 
 
+Leaving = Sequence[tuple[State, int]]
+"""States, and the workers that they go to."""
+Coming = Sequence[tuple[StateSpec, int]]
+"""States that are to come, and the workers that they come from."""
+
+
 class Channel(Protocol):
-    """Messages between the workers of one group. Messages from one worker to another arrive in the order sent."""
+    """Messages between the workers of one group. Messages from one worker to another arrive in the order sent.
+
+    Attributes:
+        sends_wait: whether what two workers issue to each other is carried out in that order, a send ending when the other has come to its
+            receive, as NCCL does. Two workers that both send, then receive, would wait for ever: see `exchange`.
+    """
 
     rank: int
     size: int
+    sends_wait: bool
 
     def send(self, state: State, destination: int, tag: MessageTag) -> None:
         """Hand over `state`; returns at once. The state must not be changed afterwards."""
@@ -66,6 +78,14 @@ class Channel(Protocol):
 
         Raises:
             ChannelError: it did not come within the time limit, or the sender is gone.
+        """
+        ...
+
+    def exchange(self, leaving: Leaving, coming: Coming, tag: MessageTag) -> list[State]:
+        """Send states to others and receive states from others at once; those received, in the order of `coming`.
+
+        For workers that send to each other before either receives: where messages are carried out in the order in which they were issued
+        (NCCL), each would wait for the other.
         """
         ...
 
@@ -114,13 +134,16 @@ class ChannelAround:
 
     def __init__(self, inner: Channel) -> None:
         self.inner = inner
-        self.rank, self.size = inner.rank, inner.size
+        self.rank, self.size, self.sends_wait = inner.rank, inner.size, inner.sends_wait
 
     def send(self, state: State, destination: int, tag: MessageTag) -> None:
         self.inner.send(state, destination, tag)
 
     def receive(self, spec: StateSpec, source: int, tag: MessageTag) -> State:
         return self.inner.receive(spec, source, tag)
+
+    def exchange(self, leaving: Leaving, coming: Coming, tag: MessageTag) -> list[State]:
+        return self.inner.exchange(leaving, coming, tag)
 
     def arrived(self, spec: StateSpec, source: int) -> bool:
         return self.inner.arrived(spec, source)
@@ -142,6 +165,13 @@ class ChannelAround:
 
     def close(self) -> None:
         self.inner.close()
+
+
+def exchange_one_by_one(channel: Channel, leaving: Leaving, coming: Coming, tag: MessageTag) -> list[State]:
+    """`Channel.exchange` where a message leaves whether or not its receiver waits for it."""
+    for state, destination in leaving:
+        channel.send(state, destination, tag)
+    return [channel.receive(spec, source, tag) for spec, source in coming]
 
 
 def failure(tag: MessageTag, source: int, destination: int, reason: str) -> ChannelError:

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from rayllp.channel.base import MessageTag, StateSpec, too_late
+from rayllp.channel.base import Coming, Leaving, MessageTag, StateSpec, exchange_one_by_one, too_late
 from rayllp.errors import ChannelError
 from rayllp.state import State, detach
 
@@ -44,6 +44,8 @@ class _Hub:
 class LocalChannel:
     """One thread's end."""
 
+    sends_wait = False
+
     def __init__(self, hub: _Hub, rank: int) -> None:
         self._hub, self.rank, self.size = hub, rank, hub.size
 
@@ -69,6 +71,9 @@ class LocalChannel:
         if sent != tag:
             raise ChannelError(f"worker {self.rank} waits for {tag} from worker {source}, which sent {sent}: the schedules differ")
         return state
+
+    def exchange(self, leaving: Leaving, coming: Coming, tag: MessageTag) -> list[State]:
+        return exchange_one_by_one(self, leaving, coming, tag)
 
     def arrived(self, spec: StateSpec, source: int) -> bool:
         return not self._hub.queues[source, self.rank].empty()

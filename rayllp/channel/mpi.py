@@ -245,6 +245,7 @@ class MPIChannel(WiredChannel):
                 self._await(request)
             except RuntimeError as error:
                 raise ChannelError(f"worker {self.rank}: a message was not taken by its receiver: {error}") from error
+        self._unchecked.check()
 
     def close(self) -> None:
         self._closed = True

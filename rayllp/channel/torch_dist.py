@@ -7,9 +7,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from rayllp.channel.base import MessageTag
+from rayllp.channel.base import Coming, Leaving, MessageTag
+from rayllp.channel.packing import room_for
 from rayllp.channel.wired import Posted, WiredChannel
 from rayllp.errors import ChannelError
+from rayllp.state import State
 
 GATHERED = 1
 """The tag of what is gathered; other messages, some of whose receives are begun ahead, have tag 0."""
@@ -30,6 +32,7 @@ class TorchChannel(WiredChannel):
         mine: dist.ProcessGroup = group if group is not None else dist.group.WORLD  # type: ignore[assignment]
         host = dist.get_backend(mine) != "nccl"
         super().__init__(dist.get_rank(mine), dist.get_world_size(mine), timeout_s, group=mine, on_host=host, asks_ahead=host)
+        self.sends_wait = not host
         self._mine = mine
         self._sent: list[tuple[dist.Work, Tensor]] = []
 
@@ -55,6 +58,16 @@ class TorchChannel(WiredChannel):
         if work is not None:
             # NCCL orders the stream and returns at once; its watchdog holds the group's own time limit.
             work.wait(timedelta(seconds=self.timeout_s)) if self._on_host else work.wait()
+
+    def exchange(self, leaving: Leaving, coming: Coming, tag: MessageTag) -> list[State]:
+        if self._on_host or not (leaving or coming):
+            return super().exchange(leaving, coming, tag)
+        rooms = [(room_for(spec, spec.device), spec, source) for spec, source in coming]
+        sends = [dist.P2POp(dist.isend, self._message(state, tag), group=self._mine, group_peer=peer) for state, peer in leaving]
+        receives = [dist.P2POp(dist.irecv, room, group=self._mine, group_peer=source) for room, _, source in rooms]
+        for work in dist.batch_isend_irecv([*sends, *receives]):
+            work.wait()
+        return [self._open(room, spec, source, tag) for room, spec, source in rooms]
 
     def _gather(self, buffer: Tensor) -> list[Tensor]:
         if not self._on_host:
@@ -106,6 +119,7 @@ class TorchChannel(WiredChannel):
             except RuntimeError as error:
                 raise ChannelError(f"worker {self.rank}: a message was not taken by its receiver: {error}") from error
         self._sent.clear()
+        self._unchecked.check()
 
     def close(self) -> None:
         self._sent.clear()

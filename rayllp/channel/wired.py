@@ -1,4 +1,4 @@
-"""What channels between processes share: a state travels as one flat buffer, and is asked for before it is needed."""
+"""What channels between processes share: a state travels as one message that says what it is, and is asked for before it is needed."""
 
 import time
 from abc import ABC, abstractmethod
@@ -11,7 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from rayllp.channel.base import MessageTag, StateSpec, failure, too_late
+from rayllp.channel.base import Coming, Leaving, MessageTag, StateSpec, exchange_one_by_one, failure, too_late
+from rayllp.channel.packing import Unchecked, beginning, check, pack, room_for, rows, unpack
 from rayllp.errors import ChannelError
 from rayllp.state import State, tensors
 
@@ -49,14 +50,16 @@ class WiredChannel(ABC):
     def __init__(self, rank: int, size: int, timeout_s: float, *, group: dist.ProcessGroup | None, on_host: bool, asks_ahead: bool) -> None:
         self.rank, self.size, self.timeout_s, self.group = rank, size, timeout_s, group
         self._on_host, self._asks_ahead = on_host, asks_ahead
+        self.sends_wait = False
         self._programs: dict[Hashable, list[Expected]] = {}
         self._heard: list[Expected] | None = None  # in the program in hand
         self._ahead: dict[int, deque[Expected]] = {}  # of that program, by sender: what has not been asked for yet
         self._posted: dict[int, Posted] = {}
+        self._unchecked = Unchecked()
 
     @abstractmethod
     def _begin_send(self, buffer: Tensor, destination: int) -> None:
-        """Hand over a flat buffer; returns at once."""
+        """Hand over a message, of shape (bytes,); returns at once."""
 
     @abstractmethod
     def _begin_receive(self, buffer: Tensor, source: int) -> Any:
@@ -75,8 +78,7 @@ class WiredChannel(ABC):
         """Whether its message has arrived."""
 
     def send(self, state: State, destination: int, tag: MessageTag) -> None:
-        buffer = _flat(state)
-        self._begin_send(buffer.cpu() if self._on_host else buffer, destination)
+        self._begin_send(self._message(state, tag), destination)
 
     def receive(self, spec: StateSpec, source: int, tag: MessageTag) -> State:
         expected = Expected(spec, source)
@@ -97,7 +99,27 @@ class WiredChannel(ABC):
             raise failure(tag, source, self.rank, f"the connection was lost{details}") from error
         if self._heard is not None:
             self._heard.append(expected)
-        return _unflat(buffer.to(spec.device), spec)
+        return self._open(buffer, spec, source, tag)
+
+    def _message(self, state: State, tag: MessageTag) -> Tensor:
+        """As it leaves."""
+        message = pack(state, tag)
+        return message.cpu() if self._on_host else message
+
+    def _open(self, message: Tensor, spec: StateSpec, source: int, tag: MessageTag) -> State:
+        """The state in a message that has arrived.
+
+        Raises:
+            ChannelError: it is not the one that was waited for; of those on a GPU `finish` says so.
+        """
+        if self._on_host:
+            check(beginning(message), spec, tag, self.rank, source)
+        else:
+            self._unchecked.add(message, spec, tag, self.rank, source)
+        return unpack(message.to(spec.device), spec)
+
+    def exchange(self, leaving: Leaving, coming: Coming, tag: MessageTag) -> list[State]:
+        return exchange_one_by_one(self, leaving, coming, tag)
 
     @abstractmethod
     def _gather(self, buffer: Tensor) -> list[Tensor]:
@@ -110,12 +132,12 @@ class WiredChannel(ABC):
     def all_gather(self, state: State, spec: StateSpec, tag: MessageTag) -> list[State]:
         if self.size == 1:
             return [state]
-        buffer = _flat(state)
+        message = self._message(state, tag)
         try:
-            found = self._gather(buffer.cpu() if self._on_host else buffer)
+            found = self._gather(message)
         except RuntimeError as error:
             raise ChannelError(f"{tag}: all-gather over {self.size} workers failed on worker {self.rank}: {error}") from error
-        return [state if rank == self.rank else _unflat(part.to(spec.device), spec) for rank, part in enumerate(found)]
+        return [state if rank == self.rank else self._open(part, spec, rank, tag) for rank, part in enumerate(found)]
 
     @abstractmethod
     def _exchange(self, parts: Tensor) -> Tensor:
@@ -128,12 +150,25 @@ class WiredChannel(ABC):
     def all_to_all(self, parts: Sequence[Tensor], tag: MessageTag) -> list[Tensor]:
         if self.size == 1:
             return list(parts)
-        whole = torch.stack(list(parts))
+        whole = rows(parts, tag)
         try:
             found = self._exchange(whole.cpu() if self._on_host else whole)
         except RuntimeError as error:
             raise ChannelError(f"{tag}: all-to-all over {self.size} workers failed on worker {self.rank}: {error}") from error
-        return list(found.to(parts[0].device).unbind())
+        opened = [self._open(row, StateSpec.of(parts[0]), rank, tag) for rank, row in enumerate(found)]
+        return [tensor for state in opened for tensor in tensors(state)]
+
+    @abstractmethod
+    def all_reduce(self, tensor: Tensor, tag: MessageTag) -> Tensor:
+        """As `Channel.all_reduce`."""
+
+    @abstractmethod
+    def finish(self) -> None:
+        """As `Channel.finish`."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """As `Channel.close`."""
 
     def arrived(self, spec: StateSpec, source: int) -> bool:
         if not self._asks_ahead:
@@ -147,10 +182,8 @@ class WiredChannel(ABC):
 
     def _post(self, expected: Expected) -> Posted:
         spec, source = expected
-        dtype = _wire_dtype(spec.dtypes)
-        device = torch.device("cpu") if self._on_host else spec.device
-        buffer = torch.empty(_wire_length(spec, dtype), dtype=dtype, device=device)
-        return Posted(expected, self._begin_receive(buffer, source), buffer)
+        room = room_for(spec, torch.device("cpu") if self._on_host else spec.device)
+        return Posted(expected, self._begin_receive(room, source), room)
 
     @contextmanager
     def program(self, key: Hashable | None) -> Iterator[None]:
@@ -177,32 +210,3 @@ class WiredChannel(ABC):
             self._posted[source] = self._post(waiting.popleft())
             if not waiting:
                 del self._ahead[source]
-
-
-def _wire_dtype(dtypes: tuple[torch.dtype, ...]) -> torch.dtype:
-    return dtypes[0] if len(set(dtypes)) == 1 else torch.uint8
-
-
-def _wire_length(spec: StateSpec, dtype: torch.dtype) -> int:
-    if dtype == torch.uint8:
-        return sum(shape.numel() * part.itemsize for shape, part in zip(spec.shapes, spec.dtypes, strict=True))
-    return sum(shape.numel() for shape in spec.shapes)
-
-
-def _flat(state: State) -> Tensor:
-    """The state as one contiguous one-dimensional tensor; no copy where it is one already."""
-    parts = [part.detach().contiguous().view(-1) for part in tensors(state)]
-    if len(parts) == 1:
-        return parts[0]
-    if len({part.dtype for part in parts}) > 1:
-        parts = [part.view(torch.uint8) for part in parts]
-    return torch.cat(parts)
-
-
-def _unflat(buffer: Tensor, spec: StateSpec) -> State:
-    parts, start = [], 0
-    for shape, dtype in zip(spec.shapes, spec.dtypes, strict=True):
-        length = shape.numel() * (dtype.itemsize if buffer.dtype == torch.uint8 and dtype != torch.uint8 else 1)
-        parts.append(buffer[start : start + length].view(dtype).view(shape))
-        start += length
-    return spec.build(parts)

@@ -231,8 +231,7 @@ class NeighbourCopies:
                 self.channel = self.channel and channel  # it may have been closed meanwhile
         before = (channel.rank - self.offset) % channel.size
         spec = StateSpec((torch.Size((self._sizes[before],)),), (self.state.dtype,), torch.device("cpu"))
-        channel.send(self._own[step], (channel.rank + self.offset) % channel.size, tag)
-        received = channel.receive(spec, before, tag)
+        (received,) = channel.exchange([(self._own[step], (channel.rank + self.offset) % channel.size)], [(spec, before)], tag)
         assert isinstance(received, Tensor)
         with self._lock:
             self._neighbours[step] = received

@@ -63,6 +63,8 @@ class InOrderGradients:
         channel: Channel = group.channel if group.timeline is None else TimedChannel(group.channel, group.timeline)
         samples = len(batch.samples)
         count = min(samples, count_microbatches(samples, channel.size, group.config.microbatches))
+        if channel.sends_wait and channel.size == 2:
+            count = 1  # else each has a microbatch to send to the other before it takes one back
         with group.channel.program(("in order", count, group.spec(batch.inputs))):
             microbatches = [self._begin(batch.part(rows)) for rows in slices(samples, count)]
             self._forward(microbatches, channel, batch.step)

@@ -1,7 +1,9 @@
 """A worker's gradients and the others': means over replicas, sums over the layer group of parameters that several workers hold."""
 
+from collections.abc import Sequence
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rayllp.channel.base import Channel, MessageTag, StateSpec
 from rayllp.engine.block import Block
@@ -37,16 +39,21 @@ def add_shared_gradients(block: Block, layers: Channel, step: int) -> None:
     """Tied parameters: the first and the last worker add each other's gradient, so that both copies move alike. Parameters that several
     layers use: every worker gets the sum of all workers' gradients.
     """
-    other = layers.size - 1 if block.first else 0
-    for name in block.shared:
-        parameter = block.parameters[name]
+    if block.shared:
+        _add_tied_gradients([block.parameters[name] for name in block.shared], layers, layers.size - 1 if block.first else 0, step)
+    _add_common_gradients(block, layers, step)
+
+
+def _add_tied_gradients(tied: Sequence[nn.Parameter], layers: Channel, other: int, step: int) -> None:
+    for parameter in tied:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
-        tag = MessageTag(step, "gradients", "tied parameters")
-        layers.send(parameter.grad.clone(), other, tag)
-        (received,) = tensors(layers.receive(StateSpec.of(parameter.grad), other, tag))
-        parameter.grad += received
-    _add_common_gradients(block, layers, step)
+    gradients = tuple(parameter.grad for parameter in tied if parameter.grad is not None)
+    # Copies leave: what is received is added to the gradients while they may be on their way.
+    leaving = tuple(gradient.clone() for gradient in gradients)
+    (received,) = layers.exchange([(leaving, other)], [(StateSpec.of(gradients), other)], MessageTag(step, "gradients", "tied parameters"))
+    for gradient, theirs in zip(gradients, tensors(received), strict=True):
+        gradient += theirs
 
 
 def _add_common_gradients(block: Block, layers: Channel, step: int) -> None:

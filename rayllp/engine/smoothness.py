@@ -35,15 +35,15 @@ def _borders(block: Block, channel: Channel, mine: dict[int, dict[str, nn.Parame
     tag, rank = MessageTag(step, "gradients", "border layers' weights"), channel.rank
     sides = [(-1, block.middle[0])] if rank > 0 else []
     sides += [(1, block.middle[-1])] if rank < channel.size - 1 else []
-    for side, layer in sides:
-        # Copies: the optimizer changes the weights while they may be on their way.
-        channel.send(tuple(value.clone() for value in _values(mine[layer]).values()), rank + side, tag)
-    found = {}
-    for side, layer in sides:
-        template = block.template(layer + side)
-        spec = StateSpec.of(tuple(template.values()))
-        found[layer + side] = dict(zip(template, tensors(channel.receive(spec, rank + side, tag)), strict=True))
-    return found
+    # Copies: the optimizer changes the weights while they may be on their way.
+    leaving = [(tuple(value.clone() for value in _values(mine[layer]).values()), rank + side) for side, layer in sides]
+    templates = [block.template(layer + side) for side, layer in sides]
+    coming = [(StateSpec.of(tuple(template.values())), rank + side) for template, (side, _) in zip(templates, sides, strict=True)]
+    found = channel.exchange(leaving, coming, tag)
+    return {
+        layer + side: dict(zip(template, tensors(state), strict=True))
+        for (side, layer), template, state in zip(sides, templates, found, strict=True)
+    }
 
 
 def _values(parameters: dict[str, nn.Parameter]) -> Weights:

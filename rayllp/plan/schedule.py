@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rayllp.channel.base import MessageTag, StateSpec
+from rayllp.channel.base import Coming, Leaving, MessageTag, StateSpec
 from rayllp.config import TrainConfig
 from rayllp.control import Accuracy
 from rayllp.engine.step_solves import StepSolves
@@ -50,6 +50,8 @@ class Work(NamedTuple):
 
 class _Recorder(Propagator):
     """A propagator and a channel of one worker, which write down what they are asked for."""
+
+    sends_wait = False
 
     def __init__(self, rank: int, size: int, first: int, solve: str, c_points: frozenset[int]) -> None:
         self.rank, self.size, self._first, self._solve, self._c_points = rank, size, first, solve, c_points
@@ -97,6 +99,9 @@ class _Recorder(Propagator):
 
     def all_reduce(self, tensor: Tensor, tag: MessageTag) -> Tensor:
         return tensor
+
+    def exchange(self, leaving: Leaving, coming: Coming, tag: MessageTag) -> list[State]:
+        raise NotImplementedError("solves exchange nothing")
 
     def all_gather(self, state: State, spec: StateSpec, tag: MessageTag) -> list[State]:
         raise NotImplementedError("MGRIT on blocks gathers nothing")
