@@ -19,6 +19,8 @@ DRAWN = 3
 """Timed steps of each kind (mode, iterations, workers) of which every span is kept: the first of a kind may be slow."""
 SLOW = 20.0
 """A chunk of steps that takes so many times what it should, and the time limits besides, hangs."""
+FIRST_S = 1800.0
+"""The first chunk of workers that have just started may take so much longer: their speed is not known, and what they do is compiled."""
 
 Chunk = list[tuple[int, Accuracy, ProbePlan | None]]
 """Steps that the workers do in one call: number, accuracy, and what is probed at it."""
@@ -76,12 +78,11 @@ class Ledger:
         self.remember(step)
         self._announce(self.controller.begin(step, self.times.step_s))
 
-    def expect(self, chunk: Chunk) -> float | None:
-        """This chunk is what the workers do now; seconds after which one of them must hang; None: not known yet."""
+    def expect(self, chunk: Chunk) -> float:
+        """This chunk is what the workers do now; seconds after which one of them must hang."""
         self._chunk, self._began = chunk, time.perf_counter()
-        if self.step == self.first_step:
-            return None
-        return SLOW * self.step_s * len(chunk) + self.config.receive_timeout_s + self.config.hang_timeout_s
+        first = FIRST_S if self.step == self.first_step else 0.0
+        return first + SLOW * self.step_s * len(chunk) + self.config.receive_timeout_s + self.config.hang_timeout_s
 
     def note_time(self) -> None:
         """All workers have done the chunk."""
