@@ -1,11 +1,16 @@
 """One suite over every channel: ordering, shapes, tuples, sums, time limits, lost peers."""
 
+import os
+import signal
+import subprocess
+import threading
 import time
 
 import pytest
 import torch
 
 from rayllp.channel import MessageTag, StateSpec, run_workers
+from rayllp.channel.interfaces import hang_up_on
 from rayllp.errors import ChannelError
 from tests.conftest import run_mpi_processes, run_processes
 
@@ -227,3 +232,28 @@ def test_schedules_that_differ_are_noticed():
 
     with pytest.raises(ChannelError, match="the schedules differ"):
         run_workers(2, work, timeout_s=1.0)
+
+
+def one_falls_silent(channel):
+    """A process that is stopped is as silent as a host that is cut off."""
+    if channel.rank == 1:
+        subprocess.Popen(["sh", "-c", f"sleep 6; kill -CONT {os.getpid()}"])
+        os.kill(os.getpid(), signal.SIGSTOP)
+        return None
+    threading.Timer(0.5, hang_up_on, [["127.0.0.1"]]).start()
+    began = time.monotonic()
+    with pytest.raises(ChannelError) as caught:
+        channel.receive(StateSpec.of(torch.zeros(2)), 1, TAG)
+    return str(caught.value), time.monotonic() - began
+
+
+def _patient(rank, size, work):
+    from rayllp.channel.torch_dist import TorchChannel
+
+    return work(TorchChannel(timeout_s=30.0))
+
+
+def test_nobody_waits_for_a_host_that_is_known_to_be_gone():
+    message, waited = run_processes(2, _patient, one_falls_silent)[0]
+    assert "worker 0 received nothing from worker 1: the connection was lost" in message
+    assert waited < 5

@@ -7,7 +7,7 @@ interface that is up, which may lead nowhere.
 import contextlib
 import os
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -91,6 +91,21 @@ def _no_such_interface(variable: str, value: str, there: Sequence[str]) -> Clust
         f"{variable}={value} on {socket.gethostname()} fits none of its interfaces ({', '.join(there)}): unset it, and the one that holds "
         "the node's address in the cluster is used, or name one of these"
     )
+
+
+def hang_up_on(gone: Collection[str]) -> int:
+    """Close this process's connections to hosts that are gone; how many there were.
+
+    A host that was cut off sends nothing, not even that its connections are closed: whoever waits for a message from it would wait until
+    its own time limit.
+    """
+    closed = 0
+    for connection in psutil.Process().net_connections(kind="tcp"):
+        if connection.raddr and connection.raddr.ip in gone and connection.fd >= 0:
+            with contextlib.suppress(OSError), socket.socket(fileno=os.dup(connection.fd)) as twin:
+                twin.shutdown(socket.SHUT_RDWR)  # of the connection, whichever descriptor it is asked by
+                closed += 1
+    return closed
 
 
 # Who reaches whom -------------------------------------------------------------------------------------------------------------------

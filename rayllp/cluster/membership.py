@@ -1,6 +1,7 @@
 """A worker's connections to the others of its run: process groups of torch, and an MPI world where states travel by MPI."""
 
 import socket
+from collections.abc import Collection
 from datetime import timedelta
 
 import torch
@@ -8,7 +9,7 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import TCPStore
 
 from rayllp.channel.base import Channel
-from rayllp.channel.interfaces import use_interface_of
+from rayllp.channel.interfaces import hang_up_on, use_interface_of
 from rayllp.channel.local import LocalChannel
 from rayllp.channel.mpi import MPIWorld
 from rayllp.channel.pmi import Rendezvous
@@ -96,6 +97,18 @@ class Membership:
             return None
         _set_limit(self._copies, "cpu", limit_s)
         return TorchChannel(self._copies, limit_s)
+
+    def break_off(self, gone: Collection[str]) -> None:
+        """End what this worker waits for, because hosts are gone; to be called from another thread than the one that waits.
+
+        NCCL's operations end by no connection that is lost, and by no time limit of theirs: its communicators are aborted.
+
+        Args:
+            gone: their addresses.
+        """
+        hang_up_on(gone)
+        if dist.is_initialized() and dist.get_backend() == "nccl":
+            dist.distributed_c10d._abort_process_group()
 
     def leave(self) -> None:
         """Close all connections, so that others who wait for this worker are told at once."""

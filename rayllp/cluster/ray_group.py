@@ -56,6 +56,7 @@ class RayGroup(ElasticGroup):
         self.workers: list[Any] = []
         self._slots: list[Slot] = []  # theirs
         self._nodes: list[str] = []
+        self._addresses: list[str] = []  # of the hosts that they are on
         self._offset = 1
         self._layouts: dict[int, Layout] = {}
         self._estate: Estate | None = None
@@ -88,7 +89,7 @@ class RayGroup(ElasticGroup):
     def _connect(self, *, keep_offset: bool = False) -> None:
         """Join all workers anew. With `keep_offset` the copies that they hold stay those of the same workers' states."""
         places = self.call("place", timeout_s=START_TIMEOUT_S)
-        self._nodes = [place.node for place in places]
+        self._nodes, self._addresses = [place.node for place in places], [place.address for place in places]
         self._check_storage(places)
         host = LOOPBACK if len(set(self._nodes)) == 1 else places[0].address
         backend = self.config.channel if self.config.channel in ("gloo", "nccl") else "nccl" if self.device == "cuda" else "gloo"
@@ -201,6 +202,7 @@ class RayGroup(ElasticGroup):
             for reference in references.values():  # else Ray prints what nobody asked for
                 with contextlib.suppress(Exception):
                     ray.get(reference, timeout=0)
+            self._break_off(lost)
             raise _lost(lost) from error
         # Nobody died: a worker whose neighbour failed says so first, perhaps.
         _, pending = ray.wait(list(references.values()), num_returns=len(references), timeout=self.config.hang_timeout_s)
@@ -236,6 +238,14 @@ class RayGroup(ElasticGroup):
         """End these workers, should they live; the same ranks."""
         self.staff.dismiss(self.workers[rank] for rank in ranks)
         return ranks
+
+    def _break_off(self, lost: frozenset[int]) -> None:
+        """Let survivors wait no longer for lost workers, where these fell silent: with their host, or on GPUs."""
+        left = self.survivors(lost)
+        gone = {self._addresses[rank] for rank in lost if rank < len(self._addresses)} - {self._addresses[rank] for rank in left}
+        if gone or self.device == "cuda":
+            told = [self.workers[rank].break_off.remote(sorted(gone)) for rank in left]
+            ray.wait(told, num_returns=len(told), timeout=self.config.hang_timeout_s)
 
     @property
     def size(self) -> int:

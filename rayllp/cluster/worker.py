@@ -308,6 +308,11 @@ class BlockWorker:
         """This worker's rank: it answers from another thread than the one that computes, which may be at one operation for long."""
         return self.rank
 
+    @ray.method(concurrency_group=LIVENESS)  # type: ignore[untyped-decorator]
+    def break_off(self, gone: list[str]) -> None:
+        """Hosts with these addresses are gone: whatever the computing thread waits for from there fails now."""
+        self.membership.break_off(gone)
+
     @_leaving
     def evaluate(self, batches: int) -> dict[str, float]:
         """Held-out loss and metrics, exact forward."""
