@@ -45,5 +45,9 @@ class CheckpointError(RayllpError, RuntimeError):
     """A checkpoint that is absent, incomplete, altered, or of another model."""
 
 
+class DamagedCheckpointError(CheckpointError):
+    """A checkpoint that is incomplete or altered: the one before it may be whole."""
+
+
 class NotARunError(SettingsError, CheckpointError):
     """A directory was given that holds no run: a wrong argument, and nothing to go on from."""

@@ -21,7 +21,7 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, Pr
 from rayllp.checkpoint.described import MODEL_JSON, TOKENIZER_JSON, read_model_json
 from rayllp.checkpoint.location import Folder, at_hand, place_of_checkpoints
 from rayllp.checkpoint.prolong import LAYER
-from rayllp.checkpoint.store import checkpoints, read_manifest
+from rayllp.checkpoint.store import check_content, checkpoints, read_manifest
 from rayllp.config import TrainConfig, load_run_config
 from rayllp.data import load_data
 from rayllp.data.special import SpecialTokens
@@ -119,7 +119,9 @@ def _open_run(run: Path, step: int | None) -> tuple[TrainConfig, Folder]:
 def _read_places(checkpoint: Path) -> dict[str, _Stored]:
     """Where the checkpoint, its checksums verified, has which parameter."""
     stored: dict[str, _Stored] = {}
-    for path in (checkpoint / name for name in read_manifest(checkpoint)["files"]):
+    files = read_manifest(checkpoint)["files"]
+    for path in (checkpoint / name for name in files):
+        check_content(path, files)
         with safe_open(path, framework="pt") as file:
             for key in file.keys():  # noqa: SIM118 (no dict)
                 if key.startswith("weight/"):

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from rayllp.checkpoint.location import Folder, remove, sync, write
 from rayllp.checkpoint.prolong import LAYER, Prolongation
 from rayllp.engine import Engine
-from rayllp.errors import CheckpointError
+from rayllp.errors import CheckpointError, DamagedCheckpointError
 
 FORMAT = 2
 MANIFEST = "manifest.json"
@@ -143,22 +143,37 @@ def step_of(checkpoint: Folder) -> int:
 
 
 def read_manifest(folder: Folder) -> dict[str, Any]:
-    """The manifest, checked against the files beside it.
+    """The manifest, and that the files it names are there in their sizes. Whoever reads one of them looks at its content.
 
     Raises:
-        CheckpointError: no manifest, another format, or a file that is missing or altered.
+        DamagedCheckpointError: no manifest, or a file that is missing or has another size.
+        CheckpointError: another format.
     """
     try:
         manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{folder} is not a complete checkpoint ({error}); use an earlier one") from None
+        raise DamagedCheckpointError(f"{folder} is not a complete checkpoint ({error}); use an earlier one") from None
     if manifest.get("format") != FORMAT:
         raise CheckpointError(f"{folder} has format {manifest.get('format')}; this rayllp reads format {FORMAT}")
     for name, facts in manifest["files"].items():
         path = folder / name
-        if not path.is_file() or path.stat().st_size != facts["bytes"] or _checksum(path) != facts["sha256"]:
-            raise CheckpointError(f"{path} is missing or altered (its checksum differs from the manifest's); use an earlier checkpoint")
+        if not path.is_file() or path.stat().st_size != facts["bytes"]:
+            raise DamagedCheckpointError(f"{path} is missing or has another size than the manifest says; use an earlier checkpoint")
     return manifest
+
+
+def check_content(path: Folder, files: Mapping[str, Any]) -> None:
+    """See that a file of a checkpoint is what was written.
+
+    Args:
+        files: of the manifest.
+
+    Raises:
+        DamagedCheckpointError: it is not.
+    """
+    facts = files.get(path.name)
+    if facts is not None and (not path.is_file() or _checksum(path) != facts["sha256"]):
+        raise DamagedCheckpointError(f"{path} is altered (its checksum differs from the manifest's); use an earlier checkpoint")
 
 
 def count_layers(manifest: Mapping[str, Any]) -> int:
@@ -166,13 +181,15 @@ def count_layers(manifest: Mapping[str, Any]) -> int:
     return sum(name.startswith(LAYER) for name in manifest["files"])
 
 
-def load_pieces(engine: Engine, folder: Folder, prolongation: Prolongation | None = None) -> None:
+def load_pieces(engine: Engine, folder: Folder, prolongation: Prolongation | None = None, files: Mapping[str, Any] | None = None) -> None:
     """Load this worker's pieces: weights and optimizer state.
 
     Args:
+        files: of the manifest, which those that are read are checked against.
         prolongation: how the network follows from the shallower one in the checkpoint; None: it is that one.
 
     Raises:
+        DamagedCheckpointError: a piece is not what was written.
         CheckpointError: a piece is missing or has another shape: the checkpoint is of another model.
     """
     tied = engine.block.architecture.tied_to
@@ -181,14 +198,15 @@ def load_pieces(engine: Engine, folder: Folder, prolongation: Prolongation | Non
         source = tied.get(name, name)
         piece = piece if source == name else "embed"
         if piece not in cache:
-            read = partial(_read_piece, folder)
+            read = partial(_read_piece, folder, files or {})
             prefix = engine.block.architecture.layer_prefix
             cache[piece] = read(piece) if prolongation is None else prolongation.piece(piece, read, prefix)
         _load_parameter(engine, cache[piece], source, parameter, folder)
 
 
-def _read_piece(folder: Folder, piece: str) -> dict[str, Tensor]:
+def _read_piece(folder: Folder, files: Mapping[str, Any], piece: str) -> dict[str, Tensor]:
     path = folder / f"{piece}.safetensors"
+    check_content(path, files)
     try:
         return load_file(path) if isinstance(path, Path) else load(path.read_bytes())
     except (OSError, SafetensorError) as error:

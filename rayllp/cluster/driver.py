@@ -67,8 +67,7 @@ class Driver:
                 if isinstance(self.workers, ElasticGroup):
                     self.resizing = Resizing(self.training, self.workers)
                     self.recovery = Recovery(self.training, self.workers, self.resizing)
-                start, manifest = self.saver.read_newest(list(found), self.journal) if found else (None, None)
-                step = self._begin(start, manifest)
+                step = self._begin(list(found))
                 with stopping(self._stop):  # a start that is interrupted leaves nothing
                     step, final, sample = self._train_through_faults(step)
         except BaseException:
@@ -92,17 +91,18 @@ class Driver:
 
     # The start ------------------------------------------------------------------------------------------------------------------
 
-    def _begin(self, start: Folder | None, manifest: dict[str, Any] | None) -> int:
-        """Start the workers, and have them take over a checkpoint; steps done."""
-        step = step_of(start) if start is not None else 0
+    def _begin(self, found: list[Folder]) -> int:
+        """Start the workers, and have them take over the newest of these checkpoints that is whole; steps done."""
+        newest = self.saver.read_newest(found, self.journal)[0] if found else None
+        step = step_of(newest) if newest is not None else 0
         self.training.enter_stage(step)
         self.run.truncate(step)  # one that ended before its first checkpoint has records too
         while True:
             try:
                 architecture, kept = self.training.network()
                 shares = self.workers.start(architecture, self.batches or self.data, kept)
-                if start is not None and manifest is not None:
-                    self.training.restore(start, manifest)
+                if newest is not None:
+                    step = self.training.restore_newest(found[: found.index(newest) + 1], built_for=step)
                 break
             except FAULTS as error:
                 if self.recovery is None:

@@ -141,27 +141,29 @@ class Saver:
     # Reading --------------------------------------------------------------------------------------------------------------------
 
     def read_newest(self, found: list[Folder], journal: Journal) -> tuple[Folder, dict[str, Any]]:
-        """The newest of these checkpoints that is whole, and its manifest; one that is damaged is told of.
+        """The newest of these checkpoints that has all its files, and its manifest; one that has not is told of.
 
         Raises:
-            CheckpointError: none is whole; says what is wrong with the newest.
+            CheckpointError: none has; says what is wrong with the newest.
         """
         failures: list[CheckpointError] = []
         for folder in reversed(found):
             try:
-                manifest = read_manifest(folder)
+                return folder, read_manifest(folder)
             except CheckpointError as error:
-                journal.event(step_of(folder), "fault", reason=f"damaged checkpoint: {error}")
-                journal.say(f"WARNING: {error}; trying the one before")
+                self.pass_over(folder, error, journal)
                 failures.append(error)
-            else:
-                return folder, manifest
         raise failures[0]
+
+    def pass_over(self, folder: Folder, error: CheckpointError, journal: Journal) -> None:
+        """Tell of a checkpoint that cannot be used."""
+        journal.event(step_of(folder), "fault", reason=f"damaged checkpoint: {error}")
+        journal.say(f"WARNING: {error}; trying the one before")
 
     def load(self, folder: Folder, manifest: dict[str, Any], *, nested: bool) -> Prolongation | None:
         """Have the workers take over a checkpoint, of this network or of a shallower one; how it was prolonged, if it was."""
         prolongation = Prolongation.between(count_layers(manifest), self.settings, folder) if nested else None
-        self.workers.call("load", str(folder.absolute()), prolongation)
+        self.workers.call("load", str(folder.absolute()), manifest["files"], prolongation)
         return prolongation
 
     def restored(self, step: int) -> None:

@@ -11,7 +11,7 @@ from rayllp.cluster.recovery import CopyInterval
 from rayllp.cluster.saving import Saver
 from rayllp.cluster.wording import describe_stage, where_not_finite
 from rayllp.config import TrainConfig
-from rayllp.errors import NonFiniteError
+from rayllp.errors import DamagedCheckpointError, NonFiniteError
 from rayllp.models import Architecture
 from rayllp.nested import stage_at
 from rayllp.report import Journal, RunDirectory
@@ -97,6 +97,29 @@ class Training:
         self.journal.event(step, "restore", path=str(folder))
         return step
 
+    def restore_newest(self, found: Sequence[Folder], built_for: int | None) -> int:
+        """Go on from the newest of these checkpoints that is whole; steps done.
+
+        Args:
+            built_for: the step whose layers the workers have; None: of whatever step.
+
+        Raises:
+            CheckpointError: none is whole; says what is wrong with the newest.
+        """
+        left, first = list(found), None
+        while True:
+            folder, manifest = self.saver.read_newest(left, self.journal)
+            if step_of(folder) != built_for:
+                built_for = step_of(folder)
+                self._rebuild(built_for)
+            try:
+                return self.restore(folder, manifest)
+            except DamagedCheckpointError as error:
+                self.saver.pass_over(folder, error, self.journal)
+                first, left = first or error, left[: left.index(folder)]
+                if not left:
+                    raise first from None
+
     def _load(self, folder: Folder, manifest: dict[str, Any]) -> None:
         """Take over a checkpoint, of this stage's network or of a shallower one's."""
         prolongation, config = self.saver.load(folder, manifest, nested=bool(self.whole.nested.factors)), self.config
@@ -124,9 +147,7 @@ class Training:
         """Everything as it was at the last checkpoint, else at the start: the step, and which it was."""
         found = checkpoints(self.run.checkpoints)
         if found:
-            folder, manifest = self.saver.read_newest(found, self.journal)
-            self._rebuild(step_of(folder))
-            return self.restore(folder, manifest), "checkpoint"
+            return self.restore_newest(found, built_for=None), "checkpoint"
         self._rebuild(0)
         self.ledger.restart(0)
         self.settled = 0

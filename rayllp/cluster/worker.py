@@ -347,10 +347,12 @@ class BlockWorker:
         """Wait until all is written; the files with size and checksum."""
         return self._writer.finish()
 
-    def load(self, folder: str, prolongation: Prolongation | None = None) -> None:
-        """Load this worker's pieces of a checkpoint; with a prolongation, of a shallower network's."""
+    def load(self, folder: str, files: dict[str, Any], prolongation: Prolongation | None = None) -> None:
+        """Load this worker's pieces of a checkpoint, and check them against its manifest's files; with a prolongation, of a shallower
+        network's.
+        """
         self._done.clear()
-        load_pieces(self._engine, locate(folder), prolongation)
+        load_pieces(self._engine, locate(folder), prolongation, files)
 
     def parameters(self) -> dict[str, torch.Tensor]:
         """Copies of this worker's parameters by full name."""
