@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from tests.conftest import losses_over_threads, tiny
-from tests.hosts import PYTHON, SHARED, Host, hosts, why_not
+from tests.hosts import PYTHON, ROOT, SHARED, Host, hosts, why_not
 
 pytestmark = pytest.mark.skipif(why_not() is not None, reason=why_not() or "")
 SETTINGS = {"mode": "serial", "steps": 6, "workers": 2}
@@ -69,7 +69,10 @@ def test_two_hosts_train_one_network(cluster):
     assert losses(one, command[-1]) == pytest.approx(expected(), rel=1e-12)
     refused = one.rayllp(*command[:-1], "/tmp/own", check=False)
     assert refused.returncode != 0
-    assert "host2 (10.77.0.2) does not share /tmp/own/checkpoints with this host (FileNotFoundError)" in refused.stderr
+    assert (
+        "host2 (10.77.0.2) does not share /tmp/own/checkpoints with this host (FileNotFoundError: No such file or directory)"
+        in refused.stderr
+    )
     assert "own" not in one.run("ls", "/tmp").stdout.split()
 
 
@@ -159,7 +162,7 @@ def test_a_host_is_cut_off_for_a_minute(pair):
     one, other = pair
     for host in (one, other):
         host.join(cpus=1)
-    changes = {"steps": 200, "workers": {"min": 1, "max": 2}, "receive_timeout_s": 10, "hang_timeout_s": 5, "resize_check_s": 1}
+    changes = {"steps": 200, "workers": {"min": 1, "max": 2}, "hang_timeout_s": 5, "resize_check_s": 1}
     command = write(one, **changes)
     run = command[-1]
     training = one.start_rayllp(*command)
@@ -273,4 +276,36 @@ def test_a_firewall(pair, command):
 def test_what_the_doctor_says_of_storage_that_is_not_shared(cluster):
     one, _ = cluster
     found = said(one, "doctor", "--path", "/tmp/own")
-    assert "host2 cannot use the shared path (FileNotFoundError): mount it there" in found
+    assert "host2 cannot use the shared path (FileNotFoundError: No such file or directory): mount it there" in found
+
+
+@pytest.mark.hosts
+def test_what_the_doctor_says_of_other_versions_and_clocks(pair):
+    """The other host's Python finds another rayllp, and a clock that is a minute ahead."""
+    one, other = pair
+    other.run(
+        "sh",
+        "-c",
+        "mkdir -p /tmp/odd/rayllp-0.0.9.dist-info; printf 'Name: rayllp\\nVersion: 0.0.9\\n' > /tmp/odd/rayllp-0.0.9.dist-info/METADATA",
+    )
+    other.run("sh", "-c", "printf 'import time\\nnow = time.time\\ntime.time = lambda: now() + 60\\n' > /tmp/odd/sitecustomize.py")
+    one.join(cpus=1)
+    other.join(cpus=1, PYTHONPATH=f"/tmp/odd:{ROOT}")
+    found = said(one, "doctor")
+    assert "rayllp differs (host1 0.1.0" in found
+    assert "host2 0.0.9" in found
+    assert "the clock of host2 is +6" in found
+    assert "run a time service (chrony, ntpd) on every node" in found
+
+
+@pytest.mark.hosts
+def test_a_full_disk_on_the_other_host(cluster):
+    """Its part of what is written finds no room."""
+    one, other = cluster
+    one.run("mkdir", "-p", f"{SHARED}/full")
+    other.run("sh", "-c", f"mount -t tmpfs -o size=4k,nr_inodes=2 tmpfs {SHARED}/full")
+    try:
+        found = said(one, "doctor", "--path", f"{SHARED}/full")
+    finally:
+        other.run("umount", f"{SHARED}/full")
+    assert "host2 cannot use the shared path" in found

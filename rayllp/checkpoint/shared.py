@@ -28,7 +28,7 @@ class Mark:
                 return "another file"
             (folder / f"{self.token}.{uuid.uuid4().hex}").write_text(self.token)
         except Exception as error:  # whatever a file system's package raises
-            return type(error).__name__
+            return f"{type(error).__name__}: {error.strerror}" if isinstance(error, OSError) and error.strerror else type(error).__name__
         return "ok"
 
     def answers(self) -> int:

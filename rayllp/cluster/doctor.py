@@ -15,12 +15,13 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from rich.console import Console
 from rich.table import Table
 
-from rayllp.channel.interfaces import LOOPBACK, use_interface_of
+from rayllp.channel.interfaces import LOOPBACK, Door, Reached, explain, knock, use_interface_of
 from rayllp.channel.timing import Link as TimedLink
 from rayllp.channel.timing import time_messages
 from rayllp.channel.torch_dist import TorchChannel
 from rayllp.checkpoint import locate
 from rayllp.checkpoint.shared import Mark, leave_mark
+from rayllp.errors import ClusterError
 
 PACKAGES = ("ray", "torch", "transformers", "safetensors", "rayllp")
 SIZES = {"32 KiB": 32 * 1024, "8 MiB": 8 * 1024**2}
@@ -222,23 +223,26 @@ def _as_fault(found: Diagnosis, what: str) -> Iterator[None]:
 class _End:
     """One end of a link."""
 
-    def listen(self, same_node: bool) -> tuple[str, int]:
+    def listen(self, same_node: bool) -> Door:
         host = LOOPBACK if same_node else ray.util.get_node_ip_address()
         self._listener = socket.create_server((host, 0))
-        return host, self._listener.getsockname()[1]
+        return Door(host, self._listener.getsockname()[1])
 
-    def measure(self, rank: int, host: str, port: int, backend: str) -> TimedLink | None:
+    def reach(self, door: Door) -> Reached:
+        return knock(door)
+
+    def measure(self, rank: int, at: Door, backend: str) -> TimedLink | None:
         """Times of a small and of a large message."""
         import torch
         import torch.distributed as dist
         from torch._C._distributed_c10d import TCPStore
 
-        use_interface_of(LOOPBACK if host == LOOPBACK else ray.util.get_node_ip_address())
+        use_interface_of(LOOPBACK if at.address == LOOPBACK else ray.util.get_node_ip_address())
         limit = timedelta(seconds=LINK_S)
         if rank == 0:
-            store = TCPStore(host, port, 2, True, limit, master_listen_fd=self._listener.detach())
+            store = TCPStore(at.address, at.port, 2, True, limit, master_listen_fd=self._listener.detach())
         else:
-            store = TCPStore(host, port, 2, False, limit)
+            store = TCPStore(at.address, at.port, 2, False, limit)
         dist.init_process_group(backend, store=store, rank=rank, world_size=2, timeout=limit)
         device = torch.device("cuda", 0) if backend == "nccl" else torch.device("cpu")
         # Rank 0 has the link's figures, for half a round trip; the other end has none.
@@ -256,8 +260,12 @@ def _measure_link(one: Node, other: Node, backend: str) -> Link:
         for node in (one, other)
     ]
     try:
-        host, port = ray.get(ends[0].listen.remote(one is other), timeout=ANSWER_S)
-        found = ray.get([end.measure.remote(rank, host, port, backend) for rank, end in enumerate(ends)], timeout=ANSWER_S)
+        doors = ray.get([end.listen.remote(one is other) for end in ends], timeout=ANSWER_S)
+        for end, node, door in ((ends[1], other, doors[0]), (ends[0], one, doors[1])):
+            reached = ray.get(end.reach.remote(door), timeout=ANSWER_S)
+            if reached.own is None:
+                raise ClusterError(explain([(f"{node.host} ({node.address})", door, reached.why_not)], ""))
+        found = ray.get([end.measure.remote(rank, doors[0], backend) for rank, end in enumerate(ends)], timeout=ANSWER_S)
     finally:
         for end in ends:
             ray.kill(end)
