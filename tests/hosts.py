@@ -16,8 +16,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-SHARED = "/tmp/shared"
-"""The one folder that both hosts see."""
 TOKEN = secrets.token_hex(32)
 PYTHON = sys.executable
 RAY_PORT = 6379
@@ -46,26 +44,26 @@ def _run(*command: str) -> str:
 class Host:
     """A network, mount and UTS namespace, held by a process that sleeps.
 
-    Its name resolves to 127.0.1.1, as on stock Debian and Ubuntu; /tmp, /dev/shm and the home are its own; a second interface leads
-    nowhere.
+    Its name resolves to 127.0.1.1, as on stock Debian and Ubuntu; a second interface leads nowhere.
 
     Attributes:
         address: on the cable.
+        shared: a folder that both hosts see.
+        own: a folder of which each host has another one, for temporary files and the home.
     """
 
-    def __init__(self, number: int, shared: Path) -> None:
+    def __init__(self, number: int, base: Path) -> None:
         self.number, self.name, self.address = number, f"host{number}", f"10.77.0.{number}"
+        self.shared, self.own = str(base / "shared"), str(base / "own")
         script = f"""
             set -e
             hostname {self.name}
             mount --make-rprivate /
-            mount --bind {shared} /mnt
-            mount -t tmpfs tmpfs /tmp
+            mount -t tmpfs tmpfs {self.own}
             mount -t tmpfs tmpfs /dev/shm
-            mkdir /tmp/shared /tmp/home
-            mount --move /mnt /tmp/shared
-            printf '127.0.0.1 localhost\\n127.0.1.1 {self.name}\\n' > /tmp/hosts
-            mount --bind /tmp/hosts /etc/hosts
+            mkdir {self.own}/home
+            printf '127.0.0.1 localhost\\n127.0.1.1 {self.name}\\n' > {self.own}/hosts
+            mount --bind {self.own}/hosts /etc/hosts
             ip link set lo up
             echo ready
             exec sleep infinity
@@ -85,8 +83,9 @@ class Host:
     def environment(self, **variables: str) -> dict[str, str]:
         kept = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "GLOO_", "NCCL_", "PYTEST_"))}
         own = {
-            "HOME": "/tmp/home", "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN, "RAY_worker_niceness": "0", "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": str(ROOT), "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+            "HOME": f"{self.own}/home", "TMPDIR": self.own, "RAY_TMPDIR": self.own, "PYTHONPATH": str(ROOT),
+            "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN, "RAY_worker_niceness": "0", "OMP_NUM_THREADS": "1",
+            "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
             "RAY_raylet_start_wait_time_s": "120",
         }  # fmt: skip
         return kept | own | variables
@@ -165,8 +164,11 @@ def _cluster() -> dict[str, str]:
 @contextlib.contextmanager
 def hosts(count: int = 2) -> Iterator[Sequence[Host]]:
     """Two hosts with a cable between them; nothing runs on them yet."""
-    with tempfile.TemporaryDirectory() as shared:
-        found = [Host(number, Path(shared)) for number in range(1, count + 1)]
+    with tempfile.TemporaryDirectory(prefix="h") as folder:  # a short name: sockets below it may have 107 bytes
+        base = Path(folder)
+        (base / "shared").mkdir()
+        (base / "own").mkdir()
+        found = [Host(number, base) for number in range(1, count + 1)]
         try:
             one, other = (str(host.pid) for host in found)
             ends = ("cable", "netns", one), ("cable", "netns", other)

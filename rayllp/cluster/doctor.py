@@ -265,7 +265,11 @@ def _measure_link(one: Node, other: Node, backend: str) -> Link:
             reached = ray.get(end.reach.remote(door), timeout=ANSWER_S)
             if reached.own is None:
                 raise ClusterError(explain([(f"{node.host} ({node.address})", door, reached.why_not)], ""))
-        found = ray.get([end.measure.remote(rank, doors[0], backend) for rank, end in enumerate(ends)], timeout=ANSWER_S)
+        measured = [end.measure.remote(rank, doors[0], backend) for rank, end in enumerate(ends)]
+        try:
+            found = ray.get(measured, timeout=ANSWER_S)
+        except ray.exceptions.GetTimeoutError:
+            raise ClusterError(f"messages of 8 MiB did not pass within {ANSWER_S:g} s: it is very slow, or loses packets") from None
     finally:
         for end in ends:
             ray.kill(end)
