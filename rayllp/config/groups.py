@@ -8,6 +8,8 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 Relaxation = Literal["F", "FCF"]
 RUNG = re.compile(r"(\d+)\+([1-9]\d*)(?: (FCF|F))?")
+EVALUATED = 8
+"""Held-out samples that eval.batches counts as one batch, so that losses compare whatever batch_size is."""
 
 
 class Settings(BaseModel):
@@ -264,8 +266,10 @@ class EvalSettings(Settings):
     """Evaluation on the held-out text: always with the exact forward."""
 
     every: int = Field(100, ge=0, description="steps between evaluations; 0: only at the end")
-    batches: int = Field(8, ge=0, description="batches each time, the same ones; 0: one pass through a finite held-out set")
-    final_batches: int = Field(0, ge=0, description="at the end; 0: one pass, or eval.batches where the held-out set has no end")
+    batches: int = Field(
+        8, ge=0, description="so many times 8 held-out samples, the same ones each time and for every batch_size; 0: one pass through all"
+    )
+    final_batches: int = Field(0, ge=0, description="at the end; 0: one pass, of text as eval.batches says")
     sample: int = Field(160, ge=0, description="tokens generated at the end (gpt2, llama); 0: none")
     translate: int = Field(0, ge=0, description="held-out sentences translated each time for BLEU (mt); 0: none")
     final_translate: int = Field(200, ge=0, description="at the end (mt); 0: none")

@@ -4,6 +4,7 @@ import gzip
 import sysconfig
 import zlib
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -11,13 +12,14 @@ import torch
 from torch import Tensor
 
 from rayllp.config import DataSettings
-from rayllp.data.base import Facts
-from rayllp.data.files import draw, locate
+from rayllp.data.base import IGNORE, Facts, passes
+from rayllp.data.files import draw, in_order, locate
 from rayllp.data.hub import load_train
 from rayllp.data.tokenizer import Tokenizer, make_tokenizer
 from rayllp.errors import DataError
 
 DEFAULT_TEXT_BYTES = 4_000_000
+GOLDEN_RATIO = (5**0.5 - 1) / 2
 
 
 def read_text(settings: DataSettings) -> bytes:
@@ -104,20 +106,74 @@ def _read_dataset(settings: DataSettings) -> bytes:
     return b"\n".join(pieces)
 
 
-def draw_windows(stream: np.ndarray, length: int, seed: int, split: str, step: int, size: int) -> np.ndarray:
-    """`size` windows of `length` tokens, int64: a pure function of the arguments."""
-    starts = draw(seed, split, step, len(stream) - length + 1, size)
-    return np.stack([stream[start : start + length] for start in starts]).astype(np.int64)
-
-
 @dataclass(frozen=True)
-class TextBatches:
-    """Windows of a token stream: targets are the inputs shifted by one."""
+class StreamBatches:
+    """Windows of a token stream: drawn at random in training, the same ones in every evaluation.
+
+    The held-out stream is cut into windows side by side, so that each of its tokens is to be predicted once; what is left over at its end
+    is not. They come in an order of which every beginning is spread over the whole stream, and depend on neither seed nor batch size.
+
+    Attributes:
+        tokens: of each split, its token ids end to end.
+        sequence_length: tokens a sequence, special ones included.
+        seed: keys the draws of training.
+        tokenizer: of the text.
+    """
 
     tokens: dict[str, np.ndarray]
     sequence_length: int
     seed: int
     tokenizer: Tokenizer
+
+    @property
+    def length(self) -> int:
+        """Tokens of a window."""
+        return self.sequence_length
+
+    @property
+    def stride(self) -> int:
+        """Tokens from one held-out window to the next: those of a window that are to be predicted."""
+        return self.length
+
+    @cached_property
+    def held_out(self) -> np.ndarray:
+        """Where each held-out window starts, in the order in which evaluations take them."""
+        return spread((len(self.tokens["validation"]) - self.length) // self.stride + 1) * self.stride
+
+    def windows(self, split: str, step: int, size: int) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens of a batch, int64 of shape (size, tokens); and which of its places are filled: others lie beyond the held-out text."""
+        stream, length = self.tokens[split], self.length
+        if split == "train":
+            starts = draw(self.seed, split, step, len(stream) - length + 1, size)
+            places = np.arange(size)
+        else:
+            places = in_order(step, len(self.held_out), size)
+            starts = self.held_out[np.maximum(places, 0)]
+        return np.stack([stream[start : start + length] for start in starts]).astype(np.int64), places >= 0
+
+    def batches(self, split: str, size: int) -> int:
+        """Batches in one pass through the held-out windows."""
+        return passes(len(self.held_out), size)
+
+
+def spread(count: int) -> np.ndarray:
+    """The numbers below `count`, each once, in an order of which every beginning is spread evenly: by multiples of the golden ratio."""
+    return np.argsort(np.argsort(np.arange(count) * GOLDEN_RATIO % 1, kind="stable"), kind="stable")
+
+
+@dataclass(frozen=True)
+class TextBatches(StreamBatches):
+    """Windows of a token stream: targets are the inputs shifted by one."""
+
+    @property
+    def length(self) -> int:
+        """A token more than a sequence has: the last one's target."""
+        return self.sequence_length + 1
+
+    @property
+    def stride(self) -> int:
+        """Windows share a token: one's last target is the next one's first input."""
+        return self.sequence_length
 
     @property
     def facts(self) -> Facts:
@@ -126,8 +182,9 @@ class TextBatches:
 
     def batch(self, split: str, step: int, size: int) -> tuple[Tensor, Tensor]:
         """Token ids of shape (size, sequence_length), twice."""
-        windows = draw_windows(self.tokens[split], self.sequence_length + 1, self.seed, split, step, size)
-        return torch.from_numpy(windows[:, :-1].copy()), torch.from_numpy(windows[:, 1:].copy())
+        windows, filled = self.windows(split, step, size)
+        targets = np.where(filled[:, None], windows[:, 1:], IGNORE)
+        return torch.from_numpy(windows[:, :-1].copy()), torch.from_numpy(targets)
 
 
 def load_text(settings: DataSettings, sequence_length: int, seed: int) -> TextBatches:
