@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import ray
-import yaml
 from ray import tune as ray_tune
 from ray.tune import PlacementGroupFactory, ResultGrid
 from ray.tune.schedulers import ASHAScheduler, PopulationBasedTraining, TrialScheduler
@@ -17,6 +16,7 @@ from rich.console import Console
 
 from rayllp.cluster.places import choose_device
 from rayllp.cluster.session import join_cluster
+from rayllp.config import to_text
 from rayllp.data import load_data
 from rayllp.errors import ClusterError, SettingsError
 from rayllp.models import FAMILIES
@@ -220,7 +220,7 @@ def _read_sweep(folder: Path) -> Sweep:
     except (OSError, ValueError) as error:
         raise SettingsError(f"{folder} is not a sweep's directory ({error}): give the directory that `rayllp tune` printed") from None
     base = folder / "base.yaml"
-    base.write_text(yaml.safe_dump(kept["base"], sort_keys=False))
+    base.write_text(to_text(kept["base"]))
     return make_sweep({**kept["sweep"], "base": base.name}, folder, source=str(folder))
 
 
