@@ -76,6 +76,9 @@ class DataSettings(Settings):
     mask_fraction: float = Field(0.2, gt=0, lt=1, description="of the tokens that bert is to guess")
     min_count: int = Field(1, ge=1, description="occurrences that give a word its own entry in the vocabulary (words)")
     on_error: Literal["refuse", "skip"] = Field("refuse", description="a broken line or unseen label: stop, or leave it out and say so")
+    on_change: Literal["refuse", "accept"] = Field(
+        "refuse", description="a run goes on, and what the settings name holds other data: stop, or go on with these and say so"
+    )
 
     @model_validator(mode="after")
     def _one_source(self) -> "DataSettings":

@@ -60,8 +60,9 @@ def parse_value(text: str, kinds: Kinds, path: tuple[str, ...]) -> Any:
 def to_text(values: Any) -> str:
     """YAML of plain values, which any YAML parser reads alike."""
     yaml = YAML(typ="safe", pure=True)
-    yaml.default_flow_style, yaml.allow_unicode, yaml.sort_base_mapping_type_on_output = False, False, False
-    yaml.width = 2**20
+    options = {"default_flow_style": False, "allow_unicode": False, "sort_base_mapping_type_on_output": False, "width": 2**20}
+    for name, value in options.items():
+        setattr(yaml, name, value)
     out = io.StringIO()
     yaml.dump(values, out)
     return out.getvalue()
@@ -109,6 +110,7 @@ class _Reader:
             return self._mapping(node, path, (*around, node))
         if isinstance(node, SequenceNode):
             return [self.value(item, path, (*around, node)) for item in node.value]
+        assert isinstance(node, ScalarNode)
         return self._scalar(node, self.kinds(path))
 
     def _mapping(self, node: MappingNode, path: tuple[str, ...], around: tuple[Node, ...]) -> dict[str, Any]:
@@ -134,7 +136,7 @@ class _Reader:
         return {**inherited, **found}
 
     def _scalar(self, node: ScalarNode, kind: Any) -> Any:
-        tag = node.tag.removeprefix(_TAG)
+        tag = str(node.tag).removeprefix(_TAG)
         if node.style is not None or tag not in ("null", "bool", "int", "float") or (tag != "null" and is_text(kind)):
             return str(node.value)
         constructor = self.yaml.constructor

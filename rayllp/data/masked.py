@@ -1,6 +1,6 @@
 """Masked-language modelling over the token stream of a text."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -8,8 +8,10 @@ from torch import Tensor
 
 from rayllp.config import DataSettings
 from rayllp.data.base import IGNORE, Facts
+from rayllp.data.files import Faults
 from rayllp.data.special import SpecialTokens
 from rayllp.data.text import StreamBatches, load_stream
+from rayllp.data.tokenizer import Tokenizer
 from rayllp.errors import DataError
 from rayllp.keys import key
 
@@ -23,9 +25,11 @@ class MaskedBatches(StreamBatches):
 
     Attributes:
         mask_fraction: of a window's tokens that are to be guessed; one at least.
+        skipped: how many files and rows were left out (data.on_error=skip).
     """
 
     mask_fraction: float
+    skipped: dict[str, int] = field(default_factory=dict)
 
     @property
     def length(self) -> int:
@@ -79,7 +83,7 @@ def _frame(windows: np.ndarray, first: int, last: int) -> np.ndarray:
     return np.concatenate([first * edge, windows, last * edge], axis=1)
 
 
-def load_masked(settings: DataSettings, sequence_length: int, seed: int) -> MaskedBatches:
+def load_masked(settings: DataSettings, sequence_length: int, seed: int, tokenizer: Tokenizer | None = None) -> MaskedBatches:
     """Read, tokenise, split.
 
     Raises:
@@ -87,5 +91,6 @@ def load_masked(settings: DataSettings, sequence_length: int, seed: int) -> Mask
     """
     if sequence_length < 3:
         raise DataError(f"sequence_length {sequence_length} leaves no room for text between cls and sep: set at least 3")
-    tokens, tokenizer = load_stream(settings, sequence_length, sequence_length - 2)
-    return MaskedBatches(tokens, sequence_length, seed, tokenizer, settings.mask_fraction)
+    faults = Faults(settings.on_error == "skip")
+    tokens, tokenizer = load_stream(settings, sequence_length, sequence_length - 2, tokenizer, faults)
+    return MaskedBatches(tokens, sequence_length, seed, tokenizer, settings.mask_fraction, faults.counts)

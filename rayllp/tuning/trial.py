@@ -13,8 +13,7 @@ from rich.console import Console
 
 from rayllp.checkpoint import Folder, checkpoints, locate, remove, step_of
 from rayllp.cluster.driver import Driver
-from rayllp.cluster.given import Loaded
-from rayllp.cluster.prepare import kept_network, validate
+from rayllp.cluster.prepare import load_known, validate
 from rayllp.cluster.ray_group import RayGroup
 from rayllp.cluster.staff import Staff
 from rayllp.config import TrainConfig, load_run_config
@@ -67,7 +66,7 @@ def train_trial(choices: dict[str, Any], *, sweep: Sweep, output: str, data: Any
         return
     staff = _staff_for(config, get_current_placement_group(), 1 if sweep.driver_cpus else 0)
     # What the sweep has checked with its data is not checked again: that alone would need transformers, whose import takes seconds.
-    loaded = Loaded(data, kept_network(config, run)) if data is not None else validate(config, None, None, run)
+    loaded = load_known(config, run, found, data) if data is not None else validate(config, None, None, run, found)
     workers = RayGroup.for_run(config, run.path, staff.device, staff)
     driver = TrialDriver(config, run, workers, None, None, loaded, Console(quiet=True), [reporter])
     driver.reporter = reporter
