@@ -65,7 +65,8 @@ def tune(
     else:
         sweep = sweep if isinstance(sweep, Sweep) else load_sweep(sweep)
     # Data that all trials share are loaded here, once, and so refused before there is anything else.
-    data, record = None, None
+    data: Any = None
+    record: DataRecord | None = None
     if sweep.shares_data or sweep.objective.cluster is not None:
         data, record = _load_data(sweep, None if resume is None else folder)
     if sweep.shares_data:
