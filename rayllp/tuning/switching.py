@@ -47,9 +47,8 @@ class SwitchingScheduler(TrialScheduler):
         settings, limits, workers = dict(config["settings"]), self.sweep.limits, None
         marks = {name: config.get(name, False) for name in (FORCED, SHRUNK)}
         serial = result["last_mode"] == "serial"
-        over = (limits.rho is not None and result["largest_rho"] > limits.rho) or (
-            limits.bias is not None and result["bias"] > limits.bias
-        )  # fmt: skip
+        found = ((limits.rho, result["largest_rho"]), (limits.bias, result["bias"]))
+        over = any(limit is not None and value is not None and value > limit for limit, value in found)
         if over and not serial and not marks[FORCED]:
             settings["mode"], marks[FORCED], serial = "serial", True, True
         if serial and self.sweep.on_serial == "shrink" and not marks[SHRUNK]:
