@@ -35,7 +35,7 @@ def read_config(source: str) -> dict[str, Any]:
             from huggingface_hub import hf_hub_download
 
             path = Path(hf_hub_download(source, "config.json"))
-        return dict(json.loads(path.read_text()))
+        return dict(json.loads(path.read_text(encoding="utf-8")))
     except Exception as error:  # the hub's client raises whatever its connections do
         if Path(source).is_dir():
             raise CheckpointError(

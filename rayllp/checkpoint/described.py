@@ -16,7 +16,7 @@ DATA_JSON = "data.json"
 def write_model_json(run_dir: Path, values: Mapping[str, Any] | None) -> None:
     """Keep transformers' configuration (`Architecture.transformers_config`); nothing where there is none."""
     if values is not None:
-        (run_dir / MODEL_JSON).write_text(json.dumps(values, indent=2) + "\n")
+        (run_dir / MODEL_JSON).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
 def read_model_json(run_dir: Path) -> dict[str, Any] | None:
@@ -29,7 +29,7 @@ def read_model_json(run_dir: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        return dict(json.loads(path.read_text()))
+        return dict(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read ({error}): remove it, and it is made anew from the run's data") from None
 

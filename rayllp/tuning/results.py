@@ -31,10 +31,10 @@ def write_results(sweep: Sweep, results: ResultGrid, folder: Path, infeasible: l
     _write_csv(rows, sweep, folder / "trials.csv")
     best = best_row(rows, sweep)
     if best is not None:
-        (folder / "best.yaml").write_text(_best_yaml(sweep, best))
+        (folder / "best.yaml").write_text(_best_yaml(sweep, best), encoding="utf-8")
     _write_hparams(rows, sweep, folder / "tensorboard")
     pictures = draw_all(rows, sweep, folder)
-    (folder / "index.html").write_text(_page(sweep, rows, best, pictures, infeasible))
+    (folder / "index.html").write_text(_page(sweep, rows, best, pictures, infeasible), encoding="utf-8")
     _say(sweep, rows, best, folder, infeasible, console)
 
 
@@ -84,7 +84,7 @@ def _best_yaml(sweep: Sweep, best: Row) -> str:
 
 def _write_csv(rows: list[Row], sweep: Sweep, path: Path) -> None:
     names = list(sweep.space)
-    with path.open("w", newline="") as file:
+    with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
         metrics = list(dict.fromkeys((*sweep.objective.metrics, *COLUMNS)))
         writer.writerow(["trial", "state", *names, *metrics, "forced_serial", "shrunk", "time_total_s"])

@@ -236,11 +236,11 @@ def _create(output: str | Path | None, sweep: Sweep, record: DataRecord | None) 
 def _read_sweep(folder: Path) -> Sweep:
     """The sweep of a directory, its base config as it was then."""
     try:
-        kept = json.loads((folder / SWEEP).read_text())
+        kept = json.loads((folder / SWEEP).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise SettingsError(f"{folder} is not a sweep's directory ({error}): give the directory that `rayllp tune` printed") from None
     base = folder / "base.yaml"
-    base.write_text(to_text(kept["base"]))
+    base.write_text(to_text(kept["base"]), encoding="utf-8")
     return make_sweep({**kept["sweep"], "base": base.name}, folder, source=str(folder))
 
 

@@ -73,7 +73,7 @@ def train_trial(choices: dict[str, Any], *, sweep: Sweep, output: str, data: Any
     try:
         driver.train(found)
     except NonFiniteError as error:
-        (path / "diverged.txt").write_text(f"{error}\n")
+        (path / "diverged.txt").write_text(f"{error}\n", encoding="utf-8")
         tune.report(reporter.report(diverged=True))
         return
     tune.report(reporter.report())
@@ -83,7 +83,7 @@ def report(result: dict[str, Any], checkpoint: Folder, run: RunDirectory) -> Non
     """To Tune, with a checkpoint that says where the run's own is."""
     with tempfile.TemporaryDirectory() as folder:
         place = {"run": str(run.path.absolute()), "checkpoint": str(checkpoint.absolute())}
-        (Path(folder) / POINTER).write_text(json.dumps(place))
+        (Path(folder) / POINTER).write_text(json.dumps(place), encoding="utf-8")
         tune.report(result, checkpoint=tune.Checkpoint.from_directory(folder))
 
 
@@ -93,7 +93,7 @@ def _open(path: Path, config: TrainConfig) -> tuple[RunDirectory, list[Folder]]:
     place: dict[str, str] = {}
     if given is not None:
         with given.as_directory() as folder:
-            place = json.loads((Path(folder) / POINTER).read_text())
+            place = json.loads((Path(folder) / POINTER).read_text(encoding="utf-8"))
     if not (path / "config.yaml").is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
         run, own = RunDirectory.create(path, config), []
