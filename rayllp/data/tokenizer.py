@@ -223,14 +223,15 @@ class Pretrained:
             ) from None
         self.vocabulary = _ids_end(self._tokenizer.get_vocab())
         own = self._tokenizer
+        backend = getattr(own, "backend_tokenizer", None)
+        self._fast = _Fast(backend) if hasattr(backend, "encode_batch") else None
         ids = (own.pad_token_id, own.cls_token_id, own.sep_token_id, own.mask_token_id)
         self.special = None if None in ids else ids
 
     def encode(self, text: bytes) -> np.ndarray:
         """The whole text, without special tokens."""
-        backend = getattr(self._tokenizer, "backend_tokenizer", None)
-        if hasattr(backend, "encode_batch"):
-            return _Fast(backend).encode(text)
+        if self._fast is not None:
+            return self._fast.encode(text)
         return np.array(self._tokenizer(decode_text(text), add_special_tokens=False, verbose=False)["input_ids"], np.uint32)
 
     def texts(self) -> str:
@@ -329,6 +330,8 @@ def _encode(tokenizer: Any, text: str) -> np.ndarray:
     have the same tokens in the same places; where they do not, the text is encoded as a whole.
     """
     cuts = list(range(PIECE, len(text) - PIECE // 2, PIECE))
+    if not cuts:
+        return np.array(tokenizer.encode(text, add_special_tokens=False).ids, np.uint32)
     starts = [0, *(cut - OVERLAP for cut in cuts)]
     ends = [*(cut + OVERLAP for cut in cuts), len(text)]
     ids: list[np.ndarray] = []
@@ -355,11 +358,11 @@ def _join(left: Any, left_cut: int, right: Any, right_cut: int) -> tuple[int, in
     found = (_token_at(left, left_cut), _token_at(right, right_cut))
     if found[0] is None or found[1] is None:
         return None
-    around = [
-        [(encoding.ids[token], encoding.token_to_chars(token)[0] - cut) for token in range(max(0, at - AGREEING), at + AGREEING)
-         if token < len(encoding.ids)]
-        for encoding, at, cut in ((left, found[0], left_cut), (right, found[1], right_cut))
-    ]  # fmt: skip
+    around = []
+    for encoding, at, cut in ((left, found[0], left_cut), (right, found[1], right_cut)):
+        ids = encoding.ids  # makes a list of all, each time
+        tokens = range(max(0, at - AGREEING), min(len(ids), at + AGREEING))
+        around.append([(ids[token], encoding.token_to_chars(token)[0] - cut) for token in tokens])
     return (found[0], found[1]) if around[0] == around[1] and len(around[0]) == 2 * AGREEING else None
 
 
