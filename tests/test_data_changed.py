@@ -5,15 +5,17 @@ import shutil
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from rayllp.checkpoint import MANIFEST
 from rayllp.checkpoint.described import DATA_JSON, TOKENIZER_JSON, write_data_json, write_tokenizer_json
+from rayllp.cluster.driver import Driver
 from rayllp.cluster.prepare import prepare
 from rayllp.config import load_run_config
 from rayllp.data.load import load_data
 from rayllp.data.record import DataRecord, checksum
 from rayllp.errors import DataError
-from rayllp.report import RunDirectory
+from rayllp.report import Journal, RunDirectory, read_lines
 from tests.conftest import merge, tiny
 
 TEXT = "".join(f"line {number} of {number % 7} things\n" for number in range(150))
@@ -126,3 +128,17 @@ def test_checksums_tell_what_differs():
     ]  # fmt: skip
     assert len({checksum(value) for value in values}) == len(values)
     assert checksum(np.arange(6)[::2]) == checksum(np.array([0, 2, 4]))
+
+
+def test_a_change_is_told_and_the_best_evaluation_forgotten(tmp_path):
+    config, _ = begin(tmp_path)
+    run = RunDirectory(tmp_path / "run", config)
+    for changed, best in ((("train",), {"step": 1, "loss": 2.0, "batches": 2}), (("train", "validation"), None)):
+        run.write_best({"step": 1, "loss": 2.0, "batches": 2})
+        loaded = prepare(None, resume=run.path).loaded._replace(changed=changed)
+        driver = Driver(config, run, None, None, None, loaded, Console(quiet=True))
+        with Journal.open(run, config.steps, 1, driver.console, ()) as driver.journal:
+            driver._say_changes(1)
+        assert run.read_best() == driver.saver.best == best
+    told = [(event["kind"], event["changed"]) for event in read_lines(run.path / "events.jsonl")]
+    assert told == [("data", ["train"]), ("data", ["train", "validation"])]
