@@ -104,6 +104,7 @@ class _Reader:
         self.yaml, self.kinds = yaml, kinds
 
     def value(self, node: Node, path: tuple[str, ...], around: tuple[Node, ...]) -> Any:
+        """What a node says; `around` are those that it is in."""
         if any(node is outer for outer in around):
             raise SettingsError(f"line {node.start_mark.line + 1}: {'.'.join(path)} contains itself")
         if isinstance(node, MappingNode):

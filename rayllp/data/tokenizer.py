@@ -100,12 +100,15 @@ class _Fast:
         self.vocabulary = _ids_end(tokenizer.get_vocab())
 
     def encode(self, text: bytes) -> np.ndarray:
+        """The ids that the library gives to the whole text, without special tokens."""
         return _encode(self._tokenizer, decode_text(text))
 
     def texts(self) -> str:
+        """Its vocabulary."""
         return json.dumps(self._tokenizer.get_vocab(), sort_keys=True)
 
     def decode(self, tokens: list[int]) -> str:
+        """The text, as the library puts it together."""
         return self._tokenizer.decode(tokens)
 
     def save(self, path: Path) -> None:
