@@ -292,4 +292,4 @@ def drawings() -> dict[str, str]:
 
 if __name__ == "__main__":
     for name, text in drawings().items():
-        (FOLDER / name).write_text(text)
+        (FOLDER / name).write_text(text, encoding="utf-8")

@@ -18,7 +18,7 @@ def on_files(files: "Files", config: "MkDocsConfig") -> "Files":
     """CHANGELOG.md stands at the top of the repository; here it is a page."""
     from mkdocs.structure.files import File
 
-    files.append(File.generated(config, "changelog.md", content=(ROOT / "CHANGELOG.md").read_text()))
+    files.append(File.generated(config, "changelog.md", content=(ROOT / "CHANGELOG.md").read_text(encoding="utf-8")))
     return files
 
 

@@ -66,10 +66,10 @@ def table(measured: dict[int, Costs]) -> Iterable[str]:
 
 def page() -> str:
     """docs/pays.md, with its tables as the planner has them."""
-    before, _, rest = PAGE.read_text().partition(BEGIN)
+    before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
     made = "\n".join(f"**{kind}**: speed-up over one device.\n\n" + "\n".join(table(measured)) + "\n" for kind, measured in KINDS.items())
     return f"{before}{BEGIN}\n{made}\n{END}{rest.partition(END)[2]}"
 
 
 if __name__ == "__main__":
-    PAGE.write_text(page())
+    PAGE.write_text(page(), encoding="utf-8")

@@ -45,7 +45,7 @@ def load(task: Task, data: Path, changes: list[str]) -> rayllp.TrainConfig:
 
 
 def evaluations(run: Path) -> list[dict]:
-    return [json.loads(line) for line in (run / "evals.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in (run / "evals.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
 def train(config: rayllp.TrainConfig, run: Path) -> list[dict]:

@@ -117,7 +117,7 @@ def overrides(name: str, way: str, seed: int, data: Path, steps: int) -> list[st
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def train(name: str, way: str, seed: int, data: Path, output: Path, steps: int) -> dict[str, Any]:
@@ -128,10 +128,10 @@ def train(name: str, way: str, seed: int, data: Path, output: Path, steps: int) 
         for setting in overrides(name, way, seed, data, steps):
             command += ["--set", setting]
         log = output / f"{run.name}.log"
-        with log.open("w") as file:
+        with log.open("w", encoding="utf-8") as file:
             code = subprocess.run(command, stdout=file, stderr=file, env={**os.environ, "OMP_NUM_THREADS": "1"}).returncode
         if code:
-            raise SystemExit(f"{run.name} failed: {log.read_text()[-800:]}")
+            raise SystemExit(f"{run.name} failed: {log.read_text(encoding='utf-8')[-800:]}")
     return summary(run) | {"network": name, "way": way, "seed": seed, "steps": steps}
 
 
@@ -168,7 +168,7 @@ def rounded(value: float | str) -> float | str:
 
 
 def load(results: Path) -> list[dict[str, Any]]:
-    return json.loads(results.read_text()) if results.exists() else []
+    return json.loads(results.read_text(encoding="utf-8")) if results.exists() else []
 
 
 def key_of(result: dict[str, Any]) -> tuple[str, str, int, int]:
@@ -199,7 +199,7 @@ def keep(results: Path, result: dict[str, Any]) -> None:
     """Add to the file, in place of an earlier result of the same run."""
     others = [other for other in load(results) if key_of(other) != key_of(result)]
     lines = [json.dumps(r) for r in sorted([*others, result], key=key_of)]
-    results.write_text("[\n" + ",\n".join(lines) + "\n]\n")
+    results.write_text("[\n" + ",\n".join(lines) + "\n]\n", encoding="utf-8")
 
 
 # Reporting --------------------------------------------------------------------------------------------------------------------

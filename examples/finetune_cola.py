@@ -31,7 +31,7 @@ def write_text(data: Path, path: Path) -> None:
     sentences += [line.removeprefix("# text = ").lower() for line in treebank if line.startswith("# text = ")]
     sentences += [line.lower() for line in lines_of(data / "multi30k" / "train.en.gz")]
     sentences.sort(key=lambda line: hash_of(line))
-    path.write_text("\n".join(sentences))
+    path.write_text("\n".join(sentences), encoding="utf-8")
 
 
 def hash_of(line: str) -> int:
@@ -41,7 +41,7 @@ def hash_of(line: str) -> int:
 
 
 def last_evaluation(run: Path) -> dict:
-    return json.loads((run / "evals.jsonl").read_text().splitlines()[-1])
+    return json.loads((run / "evals.jsonl").read_text(encoding="utf-8").splitlines()[-1])
 
 
 def main() -> None:

@@ -228,7 +228,7 @@ def rounded(value: float | None) -> float | None:
 
 
 def load(results: Path) -> list[dict[str, Any]]:
-    return json.loads(results.read_text()) if results.exists() else []
+    return json.loads(results.read_text(encoding="utf-8")) if results.exists() else []
 
 
 def key_of(result: dict[str, Any]) -> Key:
@@ -275,7 +275,7 @@ def keep(results: Path, result: dict[str, Any]) -> None:
     """Add to the file, in place of an earlier result of the same run."""
     others = [other for other in load(results) if key_of(other) != key_of(result)]
     lines = [json.dumps(r) for r in sorted([*others, result], key=key_of)]
-    results.write_text("[\n" + ",\n".join(lines) + "\n]\n")
+    results.write_text("[\n" + ",\n".join(lines) + "\n]\n", encoding="utf-8")
 
 
 # What it takes ----------------------------------------------------------------------------------------------------------------
@@ -469,8 +469,8 @@ def report(arguments: argparse.Namespace) -> None:
     found = rows(load(arguments.results))
     page = arguments.docs / "frontier.md"
     made = "\n\n".join(f"**{task.title}**\n\n{table(found, name)}" for name, task in TASKS.items() if any(r.task == name for r in found))
-    before, _, rest = page.read_text().partition(BEGIN)
-    page.write_text(f"{before}{BEGIN}\n{made}\n\n{END}{rest.partition(END)[2]}")
+    before, _, rest = page.read_text(encoding="utf-8").partition(BEGIN)
+    page.write_text(f"{before}{BEGIN}\n{made}\n\n{END}{rest.partition(END)[2]}", encoding="utf-8")
     draw(found, arguments.docs / "images" / "frontier.png")
     print(made)
 

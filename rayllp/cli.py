@@ -1,5 +1,6 @@
 """The command line."""
 
+import io
 import sys
 from enum import StrEnum
 from pathlib import Path
@@ -225,6 +226,9 @@ def settings() -> None:
 
 def main() -> None:
     """Run the command line; errors of ours are one message, not a traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # where Δ or → cannot be written, a question mark is better than no result
+            stream.reconfigure(errors="replace")
     try:
         app()
     except RayllpError as error:

@@ -35,8 +35,13 @@ def read_config(source: str) -> dict[str, Any]:
             from huggingface_hub import hf_hub_download
 
             path = Path(hf_hub_download(source, "config.json"))
-        return dict(json.loads(path.read_text()))
+        return dict(json.loads(path.read_text(encoding="utf-8")))
     except Exception as error:  # the hub's client raises whatever its connections do
+        if Path(source).is_dir():
+            raise CheckpointError(
+                f"model.from_pretrained {source} is a folder here, and its config.json cannot be read ({type(error).__name__}): give one "
+                "written by `rayllp export` or save_pretrained; for the model of that name on the hub, call the folder something else"
+            ) from None
         raise CheckpointError(
             f"model.from_pretrained {source}: no config.json there that could be read ({type(error).__name__}); give a folder written by "
             "`rayllp export` or save_pretrained, or a model's name where there is a network"

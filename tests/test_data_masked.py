@@ -125,7 +125,7 @@ def test_held_out_text_can_be_a_file_of_its_own(tmp_path):
     assert text.tokenizer.decode(text.tokens["train"].tolist()) == "abcd" * 30
     assert text.tokenizer.decode(text.tokens["validation"].tolist()) == "dcba" * 30
     (tmp_path / "held.txt").write_text("abcde" * 30)
-    with pytest.raises(DataError, match=r"held.txt: 'e' is not in the training text.*use bytes or bpe:SIZE"):
+    with pytest.raises(DataError, match=r"held.txt: 'e' is not in the text that the alphabet was made from.*use bytes or bpe:SIZE"):
         load_text(settings, 16, 0)
 
 

@@ -179,8 +179,37 @@ def test_labels_unseen_in_training_are_refused_or_skipped(tmp_path):
     assert one_pass(batches, "validation", 4)[1].tolist() == [0, 1, 1, 0]
     with pytest.raises(DataError, match=r"no validation sentence is left, \{'labels': 1\} were left out: give more"):
         load(tmp_path, TRAIN, "text\tlabel\ndog\tfair\n", on_error="skip")
-    with pytest.raises(DataError, match=r"path.tsv:4: label 'good' is none of training's bad"):
-        load(tmp_path, "text\tlabel\na\tbad\nb\tbad\nc\tgood\n")
+    with pytest.raises(DataError, match=r"path.tsv:5: label 'good' is none of training's bad, fair"):
+        load(tmp_path, "text\tlabel\na\tbad\nb\tbad\nb\tfair\nc\tgood\n")
+
+
+def test_a_line_of_column_names_and_a_slip_are_no_classes(tmp_path):
+    rows = "".join(f"thing {number}\t{'good' if number % 2 else 'bad'}\n" for number in range(60))
+    numbers = {"text_field": "0", "label_field": "1"}
+    with pytest.raises(
+        DataError, match=r"path.tsv:1: label 'label' is on this line alone, .*18 lines each; if this line names the columns"
+    ):
+        load(tmp_path, "text\tlabel\n" + rows, **numbers)
+    with pytest.raises(DataError, match=r"path.tsv:61: label 'godo' is on this line alone, .*each; mend it, or leave it out"):
+        load(tmp_path, rows + "thing\tgodo\n" + rows, **numbers)
+    kept = load(tmp_path, rows + "thing\tgodo\n" + rows, **numbers, on_error="skip")
+    assert (kept.classes, kept.skipped) == (("bad", "good"), {"labels": 1})
+    # Where every label is rare, one that stands alone is no slip.
+    assert (
+        len(load(tmp_path, "".join(f"thing\tl{number % 20}\n" for number in range(39)), validation_fraction=0.01, **numbers).classes) == 20
+    )
+
+
+def test_one_class_is_nothing_to_learn(tmp_path):
+    with pytest.raises(DataError, match=r"path.tsv: every label is 'bad', so there is nothing to learn: give data with two classes"):
+        load(tmp_path, "text\tlabel\na\tbad\nb\tbad\nc\tbad\n")
+
+
+def test_lines_may_end_as_old_macs_end_them(tmp_path):
+    assert (
+        load(tmp_path, TRAIN.replace("\n", "\r"), HELD_OUT).labels["train"].tolist()
+        == load(tmp_path, TRAIN, HELD_OUT).labels["train"].tolist()
+    )
 
 
 def test_of_many_labels_some_are_listed(tmp_path):

@@ -50,7 +50,7 @@ def test_a_real_cluster(tmp_path):
     assert not (tmp_path / "shared").exists()
     assert 0 < link.latency_s < 1
     assert link.bandwidth_gb_s > 0.01
-    console = Console(record=True, width=200, file=open("/dev/null", "w"))  # noqa: SIM115
+    console = Console(record=True, width=200, file=open("/dev/null", "w", encoding="utf-8"))  # noqa: SIM115
     show(found, console)
     assert "nothing to mend" in console.export_text()
 

@@ -178,7 +178,7 @@ def test_what_a_document_says_works(piece, folder, monkeypatch):
     monkeypatch.chdir(folder)
     text = absolute(without_comment(piece), folder)
     if piece.kind == "file":
-        Path(piece.title).write_text(text)
+        Path(piece.title).write_text(text, encoding="utf-8")
     elif piece.kind == "python":
         with contextlib.redirect_stdout(io.StringIO()) as printed:
             exec(compile(text, piece.document, "exec"), {})
@@ -240,7 +240,7 @@ def test_no_command_hides_from_the_tests(document):
 
 def anchors(page: Path) -> set[str]:
     """Of its headings, as a forge and the site make them."""
-    text = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    text = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
     headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 

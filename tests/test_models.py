@@ -5,11 +5,13 @@ import math
 import pytest
 import torch
 from torch import nn
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from rayllp.channel import LocalChannel, run_workers
+from rayllp.data import Facts
 from rayllp.engine import Engine
 from rayllp.engine.decode import continue_text, translate
+from rayllp.errors import CheckpointError
 from rayllp.models import FAMILIES, LayerStack, build_architecture, register
 from rayllp.models.llama import Llama
 from rayllp.models.metrics import Confusion
@@ -190,3 +192,23 @@ def test_matthews_is_sklearns():
         found = metric.read(tally, 0.0)
         assert found["matthews"] == pytest.approx(matthews_corrcoef(targets, outputs.argmax(-1)))
         assert found["accuracy"] == pytest.approx((outputs.argmax(-1) == targets).double().mean().item())
+
+
+def test_a_table_that_is_filled_up_keeps_its_size(tmp_path):
+    filled_up = LlamaConfig(
+        vocab_size=128, hidden_size=8, intermediate_size=16, num_hidden_layers=4, num_attention_heads=2, num_key_value_heads=2,
+        max_position_embeddings=32, tie_word_embeddings=False,
+    )  # fmt: skip
+    saved = LlamaForCausalLM(filled_up)
+    saved.save_pretrained(tmp_path)
+    model = {"family": "llama", "from_pretrained": str(tmp_path), "layers": 4, "width": 8}
+    config = tiny(model=model, buffers={"open": 0, "close": 0}, mgrit={"coarsening": 2})
+    built = build_architecture(config, Facts(vocabulary=100))
+    assert torch.equal(built.embed()["model.embed_tokens"].weight, saved.model.embed_tokens.weight)
+    assert built.transformers_config()["vocab_size"] == 128
+    again = build_architecture(config, Facts(vocabulary=100), built.transformers_config())  # a run that goes on
+    assert again.transformers_config()["vocab_size"] == 128
+    with pytest.raises(
+        CheckpointError, match=r"model.embed_tokens.weight is \(128, 8\) there and \(60, 8\) in this model: .*data.tokenizer"
+    ):
+        build_architecture(config, Facts(vocabulary=60))

@@ -1,10 +1,13 @@
 """Settings and the command line: what is refused, and in what words."""
 
+import io
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
+from rayllp import cli
 from rayllp.cli import app
 from rayllp.cluster.prepare import prepare
 from rayllp.cluster.saving import Saver
@@ -182,3 +185,13 @@ def test_a_loss_that_is_not_finite_is_never_the_best(tmp_path):
     assert not saver.is_wanted(1)
     saver.note_loss(2, 3.0, 4)
     assert saver.is_wanted(2)
+
+
+@pytest.mark.parametrize(("encoding", "wanted"), [("ascii", "? at ?t ? 1 ?"), ("utf-8", "ρ at Δt → 1 ∞")])
+def test_output_that_cannot_show_a_sign_goes_on(monkeypatch, encoding, wanted):
+    shown = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    monkeypatch.setattr("sys.stdout", shown)
+    monkeypatch.setattr(cli, "app", lambda: Console().print("ρ at Δt → 1 ∞"))
+    cli.main()
+    shown.flush()
+    assert shown.buffer.getvalue().decode().strip() == wanted

@@ -4,6 +4,7 @@ import csv
 import math
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -15,6 +16,7 @@ from rayllp.errors import CheckpointError, ClusterError, SettingsError
 from rayllp.report import RunDirectory
 from rayllp.tuning.pictures import pareto_front
 from rayllp.tuning.reporter import WORST, Reporter
+from rayllp.tuning.results import _write_csv, rows_of
 from rayllp.tuning.searchers import build_searcher
 from rayllp.tuning.sweep import Objective, load_sweep, make_sweep
 from tests.test_train import living_actors, placement_groups, read, wait_until
@@ -184,6 +186,24 @@ def test_a_report_has_every_number_and_the_worst_where_there_is_none():
     assert found["seconds_to_target"] == pytest.approx(27 + 4 * 0.5)
     assert (found["step_time"], found["bias"], found["largest_rho"], found["switched_at"]) == (0.5, 0.5, 0.3, 6)
     assert (found["parallel_share"], found["last_mode"], found["perplexity"]) == (round(6 / 7, 4), "serial", 6.7)
+
+
+def test_what_was_not_measured_has_no_number_in_the_table(tmp_path):
+    sweep = sweep_of(space={"optimizer.lr": {"choice": [1e-3, 1e-4]}}, objective={"kind": "pareto"}, scheduler="none")
+    reporter, exact = Reporter(sweep.objective), Reporter(sweep.objective)
+    reporter.step(metric(0))
+    exact.step(metric(0, mode="serial"))
+    reports = [Reporter(sweep.objective).report(diverged=True), reporter.report(), exact.report()]
+    assert [(found["step_time"], found["bias"]) for found in reports] == [(WORST, WORST), (0.5, WORST), (0.5, 0.0)]
+    results = [SimpleNamespace(config={}, metrics=found, path=str(tmp_path / f"trial_{n}"), error=None) for n, found in enumerate(reports)]
+    _write_csv(rows_of(sweep, results), sweep, tmp_path / "trials.csv")
+    rows = list(csv.DictReader((tmp_path / "trials.csv").open(encoding="utf-8")))
+    for row in rows:
+        assert [row[name] for name in ("validation_loss", "largest_rho", "seconds_to_target", "switched_at")] == [""] * 4
+    assert [(row["step_time"], row["bias"], row["time_total_s"]) for row in rows] == [("", "", ""), ("0.5", "", ""), ("0.5", "0.0", "")]
+    loss = Reporter(Objective())
+    loss.step(metric(0, mode="serial"))
+    assert (loss.report()["bias"], loss.report()["validation_loss"]) == (None, WORST)
 
 
 def test_a_trial_that_goes_on_reports_as_if_it_had_not_stopped():

@@ -31,7 +31,7 @@ SAMPLE_S = 30.0
 def memory_mb(pid: int) -> float:
     """Resident and not shared with other processes, as Ray's object store is; 0 for one that has ended."""
     try:
-        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+        lines = Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="utf-8").splitlines()
     except OSError:
         return 0.0
     return sum(int(line.split()[1]) for line in lines if line.startswith("Private_")) / 1024
@@ -50,7 +50,7 @@ def listening(pids: set[int]) -> int:
                 inodes.add(target[8:-1])
     found = 0
     for table in ("/proc/net/tcp", "/proc/net/tcp6"):
-        fields = [line.split() for line in Path(table).read_text().splitlines()[1:]]
+        fields = [line.split() for line in Path(table).read_text(encoding="utf-8").splitlines()[1:]]
         found += sum(field[3] == "0A" and field[9] in inodes for field in fields)
     return found
 
@@ -124,8 +124,10 @@ def main() -> None:
         print(f"| {title} | " + " | ".join(str(row[name]) for name in names) + " |")
     for name in ("driver files", "driver threads", "driver MB", "processes", "listening ports"):
         print(f"{name} while training: {[row[name] for row in found]}")
-    struck = [json.loads(line) for line in (run / "chaos.jsonl").read_text().splitlines()]
-    restores = [event for event in map(json.loads, (run / "events.jsonl").read_text().splitlines()) if event["kind"] == "restore"]
+    struck = [json.loads(line) for line in (run / "chaos.jsonl").read_text(encoding="utf-8").splitlines()]
+    restores = [
+        event for event in map(json.loads, (run / "events.jsonl").read_text(encoding="utf-8").splitlines()) if event["kind"] == "restore"
+    ]
     seconds = sorted(event["seconds"] for event in restores)
     sources = {source: sum(event["source"] == source for event in restores) for source in {event["source"] for event in restores}}
     print(

@@ -163,7 +163,7 @@ def main() -> None:
     for line in (*rows(results), *apart(results)):
         print(line)
     if arguments.json:
-        arguments.json.write_text(json.dumps(results, indent=1))
+        arguments.json.write_text(json.dumps(results, indent=1), encoding="utf-8")
 
 
 if __name__ == "__main__":

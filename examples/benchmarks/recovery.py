@@ -100,7 +100,7 @@ def settings(workers: int, steps: int, snapshot_every: int | None) -> TrainConfi
 
 
 def append(path: Path, **values: Any) -> None:
-    with path.open("a") as file:
+    with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(values) + "\n")
 
 
@@ -256,7 +256,7 @@ def descendants(root: int) -> list[int]:
     children: dict[int, list[int]] = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):  # it ended meanwhile
-            parent = int(stat.read_text().rpartition(")")[2].split()[1])
+            parent = int(stat.read_text(encoding="utf-8").rpartition(")")[2].split()[1])
             children.setdefault(parent, []).append(int(stat.parent.name))
     found, open_ = [], [root]
     while open_:
@@ -348,7 +348,7 @@ def measure(name: str, arguments: argparse.Namespace) -> Outcome:
                     print(f"{name}, kill {number + 1}: {shown(outcome.recoveries[-1])}", file=sys.stderr, flush=True)
         except FailedError as error:
             outcome.failed = str(error)
-            log = (folder / "log.txt").read_text(errors="replace").splitlines()[-20:]
+            log = (folder / "log.txt").read_text(errors="replace", encoding="utf-8").splitlines()[-20:]
             print(f"{name}: FAILED: {error}; the end of its log:", *log, sep="\n  ", file=sys.stderr, flush=True)
     return outcome
 
@@ -423,7 +423,7 @@ def main() -> None:
         versions = {package: version(package) for package in ("ray", "torch", "transformers")}
         figures = {name: asdict(outcome) for name, outcome in outcomes.items()}
         raw = {"arguments": given, "versions": versions, "cores": os.cpu_count(), "load": os.getloadavg(), "systems": figures}
-        arguments.json.write_text(json.dumps(raw, indent=1) + "\n")
+        arguments.json.write_text(json.dumps(raw, indent=1) + "\n", encoding="utf-8")
     if any(outcome.failed for outcome in outcomes.values()):
         sys.exit(1)
 

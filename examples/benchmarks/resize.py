@@ -24,7 +24,7 @@ DEFAULTS = ["workers={min: 2, max: 4}", "snapshot_every=1", "resize_check_s=1", 
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
 
 
 class Watcher:
@@ -42,7 +42,7 @@ class Watcher:
         path = self.run_directory / "metrics.jsonl"
         if not path.is_file():
             return
-        with path.open() as file:
+        with path.open(encoding="utf-8") as file:
             size = path.stat().st_size
             file.seek(0 if size < self._position else self._position)  # a roll-back makes it shorter
             lines = file.readlines()

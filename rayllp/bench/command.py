@@ -105,4 +105,4 @@ def _bytes(size: int) -> str:
 def _write(file: Path | None, figures: Any) -> None:
     if file is not None:
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(figures, indent=1) + "\n")
+        file.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")

@@ -111,7 +111,7 @@ def read_layers(path: Path) -> LayerBench:
         SettingsError: it is something else.
     """
     try:
-        found = json.loads(path.read_text())
+        found = json.loads(path.read_text(encoding="utf-8"))
         return LayerBench(**{**found, "costs": Costs(**found["costs"])})
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise SettingsError(f"{path} has no layer's costs ({error}): write them with `rayllp bench layers --json {path}`") from None

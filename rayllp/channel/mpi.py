@@ -264,7 +264,7 @@ def leave_no_names(comm: Any) -> None:
     comm.Barrier()
     maps = Path("/proc/self/maps")
     if maps.exists():
-        for line in maps.read_text().splitlines():
+        for line in maps.read_text(encoding="utf-8").splitlines():
             path = Path(line.split(maxsplit=5)[-1])
             if path.name.startswith("mpich_shm_"):
                 path.unlink(missing_ok=True)

@@ -5,16 +5,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from rayllp.data.record import DataRecord
 from rayllp.errors import CheckpointError
 
 MODEL_JSON = "model.json"
 TOKENIZER_JSON = "tokenizer.json"
+DATA_JSON = "data.json"
 
 
 def write_model_json(run_dir: Path, values: Mapping[str, Any] | None) -> None:
     """Keep transformers' configuration (`Architecture.transformers_config`); nothing where there is none."""
     if values is not None:
-        (run_dir / MODEL_JSON).write_text(json.dumps(values, indent=2) + "\n")
+        (run_dir / MODEL_JSON).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
 def read_model_json(run_dir: Path) -> dict[str, Any] | None:
@@ -27,9 +29,30 @@ def read_model_json(run_dir: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        return dict(json.loads(path.read_text()))
+        return dict(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read ({error}): remove it, and it is made anew from the run's data") from None
+
+
+def write_data_json(run_dir: Path, record: DataRecord | None) -> None:
+    """Keep by what the run's data can be told; nothing for batches of the user's own."""
+    if record is not None:
+        (run_dir / DATA_JSON).write_text(json.dumps(record.as_dict()) + "\n", encoding="utf-8")
+
+
+def read_data_json(run_dir: Path) -> DataRecord | None:
+    """What the run kept of its data; None where it kept nothing.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    path = run_dir / DATA_JSON
+    if not path.is_file():
+        return None
+    try:
+        return DataRecord.read(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read ({error}): remove it, and the run takes the data for those it began with") from None
 
 
 def write_tokenizer_json(run_dir: Path, batches: object) -> None:

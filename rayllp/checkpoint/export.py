@@ -291,7 +291,7 @@ def _write_tensors(places: Mapping[str, _Stored], folder: Path) -> None:
     if total > 1:
         size = sum(place.bytes for place in places.values())
         table = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
-        (folder / INDEX).write_text(json.dumps({"metadata": {"total_size": size}, "weight_map": table}, indent=2) + "\n")
+        (folder / INDEX).write_text(json.dumps({"metadata": {"total_size": size}, "weight_map": table}, indent=2) + "\n", encoding="utf-8")
 
 
 def _cut(places: Mapping[str, _Stored]) -> list[dict[str, _Stored]]:
@@ -310,7 +310,7 @@ def _write_configs(config: TrainConfig, kind: type[PreTrainedModel], model_confi
     model_config.save_pretrained(folder)
     if _scaled(config):
         path = folder / "config.json"
-        path.write_text(scaled_config(json.loads(path.read_text()), _steps(config, model_config)))
+        path.write_text(scaled_config(json.loads(path.read_text(encoding="utf-8")), _steps(config, model_config)), encoding="utf-8")
     if kind.can_generate():
         names = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "forced_eos_token_id")
         options = {name: getattr(model_config, name, None) for name in names}

@@ -24,9 +24,9 @@ class Mark:
         """Look for it from another host, and leave a mark there; "ok", or what went wrong in a word or two."""
         folder = locate(self.folder)
         try:
-            if (folder / f"{self.token}.driver").read_text() != self.token:
+            if (folder / f"{self.token}.driver").read_text(encoding="utf-8") != self.token:
                 return "another file"
-            (folder / f"{self.token}.{uuid.uuid4().hex}").write_text(self.token)
+            (folder / f"{self.token}.{uuid.uuid4().hex}").write_text(self.token, encoding="utf-8")
         except Exception as error:  # whatever a file system's package raises
             return f"{type(error).__name__}: {error.strerror}" if isinstance(error, OSError) and error.strerror else type(error).__name__
         return "ok"
@@ -42,7 +42,7 @@ def leave_mark(folder: Folder) -> Iterator[Mark]:
     mark = Mark(str(folder.absolute()), f".mark_{uuid.uuid4().hex}")
     is_new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{mark.token}.driver").write_text(mark.token)
+    (folder / f"{mark.token}.driver").write_text(mark.token, encoding="utf-8")
     try:
         yield mark
     finally:

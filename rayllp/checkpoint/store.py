@@ -150,7 +150,7 @@ def read_manifest(folder: Folder) -> dict[str, Any]:
         CheckpointError: another format.
     """
     try:
-        manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
+        manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise DamagedCheckpointError(f"{folder} is not a complete checkpoint ({error}); use an earlier one") from None
     if manifest.get("format") != FORMAT:

@@ -241,7 +241,7 @@ def unleash(run: Path, mtbf_s: float, seed: int = 0, limit_s: float | None = Non
         def record(worker: Worker) -> None:
             killed.append(worker)
             now = time.time()
-            with (run / "chaos.jsonl").open("a") as file:
+            with (run / "chaos.jsonl").open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"time": now, "kind": "chaos", "number": worker.number, "worker": worker.name}) + "\n")
             say(f"{time.strftime('%H:%M:%S', time.localtime(now))} killed worker {worker.number}")
 

@@ -6,7 +6,7 @@ from typing import Any
 from rich.console import Console
 
 from rayllp.checkpoint import Folder, step_of
-from rayllp.checkpoint.described import write_model_json, write_tokenizer_json
+from rayllp.checkpoint.described import write_data_json, write_model_json, write_tokenizer_json
 from rayllp.cluster.evaluation import Evaluator
 from rayllp.cluster.faults import FAULTS, Recovery
 from rayllp.cluster.given import Loaded, TrainResult, whole_network
@@ -41,12 +41,13 @@ class Driver:
         loaded: Loaded | None, console: Console | None = None, listeners: Sequence[Listener] = (),
     ) -> None:  # fmt: skip
         self.whole, self.run, self.workers = config, run, workers
-        self.data, self.kept = loaded or Loaded(None, None)
+        self.loaded = loaded or Loaded(None, None)
+        self.data, self.kept = self.loaded.data, self.loaded.kept
         self.model, self.batches = model, batches
         self.listeners = listeners
         self.console = console or Console(stderr=True)
         self.stop = False
-        self.saver = Saver(run, workers, config)
+        self.saver = Saver(run, workers, config, self.loaded.record)
         self.evaluator = Evaluator(run, workers, self.saver, config.eval, self.data, batches)
         self.resizing: Resizing | None = None
         self.recovery: Recovery | None = None
@@ -110,8 +111,19 @@ class Driver:
                 self.recovery.start_anew(step, error)
         write_model_json(self.run.path, whole_network(self.whole, shares[0]["network"]))
         write_tokenizer_json(self.run.path, self.data)
+        write_data_json(self.run.path, self.loaded.record)
+        self._say_changes(step)
         self.journal.say(self._describe(shares))
         return step
+
+    def _say_changes(self, step: int) -> None:
+        """That the data are not those that the run began with; losses on another held-out part do not compare."""
+        changed = self.loaded.changed
+        if changed:
+            self.journal.event(step, "data", changed=list(changed))
+            self.journal.say(f"step {step}: WARNING: the data have changed since the run began: {', '.join(changed)}")
+        if "validation" in changed:
+            self.saver.forget_best()
 
     def _describe(self, shares: list[dict[str, Any]]) -> str:
         config = self.training.config

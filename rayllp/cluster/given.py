@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from rayllp.config import TrainConfig
+from rayllp.data.record import DataRecord
 from rayllp.models import Architecture, LayerStack
 from rayllp.sizes import with_layers
 
@@ -31,10 +32,17 @@ class TrainResult:
 
 
 class Loaded(NamedTuple):
-    """What the settings name: the data set, and transformers' configuration where a run goes on."""
+    """What the settings name: the data set, and transformers' configuration where a run goes on.
+
+    Attributes:
+        record: of the data, for the run to keep.
+        changed: splits of the data that are not those that the run began with.
+    """
 
     data: Any
     kept: dict[str, Any] | None
+    record: DataRecord | None = None
+    changed: tuple[str, ...] = ()
 
 
 def whole_network(whole: TrainConfig, found: dict[str, Any] | None) -> dict[str, Any] | None:

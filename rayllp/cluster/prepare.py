@@ -2,15 +2,17 @@
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from rayllp.channel.mpi import check_mpi
 from rayllp.checkpoint import MANIFEST, Folder, check_writable, checkpoints, locate
-from rayllp.checkpoint.described import read_model_json
+from rayllp.checkpoint.described import TOKENIZER_JSON, read_data_json, read_model_json
 from rayllp.cluster.given import Loaded, whole_network
 from rayllp.config import MAY_DIFFER, TrainConfig, load_run_config
 from rayllp.data import Batches, load_data
+from rayllp.data.record import DataRecord
 from rayllp.engine.torchbraid_solver import check_installed
 from rayllp.errors import CheckpointError, SettingsError
 from rayllp.models import Architecture, LayerStack, check_batched, check_family, check_network
@@ -35,9 +37,11 @@ def prepare(
 ) -> Prepared:
     """As `rayllp.train` is called: the run, its settings, checkpoints to go on from, and its data."""
     run: RunDirectory | None = None
+    before: TrainConfig | None = None
     found: list[Folder] = []
     if resume is not None:
-        run, config, found = _reopen(Path(resume), config)
+        run, before, found = _reopen(Path(resume), config)
+        config = config or before
     else:
         config = config or TrainConfig()
         if output is not None and _is_unfinished(Path(output), config):
@@ -49,12 +53,20 @@ def prepare(
         RunDirectory.find_place(output, config)
     if config.checkpoint.path is not None:
         check_writable(locate(config.checkpoint.path))
-    loaded = validate(config, model, batches, run)
+    loaded = validate(config, model, batches, run, found)
+    if run is not None and before is not None and before != config:
+        run.change_settings(before, config)
     return Prepared(run, config, found, loaded)
 
 
-def validate(config: TrainConfig, model: Architecture | None, batches: Batches | None, run: RunDirectory | None = None) -> Loaded | None:
-    """Refuse what can be refused without a cluster; the data set, where the settings name it."""
+def validate(
+    config: TrainConfig, model: Architecture | None, batches: Batches | None, run: RunDirectory | None = None, found: Sequence[Folder] = ()
+) -> Loaded | None:
+    """Refuse what can be refused without a cluster; the data set, where the settings name it.
+
+    Args:
+        run, found: where they go on, the run and its checkpoints.
+    """
     if config.channel == "mpi":
         check_mpi()
     check_installed(config)
@@ -68,9 +80,34 @@ def validate(config: TrainConfig, model: Architecture | None, batches: Batches |
         check_batched(config, model)
         return None
     check_family(config)
-    data, kept = load_data(config), kept_network(config, run)
-    check_network(config, data.facts, kept)
-    return Loaded(data, kept)
+    loaded = load_known(config, run, found)
+    check_network(config, loaded.data.facts, loaded.kept)
+    return loaded
+
+
+def load_known(config: TrainConfig, run: RunDirectory | None, found: Sequence[Folder] = (), data: Any = None) -> Loaded:
+    """The data set and the network of a run, with the tokenizer that it began with.
+
+    Args:
+        run, found: where they go on, the run and its checkpoints.
+        data: the data set, where it is loaded already.
+
+    Raises:
+        DataError: the data are broken, or not those that the run began with.
+    """
+    known = (read_data_json(run.path) if run is not None else None) or _record_in(found) or DataRecord()
+    if data is None:
+        file = run.path / TOKENIZER_JSON if run is not None else None
+        data = load_data(config, known.kept_tokenizer(config, file))
+    record = DataRecord.of(config, data)
+    return Loaded(data, kept_network(config, run), record, known.changes(config, record))
+
+
+def _record_in(found: Sequence[Folder]) -> DataRecord | None:
+    """What the newest checkpoint that can be read says of the data."""
+    kept = (values["data"] for folder in reversed(found) if (values := _manifest_of(folder)) is not None and values.get("data"))
+    values = next(kept, None)
+    return None if values is None else DataRecord.read(values)
 
 
 def kept_network(config: TrainConfig, run: RunDirectory | None) -> dict[str, Any] | None:
@@ -82,15 +119,12 @@ def kept_network(config: TrainConfig, run: RunDirectory | None) -> dict[str, Any
 
 
 def _reopen(path: Path, config: TrainConfig | None) -> tuple[RunDirectory, TrainConfig, list[Folder]]:
-    """A run, its settings and checkpoints; other settings, where they are given, take the place of those it has."""
+    """A run, the settings that it has, and its checkpoints, which may be where other settings say."""
     before = load_run_config(path)
     found = checkpoints(RunDirectory(path, before).checkpoints)
     if not found:
         raise CheckpointError(f"{path} has no complete checkpoint to resume from; start it anew, with checkpoint.every set")
-    run = RunDirectory(path, config or before)
-    if config is not None and config != before:
-        run.change_settings(before, config)
-    return run, config or before, found
+    return RunDirectory(path, config or before), before, found
 
 
 def _find_own(place: str, config: TrainConfig) -> list[Folder]:
@@ -100,9 +134,10 @@ def _find_own(place: str, config: TrainConfig) -> list[Folder]:
         SettingsError: they are of another run.
     """
     found = checkpoints(locate(place))
-    theirs = next((kept for folder in reversed(found) if (kept := _settings_of(folder)) is not None), None)
+    theirs = next((kept.get("config", {}) for folder in reversed(found) if (kept := _manifest_of(folder)) is not None), None)
     if theirs is not None:
         ours = config.model_dump(mode="json")
+        theirs.get("data", {})["on_change"] = config.data.on_change
         other = sorted(name for name in ours if name not in MAY_DIFFER and theirs.get(name) != ours[name])
         if other:
             raise SettingsError(
@@ -111,10 +146,10 @@ def _find_own(place: str, config: TrainConfig) -> list[Folder]:
     return found
 
 
-def _settings_of(checkpoint: Folder) -> dict[str, Any] | None:
-    """Of the run that left a checkpoint; None where its manifest is damaged: who reads the checkpoint says so, and takes the one before."""
+def _manifest_of(checkpoint: Folder) -> dict[str, Any] | None:
+    """What a checkpoint says of its run; None where that is damaged: who reads the checkpoint says so, and takes the one before."""
     try:
-        return dict(json.loads((checkpoint / MANIFEST).read_text()).get("config", {}))
+        return dict(json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8")))
     except (OSError, ValueError):
         return None
 

@@ -8,6 +8,7 @@ from rayllp.checkpoint import Folder, Prolongation, commit, count_layers, read_m
 from rayllp.checkpoint.location import remove
 from rayllp.cluster.group import WorkerGroup
 from rayllp.config import TrainConfig
+from rayllp.data.record import DataRecord
 from rayllp.errors import CheckpointError
 from rayllp.report import Journal, RunDirectory
 
@@ -25,14 +26,17 @@ class Pending:
 class Saver:
     """Writes and reads checkpoints.
 
+    Args:
+        record: of the run's data, which each checkpoint keeps.
+
     Attributes:
         settings: of the network that is being trained now.
         best: step and loss of the best evaluation so far.
         saved: the step of the last complete checkpoint of this sitting; -1: none.
     """
 
-    def __init__(self, run: RunDirectory, workers: WorkerGroup, settings: TrainConfig) -> None:
-        self._config = settings.model_dump(mode="json")
+    def __init__(self, run: RunDirectory, workers: WorkerGroup, settings: TrainConfig, record: DataRecord | None = None) -> None:
+        self._of_run = {"config": settings.model_dump(mode="json"), "data": None if record is None else record.as_dict()}
         self.run, self.workers, self.settings = run, workers, settings
         self.best: dict[str, Any] | None = run.read_best()
         self.saved = -1
@@ -59,7 +63,7 @@ class Saver:
             self._failed(step, str(error), journal)
             return
         self.workers.call("begin_save", str(folder.absolute()))
-        extra = {"controller": controller, "model": self.settings.model.model_dump(mode="json"), "config": self._config}
+        extra = {"controller": controller, "model": self.settings.model.model_dump(mode="json"), **self._of_run}
         self._pending, self._new_best = Pending(step, folder, extra, self._new_best), None
 
     def poll(self, journal: Journal) -> None:
@@ -170,5 +174,9 @@ class Saver:
         """A checkpoint was taken over: forget a best one that lies after it, or is gone."""
         self.saved = step
         if self.best is not None and (self.best["step"] > step or not (self.run.checkpoints / f"step_{self.best['step']}").is_dir()):
-            self.best = None
-            self.run.forget_best()
+            self.forget_best()
+
+    def forget_best(self) -> None:
+        """No evaluation is the best so far."""
+        self.best = None
+        self.run.forget_best()

@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
+from rayllp.config.parse import Kinds, kind_in, parse_value, parse_yaml, to_text
 from rayllp.config.train import TrainConfig
 from rayllp.errors import NotARunError, SettingsError
 
@@ -41,23 +41,31 @@ def load_config(path: str | Path | None = None, overrides: list[str] | tuple[str
     return make_config(values, source=str(path) if path else "settings")
 
 
-def read_yaml(path: str | Path, wanted: str) -> Any:
+def kind_of_setting(path: tuple[str, ...]) -> Any:
+    """The type of a setting of a run, by the names that lead to it; None: there is no such setting."""
+    return kind_in(TrainConfig, path)
+
+
+def read_yaml(path: str | Path, wanted: str, kinds: Kinds = kind_of_setting) -> Any:
     """What a YAML file holds.
 
     Args:
         wanted: what to give the path of instead, for errors.
+        kinds: types of the settings in it.
 
     Raises:
         SettingsError: unreadable, or no YAML.
     """
     try:
-        return yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        text = Path(path).read_text(encoding="utf-8-sig")
     except OSError as error:
         raise SettingsError(f"cannot read {path}: {error.strerror or error}; give the path of {wanted}") from None
     except UnicodeDecodeError as error:
         raise SettingsError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}); give the path of {wanted}") from None
-    except yaml.YAMLError as error:
-        raise SettingsError(f"{path} is not YAML: {error}") from None
+    try:
+        return parse_yaml(text, kinds)
+    except SettingsError as error:
+        raise SettingsError(f"{path} is not YAML that could be read: {error}") from None
 
 
 def check_run(run: Path) -> None:
@@ -80,32 +88,27 @@ def load_run_config(run: Path, overrides: list[str] | tuple[str, ...] = ()) -> T
     return load_config(run / "config.yaml", overrides)
 
 
-def set_value(values: dict[str, Any], override: str) -> None:
-    """Apply one `a.b=value` in place; the value is read as YAML."""
+def set_value(values: dict[str, Any], override: str, kinds: Kinds = kind_of_setting) -> None:
+    """Apply one `a.b=value` in place; the value is read as the type of the setting wants it.
+
+    Raises:
+        SettingsError: no key, no value, or a key within what is no group.
+    """
     key, equals, text = override.partition("=")
     if not equals or not key.strip():
         raise SettingsError(f"--set {override!r}: write key=value, such as mgrit.coarsening=8")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        value = text
     *path, last = key.strip().split(".")
+    try:
+        value = parse_value(text, kinds, (*path, last))
+    except SettingsError as error:
+        raise SettingsError(f"--set {override!r}: {error}") from None
     for part in path:
         if values.get(part) is None:  # a group that a file names and leaves empty
             values[part] = {}
         values = values[part]
         if not isinstance(values, dict):
             raise SettingsError(f"--set {override!r}: {part} is not a group of settings")
-    values[last] = float(value) if isinstance(value, str) and _is_number(value) else value
-
-
-def _is_number(text: str) -> bool:
-    # YAML 1.1 reads 1e-3 as a string; users of --set mean the number.
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
+    values[last] = value
 
 
 def setting_names(model: type[BaseModel] = TrainConfig, prefix: str = "") -> list[str]:
@@ -136,4 +139,4 @@ def _explain(fault: Any, values: Mapping[str, Any]) -> str:
 
 def to_yaml(config: TrainConfig) -> str:
     """Everything resolved, defaults included."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    return to_text(config.model_dump(mode="json"))

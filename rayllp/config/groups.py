@@ -8,13 +8,16 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 Relaxation = Literal["F", "FCF"]
 RUNG = re.compile(r"(\d+)\+([1-9]\d*)(?: (FCF|F))?")
+EVALUATED = 8
+"""Held-out samples that eval.batches counts as one batch, so that losses compare whatever batch_size is."""
 
 
 class Settings(BaseModel):
     """Base of every group of settings: immutable, no unknown names."""
 
-    # A number that is not finite is a slip (1e400, a division in a script): it would train to NaN, or never end.
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False)
+    # A number that is not finite is a slip (1e400, a division in a script): it would train to NaN, or never end. So is an empty text
+    # (a variable of the shell that is not set): it would count as none.
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False, str_min_length=1)
 
 
 class ModelSettings(Settings):
@@ -73,6 +76,9 @@ class DataSettings(Settings):
     mask_fraction: float = Field(0.2, gt=0, lt=1, description="of the tokens that bert is to guess")
     min_count: int = Field(1, ge=1, description="occurrences that give a word its own entry in the vocabulary (words)")
     on_error: Literal["refuse", "skip"] = Field("refuse", description="a broken line or unseen label: stop, or leave it out and say so")
+    on_change: Literal["refuse", "accept"] = Field(
+        "refuse", description="a run goes on, and what the settings name holds other data: stop, or go on with these and say so"
+    )
 
     @model_validator(mode="after")
     def _one_source(self) -> "DataSettings":
@@ -264,8 +270,10 @@ class EvalSettings(Settings):
     """Evaluation on the held-out text: always with the exact forward."""
 
     every: int = Field(100, ge=0, description="steps between evaluations; 0: only at the end")
-    batches: int = Field(8, ge=0, description="batches each time, the same ones; 0: one pass through a finite held-out set")
-    final_batches: int = Field(0, ge=0, description="at the end; 0: one pass, or eval.batches where the held-out set has no end")
+    batches: int = Field(
+        8, ge=0, description="so many times 8 held-out samples, the same ones each time and for every batch_size; 0: one pass through all"
+    )
+    final_batches: int = Field(0, ge=0, description="at the end; 0: one pass, of text as eval.batches says")
     sample: int = Field(160, ge=0, description="tokens generated at the end (gpt2, llama); 0: none")
     translate: int = Field(0, ge=0, description="held-out sentences translated each time for BLEU (mt); 0: none")
     final_translate: int = Field(200, ge=0, description="at the end (mt); 0: none")

@@ -2,6 +2,6 @@
 
 from rayllp.data.base import IGNORE, Batches, Facts, Inputs
 from rayllp.data.load import load_data
-from rayllp.data.text import TextBatches, load_text, read_text
+from rayllp.data.text import StreamBatches, TextBatches, load_text, read_text
 
-__all__ = ["IGNORE", "Batches", "Facts", "Inputs", "TextBatches", "load_data", "load_text", "read_text"]
+__all__ = ["IGNORE", "Batches", "Facts", "Inputs", "StreamBatches", "TextBatches", "load_data", "load_text", "read_text"]

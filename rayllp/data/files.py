@@ -51,6 +51,8 @@ def read_lines(path: Path, what: str, max_bytes: int | None = None) -> list[str]
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         raise DataError(f"{what} {path}:{line}: not UTF-8 ({error.reason} {content[error.start]:#04x}); save the file as UTF-8") from None
+    if "\n" not in text:  # as old Macs ended lines
+        text = text.replace("\r", "\n")
     # Not splitlines: U+2028, form feeds and the like belong to the text, and would shift the line numbers of errors.
     lines = [line.removesuffix("\r") for line in text.split("\n")]
     if not text.strip():
@@ -108,6 +110,20 @@ def hold_out(samples: list[Sample], fraction: float) -> tuple[list[Sample], list
         raise DataError(f"data.path has {len(samples)} sample to train on and to hold out from: give more, or set data.validation_path")
     held = max(1, int(len(samples) * fraction))
     return samples[:-held], samples[-held:]
+
+
+def refuse_one_class(labels: Iterable[str], source: str) -> None:
+    """Refuse labels that are all the same: there is nothing to learn.
+
+    Raises:
+        DataError: they are.
+    """
+    distinct = set(labels)
+    if len(distinct) == 1:
+        raise DataError(
+            f"{source}: every label is {distinct.pop()!r}, so there is nothing to learn: give data with two classes or more, or set "
+            "data.label_field to the column that has them"
+        )
 
 
 @dataclass

@@ -112,8 +112,9 @@ def _load(settings: DataSettings) -> Mapping[str, Any]:
         else:
             loaded = datasets.load_dataset(str(folder) if folder.is_dir() else name, settings.subset, streaming=settings.streaming)
     except Exception as error:  # the library raises whatever its files and connections do
+        hidden = "; for the data set of that name on the hub, call the folder here something else" if folder.is_dir() else ""
         raise DataError(
             f"data.dataset {name} cannot be loaded: {type(error).__name__}: {error}; give the name of a data set that this machine can "
-            "reach, or a folder written by save_to_disk"
+            f"reach, or a folder written by save_to_disk{hidden}"
         ) from None
     return loaded if isinstance(loaded, dict) else {"train": loaded}

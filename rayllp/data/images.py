@@ -12,7 +12,7 @@ from torch import Tensor
 from rayllp.config import DataSettings
 from rayllp.data.base import IGNORE, Facts, passes
 from rayllp.data.decoded import DecodedImages
-from rayllp.data.files import Faults, locate, select
+from rayllp.data.files import Faults, locate, refuse_one_class, select
 from rayllp.data.hub import Split, load_split, load_train, up_to
 from rayllp.data.text import read_file
 from rayllp.errors import DataError
@@ -92,14 +92,15 @@ def load_images(settings: DataSettings, seed: int) -> ImageBatches:
             "data.path or the data set's own split"
         )
     classes: tuple[str, ...] = ()
+    faults = Faults(settings.on_error == "skip")
     if settings.dataset:
-        train, validation, classes = _read_dataset(settings)
+        train, validation, classes = _read_dataset(settings, faults)
     elif settings.path:
         train, validation = _read_folder(locate(settings.path, "data.path"))
     else:
         train, validation = _hold_out(_read_digits(), DIGITS_HELD_OUT)
     classes = classes or _find_classes(train.labels)
-    faults = Faults(settings.on_error == "skip")
+    refuse_one_class(train.labels, train.source)
     train_pixels, train_labels = _number_labels(train, classes, faults)
     validation_pixels, validation_labels = _number_labels(validation, classes, faults)
     mean, std = _measure(train_pixels)
@@ -218,14 +219,14 @@ def _read_idx(path: Path, magic: int) -> np.ndarray:
     return np.frombuffer(content, np.uint8, offset=start).reshape(shape)
 
 
-def _read_dataset(settings: DataSettings) -> tuple[_Images, _Images, tuple[str, ...]]:
+def _read_dataset(settings: DataSettings, faults: Faults) -> tuple[_Images, _Images, tuple[str, ...]]:
     """Training and validation images of a `datasets` name, and its classes where it names them."""
     splits = [split for split in (load_train(settings), load_split(settings, "validation", "test")) if split]
     if not settings.streaming and settings.max_bytes is None and _bytes_of(splits[0]) > HELD_IN_MEMORY:
-        sets = [_leave_in_files(split, settings) for split in splits]
+        sets = [_leave_in_files(split, settings, faults) for split in splits]
         train, validation = sets if len(sets) > 1 else _hold_out(sets[0], settings.validation_fraction)
         return train, validation, splits[0].labels(settings.label_field)
-    read = [_read_split(split, settings) for split in splits]
+    read = [_read_split(split, settings, faults) for split in splits]
     sizes = {image.shape[1:] for images, _ in read for image in images}
     if len(sizes) > 1:
         met = ", ".join(f"{width} × {height}" for height, width in sorted(sizes)[:4])
@@ -255,29 +256,48 @@ def _bytes_of(split: Split) -> int:
     return len(split.loaded) * _to_pixels(split.loaded[0][column], f"{split.source} row 0").nbytes if len(split.loaded) else 0
 
 
-def _leave_in_files(split: Split, settings: DataSettings) -> _Images:
+def _leave_in_files(split: Split, settings: DataSettings, faults: Faults) -> _Images:
     column = _image_column(split)
     split.require("data.label_field", settings.label_field)
     first = _to_pixels(split.loaded[0][column], f"{split.source} row 0")
     shape = (3, *first.shape[1:])  # some may be grey, and nobody has looked at them all
-    numbers = np.arange(len(split.loaded))
     names = split.labels(settings.label_field)
-    labels = [names[label] if names and label >= 0 else str(label) for (label,) in split.rows(settings.label_field)]
-    return _Images(split.source, DecodedImages(split.loaded, column, _to_pixels, split.source, numbers, shape), labels)
+    given = [label for (label,) in split.rows(settings.label_field)]
+    kept = [
+        number for number, label in enumerate(given) if not _is_missing(label, settings.label_field, f"{split.source} row {number}", faults)
+    ]
+    decoded = DecodedImages(split.loaded, column, _to_pixels, split.source, np.array(kept, np.int64), shape)
+    return _Images(split.source, decoded, [_label(given[number], names) for number in kept])
 
 
-def _read_split(split: Split, settings: DataSettings) -> tuple[list[np.ndarray], list[str]]:
+def _read_split(split: Split, settings: DataSettings, faults: Faults) -> tuple[list[np.ndarray], list[str]]:
     column = _image_column(split)
     split.require("data.label_field", settings.label_field)
     names = split.labels(settings.label_field)
-    rows = enumerate(split.rows(column, settings.label_field))
-    decoded = ((_to_pixels(image, f"{split.source} row {number}"), label) for number, (image, label) in rows)
+    rows = (
+        (f"{split.source} row {number}", image, label) for number, (image, label) in enumerate(split.rows(column, settings.label_field))
+    )
+    whole = (
+        (place, image, label)
+        for place, image, label in rows
+        if not _is_missing(image, column, place, faults) and not _is_missing(label, settings.label_field, place, faults)
+    )
+    decoded = ((_to_pixels(image, place), label) for place, image, label in whole)
     kept = list(up_to(settings.max_bytes, decoded, lambda item: item[0].nbytes))
     if not kept:
         raise DataError(f"{split.source} has no image within data.max_bytes={settings.max_bytes}: choose another split or raise it")
-    # A label of -1 is how data sets say that there is none.
-    labels = [names[label] if names and label >= 0 else str(label) for _, label in kept]
-    return [image for image, _ in kept], labels
+    return [image for image, _ in kept], [_label(label, names) for _, label in kept]
+
+
+def _is_missing(value: Any, column: str, place: str, faults: Faults) -> bool:
+    if value is None:
+        faults.report("rows", f"{place} has nothing in column {column!r}")
+    return value is None
+
+
+def _label(label: Any, names: tuple[str, ...]) -> str:
+    """A label's name. -1 is how data sets say that there is none."""
+    return names[label] if names and label >= 0 else str(label)
 
 
 def _to_pixels(image: Any, place: str) -> np.ndarray:

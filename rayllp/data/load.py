@@ -4,6 +4,7 @@ from typing import Any, Protocol
 
 from rayllp.config import TrainConfig
 from rayllp.data.base import Batches, Facts
+from rayllp.data.tokenizer import Tokenizer
 
 
 class DataSet(Batches, Protocol):
@@ -15,8 +16,11 @@ class DataSet(Batches, Protocol):
         ...
 
 
-def load_data(config: TrainConfig) -> Any:
+def load_data(config: TrainConfig, tokenizer: Tokenizer | None = None) -> Any:
     """The data set of `config.data`, as `config.model.family` and `config.model.head` read it.
+
+    Args:
+        tokenizer: of a run that goes on; None: the one that `config.data.tokenizer` names.
 
     Raises:
         DataError: missing, broken or too short; says file and line where one is at fault.
@@ -25,12 +29,12 @@ def load_data(config: TrainConfig) -> Any:
     if config.model.head == "sentences":
         from rayllp.data.sentences import load_sentences
 
-        return load_sentences(data, length, seed)
+        return load_sentences(data, length, seed, tokenizer)
     match config.model.family:
         case "bert":
             from rayllp.data.masked import load_masked
 
-            return load_masked(data, length, seed)
+            return load_masked(data, length, seed, tokenizer)
         case "mc":
             from rayllp.data.words import load_words
 
@@ -42,8 +46,8 @@ def load_data(config: TrainConfig) -> Any:
         case "mt":
             from rayllp.data.pairs import load_pairs
 
-            return load_pairs(data, length, seed)
+            return load_pairs(data, length, seed, tokenizer)
         case _:
             from rayllp.data.text import load_text
 
-            return load_text(data, length, seed)
+            return load_text(data, length, seed, tokenizer)

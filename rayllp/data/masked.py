@@ -1,6 +1,6 @@
 """Masked-language modelling over the token stream of a text."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -8,8 +8,9 @@ from torch import Tensor
 
 from rayllp.config import DataSettings
 from rayllp.data.base import IGNORE, Facts
+from rayllp.data.files import Faults
 from rayllp.data.special import SpecialTokens
-from rayllp.data.text import draw_windows, load_stream
+from rayllp.data.text import StreamBatches, load_stream
 from rayllp.data.tokenizer import Tokenizer
 from rayllp.errors import DataError
 from rayllp.keys import key
@@ -19,22 +20,21 @@ MASKED, RANDOM = 0.8, 0.1
 
 
 @dataclass(frozen=True)
-class MaskedBatches:
-    """Windows of a token stream between cls and sep, some of their tokens to be guessed.
+class MaskedBatches(StreamBatches):
+    """Windows of a token stream between cls and sep, some of their tokens to be guessed: those of a held-out window always the same.
 
     Attributes:
-        tokens: of each split, its token ids end to end.
-        sequence_length: tokens a sequence, cls and sep included.
-        seed: keys windows and masks.
-        tokenizer: of the text.
         mask_fraction: of a window's tokens that are to be guessed; one at least.
+        skipped: how many files and rows were left out (data.on_error=skip).
     """
 
-    tokens: dict[str, np.ndarray]
-    sequence_length: int
-    seed: int
-    tokenizer: Tokenizer
     mask_fraction: float
+    skipped: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def length(self) -> int:
+        """Those between cls and sep."""
+        return self.sequence_length - 2
 
     @property
     def special(self) -> SpecialTokens:
@@ -48,18 +48,20 @@ class MaskedBatches:
 
     def batch(self, split: str, step: int, size: int) -> tuple[Tensor, Tensor]:
         """Token ids, and the original ids where they are to be guessed, both of shape (size, sequence_length)."""
+        windows, filled = self.windows(split, step, size)
         if split == "train":
-            parts = [self._draw(split, step, size)]
+            parts = [self._mask(windows, key(self.seed, split, step, "mask"))]
         else:
-            # One by one, so that an evaluation sees the same sequences whatever the size of its batches.
-            parts = [self._draw(split, index, 1) for index in range(step * size, (step + 1) * size)]
-        inputs, targets = (torch.from_numpy(np.concatenate(side)) for side in zip(*parts, strict=True))
-        return inputs, targets
+            # One by one, so that an evaluation hides the same tokens whatever the size of its batches, and the seed.
+            keys = [key(0, split, index, "mask") for index in range(step * size, (step + 1) * size)]
+            parts = [self._mask(windows[row : row + 1], keys[row]) for row in range(size)]
+        inputs, targets = (np.concatenate(side) for side in zip(*parts, strict=True))
+        return torch.from_numpy(inputs), torch.from_numpy(np.where(filled[:, None], targets, IGNORE))
 
-    def _draw(self, split: str, step: int, size: int) -> tuple[np.ndarray, np.ndarray]:
+    def _mask(self, windows: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
         special = self.special
-        windows = draw_windows(self.tokens[split], self.sequence_length - 2, self.seed, split, step, size) + special.offset
-        generator = np.random.Generator(np.random.Philox(key=key(self.seed, split, step, "mask")))
+        windows = windows + special.offset
+        generator = np.random.Generator(np.random.Philox(key=seed))
         chosen = self._choose(generator, windows.shape)
         lot = generator.random(windows.shape)
         others = generator.integers(special.offset, special.vocabulary, windows.shape)
@@ -81,7 +83,7 @@ def _frame(windows: np.ndarray, first: int, last: int) -> np.ndarray:
     return np.concatenate([first * edge, windows, last * edge], axis=1)
 
 
-def load_masked(settings: DataSettings, sequence_length: int, seed: int) -> MaskedBatches:
+def load_masked(settings: DataSettings, sequence_length: int, seed: int, tokenizer: Tokenizer | None = None) -> MaskedBatches:
     """Read, tokenise, split.
 
     Raises:
@@ -89,5 +91,6 @@ def load_masked(settings: DataSettings, sequence_length: int, seed: int) -> Mask
     """
     if sequence_length < 3:
         raise DataError(f"sequence_length {sequence_length} leaves no room for text between cls and sep: set at least 3")
-    tokens, tokenizer = load_stream(settings, sequence_length, sequence_length - 2)
-    return MaskedBatches(tokens, sequence_length, seed, tokenizer, settings.mask_fraction)
+    faults = Faults(settings.on_error == "skip")
+    tokens, tokenizer = load_stream(settings, sequence_length, sequence_length - 2, tokenizer, faults)
+    return MaskedBatches(tokens, sequence_length, seed, tokenizer, settings.mask_fraction, faults.counts)

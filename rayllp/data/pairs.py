@@ -123,7 +123,7 @@ class PairBatches:
         return self.special.decode(ids[:end])
 
 
-def load_pairs(settings: DataSettings, sequence_length: int, seed: int) -> PairBatches:
+def load_pairs(settings: DataSettings, sequence_length: int, seed: int, tokenizer: Tokenizer | None = None) -> PairBatches:
     """Read both languages, make one tokenizer of them, tokenise.
 
     A pair with an empty line is left out. One with a line of more than sequence_length - 1 tokens is left out of training, and cut
@@ -140,10 +140,10 @@ def load_pairs(settings: DataSettings, sequence_length: int, seed: int) -> PairB
         )
     faults = Faults(settings.on_error == "skip")
     skipped = faults.counts
-    read = _read_dataset(settings) if settings.dataset else _read_folder(settings)
+    read = _read_dataset(settings, faults) if settings.dataset else _read_folder(settings)
     pairs = {split: _leave_out_empty(found, skipped) for split, found in read.items()}
     lines = [pair.source for pair in pairs["train"]] + [pair.target for pair in pairs["train"]]
-    tokenizer = make_tokenizer(settings.tokenizer, "\n".join(lines).encode())
+    tokenizer = tokenizer or make_tokenizer(settings.tokenizer, "\n".join(lines).encode())
     special = SpecialTokens.of(tokenizer)
     sides: dict[str, tuple[_Side, _Side]] = {}
     for split, kept in pairs.items():
@@ -254,18 +254,18 @@ def _limit(pairs: Iterable[_Pair], settings: DataSettings, where: str) -> list[_
     return kept
 
 
-def _read_dataset(settings: DataSettings) -> dict[str, list[_Pair]]:
+def _read_dataset(settings: DataSettings, faults: Faults) -> dict[str, list[_Pair]]:
     """The pairs of each split of a `datasets` name."""
-    train = _read_split(load_train(settings), settings)
+    train = _read_split(load_train(settings), settings, faults)
     validation, test = load_split(settings, "validation", "dev"), load_split(settings, "test")
     if validation:
-        pairs = {"train": train, "validation": _read_split(validation, settings)}
+        pairs = {"train": train, "validation": _read_split(validation, settings, faults)}
     else:
         pairs = dict(zip(("train", "validation"), hold_out(train, settings.validation_fraction), strict=True))
-    return pairs | ({"test": _read_split(test, settings)} if test else {})
+    return pairs | ({"test": _read_split(test, settings, faults)} if test else {})
 
 
-def _read_split(split: Split, settings: DataSettings) -> list[_Pair]:
+def _read_split(split: Split, settings: DataSettings, faults: Faults) -> list[_Pair]:
     languages = (settings.source, settings.target)
     if TRANSLATION in split.columns:
         rows = (translation for (translation,) in split.rows(TRANSLATION))
@@ -276,12 +276,15 @@ def _read_split(split: Split, settings: DataSettings) -> list[_Pair]:
             f"{split.source} has columns {split.columns}, neither {TRANSLATION} nor {languages[0]} and {languages[1]}: "
             "set data.source and data.target, or choose another data set"
         )
-    pairs = (_pick(texts, languages, f"{split.source} row {number}") for number, texts in enumerate(rows))
-    return _limit(pairs, settings, split.source)
+    pairs = (_pick(texts, languages, f"{split.source} row {number}", faults) for number, texts in enumerate(rows))
+    return _limit((pair for pair in pairs if pair is not None), settings, split.source)
 
 
-def _pick(texts: Any, languages: tuple[str, str], place: str) -> _Pair:
-    """The two languages of a row."""
+def _pick(texts: Any, languages: tuple[str, str], place: str, faults: Faults) -> _Pair | None:
+    """The two languages of a row; None where one is missing and faults are skipped."""
+    if texts is None or (isinstance(texts, dict) and any(texts.get(language, "") is None for language in languages)):
+        faults.report("rows", f"{place} has nothing in {languages[0]} or {languages[1]}")
+        return None
     given = sorted(texts) if isinstance(texts, dict) else f"a {type(texts).__name__}"
     source, target = (texts.get(language) if isinstance(texts, dict) else None for language in languages)
     if not isinstance(source, str) or not isinstance(target, str):

@@ -1,5 +1,6 @@
 """Sentence classification: a label for every sentence, or pair of sentences, of a tab-separated file."""
 
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,10 +10,13 @@ from torch import Tensor
 
 from rayllp.config import DataSettings
 from rayllp.data.base import IGNORE, Facts, passes
-from rayllp.data.files import Faults, Rows, locate, read_lines, select, train_and_held_out
+from rayllp.data.files import Faults, Rows, locate, read_lines, refuse_one_class, select, train_and_held_out
 from rayllp.data.special import SpecialTokens
 from rayllp.data.tokenizer import Tokenizer, make_tokenizer
 from rayllp.errors import DataError
+
+FREQUENT = 10
+"""Lines that a label has on average where one that has a single line is taken for a slip."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +81,7 @@ class SentenceBatches:
         return passes(len(self.sequences[split]), size)
 
 
-def load_sentences(settings: DataSettings, sequence_length: int, seed: int) -> SentenceBatches:
+def load_sentences(settings: DataSettings, sequence_length: int, seed: int, tokenizer: Tokenizer | None = None) -> SentenceBatches:
     """Read, number the labels, tokenise, cut what is longer than `sequence_length` (of a pair, the longer sentence first).
 
     Raises:
@@ -87,9 +91,10 @@ def load_sentences(settings: DataSettings, sequence_length: int, seed: int) -> S
     _check_room(settings, sequence_length)
     faults = Faults(settings.on_error == "skip")
     train, validation = _read_splits(settings, faults)
+    train = _leave_out_single(train, settings, faults)
     classes = tuple(sorted({example.label for example in train}))
     numbers = {name: number for number, name in enumerate(classes)}
-    tokenizer = make_tokenizer(settings.tokenizer, "\n".join(text for example in train for text in example.texts).encode())
+    tokenizer = tokenizer or make_tokenizer(settings.tokenizer, "\n".join(text for example in train for text in example.texts).encode())
     sequences: dict[str, Rows] = {}
     labels: dict[str, np.ndarray] = {}
     for split, examples in (("train", train), ("validation", validation)):
@@ -103,6 +108,23 @@ def load_sentences(settings: DataSettings, sequence_length: int, seed: int) -> S
         sequences[split] = Rows.of(sequence for sequence, _ in kept)
         labels[split] = np.array([number for _, number in kept], np.int64)
     return SentenceBatches(sequences, labels, sequence_length, seed, tokenizer, classes, faults.counts)
+
+
+def _leave_out_single(train: list[_Example], settings: DataSettings, faults: Faults) -> list[_Example]:
+    """Without labels that stand on one line alone where others are frequent: they are slips, or the names of the columns."""
+    counts = Counter(example.label for example in train)
+    refuse_one_class(counts, f"data.path {settings.path}")
+    frequent = len(train) >= FREQUENT * len(counts)
+    single = [example for example in train if frequent and counts[example.label] == 1]
+    for example in single:
+        hint = ""
+        if example.place.endswith(":1"):
+            hint = "; if this line names the columns, set data.text_field and data.label_field to names in it instead of numbers"
+        fault = f"label {example.label!r} is on this line alone, where others have {len(train) // len(counts)} lines each"
+        faults.report("labels", f"{example.place}: {fault}{hint}")
+    kept = [example for example in train if example not in single] if single else train
+    refuse_one_class((example.label for example in kept), f"data.path {settings.path}")
+    return kept
 
 
 def _check_room(settings: DataSettings, sequence_length: int) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rayllp.config import DataSettings
 from rayllp.data.base import IGNORE, Facts, passes
-from rayllp.data.files import Faults, Rows, locate, read_lines, select, train_and_held_out
+from rayllp.data.files import Faults, Rows, locate, read_lines, refuse_one_class, select, train_and_held_out
 from rayllp.errors import DataError
 
 PADDING, UNKNOWN, FIRST_WORD = 0, 1, 2
@@ -84,6 +84,7 @@ def load_words(settings: DataSettings, sequence_length: int, seed: int) -> WordB
     train, validation = _read_splits(settings, faults)
     index = _number_words(train, settings.min_count)
     classes = tuple(sorted({label for sentence in train for label in sentence.labels}))
+    refuse_one_class(classes, f"data.path {settings.path}")
     numbers = {name: number for number, name in enumerate(classes)}
     words: dict[str, Rows] = {}
     labels: dict[str, Rows] = {}

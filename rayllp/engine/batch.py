@@ -1,13 +1,14 @@
 """A worker's share of a training step's batch, and how the step is to be solved."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from rayllp.config import TrainConfig
+from rayllp.config import EVALUATED, TrainConfig
 from rayllp.control import Accuracy
-from rayllp.data.base import Batches, Inputs
+from rayllp.data.base import IGNORE, Batches, Inputs
 from rayllp.models.base import Architecture
 from rayllp.state import combine
 
@@ -54,10 +55,16 @@ class ReplicaBatches:
 
     def share(self, split: str, step: int) -> tuple[Inputs, Tensor, tuple[int, ...], int]:
         """This replica's inputs and targets, their places in the global batch, and the global number of loss terms."""
-        inputs, targets = self.batches.batch(split, step, self.config.batch_size)
+        return self._share(split, step, self.config.batch_size)
+
+    def _share(self, split: str, step: int, size: int, last: int | None = None) -> tuple[Inputs, Tensor, tuple[int, ...], int]:
+        """The same of a batch of `size` samples, of which those from place `last` on do not count."""
+        inputs, targets = self.batches.batch(split, step, size)
+        if last is not None and last < size:
+            targets[last:] = IGNORE
         terms = self.architecture.count(targets)
-        size = self.config.replica_batch
-        mine = slice(self.replica * size, (self.replica + 1) * size)
+        each = size // self.config.mesh.data
+        mine = slice(self.replica * each, (self.replica + 1) * each)
         inputs = combine(lambda part: part[mine].to(self.device), inputs)
         return inputs, targets[mine].to(self.device), tuple(range(mine.start, mine.stop)), terms
 
@@ -66,10 +73,20 @@ class ReplicaBatches:
         inputs, targets, samples, terms = self.share("train", step)
         return StepBatch(step, accuracy, inputs, targets, samples, 1 / max(1, terms))
 
-    def count(self, split: str, wanted: int) -> int:
-        """Batches to evaluate on: as many as wanted, at most one pass where the set is finite. 0: one pass, or one batch."""
+    def held_out(self, wanted: int) -> Iterator[tuple[Inputs, Tensor]]:
+        """This replica's inputs and targets of an evaluation, batch after batch: samples that do not depend on the size of a batch.
+
+        Args:
+            wanted: EVALUATED samples each, at most one pass; 0: one pass. Of batches of the user's own that have no end: so many of
+                batch_size samples.
+        """
+        replicas, size = self.config.mesh.data, self.config.batch_size
         finite = getattr(self.batches, "batches", None)
         if finite is None:
-            return wanted or 1
-        whole = int(finite(split, self.config.batch_size))
-        return min(wanted, whole) if wanted else whole
+            for index in range(wanted or 1):
+                yield self._share("validation", index, size)[:2]
+            return
+        samples = wanted * EVALUATED if wanted else int(finite("validation", 1))
+        size = min(size, -(-samples // replicas) * replicas)
+        for index in range(min(int(finite("validation", size)), -(-samples // size))):
+            yield self._share("validation", index, size, last=samples - index * size)[:2]

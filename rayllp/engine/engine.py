@@ -165,7 +165,7 @@ class Engine:
         """Mean loss, and the architecture's metrics, on held-out batches through the exact forward, whatever the mode.
 
         Args:
-            batches: how many; 0 or more than one pass: one pass, where the held-out set is finite.
+            batches: of EVALUATED samples, the same ones for every batch size; 0 or more than one pass: one pass.
         """
         return evaluate(self.exact_forward, self._shares, self.replicas, batches)
 

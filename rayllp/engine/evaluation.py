@@ -12,13 +12,12 @@ def evaluate(forward: ExactForward, batches: ReplicaBatches, replicas: Channel, 
 
     Args:
         replicas: to the workers of other replicas that own the same layers.
-        wanted: batches to evaluate on; 0 or more than one pass: one pass, where the held-out set is finite.
+        wanted: how much to evaluate on (`ReplicaBatches.held_out`).
     """
     group = forward.group
     architecture = group.block.architecture
     total = torch.zeros(2 + architecture.metric.size, dtype=torch.float64)
-    for index in range(batches.count("validation", wanted)):
-        inputs, targets, _, _ = batches.share("validation", index)
+    for index, (inputs, targets) in enumerate(batches.held_out(wanted)):
         outputs = forward(inputs, MessageTag(index, "evaluation"))
         if outputs is not None:
             with torch.no_grad():

@@ -31,6 +31,10 @@ OURS = frozenset(
 """What a configuration has from this run rather than from the checkpoint that it starts from."""
 
 
+MOST_UNUSED = 64
+"""Rows of an embedding, or a twentieth of them, that may have no token: with more it is taken for another tokenizer's."""
+
+
 class Piece(nn.Module):
     """Modules of a model under their full names; `piece[path]` is one of them."""
 
@@ -269,8 +273,14 @@ def _within(name: str, paths: Iterable[str]) -> bool:
 
 
 def _with_ours(merged: PreTrainedConfig, config: PreTrainedConfig) -> PreTrainedConfig:
-    """`merged`, with what `config` says of vocabulary, labels, ids and dropout: the run's data and settings have the last word there."""
+    """`merged`, with what `config` says of vocabulary, labels, ids and dropout: the run's data and settings have the last word there.
+
+    A table that is somewhat larger than the tokenizer keeps its size: many checkpoints fill theirs up to a number that suits the hardware.
+    """
+    rows, tokens = getattr(merged, "vocab_size", 0), getattr(config, "vocab_size", 0)
     for name in vars(config):
         if "drop" in name or name in OURS:
             setattr(merged, name, getattr(config, name))
+    if 0 < rows - tokens < max(MOST_UNUSED, rows // 20):
+        merged.vocab_size = rows
     return merged

@@ -67,7 +67,7 @@ class _Scaled(_Mixed):
     def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
         super().save_pretrained(save_directory, *args, **kwargs)
         path = Path(save_directory) / "config.json"
-        path.write_text(scaled_config(json.loads(path.read_text()), self.kept))
+        path.write_text(scaled_config(json.loads(path.read_text(encoding="utf-8")), self.kept), encoding="utf-8")
 
 
 def scaled_config(inner: dict[str, Any], kept: Mapping[str, Any]) -> str:
@@ -77,7 +77,7 @@ def scaled_config(inner: dict[str, Any], kept: Mapping[str, Any]) -> str:
 
 def loader(folder: Path) -> str:
     """What loads a folder that `rayllp export` wrote."""
-    values = json.loads((folder / "config.json").read_text())
+    values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     return "rayllp.models.scaled.ScaledModel" if values["model_type"] == SCALED else f"transformers.{values['architectures'][0]}"
 
 
@@ -100,7 +100,7 @@ def _step(size: float, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str
 
 def _read_config(folder: Path) -> dict[str, Any]:
     try:
-        values = json.loads((folder / "config.json").read_text())
+        values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{folder} has no config.json that can be read ({error}): give a folder written by `rayllp export`") from None
     if values.get("model_type") != SCALED:

@@ -163,7 +163,7 @@ def _renamed(places: Mapping[str, Place], model: PreTrainedModel) -> dict[str, P
 def _places(folder: Path) -> dict[str, Place]:
     try:
         if (folder / INDEX).is_file():
-            table = json.loads((folder / INDEX).read_text())["weight_map"]
+            table = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
             return {name: Place(folder / file, name) for name, file in table.items()}
         if (folder / SINGLE).is_file():
             with safe_open(folder / SINGLE, framework="pt") as file:

@@ -46,7 +46,7 @@ class RunDirectory:
         path = cls.find_place(output, config)
         with _refusing(path):
             path.mkdir(parents=True, exist_ok=True)
-            (path / "config.yaml").write_text(to_yaml(config))
+            (path / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
         return cls(path, config)
 
     @staticmethod
@@ -127,7 +127,7 @@ class RunDirectory:
     def read_best(self) -> dict[str, Any] | None:
         """Step and losses of the best evaluation so far, as `write_best` left them."""
         path = self.path / "best.json"
-        return json.loads(path.read_text()) if path.is_file() else None
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
     def write_best(self, best: Mapping[str, Any]) -> None:
         """best.json: which checkpoint has the lowest validation loss."""
@@ -182,7 +182,7 @@ class RunDirectory:
 
 def _whole_lines(path: Path) -> list[str]:
     """Lines of a file, but for a last one that a driver's sudden end cut off."""
-    return path.read_text().split("\n")[:-1] if path.is_file() else []
+    return path.read_text(encoding="utf-8").split("\n")[:-1] if path.is_file() else []
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -193,7 +193,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 def _append_line(path: Path, line: str) -> None:
     """Add a line, all of it or nothing."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
+    with path.open("a", encoding="utf-8") as file:
         end = file.tell()
         try:
             file.write(line)
@@ -207,7 +207,7 @@ def _replace(path: Path, text: str) -> None:
     """Write a file so that whoever looks, whenever, finds the old or the new text."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.new")
-    beside.write_text(text)
+    beside.write_text(text, encoding="utf-8")
     os.replace(beside, path)
 
 

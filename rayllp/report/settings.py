@@ -31,7 +31,7 @@ def settings_table(only: Collection[str] | None = None) -> str:
 def documents(root: Path) -> dict[Path, str]:
     """The README and docs/settings.md with their tables as the code has them."""
     readme = root / "README.md"
-    before, _, rest = readme.read_text().partition(BEGIN)
+    before, _, rest = readme.read_text(encoding="utf-8").partition(BEGIN)
     comment, _, rest = rest.partition("\n")
     after = rest.partition(END)[2]
     return {
@@ -74,4 +74,4 @@ def _plain(value: Any) -> str:
 
 if __name__ == "__main__":
     for path, text in documents(Path()).items():
-        path.write_text(text)
+        path.write_text(text, encoding="utf-8")

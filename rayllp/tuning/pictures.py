@@ -1,6 +1,7 @@
 """Pictures of a sweep: Pareto front, parallel coordinates, importance of settings, ρ over steps with the switches."""
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -65,7 +66,7 @@ def _pareto(plt: Any, rows: list[Row], sweep: Sweep, folder: Path) -> Any:
     def place(row: Row) -> tuple[float, float]:
         return row["step_time"], max(row["bias"], LEAST_BIAS)
 
-    losses = [row["validation_loss"] for row in found]
+    losses = [math.nan if row["validation_loss"] is None else row["validation_loss"] for row in found]
     points = axis.scatter(*zip(*map(place, found), strict=True), c=losses, cmap="viridis_r", zorder=2)
     front = pareto_front(found, metrics)
     axis.step(*zip(*map(place, front), strict=True), where="post", color="#d62728", lw=1, label="front")

@@ -26,7 +26,7 @@ class Reporter:
         self.mode = self.rung = ""
         self.bias: float | None = None
         self.rho: dict[str, float | None] = {"rho_forward": None, "rho_backward": None}
-        self.largest_rho = 0.0
+        self.largest_rho: float | None = None
         self.switches: list[tuple[int, str]] = []
         self.found: dict[str, float] = {}
         self.reached: float | None = None
@@ -60,7 +60,7 @@ class Reporter:
         for name in self.rho:
             if metric[name] is not None:
                 self.rho[name] = metric[name]
-                self.largest_rho = max(self.largest_rho, metric[name])
+                self.largest_rho = max(self.largest_rho or 0.0, metric[name])
 
     def event(self, step: int, kind: str, details: Mapping[str, Any]) -> None:
         """Note switches."""
@@ -82,23 +82,27 @@ class Reporter:
         return (seconds is not None and self.seconds >= seconds) or (self.objective.kind == "time_to_loss" and self.reached is not None)
 
     def report(self, *, diverged: bool = False) -> dict[str, Any]:
-        """A result for Tune. All of the objective's metrics are there, and finite."""
-        measured = fmean(self.times) if self.times else (self.seconds / self.steps if self.steps else WORST)
+        """A result for Tune. What was not measured is None; but all of the objective's metrics are there, and finite."""
+        measured = fmean(self.times) if self.times else (self.seconds / self.steps if self.steps else None)
         step_time = measured if self.predicted is None else self.predicted
         share = self.parallel / self.steps if self.steps else 0.0
-        bias = self.bias if self.bias is not None else (0.0 if share == 0 else WORST)
         others = {name: value for name, value in self.found.items() if name != "loss"}
         result = {
             "step": self.steps, "tokens": self.tokens, "seconds": round(self.seconds, 3), "step_time": step_time,
-            "measured_step_time": measured, "bias": bias, **self.rho, "largest_rho": self.largest_rho, "last_mode": self.mode,
+            "measured_step_time": measured, "bias": self.bias, **self.rho, "largest_rho": self.largest_rho, "last_mode": self.mode,
             "rung": self.rung, "parallel_share": round(share, 4), "switches": len(self.switches),
             "switched_at": next((step for step, rung in self.switches if rung == "serial"), None),
-            "validation_loss": self.found.get("loss", WORST), "diverged": diverged, **others,
-            "seconds_to_target": self.reached if self.reached is not None else WORST,
+            "validation_loss": self.found.get("loss"), "diverged": diverged, **others, "seconds_to_target": self.reached,
         }  # fmt: skip
+        wanted = {name: result.get(name) for name in self.objective.metrics}
+        bias = 0.0 if self.bias is None and share == 0 else self.bias  # exact steps have none
+        if "bias" in wanted:
+            wanted["bias"] = bias
+        if "constrained_step_time" in wanted and step_time is not None:
+            wanted["constrained_step_time"] = self._constrained(step_time, WORST if bias is None else bias)
+        return result | {name: WORST if diverged or value is None else value for name, value in wanted.items()}
+
+    def _constrained(self, step_time: float, bias: float) -> float:
+        """What is over the bound is worse than what is not, and the more the worse: a searcher can tell where to go."""
         bound = self.objective.bias
-        # What is over the bound is worse than what is not, and the more the worse: a searcher can tell where to go.
-        result["constrained_step_time"] = step_time if bound is None or bias <= bound else min(WORST, 1e3 * (1 + bias / bound))
-        if diverged:
-            result |= dict.fromkeys(self.objective.metrics, WORST)
-        return result
+        return step_time if bound is None or bias <= bound else min(WORST, 1e3 * (1 + bias / bound))

@@ -31,10 +31,10 @@ def write_results(sweep: Sweep, results: ResultGrid, folder: Path, infeasible: l
     _write_csv(rows, sweep, folder / "trials.csv")
     best = best_row(rows, sweep)
     if best is not None:
-        (folder / "best.yaml").write_text(_best_yaml(sweep, best))
+        (folder / "best.yaml").write_text(_best_yaml(sweep, best), encoding="utf-8")
     _write_hparams(rows, sweep, folder / "tensorboard")
     pictures = draw_all(rows, sweep, folder)
-    (folder / "index.html").write_text(_page(sweep, rows, best, pictures, infeasible))
+    (folder / "index.html").write_text(_page(sweep, rows, best, pictures, infeasible), encoding="utf-8")
     _say(sweep, rows, best, folder, infeasible, console)
 
 
@@ -51,12 +51,16 @@ def rows_of(sweep: Sweep, results: ResultGrid) -> list[Row]:
                 "forced_serial": bool(config.get("forced_serial")),
                 "shrunk": bool(config.get("shrunk")),
                 "state": "failed" if result.error else "diverged" if metrics.get("diverged") else "done" if metrics else "not started",
-                **{name: metrics.get(name) for name in COLUMNS},
-                **{name: metrics.get(name) for name in sweep.objective.metrics},
+                **{name: _measured(metrics.get(name)) for name in (*COLUMNS, *sweep.objective.metrics)},
                 "time_total_s": metrics.get("time_total_s"),
             }
         )
     return rows
+
+
+def _measured(value: Any) -> Any:
+    """A report's value; None where it stands for one that there is not."""
+    return None if isinstance(value, float) and not value < WORST else value
 
 
 def best_row(rows: list[Row], sweep: Sweep) -> Row | None:
@@ -80,7 +84,7 @@ def _best_yaml(sweep: Sweep, best: Row) -> str:
 
 def _write_csv(rows: list[Row], sweep: Sweep, path: Path) -> None:
     names = list(sweep.space)
-    with path.open("w", newline="") as file:
+    with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
         metrics = list(dict.fromkeys((*sweep.objective.metrics, *COLUMNS)))
         writer.writerow(["trial", "state", *names, *metrics, "forced_serial", "shrunk", "time_total_s"])
@@ -112,7 +116,7 @@ def _say(sweep: Sweep, rows: list[Row], best: Row | None, folder: Path, infeasib
     ordered = sorted(rows, key=lambda row: WORST if row[metrics[0]] is None else row[metrics[0]])
     for row in ordered[:10]:
         mark = " ← best" if row is best else " (front)" if row in front else "" if row["state"] == "done" else f" ({row['state']})"
-        cells = ["–" if row[name] is None or row[name] >= WORST else f"{row[name]:.4g}" for name in metrics]
+        cells = ["–" if row[name] is None else f"{row[name]:.4g}" for name in metrics]
         share = "–" if row["parallel_share"] is None else f"{row['parallel_share']:.0%}"
         table.add_row(
             f"{row['trial']}{mark}", *cells, share, ", ".join(f"{name}={value}" for name, value in row["settings"].items()) or "base config"
@@ -145,7 +149,7 @@ def _page(sweep: Sweep, rows: list[Row], best: Row | None, pictures: list[tuple[
         out.write(f"<tr{' class=best' if row is best else ''}>")
         for name in heads:
             value = row["settings"].get(name, "") if name in names else row.get(name)
-            shown = "–" if value is None or value == WORST else f"{value:.4g}" if isinstance(value, float) else str(value)
+            shown = "–" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
             out.write(f"<td>{html.escape(shown)}")
     out.write("</table>")
     if infeasible:

@@ -9,15 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import ray
-import yaml
 from ray import tune as ray_tune
 from ray.tune import PlacementGroupFactory, ResultGrid
 from ray.tune.schedulers import ASHAScheduler, PopulationBasedTraining, TrialScheduler
 from rich.console import Console
 
+from rayllp.checkpoint.described import read_data_json, write_data_json
 from rayllp.cluster.places import choose_device
 from rayllp.cluster.session import join_cluster
+from rayllp.config import to_text
 from rayllp.data import load_data
+from rayllp.data.record import DataRecord
 from rayllp.errors import ClusterError, SettingsError
 from rayllp.models import FAMILIES
 from rayllp.plan.measure import measure_costs
@@ -63,7 +65,10 @@ def tune(
     else:
         sweep = sweep if isinstance(sweep, Sweep) else load_sweep(sweep)
     # Data that all trials share are loaded here, once, and so refused before there is anything else.
-    data: Any = load_data(sweep.config({})) if sweep.shares_data or sweep.objective.cluster is not None else None
+    data: Any = None
+    record: DataRecord | None = None
+    if sweep.shares_data or sweep.objective.cluster is not None:
+        data, record = _load_data(sweep, None if resume is None else folder)
     if sweep.shares_data:
         sweep.know(data.facts)
         if (sweep.begins_with_base or sweep.objective.cluster is not None) and (why := sweep.problem({})) is not None:
@@ -72,7 +77,7 @@ def tune(
     if isinstance(searcher, GridSearch) and not searcher.points:
         raise SettingsError(f"no trial is feasible: {_first(searcher)}")
     if resume is None:
-        folder = _create(output, sweep)
+        folder = _create(output, sweep, record)
     # A cluster of this machine's own has room for as many trials as are wanted at a time.
     with join_cluster((sweep.concurrent or 1) * (sweep.config({}).world + math.ceil(sweep.driver_cpus))):
         try:
@@ -200,14 +205,29 @@ def _check_room(sweep: Sweep, device: str) -> None:
 # The sweep's directory --------------------------------------------------------------------------------------------------------------
 
 
-def _create(output: str | Path | None, sweep: Sweep) -> Path:
+def _load_data(sweep: Sweep, folder: Path | None) -> tuple[Any, DataRecord]:
+    """The data that trials share, and by what they can be told.
+
+    Args:
+        folder: of a sweep that goes on; its data must be those that it began with.
+    """
+    base = sweep.config({})
+    known = (read_data_json(folder) if folder is not None else None) or DataRecord()
+    data = load_data(base, known.kept_tokenizer(base, None))
+    record = DataRecord.of(base, data)
+    known.changes(base, record)
+    return data, record
+
+
+def _create(output: str | Path | None, sweep: Sweep, record: DataRecord | None) -> Path:
     path = Path(output) if output else unused(Path("runs") / f"{date.today().isoformat()}_{sweep.name}")
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise SettingsError(f"output {path} is not empty: choose another with --output, or go on with a sweep by --resume {path}")
     try:
         path.mkdir(parents=True, exist_ok=True)
         kept = {"sweep": sweep.model_dump(mode="json"), "base": sweep.values({})}
-        (path / SWEEP).write_text(json.dumps(kept, indent=1) + "\n")
+        (path / SWEEP).write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
+        write_data_json(path, record)
     except OSError as error:
         raise SettingsError(f"output {path} cannot be written: {error.strerror}; choose another with --output") from None
     return path.absolute()
@@ -216,11 +236,11 @@ def _create(output: str | Path | None, sweep: Sweep) -> Path:
 def _read_sweep(folder: Path) -> Sweep:
     """The sweep of a directory, its base config as it was then."""
     try:
-        kept = json.loads((folder / SWEEP).read_text())
+        kept = json.loads((folder / SWEEP).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise SettingsError(f"{folder} is not a sweep's directory ({error}): give the directory that `rayllp tune` printed") from None
     base = folder / "base.yaml"
-    base.write_text(yaml.safe_dump(kept["base"], sort_keys=False))
+    base.write_text(to_text(kept["base"]), encoding="utf-8")
     return make_sweep({**kept["sweep"], "base": base.name}, folder, source=str(folder))
 
 

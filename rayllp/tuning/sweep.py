@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import Field, PrivateAttr, ValidationError, model_validator
 
-from rayllp.config import Settings, TrainConfig, make_config, read_yaml, set_value, setting_names
+from rayllp.config import Settings, TrainConfig, kind_in, kind_of_setting, make_config, read_yaml, set_value, setting_names
 from rayllp.data.base import Facts
 from rayllp.errors import CheckpointError, DataError, SettingsError
 from rayllp.models import check_network
@@ -173,7 +173,7 @@ def load_sweep(path: str | Path, overrides: Iterable[str] = ()) -> Sweep:
         SettingsError: what is wrong, and what to change.
     """
     path = Path(path)
-    loaded = read_yaml(path, "a sweep's YAML file")
+    loaded = read_yaml(path, "a sweep's YAML file", _kind_in_sweep)
     if not isinstance(loaded, dict):
         raise SettingsError(f"{path} holds a {type(loaded).__name__}; it must be a mapping with a `space`")
     for override in overrides:
@@ -250,10 +250,21 @@ def _override(values: dict[str, Any], override: str) -> None:
     if key.startswith("settings."):
         name = key.removeprefix("settings.")
         found: dict[str, Any] = {}
-        set_value(found, f"value={override.partition('=')[2]}")
+        set_value(found, f"value={override.partition('=')[2]}", lambda path: kind_of_setting((*name.split("."), *path[1:])))
         values.setdefault("settings", {})[name] = found["value"]
     else:
-        set_value(values, override)
+        set_value(values, override, _kind_in_sweep)
+
+
+def _kind_in_sweep(path: tuple[str, ...]) -> Any:
+    """The type of an entry of a sweep file: what stands below a setting's dotted name has that setting's."""
+    if path[:1] == ("settings",):
+        return kind_of_setting(tuple(".".join(path[1:]).split(".")))
+    if path[:1] == ("space",):
+        form = path[2:3]
+        name = path[-1] if form == ("when",) else path[1] if form == ("choice",) else ""
+        return kind_of_setting(tuple(name.split(".")))
+    return kind_in(Sweep, path)
 
 
 def _check_name(name: str, source: str) -> None:

@@ -47,9 +47,8 @@ class SwitchingScheduler(TrialScheduler):
         settings, limits, workers = dict(config["settings"]), self.sweep.limits, None
         marks = {name: config.get(name, False) for name in (FORCED, SHRUNK)}
         serial = result["last_mode"] == "serial"
-        over = (limits.rho is not None and result["largest_rho"] > limits.rho) or (
-            limits.bias is not None and result["bias"] > limits.bias
-        )  # fmt: skip
+        found = ((limits.rho, result["largest_rho"]), (limits.bias, result["bias"]))
+        over = any(limit is not None and value is not None and value > limit for limit, value in found)
         if over and not serial and not marks[FORCED]:
             settings["mode"], marks[FORCED], serial = "serial", True, True
         if serial and self.sweep.on_serial == "shrink" and not marks[SHRUNK]:
@@ -68,15 +67,19 @@ class SwitchingScheduler(TrialScheduler):
         return bool(self.inner.set_search_properties(metric, mode, **spec))
 
     def on_trial_add(self, tune_controller: Any, trial: Trial) -> None:
+        """Passed on."""
         self.inner.on_trial_add(tune_controller, trial)
 
     def on_trial_error(self, tune_controller: Any, trial: Trial) -> None:
+        """Passed on."""
         self.inner.on_trial_error(tune_controller, trial)
 
     def on_trial_complete(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> None:
+        """Passed on."""
         self.inner.on_trial_complete(tune_controller, trial, result)
 
     def on_trial_remove(self, tune_controller: Any, trial: Trial) -> None:
+        """Passed on."""
         self.inner.on_trial_remove(tune_controller, trial)
 
     def choose_trial_to_run(self, tune_controller: Any) -> Trial | None:
@@ -84,4 +87,5 @@ class SwitchingScheduler(TrialScheduler):
         return self.inner.choose_trial_to_run(tune_controller)
 
     def debug_string(self) -> str:
+        """Passed on."""
         return str(self.inner.debug_string())

@@ -13,8 +13,7 @@ from rich.console import Console
 
 from rayllp.checkpoint import Folder, checkpoints, locate, remove, step_of
 from rayllp.cluster.driver import Driver
-from rayllp.cluster.given import Loaded
-from rayllp.cluster.prepare import kept_network, validate
+from rayllp.cluster.prepare import load_known, validate
 from rayllp.cluster.ray_group import RayGroup
 from rayllp.cluster.staff import Staff
 from rayllp.config import TrainConfig, load_run_config
@@ -67,14 +66,14 @@ def train_trial(choices: dict[str, Any], *, sweep: Sweep, output: str, data: Any
         return
     staff = _staff_for(config, get_current_placement_group(), 1 if sweep.driver_cpus else 0)
     # What the sweep has checked with its data is not checked again: that alone would need transformers, whose import takes seconds.
-    loaded = Loaded(data, kept_network(config, run)) if data is not None else validate(config, None, None, run)
+    loaded = load_known(config, run, found, data) if data is not None else validate(config, None, None, run, found)
     workers = RayGroup.for_run(config, run.path, staff.device, staff)
     driver = TrialDriver(config, run, workers, None, None, loaded, Console(quiet=True), [reporter])
     driver.reporter = reporter
     try:
         driver.train(found)
     except NonFiniteError as error:
-        (path / "diverged.txt").write_text(f"{error}\n")
+        (path / "diverged.txt").write_text(f"{error}\n", encoding="utf-8")
         tune.report(reporter.report(diverged=True))
         return
     tune.report(reporter.report())
@@ -84,7 +83,7 @@ def report(result: dict[str, Any], checkpoint: Folder, run: RunDirectory) -> Non
     """To Tune, with a checkpoint that says where the run's own is."""
     with tempfile.TemporaryDirectory() as folder:
         place = {"run": str(run.path.absolute()), "checkpoint": str(checkpoint.absolute())}
-        (Path(folder) / POINTER).write_text(json.dumps(place))
+        (Path(folder) / POINTER).write_text(json.dumps(place), encoding="utf-8")
         tune.report(result, checkpoint=tune.Checkpoint.from_directory(folder))
 
 
@@ -94,7 +93,7 @@ def _open(path: Path, config: TrainConfig) -> tuple[RunDirectory, list[Folder]]:
     place: dict[str, str] = {}
     if given is not None:
         with given.as_directory() as folder:
-            place = json.loads((Path(folder) / POINTER).read_text())
+            place = json.loads((Path(folder) / POINTER).read_text(encoding="utf-8"))
     if not (path / "config.yaml").is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
         run, own = RunDirectory.create(path, config), []

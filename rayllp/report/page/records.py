@@ -138,8 +138,8 @@ def read_run(path: Path, name: str | None = None) -> RunRecord:
         steps=np.array([metric["step"] for metric in metrics], dtype=float),
         tokens=np.cumsum([float(metric["tokens"]) for metric in metrics]),
         seconds=np.cumsum([float(metric["step_time_s"]) for metric in metrics]),
-        sample=sample.read_text(errors="replace") if sample.is_file() else "",
-        translations=translations.read_text(errors="replace") if translations.is_file() else "",
+        sample=sample.read_text(errors="replace", encoding="utf-8") if sample.is_file() else "",
+        translations=translations.read_text(errors="replace", encoding="utf-8") if translations.is_file() else "",
     )
 
 
@@ -147,7 +147,7 @@ def _read(path: Path) -> list[Line]:
     try:
         return read_lines(path)
     except json.JSONDecodeError:
-        for number, line in enumerate(path.read_text().splitlines(), 1):
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
             try:
                 json.loads(line)
             except json.JSONDecodeError as error:
