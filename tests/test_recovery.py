@@ -67,7 +67,7 @@ def test_an_exchange_that_fails_is_told_at_the_next_state():
         def all_reduce(self, tensor, tag):
             return tensor
 
-        def send(self, *_):
+        def exchange(self, *_):
             raise RuntimeError("gone")
 
     copies = NeighbourCopies(make_engine(tiny()), lambda limit: Broken())
