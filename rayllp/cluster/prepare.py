@@ -5,14 +5,18 @@ import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from torch import nn
+
 from rayllp.channel.mpi import check_mpi
 from rayllp.checkpoint import MANIFEST, Folder, check_writable, checkpoints, locate
 from rayllp.checkpoint.described import read_model_json
 from rayllp.cluster.given import Loaded, whole_network
 from rayllp.config import MAY_DIFFER, TrainConfig, load_run_config
 from rayllp.data import Batches, load_data
+from rayllp.engine.block import PARAMETER_DTYPES
+from rayllp.engine.check_draws import check_draws
 from rayllp.engine.torchbraid_solver import check_installed
-from rayllp.errors import CheckpointError, SettingsError
+from rayllp.errors import CheckpointError, RayllpError, SettingsError
 from rayllp.models import Architecture, LayerStack, check_batched, check_family, check_network
 from rayllp.report import RunDirectory
 
@@ -65,12 +69,37 @@ def validate(config: TrainConfig, model: Architecture | None, batches: Batches |
             raise SettingsError(f"the model has {model.layers} layers but model.layers is {config.model.layers}: make them equal")
         if config.nested.factors and not isinstance(model, LayerStack):
             raise SettingsError(f"nested needs a LayerStack, to make shallower ones of it; got a {type(model).__name__}: leave nested out")
-        check_batched(config, model)
+        check_batched(config, model, _drawing(config, model, batches))
         return None
     check_family(config)
     data, kept = load_data(config), kept_network(config, run)
     check_network(config, data.facts, kept)
     return Loaded(data, kept)
+
+
+def _drawing(config: TrainConfig, model: Architecture, batches: Batches | None) -> str | None:
+    """A piece of a user's network that draws random numbers, of those that differ most: the ends, and the first and last middle layers.
+
+    Raises:
+        SettingsError: it draws them in a way that cannot be frozen.
+    """
+    assert batches is not None
+    layers = {config.buffers.open, config.model.layers - config.buffers.close - 1}
+    dtype, seed = PARAMETER_DTYPES[config.dtype], config.seed
+    try:
+        inputs = batches.batch("train", 0, config.batch_size)[0]
+        pieces: dict[int | str, nn.Module] = {
+            "embed": model.build_embed(seed),
+            **{n: model.build_layer(seed, n) for n in layers},
+            "head": model.build_head(seed),
+        }
+        common = model.build_common(seed)
+        placed = {piece: module.to(dtype) for piece, module in pieces.items()}
+        return check_draws(model, placed, None if common is None else common.to(dtype), inputs, dtype)
+    except RayllpError:
+        raise
+    except Exception:  # of a layer that needs a GPU, say: workers look again, and report what fails there
+        return None
 
 
 def kept_network(config: TrainConfig, run: RunDirectory | None) -> dict[str, Any] | None:

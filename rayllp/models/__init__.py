@@ -62,11 +62,16 @@ def check_network(config: TrainConfig, facts: Facts, kept: Mapping[str, Any] | N
         raise DataError("BLEU needs sacrebleu: pip install 'rayllp[translation]', or set eval.translate and eval.final_translate to 0")
 
 
-def check_batched(config: TrainConfig, architecture: Architecture) -> None:
-    """Refuse several layers in one call, and compiled ones, where their dropout is frozen; and layers of several kinds in one call."""
+def check_batched(config: TrainConfig, architecture: Architecture, drawing: str | None = None) -> None:
+    """Refuse several layers in one call, and compiled ones, where their dropout is frozen; and layers of several kinds in one call.
+
+    Args:
+        drawing: a piece that was seen to draw random numbers in training.
+    """
     for name, chosen in (("mgrit.batched", config.mgrit.batched), ("compile", config.compile)):
-        if chosen and architecture.stochastic:
-            raise SettingsError(f"{name}=true and dropout, whose masks go by layer and sample: set model.dropout=0 or {name}=false")
+        if chosen and (drawing or architecture.stochastic):
+            found = f" ({drawing})" if drawing else ""
+            raise SettingsError(f"{name}=true and dropout, whose masks go by layer and sample{found}: set model.dropout=0 or {name}=false")
     levels = config.mgrit.levels
     if config.mgrit.batched and config.mode != "serial" and min(levels.forward, levels.backward) > 1:
         _check_kinds(config, architecture)
