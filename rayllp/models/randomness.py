@@ -152,8 +152,6 @@ def _refuse(frozen: FrozenRandomness, name: str, op: Any, *args: Any, **options:
 _FILLING = "uniform_ normal_ exponential_ geometric_ cauchy_ log_normal_ random_".split()
 _ROWWISE = "bernoulli poisson binomial _standard_gamma normal rand_like randn_like randint_like rrelu_with_noise".split()
 _SIZED = "rand randn randint".split()
-_COMPOSED = "dropout alpha_dropout".split()
-"""Tagged as drawing, but made of operators that are caught themselves."""
 _REFUSED = """
 multinomial randperm _sample_dirichlet _fused_dropout rrelu_with_noise_ rrelu_with_noise_functional bernoulli uniform normal exponential
 geometric cauchy log_normal random lstm gru rnn_tanh rnn_relu _cudnn_rnn miopen_rnn _flash_attention_forward _efficient_attention_forward
