@@ -80,7 +80,8 @@ def test_bias_is_judged_beside_the_noise():
     harmless, harmful = Probe(rho_forward=3.0, bias=0.2, noise=0.9), Probe(rho_forward=0.1, bias=0.2, noise=0.3)
     assert feed(control, [harmless, Probe(bias=0.05, noise=0.01)]) == ["2+1", "2+1"]
     decision = control.observe(29, harmful)
-    assert decision.rung == "3+2"
+    assert decision.trying == "3+2"
+    assert decision.trained == "exact, trying 3+2"
     assert decision.reason == "gradient bias 0.2 passed adaptive.bias_limit 0.1, 0.667 of its noise"
     assert controller(rule="both").observe(9, Probe(rho_forward=1.1, bias=0.01, noise=1.0)).rung == "3+2"
 
@@ -130,7 +131,7 @@ def test_a_run_that_is_made_longer_comes_back_from_the_switch_at_its_old_end():
     longer = Controller(make_config({"steps": 500, "mesh": {"placement": "blocks"}}))
     longer.restore(ended.state())
     decision = longer.begin(250)  # its own switch is at 400
-    assert (decision.rung, decision.reason) == ("2+1", "adaptive.switch_at is ahead again")
+    assert (decision.trying, decision.reason) == ("2+1", "adaptive.switch_at is ahead again")
     assert longer.probe(299) is not None
     assert longer.begin(251) is None
     assert longer.begin(400).rung == "serial"
@@ -240,7 +241,7 @@ def test_nothing_is_trained_by_a_rung_before_a_probe_has_found_it_accurate():
     assert control.accuracy_at(0).serial
     assert control.probe(0).candidate.name == "1+1"
     for step, rung in enumerate(("2+1", "2+2", "3+3", "serial")):
-        assert control.observe(step, BAD).rung == rung
+        assert control.observe(step, BAD).trying == rung
         assert control.accuracy_at(step + 1).serial
     assert control.probe(4) is None  # exact: it looks again at the next regular probe
     assert control.probe(49).candidate.name == "3+3"
