@@ -16,7 +16,7 @@ from rayllp.cluster.ledger import Chunk
 from rayllp.cluster.resizing import Resizing
 from rayllp.cluster.saving import Saver
 from rayllp.cluster.training import Training
-from rayllp.cluster.wording import describe_run, describe_stage
+from rayllp.cluster.wording import describe_other_length, describe_run, describe_stage
 from rayllp.config import TrainConfig
 from rayllp.data import Batches
 from rayllp.errors import RayllpError
@@ -97,6 +97,7 @@ class Driver:
         step = step_of(newest) if newest is not None else 0
         self.training.enter_stage(step)
         self.run.truncate(step)  # one that ended before its first checkpoint has records too
+        self.journal.rewind(step)
         while True:
             try:
                 architecture, kept = self.training.network()
@@ -111,6 +112,9 @@ class Driver:
         write_model_json(self.run.path, whole_network(self.whole, shares[0]["network"]))
         write_tokenizer_json(self.run.path, self.data)
         self.journal.say(self._describe(shares))
+        before = (manifest or {}).get("config", {}).get("steps")
+        if before not in (None, self.whole.steps):
+            self.journal.say(describe_other_length(self.whole, before, step))
         return step
 
     def _describe(self, shares: list[dict[str, Any]]) -> str:

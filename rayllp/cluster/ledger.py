@@ -139,6 +139,7 @@ class Ledger:
 
     def _forget(self, step: int) -> None:
         self._run.truncate(step)
+        self._journal.rewind(step)
         self._drawn.clear()
 
     # The controller -----------------------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from rayllp.engine.block import PARAMETER_DTYPES
 from rayllp.engine.check_draws import check_draws
 from rayllp.engine.torchbraid_solver import check_installed
 from rayllp.errors import CheckpointError, RayllpError, SettingsError
-from rayllp.models import Architecture, LayerStack, check_batched, check_family, check_network
+from rayllp.models import Architecture, LayerStack, check_batched, check_family, check_network, refuse_unnamed_code
 from rayllp.report import RunDirectory
 
 
@@ -113,6 +113,8 @@ def kept_network(config: TrainConfig, run: RunDirectory | None) -> dict[str, Any
 def _reopen(path: Path, config: TrainConfig | None) -> tuple[RunDirectory, TrainConfig, list[Folder]]:
     """A run, its settings and checkpoints; other settings, where they are given, take the place of those it has."""
     before = load_run_config(path)
+    if config is None:
+        refuse_unnamed_code(before, path)
     found = checkpoints(RunDirectory(path, before).checkpoints)
     if not found:
         raise CheckpointError(f"{path} has no complete checkpoint to resume from; start it anew, with checkpoint.every set")

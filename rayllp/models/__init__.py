@@ -26,6 +26,24 @@ FAMILIES = {
 SENTENCES = {"bert": "rayllp.models.bert:Sentences"}
 
 
+def refuse_unnamed_code(config: TrainConfig, folder: object, named: str | None = None) -> None:
+    """Refuse to import the code that a run's own settings name, unless the caller has named it too.
+
+    Args:
+        folder: the run.
+        named: the family as the caller gives it; None where it gives none. One that this process has registered is known anyway.
+
+    Raises:
+        SettingsError: `model.family` is "module:Class", and the caller has not said so.
+    """
+    family = config.model.family
+    if ":" in family and family not in FAMILIES.values() and family != named:
+        raise SettingsError(
+            f"the settings in {folder} name code to import, model.family {family!r}, which runs with your rights: if you know it, name it "
+            f"yourself (rayllp train: --set model.family={family}; rayllp export: --family {family}; Python: rayllp.models.register)"
+        )
+
+
 def families() -> tuple[str, ...]:
     """Names that model.family takes."""
     return tuple(FAMILIES)
@@ -131,5 +149,6 @@ def check_family(config: TrainConfig) -> None:
 
 __all__ = [
     "FAMILIES", "Architecture", "LayerStack", "adapter", "build_architecture", "check_batched", "check_family", "check_network", "families",
+    "refuse_unnamed_code",
     "register",
 ]  # fmt: skip
