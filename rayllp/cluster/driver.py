@@ -93,7 +93,7 @@ class Driver:
 
     def _begin(self, found: list[Folder]) -> int:
         """Start the workers, and have them take over the newest of these checkpoints that is whole; steps done."""
-        newest = self.saver.read_newest(found, self.journal)[0] if found else None
+        newest, manifest = self.saver.read_newest(found, self.journal) if found else (None, None)
         step = step_of(newest) if newest is not None else 0
         self.training.enter_stage(step)
         self.run.truncate(step)  # one that ended before its first checkpoint has records too

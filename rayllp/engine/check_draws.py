@@ -59,6 +59,7 @@ def check_draws(
         kinds.add(of)
 
         def call(state: State, inputs: Inputs, piece: int | str = piece, module: nn.Module = module) -> State:
+            """The piece as its worker calls it."""
             context = architecture.context(inputs, dtype)
             if piece == "embed":
                 return architecture.enter(module, inputs, context)
@@ -85,6 +86,7 @@ class _Trial:
         self.drawn: list[str] = []
 
     def run(self) -> str | None:
+        """What the piece draws first: module and operator; None where it draws nothing."""
         with self._following():
             with torch.no_grad():
                 alone, moved = self._call()
@@ -127,6 +129,7 @@ class _Trial:
 
     def _check_backward(self) -> None:
         def refuse(name: str) -> None:
+            """Any draw is one too many."""
             raise UnkeyedDrawError(name)
 
         leaf = combine(lambda part: part.clone().requires_grad_(part.is_floating_point()), self.state)
@@ -162,6 +165,7 @@ class _Trial:
         """Keep `inside` up to date, and leave the module's buffers as they were."""
 
         def leave(*_: Any) -> None:
+            """A module has ended."""
             self.inside.pop()
 
         buffers = {name: buffer.clone() for name, buffer in self.module.named_buffers()}

@@ -191,6 +191,7 @@ def _kernel(op: Any) -> Callable[..., Any]:
     takes = getattr(op.overloadpacket, _WITH_GENERATOR[op._overloadname]) if plain else op
 
     def draws(args: tuple[Any, ...], options: dict[str, Any]) -> bool:
+        """Whether a call draws: one without dropout, or outside training, does not."""
         given = {**defaults, **dict(zip(defaults, args, strict=False)), **options}
         idle = given.get("dropout", given.get("dropout_p")) == 0 or given.get("train", given.get("training")) is False
         return not (idle or (name == "native_dropout" and given["p"] == 0))
@@ -199,6 +200,7 @@ def _kernel(op: Any) -> Callable[..., Any]:
     may_idle = bool({"dropout", "dropout_p", "train", "training"} & set(defaults))
 
     def kernel(*args: Any, **options: Any) -> Any:
+        """The operator, by key."""
         with torch._C._ExcludeDispatchKeyGuard(_KEYS):
             if may_idle and not draws(args, options):
                 return op(*args, **options)
