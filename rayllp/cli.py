@@ -35,7 +35,12 @@ def train(
     if resume and (config or output):
         raise typer.BadParameter("--resume takes the run's own settings: give no CONFIG or --output with it; --set changes some of them")
     if resume and overrides:
-        settings: TrainConfig | None = load_run_config(resume, overrides)
+        from rayllp.models import refuse_unnamed_code
+
+        settings: TrainConfig | None
+        settings = changed = load_run_config(resume, overrides)
+        named = changed.model.family if any(given.partition("=")[0].strip() == "model.family" for given in overrides) else None
+        refuse_unnamed_code(changed, resume, named)
     else:
         settings = None if resume else load_config(config, overrides or [])
     if launcher is Launcher.mpi:
@@ -80,12 +85,13 @@ def export(
     run: Annotated[Path, typer.Argument(help="run directory")],
     to: Annotated[Path, typer.Option(help="folder to write, new or empty")],
     step: Annotated[int | None, typer.Option(help="the checkpoint after so many steps; default the latest")] = None,
+    family: Annotated[str | None, typer.Option(help="the run's model.family, where it names code (module:Class) that you trust")] = None,
 ) -> None:
     """Write a run's model as transformers keeps one, for from_pretrained."""
     from rayllp.checkpoint.export import export as export_model
     from rayllp.models.scaled import loader
 
-    written = export_model(run, to, step)
+    written = export_model(run, to, step, family)
     typer.echo(f"{loader(written)}.from_pretrained({str(written)!r}) loads it")
 
 

@@ -8,6 +8,7 @@ import torch
 from rayllp.channel import LocalChannel, run_workers
 from rayllp.config import make_config
 from rayllp.control import Controller
+from rayllp.engine.consistency import Consistency, Interval
 from rayllp.engine.pipeline import Pipeline
 from rayllp.engine.reduce_gradients import add_shared_gradients
 from rayllp.errors import SettingsError
@@ -152,6 +153,23 @@ def test_intervals_that_workers_share_are_refused():
         make_config({"mgrit": {"coarsening": 5}, "mesh": {"blocks": [8, 8]}, "adaptive": {"consistency": 1.0}})
     assert make_config({"mgrit": {"coarsening": 5}, "adaptive": {"consistency": 1.0}}).blocks == (10, 6)
     assert make_config({"mgrit": {"coarsening": 5}, "mode": "parallel"}).blocks == (8, 8)
+
+
+@pytest.mark.parametrize("begin", [0.0, 1e-30])
+def test_a_state_that_is_zero_has_a_finite_penalty(begin):
+    """The first sample's C is zero, or next to nothing; the third's end is, too."""
+    penalty = Consistency(1.0, {0: Interval(0, 2, 1.0)}, torch.zeros((), dtype=torch.float64))
+    states = {name: torch.ones(3, 4, 2) for name in ("begin", "first", "end")}
+    states["begin"][0] = begin
+    for state in states.values():
+        state[2] = 0
+    states["end"][:2] = 3.0
+    seed = penalty.seed(penalty.intervals[0], states["begin"], states["first"], states["end"])
+    assert torch.isfinite(seed).all()
+    assert torch.isfinite(penalty.value)
+    assert (seed[2] == 0).all()
+    # As a share of the end, (3 − 2)² / 3²; and of C, (3 − 1)² / 1².
+    assert float(penalty.value) == pytest.approx(1 / 9 + 4)
 
 
 def test_a_switched_run_lets_go_of_it_and_a_serial_one_keeps_it():

@@ -9,6 +9,7 @@ import torch
 from rayllp.channel import LocalChannel, run_workers
 from rayllp.config import make_config
 from rayllp.control import Controller, Probe, ProbePlan
+from rayllp.engine.probe import _bias
 from rayllp.errors import SettingsError
 from tests.conftest import make_engine, tiny, train_engine
 from tests.test_engine import FEW, SERIAL
@@ -80,9 +81,10 @@ def test_bias_is_judged_beside_the_noise():
     harmless, harmful = Probe(rho_forward=3.0, bias=0.2, noise=0.9), Probe(rho_forward=0.1, bias=0.2, noise=0.3)
     assert feed(control, [harmless, Probe(bias=0.05, noise=0.01)]) == ["2+1", "2+1"]
     decision = control.observe(29, harmful)
-    assert decision.rung == "3+2"
+    assert decision.trying == "3+2"
+    assert decision.trained == "exact, trying 3+2"
     assert decision.reason == "gradient bias 0.2 passed adaptive.bias_limit 0.1, 0.667 of its noise"
-    assert controller(rule="both").observe(9, Probe(rho_forward=1.1, bias=0.01, noise=1.0)).rung == "3+2"
+    assert controller(rule="both").observe(9, Probe(rho_forward=1.1, bias=0.01, noise=1.0)).trying == "3+2"
 
 
 def test_steering_holds_the_bias_before_a_rung_is_raised():
@@ -130,7 +132,7 @@ def test_a_run_that_is_made_longer_comes_back_from_the_switch_at_its_old_end():
     longer = Controller(make_config({"steps": 500, "mesh": {"placement": "blocks"}}))
     longer.restore(ended.state())
     decision = longer.begin(250)  # its own switch is at 400
-    assert (decision.rung, decision.reason) == ("2+1", "adaptive.switch_at is ahead again")
+    assert (decision.trying, decision.reason) == ("2+1", "adaptive.switch_at is ahead again")
     assert longer.probe(299) is not None
     assert longer.begin(251) is None
     assert longer.begin(400).rung == "serial"
@@ -240,14 +242,16 @@ def test_nothing_is_trained_by_a_rung_before_a_probe_has_found_it_accurate():
     assert control.accuracy_at(0).serial
     assert control.probe(0).candidate.name == "1+1"
     for step, rung in enumerate(("2+1", "2+2", "3+3", "serial")):
-        assert control.observe(step, BAD).rung == rung
+        decision = control.observe(step, BAD)
+        assert rung in (decision.trying, decision.rung)
+        assert decision.trained == ("exact" if rung == "serial" else f"exact, trying {rung}")
         assert control.accuracy_at(step + 1).serial
     assert control.probe(4) is None  # exact: it looks again at the next regular probe
     assert control.probe(49).candidate.name == "3+3"
     control = open_controller()
     assert "a gradient bias of 0.02 beside a noise of 0.5" in control.observe(0, GOOD).reason
     assert [control.accuracy_at(step).name for step in (1, 4, 5)] == ["serial", "serial", "1+1"]  # the first ones are timed
-    assert control.observe(49, BAD).rung == "2+1"
+    assert control.observe(49, BAD).trying == "2+1"
     assert control.accuracy_at(50).serial
     assert control.probe(50).candidate.name == "2+1"
     control.observe(50, GOOD)
@@ -383,3 +387,11 @@ def test_rho_without_bias_costs_no_second_gradient():
     assert [s.bias for s in stats] == [None] * 4
     assert [s.rho_forward is not None for s in stats] == [True, True, False, True]
     assert asdict(stats[0])["bias"] is None
+
+
+def test_bias_of_gradients_that_are_zero_is_a_number():
+    """A block of frozen layers has none."""
+    assert _bias(torch.zeros(5, dtype=torch.float64)) == (0.0, 1.0)
+    assert _bias(torch.tensor([4.0, 0.0, 0.0, 4.0, 0.0])) == (math.inf, 0.0)
+    assert _bias(torch.tensor([4.0, 4.0, 0.0, 0.0, 0.0])) == (1.0, 0.0)
+    assert _bias(torch.tensor([1.0, 4.0, 4.0, 4.0, 0.0])) == (0.5, 1.0)

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from torch.overrides import TorchFunctionMode
 
 from rayllp.channel import LocalChannel, run_workers
 from rayllp.control import Accuracy
@@ -94,11 +93,11 @@ def ours(config, accuracy):
     return *merged, *everyone[-1][2:]  # outputs and loss are on the last worker
 
 
-class PieceByPiece(TorchFunctionMode):
+class PieceByPiece(FrozenRandomness):
     """Dropout of a whole transformers model, keyed as if its pieces were run apart."""
 
     def __init__(self, model, architecture, seed, step, samples):
-        super().__init__()
+        super().__init__((), samples)
         self.masks = {
             piece: FrozenRandomness((seed, step, piece), samples) for piece in (*range(architecture.layers), "embed", "head")
         }  # fmt: skip
@@ -111,8 +110,8 @@ class PieceByPiece(TorchFunctionMode):
     def go(self, piece):
         self.piece = piece
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        return self.masks[self.piece].__torch_function__(func, types, args, kwargs)
+    def generator(self, device, place):
+        return self.masks[self.piece].generator(device, place)
 
 
 def theirs(config, weights):

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from rayllp.channel import LocalChannel, MessageTag, StateSpec, run_workers
 from rayllp.errors import SettingsError
-from rayllp.mgrit import Communicator, MGRITSolver, Problem, SolverOptions, Status, build_hierarchy, judge, split_evenly
+from rayllp.mgrit import Communicator, MGRITSolver, Problem, SolverOptions, Status, build_hierarchy, convergence_factor, judge, split_evenly
 from rayllp.state import State, like, tensors
 
 torch.set_num_threads(1)
@@ -242,6 +242,39 @@ def test_statuses_advise():
     assert "mode=serial" in Status.DIVERGING.value
     assert judge((1.0, 0.95), 0.95) is Status.STALLED
     assert judge((1.0, float("nan")), None) is Status.NOT_FINITE
+
+
+class Rounded(Forward):
+    """Layers whose own part is computed in bfloat16, as under autocast; the state is in float32."""
+
+    def step(self, n, state):
+        return state + (super().step(n, state) - state).bfloat16().float()
+
+
+@pytest.mark.parametrize(("kind", "rounding", "iterations"), [(Forward, 0.0, 12), (Rounded, 2.0**-8, 8)])
+def test_what_is_left_of_rounding_counts_as_converged_not_as_a_factor(kind, rounding, iterations):
+    """Ratios of residuals that are nothing but rounding are near 1, whatever the method does."""
+    layers, single, hierarchy = Layers(64), Layers(64), build_hierarchy(blocks=(64,), levels=2, coarsening=4)
+    single.weights, single.state = [weight.detach().float() for weight in single.weights], single.state.float()
+    found = solve_alone(hierarchy, SolverOptions(iterations=iterations, relaxation=("F",), rounding=rounding), kind(single), single)
+    assert found.residuals[-1] / found.residuals[-2] > 0.3  # what was taken for the convergence factor
+    assert found.convergence_factor < 0.1
+    assert found.status is Status.CONVERGED
+    assert min(found.residuals) <= found.floor < found.residuals[0] / 10
+    assert all(factor is None or factor < 0.3 for factor in found.factors[0])
+    exact = solve_alone(hierarchy, SolverOptions(iterations=4), Forward(layers), layers)
+    assert exact.floor < 1e-3 * min(exact.residuals)  # in double precision nothing changes
+    assert exact.convergence_factor == exact.residuals[-1] / exact.residuals[-2]
+
+
+def test_a_factor_of_a_residual_far_above_rounding_is_told():
+    assert convergence_factor((1.0, 0.5), 0.2) == 0.5
+    assert convergence_factor((1.0, 0.01), 0.02) == 0.01  # at least so small
+    assert convergence_factor((0.1, 0.019), 0.02) == 0
+    assert convergence_factor((0.01,), 0.02) == 0
+    assert convergence_factor((1.0,), 0.02) is None
+    assert convergence_factor(()) is None
+    assert judge((0.1, 0.019, 0.018), 0.0, floor=0.02) is Status.CONVERGED
 
 
 @pytest.mark.parametrize("kind", ["F", "FCF"])

@@ -114,7 +114,6 @@ def test_every_kind_of_dropout_is_frozen_within_a_step_in_a_users_module():
     stack = LayerStack(
         embed=lambda: nn.Linear(8, 8), layers=[Wild] * 12, head=lambda: nn.Linear(8, 8), loss=lambda y, t: (y - t).square().sum()
     )
-    assert stack.stochastic
 
     def gradients(workers, accuracy, step=4):
         config = tiny(workers=workers, step={"middle": 0.5}, mgrit={"coarsening": 4})

@@ -479,6 +479,24 @@ def test_listeners_and_tensorboard(tmp_path):
     assert "hparams" in board.SummaryMetadata("_hparams_/experiment").plugin_data.plugin_name
 
 
+def test_tensorboard_shows_each_step_once_after_a_fault_and_a_resume(tmp_path):
+    run = begin_run(tmp_path / "run", steps=3)
+    with Journal.open(run, 9, 0, Console(file=StringIO())) as journal:
+        for step in range(5):
+            journal.step(metric(step, loss=4.0))
+            if step == 2:
+                journal.evaluation(3, {"loss": 2.5})
+        journal.rewind(3)  # a worker was lost: back to a copy after three steps
+        for step in (3, 4, 5):
+            journal.step(metric(step, loss=3.0))
+    with Journal.open(run, 9, 5, Console(file=StringIO())) as journal:  # from a checkpoint after five
+        journal.step(metric(5, loss=2.0))
+    board = EventAccumulator(str(run.path / "tensorboard")).Reload()
+    found = [(event.step, event.value) for event in board.Scalars("train/loss")]
+    assert found == [(0, 4.0), (1, 4.0), (2, 4.0), (3, 3.0), (4, 3.0), (5, 2.0)]
+    assert [(event.step, event.value) for event in board.Scalars("validation/loss")] == [(3, 2.5)]
+
+
 def test_the_hooks_in_the_docs(monkeypatch, tmp_path):
     """Weights & Biases and MLflow stood in for by modules that note what they are told: their calls are these."""
     text = (Path(__file__).parent.parent / "docs" / "report.md").read_text()

@@ -6,7 +6,7 @@ import torch
 from rayllp.channel import LocalChannel, run_workers
 from rayllp.channel.base import MessageTag, StateSpec
 from rayllp.errors import SettingsError
-from rayllp.mgrit import Propagator
+from rayllp.mgrit import Propagator, Status
 from rayllp.mgrit.windows import Placement, WindowSolver, solve_in_order
 
 N, WIDTH = 16, 5
@@ -141,9 +141,30 @@ def test_the_adjoint_is_the_transpose(sweeps):
     torch.testing.assert_close(lam, expected, rtol=1e-12, atol=1e-12)
 
 
+def test_changes_of_the_size_of_rounding_are_converged():
+    """Layers whose own part is computed in bfloat16: after a few sweeps the changes no longer shrink."""
+
+    class Rounded(Layers):
+        def step(self, layer, state):
+            return state + (super().step(layer, state) - state).bfloat16().to(state.dtype)
+
+    matrices, placement = weights(), Placement.cyclic(N, 4)
+
+    def work(channel, rounding):
+        solver = WindowSolver(placement, N, 8, Rounded(matrices), channel, StateSpec.of(start()), TAG, rounding=rounding)
+        result = solver.solve(start() if channel.rank == 0 else None, 0)
+        return result.measured(channel.all_reduce(result.shares, TAG))
+
+    (plain, *_), (found, *others) = (run_workers(4, lambda channel, r=r: work(channel, r)) for r in (0.0, 2.0**-8))
+    assert found.convergence_factor == 0
+    assert found.status is Status.CONVERGED
+    assert plain.status is not Status.CONVERGED
+    assert all(other.floor == pytest.approx(found.floor) for other in others)
+
+
 def test_changes_between_sweeps_shrink_and_give_a_factor():
     _, _, found = solve(4, 8, 4)
-    changes = sum(result.squared_residuals for result, _ in found)
+    changes = sum(result.shares for result, _ in found)
     result = found[0][0].measured(changes)
     assert len(result.residuals) == 3
     assert result.convergence_factor == pytest.approx(result.residuals[2] / result.residuals[1])

@@ -27,7 +27,7 @@ from rayllp.data import load_data
 from rayllp.data.special import SpecialTokens
 from rayllp.data.tokenizer import SENTENCEPIECE_ENDINGS, make_tokenizer
 from rayllp.errors import CheckpointError, DataError, SettingsError
-from rayllp.models import adapter, build_architecture
+from rayllp.models import adapter, build_architecture, refuse_unnamed_code
 from rayllp.models.scaled import model_class, scaled_config
 from rayllp.models.weights import INDEX, SINGLE, names_of_tied
 from rayllp.nested import stage_of_depth
@@ -60,13 +60,14 @@ class _Stored:
             return file.get_tensor(self.key)
 
 
-def export(run: Path, to: Path, step: int | None = None) -> Path:
+def export(run: Path, to: Path, step: int | None = None, family: str | None = None) -> Path:
     """Write a run's model to `to` as transformers keeps one; with step sizes other than 1, for `ScaledModel` to load.
 
     Args:
         run: run directory.
         to: a folder that is new or empty; complete or absent afterwards.
         step: the checkpoint after so many steps; None: the latest.
+        family: the run's model.family, where it is a "module:Class" that this process has not registered.
 
     Raises:
         CheckpointError: no run, no such checkpoint, or not one of a transformers model.
@@ -74,7 +75,7 @@ def export(run: Path, to: Path, step: int | None = None) -> Path:
         DataError: the run directory has no model.json, and its data, which the model was made for, is gone.
     """
     run, to = Path(run), Path(to).absolute()
-    config, place = _open_run(run, step)
+    config, place = _open_run(run, step, family)
     _refuse_occupied(to)
     with at_hand(place) as checkpoint:
         _export(run, config, checkpoint, to)
@@ -104,9 +105,10 @@ def _export(run: Path, config: TrainConfig, checkpoint: Path, to: Path) -> None:
 # What is exported ---------------------------------------------------------------------------------------------------------------
 
 
-def _open_run(run: Path, step: int | None) -> tuple[TrainConfig, Folder]:
+def _open_run(run: Path, step: int | None, family: str | None) -> tuple[TrainConfig, Folder]:
     """The run's settings and the checkpoint's folder."""
     config = load_run_config(run)
+    refuse_unnamed_code(config, run, family)
     found = {path.name.removeprefix("step_"): path for path in checkpoints(place_of_checkpoints(run, config.checkpoint.path))}
     if not found:
         raise CheckpointError(f"{run} has no complete checkpoint to export: let the run end, stop it by Ctrl-C, or set checkpoint.every")

@@ -48,6 +48,7 @@ class Step(nn.Module):
         self._takes_dt = len(inspect.signature(step.forward).parameters) > 1
 
     def forward(self, x: Tensor) -> Tensor:
+        """The layer for Δt = 1."""
         found: Tensor = x + ((self.step(x, self.dt) - x) / self.dt if self._takes_dt else self.step(x))
         return found
 

@@ -16,7 +16,7 @@ from rayllp.cluster.ledger import Chunk
 from rayllp.cluster.resizing import Resizing
 from rayllp.cluster.saving import Saver
 from rayllp.cluster.training import Training
-from rayllp.cluster.wording import describe_run, describe_stage
+from rayllp.cluster.wording import describe_other_length, describe_run, describe_stage
 from rayllp.config import TrainConfig
 from rayllp.data import Batches
 from rayllp.errors import RayllpError
@@ -94,10 +94,11 @@ class Driver:
 
     def _begin(self, found: list[Folder]) -> int:
         """Start the workers, and have them take over the newest of these checkpoints that is whole; steps done."""
-        newest = self.saver.read_newest(found, self.journal)[0] if found else None
+        newest, manifest = self.saver.read_newest(found, self.journal) if found else (None, None)
         step = step_of(newest) if newest is not None else 0
         self.training.enter_stage(step)
         self.run.truncate(step)  # one that ended before its first checkpoint has records too
+        self.journal.rewind(step)
         while True:
             try:
                 architecture, kept = self.training.network()
@@ -114,6 +115,9 @@ class Driver:
         write_data_json(self.run.path, self.loaded.record)
         self._say_changes(step)
         self.journal.say(self._describe(shares))
+        before = (manifest or {}).get("config", {}).get("steps")
+        if before not in (None, self.whole.steps):
+            self.journal.say(describe_other_length(self.whole, before, step))
         return step
 
     def _say_changes(self, step: int) -> None:

@@ -139,6 +139,7 @@ class Ledger:
 
     def _forget(self, step: int) -> None:
         self._run.truncate(step)
+        self._journal.rewind(step)
         self._drawn.clear()
 
     # The controller -----------------------------------------------------------------------------------------------------------------
@@ -153,8 +154,10 @@ class Ledger:
     def _announce(self, decision: Decision | None, **details: Any) -> None:
         if decision:
             self.last_reason = decision.reason
-            self._journal.event(decision.step, "switch", to=decision.mode, rung=decision.rung, reason=decision.reason, **details)
-            self._journal.say(f"step {decision.step + 1}: now {decision.rung}: {decision.reason}")
+            self._journal.event(
+                decision.step, "switch", to=decision.mode, rung=decision.rung, trying=decision.trying, reason=decision.reason, **details
+            )
+            self._journal.say(f"step {decision.step + 1}: now {decision.trained}: {decision.reason}")
 
     def _metric(self, stats: dict[str, Any], accuracy: Accuracy, plan: ProbePlan | None) -> dict[str, Any]:
         probed = None if plan is None else plan.candidate.name

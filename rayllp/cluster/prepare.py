@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from torch import nn
+
 from rayllp.channel.mpi import check_mpi
 from rayllp.checkpoint import MANIFEST, Folder, check_writable, checkpoints, locate
 from rayllp.checkpoint.described import TOKENIZER_JSON, read_data_json, read_model_json
@@ -13,9 +15,11 @@ from rayllp.cluster.given import Loaded, whole_network
 from rayllp.config import MAY_DIFFER, TrainConfig, load_run_config
 from rayllp.data import Batches, load_data
 from rayllp.data.record import DataRecord
+from rayllp.engine.block import PARAMETER_DTYPES
+from rayllp.engine.check_draws import check_draws
 from rayllp.engine.torchbraid_solver import check_installed
-from rayllp.errors import CheckpointError, SettingsError
-from rayllp.models import Architecture, LayerStack, check_batched, check_family, check_network
+from rayllp.errors import CheckpointError, RayllpError, SettingsError
+from rayllp.models import Architecture, LayerStack, check_batched, check_family, check_network, refuse_unnamed_code
 from rayllp.report import RunDirectory
 
 
@@ -77,7 +81,7 @@ def validate(
             raise SettingsError(f"the model has {model.layers} layers but model.layers is {config.model.layers}: make them equal")
         if config.nested.factors and not isinstance(model, LayerStack):
             raise SettingsError(f"nested needs a LayerStack, to make shallower ones of it; got a {type(model).__name__}: leave nested out")
-        check_batched(config, model)
+        check_batched(config, model, _drawing(config, model, batches))
         return None
     check_family(config)
     loaded = load_known(config, run, found)
@@ -110,6 +114,31 @@ def _record_in(found: Sequence[Folder]) -> DataRecord | None:
     return None if values is None else DataRecord.read(values)
 
 
+def _drawing(config: TrainConfig, model: Architecture, batches: Batches | None) -> str | None:
+    """A piece of a user's network that draws random numbers, of those that differ most: the ends, and the first and last middle layers.
+
+    Raises:
+        SettingsError: it draws them in a way that cannot be frozen.
+    """
+    assert batches is not None
+    layers = {config.buffers.open, config.model.layers - config.buffers.close - 1}
+    dtype, seed = PARAMETER_DTYPES[config.dtype], config.seed
+    try:
+        inputs = batches.batch("train", 0, config.batch_size)[0]
+        pieces: dict[int | str, nn.Module] = {
+            "embed": model.build_embed(seed),
+            **{n: model.build_layer(seed, n) for n in layers},
+            "head": model.build_head(seed),
+        }
+        common = model.build_common(seed)
+        placed = {piece: module.to(dtype) for piece, module in pieces.items()}
+        return check_draws(model, placed, None if common is None else common.to(dtype), inputs, dtype)
+    except RayllpError:
+        raise
+    except Exception:  # of a layer that needs a GPU, say: workers look again, and report what fails there
+        return None
+
+
 def kept_network(config: TrainConfig, run: RunDirectory | None) -> dict[str, Any] | None:
     """transformers' configuration that the run has kept; it may have been made shallower than the settings now say."""
     return whole_network(config, read_model_json(run.path)) if run is not None else None
@@ -121,6 +150,8 @@ def kept_network(config: TrainConfig, run: RunDirectory | None) -> dict[str, Any
 def _reopen(path: Path, config: TrainConfig | None) -> tuple[RunDirectory, TrainConfig, list[Folder]]:
     """A run, the settings that it has, and its checkpoints, which may be where other settings say."""
     before = load_run_config(path)
+    if config is None:
+        refuse_unnamed_code(before, path)
     found = checkpoints(RunDirectory(path, before).checkpoints)
     if not found:
         raise CheckpointError(f"{path} has no complete checkpoint to resume from; start it anew, with checkpoint.every set")

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from rayllp.config import TrainConfig
+from rayllp.engine.optimizer import learning_rate
 from rayllp.nested import Stage
 
 
@@ -19,6 +20,20 @@ def describe_run(config: TrainConfig, network: str, parameters: int, device: str
     mesh = f"{describe_layout(config)}{replicas}"
     skipped = "; left out of the data: " + ", ".join(f"{n} {kind}" for kind, n in left_out.items()) if left_out else ""
     return f"{network}: {buffers}, {parameters / 1e6:.1f} M parameters, {mesh} on {device}; run directory {run}{skipped}"
+
+
+def describe_other_length(config: TrainConfig, before: int, step: int) -> str:
+    """What another number of steps makes of the learning rate of a run that goes on.
+
+    Args:
+        before: the number of steps that the run had.
+        step: steps done.
+    """
+    was, now = (learning_rate(config.optimizer, n, steps) for n, steps in ((max(0, step - 1), before), (step, config.steps)))
+    return (
+        f"{config.steps} steps instead of {before}: the learning rate follows the schedule of {config.steps}, and goes from {was:.3g} to "
+        f"{now:.3g} at once (optimizer.lr scales it)"
+    )
 
 
 def describe_layout(config: TrainConfig) -> str:

@@ -300,6 +300,11 @@ class TrainConfig(Settings):
         """The forward hierarchy over the middle layers."""
         return build_hierarchy(blocks=self.blocks, levels=levels, coarsening=self.mgrit.coarsening)
 
+    @property
+    def rounding(self) -> float:
+        """Relative rounding error of what a layer adds to its state; 0 where it is computed in the state's own dtype."""
+        return 2.0**-8 if self.dtype == "bfloat16" else 0.0
+
     def method(self, iterations: int, relaxation: Relaxation | None = None) -> SolverOptions:
         """The solver's method with so many iterations, and with this relaxation of the finest level instead of the settings'."""
         settings = self.mgrit
@@ -310,6 +315,7 @@ class TrainConfig(Settings):
             coarse_step_weight=settings.coarse_step_weight,
             initial_guess=settings.initial_guess,
             tolerance=settings.tolerance,
+            rounding=self.rounding,
             keep_states=False,
             # With one level in one direction there are no intervals, and its adjoint or forward wants single layers' graphs.
             batched=settings.batched and min(settings.levels.forward, settings.levels.backward) > 1,

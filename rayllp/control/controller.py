@@ -116,12 +116,24 @@ class Probe:
 
 @dataclass(frozen=True)
 class Decision:
-    """A change and its reason."""
+    """A change and its reason.
+
+    Attributes:
+        mode, rung: of the steps from here on.
+        trying: the rung that they will go to once a probe has found it accurate, where they are exact until then.
+    """
 
     step: int
     mode: str
     reason: str
     rung: str = ""
+    trying: str = ""
+
+    @property
+    def trained(self) -> str:
+        """How the steps from here on are solved, in words."""
+        solved = "exact" if self.mode == "serial" else self.rung
+        return f"{solved}, trying {self.trying}" if self.trying else solved
 
 
 @dataclass
@@ -262,7 +274,7 @@ class Controller:
             if step < state.slow_until:
                 return None
             state.slow_until, state.rung, state.verified, state.probe_at, state.timed_from = None, 0, False, step, step
-            return Decision(step, "serial", "looking again whether layer-parallel steps are faster", "serial")
+            return self._decision(step, "looking again whether layer-parallel steps are faster")
         exact, here = seconds.get("serial"), seconds.get(self.rung)
         if self.serial or self._is_unverified or exact is None or here is None or here <= GAIN * exact:
             return None
@@ -295,7 +307,11 @@ class Controller:
         """Exact steps until a probe finds the same rung accurate, under a larger penalty."""
         was_in_use = not self._is_unverified
         self._state.verified, self._state.probe_at = not self._verifies, step + RETRY
-        return Decision(step, "serial", f"{fault}; the penalty's weight is raised", "serial") if was_in_use and self._verifies else None
+        return (
+            Decision(step, "serial", f"{fault}; the penalty's weight is raised", "serial", self.rung)
+            if was_in_use and self._verifies
+            else None
+        )
 
     def _fault(self, probe: Probe) -> str | None:
         """What is wrong with the probe, by the rule that is set."""
@@ -362,7 +378,9 @@ class Controller:
         return self._decision(step, f"{self.settings.patience} probes below adaptive.return_below {self.settings.return_below:g}")
 
     def _decision(self, step: int, reason: str) -> Decision:
-        """To the rung there is; what is in use until it is verified is exact."""
+        """To the rung there is."""
+        if self._is_unverified:
+            return Decision(step, "serial", reason, "serial", self.rung)
         return Decision(step, self.rungs[self._state.rung].mode, reason, self.rung)
 
     def _steer(self, probe: Probe) -> bool:

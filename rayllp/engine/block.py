@@ -12,6 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from rayllp.config import TrainConfig
 from rayllp.data.base import Inputs
+from rayllp.engine.check_draws import check_draws
 from rayllp.engine.vmapped_layers import Stacks
 from rayllp.models import check_batched
 from rayllp.models.base import Architecture
@@ -37,6 +38,7 @@ class Block:
     Attributes:
         layers: by index in the whole network; the buffers of the first and last worker among them.
         middle: indices of the owned middle layers, ascending; neighbours where the placement is in blocks.
+        draws: whether what the pieces draw in training is frozen.
         watched: None, or the last input of each layer, of the global batch's first sequence alone; filled while it is not None.
         stacks: of the middle layers, for calls of several.
     """
@@ -63,6 +65,8 @@ class Block:
         self._callable: Mapping[int, nn.Module] = self.layers
         self._side_by_side = _side_by_side
         check_batched(config, architecture)
+        # Compiled layers draw nothing, or are refused; a call under a key of our own could not be compiled.
+        self.draws = architecture.stochastic is not False and not config.compile
         if config.compile:
             self._compile()
 
@@ -157,12 +161,25 @@ class Block:
                 module.train(moment.training)
         self.moment = moment
 
+    def check_draws(self, inputs: Inputs) -> None:
+        """Run the pieces once, on one of these inputs, to see what they draw in training.
+
+        Raises:
+            SettingsError: numbers that are no function of seed, step, layer and sample, or any where none can be frozen.
+        """
+        pieces = {"embed": self.embed, **self.layers, "head": self.head}
+        owned = {piece: module for piece, module in pieces.items() if module is not None}
+        autocast = torch.autocast(self.device.type, torch.bfloat16) if self.config.dtype == "bfloat16" else None
+        drawing = check_draws(self.architecture, owned, self.common, inputs, self.dtype, autocast)
+        check_batched(self.config, self.architecture, drawing)
+        self.draws = self.draws or drawing is not None
+
     @contextmanager
     def _context(self, piece: object, *, autocast: bool = True) -> Iterator[None]:
         with ExitStack() as stack:
             if self.config.dtype == "bfloat16" and autocast:
                 stack.enter_context(torch.autocast(self.device.type, torch.bfloat16))
-            if self.moment.training and self.architecture.stochastic:
+            if self.moment.training and self.draws:
                 stack.enter_context(FrozenRandomness((self.config.seed, self.moment.step, piece), self.moment.samples))
             yield
 

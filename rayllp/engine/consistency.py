@@ -58,10 +58,10 @@ class Consistency:
         """2μ r_k / ‖C_k‖², the gradient at the interval's end; R's value is added up, unless it is not to be counted."""
         with torch.no_grad():
             gaps = [e - torch.lerp(c, f, interval.ratio) for c, f, e in zip(*map(tensors, (begin, first, end)), strict=True)]
-            norms_B = _squares(tensors(begin))
+            inverse_B = _inverse_squares(tensors(begin), tensors(end))
             if counted:
-                self.value += (_squares(gaps) / norms_B).sum().double()
-            scale_B = 2 * self.weight / norms_B
+                self.value += (_squares(gaps) * inverse_B).sum().double()
+            scale_B = 2 * self.weight * inverse_B
             return like(end, tuple(gap * scale_B.view(-1, *[1] * (gap.ndim - 1)) for gap in gaps))
 
     def add(self, other: "Consistency") -> None:
@@ -144,6 +144,13 @@ class _Seeded(torch.autograd.Function):
 def _squares(parts: Sequence[Tensor]) -> Tensor:
     """Squared norm of each sample."""
     return torch.stack([part.square().flatten(1).sum(1) for part in parts]).sum(0)
+
+
+def _inverse_squares(begin: Sequence[Tensor], end: Sequence[Tensor]) -> Tensor:
+    """1 / ‖C‖² of each sample. A C that is zero, or nothing beside the interval's end, is measured by the end; 0 where that is zero too."""
+    begins_B, ends_B = _squares(begin), _squares(end)
+    sizes_B = torch.where(begins_B > torch.finfo(begins_B.dtype).eps * ends_B, begins_B, ends_B)
+    return torch.where(sizes_B > 0, 1 / sizes_B, 0)
 
 
 def _add(lam: State, seed: State, factor: float) -> State:

@@ -59,6 +59,7 @@ class Engine:
         self.block = Block(architecture, config, layer_channel.rank, device)
         self._counted = [p for name, p in self.block.parameters.items() if not self.block.is_counted_elsewhere(name)]
         self.optimizer = build_optimizer(self.block.parameters, config.optimizer)
+        self._draws_are_checked = False
         self._join(layer_channel, data_channel)
 
     def _join(self, layer_channel: Channel, data_channel: Channel) -> None:
@@ -139,8 +140,16 @@ class Engine:
         )
 
     def step_batch(self, step: int, accuracy: Accuracy) -> StepBatch:
-        """This replica's batch of a training step, to be solved with this accuracy."""
-        return self._shares.for_step(step, accuracy)
+        """This replica's batch of a training step, to be solved with this accuracy.
+
+        Raises:
+            SettingsError: at the first one, if layers draw random numbers that cannot be frozen within a step.
+        """
+        batch = self._shares.for_step(step, accuracy)
+        if not self._draws_are_checked:
+            self.block.check_draws(batch.inputs)
+            self._draws_are_checked = True
+        return batch
 
     def reduce_statistics(self, step: int, formed: StepGradients, probing: Probing | None = None) -> ReducedStatistics:
         """The step's numbers over the layer group, in one all-reduce."""

@@ -95,7 +95,9 @@ class LayerGroup:
         if self.timeline is not None:
             channel, propagator = TimedChannel(channel, self.timeline), TimedPropagator(propagator, self.timeline, tag.solve)
             on_phase = self.timeline.begin_solve(tag.solve)
-        return WindowSolver(placement, window, sweeps, propagator, channel, spec, tag, adjoint=adjoint, on_phase=on_phase)
+        return WindowSolver(
+            placement, window, sweeps, propagator, channel, spec, tag, adjoint=adjoint, rounding=self.config.rounding, on_phase=on_phase
+        )
 
     def span(self, solve: str, kind: str = "compute") -> AbstractContextManager[None]:
         """What happens inside is one span on the timeline, if there is one."""

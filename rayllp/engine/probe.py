@@ -6,6 +6,7 @@ better gradient is formed in two halves of the batch, whose difference is one st
 batch. A bias far below the noise moves the weights less than another batch would.
 """
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -143,7 +144,7 @@ class Probing:
             return None
         total = table.sum(0)
         relative, cosine = _bias(total)
-        noise = float((total[4] / total[1]).sqrt()) / self.replicas**0.5 if self.has_halves else None
+        noise = float((total[4] / total[1]).sqrt()) / self.replicas**0.5 if self.has_halves and total[1] > 0 else None
         return Bias(relative, cosine, noise, tuple(_bias(row) for row in table))
 
 
@@ -153,5 +154,8 @@ def _exactly(accuracy: Accuracy) -> Accuracy:
 
 
 def _bias(sums: Tensor) -> tuple[float, float]:
-    error, better, product, used = sums[:4]
-    return float((error / better).sqrt()), float(product / (better * used).sqrt())
+    """Relative bias and cosine. Gradients that are both zero (of frozen layers) are equal; one beside a zero one is infinitely far off."""
+    error, better, product, used = sums[:4].tolist()
+    if better == 0 or used == 0:
+        return (0.0, 1.0) if better == used else (1.0 if better else math.inf, 0.0)
+    return math.sqrt(error / better), product / math.sqrt(better * used)

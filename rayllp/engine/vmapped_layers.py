@@ -7,7 +7,7 @@ The weights of such layers lie in one tensor with a dimension more; the modules'
 checkpoints and single calls know nothing of it.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -42,8 +42,8 @@ class Stack:
             SettingsError: they differ in more than their weights.
         """
         layers, members = tuple(modules), tuple(modules.values())
-        kinds = [_kind(module) for module in members]
-        if other := next((n for n, kind in zip(layers, kinds, strict=True) if kind != kinds[0]), None):
+        kinds = [kind(module) for module in members]
+        if other := next((n for n, this in zip(layers, kinds, strict=True) if this != kinds[0]), None):
             raise SettingsError(
                 f"mgrit.batched=true, but layers {layers[0]} and {other} differ in more than their weights (module, shapes, or what is "
                 "trained): set mgrit.batched=false"
@@ -121,7 +121,7 @@ def apart(state: State) -> list[State]:
     return [row[0] if isinstance(state, Tensor) else row for row in rows]
 
 
-def _kind(module: nn.Module) -> object:
+def kind(module: nn.Module) -> Hashable:
     """What must be equal for two layers to be called as one."""
     parameters = [(name, p.shape, p.dtype, p.requires_grad) for name, p in module.named_parameters()]
     plain = [
@@ -130,4 +130,4 @@ def _kind(module: nn.Module) -> object:
         for name, value in vars(part).items()
         if isinstance(value, bool | int | float | str | None) and name not in PLACES
     ]
-    return type(module), str(module), parameters, [(name, b.shape) for name, b in module.named_buffers()], plain
+    return type(module), str(module), tuple(parameters), tuple((name, b.shape) for name, b in module.named_buffers()), tuple(plain)

@@ -20,6 +20,7 @@ class SolverOptions:
         keep_states: whether F-points' values are in the result; a propagator that records graphs or checkpoints has no use for them.
         initial_guess: "coarse" (skipped down-cycle) or "constant" (every point starts as the initial state, a zero correction).
         batched: sweep a worker's intervals on the finest level side by side, a layer of each in one call.
+        rounding: relative rounding error of what a layer adds to its state, where it is computed in a smaller dtype than the state's.
         tolerance: stop once the residual norm is at or below it; costs one all-reduce an iteration.
 
     Raises:
@@ -31,6 +32,7 @@ class SolverOptions:
     cycle: Literal["V", "F"] = "V"
     coarse_step_weight: float = 1.0
     initial_guess: Literal["coarse", "constant"] = "coarse"
+    rounding: float = 0.0
     tolerance: float | None = None
     keep_states: bool = True
     batched: bool = False

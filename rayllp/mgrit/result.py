@@ -7,10 +7,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from rayllp.state import State
+from rayllp.state import State, squared_norm, tensors
 
 ROUNDING = 1e-10
 """A squared residual that is this part of the largest on its level, or less, is zero but for rounding."""
+
+
+FAR = 10.0
+"""Times the floor: a residual this far above it has a factor even where the next one has reached it."""
 
 
 class Status(enum.Enum):
@@ -18,7 +22,7 @@ class Status(enum.Enum):
 
     EXACT = "exact: one level, or as many iterations as coarse intervals; nothing was approximated"
     UNMEASURED = "unmeasured: this few iterations yield no convergence factor; run three or more (a probe) to see one"
-    CONVERGED = "converged: the residual is below the tolerance"
+    CONVERGED = "converged: the residual is below the tolerance, or is nothing but rounding; more iterations change nothing"
     CONVERGING = "converging: each iteration reduces the residual; more mgrit.iterations buy accuracy at this rate"
     STALLED = (
         "stalled: the convergence factor is near 1, more iterations hardly help; use a smaller mgrit.coarsening, FCF-relaxation, "
@@ -47,6 +51,8 @@ class MGRITResult:
             every interval exact.
         factors: by level and C-point but the first, how much of the residual there an iteration left: of the last two informative ones,
             filled by `measured`. None where iterations have by then made the state exact. On coarse levels the problem changes in between.
+        floor: norm, over all workers, of a residual that is nothing but rounding; filled by `measured`.
+        squared_floor: this worker's share of the squared norm of residuals that are nothing but rounding: a float64 scalar.
         status: how it went, as advice.
     """
 
@@ -55,58 +61,94 @@ class MGRITResult:
     iterations: int
     squared_residuals: Tensor
     point_residuals: tuple[Tensor, ...] = ()
+    squared_floor: Tensor | None = None
     residuals: tuple[float, ...] = ()
     factors: tuple[tuple[float | None, ...], ...] = ()
     status: Status = Status.UNMEASURED
     tolerance: float | None = None
     exact: bool = False
     informative: int = 0
+    floor: float = 0.0
 
     @property
     def convergence_factor(self) -> float | None:
-        """ρ = ‖r^{k+1}‖ / ‖r^k‖ of the last two informative residuals (section 3.2.3); None with fewer than two."""
-        return convergence_factor(self.residuals[: self.informative])
+        """ρ = ‖r^{k+1}‖ / ‖r^k‖ of the last two informative residuals (section 3.2.3); None with fewer than two, 0 once there is nothing
+        left but rounding.
+        """
+        return convergence_factor(self.residuals[: self.informative], self.floor)
 
     @property
     def shares(self) -> Tensor:
         """What is to be summed over all workers for `measured`, float64, flat."""
-        return torch.cat([self.squared_residuals, *(table.flatten() for table in self.point_residuals)])
+        floor = [self.squared_floor.view(1)] if self._has_floor and self.squared_floor is not None else []
+        return torch.cat([self.squared_residuals, *(table.flatten() for table in self.point_residuals), *floor])
+
+    @property
+    def _has_floor(self) -> bool:
+        return self.squared_floor is not None and len(self.squared_residuals) > 1
 
     def measured(self, shares: Tensor) -> "MGRITResult":
         """This result with the residual norms and factors that belong to `shares`, summed over all workers."""
-        squared, *points = shares.split([len(self.squared_residuals), *(table.numel() for table in self.point_residuals)])
+        sizes = [len(self.squared_residuals), *(table.numel() for table in self.point_residuals)]
+        squared, *points, rounding = shares.split([*sizes, int(self._has_floor)])
         residuals = tuple(math.sqrt(value) if value >= 0 else math.nan for value in squared.tolist())
-        rho = convergence_factor(residuals[: self.informative])
-        last = min(len(squared), self.informative)
+        floor = math.sqrt(float(rounding.sum()))
+        result = replace(self, residuals=residuals, floor=floor, informative=min(self.informative, _above(residuals, floor) + 1))
+        last = min(len(squared), result.informative)
         tables = [summed.view(table.shape) for summed, table in zip(points, self.point_residuals, strict=True)]
-        factors = tuple(_factors(table[last - 2], table[last - 1]) for table in tables) if last > 1 else ()
-        status = judge(residuals, rho, tolerance=self.tolerance, exact=self.exact)
-        return replace(self, residuals=residuals, factors=factors, status=status)
+        factors = tuple(_factors(table[last - 2], table[last - 1], floor) for table in tables) if last > 1 else ()
+        rho = result.convergence_factor
+        status = judge(residuals, rho, tolerance=self.tolerance, exact=self.exact, floor=floor)
+        return replace(result, factors=factors, status=status)
 
 
-def convergence_factor(residuals: tuple[float, ...] | list[float]) -> float | None:
-    """Ratio of the last two residual norms; None with fewer than two, 0 where the former one is zero."""
+def squared_rounding(state: State, increment: State, rounding: float) -> Tensor:
+    """What rounding adds to the squared error of a state in one step.
+
+    Args:
+        increment: what the step adds to the state.
+        rounding: relative rounding error of the increment; that of the state is its dtype's.
+    """
+    if not tensors(state):
+        return squared_norm(state)
+    own = max(torch.finfo(part.dtype).eps for part in tensors(state))
+    return own**2 * squared_norm(state) + rounding**2 * squared_norm(increment)
+
+
+def convergence_factor(residuals: tuple[float, ...] | list[float], floor: float = 0.0) -> float | None:
+    """Ratio of the last two residual norms; None with fewer than two, 0 where the former one is zero, or all but rounding.
+
+    Args:
+        floor: norm of a residual that is nothing but rounding: a ratio to one near it says nothing of the method.
+    """
     if len(residuals) < 2:
-        return None
+        return 0.0 if residuals and residuals[0] <= floor > 0 else None
     former, last = residuals[-2:]
-    return 0.0 if former == 0 else last / former
+    return 0.0 if former == 0 or (last <= floor and former <= FAR * floor) else last / former
 
 
-def _factors(former: Tensor, last: Tensor) -> tuple[float | None, ...]:
+def _above(residuals: tuple[float, ...], floor: float) -> int:
+    """How many residuals, from the first, are more than rounding."""
+    return next((k for k, residual in enumerate(residuals) if residual <= floor), len(residuals))
+
+
+def _factors(former: Tensor, last: Tensor, floor: float) -> tuple[float | None, ...]:
     """Of squared residuals, by point."""
-    inexact = torch.minimum(former, last) > ROUNDING * former.max()
+    inexact = torch.minimum(former, last) > max(ROUNDING * float(former.max()), floor**2 / len(former))
     return tuple(ratio if there else None for ratio, there in zip((last / former).sqrt().tolist(), inexact.tolist(), strict=True))
 
 
-def judge(residuals: tuple[float, ...], rho: float | None, *, tolerance: float | None = None, exact: bool = False) -> Status:
-    """The status that residual norms and their convergence factor deserve."""
+def judge(
+    residuals: tuple[float, ...], rho: float | None, *, tolerance: float | None = None, exact: bool = False, floor: float = 0.0
+) -> Status:
+    """The status that residual norms and their convergence factor deserve; `floor` is the norm of one that is nothing but rounding."""
     if any(not math.isfinite(r) for r in residuals):
         return Status.NOT_FINITE
     if rho is not None and rho > 1:
         return Status.DIVERGING
     if exact:
         return Status.EXACT
-    if tolerance is not None and residuals and residuals[-1] <= tolerance:
+    if residuals and (min(residuals) <= floor > 0 or (tolerance is not None and residuals[-1] <= tolerance)):
         return Status.CONVERGED
     if rho is None:
         return Status.UNMEASURED

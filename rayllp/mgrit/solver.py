@@ -18,7 +18,7 @@ from rayllp.mgrit.grid import Grid
 from rayllp.mgrit.hierarchy import Hierarchy
 from rayllp.mgrit.options import SolverOptions
 from rayllp.mgrit.propagator import EvaluationCache, Propagator, coarse_operator
-from rayllp.mgrit.result import MGRITResult, Status, no_residuals
+from rayllp.mgrit.result import MGRITResult, Status, no_residuals, squared_rounding
 from rayllp.state import State, squared_norm, subtract
 
 PhaseListener = Callable[[str, int], None]
@@ -62,6 +62,8 @@ class MGRITSolver:
         self.transfers = [of_level.get(communicator.rank, []) for of_level in hierarchy.transfers]
         # By level and iteration: the squared residual at each C-point owned here. On coarse levels only where they can be compared.
         self.residuals: list[dict[int, dict[int, Tensor]]] = [{} for _ in self.grids[:-1]]
+        # This worker's share of what rounding makes of the squared residual.
+        self.squared_floor = torch.zeros((), dtype=torch.float64, device=self.spec.device)
         self.done = 0
         self.enter = on_phase or (lambda phase, level: None)
 
@@ -153,6 +155,8 @@ class MGRITSolver:
         for k in coarse.points:
             if k < coarse.level.size - 1:
                 coarse.tau.coarse_steps[k] = coarse.apply(k, coarse.values[k])
+        if depth == 0 and self.options.measured_iterations > 1:
+            self.estimate_rounding(coarse)
 
     def correct(self, depth: int) -> None:
         """Inject the coarse solution at the C-points."""
@@ -204,6 +208,13 @@ class MGRITSolver:
         values = self.grids[depth].values
         self.residuals[depth][self.done] = {c: squared_norm(subtract(state, values[c])) for c, state in arrived.items()}
 
+    def estimate_rounding(self, coarse: Grid) -> None:
+        """Keep how large residuals are that say nothing but how layers and states are rounded."""
+        self.squared_floor.zero_()
+        for k, after in coarse.tau.coarse_steps.items():
+            before = coarse.values[k]
+            self.squared_floor += squared_rounding(before, subtract(after, before), self.options.rounding)
+
     def squared_residual(self, iteration: int) -> Tensor:
         """This worker's share of the squared residual norm of the finest level: a float64 scalar."""
         shares = list(self.residuals[0][iteration].values())
@@ -242,6 +253,7 @@ class MGRITSolver:
             iterations=iterations,
             squared_residuals=torch.stack(squares) if squares else no_residuals(),
             point_residuals=self.point_residuals(),
+            squared_floor=self.squared_floor,
             status=status,
             tolerance=self.options.tolerance,
             exact=exact,

@@ -24,7 +24,7 @@ from torch import Tensor
 from rayllp.channel.base import Channel, MessageTag, StateSpec
 from rayllp.errors import SettingsError
 from rayllp.mgrit.propagator import Propagator
-from rayllp.mgrit.result import MGRITResult, Status, no_residuals
+from rayllp.mgrit.result import MGRITResult, Status, no_residuals, squared_rounding
 from rayllp.state import State, add, like, squared_norm, subtract, tensors
 
 IN_PIECES_BYTES = 4 * 2**20
@@ -73,6 +73,7 @@ class WindowSolver:
         spec: shapes of a state.
         tag: what to call this solve in errors.
         on_phase: is told the name of each sweep as it begins, and 0 for the level.
+        rounding: relative rounding error of what a layer adds to its state, where it is computed in a smaller dtype than the state's.
         adjoint: solve λ_n = (∂Φ_n/∂x)ᵀ λ_{n+1} from the last layer to the first instead of u_{n+1} = Φ_n(u_n).
 
     Raises:
@@ -90,18 +91,21 @@ class WindowSolver:
         tag: MessageTag,
         *,
         adjoint: bool = False,
+        rounding: float = 0.0,
         on_phase: Callable[[str, int], None] | None = None,
     ) -> None:
         if window < 1 or sweeps < 1:
             raise SettingsError(f"windows of {window} layers and {sweeps} sweeps: both must be at least 1")
         self.placement, self.propagator, self.channel, self.spec, self.tag = placement, propagator, channel, spec, tag
-        self.sweeps = min(sweeps, window)
+        self.sweeps, self.rounding = min(sweeps, window), rounding
         self._enter = on_phase or (lambda phase, level: None)
         windows = placement.windows(window)
         self.windows: list[Sequence[int]] = [layers[::-1] for layers in reversed(windows)] if adjoint else list(windows)
         self._longest = max(len(layers) for layers in windows)
         # Squared distance between a sweep's inputs and the next one's, of the layers owned here.
         self._changes = torch.zeros(self.sweeps - 1, dtype=torch.float64, device=spec.device)
+        # Of which rounding alone would make so much.
+        self._squared_floor = torch.zeros((), dtype=torch.float64, device=spec.device)
 
     def solve(self, initial: State | None, source: int) -> MGRITResult:
         """Solve from `initial`, which worker `source` has; the result's output is on every worker."""
@@ -114,6 +118,7 @@ class WindowSolver:
             states={},
             iterations=self.sweeps,
             squared_residuals=self._changes if len(self._changes) else no_residuals(),
+            squared_floor=self._squared_floor,
             status=Status.EXACT if exact else Status.UNMEASURED,
             exact=exact,
             # Sweep k + 1 finds the inputs of the first k layers unchanged, so of a window of c layers the first c − 1 changes count.
@@ -137,11 +142,17 @@ class WindowSolver:
     ) -> dict[int, State]:
         """Of the own layers: the window's first state and the increments of all layers before."""
         state, inputs = start, {}
+        # Where there will be two changes, whose ratio says something unless they are of the size of rounding.
+        rounding = torch.zeros_like(self._squared_floor) if sweep == 0 and len(self._changes) > 1 else None
         for layer, increment in zip(layers, increments, strict=True):
             if layer in before:
                 inputs[layer] = state
                 self._changes[sweep] += squared_norm(subtract(state, before[layer]))
+                if rounding is not None:
+                    self._squared_floor += rounding
             state = add(state, increment)
+            if rounding is not None:
+                rounding += squared_rounding(state, increment, self.rounding)
         return inputs
 
     # Messages -----------------------------------------------------------------------------------------------------------------

@@ -26,6 +26,24 @@ FAMILIES = {
 SENTENCES = {"bert": "rayllp.models.bert:Sentences"}
 
 
+def refuse_unnamed_code(config: TrainConfig, folder: object, named: str | None = None) -> None:
+    """Refuse to import the code that a run's own settings name, unless the caller has named it too.
+
+    Args:
+        folder: the run.
+        named: the family as the caller gives it; None where it gives none. One that this process has registered is known anyway.
+
+    Raises:
+        SettingsError: `model.family` is "module:Class", and the caller has not said so.
+    """
+    family = config.model.family
+    if ":" in family and family not in FAMILIES.values() and family != named:
+        raise SettingsError(
+            f"the settings in {folder} name code to import, model.family {family!r}, which runs with your rights: if you know it, name it "
+            f"yourself (rayllp train: --set model.family={family}; rayllp export: --family {family}; Python: rayllp.models.register)"
+        )
+
+
 def families() -> tuple[str, ...]:
     """Names that model.family takes."""
     return tuple(FAMILIES)
@@ -62,11 +80,16 @@ def check_network(config: TrainConfig, facts: Facts, kept: Mapping[str, Any] | N
         raise DataError("BLEU needs sacrebleu: pip install 'rayllp[translation]', or set eval.translate and eval.final_translate to 0")
 
 
-def check_batched(config: TrainConfig, architecture: Architecture) -> None:
-    """Refuse several layers in one call, and compiled ones, where their dropout is frozen; and layers of several kinds in one call."""
+def check_batched(config: TrainConfig, architecture: Architecture, drawing: str | None = None) -> None:
+    """Refuse several layers in one call, and compiled ones, where their dropout is frozen; and layers of several kinds in one call.
+
+    Args:
+        drawing: a piece that was seen to draw random numbers in training.
+    """
     for name, chosen in (("mgrit.batched", config.mgrit.batched), ("compile", config.compile)):
-        if chosen and architecture.stochastic:
-            raise SettingsError(f"{name}=true and dropout, whose masks go by layer and sample: set model.dropout=0 or {name}=false")
+        if chosen and (drawing or architecture.stochastic):
+            found = f" ({drawing})" if drawing else ""
+            raise SettingsError(f"{name}=true and dropout, whose masks go by layer and sample{found}: set model.dropout=0 or {name}=false")
     levels = config.mgrit.levels
     if config.mgrit.batched and config.mode != "serial" and min(levels.forward, levels.backward) > 1:
         _check_kinds(config, architecture)
@@ -126,5 +149,6 @@ def check_family(config: TrainConfig) -> None:
 
 __all__ = [
     "FAMILIES", "Architecture", "LayerStack", "adapter", "build_architecture", "check_batched", "check_family", "check_network", "families",
+    "refuse_unnamed_code",
     "register",
 ]  # fmt: skip

@@ -22,7 +22,8 @@ class Architecture(ABC):
     """
 
     layers: int
-    stochastic: bool = False
+    stochastic: bool | None = None
+    """Whether the pieces draw random numbers in training (dropout, drop-path); None: found by running them once."""
     tied: tuple[tuple[str, str], ...] = ()
     """(full name in the embedding, full name in the head) of parameters that are one."""
     metric: Metric = NoMetric()

@@ -48,9 +48,11 @@ class GPT2(PretrainedArchitecture):
         return head["lm_head"](head["transformer.ln_f"](state))
 
     def rescale(self, layer: nn.Module) -> None:
-        if self.settings.model.initialisation != "scaled":  # which is what transformers' own is
+        """Where "scaled" is set, transformers has done it."""
+        if self.settings.model.initialisation != "scaled":
             super().rescale(layer)
 
     def weight_of(self, layer: nn.Module, name: str) -> Tensor:
+        """Of query, key and value in one, the value's part."""
         weight = super().weight_of(layer, name)
-        return weight[:, -self.settings.model.width :] if name == "attn.c_attn" else weight  # query, key, value: the value's part
+        return weight[:, -self.settings.model.width :] if name == "attn.c_attn" else weight

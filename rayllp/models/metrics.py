@@ -41,6 +41,7 @@ class Perplexity(NoMetric):
     """exp(loss)."""
 
     def read(self, tally: Tensor, loss: float) -> dict[str, float]:
+        """Of the loss, as far as a double holds it."""
         return {"perplexity": math.exp(min(loss, 700.0))}
 
 

@@ -3,21 +3,25 @@
 Two needs. Initialisation: a layer's weights depend on the seed and its index alone. Dropout: a layer's mask must be the same in every
 sweep of one training step, or MGRIT does not converge (arXiv:2601.09026, appendix C), and the same however the batch is cut into
 microbatches or replicas, so that any mesh trains the same network.
+
+The second is met below the module, where PyTorch calls an operator: each operator that draws random numbers has a kernel here, under a
+dispatch key that is on inside `FrozenRandomness` only. So it does not matter who calls it: nn.Dropout, nn.MultiheadAttention, C++ that
+composes a dropout of its own, a module that draws by hand. All other operators fall through the key, and cost nothing more; a
+`TorchFunctionMode` would slow small layers by a third and not see inside nn.MultiheadAttention, a `TorchDispatchMode` by several times.
 """
 
-import math
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Self, cast
 
 import torch
-from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch import Tensor
+from torch.library import Library, fallthrough_kernel
 
+from rayllp.errors import SettingsError
 from rayllp.keys import key
 
-functional = nn.functional
 _default_generator = threading.RLock()
 
 
@@ -30,108 +34,211 @@ def seeded(*parts: object) -> Iterator[None]:
         yield
 
 
-class FrozenRandomness(TorchFunctionMode):
-    """Makes every dropout inside depend on (key, call, sample) alone, without changing the module.
+class UnkeyedDrawError(SettingsError):
+    """A layer draws random numbers in a way that cannot be made a function of the step and the sample."""
 
-    Intercepts nn.Dropout and its kin, scaled_dot_product_attention's dropout, and draws of torch.rand, rand_like and bernoulli
-    (drop-path). Dimension 0 must be the batch.
+
+class FrozenRandomness:
+    """Makes whatever is drawn inside depend on (parts, sample) alone, without changing the module.
+
+    Each sample has a generator of its own, from which its rows of every draw are taken, in the order of the draws. Dimension 0 of what
+    is drawn must be the batch, or a multiple of it with a sample's rows together (batch times heads); a single number, of no
+    dimension, is the same for all samples.
 
     Args:
-        parts: what the masks depend on: seed, step, layer.
+        parts: what the numbers depend on: seed, step, layer.
         samples: index of each sequence within the step's global batch.
+        on_draw: is told of each draw, by the operator's name.
     """
 
-    def __init__(self, parts: tuple[object, ...], samples: tuple[int, ...]) -> None:
-        super().__init__()
-        self.parts, self.samples, self.calls = parts, samples, 0
+    def __init__(self, parts: tuple[object, ...], samples: tuple[int, ...], on_draw: Callable[[str], None] | None = None) -> None:
+        self.parts, self.samples, self.on_draw = parts, samples, on_draw
+        self._generators: dict[tuple[torch.device, int | None], torch.Generator] = {}
 
-    def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        handler = _HANDLERS.get(func)
-        return func(*args, **(kwargs or {})) if handler is None else handler(self, *args, **(kwargs or {}))
+    def __enter__(self) -> Self:
+        self._outer, _inside.frozen = getattr(_inside, "frozen", None), self
+        self._guard = torch._C._IncludeDispatchKeyGuard(_KEY)
+        self._guard.__enter__()
+        return self
 
-    def uniform(self, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Uniform numbers: row i from the generator of sample i."""
-        self.calls += 1
-        if not shape or shape[0] != len(self.samples):
-            raise RuntimeError(
-                f"a random tensor of shape {tuple(shape)} was drawn in a layer, but the batch has {len(self.samples)} sequences: "
-                "randomness can be frozen only where dimension 0 is the batch"
+    def __exit__(self, *error: object) -> None:
+        self._guard.__exit__(*error)
+        _inside.frozen = self._outer
+
+    def generator(self, device: torch.device, place: int | None) -> torch.Generator:
+        """The generator of the sample at a place, or of all samples, which goes on from draw to draw."""
+        found = self._generators.get((device, place))
+        if found is None:
+            sample = "all samples" if place is None else self.samples[place]
+            found = self._generators[device, place] = torch.Generator(device).manual_seed(key(*self.parts, sample))
+        return found
+
+    def rows(self, name: str, shape: torch.Size, device: torch.device) -> Iterator[tuple[Any, torch.Generator]]:
+        """Each sample's place in a tensor of this shape, and its generator.
+
+        Raises:
+            UnkeyedDrawError: dimension 0 is not the batch.
+        """
+        if not shape:
+            yield ..., self.generator(device, None)
+            return
+        each, rest = divmod(shape[0], len(self.samples))
+        if rest or not each:
+            raise UnkeyedDrawError(
+                f"{name} draws a tensor of shape {tuple(shape)}, but the batch has {len(self.samples)} sequences: dimension 0 of what is "
+                "drawn must be the batch, so that a sample's mask does not depend on how the batch is cut"
             )
-        out = torch.empty(shape, dtype=dtype, device=device)
-        generator = torch.Generator(device)
-        for row, sample in zip(out, self.samples, strict=True):
-            row.uniform_(generator=generator.manual_seed(key(*self.parts, self.calls, sample)))
-        return out
-
-    def dropout(self, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
-        """nn.functional.dropout, with the mask of this layer and sample."""
-        if not training or p == 0:
-            return input
-        keep = self.uniform(tuple(input.shape), input.device) >= p
-        return input * keep.to(input.dtype).mul_(1 / (1 - p))
-
-    def feature_dropout(self, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
-        """Of whole channels."""
-        if not training or p == 0:
-            return input
-        keep = self.uniform(tuple(input.shape[:2]), input.device) >= p
-        return input * keep.to(input.dtype).div_(1 - p).reshape(*input.shape[:2], *[1] * (input.ndim - 2))
-
-    def attention(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attn_mask: Tensor | None = None,
-        dropout_p: float = 0.0,
-        is_causal: bool = False,
-        scale: float | None = None,
-        enable_gqa: bool = False,
-    ) -> Tensor:
-        """scaled_dot_product_attention; with dropout, its definition written out so that the mask is ours."""
-        if dropout_p == 0:
-            return functional.scaled_dot_product_attention(
-                query, key, value, attn_mask=attn_mask, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa
-            )
-        if enable_gqa:
-            groups = query.shape[-3] // key.shape[-3]
-            key, value = key.repeat_interleave(groups, -3), value.repeat_interleave(groups, -3)
-        weights = query @ key.transpose(-2, -1) * (scale if scale is not None else 1 / math.sqrt(query.shape[-1]))
-        if is_causal:
-            allowed = torch.ones(weights.shape[-2:], dtype=torch.bool, device=query.device).tril()
-            weights = weights.masked_fill(~allowed, -math.inf)
-        if attn_mask is not None:
-            weights = weights.masked_fill(~attn_mask, -math.inf) if attn_mask.dtype == torch.bool else weights + attn_mask
-        return self.dropout(weights.softmax(-1), dropout_p) @ value
-
-    def rand(self, *size: Any, **options: Any) -> Tensor:
-        """torch.rand, by key."""
-        shape = tuple(size[0]) if len(size) == 1 and not isinstance(size[0], int) else size
-        dtype, device = options.get("dtype") or torch.get_default_dtype(), options.get("device") or torch.device("cpu")
-        return self.uniform(shape, torch.device(device), dtype)
-
-    def rand_like(self, input: Tensor, **options: Any) -> Tensor:
-        """torch.rand_like, by key."""
-        return self.uniform(tuple(input.shape), input.device, options.get("dtype") or input.dtype)
-
-    def bernoulli(self, input: Tensor, *_: Any, **__: Any) -> Tensor:
-        """torch.bernoulli, by key."""
-        return (self.uniform(tuple(input.shape), input.device) < input).to(input.dtype)
-
-    def bernoulli_(self, input: Tensor, p: float | Tensor = 0.5, **_: Any) -> Tensor:
-        """Tensor.bernoulli_, by key."""
-        return input.copy_((self.uniform(tuple(input.shape), input.device) < p).to(input.dtype))
+        for place in range(len(self.samples)):
+            yield slice(place * each, (place + 1) * each), self.generator(device, place)
 
 
-_HANDLERS: dict[Any, Callable[..., Any]] = {
-    functional.dropout: FrozenRandomness.dropout,
-    torch.dropout: FrozenRandomness.dropout,
-    functional.dropout1d: FrozenRandomness.feature_dropout,
-    functional.dropout2d: FrozenRandomness.feature_dropout,
-    functional.scaled_dot_product_attention: FrozenRandomness.attention,
-    torch.rand: FrozenRandomness.rand,
-    torch.rand_like: FrozenRandomness.rand_like,
-    torch.bernoulli: FrozenRandomness.bernoulli,
-    torch.Tensor.bernoulli: FrozenRandomness.bernoulli,
-    torch.Tensor.bernoulli_: FrozenRandomness.bernoulli_,
-}
+_inside = threading.local()
+
+
+# Operators that draw, by key ------------------------------------------------------------------------------------------------------
+
+
+def _fill(frozen: FrozenRandomness, name: str, op: Any, tensor: Tensor, *args: Any) -> Tensor:
+    """Tensor.uniform_, normal_, and all others that fill a tensor."""
+    fill = getattr(Tensor, op.overloadpacket.__name__)
+    for place, generator in frozen.rows(name, tensor.shape, tensor.device):
+        part = tensor[place]
+        if part.is_contiguous():
+            fill(part, *args, generator=generator)
+        else:  # numbers go by place, not by the order in memory
+            part.copy_(fill(torch.empty(part.shape, dtype=part.dtype, device=part.device), *args, generator=generator))
+    return tensor
+
+
+def _coin(frozen: FrozenRandomness, name: str, op: Any, tensor: Tensor, p: float | Tensor = 0.5) -> Tensor:
+    """Tensor.bernoulli_, of which dropout is made: on a CPU faster by single-precision numbers than by the operator's own double ones."""
+    uniform = torch.empty(tensor.shape, dtype=torch.float32, device=tensor.device)
+    return tensor.copy_(_fill(frozen, name, torch.ops.aten.uniform_.default, uniform) < p)
+
+
+def _native_dropout(frozen: FrozenRandomness, name: str, op: Any, tensor: Tensor, p: float, train: bool | None) -> tuple[Tensor, Tensor]:
+    """What nn.Dropout calls on a GPU."""
+    keep = _coin(frozen, name, op, torch.empty(tensor.shape, dtype=torch.bool, device=tensor.device), 1 - p)
+    return tensor * keep.to(tensor.dtype).mul_(1 / (1 - p) if p < 1 else 0.0), keep
+
+
+def _by_row(frozen: FrozenRandomness, name: str, op: Any, *args: Any, **options: Any) -> Tensor:
+    """torch.bernoulli, randn_like, normal with a tensor of means, and all others that draw one number for each of a tensor's."""
+    shape = torch.broadcast_shapes(*(arg.shape for arg in args if isinstance(arg, Tensor)))
+    device = next(arg.device for arg in args if isinstance(arg, Tensor))
+    args = tuple(arg.expand(shape) if isinstance(arg, Tensor) else arg for arg in args)
+    parts = [
+        op(*(arg[place] if isinstance(arg, Tensor) else arg for arg in args), **options, generator=generator)
+        for place, generator in frozen.rows(name, shape, device)
+    ]
+    return torch.cat(parts) if shape else parts[0]
+
+
+def _of_size(frozen: FrozenRandomness, name: str, op: Any, *args: Any, **options: Any) -> Tensor:
+    """torch.rand, randn, randint, normal of a size."""
+    *before, size = args
+    shape, device = torch.Size(size), torch.device(options.get("device") or "cpu")
+    parts = [
+        op(*before, [] if place is ... else [place.stop - place.start, *shape[1:]], **options, generator=generator)
+        for place, generator in frozen.rows(name, shape, device)
+    ]
+    return torch.cat(parts) if shape else parts[0]
+
+
+def _refuse(frozen: FrozenRandomness, name: str, op: Any, *args: Any, **options: Any) -> Any:
+    raise UnkeyedDrawError(f"{name} draws numbers that cannot be taken sample by sample")
+
+
+_FILLING = "uniform_ normal_ exponential_ geometric_ cauchy_ log_normal_ random_".split()
+_ROWWISE = "bernoulli poisson binomial _standard_gamma normal rand_like randn_like randint_like rrelu_with_noise".split()
+_SIZED = "rand randn randint".split()
+_REFUSED = """
+multinomial randperm _sample_dirichlet _fused_dropout rrelu_with_noise_ rrelu_with_noise_functional bernoulli uniform normal exponential
+geometric cauchy log_normal random lstm gru rnn_tanh rnn_relu _cudnn_rnn miopen_rnn _flash_attention_forward _efficient_attention_forward
+_flash_attention_forward_no_dropout_inplace _scaled_dot_product_attention_math_for_mps _scaled_dot_product_flash_attention
+_scaled_dot_product_efficient_attention _scaled_dot_product_cudnn_attention _scaled_dot_product_flash_attention_for_cpu
+_scaled_dot_product_fused_attention_overrideable
+""".split()
+"""Where they draw: without dropout the last ones do not."""
+DRAWING = (*_FILLING, *_ROWWISE, *_SIZED, "bernoulli_", "native_dropout", *_REFUSED)
+"""All of PyTorch's operators that draw."""
+_WITH_GENERATOR = {
+    "default": "generator", "low": "low_generator", "Tensor": "Tensor_generator", "low_dtype": "low_generator_dtype",
+}  # fmt: skip
+"""Overloads that take a generator, of factories whose plain ones do not."""
+
+
+def _handler(op: Any) -> Callable[..., Any]:
+    """How an operator draws by key."""
+    name, overload = op._schema.name.removeprefix("aten::"), op._overloadname
+    if overload.endswith("out"):
+        return _refuse
+    if name == "bernoulli_":
+        return _coin
+    if name == "native_dropout":
+        return _native_dropout
+    if name in _FILLING:
+        return _fill
+    if name in _SIZED or (name, overload) == ("normal", "float_float"):
+        return _of_size
+    return _by_row if name in _ROWWISE else _refuse
+
+
+def _kernel(op: Any) -> Callable[..., Any]:
+    handle, name = _handler(op), op._schema.name.removeprefix("aten::")
+    defaults = {argument.name: argument.default_value for argument in op._schema.arguments}
+    plain = "generator" not in defaults and handle in (_of_size, _by_row)
+    takes = getattr(op.overloadpacket, _WITH_GENERATOR[op._overloadname]) if plain else op
+
+    def draws(args: tuple[Any, ...], options: dict[str, Any]) -> bool:
+        """Whether a call draws: one without dropout, or outside training, does not."""
+        given = {**defaults, **dict(zip(defaults, args, strict=False)), **options}
+        idle = given.get("dropout", given.get("dropout_p")) == 0 or given.get("train", given.get("training")) is False
+        return not (idle or (name == "native_dropout" and given["p"] == 0))
+
+    # Only these say whether they draw at all; a look at the arguments costs as much as the operator.
+    may_idle = bool({"dropout", "dropout_p", "train", "training"} & set(defaults))
+
+    def kernel(*args: Any, **options: Any) -> Any:
+        """The operator, by key."""
+        with torch._C._ExcludeDispatchKeyGuard(_KEYS):
+            if may_idle and not draws(args, options):
+                return op(*args, **options)
+            frozen = getattr(_inside, "frozen", None)
+            if frozen is None:  # on a thread of autograd's
+                raise UnkeyedDrawError(f"{name} draws numbers in the backward pass")
+            if frozen.on_draw is not None:
+                frozen.on_draw(name)
+            options.pop("generator", None)  # a generator of the layer's own would go on from sweep to sweep
+            args = tuple(arg for arg in args if not isinstance(arg, torch.Generator))
+            return handle(frozen, name, takes, *args, **options)
+
+    return kernel
+
+
+def _attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, p: float = 0.0, *args: Any, **options: Any) -> Any:
+    """scaled_dot_product_attention: with dropout by its definition, whose dropout is caught; a fused one draws inside itself."""
+    if p == 0:
+        with torch._C._ExcludeDispatchKeyGuard(_KEYS):
+            return torch.ops.aten.scaled_dot_product_attention.default(query, key, value, mask, p, *args, **options)
+    return torch.ops.aten._scaled_dot_product_attention_math.default(query, key, value, mask, p, *args, **options)[0]
+
+
+def _register() -> list[Library]:
+    """Put the kernels under the key, where they stay for as long as the libraries live."""
+    aten, others = Library("aten", "IMPL", _KEY_NAME), Library("_", "IMPL", _KEY_NAME)
+    others.fallback(fallthrough_kernel)
+    aten.impl("scaled_dot_product_attention", _attention)
+    for name in dict.fromkeys(DRAWING):
+        packet = getattr(torch.ops.aten, name)
+        for overload in packet.overloads():
+            op = getattr(packet, overload)
+            aten.impl(op, _kernel(op))
+    return [aten, others]
+
+
+_KEY_NAME = "TESTING_ONLY_GenericMode"
+"""A dispatch key above all others that no backend, no mode and no other library uses."""
+_KEY = cast(torch._C.DispatchKey, torch._C._parse_dispatch_key(_KEY_NAME))
+_KEYS = torch._C.DispatchKeySet(_KEY)
+_libraries = _register()

@@ -28,7 +28,7 @@ class LayerStack(Architecture):
         loss: (outputs, targets) -> loss summed over the targets' terms.
         count: terms in the loss of some targets; default the number of their elements.
         metric: what an evaluation reports beside the loss, such as `rayllp.models.metrics.Accuracy()`.
-        stochastic: whether the modules draw random numbers in training (dropout, drop-path). None: look for dropout in `layers[0]`.
+        stochastic: whether the modules draw random numbers in training (dropout, drop-path). None: found by running them once.
 
     Raises:
         SettingsError: no layers.
@@ -50,7 +50,7 @@ class LayerStack(Architecture):
         self._embed, self._layers, self._head = embed, list(layers), head
         self._loss, self._count, self.layers = loss, count, len(layers)
         self.metric = metric or NoMetric()
-        self.stochastic = _draws(_build(layers[0])) if stochastic is None else stochastic
+        self.stochastic = stochastic
 
     def thinned(self, open: int, close: int, divisor: int) -> "LayerStack":
         """A shallower network for nested iteration: of the layers between `open` first and `close` last, every `divisor`-th."""
@@ -91,7 +91,3 @@ class LayerStack(Architecture):
 
 def _build(piece: Piece) -> nn.Module:
     return copy.deepcopy(piece) if isinstance(piece, nn.Module) else piece()
-
-
-def _draws(module: nn.Module) -> bool:
-    return any(getattr(part, "p", 0) > 0 for part in module.modules() if "drop" in type(part).__name__.lower())

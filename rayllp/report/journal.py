@@ -53,8 +53,9 @@ class Listener(Protocol):
 class Journal:
     """Use `open`."""
 
-    def __init__(self, run: RunDirectory, display: ProgressDisplay, listeners: Sequence[Listener]) -> None:
+    def __init__(self, run: RunDirectory, display: ProgressDisplay, listeners: Sequence[Listener], first_step: int = 0) -> None:
         self._run, self._display, self._listeners = run, display, listeners
+        self._again_from: int | None = first_step  # what TensorBoard has from this step on is forgotten when it is opened
         self._board: Any = None
         self._trouble: str | None = None
 
@@ -65,7 +66,7 @@ class Journal:
     ) -> Iterator["Journal"]:
         """A journal for one sitting of a run, of which `first_step` steps are done."""
         with ProgressDisplay(steps, first_step, console) as display:
-            journal = cls(run, display, listeners)
+            journal = cls(run, display, listeners, first_step)
             try:
                 yield journal
             finally:
@@ -110,14 +111,28 @@ class Journal:
         if results:
             self._draw(lambda board: board.add_hparams(settings, results, run_name=".", global_step=step))
 
+    def rewind(self, step: int) -> None:
+        """Steps from this one on are done again: TensorBoard forgets what it has of them."""
+        self._close_board()
+        self._again_from = step
+
+    def _open_board(self) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        step, self._again_from = self._again_from, None
+        self._board = SummaryWriter(str(self._run.path / "tensorboard"), purge_step=step)
+        # An evaluation after so many steps goes with them, though it is not done again.
+        for line in self._run.evaluations() if step else ():
+            if line["step"] == step:
+                for name in line.keys() - {"step", "split"}:
+                    self._board.add_scalar(f"{line['split']}/{name}", line[name], step)
+
     def _draw(self, draw: Callable[[Any], None]) -> None:
         if self._run.trouble is not None:
             return
         try:
             if self._board is None:
-                from torch.utils.tensorboard import SummaryWriter
-
-                self._board = SummaryWriter(str(self._run.path / "tensorboard"))
+                self._open_board()
             draw(self._board)
         except OSError:  # metrics.jsonl will meet the same, and say so; closing it would wait for its dead thread
             self._board = None

@@ -83,7 +83,11 @@ class RunDirectory:
 
     def last_evaluation(self) -> dict[str, Any] | None:
         """The last line of evals.jsonl."""
-        return next(reversed(read_lines(self.path / "evals.jsonl")), None)
+        return next(reversed(self.evaluations()), None)
+
+    def evaluations(self) -> list[dict[str, Any]]:
+        """All lines of evals.jsonl."""
+        return read_lines(self.path / "evals.jsonl")
 
     def metric(self, values: Mapping[str, Any]) -> None:
         """A line of metrics.jsonl."""

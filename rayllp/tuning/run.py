@@ -2,7 +2,9 @@
 
 import json
 import math
+import os
 import shutil
+import stat
 from datetime import date
 from functools import partial
 from pathlib import Path
@@ -53,12 +55,13 @@ def tune(
         resume: the directory of a sweep whose driver was stopped or lost: finished trials stay, others go on from their checkpoints.
 
     Raises:
-        SettingsError: the sweep, its base config or its space are wrong, or no trial is feasible.
+        SettingsError: the sweep, its base config or its space are wrong, no trial is feasible, or what is to be resumed is others'.
         ClusterError: a trial needs more than the cluster has.
     """
     console = console or Console(stderr=True)
     if resume is not None:
         folder = Path(resume).absolute()
+        _refuse_others_files(folder)
         sweep = _read_sweep(folder)
     elif sweep is None:
         raise SettingsError("a sweep file or --resume DIRECTORY is needed")
@@ -231,6 +234,21 @@ def _create(output: str | Path | None, sweep: Sweep, record: DataRecord | None) 
     except OSError as error:
         raise SettingsError(f"output {path} cannot be written: {error.strerror}; choose another with --output") from None
     return path.absolute()
+
+
+def _refuse_others_files(folder: Path) -> None:
+    """Refuse to go on with a sweep that others may have written: Ray Tune pickles its state, so reading it runs what is in there."""
+    if not folder.is_dir():
+        return  # said by who reads it
+    files = [folder, *(Path(parent) / name for parent, folders, names in os.walk(folder) for name in (*folders, *names))]
+    for path in files:
+        found = path.lstat()
+        whose = "belongs to another user" if found.st_uid != os.getuid() else "can be written by every user"
+        if found.st_uid != os.getuid() or (found.st_mode & stat.S_IWOTH and not stat.S_ISLNK(found.st_mode)):
+            raise SettingsError(
+                f"{path} {whose}, and going on with a sweep runs code that its directory holds (Ray Tune's state is pickled): if you trust "
+                f"all of it, make it your own (chown -R, chmod -R o-w) and resume it then; docs/security.md"
+            )
 
 
 def _read_sweep(folder: Path) -> Sweep:

@@ -61,7 +61,7 @@ class _Search(Searcher):
         Path(checkpoint_path).write_bytes(pickle.dumps(self.__dict__))
 
     def restore(self, checkpoint_path: str) -> None:
-        self.__dict__.update(pickle.loads(Path(checkpoint_path).read_bytes()))  # Tune's own experiment state, in the sweep's directory
+        self.__dict__.update(pickle.loads(Path(checkpoint_path).read_bytes()))  # as Tune's own state: tune.run refuses others' folders
 
     def on_trial_result(self, trial_id: str, result: Any) -> None: ...
 

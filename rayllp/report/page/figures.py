@@ -99,7 +99,8 @@ def describe_event(event: dict[str, Any]) -> str:
     """An event in words."""
     step, kind = event["step"], event["kind"]
     if kind == "switch":
-        return f"step {step}: to {event['to']}, {event['rung']}: {event['reason']}"
+        trying = f", trying {event['trying']}" if event.get("trying") else ""
+        return f"step {step}: to {event['to']}, {event['rung']}{trying}: {event['reason']}"
     if kind == "resize":
         return f"step {step}: {event['workers_before']} workers became {event['workers']}"
     if kind == "fault":
