@@ -1,7 +1,10 @@
 """The command line."""
 
 import io
+import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -10,7 +13,12 @@ import typer
 from rich.console import Console
 
 from rayllp.config import TrainConfig, load_config, load_run_config
-from rayllp.errors import RayllpError
+from rayllp.errors import DataError, HeldError, RayllpError, SettingsError
+
+FAILED, REFUSED, SIGNALLED = 1, 2, 128
+"""Exit codes: it was begun and failed, or there is something to mend; nothing was done, since the command cannot work; stopped by a signal,
+whose number is added. 0: all was done.
+"""
 
 
 class Launcher(StrEnum):
@@ -43,23 +51,29 @@ def train(
         refuse_unnamed_code(changed, resume, named)
     else:
         settings = None if resume else load_config(config, overrides or [])
-    if launcher is Launcher.mpi:
-        from rayllp.cluster.launched import train_launched
+    with _stoppable("no step was done"):
+        if launcher is Launcher.mpi:
+            from rayllp.cluster.launched import train_launched
 
-        result = train_launched(settings, output=output, resume=resume)
-        if result is None:  # rank 0 says how it went
-            return
-    else:
-        from rayllp.cluster.session import train as run_training
+            result = train_launched(settings, output=output, resume=resume)
+            if result is None:  # rank 0 says how it went
+                return
+        else:
+            from rayllp.cluster.session import train as run_training
 
-        result = run_training(settings, output=output, resume=resume)
+            result = run_training(settings, output=output, resume=resume)
+    from rayllp.report.progress import unread
+
     if result.stopped:
-        raise typer.Exit(130)
+        raise typer.Exit(SIGNALLED + (result.signal or signal.SIGINT))
     out = Console(highlight=False)
     others = "".join(f", {name} {value:.4f}" for name, value in result.metrics.items())
-    out.print(f"validation loss {result.validation_loss:.4f}{others} after {result.steps} steps (exact forward); see {result.directory}")
-    if result.sample:
-        out.print("sample:", result.sample, sep="\n", markup=False)
+    with unread():
+        out.print(
+            f"validation loss {result.validation_loss:.4f}{others} after {result.steps} steps (exact forward); see {result.directory}"
+        )
+        if result.sample:
+            out.print("sample:", result.sample, sep="\n", markup=False)
 
 
 @app.command()
@@ -74,10 +88,16 @@ def tune(
         raise typer.BadParameter("--resume takes the sweep's own file: give no SWEEP, --output or --set with it")
     if not resume and not sweep:
         raise typer.BadParameter("give a sweep's YAML file (tune_configs/ has some), or --resume DIRECTORY")
+    from rayllp.cluster.interrupt import Stopped, interrupting
     from rayllp.tuning.run import tune as run_sweep
     from rayllp.tuning.sweep import load_sweep
 
-    run_sweep(load_sweep(sweep, overrides or []) if sweep else None, output=output, resume=resume)
+    with _stoppable("what was done is kept; go on with --resume DIRECTORY"), interrupting() as signalled:
+        results = run_sweep(load_sweep(sweep, overrides or []) if sweep else None, output=output, resume=resume)
+        if number := signalled():
+            raise Stopped(number)
+    if results.num_terminated < len(results):
+        raise typer.Exit(FAILED)
 
 
 @app.command()
@@ -230,6 +250,22 @@ def settings() -> None:
     typer.echo(settings_table())
 
 
+@contextmanager
+def _stoppable(what: str) -> Iterator[None]:
+    """Say in a line, and by the exit code, that what is inside was given up because of a signal."""
+    try:
+        yield
+    except KeyboardInterrupt as stopped:
+        number = getattr(stopped, "number", signal.SIGINT)
+        Console(stderr=True, highlight=False, soft_wrap=True).print(f"stopped by {signal.Signals(number).name}: {what}", markup=False)
+        raise typer.Exit(SIGNALLED + number) from None
+
+
+def exit_code(error: RayllpError) -> int:
+    """REFUSED where the command has to be changed before anything can be done, else FAILED."""
+    return REFUSED if isinstance(error, SettingsError | DataError | HeldError) else FAILED
+
+
 def main() -> None:
     """Run the command line; errors of ours are one message, not a traceback."""
     for stream in (sys.stdout, sys.stderr):
@@ -239,6 +275,6 @@ def main() -> None:
         app()
     except RayllpError as error:
         Console(stderr=True, highlight=False, soft_wrap=True).print(f"{type(error).__name__}: {error}", markup=False, style="red")
-        sys.exit(2)
+        sys.exit(exit_code(error))
     except KeyboardInterrupt:
-        sys.exit(130)
+        sys.exit(SIGNALLED + signal.SIGINT)

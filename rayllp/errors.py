@@ -51,3 +51,7 @@ class DamagedCheckpointError(CheckpointError):
 
 class NotARunError(SettingsError, CheckpointError):
     """A directory was given that holds no run: a wrong argument, and nothing to go on from."""
+
+
+class HeldError(RayllpError, RuntimeError):
+    """Another process writes to the directory of a run or sweep, or has taken it over."""

@@ -37,6 +37,15 @@ def test_what_differs_is_told_with_what_to_do(change, message):
     assert any(message in fault for fault in faults_of(NODE, replace(NODE, host="two", **change)))
 
 
+def test_workers_that_yield_to_everything_are_noted():
+    found = Diagnosis(nodes=[replace(NODE, host="first"), replace(NODE, host="two", niceness=15, wait_policy="")])
+    _compare(found)
+    assert not found.faults
+    assert [("two" in note, "first" in note) for note in found.notes] == [(True, False)] * 2
+    assert "RAY_worker_niceness=0" in found.notes[0]
+    assert "OMP_WAIT_POLICY=PASSIVE" in found.notes[1]
+
+
 def test_no_node():
     assert faults_of() == ["no node answered: is the cluster up? `ray status` says"]
 

@@ -6,10 +6,12 @@ import subprocess
 import sys
 import time
 
+import psutil
 import pytest
 import torch
 
 from rayllp.cluster.driver import Driver
+from rayllp.cluster.joining import PATIENT
 from rayllp.cluster.prepare import validate
 from rayllp.cluster.ray_group import RayGroup
 from rayllp.errors import ClusterError, NonFiniteError
@@ -66,27 +68,36 @@ def test_a_lost_worker_ends_the_run_at_once_and_leaves_nothing(tmp_path):
     wait_until(lambda: not living_actors())
 
 
-def test_ctrl_c_leaves_a_checkpoint_and_no_actor(tmp_path):
+def test_a_closed_terminal_leaves_a_checkpoint_and_no_process(tmp_path):
     run = tmp_path / "run"
-    command = [sys.executable, "-m", "rayllp", "train", "--output", str(run), "--set", "steps=100000", "--set", "eval.every=0"]
-    command += ["--set", "workers=1", "--set", "spare_workers=false"]
-    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    command = [sys.executable, "-m", "rayllp", "train"]
+    settings = ["--set", "steps=100000", "--set", "eval.every=0", "--set", "workers=1", "--set", "spare_workers=false"]
+    environment = {name: value for name, value in os.environ.items() if name not in ("RAY_ADDRESS", *PATIENT)}
     with (tmp_path / "log").open("w") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
+        process = subprocess.Popen(
+            [*command, "--output", str(run), *settings], stdout=log, stderr=log, env=environment, start_new_session=True
+        )
     try:
         metrics = run / "metrics.jsonl"
         wait_until(lambda: process.poll() is not None or (metrics.exists() and len(read(metrics)) > 3), 120)
         assert process.poll() is None, (tmp_path / "log").read_text()
-        os.killpg(process.pid, signal.SIGINT)
-        assert process.wait(60) == 130, (tmp_path / "log").read_text()
+        others = psutil.Process(process.pid).children(recursive=True)
+        (worker,) = (other for other in others if "ray::BlockWorker" in " ".join(other.cmdline()))
+        assert worker.nice() == psutil.Process(process.pid).nice()
+        (parent,) = (other for other in others if other.name() == "raylet")  # the worker's own is overwritten by its title
+        assert parent.environ()["OMP_WAIT_POLICY"] == "PASSIVE"
+
+        os.killpg(process.pid, signal.SIGHUP)
+        assert process.wait(60) == 128 + signal.SIGHUP, (tmp_path / "log").read_text()
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
     (checkpoint,) = (run / "checkpoints").iterdir()
     assert checkpoint.name == f"step_{len(read(metrics))}"
     assert (checkpoint / "manifest.json").exists()
+    assert [event["kind"] for event in read(run / "events.jsonl")].count("fault") == 0
     assert f"rayllp train --resume {run}" in (tmp_path / "log").read_text()
-    assert not subprocess.run(["pgrep", "-g", str(process.pid)], capture_output=True, text=True).stdout
+    assert not psutil.wait_procs(others, timeout=10)[1]
 
 
 def test_training_goes_on_where_nothing_can_be_written(tmp_path):

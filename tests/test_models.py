@@ -8,6 +8,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from rayllp.channel import LocalChannel, run_workers
+from rayllp.channel.base import ChannelAround
 from rayllp.data import Facts
 from rayllp.engine import Engine
 from rayllp.engine.decode import continue_text, translate
@@ -134,7 +135,38 @@ def test_every_kind_of_dropout_is_frozen_within_a_step_in_a_users_module():
             torch.testing.assert_close(got[name], gradient, rtol=1e-10, atol=1e-12)
 
 
-# Generation -------------------------------------------------------------------------------------------------------------------------
+# Generation and evaluation ----------------------------------------------------------------------------------------------------------
+
+
+class Held(ChannelAround):
+    """Counts messages that a channel may still hold: those sent since it was last asked to finish."""
+
+    now, most = 0, 0
+
+    def send(self, state, destination, tag):
+        super().send(state, destination, tag)
+        self.now += 1
+        self.most = max(self.most, self.now)
+
+    def finish(self):
+        super().finish()
+        self.now = 0
+
+
+@pytest.mark.parametrize("placement", ["blocks", "cyclic"])
+def test_evaluation_and_generation_hold_two_states_at_most_however_long_they_go_on(placement):
+    def work(channel):
+        held = Held(channel)
+        engine = make(config_of("gpt2", workers=3, mesh={"placement": placement}), held)
+        engine.evaluate(5)
+        evaluated, held.most = held.most, 0
+        continue_text(engine.exact_forward, [1, 2, 3], 5)
+        return evaluated, held.most, held.now
+
+    evaluated, generated, left = zip(*run_workers(3, work), strict=True)
+    assert 1 <= max(evaluated) <= 2
+    assert 1 <= max(generated) <= 2
+    assert not any(left)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])

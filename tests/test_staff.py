@@ -1,11 +1,15 @@
 """Worker processes that outlive a run, for the next one in the same placement group."""
 
+import gc
+import logging
+
 import pytest
 import ray
 from ray.util.placement_group import placement_group, remove_placement_group
 from rich.console import Console
 
 from rayllp.cluster.driver import Driver
+from rayllp.cluster.given import Plan
 from rayllp.cluster.prepare import validate
 from rayllp.cluster.ray_group import RayGroup
 from rayllp.cluster.staff import Staff
@@ -19,8 +23,8 @@ pytestmark = pytest.mark.usefixtures("ray_cluster")
 class Watched(Driver):
     """Notes the processes that the workers are."""
 
-    def _begin(self, start, manifest):
-        step = super()._begin(start, manifest)
+    def _begin(self, found):
+        step = super()._begin(found)
         self.pids = [actor["Pid"] for actor in living_actors()]
         return step
 
@@ -57,3 +61,25 @@ def test_the_next_run_takes_the_same_processes_and_nothing_else_of_the_last(tmp_
         remove_placement_group(group)
     wait_until(lambda: not living_actors())
     assert not placement_groups()
+
+
+def test_a_spare_that_fails_while_it_warms_is_as_if_there_were_none():
+    said = []
+    listener = logging.Handler()
+    listener.emit = lambda record: said.append(record.getMessage())
+    config, node, staff = tiny(workers=1), ray.get_runtime_context().get_node_id(), Staff(1, "cpu")
+    logging.getLogger("ray._private.worker").addHandler(listener)
+    try:
+        for end in (lambda: staff.take_spare(node), staff.dismiss_idle):
+            staff.keep_spares([node], config, None, "no batches", Plan())
+            ready = staff._spares[node].ready
+            assert ray.wait([ready], timeout=120)[0]
+            del ready
+            assert end() is None
+            assert not staff._spares
+        gc.collect()
+        wait_until(lambda: not living_actors())
+    finally:
+        logging.getLogger("ray._private.worker").removeHandler(listener)
+        staff.close()
+    assert not said, said

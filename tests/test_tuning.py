@@ -299,8 +299,11 @@ def test_what_a_trial_did_before_it_took_anothers_weights_is_void(tmp_path):
 
 
 @pytest.mark.usefixtures("ray_cluster")
-def test_a_sweep_ends_with_a_config_that_trains_and_leaves_nothing(tmp_path):
-    space = {"optimizer.lr": {"choice": [1e-3, 1e30]}, "mgrit.coarsening": {"choice": [2, 16]}}
+def test_a_sweep_ends_with_a_config_that_trains_and_leaves_nothing(tmp_path, monkeypatch):
+    (tmp_path / "text.txt").write_text("a relative path starts from where the sweep does\n" * 100)
+    monkeypatch.chdir(tmp_path)
+    data = {"data.path": {"choice": ["text.txt"]}, "data.tokenizer": {"choice": ["bytes"]}}  # what varies is loaded by the trials
+    space = {"optimizer.lr": {"choice": [1e-3, 1e30]}, "mgrit.coarsening": {"choice": [2, 16]}, **data}
     sweep = sweep_of(space=space, searcher="grid", scheduler="none", concurrent=2)
     results = rayllp.tune(sweep, output=tmp_path / "out")
     assert not placement_groups()

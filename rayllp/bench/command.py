@@ -13,9 +13,9 @@ from rayllp.bench.emulated import Emulation, RandomBatches, emulated_stack
 from rayllp.bench.layers import bench_layers, data_for_timing, device_here, layer_model, measure_layers, read_layers
 from rayllp.bench.step import bench_step, show_step
 from rayllp.channel.timing import LARGE, Link
+from rayllp.cluster.joining import join_cluster
 from rayllp.cluster.places import choose_device
 from rayllp.cluster.ray_group import RayGroup
-from rayllp.cluster.session import join_cluster
 from rayllp.cluster.staff import Staff
 from rayllp.config import TrainConfig
 from rayllp.errors import SettingsError

@@ -121,7 +121,10 @@ class Channel(Protocol):
         ...
 
     def finish(self) -> None:
-        """Wait until everything sent has left, so that its memory can be used again."""
+        """Wait until everything sent has left, so that its memory can be used again.
+
+        A channel may hold all that was sent until then: who sends on and on calls this where the receivers are known to be as far.
+        """
         ...
 
     def close(self) -> None:

@@ -47,6 +47,8 @@ class Node:
     nccl: str
     clock_skew_s: float
     shared: str
+    niceness: int = 0
+    wait_policy: str = "PASSIVE"
 
 
 @dataclass(frozen=True)
@@ -150,7 +152,7 @@ def _describe_node(mark: Mark | None) -> dict[str, Any]:
     gpus, nccl = _gpus()
     return {
         "time": now, "host": socket.gethostname(), "python": platform.python_version(), "packages": packages, "gpus": gpus, "nccl": nccl,
-        "shared": "–" if mark is None else mark.look(),
+        "shared": "–" if mark is None else mark.look(), "niceness": os.nice(0), "wait_policy": os.environ.get("OMP_WAIT_POLICY", ""),
     }  # fmt: skip
 
 
@@ -204,8 +206,26 @@ def _compare(found: Diagnosis) -> None:
             found.faults.append(
                 f"{node.host} cannot use the shared path ({node.shared}): mount it there, or give a URL that all nodes reach"
             )
+    _note_impatience(found)
     if not found.nodes:
         found.faults.append("no node answered: is the cluster up? `ray status` says")
+
+
+def _note_impatience(found: Diagnosis) -> None:
+    """What makes workers slow beside other programs: a choice of whoever has started the cluster, so it is no fault."""
+    nice = [node for node in found.nodes if node.niceness > 0]
+    if nice:
+        hosts = ", ".join(node.host for node in nice)
+        found.notes.append(
+            f"workers on {hosts} run at niceness {nice[0].niceness} (Ray's default is 15), and get next to nothing beside a busy program: "
+            "where nodes do other work, start them with RAY_worker_niceness=0"
+        )
+    spinning = [node.host for node in found.nodes if node.cpus and not node.gpus and node.wait_policy.upper() != "PASSIVE"]
+    if spinning:
+        found.notes.append(
+            f"threads on {', '.join(spinning)} spin while they wait, also for one that another program keeps from its core: where nodes do "
+            "other work, start them with OMP_WAIT_POLICY=PASSIVE"
+        )
 
 
 @contextlib.contextmanager
@@ -278,11 +298,11 @@ def _measure_link(one: Node, other: Node, backend: str) -> Link:
 
 def run_doctor(path: str | None, console: Console) -> bool:
     """Join the cluster of RAY_ADDRESS, else the one on this machine, else start one; whether there is nothing to mend."""
-    from rayllp.cluster.session import join_cluster
+    from rayllp.cluster.joining import join_cluster
 
-    if not ray.is_initialized() and "RAY_ADDRESS" not in os.environ:
+    if not ray.is_initialized() and not os.environ.get("RAY_ADDRESS"):
         console.print("RAY_ADDRESS is not set: looking at a cluster of this machine's own, as `rayllp train` would start it")
-    with join_cluster(1):
+    with join_cluster(1, console):
         found = examine(path)
     show(found, console)
     return not found.faults

@@ -16,12 +16,13 @@ from rayllp.cluster.ledger import Chunk
 from rayllp.cluster.resizing import Resizing
 from rayllp.cluster.saving import Saver
 from rayllp.cluster.training import Training
-from rayllp.cluster.wording import describe_other_length, describe_run, describe_stage
+from rayllp.cluster.wording import describe_other_length, describe_run, describe_stage, note_without_pipeline
 from rayllp.config import TrainConfig
 from rayllp.data import Batches
 from rayllp.errors import RayllpError
 from rayllp.models import Architecture
 from rayllp.report import Journal, Listener, RunDirectory
+from rayllp.report.progress import tell
 
 
 class Driver:
@@ -48,7 +49,7 @@ class Driver:
         self.console = console or Console(stderr=True)
         self.stop = False
         self.saver = Saver(run, workers, config, self.loaded.record)
-        self.evaluator = Evaluator(run, workers, self.saver, config.eval, self.data, batches)
+        self.evaluator = Evaluator(run, workers, self.saver, config.eval, self.data, batches, lambda: self.stop)
         self.resizing: Resizing | None = None
         self.recovery: Recovery | None = None
 
@@ -63,32 +64,34 @@ class Driver:
         begin = step_of(found[-1]) if found else 0
         self.run.mend()
         try:
-            with Journal.open(self.run, self.whole.steps, begin, self.console, self.listeners) as self.journal:
+            with (
+                Journal.open(self.run, self.whole.steps, begin, self.console, self.listeners) as self.journal,
+                stopping(self._stop) as self.signals,
+            ):
                 self.training = Training(self.whole, self.run, self.workers, self.saver, self.journal, self.model, self.kept)
                 if isinstance(self.workers, ElasticGroup):
                     self.resizing = Resizing(self.training, self.workers)
                     self.recovery = Recovery(self.training, self.workers, self.resizing)
-                step = self._begin(list(found))
-                with stopping(self._stop):  # a start that is interrupted leaves nothing
-                    step, final, sample = self._train_through_faults(step)
+                with self.signals.at_once():  # a start that is interrupted leaves nothing
+                    step = self._begin(list(found))
+                step, final, sample = self._train_through_faults(step)
         except BaseException:
             self.run.discard_if_unused()
             raise
         finally:
             self.workers.shutdown()
         if self.stop:
-            self.console.print(
-                f"stopped after step {step}; go on with: rayllp train --resume {self.run.path}", highlight=False, soft_wrap=True
-            )
+            tell(self.console, f"stopped after step {step}; go on with: rayllp train --resume {self.run.path}")
         loss = final.pop("loss", None)
         return TrainResult(
-            directory=self.run.path, steps=step, validation_loss=loss, metrics=final, sample=sample, stopped=self.stop
+            directory=self.run.path, steps=step, validation_loss=loss, metrics=final, sample=sample, stopped=self.stop,
+            signal=self.signals.number,
         )  # fmt: skip
 
     def _stop(self) -> None:
         """End after the chunk in hand."""
         self.stop = True
-        self.console.print("stopping after this chunk of steps, with a checkpoint; again to stop at once", highlight=False, soft_wrap=True)
+        tell(self.console, "stopping after this chunk of steps, with a checkpoint; again to stop at once")
 
     # The start ------------------------------------------------------------------------------------------------------------------
 
@@ -118,6 +121,8 @@ class Driver:
         before = (manifest or {}).get("config", {}).get("steps")
         if before not in (None, self.whole.steps):
             self.journal.say(describe_other_length(self.whole, before, step))
+        if note := note_without_pipeline(self.training.config):
+            self.journal.say(note)
         return step
 
     def _say_changes(self, step: int) -> None:
@@ -159,11 +164,22 @@ class Driver:
     def _train_to_the_end(self, step: int) -> tuple[int, dict[str, float], str]:
         step = self._train_stages(step)
         self.training.save(step)  # first of all: what follows can take long, and be interrupted
-        final, sample = ({}, "") if self.stop else self.evaluator.finish(step, self.journal)
+        final, sample = ({}, "") if self.stop else self._evaluate_at_the_end(step)
         self.training.save(step)
         self._say_gain(step)
         self.journal.finish(self.whole, final, sample, step)
         return step, final, sample
+
+    def _evaluate_at_the_end(self, step: int) -> tuple[dict[str, float], str]:
+        """What `Evaluator.finish` finds; nothing if it is given up: all is saved, and elastic workers can be left at what they do."""
+        if not isinstance(self.workers, ElasticGroup):
+            return self.evaluator.finish(step, self.journal)
+        try:
+            with self.signals.at_once():
+                return self.evaluator.finish(step, self.journal)
+        except KeyboardInterrupt:
+            self.stop = True
+            return {}, ""
 
     def _say_gain(self, step: int) -> None:
         """What the layer-parallel steps of this sitting were worth."""

@@ -1,5 +1,10 @@
-"""Evaluations of a run: held-out loss and metrics, BLEU, a sample; and which step was the best."""
+"""Evaluations of a run: held-out loss and metrics, BLEU, a sample; and which step was the best.
 
+They are done in parts of about a second, so that whoever watches sees how far they are, and the run can be stopped in between.
+"""
+
+import time
+from collections.abc import Callable
 from typing import Any
 
 from rayllp.cluster.group import WorkerGroup
@@ -7,6 +12,10 @@ from rayllp.cluster.saving import Saver
 from rayllp.config import EvalSettings
 from rayllp.data import Batches, StreamBatches, TextBatches
 from rayllp.report import Journal, RunDirectory
+
+PART_S = 1.0
+SENTENCES = {"cpu": 10, "cuda": 50}
+"""Translated at a time: few take seconds on CPUs, many are as fast as few on a GPU."""
 
 
 class Evaluator:
@@ -17,15 +26,17 @@ class Evaluator:
 
     Args:
         saver: is told of every loss.
+        stopped: says whether the run is to end, so that an evaluation on the way is given up.
         data: the data set that the settings name; None for batches of the user's own.
         batches: the latter.
     """
 
     def __init__(
-        self, run: RunDirectory, workers: WorkerGroup, saver: Saver, settings: EvalSettings, data: Any, batches: Batches | None
-    ) -> None:
+        self, run: RunDirectory, workers: WorkerGroup, saver: Saver, settings: EvalSettings, data: Any, batches: Batches | None,
+        stopped: Callable[[], bool] = bool,
+    ) -> None:  # fmt: skip
         self.run, self.workers, self.saver, self.settings = run, workers, saver, settings
-        self.data, self.batches = data, batches
+        self.data, self.batches, self._stopped = data, batches, stopped
         self.last = -1
 
     def is_due(self, step: int) -> bool:
@@ -35,34 +46,60 @@ class Evaluator:
     def evaluate(self, step: int, journal: Journal) -> None:
         """An evaluation on the way."""
         found = self._measure(step, journal, self.settings.batches, self.settings.translate)
-        journal.say(f"step {step}: validation " + ", ".join(f"{name} {value:.4f}" for name, value in found.items()))
+        if found:
+            journal.say(f"step {step}: validation " + ", ".join(f"{name} {value:.4f}" for name, value in found.items()))
 
     def finish(self, step: int, journal: Journal) -> tuple[dict[str, float], str]:
-        """The last evaluation, over more batches where the settings say so; and a sample of the text."""
+        """The last evaluation, over more batches where the settings say so; and a sample of the text. Empty if the run is stopped."""
         settings, sample = self.settings, ""
         finite = hasattr(self.batches or self.data, "batches") and not isinstance(self.data, StreamBatches)  # a text may be long
         batches = settings.final_batches or (0 if finite else settings.batches)
         found = self._measure(step, journal, batches, settings.final_translate)
-        if isinstance(self.data, TextBatches) and settings.sample:
+        if found and isinstance(self.data, TextBatches) and settings.sample:
             prompt = [int(token) for token in self.data.tokens["validation"][:16]]
+            journal.progress("sample", 0, settings.sample)
             tokens = self.workers.call("generate", prompt, settings.sample)[0]
             sample = self.data.tokenizer.decode([*prompt, *tokens])
             self.run.write_text("sample.txt", sample)
         return found, sample
 
     def _measure(self, step: int, journal: Journal, batches: int, translations: int) -> dict[str, float]:
-        found: dict[str, float] = self.workers.call("evaluate", batches)[0]
+        """The figures, which are recorded; none if the run is stopped before they are there."""
+        found = self._losses(journal, batches)
+        if found is None:
+            return {}
+        bleu = self._bleu(journal, translations) if translations and hasattr(self.data, "references") else None
+        if self._stopped():
+            return {}
+        if bleu is not None:
+            found["bleu"] = bleu
         self.saver.note_loss(step, found["loss"], batches)
-        if translations and hasattr(self.data, "references"):
-            found["bleu"] = self._bleu(translations)
         journal.evaluation(step, found)
         self.last = step
         return found
 
-    def _bleu(self, sentences: int) -> float:
+    def _losses(self, journal: Journal, batches: int) -> dict[str, float] | None:
+        found: dict[str, float] | None = None
+        done, most = 0, 1
+        fewest = 2 * self.workers.config.layer_workers  # with fewer the workers would mostly wait for each other
+        while found is None and not self._stopped():
+            began = time.perf_counter()
+            before, (done, size, found) = done, self.workers.call("evaluate", batches, done, most)[0]
+            most = max(fewest, int(PART_S * (done - before) / (time.perf_counter() - began)))
+            journal.progress("evaluation", done, size)
+        return found
+
+    def _bleu(self, journal: Journal, sentences: int) -> float | None:
         from sacrebleu import corpus_bleu
 
-        translations = self.workers.call("translate", sentences, self.settings.beams)[0]
-        references = self.data.references("validation")[: len(translations)]
+        references = self.data.references("validation")[:sentences]
+        translations: list[str] = []
+        while len(translations) < len(references):
+            if self._stopped():
+                return None
+            journal.progress("translation", len(translations), len(references))
+            stop = min(len(references), len(translations) + SENTENCES[self.workers.device])
+            translations += self.workers.call("translate", len(translations), stop, self.settings.beams)[0]
+        journal.progress("translation", len(translations), len(references))
         self.run.write_text("translations.txt", "".join(line + "\n" for line in translations))
         return float(corpus_bleu(translations, [references]).score)

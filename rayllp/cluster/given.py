@@ -1,12 +1,14 @@
 """What a run is given, and what it gives back."""
 
+import contextlib
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 from rayllp.config import TrainConfig
 from rayllp.data.record import DataRecord
-from rayllp.models import Architecture, LayerStack
+from rayllp.models import FAMILIES, Architecture, LayerStack
 from rayllp.sizes import with_layers
 
 
@@ -20,7 +22,8 @@ class TrainResult:
         validation_loss: mean held-out loss per token (or image, or sentence), exact forward; None if stopped early.
         metrics: what else the last evaluation found: perplexity, accuracy, bleu, by the family.
         sample: generated text; empty unless the family writes text, and for a stopped run.
-        stopped: whether Ctrl-C (or SIGTERM) ended it.
+        stopped: whether Ctrl-C, SIGTERM or a closed terminal ended it.
+        signal: the number of the signal that did.
     """
 
     directory: Path
@@ -28,6 +31,7 @@ class TrainResult:
     validation_loss: float | None
     sample: str
     stopped: bool
+    signal: int | None = None
     metrics: dict[str, float] = field(default_factory=dict)
 
 
@@ -43,6 +47,32 @@ class Loaded(NamedTuple):
     kept: dict[str, Any] | None
     record: DataRecord | None = None
     changed: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a worker needs besides settings and data to build a model that settings name.
+
+    Attributes:
+        families: where adapters are, those that the user's program registered among them.
+        kept: transformers' configuration of a run that goes on.
+        here: the folder that relative paths start from: the driver's. Ray's processes may be elsewhere.
+    """
+
+    families: dict[str, str] = field(default_factory=dict)
+    kept: dict[str, Any] | None = None
+    here: str = field(default_factory=os.getcwd)
+
+    def apply(self) -> None:
+        """Make this process know the families, and go to the driver's folder if there is one here."""
+        FAMILIES.update(self.families)
+        with contextlib.suppress(OSError):
+            os.chdir(self.here)
+
+    @classmethod
+    def of(cls, architecture: Architecture | None, kept: dict[str, Any] | None) -> Self:
+        """Of what the driver knows; an architecture of the user's own needs no adapter."""
+        return cls({} if architecture is not None else dict(FAMILIES), kept)
 
 
 def whole_network(whole: TrainConfig, found: dict[str, Any] | None) -> dict[str, Any] | None:

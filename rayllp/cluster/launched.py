@@ -22,17 +22,18 @@ from rich.console import Console
 
 from rayllp.channel.interfaces import LOOPBACK, Door, Reached, addresses, explain, open_doors
 from rayllp.channel.mpi import MPIWorld, leave_no_names, load_mpi
+from rayllp.cluster.cpus import bound_to, usable_cpus
 from rayllp.cluster.driver import Driver
-from rayllp.cluster.given import TrainResult
+from rayllp.cluster.given import Plan, TrainResult
 from rayllp.cluster.group import WorkerGroup
+from rayllp.cluster.interrupt import ASKING
 from rayllp.cluster.places import threads_of
-from rayllp.cluster.prepare import prepare
-from rayllp.cluster.worker import BlockWorker, Place, Plan
+from rayllp.cluster.prepare import open_run, prepare
+from rayllp.cluster.worker import BlockWorker, Place
 from rayllp.config import TrainConfig, make_config
 from rayllp.data import Batches
 from rayllp.errors import ClusterError, RayllpError, RendezvousError, SettingsError
 from rayllp.models import Architecture
-from rayllp.report import RunDirectory
 
 TAG = 11
 PAUSE_S = 5e-4
@@ -42,11 +43,18 @@ STOP = "stop"
 
 @dataclass(frozen=True)
 class Launched:
-    """This process among those that MPI's launcher started: all of them, this one's place on its node, and how many are there."""
+    """This process among those that MPI's launcher started.
+
+    Attributes:
+        comm: all of them.
+        local_rank, local_size: this one's place on its node, and how many are there.
+        cpus: this one's share of what they may use there.
+    """
 
     comm: Any
     local_rank: int
     local_size: int
+    cpus: int = 1
 
 
 def launched() -> Launched:
@@ -60,7 +68,9 @@ def launched() -> Launched:
         MPI.Init_thread(MPI.THREAD_MULTIPLE)
     leave_no_names(MPI.COMM_WORLD)
     node = MPI.COMM_WORLD.Split_type(MPI.COMM_TYPE_SHARED)
-    return Launched(MPI.COMM_WORLD.Dup(), node.Get_rank(), node.Get_size())
+    # The launcher may have bound each process to CPUs of its own, which none shares.
+    sharing = sum(not bound.isdisjoint(bound_to()) for bound in node.allgather(bound_to()))
+    return Launched(MPI.COMM_WORLD.Dup(), node.Get_rank(), node.Get_size(), max(1, usable_cpus() // sharing))
 
 
 def train_launched(
@@ -76,18 +86,20 @@ def train_launched(
     here = launched()
     comm = here.comm
     if comm.Get_rank() > 0:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the launcher passes Ctrl-C to all; the driver decides what it means
+        for number in ASKING:  # the launcher, or the job's manager, passes them to all; the driver decides what they mean
+            signal.signal(number, signal.SIG_IGN)
         _serve(here)
         load_mpi().Finalize()
         return None
     others = _Others(comm)
     try:
-        run, config, found, loaded = prepare(sized(config, comm.Get_size()) if resume is None else config, output, resume)
+        prepared = prepare(sized(config, comm.Get_size()) if resume is None else config, output, resume)
+        config = prepared.config
         check_size(config, comm.Get_size())
         device = _device(config, here)
-        run = run or RunDirectory.create(output, config)
-        group = LaunchedGroup(config, device, here, others)
-        result = Driver(config, run, group, None, None, loaded, console).train(found)
+        with open_run(prepared, output, console) as (run, held):
+            group = LaunchedGroup(config, device, here, others)
+            result = Driver(config, run, group, None, None, prepared.loaded, console, [held]).train(prepared.found)
     except BaseException as error:
         others.abandon(error)
         raise
@@ -130,7 +142,7 @@ class LaunchedWorker(BlockWorker):
     def __init__(self, rank: int, config: TrainConfig, here: Launched, device: str) -> None:
         if device == "cuda":  # Ray's workers see one GPU each
             os.environ["CUDA_VISIBLE_DEVICES"] = _visible(here.local_rank)
-        super().__init__(rank, config, threads_of(max(1, (os.cpu_count() or 1) // here.local_size)))
+        super().__init__(rank, config, threads_of(here.cpus))
         self._here = here
         self.membership.mpi = MPIWorld(here.comm)
         self._address, self._reached = LOOPBACK, list[Reached]()
@@ -224,6 +236,8 @@ class _Others:
             self.stop()
             return
         text = f"{type(error).__name__}: {error}" if isinstance(error, RayllpError) else "".join(traceback.format_exception(error))
+        if isinstance(error, KeyboardInterrupt):
+            text = "stopped"
         Console(stderr=True, highlight=False, soft_wrap=True).print(text, markup=False, style="red")
         self.comm.Abort(2)
 

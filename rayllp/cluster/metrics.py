@@ -29,6 +29,7 @@ class ClusterMetrics:
             gauge.set_default_tags({"run": tag})
 
     def step(self, metric: Mapping[str, Any]) -> None:
+        """Set the gauges of what a step measured."""
         found = {name: metric[name] for name in ("loss", "rho_forward", "rho_backward", "bias", "step_time_s", "workers")}
         found |= {
             "tokens_per_s": metric["tokens"] / max(metric["step_time_s"], 1e-9),
@@ -39,7 +40,9 @@ class ClusterMetrics:
             if value is not None:
                 self._gauges[name].set(float(value))
 
-    def event(self, step: int, kind: str, details: Mapping[str, Any]) -> None: ...
+    def event(self, step: int, kind: str, details: Mapping[str, Any]) -> None:
+        """No gauge tells of events."""
 
     def evaluation(self, step: int, found: Mapping[str, float]) -> None:
+        """Set the gauge of the validation loss."""
         self._gauges["validation_loss"].set(found["loss"])

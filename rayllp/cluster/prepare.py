@@ -1,11 +1,14 @@
 """Before any actor starts: which run it is to be, what it goes on from, and what can be refused without a cluster."""
 
+import contextlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from rich.console import Console
 from torch import nn
 
 from rayllp.channel.mpi import check_mpi
@@ -21,15 +24,17 @@ from rayllp.engine.torchbraid_solver import check_installed
 from rayllp.errors import CheckpointError, RayllpError, SettingsError
 from rayllp.models import Architecture, LayerStack, check_batched, check_family, check_network, refuse_unnamed_code
 from rayllp.report import RunDirectory
+from rayllp.report.holding import Hold, hold
 
 
 class Prepared(NamedTuple):
-    """What a driver needs. `run` is None where there is none yet."""
+    """What a driver needs. `run` is None where there is none yet; `before` are the settings of a run that goes on with others."""
 
     run: RunDirectory | None
     config: TrainConfig
     found: list[Folder]
     loaded: Loaded | None
+    before: TrainConfig | None = None
 
 
 def prepare(
@@ -58,9 +63,27 @@ def prepare(
     if config.checkpoint.path is not None:
         check_writable(locate(config.checkpoint.path))
     loaded = validate(config, model, batches, run, found)
-    if run is not None and before is not None and before != config:
-        run.change_settings(before, config)
-    return Prepared(run, config, found, loaded)
+    return Prepared(run, config, found, loaded, before if before != config else None)
+
+
+@contextlib.contextmanager
+def open_run(prepared: Prepared, output: str | Path | None, console: Console | None) -> Iterator[tuple[RunDirectory, Hold]]:
+    """The run's directory, made if there is none, to be written by this process alone; removed if nothing has begun in it.
+
+    Raises:
+        HeldError: another process trains there.
+        SettingsError: it cannot be written.
+    """
+    run = prepared.run or RunDirectory.create(output, prepared.config)
+    told = console or Console(stderr=True)
+    with hold(run.path, partial(told.print, highlight=False, soft_wrap=True, markup=False)) as held:
+        try:
+            if prepared.before is not None:
+                run.change_settings(prepared.before, prepared.config)
+            yield run, held
+        except BaseException:
+            run.discard_if_unused()
+            raise
 
 
 def validate(
@@ -154,7 +177,7 @@ def _reopen(path: Path, config: TrainConfig | None) -> tuple[RunDirectory, Train
         refuse_unnamed_code(before, path)
     found = checkpoints(RunDirectory(path, before).checkpoints)
     if not found:
-        raise CheckpointError(f"{path} has no complete checkpoint to resume from; start it anew, with checkpoint.every set")
+        raise CheckpointError(f"{path} has no complete checkpoint to resume from: start it anew, by its settings and --output {path}")
     return RunDirectory(path, config or before), before, found
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import math
 import time
+from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import count
@@ -18,11 +19,12 @@ from rayllp.checkpoint import Folder
 from rayllp.checkpoint.location import place_of_checkpoints
 from rayllp.checkpoint.memory import Inventory, Layout, common_step, copy_offset, holder_of
 from rayllp.checkpoint.shared import leave_mark
+from rayllp.cluster.given import Plan
 from rayllp.cluster.group import ElasticGroup
 from rayllp.cluster.names import run_name
 from rayllp.cluster.places import Slot, capacity, draining
 from rayllp.cluster.staff import START_TIMEOUT_S, Staff
-from rayllp.cluster.worker import Place, Plan
+from rayllp.cluster.worker import Place
 from rayllp.config import TrainConfig
 from rayllp.data import Batches
 from rayllp.errors import ClusterError, MessageTimeoutError, RayllpError, RendezvousError, WorkerLostError
@@ -91,7 +93,10 @@ class RayGroup(ElasticGroup):
         places = self.call("place", timeout_s=START_TIMEOUT_S)
         self._nodes, self._addresses = [place.node for place in places], [place.address for place in places]
         self._check_storage(places)
-        host = LOOPBACK if len(set(self._nodes)) == 1 else places[0].address
+        crowd = Counter(self._nodes)
+        sharing = {rank: self.workers[rank].share_node.remote(crowd[node]) for rank, node in enumerate(self._nodes)}
+        self._get(sharing, START_TIMEOUT_S)
+        host = LOOPBACK if len(crowd) == 1 else places[0].address
         backend = self.config.channel if self.config.channel in ("gloo", "nccl") else "nccl" if self.device == "cuda" else "gloo"
         if not keep_offset:
             self._offset = copy_offset(self._nodes[: self.config.layer_workers])
@@ -242,7 +247,8 @@ class RayGroup(ElasticGroup):
     def _break_off(self, lost: frozenset[int]) -> None:
         """Let survivors wait no longer for lost workers, where these fell silent: with their host, or on GPUs."""
         left = self.survivors(lost)
-        gone = {self._addresses[rank] for rank in lost if rank < len(self._addresses)} - {self._addresses[rank] for rank in left}
+        known = dict(enumerate(self._addresses))  # of none before the first connection
+        gone = {known.get(rank, "") for rank in lost} - {known.get(rank, "") for rank in left}
         if gone or self.device == "cuda":
             told = [self.workers[rank].break_off.remote(sorted(gone)) for rank in left]
             ray.wait(told, num_returns=len(told), timeout=self.config.hang_timeout_s)
@@ -366,7 +372,7 @@ class RayGroup(ElasticGroup):
         self._slots, self.workers = [slot for slot, _ in seats], [worker for _, worker in seats]
 
     def _reconfigure(self) -> None:
-        self._get({rank: worker.reconfigure.remote(self.config, rank) for rank, worker in enumerate(self.workers)}, START_TIMEOUT_S)
+        self._get({rank: self.staff.reassign(worker, rank, self.config) for rank, worker in enumerate(self.workers)}, START_TIMEOUT_S)
 
     def dismiss(self) -> None:
         """Spares and recruits too."""

@@ -1,6 +1,7 @@
 """A run's checkpoints: written by the workers in the background, made to appear by the driver, read back by any number of workers."""
 
 import math
+import time
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -42,7 +43,8 @@ class Saver:
         self.saved = -1
         self._new_best: dict[str, Any] | None = None
         self._pending: Pending | None = None
-        self._overdue = False
+        self._overdue, self._why = False, ""
+        self._since = time.monotonic()
 
     # Writing --------------------------------------------------------------------------------------------------------------------
 
@@ -56,7 +58,7 @@ class Saver:
             self._pending, self._new_best = replace(self._pending, best=self._new_best or self._pending.best), None
             return
         self.finish(journal)
-        self._overdue = False
+        self._overdue, self._since = False, time.monotonic()
         try:
             folder = staging(self.run.checkpoints, step)
         except Exception as error:  # behind a URL, whatever a file system's package raises
@@ -107,8 +109,8 @@ class Saver:
         self.finish(journal)
         if self.saved != step:
             raise CheckpointError(
-                f"step {step}: its checkpoint cannot be written below {self.run.checkpoints} (events.jsonl says why); make room or make "
-                "the path writable, and go on with --resume from the last complete one"
+                f"step {step}: its checkpoint cannot be written below {self.run.checkpoints}: {self._why}. Make room or make the path "
+                "writable, and go on with --resume from the last complete one"
             )
         return self.run.checkpoints / f"step_{step}"
 
@@ -122,9 +124,10 @@ class Saver:
             self._new_best = {"step": step, "loss": loss, "batches": batches}
 
     def is_wanted(self, step: int) -> bool:
-        """Whether a checkpoint of `step` is due, the best so far, or in place of one that could not be written."""
-        every = self.settings.checkpoint.every
-        return self._overdue or self._new_best is not None or (bool(every) and step % every == 0)
+        """Whether a checkpoint of `step` is due by steps or by time, the best so far, or in place of one that could not be written."""
+        every, minutes = self.settings.checkpoint.every, self.settings.checkpoint.minutes
+        late = bool(minutes) and time.monotonic() - self._since >= 60 * minutes
+        return self._overdue or late or self._new_best is not None or (bool(every) and step % every == 0)
 
     def _crown(self, best: dict[str, Any] | None) -> None:
         if best is not None:
@@ -138,7 +141,7 @@ class Saver:
             self._pending, self._overdue = None, True
 
     def _failed(self, step: int, why: str, journal: Journal) -> None:
-        self._overdue = True
+        self._overdue, self._why = True, why
         journal.event(step, "fault", reason=f"checkpoint not written: {why}")
         journal.say(f"step {step}: WARNING: the checkpoint could not be written ({why}); training goes on, and it is tried again")
 

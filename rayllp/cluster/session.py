@@ -1,27 +1,25 @@
 """`rayllp.train`: what the settings name is checked, a cluster is joined or started, and a driver runs on it."""
 
 import contextlib
-import logging
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import ray
 from rich.console import Console
 
-from rayllp.channel.interfaces import own_address_towards
 from rayllp.cluster.driver import Driver
 from rayllp.cluster.given import TrainResult
+from rayllp.cluster.interrupt import stopping
+from rayllp.cluster.joining import join_cluster
 from rayllp.cluster.metrics import ClusterMetrics
 from rayllp.cluster.places import choose_device
-from rayllp.cluster.prepare import prepare
+from rayllp.cluster.prepare import open_run, prepare
 from rayllp.cluster.ray_group import RayGroup
 from rayllp.cluster.staff import Staff
 from rayllp.config import TrainConfig
 from rayllp.data import Batches
 from rayllp.errors import SettingsError
 from rayllp.models import Architecture
-from rayllp.report import Listener, RunDirectory
+from rayllp.report import Listener
 
 
 def train(
@@ -50,15 +48,17 @@ def train(
         SettingsError, DataError, ClusterError: before any step was done; nothing is left behind.
         NonFiniteError: the loss or a gradient is not finite; the last good state is saved first.
         CheckpointError: nothing to resume, or the run directory could not be written to the end.
+        HeldError: another process trains in that directory.
+        Stopped: Ctrl-C, SIGTERM or a closed terminal before the first step; a KeyboardInterrupt.
     """
-    run, config, found, loaded = prepare(config, output, resume, model, batches)
-    with join_cluster(config.fewest_workers):
+    prepared = prepare(config, output, resume, model, batches)
+    config = prepared.config
+    with stopping(), open_run(prepared, output, console) as (run, held), join_cluster(config.fewest_workers, console):
         device = choose_device(config)
         staff = _kept.staff(config, device) if _kept is not None else None
-        run = run or RunDirectory.create(output, config)
         workers = RayGroup.for_run(config, run.path, device, staff)
-        told = [ClusterMetrics(run.path.name), *listeners]
-        return Driver(config, run, workers, model, batches, loaded, console, told).train(found)
+        told: list[Listener] = [held, ClusterMetrics(run.path.name), *listeners]
+        return Driver(config, run, workers, model, batches, prepared.loaded, console, told).train(prepared.found)
 
 
 # Several trainings with the same processes ----------------------------------------------------------------------------------------
@@ -114,32 +114,3 @@ def keep_workers(count: int) -> Iterator[None]:
         finally:
             _kept.close()
             _kept = None
-
-
-# Around the driver ----------------------------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def join_cluster(cpus: int) -> Iterator[None]:
-    """The cluster this process belongs to, else one on this machine for as long as the run lasts, with at least so many CPUs by name."""
-    if ray.is_initialized():
-        yield
-        return
-    local = "RAY_ADDRESS" not in os.environ
-    if local:
-        ray.init(
-            address="local",
-            num_cpus=max(os.cpu_count() or 1, cpus),
-            include_dashboard=False,
-            logging_level=logging.WARNING,
-            configure_logging=True,
-        )
-    else:
-        # Ray takes the driver's address from the default route, else from the host's name. Where that is not the network of the cluster
-        # it takes the driver for one of the head's, and workers elsewhere wait for ever for what the driver hands out.
-        own = own_address_towards(os.environ["RAY_ADDRESS"])
-        ray.init(logging_level=logging.WARNING, **({} if own is None else {"_node_ip_address": own}))
-    try:
-        yield
-    finally:
-        ray.shutdown()

@@ -1,6 +1,7 @@
 """The worker processes of a run: where in the cluster they live, and those that have no layers (yet)."""
 
 import contextlib
+import time
 from collections.abc import Collection, Iterable
 from typing import Any, NamedTuple
 
@@ -73,7 +74,11 @@ class Staff:
         Raises:
             ClusterError: they did not come free.
         """
-        if not self.group.wait(START_TIMEOUT_S):
+        deadline = time.monotonic() + START_TIMEOUT_S
+        there = self.group.wait(0)
+        while not there and time.monotonic() < deadline:
+            there = self.group.wait(1)  # no signal is heeded meanwhile
+        if not there:
             available = {name: ray.available_resources().get(name, 0) for name in self._bundle}
             raise ClusterError(
                 f"{len(self.slots)} workers of {self._bundle} each were not granted within {START_TIMEOUT_S:g} s; free now: {available}. "
@@ -130,11 +135,15 @@ class Staff:
     def take_spare(self, node: str) -> Any | None:
         """The spare on this node; None: there is none. One that is still starting is further along than a new worker would be."""
         spare = self._spares.pop(node, None)
-        if spare is not None:
-            with contextlib.suppress(RayActorError, RayTaskError, GetTimeoutError):  # it died itself: as if there were none
-                ray.get([spare.ready, spare.actor.ping.remote()], timeout=START_TIMEOUT_S)
-                return spare.actor
-        return None
+        if spare is None:
+            return None
+        try:
+            ray.get(spare.ready, timeout=START_TIMEOUT_S)
+            ray.get(spare.actor.ping.remote(), timeout=START_TIMEOUT_S)
+        except (RayActorError, RayTaskError, GetTimeoutError):  # as if there were none
+            self.dismiss([spare.actor])
+            return None
+        return spare.actor
 
     # Recruits -------------------------------------------------------------------------------------------------------------------
 
@@ -182,6 +191,9 @@ class Staff:
 
     def dismiss_idle(self) -> None:
         """End all processes that have no layers."""
+        for starting in (*self._recruits.values(), *self._spares.values()):
+            with contextlib.suppress(Exception):  # of what failed unnoticed Ray would print a traceback, when it is forgotten
+                ray.get(starting.ready, timeout=0)
         self.dismiss([*self._idle.values(), *(each.actor for each in (*self._recruits.values(), *self._spares.values()))])
         self._idle, self._recruits, self._spares = {}, {}, {}
 

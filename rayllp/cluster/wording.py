@@ -5,6 +5,7 @@ from pathlib import Path
 
 from rayllp.config import TrainConfig
 from rayllp.engine.optimizer import learning_rate
+from rayllp.engine.pipeline import count_microbatches
 from rayllp.nested import Stage
 
 
@@ -41,6 +42,21 @@ def describe_layout(config: TrainConfig) -> str:
     if config.placement == "cyclic":
         return f"{config.layer_workers} workers take layers in turn, windows of {config.window}"
     return f"{config.layer_workers} blocks {listed(config.blocks, '/')}"
+
+
+def note_without_pipeline(config: TrainConfig) -> str | None:
+    """That exact steps cannot keep all workers busy, where there are some; None: they can."""
+    workers, sequences = config.layer_workers, config.replica_batch // config.accumulate
+    if config.mode == "parallel" or config.placement == "cyclic":
+        return None
+    microbatches = config.accumulate * count_microbatches(sequences, workers, config.microbatches)
+    if microbatches >= workers:
+        return None
+    given = f"microbatches={config.microbatches}" if config.microbatches else f"a batch of {sequences} sequences"
+    return (
+        f"exact steps go without the pipeline, worker after worker: {given} makes {microbatches} microbatches for {workers} workers; "
+        f"give at least {workers}, by microbatches or batch_size"
+    )
 
 
 def describe_stage(stage: Stage, whole: TrainConfig) -> str:

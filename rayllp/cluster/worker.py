@@ -8,8 +8,7 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple, ParamSpec, Self, TypeVar
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import ray
 import torch
@@ -21,6 +20,8 @@ from rayllp.channel.timing import Link, time_messages
 from rayllp.checkpoint import PieceWriter, Prolongation, load_pieces, locate
 from rayllp.checkpoint.memory import Inventory, Layout, NeighbourCopies
 from rayllp.checkpoint.shared import Mark
+from rayllp.cluster.cpus import usable_cpus
+from rayllp.cluster.given import Plan
 from rayllp.cluster.membership import Membership
 from rayllp.config import TrainConfig
 from rayllp.control import Accuracy, ProbePlan
@@ -28,7 +29,7 @@ from rayllp.data import Batches
 from rayllp.engine import Engine, StepStats
 from rayllp.engine.memory import keep_freed_memory, peak_memory
 from rayllp.errors import ChannelError, RayllpError
-from rayllp.models import FAMILIES, Architecture, build_architecture
+from rayllp.models import Architecture, build_architecture
 from rayllp.timeline import TimedStep, Timeline
 
 REMEMBERED = 512
@@ -46,24 +47,6 @@ class Place(NamedTuple):
     node: str
     address: str
     host: str
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What a worker needs besides settings and data to build a model that settings name.
-
-    Attributes:
-        families: where adapters are, those that the user's program registered among them.
-        kept: transformers' configuration of a run that goes on.
-    """
-
-    families: dict[str, str] = field(default_factory=dict)
-    kept: dict[str, Any] | None = None
-
-    @classmethod
-    def of(cls, architecture: Architecture | None, kept: dict[str, Any] | None) -> Self:
-        """Of what the driver knows; an architecture of the user's own needs no adapter."""
-        return cls({} if architecture is not None else dict(FAMILIES), kept)
 
 
 def _leaving(method: Callable[P, R]) -> Callable[P, R]:
@@ -95,6 +78,7 @@ class BlockWorker:
 
     def __init__(self, rank: int, config: TrainConfig, threads: int) -> None:
         gc.freeze()  # the modules' objects stay: without this, a collection after a loss looks through them all, for 0.2 s
+        self._threads = threads
         torch.set_num_threads(threads)
         keep_freed_memory()
         self.rank, self.config = rank, config
@@ -107,7 +91,7 @@ class BlockWorker:
 
     def warm(self, architecture: Architecture | None, batches: Batches, plan: Plan) -> str:
         """Load what `build` will need, without building: a spare's share of the work, done beforehand. The node that this worker is on."""
-        FAMILIES.update(plan.families)
+        plan.apply()
         if architecture is None:
             build_architecture(self.config, batches.facts, plan.kept)  # type: ignore[attr-defined]
         return self.place().node
@@ -115,6 +99,10 @@ class BlockWorker:
     def place(self) -> Place:
         """Where this worker is."""
         return Place(ray.get_runtime_context().get_node_id(), ray.util.get_node_ip_address(), socket.gethostname())
+
+    def share_node(self, workers: int) -> None:
+        """Compute with as many threads as this node has CPUs for beside its other workers, `workers` with this one."""
+        torch.set_num_threads(max(1, min(self._threads, usable_cpus() // workers)))
 
     def listen(self, host: str) -> int:
         """Open the rendezvous port on `host`'s interface alone; the port."""
@@ -171,7 +159,7 @@ class BlockWorker:
         Its "layout" is that of its states; "sources" are the parameters that these are made of when layers are shared out anew.
         """
         config = self.config
-        FAMILIES.update(plan.families)
+        plan.apply()
         where = torch.device("cuda", 0) if device == "cuda" else torch.device("cpu")
         if architecture is None:
             facts = batches.facts  # type: ignore[attr-defined]  # a data set of ours, where the model is named by settings
@@ -196,7 +184,7 @@ class BlockWorker:
     def reconfigure(self, config: TrainConfig, rank: int, threads: int | None = None) -> None:
         """Give up this worker's layers and its place; those that `build` makes next are of other settings."""
         if threads is not None:
-            torch.set_num_threads(threads)
+            self._threads = threads
         if self._copies is not None:
             self._copies.close()
         self._writer.wait()
@@ -314,9 +302,12 @@ class BlockWorker:
         self.membership.break_off(gone)
 
     @_leaving
-    def evaluate(self, batches: int) -> dict[str, float]:
-        """Held-out loss and metrics, exact forward."""
-        return self._engine.evaluate(batches)
+    def evaluate(self, batches: int, done: int, most: int) -> tuple[int, int, dict[str, float] | None]:
+        """Up to `most` held-out batches more, when `done` are: how many are now, of how many; loss and metrics when all are."""
+        if done == 0:
+            self._evaluation = self._engine.evaluation(batches)
+        found = self._evaluation.advance(most)
+        return self._evaluation.done, self._evaluation.size, found
 
     @_leaving
     def generate(self, prompt: list[int], tokens: int) -> list[int]:
@@ -326,14 +317,13 @@ class BlockWorker:
         return continue_text(self._engine.exact_forward, prompt, tokens)
 
     @_leaving
-    def translate(self, sentences: int, beams: int, batch: int = 50) -> list[str]:
-        """Translations of the first held-out sentences, exact forward."""
+    def translate(self, first: int, stop: int, beams: int) -> list[str]:
+        """Translations of held-out sentences `first` up to `stop`, exact forward."""
         from rayllp.engine.decode import translate
 
         data = self._engine.batches
-        sources = data.encode_source(data.sources("validation")[:sentences])  # type: ignore[attr-defined]
-        found = [tokens for part in sources.split(batch) for tokens in translate(self._engine.exact_forward, part, beams)]
-        return [data.decode(tokens) for tokens in found]  # type: ignore[attr-defined]
+        sources = data.encode_source(data.sources("validation")[first:stop])  # type: ignore[attr-defined]
+        return [data.decode(tokens) for tokens in translate(self._engine.exact_forward, sources, beams)]  # type: ignore[attr-defined]
 
     def begin_save(self, folder: str) -> None:
         """Copy this worker's pieces of a checkpoint, and write them in the background."""

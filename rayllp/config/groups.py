@@ -286,7 +286,8 @@ class CheckpointSettings(Settings):
     path: str | None = Field(
         None, description="folder or URL (s3://…, gs://…; through fsspec), this run's own and seen by all nodes; default RUN/checkpoints"
     )
-    every: int = Field(0, ge=0, description="steps between checkpoints; 0: only at the end or when stopped")
+    every: int = Field(0, ge=0, description="steps between checkpoints; 0: by `minutes`, at the end and when stopped")
+    minutes: float = Field(10.0, ge=0, description="the longest time between checkpoints; 0: any")
     keep: int = Field(2, ge=1, description="the last so many stay")
     best: bool = Field(True, description="also keep that of the lowest validation loss; written after an evaluation that finds one")
 

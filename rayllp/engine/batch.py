@@ -73,6 +73,16 @@ class ReplicaBatches:
         inputs, targets, samples, terms = self.share("train", step)
         return StepBatch(step, accuracy, inputs, targets, samples, 1 / max(1, terms))
 
+    def held_out_size(self, wanted: int) -> int:
+        """How many batches `held_out` has."""
+        finite = getattr(self.batches, "batches", None)
+        if finite is None:
+            return wanted or 1
+        replicas = self.config.mesh.data
+        samples = wanted * EVALUATED if wanted else int(finite("validation", 1))
+        size = min(self.config.batch_size, -(-samples // replicas) * replicas)
+        return min(int(finite("validation", size)), -(-samples // size))
+
     def held_out(self, wanted: int) -> Iterator[tuple[Inputs, Tensor]]:
         """This replica's inputs and targets of an evaluation, batch after batch: samples that do not depend on the size of a batch.
 

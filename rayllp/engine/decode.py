@@ -75,6 +75,7 @@ class Decoder:
         self.questions += 1
         shape = torch.zeros(2, dtype=torch.int64) if table is None else torch.tensor(table.shape)
         shape = self.group.channel.all_reduce(shape.to(self.group.device), self._tag("shape"))
+        self.group.channel.finish()  # all workers are done with the last question: its states need not be held
         content = torch.zeros(tuple(shape.tolist()), dtype=torch.int64) if table is None else table
         if content.numel() == 0:
             return content

@@ -17,7 +17,7 @@ from rayllp.data.base import Batches, Inputs
 from rayllp.engine.batch import ReplicaBatches, StepBatch
 from rayllp.engine.block import Block
 from rayllp.engine.diagnosis import diagnose
-from rayllp.engine.evaluation import evaluate
+from rayllp.engine.evaluation import Evaluation
 from rayllp.engine.exact_forward import ExactForward
 from rayllp.engine.gradients import Gradients
 from rayllp.engine.layer_group import LayerGroup
@@ -176,7 +176,14 @@ class Engine:
         Args:
             batches: of EVALUATED samples, the same ones for every batch size; 0 or more than one pass: one pass.
         """
-        return evaluate(self.exact_forward, self._shares, self.replicas, batches)
+        evaluation = self.evaluation(batches)
+        found = evaluation.advance(evaluation.size)
+        assert found is not None
+        return found
+
+    def evaluation(self, batches: int) -> Evaluation:
+        """The same, to be done in parts."""
+        return Evaluation(self.exact_forward, self._shares, self.replicas, batches)
 
 
 def _positions(spec: StateSpec) -> int:

@@ -7,25 +7,42 @@ from rayllp.engine.batch import ReplicaBatches
 from rayllp.engine.exact_forward import ExactForward
 
 
-def evaluate(forward: ExactForward, batches: ReplicaBatches, replicas: Channel, wanted: int) -> dict[str, float]:
-    """Mean loss, and the architecture's metrics, on held-out batches; the same on every worker, and all of them call it.
+class Evaluation:
+    """Mean loss, and the architecture's metrics, on held-out batches, in as many parts as is liked; all workers do the same ones.
 
     Args:
         replicas: to the workers of other replicas that own the same layers.
         wanted: how much to evaluate on (`ReplicaBatches.held_out`).
+
+    Attributes:
+        done, size: batches, so far and in all.
     """
-    group = forward.group
-    architecture = group.block.architecture
-    total = torch.zeros(2 + architecture.metric.size, dtype=torch.float64)
-    for index, (inputs, targets) in enumerate(batches.held_out(wanted)):
-        outputs = forward(inputs, MessageTag(index, "evaluation"))
-        if outputs is not None:
-            with torch.no_grad():
-                loss = architecture.loss(outputs, targets).double().cpu().view(1)
-                count = torch.tensor([float(architecture.count(targets))], dtype=torch.float64)
-                total += torch.cat([loss, count, architecture.metric.tally(outputs, targets)])
-    total = replicas.all_reduce(total.to(group.device), MessageTag(0, "evaluation", "sum over replicas"))
-    total = group.channel.all_reduce(total, MessageTag(0, "evaluation", "sum over workers")).cpu()
-    group.channel.finish()
-    loss_value = float(total[0] / total[1].clamp(min=1))
-    return {"loss": loss_value, **architecture.metric.read(total[2:], loss_value)}
+
+    def __init__(self, forward: ExactForward, batches: ReplicaBatches, replicas: Channel, wanted: int) -> None:
+        self._forward, self._replicas = forward, replicas
+        self.done, self.size = 0, batches.held_out_size(wanted)
+        self._ahead = batches.held_out(wanted)
+        self._total = torch.zeros(2 + forward.group.block.architecture.metric.size, dtype=torch.float64)
+
+    def advance(self, most: int) -> dict[str, float] | None:
+        """Evaluate up to `most` batches more; when all are done the figures, the same on every worker, else None."""
+        group, stop = self._forward.group, min(self.size, self.done + most)
+        architecture = group.block.architecture
+        for index in range(self.done, stop):
+            inputs, targets = next(self._ahead)
+            outputs = self._forward(inputs, MessageTag(index, "evaluation"))
+            group.channel.finish()  # else a state of every batch is held until the last one
+            if outputs is not None:
+                with torch.no_grad():
+                    loss = architecture.loss(outputs, targets).double().cpu().view(1)
+                    count = torch.tensor([float(architecture.count(targets))], dtype=torch.float64)
+                    self._total += torch.cat([loss, count, architecture.metric.tally(outputs, targets)])
+        self.done = stop
+        return self._figures() if stop == self.size else None
+
+    def _figures(self) -> dict[str, float]:
+        group = self._forward.group
+        total = self._replicas.all_reduce(self._total.to(group.device), MessageTag(0, "evaluation", "sum over replicas"))
+        total = group.channel.all_reduce(total, MessageTag(0, "evaluation", "sum over workers")).cpu()
+        loss = float(total[0] / total[1].clamp(min=1))
+        return {"loss": loss, **group.block.architecture.metric.read(total[2:], loss)}

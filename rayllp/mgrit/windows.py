@@ -249,6 +249,7 @@ def solve_in_order(
         source = 0 if layer == 0 else owners[layer - 1]
         if source != rank:
             state = channel.receive(spec, source, arriving)
+            channel.finish()  # waits for nothing: this state was made of those that this worker has sent
         if state is None:
             raise SettingsError("the first worker is to begin the solve and has no initial state")
         state = propagator.step(layer, state)

@@ -76,6 +76,10 @@ class Journal:
         """A line for the person who watches."""
         self._display.say(text)
 
+    def progress(self, what: str, done: int, size: int) -> None:
+        """How far something is that is no training, for the person who watches."""
+        self._display.beside(what, done, size)
+
     def event(self, step: int, kind: str, **details: Any) -> None:
         """A line of events.jsonl."""
         self._run.event(step, kind, **details)

@@ -1,11 +1,12 @@
 """What a person sees while a run goes on: a live bar on a terminal, plain lines elsewhere."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 PLAIN_EVERY_S = 5.0
 
@@ -17,6 +18,7 @@ class ProgressDisplay:
         self.console = console or Console(stderr=True)
         self._live = self.console.is_terminal
         self._steps, self._shown, self._rho = steps, 0.0, "ρ –"
+        self._beside: tuple[str, TaskID] | None = None
         self._bar = Progress(
             TextColumn("{task.fields[mode]:8}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[status]}"),
             TimeRemainingColumn(), console=self.console, transient=False,
@@ -30,7 +32,9 @@ class ProgressDisplay:
 
     def __exit__(self, *_: object) -> None:
         if self._live:
-            self._bar.stop()
+            with unread():
+                self._leave_beside()
+                self._bar.stop()
 
     def update(self, metric: Mapping[str, Any]) -> None:
         """Show a step."""
@@ -40,14 +44,53 @@ class ProgressDisplay:
         status = f"loss {metric['loss']:.3f}  {speed:,.0f} tokens/s  {self._rho}"
         done = metric["step"] + 1
         if self._live:
-            self._bar.update(self._task, completed=done, mode=metric["mode"], status=status)
-        elif time.monotonic() - self._shown > PLAIN_EVERY_S or done == self._steps:
-            self._shown = time.monotonic()
-            self.console.print(f"step {done}/{self._steps}  {metric['mode']}  {status}", highlight=False, soft_wrap=True)
+            with unread():
+                self._leave_beside()
+                self._bar.update(self._task, completed=done, mode=metric["mode"], status=status)
+        elif self._is_time() or done == self._steps:
+            self.say(f"step {done}/{self._steps}  {metric['mode']}  {status}")
+
+    def beside(self, what: str, done: int, size: int) -> None:
+        """Show how far something beside training is: a second bar, until the next step or the next such thing."""
+        if not self._live:
+            if self._is_time() and done < size:
+                self.say(f"{what}: {done} of {size}")
+            return
+        with unread():
+            if self._beside is None or self._beside[0] != what:
+                self._leave_beside()
+                self._beside = (what, self._bar.add_task(what, total=size, mode="", status=what))
+            self._bar.update(self._beside[1], completed=done, total=size)
+
+    def _leave_beside(self) -> None:
+        if self._beside is not None:
+            self._bar.remove_task(self._beside[1])
+            self._beside = None
+
+    def _is_time(self) -> bool:
+        """Whether another line is due, where there is no bar."""
+        now = time.monotonic()
+        due = now - self._shown > PLAIN_EVERY_S
+        if due:
+            self._shown = now
+        return due
 
     def say(self, text: str) -> None:
         """A line that stays."""
-        self.console.print(text, highlight=False, soft_wrap=True, markup=False)
+        tell(self.console, text)
+
+
+def tell(console: Console, text: str) -> None:
+    """A line for the person who watches, as it is; dropped where nobody can read it any more."""
+    with unread():
+        console.print(text, highlight=False, soft_wrap=True, markup=False)
+
+
+@contextmanager
+def unread() -> Iterator[None]:
+    """Bear that a terminal is gone, or whatever a pipe led to: a run goes on without them."""
+    with suppress(OSError, SystemExit):  # the latter is rich's way to say that a pipe is broken
+        yield
 
 
 def _short(value: float | None) -> str:

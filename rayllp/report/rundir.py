@@ -15,7 +15,11 @@ from typing import Any
 from rayllp.checkpoint.location import Folder, place_of_checkpoints
 from rayllp.config import TrainConfig, to_yaml
 from rayllp.errors import SettingsError
+from rayllp.report.holding import HOLDER, LOCK
 from rayllp.timeline import TimedStep, sum_kinds, sum_phases
+
+UNUSED = {"config.yaml", "tensorboard", LOCK, HOLDER}
+"""Files of a run that has done nothing yet."""
 
 
 class RunDirectory:
@@ -147,7 +151,7 @@ class RunDirectory:
 
     def discard_if_unused(self) -> None:
         """Remove the directory of a run that never began: it holds its settings and no more."""
-        if self.path.is_dir() and {path.name for path in self.path.iterdir()} <= {"config.yaml", "tensorboard"}:
+        if self.path.is_dir() and {path.name for path in self.path.iterdir()} <= UNUSED:
             shutil.rmtree(self.path)
 
     def mend(self) -> None:

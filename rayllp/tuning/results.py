@@ -50,6 +50,7 @@ def rows_of(sweep: Sweep, results: ResultGrid) -> list[Row]:
                 "settings": chosen,
                 "forced_serial": bool(config.get("forced_serial")),
                 "shrunk": bool(config.get("shrunk")),
+                "error": _last_line(str(result.error)) if result.error else None,
                 "state": "failed" if result.error else "diverged" if metrics.get("diverged") else "done" if metrics else "not started",
                 **{name: _measured(metrics.get(name)) for name in (*COLUMNS, *sweep.objective.metrics)},
                 "time_total_s": metrics.get("time_total_s"),
@@ -61,6 +62,11 @@ def rows_of(sweep: Sweep, results: ResultGrid) -> list[Row]:
 def _measured(value: Any) -> Any:
     """A report's value; None where it stands for one that there is not."""
     return None if isinstance(value, float) and not value < WORST else value
+
+
+def _last_line(text: str) -> str:
+    """What an error says, of a traceback."""
+    return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "")
 
 
 def best_row(rows: list[Row], sweep: Sweep) -> Row | None:
@@ -122,6 +128,12 @@ def _say(sweep: Sweep, rows: list[Row], best: Row | None, folder: Path, infeasib
             f"{row['trial']}{mark}", *cells, share, ", ".join(f"{name}={value}" for name, value in row["settings"].items()) or "base config"
         )
     console.print(table)
+    failed = [row for row in rows if row["state"] == "failed"]
+    if failed:
+        console.print(
+            f"{len(failed)} of {len(rows)} trials failed; {failed[0]['trial']}: {failed[0]['error']}", highlight=False, soft_wrap=True,
+            markup=False, style="red",
+        )  # fmt: skip
     last = f"train it: rayllp train {folder / 'best.yaml'}; " if best is not None else "no trial came to an end; "
     console.print(f"{last}pictures: {folder / 'index.html'}", highlight=False, soft_wrap=True)
 

@@ -17,8 +17,8 @@ from ray.tune.schedulers import ASHAScheduler, PopulationBasedTraining, TrialSch
 from rich.console import Console
 
 from rayllp.checkpoint.described import read_data_json, write_data_json
+from rayllp.cluster.joining import join_cluster
 from rayllp.cluster.places import choose_device
-from rayllp.cluster.session import join_cluster
 from rayllp.config import to_text
 from rayllp.data import load_data
 from rayllp.data.record import DataRecord
@@ -26,6 +26,7 @@ from rayllp.errors import ClusterError, SettingsError
 from rayllp.models import FAMILIES
 from rayllp.plan.measure import measure_costs
 from rayllp.report import unused
+from rayllp.report.holding import hold
 from rayllp.tuning.results import write_results
 from rayllp.tuning.searchers import FeasibleSearch, GridSearch, build_searcher
 from rayllp.tuning.sweep import Sweep, load_sweep, make_sweep
@@ -81,8 +82,12 @@ def tune(
         raise SettingsError(f"no trial is feasible: {_first(searcher)}")
     if resume is None:
         folder = _create(output, sweep, record)
+    say = partial(console.print, highlight=False, soft_wrap=True, markup=False)
     # A cluster of this machine's own has room for as many trials as are wanted at a time.
-    with join_cluster((sweep.concurrent or 1) * (sweep.config({}).world + math.ceil(sweep.driver_cpus))):
+    with (
+        hold(folder, say),
+        join_cluster((sweep.concurrent or 1) * (sweep.config({}).world + math.ceil(sweep.driver_cpus)), console),
+    ):
         try:
             results = _fit(sweep, folder, searcher, data, resumed=resume is not None, console=console)
         except BaseException:
@@ -101,7 +106,14 @@ def _fit(sweep: Sweep, folder: Path, searcher: FeasibleSearch | GridSearch, data
     _check_room(sweep, device)
     cluster = sweep.objective.cluster
     costs = None if cluster is None else measure_costs(base, data, message_s=cluster.message_s)
-    given = {"sweep": sweep, "output": str(folder), "data": data if sweep.shares_data else None, "costs": costs, "families": dict(FAMILIES)}
+    given = {
+        "sweep": sweep,
+        "here": os.getcwd(),
+        "output": str(folder),
+        "data": data if sweep.shares_data else None,
+        "costs": costs,
+        "families": dict(FAMILIES),
+    }
     resources = partial(_resources, sweep, device)
     trainable = ray_tune.with_resources(
         ray_tune.with_parameters(train_trial, **given), lambda config: resources(sweep.config(config["settings"]).world)
@@ -228,7 +240,7 @@ def _create(output: str | Path | None, sweep: Sweep, record: DataRecord | None) 
         raise SettingsError(f"output {path} is not empty: choose another with --output, or go on with a sweep by --resume {path}")
     try:
         path.mkdir(parents=True, exist_ok=True)
-        kept = {"sweep": sweep.model_dump(mode="json"), "base": sweep.values({})}
+        kept = {"sweep": sweep.model_dump(mode="json"), "base": sweep.values({}), "folder": str(path.absolute())}
         (path / SWEEP).write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
         write_data_json(path, record)
     except OSError as error:
@@ -257,6 +269,12 @@ def _read_sweep(folder: Path) -> Sweep:
         kept = json.loads((folder / SWEEP).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise SettingsError(f"{folder} is not a sweep's directory ({error}): give the directory that `rayllp tune` printed") from None
+    began = Path(kept.get("folder", folder))
+    if began != folder:
+        raise SettingsError(
+            f"{folder} is a sweep that began in {began}, where Ray Tune still looks for its trials: move it back, or make that path a link "
+            f"to it (ln -s {folder} {began}), and go on with --resume {began}"
+        )
     base = folder / "base.yaml"
     base.write_text(to_text(kept["base"]), encoding="utf-8")
     return make_sweep({**kept["sweep"], "base": base.name}, folder, source=str(folder))

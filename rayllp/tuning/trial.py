@@ -1,5 +1,6 @@
 """One trial: the driver loop of `rayllp train`, in the trial's own placement group, reporting to Tune at each evaluation."""
 
+import contextlib
 import json
 import os
 import tempfile
@@ -50,8 +51,16 @@ class TrialDriver(Driver):
         self.stop = self.stop or over
 
 
-def train_trial(choices: dict[str, Any], *, sweep: Sweep, output: str, data: Any, costs: Costs | None, families: dict[str, str]) -> None:
-    """Tune's trainable."""
+def train_trial(
+    choices: dict[str, Any], *, sweep: Sweep, here: str, output: str, data: Any, costs: Costs | None, families: dict[str, str]
+) -> None:
+    """Tune's trainable.
+
+    Args:
+        here: the folder that the sweep's relative paths start from.
+    """
+    with contextlib.suppress(OSError):  # Tune has gone to a folder of its own; on a node without this one, paths have to be absolute
+        os.chdir(here)
     FAMILIES.update(families)
     config = sweep.config(choices["settings"])
     path = Path(output) / "trials" / str(tune.get_context().get_trial_id())

@@ -1,0 +1,106 @@
+"""Evaluations in parts: the same figures, and the run can be stopped in between; checkpoints by time. Without Ray."""
+
+import io
+import time
+
+import pytest
+from rich.console import Console
+
+from rayllp.channel import run_workers
+from rayllp.cluster.evaluation import Evaluator
+from rayllp.cluster.group import WorkerGroup
+from rayllp.cluster.saving import Saver
+from rayllp.cluster.worker import BlockWorker
+from rayllp.errors import CheckpointError
+from rayllp.report import Journal, RunDirectory, read_lines
+from tests.conftest import make_engine, tiny
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_parts_of_an_evaluation_make_the_same_figures(workers):
+    def work(channel):
+        engine = make_engine(tiny(workers=workers), channel)
+        whole, parts = engine.evaluate(5), engine.evaluation(5)
+        assert [parts.advance(2), parts.advance(2)] == [None, None]
+        return whole == parts.advance(2), parts.done, parts.size
+
+    assert run_workers(workers, work) == [(True, 5, 5)] * workers
+
+
+class Here(WorkerGroup):
+    """One worker, in this process."""
+
+    device = "cpu"
+
+    def __init__(self, config):
+        self.config, self.calls = config, []
+        self.worker = BlockWorker(0, config, 1)
+        self.worker.engine = make_engine(config)
+
+    def call(self, method, *arguments, timeout_s=None):
+        self.calls.append((method, *arguments))
+        return [getattr(self.worker, method)(*arguments)]
+
+    def start(self, architecture, batches, kept=None):
+        raise NotImplementedError
+
+    def rebuild(self, config, architecture, kept=None):
+        raise NotImplementedError
+
+    def shutdown(self):
+        """Nothing."""
+
+
+def evaluate(tmp_path, stop_after):
+    config = tiny(eval={"batches": 40}, checkpoint={"best": True})
+    run, workers = RunDirectory.create(tmp_path / "run", config), Here(config)
+    saver = Saver(run, workers, config)
+    data = workers.worker.engine.batches
+    evaluator = Evaluator(run, workers, saver, config.eval, data, None, lambda: len(workers.calls) >= stop_after)
+    with Journal.open(run, config.steps, 0, Console(file=io.StringIO())) as journal:
+        evaluator.evaluate(3, journal)
+    return run, workers, saver, evaluator
+
+
+def test_an_evaluation_goes_by_parts_and_is_recorded_once(tmp_path):
+    run, workers, saver, evaluator = evaluate(tmp_path, 100)
+    assert workers.calls[0] == ("evaluate", 40, 0, 1)
+    assert 1 < len(workers.calls) < 40
+    found = workers.worker.engine.evaluate(40)
+    assert read_lines(run.path / "evals.jsonl") == [{"step": 3, "split": "validation", **found}]
+    assert evaluator.last == 3
+    assert saver.is_wanted(3)  # it is the best so far
+
+
+def test_a_run_that_is_stopped_gives_up_its_evaluation_and_records_nothing_of_it(tmp_path):
+    run, workers, saver, evaluator = evaluate(tmp_path, 1)
+    assert len(workers.calls) == 1
+    assert not (run.path / "evals.jsonl").exists()
+    assert evaluator.last == -1
+    assert not saver.is_wanted(3)
+
+
+@pytest.mark.parametrize(("minutes", "wanted"), [(10.0, [False, True, False]), (0.0, [False, False, False])])
+def test_a_checkpoint_comes_by_time_where_none_comes_by_steps(tmp_path, monkeypatch, minutes, wanted):
+    config = tiny(checkpoint={"minutes": minutes})
+    run, workers = RunDirectory.create(tmp_path / "run", config), Here(config)
+    saver, began = Saver(run, workers, config), time.monotonic()
+    found = []
+    with Journal.open(run, config.steps, 0, Console(file=io.StringIO())) as journal:
+        for passed in (599, 601, 1100):
+            monkeypatch.setattr(time, "monotonic", lambda passed=passed: began + passed)
+            found.append(saver.is_wanted(passed))
+            if found[-1]:
+                saver.save(passed, {}, journal)
+    assert found == wanted
+
+
+def test_a_last_checkpoint_that_cannot_be_written_says_why(tmp_path):
+    config = tiny()
+    run, workers = RunDirectory.create(tmp_path / "run", config), Here(config)
+    (run.path / "checkpoints").write_text("in the way")
+    with (
+        Journal.open(run, config.steps, 0, Console(file=io.StringIO())) as journal,
+        pytest.raises(CheckpointError, match=r"step 4: its checkpoint cannot be written below .*: .*(exists|directory).* Make room"),
+    ):
+        Saver(run, workers, config).save(4, {}, journal)

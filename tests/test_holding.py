@@ -1,0 +1,149 @@
+"""One driver at a time in a run's directory: who holds it, and whether that one is still there."""
+
+import json
+import os
+import signal
+import subprocess
+import threading
+import time
+from dataclasses import asdict, replace
+
+import pytest
+
+from rayllp.cluster.prepare import Prepared, open_run
+from rayllp.errors import HeldError, SettingsError
+from rayllp.report import RunDirectory
+from rayllp.report import holding as module
+from rayllp.report.holding import HOLDER, LOCK, Holder, hold, is_alive, read_holder
+from tests.conftest import tiny
+
+
+def hold_in_a_process(folder):
+    """The number of a process that holds a directory until it is killed. A fork: imports would take seconds."""
+    there, tell = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            with hold(folder, print):
+                os.write(tell, b"held")
+                signal.pause()
+        finally:
+            os._exit(1)
+    os.close(tell)
+    assert os.read(there, 4) == b"held"
+    os.close(there)
+    return pid
+
+
+def silent(text):
+    raise AssertionError(f"nothing is to be waited for: {text}")
+
+
+def leave_behind(folder, holder):
+    """What a driver that ended suddenly has left."""
+    (folder / HOLDER).write_text(json.dumps(asdict(holder)))
+
+
+def ended():
+    """The number of a process that is gone."""
+    process = subprocess.Popen(["true"])
+    process.wait()
+    return process.pid
+
+
+def test_a_second_driver_is_refused_and_changes_nothing(tmp_path):
+    config = tiny(steps=4)
+    run = RunDirectory.create(tmp_path / "run", config)
+    first = Prepared(run, config, [], None)
+    second = Prepared(run, tiny(steps=8), [], None, before=config)
+    with open_run(first, None, None):
+        before = (run.path / "config.yaml").read_text()
+        with pytest.raises(HeldError, match=rf"run is in use by process {os.getpid()} on .*, since 20"), open_run(second, None, None):
+            pass
+        assert (run.path / "config.yaml").read_text() == before
+        assert not (run.path / "events.jsonl").exists()
+    with open_run(second, None, None):
+        assert (run.path / "config.yaml").read_text() != before
+    assert not (run.path / HOLDER).exists()
+
+
+def test_a_run_that_never_began_leaves_nothing(tmp_path):
+    with pytest.raises(KeyboardInterrupt), open_run(Prepared(None, tiny(), [], None), tmp_path / "run", None):
+        raise KeyboardInterrupt
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_driver_that_was_killed_holds_nothing(tmp_path):
+    pid = hold_in_a_process(tmp_path)
+    try:
+        with pytest.raises(HeldError, match=f"process {pid} "), hold(tmp_path, silent):
+            pass
+        os.kill(pid, signal.SIGSTOP)  # a suspended laptop is not gone
+        with pytest.raises(HeldError), hold(tmp_path, silent):
+            pass
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+    assert read_holder(tmp_path)[0].pid == pid
+    with hold(tmp_path, silent):
+        assert read_holder(tmp_path)[0].pid == os.getpid()
+
+
+@pytest.mark.parametrize("locked", [True, False])
+def test_where_there_are_no_locks_the_process_counts(tmp_path, locked):
+    for pid, there in ((ended(), False), (os.getpid(), not locked)):
+        leave_behind(tmp_path, Holder(pid=pid))
+        assert is_alive(tmp_path, read_holder(tmp_path), locked=locked, say=silent) is there
+
+
+def test_a_holder_on_another_machine_lives_while_it_gives_signs_of_life(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "SILENT_S", 0.5)
+    other = Holder(host="elsewhere", machine="another boot", pid=1)
+    leave_behind(tmp_path, other)
+    said, over = [], threading.Event()
+
+    def beat():
+        while not over.wait(0.05):
+            os.utime(tmp_path / HOLDER)
+
+    heart = threading.Thread(target=beat)
+    heart.start()
+    try:
+        with pytest.raises(HeldError, match="process 1 on elsewhere"), hold(tmp_path, said.append):
+            pass
+    finally:
+        over.set()
+        heart.join()
+    assert "waiting up to 0.5 s for a sign of life" in said[0]
+    started = time.monotonic()
+    with hold(tmp_path, said.append):  # it is silent now
+        assert 0.3 < time.monotonic() - started < 5
+    leave_behind(tmp_path, other)
+    os.utime(tmp_path / HOLDER, (0, 0))
+    with hold(tmp_path, silent):  # and has been for long
+        pass
+
+
+def test_who_was_taken_for_gone_ends(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "BEAT_S", 0.02)
+    with hold(tmp_path, silent) as held:
+        held.check()
+        first = read_holder(tmp_path)[1]
+        deadline = time.monotonic() + 5
+        while read_holder(tmp_path)[1] == first and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert read_holder(tmp_path)[1] > first
+        other = replace(Holder(), host="elsewhere", token="another")
+        (tmp_path / "new").write_text(json.dumps(asdict(other)))
+        os.replace(tmp_path / "new", tmp_path / HOLDER)
+        held._heart.join(5)
+        with pytest.raises(HeldError, match=r"was taken over by process .* on elsewhere"):
+            held.step({})
+    assert read_holder(tmp_path)[0].token == "another"  # which is the other's to remove
+
+
+def test_a_directory_that_cannot_be_written(tmp_path):
+    (tmp_path / LOCK).mkdir()
+    (tmp_path / HOLDER).mkdir()
+    with pytest.raises(SettingsError, match="cannot be written"), hold(tmp_path, silent):
+        pass
