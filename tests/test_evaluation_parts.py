@@ -21,10 +21,11 @@ def test_parts_of_an_evaluation_make_the_same_figures(workers):
     def work(channel):
         engine = make_engine(tiny(workers=workers), channel)
         whole, parts = engine.evaluate(5), engine.evaluation(5)
-        assert [parts.advance(2), parts.advance(2)] == [None, None]
-        return whole == parts.advance(2), parts.done, parts.size
+        while (found := parts.advance(2)) is None:
+            assert parts.done < parts.size
+        return whole == found, parts.done == parts.size > 4
 
-    assert run_workers(workers, work) == [(True, 5, 5)] * workers
+    assert run_workers(workers, work) == [(True, True)] * workers
 
 
 class Here(WorkerGroup):
@@ -65,7 +66,7 @@ def evaluate(tmp_path, stop_after):
 def test_an_evaluation_goes_by_parts_and_is_recorded_once(tmp_path):
     run, workers, saver, evaluator = evaluate(tmp_path, 100)
     assert workers.calls[0] == ("evaluate", 40, 0, 1)
-    assert 1 < len(workers.calls) < 40
+    assert 1 < len(workers.calls) < workers.worker.engine.evaluation(40).size
     found = workers.worker.engine.evaluate(40)
     assert read_lines(run.path / "evals.jsonl") == [{"step": 3, "split": "validation", **found}]
     assert evaluator.last == 3

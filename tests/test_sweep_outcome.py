@@ -18,7 +18,7 @@ SWEEP = "space: {optimizer.lr: {choice: [0.1, 0.2]}}\nsearcher: grid\nscheduler:
 
 
 def test_a_sweep_that_was_moved_says_where_it_has_to_be(tmp_path):
-    folder = _create(tmp_path / "old", make_sweep({"space": {"optimizer.lr": {"choice": [0.1]}}}))
+    folder = _create(tmp_path / "old", make_sweep({"space": {"optimizer.lr": {"choice": [0.1]}}}), None)
     assert _read_sweep(folder).space
     moved = folder.rename(tmp_path / "new")
     with pytest.raises(SettingsError, match=rf"{moved} is a sweep that began in {folder}.*ln -s {moved} {folder}"):
