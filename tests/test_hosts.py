@@ -277,16 +277,16 @@ def test_what_the_doctor_says_of_storage_that_is_not_shared(cluster):
 
 @pytest.mark.hosts
 def test_what_the_doctor_says_of_other_versions_and_clocks(pair):
-    """The other host's Python finds another rayllp, and a clock that is a minute ahead."""
+    """The other host's Python finds another safetensors, and a clock that is a minute ahead."""
     one, other = pair
     odd = f"{other.own}/odd"
-    facts = f"{odd}/rayllp-0.0.9.dist-info"
-    other.run("sh", "-c", f"mkdir -p {facts}; printf 'Name: rayllp\\nVersion: 0.0.9\\n' > {facts}/METADATA")
+    facts = f"{odd}/safetensors-0.0.9.dist-info"
+    other.run("sh", "-c", f"mkdir -p {facts}; printf 'Name: safetensors\\nVersion: 0.0.9\\n' > {facts}/METADATA")
     other.run("sh", "-c", f"printf 'import time\\nnow = time.time\\ntime.time = lambda: now() + 60\\n' > {odd}/sitecustomize.py")
     one.join(cpus=1)
     other.join(cpus=1, PYTHONPATH=f"{odd}:{ROOT}")
     found = said(one, "doctor")
-    assert "rayllp differs (host1 0.1.0" in found
+    assert "safetensors differs (host1 " in found
     assert "host2 0.0.9" in found
     assert "the clock of host2 is +6" in found
     assert "run a time service (chrony, ntpd) on every node" in found
