@@ -367,7 +367,7 @@ def row_of(runs: list[dict[str, Any]], results: list[dict[str, Any]]) -> Row:
     kept = [
         100 * (coarse[r["seed"]] - r["loss"]) / (coarse[r["seed"]] - exact[r["seed"]])
         for r in runs
-        if middle == task.middle[-1] and r["seed"] in exact and r["seed"] in coarse
+        if middle == task.middle[-1] and coarse.get(r["seed"], 0.0) > exact.get(r["seed"], math.inf)  # else depth gains nothing to keep
     ]
     shares: Counter[str] = Counter()
     for r in runs:
