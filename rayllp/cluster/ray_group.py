@@ -4,7 +4,7 @@ import contextlib
 import math
 import time
 from collections import Counter
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -13,18 +13,17 @@ from typing import Any, Self
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
-from rayllp.channel.interfaces import LOOPBACK, Door, explain
+from rayllp.channel.interfaces import LOOPBACK, explain
 from rayllp.channel.pmi import ProcessManager, Rendezvous
 from rayllp.checkpoint import Folder
 from rayllp.checkpoint.location import place_of_checkpoints
 from rayllp.checkpoint.memory import Inventory, Layout, common_step, copy_offset, holder_of
-from rayllp.checkpoint.shared import leave_mark
 from rayllp.cluster.given import Plan
 from rayllp.cluster.group import ElasticGroup
+from rayllp.cluster.hosts import check_storage, find_unreached
 from rayllp.cluster.names import run_name
 from rayllp.cluster.places import Slot, capacity, draining
 from rayllp.cluster.staff import START_TIMEOUT_S, Staff
-from rayllp.cluster.worker import Place
 from rayllp.config import TrainConfig
 from rayllp.data import Batches
 from rayllp.errors import ClusterError, MessageTimeoutError, RayllpError, RendezvousError, WorkerLostError
@@ -92,7 +91,7 @@ class RayGroup(ElasticGroup):
         """Join all workers anew. With `keep_offset` the copies that they hold stay those of the same workers' states."""
         places = self.call("place", timeout_s=START_TIMEOUT_S)
         self._nodes, self._addresses = [place.node for place in places], [place.address for place in places]
-        self._check_storage(places)
+        self._seen_by |= check_storage(self.storage, places, self._seen_by, self._ask)
         crowd = Counter(self._nodes)
         sharing = {rank: self.workers[rank].share_node.remote(crowd[node]) for rank, node in enumerate(self._nodes)}
         self._get(sharing, START_TIMEOUT_S)
@@ -107,42 +106,16 @@ class RayGroup(ElasticGroup):
                 return
             except RendezvousError as error:
                 if attempt == RENDEZVOUS_TRIES or not self.keeps_processes:
-                    raise RendezvousError(explain(self._unreached(places), str(error))) from None
+                    raise RendezvousError(explain(find_unreached(places, self._listen, self._ask), str(error))) from None
                 self.call("leave", timeout_s=START_TIMEOUT_S)
 
-    def _check_storage(self, places: Sequence[Place]) -> None:
-        """See that hosts which were not among the workers' before find what this one writes.
-
-        Raises:
-            ClusterError: one does not, so that its part of a checkpoint would be lost.
-        """
-        new = {place.node: rank for rank, place in enumerate(places) if place.node not in self._seen_by}
-        if self.storage is None or not new.keys() - {ray.get_runtime_context().get_node_id()}:
-            return
-        with leave_mark(self.storage) as mark:
-            for rank, saw in zip(new.values(), self.call_some(new.values(), "look", mark, timeout_s=START_TIMEOUT_S), strict=True):
-                if saw != "ok":
-                    raise _not_shared(places[rank], mark.folder, saw)
-            if mark.answers() < len(new):
-                raise _not_shared(places[max(new.values())], mark.folder, "what it writes is not seen here")
-        self._seen_by |= new.keys()
+    def _ask(self, rank: int, method: str, *arguments: Any) -> Any:
+        """Call a method of one worker."""
+        return self.call_some([rank], method, *arguments, timeout_s=START_TIMEOUT_S)[0]
 
     def _listen(self, rank: int, host: str) -> int:
         """A port that this worker opens there."""
-        return int(self._get({rank: self.workers[rank].listen.remote(host)}, START_TIMEOUT_S)[0])
-
-    def _unreached(self, places: Sequence[Place]) -> list[tuple[str, Door, str]]:
-        """Which hosts do not reach which others, by the first worker of each."""
-        first = {place.node: rank for rank, place in reversed(list(enumerate(places)))}
-        ranks = sorted(first.values())
-        doors = {rank: Door(places[rank].address, self._listen(rank, places[rank].address)) for rank in ranks}
-        found = []
-        for rank in ranks:
-            others = [door for other, door in doors.items() if other != rank]
-            (reached,) = self.call_some([rank], "reach", others, timeout_s=START_TIMEOUT_S)
-            where = f"{places[rank].host} ({places[rank].address})"
-            found += [(where, door, each.why_not) for door, each in zip(others, reached, strict=True) if each.own is None]
-        return found
+        return int(self._ask(rank, "listen", host))
 
     def _begin_mpi(self) -> Rendezvous | None:
         """Where the workers become an MPI world, where states are to travel by MPI."""
@@ -386,14 +359,6 @@ class RayGroup(ElasticGroup):
             self.staff.release(zip(self._slots, self.workers, strict=False))
             self.workers = []
         self._end_mpi()
-
-
-def _not_shared(place: Place, folder: str, why: str) -> ClusterError:
-    return ClusterError(
-        f"{place.host} ({place.address}) does not share {folder} with this host ({why}), where checkpoints are to be written: every worker "
-        "writes its own part. Set checkpoint.path to a URL that all hosts reach (s3://…, gs://…), or put the run on a file system that "
-        "all of them mount: --output"
-    )
 
 
 def _lost(ranks: frozenset[int], why: str = "") -> WorkerLostError:
