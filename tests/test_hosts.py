@@ -159,12 +159,13 @@ def test_a_host_is_cut_off_for_a_minute(pair):
     one, other = pair
     for host in (one, other):
         host.join(cpus=1)
-    changes = {"steps": 200, "workers": {"min": 1, "max": 2}, "hang_timeout_s": 5, "resize_check_s": 1}
+    size = {"model": {"layers": 12, "width": 96, "heads": 2}, "sequence_length": 64, "batch_size": 16}
+    changes = {"steps": 200, "workers": {"min": 1, "max": 2}, "hang_timeout_s": 5, "resize_check_s": 1, **size}
     command = write(one, **changes)
     run = command[-1]
     training = one.start_rayllp(*command)
     try:
-        follow(one, run, 20, 120)
+        follow(one, run, 20, 200)
         reached = len(losses(one, run))
         other.cut()
         alone = follow(one, run, reached + 5, 120)
