@@ -68,6 +68,14 @@ TASKS = {
         {"data.path": "tinyshakespeare/input.txt.gz"},
         (4, 8, 16, 32, 64),
     ),
+    "muon": Task(
+        "GPT-2, Shakespeare, 2 + N + 2 layers, Δt = 1/N, Muon",
+        "gpt2_shakespeare",
+        {"data.path": "tinyshakespeare/input.txt.gz"},
+        (4, 16, 64),
+        ("optimizer.name=muon",),
+        rates=(4e-3, 1e-2),
+    ),
     "standard": Task(
         "GPT-2, Shakespeare, 16 layers, Δt = 1, no buffers",
         "gpt2_shakespeare",
@@ -194,12 +202,13 @@ def train(key: Key, data: Path, keep_at: tuple[float, ...] = (), start: Path | N
         probes.update(saved["probes"])
         for name_, value in saved["parameters"].items():
             engine.block.parameters[name_].data.copy_(value)
-        engine.optimizer.load_state_dict(saved["optimizer"])
+            engine.optimizer.set_state(engine.block.parameters[name_], saved["optimizer"][name_])
     for step in range(first, steps):
         if step in kept and start is None:
             parameters = {name_: p.detach() for name_, p in engine.block.parameters.items()}
             state = {"step": step, "curve": curve, "solves": dict(plain), "probes": dict(probes), "parameters": parameters}
-            torch.save(state | {"optimizer": engine.optimizer.state_dict()}, branch_file(key, step))
+            moments = {name_: engine.optimizer.state_of(p) for name_, p in engine.block.parameters.items()}
+            torch.save(state | {"optimizer": moments}, branch_file(key, step))
         controller.begin(step)
         accuracy, plan = controller.accuracy_at(step), controller.probe(step)
         stats = engine.train_step(step, accuracy, plan)
