@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-CALL_BYTES = 32 * 2**20
-"""The most that is taken in one call: larger matrices keep a device busy one by one, and each call holds some copies of its matrices."""
+CALL_BYTES = 4 * 2**20
+"""The most that is taken in one call, which holds some copies of its matrices: larger ones keep a device busy one by one."""
 
 
 class Muon(torch.optim.Muon):
