@@ -7,11 +7,12 @@ import rayllp
 from rayllp.channel import run_workers
 from rayllp.checkpoint import load_pieces
 from rayllp.checkpoint.store import PieceWriter
-from rayllp.cluster.prepare import validate
+from rayllp.cluster.prepare import prepare, validate
 from rayllp.engine import muon
 from rayllp.errors import CheckpointError, SettingsError
 from rayllp.models.base import hidden_matrices
 from rayllp.plan import Device, make_plan
+from rayllp.report import RunDirectory
 from tests.conftest import losses_over_threads, make_engine, tiny, train_engine
 from tests.test_planner import layers
 
@@ -136,6 +137,9 @@ def test_a_checkpoint_of_another_optimizer(tmp_path, before, after):
     folder = saved(engine, tmp_path / "step_1")
     with pytest.raises(CheckpointError, match=f"optimizer.name={after} goes on from .*: put optimizer.name back"):
         load_pieces(make_engine(tiny(optimizer={"name": after})), folder)
+    run = RunDirectory.create(tmp_path / "run", tiny(optimizer={"name": before}))
+    with pytest.raises(SettingsError, match=f"run was trained by {before}, and {after} cannot go on from its state: leave optimizer.name"):
+        prepare(tiny(optimizer={"name": after}), resume=run.path)
 
 
 def test_a_network_without_matrices():

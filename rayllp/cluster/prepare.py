@@ -176,6 +176,11 @@ def _reopen(path: Path, config: TrainConfig | None) -> tuple[RunDirectory, Train
     before = load_run_config(path)
     if config is None:
         refuse_unnamed_code(before, path)
+    if config is not None and config.optimizer.name != before.optimizer.name:
+        raise SettingsError(
+            f"{path} was trained by {before.optimizer.name}, and {config.optimizer.name} cannot go on from its state: leave "
+            "optimizer.name as it was, or export the network and begin a run with model.from_pretrained"
+        )
     found = checkpoints(RunDirectory(path, before).checkpoints)
     if not found:
         raise CheckpointError(f"{path} has no complete checkpoint to resume from: start it anew, by its settings and --output {path}")
