@@ -100,8 +100,7 @@ def test_muon_learns_and_its_rate_is_in_the_ratio_of_the_peaks():
 )
 def test_losses_do_not_depend_on_the_number_of_workers(changes):
     wanted = losses_over_threads(tiny(**MUON, **changes), 6)
-    for workers in (2, 3):
-        assert losses_over_threads(tiny(**MUON, **changes, workers=workers), 6) == pytest.approx(wanted, rel=1e-9)
+    assert losses_over_threads(tiny(**MUON, **changes, workers=3), 6) == pytest.approx(wanted, rel=1e-9)
 
 
 def saved(engine, folder):

@@ -99,7 +99,7 @@ class BlockState:
 
     def _put(self, parameter: nn.Parameter, place: Place, value: Tensor, moments: list[Tensor], count: float) -> None:
         parameter.data.copy_(value)
-        kept = {name: moment.to(parameter.device, copy=True) for name, moment in zip(place.moments, moments, strict=True)}
+        kept = dict(zip(place.moments, moments, strict=True))
         if self.engine.optimizer.counts_steps(parameter):
             kept["step"] = torch.tensor(count)
         self.engine.optimizer.set_state(parameter, kept if count else {})  # before the first step the optimizer has no state

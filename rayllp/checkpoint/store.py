@@ -227,7 +227,7 @@ def _load_parameter(engine: Engine, stored: Mapping[str, Tensor], name: str, par
             f"{folder}: of {name} it has the optimizer's {', '.join(sorted(state))}, but optimizer.name={engine.config.optimizer.name} "
             f"goes on from {', '.join(kept)}: put optimizer.name back to what the checkpoint was made with"
         )
-    engine.optimizer.set_state(parameter, {part: value.to(parameter.device, copy=True) for part, value in state.items()})
+    engine.optimizer.set_state(parameter, state)
 
 
 def _pieces(engine: Engine) -> dict[str, dict[str, Tensor]]:

@@ -1,7 +1,7 @@
 """AdamW, or Muon and AdamW, on a worker's own parameters; one global gradient norm."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -68,10 +68,11 @@ class Optimizer:
         """Its averages and, where they are counted, its "step"; nothing before the first one."""
         return self._of[parameter].state.get(parameter, {})
 
-    def set_state(self, parameter: nn.Parameter, state: dict[str, Tensor]) -> None:
-        """Put back what `state_of` gave, on the parameter's device."""
-        if state:
-            self._of[parameter].state[parameter] = state
+    def set_state(self, parameter: nn.Parameter, state: Mapping[str, Tensor]) -> None:
+        """Put a copy of what `state_of` gave back: averages on the parameter's device, the step on the host, where AdamW wants it."""
+        kept = {part: value.clone() if part == "step" else value.to(parameter.device, copy=True) for part, value in state.items()}
+        if kept:
+            self._of[parameter].state[parameter] = kept
         else:
             self._of[parameter].state.pop(parameter, None)
 
