@@ -46,6 +46,7 @@ class Task:
         settings: for all of its runs.
         seeds: of its runs.
         rates: learning rates, the same for every depth and way.
+        steps: of each run.
         buffers: layers outside the middle.
         module: in this folder, whose `student` and `Lessons` are trained; none: what the config names.
     """
@@ -57,6 +58,7 @@ class Task:
     settings: tuple[str, ...] = ()
     seeds: tuple[int, ...] = (0,)
     rates: tuple[float, ...] = (1e-3, 2e-3, 4e-3)
+    steps: int = STEPS
     buffers: int = 4
     module: str | None = None
 
@@ -69,12 +71,13 @@ TASKS = {
         (4, 8, 16, 32, 64),
     ),
     "muon": Task(
-        "GPT-2, Shakespeare, 2 + N + 2 layers, Δt = 1/N, Muon",
+        "GPT-2, Shakespeare, 2 + N + 2 layers, Δt = 1/N, Muon, 1,000 steps",
         "gpt2_shakespeare",
         {"data.path": "tinyshakespeare/input.txt.gz"},
         (4, 16, 64),
         ("optimizer.name=muon",),
-        rates=(4e-3, 1e-2),
+        rates=(1e-2,),
+        steps=1000,
     ),
     "standard": Task(
         "GPT-2, Shakespeare, 16 layers, Δt = 1, no buffers",
@@ -251,7 +254,7 @@ def wanted(arguments: argparse.Namespace) -> Iterator[Key]:
         for seed in task.seeds if arguments.seeds is None else arguments.seeds:
             for way in arguments.ways:
                 for middle in arguments.middle or (task.middle if way == "serial" else task.middle[-1:]):
-                    yield from ((name, way, middle, seed, lr, arguments.steps) for lr in arguments.lr or task.rates)
+                    yield from ((name, way, middle, seed, lr, arguments.steps or task.steps) for lr in arguments.lr or task.rates)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -268,14 +271,15 @@ def run(arguments: argparse.Namespace) -> None:
 def tails(arguments: argparse.Namespace) -> None:
     """1+1 to the end, and from states on its way the same with an exact end."""
     data, (name,) = arguments.data.absolute(), arguments.tasks
+    steps = arguments.steps or TASKS[name].steps
     for seed in arguments.seeds or (0,):
         for lr in arguments.lr or TASKS[name].rates:
             middle = TASKS[name].middle[-1]
-            whole = name, "1+1, exact from 1", middle, seed, lr, arguments.steps
+            whole = name, "1+1, exact from 1", middle, seed, lr, steps
             keep(arguments.results, train(whole, data, keep_at=TAILS[:-1]))
             for share in TAILS[:-1]:
-                key = name, f"1+1, exact from {share:g}", middle, seed, lr, arguments.steps
-                result = train(key, data, start=branch_file(key, round(share * arguments.steps)))
+                key = name, f"1+1, exact from {share:g}", middle, seed, lr, steps
+                result = train(key, data, start=branch_file(key, round(share * steps)))
                 keep(arguments.results, result)
                 print(" ".join(map(str, key)), f"loss {result['loss']:.4f}", flush=True)
 
@@ -494,7 +498,7 @@ def main() -> None:
     runs.add_argument("--middle", nargs="+", type=int, help="depths; default the task's for exact training, its largest for other ways")
     runs.add_argument("--lr", nargs="+", type=float, help="learning rates; default the task's")
     runs.add_argument("--seeds", nargs="+", type=int)
-    runs.add_argument("--steps", type=int, default=STEPS)
+    runs.add_argument("--steps", type=int, help="default the task's")
     runs.add_argument("--jobs", type=int, default=1)
     runs.set_defaults(action=run)
     ends = commands.add_parser("tails", help="1+1 with exact ends of several lengths")
@@ -502,7 +506,7 @@ def main() -> None:
     ends.add_argument("--tasks", nargs=1, default=["shakespeare"], choices=list(TASKS))
     ends.add_argument("--lr", nargs="+", type=float)
     ends.add_argument("--seeds", nargs="+", type=int)
-    ends.add_argument("--steps", type=int, default=STEPS)
+    ends.add_argument("--steps", type=int)
     ends.set_defaults(action=tails)
     reports = commands.add_parser("report", help="write the tables and the picture")
     reports.add_argument("--docs", type=Path, default=Path("docs"))
