@@ -20,7 +20,7 @@ class Muon(torch.optim.Muon):
     An update is the gradient's Nesterov momentum made orthogonal, times 0.2 √max(rows, columns) ("match_rms_adamw"). The factor is the
     same for a matrix and its transpose, so it is no matter which way round a module keeps its weight.
 
-    In bfloat16 results are those of `torch.optim.Muon` to the last bit.
+    In bfloat16 results are those of `torch.optim.Muon`, on CPUs that were tried to the last bit.
 
     Args:
         precision: of the Newton–Schulz iteration. In bfloat16 the last digits of a gradient, which depend on the number of workers, may
