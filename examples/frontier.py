@@ -71,7 +71,7 @@ TASKS = {
         (4, 8, 16, 32, 64),
     ),
     "muon": Task(
-        "GPT-2, Shakespeare, 2 + N + 2 layers, Δt = 1/N, Muon, 1,000 steps",
+        "GPT-2, Shakespeare, 2 + N + 2 layers, Δt = 1/N, Muon, half the steps",
         "gpt2_shakespeare",
         {"data.path": "tinyshakespeare/input.txt.gz"},
         (4, 16, 64),
@@ -457,7 +457,7 @@ def draw(found: list[Row], picture: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    names = [name for name in TASKS if any(row.task == name for row in found)]
+    names = [name for name in TASKS if sum(row.task == name for row in found) > 1]
     figure, axes = plt.subplots(1, len(names), figsize=(5.2 * len(names), 3.8), layout="constrained", squeeze=False)
     for name, axis in zip(names, axes[0], strict=True):
         for way in WAYS:
@@ -470,7 +470,8 @@ def draw(found: list[Row], picture: Path) -> None:
             axis.plot(*zip(*points, strict=True), "o-", ms=4, lw=1.2, color=COLOURS.get(way, "#7f7f7f"), label=label)
             for row, point in zip(mine, points, strict=True):
                 axis.annotate(str(row.middle), point, textcoords="offset points", xytext=(4, 4), fontsize="x-small")
-        axis.set(title=TASKS[name].title, xlabel="hours of training (emulated layers)", ylabel="validation loss", xscale="log")
+        axis.set_title(TASKS[name].title, fontsize="medium")
+        axis.set(xlabel="hours of training (emulated layers)", ylabel="validation loss", xscale="log")
         axis.legend(frameon=False, fontsize="small")
     figure.savefig(picture, dpi=130)
 
