@@ -46,6 +46,7 @@ class Task:
         settings: for all of its runs.
         seeds: of its runs.
         rates: learning rates, the same for every depth and way.
+        steps: of each run.
         buffers: layers outside the middle.
         module: in this folder, whose `student` and `Lessons` are trained; none: what the config names.
     """
@@ -57,6 +58,7 @@ class Task:
     settings: tuple[str, ...] = ()
     seeds: tuple[int, ...] = (0,)
     rates: tuple[float, ...] = (1e-3, 2e-3, 4e-3)
+    steps: int = STEPS
     buffers: int = 4
     module: str | None = None
 
@@ -67,6 +69,15 @@ TASKS = {
         "gpt2_shakespeare",
         {"data.path": "tinyshakespeare/input.txt.gz"},
         (4, 8, 16, 32, 64),
+    ),
+    "muon": Task(
+        "GPT-2, Shakespeare, 2 + N + 2 layers, Δt = 1/N, Muon, half the steps",
+        "gpt2_shakespeare",
+        {"data.path": "tinyshakespeare/input.txt.gz"},
+        (4, 16, 64),
+        ("optimizer.name=muon",),
+        rates=(1e-2,),
+        steps=1000,
     ),
     "standard": Task(
         "GPT-2, Shakespeare, 16 layers, Δt = 1, no buffers",
@@ -194,12 +205,13 @@ def train(key: Key, data: Path, keep_at: tuple[float, ...] = (), start: Path | N
         probes.update(saved["probes"])
         for name_, value in saved["parameters"].items():
             engine.block.parameters[name_].data.copy_(value)
-        engine.optimizer.load_state_dict(saved["optimizer"])
+            engine.optimizer.set_state(engine.block.parameters[name_], saved["optimizer"][name_])
     for step in range(first, steps):
         if step in kept and start is None:
             parameters = {name_: p.detach() for name_, p in engine.block.parameters.items()}
             state = {"step": step, "curve": curve, "solves": dict(plain), "probes": dict(probes), "parameters": parameters}
-            torch.save(state | {"optimizer": engine.optimizer.state_dict()}, branch_file(key, step))
+            moments = {name_: engine.optimizer.state_of(p) for name_, p in engine.block.parameters.items()}
+            torch.save(state | {"optimizer": moments}, branch_file(key, step))
         controller.begin(step)
         accuracy, plan = controller.accuracy_at(step), controller.probe(step)
         stats = engine.train_step(step, accuracy, plan)
@@ -242,7 +254,7 @@ def wanted(arguments: argparse.Namespace) -> Iterator[Key]:
         for seed in task.seeds if arguments.seeds is None else arguments.seeds:
             for way in arguments.ways:
                 for middle in arguments.middle or (task.middle if way == "serial" else task.middle[-1:]):
-                    yield from ((name, way, middle, seed, lr, arguments.steps) for lr in arguments.lr or task.rates)
+                    yield from ((name, way, middle, seed, lr, arguments.steps or task.steps) for lr in arguments.lr or task.rates)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -259,14 +271,15 @@ def run(arguments: argparse.Namespace) -> None:
 def tails(arguments: argparse.Namespace) -> None:
     """1+1 to the end, and from states on its way the same with an exact end."""
     data, (name,) = arguments.data.absolute(), arguments.tasks
+    steps = arguments.steps or TASKS[name].steps
     for seed in arguments.seeds or (0,):
         for lr in arguments.lr or TASKS[name].rates:
             middle = TASKS[name].middle[-1]
-            whole = name, "1+1, exact from 1", middle, seed, lr, arguments.steps
+            whole = name, "1+1, exact from 1", middle, seed, lr, steps
             keep(arguments.results, train(whole, data, keep_at=TAILS[:-1]))
             for share in TAILS[:-1]:
-                key = name, f"1+1, exact from {share:g}", middle, seed, lr, arguments.steps
-                result = train(key, data, start=branch_file(key, round(share * arguments.steps)))
+                key = name, f"1+1, exact from {share:g}", middle, seed, lr, steps
+                result = train(key, data, start=branch_file(key, round(share * steps)))
                 keep(arguments.results, result)
                 print(" ".join(map(str, key)), f"loss {result['loss']:.4f}", flush=True)
 
@@ -444,7 +457,7 @@ def draw(found: list[Row], picture: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    names = [name for name in TASKS if any(row.task == name for row in found)]
+    names = [name for name in TASKS if sum(row.task == name for row in found) > 1]
     figure, axes = plt.subplots(1, len(names), figsize=(5.2 * len(names), 3.8), layout="constrained", squeeze=False)
     for name, axis in zip(names, axes[0], strict=True):
         for way in WAYS:
@@ -457,7 +470,8 @@ def draw(found: list[Row], picture: Path) -> None:
             axis.plot(*zip(*points, strict=True), "o-", ms=4, lw=1.2, color=COLOURS.get(way, "#7f7f7f"), label=label)
             for row, point in zip(mine, points, strict=True):
                 axis.annotate(str(row.middle), point, textcoords="offset points", xytext=(4, 4), fontsize="x-small")
-        axis.set(title=TASKS[name].title, xlabel="hours of training (emulated layers)", ylabel="validation loss", xscale="log")
+        axis.set_title(TASKS[name].title, fontsize="medium")
+        axis.set(xlabel="hours of training (emulated layers)", ylabel="validation loss", xscale="log")
         axis.legend(frameon=False, fontsize="small")
     figure.savefig(picture, dpi=130)
 
@@ -485,7 +499,7 @@ def main() -> None:
     runs.add_argument("--middle", nargs="+", type=int, help="depths; default the task's for exact training, its largest for other ways")
     runs.add_argument("--lr", nargs="+", type=float, help="learning rates; default the task's")
     runs.add_argument("--seeds", nargs="+", type=int)
-    runs.add_argument("--steps", type=int, default=STEPS)
+    runs.add_argument("--steps", type=int, help="default the task's")
     runs.add_argument("--jobs", type=int, default=1)
     runs.set_defaults(action=run)
     ends = commands.add_parser("tails", help="1+1 with exact ends of several lengths")
@@ -493,7 +507,7 @@ def main() -> None:
     ends.add_argument("--tasks", nargs=1, default=["shakespeare"], choices=list(TASKS))
     ends.add_argument("--lr", nargs="+", type=float)
     ends.add_argument("--seeds", nargs="+", type=int)
-    ends.add_argument("--steps", type=int, default=STEPS)
+    ends.add_argument("--steps", type=int)
     ends.set_defaults(action=tails)
     reports = commands.add_parser("report", help="write the tables and the picture")
     reports.add_argument("--docs", type=Path, default=Path("docs"))

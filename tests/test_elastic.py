@@ -18,10 +18,12 @@ from tests.conftest import losses_over_threads, make_engine, tiny, train_engine
 from tests.test_train import living_actors, read
 
 
-@pytest.mark.parametrize(("before", "after"), [(2, 3), (3, 1), (1, 2), (4, 2)])
-def test_blocks_are_made_of_other_blocks_states(before, after):
+@pytest.mark.parametrize(
+    ("before", "after", "optimizer"), [(2, 3, "adamw"), (3, 1, "adamw"), (1, 2, "adamw"), (4, 2, "adamw"), (2, 3, "muon"), (3, 1, "muon")]
+)
+def test_blocks_are_made_of_other_blocks_states(before, after, optimizer):
     def save(channel):
-        engine = make_engine(tiny(workers=before), channel)
+        engine = make_engine(tiny(workers=before, optimizer={"name": optimizer}), channel)
         train_engine(engine, 2)
         state = BlockState(engine)
         flat = state.room()
@@ -31,7 +33,7 @@ def test_blocks_are_made_of_other_blocks_states(before, after):
     saved = run_workers(before, save)
 
     def go_on(channel):
-        engine = make_engine(tiny(workers=after), channel)
+        engine = make_engine(tiny(workers=after, optimizer={"name": optimizer}), channel)
         with torch.no_grad():  # all must be overwritten
             for parameter in engine.block.parameters.values():
                 parameter.fill_(torch.nan)

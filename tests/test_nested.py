@@ -139,10 +139,10 @@ def test_what_a_checkpoint_is_prolonged_to():
 
 
 def test_a_copys_state():
-    stored = {f"{part}/h.1.w": torch.full((2,), 8.0) for part in ("weight", "exp_avg", "exp_avg_sq", "step")}
+    stored = {f"{part}/h.1.w": torch.full((2,), 8.0) for part in ("weight", "exp_avg", "exp_avg_sq", "momentum_buffer", "step")}
     copy = prolong_layer(stored, "h.1.", "h.5.", 1 / 4)
     assert {key: float(value[0]) for key, value in copy.items()} == {
-        "weight/h.5.w": 8.0, "exp_avg/h.5.w": 2.0, "exp_avg_sq/h.5.w": 0.5, "step/h.5.w": 8.0,
+        "weight/h.5.w": 8.0, "exp_avg/h.5.w": 2.0, "exp_avg_sq/h.5.w": 0.5, "momentum_buffer/h.5.w": 2.0, "step/h.5.w": 8.0,
     }  # fmt: skip
     with pytest.raises(CheckpointError, match="not known how the optimizer's momentum follows"):
         prolong_layer({"momentum/h.1.w": torch.ones(1)}, "h.1.", "h.5.", 1 / 4)
@@ -195,10 +195,17 @@ def test_the_copies_of_a_linear_layer_are_smaller_steps_of_it(tmp_path):
     assert outputs[1] == pytest.approx(buffers * prod((1 + 0.5 * a) ** 3 for a in middle), rel=1e-12)
 
 
-def shallow_and_deep(path, step, factor=4, steps=5, workers=1):
+def shallow_and_deep(path, step, factor=4, steps=5, workers=1, optimizer="adamw"):
     """A GPT-2 of 2 + 2 + 2 layers after some steps, and what becomes of it with Δt = `step` in the deep network."""
     nested = {"factors": [factor], "at": [steps]}
-    config = tiny(model={"layers": 4 + 2 * factor}, step={"middle": step}, mgrit={"coarsening": 2}, nested=nested, workers=workers)
+    config = tiny(
+        model={"layers": 4 + 2 * factor},
+        step={"middle": step},
+        mgrit={"coarsening": 2},
+        nested=nested,
+        workers=workers,
+        optimizer={"name": optimizer},
+    )
     first, last = stages(config)
     shallow = make_engine(first.config.model_copy(update={"workers": 1}))
     train_engine(shallow, steps)
@@ -222,7 +229,7 @@ def test_copies_have_the_weights_and_their_share_of_the_moments(tmp_path):
             seen.add(index)
             for copied, original in zip(layer.parameters(), source.parameters(), strict=True):
                 assert torch.equal(copied, original)
-                got, had = engine.optimizer.state[copied], shallow.optimizer.state[original]
+                got, had = engine.optimizer.state_of(copied), shallow.optimizer.state_of(original)
                 torch.testing.assert_close(got["exp_avg"], had["exp_avg"] * scale, rtol=1e-14, atol=0)
                 torch.testing.assert_close(got["exp_avg_sq"], had["exp_avg_sq"] * scale**2, rtol=1e-14, atol=0)
                 assert got["step"] == had["step"] == 5
@@ -233,7 +240,7 @@ def test_copies_have_the_weights_and_their_share_of_the_moments(tmp_path):
         engine = next(engine for engine in engines if name in engine.block.parameters)
         mine, theirs = engine.block.parameters[name], block.parameters[name]
         assert torch.equal(mine, theirs)
-        assert torch.equal(engine.optimizer.state[mine]["exp_avg"], shallow.optimizer.state[theirs]["exp_avg"])
+        assert torch.equal(engine.optimizer.state_of(mine)["exp_avg"], shallow.optimizer.state_of(theirs)["exp_avg"])
 
 
 def test_the_deep_gpt2_is_the_shallow_one_up_to_the_step_squared_a_layer(tmp_path):
@@ -248,9 +255,10 @@ def test_the_deep_gpt2_is_the_shallow_one_up_to_the_step_squared_a_layer(tmp_pat
     assert [early / late for early, late in pairwise(gaps)] == pytest.approx([4, 4], rel=0.1)
 
 
-def test_the_next_optimizer_step_of_each_copy_is_the_layers(tmp_path):
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_the_next_optimizer_step_of_each_copy_is_the_layers(tmp_path, optimizer):
     """So the moments' scales are right: unscaled, the copies' first steps would be another's."""
-    shallow, (deep,) = shallow_and_deep(tmp_path / "a", 0.02)
+    shallow, (deep,) = shallow_and_deep(tmp_path / "a", 0.02, optimizer=optimizer)
     before = {index: weights(shallow, index) for index in (2, 3)}
     for engine in (shallow, deep):
         engine.train_step(5, SERIAL)

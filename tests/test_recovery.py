@@ -24,9 +24,9 @@ from tests.test_train import read
 # States in memory --------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("steps", [0, 3])
-def test_a_state_in_memory_is_the_whole_state(steps):
-    engine, twin = make_engine(tiny()), make_engine(tiny(seed=1))
+@pytest.mark.parametrize(("steps", "optimizer"), [(0, "adamw"), (3, "adamw"), (0, "muon"), (3, "muon")])
+def test_a_state_in_memory_is_the_whole_state(steps, optimizer):
+    engine, twin = (make_engine(tiny(seed=seed, optimizer={"name": optimizer})) for seed in (0, 1))
     train_engine(engine, steps)
     copies, others = NeighbourCopies(engine, lambda limit: None), NeighbourCopies(twin, lambda limit: None)
     copies.take(steps)

@@ -48,6 +48,7 @@ FIXED_NAMES = (
         ("optimizer.lr=inf", "optimizer.lr: .*finite number.*inf"),
         ("step.middle=nan", "step.middle"),
         ("step.middle=nan/N", "give a positive number"),
+        ("optimizer.muon_lr=0.02", "muon_lr=0.02 is Muon's, and name is adamw: set name: muon, or leave muon_lr out"),
         ("optimizer.betas=[0.9, 1.0]", r"betas \(0.9, 1.0\): each must be at least 0 and below 1"),
     ],
 )

@@ -26,7 +26,7 @@ class LayerBench:
 
     Attributes:
         batch: sequences that it was measured with.
-        parameter_bytes: of its weights alone; gradients are as large again, AdamW's moments twice that.
+        parameter_bytes: of its weights alone; gradients are as large again, AdamW's moments twice that, Muon's once.
         graph_bytes: what its graph holds from forward to gradient beyond weights and the state itself.
         state_bytes: of a state: a message to the neighbour, a C-point.
     """

@@ -1,6 +1,6 @@
 """A block's state in host memory, and a copy of it with the next worker: what a lost worker comes back from without a disk.
 
-A state is one flat tensor: weights, AdamW's moments and step counts, in the order of the block's parameters. Every worker keeps the last
+A state is one flat tensor: weights and the optimizer's moments, parameter by parameter, then step counts. Every worker keeps the last
 two of its own and of the previous worker's. They travel in the background, over a process group of their own, and a step's exchange ends
 with a small all-reduce: then that step is held everywhere, and an older one can be overwritten. So whatever moment a worker is lost
 at, there is a step that all survivors and the lost worker's neighbour have.
@@ -11,34 +11,52 @@ import queue
 import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from rayllp.channel.base import Channel, MessageTag, StateSpec
-from rayllp.checkpoint.store import MOMENTS
 from rayllp.engine import Engine
 from rayllp.errors import ChannelError, ClusterError
 
 KEPT = 2
 PATIENCE_S, SLOWEST_BYTES_S = 30.0, 10e6
 """A state may be on its way for so long, and for as long as a link of 10 MB/s takes for it; a worker that is gone is noticed before."""
-Layout = tuple[tuple[str, tuple[int, ...]], ...]
-"""Names and shapes of a block's parameters, in the order in which a state has them."""
+
+
+class Place(NamedTuple):
+    """What a state has of a parameter.
+
+    Attributes:
+        moments: names of what the optimizer keeps of it, each of its shape.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    moments: tuple[str, ...]
+
+    @property
+    def size(self) -> int:
+        """Numbers in the state, but for the step count."""
+        return (1 + len(self.moments)) * math.prod(self.shape)
+
+
+Layout = tuple[Place, ...]
+"""A block's parameters, in the order in which a state has them."""
 
 
 class BlockState:
     """Reads and writes a block's state as one flat tensor on the host, shape (size,), in the weights' dtype."""
 
     def __init__(self, engine: Engine) -> None:
-        self.engine = engine
+        self.engine, optimizer = engine, engine.optimizer
         self.parameters: list[nn.Parameter] = list(engine.block.parameters.values())
-        self.layout: Layout = tuple((name, tuple(p.shape)) for name, p in engine.block.parameters.items())
+        self.layout: Layout = tuple(Place(name, tuple(p.shape), optimizer.moments_of(p)) for name, p in engine.block.parameters.items())
         self.dtype = engine.block.dtype
-        count = sum(p.numel() for p in self.parameters)
-        self.size = (1 + len(MOMENTS)) * count + len(self.parameters)
+        self.size = sum(place.size for place in self.layout) + len(self.parameters)
 
     def room(self) -> Tensor:
         """An empty flat tensor; where the block is on a GPU, in pinned memory."""
@@ -46,19 +64,16 @@ class BlockState:
 
     def take(self, into: Tensor) -> None:
         """Copy the block's state."""
-        views = _views(into, self.layout)
-        for part in range(1 + len(MOMENTS)):
-            sources = [self._part(parameter, part) for parameter in self.parameters]
-            torch._foreach_copy_(views[part], sources, non_blocking=True)
-        counts = [float(self.engine.optimizer.state.get(p, {}).get("step", 0.0)) for p in self.parameters]
-        into[-len(self.parameters) :] = torch.tensor(counts, dtype=self.dtype)
+        sources = [part for parameter, place in self._places() for part in self._parts(parameter, place)]
+        torch._foreach_copy_([view for views in _views(into, self.layout) for view in views], sources, non_blocking=True)
+        into[-len(self.parameters) :] = torch.tensor([self._count(p) for p in self.parameters], dtype=self.dtype)
         if self.engine.device.type == "cuda":
             torch.cuda.current_stream(self.engine.device).synchronize()
 
     def put(self, flat: Tensor) -> None:
         """Make the block what it was."""
-        for parameter, (_, part) in zip(self.parameters, parts_of(flat, self.layout), strict=True):
-            self._put(parameter, *part)
+        for (parameter, place), (value, moments, count) in zip(self._places(), parts_of(flat, self.layout), strict=True):
+            self._put(parameter, place, value, moments, count)
 
     def gather(self, states: Sequence[tuple[Layout, Tensor]]) -> None:
         """Make the block what it was when its layers were shared out otherwise.
@@ -70,45 +85,47 @@ class BlockState:
             ClusterError: a parameter is in none of them.
         """
         tied = self.engine.block.architecture.tied_to
-        known = {name: part for layout, state in states for name, part in parts_of(state, layout)}
-        for (name, shape), parameter in zip(self.layout, self.parameters, strict=True):
-            found = known.get(name, known.get(tied.get(name, name)))
-            if found is None or found[0].shape != shape:
-                raise ClusterError(f"{name} {shape} is not in the states of the workers that had this block's layers")
-            self._put(parameter, *found)
+        known = {
+            place.name: (place.shape, part) for layout, state in states for place, part in zip(layout, parts_of(state, layout), strict=True)
+        }
+        for parameter, place in self._places():
+            shape, part = known.get(place.name, known.get(tied.get(place.name, place.name), (None, None)))
+            if part is None or shape != place.shape:
+                raise ClusterError(f"{place.name} {place.shape} is not in the states of the workers that had this block's layers")
+            self._put(parameter, place, *part)
 
-    def _put(self, parameter: nn.Parameter, value: Tensor, moments: list[Tensor], count: float) -> None:
+    def _places(self) -> Iterator[tuple[nn.Parameter, Place]]:
+        return zip(self.parameters, self.layout, strict=True)
+
+    def _put(self, parameter: nn.Parameter, place: Place, value: Tensor, moments: list[Tensor], count: float) -> None:
         parameter.data.copy_(value)
-        if count == 0:  # before the first step the optimizer has no state
-            self.engine.optimizer.state.pop(parameter, None)
-            return
-        kept = {name: moment.to(parameter.device, copy=True) for name, moment in zip(MOMENTS, moments, strict=True)}
-        self.engine.optimizer.state[parameter] = {"step": torch.tensor(count), **kept}
+        kept = dict(zip(place.moments, moments, strict=True))
+        if self.engine.optimizer.counts_steps(parameter):
+            kept["step"] = torch.tensor(count)
+        self.engine.optimizer.set_state(parameter, kept if count else {})  # before the first step the optimizer has no state
 
-    def _part(self, parameter: nn.Parameter, part: int) -> Tensor:
-        if part == 0:
-            return parameter.data
-        found = self.engine.optimizer.state.get(parameter, {}).get(MOMENTS[part - 1])
-        return torch.zeros_like(parameter.data) if found is None else found
+    def _parts(self, parameter: nn.Parameter, place: Place) -> list[Tensor]:
+        state = self.engine.optimizer.state_of(parameter)
+        return [parameter.data, *(state[name] if name in state else torch.zeros_like(parameter.data) for name in place.moments)]
+
+    def _count(self, parameter: nn.Parameter) -> float:
+        """Steps that the optimizer has done; of one that does not count them, 1 once it has done any."""
+        state = self.engine.optimizer.state_of(parameter)
+        return float(state.get("step", bool(state)))
 
 
-def parts_of(state: Tensor, layout: Layout) -> list[tuple[str, tuple[Tensor, list[Tensor], float]]]:
-    """Name, and value, moments and step count, of each parameter in a state."""
-    values, *moments = _views(state, layout)
+def parts_of(state: Tensor, layout: Layout) -> list[tuple[Tensor, list[Tensor], float]]:
+    """Value, moments and step count of each parameter in a state."""
     counts = state[len(state) - len(layout) :].tolist()
-    return [(name, (values[n], [moment[n] for moment in moments], counts[n])) for n, (name, _) in enumerate(layout)]
+    return [(value, moments, count) for (value, *moments), count in zip(_views(state, layout), counts, strict=True)]
 
 
-def _views(state: Tensor, layout: Layout) -> list[list[Tensor]]:
-    """For weights and each moment, the views of all parameters."""
-    start, found = 0, []
-    for _ in range(1 + len(MOMENTS)):
-        views = []
-        for _, shape in layout:
-            views.append(state[start : start + math.prod(shape)].view(shape))
-            start += math.prod(shape)
-        found.append(views)
-    return found
+def _views(state: Tensor, layout: Layout) -> Iterator[list[Tensor]]:
+    """Of each parameter, the views of its weights and of its moments."""
+    start = 0
+    for place in layout:
+        yield list(state[start : start + place.size].view(-1, *place.shape).unbind())
+        start += place.size
 
 
 @dataclass

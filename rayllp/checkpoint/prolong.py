@@ -8,6 +8,8 @@ Pure, and piece by piece: a worker makes the state of its own layers of those th
 about its own. So each copy gets 1 / factor of the first moment and 1 / factor² of the second, which is what averages of its own gradients
 would have been. AdamW's step m / √v stays as it was, and so does what the next gradients weigh in it. The count of steps, which corrects
 the averages' bias, is copied. Embedding, buffers and head keep all of theirs.
+
+**Muon's momentum** is a first moment; its update does not depend on the momentum's size.
 """
 
 from collections.abc import Callable, Mapping
@@ -19,7 +21,7 @@ from rayllp.checkpoint.location import Folder
 from rayllp.config import TrainConfig
 from rayllp.errors import CheckpointError
 
-POWERS = {"weight": 0, "step": 0, "exp_avg": 1, "exp_avg_sq": 2, "max_exp_avg_sq": 2}
+POWERS = {"weight": 0, "step": 0, "exp_avg": 1, "exp_avg_sq": 2, "max_exp_avg_sq": 2, "momentum_buffer": 1}
 """The power of Δt that each part of a parameter's state is proportional to."""
 LAYER = "layer_"
 """What names of the layers' pieces begin with; the number of the layer follows, five digits."""

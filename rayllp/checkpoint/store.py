@@ -28,7 +28,6 @@ FORMAT = 2
 MANIFEST = "manifest.json"
 NAME = re.compile(r"step_\d+")
 """Of a checkpoint's folder. What else lies beside them (a copy that somebody made, step_300_good) is none of ours."""
-MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def staging(root: Folder, step: int) -> Folder:
@@ -221,9 +220,14 @@ def _load_parameter(engine: Engine, stored: Mapping[str, Tensor], name: str, par
             f"{folder}: {name} is {found}, the model has {tuple(parameter.shape)} {parameter.dtype}: a checkpoint of another model"
         )
     parameter.data.copy_(value)
-    if f"step/{name}" in stored:
-        moments = {key: stored[f"{key}/{name}"].to(parameter.device) for key in MOMENTS}
-        engine.optimizer.state[parameter] = {"step": stored[f"step/{name}"].clone(), **moments}
+    state = {part: stored[key] for key in stored for part, _, owner in [key.partition("/")] if owner == name and part != "weight"}
+    kept = engine.optimizer.moments_of(parameter)
+    if state and set(state) - {"step"} != set(kept):
+        raise CheckpointError(
+            f"{folder}: of {name} it has the optimizer's {', '.join(sorted(state))}, but optimizer.name={engine.config.optimizer.name} "
+            f"goes on from {', '.join(kept)}: put optimizer.name back to what the checkpoint was made with"
+        )
+    engine.optimizer.set_state(parameter, state)
 
 
 def _pieces(engine: Engine) -> dict[str, dict[str, Tensor]]:
@@ -233,10 +237,8 @@ def _pieces(engine: Engine) -> dict[str, dict[str, Tensor]]:
             continue
         piece = pieces.setdefault(name_of_piece, {})
         piece[f"weight/{name}"] = parameter.data
-        state = engine.optimizer.state.get(parameter, {})
-        for key in (*MOMENTS, "step"):
-            if key in state:
-                piece[f"{key}/{name}"] = torch.as_tensor(state[key])
+        for part, value in engine.optimizer.state_of(parameter).items():
+            piece[f"{part}/{name}"] = torch.as_tensor(value)
     return pieces
 
 

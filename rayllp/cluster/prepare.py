@@ -22,7 +22,7 @@ from rayllp.engine.block import PARAMETER_DTYPES
 from rayllp.engine.check_draws import check_draws
 from rayllp.engine.torchbraid_solver import check_installed
 from rayllp.errors import CheckpointError, RayllpError, SettingsError
-from rayllp.models import Architecture, LayerStack, check_batched, check_family, check_network, refuse_unnamed_code
+from rayllp.models import Architecture, LayerStack, check_batched, check_family, check_muon, check_network, refuse_unnamed_code
 from rayllp.report import RunDirectory
 from rayllp.report.holding import Hold, hold
 
@@ -104,6 +104,7 @@ def validate(
             raise SettingsError(f"the model has {model.layers} layers but model.layers is {config.model.layers}: make them equal")
         if config.nested.factors and not isinstance(model, LayerStack):
             raise SettingsError(f"nested needs a LayerStack, to make shallower ones of it; got a {type(model).__name__}: leave nested out")
+        check_muon(config, model)
         check_batched(config, model, _drawing(config, model, batches))
         return None
     check_family(config)
@@ -175,6 +176,11 @@ def _reopen(path: Path, config: TrainConfig | None) -> tuple[RunDirectory, Train
     before = load_run_config(path)
     if config is None:
         refuse_unnamed_code(before, path)
+    if config is not None and config.optimizer.name != before.optimizer.name:
+        raise SettingsError(
+            f"{path} was trained by {before.optimizer.name}, and {config.optimizer.name} cannot go on from its state: leave "
+            "optimizer.name as it was, or export the network and begin a run with model.from_pretrained"
+        )
     found = checkpoints(RunDirectory(path, before).checkpoints)
     if not found:
         raise CheckpointError(f"{path} has no complete checkpoint to resume from: start it anew, by its settings and --output {path}")

@@ -319,7 +319,7 @@ class RayGroup(ElasticGroup):
         if estate.step is not None:
             gathering = {}
             for share in shares:
-                holders = [n for n, layout in enumerate(estate.layouts) if not share["sources"].isdisjoint(name for name, _ in layout)]
+                holders = [n for n, layout in enumerate(estate.layouts) if not share["sources"].isdisjoint(place.name for place in layout)]
                 layouts, states = [estate.layouts[n] for n in holders], [estate.states[n] for n in holders]
                 gathering[share["rank"]] = self.workers[share["rank"]].gather.remote(layouts, *states)
             self._get(gathering, None)

@@ -248,9 +248,14 @@ class AdaptiveSettings(Settings):
 
 
 class OptimizerSettings(Settings):
-    """AdamW, linear warm-up, cosine decay."""
+    """AdamW, or Muon for the layers' matrices; linear warm-up, cosine decay."""
 
-    lr: float = Field(1e-3, gt=0, description="peak learning rate")
+    name: Literal["adamw", "muon"] = Field(
+        "adamw", description="muon: Muon for the weight matrices of the layers, AdamW for all else (embedding, head, norms, biases)"
+    )
+    lr: float = Field(1e-3, gt=0, description="peak learning rate; Muon's updates are as large as AdamW's, so it serves both")
+    muon_lr: float | None = Field(None, gt=0, description="peak learning rate of Muon's matrices; default lr")
+    momentum: float = Field(0.95, ge=0, lt=1, description="Muon's, Nesterov")
     min_lr_ratio: float = Field(0.1, ge=0, le=1, description="final over peak learning rate")
     warmup: int = Field(20, ge=0, description="steps of linear warm-up")
     weight_decay: float = Field(0.1, ge=0, description="on tensors of two or more dimensions")
@@ -264,6 +269,12 @@ class OptimizerSettings(Settings):
         if any(not 0 <= beta < 1 for beta in value):
             raise ValueError(f"betas {value}: each must be at least 0 and below 1, such as [0.9, 0.95]")
         return value
+
+    @model_validator(mode="after")
+    def _muons_own(self) -> "OptimizerSettings":
+        if self.muon_lr is not None and self.name != "muon":
+            raise ValueError(f"muon_lr={self.muon_lr:g} is Muon's, and name is {self.name}: set name: muon, or leave muon_lr out")
+        return self
 
 
 class EvalSettings(Settings):

@@ -15,7 +15,7 @@ from rayllp.data.base import Inputs
 from rayllp.engine.check_draws import check_draws
 from rayllp.engine.vmapped_layers import Stacks
 from rayllp.models import check_batched
-from rayllp.models.base import Architecture
+from rayllp.models.base import Architecture, hidden_matrices
 from rayllp.models.randomness import FrozenRandomness
 from rayllp.state import State, combine, interpolate, subtract, tensors
 
@@ -132,6 +132,11 @@ class Block:
     def leaves(self, index: int) -> list[nn.Parameter]:
         """Trainable parameters that layer `index` uses."""
         return [*(p for p in self.layers[index].parameters() if p.requires_grad), *self.common_leaves]
+
+    @property
+    def matrices(self) -> list[nn.Parameter]:
+        """The weight matrices of this worker's layers, buffers among them."""
+        return [matrix for layer in self.layers.values() for matrix in hidden_matrices(layer)]
 
     @property
     def common_leaves(self) -> list[nn.Parameter]:

@@ -21,7 +21,7 @@ from rayllp.engine.evaluation import Evaluation
 from rayllp.engine.exact_forward import ExactForward
 from rayllp.engine.gradients import Gradients
 from rayllp.engine.layer_group import LayerGroup
-from rayllp.engine.optimizer import build_optimizer, learning_rate, scale_gradients
+from rayllp.engine.optimizer import Optimizer, learning_rate, scale_gradients
 from rayllp.engine.probe import Probing
 from rayllp.engine.reduce_gradients import add_shared_gradients, sum_over_replicas
 from rayllp.engine.smoothness import add_smoothness_gradient
@@ -58,7 +58,7 @@ class Engine:
         self.config, self.batches, self.device = config, batches, device
         self.block = Block(architecture, config, layer_channel.rank, device)
         self._counted = [p for name, p in self.block.parameters.items() if not self.block.is_counted_elsewhere(name)]
-        self.optimizer = build_optimizer(self.block.parameters, config.optimizer)
+        self.optimizer = Optimizer(self.block, config.optimizer)
         self._draws_are_checked = False
         self._join(layer_channel, data_channel)
 
@@ -78,7 +78,7 @@ class Engine:
     def reconnect(self, layer_channel: Channel, data_channel: Channel) -> None:
         """Go on among other workers, with the same block; a step that was cut short has left nothing."""
         self._join(layer_channel, data_channel)
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad()
 
     @property
     def timeline(self) -> Timeline | None:
@@ -118,7 +118,7 @@ class Engine:
         if found.is_finite:
             with self.group.span("update"):
                 self.update(found.norm, lr)
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad()
         self.layers.finish()
         return StepStats(
             step=step,
@@ -160,9 +160,7 @@ class Engine:
         clip = self.config.optimizer.clip
         if clip and norm > clip:
             scale_gradients(self.block.parameters.values(), clip / (norm + 1e-6))
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.optimizer.step()
+        self.optimizer.step(lr)
 
     # Beside training ----------------------------------------------------------------------------------------------------------
 

@@ -10,7 +10,7 @@ from typing import Any
 from rayllp.config import TrainConfig
 from rayllp.data.base import Facts
 from rayllp.errors import DataError, SettingsError
-from rayllp.models.base import Architecture
+from rayllp.models.base import Architecture, hidden_matrices
 from rayllp.models.kinds import refuse_post_ln
 from rayllp.models.stack import LayerStack
 
@@ -95,6 +95,15 @@ def check_batched(config: TrainConfig, architecture: Architecture, drawing: str 
         _check_kinds(config, architecture)
 
 
+def check_muon(config: TrainConfig, architecture: Architecture) -> None:
+    """Refuse Muon for a network whose layers have nothing that it could train."""
+    if config.optimizer.name == "muon" and not any(hidden_matrices(architecture.layer(n)) for n in range(architecture.layers)):
+        raise SettingsError(
+            "optimizer.name=muon trains weights of two dimensions, and no layer of this network has one (a convolution's have four): "
+            "set optimizer.name: adamw"
+        )
+
+
 def _check_kinds(config: TrainConfig, architecture: Architecture) -> None:
     level, offset = config.hierarchy(2).levels[0], config.buffers.open
     for rank in range(config.layer_workers):
@@ -148,7 +157,6 @@ def check_family(config: TrainConfig) -> None:
 
 
 __all__ = [
-    "FAMILIES", "Architecture", "LayerStack", "adapter", "build_architecture", "check_batched", "check_family", "check_network", "families",
-    "refuse_unnamed_code",
-    "register",
+    "FAMILIES", "Architecture", "LayerStack", "adapter", "build_architecture", "check_batched", "check_family", "check_muon",
+    "check_network", "families", "refuse_unnamed_code", "register",
 ]  # fmt: skip

@@ -14,6 +14,12 @@ from rayllp.models.randomness import seeded
 from rayllp.state import State, combine
 
 
+def hidden_matrices(layer: nn.Module) -> list[nn.Parameter]:
+    """The weights of a layer that map vectors to vectors: those of two dimensions, tables of embeddings excepted."""
+    tables = {id(p) for module in layer.modules() if isinstance(module, nn.Embedding) for p in module.parameters()}
+    return [p for p in layer.parameters() if p.ndim == 2 and id(p) not in tables]
+
+
 class Architecture(ABC):
     """An embedding, residual layers and a head. A worker builds the pieces that it owns and no other.
 
@@ -144,4 +150,4 @@ class Architecture(ABC):
             return self.common()
 
 
-__all__ = ["Architecture", "State"]
+__all__ = ["Architecture", "State", "hidden_matrices"]

@@ -117,8 +117,8 @@ def parts_of_step(engine: Engine, state: State) -> Parts[Callable[[], None]]:
             loss_and_seed(block, state, targets, 1 / max(1, terms))
 
     def update() -> None:
-        engine.optimizer.step()
-        engine.optimizer.zero_grad(set_to_none=True)
+        engine.optimizer.step(engine.config.optimizer.lr)
+        engine.optimizer.zero_grad()
 
     return Parts(forward, record, input_gradients, full_gradients, enter, leave, update)
 

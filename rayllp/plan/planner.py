@@ -18,8 +18,8 @@ from rayllp.errors import SettingsError
 from rayllp.plan.cost import predict_step
 from rayllp.plan.costs import Costs
 
-COPIES = 4
-"""A weight, its gradient, and AdamW's two moments."""
+COPIES = {"adamw": 4, "muon": 3}
+"""By optimizer: a weight, its gradient, and moments. Muon keeps one; norms and biases, of which AdamW keeps two, hardly count."""
 COARSENINGS = (2, 4, 8, 16)
 LEVELS = (2, 3, 4)
 ITERATIONS = ((1, 1), (2, 1), (2, 2), (3, 3))
@@ -283,7 +283,7 @@ def _exact(config: TrainConfig, model: LayerModel, device: Device, replicas: int
     if layer == 1:
         costs = model.at(batch, device)
         step_s = _block_s(config, costs, layers, first=True, last=True) + _gradients_s(model, device, layers, replicas)
-        memory = layers * (COPIES * model.parameter_bytes + batch * model.graph_bytes)
+        memory = layers * (COPIES[config.optimizer.name] * model.parameter_bytes + batch * model.graph_bytes)
         yield Option(kind="data", data=replicas, layer=1, step_s=step_s, memory=memory)
         return
     owned = math.ceil(layers / layer)
@@ -293,7 +293,7 @@ def _exact(config: TrainConfig, model: LayerModel, device: Device, replicas: int
         ends = max(costs.enter + costs.enter_gradient, costs.leave)
         stage_s = owned * (costs.record + costs.full_gradient) + ends + 2 * costs.message
         step_s = (count + layer - 1) * stage_s + owned * costs.update + _gradients_s(model, device, owned, replicas)
-        memory = owned * (COPIES * model.parameter_bytes + min(count, layer) * batch / count * model.graph_bytes)
+        memory = owned * (COPIES[config.optimizer.name] * model.parameter_bytes + min(count, layer) * batch / count * model.graph_bytes)
         found.append(Option(kind="pipeline", data=replicas, layer=layer, step_s=step_s, memory=memory, microbatches=count))
     if found:
         yield min(found, key=lambda option: option.step_s)
@@ -318,7 +318,7 @@ def _in_order(config: TrainConfig, model: LayerModel, device: Device, replicas: 
         step_s = there_and_back + serial_ends + (count - 1) * layer_s + count * costs.full_gradient
     owned = middle + ends
     step_s += owned * costs.update + _gradients_s(model, device, owned, replicas)
-    memory = owned * (COPIES * model.parameter_bytes + batch * model.graph_bytes)
+    memory = owned * (COPIES[config.optimizer.name] * model.parameter_bytes + batch * model.graph_bytes)
     return Option(kind="pipeline", data=replicas, layer=layer, step_s=step_s, memory=memory, microbatches=count, in_order=True)
 
 
@@ -357,7 +357,8 @@ def _layer_parallel(
     step_s = predict_step(found, Controller(found).chosen, costs) + _gradients_s(model, device, owned, replicas)
     batch = config.batch_size / replicas
     graphs = (1 if cyclic else c) if config.mgrit.recompute else owned
-    memory = owned * COPIES * model.parameter_bytes + batch * (graphs * model.graph_bytes + owned * model.state_bytes)
+    weights = COPIES[config.optimizer.name] * model.parameter_bytes
+    memory = owned * (weights + batch * model.state_bytes) + batch * graphs * model.graph_bytes
     return Option(kind="layer", data=replicas, layer=layer, step_s=step_s, memory=memory, solve=solve, bias=biases.get(solve))
 
 
