@@ -10,7 +10,7 @@ from rich.console import Console
 from rayllp.checkpoint import MANIFEST
 from rayllp.checkpoint.described import DATA_JSON, TOKENIZER_JSON, write_data_json, write_tokenizer_json
 from rayllp.cluster.driver import Driver
-from rayllp.cluster.prepare import prepare
+from rayllp.cluster.prepare import open_run, prepare
 from rayllp.config import load_run_config
 from rayllp.data.load import load_data
 from rayllp.data.record import DataRecord, checksum
@@ -50,7 +50,9 @@ def test_other_data_under_the_same_name_are_refused_or_told(tmp_path, tokenizer)
     (tmp_path / "text.txt").write_text(GROWN if tokenizer != "characters" else TEXT + TEXT, encoding="utf-8")
     with pytest.raises(DataError, match=r"not those that the run began with \(train and validation\).*data.on_change=accept"):
         prepare(None, resume=tmp_path / "run")
-    accepted = prepare(with_data(config, on_change="accept"), resume=tmp_path / "run").loaded
+    prepared = prepare(with_data(config, on_change="accept"), resume=tmp_path / "run")
+    with open_run(prepared, None, None):
+        accepted = prepared.loaded
     assert accepted.changed == ("train", "validation")
     # The same text has the same ids: nothing was trained anew.
     assert np.array_equal(accepted.data.tokenizer.encode(TEXT.encode()), data.tokenizer.encode(TEXT.encode()))

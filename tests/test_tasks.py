@@ -81,7 +81,7 @@ def test_a_family_of_the_users_own_trains_on_ray_and_is_exported(tmp_path):
         model={"family": "tests.test_models:Qwen2"}, data={"path": str(tmp_path / "text.txt")}, steps=3, eval={"sample": 0}
     )  # fmt: skip
     run = rayllp.train(config, output=tmp_path / "run").directory
-    folder = export(run, tmp_path / "model")
+    folder = export(run, tmp_path / "model", family="tests.test_models:Qwen2")  # named anew: a run's own settings import no code
     assert type(ScaledModel.from_pretrained(folder)).__name__ == "Qwen2ForCausalLM"
     with pytest.raises(SettingsError, match=r"'tests.test_models:Qwen3'.* this process can import"):
         rayllp.train(config_of(model={"family": "tests.test_models:Qwen3"}))

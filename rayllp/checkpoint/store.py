@@ -157,7 +157,7 @@ def read_manifest(folder: Folder) -> dict[str, Any]:
     for name, facts in manifest["files"].items():
         path = folder / name
         if not path.is_file() or path.stat().st_size != facts["bytes"]:
-            raise DamagedCheckpointError(f"{path} is missing or has another size than the manifest says; use an earlier checkpoint")
+            raise DamagedCheckpointError(f"{path} is missing or altered (its size differs from the manifest's); use an earlier checkpoint")
     return manifest
 
 
