@@ -183,7 +183,8 @@ def test_a_host_is_cut_off_for_a_minute(pair):
     assert (sizes[0], min(sizes), sizes[-1]) == (2, 1, 2)
     undisturbed = write(one, **changes | {"workers": 2})
     one.rayllp(*undisturbed)
-    assert losses(one, run) == losses(one, undisturbed[-1])
+    # Not the last bit: two workers form a step's gradient as a sum over microbatches, one does not.
+    assert losses(one, run) == pytest.approx(losses(one, undisturbed[-1]), rel=1e-12)
 
 
 @pytest.mark.hosts
