@@ -62,18 +62,24 @@ def expected(**changes: Any) -> list[float]:
 
 
 def test_two_hosts_train_one_network(cluster):
-    """Though their names resolve to loopback, and another interface leads nowhere. Storage that they do not share is refused."""
+    """Though their names resolve to loopback, and another interface leads nowhere."""
     one, _ = cluster
     command = write(one)
     one.rayllp(*command)
     assert losses(one, command[-1]) == pytest.approx(expected(), rel=1e-12)
+
+
+# Every way to train ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.hosts
+def test_storage_that_they_do_not_share_is_refused(cluster):
+    one, _ = cluster
+    command = write(one)
     refused = one.rayllp(*command[:-1], f"{one.own}/run", check=False)
     assert refused.returncode != 0
     assert f"host2 (10.77.0.2) does not share {one.own}/run/checkpoints with this host (FileNotFoundError: No such" in refused.stderr
     assert "run" not in one.run("ls", one.own).stdout.split()
-
-
-# Every way to train ---------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.hosts
