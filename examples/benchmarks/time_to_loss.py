@@ -46,6 +46,7 @@ def main() -> None:
     parser.add_argument("config", nargs="?", type=Path)
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--within", type=float, default=0.1, help="per cent above that loss that count as having reached it")
     arguments = parser.parse_args()
     always = ["eval.every=20", "eval.sample=0", "checkpoint.best=false", "spare_workers=false", *arguments.set]
     found: dict[str, list[list[tuple[float, float]]]] = {way: [] for way in WAYS}
@@ -54,11 +55,11 @@ def main() -> None:
         for _ in range(arguments.runs):
             for way, changes in WAYS.items():
                 found[way].append(curve(load_config(arguments.config, [*always, *changes])))
-    target = median(points[-1][1] for points in found["workers, exact"])
-    print(f"\nto a validation loss of {target:.4f}, which exact training ends at, on {workers} workers:\n")
+    target = (1 + arguments.within / 100) * median(points[-1][1] for points in found["workers, exact"])
+    print(f"\nto a validation loss of {target:.4f}, within {arguments.within:g} % of what exact training ends at, on {workers} workers:\n")
     print("| way | seconds, median (all) | last loss |\n|---|---|---|")
     for way, curves in found.items():
-        reached = [second for points in curves if (second := seconds_to(target + 1e-6, points)) is not None]
+        reached = [second for points in curves if (second := seconds_to(target, points)) is not None]
         shown = f"{median(reached):.1f} ({', '.join(f'{second:.1f}' for second in reached)})" if reached else "never"
         print(f"| {way} | {shown} | {', '.join(f'{points[-1][1]:.4f}' for points in curves)} |")
 
