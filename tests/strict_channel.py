@@ -21,9 +21,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from rayllp.channel.base import MessageTag, StateSpec
+from rayllp.channel.base import Coming, Leaving, MessageTag, StateSpec, schedules_differ
 from rayllp.errors import ChannelError
-from rayllp.state import State, detach, tensors
+from rayllp.state import State, combine
 
 T = TypeVar("T")
 
@@ -137,8 +137,7 @@ class Group:
             if match is None:
                 continue
             if match.tag != part.tag:
-                why = f"worker {part.peer} waits for {match.tag} from worker {rank}, which sent {part.tag}: the schedules differ"
-                self.world.failure = self.world.failure or why
+                self.world.failure = self.world.failure or str(schedules_differ(match.tag, part.tag, part.peer, rank))
                 return False
             match.found = detach_copy(part.given)
             part.done = match.done = moved = True
@@ -166,8 +165,7 @@ def _head(line: deque[list[Part]]) -> list[Part]:
 
 
 def detach_copy(state: State) -> State:
-    parts = [part.clone() for part in tensors(detach(state))]
-    return parts[0] if isinstance(state, Tensor) else tuple(parts)
+    return combine(lambda part: part.detach().clone(), state)
 
 
 class StrictChannel:
@@ -189,7 +187,7 @@ class StrictChannel:
         self._wait(parts)
         return part.found
 
-    def exchange(self, leaving: Sequence[tuple[State, int]], coming: Sequence[tuple[StateSpec, int]], tag: MessageTag) -> list[State]:
+    def exchange(self, leaving: Leaving, coming: Coming, tag: MessageTag) -> list[State]:
         sends = [Part("send", destination, tag, state) for state, destination in leaving]
         receives = [Part("receive", source, tag) for _, source in coming]
         if sends or receives:

@@ -39,6 +39,14 @@ def over_mpi(size, work):
     return run_mpi_processes(size, _mpi, work)
 
 
+def of_odd_lengths(channel):
+    """States whose bytes are no multiple of what their first tensor is made of."""
+    state = (torch.full((2, 2), channel.rank + 0.5, dtype=torch.float64), torch.full((3,), channel.rank, dtype=torch.uint8))
+    found = [tuple(part.clone() for part in each) for each in channel.all_gather(state, StateSpec.of(state), TAG)]
+    channel.finish()
+    return found
+
+
 def exchanging(channel):
     """With both neighbours at once, two tensors of two dtypes; with nobody."""
     left, right = (channel.rank - 1) % channel.size, (channel.rank + 1) % channel.size
@@ -116,6 +124,13 @@ def test_what_is_gathered_is_in_order_of_the_ranks(workers, size):
             assert torch.equal(pairs[other][1], torch.full((2, 2), other + 0.5, dtype=torch.float64))
             assert rows[other].tolist() == [other, rank]
         assert torch.equal(received, torch.full((2, 3), float((rank - 1) % size), dtype=torch.float64))
+
+
+def test_states_of_odd_lengths_are_gathered(workers):
+    for found in workers(3, of_odd_lengths):
+        for other, (wide, narrow) in enumerate(found):
+            assert torch.equal(wide, torch.full((2, 2), other + 0.5, dtype=torch.float64))
+            assert torch.equal(narrow, torch.full((3,), other, dtype=torch.uint8))
 
 
 @pytest.mark.parametrize("size", [2, 3])

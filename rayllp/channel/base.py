@@ -177,6 +177,11 @@ def exchange_one_by_one(channel: Channel, leaving: Leaving, coming: Coming, tag:
     return [channel.receive(spec, source, tag) for spec, source in coming]
 
 
+def schedules_differ(tag: MessageTag, sent: MessageTag, receiver: int, sender: int) -> ChannelError:
+    """The error of a message that is another one than was waited for."""
+    return ChannelError(f"worker {receiver} waits for {tag} from worker {sender}, which sent {sent}: the schedules differ")
+
+
 def failure(tag: MessageTag, source: int, destination: int, reason: str) -> ChannelError:
     """The error of a message that did not arrive."""
     return ChannelError(f"{tag}: worker {destination} received nothing from worker {source}: {reason}")

@@ -18,10 +18,10 @@ from rayllp.errors import ClusterError
 LOOPBACK = "127.0.0.1"
 KNOCK_S = 3.0
 """Longest wait for a connection to another host."""
-EXACT = {"GLOO_SOCKET_IFNAME": "{}", "NCCL_SOCKET_IFNAME": "={}", "FI_TCP_IFACE": "{}"}
-"""What tells Gloo, NCCL, and libfabric (of MPI) to use just this interface for TCP."""
-ON_ONE_HOST = {"UCX_NET_DEVICES": "{}"}
-"""The same for UCX, which would then leave InfiniBand unused between hosts."""
+VARIABLES = {"GLOO_SOCKET_IFNAME": "{}", "NCCL_SOCKET_IFNAME": "={}", "FI_TCP_IFACE": "{}", "UCX_NET_DEVICES": "{}"}
+"""What tells Gloo, NCCL, and libfabric and UCX (of MPI) to use just this interface."""
+ON_ONE_HOST = {"UCX_NET_DEVICES"}
+"""Those that are set where all are on one host: between hosts UCX would leave InfiniBand unused."""
 
 _ours: dict[str, str] = {}
 """What this process set itself, for an earlier membership: that is no wish of the user's."""
@@ -37,12 +37,12 @@ def use_interface_of(address: str) -> None:
         ClusterError: the user's own GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME fits no interface of this host.
     """
     _check_own_wishes()
-    name = "lo" if address == LOOPBACK and "lo" in psutil.net_if_addrs() else interface_of(address)
-    for variable, form in (EXACT | (ON_ONE_HOST if address == LOOPBACK else {})).items():
+    name = interface_of(address)
+    for variable, form in VARIABLES.items():
         if wish_of_user(variable) is not None:
             continue
         os.environ.pop(variable, None)
-        if name is not None:
+        if name is not None and (address == LOOPBACK or variable not in ON_ONE_HOST):
             _ours[variable] = os.environ[variable] = form.format(name)
 
 
@@ -58,14 +58,6 @@ def addresses() -> list[str]:
     names = psutil.net_if_addrs() if wanted is None else wanted.split(",")
     found = [each.address for name in names for each in psutil.net_if_addrs().get(name, ()) if each.family == socket.AF_INET]
     return [address for address in found if not address.startswith("127.")]
-
-
-def own_address_towards(place: str) -> str | None:
-    """This host's address on the way to "HOST:PORT"; None: that is no such thing, or nothing answers there."""
-    host, _, port = place.rpartition(":")
-    if not host or not port.isdecimal() or "/" in host:
-        return None
-    return knock(Door(host, int(port))).own
 
 
 def wish_of_user(variable: str) -> str | None:

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from rayllp.channel.base import Coming, Leaving, MessageTag, StateSpec, exchange_one_by_one, too_late
+from rayllp.channel.base import Coming, Leaving, MessageTag, StateSpec, exchange_one_by_one, schedules_differ, too_late
 from rayllp.errors import ChannelError
 from rayllp.state import State, detach
 
@@ -69,7 +69,7 @@ class LocalChannel:
         except queue.Empty:
             raise too_late(tag, source, self.rank, self._hub.timeout_s) from None
         if sent != tag:
-            raise ChannelError(f"worker {self.rank} waits for {tag} from worker {source}, which sent {sent}: the schedules differ")
+            raise schedules_differ(tag, sent, self.rank, source)
         return state
 
     def exchange(self, leaving: Leaving, coming: Coming, tag: MessageTag) -> list[State]:

@@ -12,29 +12,46 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rayllp.channel.base import MessageTag, StateSpec
+from rayllp.channel.base import MessageTag, StateSpec, schedules_differ
 from rayllp.errors import ChannelError
 from rayllp.state import State, tensors
 
 HEADER = struct.Struct("<4siiIQ20s20s")
 """A mark, step, level, checksum of shapes and dtypes, bytes that follow, solve, phase. Its 64 bytes leave what follows aligned."""
 MARK = b"llp1"
+ALIGNED = 16
+"""A message's bytes are a multiple of it."""
 
 
 def pack(state: State, tag: MessageTag) -> Tensor:
     """The message of a state, of shape (bytes,), on the state's device."""
-    parts = [part.detach() for part in tensors(state)]
     spec = StateSpec.of(state)
     message = room_for(spec, spec.device)
-    message[: HEADER.size] = _as_tensor(header(spec, tag), spec.device)
-    for room, part in zip(_views(message, spec), parts, strict=True):
-        room.copy_(part)
+    _fill(message, state, spec, tag)
     return message
 
 
-def room_for(spec: StateSpec, device: torch.device) -> Tensor:
-    """What such a message is received into."""
-    return torch.empty(HEADER.size + _nbytes(spec), dtype=torch.uint8, device=device)
+def pack_rows(parts: Sequence[Tensor], tag: MessageTag) -> Tensor:
+    """A message a row, of tensors of one shape and dtype; shape (messages, bytes)."""
+    spec = StateSpec.of(parts[0])
+    messages = room_for(spec, spec.device, len(parts))
+    for message, part in zip(messages, parts, strict=True):
+        _fill(message, part, spec, tag)
+    return messages
+
+
+def _fill(message: Tensor, state: State, spec: StateSpec, tag: MessageTag) -> None:
+    beginning = np.frombuffer(bytearray(header(spec, tag)), dtype=np.uint8)
+    message[: HEADER.size] = torch.from_numpy(beginning).to(spec.device, non_blocking=True)
+    for room, part in zip(_views(message, spec), tensors(state), strict=True):
+        room.copy_(part.detach())
+    message[_places(spec)[-1].stop :] = 0
+
+
+def room_for(spec: StateSpec, device: torch.device, *messages: int) -> Tensor:
+    """What such a message is received into; of so many, if they are several, each of which begins where any dtype may."""
+    size = -(-_places(spec)[-1].stop // ALIGNED) * ALIGNED
+    return torch.empty(*messages, size, dtype=torch.uint8, device=device)
 
 
 def unpack(message: Tensor, spec: StateSpec) -> State:
@@ -50,7 +67,18 @@ def header(spec: StateSpec, tag: MessageTag) -> bytes:
 @lru_cache(maxsize=1024)
 def _kind(spec: StateSpec) -> tuple[int, int]:
     """A checksum of shapes and dtypes, and the bytes after the header."""
-    return zlib.crc32(repr((*map(tuple, spec.shapes), *spec.dtypes)).encode()), _nbytes(spec)
+    return zlib.crc32(repr((*map(tuple, spec.shapes), *spec.dtypes)).encode()), _places(spec)[-1].stop - HEADER.size
+
+
+@lru_cache(maxsize=1024)
+def _places(spec: StateSpec) -> tuple[slice, ...]:
+    """The bytes of a message that hold each tensor, which begin where its dtype may."""
+    found, end = [], HEADER.size
+    for shape, dtype in zip(spec.shapes, spec.dtypes, strict=True):
+        start = -(-end // dtype.itemsize) * dtype.itemsize
+        end = start + shape.numel() * dtype.itemsize
+        found.append(slice(start, end))
+    return tuple(found)
 
 
 def beginning(message: Tensor) -> bytes:
@@ -65,8 +93,7 @@ def check(found: bytes, spec: StateSpec, tag: MessageTag, receiver: int, sender:
     Raises:
         ChannelError: it is another one.
     """
-    expected = header(spec, tag)
-    if found == expected:
+    if found == header(spec, tag):
         return
     mark, step, level, kind, size, solve, phase = HEADER.unpack(found)
     waits = f"worker {receiver} waits for {tag} from worker {sender}"
@@ -74,34 +101,17 @@ def check(found: bytes, spec: StateSpec, tag: MessageTag, receiver: int, sender:
         raise ChannelError(
             f"{waits}, and what came is no message of a state, or was cut short: the versions of rayllp differ, or the schedules"
         )
-    sent = str(MessageTag(step, solve.rstrip(b"\0").decode(errors="replace"), phase.rstrip(b"\0").decode(errors="replace"), level))
-    if HEADER.unpack(expected)[3] != kind:
+    sent = MessageTag(step, solve.rstrip(b"\0").decode(errors="replace"), phase.rstrip(b"\0").decode(errors="replace"), level)
+    own_kind, own_size = _kind(spec)
+    if own_kind != kind:
         shapes = ", ".join(f"{tuple(shape)} {dtype}" for shape, dtype in zip(spec.shapes, spec.dtypes, strict=True))
-        raise ChannelError(f"{waits}, of {shapes} ({_nbytes(spec)} bytes); that one sent {sent}, of another shape or dtype ({size} bytes)")
-    raise ChannelError(f"{waits}, which sent {sent}: the schedules differ")
+        raise ChannelError(f"{waits}, of {shapes} ({own_size} bytes); that one sent {sent}, of another shape or dtype ({size} bytes)")
+    raise schedules_differ(tag, sent, receiver, sender)
 
 
 def _views(message: Tensor, spec: StateSpec) -> list[Tensor]:
     """Where a message has each tensor of its state."""
-    found, start = [], HEADER.size
-    for shape, dtype in zip(spec.shapes, spec.dtypes, strict=True):
-        start = -(-start // dtype.itemsize) * dtype.itemsize
-        end = start + shape.numel() * dtype.itemsize
-        found.append(message[start:end].view(dtype).view(shape))
-        start = end
-    return found
-
-
-def _nbytes(spec: StateSpec) -> int:
-    """After the header, with what aligns tensors of several dtypes."""
-    end = HEADER.size
-    for shape, dtype in zip(spec.shapes, spec.dtypes, strict=True):
-        end = -(-end // dtype.itemsize) * dtype.itemsize + shape.numel() * dtype.itemsize
-    return end - HEADER.size
-
-
-def _as_tensor(raw: bytes, device: torch.device) -> Tensor:
-    return torch.from_numpy(np.frombuffer(bytearray(raw), dtype=np.uint8)).to(device, non_blocking=True)
+    return [message[place].view(dtype).view(shape) for place, shape, dtype in zip(_places(spec), spec.shapes, spec.dtypes, strict=True)]
 
 
 class Unchecked:
@@ -127,8 +137,3 @@ class Unchecked:
         self._found, self._expected = [], []
         for message, wanted in zip(found, expected, strict=True):
             check(beginning(message), *wanted)
-
-
-def rows(parts: Sequence[Tensor], tag: MessageTag) -> Tensor:
-    """A message a row, of tensors of one shape and dtype."""
-    return torch.stack([pack(part, tag) for part in parts])

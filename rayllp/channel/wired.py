@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from rayllp.channel.base import Coming, Leaving, MessageTag, StateSpec, exchange_one_by_one, failure, too_late
-from rayllp.channel.packing import Unchecked, beginning, check, pack, room_for, rows, unpack
+from rayllp.channel.packing import Unchecked, beginning, check, pack, pack_rows, room_for, unpack
 from rayllp.errors import ChannelError
 from rayllp.state import State, tensors
 
@@ -150,13 +150,13 @@ class WiredChannel(ABC):
     def all_to_all(self, parts: Sequence[Tensor], tag: MessageTag) -> list[Tensor]:
         if self.size == 1:
             return list(parts)
-        whole = rows(parts, tag)
+        whole = pack_rows(parts, tag)
         try:
             found = self._exchange(whole.cpu() if self._on_host else whole)
         except RuntimeError as error:
             raise ChannelError(f"{tag}: all-to-all over {self.size} workers failed on worker {self.rank}: {error}") from error
-        opened = [self._open(row, StateSpec.of(parts[0]), rank, tag) for rank, row in enumerate(found)]
-        return [tensor for state in opened for tensor in tensors(state)]
+        spec = StateSpec.of(parts[0])
+        return [part for rank, row in enumerate(found) for part in tensors(self._open(row, spec, rank, tag))]
 
     @abstractmethod
     def all_reduce(self, tensor: Tensor, tag: MessageTag) -> Tensor:

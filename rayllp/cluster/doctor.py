@@ -21,6 +21,9 @@ from rayllp.channel.timing import time_messages
 from rayllp.channel.torch_dist import TorchChannel
 from rayllp.checkpoint import locate
 from rayllp.checkpoint.shared import Mark, leave_mark
+from rayllp.cluster.hosts import find_unreached
+from rayllp.cluster.membership import meet
+from rayllp.cluster.places import Place
 from rayllp.errors import ClusterError
 
 PACKAGES = ("ray", "torch", "transformers", "safetensors", "rayllp")
@@ -243,26 +246,21 @@ def _as_fault(found: Diagnosis, what: str) -> Iterator[None]:
 class _End:
     """One end of a link."""
 
-    def listen(self, same_node: bool) -> Door:
-        host = LOOPBACK if same_node else ray.util.get_node_ip_address()
+    def listen(self, host: str) -> int:
         self._listener = socket.create_server((host, 0))
-        return Door(host, self._listener.getsockname()[1])
+        return int(self._listener.getsockname()[1])
 
-    def reach(self, door: Door) -> Reached:
-        return knock(door)
+    def reach(self, doors: list[Door]) -> list[Reached]:
+        return [knock(door) for door in doors]
 
-    def measure(self, rank: int, at: Door, backend: str) -> TimedLink | None:
+    def measure(self, rank: int, own: str, at: tuple[str, int], backend: str) -> TimedLink | None:
         """Times of a small and of a large message."""
         import torch
         import torch.distributed as dist
-        from torch._C._distributed_c10d import TCPStore
 
-        use_interface_of(LOOPBACK if at.address == LOOPBACK else ray.util.get_node_ip_address())
+        use_interface_of(own)
         limit = timedelta(seconds=LINK_S)
-        if rank == 0:
-            store = TCPStore(at.address, at.port, 2, True, limit, master_listen_fd=self._listener.detach())
-        else:
-            store = TCPStore(at.address, at.port, 2, False, limit)
+        store = meet(at, 2, limit, self._listener if rank == 0 else None)
         dist.init_process_group(backend, store=store, rank=rank, world_size=2, timeout=limit)
         device = torch.device("cuda", 0) if backend == "nccl" else torch.device("cpu")
         # Rank 0 has the link's figures, for half a round trip; the other end has none.
@@ -279,13 +277,17 @@ def _measure_link(one: Node, other: Node, backend: str) -> Link:
         .remote()
         for node in (one, other)
     ]
+    places = [Place(node.id, LOOPBACK if one is other else node.address, node.host) for node in (one, other)]
+
+    def ask(rank: int, method: str, *arguments: Any) -> Any:
+        return ray.get(getattr(ends[rank], method).remote(*arguments), timeout=ANSWER_S)
+
     try:
-        doors = ray.get([end.listen.remote(one is other) for end in ends], timeout=ANSWER_S)
-        for end, node, door in ((ends[1], other, doors[0]), (ends[0], one, doors[1])):
-            reached = ray.get(end.reach.remote(door), timeout=ANSWER_S)
-            if reached.own is None:
-                raise ClusterError(explain([(f"{node.host} ({node.address})", door, reached.why_not)], ""))
-        measured = [end.measure.remote(rank, doors[0], backend) for rank, end in enumerate(ends)]
+        unreached = find_unreached(places, lambda rank, host: int(ask(rank, "listen", host)), ask)
+        if unreached:
+            raise ClusterError(explain(unreached, ""))
+        at = places[0].address, ask(0, "listen", places[0].address)
+        measured = [end.measure.remote(rank, places[rank].address, at, backend) for rank, end in enumerate(ends)]
         try:
             found = ray.get(measured, timeout=ANSWER_S)
         except ray.exceptions.GetTimeoutError:

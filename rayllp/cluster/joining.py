@@ -4,7 +4,6 @@ import contextlib
 import logging
 import os
 import signal
-import socket
 import threading
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -13,7 +12,7 @@ from urllib.parse import urlsplit
 import ray
 from rich.console import Console
 
-from rayllp.channel.interfaces import own_address_towards
+from rayllp.channel.interfaces import Door, knock
 from rayllp.cluster.cpus import usable_cpus
 from rayllp.errors import ClusterError, SettingsError
 from rayllp.report.progress import tell
@@ -77,11 +76,10 @@ def _own_handler() -> Iterator[None]:
 
 
 def _join(address: str, console: Console) -> None:
-    check_address(address)
+    # Ray takes the driver's address from the default route, else from the host's name. Where that is not the network of the cluster it
+    # takes the driver for one of the head's, and workers elsewhere wait for ever for what the driver hands out.
+    own = check_address(address)
     try:
-        # Ray takes the driver's address from the default route, else from the host's name. Where that is not the network of the cluster
-        # it takes the driver for one of the head's, and workers elsewhere wait for ever for what the driver hands out.
-        own = own_address_towards(address)
         context = ray.init(address=address, logging_level=logging.WARNING, **({} if own is None else {"_node_ip_address": own}))
     except Exception as error:
         raise ClusterError(f"{ADDRESS}={address}: this cluster cannot be joined: {_reason(error)}. {_ADVICE}") from error
@@ -99,15 +97,17 @@ def _joined(info: Mapping[str, Any], nodes: list[dict[str, Any]]) -> str:
     return f"joined the Ray cluster at {info['gcs_address']}, by {ADDRESS}: {size}; its session is {info['session_dir']}"
 
 
-def check_address(address: str) -> None:
+def check_address(address: str) -> str | None:
     """Refuse what is no address of a cluster, or where none answers, before Ray tries for a minute.
+
+    Returns: this host's address on the way there; None: Ray is to look for the cluster.
 
     Raises:
         SettingsError: it is a URL, or not HOST:PORT.
         ClusterError: nothing listens there.
     """
     if address == "auto":
-        return
+        return None
     scheme = urlsplit(address).scheme if "://" in address else ""
     if scheme in ("http", "https"):
         raise SettingsError(
@@ -120,10 +120,10 @@ def check_address(address: str) -> None:
             "the cluster's machines with HOST:PORT of its head, or as a job (docs/cluster.md)"
         )
     host, port = _host_and_port(address)
-    try:
-        socket.create_connection((host, port), timeout=ANSWER_S).close()
-    except OSError as error:
-        raise ClusterError(f"{ADDRESS}={address}: no cluster answers there ({error.strerror or error}). {_ADVICE}") from None
+    reached = knock(Door(host, port), ANSWER_S)
+    if reached.own is None:
+        raise ClusterError(f"{ADDRESS}={address}: no cluster answers there ({reached.why_not}). {_ADVICE}")
+    return reached.own
 
 
 def _host_and_port(address: str) -> tuple[str, int]:

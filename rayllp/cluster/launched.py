@@ -27,9 +27,9 @@ from rayllp.cluster.driver import Driver
 from rayllp.cluster.given import Plan, TrainResult
 from rayllp.cluster.group import WorkerGroup
 from rayllp.cluster.interrupt import ASKING
-from rayllp.cluster.places import threads_of
+from rayllp.cluster.places import Place, threads_of
 from rayllp.cluster.prepare import open_run, prepare
-from rayllp.cluster.worker import BlockWorker, Place
+from rayllp.cluster.worker import BlockWorker
 from rayllp.config import TrainConfig, make_config
 from rayllp.data import Batches
 from rayllp.errors import ClusterError, RayllpError, RendezvousError, SettingsError

@@ -66,12 +66,11 @@ class Membership:
             raise RendezvousError(f"worker {rank} on {socket.gethostname()}: {str(error).splitlines()[0]}") from None
 
     def _join(self, config: TrainConfig, rank: int, at: tuple[str, int], backend: str, device: str) -> None:
-        timeout = _limit(config)
-        if self._listener is not None:
-            store = TCPStore(*at, config.world, True, timeout, master_listen_fd=self._listener.detach())
-            self._listener = None
-        else:
-            store = TCPStore(*at, config.world, False, timeout)
+        timeout, listener = _limit(config), self._listener
+        self._listener = None
+        store = meet(at, config.world, timeout, listener if rank == 0 else None)
+        if rank > 0 and listener is not None:  # opened to see who reaches this host, or as the first of other workers
+            listener.close()
         dist.init_process_group(backend, store=store, rank=rank, world_size=config.world, timeout=timeout)
         D, P = config.mesh.data, config.layer_workers
         replicas = [[replica * P + block for block in range(P)] for replica in range(D)]
@@ -117,6 +116,18 @@ class Membership:
         self._layers = self._replicas = self._copies = None
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def meet(at: tuple[str, int], world: int, timeout: timedelta, listener: socket.socket | None) -> TCPStore:
+    """Where workers learn each other's addresses.
+
+    Args:
+        at: where the first of them listens.
+        listener: the first worker's own port there.
+    """
+    if listener is None:
+        return TCPStore(*at, world, False, timeout)
+    return TCPStore(*at, world, True, timeout, master_listen_fd=listener.detach())
 
 
 def _limit(config: TrainConfig) -> timedelta:

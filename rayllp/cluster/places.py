@@ -1,14 +1,15 @@
 """What a cluster has room for, and where in it a worker is."""
 
 import math
-import socket
 import time
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import ray
 import torch
 from ray.util.placement_group import PlacementGroup, placement_group_table
 
+from rayllp.channel.interfaces import Door, knock
 from rayllp.config import TrainConfig
 from rayllp.errors import ClusterError
 
@@ -43,6 +44,14 @@ def capacity(device: str) -> int:
     return int(min(ray.available_resources().get(name, 0) for name in {kind, "CPU"}))
 
 
+class Place(NamedTuple):
+    """Of a worker: the node's identifier, its address in the cluster, and the host's name."""
+
+    node: str
+    address: str
+    host: str
+
+
 @dataclass(frozen=True, eq=False)
 class Slot:
     """A worker's place in the cluster: a bundle of a placement group."""
@@ -69,11 +78,7 @@ def draining() -> dict[str, float]:
 
 def _answers(host: str, port: int) -> bool:
     """Whether something listens there."""
-    try:
-        socket.create_connection((host, port), timeout=PING_S).close()
-    except OSError:
-        return False
-    return True
+    return knock(Door(host, port), PING_S).own is not None
 
 
 def threads_of(cpus: int) -> int:

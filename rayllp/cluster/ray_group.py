@@ -93,8 +93,6 @@ class RayGroup(ElasticGroup):
         self._nodes, self._addresses = [place.node for place in places], [place.address for place in places]
         self._seen_by |= check_storage(self.storage, places, self._seen_by, self._ask)
         crowd = Counter(self._nodes)
-        sharing = {rank: self.workers[rank].share_node.remote(crowd[node]) for rank, node in enumerate(self._nodes)}
-        self._get(sharing, START_TIMEOUT_S)
         host = LOOPBACK if len(crowd) == 1 else places[0].address
         backend = self.config.channel if self.config.channel in ("gloo", "nccl") else "nccl" if self.device == "cuda" else "gloo"
         if not keep_offset:
@@ -102,7 +100,9 @@ class RayGroup(ElasticGroup):
         for attempt in count(1):
             port = self._listen(0, host)
             try:
-                self.call("connect", host, port, backend, self.device, self._offset, self._begin_mpi(), timeout_s=START_TIMEOUT_S)
+                given = host, port, backend, self.device, self._offset, self._begin_mpi()
+                joined = {n: worker.connect.remote(*given, crowd[self._nodes[n]]) for n, worker in enumerate(self.workers)}
+                self._get(joined, START_TIMEOUT_S)
                 return
             except RendezvousError as error:
                 if attempt == RENDEZVOUS_TRIES or not self.keeps_processes:
@@ -165,8 +165,7 @@ class RayGroup(ElasticGroup):
             if not ready:
                 # All others would have given up waiting for a message by now: these hang.
                 late = f"{len(pending)} of {len(references)} workers did not answer within {timeout_s:g} s"
-                silent = frozenset(rank for rank, reference in references.items() if reference in pending)
-                raise _lost(self.lost() | self._give_up(silent), late)
+                raise _lost(self.lost() | self._give_up(_ranks(references, pending)), late)
             try:
                 ray.get(ready)
             except (RayTaskError, RayActorError) as error:
@@ -192,7 +191,7 @@ class RayGroup(ElasticGroup):
                 continue
             except RayTaskError as other:
                 causes.append(other.cause if isinstance(other.cause, BaseException) else other)
-        silent = frozenset(rank for rank, reference in references.items() if reference in pending)
+        silent = _ranks(references, pending)
         if silent and any(isinstance(cause, MessageTimeoutError) for cause in causes):  # whoever was waited for, and still says nothing
             raise _lost(self._give_up(silent), "others waited for their messages in vain") from error
         cause = next((c for c in causes if type(c).__name__ not in BROKEN), causes[0])
@@ -359,6 +358,11 @@ class RayGroup(ElasticGroup):
             self.staff.release(zip(self._slots, self.workers, strict=False))
             self.workers = []
         self._end_mpi()
+
+
+def _ranks(references: dict[int, Any], pending: Collection[Any]) -> frozenset[int]:
+    """Of those whose answers are pending."""
+    return frozenset(rank for rank, reference in references.items() if reference in pending)
 
 
 def _lost(ranks: frozenset[int], why: str = "") -> WorkerLostError:

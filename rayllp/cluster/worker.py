@@ -8,7 +8,7 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Callable
-from typing import Any, NamedTuple, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import ray
 import torch
@@ -23,6 +23,7 @@ from rayllp.checkpoint.shared import Mark
 from rayllp.cluster.cpus import usable_cpus
 from rayllp.cluster.given import Plan
 from rayllp.cluster.membership import Membership
+from rayllp.cluster.places import Place
 from rayllp.config import TrainConfig
 from rayllp.control import Accuracy, ProbePlan
 from rayllp.data import Batches
@@ -39,14 +40,6 @@ LIVENESS = "liveness"
 
 P = ParamSpec("P")
 R = TypeVar("R")
-
-
-class Place(NamedTuple):
-    """Of a worker: the node's identifier, its address in the cluster, and the host's name."""
-
-    node: str
-    address: str
-    host: str
 
 
 def _leaving(method: Callable[P, R]) -> Callable[P, R]:
@@ -116,17 +109,22 @@ class BlockWorker:
         """Whether this host sees a file that the driver's wrote; see `Mark.look`."""
         return mark.look()
 
-    def connect(self, host: str, port: int, backend: str, device: str, offset: int, rendezvous: Rendezvous | None = None) -> None:
+    def connect(
+        self, host: str, port: int, backend: str, device: str, offset: int, rendezvous: Rendezvous | None = None, sharing: int = 0
+    ) -> None:
         """Join the process groups, over the interface that holds this node's address in the cluster.
 
         Args:
             host: where the first worker listens; the loopback address where all are on one node.
             offset: copies of states go to the worker so many blocks on.
             rendezvous: of the MPI world that is to carry states; None: torch's groups do.
+            sharing: workers on this node, which share its CPUs; 0: this one's share is known.
 
         Raises:
             RendezvousError: they could not be made.
         """
+        if sharing:
+            self.share_node(sharing)
         own = LOOPBACK if host == LOOPBACK else self.place().address
         try:
             self.membership.join(self.config, self.rank, own, (host, port), backend, device, rendezvous)
