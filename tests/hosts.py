@@ -97,6 +97,10 @@ class Host:
         assert not check or done.returncode == 0, f"{command} on {self.name}: {done.returncode}\n{done.stdout}\n{done.stderr}"
         return done
 
+    def write(self, path: str, text: str) -> None:
+        """Make a file on this host."""
+        subprocess.run(self.command("tee", path), input=text, text=True, check=True, stdout=subprocess.DEVNULL, timeout=30)
+
     def start(self, *command: str, **variables: str) -> subprocess.Popen[str]:
         return subprocess.Popen(
             self.command(*command), env=self.environment(**variables), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True

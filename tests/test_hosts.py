@@ -40,7 +40,7 @@ def write(host: Host, **changes: Any) -> list[str]:
     """A small config on the shared folder: how `rayllp train` is called with it, and a directory of its own."""
     settings = tiny(**SETTINGS | changes).model_dump(mode="json", exclude_unset=True)
     name = f"{host.shared}/{time.monotonic_ns()}"
-    host.run("sh", "-c", f"cat > {name}.yaml <<'END'\n{yaml.safe_dump(settings)}\nEND")
+    host.write(f"{name}.yaml", yaml.safe_dump(settings))
     return ["train", f"{name}.yaml", "--output", f"{name}_run"]
 
 
@@ -114,7 +114,8 @@ while [ "$1" != "{other.address}" ] && [ "$1" != "{one.address}" ]; do shift; do
 shift
 exec nsenter -t $pid --net --mount --uts sh -c "$*"
 """
-    one.run("sh", "-c", f"cat > {shell} <<'END'\n{text}END\nchmod +x {shell}")
+    one.write(shell, text)
+    one.run("chmod", "+x", shell)
     command = write(one)
     launch = [PYTHON.replace("/python", "/mpiexec"), "-launcher", "ssh", "-launcher-exec", shell]
     places = ["-hosts", f"{one.address},{other.address}", "-ppn", "1", "-iface", "cable", "-n", "2"]
@@ -129,7 +130,7 @@ def test_a_sweep(cluster):
         "name": "two", "settings": {"model.layers": 12, "model.width": 16, "steps": 4, "workers": 1, "mode": "serial", "eval.every": 2},
         "space": {"optimizer.lr": {"choice": [1e-3, 2e-3]}}, "objective": {"kind": "loss"}, "trials": 2, "concurrent": 2,
     }  # fmt: skip
-    one.run("sh", "-c", f"cat > {one.shared}/sweep.yaml <<'END'\n{yaml.safe_dump(sweep)}\nEND")
+    one.write(f"{one.shared}/sweep.yaml", yaml.safe_dump(sweep))
     one.rayllp("tune", f"{one.shared}/sweep.yaml", "--output", f"{one.shared}/sweep", timeout_s=300)
     assert "optimizer" in one.run("cat", f"{one.shared}/sweep/best.yaml").stdout
 

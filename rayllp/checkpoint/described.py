@@ -25,13 +25,7 @@ def read_model_json(run_dir: Path) -> dict[str, Any] | None:
     Raises:
         CheckpointError: it cannot be read.
     """
-    path = run_dir / MODEL_JSON
-    if not path.is_file():
-        return None
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read ({error}): remove it, and it is made anew from the run's data") from None
+    return _read(run_dir / MODEL_JSON, "it is made anew from the run's data")
 
 
 def write_data_json(run_dir: Path, record: DataRecord | None) -> None:
@@ -46,13 +40,22 @@ def read_data_json(run_dir: Path) -> DataRecord | None:
     Raises:
         CheckpointError: it cannot be read.
     """
-    path = run_dir / DATA_JSON
+    values = _read(run_dir / DATA_JSON, "the run takes the data for those it began with")
+    return None if values is None else DataRecord.read(values)
+
+
+def _read(path: Path, without: str) -> dict[str, Any] | None:
+    """The values in a file of the run's; None where it kept none.
+
+    Args:
+        without: what happens where there is no such file, for errors.
+    """
     if not path.is_file():
         return None
     try:
-        return DataRecord.read(json.loads(path.read_text(encoding="utf-8")))
+        return dict(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read ({error}): remove it, and the run takes the data for those it began with") from None
+        raise CheckpointError(f"{path} cannot be read ({error}): remove it, and {without}") from None
 
 
 def write_tokenizer_json(run_dir: Path, batches: object) -> None:

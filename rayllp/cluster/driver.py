@@ -97,8 +97,8 @@ class Driver:
 
     def _begin(self, found: list[Folder]) -> int:
         """Start the workers, and have them take over the newest of these checkpoints that is whole; steps done."""
-        newest, manifest = self.saver.read_newest(found, self.journal) if found else (None, None)
-        step = step_of(newest) if newest is not None else 0
+        newest = self.saver.read_newest(found, self.journal) if found else None
+        step = step_of(newest[0]) if newest is not None else 0
         self.training.enter_stage(step)
         self.run.truncate(step)  # one that ended before its first checkpoint has records too
         self.journal.rewind(step)
@@ -107,7 +107,7 @@ class Driver:
                 architecture, kept = self.training.network()
                 shares = self.workers.start(architecture, self.batches or self.data, kept)
                 if newest is not None:
-                    step = self.training.restore_newest(found[: found.index(newest) + 1], built_for=step)
+                    step = self.training.restore_newest(found, newest, built=True)
                 break
             except FAULTS as error:
                 if self.recovery is None:
@@ -118,7 +118,7 @@ class Driver:
         write_data_json(self.run.path, self.loaded.record)
         self._say_changes(step)
         self.journal.say(self._describe(shares))
-        before = (manifest or {}).get("config", {}).get("steps")
+        before = newest[1].get("config", {}).get("steps") if newest is not None else None
         if before not in (None, self.whole.steps):
             self.journal.say(describe_other_length(self.whole, before, step))
         if note := note_without_pipeline(self.training.config):

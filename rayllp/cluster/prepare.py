@@ -16,8 +16,8 @@ from rayllp.checkpoint import MANIFEST, Folder, check_writable, checkpoints, loc
 from rayllp.checkpoint.described import TOKENIZER_JSON, read_data_json, read_model_json
 from rayllp.cluster.given import Loaded, whole_network
 from rayllp.config import MAY_DIFFER, TrainConfig, load_run_config
-from rayllp.data import Batches, load_data
-from rayllp.data.record import DataRecord
+from rayllp.data import Batches
+from rayllp.data.record import DataRecord, load_recorded
 from rayllp.engine.block import PARAMETER_DTYPES
 from rayllp.engine.check_draws import check_draws
 from rayllp.engine.torchbraid_solver import check_installed
@@ -25,6 +25,7 @@ from rayllp.errors import CheckpointError, RayllpError, SettingsError
 from rayllp.models import Architecture, LayerStack, check_batched, check_family, check_muon, check_network, refuse_unnamed_code
 from rayllp.report import RunDirectory
 from rayllp.report.holding import Hold, hold
+from rayllp.report.progress import tell
 
 
 class Prepared(NamedTuple):
@@ -75,8 +76,7 @@ def open_run(prepared: Prepared, output: str | Path | None, console: Console | N
         SettingsError: it cannot be written.
     """
     run = prepared.run or RunDirectory.create(output, prepared.config)
-    told = console or Console(stderr=True)
-    with hold(run.path, partial(told.print, highlight=False, soft_wrap=True, markup=False)) as held:
+    with hold(run.path, partial(tell, console or Console(stderr=True))) as held:
         try:
             if prepared.before is not None:
                 run.change_settings(prepared.before, prepared.config)
@@ -123,19 +123,11 @@ def load_known(config: TrainConfig, run: RunDirectory | None, found: Sequence[Fo
     Raises:
         DataError: the data are broken, or not those that the run began with.
     """
-    known = (read_data_json(run.path) if run is not None else None) or _record_in(found) or DataRecord()
-    if data is None:
-        file = run.path / TOKENIZER_JSON if run is not None else None
-        data = load_data(config, known.kept_tokenizer(config, file))
-    record = DataRecord.of(config, data)
-    return Loaded(data, kept_network(config, run), record, known.changes(config, record))
-
-
-def _record_in(found: Sequence[Folder]) -> DataRecord | None:
-    """What the newest checkpoint that can be read says of the data."""
-    kept = (values["data"] for folder in reversed(found) if (values := _manifest_of(folder)) is not None and values.get("data"))
-    values = next(kept, None)
-    return None if values is None else DataRecord.read(values)
+    known = read_data_json(run.path) if run is not None else None
+    if known is None:
+        known = DataRecord.read(_newest_manifest(found).get("data") or {})
+    data, record, changed = load_recorded(config, known, run.path / TOKENIZER_JSON if run is not None else None, data)
+    return Loaded(data, kept_network(config, run), record, changed)
 
 
 def _drawing(config: TrainConfig, model: Architecture, batches: Batches | None) -> str | None:
@@ -194,7 +186,7 @@ def _find_own(place: str, config: TrainConfig) -> list[Folder]:
         SettingsError: they are of another run.
     """
     found = checkpoints(locate(place))
-    theirs = next((kept.get("config", {}) for folder in reversed(found) if (kept := _manifest_of(folder)) is not None), None)
+    theirs = _newest_manifest(found).get("config")
     if theirs is not None:
         ours = config.model_dump(mode="json")
         theirs.get("data", {})["on_change"] = config.data.on_change
@@ -206,12 +198,12 @@ def _find_own(place: str, config: TrainConfig) -> list[Folder]:
     return found
 
 
-def _manifest_of(checkpoint: Folder) -> dict[str, Any] | None:
-    """What a checkpoint says of its run; None where that is damaged: who reads the checkpoint says so, and takes the one before."""
-    try:
-        return dict(json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8")))
-    except (OSError, ValueError):
-        return None
+def _newest_manifest(found: Sequence[Folder]) -> dict[str, Any]:
+    """What the newest checkpoint that can be read says of its run; nothing where none can: who reads a checkpoint says so."""
+    for checkpoint in reversed(found):
+        with contextlib.suppress(OSError, ValueError):
+            return dict(json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8")))
+    return {}
 
 
 def _is_unfinished(path: Path, config: TrainConfig) -> bool:

@@ -97,28 +97,29 @@ class Training:
         self.journal.event(step, "restore", path=str(folder))
         return step
 
-    def restore_newest(self, found: Sequence[Folder], built_for: int | None) -> int:
+    def restore_newest(self, found: Sequence[Folder], newest: tuple[Folder, dict[str, Any]], *, built: bool) -> int:
         """Go on from the newest of these checkpoints that is whole; steps done.
 
         Args:
-            built_for: the step whose layers the workers have; None: of whatever step.
+            newest: the first that is tried, and its manifest, as `Saver.read_newest` found them.
+            built: whether the workers have the layers of its step.
 
         Raises:
             CheckpointError: none is whole; says what is wrong with the newest.
         """
-        left, first = list(found), None
+        first: DamagedCheckpointError | None = None
         while True:
-            folder, manifest = self.saver.read_newest(left, self.journal)
-            if step_of(folder) != built_for:
-                built_for = step_of(folder)
-                self._rebuild(built_for)
+            folder, manifest = newest
+            if not built:
+                self._rebuild(step_of(folder))
             try:
                 return self.restore(folder, manifest)
             except DamagedCheckpointError as error:
                 self.saver.pass_over(folder, error, self.journal)
-                first, left = first or error, left[: left.index(folder)]
-                if not left:
+                first, found, built = first or error, found[: found.index(folder)], False
+                if not found:
                     raise first from None
+                newest = self.saver.read_newest(list(found), self.journal)
 
     def _load(self, folder: Folder, manifest: dict[str, Any]) -> None:
         """Take over a checkpoint, of this stage's network or of a shallower one's."""
@@ -147,7 +148,7 @@ class Training:
         """Everything as it was at the last checkpoint, else at the start: the step, and which it was."""
         found = checkpoints(self.run.checkpoints)
         if found:
-            return self.restore_newest(found, built_for=None), "checkpoint"
+            return self.restore_newest(found, self.saver.read_newest(found, self.journal), built=False), "checkpoint"
         self._rebuild(0)
         self.ledger.restart(0)
         self.settled = 0

@@ -49,8 +49,8 @@ def read_lines(path: Path, what: str, max_bytes: int | None = None) -> list[str]
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise DataError(f"{what} {path}:{line}: not UTF-8 ({error.reason} {content[error.start]:#04x}); save the file as UTF-8") from None
+        line, why = not_utf8(content, error)
+        raise DataError(f"{what} {path}:{line}: {why}; save the file as UTF-8") from None
     if "\n" not in text:  # as old Macs ended lines
         text = text.replace("\r", "\n")
     # Not splitlines: U+2028, form feeds and the like belong to the text, and would shift the line numbers of errors.
@@ -110,6 +110,11 @@ def hold_out(samples: list[Sample], fraction: float) -> tuple[list[Sample], list
         raise DataError(f"data.path has {len(samples)} sample to train on and to hold out from: give more, or set data.validation_path")
     held = max(1, int(len(samples) * fraction))
     return samples[:-held], samples[-held:]
+
+
+def not_utf8(content: bytes, error: UnicodeDecodeError) -> tuple[int, str]:
+    """The line where a text is no UTF-8, and what is wrong there."""
+    return content.count(b"\n", 0, error.start) + 1, f"not UTF-8 ({error.reason} {content[error.start]:#04x})"
 
 
 def refuse_one_class(labels: Iterable[str], source: str) -> None:

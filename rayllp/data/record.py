@@ -10,6 +10,7 @@ import numpy as np
 
 from rayllp.config import TrainConfig
 from rayllp.data.decoded import DecodedImages
+from rayllp.data.load import load_data
 from rayllp.data.tokenizer import Tokenizer, restore_tokenizer
 from rayllp.errors import DataError
 
@@ -81,6 +82,25 @@ class DataRecord:
                 "those back, or go on with these by data.on_change=accept"
             )
         return changed
+
+
+def load_recorded(
+    config: TrainConfig, known: DataRecord, file: Path | None = None, data: Any = None
+) -> tuple[Any, DataRecord, tuple[str, ...]]:
+    """The data set of a run, with the tokenizer that it began with; its record now; and the splits that have changed.
+
+    Args:
+        known: the record that was kept; an empty one where nothing was.
+        file: the run's copy of a tokenizer of the tokenizers library, if there is one.
+        data: the data set, where it is loaded already.
+
+    Raises:
+        DataError: the data are broken, or not those that the run began with.
+    """
+    if data is None:
+        data = load_data(config, known.kept_tokenizer(config, file))
+    record = DataRecord.of(config, data)
+    return data, record, known.changes(config, record)
 
 
 def checksum(value: Any) -> str:

@@ -115,14 +115,16 @@ def _leave_out_single(train: list[_Example], settings: DataSettings, faults: Fau
     counts = Counter(example.label for example in train)
     refuse_one_class(counts, f"data.path {settings.path}")
     frequent = len(train) >= FREQUENT * len(counts)
-    single = [example for example in train if frequent and counts[example.label] == 1]
-    for example in single:
+    kept = []
+    for example in train:
+        if not frequent or counts[example.label] > 1:
+            kept.append(example)
+            continue
         hint = ""
         if example.place.endswith(":1"):
             hint = "; if this line names the columns, set data.text_field and data.label_field to names in it instead of numbers"
         fault = f"label {example.label!r} is on this line alone, where others have {len(train) // len(counts)} lines each"
         faults.report("labels", f"{example.place}: {fault}{hint}")
-    kept = [example for example in train if example not in single] if single else train
     refuse_one_class((example.label for example in kept), f"data.path {settings.path}")
     return kept
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from rayllp.config import DataSettings
 from rayllp.data.base import IGNORE, Facts, passes
-from rayllp.data.files import Faults, draw, in_order, locate
+from rayllp.data.files import Faults, draw, in_order, locate, not_utf8
 from rayllp.data.hub import load_train
 from rayllp.data.tokenizer import Tokenizer, make_tokenizer
 from rayllp.errors import DataError
@@ -102,8 +102,8 @@ def _plain(content: bytes) -> bytes:
     try:
         text.decode()
     except UnicodeDecodeError as error:
-        line = text.count(b"\n", 0, error.start) + 1
-        raise NoTextError(f":{line}: not UTF-8 ({error.reason} {text[error.start]:#04x}); save the file as UTF-8") from None
+        line, why = not_utf8(text, error)
+        raise NoTextError(f":{line}: {why}; save the file as UTF-8") from None
     return text
 
 

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from rayllp.data.files import not_utf8
 from rayllp.errors import DataError
 
 PIECE, OVERLAP, AGREEING = 2**18, 2**11, 32
@@ -317,8 +318,8 @@ def decode_text(text: bytes) -> str:
     try:
         return text.decode()
     except UnicodeDecodeError as error:
-        line = text.count(b"\n", 0, error.start) + 1
-        raise DataError(f"line {line}: not UTF-8 ({error.reason} {text[error.start]:#04x}); save the text as UTF-8") from None
+        line, why = not_utf8(text, error)
+        raise DataError(f"line {line}: {why}; save the text as UTF-8") from None
 
 
 def _ids_end(vocabulary: dict[str, int]) -> int:

@@ -75,13 +75,7 @@ class ReplicaBatches:
 
     def held_out_size(self, wanted: int) -> int:
         """How many batches `held_out` has."""
-        finite = getattr(self.batches, "batches", None)
-        if finite is None:
-            return wanted or 1
-        replicas = self.config.mesh.data
-        samples = wanted * EVALUATED if wanted else int(finite("validation", 1))
-        size = min(self.config.batch_size, -(-samples // replicas) * replicas)
-        return min(int(finite("validation", size)), -(-samples // size))
+        return self._pass(wanted)[0]
 
     def held_out(self, wanted: int) -> Iterator[tuple[Inputs, Tensor]]:
         """This replica's inputs and targets of an evaluation, batch after batch: samples that do not depend on the size of a batch.
@@ -90,13 +84,16 @@ class ReplicaBatches:
             wanted: EVALUATED samples each, at most one pass; 0: one pass. Of batches of the user's own that have no end: so many of
                 batch_size samples.
         """
-        replicas, size = self.config.mesh.data, self.config.batch_size
+        count, size, samples = self._pass(wanted)
+        for index in range(count):
+            yield self._share("validation", index, size, last=samples - index * size)[:2]
+
+    def _pass(self, wanted: int) -> tuple[int, int, int]:
+        """Of an evaluation: its batches, the samples of each, and those of all that count."""
+        size, replicas = self.config.batch_size, self.config.mesh.data
         finite = getattr(self.batches, "batches", None)
         if finite is None:
-            for index in range(wanted or 1):
-                yield self._share("validation", index, size)[:2]
-            return
+            return wanted or 1, size, (wanted or 1) * size
         samples = wanted * EVALUATED if wanted else int(finite("validation", 1))
         size = min(size, -(-samples // replicas) * replicas)
-        for index in range(min(int(finite("validation", size)), -(-samples // size))):
-            yield self._share("validation", index, size, last=samples - index * size)[:2]
+        return min(int(finite("validation", size)), -(-samples // size)), size, samples

@@ -239,6 +239,11 @@ def _layer_parallel_options(
     return options
 
 
+def _weights(config: TrainConfig, model: LayerModel) -> float:
+    """Bytes of a layer's weights, and of what is kept for each of them."""
+    return COPIES[config.optimizer.name] * model.parameter_bytes
+
+
 def _meshes(config: TrainConfig, devices: int) -> Iterator[tuple[int, int]]:
     """Replicas, which divide the batch, and workers of each: powers of two, and as many as fit; at most one a middle layer."""
     for replicas in range(1, min(config.batch_size, devices) + 1):
@@ -283,7 +288,7 @@ def _exact(config: TrainConfig, model: LayerModel, device: Device, replicas: int
     if layer == 1:
         costs = model.at(batch, device)
         step_s = _block_s(config, costs, layers, first=True, last=True) + _gradients_s(model, device, layers, replicas)
-        memory = layers * (COPIES[config.optimizer.name] * model.parameter_bytes + batch * model.graph_bytes)
+        memory = layers * (_weights(config, model) + batch * model.graph_bytes)
         yield Option(kind="data", data=replicas, layer=1, step_s=step_s, memory=memory)
         return
     owned = math.ceil(layers / layer)
@@ -293,7 +298,7 @@ def _exact(config: TrainConfig, model: LayerModel, device: Device, replicas: int
         ends = max(costs.enter + costs.enter_gradient, costs.leave)
         stage_s = owned * (costs.record + costs.full_gradient) + ends + 2 * costs.message
         step_s = (count + layer - 1) * stage_s + owned * costs.update + _gradients_s(model, device, owned, replicas)
-        memory = owned * (COPIES[config.optimizer.name] * model.parameter_bytes + min(count, layer) * batch / count * model.graph_bytes)
+        memory = owned * (_weights(config, model) + min(count, layer) * batch / count * model.graph_bytes)
         found.append(Option(kind="pipeline", data=replicas, layer=layer, step_s=step_s, memory=memory, microbatches=count))
     if found:
         yield min(found, key=lambda option: option.step_s)
@@ -318,7 +323,7 @@ def _in_order(config: TrainConfig, model: LayerModel, device: Device, replicas: 
         step_s = there_and_back + serial_ends + (count - 1) * layer_s + count * costs.full_gradient
     owned = middle + ends
     step_s += owned * costs.update + _gradients_s(model, device, owned, replicas)
-    memory = owned * (COPIES[config.optimizer.name] * model.parameter_bytes + batch * model.graph_bytes)
+    memory = owned * (_weights(config, model) + batch * model.graph_bytes)
     return Option(kind="pipeline", data=replicas, layer=layer, step_s=step_s, memory=memory, microbatches=count, in_order=True)
 
 
@@ -357,8 +362,7 @@ def _layer_parallel(
     step_s = predict_step(found, Controller(found).chosen, costs) + _gradients_s(model, device, owned, replicas)
     batch = config.batch_size / replicas
     graphs = (1 if cyclic else c) if config.mgrit.recompute else owned
-    weights = COPIES[config.optimizer.name] * model.parameter_bytes
-    memory = owned * (weights + batch * model.state_bytes) + batch * graphs * model.graph_bytes
+    memory = owned * (_weights(config, model) + batch * model.state_bytes) + batch * graphs * model.graph_bytes
     return Option(kind="layer", data=replicas, layer=layer, step_s=step_s, memory=memory, solve=solve, bias=biases.get(solve))
 
 

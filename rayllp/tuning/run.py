@@ -20,13 +20,13 @@ from rayllp.checkpoint.described import read_data_json, write_data_json
 from rayllp.cluster.joining import join_cluster
 from rayllp.cluster.places import choose_device
 from rayllp.config import to_text
-from rayllp.data import load_data
-from rayllp.data.record import DataRecord
+from rayllp.data.record import DataRecord, load_recorded
 from rayllp.errors import ClusterError, SettingsError
 from rayllp.models import FAMILIES
 from rayllp.plan.measure import measure_costs
 from rayllp.report import unused
 from rayllp.report.holding import hold
+from rayllp.report.progress import tell
 from rayllp.tuning.results import write_results
 from rayllp.tuning.searchers import FeasibleSearch, GridSearch, build_searcher
 from rayllp.tuning.sweep import Sweep, load_sweep, make_sweep
@@ -72,7 +72,8 @@ def tune(
     data: Any = None
     record: DataRecord | None = None
     if sweep.shares_data or sweep.objective.cluster is not None:
-        data, record = _load_data(sweep, None if resume is None else folder)
+        known = read_data_json(folder) if resume is not None else None
+        data, record, _ = load_recorded(sweep.config({}), known or DataRecord())
     if sweep.shares_data:
         sweep.know(data.facts)
         if (sweep.begins_with_base or sweep.objective.cluster is not None) and (why := sweep.problem({})) is not None:
@@ -82,10 +83,9 @@ def tune(
         raise SettingsError(f"no trial is feasible: {_first(searcher)}")
     if resume is None:
         folder = _create(output, sweep, record)
-    say = partial(console.print, highlight=False, soft_wrap=True, markup=False)
     # A cluster of this machine's own has room for as many trials as are wanted at a time.
     with (
-        hold(folder, say),
+        hold(folder, partial(tell, console)),
         join_cluster((sweep.concurrent or 1) * (sweep.config({}).world + math.ceil(sweep.driver_cpus)), console),
     ):
         try:
@@ -218,20 +218,6 @@ def _check_room(sweep: Sweep, device: str) -> None:
 
 
 # The sweep's directory --------------------------------------------------------------------------------------------------------------
-
-
-def _load_data(sweep: Sweep, folder: Path | None) -> tuple[Any, DataRecord]:
-    """The data that trials share, and by what they can be told.
-
-    Args:
-        folder: of a sweep that goes on; its data must be those that it began with.
-    """
-    base = sweep.config({})
-    known = (read_data_json(folder) if folder is not None else None) or DataRecord()
-    data = load_data(base, known.kept_tokenizer(base, None))
-    record = DataRecord.of(base, data)
-    known.changes(base, record)
-    return data, record
 
 
 def _create(output: str | Path | None, sweep: Sweep, record: DataRecord | None) -> Path:
