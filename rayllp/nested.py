@@ -84,10 +84,10 @@ def _check(config: "TrainConfig") -> None:
     shown = " × ".join(map(str, factors)) + (f" = {divisor}" if len(factors) > 1 else "")
     if at[-1] >= steps:
         raise SettingsError(f"nested.at {list(at)}: the last deepening must come before the end, step {steps}: lower it or raise steps")
-    if config.model.family == "mt":
+    if config.model.task == "translation":
         raise SettingsError(
-            "nested with model.family=mt: an encoder–decoder's middle layers are of two kinds that must deepen in step, which is not "
-            "implemented; leave nested out"
+            f"nested with model.family={config.model.family}: an encoder–decoder's middle layers are of two kinds that must deepen in "
+            "step, which is not implemented; leave nested out"
         )
     if config.model.from_pretrained is not None:
         raise SettingsError(

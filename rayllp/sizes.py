@@ -10,12 +10,17 @@ from rayllp.errors import CheckpointError
 # Our setting: what transformers' configurations call it.
 NAMES = {
     "width": ("hidden_size", "n_embd", "d_model"),
-    "heads": ("num_attention_heads", "n_head", "encoder_attention_heads"),
-    "feed_forward": ("intermediate_size", "n_inner", "encoder_ffn_dim"),
+    "heads": ("num_attention_heads", "n_head", "n_heads", "num_heads", "encoder_attention_heads"),
+    "feed_forward": ("intermediate_size", "n_inner", "encoder_ffn_dim", "d_ff", "ffn_dim"),
     "kv_heads": ("num_key_value_heads",),
     "patch_size": ("patch_size",),
     "encoder_layers": ("encoder_layers",),
 }
+TASKS = {
+    "ForCausalLM": "causal", "LMHeadModel": "causal", "ForMaskedLM": "masked", "ForTokenClassification": "words",
+    "ForSequenceClassification": "sentences", "ForImageClassification": "images", "ForConditionalGeneration": "translation",
+}  # fmt: skip
+"""model.head of a stored model, by the ending of its class's name."""
 LAYERS = ("num_hidden_layers", "n_layer")
 LISTED = ("layer_types", "mlp_layer_types")
 """What has an entry a layer."""
@@ -60,6 +65,15 @@ def with_layers(config: Mapping[str, Any], layers: int) -> dict[str, Any]:
     return {**kept, **{name: layers for name in LAYERS if name in config}}
 
 
+def _kind_of(config: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, str]:
+    """The model type, where neither a family nor another type is set; and the task of the stored class, where none is."""
+    if given.get("family") is not None:
+        return {}
+    found = {"architecture": str(config.get("model_type", ""))}
+    stored = str((config.get("architectures") or [""])[0])
+    return found | next(({"head": task} for ending, task in TASKS.items() if stored.endswith(ending)), {})
+
+
 def with_pretrained_sizes(values: Mapping[str, Any]) -> Mapping[str, Any]:
     """`values` with sizes, Δt and buffers of model.from_pretrained wherever they were not given."""
     model = values.get("model")
@@ -74,5 +88,9 @@ def with_pretrained_sizes(values: Mapping[str, Any]) -> Mapping[str, Any]:
         layers = config["encoder_layers"] + config["decoder_layers"]
     sizes = {name: size for name, size in {**found, "layers": layers}.items() if size is not None}
     steps = stored.get("steps") or {"step": {"middle": 1.0, "buffer": 1.0}, "buffers": {"open": 0, "close": 0}}
+    if config.get("num_decoder_layers"):  # T5's
+        layers, sizes["encoder_layers"] = config["num_layers"] + config["num_decoder_layers"], config["num_layers"]
+        sizes["layers"] = layers
+    sizes |= _kind_of(config, model)
     merged = {group: {**steps[group], **dict(values.get(group) or {})} for group in ("step", "buffers")}
     return {**values, **merged, "model": {**sizes, **dict(model)}}

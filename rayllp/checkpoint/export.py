@@ -37,9 +37,9 @@ SHARD_BYTES = 4 * 1024**3
 DTYPES = {"F32": torch.float32, "F64": torch.float64}
 # mBART's embedding that neither side reads where embeddings are not tied: no piece has it, but the model does.
 STAND_INS = {"model.shared.weight": "model.encoder.embed_tokens.weight"}
-WITHOUT_TEXT = ("mc", "vit")
-FRAMED = ("bert", "mt")
-"""Families whose data have special tokens around a sentence."""
+WITHOUT_TEXT = ("words", "images")
+FRAMED = ("masked", "sentences", "translation")
+"""Tasks whose data have special tokens around a sentence."""
 
 
 @dataclass(frozen=True)
@@ -188,7 +188,7 @@ def _let_generate(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase |
 def _make_tokenizer(run: Path, config: TrainConfig) -> PreTrainedTokenizerBase | None:
     """The run's tokenizer as transformers has them; None for bytes, characters, sentencepiece, and one that is gone (with a warning)."""
     name = config.data.tokenizer
-    if config.model.family in WITHOUT_TEXT or name in ("bytes", "characters") or name.endswith(SENTENCEPIECE_ENDINGS):
+    if config.model.task in WITHOUT_TEXT or name in ("bytes", "characters") or name.endswith(SENTENCEPIECE_ENDINGS):
         return None
     try:
         made = _load_tokenizer(run, config)
@@ -197,7 +197,7 @@ def _make_tokenizer(run: Path, config: TrainConfig) -> PreTrainedTokenizerBase |
         return None
     found = made._tokenizer
     backend = found if isinstance(found, tokenizers.Tokenizer) else getattr(found, "backend_tokenizer", None)
-    if config.model.family in FRAMED and isinstance(backend, tokenizers.Tokenizer):
+    if config.model.task in FRAMED and isinstance(backend, tokenizers.Tokenizer):
         return _framed(SpecialTokens.of(made), backend, config)
     return PreTrainedTokenizerFast(tokenizer_object=found, **_options(config)) if found is backend else found
 
@@ -220,7 +220,7 @@ def _framed(special: SpecialTokens, backend: tokenizers.Tokenizer, config: Train
         names = [str(backend.id_to_token(number)) for number in ids]
     backend.add_special_tokens(names)
     pad, cls, sep, mask = names
-    single = ["$A", sep] if config.model.family == "mt" else [cls, "$A", sep]
+    single = ["$A", sep] if config.model.task == "translation" else [cls, "$A", sep]
     backend.post_processor = TemplateProcessing(single=single, pair=[*single, "$B", sep], special_tokens=list(zip(names, ids, strict=True)))
     roles = {"pad_token": pad, "cls_token": cls, "bos_token": cls, "sep_token": sep, "eos_token": sep, "mask_token": mask}
     return PreTrainedTokenizerFast(tokenizer_object=backend, **roles, **_options(config))
@@ -317,5 +317,5 @@ def _write_configs(config: TrainConfig, kind: type[PreTrainedModel], model_confi
         names = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "forced_eos_token_id")
         options = {name: getattr(model_config, name, None) for name in names}
         if model_config.is_encoder_decoder:
-            options["max_length"] = model_config.max_position_embeddings
+            options["max_length"] = getattr(model_config, "max_position_embeddings", config.sequence_length)
         GenerationConfig(**options).save_pretrained(folder)

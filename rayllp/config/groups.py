@@ -2,7 +2,8 @@
 
 import math
 import re
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -20,10 +21,21 @@ class Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False, str_min_length=1)
 
 
+Task = Literal["causal", "masked", "words", "sentences", "images", "translation"]
+TASKS: dict[str, Task] = {"bert": "masked", "mc": "words", "vit": "images", "mt": "translation"}
+"""Of the families; causal language modelling for all others."""
+ANY_ARCHITECTURE = "transformers"
+"""The family of `model.architecture`."""
+
+
 class ModelSettings(Settings):
     """What is trained."""
 
-    family: str = Field("gpt2", description="architecture; `rayllp.models.families()` lists them")
+    family: str = Field("gpt2", description="a preset; `rayllp.models.families()` lists them")
+    architecture: str | None = Field(
+        None, description="instead of a family: any model type of transformers, such as qwen3; default with from_pretrained: its own"
+    )
+    config_overrides: dict[str, Any] = Field({}, description="of an architecture: further fields of transformers' configuration")
     layers: int = Field(20, ge=1, description="all layers, buffers included")
     width: int = Field(64, ge=1, description="size of the residual stream")
     heads: int = Field(4, ge=1, description="attention heads; must divide the width")
@@ -33,12 +45,29 @@ class ModelSettings(Settings):
     kv_heads: int | None = Field(None, ge=1, description="key and value heads of llama's grouped-query attention; default heads")
     patch_size: int = Field(4, ge=1, description="of vit, in pixels")
     encoder_layers: int | None = Field(None, ge=1, description="of mt, out of model.layers; default half")
-    head: Literal["auto", "sentences"] = Field("auto", description="auto: the family's own task; sentences: classify sentences (bert)")
+    head: Literal["auto", "causal", "masked", "words", "sentences", "images", "translation"] = Field(
+        "auto", description="what is learnt; auto: the family's own, an architecture's checkpoint's, or causal language modelling"
+    )
     label_smoothing: float = Field(0.0, ge=0, lt=1, description="of the loss, where targets are classes or tokens")
     initialisation: Literal["default", "deep", "scaled"] = Field(
         "default", description="default: transformers'; deep: MLP, value, output weights times √(log 2L); scaled: outputs over √(2L)"
     )
     from_pretrained: str | None = Field(None, description="folder or name of a transformers checkpoint to start from")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _architecture_is_no_family(cls, values: Any) -> Any:
+        if not isinstance(values, Mapping) or values.get("architecture") is None:
+            return values
+        family = values.get("family")
+        if family not in (None, ANY_ARCHITECTURE):
+            raise ValueError(f"architecture {values['architecture']!r} and family {family!r} are both set: choose one")
+        return {**values, "family": ANY_ARCHITECTURE}
+
+    @property
+    def task(self) -> Task:
+        """What is learnt, and so which kind of data is read."""
+        return TASKS.get(self.family, "causal") if self.head == "auto" else self.head
 
     @model_validator(mode="after")
     def _heads_divide(self) -> "ModelSettings":

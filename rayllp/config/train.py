@@ -336,9 +336,9 @@ class TrainConfig(Settings):
         self._check_consistency()
         self._check_cyclic()
         try:
-            climbs = self.mode != "serial" and any(forward for forward, _, _ in self.ladder)
+            climbs = any(forward for forward, _, _ in self.ladder)
             solved = {self.mgrit.levels.forward, self.mgrit.levels.backward, *([self.rung_levels] if climbs else [])}
-            for levels in () if self.placement == "cyclic" else solved:
+            for levels in () if self.placement == "cyclic" or self.mode == "serial" else solved:
                 self.hierarchy(levels)
             stages(self)
         except SettingsError as error:
@@ -417,7 +417,7 @@ class TrainConfig(Settings):
             "decides itself which worker has which layers: leave mesh.blocks out, and workers a number": (
                 bool(self.mesh.blocks) or isinstance(self.workers, WorkerRange)
             ),
-            "solves states of one tensor, and family mt has one of two: set solver: mgrit": self.model.family == "mt",
+            "solves states of one tensor, and an encoder–decoder has two: set solver: mgrit": self.model.task == "translation",
             "sends float32 alone: set dtype: float32": self.dtype != "float32",
             "has V-cycles alone: set mgrit.cycle: V": mgrit.cycle != "V",
             "has one coarse operator: set mgrit.coarse_step_weight: 1": mgrit.coarse_step_weight != 1,

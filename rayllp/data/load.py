@@ -17,7 +17,7 @@ class DataSet(Batches, Protocol):
 
 
 def load_data(config: TrainConfig, tokenizer: Tokenizer | None = None) -> Any:
-    """The data set of `config.data`, as `config.model.family` and `config.model.head` read it.
+    """The data set of `config.data`, of the kind that its task reads.
 
     Args:
         tokenizer: of a run that goes on; None: the one that `config.data.tokenizer` names.
@@ -26,24 +26,24 @@ def load_data(config: TrainConfig, tokenizer: Tokenizer | None = None) -> Any:
         DataError: missing, broken or too short; says file and line where one is at fault.
     """
     data, length, seed = config.data, config.sequence_length, config.seed
-    if config.model.head == "sentences":
-        from rayllp.data.sentences import load_sentences
+    match config.model.task:
+        case "sentences":
+            from rayllp.data.sentences import load_sentences
 
-        return load_sentences(data, length, seed, tokenizer)
-    match config.model.family:
-        case "bert":
+            return load_sentences(data, length, seed, tokenizer)
+        case "masked":
             from rayllp.data.masked import load_masked
 
             return load_masked(data, length, seed, tokenizer)
-        case "mc":
+        case "words":
             from rayllp.data.words import load_words
 
             return load_words(data, length, seed)
-        case "vit":
+        case "images":
             from rayllp.data.images import load_images
 
             return load_images(data, seed)
-        case "mt":
+        case "translation":
             from rayllp.data.pairs import load_pairs
 
             return load_pairs(data, length, seed, tokenizer)

@@ -112,7 +112,7 @@ def checksum(value: Any) -> str:
 
 def _settings(config: TrainConfig) -> dict[str, Any]:
     data = {name: value for name, value in config.data.model_dump(mode="json").items() if name not in NOT_OF_THE_DATA}
-    return {"data": data, "sequence_length": config.sequence_length, "family": config.model.family, "head": config.model.head}
+    return {"data": data, "sequence_length": config.sequence_length, "task": config.model.task}
 
 
 def _splits(data: Any) -> dict[str, list[Any]]:

@@ -8,6 +8,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from rayllp.config import TrainConfig
+from rayllp.config.groups import ANY_ARCHITECTURE
 from rayllp.data.base import Facts
 from rayllp.errors import DataError, SettingsError
 from rayllp.models.base import Architecture, hidden_matrices
@@ -23,6 +24,8 @@ FAMILIES = {
     "vit": "rayllp.models.vit:ViT",
     "mt": "rayllp.models.mt:MT",
 }
+TRANSFORMER = "rayllp.models.transformer:Transformer"
+"""That of model.architecture, whose task model.head chooses."""
 SENTENCES = {"bert": "rayllp.models.bert:Sentences"}
 
 
@@ -121,7 +124,7 @@ def _check_kinds(config: TrainConfig, architecture: Architecture) -> None:
 
 def adapter(config: TrainConfig) -> Any:
     """The class of `config.model.family`."""
-    homes = SENTENCES if config.model.head == "sentences" else FAMILIES
+    homes = {**FAMILIES, **(SENTENCES if config.model.head == "sentences" else {}), ANY_ARCHITECTURE: TRANSFORMER}
     module, _, name = homes.get(config.model.family, config.model.family).partition(":")
     try:
         with _no_collections():
@@ -147,13 +150,19 @@ def _no_collections() -> Iterator[None]:
 def check_family(config: TrainConfig) -> None:
     """Refuse an unknown family."""
     family = config.model.family
+    if family == ANY_ARCHITECTURE:
+        if config.model.architecture is None and config.model.from_pretrained is None:
+            raise SettingsError("model.family=transformers without a model type: set model.architecture, or model.from_pretrained")
+        return
     refuse_post_ln(family, f"model.family {family!r}")
     if family not in FAMILIES and ":" not in family:
         raise SettingsError(
             f'model.family {family!r} is not known: choose from {", ".join(families())}, or give "module:Class" of your own'
         )
-    if config.model.head == "sentences" and family not in SENTENCES:
-        raise SettingsError(f"model.head=sentences goes with model.family {' or '.join(SENTENCES)}; got {family}")
+    head = config.model.head
+    if head != "auto" and not (head == "sentences" and family in SENTENCES):
+        other = f"model.family {' or '.join(SENTENCES)}, or with " if head == "sentences" else ""
+        raise SettingsError(f"model.head={head} goes with {other}model.architecture; got family {family}")
 
 
 __all__ = [

@@ -8,7 +8,7 @@ import copy
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,8 @@ from rayllp.data.base import IGNORE, Facts, Inputs
 from rayllp.errors import CheckpointError, SettingsError
 from rayllp.models.base import Architecture
 from rayllp.models.kinds import check_model_type
+from rayllp.models.outline import outline, without_values
+from rayllp.models.replay import initialiser
 from rayllp.models.weights import PretrainedWeights
 from rayllp.sizes import read_config, transformers_config
 from rayllp.state import tensors
@@ -64,23 +66,26 @@ class PretrainedArchitecture(Architecture):
         inner: within a layer, further MLP weights, and value projections, that the deep initialisation scales too.
     """
 
-    model_class: ClassVar[type[PreTrainedModel]]
-    embed_paths: ClassVar[tuple[str, ...]]
-    layer_path: ClassVar[str]
-    head_paths: ClassVar[tuple[str, ...]]
-    common_paths: ClassVar[tuple[str, ...]] = ()
-    outputs: ClassVar[tuple[str, ...]] = ()
-    inner: ClassVar[tuple[str, ...]] = ()
+    model_class: type[PreTrainedModel]
+    embed_paths: tuple[str, ...]
+    layer_path: str
+    head_paths: tuple[str, ...]
+    common_paths: tuple[str, ...] = ()
+    outputs: tuple[str, ...] = ()
+    inner: tuple[str, ...] = ()
 
     def __init__(self, config: PreTrainedConfig, layers: int, settings: TrainConfig, facts: Facts, pretrained: str | None = None) -> None:
         self.config, self.layers, self.settings, self.facts = config, layers, settings, facts
-        self.paths = self.layer_paths(config, layers)
-        with torch.device("meta"):
-            self.model = self.model_class(config)
+        self.model = outline(self.model_class, config)
         self.same = _parameters_that_are_one(self.model)
-        self.weights = PretrainedWeights.open(pretrained, self.model)
         self.stochastic = settings.model.dropout > 0
+        self.weights = PretrainedWeights.open(pretrained, self.model)
+        self.paths = self.find_pieces()
         self.tied = tuple(self._ties_between(self.embed_paths, self.head_paths))
+
+    def find_pieces(self) -> list[str]:
+        """Full names of the layers; a family that does not name its pieces finds them in the model."""
+        return self.layer_paths(self.config, self.layers)
 
     def transformers_config(self) -> dict[str, Any]:
         """The whole configuration, defaults included, and the class that reads it."""
@@ -164,15 +169,20 @@ class PretrainedArchitecture(Architecture):
 
     def make(self, paths: Sequence[str]) -> Piece:
         """A piece with memory, initialised by the model's rules, and overwritten by pretrained weights where there are any."""
-        piece = Piece({path: copy.deepcopy(self.model.get_submodule(path)) for path in paths})
+        piece = Piece({path: self.copy_of(path) for path in paths})
         _use_one_operation_gelu(piece)
-        piece.to_empty(device="cpu")
+        without_values(piece)
+        names = {id(module): name for name, module in piece.named_modules()}
         with torch.no_grad():
-            piece.apply(self.model._init_weights)
+            piece.apply(lambda module: initialiser(self.model, names[id(module)])(module))
         for group in self._groups_within(piece):
             _make_one(piece, group)
         self.weights.fill(piece)
         return piece
+
+    def copy_of(self, path: str) -> nn.Module:
+        """A module of the model, on the meta device still."""
+        return copy.deepcopy(self.model.get_submodule(path))
 
     def rescale(self, layer: nn.Module) -> None:
         """model.initialisation, on top of transformers' own."""
@@ -189,7 +199,7 @@ class PretrainedArchitecture(Architecture):
 
     def _ties_between(self, first: Iterable[str], last: Iterable[str]) -> Iterable[tuple[str, str]]:
         for group in self.same:
-            ends = [[name for name in group if _within(name, paths)] for paths in (first, last)]
+            ends = [[name for name in group if is_within(name, paths)] for paths in (first, last)]
             if ends[0] and ends[1]:
                 yield ends[0][0], ends[1][0]
 
@@ -268,7 +278,8 @@ def _use_one_operation_gelu(piece: nn.Module) -> None:
                 setattr(parent, name, nn.GELU(approximate="tanh"))
 
 
-def _within(name: str, paths: Iterable[str]) -> bool:
+def is_within(name: str, paths: Iterable[str]) -> bool:
+    """Whether a full name is one of these modules', or inside one."""
     return any(name == path or name.startswith(path + ".") for path in paths)
 
 

@@ -1,5 +1,6 @@
 """Pretrained weights: a block's own layers, read out of a transformers checkpoint's safetensors and nothing more."""
 
+import copy
 import json
 import re
 from collections.abc import Iterable, Mapping
@@ -11,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightRenaming, apply_renamings
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from rayllp.errors import CheckpointError
 
@@ -26,6 +27,28 @@ class Place(NamedTuple):
     key: str
 
 
+class Converted(NamedTuple):
+    """A parameter that transformers makes of other tensors when it loads a model: experts in one of experts one by one.
+
+    Attributes:
+        first: full name of the first parameter that the conversion makes.
+        parts: what it takes: the tensor, and the converter's pattern that it matches.
+    """
+
+    converter: WeightConverter
+    first: str
+    parts: list[tuple[Place, str]]
+
+    def make(self, model: PreTrainedModel) -> dict[str, Tensor]:
+        """The parameters, by full names."""
+        converter = copy.deepcopy(self.converter)
+        for place, pattern in self.parts:
+            (value,) = _read(place.file, [place.key])
+            converter.add_tensor(self.first, place.key, pattern, value.clone())
+        made = converter.convert(self.first, model=model, config=model.config)
+        return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
+
+
 class PretrainedWeights:
     """A checkpoint's tensors and where they are; empty where nothing is loaded.
 
@@ -34,10 +57,13 @@ class PretrainedWeights:
         prefix: the model's own prefix for its base model ("transformer."), with or without which a checkpoint may be written.
         source: the checkpoint, for errors.
         tied: all names of a parameter, by each of them, where it has several.
+        converted: what is made of several tensors, or cut out of one, by each name that the model has for it.
     """
 
     def __init__(self, places: Mapping[str, Place], prefix: str, source: str = "", tied: Mapping[str, list[str]] | None = None) -> None:
         self.places, self.prefix, self.source, self.tied = places, prefix, source, tied or {}
+        self.converted: dict[str, Converted] = {}
+        self.model: PreTrainedModel | None = None
 
     @classmethod
     def open(cls, source: str | None, model: PreTrainedModel) -> "PretrainedWeights":
@@ -51,9 +77,11 @@ class PretrainedWeights:
         prefix = model.base_model_prefix + "."
         if source is None:
             return cls({}, prefix)
-        weights = cls(_renamed(_places(find(source)), model), prefix, source, names_of_tied(model))
+        places, converted = _by_model_names(_places(find(source)), model)
+        weights = cls(places, prefix, source, names_of_tied(model))
+        weights.converted, weights.model = converted, model
         base = [name for name, _ in model.named_parameters() if name.startswith(prefix)]
-        missing = [name for name in base if weights.place(name) is None]
+        missing = [name for name in base if weights.place(name) is None and name not in converted]
         if missing:
             raise CheckpointError(
                 f"model.from_pretrained {source} has {len(base) - len(missing)} of the {len(base)} tensors that {type(model).__name__} "
@@ -107,7 +135,7 @@ class PretrainedWeights:
     def has(self, path: str) -> bool:
         """Whether the module `path` is in the checkpoint."""
         starts = (path + ".", path.removeprefix(self.prefix) + ".")
-        return any(name.startswith(starts) for name in self.places)
+        return any(name.startswith(starts) for name in (*self.places, *self.converted))
 
     def fill(self, piece: nn.Module) -> None:
         """Overwrite the piece's parameters that the checkpoint has; one that is stored more precisely becomes as precise.
@@ -116,9 +144,15 @@ class PretrainedWeights:
             CheckpointError: a tensor of another shape, or a damaged file.
         """
         by_file: dict[Path, list[tuple[str, str, nn.Parameter]]] = {}
+        made: dict[str, Tensor] = {}
         for name, parameter in piece.named_parameters():
             place = self.place(name)
-            if place is not None:
+            if name in self.converted and place is None:
+                assert self.model is not None
+                if name not in made:
+                    made |= self.converted[name].make(self.model)
+                self._overwrite(name, parameter, made[name])
+            elif place is not None:
                 by_file.setdefault(place.file, []).append((place.key, name, parameter))
         for path, wanted in by_file.items():
             values = _read(path, [key for key, _, _ in wanted])
@@ -154,10 +188,27 @@ def names_of_tied(model: PreTrainedModel) -> dict[str, list[str]]:
     return {name: group for group in groups.values() for name in group}
 
 
-def _renamed(places: Mapping[str, Place], model: PreTrainedModel) -> dict[str, Place]:
-    """Places by today's names: transformers saves some models (ViT) under the names that their modules once had."""
-    renamings = [step for step in get_model_conversion_mapping(model) if isinstance(step, WeightRenaming)]
-    return {apply_renamings(name, renamings): place for name, place in places.items()}
+def _by_model_names(places: Mapping[str, Place], model: PreTrainedModel) -> tuple[dict[str, Place], dict[str, Converted]]:
+    """Tensors by the names that today's model has for them, as transformers' own loading finds them."""
+    steps = get_model_conversion_mapping(model)
+    renamings = [step for step in steps if isinstance(step, WeightRenaming)]
+    converters = [step for step in steps if isinstance(step, WeightConverter)]
+    of_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
+    known, prefix = model.state_dict(), model.base_model_prefix
+    plain, converted = {}, dict[str, Converted]()
+    for key, place in places.items():
+        name, pattern = rename_source_key(key, renamings, converters, prefix, known)
+        if name not in known and key in known:
+            name, pattern = key, None
+        if pattern is None:
+            plain[name] = place
+            continue
+        converter = of_pattern[pattern]
+        first, *others = converter.target_patterns
+        group = converted.setdefault(name, Converted(converter, name, []))
+        group.parts.append((place, pattern))
+        converted |= {name.replace(first, other): group for other in others}
+    return plain, converted
 
 
 def _places(folder: Path) -> dict[str, Place]:

@@ -128,7 +128,7 @@ class Sweep(Settings):
             values["steps"] = self.objective.steps
         config = make_config(values, source="trial")
         if self.objective.tokens is not None:
-            per_step = config.batch_size * (config.sequence_length if config.model.family not in ("vit",) else 1)
+            per_step = config.batch_size * (config.sequence_length if config.model.task != "images" else 1)
             config = config.model_copy(update={"steps": max(1, self.objective.tokens // per_step)})
         if self.scheduler == "pbt":  # another trial may go on from one that this one would not keep
             config = config.model_copy(update={"checkpoint": config.checkpoint.model_copy(update={"keep": max(4, config.checkpoint.keep)})})

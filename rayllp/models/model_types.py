@@ -1,0 +1,168 @@
+"""transformers' model types: their configurations from our settings, and their classes by task."""
+
+import difflib
+from collections.abc import Mapping
+from typing import Any
+
+import transformers
+from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto import modeling_auto as auto
+
+from rayllp.config import TrainConfig
+from rayllp.config.groups import Task
+from rayllp.data.base import Facts
+from rayllp.errors import CheckpointError, SettingsError
+from rayllp.sizes import read_config, transformers_config
+
+CLASSES: dict[Task, Mapping[str, Any]] = {
+    "causal": auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    "masked": auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    "words": auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
+    "sentences": auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+    "images": auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
+    "translation": auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+}
+"""Names of the classes, by model type."""
+SIZES = {
+    "hidden_size": ("hidden_size", "d_model", "n_embd", "dim"),
+    "num_attention_heads": ("num_attention_heads", "n_head", "n_heads", "num_heads"),
+    "intermediate_size": ("intermediate_size", "n_inner", "ffn_dim", "d_ff", "ffn_hidden_size", "hidden_dim"),
+}
+OUTSIDE = ("use_cache", "output_router_logits")
+"""What must be off: a cache belongs to generation, and the routers' losses need all layers at once."""
+
+
+def model_class(model_type: str, task: Task) -> type[PreTrainedModel]:
+    """transformers' class of a model type for a task.
+
+    Raises:
+        SettingsError: no such type, with the nearest; or none for this task, with those that there are.
+    """
+    name = CLASSES[task].get(model_type)
+    if name is None:
+        check_type(model_type)
+        there = [each for each, classes in CLASSES.items() if model_type in classes]
+        raise SettingsError(
+            f"transformers has no {model_type} for model.head={task}: "
+            + (f"set model.head to one of {', '.join(there)}" if there else "it has none that could be trained here; choose another type")
+        )
+    return getattr(transformers, name if isinstance(name, str) else name[0])
+
+
+def any_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
+    """The class that a stored configuration names, else the first that its type has."""
+    named = getattr(transformers, (config.architectures or [""])[0], None)
+    return named or next(model_class(config.model_type, task) for task, classes in CLASSES.items() if config.model_type in classes)
+
+
+def check_type(model_type: str) -> None:
+    """Refuse a type that transformers does not know."""
+    if model_type not in CONFIG_MAPPING:
+        near = difflib.get_close_matches(model_type, list(CONFIG_MAPPING), 4, 0.5)
+        raise SettingsError(
+            f"model.architecture {model_type!r} is no model type of transformers {transformers.__version__}"
+            + (f"; the nearest: {', '.join(near)}" if near else ": its documentation lists them")
+        )
+
+
+def configuration(settings: TrainConfig, facts: Facts, kept: Mapping[str, Any] | None) -> PreTrainedConfig:
+    """transformers' configuration: of a run that goes on, of the checkpoint to start from, or of the settings' sizes.
+
+    Raises:
+        SettingsError: no such model type, or fields that it does not have.
+        CheckpointError: no configuration that can be read, or another model type than the settings'.
+    """
+    model = settings.model
+    stored = dict(kept) if kept is not None else transformers_config(read_config(model.from_pretrained)) if model.from_pretrained else None
+    if stored is None:
+        assert model.architecture is not None
+        check_type(model.architecture)
+        return _new(settings, facts)
+    model_type = str(stored.get("model_type", ""))
+    check_type(model_type)
+    if model.architecture not in (None, model_type):
+        raise CheckpointError(f"model.from_pretrained is a {model_type}, and model.architecture is {model.architecture}: leave it out")
+    return _adapted(CONFIG_MAPPING[model_type].from_dict({**stored, **model.config_overrides}), settings, facts)
+
+
+def _new(settings: TrainConfig, facts: Facts) -> PreTrainedConfig:
+    model = settings.model
+    kind = CONFIG_MAPPING[str(model.architecture)]
+    if kind.sub_configs:
+        text = f"{model.architecture}_text"
+        raise SettingsError(
+            f"model.architecture {model.architecture} is made of several networks ({', '.join(kind.sub_configs)}), whose sizes are not "
+            "settings: " + (f"choose {text}, or " if text in CONFIG_MAPPING else "") + "start from a checkpoint (model.from_pretrained)"
+        )
+    plain = _build(kind, model.config_overrides)
+    known = set(vars(plain)) | set(kind.attribute_map)
+    wanted = {
+        "hidden_size": model.width, "num_attention_heads": model.heads, "num_key_value_heads": model.kv_heads or model.heads,
+        "head_dim": model.width // model.heads, "intermediate_size": model.feed_forward or 4 * model.width,
+        "tie_word_embeddings": model.tie_embeddings, **_layers(plain, settings),
+    }  # fmt: skip
+    sizes: dict[str, Any] = {next((n for n in SIZES.get(name, (name,)) if n in known), name): value for name, value in wanted.items()}
+    if settings.model.task != "images" and settings.sequence_length > getattr(plain, "max_position_embeddings", settings.sequence_length):
+        sizes["max_position_embeddings"] = settings.sequence_length
+    if facts.image is not None:
+        channels, height, width = facts.image
+        square = height if height == width else (height, width)
+        sizes |= {"image_size": square, "num_channels": channels, "patch_size": model.patch_size}
+    if "qk_rope_head_dim" in known:
+        known -= {"head_dim"}  # latent attention's heads have sizes of their own
+    given = {name: value for name, value in sizes.items() if name in known}
+    return _adapted(_build(kind, {**given, **_tokens(facts, plain), **model.config_overrides}), settings, facts)
+
+
+def _layers(plain: PreTrainedConfig, settings: TrainConfig) -> dict[str, int]:
+    if settings.model.task != "translation" and "decoder_layers" in vars(plain):
+        inner = settings.model.feed_forward or 4 * settings.model.width
+        return {"decoder_layers": settings.model.layers, "decoder_attention_heads": settings.model.heads, "decoder_ffn_dim": inner}
+    if not plain.is_encoder_decoder:
+        return {"num_hidden_layers" if "num_layers" not in vars(plain) else "num_layers": settings.model.layers}
+    encoder = settings.model.encoder_layers or settings.model.layers // 2
+    decoder = settings.model.layers - encoder
+    if hasattr(plain, "encoder_layers"):
+        heads, inner = settings.model.heads, settings.model.feed_forward or 4 * settings.model.width
+        return {
+            "encoder_layers": encoder, "decoder_layers": decoder, "encoder_attention_heads": heads, "decoder_attention_heads": heads,
+            "encoder_ffn_dim": inner, "decoder_ffn_dim": inner,
+        }  # fmt: skip
+    return {"num_layers": encoder, "num_decoder_layers": decoder, "d_kv": settings.model.width // settings.model.heads}
+
+
+def _tokens(facts: Facts, plain: PreTrainedConfig) -> dict[str, int | None]:
+    """Ids that the data have; of others, which lie beyond the vocabulary, none."""
+    if not facts.vocabulary:
+        return {}
+    found: dict[str, int | None] = {"vocab_size": facts.vocabulary, "bos_token_id": facts.bos, "eos_token_id": facts.eos}
+    for name, value in vars(plain).items():
+        if name.endswith("token_id") and name not in found:
+            outside = isinstance(value, int) and not 0 <= value < facts.vocabulary
+            found[name] = (None if name == "pad_token_id" else facts.bos) if outside else value
+    if facts.pad is not None:
+        found["pad_token_id"] = facts.pad
+    return {name: value for name, value in found.items() if name in vars(plain)}
+
+
+def _adapted(config: PreTrainedConfig, settings: TrainConfig, facts: Facts) -> PreTrainedConfig:
+    """With what the run has the last word on: labels, ids, dropout."""
+    for name, value in vars(config).items():
+        if "drop" in name and isinstance(value, float):
+            setattr(config, name, 0.0 if "layer" in name else settings.model.dropout)
+    for name in OUTSIDE:
+        if hasattr(config, name):
+            setattr(config, name, False)
+    if facts.classes:
+        config.id2label, config.label2id = dict(enumerate(facts.classes)), {name: i for i, name in enumerate(facts.classes)}
+    return config
+
+
+def _build(kind: type[PreTrainedConfig], values: Mapping[str, Any]) -> PreTrainedConfig:
+    try:
+        return kind(**values)
+    except Exception as error:  # each has checks of its own
+        raise SettingsError(
+            f"transformers cannot make a configuration of {kind.model_type} with these sizes ({type(error).__name__}: {error}): set "
+            "model.config_overrides, or start from a checkpoint (model.from_pretrained)"
+        ) from None

@@ -1,0 +1,52 @@
+"""T5's relative positions: the first layer of a list holds the table, and hands the bias that it makes of it to all others."""
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from rayllp.models.replay import Call, HandedOn
+
+TABLE = "relative_attention_bias"
+BIAS = 1
+"""Place of the bias in what a layer returns. What follows it is the cross-attention's, which is zero: T5 has no table there."""
+
+
+@dataclass(frozen=True)
+class SharedBias:
+    """The bias of one list's layers.
+
+    Attributes:
+        attention: full name of the module that has the table.
+        argument: place or name of the bias among a layer's arguments.
+    """
+
+    attention: str
+    argument: str | int
+
+    @classmethod
+    def find(cls, model: nn.Module, paths: Sequence[str], calls: Sequence[Call]) -> "SharedBias | None":
+        """That of the layers `paths`, as they are called; None where they hand nothing on, or something else."""
+        places = {place for call in calls for place, value in call.values() if isinstance(value, HandedOn) and value.place == BIAS}
+        tables = [name for name, _ in model.get_submodule(paths[0]).named_modules() if name.rpartition(".")[2] == TABLE]
+        if len(places) != 1 or len(tables) != 1:
+            return None
+        attention = f"{paths[0]}.{tables[0]}".rpartition(".")[0]
+        return cls(attention, places.pop()) if hasattr(model.get_submodule(attention), "compute_bias") else None
+
+    @property
+    def table(self) -> str:
+        """Full name of the table."""
+        return f"{self.attention}.{TABLE}"
+
+    def of(self, model: nn.Module, table: nn.Module, state: Tensor) -> Tensor:
+        """The bias (1, heads, time, time) for a state (batch, time, width)."""
+        attention: Any = copy.copy(model.get_submodule(self.attention))
+        attention._modules = {TABLE: table}
+        return attention.compute_bias(state.shape[1], state.shape[1], device=state.device)
+
+    def put(self, call: Call, bias: Tensor) -> Call:
+        """A layer's call with this bias, and nothing else that was handed on."""
+        return call.replaced(lambda place, value: bias if place == self.argument else None if isinstance(value, HandedOn) else value)

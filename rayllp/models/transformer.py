@@ -1,0 +1,287 @@
+"""Any residual transformer that transformers has: its own forward around its layers, and its layers on the workers.
+
+Nothing of it is known beforehand. One run on a few samples (`replay.py`) shows which parameters the first state and the outputs come from,
+how each layer is called, and whether it can be cut into layers at all.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig
+
+from rayllp.channel.base import StateSpec
+from rayllp.config import TrainConfig
+from rayllp.data.base import Facts, Inputs
+from rayllp.errors import SettingsError
+from rayllp.models import model_types
+from rayllp.models.layer_lists import layer_paths
+from rayllp.models.metrics import Accuracy, Confusion, Metric, Perplexity
+from rayllp.models.outline import outline
+from rayllp.models.pretrained import Piece, PretrainedArchitecture, is_within
+from rayllp.models.randomness import seeded
+from rayllp.models.replay import Call, HandedOn, Memory, Replay, UncuttableError, state_of
+from rayllp.models.shared_bias import TABLE, SharedBias
+from rayllp.state import State, tensors
+
+SAMPLES, TOKENS = 2, 8
+"""Of the inputs that a model is examined with."""
+
+
+@dataclass(frozen=True)
+class Context:
+    """What the model makes of a batch's inputs for its layers."""
+
+    inputs: Inputs
+    calls: list[Call]
+
+
+class Transformer(PretrainedArchitecture):
+    """A model of `model.architecture`, for the task of `model.head`.
+
+    Raises:
+        UncuttableError: it cannot be cut into layers; says why.
+    """
+
+    def find_pieces(self) -> list[str]:
+        """Examine the model: the layers' names; and sets those of the pieces around them."""
+        name = f"{self.config.model_type} ({type(self.model).__name__})"
+        try:
+            return self._examine()
+        except UncuttableError as error:
+            raise UncuttableError(f"model {name} cannot be cut into layers: {error}; choose another model.architecture") from None
+        except SettingsError:
+            raise
+        except Exception as error:  # what a model that needs other inputs raises is anything
+            raise UncuttableError(
+                f"model {name} could not be run on {self.settings.model.task} inputs ({type(error).__name__}: {error}): choose another "
+                "model.architecture or model.head"
+            ) from error
+
+    def _examine(self) -> list[str]:
+        self.stochastic = None
+        paths, self.encoder_layers = layer_paths(self.model)
+        if len(paths) != self.layers:
+            raise UncuttableError(f"its list has {len(paths)} layers, and model.layers is {self.layers}")
+        self.replay = Replay(self.model, paths, self.encoder_layers, self.arguments)
+        with seeded("examine"):
+            self.examined = found = self.replay.examine(self._some_inputs(), lambda index: self._trial_layer(paths[index]), torch.float32)
+        self.biases = self._shared_biases(paths)
+        if not found.residual:
+            self._refuse_steps()
+        both = found.embed & found.head
+        if both:
+            raise UncuttableError(f"its embedding and its head both read {', '.join(sorted(both))}")
+        self._refuse_shared(paths)
+        self.common_paths = (*(self.replay.memory_modules if found.memory else ()), *(bias.table for _, bias in self.biases))
+        # What nothing depends on, or is not trained, goes along, so that exports have it.
+        elsewhere = (*paths, *self.common_paths)
+        rest = {name for name, _ in self.model.named_parameters() if not is_within(name, elsewhere)}
+        rest = {name for name in rest if not self._names_of(name) & (found.embed | found.head)}
+        owners = {name.rpartition(".")[0] for name in found.embed}
+        beside = {name for name in rest if name.rpartition(".")[0] in owners}
+        self.embed_paths = self._cover(found.embed | beside, elsewhere)
+        self.head_paths = self._cover(found.head | (rest - beside), elsewhere)
+        if split := set(self.embed_paths) & set(self.head_paths):
+            raise UncuttableError(f"its embedding and its head both read parameters of {', '.join(sorted(split))}")
+        return paths
+
+    def _names_of(self, name: str) -> set[str]:
+        return next((set(group) for group in self.same if name in group), {name})
+
+    def embed(self) -> nn.Module:
+        """A copy of its modules; what the first state does not depend on is not trained."""
+        return self._frozen_but(super().embed(), self.examined.embed)
+
+    def head(self) -> nn.Module:
+        """A copy of its modules; what no output depends on is not trained."""
+        return self._frozen_but(super().head(), self.examined.head)
+
+    def _frozen_but(self, piece: nn.Module, used: frozenset[str]) -> nn.Module:
+        for name, parameter in piece.named_parameters():
+            parameter.requires_grad_(bool(self._names_of(name) & used))
+        return piece
+
+    def _shared_biases(self, paths: list[str]) -> list[tuple[range, SharedBias]]:
+        """What the layers of a list hand on to each other, by the layers' numbers."""
+        calls, found = self.replay.calls(self._some_inputs(), torch.float32), []
+        for part in (range(self.encoder_layers), range(self.encoder_layers, len(paths))):
+            if not any(isinstance(value, HandedOn) for n in part for _, value in calls[n].values()):
+                continue
+            bias = SharedBias.find(self.model, [paths[n] for n in part], [calls[n] for n in part])
+            if bias is None:
+                raise UncuttableError("a layer reads what an earlier one makes beside the state")
+            found.append((part, bias))
+        return found
+
+    def _trial_layer(self, path: str) -> nn.Module:
+        return self.make((path,))[path].eval()
+
+    def _refuse_steps(self) -> None:
+        settings, what = self.settings, "its layers are no residual steps: what they make does not grow with the state (post-norm)"
+        if settings.mode != "serial":
+            raise SettingsError(
+                f"model.architecture {self.config.model_type}: {what}, so that MGRIT and windows do not apply to it. Train it exactly "
+                "(mode: serial, step.middle: 1, buffers 0), or choose a pre-norm relative, such as roberta-prelayernorm for bert"
+            )
+        if any(size != 1 for size in settings.step_sizes):
+            raise SettingsError(
+                f"model.architecture {self.config.model_type}: {what}, so that Δt must be 1: set step.middle=1 and step.buffer=1"
+            )
+
+    def copy_of(self, path: str) -> nn.Module:
+        """A module of the model; without its modules where these belong to another piece."""
+        module = super().copy_of(path)
+        if path in self.bare:
+            module._modules.clear()
+        return module
+
+    def layer(self, index: int) -> nn.Module:
+        """A copy with memory of its own; a table that all layers of a list read is every worker's (`common`)."""
+        layer = super().layer(index)
+        for _, bias in self.biases:
+            if bias.table.startswith(self.path_of(index) + "."):
+                del layer.get_submodule(bias.attention.removeprefix(self.path_of(index) + "."))._modules[TABLE]
+        return layer
+
+    bare: frozenset[str] = frozenset()
+
+    def _cover(self, names: Iterable[str], elsewhere: tuple[str, ...]) -> tuple[str, ...]:
+        """The largest modules whose parameters are all among `names`."""
+        wanted, found = set(names), []
+
+        def visit(path: str, module: nn.Module) -> None:
+            here = {f"{path}.{name}".lstrip(".") for name, _ in module.named_parameters(remove_duplicate=False)}
+            if path in elsewhere or not here & wanted:
+                return
+            if here <= wanted and path:
+                found.append(path)
+                return
+            own = {f"{path}.{name}".lstrip(".") for name, p in module._parameters.items() if p is not None}
+            if own & wanted:
+                if not path:
+                    raise UncuttableError(f"the parameters {sorted(own & wanted)} are in no module but the whole model")
+                found.append(path)
+                self.bare |= {path}
+            for name, child in module.named_children():
+                visit(f"{path}.{name}".lstrip("."), child)
+
+        visit("", self.model)
+        return tuple(found)
+
+    def _refuse_shared(self, paths: list[str]) -> None:
+        for group in self.same:
+            inside = {path for name in group for path in paths if name.startswith(path + ".")}
+            if len(inside) > 1 or (inside and any(not name.startswith(tuple(path + "." for path in paths)) for name in group)):
+                raise UncuttableError(f"its layers share a parameter: {group[0]} is {group[1]}")
+
+    # Settings -------------------------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_settings(cls, settings: TrainConfig, facts: Facts, kept: Mapping[str, Any] | None = None) -> "Transformer":
+        """The model for these settings and this data; `kept` is the configuration of a run that goes on."""
+        source = settings.model.from_pretrained if kept is None else None
+        config = model_types.configuration(settings, facts, kept)
+        cls.check_sizes(config, settings)
+        kind = model_types.model_class(config.model_type, settings.model.task)
+        config._attn_implementation = "sdpa" if kind._supports_sdpa else "eager"
+        if settings.dtype == "float64":
+            config._experts_implementation = "eager"  # the grouped one knows no float64
+        found = cls.__new__(cls)
+        found.model_class, found.metric = kind, _metric(settings, facts)
+        found.__init__(config, settings.model.layers, settings, facts, source)  # type: ignore[misc]
+        return found
+
+    @classmethod
+    def check_sizes(cls, config: PreTrainedConfig, settings: TrainConfig) -> None:
+        """Refuse what the configuration does not allow."""
+        room = cls.positions(config)
+        if settings.model.task != "images" and settings.sequence_length > room:
+            raise SettingsError(f"sequence_length {settings.sequence_length} is more than the {room} positions of the model: lower it")
+
+    @classmethod
+    def layer_paths(cls, config: PreTrainedConfig, layers: int) -> list[str]:
+        """Full names of all layers' modules, in order, of any class of the model."""
+        return layer_paths(outline(model_types.any_class(config), config))[0]
+
+    # Calls ----------------------------------------------------------------------------------------------------------------------
+
+    def arguments(self, inputs: Inputs) -> dict[str, Any]:
+        """The model's own keyword arguments for a batch."""
+        parts = tensors(inputs)
+        if self.settings.model.task == "images":
+            return {"pixel_values": parts[0].to(self.replay.dtype)}
+        pad = self.facts.pad
+        mask = {} if pad is None else {"attention_mask": (parts[0] != pad).long()}
+        if self.encoder_layers:
+            return {"input_ids": parts[0], "decoder_input_ids": parts[1], **mask}
+        return {"input_ids": parts[0], **mask}
+
+    def _some_inputs(self) -> Inputs:
+        if self.settings.model.task == "images":
+            assert self.facts.image is not None
+            return torch.zeros(SAMPLES, *self.facts.image)
+        length = min(TOKENS, self.settings.sequence_length)
+        ids = torch.arange(SAMPLES * length).view(SAMPLES, length) % self.facts.vocabulary
+        if self.facts.pad is not None:
+            ids[ids == self.facts.pad] = (self.facts.pad + 1) % self.facts.vocabulary
+        return (ids, ids) if self.encoder_layers else ids
+
+    def kind(self, index: int) -> int:
+        """Layers that the model calls alike, of equal modules."""
+        return self.examined.kinds[index]
+
+    def state_spec(self, inputs: Inputs, dtype: torch.dtype, device: torch.device) -> StateSpec:
+        """Shapes that the model's own code makes of these inputs."""
+        with torch.no_grad():
+            states = self.replay.first_state(inputs, {}, dtype, training=False)
+        return StateSpec(tuple(state.shape for state in states), (dtype,) * len(states), device, bare=len(states) == 1)
+
+    def context(self, inputs: Inputs, dtype: torch.dtype) -> Context:
+        """How each layer is called for these inputs."""
+        return Context(inputs, self.replay.calls(inputs, dtype))
+
+    def enter(self, embed: Piece, inputs: Inputs, context: Context) -> State:  # type: ignore[override]
+        """What the model makes of its inputs before the first layer."""
+        given = dict(embed.named_parameters(remove_duplicate=False))
+        states = self.replay.first_state(inputs, given, next(iter(given.values())).dtype, training=embed.training)
+        return states if self.encoder_layers else states[0]
+
+    def advance(self, index: int, layer: nn.Module, state: State, context: Context, common: nn.Module | None) -> State:
+        """A layer, called as the model calls it."""
+        call, part = context.calls[index], tensors(state)[0 if index < self.encoder_layers else -1]
+        for layers, bias in self.biases:
+            if index in layers:
+                assert isinstance(common, Piece)
+                call = bias.put(call, bias.of(self.replay.model, common[bias.table], part))
+        if not self.encoder_layers:
+            return state_of(call.on(layer, part))
+        encoded, decoded = tensors(state)
+        if index < self.encoder_layers:
+            return state_of(call.on(layer, part)), decoded
+        memory = encoded
+        for path in self.replay.memory_modules:
+            memory = (common[path] if isinstance(common, Piece) else self.replay.model.get_submodule(path))(memory)
+        call = call.replaced(lambda place, value: memory if isinstance(value, Memory) else value)
+        return encoded, state_of(call.on(layer, part))
+
+    def leave(self, head: Piece, state: State, context: Context) -> Tensor:  # type: ignore[override]
+        """The model's logits for its last state."""
+        given = dict(head.named_parameters(remove_duplicate=False))
+        return self.replay.outputs(context.inputs, tensors(state)[-1], given, next(iter(given.values())).dtype, training=head.training)
+
+
+def _metric(settings: TrainConfig, facts: Facts) -> Metric:
+    match settings.model.task:
+        case "masked":
+            return Accuracy("masked_accuracy")
+        case "words":
+            return Accuracy("word_accuracy")
+        case "sentences":
+            return Confusion(len(facts.classes))
+        case "images":
+            return Accuracy()
+        case _:
+            return Perplexity()

@@ -1,0 +1,122 @@
+"""Any model type of transformers: trained as transformers computes it, from its checkpoints and back, or refused in words."""
+
+import pytest
+import torch
+import transformers
+
+from examples import architectures
+from examples.architectures import EXACT, Random, config_of
+from rayllp.channel import LocalChannel, run_workers
+from rayllp.channel.base import MessageTag
+from rayllp.checkpoint.described import write_model_json
+from rayllp.checkpoint.export import export
+from rayllp.config import load_run_config, make_config
+from rayllp.engine import Engine
+from rayllp.errors import SettingsError
+from rayllp.models import build_architecture, check_family
+from rayllp.report import RunDirectory
+from tests.conftest import tiny
+from tests.test_export import save
+
+TYPES = [
+    ("causal", "qwen3"), ("causal", "gemma3_text"), ("causal", "mistral"), ("causal", "olmo2"), ("causal", "gpt_neox"), ("causal", "phi3"),
+    ("causal", "mixtral"), ("masked", "modernbert"), ("images", "dinov2"), ("translation", "t5"),
+]  # fmt: skip
+AUTO = {
+    "causal": transformers.AutoModelForCausalLM, "masked": transformers.AutoModelForMaskedLM,
+    "images": transformers.AutoModelForImageClassification, "translation": transformers.AutoModelForSeq2SeqLM,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("task", "kind"), TYPES)
+def test_on_any_number_of_workers_as_transformers(task, kind):
+    """Outputs, loss and every gradient, exactly on 1 to 3 workers, and by enough iterations on 2."""
+    result = architectures.check(task, kind)
+    assert (result["outcome"], result["parallel"]) == ("trains", True), result
+
+
+def engine_of(config, channel):
+    data = Random(config.model.task)
+    return Engine(build_architecture(config, data.facts), config, data, channel, LocalChannel.alone(), torch.device("cpu"))
+
+
+@pytest.mark.parametrize(("task", "kind"), TYPES)
+def test_from_a_checkpoint_of_transformers_and_back(task, kind, tmp_path):
+    """Without a family or a size set: what is loaded is what was stored, and after five steps transformers computes what the run does."""
+    small = config_of(task, kind, 1, "serial")
+    architecture = build_architecture(small, Random(task).facts)
+    torch.manual_seed(1)
+    model = architecture.model_class(architecture.config).double().eval()
+    model.save_pretrained(tmp_path / "stored")
+    values = small.model_dump(exclude_unset=True) | {"model": {"from_pretrained": str(tmp_path / "stored")}, "workers": 2, "steps": 5}
+    values = {name: value for name, value in values.items() if name not in ("step", "buffers")}
+    config = make_config(values)
+    assert (config.model.architecture, config.model.layers, config.step.middle) == (kind, 6, 1.0)
+    inputs, _ = Random(task).batch("validation", 3, 4)
+    arguments = architecture.arguments(inputs)
+    with torch.no_grad():
+        stored = model(**arguments).logits
+
+    def work(channel):
+        engine = engine_of(config, channel)
+        before = engine.exact_forward(inputs, MessageTag(0, "evaluation"))
+        for step in range(config.steps):
+            engine.train_step(step, EXACT)
+        return engine, before, engine.exact_forward(inputs, MessageTag(5, "evaluation"))
+
+    *_, (_, before, after) = found = run_workers(2, work)
+    torch.testing.assert_close(before, stored, rtol=1e-9, atol=1e-9)
+    assert not torch.allclose(before, after)
+    run = RunDirectory.create(tmp_path / "run", config)
+    write_model_json(run.path, found[0][0].block.architecture.transformers_config())
+    save([engine for engine, *_ in found], run, 5)
+    assert load_run_config(run.path).model == config.model
+    options = {"experts_implementation": "eager"} if kind == "mixtral" else {}  # the grouped one knows no float64
+    loaded, info = AUTO[task].from_pretrained(export(run.path, tmp_path / "exported"), output_loading_info=True, **options)
+    assert not any(info[name] for name in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
+    with torch.no_grad():
+        outputs = loaded.eval()(**arguments).logits
+    # Gemma scales embeddings by a constant in the default dtype, which is float64 while transformers loads a float64 model.
+    tolerance = 1e-6 if kind == "gemma3_text" else 1e-9
+    torch.testing.assert_close(outputs, after, rtol=tolerance, atol=tolerance)
+
+
+def test_an_unknown_type_is_refused_with_the_nearest():
+    with pytest.raises(SettingsError, match=r"'qwen33' is no model type of transformers .*nearest: .*qwen3"):
+        build_architecture(tiny(model={"architecture": "qwen33"}), Random("causal").facts)
+
+
+def test_a_type_without_the_task_is_refused_with_what_it_has():
+    with pytest.raises(SettingsError, match=r"no vit for model.head=causal: set model.head to one of images"):
+        build_architecture(tiny(model={"architecture": "vit"}), Random("causal").facts)
+
+
+def test_one_of_family_and_architecture():
+    with pytest.raises(SettingsError, match=r"architecture 'qwen3' and family 'gpt2' are both set"):
+        tiny(model={"architecture": "qwen3", "family": "gpt2"})
+    with pytest.raises(SettingsError, match=r"without a model type"):
+        check_family(tiny(model={"family": "transformers"}))
+
+
+def test_post_norm_layers_are_trained_exactly_or_refused():
+    config = config_of("masked", "bert", 2, "parallel")
+    with pytest.raises(SettingsError, match=r"bert: its layers are no residual steps.*mode: serial.*roberta-prelayernorm"):
+        build_architecture(config, Random("masked").facts)
+    config = config_of("masked", "bert", 2, "serial")
+    with pytest.raises(SettingsError, match=r"Δt must be 1: set step.middle=1"):
+        build_architecture(config.model_copy(update={"step": config.step.model_copy(update={"middle": "1/N"})}), Random("masked").facts)
+    assert architectures.check("masked", "bert")["outcome"] == "trains"
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [("gemma4_text", "which parameters outside the layers have made"), ("hrm_text", "not each of 6 once and in order")],
+)
+def test_a_model_that_cannot_be_cut_is_refused_with_the_reason(kind, reason):
+    with pytest.raises(SettingsError, match=rf"model {kind} .* cannot be cut into layers: .*{reason}"):
+        build_architecture(config_of("causal", kind, 1, "serial"), Random("causal").facts)
+
+
+def test_sizes_that_a_type_cannot_have():
+    with pytest.raises(SettingsError, match=r"cannot make a configuration of mamba2"):
+        build_architecture(tiny(model={"architecture": "mamba2"}), Random("causal").facts)
