@@ -120,3 +120,13 @@ def test_a_model_that_cannot_be_cut_is_refused_with_the_reason(kind, reason):
 def test_sizes_that_a_type_cannot_have():
     with pytest.raises(SettingsError, match=r"cannot make a configuration of mamba2"):
         build_architecture(tiny(model={"architecture": "mamba2"}), Random("causal").facts)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "qwen3"])
+def test_generation_from_the_last_position_alone(kind):
+    config = config_of("causal", kind, 1, "serial")
+    engine = engine_of(config, LocalChannel.alone())
+    inputs = torch.arange(12).view(2, 6)
+    whole = engine.exact_forward(inputs, MessageTag(0, "evaluation"))
+    last = engine.exact_forward(inputs, MessageTag(1, "generation"), last_only=True)
+    torch.testing.assert_close(last, whole[:, -1:], rtol=1e-12, atol=1e-12)

@@ -24,7 +24,7 @@ from rayllp.models.pretrained import Piece, PretrainedArchitecture, is_within
 from rayllp.models.randomness import seeded
 from rayllp.models.replay import Call, HandedOn, Memory, Replay, UncuttableError, state_of
 from rayllp.models.shared_bias import TABLE, SharedBias
-from rayllp.state import State, tensors
+from rayllp.state import State, like, tensors
 
 SAMPLES, TOKENS = 2, 8
 """Of the inputs that a model is examined with."""
@@ -269,8 +269,16 @@ class Transformer(PretrainedArchitecture):
 
     def leave(self, head: Piece, state: State, context: Context) -> Tensor:  # type: ignore[override]
         """The model's logits for its last state."""
-        given = dict(head.named_parameters(remove_duplicate=False))
-        return self.replay.outputs(context.inputs, tensors(state)[-1], given, next(iter(given.values())).dtype, training=head.training)
+        given, last = dict(head.named_parameters(remove_duplicate=False)), tensors(state)[-1]
+        inputs = self._of_last(context.inputs, last)
+        return self.replay.outputs(inputs, last, given, next(iter(given.values())).dtype, training=head.training)
+
+    def _of_last(self, inputs: Inputs, state: Tensor) -> Inputs:
+        """Inputs of as many last tokens as the state has: models give their outputs the inputs' shape."""
+        if self.settings.model.task == "images" or state.shape[1] == tensors(inputs)[-1].shape[1]:
+            return inputs
+        *before, ids = tensors(inputs)
+        return like(inputs, (*before, ids[:, -state.shape[1] :]))
 
 
 def _metric(settings: TrainConfig, facts: Facts) -> Metric:
