@@ -58,7 +58,8 @@ class Engine:
         self.config, self.batches, self.device = config, batches, device
         self.block = Block(architecture, config, layer_channel.rank, device)
         self._counted = [p for name, p in self.block.parameters.items() if not self.block.is_counted_elsewhere(name)]
-        self.optimizer = Optimizer(self.block, config.optimizer)
+        shards = (data_channel.rank, data_channel.size) if config.shards_optimizer else (0, 1)
+        self.optimizer = Optimizer(self.block, config.optimizer, *shards)
         self._draws_are_checked = False
         self._join(layer_channel, data_channel)
 
@@ -117,9 +118,10 @@ class Engine:
         fault = None if found.is_finite else diagnose(self.exact_forward, batch)
         if found.is_finite:
             with self.group.span("update"):
-                self.update(found.norm, lr)
+                self.update(step, found.norm, lr)
         self.optimizer.zero_grad()
         self.layers.finish()
+        self.replicas.finish()
         return StepStats(
             step=step,
             loss=found.loss,
@@ -155,12 +157,13 @@ class Engine:
         """The step's numbers over the layer group, in one all-reduce."""
         return reduce_statistics(self.group, step, formed, self._counted, probing)
 
-    def update(self, norm: float, lr: float) -> None:
-        """Clip the gradients, whose global norm is `norm`, and take the optimizer's step."""
+    def update(self, step: int, norm: float, lr: float) -> None:
+        """Clip the gradients, whose global norm is `norm`, and take the optimizer's step, each replica on its share where they share it."""
         clip = self.config.optimizer.clip
         if clip and norm > clip:
             scale_gradients(self.block.parameters.values(), clip / (norm + 1e-6))
         self.optimizer.step(lr)
+        self.optimizer.gather(self.replicas, step)
 
     # Beside training ----------------------------------------------------------------------------------------------------------
 
