@@ -12,6 +12,7 @@ from rayllp.engine import sharding
 from rayllp.engine.sharding import share_out
 from rayllp.errors import ClusterError
 from tests.conftest import make_engine, merge, tiny, train_engine
+from tests.strict_channel import World
 
 ADAMW, MUON = {"name": "adamw", "warmup": 2}, {"name": "muon", "warmup": 2, "lr": 1e-2}
 
@@ -21,20 +22,26 @@ def mesh(data, layer, optimizer=None, **changes):
     return tiny(**merge(small | {"mesh": {"data": data, "layer": layer}, "optimizer": optimizer or ADAMW}, changes))
 
 
-def over_mesh(config, work):
-    """`work(engine)` of every worker, replica by replica."""
+def over_mesh(config, work, *, strict=False):
+    """`work(engine)` of every worker, replica by replica; strict: over channels with NCCL's rules."""
     D, P = config.mesh.data, config.layer_workers
-    layers, replicas = [LocalChannel.group(P) for _ in range(D)], [LocalChannel.group(D) for _ in range(P)]
+    ranks = [[replica * P + block for block in range(P)] for replica in range(D)]
+    world = World(D * P)
+    make = world.group if strict else lambda members: LocalChannel.group(len(members))
+    layers, replicas = [make(members) for members in ranks], [make(members) for members in zip(*ranks, strict=True)]
 
     def one(channel):
         replica, block = divmod(channel.rank, P)
-        mine = layers[replica][block], replicas[block][replica]
+        mine, failure = (layers[replica][block], replicas[block][replica]), None
         try:
             return work(make_engine(config, *mine))
-        except BaseException:
-            for end in mine:
-                end.close()
+        except BaseException as error:
+            failure = error
             raise
+        finally:
+            world.end(channel.rank, failure)
+            for end in mine if failure else ():
+                end.close()
 
     return run_workers(D * P, one)
 

@@ -5,6 +5,7 @@ the gradient norm, the loss and the residuals together.
 """
 
 import time
+from collections.abc import Hashable
 
 import torch
 from torch import Tensor
@@ -23,10 +24,12 @@ from rayllp.engine.gradients import Gradients
 from rayllp.engine.layer_group import LayerGroup
 from rayllp.engine.optimizer import Optimizer, learning_rate, scale_gradients
 from rayllp.engine.probe import Probing
-from rayllp.engine.reduce_gradients import add_shared_gradients, sum_over_replicas
+from rayllp.engine.reduce_gradients import add_shared_gradients
+from rayllp.engine.replica_sums import ReplicaSums
 from rayllp.engine.smoothness import add_smoothness_gradient
 from rayllp.engine.statistics import ReducedStatistics, StepStats, reduce_statistics
 from rayllp.engine.step_gradients import StepGradients
+from rayllp.engine.step_solves import without_penalties
 from rayllp.models.base import Architecture
 from rayllp.timeline import Timeline
 
@@ -61,11 +64,14 @@ class Engine:
         shards = (data_channel.rank, data_channel.size) if config.shards_optimizer else (0, 1)
         self.optimizer = Optimizer(self.block, config.optimizer, *shards)
         self._draws_are_checked = False
+        self._sums = ReplicaSums(self.block, LocalChannel.alone())
         self._join(layer_channel, data_channel)
 
     def _join(self, layer_channel: Channel, data_channel: Channel) -> None:
         """Make all that talks to other workers."""
         self.layers, self.replicas = layer_channel, data_channel
+        self._sums.close()
+        self._sums = ReplicaSums(self.block, data_channel)
         self.group = LayerGroup(self.block, layer_channel)
         self.gradients = Gradients(self.group)
         self.exact_forward = ExactForward(self.group)
@@ -105,10 +111,11 @@ class Engine:
         started = time.perf_counter()
         batch = self.step_batch(step, accuracy)
         probing = Probing(self.gradients, plan, self.replicas.size) if plan else None
+        self._sums.begin(step, None if probing else self._kind(batch))
         # Forward solve, loss, adjoint solve: see `LayerParallelGradients`.
         formed = probing.form(batch) if probing else self.gradients(batch)
         with self.group.span("gradients", "wait"):
-            sum_over_replicas(self.block, self.replicas, formed.loss)
+            self._sums.finish(formed.loss)
             add_shared_gradients(self.block, self.layers, step)
             if accuracy.smoothness:
                 add_smoothness_gradient(self.block, self.layers, accuracy.smoothness, step)
@@ -140,6 +147,11 @@ class Engine:
             fault=fault,
             lipschitz=probing.lipschitz if probing else None,
         )
+
+    def _kind(self, batch: StepBatch) -> Hashable:
+        """What a step's gradients are formed alike with."""
+        accuracy = batch.accuracy
+        return without_penalties(accuracy), bool(accuracy.consistency), self.group.spec(batch.inputs)
 
     def step_batch(self, step: int, accuracy: Accuracy) -> StepBatch:
         """This replica's batch of a training step, to be solved with this accuracy.
