@@ -203,7 +203,10 @@ class StrictChannel:
         return part.found
 
     def all_reduce(self, tensor: Tensor, tag: MessageTag) -> Tensor:
-        return tensor.copy_(self._together("all_reduce", tensor.clone(), tag))
+        return self.begin_all_reduce(tensor, tag).wait()
+
+    def begin_all_reduce(self, tensor: Tensor, tag: MessageTag) -> "StrictReduction":
+        return StrictReduction(self, tensor, self._group.issue(self.rank, [Part("all_reduce", None, tag, tensor.clone())]))
 
     def all_gather(self, state: State, spec: StateSpec, tag: MessageTag) -> list[State]:
         found: list[State] = self._together("all_gather", state, tag)
@@ -223,6 +226,19 @@ class StrictChannel:
 
     def close(self) -> None:
         pass
+
+
+@dataclass
+class StrictReduction:
+    """A sum that was issued."""
+
+    channel: StrictChannel
+    tensor: Tensor
+    parts: list[Part]
+
+    def wait(self) -> Tensor:
+        self.channel._wait(self.parts)
+        return self.tensor.copy_(self.parts[0].found)
 
 
 def run_strictly(size: int, work: Callable[[StrictChannel], T], *, pairs: bool = True) -> list[T]:

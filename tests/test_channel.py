@@ -140,6 +140,21 @@ def test_what_is_exchanged(workers, size):
         assert found == [3 * left, 4 * left + 2, 3 * right, 4 * right + 2]
 
 
+def summing(channel):
+    """Several sums at once, and one after them."""
+    parts = [torch.full((3,), 10.0**n * (channel.rank + 1)) for n in range(3)]
+    begun = [channel.begin_all_reduce(part, TAG.at(f"part {n}", 0)) for n, part in enumerate(parts)]
+    sums = [each.wait() for each in begun]
+    assert all(found is part for found, part in zip(sums, parts, strict=True))
+    return [float(part[-1]) for part in parts], channel.all_reduce(torch.ones(1), TAG).item()
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_sums_that_are_begun_and_waited_for_later(workers, size):
+    total = size * (size + 1) / 2
+    assert workers(size, summing) == [([total, 10 * total, 100 * total], size)] * size
+
+
 def test_a_message_that_was_not_waited_for_is_an_error_with_both_names():
     for over in (over_gloo, over_mpi):
         phase, dtype, shape = over(2, misunderstandings)[1]

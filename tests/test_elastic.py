@@ -8,7 +8,7 @@ import ray
 import torch
 
 from rayllp.channel import run_workers
-from rayllp.checkpoint.memory import BlockState
+from rayllp.checkpoint.states import BlockState
 from rayllp.cluster.driver import Driver
 from rayllp.cluster.prepare import validate
 from rayllp.cluster.ray_group import RayGroup

@@ -14,6 +14,7 @@ KNOWN = {
     ("rayllp.nested", "rayllp.config"),
     # A checkpoint needs a block and an optimizer, and takes an engine.
     ("rayllp.checkpoint.memory", "rayllp.engine"),
+    ("rayllp.checkpoint.states", "rayllp.engine"),
     ("rayllp.checkpoint.store", "rayllp.engine"),
 }
 """Imports that point the wrong way today."""

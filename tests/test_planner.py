@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from rayllp.bench.layers import LayerBench
 from rayllp.cli import app
-from rayllp.config import make_config
+from rayllp.config import OptimizerSettings, make_config
 from rayllp.config.train import SWEEPS
 from rayllp.control import Controller
 from rayllp.errors import SettingsError
@@ -112,6 +112,20 @@ def test_bias_and_memory_rule_options_out():
     assert "nothing fits" in none.advice
     with pytest.raises(SettingsError, match="0 devices"):
         make_plan(config(), model, FREE, 0)
+
+
+def test_a_sharded_optimizer_saves_memory_and_costs_an_all_gather():
+    model, device = layers(parameter_bytes=1e9, graph_bytes=1e6), Device(bandwidth=1e9)
+    whole, sharded = (
+        {option.text: option for option in make_plan(config().model_copy(update={"optimizer": optimizer}), model, device, 4).options}
+        for optimizer in (OptimizerSettings(), OptimizerSettings(sharded=True))
+    )
+    for text, option in whole.items():
+        if option.kind == "layer":  # blocks may be uneven
+            continue
+        other, owned = sharded[text], -(-64 // option.layer)
+        assert option.memory - other.memory == pytest.approx(owned * 2e9 * (1 - 1 / option.data))
+        assert other.step_s - option.step_s == pytest.approx(device.all_gather_s(owned * 1e9 / option.data, option.data))
 
 
 def test_spans_fill_a_predicted_step():

@@ -11,7 +11,8 @@ import torch
 import rayllp
 from rayllp.channel import run_workers
 from rayllp.channel.torch_dist import TorchChannel
-from rayllp.checkpoint.memory import Inventory, NeighbourCopies, common_step, copy_offset, holder_of
+from rayllp.checkpoint.memory import Copies, Inventory, NeighbourCopies, Source, copy_offset
+from rayllp.checkpoint.states import parts_of
 from rayllp.cluster.driver import Driver
 from rayllp.cluster.prepare import validate
 from rayllp.cluster.ray_group import RayGroup
@@ -31,13 +32,13 @@ def test_a_state_in_memory_is_the_whole_state(steps, optimizer):
     copies, others = NeighbourCopies(engine, lambda limit: None), NeighbourCopies(twin, lambda limit: None)
     copies.take(steps)
     train_engine(twin, 2)
-    others.adopt(copies.give(steps, neighbour=False))
+    others.state.put(copies.give(steps, neighbour=False))
     assert all(torch.equal(p, twin.block.parameters[name]) for name, p in engine.block.parameters.items())
     after = [stats.grad_norm for stats in train_engine(engine, 2)]
     copies.roll_back(steps)
     assert [stats.grad_norm for stats in train_engine(engine, 2)] == after
-    with pytest.raises(ClusterError, match="for a block of"):
-        others.adopt(torch.zeros(3, dtype=torch.float64))
+    with pytest.raises(ClusterError, match=r"a state of \(3,\) numbers"):
+        parts_of(torch.zeros(3, dtype=torch.float64), others.state.layout)
 
 
 def test_the_next_worker_has_the_last_states():
@@ -80,15 +81,32 @@ def test_an_exchange_that_fails_is_told_at_the_next_state():
 
 
 def test_the_step_to_come_back_to():
+    copies = Copies(blocks=3)
     held = {0: Inventory((4, 5), (4,)), 1: Inventory((4, 5), (4, 5)), 2: Inventory((4,), (4, 5))}
-    assert common_step(held, set(), 3) == 4
+    assert copies.common_step(held) == 4
     without = {rank: held[rank] for rank in (0, 2)}
-    assert common_step(without, {1}, 3) == 4
-    assert holder_of(1, 4, without, 3) == (2, True)
-    assert common_step({0: held[0]}, {1, 2}, 3) is None  # worker 1's copy was on worker 2
-    replicas = {0: Inventory((7,), ()), 3: Inventory((6, 7), ()), 2: Inventory((7,), ())}
-    assert common_step(replicas, {1}, 2) == 7
-    assert holder_of(1, 7, replicas, 2) == (3, False)
+    assert copies.common_step(without) == 4
+    assert copies.sources(1, 4, without) == [Source(2, 1)]
+    assert copies.common_step({0: held[0]}) is None  # worker 1's copy was on worker 2
+
+
+def test_the_step_to_come_back_to_with_replicas():
+    copies, held = Copies(blocks=2, replicas=2), {0: Inventory((7,), ()), 3: Inventory((6, 7), ()), 2: Inventory((7,), ())}
+    assert copies.common_step(held) == 7
+    assert copies.sources(1, 7, held) == [Source(3, 3)]
+    assert copies.sources_of_all(7, held) == [Source(0, 0), Source(3, 3)]
+    assert copies.common_step({0: held[0], 2: held[2]}) is None  # both of the second block are lost
+
+
+def test_the_step_to_come_back_to_where_the_optimizers_state_is_shared_out():
+    """A lost worker's weights are on every replica that has its block, its share of the state in one copy."""
+    copies, all_of = Copies(blocks=2, replicas=2, sharded=True, offset=2), Inventory((6, 7), (6, 7))
+    held = {0: all_of, 2: Inventory((7,), (7,)), 3: all_of}
+    assert copies.sources(1, 7, held) == [Source(3, 3), Source(3, 1)]
+    assert copies.common_step(held) == 7
+    assert copies.sources_of_all(7, held) == [Source(0, 0), Source(2, 2), Source(3, 1), Source(3, 3)]
+    assert copies.common_step({**held, 3: Inventory((6, 7), (6,))}) is None  # its share of step 7 had not arrived, 6 is not on worker 2
+    assert copies.common_step({0: all_of, 2: all_of}) is None
 
 
 def test_a_copy_goes_to_another_node():
@@ -98,9 +116,11 @@ def test_a_copy_goes_to_another_node():
     assert copy_offset("aaabbb") == 3
     assert copy_offset("aabbcc") == 2
     assert copy_offset("aab") == 1  # no offset serves both of node a
-    held = {0: Inventory((4,), (4,)), 1: Inventory((4,), (4,))}
-    assert common_step(held, {2, 3}, 4, offset=2) == 4
-    assert holder_of(3, 4, held, 4, offset=2) == (1, True)
+    assert copy_offset("aaaabbbb", 2) == 4  # of four replicas, the next but one
+    assert copy_offset("abab", 2) == 2
+    copies, held = Copies(blocks=4, offset=2), {0: Inventory((4,), (4,)), 1: Inventory((4,), (4,))}
+    assert copies.common_step(held) == 4
+    assert copies.sources(3, 4, held) == [Source(1, 3)]
 
 
 # The budget --------------------------------------------------------------------------------------------------------------------
@@ -168,8 +188,8 @@ def fail_at(worker, step, phase):
         else:
             inner_update = engine.update
 
-            def update(norm, lr):
-                inner_update(norm, lr)  # the others may have done theirs, or not
+            def update(step_, norm, lr):
+                inner_update(step_, norm, lr)  # the others may have done theirs, or not
                 if engine.block.moment.step == step:
                     end()
 

@@ -57,6 +57,18 @@ Coming = Sequence[tuple[StateSpec, int]]
 """States that are to come, and the workers that they come from."""
 
 
+class Reduction(Protocol):
+    """A sum that was begun."""
+
+    def wait(self) -> Tensor:
+        """The tensor that was given, which the sum is in now.
+
+        Raises:
+            ChannelError: a worker did not take part within the time limit, or is gone.
+        """
+        ...
+
+
 class Channel(Protocol):
     """Messages between the workers of one group. Messages from one worker to another arrive in the order sent.
 
@@ -95,6 +107,13 @@ class Channel(Protocol):
 
     def all_reduce(self, tensor: Tensor, tag: MessageTag) -> Tensor:
         """The sum of `tensor` over all workers, in place; the same bits on every worker."""
+        ...
+
+    def begin_all_reduce(self, tensor: Tensor, tag: MessageTag) -> Reduction:
+        """Begin to sum `tensor` over all workers, in place; returns at once. Until it was waited for it must be left alone.
+
+        Several may be on their way. All workers begin, and wait for, the same ones in the same order.
+        """
         ...
 
     def all_gather(self, state: State, spec: StateSpec, tag: MessageTag) -> list[State]:
@@ -153,6 +172,9 @@ class ChannelAround:
 
     def all_reduce(self, tensor: Tensor, tag: MessageTag) -> Tensor:
         return self.inner.all_reduce(tensor, tag)
+
+    def begin_all_reduce(self, tensor: Tensor, tag: MessageTag) -> Reduction:
+        return self.inner.begin_all_reduce(tensor, tag)
 
     def all_gather(self, state: State, spec: StateSpec, tag: MessageTag) -> list[State]:
         return self.inner.all_gather(state, spec, tag)

@@ -2,6 +2,7 @@
 
 import queue
 import threading
+import time
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
@@ -15,6 +16,8 @@ from rayllp.errors import ChannelError
 from rayllp.state import State, detach
 
 T = TypeVar("T")
+LOOK_S = 0.2
+"""Between looks whether another thread has failed."""
 
 
 class _Queues(dict[tuple[int, int], Any]):
@@ -35,6 +38,7 @@ class _Hub:
     def __init__(self, size: int, timeout_s: float) -> None:
         self.size, self.timeout_s = size, timeout_s
         self.queues = _Queues()
+        self.sums = _Queues()
         self.barrier = threading.Barrier(size)
         self.slots: list[Tensor | None] = [None] * size
         self.states: list[State | None] = [None] * size
@@ -86,6 +90,13 @@ class LocalChannel:
         self._meet(tag)
         return tensor.copy_(total)
 
+    def begin_all_reduce(self, tensor: Tensor, tag: MessageTag) -> "_LocalReduction":
+        given = tensor.clone()
+        for other in range(self.size):
+            if other != self.rank:
+                self._hub.sums[self.rank, other].put((tag, given))
+        return _LocalReduction(self._hub, self.rank, tensor, tag)
+
     def all_gather(self, state: State, spec: StateSpec, tag: MessageTag) -> list[State]:
         hub = self._hub
         hub.states[self.rank] = detach(state)
@@ -118,6 +129,29 @@ class LocalChannel:
 
     def close(self) -> None:
         self._hub.barrier.abort()
+
+
+class _LocalReduction:
+    """A sum that this worker has given its share of."""
+
+    def __init__(self, hub: _Hub, rank: int, tensor: Tensor, tag: MessageTag) -> None:
+        self._hub, self._rank, self._tensor, self._tag = hub, rank, tensor, tag
+
+    def wait(self) -> Tensor:
+        shares = [self._tensor if other == self._rank else self._share(other) for other in range(self._hub.size)]
+        return self._tensor.copy_(torch.stack(shares).sum(0))
+
+    def _share(self, other: int) -> Tensor:
+        deadline = time.monotonic() + self._hub.timeout_s
+        while not self._hub.barrier.broken and time.monotonic() < deadline:
+            try:
+                sent, share = self._hub.sums[other, self._rank].get(timeout=LOOK_S)
+            except queue.Empty:
+                continue
+            if sent != self._tag:
+                raise schedules_differ(self._tag, sent, self._rank, other)
+            return share
+        raise too_late(self._tag, other, self._rank, self._hub.timeout_s)
 
 
 def run_workers(size: int, work: Callable[[LocalChannel], T], timeout_s: float = 30.0) -> list[T]:

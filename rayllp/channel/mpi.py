@@ -8,6 +8,7 @@ import ctypes
 import os
 import threading
 import time
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from importlib.util import find_spec
@@ -19,7 +20,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from rayllp.channel.base import MessageTag
 from rayllp.channel.pmi import Lifeline, Rendezvous
 from rayllp.channel.wired import Posted, WiredChannel
 from rayllp.errors import ChannelError, ClusterError, SettingsError
@@ -221,20 +221,21 @@ class MPIChannel(WiredChannel):
         self._await(self.comm.Ialltoall(self._memory(parts.view(-1)), self._memory(found.view(-1))))
         return found
 
-    def all_reduce(self, tensor: Tensor, tag: MessageTag) -> Tensor:
-        if self.size == 1:
-            return tensor
+    def _begin_sum(self, tensor: Tensor) -> Callable[[], None]:
         wide = tensor.detach().to(device="cpu", dtype=torch.float32 if tensor.dtype in (torch.bfloat16, torch.float16) else None)
         values = wide.contiguous().numpy()
-        try:
-            # To one and from it to all: MPI_Allreduce need not give all the same bits.
-            mine = self._mpi.IN_PLACE if self.rank == 0 else values
-            self._await(self.comm.Ireduce(mine, values if self.rank == 0 else None, self._mpi.SUM, 0))
+        # To one and from it to all: MPI_Allreduce need not give all the same bits.
+        mine = self._mpi.IN_PLACE if self.rank == 0 else values
+        work = self.comm.Ireduce(mine, values if self.rank == 0 else None, self._mpi.SUM, 0)
+
+        def end() -> None:
+            self._await(work)
             self._await(self.comm.Ibcast(values, 0))
-        except RuntimeError as error:
-            raise ChannelError(f"{tag}: all-reduce over {self.size} workers failed on worker {self.rank}: {error}") from error
-        found = torch.from_numpy(values).view(tensor.shape)
-        return tensor if found.data_ptr() == tensor.data_ptr() else tensor.copy_(found)
+            found = torch.from_numpy(values).view(tensor.shape)
+            if found.data_ptr() != tensor.data_ptr():
+                tensor.copy_(found)
+
+        return end
 
     def finish(self) -> None:
         with self._lock:

@@ -1,5 +1,6 @@
 """Point-to-point messages of torch.distributed: Gloo between CPUs, NCCL between GPUs."""
 
+from collections.abc import Callable
 from datetime import timedelta
 
 import numpy as np
@@ -103,15 +104,16 @@ class TorchChannel(WiredChannel):
             work.wait(timedelta(seconds=self.timeout_s))
         return found
 
-    def all_reduce(self, tensor: Tensor, tag: MessageTag) -> Tensor:
-        if self.size == 1:
-            return tensor
+    def _begin_sum(self, tensor: Tensor) -> Callable[[], None]:
         buffer = tensor if not self._on_host else tensor.cpu()
-        try:
-            dist.all_reduce(buffer, group=self._mine)
-        except RuntimeError as error:
-            raise ChannelError(f"{tag}: all-reduce over {self.size} workers failed on worker {self.rank}: {error}") from error
-        return tensor if buffer is tensor else tensor.copy_(buffer)
+        work = dist.all_reduce(buffer, group=self._mine, async_op=True)
+
+        def end() -> None:
+            self._await(work)
+            if buffer is not tensor:
+                tensor.copy_(buffer)
+
+        return end
 
     def finish(self) -> None:
         for work, _ in self._sent:

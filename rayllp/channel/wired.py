@@ -3,15 +3,16 @@
 import time
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from rayllp.channel.base import Coming, Leaving, MessageTag, StateSpec, exchange_one_by_one, failure, too_late
+from rayllp.channel.base import Coming, Leaving, MessageTag, Reduction, StateSpec, exchange_one_by_one, failure, too_late
 from rayllp.channel.packing import Unchecked, beginning, check, pack, pack_rows, room_for, unpack
 from rayllp.errors import ChannelError
 from rayllp.state import State, tensors
@@ -33,6 +34,34 @@ class Posted(NamedTuple):
     expected: Expected
     work: Any
     buffer: Tensor
+
+
+@dataclass(frozen=True)
+class WiredReduction:
+    """A sum that was begun.
+
+    Attributes:
+        name: by which it fails.
+        end: waits for it.
+    """
+
+    tensor: Tensor
+    name: str
+    end: Callable[[], None]
+
+    def wait(self) -> Tensor:
+        with failing_as(self.name):
+            self.end()
+        return self.tensor
+
+
+@contextmanager
+def failing_as(name: str) -> Iterator[None]:
+    """What fails inside is a channel's error of this name."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise ChannelError(f"{name}: {error}") from error
 
 
 class WiredChannel(ABC):
@@ -133,10 +162,8 @@ class WiredChannel(ABC):
         if self.size == 1:
             return [state]
         message = self._message(state, tag)
-        try:
+        with failing_as(f"{tag}: all-gather over {self.size} workers failed on worker {self.rank}"):
             found = self._gather(message)
-        except RuntimeError as error:
-            raise ChannelError(f"{tag}: all-gather over {self.size} workers failed on worker {self.rank}: {error}") from error
         return [state if rank == self.rank else self._open(part, spec, rank, tag) for rank, part in enumerate(found)]
 
     @abstractmethod
@@ -151,16 +178,26 @@ class WiredChannel(ABC):
         if self.size == 1:
             return list(parts)
         whole = pack_rows(parts, tag)
-        try:
+        with failing_as(f"{tag}: all-to-all over {self.size} workers failed on worker {self.rank}"):
             found = self._exchange(whole.cpu() if self._on_host else whole)
-        except RuntimeError as error:
-            raise ChannelError(f"{tag}: all-to-all over {self.size} workers failed on worker {self.rank}: {error}") from error
         spec = StateSpec.of(parts[0])
         return [part for rank, row in enumerate(found) for part in tensors(self._open(row, spec, rank, tag))]
 
-    @abstractmethod
     def all_reduce(self, tensor: Tensor, tag: MessageTag) -> Tensor:
-        """As `Channel.all_reduce`."""
+        return self.begin_all_reduce(tensor, tag).wait()
+
+    def begin_all_reduce(self, tensor: Tensor, tag: MessageTag) -> Reduction:
+        name = f"{tag}: all-reduce over {self.size} workers failed on worker {self.rank}"
+        with failing_as(name):
+            return WiredReduction(tensor, name, self._begin_sum(tensor) if self.size > 1 else lambda: None)
+
+    @abstractmethod
+    def _begin_sum(self, tensor: Tensor) -> Callable[[], None]:
+        """Begin to sum a tensor over all workers, in place; what waits for that.
+
+        Raises:
+            RuntimeError: the time limit has passed, or a worker is gone; also where it is waited for.
+        """
 
     @abstractmethod
     def finish(self) -> None:

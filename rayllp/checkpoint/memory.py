@@ -1,131 +1,33 @@
 """A block's state in host memory, and a copy of it with the next worker: what a lost worker comes back from without a disk.
 
-A state is one flat tensor: weights and the optimizer's moments, parameter by parameter, then step counts. Every worker keeps the last
-two of its own and of the previous worker's. They travel in the background, over a process group of their own, and a step's exchange ends
-with a small all-reduce: then that step is held everywhere, and an older one can be overwritten. So whatever moment a worker is lost
-at, there is a step that all survivors and the lost worker's neighbour have.
+Every worker keeps the last two of its own and of the previous worker's. They travel in the background, over a process group of their own,
+and a step's exchange ends with a small all-reduce: then that step is held everywhere, and an older one can be overwritten. So whatever
+moment a worker is lost at, there is a step that all survivors and the lost worker's neighbour have.
+
+With replicas every block is on several workers, and nothing is copied; but where these share out the optimizer's state, each has the next
+one's share.
 """
 
-import math
 import queue
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from rayllp.channel.base import Channel, MessageTag, StateSpec
+from rayllp.checkpoint.states import BlockState
+from rayllp.config import TrainConfig
 from rayllp.engine import Engine
-from rayllp.errors import ChannelError, ClusterError
+from rayllp.errors import ChannelError
 
 KEPT = 2
 PATIENCE_S, SLOWEST_BYTES_S = 30.0, 10e6
 """A state may be on its way for so long, and for as long as a link of 10 MB/s takes for it; a worker that is gone is noticed before."""
-
-
-class Place(NamedTuple):
-    """What a state has of a parameter.
-
-    Attributes:
-        moments: names of what the optimizer keeps of it, each of its shape.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    moments: tuple[str, ...]
-
-    @property
-    def size(self) -> int:
-        """Numbers in the state, but for the step count."""
-        return (1 + len(self.moments)) * math.prod(self.shape)
-
-
-Layout = tuple[Place, ...]
-"""A block's parameters, in the order in which a state has them."""
-
-
-class BlockState:
-    """Reads and writes a block's state as one flat tensor on the host, shape (size,), in the weights' dtype."""
-
-    def __init__(self, engine: Engine) -> None:
-        self.engine, optimizer = engine, engine.optimizer
-        self.parameters: list[nn.Parameter] = list(engine.block.parameters.values())
-        self.layout: Layout = tuple(Place(name, tuple(p.shape), optimizer.moments_of(p)) for name, p in engine.block.parameters.items())
-        self.dtype = engine.block.dtype
-        self.size = sum(place.size for place in self.layout) + len(self.parameters)
-
-    def room(self) -> Tensor:
-        """An empty flat tensor; where the block is on a GPU, in pinned memory."""
-        return torch.empty(self.size, dtype=self.dtype, pin_memory=self.engine.device.type == "cuda")
-
-    def take(self, into: Tensor) -> None:
-        """Copy the block's state."""
-        sources = [part for parameter, place in self._places() for part in self._parts(parameter, place)]
-        torch._foreach_copy_([view for views in _views(into, self.layout) for view in views], sources, non_blocking=True)
-        into[-len(self.parameters) :] = torch.tensor([self._count(p) for p in self.parameters], dtype=self.dtype)
-        if self.engine.device.type == "cuda":
-            torch.cuda.current_stream(self.engine.device).synchronize()
-
-    def put(self, flat: Tensor) -> None:
-        """Make the block what it was."""
-        for (parameter, place), (value, moments, count) in zip(self._places(), parts_of(flat, self.layout), strict=True):
-            self._put(parameter, place, value, moments, count)
-
-    def gather(self, states: Sequence[tuple[Layout, Tensor]]) -> None:
-        """Make the block what it was when its layers were shared out otherwise.
-
-        Args:
-            states: of the blocks that had them, each with its layout.
-
-        Raises:
-            ClusterError: a parameter is in none of them.
-        """
-        tied = self.engine.block.architecture.tied_to
-        known = {
-            place.name: (place.shape, part) for layout, state in states for place, part in zip(layout, parts_of(state, layout), strict=True)
-        }
-        for parameter, place in self._places():
-            shape, part = known.get(place.name, known.get(tied.get(place.name, place.name), (None, None)))
-            if part is None or shape != place.shape:
-                raise ClusterError(f"{place.name} {place.shape} is not in the states of the workers that had this block's layers")
-            self._put(parameter, place, *part)
-
-    def _places(self) -> Iterator[tuple[nn.Parameter, Place]]:
-        return zip(self.parameters, self.layout, strict=True)
-
-    def _put(self, parameter: nn.Parameter, place: Place, value: Tensor, moments: list[Tensor], count: float) -> None:
-        parameter.data.copy_(value)
-        kept = dict(zip(place.moments, moments, strict=True))
-        if self.engine.optimizer.counts_steps(parameter):
-            kept["step"] = torch.tensor(count)
-        self.engine.optimizer.set_state(parameter, kept if count else {})  # before the first step the optimizer has no state
-
-    def _parts(self, parameter: nn.Parameter, place: Place) -> list[Tensor]:
-        state = self.engine.optimizer.state_of(parameter)
-        return [parameter.data, *(state[name] if name in state else torch.zeros_like(parameter.data) for name in place.moments)]
-
-    def _count(self, parameter: nn.Parameter) -> float:
-        """Steps that the optimizer has done; of one that does not count them, 1 once it has done any."""
-        state = self.engine.optimizer.state_of(parameter)
-        return float(state.get("step", bool(state)))
-
-
-def parts_of(state: Tensor, layout: Layout) -> list[tuple[Tensor, list[Tensor], float]]:
-    """Value, moments and step count of each parameter in a state."""
-    counts = state[len(state) - len(layout) :].tolist()
-    return [(value, moments, count) for (value, *moments), count in zip(_views(state, layout), counts, strict=True)]
-
-
-def _views(state: Tensor, layout: Layout) -> Iterator[list[Tensor]]:
-    """Of each parameter, the views of its weights and of its moments."""
-    start = 0
-    for place in layout:
-        yield list(state[start : start + place.size].view(-1, *place.shape).unbind())
-        start += place.size
 
 
 @dataclass
@@ -137,13 +39,13 @@ class Inventory:
 
 
 class NeighbourCopies:
-    """Keeps the last states of a block, and of the block before it, in host memory.
+    """Keeps the last states of a worker, and copies of those of one before it, in host memory.
 
     Args:
-        connect: a channel to the other blocks of the same replica, used by nothing else, whose messages may take so many seconds; None:
-            own states only, where another replica has the same.
+        connect: a channel to all workers, used by nothing else, whose messages may take so many seconds; None: own states only, where
+            another replica has the same.
         before: what kept them until the workers' connections broke; its states are taken over.
-        offset: copies go to the worker so many blocks on (`copy_offset`).
+        offset: copies go to the worker so many ranks on.
 
     Attributes:
         seconds: that the last state took to take, on the training thread, and to exchange, in the background.
@@ -201,18 +103,8 @@ class NeighbourCopies:
         self.state.put(self._own[step])
 
     def give(self, step: int, *, neighbour: bool) -> Tensor:
-        """The state after `step` steps of the previous worker, or of this block."""
+        """The copy of another worker's state after `step` steps, or the own one."""
         return (self._neighbours if neighbour else self._own)[step]
-
-    def adopt(self, state: Tensor) -> None:
-        """Make the block what `state` says.
-
-        Raises:
-            ClusterError: it is of another block.
-        """
-        if state.shape != (self.state.size,) or state.dtype != self.state.dtype:
-            raise ClusterError(f"a state of {tuple(state.shape)} {state.dtype} for a block of {self.state.size} {self.state.dtype} numbers")
-        self.state.put(state)
 
     def wait(self) -> None:
         """Until the last state is held everywhere, or cannot be."""
@@ -240,15 +132,16 @@ class NeighbourCopies:
         assert channel is not None
         if not self._sizes:
             sizes = torch.zeros(channel.size, dtype=torch.float64)
-            sizes[channel.rank] = self.state.size
+            sizes[channel.rank] = len(self._own[step][self.state.copied])
             self._sizes = [int(size) for size in channel.all_reduce(sizes, tag).tolist()]
             channel = self._connect(PATIENCE_S + max(self._sizes) * self.state.dtype.itemsize / SLOWEST_BYTES_S)
             assert channel is not None
             with self._lock:
                 self.channel = self.channel and channel  # it may have been closed meanwhile
         before = (channel.rank - self.offset) % channel.size
+        leaving = self._own[step][self.state.copied]
         spec = StateSpec((torch.Size((self._sizes[before],)),), (self.state.dtype,), torch.device("cpu"))
-        (received,) = channel.exchange([(self._own[step], (channel.rank + self.offset) % channel.size)], [(spec, before)], tag)
+        (received,) = channel.exchange([(leaving, (channel.rank + self.offset) % channel.size)], [(spec, before)], tag)
         assert isinstance(received, Tensor)
         with self._lock:
             self._neighbours[step] = received
@@ -264,38 +157,89 @@ class NeighbourCopies:
                 del self._neighbours[old]
 
 
-def copy_offset(nodes: Sequence[str]) -> int:
-    """How many blocks on a worker's copy goes, so that a lost node takes no state with both its holders; 1 where all are on one node.
+class Source(NamedTuple):
+    """A state that a survivor can give.
+
+    Attributes:
+        holder: who has it.
+        owner: whose it is; another one's than the holder's is a copy.
+    """
+
+    holder: int
+    owner: int
+
+    @property
+    def is_copy(self) -> bool:
+        """Whether the holder has it as another worker's."""
+        return self.holder != self.owner
+
+
+@dataclass(frozen=True, kw_only=True)
+class Copies:
+    """Which worker holds what, by rank (replica · blocks + block).
+
+    Attributes:
+        blocks: workers of a replica.
+        replicas: how many there are; each has the same weights.
+        sharded: whether the optimizer's state is shared out among them.
+        offset: a worker's copy goes to the one so many ranks on; sharded, that has the same block in another replica.
+    """
+
+    blocks: int
+    replicas: int = 1
+    sharded: bool = False
+    offset: int = 1
+
+    @staticmethod
+    def of(config: TrainConfig, nodes: Sequence[str]) -> "Copies":
+        """Those of a run whose workers, by rank, are on these nodes."""
+        blocks, sharded = config.layer_workers, config.shards_optimizer
+        offset = copy_offset(nodes, blocks if sharded else 1)
+        return Copies(blocks=blocks, replicas=config.mesh.data, sharded=sharded, offset=offset)
+
+    @property
+    def are_kept(self) -> bool:
+        """False where other replicas have all of a worker's state."""
+        return self.sharded or self.replicas == 1
+
+    def holder(self, rank: int) -> int | None:
+        """Who holds the copy of a worker's state, where one is kept."""
+        return (rank + self.offset) % (self.blocks * self.replicas) if self.are_kept else None
+
+    def sources(self, rank: int, step: int, held: Mapping[int, Inventory]) -> list[Source] | None:
+        """What makes up a worker's state after `step` steps; None: something of it is lost.
+
+        Args:
+            held: by the survivors.
+        """
+        own = {other for other, found in held.items() if step in found.own}
+        if rank in own:
+            return [Source(rank, rank)]
+        replica = next((Source(other, other) for other in sorted(own) if other % self.blocks == rank % self.blocks), None)
+        holder = self.holder(rank)
+        copy = Source(holder, rank) if holder is not None and holder in held and step in held[holder].neighbours else None
+        wanted = [replica, copy] if self.sharded else [copy if self.replicas == 1 else replica]
+        return None if None in wanted else [source for source in wanted if source is not None]
+
+    def sources_of_all(self, step: int, held: Mapping[int, Inventory]) -> list[Source] | None:
+        """What makes up all blocks' states."""
+        wanted = range(self.blocks * (self.replicas if self.sharded else 1))
+        found = [self.sources(rank, step, held) for rank in wanted]
+        return None if None in found else sorted({source for sources in found for source in sources or ()})
+
+    def common_step(self, held: Mapping[int, Inventory]) -> int | None:
+        """The last step that all survivors have, and of which no state is lost; None: there is none."""
+        steps = set.intersection(*(set(found.own) for found in held.values()))
+        return max((step for step in steps if self.sources_of_all(step, held) is not None), default=None)
+
+
+def copy_offset(nodes: Sequence[str], stride: int = 1) -> int:
+    """How many ranks on a worker's copy goes, so that a lost node takes no state with both its holders; `stride` where that cannot be.
 
     Args:
-        nodes: of the workers, in the order of their blocks.
+        nodes: of the workers, by rank.
+        stride: a multiple of it.
     """
     count = len(nodes)
-    apart = (n for n in range(1, count) if all(nodes[rank] != nodes[(rank + n) % count] for rank in range(count)))
-    return next(apart, 1)
-
-
-def common_step(inventories: dict[int, Inventory], lost: set[int], blocks: int, offset: int = 1) -> int | None:
-    """The last step that all survivors, and a holder of each lost worker's state, have; None: there is none.
-
-    Args:
-        inventories: of the survivors, by rank (replica · blocks + block).
-        lost: ranks of the others.
-        offset: where copies go.
-    """
-    steps = set.intersection(*(set(found.own) for found in inventories.values()))
-    for rank in lost:
-        steps &= {step for _, _, held in _holders(rank, inventories, blocks, offset) for step in held}
-    return max(steps, default=None)
-
-
-def holder_of(rank: int, step: int, inventories: dict[int, Inventory], blocks: int, offset: int = 1) -> tuple[int, bool]:
-    """Who has a lost worker's state after `step` steps, and whether as the next worker (else as a replica)."""
-    return next((holder, neighbour) for holder, neighbour, held in _holders(rank, inventories, blocks, offset) if step in held)
-
-
-def _holders(rank: int, inventories: dict[int, Inventory], blocks: int, offset: int) -> list[tuple[int, bool, tuple[int, ...]]]:
-    """Survivors that have states of a lost worker: replicas, then the next worker; whether as the latter, and of which steps."""
-    found = [(other, False, held.own) for other, held in inventories.items() if other % blocks == rank % blocks]
-    after = rank // blocks * blocks + (rank + offset) % blocks
-    return [*found, (after, True, inventories[after].neighbours)] if after in inventories else found
+    apart = (n for n in range(stride, count, stride) if all(nodes[rank] != nodes[(rank + n) % count] for rank in range(count)))
+    return next(apart, stride)

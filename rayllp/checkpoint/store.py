@@ -9,7 +9,7 @@ import json
 import os
 import re
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load, load_file, save, save_file
 from torch import Tensor, nn
 
+from rayllp.channel.base import MessageTag, StateSpec
 from rayllp.checkpoint.location import Folder, remove, sync, write
 from rayllp.checkpoint.prolong import LAYER, Prolongation
+from rayllp.checkpoint.states import BlockState, Layout, by_name, join
 from rayllp.engine import Engine
 from rayllp.errors import CheckpointError, DamagedCheckpointError
 
@@ -57,15 +59,20 @@ class PieceWriter:
         self._failure: Exception | None = None
 
     def begin(self, engine: Engine, folder: Folder) -> None:
-        """Copy this worker's pieces, and start to write them. Replica 0 alone writes."""
+        """Copy this worker's pieces, and start to write them: of a block's pieces every replica has its turn. All replicas call it.
+
+        Raises:
+            ChannelError: a replica did not send its share of the optimizer's state.
+        """
         self.wait()
         self._written, self._failure = {}, None
-        if engine.replicas.rank != 0:
-            return
-        pieces = {
-            piece: {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
-            for piece, tensors in _pieces(engine).items()
-        }
+        pieces: dict[str, dict[str, Tensor]] = {}
+        for number, (piece, names) in enumerate(_saved(engine).items()):
+            writer = number % engine.replicas.size
+            states = _states_at(writer, engine, names)
+            if engine.replicas.rank == writer:
+                pieces[piece] = _piece(engine, names, states)
+        engine.replicas.finish()
         self._thread = threading.Thread(target=self._write, args=(pieces, folder), name="checkpoint", daemon=True)
         self._thread.start()
 
@@ -230,16 +237,46 @@ def _load_parameter(engine: Engine, stored: Mapping[str, Tensor], name: str, par
     engine.optimizer.set_state(parameter, state)
 
 
-def _pieces(engine: Engine) -> dict[str, dict[str, Tensor]]:
-    pieces: dict[str, dict[str, Tensor]] = {}
-    for name_of_piece, name, parameter in _owned(engine):
-        if engine.block.is_counted_elsewhere(name):
-            continue
-        piece = pieces.setdefault(name_of_piece, {})
-        piece[f"weight/{name}"] = parameter.data
-        for part, value in engine.optimizer.state_of(parameter).items():
-            piece[f"{part}/{name}"] = torch.as_tensor(value)
+def _saved(engine: Engine) -> dict[str, list[str]]:
+    """By piece, the names of its parameters, but for those that another worker's copy stands for."""
+    pieces: dict[str, list[str]] = {}
+    for piece, name, _ in _owned(engine):
+        if not engine.block.is_counted_elsewhere(name):
+            pieces.setdefault(piece, []).append(name)
     return pieces
+
+
+def _piece(engine: Engine, names: Sequence[str], states: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """What a file has: copies, on the host."""
+    piece: dict[str, Tensor] = {}
+    for name in names:
+        parameter = engine.block.parameters[name]
+        piece[f"weight/{name}"] = parameter.detach().to("cpu", copy=True)
+        for part, value in states[name].items():
+            piece[f"{part}/{name}"] = value.reshape(() if part == "step" else parameter.shape).to("cpu", copy=True)
+    return piece
+
+
+def _states_at(writer: int, engine: Engine, names: Sequence[str]) -> dict[str, dict[str, Tensor]]:
+    """The optimizer's state of these parameters, on the replica that writes them; where it is shared out, all others send theirs."""
+    optimizer, replicas = engine.optimizer, engine.replicas
+    if not optimizer.is_sharded:
+        return {name: optimizer.state_of(engine.block.parameters[name]) for name in names}
+    own = BlockState(engine, names, has_weights=False)
+    state = torch.empty(own.size, dtype=own.dtype, device=engine.device)
+    own.take(state)
+    others = [rank for rank in range(replicas.size) if rank != writer] if replicas.rank == writer else []
+    layouts = [Layout.of(engine, names, rank, has_weights=False) for rank in others]
+    coming = [
+        (StateSpec((torch.Size((layout.size,)),), (own.dtype,), engine.device), rank) for layout, rank in zip(layouts, others, strict=True)
+    ]
+    tag = MessageTag(0, "checkpoint", "optimizer's state")
+    received: Sequence[Any] = replicas.exchange([] if replicas.rank == writer else [(state, writer)], coming, tag)
+    if replicas.rank != writer:
+        return {}
+    parts = by_name([(own.layout, state), *((layout, found) for layout, found in zip(layouts, received, strict=True))])
+    owned = {name: engine.block.parameters[name] for name in names}
+    return {name: join(parts[name], range(p.numel()), counted=optimizer.counts_steps(p)) for name, p in owned.items()}
 
 
 def _owned(engine: Engine) -> Iterator[tuple[str, str, nn.Parameter]]:

@@ -78,7 +78,7 @@ class Membership:
         self._replicas = _make([list(ranks) for ranks in zip(*replicas, strict=True)], rank, timeout) if D > 1 else None
         for group in filter(None, (dist.group.WORLD, self._layers, self._replicas)):
             _set_limit(group, device, config.receive_timeout_s)
-        if D == 1 and config.world > 1:  # with replicas a block's state is on another one already
+        if config.world > 1 and (D == 1 or config.shards_optimizer):  # else a block's state is on another replica already
             self._copies = dist.new_group(backend="gloo", timeout=timeout)
 
     def channels(self, config: TrainConfig, rank: int) -> tuple[Channel, Channel]:

@@ -190,6 +190,7 @@ def _find_own(place: str, config: TrainConfig) -> list[Folder]:
     if theirs is not None:
         ours = config.model_dump(mode="json")
         theirs.get("data", {})["on_change"] = config.data.on_change
+        theirs.get("optimizer", {})["sharded"] = config.optimizer.sharded  # files are the same
         other = sorted(name for name in ours if name not in MAY_DIFFER and theirs.get(name) != ours[name])
         if other:
             raise SettingsError(

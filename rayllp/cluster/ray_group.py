@@ -17,7 +17,8 @@ from rayllp.channel.interfaces import LOOPBACK, explain
 from rayllp.channel.pmi import ProcessManager, Rendezvous
 from rayllp.checkpoint import Folder
 from rayllp.checkpoint.location import place_of_checkpoints
-from rayllp.checkpoint.memory import Inventory, Layout, common_step, copy_offset, holder_of
+from rayllp.checkpoint.memory import Copies, Inventory, Source
+from rayllp.checkpoint.states import Layout
 from rayllp.cluster.given import Plan
 from rayllp.cluster.group import ElasticGroup
 from rayllp.cluster.hosts import check_storage, find_unreached
@@ -36,7 +37,7 @@ RENDEZVOUS_TRIES = 2
 
 @dataclass(frozen=True)
 class Estate:
-    """The states of all blocks after `step` steps while layers are shared out anew; with step None there are none."""
+    """States that make up all blocks' after `step` steps, while layers are shared out anew; with step None there are none."""
 
     step: int | None
     layouts: tuple[Layout, ...]
@@ -58,7 +59,7 @@ class RayGroup(ElasticGroup):
         self._slots: list[Slot] = []  # theirs
         self._nodes: list[str] = []
         self._addresses: list[str] = []  # of the hosts that they are on
-        self._offset = 1
+        self._copies = Copies(blocks=config.layer_workers)
         self._layouts: dict[int, Layout] = {}
         self._estate: Estate | None = None
         self._shared: Any = None
@@ -87,20 +88,20 @@ class RayGroup(ElasticGroup):
         self._connect()
         return self._build(range(self.config.world))
 
-    def _connect(self, *, keep_offset: bool = False) -> None:
-        """Join all workers anew. With `keep_offset` the copies that they hold stay those of the same workers' states."""
+    def _connect(self, *, keep_copies: bool = False) -> None:
+        """Join all workers anew. With `keep_copies` the copies that they hold stay those of the same workers' states."""
         places = self.call("place", timeout_s=START_TIMEOUT_S)
         self._nodes, self._addresses = [place.node for place in places], [place.address for place in places]
         self._seen_by |= check_storage(self.storage, places, self._seen_by, self._ask)
         crowd = Counter(self._nodes)
         host = LOOPBACK if len(crowd) == 1 else places[0].address
         backend = self.config.channel if self.config.channel in ("gloo", "nccl") else "nccl" if self.device == "cuda" else "gloo"
-        if not keep_offset:
-            self._offset = copy_offset(self._nodes[: self.config.layer_workers])
+        if not keep_copies:
+            self._copies = Copies.of(self.config, self._nodes)
         for attempt in count(1):
             port = self._listen(0, host)
             try:
-                given = host, port, backend, self.device, self._offset, self._begin_mpi()
+                given = host, port, backend, self.device, self._copies.offset, self._begin_mpi()
                 joined = {n: worker.connect.remote(*given, crowd[self._nodes[n]]) for n, worker in enumerate(self.workers)}
                 self._get(joined, START_TIMEOUT_S)
                 return
@@ -238,7 +239,7 @@ class RayGroup(ElasticGroup):
             self.workers[rank] = spare or self.staff.hire(self._slots[rank], rank, self.config)
             if spare is not None:
                 self._get({rank: self.staff.reassign(spare, rank, self.config)}, START_TIMEOUT_S)
-        self._connect(keep_offset=True)
+        self._connect(keep_copies=True)
         self._build(sorted(lost))
 
     def keep_spares(self) -> None:
@@ -261,8 +262,8 @@ class RayGroup(ElasticGroup):
         if step is None:
             return None
         self.call_some(self.survivors(lost), "roll_back", step)
-        for rank in lost:
-            self._get({rank: self.workers[rank].adopt.remote(self._given(rank, step, found))}, None)
+        given = {rank: self._given(self._copies.sources(rank, step, found) or [], step) for rank in lost}
+        self._get({rank: self.workers[rank].gather.remote(*given[rank]) for rank in lost}, None)
         return step
 
     def common_step(self, lost: frozenset[int]) -> int | None:
@@ -272,12 +273,17 @@ class RayGroup(ElasticGroup):
         """The last step that is held in memory everywhere, and what each survivor holds."""
         ranks = self.survivors(lost)
         found = dict(zip(ranks, self.call_some(ranks, "inventory"), strict=True))
-        return (common_step(found, set(lost), self.config.layer_workers, self._offset) if ranks else None), found
+        return self._copies.common_step(found) if ranks else None, found
 
-    def _given(self, rank: int, step: int, found: dict[int, Inventory]) -> Any:
-        """A reference to the state of a block after `step` steps, from whoever holds it."""
-        holder, neighbour = (rank, False) if rank in found else holder_of(rank, step, found, self.config.layer_workers, self._offset)
-        return self.workers[holder].give.remote(step, neighbour)
+    def _given(self, sources: Iterable[Source], step: int) -> list[Any]:
+        """What `gather` takes: the layouts of states after `step` steps, and references to these from whoever holds them."""
+        given = [(self._layout(source), self.workers[source.holder].give.remote(step, source.is_copy)) for source in sources]
+        return [[layout for layout, _ in given], *(reference for _, reference in given)]
+
+    def _layout(self, source: Source) -> Layout:
+        """Of a state that a worker gives: what is copied where the optimizer's state is shared out has no weights."""
+        layout = self._layouts[source.owner]
+        return layout.without_weights if source.is_copy and self._copies.sharded else layout
 
     # Another number of workers ---------------------------------------------------------------------------------------------------
 
@@ -318,8 +324,8 @@ class RayGroup(ElasticGroup):
         if estate.step is not None:
             gathering = {}
             for share in shares:
-                holders = [n for n, layout in enumerate(estate.layouts) if not share["sources"].isdisjoint(place.name for place in layout)]
-                layouts, states = [estate.layouts[n] for n in holders], [estate.states[n] for n in holders]
+                needed = [n for n, layout in enumerate(estate.layouts) if not share["sources"].isdisjoint(layout.names)]
+                layouts, states = [estate.layouts[n] for n in needed], [estate.states[n] for n in needed]
                 gathering[share["rank"]] = self.workers[share["rank"]].gather.remote(layouts, *states)
             self._get(gathering, None)
         self._estate = None
@@ -328,10 +334,11 @@ class RayGroup(ElasticGroup):
     def _collect(self, lost: frozenset[int]) -> Estate:
         """All blocks' states, in Ray's object store: the workers give up what they hold next."""
         step, found = self._common_step(lost)
-        states = {} if step is None else {rank: self._given(rank, step, found) for rank in range(len(self.workers))}
-        if states:
-            ray.wait(list(states.values()), num_returns=len(states), fetch_local=False)
-        return Estate(step, tuple(self._layouts[rank] for rank in states), tuple(states.values()))
+        if step is None:
+            return Estate(None, (), ())
+        layouts, *states = self._given(self._copies.sources_of_all(step, found) or [], step)
+        ray.wait(states, num_returns=len(states), fetch_local=False)
+        return Estate(step, tuple(layouts), tuple(states))
 
     def _reseat(self, world: int, lost: frozenset[int], leaving: frozenset[int]) -> None:
         """The workers from now on, in the order of their layers: survivors, recruits that are there, then new ones where the lost were."""

@@ -18,8 +18,9 @@ from rayllp.channel.interfaces import LOOPBACK, Door, Reached, knock
 from rayllp.channel.pmi import Rendezvous
 from rayllp.channel.timing import Link, time_messages
 from rayllp.checkpoint import PieceWriter, Prolongation, load_pieces, locate
-from rayllp.checkpoint.memory import Inventory, Layout, NeighbourCopies
+from rayllp.checkpoint.memory import Inventory, NeighbourCopies
 from rayllp.checkpoint.shared import Mark
+from rayllp.checkpoint.states import Layout
 from rayllp.cluster.cpus import usable_cpus
 from rayllp.cluster.given import Plan
 from rayllp.cluster.membership import Membership
@@ -116,7 +117,7 @@ class BlockWorker:
 
         Args:
             host: where the first worker listens; the loopback address where all are on one node.
-            offset: copies of states go to the worker so many blocks on.
+            offset: copies of states go to the worker so many ranks on.
             rendezvous: of the MPI world that is to carry states; None: torch's groups do.
             sharing: workers on this node, which share its CPUs; 0: this one's share is known.
 
@@ -269,15 +270,11 @@ class BlockWorker:
         self._done = deque((stats for stats in self._done if stats["step"] < step), maxlen=REMEMBERED)
 
     def give(self, step: int, neighbour: bool) -> torch.Tensor:
-        """A state after `step` steps: the previous worker's, or this block's for another replica's."""
+        """A state after `step` steps: the copy of another worker's, or the own one."""
         return self._memory.give(step, neighbour=neighbour)
 
-    def adopt(self, state: torch.Tensor) -> None:
-        """Make the block what a state says."""
-        self._memory.adopt(state)
-
     def gather(self, layouts: list[Layout], *states: torch.Tensor) -> None:
-        """Make the block what it was when other blocks, of these layouts and states, had its layers."""
+        """Make the block what it was when other workers, of these layouts and states, had its layers."""
         self._memory.state.gather(list(zip(layouts, states, strict=True)))
 
     def report(self, start: int, stop: int) -> list[dict[str, Any]]:
@@ -323,6 +320,7 @@ class BlockWorker:
         sources = data.encode_source(data.sources("validation")[first:stop])  # type: ignore[attr-defined]
         return [data.decode(tokens) for tokens in translate(self._engine.exact_forward, sources, beams)]  # type: ignore[attr-defined]
 
+    @_leaving
     def begin_save(self, folder: str) -> None:
         """Copy this worker's pieces of a checkpoint, and write them in the background."""
         self._writer.begin(self._engine, locate(folder))

@@ -166,6 +166,11 @@ class TrainConfig(Settings):
         return self.batch_size // self.mesh.data
 
     @property
+    def shards_optimizer(self) -> bool:
+        """Whether replicas share out the optimizer's state: where there are several, and it is wanted."""
+        return self.optimizer.sharded and self.mesh.data > 1
+
+    @property
     def blocks(self) -> tuple[int, ...]:
         """Middle layers of each worker."""
         if self.mesh.blocks:

@@ -5,6 +5,7 @@ the gradient norm, the loss and the residuals together.
 """
 
 import time
+from collections.abc import Hashable
 
 import torch
 from torch import Tensor
@@ -23,10 +24,12 @@ from rayllp.engine.gradients import Gradients
 from rayllp.engine.layer_group import LayerGroup
 from rayllp.engine.optimizer import Optimizer, learning_rate, scale_gradients
 from rayllp.engine.probe import Probing
-from rayllp.engine.reduce_gradients import add_shared_gradients, sum_over_replicas
+from rayllp.engine.reduce_gradients import add_shared_gradients
+from rayllp.engine.replica_sums import ReplicaSums
 from rayllp.engine.smoothness import add_smoothness_gradient
 from rayllp.engine.statistics import ReducedStatistics, StepStats, reduce_statistics
 from rayllp.engine.step_gradients import StepGradients
+from rayllp.engine.step_solves import without_penalties
 from rayllp.models.base import Architecture
 from rayllp.timeline import Timeline
 
@@ -58,13 +61,17 @@ class Engine:
         self.config, self.batches, self.device = config, batches, device
         self.block = Block(architecture, config, layer_channel.rank, device)
         self._counted = [p for name, p in self.block.parameters.items() if not self.block.is_counted_elsewhere(name)]
-        self.optimizer = Optimizer(self.block, config.optimizer)
+        shards = (data_channel.rank, data_channel.size) if config.shards_optimizer else (0, 1)
+        self.optimizer = Optimizer(self.block, config.optimizer, *shards)
         self._draws_are_checked = False
+        self._sums = ReplicaSums(self.block, LocalChannel.alone())
         self._join(layer_channel, data_channel)
 
     def _join(self, layer_channel: Channel, data_channel: Channel) -> None:
         """Make all that talks to other workers."""
         self.layers, self.replicas = layer_channel, data_channel
+        self._sums.close()
+        self._sums = ReplicaSums(self.block, data_channel)
         self.group = LayerGroup(self.block, layer_channel)
         self.gradients = Gradients(self.group)
         self.exact_forward = ExactForward(self.group)
@@ -104,10 +111,11 @@ class Engine:
         started = time.perf_counter()
         batch = self.step_batch(step, accuracy)
         probing = Probing(self.gradients, plan, self.replicas.size) if plan else None
+        self._sums.begin(step, None if probing else self._kind(batch))
         # Forward solve, loss, adjoint solve: see `LayerParallelGradients`.
         formed = probing.form(batch) if probing else self.gradients(batch)
         with self.group.span("gradients", "wait"):
-            sum_over_replicas(self.block, self.replicas, formed.loss)
+            self._sums.finish(formed.loss)
             add_shared_gradients(self.block, self.layers, step)
             if accuracy.smoothness:
                 add_smoothness_gradient(self.block, self.layers, accuracy.smoothness, step)
@@ -117,9 +125,10 @@ class Engine:
         fault = None if found.is_finite else diagnose(self.exact_forward, batch)
         if found.is_finite:
             with self.group.span("update"):
-                self.update(found.norm, lr)
+                self.update(step, found.norm, lr)
         self.optimizer.zero_grad()
         self.layers.finish()
+        self.replicas.finish()
         return StepStats(
             step=step,
             loss=found.loss,
@@ -139,6 +148,11 @@ class Engine:
             lipschitz=probing.lipschitz if probing else None,
         )
 
+    def _kind(self, batch: StepBatch) -> Hashable:
+        """What a step's gradients are formed alike with."""
+        accuracy = batch.accuracy
+        return without_penalties(accuracy), bool(accuracy.consistency), self.group.spec(batch.inputs)
+
     def step_batch(self, step: int, accuracy: Accuracy) -> StepBatch:
         """This replica's batch of a training step, to be solved with this accuracy.
 
@@ -155,12 +169,13 @@ class Engine:
         """The step's numbers over the layer group, in one all-reduce."""
         return reduce_statistics(self.group, step, formed, self._counted, probing)
 
-    def update(self, norm: float, lr: float) -> None:
-        """Clip the gradients, whose global norm is `norm`, and take the optimizer's step."""
+    def update(self, step: int, norm: float, lr: float) -> None:
+        """Clip the gradients, whose global norm is `norm`, and take the optimizer's step, each replica on its share where they share it."""
         clip = self.config.optimizer.clip
         if clip and norm > clip:
             scale_gradients(self.block.parameters.values(), clip / (norm + 1e-6))
         self.optimizer.step(lr)
+        self.optimizer.gather(self.replicas, step)
 
     # Beside training ----------------------------------------------------------------------------------------------------------
 

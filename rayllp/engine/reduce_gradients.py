@@ -1,38 +1,13 @@
-"""A worker's gradients and the others': means over replicas, sums over the layer group of parameters that several workers hold."""
+"""Gradients of parameters that several workers of a layer group hold: each gets the sum."""
 
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from rayllp.channel.base import Channel, MessageTag, StateSpec
 from rayllp.engine.block import Block
 from rayllp.state import tensors
-
-BUCKET_BYTES = 32 * 1024 * 1024
-
-
-def sum_over_replicas(block: Block, replicas: Channel, loss: Tensor) -> None:
-    """Sum gradients and loss over replicas; the loss is scaled by the global number of terms, so the sum is the mean."""
-    if replicas.size == 1:
-        return
-    bucket: list[Tensor] = [loss.view(1)]
-    size = 0
-    for gradient in [p.grad for p in block.parameters.values() if p.grad is not None]:
-        if size + gradient.nbytes > BUCKET_BYTES:
-            _reduce(bucket, replicas)
-            bucket, size = [], 0
-        bucket.append(gradient)
-        size += gradient.nbytes
-    _reduce(bucket, replicas)
-
-
-def _reduce(bucket: list[Tensor], replicas: Channel) -> None:
-    dtype = max((part.dtype for part in bucket), key=lambda d: d.itemsize)
-    flat = torch.cat([part.reshape(-1).to(dtype) for part in bucket])
-    flat = replicas.all_reduce(flat, MessageTag(-1, "gradients", "sum over replicas"))
-    for part, summed in zip(bucket, flat.split([part.numel() for part in bucket]), strict=True):
-        part.copy_(summed.view(part.shape))
 
 
 def add_shared_gradients(block: Block, layers: Channel, step: int) -> None:

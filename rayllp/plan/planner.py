@@ -18,8 +18,8 @@ from rayllp.errors import SettingsError
 from rayllp.plan.cost import predict_step
 from rayllp.plan.costs import Costs
 
-COPIES = {"adamw": 4, "muon": 3}
-"""By optimizer: a weight, its gradient, and moments. Muon keeps one; norms and biases, of which AdamW keeps two, hardly count."""
+MOMENTS = {"adamw": 2, "muon": 1}
+"""By optimizer, averages of a weight. Norms and biases, of which AdamW keeps two beside Muon, hardly count."""
 COARSENINGS = (2, 4, 8, 16)
 LEVELS = (2, 3, 4)
 ITERATIONS = ((1, 1), (2, 1), (2, 2), (3, 3))
@@ -239,9 +239,10 @@ def _layer_parallel_options(
     return options
 
 
-def _weights(config: TrainConfig, model: LayerModel) -> float:
-    """Bytes of a layer's weights, and of what is kept for each of them."""
-    return COPIES[config.optimizer.name] * model.parameter_bytes
+def _weights(config: TrainConfig, model: LayerModel, replicas: int) -> float:
+    """Bytes of a layer's weights and gradients, and of the optimizer's state of them that a worker keeps."""
+    moments = MOMENTS[config.optimizer.name]
+    return (2 + (moments / replicas if config.optimizer.sharded else moments)) * model.parameter_bytes
 
 
 def _meshes(config: TrainConfig, devices: int) -> Iterator[tuple[int, int]]:
@@ -279,16 +280,19 @@ def _block_s(config: TrainConfig, costs: Costs, layers: int, *, first: bool, las
     return seconds + first * (costs.enter + costs.enter_gradient) + last * costs.leave
 
 
-def _gradients_s(model: LayerModel, device: Device, layers: int, replicas: int) -> float:
-    return device.all_reduce_s(layers * model.parameter_bytes, replicas)
+def _replicas_s(config: TrainConfig, model: LayerModel, device: Device, layers: int, replicas: int) -> float:
+    """Seconds until replicas have the sum of their gradients, and where each updates its share of the parameters these of all others."""
+    size = layers * model.parameter_bytes
+    gather_s = device.all_gather_s(size / replicas, replicas) if config.optimizer.sharded else 0.0
+    return device.all_reduce_s(size, replicas) + gather_s
 
 
 def _exact(config: TrainConfig, model: LayerModel, device: Device, replicas: int, layer: int) -> Iterator[Option]:
     batch, layers = config.batch_size // replicas, config.model.layers
     if layer == 1:
         costs = model.at(batch, device)
-        step_s = _block_s(config, costs, layers, first=True, last=True) + _gradients_s(model, device, layers, replicas)
-        memory = layers * (_weights(config, model) + batch * model.graph_bytes)
+        step_s = _block_s(config, costs, layers, first=True, last=True) + _replicas_s(config, model, device, layers, replicas)
+        memory = layers * (_weights(config, model, replicas) + batch * model.graph_bytes)
         yield Option(kind="data", data=replicas, layer=1, step_s=step_s, memory=memory)
         return
     owned = math.ceil(layers / layer)
@@ -297,8 +301,8 @@ def _exact(config: TrainConfig, model: LayerModel, device: Device, replicas: int
         costs = model.at(batch / count, device)
         ends = max(costs.enter + costs.enter_gradient, costs.leave)
         stage_s = owned * (costs.record + costs.full_gradient) + ends + 2 * costs.message
-        step_s = (count + layer - 1) * stage_s + owned * costs.update + _gradients_s(model, device, owned, replicas)
-        memory = owned * (_weights(config, model) + min(count, layer) * batch / count * model.graph_bytes)
+        step_s = (count + layer - 1) * stage_s + owned * costs.update + _replicas_s(config, model, device, owned, replicas)
+        memory = owned * (_weights(config, model, replicas) + min(count, layer) * batch / count * model.graph_bytes)
         found.append(Option(kind="pipeline", data=replicas, layer=layer, step_s=step_s, memory=memory, microbatches=count))
     if found:
         yield min(found, key=lambda option: option.step_s)
@@ -322,8 +326,8 @@ def _in_order(config: TrainConfig, model: LayerModel, device: Device, replicas: 
         # The last microbatch follows the first at a layer's distance; parameter gradients fit into the waits but for the first layer's.
         step_s = there_and_back + serial_ends + (count - 1) * layer_s + count * costs.full_gradient
     owned = middle + ends
-    step_s += owned * costs.update + _gradients_s(model, device, owned, replicas)
-    memory = owned * (_weights(config, model) + batch * model.graph_bytes)
+    step_s += owned * costs.update + _replicas_s(config, model, device, owned, replicas)
+    memory = owned * (_weights(config, model, replicas) + batch * model.graph_bytes)
     return Option(kind="pipeline", data=replicas, layer=layer, step_s=step_s, memory=memory, microbatches=count, in_order=True)
 
 
@@ -359,16 +363,19 @@ def _layer_parallel(
     owned = max(len(found.layers_of(rank)) + ends.get(rank, 0) for rank in range(layer))
     state_bytes = config.batch_size // replicas * model.state_bytes
     costs = replace(costs, gather=device.all_gather_s(state_bytes, layer), total=device.all_reduce_s(state_bytes, layer))
-    step_s = predict_step(found, Controller(found).chosen, costs) + _gradients_s(model, device, owned, replicas)
+    step_s = predict_step(found, Controller(found).chosen, costs) + _replicas_s(config, model, device, owned, replicas)
     batch = config.batch_size / replicas
     graphs = (1 if cyclic else c) if config.mgrit.recompute else owned
-    memory = owned * (_weights(config, model) + batch * model.state_bytes) + batch * graphs * model.graph_bytes
+    memory = owned * (_weights(config, model, replicas) + batch * model.state_bytes) + batch * graphs * model.graph_bytes
     return Option(kind="layer", data=replicas, layer=layer, step_s=step_s, memory=memory, solve=solve, bias=biases.get(solve))
 
 
 def _advise(best: Option | None, exact: Option | None, serial_s: float, devices: int) -> str:
     if best is None:
-        return "nothing fits into the devices' memory: more devices, a smaller batch, or mgrit.recompute=true"
+        return (
+            "nothing fits into the devices' memory: more devices, a smaller batch, mgrit.recompute=true, or with replicas "
+            "optimizer.sharded=true"
+        )
 
     def praise(option: Option) -> str:
         return f"{option.text}, {1e3 * option.step_s:.4g} ms a step, {serial_s / option.step_s:.3g} times as fast as one device"

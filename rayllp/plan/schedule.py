@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rayllp.channel.base import Coming, Leaving, MessageTag, StateSpec
+from rayllp.channel.base import Coming, Leaving, MessageTag, Reduction, StateSpec
 from rayllp.config import TrainConfig
 from rayllp.control import Accuracy
 from rayllp.engine.step_solves import StepSolves
@@ -99,6 +99,9 @@ class _Recorder(Propagator):
 
     def all_reduce(self, tensor: Tensor, tag: MessageTag) -> Tensor:
         return tensor
+
+    def begin_all_reduce(self, tensor: Tensor, tag: MessageTag) -> Reduction:
+        raise NotImplementedError("solves sum nothing in the background")
 
     def exchange(self, leaving: Leaving, coming: Coming, tag: MessageTag) -> list[State]:
         raise NotImplementedError("solves exchange nothing")

@@ -1,0 +1,202 @@
+"""Gradients summed over replicas, in buckets that leave as soon as they are final, while the adjoint forms the others.
+
+When a gradient is final follows from the first step of each kind: autograd tells of each contribution to a parameter's gradient, and
+steps of one kind (accuracy, shape of the batch) make the same contributions. All replicas go by what the first one has seen, so that they
+sum the same buckets in the same order. Should a gradient get more than it was expected to, the rest is summed at the end.
+"""
+
+from collections import Counter
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from rayllp.channel.base import Channel, MessageTag, Reduction
+from rayllp.engine.block import Block
+
+BUCKET_BYTES = 4 * 2**20
+"""Gradients that are summed in one message, unless a single one is larger: enough for its latency not to count."""
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """How the gradients of one kind of step are summed.
+
+    Attributes:
+        buckets: parameters whose gradients travel together, those that are final first first.
+        expected: contributions after which a gradient is final; of others it is only known at the end of the step.
+    """
+
+    buckets: Sequence[Sequence[nn.Parameter]]
+    expected: Mapping[nn.Parameter, int] = field(default_factory=dict)
+
+
+@dataclass
+class _Begun:
+    """A bucket on its way."""
+
+    parameters: list[nn.Parameter]
+    shapes: list[torch.Size]
+    reduction: Reduction
+
+
+class ReplicaSums:
+    """Of one worker's gradients. A step calls `begin`, forms its gradients, and calls `finish`.
+
+    Args:
+        replicas: to the workers of other replicas that have the same layers; nothing else uses it meanwhile.
+    """
+
+    def __init__(self, block: Block, replicas: Channel) -> None:
+        self.replicas, self._parameters = replicas, list(block.parameters.values())
+        self._unknown = _Plan(_buckets(reversed(self._parameters)))
+        self._plans: dict[Hashable, _Plan] = {}
+        self._is_open = False
+        self._hooks = [
+            p.register_post_accumulate_grad_hook(self._contributed) for p in self._parameters if replicas.size > 1 and p.requires_grad
+        ]
+
+    def close(self) -> None:
+        """Let go of the parameters."""
+        for hook in self._hooks:
+            hook.remove()
+
+    def begin(self, step: int, kind: Hashable | None) -> None:
+        """Gradients are formed from now on.
+
+        Args:
+            kind: of the step: those of one kind form gradients in the same way. None: as no other does, such as a probe.
+        """
+        self._step, self._kind, self._is_open = step, kind, True
+        self._plan = self._plans.get(kind, self._unknown)
+        self._counts: Counter[nn.Parameter] = Counter()
+        # After its last contribution so far: the gradient, and how often its numbers had been written.
+        self._seen: dict[nn.Parameter, tuple[Tensor, int]] = {}
+        self._begun: list[_Begun] = []
+        self._next = 0
+
+    def _contributed(self, parameter: nn.Parameter) -> None:
+        """Autograd has added something to this parameter's gradient."""
+        if not self._is_open or self._kind is None:
+            return
+        self._counts[parameter] += 1
+        if self._plan is self._unknown:
+            assert parameter.grad is not None
+            self._seen.pop(parameter, None)  # the last one comes last
+            self._seen[parameter] = parameter.grad, parameter.grad._version
+            return
+        # The last bucket waits for `finish`, which adds numbers of its own.
+        while self._next < len(self._plan.buckets) - 1 and all(map(self._is_final, self._plan.buckets[self._next])):
+            self._begin_bucket()
+
+    def _is_final(self, parameter: nn.Parameter) -> bool:
+        return self._counts[parameter] >= self._plan.expected.get(parameter, torch.inf)
+
+    def _begin_bucket(self, extra: Sequence[Tensor] = ()) -> None:
+        """Have the next bucket summed. Its gradients are taken: what comes to a parameter from now on is on top of them."""
+        found = [(p, p.grad) for p in self._plan.buckets[self._next] if p.grad is not None]
+        parts = [*(gradient for _, gradient in found), *extra]
+        self._next += 1
+        if not parts:
+            return
+        flat = _flatten(parts)
+        for parameter, _ in found:
+            parameter.grad = None
+        shapes = [gradient.shape for _, gradient in found]
+        self._begun.append(_Begun([p for p, _ in found], shapes, self.replicas.begin_all_reduce(flat, self._tag("sum over replicas"))))
+
+    def finish(self, loss: Tensor) -> None:
+        """All gradients are formed: have them, and the loss, summed. Each was divided by the global number of terms, so sums are means.
+
+        Raises:
+            ChannelError: a replica was lost, or too slow.
+        """
+        self._is_open = False
+        if self.replicas.size == 1:
+            return
+        seen = self._order_seen() if self._plan is self._unknown and self._kind is not None else None
+        while self._next < len(self._plan.buckets) - 1:
+            self._begin_bucket()
+        late = any(p.grad is not None for bucket in self._plan.buckets[: self._next] for p in bucket)
+        self._begin_bucket([loss.view(1), loss.new_full((1,), float(late))])
+        loss_and_late = self._put_back()
+        loss.copy_(loss_and_late[0])
+        if loss_and_late[1]:
+            self._add_late_ones()
+            self._plans[self._kind] = _Plan(self._unknown.buckets)
+        elif seen is not None:
+            self._plans[self._kind] = self._agree(seen)
+        self._seen.clear()
+
+    def _put_back(self) -> Tensor:
+        """Wait for all buckets and make their sums the gradients; what is behind the last one's. What has come late is added."""
+        rest = torch.empty(0)
+        self._late = {}
+        for begun in self._begun:
+            rest = begun.reduction.wait()
+            for parameter, shape in zip(begun.parameters, begun.shapes, strict=True):
+                size = shape.numel()
+                if parameter.grad is not None:
+                    self._late[parameter] = parameter.grad
+                parameter.grad, rest = rest[:size].view(shape).to(parameter.dtype), rest[size:]
+        return rest
+
+    def _add_late_ones(self) -> None:
+        """Sum what came to gradients after they had left, on any replica, and add it."""
+        summed = [p for p in self._parameters if p.grad is not None]
+        late = _flatten([self._late.get(p, torch.zeros_like(p)) for p in summed])
+        self.replicas.all_reduce(late, self._tag("late gradients"))
+        for parameter, more in zip(summed, late.split([p.numel() for p in summed]), strict=True):
+            assert parameter.grad is not None
+            parameter.grad += more.view(parameter.shape)
+
+    # Learning -----------------------------------------------------------------------------------------------------------------
+
+    def _order_seen(self) -> Tensor:
+        """Of each parameter, the place at which its gradient was final, from 1 on, and its contributions; 0 if that is not known.
+
+        A gradient that something else than autograd has written since is final at the end.
+        """
+        places = {p: n for n, p in enumerate(self._seen, 1)}
+        table = torch.zeros((len(self._parameters), 2), dtype=torch.float64)
+        for row, parameter in zip(table, self._parameters, strict=True):
+            gradient, version = self._seen.get(parameter, (None, 0))
+            if gradient is not None and parameter.grad is gradient and gradient._version == version:
+                row[0], row[1] = places[parameter], self._counts[parameter]
+        return table
+
+    def _agree(self, seen: Tensor) -> _Plan:
+        """The plan by what the first replica has seen."""
+        table = (seen if self.replicas.rank == 0 else torch.zeros_like(seen)).to(self._parameters[0].device)
+        table = self.replicas.all_reduce(table, self._tag("order of gradients")).cpu()
+        found = {p: (int(place), int(count)) for p, (place, count) in zip(self._parameters, table.tolist(), strict=True) if place}
+        first = sorted(found, key=lambda p: found[p][0])
+        last = [p for p in reversed(self._parameters) if p not in found]
+        return _Plan(_buckets([*first, *last]), {p: count for p, (_, count) in found.items()})
+
+    def _tag(self, phase: str) -> MessageTag:
+        return MessageTag(self._step, "gradients", phase)
+
+
+def _buckets(parameters: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:
+    """In this order, each of BUCKET_BYTES or a little less; the last one may be empty."""
+    return list(_cut(parameters))
+
+
+def _cut(parameters: Iterable[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
+    bucket: list[nn.Parameter] = []
+    room = BUCKET_BYTES
+    for parameter in parameters:
+        if bucket and parameter.nbytes > room:
+            yield bucket
+            bucket, room = [], BUCKET_BYTES
+        bucket.append(parameter)
+        room -= parameter.nbytes
+    yield bucket
+
+
+def _flatten(parts: Sequence[Tensor]) -> Tensor:
+    """One flat tensor of the widest of their dtypes."""
+    dtype = max((part.dtype for part in parts), key=lambda found: found.itemsize)
+    return torch.cat([part.reshape(-1).to(dtype) for part in parts])
