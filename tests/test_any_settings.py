@@ -34,55 +34,82 @@ NAMES = {part for name in setting_names() for part in (name, name.split(".")[-1]
 
 # Settings that look valid --------------------------------------------------------------------------------------------------------
 
-
-def group(required=None, **optional):
-    """A group of settings, each there or left out."""
-    return st.fixed_dictionaries(required or {}, optional=optional)
+OUT = object()
+"""In place of a value: the setting is left out."""
 
 
 def pick(*values):
     return st.sampled_from(values)
 
 
-def directions(*values):
-    return group(forward=pick(*values), backward=pick(*values))
+def maybe(*values):
+    return pick(*[OUT] * len(values), *values)
+
+
+def group(**settings):
+    return st.fixed_dictionaries(settings).map(lambda found: {name: value for name, value in found.items() if value is not OUT})
 
 
 model = group(
-    {"layers": st.integers(3, 14), "width": pick(8, 16), "heads": pick(1, 2, 4), "case": pick(*CASES)},
-    kv_heads=pick(1, 2), dropout=pick(0.0, 0.1), tie_embeddings=st.booleans(), feed_forward=pick(12, 24), encoder_layers=st.integers(1, 8),
-    label_smoothing=pick(0.0, 0.1), initialisation=pick("default", "deep", "scaled"), patch_size=pick(2, 4, 5),
+    case=pick(*CASES), width=pick(8, 16), heads=pick(1, 2, 4), kv_heads=maybe(1, 2), dropout=maybe(0.1), tie_embeddings=maybe(True, False),
+    feed_forward=maybe(12, 24), encoder_layers=maybe(1, 2, 5), label_smoothing=maybe(0.1), initialisation=maybe("default", "deep", "scaled"),
+    patch_size=pick(2, 4, 4, 5),
 )  # fmt: skip
 mgrit = group(
-    coarsening=st.integers(2, 5) | st.lists(st.integers(2, 3), min_size=1, max_size=2), levels=directions(1, 2, 2, 3),
-    iterations=directions(1, 2, 3), window=st.integers(1, 5), relaxation=group(fine=pick("F", "FCF"), coarse=pick("F", "FCF")),
-    cycle=pick("V", "F"), coarse_step_weight=pick(0.0, 0.5, 1.0), initial_guess=pick("coarse", "constant"), tolerance=pick(1e-2, 1e-8),
-    batched=st.booleans(), recompute=st.booleans(),
+    coarsening=pick(OUT, 2, 2, 3, 5, [2, 2], [3, 2]),
+    levels=group(forward=pick(OUT, OUT, 1, 3), backward=pick(OUT, OUT, 1, 3)),
+    iterations=group(forward=maybe(1, 2, 3), backward=maybe(1, 2, 3)),
+    relaxation=group(fine=maybe("F", "FCF"), coarse=maybe("F", "FCF")), cycle=maybe("V", "F"), coarse_step_weight=maybe(0.0, 0.5),
+    initial_guess=maybe("coarse", "constant"), tolerance=pick(*[OUT] * 4, 1e-2, 1e-8), batched=pick(*[OUT] * 3, True),
+    recompute=maybe(False, True), window=pick(*[OUT] * 4, 2, 3, 5),
 )  # fmt: skip
 adaptive = group(
-    {"probe_every": pick(0, 1, 2)}, rule=pick("convergence", "bias", "both"), threshold=pick(0.4, 1.0), bias_limit=pick(1e-4, 0.1),
-    bias_to_noise=pick(0.0, 0.4), exact_every=pick(0, 1), lipschitz_every=pick(0, 1), return_below=pick(None, 0.3), patience=pick(1, 3),
-    ladder=st.lists(pick("1+1", "2+1", "0+1", "2+2 FCF"), min_size=1, max_size=2), consistency=pick(0.0, 0.3), smoothness=pick(0.0, 1e-2),
-    steer=st.booleans(), switch_at=pick(0, 2, 0.5, 1.0),
+    probe_every=pick(0, 1, 2), rule=maybe("convergence", "bias", "both"), threshold=maybe(0.4), bias_limit=maybe(1e-4),
+    bias_to_noise=maybe(0.0), exact_every=maybe(1), lipschitz_every=pick(OUT, OUT, 1), return_below=maybe(None), patience=maybe(1),
+    ladder=pick(*[OUT] * 3, ["1+1", "2+1"], ["0+1"], ["2+2 FCF"]), consistency=pick(OUT, OUT, 0.0, 0.3), smoothness=pick(*[OUT] * 4, 1e-2),
+    steer=pick(*[OUT] * 3, True, False), switch_at=pick(*[OUT] * 3, 0, 2, 0.5, 1.0),
 )  # fmt: skip
 optimizer = group(
-    name=pick("adamw", "muon"), lr=pick(1e-3, 1e-2), muon_lr=pick(1e-2), warmup=pick(0, 2), weight_decay=pick(0.0, 0.1), clip=pick(0.0, 1.0)
-)
-mesh = group(
-    data=pick(1, 1, 2), layer=st.integers(1, 4), blocks=st.lists(st.integers(1, 6), min_size=1, max_size=3), placement=pick("blocks", "cyclic")
-)
-nested = pick({}, {}, {}, {"factors": [2], "at": [2]})
-runs = group(
-    {"model": model, "buffers": group(open=st.integers(0, 2), close=st.integers(0, 2)), "dtype": pick(*["float64"] * 6, *TOLERANCE)},
-    step=group(middle=pick("1/N", "2/N", 0.1, 0.5, 1.0), buffer=pick(0.5, 1.0)), mgrit=mgrit, adaptive=adaptive, optimizer=optimizer,
-    mode=pick("parallel", "serial", "adaptive"), workers=st.integers(1, 5) | group(min=pick(1, 2), max=pick(2, 4)), mesh=mesh | st.just({}),
-    batch_size=pick(1, 2, 4, 6), accumulate=pick(1, 2), microbatches=pick(1, 2, 4), seed=pick(0, 1), nested=nested,
+    name=maybe("muon"), lr=maybe(1e-2), muon_lr=maybe(1e-2), warmup=maybe(0, 2), weight_decay=maybe(0.0), clip=maybe(0.0)
 )  # fmt: skip
+mesh = group(data=pick(OUT, OUT, 1, 2), layer=pick(*[OUT] * 4, 2), blocks=pick(*[OUT] * 6, [3, 4], [1, 5]), placement=maybe("blocks", "cyclic"))
+untouched = st.just({})
+runs = group(
+    model=model, middle=st.integers(2, 10), careful=pick(*[True] * 5, False),
+    buffers=group(open=pick(0, 1, 2), close=pick(0, 1, 2)), mgrit=mgrit | mgrit | untouched, adaptive=adaptive | adaptive | untouched,
+    optimizer=optimizer, mesh=mesh, mode=maybe("parallel", "serial", "adaptive"), dtype=pick(*["float64"] * 6, *TOLERANCE),
+    workers=pick(OUT, 1, 2, 2, 3, 4, {"min": 1, "max": 3}), step=group(middle=maybe("2/N", 0.1, 1.0), buffer=maybe(0.5)),
+    batch_size=pick(1, 2, 2, 3), accumulate=maybe(2), microbatches=pick(OUT, OUT, 1, 2), seed=pick(0, 1),
+    nested=pick(*[OUT] * 7, {"factors": [2], "at": [2]}),
+)  # fmt: skip
+
+
+def tidied(run):
+    """Without what contradicts itself on the face of it, which most examples would."""
+    run = {**run, "model": dict(run["model"]), "optimizer": dict(run["optimizer"]), "mgrit": dict(run["mgrit"]), "mesh": dict(run["mesh"])}
+    if run["model"]["heads"] % run["model"].get("kv_heads", 1):
+        del run["model"]["kv_heads"]
+    if "name" not in run["optimizer"]:
+        run["optimizer"].pop("muon_lr", None)
+    if run["mgrit"].get("recompute"):
+        run["mgrit"].pop("batched", None)
+    if run.get("adaptive", {}).get("probe_every") == 0:
+        run["adaptive"] = {name: value for name, value in run["adaptive"].items() if name != "lipschitz_every"}
+    run["batch_size"] *= run["mesh"].get("data", 1) * run.get("accumulate", 1) * run.get("microbatches", 1)
+    if isinstance(run.get("workers"), dict):
+        run["mesh"] = {name: value for name, value in run["mesh"].items() if name == "placement"}
+    elif "workers" in run:
+        run["workers"] = min(run["workers"], run["middle"]) * run["mesh"].get("data", 1)
+        run["mesh"].pop("layer", None)
+    return run
 
 
 def config_of(run):
-    (family, head), values = run["model"]["case"], {name: value for name, value in run["model"].items() if name != "case"}
-    return make_config({"steps": STEPS, "sequence_length": 10, **run, "model": {**values, "family": family, "head": head}})
+    run = tidied(run) if run["careful"] else dict(run)
+    values = {name: value for name, value in run.items() if name not in ("middle", "careful")}
+    (family, head), layers = run["model"]["case"], run["middle"] + sum(run["buffers"].values())
+    values["model"] = {**{n: v for n, v in run["model"].items() if n != "case"}, "family": family, "head": head, "layers": layers}
+    return make_config({"steps": STEPS, "sequence_length": 10, **values})
 
 
 # Training them -------------------------------------------------------------------------------------------------------------------
@@ -190,7 +217,7 @@ def try_out(run, outcomes):
         outcomes["compared with one worker"] += 1
         wanted = train(other)[0]
         assert close(losses, wanted, TOLERANCE[config.dtype]), (losses, wanted)
-    if run.get("seed"):
+    if run["model"]["width"] == 8:  # half of them
         outcomes["enough iterations"] += 1
         found, wanted = (train(each)[0] for each in enough(config))
         assert close(found, wanted, 1e-8), (found, wanted)
@@ -199,7 +226,7 @@ def try_out(run, outcomes):
 CHECKS = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much]
 
 
-@settings(max_examples=40, deadline=None, derandomize=True, database=None, suppress_health_check=CHECKS)
+@settings(max_examples=15, deadline=None, derandomize=True, database=None, suppress_health_check=CHECKS)
 @given(runs)
 def test_any_settings_are_refused_in_words_or_train(run):
     try_out(run, Counter())

@@ -11,7 +11,7 @@ from dataclasses import asdict, replace
 import pytest
 
 from rayllp.checkpoint import locate
-from rayllp.cluster.prepare import Prepared, open_run
+from rayllp.cluster.prepare import Prepared, open_run, prepare
 from rayllp.errors import HeldError, SettingsError
 from rayllp.report import RunDirectory
 from rayllp.report import holding as module
@@ -69,6 +69,8 @@ def test_a_second_driver_is_refused_and_changes_nothing(tmp_path):
         before = (run.path / "config.yaml").read_text()
         with pytest.raises(HeldError, match=rf"run is in use by process {os.getpid()} on .*, since 20"), open_run(second, None, None):
             pass
+        with pytest.raises(HeldError, match="run is in use by"):
+            prepare(None, resume=run.path)
         assert (run.path / "config.yaml").read_text() == before
         assert not (run.path / "events.jsonl").exists()
     with open_run(second, None, None):

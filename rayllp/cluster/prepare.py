@@ -181,6 +181,8 @@ def _reopen(path: Path, config: TrainConfig | None) -> tuple[RunDirectory, Train
         )
     found = checkpoints(RunDirectory(path, before).checkpoints)
     if not found:
+        with hold(path, partial(tell, Console(stderr=True))):  # of a run that is at work, say that
+            pass
         raise CheckpointError(f"{path} has no complete checkpoint to resume from: start it anew, by its settings and --output {path}")
     return RunDirectory(path, config or before), before, found
 
