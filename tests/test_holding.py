@@ -114,9 +114,9 @@ def test_a_holder_behind_a_url_lives_while_it_writes(tmp_path, monkeypatch):
         wait_until(lambda: read_holder(place)[0].machine == "another boot")
         with pytest.raises(HeldError, match="process 1 on"), hold(place, said.append):
             pass
-        with pytest.raises(HeldError, match="was taken over"):  # by one that began in the same moment
-            (place / HOLDER).write_text(json.dumps(asdict(Holder())))
-            wait_until(lambda: held._taken_by is not None)
+        (place / HOLDER).write_text(json.dumps(asdict(Holder())))  # of one that began in the same moment
+        wait_until(lambda: held._taken_by is not None)
+        with pytest.raises(HeldError, match="was taken over"):
             held.check()
     (place / HOLDER).write_text(json.dumps(asdict(Holder(machine="another boot"))))
     with hold(place, said.append):  # it gives no sign of life
