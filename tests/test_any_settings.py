@@ -23,6 +23,7 @@ from rayllp.control import Controller, Probe
 from rayllp.engine import Engine
 from rayllp.errors import RayllpError
 from rayllp.models import build_architecture, check_muon, check_network
+from tests.strict_channel import World
 from tests.test_families import CASES, RandomBatches
 
 STEPS = 3
@@ -133,24 +134,36 @@ def accepted(run):
     return config, ""
 
 
-def train(config):
-    """Losses of the steps, and of an evaluation at the end, of all workers; they are threads."""
+def train(config, *, strictly=False):
+    """Losses of the steps, and of an evaluation at the end, of all workers, which are threads.
+
+    Args:
+        strictly: their messages keep NCCL's rules.
+    """
     data, layer = config.mesh.data, config.layer_workers
-    layers, replicas = [LocalChannel.group(layer) for _ in range(data)], [LocalChannel.group(data) for _ in range(layer)]
+    world = World(data * layer)
+    grid = torch.arange(data * layer).view(data, layer)
+    join = world.group if strictly else lambda ranks: LocalChannel.group(len(ranks))
+    layers, replicas = [join(ranks) for ranks in grid.tolist()], [join(ranks) for ranks in grid.T.tolist()]
     batches = data_of(config)
 
     def work(channel):
         replica, place = divmod(channel.rank, layer)
         ends = layers[replica][place], replicas[place][replica]
         try:
-            architecture = build_architecture(config, batches.facts)
-            engine, controller = Engine(architecture, config, batches, *ends, torch.device("cpu")), Controller(config)
+            engine = Engine(build_architecture(config, batches.facts), config, batches, *ends, torch.device("cpu"))
+            controller = Controller(config)
             losses = [step_of(engine, controller, step) for step in range(STEPS)]
-            return [*losses, engine.evaluate(1)["loss"]]
-        except BaseException:
+            losses.append(engine.evaluate(1)["loss"])
+            for end in ends:
+                end.finish()
+        except BaseException as error:
+            world.end(channel.rank, error)
             for end in ends:
                 end.close()
             raise
+        world.end(channel.rank)
+        return losses
 
     return run_workers(data * layer, work)
 
@@ -222,6 +235,9 @@ def try_out(run, outcomes):
         outcomes["compared with one worker"] += 1
         wanted = train(other)[0]
         assert close(losses, wanted, TOLERANCE[config.dtype]), (losses, wanted)
+    if config.world > 1 and run["model"]["heads"] == 1:  # a third of them
+        outcomes["by NCCL's rules"] += 1
+        assert train(config, strictly=True) == everyone
     if run["model"]["width"] == 8:  # half of them
         outcomes["enough iterations"] += 1
         found, wanted = (train(each)[0] for each in enough(config))
