@@ -24,10 +24,12 @@ $(VENV)/.docs: $(VENV)/.installed
 docs: $(VENV)/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
+# In two processes, each with a Ray cluster of its own; files go to them in order, since tests that keep a cluster's CPUs come last.
+# What ARGS says comes last and wins: make test ARGS="tests/test_mgrit.py -n 0"; ARGS="-m study … -n 0 -s" for what is started by hand.
 test: $(VENV)/.installed
 	$(BIN)/ruff check rayllp tests examples docs
 	$(BIN)/mypy
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check --fix rayllp tests examples docs

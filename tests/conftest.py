@@ -171,7 +171,7 @@ def _in_mpi_world(rank, size, rendezvous, work, *arguments):
 
 @pytest.fixture(scope="session")
 def ray_cluster():
-    """One local cluster for the whole suite."""
+    """One local cluster for the whole suite; for each of the processes that share it (`make test`), one of its own."""
     import ray
 
     ray.init(address="local", num_cpus=4, include_dashboard=False, logging_level="ERROR", log_to_driver=False)

@@ -135,6 +135,37 @@ def test_killing_everything_during_a_write_leaves_a_complete_checkpoint(tmp_path
     assert steps == list(range(len(steps)))
 
 
+def test_a_machine_that_was_suspended_goes_on(tmp_path):
+    """Driver, cluster and workers are stopped for a minute, as a laptop that is closed: no fault, and no step is lost."""
+    run, log = tmp_path / "run", tmp_path / "log"
+    command = [sys.executable, "-m", "rayllp", "train", "--output", str(run), "--set", "steps=1000000", "--set", "eval.every=0"]
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    with log.open("w") as file:
+        process = subprocess.Popen(command, stdout=file, stderr=file, env=environment, start_new_session=True)
+    try:
+        _wait(process, lambda: len(_metrics(run)) > 20, log)
+        everyone = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+        for one in everyone:
+            one.send_signal(signal.SIGSTOP)
+        time.sleep(60)
+        done = len(_metrics(run))
+        for one in reversed(everyone):
+            one.send_signal(signal.SIGCONT)
+        _wait(process, lambda: len(_metrics(run)) > done + 50, log)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(90) == 128 + signal.SIGTERM
+    finally:
+        if process.poll() is None:
+            _kill_all(process)
+    assert not [event for event in read(run / "events.jsonl") if event["kind"] == "fault"]
+    steps = [metric["step"] for metric in read(run / "metrics.jsonl")]
+    assert steps == list(range(len(steps)))
+
+
+def _metrics(run):
+    return read_whole_lines(run / "metrics.jsonl") if (run / "metrics.jsonl").exists() else []
+
+
 def read_whole_lines(path):
     return [json.loads(line) for line in path.read_text().split("\n")[:-1]]
 

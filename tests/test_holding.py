@@ -10,11 +10,13 @@ from dataclasses import asdict, replace
 
 import pytest
 
-from rayllp.cluster.prepare import Prepared, open_run
+from rayllp.checkpoint import locate
+from rayllp.cluster.prepare import Prepared, open_run, prepare
 from rayllp.errors import HeldError, SettingsError
 from rayllp.report import RunDirectory
 from rayllp.report import holding as module
 from rayllp.report.holding import HOLDER, LOCK, Holder, hold, is_alive, read_holder
+from rayllp.tuning.trial import apart
 from tests.conftest import tiny
 
 
@@ -39,6 +41,13 @@ def silent(text):
     raise AssertionError(f"nothing is to be waited for: {text}")
 
 
+def wait_until(holds):
+    deadline = time.monotonic() + 10
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
 def leave_behind(folder, holder):
     """What a driver that ended suddenly has left."""
     (folder / HOLDER).write_text(json.dumps(asdict(holder)))
@@ -60,11 +69,60 @@ def test_a_second_driver_is_refused_and_changes_nothing(tmp_path):
         before = (run.path / "config.yaml").read_text()
         with pytest.raises(HeldError, match=rf"run is in use by process {os.getpid()} on .*, since 20"), open_run(second, None, None):
             pass
+        with pytest.raises(HeldError, match="run is in use by"):
+            prepare(None, resume=run.path)
         assert (run.path / "config.yaml").read_text() == before
         assert not (run.path / "events.jsonl").exists()
     with open_run(second, None, None):
         assert (run.path / "config.yaml").read_text() != before
     assert not (run.path / HOLDER).exists()
+
+
+@pytest.mark.parametrize("url", [False, True])
+def test_two_runs_do_not_write_checkpoints_to_one_place(tmp_path, url):
+    place = f"memory://{tmp_path.name}" if url else str(tmp_path / "place")
+    locate(place).mkdir()
+    config = tiny(checkpoint={"path": place})
+    prepared = Prepared(None, config, [], None)
+    with open_run(prepared, tmp_path / "one", None) as (_, holds):
+        assert [held.directory for held in holds] == [tmp_path / "one", locate(place)]
+        in_use = rf"{tmp_path.name}.* is in use by process {os.getpid()} on "
+        with pytest.raises(HeldError, match=in_use), open_run(prepared, tmp_path / "other", None):
+            pass
+        assert not (tmp_path / "other").exists()
+    with open_run(prepared, tmp_path / "other", None):
+        pass
+    same = tiny(checkpoint={"path": str(tmp_path / "third")})
+    with open_run(Prepared(None, same, [], None), tmp_path / "third", None) as (_, holds):
+        assert len(holds) == 1
+
+
+def test_trials_of_a_sweep_have_places_of_their_own():
+    assert apart(tiny(), "a1").checkpoint.path is None
+    for place in ("s3://bucket/sweep", "s3://bucket/sweep/"):
+        assert apart(tiny(checkpoint={"path": place}), "a1").checkpoint.path == "s3://bucket/sweep/a1"
+
+
+def test_a_holder_behind_a_url_lives_while_it_writes(tmp_path, monkeypatch):
+    """The file is written anew for each sign of life, which another machine waits for."""
+    monkeypatch.setattr(module, "SILENT_S", 0.5)
+    monkeypatch.setattr(module, "BEAT_S", 0.05)
+    place, said = locate(f"memory://{tmp_path.name}"), []
+    place.mkdir()
+    with hold(place, silent) as held:
+        held.me = replace(held.me, machine="another boot", pid=1)
+        wait_until(lambda: read_holder(place)[0].machine == "another boot")
+        with pytest.raises(HeldError, match="process 1 on"), hold(place, said.append):
+            pass
+        (place / HOLDER).write_text(json.dumps(asdict(Holder())))  # of one that began in the same moment
+        wait_until(lambda: held._taken_by is not None)
+        with pytest.raises(HeldError, match="was taken over"):
+            held.check()
+    (place / HOLDER).write_text(json.dumps(asdict(Holder(machine="another boot"))))
+    with hold(place, said.append):  # it gives no sign of life
+        pass
+    assert len(said) == 2
+    assert not (place / HOLDER).exists()
 
 
 def test_a_run_that_never_began_leaves_nothing(tmp_path):

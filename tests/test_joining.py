@@ -2,6 +2,7 @@
 
 import math
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -14,7 +15,7 @@ from ray._private.utils import validate_socket_filepath
 from rayllp.cluster import cpus, worker
 from rayllp.cluster.cpus import cgroup_quota, usable_cpus
 from rayllp.cluster.given import Plan
-from rayllp.cluster.joining import PATIENT, _deaf_to_hangups, _environment, _explain, _joined, check_address
+from rayllp.cluster.joining import FILES, PATIENT, _deaf_to_hangups, _environment, _explain, _joined, _raise_file_limit, check_address
 from rayllp.cluster.worker import BlockWorker
 from rayllp.errors import ClusterError, SettingsError
 from tests.conftest import tiny
@@ -86,6 +87,19 @@ def test_a_long_path_of_rays_files_is_named_with_its_limit(monkeypatch, name):
         validate_socket_filepath(os.environ[name] + "ray/session_2026-01-01_00-00-00_000000_1/sockets/plasma_store")
     assert _explain(raised.value).startswith(f"{name}=/tmp/long/")
     assert "107 bytes" in _explain(raised.value)
+
+
+def test_few_open_files_are_raised_as_far_as_the_system_lets_them_or_refused(monkeypatch):
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (256, before[1]))
+        _raise_file_limit()
+        assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] == FILES
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: (256, 512))
+    with pytest.raises(ClusterError, match=r"may have 512 files open here \(ulimit -Hn\), and Ray needs about 1024: raise the limit"):
+        _raise_file_limit()
 
 
 # CPUs -------------------------------------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.summary.writer import event_file_writer
 from typer.testing import CliRunner
 
 import rayllp
@@ -458,6 +459,13 @@ class Heard(rayllp.Listener):
         self.losses.append(metric["loss"])
 
 
+@pytest.fixture
+def files_in_order(monkeypatch):
+    """TensorBoard reads files of the same second by a number of the process's, as text: the 10th before the 9th."""
+    monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(1000))
+
+
+@pytest.mark.usefixtures("files_in_order")
 def test_listeners_and_tensorboard(tmp_path):
     run, heard = begin_run(tmp_path / "run", steps=3), Heard()
     config = rayllp.load_config(run.path / "config.yaml")
@@ -479,6 +487,7 @@ def test_listeners_and_tensorboard(tmp_path):
     assert "hparams" in board.SummaryMetadata("_hparams_/experiment").plugin_data.plugin_name
 
 
+@pytest.mark.usefixtures("files_in_order")
 def test_tensorboard_shows_each_step_once_after_a_fault_and_a_resume(tmp_path):
     run = begin_run(tmp_path / "run", steps=3)
     with Journal.open(run, 9, 0, Console(file=StringIO())) as journal:

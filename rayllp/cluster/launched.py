@@ -97,9 +97,9 @@ def train_launched(
         config = prepared.config
         check_size(config, comm.Get_size())
         device = _device(config, here)
-        with open_run(prepared, output, console) as (run, held):
+        with open_run(prepared, output, console) as (run, holds):
             group = LaunchedGroup(config, device, here, others)
-            result = Driver(config, run, group, None, None, prepared.loaded, console, [held]).train(prepared.found)
+            result = Driver(config, run, group, None, None, prepared.loaded, console, holds).train(prepared.found)
     except BaseException as error:
         others.abandon(error)
         raise

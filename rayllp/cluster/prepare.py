@@ -68,19 +68,25 @@ def prepare(
 
 
 @contextlib.contextmanager
-def open_run(prepared: Prepared, output: str | Path | None, console: Console | None) -> Iterator[tuple[RunDirectory, Hold]]:
+def open_run(prepared: Prepared, output: str | Path | None, console: Console | None) -> Iterator[tuple[RunDirectory, list[Hold]]]:
     """The run's directory, made if there is none, to be written by this process alone; removed if nothing has begun in it.
 
+    With it what it holds: the directory, and the place of its checkpoints where that is another one.
+
     Raises:
-        HeldError: another process trains there.
+        HeldError: another process trains there, or has its checkpoints where these are to go.
         SettingsError: it cannot be written.
     """
     run = prepared.run or RunDirectory.create(output, prepared.config)
-    with hold(run.path, partial(tell, console or Console(stderr=True))) as held:
+    say = partial(tell, console or Console(stderr=True))
+    with hold(run.path, say) as held, contextlib.ExitStack() as stack:
         try:
+            holds = [held]
+            if prepared.config.checkpoint.path is not None and run.checkpoints.absolute() != run.path.absolute():
+                holds.append(stack.enter_context(hold(run.checkpoints, say)))
             if prepared.before is not None:
                 run.change_settings(prepared.before, prepared.config)
-            yield run, held
+            yield run, holds
         except BaseException:
             run.discard_if_unused()
             raise
@@ -175,6 +181,8 @@ def _reopen(path: Path, config: TrainConfig | None) -> tuple[RunDirectory, Train
         )
     found = checkpoints(RunDirectory(path, before).checkpoints)
     if not found:
+        with hold(path, partial(tell, Console(stderr=True))):  # of a run that is at work, say that
+            pass
         raise CheckpointError(f"{path} has no complete checkpoint to resume from: start it anew, by its settings and --output {path}")
     return RunDirectory(path, config or before), before, found
 

@@ -53,11 +53,11 @@ def train(
     """
     prepared = prepare(config, output, resume, model, batches)
     config = prepared.config
-    with stopping(), open_run(prepared, output, console) as (run, held), join_cluster(config.fewest_workers, console):
+    with stopping(), open_run(prepared, output, console) as (run, holds), join_cluster(config.fewest_workers, console):
         device = choose_device(config)
         staff = _kept.staff(config, device) if _kept is not None else None
         workers = RayGroup.for_run(config, run.path, device, staff)
-        told: list[Listener] = [held, ClusterMetrics(run.path.name), *listeners]
+        told: list[Listener] = [*holds, ClusterMetrics(run.path.name), *listeners]
         return Driver(config, run, workers, model, batches, prepared.loaded, console, told).train(prepared.found)
 
 

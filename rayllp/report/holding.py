@@ -1,4 +1,4 @@
-"""One process at a time writes to the directory of a run or of a sweep."""
+"""One process at a time writes to the directory of a run or of a sweep, or to a place of checkpoints, which may be behind a URL."""
 
 import contextlib
 import json
@@ -8,13 +8,14 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from filelock import BaseFileLock, FileLock, Timeout
 
+from rayllp.checkpoint.location import Folder
 from rayllp.errors import HeldError, SettingsError
 
 LOCK, HOLDER = ".driver.lock", "driver.json"
@@ -39,6 +40,7 @@ class Holder:
     Attributes:
         since: seconds since 1970.
         token: tells this hold from any other.
+        beats: signs of life behind a URL, where the file is written anew for each.
     """
 
     host: str = field(default_factory=socket.gethostname)
@@ -46,6 +48,7 @@ class Holder:
     since: float = field(default_factory=time.time)
     machine: str = field(default_factory=_machine)
     token: str = field(default_factory=lambda: uuid.uuid4().hex)
+    beats: int = 0
 
     def __str__(self) -> str:
         return f"process {self.pid} on {self.host}, since {datetime.fromtimestamp(self.since, UTC):%Y-%m-%d %H:%M:%S} UTC"
@@ -58,22 +61,34 @@ class Hold:
         lock: None where the file system has no locks.
     """
 
-    def __init__(self, directory: Path, lock: BaseFileLock | None) -> None:
+    def __init__(self, directory: Folder, lock: BaseFileLock | None) -> None:
         self.directory, self.me = directory, Holder()
         self._lock, self._over = lock, threading.Event()
         self._taken_by: Holder | None = None
-        beside = directory / f".{HOLDER}.{self.me.token}"
-        beside.write_text(json.dumps(asdict(self.me)) + "\n")
-        os.replace(beside, directory / HOLDER)
+        self._write()
         self._heart = threading.Thread(target=self._beat, name="hold of a run directory", daemon=True)
         self._heart.start()
 
+    def _write(self) -> None:
+        """Name the holder, by a file that is whole at any time."""
+        text = json.dumps(asdict(self.me)) + "\n"
+        if isinstance(self.directory, Path):
+            beside = self.directory / f".{HOLDER}.{self.me.token}"
+            beside.write_text(text, encoding="utf-8")
+            os.replace(beside, self.directory / HOLDER)
+        else:
+            (self.directory / HOLDER).write_text(text, encoding="utf-8")
+
     def _beat(self) -> None:
-        """Give signs of life. They change the file's time, not its content, for which a full disk would have no room."""
+        """Give signs of life. On a disk they change the file's time, not its content, for which a full one would have no room."""
         while not self._over.wait(BEAT_S):
-            with contextlib.suppress(OSError):  # for the time being
+            with contextlib.suppress(Exception):  # for the time being; behind a URL, whatever a file system's package raises
                 self._look()
-                os.utime(self.directory / HOLDER)
+                if isinstance(self.directory, Path):
+                    os.utime(self.directory / HOLDER)
+                elif not self._over.is_set():
+                    self.me = replace(self.me, beats=self.me.beats + 1)
+                    self._write()
 
     def _look(self) -> None:
         found = read_holder(self.directory)
@@ -89,8 +104,8 @@ class Hold:
         """
         if self._taken_by is not None:
             raise HeldError(
-                f"{self.directory} was taken over by {self._taken_by}, while this process was not heard of for {SILENT_S:g} s; it ends "
-                "here, without writing to it again"
+                f"{self.directory} was taken over by {self._taken_by}, while this process was not heard of for {SILENT_S:g} s, or as both "
+                "began; it ends here, without writing to it again"
             )
 
     def step(self, metric: Mapping[str, Any]) -> None:
@@ -109,7 +124,7 @@ class Hold:
         """Let others have it."""
         self._over.set()
         self._heart.join()
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(Exception):
             found = read_holder(self.directory)
             if found is not None and found[0].token == self.me.token:
                 (self.directory / HOLDER).unlink()
@@ -118,11 +133,11 @@ class Hold:
 
 
 @contextlib.contextmanager
-def hold(directory: Path, say: Callable[[str], None]) -> Iterator[Hold]:
+def hold(directory: Folder, say: Callable[[str], None]) -> Iterator[Hold]:
     """Be the only process that writes to `directory` while inside.
 
     A lock of the file system keeps others on this machine away, and ends with this process however that ends. Machines that share the
-    directory may not share its locks: there the holder's signs of life count.
+    directory may not share its locks, and there are none behind a URL: there the holder's signs of life count.
 
     Args:
         say: is told if it is to be waited whether another holder is alive.
@@ -138,11 +153,12 @@ def hold(directory: Path, say: Callable[[str], None]) -> Iterator[Hold]:
         held.release()
 
 
-def _acquire(directory: Path, say: Callable[[str], None]) -> Hold:
+def _acquire(directory: Folder, say: Callable[[str], None]) -> Hold:
     lock: BaseFileLock | None = None
     try:
-        lock = FileLock(directory / LOCK, timeout=0)
-        lock.acquire()
+        if isinstance(directory, Path):
+            lock = FileLock(directory / LOCK, timeout=0)
+            lock.acquire()
     except Timeout:
         raise _refusal(directory, read_holder(directory)) from None
     except (OSError, NotImplementedError):  # no locks here
@@ -156,11 +172,11 @@ def _acquire(directory: Path, say: Callable[[str], None]) -> Hold:
         if lock is not None:
             lock.release()
         if isinstance(error, OSError):
-            raise SettingsError(f"{directory} cannot be written: {error.strerror}; make room or choose another with --output") from None
+            raise SettingsError(f"{directory} cannot be written: {error.strerror}; make room or choose another") from None
         raise
 
 
-def is_alive(directory: Path, found: tuple[Holder, float], *, locked: bool, say: Callable[[str], None]) -> bool:
+def is_alive(directory: Folder, found: tuple[Holder, float], *, locked: bool, say: Callable[[str], None]) -> bool:
     """Whether whoever the directory names as its holder is there.
 
     Args:
@@ -170,10 +186,10 @@ def is_alive(directory: Path, found: tuple[Holder, float], *, locked: bool, say:
     holder, heard = found
     if holder.machine == _machine():
         return not locked and _runs(holder.pid)
-    (directory / LOCK).touch()  # the file system's clock: ours may differ
-    silent = (directory / LOCK).stat().st_mtime - heard
-    if silent >= SILENT_S:
-        return False
+    if isinstance(directory, Path):
+        (directory / LOCK).touch()  # the file system's clock: ours may differ
+        if (directory / LOCK).stat().st_mtime - heard >= SILENT_S:
+            return False
     say(f"{directory} is held by {holder}: waiting up to {SILENT_S:g} s for a sign of life")
     deadline = time.monotonic() + SILENT_S
     while time.monotonic() < deadline:
@@ -186,9 +202,12 @@ def is_alive(directory: Path, found: tuple[Holder, float], *, locked: bool, say:
     return False
 
 
-def read_holder(directory: Path) -> tuple[Holder, float] | None:
-    """Who holds a directory, and the file system's time of its last sign of life; None: nobody, or it does not say."""
+def read_holder(directory: Folder) -> tuple[Holder, float] | None:
+    """Who holds a directory, and the file system's time of its last sign of life (0 behind a URL); None: nobody, or it does not say."""
     try:
+        if not isinstance(directory, Path):
+            directory.fs.invalidate_cache()  # others have written there
+            return Holder(**json.loads((directory / HOLDER).read_text(encoding="utf-8"))), 0.0
         with (directory / HOLDER).open() as file:  # opened anew: a network file system then looks anew
             return Holder(**json.load(file)), os.fstat(file.fileno()).st_mtime
     except (OSError, ValueError, TypeError):

@@ -62,8 +62,9 @@ def train_trial(
     with contextlib.suppress(OSError):  # Tune has gone to a folder of its own; on a node without this one, paths have to be absolute
         os.chdir(here)
     FAMILIES.update(families)
-    config = sweep.config(choices["settings"])
-    path = Path(output) / "trials" / str(tune.get_context().get_trial_id())
+    trial = str(tune.get_context().get_trial_id())
+    config = apart(sweep.config(choices["settings"]), trial)
+    path = Path(output) / "trials" / trial
     run, found = _open(path, config)
     reporter = Reporter(sweep.objective, _predict(sweep, config, costs))
     done = step_of(found[-1]) if found else 0  # what came after is done again
@@ -86,6 +87,15 @@ def train_trial(
         tune.report(reporter.report(diverged=True))
         return
     tune.report(reporter.report())
+
+
+def apart(config: TrainConfig, trial: str) -> TrainConfig:
+    """A trial's settings with a place for its checkpoints that no other trial has, below the one that the sweep names."""
+    place = config.checkpoint.path
+    if place is None:
+        return config
+    checkpoint = config.checkpoint.model_copy(update={"path": f"{place.rstrip('/')}/{trial}"})
+    return config.model_copy(update={"checkpoint": checkpoint})
 
 
 def report(result: dict[str, Any], checkpoint: Folder, run: RunDirectory) -> None:
