@@ -106,12 +106,13 @@ def export(
     to: Annotated[Path, typer.Option(help="folder to write, new or empty")],
     step: Annotated[int | None, typer.Option(help="the checkpoint after so many steps; default the latest")] = None,
     family: Annotated[str | None, typer.Option(help="the run's model.family, where it names code (module:Class) that you trust")] = None,
+    merge: Annotated[bool, typer.Option("--merge", help="of a run with model.lora the whole model, not the adapters alone")] = False,
 ) -> None:
-    """Write a run's model as transformers keeps one, for from_pretrained."""
+    """Write a run's model as transformers keeps one, or its adapters as peft does, for from_pretrained."""
     from rayllp.checkpoint.export import export as export_model
     from rayllp.models.scaled import loader
 
-    written = export_model(run, to, step, family)
+    written = export_model(run, to, step, family, merge=merge)
     typer.echo(f"{loader(written)}.from_pretrained({str(written)!r}) loads it")
 
 

@@ -11,7 +11,11 @@ from tests.test_sharding import MUON, mesh, over_mesh
 
 WAYS = {
     "layer-parallel": {},
-    "three levels, recomputed": {"model": {"layers": 8}, "mgrit": {"levels": {"forward": 3, "backward": 3}, "recompute": True}, "accumulate": 2},
+    "three levels, recomputed": {
+        "model": {"layers": 8},
+        "mgrit": {"levels": {"forward": 3, "backward": 3}, "recompute": True},
+        "accumulate": 2,
+    },
     "penalty": {"adaptive": {"consistency": 1.0}},
     "smoothness": {"adaptive": {"smoothness": 1e-3}},
     "stacked layers": {"mgrit": {"batched": True}},

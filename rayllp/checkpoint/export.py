@@ -5,7 +5,7 @@ import shutil
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -15,19 +15,23 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tokenizers.processors import TemplateProcessing
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers.pytorch_utils import Conv1D
 
 from rayllp.checkpoint.described import MODEL_JSON, TOKENIZER_JSON, read_model_json
 from rayllp.checkpoint.location import Folder, at_hand, place_of_checkpoints
 from rayllp.checkpoint.prolong import LAYER
 from rayllp.checkpoint.store import check_content, checkpoints, read_manifest
 from rayllp.config import TrainConfig, load_run_config
+from rayllp.config.groups import LoRASettings
 from rayllp.data import load_data
 from rayllp.data.special import SpecialTokens
 from rayllp.data.tokenizer import SENTENCEPIECE_ENDINGS, make_tokenizer
 from rayllp.errors import CheckpointError, DataError, SettingsError
 from rayllp.models import adapter, build_architecture, refuse_unnamed_code
+from rayllp.models.lora import NAME, save_adapter, stored_name
+from rayllp.models.outline import outline
 from rayllp.models.scaled import model_class, scaled_config
 from rayllp.models.weights import INDEX, SINGLE, names_of_tied
 from rayllp.nested import stage_of_depth
@@ -37,6 +41,8 @@ SHARD_BYTES = 4 * 1024**3
 DTYPES = {"F32": torch.float32, "F64": torch.float64}
 # mBART's embedding that neither side reads where embeddings are not tied: no piece has it, but the model does.
 STAND_INS = {"model.shared.weight": "model.encoder.embed_tokens.weight"}
+BASE = ".base_layer.weight"
+PEFT_TASKS = {"causal": "CAUSAL_LM", "translation": "SEQ_2_SEQ_LM", "words": "TOKEN_CLS", "sentences": "SEQ_CLS"}
 WITHOUT_TEXT = ("words", "images")
 FRAMED = ("masked", "sentences", "translation")
 """Tasks whose data have special tokens around a sentence."""
@@ -50,6 +56,7 @@ class _Stored:
     key: str
     shape: tuple[int, ...]
     dtype: str
+    adapter: "_Adapter | None" = None
 
     @property
     def bytes(self) -> int:
@@ -57,10 +64,26 @@ class _Stored:
 
     def read(self) -> Tensor:
         with safe_open(self.file, framework="pt") as file:
-            return file.get_tensor(self.key)
+            value = file.get_tensor(self.key)
+        return value if self.adapter is None else self.adapter.into(value)
 
 
-def export(run: Path, to: Path, step: int | None = None, family: str | None = None) -> Path:
+@dataclass(frozen=True)
+class _Adapter:
+    """What is added to a linear map's weight: scale · up·down, the other way round for a Conv1D."""
+
+    down: _Stored
+    up: _Stored
+    scale: float
+    transposed: bool
+
+    def into(self, weight: Tensor) -> Tensor:
+        """The weight with the adapter in it."""
+        change = self.up.read() @ self.down.read() * self.scale
+        return weight + (change.T if self.transposed else change)
+
+
+def export(run: Path, to: Path, step: int | None = None, family: str | None = None, *, merge: bool = False) -> Path:
     """Write a run's model to `to` as transformers keeps one; with step sizes other than 1, for `ScaledModel` to load.
 
     Args:
@@ -68,6 +91,7 @@ def export(run: Path, to: Path, step: int | None = None, family: str | None = No
         to: a folder that is new or empty; complete or absent afterwards.
         step: the checkpoint after so many steps; None: the latest.
         family: the run's model.family, where it is a "module:Class" that this process has not registered.
+        merge: of a run that trains adapters (model.lora) the whole model with these in it, instead of the adapters as peft keeps them.
 
     Raises:
         CheckpointError: no run, no such checkpoint, or not one of a transformers model.
@@ -78,7 +102,10 @@ def export(run: Path, to: Path, step: int | None = None, family: str | None = No
     config, place = _open_run(run, step, family)
     _refuse_occupied(to)
     with at_hand(place) as checkpoint:
-        _export(run, config, checkpoint, to)
+        if config.model.lora is not None and not merge:
+            _export_adapters(run, config, checkpoint, to)
+        else:
+            _export(run, config, checkpoint, to)
     return to
 
 
@@ -90,7 +117,7 @@ def _export(run: Path, config: TrainConfig, checkpoint: Path, to: Path) -> None:
         config, values = stage_of_depth(config, layers).config, with_layers(values, layers)
     kind = model_class(values["architectures"][0])
     model_config = kind.config_class.from_dict(values)
-    places = _match(kind, model_config, stored, checkpoint)
+    places = _match(kind, model_config, stored, checkpoint, config.model.lora)
     tokenizer = _make_tokenizer(run, config)
     model_config.dtype = DTYPES[next(iter(places.values())).dtype]
     if kind.can_generate():
@@ -100,6 +127,22 @@ def _export(run: Path, config: TrainConfig, checkpoint: Path, to: Path) -> None:
         _write_configs(config, kind, model_config, folder)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
+
+
+def _export_adapters(run: Path, config: TrainConfig, checkpoint: Path, to: Path) -> None:
+    settings = config.model
+    assert settings.lora is not None
+    if settings.from_pretrained is None or settings.train:
+        what = "model.train too" if settings.train else "new weights, not those of model.from_pretrained"
+        raise SettingsError(f"{run} has trained {what}, so that its adapters alone are no model: export it with --merge")
+    values = _read_model(run, config)
+    kind = model_class(values["architectures"][0])
+    model_config = kind.config_class.from_dict(values)
+    layer = outline(kind, model_config).get_submodule(adapter(config).layer_paths(model_config, settings.layers)[0])
+    stored = {name: place for name, place in _read_places(checkpoint).items() if stored_name(name)}
+    with _appearing(to) as folder:
+        tensors = {name: place.read() for name, place in stored.items()}
+        save_adapter(folder, tensors, settings.lora, layer, settings.from_pretrained, PEFT_TASKS.get(settings.task))
 
 
 # What is exported ---------------------------------------------------------------------------------------------------------------
@@ -153,11 +196,29 @@ def _scaled(config: TrainConfig) -> bool:
     return any(size != 1 for size in config.step_sizes)
 
 
-def _match(kind: type[PreTrainedModel], config: PreTrainedConfig, stored: Mapping[str, _Stored], checkpoint: Path) -> dict[str, _Stored]:
+def _with_adapters(stored: Mapping[str, _Stored], model: nn.Module, settings: LoRASettings) -> dict[str, _Stored]:
+    """The model's own parameters, those that have adapters with these in them."""
+    found = {}
+    for name, place in stored.items():
+        path = name.removesuffix(BASE)
+        if path != name:
+            down, up = (stored[f"{path}.lora_{which}.{NAME}.weight"] for which in ("A", "B"))
+            change = _Adapter(down, up, settings.alpha / settings.rank, isinstance(model.get_submodule(path), Conv1D))
+            found[f"{path}.weight"] = replace(place, adapter=change)
+        elif stored_name(name) is None:
+            found[name.replace(".base_layer.", ".")] = place
+    return found
+
+
+def _match(
+    kind: type[PreTrainedModel], config: PreTrainedConfig, stored: Mapping[str, _Stored], checkpoint: Path, lora: LoRASettings | None
+) -> dict[str, _Stored]:
     """Each parameter of the model, under the name that transformers saves it by, and where its value is."""
     with torch.device("meta"):
         model = kind(config)
     tied = names_of_tied(model)
+    if lora is not None:
+        stored = _with_adapters(stored, model, lora)
     found = {tied.get(name, [name])[0]: place for name, place in stored.items()}
     wanted = {tied.get(name, [name])[0]: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     for name, other in STAND_INS.items():

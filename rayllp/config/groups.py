@@ -3,6 +3,7 @@
 import math
 import re
 from collections.abc import Mapping
+from fnmatch import fnmatchcase
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -24,8 +25,20 @@ class Settings(BaseModel):
 Task = Literal["causal", "masked", "words", "sentences", "images", "translation"]
 TASKS: dict[str, Task] = {"bert": "masked", "mc": "words", "vit": "images", "mt": "translation"}
 """Of the families; causal language modelling for all others."""
+ADAPTERS = ("*.lora_A.*", "*.lora_B.*")
+"""Patterns of the full names of adapters' parameters."""
 ANY_ARCHITECTURE = "transformers"
 """The family of `model.architecture`."""
+
+
+class LoRASettings(Settings):
+    """Low-rank adapters on the layers' linear maps (arXiv:2106.09685), by peft."""
+
+    rank: int = Field(8, ge=1, description="of the adapters")
+    alpha: float = Field(16.0, gt=0, description="the adapters' output is scaled by alpha / rank")
+    dropout: float = Field(0.0, ge=0, lt=1, description="before the adapters")
+    targets: tuple[str, ...] | None = Field(None, description="names of linear maps, such as [q_proj, v_proj]; default all of a layer")
+    from_pretrained: str | None = Field(None, description="folder of adapters as peft stores them, to start from")
 
 
 class ModelSettings(Settings):
@@ -53,6 +66,17 @@ class ModelSettings(Settings):
         "default", description="default: transformers'; deep: MLP, value, output weights times √(log 2L); scaled: outputs over √(2L)"
     )
     from_pretrained: str | None = Field(None, description="folder or name of a transformers checkpoint to start from")
+
+    lora: LoRASettings | None = Field(None, description="train adapters alone, all else frozen; `{}` for the defaults")
+    train: tuple[str, ...] | None = Field(
+        None, description="patterns of parameters' full names, such as ['*.norm*', 'lm_head.*']: all others are frozen (lora: beside it)"
+    )
+
+    def trains(self, name: str) -> bool:
+        """Whether the parameter of this full name is trained."""
+        if self.lora is None and self.train is None:
+            return True
+        return any(fnmatchcase(name, pattern) for pattern in (*(self.train or ()), *(ADAPTERS if self.lora is not None else ())))
 
     @model_validator(mode="before")
     @classmethod

@@ -58,6 +58,8 @@ class Block:
         self.common = None if common is None else self._place(common)
         self.parameters = dict(self._named_parameters())
         self._tie()
+        for name, parameter in self.parameters.items():
+            parameter.requires_grad_(parameter.requires_grad and config.model.trains(name))
         self.moment = Moment()
         self.watched: dict[int, State] | None = None
         self.stacks = Stacks(self.layers)
@@ -113,11 +115,21 @@ class Block:
             del self.parameters[tied]
 
     @property
+    def trained(self) -> dict[str, nn.Parameter]:
+        """Those of this worker's parameters that are not frozen."""
+        return {name: parameter for name, parameter in self.parameters.items() if parameter.requires_grad}
+
+    @property
     def shared(self) -> list[str]:
         """Names, in this worker's terms, of tied parameters whose other copy is on another worker."""
         if self.first == self.last:
             return []
         return [pair[1] if self.last else pair[0] for pair in self.architecture.tied]
+
+    @property
+    def shared_trained(self) -> list[str]:
+        """Those of them that are not frozen."""
+        return [name for name in self.shared if self.parameters[name].requires_grad]
 
     @property
     def common_parameters(self) -> dict[str, nn.Parameter]:
@@ -136,7 +148,7 @@ class Block:
     @property
     def matrices(self) -> list[nn.Parameter]:
         """The weight matrices of this worker's layers, buffers among them."""
-        return [matrix for layer in self.layers.values() for matrix in hidden_matrices(layer)]
+        return [matrix for layer in self.layers.values() for matrix in hidden_matrices(layer) if matrix.requires_grad]
 
     @property
     def common_leaves(self) -> list[nn.Parameter]:

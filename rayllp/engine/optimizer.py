@@ -40,12 +40,12 @@ class Optimizer:
     """
 
     def __init__(self, block: Block, settings: OptimizerSettings, replica: int = 0, replicas: int = 1) -> None:
-        self._parameters = block.parameters
+        self._parameters = trained = block.trained
         self._names = {p: name for name, p in block.parameters.items()}
         matrices = {self._names[p] for p in (block.matrices if settings.name == "muon" else [])}
-        self.shares = share_out(block.parameters, matrices, replicas)
+        self.shares = share_out(trained, matrices, replicas)
         if self.is_sharded:  # parts are cut from the numbers as they lie in memory
-            for parameter in block.parameters.values():
+            for parameter in trained.values():
                 parameter.data = parameter.data.contiguous()
         self.replica, self._own = replica, self.shares[replica]
         # What torch's optimizers see: a parameter of which all is kept here, or a view of the part that is.
@@ -53,14 +53,14 @@ class Optimizer:
         self._parts: list[tuple[torch.optim.Optimizer, float]] = []
         others = [name for name in self._leaves if name not in matrices]
         if others:
-            decayed = {name for name in others if block.parameters[name].ndim >= 2}
+            decayed = {name for name in others if trained[name].ndim >= 2}
             first, second = ([self._leaves[name] for name in others if (name in decayed) is decay] for decay in (True, False))
             self._parts.append((_build_adamw(first, second, settings), 1.0))
         whole = [self._leaves[name] for name in self._leaves if name in matrices]
         if whole:
             self._parts.append((_build_muon(whole, block, settings), (settings.muon_lr or settings.lr) / settings.lr))
         self._of = {leaf: part for part, _ in self._parts for group in part.param_groups for leaf in group["params"]}
-        self._kinds = {name: Muon if name in matrices else torch.optim.AdamW for name in block.parameters}
+        self._kinds = {name: Muon if name in matrices else torch.optim.AdamW for name in trained}
 
     @property
     def is_sharded(self) -> bool:
@@ -113,12 +113,13 @@ class Optimizer:
     # Its state ----------------------------------------------------------------------------------------------------------------
 
     def moments_of(self, parameter: nn.Parameter) -> tuple[str, ...]:
-        """Names of the averages, of the parameter's shape, that are kept of it once a step is done."""
-        return MOMENTS[self._kinds[self._names[parameter]]]
+        """Names of the averages, of the parameter's shape, that are kept of it once a step is done; none of one that is frozen."""
+        kind = self._kinds.get(self._names[parameter])
+        return () if kind is None else MOMENTS[kind]
 
     def counts_steps(self, parameter: nn.Parameter) -> bool:
         """Whether its state also has "step", the number of steps done."""
-        return self._kinds[self._names[parameter]] is torch.optim.AdamW
+        return self._kinds.get(self._names[parameter]) is torch.optim.AdamW
 
     def state_of(self, parameter: nn.Parameter) -> dict[str, Tensor]:
         """Its averages and, where they are counted, its "step"; nothing before the first one.

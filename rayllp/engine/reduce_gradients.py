@@ -14,8 +14,8 @@ def add_shared_gradients(block: Block, layers: Channel, step: int) -> None:
     """Tied parameters: the first and the last worker add each other's gradient, so that both copies move alike. Parameters that several
     layers use: every worker gets the sum of all workers' gradients.
     """
-    if block.shared:
-        _add_tied_gradients([block.parameters[name] for name in block.shared], layers, layers.size - 1 if block.first else 0, step)
+    if names := block.shared_trained:
+        _add_tied_gradients([block.parameters[name] for name in names], layers, layers.size - 1 if block.first else 0, step)
     _add_common_gradients(block, layers, step)
 
 
@@ -32,7 +32,7 @@ def _add_tied_gradients(tied: Sequence[nn.Parameter], layers: Channel, other: in
 
 
 def _add_common_gradients(block: Block, layers: Channel, step: int) -> None:
-    common = list(block.common_parameters.values())
+    common = [p for p in block.common_parameters.values() if p.requires_grad]
     if not common or layers.size == 1:
         return
     flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in common])

@@ -49,7 +49,7 @@ class ReplicaSums:
     """
 
     def __init__(self, block: Block, replicas: Channel) -> None:
-        self.replicas, self._parameters = replicas, list(block.parameters.values())
+        self.replicas, self._parameters = replicas, list(block.trained.values())
         self._unknown = _Plan(_buckets(reversed(self._parameters)))
         self._plans: dict[Hashable, _Plan] = {}
         self._is_open = False

@@ -8,6 +8,7 @@ import copy
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from rayllp.data.base import IGNORE, Facts, Inputs
 from rayllp.errors import CheckpointError, SettingsError
 from rayllp.models.base import Architecture
 from rayllp.models.kinds import check_model_type
+from rayllp.models.lora import add_adapters, check_targets
 from rayllp.models.outline import outline, without_values
 from rayllp.models.replay import initialiser
 from rayllp.models.weights import PretrainedWeights
@@ -82,6 +84,23 @@ class PretrainedArchitecture(Architecture):
         self.weights = PretrainedWeights.open(pretrained, self.model)
         self.paths = self.find_pieces()
         self.tied = tuple(self._ties_between(self.embed_paths, self.head_paths))
+        self._check_trained()
+
+    def _check_trained(self) -> None:
+        """Refuse patterns and targets that match nothing."""
+        model = self.settings.model
+        if model.lora is not None:
+            check_targets([self.model.get_submodule(path) for path in self.paths], model.lora)
+        names = [name for name, _ in self.model.named_parameters(remove_duplicate=False)]
+        for pattern in model.train or ():
+            if not any(fnmatchcase(name, pattern) for name in names):
+                some = [
+                    next(name for name in names if is_within(name, (path,)))
+                    for path in (*self.embed_paths, self.paths[0], *self.head_paths)
+                ]
+                raise SettingsError(
+                    f"model.train has {pattern!r}, which matches no parameter: there are {', '.join(dict.fromkeys(some))}, …"
+                )
 
     def find_pieces(self) -> list[str]:
         """Full names of the layers; a family that does not name its pieces finds them in the model."""
@@ -155,9 +174,12 @@ class PretrainedArchitecture(Architecture):
     def layer(self, index: int) -> nn.Module:
         """Likewise; rescaled by `model.initialisation` where no checkpoint has it."""
         piece = self.make((self.path_of(index),))
-        if not self.weights.has(self.path_of(index)):
-            self.rescale(piece[self.path_of(index)])
-        return piece[self.path_of(index)]
+        path, lora = self.path_of(index), self.settings.model.lora
+        if not self.weights.has(path):
+            self.rescale(piece[path])
+        if lora is not None:
+            add_adapters(piece[path], path, lora)
+        return piece[path]
 
     def head(self) -> nn.Module:
         """Likewise."""

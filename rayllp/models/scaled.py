@@ -77,6 +77,8 @@ def scaled_config(inner: dict[str, Any], kept: Mapping[str, Any]) -> str:
 
 def loader(folder: Path) -> str:
     """What loads a folder that `rayllp export` wrote."""
+    if not (folder / "config.json").is_file():
+        return "peft.AutoPeftModel"
     values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     return "rayllp.models.scaled.ScaledModel" if values["model_type"] == SCALED else f"transformers.{values['architectures'][0]}"
 

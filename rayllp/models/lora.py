@@ -1,0 +1,128 @@
+"""LoRA (arXiv:2106.09685) by peft: low-rank adapters on a layer's linear maps, everything else frozen."""
+
+import difflib
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from rayllp.config.groups import LoRASettings
+from rayllp.errors import CheckpointError, SettingsError
+
+ADAPTER = "adapter_model.safetensors"
+PREFIX = "base_model.model."
+"""Before a module's full name, in adapters as peft stores them."""
+NAME = "default"
+"""peft's name of an adapter that has none; not in stored names."""
+
+
+def linear_maps(layer: nn.Module) -> list[str]:
+    """Names, in the layer, of what adapters can be put on."""
+    return [name for name, module in layer.named_modules() if isinstance(module, nn.Linear | Conv1D)]
+
+
+def add_adapters(layer: nn.Module, path: str, settings: LoRASettings) -> None:
+    """Put adapters on a layer's linear maps. What is trained is said by `ModelSettings.trains`.
+
+    Args:
+        path: full name of the layer, under which stored adapters are known.
+
+    Raises:
+        SettingsError: peft is not installed, or a target is in no layer.
+        CheckpointError: stored adapters do not fit.
+    """
+    from peft import inject_adapter_in_model
+
+    targets = [name for name in linear_maps(layer) if settings.targets is None or name.rpartition(".")[2] in settings.targets]
+    if targets:  # a layer of another kind may have none of them
+        inject_adapter_in_model(peft_config(settings, targets, layer), layer, NAME)
+        layer.requires_grad_()  # peft froze all but the adapters
+    if settings.from_pretrained is not None:
+        _fill(layer, path, Path(settings.from_pretrained))
+
+
+def check_targets(layers: Sequence[nn.Module], settings: LoRASettings) -> None:
+    """Refuse adapters that cannot be made, and targets that match nothing in any of these layers."""
+    if find_spec("peft") is None:
+        raise SettingsError("model.lora needs peft: pip install 'rayllp[lora]', or leave model.lora out")
+    found = sorted({name.rpartition(".")[2] for layer in layers for name in linear_maps(layer)})
+    for target in settings.targets or ():
+        if target not in found:
+            near = difflib.get_close_matches(target, found, 1)
+            raise SettingsError(
+                f"model.lora.targets has {target!r}, which is no linear map of any layer: choose from {', '.join(found)}"
+                + (f" ({near[0]}?)" if near else "")
+            )
+
+
+def peft_config(settings: LoRASettings, targets: list[str], layer: nn.Module) -> Any:
+    """peft's own configuration of these adapters."""
+    from peft import LoraConfig
+
+    transposed = any(isinstance(layer.get_submodule(name), Conv1D) for name in targets if _has(layer, name))
+    return LoraConfig(
+        r=settings.rank, lora_alpha=settings.alpha, lora_dropout=settings.dropout, target_modules=targets, fan_in_fan_out=transposed
+    )
+
+
+def stored_name(name: str) -> str | None:
+    """A parameter's name as peft stores it; None for one that is no adapter's."""
+    return PREFIX + name.replace(f".{NAME}.", ".") if f".{NAME}." in name and "lora_" in name else None
+
+
+def _has(layer: nn.Module, name: str) -> bool:
+    return name in dict(layer.named_modules())
+
+
+def _fill(layer: nn.Module, path: str, folder: Path) -> None:
+    try:
+        with safe_open(folder / ADAPTER, framework="pt") as file:
+            known = set(file.keys())
+            for name, parameter in layer.named_parameters():
+                stored = stored_name(f"{path}.{name}")
+                if stored is None:
+                    continue
+                if stored not in known:
+                    raise CheckpointError(
+                        f"model.lora.from_pretrained {folder} has no {stored}: it is of another model or has other targets; set "
+                        "model.lora.targets to match"
+                    )
+                value = file.get_tensor(stored)
+                if value.shape != parameter.shape:
+                    raise CheckpointError(
+                        f"model.lora.from_pretrained {folder}: {stored} is {tuple(value.shape)} there and {tuple(parameter.shape)} here: "
+                        "set model.lora.rank to match"
+                    )
+                with torch.no_grad():
+                    parameter.copy_(value)
+    except OSError as error:
+        raise CheckpointError(f"model.lora.from_pretrained {folder}: no {ADAPTER} there that could be read ({error})") from None
+
+
+def save_adapter(
+    folder: Path, tensors: Mapping[str, Tensor], settings: LoRASettings, layer: nn.Module, base: str, task: str | None
+) -> None:
+    """Write adapters as peft keeps them.
+
+    Args:
+        tensors: by the parameters' full names.
+        layer: one with the targets, without adapters.
+        base: what the adapters are for: `model.from_pretrained`.
+        task: peft's word for the model's class, such as CAUSAL_LM.
+    """
+    leaves = sorted({name.rpartition(".")[2] for name in linear_maps(layer)} & set(settings.targets or map(_leaf, linear_maps(layer))))
+    config = peft_config(settings, leaves, layer)
+    config.fan_in_fan_out = any(isinstance(module, Conv1D) for module in layer.modules())
+    config.base_model_name_or_path, config.task_type, config.inference_mode = base, task, True
+    config.save_pretrained(folder)
+    save_file({stored_name(name) or name: value for name, value in tensors.items()}, folder / ADAPTER, metadata={"format": "pt"})
+
+
+def _leaf(name: str) -> str:
+    return name.rpartition(".")[2]
