@@ -224,7 +224,7 @@ def _runs(pid: int) -> bool:
     return True
 
 
-def _refusal(directory: Path, found: tuple[Holder, float] | None) -> HeldError:
+def _refusal(directory: Folder, found: tuple[Holder, float] | None) -> HeldError:
     who = "another process" if found is None else str(found[0])
     return HeldError(
         f"{directory} is in use by {who}: wait for its end or stop it (Ctrl-C leaves a checkpoint), or choose another directory"
