@@ -88,14 +88,14 @@ def configuration(settings: TrainConfig, facts: Facts, kept: Mapping[str, Any] |
 def _new(settings: TrainConfig, facts: Facts) -> PreTrainedConfig:
     model = settings.model
     kind = CONFIG_MAPPING[str(model.architecture)]
-    if kind.sub_configs:
+    plain = _build(kind, {})
+    known = set(vars(plain)) | set(kind.attribute_map)
+    if not known & set(SIZES["hidden_size"]):
         text = f"{model.architecture}_text"
         raise SettingsError(
             f"model.architecture {model.architecture} is made of several networks ({', '.join(kind.sub_configs)}), whose sizes are not "
             "settings: " + (f"choose {text}, or " if text in CONFIG_MAPPING else "") + "start from a checkpoint (model.from_pretrained)"
         )
-    plain = _build(kind, model.config_overrides)
-    known = set(vars(plain)) | set(kind.attribute_map)
     wanted = {
         "hidden_size": model.width, "num_attention_heads": model.heads, "num_key_value_heads": model.kv_heads or model.heads,
         "head_dim": model.width // model.heads, "intermediate_size": model.feed_forward or 4 * model.width,

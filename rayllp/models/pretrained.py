@@ -78,7 +78,7 @@ class PretrainedArchitecture(Architecture):
 
     def __init__(self, config: PreTrainedConfig, layers: int, settings: TrainConfig, facts: Facts, pretrained: str | None = None) -> None:
         self.config, self.layers, self.settings, self.facts = config, layers, settings, facts
-        self.model = outline(self.model_class, config)
+        self.model = _outline(self.model_class, config)
         self.same = _parameters_that_are_one(self.model)
         self.stochastic = settings.model.dropout > 0
         self.weights = PretrainedWeights.open(pretrained, self.model)
@@ -276,6 +276,16 @@ class PretrainedArchitecture(Architecture):
 def positions_like(inputs: Tensor, dtype: torch.dtype) -> Tensor:
     """What transformers' mask functions read shape, dtype and device from: (batch, time, 0)."""
     return torch.empty((*inputs.shape, 0), dtype=dtype, device=inputs.device)
+
+
+def _outline(kind: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
+    try:
+        return outline(kind, config)
+    except Exception as error:  # sizes that do not go together fail wherever a model first needs them
+        raise SettingsError(
+            f"transformers cannot make a {kind.__name__} of these sizes ({type(error).__name__}: {error}): set model.config_overrides, or "
+            "start from a checkpoint (model.from_pretrained)"
+        ) from error
 
 
 def _parameters_that_are_one(model: nn.Module) -> list[list[str]]:
