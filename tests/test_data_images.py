@@ -161,9 +161,6 @@ def test_paths_and_packages_that_are_not_there_are_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
     with pytest.raises(DataError, match=r"scikit-learn is not installed: pip install 'rayllp\[vision\]'"):
         load_images(DataSettings(), 0)
-    monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(DataError, match=r"data.dataset x needs the datasets package: pip install 'rayllp\[datasets\]'"):
-        load_images(DataSettings(dataset="x"), 0)
 
 
 def save_dataset(folder, *, column="image", label="label", modes=("RGB",), sizes=((5, 4),), labels=None, splits=("train", "test")):

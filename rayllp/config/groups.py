@@ -58,10 +58,14 @@ class DataSettings(Settings):
 
     model_config = ConfigDict(coerce_numbers_to_str=True)
 
-    path: str | None = Field(None, description="file or folder (.gz allowed); none: an embedded set where the family has one")
+    path: str | None = Field(
+        None, description="file or folder (.gz allowed): text, or tables (json, csv, parquet, arrow, save_to_disk); none: an embedded set"
+    )
     validation_path: str | None = Field(None, description="held-out file; none: a part of data.path, or the set's own split")
     dataset: str | None = Field(None, description="a Hugging Face `datasets` name or a folder written by save_to_disk")
     subset: str | None = Field(None, description="the data set's configuration name")
+    split: str = Field("train", description="the data set's split to train on")
+    validation_split: str | None = Field(None, description="its held-out split; none: a part of data.split, or by the kind of data")
     streaming: bool = Field(False, description="read a `datasets` name as a stream, up to data.max_bytes, instead of downloading it whole")
     max_bytes: int | None = Field(None, ge=1, description="text, pairs or lines beyond this size are not read")
     text_field: str = Field("text", description="column that holds the text (a number for a file without column names)")
@@ -73,6 +77,13 @@ class DataSettings(Settings):
         "bytes", description="bytes, characters, bpe:SIZE (trained on the text), a tokenizers JSON, a transformers name or folder"
     )
     validation_fraction: float = Field(0.1, gt=0, lt=1, description="the text's end held out for evaluation")
+    sampling: Literal["epochs", "replacement"] = Field(
+        "epochs", description="epochs: every sample once before any comes again, each epoch in another order; replacement: drawn from all"
+    )
+    documents: Literal["joined", "packed"] = Field(
+        "joined", description="texts (files, rows): one stream; or each by itself, with positions of its own and no attention across"
+    )
+    cache: str | None = Field(None, description="folder on each host for what is made of the data once; default ~/.cache/rayllp")
     mask_fraction: float = Field(0.2, gt=0, lt=1, description="of the tokens that bert is to guess")
     min_count: int = Field(1, ge=1, description="occurrences that give a word its own entry in the vocabulary (words)")
     on_error: Literal["refuse", "skip"] = Field("refuse", description="a broken line or unseen label: stop, or leave it out and say so")
@@ -84,6 +95,8 @@ class DataSettings(Settings):
     def _one_source(self) -> "DataSettings":
         if self.path and self.dataset:
             raise ValueError("data.path and data.dataset are both set: choose one")
+        if self.validation_path and self.validation_split:
+            raise ValueError("data.validation_path and data.validation_split are both set: choose one")
         return self
 
 

@@ -12,9 +12,9 @@ from torch import Tensor
 from rayllp.config import DataSettings
 from rayllp.data.base import IGNORE, Facts, passes
 from rayllp.data.decoded import DecodedImages
-from rayllp.data.files import Faults, locate, refuse_one_class, select
+from rayllp.data.files import Faults, locate, read_file, refuse_one_class
 from rayllp.data.hub import Split, load_split, load_train, up_to
-from rayllp.data.text import read_file
+from rayllp.data.sampling import Order, select
 from rayllp.errors import DataError
 
 DIGITS_HELD_OUT = 0.2
@@ -45,7 +45,7 @@ class ImageBatches:
     Attributes:
         pixels: of each split, uint8 of shape (images, C, H, W).
         labels: of each split, class numbers.
-        seed: keys the draws.
+        order: in which training takes its samples.
         classes: names of the labels.
         mean: of each channel over the training images, shape (C, 1, 1).
         std: likewise.
@@ -54,7 +54,7 @@ class ImageBatches:
 
     pixels: dict[str, Pixels]
     labels: dict[str, np.ndarray]
-    seed: int
+    order: Order
     classes: tuple[str, ...]
     mean: np.ndarray
     std: np.ndarray
@@ -68,7 +68,7 @@ class ImageBatches:
 
     def batch(self, split: str, step: int, size: int) -> tuple[Tensor, Tensor]:
         """Pixels of shape (size, C, H, W), mean 0 and standard deviation 1 over the training images; class numbers of shape (size,)."""
-        indices = select(self.seed, split, step, len(self.labels[split]), size)
+        indices = select(self.order, split, step, len(self.labels[split]), size)
         inputs = (self.pixels[split][indices].astype(np.float32) - self.mean) / self.std
         inputs[indices < 0] = 0
         targets = np.where(indices < 0, IGNORE, self.labels[split][indices])
@@ -105,7 +105,7 @@ def load_images(settings: DataSettings, seed: int) -> ImageBatches:
     validation_pixels, validation_labels = _number_labels(validation, classes, faults)
     mean, std = _measure(train_pixels)
     pixels, labels = {"train": train_pixels, "validation": validation_pixels}, {"train": train_labels, "validation": validation_labels}
-    return ImageBatches(pixels, labels, seed, classes, mean, std, faults.counts)
+    return ImageBatches(pixels, labels, Order(seed, settings.sampling), classes, mean, std, faults.counts)
 
 
 def _find_classes(labels: list[str]) -> tuple[str, ...]:

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from rayllp.config import DataSettings
 from rayllp.data.base import IGNORE, Facts, passes
-from rayllp.data.files import Faults, Rows, hold_out, locate, read_lines, select
+from rayllp.data.files import Faults, Rows, hold_out, locate, read_lines
 from rayllp.data.hub import Split, load_split, load_train, up_to
+from rayllp.data.sampling import Order, select
 from rayllp.data.special import SpecialTokens
 from rayllp.data.tokenizer import Tokenizer, make_tokenizer
 from rayllp.errors import DataError
@@ -46,14 +47,14 @@ class PairBatches:
     Attributes:
         sides: of each split, source and target. Splits are train, validation, and the names of the files or split held out for tests.
         sequence_length: tokens a line has at most, eos included.
-        seed: keys the draws.
+        order: in which training takes its samples.
         tokenizer: of both languages.
         skipped: how many pairs were left out, by cause.
     """
 
     sides: dict[str, tuple[_Side, _Side]]
     sequence_length: int
-    seed: int
+    order: Order
     tokenizer: Tokenizer
     skipped: dict[str, int]
 
@@ -77,7 +78,7 @@ class PairBatches:
         """Source ids and the target's ids after bos, and the target's ids before eos; all of shape (size, sequence_length)."""
         source, target = self.sides[split]
         special = self.special
-        indices = select(self.seed, split, step, len(source.ids), size)
+        indices = select(self.order, split, step, len(source.ids), size)
         source_BS = source.ids.padded(indices, self.sequence_length, special.pad)
         # A row of padding alone would leave attention nothing to attend to.
         source_BS[indices < 0, 0] = special.sep
@@ -153,7 +154,7 @@ def load_pairs(settings: DataSettings, sequence_length: int, seed: int, tokenize
                 f"no pair of split {split} is left, {skipped} were left out: give more or shorter lines, or raise "
                 f"sequence_length={sequence_length}"
             )
-    return PairBatches(sides, sequence_length, seed, tokenizer, skipped)
+    return PairBatches(sides, sequence_length, Order(seed, settings.sampling), tokenizer, skipped)
 
 
 # Tokens -----------------------------------------------------------------------------------------------------------------------

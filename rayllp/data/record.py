@@ -9,12 +9,13 @@ from typing import Any
 import numpy as np
 
 from rayllp.config import TrainConfig
+from rayllp.data.cache import Part, settle
 from rayllp.data.decoded import DecodedImages
 from rayllp.data.load import load_data
 from rayllp.data.tokenizer import Tokenizer, restore_tokenizer
 from rayllp.errors import DataError
 
-NOT_OF_THE_DATA = ("on_change", "on_error")
+NOT_OF_THE_DATA = ("on_change", "on_error", "cache", "sampling")
 """Settings of the group data that do not say which data they are."""
 
 
@@ -99,6 +100,8 @@ def load_recorded(
     """
     if data is None:
         data = load_data(config, known.kept_tokenizer(config, file))
+    else:
+        settle(data)  # it may have come from another host
     record = DataRecord.of(config, data)
     return data, record, known.changes(config, record)
 
@@ -130,6 +133,8 @@ def _feed(digest: Any, value: Any) -> None:
     if isinstance(value, np.ndarray):
         digest.update(f"{value.dtype}{value.shape}".encode())
         digest.update(np.ascontiguousarray(value).data)
+    elif isinstance(value, Part):
+        _feed(digest, value.checksum)
     elif isinstance(value, DecodedImages):  # the library's own fingerprint: the files themselves may be larger than memory
         _feed(digest, [str(getattr(value.rows, "_fingerprint", "")), value.column, value.numbers])
     elif isinstance(value, Mapping):

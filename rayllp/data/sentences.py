@@ -10,7 +10,8 @@ from torch import Tensor
 
 from rayllp.config import DataSettings
 from rayllp.data.base import IGNORE, Facts, passes
-from rayllp.data.files import Faults, Rows, locate, read_lines, refuse_one_class, select, train_and_held_out
+from rayllp.data.files import Faults, Rows, locate, read_lines, refuse_one_class, train_and_held_out
+from rayllp.data.sampling import Order, select
 from rayllp.data.special import SpecialTokens
 from rayllp.data.tokenizer import Tokenizer, make_tokenizer
 from rayllp.errors import DataError
@@ -46,7 +47,7 @@ class SentenceBatches:
         sequences: of each split, token ids.
         labels: of each split, class numbers.
         sequence_length: tokens a sequence has at most.
-        seed: keys the draws.
+        order: in which training takes its samples.
         tokenizer: of the sentences.
         classes: names of the labels.
         skipped: how many lines, labels and characters were left out (data.on_error=skip).
@@ -55,7 +56,7 @@ class SentenceBatches:
     sequences: dict[str, Rows]
     labels: dict[str, np.ndarray]
     sequence_length: int
-    seed: int
+    order: Order
     tokenizer: Tokenizer
     classes: tuple[str, ...]
     skipped: dict[str, int]
@@ -69,7 +70,7 @@ class SentenceBatches:
     def batch(self, split: str, step: int, size: int) -> tuple[Tensor, Tensor]:
         """Token ids of shape (size, sequence_length), class numbers of shape (size,)."""
         special = SpecialTokens.of(self.tokenizer)
-        indices = select(self.seed, split, step, len(self.sequences[split]), size)
+        indices = select(self.order, split, step, len(self.sequences[split]), size)
         inputs = self.sequences[split].padded(indices, self.sequence_length, special.pad)
         # A row of padding alone would leave attention nothing to attend to.
         inputs[indices < 0, :2] = special.cls, special.sep
@@ -107,7 +108,7 @@ def load_sentences(settings: DataSettings, sequence_length: int, seed: int, toke
             )
         sequences[split] = Rows.of(sequence for sequence, _ in kept)
         labels[split] = np.array([number for _, number in kept], np.int64)
-    return SentenceBatches(sequences, labels, sequence_length, seed, tokenizer, classes, faults.counts)
+    return SentenceBatches(sequences, labels, sequence_length, Order(seed, settings.sampling), tokenizer, classes, faults.counts)
 
 
 def _leave_out_single(train: list[_Example], settings: DataSettings, faults: Faults) -> list[_Example]:

@@ -3,19 +3,24 @@
 import difflib
 import gzip
 import json
-import re
 import zlib
+from collections.abc import Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
+from rayllp.data.encoding import encode_pieces
 from rayllp.data.files import not_utf8
 from rayllp.errors import DataError
 
-PIECE, OVERLAP, AGREEING = 2**18, 2**11, 32
-"""Characters that are encoded in one call, those that it has before and after them, and tokens on both sides of a cut that must agree."""
-PIECES_AT_ONCE = 16
+ENDS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[EOS]", "[SEP]")
+LINES_AT_ONCE = 10_000
+LONG = 2**19
+"""Characters of a text beyond which it is encoded piece by piece."""
+TRAINED_ON = 2**29
+"""Characters that bpe:SIZE is trained on at most: more change little, and take minutes."""
 SMALLEST_BPE = 257
 SPECIAL_STYLES = (("[PAD]", "[CLS]", "[SEP]", "[MASK]"), ("<pad>", "<s>", "</s>", "<mask>"))
 SENTENCEPIECE_ENDINGS = (".model", ".spm", ".model.gz", ".spm.gz")
@@ -33,6 +38,14 @@ class Tokenizer(Protocol):
         """Token ids of a text, an array of one dimension."""
         ...
 
+    def stream(self, pieces: Iterable[str]) -> Iterator[np.ndarray]:
+        """Token ids of a text that comes in pieces of any length: those of the whole, as they are known."""
+        ...
+
+    def encode_all(self, texts: list[str]) -> list[np.ndarray]:
+        """Token ids of each of several texts."""
+        ...
+
     def decode(self, tokens: list[int]) -> str:
         """The text of some tokens."""
         ...
@@ -42,7 +55,18 @@ class Tokenizer(Protocol):
         ...
 
 
-class Bytes:
+class _OneByOne:
+    """A tokenizer that encodes several texts one after the other."""
+
+    def encode(self, text: bytes) -> np.ndarray:
+        raise NotImplementedError
+
+    def encode_all(self, texts: list[str]) -> list[np.ndarray]:
+        """As `encode`."""
+        return [self.encode(text.encode()) for text in texts]
+
+
+class Bytes(_OneByOne):
     """One token a byte; nothing to download, any text."""
 
     vocabulary = 256
@@ -50,6 +74,10 @@ class Bytes:
     def encode(self, text: bytes) -> np.ndarray:
         """The bytes themselves."""
         return np.frombuffer(text, np.uint8)
+
+    def stream(self, pieces: Iterable[str]) -> Iterator[np.ndarray]:
+        """Theirs."""
+        return (np.frombuffer(piece.encode(), np.uint8) for piece in pieces)
 
     def decode(self, tokens: list[int]) -> str:
         """The text; bytes that are no UTF-8 become the replacement character."""
@@ -60,13 +88,16 @@ class Bytes:
         return "bytes"
 
 
-class Characters:
+class Characters(_OneByOne):
     """One token a distinct character of the text at hand."""
 
-    def __init__(self, text: bytes) -> None:
-        self.alphabet = sorted(set(decode_text(text)))
+    def __init__(self, pieces: Iterable[str]) -> None:
+        found = set[str]()
+        for piece in pieces:
+            found.update(piece)
+        self.alphabet = sorted(found)
         self.vocabulary = len(self.alphabet)
-        self._index = {character: i for i, character in enumerate(self.alphabet)}
+        self._codes = np.array([ord(character) for character in self.alphabet], np.uint32)
 
     def encode(self, text: bytes) -> np.ndarray:
         """Places of the characters in the alphabet.
@@ -74,7 +105,19 @@ class Characters:
         Raises:
             KeyError: a character that is not in it.
         """
-        return np.array([self._index[character] for character in decode_text(text)], np.uint32)
+        return self._encode(decode_text(text))
+
+    def stream(self, pieces: Iterable[str]) -> Iterator[np.ndarray]:
+        """As `encode`."""
+        return map(self._encode, pieces)
+
+    def _encode(self, text: str) -> np.ndarray:
+        codes = np.frombuffer(text.encode("utf-32-le"), np.uint32)
+        places = np.minimum(np.searchsorted(self._codes, codes), len(self._codes) - 1)
+        unknown = self._codes[places] != codes
+        if unknown.any():
+            raise KeyError(chr(codes[unknown.argmax()]))
+        return places.astype(np.uint32)
 
     def decode(self, tokens: list[int]) -> str:
         """The characters at these places."""
@@ -102,11 +145,26 @@ class _Fast:
 
     def encode(self, text: bytes) -> np.ndarray:
         """The ids that the library gives to the whole text, without special tokens."""
-        return _encode(self._tokenizer, decode_text(text))
+        return _joined(self.stream([decode_text(text)]))
+
+    def stream(self, pieces: Iterable[str]) -> Iterator[np.ndarray]:
+        """As `encode`, all CPUs at it."""
+        return encode_pieces(self._tokenizer, pieces)
+
+    def encode_all(self, texts: list[str]) -> list[np.ndarray]:
+        """As `encode`, all CPUs at it."""
+        if any(len(text) > LONG for text in texts):
+            return [self.encode(text.encode()) for text in texts]
+        return [np.array(found.ids, np.uint32) for found in self._tokenizer.encode_batch(texts, add_special_tokens=False)]
 
     def texts(self) -> str:
         """Its vocabulary."""
         return json.dumps(self._tokenizer.get_vocab(), sort_keys=True)
+
+    @property
+    def rules(self) -> str:
+        """All that its tokens follow from."""
+        return str(self._tokenizer.to_str())
 
     def decode(self, tokens: list[int]) -> str:
         """The text, as the library puts it together."""
@@ -122,6 +180,7 @@ class TokenizersFile(_Fast):
 
     Attributes:
         special: ids of its own pad, cls, sep and mask; None where one is missing.
+        eos: id of the token that ends a text, by its usual names; None where there is none.
     """
 
     def __init__(self, path: str) -> None:
@@ -135,6 +194,8 @@ class TokenizersFile(_Fast):
             ) from None
         found = ([self._tokenizer.token_to_id(token) for token in style] for style in SPECIAL_STYLES)
         self.special = next((tuple(ids) for ids in found if None not in ids), None)
+        ends = (self._tokenizer.token_to_id(token) for token in ENDS)
+        self.eos: int | None = next((found for found in ends if found is not None), None)
 
 
 class TrainedBPE(_Fast):
@@ -143,7 +204,7 @@ class TrainedBPE(_Fast):
     The vocabulary is smaller than asked for where the text has too few pairs to merge.
     """
 
-    def __init__(self, size: int, text: bytes) -> None:
+    def __init__(self, size: int, pieces: Iterable[str]) -> None:
         from tokenizers import Tokenizer as Fast
         from tokenizers import decoders, models, pre_tokenizers, trainers
 
@@ -153,7 +214,7 @@ class TrainedBPE(_Fast):
         # All 256 bytes are tokens, whether the text has them or not, so that nothing is unknown.
         alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
         trainer = trainers.BpeTrainer(vocab_size=size, initial_alphabet=alphabet, special_tokens=[], show_progress=False)
-        tokenizer.train_from_iterator(re.findall(r"[^\n]*\n|[^\n]+", decode_text(text)), trainer)
+        tokenizer.train_from_iterator(_lines(_beginning(pieces, TRAINED_ON)), trainer)
         super().__init__(tokenizer)
 
     @classmethod
@@ -168,10 +229,10 @@ class TrainedBPE(_Fast):
     @property
     def made(self) -> str:
         """The JSON of the tokenizers library."""
-        return str(self._tokenizer.to_str())
+        return self.rules
 
 
-class SentencePiece:
+class SentencePiece(_OneByOne):
     """A model file of sentencepiece, or a .gz of one. Line ends are lost: to sentencepiece they are spaces."""
 
     def __init__(self, path: str) -> None:
@@ -190,8 +251,13 @@ class SentencePiece:
     def encode(self, text: bytes) -> np.ndarray:
         """Line by line, as the model was trained."""
         # A list would start a pool of threads at every call, fifteen times slower where calls are of one line.
-        lines = (self._processor.encode(line, out_type=int) for line in decode_text(text).split("\n"))
-        return np.concatenate([np.zeros(0, np.uint32), *(np.array(ids, np.uint32) for ids in lines)])
+        return _joined(np.array(self._processor.encode(line, out_type=int), np.uint32) for line in decode_text(text).split("\n"))
+
+    def stream(self, pieces: Iterable[str]) -> Iterator[np.ndarray]:
+        """As `encode`, all CPUs at it."""
+        lines = (line.removesuffix("\n") for line in _lines(pieces))
+        for some in iter(lambda: list(islice(lines, LINES_AT_ONCE)), []):
+            yield _joined(np.array(ids, np.uint32) for ids in self._processor.encode(some, out_type=int))
 
     def texts(self) -> str:
         """The model's pieces."""
@@ -202,7 +268,7 @@ class SentencePiece:
         return self._processor.decode(tokens)
 
 
-class Pretrained:
+class Pretrained(_OneByOne):
     """A tokenizer of transformers, by name or folder.
 
     Attributes:
@@ -234,9 +300,28 @@ class Pretrained:
 
     def encode(self, text: bytes) -> np.ndarray:
         """The whole text, without special tokens."""
+        return _joined(self.stream([decode_text(text)]))
+
+    def stream(self, pieces: Iterable[str]) -> Iterator[np.ndarray]:
+        """As `encode`; one that is written in Python needs the whole text at once."""
         if self._fast is not None:
-            return self._fast.encode(text)
-        return np.array(self._tokenizer(decode_text(text), add_special_tokens=False, verbose=False)["input_ids"], np.uint32)
+            return self._fast.stream(pieces)
+        return iter([np.array(self._tokenizer("".join(pieces), add_special_tokens=False, verbose=False)["input_ids"], np.uint32)])
+
+    def encode_all(self, texts: list[str]) -> list[np.ndarray]:
+        """As `encode`, all CPUs at it where it is not written in Python."""
+        return super().encode_all(texts) if self._fast is None else self._fast.encode_all(texts)
+
+    @property
+    def eos(self) -> int | None:
+        """Ends a text."""
+        found: int | None = self._tokenizer.eos_token_id
+        return found
+
+    @property
+    def rules(self) -> str:
+        """All that its tokens follow from."""
+        return self._fast.rules if self._fast is not None else f"{type(self._tokenizer).__name__} {self.texts()}"
 
     def texts(self) -> str:
         """Its vocabulary."""
@@ -256,7 +341,7 @@ def restore_tokenizer(name: str, made: str | None, file: Path | None) -> Tokeniz
         file: a copy of a tokenizer of the tokenizers library.
     """
     if name == "characters" and made is not None:
-        return Characters(made.encode())
+        return Characters([made])
     if not name.startswith("bpe:") and not name.endswith(".json"):
         return None
     if name.startswith("bpe:") and made is not None:
@@ -266,8 +351,18 @@ def restore_tokenizer(name: str, made: str | None, file: Path | None) -> Tokeniz
     return TrainedBPE.read(file.read_text(encoding="utf-8")) if name.startswith("bpe:") else TokenizersFile(str(file))
 
 
+def is_made(name: str) -> bool:
+    """Whether the tokenizer of this name is made from the text."""
+    return name == "characters" or name.startswith("bpe:")
+
+
 def make_tokenizer(name: str, text: bytes) -> Tokenizer:
-    """The tokenizer that `data.tokenizer` names; `characters` and `bpe:SIZE` are made from the text.
+    """As `load_tokenizer`, from a text in memory."""
+    return load_tokenizer(name, (decode_text(part) for part in (text,)))
+
+
+def load_tokenizer(name: str, pieces: Iterable[str]) -> Tokenizer:
+    """The tokenizer that `data.tokenizer` names; `characters` and `bpe:SIZE` are made from the text, which comes in pieces.
 
     Raises:
         DataError: it cannot be loaded, or the name breaks a rule.
@@ -275,9 +370,9 @@ def make_tokenizer(name: str, text: bytes) -> Tokenizer:
     if name == "bytes":
         return Bytes()
     if name == "characters":
-        return Characters(text)
+        return Characters(pieces)
     if name.startswith("bpe:"):
-        return TrainedBPE(_parse_size(name), text)
+        return TrainedBPE(_parse_size(name), pieces)
     if name.endswith(".json"):
         if not Path(name).is_file():
             raise DataError(f"data.tokenizer {name}: no such file; give a JSON file written by the tokenizers library")
@@ -322,57 +417,32 @@ def decode_text(text: bytes) -> str:
         raise DataError(f"line {line}: {why}; save the text as UTF-8") from None
 
 
+def _joined(parts: Iterable[np.ndarray]) -> np.ndarray:
+    found = [part for part in parts if len(part)]
+    return np.concatenate(found) if found else np.zeros(0, np.uint32)
+
+
+def _lines(pieces: Iterable[str]) -> Iterator[str]:
+    """The lines of a text, with their ends."""
+    begun: list[str] = []
+    for piece in pieces:
+        first, *others = piece.split("\n")
+        begun.append(first)
+        for line in others:
+            yield "".join(begun) + "\n"
+            begun = [line]
+    if last := "".join(begun):
+        yield last
+
+
+def _beginning(pieces: Iterable[str], characters: int) -> Iterator[str]:
+    for piece in pieces:
+        yield piece[:characters]
+        characters -= len(piece)
+        if characters <= 0:
+            return
+
+
 def _ids_end(vocabulary: dict[str, int]) -> int:
     """Every id is below this: ids may have holes, so that there are fewer tokens."""
     return max(vocabulary.values(), default=-1) + 1
-
-
-def _encode(tokenizer: Any, text: str) -> np.ndarray:
-    """The ids that the tokenizers library gives to a text.
-
-    A long text is encoded in overlapping pieces, since what the library makes of one is far larger than its ids. They are joined where both
-    have the same tokens in the same places; where they do not, the text is encoded as a whole.
-    """
-    cuts = list(range(PIECE, len(text) - PIECE // 2, PIECE))
-    if not cuts:
-        return np.array(tokenizer.encode(text, add_special_tokens=False).ids, np.uint32)
-    starts = [0, *(cut - OVERLAP for cut in cuts)]
-    ends = [*(cut + OVERLAP for cut in cuts), len(text)]
-    ids: list[np.ndarray] = []
-    before, first = None, 0
-    for number in range(0, len(starts), PIECES_AT_ONCE):
-        these = list(zip(starts, ends, strict=True))[number : number + PIECES_AT_ONCE]
-        for piece, encoded in enumerate(
-            tokenizer.encode_batch([text[start:end] for start, end in these], add_special_tokens=False), number
-        ):
-            if before is not None:
-                cut = cuts[piece - 1]
-                joint = _join(before, cut - starts[piece - 1], encoded, cut - starts[piece])
-                if joint is None:
-                    return np.array(tokenizer.encode(text, add_special_tokens=False).ids, np.uint32)
-                ids.append(np.array(before.ids[first : joint[0]], np.uint32))
-                first = joint[1]
-            before = encoded
-    assert before is not None
-    return np.concatenate([*ids, np.array(before.ids[first:], np.uint32)])
-
-
-def _join(left: Any, left_cut: int, right: Any, right_cut: int) -> tuple[int, int] | None:
-    """The first token at or behind the cut, by its number in both encodings; None: they differ around it."""
-    found = (_token_at(left, left_cut), _token_at(right, right_cut))
-    if found[0] is None or found[1] is None:
-        return None
-    around = []
-    for encoding, at, cut in ((left, found[0], left_cut), (right, found[1], right_cut)):
-        ids = encoding.ids  # makes a list of all, each time
-        tokens = range(max(0, at - AGREEING), min(len(ids), at + AGREEING))
-        around.append([(ids[token], encoding.token_to_chars(token)[0] - cut) for token in tokens])
-    return (found[0], found[1]) if around[0] == around[1] and len(around[0]) == 2 * AGREEING else None
-
-
-def _token_at(encoding: Any, cut: int) -> int | None:
-    for place in range(cut, cut + OVERLAP):
-        token = encoding.char_to_token(place)
-        if token is not None and encoding.token_to_chars(token)[0] >= cut:
-            return int(token)
-    return None

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from rayllp.config import DataSettings
 from rayllp.data.base import IGNORE, Facts, passes
-from rayllp.data.files import Faults, Rows, locate, read_lines, refuse_one_class, select, train_and_held_out
+from rayllp.data.files import Faults, Rows, locate, read_lines, refuse_one_class, train_and_held_out
+from rayllp.data.sampling import Order, select
 from rayllp.errors import DataError
 
 PADDING, UNKNOWN, FIRST_WORD = 0, 1, 2
@@ -38,7 +39,7 @@ class WordBatches:
         words: of each split, ids of the words of each piece of a sentence.
         labels: their label numbers.
         sequence_length: words a piece has at most.
-        seed: keys the draws.
+        order: in which training takes its samples.
         index: id of each word of the vocabulary.
         classes: names of the labels.
         skipped: how many sentences and labels were left out (data.on_error=skip).
@@ -47,7 +48,7 @@ class WordBatches:
     words: dict[str, Rows]
     labels: dict[str, Rows]
     sequence_length: int
-    seed: int
+    order: Order
     index: dict[str, int]
     classes: tuple[str, ...]
     skipped: dict[str, int]
@@ -59,7 +60,7 @@ class WordBatches:
 
     def batch(self, split: str, step: int, size: int) -> tuple[Tensor, Tensor]:
         """Word ids and label numbers, both of shape (size, sequence_length)."""
-        indices = select(self.seed, split, step, len(self.words[split]), size)
+        indices = select(self.order, split, step, len(self.words[split]), size)
         inputs = self.words[split].padded(indices, self.sequence_length, PADDING)
         # A row of padding alone would leave attention nothing to attend to.
         inputs[indices < 0, 0] = UNKNOWN
@@ -92,7 +93,7 @@ def load_words(settings: DataSettings, sequence_length: int, seed: int) -> WordB
         ids = [[index.get(word, UNKNOWN) for word in sentence.words] for sentence in sentences]
         targets = [_number_labels(sentence, numbers, faults) for sentence in sentences]
         words[split], labels[split] = Rows.of(_cut(ids, sequence_length)), Rows.of(_cut(targets, sequence_length))
-    return WordBatches(words, labels, sequence_length, seed, index, classes, faults.counts)
+    return WordBatches(words, labels, sequence_length, Order(seed, settings.sampling), index, classes, faults.counts)
 
 
 def _read_splits(settings: DataSettings, faults: Faults) -> tuple[list[_Sentence], list[_Sentence]]:
