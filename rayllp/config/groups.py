@@ -69,6 +69,12 @@ class DataSettings(Settings):
     streaming: bool = Field(False, description="read a `datasets` name as a stream, up to data.max_bytes, instead of downloading it whole")
     max_bytes: int | None = Field(None, ge=1, description="text, pairs or lines beyond this size are not read")
     text_field: str = Field("text", description="column that holds the text (a number for a file without column names)")
+    messages_field: str | None = Field(
+        None, description="fine-tuning: column of conversations, lists of {role, content}; loss on the assistant's messages alone"
+    )
+    answer_field: str | None = Field(None, description="fine-tuning: column of the answer to data.text_field; loss on it alone")
+    chat_template: str | None = Field(None, description="a file with a Jinja template for conversations; none: the tokenizer's own")
+    on_long: Literal["cut", "skip", "refuse"] = Field("cut", description="a sample longer than sequence_length, which is counted")
     pair_field: str | None = Field(None, description="column of the second sentence of a pair")
     label_field: str = Field("label", description="column of the label (a number without column names); for words upos, xpos or feats")
     source: str = Field("de", description="language translated from: a file's ending or a data set's key")
@@ -95,6 +101,8 @@ class DataSettings(Settings):
     def _one_source(self) -> "DataSettings":
         if self.path and self.dataset:
             raise ValueError("data.path and data.dataset are both set: choose one")
+        if self.messages_field and self.answer_field:
+            raise ValueError("data.messages_field and data.answer_field are both set: choose one")
         if self.validation_path and self.validation_split:
             raise ValueError("data.validation_path and data.validation_split are both set: choose one")
         return self

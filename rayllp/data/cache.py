@@ -79,11 +79,6 @@ class Writer:
             self._next = time.monotonic() + TOLD_EVERY_S
             print(f"{self._told}: {self._size / 2**20:,.0f} MiB written to {self.folder.parent}", file=sys.stderr, flush=True)
 
-    def append_rows(self, name: str, rows: list[np.ndarray], dtype: Any) -> None:
-        """More sequences of an array of many: their values as `name`, their lengths as `name_lengths`."""
-        self.append(name, np.concatenate([np.zeros(0, dtype), *rows]).astype(dtype))
-        self.append(f"{name}_lengths", np.array([len(row) for row in rows], np.uint32))
-
     def finish(self) -> None:
         """Say what has been written."""
         arrays = {name: [*kind, self._digests[name].hexdigest()] for name, kind in self._arrays.items()}
@@ -104,7 +99,7 @@ class Entry:
         make: makes it where it is missing.
         cache: `data.cache`.
         told: what is being made, for whoever waits.
-        checksum: of what it holds, once it is known: hosts that make it must get the same.
+        made: a checksum of what it holds, once it is known: hosts that make it must get the same.
         carried: its files, for hosts that cannot make it.
     """
 
@@ -112,7 +107,7 @@ class Entry:
     make: Make
     cache: str | None = None
     told: str = "data"
-    checksum: str | None = None
+    made: str | None = None
     carried: dict[str, bytes] | None = field(default=None, repr=False)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -132,12 +127,12 @@ class Entry:
         if not (self.folder / ENTRY).is_file():
             self._write()
         found = fingerprint(self._description["arrays"])
-        if self.checksum not in (None, found):
+        if self.made not in (None, found):
             raise DataError(
                 f"{self.told}: this host has other data there than the driver's, under the same name: give all hosts the same files, or "
                 f"remove {self.folder} if it is damaged"
             )
-        return self if self.carried is None and self.checksum else replace(self, carried=None, checksum=found)
+        return self if self.carried is None and self.made else replace(self, carried=None, made=found)
 
     def with_files(self) -> "Entry":
         """The same with its files along, if they are small enough to be sent."""
@@ -209,12 +204,16 @@ class Entry:
             self._maps[name] = np.memmap(path, dtype, "r", shape=(count,)) if count else np.zeros(0, dtype)
         return self._maps[name]
 
+    def checksum(self, name: str) -> str:
+        """A checksum of an array."""
+        return " ".join(map(str, self._description["arrays"].get(name, ("<u1", 0, ""))))
+
     def checksum_of(self, name: str, start: int, stop: int) -> str:
         """A checksum of some values of an array, which is kept: looking at them takes a second for each GB."""
-        dtype, count, whole = self._description["arrays"].get(name, ("<u1", 0, ""))
+        dtype, count, _ = self._description["arrays"].get(name, ("<u1", 0, ""))
         kept = self.folder / f"{name}-{start}-{stop}.sha256"
         if (start, stop) == (0, count):
-            return f"{dtype} {count} {whole}"
+            return self.checksum(name)
         if kept.is_file():
             return kept.read_text(encoding="utf-8")
         digest, values = hashlib.sha256(), self.array(name)

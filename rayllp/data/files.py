@@ -143,7 +143,12 @@ class Faults:
         """
         if not self.skip:
             raise DataError(f"{message}; mend it, or leave it out by data.on_error=skip")
-        self.counts[kind] = self.counts.get(kind, 0) + 1
+        self.count(kind)
+
+    def count(self, kind: str, number: int = 1) -> None:
+        """So many that are left out without being faults."""
+        if number:
+            self.counts[kind] = self.counts.get(kind, 0) + number
 
 
 @dataclass(frozen=True)

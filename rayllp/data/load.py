@@ -47,6 +47,10 @@ def load_data(config: TrainConfig, tokenizer: Tokenizer | None = None) -> Any:
             from rayllp.data.pairs import load_pairs
 
             return load_pairs(data, length, seed, tokenizer)
+        case _ if data.messages_field is not None or data.answer_field is not None:
+            from rayllp.data.answers import load_answers
+
+            return load_answers(data, length, seed, tokenizer)
         case _:
             from rayllp.data.text import load_text
 

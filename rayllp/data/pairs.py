@@ -142,7 +142,7 @@ def load_pairs(settings: DataSettings, sequence_length: int, seed: int, tokenize
     faults = Faults(settings.on_error == "skip")
     skipped = faults.counts
     read = _read_dataset(settings, faults) if settings.dataset else _read_folder(settings)
-    pairs = {split: _leave_out_empty(found, skipped) for split, found in read.items()}
+    pairs = {split: _leave_out_empty(found, faults) for split, found in read.items()}
     lines = [pair.source for pair in pairs["train"]] + [pair.target for pair in pairs["train"]]
     tokenizer = tokenizer or make_tokenizer(settings.tokenizer, "\n".join(lines).encode())
     special = SpecialTokens.of(tokenizer)
@@ -160,15 +160,10 @@ def load_pairs(settings: DataSettings, sequence_length: int, seed: int, tokenize
 # Tokens -----------------------------------------------------------------------------------------------------------------------
 
 
-def _leave_out_empty(pairs: list[_Pair], skipped: dict[str, int]) -> list[_Pair]:
+def _leave_out_empty(pairs: list[_Pair], faults: Faults) -> list[_Pair]:
     kept = [pair for pair in pairs if pair.source.strip() and pair.target.strip()]
-    _count(skipped, "empty lines", len(pairs) - len(kept))
+    faults.count("empty lines", len(pairs) - len(kept))
     return kept
-
-
-def _count(skipped: dict[str, int], kind: str, number: int) -> None:
-    if number:
-        skipped[kind] = skipped.get(kind, 0) + number
 
 
 def _encode_pairs(pairs: list[_Pair], special: SpecialTokens, length: int, training: bool, faults: Faults) -> tuple[_Side, _Side]:
@@ -182,7 +177,7 @@ def _encode_pairs(pairs: list[_Pair], special: SpecialTokens, length: int, train
             faults.report("characters", f"{pair.place}: {_unknown(error)}")
             continue
         if training and max(len(source), len(target)) > length:
-            _count(faults.counts, "long pairs", 1)
+            faults.count("long pairs")
             continue
         kept.append(pair)
         encoded.append((_truncate(source, length), _truncate(target, length)))

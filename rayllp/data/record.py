@@ -120,7 +120,7 @@ def _settings(config: TrainConfig) -> dict[str, Any]:
 
 def _splits(data: Any) -> dict[str, list[Any]]:
     """What a data set has by split, with the fields' names."""
-    found: dict[str, list[Any]] = {}
+    found: dict[str, list[Any]] = {split: [["", known]] for split, known in getattr(data, "checksums", {}).items()}
     for known in fields(data):
         value = getattr(data, known.name)
         if isinstance(value, dict) and "train" in value:

@@ -19,6 +19,7 @@ DEFAULT_TEXT_BYTES = 4_000_000
 BLOCK = 2**20
 """Bytes that are read at a time."""
 
+TABLE_KINDS = "json, jsonl, csv, tsv, parquet, arrow, or a folder written by save_to_disk"
 Document = Iterable[str]
 """A text in pieces of any length."""
 
@@ -88,12 +89,12 @@ class Files:
 
 
 @dataclass(frozen=True)
-class Column:
-    """A text in each row of a data set.
+class Table:
+    """Rows that the datasets library reads.
 
     Attributes:
-        name: the setting that names it, and its value.
-        settings: which data set and which column.
+        name: the setting that names them, and its value.
+        settings: which data set.
         setting, split: which of its splits, and the setting that says so.
     """
 
@@ -103,13 +104,33 @@ class Column:
     split: str
 
     def stamp(self) -> Any:
-        """What the library says of the data set, and its column."""
-        return [stamp_of(self.settings), self.settings.subset, self.split, self.settings.text_field]
+        """Its files' names, sizes and times, or what the library says of the data set."""
+        return [stamp_of(self.settings), self.settings.subset, self.split]
+
+    def open(self) -> Split:
+        """The rows, from the first to the last."""
+        return load_named(self.settings, self.setting, self.split, stream=True)
+
+
+@dataclass(frozen=True)
+class Column:
+    """A text in each row of a table: its column `data.text_field`."""
+
+    table: Table
+    field: str
+
+    @property
+    def name(self) -> str:
+        """The table's."""
+        return self.table.name
+
+    def stamp(self) -> Any:
+        """The table's, and the column."""
+        return [self.table.stamp(), self.field]
 
     def documents(self, faults: Faults) -> Iterator[Document]:
         """A row each."""
-        found: Split = load_named(self.settings, self.setting, self.split, stream=True)
-        for _, text in found.texts("data.text_field", self.settings.text_field, faults):
+        for _, text in self.table.open().texts("data.text_field", self.field, faults):
             yield (text,)
 
 
@@ -119,30 +140,75 @@ def training_text(settings: DataSettings) -> Source:
     Raises:
         DataError: there is no such file.
     """
-    if settings.dataset:
-        return Column(f"data.dataset {settings.dataset}", settings, "data.split", settings.split)
-    if settings.path:
-        return _at("data.path", settings.path, settings)
-    return Files("the standard library", tuple(_standard_library()))
+    if not settings.dataset and not settings.path:
+        return Files("the standard library", tuple(_standard_library()))
+    table = _training(settings)
+    return _files("data.path", str(settings.path)) if table is None else Column(table, settings.text_field)
 
 
 def held_out_text(settings: DataSettings) -> Source | None:
     """The held-out text, where it is a file or a split of its own."""
-    if settings.validation_path:
-        return _at("data.validation_path", settings.validation_path, settings)
+    table = _held_out(settings)
+    if table is not None:
+        return Column(table, settings.text_field)
+    return _files("data.validation_path", settings.validation_path) if settings.validation_path else None
+
+
+def training_table(settings: DataSettings) -> Table:
+    """The rows to train on.
+
+    Raises:
+        DataError: there is no such file, or it is no table.
+    """
+    table = _training(settings)
+    if table is None:
+        raise DataError(f"data.path {settings.path or '(none)'} is no table: give one ({TABLE_KINDS}), or data.dataset")
+    return table
+
+
+def held_out_table(settings: DataSettings) -> Table | None:
+    """The held-out rows, where they are a file or a split of their own.
+
+    Raises:
+        DataError: as `training_table`.
+    """
+    table = _held_out(settings)
+    if table is None and settings.validation_path:
+        raise DataError(f"data.validation_path {settings.validation_path} is no table: give one ({TABLE_KINDS})")
+    return table
+
+
+def _training(settings: DataSettings) -> Table | None:
+    """None: it is text, or there is nothing."""
+    if settings.dataset:
+        return Table(f"data.dataset {settings.dataset}", settings, "data.split", settings.split)
+    return _table("data.path", settings.path, settings) if settings.path else None
+
+
+def _held_out(settings: DataSettings) -> Table | None:
     if settings.validation_split:
-        return Column(f"data.validation_split {settings.validation_split}", settings, "data.validation_split", settings.validation_split)
-    return None
+        return Table(f"data.validation_split {settings.validation_split}", settings, "data.validation_split", settings.validation_split)
+    return _table("data.validation_path", settings.validation_path, settings) if settings.validation_path else None
 
 
-def _at(setting: str, name: str, settings: DataSettings) -> Source:
+def _table(setting: str, name: str, settings: DataSettings) -> Table | None:
+    path = _existing(setting, name)
+    if not is_table(path):
+        return None
+    there = settings.model_copy(update={"path": name, "dataset": None, "streaming": False})
+    return Table(f"{setting} {path}", there, "data.split", settings.split if setting == "data.path" and path.is_dir() else "train")
+
+
+def _files(setting: str, name: str) -> Files:
+    path = _existing(setting, name)
+    return Files(f"{setting} {path}", tuple(visible_files(path)), True) if path.is_dir() else Files(f"{setting} {path}", (path,))
+
+
+def _existing(setting: str, name: str) -> Path:
     path = locate(name, setting)
     if not path.exists():
         raise DataError(f"{setting} {path}: no such file or folder; give a text file, a .gz of one, or a folder of them")
-    if is_table(path):
-        there = settings.model_copy(update={"path": name, "dataset": None, "streaming": False})
-        return Column(f"{setting} {path}", there, "data.split", settings.split if setting == "data.path" and path.is_dir() else "train")
-    return Files(f"{setting} {path}", tuple(visible_files(path)), True) if path.is_dir() else Files(f"{setting} {path}", (path,))
+    return path
 
 
 def _standard_library() -> Iterator[Path]:

@@ -273,6 +273,8 @@ class Pretrained(_OneByOne):
 
     Attributes:
         special: ids of its own pad, cls, sep and mask; None where one is missing.
+        bos: id of the token that it puts before every text; None: it puts none there.
+        eos: id of the token that ends a text, where it has one.
     """
 
     def __init__(self, name: str) -> None:
@@ -297,6 +299,9 @@ class Pretrained(_OneByOne):
         self._fast = _Fast(backend) if hasattr(backend, "encode_batch") else None
         ids = (own.pad_token_id, own.cls_token_id, own.sep_token_id, own.mask_token_id)
         self.special = None if None in ids else ids
+        self.eos: int | None = own.eos_token_id
+        begun = own("")["input_ids"]
+        self.bos: int | None = begun[0] if begun and begun[0] == own.bos_token_id else None
 
     def encode(self, text: bytes) -> np.ndarray:
         """The whole text, without special tokens."""
@@ -311,12 +316,6 @@ class Pretrained(_OneByOne):
     def encode_all(self, texts: list[str]) -> list[np.ndarray]:
         """As `encode`, all CPUs at it where it is not written in Python."""
         return super().encode_all(texts) if self._fast is None else self._fast.encode_all(texts)
-
-    @property
-    def eos(self) -> int | None:
-        """Ends a text."""
-        found: int | None = self._tokenizer.eos_token_id
-        return found
 
     @property
     def rules(self) -> str:
