@@ -13,13 +13,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rayllp.config import DataSettings
-from rayllp.data import cache
+from rayllp.data import cache, load_data
 from rayllp.data.base import IGNORE
 from rayllp.data.cache import Entry, Writer, cache_folder
 from rayllp.data.masked import load_masked
-from rayllp.data.sampling import Order, interleave, permute
+from rayllp.data.record import DataRecord
+from rayllp.data.sampling import Order, interleave, permute, taken
 from rayllp.data.text import load_text
 from rayllp.errors import DataError
+from tests.conftest import one_pass, tiny
 
 LINES = [f"line {number} of {number % 7} things" for number in range(200)]
 
@@ -297,11 +299,38 @@ def test_an_epoch_of_a_text_predicts_each_token_once_but_those_at_its_ends(text)
 @settings(max_examples=40, deadline=None, derandomize=True, database=None)
 @given(weights=st.lists(st.floats(0.01, 100), min_size=1, max_size=5))
 def test_several_sets_are_mixed_evenly_by_their_weights(weights):
-    sets, within = interleave(np.arange(2000), tuple(weights))
+    sets = interleave(np.arange(2000), tuple(weights))
     for number, weight in enumerate(weights):
         mine = sets == number
-        assert np.array_equal(within[mine], np.arange(mine.sum()))
+        assert np.array_equal(taken(np.arange(2000), tuple(weights), number)[mine], np.arange(mine.sum()))
         assert mine.sum() == pytest.approx(2000 * weight / sum(weights), abs=len(weights) + 1)
-    part_sets, part_within = interleave(np.arange(700, 800), tuple(weights))
-    assert np.array_equal(part_sets, sets[700:800])
-    assert np.array_equal(part_within, within[700:800])
+    assert np.array_equal(interleave(np.arange(700, 800), tuple(weights)), sets[700:800])
+
+
+def test_a_mixture_takes_each_sets_samples_once_an_epoch_and_its_share_of_evaluations(tmp_path):
+    for name, count in (("a", 40), ("b", 80)):
+        (tmp_path / f"{name}.txt").write_text(name * (8 * count + 1), encoding="utf-8")
+    sets = [{"path": str(tmp_path / f"{name}.txt"), "weight": weight} for name, weight in (("a", 3), ("b", 1))]
+    config = tiny(sequence_length=8, data={"sets": sets, "validation_fraction": 0.5})
+    data = load_data(config)
+    inputs, targets = data.batch("train", 0, 40)
+    assert [bytes(row.tolist()).decode() for row in inputs].count("a" * 8) == 30
+    assert torch.equal(inputs, torch.cat([data.batch("train", step, 10)[0] for step in range(4)]))
+    starts = np.sort(data.sets[0].starts("train", 0, 40)[: 4 * 19 // 3])
+    assert len(set(starts.tolist())) == 19  # each of its windows once
+    inputs, targets = one_pass(data, "validation", 7)
+    counted = (targets != IGNORE).all(1)
+    kinds = "".join(chr(row[0]) for row in inputs[counted])
+    assert (kinds.count("a"), kinds.count("b")) == (19, 39)
+    assert kinds[:12].count("a") == 4
+    record = DataRecord.of(config, data)
+    assert record == DataRecord.of(config, load_data(config))
+    (tmp_path / "b.txt").write_text("b" * 600 + "c" * 41, encoding="utf-8")
+    changed = DataRecord.of(config, load_data(config))
+    assert (changed.splits["train"] == record.splits["train"], changed.splits["validation"] == record.splits["validation"]) == (True, False)
+    assert pickle.loads(pickle.dumps(cache.with_files(data))).facts == data.facts
+    with pytest.raises(DataError, match=r"data.sets, number 2: data.path .*none.txt: no such file"):
+        load_data(tiny(data={"sets": [sets[0], {"path": str(tmp_path / "none.txt")}]}))
+    (tmp_path / "a.conllu").write_text("".join(f"1\tw{n}\tw\tX{n % 2}" + "\t_" * 6 + "\n\n" for n in range(9)), encoding="utf-8")
+    with pytest.raises(DataError, match=r"data.sets mixes texts or answers, .* model.family=mc reads neither"):
+        load_data(tiny(model={"family": "mc"}, data={"sets": [{"path": str(tmp_path / "a.conllu")}]}))

@@ -53,6 +53,30 @@ class ModelSettings(Settings):
         return self
 
 
+class SetSettings(Settings):
+    """One of several data sets that are mixed: what it has of its own."""
+
+    model_config = ConfigDict(coerce_numbers_to_str=True)
+
+    weight: float = Field(1.0, gt=0, description="how often its samples are taken, beside the others' weights")
+    path: str | None = Field(None, description="as data.path")
+    validation_path: str | None = Field(None, description="as data.validation_path")
+    dataset: str | None = Field(None, description="as data.dataset")
+    subset: str | None = Field(None, description="as data.subset")
+    split: str = Field("train", description="as data.split")
+    validation_split: str | None = Field(None, description="as data.validation_split")
+    max_bytes: int | None = Field(None, ge=1, description="as data.max_bytes")
+    text_field: str = Field("text", description="as data.text_field")
+    messages_field: str | None = Field(None, description="as data.messages_field")
+    answer_field: str | None = Field(None, description="as data.answer_field")
+
+    @model_validator(mode="after")
+    def _one_source(self) -> "SetSettings":
+        if (self.path is None) == (self.dataset is None):
+            raise ValueError("each of data.sets needs either path or dataset")
+        return self
+
+
 class DataSettings(Settings):
     """What it is trained on. Which kind of data is read follows from model.family and model.head (docs/families.md)."""
 
@@ -66,6 +90,9 @@ class DataSettings(Settings):
     subset: str | None = Field(None, description="the data set's configuration name")
     split: str = Field("train", description="the data set's split to train on")
     validation_split: str | None = Field(None, description="its held-out split; none: a part of data.split, or by the kind of data")
+    sets: tuple[SetSettings, ...] = Field(
+        (), description="several texts, mixed: each {path or dataset, weight, and what else differs: split, text_field, answer_field, …}"
+    )
     streaming: bool = Field(False, description="read a `datasets` name as a stream, up to data.max_bytes, instead of downloading it whole")
     max_bytes: int | None = Field(None, ge=1, description="text, pairs or lines beyond this size are not read")
     text_field: str = Field("text", description="column that holds the text (a number for a file without column names)")
@@ -101,6 +128,8 @@ class DataSettings(Settings):
     def _one_source(self) -> "DataSettings":
         if self.path and self.dataset:
             raise ValueError("data.path and data.dataset are both set: choose one")
+        if self.sets and (self.path or self.dataset):
+            raise ValueError("data.sets names all sets: leave data.path and data.dataset out")
         if self.messages_field and self.answer_field:
             raise ValueError("data.messages_field and data.answer_field are both set: choose one")
         if self.validation_path and self.validation_split:

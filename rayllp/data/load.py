@@ -26,6 +26,10 @@ def load_data(config: TrainConfig, tokenizer: Tokenizer | None = None) -> Any:
         DataError: missing, broken or too short; says file and line where one is at fault.
     """
     data, length, seed = config.data, config.sequence_length, config.seed
+    if data.sets:
+        from rayllp.data.mixture import load_mixture
+
+        return load_mixture(config, load_data, tokenizer)
     if config.model.head == "sentences":
         from rayllp.data.sentences import load_sentences
 

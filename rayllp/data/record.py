@@ -120,6 +120,9 @@ def _settings(config: TrainConfig) -> dict[str, Any]:
 
 def _splits(data: Any) -> dict[str, list[Any]]:
     """What a data set has by split, with the fields' names."""
+    if (sets := getattr(data, "sets", None)) is not None:
+        parts = [_splits(each) for each in sets]
+        return {split: [part.get(split) for part in parts] for split in parts[0]}
     found: dict[str, list[Any]] = {split: [["", known]] for split, known in getattr(data, "checksums", {}).items()}
     for known in fields(data):
         value = getattr(data, known.name)

@@ -21,21 +21,23 @@ class Order:
     Attributes:
         seed: keys the order.
         sampling: epochs: every sample once before any comes again, each epoch in an order of its own; replacement: each one drawn from all.
-        name: of the set, where there are several: each has an order of its own.
+        number, weights: of the set among several that are mixed, and of all of them; each has an order of its own.
     """
 
     seed: int
     sampling: Sampling = "epochs"
-    name: str = ""
+    number: int = 0
+    weights: tuple[float, ...] = ()
 
     def places(self, step: int, size: int) -> np.ndarray:
-        """The numbers of a step's samples among all that training takes, which need not be those of a single set."""
-        return np.arange(step * size, (step + 1) * size)
+        """Of each of a step's samples, how many of this set have been taken before it."""
+        numbers = np.arange(step * size, (step + 1) * size)
+        return taken(numbers, self.weights, self.number) if self.weights else numbers
 
     def take(self, step: int, count: int, size: int) -> np.ndarray:
         """Which of `count` samples a step's `size` are."""
         if self.sampling == "replacement":
-            return draw(self.seed, f"train{self.name}", step, count, size)
+            return draw(self.seed, f"train{self.number or ''}", step, count, size)
         return self.at(self.places(step, size), count)[0]
 
     def at(self, places: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
@@ -44,7 +46,7 @@ class Order:
         found = np.empty_like(places)
         for epoch in np.unique(epochs):
             mine = epochs == epoch
-            found[mine] = permute(places[mine] - epoch * count, count, key(self.seed, "epoch", self.name, int(epoch)))
+            found[mine] = permute(places[mine] - epoch * count, count, key(self.seed, "epoch", self.number, int(epoch)))
         return found, epochs
 
 
@@ -95,21 +97,16 @@ def _mixed(values: np.ndarray) -> np.ndarray:
         return twice ^ (twice >> np.uint64(31))
 
 
-def interleave(places: np.ndarray, weights: tuple[float, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """Of an endless row of samples from several sets, evenly mixed by their weights: which set each place takes, and its how-manieth.
+def interleave(places: np.ndarray, weights: tuple[float, ...]) -> np.ndarray:
+    """Of an endless row of samples from several sets, evenly mixed by their weights: from which set each place has its sample."""
+    counts = [taken(np.asarray(places) + 1, weights, number) - taken(places, weights, number) for number in range(len(weights))]
+    return np.argmax(counts, axis=0)
 
-    Returns:
-        Numbers of the sets; and how many samples of the same set come before.
-    """
-    sets, within = np.zeros(len(places), np.int64), np.asarray(places, np.int64).copy()
-    left, rest = np.ones(len(places), bool), float(sum(weights))
-    for number, weight in enumerate(weights[:-1]):
-        share = round(LEAST_SHARE * weight / rest)
-        before, behind = within * share // LEAST_SHARE, (within + 1) * share // LEAST_SHARE
-        mine = left & (behind > before)
-        sets[mine] = number
-        within = np.where(mine, before, np.where(left, within - before, within))
-        left &= ~mine
+
+def taken(places: np.ndarray, weights: tuple[float, ...], number: int) -> np.ndarray:
+    """How many samples of one set come before these places of the row that `interleave` makes."""
+    left, rest = np.asarray(places, np.int64), float(sum(weights))
+    for weight in weights[:number]:  # what the sets before it leave
+        left = left - left * round(LEAST_SHARE * weight / rest) // LEAST_SHARE
         rest -= weight
-    sets[left] = len(weights) - 1
-    return sets, within
+    return left if number == len(weights) - 1 else left * round(LEAST_SHARE * weights[number] / rest) // LEAST_SHARE

@@ -83,6 +83,11 @@ class StreamBatches:
         return self.length
 
     @property
+    def is_stream(self) -> bool:
+        """Its held-out part may be too long to be passed through."""
+        return True
+
+    @property
     def entries(self) -> tuple[Entry, ...]:
         """Files that a host needs."""
         return (self.tokens["train"].entry,)
@@ -107,7 +112,8 @@ class StreamBatches:
             return self.order.take(step, room, size)
         count = max(1, room // self.stride)
         places, epochs = self.order.at(self.order.places(step, size), count)
-        offsets = {epoch: key(self.order.seed, "offset", int(epoch)) % (room - (count - 1) * self.stride) for epoch in np.unique(epochs)}
+        rest, order = room - (count - 1) * self.stride, self.order
+        offsets = {epoch: key(order.seed, "offset", order.number, int(epoch)) % rest for epoch in np.unique(epochs)}
         return places * self.stride + np.array([offsets[epoch] for epoch in epochs])
 
     def windows(self, split: str, step: int, size: int) -> tuple[np.ndarray, np.ndarray]:

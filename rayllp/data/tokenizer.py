@@ -19,6 +19,8 @@ ENDS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[EOS]", "[SEP]")
 LINES_AT_ONCE = 10_000
 LONG = 2**19
 """Characters of a text beyond which it is encoded piece by piece."""
+CODES = 0x110000
+"""Characters that Unicode has."""
 TRAINED_ON = 2**29
 """Characters that bpe:SIZE is trained on at most: more change little, and take minutes."""
 SMALLEST_BPE = 257
@@ -92,12 +94,16 @@ class Characters(_OneByOne):
     """One token a distinct character of the text at hand."""
 
     def __init__(self, pieces: Iterable[str]) -> None:
-        found = set[str]()
+        seen = np.zeros(CODES, bool)
         for piece in pieces:
-            found.update(piece)
-        self.alphabet = sorted(found)
+            seen[_codes(piece)] = True
+        self.alphabet = [chr(code) for code in np.flatnonzero(seen)]
         self.vocabulary = len(self.alphabet)
-        self._codes = np.array([ord(character) for character in self.alphabet], np.uint32)
+        self._ids = np.full(CODES, self.vocabulary, np.uint32)
+        self._ids[seen] = np.arange(self.vocabulary)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Characters, (["".join(self.alphabet)],)
 
     def encode(self, text: bytes) -> np.ndarray:
         """Places of the characters in the alphabet.
@@ -112,12 +118,10 @@ class Characters(_OneByOne):
         return map(self._encode, pieces)
 
     def _encode(self, text: str) -> np.ndarray:
-        codes = np.frombuffer(text.encode("utf-32-le"), np.uint32)
-        places = np.minimum(np.searchsorted(self._codes, codes), len(self._codes) - 1)
-        unknown = self._codes[places] != codes
-        if unknown.any():
-            raise KeyError(chr(codes[unknown.argmax()]))
-        return places.astype(np.uint32)
+        ids = self._ids[_codes(text)]
+        if len(ids) and ids.max() == self.vocabulary:
+            raise KeyError(text[int(ids.argmax())])
+        return ids
 
     def decode(self, tokens: list[int]) -> str:
         """The characters at these places."""
@@ -419,6 +423,11 @@ def decode_text(text: bytes) -> str:
 def _joined(parts: Iterable[np.ndarray]) -> np.ndarray:
     found = [part for part in parts if len(part)]
     return np.concatenate(found) if found else np.zeros(0, np.uint32)
+
+
+def _codes(text: str) -> np.ndarray:
+    """The characters' numbers."""
+    return np.frombuffer(text.encode("utf-32-le"), np.uint32)
 
 
 def _lines(pieces: Iterable[str]) -> Iterator[str]:

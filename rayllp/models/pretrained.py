@@ -260,9 +260,7 @@ def packed_mask(config: PreTrainedConfig, inputs: Inputs, dtype: torch.dtype) ->
     if isinstance(inputs, Tensor):
         return None
     ids, positions = inputs
-    return create_causal_mask(
-        config=config, inputs_embeds=positions_like(ids, dtype), attention_mask=None, past_key_values=None, position_ids=positions
-    )
+    return create_causal_mask(config, positions_like(ids, dtype), None, None, position_ids=positions)
 
 
 def _parameters_that_are_one(model: nn.Module) -> list[list[str]]:
