@@ -236,8 +236,7 @@ def test_columns_that_are_not_there(tmp_path, settings, message):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({}, "there is no data.path: sentence classification needs data.path, a tab-separated file"),
-        ({"dataset": "glue"}, "data.dataset=glue is not read for sentences: .*needs data.path"),
+        ({}, "there is no data.path: sentence classification needs one, a tab-separated file"),
         ({"path": "none.tsv"}, "data.path none.tsv: no such file; give a text file or a .gz of one"),
     ],
 )

@@ -11,7 +11,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -25,7 +25,7 @@ from rayllp.errors import DataError
 FORMAT = 1
 ENTRY = "entry.json"
 HASHED = 2**24
-"""Bytes of a file up to which its content is looked at, and not its size and time alone: small ones are rewritten within a moment."""
+"""Bytes of all files up to which their content is looked at, and not size and time alone: small ones are rewritten within a moment."""
 CARRIED = 2**26
 """Bytes of an entry up to which it can be sent to hosts that have nothing to make it of."""
 TOLD_EVERY_S = 10.0
@@ -44,12 +44,12 @@ def fingerprint(*parts: Any) -> str:
     return hashlib.sha256(json.dumps([FORMAT, *parts], sort_keys=True, default=str).encode()).hexdigest()[:32]
 
 
-def stamp(path: Path) -> list[Any]:
-    """By what a file is known again without reading it whole, unless it is small."""
-    found = path.stat()
-    known = [str(path.resolve()), found.st_size, found.st_mtime_ns]
-    if found.st_size <= HASHED:
-        known.append(hashlib.sha256(path.read_bytes()).hexdigest())
+def stamp(paths: Sequence[Path]) -> list[Any]:
+    """By what files are known again without being read, unless all of them are small."""
+    found = [path.stat() for path in paths]
+    known: list[Any] = [[str(path.resolve()), each.st_size, each.st_mtime_ns] for path, each in zip(paths, found, strict=True)]
+    if sum(each.st_size for each in found) <= HASHED:
+        known += [hashlib.sha256(path.read_bytes()).hexdigest() for path in paths]
     return known
 
 

@@ -43,7 +43,8 @@ class Split:
 
     def labels(self, column: str) -> tuple[str, ...]:
         """Names of the labels in a column; empty where the data set does not name them."""
-        return tuple(getattr((self.loaded.features or {}).get(column), "names", None) or ())
+        feature = (self.loaded.features or {}).get(column)
+        return tuple(getattr(getattr(feature, "feature", feature), "names", None) or ())  # of a list: its elements'
 
     def require(self, setting: str, column: str) -> None:
         """Refuse a column that is not there.
@@ -137,6 +138,11 @@ def named(settings: DataSettings) -> str:
     return f"data.dataset {settings.dataset}" if settings.dataset else f"data.path {settings.path}"
 
 
+def name_of(label: Any, names: tuple[str, ...]) -> str:
+    """A label's name, where the data set has names; -1 is how it says that there is no label."""
+    return names[label] if names and isinstance(label, int) and 0 <= label < len(names) else str(label)
+
+
 def up_to(limit: int | None, items: Iterable[Item], size: Callable[[Item], int]) -> Iterator[Item]:
     """Items from the first on, as long as all of them together are no larger than `limit`."""
     total = 0
@@ -178,7 +184,7 @@ def stamp_of(settings: DataSettings) -> Any:
     """By what a data set is known again: its files, else what the library says of it."""
     setting, name, place = _place(settings)
     if place.exists():
-        return [stamp(path) for path in (visible_files(place) if place.is_dir() else [place])]
+        return stamp(visible_files(place) if place.is_dir() else [place])
     with _in_words(setting, name, place):
         return _make_builder(settings).hash
 

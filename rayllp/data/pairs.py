@@ -12,8 +12,9 @@ from torch import Tensor
 from rayllp.config import DataSettings
 from rayllp.data.base import IGNORE, Facts, passes
 from rayllp.data.files import Faults, Rows, hold_out, locate, read_lines
-from rayllp.data.hub import Split, load_split, load_train, up_to
+from rayllp.data.hub import Split, load_split, up_to
 from rayllp.data.sampling import Order, select
+from rayllp.data.sources import reads_tables, tables
 from rayllp.data.special import SpecialTokens
 from rayllp.data.tokenizer import Tokenizer, make_tokenizer
 from rayllp.errors import DataError
@@ -134,14 +135,15 @@ def load_pairs(settings: DataSettings, sequence_length: int, seed: int, tokenize
         DataError: missing or broken files, two languages with different numbers of lines, no pair left; a character outside the
             tokenizer's alphabet, unless skipped.
     """
-    if settings.validation_path:
+    from_table = reads_tables(settings)
+    if settings.validation_path and not from_table:
         raise DataError(
             f"data.validation_path {settings.validation_path} is not read for translation: leave it out; held out are "
             f"{VALIDATION_NAMES[0]}.{settings.source} and {VALIDATION_NAMES[0]}.{settings.target} in data.path, or the data set's own split"
         )
     faults = Faults(settings.on_error == "skip")
     skipped = faults.counts
-    read = _read_dataset(settings, faults) if settings.dataset else _read_folder(settings)
+    read = _read_dataset(settings, faults) if from_table else _read_folder(settings)
     pairs = {split: _leave_out_empty(found, faults) for split, found in read.items()}
     lines = [pair.source for pair in pairs["train"]] + [pair.target for pair in pairs["train"]]
     tokenizer = tokenizer or make_tokenizer(settings.tokenizer, "\n".join(lines).encode())
@@ -207,7 +209,7 @@ def _read_folder(settings: DataSettings) -> dict[str, list[_Pair]]:
     source, target = settings.source, settings.target
     files = f"train.{source}, train.{target}, val.{source} and val.{target} (plain or .gz)"
     if settings.path is None:
-        raise DataError(f"translation needs data.path, a folder with {files}, or data.dataset with a column translation")
+        raise DataError(f"translation needs data.path, a folder with {files} or a table, or data.dataset with a column translation")
     folder = locate(settings.path, "data.path")
     if not folder.is_dir():
         raise DataError(f"data.path {folder} is no folder: give one with {files}")
@@ -251,13 +253,14 @@ def _limit(pairs: Iterable[_Pair], settings: DataSettings, where: str) -> list[_
 
 
 def _read_dataset(settings: DataSettings, faults: Faults) -> dict[str, list[_Pair]]:
-    """The pairs of each split of a `datasets` name."""
-    train = _read_split(load_train(settings), settings, faults)
-    validation, test = load_split(settings, "validation", "dev"), load_split(settings, "test")
-    if validation:
-        pairs = {"train": train, "validation": _read_split(validation, settings, faults)}
+    """The pairs of each split of a data set or table."""
+    train, held_out = tables(settings)
+    pairs = {"train": _read_split(train.open(), settings, faults)}
+    if held_out is None:
+        pairs = dict(zip(("train", "validation"), hold_out(pairs["train"], settings.validation_fraction), strict=True))
     else:
-        pairs = dict(zip(("train", "validation"), hold_out(train, settings.validation_fraction), strict=True))
+        pairs["validation"] = _read_split(held_out.open(), settings, faults)
+    test = load_split(train.settings, "test", stream=True) if held_out is None or held_out.split != "test" else None
     return pairs | ({"test": _read_split(test, settings, faults)} if test else {})
 
 

@@ -5,14 +5,14 @@ import gzip
 import sysconfig
 import zlib
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 from rayllp.config import DataSettings
 from rayllp.data.cache import stamp
 from rayllp.data.files import Faults, locate, not_utf8
-from rayllp.data.hub import Split, is_table, load_named, stamp_of, visible_files
+from rayllp.data.hub import Split, is_table, load_named, load_splits, stamp_of, visible_files
 from rayllp.errors import DataError
 
 DEFAULT_TEXT_BYTES = 4_000_000
@@ -20,6 +20,8 @@ BLOCK = 2**20
 """Bytes that are read at a time."""
 
 TABLE_KINDS = "json, jsonl, csv, tsv, parquet, arrow, or a folder written by save_to_disk"
+HELD_OUT_SPLITS = ("validation", "valid", "dev", "test")
+"""Splits that a data set may hold out itself, the likelier one first."""
 Document = Iterable[str]
 """A text in pieces of any length."""
 
@@ -61,7 +63,7 @@ class Files:
 
     def stamp(self) -> Any:
         """Their names, sizes and times."""
-        return [stamp(path) for path in self.paths]
+        return stamp(self.paths)
 
     def documents(self, faults: Faults) -> Iterator[Document]:
         """A file each."""
@@ -176,6 +178,28 @@ def held_out_table(settings: DataSettings) -> Table | None:
     if table is None and settings.validation_path:
         raise DataError(f"data.validation_path {settings.validation_path} is no table: give one ({TABLE_KINDS})")
     return table
+
+
+def tables(settings: DataSettings) -> tuple[Table, Table | None]:
+    """The rows to train on, and the held-out ones: those that the settings name, else a split that the set itself holds out.
+
+    Raises:
+        DataError: as `training_table`.
+    """
+    train, held_out = training_table(settings), held_out_table(settings)
+    if held_out is None:
+        found = load_splits(train.settings, stream=True)
+        own = next((name for name in HELD_OUT_SPLITS if name in found and name != train.split), None)
+        held_out = replace(train, setting="data.validation_split", split=own) if own else None
+    return train, held_out
+
+
+def reads_tables(settings: DataSettings) -> bool:
+    """Whether labelled rows are read by the datasets library: from a data set, or a table that has names for its columns."""
+    if settings.dataset:
+        return True
+    path = None if settings.path is None else locate(settings.path, "data.path")
+    return path is not None and path.exists() and ".tsv" not in path.name and is_table(path)
 
 
 def _training(settings: DataSettings) -> Table | None:
