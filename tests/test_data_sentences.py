@@ -13,7 +13,8 @@ from rayllp.config import DataSettings
 from rayllp.data.base import IGNORE
 from rayllp.data.sentences import load_sentences
 from rayllp.data.special import SpecialTokens
-from rayllp.data.tokenizer import Bytes, make_tokenizer
+from rayllp.data.tokenizer import make_tokenizer
+from rayllp.data.tokenizer_kinds import Bytes
 from rayllp.errors import DataError
 from tests.conftest import one_pass
 

@@ -15,7 +15,8 @@ from rayllp.data import encoding
 from rayllp.data.masked import load_masked
 from rayllp.data.pairs import load_pairs
 from rayllp.data.text import load_text, read_text
-from rayllp.data.tokenizer import Characters, TrainedBPE, make_tokenizer, restore_tokenizer
+from rayllp.data.tokenizer import make_tokenizer, restore_tokenizer
+from rayllp.data.tokenizer_kinds import Characters, TrainedBPE
 from rayllp.errors import DataError
 
 TEXT = "".join(f"Line {number}, of  {number % 7}\tthings.\n" + "    indented\n\n" * (number % 5 == 0) for number in range(300))

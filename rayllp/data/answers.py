@@ -16,7 +16,8 @@ from rayllp.data.cache import Entry, Writer, fingerprint
 from rayllp.data.files import Faults, locate
 from rayllp.data.sampling import Order, select
 from rayllp.data.sources import Table, held_out_table, training_table
-from rayllp.data.tokenizer import Pretrained, Tokenizer, is_made, load_tokenizer
+from rayllp.data.tokenizer import Tokenizer, is_made, load_tokenizer
+from rayllp.data.tokenizer_kinds import Pretrained
 from rayllp.errors import DataError
 
 ASSISTANT = "assistant"
