@@ -130,3 +130,15 @@ def test_generation_from_the_last_position_alone(kind):
     whole = engine.exact_forward(inputs, MessageTag(0, "evaluation"))
     last = engine.exact_forward(inputs, MessageTag(1, "generation"), last_only=True)
     torch.testing.assert_close(last, whole[:, -1:], rtol=1e-12, atol=1e-12)
+
+
+def test_packed_texts_are_blind_to_each_other():
+    config = config_of("causal", "qwen3", 1, "serial")
+    config = config.model_copy(update={"data": config.data.model_copy(update={"documents": "packed"})})
+    engine = engine_of(config, LocalChannel.alone())
+    first, second = torch.arange(10)[None, :4], torch.arange(20, 30)[None, :6]
+    row = torch.cat([first, second], 1)
+    positions = torch.cat([torch.arange(4), torch.arange(6)])[None]
+    together = engine.exact_forward((row, positions), MessageTag(0, "evaluation"))
+    apart = [engine.exact_forward((ids, torch.arange(ids.shape[1])[None]), MessageTag(0, "evaluation")) for ids in (first, second)]
+    torch.testing.assert_close(together, torch.cat(apart, 1), rtol=1e-6, atol=1e-6)

@@ -13,7 +13,8 @@ from rayllp.config import DataSettings
 from rayllp.data.base import IGNORE
 from rayllp.data.sentences import load_sentences
 from rayllp.data.special import SpecialTokens
-from rayllp.data.tokenizer import Bytes, make_tokenizer
+from rayllp.data.tokenizer import make_tokenizer
+from rayllp.data.tokenizer_kinds import Bytes
 from rayllp.errors import DataError
 from tests.conftest import one_pass
 
@@ -236,8 +237,7 @@ def test_columns_that_are_not_there(tmp_path, settings, message):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({}, "there is no data.path: sentence classification needs data.path, a tab-separated file"),
-        ({"dataset": "glue"}, "data.dataset=glue is not read for sentences: .*needs data.path"),
+        ({}, "there is no data.path: sentence classification needs one, a tab-separated file"),
         ({"path": "none.tsv"}, "data.path none.tsv: no such file; give a text file or a .gz of one"),
     ],
 )

@@ -172,8 +172,7 @@ def test_a_label_of_the_part_held_out_alone_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({}, "there is no data.path: word classification needs data.path, a treebank in CoNLL-U .*universaldependencies.org"),
-        ({"dataset": "universal_dependencies"}, "data.dataset=universal_dependencies is not read for words: .*needs data.path"),
+        ({}, "there is no data.path: word classification needs one, a treebank in CoNLL-U .*universaldependencies.org"),
         ({"path": "none.conllu"}, "data.path none.conllu: no such file; give a text file or a .gz of one"),
         ({"path": "~nobody-of-this-name/x"}, "data.path ~nobody-of-this-name/x: Could not determine home directory"),
         ({"path": "x" * 300}, "data.path x{300}: File name too long; give the path of a file"),

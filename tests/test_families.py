@@ -193,7 +193,7 @@ def test_metrics_are_those_of_the_family():
     for family, name in names.items():
         evaluated = make(config_of(family), LocalChannel.alone()).evaluate(2)
         assert set(evaluated) == {"loss", name}
-    assert set(make(config_of("bert", "sentences"), LocalChannel.alone()).evaluate(2)) == {"loss", "accuracy", "matthews"}
+    assert set(make(config_of("bert", "sentences"), LocalChannel.alone()).evaluate(2)) == {"loss", "accuracy", "f1", "matthews"}
 
 
 def test_post_ln_families_are_refused_with_their_relative():

@@ -211,8 +211,8 @@ def test_beam_search_over_workers_is_that_of_transformers():
 # Metrics ----------------------------------------------------------------------------------------------------------------------------
 
 
-def test_matthews_is_sklearns():
-    from sklearn.metrics import matthews_corrcoef
+def test_figures_of_a_matrix_are_those_of_all_samples():
+    from sklearn.metrics import f1_score, matthews_corrcoef
 
     g = torch.Generator().manual_seed(0)
     for classes in (2, 4):
@@ -221,7 +221,12 @@ def test_matthews_is_sklearns():
         metric = Confusion(classes)
         tally = metric.tally(outputs[:80], targets[:80]) + metric.tally(outputs[80:], targets[80:])
         found = metric.read(tally, 0.0)
+        assert set(metric.read(0 * tally, 0.0).values()) == {0.0}
+        alone = metric.read(metric.tally(torch.eye(classes)[[0, 0]], torch.zeros(2, dtype=torch.long)), 0.0)
+        assert (alone["accuracy"], alone["matthews"]) == (1, 0)
         assert found["matthews"] == pytest.approx(matthews_corrcoef(targets, outputs.argmax(-1)))
+        average = "binary" if classes == 2 else "macro"
+        assert found["f1"] == pytest.approx(f1_score(targets, outputs.argmax(-1), average=average))
         assert found["accuracy"] == pytest.approx((outputs.argmax(-1) == targets).double().mean().item())
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from rayllp.cluster.group import WorkerGroup
 from rayllp.cluster.saving import Saver
 from rayllp.config import EvalSettings
-from rayllp.data import Batches, StreamBatches, TextBatches
+from rayllp.data import Batches, TextBatches
 from rayllp.report import Journal, RunDirectory
 
 PART_S = 1.0
@@ -52,7 +52,7 @@ class Evaluator:
     def finish(self, step: int, journal: Journal) -> tuple[dict[str, float], str]:
         """The last evaluation, over more batches where the settings say so; and a sample of the text. Empty if the run is stopped."""
         settings, sample = self.settings, ""
-        finite = hasattr(self.batches or self.data, "batches") and not isinstance(self.data, StreamBatches)  # a text may be long
+        finite = hasattr(self.batches or self.data, "batches") and not getattr(self.data, "is_stream", False)  # a text may be long
         batches = settings.final_batches or (0 if finite else settings.batches)
         found = self._measure(step, journal, batches, settings.final_translate)
         if found and isinstance(self.data, TextBatches) and settings.sample:

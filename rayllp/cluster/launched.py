@@ -32,6 +32,7 @@ from rayllp.cluster.prepare import open_run, prepare
 from rayllp.cluster.worker import BlockWorker
 from rayllp.config import TrainConfig, make_config
 from rayllp.data import Batches
+from rayllp.data.cache import with_files
 from rayllp.errors import ClusterError, RayllpError, RendezvousError, SettingsError
 from rayllp.models import Architecture
 
@@ -263,6 +264,7 @@ class LaunchedGroup(WorkerGroup):
         _unpack({rank: self._others.answer(rank) for rank in others})
         if self._here.local_size < self._here.comm.Get_size():
             self._find_addresses()
+            self._batches = with_files(batches)
         host = self._mine.place().address
         port = self._mine.listen(host)
         self.call("connect", host, port, "nccl" if self.device == "cuda" else "gloo", self.device, 1)

@@ -27,6 +27,7 @@ from rayllp.cluster.places import Slot, capacity, draining
 from rayllp.cluster.staff import START_TIMEOUT_S, Staff
 from rayllp.config import TrainConfig
 from rayllp.data import Batches
+from rayllp.data.cache import with_files
 from rayllp.errors import ClusterError, MessageTimeoutError, RayllpError, RendezvousError, WorkerLostError
 from rayllp.models import Architecture
 
@@ -62,7 +63,8 @@ class RayGroup(ElasticGroup):
         self._copies = Copies(blocks=config.layer_workers)
         self._layouts: dict[int, Layout] = {}
         self._estate: Estate | None = None
-        self._shared: Any = None
+        self._batches: Any = None
+        self._shared: dict[bool, Any] = {}
         self._sources: tuple[Architecture | None, dict[str, Any] | None] = (None, None)
         self._manager: ProcessManager | None = None
 
@@ -84,9 +86,17 @@ class RayGroup(ElasticGroup):
         self.staff.wait_for_room()
         self._slots = self.staff.slots[: self.config.world]
         self.workers = [self.staff.hire(slot, rank, self.config) for rank, slot in enumerate(self._slots)]
-        self._shared, self._sources = ray.put(batches), (architecture, kept)
+        self._batches, self._shared, self._sources = batches, {}, (architecture, kept)
         self._connect()
         return self._build(range(self.config.world))
+
+    @property
+    def _sent(self) -> Any:
+        """The batches in Ray's object store, once for all workers; small files go along where one is on another host than this."""
+        far = {*self._nodes} != {ray.get_runtime_context().get_node_id()}
+        if far not in self._shared:
+            self._shared[far] = ray.put(with_files(self._batches) if far else self._batches)
+        return self._shared[far]
 
     def _connect(self, *, keep_copies: bool = False) -> None:
         """Join all workers anew. With `keep_copies` the copies that they hold stay those of the same workers' states."""
@@ -144,7 +154,7 @@ class RayGroup(ElasticGroup):
 
     def _build(self, ranks: Iterable[int]) -> list[dict[str, Any]]:
         # No limit: reading pretrained weights takes as long as it takes, and a worker that dies is noticed.
-        found = self.call_some(ranks, "build", self._sources[0], self._shared, self.device, Plan.of(*self._sources))
+        found = self.call_some(ranks, "build", self._sources[0], self._sent, self.device, Plan.of(*self._sources))
         self._layouts |= {share["rank"]: share["layout"] for share in found}
         return found
 
@@ -245,7 +255,7 @@ class RayGroup(ElasticGroup):
     def keep_spares(self) -> None:
         """None over MPI, where all processes are new after a loss."""
         if self.config.spare_workers and self.config.max_failures and self.keeps_processes:
-            self.staff.keep_spares(self._nodes, self.config, self._sources[0], self._shared, Plan.of(*self._sources))
+            self.staff.keep_spares(self._nodes, self.config, self._sources[0], self._sent, Plan.of(*self._sources))
 
     def survivors(self, lost: Collection[int]) -> list[int]:
         """Ranks of all other workers."""

@@ -28,9 +28,10 @@ from rayllp.cluster.places import Place
 from rayllp.config import TrainConfig
 from rayllp.control import Accuracy, ProbePlan
 from rayllp.data import Batches
+from rayllp.data.cache import settle
 from rayllp.engine import Engine, StepStats
 from rayllp.engine.memory import keep_freed_memory, peak_memory
-from rayllp.errors import ChannelError, RayllpError
+from rayllp.errors import ChannelError, DataError, RayllpError
 from rayllp.models import Architecture, build_architecture
 from rayllp.timeline import TimedStep, Timeline
 
@@ -86,6 +87,7 @@ class BlockWorker:
     def warm(self, architecture: Architecture | None, batches: Batches, plan: Plan) -> str:
         """Load what `build` will need, without building: a spare's share of the work, done beforehand. The node that this worker is on."""
         plan.apply()
+        self._settle(batches)
         if architecture is None:
             build_architecture(self.config, batches.facts, plan.kept)  # type: ignore[attr-defined]
         return self.place().node
@@ -159,6 +161,7 @@ class BlockWorker:
         """
         config = self.config
         plan.apply()
+        self._settle(batches)
         where = torch.device("cuda", 0) if device == "cuda" else torch.device("cpu")
         if architecture is None:
             facts = batches.facts  # type: ignore[attr-defined]  # a data set of ours, where the model is named by settings
@@ -172,6 +175,16 @@ class BlockWorker:
             "rank": self.rank, "layers": sorted(self.engine.block.layers), "parameters": parameters, "pid": os.getpid(),
             "layout": self._memory.state.layout, "sources": {*names, *(tied[name] for name in names if name in tied)},
         }  # fmt: skip
+
+    def _settle(self, batches: Batches) -> None:
+        """See that this host has the data's tokens: made here if there are none, before anybody waits for a step."""
+        try:
+            settle(batches)
+        except DataError as error:
+            raise DataError(
+                f"on {socket.gethostname()}: {error}. A host needs the data's files under the same path as the driver, where they are more "
+                "than can be sent to it (64 MiB of tokens)"
+            ) from None
 
     def _channels(self) -> tuple[Channel, Channel]:
         """To the other blocks, and to the other replicas."""

@@ -1,4 +1,4 @@
-"""What loaders of finite sets share: lines of a file, faults in them, which samples a batch takes, sequences of many lengths."""
+"""What loaders share: lines of a file, faults in them, sequences of many lengths."""
 
 import gzip
 import zlib
@@ -11,7 +11,6 @@ import numpy as np
 
 from rayllp.config import DataSettings
 from rayllp.errors import DataError
-from rayllp.keys import key
 
 Sample = TypeVar("Sample")
 
@@ -60,31 +59,24 @@ def read_lines(path: Path, what: str, max_bytes: int | None = None) -> list[str]
     return lines if lines[-1] else lines[:-1]
 
 
+def read_file(what: str, path: Path) -> bytes:
+    """The content of a file, or of a .gz of one.
+
+    Raises:
+        DataError: names the file, as `what`.
+    """
+    try:
+        return gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{what} {path} cannot be read: {error}; give a file, or a whole .gz of one") from None
+
+
 def _read_bytes(path: Path, what: str) -> bytes:
     if not path.exists():
         raise DataError(f"{what} {path}: no such file; give a text file or a .gz of one")
     if not path.is_file():
         raise DataError(f"{what} {path} is a folder: give one text file in it, or a .gz of one")
-    try:
-        return gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{what} {path} cannot be read: {error}; give a text file or a whole .gz of one") from None
-
-
-def draw(seed: int, split: str, step: int, count: int, size: int) -> np.ndarray:
-    """Which `size` of `count` training samples a step takes, with replacement: a pure function of its arguments."""
-    return np.random.Generator(np.random.Philox(key=key(seed, split, step))).integers(0, count, size=size)
-
-
-def in_order(step: int, count: int, size: int) -> np.ndarray:
-    """Which samples batch `step` of a pass through `count` takes; -1 in places beyond the end."""
-    indices = np.arange(step * size, (step + 1) * size)
-    return np.where(indices < count, indices, -1)
-
-
-def select(seed: int, split: str, step: int, count: int, size: int) -> np.ndarray:
-    """Which samples a batch takes: drawn in training, in order in validation."""
-    return draw(seed, split, step, count, size) if split == "train" else in_order(step, count, size)
+    return read_file(what, path)
 
 
 def train_and_held_out(settings: DataSettings, read: Callable[[str, str, int | None], list[Sample]]) -> tuple[list[Sample], list[Sample]]:
@@ -151,7 +143,12 @@ class Faults:
         """
         if not self.skip:
             raise DataError(f"{message}; mend it, or leave it out by data.on_error=skip")
-        self.counts[kind] = self.counts.get(kind, 0) + 1
+        self.count(kind)
+
+    def count(self, kind: str, number: int = 1) -> None:
+        """So many that are left out without being faults."""
+        if number:
+            self.counts[kind] = self.counts.get(kind, 0) + number
 
 
 @dataclass(frozen=True)

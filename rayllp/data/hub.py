@@ -1,14 +1,24 @@
-"""Rows of a `datasets` name or folder: what text, images and pairs read alike."""
+"""Rows of what the datasets library reads: its names, folders, and files of tables."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 from rayllp.config import DataSettings
-from rayllp.data.files import locate
+from rayllp.data.cache import stamp
+from rayllp.data.files import Faults, locate
 from rayllp.errors import DataError
 
 Item = TypeVar("Item")
+TABLES = {
+    "json": (".json", ".jsonl", ".ndjson"), "csv": (".csv", ".tsv"), "parquet": (".parquet",), "arrow": (".arrow",),
+}  # fmt: skip
+"""Builders of the library that read tables, and their files' endings; any of them may be compressed."""
+COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".lz4")
+SAVED = ("dataset_info.json", "dataset_dict.json")
+"""Files of a folder that was written by save_to_disk."""
 
 
 @dataclass(frozen=True)
@@ -29,11 +39,12 @@ class Split:
         if self.loaded.features is not None:
             return list(self.loaded.features)
         # Some streams tell their columns by their rows alone.
-        return list(next(iter(self.loaded), {}))
+        return list(next(self._guarded(iter(self.loaded)), {}))
 
     def labels(self, column: str) -> tuple[str, ...]:
         """Names of the labels in a column; empty where the data set does not name them."""
-        return tuple(getattr((self.loaded.features or {}).get(column), "names", None) or ())
+        feature = (self.loaded.features or {}).get(column)
+        return tuple(getattr(getattr(feature, "feature", feature), "names", None) or ())  # of a list: its elements'
 
     def require(self, setting: str, column: str) -> None:
         """Refuse a column that is not there.
@@ -50,40 +61,86 @@ class Split:
         Raises:
             DataError: a row cannot be read.
         """
-        rows = iter(self.loaded.select_columns(list(columns)))
+        for row in self._guarded(iter(self.loaded.select_columns(list(columns)))):
+            yield tuple(row[column] for column in columns)
+
+    def texts(self, setting: str, column: str, faults: Faults) -> Iterator[tuple[int, str]]:
+        """The texts in a column, with the numbers of their rows.
+
+        Raises:
+            DataError: there is no such column, or something else in it; nothing in a row, unless faults are skipped.
+        """
+        self.require(setting, column)
+        for number, (text,) in enumerate(self.rows(column)):
+            if isinstance(text, str):
+                yield number, text
+                continue
+            kind = "nothing" if text is None else type(text).__name__
+            where = f"{self.source} row {number}: column {column!r} holds {kind}, not text"
+            if text is not None:
+                raise DataError(f"{where}: set {setting} to a column of strings")
+            faults.report("rows", where)
+
+    def _guarded(self, rows: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         while True:
             try:
                 row = next(rows, None)
             except Exception as error:  # the library raises whatever its files, decoders and connections do
-                raise DataError(f"{self.source} cannot be read: {type(error).__name__}: {error}") from None
+                cause = error.__cause__ or error
+                raise DataError(f"{self.source} cannot be read: {type(error).__name__}: {error or cause}") from None
             if row is None:
                 return
-            yield tuple(row[column] for column in columns)
+            yield row
 
 
-def load_split(settings: DataSettings, *names: str) -> Split | None:
+def load_split(settings: DataSettings, *names: str, stream: bool = False) -> Split | None:
     """The first of these splits that the data set has, else None. A folder written from one split counts as train.
 
+    Args:
+        settings: name the data set.
+        names: of splits.
+        stream: rows are read once, from the first to the last: no copy of local files is made.
+
     Raises:
-        DataError: the datasets package is missing, a stream has no limit, or the data set cannot be loaded.
+        DataError: a stream has no limit, or the data set cannot be loaded.
     """
-    splits = _load(settings)
+    found = load_splits(settings, stream=stream)
     for name in names:
-        if name in splits:
-            return Split(f"data.dataset {settings.dataset}, split {name},", splits[name])
+        if name in found:
+            return Split(f"{named(settings)}, split {name},", found[name])
     return None
 
 
-def load_train(settings: DataSettings) -> Split:
-    """The training split.
+def load_train(settings: DataSettings, *, stream: bool = False) -> Split:
+    """The training split, `data.split`.
 
     Raises:
         DataError: as `load_split`, or there is none.
     """
-    split = load_split(settings, "train")
+    return load_named(settings, "data.split", settings.split, stream=stream)
+
+
+def load_named(settings: DataSettings, setting: str, name: str, *, stream: bool = False) -> Split:
+    """The split that a setting names.
+
+    Raises:
+        DataError: as `load_split`, or there is none; says which there are.
+    """
+    split = load_split(settings, name, stream=stream)
     if split is None:
-        raise DataError(f"data.dataset {settings.dataset} has no split train: choose another data set, or another data.subset")
+        found = ", ".join(load_splits(settings, stream=True))
+        raise DataError(f"{named(settings)} has no split {name}, but {found}: set {setting}, or choose another data set or data.subset")
     return split
+
+
+def named(settings: DataSettings) -> str:
+    """The data set, for errors."""
+    return f"data.dataset {settings.dataset}" if settings.dataset else f"data.path {settings.path}"
+
+
+def name_of(label: Any, names: tuple[str, ...]) -> str:
+    """A label's name, where the data set has names; -1 is how it says that there is no label."""
+    return names[label] if names and isinstance(label, int) and 0 <= label < len(names) else str(label)
 
 
 def up_to(limit: int | None, items: Iterable[Item], size: Callable[[Item], int]) -> Iterator[Item]:
@@ -96,25 +153,87 @@ def up_to(limit: int | None, items: Iterable[Item], size: Callable[[Item], int])
         yield item
 
 
-def _load(settings: DataSettings) -> Mapping[str, Any]:
+# What the library reads -------------------------------------------------------------------------------------------------------
+
+
+def builder_of(path: Path) -> str | None:
+    """The library's builder that reads a file, by its ending; None: it is no table."""
+    name = path.name.lower()
+    for ending in COMPRESSED:
+        name = name.removesuffix(ending)
+    return next((builder for builder, endings in TABLES.items() if name.endswith(endings)), None)
+
+
+def is_table(path: Path) -> bool:
+    """Whether a file, or a folder by all that is in it, is read by the datasets library rather than as text."""
+    if path.is_file():
+        return builder_of(path) is not None
+    if any((path / name).exists() for name in SAVED):
+        return True
+    kinds = {builder_of(file) for file in visible_files(path)}
+    return len(kinds) == 1 and None not in kinds
+
+
+def visible_files(folder: Path) -> list[Path]:
+    """All files below a folder, hidden ones left out."""
+    found = (path for path in sorted(folder.rglob("*")) if not any(part.startswith(".") for part in path.relative_to(folder).parts))
+    return [path for path in found if path.is_file()]
+
+
+def stamp_of(settings: DataSettings) -> Any:
+    """By what a data set is known again: its files, else what the library says of it."""
+    setting, name, place = _place(settings)
+    if place.exists():
+        return stamp(visible_files(place) if place.is_dir() else [place])
+    with _in_words(setting, name, place):
+        return _make_builder(settings).hash
+
+
+def load_splits(settings: DataSettings, *, stream: bool) -> Mapping[str, Any]:
     """Every split by its name."""
-    name = str(settings.dataset)
+    setting, name, place = _place(settings)
     if settings.streaming and settings.max_bytes is None:
-        raise DataError(f"data.dataset {name} with data.streaming=true has no end: set data.max_bytes to what is to be read of it")
-    try:
-        import datasets
-    except ImportError:
-        raise DataError(f"data.dataset {name} needs the datasets package: pip install 'rayllp[datasets]'") from None
-    folder = locate(name, "data.dataset")
-    try:
-        if (folder / "dataset_info.json").exists() or (folder / "dataset_dict.json").exists():
-            loaded = datasets.load_from_disk(str(folder))
+        raise DataError(f"{setting} {name} with data.streaming=true has no end: set data.max_bytes to what is to be read of it")
+    with _in_words(setting, name, place):
+        if any((place / file).exists() for file in SAVED):
+            import datasets
+
+            loaded = datasets.load_from_disk(str(place))
         else:
-            loaded = datasets.load_dataset(str(folder) if folder.is_dir() else name, settings.subset, streaming=settings.streaming)
+            builder = _make_builder(settings)
+            if settings.streaming or (stream and place.exists()):
+                loaded = builder.as_streaming_dataset()
+            else:
+                builder.download_and_prepare()
+                loaded = builder.as_dataset()
+    return loaded if isinstance(loaded, dict) else {"train": loaded}
+
+
+def _place(settings: DataSettings) -> tuple[str, str, Path]:
+    """The setting that names the data set, its value, and the path that it may be."""
+    setting, name = ("data.dataset", settings.dataset) if settings.dataset else ("data.path", settings.path)
+    return setting, str(name), locate(str(name), setting)
+
+
+@contextmanager
+def _in_words(setting: str, name: str, place: Path) -> Iterator[None]:
+    try:
+        yield
     except Exception as error:  # the library raises whatever its files and connections do
-        hidden = "; for the data set of that name on the hub, call the folder here something else" if folder.is_dir() else ""
+        hidden = "; for the data set of that name on the hub, call the folder here something else" if place.is_dir() else ""
         raise DataError(
-            f"data.dataset {name} cannot be loaded: {type(error).__name__}: {error}; give the name of a data set that this machine can "
+            f"{setting} {name} cannot be loaded: {type(error).__name__}: {error}; give the name of a data set that this machine can "
             f"reach, or a folder written by save_to_disk{hidden}"
         ) from None
-    return loaded if isinstance(loaded, dict) else {"train": loaded}
+
+
+def _make_builder(settings: DataSettings) -> Any:
+    """The library's builder of a name, a folder or a file."""
+    import datasets  # takes a second, and plain text needs none of it
+
+    _, name, place = _place(settings)
+    if place.is_file():
+        kind = builder_of(place) or "text"
+        options = {"sep": "\t"} if kind == "csv" and ".tsv" in place.name.lower() else {}
+        return datasets.load_dataset_builder(kind, data_files={"train": str(place)}, **options)
+    return datasets.load_dataset_builder(str(place) if place.is_dir() else name, settings.subset)

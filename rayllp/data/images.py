@@ -12,9 +12,9 @@ from torch import Tensor
 from rayllp.config import DataSettings
 from rayllp.data.base import IGNORE, Facts, passes
 from rayllp.data.decoded import DecodedImages
-from rayllp.data.files import Faults, locate, refuse_one_class, select
-from rayllp.data.hub import Split, load_split, load_train, up_to
-from rayllp.data.text import read_file
+from rayllp.data.files import Faults, locate, read_file, refuse_one_class
+from rayllp.data.hub import Split, is_table, load_named, load_split, load_train, name_of, named, up_to
+from rayllp.data.sampling import Order, select
 from rayllp.errors import DataError
 
 DIGITS_HELD_OUT = 0.2
@@ -45,7 +45,7 @@ class ImageBatches:
     Attributes:
         pixels: of each split, uint8 of shape (images, C, H, W).
         labels: of each split, class numbers.
-        seed: keys the draws.
+        order: in which training takes its samples.
         classes: names of the labels.
         mean: of each channel over the training images, shape (C, 1, 1).
         std: likewise.
@@ -54,7 +54,7 @@ class ImageBatches:
 
     pixels: dict[str, Pixels]
     labels: dict[str, np.ndarray]
-    seed: int
+    order: Order
     classes: tuple[str, ...]
     mean: np.ndarray
     std: np.ndarray
@@ -68,7 +68,7 @@ class ImageBatches:
 
     def batch(self, split: str, step: int, size: int) -> tuple[Tensor, Tensor]:
         """Pixels of shape (size, C, H, W), mean 0 and standard deviation 1 over the training images; class numbers of shape (size,)."""
-        indices = select(self.seed, split, step, len(self.labels[split]), size)
+        indices = select(self.order, split, step, len(self.labels[split]), size)
         inputs = (self.pixels[split][indices].astype(np.float32) - self.mean) / self.std
         inputs[indices < 0] = 0
         targets = np.where(indices < 0, IGNORE, self.labels[split][indices])
@@ -93,7 +93,7 @@ def load_images(settings: DataSettings, seed: int) -> ImageBatches:
         )
     classes: tuple[str, ...] = ()
     faults = Faults(settings.on_error == "skip")
-    if settings.dataset:
+    if settings.dataset or (settings.path and _has_no_idx(locate(settings.path, "data.path"))):
         train, validation, classes = _read_dataset(settings, faults)
     elif settings.path:
         train, validation = _read_folder(locate(settings.path, "data.path"))
@@ -105,7 +105,7 @@ def load_images(settings: DataSettings, seed: int) -> ImageBatches:
     validation_pixels, validation_labels = _number_labels(validation, classes, faults)
     mean, std = _measure(train_pixels)
     pixels, labels = {"train": train_pixels, "validation": validation_pixels}, {"train": train_labels, "validation": validation_labels}
-    return ImageBatches(pixels, labels, seed, classes, mean, std, faults.counts)
+    return ImageBatches(pixels, labels, Order(seed, settings.sampling), classes, mean, std, faults.counts)
 
 
 def _find_classes(labels: list[str]) -> tuple[str, ...]:
@@ -145,13 +145,8 @@ def _measure(images: Pixels) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _read_digits() -> _Images:
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError:
-        raise DataError(
-            "without data.path and data.dataset, images are scikit-learn's digits, and scikit-learn is not installed: "
-            "pip install 'rayllp[vision]', or set one of the two"
-        ) from None
+    from sklearn.datasets import load_digits
+
     digits = load_digits()
     return _Images("scikit-learn's digits", digits.images[:, None].astype(np.uint8), [str(label) for label in digits.target])
 
@@ -164,6 +159,15 @@ def _hold_out(images: _Images, fraction: float) -> tuple[_Images, _Images]:
     kept = count - max(1, int(count * fraction))
     train = _Images(images.source, images.pixels[:kept], images.labels[:kept])
     return train, _Images(images.source, images.pixels[kept:], images.labels[kept:])
+
+
+def _has_no_idx(folder: Path) -> bool:
+    """Whether a folder has images in files of their own, by class or split, or tables of them: what the datasets library reads."""
+    return (
+        folder.is_dir()
+        and not any("idx" in path.name for path in folder.iterdir())
+        and any(path.is_dir() or is_table(path) for path in folder.iterdir())
+    )
 
 
 def _read_folder(folder: Path) -> tuple[_Images, _Images]:
@@ -221,7 +225,11 @@ def _read_idx(path: Path, magic: int) -> np.ndarray:
 
 def _read_dataset(settings: DataSettings, faults: Faults) -> tuple[_Images, _Images, tuple[str, ...]]:
     """Training and validation images of a `datasets` name, and its classes where it names them."""
-    splits = [split for split in (load_train(settings), load_split(settings, "validation", "test")) if split]
+    if settings.validation_split:
+        held_out: Split | None = load_named(settings, "data.validation_split", settings.validation_split)
+    else:
+        held_out = load_split(settings, "validation", "test")
+    splits = [split for split in (load_train(settings), held_out) if split]
     if not settings.streaming and settings.max_bytes is None and _bytes_of(splits[0]) > HELD_IN_MEMORY:
         sets = [_leave_in_files(split, settings, faults) for split in splits]
         train, validation = sets if len(sets) > 1 else _hold_out(sets[0], settings.validation_fraction)
@@ -230,9 +238,7 @@ def _read_dataset(settings: DataSettings, faults: Faults) -> tuple[_Images, _Ima
     sizes = {image.shape[1:] for images, _ in read for image in images}
     if len(sizes) > 1:
         met = ", ".join(f"{width} × {height}" for height, width in sorted(sizes)[:4])
-        raise DataError(
-            f"data.dataset {settings.dataset} has images of {len(sizes)} sizes ({met} pixels, width × height): resize them to one"
-        )
+        raise DataError(f"{named(settings)} has images of {len(sizes)} sizes ({met} pixels, width × height): resize them to one")
     # Some photographs are grey in most sets of colour.
     shape = (max(image.shape[0] for images, _ in read for image in images), *sizes.pop())
     sets = [
@@ -267,7 +273,7 @@ def _leave_in_files(split: Split, settings: DataSettings, faults: Faults) -> _Im
         number for number, label in enumerate(given) if not _is_missing(label, settings.label_field, f"{split.source} row {number}", faults)
     ]
     decoded = DecodedImages(split.loaded, column, _to_pixels, split.source, np.array(kept, np.int64), shape)
-    return _Images(split.source, decoded, [_label(given[number], names) for number in kept])
+    return _Images(split.source, decoded, [name_of(given[number], names) for number in kept])
 
 
 def _read_split(split: Split, settings: DataSettings, faults: Faults) -> tuple[list[np.ndarray], list[str]]:
@@ -286,18 +292,13 @@ def _read_split(split: Split, settings: DataSettings, faults: Faults) -> tuple[l
     kept = list(up_to(settings.max_bytes, decoded, lambda item: item[0].nbytes))
     if not kept:
         raise DataError(f"{split.source} has no image within data.max_bytes={settings.max_bytes}: choose another split or raise it")
-    return [image for image, _ in kept], [_label(label, names) for _, label in kept]
+    return [image for image, _ in kept], [name_of(label, names) for _, label in kept]
 
 
 def _is_missing(value: Any, column: str, place: str, faults: Faults) -> bool:
     if value is None:
         faults.report("rows", f"{place} has nothing in column {column!r}")
     return value is None
-
-
-def _label(label: Any, names: tuple[str, ...]) -> str:
-    """A label's name. -1 is how data sets say that there is none."""
-    return names[label] if names and label >= 0 else str(label)
 
 
 def _to_pixels(image: Any, place: str) -> np.ndarray:

@@ -26,6 +26,10 @@ def load_data(config: TrainConfig, tokenizer: Tokenizer | None = None) -> Any:
         DataError: missing, broken or too short; says file and line where one is at fault.
     """
     data, length, seed = config.data, config.sequence_length, config.seed
+    if data.sets:
+        from rayllp.data.mixture import load_mixture
+
+        return load_mixture(config, load_data, tokenizer)
     match config.model.task:
         case "sentences":
             from rayllp.data.sentences import load_sentences
@@ -47,6 +51,10 @@ def load_data(config: TrainConfig, tokenizer: Tokenizer | None = None) -> Any:
             from rayllp.data.pairs import load_pairs
 
             return load_pairs(data, length, seed, tokenizer)
+        case _ if data.messages_field is not None or data.answer_field is not None:
+            from rayllp.data.answers import load_answers
+
+            return load_answers(data, length, seed, tokenizer)
         case _:
             from rayllp.data.text import load_text
 

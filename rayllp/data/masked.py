@@ -8,9 +8,9 @@ from torch import Tensor
 
 from rayllp.config import DataSettings
 from rayllp.data.base import IGNORE, Facts
-from rayllp.data.files import Faults
+from rayllp.data.sampling import Order
 from rayllp.data.special import SpecialTokens
-from rayllp.data.text import StreamBatches, load_stream
+from rayllp.data.text import StreamBatches, load_tokens
 from rayllp.data.tokenizer import Tokenizer
 from rayllp.errors import DataError
 from rayllp.keys import key
@@ -50,7 +50,7 @@ class MaskedBatches(StreamBatches):
         """Token ids, and the original ids where they are to be guessed, both of shape (size, sequence_length)."""
         windows, filled = self.windows(split, step, size)
         if split == "train":
-            parts = [self._mask(windows, key(self.seed, split, step, "mask"))]
+            parts = [self._mask(windows, key(self.order.seed, split, step, "mask"))]
         else:
             # One by one, so that an evaluation hides the same tokens whatever the size of its batches, and the seed.
             keys = [key(0, split, index, "mask") for index in range(step * size, (step + 1) * size)]
@@ -91,6 +91,8 @@ def load_masked(settings: DataSettings, sequence_length: int, seed: int, tokeniz
     """
     if sequence_length < 3:
         raise DataError(f"sequence_length {sequence_length} leaves no room for text between cls and sep: set at least 3")
-    faults = Faults(settings.on_error == "skip")
-    tokens, tokenizer = load_stream(settings, sequence_length, sequence_length - 2, tokenizer, faults)
-    return MaskedBatches(tokens, sequence_length, seed, tokenizer, settings.mask_fraction, faults.counts)
+    if settings.documents == "packed":
+        raise DataError("data.documents=packed is for models that predict the next token: leave it out for model.family=bert")
+    found = load_tokens(settings, sequence_length, sequence_length - 2, tokenizer)
+    order = Order(seed, settings.sampling)
+    return MaskedBatches(found.splits, sequence_length, order, found.tokenizer, settings.mask_fraction, found.skipped)

@@ -11,8 +11,10 @@ from torch import Tensor
 
 from rayllp.config import DataSettings
 from rayllp.data.base import IGNORE, Facts, passes
-from rayllp.data.files import Faults, Rows, hold_out, locate, read_lines, select
-from rayllp.data.hub import Split, load_split, load_train, up_to
+from rayllp.data.files import Faults, Rows, hold_out, locate, read_lines
+from rayllp.data.hub import Split, load_split, up_to
+from rayllp.data.sampling import Order, select
+from rayllp.data.sources import reads_tables, tables
 from rayllp.data.special import SpecialTokens
 from rayllp.data.tokenizer import Tokenizer, make_tokenizer
 from rayllp.errors import DataError
@@ -46,14 +48,14 @@ class PairBatches:
     Attributes:
         sides: of each split, source and target. Splits are train, validation, and the names of the files or split held out for tests.
         sequence_length: tokens a line has at most, eos included.
-        seed: keys the draws.
+        order: in which training takes its samples.
         tokenizer: of both languages.
         skipped: how many pairs were left out, by cause.
     """
 
     sides: dict[str, tuple[_Side, _Side]]
     sequence_length: int
-    seed: int
+    order: Order
     tokenizer: Tokenizer
     skipped: dict[str, int]
 
@@ -77,7 +79,7 @@ class PairBatches:
         """Source ids and the target's ids after bos, and the target's ids before eos; all of shape (size, sequence_length)."""
         source, target = self.sides[split]
         special = self.special
-        indices = select(self.seed, split, step, len(source.ids), size)
+        indices = select(self.order, split, step, len(source.ids), size)
         source_BS = source.ids.padded(indices, self.sequence_length, special.pad)
         # A row of padding alone would leave attention nothing to attend to.
         source_BS[indices < 0, 0] = special.sep
@@ -133,15 +135,16 @@ def load_pairs(settings: DataSettings, sequence_length: int, seed: int, tokenize
         DataError: missing or broken files, two languages with different numbers of lines, no pair left; a character outside the
             tokenizer's alphabet, unless skipped.
     """
-    if settings.validation_path:
+    from_table = reads_tables(settings)
+    if settings.validation_path and not from_table:
         raise DataError(
             f"data.validation_path {settings.validation_path} is not read for translation: leave it out; held out are "
             f"{VALIDATION_NAMES[0]}.{settings.source} and {VALIDATION_NAMES[0]}.{settings.target} in data.path, or the data set's own split"
         )
     faults = Faults(settings.on_error == "skip")
     skipped = faults.counts
-    read = _read_dataset(settings, faults) if settings.dataset else _read_folder(settings)
-    pairs = {split: _leave_out_empty(found, skipped) for split, found in read.items()}
+    read = _read_dataset(settings, faults) if from_table else _read_folder(settings)
+    pairs = {split: _leave_out_empty(found, faults) for split, found in read.items()}
     lines = [pair.source for pair in pairs["train"]] + [pair.target for pair in pairs["train"]]
     tokenizer = tokenizer or make_tokenizer(settings.tokenizer, "\n".join(lines).encode())
     special = SpecialTokens.of(tokenizer)
@@ -153,21 +156,16 @@ def load_pairs(settings: DataSettings, sequence_length: int, seed: int, tokenize
                 f"no pair of split {split} is left, {skipped} were left out: give more or shorter lines, or raise "
                 f"sequence_length={sequence_length}"
             )
-    return PairBatches(sides, sequence_length, seed, tokenizer, skipped)
+    return PairBatches(sides, sequence_length, Order(seed, settings.sampling), tokenizer, skipped)
 
 
 # Tokens -----------------------------------------------------------------------------------------------------------------------
 
 
-def _leave_out_empty(pairs: list[_Pair], skipped: dict[str, int]) -> list[_Pair]:
+def _leave_out_empty(pairs: list[_Pair], faults: Faults) -> list[_Pair]:
     kept = [pair for pair in pairs if pair.source.strip() and pair.target.strip()]
-    _count(skipped, "empty lines", len(pairs) - len(kept))
+    faults.count("empty lines", len(pairs) - len(kept))
     return kept
-
-
-def _count(skipped: dict[str, int], kind: str, number: int) -> None:
-    if number:
-        skipped[kind] = skipped.get(kind, 0) + number
 
 
 def _encode_pairs(pairs: list[_Pair], special: SpecialTokens, length: int, training: bool, faults: Faults) -> tuple[_Side, _Side]:
@@ -181,7 +179,7 @@ def _encode_pairs(pairs: list[_Pair], special: SpecialTokens, length: int, train
             faults.report("characters", f"{pair.place}: {_unknown(error)}")
             continue
         if training and max(len(source), len(target)) > length:
-            _count(faults.counts, "long pairs", 1)
+            faults.count("long pairs")
             continue
         kept.append(pair)
         encoded.append((_truncate(source, length), _truncate(target, length)))
@@ -211,7 +209,7 @@ def _read_folder(settings: DataSettings) -> dict[str, list[_Pair]]:
     source, target = settings.source, settings.target
     files = f"train.{source}, train.{target}, val.{source} and val.{target} (plain or .gz)"
     if settings.path is None:
-        raise DataError(f"translation needs data.path, a folder with {files}, or data.dataset with a column translation")
+        raise DataError(f"translation needs data.path, a folder with {files} or a table, or data.dataset with a column translation")
     folder = locate(settings.path, "data.path")
     if not folder.is_dir():
         raise DataError(f"data.path {folder} is no folder: give one with {files}")
@@ -255,13 +253,14 @@ def _limit(pairs: Iterable[_Pair], settings: DataSettings, where: str) -> list[_
 
 
 def _read_dataset(settings: DataSettings, faults: Faults) -> dict[str, list[_Pair]]:
-    """The pairs of each split of a `datasets` name."""
-    train = _read_split(load_train(settings), settings, faults)
-    validation, test = load_split(settings, "validation", "dev"), load_split(settings, "test")
-    if validation:
-        pairs = {"train": train, "validation": _read_split(validation, settings, faults)}
+    """The pairs of each split of a data set or table."""
+    train, held_out = tables(settings)
+    pairs = {"train": _read_split(train.open(), settings, faults)}
+    if held_out is None:
+        pairs = dict(zip(("train", "validation"), hold_out(pairs["train"], settings.validation_fraction), strict=True))
     else:
-        pairs = dict(zip(("train", "validation"), hold_out(train, settings.validation_fraction), strict=True))
+        pairs["validation"] = _read_split(held_out.open(), settings, faults)
+    test = load_split(train.settings, "test", stream=True) if held_out is None or held_out.split != "test" else None
     return pairs | ({"test": _read_split(test, settings, faults)} if test else {})
 
 

@@ -9,12 +9,13 @@ from typing import Any
 import numpy as np
 
 from rayllp.config import TrainConfig
+from rayllp.data.cache import Part, settle
 from rayllp.data.decoded import DecodedImages
 from rayllp.data.load import load_data
 from rayllp.data.tokenizer import Tokenizer, restore_tokenizer
 from rayllp.errors import DataError
 
-NOT_OF_THE_DATA = ("on_change", "on_error")
+NOT_OF_THE_DATA = ("on_change", "on_error", "cache", "sampling")
 """Settings of the group data that do not say which data they are."""
 
 
@@ -99,6 +100,8 @@ def load_recorded(
     """
     if data is None:
         data = load_data(config, known.kept_tokenizer(config, file))
+    else:
+        settle(data)  # it may have come from another host
     record = DataRecord.of(config, data)
     return data, record, known.changes(config, record)
 
@@ -117,7 +120,10 @@ def _settings(config: TrainConfig) -> dict[str, Any]:
 
 def _splits(data: Any) -> dict[str, list[Any]]:
     """What a data set has by split, with the fields' names."""
-    found: dict[str, list[Any]] = {}
+    if (sets := getattr(data, "sets", None)) is not None:
+        parts = [_splits(each) for each in sets]
+        return {split: [part.get(split) for part in parts] for split in parts[0]}
+    found: dict[str, list[Any]] = {split: [["", known]] for split, known in getattr(data, "checksums", {}).items()}
     for known in fields(data):
         value = getattr(data, known.name)
         if isinstance(value, dict) and "train" in value:
@@ -130,6 +136,8 @@ def _feed(digest: Any, value: Any) -> None:
     if isinstance(value, np.ndarray):
         digest.update(f"{value.dtype}{value.shape}".encode())
         digest.update(np.ascontiguousarray(value).data)
+    elif isinstance(value, Part):
+        _feed(digest, value.checksum)
     elif isinstance(value, DecodedImages):  # the library's own fingerprint: the files themselves may be larger than memory
         _feed(digest, [str(getattr(value.rows, "_fingerprint", "")), value.column, value.numbers])
     elif isinstance(value, Mapping):

@@ -10,7 +10,10 @@ from torch import Tensor
 
 from rayllp.config import DataSettings
 from rayllp.data.base import IGNORE, Facts, passes
-from rayllp.data.files import Faults, Rows, locate, read_lines, refuse_one_class, select, train_and_held_out
+from rayllp.data.files import Faults, Rows, hold_out, locate, read_lines, refuse_one_class, train_and_held_out
+from rayllp.data.hub import name_of, up_to
+from rayllp.data.sampling import Order, select
+from rayllp.data.sources import Table, reads_tables, tables
 from rayllp.data.special import SpecialTokens
 from rayllp.data.tokenizer import Tokenizer, make_tokenizer
 from rayllp.errors import DataError
@@ -46,7 +49,7 @@ class SentenceBatches:
         sequences: of each split, token ids.
         labels: of each split, class numbers.
         sequence_length: tokens a sequence has at most.
-        seed: keys the draws.
+        order: in which training takes its samples.
         tokenizer: of the sentences.
         classes: names of the labels.
         skipped: how many lines, labels and characters were left out (data.on_error=skip).
@@ -55,7 +58,7 @@ class SentenceBatches:
     sequences: dict[str, Rows]
     labels: dict[str, np.ndarray]
     sequence_length: int
-    seed: int
+    order: Order
     tokenizer: Tokenizer
     classes: tuple[str, ...]
     skipped: dict[str, int]
@@ -69,7 +72,7 @@ class SentenceBatches:
     def batch(self, split: str, step: int, size: int) -> tuple[Tensor, Tensor]:
         """Token ids of shape (size, sequence_length), class numbers of shape (size,)."""
         special = SpecialTokens.of(self.tokenizer)
-        indices = select(self.seed, split, step, len(self.sequences[split]), size)
+        indices = select(self.order, split, step, len(self.sequences[split]), size)
         inputs = self.sequences[split].padded(indices, self.sequence_length, special.pad)
         # A row of padding alone would leave attention nothing to attend to.
         inputs[indices < 0, :2] = special.cls, special.sep
@@ -107,7 +110,7 @@ def load_sentences(settings: DataSettings, sequence_length: int, seed: int, toke
             )
         sequences[split] = Rows.of(sequence for sequence, _ in kept)
         labels[split] = np.array([number for _, number in kept], np.int64)
-    return SentenceBatches(sequences, labels, sequence_length, seed, tokenizer, classes, faults.counts)
+    return SentenceBatches(sequences, labels, sequence_length, Order(seed, settings.sampling), tokenizer, classes, faults.counts)
 
 
 def _leave_out_single(train: list[_Example], settings: DataSettings, faults: Faults) -> list[_Example]:
@@ -136,10 +139,42 @@ def _check_room(settings: DataSettings, sequence_length: int) -> None:
 
 
 def _read_splits(settings: DataSettings, faults: Faults) -> tuple[list[_Example], list[_Example]]:
+    if reads_tables(settings):
+        train, held_out = tables(settings)
+        examples = _read_table(train, settings, faults, settings.max_bytes)
+        if held_out is None:
+            return hold_out(examples, settings.validation_fraction)
+        return examples, _read_table(held_out, settings, faults, None)
     if settings.path is None:
-        given = f"data.dataset={settings.dataset} is not read for sentences" if settings.dataset else "there is no data.path"
-        raise DataError(f"{given}: sentence classification needs data.path, a tab-separated file (.tsv or .tsv.gz) such as GLUE's")
+        raise DataError(
+            "there is no data.path: sentence classification needs one, a tab-separated file (.tsv or .tsv.gz) such as GLUE's or a table, "
+            "or data.dataset"
+        )
     return train_and_held_out(settings, lambda name, what, limit: _read_examples(name, what, settings, faults, limit))
+
+
+def _read_table(table: Table, settings: DataSettings, faults: Faults, max_bytes: int | None) -> list[_Example]:
+    """The rows of a data set that have texts and a label."""
+    split = table.open()
+    texts = {"data.text_field": settings.text_field, "data.pair_field": settings.pair_field}
+    columns = {setting: column for setting, column in texts.items() if column is not None} | {"data.label_field": settings.label_field}
+    for setting, column in columns.items():
+        split.require(setting, column)
+    names, examples = split.labels(settings.label_field), list[_Example]()
+    for number, (*found, label) in enumerate(split.rows(*columns.values())):
+        place = f"{split.source} row {number}"
+        empty = [column for column, value in zip(columns.values(), (*found, label), strict=True) if value is None or value == ""]
+        if empty:
+            faults.report("rows", f"{place} has nothing in column {empty[0]!r}")
+            continue
+        other = next((value for value in found if not isinstance(value, str)), None)
+        if other is not None:
+            raise DataError(f"{place}: a text is a {type(other).__name__}: set data.text_field and data.pair_field to columns of strings")
+        examples.append(_Example(tuple(found), name_of(label, names), place))
+    examples = list(up_to(max_bytes, examples, lambda example: sum(len(text.encode()) + 1 for text in example.texts)))
+    if not examples:
+        raise DataError(f"{split.source} has no row with a text and a label: give some")
+    return examples
 
 
 def _read_examples(name: str, what: str, settings: DataSettings, faults: Faults, max_bytes: int | None) -> list[_Example]:

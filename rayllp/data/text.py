@@ -1,168 +1,76 @@
-"""Reading text, and batches as a pure function of (seed, step)."""
+"""Windows of a token stream, as a pure function of (seed, step). The tokens are made once, and lie in a file (cache.py)."""
 
-import codecs
-import gzip
-import sysconfig
-import zlib
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from pathlib import Path
+from typing import Any, Self
 
 import numpy as np
+import tokenizers
 import torch
 from torch import Tensor
 
 from rayllp.config import DataSettings
-from rayllp.data.base import IGNORE, Facts, passes
-from rayllp.data.files import Faults, draw, in_order, locate, not_utf8
-from rayllp.data.hub import load_train
-from rayllp.data.tokenizer import Tokenizer, make_tokenizer
+from rayllp.data.base import IGNORE, Facts, Inputs, passes
+from rayllp.data.cache import Entry, Part, Writer, fingerprint
+from rayllp.data.files import Faults
+from rayllp.data.sampling import Order, in_order
+from rayllp.data.sources import Document, Source, held_out_text, joined, training_text
+from rayllp.data.tokenizer import Tokenizer, is_made, load_tokenizer, restore_tokenizer
 from rayllp.errors import DataError
+from rayllp.keys import key
 
-DEFAULT_TEXT_BYTES = 4_000_000
 GOLDEN_RATIO = (5**0.5 - 1) / 2
+GATHERED = 2**20
+"""Characters up to which short texts are put together before they are encoded."""
 
 
 def read_text(settings: DataSettings, faults: Faults | None = None) -> bytes:
     """All text that the settings name, in UTF-8, up to `data.max_bytes`.
 
     Args:
+        settings: where the text is.
         faults: takes note of what is left out of folders and data sets.
 
     Raises:
         DataError: missing, unreadable, empty, or no text.
     """
-    faults = faults or Faults(settings.on_error == "skip")
-    if settings.dataset:
-        text, source = _read_dataset(settings, faults), f"data.dataset {settings.dataset}"
-    elif settings.path:
-        text, source = _read_path("data.path", settings.path, settings.max_bytes, faults), f"data.path {settings.path}"
-    else:
-        text, source = _read_standard_library(), "the standard library"
+    source = training_text(settings)
+    text = "".join(joined(source.documents(faults or Faults(settings.on_error == "skip")), settings.max_bytes)).encode()
     if not text:
-        raise DataError(f"{source} holds no text: give a file or folder with some")
-    return _cut(text, settings.max_bytes)
-
-
-def read_file(what: str, path: Path, limit: int | None = None) -> bytes:
-    """The content of a file, or of a .gz of one; of a longer one at least the first `limit` bytes.
-
-    Raises:
-        DataError: names the file, as `what`.
-    """
-    try:
-        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
-            # One more, for whoever cuts to see what is cut.
-            return file.read(-1 if limit is None else limit + 1)
-    except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{what} {path} cannot be read: {error}; give a file, or a whole .gz of one") from None
-
-
-def _read_path(what: str, name: str, limit: int | None, faults: Faults) -> bytes:
-    path = locate(name, what)
-    if not path.exists():
-        raise DataError(f"{what} {path}: no such file or folder; give a text file, a .gz of one, or a folder of them")
-    if path.is_file():
-        try:
-            return _plain(_cut(read_file(what, path, limit), limit))
-        except NoTextError as error:
-            raise DataError(f"{what} {path}{error}") from None
-    pieces, size = [], 0
-    for file in sorted(path.rglob("*")):
-        if not file.is_file() or any(part.startswith(".") for part in file.relative_to(path).parts):
-            continue
-        try:
-            pieces.append(_plain(_cut(read_file(what, file, limit), limit)))
-        except NoTextError as error:
-            faults.report("files", f"{what} {path} is read as a folder of texts, and {file}{error}")
-            continue
-        size += len(pieces[-1])
-        if limit is not None and size > limit:
-            break
-    return b"\n".join(pieces)
-
-
-class NoTextError(ValueError):
-    """Why a file is no text; the message follows its path."""
-
-
-def _plain(content: bytes) -> bytes:
-    """A text in UTF-8 without its byte order mark.
-
-    Raises:
-        NoTextError: it is none.
-    """
-    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        raise NoTextError(" is UTF-16: save it as UTF-8")
-    text = content.removeprefix(codecs.BOM_UTF8)
-    zero = text.find(0)
-    if zero >= 0:
-        line = text.count(b"\n", 0, zero) + 1
-        raise NoTextError(f":{line} holds a byte 0: it is no text, damaged, or UTF-16; mend it and save it as UTF-8")
-    try:
-        text.decode()
-    except UnicodeDecodeError as error:
-        line, why = not_utf8(text, error)
-        raise NoTextError(f":{line}: {why}; save the file as UTF-8") from None
+        raise _no_text(source)
     return text
 
 
-def _cut(text: bytes, limit: int | None) -> bytes:
-    """The first `limit` bytes, fewer where that would split a character."""
-    if limit is None or len(text) <= limit:
-        return text
-    # A UTF-8 character has up to three bytes 10xxxxxx after its first.
-    return text[: next((end for end in range(limit, max(limit - 4, 0), -1) if text[end] & 0xC0 != 0x80), limit)]
+def _no_text(source: Source) -> DataError:
+    return DataError(f"{source.name} holds no text: give a file or folder with some")
 
 
-def _read_standard_library() -> bytes:
-    """Real text that every machine has: the sources of Python's standard library."""
-    pieces, size = [], 0
-    for file in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py")):
-        pieces.append(file.read_bytes())
-        size += len(pieces[-1])
-        if size > DEFAULT_TEXT_BYTES:
-            break
-    return b"\n".join(pieces)
-
-
-def _read_dataset(settings: DataSettings, faults: Faults) -> bytes:
-    split = load_train(settings)
-    split.require("data.text_field", settings.text_field)
-    pieces, size = [], 0
-    for number, (text,) in enumerate(split.rows(settings.text_field)):
-        if not isinstance(text, str):
-            kind = "nothing" if text is None else type(text).__name__
-            column = f"{split.source} row {number}: column {settings.text_field!r} holds {kind}, not text"
-            if text is not None:
-                raise DataError(f"{column}: set data.text_field to a column of strings")
-            faults.report("rows", column)
-            continue
-        pieces.append(text.encode())
-        size += len(pieces[-1]) + 1
-        if settings.max_bytes is not None and size > settings.max_bytes:
-            break
-    return b"\n".join(pieces)
+# Batches ----------------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class StreamBatches:
-    """Windows of a token stream: drawn at random in training, the same ones in every evaluation.
+    """Windows of a token stream: in training each once before any comes again, the same ones in every evaluation.
 
-    The held-out stream is cut into windows side by side, so that each of its tokens is to be predicted once; what is left over at its end
-    is not. They come in an order of which every beginning is spread over the whole stream, and depend on neither seed nor batch size.
+    Windows lie side by side, so that each token is to be predicted once; what is left over at the end is not. In training every epoch
+    begins a little further on, and so has other windows. The held-out ones come in an order of which every beginning is spread over the
+    whole stream, and depend on neither seed nor batch size.
 
     Attributes:
         tokens: of each split, its token ids end to end.
         sequence_length: tokens a sequence, special ones included.
-        seed: keys the draws of training.
+        order: in which training takes its windows.
         tokenizer: of the text.
     """
 
-    tokens: dict[str, np.ndarray]
+    tokens: dict[str, Part]
     sequence_length: int
-    seed: int
+    order: Order
     tokenizer: Tokenizer
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "held_out"}
 
     @property
     def length(self) -> int:
@@ -171,24 +79,47 @@ class StreamBatches:
 
     @property
     def stride(self) -> int:
-        """Tokens from one held-out window to the next: those of a window that are to be predicted."""
+        """Tokens from one window to the next: those of a window that are to be predicted."""
         return self.length
+
+    @property
+    def is_stream(self) -> bool:
+        """Its held-out part may be too long to be passed through."""
+        return True
+
+    @property
+    def entries(self) -> tuple[Entry, ...]:
+        """Files that a host needs."""
+        return (self.tokens["train"].entry,)
+
+    def with_entries(self, change: Callable[[Entry], Entry]) -> Self:
+        """The same with other handles on its files."""
+        entry = change(self.entries[0])
+        return replace(self, tokens={split: replace(part, entry=entry) for split, part in self.tokens.items()})
 
     @cached_property
     def held_out(self) -> np.ndarray:
         """Where each held-out window starts, in the order in which evaluations take them."""
         return spread((len(self.tokens["validation"]) - self.length) // self.stride + 1) * self.stride
 
+    def starts(self, split: str, step: int, size: int) -> np.ndarray:
+        """Where a batch's windows start in the stream; -1 beyond the end of the held-out text."""
+        if split != "train":
+            places = in_order(step, len(self.held_out), size)
+            return np.where(places < 0, -1, self.held_out[np.maximum(places, 0)])
+        room = len(self.tokens[split]) - self.length + 1
+        if self.order.sampling == "replacement":
+            return self.order.take(step, room, size)
+        count = max(1, room // self.stride)
+        places, epochs = self.order.at(self.order.places(step, size), count)
+        rest, order = room - (count - 1) * self.stride, self.order
+        offsets = {epoch: key(order.seed, "offset", order.number, int(epoch)) % rest for epoch in np.unique(epochs)}
+        return places * self.stride + np.array([offsets[epoch] for epoch in epochs])
+
     def windows(self, split: str, step: int, size: int) -> tuple[np.ndarray, np.ndarray]:
         """Tokens of a batch, int64 of shape (size, tokens); and which of its places are filled: others lie beyond the held-out text."""
-        stream, length = self.tokens[split], self.length
-        if split == "train":
-            starts = draw(self.seed, split, step, len(stream) - length + 1, size)
-            places = np.arange(size)
-        else:
-            places = in_order(step, len(self.held_out), size)
-            starts = self.held_out[np.maximum(places, 0)]
-        return np.stack([stream[start : start + length] for start in starts]).astype(np.int64), places >= 0
+        stream, starts = self.tokens[split].values, self.starts(split, step, size)
+        return np.stack([stream[start : start + self.length] for start in np.maximum(starts, 0)]).astype(np.int64), starts >= 0
 
     def batches(self, split: str, size: int) -> int:
         """Batches in one pass through the held-out windows."""
@@ -206,9 +137,11 @@ class TextBatches(StreamBatches):
 
     Attributes:
         skipped: how many files and rows were left out (data.on_error=skip).
+        packed: every text stands by itself: positions begin anew with it, and its end predicts nothing of the next.
     """
 
     skipped: dict[str, int] = field(default_factory=dict)
+    packed: bool = False
 
     @property
     def length(self) -> int:
@@ -225,62 +158,214 @@ class TextBatches(StreamBatches):
         """The vocabulary; sequences are equally long, so there is no padding."""
         return Facts(vocabulary=self.tokenizer.vocabulary)
 
-    def batch(self, split: str, step: int, size: int) -> tuple[Tensor, Tensor]:
-        """Token ids of shape (size, sequence_length), twice."""
+    def batch(self, split: str, step: int, size: int) -> tuple[Inputs, Tensor]:
+        """Token ids of shape (size, sequence_length), twice; where texts are packed, their positions beside the first."""
         windows, filled = self.windows(split, step, size)
         targets = np.where(filled[:, None], windows[:, 1:], IGNORE)
-        return torch.from_numpy(windows[:, :-1].copy()), torch.from_numpy(targets)
+        inputs = torch.from_numpy(windows[:, :-1].copy())
+        if not self.packed:
+            return inputs, torch.from_numpy(targets)
+        positions = self.positions(split, self.starts(split, step, size))
+        targets[positions[:, 1:] == 0] = IGNORE
+        return (inputs, torch.from_numpy(positions[:, :-1].copy())), torch.from_numpy(targets)
+
+    def positions(self, split: str, starts: np.ndarray) -> np.ndarray:
+        """Of each token of windows, how far it is from the beginning of its text, or of the window, whichever is later."""
+        part = self.tokens[split]
+        beginnings = part.entry.array(f"{part.name}_texts")
+        found = np.zeros((len(starts), self.length), np.int64)
+        for row, start in zip(found, np.maximum(starts, 0) + part.start, strict=True):
+            first, last = np.searchsorted(beginnings, (start, start + self.length))
+            within = beginnings[first:last] - start
+            row[within] = within
+        return np.arange(self.length) - np.maximum.accumulate(found, axis=1)
+
+
+# Tokens -----------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """What a text is made into.
+
+    Attributes:
+        splits: the tokens of each.
+        tokenizer: what made them.
+        skipped: how many files and rows were left out.
+    """
+
+    splits: dict[str, Part]
+    tokenizer: Tokenizer
+    skipped: dict[str, int]
 
 
 def load_text(settings: DataSettings, sequence_length: int, seed: int, tokenizer: Tokenizer | None = None) -> TextBatches:
     """Read, tokenise, split.
 
     Raises:
-        DataError: as `load_stream`.
+        DataError: as `load_tokens`.
     """
-    faults = Faults(settings.on_error == "skip")
-    tokens, tokenizer = load_stream(settings, sequence_length, sequence_length + 1, tokenizer, faults)
-    return TextBatches(tokens, sequence_length, seed, tokenizer, faults.counts)
+    found = load_tokens(settings, sequence_length, sequence_length + 1, tokenizer)
+    order = Order(seed, settings.sampling)
+    return TextBatches(found.splits, sequence_length, order, found.tokenizer, found.skipped, settings.documents == "packed")
 
 
-def load_stream(
-    settings: DataSettings, sequence_length: int, window: int, tokenizer: Tokenizer | None, faults: Faults
-) -> tuple[dict[str, np.ndarray], Tokenizer]:
-    """The text's tokens by split, and what made them. Held out is `data.validation_path`, else the text's end.
+def load_tokens(settings: DataSettings, sequence_length: int, window: int, tokenizer: Tokenizer | None) -> Tokens:
+    """The text's tokens by split, and what made them. Held out is a file or split of its own, else the text's end.
 
     Args:
         settings: where the text is.
         sequence_length: for errors.
         window: tokens that each split must have, for one sequence and its targets.
         tokenizer: of a run that goes on; None: the one that the settings name.
-        faults: takes note of what is left out.
 
     Raises:
         DataError: as `read_text`; text shorter than a window in either split; a held-out text that the tokenizer cannot encode.
     """
-    text = read_text(settings, faults)
-    tokenizer = tokenizer or make_tokenizer(settings.tokenizer, text)
-    stream = _encode(text, tokenizer, "the training text")
-    if settings.validation_path:
-        held_out = _read_path("data.validation_path", settings.validation_path, None, faults)
-        splits = {"train": stream, "validation": _encode(held_out, tokenizer, f"data.validation_path {settings.validation_path}")}
+    source, held_out = training_text(settings), held_out_text(settings)
+    stamps = [source.stamp(), settings.max_bytes, settings.on_error]
+    tokenizer = tokenizer or _tokenizer(settings, source, stamps)
+    packed = settings.documents == "packed"
+    write = WriteTokens(source, held_out, tokenizer, settings.max_bytes, settings.on_error == "skip", packed)
+    rules = getattr(tokenizer, "rules", None) or tokenizer.texts()
+    name = fingerprint("tokens", stamps, held_out and held_out.stamp(), packed, rules, tokenizers.__version__)
+    entry = Entry(name, write, settings.cache, f"tokens of {source.name}").settle()
+    train = Part.whole(entry, "train")
+    if held_out is None:
+        held = int(len(train) * settings.validation_fraction)
+        cut = len(train) - held
+        splits = {"train": replace(train, stop=cut), "validation": replace(train, start=cut)}
     else:
-        held = int(len(stream) * settings.validation_fraction)
-        splits = {"train": stream[: len(stream) - held], "validation": stream[len(stream) - held :]}
+        splits = {"train": train, "validation": Part.whole(entry, "validation")}
     for split, tokens in splits.items():
         if len(tokens) < window:
             raise DataError(
                 f"the {split} text has {len(tokens)} tokens, fewer than one sequence of {sequence_length} takes "
                 f"({window}): give more text, or lower sequence_length"
             )
-    return splits, tokenizer
+    return Tokens(splits, tokenizer, entry.facts["skipped"])
 
 
-def _encode(text: bytes, tokenizer: Tokenizer, source: str) -> np.ndarray:
-    try:
-        return tokenizer.encode(text)
-    except KeyError as error:
-        raise DataError(
-            f"{source}: {error.args[0]!r} is not in the text that the alphabet was made from, so data.tokenizer=characters has no token "
-            "for it; use bytes or bpe:SIZE"
-        ) from None
+def _tokenizer(settings: DataSettings, source: Source, stamps: list[Any]) -> Tokenizer:
+    """The tokenizer that the settings name; one that is made from the text is made once."""
+    name = settings.tokenizer
+    if not is_made(name):
+        return load_tokenizer(name, ())
+    write = WriteTokenizer(name, source, settings.max_bytes, settings.on_error == "skip")
+    entry = Entry(fingerprint("tokenizer", stamps, name, tokenizers.__version__), write, settings.cache, f"data.tokenizer {name}").settle()
+    made = restore_tokenizer(name, entry.facts["made"], None)
+    assert made is not None
+    return made
+
+
+@dataclass(frozen=True)
+class WriteTokenizer:
+    """Makes a tokenizer from a text: an entry of the cache."""
+
+    name: str
+    source: Source
+    limit: int | None
+    skip: bool
+
+    def __call__(self, writer: Writer) -> None:
+        """Keep what `restore_tokenizer` reads."""
+        made: Any = load_tokenizer(self.name, joined(self.source.documents(Faults(self.skip)), self.limit))
+        writer.facts["made"] = made.made
+
+
+@dataclass(frozen=True)
+class WriteTokens:
+    """Makes tokens of a text: an entry of the cache.
+
+    Attributes:
+        source, held_out: the texts; None: the end of the former is held out.
+        tokenizer: encodes both.
+        limit: bytes of the former that are read.
+        skip: leave out and count what is broken.
+        packed: every text is encoded by itself, and its beginning noted.
+    """
+
+    source: Source
+    held_out: Source | None
+    tokenizer: Tokenizer
+    limit: int | None
+    skip: bool
+    packed: bool
+
+    def __call__(self, writer: Writer) -> None:
+        """Write the tokens as "train" and "validation", where each text begins as "…_texts", and how much was left out."""
+        faults = Faults(self.skip)
+        for name, source, limit in (("train", self.source, self.limit), ("validation", self.held_out, None)):
+            if source is not None and not self._write(writer, name, source, faults, limit):
+                raise _no_text(source)
+        writer.facts["skipped"] = faults.counts
+
+    def _write(self, writer: Writer, name: str, source: Source, faults: Faults, limit: int | None) -> int:
+        """Tokens that are written."""
+        count, dtype = 0, smallest_dtype(self.tokenizer.vocabulary)
+        texts = source.documents(faults)
+        try:
+            if not self.packed:
+                for ids in self.tokenizer.stream(_gathered(joined(texts, limit))):
+                    writer.append(name, ids.astype(dtype))
+                    count += len(ids)
+                return count
+            for some in _together(_limited(texts, limit)):
+                rows = [ids for ids in self._encode(some) if len(ids)]
+                writer.append(f"{name}_texts", count + np.cumsum([0, *(len(ids) for ids in rows)])[:-1])
+                writer.append(name, np.concatenate([np.zeros(0, dtype), *rows]).astype(dtype))
+                count += sum(len(ids) for ids in rows)
+            return count
+        except KeyError as error:
+            raise DataError(
+                f"{source.name}: {error.args[0]!r} is not in the text that the alphabet was made from, so data.tokenizer=characters has no "
+                "token for it; use bytes or bpe:SIZE"
+            ) from None
+
+    def _encode(self, texts: list[str]) -> list[np.ndarray]:
+        """Each text's ids, ended by the tokenizer's eos where it has one."""
+        end = getattr(self.tokenizer, "eos", None)
+        rows = self.tokenizer.encode_all(texts)
+        return rows if end is None else [np.append(ids, end).astype(np.int64) for ids in rows]
+
+
+def smallest_dtype(vocabulary: int) -> np.dtype:
+    """Of integers that hold all ids below this."""
+    return np.min_scalar_type(max(0, vocabulary - 1))
+
+
+def _gathered(pieces: Iterable[str]) -> Iterator[str]:
+    """The same text in pieces that are not short."""
+    some, size = list[str](), 0
+    for piece in pieces:
+        some.append(piece)
+        size += len(piece)
+        if size >= GATHERED:
+            yield "".join(some)
+            some, size = [], 0
+    yield "".join(some)
+
+
+def _limited(texts: Iterable[Document], limit: int | None) -> Iterator[str]:
+    """Whole texts, as long as all of them together have no more bytes of UTF-8."""
+    left = limit
+    for text in texts:
+        whole = "".join(text)
+        if left is not None:
+            left -= len(whole.encode())
+            if left < 0:
+                return
+        yield whole
+
+
+def _together(texts: Iterable[str]) -> Iterator[list[str]]:
+    """Several texts at a time."""
+    some, size = list[str](), 0
+    for text in texts:
+        some.append(text)
+        size += len(text)
+        if size >= GATHERED:
+            yield some
+            some, size = [], 0
+    if some:
+        yield some

@@ -11,7 +11,10 @@ from torch import Tensor
 
 from rayllp.config import DataSettings
 from rayllp.data.base import IGNORE, Facts, passes
-from rayllp.data.files import Faults, Rows, locate, read_lines, refuse_one_class, select, train_and_held_out
+from rayllp.data.files import Faults, Rows, hold_out, locate, read_lines, refuse_one_class, train_and_held_out
+from rayllp.data.hub import name_of
+from rayllp.data.sampling import Order, select
+from rayllp.data.sources import Table, reads_tables, tables
 from rayllp.errors import DataError
 
 PADDING, UNKNOWN, FIRST_WORD = 0, 1, 2
@@ -38,7 +41,7 @@ class WordBatches:
         words: of each split, ids of the words of each piece of a sentence.
         labels: their label numbers.
         sequence_length: words a piece has at most.
-        seed: keys the draws.
+        order: in which training takes its samples.
         index: id of each word of the vocabulary.
         classes: names of the labels.
         skipped: how many sentences and labels were left out (data.on_error=skip).
@@ -47,7 +50,7 @@ class WordBatches:
     words: dict[str, Rows]
     labels: dict[str, Rows]
     sequence_length: int
-    seed: int
+    order: Order
     index: dict[str, int]
     classes: tuple[str, ...]
     skipped: dict[str, int]
@@ -59,7 +62,7 @@ class WordBatches:
 
     def batch(self, split: str, step: int, size: int) -> tuple[Tensor, Tensor]:
         """Word ids and label numbers, both of shape (size, sequence_length)."""
-        indices = select(self.seed, split, step, len(self.words[split]), size)
+        indices = select(self.order, split, step, len(self.words[split]), size)
         inputs = self.words[split].padded(indices, self.sequence_length, PADDING)
         # A row of padding alone would leave attention nothing to attend to.
         inputs[indices < 0, 0] = UNKNOWN
@@ -92,20 +95,45 @@ def load_words(settings: DataSettings, sequence_length: int, seed: int) -> WordB
         ids = [[index.get(word, UNKNOWN) for word in sentence.words] for sentence in sentences]
         targets = [_number_labels(sentence, numbers, faults) for sentence in sentences]
         words[split], labels[split] = Rows.of(_cut(ids, sequence_length)), Rows.of(_cut(targets, sequence_length))
-    return WordBatches(words, labels, sequence_length, seed, index, classes, faults.counts)
+    return WordBatches(words, labels, sequence_length, Order(seed, settings.sampling), index, classes, faults.counts)
 
 
 def _read_splits(settings: DataSettings, faults: Faults) -> tuple[list[_Sentence], list[_Sentence]]:
+    if reads_tables(settings):
+        train, held_out = tables(settings)
+        sentences = _read_table(train, settings, faults)
+        return (
+            hold_out(sentences, settings.validation_fraction) if held_out is None else (sentences, _read_table(held_out, settings, faults))
+        )
     if settings.path is None:
-        given = f"data.dataset={settings.dataset} is not read for words" if settings.dataset else "there is no data.path"
         raise DataError(
-            f"{given}: word classification needs data.path, a treebank in CoNLL-U (.conllu or .conllu.gz); "
-            "universaldependencies.org has them for many languages"
+            "there is no data.path: word classification needs one, a treebank in CoNLL-U (.conllu or .conllu.gz; universaldependencies.org "
+            "has them for many languages) or a table with a list of words and one of labels in each row; or data.dataset"
         )
     label = "upos" if settings.label_field == "label" else settings.label_field
     if label not in LABEL_COLUMNS:
         raise DataError(f"data.label_field {label!r} is no label of words: set it to one of {', '.join(LABEL_COLUMNS)}")
     return train_and_held_out(settings, lambda name, what, limit: _read_sentences(name, what, label, faults, limit))
+
+
+def _read_table(table: Table, settings: DataSettings, faults: Faults) -> list[_Sentence]:
+    """The rows of a data set: a list of words and one of labels each."""
+    split = table.open()
+    for setting, column in (("data.text_field", settings.text_field), ("data.label_field", settings.label_field)):
+        split.require(setting, column)
+    names, sentences = split.labels(settings.label_field), list[_Sentence]()
+    for number, (words, labels) in enumerate(split.rows(settings.text_field, settings.label_field)):
+        place = f"{split.source} row {number}"
+        if not isinstance(words, list) or not isinstance(labels, list) or len(words) != len(labels) or None in (*words, *labels):
+            faults.report(
+                "sentences",
+                f"{place} has no list of words in column {settings.text_field!r}, with as many labels in {settings.label_field!r}",
+            )
+        elif words:
+            sentences.append(_Sentence([str(word) for word in words], [name_of(label, names) for label in labels], [place] * len(words)))
+    if not sentences:
+        raise DataError(f"{split.source} has no row with words and labels: give some")
+    return sentences
 
 
 def _read_sentences(name: str, what: str, label: str, faults: Faults, max_bytes: int | None) -> list[_Sentence]:

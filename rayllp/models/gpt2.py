@@ -9,7 +9,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from rayllp.config import TrainConfig
 from rayllp.data.base import Facts, Inputs
 from rayllp.models.metrics import Perplexity
-from rayllp.models.pretrained import Piece, PretrainedArchitecture
+from rayllp.models.pretrained import Piece, PretrainedArchitecture, ids_and_positions, packed_mask
 from rayllp.state import State
 
 # Shape suffixes: B batch, T time (tokens), D width, V vocabulary.
@@ -36,12 +36,19 @@ class GPT2(PretrainedArchitecture):
             tie_word_embeddings=model.tie_embeddings, bos_token_id=0, eos_token_id=0, use_cache=False,
         )  # fmt: skip
 
+    def context(self, inputs: Inputs, dtype: torch.dtype) -> Tensor | None:
+        """The mask of packed texts."""
+        return packed_mask(self.config, inputs, dtype)
+
     def enter(self, embed: Piece, inputs: Inputs, context: Any) -> Tensor:  # type: ignore[override]
         """Token ids (B, T) to states (B, T, D), positions added."""
-        assert isinstance(inputs, Tensor)
-        positions_T = torch.arange(inputs.shape[1], device=inputs.device)
-        x_BTD = embed["transformer.wte"](inputs) + embed["transformer.wpe"](positions_T)
+        ids_BT, positions = ids_and_positions(inputs)
+        x_BTD = embed["transformer.wte"](ids_BT) + embed["transformer.wpe"](positions)
         return embed["transformer.drop"](x_BTD)
+
+    def advance(self, index: int, layer: nn.Module, state: State, context: Any, common: nn.Module | None) -> State:
+        """One layer, under the mask of packed texts."""
+        return layer(state) if context is None else layer(state, attention_mask=context)
 
     def leave(self, head: Piece, state: State, context: Any) -> Tensor:  # type: ignore[override]
         """Logits (B, T, vocabulary)."""

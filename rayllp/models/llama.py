@@ -9,7 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from rayllp.config import TrainConfig
 from rayllp.data.base import Facts, Inputs
 from rayllp.models.metrics import Perplexity
-from rayllp.models.pretrained import Piece, PretrainedArchitecture
+from rayllp.models.pretrained import Piece, PretrainedArchitecture, ids_and_positions, packed_mask
 from rayllp.state import State
 
 
@@ -36,21 +36,22 @@ class Llama(PretrainedArchitecture):
             tie_word_embeddings=model.tie_embeddings, bos_token_id=0, eos_token_id=0, use_cache=False,
         )  # fmt: skip
 
-    def context(self, inputs: Inputs, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Cosines and sines of the rotary positions."""
-        assert isinstance(inputs, Tensor)
+    def context(self, inputs: Inputs, dtype: torch.dtype) -> tuple[Tensor | None, tuple[Tensor, Tensor]]:
+        """The mask of packed texts; cosines and sines of the rotary positions."""
+        ids_BT, positions = ids_and_positions(inputs)
         if self._rotary is None:
-            self._rotary = self.make(("model.rotary_emb",))["model.rotary_emb"].to(inputs.device)
-        positions_1T = torch.arange(inputs.shape[1], device=inputs.device)[None]
-        return self._rotary(torch.empty(0, dtype=dtype, device=inputs.device), position_ids=positions_1T)
+            self._rotary = self.make(("model.rotary_emb",))["model.rotary_emb"].to(ids_BT.device)
+        rotary = self._rotary(torch.empty(0, dtype=dtype, device=ids_BT.device), position_ids=positions)
+        return packed_mask(self.config, inputs, dtype), rotary
 
     def enter(self, embed: Piece, inputs: Inputs, context: Any) -> Tensor:  # type: ignore[override]
         """Token ids (B, T) to states (B, T, D); positions are rotary, in the layers."""
-        return embed["model.embed_tokens"](inputs)
+        return embed["model.embed_tokens"](ids_and_positions(inputs)[0])
 
     def advance(self, index: int, layer: nn.Module, state: State, context: Any, common: nn.Module | None) -> State:
         """One layer, with the mask and the rotary positions of the context."""
-        return layer(state, attention_mask=None, position_embeddings=context)
+        mask, rotary = context
+        return layer(state, attention_mask=mask, position_embeddings=rotary)
 
     def leave(self, head: Piece, state: State, context: Any) -> Tensor:  # type: ignore[override]
         """Logits (B, T, vocabulary)."""

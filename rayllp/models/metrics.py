@@ -3,6 +3,7 @@
 import math
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -65,7 +66,10 @@ class Accuracy:
 
 
 class Confusion:
-    """Accuracy and Matthews correlation (for several classes: Gorodkin's R_K) from the confusion matrix."""
+    """Accuracy, F1 and Matthews correlation (for several classes: Gorodkin's R_K), as scikit-learn has them, from the confusion matrix.
+
+    F1 is that of the second of two classes, by their names, and the mean over classes of several.
+    """
 
     def __init__(self, classes: int) -> None:
         self.classes, self.size = classes, classes * classes
@@ -77,9 +81,16 @@ class Confusion:
         return torch.bincount(pairs, minlength=self.size).double().cpu()
 
     def read(self, tally: Tensor, loss: float) -> dict[str, float]:
-        """Accuracy, and Matthews correlation for any number of classes."""
-        matrix = tally.view(self.classes, self.classes)
-        total, right, truth, said = matrix.sum(), matrix.trace(), matrix.sum(1), matrix.sum(0)
-        spread = (total**2 - said.square().sum()) * (total**2 - truth.square().sum())
-        matthews = (right * total - (truth * said).sum()) / spread.sqrt() if spread > 0 else torch.zeros(())
-        return {"accuracy": float(right / total.clamp(min=1)), "matthews": float(matthews)}
+        """The three; 0 each where nothing was counted."""
+        from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
+
+        cells = np.flatnonzero(tally.numpy())
+        if not len(cells):
+            return dict.fromkeys(("accuracy", "f1", "matthews"), 0.0)
+        truth, said, weights = cells // self.classes, cells % self.classes, tally.numpy()[cells]
+        labels = [1] if self.classes == 2 else None
+        return {
+            "accuracy": float(accuracy_score(truth, said, sample_weight=weights)),
+            "f1": float(f1_score(truth, said, labels=labels, average="macro", sample_weight=weights, zero_division=0)),
+            "matthews": float(matthews_corrcoef(truth, said, sample_weight=weights)) if len({*truth, *said}) > 1 else 0.0,
+        }

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.activations import NewGELUActivation
+from transformers.masking_utils import create_causal_mask
 
 from rayllp.channel.base import StateSpec
 from rayllp.config import TrainConfig
@@ -286,6 +287,22 @@ def _outline(kind: type[PreTrainedModel], config: PreTrainedConfig) -> PreTraine
             f"transformers cannot make a {kind.__name__} of these sizes ({type(error).__name__}: {error}): set model.config_overrides, or "
             "start from a checkpoint (model.from_pretrained)"
         ) from error
+
+
+def ids_and_positions(inputs: Inputs) -> tuple[Tensor, Tensor]:
+    """Token ids (B, T) and their positions: (1, T), or (B, T) where they begin anew with every text that is packed into a row."""
+    if isinstance(inputs, Tensor):
+        return inputs, torch.arange(inputs.shape[1], device=inputs.device)[None]
+    ids, positions = inputs
+    return ids, positions
+
+
+def packed_mask(config: PreTrainedConfig, inputs: Inputs, dtype: torch.dtype) -> Tensor | None:
+    """The mask that keeps the texts of a row from each other; None where each row is one text, and attention plainly causal."""
+    if isinstance(inputs, Tensor):
+        return None
+    ids, positions = inputs
+    return create_causal_mask(config, positions_like(ids, dtype), None, None, position_ids=positions)
 
 
 def _parameters_that_are_one(model: nn.Module) -> list[list[str]]:

@@ -4,6 +4,7 @@ Nothing of it is known beforehand. One run on a few samples (`replay.py`) shows 
 how each layer is called, and whether it can be cut into layers at all.
 """
 
+import inspect
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -217,7 +218,8 @@ class Transformer(PretrainedArchitecture):
         mask = {} if pad is None else {"attention_mask": (parts[0] != pad).long()}
         if self.encoder_layers:
             return {"input_ids": parts[0], "decoder_input_ids": parts[1], **mask}
-        return {"input_ids": parts[0], **mask}
+        # Texts packed into a row: transformers masks them from each other where positions begin anew and no mask is given.
+        return {"input_ids": parts[0], "position_ids": parts[1]} if len(parts) > 1 else {"input_ids": parts[0], **mask}
 
     def _some_inputs(self) -> Inputs:
         if self.settings.model.task == "images":
@@ -227,6 +229,10 @@ class Transformer(PretrainedArchitecture):
         ids = torch.arange(SAMPLES * length).view(SAMPLES, length) % self.facts.vocabulary
         if self.facts.pad is not None:
             ids[ids == self.facts.pad] = (self.facts.pad + 1) % self.facts.vocabulary
+        if self.settings.data.documents == "packed":
+            if "position_ids" not in inspect.signature(self.model.forward).parameters:
+                raise UncuttableError("it takes no positions, and data.documents=packed begins them anew with every text")
+            return ids, torch.arange(length).expand_as(ids)
         return (ids, ids) if self.encoder_layers else ids
 
     def kind(self, index: int) -> int:
@@ -277,8 +283,8 @@ class Transformer(PretrainedArchitecture):
         """Inputs of as many last tokens as the state has: models give their outputs the inputs' shape."""
         if self.settings.model.task == "images" or state.shape[1] == tensors(inputs)[-1].shape[1]:
             return inputs
-        *before, ids = tensors(inputs)
-        return like(inputs, (*before, ids[:, -state.shape[1] :]))
+        last = [part[:, -state.shape[1] :] for part in tensors(inputs)]
+        return like(inputs, (tensors(inputs)[0], *last[1:]) if self.encoder_layers else tuple(last))
 
 
 def _metric(settings: TrainConfig, facts: Facts) -> Metric:

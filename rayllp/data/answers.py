@@ -1,0 +1,336 @@
+"""Supervised fine-tuning: conversations, or prompts and answers, of which the answers alone are to be predicted."""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from itertools import islice
+from typing import Any, Self
+
+import numpy as np
+import tokenizers
+import torch
+from torch import Tensor
+
+from rayllp.config import DataSettings
+from rayllp.data.base import IGNORE, Facts, Inputs, passes
+from rayllp.data.cache import Entry, Writer, fingerprint
+from rayllp.data.files import Faults, locate
+from rayllp.data.sampling import Order, select
+from rayllp.data.sources import Table, held_out_table, training_table
+from rayllp.data.tokenizer import Tokenizer, is_made, load_tokenizer
+from rayllp.data.tokenizer_kinds import Pretrained
+from rayllp.errors import DataError
+
+ASSISTANT = "assistant"
+AT_ONCE = 1000
+"""Rows that are encoded together."""
+
+
+@dataclass(frozen=True)
+class AnswerBatches:
+    """Samples as inputs; targets are the answers' tokens, and nothing else.
+
+    Attributes:
+        entry: has the tokens ("train"), which of them belong to answers ("train_answers"), where each sample begins ("train_samples") and
+            which sample each sequence begins with ("train_sequences"); the two latter end with one that is beyond the last.
+        spans: of each split, the array's name, and the first and last but one of its sequences.
+        sequence_length: tokens a sequence.
+        order: in which training takes its sequences.
+        tokenizer: of all texts.
+        packed: several samples share a sequence, each with positions of its own.
+        skipped: how many rows were left out or cut, by cause.
+    """
+
+    entry: Entry
+    spans: dict[str, tuple[str, int, int]]
+    sequence_length: int
+    order: Order
+    tokenizer: Tokenizer
+    packed: bool
+    skipped: dict[str, int]
+
+    @property
+    def entries(self) -> tuple[Entry, ...]:
+        """Files that a host needs."""
+        return (self.entry,)
+
+    def with_entries(self, change: Callable[[Entry], Entry]) -> Self:
+        """The same with other handles on its files."""
+        return replace(self, entry=change(self.entry))
+
+    @property
+    def checksums(self) -> dict[str, list[Any]]:
+        """Of each split, by what it is known again."""
+        arrays = ("", "_answers", "_samples", "_sequences")
+        return {split: [*span, *(self.entry.checksum(span[0] + each) for each in arrays)] for split, span in self.spans.items()}
+
+    @property
+    def facts(self) -> Facts:
+        """The vocabulary. What fills up a sequence stands behind all that counts, where no token before it can see it."""
+        return Facts(vocabulary=self.tokenizer.vocabulary)
+
+    def batch(self, split: str, step: int, size: int) -> tuple[Inputs, Tensor]:
+        """Token ids (size, sequence_length), with their positions where samples are packed; the next ids where they belong to an answer."""
+        name, first, last = self.spans[split]
+        chosen = select(self.order, split, step, last - first, size)
+        ids, positions, targets = (np.full((size, self.sequence_length), fill, np.int64) for fill in (0, 0, IGNORE))
+        for row, number in enumerate(chosen):
+            if number >= 0:
+                self._fill(name, first + int(number), ids[row], positions[row], targets[row])
+        inputs = torch.from_numpy(ids)
+        return (inputs, torch.from_numpy(positions)) if self.packed else inputs, torch.from_numpy(targets)
+
+    def _fill(self, name: str, sequence: int, ids: np.ndarray, positions: np.ndarray, targets: np.ndarray) -> None:
+        tokens, answers, samples, sequences = (self.entry.array(name + part) for part in ("", "_answers", "_samples", "_sequences"))
+        place = 0
+        for sample in range(sequences[sequence], sequences[sequence + 1]):
+            begin, end = samples[sample], samples[sample + 1]
+            row = slice(place, place + int(end - begin) - 1)
+            ids[row] = tokens[begin : end - 1]
+            positions[row] = np.arange(end - begin - 1)
+            targets[row] = np.where(answers[begin + 1 : end], tokens[begin + 1 : end].astype(np.int64), IGNORE)
+            place = row.stop
+
+    def batches(self, split: str, size: int) -> int:
+        """Batches in one pass through a split."""
+        _, first, last = self.spans[split]
+        return passes(last - first, size)
+
+
+def load_answers(settings: DataSettings, sequence_length: int, seed: int, tokenizer: Tokenizer | None = None) -> AnswerBatches:
+    """Read a table of conversations (`data.messages_field`) or of prompts and answers (`data.text_field`, `data.answer_field`), tokenise.
+
+    Raises:
+        DataError: no table, or one without these columns; a broken row, unless skipped; a tokenizer without a chat template; a sample
+            longer than `sequence_length`, where the settings refuse it; no sample that has an answer.
+    """
+    train, held_out = training_table(settings), held_out_table(settings)
+    if is_made(settings.tokenizer) and tokenizer is None:
+        raise DataError(
+            f"data.tokenizer={settings.tokenizer} is made from a text, and answers are no text: give bytes, a tokenizers JSON, or a "
+            "transformers name or folder"
+        )
+    tokenizer = tokenizer or load_tokenizer(settings.tokenizer, ())
+    write = WriteAnswers(train, held_out, tokenizer, settings, sequence_length, read_template(settings))
+    said = [write.template, settings.messages_field, settings.text_field, settings.answer_field, settings.documents, settings.on_long]
+    stamps = [train.stamp(), held_out and held_out.stamp(), settings.on_error, settings.max_bytes, sequence_length, said]
+    rules = getattr(tokenizer, "rules", None) or tokenizer.texts()
+    key = fingerprint("answers", stamps, rules, tokenizers.__version__)
+    entry = Entry(key, write, settings.cache, f"samples of {train.name}").settle()
+    count = len(entry.array("train_sequences")) - 1
+    if held_out is not None:
+        spans = {"train": ("train", 0, count), "validation": ("validation", 0, len(entry.array("validation_sequences")) - 1)}
+    else:
+        held = max(1, int(count * settings.validation_fraction))
+        if count < 2:
+            raise DataError(f"{train.name} has {count} sequence to train on and to hold out from: give more, or set data.validation_path")
+        spans = {"train": ("train", 0, count - held), "validation": ("train", count - held, count)}
+    packed = settings.documents == "packed"
+    return AnswerBatches(entry, spans, sequence_length, Order(seed, settings.sampling), tokenizer, packed, entry.facts["skipped"])
+
+
+def read_template(settings: DataSettings) -> str | None:
+    """The chat template of the settings; None: the tokenizer's own."""
+    if settings.chat_template is None:
+        return None
+    path = locate(settings.chat_template, "data.chat_template")
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"data.chat_template {path} cannot be read: {error}; give a file with a Jinja template") from None
+
+
+@dataclass(frozen=True)
+class _Sample:
+    """Token ids, which of them belong to an answer, and the row that they are of."""
+
+    ids: np.ndarray
+    answers: np.ndarray
+    place: str
+
+
+@dataclass(frozen=True)
+class WriteAnswers:
+    """Makes samples of a table: an entry of the cache."""
+
+    train: Table
+    held_out: Table | None
+    tokenizer: Tokenizer
+    settings: DataSettings
+    length: int
+    template: str | None
+
+    def __call__(self, writer: Writer) -> None:
+        """Write what `AnswerBatches` reads."""
+        faults = Faults(self.settings.on_error == "skip")
+        for name, table in (("train", self.train), ("validation", self.held_out)):
+            if table is None:
+                continue
+            if not self._write(writer, name, self._fitting(self._samples(table, faults), faults)):
+                left_out = f" ({faults.counts} were left out)" if faults.counts else ""
+                raise DataError(f"{table.name} has no sample with an answer{left_out}: give some, or raise sequence_length={self.length}")
+        writer.facts["skipped"] = faults.counts
+
+    def _write(self, writer: Writer, name: str, samples: Iterator[_Sample]) -> int:
+        """Samples that are written."""
+        dtype, packed = np.min_scalar_type(max(0, self.tokenizer.vocabulary - 1)), self.settings.documents == "packed"
+        writer.append(f"{name}_samples", np.zeros(1, np.int64))
+        writer.append(f"{name}_sequences", np.zeros(1, np.int64))
+        tokens, count, used = 0, 0, 0
+        for some in iter(lambda: list(islice(samples, AT_ONCE)), []):
+            ends, begun = tokens + np.cumsum([len(sample.ids) for sample in some]), []
+            for number, sample in enumerate(some, count):
+                taken = len(sample.ids) - 1
+                if number and (not packed or used + taken > self.length):
+                    begun.append(number)
+                    used = 0
+                used += taken
+            writer.append(name, np.concatenate([sample.ids for sample in some]).astype(dtype))
+            writer.append(f"{name}_answers", np.concatenate([sample.answers for sample in some]))
+            writer.append(f"{name}_samples", ends)
+            writer.append(f"{name}_sequences", np.array(begun, np.int64))
+            tokens, count = int(ends[-1]), count + len(some)
+        writer.append(f"{name}_sequences", np.array([count], np.int64))
+        return count
+
+    def _fitting(self, samples: Iterable[_Sample], faults: Faults) -> Iterator[_Sample]:
+        """Those that fit a sequence, cut if need be, and have something to predict."""
+        room, long = self.length + 1, self.settings.on_long
+        for sample in samples:
+            size = len(sample.ids)
+            if size > room:
+                if long == "refuse":
+                    raise DataError(
+                        f"{sample.place} has {size} tokens, more than sequence_length={self.length} and the last target: raise it, or set "
+                        "data.on_long to cut or skip"
+                    )
+                faults.count("long samples" if long == "skip" else "ends of long samples")
+                if long == "skip":
+                    continue
+                sample = _Sample(sample.ids[:room], sample.answers[:room], sample.place)
+            if not sample.answers[1:].any():
+                faults.count("samples without an answer" if size <= room else "samples whose answer is beyond sequence_length")
+                continue
+            yield sample
+
+    def _samples(self, table: Table, faults: Faults) -> Iterator[_Sample]:
+        settings = self.settings
+        found = table.open()
+        if settings.messages_field is not None:
+            found.require("data.messages_field", settings.messages_field)
+            chat = ChatTemplate.of(self.tokenizer, self.template, found.source)
+            for number, (messages,) in enumerate(found.rows(settings.messages_field)):
+                place = f"{found.source} row {number}"
+                if fault := fault_of(messages):
+                    faults.report("rows", f"{place}: column {settings.messages_field!r} {fault}")
+                    continue
+                yield _Sample(*chat.encode(messages, place), place)
+            return
+        assert settings.answer_field is not None
+        fields = (settings.text_field, settings.answer_field)
+        for setting, column in zip(("data.text_field", "data.answer_field"), fields, strict=True):
+            found.require(setting, column)
+        rows = ((f"{found.source} row {number}", row) for number, row in enumerate(found.rows(*fields)))
+        whole = (row for row in rows if _is_text(*row, fields, faults))
+        for some in iter(lambda: list(islice(whole, AT_ONCE)), []):
+            yield from self._pairs(some)
+
+    def _pairs(self, rows: list[tuple[str, tuple[Any, ...]]]) -> Iterator[_Sample]:
+        """A prompt's ids and an answer's, begun and ended as the tokenizer's model knows it."""
+        begin, end = getattr(self.tokenizer, "bos", None), getattr(self.tokenizer, "eos", None)
+        prompts, answers = (self.tokenizer.encode_all([texts[side] for _, texts in rows]) for side in (0, 1))
+        for (place, _), prompt, answer in zip(rows, prompts, answers, strict=True):
+            first = [*([] if begin is None else [begin]), *prompt]
+            last = [*answer, *([] if end is None else [end])]
+            yield _Sample(np.array([*first, *last], np.int64), np.repeat([False, True], (len(first), len(last))), place)
+
+
+def _is_text(place: str, texts: tuple[Any, ...], fields: tuple[str, ...], faults: Faults) -> bool:
+    for text, column in zip(texts, fields, strict=True):
+        if not isinstance(text, str):
+            kind = "nothing" if text is None else type(text).__name__
+            faults.report("rows", f"{place}: column {column!r} holds {kind}, not text")
+            return False
+    return True
+
+
+def fault_of(messages: Any) -> str | None:
+    """What is wrong with a conversation; None: nothing."""
+    if not isinstance(messages, list) or not messages:
+        return f"holds {'nothing' if not messages else type(messages).__name__}, not a list of messages"
+    for message in messages:
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str) or not isinstance(message.get("content"), str):
+            return f"has a message that is no {{role: text, content: text}}: {str(message)[:80]}"
+    if all(message["role"] != ASSISTANT for message in messages):
+        return f"has no message of role {ASSISTANT}, so that there is nothing to predict"
+    return None
+
+
+@dataclass(frozen=True)
+class ChatTemplate:
+    """Conversations as a tokenizer of transformers writes them, and where the assistant's turns are in them.
+
+    Attributes:
+        tokenizer: transformers'.
+        template: Jinja; None: its own.
+        marks: whether the template marks these turns itself ({% generation %}).
+    """
+
+    tokenizer: Any
+    template: str | None
+    marks: bool
+
+    @classmethod
+    def of(cls, tokenizer: Tokenizer, template: str | None, source: str) -> "ChatTemplate":
+        """That of a tokenizer.
+
+        Raises:
+            DataError: it has none, or cannot tell which characters a token stands for.
+        """
+        own = tokenizer._tokenizer if isinstance(tokenizer, Pretrained) else None
+        known = template or getattr(own, "chat_template", None)
+        if own is None or not getattr(own, "is_fast", False) or not known:
+            raise DataError(
+                f"{source} has conversations, and data.tokenizer no chat template that could write them: give a transformers name or "
+                "folder that has one, set data.chat_template to a file with one, or give columns (data.text_field, data.answer_field)"
+            )
+        return cls(own, template, "{% generation" in str(known) or "{%- generation" in str(known))
+
+    def encode(self, messages: list[dict[str, Any]], place: str) -> tuple[np.ndarray, np.ndarray]:
+        """Token ids, and which of them are the assistant's.
+
+        Raises:
+            DataError: the template refuses the conversation, or writes a turn otherwise once others follow.
+        """
+        try:
+            if self.marks:
+                found = self.tokenizer.apply_chat_template(
+                    messages, chat_template=self.template, return_dict=True, return_assistant_tokens_mask=True
+                )
+                return np.array(found["input_ids"], np.int64), np.array(found["assistant_masks"], bool)
+            text = self._write(messages)
+            spans = [self._span(messages, turn, text, place) for turn, message in enumerate(messages) if message["role"] == ASSISTANT]
+        except DataError:
+            raise
+        except Exception as error:  # templates raise whatever they like
+            raise DataError(f"{place}: the chat template refuses it: {error}") from None
+        found = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        begins, ends = np.array(found["offset_mapping"], np.int64).reshape(-1, 2).T
+        answers = np.zeros(len(begins), bool)
+        for begin, end in spans:
+            answers |= (begins >= begin) & (ends <= end) & (begins < ends)
+        return np.array(found["input_ids"], np.int64), answers
+
+    def _write(self, messages: list[dict[str, Any]], *, answering: bool = False) -> str:
+        return str(
+            self.tokenizer.apply_chat_template(messages, chat_template=self.template, tokenize=False, add_generation_prompt=answering)
+        )
+
+    def _span(self, messages: list[dict[str, Any]], turn: int, text: str, place: str) -> tuple[int, int]:
+        """The characters of a turn: what is written once the assistant has the word, up to and with what ends it."""
+        before, behind = self._write(messages[:turn], answering=True), self._write(messages[: turn + 1])
+        if not text.startswith(behind) or not behind.startswith(before):
+            raise DataError(
+                f"{place}: the chat template writes message {turn} otherwise once others follow, so that its tokens cannot be told: give "
+                "conversations that end with their only answer, or a template with {% generation %} in data.chat_template"
+            )
+        return len(before), len(behind)

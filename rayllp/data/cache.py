@@ -1,0 +1,280 @@
+"""What is made of a corpus once, in files that every process of a host maps into its memory: tokens need not fit there, nor travel.
+
+An entry is a folder of flat arrays, `NAME.bin`, and `entry.json`, which says what they are. Its name is a fingerprint of all that it was
+made of, so that it is never altered; whoever needs one that is not there makes it, while others on the host wait.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from filelock import FileLock
+
+from rayllp.errors import DataError
+
+FORMAT = 1
+ENTRY = "entry.json"
+HASHED = 2**24
+"""Bytes of all files up to which their content is looked at, and not size and time alone: small ones are rewritten within a moment."""
+CARRIED = 2**26
+"""Bytes of an entry up to which it can be sent to hosts that have nothing to make it of."""
+TOLD_EVERY_S = 10.0
+
+
+def cache_folder(setting: str | None = None) -> Path:
+    """Where entries are on this host: `data.cache`, else RAYLLP_CACHE, else rayllp/ where this user's caches are."""
+    named = setting or os.environ.get("RAYLLP_CACHE")
+    if named:
+        return Path(named).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "rayllp"
+
+
+def fingerprint(*parts: Any) -> str:
+    """A name for what is made of these plain values."""
+    return hashlib.sha256(json.dumps([FORMAT, *parts], sort_keys=True, default=str).encode()).hexdigest()[:32]
+
+
+def stamp(paths: Sequence[Path]) -> list[Any]:
+    """By what files are known again without being read, unless all of them are small."""
+    found = [path.stat() for path in paths]
+    known: list[Any] = [[str(path.resolve()), each.st_size, each.st_mtime_ns] for path, each in zip(paths, found, strict=True)]
+    if sum(each.st_size for each in found) <= HASHED:
+        known += [hashlib.sha256(path.read_bytes()).hexdigest() for path in paths]
+    return known
+
+
+class Writer:
+    """An entry in the making: its arrays are written from the first value to the last, in any amounts.
+
+    Attributes:
+        facts: plain values to be kept with them.
+    """
+
+    def __init__(self, folder: Path, told: str) -> None:
+        self.folder, self.facts = folder, dict[str, Any]()
+        self._arrays: dict[str, tuple[str, int]] = {}
+        self._digests: dict[str, Any] = {}
+        self._told, self._size, self._next = told, 0, time.monotonic() + TOLD_EVERY_S
+
+    def append(self, name: str, values: np.ndarray) -> None:
+        """More values of an array; its dtype is that of the first."""
+        dtype, count = self._arrays.get(name, (values.dtype.str, 0))
+        content = np.ascontiguousarray(values, dtype).data
+        with (self.folder / f"{name}.bin").open("ab") as file:
+            file.write(content)
+        self._digests.setdefault(name, hashlib.sha256()).update(content)
+        self._arrays[name] = dtype, count + len(values)
+        self._size += values.nbytes
+        if time.monotonic() > self._next:
+            self._next = time.monotonic() + TOLD_EVERY_S
+            print(f"{self._told}: {self._size / 2**20:,.0f} MiB written to {self.folder.parent}", file=sys.stderr, flush=True)
+
+    def finish(self) -> None:
+        """Say what has been written."""
+        arrays = {name: [*kind, self._digests[name].hexdigest()] for name, kind in self._arrays.items()}
+        values = {"format": FORMAT, "arrays": arrays, "facts": self.facts}
+        (self.folder / ENTRY).write_text(json.dumps(values) + "\n", encoding="utf-8")
+
+
+Make = Callable[[Writer], None]
+"""Writes an entry's arrays and facts. It travels to other hosts, and is to do the same there."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """An entry of the cache, on whichever host it is looked at.
+
+    Attributes:
+        key: its fingerprint.
+        make: makes it where it is missing.
+        cache: `data.cache`.
+        told: what is being made, for whoever waits.
+        made: a checksum of what it holds, once it is known: hosts that make it must get the same.
+        carried: its files, for hosts that cannot make it.
+    """
+
+    key: str
+    make: Make
+    cache: str | None = None
+    told: str = "data"
+    made: str | None = None
+    carried: dict[str, bytes] | None = field(default=None, repr=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name not in ("_description", "_maps")}
+
+    @property
+    def folder(self) -> Path:
+        """Where it is on this host."""
+        return cache_folder(self.cache) / self.key
+
+    def settle(self) -> "Entry":
+        """See that it is on this host.
+
+        Raises:
+            DataError: it cannot be made here, or comes out another than elsewhere.
+        """
+        if not (self.folder / ENTRY).is_file():
+            self._write()
+        found = fingerprint(self._description["arrays"])
+        if self.made not in (None, found):
+            raise DataError(
+                f"{self.told}: this host has other data there than the driver's, under the same name: give all hosts the same files, or "
+                f"remove {self.folder} if it is damaged"
+            )
+        return self if self.carried is None and self.made else replace(self, carried=None, made=found)
+
+    def with_files(self) -> "Entry":
+        """The same with its files along, if they are small enough to be sent."""
+        files = [path for path in self.folder.iterdir() if path.is_file()]
+        if sum(path.stat().st_size for path in files) > CARRIED:
+            return self
+        return replace(self, carried={path.name: path.read_bytes() for path in files})
+
+    def _write(self) -> None:
+        try:
+            with self._lock():
+                if (self.folder / ENTRY).is_file():  # another process has made it meanwhile
+                    return
+                part = self.folder.with_suffix(".part")
+                shutil.rmtree(part, ignore_errors=True)  # of one that was killed
+                part.mkdir(parents=True)
+                try:
+                    self._fill(part)
+                    os.replace(part, self.folder)
+                finally:
+                    shutil.rmtree(part, ignore_errors=True)
+        except OSError as error:
+            raise DataError(
+                f"{self.told} cannot be kept in {self.folder.parent}: {error}; set data.cache to a folder with room that can be written"
+            ) from None
+
+    @contextlib.contextmanager
+    def _lock(self) -> Iterator[None]:
+        self.folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(self.folder.with_suffix(".lock")):
+            yield
+
+    def _fill(self, part: Path) -> None:
+        if self.carried is not None:
+            for name, content in self.carried.items():
+                (part / name).write_bytes(content)
+            return
+        writer = Writer(part, self.told)
+        self.make(writer)
+        writer.finish()
+
+    # What it holds --------------------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def _description(self) -> dict[str, Any]:
+        return dict(json.loads((self.folder / ENTRY).read_text(encoding="utf-8")))
+
+    @cached_property
+    def _maps(self) -> dict[str, np.ndarray]:
+        return {}
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What was kept with the arrays."""
+        return dict(self._description["facts"])
+
+    def array(self, name: str) -> np.ndarray:
+        """One of its arrays, mapped into memory.
+
+        Raises:
+            DataError: its file is not what it was when it was written.
+        """
+        if name not in self._maps:
+            dtype, count, _ = self._description["arrays"].get(name, ("<u1", 0, ""))
+            path = self.folder / f"{name}.bin"
+            size = path.stat().st_size if path.exists() else 0
+            if size != count * np.dtype(dtype).itemsize:
+                raise DataError(f"{path} is damaged: remove {self.folder}, and it is made anew")
+            self._maps[name] = np.memmap(path, dtype, "r", shape=(count,)) if count else np.zeros(0, dtype)
+        return self._maps[name]
+
+    def checksum(self, name: str) -> str:
+        """A checksum of an array."""
+        return " ".join(map(str, self._description["arrays"].get(name, ("<u1", 0, ""))))
+
+    def checksum_of(self, name: str, start: int, stop: int) -> str:
+        """A checksum of some values of an array, which is kept: looking at them takes a second for each GB."""
+        dtype, count, _ = self._description["arrays"].get(name, ("<u1", 0, ""))
+        kept = self.folder / f"{name}-{start}-{stop}.sha256"
+        if (start, stop) == (0, count):
+            return self.checksum(name)
+        if kept.is_file():
+            return kept.read_text(encoding="utf-8")
+        digest, values = hashlib.sha256(), self.array(name)
+        for first in range(start, stop, 2**24):
+            digest.update(np.ascontiguousarray(values[first : min(stop, first + 2**24)]).data)
+        found = f"{dtype} {stop - start} {digest.hexdigest()}"
+        part = kept.with_name(f".{kept.name}.{os.getpid()}")
+        with contextlib.suppress(OSError):
+            part.write_text(found, encoding="utf-8")
+            os.replace(part, kept)
+        return found
+
+
+@dataclass(frozen=True)
+class Part:
+    """Values from `start` to `stop` of an array of an entry: what travels to workers in their place.
+
+    It can be sliced, indexed, and turned into an array.
+    """
+
+    entry: Entry
+    name: str
+    start: int
+    stop: int
+
+    @classmethod
+    def whole(cls, entry: Entry, name: str) -> "Part":
+        """All of an array."""
+        return cls(entry, name, 0, len(entry.array(name)))
+
+    @property
+    def values(self) -> np.ndarray:
+        """Mapped into memory; nothing is read before it is looked at."""
+        return self.entry.array(self.name)[self.start : self.stop]
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    def __getitem__(self, chosen: Any) -> Any:
+        return self.values[chosen]
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return np.array(self.values, dtype)
+
+    @property
+    def checksum(self) -> str:
+        """Of these values."""
+        return self.entry.checksum_of(self.name, self.start, self.stop)
+
+
+def settle(batches: Any) -> None:
+    """See that this host has what a data set's arrays are mapped from; nothing for data in memory.
+
+    Raises:
+        DataError: as `Entry.settle`.
+    """
+    for entry in getattr(batches, "entries", ()):
+        entry.settle()
+
+
+def with_files(batches: Any) -> Any:
+    """A data set with its small files along, for hosts that do not have the data."""
+    found = getattr(batches, "with_entries", None)
+    return batches if found is None else found(Entry.with_files)

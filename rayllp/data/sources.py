@@ -1,0 +1,323 @@
+"""Where text comes from: files, folders, tables, data sets. It is read in pieces, so that it may be larger than memory."""
+
+import codecs
+import gzip
+import sysconfig
+import zlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+from rayllp.config import DataSettings
+from rayllp.data.cache import stamp
+from rayllp.data.files import Faults, locate, not_utf8
+from rayllp.data.hub import Split, is_table, load_named, load_splits, stamp_of, visible_files
+from rayllp.errors import DataError
+
+DEFAULT_TEXT_BYTES = 4_000_000
+BLOCK = 2**20
+"""Bytes that are read at a time."""
+
+TABLE_KINDS = "json, jsonl, csv, tsv, parquet, arrow, or a folder written by save_to_disk"
+HELD_OUT_SPLITS = ("validation", "valid", "dev", "test")
+"""Splits that a data set may hold out itself, the likelier one first."""
+Document = Iterable[str]
+"""A text in pieces of any length."""
+
+
+class Source(Protocol):
+    """Texts, one after the other, as often as they are asked for."""
+
+    @property
+    def name(self) -> str:
+        """The setting that names it, and its value."""
+        ...
+
+    def stamp(self) -> Any:
+        """By what it is known again: plain values."""
+        ...
+
+    def documents(self, faults: Faults) -> Iterator[Document]:
+        """The texts; each is to be read before the next one.
+
+        Raises:
+            DataError: something is no text, or cannot be read.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Files:
+    """Text files, plain or .gz.
+
+    Attributes:
+        name: the setting that names them, and its value.
+        paths: the files.
+        folder: whether they were found in a folder, where some may be no text.
+    """
+
+    name: str
+    paths: tuple[Path, ...]
+    folder: bool = False
+
+    def stamp(self) -> Any:
+        """Their names, sizes and times."""
+        return stamp(self.paths)
+
+    def documents(self, faults: Faults) -> Iterator[Document]:
+        """A file each."""
+        for path in self.paths:
+            if self.folder and faults.skip and not self._is_text(path, faults):
+                continue
+            yield self._read(path)
+
+    def _read(self, path: Path) -> Iterator[str]:
+        try:
+            yield from read_text_file(self.name.partition(" ")[0], path)
+        except NoTextError as error:
+            message = f"{self.name} is read as a folder of texts, and {path}{error}" if self.folder else f"{self.name}{error}"
+            end = "; mend it, or leave it out by data.on_error=skip" if self.folder else ""
+            raise DataError(message + end) from None
+
+    def _is_text(self, path: Path, faults: Faults) -> bool:
+        try:
+            for _ in read_text_file(self.name.partition(" ")[0], path):
+                pass
+        except NoTextError as error:
+            faults.report("files", f"{path}{error}")
+            return False
+        return True
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows that the datasets library reads.
+
+    Attributes:
+        name: the setting that names them, and its value.
+        settings: which data set.
+        setting, split: which of its splits, and the setting that says so.
+    """
+
+    name: str
+    settings: DataSettings
+    setting: str
+    split: str
+
+    def stamp(self) -> Any:
+        """Its files' names, sizes and times, or what the library says of the data set."""
+        return [stamp_of(self.settings), self.settings.subset, self.split]
+
+    def open(self) -> Split:
+        """The rows, from the first to the last."""
+        return load_named(self.settings, self.setting, self.split, stream=True)
+
+
+@dataclass(frozen=True)
+class Column:
+    """A text in each row of a table: its column `data.text_field`."""
+
+    table: Table
+    field: str
+
+    @property
+    def name(self) -> str:
+        """The table's."""
+        return self.table.name
+
+    def stamp(self) -> Any:
+        """The table's, and the column."""
+        return [self.table.stamp(), self.field]
+
+    def documents(self, faults: Faults) -> Iterator[Document]:
+        """A row each."""
+        for _, text in self.table.open().texts("data.text_field", self.field, faults):
+            yield (text,)
+
+
+def training_text(settings: DataSettings) -> Source:
+    """The text that the settings name; the standard library's where they name none.
+
+    Raises:
+        DataError: there is no such file.
+    """
+    if not settings.dataset and not settings.path:
+        return Files("the standard library", tuple(_standard_library()))
+    table = _training(settings)
+    return _files("data.path", str(settings.path)) if table is None else Column(table, settings.text_field)
+
+
+def held_out_text(settings: DataSettings) -> Source | None:
+    """The held-out text, where it is a file or a split of its own."""
+    table = _held_out(settings)
+    if table is not None:
+        return Column(table, settings.text_field)
+    return _files("data.validation_path", settings.validation_path) if settings.validation_path else None
+
+
+def training_table(settings: DataSettings) -> Table:
+    """The rows to train on.
+
+    Raises:
+        DataError: there is no such file, or it is no table.
+    """
+    table = _training(settings)
+    if table is None:
+        raise DataError(f"data.path {settings.path or '(none)'} is no table: give one ({TABLE_KINDS}), or data.dataset")
+    return table
+
+
+def held_out_table(settings: DataSettings) -> Table | None:
+    """The held-out rows, where they are a file or a split of their own.
+
+    Raises:
+        DataError: as `training_table`.
+    """
+    table = _held_out(settings)
+    if table is None and settings.validation_path:
+        raise DataError(f"data.validation_path {settings.validation_path} is no table: give one ({TABLE_KINDS})")
+    return table
+
+
+def tables(settings: DataSettings) -> tuple[Table, Table | None]:
+    """The rows to train on, and the held-out ones: those that the settings name, else a split that the set itself holds out.
+
+    Raises:
+        DataError: as `training_table`.
+    """
+    train, held_out = training_table(settings), held_out_table(settings)
+    if held_out is None:
+        found = load_splits(train.settings, stream=True)
+        own = next((name for name in HELD_OUT_SPLITS if name in found and name != train.split), None)
+        held_out = replace(train, setting="data.validation_split", split=own) if own else None
+    return train, held_out
+
+
+def reads_tables(settings: DataSettings) -> bool:
+    """Whether labelled rows are read by the datasets library: from a data set, or a table that has names for its columns."""
+    if settings.dataset:
+        return True
+    path = None if settings.path is None else locate(settings.path, "data.path")
+    return path is not None and path.exists() and ".tsv" not in path.name and is_table(path)
+
+
+def _training(settings: DataSettings) -> Table | None:
+    """None: it is text, or there is nothing."""
+    if settings.dataset:
+        return Table(f"data.dataset {settings.dataset}", settings, "data.split", settings.split)
+    return _table("data.path", settings.path, settings) if settings.path else None
+
+
+def _held_out(settings: DataSettings) -> Table | None:
+    if settings.validation_split:
+        return Table(f"data.validation_split {settings.validation_split}", settings, "data.validation_split", settings.validation_split)
+    return _table("data.validation_path", settings.validation_path, settings) if settings.validation_path else None
+
+
+def _table(setting: str, name: str, settings: DataSettings) -> Table | None:
+    path = _existing(setting, name)
+    if not is_table(path):
+        return None
+    there = settings.model_copy(update={"path": name, "dataset": None, "streaming": False})
+    return Table(f"{setting} {path}", there, "data.split", settings.split if setting == "data.path" and path.is_dir() else "train")
+
+
+def _files(setting: str, name: str) -> Files:
+    path = _existing(setting, name)
+    return Files(f"{setting} {path}", tuple(visible_files(path)), True) if path.is_dir() else Files(f"{setting} {path}", (path,))
+
+
+def _existing(setting: str, name: str) -> Path:
+    path = locate(name, setting)
+    if not path.exists():
+        raise DataError(f"{setting} {path}: no such file or folder; give a text file, a .gz of one, or a folder of them")
+    return path
+
+
+def _standard_library() -> Iterator[Path]:
+    """Real text that every machine has: the sources of Python's standard library."""
+    size = 0
+    for file in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py")):
+        yield file
+        size += file.stat().st_size
+        if size > DEFAULT_TEXT_BYTES:
+            return
+
+
+# Texts in pieces --------------------------------------------------------------------------------------------------------------
+
+
+def joined(documents: Iterable[Document], limit: int | None = None) -> Iterator[str]:
+    """All texts with a line end between, up to so many bytes of UTF-8."""
+    left, first = limit, True
+    for document in documents:
+        for piece in document if first else _behind("\n", document):
+            if left is not None:
+                content = piece.encode()
+                if len(content) > left:
+                    yield cut(content, left).decode()
+                    return
+                left -= len(content)
+            yield piece
+        first = False
+
+
+def _behind(start: str, document: Document) -> Iterator[str]:
+    yield start
+    yield from document
+
+
+def cut(text: bytes, limit: int) -> bytes:
+    """The first `limit` bytes, fewer where that would split a character."""
+    if len(text) <= limit:
+        return text
+    # A UTF-8 character has up to three bytes 10xxxxxx after its first.
+    return text[: next((end for end in range(limit, max(limit - 4, 0), -1) if text[end] & 0xC0 != 0x80), limit)]
+
+
+class NoTextError(ValueError):
+    """Why a file is no text; the message follows its path."""
+
+
+def read_text_file(what: str, path: Path) -> Iterator[str]:
+    """The text of a file in UTF-8, or of a .gz of one, in pieces and without its byte order mark.
+
+    Raises:
+        NoTextError: it is none; says the line.
+        DataError: it cannot be read.
+    """
+    rest, line, first = b"", 1, True
+    for block in _blocks(what, path):
+        content = rest + block
+        if first:
+            if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+                raise NoTextError(" is UTF-16: save it as UTF-8")
+            content, first = content.removeprefix(codecs.BOM_UTF8), False
+        zero = content.find(0)
+        if zero >= 0:
+            at = line + content.count(b"\n", 0, zero)
+            raise NoTextError(f":{at} holds a byte 0: it is no text, damaged, or UTF-16; mend it and save it as UTF-8")
+        try:
+            text, rest = content.decode(), b""
+        except UnicodeDecodeError as error:
+            if not block or error.end < len(content) or error.reason != "unexpected end of data":
+                within, why = not_utf8(content, error)
+                raise NoTextError(f":{line + within - 1}: {why}; save the file as UTF-8") from None
+            text, rest = content[: error.start].decode(), content[error.start :]
+        line += text.count("\n")
+        if text:
+            yield text
+
+
+def _blocks(what: str, path: Path) -> Iterator[bytes]:
+    """The content of a file, unpacked, and an empty block at its end."""
+    try:
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            while True:
+                block = file.read(BLOCK)
+                yield block
+                if not block:
+                    return
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{what} {path} cannot be read: {error}; give a file, or a whole .gz of one") from None

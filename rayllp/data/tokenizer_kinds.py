@@ -1,0 +1,352 @@
+"""Tokenizers of our own, and those of the tokenizers library, sentencepiece and transformers, alike."""
+
+import gzip
+import json
+import zlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rayllp.data.encoding import encode_pieces
+from rayllp.data.files import not_utf8
+from rayllp.errors import DataError
+
+ENDS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[EOS]", "[SEP]")
+LINES_AT_ONCE = 10_000
+LONG = 2**19
+"""Characters of a text beyond which it is encoded piece by piece."""
+CODES = 0x110000
+"""Characters that Unicode has."""
+TRAINED_ON = 2**29
+"""Characters that bpe:SIZE is trained on at most: more change little, and take minutes."""
+SPECIAL_STYLES = (("[PAD]", "[CLS]", "[SEP]", "[MASK]"), ("<pad>", "<s>", "</s>", "<mask>"))
+
+
+class _OneByOne(ABC):
+    """A tokenizer that encodes several texts one after the other."""
+
+    @abstractmethod
+    def encode(self, text: bytes) -> np.ndarray: ...
+
+    def encode_all(self, texts: list[str]) -> list[np.ndarray]:
+        """As `encode`."""
+        return [self.encode(text.encode()) for text in texts]
+
+
+class Bytes(_OneByOne):
+    """One token a byte; nothing to download, any text."""
+
+    vocabulary = 256
+
+    def encode(self, text: bytes) -> np.ndarray:
+        """The bytes themselves."""
+        return np.frombuffer(text, np.uint8)
+
+    def stream(self, pieces: Iterable[str]) -> Iterator[np.ndarray]:
+        """Theirs."""
+        return (np.frombuffer(piece.encode(), np.uint8) for piece in pieces)
+
+    def decode(self, tokens: list[int]) -> str:
+        """The text; bytes that are no UTF-8 become the replacement character."""
+        return bytes(tokens).decode("utf-8", errors="replace")
+
+    def texts(self) -> str:
+        """Its name."""
+        return "bytes"
+
+
+class Characters(_OneByOne):
+    """One token a distinct character of the text at hand."""
+
+    def __init__(self, pieces: Iterable[str]) -> None:
+        seen = np.zeros(CODES, bool)
+        for piece in pieces:
+            seen[_codes(piece)] = True
+        self.alphabet = [chr(code) for code in np.flatnonzero(seen)]
+        self.vocabulary = len(self.alphabet)
+        self._ids = np.full(CODES, self.vocabulary, np.uint32)
+        self._ids[seen] = np.arange(self.vocabulary)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Characters, (["".join(self.alphabet)],)
+
+    def encode(self, text: bytes) -> np.ndarray:
+        """Places of the characters in the alphabet.
+
+        Raises:
+            KeyError: a character that is not in it.
+        """
+        return self._encode(decode_text(text))
+
+    def stream(self, pieces: Iterable[str]) -> Iterator[np.ndarray]:
+        """As `encode`."""
+        return map(self._encode, pieces)
+
+    def _encode(self, text: str) -> np.ndarray:
+        ids = self._ids[_codes(text)]
+        if len(ids) and ids.max() == self.vocabulary:
+            raise KeyError(text[int(ids.argmax())])
+        return ids
+
+    def decode(self, tokens: list[int]) -> str:
+        """The characters at these places."""
+        return "".join(self.alphabet[token] for token in tokens)
+
+    def texts(self) -> str:
+        """The alphabet."""
+        return "".join(self.alphabet)
+
+    @property
+    def made(self) -> str:
+        """The alphabet, of which `restore_tokenizer` makes the same tokenizer."""
+        return "".join(self.alphabet)
+
+
+class _Fast:
+    """A tokenizer of the tokenizers library."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        # A file may ask for sequences of one length; ours are cut from the whole stream.
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        self.vocabulary = _ids_end(tokenizer.get_vocab())
+
+    def encode(self, text: bytes) -> np.ndarray:
+        """The ids that the library gives to the whole text, without special tokens."""
+        return _joined(self.stream([decode_text(text)]))
+
+    def stream(self, pieces: Iterable[str]) -> Iterator[np.ndarray]:
+        """As `encode`, all CPUs at it."""
+        return encode_pieces(self._tokenizer, pieces)
+
+    def encode_all(self, texts: list[str]) -> list[np.ndarray]:
+        """As `encode`, all CPUs at it."""
+        if any(len(text) > LONG for text in texts):
+            return [self.encode(text.encode()) for text in texts]
+        return [np.array(found.ids, np.uint32) for found in self._tokenizer.encode_batch(texts, add_special_tokens=False)]
+
+    def texts(self) -> str:
+        """Its vocabulary."""
+        return json.dumps(self._tokenizer.get_vocab(), sort_keys=True)
+
+    @property
+    def rules(self) -> str:
+        """All that its tokens follow from."""
+        return str(self._tokenizer.to_str())
+
+    def decode(self, tokens: list[int]) -> str:
+        """The text, as the library puts it together."""
+        return self._tokenizer.decode(tokens)
+
+    def save(self, path: Path) -> None:
+        """Write the JSON that `data.tokenizer` takes."""
+        self._tokenizer.save(str(path))
+
+
+class TokenizersFile(_Fast):
+    """A JSON file of the tokenizers library.
+
+    Attributes:
+        special: ids of its own pad, cls, sep and mask; None where one is missing.
+        eos: id of the token that ends a text, by its usual names; None where there is none.
+    """
+
+    def __init__(self, path: str) -> None:
+        from tokenizers import Tokenizer as Fast
+
+        try:
+            super().__init__(Fast.from_file(path))
+        except Exception as error:  # the library raises nothing narrower
+            raise DataError(
+                f"data.tokenizer {path} is no tokenizer ({error}); give a JSON file written by the tokenizers library"
+            ) from None
+        found = ([self._tokenizer.token_to_id(token) for token in style] for style in SPECIAL_STYLES)
+        self.special = next((tuple(ids) for ids in found if None not in ids), None)
+        ends = (self._tokenizer.token_to_id(token) for token in ENDS)
+        self.eos: int | None = next((found for found in ends if found is not None), None)
+
+
+class TrainedBPE(_Fast):
+    """Byte-level BPE trained on the text at hand: any text comes back as it was, and the same text gives the same ids everywhere.
+
+    The vocabulary is smaller than asked for where the text has too few pairs to merge.
+    """
+
+    def __init__(self, size: int, pieces: Iterable[str]) -> None:
+        from tokenizers import Tokenizer as Fast
+        from tokenizers import decoders, models, pre_tokenizers, trainers
+
+        tokenizer = Fast(models.BPE())
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = decoders.ByteLevel()
+        # All 256 bytes are tokens, whether the text has them or not, so that nothing is unknown.
+        alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+        trainer = trainers.BpeTrainer(vocab_size=size, initial_alphabet=alphabet, special_tokens=[], show_progress=False)
+        tokenizer.train_from_iterator(_lines(_beginning(pieces, TRAINED_ON)), trainer)
+        super().__init__(tokenizer)
+
+    @classmethod
+    def read(cls, made: str) -> "TrainedBPE":
+        """One that was trained before, of its `made`."""
+        from tokenizers import Tokenizer as Fast
+
+        tokenizer = cls.__new__(cls)
+        _Fast.__init__(tokenizer, Fast.from_str(made))
+        return tokenizer
+
+    @property
+    def made(self) -> str:
+        """The JSON of the tokenizers library."""
+        return self.rules
+
+
+class SentencePiece(_OneByOne):
+    """A model file of sentencepiece, or a .gz of one. Line ends are lost: to sentencepiece they are spaces."""
+
+    def __init__(self, path: str) -> None:
+        try:
+            import sentencepiece
+        except ImportError:
+            raise DataError(f"data.tokenizer {path} needs the sentencepiece package: pip install 'rayllp[translation]'") from None
+        try:
+            content = Path(path).read_bytes()
+            model = gzip.decompress(content) if path.endswith(".gz") else content
+            self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+        except (OSError, EOFError, zlib.error, RuntimeError) as error:
+            raise DataError(f"data.tokenizer {path} cannot be read ({error}); give a model file of sentencepiece or a .gz of one") from None
+        self.vocabulary: int = self._processor.get_piece_size()
+
+    def encode(self, text: bytes) -> np.ndarray:
+        """Line by line, as the model was trained."""
+        # A list would start a pool of threads at every call, fifteen times slower where calls are of one line.
+        return _joined(np.array(self._processor.encode(line, out_type=int), np.uint32) for line in decode_text(text).split("\n"))
+
+    def stream(self, pieces: Iterable[str]) -> Iterator[np.ndarray]:
+        """As `encode`, all CPUs at it."""
+        lines = (line.removesuffix("\n") for line in _lines(pieces))
+        for some in iter(lambda: list(islice(lines, LINES_AT_ONCE)), []):
+            yield _joined(np.array(ids, np.uint32) for ids in self._processor.encode(some, out_type=int))
+
+    def texts(self) -> str:
+        """The model's pieces."""
+        return json.dumps([self._processor.id_to_piece(number) for number in range(self.vocabulary)])
+
+    def decode(self, tokens: list[int]) -> str:
+        """The text, spaces restored."""
+        return self._processor.decode(tokens)
+
+
+class Pretrained(_OneByOne):
+    """A tokenizer of transformers, by name or folder.
+
+    Attributes:
+        special: ids of its own pad, cls, sep and mask; None where one is missing.
+        bos: id of the token that it puts before every text; None: it puts none there.
+        eos: id of the token that ends a text, where it has one.
+    """
+
+    def __init__(self, name: str) -> None:
+        from transformers import AutoTokenizer
+
+        try:
+            self._tokenizer = AutoTokenizer.from_pretrained(name)
+        except (OSError, ValueError) as error:
+            if Path(name).is_dir():
+                raise DataError(
+                    f"data.tokenizer {name!r} is a folder here, and has no tokenizer of transformers ({str(error).splitlines()[0]}): give "
+                    "a folder that has one; for the model of that name on the hub, call the folder something else"
+                ) from None
+            raise DataError(
+                f"data.tokenizer {name!r} is neither bytes, characters, bpe:SIZE, a .json, .model or .spm file, nor a transformers "
+                f"tokenizer that could be loaded ({str(error).splitlines()[0]}); give a folder with its files when there is no network"
+            ) from None
+        self.vocabulary = _ids_end(self._tokenizer.get_vocab())
+        own = self._tokenizer
+        backend = getattr(own, "backend_tokenizer", None)
+        self._fast = _Fast(backend) if hasattr(backend, "encode_batch") else None
+        ids = (own.pad_token_id, own.cls_token_id, own.sep_token_id, own.mask_token_id)
+        self.special = None if None in ids else ids
+        self.eos: int | None = own.eos_token_id
+        begun = own("")["input_ids"]
+        self.bos: int | None = begun[0] if begun and begun[0] == own.bos_token_id else None
+
+    def encode(self, text: bytes) -> np.ndarray:
+        """The whole text, without special tokens."""
+        return _joined(self.stream([decode_text(text)]))
+
+    def stream(self, pieces: Iterable[str]) -> Iterator[np.ndarray]:
+        """As `encode`; one that is written in Python needs the whole text at once."""
+        if self._fast is not None:
+            return self._fast.stream(pieces)
+        return iter([np.array(self._tokenizer("".join(pieces), add_special_tokens=False, verbose=False)["input_ids"], np.uint32)])
+
+    def encode_all(self, texts: list[str]) -> list[np.ndarray]:
+        """As `encode`, all CPUs at it where it is not written in Python."""
+        return super().encode_all(texts) if self._fast is None else self._fast.encode_all(texts)
+
+    @property
+    def rules(self) -> str:
+        """All that its tokens follow from."""
+        return self._fast.rules if self._fast is not None else f"{type(self._tokenizer).__name__} {self.texts()}"
+
+    def texts(self) -> str:
+        """Its vocabulary."""
+        return json.dumps(self._tokenizer.get_vocab(), sort_keys=True)
+
+    def decode(self, tokens: list[int]) -> str:
+        """The text, as transformers puts it together."""
+        return self._tokenizer.decode(tokens)
+
+
+def decode_text(text: bytes) -> str:
+    """The characters of a text in UTF-8.
+
+    Raises:
+        DataError: it is none; says the line.
+    """
+    try:
+        return text.decode()
+    except UnicodeDecodeError as error:
+        line, why = not_utf8(text, error)
+        raise DataError(f"line {line}: {why}; save the text as UTF-8") from None
+
+
+def _joined(parts: Iterable[np.ndarray]) -> np.ndarray:
+    found = [part for part in parts if len(part)]
+    return np.concatenate(found) if found else np.zeros(0, np.uint32)
+
+
+def _codes(text: str) -> np.ndarray:
+    """The characters' numbers."""
+    return np.frombuffer(text.encode("utf-32-le"), np.uint32)
+
+
+def _lines(pieces: Iterable[str]) -> Iterator[str]:
+    """The lines of a text, with their ends."""
+    begun: list[str] = []
+    for piece in pieces:
+        first, *others = piece.split("\n")
+        begun.append(first)
+        for line in others:
+            yield "".join(begun) + "\n"
+            begun = [line]
+    if last := "".join(begun):
+        yield last
+
+
+def _beginning(pieces: Iterable[str], characters: int) -> Iterator[str]:
+    for piece in pieces:
+        yield piece[:characters]
+        characters -= len(piece)
+        if characters <= 0:
+            return
+
+
+def _ids_end(vocabulary: dict[str, int]) -> int:
+    """Every id is below this: ids may have holes, so that there are fewer tokens."""
+    return max(vocabulary.values(), default=-1) + 1
