@@ -23,9 +23,9 @@ from rayllp.models import build_architecture
 
 os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 would leave workers behind whatever else this machine does
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-# Also for the processes that tests start; removed when this one ends.
-CACHE = tempfile.TemporaryDirectory(prefix="rayllp-cache-")
-os.environ["RAYLLP_CACHE"] = CACHE.name
+if "RAYLLP_CACHE" not in os.environ:  # else this is a process that tests have started: it has theirs
+    CACHE = tempfile.TemporaryDirectory(prefix="rayllp-cache-")  # removed when this process ends
+    os.environ["RAYLLP_CACHE"] = CACHE.name
 torch.set_num_threads(1)
 PROCESS_LIMIT_S = 120
 

@@ -88,8 +88,8 @@ def main() -> None:
         make_corpus(arguments.texts, corpus, int(arguments.gb * 1e9))
     print(f"corpus: {corpus.stat().st_size:,} bytes; {psutil.virtual_memory().total / 1e9:.1f} GB of memory", flush=True)
     run, data = arguments.folder / "run", {"path": str(corpus), "tokenizer": arguments.tokenizer, "cache": str(cache)}
-    shutil.rmtree(cache, ignore_errors=True)
-    shutil.rmtree(run, ignore_errors=True)
+    for folder in (cache, run):
+        shutil.rmtree(folder, ignore_errors=True)
     code = f"from rayllp import make_config; from rayllp.data import load_data; load_data(make_config({{'data': {data!r}}}))"
     made = watch([sys.executable, "-c", code], arguments.folder / "tokenise.log")
     print(json.dumps(made), flush=True)

@@ -101,6 +101,7 @@ class Entry:
         told: what is being made, for whoever waits.
         made: a checksum of what it holds, once it is known: hosts that make it must get the same.
         carried: its files, for hosts that cannot make it.
+        found: where the driver has it: other processes of its host may have another cache, and other hosts the same one.
     """
 
     key: str
@@ -109,6 +110,7 @@ class Entry:
     told: str = "data"
     made: str | None = None
     carried: dict[str, bytes] | None = field(default=None, repr=False)
+    found: str | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name not in ("_description", "_maps")}
@@ -116,6 +118,8 @@ class Entry:
     @property
     def folder(self) -> Path:
         """Where it is on this host."""
+        if self.found is not None and (Path(self.found) / self.key / ENTRY).is_file():
+            return Path(self.found) / self.key
         return cache_folder(self.cache) / self.key
 
     def settle(self) -> "Entry":
@@ -126,13 +130,13 @@ class Entry:
         """
         if not (self.folder / ENTRY).is_file():
             self._write()
-        found = fingerprint(self._description["arrays"])
-        if self.made not in (None, found):
+        content = fingerprint(self._description["arrays"])
+        if self.made not in (None, content):
             raise DataError(
                 f"{self.told}: this host has other data there than the driver's, under the same name: give all hosts the same files, or "
                 f"remove {self.folder} if it is damaged"
             )
-        return self if self.carried is None and self.made else replace(self, carried=None, made=found)
+        return self if self.made else replace(self, made=content, found=str(self.folder.parent.absolute()))
 
     def with_files(self) -> "Entry":
         """The same with its files along, if they are small enough to be sent."""
@@ -200,7 +204,7 @@ class Entry:
             path = self.folder / f"{name}.bin"
             size = path.stat().st_size if path.exists() else 0
             if size != count * np.dtype(dtype).itemsize:
-                raise DataError(f"{path} is damaged: remove {self.folder}, and it is made anew")
+                raise DataError(f"{path} is damaged or gone: remove {self.folder}, and it is made anew")
             self._maps[name] = np.memmap(path, dtype, "r", shape=(count,)) if count else np.zeros(0, dtype)
         return self._maps[name]
 
