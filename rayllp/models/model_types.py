@@ -88,6 +88,9 @@ def configuration(settings: TrainConfig, facts: Facts, kept: Mapping[str, Any] |
 def _new(settings: TrainConfig, facts: Facts) -> PreTrainedConfig:
     model = settings.model
     kind = CONFIG_MAPPING[str(model.architecture)]
+    if settings.model.task == "images" and "vision_config" in kind.sub_configs:  # of CLIP and its kin the vision half alone is trained
+        vision = _sizes(settings, facts, kind.sub_configs["vision_config"]())
+        return _adapted(_build(kind, {"vision_config": vision, **model.config_overrides}), settings, facts)
     plain = _build(kind, {})
     known = set(vars(plain)) | set(kind.attribute_map)
     if not known & set(SIZES["hidden_size"]):
@@ -96,6 +99,13 @@ def _new(settings: TrainConfig, facts: Facts) -> PreTrainedConfig:
             f"model.architecture {model.architecture} is made of several networks ({', '.join(kind.sub_configs)}), whose sizes are not "
             "settings: " + (f"choose {text}, or " if text in CONFIG_MAPPING else "") + "start from a checkpoint (model.from_pretrained)"
         )
+    given = _sizes(settings, facts, plain)
+    return _adapted(_build(kind, {**given, **_tokens(facts, plain), **model.config_overrides}), settings, facts)
+
+
+def _sizes(settings: TrainConfig, facts: Facts, plain: PreTrainedConfig) -> dict[str, Any]:
+    """The settings' sizes, by the names that a configuration of this kind has for them."""
+    model, known = settings.model, set(vars(plain)) | set(type(plain).attribute_map)
     wanted = {
         "hidden_size": model.width, "num_attention_heads": model.heads, "num_key_value_heads": model.kv_heads or model.heads,
         "head_dim": model.width // model.heads, "intermediate_size": model.feed_forward or 4 * model.width,
@@ -110,8 +120,7 @@ def _new(settings: TrainConfig, facts: Facts) -> PreTrainedConfig:
         sizes |= {"image_size": square, "num_channels": channels, "patch_size": model.patch_size}
     if "qk_rope_head_dim" in known:
         known -= {"head_dim"}  # latent attention's heads have sizes of their own
-    given = {name: value for name, value in sizes.items() if name in known}
-    return _adapted(_build(kind, {**given, **_tokens(facts, plain), **model.config_overrides}), settings, facts)
+    return {name: value for name, value in sizes.items() if name in known}
 
 
 def _layers(plain: PreTrainedConfig, settings: TrainConfig) -> dict[str, int]:
