@@ -7,6 +7,7 @@ result = rayllp.train(rayllp.make_config({"model": {"layers": 36}, "workers": 4}
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from rayllp.checkpoint.export import export
     from rayllp.cluster.given import TrainResult
     from rayllp.cluster.session import keep_workers, train
     from rayllp.config import TrainConfig, load_config, make_config
@@ -15,9 +16,10 @@ if TYPE_CHECKING:
     from rayllp.tuning.run import tune
 
 __version__ = "0.1.0"
-__all__ = ["LayerStack", "Listener", "TrainConfig", "TrainResult", "keep_workers", "load_config", "make_config", "train", "tune"]
+__all__ = ["LayerStack", "Listener", "TrainConfig", "TrainResult", "export", "keep_workers", "load_config", "make_config", "train", "tune"]
 
 _HOMES = {
+    "export": "rayllp.checkpoint.export",
     "keep_workers": "rayllp.cluster.session",
     "train": "rayllp.cluster.session",
     "TrainResult": "rayllp.cluster.given",

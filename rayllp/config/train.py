@@ -60,7 +60,7 @@ class TrainConfig(Settings):
     batch_size: int = Field(8, ge=1, description="sequences a step, over all replicas")
     accumulate: int = Field(1, ge=1, description="gradient accumulation: parts in which a step's batch is solved")
     microbatches: int | None = Field(
-        None, ge=1, description="of serial mode's pipeline; default as many as divide the batch, up to 4 a worker"
+        None, ge=1, description="of exact steps; default up to 4 a worker, as the batch divides; layers in turn: as few as keep all busy"
     )
     steps: int = Field(250, ge=1, description="optimizer steps")
     seed: int = Field(0, ge=0, description="keys initialisation, batches and dropout")
