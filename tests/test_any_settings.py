@@ -15,6 +15,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, note, seed, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from rayllp.channel import LocalChannel, run_workers
 from rayllp.config import TrainConfig, kind_in, make_config, setting_names, to_yaml
@@ -216,12 +217,15 @@ def alone(config):
 
 
 def enough(config):
-    """As many iterations as make the solve exact, and the exact training that it then is."""
+    """As many iterations as make the solve exact, and the exact training that it then is; None where nothing runs in parallel."""
     most = config.window if config.placement == "cyclic" else len(config.coarse_lengths) + 1
     plain = {"dtype": "float64", "adaptive": {"consistency": 0.0, "smoothness": 0.0, "steer": None, "probe_every": 0, "ladder": None}}
     plain["adaptive"] |= {"lipschitz_every": 0, "switch_at": None}
     solve = {"iterations": {"forward": most, "backward": most}, "tolerance": None}
-    return changed(config, mode="parallel", mgrit=solve, **plain), changed(config, mode="serial", mgrit=solve, **plain)
+    try:
+        return [changed(config, mode=mode, mgrit=solve, **plain) for mode in ("parallel", "serial")]
+    except ValidationError:  # where all is exact, levels may be too coarse for anything else
+        return None
 
 
 def close(found, wanted, tolerance):
@@ -253,9 +257,10 @@ def try_out(run, outcomes):
     if config.world > 1 and run["model"]["heads"] == 1:  # a third of them
         outcomes["by NCCL's rules"] += 1
         assert close(train(config, strictly=True)[0], losses, TOLERANCE[config.dtype])
-    if run["model"]["width"] == 8:  # half of them
+    both = enough(config) if run["model"]["width"] == 8 else None  # half of them
+    if both is not None:
         outcomes["enough iterations"] += 1
-        found, wanted = (train(each)[0] for each in enough(config))
+        found, wanted = (train(each)[0] for each in both)
         assert close(found, wanted, 1e-8), (found, wanted)
 
 
