@@ -269,7 +269,7 @@ PHASES = [Phase.generate, Phase.shrink]  # the others trace every line that is r
 PLAIN = settings(deadline=None, database=None, suppress_health_check=CHECKS, phases=PHASES)
 
 
-@settings(PLAIN, max_examples=15, derandomize=True)
+@settings(PLAIN, max_examples=8, derandomize=True)
 @given(runs)
 def test_any_settings_are_refused_in_words_or_train(run):
     try_out(run, Counter())
