@@ -13,14 +13,15 @@ from itertools import count
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, note, seed, settings
+from hypothesis import HealthCheck, Phase, given, note, seed, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from rayllp.channel import LocalChannel, run_workers
 from rayllp.config import TrainConfig, kind_in, make_config, setting_names, to_yaml
 from rayllp.config.parse import parse_yaml
 from rayllp.control import Controller, Probe
-from rayllp.engine import Engine
+from rayllp.engine import Engine, replica_sums, sharding
 from rayllp.errors import RayllpError
 from rayllp.models import build_architecture, check_muon, check_network
 from tests.strict_channel import World
@@ -51,10 +52,12 @@ def group(**settings):
     return st.fixed_dictionaries(settings).map(lambda found: {name: value for name, value in found.items() if value is not OUT})
 
 
+TYPES = ("qwen3", "phi3", "gpt_neox", "olmo2")
+"""Of transformers, beside the families."""
 model = group(
-    case=pick(*CASES), width=pick(8, 16), heads=pick(1, 2, 4), kv_heads=maybe(1, 2), dropout=maybe(0.1), tie_embeddings=maybe(True, False),
-    feed_forward=maybe(12, 24), encoder_layers=maybe(1, 2, 5), label_smoothing=maybe(0.1),
-    initialisation=maybe("default", "deep", "scaled"), patch_size=pick(2, 4, 4, 5),
+    case=pick(*CASES, *[(kind, "causal") for kind in TYPES]), width=pick(8, 16), heads=pick(1, 2, 4), kv_heads=maybe(1, 2),
+    dropout=maybe(0.1), tie_embeddings=maybe(True, False), feed_forward=maybe(12, 24), encoder_layers=maybe(1, 2, 5),
+    label_smoothing=maybe(0.1), initialisation=maybe("default", "deep", "scaled"), patch_size=pick(2, 4, 4, 5),
 )  # fmt: skip
 mgrit = group(
     coarsening=pick(OUT, 2, 2, 3, 5, [2, 2], [3, 2]),
@@ -71,10 +74,11 @@ adaptive = group(
     steer=pick(*[OUT] * 3, True, False), switch_at=pick(*[OUT] * 3, 0, 2, 0.5, 1.0),
 )  # fmt: skip
 optimizer = group(
-    name=maybe("muon"), lr=maybe(1e-2), muon_lr=maybe(1e-2), warmup=maybe(0, 2), weight_decay=maybe(0.0), clip=maybe(0.0)
+    name=maybe("muon"), sharded=maybe(True), lr=maybe(1e-2), muon_lr=maybe(1e-2), warmup=maybe(0, 2), weight_decay=maybe(0.0),
+    clip=maybe(0.0),
 )  # fmt: skip
 mesh = group(
-    data=pick(OUT, OUT, 1, 2), layer=pick(*[OUT] * 4, 2), blocks=pick(*[OUT] * 6, [3, 4], [1, 5]), placement=maybe("blocks", "cyclic")
+    data=pick(OUT, OUT, 1, 2, 3), layer=pick(*[OUT] * 4, 2), blocks=pick(*[OUT] * 6, [3, 4], [1, 5]), placement=maybe("blocks", "cyclic")
 )  # fmt: skip
 untouched = st.just({})
 runs = group(
@@ -98,6 +102,8 @@ def tidied(run):
         run["mgrit"].pop("batched", None)
     if run.get("adaptive", {}).get("probe_every") == 0:
         run["adaptive"] = {name: value for name, value in run["adaptive"].items() if name != "lipschitz_every"}
+    if "blocks" in run["mesh"]:
+        run["middle"], run["workers"] = sum(run["mesh"]["blocks"]), len(run["mesh"]["blocks"])
     run["batch_size"] *= run["mesh"].get("data", 1) * run.get("accumulate", 1) * run.get("microbatches", 1)
     if isinstance(run.get("workers"), dict):
         run["mesh"] = {name: value for name, value in run["mesh"].items() if name == "placement"}
@@ -108,10 +114,11 @@ def tidied(run):
 
 
 def config_of(run):
-    run = tidied(run) if run["careful"] else dict(run)
+    run = tidied(run) if run["careful"] else run
     values = {name: value for name, value in run.items() if name not in ("middle", "careful")}
     (family, head), layers = run["model"]["case"], run["middle"] + sum(run["buffers"].values())
-    values["model"] = {**{n: v for n, v in run["model"].items() if n != "case"}, "family": family, "head": head, "layers": layers}
+    kind = "architecture" if family in TYPES else "family"
+    values["model"] = {**{n: v for n, v in run["model"].items() if n != "case"}, kind: family, "head": head, "layers": layers}
     return make_config({"steps": STEPS, "sequence_length": 10, **values})
 
 
@@ -119,7 +126,16 @@ def config_of(run):
 
 
 def data_of(config):
-    return RandomBatches(config.model.family, config.model.head)
+    return RandomBatches(config.model.family, "auto" if config.model.architecture else config.model.head)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def small_messages():
+    """Gradients of replicas in many buckets, and shares of parameters in many calls, as in large networks."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(replica_sums, "BUCKET_BYTES", 1024)
+        patch.setattr(sharding, "CALL_NUMBERS", 256)
+        yield
 
 
 def accepted(run):
@@ -201,12 +217,15 @@ def alone(config):
 
 
 def enough(config):
-    """As many iterations as make the solve exact, and the exact training that it then is."""
+    """As many iterations as make the solve exact, and the exact training that it then is; None where nothing runs in parallel."""
     most = config.window if config.placement == "cyclic" else len(config.coarse_lengths) + 1
     plain = {"dtype": "float64", "adaptive": {"consistency": 0.0, "smoothness": 0.0, "steer": None, "probe_every": 0, "ladder": None}}
     plain["adaptive"] |= {"lipschitz_every": 0, "switch_at": None}
     solve = {"iterations": {"forward": most, "backward": most}, "tolerance": None}
-    return changed(config, mode="parallel", mgrit=solve, **plain), changed(config, mode="serial", mgrit=solve, **plain)
+    try:
+        return [changed(config, mode=mode, mgrit=solve, **plain) for mode in ("parallel", "serial")]
+    except ValidationError:  # where all is exact, levels may be too coarse for anything else
+        return None
 
 
 def close(found, wanted, tolerance):
@@ -237,17 +256,20 @@ def try_out(run, outcomes):
         assert close(losses, wanted, TOLERANCE[config.dtype]), (losses, wanted)
     if config.world > 1 and run["model"]["heads"] == 1:  # a third of them
         outcomes["by NCCL's rules"] += 1
-        assert train(config, strictly=True) == everyone
-    if run["model"]["width"] == 8:  # half of them
+        assert close(train(config, strictly=True)[0], losses, TOLERANCE[config.dtype])
+    both = enough(config) if run["model"]["width"] == 8 else None  # half of them
+    if both is not None:
         outcomes["enough iterations"] += 1
-        found, wanted = (train(each)[0] for each in enough(config))
+        found, wanted = (train(each)[0] for each in both)
         assert close(found, wanted, 1e-8), (found, wanted)
 
 
 CHECKS = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much]
+PHASES = [Phase.generate, Phase.shrink]  # the others trace every line that is run
+PLAIN = settings(deadline=None, database=None, suppress_health_check=CHECKS, phases=PHASES)
 
 
-@settings(max_examples=15, deadline=None, derandomize=True, database=None, suppress_health_check=CHECKS)
+@settings(PLAIN, max_examples=8, derandomize=True)
 @given(runs)
 def test_any_settings_are_refused_in_words_or_train(run):
     try_out(run, Counter())
@@ -256,10 +278,16 @@ def test_any_settings_are_refused_in_words_or_train(run):
 @pytest.mark.study
 def test_any_settings_for_long():
     outcomes, until = Counter(), time.monotonic() + 60 * MINUTES
+
     for number in count():
         if time.monotonic() > until:
             break
-        seed(number)(settings(max_examples=100, deadline=None, database=None, suppress_health_check=CHECKS)(given(runs)(
-            lambda run: try_out(run, outcomes)
-        )))()  # fmt: skip
+
+        @seed(number)
+        @settings(PLAIN, max_examples=25)  # of more, many would be variations of one
+        @given(runs)
+        def try_more(run):
+            try_out(run, outcomes)
+
+        try_more()
         print(dict(outcomes), flush=True)

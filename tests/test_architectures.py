@@ -13,9 +13,9 @@ from rayllp.checkpoint.export import export
 from rayllp.config import load_run_config, make_config
 from rayllp.engine import Engine
 from rayllp.errors import SettingsError
-from rayllp.models import build_architecture, check_family
+from rayllp.models import build_architecture, check_family, check_network
 from rayllp.report import RunDirectory
-from tests.conftest import tiny
+from tests.conftest import merge, tiny
 from tests.test_export import save
 
 TYPES = [
@@ -142,3 +142,10 @@ def test_packed_texts_are_blind_to_each_other():
     together = engine.exact_forward((row, positions), MessageTag(0, "evaluation"))
     apart = [engine.exact_forward((ids, torch.arange(ids.shape[1])[None]), MessageTag(0, "evaluation")) for ids in (first, second)]
     torch.testing.assert_close(together, torch.cat(apart, 1), rtol=1e-6, atol=1e-6)
+
+
+def test_dropout_beside_several_layers_in_one_call_is_refused_before_a_worker_starts():
+    small = config_of("causal", "phi3", 1, "parallel").model_dump(exclude_unset=True)
+    config = make_config(merge(small, {"model": {"dropout": 0.1}, "mgrit": {"batched": True}}))
+    with pytest.raises(SettingsError, match=r"mgrit.batched=true and dropout.*set model.dropout=0"):
+        check_network(config, Random("causal").facts)

@@ -138,7 +138,7 @@ def test_few_iterations_do_not_depend_on_the_workers(count, c, levels, kind, ite
 
 
 def _check_independent(layers, count, method, levels, c):
-    blocks_of = [split_evenly(count, workers) for workers in range(1, 8)] + [(1, count - 2, 1), (count - 1, 1), (0, 7, count - 7)]
+    blocks_of = [split_evenly(count, workers) for workers in (1, 2, 3, 5, 7)] + [(1, count - 2, 1), (count - 1, 1), (0, 7, count - 7)]
     reference = None
     for blocks in blocks_of:
         outcomes = run_workers(

@@ -83,6 +83,7 @@ class Block:
 
     def __init__(self):
         self.parameters = {name: torch.nn.Parameter(torch.ones(3000)) for name in ("first", "second")}
+        self.trained = self.parameters
 
 
 def test_what_comes_to_a_gradient_after_it_has_left_is_summed_too(small_buckets):

@@ -46,6 +46,7 @@ WAYS = {
     "parallel": {},
     "windows": {"mgrit": {"window": 4, "iterations": {"forward": 2, "backward": 2}}, "mesh": {"placement": "cyclic"}},
     "in turn": {"mode": "serial", "mesh": {"placement": "cyclic"}},
+    "in turn, to the first worker": {"mode": "serial", "mesh": {"placement": "cyclic"}, "model": {"layers": 11}},
     "adaptive": {"mode": "adaptive", "adaptive": {"rule": "bias", "probe_every": 2}},
     "smooth": {"adaptive": {"smoothness": 1e-3}},
 }

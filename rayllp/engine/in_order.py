@@ -63,8 +63,8 @@ class InOrderGradients:
         channel: Channel = group.channel if group.timeline is None else TimedChannel(group.channel, group.timeline)
         samples = len(batch.samples)
         count = min(samples, group.config.microbatches or _count_microbatches(samples, channel.size))
-        if channel.sends_wait and channel.size == 2:
-            count = 1  # else each has a microbatch to send to the other before it takes one back
+        if channel.sends_wait and self._sends_back(channel.size):
+            count = 1  # else each of two has a microbatch to send to the other before it takes one back
         with group.channel.program(("in order", count, group.spec(batch.inputs))):
             microbatches = [self._begin(batch.part(rows)) for rows in slices(samples, count)]
             self._forward(microbatches, channel, batch.step)
@@ -75,6 +75,10 @@ class InOrderGradients:
             add_embedding_gradients(group, microbatch.entered, microbatch.state)
         loss = torch.stack(losses).sum() if losses else torch.zeros((), device=self.block.device)
         return StepGradients(loss, penalty=penalty)
+
+    def _sends_back(self, workers: int) -> bool:
+        """Whether the last worker, which has the head, sends states to the one that it takes the middle's last ones from."""
+        return workers == 2 or self.placement.owners[-1] == 0
 
     def _begin(self, batch: StepBatch) -> _Microbatch:
         moment = self.block.begin(batch.step, batch.samples, batch.inputs, training=True)

@@ -62,7 +62,7 @@ class Transformer(PretrainedArchitecture):
             ) from error
 
     def _examine(self) -> list[str]:
-        self.stochastic = None
+        self.stochastic = True if self.settings.model.dropout > 0 else None  # a type may draw more than dropout
         paths, self.encoder_layers = layer_paths(self.model)
         if len(paths) != self.layers:
             raise UncuttableError(f"its list has {len(paths)} layers, and model.layers is {self.layers}")
