@@ -171,6 +171,7 @@ def test_a_lost_replica_comes_back_from_the_others_weights_and_the_copy_of_its_s
         copies.take(2)
         copies.wait()
         copies.close()
+        assert torch.equal(copies.give(2, neighbour=False, weights=False), copies.give(2, neighbour=False)[copies.state.copied])
         return copies.state.layout, copies.give(2, neighbour=False), copies.give(2, neighbour=True)
 
     held = over_mesh(config, work)
