@@ -102,9 +102,10 @@ def test_the_step_to_come_back_to_where_the_optimizers_state_is_shared_out():
     """A lost worker's weights are on every replica that has its block, its share of the state in one copy."""
     copies, all_of = Copies(blocks=2, replicas=2, sharded=True, offset=2), Inventory((6, 7), (6, 7))
     held = {0: all_of, 2: Inventory((7,), (7,)), 3: all_of}
-    assert copies.sources(1, 7, held) == [Source(3, 3), Source(3, 1)]
+    assert copies.sources(1, 7, held) == [Source(3, 3), Source(3, 1, has_weights=False)]
     assert copies.common_step(held) == 7
-    assert copies.sources_of_all(7, held) == [Source(0, 0), Source(2, 2), Source(3, 1), Source(3, 3)]
+    # Of each block one gives the weights.
+    assert [tuple(source) for source in copies.sources_of_all(7, held)] == [(0, 0, True), (2, 2, False), (3, 1, False), (3, 3, True)]
     assert copies.common_step({**held, 3: Inventory((6, 7), (6,))}) is None  # its share of step 7 had not arrived, 6 is not on worker 2
     assert copies.common_step({0: all_of, 2: all_of}) is None
 

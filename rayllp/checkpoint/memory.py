@@ -102,9 +102,12 @@ class NeighbourCopies:
         """Make the block what it was after `step` steps."""
         self.state.put(self._own[step])
 
-    def give(self, step: int, *, neighbour: bool) -> Tensor:
-        """The copy of another worker's state after `step` steps, or the own one."""
-        return (self._neighbours if neighbour else self._own)[step]
+    def give(self, step: int, *, neighbour: bool, weights: bool = True) -> Tensor:
+        """The copy of another worker's state after `step` steps, or the own one; without weights what is behind them."""
+        if neighbour:
+            return self._neighbours[step]
+        state = self._own[step]
+        return state if weights else state[self.state.copied].clone()  # a view would be sent with all that it is a view of
 
     def wait(self) -> None:
         """Until the last state is held everywhere, or cannot be."""
@@ -163,10 +166,12 @@ class Source(NamedTuple):
     Attributes:
         holder: who has it.
         owner: whose it is; another one's than the holder's is a copy.
+        has_weights: False: what is given is behind the weights, which somebody else gives.
     """
 
     holder: int
     owner: int
+    has_weights: bool = True
 
     @property
     def is_copy(self) -> bool:
@@ -217,7 +222,7 @@ class Copies:
             return [Source(rank, rank)]
         replica = next((Source(other, other) for other in sorted(own) if other % self.blocks == rank % self.blocks), None)
         holder = self.holder(rank)
-        copy = Source(holder, rank) if holder is not None and holder in held and step in held[holder].neighbours else None
+        copy = Source(holder, rank, not self.sharded) if holder is not None and holder in held and step in held[holder].neighbours else None
         wanted = [replica, copy] if self.sharded else [copy if self.replicas == 1 else replica]
         return None if None in wanted else [source for source in wanted if source is not None]
 
@@ -225,7 +230,14 @@ class Copies:
         """What makes up all blocks' states."""
         wanted = range(self.blocks * (self.replicas if self.sharded else 1))
         found = [self.sources(rank, step, held) for rank in wanted]
-        return None if None in found else sorted({source for sources in found for source in sources or ()})
+        if None in found:
+            return None
+        first: dict[int, Source] = {}  # of each block, to give its weights
+        chosen = sorted({source for sources in found for source in sources or ()})
+        for source in chosen:
+            if source.has_weights:
+                first.setdefault(source.owner % self.blocks, source)
+        return [source._replace(has_weights=source in first.values()) for source in chosen]
 
     def common_step(self, held: Mapping[int, Inventory]) -> int | None:
         """The last step that all survivors have, and of which no state is lost; None: there is none."""

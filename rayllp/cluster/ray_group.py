@@ -287,13 +287,15 @@ class RayGroup(ElasticGroup):
 
     def _given(self, sources: Iterable[Source], step: int) -> list[Any]:
         """What `gather` takes: the layouts of states after `step` steps, and references to these from whoever holds them."""
-        given = [(self._layout(source), self.workers[source.holder].give.remote(step, source.is_copy)) for source in sources]
+        given = [
+            (self._layout(source), self.workers[source.holder].give.remote(step, source.is_copy, source.has_weights)) for source in sources
+        ]
         return [[layout for layout, _ in given], *(reference for _, reference in given)]
 
     def _layout(self, source: Source) -> Layout:
-        """Of a state that a worker gives: what is copied where the optimizer's state is shared out has no weights."""
+        """Of a state that a worker gives."""
         layout = self._layouts[source.owner]
-        return layout.without_weights if source.is_copy and self._copies.sharded else layout
+        return layout if source.has_weights else layout.without_weights
 
     # Another number of workers ---------------------------------------------------------------------------------------------------
 

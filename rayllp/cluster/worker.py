@@ -282,9 +282,9 @@ class BlockWorker:
         self._memory.roll_back(step)
         self._done = deque((stats for stats in self._done if stats["step"] < step), maxlen=REMEMBERED)
 
-    def give(self, step: int, neighbour: bool) -> torch.Tensor:
-        """A state after `step` steps: the copy of another worker's, or the own one."""
-        return self._memory.give(step, neighbour=neighbour)
+    def give(self, step: int, neighbour: bool, weights: bool) -> torch.Tensor:
+        """A state after `step` steps: the copy of another worker's, or the own one, with or without its weights."""
+        return self._memory.give(step, neighbour=neighbour, weights=weights)
 
     def gather(self, layouts: list[Layout], *states: torch.Tensor) -> None:
         """Make the block what it was when other workers, of these layouts and states, had its layers."""
