@@ -15,6 +15,7 @@ from rayllp.cluster.ray_group import RayGroup
 from rayllp.errors import ClusterError, SettingsError
 from rayllp.report import RunDirectory
 from tests.conftest import losses_over_threads, make_engine, tiny, train_engine
+from tests.test_recovery import Faulty
 from tests.test_train import living_actors, read
 
 
@@ -63,7 +64,23 @@ def test_a_range_of_workers():
     with pytest.raises(SettingsError, match="min 3 is above max 2"):
         tiny(workers={"min": 3, "max": 2})
     with pytest.raises(SettingsError, match=r"leave out mesh\.layer"):
-        tiny(workers={"min": 1, "max": 2}, mesh={"data": 2})
+        tiny(workers={"min": 1, "max": 2}, mesh={"layer": 2})
+
+
+def test_a_range_of_replicas():
+    config = tiny(workers={"min": 2, "max": 8}, mesh={"data": 4}, batch_size=8)
+    assert (config.world, config.layer_workers, config.fewest_workers) == (8, 2, 2)
+    found = [config.with_workers(n) for n in range(2, 10)]
+    # Three replicas do not divide the batch.
+    assert [(each.mesh.data, each.layer_workers) for each in found] == [(1, 2)] * 2 + [(2, 2)] * 4 + [(4, 2)] * 2
+    assert found[0].with_workers(8) == found[0]
+    for workers, mesh in (
+        ({"min": 2, "max": 7}, {"data": 4}),
+        ({"min": 3, "max": 8}, {"data": 4}),
+        ({"min": 2, "max": 8}, {"data": 4, "layer": 1}),
+    ):
+        with pytest.raises(SettingsError, match=r"replicas of \d workers come and go as a whole"):
+            tiny(workers=workers, mesh=mesh, batch_size=8)
 
 
 STEPS = 60
@@ -123,3 +140,53 @@ def test_a_run_grows_into_room_that_comes_free(tmp_path):
     assert [m["loss"] for m in metrics] == pytest.approx(alone, rel=1e-3)
     assert not living_actors()
     assert torch.isfinite(torch.tensor([m["loss"] for m in metrics])).all()
+
+
+class Shrinking(RayGroup):
+    """The place of the first worker that is lost is lost with it, as with its node."""
+
+    replaced = 0
+
+    def places(self, lost):
+        self.replaced += 1
+        return super().places(lost) if self.replaced > 1 else self.size - len(lost)
+
+
+class Waiting(Driver):
+    """Waits at step 16 until it is whole again."""
+
+    def _next_chunk(self, step):
+        chunk = super()._next_chunk(step)
+        return chunk[: 16 - step] if step < 16 else chunk
+
+    def _between_chunks(self, step):
+        super()._between_chunks(step)
+        deadline = time.monotonic() + 90
+        while step == 16 and self.workers.size < 4 and time.monotonic() < deadline:
+            time.sleep(0.1)
+            self.resizing.grow(step)
+
+
+class Growing(Faulty, Waiting):
+    """Fails before that, and after it."""
+
+
+@pytest.mark.study
+@pytest.mark.usefixtures("ray_cluster")
+def test_replicas_that_are_lost_come_back(tmp_path):
+    """A replica goes with one of its workers, and comes back; then a worker's share of the optimizer's state comes from its copy."""
+    settings = {"model": {"dropout": 0.1}, "steps": 24, "optimizer": {"sharded": True}}
+    config = tiny(workers={"min": 2, "max": 4}, mesh={"data": 2}, snapshot_every=1, resize_check_s=0.2, **settings)
+    run = RunDirectory.create(tmp_path / "run", config)
+    driver = Growing(config, run, Shrinking.for_run(config, run.path, "cpu"), None, None, validate(config, None, None))
+    driver.pending = [(1, 7, "adjoint"), (2, 20, "optimizer")]
+    driver.train()
+    events = read(run.path / "events.jsonl")
+    resizes = [(e["workers_before"], e["workers"], e["replicas"]) for e in events if e["kind"] == "resize"]
+    assert resizes == [(4, 2, 1), (2, 4, 2)]
+    assert [e["ranks"] for e in events if e["kind"] == "fault"] == [[1], [2]]
+    assert [(e["source"], e["steps_lost"] <= 1) for e in events if e["kind"] == "restore"] == [("memory", True)] * 2
+    metrics = read(run.path / "metrics.jsonl")
+    alone = losses_over_threads(tiny(workers=2, **settings), 24)
+    assert [m["loss"] for m in metrics] == pytest.approx(alone, abs=1e-10)
+    assert {m["workers"] for m in metrics} == {2, 4}

@@ -1,7 +1,7 @@
 """Which mesh pays: predictions of whole plans, their advice, and the command."""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import pairwise
 
 import pytest
@@ -12,6 +12,7 @@ from rayllp.cli import app
 from rayllp.config import OptimizerSettings, make_config
 from rayllp.config.train import SWEEPS
 from rayllp.control import Controller
+from rayllp.engine.replica_sums import BUCKET_BYTES
 from rayllp.errors import SettingsError
 from rayllp.plan import Costs, Device, LayerModel, make_plan, predict
 from rayllp.plan.measure import measure_costs
@@ -126,6 +127,17 @@ def test_a_sharded_optimizer_saves_memory_and_costs_an_all_gather():
         other, owned = sharded[text], -(-64 // option.layer)
         assert option.memory - other.memory == pytest.approx(owned * 2e9 * (1 - 1 / option.data))
         assert other.step_s - option.step_s == pytest.approx(device.all_gather_s(owned * 1e9 / option.data, option.data))
+
+
+def test_gradients_are_summed_behind_the_adjoint():
+    model, device = layers(small=1e-2, parameter_bytes=1e9), Device(bandwidth=1e12)
+    fast, slow = (
+        next(o for o in make_plan(config(), model, each, 4).options if o.text == "data parallel 4 × 1")
+        for each in (device, replace(device, bandwidth=1e10))
+    )
+    busy_s = 64 * (1e-2 + 2e-2)
+    assert fast.step_s == pytest.approx(busy_s + device.all_reduce_s(BUCKET_BYTES, 4))  # the last bucket
+    assert slow.step_s == pytest.approx(busy_s + replace(device, bandwidth=1e10).all_reduce_s(64e9, 4) - 64 * 2e-2)
 
 
 def test_spans_fill_a_predicted_step():

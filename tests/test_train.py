@@ -116,7 +116,7 @@ def test_actors_compute_what_threads_compute(parallel_run):
 
 def test_replicas_times_layers(tmp_path):
     settings = {"steps": 8, "dtype": "float32", "model": {"dropout": 0.1}}
-    config = tiny(workers=None, mesh={"data": 2, "layer": 2}, **settings)
+    config = tiny(workers=None, mesh={"data": 2, "layer": 2}, optimizer={"sharded": True}, **settings)
     run = rayllp.train(config, output=tmp_path / "run").directory
     assert losses(run) == pytest.approx(losses_over_threads(tiny(workers=2, **settings), 8), abs=1e-5)
 

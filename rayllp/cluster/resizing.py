@@ -1,4 +1,7 @@
-"""The number of workers follows the cluster: more where there is room, others where nodes are told to go, fewer where they are lost."""
+"""The number of workers follows the cluster: more where there is room, others where nodes are told to go, fewer where they are lost.
+
+With replicas it is their number that changes; layers stay shared out as they are.
+"""
 
 import math
 import time
@@ -86,7 +89,8 @@ class Resizing:
             journal.say(f"step {step}: all {before.world} workers are new processes")
             return step, source
         counts = [len(config.layers_of(rank)) for rank in range(config.layer_workers)]
-        journal.event(step, "resize", workers_before=before.world, workers=config.world, blocks=counts, seconds=seconds)
+        sizes = {"workers_before": before.world, "workers": config.world, "blocks": counts, "replicas": config.mesh.data}
+        journal.event(step, "resize", **sizes, seconds=seconds)
         journal.scalar("train/workers", config.world, step)
         journal.say(f"step {step}: {before.world} workers became {config.world}: {describe_layout(config)}")
         return step, source

@@ -17,10 +17,8 @@ def describe_run(config: TrainConfig, network: str, parameters: int, device: str
         left_out: of the data, by kind.
     """
     buffers = f"{config.buffers.open} + {config.middle_layers} + {config.buffers.close} layers"
-    replicas = f" × {config.mesh.data} replicas" if config.mesh.data > 1 else ""
-    mesh = f"{describe_layout(config)}{replicas}"
     skipped = "; left out of the data: " + ", ".join(f"{n} {kind}" for kind, n in left_out.items()) if left_out else ""
-    return f"{network}: {buffers}, {parameters / 1e6:.1f} M parameters, {mesh} on {device}; run directory {run}{skipped}"
+    return f"{network}: {buffers}, {parameters / 1e6:.1f} M parameters, {describe_layout(config)} on {device}; run directory {run}{skipped}"
 
 
 def describe_other_length(config: TrainConfig, before: int, step: int) -> str:
@@ -39,9 +37,10 @@ def describe_other_length(config: TrainConfig, before: int, step: int) -> str:
 
 def describe_layout(config: TrainConfig) -> str:
     """Which worker has which layers."""
+    replicas = f" × {config.mesh.data} replicas" if config.mesh.data > 1 else ""
     if config.placement == "cyclic":
-        return f"{config.layer_workers} workers take layers in turn, windows of {config.window}"
-    return f"{config.layer_workers} blocks {listed(config.blocks, '/')}"
+        return f"{config.layer_workers} workers take layers in turn, windows of {config.window}{replicas}"
+    return f"{config.layer_workers} blocks {listed(config.blocks, '/')}{replicas}"
 
 
 def note_without_pipeline(config: TrainConfig) -> str | None:

@@ -66,7 +66,9 @@ class TrainConfig(Settings):
     seed: int = Field(0, ge=0, description="keys initialisation, batches and dropout")
     dtype: Literal["float32", "bfloat16", "float64"] = Field("float32", description="bfloat16: autocast over float32 weights")
     workers: PositiveInt | WorkerRange | None = Field(
-        None, description="mesh.data × mesh.layer; default 2. {min: 2, max: 8}: as many as the cluster has room for, at any time"
+        None,
+        description="mesh.data × mesh.layer; default 2. {min: 2, max: 8}: as many as the cluster has room for, at any time, "
+        "with mesh.data > 1 in whole replicas",
     )
     resize_check_s: float = Field(10.0, gt=0, description="seconds between looks for room for more workers, below workers.max")
     mesh: MeshSettings = MeshSettings()
@@ -125,6 +127,8 @@ class TrainConfig(Settings):
     def with_workers(self, count: int) -> "TrainConfig":
         """These settings for a number of workers within the range: the largest that they allow up to `count`, so that blocks fit.
 
+        With replicas their number changes, and a replica's workers stay as many.
+
         Raises:
             SettingsError: none of the range up to `count` does.
         """
@@ -136,7 +140,11 @@ class TrainConfig(Settings):
         values["mesh"]["placement"] = self.placement
         if self.placement == "cyclic":
             values["mgrit"]["window"] = self.window
-        for size in range(min(count, self.workers.max), self.workers.min - 1, -1):
+        step = self.layer_workers if self.mesh.data > 1 else 1
+        most = min(count, self.workers.max)
+        for size in range(most - most % step, self.workers.min - 1, -step):
+            if self.mesh.data > 1:
+                values["mesh"] |= {"data": size // step, "layer": step}
             try:
                 return type(self).model_validate(values | {"workers": size})
             except ValidationError as error:
@@ -358,9 +366,15 @@ class TrainConfig(Settings):
                 "raise model.layers or lower buffers.open and buffers.close"
             )
         if isinstance(self.workers, WorkerRange):
-            if mesh.data > 1 or mesh.layer or mesh.blocks:
+            if mesh.data == 1 and (mesh.layer or mesh.blocks):
                 raise ValueError(
-                    "workers as a range decides how layers are shared out: leave out mesh.layer and mesh.blocks, and mesh.data at 1"
+                    "workers as a range decides how layers are shared out: leave out mesh.layer and mesh.blocks, or set mesh.data to the "
+                    "most replicas, whose number is then what changes"
+                )
+            if mesh.data > 1 and (self.workers.max != self.world or self.workers.min % P):
+                raise ValueError(
+                    f"replicas of {P} workers come and go as a whole: make workers.max mesh.data × mesh.layer = {mesh.data} × {P}, and "
+                    f"workers.min a multiple of {P}; they are {self.workers.max} and {self.workers.min}"
                 )
         elif self.workers is not None and self.workers != self.world:
             raise ValueError(

@@ -2,8 +2,8 @@
 
 from rayllp.plan.buffers import BufferSuggestion, suggest_buffers
 from rayllp.plan.cost import Prediction, predict, predict_step
-from rayllp.plan.costs import Costs
-from rayllp.plan.planner import Device, LayerModel, Option, Plan, make_plan
+from rayllp.plan.costs import Costs, Device
+from rayllp.plan.planner import LayerModel, Option, Plan, make_plan
 
 __all__ = [
     "BufferSuggestion",

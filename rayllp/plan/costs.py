@@ -48,3 +48,32 @@ class Costs:
         """By kind of a layer's work, as schedules name it."""
         names = ("forward", "record", "input_gradient", "full_gradient")
         return {name: getattr(self, name) for name in names}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Device:
+    """What a worker has.
+
+    Attributes:
+        latency_s: of a message to the neighbour.
+        bandwidth: bytes a second, to the neighbour and in an all-reduce.
+        memory: bytes; None: enough.
+    """
+
+    latency_s: float = 2e-5
+    bandwidth: float = 1e10
+    memory: float | None = None
+
+    def message_s(self, size: float) -> float:
+        """Seconds of a message of so many bytes to the neighbour."""
+        return self.latency_s + size / self.bandwidth
+
+    def all_gather_s(self, size: float, count: int) -> float:
+        """So many bytes of each of so many workers to all."""
+        return 0.0 if count == 1 else (count - 1) * size / self.bandwidth + math.ceil(math.log2(count)) * self.latency_s
+
+    def all_reduce_s(self, size: float, count: int) -> float:
+        """A ring's."""
+        if count == 1:
+            return 0.0
+        return 2 * (count - 1) / count * size / self.bandwidth + 2 * math.ceil(math.log2(count)) * self.latency_s

@@ -14,9 +14,10 @@ from typing import Literal
 from rayllp.config import TrainConfig
 from rayllp.config.train import SWEEPS
 from rayllp.control import Controller
+from rayllp.engine.replica_sums import BUCKET_BYTES
 from rayllp.errors import SettingsError
 from rayllp.plan.cost import predict_step
-from rayllp.plan.costs import Costs
+from rayllp.plan.costs import Costs, Device
 
 MOMENTS = {"adamw": 2, "muon": 1}
 """By optimizer, averages of a weight. Norms and biases, of which AdamW keeps two beside Muon, hardly count."""
@@ -33,35 +34,6 @@ NOTHING = Costs(forward=0, record=0, input_gradient=0, full_gradient=0)
 
 Solve = tuple[int, int, int, int]
 """c_f, levels, iterations forward and backward; of windows their length, 0, sweeps forward and backward."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Device:
-    """What a worker has.
-
-    Attributes:
-        latency_s: of a message to the neighbour.
-        bandwidth: bytes a second, to the neighbour and in an all-reduce.
-        memory: bytes; None: enough.
-    """
-
-    latency_s: float = 2e-5
-    bandwidth: float = 1e10
-    memory: float | None = None
-
-    def message_s(self, size: float) -> float:
-        """Seconds of a message of so many bytes to the neighbour."""
-        return self.latency_s + size / self.bandwidth
-
-    def all_gather_s(self, size: float, count: int) -> float:
-        """So many bytes of each of so many workers to all."""
-        return 0.0 if count == 1 else (count - 1) * size / self.bandwidth + math.ceil(math.log2(count)) * self.latency_s
-
-    def all_reduce_s(self, size: float, count: int) -> float:
-        """A ring's."""
-        if count == 1:
-            return 0.0
-        return 2 * (count - 1) / count * size / self.bandwidth + 2 * math.ceil(math.log2(count)) * self.latency_s
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -280,18 +252,24 @@ def _block_s(config: TrainConfig, costs: Costs, layers: int, *, first: bool, las
     return seconds + first * (costs.enter + costs.enter_gradient) + last * costs.leave
 
 
-def _replicas_s(config: TrainConfig, model: LayerModel, device: Device, layers: int, replicas: int) -> float:
-    """Seconds until replicas have the sum of their gradients, and where each updates its share of the parameters these of all others."""
+def _replicas_s(config: TrainConfig, model: LayerModel, device: Device, layers: int, replicas: int, adjoint_s: float) -> float:
+    """Seconds until replicas have the sum of their gradients, and where each updates its share of the parameters these of all others.
+
+    Args:
+        adjoint_s: in which gradients become final one after the other, and buckets of them are summed behind it.
+    """
     size = layers * model.parameter_bytes
+    last_s = device.all_reduce_s(min(size, BUCKET_BYTES), replicas)
     gather_s = device.all_gather_s(size / replicas, replicas) if config.optimizer.sharded else 0.0
-    return device.all_reduce_s(size, replicas) + gather_s
+    return max(last_s, device.all_reduce_s(size, replicas) - adjoint_s) + gather_s
 
 
 def _exact(config: TrainConfig, model: LayerModel, device: Device, replicas: int, layer: int) -> Iterator[Option]:
     batch, layers = config.batch_size // replicas, config.model.layers
     if layer == 1:
         costs = model.at(batch, device)
-        step_s = _block_s(config, costs, layers, first=True, last=True) + _replicas_s(config, model, device, layers, replicas)
+        step_s = _block_s(config, costs, layers, first=True, last=True)
+        step_s += _replicas_s(config, model, device, layers, replicas, layers * costs.full_gradient)
         memory = layers * (_weights(config, model, replicas) + batch * model.graph_bytes)
         yield Option(kind="data", data=replicas, layer=1, step_s=step_s, memory=memory)
         return
@@ -301,7 +279,8 @@ def _exact(config: TrainConfig, model: LayerModel, device: Device, replicas: int
         costs = model.at(batch / count, device)
         ends = max(costs.enter + costs.enter_gradient, costs.leave)
         stage_s = owned * (costs.record + costs.full_gradient) + ends + 2 * costs.message
-        step_s = (count + layer - 1) * stage_s + owned * costs.update + _replicas_s(config, model, device, owned, replicas)
+        step_s = (count + layer - 1) * stage_s + owned * costs.update
+        step_s += _replicas_s(config, model, device, owned, replicas, owned * costs.full_gradient)  # the last microbatch's
         memory = owned * (_weights(config, model, replicas) + min(count, layer) * batch / count * model.graph_bytes)
         found.append(Option(kind="pipeline", data=replicas, layer=layer, step_s=step_s, memory=memory, microbatches=count))
     if found:
@@ -326,7 +305,7 @@ def _in_order(config: TrainConfig, model: LayerModel, device: Device, replicas: 
         # The last microbatch follows the first at a layer's distance; parameter gradients fit into the waits but for the first layer's.
         step_s = there_and_back + serial_ends + (count - 1) * layer_s + count * costs.full_gradient
     owned = middle + ends
-    step_s += owned * costs.update + _replicas_s(config, model, device, owned, replicas)
+    step_s += owned * costs.update + _replicas_s(config, model, device, owned, replicas, owned * count * costs.full_gradient)
     memory = owned * (_weights(config, model, replicas) + batch * model.graph_bytes)
     return Option(kind="pipeline", data=replicas, layer=layer, step_s=step_s, memory=memory, microbatches=count, in_order=True)
 
@@ -363,7 +342,8 @@ def _layer_parallel(
     owned = max(len(found.layers_of(rank)) + ends.get(rank, 0) for rank in range(layer))
     state_bytes = config.batch_size // replicas * model.state_bytes
     costs = replace(costs, gather=device.all_gather_s(state_bytes, layer), total=device.all_reduce_s(state_bytes, layer))
-    step_s = predict_step(found, Controller(found).chosen, costs) + _replicas_s(config, model, device, owned, replicas)
+    step_s = predict_step(found, Controller(found).chosen, costs)
+    step_s += _replicas_s(config, model, device, owned, replicas, owned * costs.full_gradient)
     batch = config.batch_size / replicas
     graphs = (1 if cyclic else c) if config.mgrit.recompute else owned
     memory = owned * (_weights(config, model, replicas) + batch * model.state_bytes) + batch * graphs * model.graph_bytes
