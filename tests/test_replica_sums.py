@@ -23,6 +23,7 @@ WAYS = {
     "in turn": {"mesh": {"placement": "cyclic"}, "mode": "serial"},
     "exact": {"mode": "serial", "optimizer": MUON},
     "sharded": {"optimizer": {"sharded": True}},
+    "frozen": {"model": {"train": ["transformer.ln_f.*"]}, "optimizer": {"sharded": True}},  # the first worker trains nothing
     "probes": {"mode": "adaptive", "adaptive": {"probe_every": 2, "rule": "bias", "switch_at": 3}},
 }
 
@@ -82,7 +83,7 @@ class Block:
     """Two parameters and nothing else."""
 
     def __init__(self):
-        self.parameters = {name: torch.nn.Parameter(torch.ones(3000)) for name in ("first", "second")}
+        self.trained = {name: torch.nn.Parameter(torch.ones(3000)) for name in ("first", "second")}
 
 
 def test_what_comes_to_a_gradient_after_it_has_left_is_summed_too(small_buckets):
@@ -90,7 +91,7 @@ def test_what_comes_to_a_gradient_after_it_has_left_is_summed_too(small_buckets)
 
     def work(channel):
         block, found = Block(), []
-        first, second = block.parameters.values()
+        first, second = block.trained.values()
         sums = ReplicaSums(block, channel)
         for step in range(4):
             sums.begin(step, "alike")

@@ -97,8 +97,11 @@ def test_shares_are_even_and_whole():
         assert max(states) - min(states) <= 4 * sharding.ALIGNED
 
 
-@pytest.mark.parametrize(("steps", "optimizer"), [(0, ADAMW), (3, MUON)], ids=["new", "muon"])
-def test_a_checkpoint_is_the_same_whatever_shares_there_are(optimizer, steps, tmp_path):
+SAVED = [(0, ADAMW, {}), (2, MUON, {}), (2, ADAMW, {"model": {"train": ["*.mlp.*"]}})]
+
+
+@pytest.mark.parametrize(("steps", "optimizer", "changes"), SAVED, ids=["new", "muon", "frozen"])
+def test_a_checkpoint_is_the_same_whatever_shares_there_are(steps, optimizer, changes, tmp_path):
     """Written by three replicas that share, and by two that do not; each then goes on on another number of replicas."""
 
     def write(folder):
@@ -123,14 +126,14 @@ def test_a_checkpoint_is_the_same_whatever_shares_there_are(optimizer, steps, tm
         return work
 
     sharded = {**optimizer, "sharded": True}
-    files = over_mesh(mesh(3, 2, sharded), write(tmp_path / "sharded"))
+    files = over_mesh(mesh(3, 2, sharded, **changes), write(tmp_path / "sharded"))
     assert len({file for written in files for file in written}) == sum(map(len, files)) == 8
     assert sum(map(bool, files)) == 6  # all write
-    over_mesh(mesh(3, 2, optimizer), write(tmp_path / "whole"))
+    over_mesh(mesh(3, 2, optimizer, **changes), write(tmp_path / "whole"))
     for file in (tmp_path / "whole").iterdir():
         assert file.read_bytes() == (tmp_path / "sharded" / file.name).read_bytes()
-    wanted = over_mesh(mesh(1, 2, optimizer), go_on(tmp_path / "sharded"))[0]
-    for found in over_mesh(mesh(2, 1, sharded), go_on(tmp_path / "sharded")):
+    wanted = over_mesh(mesh(1, 2, optimizer, **changes), go_on(tmp_path / "sharded"))[0]
+    for found in over_mesh(mesh(2, 1, sharded, **changes), go_on(tmp_path / "sharded")):
         assert found == pytest.approx(wanted, rel=1e-10)
 
 

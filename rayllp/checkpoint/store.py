@@ -276,7 +276,8 @@ def _states_at(writer: int, engine: Engine, names: Sequence[str]) -> dict[str, d
         return {}
     parts = by_name([(own.layout, state), *((layout, found) for layout, found in zip(layouts, received, strict=True))])
     owned = {name: engine.block.parameters[name] for name in names}
-    return {name: join(parts[name], range(p.numel()), counted=optimizer.counts_steps(p)) for name, p in owned.items()}
+    kept = {name: range(p.numel() if p.requires_grad else 0) for name, p in owned.items()}  # of a frozen one no state is kept
+    return {name: join(parts[name], kept[name], counted=optimizer.counts_steps(p)) for name, p in owned.items()}
 
 
 def _owned(engine: Engine) -> Iterator[tuple[str, str, nn.Parameter]]:

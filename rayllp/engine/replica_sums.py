@@ -168,6 +168,8 @@ class ReplicaSums:
 
     def _agree(self, seen: Tensor) -> _Plan:
         """The plan by what the first replica has seen."""
+        if not self._parameters:
+            return self._unknown
         table = (seen if self.replicas.rank == 0 else torch.zeros_like(seen)).to(self._parameters[0].device)
         table = self.replicas.all_reduce(table, self._tag("order of gradients")).cpu()
         found = {p: (int(place), int(count)) for p, (place, count) in zip(self._parameters, table.tolist(), strict=True) if place}
