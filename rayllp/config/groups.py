@@ -351,7 +351,7 @@ class AdaptiveSettings(Settings):
 
 
 class OptimizerSettings(Settings):
-    """AdamW, or Muon for the layers' matrices; linear warm-up, cosine decay."""
+    """What updates the weights, and by which learning rate."""
 
     name: Literal["adamw", "muon"] = Field(
         "adamw", description="muon: Muon for the weight matrices of the layers, AdamW for all else (embedding, head, norms, biases)"
@@ -359,9 +359,13 @@ class OptimizerSettings(Settings):
     lr: float = Field(1e-3, gt=0, description="peak learning rate; Muon's updates are as large as AdamW's, so it serves both")
     muon_lr: float | None = Field(None, gt=0, description="peak learning rate of Muon's matrices; default lr")
     momentum: float = Field(0.95, ge=0, lt=1, description="Muon's, Nesterov")
-    min_lr_ratio: float = Field(0.1, ge=0, le=1, description="final over peak learning rate")
+    schedule: Literal["linear", "cosine", "constant", "wsd"] = Field(
+        "cosine", description="of the learning rate after warm-up; wsd (warm-up, stable, decay): the peak, and linear at the end"
+    )
+    min_lr_ratio: float = Field(0.1, ge=0, le=1, description="final over peak learning rate, but for schedule constant")
     warmup: int = Field(20, ge=0, description="steps of linear warm-up")
-    weight_decay: float = Field(0.1, ge=0, description="on tensors of two or more dimensions")
+    decay: float | None = Field(None, gt=0, le=1, description="share of the steps in which wsd's learning rate falls; default 0.2")
+    weight_decay: float = Field(0.1, ge=0, description="on weight matrices, kernels and tables of embeddings; never on norms and biases")
     betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW's")
     eps: float = Field(1e-8, gt=0, description="AdamW's")
     clip: float = Field(1.0, ge=0, description="global gradient norm over all workers; 0: none")
@@ -383,6 +387,17 @@ class OptimizerSettings(Settings):
         if self.muon_lr is not None and self.name != "muon":
             raise ValueError(f"muon_lr={self.muon_lr:g} is Muon's, and name is {self.name}: set name: muon, or leave muon_lr out")
         return self
+
+    @model_validator(mode="after")
+    def _decay_of_wsd(self) -> "OptimizerSettings":
+        if self.decay is not None and self.schedule != "wsd":
+            raise ValueError(f"decay={self.decay:g} is of schedule wsd, and schedule is {self.schedule}: leave one of them out")
+        return self
+
+    @property
+    def decay_share(self) -> float:
+        """Share of the steps in which wsd's learning rate falls."""
+        return 0.2 if self.decay is None else self.decay
 
 
 class EvalSettings(Settings):

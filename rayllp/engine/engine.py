@@ -22,10 +22,11 @@ from rayllp.engine.evaluation import Evaluation
 from rayllp.engine.exact_forward import ExactForward
 from rayllp.engine.gradients import Gradients
 from rayllp.engine.layer_group import LayerGroup
-from rayllp.engine.optimizer import Optimizer, learning_rate, scale_gradients
+from rayllp.engine.optimizer import Optimizer, scale_gradients
 from rayllp.engine.probe import Probing
 from rayllp.engine.reduce_gradients import add_shared_gradients
 from rayllp.engine.replica_sums import ReplicaSums
+from rayllp.engine.schedule import learning_rate
 from rayllp.engine.smoothness import add_smoothness_gradient
 from rayllp.engine.statistics import ReducedStatistics, StepStats, reduce_statistics
 from rayllp.engine.step_gradients import StepGradients

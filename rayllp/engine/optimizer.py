@@ -1,6 +1,5 @@
 """AdamW, or Muon and AdamW, on a worker's own parameters; one global gradient norm."""
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
@@ -14,15 +13,6 @@ from rayllp.engine.sharding import gather_parameters, share_out
 
 MOMENTS: dict[type, tuple[str, ...]] = {torch.optim.AdamW: ("exp_avg", "exp_avg_sq"), Muon: ("momentum_buffer",)}
 """By optimizer, the averages that it keeps of each parameter, of the parameter's shape."""
-
-
-def learning_rate(settings: OptimizerSettings, step: int, steps: int) -> float:
-    """Linear warm-up to the peak, then cosine decay to `min_lr_ratio` of it at the last step."""
-    if step < settings.warmup:
-        return settings.lr * (step + 1) / settings.warmup
-    done = (step - settings.warmup) / max(1, steps - 1 - settings.warmup)
-    cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
-    return settings.lr * (settings.min_lr_ratio + (1 - settings.min_lr_ratio) * cosine)
 
 
 class Optimizer:
@@ -53,7 +43,7 @@ class Optimizer:
         self._parts: list[tuple[torch.optim.Optimizer, float]] = []
         others = [name for name in self._leaves if name not in matrices]
         if others:
-            decayed = {name for name in others if trained[name].ndim >= 2}
+            decayed = block.decayed
             first, second = ([self._leaves[name] for name in others if (name in decayed) is decay] for decay in (True, False))
             self._parts.append((_build_adamw(first, second, settings), 1.0))
         whole = [self._leaves[name] for name in self._leaves if name in matrices]
@@ -153,7 +143,7 @@ class Optimizer:
 
 
 def _build_adamw(decayed: Sequence[nn.Parameter], others: Sequence[nn.Parameter], settings: OptimizerSettings) -> torch.optim.AdamW:
-    """AdamW; weight decay on the first alone, which are (parts of) tensors of two or more dimensions.
+    """AdamW; weight decay on the first alone, which are (parts of) weights and embeddings.
 
     On CPUs as one operation a parameter, which takes a fifth of the time of torch's default there; on GPUs torch's default is fast.
     """
