@@ -314,7 +314,8 @@ class BlockWorker:
         """Up to `most` held-out batches more, when `done` are: how many are now, of how many; loss and metrics when all are."""
         if done == 0:
             self._evaluation = self._engine.evaluation(batches)
-        found = self._evaluation.advance(most)
+        with self._engine.averaged():
+            found = self._evaluation.advance(most)
         return self._evaluation.done, self._evaluation.size, found
 
     @_leaving
@@ -322,7 +323,8 @@ class BlockWorker:
         """A continuation of `prompt`, exact forward."""
         from rayllp.engine.decode import continue_text  # transformers' generation takes seconds to import, which start no worker
 
-        return continue_text(self._engine.exact_forward, prompt, tokens)
+        with self._engine.averaged():
+            return continue_text(self._engine.exact_forward, prompt, tokens)
 
     @_leaving
     def translate(self, first: int, stop: int, beams: int) -> list[str]:
@@ -331,7 +333,8 @@ class BlockWorker:
 
         data = self._engine.batches
         sources = data.encode_source(data.sources("validation")[first:stop])  # type: ignore[attr-defined]
-        return [data.decode(tokens) for tokens in translate(self._engine.exact_forward, sources, beams)]  # type: ignore[attr-defined]
+        with self._engine.averaged():
+            return [data.decode(tokens) for tokens in translate(self._engine.exact_forward, sources, beams)]  # type: ignore[attr-defined]
 
     @_leaving
     def begin_save(self, folder: str) -> None:

@@ -353,12 +353,12 @@ class AdaptiveSettings(Settings):
 class OptimizerSettings(Settings):
     """What updates the weights, and by which learning rate."""
 
-    name: Literal["adamw", "muon"] = Field(
+    name: Literal["adamw", "muon", "sgd", "adafactor"] = Field(
         "adamw", description="muon: Muon for the weight matrices of the layers, AdamW for all else (embedding, head, norms, biases)"
     )
     lr: float = Field(1e-3, gt=0, description="peak learning rate; Muon's updates are as large as AdamW's, so it serves both")
     muon_lr: float | None = Field(None, gt=0, description="peak learning rate of Muon's matrices; default lr")
-    momentum: float = Field(0.95, ge=0, lt=1, description="Muon's, Nesterov")
+    momentum: float = Field(0.95, ge=0, lt=1, description="Muon's (Nesterov's) and SGD's; of SGD 0: none")
     schedule: Literal["linear", "cosine", "constant", "wsd"] = Field(
         "cosine", description="of the learning rate after warm-up; wsd (warm-up, stable, decay): the peak, and linear at the end"
     )
@@ -368,6 +368,9 @@ class OptimizerSettings(Settings):
     weight_decay: float = Field(0.1, ge=0, description="on weight matrices, kernels and tables of embeddings; never on norms and biases")
     betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW's")
     eps: float = Field(1e-8, gt=0, description="AdamW's")
+    ema: float | None = Field(
+        None, gt=0, lt=1, description="decay of an average of the weights, to evaluate and export with, such as 0.999; none: no average"
+    )
     clip: float = Field(1.0, ge=0, description="global gradient norm over all workers; 0: none")
     sharded: bool = Field(
         False,

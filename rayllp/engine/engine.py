@@ -5,7 +5,8 @@ the gradient norm, the loss and the residuals together.
 """
 
 import time
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -175,7 +176,7 @@ class Engine:
         clip = self.config.optimizer.clip
         if clip and norm > clip:
             scale_gradients(self.block.parameters.values(), clip / (norm + 1e-6))
-        self.optimizer.step(lr)
+        self.optimizer.step(lr, step)
         self.optimizer.gather(self.replicas, step)
 
     # Beside training ----------------------------------------------------------------------------------------------------------
@@ -191,13 +192,31 @@ class Engine:
             batches: of EVALUATED samples, the same ones for every batch size; 0 or more than one pass: one pass.
         """
         evaluation = self.evaluation(batches)
-        found = evaluation.advance(evaluation.size)
+        with self.averaged():
+            found = evaluation.advance(evaluation.size)
         assert found is not None
         return found
 
     def evaluation(self, batches: int) -> Evaluation:
-        """The same, to be done in parts."""
+        """The same, to be done in parts, each of them `averaged`."""
         return Evaluation(self.exact_forward, self._shares, self.replicas, batches)
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Within this the weights are their average (optimizer.ema), where there is one. All workers do it together."""
+        if self.config.optimizer.ema is None:
+            yield
+            return
+        self._swap_average()
+        try:
+            yield
+        finally:
+            self._swap_average()
+
+    def _swap_average(self) -> None:
+        self.optimizer.swap_average()
+        self.optimizer.gather(self.replicas, 0)
+        self.replicas.finish()
 
 
 def _positions(spec: StateSpec) -> int:
