@@ -32,6 +32,7 @@ from rayllp.engine.smoothness import add_smoothness_gradient
 from rayllp.engine.statistics import ReducedStatistics, StepStats, reduce_statistics
 from rayllp.engine.step_gradients import StepGradients
 from rayllp.engine.step_solves import without_penalties
+from rayllp.engine.utilisation import count_flops, peak_flops
 from rayllp.models.base import Architecture
 from rayllp.timeline import Timeline
 
@@ -67,6 +68,7 @@ class Engine:
         self.optimizer = Optimizer(self.block, config.optimizer, *shards)
         self._draws_are_checked = False
         self._sums = ReplicaSums(self.block, LocalChannel.alone())
+        self._work: tuple[float, float] | None = None
         self._join(layer_channel, data_channel)
 
     def _join(self, layer_channel: Channel, data_channel: Channel) -> None:
@@ -148,6 +150,7 @@ class Engine:
             advice_backward=found.backward.status.value if found.backward else "",
             fault=fault,
             lipschitz=probing.lipschitz if probing else None,
+            work=self._work,
         )
 
     def _kind(self, batch: StepBatch) -> Hashable:
@@ -164,8 +167,13 @@ class Engine:
         batch = self._shares.for_step(step, accuracy)
         if not self._draws_are_checked:
             self.block.check_draws(batch.inputs)
+            self._work = self._measure_work(batch.inputs)
             self._draws_are_checked = True
         return batch
+
+    def _measure_work(self, inputs: Inputs) -> tuple[float, float] | None:
+        peak = peak_flops(self.device, self.config.dtype)
+        return None if peak is None else (self.config.replica_batch * count_flops(self.group, inputs), peak)
 
     def reduce_statistics(self, step: int, formed: StepGradients, probing: Probing | None = None) -> ReducedStatistics:
         """The step's numbers over the layer group, in one all-reduce."""

@@ -13,7 +13,7 @@ from rayllp.config import TrainConfig
 from rayllp.report.progress import ProgressDisplay
 from rayllp.report.rundir import RunDirectory, flatten
 
-SCALARS = "loss grad_norm lr rho_forward rho_backward bias cosine noise consistency consistency_weight".split()
+SCALARS = "loss grad_norm lr tokens_per_s mfu rho_forward rho_backward bias cosine noise consistency consistency_weight".split()
 """What TensorBoard gets of each step, where it was measured."""
 
 
@@ -152,7 +152,6 @@ class Journal:
         for name in SCALARS:
             if metric[name] is not None:
                 self.scalar(f"train/{name}", metric[name], step)
-        self.scalar("train/tokens_per_s", metric["tokens"] / max(metric["step_time_s"], 1e-9), step)
         self.scalar("train/serial", float(metric["mode"] == "serial"), step)
         for n, constant in enumerate(metric["lipschitz"] or ()):
             self.scalar(f"lipschitz/layer_{n:05d}", constant, step)
