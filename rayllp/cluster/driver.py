@@ -1,6 +1,7 @@
 """The driver of one run: starts its workers, has them do chunks of steps, and does what is due between these."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from rich.console import Console
@@ -22,6 +23,7 @@ from rayllp.data import Batches
 from rayllp.errors import RayllpError
 from rayllp.models import Architecture
 from rayllp.report import Journal, Listener, RunDirectory
+from rayllp.report.loggers import opened_loggers
 from rayllp.report.progress import tell
 
 
@@ -64,8 +66,12 @@ class Driver:
         begin = step_of(found[-1]) if found else 0
         self.run.mend()
         try:
+            tensorboard = "tensorboard" in self.whole.log_to
             with (
-                Journal.open(self.run, self.whole.steps, begin, self.console, self.listeners) as self.journal,
+                opened_loggers(self.whole, self.run, partial(tell, self.console)) as loggers,
+                Journal.open(
+                    self.run, self.whole.steps, begin, self.console, [*self.listeners, *loggers], tensorboard=tensorboard
+                ) as self.journal,
                 stopping(self._stop) as self.signals,
             ):
                 self.training = Training(self.whole, self.run, self.workers, self.saver, self.journal, self.model, self.kept)

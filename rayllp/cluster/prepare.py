@@ -25,6 +25,7 @@ from rayllp.errors import CheckpointError, RayllpError, SettingsError
 from rayllp.models import Architecture, LayerStack, check_batched, check_family, check_muon, check_network, refuse_unnamed_code
 from rayllp.report import RunDirectory
 from rayllp.report.holding import Hold, hold
+from rayllp.report.loggers import check_loggers
 from rayllp.report.progress import tell
 
 
@@ -103,6 +104,7 @@ def validate(
     if config.channel == "mpi":
         check_mpi()
     check_installed(config)
+    check_loggers(config)
     if (model is None) != (batches is None):
         raise SettingsError("model and batches belong together: give both, or neither")
     if model is not None:

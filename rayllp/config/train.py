@@ -45,7 +45,7 @@ EXACT_FROM_WINDOWS = 0.95
 
 MAY_DIFFER = set(
     "name workers resize_check_s mesh device channel receive_timeout_s hang_timeout_s snapshot_every spare_workers max_failures eval "
-    "checkpoint microbatches timeline_every".split()
+    "checkpoint microbatches timeline_every log_to".split()
 )
 """Settings of a run that may be others when it goes on from checkpoints alone, and that make it no other kind of run."""
 
@@ -92,6 +92,9 @@ class TrainConfig(Settings):
     )
     timeline_every: int = Field(
         50, ge=0, description="steps between steps whose time is taken apart by phase and worker, for `rayllp report`; 0: never"
+    )
+    log_to: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = Field(
+        ("tensorboard",), description="where curves go, besides RUN's own files: any of tensorboard, wandb, mlflow (docs/trainer.md)"
     )
     max_failures: int = Field(10, ge=0, description="lost workers that a run survives within an hour")
     mode: Literal["parallel", "serial", "adaptive"] = Field(

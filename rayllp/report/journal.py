@@ -53,8 +53,10 @@ class Listener(Protocol):
 class Journal:
     """Use `open`."""
 
-    def __init__(self, run: RunDirectory, display: ProgressDisplay, listeners: Sequence[Listener], first_step: int = 0) -> None:
-        self._run, self._display, self._listeners = run, display, listeners
+    def __init__(
+        self, run: RunDirectory, display: ProgressDisplay, listeners: Sequence[Listener], first_step: int = 0, *, tensorboard: bool = True
+    ) -> None:
+        self._run, self._display, self._listeners, self._draws = run, display, listeners, tensorboard
         self._again_from: int | None = first_step  # what TensorBoard has from this step on is forgotten when it is opened
         self._board: Any = None
         self._trouble: str | None = None
@@ -62,11 +64,18 @@ class Journal:
     @classmethod
     @contextmanager
     def open(
-        cls, run: RunDirectory, steps: int, first_step: int, console: Console, listeners: Sequence[Listener] = ()
+        cls,
+        run: RunDirectory,
+        steps: int,
+        first_step: int,
+        console: Console,
+        listeners: Sequence[Listener] = (),
+        *,
+        tensorboard: bool = True,
     ) -> Iterator["Journal"]:
         """A journal for one sitting of a run, of which `first_step` steps are done."""
         with ProgressDisplay(steps, first_step, console) as display:
-            journal = cls(run, display, listeners, first_step)
+            journal = cls(run, display, listeners, first_step, tensorboard=tensorboard)
             try:
                 yield journal
             finally:
@@ -132,7 +141,7 @@ class Journal:
                     self._board.add_scalar(f"{line['split']}/{name}", line[name], step)
 
     def _draw(self, draw: Callable[[Any], None]) -> None:
-        if self._run.trouble is not None:
+        if not self._draws or self._run.trouble is not None:
             return
         try:
             if self._board is None:

@@ -18,7 +18,7 @@ from rayllp.errors import SettingsError
 from rayllp.report.holding import HOLDER, LOCK
 from rayllp.timeline import TimedStep, sum_kinds, sum_phases
 
-UNUSED = {"config.yaml", "tensorboard", LOCK, HOLDER}
+UNUSED = {"config.yaml", "tensorboard", "loggers.json", "wandb", LOCK, HOLDER}
 """Files of a run that has done nothing yet."""
 
 
