@@ -49,7 +49,7 @@ class Driver:
         self.model, self.batches = model, batches
         self.listeners = listeners
         self.console = console or Console(stderr=True)
-        self.stop = False
+        self.stop = self.stopped_early = False
         self.saver = Saver(run, workers, config, self.loaded.record)
         self.evaluator = Evaluator(run, workers, self.saver, config.eval, self.data, batches, lambda: self.stop)
         self.resizing: Resizing | None = None
@@ -91,7 +91,7 @@ class Driver:
         loss = final.pop("loss", None)
         return TrainResult(
             directory=self.run.path, steps=step, validation_loss=loss, metrics=final, sample=sample, stopped=self.stop,
-            signal=self.signals.number,
+            signal=self.signals.number, stopped_early=self.stopped_early,
         )  # fmt: skip
 
     def _stop(self) -> None:
@@ -165,6 +165,7 @@ class Driver:
     def _recover(self, error: RayllpError) -> int:
         if self.recovery is None:
             raise error
+        self.stopped_early = False  # evaluations that are taken back are made again
         return self.recovery.recover(error)
 
     def _train_to_the_end(self, step: int) -> tuple[int, dict[str, float], str]:
@@ -200,7 +201,7 @@ class Driver:
             if self.whole.nested.factors:
                 self.journal.scalar("train/layers", self.training.config.model.layers, step)
             step = self._loop(step)
-            if self.stop or step >= self.whole.steps:
+            if self.stop or self.stopped_early or step >= self.whole.steps:
                 return step
             self.training.deepen(step)
 
@@ -211,7 +212,7 @@ class Driver:
             if step > training.settled:
                 self._between_chunks(step)
                 training.settled = step
-            if step >= training.stage.end or self.stop:
+            if step >= training.stage.end or self.stop or self.stopped_early:
                 return step
             if self.resizing is not None:
                 self.resizing.adapt(step)
@@ -231,6 +232,16 @@ class Driver:
         if step < self.whole.steps:
             if self.evaluator.is_due(step):
                 self.evaluator.evaluate(step, self.journal)
+                self._lose_patience(step)
             if self.saver.is_wanted(step):
                 self.training.begin_save(step)
         self.saver.poll(self.journal)
+
+    def _lose_patience(self, step: int) -> None:
+        """End early where evaluations have not become better for as long as the settings wait."""
+        best = self.run.best_of_patience(self.whole.eval)
+        if best is not None and not self.stop:
+            self.stopped_early = True
+            reason = f"{self.whole.eval.patience} evaluations in a row were no better than {best['loss']:.4f} after step {best['step']}"
+            self.journal.event(step, "stop", reason=reason)
+            self.journal.say(f"step {step}: stopped early: {reason}")

@@ -221,4 +221,7 @@ def _is_unfinished(path: Path, config: TrainConfig) -> bool:
     """Whether a directory holds a run of these settings that did not get to its last evaluation."""
     if not os.path.isfile(path / "config.yaml") or load_run_config(path) != config:
         return False
-    return (RunDirectory(path).last_evaluation() or {"step": -1})["step"] < config.steps
+    run = RunDirectory(path)
+    last = (run.last_evaluation() or {"step": -1})["step"]
+    stopped_early = (run.last_event("stop") or {"step": -1})["step"] == last
+    return last < config.steps and not stopped_early

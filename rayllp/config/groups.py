@@ -410,11 +410,20 @@ class EvalSettings(Settings):
     batches: int = Field(
         8, ge=0, description="so many times 8 held-out samples, the same ones each time and for every batch_size; 0: one pass through all"
     )
+    patience: int | None = Field(
+        None, ge=1, description="the run ends after so many evaluations in a row that are no better than the best; none: it does not"
+    )
     final_batches: int = Field(0, ge=0, description="at the end; 0: one pass, of text as eval.batches says")
     sample: int = Field(160, ge=0, description="tokens generated at the end (gpt2, llama); 0: none")
     translate: int = Field(0, ge=0, description="held-out sentences translated each time for BLEU (mt); 0: none")
     final_translate: int = Field(200, ge=0, description="at the end (mt); 0: none")
     beams: int = Field(4, ge=1, description="of the beam search (mt)")
+
+    @model_validator(mode="after")
+    def _evaluations_to_wait_for(self) -> "EvalSettings":
+        if self.patience is not None and not self.every:
+            raise ValueError(f"patience={self.patience} counts evaluations, of which every=0 makes none on the way: set eval.every")
+        return self
 
 
 class CheckpointSettings(Settings):

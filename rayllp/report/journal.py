@@ -33,7 +33,7 @@ class Listener(Protocol):
         """
 
     def event(self, step: int, kind: str, details: Mapping[str, Any]) -> None:
-        """A switch, fault, resize, restore or checkpoint.
+        """A switch, fault, resize, restore, checkpoint or early stop.
 
         Args:
             step: steps done before it.
