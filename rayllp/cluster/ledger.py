@@ -104,6 +104,9 @@ class Ledger:
             self._journal.step(metric)
             timed = [answer[done] for answer in answers]
             self._record_timeline(metric, timed)
+            for rank, each in enumerate(timed):
+                if "trace" in each:
+                    self._run.trace(metric["step"], rank, each["trace"])
             self.times.take("probes" if plan is not None else accuracy.name, stats["time_s"], _computed(timed))
             self.step += 1
         if len(answers[0]) == len(self._chunk) and self._chunk[-1][2] is not None:

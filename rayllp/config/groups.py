@@ -426,6 +426,12 @@ class EvalSettings(Settings):
         return self
 
 
+class ProfileSettings(Settings):
+    """Profiles of steps."""
+
+    steps: tuple[int, ...] = Field((), description="steps, from 0, that torch.profiler traces on every worker, into RUN/profile/")
+
+
 class CheckpointSettings(Settings):
     """Checkpoints of a run."""
 

@@ -139,6 +139,11 @@ class RunDirectory:
             line["spans"] = _rounded([[list(span) for span in each.spans] for each, _ in timed])
         self._append("timeline.jsonl", line)
 
+    def trace(self, step: int, rank: int, content: bytes) -> None:
+        """profile/: what a worker did in a step, by torch.profiler, gzipped."""
+        path = self.path / "profile" / f"step_{step}_worker_{rank}.json.gz"
+        self._do(lambda: _write(path, content))
+
     def evaluation(self, step: int, split: str, loss: float, **metrics: float) -> None:
         """A line of evals.jsonl."""
         self._append("evals.jsonl", {"step": step, "split": split, "loss": loss, **metrics})
@@ -228,6 +233,11 @@ def _append_line(path: Path, line: str) -> None:
         except OSError:
             os.truncate(path, end)
             raise
+
+
+def _write(path: Path, content: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
 
 
 def _replace(path: Path, text: str) -> None:
