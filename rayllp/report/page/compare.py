@@ -91,7 +91,14 @@ def compare(runs: Sequence[RunRecord], baseline: str) -> Comparison:
 
 
 def _kind(run: RunRecord) -> dict[str, Any]:
-    return flatten({name: value for name, value in run.config.model_dump(mode="json").items() if name not in INDIFFERENT})
+    return flatten({name: value for name, value in _settings(run).items() if name not in INDIFFERENT})
+
+
+def _settings(run: RunRecord) -> dict[str, Any]:
+    """But for where the optimizer's state is kept, which changes no number."""
+    values = run.config.model_dump(mode="json")
+    del values["optimizer"]["sharded"]
+    return values
 
 
 def _labels(runs: Sequence[RunRecord]) -> list[str]:
@@ -139,7 +146,7 @@ def _gap(label: str, group: Sequence[RunRecord], base: Sequence[RunRecord]) -> G
 
 
 def _differences(one: RunRecord, other: RunRecord) -> list[str]:
-    first, second = (flatten({name: run.config.model_dump(mode="json")[name] for name in TASK}) for run in (one, other))
+    first, second = (flatten({name: _settings(run)[name] for name in TASK}) for run in (one, other))
     return [name for name in first | second if first.get(name) != second.get(name)]
 
 
