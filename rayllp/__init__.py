@@ -10,18 +10,32 @@ if TYPE_CHECKING:
     from rayllp.checkpoint.export import export
     from rayllp.cluster.given import TrainResult
     from rayllp.cluster.session import keep_workers, train
+    from rayllp.cluster.trainer import LayerParallelTrainer
     from rayllp.config import TrainConfig, load_config, make_config
     from rayllp.models.stack import LayerStack
     from rayllp.report.journal import Listener
     from rayllp.tuning.run import tune
 
 __version__ = "0.1.0"
-__all__ = ["LayerStack", "Listener", "TrainConfig", "TrainResult", "export", "keep_workers", "load_config", "make_config", "train", "tune"]
+__all__ = [
+    "LayerParallelTrainer",
+    "LayerStack",
+    "Listener",
+    "TrainConfig",
+    "TrainResult",
+    "export",
+    "keep_workers",
+    "load_config",
+    "make_config",
+    "train",
+    "tune",
+]
 
 _HOMES = {
     "export": "rayllp.checkpoint.export",
     "keep_workers": "rayllp.cluster.session",
     "train": "rayllp.cluster.session",
+    "LayerParallelTrainer": "rayllp.cluster.trainer",
     "TrainResult": "rayllp.cluster.given",
     "TrainConfig": "rayllp.config",
     "load_config": "rayllp.config",

@@ -111,8 +111,10 @@ def export(
     """Write a run's model as transformers keeps one, or its adapters as peft does, for from_pretrained."""
     from rayllp.checkpoint.export import export as export_model
     from rayllp.models.scaled import loader
+    from rayllp.report.card import write_card
 
     written = export_model(run, to, step, family, merge=merge)
+    write_card(run, written, step)
     typer.echo(f"{loader(written)}.from_pretrained({str(written)!r}) loads it")
 
 

@@ -24,7 +24,7 @@ def metric(step, **changes):
         "step": step, "loss": 4.0, "mode": "parallel", "iterations_forward": 2, "iterations_backward": 1, "rho_forward": None,
         "rho_backward": None, "rho_by_point": None, "bias": None, "cosine": None, "noise": None, "bias_by_block": None,
         "bias_against": None, "consistency": None, "consistency_weight": 0.3, "lipschitz": None, "grad_norm": 1.0, "lr": 1e-3,
-        "step_time_s": 0.1, "tokens": 512, "workers": WORKERS,
+        "step_time_s": 0.1, "tokens": 512, "tokens_per_s": 5120.0, "mfu": None, "workers": WORKERS,
     }  # fmt: skip
     return plain | changes
 

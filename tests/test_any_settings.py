@@ -74,8 +74,8 @@ adaptive = group(
     steer=pick(*[OUT] * 3, True, False), switch_at=pick(*[OUT] * 3, 0, 2, 0.5, 1.0),
 )  # fmt: skip
 optimizer = group(
-    name=maybe("muon"), sharded=maybe(True), lr=maybe(1e-2), muon_lr=maybe(1e-2), warmup=maybe(0, 2), weight_decay=maybe(0.0),
-    clip=maybe(0.0),
+    name=maybe("muon"), lr=maybe(1e-2), muon_lr=maybe(1e-2), warmup=maybe(0, 2), weight_decay=maybe(0.0), clip=maybe(0.0),
+    sharded=maybe(True),
 )  # fmt: skip
 mesh = group(
     data=pick(OUT, OUT, 1, 2, 3), layer=pick(*[OUT] * 4, 2), blocks=pick(*[OUT] * 6, [3, 4], [1, 5]), placement=maybe("blocks", "cyclic")

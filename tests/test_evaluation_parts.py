@@ -96,6 +96,20 @@ def test_a_checkpoint_comes_by_time_where_none_comes_by_steps(tmp_path, monkeypa
     assert found == wanted
 
 
+def test_the_best_is_the_best_while_its_checkpoint_is_being_written(tmp_path):
+    config = tiny(checkpoint={"best": True})
+    run, workers = RunDirectory.create(tmp_path / "run", config), Here(config)
+    saver = Saver(run, workers, config)
+    with Journal.open(run, config.steps, 0, Console(file=io.StringIO())) as journal:
+        saver.note_loss(2, 3.0, 1)
+        saver.note_loss(2, 3.5, 1)
+        saver.begin(2, {}, journal)
+        saver.note_loss(4, 3.0, 1)  # before anybody has looked whether all is written
+        assert not saver.is_wanted(4)
+        saver.finish(journal)
+    assert run.read_best() == saver.best == {"step": 2, "loss": 3.0, "batches": 1}
+
+
 def test_a_last_checkpoint_that_cannot_be_written_says_why(tmp_path):
     config = tiny()
     run, workers = RunDirectory.create(tmp_path / "run", config), Here(config)

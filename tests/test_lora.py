@@ -62,7 +62,7 @@ def test_frozen_parameters_have_no_state_and_do_not_move():
         trained = ".q_proj." in name or name == "model.norm.weight"
         assert torch.equal(parameter, before[name]) != trained, name
         assert bool(engine.optimizer.state_of(parameter)) == trained
-        assert engine.optimizer.moments_of(parameter) == (("exp_avg", "exp_avg_sq") if trained else ())
+        assert tuple(engine.optimizer.moments_of(parameter)) == (("exp_avg", "exp_avg_sq") if trained else ())
 
 
 def test_losses_of_adapters_do_not_depend_on_workers():

@@ -10,7 +10,7 @@ from rayllp.report import progress
 from rayllp.report.progress import ProgressDisplay
 from tests.conftest import tiny
 
-STEP = {"step": 0, "loss": 1.0, "mode": "serial", "tokens": 8, "step_time_s": 0.1, "rho_forward": None, "rho_backward": None}
+STEP = {"step": 0, "loss": 1.0, "mode": "serial", "tokens_per_s": 80.0, "mfu": None, "rho_forward": None, "rho_backward": None}
 
 
 def test_long_work_beside_training_is_shown(monkeypatch):

@@ -15,6 +15,7 @@ from tests.conftest import make_engine, merge, tiny, train_engine
 from tests.strict_channel import World
 
 ADAMW, MUON = {"name": "adamw", "warmup": 2}, {"name": "muon", "warmup": 2, "lr": 1e-2}
+SGD, ADAFACTOR = {"name": "sgd", "warmup": 2, "ema": 0.9}, {"name": "adafactor", "warmup": 2, "lr": 1e-2, "ema": 0.9}
 
 
 def mesh(data, layer, optimizer=None, **changes):
@@ -62,6 +63,8 @@ CASES = {
     "muon": (3, 1, MUON, {}),
     "stacked layers": (2, 2, ADAMW, {"mgrit": {"batched": True}}),
     "windows": (2, 2, MUON, {"mesh": {"placement": "cyclic"}}),
+    "sgd": (2, 1, SGD, {}),
+    "adafactor, stacked": (2, 2, ADAFACTOR, {"mgrit": {"batched": True}}),
 }
 
 
@@ -71,11 +74,12 @@ def test_training_is_the_same_to_the_last_bit(case, monkeypatch):
     data, layer, optimizer, changes = CASES[case]
 
     def work(engine):
-        return *trained(engine), kept_numbers(engine)
+        return *trained(engine), kept_numbers(engine), engine.evaluate(1)
 
     whole = over_mesh(mesh(data, layer, optimizer, **changes), work)
     found = over_mesh(mesh(data, layer, {**optimizer, "sharded": True}, **changes), work)
-    for (norms, weights, numbers), (other_norms, other_weights, other_numbers) in zip(found, whole, strict=True):
+    for (norms, weights, numbers, figures), (other_norms, other_weights, other_numbers, other_figures) in zip(found, whole, strict=True):
+        assert figures == other_figures
         assert norms == other_norms
         assert norms[0] > 1  # so that gradients were clipped
         assert all(torch.equal(weights[name], other_weights[name]) for name in weights)
@@ -97,10 +101,15 @@ def test_shares_are_even_and_whole():
         assert max(states) - min(states) <= 4 * sharding.ALIGNED
 
 
-SAVED = [(0, ADAMW, {}), (2, MUON, {}), (2, ADAMW, {"model": {"train": ["*.mlp.*"]}})]
+SAVED = {
+    "new": (0, ADAMW, {}),
+    "muon": (2, MUON, {}),
+    "frozen": (2, ADAMW, {"model": {"train": ["*.mlp.*"]}}),
+    "adafactor": (2, ADAFACTOR, {}),
+}
 
 
-@pytest.mark.parametrize(("steps", "optimizer", "changes"), SAVED, ids=["new", "muon", "frozen"])
+@pytest.mark.parametrize(("steps", "optimizer", "changes"), SAVED.values(), ids=SAVED)
 def test_a_checkpoint_is_the_same_whatever_shares_there_are(steps, optimizer, changes, tmp_path):
     """Written by three replicas that share, and by two that do not; each then goes on on another number of replicas."""
 
@@ -137,7 +146,7 @@ def test_a_checkpoint_is_the_same_whatever_shares_there_are(steps, optimizer, ch
         assert found == pytest.approx(wanted, rel=1e-10)
 
 
-@pytest.mark.parametrize(("after", "optimizer"), [((3, 1), ADAMW), ((1, 2), MUON)], ids=["adamw", "muon"])
+@pytest.mark.parametrize(("after", "optimizer"), [((3, 1), ADAMW), ((1, 2), MUON), ((3, 1), ADAFACTOR), ((3, 1), SGD)])
 def test_states_in_memory_serve_other_numbers_of_replicas(after, optimizer):
     def save(engine):
         train_engine(engine, 2)

@@ -168,10 +168,12 @@ def _read_places(checkpoint: Path) -> dict[str, _Stored]:
     for path in (checkpoint / name for name in files):
         check_content(path, files)
         with safe_open(path, framework="pt") as file:
-            for key in file.keys():  # noqa: SIM118 (no dict)
-                if key.startswith("weight/"):
-                    part = file.get_slice(key)
-                    stored[key.removeprefix("weight/")] = _Stored(path, key, tuple(part.get_shape()), part.get_dtype())
+            keys = set(file.keys())
+            for name in sorted(key.removeprefix("weight/") for key in keys if key.startswith("weight/")):
+                # Where the run has averaged its weights it was evaluated with the average.
+                key = f"ema/{name}" if f"ema/{name}" in keys else f"weight/{name}"
+                part = file.get_slice(key)
+                stored[name] = _Stored(path, key, tuple(part.get_shape()), part.get_dtype())
     # The prefix that Architecture.layer_prefix has where an adapter gives no other.
     if any(name.startswith("layers.0.") for name in stored):
         raise CheckpointError(

@@ -9,7 +9,8 @@ about its own. So each copy gets 1 / factor of the first moment and 1 / factor²
 would have been. AdamW's step m / √v stays as it was, and so does what the next gradients weigh in it. The count of steps, which corrects
 the averages' bias, is copied. Embedding, buffers and head keep all of theirs.
 
-**Muon's momentum** is a first moment; its update does not depend on the momentum's size.
+**Muon's and SGD's momentum** is a first moment; Muon's update does not depend on the momentum's size. **Adafactor's** factors are second
+moments. The **average of the weights** is copied like these.
 """
 
 from collections.abc import Callable, Mapping
@@ -21,7 +22,10 @@ from rayllp.checkpoint.location import Folder
 from rayllp.config import TrainConfig
 from rayllp.errors import CheckpointError
 
-POWERS = {"weight": 0, "step": 0, "exp_avg": 1, "exp_avg_sq": 2, "max_exp_avg_sq": 2, "momentum_buffer": 1}
+POWERS = {
+    "weight": 0, "step": 0, "ema": 0, "exp_avg": 1, "exp_avg_sq": 2, "max_exp_avg_sq": 2, "momentum_buffer": 1, "row_var": 2, "col_var": 2,
+    "variance": 2,
+}  # fmt: skip
 """The power of Δt that each part of a parameter's state is proportional to."""
 LAYER = "layer_"
 """What names of the layers' pieces begin with; the number of the layer follows, five digits."""

@@ -20,13 +20,13 @@ class Place(NamedTuple):
     """What a state has of a parameter.
 
     Attributes:
-        moments: names of the averages that the optimizer keeps of it.
+        moments: by name, how many numbers there are of each average that the optimizer keeps of it.
         start, stop: the part of the flattened parameter whose averages these are.
     """
 
     name: str
     shape: tuple[int, ...]
-    moments: tuple[str, ...]
+    moments: dict[str, int]
     start: int
     stop: int
 
@@ -57,7 +57,10 @@ class Layout(NamedTuple):
         places, share = [], engine.optimizer.shares[replica]
         for name in names:
             parameter, part = engine.block.parameters[name], share.get(name, range(0))
-            places.append(Place(name, tuple(parameter.shape), engine.optimizer.moments_of(parameter), part.start, part.stop))
+            shape, shapes = tuple(parameter.shape), engine.optimizer.moments_of(parameter)
+            # An average of another shape is of a parameter that is not cut.
+            moments = {key: len(part) if of == shape else math.prod(of) * bool(part) for key, of in shapes.items()}
+            places.append(Place(name, shape, moments, part.start, part.stop))
         return Layout(tuple(places), has_weights)
 
     @property
@@ -73,7 +76,7 @@ class Layout(NamedTuple):
     @property
     def size(self) -> int:
         """Numbers in all."""
-        return self.weights + sum(len(place.moments) * (place.stop - place.start) + 1 for place in self.places)
+        return self.weights + sum(sum(place.moments.values()) + 1 for place in self.places)
 
     @property
     def without_weights(self) -> "Layout":
@@ -112,10 +115,9 @@ def parts_of(state: Tensor, layout: Layout) -> list[Part]:
 def _views(state: Tensor, layout: Layout) -> Iterator[tuple[Place, Tensor | None, tuple[Tensor, ...]]]:
     first, then = 0, layout.weights
     for place in layout.places:
-        numbers = place.stop - place.start
-        end = then + len(place.moments) * numbers
+        end = then + sum(place.moments.values())
         weights = state[first : first + place.size] if layout.has_weights else None
-        yield place, weights, state[then:end].view(len(place.moments), numbers).unbind()
+        yield place, weights, state[then:end].split(list(place.moments.values()))
         first, then = first + place.size, end
 
 
@@ -141,11 +143,16 @@ def join(parts: Sequence[Part], wanted: range, *, counted: bool) -> dict[str, Te
         raise ClusterError(f"the optimizer's state of {place.name} is not in the states of the workers that had it")
     if not held or not held[0].steps:
         return {}
-    found = {name: held[0].moments[0].new_empty(len(wanted)) for name in place.moments}
+    found: dict[str, Tensor] = {}
     for part in held:
         start, stop = max(part.place.start, wanted.start), min(part.place.stop, wanted.stop)
-        for name, moment in zip(place.moments, part.moments, strict=True):
-            found[name][start - wanted.start : stop - wanted.start] = moment[start - part.place.start : stop - part.place.start]
+        for name, moment in zip(part.place.moments, part.moments, strict=True):
+            if len(moment) != part.place.stop - part.place.start:  # of a parameter that is not cut
+                found[name] = moment
+                continue
+            found.setdefault(name, moment.new_empty(len(wanted)))[start - wanted.start : stop - wanted.start] = moment[
+                start - part.place.start : stop - part.place.start
+            ]
     return found | ({"step": torch.tensor(held[0].steps)} if counted else {})
 
 

@@ -229,10 +229,10 @@ def _load_parameter(engine: Engine, stored: Mapping[str, Tensor], name: str, par
     parameter.data.copy_(value)
     state = {part: stored[key] for key in stored for part, _, owner in [key.partition("/")] if owner == name and part != "weight"}
     kept = engine.optimizer.moments_of(parameter)
-    if state and set(state) - {"step"} != set(kept):
+    if state and set(state) - {"step", "ema"} != set(kept) - {"ema"}:  # an average of the weights may begin or end here
         raise CheckpointError(
             f"{folder}: of {name} it has the optimizer's {', '.join(sorted(state))}, but optimizer.name={engine.config.optimizer.name} "
-            f"goes on from {', '.join(kept)}: put optimizer.name back to what the checkpoint was made with"
+            f"goes on from {', '.join(kept) or 'none'}: put optimizer.name back to what the checkpoint was made with"
         )
     engine.optimizer.set_state(parameter, state)
 
@@ -251,9 +251,10 @@ def _piece(engine: Engine, names: Sequence[str], states: Mapping[str, Mapping[st
     piece: dict[str, Tensor] = {}
     for name in names:
         parameter = engine.block.parameters[name]
+        shapes = engine.optimizer.moments_of(parameter)
         piece[f"weight/{name}"] = parameter.detach().to("cpu", copy=True)
         for part, value in states[name].items():
-            piece[f"{part}/{name}"] = value.reshape(() if part == "step" else parameter.shape).to("cpu", copy=True)
+            piece[f"{part}/{name}"] = value.reshape({"step": (), **shapes}[part]).to("cpu", copy=True)
     return piece
 
 

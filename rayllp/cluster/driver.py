@@ -1,6 +1,7 @@
 """The driver of one run: starts its workers, has them do chunks of steps, and does what is due between these."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from rich.console import Console
@@ -22,6 +23,7 @@ from rayllp.data import Batches
 from rayllp.errors import RayllpError
 from rayllp.models import Architecture
 from rayllp.report import Journal, Listener, RunDirectory
+from rayllp.report.loggers import opened_loggers
 from rayllp.report.progress import tell
 
 
@@ -47,7 +49,7 @@ class Driver:
         self.model, self.batches = model, batches
         self.listeners = listeners
         self.console = console or Console(stderr=True)
-        self.stop = False
+        self.stop = self.stopped_early = False
         self.saver = Saver(run, workers, config, self.loaded.record)
         self.evaluator = Evaluator(run, workers, self.saver, config.eval, self.data, batches, lambda: self.stop)
         self.resizing: Resizing | None = None
@@ -64,8 +66,12 @@ class Driver:
         begin = step_of(found[-1]) if found else 0
         self.run.mend()
         try:
+            tensorboard = "tensorboard" in self.whole.log_to
             with (
-                Journal.open(self.run, self.whole.steps, begin, self.console, self.listeners) as self.journal,
+                opened_loggers(self.whole, self.run, partial(tell, self.console)) as loggers,
+                Journal.open(
+                    self.run, self.whole.steps, begin, self.console, [*self.listeners, *loggers], tensorboard=tensorboard
+                ) as self.journal,
                 stopping(self._stop) as self.signals,
             ):
                 self.training = Training(self.whole, self.run, self.workers, self.saver, self.journal, self.model, self.kept)
@@ -85,7 +91,7 @@ class Driver:
         loss = final.pop("loss", None)
         return TrainResult(
             directory=self.run.path, steps=step, validation_loss=loss, metrics=final, sample=sample, stopped=self.stop,
-            signal=self.signals.number,
+            signal=self.signals.number, stopped_early=self.stopped_early,
         )  # fmt: skip
 
     def _stop(self) -> None:
@@ -159,6 +165,7 @@ class Driver:
     def _recover(self, error: RayllpError) -> int:
         if self.recovery is None:
             raise error
+        self.stopped_early = False  # evaluations that are taken back are made again
         return self.recovery.recover(error)
 
     def _train_to_the_end(self, step: int) -> tuple[int, dict[str, float], str]:
@@ -194,7 +201,7 @@ class Driver:
             if self.whole.nested.factors:
                 self.journal.scalar("train/layers", self.training.config.model.layers, step)
             step = self._loop(step)
-            if self.stop or step >= self.whole.steps:
+            if self.stop or self.stopped_early or step >= self.whole.steps:
                 return step
             self.training.deepen(step)
 
@@ -205,7 +212,7 @@ class Driver:
             if step > training.settled:
                 self._between_chunks(step)
                 training.settled = step
-            if step >= training.stage.end or self.stop:
+            if step >= training.stage.end or self.stop or self.stopped_early:
                 return step
             if self.resizing is not None:
                 self.resizing.adapt(step)
@@ -225,6 +232,16 @@ class Driver:
         if step < self.whole.steps:
             if self.evaluator.is_due(step):
                 self.evaluator.evaluate(step, self.journal)
+                self._lose_patience(step)
             if self.saver.is_wanted(step):
                 self.training.begin_save(step)
         self.saver.poll(self.journal)
+
+    def _lose_patience(self, step: int) -> None:
+        """End early where evaluations have not become better for as long as the settings wait."""
+        best = self.run.best_of_patience(self.whole.eval)
+        if best is not None and not self.stop:
+            self.stopped_early = True
+            reason = f"{self.whole.eval.patience} evaluations in a row were no better than {best['loss']:.4f} after step {best['step']}"
+            self.journal.event(step, "stop", reason=reason)
+            self.journal.say(f"step {step}: stopped early: {reason}")

@@ -24,6 +24,7 @@ class TrainResult:
         sample: generated text; empty unless the family writes text, and for a stopped run.
         stopped: whether Ctrl-C, SIGTERM or a closed terminal ended it.
         signal: the number of the signal that did.
+        stopped_early: whether evaluations became no better for `eval.patience` of them.
     """
 
     directory: Path
@@ -32,6 +33,7 @@ class TrainResult:
     sample: str
     stopped: bool
     signal: int | None = None
+    stopped_early: bool = False
     metrics: dict[str, float] = field(default_factory=dict)
 
 

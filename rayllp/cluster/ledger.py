@@ -98,16 +98,28 @@ class Ledger:
             if plan is not None and plan.lipschitz:  # a probe ends its chunk
                 found = _in_layer_order([answer[-1]["lipschitz"] for answer in answers])
                 metric["lipschitz"] = found if len(found) == self.config.model.layers else None  # some were lost with their worker
+            metric["mfu"] = self._utilisation([answer[done] for answer in answers])
             if not math.isfinite(stats["loss"]) or not math.isfinite(stats["grad_norm"]):
                 return [answer[-1]["fault"] for answer in answers]
             self._journal.step(metric)
             timed = [answer[done] for answer in answers]
             self._record_timeline(metric, timed)
+            for rank, each in enumerate(timed):
+                if "trace" in each:
+                    self._run.trace(metric["step"], rank, each["trace"])
             self.times.take("probes" if plan is not None else accuracy.name, stats["time_s"], _computed(timed))
             self.step += 1
         if len(answers[0]) == len(self._chunk) and self._chunk[-1][2] is not None:
             self._observe(answers[0][-1])
         return None
+
+    def _utilisation(self, stats: Sequence[dict[str, Any]]) -> float | None:
+        """The model's operations in a step over those that all devices could do in its time; None where that is not known of each."""
+        works = [each["work"] for each in stats if each["work"] is not None]
+        if len(works) < self.config.world:
+            return None
+        done, possible = (sum(parts) for parts in zip(*works, strict=True))
+        return done / (possible * max(stats[0]["time_s"], 1e-9))
 
     def _record_timeline(self, metric: dict[str, Any], stats: Sequence[dict[str, Any]]) -> None:
         """A timed step; with all its spans where few of its kind were recorded, else sums: spans are many."""
@@ -175,7 +187,8 @@ class Ledger:
             "bias_against": ("exact" if plan.exact or accuracy.serial else "doubled") if plan is not None and bias else None,
             "consistency": stats["consistency"], "consistency_weight": accuracy.consistency or None,
             "lipschitz": None, "grad_norm": stats["grad_norm"],
-            "lr": stats["lr"], "step_time_s": stats["time_s"], "tokens": stats["tokens"], "workers": self.config.world,
+            "lr": stats["lr"], "step_time_s": stats["time_s"], "tokens": stats["tokens"],
+            "tokens_per_s": stats["tokens"] / max(stats["time_s"], 1e-9), "mfu": None, "workers": self.config.world,
         }  # fmt: skip
 
 

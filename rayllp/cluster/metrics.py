@@ -13,6 +13,7 @@ GAUGES = {
     "bias": "relative error of the gradient at the last probe",
     "step_time_s": "seconds of a training step",
     "tokens_per_s": "tokens (images, sentences) a second",
+    "mfu": "model FLOPs utilisation, where the devices' peak is known",
     "parallel": "1 in layer-parallel mode, 0 in serial mode",
     "workers": "workers at work",
     "step": "steps done",
@@ -30,9 +31,9 @@ class ClusterMetrics:
 
     def step(self, metric: Mapping[str, Any]) -> None:
         """Set the gauges of what a step measured."""
-        found = {name: metric[name] for name in ("loss", "rho_forward", "rho_backward", "bias", "step_time_s", "workers")}
+        same = "loss rho_forward rho_backward bias step_time_s tokens_per_s mfu workers"
+        found = {name: metric[name] for name in same.split()}
         found |= {
-            "tokens_per_s": metric["tokens"] / max(metric["step_time_s"], 1e-9),
             "parallel": float(metric["mode"] == "parallel"),
             "step": metric["step"] + 1,
         }

@@ -25,6 +25,7 @@ from rayllp.errors import CheckpointError, RayllpError, SettingsError
 from rayllp.models import Architecture, LayerStack, check_batched, check_family, check_muon, check_network, refuse_unnamed_code
 from rayllp.report import RunDirectory
 from rayllp.report.holding import Hold, hold
+from rayllp.report.loggers import check_loggers
 from rayllp.report.progress import tell
 
 
@@ -103,6 +104,7 @@ def validate(
     if config.channel == "mpi":
         check_mpi()
     check_installed(config)
+    check_loggers(config)
     if (model is None) != (batches is None):
         raise SettingsError("model and batches belong together: give both, or neither")
     if model is not None:
@@ -219,4 +221,7 @@ def _is_unfinished(path: Path, config: TrainConfig) -> bool:
     """Whether a directory holds a run of these settings that did not get to its last evaluation."""
     if not os.path.isfile(path / "config.yaml") or load_run_config(path) != config:
         return False
-    return (RunDirectory(path).last_evaluation() or {"step": -1})["step"] < config.steps
+    run = RunDirectory(path)
+    last = (run.last_evaluation() or {"step": -1})["step"]
+    stopped_early = (run.last_event("stop") or {"step": -1})["step"] == last
+    return last < config.steps and not stopped_early

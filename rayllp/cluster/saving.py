@@ -119,7 +119,8 @@ class Saver:
 
         Losses are compared that were measured on the same batches; the last evaluation, over more of them, stands alone.
         """
-        best = self.best
+        # The best one's checkpoint may still be wanted, or being written.
+        best = self._new_best or (self._pending.best if self._pending is not None else None) or self.best
         if self.settings.checkpoint.best and math.isfinite(loss) and (best is None or (best["batches"] == batches and loss < best["loss"])):
             self._new_best = {"step": step, "loss": loss, "batches": batches}
 

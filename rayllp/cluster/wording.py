@@ -4,8 +4,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from rayllp.config import TrainConfig
-from rayllp.engine.optimizer import learning_rate
 from rayllp.engine.pipeline import count_microbatches
+from rayllp.engine.schedule import learning_rate
 from rayllp.nested import Stage
 
 
@@ -29,6 +29,8 @@ def describe_other_length(config: TrainConfig, before: int, step: int) -> str:
         step: steps done.
     """
     was, now = (learning_rate(config.optimizer, n, steps) for n, steps in ((max(0, step - 1), before), (step, config.steps)))
+    if was == now:
+        return f"{config.steps} steps instead of {before}: the learning rate stays at {now:.3g}"
     return (
         f"{config.steps} steps instead of {before}: the learning rate follows the schedule of {config.steps}, and goes from {was:.3g} to "
         f"{now:.3g} at once (optimizer.lr scales it)"

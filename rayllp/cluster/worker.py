@@ -31,6 +31,7 @@ from rayllp.data import Batches
 from rayllp.data.cache import settle
 from rayllp.engine import Engine, StepStats
 from rayllp.engine.memory import keep_freed_memory, peak_memory
+from rayllp.engine.profiling import profiled
 from rayllp.errors import ChannelError, DataError, RayllpError
 from rayllp.models import Architecture, build_architecture
 from rayllp.timeline import TimedStep, Timeline
@@ -227,13 +228,16 @@ class BlockWorker:
         stats = []
         for step, accuracy, plan in steps:
             timed = peak = None
-            if plan is None and self.config.is_timed(step):
-                done, timed = self._timed_step(step, accuracy)
-                peak = peak_memory(self._engine.device)
-            else:
-                done = self._engine.train_step(step, accuracy, plan)
+            with profiled(self._engine.device, wanted=step in self.config.profile.steps) as traces:
+                if plan is None and self.config.is_timed(step):
+                    done, timed = self._timed_step(step, accuracy)
+                    peak = peak_memory(self._engine.device)
+                else:
+                    done = self._engine.train_step(step, accuracy, plan)
             stats.append(done.as_dict() | {"timed": timed, "peak_memory": peak})
             self._done.append(stats[-1])
+            if traces:  # too large to be remembered
+                stats[-1] = stats[-1] | {"trace": traces[0]}
             if done.fault is not None or not _is_finite(done.loss, done.grad_norm):
                 break
             if snapshot_every and (step + 1) % snapshot_every == 0:
@@ -314,7 +318,8 @@ class BlockWorker:
         """Up to `most` held-out batches more, when `done` are: how many are now, of how many; loss and metrics when all are."""
         if done == 0:
             self._evaluation = self._engine.evaluation(batches)
-        found = self._evaluation.advance(most)
+        with self._engine.averaged():
+            found = self._evaluation.advance(most)
         return self._evaluation.done, self._evaluation.size, found
 
     @_leaving
@@ -322,7 +327,8 @@ class BlockWorker:
         """A continuation of `prompt`, exact forward."""
         from rayllp.engine.decode import continue_text  # transformers' generation takes seconds to import, which start no worker
 
-        return continue_text(self._engine.exact_forward, prompt, tokens)
+        with self._engine.averaged():
+            return continue_text(self._engine.exact_forward, prompt, tokens)
 
     @_leaving
     def translate(self, first: int, stop: int, beams: int) -> list[str]:
@@ -331,7 +337,8 @@ class BlockWorker:
 
         data = self._engine.batches
         sources = data.encode_source(data.sources("validation")[first:stop])  # type: ignore[attr-defined]
-        return [data.decode(tokens) for tokens in translate(self._engine.exact_forward, sources, beams)]  # type: ignore[attr-defined]
+        with self._engine.averaged():
+            return [data.decode(tokens) for tokens in translate(self._engine.exact_forward, sources, beams)]  # type: ignore[attr-defined]
 
     @_leaving
     def begin_save(self, folder: str) -> None:

@@ -351,19 +351,26 @@ class AdaptiveSettings(Settings):
 
 
 class OptimizerSettings(Settings):
-    """AdamW, or Muon for the layers' matrices; linear warm-up, cosine decay."""
+    """What updates the weights, and by which learning rate."""
 
-    name: Literal["adamw", "muon"] = Field(
+    name: Literal["adamw", "muon", "sgd", "adafactor"] = Field(
         "adamw", description="muon: Muon for the weight matrices of the layers, AdamW for all else (embedding, head, norms, biases)"
     )
     lr: float = Field(1e-3, gt=0, description="peak learning rate; Muon's updates are as large as AdamW's, so it serves both")
     muon_lr: float | None = Field(None, gt=0, description="peak learning rate of Muon's matrices; default lr")
-    momentum: float = Field(0.95, ge=0, lt=1, description="Muon's, Nesterov")
-    min_lr_ratio: float = Field(0.1, ge=0, le=1, description="final over peak learning rate")
+    momentum: float = Field(0.95, ge=0, lt=1, description="Muon's (Nesterov's) and SGD's; of SGD 0: none")
+    schedule: Literal["linear", "cosine", "constant", "wsd"] = Field(
+        "cosine", description="of the learning rate after warm-up; wsd (warm-up, stable, decay): the peak, and linear at the end"
+    )
+    min_lr_ratio: float = Field(0.1, ge=0, le=1, description="final over peak learning rate, but for schedule constant")
     warmup: int = Field(20, ge=0, description="steps of linear warm-up")
-    weight_decay: float = Field(0.1, ge=0, description="on tensors of two or more dimensions")
+    decay: float | None = Field(None, gt=0, le=1, description="share of the steps in which wsd's learning rate falls; default 0.2")
+    weight_decay: float = Field(0.1, ge=0, description="on weight matrices, kernels and tables of embeddings; never on norms and biases")
     betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW's")
     eps: float = Field(1e-8, gt=0, description="AdamW's")
+    ema: float | None = Field(
+        None, gt=0, lt=1, description="decay of an average of the weights, to evaluate and export with, such as 0.999; none: no average"
+    )
     clip: float = Field(1.0, ge=0, description="global gradient norm over all workers; 0: none")
     sharded: bool = Field(
         False,
@@ -384,6 +391,17 @@ class OptimizerSettings(Settings):
             raise ValueError(f"muon_lr={self.muon_lr:g} is Muon's, and name is {self.name}: set name: muon, or leave muon_lr out")
         return self
 
+    @model_validator(mode="after")
+    def _decay_of_wsd(self) -> "OptimizerSettings":
+        if self.decay is not None and self.schedule != "wsd":
+            raise ValueError(f"decay={self.decay:g} is of schedule wsd, and schedule is {self.schedule}: leave one of them out")
+        return self
+
+    @property
+    def decay_share(self) -> float:
+        """Share of the steps in which wsd's learning rate falls."""
+        return 0.2 if self.decay is None else self.decay
+
 
 class EvalSettings(Settings):
     """Evaluation on the held-out text: always with the exact forward."""
@@ -392,11 +410,26 @@ class EvalSettings(Settings):
     batches: int = Field(
         8, ge=0, description="so many times 8 held-out samples, the same ones each time and for every batch_size; 0: one pass through all"
     )
+    patience: int | None = Field(
+        None, ge=1, description="the run ends after so many evaluations in a row that are no better than the best; none: it does not"
+    )
     final_batches: int = Field(0, ge=0, description="at the end; 0: one pass, of text as eval.batches says")
     sample: int = Field(160, ge=0, description="tokens generated at the end (gpt2, llama); 0: none")
     translate: int = Field(0, ge=0, description="held-out sentences translated each time for BLEU (mt); 0: none")
     final_translate: int = Field(200, ge=0, description="at the end (mt); 0: none")
     beams: int = Field(4, ge=1, description="of the beam search (mt)")
+
+    @model_validator(mode="after")
+    def _evaluations_to_wait_for(self) -> "EvalSettings":
+        if self.patience is not None and not self.every:
+            raise ValueError(f"patience={self.patience} counts evaluations, of which every=0 makes none on the way: set eval.every")
+        return self
+
+
+class ProfileSettings(Settings):
+    """Profiles of steps."""
+
+    steps: tuple[int, ...] = Field((), description="steps, from 0, that torch.profiler traces on every worker, into RUN/profile/")
 
 
 class CheckpointSettings(Settings):

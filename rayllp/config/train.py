@@ -21,6 +21,7 @@ from rayllp.config.groups import (
     ModelSettings,
     NestedSettings,
     OptimizerSettings,
+    ProfileSettings,
     Relaxation,
     Settings,
     StepSettings,
@@ -45,7 +46,7 @@ EXACT_FROM_WINDOWS = 0.95
 
 MAY_DIFFER = set(
     "name workers resize_check_s mesh device channel receive_timeout_s hang_timeout_s snapshot_every spare_workers max_failures eval "
-    "checkpoint microbatches timeline_every".split()
+    "checkpoint microbatches timeline_every log_to profile".split()
 )
 """Settings of a run that may be others when it goes on from checkpoints alone, and that make it no other kind of run."""
 
@@ -93,6 +94,9 @@ class TrainConfig(Settings):
     timeline_every: int = Field(
         50, ge=0, description="steps between steps whose time is taken apart by phase and worker, for `rayllp report`; 0: never"
     )
+    log_to: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = Field(
+        ("tensorboard",), description="where curves go, besides RUN's own files: any of tensorboard, wandb, mlflow (docs/trainer.md)"
+    )
     max_failures: int = Field(10, ge=0, description="lost workers that a run survives within an hour")
     mode: Literal["parallel", "serial", "adaptive"] = Field(
         "adaptive", description="adaptive: as parallel as the gradient's bias allows, exact at the end"
@@ -105,6 +109,7 @@ class TrainConfig(Settings):
     optimizer: OptimizerSettings = OptimizerSettings()
     eval: EvalSettings = EvalSettings()
     checkpoint: CheckpointSettings = CheckpointSettings()
+    profile: ProfileSettings = ProfileSettings()
 
     # Derived ------------------------------------------------------------------------------------------------------------------
 
@@ -345,6 +350,8 @@ class TrainConfig(Settings):
     def _consistent(self) -> "TrainConfig":
         self._check_mesh()
         self._check_batch()
+        if any(not 0 <= step < self.steps for step in self.profile.steps):
+            raise ValueError(f"profile.steps {list(self.profile.steps)}: a run of {self.steps} steps has steps 0 to {self.steps - 1}")
         self._check_torchbraid()
         self._check_consistency()
         self._check_cyclic()

@@ -15,7 +15,7 @@ from rayllp.data.base import Inputs
 from rayllp.engine.check_draws import check_draws
 from rayllp.engine.vmapped_layers import Stacks
 from rayllp.models import check_batched
-from rayllp.models.base import Architecture, hidden_matrices
+from rayllp.models.base import Architecture, decayed_weights, hidden_matrices
 from rayllp.models.randomness import FrozenRandomness
 from rayllp.state import State, combine, interpolate, subtract, tensors
 
@@ -149,6 +149,11 @@ class Block:
     def matrices(self) -> list[nn.Parameter]:
         """The weight matrices of this worker's layers, buffers among them."""
         return [matrix for layer in self.layers.values() for matrix in hidden_matrices(layer) if matrix.requires_grad]
+
+    @property
+    def decayed(self) -> set[str]:
+        """Names of this worker's parameters that weight decay is for."""
+        return {prefix + name for _, prefix, module in self.pieces() for name in decayed_weights(module)}
 
     @property
     def common_leaves(self) -> list[nn.Parameter]:

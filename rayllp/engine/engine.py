@@ -5,7 +5,8 @@ the gradient norm, the loss and the residuals together.
 """
 
 import time
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -22,14 +23,16 @@ from rayllp.engine.evaluation import Evaluation
 from rayllp.engine.exact_forward import ExactForward
 from rayllp.engine.gradients import Gradients
 from rayllp.engine.layer_group import LayerGroup
-from rayllp.engine.optimizer import Optimizer, learning_rate, scale_gradients
+from rayllp.engine.optimizer import Optimizer, scale_gradients
 from rayllp.engine.probe import Probing
 from rayllp.engine.reduce_gradients import add_shared_gradients
 from rayllp.engine.replica_sums import ReplicaSums
+from rayllp.engine.schedule import learning_rate
 from rayllp.engine.smoothness import add_smoothness_gradient
 from rayllp.engine.statistics import ReducedStatistics, StepStats, reduce_statistics
 from rayllp.engine.step_gradients import StepGradients
 from rayllp.engine.step_solves import without_penalties
+from rayllp.engine.utilisation import count_flops, peak_flops
 from rayllp.models.base import Architecture
 from rayllp.timeline import Timeline
 
@@ -65,6 +68,7 @@ class Engine:
         self.optimizer = Optimizer(self.block, config.optimizer, *shards)
         self._draws_are_checked = False
         self._sums = ReplicaSums(self.block, LocalChannel.alone())
+        self._work: tuple[float, float] | None = None
         self._join(layer_channel, data_channel)
 
     def _join(self, layer_channel: Channel, data_channel: Channel) -> None:
@@ -146,6 +150,7 @@ class Engine:
             advice_backward=found.backward.status.value if found.backward else "",
             fault=fault,
             lipschitz=probing.lipschitz if probing else None,
+            work=self._work,
         )
 
     def _kind(self, batch: StepBatch) -> Hashable:
@@ -162,8 +167,13 @@ class Engine:
         batch = self._shares.for_step(step, accuracy)
         if not self._draws_are_checked:
             self.block.check_draws(batch.inputs)
+            self._work = self._measure_work(batch.inputs)
             self._draws_are_checked = True
         return batch
+
+    def _measure_work(self, inputs: Inputs) -> tuple[float, float] | None:
+        peak = peak_flops(self.device, self.config.dtype)
+        return None if peak is None else (self.config.replica_batch * count_flops(self.group, inputs), peak)
 
     def reduce_statistics(self, step: int, formed: StepGradients, probing: Probing | None = None) -> ReducedStatistics:
         """The step's numbers over the layer group, in one all-reduce."""
@@ -174,7 +184,7 @@ class Engine:
         clip = self.config.optimizer.clip
         if clip and norm > clip:
             scale_gradients(self.block.parameters.values(), clip / (norm + 1e-6))
-        self.optimizer.step(lr)
+        self.optimizer.step(lr, step)
         self.optimizer.gather(self.replicas, step)
 
     # Beside training ----------------------------------------------------------------------------------------------------------
@@ -190,13 +200,31 @@ class Engine:
             batches: of EVALUATED samples, the same ones for every batch size; 0 or more than one pass: one pass.
         """
         evaluation = self.evaluation(batches)
-        found = evaluation.advance(evaluation.size)
+        with self.averaged():
+            found = evaluation.advance(evaluation.size)
         assert found is not None
         return found
 
     def evaluation(self, batches: int) -> Evaluation:
-        """The same, to be done in parts."""
+        """The same, to be done in parts, each of them `averaged`."""
         return Evaluation(self.exact_forward, self._shares, self.replicas, batches)
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Within this the weights are their average (optimizer.ema), where there is one. All workers do it together."""
+        if self.config.optimizer.ema is None:
+            yield
+            return
+        self._swap_average()
+        try:
+            yield
+        finally:
+            self._swap_average()
+
+    def _swap_average(self) -> None:
+        self.optimizer.swap_average()
+        self.optimizer.gather(self.replicas, 0)
+        self.replicas.finish()
 
 
 def _positions(spec: StateSpec) -> int:

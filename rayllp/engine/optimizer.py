@@ -1,7 +1,7 @@
-"""AdamW, or Muon and AdamW, on a worker's own parameters; one global gradient norm."""
+"""AdamW, SGD, Adafactor, or Muon and AdamW, on a worker's own parameters; the average of these; one global gradient norm."""
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,21 +12,26 @@ from rayllp.engine.block import Block
 from rayllp.engine.muon import Muon
 from rayllp.engine.sharding import gather_parameters, share_out
 
-MOMENTS: dict[type, tuple[str, ...]] = {torch.optim.AdamW: ("exp_avg", "exp_avg_sq"), Muon: ("momentum_buffer",)}
-"""By optimizer, the averages that it keeps of each parameter, of the parameter's shape."""
-
-
-def learning_rate(settings: OptimizerSettings, step: int, steps: int) -> float:
-    """Linear warm-up to the peak, then cosine decay to `min_lr_ratio` of it at the last step."""
-    if step < settings.warmup:
-        return settings.lr * (step + 1) / settings.warmup
-    done = (step - settings.warmup) / max(1, steps - 1 - settings.warmup)
-    cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
-    return settings.lr * (settings.min_lr_ratio + (1 - settings.min_lr_ratio) * cosine)
+KINDS: dict[str, type[torch.optim.Optimizer]] = {
+    "adamw": torch.optim.AdamW,
+    "muon": torch.optim.AdamW,
+    "sgd": torch.optim.SGD,
+    "adafactor": torch.optim.Adafactor,
+}
+"""By optimizer.name, what updates all parameters but Muon's matrices."""
+MOMENTS: dict[type, tuple[str, ...]] = {
+    torch.optim.AdamW: ("exp_avg", "exp_avg_sq"),
+    Muon: ("momentum_buffer",),
+    torch.optim.SGD: ("momentum_buffer",),
+    torch.optim.Adafactor: ("variance",),
+}
+"""By optimizer, the averages that it keeps of each parameter, of the parameter's shape. Adafactor keeps factors of a matrix's."""
+EMA = "ema"
+"""The average of a parameter's values, kept like those of its gradients."""
 
 
 class Optimizer:
-    """What updates a worker's parameters: AdamW, or Muon for its layers' matrices and AdamW for all else.
+    """What updates a worker's parameters: Muon for its layers' matrices and AdamW for all else, or one optimizer for all.
 
     Without replicas a parameter belongs to one worker, and so does its state: nothing is sent. With them each replica's worker keeps all
     of the state; or, sharded, that of its share, which alone it updates: `gather` then brings the others' shares.
@@ -40,10 +45,13 @@ class Optimizer:
     """
 
     def __init__(self, block: Block, settings: OptimizerSettings, replica: int = 0, replicas: int = 1) -> None:
-        self._parameters = trained = block.trained
+        self._settings, self._parameters = settings, block.trained
+        trained = self._parameters
         self._names = {p: name for name, p in block.parameters.items()}
         matrices = {self._names[p] for p in (block.matrices if settings.name == "muon" else [])}
-        self.shares = share_out(trained, matrices, replicas)
+        kind = KINDS[settings.name]
+        uncut = set(trained) if kind is torch.optim.Adafactor else matrices
+        self.shares = share_out(trained, uncut, replicas)
         if self.is_sharded:  # parts are cut from the numbers as they lie in memory
             for parameter in trained.values():
                 parameter.data = parameter.data.contiguous()
@@ -53,33 +61,55 @@ class Optimizer:
         self._parts: list[tuple[torch.optim.Optimizer, float]] = []
         others = [name for name in self._leaves if name not in matrices]
         if others:
-            decayed = {name for name in others if trained[name].ndim >= 2}
+            decayed = block.decayed
             first, second = ([self._leaves[name] for name in others if (name in decayed) is decay] for decay in (True, False))
-            self._parts.append((_build_adamw(first, second, settings), 1.0))
+            self._parts.append((_build(kind, first, second, settings), 1.0))
         whole = [self._leaves[name] for name in self._leaves if name in matrices]
         if whole:
             self._parts.append((_build_muon(whole, block, settings), (settings.muon_lr or settings.lr) / settings.lr))
         self._of = {leaf: part for part, _ in self._parts for group in part.param_groups for leaf in group["params"]}
-        self._kinds = {name: Muon if name in matrices else torch.optim.AdamW for name in trained}
+        self._kinds = {name: Muon if name in matrices else kind for name in trained}
+        self._averages: dict[nn.Parameter, Tensor] = {}
 
     @property
     def is_sharded(self) -> bool:
         """Whether this worker keeps the state of a share only."""
         return len(self.shares) > 1
 
-    def step(self, lr: float) -> None:
-        """Update all parameters that have a gradient; sharded, this worker's share of them.
+    def step(self, lr: float, done: int = 0) -> None:
+        """Update all parameters that have a gradient, and their average; sharded, this worker's share of them.
 
         Args:
             lr: AdamW's learning rate in this step; Muon's is in the ratio of the two peaks to it.
+            done: steps before this one.
         """
         views = self._aim_views()
         for part, ratio in self._parts:
             for group in part.param_groups:
                 group["lr"] = lr * ratio
             part.step()
+        if self._settings.ema is not None:
+            self._average(min(self._settings.ema, (1 + done) / (10 + done)))
         for view in views:
             view.grad = None
+
+    def _average(self, decay: float) -> None:
+        """Take the parameters that this step has changed into their average, which begins with the first."""
+        changed = [leaf for leaf in self._of if leaf.grad is not None]
+        known = [leaf for leaf in changed if leaf in self._averages]
+        if known:
+            torch._foreach_lerp_([self._averages[leaf] for leaf in known], [leaf.data for leaf in known], 1 - decay)
+        for leaf in changed:
+            if leaf not in self._averages:
+                self._averages[leaf] = leaf.detach().clone()
+
+    def swap_average(self) -> None:
+        """Put the average in the parameters' place, or these back in its; sharded, of this worker's share."""
+        self._aim_views()
+        for leaf, average in self._averages.items():
+            kept = leaf.detach().clone()
+            leaf.data.copy_(average)
+            average.copy_(kept)
 
     def _leaf(self, name: str) -> nn.Parameter:
         parameter, part = self._parameters[name], self._own[name]
@@ -112,14 +142,21 @@ class Optimizer:
 
     # Its state ----------------------------------------------------------------------------------------------------------------
 
-    def moments_of(self, parameter: nn.Parameter) -> tuple[str, ...]:
-        """Names of the averages, of the parameter's shape, that are kept of it once a step is done; none of one that is frozen."""
-        kind = self._kinds.get(self._names[parameter])
-        return () if kind is None else MOMENTS[kind]
+    def moments_of(self, parameter: nn.Parameter) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of the averages that are kept of it once a step is done; none of one that is frozen."""
+        kind, shape = self._kinds.get(self._names[parameter]), tuple(parameter.shape)
+        if kind is None:
+            return {}
+        found = dict.fromkeys(MOMENTS[kind], shape)
+        if kind is torch.optim.SGD and not self._settings.momentum:
+            found = {}
+        if kind is torch.optim.Adafactor and len(shape) > 1:
+            found = {"row_var": (*shape[:-1], 1), "col_var": (*shape[:-2], 1, shape[-1])}
+        return found if self._settings.ema is None else {**found, EMA: shape}
 
     def counts_steps(self, parameter: nn.Parameter) -> bool:
         """Whether its state also has "step", the number of steps done."""
-        return self._kinds.get(self._names[parameter]) is torch.optim.AdamW
+        return self._kinds.get(self._names[parameter]) in (torch.optim.AdamW, torch.optim.Adafactor)
 
     def state_of(self, parameter: nn.Parameter) -> dict[str, Tensor]:
         """Its averages and, where they are counted, its "step"; nothing before the first one.
@@ -127,41 +164,55 @@ class Optimizer:
         Of a parameter of which this worker keeps a part only the averages are that part's, flat; nothing where it keeps none.
         """
         leaf = self._leaves.get(self._names[parameter])
-        return {} if leaf is None else self._of[leaf].state.get(leaf, {})
+        if leaf is None:
+            return {}
+        state = self._of[leaf].state.get(leaf, {})
+        return {**state, EMA: self._averages[leaf]} if leaf in self._averages else state
 
     def set_state(self, parameter: nn.Parameter, state: Mapping[str, Tensor]) -> None:
         """Put a copy of what `state_of` gave back: averages on the parameter's device, the step on the host, where AdamW wants it.
 
         Args:
-            state: of the whole parameter, or of the part that this worker keeps.
+            state: of the whole parameter, or of the part that this worker keeps. Where there is to be an average of the parameter's values,
+                and this state has none, it begins with the value now.
         """
         name = self._names[parameter]
         leaf, part = self._leaves.get(name), self._own.get(name, range(0))
         if leaf is None:
             return
+        self._of[leaf].state.pop(leaf, None)
+        self._averages.pop(leaf, None)
         if not state:
-            self._of[leaf].state.pop(leaf, None)
             return
-        kept = {}
-        for key, value in state.items():
-            if key == "step":
-                kept[key] = value.clone()
-                continue
-            mine = value if value.numel() == len(part) else value.reshape(-1)[part.start : part.stop]
-            kept[key] = mine.reshape(leaf.shape).to(parameter.device, copy=True)
-        self._of[leaf].state[leaf] = kept
+        kept, whole = {}, tuple(parameter.shape)
+        for key, shape in self.moments_of(parameter).items():
+            value = state.get(key, parameter.detach()) if key == EMA else state[key]
+            if shape == whole and value.numel() != len(part):
+                value = value.reshape(-1)[part.start : part.stop]
+            kept[key] = value.reshape(leaf.shape if shape == whole else shape).to(parameter.device, copy=True)
+        if EMA in kept:
+            self._averages[leaf] = kept.pop(EMA)
+        if self.counts_steps(parameter):
+            kept["step"] = state["step"].clone()
+        if kept:
+            self._of[leaf].state[leaf] = kept
 
 
-def _build_adamw(decayed: Sequence[nn.Parameter], others: Sequence[nn.Parameter], settings: OptimizerSettings) -> torch.optim.AdamW:
-    """AdamW; weight decay on the first alone, which are (parts of) tensors of two or more dimensions.
+def _build(
+    kind: type, decayed: Sequence[nn.Parameter], others: Sequence[nn.Parameter], settings: OptimizerSettings
+) -> torch.optim.Optimizer:
+    """An optimizer of torch's; weight decay on the first parameters alone, which are (parts of) weights and embeddings.
 
-    On CPUs as one operation a parameter, which takes a fifth of the time of torch's default there; on GPUs torch's default is fast.
+    On CPUs as one operation a parameter where it can be, which takes a fifth of the time of torch's default there; on GPUs that is fast.
     """
-    groups = [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    on_cpu = all(p.device.type == "cpu" for p in (*decayed, *others))
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]], lr=settings.lr, betas=settings.betas, eps=settings.eps, fused=on_cpu or None
-    )
+    decays = ((decayed, settings.weight_decay), (others, 0.0))
+    groups: list[dict[str, Any]] = [{"params": parameters, "weight_decay": decay} for parameters, decay in decays if parameters]
+    fused = all(p.device.type == "cpu" for p in (*decayed, *others)) or None
+    if kind is torch.optim.SGD:
+        return torch.optim.SGD(groups, lr=settings.lr, momentum=settings.momentum, fused=fused)
+    if kind is torch.optim.Adafactor:
+        return torch.optim.Adafactor(groups, lr=settings.lr)
+    return torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, eps=settings.eps, fused=fused)
 
 
 def _build_muon(matrices: Sequence[nn.Parameter], block: Block, settings: OptimizerSettings) -> Muon:

@@ -30,6 +30,7 @@ class StepStats:
         bias: of the gradient in use, where a probe measured it.
         consistency: the consistency penalty R over this replica's samples, without its weight; None where it is off.
         lipschitz: constants of this worker's own layers, by index, where a probe estimated them.
+        work: operations of this worker's pieces in the step, and those a second that its device could do; None where this is not known.
     """
 
     step: int
@@ -48,6 +49,7 @@ class StepStats:
     advice_backward: str
     fault: tuple[int, int, str] | None = None
     lipschitz: dict[int, float] | None = None
+    work: tuple[float, float] | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """By name, for a line of `metrics.jsonl`."""

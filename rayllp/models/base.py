@@ -14,10 +14,19 @@ from rayllp.models.randomness import seeded
 from rayllp.state import State, combine
 
 
+def decayed_weights(module: nn.Module) -> dict[str, nn.Parameter]:
+    """By name, the parameters that weight decay is for, as transformers' Trainer has it: weight matrices, convolutions' kernels and tables
+    of embeddings; no norms, no biases, nothing of less than two dimensions.
+    """
+    named = ((path, inner) for path, inner in module.named_modules() if "norm" not in type(inner).__name__.lower())
+    found = ((f"{path}.{name}" if path else name, p) for path, inner in named for name, p in inner.named_parameters(recurse=False))
+    return {name: p for name, p in found if p.ndim >= 2 and "bias" not in name}
+
+
 def hidden_matrices(layer: nn.Module) -> list[nn.Parameter]:
     """The weights of a layer that map vectors to vectors: those of two dimensions, tables of embeddings excepted."""
     tables = {id(p) for module in layer.modules() if isinstance(module, nn.Embedding) for p in module.parameters()}
-    return [p for p in layer.parameters() if p.ndim == 2 and id(p) not in tables]
+    return [p for p in decayed_weights(layer).values() if p.ndim == 2 and id(p) not in tables]
 
 
 class Architecture(ABC):
@@ -150,4 +159,4 @@ class Architecture(ABC):
             return self.common()
 
 
-__all__ = ["Architecture", "State", "hidden_matrices"]
+__all__ = ["Architecture", "State", "decayed_weights", "hidden_matrices"]

@@ -19,8 +19,8 @@ from rayllp.errors import SettingsError
 from rayllp.plan.cost import predict_step
 from rayllp.plan.costs import Costs, Device
 
-MOMENTS = {"adamw": 2, "muon": 1}
-"""By optimizer, averages of a weight. Norms and biases, of which AdamW keeps two beside Muon, hardly count."""
+MOMENTS = {"adamw": 2, "muon": 1, "sgd": 1, "adafactor": 0}
+"""By optimizer, averages of a weight. Norms and biases, of which AdamW keeps two beside Muon, hardly count, nor do Adafactor's factors."""
 COARSENINGS = (2, 4, 8, 16)
 LEVELS = (2, 3, 4)
 ITERATIONS = ((1, 1), (2, 1), (2, 2), (3, 3))
@@ -213,8 +213,9 @@ def _layer_parallel_options(
 
 def _weights(config: TrainConfig, model: LayerModel, replicas: int) -> float:
     """Bytes of a layer's weights and gradients, and of the optimizer's state of them that a worker keeps."""
-    moments = MOMENTS[config.optimizer.name]
-    return (2 + (moments / replicas if config.optimizer.sharded else moments)) * model.parameter_bytes
+    settings = config.optimizer
+    moments = MOMENTS[settings.name] - (settings.name == "sgd" and not settings.momentum) + (settings.ema is not None)
+    return (2 + (moments / replicas if settings.sharded else moments)) * model.parameter_bytes
 
 
 def _meshes(config: TrainConfig, devices: int) -> Iterator[tuple[int, int]]:

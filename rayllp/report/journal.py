@@ -13,7 +13,7 @@ from rayllp.config import TrainConfig
 from rayllp.report.progress import ProgressDisplay
 from rayllp.report.rundir import RunDirectory, flatten
 
-SCALARS = "loss grad_norm lr rho_forward rho_backward bias cosine noise consistency consistency_weight".split()
+SCALARS = "loss grad_norm lr tokens_per_s mfu rho_forward rho_backward bias cosine noise consistency consistency_weight".split()
 """What TensorBoard gets of each step, where it was measured."""
 
 
@@ -33,7 +33,7 @@ class Listener(Protocol):
         """
 
     def event(self, step: int, kind: str, details: Mapping[str, Any]) -> None:
-        """A switch, fault, resize, restore or checkpoint.
+        """A switch, fault, resize, restore, checkpoint or early stop.
 
         Args:
             step: steps done before it.
@@ -53,8 +53,10 @@ class Listener(Protocol):
 class Journal:
     """Use `open`."""
 
-    def __init__(self, run: RunDirectory, display: ProgressDisplay, listeners: Sequence[Listener], first_step: int = 0) -> None:
-        self._run, self._display, self._listeners = run, display, listeners
+    def __init__(
+        self, run: RunDirectory, display: ProgressDisplay, listeners: Sequence[Listener], first_step: int = 0, *, tensorboard: bool = True
+    ) -> None:
+        self._run, self._display, self._listeners, self._draws = run, display, listeners, tensorboard
         self._again_from: int | None = first_step  # what TensorBoard has from this step on is forgotten when it is opened
         self._board: Any = None
         self._trouble: str | None = None
@@ -62,11 +64,18 @@ class Journal:
     @classmethod
     @contextmanager
     def open(
-        cls, run: RunDirectory, steps: int, first_step: int, console: Console, listeners: Sequence[Listener] = ()
+        cls,
+        run: RunDirectory,
+        steps: int,
+        first_step: int,
+        console: Console,
+        listeners: Sequence[Listener] = (),
+        *,
+        tensorboard: bool = True,
     ) -> Iterator["Journal"]:
         """A journal for one sitting of a run, of which `first_step` steps are done."""
         with ProgressDisplay(steps, first_step, console) as display:
-            journal = cls(run, display, listeners, first_step)
+            journal = cls(run, display, listeners, first_step, tensorboard=tensorboard)
             try:
                 yield journal
             finally:
@@ -132,7 +141,7 @@ class Journal:
                     self._board.add_scalar(f"{line['split']}/{name}", line[name], step)
 
     def _draw(self, draw: Callable[[Any], None]) -> None:
-        if self._run.trouble is not None:
+        if not self._draws or self._run.trouble is not None:
             return
         try:
             if self._board is None:
@@ -152,7 +161,6 @@ class Journal:
         for name in SCALARS:
             if metric[name] is not None:
                 self.scalar(f"train/{name}", metric[name], step)
-        self.scalar("train/tokens_per_s", metric["tokens"] / max(metric["step_time_s"], 1e-9), step)
         self.scalar("train/serial", float(metric["mode"] == "serial"), step)
         for n, constant in enumerate(metric["lipschitz"] or ()):
             self.scalar(f"lipschitz/layer_{n:05d}", constant, step)

@@ -12,7 +12,7 @@ PLAIN_EVERY_S = 5.0
 
 
 class ProgressDisplay:
-    """Loss, tokens/s, mode and ρ. Use as a context manager."""
+    """Loss, tokens/s, MFU where it is known, mode and ρ. Use as a context manager."""
 
     def __init__(self, steps: int, first_step: int = 0, console: Console | None = None) -> None:
         self.console = console or Console(stderr=True)
@@ -40,8 +40,8 @@ class ProgressDisplay:
         """Show a step."""
         if metric["rho_forward"] is not None or metric["rho_backward"] is not None:
             self._rho = f"ρ {_short(metric['rho_forward'])}/{_short(metric['rho_backward'])}"
-        speed = metric["tokens"] / max(metric["step_time_s"], 1e-9)
-        status = f"loss {metric['loss']:.3f}  {speed:,.0f} tokens/s  {self._rho}"
+        used = "" if metric["mfu"] is None else f"MFU {metric['mfu']:.1%}  "
+        status = f"loss {metric['loss']:.3f}  {metric['tokens_per_s']:,.0f} tokens/s  {used}{self._rho}"
         done = metric["step"] + 1
         if self._live:
             with unread():

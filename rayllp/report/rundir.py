@@ -1,6 +1,7 @@
 """The files that a run writes. Other tools read them: names are fixed (docs/design.md)."""
 
 import json
+import math
 import os
 import shutil
 import time
@@ -13,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from rayllp.checkpoint.location import Folder, place_of_checkpoints
-from rayllp.config import TrainConfig, to_yaml
+from rayllp.config import EvalSettings, TrainConfig, to_yaml
 from rayllp.errors import SettingsError
 from rayllp.report.holding import HOLDER, LOCK
 from rayllp.timeline import TimedStep, sum_kinds, sum_phases
 
-UNUSED = {"config.yaml", "tensorboard", LOCK, HOLDER}
+UNUSED = {"config.yaml", "tensorboard", "loggers.json", "wandb", LOCK, HOLDER}
 """Files of a run that has done nothing yet."""
 
 
@@ -89,9 +90,27 @@ class RunDirectory:
         """The last line of evals.jsonl."""
         return next(reversed(self.evaluations()), None)
 
+    def last_event(self, kind: str) -> dict[str, Any] | None:
+        """The last line of events.jsonl of this kind."""
+        return next((line for line in reversed(read_lines(self.path / "events.jsonl")) if line["kind"] == kind), None)
+
     def evaluations(self) -> list[dict[str, Any]]:
         """All lines of evals.jsonl."""
         return read_lines(self.path / "evals.jsonl")
+
+    def best_of_patience(self, settings: EvalSettings) -> dict[str, Any] | None:
+        """The best evaluation on the way, where `eval.patience` later ones were no better; None: the run may go on."""
+        best: dict[str, Any] | None = None
+        waited = last = 0
+        for line in self.evaluations() if settings.patience is not None else ():
+            if line["step"] % settings.every or line["step"] == last:  # of an end, which may be over other batches
+                continue
+            last = line["step"]
+            if best is None or line["loss"] < best["loss"]:
+                best, waited = (line if math.isfinite(line["loss"]) else best), 0
+            else:
+                waited += 1
+        return best if settings.patience is not None and waited >= settings.patience else None
 
     def metric(self, values: Mapping[str, Any]) -> None:
         """A line of metrics.jsonl."""
@@ -120,12 +139,17 @@ class RunDirectory:
             line["spans"] = _rounded([[list(span) for span in each.spans] for each, _ in timed])
         self._append("timeline.jsonl", line)
 
+    def trace(self, step: int, rank: int, content: bytes) -> None:
+        """profile/: what a worker did in a step, by torch.profiler, gzipped."""
+        path = self.path / "profile" / f"step_{step}_worker_{rank}.json.gz"
+        self._do(lambda: _write(path, content))
+
     def evaluation(self, step: int, split: str, loss: float, **metrics: float) -> None:
         """A line of evals.jsonl."""
         self._append("evals.jsonl", {"step": step, "split": split, "loss": loss, **metrics})
 
     def event(self, step: int, kind: str, **details: Any) -> None:
-        """A line of events.jsonl; kind is switch, deepen, settings, fault, resize, checkpoint or restore."""
+        """A line of events.jsonl; kind is switch, deepen, settings, fault, resize, checkpoint, restore or stop."""
         self._append("events.jsonl", {"time": time.time(), "step": step, "kind": kind, **details})
 
     def read_lipschitz(self) -> list[list[float]]:
@@ -209,6 +233,11 @@ def _append_line(path: Path, line: str) -> None:
         except OSError:
             os.truncate(path, end)
             raise
+
+
+def _write(path: Path, content: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
 
 
 def _replace(path: Path, text: str) -> None:

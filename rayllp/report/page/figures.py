@@ -112,6 +112,8 @@ def describe_event(event: dict[str, Any]) -> str:
         return f"step {step}: restored from {source}" + (f", {event['steps_lost']} steps lost" if "steps_lost" in event else "")
     if kind == "gain":
         return f"step {step}: {describe_gain(event)}"
+    if kind == "stop":
+        return f"step {step}: stopped early: {event['reason']}"
     if kind == "settings":
         return "settings changed: " + ", ".join(event.get("changed", {}))
     return f"step {step}: {kind}"

@@ -1,0 +1,200 @@
+"""`LayerParallelTrainer`: `rayllp.train` with the face of Ray's own trainers, and with Ray's `Result`."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from os.path import expanduser
+from pathlib import Path
+from typing import Any
+
+import pandas
+import pyarrow.fs
+import ray.train
+from ray.air.config import ScalingConfig as AnyScalingConfig
+
+from rayllp.checkpoint import Folder, checkpoints, step_of
+from rayllp.cluster.given import TrainResult
+from rayllp.cluster.session import train
+from rayllp.config import TrainConfig, load_run_config, make_config
+from rayllp.data import Batches
+from rayllp.errors import DataError, RayllpError, SettingsError
+from rayllp.models import Architecture
+from rayllp.report import Listener, RunDirectory, read_lines
+
+UNLIMITED = 10**9
+"""Losses that a run survives within an hour, where Ray's max_failures=-1 sets no limit."""
+
+
+class LayerParallelTrainer:
+    """Trains as `rayllp.train` does, and is used as a trainer of Ray's:
+
+    trainer = rayllp.LayerParallelTrainer(config, scaling_config=ray.train.ScalingConfig(num_workers=4))
+    result = trainer.fit()
+
+    Args:
+        config: settings, or nested values of some; None is the embedded default.
+        scaling_config: `num_workers`, a number or (least, most); `use_gpu`; `elastic_resize_monitor_interval_s`. None: as `config` says.
+        run_config: `name` and `storage_path` (a folder: the run's directory is storage_path/name, where an unfinished run goes on as Ray's
+            do; or a URL, to which checkpoints go), `checkpoint_config.num_to_keep`, and `failure_config.max_failures` where it is not 0,
+            Ray's default. None: as `rayllp.train` without `output`.
+        model, batches: a LayerStack of your own, and its data, instead of those that `config` names.
+        listeners: are told of each step, event and evaluation as it comes, in the place of Ray's callbacks.
+
+    Raises:
+        SettingsError: an option of Ray's that says nothing here, or says other than `config`.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig | Mapping[str, Any] | None = None,
+        *,
+        scaling_config: Any = None,
+        run_config: Any = None,
+        model: Architecture | None = None,
+        batches: Batches | None = None,
+        listeners: Sequence[Listener] = (),
+    ) -> None:
+        given = config if isinstance(config, TrainConfig) else make_config(config or {})
+        self.model, self.batches, self.listeners = model, batches, listeners
+        self.output: Path | None = None
+        if scaling_config is not None:
+            given = _scaled(given, scaling_config)
+        if run_config is not None:
+            given, self.output = _placed(given, run_config)
+        self.config = given
+
+    def fit(self) -> Any:
+        """Train to the last step, or to Ctrl-C.
+
+        Returns: a `ray.train.Result`. `metrics` are those of the last step, and as validation_… those of the last evaluation;
+            `metrics_dataframe` has a row for each step; `checkpoint` is the last one, `best_checkpoints` has those that were kept with the
+            metrics of their steps; `return_value` is what `rayllp.train` returns.
+
+        Raises:
+            SettingsError, DataError: before any actor was started.
+            ray.train.TrainingFailedError: training failed; what `rayllp.train` raised is its cause.
+        """
+        try:
+            found = train(self.config, output=self.output, model=self.model, batches=self.batches, listeners=self.listeners)
+        except (SettingsError, DataError):
+            raise
+        except RayllpError as error:
+            failed = getattr(ray.train, "ControllerError", ray.train.TrainingFailedError)
+            raise failed(error) from error
+        return make_result(found)
+
+
+def make_result(found: TrainResult) -> Any:
+    """What a run left in its directory, as Ray's `Result`."""
+    run = RunDirectory(found.directory, load_run_config(found.directory))
+    rows = _rows(run)
+    frame = pandas.DataFrame(rows)
+    at = {row["training_iteration"]: row for row in rows}
+    kept = [(_checkpoint(folder), at.get(step_of(folder), {})) for folder in checkpoints(run.checkpoints)]
+    result = ray.train.Result(
+        metrics=rows[-1] if rows else None,
+        checkpoint=kept[-1][0] if kept else None,
+        error=None,
+        path=str(found.directory.absolute()),
+        metrics_dataframe=frame,
+        best_checkpoints=kept,
+        _storage_filesystem=pyarrow.fs.LocalFileSystem(),
+    )
+    result.return_value = found
+    return result
+
+
+def _rows(run: RunDirectory) -> list[dict[str, Any]]:
+    """Of each step, what is a number or a word, with what was evaluated after it; `training_iteration` counts steps from 1, as Ray does."""
+    evaluated: dict[int, dict[str, Any]] = {}
+    for line in run.evaluations():
+        evaluated[line["step"]] = {f"validation_{name}": value for name, value in line.items() if name not in ("step", "split")}
+    rows = []
+    for metric in read_lines(run.path / "metrics.jsonl"):
+        plain = {name: value for name, value in metric.items() if not isinstance(value, list | dict)}
+        done = metric["step"] + 1
+        rows.append({"training_iteration": done, **plain, **evaluated.get(done, {})})
+    return rows
+
+
+def _checkpoint(folder: Folder) -> Any:
+    """A complete checkpoint as Ray has them; `rayllp export` reads it, and any number of workers goes on from it."""
+    if isinstance(folder, Path):
+        return ray.train.Checkpoint(str(folder.absolute()))
+    return ray.train.Checkpoint(folder.path, filesystem=pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(folder.fs)))
+
+
+# What Ray's options mean here -----------------------------------------------------------------------------------------------------
+
+
+def _scaled(config: TrainConfig, scaling: Any) -> TrainConfig:
+    """The settings on as many workers, and on such devices, as Ray's options say."""
+    if not isinstance(scaling, AnyScalingConfig):
+        raise SettingsError(f"scaling_config is a {type(scaling).__name__}: give a ray.train.ScalingConfig")
+    used = {"num_workers", "use_gpu", "elastic_resize_monitor_interval_s"}
+    _refuse_others(scaling, used, "a worker takes one CPU, and with use_gpu one GPU")
+    count = scaling.num_workers
+    if isinstance(count, tuple):
+        count = {"min": count[0], "max": count[1]}
+    elif count < 1:
+        raise SettingsError(f"num_workers={count}: layer-parallel training is done by actors; give at least 1")
+    changes: dict[str, Any] = {"workers": count, "device": "cuda" if scaling.use_gpu else "cpu"}
+    every = getattr(scaling, "elastic_resize_monitor_interval_s", None)
+    if every != getattr(type(scaling)(), "elastic_resize_monitor_interval_s", None):
+        changes["resize_check_s"] = every
+    return _with(config, changes, "scaling_config")
+
+
+def _placed(config: TrainConfig, run: Any) -> tuple[TrainConfig, Path | None]:
+    """The settings with what Ray's options say of a run, and its directory; None where these name a URL."""
+    if not isinstance(run, ray.train.RunConfig):
+        raise SettingsError(f"run_config is a {type(run).__module__}.{type(run).__name__}: give a ray.train.RunConfig")
+    _refuse_others(
+        run, {"name", "storage_path", "checkpoint_config", "failure_config", "logging_config"}, "listeners are told what happens"
+    )
+    changes: dict[str, Any] = {}
+    kept, failures = run.checkpoint_config, run.failure_config
+    for part, mine in ((kept, {"num_to_keep"}), (failures, {"max_failures"}), (getattr(run, "logging_config", None), set[str]())):
+        if part is not None:
+            _refuse_others(part, mine, "the settings' checkpoint and max_failures say the rest")
+    if kept is not None and kept.num_to_keep is not None:
+        changes["checkpoint"] = {"keep": kept.num_to_keep}
+    if failures is not None and failures.max_failures:
+        changes["max_failures"] = UNLIMITED if failures.max_failures < 0 else failures.max_failures
+    place = str(run.storage_path).removeprefix("file://")
+    if "://" not in place:
+        return _with(config, changes, "run_config"), Path(expanduser(place)) / run.name
+    changes["checkpoint"] = {**changes.get("checkpoint", {}), "path": f"{place.rstrip('/')}/{run.name}"}
+    return _with(config, changes, "run_config"), None
+
+
+def _refuse_others(given: Any, used: set[str], instead: str) -> None:
+    """Refuse options that would be left aside without a word."""
+    untouched = type(given)()
+    for option in dataclasses.fields(given):
+        value = getattr(given, option.name)
+        if option.name not in used and value != getattr(untouched, option.name):
+            raise SettingsError(
+                f"{type(given).__name__}({option.name}={value!r}) says nothing in layer-parallel training: leave it out ({instead})"
+            )
+
+
+def _with(config: TrainConfig, changes: Mapping[str, Any], source: str) -> TrainConfig:
+    """Settings with changes, none of which may differ from what was set.
+
+    Args:
+        source: where the changes come from.
+    """
+    values = config.model_dump(exclude_unset=True)
+    _merge(values, changes, source)
+    return make_config(values, source=source)
+
+
+def _merge(values: dict[str, Any], changes: Mapping[str, Any], source: str, prefix: str = "") -> None:
+    for name, value in changes.items():
+        known = values.get(name)
+        if isinstance(value, Mapping) and isinstance(known, dict) and name != "workers":
+            _merge(known, value, source, f"{prefix}{name}.")
+        elif known in (None, "auto", value):
+            values[name] = value
+        else:
+            raise SettingsError(f"{prefix}{name}={known} in the settings, and {source} says {value}: leave it out in one of them")

@@ -1,0 +1,29 @@
+"""Every operation of a step, by `torch.profiler`, for chosen steps (`profile.steps`)."""
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+
+@contextmanager
+def profiled(device: torch.device, *, wanted: bool = True) -> Iterator[list[bytes]]:
+    """What happens inside, in this thread and those that it starts work on, is profiled where that is wanted.
+
+    Yields: a list, to which at the end the trace comes, as chrome://tracing and ui.perfetto.dev read it, gzipped.
+    """
+    traces: list[bytes] = []
+    if not wanted:
+        yield traces
+        return
+    kinds = [torch.profiler.ProfilerActivity.CPU]
+    if device.type == "cuda":
+        kinds.append(torch.profiler.ProfilerActivity.CUDA)
+    with torch.profiler.profile(activities=kinds, record_shapes=True) as profile:
+        yield traces
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json.gz"
+        profile.export_chrome_trace(str(path))
+        traces.append(path.read_bytes())

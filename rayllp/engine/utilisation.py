@@ -1,0 +1,62 @@
+"""What a step asks of a device, in floating-point operations, beside what the device could do: model FLOPs utilisation (MFU).
+
+Counted is the model's own forward and backward pass, whatever a step does besides: sweeps over the coarse grid, probes and recomputation
+count as time, not as work.
+"""
+
+from contextlib import nullcontext
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from rayllp.data.base import Inputs
+from rayllp.engine.layer_group import LayerGroup
+from rayllp.state import combine
+
+PEAKS = {
+    "B200": (2250e12, 80e12),
+    "H200": (989e12, 67e12),
+    "H100 PCIe": (756e12, 51e12),
+    "H100": (989e12, 67e12),
+    "A100": (312e12, 19.5e12),
+    "L40S": (362e12, 91.6e12),
+    "L4": (121e12, 30.3e12),
+    "A10": (125e12, 31.2e12),
+}
+"""By a part of a GPU's name, operations a second that its maker promises, without sparsity: in bfloat16, and in float32 without TF32."""
+
+
+def peak_flops(device: torch.device, dtype: str) -> float | None:
+    """Operations a second that the device could do in this dtype of the settings; None where that is not known, as on CPUs."""
+    if device.type != "cuda" or dtype not in ("bfloat16", "float32"):
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peaks[dtype == "float32"] for part, peaks in PEAKS.items() if part in name), None)
+
+
+def count_flops(group: LayerGroup, inputs: Inputs) -> float:
+    """Operations of the exact forward and backward pass of this worker's pieces on one sample: three times those of the forward pass.
+
+    Args:
+        inputs: of some samples, the first of which is taken.
+    """
+    block = group.block
+    one = combine(lambda part: part[:1], inputs)
+    spec = group.spec(one)
+    block.begin(0, (0,), one, training=False)
+    # torch does not count the CPU's fused attention.
+    attention = sdpa_kernel(SDPBackend.MATH) if group.device.type == "cpu" else nullcontext()
+    with torch.no_grad(), attention, FlopCounterMode(display=False) as counter:
+        state = (
+            block.enter(one)
+            if block.first
+            else spec.build(
+                [torch.zeros(shape, dtype=dtype, device=spec.device) for shape, dtype in zip(spec.shapes, spec.dtypes, strict=True)]
+            )
+        )
+        for index in block.middle:
+            state = block.run_layer(index, block.layers[index], state)
+        if block.last:
+            block.leave(state)
+    return 3.0 * counter.get_total_flops()
