@@ -232,6 +232,18 @@ def test_broken_and_empty_tables_are_refused(tmp_path):
     skipped = load_text(DataSettings(path=str(tmp_path / "null.jsonl"), on_error="skip"), 16, 0)
     assert skipped.skipped == {"rows": 1}
     assert load_text(DataSettings(path=str(tmp_path / "null.jsonl"), on_error="skip"), 16, 0).skipped == {"rows": 1}  # from the cache too
+    for name, content, message in (
+        ("none.jsonl", "", "none.jsonl is empty: give a table with some rows"),
+        ("head.csv", "text\n", "head.csv, split train, has no rows: give some"),
+        ("other.parquet", "PAR1", "other.parquet cannot be read: .*; give a whole table"),
+    ):
+        (tmp_path / name).write_text(content, encoding="utf-8")
+        with pytest.raises(DataError, match=f"data.path .*{message}"):
+            load_text(DataSettings(path=str(tmp_path / name)), 16, 0)
+        with pytest.raises(DataError, match=f"data.validation_path .*{message}"):
+            load_text(DataSettings(validation_path=str(tmp_path / name)), 16, 0)
+    with pytest.raises(DataError, match=r"null.jsonl has no split test, but train: set data.split"):
+        load_text(DataSettings(path=str(tmp_path / "null.jsonl"), split="test"), 16, 0)
     _jsonl(tmp_path / "empty.jsonl", ["", ""])
     with pytest.raises(DataError, match="the train text has 1 tokens"):
         load_text(DataSettings(path=str(tmp_path / "empty.jsonl")), 16, 0)

@@ -94,3 +94,13 @@ def test_a_folder_of_images_has_its_classes_by_its_folders(tmp_path):
     data = load_images(DataSettings(path=str(tmp_path)), 0)
     assert (data.classes, data.facts.image) == (("cat", "dog"), (1, 4, 5))
     assert (len(data.labels["train"]), data.labels["validation"].tolist()) == (12, [0, 0, 1, 1])
+
+
+def test_long_sentences_are_cut_skipped_or_refused_and_counted(tmp_path):
+    rows = {"text": ["short", "much longer than that", "long at the end too"] * 4, "label": ["a", "b", "a"] * 4}
+    settings = DataSettings(dataset=saved(tmp_path / "set", rows))
+    assert load_sentences(settings, 12, 0).skipped == {"ends of long sentences": 8}
+    skipped = load_sentences(settings.model_copy(update={"on_long": "skip", "validation_fraction": 0.3}), 12, 0)
+    assert (skipped.skipped, len(skipped.labels["train"])) == ({"long sentences": 8}, 3)
+    with pytest.raises(DataError, match=r"row 1 has 23 tokens, more than sequence_length=12: raise it, or set data.on_long to cut or skip"):
+        load_sentences(settings.model_copy(update={"on_long": "refuse"}), 12, 0)

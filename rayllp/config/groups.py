@@ -154,7 +154,9 @@ class DataSettings(Settings):
     )
     answer_field: str | None = Field(None, description="fine-tuning: column of the answer to data.text_field; loss on it alone")
     chat_template: str | None = Field(None, description="a file with a Jinja template for conversations; none: the tokenizer's own")
-    on_long: Literal["cut", "skip", "refuse"] = Field("cut", description="a sample longer than sequence_length, which is counted")
+    on_long: Literal["cut", "skip", "refuse"] = Field(
+        "cut", description="an answer or sentence longer than sequence_length: cut, leave out (both counted), or stop"
+    )
     pair_field: str | None = Field(None, description="column of the second sentence of a pair")
     label_field: str = Field("label", description="column of the label (a number without column names); for words upos, xpos or feats")
     source: str = Field("de", description="language translated from: a file's ending or a data set's key")

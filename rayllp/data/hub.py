@@ -52,8 +52,11 @@ class Split:
         Raises:
             DataError: names the setting and the columns that are.
         """
-        if column not in self.columns:
-            raise DataError(f"{self.source} has no column {column!r}: set {setting} to one of {self.columns}")
+        columns = self.columns
+        if not columns:
+            raise DataError(f"{self.source} has no rows: give some")
+        if column not in columns:
+            raise DataError(f"{self.source} has no column {column!r}: set {setting} to one of {columns}")
 
     def rows(self, *columns: str) -> Iterator[tuple[Any, ...]]:
         """The rows' values in these columns.
@@ -93,21 +96,22 @@ class Split:
             yield row
 
 
-def load_split(settings: DataSettings, *names: str, stream: bool = False) -> Split | None:
+def load_split(settings: DataSettings, *names: str, stream: bool = False, what: str | None = None) -> Split | None:
     """The first of these splits that the data set has, else None. A folder written from one split counts as train.
 
     Args:
         settings: name the data set.
         names: of splits.
         stream: rows are read once, from the first to the last: no copy of local files is made.
+        what: the data set, for errors, where another setting than data.dataset and data.path names it.
 
     Raises:
         DataError: a stream has no limit, or the data set cannot be loaded.
     """
-    found = load_splits(settings, stream=stream)
+    found = load_splits(settings, stream=stream, what=what)
     for name in names:
         if name in found:
-            return Split(f"{named(settings)}, split {name},", found[name])
+            return Split(f"{what or named(settings)}, split {name},", found[name])
     return None
 
 
@@ -120,16 +124,18 @@ def load_train(settings: DataSettings, *, stream: bool = False) -> Split:
     return load_named(settings, "data.split", settings.split, stream=stream)
 
 
-def load_named(settings: DataSettings, setting: str, name: str, *, stream: bool = False) -> Split:
+def load_named(settings: DataSettings, setting: str, name: str, *, stream: bool = False, what: str | None = None) -> Split:
     """The split that a setting names.
 
     Raises:
         DataError: as `load_split`, or there is none; says which there are.
     """
-    split = load_split(settings, name, stream=stream)
+    split = load_split(settings, name, stream=stream, what=what)
     if split is None:
         found = ", ".join(load_splits(settings, stream=True))
-        raise DataError(f"{named(settings)} has no split {name}, but {found}: set {setting}, or choose another data set or data.subset")
+        raise DataError(
+            f"{what or named(settings)} has no split {name}, but {found}: set {setting}, or choose another data set or data.subset"
+        )
     return split
 
 
@@ -185,16 +191,19 @@ def stamp_of(settings: DataSettings) -> Any:
     setting, name, place = _place(settings)
     if place.exists():
         return stamp(visible_files(place) if place.is_dir() else [place])
-    with _in_words(setting, name, place):
+    with _in_words(f"{setting} {name}", place):
         return _make_builder(settings).hash
 
 
-def load_splits(settings: DataSettings, *, stream: bool) -> Mapping[str, Any]:
+def load_splits(settings: DataSettings, *, stream: bool, what: str | None = None) -> Mapping[str, Any]:
     """Every split by its name."""
     setting, name, place = _place(settings)
+    what = what or f"{setting} {name}"
+    if place.is_file() and not place.stat().st_size:
+        raise DataError(f"{what} is empty: give a table with some rows")
     if settings.streaming and settings.max_bytes is None:
         raise DataError(f"{setting} {name} with data.streaming=true has no end: set data.max_bytes to what is to be read of it")
-    with _in_words(setting, name, place):
+    with _in_words(what, place):
         if any((place / file).exists() for file in SAVED):
             import datasets
 
@@ -216,13 +225,15 @@ def _place(settings: DataSettings) -> tuple[str, str, Path]:
 
 
 @contextmanager
-def _in_words(setting: str, name: str, place: Path) -> Iterator[None]:
+def _in_words(what: str, place: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # the library raises whatever its files and connections do
+        if place.is_file():
+            raise DataError(f"{what} cannot be read: {type(error).__name__}: {error}; give a whole table, by its ending") from None
         hidden = "; for the data set of that name on the hub, call the folder here something else" if place.is_dir() else ""
         raise DataError(
-            f"{setting} {name} cannot be loaded: {type(error).__name__}: {error}; give the name of a data set that this machine can "
+            f"{what} cannot be loaded: {type(error).__name__}: {error}; give the name of a data set that this machine can "
             f"reach, or a folder written by save_to_disk{hidden}"
         ) from None
 

@@ -102,7 +102,7 @@ def load_sentences(settings: DataSettings, sequence_length: int, seed: int, toke
     labels: dict[str, np.ndarray] = {}
     for split, examples in (("train", train), ("validation", validation)):
         known = [example for example in examples if _has_label(example, numbers, faults)]
-        encoded = [(_encode(example, tokenizer, sequence_length, faults), numbers[example.label]) for example in known]
+        encoded = [(_encode(example, tokenizer, sequence_length, settings.on_long, faults), numbers[example.label]) for example in known]
         kept = [(sequence, number) for sequence, number in encoded if sequence is not None]
         if not kept:
             raise DataError(
@@ -242,8 +242,8 @@ def _listed(names: dict[str, int], most: int = 12) -> str:
     return ", ".join(list(names)[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
-def _encode(example: _Example, tokenizer: Tokenizer, length: int, faults: Faults) -> list[int] | None:
-    """cls, tokens, sep (tokens, sep) in at most `length`; None where a character has no token and faults are skipped."""
+def _encode(example: _Example, tokenizer: Tokenizer, length: int, on_long: str, faults: Faults) -> list[int] | None:
+    """cls, tokens, sep (tokens, sep) in at most `length`; None where it is left out."""
     special = SpecialTokens.of(tokenizer)
     try:
         texts = [special.encode(text.encode()) for text in example.texts]
@@ -252,6 +252,15 @@ def _encode(example: _Example, tokenizer: Tokenizer, length: int, faults: Faults
         fault = f"{error.args[0]!r} is in no training sentence, so data.tokenizer=characters has no token for it (bytes has)"
         faults.report("characters", f"{example.place}: {fault}")
         return None
+    size = 1 + sum(len(text) + 1 for text in texts)
+    if size > length:
+        if on_long == "refuse":
+            raise DataError(
+                f"{example.place} has {size} tokens, more than sequence_length={length}: raise it, or set data.on_long to cut or skip"
+            )
+        faults.count("long sentences" if on_long == "skip" else "ends of long sentences")
+        if on_long == "skip":
+            return None
     sequence = [special.cls]
     for text in _truncate(texts, length - 1 - len(texts)):
         sequence += [*text.tolist(), special.sep]

@@ -111,7 +111,7 @@ class Table:
 
     def open(self) -> Split:
         """The rows, from the first to the last."""
-        return load_named(self.settings, self.setting, self.split, stream=True)
+        return load_named(self.settings, self.setting, self.split, stream=True, what=None if self.settings.dataset else self.name)
 
 
 @dataclass(frozen=True)
@@ -220,7 +220,7 @@ def _table(setting: str, name: str, settings: DataSettings) -> Table | None:
     if not is_table(path):
         return None
     there = settings.model_copy(update={"path": name, "dataset": None, "streaming": False})
-    return Table(f"{setting} {path}", there, "data.split", settings.split if setting == "data.path" and path.is_dir() else "train")
+    return Table(f"{setting} {path}", there, "data.split", settings.split if setting == "data.path" else "train")
 
 
 def _files(setting: str, name: str) -> Files:
