@@ -11,8 +11,9 @@ from rayllp.channel.base import MessageTag
 from rayllp.checkpoint.described import write_model_json
 from rayllp.checkpoint.export import export
 from rayllp.config import load_run_config, make_config
+from rayllp.data import Facts
 from rayllp.engine import Engine
-from rayllp.errors import SettingsError
+from rayllp.errors import CheckpointError, SettingsError
 from rayllp.models import build_architecture, check_family, check_network
 from rayllp.report import RunDirectory
 from tests.conftest import merge, tiny
@@ -149,3 +150,13 @@ def test_dropout_beside_several_layers_in_one_call_is_refused_before_a_worker_st
     config = make_config(merge(small, {"model": {"dropout": 0.1}, "mgrit": {"batched": True}}))
     with pytest.raises(SettingsError, match=r"mgrit.batched=true and dropout.*set model.dropout=0"):
         check_network(config, Random("causal").facts)
+
+
+@pytest.mark.parametrize("tokens", [97, 30])
+def test_a_tokenizer_of_another_model_is_refused(tokens, tmp_path):
+    architecture = build_architecture(config_of("causal", "llama", 1, "serial"), Random("causal").facts)
+    architecture.model_class(architecture.config).save_pretrained(tmp_path)
+    config = make_config({"model": {"from_pretrained": str(tmp_path)}, "workers": 1, "mode": "serial"})
+    with pytest.raises(CheckpointError, match=rf"has {tokens} tokens, and the embedding of model.from_pretrained 96 rows"):
+        build_architecture(config, Facts(vocabulary=tokens))
+    build_architecture(config, Facts(vocabulary=96))

@@ -28,6 +28,8 @@ SIZES = {
     "num_attention_heads": ("num_attention_heads", "n_head", "n_heads", "num_heads"),
     "intermediate_size": ("intermediate_size", "n_inner", "ffn_dim", "d_ff", "ffn_hidden_size", "hidden_dim"),
 }
+MOST_UNUSED = 64
+"""Rows of an embedding, or a twentieth of them, that may have no token: with more it is taken for another tokenizer's."""
 OUTSIDE = ("use_cache", "output_router_logits")
 """What must be off: a cache belongs to generation, and the routers' losses need all layers at once."""
 
@@ -82,7 +84,19 @@ def configuration(settings: TrainConfig, facts: Facts, kept: Mapping[str, Any] |
     check_type(model_type)
     if model.architecture not in (None, model_type):
         raise CheckpointError(f"model.from_pretrained is a {model_type}, and model.architecture is {model.architecture}: leave it out")
-    return _adapted(CONFIG_MAPPING[model_type].from_dict({**stored, **model.config_overrides}), settings, facts)
+    config = CONFIG_MAPPING[model_type].from_dict({**stored, **model.config_overrides})
+    _check_vocabulary(config, settings, facts)
+    return _adapted(config, settings, facts)
+
+
+def _check_vocabulary(config: PreTrainedConfig, settings: TrainConfig, facts: Facts) -> None:
+    """Refuse a tokenizer that is not the checkpoint's: ids beyond its embedding, or far too few for it."""
+    rows, tokens = getattr(config.get_text_config(), "vocab_size", 0), facts.vocabulary
+    if rows and tokens and not 0 <= rows - tokens < max(MOST_UNUSED, rows // 20):
+        raise CheckpointError(
+            f"data.tokenizer={settings.data.tokenizer} has {tokens} tokens, and the embedding of model.from_pretrained {rows} rows: it is "
+            "another model's; set data.tokenizer to the checkpoint's own (the same folder or name)"
+        )
 
 
 def _new(settings: TrainConfig, facts: Facts) -> PreTrainedConfig:
@@ -162,6 +176,10 @@ def _adapted(config: PreTrainedConfig, settings: TrainConfig, facts: Facts) -> P
     for name in OUTSIDE:
         if hasattr(config, name):
             setattr(config, name, False)
+    if facts.pad is not None:
+        config.pad_token_id = facts.pad
+    if settings.model.task == "translation":
+        config.decoder_start_token_id, config.bos_token_id, config.eos_token_id = facts.bos, facts.bos, facts.eos
     if facts.classes:
         config.id2label, config.label2id = dict(enumerate(facts.classes)), {name: i for i, name in enumerate(facts.classes)}
     return config

@@ -24,6 +24,7 @@ from rayllp.errors import CheckpointError, SettingsError
 from rayllp.models.base import Architecture
 from rayllp.models.kinds import check_model_type
 from rayllp.models.lora import add_adapters, check_targets
+from rayllp.models.model_types import MOST_UNUSED
 from rayllp.models.outline import outline, without_values
 from rayllp.models.replay import initialiser
 from rayllp.models.weights import PretrainedWeights
@@ -34,10 +35,6 @@ OURS = frozenset(
     "vocab_size id2label label2id pad_token_id bos_token_id eos_token_id decoder_start_token_id forced_eos_token_id use_cache".split()
 )
 """What a configuration has from this run rather than from the checkpoint that it starts from."""
-
-
-MOST_UNUSED = 64
-"""Rows of an embedding, or a twentieth of them, that may have no token: with more it is taken for another tokenizer's."""
 
 
 class Piece(nn.Module):
