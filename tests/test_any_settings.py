@@ -74,8 +74,9 @@ adaptive = group(
     steer=pick(*[OUT] * 3, True, False), switch_at=pick(*[OUT] * 3, 0, 2, 0.5, 1.0),
 )  # fmt: skip
 optimizer = group(
-    name=maybe("muon"), lr=maybe(1e-2), muon_lr=maybe(1e-2), warmup=maybe(0, 2), weight_decay=maybe(0.0), clip=maybe(0.0),
-    sharded=maybe(True),
+    name=maybe("muon", "sgd", "adafactor"), lr=maybe(1e-2), muon_lr=maybe(1e-2), warmup=maybe(0, 2), weight_decay=maybe(0.0),
+    clip=maybe(0.0),
+    sharded=maybe(True), schedule=maybe("linear", "constant", "wsd"), ema=maybe(0.5), momentum=maybe(0.0),
 )  # fmt: skip
 mesh = group(
     data=pick(OUT, OUT, 1, 2, 3), layer=pick(*[OUT] * 4, 2), blocks=pick(*[OUT] * 6, [3, 4], [1, 5]), placement=maybe("blocks", "cyclic")
@@ -96,7 +97,7 @@ def tidied(run):
     run = {**run, "model": dict(run["model"]), "optimizer": dict(run["optimizer"]), "mgrit": dict(run["mgrit"]), "mesh": dict(run["mesh"])}
     if run["model"]["heads"] % run["model"].get("kv_heads", 1):
         del run["model"]["kv_heads"]
-    if "name" not in run["optimizer"]:
+    if run["optimizer"].get("name") != "muon":
         run["optimizer"].pop("muon_lr", None)
     if run["mgrit"].get("recompute"):
         run["mgrit"].pop("batched", None)
