@@ -255,7 +255,7 @@ def test_the_deep_gpt2_is_the_shallow_one_up_to_the_step_squared_a_layer(tmp_pat
     assert [early / late for early, late in pairwise(gaps)] == pytest.approx([4, 4], rel=0.1)
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("optimizer", ["adamw", "muon", "adafactor"])
 def test_the_next_optimizer_step_of_each_copy_is_the_layers(tmp_path, optimizer):
     """So the moments' scales are right: unscaled, the copies' first steps would be another's."""
     shallow, (deep,) = shallow_and_deep(tmp_path / "a", 0.02, optimizer=optimizer)
