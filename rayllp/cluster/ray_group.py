@@ -82,7 +82,7 @@ class RayGroup(ElasticGroup):
         return cls(config_here, staff or Staff(config_here.world, device, name=run_name(run)), storage)
 
     def start(self, architecture: Architecture | None, batches: Batches, kept: dict[str, Any] | None = None) -> list[dict[str, Any]]:
-        """As asked; `batches` pass through Ray's object store, once for all workers."""
+        """As asked; what `batches` hold in memory passes through Ray's object store, once for all workers."""
         self.staff.wait_for_room()
         self._slots = self.staff.slots[: self.config.world]
         self.workers = [self.staff.hire(slot, rank, self.config) for rank, slot in enumerate(self._slots)]

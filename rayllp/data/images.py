@@ -281,7 +281,8 @@ def _read_split(split: Split, settings: DataSettings, faults: Faults) -> tuple[l
     split.require("data.label_field", settings.label_field)
     names = split.labels(settings.label_field)
     rows = (
-        (f"{split.source} row {number}", image, label) for number, (image, label) in enumerate(split.rows(column, settings.label_field))
+        (f"{split.source} row {number}", image, label)
+        for number, (image, label) in enumerate(split.rows(column, settings.label_field, at_once=1))
     )
     whole = (
         (place, image, label)
