@@ -14,8 +14,8 @@ from rayllp.engine import Engine
 from rayllp.engine.decode import continue_text, translate
 from rayllp.errors import CheckpointError
 from rayllp.models import FAMILIES, LayerStack, build_architecture, register
-from rayllp.models.llama import Llama
 from rayllp.models.metrics import Confusion
+from rayllp.models.presets import Llama
 from tests.conftest import tiny
 from tests.test_engine import ENOUGH, SERIAL
 from tests.test_families import PAD, RandomBatches, config_of, make, ours, theirs

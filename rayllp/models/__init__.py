@@ -17,16 +17,16 @@ from rayllp.models.stack import LayerStack
 
 # Where each family's adapter is; imported when it is asked for, since transformers takes seconds to import.
 FAMILIES = {
-    "gpt2": "rayllp.models.gpt2:GPT2",
-    "llama": "rayllp.models.llama:Llama",
-    "bert": "rayllp.models.bert:BERT",
-    "mc": "rayllp.models.bert:Words",
-    "vit": "rayllp.models.vit:ViT",
-    "mt": "rayllp.models.mt:MT",
+    "gpt2": "rayllp.models.presets:GPT2",
+    "llama": "rayllp.models.presets:Llama",
+    "bert": "rayllp.models.presets:BERT",
+    "mc": "rayllp.models.presets:Words",
+    "vit": "rayllp.models.presets:ViT",
+    "mt": "rayllp.models.presets:MT",
 }
 TRANSFORMER = "rayllp.models.transformer:Transformer"
 """That of model.architecture, whose task model.head chooses."""
-SENTENCES = {"bert": "rayllp.models.bert:Sentences"}
+SENTENCES = {"bert": "rayllp.models.presets:Sentences"}
 
 
 def refuse_unnamed_code(config: TrainConfig, folder: object, named: str | None = None) -> None:

@@ -7,7 +7,8 @@ the model's own rules, or by a checkpoint; nothing else is ever built.
 import copy
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from abc import abstractmethod
+from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -15,26 +16,15 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.activations import NewGELUActivation
-from transformers.masking_utils import create_causal_mask
 
-from rayllp.channel.base import StateSpec
 from rayllp.config import TrainConfig
-from rayllp.data.base import IGNORE, Facts, Inputs
-from rayllp.errors import CheckpointError, SettingsError
+from rayllp.data.base import IGNORE, Facts
+from rayllp.errors import SettingsError
 from rayllp.models.base import Architecture
-from rayllp.models.kinds import check_model_type
 from rayllp.models.lora import add_adapters, check_targets
-from rayllp.models.model_types import MOST_UNUSED
 from rayllp.models.outline import outline, without_values
 from rayllp.models.replay import initialiser
 from rayllp.models.weights import PretrainedWeights
-from rayllp.sizes import read_config, transformers_config
-from rayllp.state import tensors
-
-OURS = frozenset(
-    "vocab_size id2label label2id pad_token_id bos_token_id eos_token_id decoder_start_token_id forced_eos_token_id use_cache".split()
-)
-"""What a configuration has from this run rather than from the checkpoint that it starts from."""
 
 
 class Piece(nn.Module):
@@ -56,19 +46,17 @@ class Piece(nn.Module):
 
 
 class PretrainedArchitecture(Architecture):
-    """Base of the adapters. A subclass sets the class attributes and overrides `config_of` and the calls that differ.
+    """The pieces of a model; what calls them is in `transformer.py`.
 
     Attributes:
         model_class: the whole model, as transformers has it.
         embed_paths, head_paths, common_paths: modules of the embedding, of the head, and those that several layers use.
-        layer_path: a layer's module, with {} for its number.
         outputs: within a layer, the projections that write into the residual stream (model.initialisation = scaled).
         inner: within a layer, further MLP weights, and value projections, that the deep initialisation scales too.
     """
 
     model_class: type[PreTrainedModel]
     embed_paths: tuple[str, ...]
-    layer_path: str
     head_paths: tuple[str, ...]
     common_paths: tuple[str, ...] = ()
     outputs: tuple[str, ...] = ()
@@ -100,64 +88,13 @@ class PretrainedArchitecture(Architecture):
                     f"model.train has {pattern!r}, which matches no parameter: there are {', '.join(dict.fromkeys(some))}, …"
                 )
 
+    @abstractmethod
     def find_pieces(self) -> list[str]:
-        """Full names of the layers; a family that does not name its pieces finds them in the model."""
-        return self.layer_paths(self.config, self.layers)
+        """Full names of the layers; sets those of the other pieces."""
 
     def transformers_config(self) -> dict[str, Any]:
         """The whole configuration, defaults included, and the class that reads it."""
         return {**json.loads(self.config.to_json_string(use_diff=False)), "architectures": [self.model_class.__name__]}
-
-    @classmethod
-    def from_settings(cls, settings: TrainConfig, facts: Facts, kept: Mapping[str, Any] | None = None) -> "PretrainedArchitecture":
-        """The adapter for these settings and this data; `kept` is the configuration of a run that goes on."""
-        config, source = cls.config_of(settings, facts), settings.model.from_pretrained
-        if kept is not None:
-            config, source = _with_ours(type(config).from_dict(dict(kept)), config), None
-        elif source is not None:
-            config = cls._as_pretrained(config, source)
-        cls.check_sizes(config, settings)
-        config._attn_implementation = "sdpa"
-        return cls(config, settings.model.layers, settings, facts, source)
-
-    @classmethod
-    def _as_pretrained(cls, config: PreTrainedConfig, source: str) -> PreTrainedConfig:
-        """The checkpoint's own configuration, with what this run's data and settings say of vocabulary, labels, ids and dropout."""
-        stored = transformers_config(read_config(source))
-        check_model_type(str(stored.get("model_type", "")), config.model_type, source)
-        return _with_ours(type(config).from_dict(stored), config)
-
-    @classmethod
-    def check_sizes(cls, config: PreTrainedConfig, settings: TrainConfig) -> None:
-        """Refuse what a checkpoint's configuration does not allow."""
-        room = cls.positions(config)
-        has = {"layers": cls.count_layers(config), "width": config.hidden_size, "heads": config.num_attention_heads}
-        for name, there in has.items():
-            here = getattr(settings.model, name)
-            if here != there:
-                raise CheckpointError(f"the checkpoint has {name} {there}, but model.{name} is {here}: leave the setting out, or match it")
-        if settings.sequence_length > room:
-            raise SettingsError(f"sequence_length {settings.sequence_length} is more than the {room} positions of the checkpoint: lower it")
-
-    @classmethod
-    def count_layers(cls, config: PreTrainedConfig) -> int:
-        """Layers of the model, an encoder's and a decoder's together."""
-        return int(config.num_hidden_layers)
-
-    @classmethod
-    def positions(cls, config: PreTrainedConfig) -> float:
-        """Longest sequence."""
-        return getattr(config, "max_position_embeddings", math.inf)
-
-    @classmethod
-    def layer_paths(cls, config: PreTrainedConfig, layers: int) -> list[str]:
-        """Full names of all layers' modules, in order."""
-        return [cls.layer_path.format(n) for n in range(layers)]
-
-    @classmethod
-    def config_of(cls, settings: TrainConfig, facts: Facts) -> PreTrainedConfig:
-        """transformers' configuration."""
-        raise NotImplementedError
 
     # Pieces -------------------------------------------------------------------------------------------------------------------
 
@@ -227,12 +164,7 @@ class PretrainedArchitecture(Architecture):
         names = {name for name, _ in piece.named_parameters(remove_duplicate=False)}
         return [found for group in self.same if len(found := [name for name in group if name in names]) > 1]
 
-    # Calls --------------------------------------------------------------------------------------------------------------------
-
-    def state_spec(self, inputs: Inputs, dtype: torch.dtype, device: torch.device) -> StateSpec:
-        """(batch, time, width)."""
-        shape = torch.Size((*tensors(inputs)[0].shape[:2], self.settings.model.width))
-        return StateSpec((shape,), (dtype,), device)
+    # Loss ---------------------------------------------------------------------------------------------------------------------
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Cross-entropy, summed over targets that count."""
@@ -271,11 +203,6 @@ class PretrainedArchitecture(Architecture):
         return ""
 
 
-def positions_like(inputs: Tensor, dtype: torch.dtype) -> Tensor:
-    """What transformers' mask functions read shape, dtype and device from: (batch, time, 0)."""
-    return torch.empty((*inputs.shape, 0), dtype=dtype, device=inputs.device)
-
-
 def _outline(kind: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
     try:
         return outline(kind, config)
@@ -284,22 +211,6 @@ def _outline(kind: type[PreTrainedModel], config: PreTrainedConfig) -> PreTraine
             f"transformers cannot make a {kind.__name__} of these sizes ({type(error).__name__}: {error}): set model.config_overrides, or "
             "start from a checkpoint (model.from_pretrained)"
         ) from error
-
-
-def ids_and_positions(inputs: Inputs) -> tuple[Tensor, Tensor]:
-    """Token ids (B, T) and their positions: (1, T), or (B, T) where they begin anew with every text that is packed into a row."""
-    if isinstance(inputs, Tensor):
-        return inputs, torch.arange(inputs.shape[1], device=inputs.device)[None]
-    ids, positions = inputs
-    return ids, positions
-
-
-def packed_mask(config: PreTrainedConfig, inputs: Inputs, dtype: torch.dtype) -> Tensor | None:
-    """The mask that keeps the texts of a row from each other; None where each row is one text, and attention plainly causal."""
-    if isinstance(inputs, Tensor):
-        return None
-    ids, positions = inputs
-    return create_causal_mask(config, positions_like(ids, dtype), None, None, position_ids=positions)
 
 
 def _parameters_that_are_one(model: nn.Module) -> list[list[str]]:
@@ -327,17 +238,3 @@ def _use_one_operation_gelu(piece: nn.Module) -> None:
 def is_within(name: str, paths: Iterable[str]) -> bool:
     """Whether a full name is one of these modules', or inside one."""
     return any(name == path or name.startswith(path + ".") for path in paths)
-
-
-def _with_ours(merged: PreTrainedConfig, config: PreTrainedConfig) -> PreTrainedConfig:
-    """`merged`, with what `config` says of vocabulary, labels, ids and dropout: the run's data and settings have the last word there.
-
-    A table that is somewhat larger than the tokenizer keeps its size: many checkpoints fill theirs up to a number that suits the hardware.
-    """
-    rows, tokens = getattr(merged, "vocab_size", 0), getattr(config, "vocab_size", 0)
-    for name in vars(config):
-        if "drop" in name or name in OURS:
-            setattr(merged, name, getattr(config, name))
-    if 0 < rows - tokens < max(MOST_UNUSED, rows // 20):
-        merged.vocab_size = rows
-    return merged

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedModel
 
 from rayllp.errors import SettingsError
 
@@ -130,6 +130,8 @@ class Replay:
             layer.forward = partial(self._stand_in, index)  # type: ignore[method-assign]
         self._outside: list[tuple[nn.Module, str]] = []
         self._tables: list[tuple[nn.Module, str]] = []
+        inside = {id(module) for layer in self.layers for module in layer.modules()}
+        self._around = [module for module in self.model.modules() if id(module) not in inside]
         self._fill_outside()
 
     # Running ------------------------------------------------------------------------------------------------------------------
@@ -167,9 +169,12 @@ class Replay:
         """The model's logits, its last layer having made this state."""
 
         def visit(index: int, call: Call, passed: Tensor) -> Tensor:
-            return state if index == len(self.layers) - 1 else passed
+            if index < len(self.layers) - 1:
+                return passed
+            self._train(training)  # from here on: what comes before the layers is another piece's, and draws nothing here
+            return state
 
-        return _logits(self._run(inputs, parameters, visit, dtype, training=training))
+        return _logits(self._run(inputs, parameters, visit, dtype, training=False))
 
     def examine(self, inputs: Any, build: Callable[[int], nn.Module], dtype: torch.dtype) -> Examined:
         """Run the model once on a few samples, with a real layer of every kind.
@@ -192,8 +197,7 @@ class Replay:
         training: bool,
     ) -> Any:
         self._move(dtype, inputs[0].device if isinstance(inputs, tuple) else inputs.device)
-        if self.model.training != training:
-            self.model.train(training)
+        self._train(training)
         self._visit = visit
         try:
             return functional_call(self.model, dict(parameters), (), self.arguments(inputs), tie_weights=False)
@@ -234,6 +238,11 @@ class Replay:
             self._outside += [(module, name) for name, p in module._parameters.items() if p is not None and name not in tables]
         self._placed = torch.float32, torch.device("meta")
         self._move(torch.float32, torch.device("cpu"))
+
+    def _train(self, training: bool) -> None:
+        if self.model.training != training:
+            for module in self._around:
+                module.training = training
 
     @property
     def dtype(self) -> torch.dtype:
@@ -367,6 +376,8 @@ class _Examination:
 
     def _check_arguments(self, index: int, call: Call) -> None:
         for place, value in call.values():
+            if isinstance(value, Cache):
+                raise UncuttableError(f"layer {index} is given a cache, which would remember one sweep in the next")
             for tensor in _tensors_in(value):
                 if not tensor.requires_grad:
                     continue

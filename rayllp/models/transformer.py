@@ -5,7 +5,8 @@ how each layer is called, and whether it can be cut into layers at all.
 """
 
 import inspect
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Collection, Hashable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -191,9 +192,14 @@ class Transformer(PretrainedArchitecture):
         if settings.dtype == "float64":
             config._experts_implementation = "eager"  # the grouped one knows no float64
         found = cls.__new__(cls)
-        found.model_class, found.metric = kind, _metric(settings, facts)
+        found.model_class, found.metric = kind, metric_of(settings, facts)
         found.__init__(config, settings.model.layers, settings, facts, source)  # type: ignore[misc]
         return found
+
+    @classmethod
+    def positions(cls, config: PreTrainedConfig) -> float:
+        """Longest sequence."""
+        return getattr(config, "max_position_embeddings", math.inf)
 
     @classmethod
     def check_sizes(cls, config: PreTrainedConfig, settings: TrainConfig) -> None:
@@ -211,15 +217,24 @@ class Transformer(PretrainedArchitecture):
 
     def arguments(self, inputs: Inputs) -> dict[str, Any]:
         """The model's own keyword arguments for a batch."""
-        parts = tensors(inputs)
+        parts, pad = tensors(inputs), self.facts.pad
         if self.settings.model.task == "images":
             return {"pixel_values": parts[0].to(self.replay.dtype)}
-        pad = self.facts.pad
-        mask = {} if pad is None else {"attention_mask": (parts[0] != pad).long()}
+        given: dict[str, Any] = {"input_ids": parts[0]}
+        if "use_cache" in self._takes:  # a cache would remember a layer's keys from one sweep to the next
+            given["use_cache"] = False
+        if pad is not None:
+            given["attention_mask"] = (parts[0] != pad).long()
         if self.encoder_layers:
-            return {"input_ids": parts[0], "decoder_input_ids": parts[1], **mask}
-        # Texts packed into a row: transformers masks them from each other where positions begin anew and no mask is given.
-        return {"input_ids": parts[0], "position_ids": parts[1]} if len(parts) > 1 else {"input_ids": parts[0], **mask}
+            given["decoder_input_ids"] = parts[1]
+        elif len(parts) > 1:
+            # Texts packed into a row: transformers masks them from each other where positions begin anew and no mask is given.
+            return {**given, "position_ids": parts[1]}
+        return given
+
+    @property
+    def _takes(self) -> Collection[str]:
+        return inspect.signature(self.model.forward).parameters
 
     def _some_inputs(self) -> Inputs:
         if self.settings.model.task == "images":
@@ -230,14 +245,18 @@ class Transformer(PretrainedArchitecture):
         if self.facts.pad is not None:
             ids[ids == self.facts.pad] = (self.facts.pad + 1) % self.facts.vocabulary
         if self.settings.data.documents == "packed":
-            if "position_ids" not in inspect.signature(self.model.forward).parameters:
+            if "position_ids" not in self._takes:
                 raise UncuttableError("it takes no positions, and data.documents=packed begins them anew with every text")
             return ids, torch.arange(length).expand_as(ids)
         return (ids, ids) if self.encoder_layers else ids
 
-    def kind(self, index: int) -> int:
+    def kind(self, index: int) -> Hashable:
         """Layers that the model calls alike, of equal modules."""
-        return self.examined.kinds[index]
+        number = self.examined.kinds[index]
+        if not self.encoder_layers:
+            return number
+        half, first = ("encoder", 0) if index < self.encoder_layers else ("decoder", self.encoder_layers)
+        return half if number == self.examined.kinds[first] else f"{half} of another kind, {number},"
 
     def state_spec(self, inputs: Inputs, dtype: torch.dtype, device: torch.device) -> StateSpec:
         """Shapes that the model's own code makes of these inputs."""
@@ -287,7 +306,8 @@ class Transformer(PretrainedArchitecture):
         return like(inputs, (tensors(inputs)[0], *last[1:]) if self.encoder_layers else tuple(last))
 
 
-def _metric(settings: TrainConfig, facts: Facts) -> Metric:
+def metric_of(settings: TrainConfig, facts: Facts) -> Metric:
+    """What an evaluation of the settings' task reports beside the loss."""
     match settings.model.task:
         case "masked":
             return Accuracy("masked_accuracy")

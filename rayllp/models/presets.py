@@ -1,0 +1,261 @@
+"""Presets of transformers' models: their configurations by our settings, and which weights the initialisations scale.
+
+All else, from the pieces to the calls, is every model's (`transformer.py`).
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MBartConfig,
+    MBartForConditionalGeneration,
+    PreTrainedConfig,
+    RobertaPreLayerNormConfig,
+    RobertaPreLayerNormForMaskedLM,
+    RobertaPreLayerNormForSequenceClassification,
+    RobertaPreLayerNormForTokenClassification,
+    ViTConfig,
+    ViTForImageClassification,
+)
+
+from rayllp.config import TrainConfig
+from rayllp.data.base import Facts
+from rayllp.errors import CheckpointError, SettingsError
+from rayllp.models.kinds import check_model_type
+from rayllp.models.model_types import MOST_UNUSED
+from rayllp.models.transformer import Transformer, metric_of
+from rayllp.sizes import read_config, transformers_config
+
+OURS = frozenset(
+    "vocab_size id2label label2id pad_token_id bos_token_id eos_token_id decoder_start_token_id forced_eos_token_id use_cache".split()
+)
+"""What a configuration has from this run rather than from the checkpoint that it starts from."""
+
+
+class Preset(Transformer):
+    """Base of the presets. A subclass sets `model_class` and overrides `config_of`."""
+
+    @classmethod
+    def from_settings(cls, settings: TrainConfig, facts: Facts, kept: Mapping[str, Any] | None = None) -> "Preset":
+        """The adapter for these settings and this data; `kept` is the configuration of a run that goes on."""
+        config, source = cls.config_of(settings, facts), settings.model.from_pretrained
+        if kept is not None:
+            config, source = _with_ours(type(config).from_dict(dict(kept)), config), None
+        elif source is not None:
+            config = cls._as_pretrained(config, source)
+        cls.check_sizes(config, settings)
+        config._attn_implementation = "sdpa"
+        found = cls.__new__(cls)
+        found.metric = metric_of(settings, facts)
+        found.__init__(config, settings.model.layers, settings, facts, source)  # type: ignore[misc]
+        return found
+
+    @classmethod
+    def _as_pretrained(cls, config: PreTrainedConfig, source: str) -> PreTrainedConfig:
+        """The checkpoint's own configuration, with what this run's data and settings say of vocabulary, labels, ids and dropout."""
+        stored = transformers_config(read_config(source))
+        check_model_type(str(stored.get("model_type", "")), config.model_type, source)
+        return _with_ours(type(config).from_dict(stored), config)
+
+    @classmethod
+    def check_sizes(cls, config: PreTrainedConfig, settings: TrainConfig) -> None:
+        """Refuse what a checkpoint's configuration does not allow."""
+        room = cls.positions(config)
+        has = {"layers": cls.count_layers(config), "width": config.hidden_size, "heads": config.num_attention_heads}
+        for name, there in has.items():
+            here = getattr(settings.model, name)
+            if here != there:
+                raise CheckpointError(f"the checkpoint has {name} {there}, but model.{name} is {here}: leave the setting out, or match it")
+        if settings.sequence_length > room:
+            raise SettingsError(f"sequence_length {settings.sequence_length} is more than the {room} positions of the checkpoint: lower it")
+
+    @classmethod
+    def count_layers(cls, config: PreTrainedConfig) -> int:
+        """Layers of the model, an encoder's and a decoder's together."""
+        return int(config.num_hidden_layers)
+
+    @classmethod
+    def positions(cls, config: PreTrainedConfig) -> float:
+        """Longest sequence."""
+        return getattr(config, "max_position_embeddings", math.inf)
+
+    @classmethod
+    def config_of(cls, settings: TrainConfig, facts: Facts) -> PreTrainedConfig:
+        """transformers' configuration."""
+        raise NotImplementedError
+
+
+class GPT2(Preset):
+    """transformers' GPT2LMHeadModel: decoder-only, pre-LN, learned positions."""
+
+    model_class = GPT2LMHeadModel
+    outputs = ("attn.c_proj", "mlp.c_proj")
+    inner = ("attn.c_attn", "mlp.c_fc")
+
+    @classmethod
+    def config_of(cls, settings: TrainConfig, facts: Facts) -> GPT2Config:
+        """GPT-2's configuration of these settings."""
+        model = settings.model
+        return GPT2Config(
+            vocab_size=facts.vocabulary, n_positions=settings.sequence_length, n_embd=model.width, n_layer=model.layers,
+            n_head=model.heads, n_inner=model.feed_forward, embd_pdrop=model.dropout, attn_pdrop=model.dropout, resid_pdrop=model.dropout,
+            tie_word_embeddings=model.tie_embeddings, bos_token_id=0, eos_token_id=0, use_cache=False,
+        )  # fmt: skip
+
+    def rescale(self, layer: nn.Module) -> None:
+        """Where "scaled" is set, transformers has done it."""
+        if self.settings.model.initialisation != "scaled":
+            super().rescale(layer)
+
+    def weight_of(self, layer: nn.Module, name: str) -> Tensor:
+        """Of query, key and value in one, the value's part."""
+        weight = super().weight_of(layer, name)
+        return weight[:, -self.settings.model.width :] if name == "attn.c_attn" else weight
+
+
+class Llama(Preset):
+    """transformers' LlamaForCausalLM: RMSNorm, rotary positions, grouped-query attention, gated MLP."""
+
+    model_class = LlamaForCausalLM
+    outputs = ("self_attn.o_proj", "mlp.down_proj")
+    inner = ("self_attn.v_proj", "mlp.up_proj", "mlp.gate_proj")
+
+    @classmethod
+    def config_of(cls, settings: TrainConfig, facts: Facts) -> LlamaConfig:
+        """Llama's configuration of these settings."""
+        model = settings.model
+        return LlamaConfig(
+            vocab_size=facts.vocabulary, max_position_embeddings=settings.sequence_length, hidden_size=model.width,
+            intermediate_size=model.feed_forward or 8 * model.width // 3, num_hidden_layers=model.layers,
+            num_attention_heads=model.heads, num_key_value_heads=model.kv_heads or model.heads, attention_dropout=model.dropout,
+            tie_word_embeddings=model.tie_embeddings, bos_token_id=0, eos_token_id=0, use_cache=False,
+        )  # fmt: skip
+
+
+class Encoder(Preset):
+    """BERT as RoBERTa-PreLayerNorm: what its three heads have in common."""
+
+    outputs = ("attention.output.dense", "output.dense")
+    inner = ("attention.self.value", "intermediate.dense")
+
+    @classmethod
+    def config_of(cls, settings: TrainConfig, facts: Facts) -> RobertaPreLayerNormConfig:
+        """RoBERTa-PreLayerNorm's configuration of these settings."""
+        model, pad = settings.model, facts.pad or 0
+        return RobertaPreLayerNormConfig(
+            vocab_size=facts.vocabulary, hidden_size=model.width, num_hidden_layers=model.layers, num_attention_heads=model.heads,
+            intermediate_size=model.feed_forward or 4 * model.width, hidden_dropout_prob=model.dropout,
+            attention_probs_dropout_prob=model.dropout, max_position_embeddings=settings.sequence_length + pad + 1, type_vocab_size=1,
+            pad_token_id=pad, bos_token_id=facts.bos, eos_token_id=facts.eos, tie_word_embeddings=model.tie_embeddings,
+            id2label=dict(enumerate(facts.classes)) or None, label2id={name: i for i, name in enumerate(facts.classes)} or None,
+        )  # fmt: skip
+
+    @classmethod
+    def positions(cls, config: RobertaPreLayerNormConfig) -> float:
+        """Longest sequence; positions begin behind the padding's."""
+        return config.max_position_embeddings - config.pad_token_id - 1
+
+
+class BERT(Encoder):
+    """transformers' RobertaPreLayerNormForMaskedLM."""
+
+    model_class = RobertaPreLayerNormForMaskedLM
+
+
+class Words(Encoder):
+    """transformers' RobertaPreLayerNormForTokenClassification: one label a word."""
+
+    model_class = RobertaPreLayerNormForTokenClassification
+
+
+class Sentences(Encoder):
+    """transformers' RobertaPreLayerNormForSequenceClassification."""
+
+    model_class = RobertaPreLayerNormForSequenceClassification
+
+
+class ViT(Preset):
+    """transformers' ViTForImageClassification."""
+
+    model_class = ViTForImageClassification
+    outputs = ("attention.o_proj", "mlp.fc2")
+    inner = ("attention.v_proj", "mlp.fc1")
+
+    @classmethod
+    def config_of(cls, settings: TrainConfig, facts: Facts) -> ViTConfig:
+        """ViT's configuration of these settings and images.
+
+        Raises:
+            SettingsError: patches do not divide the images.
+        """
+        model = settings.model
+        assert facts.image is not None
+        channels, height, width = facts.image
+        if height % model.patch_size or width % model.patch_size:
+            raise SettingsError(
+                f"images of {height} × {width} pixels do not divide into patches of {model.patch_size}: set model.patch_size to a divisor"
+            )
+        return ViTConfig(
+            image_size=(height, width), patch_size=model.patch_size, num_channels=channels, hidden_size=model.width,
+            num_hidden_layers=model.layers, num_attention_heads=model.heads, intermediate_size=model.feed_forward or 4 * model.width,
+            hidden_dropout_prob=model.dropout, attention_probs_dropout_prob=model.dropout,
+            id2label=dict(enumerate(facts.classes)), label2id={name: i for i, name in enumerate(facts.classes)},
+        )  # fmt: skip
+
+    @classmethod
+    def positions(cls, config: ViTConfig) -> float:
+        """No limit."""
+        return math.inf  # images have one size, and data.sequence_length says nothing of it
+
+
+class MT(Preset):
+    """mBART's pre-LN encoder–decoder as one sequence of layers (arXiv:2601.09026, section 3.1).
+
+    The state stacks both, Z = [X, Y]: the first N_enc layers move only X, the others only Y, which reads X by cross-attention. X stays at
+    X_{N_enc}; the encoder's final norm, which transformers applies once, is applied by every decoder layer to the X it reads, so that
+    the layers stay residual blocks. It is the one parameter that several layers share.
+    """
+
+    model_class = MBartForConditionalGeneration
+    outputs = ("self_attn.out_proj", "fc2")
+    inner = ("self_attn.v_proj", "fc1")
+
+    @classmethod
+    def config_of(cls, settings: TrainConfig, facts: Facts) -> MBartConfig:
+        """mBART's configuration of these settings."""
+        model = settings.model
+        encoder = model.encoder_layers or model.layers // 2
+        inner = model.feed_forward or 4 * model.width
+        return MBartConfig(
+            vocab_size=facts.vocabulary, max_position_embeddings=settings.sequence_length, d_model=model.width,
+            encoder_layers=encoder, decoder_layers=model.layers - encoder, encoder_attention_heads=model.heads,
+            decoder_attention_heads=model.heads, encoder_ffn_dim=inner, decoder_ffn_dim=inner, dropout=model.dropout,
+            attention_dropout=model.dropout, activation_dropout=0.0, encoder_layerdrop=0.0, decoder_layerdrop=0.0, scale_embedding=True,
+            pad_token_id=facts.pad, bos_token_id=facts.bos, eos_token_id=facts.eos, decoder_start_token_id=facts.bos,
+            forced_eos_token_id=facts.eos, tie_word_embeddings=model.tie_embeddings,
+        )  # fmt: skip
+
+    @classmethod
+    def count_layers(cls, config: Any) -> int:
+        """Encoder and decoder together."""
+        return int(config.encoder_layers + config.decoder_layers)
+
+
+def _with_ours(merged: PreTrainedConfig, config: PreTrainedConfig) -> PreTrainedConfig:
+    """`merged`, with what `config` says of vocabulary, labels, ids and dropout: the run's data and settings have the last word there.
+
+    A table that is somewhat larger than the tokenizer keeps its size: many checkpoints fill theirs up to a number that suits the hardware.
+    """
+    rows, tokens = getattr(merged, "vocab_size", 0), getattr(config, "vocab_size", 0)
+    for name in vars(config):
+        if "drop" in name or name in OURS:
+            setattr(merged, name, getattr(config, name))
+    if 0 < rows - tokens < max(MOST_UNUSED, rows // 20):
+        merged.vocab_size = rows
+    return merged
