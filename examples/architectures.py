@@ -153,7 +153,10 @@ def theirs(config: TrainConfig, weights: dict[str, Tensor]) -> tuple[dict[str, A
     parameters = dict(model.named_parameters())
     unfilled = [name for name in missing if name in parameters and not any(parameters[name] is model.get_parameter(w) for w in weights)]
     inputs, targets = data.batch("train", 1, config.batch_size)
-    arguments = {name: value.double() if value.is_floating_point() else value for name, value in architecture.arguments(inputs).items()}
+    arguments = {
+        name: value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+        for name, value in architecture.arguments(inputs).items()
+    }
     outputs = model(**arguments).logits
     loss = architecture.loss(outputs, targets) / architecture.count(targets)
     loss.backward()

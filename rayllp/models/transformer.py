@@ -8,6 +8,7 @@ import inspect
 import math
 from collections.abc import Collection, Hashable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -232,7 +233,7 @@ class Transformer(PretrainedArchitecture):
             return {**given, "position_ids": parts[1]}
         return given
 
-    @property
+    @cached_property
     def _takes(self) -> Collection[str]:
         return inspect.signature(self.model.forward).parameters
 
