@@ -77,7 +77,7 @@ def theirs(config: TrainConfig, folder: Path, threads: int) -> None:
 
     from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
-    from rayllp.engine.optimizer import learning_rate
+    from rayllp.engine.schedule import learning_rate
 
     torch.set_num_threads(threads)
     data = load_data(config)

@@ -124,7 +124,7 @@ class PretrainedArchitecture(Architecture):
         """Likewise, where the family has some."""
         return self.make(self.common_paths) if self.common_paths else None
 
-    def make(self, paths: Sequence[str]) -> Piece:
+    def make(self, paths: Sequence[str], *, pretrained: bool = True) -> Piece:
         """A piece with memory, initialised by the model's rules, and overwritten by pretrained weights where there are any."""
         piece = Piece({path: self.copy_of(path) for path in paths})
         _use_one_operation_gelu(piece)
@@ -134,7 +134,8 @@ class PretrainedArchitecture(Architecture):
             piece.apply(lambda module: initialiser(self.model, names[id(module)])(module))
         for group in self._groups_within(piece):
             _make_one(piece, group)
-        self.weights.fill(piece)
+        if pretrained:
+            self.weights.fill(piece)
         return piece
 
     def copy_of(self, path: str) -> nn.Module:

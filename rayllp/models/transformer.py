@@ -120,7 +120,7 @@ class Transformer(PretrainedArchitecture):
         return found
 
     def _trial_layer(self, path: str) -> nn.Module:
-        return self.make((path,))[path].eval()
+        return self.make((path,), pretrained=False)[path].eval()  # another worker's weights are not read
 
     def _refuse_steps(self) -> None:
         settings, what = self.settings, "its layers are no residual steps: what they make does not grow with the state (post-norm)"
