@@ -165,9 +165,10 @@ def test_a_host_is_cut_off_for_a_minute(pair):
     """No connection is reset: there is only silence. The run goes on with what is left, and takes the host back."""
     one, other = pair
     for host in (one, other):
-        host.join(cpus=1)
+        host.join(cpus=2)
     size = {"model": {"layers": 12, "width": 96, "heads": 2}, "sequence_length": 64, "batch_size": 16}
-    changes = {"steps": 200, "workers": {"min": 1, "max": 2}, "hang_timeout_s": 5, "resize_check_s": 1, **size}
+    # With their number set, two workers and four sum the same microbatches in the same order.
+    changes = {"steps": 200, "workers": {"min": 2, "max": 4}, "hang_timeout_s": 5, "resize_check_s": 1, "microbatches": 8, **size}
     command = write(one, **changes)
     run = command[-1]
     training = one.start_rayllp(*command)
@@ -179,19 +180,18 @@ def test_a_host_is_cut_off_for_a_minute(pair):
         time.sleep(max(0.0, 60 - alone))
         other.leave()
         other.mend()
-        other.join(cpus=1)
-        text, _ = training.communicate(timeout=400)
+        other.join(cpus=2)
+        text, _ = training.communicate(timeout=600)
     finally:
         training.kill()
     assert training.returncode == 0, text
     sizes = [metric["workers"] for metric in records(one, run)]
     print(f"cut at step {reached}; going on after {alone:.1f} s; workers {sizes[0]} → {min(sizes)} → {sizes[-1]}")
     print("\n".join(line for line in text.splitlines() if re.match("step [0-9]+: ", line)))
-    assert (sizes[0], min(sizes), sizes[-1]) == (2, 1, 2)
-    undisturbed = write(one, **changes | {"workers": 2})
+    assert (sizes[0], min(sizes), sizes[-1]) == (4, 2, 4)
+    undisturbed = write(one, **changes | {"workers": 4})
     one.rayllp(*undisturbed)
-    # Not the last bit: two workers form a step's gradient as a sum over microbatches, one does not.
-    assert losses(one, run) == pytest.approx(losses(one, undisturbed[-1]), rel=1e-12)
+    assert losses(one, run) == losses(one, undisturbed[-1])
 
 
 @pytest.mark.hosts
