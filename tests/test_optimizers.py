@@ -154,3 +154,10 @@ def test_the_planner_counts_what_is_kept():
     assert {name: memory(name=name) for name in wanted} == pytest.approx({name: n / 2 * adafactor for name, n in wanted.items()})
     assert memory(name="sgd", momentum=0) == adafactor
     assert memory(name="adafactor", ema=0.9) == memory(name="sgd")
+
+
+def test_the_planner_counts_no_state_of_what_is_frozen():
+    def memory(frozen):
+        return make_plan(tiny(batch_size=16), layers(parameter_bytes=1e6, frozen_bytes=frozen), Device(), 2).best.memory
+
+    assert memory(1e6) == pytest.approx(memory(0) / 4)  # weights alone, of weights, gradients and two averages

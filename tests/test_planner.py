@@ -180,7 +180,7 @@ def test_the_command(tmp_path):
     files = []
     for batch in (1, 8):
         costs = Costs(forward=0.01, record=0.01, input_gradient=0.01, full_gradient=0.02)
-        bench = LayerBench(batch=batch, costs=costs, parameter_bytes=1000, graph_bytes=100 * batch, state_bytes=10 * batch)
+        bench = LayerBench(batch=batch, costs=costs, parameter_bytes=1000, frozen_bytes=0, graph_bytes=100 * batch, state_bytes=10 * batch)
         files.append(tmp_path / f"layers{batch}.json")
         files[-1].write_text(json.dumps(asdict(bench)))
     arguments = ["plan", "--set", "model.layers=64", "--set", "workers=1", "--devices", "16", "--json", str(tmp_path / "plan.json")]

@@ -26,7 +26,8 @@ class LayerBench:
 
     Attributes:
         batch: sequences that it was measured with.
-        parameter_bytes: of its weights alone; gradients are as large again, AdamW's moments twice that, Muon's once.
+        parameter_bytes: of its weights alone.
+        frozen_bytes: of those of them that are not trained; of the others gradients are as large again, and so is each average.
         graph_bytes: what its graph holds from forward to gradient beyond weights and the state itself.
         state_bytes: of a state: a message to the neighbour, a C-point.
     """
@@ -34,6 +35,7 @@ class LayerBench:
     batch: int
     costs: Costs
     parameter_bytes: int
+    frozen_bytes: int
     graph_bytes: int
     state_bytes: int
 
@@ -88,6 +90,7 @@ def bench_layers(config: TrainConfig, data: Any, device: str = "cpu") -> LayerBe
         batch=config.replica_batch,
         costs=costs,
         parameter_bytes=sum(p.nbytes for p in block.layers[layer].parameters()),
+        frozen_bytes=sum(p.nbytes for p in block.layers[layer].parameters() if not p.requires_grad),
         graph_bytes=sum(kept.values()),
         state_bytes=sum(part.nbytes for part in tensors(state)),
     )
@@ -99,6 +102,7 @@ def layer_model(found: Sequence[LayerBench]) -> LayerModel:
     return LayerModel(
         measured={each.batch: each.costs for each in found},
         parameter_bytes=largest.parameter_bytes,
+        frozen_bytes=largest.frozen_bytes,
         graph_bytes=largest.graph_bytes / largest.batch,
         state_bytes=largest.state_bytes / largest.batch,
     )

@@ -43,13 +43,20 @@ class LayerModel:
     Attributes:
         measured: costs by the batch that they were measured at.
         parameter_bytes: of a layer's weights.
+        frozen_bytes: of those of them that are not trained.
         graph_bytes, state_bytes: of one sample.
     """
 
     measured: Mapping[int, Costs]
     parameter_bytes: float = 0.0
+    frozen_bytes: float = 0.0
     graph_bytes: float = 0.0
     state_bytes: float = 0.0
+
+    @property
+    def trained_bytes(self) -> float:
+        """Of the weights that have gradients."""
+        return self.parameter_bytes - self.frozen_bytes
 
     def at(self, batch: float, device: Device) -> Costs:
         """Costs at a batch: between the two nearest measured ones, or beyond the last as these go on; of one alone, in proportion."""
@@ -215,7 +222,7 @@ def _weights(config: TrainConfig, model: LayerModel, replicas: int) -> float:
     """Bytes of a layer's weights and gradients, and of the optimizer's state of them that a worker keeps."""
     settings = config.optimizer
     moments = MOMENTS[settings.name] - (settings.name == "sgd" and not settings.momentum) + (settings.ema is not None)
-    return (2 + (moments / replicas if settings.sharded else moments)) * model.parameter_bytes
+    return model.parameter_bytes + (1 + (moments / replicas if settings.sharded else moments)) * model.trained_bytes
 
 
 def _meshes(config: TrainConfig, devices: int) -> Iterator[tuple[int, int]]:
@@ -259,7 +266,7 @@ def _replicas_s(config: TrainConfig, model: LayerModel, device: Device, layers: 
     Args:
         adjoint_s: in which gradients become final one after the other, and buckets of them are summed behind it.
     """
-    size = layers * model.parameter_bytes
+    size = layers * model.trained_bytes
     last_s = device.all_reduce_s(min(size, BUCKET_BYTES), replicas)
     gather_s = device.all_gather_s(size / replicas, replicas) if config.optimizer.sharded else 0.0
     return max(last_s, device.all_reduce_s(size, replicas) - adjoint_s) + gather_s
