@@ -34,7 +34,9 @@ def test_an_emulated_layer_takes_its_times_where_they_are_asked_for():
     assert seconds_of(lambda: outputs.append(layer(x))) >= 0.02
     y = outputs[0]
     seed = torch.ones_like(y)
-    assert 0.04 <= seconds_of(lambda: torch.autograd.grad(y, x, seed, retain_graph=True)) < 0.12  # not the weight's
+    # The least of a few: a machine with other work may take longer for any of them.
+    times = [seconds_of(lambda: torch.autograd.grad(y, x, seed, retain_graph=True)) for _ in range(5)]
+    assert 0.04 <= min(times) < 0.12  # not the weight's
     assert seconds_of(lambda: torch.autograd.backward(y, seed, inputs=[x, layer.bias])) >= 0.12
     # What it computes is real.
     torch.testing.assert_close(x.grad, 1 + (x.abs() < 1).float())
