@@ -328,3 +328,10 @@ def test_pages_of_freed_tensors_are_kept():
     assert faults["kept"][0] > 10_000
     assert faults["kept"][2] < faults["kept"][0] / 10
     assert faults["kept"][2] <= faults["left"][2]  # mostly a hundredth of it; now and then the end of the heap is in use, and stays
+
+
+def test_the_last_bit_of_a_loss_does_not_depend_on_who_has_which_layers():
+    """With the microbatches' number set, the gradient's norm included, by which it is clipped."""
+    size = {"model": {"layers": 12, "width": 96, "heads": 2}, "sequence_length": 64, "batch_size": 16, "microbatches": 8, "mode": "serial"}
+    two, four = (run_processes(workers, losses_over_gloo, tiny(workers=workers, **size), 13)[0] for workers in (2, 4))
+    assert two == four

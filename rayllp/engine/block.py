@@ -141,6 +141,16 @@ class Block:
         """Whether another worker's copy of this parameter stands for it in norms and checkpoints."""
         return (self.last and name in self.shared) or (not self.first and name in self.common_parameters)
 
+    def counted(self) -> Iterator[tuple[int, nn.Parameter]]:
+        """Parameters for which no other worker's copy stands, in the network's order, each with its piece's place in it."""
+        layers = self.config.model.layers
+        places = {"embed": 0, "common": layers + 1, "head": layers + 2, **{f"layer_{n:05d}": n + 1 for n in self.layers}}
+        for piece, prefix, module in self.pieces():
+            for own, _ in module.named_parameters():
+                name = prefix + own
+                if name in self.parameters and not self.is_counted_elsewhere(name):
+                    yield places[piece], self.parameters[name]
+
     def leaves(self, index: int) -> list[nn.Parameter]:
         """Trainable parameters that layer `index` uses."""
         return [*(p for p in self.layers[index].parameters() if p.requires_grad), *self.common_leaves]

@@ -63,7 +63,7 @@ class Engine:
     ) -> None:
         self.config, self.batches, self.device = config, batches, device
         self.block = Block(architecture, config, layer_channel.rank, device)
-        self._counted = [p for name, p in self.block.parameters.items() if not self.block.is_counted_elsewhere(name)]
+        self._counted = list(self.block.counted())
         shards = (data_channel.rank, data_channel.size) if config.shards_optimizer else (0, 1)
         self.optimizer = Optimizer(self.block, config.optimizer, *shards)
         self._draws_are_checked = False

@@ -221,14 +221,6 @@ def _build_muon(matrices: Sequence[nn.Parameter], block: Block, settings: Optimi
     return Muon(matrices, precision=precision, momentum=settings.momentum, weight_decay=settings.weight_decay)
 
 
-def squared_gradient_norm(parameters: Iterable[nn.Parameter], device: torch.device) -> Tensor:
-    """Sum of squares of all gradients, a float64 scalar."""
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    if not gradients:
-        return torch.zeros((), dtype=torch.float64, device=device)
-    return torch.stack(torch._foreach_norm(gradients)).double().square().sum()
-
-
 def scale_gradients(parameters: Iterable[nn.Parameter], factor: float) -> None:
     """Multiply all gradients in place."""
     gradients = [p.grad for p in parameters if p.grad is not None]

@@ -1,20 +1,21 @@
 """What a step did, in numbers: reduced over the layer group in one message, and as the step reports them."""
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from rayllp.channel.base import MessageTag
 from rayllp.engine.all_reduce import PackedAllReduce
 from rayllp.engine.layer_group import LayerGroup
-from rayllp.engine.optimizer import squared_gradient_norm
 from rayllp.engine.probe import Bias, Probing
 from rayllp.engine.step_gradients import StepGradients
 from rayllp.mgrit import MGRITResult
 
+OTHER_PIECES = 3
+"""Beside the layers: embedding, what several layers read, head."""
 Factors = tuple[tuple[float | None, ...], ...]
 
 
@@ -82,18 +83,18 @@ class ReducedStatistics:
 
 
 def reduce_statistics(
-    group: LayerGroup, step: int, formed: StepGradients, counted: Iterable[nn.Parameter], probing: Probing | None = None
+    group: LayerGroup, step: int, formed: StepGradients, counted: Sequence[tuple[int, nn.Parameter]], probing: Probing | None = None
 ) -> ReducedStatistics:
     """Global gradient norm, loss, penalty, residuals and bias in one all-reduce over the layer group.
 
     Args:
         formed: what forming the gradients yielded.
-        counted: this worker's parameters, but for those whose copy on another worker counts.
+        counted: this worker's parameters, but for those whose copy on another worker counts, each with its piece's place in the network.
         probing: what was measured, where the step is a probe.
     """
     zero = torch.zeros((), dtype=torch.float64, device=group.device)
     sums = PackedAllReduce(group.device)
-    sums.add("norm", squared_gradient_norm(counted, group.device))
+    sums.add("norms", _squared_norms(counted, group.config.model.layers + OTHER_PIECES, group.device))
     sums.add("loss", formed.loss if group.block.last else zero)
     if formed.penalty is not None:
         sums.add("consistency", formed.penalty.value)
@@ -106,10 +107,24 @@ def reduce_statistics(
     sums.reduce(group.channel, MessageTag(step, "gradients", "norm, loss and residuals"))
     measured = {name: None if result is None else result.measured(sums[name]) for name, result in solves.items()}
     return ReducedStatistics(
-        norm=float(sums["norm"]) ** 0.5,
+        norm=float(sums["norms"].sum()) ** 0.5,
         loss=float(sums["loss"]),
         consistency=float(sums["consistency"]) / group.config.replica_batch if formed.penalty is not None else None,
         forward=measured["forward"],
         backward=measured["backward"],
         bias=probing.read(sums["probe"]) if probing is not None else None,
     )
+
+
+def _squared_norms(counted: Sequence[tuple[int, nn.Parameter]], pieces: int, device: torch.device) -> Tensor:
+    """Of each piece's gradient, in float64; zeros for those of other workers.
+
+    One number a piece, added up in the order of the network, so that the last bit of the norm does not depend on who has which layers.
+    """
+    found = [(place, p.grad) for place, p in counted if p.grad is not None]
+    squares = torch.zeros(pieces, dtype=torch.float64, device=device)
+    if found:
+        lengths = torch.bincount(torch.tensor([place for place, _ in found]), minlength=pieces).to(device)
+        norms = torch.stack(torch._foreach_norm([gradient for _, gradient in found])).double().square()
+        squares = torch.segment_reduce(norms, "sum", lengths=lengths, initial=0.0)
+    return squares
