@@ -36,7 +36,8 @@ def config_of(arguments: argparse.Namespace) -> TrainConfig:
         "sequence_length": arguments.length, "batch_size": arguments.batch, "steps": arguments.steps, "workers": arguments.workers,
         "mode": arguments.mode, "buffers": {"open": 0, "close": 0}, "step": {"middle": 1.0}, "snapshot_every": 0, "spare_workers": False,
         "optimizer": {"lr": 1e-3 if arguments.lora else 2e-5, "warmup": 2, "weight_decay": 0.0},
-        "eval": {"every": 0, "batches": 2, "final_batches": 2, "sample": 0}, "checkpoint": {"best": False, "minutes": 0}, "timeline_every": 0,
+        "eval": {"every": 0, "batches": 2, "final_batches": 2, "sample": 0}, "checkpoint": {"best": False, "minutes": 0},
+        "timeline_every": 0,
     })  # fmt: skip
 
 
