@@ -8,13 +8,10 @@ from rayllp.models.replay import UncuttableError
 Lists = nn.ModuleList | nn.Sequential
 
 
-def layer_paths(model: PreTrainedModel, layers: int | None = None) -> tuple[list[str], int]:
+def layer_paths(model: PreTrainedModel) -> tuple[list[str], int]:
     """Full names of the layers in their order, and how many of them are an encoder's.
 
     A decoder's list is the largest list of modules that is in no other; an encoder–decoder has one in either half.
-
-    Args:
-        layers: how many there must be in all, where that is known.
 
     Raises:
         UncuttableError: no such list.

@@ -39,9 +39,9 @@ def add_adapters(layer: nn.Module, path: str, settings: LoRASettings) -> None:
     """
     from peft import inject_adapter_in_model
 
-    targets = [name for name in linear_maps(layer) if settings.targets is None or name.rpartition(".")[2] in settings.targets]
+    targets = _targets(layer, settings)
     if targets:  # a layer of another kind may have none of them
-        inject_adapter_in_model(peft_config(settings, targets, layer), layer, NAME)
+        inject_adapter_in_model(_peft_config(settings, targets, layer), layer, NAME)
         layer.requires_grad_()  # peft froze all but the adapters
     if settings.from_pretrained is not None:
         _fill(layer, path, Path(settings.from_pretrained))
@@ -51,7 +51,7 @@ def check_targets(layers: Sequence[nn.Module], settings: LoRASettings) -> None:
     """Refuse adapters that cannot be made, and targets that match nothing in any of these layers."""
     if find_spec("peft") is None:
         raise SettingsError("model.lora needs peft: pip install 'rayllp[lora]', or leave model.lora out")
-    found = sorted({name.rpartition(".")[2] for layer in layers for name in linear_maps(layer)})
+    found = sorted({_leaf(name) for layer in layers for name in linear_maps(layer)})
     for target in settings.targets or ():
         if target not in found:
             near = difflib.get_close_matches(target, found, 1)
@@ -61,11 +61,14 @@ def check_targets(layers: Sequence[nn.Module], settings: LoRASettings) -> None:
             )
 
 
-def peft_config(settings: LoRASettings, targets: list[str], layer: nn.Module) -> Any:
-    """peft's own configuration of these adapters."""
+def _targets(layer: nn.Module, settings: LoRASettings) -> list[str]:
+    return [name for name in linear_maps(layer) if settings.targets is None or _leaf(name) in settings.targets]
+
+
+def _peft_config(settings: LoRASettings, targets: list[str], layer: nn.Module) -> Any:
     from peft import LoraConfig
 
-    transposed = any(isinstance(layer.get_submodule(name), Conv1D) for name in targets if _has(layer, name))
+    transposed = any(isinstance(layer.get_submodule(name), Conv1D) for name in _targets(layer, settings))
     return LoraConfig(
         r=settings.rank, lora_alpha=settings.alpha, lora_dropout=settings.dropout, target_modules=targets, fan_in_fan_out=transposed
     )
@@ -74,10 +77,6 @@ def peft_config(settings: LoRASettings, targets: list[str], layer: nn.Module) ->
 def stored_name(name: str) -> str | None:
     """A parameter's name as peft stores it; None for one that is no adapter's."""
     return PREFIX + name.replace(f".{NAME}.", ".") if f".{NAME}." in name and "lora_" in name else None
-
-
-def _has(layer: nn.Module, name: str) -> bool:
-    return name in dict(layer.named_modules())
 
 
 def _fill(layer: nn.Module, path: str, folder: Path) -> None:
@@ -116,9 +115,7 @@ def save_adapter(
         base: what the adapters are for: `model.from_pretrained`.
         task: peft's word for the model's class, such as CAUSAL_LM.
     """
-    leaves = sorted({name.rpartition(".")[2] for name in linear_maps(layer)} & set(settings.targets or map(_leaf, linear_maps(layer))))
-    config = peft_config(settings, leaves, layer)
-    config.fan_in_fan_out = any(isinstance(module, Conv1D) for module in layer.modules())
+    config = _peft_config(settings, sorted({_leaf(name) for name in _targets(layer, settings)}), layer)
     config.base_model_name_or_path, config.task_type, config.inference_mode = base, task, True
     config.save_pretrained(folder)
     save_file({stored_name(name) or name: value for name, value in tensors.items()}, folder / ADAPTER, metadata={"format": "pt"})

@@ -89,10 +89,22 @@ def configuration(settings: TrainConfig, facts: Facts, kept: Mapping[str, Any] |
     return _adapted(config, settings, facts)
 
 
+def is_table_of(rows: int, tokens: int) -> bool:
+    """Whether an embedding of so many rows may be a tokenizer's: many are filled up to a number that suits the hardware."""
+    return 0 <= rows - tokens < max(MOST_UNUSED, rows // 20)
+
+
+def labels_of(facts: Facts) -> dict[str, Any]:
+    """transformers' fields for the names of classes; nothing without any."""
+    if not facts.classes:
+        return {}
+    return {"id2label": dict(enumerate(facts.classes)), "label2id": {name: i for i, name in enumerate(facts.classes)}}
+
+
 def _check_vocabulary(config: PreTrainedConfig, settings: TrainConfig, facts: Facts) -> None:
     """Refuse a tokenizer that is not the checkpoint's: ids beyond its embedding, or far too few for it."""
     rows, tokens = getattr(config.get_text_config(), "vocab_size", 0), facts.vocabulary
-    if rows and tokens and not 0 <= rows - tokens < max(MOST_UNUSED, rows // 20):
+    if rows and tokens and not is_table_of(rows, tokens):
         raise CheckpointError(
             f"data.tokenizer={settings.data.tokenizer} has {tokens} tokens, and the embedding of model.from_pretrained {rows} rows: it is "
             "another model's; set data.tokenizer to the checkpoint's own (the same folder or name)"
@@ -138,20 +150,20 @@ def _sizes(settings: TrainConfig, facts: Facts, plain: PreTrainedConfig) -> dict
 
 
 def _layers(plain: PreTrainedConfig, settings: TrainConfig) -> dict[str, int]:
-    if settings.model.task != "translation" and "decoder_layers" in vars(plain):
-        inner = settings.model.feed_forward or 4 * settings.model.width
-        return {"decoder_layers": settings.model.layers, "decoder_attention_heads": settings.model.heads, "decoder_ffn_dim": inner}
+    model = settings.model
+    heads, inner = model.heads, model.feed_forward or 4 * model.width
+    if model.task != "translation" and "decoder_layers" in vars(plain):
+        return {"decoder_layers": model.layers, "decoder_attention_heads": heads, "decoder_ffn_dim": inner}
     if not plain.is_encoder_decoder:
-        return {"num_hidden_layers" if "num_layers" not in vars(plain) else "num_layers": settings.model.layers}
-    encoder = settings.model.encoder_layers or settings.model.layers // 2
-    decoder = settings.model.layers - encoder
+        return {"num_hidden_layers" if "num_layers" not in vars(plain) else "num_layers": model.layers}
+    encoder = model.encoder_layers or model.layers // 2
+    decoder = model.layers - encoder
     if hasattr(plain, "encoder_layers"):
-        heads, inner = settings.model.heads, settings.model.feed_forward or 4 * settings.model.width
         return {
             "encoder_layers": encoder, "decoder_layers": decoder, "encoder_attention_heads": heads, "decoder_attention_heads": heads,
             "encoder_ffn_dim": inner, "decoder_ffn_dim": inner,
         }  # fmt: skip
-    return {"num_layers": encoder, "num_decoder_layers": decoder, "d_kv": settings.model.width // settings.model.heads}
+    return {"num_layers": encoder, "num_decoder_layers": decoder, "d_kv": model.width // heads}
 
 
 def _tokens(facts: Facts, plain: PreTrainedConfig) -> dict[str, int | None]:
@@ -180,8 +192,8 @@ def _adapted(config: PreTrainedConfig, settings: TrainConfig, facts: Facts) -> P
         config.pad_token_id = facts.pad
     if settings.model.task == "translation":
         config.decoder_start_token_id, config.bos_token_id, config.eos_token_id = facts.bos, facts.bos, facts.eos
-    if facts.classes:
-        config.id2label, config.label2id = dict(enumerate(facts.classes)), {name: i for i, name in enumerate(facts.classes)}
+    for name, value in labels_of(facts).items():
+        setattr(config, name, value)
     return config
 
 

@@ -39,6 +39,21 @@ def without_values(module: nn.Module) -> None:
             if parameter is not None:
                 value = torch.empty_like(parameter, device="cpu") if parameter.is_meta else parameter.detach().clone()
                 owner._parameters[name] = nn.Parameter(value, parameter.requires_grad)
-        for name, buffer in owner._buffers.items():
-            if buffer is not None and buffer.is_meta:
-                owner._buffers[name] = torch.empty_like(buffer, device="cpu")
+        fill_buffers(owner)
+
+
+def fill_buffers(module: nn.Module) -> None:
+    """Give memory to this module's buffers that are on the meta device."""
+    for name, buffer in module._buffers.items():
+        if buffer is not None and buffer.is_meta:
+            module._buffers[name] = torch.empty_like(buffer, device="cpu")
+
+
+def initialiser(model: PreTrainedModel, path: str) -> Callable[[nn.Module], None]:
+    """What initialises the module `path`: the rules of the innermost transformers model that it is in."""
+    owner: PreTrainedModel = model
+    place: nn.Module = model
+    for name in path.split(".") if path else ():
+        place = place.get_submodule(name)
+        owner = place if isinstance(place, PreTrainedModel) else owner
+    return owner._init_weights

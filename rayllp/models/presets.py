@@ -3,7 +3,6 @@
 All else, from the pieces to the calls, is every model's (`transformer.py`).
 """
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -28,8 +27,8 @@ from rayllp.config import TrainConfig
 from rayllp.data.base import Facts
 from rayllp.errors import CheckpointError, SettingsError
 from rayllp.models.kinds import check_model_type
-from rayllp.models.model_types import MOST_UNUSED
-from rayllp.models.transformer import Transformer, metric_of
+from rayllp.models.model_types import is_table_of, labels_of
+from rayllp.models.transformer import Transformer
 from rayllp.sizes import read_config, transformers_config
 
 OURS = frozenset(
@@ -51,10 +50,7 @@ class Preset(Transformer):
             config = cls._as_pretrained(config, source)
         cls.check_sizes(config, settings)
         config._attn_implementation = "sdpa"
-        found = cls.__new__(cls)
-        found.metric = metric_of(settings, facts)
-        found.__init__(config, settings.model.layers, settings, facts, source)  # type: ignore[misc]
-        return found
+        return cls(config, settings.model.layers, settings, facts, source)
 
     @classmethod
     def _as_pretrained(cls, config: PreTrainedConfig, source: str) -> PreTrainedConfig:
@@ -66,24 +62,17 @@ class Preset(Transformer):
     @classmethod
     def check_sizes(cls, config: PreTrainedConfig, settings: TrainConfig) -> None:
         """Refuse what a checkpoint's configuration does not allow."""
-        room = cls.positions(config)
         has = {"layers": cls.count_layers(config), "width": config.hidden_size, "heads": config.num_attention_heads}
         for name, there in has.items():
             here = getattr(settings.model, name)
             if here != there:
                 raise CheckpointError(f"the checkpoint has {name} {there}, but model.{name} is {here}: leave the setting out, or match it")
-        if settings.sequence_length > room:
-            raise SettingsError(f"sequence_length {settings.sequence_length} is more than the {room} positions of the checkpoint: lower it")
+        super().check_sizes(config, settings)
 
     @classmethod
     def count_layers(cls, config: PreTrainedConfig) -> int:
         """Layers of the model, an encoder's and a decoder's together."""
         return int(config.num_hidden_layers)
-
-    @classmethod
-    def positions(cls, config: PreTrainedConfig) -> float:
-        """Longest sequence."""
-        return getattr(config, "max_position_embeddings", math.inf)
 
     @classmethod
     def config_of(cls, settings: TrainConfig, facts: Facts) -> PreTrainedConfig:
@@ -153,7 +142,7 @@ class Encoder(Preset):
             intermediate_size=model.feed_forward or 4 * model.width, hidden_dropout_prob=model.dropout,
             attention_probs_dropout_prob=model.dropout, max_position_embeddings=settings.sequence_length + pad + 1, type_vocab_size=1,
             pad_token_id=pad, bos_token_id=facts.bos, eos_token_id=facts.eos, tie_word_embeddings=model.tie_embeddings,
-            id2label=dict(enumerate(facts.classes)) or None, label2id={name: i for i, name in enumerate(facts.classes)} or None,
+            **labels_of(facts),
         )  # fmt: skip
 
     @classmethod
@@ -205,13 +194,8 @@ class ViT(Preset):
             image_size=(height, width), patch_size=model.patch_size, num_channels=channels, hidden_size=model.width,
             num_hidden_layers=model.layers, num_attention_heads=model.heads, intermediate_size=model.feed_forward or 4 * model.width,
             hidden_dropout_prob=model.dropout, attention_probs_dropout_prob=model.dropout,
-            id2label=dict(enumerate(facts.classes)), label2id={name: i for i, name in enumerate(facts.classes)},
+            **labels_of(facts),
         )  # fmt: skip
-
-    @classmethod
-    def positions(cls, config: ViTConfig) -> float:
-        """No limit."""
-        return math.inf  # images have one size, and data.sequence_length says nothing of it
 
 
 class MT(Preset):
@@ -256,6 +240,6 @@ def _with_ours(merged: PreTrainedConfig, config: PreTrainedConfig) -> PreTrained
     for name in vars(config):
         if "drop" in name or name in OURS:
             setattr(merged, name, getattr(config, name))
-    if 0 < rows - tokens < max(MOST_UNUSED, rows // 20):
+    if is_table_of(rows, tokens):
         merged.vocab_size = rows
     return merged

@@ -22,8 +22,7 @@ from rayllp.data.base import IGNORE, Facts
 from rayllp.errors import SettingsError
 from rayllp.models.base import Architecture
 from rayllp.models.lora import add_adapters, check_targets
-from rayllp.models.outline import outline, without_values
-from rayllp.models.replay import initialiser
+from rayllp.models.outline import initialiser, outline, without_values
 from rayllp.models.weights import PretrainedWeights
 
 

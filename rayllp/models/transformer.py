@@ -13,13 +13,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from rayllp.channel.base import StateSpec
 from rayllp.config import TrainConfig
 from rayllp.data.base import Facts, Inputs
 from rayllp.errors import SettingsError
 from rayllp.models import model_types
+from rayllp.models.examination import examine
 from rayllp.models.layer_lists import layer_paths
 from rayllp.models.metrics import Accuracy, Confusion, Metric, Perplexity
 from rayllp.models.outline import outline
@@ -48,6 +49,29 @@ class Transformer(PretrainedArchitecture):
         UncuttableError: it cannot be cut into layers; says why.
     """
 
+    bare: frozenset[str] = frozenset()
+    """Modules of which a piece has the parameters, and others the modules in them."""
+
+    @cached_property
+    def model_class(self) -> type[PreTrainedModel]:  # type: ignore[override]
+        """transformers' class of the model type and the task; a preset names its own."""
+        return model_types.model_class(self.config.model_type, self.settings.model.task)
+
+    @cached_property
+    def metric(self) -> Metric:  # type: ignore[override]
+        """What an evaluation of the task reports beside the loss; a family may name another."""
+        match self.settings.model.task:
+            case "masked":
+                return Accuracy("masked_accuracy")
+            case "words":
+                return Accuracy("word_accuracy")
+            case "sentences":
+                return Confusion(len(self.facts.classes))
+            case "images":
+                return Accuracy()
+            case _:
+                return Perplexity()
+
     def find_pieces(self) -> list[str]:
         """Examine the model: the layers' names; and sets those of the pieces around them."""
         name = f"{self.config.model_type} ({type(self.model).__name__})"
@@ -70,7 +94,7 @@ class Transformer(PretrainedArchitecture):
             raise UncuttableError(f"its list has {len(paths)} layers, and model.layers is {self.layers}")
         self.replay = Replay(self.model, paths, self.encoder_layers, self.arguments)
         with seeded("examine"):
-            self.examined = found = self.replay.examine(self._some_inputs(), lambda index: self._trial_layer(paths[index]), torch.float32)
+            self.examined = found = examine(self.replay, self._some_inputs(), lambda n: self._trial_layer(paths[n]), torch.float32)
         self.biases = self._shared_biases(paths)
         if not found.residual:
             self._refuse_steps()
@@ -109,7 +133,7 @@ class Transformer(PretrainedArchitecture):
 
     def _shared_biases(self, paths: list[str]) -> list[tuple[range, SharedBias]]:
         """What the layers of a list hand on to each other, by the layers' numbers."""
-        calls, found = self.replay.calls(self._some_inputs(), torch.float32), []
+        calls, found = self.examined.handed_on, []
         for part in (range(self.encoder_layers), range(self.encoder_layers, len(paths))):
             if not any(isinstance(value, HandedOn) for n in part for _, value in calls[n].values()):
                 continue
@@ -148,8 +172,6 @@ class Transformer(PretrainedArchitecture):
             if bias.table.startswith(self.path_of(index) + "."):
                 del layer.get_submodule(bias.attention.removeprefix(self.path_of(index) + "."))._modules[TABLE]
         return layer
-
-    bare: frozenset[str] = frozenset()
 
     def _cover(self, names: Iterable[str], elsewhere: tuple[str, ...]) -> tuple[str, ...]:
         """The largest modules whose parameters are all among `names`."""
@@ -192,10 +214,7 @@ class Transformer(PretrainedArchitecture):
         config._attn_implementation = "sdpa" if kind._supports_sdpa else "eager"
         if settings.dtype == "float64":
             config._experts_implementation = "eager"  # the grouped one knows no float64
-        found = cls.__new__(cls)
-        found.model_class, found.metric = kind, metric_of(settings, facts)
-        found.__init__(config, settings.model.layers, settings, facts, source)  # type: ignore[misc]
-        return found
+        return cls(config, settings.model.layers, settings, facts, source)
 
     @classmethod
     def positions(cls, config: PreTrainedConfig) -> float:
@@ -207,7 +226,7 @@ class Transformer(PretrainedArchitecture):
         """Refuse what the configuration does not allow."""
         room = cls.positions(config)
         if settings.model.task != "images" and settings.sequence_length > room:
-            raise SettingsError(f"sequence_length {settings.sequence_length} is more than the {room} positions of the model: lower it")
+            raise SettingsError(f"sequence_length {settings.sequence_length} is more than the {room} positions of the checkpoint: lower it")
 
     @classmethod
     def layer_paths(cls, config: PreTrainedConfig, layers: int) -> list[str]:
@@ -305,18 +324,3 @@ class Transformer(PretrainedArchitecture):
             return inputs
         last = [part[:, -state.shape[1] :] for part in tensors(inputs)]
         return like(inputs, (tensors(inputs)[0], *last[1:]) if self.encoder_layers else tuple(last))
-
-
-def metric_of(settings: TrainConfig, facts: Facts) -> Metric:
-    """What an evaluation of the settings' task reports beside the loss."""
-    match settings.model.task:
-        case "masked":
-            return Accuracy("masked_accuracy")
-        case "words":
-            return Accuracy("word_accuracy")
-        case "sentences":
-            return Confusion(len(facts.classes))
-        case "images":
-            return Accuracy()
-        case _:
-            return Perplexity()

@@ -1,0 +1,222 @@
+"""Whether a model can be cut into layers, and what belongs to which piece: found by running it once on a few samples."""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache
+
+from rayllp.models.replay import Call, EndOfForward, HandedOn, Replay, UncuttableError, logits_of, state_of
+
+LARGE, NOT_RESIDUAL = 1e4, 0.5
+"""A layer that changes a state of this size by more than this share of it is no residual step: a norm follows its sum."""
+
+
+@dataclass(frozen=True)
+class Examined:
+    """What running a model once has shown of it.
+
+    Attributes:
+        embed: names of the parameters that the first state depends on.
+        head: names of those that the outputs depend on, beside the last state.
+        memory: names of those between the encoder's last state and what the decoder reads of it; empty without an encoder.
+        kinds: of each layer: equal for layers that differ in their weights alone.
+        residual: whether every kind of layer changes a large state by less than itself, as x + F(x) with a norm in F does.
+        handed_on: how each layer was called, of which nothing is left but what other layers make beside the state.
+    """
+
+    embed: frozenset[str]
+    head: frozenset[str]
+    memory: frozenset[str]
+    kinds: tuple[int, ...]
+    residual: bool
+    handed_on: tuple[Call, ...]
+
+
+def examine(replay: Replay, inputs: Any, build: Callable[[int], nn.Module], dtype: torch.dtype) -> Examined:
+    """Run the model once, with a real layer of every kind; `replay` then knows what its layers return.
+
+    Args:
+        inputs: of a few samples.
+        build: a layer with weights.
+
+    Raises:
+        UncuttableError: its layers are not called one after the other, or need what no other worker can have.
+    """
+    return _Examination(replay, inputs, build, dtype).run()
+
+
+def parameters_behind(tensor: Tensor) -> set[int]:
+    """Identities of the leaves that a tensor's graph ends at."""
+    found, seen, todo = set(), set(), [tensor.grad_fn]
+    if tensor.grad_fn is None and tensor.requires_grad:
+        found.add(id(tensor))
+    while todo:
+        node = todo.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        variable = getattr(node, "variable", None)
+        if variable is not None:
+            found.add(id(variable))
+        todo += [following for following, _ in node.next_functions]
+    return found
+
+
+class _Examination:
+    """One run of a model, in which every tensor that a layer is called with is traced back to what made it."""
+
+    def __init__(self, replay: Replay, inputs: Any, build: Callable[[int], nn.Module], dtype: torch.dtype) -> None:
+        self.replay, self.inputs, self.build, self.dtype = replay, inputs, build, dtype
+        self.visited: list[int] = []
+        self.first: list[Tensor] = []
+        self.passed: Tensor | None = None
+        self.encoded: Tensor | None = None
+        self.memory: Tensor | None = None
+        self.kinds: dict[Any, int] = {}
+        self.calls: list[Call] = []  # kept from the first on, so that no two of their tensors have one identity
+        self.kind_of: list[int] = []
+        self.returns: dict[int, tuple[int | None, Tensor]] = {}
+        self.residual = True
+
+    def run(self) -> Examined:
+        replay = self.replay
+        replay.move(self.dtype, torch.device("cpu"))
+        outside = replay.outside()
+        for parameter in outside.values():
+            parameter.requires_grad_()
+        try:
+            with torch.enable_grad():
+                outputs = logits_of(replay.run(self.inputs, {}, self._visit, self.dtype, training=False))
+        finally:
+            for parameter in outside.values():
+                parameter.requires_grad_(False)
+        if self.visited != list(range(len(replay.layers))):
+            raise UncuttableError(f"its forward calls layers {self.visited}, not each of {len(replay.layers)} once and in order")
+        embed = self._names(outside, *self.first)
+        memory = self._names(outside, self.memory) if self.memory is not None else frozenset()
+        if self.memory is not None:
+            replay.memory_modules = self._modules_to_memory()
+        handed_on = tuple(call.replaced(_only_handed_on) for call in self.calls)
+        return Examined(embed, self._names(outside, outputs), memory, tuple(self.kind_of), self.residual, handed_on)
+
+    def _names(self, outside: Mapping[str, nn.Parameter], *tensors: Tensor) -> frozenset[str]:
+        behind = set().union(*(parameters_behind(tensor) for tensor in tensors))
+        return frozenset(name for name, parameter in outside.items() if id(parameter) in behind)
+
+    def _visit(self, index: int, call: Call, state: Tensor) -> Tensor:
+        replay = self.replay
+        self.visited.append(index)
+        self.calls.append(call)
+        if index in (0, replay.encoder):
+            self.first.append(state)
+        elif state is not self.passed:
+            raise UncuttableError(f"it changes the state between layers {index - 1} and {index}")
+        self._check_arguments(index, call)
+        kind = self._kind(index, call)
+        self.kind_of.append(kind)
+        if kind not in self.returns:
+            self.returns[kind] = self._call(index, call, state.detach())
+        replay.returns[index], after = self.returns[kind]
+        if after.shape != state.shape:
+            raise UncuttableError(f"layer {index} makes a state of shape {tuple(after.shape)} of one of {tuple(state.shape)}")
+        self.passed = after.clone()
+        if index == replay.encoder - 1:
+            self.encoded = self.passed.requires_grad_()
+        return self.passed
+
+    def _check_arguments(self, index: int, call: Call) -> None:
+        for place, value in call.values():
+            if isinstance(value, Cache):
+                raise UncuttableError(f"layer {index} is given a cache, which would remember one sweep in the next")
+            for tensor in _tensors_in(value):
+                if not tensor.requires_grad:
+                    continue
+                if self.encoded is not None and id(self.encoded) in parameters_behind(tensor):
+                    if self.memory is None or tensor is self.memory:
+                        self.memory = tensor
+                        self.replay.memory_places |= {place}
+                        continue
+                    raise UncuttableError(f"layer {index} reads more of the encoder than its last states ({place})")
+                raise UncuttableError(f"layer {index} is given {_word(place)}, which parameters outside the layers have made")
+
+    def _kind(self, index: int, call: Call) -> int:
+        module = self.replay.layers[index]
+        shapes = tuple((name, tuple(p.shape)) for name, p in module.named_parameters())
+        plain = tuple((place, _identity(value)) for place, value in call.values())
+        form = type(module), getattr(module, "attention_type", None), getattr(module, "layer_type", None), shapes, plain
+        return self.kinds.setdefault(form, len(self.kinds))
+
+    def _call(self, index: int, call: Call, state: Tensor) -> tuple[int | None, Tensor]:
+        layer, call = self.build(index).to(self.dtype), call.replaced(_nothing_handed_on)
+        large = torch.randn_like(state) * LARGE
+        with torch.no_grad():
+            returned = call.on(layer, state)
+            change = state_of(call.on(layer, large)) - large
+        self.residual &= bool(change.norm() < NOT_RESIDUAL * large.norm())
+        size = len(returned) if isinstance(returned, tuple | list) else None
+        return size, state_of(returned).detach()
+
+    def _modules_to_memory(self) -> tuple[str, ...]:
+        """The modules that are called one after the other on the encoder's last states, and make what the decoder reads."""
+        replay, path, hooks = self.replay, [], []
+        reached: list[Tensor] = []
+
+        def after(module: nn.Module, args: tuple[Any, ...], returned: Any, name: str) -> None:
+            if reached and args and args[0] is reached[-1] and isinstance(returned, Tensor):
+                path.append(name)
+                reached.append(returned)
+
+        def visit(index: int, call: Call, state: Tensor) -> Tensor:
+            if index == replay.encoder - 1:
+                state = state.clone()
+                reached.append(state)
+            if index == replay.encoder:
+                read = {id(value) for place, value in call.values() if place in replay.memory_places}
+                if read != {id(reached[-1])}:
+                    raise UncuttableError("between encoder and decoder there is more than modules called one after the other")
+                raise EndOfForward
+            return state
+
+        for name, module in replay.model.named_modules():
+            if not list(module.children()):
+                hooks.append(module.register_forward_hook(partial(after, name=name)))
+        try:
+            with torch.no_grad():
+                replay.run(self.inputs, {}, visit, self.dtype, training=False)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return tuple(path)
+
+
+def _tensors_in(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, tuple | list):
+        for each in value:
+            yield from _tensors_in(each)
+    elif isinstance(value, Mapping):
+        for each in value.values():
+            yield from _tensors_in(each)
+
+
+def _identity(value: Any) -> Any:
+    """Equal for arguments that are one: tensors by themselves, all else by what it says."""
+    found = tuple(id(tensor) for tensor in _tensors_in(value))
+    return found or ("handed on" if isinstance(value, HandedOn) else repr(value))
+
+
+def _nothing_handed_on(place: str | int, value: Any) -> Any:
+    return None if isinstance(value, HandedOn) else value
+
+
+def _only_handed_on(place: str | int, value: Any) -> Any:
+    return value if isinstance(value, HandedOn) else None
+
+
+def _word(place: str | int) -> str:
+    return f"its argument {place + 2}" if isinstance(place, int) else place
