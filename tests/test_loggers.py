@@ -7,10 +7,11 @@ import pytest
 from rich.console import Console
 
 from rayllp.cluster.prepare import validate
-from rayllp.config import load_config
+from rayllp.config import load_config, make_config
 from rayllp.errors import SettingsError
 from rayllp.report import Journal, RunDirectory, loggers
 from rayllp.report.loggers import Service, opened_loggers
+from rayllp.report.rundir import changed_settings
 from tests.conftest import tiny
 from tests.synthetic import metric
 
@@ -120,3 +121,9 @@ def test_wandb(tmp_path, monkeypatch):
     kept = sorted((tmp_path / "run" / "wandb").glob(f"offline-run-*-{number}"))
     assert kept
     assert any(b"train/tokens_per_s" in file.read_bytes() for folder in kept for file in folder.glob("*.wandb"))
+
+
+def test_settings_that_have_no_default_are_among_those_that_differ():
+    """A range of workers is two names, of which the defaults have none."""
+    changed = changed_settings(make_config({"workers": {"min": 1, "max": 2}, "seed": 3}))
+    assert changed == {"workers.min": 1, "workers.max": 2, "seed": 3}

@@ -50,6 +50,11 @@ class StateSpec:
         """A state of these parts: a tensor where a single one is meant, else a tuple."""
         return parts[0] if self.bare else tuple(parts)
 
+    def zeros(self) -> State:
+        """A state of zeros."""
+        parts = zip(self.shapes, self.dtypes, strict=True)
+        return self.build([torch.zeros(shape, dtype=dtype, device=self.device) for shape, dtype in parts])
+
 
 Leaving = Sequence[tuple[State, int]]
 """States, and the workers that they go to."""

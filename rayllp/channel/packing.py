@@ -27,7 +27,8 @@ def pack(state: State, tag: MessageTag) -> Tensor:
     """The message of a state, of shape (bytes,), on the state's device."""
     spec = StateSpec.of(state)
     message = room_for(spec, spec.device)
-    _fill(message, state, spec, tag)
+    _begin(message, spec, tag)
+    _fill(message, state, spec)
     return message
 
 
@@ -35,17 +36,22 @@ def pack_rows(parts: Sequence[Tensor], tag: MessageTag) -> Tensor:
     """A message a row, of tensors of one shape and dtype; shape (messages, bytes)."""
     spec = StateSpec.of(parts[0])
     messages = room_for(spec, spec.device, len(parts))
+    _begin(messages, spec, tag)
     for message, part in zip(messages, parts, strict=True):
-        _fill(message, part, spec, tag)
+        _fill(message, part, spec)
     return messages
 
 
-def _fill(message: Tensor, state: State, spec: StateSpec, tag: MessageTag) -> None:
-    beginning = np.frombuffer(bytearray(header(spec, tag)), dtype=np.uint8)
-    message[: HEADER.size] = torch.from_numpy(beginning).to(spec.device, non_blocking=True)
+def _begin(messages: Tensor, spec: StateSpec, tag: MessageTag) -> None:
+    """Write what one message, or all of several, has beside its tensors."""
+    head = torch.from_numpy(np.frombuffer(bytearray(header(spec, tag)), dtype=np.uint8))
+    messages[..., : HEADER.size] = head.to(spec.device, non_blocking=True)
+    messages[..., _places(spec)[-1].stop :] = 0
+
+
+def _fill(message: Tensor, state: State, spec: StateSpec) -> None:
     for room, part in zip(_views(message, spec), tensors(state), strict=True):
         room.copy_(part.detach())
-    message[_places(spec)[-1].stop :] = 0
 
 
 def room_for(spec: StateSpec, device: torch.device, *messages: int) -> Tensor:

@@ -133,16 +133,16 @@ class NeighbourCopies:
     def _exchange(self, step: int) -> None:
         channel, tag = self.channel, MessageTag(step, "copies")
         assert channel is not None
+        leaving = self._own[step][self.state.copied]
         if not self._sizes:
             sizes = torch.zeros(channel.size, dtype=torch.float64)
-            sizes[channel.rank] = len(self._own[step][self.state.copied])
+            sizes[channel.rank] = len(leaving)
             self._sizes = [int(size) for size in channel.all_reduce(sizes, tag).tolist()]
             channel = self._connect(PATIENCE_S + max(self._sizes) * self.state.dtype.itemsize / SLOWEST_BYTES_S)
             assert channel is not None
             with self._lock:
                 self.channel = self.channel and channel  # it may have been closed meanwhile
         before = (channel.rank - self.offset) % channel.size
-        leaving = self._own[step][self.state.copied]
         spec = StateSpec((torch.Size((self._sizes[before],)),), (self.state.dtype,), torch.device("cpu"))
         (received,) = channel.exchange([(leaving, (channel.rank + self.offset) % channel.size)], [(spec, before)], tag)
         assert isinstance(received, Tensor)
@@ -202,15 +202,6 @@ class Copies:
         offset = copy_offset(nodes, blocks if sharded else 1)
         return Copies(blocks=blocks, replicas=config.mesh.data, sharded=sharded, offset=offset)
 
-    @property
-    def are_kept(self) -> bool:
-        """False where other replicas have all of a worker's state."""
-        return self.sharded or self.replicas == 1
-
-    def holder(self, rank: int) -> int | None:
-        """Who holds the copy of a worker's state, where one is kept."""
-        return (rank + self.offset) % (self.blocks * self.replicas) if self.are_kept else None
-
     def sources(self, rank: int, step: int, held: Mapping[int, Inventory]) -> list[Source] | None:
         """What makes up a worker's state after `step` steps; None: something of it is lost.
 
@@ -221,8 +212,8 @@ class Copies:
         if rank in own:
             return [Source(rank, rank)]
         replica = next((Source(other, other) for other in sorted(own) if other % self.blocks == rank % self.blocks), None)
-        holder = self.holder(rank)
-        copy = Source(holder, rank, not self.sharded) if holder is not None and holder in held and step in held[holder].neighbours else None
+        holder = (rank + self.offset) % (self.blocks * self.replicas)
+        copy = Source(holder, rank, not self.sharded) if holder in held and step in held[holder].neighbours else None
         wanted = [replica, copy] if self.sharded else [copy if self.replicas == 1 else replica]
         return None if None in wanted else [source for source in wanted if source is not None]
 

@@ -202,11 +202,7 @@ class BlockState:
 
     def put(self, state: Tensor) -> None:
         """Make the block what it was."""
-        for parameter, part in zip(self.parameters, parts_of(state, self.layout), strict=True):
-            kept = dict(zip(part.place.moments, part.moments, strict=True))
-            if self.engine.optimizer.counts_steps(parameter):
-                kept["step"] = torch.tensor(part.steps)
-            self._put(parameter, part.weights, kept if part.steps else {})  # before the first step the optimizer has no state
+        self.gather([(self.layout, state)])
 
     def gather(self, states: Sequence[tuple[Layout, Tensor]]) -> None:
         """Make the block what it was when its layers, or the optimizer's state of them, were shared out otherwise.

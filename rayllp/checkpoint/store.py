@@ -9,7 +9,7 @@ import json
 import os
 import re
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -200,7 +200,7 @@ def load_pieces(engine: Engine, folder: Folder, prolongation: Prolongation | Non
     """
     tied = engine.block.architecture.tied_to
     cache: dict[str, dict[str, Tensor]] = {}
-    for piece, name, parameter in _owned(engine):
+    for piece, name, parameter in engine.block.owned():
         source = tied.get(name, name)
         piece = piece if source == name else "embed"
         if piece not in cache:
@@ -240,7 +240,7 @@ def _load_parameter(engine: Engine, stored: Mapping[str, Tensor], name: str, par
 def _saved(engine: Engine) -> dict[str, list[str]]:
     """By piece, the names of its parameters, but for those that another worker's copy stands for."""
     pieces: dict[str, list[str]] = {}
-    for piece, name, _ in _owned(engine):
+    for piece, name, _ in engine.block.owned():
         if not engine.block.is_counted_elsewhere(name):
             pieces.setdefault(piece, []).append(name)
     return pieces
@@ -275,18 +275,10 @@ def _states_at(writer: int, engine: Engine, names: Sequence[str]) -> dict[str, d
     received: Sequence[Any] = replicas.exchange([] if replicas.rank == writer else [(state, writer)], coming, tag)
     if replicas.rank != writer:
         return {}
-    parts = by_name([(own.layout, state), *((layout, found) for layout, found in zip(layouts, received, strict=True))])
+    parts = by_name([(own.layout, state), *zip(layouts, received, strict=True)])
     owned = {name: engine.block.parameters[name] for name in names}
     kept = {name: range(p.numel() if p.requires_grad else 0) for name, p in owned.items()}  # of a frozen one no state is kept
     return {name: join(parts[name], kept[name], counted=optimizer.counts_steps(p)) for name, p in owned.items()}
-
-
-def _owned(engine: Engine) -> Iterator[tuple[str, str, nn.Parameter]]:
-    """Piece, full name and value of every parameter; one that two pieces share counts to the first."""
-    for piece, prefix, module in engine.block.pieces():
-        for own, _ in module.named_parameters():
-            if prefix + own in engine.block.parameters:
-                yield piece, prefix + own, engine.block.parameters[prefix + own]
 
 
 def _checksum(path: Folder) -> str:

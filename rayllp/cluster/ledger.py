@@ -94,15 +94,14 @@ class Ledger:
         Returns: None; or, of a step whose loss or gradient is not finite, and was not taken, each worker's fault.
         """
         for done, (stats, (_, accuracy, plan)) in enumerate(zip(answers[0], self._chunk, strict=False)):
-            metric = self._metric(stats, accuracy, plan)
+            metric, timed = self._metric(stats, accuracy, plan), [answer[done] for answer in answers]
             if plan is not None and plan.lipschitz:  # a probe ends its chunk
                 found = _in_layer_order([answer[-1]["lipschitz"] for answer in answers])
                 metric["lipschitz"] = found if len(found) == self.config.model.layers else None  # some were lost with their worker
-            metric["mfu"] = self._utilisation([answer[done] for answer in answers])
+            metric["mfu"] = self._utilisation(timed)
             if not math.isfinite(stats["loss"]) or not math.isfinite(stats["grad_norm"]):
                 return [answer[-1]["fault"] for answer in answers]
             self._journal.step(metric)
-            timed = [answer[done] for answer in answers]
             self._record_timeline(metric, timed)
             for rank, each in enumerate(timed):
                 if "trace" in each:

@@ -91,9 +91,14 @@ class RayGroup(ElasticGroup):
         return self._build(range(self.config.world))
 
     @property
+    def _is_all_here(self) -> bool:
+        """Whether all workers are on this host."""
+        return {*self._nodes} == {ray.get_runtime_context().get_node_id()}
+
+    @property
     def _sent(self) -> Any:
         """The batches in Ray's object store, once for all workers; small files go along where one is on another host than this."""
-        far = {*self._nodes} != {ray.get_runtime_context().get_node_id()}
+        far = not self._is_all_here
         if far not in self._shared:
             self._shared[far] = ray.put(with_files(self._batches) if far else self._batches)
         return self._shared[far]
@@ -133,8 +138,7 @@ class RayGroup(ElasticGroup):
         self._end_mpi()
         if self.config.channel != "mpi":
             return None
-        here = ray.get_runtime_context().get_node_id()
-        self._manager = ProcessManager(LOOPBACK if {*self._nodes} == {here} else ray.util.get_node_ip_address(), self._nodes)
+        self._manager = ProcessManager(LOOPBACK if self._is_all_here else ray.util.get_node_ip_address(), self._nodes)
         return self._manager.rendezvous
 
     def _end_mpi(self) -> None:

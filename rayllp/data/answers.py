@@ -6,7 +6,6 @@ from itertools import islice
 from typing import Any, Self
 
 import numpy as np
-import tokenizers
 import torch
 from torch import Tensor
 
@@ -16,7 +15,7 @@ from rayllp.data.cache import Entry, Writer, fingerprint
 from rayllp.data.files import Faults, locate
 from rayllp.data.sampling import Order, select
 from rayllp.data.sources import Table, held_out_table, training_table
-from rayllp.data.tokenizer import Tokenizer, is_made, load_tokenizer
+from rayllp.data.tokenizer import Tokenizer, identity, is_made, load_tokenizer, smallest_dtype
 from rayllp.data.tokenizer_kinds import Pretrained
 from rayllp.errors import DataError
 
@@ -113,8 +112,7 @@ def load_answers(settings: DataSettings, sequence_length: int, seed: int, tokeni
     write = WriteAnswers(train, held_out, tokenizer, settings, sequence_length, read_template(settings))
     said = [write.template, settings.messages_field, settings.text_field, settings.answer_field, settings.documents, settings.on_long]
     stamps = [train.stamp(), held_out and held_out.stamp(), settings.on_error, settings.max_bytes, sequence_length, said]
-    rules = getattr(tokenizer, "rules", None) or tokenizer.texts()
-    key = fingerprint("answers", stamps, rules, tokenizers.__version__)
+    key = fingerprint("answers", stamps, *identity(tokenizer))
     entry = Entry(key, write, settings.cache, f"samples of {train.name}").settle()
     count = len(entry.array("train_sequences")) - 1
     if held_out is not None:
@@ -172,7 +170,7 @@ class WriteAnswers:
 
     def _write(self, writer: Writer, name: str, samples: Iterator[_Sample]) -> int:
         """Samples that are written."""
-        dtype, packed = np.min_scalar_type(max(0, self.tokenizer.vocabulary - 1)), self.settings.documents == "packed"
+        dtype, packed = smallest_dtype(self.tokenizer.vocabulary), self.settings.documents == "packed"
         writer.append(f"{name}_samples", np.zeros(1, np.int64))
         writer.append(f"{name}_sequences", np.zeros(1, np.int64))
         tokens, count, used = 0, 0, 0

@@ -2,7 +2,7 @@
 
 import gzip
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
@@ -13,6 +13,9 @@ from rayllp.config import DataSettings
 from rayllp.errors import DataError
 
 Sample = TypeVar("Sample")
+
+BLOCK = 2**20
+"""Bytes that are read at a time."""
 
 
 def locate(name: str, what: str) -> Path:
@@ -65,8 +68,22 @@ def read_file(what: str, path: Path) -> bytes:
     Raises:
         DataError: names the file, as `what`.
     """
+    return b"".join(blocks(what, path))
+
+
+def blocks(what: str, path: Path) -> Iterator[bytes]:
+    """The content of a file, of a .gz unpacked, and an empty block at its end.
+
+    Raises:
+        DataError: names the file, as `what`.
+    """
     try:
-        return gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            while True:
+                block = file.read(BLOCK)
+                yield block
+                if not block:
+                    return
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{what} {path} cannot be read: {error}; give a file, or a whole .gz of one") from None
 

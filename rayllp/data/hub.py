@@ -73,8 +73,8 @@ class Split:
         for some in self._guarded(self.loaded.select_columns(list(columns)).iter(batch_size=at_once)):
             yield from zip(*(some[column] for column in columns), strict=True)
 
-    def texts(self, setting: str, column: str, faults: Faults) -> Iterator[tuple[int, str]]:
-        """The texts in a column, with the numbers of their rows.
+    def texts(self, setting: str, column: str, faults: Faults) -> Iterator[str]:
+        """The texts in a column.
 
         Raises:
             DataError: there is no such column, or something else in it; nothing in a row, unless faults are skipped.
@@ -82,7 +82,7 @@ class Split:
         self.require(setting, column)
         for number, (text,) in enumerate(self.rows(column)):
             if isinstance(text, str):
-                yield number, text
+                yield text
                 continue
             kind = "nothing" if text is None else type(text).__name__
             where = f"{self.source} row {number}: column {column!r} holds {kind}, not text"
@@ -121,15 +121,6 @@ def load_split(settings: DataSettings, *names: str, stream: bool = False, what: 
     return None
 
 
-def load_train(settings: DataSettings, *, stream: bool = False) -> Split:
-    """The training split, `data.split`.
-
-    Raises:
-        DataError: as `load_split`, or there is none.
-    """
-    return load_named(settings, "data.split", settings.split, stream=stream)
-
-
 def load_named(settings: DataSettings, setting: str, name: str, *, stream: bool = False, what: str | None = None) -> Split:
     """The split that a setting names.
 
@@ -159,9 +150,10 @@ def up_to(limit: int | None, items: Iterable[Item], size: Callable[[Item], int])
     """Items from the first on, as long as all of them together are no larger than `limit`."""
     total = 0
     for item in items:
-        total += size(item)
-        if limit is not None and total > limit:
-            return
+        if limit is not None:
+            total += size(item)
+            if total > limit:
+                return
         yield item
 
 

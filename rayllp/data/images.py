@@ -13,7 +13,7 @@ from rayllp.config import DataSettings
 from rayllp.data.base import IGNORE, Facts, passes
 from rayllp.data.decoded import DecodedImages
 from rayllp.data.files import Faults, locate, read_file, refuse_one_class
-from rayllp.data.hub import Split, is_table, load_named, load_split, load_train, name_of, named, up_to
+from rayllp.data.hub import Split, is_table, load_named, load_split, name_of, named, up_to
 from rayllp.data.sampling import Order, select
 from rayllp.errors import DataError
 
@@ -229,7 +229,7 @@ def _read_dataset(settings: DataSettings, faults: Faults) -> tuple[_Images, _Ima
         held_out: Split | None = load_named(settings, "data.validation_split", settings.validation_split)
     else:
         held_out = load_split(settings, "validation", "test")
-    splits = [split for split in (load_train(settings), held_out) if split]
+    splits = [split for split in (load_named(settings, "data.split", settings.split), held_out) if split]
     if not settings.streaming and settings.max_bytes is None and _bytes_of(splits[0]) > HELD_IN_MEMORY:
         sets = [_leave_in_files(split, settings, faults) for split in splits]
         train, validation = sets if len(sets) > 1 else _hold_out(sets[0], settings.validation_fraction)

@@ -48,7 +48,7 @@ class MaskedBatches(StreamBatches):
 
     def batch(self, split: str, step: int, size: int) -> tuple[Tensor, Tensor]:
         """Token ids, and the original ids where they are to be guessed, both of shape (size, sequence_length)."""
-        windows, filled = self.windows(split, step, size)
+        windows, filled = self.windows(split, self.starts(split, step, size))
         if split == "train":
             parts = [self._mask(windows, key(self.order.seed, split, step, "mask"))]
         else:

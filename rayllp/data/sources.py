@@ -1,9 +1,7 @@
 """Where text comes from: files, folders, tables, data sets. It is read in pieces, so that it may be larger than memory."""
 
 import codecs
-import gzip
 import sysconfig
-import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,14 +9,11 @@ from typing import Any, Protocol
 
 from rayllp.config import DataSettings
 from rayllp.data.cache import stamp
-from rayllp.data.files import Faults, locate, not_utf8
+from rayllp.data.files import Faults, blocks, locate, not_utf8
 from rayllp.data.hub import Split, is_table, load_named, load_splits, stamp_of, visible_files
 from rayllp.errors import DataError
 
 DEFAULT_TEXT_BYTES = 4_000_000
-BLOCK = 2**20
-"""Bytes that are read at a time."""
-
 TABLE_KINDS = "json, jsonl, csv, tsv, parquet, arrow, or a folder written by save_to_disk"
 HELD_OUT_SPLITS = ("validation", "valid", "dev", "test")
 """Splits that a data set may hold out itself, the likelier one first."""
@@ -132,7 +127,7 @@ class Column:
 
     def documents(self, faults: Faults) -> Iterator[Document]:
         """A row each."""
-        for _, text in self.table.open().texts("data.text_field", self.field, faults):
+        for text in self.table.open().texts("data.text_field", self.field, faults):
             yield (text,)
 
 
@@ -270,8 +265,6 @@ def _behind(start: str, document: Document) -> Iterator[str]:
 
 def cut(text: bytes, limit: int) -> bytes:
     """The first `limit` bytes, fewer where that would split a character."""
-    if len(text) <= limit:
-        return text
     # A UTF-8 character has up to three bytes 10xxxxxx after its first.
     return text[: next((end for end in range(limit, max(limit - 4, 0), -1) if text[end] & 0xC0 != 0x80), limit)]
 
@@ -288,7 +281,7 @@ def read_text_file(what: str, path: Path) -> Iterator[str]:
         DataError: it cannot be read.
     """
     rest, line, first = b"", 1, True
-    for block in _blocks(what, path):
+    for block in blocks(what, path):
         content = rest + block
         if first:
             if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
@@ -308,16 +301,3 @@ def read_text_file(what: str, path: Path) -> Iterator[str]:
         line += text.count("\n")
         if text:
             yield text
-
-
-def _blocks(what: str, path: Path) -> Iterator[bytes]:
-    """The content of a file, unpacked, and an empty block at its end."""
-    try:
-        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
-            while True:
-                block = file.read(BLOCK)
-                yield block
-                if not block:
-                    return
-    except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{what} {path} cannot be read: {error}; give a file, or a whole .gz of one") from None

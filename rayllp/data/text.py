@@ -14,9 +14,10 @@ from rayllp.config import DataSettings
 from rayllp.data.base import IGNORE, Facts, Inputs, passes
 from rayllp.data.cache import Entry, Part, Writer, fingerprint
 from rayllp.data.files import Faults
+from rayllp.data.hub import up_to
 from rayllp.data.sampling import Order, in_order
-from rayllp.data.sources import Document, Source, held_out_text, joined, training_text
-from rayllp.data.tokenizer import Tokenizer, is_made, load_tokenizer, restore_tokenizer
+from rayllp.data.sources import Source, held_out_text, joined, training_text
+from rayllp.data.tokenizer import Tokenizer, identity, is_made, load_tokenizer, restore_tokenizer, smallest_dtype
 from rayllp.errors import DataError
 from rayllp.keys import key
 
@@ -116,9 +117,9 @@ class StreamBatches:
         offsets = {epoch: key(order.seed, "offset", order.number, int(epoch)) % rest for epoch in np.unique(epochs)}
         return places * self.stride + np.array([offsets[epoch] for epoch in epochs])
 
-    def windows(self, split: str, step: int, size: int) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens of a batch, int64 of shape (size, tokens); and which of its places are filled: others lie beyond the held-out text."""
-        stream, starts = self.tokens[split].values, self.starts(split, step, size)
+    def windows(self, split: str, starts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens of windows (`starts`), int64 of shape (size, tokens); and which are filled: others lie beyond the held-out text."""
+        stream = self.tokens[split].values
         return np.stack([stream[start : start + self.length] for start in np.maximum(starts, 0)]).astype(np.int64), starts >= 0
 
     def batches(self, split: str, size: int) -> int:
@@ -160,12 +161,13 @@ class TextBatches(StreamBatches):
 
     def batch(self, split: str, step: int, size: int) -> tuple[Inputs, Tensor]:
         """Token ids of shape (size, sequence_length), twice; where texts are packed, their positions beside the first."""
-        windows, filled = self.windows(split, step, size)
+        starts = self.starts(split, step, size)
+        windows, filled = self.windows(split, starts)
         targets = np.where(filled[:, None], windows[:, 1:], IGNORE)
         inputs = torch.from_numpy(windows[:, :-1].copy())
         if not self.packed:
             return inputs, torch.from_numpy(targets)
-        positions = self.positions(split, self.starts(split, step, size))
+        positions = self.positions(split, starts)
         targets[positions[:, 1:] == 0] = IGNORE
         return (inputs, torch.from_numpy(positions[:, :-1].copy())), torch.from_numpy(targets)
 
@@ -227,8 +229,7 @@ def load_tokens(settings: DataSettings, sequence_length: int, window: int, token
     tokenizer = tokenizer or _tokenizer(settings, source, stamps)
     packed = settings.documents == "packed"
     write = WriteTokens(source, held_out, tokenizer, settings.max_bytes, settings.on_error == "skip", packed)
-    rules = getattr(tokenizer, "rules", None) or tokenizer.texts()
-    name = fingerprint("tokens", stamps, held_out and held_out.stamp(), packed, rules, tokenizers.__version__)
+    name = fingerprint("tokens", stamps, held_out and held_out.stamp(), packed, *identity(tokenizer))
     entry = Entry(name, write, settings.cache, f"tokens of {source.name}").settle()
     train = Part.whole(entry, "train")
     if held_out is None:
@@ -306,11 +307,11 @@ class WriteTokens:
         texts = source.documents(faults)
         try:
             if not self.packed:
-                for ids in self.tokenizer.stream(_gathered(joined(texts, limit))):
+                for ids in self.tokenizer.stream("".join(some) for some in _together(joined(texts, limit))):
                     writer.append(name, ids.astype(dtype))
                     count += len(ids)
                 return count
-            for some in _together(_limited(texts, limit)):
+            for some in _together(up_to(limit, map("".join, texts), lambda text: len(text.encode()))):
                 rows = [ids for ids in self._encode(some) if len(ids)]
                 writer.append(f"{name}_texts", count + np.cumsum([0, *(len(ids) for ids in rows)])[:-1])
                 writer.append(name, np.concatenate([np.zeros(0, dtype), *rows]).astype(dtype))
@@ -329,37 +330,8 @@ class WriteTokens:
         return rows if end is None else [np.append(ids, end).astype(np.int64) for ids in rows]
 
 
-def smallest_dtype(vocabulary: int) -> np.dtype:
-    """Of integers that hold all ids below this."""
-    return np.min_scalar_type(max(0, vocabulary - 1))
-
-
-def _gathered(pieces: Iterable[str]) -> Iterator[str]:
-    """The same text in pieces that are not short."""
-    some, size = list[str](), 0
-    for piece in pieces:
-        some.append(piece)
-        size += len(piece)
-        if size >= GATHERED:
-            yield "".join(some)
-            some, size = [], 0
-    yield "".join(some)
-
-
-def _limited(texts: Iterable[Document], limit: int | None) -> Iterator[str]:
-    """Whole texts, as long as all of them together have no more bytes of UTF-8."""
-    left = limit
-    for text in texts:
-        whole = "".join(text)
-        if left is not None:
-            left -= len(whole.encode())
-            if left < 0:
-                return
-        yield whole
-
-
 def _together(texts: Iterable[str]) -> Iterator[list[str]]:
-    """Several texts at a time."""
+    """Several texts, or pieces of one, at a time."""
     some, size = list[str](), 0
     for text in texts:
         some.append(text)

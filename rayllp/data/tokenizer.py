@@ -3,9 +3,10 @@
 import difflib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
+import tokenizers
 
 from rayllp.data.tokenizer_kinds import Bytes, Characters, Pretrained, SentencePiece, TokenizersFile, TrainedBPE, decode_text
 from rayllp.errors import DataError
@@ -70,6 +71,16 @@ def is_made(name: str) -> bool:
 def make_tokenizer(name: str, text: bytes) -> Tokenizer:
     """As `load_tokenizer`, from a text in memory."""
     return load_tokenizer(name, (decode_text(part) for part in (text,)))
+
+
+def identity(tokenizer: Tokenizer) -> list[Any]:
+    """What tokens depend on: the tokenizer's rules, and the library that applies them."""
+    return [getattr(tokenizer, "rules", None) or tokenizer.texts(), tokenizers.__version__]
+
+
+def smallest_dtype(vocabulary: int) -> np.dtype:
+    """Of integers that hold all ids below this."""
+    return np.min_scalar_type(max(0, vocabulary - 1))
 
 
 def load_tokenizer(name: str, pieces: Iterable[str]) -> Tokenizer:

@@ -141,15 +141,20 @@ class Block:
         """Whether another worker's copy of this parameter stands for it in norms and checkpoints."""
         return (self.last and name in self.shared) or (not self.first and name in self.common_parameters)
 
+    def owned(self) -> Iterator[tuple[str, str, nn.Parameter]]:
+        """Piece, full name and value of every parameter; one that two pieces share counts to the first."""
+        for piece, prefix, module in self.pieces():
+            for own, _ in module.named_parameters():
+                if prefix + own in self.parameters:
+                    yield piece, prefix + own, self.parameters[prefix + own]
+
     def counted(self) -> Iterator[tuple[int, nn.Parameter]]:
         """Parameters for which no other worker's copy stands, in the network's order, each with its piece's place in it."""
         layers = self.config.model.layers
         places = {"embed": 0, "common": layers + 1, "head": layers + 2, **{f"layer_{n:05d}": n + 1 for n in self.layers}}
-        for piece, prefix, module in self.pieces():
-            for own, _ in module.named_parameters():
-                name = prefix + own
-                if name in self.parameters and not self.is_counted_elsewhere(name):
-                    yield places[piece], self.parameters[name]
+        for piece, name, parameter in self.owned():
+            if not self.is_counted_elsewhere(name):
+                yield places[piece], parameter
 
     def leaves(self, index: int) -> list[nn.Parameter]:
         """Trainable parameters that layer `index` uses."""

@@ -20,7 +20,7 @@ from rayllp.engine.batch import StepBatch
 from rayllp.engine.block import Block, Moment
 from rayllp.engine.consistency import Consistency
 from rayllp.engine.layer_group import LayerGroup
-from rayllp.engine.pipeline import slices
+from rayllp.engine.pipeline import count_microbatches, slices
 from rayllp.engine.step_gradients import StepGradients, add_embedding_gradients, in_parts, loss_and_seed
 from rayllp.engine.trajectory import Graph, input_gradients, record_graph
 from rayllp.mgrit.windows import Placement
@@ -62,7 +62,8 @@ class InOrderGradients:
         group = self.group
         channel: Channel = group.channel if group.timeline is None else TimedChannel(group.channel, group.timeline)
         samples = len(batch.samples)
-        count = min(samples, group.config.microbatches or _count_microbatches(samples, channel.size))
+        # Every layer of a microbatch is two messages, and 1F1B's many would fill no bubble here.
+        count = min(samples, count_microbatches(samples, channel.size, group.config.microbatches, fewest=True))
         if channel.sends_wait and self._sends_back(channel.size):
             count = 1  # else each of two has a microbatch to send to the other before it takes one back
         with group.channel.program(("in order", count, group.spec(batch.inputs))):
@@ -198,11 +199,3 @@ class _DeferredParameterGradients:
             with self._group.span("adjoint"):
                 torch.autograd.backward(graph.outputs, lam, inputs=leaves)
         return True
-
-
-def _count_microbatches(samples: int, workers: int) -> int:
-    """The fewest that keep all workers busy: every layer of each is two messages, and 1F1B's many would fill no bubble here."""
-    if workers == 1:
-        return 1
-    divisors = [m for m in range(1, 4 * workers + 1) if samples % m == 0]
-    return min((m for m in divisors if m >= workers), default=divisors[-1])

@@ -112,11 +112,18 @@ class PlainAutograd:
         return total
 
 
-def count_microbatches(batch: int, workers: int, wanted: int | None) -> int:
-    """Microbatches for `batch` sequences: as wanted, else the largest divisor of the batch up to 4 a worker."""
+def count_microbatches(batch: int, workers: int, wanted: int | None, *, fewest: bool = False) -> int:
+    """Microbatches for `batch` sequences: as wanted, else the largest divisor of the batch up to 4 a worker.
+
+    Args:
+        fewest: the smallest of these instead that keeps all workers busy, where there is one.
+    """
     if workers == 1:
         return 1
-    return wanted or max(m for m in range(1, 4 * workers + 1) if batch % m == 0)
+    if wanted:
+        return wanted
+    divisors = [m for m in range(1, 4 * workers + 1) if batch % m == 0]
+    return next((m for m in divisors if fewest and m >= workers), divisors[-1])
 
 
 class Pipeline:
@@ -144,9 +151,8 @@ class Pipeline:
         outputs: tuple[Tensor, ...] = state
         if block.last:
             with torch.no_grad():
-                real = spec.build([torch.zeros(s, dtype=d, device=block.device) for s, d in like])
                 block.begin(0, range(self.part), small, training=False)
-                outputs = (block.leave(real).to("meta").requires_grad_(),)
+                outputs = (block.leave(spec.zeros()).to("meta").requires_grad_(),)
         stage = PipelineStage(
             self.module, rank, size, block.device,
             input_args=entering if block.first else state, output_args=outputs,

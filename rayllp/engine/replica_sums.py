@@ -6,7 +6,7 @@ sum the same buckets in the same order. Should a gradient get more than it was e
 """
 
 from collections import Counter
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -54,7 +54,7 @@ class ReplicaSums:
         self._plans: dict[Hashable, _Plan] = {}
         self._is_open = False
         self._hooks = [
-            p.register_post_accumulate_grad_hook(self._contributed) for p in self._parameters if replicas.size > 1 and p.requires_grad
+            p.register_post_accumulate_grad_hook(self._contributed) for p in self._parameters if replicas.size > 1
         ]
 
     def close(self) -> None:
@@ -183,19 +183,15 @@ class ReplicaSums:
 
 def _buckets(parameters: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:
     """In this order, each of BUCKET_BYTES or a little less; the last one may be empty."""
-    return list(_cut(parameters))
-
-
-def _cut(parameters: Iterable[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
-    bucket: list[nn.Parameter] = []
+    buckets: list[list[nn.Parameter]] = [[]]
     room = BUCKET_BYTES
     for parameter in parameters:
-        if bucket and parameter.nbytes > room:
-            yield bucket
-            bucket, room = [], BUCKET_BYTES
-        bucket.append(parameter)
+        if buckets[-1] and parameter.nbytes > room:
+            buckets.append([])
+            room = BUCKET_BYTES
+        buckets[-1].append(parameter)
         room -= parameter.nbytes
-    yield bucket
+    return buckets
 
 
 def _flatten(parts: Sequence[Tensor]) -> Tensor:

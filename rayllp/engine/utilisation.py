@@ -48,13 +48,7 @@ def count_flops(group: LayerGroup, inputs: Inputs) -> float:
     # torch does not count the CPU's fused attention.
     attention = sdpa_kernel(SDPBackend.MATH) if group.device.type == "cpu" else nullcontext()
     with torch.no_grad(), attention, FlopCounterMode(display=False) as counter:
-        state = (
-            block.enter(one)
-            if block.first
-            else spec.build(
-                [torch.zeros(shape, dtype=dtype, device=spec.device) for shape, dtype in zip(spec.shapes, spec.dtypes, strict=True)]
-            )
-        )
+        state = block.enter(one) if block.first else spec.zeros()
         for index in block.middle:
             state = block.run_layer(index, block.layers[index], state)
         if block.last:

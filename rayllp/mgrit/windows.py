@@ -187,7 +187,7 @@ class WindowSolver:
         rank, size, tag = self.channel.rank, self.channel.size, self.tag.at("window's end", 0)
         owners = [self.placement.owners[layer] for layer in layers]
         most, ends = max(owners.count(worker) for worker in set(owners)), []
-        own = [*mine.values(), *[self._nothing()] * (most - len(mine))]
+        own = [*mine.values(), *[self.spec.zeros()] * (most - len(mine))]
         for place, first in enumerate(tensors(start)):
             length = -(-first.numel() // size)
             rows = [_pieces(tensors(increment)[place], size, length) for increment in own]
@@ -208,7 +208,7 @@ class WindowSolver:
             return [mine[layer] for layer in layers]
         owners = [self.placement.owners[layer] for layer in layers]
         most = max(owners.count(rank) for rank in set(owners))
-        own = [*mine.values(), *[self._nothing()] * (most - len(mine))]
+        own = [*mine.values(), *[self.spec.zeros()] * (most - len(mine))]
         gathered = [self.channel.all_gather(increment, self.spec, self.tag.at(phase, place)) for place, increment in enumerate(own)]
         taken = dict.fromkeys(owners, 0)
         increments = []
@@ -216,14 +216,6 @@ class WindowSolver:
             increments.append(gathered[taken[owner]][owner])
             taken[owner] += 1
         return increments
-
-    def _nothing(self) -> State:
-        """What a worker without a layer in the window adds to a gather."""
-        parts = [
-            torch.zeros(shape, dtype=dtype, device=self.spec.device)
-            for shape, dtype in zip(self.spec.shapes, self.spec.dtypes, strict=True)
-        ]
-        return self.spec.build(parts)
 
 
 def _pieces(tensor: Tensor, count: int, length: int) -> Tensor:

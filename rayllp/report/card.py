@@ -3,7 +3,7 @@
 import json
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from rayllp.checkpoint import checkpoints, step_of
 from rayllp.config import TrainConfig, load_run_config, to_text
 from rayllp.models.scaled import loader
 from rayllp.nested import stage_at
-from rayllp.report.rundir import RunDirectory, flatten, read_lines
+from rayllp.report.rundir import RunDirectory, changed_settings, read_lines
 
 PLACES = ("data.path", "data.validation_path", "data.dataset", "data.tokenizer", "model.from_pretrained", "checkpoint.path")
 """Settings that may be paths of one's own machine, of which a card has the last name alone."""
@@ -84,8 +84,7 @@ def _training(config: TrainConfig, run: RunDirectory, step: int) -> Iterator[str
 
 
 def _changed(config: TrainConfig) -> dict[str, Any]:
-    values, plain = (flatten(settings.model_dump(mode="json")) for settings in (config, TrainConfig()))
-    changed: Mapping[str, Any] = {name: value for name, value in values.items() if value != plain.get(name) and name not in OWN}
+    changed = {name: value for name, value in changed_settings(config).items() if name not in OWN}
     return {name: _short(value) if name in PLACES and value is not None else value for name, value in changed.items()}
 
 

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 from rayllp.config import TrainConfig
 from rayllp.errors import SettingsError
 from rayllp.report.journal import SCALARS, Listener
-from rayllp.report.rundir import RunDirectory, flatten
+from rayllp.report.rundir import RunDirectory, changed_settings, flatten
 
 KNOWN = "loggers.json"
 PACKAGES = {"wandb": "wandb", "mlflow": "mlflow"}
@@ -154,10 +154,9 @@ class MLflow(Service):
         if not {"MLFLOW_EXPERIMENT_NAME", "MLFLOW_EXPERIMENT_ID"} & os.environ.keys():
             mlflow.set_experiment("rayllp")
         self._mlflow, begun = mlflow, mlflow.start_run(run_id=known, run_name=run.path.name)
-        values, plain = (flatten(settings.model_dump(mode="json")) for settings in (config, TrainConfig()))
         if known is None:
-            mlflow.log_params({name: str(value)[:500] for name, value in values.items() if value != plain[name]})
-        mlflow.log_dict(values, "config.json")
+            mlflow.log_params({name: str(value)[:500] for name, value in changed_settings(config).items()})
+        mlflow.log_dict(flatten(config.model_dump(mode="json")), "config.json")
         return str(begun.info.run_id)
 
     def log(self, values: Mapping[str, float], step: int) -> None:

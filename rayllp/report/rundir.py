@@ -273,6 +273,12 @@ def _rounded(values: Any) -> Any:
     return [_rounded(value) for value in values] if isinstance(values, list) else values
 
 
+def changed_settings(config: TrainConfig) -> dict[str, Any]:
+    """Settings that are not at their default, by dotted name."""
+    values, plain = (flatten(settings.model_dump(mode="json")) for settings in (config, TrainConfig()))
+    return {name: value for name, value in values.items() if value != plain.get(name)}
+
+
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested settings by dotted name."""
     found: dict[str, Any] = {}
