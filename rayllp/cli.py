@@ -115,7 +115,8 @@ def export(
 
     written = export_model(run, to, step, family, merge=merge)
     write_card(run, written, step)
-    typer.echo(f"{loader(written)}.from_pretrained({str(written)!r}) loads it")
+    kind, options = loader(written)
+    typer.echo(f"{kind}.from_pretrained({str(written)!r}{options}) loads it")
 
 
 @app.command()

@@ -1,11 +1,11 @@
 """What a pretrained checkpoint fixes, read from its config.json, so that it need not be set again."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rayllp.errors import CheckpointError
+from rayllp.errors import CheckpointError, SettingsError
 
 # Our setting: what transformers' configurations call it.
 NAMES = {
@@ -58,6 +58,51 @@ def transformers_config(stored: Mapping[str, Any]) -> dict[str, Any]:
     return dict(stored.get("transformers_config", stored))
 
 
+def layer_sources(here: int, there: int, open_: int = 0, close: int = 0) -> tuple[int, ...]:
+    """Which layer of a checkpoint with `there` layers each of `here` layers is made of.
+
+    Fewer are taken at equal distances, the first and the last among them. More are each middle layer several times in a row, as nested
+    iteration makes them (arXiv:1912.08974).
+
+    Args:
+        open_, close: buffers, which stay as they are where there are to be more layers.
+
+    Raises:
+        SettingsError: more layers, whose middle ones are no multiple of the checkpoint's.
+    """
+    if here <= there:
+        return tuple(round(n * (there - 1) / max(here - 1, 1)) for n in range(here))
+    middle, wanted = there - open_ - close, here - open_ - close
+    if middle < 1 or wanted % middle:
+        nearest = ", ".join(str(there + factor * middle) for factor in (1, 2, 3)) if middle > 0 else "fewer buffers"
+        raise SettingsError(
+            f"model.layers={here} and a checkpoint of {there} layers, {max(middle, 0)} of which are no buffers and could become several: "
+            f"set model.layers to {there} or fewer, or to {nearest}"
+        )
+    middles = (open_ + n // (wanted // middle) for n in range(wanted))
+    return (*range(open_), *middles, *range(there - close, there))
+
+
+def count_layers(config: Mapping[str, Any]) -> int | None:
+    """Layers of transformers' configuration, an encoder's and a decoder's together; None where it says none."""
+    if config.get("num_decoder_layers"):  # T5's
+        return int(config["num_layers"] + config["num_decoder_layers"])
+    if config.get("encoder_layers") and config.get("decoder_layers"):
+        return int(config["encoder_layers"] + config["decoder_layers"])
+    return next((int(config[name]) for name in LAYERS if name in config), None)
+
+
+def with_sources(config: Mapping[str, Any], sources: Sequence[int]) -> dict[str, Any]:
+    """transformers' configuration with a layer for each of these layers of it."""
+    if config.get("is_encoder_decoder") or not any(name in config for name in LAYERS):
+        raise SettingsError(
+            f"model.layers={len(sources)} and a checkpoint of {count_layers(config)} layers: of an encoder–decoder all are taken; leave "
+            "model.layers out"
+        )
+    listed = {name: [config[name][source] for source in sources] for name in LISTED if config.get(name) is not None}
+    return {**config, **listed, **{name: len(sources) for name in LAYERS if name in config}}
+
+
 def with_layers(config: Mapping[str, Any], layers: int) -> dict[str, Any]:
     """transformers' configuration with so many layers, under the name that it has for their number."""
     listed = {name for name in LISTED if config.get(name) is not None and len(config[name]) != layers}  # derived where it is not given
@@ -83,14 +128,17 @@ def with_pretrained_sizes(values: Mapping[str, Any]) -> Mapping[str, Any]:
     stored = read_config(str(source))
     config = transformers_config(stored)
     found = {ours: next((config[name] for name in names if config.get(name) is not None), None) for ours, names in NAMES.items()}
-    layers = next((config[name] for name in LAYERS if name in config), None)
-    if config.get("encoder_layers") and config.get("decoder_layers"):
-        layers = config["encoder_layers"] + config["decoder_layers"]
+    layers = count_layers(config)
     sizes = {name: size for name, size in {**found, "layers": layers}.items() if size is not None}
     steps = stored.get("steps") or {"step": {"middle": 1.0, "buffer": 1.0}, "buffers": {"open": 0, "close": 0}}
     if config.get("num_decoder_layers"):  # T5's
-        layers, sizes["encoder_layers"] = config["num_layers"] + config["num_decoder_layers"], config["num_layers"]
-        sizes["layers"] = layers
+        sizes["encoder_layers"] = config["num_layers"]
     sizes |= _kind_of(config, model)
-    merged = {group: {**steps[group], **dict(values.get(group) or {})} for group in ("step", "buffers")}
+    given = {group: dict(values.get(group) or {}) for group in ("step", "buffers")}
+    merged = {group: {**steps[group], **given[group]} for group in given}
+    wanted = model.get("layers")
+    if isinstance(wanted, int) and layers and wanted > layers and "middle" not in given["step"]:
+        # A layer that becomes several takes as many steps over the same time.
+        sources = layer_sources(wanted, layers, merged["buffers"]["open"], merged["buffers"]["close"])
+        merged["step"]["middle"] /= sources.count(sources[merged["buffers"]["open"]])
     return {**values, **merged, "model": {**sizes, **dict(model)}}

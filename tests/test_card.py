@@ -31,7 +31,7 @@ def test_an_export_has_a_card(tmp_path, middle):
     card = ModelCard.load(tmp_path / "model" / "README.md")
     assert card.data.library_name == "transformers"
     assert "layer-parallel" in card.data.tags
-    source = "transformers import GPT2LMHeadModel" if middle == 1 else "rayllp.models.scaled import ScaledModel"
+    source = f"transformers import {'GPT2LMHeadModel' if middle == 1 else 'AutoModelForCausalLM'}"
     for line in (
         "# tiny", f"from {source}", "A `GPT2LMHeadModel` of 2 + 8 + 2 layers", "`shakespeare.txt`; tokenizer `bytes`, sequences of 16.",
         "- 2 steps (1 layer-parallel, 1 exact) of 4 samples, seed 0, in float32", "| loss | 2.5000 |", "| perplexity | 12.2500 |",
@@ -41,9 +41,8 @@ def test_an_export_has_a_card(tmp_path, middle):
     ):  # fmt: skip
         assert line in card.content, (line, card.content)
     assert str(tmp_path) not in card.content  # a path of one's own machine
-    if middle == 1:
-        loaded = {}
-        code = card.content.partition("```python\n")[2].partition("```")[0]
-        exec(code.replace('"model"', repr(str(tmp_path / "model"))), loaded)
-        count = sum(p.numel() for p in loaded["model"].parameters())
-        assert f"{count / 1e6:.1f} M parameters" in card.content
+    loaded = {}
+    code = card.content.partition("```python\n")[2].partition("```")[0]
+    exec(code.replace('"model"', repr(str(tmp_path / "model"))), loaded)
+    count = sum(p.numel() for p in loaded["model"].parameters())
+    assert f"{count / 1e6:.1f} M parameters" in card.content

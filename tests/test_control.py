@@ -285,6 +285,8 @@ def test_a_ladder_that_is_no_faster_than_exact_steps_is_left_and_looked_at_again
     control.observe(0, GOOD)
     assert control.begin(10, {"serial": 1.0}) is None
     assert control.begin(10, {"serial": 1.0, "1+1": 0.5}) is None
+    for step in (5, 12, 19):  # too slow by so little may be chance
+        assert control.begin(step, {"serial": 1.0, "1+1": 0.99}) is None
     decision = control.begin(20, {"serial": 1.0, "1+1": 0.99})
     assert (decision.rung, decision.reason) == ("serial", "a step by 1+1 takes 0.99 s, an exact one 1 s")
     assert control.probe(49) is None  # a probe would cost time for nothing
@@ -296,6 +298,15 @@ def test_a_ladder_that_is_no_faster_than_exact_steps_is_left_and_looked_at_again
         assert each.probe(520).candidate.name == "1+1"
     control.time_anew(520)  # on another number of workers
     assert control.accuracy_at(524).serial
+
+
+def test_a_ladder_that_is_much_slower_is_left_at_once_and_taken_back_if_exact_steps_are_slower_still():
+    control = open_controller()
+    control.observe(0, GOOD)
+    assert control.begin(10, {"serial": 1.0, "1+1": 1.2}).rung == "serial"
+    assert control.begin(40, {"serial": 1.25, "1+1": 1.2}) is None
+    assert control.begin(24, {"serial": 1.4, "1+1": 1.2}) is None  # a few steps tell little
+    assert "looking again" in control.begin(40, {"serial": 1.4, "1+1": 1.2}).reason
 
 
 def test_a_ladder_of_ones_own_is_heeded_whatever_its_times():

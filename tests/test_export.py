@@ -20,7 +20,7 @@ from rayllp.checkpoint.described import TOKENIZER_JSON, read_model_json, write_m
 from rayllp.checkpoint.export import export
 from rayllp.cli import app
 from rayllp.cluster import prepare
-from rayllp.config import load_config, to_yaml
+from rayllp.config import load_config, make_config, to_yaml
 from rayllp.control import Accuracy
 from rayllp.engine import Engine
 from rayllp.errors import CheckpointError, DataError, SettingsError
@@ -118,9 +118,17 @@ def test_transformers_computes_what_the_run_computes(family, head, workers, midd
     to = export(tmp_path / "run", tmp_path / "model")
     model = load(family, head, to, scaled=middle != 1.0)
     assert next(model.parameters()).dtype == torch.float64
-    with torch.no_grad():
-        outputs = model(**arguments_of(family, head, inputs)).logits
-    torch.testing.assert_close(outputs, wanted, rtol=1e-10, atol=1e-10)
+    models = [model]
+    if middle != 1.0:  # by transformers alone, with the code that is in the folder
+        auto = AUTO[head if head == "sentences" else family]
+        models.append(auto.from_pretrained(to, trust_remote_code=True).eval())
+        assert not type(models[-1]).__module__.startswith("rayllp")
+        models[-1].save_pretrained(tmp_path / "again")
+        models.append(load(family, head, tmp_path / "again", scaled=True))
+    for each in models:
+        with torch.no_grad():
+            outputs = each(**arguments_of(family, head, inputs)).logits
+        torch.testing.assert_close(outputs, wanted, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("tie", [True, False])
@@ -200,7 +208,7 @@ def test_a_scaled_model_is_saved_as_one_and_captures_scaled_states(tmp_path):
     torch.testing.assert_close(outputs.hidden_states[1], engine.block.layer(0, outputs.hidden_states[0]), rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(outputs.hidden_states[1], state, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(outputs.hidden_states[2], engine.block.layer(1, state), rtol=1e-12, atol=1e-12)
-    with pytest.raises(ValueError, match="rayllp_scaled"):
+    with pytest.raises(ValueError, match="trust_remote_code"):
         transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model")
 
 
@@ -390,7 +398,8 @@ def test_bytes_and_characters_have_no_tokenizer_files(text, tmp_path):
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             folder = export(run.path, tmp_path / f"model_{name}")
-        assert {path.name for path in folder.iterdir()} == {"config.json", "generation_config.json", "model.safetensors"}
+        written = {"config.json", "generation_config.json", "model.safetensors", "modeling_rayllp.py"}
+        assert {path.name for path in folder.iterdir()} == written
 
 
 def test_model_json_as_plain_transformers_configuration_or_none(text, tmp_path):
@@ -494,12 +503,42 @@ def test_import_refuses(tmp_path):
         ("gpt2", tmp_path / "nowhere", {}, r"no config.json there that could be read"),
         ("gpt2", pickled, {}, "pickled weights are not read; save the model with save_pretrained"),
         ("gpt2", damaged, {}, "its safetensors cannot be read"),
-        ("gpt2", folder, {"layers": 9}, "the checkpoint has layers 8, but model.layers is 9"),
-        ("gpt2", folder, {"layers": 7}, "the checkpoint has layers 8, but model.layers is 7"),
         ("gpt2", folder, {"width": 32}, "the checkpoint has width 16, but model.width is 32"),
     ):
         with pytest.raises(CheckpointError, match=message):
             make(config_of(family, model={"from_pretrained": str(source), **changes}), LocalChannel.alone())
+
+
+@pytest.mark.parametrize(("layers", "sources"), [(5, (0, 2, 4, 5, 7)), (14, (0, *[n for n in range(1, 7) for _ in "ab"], 7))])
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_layers_are_taken_out_of_a_checkpoint_or_become_several(family, layers, sources, tmp_path):
+    trained(config_of(family), tmp_path / "run")  # 1 + 6 + 1 layers
+    folder = export(tmp_path / "run", tmp_path / "model")
+    there = tensors_of(folder)
+    changes = {"from_pretrained": str(folder), "layers": layers}
+    buffers = {"open": 1, "close": 1}
+    assert make_config({"model": changes, "buffers": buffers}).middle_step == (0.5 if layers == 14 else 1.0)
+    config = config_of(family, workers=2, model=changes, mode="serial")
+    run, _ = trained(config, tmp_path / "deeper", steps=0)
+    found = tensors_of(export(run.path, tmp_path / "exported"))
+    layer = "transformer.h" if family == "gpt2" else "model.layers"
+    for name, value in found.items():
+        if name.startswith(layer):
+            number, _, rest = name.removeprefix(layer + ".").partition(".")
+            name = f"{layer}.{sources[int(number)]}.{rest}"
+        assert torch.equal(value, there[name]), name
+    assert len({name.split(".")[2] for name in found if name.startswith(layer)}) == layers
+
+
+def test_layers_that_a_checkpoints_do_not_make_are_refused(tmp_path):
+    trained(config_of("gpt2"), tmp_path / "run")
+    folder = str(export(tmp_path / "run", tmp_path / "model"))
+    with pytest.raises(SettingsError, match=r"model.layers=9 .*6 of which .* set model.layers to 8 or fewer, or to 14, 20, 26"):
+        make(config_of("gpt2", model={"from_pretrained": folder, "layers": 9}), LocalChannel.alone())
+    trained(config_of("mt"), tmp_path / "pairs")
+    folder = str(export(tmp_path / "pairs", tmp_path / "translates"))
+    with pytest.raises(SettingsError, match=r"of an encoder–decoder all are taken; leave model.layers out"):
+        make(config_of("mt", model={"from_pretrained": folder, "layers": 6, "encoder_layers": 3}), LocalChannel.alone())
 
 
 def test_a_checkpoint_of_another_kind_of_model_is_refused(tmp_path):
@@ -582,7 +621,7 @@ def test_scaled_model_refuses(tmp_path):
     values = json.loads((scaled / "config.json").read_text())
     for change, message in (
         ({"step_sizes": [0.5]}, "1 step_sizes for 8 layers"),
-        ({"transformers_config": {"architectures": ["OPTForCausalLM"]}}, "OPTForCausalLM has no module transformer.h.0"),
+        ({"transformers_config": {"architectures": ["OPTForCausalLM"]}}, "OPTForCausalLM has no attribute `transformer`"),
         ({"transformers_config": {"architectures": ["NoSuchModel"]}}, "has no NoSuchModel"),
     ):
         (scaled / "config.json").write_text(json.dumps(values | change))

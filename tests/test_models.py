@@ -11,11 +11,12 @@ from rayllp.channel import LocalChannel, run_workers
 from rayllp.channel.base import ChannelAround
 from rayllp.data import Facts
 from rayllp.engine import Engine
-from rayllp.engine.decode import continue_text, translate
+from rayllp.engine.decode import continue_text, remembers, translate
 from rayllp.errors import CheckpointError
 from rayllp.models import FAMILIES, LayerStack, build_architecture, register
 from rayllp.models.metrics import Confusion
 from rayllp.models.presets import Llama
+from rayllp.state import tensors
 from tests.conftest import tiny
 from tests.test_engine import ENOUGH, SERIAL
 from tests.test_families import PAD, RandomBatches, config_of, make, ours, theirs
@@ -180,6 +181,58 @@ def test_sampled_text_does_not_depend_on_the_workers(family):
     assert len(set(wanted)) > 3
     for workers in (2, 3):
         assert sample(workers) == [wanted] * workers
+
+
+def count_tokens(engine):
+    """Positions that a worker's layers have been through so far, by layer."""
+    counted = dict.fromkeys(engine.block.layers, 0)
+    advance = engine.block.architecture.advance
+
+    def counting(index, layer, state, context, common):
+        counted[index] += tensors(state)[-1].shape[1]
+        return advance(index, layer, state, context, common)
+
+    engine.block.architecture.advance = counting
+    return counted
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_each_token_goes_through_the_layers_once(family):
+    """Beyond the context every token moves, and all of them are taken again."""
+
+    def sample(workers, forget):
+        def work(channel):
+            engine = make(config_of(family, workers=channel.size), channel)
+            if forget:
+                engine.block.architecture.past = lambda: None
+            counted = count_tokens(engine)
+            return continue_text(engine.exact_forward, [1, 2, 3], tokens), sorted(counted.values())
+
+        return run_workers(workers, work)
+
+    for tokens in (6, 12):  # with three more in the prompt; the context has ten
+        ((text, all_of_them),) = sample(1, forget=True)
+        ((found, once),) = sample(1, forget=False)
+        assert found == text
+        assert [found for found, _ in sample(3, forget=False)] == [text] * 3
+        assert all_of_them[0] == sum(min(3 + n, 10) for n in range(tokens))
+        assert once[0] == (3 + tokens - 1 if tokens == 6 else 10 + 10 * 4)
+
+
+def test_layers_that_remember_otherwise_take_all_tokens_again():
+    """A worker whose layers make something else of what they remember has all workers take whole sequences."""
+    (wanted,) = run_workers(1, lambda channel: continue_text(make(config_of("llama"), channel).exact_forward, [1, 2, 3], 5))
+
+    def work(channel):
+        engine = make(config_of("llama", workers=2), channel)
+        if channel.rank == 1:
+            for layer in engine.block.layers.values():
+                attend = layer.self_attn.forward
+                layer.self_attn.forward = lambda *args, attend=attend, **kwargs: attend(*args, **{**kwargs, "cache": None})
+        remembered = remembers(engine.block, lambda tokens: tokens, torch.tensor([[1, 2, 3, 4]]))
+        return continue_text(engine.exact_forward, [1, 2, 3], 5), remembered
+
+    assert run_workers(2, work) == [(wanted, True), (wanted, False)]
 
 
 def test_beam_search_over_workers_is_that_of_transformers():

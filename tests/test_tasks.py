@@ -113,7 +113,7 @@ def test_pretraining_is_exported_and_fine_tuned(tmp_path):
     pretraining = config_of(model={"family": "bert"}, data={"path": str(tmp_path / "text.txt"), "tokenizer": "bpe:270"}, steps=4)
     run = rayllp.train(pretraining, output=tmp_path / "run").directory
     folder = export(run, tmp_path / "model")
-    with pytest.raises(ValueError, match="rayllp_scaled"):
+    with pytest.raises(ValueError, match="trust_remote_code"):
         AutoModelForMaskedLM.from_pretrained(folder)
     assert ScaledModel.from_pretrained(folder).config.num_hidden_layers == 8
     tuning = {

@@ -179,9 +179,7 @@ def main() -> None:
     worst = max(abs(a - b) for a, b in zip(found["losses"], wanted["losses"], strict=True))
     print(f"largest difference of a loss: {worst:.1e}")
     for who, result in (("rayllp", found), ("Trainer", wanted)):
-        print(
-            f"{who}: {median(result['seconds'][2:]):.2f} s a step, peak {', '.join(f'{peak:.0f}' for peak in result['peaks'])} MiB"
-        )
+        print(f"{who}: {median(result['seconds'][2:]):.2f} s a step, peak {', '.join(f'{peak:.0f}' for peak in result['peaks'])} MiB")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ import json
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
@@ -32,10 +32,10 @@ from rayllp.errors import CheckpointError, DataError, SettingsError
 from rayllp.models import adapter, build_architecture, refuse_unnamed_code
 from rayllp.models.lora import NAME, save_adapter, stored_name
 from rayllp.models.outline import outline
-from rayllp.models.scaled import model_class, scaled_config
+from rayllp.models.scaled import model_class, write_scaled
 from rayllp.models.weights import INDEX, SINGLE, names_of_tied
 from rayllp.nested import stage_of_depth
-from rayllp.sizes import with_layers
+from rayllp.sizes import count_layers, read_config, transformers_config, with_layers
 
 SHARD_BYTES = 4 * 1024**3
 DTYPES = {"F32": torch.float32, "F64": torch.float64}
@@ -84,7 +84,7 @@ class _Adapter:
 
 
 def export(run: Path, to: Path, step: int | None = None, family: str | None = None, *, merge: bool = False) -> Path:
-    """Write a run's model to `to` as transformers keeps one; with step sizes other than 1, for `ScaledModel` to load.
+    """Write a run's model to `to` as transformers keeps one; with step sizes other than 1, with the code that loads it.
 
     Args:
         run: run directory.
@@ -136,6 +136,9 @@ def _export_adapters(run: Path, config: TrainConfig, checkpoint: Path, to: Path)
         what = "model.train too" if settings.train else "new weights, not those of model.from_pretrained"
         raise SettingsError(f"{run} has trained {what}, so that its adapters alone are no model: export it with --merge")
     values = _read_model(run, config)
+    with suppress(CheckpointError):  # it may be gone
+        if count_layers(transformers_config(read_config(settings.from_pretrained))) != settings.layers:
+            raise SettingsError(f"{run} has other layers than {settings.from_pretrained}, which takes no adapters of theirs: add --merge")
     kind = model_class(values["architectures"][0])
     model_config = kind.config_class.from_dict(values)
     layer = outline(kind, model_config).get_submodule(adapter(config).layer_paths(model_config, settings.layers)[0])
@@ -374,8 +377,7 @@ def _cut(places: Mapping[str, _Stored]) -> list[dict[str, _Stored]]:
 def _write_configs(config: TrainConfig, kind: type[PreTrainedModel], model_config: PreTrainedConfig, folder: Path) -> None:
     model_config.save_pretrained(folder)
     if _scaled(config):
-        path = folder / "config.json"
-        path.write_text(scaled_config(json.loads(path.read_text(encoding="utf-8")), _steps(config, model_config)), encoding="utf-8")
+        write_scaled(folder, _steps(config, model_config), config.model.task)
     if kind.can_generate():
         names = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "forced_eos_token_id")
         options = {name: getattr(model_config, name, None) for name in names}

@@ -33,8 +33,12 @@ EARLY = (10, 20, 40, 80)
 """Steps after which windows are probed besides: while the learning rate warms up, a bias can grow from nothing to harm in fewer steps
 than lie between two regular probes.
 """
+CLEARLY, DOUBTED = 1.1, 15
+"""So many times an exact step's time are too long at once; a solve that takes less, and still too much, has so many steps to do better."""
 LOOK_AGAIN = 10
 """Probes' distances until a ladder that was too slow is tried again."""
+TAKE_BACK = 0.95
+"""It is tried again at once where exact steps then turn out slower: where its own took no more than this part of their time."""
 
 
 @dataclass
@@ -50,6 +54,8 @@ class _State:
     above: int | None = None  # the rung that a step down has left: where to go back to if the lower one is not accurate
     timed_from: int = 0  # exact steps are timed from here on
     slow_until: int | None = None  # every rung was too slow; look again then
+    slow: str = ""  # the rung that was too slow
+    doubted_from: int | None = None  # the rung's time is too long by a little from this step on
 
 
 class Controller:
@@ -168,20 +174,34 @@ class Controller:
 
     def _heed_times(self, step: int, seconds: Mapping[str, float]) -> Decision | None:
         """Leave the ladder where its rung is no faster than an exact step; every further rung is slower still."""
-        state = self._state
+        state, exact = self._state, seconds.get("serial")
         if not self.config.heeds_times or state.final:
             return None
         if state.slow_until is not None:
-            if step < state.slow_until:
-                return None
-            state.slow_until, state.rung, state.verified, state.probe_at, state.timed_from = None, 0, False, step, step
-            return self._decision(step, "looking again whether layer-parallel steps are faster")
-        exact, here = seconds.get("serial"), seconds.get(self.rung)
-        if self.serial or self._is_unverified or exact is None or here is None or here <= GAIN * exact:
+            return self._look_again(step, exact, seconds.get(state.slow))
+        here = seconds.get(self.rung)
+        if self.serial or self._is_unverified or exact is None or here is None:
             return None
-        slow = self.rung
+        if here <= GAIN * exact:
+            state.doubted_from = None
+            return None
+        state.doubted_from = step if state.doubted_from is None else state.doubted_from
+        if step < state.doubted_from + DOUBTED and here <= CLEARLY * exact:
+            return None
+        state.slow, state.doubted_from = self.rung, None
         state.slow_until, state.rung = step + LOOK_AGAIN * self.settings.probe_every, len(self.rungs) - 1
-        return self._decision(step, f"a step by {slow} takes {here:.3g} s, an exact one {exact:.3g} s")
+        return self._decision(step, f"a step by {state.slow} takes {here:.3g} s, an exact one {exact:.3g} s")
+
+    def _look_again(self, step: int, exact: float | None, slow: float | None) -> Decision | None:
+        """Back to the first rung, when its time has come, or exact steps are slower than the rung was that was left for them."""
+        state = self._state
+        assert state.slow_until is not None
+        left = state.slow_until - LOOK_AGAIN * self.settings.probe_every
+        slower = exact is not None and slow is not None and slow <= TAKE_BACK * exact and step >= left + DOUBTED
+        if step < state.slow_until and not slower:
+            return None
+        state.slow_until, state.rung, state.verified, state.probe_at, state.timed_from = None, 0, False, step, step
+        return self._decision(step, "looking again whether layer-parallel steps are faster")
 
     def observe(self, step: int, probe: Probe) -> Decision | None:
         """Take a probe's findings; a decision if the rung changes, or is used from now on."""

@@ -185,9 +185,14 @@ class Block:
 
     # Running ------------------------------------------------------------------------------------------------------------------
 
-    def begin(self, step: int, samples: Iterable[int], inputs: Inputs, *, training: bool) -> Moment:
-        """What follows belongs to this step, and to these samples of its global batch, whose inputs are these."""
-        moment = Moment(step, tuple(samples), self.architecture.context(inputs, self.dtype), training)
+    def begin(self, step: int, samples: Iterable[int], inputs: Inputs, *, training: bool, past: Any = None) -> Moment:
+        """What follows belongs to this step, and to these samples of its global batch, whose inputs are these.
+
+        Args:
+            past: in generation, what the architecture remembers of the inputs' first tokens.
+        """
+        remembered = {} if past is None else {"past": past}
+        moment = Moment(step, tuple(samples), self.architecture.context(inputs, self.dtype, **remembered), training)
         self.resume(moment)
         return moment
 
@@ -197,6 +202,15 @@ class Block:
             for _, _, module in self.pieces():
                 module.train(moment.training)
         self.moment = moment
+
+    @contextmanager
+    def uncompiled(self) -> Iterator[None]:
+        """Inside, layers run as they are: generation's lengths, each another, would be compiled one by one."""
+        kept, self._callable = self._callable, self.layers
+        try:
+            yield
+        finally:
+            self._callable = kept
 
     def check_draws(self, inputs: Inputs) -> None:
         """Run the pieces once, on one of these inputs, to see what they draw in training.

@@ -1,8 +1,10 @@
 """Generation with the exact network: transformers' own sampling and beam search on the last worker, the layers where they are.
 
-The last worker runs `generate` over a model whose forward is a question to all workers; the others answer until told to stop.
+The last worker runs `generate` over a model whose forward is a question to all workers; the others answer until told to stop. A question
+is whole sequences; each worker finds among those of the question before what its layers have been through already.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,8 +14,13 @@ from transformers.modeling_outputs import CausalLMOutput
 
 from rayllp.channel.base import MessageTag
 from rayllp.data.base import Inputs
+from rayllp.engine.block import Block
 from rayllp.engine.exact_forward import ExactForward
 from rayllp.models.randomness import seeded
+from rayllp.state import State, like, tensors
+
+TRIED, ALIKE = 4, 1e-3
+"""Tokens on which layers' memory is tried out, and how far what they make may then differ, as a share of it."""
 
 
 class Decoder:
@@ -28,31 +35,46 @@ class Decoder:
         self.exact_forward, self.sources = exact_forward, sources
         self.group = exact_forward.group
         self.questions = 0
+        self.past: Any = None
 
     def generate(self, prompts: Tensor, options: GenerationConfig) -> list[list[int]]:
         """Continuations (prompt included) of (sentences, time) prompts, on every worker."""
-        self.announce(None)  # all workers are here: sampling holds the process's generator, which workers that are threads share
-        if self.group.block.last:
-            with torch.no_grad(), seeded(self.group.config.seed, "generation"):
-                found = _Asking(self, options).generate(prompts, generation_config=options, row=torch.arange(len(prompts)))
-            self.announce(None)
-            answer = found.cpu()
-        else:
-            while (inputs := self.hear()) is not None:
-                self.forward(inputs)
-            answer = None
+        with self.group.block.uncompiled():
+            # All workers are here: sampling holds the process's generator, which workers that are threads share.
+            self.past = self.group.block.architecture.past() if self._all_remember(prompts) else None
+            if self.group.block.last:
+                with torch.no_grad(), seeded(self.group.config.seed, "generation"):
+                    found = _Asking(self, options).generate(prompts, generation_config=options, row=torch.arange(len(prompts)))
+                self.announce(None)
+                answer = found.cpu()
+            else:
+                while len(table := self.share(None)):
+                    self.forward(table)
+                answer = None
         return self.share(answer).tolist()
+
+    def _all_remember(self, prompts: Tensor) -> bool:
+        tokens = prompts[:1].repeat(1, TRIED)[:, :TRIED]
+        fails = 0 if remembers(self.group.block, lambda tokens: self.inputs(tokens, torch.zeros(1, dtype=torch.int64)), tokens) else 1
+        return not self.group.channel.all_reduce(torch.tensor([fails], device=self.group.device), self._tag("memory")).item()
 
     def ask(self, tokens: Tensor, row: Tensor) -> Tensor:
         """Outputs of the network for these tokens; `row` is the sentence that each continues."""
-        self.announce(torch.cat([row[:, None], tokens], 1))
-        outputs = self.forward(self.inputs(tokens, row))
+        table = torch.cat([row[:, None], tokens], 1)
+        self.announce(table)
+        outputs = self.forward(table)
         assert outputs is not None
         return outputs
 
-    def forward(self, inputs: Inputs) -> Tensor | None:
-        """Outputs at the last position, on the last worker; None on all others."""
-        return self.exact_forward(inputs, self._tag("forward"), last_only=True)
+    def forward(self, table: Tensor) -> Tensor | None:
+        """Outputs at the last position of (rows, 1 + time), on the last worker; None on all others."""
+        inputs = self.inputs(table[:, 1:], table[:, 0])
+        if self.past is None:
+            return self.exact_forward(inputs, self._tag("forward"), last_only=True)
+        self.past.begin(table)
+        outputs = self.exact_forward(inputs, self._tag("forward"), last_only=True, past=self.past)
+        self.past.end(table)
+        return outputs
 
     def inputs(self, tokens: Tensor, row: Tensor) -> Inputs:
         """Tokens as the model takes them, beside their rows' sources where it translates."""
@@ -64,11 +86,6 @@ class Decoder:
     def announce(self, table: Tensor | None) -> None:
         """Tell all workers what is asked: (rows, 1 + time), or that nothing more is."""
         self.share(torch.zeros((0, 0), dtype=torch.int64) if table is None else table)
-
-    def hear(self) -> Inputs | None:
-        """What the last worker wants evaluated next; None when it is done."""
-        table = self.share(None)
-        return self.inputs(table[:, 1:], table[:, 0]) if len(table) else None
 
     def share(self, table: Tensor | None) -> Tensor:
         """A table of integers from the last worker to all."""
@@ -104,6 +121,47 @@ class _Asking(PreTrainedModel, GenerationMixin):
     def forward(self, input_ids: Tensor, row: Tensor, **_: Any) -> CausalLMOutput:
         outputs = self.decoder.ask(input_ids[:, -self.window :], row)
         return CausalLMOutput(logits=outputs.float().cpu())
+
+
+def remembers(block: Block, inputs_of: Callable[[Tensor], Inputs], tokens: Tensor) -> bool:
+    """Whether this worker's pieces make the same of a last token by what they remember as by taking all tokens: tried out, once a kind.
+
+    Args:
+        inputs_of: inputs that (1, time) tokens are a part of.
+        tokens: to try.
+    """
+    architecture, common = block.architecture, block.common
+    past, whole, shorter = architecture.past(), inputs_of(tokens), inputs_of(tokens[:, :-1])
+    if past is None:
+        return False
+    generator = torch.Generator().manual_seed(0)
+    layers = {architecture.kind(n): n for n in block.layers}.values()
+
+    def advanced(state: State, context: Any) -> list[Tensor]:
+        return [tensors(architecture.advance(n, block.layers[n], state, context, common))[-1][:, -1:] for n in layers]
+
+    with torch.no_grad():
+        block.begin(0, range(1), whole, training=False)
+        spec, context = architecture.state_spec(whole, block.dtype, block.device), block.moment.context
+        state = like(spec.zeros(), tuple(torch.randn(s, generator=generator).to(block.device, block.dtype) for s in spec.shapes))
+        wanted = advanced(state, context)
+        if block.embed is not None:
+            wanted.append(tensors(architecture.enter(block.embed, whole, context))[-1][:, -1:])
+        try:
+            advanced(_last(state, slice(None, -1)), architecture.context(shorter, block.dtype, past))
+            past.end(torch.cat([torch.zeros_like(tokens[:, :1]), tokens[:, :-1]], 1))
+            context = architecture.context(whole, block.dtype, past)
+            found = advanced(_last(state, slice(-1, None)), context)
+            if block.embed is not None:
+                found.append(tensors(architecture.enter(block.embed, whole, context))[-1])
+        except Exception:  # layers that remember in another way fail in any
+            return False
+    return all(a.shape == b.shape and (a - b).norm() <= ALIKE * b.norm() for a, b in zip(found, wanted, strict=True))
+
+
+def _last(state: State, positions: slice) -> State:
+    *others, last = tensors(state)
+    return like(state, (*others, last[:, positions]))
 
 
 def continue_text(exact_forward: ExactForward, prompt: list[int], tokens: int, temperature: float = 0.8) -> list[int]:

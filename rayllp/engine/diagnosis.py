@@ -43,7 +43,7 @@ def _fault_of_forward(forward: ExactForward, batch: StepBatch) -> tuple[int, int
         entered = block.enter(batch.inputs) if block.first else None
         checking = _Checking(forward.trajectory())
         # All workers take part in the solve, whatever they have found.
-        output = forward.propagate(checking, entered, batch.inputs, MessageTag(batch.step, "diagnosis"))
+        output = forward.propagate(checking, entered, forward.group.spec(batch.inputs), MessageTag(batch.step, "diagnosis"))
         if entered is not None and not is_finite(entered):
             return 0, -1, "embedding or opening buffers: their output is not finite"
         if checking.fault is not None:

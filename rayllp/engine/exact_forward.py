@@ -1,9 +1,12 @@
 """The exact network's outputs, whatever the mode: for evaluation, generation and diagnosis."""
 
+from dataclasses import replace
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from rayllp.channel.base import MessageTag
+from rayllp.channel.base import MessageTag, StateSpec
 from rayllp.data.base import Inputs
 from rayllp.engine.layer_group import LayerGroup
 from rayllp.engine.trajectory import ExactPropagator, Trajectory
@@ -25,37 +28,41 @@ class ExactForward:
         cyclic = group.config.placement == "cyclic" and group.channel.size > 1
         self._placement = Placement.cyclic(group.config.middle_layers, group.channel.size) if cyclic else None
 
-    def __call__(self, inputs: Inputs, tag: MessageTag, *, last_only: bool = False) -> Tensor | None:
+    def __call__(self, inputs: Inputs, tag: MessageTag, *, last_only: bool = False, past: Any = None) -> Tensor | None:
         """The outputs, without dropout, on the last worker; None on all others.
 
         Args:
             tag: names the forward in errors.
             last_only: of the last position only.
+            past: in generation, what the architecture remembers of the inputs' first tokens; only the others are taken.
         """
         block = self.group.block
         with torch.no_grad():
-            block.begin(tag.step, range(tensors(inputs)[0].shape[0]), inputs, training=False)
+            block.begin(tag.step, range(tensors(inputs)[0].shape[0]), inputs, training=False, past=past)
             entered = block.enter(inputs) if block.first else None
-            output = self.propagate(ExactPropagator(self.trajectory()), entered, inputs, tag)
+            spec = self.group.spec(inputs)
+            if past is not None:
+                *others, shape = spec.shapes
+                spec = replace(spec, shapes=(*others, torch.Size((shape[0], shape[1] - past.known, *shape[2:]))))
+            output = self.propagate(ExactPropagator(self.trajectory()), entered, spec, tag)
             return block.leave(output, last_only=last_only) if output is not None else None
 
     def trajectory(self) -> Trajectory:
         """Of one exact forward: it records nothing."""
         return Trajectory(self.group.block, frozenset((0,)), recompute=True)
 
-    def propagate(self, propagator: ExactPropagator, entered: State | None, inputs: Inputs, tag: MessageTag) -> State | None:
+    def propagate(self, propagator: ExactPropagator, entered: State | None, spec: StateSpec, tag: MessageTag) -> State | None:
         """Take a state through all middle layers.
 
         Args:
             propagator: of this worker's layers.
             entered: the state before the first of them, on the first worker.
-            inputs: what it was made of: they say its shape.
+            spec: shapes and dtypes of a state.
 
         Returns the state after the last one, on the last worker; None on all others.
         """
         if self._placement is not None:
-            spec = self.group.spec(inputs)
             return solve_in_order(self._placement, propagator, self.group.channel, entered, spec, tag)
-        problem = Problem(self._hierarchy, propagator, self.group.spec(inputs))
+        problem = Problem(self._hierarchy, propagator, spec)
         solver = MGRITSolver(problem, self._options, Communicator(self.group.channel, tag))
         return solver.solve(entered, reduce_residuals=False).output

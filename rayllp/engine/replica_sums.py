@@ -53,9 +53,7 @@ class ReplicaSums:
         self._unknown = _Plan(_buckets(reversed(self._parameters)))
         self._plans: dict[Hashable, _Plan] = {}
         self._is_open = False
-        self._hooks = [
-            p.register_post_accumulate_grad_hook(self._contributed) for p in self._parameters if replicas.size > 1
-        ]
+        self._hooks = [p.register_post_accumulate_grad_hook(self._contributed) for p in self._parameters if replicas.size > 1]
 
     def close(self) -> None:
         """Let go of the parameters."""

@@ -73,8 +73,16 @@ class Architecture(ABC):
 
     # How they are called ------------------------------------------------------------------------------------------------------
 
-    def context(self, inputs: Inputs, dtype: torch.dtype) -> Any:
-        """What layers need beside the state: masks, position tables. Every worker makes it from the batch; nothing is sent."""
+    def context(self, inputs: Inputs, dtype: torch.dtype, past: Any = None) -> Any:
+        """What layers need beside the state: masks, position tables. Every worker makes it from the batch; nothing is sent.
+
+        Args:
+            past: one that `past` made; the layers are then called with the tokens that it does not know yet, and remember them in it.
+        """
+        return None
+
+    def past(self) -> Any:
+        """What remembers the tokens that layers have been through in generation; None where every forward has to take all of them."""
         return None
 
     def enter(self, embed: nn.Module, inputs: Inputs, context: Any) -> State:

@@ -12,7 +12,7 @@ from rayllp.config import TrainConfig
 from rayllp.config.groups import Task
 from rayllp.data.base import Facts
 from rayllp.errors import CheckpointError, SettingsError
-from rayllp.sizes import read_config, transformers_config
+from rayllp.sizes import count_layers, layer_sources, read_config, transformers_config, with_sources
 
 CLASSES: dict[Task, Mapping[str, Any]] = {
     "causal": auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -84,9 +84,22 @@ def configuration(settings: TrainConfig, facts: Facts, kept: Mapping[str, Any] |
     check_type(model_type)
     if model.architecture not in (None, model_type):
         raise CheckpointError(f"model.from_pretrained is a {model_type}, and model.architecture is {model.architecture}: leave it out")
-    config = CONFIG_MAPPING[model_type].from_dict({**stored, **model.config_overrides})
+    sizes = stored if kept is not None else at_depth(stored, settings)
+    config = CONFIG_MAPPING[model_type].from_dict({**sizes, **model.config_overrides})
     _check_vocabulary(config, settings, facts)
     return _adapted(config, settings, facts)
+
+
+def at_depth(stored: Mapping[str, Any], settings: TrainConfig) -> dict[str, Any]:
+    """A checkpoint's configuration with as many layers as the settings want.
+
+    Raises:
+        SettingsError: its layers do not make so many.
+    """
+    there, here = count_layers(stored), settings.model.layers
+    if there is None or there == here:
+        return dict(stored)
+    return with_sources(stored, layer_sources(here, there, settings.buffers.open, settings.buffers.close))
 
 
 def is_table_of(rows: int, tokens: int) -> bool:

@@ -27,7 +27,7 @@ from rayllp.config import TrainConfig
 from rayllp.data.base import Facts
 from rayllp.errors import CheckpointError, SettingsError
 from rayllp.models.kinds import check_model_type
-from rayllp.models.model_types import is_table_of, labels_of
+from rayllp.models.model_types import at_depth, is_table_of, labels_of
 from rayllp.models.transformer import Transformer
 from rayllp.sizes import read_config, transformers_config
 
@@ -47,17 +47,17 @@ class Preset(Transformer):
         if kept is not None:
             config, source = _with_ours(type(config).from_dict(dict(kept)), config), None
         elif source is not None:
-            config = cls._as_pretrained(config, source)
+            config = cls._as_pretrained(config, source, settings)
         cls.check_sizes(config, settings)
         config._attn_implementation = "sdpa"
         return cls(config, settings.model.layers, settings, facts, source)
 
     @classmethod
-    def _as_pretrained(cls, config: PreTrainedConfig, source: str) -> PreTrainedConfig:
+    def _as_pretrained(cls, config: PreTrainedConfig, source: str, settings: TrainConfig) -> PreTrainedConfig:
         """The checkpoint's own configuration, with what this run's data and settings say of vocabulary, labels, ids and dropout."""
         stored = transformers_config(read_config(source))
         check_model_type(str(stored.get("model_type", "")), config.model_type, source)
-        return _with_ours(type(config).from_dict(stored), config)
+        return _with_ours(type(config).from_dict(at_depth(stored, settings)), config)
 
     @classmethod
     def check_sizes(cls, config: PreTrainedConfig, settings: TrainConfig) -> None:

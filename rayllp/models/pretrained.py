@@ -21,9 +21,11 @@ from rayllp.config import TrainConfig
 from rayllp.data.base import IGNORE, Facts
 from rayllp.errors import SettingsError
 from rayllp.models.base import Architecture
+from rayllp.models.layer_lists import layer_paths
 from rayllp.models.lora import add_adapters, check_targets
 from rayllp.models.outline import initialiser, outline, without_values
 from rayllp.models.weights import PretrainedWeights
+from rayllp.sizes import LISTED, count_layers, layer_sources, read_config, transformers_config, with_layers
 
 
 class Piece(nn.Module):
@@ -66,10 +68,23 @@ class PretrainedArchitecture(Architecture):
         self.model = _outline(self.model_class, config)
         self.same = _parameters_that_are_one(self.model)
         self.stochastic = settings.model.dropout > 0
-        self.weights = PretrainedWeights.open(pretrained, self.model)
+        self.weights = self._open_weights(pretrained)
         self.paths = self.find_pieces()
         self.tied = tuple(self._ties_between(self.embed_paths, self.head_paths))
         self._check_trained()
+
+    def _open_weights(self, source: str | None) -> PretrainedWeights:
+        """A checkpoint, whose layers may be fewer or more than this model's."""
+        stored = {} if source is None else transformers_config(read_config(source))
+        there, buffers = count_layers(stored), self.settings.buffers
+        if there in (None, self.layers):
+            return PretrainedWeights.open(source, self.model)
+        sources = layer_sources(self.layers, there, buffers.open, buffers.close)
+        whole = {name: stored[name] for name in LISTED if name in stored}
+        model = outline(self.model_class, type(self.config).from_dict({**with_layers(self.config.to_dict(), there), **whole}))
+        weights, paths = PretrainedWeights.open(source, model), layer_paths(model)[0]
+        weights.moved = {here: paths[n] for here, n in zip(layer_paths(self.model)[0], sources, strict=True)}
+        return weights
 
     def _check_trained(self) -> None:
         """Refuse patterns and targets that match nothing."""

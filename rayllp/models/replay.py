@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from rayllp.errors import SettingsError
 from rayllp.models.outline import fill_buffers, initialiser
+from rayllp.models.past import Past
 
 STATE = "hidden_states"
 """How transformers' layers call the state, where it is not their first argument."""
@@ -93,7 +94,7 @@ class Replay:
         model: on the meta device.
         paths: full names of the layers in their order, an encoder's before a decoder's.
         encoder: how many are an encoder's.
-        arguments: the model's keyword arguments for a batch's inputs.
+        arguments: the model's keyword arguments for a batch's inputs, and for a past that generation goes on from.
 
     Attributes:
         returns: of each layer, how many values it returns; None for the bare state.
@@ -101,7 +102,9 @@ class Replay:
         memory_modules: what makes these of the encoder's last state, one after the other.
     """
 
-    def __init__(self, model: PreTrainedModel, paths: Sequence[str], encoder: int, arguments: Callable[[Any], dict[str, Any]]) -> None:
+    def __init__(
+        self, model: PreTrainedModel, paths: Sequence[str], encoder: int, arguments: Callable[[Any, Past | None], dict[str, Any]]
+    ) -> None:
         self.paths, self.encoder, self.arguments = tuple(paths), encoder, arguments
         self.model = copy.deepcopy(model).eval()
         self.memory_modules: tuple[str, ...] = ()
@@ -119,7 +122,7 @@ class Replay:
 
     # Running ------------------------------------------------------------------------------------------------------------------
 
-    def calls(self, inputs: Any, dtype: torch.dtype) -> list[Call]:
+    def calls(self, inputs: Any, dtype: torch.dtype, past: Past | None = None) -> list[Call]:
         """How each layer is called for these inputs; masks, positions and whatever else follows from the batch alone."""
         calls: list[Call] = []
 
@@ -130,10 +133,12 @@ class Replay:
             return state
 
         with torch.no_grad():
-            self.run(inputs, {}, visit, dtype, training=False)
+            self.run(inputs, {}, visit, dtype, training=False, past=past)
         return calls
 
-    def first_state(self, inputs: Any, parameters: Mapping[str, Tensor], dtype: torch.dtype, *, training: bool) -> tuple[Tensor, ...]:
+    def first_state(
+        self, inputs: Any, parameters: Mapping[str, Tensor], dtype: torch.dtype, *, training: bool, past: Past | None = None
+    ) -> tuple[Tensor, ...]:
         """The state before the first layer; with an encoder, that before its first layer and that before the decoder's."""
         first: list[Tensor] = []
         last_start = self.encoder if self.encoder < len(self.layers) else 0
@@ -145,7 +150,7 @@ class Replay:
                 raise EndOfForward
             return state
 
-        self.run(inputs, parameters, visit, dtype, training=training)
+        self.run(inputs, parameters, visit, dtype, training=training, past=past)
         return tuple(first)
 
     def outputs(self, inputs: Any, state: Tensor, parameters: Mapping[str, Tensor], dtype: torch.dtype, *, training: bool) -> Tensor:
@@ -167,18 +172,20 @@ class Replay:
         dtype: torch.dtype,
         *,
         training: bool,
+        past: Past | None = None,
     ) -> Any:
         """What the model returns for these inputs; None where it was ended.
 
         Args:
             parameters: outside the layers, by full names; all others are zeros.
             visit: is called for every layer in turn, with its number, its call and the state, and gives the state after it.
+            past: of the tokens among these inputs that need not be taken again.
         """
         self.move(dtype, inputs[0].device if isinstance(inputs, tuple) else inputs.device)
         self._train(training)
         self._visit = visit
         try:
-            return functional_call(self.model, dict(parameters), (), self.arguments(inputs), tie_weights=False)
+            return functional_call(self.model, dict(parameters), (), self.arguments(inputs, past), tie_weights=False)
         except EndOfForward:
             return None
         finally:

@@ -1,30 +1,33 @@
 """Models whose residual layers have a step size Δt: transformers' own, with x + Δt·(layer(x) − x) for every layer(x).
 
-transformers' configurations have no Δt, so an export of such a network has a config.json of its own type, which AutoModel refuses
-instead of loading another network.
+transformers' configurations have no Δt, so an export of such a network has a config.json of its own type, and the code that reads it:
+AutoModel loads it where it may run that code, and refuses it elsewhere instead of loading another network.
 """
 
 import json
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any
 
 import transformers
-from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rayllp.errors import CheckpointError
+from rayllp.models import step_sizes
 from rayllp.models.weights import find
 from rayllp.sizes import SCALED
-from rayllp.state import State, interpolate
 
-# A mixin's super() is whatever model class it is mixed into; mypy is told that it is any.
-_Mixed: Any = PreTrainedModel if TYPE_CHECKING else object
+CODE = "modeling_rayllp.py"
+"""The file in an export that transformers loads such a model by."""
+AUTO = {
+    "causal": "AutoModelForCausalLM", "masked": "AutoModelForMaskedLM", "words": "AutoModelForTokenClassification",
+    "sentences": "AutoModelForSequenceClassification", "images": "AutoModelForImageClassification", "translation": "AutoModelForSeq2SeqLM",
+}  # fmt: skip
+"""transformers' class that loads a model of each task."""
 
 
 class ScaledModel:
-    """Loads what `rayllp export` writes of a run whose step sizes are not all 1."""
+    """Loads what `rayllp export` writes of a run whose step sizes are not all 1, without running code of the folder."""
 
     @staticmethod
     def from_pretrained(folder: str | Path, **kwargs: Any) -> PreTrainedModel:
@@ -38,49 +41,39 @@ class ScaledModel:
             CheckpointError: no such folder, or a model without step sizes.
         """
         path = find(str(folder))
-        values = _read_config(path)
-        inner = values["transformers_config"]
-        base = model_class(inner["architectures"][0])
-        kept = {name: values[name] for name in ("step_sizes", "layers", "steps")}
-        scaled: Any = type(base.__name__, (_Scaled, base), {"kept": kept, "__module__": base.__module__})
-        return scaled.from_pretrained(path, config=base.config_class.from_dict(inner), **kwargs)
+        name = _read_config(path)["transformers_config"]["architectures"][0]
+        model_class(name)
+        config, model = step_sizes.classes(name)
+        try:
+            return model.from_pretrained(path, config=config.from_pretrained(path), **kwargs)
+        except (AttributeError, ValueError) as error:
+            raise CheckpointError(f"{path}: its config.json does not fit its model ({error}); export again") from None
 
 
-class _Scaled(_Mixed):
-    """What is mixed into a transformers class: step sizes on its layers, and a config.json that says so when it is saved."""
+def write_scaled(folder: Path, kept: Mapping[str, Any], task: str) -> None:
+    """Make an export one of a model with step sizes: its config.json, and the code that loads it.
 
-    kept: ClassVar[dict[str, Any]]
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        sizes, layers = self.kept["step_sizes"], self.kept["layers"]
-        if len(layers) != len(sizes):
-            raise CheckpointError(f"config.json has {len(sizes)} step_sizes for {len(layers)} layers: it was altered; export again")
-        for path, size in zip(layers, sizes, strict=True):
-            try:
-                layer = self.get_submodule(path)
-            except AttributeError:
-                raise CheckpointError(f"{type(self).__name__} has no module {path}: config.json was altered; export again") from None
-            if size != 1:
-                layer.register_forward_hook(partial(_step, size), with_kwargs=True)
-
-    def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
-        super().save_pretrained(save_directory, *args, **kwargs)
-        path = Path(save_directory) / "config.json"
-        path.write_text(scaled_config(json.loads(path.read_text(encoding="utf-8")), self.kept), encoding="utf-8")
+    Args:
+        kept: step sizes, the full names of the layers that have them, and the settings.
+    """
+    path = folder / "config.json"
+    inner = json.loads(path.read_text(encoding="utf-8"))
+    module = CODE.removesuffix(".py")
+    auto_map = {"AutoConfig": f"{module}.ScaledConfig", AUTO[task]: f"{module}.ScaledModel"}
+    path.write_text(step_sizes.outer(inner, {**kept, "auto_map": auto_map}), encoding="utf-8")
+    code = Path(step_sizes.__file__).read_text(encoding="utf-8")
+    named = f'ScaledConfig, ScaledModel = classes("{inner["architectures"][0]}", __name__)\n'
+    (folder / CODE).write_text(f"{code}\n\n{named}", encoding="utf-8")
 
 
-def scaled_config(inner: dict[str, Any], kept: Mapping[str, Any]) -> str:
-    """The config.json around transformers' configuration: step sizes, the full names of the layers that have them, and the settings."""
-    return json.dumps({"model_type": SCALED, **kept, "transformers_config": inner}, indent=2) + "\n"
-
-
-def loader(folder: Path) -> str:
-    """What loads a folder that `rayllp export` wrote."""
+def loader(folder: Path) -> tuple[str, str]:
+    """What loads a folder that `rayllp export` wrote: a class, and what it is given beside the folder."""
     if not (folder / "config.json").is_file():
-        return "peft.AutoPeftModel"
+        return "peft.AutoPeftModel", ""
     values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    return "rayllp.models.scaled.ScaledModel" if values["model_type"] == SCALED else f"transformers.{values['architectures'][0]}"
+    if values["model_type"] == SCALED:
+        return f"transformers.{next(name for name in values['auto_map'] if name != 'AutoConfig')}", ", trust_remote_code=True"
+    return f"transformers.{values['architectures'][0]}", ""
 
 
 def model_class(name: str) -> type[PreTrainedModel]:
@@ -93,11 +86,6 @@ def model_class(name: str) -> type[PreTrainedModel]:
     if found is None:
         raise CheckpointError(f"transformers {transformers.__version__} has no {name}: use the version that the model was made with")
     return found
-
-
-def _step(size: float, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], after: Tensor) -> State:
-    before = args[0] if args else kwargs["hidden_states"]
-    return interpolate(before, after, size)
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

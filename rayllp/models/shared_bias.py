@@ -41,11 +41,12 @@ class SharedBias:
         """Full name of the table."""
         return f"{self.attention}.{TABLE}"
 
-    def of(self, model: nn.Module, table: nn.Module, state: Tensor) -> Tensor:
-        """The bias (1, heads, time, time) for a state (batch, time, width)."""
+    def of(self, model: nn.Module, table: nn.Module, state: Tensor, known: int = 0) -> Tensor:
+        """The bias (1, heads, time, known + time) for a state (batch, time, width) whose tokens follow `known` others."""
         attention: Any = copy.copy(model.get_submodule(self.attention))
         attention._modules = {TABLE: table}
-        return attention.compute_bias(state.shape[1], state.shape[1], device=state.device)
+        length = known + state.shape[1]
+        return attention.compute_bias(length, length, device=state.device)[:, :, known:]
 
     def put(self, call: Call, bias: Tensor) -> Call:
         """A layer's call with this bias, and nothing else that was handed on."""

@@ -24,12 +24,14 @@ from rayllp.models.examination import examine
 from rayllp.models.layer_lists import layer_paths
 from rayllp.models.metrics import Accuracy, Confusion, Metric, Perplexity
 from rayllp.models.outline import outline
+from rayllp.models.past import Past
 from rayllp.models.pretrained import Piece, PretrainedArchitecture, is_within
 from rayllp.models.randomness import seeded
 from rayllp.models.replay import Call, HandedOn, Memory, Replay, UncuttableError, state_of
 from rayllp.models.shared_bias import TABLE, SharedBias
 from rayllp.state import State, like, tensors
 
+CACHE = ("cache", "past_key_values")
 SAMPLES, TOKENS = 2, 8
 """Of the inputs that a model is examined with."""
 
@@ -40,6 +42,7 @@ class Context:
 
     inputs: Inputs
     calls: list[Call]
+    past: Past | None = None
 
 
 class Transformer(PretrainedArchitecture):
@@ -235,8 +238,8 @@ class Transformer(PretrainedArchitecture):
 
     # Calls ----------------------------------------------------------------------------------------------------------------------
 
-    def arguments(self, inputs: Inputs) -> dict[str, Any]:
-        """The model's own keyword arguments for a batch."""
+    def arguments(self, inputs: Inputs, past: Past | None = None) -> dict[str, Any]:
+        """The model's own keyword arguments for a batch, of whose last tokens alone where a past has the others."""
         parts, pad = tensors(inputs), self.facts.pad
         if self.settings.model.task == "images":
             return {"pixel_values": parts[0].to(self.replay.dtype)}
@@ -245,9 +248,12 @@ class Transformer(PretrainedArchitecture):
             given["use_cache"] = False
         if pad is not None:
             given["attention_mask"] = (parts[0] != pad).long()
-        if self.encoder_layers:
-            given["decoder_input_ids"] = parts[1]
-        elif len(parts) > 1:
+        tokens = "decoder_input_ids" if self.encoder_layers else "input_ids"
+        given[tokens] = parts[-1] if self.encoder_layers else parts[0]
+        if past is not None:
+            assert self._cache_argument is not None
+            given |= {tokens: given[tokens][:, past.known :], "use_cache": True, self._cache_argument: past.cache}
+        if not self.encoder_layers and len(parts) > 1:
             # Texts packed into a row: transformers masks them from each other where positions begin anew and no mask is given.
             return {**given, "position_ids": parts[1]}
         return given
@@ -255,6 +261,11 @@ class Transformer(PretrainedArchitecture):
     @cached_property
     def _takes(self) -> Collection[str]:
         return inspect.signature(self.model.forward).parameters
+
+    @property
+    def _cache_argument(self) -> str | None:
+        """What the model's forward calls a cache."""
+        return next((name for name in CACHE if name in self._takes), None) if "use_cache" in self._takes else None
 
     def _some_inputs(self) -> Inputs:
         if self.settings.model.task == "images":
@@ -278,29 +289,37 @@ class Transformer(PretrainedArchitecture):
         half, first = ("encoder", 0) if index < self.encoder_layers else ("decoder", self.encoder_layers)
         return half if number == self.examined.kinds[first] else f"{half} of another kind, {number},"
 
+    def past(self) -> Past | None:
+        """Keys and values of the layers' attention."""
+        return None if self._cache_argument is None else Past(encoder=bool(self.encoder_layers))
+
     def state_spec(self, inputs: Inputs, dtype: torch.dtype, device: torch.device) -> StateSpec:
         """Shapes that the model's own code makes of these inputs."""
         with torch.no_grad():
             states = self.replay.first_state(inputs, {}, dtype, training=False)
         return StateSpec(tuple(state.shape for state in states), (dtype,) * len(states), device, bare=len(states) == 1)
 
-    def context(self, inputs: Inputs, dtype: torch.dtype) -> Context:
+    def context(self, inputs: Inputs, dtype: torch.dtype, past: Past | None = None) -> Context:
         """How each layer is called for these inputs."""
-        return Context(inputs, self.replay.calls(inputs, dtype))
+        return Context(inputs, self.replay.calls(inputs, dtype, past), past)
 
     def enter(self, embed: Piece, inputs: Inputs, context: Context) -> State:  # type: ignore[override]
         """What the model makes of its inputs before the first layer."""
         given = dict(embed.named_parameters(remove_duplicate=False))
-        states = self.replay.first_state(inputs, given, next(iter(given.values())).dtype, training=embed.training)
+        dtype = next(iter(given.values())).dtype
+        states = self.replay.first_state(inputs, given, dtype, training=embed.training, past=context.past)
         return states if self.encoder_layers else states[0]
 
     def advance(self, index: int, layer: nn.Module, state: State, context: Context, common: nn.Module | None) -> State:
         """A layer, called as the model calls it."""
         call, part = context.calls[index], tensors(state)[0 if index < self.encoder_layers else -1]
+        known = 0 if context.past is None else context.past.known
+        if known and index < self.encoder_layers:
+            return state  # the decoder's layers have read what the encoder makes of the source
         for layers, bias in self.biases:
             if index in layers:
                 assert isinstance(common, Piece)
-                call = bias.put(call, bias.of(self.replay.model, common[bias.table], part))
+                call = bias.put(call, bias.of(self.replay.model, common[bias.table], part, known))
         if not self.encoder_layers:
             return state_of(call.on(layer, part))
         encoded, decoded = tensors(state)

@@ -57,13 +57,15 @@ class PretrainedWeights:
         prefix: the model's own prefix for its base model ("transformer."), with or without which a checkpoint may be written.
         source: the checkpoint, for errors.
         tied: all names of a parameter, by each of them, where it has several.
-        converted: what is made of several tensors, or cut out of one, by each name that the model has for it.
+        converted: what is made of several tensors, or cut out of one, by each name that the checkpoint's model has for it.
+        moved: full name of the checkpoint's layer, by that of the layer that is made of it, where a model has others.
     """
 
     def __init__(self, places: Mapping[str, Place], prefix: str, source: str = "", tied: Mapping[str, list[str]] | None = None) -> None:
         self.places, self.prefix, self.source, self.tied = places, prefix, source, tied or {}
         self.converted: dict[str, Converted] = {}
         self.model: PreTrainedModel | None = None
+        self.moved: dict[str, str] = {}
 
     @classmethod
     def open(cls, source: str | None, model: PreTrainedModel) -> "PretrainedWeights":
@@ -124,8 +126,18 @@ class PretrainedWeights:
                 "model.feed_forward and data.tokenizer to match the checkpoint; a head for other classes needs a checkpoint without one"
             )
 
+    def _name_there(self, name: str) -> str:
+        """The checkpoint's name of a module or a parameter."""
+        if not self.moved:
+            return name
+        parts = name.split(".")
+        length = next(iter(self.moved)).count(".") + 1
+        layer = ".".join(parts[:length])
+        return ".".join((self.moved.get(layer, layer), *parts[length:]))
+
     def place(self, name: str) -> Place | None:
         """Where the parameter `name` is, under that name or another that it has."""
+        name = self._name_there(name)
         for known in (name, *self.tied.get(name, ())):
             for candidate in (known, known.removeprefix(self.prefix), self.prefix + known):
                 if candidate in self.places:
@@ -134,6 +146,7 @@ class PretrainedWeights:
 
     def has(self, path: str) -> bool:
         """Whether the module `path` is in the checkpoint."""
+        path = self._name_there(path)
         starts = (path + ".", path.removeprefix(self.prefix) + ".")
         return any(name.startswith(starts) for name in (*self.places, *self.converted))
 
@@ -146,12 +159,12 @@ class PretrainedWeights:
         by_file: dict[Path, list[tuple[str, str, nn.Parameter]]] = {}
         made: dict[str, Tensor] = {}
         for name, parameter in piece.named_parameters():
-            place = self.place(name)
-            if name in self.converted and place is None:
+            place, there = self.place(name), self._name_there(name)
+            if there in self.converted and place is None:
                 assert self.model is not None
-                if name not in made:
-                    made |= self.converted[name].make(self.model)
-                self._overwrite(name, parameter, made[name])
+                if there not in made:
+                    made |= self.converted[there].make(self.model)
+                self._overwrite(name, parameter, made[there])
             elif place is not None:
                 by_file.setdefault(place.file, []).append((place.key, name, parameter))
         for path, wanted in by_file.items():

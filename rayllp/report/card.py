@@ -46,11 +46,12 @@ def write_card(run_path: Path, folder: Path, step: int | None = None) -> None:
 def _parts(config: TrainConfig, run: RunDirectory, folder: Path, step: int) -> Iterator[list[str]]:
     now = stage_at(config, max(0, step - 1)).config
     sizes = f"of {now.buffers.open} + {now.middle_layers} + {now.buffers.close} layers with Δt = {now.middle_step:.4g} in the middle"
-    kind, _, call = loader(folder).rpartition(".")
+    kind, options = loader(folder)
+    package, _, call = kind.rpartition(".")
     yield [f"# {config.name}"]
     yield [f"{_what(folder)} {sizes} and {_count(folder) / 1e6:.1f} M parameters, trained by rayllp."]
-    load = f'model = {call}.from_pretrained("{folder.name}")'
-    yield ["## How to load it", "", "```python", f"from {kind} import {call}", "", load, "```"]
+    load = f'model = {call}.from_pretrained("{folder.name}"{options})'
+    yield ["## How to load it", "", "```python", f"from {package} import {call}", "", load, "```"]
     yield ["## What it was trained on", "", _data(config)]
     yield ["## How it was trained", "", *_training(config, run, step)]
     evaluations = [line for line in run.evaluations() if line["step"] <= step]
