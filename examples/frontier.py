@@ -25,7 +25,7 @@ from statistics import mean, stdev
 from typing import Any
 
 from rayllp.config import TrainConfig, load_config, make_config
-from rayllp.config.train import EXACT_FROM_WINDOWS, SWEEPS
+from rayllp.config.run import EXACT_FROM_WINDOWS, SWEEPS
 from rayllp.control import Controller, Probe
 from rayllp.plan import Costs, predict_step
 

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rayllp.checkpoint.export import export
-    from rayllp.cluster.given import TrainResult
     from rayllp.cluster.session import keep_workers, train
     from rayllp.cluster.trainer import LayerParallelTrainer
     from rayllp.config import TrainConfig, load_config, make_config
     from rayllp.models.stack import LayerStack
     from rayllp.report.journal import Listener
+    from rayllp.training.result import TrainResult
     from rayllp.tuning.run import tune
 
 __version__ = "0.1.0"
@@ -36,7 +36,7 @@ _HOMES = {
     "keep_workers": "rayllp.cluster.session",
     "train": "rayllp.cluster.session",
     "LayerParallelTrainer": "rayllp.cluster.trainer",
-    "TrainResult": "rayllp.cluster.given",
+    "TrainResult": "rayllp.training.result",
     "TrainConfig": "rayllp.config",
     "load_config": "rayllp.config",
     "make_config": "rayllp.config",

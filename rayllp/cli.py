@@ -53,7 +53,7 @@ def train(
         settings = None if resume else load_config(config, overrides or [])
     with _stoppable("no step was done"):
         if launcher is Launcher.mpi:
-            from rayllp.cluster.launched import train_launched
+            from rayllp.cluster.mpi_group import train_launched
 
             result = train_launched(settings, output=output, resume=resume)
             if result is None:  # rank 0 says how it went
@@ -88,7 +88,7 @@ def tune(
         raise typer.BadParameter("--resume takes the sweep's own file: give no SWEEP, --output or --set with it")
     if not resume and not sweep:
         raise typer.BadParameter("give a sweep's YAML file (tune_configs/ has some), or --resume DIRECTORY")
-    from rayllp.cluster.interrupt import Stopped, interrupting
+    from rayllp.training.interrupt import Stopped, interrupting
     from rayllp.tuning.run import tune as run_sweep
     from rayllp.tuning.sweep import load_sweep
 
@@ -158,9 +158,9 @@ def chaos(
     limit: Annotated[str | None, typer.Option("--for", help="how long; default until the run ends")] = None,
 ) -> None:
     """Kill random workers of a run, to see how it and the cluster bear that; Ctrl-C ends it, the run goes on."""
-    from rayllp.cluster.chaos import parse_duration, unleash
+    from rayllp.cluster.chaos import inject_failures, parse_duration
 
-    unleash(run, parse_duration(mtbf, "--mtbf"), seed, None if limit is None else parse_duration(limit, "--for"), typer.echo)
+    inject_failures(run, parse_duration(mtbf, "--mtbf"), seed, None if limit is None else parse_duration(limit, "--for"), typer.echo)
 
 
 @app.command()

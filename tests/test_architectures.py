@@ -8,8 +8,8 @@ from examples import architectures
 from examples.architectures import EXACT, Random, config_of
 from rayllp.channel import LocalChannel, run_workers
 from rayllp.channel.base import MessageTag
-from rayllp.checkpoint.described import write_model_json
 from rayllp.checkpoint.export import export
+from rayllp.checkpoint.run_metadata import write_model_json
 from rayllp.config import load_run_config, make_config
 from rayllp.data import Facts
 from rayllp.engine import Engine

@@ -9,13 +9,13 @@ import pytest
 import ray
 
 from rayllp.cluster import chaos
-from rayllp.cluster.chaos import RayTarget, Steps, Worker, choose, parse_duration, strike, strikes, unleash
-from rayllp.cluster.driver import Driver
-from rayllp.cluster.names import NAMESPACE, group_name, is_group, number_of, run_name, worker_name
-from rayllp.cluster.prepare import validate
+from rayllp.cluster.actor_names import NAMESPACE, group_name, is_group, number_of, run_name, worker_name
+from rayllp.cluster.chaos import RayTarget, Steps, Worker, choose, failures, inject_failures, kill_at, parse_duration
 from rayllp.cluster.ray_group import RayGroup
 from rayllp.errors import ClusterError, SettingsError
 from rayllp.report import RunDirectory
+from rayllp.training.driver import Driver
+from rayllp.training.prepare import validate
 from tests.conftest import tiny
 from tests.test_train import read, wait_until
 
@@ -34,7 +34,7 @@ def test_what_is_no_duration_is_refused(text):
 
 
 def test_strikes_are_as_faults_are_and_as_the_seed_says():
-    first, again, other = (list(itertools.islice(strikes(20.0, seed), 4000)) for seed in (1, 1, 2))
+    first, again, other = (list(itertools.islice(failures(20.0, seed), 4000)) for seed in (1, 1, 2))
     assert first == again != other
     waits = [after_s for after_s, _ in first]
     assert statistics.mean(waits) == pytest.approx(20, rel=0.05)
@@ -90,9 +90,9 @@ def test_strikes_until_the_time_is_over(clock):
     struck, waiting = [], iter([False] * 10)
     plan = iter([(2.0, 0.99), (3.0, 0.0), (100.0, 0.5)])
     # The second falls on worker 0, which is always dead already: it is tried again, and time goes by.
-    ending = strike(Fake(), plan, 7.0, lambda: next(waiting, True), lambda worker: struck.append((clock[0], worker.number)))
+    ending = kill_at(Fake(), plan, 7.0, lambda: next(waiting, True), lambda worker: struck.append((clock[0], worker.number)))
     assert ending == "the time is over"
-    # 5 s until a step is done, the first strike 2 s later; nobody is there for two looks of half a second.
+    # 5 s until a step is done, the first kill 2 s later; nobody is there for two looks of half a second.
     assert struck == [(pytest.approx(8.0, abs=0.01), 2)]
     assert clock[0] == pytest.approx(12.0, abs=0.5)
 
@@ -100,7 +100,7 @@ def test_strikes_until_the_time_is_over(clock):
 @pytest.mark.usefixtures("clock")
 @pytest.mark.parametrize("trains", [True, False])
 def test_strikes_end_with_the_run(trains):
-    assert strike(Fake(looks=5), strikes(1e6, 0), None, lambda: trains, print) == "the run has ended"
+    assert kill_at(Fake(looks=5), failures(1e6, 0), None, lambda: trains, print) == "the run has ended"
 
 
 def test_a_run_trains_when_its_metrics_grow(tmp_path):
@@ -117,7 +117,7 @@ def test_a_run_trains_when_its_metrics_grow(tmp_path):
 
 def test_what_is_no_run_directory_is_refused(tmp_path):
     with pytest.raises(SettingsError, match=r"not a run directory \(no config.yaml\): give the directory"):
-        unleash(tmp_path, 1.0)
+        inject_failures(tmp_path, 1.0)
 
 
 # A real run --------------------------------------------------------------------------------------------------------------------
@@ -127,7 +127,7 @@ STEPS = 40
 
 
 class Patient(Driver):
-    """Goes on slowly until chaos is over: at whatever speed this machine trains, the first strike meets it before its end."""
+    """Goes on slowly until chaos is over: at whatever speed this machine trains, the first kill meets it before its end."""
 
     def _next_chunk(self, step):
         chunk = super()._next_chunk(step)
@@ -157,7 +157,7 @@ def test_a_run_survives_chaos_and_others_do_not_see_it(tmp_path):
     config = tiny(workers=2, steps=STEPS, dtype="float32", snapshot_every=1, spare_workers=False)
     run = RunDirectory.create(tmp_path / "run", config)
     with pytest.raises(ClusterError, match=r"no worker of .*run is alive .* go on with it by rayllp train --resume"):
-        unleash(run.path, 1.0)
+        inject_failures(run.path, 1.0)
     # Of another run, whose name begins as this one's does; and one that has this run's name elsewhere.
     other = worker_name(run_name(tmp_path / "run2"), 0)
     places = {NAMESPACE: other, "elsewhere": worker_name(run_name(run.path), 0)}
@@ -166,11 +166,11 @@ def test_a_run_survives_chaos_and_others_do_not_see_it(tmp_path):
     thread = threading.Thread(target=train, args=(run, config, over, outcome), daemon=True)
     thread.start()
     try:
-        first_s, second_s = (after_s for after_s, _ in itertools.islice(strikes(2.0, 7), 2))
+        first_s, second_s = (after_s for after_s, _ in itertools.islice(failures(2.0, 7), 2))
         limit_s = first_s + second_s / 2
         wait_until(lambda: (run.path / "metrics.jsonl").exists() or outcome, 60)
         assert not outcome
-        killed = unleash(run.path, 2.0, 7, limit_s, said.append)
+        killed = inject_failures(run.path, 2.0, 7, limit_s, said.append)
     finally:
         over.set()
     thread.join(60)

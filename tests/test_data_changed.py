@@ -8,14 +8,14 @@ import pytest
 from rich.console import Console
 
 from rayllp.checkpoint import MANIFEST
-from rayllp.checkpoint.described import DATA_JSON, TOKENIZER_JSON, write_data_json, write_tokenizer_json
-from rayllp.cluster.driver import Driver
-from rayllp.cluster.prepare import open_run, prepare
+from rayllp.checkpoint.run_metadata import DATA_JSON, TOKENIZER_JSON, write_data_json, write_tokenizer_json
 from rayllp.config import load_run_config
 from rayllp.data.load import load_data
 from rayllp.data.record import DataRecord, checksum
 from rayllp.errors import DataError
 from rayllp.report import Journal, RunDirectory, read_lines
+from rayllp.training.driver import Driver
+from rayllp.training.prepare import open_run, prepare
 from tests.conftest import merge, tiny
 
 TEXT = "".join(f"line {number} of {number % 7} things\n" for number in range(150))

@@ -9,11 +9,11 @@ import torch
 
 from rayllp.channel import run_workers
 from rayllp.checkpoint.states import BlockState
-from rayllp.cluster.driver import Driver
-from rayllp.cluster.prepare import validate
 from rayllp.cluster.ray_group import RayGroup
 from rayllp.errors import ClusterError, SettingsError
 from rayllp.report import RunDirectory
+from rayllp.training.driver import Driver
+from rayllp.training.prepare import validate
 from tests.conftest import losses_over_threads, make_engine, tiny, train_engine
 from tests.test_recovery import Faulty
 from tests.test_train import living_actors, read

@@ -18,10 +18,10 @@ import torch
 
 import rayllp
 from rayllp.checkpoint import checkpoints, read_manifest, step_of
-from rayllp.cluster.driver import Driver
-from rayllp.cluster.prepare import validate
 from rayllp.cluster.ray_group import RayGroup
 from rayllp.report import RunDirectory
+from rayllp.training.driver import Driver
+from rayllp.training.prepare import validate
 from tests.conftest import tiny
 from tests.test_recovery import drive, weights
 from tests.test_train import read

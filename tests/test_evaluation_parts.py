@@ -7,12 +7,12 @@ import pytest
 from rich.console import Console
 
 from rayllp.channel import run_workers
-from rayllp.cluster.evaluation import Evaluator
-from rayllp.cluster.group import WorkerGroup
-from rayllp.cluster.saving import Saver
 from rayllp.cluster.worker import BlockWorker
 from rayllp.errors import CheckpointError
 from rayllp.report import Journal, RunDirectory, read_lines
+from rayllp.training.checkpointing import Saver
+from rayllp.training.evaluation import Evaluator
+from rayllp.training.worker_group import WorkerGroup
 from tests.conftest import make_engine, tiny
 
 

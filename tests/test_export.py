@@ -16,19 +16,19 @@ from rayllp.channel import LocalChannel, run_workers
 from rayllp.channel.base import MessageTag
 from rayllp.checkpoint import PieceWriter, checkpoints, commit, locate, staging
 from rayllp.checkpoint import export as export_module
-from rayllp.checkpoint.described import TOKENIZER_JSON, read_model_json, write_model_json, write_tokenizer_json
 from rayllp.checkpoint.export import export
+from rayllp.checkpoint.run_metadata import TOKENIZER_JSON, read_model_json, write_model_json, write_tokenizer_json
 from rayllp.cli import app
-from rayllp.cluster import prepare
 from rayllp.config import load_config, make_config, to_yaml
 from rayllp.control import Accuracy
 from rayllp.engine import Engine
 from rayllp.errors import CheckpointError, DataError, SettingsError
+from rayllp.hf_config import with_layers
 from rayllp.models import build_architecture, weights
 from rayllp.models.scaled import ScaledModel
 from rayllp.models.weights import PretrainedWeights
 from rayllp.report import RunDirectory
-from rayllp.sizes import with_layers
+from rayllp.training import prepare
 from tests.conftest import make_engine, tiny
 from tests.test_families import CASES, PAD, SERIAL, RandomBatches, config_of, make
 

@@ -10,12 +10,12 @@ import psutil
 import pytest
 import torch
 
-from rayllp.cluster.driver import Driver
 from rayllp.cluster.joining import PATIENT
-from rayllp.cluster.prepare import validate
 from rayllp.cluster.ray_group import RayGroup
 from rayllp.errors import ClusterError, NonFiniteError
 from rayllp.report import RunDirectory
+from rayllp.training.driver import Driver
+from rayllp.training.prepare import validate
 from tests.conftest import tiny
 from tests.test_train import living_actors, placement_groups, read, wait_until
 

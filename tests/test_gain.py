@@ -3,8 +3,8 @@
 import pytest
 
 import rayllp
-from rayllp.cluster.gain import StepTimes
 from rayllp.report import read_lines
+from rayllp.training.gain import StepTimes
 from tests.conftest import tiny
 
 

@@ -11,11 +11,11 @@ from dataclasses import asdict, replace
 import pytest
 
 from rayllp.checkpoint import locate
-from rayllp.cluster.prepare import Prepared, open_run, prepare
 from rayllp.errors import HeldError, SettingsError
 from rayllp.report import RunDirectory
 from rayllp.report import holding as module
-from rayllp.report.holding import HOLDER, LOCK, Holder, hold, is_alive, read_holder
+from rayllp.report.run_lock import HOLDER, LOCK, Holder, hold, is_alive, read_holder
+from rayllp.training.prepare import Prepared, open_run, prepare
 from rayllp.tuning.trial import apart
 from tests.conftest import tiny
 

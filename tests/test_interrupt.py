@@ -8,9 +8,9 @@ import pytest
 import typer
 
 from rayllp.cli import FAILED, REFUSED, _stoppable, exit_code
-from rayllp.cluster import interrupt
-from rayllp.cluster.interrupt import ASKING, Stopped, interrupting, stopping
 from rayllp.errors import CheckpointError, ClusterError, DataError, HeldError, NonFiniteError, NotARunError, SettingsError
+from rayllp.training import interrupt
+from rayllp.training.interrupt import ASKING, Stopped, interrupting, stopping
 
 
 @pytest.fixture(autouse=True)

@@ -14,10 +14,10 @@ from ray._private.utils import validate_socket_filepath
 
 from rayllp.cluster import cpus, worker
 from rayllp.cluster.cpus import cgroup_quota, usable_cpus
-from rayllp.cluster.given import Plan
 from rayllp.cluster.joining import FILES, PATIENT, _deaf_to_hangups, _environment, _explain, _joined, _raise_file_limit, check_address
 from rayllp.cluster.worker import BlockWorker
 from rayllp.errors import ClusterError, SettingsError
+from rayllp.training.result import Plan
 from tests.conftest import tiny
 
 

@@ -6,12 +6,12 @@ import json
 import pytest
 from rich.console import Console
 
-from rayllp.cluster.prepare import validate
 from rayllp.config import load_config, make_config
 from rayllp.errors import SettingsError
 from rayllp.report import Journal, RunDirectory, loggers
 from rayllp.report.loggers import Service, opened_loggers
 from rayllp.report.rundir import changed_settings
+from rayllp.training.prepare import validate
 from tests.conftest import tiny
 from tests.synthetic import metric
 

@@ -8,8 +8,8 @@ from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
 from examples.architectures import ENOUGH, EXACT, Random, config_of, ours
 from rayllp.channel import LocalChannel, run_workers
 from rayllp.channel.base import MessageTag
-from rayllp.checkpoint.described import write_model_json
 from rayllp.checkpoint.export import export
+from rayllp.checkpoint.run_metadata import write_model_json
 from rayllp.config import make_config
 from rayllp.errors import CheckpointError, SettingsError
 from rayllp.models import build_architecture

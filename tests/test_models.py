@@ -11,7 +11,7 @@ from rayllp.channel import LocalChannel, run_workers
 from rayllp.channel.base import ChannelAround
 from rayllp.data import Facts
 from rayllp.engine import Engine
-from rayllp.engine.decode import continue_text, remembers, translate
+from rayllp.engine.generation import continue_text, remembers, translate
 from rayllp.errors import CheckpointError
 from rayllp.models import FAMILIES, LayerStack, build_architecture, register
 from rayllp.models.metrics import Confusion

@@ -12,7 +12,7 @@ import yaml
 
 from rayllp.channel import MessageTag, StateSpec
 from rayllp.channel.pmi import Lifeline, ProcessManager
-from rayllp.cluster.launched import check_size, sized
+from rayllp.cluster.mpi_group import check_size, sized
 from rayllp.errors import ChannelError, SettingsError
 from tests.conftest import losses_over_threads, make_engine, merge, run_mpi_processes, run_processes, tiny, train_engine
 from tests.test_recovery import drive, read, undisturbed, weights

@@ -16,17 +16,17 @@ from rayllp import LayerStack
 from rayllp.channel import LocalChannel, run_workers
 from rayllp.channel.base import MessageTag
 from rayllp.checkpoint import PieceWriter, Prolongation, count_layers, load_pieces, read_manifest
+from rayllp.checkpoint.depth_prolongation import prolong_layer
 from rayllp.checkpoint.export import export
-from rayllp.checkpoint.prolong import prolong_layer
-from rayllp.cluster.prepare import validate
 from rayllp.config import load_config, make_config
+from rayllp.config.nested import stage_at, stage_of_depth, stages
 from rayllp.control import Accuracy
 from rayllp.engine import Engine
 from rayllp.errors import CheckpointError, SettingsError
 from rayllp.models.scaled import ScaledModel
-from rayllp.nested import stage_at, stage_of_depth, stages
 from rayllp.report import RunDirectory
 from rayllp.report.buffers import show_suggestion
+from rayllp.training.prepare import validate
 from tests.conftest import make_engine, tiny, train_engine
 
 SERIAL = Accuracy(serial=True, levels_forward=1, levels_backward=1, iterations_forward=1, iterations_backward=1)

@@ -7,12 +7,12 @@ import rayllp
 from rayllp.channel import run_workers
 from rayllp.checkpoint import load_pieces
 from rayllp.checkpoint.store import PieceWriter
-from rayllp.cluster.prepare import prepare, validate
 from rayllp.engine import muon
 from rayllp.errors import CheckpointError, SettingsError
 from rayllp.models.base import hidden_matrices
 from rayllp.plan import Device, make_plan
 from rayllp.report import RunDirectory
+from rayllp.training.prepare import prepare, validate
 from tests.conftest import losses_over_threads, make_engine, tiny, train_engine
 from tests.test_planner import layers
 

@@ -5,12 +5,12 @@ import io
 import pytest
 from rich.console import Console
 
-from rayllp.cluster.driver import Driver
-from rayllp.cluster.prepare import prepare
 from rayllp.config import load_config
 from rayllp.errors import SettingsError
 from rayllp.report import RunDirectory, read_lines
 from rayllp.report.page.figures import describe_event
+from rayllp.training.driver import Driver
+from rayllp.training.prepare import prepare
 from tests.conftest import tiny
 from tests.test_evaluation_parts import Here
 

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from rayllp.bench.layers import LayerBench
 from rayllp.cli import app
 from rayllp.config import OptimizerSettings, make_config
-from rayllp.config.train import SWEEPS
+from rayllp.config.run import SWEEPS
 from rayllp.control import Controller
 from rayllp.engine.replica_sums import BUCKET_BYTES
 from rayllp.errors import SettingsError

@@ -5,9 +5,9 @@ import io
 import pytest
 from rich.console import Console
 
-from rayllp.cluster.wording import note_without_pipeline
 from rayllp.report import progress
 from rayllp.report.progress import ProgressDisplay
+from rayllp.training.messages import note_without_pipeline
 from tests.conftest import tiny
 
 STEP = {"step": 0, "loss": 1.0, "mode": "serial", "tokens_per_s": 80.0, "mfu": None, "rho_forward": None, "rho_backward": None}

@@ -11,12 +11,12 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from rayllp.channel import LocalChannel, run_workers
-from rayllp.cluster.prepare import validate
 from rayllp.engine import Engine
 from rayllp.errors import SettingsError
 from rayllp.models import LayerStack
 from rayllp.models import randomness as by_key
 from rayllp.models.randomness import FrozenRandomness
+from rayllp.training.prepare import validate
 from tests.conftest import tiny
 from tests.test_engine import ENOUGH, SERIAL
 

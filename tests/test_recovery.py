@@ -13,12 +13,12 @@ from rayllp.channel import run_workers
 from rayllp.channel.torch_dist import TorchChannel
 from rayllp.checkpoint.memory import Copies, Inventory, NeighbourCopies, Source, copy_offset
 from rayllp.checkpoint.states import parts_of
-from rayllp.cluster.driver import Driver
-from rayllp.cluster.prepare import validate
 from rayllp.cluster.ray_group import RayGroup
-from rayllp.cluster.recovery import FailureBudget, choose_interval
 from rayllp.errors import ClusterError
 from rayllp.report import RunDirectory
+from rayllp.training.driver import Driver
+from rayllp.training.failure_budget import FailureBudget, choose_interval
+from rayllp.training.prepare import validate
 from tests.conftest import make_engine, run_processes, tiny, train_engine
 from tests.test_train import read
 

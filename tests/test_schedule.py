@@ -5,11 +5,11 @@ import torch
 from torch import nn
 from transformers import get_scheduler
 
-from rayllp.cluster.wording import describe_other_length
 from rayllp.config import make_config
 from rayllp.engine.schedule import learning_rate
 from rayllp.errors import SettingsError
 from rayllp.models.base import decayed_weights, hidden_matrices
+from rayllp.training.messages import describe_other_length
 from tests.conftest import make_engine, tiny
 
 STEPS, WARMUP, FLOOR = 50, 8, 0.2

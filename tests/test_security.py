@@ -6,11 +6,11 @@ import pytest
 import yaml
 
 from rayllp.checkpoint.export import export
-from rayllp.cluster.prepare import prepare
-from rayllp.cluster.wording import describe_other_length
 from rayllp.config import make_config
 from rayllp.errors import CheckpointError, SettingsError
 from rayllp.models import FAMILIES, refuse_unnamed_code
+from rayllp.training.messages import describe_other_length
+from rayllp.training.prepare import prepare
 from rayllp.tuning.run import _refuse_others_files
 
 STRANGER = "stranger.module:Class"

@@ -9,12 +9,12 @@ from typer.testing import CliRunner
 
 from rayllp import cli
 from rayllp.cli import app
-from rayllp.cluster.prepare import prepare
-from rayllp.cluster.saving import Saver
 from rayllp.config import TrainConfig, default_blocks, load_config, make_config, setting_names, to_yaml
 from rayllp.errors import SettingsError
 from rayllp.report import RunDirectory, read_lines
 from rayllp.report.settings import WORTH_KNOWING, documents, settings_table
+from rayllp.training.checkpointing import Saver
+from rayllp.training.prepare import prepare
 
 FIXED_NAMES = (
     "model.family model.layers model.width model.heads model.dropout data.path data.dataset data.tokenizer sequence_length "

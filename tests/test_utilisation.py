@@ -7,11 +7,11 @@ import torch
 from rich.console import Console
 
 from rayllp.channel import LocalChannel, run_workers
-from rayllp.cluster.ledger import Ledger
 from rayllp.control import Controller
 from rayllp.engine import utilisation
 from rayllp.engine.utilisation import count_flops, peak_flops
 from rayllp.report.progress import ProgressDisplay
+from rayllp.training.step_log import StepLog
 from tests.conftest import make_engine, tiny, train_engine
 from tests.test_progress import STEP
 
@@ -50,13 +50,13 @@ def test_utilisation_is_of_all_workers_devices(monkeypatch):
     monkeypatch.setattr("rayllp.engine.engine.count_flops", lambda group, inputs: 1e3 * len(group.block.layers))
     config = tiny(workers=2)
     answers = run_workers(2, lambda channel: [train_engine(make_engine(config, channel), 1)[0].as_dict()])
-    ledger = object.__new__(Ledger)
-    ledger.config = config
+    step_log = object.__new__(StepLog)
+    step_log.config = config
     stats = [answer[0] | {"time_s": 0.5} for answer in answers]
     whole = config.batch_size * 1e3 * config.model.layers
-    assert ledger._utilisation(stats) == pytest.approx(whole / (0.5 * 2e9))
-    assert ledger._utilisation(stats[:1]) is None  # the other was lost with its worker
-    line = ledger._metric(stats[0] | {"time_s": 2.0}, Controller(config).accuracy, None)
+    assert step_log._utilisation(stats) == pytest.approx(whole / (0.5 * 2e9))
+    assert step_log._utilisation(stats[:1]) is None  # the other was lost with its worker
+    line = step_log._metric(stats[0] | {"time_s": 2.0}, Controller(config).accuracy, None)
     assert line["tokens_per_s"] == line["tokens"] / 2
 
 

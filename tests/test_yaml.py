@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rayllp.config import DataSettings, TrainConfig, kind_in, load_config, make_config, to_text, to_yaml
-from rayllp.config.groups import AdaptiveSettings, MGRITSettings, StepSettings
+from rayllp.config.groups import AdaptiveSettings, MGRITSettings
+from rayllp.config.network import StepSettings
 from rayllp.config.parse import parse_yaml
 from rayllp.errors import SettingsError
 from rayllp.tuning.sweep import load_sweep

@@ -16,10 +16,10 @@ from typing import Any
 import ray
 
 import rayllp
-from rayllp.cluster.driver import Driver
-from rayllp.cluster.prepare import validate
 from rayllp.cluster.ray_group import RayGroup
 from rayllp.report import RunDirectory
+from rayllp.training.driver import Driver
+from rayllp.training.prepare import validate
 
 
 class TakingTurns(Driver):

@@ -36,8 +36,8 @@ from rayllp.bench.emulated import Emulation, RandomBatches, emulated_stack
 from rayllp.bench.step import StepBench, bench_step
 from rayllp.channel.local import LocalChannel
 from rayllp.channel.timing import Link
+from rayllp.cluster.actor_pool import ActorPool
 from rayllp.cluster.ray_group import RayGroup
-from rayllp.cluster.staff import Staff
 from rayllp.config import TrainConfig
 from rayllp.control import Controller
 from rayllp.engine import Engine
@@ -98,14 +98,14 @@ def settings(row: Row, **changes: Any) -> TrainConfig:
 
 
 @contextmanager
-def processes(most: Row) -> Iterator[Staff]:
+def processes(most: Row) -> Iterator[ActorPool]:
     """Worker processes for all measurements of a run."""
     ray.init(address="local", num_cpus=most.workers, include_dashboard=False, logging_level="ERROR")
-    staff = Staff(settings(most).world, "cpu", lasting=True)
+    pool = ActorPool(settings(most).world, "cpu", lasting=True)
     try:
-        yield staff
+        yield pool
     finally:
-        staff.close()
+        pool.close()
         ray.shutdown()
 
 
@@ -127,13 +127,13 @@ def rows(arguments: argparse.Namespace) -> None:
         "workers | N | c_f | levels | iterations | step, s | ideal | over ideal | over the model | with barrier | chains alone | over that"
     )
     most = max(ROWS, key=lambda row: row.workers)
-    with processes(most) as staff:
+    with processes(most) as pool:
         # The ideal has layers of 10 ms and messages of none; the model has what both take on this machine.
-        costs = measured_costs(message_s(staff, most))
+        costs = measured_costs(message_s(pool, most))
         print(shown(costs) + f"\n| {heads} | speed-up | TorchBraid over ours |\n" + "|---" * 14 + "|", flush=True)
         for row in [ROWS[n] for n in arguments.only or range(len(ROWS))]:
             config = settings(row, channel=arguments.channel)
-            found = bench_step(config, steps=arguments.steps, emulate=LAYER, staff=staff)
+            found = bench_step(config, steps=arguments.steps, emulate=LAYER, pool=pool)
             assert found.ideal_s is not None
             alone = found.serial_s / row.bound
             modelled = found.step_s / predict_step(config, Controller(config).chosen, costs)
@@ -144,10 +144,10 @@ def rows(arguments: argparse.Namespace) -> None:
             print(f"| {row.text} | {found.step_s:.3f} | {ideal} | {barrier} | {bound} | {speed_up} | {peer} |", flush=True)
 
 
-def message_s(staff: Staff, most: Row) -> float:
+def message_s(pool: ActorPool, most: Row) -> float:
     """A state's way to the neighbour, of the slowest link."""
     config = settings(most)
-    group = RayGroup(config, staff)
+    group = RayGroup(config, pool)
     group.start(emulated_stack(config, Emulation(0, 0, 0)), RandomBatches(config))
     links: list[Link] = [link for mine in group.call("time_messages", [4 * BATCH * TIME * WIDTH]) for link in mine]
     group.shutdown()
@@ -168,13 +168,13 @@ def shown(costs: Costs) -> str:
 
 def plans(arguments: argparse.Namespace) -> None:
     most = max(OTHERS, key=lambda row: row.workers)
-    with processes(most) as staff:
-        costs = measured_costs(message_s(staff, most))
+    with processes(most) as pool:
+        costs = measured_costs(message_s(pool, most))
         print(shown(costs) + "\n")
         print("| workers | N | c_f | levels | iterations | measured, s | predicted | error, % |\n" + "|---" * 8 + "|")
         for row in OTHERS:
             config = settings(row)
-            found = bench_step(config, steps=arguments.steps, emulate=LAYER, staff=staff)
+            found = bench_step(config, steps=arguments.steps, emulate=LAYER, pool=pool)
             predicted = predict_step(config, Controller(config).chosen, costs)
             print(f"| {row.text} | {found.step_s:.3f} | {predicted:.3f} | {100 * (predicted / found.step_s - 1):+.1f} |", flush=True)
 
@@ -184,13 +184,13 @@ def pipeline(arguments: argparse.Namespace) -> None:
     row = Row(8, 64, 8, 2, 1, 1)
     ours = {"c_f 8, 2 levels": row, "c_f 4, 3 levels": Row(8, 64, 4, 3, 1, 1)}
     shape = {"batch_size": 64, "sequence_length": 8}  # states as large, and a batch that divides
-    with processes(row) as staff:
+    with processes(row) as pool:
         for name, each in ours.items():
-            measured[name] = bench_step(settings(each, **shape), steps=arguments.steps, emulate=LAYER, staff=staff)
+            measured[name] = bench_step(settings(each, **shape), steps=arguments.steps, emulate=LAYER, pool=pool)
         for count in counts:
             config = settings(row, **shape, microbatches=count).model_copy(update={"mode": "serial"})
             for name, times in ((f"latency-bound {count}", LAYER), (f"throughput-bound {count}", LAYER.scaled(1 / count))):
-                measured[name] = bench_step(config, steps=3, emulate=times, staff=staff, warm=1)
+                measured[name] = bench_step(config, steps=3, emulate=times, pool=pool, warm=1)
     print("| what | step, s | speed-up over one device |\n|---|---|---|")
     for name, found in measured.items():
         print(f"| {name} | {found.step_s:.3f} | {64 * LAYER.serial / found.step_s:.2f} |")

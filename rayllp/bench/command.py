@@ -13,10 +13,10 @@ from rayllp.bench.emulated import Emulation, RandomBatches, emulated_stack
 from rayllp.bench.layers import bench_layers, data_for_timing, device_here, layer_model, measure_layers, read_layers
 from rayllp.bench.step import bench_step, show_step
 from rayllp.channel.timing import LARGE, Link
+from rayllp.cluster.actor_pool import ActorPool
 from rayllp.cluster.joining import join_cluster
-from rayllp.cluster.places import choose_device
+from rayllp.cluster.placement import choose_device
 from rayllp.cluster.ray_group import RayGroup
-from rayllp.cluster.staff import Staff
 from rayllp.config import TrainConfig
 from rayllp.errors import SettingsError
 from rayllp.plan import Device, make_plan
@@ -66,7 +66,7 @@ def run_links(config: TrainConfig, file: Path | None, console: Console) -> None:
     instant = Emulation(0, 0, 0)
     state = 4 * config.replica_batch * config.sequence_length * config.model.width
     with join_cluster(config.world):
-        group = RayGroup(config, Staff(config.world, choose_device(config)))
+        group = RayGroup(config, ActorPool(config.world, choose_device(config)))
         try:
             group.start(emulated_stack(config, instant), RandomBatches(config))
             found: list[Link] = [link for links in group.call("time_messages", sorted({1024, state, LARGE})) for link in links]

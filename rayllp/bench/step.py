@@ -9,8 +9,8 @@ from rich.console import Console
 from rich.table import Table
 
 from rayllp.bench.emulated import Emulation, RandomBatches, emulated_stack
+from rayllp.cluster.actor_pool import ActorPool
 from rayllp.cluster.ray_group import RayGroup
-from rayllp.cluster.staff import Staff
 from rayllp.config import TrainConfig
 from rayllp.control import Controller
 from rayllp.data import Batches, load_data
@@ -57,14 +57,14 @@ def bench_step(
     steps: int = 10,
     emulate: Emulation | None = None,
     device: str = "cpu",
-    staff: Staff | None = None,
+    pool: ActorPool | None = None,
     warm: int = WARM_STEPS,
 ) -> StepBench:
     """Time training steps on the cluster that this process has joined. With `accumulate` the ideal is that of one part.
 
     Args:
         emulate: layers that take these times, instead of the model's.
-        staff: a lasting one, for several measurements with the same processes.
+        pool: a lasting one, for several measurements with the same processes.
         warm: steps before those that are timed.
     """
     architecture: Architecture | None = None
@@ -77,7 +77,7 @@ def bench_step(
         architecture, batches = emulated_stack(config, emulate), RandomBatches(config)
         costs, serial_s = emulate.costs(), config.model.layers * emulate.serial
     accuracy = Controller(config).chosen
-    group = RayGroup(config, staff or Staff(config.world, device))
+    group = RayGroup(config, pool or ActorPool(config.world, device))
     try:
         group.start(architecture, batches)
         group.call("time_steps", [(step, accuracy) for step in range(warm)])

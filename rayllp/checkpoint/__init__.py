@@ -1,7 +1,7 @@
 """Per-layer checkpoints that any number of workers can load."""
 
+from rayllp.checkpoint.depth_prolongation import Prolongation
 from rayllp.checkpoint.location import Folder, check_writable, locate, remove
-from rayllp.checkpoint.prolong import Prolongation
 from rayllp.checkpoint.store import (
     MANIFEST,
     PieceWriter,

@@ -19,23 +19,23 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.pytorch_utils import Conv1D
 
-from rayllp.checkpoint.described import MODEL_JSON, TOKENIZER_JSON, read_model_json
+from rayllp.checkpoint.depth_prolongation import LAYER
 from rayllp.checkpoint.location import Folder, at_hand, place_of_checkpoints
-from rayllp.checkpoint.prolong import LAYER
+from rayllp.checkpoint.run_metadata import MODEL_JSON, TOKENIZER_JSON, read_model_json
 from rayllp.checkpoint.store import check_content, checkpoints, read_manifest
 from rayllp.config import TrainConfig, load_run_config
-from rayllp.config.groups import LoRASettings
+from rayllp.config.nested import stage_of_depth
+from rayllp.config.network import LoRASettings
 from rayllp.data import load_data
 from rayllp.data.special import SpecialTokens
 from rayllp.data.tokenizer import SENTENCEPIECE_ENDINGS, make_tokenizer
 from rayllp.errors import CheckpointError, DataError, SettingsError
+from rayllp.hf_config import count_layers, read_config, transformers_config, with_layers
 from rayllp.models import adapter, build_architecture, refuse_unnamed_code
 from rayllp.models.lora import NAME, save_adapter, stored_name
 from rayllp.models.outline import outline
 from rayllp.models.scaled import model_class, write_scaled
 from rayllp.models.weights import INDEX, SINGLE, names_of_tied
-from rayllp.nested import stage_of_depth
-from rayllp.sizes import count_layers, read_config, transformers_config, with_layers
 
 SHARD_BYTES = 4 * 1024**3
 DTYPES = {"F32": torch.float32, "F64": torch.float64}

@@ -20,8 +20,8 @@ from safetensors.torch import load, load_file, save, save_file
 from torch import Tensor, nn
 
 from rayllp.channel.base import MessageTag, StateSpec
+from rayllp.checkpoint.depth_prolongation import LAYER, Prolongation
 from rayllp.checkpoint.location import Folder, remove, sync, write
-from rayllp.checkpoint.prolong import LAYER, Prolongation
 from rayllp.checkpoint.states import BlockState, Layout, by_name, join
 from rayllp.engine import Engine
 from rayllp.errors import CheckpointError, DamagedCheckpointError

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import ray
 from ray.util import list_named_actors, placement_group_table
 
-from rayllp.cluster.names import NAMESPACE, is_group, number_of, run_name
+from rayllp.cluster.actor_names import NAMESPACE, is_group, number_of, run_name
 from rayllp.config import check_run
 from rayllp.errors import ClusterError, SettingsError
 
@@ -37,7 +37,7 @@ class Worker(NamedTuple):
     name: str
 
 
-class Strike(NamedTuple):
+class Failure(NamedTuple):
     """The next kill: so long after the last one, and which of those that live then, as a number in [0, 1)."""
 
     after_s: float
@@ -60,11 +60,11 @@ def parse_duration(text: str, option: str) -> float:
     return seconds
 
 
-def strikes(mtbf_s: float, seed: int) -> Iterator[Strike]:
+def failures(mtbf_s: float, seed: int) -> Iterator[Failure]:
     """Kills without end: exponentially distributed times between them, as of faults that know nothing of each other."""
     generator = random.Random(seed)
     while True:
-        yield Strike(generator.expovariate(1 / mtbf_s), generator.random())
+        yield Failure(generator.expovariate(1 / mtbf_s), generator.random())
 
 
 def choose(living: Sequence[Worker], pick: float) -> Worker:
@@ -218,7 +218,7 @@ def _not_found(run: Path, seen: list[str], refused: list[str]) -> str:
     )
 
 
-def unleash(run: Path, mtbf_s: float, seed: int = 0, limit_s: float | None = None, say: Callable[[str], None] = print) -> int:
+def inject_failures(run: Path, mtbf_s: float, seed: int = 0, limit_s: float | None = None, say: Callable[[str], None] = print) -> int:
     """Kill random workers of a run that is training until it ends, the time is over, or Ctrl-C; how many were killed.
 
     Each is a line of RUN/chaos.jsonl.
@@ -248,7 +248,7 @@ def unleash(run: Path, mtbf_s: float, seed: int = 0, limit_s: float | None = Non
         try:
             steps = Steps(run)
             say("waiting for its next step")
-            ending = strike(target, strikes(mtbf_s, seed), limit_s, steps.done, record)
+            ending = kill_at(target, failures(mtbf_s, seed), limit_s, steps.done, record)
         except KeyboardInterrupt:
             ending = "stopped"
         files = f"{run / 'chaos.jsonl'} and {run / 'events.jsonl'}"
@@ -256,8 +256,8 @@ def unleash(run: Path, mtbf_s: float, seed: int = 0, limit_s: float | None = Non
     return len(killed)
 
 
-def strike(
-    target: Target, plan: Iterator[Strike], limit_s: float | None, trains: Callable[[], bool], record: Callable[[Worker], None]
+def kill_at(
+    target: Target, plan: Iterator[Failure], limit_s: float | None, trains: Callable[[], bool], record: Callable[[Worker], None]
 ) -> str:
     """Kill by plan, from the run's next step on; why it is over.
 

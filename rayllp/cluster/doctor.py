@@ -22,8 +22,8 @@ from rayllp.channel.torch_dist import TorchChannel
 from rayllp.checkpoint import locate
 from rayllp.checkpoint.shared import Mark, leave_mark
 from rayllp.cluster.hosts import find_unreached
-from rayllp.cluster.membership import meet
-from rayllp.cluster.places import Place
+from rayllp.cluster.placement import Place
+from rayllp.cluster.process_groups import meet
 from rayllp.errors import ClusterError
 
 PACKAGES = ("ray", "torch", "transformers", "safetensors", "rayllp")

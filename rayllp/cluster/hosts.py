@@ -8,7 +8,7 @@ import ray
 from rayllp.channel.interfaces import Door
 from rayllp.checkpoint import Folder
 from rayllp.checkpoint.shared import leave_mark
-from rayllp.cluster.places import Place
+from rayllp.cluster.placement import Place
 from rayllp.errors import ClusterError
 
 Ask = Callable[..., Any]

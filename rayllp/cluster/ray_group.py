@@ -19,17 +19,17 @@ from rayllp.checkpoint import Folder
 from rayllp.checkpoint.location import place_of_checkpoints
 from rayllp.checkpoint.memory import Copies, Inventory, Source
 from rayllp.checkpoint.states import Layout
-from rayllp.cluster.given import Plan
-from rayllp.cluster.group import ElasticGroup
+from rayllp.cluster.actor_names import run_name
+from rayllp.cluster.actor_pool import START_TIMEOUT_S, ActorPool
 from rayllp.cluster.hosts import check_storage, find_unreached
-from rayllp.cluster.names import run_name
-from rayllp.cluster.places import Slot, capacity, draining
-from rayllp.cluster.staff import START_TIMEOUT_S, Staff
+from rayllp.cluster.placement import Slot, capacity, draining
 from rayllp.config import TrainConfig
 from rayllp.data import Batches
 from rayllp.data.cache import with_files
 from rayllp.errors import ClusterError, MessageTimeoutError, RayllpError, RendezvousError, WorkerLostError
 from rayllp.models import Architecture
+from rayllp.training.result import Plan
+from rayllp.training.worker_group import ElasticGroup
 
 BROKEN = ("ChannelError", "MessageTimeoutError", "RuntimeError", "DistBackendError")
 """Errors of a worker that may only be the echo of another's."""
@@ -37,7 +37,7 @@ RENDEZVOUS_TRIES = 2
 
 
 @dataclass(frozen=True)
-class Estate:
+class RedistributionPlan:
     """States that make up all blocks' after `step` steps, while layers are shared out anew; with step None there are none."""
 
     step: int | None
@@ -49,12 +49,12 @@ class RayGroup(ElasticGroup):
     """The workers of one run.
 
     Args:
-        staff: the processes that they are made of.
+        pool: the processes that they are made of.
         storage: where checkpoints are written, which all hosts must see; None: none are.
     """
 
-    def __init__(self, config: TrainConfig, staff: Staff, storage: Folder | None = None) -> None:
-        self.config, self.device, self.staff, self.storage = config, staff.device, staff, storage
+    def __init__(self, config: TrainConfig, pool: ActorPool, storage: Folder | None = None) -> None:
+        self.config, self.device, self.pool, self.storage = config, pool.device, pool, storage
         self._seen_by: set[str] = set()  # nodes that were found to see the storage
         self.workers: list[Any] = []
         self._slots: list[Slot] = []  # theirs
@@ -62,30 +62,30 @@ class RayGroup(ElasticGroup):
         self._addresses: list[str] = []  # of the hosts that they are on
         self._copies = Copies(blocks=config.layer_workers)
         self._layouts: dict[int, Layout] = {}
-        self._estate: Estate | None = None
+        self._redistribution: RedistributionPlan | None = None
         self._batches: Any = None
         self._shared: dict[bool, Any] = {}
         self._sources: tuple[Architecture | None, dict[str, Any] | None] = (None, None)
         self._manager: ProcessManager | None = None
 
     @classmethod
-    def for_run(cls, config: TrainConfig, run: Path, device: str, staff: Staff | None = None) -> Self:
+    def for_run(cls, config: TrainConfig, run: Path, device: str, pool: ActorPool | None = None) -> Self:
         """As many workers as the settings want and there is room for now.
 
         Args:
             run: the run's directory.
-            staff: processes to be its workers; None: its own, in a placement group of their own.
+            pool: processes to be its workers; None: its own, in a placement group of their own.
         """
-        room = capacity(device) if staff is None else len(staff.slots)
+        room = capacity(device) if pool is None else len(pool.slots)
         config_here = config.with_workers(max(config.fewest_workers, min(config.world, room)))
         storage = place_of_checkpoints(run, config.checkpoint.path)
-        return cls(config_here, staff or Staff(config_here.world, device, name=run_name(run)), storage)
+        return cls(config_here, pool or ActorPool(config_here.world, device, name=run_name(run)), storage)
 
     def start(self, architecture: Architecture | None, batches: Batches, kept: dict[str, Any] | None = None) -> list[dict[str, Any]]:
         """As asked; what `batches` hold in memory passes through Ray's object store, once for all workers."""
-        self.staff.wait_for_room()
-        self._slots = self.staff.slots[: self.config.world]
-        self.workers = [self.staff.hire(slot, rank, self.config) for rank, slot in enumerate(self._slots)]
+        self.pool.wait_for_room()
+        self._slots = self.pool.slots[: self.config.world]
+        self.workers = [self.pool.start_actor(slot, rank, self.config) for rank, slot in enumerate(self._slots)]
         self._batches, self._shared, self._sources = batches, {}, (architecture, kept)
         self._connect()
         return self._build(range(self.config.world))
@@ -228,7 +228,7 @@ class RayGroup(ElasticGroup):
 
     def _give_up(self, ranks: frozenset[int]) -> frozenset[int]:
         """End these workers, should they live; the same ranks."""
-        self.staff.dismiss(self.workers[rank] for rank in ranks)
+        self.pool.dismiss(self.workers[rank] for rank in ranks)
         return ranks
 
     def _break_off(self, lost: frozenset[int]) -> None:
@@ -249,17 +249,17 @@ class RayGroup(ElasticGroup):
     def replace(self, lost: Collection[int]) -> None:
         self.call_some(self.survivors(lost), "leave", timeout_s=START_TIMEOUT_S)
         for rank in lost:
-            spare = self.staff.take_spare(self._nodes[rank])
-            self.workers[rank] = spare or self.staff.hire(self._slots[rank], rank, self.config)
+            spare = self.pool.take_spare(self._nodes[rank])
+            self.workers[rank] = spare or self.pool.start_actor(self._slots[rank], rank, self.config)
             if spare is not None:
-                self._get({rank: self.staff.reassign(spare, rank, self.config)}, START_TIMEOUT_S)
+                self._get({rank: self.pool.reassign(spare, rank, self.config)}, START_TIMEOUT_S)
         self._connect(keep_copies=True)
         self._build(sorted(lost))
 
     def keep_spares(self) -> None:
         """None over MPI, where all processes are new after a loss."""
         if self.config.spare_workers and self.config.max_failures and self.keeps_processes:
-            self.staff.keep_spares(self._nodes, self.config, self._sources[0], self._sent, Plan.of(*self._sources))
+            self.pool.keep_spares(self._nodes, self.config, self._sources[0], self._sent, Plan.of(*self._sources))
 
     def survivors(self, lost: Collection[int]) -> list[int]:
         """Ranks of all other workers."""
@@ -281,7 +281,7 @@ class RayGroup(ElasticGroup):
         return step
 
     def common_step(self, lost: frozenset[int]) -> int | None:
-        return self._estate.step if self._estate is not None else self._common_step(lost)[0]
+        return self._redistribution.step if self._redistribution is not None else self._common_step(lost)[0]
 
     def _common_step(self, lost: frozenset[int]) -> tuple[int | None, dict[int, Inventory]]:
         """The last step that is held in memory everywhere, and what each survivor holds."""
@@ -311,15 +311,15 @@ class RayGroup(ElasticGroup):
         ranks = frozenset(rank for rank, node in enumerate(self._nodes) if node in nodes)
         return ranks, min((nodes[self._nodes[rank]] for rank in ranks), default=math.inf)
 
-    def recruit(self, most: int) -> None:
-        self.staff.recruit(most - len(self.workers), self._slots, self.config)
+    def start_standbys(self, most: int) -> None:
+        self.pool.start_standbys(most - len(self.workers), self._slots, self.config)
 
-    def recruited(self) -> int:
-        return self.staff.recruited()
+    def count_standbys(self) -> int:
+        return self.pool.count_standbys()
 
     @property
     def is_halfway(self) -> bool:
-        return self._estate is not None
+        return self._redistribution is not None
 
     def reshape(
         self,
@@ -330,55 +330,55 @@ class RayGroup(ElasticGroup):
         leaving: frozenset[int] = frozenset(),
     ) -> list[dict[str, Any]]:
         """As asked; states pass from those that hold them through Ray's object store."""
-        self._estate = estate = self._estate or self._collect(lost)
+        self._redistribution = plan = self._redistribution or self._collect(lost)
         self.call_some(self.survivors(lost), "leave", timeout_s=START_TIMEOUT_S)
         self.config, self._sources = config, (architecture, kept)
-        self._reseat(config.world, lost, leaving if self.keeps_processes else frozenset(self.survivors(lost)))
+        self._fill_slots(config.world, lost, leaving if self.keeps_processes else frozenset(self.survivors(lost)))
         self._reconfigure()
         self._connect()
         shares = self._build(range(config.world))
-        if estate.step is not None:
+        if plan.step is not None:
             gathering = {}
             for share in shares:
-                needed = [n for n, layout in enumerate(estate.layouts) if not share["sources"].isdisjoint(layout.names)]
-                layouts, states = [estate.layouts[n] for n in needed], [estate.states[n] for n in needed]
+                needed = [n for n, layout in enumerate(plan.layouts) if not share["sources"].isdisjoint(layout.names)]
+                layouts, states = [plan.layouts[n] for n in needed], [plan.states[n] for n in needed]
                 gathering[share["rank"]] = self.workers[share["rank"]].gather.remote(layouts, *states)
             self._get(gathering, None)
-        self._estate = None
+        self._redistribution = None
         return shares
 
-    def _collect(self, lost: frozenset[int]) -> Estate:
+    def _collect(self, lost: frozenset[int]) -> RedistributionPlan:
         """All blocks' states, in Ray's object store: the workers give up what they hold next."""
         step, found = self._common_step(lost)
         if step is None:
-            return Estate(None, (), ())
+            return RedistributionPlan(None, (), ())
         layouts, *states = self._given(self._copies.sources_of_all(step, found) or [], step)
         ray.wait(states, num_returns=len(states), fetch_local=False)
-        return Estate(step, tuple(layouts), tuple(states))
+        return RedistributionPlan(step, tuple(layouts), tuple(states))
 
-    def _reseat(self, world: int, lost: frozenset[int], leaving: frozenset[int]) -> None:
-        """The workers from now on, in the order of their layers: survivors, recruits that are there, then new ones where the lost were."""
-        seats = [(self._slots[rank], self.workers[rank]) for rank in self.survivors(lost | leaving)]
-        self.staff.dismiss([*(worker for _, worker in seats[world:]), *(self.workers[rank] for rank in leaving - lost)])
-        seats = seats[:world]
-        seats += self.staff.take_recruits(world - len(seats))
-        free = self.staff.free([slot for slot, _ in seats])[: world - len(seats)]
-        seats += [(slot, self.staff.hire(slot, len(seats) + number, self.config)) for number, slot in enumerate(free)]
-        self._slots, self.workers = [slot for slot, _ in seats], [worker for _, worker in seats]
+    def _fill_slots(self, world: int, lost: frozenset[int], leaving: frozenset[int]) -> None:
+        """The workers from now on, in the order of their layers: survivors, standbys that are there, then new ones where the lost were."""
+        placed = [(self._slots[rank], self.workers[rank]) for rank in self.survivors(lost | leaving)]
+        self.pool.dismiss([*(worker for _, worker in placed[world:]), *(self.workers[rank] for rank in leaving - lost)])
+        placed = placed[:world]
+        placed += self.pool.take_standbys(world - len(placed))
+        free = self.pool.free([slot for slot, _ in placed])[: world - len(placed)]
+        placed += [(slot, self.pool.start_actor(slot, len(placed) + number, self.config)) for number, slot in enumerate(free)]
+        self._slots, self.workers = [slot for slot, _ in placed], [worker for _, worker in placed]
 
     def _reconfigure(self) -> None:
-        self._get({rank: self.staff.reassign(worker, rank, self.config) for rank, worker in enumerate(self.workers)}, START_TIMEOUT_S)
+        self._get({rank: self.pool.reassign(worker, rank, self.config) for rank, worker in enumerate(self.workers)}, START_TIMEOUT_S)
 
     def dismiss(self) -> None:
-        """Spares and recruits too."""
+        """Spares and standbys too."""
         self._end_mpi()
-        self.staff.dismiss(self.workers)
-        self.staff.dismiss_idle()
+        self.pool.dismiss(self.workers)
+        self.pool.dismiss_idle()
         self.workers = []
 
     def shutdown(self) -> None:
         if ray.is_initialized():  # else the cluster is gone, and a call would start another
-            self.staff.release(zip(self._slots, self.workers, strict=False))
+            self.pool.release(zip(self._slots, self.workers, strict=False))
             self.workers = []
         self._end_mpi()
 

@@ -6,20 +6,20 @@ from pathlib import Path
 
 from rich.console import Console
 
-from rayllp.cluster.driver import Driver
-from rayllp.cluster.given import TrainResult
-from rayllp.cluster.interrupt import stopping
+from rayllp.cluster.actor_pool import ActorPool
 from rayllp.cluster.joining import join_cluster
-from rayllp.cluster.metrics import ClusterMetrics
-from rayllp.cluster.places import choose_device
-from rayllp.cluster.prepare import open_run, prepare
+from rayllp.cluster.placement import choose_device
 from rayllp.cluster.ray_group import RayGroup
-from rayllp.cluster.staff import Staff
+from rayllp.cluster.ray_metrics import ClusterMetrics
 from rayllp.config import TrainConfig
 from rayllp.data import Batches
 from rayllp.errors import SettingsError
 from rayllp.models import Architecture
 from rayllp.report import Listener
+from rayllp.training.driver import Driver
+from rayllp.training.interrupt import stopping
+from rayllp.training.prepare import open_run, prepare
+from rayllp.training.result import TrainResult
 
 
 def train(
@@ -55,8 +55,8 @@ def train(
     config = prepared.config
     with stopping(), open_run(prepared, output, console) as (run, holds), join_cluster(config.fewest_workers, console):
         device = choose_device(config)
-        staff = _kept.staff(config, device) if _kept is not None else None
-        workers = RayGroup.for_run(config, run.path, device, staff)
+        pool = _kept.pool(config, device) if _kept is not None else None
+        workers = RayGroup.for_run(config, run.path, device, pool)
         told: list[Listener] = [*holds, ClusterMetrics(run.path.name), *listeners]
         return Driver(config, run, workers, model, batches, prepared.loaded, console, told).train(prepared.found)
 
@@ -69,9 +69,9 @@ class _Kept:
 
     def __init__(self, count: int) -> None:
         self.count = count
-        self._staff: Staff | None = None
+        self._pool: ActorPool | None = None
 
-    def staff(self, config: TrainConfig, device: str) -> Staff:
+    def pool(self, config: TrainConfig, device: str) -> ActorPool:
         """The processes, for a run of these settings.
 
         Raises:
@@ -80,14 +80,14 @@ class _Kept:
         fewest = config.fewest_workers
         if fewest > self.count:
             raise SettingsError(f"{fewest} workers within keep_workers({self.count}): keep {fewest}, or lower workers")
-        if self._staff is None or self._staff.device != device:
+        if self._pool is None or self._pool.device != device:
             self.close()
-            self._staff = Staff(self.count, device, lasting=True)
-        return self._staff
+            self._pool = ActorPool(self.count, device, lasting=True)
+        return self._pool
 
     def close(self) -> None:
-        if self._staff is not None:
-            self._staff.close()
+        if self._pool is not None:
+            self._pool.close()
 
 
 _kept: _Kept | None = None

@@ -12,13 +12,13 @@ import ray.train
 from ray.air.config import ScalingConfig as AnyScalingConfig
 
 from rayllp.checkpoint import Folder, checkpoints, step_of
-from rayllp.cluster.given import TrainResult
 from rayllp.cluster.session import train
 from rayllp.config import TrainConfig, load_run_config, make_config
 from rayllp.data import Batches
 from rayllp.errors import DataError, RayllpError, SettingsError
 from rayllp.models import Architecture
 from rayllp.report import Listener, RunDirectory, read_lines
+from rayllp.training.result import TrainResult
 
 UNLIMITED = 10**9
 """Losses that a run survives within an hour, where Ray's max_failures=-1 sets no limit."""

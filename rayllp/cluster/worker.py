@@ -22,9 +22,8 @@ from rayllp.checkpoint.memory import Inventory, NeighbourCopies
 from rayllp.checkpoint.shared import Mark
 from rayllp.checkpoint.states import Layout
 from rayllp.cluster.cpus import usable_cpus
-from rayllp.cluster.given import Plan
-from rayllp.cluster.membership import Membership
-from rayllp.cluster.places import Place
+from rayllp.cluster.placement import Place
+from rayllp.cluster.process_groups import Membership
 from rayllp.config import TrainConfig
 from rayllp.control import Accuracy, ProbePlan
 from rayllp.data import Batches
@@ -35,6 +34,7 @@ from rayllp.engine.profiling import profiled
 from rayllp.errors import ChannelError, DataError, RayllpError
 from rayllp.models import Architecture, build_architecture
 from rayllp.timeline import TimedStep, Timeline
+from rayllp.training.result import Plan
 
 REMEMBERED = 512
 """Steps whose statistics a worker can still tell, for a driver whose call for them failed."""
@@ -204,7 +204,7 @@ class BlockWorker:
         self.rank, self.config, self.engine, self._copies = rank, config, None, None
         gc.collect()  # two networks at once may not fit, and an engine and its parts refer to each other
 
-    def vacate(self) -> None:
+    def release_layers(self) -> None:
         """Give up layers and connections, and forget the run: `reconfigure` begins another one.
 
         Raises:
@@ -325,7 +325,7 @@ class BlockWorker:
     @_leaving
     def generate(self, prompt: list[int], tokens: int) -> list[int]:
         """A continuation of `prompt`, exact forward."""
-        from rayllp.engine.decode import continue_text  # transformers' generation takes seconds to import, which start no worker
+        from rayllp.engine.generation import continue_text  # transformers' generation takes seconds to import, which start no worker
 
         with self._engine.averaged():
             return continue_text(self._engine.exact_forward, prompt, tokens)
@@ -333,7 +333,7 @@ class BlockWorker:
     @_leaving
     def translate(self, first: int, stop: int, beams: int) -> list[str]:
         """Translations of held-out sentences `first` up to `stop`, exact forward."""
-        from rayllp.engine.decode import translate
+        from rayllp.engine.generation import translate
 
         data = self._engine.batches
         sources = data.encode_source(data.sources("validation")[first:stop])  # type: ignore[attr-defined]

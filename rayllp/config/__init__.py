@@ -1,5 +1,7 @@
 """Settings: frozen, checked where they are made."""
 
+from rayllp.config.base import Settings
+from rayllp.config.data import DataSettings
 from rayllp.config.files import (
     check_run,
     kind_of_setting,
@@ -11,9 +13,10 @@ from rayllp.config.files import (
     setting_names,
     to_yaml,
 )
-from rayllp.config.groups import EVALUATED, DataSettings, EvalSettings, OptimizerSettings, Relaxation, Settings, WorkerRange
+from rayllp.config.groups import EVALUATED, EvalSettings, OptimizerSettings, Relaxation, WorkerRange
 from rayllp.config.parse import kind_in, to_text
-from rayllp.config.train import MAY_DIFFER, TrainConfig, default_blocks, torchbraid_blocks
+from rayllp.config.run import MAY_DIFFER, default_blocks, torchbraid_blocks
+from rayllp.config.train import TrainConfig
 
 __all__ = [
     "EVALUATED", "MAY_DIFFER", "DataSettings", "EvalSettings", "OptimizerSettings", "Relaxation", "Settings", "TrainConfig", "WorkerRange",

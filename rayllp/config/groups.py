@@ -1,195 +1,16 @@
-"""Groups of settings, each checked by itself."""
+"""Groups of settings of the solver, the optimizer and the run, each checked by itself."""
 
-import math
 import re
-from collections.abc import Mapping
-from fnmatch import fnmatchcase
-from typing import Any, Literal
+from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
+
+from rayllp.config.base import Settings
 
 Relaxation = Literal["F", "FCF"]
 RUNG = re.compile(r"(\d+)\+([1-9]\d*)(?: (FCF|F))?")
 EVALUATED = 8
 """Held-out samples that eval.batches counts as one batch, so that losses compare whatever batch_size is."""
-
-
-class Settings(BaseModel):
-    """Base of every group of settings: immutable, no unknown names."""
-
-    # A number that is not finite is a slip (1e400, a division in a script): it would train to NaN, or never end. So is an empty text
-    # (a variable of the shell that is not set): it would count as none.
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False, str_min_length=1)
-
-
-Task = Literal["causal", "masked", "words", "sentences", "images", "translation"]
-TASKS: dict[str, Task] = {"bert": "masked", "mc": "words", "vit": "images", "mt": "translation"}
-"""Of the families; causal language modelling for all others."""
-ADAPTERS = ("*.lora_A.*", "*.lora_B.*")
-"""Patterns of the full names of adapters' parameters."""
-ANY_ARCHITECTURE = "transformers"
-"""The family of `model.architecture`."""
-
-
-class LoRASettings(Settings):
-    """Low-rank adapters on the layers' linear maps (arXiv:2106.09685), by peft."""
-
-    rank: int = Field(8, ge=1, description="of the adapters")
-    alpha: float = Field(16.0, gt=0, description="the adapters' output is scaled by alpha / rank")
-    dropout: float = Field(0.0, ge=0, lt=1, description="before the adapters")
-    targets: tuple[str, ...] | None = Field(None, description="names of linear maps, such as [q_proj, v_proj]; default all of a layer")
-    from_pretrained: str | None = Field(None, description="folder of adapters as peft stores them, to start from")
-
-
-class ModelSettings(Settings):
-    """What is trained."""
-
-    family: str = Field("gpt2", description="a preset; `rayllp.models.families()` lists them")
-    architecture: str | None = Field(
-        None, description="instead of a family: any model type of transformers, such as qwen3; default with from_pretrained: its own"
-    )
-    config_overrides: dict[str, Any] = Field({}, description="of an architecture: further fields of transformers' configuration")
-    layers: int = Field(20, ge=1, description="all layers, buffers included")
-    width: int = Field(64, ge=1, description="size of the residual stream")
-    heads: int = Field(4, ge=1, description="attention heads; must divide the width")
-    dropout: float = Field(0.0, ge=0, lt=1, description="embedding, attention and residual dropout")
-    tie_embeddings: bool = Field(True, description="the head shares the token embedding's weight")
-    feed_forward: int | None = Field(None, ge=1, description="inner size of the MLPs; default 4 × width (llama: 8/3 × width)")
-    kv_heads: int | None = Field(None, ge=1, description="key and value heads of llama's grouped-query attention; default heads")
-    patch_size: int = Field(4, ge=1, description="of vit, in pixels")
-    encoder_layers: int | None = Field(None, ge=1, description="of mt, out of model.layers; default half")
-    head: Literal["auto", "causal", "masked", "words", "sentences", "images", "translation"] = Field(
-        "auto", description="what is learnt; auto: the family's own, an architecture's checkpoint's, or causal language modelling"
-    )
-    label_smoothing: float = Field(0.0, ge=0, lt=1, description="of the loss, where targets are classes or tokens")
-    initialisation: Literal["default", "deep", "scaled"] = Field(
-        "default", description="default: transformers'; deep: MLP, value, output weights times √(log 2L); scaled: outputs over √(2L)"
-    )
-    from_pretrained: str | None = Field(None, description="folder or name of a transformers checkpoint to start from")
-
-    lora: LoRASettings | None = Field(None, description="train adapters alone, all else frozen; `{}` for the defaults")
-    train: tuple[str, ...] | None = Field(
-        None, description="patterns of parameters' full names, such as ['*.norm*', 'lm_head.*']: all others are frozen (lora: beside it)"
-    )
-
-    def trains(self, name: str) -> bool:
-        """Whether the parameter of this full name is trained."""
-        if self.lora is None and self.train is None:
-            return True
-        return any(fnmatchcase(name, pattern) for pattern in (*(self.train or ()), *(ADAPTERS if self.lora is not None else ())))
-
-    @model_validator(mode="before")
-    @classmethod
-    def _architecture_is_no_family(cls, values: Any) -> Any:
-        if not isinstance(values, Mapping) or values.get("architecture") is None:
-            return values
-        family = values.get("family")
-        if family not in (None, ANY_ARCHITECTURE):
-            raise ValueError(f"architecture {values['architecture']!r} and family {family!r} are both set: choose one")
-        return {**values, "family": ANY_ARCHITECTURE}
-
-    @property
-    def task(self) -> Task:
-        """What is learnt, and so which kind of data is read."""
-        return TASKS.get(self.family, "causal") if self.head == "auto" else self.head
-
-    @model_validator(mode="after")
-    def _heads_divide(self) -> "ModelSettings":
-        if self.width % self.heads:
-            raise ValueError(f"width {self.width} does not divide by {self.heads} heads: use model.heads that divides model.width")
-        if self.kv_heads and self.heads % self.kv_heads:
-            raise ValueError(f"{self.heads} heads do not divide among kv_heads={self.kv_heads}: use a divisor of model.heads")
-        if self.family == "llama" and self.width // self.heads % 2:
-            raise ValueError(
-                f"heads of size {self.width // self.heads} (width / heads) are odd, and rotary positions turn pairs: make it even"
-            )
-        return self
-
-
-class SetSettings(Settings):
-    """One of several data sets that are mixed: what it has of its own."""
-
-    model_config = ConfigDict(coerce_numbers_to_str=True)
-
-    weight: float = Field(1.0, gt=0, description="how often its samples are taken, beside the others' weights")
-    path: str | None = Field(None, description="as data.path")
-    validation_path: str | None = Field(None, description="as data.validation_path")
-    dataset: str | None = Field(None, description="as data.dataset")
-    subset: str | None = Field(None, description="as data.subset")
-    split: str = Field("train", description="as data.split")
-    validation_split: str | None = Field(None, description="as data.validation_split")
-    max_bytes: int | None = Field(None, ge=1, description="as data.max_bytes")
-    text_field: str = Field("text", description="as data.text_field")
-    messages_field: str | None = Field(None, description="as data.messages_field")
-    answer_field: str | None = Field(None, description="as data.answer_field")
-
-    @model_validator(mode="after")
-    def _one_source(self) -> "SetSettings":
-        if (self.path is None) == (self.dataset is None):
-            raise ValueError("each of data.sets needs either path or dataset")
-        return self
-
-
-class DataSettings(Settings):
-    """What it is trained on. Which kind of data is read follows from model.family and model.head (docs/families.md)."""
-
-    model_config = ConfigDict(coerce_numbers_to_str=True)
-
-    path: str | None = Field(
-        None, description="file or folder (.gz allowed): text, or tables (json, csv, parquet, arrow, save_to_disk); none: an embedded set"
-    )
-    validation_path: str | None = Field(None, description="held-out file; none: a part of data.path, or the set's own split")
-    dataset: str | None = Field(None, description="a Hugging Face `datasets` name or a folder written by save_to_disk")
-    subset: str | None = Field(None, description="the data set's configuration name")
-    split: str = Field("train", description="the data set's split to train on")
-    validation_split: str | None = Field(None, description="its held-out split; none: a part of data.split, or by the kind of data")
-    sets: tuple[SetSettings, ...] = Field(
-        (), description="several texts, mixed: each {path or dataset, weight, and what else differs: split, text_field, answer_field, …}"
-    )
-    streaming: bool = Field(False, description="read a `datasets` name as a stream, up to data.max_bytes, instead of downloading it whole")
-    max_bytes: int | None = Field(None, ge=1, description="text, pairs or lines beyond this size are not read")
-    text_field: str = Field("text", description="column that holds the text (a number for a file without column names)")
-    messages_field: str | None = Field(
-        None, description="fine-tuning: column of conversations, lists of {role, content}; loss on the assistant's messages alone"
-    )
-    answer_field: str | None = Field(None, description="fine-tuning: column of the answer to data.text_field; loss on it alone")
-    chat_template: str | None = Field(None, description="a file with a Jinja template for conversations; none: the tokenizer's own")
-    on_long: Literal["cut", "skip", "refuse"] = Field(
-        "cut", description="an answer or sentence longer than sequence_length: cut, leave out (both counted), or stop"
-    )
-    pair_field: str | None = Field(None, description="column of the second sentence of a pair")
-    label_field: str = Field("label", description="column of the label (a number without column names); for words upos, xpos or feats")
-    source: str = Field("de", description="language translated from: a file's ending or a data set's key")
-    target: str = Field("en", description="language translated to")
-    tokenizer: str = Field(
-        "bytes", description="bytes, characters, bpe:SIZE (trained on the text), a tokenizers JSON, a transformers name or folder"
-    )
-    validation_fraction: float = Field(0.1, gt=0, lt=1, description="the text's end held out for evaluation")
-    sampling: Literal["epochs", "replacement"] = Field(
-        "epochs", description="epochs: every sample once before any comes again, each epoch in another order; replacement: drawn from all"
-    )
-    documents: Literal["joined", "packed"] = Field(
-        "joined", description="texts (files, rows): one stream; or each by itself, with positions of its own and no attention across"
-    )
-    cache: str | None = Field(None, description="folder on each host for what is made of the data once; default ~/.cache/rayllp")
-    mask_fraction: float = Field(0.2, gt=0, lt=1, description="of the tokens that bert is to guess")
-    min_count: int = Field(1, ge=1, description="occurrences that give a word its own entry in the vocabulary (words)")
-    on_error: Literal["refuse", "skip"] = Field("refuse", description="a broken line or unseen label: stop, or leave it out and say so")
-    on_change: Literal["refuse", "accept"] = Field(
-        "refuse", description="a run goes on, and what the settings name holds other data: stop, or go on with these and say so"
-    )
-
-    @model_validator(mode="after")
-    def _one_source(self) -> "DataSettings":
-        if self.path and self.dataset:
-            raise ValueError("data.path and data.dataset are both set: choose one")
-        if self.sets and (self.path or self.dataset):
-            raise ValueError("data.sets names all sets: leave data.path and data.dataset out")
-        if self.messages_field and self.answer_field:
-            raise ValueError("data.messages_field and data.answer_field are both set: choose one")
-        if self.validation_path and self.validation_split:
-            raise ValueError("data.validation_path and data.validation_split are both set: choose one")
-        return self
 
 
 class ByDirection(Settings):
@@ -246,35 +67,6 @@ class MGRITSettings(Settings):
         factors = (value,) if isinstance(value, int) else value
         if not factors or any(factor < 2 for factor in factors):
             raise ValueError(f"coarsening {value}: every factor must be at least 2")
-        return value
-
-
-class BufferSettings(Settings):
-    """Layers outside the parallel solve, run serially with their own Δt (appendix B)."""
-
-    open: int = Field(2, ge=0, description="layers before the middle, on the first worker")
-    close: int = Field(2, ge=0, description="layers after it, on the last")
-
-
-class StepSettings(Settings):
-    """Δt of the layers: x + Δt·(block(x) − x)."""
-
-    middle: float | str = Field("1/N", description='a number, or "T/N" with N the middle layers, such as "1/N"')
-    buffer: float = Field(1.0, gt=0, description="of buffer layers")
-
-    @field_validator("middle")
-    @classmethod
-    def _number_or_fraction(cls, value: float | str) -> float | str:
-        if isinstance(value, str):
-            head, _, tail = value.partition("/")
-            try:
-                time = float(head)
-            except ValueError:
-                time = -1.0
-            if tail.strip() != "N" or not 0 < time < math.inf:
-                raise ValueError(f'step.middle {value!r}: give a positive number, or "T/N" such as "1/N"')
-        elif value <= 0:
-            raise ValueError(f"step.middle {value}: must be positive")
         return value
 
 
@@ -459,24 +251,6 @@ class MeshSettings(Settings):
         description="blocks: neighbouring layers on one worker, solved by MGRIT; cyclic: on different ones, solved in windows; "
         "default cyclic in mode adaptive where mgrit and adaptive.ladder are left as they are, else blocks",
     )
-
-
-class NestedSettings(Settings):
-    """Depth by nested iteration: train shallow, prolong, go on deep (arXiv:1912.08974)."""
-
-    factors: tuple[int, ...] = Field((), description="layers that a middle layer becomes at each deepening; none: deep from the start")
-    at: tuple[int, ...] = Field((), description="steps before which the deepenings come, one a factor")
-
-    @model_validator(mode="after")
-    def _one_step_a_factor(self) -> "NestedSettings":
-        factors, at = list(self.factors), list(self.at)
-        if len(factors) != len(at):
-            raise ValueError(f"{len(factors)} factors {factors} at {len(at)} steps {at}: give as many of nested.factors as of nested.at")
-        if any(factor < 2 for factor in factors):
-            raise ValueError(f"factors {factors}: every factor must be at least 2")
-        if any(late <= early for early, late in zip([0, *at], at, strict=False)):
-            raise ValueError(f"at {at}: steps must be positive and increase, such as [300, 600]")
-        return self
 
 
 class WorkerRange(Settings):

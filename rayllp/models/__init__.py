@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from rayllp.config import TrainConfig
-from rayllp.config.groups import ANY_ARCHITECTURE
+from rayllp.config.network import ANY_ARCHITECTURE
 from rayllp.data.base import Facts
 from rayllp.errors import DataError, SettingsError
 from rayllp.models.base import Architecture, hidden_matrices

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from rayllp.config.groups import LoRASettings
+from rayllp.config.network import LoRASettings
 from rayllp.errors import CheckpointError, SettingsError
 
 ADAPTER = "adapter_model.safetensors"

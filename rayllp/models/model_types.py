@@ -9,10 +9,10 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto as auto
 
 from rayllp.config import TrainConfig
-from rayllp.config.groups import Task
+from rayllp.config.network import Task
 from rayllp.data.base import Facts
 from rayllp.errors import CheckpointError, SettingsError
-from rayllp.sizes import count_layers, layer_sources, read_config, transformers_config, with_sources
+from rayllp.hf_config import count_layers, layer_sources, read_config, transformers_config, with_sources
 
 CLASSES: dict[Task, Mapping[str, Any]] = {
     "causal": auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,

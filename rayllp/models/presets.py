@@ -26,10 +26,10 @@ from transformers import (
 from rayllp.config import TrainConfig
 from rayllp.data.base import Facts
 from rayllp.errors import CheckpointError, SettingsError
+from rayllp.hf_config import read_config, transformers_config
 from rayllp.models.kinds import check_model_type
 from rayllp.models.model_types import at_depth, is_table_of, labels_of
 from rayllp.models.transformer import Transformer
-from rayllp.sizes import read_config, transformers_config
 
 OURS = frozenset(
     "vocab_size id2label label2id pad_token_id bos_token_id eos_token_id decoder_start_token_id forced_eos_token_id use_cache".split()

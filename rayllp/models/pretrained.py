@@ -20,12 +20,12 @@ from transformers.activations import NewGELUActivation
 from rayllp.config import TrainConfig
 from rayllp.data.base import IGNORE, Facts
 from rayllp.errors import SettingsError
+from rayllp.hf_config import LISTED, count_layers, layer_sources, read_config, transformers_config, with_layers
 from rayllp.models.base import Architecture
 from rayllp.models.layer_lists import layer_paths
 from rayllp.models.lora import add_adapters, check_targets
 from rayllp.models.outline import initialiser, outline, without_values
 from rayllp.models.weights import PretrainedWeights
-from rayllp.sizes import LISTED, count_layers, layer_sources, read_config, transformers_config, with_layers
 
 
 class Piece(nn.Module):

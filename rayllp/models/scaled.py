@@ -13,9 +13,9 @@ import transformers
 from transformers import PreTrainedModel
 
 from rayllp.errors import CheckpointError
+from rayllp.hf_config import SCALED
 from rayllp.models import step_sizes
 from rayllp.models.weights import find
-from rayllp.sizes import SCALED
 
 CODE = "modeling_rayllp.py"
 """The file in an export that transformers loads such a model by."""

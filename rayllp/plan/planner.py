@@ -12,7 +12,7 @@ from operator import itemgetter
 from typing import Literal
 
 from rayllp.config import TrainConfig
-from rayllp.config.train import SWEEPS
+from rayllp.config.run import SWEEPS
 from rayllp.control import Controller
 from rayllp.engine.replica_sums import BUCKET_BYTES
 from rayllp.errors import SettingsError

@@ -6,8 +6,8 @@ from rich.console import Console
 from rich.table import Table
 
 from rayllp.config import TrainConfig, load_run_config
+from rayllp.config.nested import stage_of_depth
 from rayllp.errors import SettingsError
-from rayllp.nested import stage_of_depth
 from rayllp.plan.buffers import LAST, BufferSuggestion, suggest_buffers
 from rayllp.report.rundir import RunDirectory
 

@@ -12,8 +12,8 @@ from safetensors import safe_open
 
 from rayllp.checkpoint import checkpoints, step_of
 from rayllp.config import TrainConfig, load_run_config, to_text
+from rayllp.config.nested import stage_at
 from rayllp.models.scaled import loader
-from rayllp.nested import stage_at
 from rayllp.report.rundir import RunDirectory, changed_settings, read_lines
 
 PLACES = ("data.path", "data.validation_path", "data.dataset", "data.tokenizer", "model.from_pretrained", "checkpoint.path")

@@ -16,7 +16,7 @@ from typing import Any
 from rayllp.checkpoint.location import Folder, place_of_checkpoints
 from rayllp.config import EvalSettings, TrainConfig, to_yaml
 from rayllp.errors import SettingsError
-from rayllp.report.holding import HOLDER, LOCK
+from rayllp.report.run_lock import HOLDER, LOCK
 from rayllp.timeline import TimedStep, sum_kinds, sum_phases
 
 UNUSED = {"config.yaml", "tensorboard", "loggers.json", "wandb", LOCK, HOLDER}

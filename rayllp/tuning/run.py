@@ -16,17 +16,17 @@ from ray.tune import PlacementGroupFactory, ResultGrid
 from ray.tune.schedulers import ASHAScheduler, PopulationBasedTraining, TrialScheduler
 from rich.console import Console
 
-from rayllp.checkpoint.described import read_data_json, write_data_json
+from rayllp.checkpoint.run_metadata import read_data_json, write_data_json
 from rayllp.cluster.joining import join_cluster
-from rayllp.cluster.places import choose_device
+from rayllp.cluster.placement import choose_device
 from rayllp.config import to_text
 from rayllp.data.record import DataRecord, load_recorded
 from rayllp.errors import ClusterError, SettingsError
 from rayllp.models import FAMILIES
 from rayllp.plan.measure import measure_costs
 from rayllp.report import unused
-from rayllp.report.holding import hold
 from rayllp.report.progress import tell
+from rayllp.report.run_lock import hold
 from rayllp.tuning.results import write_results
 from rayllp.tuning.searchers import FeasibleSearch, GridSearch, build_searcher
 from rayllp.tuning.sweep import Sweep, load_sweep, make_sweep

@@ -13,16 +13,16 @@ from ray.util.placement_group import PlacementGroup
 from rich.console import Console
 
 from rayllp.checkpoint import Folder, checkpoints, locate, remove, step_of
-from rayllp.cluster.driver import Driver
-from rayllp.cluster.prepare import load_known, validate
+from rayllp.cluster.actor_pool import ActorPool
 from rayllp.cluster.ray_group import RayGroup
-from rayllp.cluster.staff import Staff
 from rayllp.config import TrainConfig, load_run_config
 from rayllp.control import Controller
 from rayllp.errors import CheckpointError, NonFiniteError
 from rayllp.models import FAMILIES
 from rayllp.plan import Costs, predict_step
 from rayllp.report import RunDirectory, read_lines
+from rayllp.training.driver import Driver
+from rayllp.training.prepare import load_known, validate
 from rayllp.tuning.reporter import Reporter
 from rayllp.tuning.sweep import Sweep
 
@@ -31,7 +31,7 @@ POINTER = "rayllp.json"
 LEAVE_S = 30
 """A trial that was stopped lets its workers go before the next one takes its process; Tune's own limit of 2 s may be too short for that."""
 
-_staff: Staff | None = None
+_pool: ActorPool | None = None
 """The workers' processes of this one's last trial: Tune reuses a trial's process, with its placement group, for the next one like it."""
 
 
@@ -47,7 +47,7 @@ class TrialDriver(Driver):
             self.evaluator.evaluate(step, self.journal)
         if self.evaluator.last == step and step < self.whole.steps:
             # Tune may end this process in report(): what it is to go on from must be complete.
-            report(self.reporter.report(), self.training.save(step), self.run)
+            report(self.reporter.report(), self.state.save(step), self.run)
         self.stop = self.stop or over
 
 
@@ -74,10 +74,10 @@ def train_trial(
     if done == config.steps and evaluations and evaluations[-1]["step"] == done:  # all was done, but Tune was not told any more
         tune.report(reporter.report())
         return
-    staff = _staff_for(config, get_current_placement_group(), 1 if sweep.driver_cpus else 0)
+    pool = _pool_for(config, get_current_placement_group(), 1 if sweep.driver_cpus else 0)
     # What the sweep has checked with its data is not checked again: that alone would need transformers, whose import takes seconds.
     loaded = load_known(config, run, found, data) if data is not None else validate(config, None, None, run, found)
-    workers = RayGroup.for_run(config, run.path, staff.device, staff)
+    workers = RayGroup.for_run(config, run.path, pool.device, pool)
     driver = TrialDriver(config, run, workers, None, None, loaded, Console(quiet=True), [reporter])
     driver.reporter = reporter
     try:
@@ -158,10 +158,10 @@ def _predict(sweep: Sweep, config: TrainConfig, costs: Costs | None) -> float | 
     return None if large is None or costs is None else predict_step(large, Controller(large).chosen, costs)
 
 
-def _staff_for(config: TrainConfig, group: PlacementGroup, first_bundle: int) -> Staff:
-    global _staff
+def _pool_for(config: TrainConfig, group: PlacementGroup, first_bundle: int) -> ActorPool:
+    global _pool
     os.environ.setdefault("TUNE_FUNCTION_THREAD_TIMEOUT_S", str(LEAVE_S))
-    if _staff is None or _staff.group.id != group.id:
+    if _pool is None or _pool.group.id != group.id:
         device = "cuda" if any(bundle.get("GPU") for bundle in group.bundle_specs) else "cpu"
-        _staff = Staff(config.world, device, group, first_bundle, lasting=True)
-    return _staff
+        _pool = ActorPool(config.world, device, group, first_bundle, lasting=True)
+    return _pool

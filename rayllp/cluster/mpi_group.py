@@ -23,18 +23,18 @@ from rich.console import Console
 from rayllp.channel.interfaces import LOOPBACK, Door, Reached, addresses, explain, open_doors
 from rayllp.channel.mpi import MPIWorld, leave_no_names, load_mpi
 from rayllp.cluster.cpus import bound_to, usable_cpus
-from rayllp.cluster.driver import Driver
-from rayllp.cluster.given import Plan, TrainResult
-from rayllp.cluster.group import WorkerGroup
-from rayllp.cluster.interrupt import ASKING
-from rayllp.cluster.places import Place, threads_of
-from rayllp.cluster.prepare import open_run, prepare
+from rayllp.cluster.placement import Place, threads_of
 from rayllp.cluster.worker import BlockWorker
 from rayllp.config import TrainConfig, make_config
 from rayllp.data import Batches
 from rayllp.data.cache import with_files
 from rayllp.errors import ClusterError, RayllpError, RendezvousError, SettingsError
 from rayllp.models import Architecture
+from rayllp.training.driver import Driver
+from rayllp.training.interrupt import ASKING
+from rayllp.training.prepare import open_run, prepare
+from rayllp.training.result import Plan, TrainResult
+from rayllp.training.worker_group import WorkerGroup
 
 TAG = 11
 PAUSE_S = 5e-4

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple, Self
 
 from rayllp.config import TrainConfig
 from rayllp.data.record import DataRecord
+from rayllp.hf_config import with_layers
 from rayllp.models import FAMILIES, Architecture, LayerStack
-from rayllp.sizes import with_layers
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,9 +4,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from rayllp.config import TrainConfig
+from rayllp.config.nested import Stage
 from rayllp.engine.pipeline import count_microbatches
 from rayllp.engine.schedule import learning_rate
-from rayllp.nested import Stage
 
 
 def describe_run(config: TrainConfig, network: str, parameters: int, device: str, run: Path, left_out: Mapping[str, int]) -> str:

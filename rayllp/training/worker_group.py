@@ -115,12 +115,12 @@ class ElasticGroup(WorkerGroup):
         """Ranks of workers on nodes that were told to go, and the seconds that the first of these has left."""
 
     @abstractmethod
-    def recruit(self, most: int) -> None:
+    def start_standbys(self, most: int) -> None:
         """Begin to start workers, where the cluster has room, so that there are `most` with those at work. Waits for nothing."""
 
     @abstractmethod
-    def recruited(self) -> int:
-        """Recruits that are there."""
+    def count_standbys(self) -> int:
+        """Standbys that are there."""
 
     @property
     @abstractmethod
@@ -136,7 +136,7 @@ class ElasticGroup(WorkerGroup):
         kept: dict[str, Any] | None,
         leaving: frozenset[int] = frozenset(),
     ) -> list[dict[str, Any]]:
-        """Share the layers out anew, among as many workers as `config` says: survivors, recruits that are there, new ones for lost ones.
+        """Share the layers out anew, among as many workers as `config` says: survivors, standbys that are there, new ones for lost ones.
 
         Blocks are then at `common_step`, new ones if that is None.
 

@@ -2,24 +2,24 @@
 
 Layers are steps of an ODE over a fixed time, so a shallow network is a coarse discretisation of the deep one, and its weights, constant
 over the layers that a layer becomes, are where the deep one starts. Pure: what each stage of the schedule `nested` is. A stage's settings
-are plain ones, so that whatever trains a run trains a stage; `rayllp.checkpoint.prolong` carries weights and moments over.
+are plain ones, so that whatever trains a run trains a stage; `rayllp.checkpoint.depth_prolongation` carries weights and moments over.
 """
 
 from contextlib import suppress
 from dataclasses import dataclass
 from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import Any, Generic, TypeVar
 
 from pydantic import ValidationError
 
+from rayllp.config.run import RunSettings
 from rayllp.errors import CheckpointError, SettingsError
 
-if TYPE_CHECKING:  # the settings check themselves by what is here
-    from rayllp.config import TrainConfig
+S = TypeVar("S", bound=RunSettings)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Stage:
+class Stage(Generic[S]):
     """A stretch of steps at one depth.
 
     Attributes:
@@ -32,11 +32,11 @@ class Stage:
     number: int
     begin: int
     end: int
-    config: "TrainConfig"
+    config: S
     note: str = ""
 
 
-def stages(config: "TrainConfig") -> tuple[Stage, ...]:
+def stages(config: S) -> tuple[Stage[S], ...]:
     """The stages of a run, shallow first; one, the settings themselves, without `nested`.
 
     Stage i has the middle layers divided by all factors to come, and Δt multiplied by them, so that N·Δt is the same at every depth.
@@ -55,13 +55,13 @@ def stages(config: "TrainConfig") -> tuple[Stage, ...]:
     return tuple(found)
 
 
-def stage_at(config: "TrainConfig", step: int) -> Stage:
+def stage_at(config: S, step: int) -> Stage[S]:
     """The stage that does optimizer step `step`; the last one after the end."""
     known = stages(config)
     return next((stage for stage in known if step < stage.end), known[-1])
 
 
-def stage_of_depth(config: "TrainConfig", layers: int) -> Stage:
+def stage_of_depth(config: S, layers: int) -> Stage[S]:
     """The stage whose network has so many layers, buffers included.
 
     Raises:
@@ -78,7 +78,7 @@ def stage_of_depth(config: "TrainConfig", layers: int) -> Stage:
     )
 
 
-def _check(config: "TrainConfig") -> None:
+def _check(config: S) -> None:
     factors, at, N, steps = config.nested.factors, config.nested.at, config.middle_layers, config.steps
     divisor = prod(factors)
     shown = " × ".join(map(str, factors)) + (f" = {divisor}" if len(factors) > 1 else "")
@@ -107,7 +107,7 @@ def _check(config: "TrainConfig") -> None:
         )
 
 
-def _shallow(config: "TrainConfig", divisor: int, name: str) -> tuple["TrainConfig", str]:
+def _shallow(config: S, divisor: int, name: str) -> tuple[S, str]:
     """Settings with the middle layers divided by `divisor`, as many levels as they allow, and what that changed."""
     values: dict[str, Any] = config.model_dump() | {"nested": {}}
     N, levels = config.middle_layers // divisor, config.mgrit.levels
@@ -132,7 +132,7 @@ def _shallow(config: "TrainConfig", divisor: int, name: str) -> tuple["TrainConf
     return _validated(config, values, name, N), note
 
 
-def _fitting(config: "TrainConfig", levels: int) -> int:
+def _fitting(config: S, levels: int) -> int:
     """The most levels, at most `levels`, that the middle layers allow."""
     for count in range(levels, 1, -1):
         with suppress(SettingsError):
@@ -141,7 +141,7 @@ def _fitting(config: "TrainConfig", levels: int) -> int:
     return 1
 
 
-def _validated(config: "TrainConfig", values: dict[str, Any], name: str, layers: int) -> "TrainConfig":
+def _validated(config: S, values: dict[str, Any], name: str, layers: int) -> S:
     try:
         return type(config).model_validate(values)
     except ValidationError as error:

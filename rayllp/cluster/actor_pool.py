@@ -10,14 +10,14 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
-from rayllp.cluster.names import NAMESPACE, group_name, worker_name
-from rayllp.cluster.places import Slot, threads_of
+from rayllp.cluster.actor_names import NAMESPACE, group_name, worker_name
+from rayllp.cluster.placement import Slot, threads_of
 from rayllp.cluster.worker import LIVENESS, BlockWorker
 from rayllp.config import TrainConfig
 from rayllp.errors import ClusterError
 
 START_TIMEOUT_S = 180.0
-VACATE_TIMEOUT_S = 10.0
+RELEASE_TIMEOUT_S = 10.0
 
 
 class Starting(NamedTuple):
@@ -27,18 +27,18 @@ class Starting(NamedTuple):
     ready: Any
 
 
-class Staff:
+class ActorPool:
     """Starts worker processes, and keeps those that are not at work: a process's start, most of it imports, takes seconds.
 
-    They are spares, one a node, which take the bundle of a worker that was lost there; recruits, for which the cluster had room; and, where
-    the staff is `lasting`, those that are left from the run before.
+    They are spares, one a node, which take the bundle of a worker that was lost there; standbys, for which the cluster had room; and, where
+    the pool is `lasting`, those that are left from the run before.
 
     Args:
         count: how many workers there are to be.
         device: which resources each takes.
         group: a placement group to live in (a Tune trial's own); made here, and removed at `close`, if None.
         first_bundle: the group's bundle that takes the first worker.
-        name: the run's, under which Ray's other users find its workers (`rayllp.cluster.names`); None: nobody does.
+        name: the run's, under which Ray's other users find its workers (`rayllp.cluster.actor_names`); None: nobody does.
         lasting: whether processes stay when a run ends, for another one in the same placement group.
 
     Attributes:
@@ -66,7 +66,7 @@ class Staff:
         self._started = 0
         self._idle: dict[Slot, Any] = {}
         self._spares: dict[str, Starting] = {}  # by node
-        self._recruits: dict[Slot, Starting] = {}
+        self._standbys: dict[Slot, Starting] = {}
 
     def wait_for_room(self) -> None:
         """Until the placement group has its resources.
@@ -85,7 +85,7 @@ class Staff:
                 "Wait for other jobs, or lower workers"
             )
 
-    def hire(self, slot: Slot, rank: int, config: TrainConfig) -> Any:
+    def start_actor(self, slot: Slot, rank: int, config: TrainConfig) -> Any:
         """A worker in this place: the one that an earlier run left there, else a new process."""
         actor = self._idle.pop(slot, None)
         if actor is not None:
@@ -111,8 +111,8 @@ class Staff:
         return threads_of(max(1, self._cpus // config.world))
 
     def free(self, taken: Collection[Slot]) -> list[Slot]:
-        """Places that neither have these workers nor a recruit, those of nodes that live first."""
-        found = [slot for slot in self.slots if slot not in taken and slot not in self._recruits]
+        """Places that neither have these workers nor a standby, those of nodes that live first."""
+        found = [slot for slot in self.slots if slot not in taken and slot not in self._standbys]
         return sorted(found, key=lambda slot: not slot.is_alive())
 
     # Spares ---------------------------------------------------------------------------------------------------------------------
@@ -145,13 +145,13 @@ class Staff:
             return None
         return spare.actor
 
-    # Recruits -------------------------------------------------------------------------------------------------------------------
+    # Standbys -------------------------------------------------------------------------------------------------------------------
 
-    def recruit(self, wanted: int, taken: Collection[Slot], config: TrainConfig) -> None:
-        """Begin to start workers, where the cluster has room, so that there are so many recruits. Waits for nothing."""
+    def start_standbys(self, wanted: int, taken: Collection[Slot], config: TrainConfig) -> None:
+        """Begin to start workers, where the cluster has room, so that there are so many standbys. Waits for nothing."""
         free = self.free(taken)
         available = ray.available_resources()
-        for _ in range(wanted - len(self._recruits)):
+        for _ in range(wanted - len(self._standbys)):
             slot = next((slot for slot in free if slot.is_alive()), None)
             if slot is not None:
                 free.remove(slot)
@@ -161,25 +161,25 @@ class Staff:
                 self.slots.append(slot)
             else:
                 break
-            actor = self.hire(slot, -1, config)
-            self._recruits[slot] = Starting(actor, actor.place.remote())
+            actor = self.start_actor(slot, -1, config)
+            self._standbys[slot] = Starting(actor, actor.place.remote())
 
-    def recruited(self) -> int:
-        """Recruits that are there. One that died on the way is forgotten."""
+    def count_standbys(self) -> int:
+        """Standbys that are there. One that died on the way is forgotten."""
         ready = 0
-        for slot, recruit in list(self._recruits.items()):
-            if ray.wait([recruit.ready], timeout=0)[0]:
+        for slot, standby in list(self._standbys.items()):
+            if ray.wait([standby.ready], timeout=0)[0]:
                 try:
-                    ray.get(recruit.ready)
+                    ray.get(standby.ready)
                     ready += 1
                 except RayActorError:
-                    del self._recruits[slot]
+                    del self._standbys[slot]
         return ready
 
-    def take_recruits(self, most: int) -> list[tuple[Slot, Any]]:
-        """Recruits that are there, with their places; they are none any more."""
-        there = [slot for slot, recruit in self._recruits.items() if ray.wait([recruit.ready], timeout=0)[0]]
-        return [(slot, self._recruits.pop(slot).actor) for slot in there[: max(0, most)]]
+    def take_standbys(self, most: int) -> list[tuple[Slot, Any]]:
+        """Standbys that are there, with their places; they are none any more."""
+        there = [slot for slot, standby in self._standbys.items() if ray.wait([standby.ready], timeout=0)[0]]
+        return [(slot, self._standbys.pop(slot).actor) for slot in there[: max(0, most)]]
 
     # The end --------------------------------------------------------------------------------------------------------------------
 
@@ -191,23 +191,23 @@ class Staff:
 
     def dismiss_idle(self) -> None:
         """End all processes that have no layers."""
-        for starting in (*self._recruits.values(), *self._spares.values()):
+        for starting in (*self._standbys.values(), *self._spares.values()):
             with contextlib.suppress(Exception):  # of what failed unnoticed Ray would print a traceback, when it is forgotten
                 ray.get(starting.ready, timeout=0)
-        self.dismiss([*self._idle.values(), *(each.actor for each in (*self._recruits.values(), *self._spares.values()))])
-        self._idle, self._recruits, self._spares = {}, {}, {}
+        self.dismiss([*self._idle.values(), *(each.actor for each in (*self._standbys.values(), *self._spares.values()))])
+        self._idle, self._standbys, self._spares = {}, {}, {}
 
-    def release(self, seats: Iterable[tuple[Slot, Any]]) -> None:
-        """A run has ended: its workers give up their layers and stay, where the staff is lasting; else all is given back."""
-        seats = list(seats)
+    def release(self, placed: Iterable[tuple[Slot, Any]]) -> None:
+        """A run has ended: its workers give up their layers and stay, where the pool is lasting; else all is given back."""
+        placed = list(placed)
         if not self.lasting:
-            self.dismiss(actor for _, actor in seats)
+            self.dismiss(actor for _, actor in placed)
             self.close()
             return
-        self._forget_recruits()
-        leaving = {actor.vacate.remote(): (slot, actor) for slot, actor in seats}
+        self._forget_standbys()
+        leaving = {actor.release_layers.remote(): (slot, actor) for slot, actor in placed}
         if leaving:
-            ray.wait(list(leaving), num_returns=len(leaving), timeout=VACATE_TIMEOUT_S)
+            ray.wait(list(leaving), num_returns=len(leaving), timeout=RELEASE_TIMEOUT_S)
         for reference, (slot, actor) in leaving.items():
             try:
                 ray.get(reference, timeout=0)
@@ -219,10 +219,10 @@ class Staff:
                 else:
                     self.dismiss([actor])
 
-    def _forget_recruits(self) -> None:
-        """Let go of what was added while a run lasted: recruits, and places beyond the first ones."""
-        self.dismiss(recruit.actor for recruit in self._recruits.values())
-        self._recruits = {}
+    def _forget_standbys(self) -> None:
+        """Let go of what was added while a run lasted: standbys, and places beyond the first ones."""
+        self.dismiss(standby.actor for standby in self._standbys.values())
+        self._standbys = {}
         extra = [slot for slot in self.slots if slot.group.id != self.group.id]
         self.slots = [slot for slot in self.slots if slot.group.id == self.group.id]
         self._remove_groups(extra)

@@ -4,23 +4,23 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from rayllp.checkpoint import Folder, checkpoints, count_layers, read_manifest, step_of
-from rayllp.cluster.given import network_at
-from rayllp.cluster.group import ElasticGroup, WorkerGroup
-from rayllp.cluster.ledger import Ledger
-from rayllp.cluster.recovery import CopyInterval
-from rayllp.cluster.saving import Saver
-from rayllp.cluster.wording import describe_stage, where_not_finite
 from rayllp.config import TrainConfig
+from rayllp.config.nested import stage_at
 from rayllp.errors import DamagedCheckpointError, NonFiniteError
 from rayllp.models import Architecture
-from rayllp.nested import stage_at
 from rayllp.report import Journal, RunDirectory
+from rayllp.training.checkpointing import Saver
+from rayllp.training.failure_budget import CopyInterval
+from rayllp.training.messages import describe_stage, where_not_finite
+from rayllp.training.result import network_at
+from rayllp.training.step_log import StepLog
+from rayllp.training.worker_group import ElasticGroup, WorkerGroup
 
 Answers = Sequence[list[dict[str, Any]]]
 """Of each worker, what steps did."""
 
 
-class Training:
+class RunState:
     """Settings, workers' states, records and checkpoints of one sitting, which change together.
 
     Args:
@@ -44,13 +44,13 @@ class Training:
         self._size = workers.config.world
         self.stage = stage_at(whole, 0)
         self.config = self.at_size(self._size)
-        self.ledger = Ledger(run, journal, self.config)
+        self.step_log = StepLog(run, journal, self.config)
         self.settled = 0
         self.copies = self._choose_copies()
 
     def start_at(self, step: int) -> None:
         """Go on after `step` steps, on workers that have that state; it is kept, to come back to before the next step is done."""
-        self.ledger.start_at(step)
+        self.step_log.start_at(step)
         self.settled = step
         self.keep(step)
 
@@ -65,10 +65,10 @@ class Training:
         Raises:
             NonFiniteError: the loss or the gradient of the one after these is not finite.
         """
-        faults = self.ledger.take_in(answers)
+        faults = self.step_log.take_in(answers)
         if faults is not None:
-            self._not_finite(self.ledger.step, where_not_finite(faults))
-        return self.ledger.step
+            self._not_finite(self.step_log.step, where_not_finite(faults))
+        return self.step_log.step
 
     def _not_finite(self, step: int, where: str) -> None:
         path = self.save(step)
@@ -82,18 +82,18 @@ class Training:
 
     def save(self, step: int) -> Folder:
         """A checkpoint that is complete when this returns."""
-        return self.saver.save(step, self.ledger.controller.state(), self.journal)
+        return self.saver.save(step, self.step_log.controller.state(), self.journal)
 
     def begin_save(self, step: int) -> None:
         """A checkpoint that is written while training goes on."""
-        self.saver.begin(step, self.ledger.controller.state(), self.journal)
+        self.saver.begin(step, self.step_log.controller.state(), self.journal)
 
     def restore(self, folder: Folder, manifest: dict[str, Any]) -> int:
         """Go on from a checkpoint; steps done."""
         self._load(folder, manifest)
         step = self.settled = int(manifest["step"])
         self.saver.restored(step)
-        self.ledger.restart(step)
+        self.step_log.restart(step)
         self.journal.event(step, "restore", path=str(folder))
         return step
 
@@ -125,7 +125,7 @@ class Training:
         """Take over a checkpoint, of this stage's network or of a shallower one's."""
         prolongation, config = self.saver.load(folder, manifest, nested=bool(self.whole.nested.factors)), self.config
         if prolongation is None:
-            self.ledger.controller.restore(manifest["controller"])
+            self.step_log.controller.restore(manifest["controller"])
         else:
             sizes = {"middle_layers": config.middle_layers, "step_size": config.middle_step}
             self.journal.event(manifest["step"], "deepen", layers_before=count_layers(manifest), layers=config.model.layers, **sizes)
@@ -138,10 +138,10 @@ class Training:
         Args:
             report: what the steps from … to … did, as workers remember it.
         """
-        if step > self.ledger.step:  # their statistics were lost with the call
-            self.take_in(report(self.ledger.step, step))
-        elif step < self.ledger.step:
-            self.ledger.rewind(step)
+        if step > self.step_log.step:  # their statistics were lost with the call
+            self.take_in(report(self.step_log.step, step))
+        elif step < self.step_log.step:
+            self.step_log.rewind(step)
             self.settled = min(step, self.settled)
 
     def take_back_from_disk(self) -> tuple[int, str]:
@@ -150,7 +150,7 @@ class Training:
         if found:
             return self.restore_newest(found, self.saver.read_newest(found, self.journal), built=False), "checkpoint"
         self._rebuild(0)
-        self.ledger.restart(0)
+        self.step_log.restart(0)
         self.settled = 0
         return 0, "the start"
 
@@ -160,7 +160,7 @@ class Training:
         """From `step` on: the settings of the stage that does it, and a controller that starts anew, since its network is another."""
         self.stage = stage_at(self.whole, step)
         self.config = self.workers.config = self.saver.settings = self.at_size(self._size)
-        self.ledger.enter(self.config)
+        self.step_log.enter(self.config)
 
     def deepen(self, step: int) -> None:
         """Go on with the next stage's network on the same workers, made of this one's checkpoint."""
@@ -186,8 +186,8 @@ class Training:
     def set_size(self, size: int) -> None:
         """Settings for another number of workers, which `reshape` then has."""
         self._size = size
-        self.config = self.saver.settings = self.ledger.config = self.at_size(size)
-        self.ledger.first_step = self.ledger.step
+        self.config = self.saver.settings = self.step_log.config = self.at_size(size)
+        self.step_log.first_step = self.step_log.step
         self.copies = self._choose_copies()
 
     def _choose_copies(self) -> CopyInterval:

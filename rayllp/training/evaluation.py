@@ -7,11 +7,11 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from rayllp.cluster.group import WorkerGroup
-from rayllp.cluster.saving import Saver
 from rayllp.config import EvalSettings
 from rayllp.data import Batches, TextBatches
 from rayllp.report import Journal, RunDirectory
+from rayllp.training.checkpointing import Saver
+from rayllp.training.worker_group import WorkerGroup
 
 PART_S = 1.0
 SENTENCES = {"cpu": 10, "cuda": 50}

@@ -7,11 +7,11 @@ from typing import Any
 
 from rayllp.checkpoint import Folder, Prolongation, commit, count_layers, read_manifest, staging, step_of
 from rayllp.checkpoint.location import remove
-from rayllp.cluster.group import WorkerGroup
 from rayllp.config import TrainConfig
 from rayllp.data.record import DataRecord
 from rayllp.errors import CheckpointError
 from rayllp.report import Journal, RunDirectory
+from rayllp.training.worker_group import WorkerGroup
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Saver:
     def begin(self, step: int, controller: dict[str, Any], journal: Journal) -> None:
         """Have the workers take a copy of their states and write it while training goes on."""
         if step == self.saved:
-            self._crown(self._new_best)
+            self._mark_best(self._new_best)
             self._new_best = None
             return
         if self._pending is not None and self._pending.step == step:
@@ -91,7 +91,7 @@ class Saver:
         self._pending = None
         self.saved = pending.step
         journal.event(pending.step, "checkpoint", path=str(final))
-        self._crown(pending.best)
+        self._mark_best(pending.best)
 
     def _commit(self, pending: Pending, files: dict[str, Any], best: int | None) -> Folder:
         try:
@@ -130,7 +130,7 @@ class Saver:
         late = bool(minutes) and time.monotonic() - self._since >= 60 * minutes
         return self._overdue or late or self._new_best is not None or (bool(every) and step % every == 0)
 
-    def _crown(self, best: dict[str, Any] | None) -> None:
+    def _mark_best(self, best: dict[str, Any] | None) -> None:
         if best is not None:
             self.best = best
             self.run.write_best(best)

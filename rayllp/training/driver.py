@@ -7,17 +7,7 @@ from typing import Any
 from rich.console import Console
 
 from rayllp.checkpoint import Folder, step_of
-from rayllp.checkpoint.described import write_data_json, write_model_json, write_tokenizer_json
-from rayllp.cluster.evaluation import Evaluator
-from rayllp.cluster.faults import FAULTS, Recovery
-from rayllp.cluster.given import Loaded, TrainResult, whole_network
-from rayllp.cluster.group import ElasticGroup, WorkerGroup
-from rayllp.cluster.interrupt import stopping
-from rayllp.cluster.ledger import Chunk
-from rayllp.cluster.resizing import Resizing
-from rayllp.cluster.saving import Saver
-from rayllp.cluster.training import Training
-from rayllp.cluster.wording import describe_other_length, describe_run, describe_stage, note_without_pipeline
+from rayllp.checkpoint.run_metadata import write_data_json, write_model_json, write_tokenizer_json
 from rayllp.config import TrainConfig
 from rayllp.data import Batches
 from rayllp.errors import RayllpError
@@ -25,6 +15,16 @@ from rayllp.models import Architecture
 from rayllp.report import Journal, Listener, RunDirectory
 from rayllp.report.loggers import opened_loggers
 from rayllp.report.progress import tell
+from rayllp.training.checkpointing import Saver
+from rayllp.training.evaluation import Evaluator
+from rayllp.training.interrupt import stopping
+from rayllp.training.messages import describe_other_length, describe_run, describe_stage, note_without_pipeline
+from rayllp.training.recovery import FAULTS, Recovery
+from rayllp.training.resizing import Resizing
+from rayllp.training.result import Loaded, TrainResult, whole_network
+from rayllp.training.run_state import RunState
+from rayllp.training.step_log import Chunk
+from rayllp.training.worker_group import ElasticGroup, WorkerGroup
 
 
 class Driver:
@@ -74,10 +74,10 @@ class Driver:
                 ) as self.journal,
                 stopping(self._stop) as self.signals,
             ):
-                self.training = Training(self.whole, self.run, self.workers, self.saver, self.journal, self.model, self.kept)
+                self.state = RunState(self.whole, self.run, self.workers, self.saver, self.journal, self.model, self.kept)
                 if isinstance(self.workers, ElasticGroup):
-                    self.resizing = Resizing(self.training, self.workers)
-                    self.recovery = Recovery(self.training, self.workers, self.resizing)
+                    self.resizing = Resizing(self.state, self.workers)
+                    self.recovery = Recovery(self.state, self.workers, self.resizing)
                 with self.signals.at_once():  # a start that is interrupted leaves nothing
                     step = self._begin(list(found))
                 step, final, sample = self._train_through_faults(step)
@@ -105,15 +105,15 @@ class Driver:
         """Start the workers, and have them take over the newest of these checkpoints that is whole; steps done."""
         newest = self.saver.read_newest(found, self.journal) if found else None
         step = step_of(newest[0]) if newest is not None else 0
-        self.training.enter_stage(step)
+        self.state.enter_stage(step)
         self.run.truncate(step)  # one that ended before its first checkpoint has records too
         self.journal.rewind(step)
         while True:
             try:
-                architecture, kept = self.training.network()
+                architecture, kept = self.state.network()
                 shares = self.workers.start(architecture, self.batches or self.data, kept)
                 if newest is not None:
-                    step = self.training.restore_newest(found, newest, built=True)
+                    step = self.state.restore_newest(found, newest, built=True)
                 break
             except FAULTS as error:
                 if self.recovery is None:
@@ -127,7 +127,7 @@ class Driver:
         before = newest[1].get("config", {}).get("steps") if newest is not None else None
         if before not in (None, self.whole.steps):
             self.journal.say(describe_other_length(self.whole, before, step))
-        if note := note_without_pipeline(self.training.config):
+        if note := note_without_pipeline(self.state.config):
             self.journal.say(note)
         return step
 
@@ -141,19 +141,19 @@ class Driver:
             self.saver.forget_best()
 
     def _describe(self, shares: list[dict[str, Any]]) -> str:
-        config = self.training.config
+        config = self.state.config
         network = config.model.family if self.model is None else type(self.model).__name__
         parameters = sum(share["parameters"] for share in shares) // config.mesh.data
         left_out = getattr(self.data, "skipped", {})
         line = describe_run(config, network, parameters, self.workers.device, self.run.path, left_out)
-        return f"{line}; {describe_stage(self.training.stage, self.whole)}" if self.whole.nested.factors else line
+        return f"{line}; {describe_stage(self.state.stage, self.whole)}" if self.whole.nested.factors else line
 
     # From there to the end --------------------------------------------------------------------------------------------------------
 
     def _train_through_faults(self, step: int) -> tuple[int, dict[str, float], str]:
         """Steps done, figures of the last evaluation, and a sample."""
         try:
-            self.training.start_at(step)
+            self.state.start_at(step)
         except FAULTS as error:
             step = self._recover(error)
         while True:
@@ -170,9 +170,9 @@ class Driver:
 
     def _train_to_the_end(self, step: int) -> tuple[int, dict[str, float], str]:
         step = self._train_stages(step)
-        self.training.save(step)  # first of all: what follows can take long, and be interrupted
+        self.state.save(step)  # first of all: what follows can take long, and be interrupted
         final, sample = ({}, "") if self.stop else self._evaluate_at_the_end(step)
-        self.training.save(step)
+        self.state.save(step)
         self._say_gain(step)
         self.journal.finish(self.whole, final, sample, step)
         return step, final, sample
@@ -190,42 +190,42 @@ class Driver:
 
     def _say_gain(self, step: int) -> None:
         """What the layer-parallel steps of this sitting were worth."""
-        ledger = self.training.ledger
-        gain = ledger.times.gain
+        step_log = self.state.step_log
+        gain = step_log.times.gain
         if gain.steps and self.whole.mode == "adaptive":
-            self.journal.gain(step, gain.as_dict(), gain.sentence(ledger.last_reason if ledger.controller.serial else None))
+            self.journal.gain(step, gain.as_dict(), gain.sentence(step_log.last_reason if step_log.controller.serial else None))
 
     def _train_stages(self, step: int) -> int:
         """Stages of nested iteration: one without it."""
         while True:
             if self.whole.nested.factors:
-                self.journal.scalar("train/layers", self.training.config.model.layers, step)
+                self.journal.scalar("train/layers", self.state.config.model.layers, step)
             step = self._loop(step)
             if self.stop or self.stopped_early or step >= self.whole.steps:
                 return step
-            self.training.deepen(step)
+            self.state.deepen(step)
 
     def _loop(self, step: int) -> int:
         """Chunk after chunk, to the end of the stage."""
-        training, ledger = self.training, self.training.ledger
+        state, step_log = self.state, self.state.step_log
         while True:
-            if step > training.settled:
+            if step > state.settled:
                 self._between_chunks(step)
-                training.settled = step
-            if step >= training.stage.end or self.stop or self.stopped_early:
+                state.settled = step
+            if step >= state.stage.end or self.stop or self.stopped_early:
                 return step
             if self.resizing is not None:
                 self.resizing.adapt(step)
-            ledger.begin(step)
+            step_log.begin(step)
             chunk = self._next_chunk(step)
-            answers = self.workers.call("run", chunk, training.copies.every, timeout_s=ledger.expect(chunk))
-            ledger.note_time()
-            step = training.take_in(answers)
+            answers = self.workers.call("run", chunk, state.copies.every, timeout_s=step_log.expect(chunk))
+            step_log.note_time()
+            step = state.take_in(answers)
             if self.recovery is not None:
                 self.recovery.prepare()
 
     def _next_chunk(self, step: int) -> Chunk:
-        return self.training.ledger.next_chunk(step, self.training.stage.end)
+        return self.state.step_log.next_chunk(step, self.state.stage.end)
 
     def _between_chunks(self, step: int) -> None:
         """What is due after a chunk; the last step's is done when training ends."""
@@ -234,7 +234,7 @@ class Driver:
                 self.evaluator.evaluate(step, self.journal)
                 self._lose_patience(step)
             if self.saver.is_wanted(step):
-                self.training.begin_save(step)
+                self.state.begin_save(step)
         self.saver.poll(self.journal)
 
     def _lose_patience(self, step: int) -> None:

@@ -6,12 +6,12 @@ from collections import Counter
 from collections.abc import Hashable, Sequence
 from typing import Any
 
-from rayllp.cluster.gain import StepTimes
-from rayllp.cluster.recovery import RAREST
 from rayllp.config import TrainConfig
 from rayllp.control import Accuracy, Controller, Decision, Probe, ProbePlan
 from rayllp.report import Journal, RunDirectory
 from rayllp.timeline import sum_kinds
+from rayllp.training.failure_budget import RAREST
+from rayllp.training.gain import StepTimes
 
 CHUNK_S = 1.0
 MAX_CHUNK = 50
@@ -26,7 +26,7 @@ Chunk = list[tuple[int, Accuracy, ProbePlan | None]]
 """Steps that the workers do in one call: number, accuracy, and what is probed at it."""
 
 
-class Ledger:
+class StepLog:
     """Accounts of one sitting.
 
     Attributes:

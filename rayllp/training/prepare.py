@@ -13,8 +13,7 @@ from torch import nn
 
 from rayllp.channel.mpi import check_mpi
 from rayllp.checkpoint import MANIFEST, Folder, check_writable, checkpoints, locate
-from rayllp.checkpoint.described import TOKENIZER_JSON, read_data_json, read_model_json
-from rayllp.cluster.given import Loaded, whole_network
+from rayllp.checkpoint.run_metadata import TOKENIZER_JSON, read_data_json, read_model_json
 from rayllp.config import MAY_DIFFER, TrainConfig, load_run_config
 from rayllp.data import Batches
 from rayllp.data.record import DataRecord, load_recorded
@@ -24,9 +23,10 @@ from rayllp.engine.torchbraid_solver import check_installed
 from rayllp.errors import CheckpointError, RayllpError, SettingsError
 from rayllp.models import Architecture, LayerStack, check_batched, check_family, check_muon, check_network, refuse_unnamed_code
 from rayllp.report import RunDirectory
-from rayllp.report.holding import Hold, hold
 from rayllp.report.loggers import check_loggers
 from rayllp.report.progress import tell
+from rayllp.report.run_lock import Hold, hold
+from rayllp.training.result import Loaded, whole_network
 
 
 class Prepared(NamedTuple):

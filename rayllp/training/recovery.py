@@ -4,11 +4,11 @@ import time
 from functools import partial
 from itertools import count
 
-from rayllp.cluster.group import ElasticGroup
-from rayllp.cluster.recovery import FailureBudget
-from rayllp.cluster.resizing import Resizing
-from rayllp.cluster.training import Training
 from rayllp.errors import ChannelError, RayllpError, WorkerLostError
+from rayllp.training.failure_budget import FailureBudget
+from rayllp.training.resizing import Resizing
+from rayllp.training.run_state import RunState
+from rayllp.training.worker_group import ElasticGroup
 
 FAULTS = (WorkerLostError, ChannelError)
 """What a run can recover from."""
@@ -23,18 +23,18 @@ class Recovery:
         resizing: where the lost cannot be replaced one by one.
     """
 
-    def __init__(self, training: Training, workers: ElasticGroup, resizing: Resizing) -> None:
-        self.training, self.workers, self.resizing = training, workers, resizing
-        self.budget = FailureBudget(training.whole.max_failures)
+    def __init__(self, state: RunState, workers: ElasticGroup, resizing: Resizing) -> None:
+        self.state, self.workers, self.resizing = state, workers, resizing
+        self.budget = FailureBudget(state.whole.max_failures)
 
     def prepare(self) -> None:
         """After a chunk, for the next fault: how often states are kept, once it is known what that costs; and spares.
 
         After a step, so that a spare does not start while a lost worker is waited for.
         """
-        copies, ledger = self.training.copies, self.training.ledger
-        if copies.is_open and ledger.step >= ledger.first_step + WARM_STEPS:
-            copies.choose(ledger.step_s, self.workers.call("cost_of_copies"), on_cpu=self.workers.device == "cpu")
+        copies, step_log = self.state.copies, self.state.step_log
+        if copies.is_open and step_log.step >= step_log.first_step + WARM_STEPS:
+            copies.choose(step_log.step_s, self.workers.call("cost_of_copies"), on_cpu=self.workers.device == "cpu")
         self.workers.keep_spares()
 
     def start_anew(self, step: int, error: RayllpError) -> None:
@@ -44,8 +44,8 @@ class Recovery:
             ClusterError: too many faults.
         """
         wait_s = self.budget.spend(step, time.monotonic(), str(error))
-        self.training.journal.event(step, "fault", reason=f"at the start: {error}", ranks=sorted(_ranks_of(error)))
-        self.training.journal.say(f"at the start: {error}; all workers start anew")
+        self.state.journal.event(step, "fault", reason=f"at the start: {error}", ranks=sorted(_ranks_of(error)))
+        self.state.journal.say(f"at the start: {error}; all workers start anew")
         self.workers.dismiss()
         time.sleep(wait_s)
 
@@ -55,19 +55,19 @@ class Recovery:
         Raises:
             ClusterError: too many faults, or the resources of the lost did not come back.
         """
-        training, journal, ledger = self.training, self.training.journal, self.training.ledger
-        began, lost, reached = time.monotonic(), _ranks_of(error), ledger.step
-        training.saver.abandon()
+        state, journal, step_log = self.state, self.state.journal, self.state.step_log
+        began, lost, reached = time.monotonic(), _ranks_of(error), step_log.step
+        state.saver.abandon()
         for attempt in count():
             journal.event(reached, "fault", reason=str(error), ranks=sorted(lost))
             journal.say(f"step {reached}: {error}")
             now = time.monotonic()
-            wait_s = self.budget.spend_again(attempt, now, str(error)) if attempt else self.budget.spend(ledger.step, now, str(error))
+            wait_s = self.budget.spend_again(attempt, now, str(error)) if attempt else self.budget.spend(step_log.step, now, str(error))
             time.sleep(wait_s)
             try:
                 reached = max(reached, self.workers.reached(lost))
                 step, source = self._fill_up(lost)
-                training.keep(step)
+                state.keep(step)
                 break
             except FAULTS as another:
                 # Those that were replaced have no state yet, as far as is known.
@@ -80,14 +80,14 @@ class Recovery:
 
     def _fill_up(self, lost: frozenset[int]) -> tuple[int, str]:
         """All blocks have workers again, at a common step; that step, and where their states came from."""
-        size = max(self.workers.places(lost), self.training.whole.fewest_workers)
+        size = max(self.workers.places(lost), self.state.whole.fewest_workers)
         if size < self.workers.size or self.workers.is_halfway or not self.workers.keeps_processes:
             return self.resizing.resize(size, lost)
         self.workers.replace(lost)
         step = self.workers.roll_back(lost)
         if step is None:
-            return self.training.take_back_from_disk()
-        self.training.agree_on(step, partial(self.workers.report, lost))
+            return self.state.take_back_from_disk()
+        self.state.agree_on(step, partial(self.workers.report, lost))
         return step, "memory"
 
 
