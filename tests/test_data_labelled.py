@@ -6,6 +6,7 @@ import pytest
 from datasets import ClassLabel, Features, Sequence, Value
 
 from rayllp.config import DataSettings
+from rayllp.data.answers import load_answers
 from rayllp.data.images import load_images
 from rayllp.data.pairs import load_pairs
 from rayllp.data.sentences import load_sentences
@@ -55,6 +56,25 @@ def test_sentences_of_a_table_with_one_null(tmp_path):
     data = load_sentences(settings.model_copy(update={"on_error": "skip"}), 16, 0)
     assert (data.skipped, data.classes) == ({"rows": 1}, ("0", "1"))
     assert (len(data.labels["train"]), len(data.labels["validation"])) == (9, 2)
+
+
+def test_no_row_is_read_beyond_max_bytes(tmp_path):
+    """A broken row behind the limit is not seen, as the rest of an endless stream is not."""
+    many = sentences(12)
+    many["sentence"][9] = None
+    datasets.Dataset.from_dict(many).to_json(tmp_path / "a.jsonl")
+    settings = DataSettings(path=str(tmp_path / "a.jsonl"), text_field="sentence", label_field="verdict", validation_fraction=0.25)
+    data = load_sentences(settings.model_copy(update={"max_bytes": 8 * 8}), 16, 0)  # each "thing N" and an end of line
+    assert len(data.labels["train"]) + len(data.labels["validation"]) == 8
+    with pytest.raises(DataError, match=r"no row with a text and a label within data.max_bytes=5"):
+        load_sentences(settings.model_copy(update={"max_bytes": 5}), 16, 0)
+    words = {"tokens": [["birds", "sing"], ["fish", "swim"], ["sing"]], "tags": [["N", "V"], ["N", "V"], []]}
+    tagged = DataSettings(dataset=saved(tmp_path / "set", words), text_field="tokens", label_field="tags", max_bytes=21)
+    assert len(load_words(tagged, 4, 0).index) == 2  # one sentence is held out
+    answers = {"prompt": ["2+2=", "3+3=", "4+4="], "answer": ["4", "6", None]}
+    datasets.Dataset.from_dict(answers).to_json(tmp_path / "b.jsonl")
+    asked = DataSettings(path=str(tmp_path / "b.jsonl"), tokenizer="bytes", text_field="prompt", answer_field="answer", max_bytes=10)
+    assert load_answers(asked, 12, 0).batches("train", 1) == 1
 
 
 def test_words_have_a_label_each(tmp_path):

@@ -1,6 +1,6 @@
 """Supervised fine-tuning: conversations, or prompts and answers, of which the answers alone are to be predicted."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, Self
@@ -13,6 +13,7 @@ from rayllp.config import DataSettings
 from rayllp.data.base import IGNORE, Facts, Inputs, passes
 from rayllp.data.cache import Entry, Writer, fingerprint
 from rayllp.data.files import Faults, locate
+from rayllp.data.hub import up_to
 from rayllp.data.sampling import Order, select
 from rayllp.data.sources import Table, held_out_table, training_table
 from rayllp.data.tokenizer import Tokenizer, identity, is_made, load_tokenizer, smallest_dtype
@@ -212,11 +213,12 @@ class WriteAnswers:
 
     def _samples(self, table: Table, faults: Faults) -> Iterator[_Sample]:
         settings = self.settings
+        limit = settings.max_bytes if table is self.train else None
         found = table.open()
         if settings.messages_field is not None:
             found.require("data.messages_field", settings.messages_field)
             chat = ChatTemplate.of(self.tokenizer, self.template, found.source)
-            for number, (messages,) in enumerate(found.rows(settings.messages_field)):
+            for number, (messages,) in enumerate(up_to(limit, found.rows(settings.messages_field), bytes_in)):
                 place = f"{found.source} row {number}"
                 if fault := fault_of(messages):
                     faults.report("rows", f"{place}: column {settings.messages_field!r} {fault}")
@@ -227,7 +229,8 @@ class WriteAnswers:
         fields = (settings.text_field, settings.answer_field)
         for setting, column in zip(("data.text_field", "data.answer_field"), fields, strict=True):
             found.require(setting, column)
-        rows = ((f"{found.source} row {number}", row) for number, row in enumerate(found.rows(*fields)))
+        kept = up_to(limit, found.rows(*fields), bytes_in)
+        rows = ((f"{found.source} row {number}", row) for number, row in enumerate(kept))
         whole = (row for row in rows if _is_text(*row, fields, faults))
         for some in iter(lambda: list(islice(whole, AT_ONCE)), []):
             yield from self._pairs(some)
@@ -249,6 +252,14 @@ def _is_text(place: str, texts: tuple[Any, ...], fields: tuple[str, ...], faults
             faults.report("rows", f"{place}: column {column!r} holds {kind}, not text")
             return False
     return True
+
+
+def bytes_in(value: Any) -> int:
+    """Of all texts in a row's columns, or in a conversation."""
+    if isinstance(value, str):
+        return len(value.encode())
+    parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
+    return sum(bytes_in(part) for part in parts)
 
 
 def fault_of(messages: Any) -> str | None:

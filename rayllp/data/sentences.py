@@ -1,6 +1,7 @@
 """Sentence classification: a label for every sentence, or pair of sentences, of a tab-separated file."""
 
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from torch import Tensor
 from rayllp.config import DataSettings
 from rayllp.data.base import IGNORE, Facts, passes
 from rayllp.data.files import Faults, Rows, hold_out, locate, read_lines, refuse_one_class, train_and_held_out
-from rayllp.data.hub import name_of, up_to
+from rayllp.data.hub import Split, name_of, up_to
 from rayllp.data.sampling import Order, select
 from rayllp.data.sources import Table, reads_tables, tables
 from rayllp.data.special import SpecialTokens
@@ -154,13 +155,22 @@ def _read_splits(settings: DataSettings, faults: Faults) -> tuple[list[_Example]
 
 
 def _read_table(table: Table, settings: DataSettings, faults: Faults, max_bytes: int | None) -> list[_Example]:
-    """The rows of a data set that have texts and a label."""
+    """The rows of a data set that have texts and a label; no more of it is read than `max_bytes` of text."""
     split = table.open()
     texts = {"data.text_field": settings.text_field, "data.pair_field": settings.pair_field}
     columns = {setting: column for setting, column in texts.items() if column is not None} | {"data.label_field": settings.label_field}
     for setting, column in columns.items():
         split.require(setting, column)
-    names, examples = split.labels(settings.label_field), list[_Example]()
+    found = _examples(split, settings, columns, faults)
+    examples = list(up_to(max_bytes, found, lambda example: sum(len(text.encode()) + 1 for text in example.texts)))
+    if not examples:
+        limit = "" if max_bytes is None else f" within data.max_bytes={max_bytes}"
+        raise DataError(f"{split.source} has no row with a text and a label{limit}: give some")
+    return examples
+
+
+def _examples(split: Split, settings: DataSettings, columns: dict[str, str], faults: Faults) -> Iterator[_Example]:
+    names = split.labels(settings.label_field)
     for number, (*found, label) in enumerate(split.rows(*columns.values())):
         place = f"{split.source} row {number}"
         empty = [column for column, value in zip(columns.values(), (*found, label), strict=True) if value is None or value == ""]
@@ -170,11 +180,7 @@ def _read_table(table: Table, settings: DataSettings, faults: Faults, max_bytes:
         other = next((value for value in found if not isinstance(value, str)), None)
         if other is not None:
             raise DataError(f"{place}: a text is a {type(other).__name__}: set data.text_field and data.pair_field to columns of strings")
-        examples.append(_Example(tuple(found), name_of(label, names), place))
-    examples = list(up_to(max_bytes, examples, lambda example: sum(len(text.encode()) + 1 for text in example.texts)))
-    if not examples:
-        raise DataError(f"{split.source} has no row with a text and a label: give some")
-    return examples
+        yield _Example(tuple(found), name_of(label, names), place)
 
 
 def _read_examples(name: str, what: str, settings: DataSettings, faults: Faults, max_bytes: int | None) -> list[_Example]:

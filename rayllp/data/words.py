@@ -12,7 +12,7 @@ from torch import Tensor
 from rayllp.config import DataSettings
 from rayllp.data.base import IGNORE, Facts, passes
 from rayllp.data.files import Faults, Rows, hold_out, locate, read_lines, refuse_one_class, train_and_held_out
-from rayllp.data.hub import name_of
+from rayllp.data.hub import Split, name_of, up_to
 from rayllp.data.sampling import Order, select
 from rayllp.data.sources import Table, reads_tables, tables
 from rayllp.errors import DataError
@@ -101,10 +101,10 @@ def load_words(settings: DataSettings, sequence_length: int, seed: int) -> WordB
 def _read_splits(settings: DataSettings, faults: Faults) -> tuple[list[_Sentence], list[_Sentence]]:
     if reads_tables(settings):
         train, held_out = tables(settings)
-        sentences = _read_table(train, settings, faults)
-        return (
-            hold_out(sentences, settings.validation_fraction) if held_out is None else (sentences, _read_table(held_out, settings, faults))
-        )
+        sentences = _read_table(train, settings, faults, settings.max_bytes)
+        if held_out is None:
+            return hold_out(sentences, settings.validation_fraction)
+        return sentences, _read_table(held_out, settings, faults, None)
     if settings.path is None:
         raise DataError(
             "there is no data.path: word classification needs one, a treebank in CoNLL-U (.conllu or .conllu.gz; universaldependencies.org "
@@ -116,12 +116,21 @@ def _read_splits(settings: DataSettings, faults: Faults) -> tuple[list[_Sentence
     return train_and_held_out(settings, lambda name, what, limit: _read_sentences(name, what, label, faults, limit))
 
 
-def _read_table(table: Table, settings: DataSettings, faults: Faults) -> list[_Sentence]:
-    """The rows of a data set: a list of words and one of labels each."""
+def _read_table(table: Table, settings: DataSettings, faults: Faults, max_bytes: int | None) -> list[_Sentence]:
+    """The rows of a data set: a list of words and one of labels each; no more of it is read than `max_bytes` of words."""
     split = table.open()
     for setting, column in (("data.text_field", settings.text_field), ("data.label_field", settings.label_field)):
         split.require(setting, column)
-    names, sentences = split.labels(settings.label_field), list[_Sentence]()
+    found = _sentences(split, settings, faults)
+    sentences = list(up_to(max_bytes, found, lambda sentence: sum(len(word.encode()) + 1 for word in sentence.words)))
+    if not sentences:
+        limit = "" if max_bytes is None else f" within data.max_bytes={max_bytes}"
+        raise DataError(f"{split.source} has no row with words and labels{limit}: give some")
+    return sentences
+
+
+def _sentences(split: Split, settings: DataSettings, faults: Faults) -> Iterator[_Sentence]:
+    names = split.labels(settings.label_field)
     for number, (words, labels) in enumerate(split.rows(settings.text_field, settings.label_field)):
         place = f"{split.source} row {number}"
         if not isinstance(words, list) or not isinstance(labels, list) or len(words) != len(labels) or None in (*words, *labels):
@@ -130,10 +139,7 @@ def _read_table(table: Table, settings: DataSettings, faults: Faults) -> list[_S
                 f"{place} has no list of words in column {settings.text_field!r}, with as many labels in {settings.label_field!r}",
             )
         elif words:
-            sentences.append(_Sentence([str(word) for word in words], [name_of(label, names) for label in labels], [place] * len(words)))
-    if not sentences:
-        raise DataError(f"{split.source} has no row with words and labels: give some")
-    return sentences
+            yield _Sentence([str(word) for word in words], [name_of(label, names) for label in labels], [place] * len(words))
 
 
 def _read_sentences(name: str, what: str, label: str, faults: Faults, max_bytes: int | None) -> list[_Sentence]:
