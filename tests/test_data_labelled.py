@@ -68,7 +68,7 @@ def test_no_row_is_read_beyond_max_bytes(tmp_path):
     assert len(data.labels["train"]) + len(data.labels["validation"]) == 8
     with pytest.raises(DataError, match=r"no row with a text and a label within data.max_bytes=5"):
         load_sentences(settings.model_copy(update={"max_bytes": 5}), 16, 0)
-    words = {"tokens": [["birds", "sing"], ["fish", "swim"], ["sing"]], "tags": [["N", "V"], ["N", "V"], []]}
+    words = {"tokens": [["birds", "sing"], ["fish", "swim"], ["sing"], ["sing"]], "tags": [["N", "V"], ["N", "V"], ["V"], []]}
     tagged = DataSettings(dataset=saved(tmp_path / "set", words), text_field="tokens", label_field="tags", max_bytes=21)
     assert len(load_words(tagged, 4, 0).index) == 2  # one sentence is held out
     answers = {"prompt": ["2+2=", "3+3=", "4+4="], "answer": ["4", "6", None]}
