@@ -323,7 +323,7 @@ def test_an_export_has_the_depth_of_its_checkpoint(deepened, step, layers, size,
     config, run = deepened
     model = ScaledModel.from_pretrained(export(run, tmp_path / "model", step)).eval()
     assert model.config.n_layer == layers
-    assert model.kept["step_sizes"] == [1.0, 1.0, *[size] * (layers - 4), 1.0, 1.0]
+    assert model.config.scaled["step_sizes"] == [1.0, 1.0, *[size] * (layers - 4), 1.0, 1.0]
     engine = make_engine(stage_of_depth(config, layers).config.model_copy(update={"workers": 1}))
     load_pieces(engine, run / "checkpoints" / f"step_{step}")
     inputs, *_ = engine.my_batch("validation", 0)

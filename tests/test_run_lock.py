@@ -13,7 +13,7 @@ import pytest
 from rayllp.checkpoint import locate
 from rayllp.errors import HeldError, SettingsError
 from rayllp.report import RunDirectory
-from rayllp.report import holding as module
+from rayllp.report import run_lock as module
 from rayllp.report.run_lock import HOLDER, LOCK, Holder, hold, is_alive, read_holder
 from rayllp.training.prepare import Prepared, open_run, prepare
 from rayllp.tuning.trial import apart
