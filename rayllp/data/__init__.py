@@ -1,4 +1,4 @@
-"""Data sets, tokenizers, and batches that are a pure function of (seed, step)."""
+"""Data sets, tokenizers and batches. A batch is a pure function of (seed, step), so that resuming a run needs no state of a reader."""
 
 from rayllp.data.base import IGNORE, Batches, Facts, Inputs
 from rayllp.data.load import load_data

@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: conversations, or prompts and answers, of which the answers alone are to be predicted."""
+"""Supervised fine-tuning on conversations, or on prompts and answers: only the answers' tokens are predicted."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -22,21 +22,22 @@ from rayllp.errors import DataError
 
 ASSISTANT = "assistant"
 AT_ONCE = 1000
-"""Rows that are encoded together."""
+"""Rows that are tokenised together."""
 
 
 @dataclass(frozen=True)
 class AnswerBatches:
-    """Samples as inputs; targets are the answers' tokens, and nothing else.
+    """Tokenised conversations or prompt–answer pairs. Only tokens of answers are targets; all others are IGNORE.
 
     Attributes:
-        entry: has the tokens ("train"), which of them belong to answers ("train_answers"), where each sample begins ("train_samples") and
-            which sample each sequence begins with ("train_sequences"); the two latter end with one that is beyond the last.
-        spans: of each split, the array's name, and the first and last but one of its sequences.
-        sequence_length: tokens a sequence.
-        order: in which training takes its sequences.
-        tokenizer: of all texts.
-        packed: several samples share a sequence, each with positions of its own.
+        entry: the cache entry with the arrays of both splits: tokens ("train"), which of them belong to answers ("train_answers"), where
+            each sample starts ("train_samples") and with which sample each sequence starts ("train_sequences"); the last two have a final
+            element for the end.
+        spans: of each split, the name of its arrays, its first sequence, and the end of its sequences (exclusive).
+        sequence_length: tokens in a sequence.
+        order: the order in which training takes its sequences.
+        tokenizer: the tokenizer of all texts.
+        packed: several samples may share a sequence; positions start at 0 in each.
         skipped: how many rows were left out or cut, by cause.
     """
 
@@ -50,26 +51,32 @@ class AnswerBatches:
 
     @property
     def entries(self) -> tuple[Entry, ...]:
-        """Files that a host needs."""
+        """Cache entries whose files a host needs."""
         return (self.entry,)
 
     def with_entries(self, change: Callable[[Entry], Entry]) -> Self:
-        """The same with other handles on its files."""
+        """Return a copy in which the cache entry is replaced by `change(entry)`."""
         return replace(self, entry=change(self.entry))
 
     @property
     def checksums(self) -> dict[str, list[Any]]:
-        """Of each split, by what it is known again."""
+        """For each split, values that change whenever its samples do."""
         arrays = ("", "_answers", "_samples", "_sequences")
         return {split: [*span, *(self.entry.checksum(span[0] + each) for each in arrays)] for split, span in self.spans.items()}
 
     @property
     def facts(self) -> Facts:
-        """The vocabulary. What fills up a sequence stands behind all that counts, where no token before it can see it."""
+        """Size of the vocabulary.
+
+        There is no padding id: sequences are filled up at their end, which causal attention hides from all tokens before it.
+        """
         return Facts(vocabulary=self.tokenizer.vocabulary)
 
     def batch(self, split: str, step: int, size: int) -> tuple[Inputs, Tensor]:
-        """Token ids (size, sequence_length), with their positions where samples are packed; the next ids where they belong to an answer."""
+        """Return token ids (with their positions, where samples are packed) and the next token's id where it belongs to an answer.
+
+        All have shape (size, sequence_length); targets elsewhere are IGNORE.
+        """
         name, first, last = self.spans[split]
         chosen = select(self.order, split, step, last - first, size)
         ids, positions, targets = (np.full((size, self.sequence_length), fill, np.int64) for fill in (0, 0, IGNORE))
@@ -91,17 +98,17 @@ class AnswerBatches:
             place = row.stop
 
     def batches(self, split: str, size: int) -> int:
-        """Batches in one pass through a split."""
+        """Return the number of batches in one pass through a split."""
         _, first, last = self.spans[split]
         return passes(last - first, size)
 
 
 def load_answers(settings: DataSettings, sequence_length: int, seed: int, tokenizer: Tokenizer | None = None) -> AnswerBatches:
-    """Read a table of conversations (`data.messages_field`) or of prompts and answers (`data.text_field`, `data.answer_field`), tokenise.
+    """Tokenise a table of conversations (`data.messages_field`) or of prompts and answers (`data.text_field`, `data.answer_field`).
 
     Raises:
-        DataError: no table, or one without these columns; a broken row, unless skipped; a tokenizer without a chat template; a sample
-            longer than `sequence_length`, where the settings refuse it; no sample that has an answer.
+        DataError: there is no table, or it lacks these columns; a row is broken and broken rows are not skipped; the tokenizer has no chat
+            template; a sample is longer than `sequence_length` and `data.on_long` refuses that; no sample has an answer.
     """
     train, held_out = training_table(settings), held_out_table(settings)
     if is_made(settings.tokenizer) and tokenizer is None:
@@ -128,7 +135,7 @@ def load_answers(settings: DataSettings, sequence_length: int, seed: int, tokeni
 
 
 def read_template(settings: DataSettings) -> str | None:
-    """The chat template of the settings; None: the tokenizer's own."""
+    """Return the chat template that the settings name; None: use the tokenizer's own."""
     if settings.chat_template is None:
         return None
     path = locate(settings.chat_template, "data.chat_template")
@@ -140,7 +147,7 @@ def read_template(settings: DataSettings) -> str | None:
 
 @dataclass(frozen=True)
 class _Sample:
-    """Token ids, which of them belong to an answer, and the row that they are of."""
+    """Token ids of a row, a mask of those that belong to an answer, and the row's place for errors."""
 
     ids: np.ndarray
     answers: np.ndarray
@@ -149,7 +156,7 @@ class _Sample:
 
 @dataclass(frozen=True)
 class WriteAnswers:
-    """Makes samples of a table: an entry of the cache."""
+    """Writes the tokenised samples of a table into a cache entry."""
 
     train: Table
     held_out: Table | None
@@ -159,7 +166,7 @@ class WriteAnswers:
     template: str | None
 
     def __call__(self, writer: Writer) -> None:
-        """Write what `AnswerBatches` reads."""
+        """Write the arrays that `AnswerBatches` reads."""
         faults = Faults(self.settings.on_error == "skip")
         for name, table in (("train", self.train), ("validation", self.held_out)):
             if table is None:
@@ -170,7 +177,7 @@ class WriteAnswers:
         writer.facts["skipped"] = faults.counts
 
     def _write(self, writer: Writer, name: str, samples: Iterator[_Sample]) -> int:
-        """Samples that are written."""
+        """Write a split's arrays and return the number of its samples."""
         dtype, packed = smallest_dtype(self.tokenizer.vocabulary), self.settings.documents == "packed"
         writer.append(f"{name}_samples", np.zeros(1, np.int64))
         writer.append(f"{name}_sequences", np.zeros(1, np.int64))
@@ -192,7 +199,7 @@ class WriteAnswers:
         return count
 
     def _fitting(self, samples: Iterable[_Sample], faults: Faults) -> Iterator[_Sample]:
-        """Those that fit a sequence, cut if need be, and have something to predict."""
+        """Yield the samples that have something to predict and fit in a sequence, cutting long ones if the settings say so."""
         room, long = self.length + 1, self.settings.on_long
         for sample in samples:
             size = len(sample.ids)
@@ -236,7 +243,7 @@ class WriteAnswers:
             yield from self._pairs(some)
 
     def _pairs(self, rows: list[tuple[str, tuple[Any, ...]]]) -> Iterator[_Sample]:
-        """A prompt's ids and an answer's, begun and ended as the tokenizer's model knows it."""
+        """Join prompts with their answers, between the bos and eos of the tokenizer's model where it has them."""
         begin, end = getattr(self.tokenizer, "bos", None), getattr(self.tokenizer, "eos", None)
         prompts, answers = (self.tokenizer.encode_all([texts[side] for _, texts in rows]) for side in (0, 1))
         for (place, _), prompt, answer in zip(rows, prompts, answers, strict=True):
@@ -255,7 +262,7 @@ def _is_text(place: str, texts: tuple[Any, ...], fields: tuple[str, ...], faults
 
 
 def bytes_in(value: Any) -> int:
-    """Of all texts in a row's columns, or in a conversation."""
+    """Return the size in bytes (UTF-8) of all texts in a row's columns, or in a conversation."""
     if isinstance(value, str):
         return len(value.encode())
     parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
@@ -263,7 +270,7 @@ def bytes_in(value: Any) -> int:
 
 
 def fault_of(messages: Any) -> str | None:
-    """What is wrong with a conversation; None: nothing."""
+    """Return what is wrong with a conversation; None if nothing is."""
     if not isinstance(messages, list) or not messages:
         return f"holds {'nothing' if not messages else type(messages).__name__}, not a list of messages"
     for message in messages:
@@ -276,12 +283,12 @@ def fault_of(messages: Any) -> str | None:
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """Conversations as a tokenizer of transformers writes them, and where the assistant's turns are in them.
+    """Writes conversations as text by a chat template of transformers, and finds the assistant's turns in it.
 
     Attributes:
-        tokenizer: transformers'.
-        template: Jinja; None: its own.
-        marks: whether the template marks these turns itself ({% generation %}).
+        tokenizer: a fast tokenizer of transformers.
+        template: a Jinja template; None: the tokenizer's own.
+        marks: True if the template itself marks the assistant's turns, by {% generation %}.
     """
 
     tokenizer: Any
@@ -290,10 +297,10 @@ class ChatTemplate:
 
     @classmethod
     def of(cls, tokenizer: Tokenizer, template: str | None, source: str) -> "ChatTemplate":
-        """That of a tokenizer.
+        """Return the chat template of a tokenizer, or the one that is given in its place.
 
         Raises:
-            DataError: it has none, or cannot tell which characters a token stands for.
+            DataError: the tokenizer has none, or cannot tell which characters a token stands for.
         """
         own = tokenizer._tokenizer if isinstance(tokenizer, Pretrained) else None
         known = template or getattr(own, "chat_template", None)
@@ -305,10 +312,10 @@ class ChatTemplate:
         return cls(own, template, "{% generation" in str(known) or "{%- generation" in str(known))
 
     def encode(self, messages: list[dict[str, Any]], place: str) -> tuple[np.ndarray, np.ndarray]:
-        """Token ids, and which of them are the assistant's.
+        """Return a conversation's token ids and a mask of those that the assistant says.
 
         Raises:
-            DataError: the template refuses the conversation, or writes a turn otherwise once others follow.
+            DataError: the template refuses the conversation, or writes a turn differently once others follow, so that it cannot be found.
         """
         try:
             if self.marks:
@@ -335,7 +342,7 @@ class ChatTemplate:
         )
 
     def _span(self, messages: list[dict[str, Any]], turn: int, text: str, place: str) -> tuple[int, int]:
-        """The characters of a turn: what is written once the assistant has the word, up to and with what ends it."""
+        """Return the range of characters of an assistant's turn: from the end of the generation prompt through the turn's end marker."""
         before, behind = self._write(messages[:turn], answering=True), self._write(messages[: turn + 1])
         if not text.startswith(behind) or not behind.startswith(before):
             raise DataError(

@@ -1,4 +1,4 @@
-"""What a worker draws its batches from."""
+"""The interface between data and the workers that train on it: `Batches`, and the `Facts` from which a model is sized."""
 
 from dataclasses import dataclass
 from typing import Protocol
@@ -8,21 +8,21 @@ from torch import Tensor
 from rayllp.state import State
 
 IGNORE = -100
-"""Target that no loss or metric counts (as torch's cross_entropy and transformers have it)."""
+"""Target that losses and metrics ignore (the same number as torch's cross_entropy and transformers use)."""
 
 Inputs = State
-"""A tensor or a tuple of tensors; dimension 0 is the sample."""
+"""Inputs of a model: a tensor or a tuple of tensors, whose dimension 0 is the sample."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Facts:
-    """What a data set tells the model that is built for it.
+    """What a model that is built for a data set has to know about it.
 
     Attributes:
-        vocabulary: token (or word) ids are below this.
-        classes: names of the labels, in order of their numbers.
-        pad: id that fills up short sequences; None where all are equally long.
-        bos, eos: ids that begin and end a target sequence (translation).
+        vocabulary: size of the vocabulary; every token (or word) id is below it.
+        classes: names of the labels, indexed by class number.
+        pad: id of the padding token; None where all sequences have the same length.
+        bos, eos: ids of the tokens that begin and end a target sequence (translation).
         image: channels, height and width.
     """
 
@@ -35,17 +35,21 @@ class Facts:
 
 
 class Batches(Protocol):
-    """Every worker holds one; a batch is a pure function of its arguments, so that resuming and resizing need one integer."""
+    """A data set as workers see it.
+
+    Each worker holds one. A batch depends on the arguments alone, so that resuming a run or changing its number of workers takes no more
+    than the step.
+    """
 
     def batch(self, split: str, step: int, size: int) -> tuple[Inputs, Tensor]:
-        """The global batch of a step: inputs and targets, dimension 0 the sample. `split` is train or validation.
+        """Return the inputs and targets of a step's global batch; dimension 0 is the sample. `split` is train or validation.
 
-        Shapes depend on `size` alone. A finite validation set is passed through in order, batch after batch; places beyond its end
-        are filled with targets IGNORE.
+        Shapes depend on `size` alone. A finite validation set is passed through in order, batch after batch; rows beyond its end have the
+        target IGNORE everywhere.
         """
         ...
 
 
 def passes(count: int, size: int) -> int:
-    """Batches of `size` in one pass through `count` samples."""
+    """Return the number of batches of `size` in one pass through `count` samples."""
     return -(-count // size)

@@ -1,7 +1,7 @@
-"""What is made of a corpus once, in files that every process of a host maps into its memory: tokens need not fit there, nor travel.
+"""A cache of tokenised data in files that all processes of a host map into memory: they need not fit there, nor be sent to workers.
 
-An entry is a folder of flat arrays, `NAME.bin`, and `entry.json`, which says what they are. Its name is a fingerprint of all that it was
-made of, so that it is never altered; whoever needs one that is not there makes it, while others on the host wait.
+An entry is a folder of flat arrays, `NAME.bin`, and `entry.json`, which describes them. It is named by a fingerprint of all that it was
+made from, so it never changes once written. A process that needs a missing entry makes it; others on the host wait meanwhile.
 """
 
 import contextlib
@@ -25,14 +25,14 @@ from rayllp.errors import DataError
 FORMAT = 1
 ENTRY = "entry.json"
 HASHED = 2**24
-"""Bytes of all files up to which their content is looked at, and not size and time alone: small ones are rewritten within a moment."""
+"""Total bytes up to which files are identified by content as well: a small file may be rewritten with neither size nor time changing."""
 CARRIED = 2**26
-"""Bytes of an entry up to which it can be sent to hosts that have nothing to make it of."""
+"""Size of an entry, in bytes, up to which it is sent to hosts that lack the data it is made from."""
 TOLD_EVERY_S = 10.0
 
 
 def cache_folder(setting: str | None = None) -> Path:
-    """Where entries are on this host: `data.cache`, else RAYLLP_CACHE, else rayllp/ where this user's caches are."""
+    """Return this host's cache folder: `data.cache`, else RAYLLP_CACHE, else rayllp/ in the user's cache folder."""
     named = setting or os.environ.get("RAYLLP_CACHE")
     if named:
         return Path(named).expanduser()
@@ -40,12 +40,12 @@ def cache_folder(setting: str | None = None) -> Path:
 
 
 def fingerprint(*parts: Any) -> str:
-    """A name for what is made of these plain values."""
+    """Return a name for what is made from these plain values."""
     return hashlib.sha256(json.dumps([FORMAT, *parts], sort_keys=True, default=str).encode()).hexdigest()[:32]
 
 
 def stamp(paths: Sequence[Path]) -> list[Any]:
-    """By what files are known again without being read, unless all of them are small."""
+    """Return plain values that identify the content of files: names, sizes and times, and for small files a hash of the content."""
     found = [path.stat() for path in paths]
     known: list[Any] = [[str(path.resolve()), each.st_size, each.st_mtime_ns] for path, each in zip(paths, found, strict=True)]
     if sum(each.st_size for each in found) <= HASHED:
@@ -54,10 +54,11 @@ def stamp(paths: Sequence[Path]) -> list[Any]:
 
 
 class Writer:
-    """An entry in the making: its arrays are written from the first value to the last, in any amounts.
+    """Writes a new entry. Each array is appended to, from its first value to its last.
 
     Attributes:
-        facts: plain values to be kept with them.
+        folder: where the files are written.
+        facts: plain values that are stored with the arrays.
     """
 
     def __init__(self, folder: Path, told: str) -> None:
@@ -67,7 +68,7 @@ class Writer:
         self._told, self._size, self._next = told, 0, time.monotonic() + TOLD_EVERY_S
 
     def append(self, name: str, values: np.ndarray) -> None:
-        """More values of an array; its dtype is that of the first."""
+        """Append values to an array; its first values decide its dtype."""
         dtype, count = self._arrays.get(name, (values.dtype.str, 0))
         content = np.ascontiguousarray(values, dtype).data
         with (self.folder / f"{name}.bin").open("ab") as file:
@@ -80,28 +81,29 @@ class Writer:
             print(f"{self._told}: {self._size / 2**20:,.0f} MiB written to {self.folder.parent}", file=sys.stderr, flush=True)
 
     def finish(self) -> None:
-        """Say what has been written."""
+        """Write entry.json, which describes the arrays."""
         arrays = {name: [*kind, self._digests[name].hexdigest()] for name, kind in self._arrays.items()}
         values = {"format": FORMAT, "arrays": arrays, "facts": self.facts}
         (self.folder / ENTRY).write_text(json.dumps(values) + "\n", encoding="utf-8")
 
 
 Make = Callable[[Writer], None]
-"""Writes an entry's arrays and facts. It travels to other hosts, and is to do the same there."""
+"""Function that writes an entry's arrays and facts. It is sent to other hosts and has to write the same there."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """An entry of the cache, on whichever host it is looked at.
+    """A cache entry, referred to by its name, so that it can be sent to any host.
 
     Attributes:
-        key: its fingerprint.
-        make: makes it where it is missing.
+        key: its fingerprint, which is its folder's name.
+        make: writes it where it is missing.
         cache: `data.cache`.
-        told: what is being made, for whoever waits.
-        made: a checksum of what it holds, once it is known: hosts that make it must get the same.
-        carried: its files, for hosts that cannot make it.
-        found: where the driver has it: other processes of its host may have another cache, and other hosts the same one.
+        told: what is being made, for messages to the user.
+        made: a fingerprint of its content, once that is known: every host that makes it has to get the same.
+        carried: content of its files by name, for hosts that cannot make it.
+        found: the cache folder where the driver has it. Processes of the driver's host may be set to another cache, and another host may
+            share this folder.
     """
 
     key: str
@@ -117,16 +119,19 @@ class Entry:
 
     @property
     def folder(self) -> Path:
-        """Where it is on this host."""
+        """The entry's folder on this host."""
         if self.found is not None and (Path(self.found) / self.key / ENTRY).is_file():
             return Path(self.found) / self.key
         return cache_folder(self.cache) / self.key
 
     def settle(self) -> "Entry":
-        """See that it is on this host.
+        """Make the entry on this host if it is missing, and check that its content is the expected one.
+
+        Returns:
+            The entry with `made` and `found` set.
 
         Raises:
-            DataError: it cannot be made here, or comes out another than elsewhere.
+            DataError: it cannot be made here, or has other content than on the driver's host.
         """
         if not (self.folder / ENTRY).is_file():
             self._write()
@@ -139,7 +144,7 @@ class Entry:
         return self if self.made else replace(self, made=content, found=str(self.folder.parent.absolute()))
 
     def with_files(self) -> "Entry":
-        """The same with its files along, if they are small enough to be sent."""
+        """Return a copy that carries the content of the files, if they are small enough to be sent."""
         files = [path for path in self.folder.iterdir() if path.is_file()]
         if sum(path.stat().st_size for path in files) > CARRIED:
             return self
@@ -148,10 +153,10 @@ class Entry:
     def _write(self) -> None:
         try:
             with self._lock():
-                if (self.folder / ENTRY).is_file():  # another process has made it meanwhile
+                if (self.folder / ENTRY).is_file():  # another process has made it while this one waited for the lock
                     return
                 part = self.folder.with_suffix(".part")
-                shutil.rmtree(part, ignore_errors=True)  # of one that was killed
+                shutil.rmtree(part, ignore_errors=True)  # left behind by a process that was killed
                 part.mkdir(parents=True)
                 try:
                     self._fill(part)
@@ -190,14 +195,14 @@ class Entry:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What was kept with the arrays."""
+        """The plain values that were stored with the arrays."""
         return dict(self._description["facts"])
 
     def array(self, name: str) -> np.ndarray:
-        """One of its arrays, mapped into memory.
+        """Return an array, mapped into memory. A name that was never written is an empty array.
 
         Raises:
-            DataError: its file is not what it was when it was written.
+            DataError: its file is missing or not as long as it was written.
         """
         if name not in self._maps:
             dtype, count, _ = self._description["arrays"].get(name, ("<u1", 0, ""))
@@ -209,11 +214,14 @@ class Entry:
         return self._maps[name]
 
     def checksum(self, name: str) -> str:
-        """A checksum of an array."""
+        """Return a checksum of an array."""
         return " ".join(map(str, self._description["arrays"].get(name, ("<u1", 0, ""))))
 
     def checksum_of(self, name: str, start: int, stop: int) -> str:
-        """A checksum of some values of an array, which is kept: looking at them takes a second for each GB."""
+        """Return a checksum of values `start` to `stop` of an array.
+
+        It is stored beside the array, since reading the values takes about a second per GB.
+        """
         dtype, count, _ = self._description["arrays"].get(name, ("<u1", 0, ""))
         kept = self.folder / f"{name}-{start}-{stop}.sha256"
         if (start, stop) == (0, count):
@@ -233,9 +241,9 @@ class Entry:
 
 @dataclass(frozen=True)
 class Part:
-    """Values from `start` to `stop` of an array of an entry: what travels to workers in their place.
+    """Values `start` to `stop` of an array of an entry. Workers receive this reference instead of the values.
 
-    It can be sliced, indexed, and turned into an array.
+    It can be sliced, indexed, and converted to an array.
     """
 
     entry: Entry
@@ -245,12 +253,12 @@ class Part:
 
     @classmethod
     def whole(cls, entry: Entry, name: str) -> "Part":
-        """All of an array."""
+        """Return a reference to a whole array."""
         return cls(entry, name, 0, len(entry.array(name)))
 
     @property
     def values(self) -> np.ndarray:
-        """Mapped into memory; nothing is read before it is looked at."""
+        """The values, mapped into memory and read when they are accessed."""
         return self.entry.array(self.name)[self.start : self.stop]
 
     def __len__(self) -> int:
@@ -264,12 +272,12 @@ class Part:
 
     @property
     def checksum(self) -> str:
-        """Of these values."""
+        """A checksum of these values."""
         return self.entry.checksum_of(self.name, self.start, self.stop)
 
 
 def settle(batches: Any) -> None:
-    """See that this host has what a data set's arrays are mapped from; nothing for data in memory.
+    """Make sure that this host has the cache entries of a data set; does nothing for data in memory.
 
     Raises:
         DataError: as `Entry.settle`.
@@ -279,6 +287,6 @@ def settle(batches: Any) -> None:
 
 
 def with_files(batches: Any) -> Any:
-    """A data set with its small files along, for hosts that do not have the data."""
+    """Return a data set whose small cache entries carry their files, for hosts that lack the data they are made from."""
     found = getattr(batches, "with_entries", None)
     return batches if found is None else found(Entry.with_files)

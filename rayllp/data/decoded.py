@@ -1,4 +1,4 @@
-"""Images that stay in their files and are decoded when a batch asks for them: sets that memory does not hold."""
+"""Images that stay in their files and are decoded when a batch asks for them, for data sets that do not fit in memory."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,15 +11,15 @@ from rayllp.errors import DataError
 
 @dataclass(frozen=True)
 class DecodedImages:
-    """Stands where an array of pixels, uint8 of shape (images, C, H, W), would.
+    """A stand-in for a uint8 array of pixels of shape (images, C, H, W), decoded on access.
 
     Attributes:
-        rows: of the data set, by number: row -> a mapping with the image's column.
-        column: the image's.
-        decode: image, place -> uint8 of shape (C, H, W).
-        source: for errors.
-        numbers: rows that are in.
-        image: (C, H, W) that all have.
+        rows: the data set of the datasets library; row number -> a mapping that holds the image's column.
+        column: name of the column that holds the image.
+        decode: (image, place for errors) -> uint8 of shape (C, H, W).
+        source: name of the data set, for errors.
+        numbers: row number of each image; rows that are left out are missing here.
+        image: shape (C, H, W) that every image must have.
     """
 
     rows: Any
@@ -31,21 +31,21 @@ class DecodedImages:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Images, channels, height and width, as an array of them would have."""
+        """The shape that an array of all pixels would have: (images, C, H, W)."""
         return (len(self.numbers), *self.image)
 
     def __len__(self) -> int:
         return len(self.numbers)
 
     def narrowed(self, chosen: Any) -> "DecodedImages":
-        """Some of the images (a slice or a mask), still in their files."""
+        """Return some of the images (chosen by a slice or a mask), still in their files."""
         return DecodedImages(self.rows, self.column, self.decode, self.source, self.numbers[chosen], self.image)
 
     def __getitem__(self, chosen: Any) -> Any:
-        """Pixels at these places.
+        """Decode the images at these indices into one array; a slice or a mask returns `narrowed` instead.
 
         Raises:
-            DataError: an image of another size.
+            DataError: an image has another size than the first.
         """
         if isinstance(chosen, slice) or np.asarray(chosen).dtype == bool:
             return self.narrowed(chosen)

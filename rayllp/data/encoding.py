@@ -1,4 +1,4 @@
-"""A long text through a tokenizer of the tokenizers library, piece by piece: the tokens are those of the whole."""
+"""Encode a text of any length with a tokenizer of the tokenizers library, part by part, into exactly the tokens of the whole text."""
 
 from collections.abc import Iterable, Iterator
 from itertools import islice
@@ -9,15 +9,17 @@ import numpy as np
 from rayllp.errors import DataError
 
 PIECE, OVERLAP, AGREEING = 2**18, 2**11, 32
-"""Characters that are encoded in one call, those that it has before and after them, and tokens on both sides of a cut that must agree."""
+"""How a text is divided: characters per part, characters of context before and after each part, and how many tokens on both sides of a cut
+must agree in the two encodings that meet there.
+"""
 PIECES_AT_ONCE = 16
 
 
 def encode_pieces(tokenizer: Any, pieces: Iterable[str]) -> Iterator[np.ndarray]:
-    """The ids that the tokenizers library gives to a text that comes in pieces of any length.
+    """Yield the ids of a text that comes in pieces of any length, as the tokenizers library would give them to the whole text.
 
-    A long text is encoded in overlapping parts, since what the library makes of one is far larger than its ids. They are joined where both
-    have the same tokens in the same places; where they do not, both are encoded as one.
+    The library's result takes far more memory than the ids, so a long text is encoded in overlapping parts. Two neighbouring parts are
+    joined where their encodings have the same tokens at the same positions; where they do not agree, both parts are encoded again as one.
     """
     parts, left, first = _parts(pieces), None, 0
     for together in iter(lambda: list(islice(parts, PIECES_AT_ONCE)), []):
@@ -37,7 +39,7 @@ def encode_pieces(tokenizer: Any, pieces: Iterable[str]) -> Iterator[np.ndarray]
 
 
 class _Part(NamedTuple):
-    """A part of a text with what surrounds it there: its own is text[begin:end]."""
+    """A part of a text, with some context on both sides; the part itself is text[begin:end]."""
 
     text: str
     begin: int
@@ -50,7 +52,7 @@ class _Encoded(NamedTuple):
 
 
 def _parts(pieces: Iterable[str]) -> Iterator[_Part]:
-    """Overlapping parts of a text; the last is as long as it comes, up to half as long again as the others."""
+    """Yield overlapping parts of a text. The last one takes whatever is left: at most half as long again as the others."""
     text, begin = "", 0
     for piece in pieces:
         text += piece
@@ -62,15 +64,18 @@ def _parts(pieces: Iterable[str]) -> Iterator[_Part]:
 
 
 def _as_one(tokenizer: Any, left: _Encoded, first: int, right: _Encoded) -> tuple[_Encoded, int]:
-    """Two neighbouring parts as one, and the first of its tokens that has not been passed on.
+    """Encode two neighbouring parts as one, and find in the result the first token that has not been yielded yet.
 
     Args:
-        tokenizer: of the tokenizers library.
-        left, right: the parts.
-        first: that token of the left one.
+        tokenizer: a tokenizer of the tokenizers library.
+        left, right: the two parts.
+        first: number of that token in the left part's encoding.
+
+    Returns:
+        The joint part with its encoding, and the number of that token in it.
 
     Raises:
-        DataError: another one than before begins there: the tokenizer looks further than a part is long.
+        DataError: the joint encoding has other tokens there: what the tokenizer does depends on text further away than a part is long.
     """
     text = left.part.text[: left.part.end] + right.part.text[right.part.begin :]
     part = _Part(text, left.part.begin, left.part.end + right.part.end - right.part.begin)
@@ -89,19 +94,20 @@ def _as_one(tokenizer: Any, left: _Encoded, first: int, right: _Encoded) -> tupl
 
 
 def _join(left: Any, left_cut: int, right: Any, right_cut: int) -> tuple[int, int] | None:
-    """The first token at or behind the cut, by its number in both encodings; None: they differ around it."""
+    """Return the number, in each encoding, of the first token that starts at or after the cut; None if the encodings differ around it."""
     found = (_token_at(left, left_cut), _token_at(right, right_cut))
     if found[0] is None or found[1] is None:
         return None
     around = []
     for encoding, at, cut in ((left, found[0], left_cut), (right, found[1], right_cut)):
-        ids = encoding.ids  # makes a list of all, each time
+        ids = encoding.ids  # building this list costs time, so do it once
         tokens = range(max(0, at - AGREEING), min(len(ids), at + AGREEING))
         around.append([(ids[token], encoding.token_to_chars(token)[0] - cut) for token in tokens])
     return (found[0], found[1]) if around[0] == around[1] and len(around[0]) == 2 * AGREEING else None
 
 
 def _token_at(encoding: Any, cut: int) -> int | None:
+    """Return the number of the first token that starts at or after a character, looking no further than the overlap; None: none does."""
     for place in range(cut, cut + OVERLAP):
         token = encoding.char_to_token(place)
         if token is not None and encoding.token_to_chars(token)[0] >= cut:

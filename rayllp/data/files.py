@@ -1,4 +1,4 @@
-"""What loaders share: lines of a file, faults in them, sequences of many lengths."""
+"""What several loaders share: reading files, counting faults in them, and packing sequences of different lengths."""
 
 import gzip
 import zlib
@@ -19,10 +19,10 @@ BLOCK = 2**20
 
 
 def locate(name: str, what: str) -> Path:
-    """The path that a setting names, ~ for a home.
+    """Return the path that a setting names, with ~ expanded.
 
     Raises:
-        DataError: it can be no path: nobody's home, or longer than paths are.
+        DataError: it cannot be a path: ~ names an unknown user, or the name is too long.
     """
     try:
         path = Path(name).expanduser()
@@ -33,15 +33,15 @@ def locate(name: str, what: str) -> Path:
 
 
 def read_lines(path: Path, what: str, max_bytes: int | None = None) -> list[str]:
-    """The lines of a UTF-8 text file or a .gz of one, without their ends.
+    """Return the lines of a UTF-8 text file (or .gz), without line ends.
 
     Args:
         path: the file.
         what: the setting that named it, for errors.
-        max_bytes: lines that end beyond this are not read.
+        max_bytes: lines that end beyond this are left out.
 
     Raises:
-        DataError: missing, no file, unreadable, not UTF-8, or empty.
+        DataError: the file is missing, unreadable, not UTF-8, or empty; or `path` is a folder.
     """
     content = _read_bytes(path, what)
     if max_bytes is not None and len(content) > max_bytes:
@@ -53,9 +53,9 @@ def read_lines(path: Path, what: str, max_bytes: int | None = None) -> list[str]
     except UnicodeDecodeError as error:
         line, why = not_utf8(content, error)
         raise DataError(f"{what} {path}:{line}: {why}; save the file as UTF-8") from None
-    if "\n" not in text:  # as old Macs ended lines
+    if "\n" not in text:  # the line ends of old Macs
         text = text.replace("\r", "\n")
-    # Not splitlines: U+2028, form feeds and the like belong to the text, and would shift the line numbers of errors.
+    # splitlines would also split at U+2028, form feeds and the like, which belong to the text, and so shift the line numbers of errors.
     lines = [line.removesuffix("\r") for line in text.split("\n")]
     if not text.strip():
         raise DataError(f"{what} {path} is empty: give a file with some lines")
@@ -63,19 +63,19 @@ def read_lines(path: Path, what: str, max_bytes: int | None = None) -> list[str]
 
 
 def read_file(what: str, path: Path) -> bytes:
-    """The content of a file, or of a .gz of one.
+    """Return the content of a file, uncompressed if it is a .gz.
 
     Raises:
-        DataError: names the file, as `what`.
+        DataError: the file cannot be read; `what` is the setting that named it.
     """
     return b"".join(blocks(what, path))
 
 
 def blocks(what: str, path: Path) -> Iterator[bytes]:
-    """The content of a file, of a .gz unpacked, and an empty block at its end.
+    """Yield the content of a file (uncompressed if it is a .gz) in blocks, and an empty block at its end.
 
     Raises:
-        DataError: names the file, as `what`.
+        DataError: the file cannot be read; `what` is the setting that named it.
     """
     try:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
@@ -97,10 +97,11 @@ def _read_bytes(path: Path, what: str) -> bytes:
 
 
 def train_and_held_out(settings: DataSettings, read: Callable[[str, str, int | None], list[Sample]]) -> tuple[list[Sample], list[Sample]]:
-    """Samples of data.path, and those of data.validation_path or else the end of the former.
+    """Return the samples of data.path, and those of data.validation_path, or else the end of the former.
 
     Args:
-        read: path, the setting that names it, bytes beyond which it is not read -> samples.
+        settings: name the files.
+        read: (path, the setting that names it, number of bytes to read at most) -> samples.
     """
     assert settings.path is not None
     train = read(settings.path, "data.path", settings.max_bytes)
@@ -110,10 +111,10 @@ def train_and_held_out(settings: DataSettings, read: Callable[[str, str, int | N
 
 
 def hold_out(samples: list[Sample], fraction: float) -> tuple[list[Sample], list[Sample]]:
-    """Cut off the last `fraction`, at least one sample, for validation.
+    """Cut off the last `fraction` of samples, at least one, for validation.
 
     Raises:
-        DataError: fewer than two samples.
+        DataError: there are fewer than two samples.
     """
     if len(samples) < 2:
         raise DataError(f"data.path has {len(samples)} sample to train on and to hold out from: give more, or set data.validation_path")
@@ -122,15 +123,15 @@ def hold_out(samples: list[Sample], fraction: float) -> tuple[list[Sample], list
 
 
 def not_utf8(content: bytes, error: UnicodeDecodeError) -> tuple[int, str]:
-    """The line where a text is no UTF-8, and what is wrong there."""
+    """Return the number of the line where a text is not UTF-8, and what is wrong there."""
     return content.count(b"\n", 0, error.start) + 1, f"not UTF-8 ({error.reason} {content[error.start]:#04x})"
 
 
 def refuse_one_class(labels: Iterable[str], source: str) -> None:
-    """Refuse labels that are all the same: there is nothing to learn.
+    """Refuse labels that are all the same, since there would be nothing to learn.
 
     Raises:
-        DataError: they are.
+        DataError: all labels are the same.
     """
     distinct = set(labels)
     if len(distinct) == 1:
@@ -142,18 +143,18 @@ def refuse_one_class(labels: Iterable[str], source: str) -> None:
 
 @dataclass
 class Faults:
-    """Broken lines and unseen labels: refused, or left out and counted.
+    """Counts broken lines, unseen labels and the like, or refuses the first of them.
 
     Attributes:
-        skip: leave out and count (data.on_error=skip).
-        counts: how many of each kind were left out.
+        skip: leave faulty items out and count them (data.on_error=skip).
+        counts: how many were left out, by kind.
     """
 
     skip: bool
     counts: dict[str, int] = field(default_factory=dict)
 
     def report(self, kind: str, message: str) -> None:
-        """One fault of a kind.
+        """Record one fault of a kind.
 
         Raises:
             DataError: faults are refused.
@@ -163,14 +164,19 @@ class Faults:
         self.count(kind)
 
     def count(self, kind: str, number: int = 1) -> None:
-        """So many that are left out without being faults."""
+        """Count items that are left out though nothing is wrong with them."""
         if number:
             self.counts[kind] = self.counts.get(kind, 0) + number
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Integer sequences of many lengths, end to end: a few large arrays travel to a worker faster than many small ones."""
+    """Integer sequences of different lengths, end to end in one array: faster to send to a worker than many small arrays.
+
+    Attributes:
+        values: all sequences, int32.
+        bounds: where each sequence starts, and the end of the last.
+    """
 
     values: np.ndarray
     bounds: np.ndarray
@@ -186,7 +192,7 @@ class Rows:
         return len(self.bounds) - 1
 
     def padded(self, indices: np.ndarray, length: int, fill: int) -> np.ndarray:
-        """The rows at `indices`, int64 of shape (indices, length), filled up with `fill`; index -1 is a row of nothing else."""
+        """Return the sequences at `indices`, int64 of shape (indices, length), padded with `fill`; index -1 gives a row of `fill` alone."""
         block = np.full((len(indices), length), fill, np.int64)
         for place, index in enumerate(indices):
             if index >= 0:

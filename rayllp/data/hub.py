@@ -1,4 +1,4 @@
-"""Rows of what the datasets library reads: its names, folders, and files of tables."""
+"""Access to the datasets library: data sets by name, folders written by save_to_disk, and files of tables."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -15,21 +15,21 @@ Item = TypeVar("Item")
 TABLES = {
     "json": (".json", ".jsonl", ".ndjson"), "csv": (".csv", ".tsv"), "parquet": (".parquet",), "arrow": (".arrow",),
 }  # fmt: skip
-"""Builders of the library that read tables, and their files' endings; any of them may be compressed."""
+"""Builders of the datasets library that read tables, with the file endings they read; a compression ending may follow."""
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".lz4")
 ROWS_AT_ONCE = 1000
-"""One by one, each costs the library ten times as long."""
+"""Rows read per batch: one at a time, each row takes the library ten times as long."""
 SAVED = ("dataset_info.json", "dataset_dict.json")
-"""Files of a folder that was written by save_to_disk."""
+"""Files that mark a folder written by save_to_disk."""
 
 
 @dataclass(frozen=True)
 class Split:
-    """One split of a data set, whole or streamed.
+    """One split of a data set, in memory-mapped files or streamed.
 
     Attributes:
-        source: data set and split, for errors.
-        loaded: what the datasets library made of it.
+        source: names data set and split, for errors.
+        loaded: the object of the datasets library.
     """
 
     source: str
@@ -40,19 +40,19 @@ class Split:
         """Names of the columns."""
         if self.loaded.features is not None:
             return list(self.loaded.features)
-        # Some streams tell their columns by their rows alone.
+        # Some streams know their columns only from the rows themselves.
         return list(next(self._guarded(iter(self.loaded)), {}))
 
     def labels(self, column: str) -> tuple[str, ...]:
-        """Names of the labels in a column; empty where the data set does not name them."""
+        """Return the class names of a column; empty where the data set does not name them."""
         feature = (self.loaded.features or {}).get(column)
-        return tuple(getattr(getattr(feature, "feature", feature), "names", None) or ())  # of a list: its elements'
+        return tuple(getattr(getattr(feature, "feature", feature), "names", None) or ())  # a list column has them at its elements
 
     def require(self, setting: str, column: str) -> None:
-        """Refuse a column that is not there.
+        """Refuse a column that does not exist.
 
         Raises:
-            DataError: names the setting and the columns that are.
+            DataError: names the setting and the existing columns.
         """
         columns = self.columns
         if not columns:
@@ -61,11 +61,11 @@ class Split:
             raise DataError(f"{self.source} has no column {column!r}: set {setting} to one of {columns}")
 
     def rows(self, *columns: str, at_once: int = ROWS_AT_ONCE) -> Iterator[tuple[Any, ...]]:
-        """The rows' values in these columns.
+        """Yield each row's values in these columns.
 
         Args:
-            columns: their names.
-            at_once: rows that are read together: few where a value is large, or its decoding slow.
+            columns: names of the columns.
+            at_once: rows that are read together; use few where values are large or slow to decode.
 
         Raises:
             DataError: a row cannot be read.
@@ -74,10 +74,10 @@ class Split:
             yield from zip(*(some[column] for column in columns), strict=True)
 
     def texts(self, setting: str, column: str, faults: Faults) -> Iterator[str]:
-        """The texts in a column.
+        """Yield the texts of a column.
 
         Raises:
-            DataError: there is no such column, or something else in it; nothing in a row, unless faults are skipped.
+            DataError: there is no such column, or it holds something other than text; or a row is empty and faults are not skipped.
         """
         self.require(setting, column)
         for number, (text,) in enumerate(self.rows(column)):
@@ -94,7 +94,7 @@ class Split:
         while True:
             try:
                 row = next(rows, None)
-            except Exception as error:  # the library raises whatever its files, decoders and connections do
+            except Exception as error:  # the library raises whatever its files, decoders and connections raise
                 cause = error.__cause__ or error
                 raise DataError(f"{self.source} cannot be read: {type(error).__name__}: {error or cause}") from None
             if row is None:
@@ -103,16 +103,16 @@ class Split:
 
 
 def load_split(settings: DataSettings, *names: str, stream: bool = False, what: str | None = None) -> Split | None:
-    """The first of these splits that the data set has, else None. A folder written from one split counts as train.
+    """Return the first of these splits that the data set has; None if it has none. A folder saved from a single split has just train.
 
     Args:
         settings: name the data set.
-        names: of splits.
-        stream: rows are read once, from the first to the last: no copy of local files is made.
-        what: the data set, for errors, where another setting than data.dataset and data.path names it.
+        names: names of splits.
+        stream: the rows are read just once, in order, so local files need not be copied into the library's cache.
+        what: the data set, for errors, where a setting other than data.dataset and data.path names it.
 
     Raises:
-        DataError: a stream has no limit, or the data set cannot be loaded.
+        DataError: the data set cannot be loaded, or is streamed without data.max_bytes.
     """
     found = load_splits(settings, stream=stream, what=what)
     for name in names:
@@ -122,10 +122,10 @@ def load_split(settings: DataSettings, *names: str, stream: bool = False, what: 
 
 
 def load_named(settings: DataSettings, setting: str, name: str, *, stream: bool = False, what: str | None = None) -> Split:
-    """The split that a setting names.
+    """Return the split that a setting names.
 
     Raises:
-        DataError: as `load_split`, or there is none; says which there are.
+        DataError: there is no such split (the message lists those there are); or as `load_split`.
     """
     split = load_split(settings, name, stream=stream, what=what)
     if split is None:
@@ -137,17 +137,17 @@ def load_named(settings: DataSettings, setting: str, name: str, *, stream: bool 
 
 
 def named(settings: DataSettings) -> str:
-    """The data set, for errors."""
+    """Return how errors refer to the data set."""
     return f"data.dataset {settings.dataset}" if settings.dataset else f"data.path {settings.path}"
 
 
 def name_of(label: Any, names: tuple[str, ...]) -> str:
-    """A label's name, where the data set has names; -1 is how it says that there is no label."""
+    """Return a label's class name where the data set has class names, else the label as text. The library's -1 stands for "no label"."""
     return names[label] if names and isinstance(label, int) and 0 <= label < len(names) else str(label)
 
 
 def up_to(limit: int | None, items: Iterable[Item], size: Callable[[Item], int]) -> Iterator[Item]:
-    """Items from the first on, as long as all of them together are no larger than `limit`."""
+    """Yield items from the first on, as long as their total size is no more than `limit`; None is no limit."""
     total = 0
     for item in items:
         if limit is not None:
@@ -161,7 +161,7 @@ def up_to(limit: int | None, items: Iterable[Item], size: Callable[[Item], int])
 
 
 def builder_of(path: Path) -> str | None:
-    """The library's builder that reads a file, by its ending; None: it is no table."""
+    """Return the name of the builder that reads a file, by the file's ending; None if it is not a table."""
     name = path.name.lower()
     for ending in COMPRESSED:
         name = name.removesuffix(ending)
@@ -169,7 +169,7 @@ def builder_of(path: Path) -> str | None:
 
 
 def is_table(path: Path) -> bool:
-    """Whether a file, or a folder by all that is in it, is read by the datasets library rather than as text."""
+    """True if a file, or a folder whose files are all of one kind, is read by the datasets library rather than as text."""
     if path.is_file():
         return builder_of(path) is not None
     if any((path / name).exists() for name in SAVED):
@@ -179,13 +179,13 @@ def is_table(path: Path) -> bool:
 
 
 def visible_files(folder: Path) -> list[Path]:
-    """All files below a folder, hidden ones left out."""
+    """Return all files below a folder, except hidden ones."""
     found = (path for path in sorted(folder.rglob("*")) if not any(part.startswith(".") for part in path.relative_to(folder).parts))
     return [path for path in found if path.is_file()]
 
 
 def stamp_of(settings: DataSettings) -> Any:
-    """By what a data set is known again: its files, else what the library says of it."""
+    """Return plain values that identify the content of a data set: those of its files, or the library's hash."""
     setting, name, place = _place(settings)
     if place.exists():
         return stamp(visible_files(place) if place.is_dir() else [place])
@@ -194,7 +194,7 @@ def stamp_of(settings: DataSettings) -> Any:
 
 
 def load_splits(settings: DataSettings, *, stream: bool, what: str | None = None) -> Mapping[str, Any]:
-    """Every split by its name."""
+    """Return all splits by name."""
     setting, name, place = _place(settings)
     what = what or f"{setting} {name}"
     if place.is_file() and not place.stat().st_size:
@@ -217,16 +217,17 @@ def load_splits(settings: DataSettings, *, stream: bool, what: str | None = None
 
 
 def _place(settings: DataSettings) -> tuple[str, str, Path]:
-    """The setting that names the data set, its value, and the path that it may be."""
+    """Return the setting that names the data set, its value, and that value as a path."""
     setting, name = ("data.dataset", settings.dataset) if settings.dataset else ("data.path", settings.path)
     return setting, str(name), locate(str(name), setting)
 
 
 @contextmanager
 def _in_words(what: str, place: Path) -> Iterator[None]:
+    """Turn any error of the library into a DataError that says what to give instead."""
     try:
         yield
-    except Exception as error:  # the library raises whatever its files and connections do
+    except Exception as error:  # the library raises whatever its files and connections raise
         if place.is_file():
             raise DataError(f"{what} cannot be read: {type(error).__name__}: {error}; give a whole table, by its ending") from None
         hidden = "; for the data set of that name on the hub, call the folder here something else" if place.is_dir() else ""
@@ -237,8 +238,8 @@ def _in_words(what: str, place: Path) -> Iterator[None]:
 
 
 def _make_builder(settings: DataSettings) -> Any:
-    """The library's builder of a name, a folder or a file."""
-    import datasets  # takes a second, and plain text needs none of it
+    """Return the library's builder for a data set's name, a folder or a file."""
+    import datasets  # importing takes a second, and plain text does not need it
 
     _, name, place = _place(settings)
     if place.is_file():

@@ -1,4 +1,4 @@
-"""Image classification: MNIST's files, a `datasets` name, or the digits that come with scikit-learn."""
+"""Image classification: MNIST's files, a data set of the datasets library, or the digits that come with scikit-learn."""
 
 import math
 from dataclasses import dataclass
@@ -19,19 +19,19 @@ from rayllp.errors import DataError
 
 DIGITS_HELD_OUT = 0.2
 HELD_IN_MEMORY = 2**31
-"""Bytes of pixels up to which a data set is decoded once; beyond that, image by image when a batch asks for it."""
+"""Size of the pixels, in bytes, up to which a data set is decoded once and kept in memory; a larger one is decoded image by image."""
 MEASURED = 2000
-"""Images that mean and deviation are taken from where they are not in memory."""
+"""Number of images from which mean and standard deviation are estimated where they are not in memory."""
 Pixels = np.ndarray | DecodedImages
 IMAGE_COLUMNS = ("image", "img")
 IDX_IMAGES, IDX_LABELS = 0x0803, 0x0801
-"""First four bytes of an idx file: unsigned bytes in three dimensions, in one."""
+"""The first four bytes of an idx file: unsigned bytes, in three dimensions or in one."""
 MNIST_FILES = "MNIST's files (train*-images-idx3-ubyte, train*-labels-idx1-ubyte, t10k-images-…, t10k-labels-…, plain or .gz)"
 
 
 @dataclass(frozen=True)
 class _Images:
-    """Pixels, uint8 of shape (images, C, H, W), and the labels' names; `source` is for errors."""
+    """Pixels, uint8 of shape (images, C, H, W), and the labels as text; `source` is for errors."""
 
     source: str
     pixels: Pixels
@@ -40,15 +40,14 @@ class _Images:
 
 @dataclass(frozen=True)
 class ImageBatches:
-    """Images with their class numbers.
+    """Images and their class numbers.
 
     Attributes:
         pixels: of each split, uint8 of shape (images, C, H, W).
         labels: of each split, class numbers.
-        order: in which training takes its samples.
+        order: the order in which training takes its samples.
         classes: names of the labels.
-        mean: of each channel over the training images, shape (C, 1, 1).
-        std: likewise.
+        mean, std: mean and standard deviation of each channel over the training images, shape (C, 1, 1).
         skipped: how many images were left out (data.on_error=skip).
     """
 
@@ -62,12 +61,12 @@ class ImageBatches:
 
     @property
     def facts(self) -> Facts:
-        """Classes, and channels, height and width."""
+        """The class names, and the images' channels, height and width."""
         channels, height, width = self.pixels["train"].shape[1:]
         return Facts(classes=self.classes, image=(channels, height, width))
 
     def batch(self, split: str, step: int, size: int) -> tuple[Tensor, Tensor]:
-        """Pixels of shape (size, C, H, W), mean 0 and standard deviation 1 over the training images; class numbers of shape (size,)."""
+        """Return pixels of shape (size, C, H, W), standardised by the training images' mean and std, and class numbers of shape (size,)."""
         indices = select(self.order, split, step, len(self.labels[split]), size)
         inputs = (self.pixels[split][indices].astype(np.float32) - self.mean) / self.std
         inputs[indices < 0] = 0
@@ -75,16 +74,16 @@ class ImageBatches:
         return torch.from_numpy(inputs), torch.from_numpy(targets)
 
     def batches(self, split: str, size: int) -> int:
-        """Batches in one pass through a split."""
+        """Return the number of batches in one pass through a split."""
         return passes(len(self.labels[split]), size)
 
 
 def load_images(settings: DataSettings, seed: int) -> ImageBatches:
-    """Read, number the labels, take the training images' mean and deviation.
+    """Read images, number their labels, and measure the training images' mean and standard deviation.
 
     Raises:
-        DataError: missing or broken files, images of several sizes, a package that is not there; a label unseen in training, unless
-            skipped.
+        DataError: files are missing or broken, images differ in size, or a package is missing; a held-out label does not occur in training
+            and faults are not skipped.
     """
     if settings.validation_path:
         raise DataError(
@@ -109,13 +108,13 @@ def load_images(settings: DataSettings, seed: int) -> ImageBatches:
 
 
 def _find_classes(labels: list[str]) -> tuple[str, ...]:
-    """The distinct labels, numbers by their size."""
+    """Return the distinct labels in order: by value if all are numbers, else alphabetically."""
     distinct = set(labels)
     return tuple(sorted(distinct, key=int) if all(label.isdecimal() for label in distinct) else sorted(distinct))
 
 
 def _number_labels(images: _Images, classes: tuple[str, ...], faults: Faults) -> tuple[Pixels, np.ndarray]:
-    """Pixels and class numbers of the images whose label is a class."""
+    """Return pixels and class numbers of the images whose label is a class."""
     numbers = {name: number for number, name in enumerate(classes)}
     for place, label in enumerate(images.labels):
         if label not in numbers:
@@ -128,11 +127,11 @@ def _number_labels(images: _Images, classes: tuple[str, ...], faults: Faults) ->
 
 
 def _measure(images: Pixels) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and standard deviation of each channel, shape (C, 1, 1)."""
+    """Return mean and standard deviation of each channel, shape (C, 1, 1)."""
     pixels = images if isinstance(images, np.ndarray) else images[np.linspace(0, len(images) - 1, min(MEASURED, len(images)), dtype=int)]
     values, moments = np.arange(256.0), []
     for channel in range(pixels.shape[1]):
-        # Some images at a time: bincount makes eight bytes of each.
+        # bincount needs eight bytes for each pixel, so count a thousand images at a time.
         parts = (pixels[start : start + 1000, channel] for start in range(0, len(pixels), 1000))
         shares = sum(np.bincount(part.ravel(), minlength=256) for part in parts) / pixels[:, channel].size
         mean = float(shares @ values)
@@ -152,7 +151,7 @@ def _read_digits() -> _Images:
 
 
 def _hold_out(images: _Images, fraction: float) -> tuple[_Images, _Images]:
-    """The last `fraction` for validation."""
+    """Split off the last `fraction` of the images for validation."""
     count = len(images.labels)
     if count < 2:
         raise DataError(f"{images.source} has {count} image to train on and to hold out from: give more")
@@ -162,7 +161,7 @@ def _hold_out(images: _Images, fraction: float) -> tuple[_Images, _Images]:
 
 
 def _has_no_idx(folder: Path) -> bool:
-    """Whether a folder has images in files of their own, by class or split, or tables of them: what the datasets library reads."""
+    """True if the datasets library has to read a folder: it has no idx file, but subfolders (of classes or splits) or tables."""
     return (
         folder.is_dir()
         and not any("idx" in path.name for path in folder.iterdir())
@@ -171,7 +170,7 @@ def _has_no_idx(folder: Path) -> bool:
 
 
 def _read_folder(folder: Path) -> tuple[_Images, _Images]:
-    """Training and validation images of a folder with MNIST's files."""
+    """Read training and validation images from a folder with MNIST's files."""
     if not folder.is_dir():
         raise DataError(f"data.path {folder} is no folder: give one with {MNIST_FILES}")
     train, validation = _read_idx_pair(folder, "train"), _read_idx_pair(folder, "t10k")
@@ -205,7 +204,7 @@ def _plain_or_gz(path: Path) -> Path:
 
 
 def _read_idx(path: Path, magic: int) -> np.ndarray:
-    """The array in an idx file of unsigned bytes."""
+    """Read an idx file of unsigned bytes."""
     content = read_file("data.path", path)
     dimensions = magic & 0xFF
     start = 4 + 4 * dimensions
@@ -224,7 +223,7 @@ def _read_idx(path: Path, magic: int) -> np.ndarray:
 
 
 def _read_dataset(settings: DataSettings, faults: Faults) -> tuple[_Images, _Images, tuple[str, ...]]:
-    """Training and validation images of a `datasets` name, and its classes where it names them."""
+    """Read training and validation images by the datasets library, and the class names where the data set has them."""
     if settings.validation_split:
         held_out: Split | None = load_named(settings, "data.validation_split", settings.validation_split)
     else:
@@ -239,7 +238,7 @@ def _read_dataset(settings: DataSettings, faults: Faults) -> tuple[_Images, _Ima
     if len(sizes) > 1:
         met = ", ".join(f"{width} × {height}" for height, width in sorted(sizes)[:4])
         raise DataError(f"{named(settings)} has images of {len(sizes)} sizes ({met} pixels, width × height): resize them to one")
-    # Some photographs are grey in most sets of colour.
+    # Most sets of colour photographs have a few grey ones; give all of them as many channels.
     shape = (max(image.shape[0] for images, _ in read for image in images), *sizes.pop())
     sets = [
         _Images(split.source, np.stack([np.broadcast_to(image, shape) for image in images]), labels)
@@ -257,16 +256,17 @@ def _image_column(split: Split) -> str:
 
 
 def _bytes_of(split: Split) -> int:
-    """Bytes of all pixels, were every image as large as the first."""
+    """Estimate the bytes of all pixels from the size of the first image."""
     column = _image_column(split)
     return len(split.loaded) * _to_pixels(split.loaded[0][column], f"{split.source} row 0").nbytes if len(split.loaded) else 0
 
 
 def _leave_in_files(split: Split, settings: DataSettings, faults: Faults) -> _Images:
+    """Read the labels alone; the images are decoded when a batch asks for them."""
     column = _image_column(split)
     split.require("data.label_field", settings.label_field)
     first = _to_pixels(split.loaded[0][column], f"{split.source} row 0")
-    shape = (3, *first.shape[1:])  # some may be grey, and nobody has looked at them all
+    shape = (3, *first.shape[1:])  # three channels even if the first image is grey, since others may not be
     names = split.labels(settings.label_field)
     given = [label for (label,) in split.rows(settings.label_field)]
     kept = [
@@ -277,6 +277,7 @@ def _leave_in_files(split: Split, settings: DataSettings, faults: Faults) -> _Im
 
 
 def _read_split(split: Split, settings: DataSettings, faults: Faults) -> tuple[list[np.ndarray], list[str]]:
+    """Decode the images of a split into memory, up to data.max_bytes."""
     column = _image_column(split)
     split.require("data.label_field", settings.label_field)
     names = split.labels(settings.label_field)
@@ -303,7 +304,7 @@ def _is_missing(value: Any, column: str, place: str, faults: Faults) -> bool:
 
 
 def _to_pixels(image: Any, place: str) -> np.ndarray:
-    """A PIL image as uint8 of shape (C, H, W), grey or RGB."""
+    """Convert a PIL image to uint8 of shape (C, H, W), grey or RGB."""
     mode = getattr(image, "mode", None)
     if mode is None or mode.startswith(("I", "F")):
         given = f"an image of mode {mode}" if mode else f"a {type(image).__name__}"

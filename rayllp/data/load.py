@@ -1,4 +1,4 @@
-"""Which data a family reads."""
+"""Choose the loader for a run's data by the task of its model."""
 
 from typing import Any, Protocol
 
@@ -8,22 +8,23 @@ from rayllp.data.tokenizer import Tokenizer
 
 
 class DataSet(Batches, Protocol):
-    """Batches that also say what a model needs to know of them."""
+    """Batches that also describe themselves to the model that is built for them."""
 
     @property
     def facts(self) -> Facts:
-        """What the model has to know of it."""
+        """What the model has to know about the data: vocabulary, classes, padding, image size."""
         ...
 
 
 def load_data(config: TrainConfig, tokenizer: Tokenizer | None = None) -> Any:
-    """The data set of `config.data`, of the kind that its task reads.
+    """Load the data set of `config.data`, in the format that the model's task reads.
 
     Args:
-        tokenizer: of a run that goes on; None: the one that `config.data.tokenizer` names.
+        config: the settings of the run.
+        tokenizer: the tokenizer of a run that is resumed; None: the one that `config.data.tokenizer` names.
 
     Raises:
-        DataError: missing, broken or too short; says file and line where one is at fault.
+        DataError: the data are missing, broken or too short; the message names file and line where one is at fault.
     """
     data, length, seed = config.data, config.sequence_length, config.seed
     if data.sets:

@@ -1,4 +1,4 @@
-"""Masked-language modelling over the token stream of a text."""
+"""Masked-language modelling on the token stream of a text."""
 
 from dataclasses import dataclass, field
 
@@ -16,15 +16,15 @@ from rayllp.errors import DataError
 from rayllp.keys import key
 
 MASKED, RANDOM = 0.8, 0.1
-"""Of the tokens to be guessed, the share that becomes the mask and the share that becomes another token (BERT's); the rest stays."""
+"""Share of the tokens to be predicted that is replaced by the mask, and by a random token (as in BERT); the rest stays as it is."""
 
 
 @dataclass(frozen=True)
 class MaskedBatches(StreamBatches):
-    """Windows of a token stream between cls and sep, some of their tokens to be guessed: those of a held-out window always the same.
+    """Windows of a token stream, framed by cls and sep, in which some tokens are to be predicted; in a held-out window always the same.
 
     Attributes:
-        mask_fraction: of a window's tokens that are to be guessed; one at least.
+        mask_fraction: share of a window's tokens that is to be predicted; at least one token is.
         skipped: how many files and rows were left out (data.on_error=skip).
     """
 
@@ -33,26 +33,26 @@ class MaskedBatches(StreamBatches):
 
     @property
     def length(self) -> int:
-        """Those between cls and sep."""
+        """Tokens of the stream in a sequence: all but cls and sep."""
         return self.sequence_length - 2
 
     @property
     def special(self) -> SpecialTokens:
-        """Ids beside the tokenizer's own."""
+        """The special tokens that go with the tokenizer."""
         return SpecialTokens.of(self.tokenizer)
 
     @property
     def facts(self) -> Facts:
-        """The vocabulary with its mask, and the padding."""
+        """Size of the vocabulary, special tokens included, and the padding id."""
         return Facts(vocabulary=self.special.vocabulary, pad=self.special.pad)
 
     def batch(self, split: str, step: int, size: int) -> tuple[Tensor, Tensor]:
-        """Token ids, and the original ids where they are to be guessed, both of shape (size, sequence_length)."""
+        """Return token ids, and the original ids at the masked places (IGNORE elsewhere), both of shape (size, sequence_length)."""
         windows, filled = self.windows(split, self.starts(split, step, size))
         if split == "train":
             parts = [self._mask(windows, key(self.order.seed, split, step, "mask"))]
         else:
-            # One by one, so that an evaluation hides the same tokens whatever the size of its batches, and the seed.
+            # Row by row, with a key for each window: every evaluation masks the same tokens, whatever its batch size and the seed.
             keys = [key(0, split, index, "mask") for index in range(step * size, (step + 1) * size)]
             parts = [self._mask(windows[row : row + 1], keys[row]) for row in range(size)]
         inputs, targets = (np.concatenate(side) for side in zip(*parts, strict=True))
@@ -70,7 +70,7 @@ class MaskedBatches(StreamBatches):
         return inputs, _frame(np.where(chosen, windows, IGNORE), IGNORE, IGNORE)
 
     def _choose(self, generator: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
-        """True at equally many places of every row."""
+        """Return a boolean mask that chooses equally many places in every row."""
         count = max(1, round(self.mask_fraction * shape[1]))
         chosen = np.zeros(shape, bool)
         np.put_along_axis(chosen, generator.random(shape).argsort(axis=1)[:, :count], True, axis=1)
@@ -78,16 +78,16 @@ class MaskedBatches(StreamBatches):
 
 
 def _frame(windows: np.ndarray, first: int, last: int) -> np.ndarray:
-    """Rows with a token before and one behind."""
+    """Put one token before and one after each row."""
     edge = np.ones((len(windows), 1), np.int64)
     return np.concatenate([first * edge, windows, last * edge], axis=1)
 
 
 def load_masked(settings: DataSettings, sequence_length: int, seed: int, tokenizer: Tokenizer | None = None) -> MaskedBatches:
-    """Read, tokenise, split.
+    """Read a text, tokenise it, and split it into training and held-out tokens.
 
     Raises:
-        DataError: no or too little text, a tokenizer that cannot be loaded, or a sequence_length without room for text.
+        DataError: there is no text or too little of it, the tokenizer cannot be loaded, or sequence_length leaves no room for text.
     """
     if sequence_length < 3:
         raise DataError(f"sequence_length {sequence_length} leaves no room for text between cls and sep: set at least 3")

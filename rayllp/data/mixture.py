@@ -1,4 +1,4 @@
-"""Several data sets in one, mixed by their weights."""
+"""Several data sets mixed into one by weights (`data.sets`)."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -20,13 +20,14 @@ from rayllp.state import combine
 
 @dataclass(frozen=True)
 class Mixture:
-    """Samples of several sets: in training by their weights, evenly mixed; held-out ones so that every beginning has its share of each set.
+    """Samples of several data sets: for training mixed by their weights, held-out ones interleaved evenly.
 
-    Each set has epochs of its own: a small one with a large weight begins anew more often.
+    Each set has epochs of its own, so a small one with a large weight starts over more often. Held-out samples are ordered so that any
+    prefix of them contains each set in proportion to its size.
 
     Attributes:
-        sets: they have one tokenizer, and samples of one shape.
-        weights: how often each one's samples are taken.
+        sets: the data sets; they share one tokenizer and the shape of a sample.
+        weights: how often samples of each set are taken, relative to each other.
     """
 
     sets: tuple[Any, ...]
@@ -37,19 +38,19 @@ class Mixture:
 
     @property
     def facts(self) -> Facts:
-        """The first one's, as all have."""
+        """What the model has to know about the data, which is the same for all sets."""
         found: Facts = self.sets[0].facts
         return found
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """Of all sets."""
+        """The tokenizer that all sets share."""
         found: Tokenizer = self.sets[0].tokenizer
         return found
 
     @property
     def skipped(self) -> dict[str, int]:
-        """How much was left out, by cause."""
+        """How many rows or files of all sets were left out, by cause."""
         counts: dict[str, int] = {}
         for each in self.sets:
             for kind, number in each.skipped.items():
@@ -58,21 +59,21 @@ class Mixture:
 
     @property
     def is_stream(self) -> bool:
-        """Whether a held-out part may be too long to be passed through."""
+        """True if a held-out split may be too long for a full pass in every evaluation."""
         return any(getattr(each, "is_stream", False) for each in self.sets)
 
     @property
     def entries(self) -> tuple[Entry, ...]:
-        """Files that a host needs."""
+        """Cache entries whose files a host needs."""
         return tuple(entry for each in self.sets for entry in each.entries)
 
     def with_entries(self, change: Callable[[Entry], Entry]) -> Self:
-        """The same with other handles on its files."""
+        """Return a copy in which each cache entry is replaced by `change(entry)`."""
         return replace(self, sets=tuple(each.with_entries(change) for each in self.sets))
 
     @cached_property
     def held_out(self) -> tuple[np.ndarray, np.ndarray]:
-        """Of each held-out sample its set, and its number there."""
+        """For each held-out sample, in the order of evaluation, the number of its set and its index in that set."""
         counts = [each.batches("validation", 1) for each in self.sets]
         sets = np.repeat(np.arange(len(counts)), counts)
         numbers = np.concatenate([np.arange(count) for count in counts])
@@ -80,7 +81,7 @@ class Mixture:
         return sets[order], numbers[order]
 
     def batch(self, split: str, step: int, size: int) -> tuple[Inputs, Tensor]:
-        """As the sets have them, one below the other."""
+        """Return inputs and targets of a step's batch, with samples of all sets stacked along dimension 0."""
         if split == "train":
             sets = interleave(np.arange(step * size, (step + 1) * size), self.weights)
             found = {number: self.sets[number].batch(split, step, size) for number in np.unique(sets)}
@@ -89,27 +90,28 @@ class Mixture:
             sets, numbers = self.held_out
             rows = []
             for place in in_order(step, len(sets), size):
-                # Behind its last sample a set gives places that do not count.
+                # A set's index beyond its last sample gives a row whose targets are all IGNORE.
                 chosen, number = (sets[place], numbers[place]) if place >= 0 else (0, self.sets[0].batches(split, 1))
                 rows.append((self.sets[chosen].batch(split, int(number), 1), slice(0, 1)))
         inputs = combine(lambda *parts: torch.cat(parts), *(combine(lambda part, at=at: part[at], batch[0]) for batch, at in rows))
         return inputs, torch.cat([targets[at] for (_, targets), at in rows])
 
     def batches(self, split: str, size: int) -> int:
-        """Batches in one pass through all sets."""
+        """Return the number of batches in one pass through a split of all sets."""
         return passes(sum(each.batches(split, 1) for each in self.sets), size)
 
 
 def load_mixture(config: TrainConfig, load: Callable[[TrainConfig, Tokenizer | None], Any], tokenizer: Tokenizer | None) -> Mixture:
-    """Each of `data.sets` as it would be loaded alone, with one tokenizer.
+    """Load each of `data.sets` as if it were alone, with one tokenizer for all.
 
     Args:
-        config: its data settings hold for all sets where these do not say otherwise.
-        load: loads one.
-        tokenizer: of a run that goes on; None: the one that the settings name, made from the first set where it is made from a text.
+        config: the run's settings; its data settings apply to every set that does not override them.
+        load: loads one data set.
+        tokenizer: the tokenizer of a run that is resumed; None: the one that the settings name; if that one is made from a text, it is made
+            from the first set's.
 
     Raises:
-        DataError: one cannot be loaded, or is of a kind that cannot be mixed.
+        DataError: a set cannot be loaded, or is of a kind that cannot be mixed.
     """
     sets: list[Any] = []
     weights = tuple(each.weight for each in config.data.sets)

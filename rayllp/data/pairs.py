@@ -21,12 +21,12 @@ from rayllp.errors import DataError
 
 VALIDATION_NAMES = ("val", "valid", "dev", "validation")
 TRANSLATION = "translation"
-"""Column that data sets of translations have: a text of each language in every row."""
+"""Column that data sets of translations have; it maps each language to a text."""
 
 
 @dataclass(frozen=True)
 class _Pair:
-    """A line and its translation, and the place (file:line) they stand at."""
+    """A line, its translation, and its place (file:line) for errors."""
 
     source: str
     target: str
@@ -43,13 +43,13 @@ class _Side:
 
 @dataclass(frozen=True)
 class PairBatches:
-    """Lines and their translations as ids of one vocabulary; targets are the translations.
+    """Lines and their translations, as ids of one vocabulary; targets are the translations.
 
     Attributes:
-        sides: of each split, source and target. Splits are train, validation, and the names of the files or split held out for tests.
-        sequence_length: tokens a line has at most, eos included.
-        order: in which training takes its samples.
-        tokenizer: of both languages.
+        sides: of each split, source and target language. Splits are train, validation, and any test sets by name.
+        sequence_length: largest number of tokens in a line, eos included.
+        order: the order in which training takes its samples.
+        tokenizer: the tokenizer of both languages.
         skipped: how many pairs were left out, by cause.
     """
 
@@ -61,33 +61,36 @@ class PairBatches:
 
     @property
     def special(self) -> SpecialTokens:
-        """Ids beside the tokenizer's own: pad, cls as bos, sep as eos."""
+        """The special tokens that go with the tokenizer; cls serves as bos and sep as eos."""
         return SpecialTokens.of(self.tokenizer)
 
     @property
     def facts(self) -> Facts:
-        """The vocabulary of both languages, padding, and what begins and ends a target."""
+        """Size of the vocabulary, and the ids of padding, bos and eos."""
         special = self.special
         return Facts(vocabulary=special.vocabulary, pad=special.pad, bos=special.cls, eos=special.sep)
 
     @property
     def splits(self) -> tuple[str, ...]:
-        """What there is to read: train, validation, then tests."""
+        """Names of the splits: train, validation, then any test sets."""
         return tuple(self.sides)
 
     def batch(self, split: str, step: int, size: int) -> tuple[tuple[Tensor, Tensor], Tensor]:
-        """Source ids and the target's ids after bos, and the target's ids before eos; all of shape (size, sequence_length)."""
+        """Return (source ids, decoder input ids) and target ids, all of shape (size, sequence_length).
+
+        The decoder's input is the target shifted right by one: bos, then all tokens before eos.
+        """
         source, target = self.sides[split]
         special = self.special
         indices = select(self.order, split, step, len(source.ids), size)
         source_BS = source.ids.padded(indices, self.sequence_length, special.pad)
-        # A row of padding alone would leave attention nothing to attend to.
+        # Attention needs at least one token that is not padding, so rows beyond the end hold sep.
         source_BS[indices < 0, 0] = special.sep
         targets_BT = target.ids.padded(indices, self.sequence_length, IGNORE)
         return (torch.from_numpy(source_BS), torch.from_numpy(self._shift(targets_BT))), torch.from_numpy(targets_BT)
 
     def _shift(self, targets_BT: np.ndarray) -> np.ndarray:
-        """What the decoder reads to say these targets: bos and all before the last."""
+        """Return the decoder's input for these targets: bos, then all tokens but the last (eos)."""
         special = self.special
         shifted_BT = np.full_like(targets_BT, special.pad)
         shifted_BT[:, 0] = special.cls
@@ -96,22 +99,22 @@ class PairBatches:
         return shifted_BT
 
     def batches(self, split: str, size: int) -> int:
-        """Batches in one pass through a split."""
+        """Return the number of batches in one pass through a split."""
         return passes(len(self.sides[split][0].ids), size)
 
     def sources(self, split: str) -> list[str]:
-        """The lines that are translated, as they were read."""
+        """Return the lines of the source language, as they were read."""
         return self.sides[split][0].lines
 
     def references(self, split: str) -> list[str]:
-        """Their translations, as they were read."""
+        """Return the reference translations, as they were read."""
         return self.sides[split][1].lines
 
     def encode_source(self, lines: list[str]) -> Tensor:
-        """Ids of shape (lines, sequence_length), each line cut to fit, ended by eos and padded.
+        """Return ids of shape (lines, sequence_length); each line is cut to fit, ended by eos and padded.
 
         Raises:
-            DataError: a character that the tokenizer has no token for.
+            DataError: the tokenizer has no token for a character.
         """
         try:
             rows = Rows.of(_truncate(_encode(self.special, line), self.sequence_length) for line in lines)
@@ -120,20 +123,20 @@ class PairBatches:
         return torch.from_numpy(rows.padded(np.arange(len(lines)), self.sequence_length, self.special.pad))
 
     def decode(self, ids: list[int]) -> str:
-        """The text of ids up to the first eos, without special tokens."""
+        """Return the text of ids up to the first eos, without special tokens."""
         end = ids.index(self.special.sep) if self.special.sep in ids else len(ids)
         return self.special.decode(ids[:end])
 
 
 def load_pairs(settings: DataSettings, sequence_length: int, seed: int, tokenizer: Tokenizer | None = None) -> PairBatches:
-    """Read both languages, make one tokenizer of them, tokenise.
+    """Read both languages, make one tokenizer for them if the settings ask for it, and tokenise.
 
-    A pair with an empty line is left out. One with a line of more than sequence_length - 1 tokens is left out of training, and cut
-    elsewhere.
+    Pairs with an empty line are left out. A pair with more than sequence_length - 1 tokens in one language is left out of training, and cut
+    in other splits.
 
     Raises:
-        DataError: missing or broken files, two languages with different numbers of lines, no pair left; a character outside the
-            tokenizer's alphabet, unless skipped.
+        DataError: files are missing or broken, the two languages have different numbers of lines, or no pair is left; a character is not in
+            the tokenizer's alphabet and faults are not skipped.
     """
     from_table = reads_tables(settings)
     if settings.validation_path and not from_table:
@@ -169,7 +172,7 @@ def _leave_out_empty(pairs: list[_Pair], faults: Faults) -> list[_Pair]:
 
 
 def _encode_pairs(pairs: list[_Pair], special: SpecialTokens, length: int, training: bool, faults: Faults) -> tuple[_Side, _Side]:
-    """Both sides of a split, without the pairs that training leaves out."""
+    """Tokenise both languages of a split; training pairs that are too long are left out."""
     kept: list[_Pair] = []
     encoded: list[tuple[np.ndarray, np.ndarray]] = []
     for pair in pairs:
@@ -188,12 +191,12 @@ def _encode_pairs(pairs: list[_Pair], special: SpecialTokens, length: int, train
 
 
 def _encode(special: SpecialTokens, line: str) -> np.ndarray:
-    """A line's ids and eos."""
+    """Return a line's ids, followed by eos."""
     return np.append(special.encode(line.encode()), special.sep).astype(np.int32)
 
 
 def _truncate(ids: np.ndarray, length: int) -> np.ndarray:
-    """At most `length` ids, the last one still eos."""
+    """Cut to at most `length` ids, of which the last is still eos."""
     return ids if len(ids) <= length else np.append(ids[: length - 1], ids[-1])
 
 
@@ -205,7 +208,7 @@ def _unknown(error: KeyError) -> str:
 
 
 def _read_folder(settings: DataSettings) -> dict[str, list[_Pair]]:
-    """The pairs of each split of a folder."""
+    """Read the pairs of each split from the files of a folder."""
     source, target = settings.source, settings.target
     files = f"train.{source}, train.{target}, val.{source} and val.{target} (plain or .gz)"
     if settings.path is None:
@@ -245,7 +248,7 @@ def _read_files(folder: Path, stem: str, settings: DataSettings) -> list[_Pair]:
 
 
 def _limit(pairs: Iterable[_Pair], settings: DataSettings, where: str) -> list[_Pair]:
-    """The first pairs, up to data.max_bytes of both languages and their line ends."""
+    """Return the first pairs, up to data.max_bytes of both languages, line ends included."""
     kept = list(up_to(settings.max_bytes, pairs, lambda pair: len(pair.source.encode()) + len(pair.target.encode()) + 2))
     if not kept:
         raise DataError(f"{where} has no pair within data.max_bytes={settings.max_bytes}: raise it, or give lines")
@@ -253,7 +256,7 @@ def _limit(pairs: Iterable[_Pair], settings: DataSettings, where: str) -> list[_
 
 
 def _read_dataset(settings: DataSettings, faults: Faults) -> dict[str, list[_Pair]]:
-    """The pairs of each split of a data set or table."""
+    """Read the pairs of each split from a data set or table."""
     train, held_out = tables(settings)
     pairs = {"train": _read_split(train.open(), settings, faults)}
     if held_out is None:
@@ -280,7 +283,7 @@ def _read_split(split: Split, settings: DataSettings, faults: Faults) -> list[_P
 
 
 def _pick(texts: Any, languages: tuple[str, str], place: str, faults: Faults) -> _Pair | None:
-    """The two languages of a row; None where one is missing and faults are skipped."""
+    """Return the pair of texts in a row; None where one is missing and faults are skipped."""
     if texts is None or (isinstance(texts, dict) and any(texts.get(language, "") is None for language in languages)):
         faults.report("rows", f"{place} has nothing in {languages[0]} or {languages[1]}")
         return None

@@ -1,4 +1,4 @@
-"""What a run keeps of its data: by what it can tell that they have changed, and the tokenizer that was made from them."""
+"""What a run stores about its data: checksums that show whether they have changed, and any tokenizer that was trained on them."""
 
 import hashlib
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ from rayllp.data.tokenizer import Tokenizer, restore_tokenizer
 from rayllp.errors import DataError
 
 NOT_OF_THE_DATA = ("on_change", "on_error", "cache", "sampling")
-"""Settings of the group data that do not say which data they are."""
+"""Settings under `data` that do not determine what the data are."""
 
 
 @dataclass(frozen=True)
@@ -24,10 +24,10 @@ class DataRecord:
     """Checksums of a run's data.
 
     Attributes:
-        settings: those that the data follow from.
-        splits: of each split, of its samples.
-        meaning: of what the network's inputs and classes stand for: every token's text, every word, every label, by its number.
-        tokenizer: the tokenizer itself, where it was made from the text; `restore_tokenizer` reads it.
+        settings: the settings that determine the data.
+        splits: a checksum of the samples of each split.
+        meaning: a checksum of what the network's inputs and outputs stand for: the text of every token id, every word, every class name.
+        tokenizer: the serialised tokenizer, where it was made from the text; `restore_tokenizer` reads it.
     """
 
     settings: dict[str, Any] = field(default_factory=dict)
@@ -37,7 +37,7 @@ class DataRecord:
 
     @classmethod
     def of(cls, config: TrainConfig, data: Any) -> "DataRecord":
-        """Of the data that these settings name."""
+        """Return the record of a data set that was loaded by these settings."""
         tokenizer: Any = getattr(data, "tokenizer", None)
         tokens = tokenizer.texts() if tokenizer is not None else None
         meaning = [tokens, getattr(data, "index", None), getattr(data, "classes", ())]
@@ -46,30 +46,39 @@ class DataRecord:
 
     @classmethod
     def read(cls, values: Mapping[str, Any]) -> "DataRecord":
-        """Of what `as_dict` gave."""
+        """Return the record that `as_dict` wrote."""
         return cls(**{known.name: values[known.name] for known in fields(cls) if known.name in values})
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
+        """Return plain values that JSON can hold."""
         return asdict(self)
 
     def kept_tokenizer(self, config: TrainConfig, file: Path | None) -> Tokenizer | None:
-        """The run's own tokenizer, for a run that goes on by these settings; None: the settings name it.
+        """Return the tokenizer that the run began with, if it was stored and the settings still ask for it.
 
         Args:
+            config: the settings with which the run is resumed.
             file: the run's copy of a tokenizer of the tokenizers library, if there is one.
+
+        Returns:
+            The tokenizer; None: load the one that the settings name.
         """
         if self.settings and self.settings["data"]["tokenizer"] != config.data.tokenizer:
             return None
         return restore_tokenizer(config.data.tokenizer, self.tokenizer, file)
 
     def changes(self, config: TrainConfig, now: "DataRecord") -> tuple[str, ...]:
-        """Splits that are not what they were, of a run that goes on by these settings.
+        """Return the names of the splits whose samples have changed since the run began.
+
+        Args:
+            config: the settings with which the run is resumed.
+            now: the record of the data as they are now.
 
         Raises:
-            DataError: the network's inputs or classes would mean something else; or the data have changed and the settings do not say so.
+            DataError: token ids or classes would mean something else to the network; or the data have changed although the settings have
+                not, and `data.on_change` refuses that.
         """
-        if not self.meaning:  # a run from before there were records
+        if not self.meaning:  # the run was written before there were records
             return ()
         if now.meaning != self.meaning:
             raise DataError(
@@ -88,12 +97,16 @@ class DataRecord:
 def load_recorded(
     config: TrainConfig, known: DataRecord, file: Path | None = None, data: Any = None
 ) -> tuple[Any, DataRecord, tuple[str, ...]]:
-    """The data set of a run, with the tokenizer that it began with; its record now; and the splits that have changed.
+    """Load the data of a run, with the tokenizer that the run began with, and compare them with its record.
 
     Args:
-        known: the record that was kept; an empty one where nothing was.
+        config: the settings of the run.
+        known: the record that was stored; an empty one if none was.
         file: the run's copy of a tokenizer of the tokenizers library, if there is one.
-        data: the data set, where it is loaded already.
+        data: the data set, if it is loaded already.
+
+    Returns:
+        The data set, its record as of now, and the names of the splits that have changed.
 
     Raises:
         DataError: the data are broken, or not those that the run began with.
@@ -101,25 +114,26 @@ def load_recorded(
     if data is None:
         data = load_data(config, known.kept_tokenizer(config, file))
     else:
-        settle(data)  # it may have come from another host
+        settle(data)  # the data set may come from another host, whose cached files this one lacks
     record = DataRecord.of(config, data)
     return data, record, known.changes(config, record)
 
 
 def checksum(value: Any) -> str:
-    """SHA-256 of arrays, texts, and what is made of them."""
+    """Return the SHA-256 of arrays, texts, and containers of them."""
     digest = hashlib.sha256()
     _feed(digest, value)
     return digest.hexdigest()
 
 
 def _settings(config: TrainConfig) -> dict[str, Any]:
+    """Return the settings that determine the data: those that must be equal for unchanged data to be expected."""
     data = {name: value for name, value in config.data.model_dump(mode="json").items() if name not in NOT_OF_THE_DATA}
     return {"data": data, "sequence_length": config.sequence_length, "task": config.model.task}
 
 
 def _splits(data: Any) -> dict[str, list[Any]]:
-    """What a data set has by split, with the fields' names."""
+    """Return, for each split, all that a data set holds of it, with the names of its fields."""
     if (sets := getattr(data, "sets", None)) is not None:
         parts = [_splits(each) for each in sets]
         return {split: [part.get(split) for part in parts] for split in parts[0]}
@@ -133,12 +147,13 @@ def _splits(data: Any) -> dict[str, list[Any]]:
 
 
 def _feed(digest: Any, value: Any) -> None:
+    """Feed a value into a digest, containers element by element."""
     if isinstance(value, np.ndarray):
         digest.update(f"{value.dtype}{value.shape}".encode())
         digest.update(np.ascontiguousarray(value).data)
     elif isinstance(value, Part):
         _feed(digest, value.checksum)
-    elif isinstance(value, DecodedImages):  # the library's own fingerprint: the files themselves may be larger than memory
+    elif isinstance(value, DecodedImages):  # hash the datasets library's fingerprint instead of the pixels, which may be larger than memory
         _feed(digest, [str(getattr(value.rows, "_fingerprint", "")), value.column, value.numbers])
     elif isinstance(value, Mapping):
         _feed(digest, list(value.items()))

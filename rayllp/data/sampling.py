@@ -1,4 +1,4 @@
-"""Which samples a step takes: a pure function of (seed, step), in a fixed amount of memory however many samples there are."""
+"""Which samples a step trains on: a pure function of (seed, step), whose memory does not grow with the number of samples."""
 
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -9,19 +9,21 @@ from rayllp.keys import key
 
 Sampling = Literal["epochs", "replacement"]
 ROUNDS = 8
-"""Of the Feistel network; four already look random, eight do for small sets too."""
+"""Rounds of the Feistel network. Four already look random; eight do so for small sets too."""
 LEAST_SHARE = 2**20
-"""Weights of several sets are told apart to one part in so many."""
+"""Resolution of the weights of mixed sets: shares are rounded to 1/LEAST_SHARE."""
 
 
 @dataclass(frozen=True)
 class Order:
-    """In which order training takes its samples.
+    """The order in which training takes its samples.
 
     Attributes:
-        seed: keys the order.
-        sampling: epochs: every sample once before any comes again, each epoch in an order of its own; replacement: each one drawn from all.
-        number, weights: of the set among several that are mixed, and of all of them; each has an order of its own.
+        seed: determines the order.
+        sampling: epochs: every sample once before any comes again, each epoch in an order of its own; replacement: each draw is
+            independent.
+        number: which of several mixed sets this is (`data.sets`); each has an order of its own.
+        weights: sampling weights of all mixed sets; empty where there is only one set.
     """
 
     seed: int
@@ -30,18 +32,18 @@ class Order:
     weights: tuple[float, ...] = ()
 
     def places(self, step: int, size: int) -> np.ndarray:
-        """Of each of a step's samples, how many of this set have been taken before it."""
+        """Return, for each sample of a step that is taken from this set, how many samples of the set training has taken before."""
         numbers = np.arange(step * size, (step + 1) * size)
         return taken(numbers, self.weights, self.number) if self.weights else numbers
 
     def take(self, step: int, count: int, size: int) -> np.ndarray:
-        """Which of `count` samples a step's `size` are."""
+        """Return the `size` indices below `count` of the samples that a step takes."""
         if self.sampling == "replacement":
             return draw(self.seed, f"train{self.number or ''}", step, count, size)
         return self.at(self.places(step, size), count)[0]
 
     def at(self, places: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """Samples at these places of the order that passes through `count` samples again and again; and their epochs."""
+        """Return the samples at these places of an endless sequence of shuffled epochs over `count` samples, and the epoch of each."""
         epochs = places // count
         found = np.empty_like(places)
         for epoch in np.unique(epochs):
@@ -51,25 +53,26 @@ class Order:
 
 
 def draw(seed: int, split: str, step: int, count: int, size: int) -> np.ndarray:
-    """Which `size` of `count` training samples a step takes, with replacement."""
+    """Draw `size` of `count` samples with replacement."""
     return np.random.Generator(np.random.Philox(key=key(seed, split, step))).integers(0, count, size=size)
 
 
 def in_order(step: int, count: int, size: int) -> np.ndarray:
-    """Which samples batch `step` of a pass through `count` takes; -1 in places beyond the end."""
+    """Return the indices of batch `step` of one pass, in order, through `count` samples; -1 in places beyond the end."""
     indices = np.arange(step * size, (step + 1) * size)
     return np.where(indices < count, indices, -1)
 
 
 def select(order: Order, split: str, step: int, count: int, size: int) -> np.ndarray:
-    """Which samples a batch takes: by the order in training, one after the other in validation."""
+    """Return the indices of a batch's samples: by `order` for the split train, one after the other for any other split."""
     return order.take(step, count, size) if split == "train" else in_order(step, count, size)
 
 
 def permute(numbers: np.ndarray, count: int, seed: int) -> np.ndarray:
-    """Where a permutation of the numbers below `count`, chosen by the seed, takes some of them. Nothing is kept: it is a Feistel network.
+    """Apply a random permutation of the numbers below `count`, chosen by the seed, to some of them.
 
-    Its halves are digits of base side ≥ √count, and numbers that it takes to count or beyond are sent through it again.
+    It is a Feistel network, so no table is kept, however large `count` is. Its two halves are the digits of a number in base side ≥ √count;
+    a result of `count` or more is sent through the network again until it is below.
     """
     side = max(2, int(np.ceil(np.sqrt(count))))
     keys = np.random.Generator(np.random.Philox(key=seed)).integers(0, 2**64, size=ROUNDS, dtype=np.uint64)
@@ -90,7 +93,7 @@ def _feistel(numbers: np.ndarray, side: np.uint64, keys: np.ndarray) -> np.ndarr
 
 
 def _mixed(values: np.ndarray) -> np.ndarray:
-    """Bits that all depend on all bits of the values (the end of splitmix64)."""
+    """Hash values so that every output bit depends on every input bit (the finalizer of splitmix64)."""
     with np.errstate(over="ignore"):
         once = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         twice = (once ^ (once >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -98,15 +101,15 @@ def _mixed(values: np.ndarray) -> np.ndarray:
 
 
 def interleave(places: np.ndarray, weights: tuple[float, ...]) -> np.ndarray:
-    """Of an endless row of samples from several sets, evenly mixed by their weights: from which set each place has its sample."""
+    """Return which of several sets each place of an endless sequence of samples is taken from, mixed evenly by their weights."""
     counts = [taken(np.asarray(places) + 1, weights, number) - taken(places, weights, number) for number in range(len(weights))]
     return np.argmax(counts, axis=0)
 
 
 def taken(places: np.ndarray, weights: tuple[float, ...], number: int) -> np.ndarray:
-    """How many samples of one set come before these places of the row that `interleave` makes."""
+    """Return how many samples of one set come before each of these places in the sequence that `interleave` describes."""
     left, rest = np.asarray(places, np.int64), float(sum(weights))
-    for weight in weights[:number]:  # what the sets before it leave
+    for weight in weights[:number]:  # each set before this one takes its share first
         left = left - left * round(LEAST_SHARE * weight / rest) // LEAST_SHARE
         rest -= weight
     return left if number == len(weights) - 1 else left * round(LEAST_SHARE * weights[number] / rest) // LEAST_SHARE

@@ -1,4 +1,4 @@
-"""Sentence classification: a label for every sentence, or pair of sentences, of a tab-separated file."""
+"""Sentence classification: one label for each sentence or pair of sentences, from a tab-separated file or a table."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -20,12 +20,12 @@ from rayllp.data.tokenizer import Tokenizer, make_tokenizer
 from rayllp.errors import DataError
 
 FREQUENT = 10
-"""Lines that a label has on average where one that has a single line is taken for a slip."""
+"""A label that occurs only once is taken for a mistake if labels occur at least so many times on average."""
 
 
 @dataclass(frozen=True)
 class _Columns:
-    """Where a file has what; `header` is 1 where its first line names the columns."""
+    """Numbers of the columns of a tab-separated file; `header` is 1 if its first line names them, else 0."""
 
     texts: tuple[int, ...]
     label: int
@@ -35,7 +35,7 @@ class _Columns:
 
 @dataclass(frozen=True)
 class _Example:
-    """One or two sentences, their label, and the place (file:line) they stand at."""
+    """One or two sentences, their label, and their place (file:line) for errors."""
 
     texts: tuple[str, ...]
     label: str
@@ -44,14 +44,14 @@ class _Example:
 
 @dataclass(frozen=True)
 class SentenceBatches:
-    """Sentences as cls, tokens, sep (tokens, sep); targets are class numbers.
+    """Sentences as token ids: cls, tokens, sep, and for a pair the second sentence and another sep. Targets are class numbers.
 
     Attributes:
         sequences: of each split, token ids.
         labels: of each split, class numbers.
-        sequence_length: tokens a sequence has at most.
-        order: in which training takes its samples.
-        tokenizer: of the sentences.
+        sequence_length: largest number of tokens in a sequence.
+        order: the order in which training takes its samples.
+        tokenizer: the tokenizer of the sentences.
         classes: names of the labels.
         skipped: how many lines, labels and characters were left out (data.on_error=skip).
     """
@@ -66,31 +66,31 @@ class SentenceBatches:
 
     @property
     def facts(self) -> Facts:
-        """Vocabulary, labels, padding."""
+        """Size of the vocabulary, the class names, and the padding id."""
         special = SpecialTokens.of(self.tokenizer)
         return Facts(vocabulary=special.vocabulary, classes=self.classes, pad=special.pad)
 
     def batch(self, split: str, step: int, size: int) -> tuple[Tensor, Tensor]:
-        """Token ids of shape (size, sequence_length), class numbers of shape (size,)."""
+        """Return token ids of shape (size, sequence_length) and class numbers of shape (size,)."""
         special = SpecialTokens.of(self.tokenizer)
         indices = select(self.order, split, step, len(self.sequences[split]), size)
         inputs = self.sequences[split].padded(indices, self.sequence_length, special.pad)
-        # A row of padding alone would leave attention nothing to attend to.
+        # Attention needs at least one token that is not padding, so rows beyond the end hold cls and sep.
         inputs[indices < 0, :2] = special.cls, special.sep
         targets = np.where(indices < 0, IGNORE, self.labels[split][indices])
         return torch.from_numpy(inputs), torch.from_numpy(targets)
 
     def batches(self, split: str, size: int) -> int:
-        """Batches in one pass through a split."""
+        """Return the number of batches in one pass through a split."""
         return passes(len(self.sequences[split]), size)
 
 
 def load_sentences(settings: DataSettings, sequence_length: int, seed: int, tokenizer: Tokenizer | None = None) -> SentenceBatches:
-    """Read, number the labels, tokenise, cut what is longer than `sequence_length` (of a pair, the longer sentence first).
+    """Read sentences, number their labels, and tokenise them; too long a sequence is cut, skipped or refused by `data.on_long`.
 
     Raises:
-        DataError: no file, one that cannot be read or has no such columns; a broken line or a label unseen in training, unless
-            skipped; a sequence_length without room for text.
+        DataError: there is no file, it cannot be read, or it lacks the columns; sequence_length leaves no room for text; a line is broken,
+            or a held-out label does not occur in training, and faults are not skipped.
     """
     _check_room(settings, sequence_length)
     faults = Faults(settings.on_error == "skip")
@@ -115,7 +115,7 @@ def load_sentences(settings: DataSettings, sequence_length: int, seed: int, toke
 
 
 def _leave_out_single(train: list[_Example], settings: DataSettings, faults: Faults) -> list[_Example]:
-    """Without labels that stand on one line alone where others are frequent: they are slips, or the names of the columns."""
+    """Leave out labels that occur once where others are frequent: they are mistakes, or a header line that was read as a sentence."""
     counts = Counter(example.label for example in train)
     refuse_one_class(counts, f"data.path {settings.path}")
     frequent = len(train) >= FREQUENT * len(counts)
@@ -155,7 +155,7 @@ def _read_splits(settings: DataSettings, faults: Faults) -> tuple[list[_Example]
 
 
 def _read_table(table: Table, settings: DataSettings, faults: Faults, max_bytes: int | None) -> list[_Example]:
-    """The rows of a data set that have texts and a label; no more of it is read than `max_bytes` of text."""
+    """Read the rows of a table that have texts and a label, up to `max_bytes` of text."""
     split = table.open()
     texts = {"data.text_field": settings.text_field, "data.pair_field": settings.pair_field}
     columns = {setting: column for setting, column in texts.items() if column is not None} | {"data.label_field": settings.label_field}
@@ -191,7 +191,7 @@ def _read_examples(name: str, what: str, settings: DataSettings, faults: Faults,
     for number, line in enumerate(lines[columns.header :], columns.header + 1):
         if not line:
             continue
-        # No quoting: in GLUE's files a quotation mark is text.
+        # No quoting: in GLUE's files a quotation mark belongs to the text.
         cells = line.split("\t")
         fault = _find_fault(cells, columns)
         if fault:
@@ -205,7 +205,7 @@ def _read_examples(name: str, what: str, settings: DataSettings, faults: Faults,
 
 
 def _find_columns(settings: DataSettings, first: list[str], path: Path) -> _Columns:
-    """Columns by name in the first line, or by number where `data.text_field` is one."""
+    """Find the columns by their names in the first line, or by number where `data.text_field` is a number."""
     fields = {"text_field": settings.text_field, "label_field": settings.label_field}
     if settings.pair_field is not None:
         fields["pair_field"] = settings.pair_field
@@ -249,12 +249,12 @@ def _listed(names: dict[str, int], most: int = 12) -> str:
 
 
 def _encode(example: _Example, tokenizer: Tokenizer, length: int, on_long: str, faults: Faults) -> list[int] | None:
-    """cls, tokens, sep (tokens, sep) in at most `length`; None where it is left out."""
+    """Return cls, tokens, sep (tokens, sep) in at most `length` ids; None if the example is left out."""
     special = SpecialTokens.of(tokenizer)
     try:
         texts = [special.encode(text.encode()) for text in example.texts]
     except KeyError as error:
-        # An alphabet read off the training text lacks what is in the held-out text alone.
+        # An alphabet that is read off the training text lacks characters that occur only in the held-out text.
         fault = f"{error.args[0]!r} is in no training sentence, so data.tokenizer=characters has no token for it (bytes has)"
         faults.report("characters", f"{example.place}: {fault}")
         return None
@@ -274,7 +274,7 @@ def _encode(example: _Example, tokenizer: Tokenizer, length: int, on_long: str, 
 
 
 def _truncate(texts: list[np.ndarray], room: int) -> list[np.ndarray]:
-    """Cut to `room` tokens in all, of two texts the longer first."""
+    """Cut to `room` tokens in all; of a pair, the longer text is cut first."""
     if len(texts) == 1:
         return [texts[0][:room]]
     first, second = texts

@@ -1,4 +1,4 @@
-"""Where text comes from: files, folders, tables, data sets. It is read in pieces, so that it may be larger than memory."""
+"""Where text comes from: files, folders, tables, data sets. It is read in pieces, so it may be larger than memory."""
 
 import codecs
 import sysconfig
@@ -16,28 +16,28 @@ from rayllp.errors import DataError
 DEFAULT_TEXT_BYTES = 4_000_000
 TABLE_KINDS = "json, jsonl, csv, tsv, parquet, arrow, or a folder written by save_to_disk"
 HELD_OUT_SPLITS = ("validation", "valid", "dev", "test")
-"""Splits that a data set may hold out itself, the likelier one first."""
+"""Splits under which a data set may hold out data itself, the most likely one first."""
 Document = Iterable[str]
 """A text in pieces of any length."""
 
 
 class Source(Protocol):
-    """Texts, one after the other, as often as they are asked for."""
+    """A sequence of texts that can be read any number of times."""
 
     @property
     def name(self) -> str:
-        """The setting that names it, and its value."""
+        """The setting that names the source, and its value, for errors."""
         ...
 
     def stamp(self) -> Any:
-        """By what it is known again: plain values."""
+        """Return plain values that identify the content."""
         ...
 
     def documents(self, faults: Faults) -> Iterator[Document]:
-        """The texts; each is to be read before the next one.
+        """Yield the texts; each has to be read to its end before the next one.
 
         Raises:
-            DataError: something is no text, or cannot be read.
+            DataError: something is not text, or cannot be read.
         """
         ...
 
@@ -49,7 +49,7 @@ class Files:
     Attributes:
         name: the setting that names them, and its value.
         paths: the files.
-        folder: whether they were found in a folder, where some may be no text.
+        folder: True if they were found in a folder, where some files may not be text.
     """
 
     name: str
@@ -57,11 +57,11 @@ class Files:
     folder: bool = False
 
     def stamp(self) -> Any:
-        """Their names, sizes and times."""
+        """Return the files' names, sizes and times, and for small files a hash of the content."""
         return stamp(self.paths)
 
     def documents(self, faults: Faults) -> Iterator[Document]:
-        """A file each."""
+        """Yield each file as one text."""
         for path in self.paths:
             if self.folder and faults.skip and not self._is_text(path, faults):
                 continue
@@ -87,12 +87,12 @@ class Files:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows that the datasets library reads.
+    """A table that the datasets library reads.
 
     Attributes:
-        name: the setting that names them, and its value.
-        settings: which data set.
-        setting, split: which of its splits, and the setting that says so.
+        name: the setting that names it, and its value.
+        settings: the data settings that say which data set it is.
+        setting, split: one of its splits, and the setting that names it.
     """
 
     name: str
@@ -101,38 +101,38 @@ class Table:
     split: str
 
     def stamp(self) -> Any:
-        """Its files' names, sizes and times, or what the library says of the data set."""
+        """Return plain values that identify the content: those of its files, or the library's hash of the data set."""
         return [stamp_of(self.settings), self.settings.subset, self.split]
 
     def open(self) -> Split:
-        """The rows, from the first to the last."""
+        """Open the split for reading its rows in order."""
         return load_named(self.settings, self.setting, self.split, stream=True, what=None if self.settings.dataset else self.name)
 
 
 @dataclass(frozen=True)
 class Column:
-    """A text in each row of a table: its column `data.text_field`."""
+    """The texts in one column of a table (`data.text_field`)."""
 
     table: Table
     field: str
 
     @property
     def name(self) -> str:
-        """The table's."""
+        """The table's name."""
         return self.table.name
 
     def stamp(self) -> Any:
-        """The table's, and the column."""
+        """Return the table's stamp and the column's name."""
         return [self.table.stamp(), self.field]
 
     def documents(self, faults: Faults) -> Iterator[Document]:
-        """A row each."""
+        """Yield each row as one text."""
         for text in self.table.open().texts("data.text_field", self.field, faults):
             yield (text,)
 
 
 def training_text(settings: DataSettings) -> Source:
-    """The text that the settings name; the standard library's where they name none.
+    """Return the training text that the settings name; the source files of Python's standard library if they name none.
 
     Raises:
         DataError: there is no such file.
@@ -144,7 +144,7 @@ def training_text(settings: DataSettings) -> Source:
 
 
 def held_out_text(settings: DataSettings) -> Source | None:
-    """The held-out text, where it is a file or a split of its own."""
+    """Return the held-out text if it is a file or a split of its own; None: it is cut from the end of the training text."""
     table = _held_out(settings)
     if table is not None:
         return Column(table, settings.text_field)
@@ -152,10 +152,10 @@ def held_out_text(settings: DataSettings) -> Source | None:
 
 
 def training_table(settings: DataSettings) -> Table:
-    """The rows to train on.
+    """Return the table to train on.
 
     Raises:
-        DataError: there is no such file, or it is no table.
+        DataError: there is no such file, or it is not a table.
     """
     table = _training(settings)
     if table is None:
@@ -164,7 +164,7 @@ def training_table(settings: DataSettings) -> Table:
 
 
 def held_out_table(settings: DataSettings) -> Table | None:
-    """The held-out rows, where they are a file or a split of their own.
+    """Return the held-out table if the settings name a file or a split for it, else None.
 
     Raises:
         DataError: as `training_table`.
@@ -176,7 +176,7 @@ def held_out_table(settings: DataSettings) -> Table | None:
 
 
 def tables(settings: DataSettings) -> tuple[Table, Table | None]:
-    """The rows to train on, and the held-out ones: those that the settings name, else a split that the set itself holds out.
+    """Return the training and the held-out table. If the settings name no held-out one, it is a split that the data set itself holds out.
 
     Raises:
         DataError: as `training_table`.
@@ -190,7 +190,7 @@ def tables(settings: DataSettings) -> tuple[Table, Table | None]:
 
 
 def reads_tables(settings: DataSettings) -> bool:
-    """Whether labelled rows are read by the datasets library: from a data set, or a table that has names for its columns."""
+    """True if labelled rows are read by the datasets library: from a data set, or from a table with named columns (not .tsv)."""
     if settings.dataset:
         return True
     path = None if settings.path is None else locate(settings.path, "data.path")
@@ -198,7 +198,7 @@ def reads_tables(settings: DataSettings) -> bool:
 
 
 def _training(settings: DataSettings) -> Table | None:
-    """None: it is text, or there is nothing."""
+    """Return the table to train on; None if the settings name text, or nothing."""
     if settings.dataset:
         return Table(f"data.dataset {settings.dataset}", settings, "data.split", settings.split)
     return _table("data.path", settings.path, settings) if settings.path else None
@@ -231,7 +231,7 @@ def _existing(setting: str, name: str) -> Path:
 
 
 def _standard_library() -> Iterator[Path]:
-    """Real text that every machine has: the sources of Python's standard library."""
+    """Yield source files of Python's standard library: real text that every machine has."""
     size = 0
     for file in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py")):
         yield file
@@ -244,7 +244,7 @@ def _standard_library() -> Iterator[Path]:
 
 
 def joined(documents: Iterable[Document], limit: int | None = None) -> Iterator[str]:
-    """All texts with a line end between, up to so many bytes of UTF-8."""
+    """Yield the pieces of all texts, with a line end between texts, up to `limit` bytes of UTF-8."""
     left, first = limit, True
     for document in documents:
         for piece in document if first else _behind("\n", document):
@@ -264,20 +264,20 @@ def _behind(start: str, document: Document) -> Iterator[str]:
 
 
 def cut(text: bytes, limit: int) -> bytes:
-    """The first `limit` bytes, fewer where that would split a character."""
-    # A UTF-8 character has up to three bytes 10xxxxxx after its first.
+    """Return the first `limit` bytes, or a few less where that would split a character."""
+    # In UTF-8, up to three bytes of the form 10xxxxxx follow a character's first byte.
     return text[: next((end for end in range(limit, max(limit - 4, 0), -1) if text[end] & 0xC0 != 0x80), limit)]
 
 
 class NoTextError(ValueError):
-    """Why a file is no text; the message follows its path."""
+    """A file is not text. The message says why, and is written to follow the file's path."""
 
 
 def read_text_file(what: str, path: Path) -> Iterator[str]:
-    """The text of a file in UTF-8, or of a .gz of one, in pieces and without its byte order mark.
+    """Yield the content of a UTF-8 file (or .gz) in pieces, without its byte order mark.
 
     Raises:
-        NoTextError: it is none; says the line.
+        NoTextError: it is not text; the message gives the line.
         DataError: it cannot be read.
     """
     rest, line, first = b"", 1, True

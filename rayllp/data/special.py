@@ -1,4 +1,4 @@
-"""Special tokens beside a tokenizer's own: one numbering for pretraining and fine-tuning."""
+"""Special tokens (padding, mask, …), numbered alike for pretraining and fine-tuning."""
 
 from dataclasses import dataclass
 
@@ -11,17 +11,19 @@ RESERVED = 4
 
 @dataclass(frozen=True)
 class SpecialTokens:
-    """The tokenizer's own pad, cls, sep and mask where it has all four (a BERT's); else ids 0 to 3, its tokens following them.
+    """Ids of the special tokens that go with a tokenizer.
 
-    In front and not behind, since RoBERTa counts positions from the id of the padding on.
+    A tokenizer that has pad, cls, sep and mask itself (as BERT's) keeps its own ids. Otherwise they are 0 to 3 and the tokenizer's ids are
+    shifted up by four. They come first rather than last because RoBERTa counts positions from the padding id.
 
     Attributes:
+        tokenizer: the tokenizer of the text.
         pad: fills up short sequences.
-        cls: begins every sequence; its state is what classes are told from.
+        cls: begins every sequence; classifiers read its hidden state.
         sep: ends a sentence.
-        mask: stands where a token is to be guessed.
-        offset: the id of the tokenizer's token 0.
-        vocabulary: ids are below this.
+        mask: replaces a token that is to be predicted.
+        offset: what is added to each of the tokenizer's ids.
+        vocabulary: size of the vocabulary, special tokens included.
     """
 
     tokenizer: Tokenizer
@@ -34,17 +36,17 @@ class SpecialTokens:
 
     @classmethod
     def of(cls, tokenizer: Tokenizer) -> "SpecialTokens":
-        """The special tokens to go with a tokenizer."""
+        """Return the special tokens that go with a tokenizer."""
         own, size = getattr(tokenizer, "special", None), tokenizer.vocabulary
         pad, begin, sep, mask = own or range(RESERVED)
         offset = 0 if own else RESERVED
         return cls(tokenizer, pad, begin, sep, mask, offset, size + offset)
 
     def encode(self, text: bytes) -> np.ndarray:
-        """Ids of a text, none of them special: int64."""
+        """Return the ids of a text, int64, without any special token."""
         return self.tokenizer.encode(text).astype(np.int64) + self.offset
 
     def decode(self, ids: list[int]) -> str:
-        """The text of ids, special ones left out."""
+        """Return the text of some ids, leaving out special tokens."""
         special = {self.pad, self.cls, self.sep, self.mask}
         return self.tokenizer.decode([token - self.offset for token in ids if token not in special])

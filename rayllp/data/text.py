@@ -1,4 +1,4 @@
-"""Windows of a token stream, as a pure function of (seed, step). The tokens are made once, and lie in a file (cache.py)."""
+"""Next-token prediction on windows of a token stream. The text is tokenised once, into files of the cache (`cache.py`)."""
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
@@ -23,18 +23,18 @@ from rayllp.keys import key
 
 GOLDEN_RATIO = (5**0.5 - 1) / 2
 GATHERED = 2**20
-"""Characters up to which short texts are put together before they are encoded."""
+"""Short texts are gathered up to so many characters, then tokenised together."""
 
 
 def read_text(settings: DataSettings, faults: Faults | None = None) -> bytes:
-    """All text that the settings name, in UTF-8, up to `data.max_bytes`.
+    """Return all text that the settings name, in UTF-8, up to `data.max_bytes`.
 
     Args:
-        settings: where the text is.
-        faults: takes note of what is left out of folders and data sets.
+        settings: say where the text is.
+        faults: counts what is left out of folders and data sets.
 
     Raises:
-        DataError: missing, unreadable, empty, or no text.
+        DataError: the text is missing, unreadable, empty, or not text.
     """
     source = training_text(settings)
     text = "".join(joined(source.documents(faults or Faults(settings.on_error == "skip")), settings.max_bytes)).encode()
@@ -52,17 +52,17 @@ def _no_text(source: Source) -> DataError:
 
 @dataclass(frozen=True)
 class StreamBatches:
-    """Windows of a token stream: in training each once before any comes again, the same ones in every evaluation.
+    """Windows of a token stream: in training each one once per epoch, in evaluations always the same ones.
 
-    Windows lie side by side, so that each token is to be predicted once; what is left over at the end is not. In training every epoch
-    begins a little further on, and so has other windows. The held-out ones come in an order of which every beginning is spread over the
-    whole stream, and depend on neither seed nor batch size.
+    Windows lie side by side, so that each token is predicted once per epoch; what is left over at the end is not used. Every training epoch
+    starts at another offset, and so has other windows. Held-out windows are ordered so that any prefix of them is spread over the whole
+    stream; they depend on neither the seed nor the batch size.
 
     Attributes:
         tokens: of each split, its token ids end to end.
-        sequence_length: tokens a sequence, special ones included.
-        order: in which training takes its windows.
-        tokenizer: of the text.
+        sequence_length: tokens in a sequence, special ones included.
+        order: the order in which training takes its windows.
+        tokenizer: the tokenizer of the text.
     """
 
     tokens: dict[str, Part]
@@ -75,36 +75,36 @@ class StreamBatches:
 
     @property
     def length(self) -> int:
-        """Tokens of a window."""
+        """Tokens in a window."""
         return self.sequence_length
 
     @property
     def stride(self) -> int:
-        """Tokens from one window to the next: those of a window that are to be predicted."""
+        """Distance between the starts of neighbouring windows, in tokens: the number of tokens that a window predicts."""
         return self.length
 
     @property
     def is_stream(self) -> bool:
-        """Its held-out part may be too long to be passed through."""
+        """True: the held-out split may be too long for a full pass in every evaluation."""
         return True
 
     @property
     def entries(self) -> tuple[Entry, ...]:
-        """Files that a host needs."""
+        """Cache entries whose files a host needs."""
         return (self.tokens["train"].entry,)
 
     def with_entries(self, change: Callable[[Entry], Entry]) -> Self:
-        """The same with other handles on its files."""
+        """Return a copy in which the cache entry is replaced by `change(entry)`."""
         entry = change(self.entries[0])
         return replace(self, tokens={split: replace(part, entry=entry) for split, part in self.tokens.items()})
 
     @cached_property
     def held_out(self) -> np.ndarray:
-        """Where each held-out window starts, in the order in which evaluations take them."""
+        """Where each held-out window starts in the stream, in the order of evaluation."""
         return spread((len(self.tokens["validation"]) - self.length) // self.stride + 1) * self.stride
 
     def starts(self, split: str, step: int, size: int) -> np.ndarray:
-        """Where a batch's windows start in the stream; -1 beyond the end of the held-out text."""
+        """Return where a batch's windows start in the stream; -1 beyond the last held-out window."""
         if split != "train":
             places = in_order(step, len(self.held_out), size)
             return np.where(places < 0, -1, self.held_out[np.maximum(places, 0)])
@@ -118,27 +118,28 @@ class StreamBatches:
         return places * self.stride + np.array([offsets[epoch] for epoch in epochs])
 
     def windows(self, split: str, starts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens of windows (`starts`), int64 of shape (size, tokens); and which are filled: others lie beyond the held-out text."""
+        """Return the tokens of the windows, int64 of shape (size, length), and a mask of rows that exist (whose start is not -1)."""
         stream = self.tokens[split].values
         return np.stack([stream[start : start + self.length] for start in np.maximum(starts, 0)]).astype(np.int64), starts >= 0
 
     def batches(self, split: str, size: int) -> int:
-        """Batches in one pass through the held-out windows."""
+        """Return the number of batches in one pass through the held-out windows."""
         return passes(len(self.held_out), size)
 
 
 def spread(count: int) -> np.ndarray:
-    """The numbers below `count`, each once, in an order of which every beginning is spread evenly: by multiples of the golden ratio."""
+    """Return the numbers below `count` in an order whose prefixes are all spread evenly (multiples of the golden ratio, modulo 1)."""
     return np.argsort(np.argsort(np.arange(count) * GOLDEN_RATIO % 1, kind="stable"), kind="stable")
 
 
 @dataclass(frozen=True)
 class TextBatches(StreamBatches):
-    """Windows of a token stream: targets are the inputs shifted by one.
+    """Windows of a token stream for causal language models; targets are the inputs shifted by one.
 
     Attributes:
         skipped: how many files and rows were left out (data.on_error=skip).
-        packed: every text stands by itself: positions begin anew with it, and its end predicts nothing of the next.
+        packed: treat each text on its own: positions start at 0 in each, and the last token of a text does not predict the next text's
+            first.
     """
 
     skipped: dict[str, int] = field(default_factory=dict)
@@ -146,21 +147,21 @@ class TextBatches(StreamBatches):
 
     @property
     def length(self) -> int:
-        """A token more than a sequence has: the last one's target."""
+        """Tokens in a window: one more than a sequence, for the last token's target."""
         return self.sequence_length + 1
 
     @property
     def stride(self) -> int:
-        """Windows share a token: one's last target is the next one's first input."""
+        """Distance between the starts of windows, which share a token: the last target of one is the first input of the next."""
         return self.sequence_length
 
     @property
     def facts(self) -> Facts:
-        """The vocabulary; sequences are equally long, so there is no padding."""
+        """Size of the vocabulary. There is no padding: all sequences have the same length."""
         return Facts(vocabulary=self.tokenizer.vocabulary)
 
     def batch(self, split: str, step: int, size: int) -> tuple[Inputs, Tensor]:
-        """Token ids of shape (size, sequence_length), twice; where texts are packed, their positions beside the first."""
+        """Return input and target ids, both of shape (size, sequence_length); where texts are packed, inputs are (ids, positions)."""
         starts = self.starts(split, step, size)
         windows, filled = self.windows(split, starts)
         targets = np.where(filled[:, None], windows[:, 1:], IGNORE)
@@ -172,7 +173,7 @@ class TextBatches(StreamBatches):
         return (inputs, torch.from_numpy(positions[:, :-1].copy())), torch.from_numpy(targets)
 
     def positions(self, split: str, starts: np.ndarray) -> np.ndarray:
-        """Of each token of windows, how far it is from the beginning of its text, or of the window, whichever is later."""
+        """Return for each token its distance from the start of its text or of the window, whichever is nearer."""
         part = self.tokens[split]
         beginnings = part.entry.array(f"{part.name}_texts")
         found = np.zeros((len(starts), self.length), np.int64)
@@ -188,11 +189,11 @@ class TextBatches(StreamBatches):
 
 @dataclass(frozen=True)
 class Tokens:
-    """What a text is made into.
+    """A tokenised text.
 
     Attributes:
-        splits: the tokens of each.
-        tokenizer: what made them.
+        splits: the tokens of each split.
+        tokenizer: the tokenizer that made them.
         skipped: how many files and rows were left out.
     """
 
@@ -202,7 +203,7 @@ class Tokens:
 
 
 def load_text(settings: DataSettings, sequence_length: int, seed: int, tokenizer: Tokenizer | None = None) -> TextBatches:
-    """Read, tokenise, split.
+    """Read a text, tokenise it, and split it.
 
     Raises:
         DataError: as `load_tokens`.
@@ -213,16 +214,16 @@ def load_text(settings: DataSettings, sequence_length: int, seed: int, tokenizer
 
 
 def load_tokens(settings: DataSettings, sequence_length: int, window: int, tokenizer: Tokenizer | None) -> Tokens:
-    """The text's tokens by split, and what made them. Held out is a file or split of its own, else the text's end.
+    """Return a text's tokens by split, with the tokenizer. Held out is a file or split of its own, or else the end of the text.
 
     Args:
-        settings: where the text is.
-        sequence_length: for errors.
-        window: tokens that each split must have, for one sequence and its targets.
-        tokenizer: of a run that goes on; None: the one that the settings name.
+        settings: say where the text is.
+        sequence_length: tokens in a sequence, for errors.
+        window: tokens that each split needs at least: one sequence and its targets.
+        tokenizer: the tokenizer of a run that is resumed; None: the one that the settings name.
 
     Raises:
-        DataError: as `read_text`; text shorter than a window in either split; a held-out text that the tokenizer cannot encode.
+        DataError: as `read_text`; either split is shorter than a window; the tokenizer cannot encode the held-out text.
     """
     source, held_out = training_text(settings), held_out_text(settings)
     stamps = [source.stamp(), settings.max_bytes, settings.on_error]
@@ -248,7 +249,7 @@ def load_tokens(settings: DataSettings, sequence_length: int, window: int, token
 
 
 def _tokenizer(settings: DataSettings, source: Source, stamps: list[Any]) -> Tokenizer:
-    """The tokenizer that the settings name; one that is made from the text is made once."""
+    """Load the tokenizer that the settings name. One that is made from the text is made once and then read from the cache."""
     name = settings.tokenizer
     if not is_made(name):
         return load_tokenizer(name, ())
@@ -261,7 +262,7 @@ def _tokenizer(settings: DataSettings, source: Source, stamps: list[Any]) -> Tok
 
 @dataclass(frozen=True)
 class WriteTokenizer:
-    """Makes a tokenizer from a text: an entry of the cache."""
+    """Makes a tokenizer from a text and writes it into a cache entry."""
 
     name: str
     source: Source
@@ -269,21 +270,21 @@ class WriteTokenizer:
     skip: bool
 
     def __call__(self, writer: Writer) -> None:
-        """Keep what `restore_tokenizer` reads."""
+        """Store the serialised tokenizer that `restore_tokenizer` reads."""
         made: Any = load_tokenizer(self.name, joined(self.source.documents(Faults(self.skip)), self.limit))
         writer.facts["made"] = made.made
 
 
 @dataclass(frozen=True)
 class WriteTokens:
-    """Makes tokens of a text: an entry of the cache.
+    """Tokenises a text and writes the tokens into a cache entry.
 
     Attributes:
-        source, held_out: the texts; None: the end of the former is held out.
-        tokenizer: encodes both.
-        limit: bytes of the former that are read.
+        source, held_out: the texts; without the latter, the end of the former is held out.
+        tokenizer: the tokenizer of both.
+        limit: how many bytes of `source` are read.
         skip: leave out and count what is broken.
-        packed: every text is encoded by itself, and its beginning noted.
+        packed: tokenise each text on its own and record where it starts.
     """
 
     source: Source
@@ -294,7 +295,7 @@ class WriteTokens:
     packed: bool
 
     def __call__(self, writer: Writer) -> None:
-        """Write the tokens as "train" and "validation", where each text begins as "…_texts", and how much was left out."""
+        """Write the tokens ("train", "validation"), where each text starts if texts are packed ("…_texts"), and how much was left out."""
         faults = Faults(self.skip)
         for name, source, limit in (("train", self.source, self.limit), ("validation", self.held_out, None)):
             if source is not None and not self._write(writer, name, source, faults, limit):
@@ -302,7 +303,7 @@ class WriteTokens:
         writer.facts["skipped"] = faults.counts
 
     def _write(self, writer: Writer, name: str, source: Source, faults: Faults, limit: int | None) -> int:
-        """Tokens that are written."""
+        """Write the tokens of a source and return their number."""
         count, dtype = 0, smallest_dtype(self.tokenizer.vocabulary)
         texts = source.documents(faults)
         try:
@@ -324,14 +325,14 @@ class WriteTokens:
             ) from None
 
     def _encode(self, texts: list[str]) -> list[np.ndarray]:
-        """Each text's ids, ended by the tokenizer's eos where it has one."""
+        """Return the ids of each text, followed by the tokenizer's eos if it has one."""
         end = getattr(self.tokenizer, "eos", None)
         rows = self.tokenizer.encode_all(texts)
         return rows if end is None else [np.append(ids, end).astype(np.int64) for ids in rows]
 
 
 def _together(texts: Iterable[str]) -> Iterator[list[str]]:
-    """Several texts, or pieces of one, at a time."""
+    """Gather texts, or pieces of one, into lists of about GATHERED characters."""
     some, size = list[str](), 0
     for text in texts:
         some.append(text)

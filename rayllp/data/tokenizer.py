@@ -1,4 +1,4 @@
-"""Text to token ids and back: which tokenizer a name stands for."""
+"""Text to token ids and back: load the tokenizer that `data.tokenizer` names."""
 
 import difflib
 from collections.abc import Iterable, Iterator
@@ -16,41 +16,41 @@ SENTENCEPIECE_ENDINGS = (".model", ".spm", ".model.gz", ".spm.gz")
 
 
 class Tokenizer(Protocol):
-    """What the trainer needs of a tokenizer."""
+    """What training needs of a tokenizer."""
 
     @property
     def vocabulary(self) -> int:
-        """Token ids are below this."""
+        """Size of the vocabulary; every token id is below it."""
         ...
 
     def encode(self, text: bytes) -> np.ndarray:
-        """Token ids of a text, an array of one dimension."""
+        """Return the token ids of a text, one-dimensional."""
         ...
 
     def stream(self, pieces: Iterable[str]) -> Iterator[np.ndarray]:
-        """Token ids of a text that comes in pieces of any length: those of the whole, as they are known."""
+        """Yield the token ids of a text that comes in pieces of any length; they are those of the whole text."""
         ...
 
     def encode_all(self, texts: list[str]) -> list[np.ndarray]:
-        """Token ids of each of several texts."""
+        """Return the token ids of each of several texts."""
         ...
 
     def decode(self, tokens: list[int]) -> str:
-        """The text of some tokens."""
+        """Return the text of some tokens."""
         ...
 
     def texts(self) -> str:
-        """What every token stands for, by its id: another one for every other tokenizer."""
+        """Return a string that says what each token id stands for; tokenizers that disagree on any id have different ones."""
         ...
 
 
 def restore_tokenizer(name: str, made: str | None, file: Path | None) -> Tokenizer | None:
-    """The tokenizer of a run that goes on; None: it is not kept, and its name says which it is.
+    """Return the tokenizer of a run that is resumed; None: it was not stored, and the one that `name` stands for is to be loaded.
 
     Args:
-        name: as the settings have it.
-        made: the tokenizer's own `made`.
-        file: a copy of a tokenizer of the tokenizers library.
+        name: the value of `data.tokenizer`.
+        made: the serialised tokenizer, if it was made from the text.
+        file: the run's copy of a JSON file of the tokenizers library.
     """
     if name == "characters" and made is not None:
         return Characters([made])
@@ -64,30 +64,30 @@ def restore_tokenizer(name: str, made: str | None, file: Path | None) -> Tokeniz
 
 
 def is_made(name: str) -> bool:
-    """Whether the tokenizer of this name is made from the text."""
+    """True if the tokenizer of this name is made from the text."""
     return name == "characters" or name.startswith("bpe:")
 
 
 def make_tokenizer(name: str, text: bytes) -> Tokenizer:
-    """As `load_tokenizer`, from a text in memory."""
+    """Load a tokenizer as `load_tokenizer` does, from a text in memory."""
     return load_tokenizer(name, (decode_text(part) for part in (text,)))
 
 
 def identity(tokenizer: Tokenizer) -> list[Any]:
-    """What tokens depend on: the tokenizer's rules, and the library that applies them."""
+    """Return plain values that determine the tokens of a text: the tokenizer's rules, and the version of the library that applies them."""
     return [getattr(tokenizer, "rules", None) or tokenizer.texts(), tokenizers.__version__]
 
 
 def smallest_dtype(vocabulary: int) -> np.dtype:
-    """Of integers that hold all ids below this."""
+    """Return the smallest unsigned integer dtype that holds all ids of a vocabulary of this size."""
     return np.min_scalar_type(max(0, vocabulary - 1))
 
 
 def load_tokenizer(name: str, pieces: Iterable[str]) -> Tokenizer:
-    """The tokenizer that `data.tokenizer` names; `characters` and `bpe:SIZE` are made from the text, which comes in pieces.
+    """Load the tokenizer that `data.tokenizer` names; `characters` and `bpe:SIZE` are made from the text, which comes in pieces.
 
     Raises:
-        DataError: it cannot be loaded, or the name breaks a rule.
+        DataError: it cannot be loaded, or the name is malformed.
     """
     if name == "bytes":
         return Bytes()
@@ -108,7 +108,7 @@ def load_tokenizer(name: str, pieces: Iterable[str]) -> Tokenizer:
 
 
 def _refuse_slips(name: str) -> None:
-    """Refuse what is nearly one of our own names, before it is looked for in the network."""
+    """Refuse a misspelling of one of our own names, which would otherwise be looked up on the hub."""
     if "/" in name or Path(name).exists():
         return
     close = difflib.get_close_matches(name.lower(), ["bytes", "characters", "chars", "bpe"], n=1, cutoff=0.75)

@@ -1,4 +1,4 @@
-"""Tokenizers of our own, and those of the tokenizers library, sentencepiece and transformers, alike."""
+"""Tokenizers behind one interface: two of our own, and those of the tokenizers library, sentencepiece and transformers."""
 
 import gzip
 import json
@@ -18,49 +18,49 @@ from rayllp.errors import DataError
 ENDS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[EOS]", "[SEP]")
 LINES_AT_ONCE = 10_000
 LONG = 2**19
-"""Characters of a text beyond which it is encoded piece by piece."""
+"""Texts with more characters than this are encoded part by part."""
 CODES = 0x110000
-"""Characters that Unicode has."""
+"""Number of code points in Unicode."""
 TRAINED_ON = 2**29
-"""Characters that bpe:SIZE is trained on at most: more change little, and take minutes."""
+"""Largest number of characters that bpe:SIZE is trained on; more change little and take minutes."""
 SPECIAL_STYLES = (("[PAD]", "[CLS]", "[SEP]", "[MASK]"), ("<pad>", "<s>", "</s>", "<mask>"))
 
 
 class _OneByOne(ABC):
-    """A tokenizer that encodes several texts one after the other."""
+    """Base of tokenizers that encode several texts one after the other."""
 
     @abstractmethod
     def encode(self, text: bytes) -> np.ndarray: ...
 
     def encode_all(self, texts: list[str]) -> list[np.ndarray]:
-        """As `encode`."""
+        """Encode each of several texts."""
         return [self.encode(text.encode()) for text in texts]
 
 
 class Bytes(_OneByOne):
-    """One token a byte; nothing to download, any text."""
+    """One token per byte: works on any text, with nothing to download."""
 
     vocabulary = 256
 
     def encode(self, text: bytes) -> np.ndarray:
-        """The bytes themselves."""
+        """Return the bytes themselves."""
         return np.frombuffer(text, np.uint8)
 
     def stream(self, pieces: Iterable[str]) -> Iterator[np.ndarray]:
-        """Theirs."""
+        """Yield the bytes of each piece."""
         return (np.frombuffer(piece.encode(), np.uint8) for piece in pieces)
 
     def decode(self, tokens: list[int]) -> str:
-        """The text; bytes that are no UTF-8 become the replacement character."""
+        """Return the text; bytes that are not UTF-8 become the replacement character."""
         return bytes(tokens).decode("utf-8", errors="replace")
 
     def texts(self) -> str:
-        """Its name."""
+        """Return the tokenizer's name, which determines all tokens."""
         return "bytes"
 
 
 class Characters(_OneByOne):
-    """One token a distinct character of the text at hand."""
+    """One token per distinct character of the given text."""
 
     def __init__(self, pieces: Iterable[str]) -> None:
         seen = np.zeros(CODES, bool)
@@ -75,15 +75,15 @@ class Characters(_OneByOne):
         return Characters, (["".join(self.alphabet)],)
 
     def encode(self, text: bytes) -> np.ndarray:
-        """Places of the characters in the alphabet.
+        """Return each character's index in the alphabet.
 
         Raises:
-            KeyError: a character that is not in it.
+            KeyError: a character is not in the alphabet.
         """
         return self._encode(decode_text(text))
 
     def stream(self, pieces: Iterable[str]) -> Iterator[np.ndarray]:
-        """As `encode`."""
+        """Encode piece by piece; raises as `encode`."""
         return map(self._encode, pieces)
 
     def _encode(self, text: str) -> np.ndarray:
@@ -93,16 +93,16 @@ class Characters(_OneByOne):
         return ids
 
     def decode(self, tokens: list[int]) -> str:
-        """The characters at these places."""
+        """Return the characters with these indices."""
         return "".join(self.alphabet[token] for token in tokens)
 
     def texts(self) -> str:
-        """The alphabet."""
+        """Return the alphabet."""
         return "".join(self.alphabet)
 
     @property
     def made(self) -> str:
-        """The alphabet, of which `restore_tokenizer` makes the same tokenizer."""
+        """The alphabet, from which `restore_tokenizer` makes the same tokenizer."""
         return "".join(self.alphabet)
 
 
@@ -111,40 +111,40 @@ class _Fast:
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
-        # A file may ask for sequences of one length; ours are cut from the whole stream.
+        # The file may ask for truncation or padding, but sequences are cut from the whole stream here.
         tokenizer.no_truncation()
         tokenizer.no_padding()
         self.vocabulary = _ids_end(tokenizer.get_vocab())
 
     def encode(self, text: bytes) -> np.ndarray:
-        """The ids that the library gives to the whole text, without special tokens."""
+        """Return the ids that the library gives to the whole text, without special tokens."""
         return _joined(self.stream([decode_text(text)]))
 
     def stream(self, pieces: Iterable[str]) -> Iterator[np.ndarray]:
-        """As `encode`, all CPUs at it."""
+        """Yield the ids of a text that comes in pieces, using all CPUs."""
         return encode_pieces(self._tokenizer, pieces)
 
     def encode_all(self, texts: list[str]) -> list[np.ndarray]:
-        """As `encode`, all CPUs at it."""
+        """Encode each of several texts, using all CPUs."""
         if any(len(text) > LONG for text in texts):
             return [self.encode(text.encode()) for text in texts]
         return [np.array(found.ids, np.uint32) for found in self._tokenizer.encode_batch(texts, add_special_tokens=False)]
 
     def texts(self) -> str:
-        """Its vocabulary."""
+        """Return the vocabulary as JSON."""
         return json.dumps(self._tokenizer.get_vocab(), sort_keys=True)
 
     @property
     def rules(self) -> str:
-        """All that its tokens follow from."""
+        """The tokenizer's whole definition, as JSON."""
         return str(self._tokenizer.to_str())
 
     def decode(self, tokens: list[int]) -> str:
-        """The text, as the library puts it together."""
+        """Return the text, decoded by the library."""
         return self._tokenizer.decode(tokens)
 
     def save(self, path: Path) -> None:
-        """Write the JSON that `data.tokenizer` takes."""
+        """Write the JSON file that `data.tokenizer` takes."""
         self._tokenizer.save(str(path))
 
 
@@ -152,8 +152,8 @@ class TokenizersFile(_Fast):
     """A JSON file of the tokenizers library.
 
     Attributes:
-        special: ids of its own pad, cls, sep and mask; None where one is missing.
-        eos: id of the token that ends a text, by its usual names; None where there is none.
+        special: its ids of pad, cls, sep and mask; None if it lacks any of them.
+        eos: id of the token that ends a text, found by its usual names; None if there is none.
     """
 
     def __init__(self, path: str) -> None:
@@ -172,9 +172,9 @@ class TokenizersFile(_Fast):
 
 
 class TrainedBPE(_Fast):
-    """Byte-level BPE trained on the text at hand: any text comes back as it was, and the same text gives the same ids everywhere.
+    """Byte-level BPE trained on the given text. Decoding restores any text exactly, and the same text gives the same ids on every machine.
 
-    The vocabulary is smaller than asked for where the text has too few pairs to merge.
+    The vocabulary is smaller than asked for if the text has too few pairs to merge.
     """
 
     def __init__(self, size: int, pieces: Iterable[str]) -> None:
@@ -184,7 +184,7 @@ class TrainedBPE(_Fast):
         tokenizer = Fast(models.BPE())
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         tokenizer.decoder = decoders.ByteLevel()
-        # All 256 bytes are tokens, whether the text has them or not, so that nothing is unknown.
+        # All 256 bytes are tokens, whether they occur in the text or not, so that no text has an unknown token.
         alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
         trainer = trainers.BpeTrainer(vocab_size=size, initial_alphabet=alphabet, special_tokens=[], show_progress=False)
         tokenizer.train_from_iterator(_lines(_beginning(pieces, TRAINED_ON)), trainer)
@@ -192,7 +192,7 @@ class TrainedBPE(_Fast):
 
     @classmethod
     def read(cls, made: str) -> "TrainedBPE":
-        """One that was trained before, of its `made`."""
+        """Restore a tokenizer that was trained before, from its `made`."""
         from tokenizers import Tokenizer as Fast
 
         tokenizer = cls.__new__(cls)
@@ -201,12 +201,12 @@ class TrainedBPE(_Fast):
 
     @property
     def made(self) -> str:
-        """The JSON of the tokenizers library."""
+        """The tokenizer's definition, as JSON, from which `restore_tokenizer` makes the same tokenizer."""
         return self.rules
 
 
 class SentencePiece(_OneByOne):
-    """A model file of sentencepiece, or a .gz of one. Line ends are lost: to sentencepiece they are spaces."""
+    """A model file of sentencepiece (or .gz). Line ends are lost, since sentencepiece treats them as spaces."""
 
     def __init__(self, path: str) -> None:
         try:
@@ -222,22 +222,22 @@ class SentencePiece(_OneByOne):
         self.vocabulary: int = self._processor.get_piece_size()
 
     def encode(self, text: bytes) -> np.ndarray:
-        """Line by line, as the model was trained."""
-        # A list would start a pool of threads at every call, fifteen times slower where calls are of one line.
+        """Encode line by line, as the model was trained."""
+        # Passing a list would start a pool of threads at every call, which is fifteen times slower for a single line.
         return _joined(np.array(self._processor.encode(line, out_type=int), np.uint32) for line in decode_text(text).split("\n"))
 
     def stream(self, pieces: Iterable[str]) -> Iterator[np.ndarray]:
-        """As `encode`, all CPUs at it."""
+        """Yield the ids of a text that comes in pieces, using all CPUs."""
         lines = (line.removesuffix("\n") for line in _lines(pieces))
         for some in iter(lambda: list(islice(lines, LINES_AT_ONCE)), []):
             yield _joined(np.array(ids, np.uint32) for ids in self._processor.encode(some, out_type=int))
 
     def texts(self) -> str:
-        """The model's pieces."""
+        """Return the model's pieces as JSON."""
         return json.dumps([self._processor.id_to_piece(number) for number in range(self.vocabulary)])
 
     def decode(self, tokens: list[int]) -> str:
-        """The text, spaces restored."""
+        """Return the text, with its spaces restored."""
         return self._processor.decode(tokens)
 
 
@@ -245,9 +245,9 @@ class Pretrained(_OneByOne):
     """A tokenizer of transformers, by name or folder.
 
     Attributes:
-        special: ids of its own pad, cls, sep and mask; None where one is missing.
-        bos: id of the token that it puts before every text; None: it puts none there.
-        eos: id of the token that ends a text, where it has one.
+        special: its ids of pad, cls, sep and mask; None if it lacks any of them.
+        bos: id of the token that it puts before every text; None if it puts none there.
+        eos: id of the token that ends a text; None if it has none.
     """
 
     def __init__(self, name: str) -> None:
@@ -276,38 +276,38 @@ class Pretrained(_OneByOne):
         self.bos: int | None = begun[0] if begun and begun[0] == own.bos_token_id else None
 
     def encode(self, text: bytes) -> np.ndarray:
-        """The whole text, without special tokens."""
+        """Return the ids of the whole text, without special tokens."""
         return _joined(self.stream([decode_text(text)]))
 
     def stream(self, pieces: Iterable[str]) -> Iterator[np.ndarray]:
-        """As `encode`; one that is written in Python needs the whole text at once."""
+        """Yield the ids of a text that comes in pieces. A tokenizer that is written in Python gets the whole text at once."""
         if self._fast is not None:
             return self._fast.stream(pieces)
         return iter([np.array(self._tokenizer("".join(pieces), add_special_tokens=False, verbose=False)["input_ids"], np.uint32)])
 
     def encode_all(self, texts: list[str]) -> list[np.ndarray]:
-        """As `encode`, all CPUs at it where it is not written in Python."""
+        """Encode each of several texts, using all CPUs unless the tokenizer is written in Python."""
         return super().encode_all(texts) if self._fast is None else self._fast.encode_all(texts)
 
     @property
     def rules(self) -> str:
-        """All that its tokens follow from."""
+        """What determines its tokens: the tokenizer's whole definition as JSON, or class and vocabulary if it is written in Python."""
         return self._fast.rules if self._fast is not None else f"{type(self._tokenizer).__name__} {self.texts()}"
 
     def texts(self) -> str:
-        """Its vocabulary."""
+        """Return the vocabulary as JSON."""
         return json.dumps(self._tokenizer.get_vocab(), sort_keys=True)
 
     def decode(self, tokens: list[int]) -> str:
-        """The text, as transformers puts it together."""
+        """Return the text, decoded by transformers."""
         return self._tokenizer.decode(tokens)
 
 
 def decode_text(text: bytes) -> str:
-    """The characters of a text in UTF-8.
+    """Decode UTF-8.
 
     Raises:
-        DataError: it is none; says the line.
+        DataError: the text is not UTF-8; the message gives the line.
     """
     try:
         return text.decode()
@@ -322,12 +322,12 @@ def _joined(parts: Iterable[np.ndarray]) -> np.ndarray:
 
 
 def _codes(text: str) -> np.ndarray:
-    """The characters' numbers."""
+    """Return the code points of a text, uint32."""
     return np.frombuffer(text.encode("utf-32-le"), np.uint32)
 
 
 def _lines(pieces: Iterable[str]) -> Iterator[str]:
-    """The lines of a text, with their ends."""
+    """Yield the lines of a text, line ends included."""
     begun: list[str] = []
     for piece in pieces:
         first, *others = piece.split("\n")
@@ -348,5 +348,5 @@ def _beginning(pieces: Iterable[str], characters: int) -> Iterator[str]:
 
 
 def _ids_end(vocabulary: dict[str, int]) -> int:
-    """Every id is below this: ids may have holes, so that there are fewer tokens."""
+    """Return the smallest number above all ids. Ids may have gaps, so this may exceed the number of tokens."""
     return max(vocabulary.values(), default=-1) + 1

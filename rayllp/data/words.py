@@ -1,4 +1,4 @@
-"""Word classification: a label for every word of a treebank in CoNLL-U."""
+"""Word classification: one label for each word of a treebank in CoNLL-U, or of a table with lists of words and labels."""
 
 import re
 from collections import Counter
@@ -26,7 +26,7 @@ _RANGE_OR_EMPTY_NODE = re.compile(r"[0-9]+[-.][0-9]+")
 
 @dataclass
 class _Sentence:
-    """Words, their labels, and the places (file:line) they stand at."""
+    """Words, their labels, and their places (file:line) for errors."""
 
     words: list[str] = field(default_factory=list)
     labels: list[str] = field(default_factory=list)
@@ -38,10 +38,10 @@ class WordBatches:
     """Sentences as word ids; targets are the words' labels.
 
     Attributes:
-        words: of each split, ids of the words of each piece of a sentence.
-        labels: their label numbers.
-        sequence_length: words a piece has at most.
-        order: in which training takes its samples.
+        words: of each split, the word ids of each sentence, or of each piece of one that is too long.
+        labels: of each split, the class numbers of these words.
+        sequence_length: largest number of words in a piece.
+        order: the order in which training takes its samples.
         index: id of each word of the vocabulary.
         classes: names of the labels.
         skipped: how many sentences and labels were left out (data.on_error=skip).
@@ -57,31 +57,32 @@ class WordBatches:
 
     @property
     def facts(self) -> Facts:
-        """Known words, labels, padding."""
+        """Size of the vocabulary, the class names, and the padding id."""
         return Facts(vocabulary=FIRST_WORD + len(self.index), classes=self.classes, pad=PADDING)
 
     def batch(self, split: str, step: int, size: int) -> tuple[Tensor, Tensor]:
-        """Word ids and label numbers, both of shape (size, sequence_length)."""
+        """Return word ids and class numbers, both of shape (size, sequence_length)."""
         indices = select(self.order, split, step, len(self.words[split]), size)
         inputs = self.words[split].padded(indices, self.sequence_length, PADDING)
-        # A row of padding alone would leave attention nothing to attend to.
+        # Attention needs at least one token that is not padding, so rows beyond the end hold an unknown word.
         inputs[indices < 0, 0] = UNKNOWN
         targets = self.labels[split].padded(indices, self.sequence_length, IGNORE)
         return torch.from_numpy(inputs), torch.from_numpy(targets)
 
     def batches(self, split: str, size: int) -> int:
-        """Batches in one pass through a split."""
+        """Return the number of batches in one pass through a split."""
         return passes(len(self.words[split]), size)
 
 
 def load_words(settings: DataSettings, sequence_length: int, seed: int) -> WordBatches:
-    """Read a treebank, number its words and labels, cut sentences longer than `sequence_length`.
+    """Read a treebank, number its words and labels, and cut sentences longer than `sequence_length` into pieces.
 
-    Words rarer than `data.min_count` in the training split share one id with those of no training sentence; at 1 that id is never
-    trained.
+    Words that occur fewer than `data.min_count` times in training share one id with words that do not occur there. With min_count 1 that id
+    is never trained.
 
     Raises:
-        DataError: no file, one that cannot be read or has no sentences; a broken line or a label unseen in training, unless skipped.
+        DataError: there is no file, it cannot be read, or it has no sentences; a line is broken, or a held-out label does not occur in
+            training, and faults are not skipped.
     """
     faults = Faults(settings.on_error == "skip")
     train, validation = _read_splits(settings, faults)
@@ -117,7 +118,7 @@ def _read_splits(settings: DataSettings, faults: Faults) -> tuple[list[_Sentence
 
 
 def _read_table(table: Table, settings: DataSettings, faults: Faults, max_bytes: int | None) -> list[_Sentence]:
-    """The rows of a data set: a list of words and one of labels each; no more of it is read than `max_bytes` of words."""
+    """Read the rows of a table, a list of words and a list of labels each, up to `max_bytes` of words."""
     split = table.open()
     for setting, column in (("data.text_field", settings.text_field), ("data.label_field", settings.label_field)):
         split.require(setting, column)
@@ -153,7 +154,7 @@ def _read_sentences(name: str, what: str, label: str, faults: Faults, max_bytes:
 
 
 def _blocks(lines: list[str]) -> Iterator[list[tuple[int, str]]]:
-    """Numbered lines of each sentence, without comments."""
+    """Yield the numbered lines of each sentence, without comments."""
     block: list[tuple[int, str]] = []
     for number, line in enumerate(lines, 1):
         if not line.strip():
@@ -165,7 +166,7 @@ def _blocks(lines: list[str]) -> Iterator[list[tuple[int, str]]]:
 
 
 def _parse(path: Path, block: list[tuple[int, str]], label: str, faults: Faults) -> _Sentence | None:
-    """The sentence of a block; None where it is broken and faults are skipped."""
+    """Return the sentence of a block of lines; None if it is broken and faults are skipped."""
     sentence = _Sentence()
     for number, line in block:
         columns = line.split("\t")
@@ -214,7 +215,7 @@ def _number_labels(sentence: _Sentence, numbers: dict[str, int], faults: Faults)
 
 
 def _cut(sequences: list[list[int]], length: int) -> Iterator[list[int]]:
-    """Pieces of at most `length`."""
+    """Yield pieces of at most `length` elements."""
     for sequence in sequences:
         for start in range(0, len(sequence), length):
             yield sequence[start : start + length]
