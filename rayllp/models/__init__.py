@@ -1,4 +1,4 @@
-"""What is trained: adapters over transformers' own modules, and a user's own LayerStack."""
+"""The networks that are trained: any transformer of the transformers library, and a user's own LayerStack."""
 
 import gc
 import importlib
@@ -15,7 +15,7 @@ from rayllp.models.base import Architecture, hidden_matrices
 from rayllp.models.kinds import refuse_post_ln
 from rayllp.models.stack import LayerStack
 
-# Where each family's adapter is; imported when it is asked for, since transformers takes seconds to import.
+# The adapter class of each family. Adapters are imported when they are needed, since transformers takes seconds to import.
 FAMILIES = {
     "gpt2": "rayllp.models.presets:GPT2",
     "llama": "rayllp.models.presets:Llama",
@@ -25,7 +25,7 @@ FAMILIES = {
     "mt": "rayllp.models.presets:MT",
 }
 TRANSFORMER = "rayllp.models.transformer:Transformer"
-"""That of model.architecture, whose task model.head chooses."""
+"""The adapter of any other model type (model.architecture); model.head chooses its task."""
 SENTENCES = {"bert": "rayllp.models.presets:Sentences"}
 
 
@@ -33,11 +33,12 @@ def refuse_unnamed_code(config: TrainConfig, folder: object, named: str | None =
     """Refuse to import the code that a run's own settings name, unless the caller has named it too.
 
     Args:
-        folder: the run.
-        named: the family as the caller gives it; None where it gives none. One that this process has registered is known anyway.
+        config: the run's settings.
+        folder: the run, for errors.
+        named: the family as the caller gives it; None if it gives none. A family that this process has registered is always allowed.
 
     Raises:
-        SettingsError: `model.family` is "module:Class", and the caller has not said so.
+        SettingsError: `model.family` is "module:Class", and the caller has not named it.
     """
     family = config.model.family
     if ":" in family and family not in FAMILIES.values() and family != named:
@@ -48,35 +49,37 @@ def refuse_unnamed_code(config: TrainConfig, folder: object, named: str | None =
 
 
 def families() -> tuple[str, ...]:
-    """Names that model.family takes."""
+    """Return the names that model.family takes."""
     return tuple(FAMILIES)
 
 
 def register(family: str, home: str) -> None:
-    """Add a family: `home` is "module:Class" of its adapter."""
+    """Add a family; `home` is the "module:Class" of its adapter."""
     FAMILIES[family] = home
 
 
 def build_architecture(config: TrainConfig, facts: Facts, kept: Mapping[str, Any] | None = None) -> Architecture:
-    """The adapter of `config.model.family` for data with these facts.
+    """Return the adapter of `config.model.family`, built for data with these facts.
 
     Args:
-        kept: transformers' configuration of a run that goes on (RUN/model.json); its weights come from the run's checkpoint.
+        config: the settings of the run.
+        facts: what the data set says of itself.
+        kept: transformers' configuration of a run that is resumed (RUN/model.json); its weights come from the run's checkpoint.
 
     Raises:
-        SettingsError: no such family, or settings that do not fit the data.
-        CheckpointError: model.from_pretrained does not fit.
+        SettingsError: there is no such family, or the settings do not fit the data.
+        CheckpointError: the checkpoint of model.from_pretrained does not fit.
     """
     check_family(config)
     return adapter(config).from_settings(config, facts, kept)
 
 
 def check_network(config: TrainConfig, facts: Facts, kept: Mapping[str, Any] | None = None) -> None:
-    """Refuse settings of which no network can be made for data with these facts, or whose results could not be told.
+    """Refuse settings from which no network can be built for data with these facts, or whose metric could not be computed.
 
     Raises:
         SettingsError, CheckpointError: as `build_architecture`.
-        DataError: a translation's metric is not installed.
+        DataError: the package for the translation metric is not installed.
     """
     check_batched(config, build_architecture(config, facts, kept))
     if config.model.family == "mt" and (config.eval.translate or config.eval.final_translate) and find_spec("sacrebleu") is None:
@@ -84,10 +87,14 @@ def check_network(config: TrainConfig, facts: Facts, kept: Mapping[str, Any] | N
 
 
 def check_batched(config: TrainConfig, architecture: Architecture, drawing: str | None = None) -> None:
-    """Refuse several layers in one call, and compiled ones, where their dropout is frozen; and layers of several kinds in one call.
+    """Refuse mgrit.batched and compile for networks that draw random numbers, and mgrit.batched for layers of different kinds.
+
+    Dropout masks are keyed by layer and sample, which neither vmapped nor compiled layers can do.
 
     Args:
-        drawing: a piece that was seen to draw random numbers in training.
+        config: the settings of the run.
+        architecture: the network.
+        drawing: the name of a piece that was found to draw random numbers in training, if any.
     """
     for name, chosen in (("mgrit.batched", config.mgrit.batched), ("compile", config.compile)):
         if chosen and (drawing or architecture.stochastic):
@@ -99,7 +106,7 @@ def check_batched(config: TrainConfig, architecture: Architecture, drawing: str 
 
 
 def check_muon(config: TrainConfig, architecture: Architecture) -> None:
-    """Refuse Muon for a network whose layers have nothing that it could train."""
+    """Refuse Muon for a network whose layers have no weight matrix that it could train."""
     if config.optimizer.name == "muon" and not any(hidden_matrices(architecture.layer(n)) for n in range(architecture.layers)):
         raise SettingsError(
             "optimizer.name=muon trains weights of two dimensions, and no layer of this network has one (a convolution's have four): "
@@ -110,7 +117,7 @@ def check_muon(config: TrainConfig, architecture: Architecture) -> None:
 def _check_kinds(config: TrainConfig, architecture: Architecture) -> None:
     level, offset = config.hierarchy(2).levels[0], config.buffers.open
     for rank in range(config.layer_workers):
-        # The first of an interval is a C-point, which is called by itself.
+        # Layers at the same position of their intervals are called together, except the first ones (C-points), which are called singly.
         for together in list(zip(*level.alike(level.runs(rank)), strict=True))[1:]:
             first, *others = (offset + n for n in together)
             other = next((n for n in others if architecture.kind(n) != architecture.kind(first)), None)
@@ -123,7 +130,7 @@ def _check_kinds(config: TrainConfig, architecture: Architecture) -> None:
 
 
 def adapter(config: TrainConfig) -> Any:
-    """The class of `config.model.family`."""
+    """Import and return the adapter class of `config.model.family`."""
     homes = {**FAMILIES, **(SENTENCES if config.model.head == "sentences" else {}), ANY_ARCHITECTURE: TRANSFORMER}
     module, _, name = homes.get(config.model.family, config.model.family).partition(":")
     try:
@@ -137,7 +144,7 @@ def adapter(config: TrainConfig) -> Any:
 
 @contextmanager
 def _no_collections() -> Iterator[None]:
-    """The garbage collector finds nothing while modules are loaded, and looks for it an eighth of the time (0.5 s of transformers' 4)."""
+    """Switch off the garbage collector while modules are imported: it finds nothing, and takes 0.5 of the 4 s that transformers needs."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -148,7 +155,7 @@ def _no_collections() -> Iterator[None]:
 
 
 def check_family(config: TrainConfig) -> None:
-    """Refuse an unknown family."""
+    """Refuse an unknown family, and a model.head that the family does not have."""
     family = config.model.family
     if family == ANY_ARCHITECTURE:
         if config.model.architecture is None and config.model.from_pretrained is None:

@@ -1,4 +1,4 @@
-"""Whether a model can be cut into layers, and what belongs to which piece: found by running it once on a few samples."""
+"""Find out whether a model can be cut into layers, and which parameters belong to which piece, by running it once on a few samples."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -12,20 +12,20 @@ from transformers import Cache
 from rayllp.models.replay import Call, EndOfForward, HandedOn, Replay, UncuttableError, logits_of, state_of
 
 LARGE, NOT_RESIDUAL = 1e4, 0.5
-"""A layer that changes a state of this size by more than this share of it is no residual step: a norm follows its sum."""
+"""Size of a test state, and the relative change of it from which a layer is not residual: x + F(norm(x)) changes a large x little."""
 
 
 @dataclass(frozen=True)
 class Examined:
-    """What running a model once has shown of it.
+    """What one run of a model has shown.
 
     Attributes:
         embed: names of the parameters that the first state depends on.
-        head: names of those that the outputs depend on, beside the last state.
-        memory: names of those between the encoder's last state and what the decoder reads of it; empty without an encoder.
-        kinds: of each layer: equal for layers that differ in their weights alone.
-        residual: whether every kind of layer changes a large state by less than itself, as x + F(x) with a norm in F does.
-        handed_on: how each layer was called, of which nothing is left but what other layers make beside the state.
+        head: names of the parameters outside the layers that the outputs depend on.
+        memory: names of the parameters between the encoder's last state and what the decoder reads of it; empty without an encoder.
+        kinds: the kind of each layer; equal for layers that differ only in their weights.
+        residual: True if every kind of layer changes a large state by much less than its size, as x + F(norm(x)) does.
+        handed_on: how each layer was called; of the arguments, only those that other layers return beside the state are kept.
     """
 
     embed: frozenset[str]
@@ -37,20 +37,22 @@ class Examined:
 
 
 def examine(replay: Replay, inputs: Any, build: Callable[[int], nn.Module], dtype: torch.dtype) -> Examined:
-    """Run the model once, with a real layer of every kind; `replay` then knows what its layers return.
+    """Run the model once, with a real layer of each kind; afterwards `replay` knows how many values each layer returns.
 
     Args:
-        inputs: of a few samples.
-        build: a layer with weights.
+        replay: the model's forward with stand-ins for its layers.
+        inputs: the inputs of a few samples.
+        build: builds the layer of a number, with weights.
+        dtype: dtype of parameters and states.
 
     Raises:
-        UncuttableError: its layers are not called one after the other, or need what no other worker can have.
+        UncuttableError: the layers are not called one after the other, or need something that another worker does not have.
     """
     return _Examination(replay, inputs, build, dtype).run()
 
 
 def parameters_behind(tensor: Tensor) -> set[int]:
-    """Identities of the leaves that a tensor's graph ends at."""
+    """Return the ids (`id()`) of all parameters that a tensor was computed from, found along its autograd graph."""
     found, seen, todo = set(), set(), [tensor.grad_fn]
     if tensor.grad_fn is None and tensor.requires_grad:
         found.add(id(tensor))
@@ -67,7 +69,7 @@ def parameters_behind(tensor: Tensor) -> set[int]:
 
 
 class _Examination:
-    """One run of a model, in which every tensor that a layer is called with is traced back to what made it."""
+    """One run of a model, in which every tensor that a layer is called with is traced back to what it was computed from."""
 
     def __init__(self, replay: Replay, inputs: Any, build: Callable[[int], nn.Module], dtype: torch.dtype) -> None:
         self.replay, self.inputs, self.build, self.dtype = replay, inputs, build, dtype
@@ -77,7 +79,7 @@ class _Examination:
         self.encoded: Tensor | None = None
         self.memory: Tensor | None = None
         self.kinds: dict[Any, int] = {}
-        self.calls: list[Call] = []  # kept from the first on, so that no two of their tensors have one identity
+        self.calls: list[Call] = []  # all calls are kept, so that no two of their tensors can have the same id()
         self.kind_of: list[int] = []
         self.returns: dict[int, tuple[int | None, Tensor]] = {}
         self.residual = True
@@ -161,7 +163,7 @@ class _Examination:
         return size, state_of(returned).detach()
 
     def _modules_to_memory(self) -> tuple[str, ...]:
-        """The modules that are called one after the other on the encoder's last states, and make what the decoder reads."""
+        """Return the names of the modules that, one after the other, turn the encoder's last state into what the decoder reads."""
         replay, path, hooks = self.replay, [], []
         reached: list[Tensor] = []
 
@@ -205,7 +207,7 @@ def _tensors_in(value: Any) -> Iterator[Tensor]:
 
 
 def _identity(value: Any) -> Any:
-    """Equal for arguments that are one: tensors by themselves, all else by what it says."""
+    """Return a value that is equal for equal arguments: tensors are compared by identity, anything else by its text."""
     found = tuple(id(tensor) for tensor in _tensors_in(value))
     return found or ("handed on" if isinstance(value, HandedOn) else repr(value))
 

@@ -1,4 +1,4 @@
-"""Where a transformers model has its residual layers."""
+"""Find the residual layers in a model of transformers."""
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -9,12 +9,12 @@ Lists = nn.ModuleList | nn.Sequential
 
 
 def layer_paths(model: PreTrainedModel) -> tuple[list[str], int]:
-    """Full names of the layers in their order, and how many of them are an encoder's.
+    """Return the full names of all layers in order, and how many of them belong to an encoder.
 
-    A decoder's list is the largest list of modules that is in no other; an encoder–decoder has one in either half.
+    The layers are the largest outermost list of modules, counted in parameters; an encoder–decoder has one such list in each half.
 
     Raises:
-        UncuttableError: no such list.
+        UncuttableError: there is no such list.
     """
     if model.config.is_encoder_decoder:
         halves = {name: module for name, module in model.named_modules() if name.rpartition(".")[2] in ("encoder", "decoder")}

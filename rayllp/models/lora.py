@@ -1,4 +1,4 @@
-"""LoRA (arXiv:2106.09685) by peft: low-rank adapters on a layer's linear maps, everything else frozen."""
+"""LoRA (arXiv:2106.09685) by peft: low-rank adapters on the linear maps of layers, with everything else frozen."""
 
 import difflib
 from collections.abc import Mapping, Sequence
@@ -17,38 +17,40 @@ from rayllp.errors import CheckpointError, SettingsError
 
 ADAPTER = "adapter_model.safetensors"
 PREFIX = "base_model.model."
-"""Before a module's full name, in adapters as peft stores them."""
+"""Prefix of a module's full name in adapters as peft stores them."""
 NAME = "default"
-"""peft's name of an adapter that has none; not in stored names."""
+"""The name that peft gives to an adapter by default; it does not appear in stored names."""
 
 
 def linear_maps(layer: nn.Module) -> list[str]:
-    """Names, in the layer, of what adapters can be put on."""
+    """Return the names, within the layer, of the modules that can have adapters."""
     return [name for name, module in layer.named_modules() if isinstance(module, nn.Linear | Conv1D)]
 
 
 def add_adapters(layer: nn.Module, path: str, settings: LoRASettings) -> None:
-    """Put adapters on a layer's linear maps. What is trained is said by `ModelSettings.trains`.
+    """Put adapters on a layer's linear maps. Which parameters are trained is decided elsewhere (`ModelSettings.trains`).
 
     Args:
-        path: full name of the layer, under which stored adapters are known.
+        layer: the layer, which is changed in place.
+        path: full name of the layer, under which stored adapters are found.
+        settings: rank, targets and so on.
 
     Raises:
-        SettingsError: peft is not installed, or a target is in no layer.
-        CheckpointError: stored adapters do not fit.
+        SettingsError: peft is not installed, or no layer has a target.
+        CheckpointError: the stored adapters do not fit.
     """
     from peft import inject_adapter_in_model
 
     targets = _targets(layer, settings)
-    if targets:  # a layer of another kind may have none of them
+    if targets:  # a layer of another kind may have none of the targets
         inject_adapter_in_model(_peft_config(settings, targets, layer), layer, NAME)
-        layer.requires_grad_()  # peft froze all but the adapters
+        layer.requires_grad_()  # undo that peft has frozen everything but the adapters
     if settings.from_pretrained is not None:
         _fill(layer, path, Path(settings.from_pretrained))
 
 
 def check_targets(layers: Sequence[nn.Module], settings: LoRASettings) -> None:
-    """Refuse adapters that cannot be made, and targets that match nothing in any of these layers."""
+    """Refuse adapters if peft is not installed, and targets that match nothing in any of these layers."""
     if find_spec("peft") is None:
         raise SettingsError("model.lora needs peft: pip install 'rayllp[lora]', or leave model.lora out")
     found = sorted({_leaf(name) for layer in layers for name in linear_maps(layer)})
@@ -75,7 +77,7 @@ def _peft_config(settings: LoRASettings, targets: list[str], layer: nn.Module) -
 
 
 def stored_name(name: str) -> str | None:
-    """A parameter's name as peft stores it; None for one that is no adapter's."""
+    """Return a parameter's name as peft stores it; None if it does not belong to an adapter."""
     return PREFIX + name.replace(f".{NAME}.", ".") if f".{NAME}." in name and "lora_" in name else None
 
 
@@ -107,13 +109,15 @@ def _fill(layer: nn.Module, path: str, folder: Path) -> None:
 def save_adapter(
     folder: Path, tensors: Mapping[str, Tensor], settings: LoRASettings, layer: nn.Module, base: str, task: str | None
 ) -> None:
-    """Write adapters as peft keeps them.
+    """Write adapters in peft's format.
 
     Args:
-        tensors: by the parameters' full names.
-        layer: one with the targets, without adapters.
-        base: what the adapters are for: `model.from_pretrained`.
-        task: peft's word for the model's class, such as CAUSAL_LM.
+        folder: where to write.
+        tensors: the adapters' parameters by full name.
+        settings: rank, targets and so on.
+        layer: a layer that has the targets, without adapters.
+        base: the model that the adapters belong to (`model.from_pretrained`).
+        task: peft's name for the model's task, such as CAUSAL_LM.
     """
     config = _peft_config(settings, sorted({_leaf(name) for name in _targets(layer, settings)}), layer)
     config.base_model_name_or_path, config.task_type, config.inference_mode = base, task, True

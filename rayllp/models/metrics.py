@@ -1,4 +1,4 @@
-"""What an evaluation reports beside the loss. A tally is summed over batches, replicas and workers before it is read."""
+"""What an evaluation reports beside the loss. Metrics are computed from tallies, which can be summed over batches, replicas and workers."""
 
 import math
 from typing import Protocol
@@ -11,43 +11,43 @@ from rayllp.data.base import IGNORE
 
 
 class Metric(Protocol):
-    """A metric is read off a vector of sums."""
+    """A metric that is computed from a vector of sums (its tally)."""
 
     size: int
 
     def tally(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Sums of one batch: float64, shape (size,)."""
+        """Return the sums of one batch, float64 of shape (size,)."""
         ...
 
     def read(self, tally: Tensor, loss: float) -> dict[str, float]:
-        """The metrics' names and values."""
+        """Return the metrics by name, from the tally of all batches and the mean loss."""
         ...
 
 
 class NoMetric:
-    """The loss alone."""
+    """No metric: the loss alone."""
 
     size = 0
 
     def tally(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Nothing to count."""
+        """Return an empty tally."""
         return torch.zeros(0, dtype=torch.float64)
 
     def read(self, tally: Tensor, loss: float) -> dict[str, float]:
-        """Nothing to say."""
+        """Return no metrics."""
         return {}
 
 
 class Perplexity(NoMetric):
-    """exp(loss)."""
+    """Perplexity, exp(loss)."""
 
     def read(self, tally: Tensor, loss: float) -> dict[str, float]:
-        """Of the loss, as far as a double holds it."""
+        """Return exp(loss), with the loss capped at 700 so that the result is a finite double."""
         return {"perplexity": math.exp(min(loss, 700.0))}
 
 
 class Accuracy:
-    """Share of the counted targets whose class has the largest output; outputs (..., classes), targets (...)."""
+    """Share of targets whose class has the largest output; outputs (..., classes), targets (...). IGNORE does not count."""
 
     size = 2
 
@@ -55,33 +55,34 @@ class Accuracy:
         self.name = name
 
     def tally(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """How many are right, of how many."""
+        """Return the numbers of correct and of all targets."""
         counted = targets != IGNORE
         right = (outputs.argmax(-1) == targets) & counted
         return torch.stack([right.sum(), counted.sum()]).double().cpu()
 
     def read(self, tally: Tensor, loss: float) -> dict[str, float]:
-        """Their share."""
+        """Return the share of correct targets."""
         return {self.name: float(tally[0] / tally[1].clamp(min=1))}
 
 
 class Confusion:
-    """Accuracy, F1 and Matthews correlation (for several classes: Gorodkin's R_K), as scikit-learn has them, from the confusion matrix.
+    """Accuracy, F1 and Matthews correlation (R_K for more than two classes), as scikit-learn defines them.
 
-    F1 is that of the second of two classes, by their names, and the mean over classes of several.
+    They are computed from the confusion matrix. F1 is that of the second class if there are two (ordered by name), else the mean over
+    classes.
     """
 
     def __init__(self, classes: int) -> None:
         self.classes, self.size = classes, classes * classes
 
     def tally(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """A matrix of counts: what is true by what was said."""
+        """Return the flattened confusion matrix: rows are true classes, columns predicted ones."""
         counted = targets != IGNORE
         pairs = targets[counted] * self.classes + outputs.argmax(-1)[counted]
         return torch.bincount(pairs, minlength=self.size).double().cpu()
 
     def read(self, tally: Tensor, loss: float) -> dict[str, float]:
-        """The three; 0 each where nothing was counted."""
+        """Return the three metrics; all are 0 if nothing was counted."""
         from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
         cells = np.flatnonzero(tally.numpy())

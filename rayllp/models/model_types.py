@@ -1,4 +1,4 @@
-"""transformers' model types: their configurations from our settings, and their classes by task."""
+"""transformers' model types: build their configurations from our settings, and look up their classes by task."""
 
 import difflib
 from collections.abc import Mapping
@@ -22,23 +22,23 @@ CLASSES: dict[Task, Mapping[str, Any]] = {
     "images": auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
     "translation": auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
 }
-"""Names of the classes, by model type."""
+"""Class names by model type, for each task."""
 SIZES = {
     "hidden_size": ("hidden_size", "d_model", "n_embd", "dim"),
     "num_attention_heads": ("num_attention_heads", "n_head", "n_heads", "num_heads"),
     "intermediate_size": ("intermediate_size", "n_inner", "ffn_dim", "d_ff", "ffn_hidden_size", "hidden_dim"),
 }
 MOST_UNUSED = 64
-"""Rows of an embedding, or a twentieth of them, that may have no token: with more it is taken for another tokenizer's."""
+"""Rows of an embedding that may have no token, or a twentieth of all; with more, it is taken to belong to another tokenizer."""
 OUTSIDE = ("use_cache", "output_router_logits")
-"""What must be off: a cache belongs to generation, and the routers' losses need all layers at once."""
+"""Fields that have to be off: caches are for generation only, and router losses need the outputs of all layers at once."""
 
 
 def model_class(model_type: str, task: Task) -> type[PreTrainedModel]:
-    """transformers' class of a model type for a task.
+    """Return transformers' class of a model type for a task.
 
     Raises:
-        SettingsError: no such type, with the nearest; or none for this task, with those that there are.
+        SettingsError: there is no such type (the message names similar ones), or it has no class for this task (it names those it has).
     """
     name = CLASSES[task].get(model_type)
     if name is None:
@@ -52,13 +52,13 @@ def model_class(model_type: str, task: Task) -> type[PreTrainedModel]:
 
 
 def any_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
-    """The class that a stored configuration names, else the first that its type has."""
+    """Return the class that a stored configuration names, else the first that its type has for any task."""
     named = getattr(transformers, (config.architectures or [""])[0], None)
     return named or next(model_class(config.model_type, task) for task, classes in CLASSES.items() if config.model_type in classes)
 
 
 def check_type(model_type: str) -> None:
-    """Refuse a type that transformers does not know."""
+    """Refuse a model type that transformers does not know."""
     if model_type not in CONFIG_MAPPING:
         near = difflib.get_close_matches(model_type, list(CONFIG_MAPPING), 4, 0.5)
         raise SettingsError(
@@ -68,11 +68,13 @@ def check_type(model_type: str) -> None:
 
 
 def configuration(settings: TrainConfig, facts: Facts, kept: Mapping[str, Any] | None) -> PreTrainedConfig:
-    """transformers' configuration: of a run that goes on, of the checkpoint to start from, or of the settings' sizes.
+    """Return transformers' configuration of the model.
+
+    It is that of a resumed run (`kept`), or that of the checkpoint to start from, or a new one of the settings' sizes.
 
     Raises:
-        SettingsError: no such model type, or fields that it does not have.
-        CheckpointError: no configuration that can be read, or another model type than the settings'.
+        SettingsError: there is no such model type, or it lacks a field.
+        CheckpointError: the checkpoint's configuration cannot be read, or is of another model type than the settings'.
     """
     model = settings.model
     stored = dict(kept) if kept is not None else transformers_config(read_config(model.from_pretrained)) if model.from_pretrained else None
@@ -91,10 +93,10 @@ def configuration(settings: TrainConfig, facts: Facts, kept: Mapping[str, Any] |
 
 
 def at_depth(stored: Mapping[str, Any], settings: TrainConfig) -> dict[str, Any]:
-    """A checkpoint's configuration with as many layers as the settings want.
+    """Return a checkpoint's configuration, changed to as many layers as the settings ask for.
 
     Raises:
-        SettingsError: its layers do not make so many.
+        SettingsError: that number cannot be made from the checkpoint's layers.
     """
     there, here = count_layers(stored), settings.model.layers
     if there is None or there == here:
@@ -103,19 +105,19 @@ def at_depth(stored: Mapping[str, Any], settings: TrainConfig) -> dict[str, Any]
 
 
 def is_table_of(rows: int, tokens: int) -> bool:
-    """Whether an embedding of so many rows may be a tokenizer's: many are filled up to a number that suits the hardware."""
+    """True if an embedding of so many rows may belong to a tokenizer; many are padded to a multiple that suits the hardware."""
     return 0 <= rows - tokens < max(MOST_UNUSED, rows // 20)
 
 
 def labels_of(facts: Facts) -> dict[str, Any]:
-    """transformers' fields for the names of classes; nothing without any."""
+    """Return transformers' configuration fields for the class names; empty if there are none."""
     if not facts.classes:
         return {}
     return {"id2label": dict(enumerate(facts.classes)), "label2id": {name: i for i, name in enumerate(facts.classes)}}
 
 
 def _check_vocabulary(config: PreTrainedConfig, settings: TrainConfig, facts: Facts) -> None:
-    """Refuse a tokenizer that is not the checkpoint's: ids beyond its embedding, or far too few for it."""
+    """Refuse a tokenizer that does not belong to the checkpoint: ids beyond its embedding, or far too few for it."""
     rows, tokens = getattr(config.get_text_config(), "vocab_size", 0), facts.vocabulary
     if rows and tokens and not is_table_of(rows, tokens):
         raise CheckpointError(
@@ -127,7 +129,7 @@ def _check_vocabulary(config: PreTrainedConfig, settings: TrainConfig, facts: Fa
 def _new(settings: TrainConfig, facts: Facts) -> PreTrainedConfig:
     model = settings.model
     kind = CONFIG_MAPPING[str(model.architecture)]
-    if settings.model.task == "images" and "vision_config" in kind.sub_configs:  # of CLIP and its kin the vision half alone is trained
+    if settings.model.task == "images" and "vision_config" in kind.sub_configs:  # CLIP and the like: only the vision half is trained
         vision = _sizes(settings, facts, kind.sub_configs["vision_config"]())
         return _adapted(_build(kind, {"vision_config": vision, **model.config_overrides}), settings, facts)
     plain = _build(kind, {})
@@ -143,7 +145,7 @@ def _new(settings: TrainConfig, facts: Facts) -> PreTrainedConfig:
 
 
 def _sizes(settings: TrainConfig, facts: Facts, plain: PreTrainedConfig) -> dict[str, Any]:
-    """The settings' sizes, by the names that a configuration of this kind has for them."""
+    """Return the settings' sizes under the field names that this kind of configuration uses."""
     model, known = settings.model, set(vars(plain)) | set(type(plain).attribute_map)
     wanted = {
         "hidden_size": model.width, "num_attention_heads": model.heads, "num_key_value_heads": model.kv_heads or model.heads,
@@ -158,7 +160,7 @@ def _sizes(settings: TrainConfig, facts: Facts, plain: PreTrainedConfig) -> dict
         square = height if height == width else (height, width)
         sizes |= {"image_size": square, "num_channels": channels, "patch_size": model.patch_size}
     if "qk_rope_head_dim" in known:
-        known -= {"head_dim"}  # latent attention's heads have sizes of their own
+        known -= {"head_dim"}  # in latent attention, the head size follows from other fields
     return {name: value for name, value in sizes.items() if name in known}
 
 
@@ -180,7 +182,7 @@ def _layers(plain: PreTrainedConfig, settings: TrainConfig) -> dict[str, int]:
 
 
 def _tokens(facts: Facts, plain: PreTrainedConfig) -> dict[str, int | None]:
-    """Ids that the data have; of others, which lie beyond the vocabulary, none."""
+    """Return the data's token ids as configuration fields. Defaults that lie beyond the vocabulary are replaced."""
     if not facts.vocabulary:
         return {}
     found: dict[str, int | None] = {"vocab_size": facts.vocabulary, "bos_token_id": facts.bos, "eos_token_id": facts.eos}
@@ -194,7 +196,7 @@ def _tokens(facts: Facts, plain: PreTrainedConfig) -> dict[str, int | None]:
 
 
 def _adapted(config: PreTrainedConfig, settings: TrainConfig, facts: Facts) -> PreTrainedConfig:
-    """With what the run has the last word on: labels, ids, dropout."""
+    """Set the fields that the run decides rather than the checkpoint: class names, token ids, dropout."""
     for name, value in vars(config).items():
         if "drop" in name and isinstance(value, float):
             setattr(config, name, 0.0 if "layer" in name else settings.model.dropout)
@@ -213,7 +215,7 @@ def _adapted(config: PreTrainedConfig, settings: TrainConfig, facts: Facts) -> P
 def _build(kind: type[PreTrainedConfig], values: Mapping[str, Any]) -> PreTrainedConfig:
     try:
         return kind(**values)
-    except Exception as error:  # each has checks of its own
+    except Exception as error:  # each configuration class raises errors of its own
         raise SettingsError(
             f"transformers cannot make a configuration of {kind.model_type} with these sizes ({type(error).__name__}: {error}): set "
             "model.config_overrides, or start from a checkpoint (model.from_pretrained)"

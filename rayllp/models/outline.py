@@ -1,4 +1,4 @@
-"""A whole model without its weights: what is large is on the meta device, the rest has the values that its constructors give it."""
+"""Build a whole model without its weights: large tensors are on the meta device, small ones have the values that constructors give them."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,11 +12,11 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from rayllp.models.randomness import seeded
 
 LARGE = 1 << 16
-"""Elements from which a tensor is not made."""
+"""Number of elements from which a tensor is put on the meta device."""
 
 
 class _LargeOnMeta(TorchFunctionMode):
-    """Constructors of tensors make small ones, and of large ones their shape."""
+    """Makes tensor constructors put large tensors on the meta device and small ones where they belong."""
 
     def __torch_function__(self, function: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -27,13 +27,16 @@ class _LargeOnMeta(TorchFunctionMode):
 
 
 def outline(kind: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
-    """The model of this configuration. Many constructors give values that no rule of initialisation gives again: scales, positions."""
+    """Build the model of this configuration without weights.
+
+    Small tensors are kept because constructors compute values, such as scales and positions, that no initialisation rule computes again.
+    """
     with seeded("outline"), _LargeOnMeta():
         return kind(config)
 
 
 def without_values(module: nn.Module) -> None:
-    """Give memory to what is on the meta device, and make every parameter a new one, which transformers takes for not initialised."""
+    """Allocate everything that is on the meta device, and replace every parameter, so that transformers takes them for not initialised."""
     for owner in module.modules():
         for name, parameter in owner._parameters.items():
             if parameter is not None:
@@ -43,14 +46,14 @@ def without_values(module: nn.Module) -> None:
 
 
 def fill_buffers(module: nn.Module) -> None:
-    """Give memory to this module's buffers that are on the meta device."""
+    """Allocate those of this module's own buffers that are on the meta device."""
     for name, buffer in module._buffers.items():
         if buffer is not None and buffer.is_meta:
             module._buffers[name] = torch.empty_like(buffer, device="cpu")
 
 
 def initialiser(model: PreTrainedModel, path: str) -> Callable[[nn.Module], None]:
-    """What initialises the module `path`: the rules of the innermost transformers model that it is in."""
+    """Return the function that initialises the module `path`: the rules of the innermost transformers model that contains it."""
     owner: PreTrainedModel = model
     place: nn.Module = model
     for name in path.split(".") if path else ():

@@ -1,4 +1,4 @@
-"""What layers have made of tokens that generation has been through: the keys and values of transformers' attention."""
+"""The cache of generation: keys and values that a worker's attention layers have computed for earlier tokens."""
 
 import torch
 from torch import Tensor
@@ -6,7 +6,7 @@ from transformers import Cache, DynamicCache, EncoderDecoderCache
 
 
 class _Keys(DynamicCache):
-    """Of one worker's layers. How many tokens they are of is told, as the first layer may be another worker's."""
+    """The cache of one worker's layers. Its length is set from outside: transformers would take it from layer 0, which may be elsewhere."""
 
     known = 0
 
@@ -18,13 +18,13 @@ class _Keys(DynamicCache):
 
 
 class Past:
-    """The past of several sequences, which may change places or take each other's from one forward to the next, as in a beam search.
+    """The cache for several sequences. Between forwards, sequences may change places or continue from one another, as in beam search.
 
     Args:
-        encoder: whether the layers are an encoder–decoder's.
+        encoder: True if the layers belong to an encoder–decoder.
 
     Attributes:
-        cache: what transformers' layers are called with.
+        cache: the object that transformers' layers are called with.
     """
 
     cache: Cache
@@ -35,20 +35,20 @@ class Past:
 
     @property
     def known(self) -> int:
-        """Tokens of each sequence that the layers have been through."""
+        """Number of tokens per sequence that the cache holds."""
         return self._keys.known
 
     def forget(self) -> None:
-        """Begin anew: the next forward takes all tokens."""
+        """Empty the cache: the next forward takes all tokens."""
         self._rows: Tensor | None = None
         self._keys = _Keys()
         self.cache = EncoderDecoderCache(self._keys, DynamicCache()) if self.encoder else self._keys
 
     def begin(self, rows: Tensor) -> None:
-        """These sequences are next: go on from those that they begin with, or forget all where one begins with none.
+        """Prepare for the next forward, of these sequences: select the cached rows that they continue, or forget all if one continues none.
 
         Args:
-            rows: (sequences, 1 + time): what a sequence belongs to, and its tokens.
+            rows: shape (sequences, 1 + time): a number that says which input a sequence belongs to, then its tokens.
         """
         if self._rows is None:
             return
@@ -60,7 +60,7 @@ class Past:
             self.forget()
 
     def end(self, rows: Tensor) -> None:
-        """The layers have been through these."""
+        """Record that the layers have been evaluated on these sequences."""
         self._rows, self._keys.known = rows, rows.shape[1] - 1
 
     def _select(self, rows: Tensor) -> None:

@@ -1,6 +1,6 @@
-"""Presets of transformers' models: their configurations by our settings, and which weights the initialisations scale.
+"""Presets: configurations of a few transformers models from our settings, and the weights that each initialisation scales.
 
-All else, from the pieces to the calls, is every model's (`transformer.py`).
+How they are cut into pieces and called is the same as for any other model (`transformer.py`).
 """
 
 from collections.abc import Mapping
@@ -34,7 +34,7 @@ from rayllp.models.transformer import Transformer
 OURS = frozenset(
     "vocab_size id2label label2id pad_token_id bos_token_id eos_token_id decoder_start_token_id forced_eos_token_id use_cache".split()
 )
-"""What a configuration has from this run rather than from the checkpoint that it starts from."""
+"""Configuration fields that come from this run rather than from the checkpoint that it starts from."""
 
 
 class Preset(Transformer):
@@ -42,7 +42,7 @@ class Preset(Transformer):
 
     @classmethod
     def from_settings(cls, settings: TrainConfig, facts: Facts, kept: Mapping[str, Any] | None = None) -> "Preset":
-        """The adapter for these settings and this data; `kept` is the configuration of a run that goes on."""
+        """Return the adapter for these settings and data; `kept` is the configuration of a run that is resumed."""
         config, source = cls.config_of(settings, facts), settings.model.from_pretrained
         if kept is not None:
             config, source = _with_ours(type(config).from_dict(dict(kept)), config), None
@@ -54,14 +54,14 @@ class Preset(Transformer):
 
     @classmethod
     def _as_pretrained(cls, config: PreTrainedConfig, source: str, settings: TrainConfig) -> PreTrainedConfig:
-        """The checkpoint's own configuration, with what this run's data and settings say of vocabulary, labels, ids and dropout."""
+        """Return the checkpoint's configuration, with vocabulary, class names, token ids and dropout of this run."""
         stored = transformers_config(read_config(source))
         check_model_type(str(stored.get("model_type", "")), config.model_type, source)
         return _with_ours(type(config).from_dict(at_depth(stored, settings)), config)
 
     @classmethod
     def check_sizes(cls, config: PreTrainedConfig, settings: TrainConfig) -> None:
-        """Refuse what a checkpoint's configuration does not allow."""
+        """Refuse settings that contradict the checkpoint's configuration."""
         has = {"layers": cls.count_layers(config), "width": config.hidden_size, "heads": config.num_attention_heads}
         for name, there in has.items():
             here = getattr(settings.model, name)
@@ -71,12 +71,12 @@ class Preset(Transformer):
 
     @classmethod
     def count_layers(cls, config: PreTrainedConfig) -> int:
-        """Layers of the model, an encoder's and a decoder's together."""
+        """Return the number of layers, an encoder's and a decoder's together."""
         return int(config.num_hidden_layers)
 
     @classmethod
     def config_of(cls, settings: TrainConfig, facts: Facts) -> PreTrainedConfig:
-        """transformers' configuration."""
+        """Return transformers' configuration for these settings and data."""
         raise NotImplementedError
 
 
@@ -89,7 +89,7 @@ class GPT2(Preset):
 
     @classmethod
     def config_of(cls, settings: TrainConfig, facts: Facts) -> GPT2Config:
-        """GPT-2's configuration of these settings."""
+        """Return GPT-2's configuration for these settings."""
         model = settings.model
         return GPT2Config(
             vocab_size=facts.vocabulary, n_positions=settings.sequence_length, n_embd=model.width, n_layer=model.layers,
@@ -98,12 +98,12 @@ class GPT2(Preset):
         )  # fmt: skip
 
     def rescale(self, layer: nn.Module) -> None:
-        """Where "scaled" is set, transformers has done it."""
+        """Scale the output projections, unless model.initialisation is "scaled", which transformers has applied already."""
         if self.settings.model.initialisation != "scaled":
             super().rescale(layer)
 
     def weight_of(self, layer: nn.Module, name: str) -> Tensor:
-        """Of query, key and value in one, the value's part."""
+        """Return a module's weight; of the joint query, key and value projection, only the value's part."""
         weight = super().weight_of(layer, name)
         return weight[:, -self.settings.model.width :] if name == "attn.c_attn" else weight
 
@@ -117,7 +117,7 @@ class Llama(Preset):
 
     @classmethod
     def config_of(cls, settings: TrainConfig, facts: Facts) -> LlamaConfig:
-        """Llama's configuration of these settings."""
+        """Return Llama's configuration for these settings."""
         model = settings.model
         return LlamaConfig(
             vocab_size=facts.vocabulary, max_position_embeddings=settings.sequence_length, hidden_size=model.width,
@@ -128,14 +128,14 @@ class Llama(Preset):
 
 
 class Encoder(Preset):
-    """BERT as RoBERTa-PreLayerNorm: what its three heads have in common."""
+    """Base of the three BERT-like presets, whose layers are those of RoBERTa-PreLayerNorm."""
 
     outputs = ("attention.output.dense", "output.dense")
     inner = ("attention.self.value", "intermediate.dense")
 
     @classmethod
     def config_of(cls, settings: TrainConfig, facts: Facts) -> RobertaPreLayerNormConfig:
-        """RoBERTa-PreLayerNorm's configuration of these settings."""
+        """Return RoBERTa-PreLayerNorm's configuration for these settings."""
         model, pad = settings.model, facts.pad or 0
         return RobertaPreLayerNormConfig(
             vocab_size=facts.vocabulary, hidden_size=model.width, num_hidden_layers=model.layers, num_attention_heads=model.heads,
@@ -147,7 +147,7 @@ class Encoder(Preset):
 
     @classmethod
     def positions(cls, config: RobertaPreLayerNormConfig) -> float:
-        """Longest sequence; positions begin behind the padding's."""
+        """Return the longest sequence's length; positions are counted from the padding id on."""
         return config.max_position_embeddings - config.pad_token_id - 1
 
 
@@ -158,7 +158,7 @@ class BERT(Encoder):
 
 
 class Words(Encoder):
-    """transformers' RobertaPreLayerNormForTokenClassification: one label a word."""
+    """transformers' RobertaPreLayerNormForTokenClassification: one label per word."""
 
     model_class = RobertaPreLayerNormForTokenClassification
 
@@ -178,10 +178,10 @@ class ViT(Preset):
 
     @classmethod
     def config_of(cls, settings: TrainConfig, facts: Facts) -> ViTConfig:
-        """ViT's configuration of these settings and images.
+        """Return ViT's configuration for these settings and images.
 
         Raises:
-            SettingsError: patches do not divide the images.
+            SettingsError: the patch size does not divide the images.
         """
         model = settings.model
         assert facts.image is not None
@@ -201,9 +201,9 @@ class ViT(Preset):
 class MT(Preset):
     """mBART's pre-LN encoder–decoder as one sequence of layers (arXiv:2601.09026, section 3.1).
 
-    The state stacks both, Z = [X, Y]: the first N_enc layers move only X, the others only Y, which reads X by cross-attention. X stays at
-    X_{N_enc}; the encoder's final norm, which transformers applies once, is applied by every decoder layer to the X it reads, so that
-    the layers stay residual blocks. It is the one parameter that several layers share.
+    The state holds both halves, Z = [X, Y]: the encoder's N_enc layers change only X, the decoder's only Y, reading the final X by
+    cross-attention. transformers applies the encoder's final norm once; here every decoder layer applies it to the X that it reads, so that
+    all layers stay residual. That norm is the only parameter which several layers share.
     """
 
     model_class = MBartForConditionalGeneration
@@ -212,7 +212,7 @@ class MT(Preset):
 
     @classmethod
     def config_of(cls, settings: TrainConfig, facts: Facts) -> MBartConfig:
-        """mBART's configuration of these settings."""
+        """Return mBART's configuration for these settings."""
         model = settings.model
         encoder = model.encoder_layers or model.layers // 2
         inner = model.feed_forward or 4 * model.width
@@ -227,14 +227,14 @@ class MT(Preset):
 
     @classmethod
     def count_layers(cls, config: Any) -> int:
-        """Encoder and decoder together."""
+        """Return the number of encoder and decoder layers."""
         return int(config.encoder_layers + config.decoder_layers)
 
 
 def _with_ours(merged: PreTrainedConfig, config: PreTrainedConfig) -> PreTrainedConfig:
-    """`merged`, with what `config` says of vocabulary, labels, ids and dropout: the run's data and settings have the last word there.
+    """Overwrite in `merged` what the run decides (vocabulary, class names, token ids, dropout) by the values of `config`.
 
-    A table that is somewhat larger than the tokenizer keeps its size: many checkpoints fill theirs up to a number that suits the hardware.
+    An embedding somewhat larger than the tokenizer keeps its size: many checkpoints pad theirs to a multiple that suits the hardware.
     """
     rows, tokens = getattr(merged, "vocab_size", 0), getattr(config, "vocab_size", 0)
     for name in vars(config):

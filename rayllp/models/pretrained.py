@@ -1,7 +1,7 @@
-"""Architectures cut out of transformers' own models: an adapter names the pieces and says how to call them.
+"""Cut transformers' own models into pieces with weights; what calls the pieces is in `transformer.py`.
 
-The model itself exists on the meta device only, as a plan without weights. A piece is copied out of it, given memory, and initialised by
-the model's own rules, or by a checkpoint; nothing else is ever built.
+The whole model exists only on the meta device, as a plan without weights. A piece is copied out of it, allocated, and initialised by the
+model's own rules or from a checkpoint; nothing else is ever allocated.
 """
 
 import copy
@@ -29,7 +29,7 @@ from rayllp.models.weights import PretrainedWeights
 
 
 class Piece(nn.Module):
-    """Modules of a model under their full names; `piece[path]` is one of them."""
+    """Some modules of a model under their full names; `piece[path]` is one of them."""
 
     def __init__(self, modules: dict[str, nn.Module]) -> None:
         super().__init__()
@@ -47,13 +47,14 @@ class Piece(nn.Module):
 
 
 class PretrainedArchitecture(Architecture):
-    """The pieces of a model; what calls them is in `transformer.py`.
+    """A model of transformers, divided into pieces; what calls them is in `transformer.py`.
 
     Attributes:
-        model_class: the whole model, as transformers has it.
-        embed_paths, head_paths, common_paths: modules of the embedding, of the head, and those that several layers use.
-        outputs: within a layer, the projections that write into the residual stream (model.initialisation = scaled).
-        inner: within a layer, further MLP weights, and value projections, that the deep initialisation scales too.
+        model_class: transformers' class of the whole model.
+        embed_paths, head_paths, common_paths: full names of the modules of the embedding, of the head, and of those that several layers
+            use.
+        outputs: names, within a layer, of the projections that write into the residual stream (scaled by model.initialisation=scaled).
+        inner: names, within a layer, of the MLP and value projections that model.initialisation=deep scales as well.
     """
 
     model_class: type[PreTrainedModel]
@@ -74,7 +75,7 @@ class PretrainedArchitecture(Architecture):
         self._check_trained()
 
     def _open_weights(self, source: str | None) -> PretrainedWeights:
-        """A checkpoint, whose layers may be fewer or more than this model's."""
+        """Open a checkpoint, which may have fewer or more layers than this model; its layers are then assigned to the model's."""
         stored = {} if source is None else transformers_config(read_config(source))
         there, buffers = count_layers(stored), self.settings.buffers
         if there in (None, self.layers):
@@ -87,7 +88,7 @@ class PretrainedArchitecture(Architecture):
         return weights
 
     def _check_trained(self) -> None:
-        """Refuse patterns and targets that match nothing."""
+        """Refuse patterns of model.train and targets of model.lora that match nothing."""
         model = self.settings.model
         if model.lora is not None:
             check_targets([self.model.get_submodule(path) for path in self.paths], model.lora)
@@ -104,24 +105,27 @@ class PretrainedArchitecture(Architecture):
 
     @abstractmethod
     def find_pieces(self) -> list[str]:
-        """Full names of the layers; sets those of the other pieces."""
+        """Return the full names of the layers, and set those of the other pieces."""
 
     def transformers_config(self) -> dict[str, Any]:
-        """The whole configuration, defaults included, and the class that reads it."""
+        """Return the whole configuration, defaults included, and the class that reads it."""
         return {**json.loads(self.config.to_json_string(use_diff=False)), "architectures": [self.model_class.__name__]}
 
     # Pieces -------------------------------------------------------------------------------------------------------------------
 
     def path_of(self, index: int) -> str:
-        """Full name of a layer's module."""
+        """Return the full name of a layer's module."""
         return self.paths[index]
 
     def embed(self) -> nn.Module:
-        """A copy of its modules, with memory of their own."""
+        """Build the embedding from copies of its modules."""
         return self.make(self.embed_paths)
 
     def layer(self, index: int) -> nn.Module:
-        """Likewise; rescaled by `model.initialisation` where no checkpoint has it."""
+        """Build a layer from a copy of its module, with adapters if LoRA is set.
+
+        Unless a checkpoint has the layer, its weights are rescaled by `model.initialisation`.
+        """
         piece = self.make((self.path_of(index),))
         path, lora = self.path_of(index), self.settings.model.lora
         if not self.weights.has(path):
@@ -131,15 +135,15 @@ class PretrainedArchitecture(Architecture):
         return piece[path]
 
     def head(self) -> nn.Module:
-        """Likewise."""
+        """Build the head from copies of its modules."""
         return self.make(self.head_paths)
 
     def common(self) -> nn.Module | None:
-        """Likewise, where the family has some."""
+        """Build the modules that several layers use from copies; None if there are none."""
         return self.make(self.common_paths) if self.common_paths else None
 
     def make(self, paths: Sequence[str], *, pretrained: bool = True) -> Piece:
-        """A piece with memory, initialised by the model's rules, and overwritten by pretrained weights where there are any."""
+        """Allocate and initialise a piece by the model's rules, and load pretrained weights where there are any."""
         piece = Piece({path: self.copy_of(path) for path in paths})
         _use_one_operation_gelu(piece)
         without_values(piece)
@@ -153,11 +157,11 @@ class PretrainedArchitecture(Architecture):
         return piece
 
     def copy_of(self, path: str) -> nn.Module:
-        """A module of the model, on the meta device still."""
+        """Return a copy of one of the model's modules, still on the meta device."""
         return copy.deepcopy(self.model.get_submodule(path))
 
     def rescale(self, layer: nn.Module) -> None:
-        """model.initialisation, on top of transformers' own."""
+        """Apply model.initialisation to a layer that transformers' own rules have initialised."""
         kind = self.settings.model.initialisation
         if kind == "default":
             return
@@ -166,7 +170,7 @@ class PretrainedArchitecture(Architecture):
             self.weight_of(layer, name).data.mul_(factor)
 
     def weight_of(self, layer: nn.Module, name: str) -> Tensor:
-        """The weight of the layer's module `name`."""
+        """Return the weight of the layer's module `name`."""
         return layer.get_submodule(name).get_parameter("weight")
 
     def _ties_between(self, first: Iterable[str], last: Iterable[str]) -> Iterable[tuple[str, str]]:
@@ -182,11 +186,11 @@ class PretrainedArchitecture(Architecture):
     # Loss ---------------------------------------------------------------------------------------------------------------------
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Cross-entropy, summed over targets that count."""
+        """Return the cross-entropy, summed over all targets but IGNORE."""
         return self._cross_entropy(outputs, targets, 0.0)
 
     def training_loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """The same with label smoothing."""
+        """Return the cross-entropy with label smoothing, summed over all targets but IGNORE."""
         return self._cross_entropy(outputs, targets, self.settings.model.label_smoothing)
 
     def _cross_entropy(self, outputs: Tensor, targets: Tensor, smoothing: float) -> Tensor:
@@ -196,32 +200,32 @@ class PretrainedArchitecture(Architecture):
         )
 
     def count(self, targets: Tensor) -> int:
-        """Targets that are not IGNORE."""
+        """Return the number of targets that are not IGNORE."""
         return int((targets != IGNORE).sum())
 
     # Names: pieces carry full names already -----------------------------------------------------------------------------------
 
     def embed_prefix(self) -> str:
-        """None: paths are the whole model's."""
+        """Return an empty prefix, since a piece's parameters carry full names."""
         return ""
 
     def layer_prefix(self, index: int) -> str:
-        """The layer's path in the whole model."""
+        """Return the layer's path in the whole model."""
         return self.path_of(index) + "."
 
     def head_prefix(self) -> str:
-        """None."""
+        """Return an empty prefix, since a piece's parameters carry full names."""
         return ""
 
     def common_prefix(self) -> str:
-        """None."""
+        """Return an empty prefix, since a piece's parameters carry full names."""
         return ""
 
 
 def _outline(kind: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
     try:
         return outline(kind, config)
-    except Exception as error:  # sizes that do not go together fail wherever a model first needs them
+    except Exception as error:  # sizes that contradict each other fail wherever a model first uses them
         raise SettingsError(
             f"transformers cannot make a {kind.__name__} of these sizes ({type(error).__name__}: {error}): set model.config_overrides, or "
             "start from a checkpoint (model.from_pretrained)"
@@ -229,6 +233,7 @@ def _outline(kind: type[PreTrainedModel], config: PreTrainedConfig) -> PreTraine
 
 
 def _parameters_that_are_one(model: nn.Module) -> list[list[str]]:
+    """Return groups of names that denote the same parameter."""
     groups: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         groups.setdefault(id(parameter), []).append(name)
@@ -236,6 +241,7 @@ def _parameters_that_are_one(model: nn.Module) -> list[list[str]]:
 
 
 def _make_one(piece: Piece, names: list[str]) -> None:
+    """Make all these names of a piece denote the first one's parameter."""
     kept = piece.get_parameter(names[0])
     for name in names[1:]:
         parent, _, leaf = name.rpartition(".")
@@ -243,7 +249,7 @@ def _make_one(piece: Piece, names: list[str]) -> None:
 
 
 def _use_one_operation_gelu(piece: nn.Module) -> None:
-    """The tanh form of GELU, GPT-2's, is eight operations in transformers; torch has it as one, and a layer takes a fifth less time."""
+    """Replace transformers' tanh GELU (GPT-2's), which takes eight operations, by torch's single one: a layer takes a fifth less time."""
     for parent in piece.modules():
         for name, child in parent.named_children():
             if isinstance(child, NewGELUActivation):
@@ -251,5 +257,5 @@ def _use_one_operation_gelu(piece: nn.Module) -> None:
 
 
 def is_within(name: str, paths: Iterable[str]) -> bool:
-    """Whether a full name is one of these modules', or inside one."""
+    """True if a full name denotes one of these modules or something inside one."""
     return any(name == path or name.startswith(path + ".") for path in paths)

@@ -1,13 +1,13 @@
-"""Randomness keyed by (seed, step, layer, sample), never by worker.
+"""Random numbers keyed by (seed, step, layer, sample), never by worker.
 
-Two needs. Initialisation: a layer's weights depend on the seed and its index alone. Dropout: a layer's mask must be the same in every
-sweep of one training step, or MGRIT does not converge (arXiv:2601.09026, appendix C), and the same however the batch is cut into
-microbatches or replicas, so that any mesh trains the same network.
+Two things need this. A layer's initial weights have to depend on the seed and its index alone. A layer's dropout mask has to be the same
+in every sweep of one training step, or MGRIT does not converge (arXiv:2601.09026, appendix C), and the same however the batch is divided
+into microbatches or replicas, so that any mesh trains the same network.
 
-The second is met below the module, where PyTorch calls an operator: each operator that draws random numbers has a kernel here, under a
-dispatch key that is on inside `FrozenRandomness` only. So it does not matter who calls it: nn.Dropout, nn.MultiheadAttention, C++ that
-composes a dropout of its own, a module that draws by hand. All other operators fall through the key, and cost nothing more; a
-`TorchFunctionMode` would slow small layers by a third and not see inside nn.MultiheadAttention, a `TorchDispatchMode` by several times.
+Dropout is handled below the modules, in PyTorch's dispatcher: every operator that draws random numbers has a kernel here, registered under
+a dispatch key that is active only inside `FrozenRandomness`. This catches every caller: nn.Dropout, nn.MultiheadAttention, C++ code that
+composes its own dropout, a module that draws by hand. Other operators fall through the key at no cost. A `TorchFunctionMode` would slow
+down small layers by a third and not see inside nn.MultiheadAttention; a `TorchDispatchMode` would slow them down several times.
 """
 
 import threading
@@ -27,28 +27,28 @@ _default_generator = threading.RLock()
 
 @contextmanager
 def seeded(*parts: object) -> Iterator[None]:
-    """Run a block with torch's default CPU generator seeded by `parts`; the generator's state is restored."""
-    # The default generator belongs to the process: workers that are threads must not seed it under each other.
+    """Seed torch's default CPU generator by `parts` inside the block, and restore its state afterwards."""
+    # The default generator belongs to the process: workers that are threads take turns, so that none seeds it while another draws.
     with _default_generator, torch.random.fork_rng(devices=[]):
         torch.manual_seed(key(*parts))
         yield
 
 
 class UnkeyedDrawError(SettingsError):
-    """A layer draws random numbers in a way that cannot be made a function of the step and the sample."""
+    """A layer draws random numbers in a way that cannot be keyed by step and sample."""
 
 
 class FrozenRandomness:
-    """Makes whatever is drawn inside depend on (parts, sample) alone, without changing the module.
+    """Makes all random numbers drawn inside the block depend on (parts, sample) alone, without changing the module that draws them.
 
-    Each sample has a generator of its own, from which its rows of every draw are taken, in the order of the draws. Dimension 0 of what
-    is drawn must be the batch, or a multiple of it with a sample's rows together (batch times heads); a single number, of no
-    dimension, is the same for all samples.
+    Each sample has a generator of its own, which fills that sample's rows of every tensor drawn, in the order of the draws. Dimension 0 of
+    such a tensor has to be the batch, or a multiple of it in which a sample's rows are adjacent (batch times heads). A scalar is the same
+    for all samples.
 
     Args:
         parts: what the numbers depend on: seed, step, layer.
         samples: index of each sequence within the step's global batch.
-        on_draw: is told of each draw, by the operator's name.
+        on_draw: called at each draw with the operator's name.
     """
 
     def __init__(self, parts: tuple[object, ...], samples: tuple[int, ...], on_draw: Callable[[str], None] | None = None) -> None:
@@ -66,7 +66,7 @@ class FrozenRandomness:
         _inside.frozen = self._outer
 
     def generator(self, device: torch.device, place: int | None) -> torch.Generator:
-        """The generator of the sample at a place, or of all samples, which goes on from draw to draw."""
+        """Return the generator of the sample at this place of the batch (None: one for all samples); it continues from draw to draw."""
         found = self._generators.get((device, place))
         if found is None:
             sample = "all samples" if place is None else self.samples[place]
@@ -74,10 +74,10 @@ class FrozenRandomness:
         return found
 
     def rows(self, name: str, shape: torch.Size, device: torch.device) -> Iterator[tuple[Any, torch.Generator]]:
-        """Each sample's place in a tensor of this shape, and its generator.
+        """Yield, for each sample, its rows in a tensor of this shape and its generator.
 
         Raises:
-            UnkeyedDrawError: dimension 0 is not the batch.
+            UnkeyedDrawError: dimension 0 is not a multiple of the batch.
         """
         if not shape:
             yield ..., self.generator(device, None)
@@ -99,31 +99,34 @@ _inside = threading.local()
 
 
 def _fill(frozen: FrozenRandomness, name: str, op: Any, tensor: Tensor, *args: Any) -> Tensor:
-    """Tensor.uniform_, normal_, and all others that fill a tensor."""
+    """Kernel of Tensor.uniform_, normal_ and all others that fill a tensor."""
     fill = getattr(Tensor, op.overloadpacket.__name__)
     for place, generator in frozen.rows(name, tensor.shape, tensor.device):
         part = tensor[place]
         if part.is_contiguous():
             fill(part, *args, generator=generator)
-        else:  # numbers go by place, not by the order in memory
+        else:  # draw in order of index, not of memory, so that strides do not matter
             part.copy_(fill(torch.empty(part.shape, dtype=part.dtype, device=part.device), *args, generator=generator))
     return tensor
 
 
 def _coin(frozen: FrozenRandomness, name: str, op: Any, tensor: Tensor, p: float | Tensor = 0.5) -> Tensor:
-    """Tensor.bernoulli_, of which dropout is made: on a CPU faster by single-precision numbers than by the operator's own double ones."""
+    """Kernel of Tensor.bernoulli_, which dropout calls.
+
+    It draws in single precision, which is faster on a CPU than the operator's own double precision.
+    """
     uniform = torch.empty(tensor.shape, dtype=torch.float32, device=tensor.device)
     return tensor.copy_(_fill(frozen, name, torch.ops.aten.uniform_.default, uniform) < p)
 
 
 def _native_dropout(frozen: FrozenRandomness, name: str, op: Any, tensor: Tensor, p: float, train: bool | None) -> tuple[Tensor, Tensor]:
-    """What nn.Dropout calls on a GPU."""
+    """Kernel of what nn.Dropout calls on a GPU."""
     keep = _coin(frozen, name, op, torch.empty(tensor.shape, dtype=torch.bool, device=tensor.device), 1 - p)
     return tensor * keep.to(tensor.dtype).mul_(1 / (1 - p) if p < 1 else 0.0), keep
 
 
 def _by_row(frozen: FrozenRandomness, name: str, op: Any, *args: Any, **options: Any) -> Tensor:
-    """torch.bernoulli, randn_like, normal with a tensor of means, and all others that draw one number for each of a tensor's."""
+    """Kernel of torch.bernoulli, randn_like, normal with a tensor of means, and others that draw a number for each element of a tensor."""
     shape = torch.broadcast_shapes(*(arg.shape for arg in args if isinstance(arg, Tensor)))
     device = next(arg.device for arg in args if isinstance(arg, Tensor))
     args = tuple(arg.expand(shape) if isinstance(arg, Tensor) else arg for arg in args)
@@ -135,7 +138,7 @@ def _by_row(frozen: FrozenRandomness, name: str, op: Any, *args: Any, **options:
 
 
 def _of_size(frozen: FrozenRandomness, name: str, op: Any, *args: Any, **options: Any) -> Tensor:
-    """torch.rand, randn, randint, normal of a size."""
+    """Kernel of torch.rand, randn, randint and normal, which are given a size."""
     *before, size = args
     shape, device = torch.Size(size), torch.device(options.get("device") or "cpu")
     parts = [
@@ -159,17 +162,17 @@ _flash_attention_forward_no_dropout_inplace _scaled_dot_product_attention_math_f
 _scaled_dot_product_efficient_attention _scaled_dot_product_cudnn_attention _scaled_dot_product_flash_attention_for_cpu
 _scaled_dot_product_fused_attention_overrideable
 """.split()
-"""Where they draw: without dropout the last ones do not."""
+"""Operators that are refused where they draw; attention and recurrent ones draw only with dropout."""
 DRAWING = (*_FILLING, *_ROWWISE, *_SIZED, "bernoulli_", "native_dropout", *_REFUSED)
-"""All of PyTorch's operators that draw."""
+"""All of PyTorch's operators that draw random numbers."""
 _WITH_GENERATOR = {
     "default": "generator", "low": "low_generator", "Tensor": "Tensor_generator", "low_dtype": "low_generator_dtype",
 }  # fmt: skip
-"""Overloads that take a generator, of factories whose plain ones do not."""
+"""For factories whose usual overload takes no generator: the overload that does."""
 
 
 def _handler(op: Any) -> Callable[..., Any]:
-    """How an operator draws by key."""
+    """Return the function that draws for an operator by key."""
     name, overload = op._schema.name.removeprefix("aten::"), op._overloadname
     if overload.endswith("out"):
         return _refuse
@@ -191,25 +194,25 @@ def _kernel(op: Any) -> Callable[..., Any]:
     takes = getattr(op.overloadpacket, _WITH_GENERATOR[op._overloadname]) if plain else op
 
     def draws(args: tuple[Any, ...], options: dict[str, Any]) -> bool:
-        """Whether a call draws: one without dropout, or outside training, does not."""
+        """True if a call draws random numbers: not without dropout, and not outside training."""
         given = {**defaults, **dict(zip(defaults, args, strict=False)), **options}
         idle = given.get("dropout", given.get("dropout_p")) == 0 or given.get("train", given.get("training")) is False
         return not (idle or (name == "native_dropout" and given["p"] == 0))
 
-    # Only these say whether they draw at all; a look at the arguments costs as much as the operator.
+    # Only operators with these arguments may draw nothing; looking at the arguments of all would cost as much as the operator itself.
     may_idle = bool({"dropout", "dropout_p", "train", "training"} & set(defaults))
 
     def kernel(*args: Any, **options: Any) -> Any:
-        """The operator, by key."""
+        """Run the operator with random numbers by key."""
         with torch._C._ExcludeDispatchKeyGuard(_KEYS):
             if may_idle and not draws(args, options):
                 return op(*args, **options)
             frozen = getattr(_inside, "frozen", None)
-            if frozen is None:  # on a thread of autograd's
+            if frozen is None:  # this thread is autograd's
                 raise UnkeyedDrawError(f"{name} draws numbers in the backward pass")
             if frozen.on_draw is not None:
                 frozen.on_draw(name)
-            options.pop("generator", None)  # a generator of the layer's own would go on from sweep to sweep
+            options.pop("generator", None)  # a generator of the layer's own would continue from sweep to sweep
             args = tuple(arg for arg in args if not isinstance(arg, torch.Generator))
             return handle(frozen, name, takes, *args, **options)
 
@@ -217,7 +220,7 @@ def _kernel(op: Any) -> Callable[..., Any]:
 
 
 def _attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, p: float = 0.0, *args: Any, **options: Any) -> Any:
-    """scaled_dot_product_attention: with dropout by its definition, whose dropout is caught; a fused one draws inside itself."""
+    """Kernel of scaled_dot_product_attention. Fused kernels draw dropout internally, so with dropout its composite definition is used."""
     if p == 0:
         with torch._C._ExcludeDispatchKeyGuard(_KEYS):
             return torch.ops.aten.scaled_dot_product_attention.default(query, key, value, mask, p, *args, **options)
@@ -225,7 +228,7 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = 
 
 
 def _register() -> list[Library]:
-    """Put the kernels under the key, where they stay for as long as the libraries live."""
+    """Register the kernels under the dispatch key; they stay as long as the returned libraries live."""
     aten, others = Library("aten", "IMPL", _KEY_NAME), Library("_", "IMPL", _KEY_NAME)
     others.fallback(fallthrough_kernel)
     aten.impl("scaled_dot_product_attention", _attention)
@@ -238,7 +241,7 @@ def _register() -> list[Library]:
 
 
 _KEY_NAME = "TESTING_ONLY_GenericMode"
-"""A dispatch key above all others that no backend, no mode and no other library uses."""
+"""A dispatch key of higher priority than all others, used by no backend, no mode and no other library."""
 _KEY = cast(torch._C.DispatchKey, torch._C._parse_dispatch_key(_KEY_NAME))
 _KEYS = torch._C.DispatchKeySet(_KEY)
 _libraries = _register()

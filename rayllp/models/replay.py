@@ -1,7 +1,7 @@
-"""A transformers model's own forward without its layers: the first state it makes, how it calls each layer, its outputs from the last one.
+"""Run a transformers model's own forward without its layers, to get its first state, its calls of layers, or its outputs.
 
-Every layer has a stand-in that hands the state on. Parameters that nobody has given are zeros of stride 0, which take no memory, so that
-a worker in the middle of the network can ask the model how its layers are called without having the embedding's weights.
+Each layer is replaced by a stand-in that passes the state on. Parameters that are not given are zeros of stride 0, which take no memory, so
+that a worker in the middle of the network can find out how its layers are called without having the embedding's weights.
 """
 
 import copy
@@ -20,16 +20,16 @@ from rayllp.models.outline import fill_buffers, initialiser
 from rayllp.models.past import Past
 
 STATE = "hidden_states"
-"""How transformers' layers call the state, where it is not their first argument."""
+"""Name that transformers' layers give to the state where it is not their first argument."""
 
 
 class UncuttableError(SettingsError):
-    """A model whose forward is not inputs, then one layer after the other, then outputs."""
+    """A model's forward is not of the form: inputs, then one layer after the other, then outputs."""
 
 
 @dataclass(frozen=True)
 class HandedOn:
-    """What a layer returns beside the state, as it appears in the call of a later one."""
+    """Placeholder, in a call, for a value that an earlier layer returned beside the state (value number `place` of layer `layer`)."""
 
     layer: int
     place: int
@@ -37,17 +37,17 @@ class HandedOn:
 
 @dataclass(frozen=True)
 class Memory:
-    """The encoder's final states, in the call of a decoder's layer."""
+    """Placeholder, in a call of a decoder layer, for the encoder's final states."""
 
 
 @dataclass(frozen=True)
 class Call:
-    """How the model calls a layer. The state's place is left empty.
+    """How the model calls a layer: all arguments but the state.
 
     Attributes:
-        args: what follows the state, where it is the first argument.
-        kwargs: by name.
-        named: whether the state is given by name.
+        args: positional arguments; without the first one where that is the state.
+        kwargs: keyword arguments.
+        named: True if the state is passed by keyword.
     """
 
     args: tuple[Any, ...]
@@ -56,10 +56,10 @@ class Call:
 
     @classmethod
     def split(cls, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple["Call", Tensor]:
-        """A call, and the state in it.
+        """Separate a layer's arguments into the call and the state.
 
         Raises:
-            UncuttableError: there is none.
+            UncuttableError: no argument is the state.
         """
         if args and isinstance(args[0], Tensor):
             return cls(args[1:], dict(kwargs), named=False), args[0]
@@ -68,22 +68,22 @@ class Call:
         raise UncuttableError(f"its layers take no {STATE}: they are called with {sorted(kwargs)}")
 
     def on(self, layer: Callable[..., Any], state: Tensor) -> Any:
-        """Call a layer so, on another state."""
+        """Call a layer with these arguments and the given state."""
         return layer(*self.args, **{STATE: state}, **self.kwargs) if self.named else layer(state, *self.args, **self.kwargs)
 
     def values(self) -> Iterator[tuple[str | int, Any]]:
-        """Arguments, by place or name."""
+        """Yield the arguments with their positions or names."""
         yield from enumerate(self.args)
         yield from self.kwargs.items()
 
     def replaced(self, change: Callable[[str | int, Any], Any]) -> "Call":
-        """With every argument changed."""
+        """Return a copy in which each argument is replaced by `change(place, argument)`."""
         args = tuple(change(place, value) for place, value in enumerate(self.args))
         return Call(args, {name: change(name, value) for name, value in self.kwargs.items()}, self.named)
 
 
 def state_of(returned: Any) -> Tensor:
-    """The state in what a layer returns: itself, or the first of several."""
+    """Return the state in what a layer returns: the value itself, or the first of several."""
     return returned[0] if isinstance(returned, tuple | list) else returned
 
 
@@ -91,15 +91,15 @@ class Replay:
     """A model's forward with stand-ins for its layers.
 
     Args:
-        model: on the meta device.
-        paths: full names of the layers in their order, an encoder's before a decoder's.
-        encoder: how many are an encoder's.
-        arguments: the model's keyword arguments for a batch's inputs, and for a past that generation goes on from.
+        model: the model, on the meta device.
+        paths: full names of the layers in order, an encoder's before a decoder's.
+        encoder: how many of them belong to an encoder.
+        arguments: returns the model's keyword arguments for a batch's inputs and a cache of generation (or None).
 
     Attributes:
-        returns: of each layer, how many values it returns; None for the bare state.
-        memory_places: arguments of a decoder's layers that are the encoder's final states.
-        memory_modules: what makes these of the encoder's last state, one after the other.
+        returns: for each layer, how many values it returns; None if it returns the bare state.
+        memory_places: those arguments of decoder layers that are the encoder's final states.
+        memory_modules: full names of the modules that, one after the other, make these from the encoder's last state.
     """
 
     def __init__(
@@ -123,7 +123,7 @@ class Replay:
     # Running ------------------------------------------------------------------------------------------------------------------
 
     def calls(self, inputs: Any, dtype: torch.dtype, past: Past | None = None) -> list[Call]:
-        """How each layer is called for these inputs; masks, positions and whatever else follows from the batch alone."""
+        """Return how each layer is called for these inputs: masks, positions and whatever else depends on the batch alone."""
         calls: list[Call] = []
 
         def visit(index: int, call: Call, state: Tensor) -> Tensor:
@@ -139,7 +139,7 @@ class Replay:
     def first_state(
         self, inputs: Any, parameters: Mapping[str, Tensor], dtype: torch.dtype, *, training: bool, past: Past | None = None
     ) -> tuple[Tensor, ...]:
-        """The state before the first layer; with an encoder, that before its first layer and that before the decoder's."""
+        """Return the state before the first layer; with an encoder, the states before its first layer and before the decoder's."""
         first: list[Tensor] = []
         last_start = self.encoder if self.encoder < len(self.layers) else 0
 
@@ -154,12 +154,12 @@ class Replay:
         return tuple(first)
 
     def outputs(self, inputs: Any, state: Tensor, parameters: Mapping[str, Tensor], dtype: torch.dtype, *, training: bool) -> Tensor:
-        """The model's logits, its last layer having made this state."""
+        """Return the model's logits, given the state after its last layer."""
 
         def visit(index: int, call: Call, passed: Tensor) -> Tensor:
             if index < len(self.layers) - 1:
                 return passed
-            self._train(training)  # from here on: what comes before the layers is another piece's, and draws nothing here
+            self._train(training)  # not earlier: what comes before the layers belongs to another piece and must not draw random numbers
             return state
 
         return logits_of(self.run(inputs, parameters, visit, dtype, training=False))
@@ -174,12 +174,15 @@ class Replay:
         training: bool,
         past: Past | None = None,
     ) -> Any:
-        """What the model returns for these inputs; None where it was ended.
+        """Run the model's forward and return its result; None if it was ended early.
 
         Args:
-            parameters: outside the layers, by full names; all others are zeros.
-            visit: is called for every layer in turn, with its number, its call and the state, and gives the state after it.
-            past: of the tokens among these inputs that need not be taken again.
+            inputs: the inputs of a batch.
+            parameters: parameters outside the layers by full name; the others are zeros.
+            visit: called for each layer in turn with its number, its call and the state; returns the state after the layer.
+            dtype: dtype of parameters and states.
+            training: whether the modules around the layers are in training mode.
+            past: a cache of generation; the tokens that it holds are left out.
         """
         self.move(dtype, inputs[0].device if isinstance(inputs, tuple) else inputs.device)
         self._train(training)
@@ -203,9 +206,9 @@ class Replay:
     # Tensors outside the layers -------------------------------------------------------------------------------------------------
 
     def _fill_outside(self) -> None:
-        """Buffers get their values by the model's own rules, while parameters are still on the meta device; then these become zeros.
+        """Initialise buffers by the model's own rules while parameters are still on the meta device, then turn these into zeros.
 
-        Parameters that the model does not train are tables (of sines, mostly), and have values as buffers do.
+        Parameters that the model does not train are fixed tables (mostly of sines), and are initialised as buffers are.
         """
         inside = tuple(path + "." for path in self.paths)
         for path, module in self.model.named_modules():
@@ -230,11 +233,11 @@ class Replay:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the parameters that stand outside the layers, at present."""
+        """Current dtype of the parameters outside the layers."""
         return self._placed[0]
 
     def move(self, dtype: torch.dtype, device: torch.device) -> None:
-        """Have what stands outside the layers in this dtype, on this device."""
+        """Convert everything outside the layers to this dtype and device."""
         if self._placed == (dtype, device):
             return
         for module, name in self._outside:
@@ -249,13 +252,13 @@ class Replay:
         self._placed = dtype, device
 
     def outside(self) -> dict[str, nn.Parameter]:
-        """The zeros that stand for parameters outside the layers, each name by itself: tied ones are several here."""
+        """Return the zeros that stand for the parameters outside the layers, by full name; tied ones are separate here."""
         names = {id(module): path for path, module in self.model.named_modules()}
         return {f"{names[id(module)]}.{name}".lstrip("."): module._parameters[name] for module, name in self._outside}  # type: ignore[misc]
 
 
 class EndOfForward(Exception):  # noqa: N818 (it is no error)
-    """Ends a model's forward where nothing after it is asked for."""
+    """Ends a model's forward early, where its result is not needed."""
 
 
 def _pass_on(index: int, call: Call, state: Tensor) -> Tensor:
@@ -263,7 +266,7 @@ def _pass_on(index: int, call: Call, state: Tensor) -> Tensor:
 
 
 def logits_of(returned: Any) -> Tensor:
-    """The logits of what a model returns.
+    """Return the logits of what a model returns.
 
     Raises:
         UncuttableError: there are none.

@@ -1,7 +1,7 @@
-"""Models whose residual layers have a step size Δt: transformers' own, with x + Δt·(layer(x) − x) for every layer(x).
+"""Models whose layers have step sizes Δt: transformers' own, with x + Δt·(layer(x) − x) in place of layer(x).
 
-transformers' configurations have no Δt, so an export of such a network has a config.json of its own type, and the code that reads it:
-AutoModel loads it where it may run that code, and refuses it elsewhere instead of loading another network.
+transformers' configurations have no Δt. An export of such a network therefore has a config.json of its own model type, and the code that
+reads it: AutoModel loads it where it is allowed to run that code, and elsewhere refuses it instead of loading a different network.
 """
 
 import json
@@ -18,27 +18,27 @@ from rayllp.models import step_sizes
 from rayllp.models.weights import find
 
 CODE = "modeling_rayllp.py"
-"""The file in an export that transformers loads such a model by."""
+"""The file in an export that holds this code."""
 AUTO = {
     "causal": "AutoModelForCausalLM", "masked": "AutoModelForMaskedLM", "words": "AutoModelForTokenClassification",
     "sentences": "AutoModelForSequenceClassification", "images": "AutoModelForImageClassification", "translation": "AutoModelForSeq2SeqLM",
 }  # fmt: skip
-"""transformers' class that loads a model of each task."""
+"""transformers' auto class for each task."""
 
 
 class ScaledModel:
-    """Loads what `rayllp export` writes of a run whose step sizes are not all 1, without running code of the folder."""
+    """Loader of what `rayllp export` writes for step sizes other than 1, which runs no code from the folder."""
 
     @staticmethod
     def from_pretrained(folder: str | Path, **kwargs: Any) -> PreTrainedModel:
-        """The model: an instance of the transformers class it was trained as, with the same parameter names; it generates and saves.
+        """Load the model: an instance of the transformers class that was trained, with the same parameter names, generation and saving.
 
         Args:
-            folder: written by `rayllp export`, or by `save_pretrained` of a model that this returned.
-            kwargs: for the transformers class's own from_pretrained.
+            folder: written by `rayllp export`, or by `save_pretrained` of a model that this function returned.
+            kwargs: passed to the transformers class's own from_pretrained.
 
         Raises:
-            CheckpointError: no such folder, or a model without step sizes.
+            CheckpointError: there is no such folder, or its model has no step sizes.
         """
         path = find(str(folder))
         name = _read_config(path)["transformers_config"]["architectures"][0]
@@ -51,10 +51,12 @@ class ScaledModel:
 
 
 def write_scaled(folder: Path, kept: Mapping[str, Any], task: str) -> None:
-    """Make an export one of a model with step sizes: its config.json, and the code that loads it.
+    """Turn an export into one of a model with step sizes: rewrite its config.json and add the code that loads it.
 
     Args:
-        kept: step sizes, the full names of the layers that have them, and the settings.
+        folder: the export.
+        kept: the step sizes, the full names of the layers they belong to, and the settings they come from.
+        task: the model's task, which decides its auto class.
     """
     path = folder / "config.json"
     inner = json.loads(path.read_text(encoding="utf-8"))
@@ -67,7 +69,7 @@ def write_scaled(folder: Path, kept: Mapping[str, Any], task: str) -> None:
 
 
 def loader(folder: Path) -> tuple[str, str]:
-    """What loads a folder that `rayllp export` wrote: a class, and what it is given beside the folder."""
+    """Return the class that loads a folder written by `rayllp export`, and the further arguments it needs, as text for its README."""
     if not (folder / "config.json").is_file():
         return "peft.AutoPeftModel", ""
     values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -77,7 +79,7 @@ def loader(folder: Path) -> tuple[str, str]:
 
 
 def model_class(name: str) -> type[PreTrainedModel]:
-    """transformers' class of this name.
+    """Return transformers' class of this name.
 
     Raises:
         CheckpointError: there is none.

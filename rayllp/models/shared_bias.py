@@ -1,4 +1,4 @@
-"""T5's relative positions: the first layer of a list holds the table, and hands the bias that it makes of it to all others."""
+"""T5's relative position bias: the first layer of a list holds the table, and passes the bias it computes to all other layers."""
 
 import copy
 from collections.abc import Sequence
@@ -11,16 +11,16 @@ from rayllp.models.replay import Call, HandedOn
 
 TABLE = "relative_attention_bias"
 BIAS = 1
-"""Place of the bias in what a layer returns. What follows it is the cross-attention's, which is zero: T5 has no table there."""
+"""Position of the bias among the values that a layer returns. The next is the cross-attention's, which is zero: T5 has no table there."""
 
 
 @dataclass(frozen=True)
 class SharedBias:
-    """The bias of one list's layers.
+    """The bias that the layers of one list share.
 
     Attributes:
-        attention: full name of the module that has the table.
-        argument: place or name of the bias among a layer's arguments.
+        attention: full name of the module that holds the table.
+        argument: position or name of the bias among a layer's arguments.
     """
 
     attention: str
@@ -28,7 +28,7 @@ class SharedBias:
 
     @classmethod
     def find(cls, model: nn.Module, paths: Sequence[str], calls: Sequence[Call]) -> "SharedBias | None":
-        """That of the layers `paths`, as they are called; None where they hand nothing on, or something else."""
+        """Find the bias that the layers `paths` share, from how they are called; None if they share nothing, or something else."""
         places = {place for call in calls for place, value in call.values() if isinstance(value, HandedOn) and value.place == BIAS}
         tables = [name for name, _ in model.get_submodule(paths[0]).named_modules() if name.rpartition(".")[2] == TABLE]
         if len(places) != 1 or len(tables) != 1:
@@ -42,12 +42,12 @@ class SharedBias:
         return f"{self.attention}.{TABLE}"
 
     def of(self, model: nn.Module, table: nn.Module, state: Tensor, known: int = 0) -> Tensor:
-        """The bias (1, heads, time, known + time) for a state (batch, time, width) whose tokens follow `known` others."""
+        """Return the bias, shape (1, heads, time, known + time), for a state (batch, time, width) that follows `known` cached tokens."""
         attention: Any = copy.copy(model.get_submodule(self.attention))
         attention._modules = {TABLE: table}
         length = known + state.shape[1]
         return attention.compute_bias(length, length, device=state.device)[:, :, known:]
 
     def put(self, call: Call, bias: Tensor) -> Call:
-        """A layer's call with this bias, and nothing else that was handed on."""
+        """Return a layer's call with this bias, and without anything else that layers pass on."""
         return call.replaced(lambda place, value: bias if place == self.argument else None if isinstance(value, HandedOn) else value)

@@ -18,20 +18,20 @@ Piece = nn.Module | Callable[[], nn.Module]
 
 
 class LayerStack(Architecture):
-    """Any network of the form embed, residual layers x -> block(x) of one shape, head.
+    """A network of an embedding, residual layers x -> layer(x) of equal shapes, and a head.
 
     Args:
         embed: inputs -> state. A module, or a function that builds one.
-        layers: state -> state, of equal shapes. Modules, or functions that build them: then a worker builds its own only, under a
-            key of (seed, layer), and the whole network is never in one process.
-        head: state -> outputs.
-        loss: (outputs, targets) -> loss summed over the targets' terms.
-        count: terms in the loss of some targets; default the number of their elements.
+        layers: state -> state, all of one shape. Modules, or functions that build them: with functions, a worker builds only its own
+            layers, under a key of (seed, layer), and no process ever holds the whole network.
+        head: state -> outputs. A module, or a function that builds one.
+        loss: (outputs, targets) -> loss, summed over the targets' terms.
+        count: number of terms in the loss of some targets; by default the number of their elements.
         metric: what an evaluation reports beside the loss, such as `rayllp.models.metrics.Accuracy()`.
-        stochastic: whether the modules draw random numbers in training (dropout, drop-path). None: found by running them once.
+        stochastic: whether the modules draw random numbers in training (dropout, drop-path). None: found out by running them once.
 
     Raises:
-        SettingsError: no layers.
+        SettingsError: there are no layers.
     """
 
     def __init__(
@@ -53,35 +53,35 @@ class LayerStack(Architecture):
         self.stochastic = stochastic
 
     def thinned(self, open: int, close: int, divisor: int) -> "LayerStack":
-        """A shallower network for nested iteration: of the layers between `open` first and `close` last, every `divisor`-th."""
+        """Return a shallower network for nested iteration, with every `divisor`-th layer between the first `open` and the last `close`."""
         shallow, end = copy.copy(self), self.layers - close
         shallow._layers = [*self._layers[:open], *self._layers[open:end:divisor], *self._layers[end:]]
         shallow.layers = len(shallow._layers)
         return shallow
 
     def embed(self) -> nn.Module:
-        """A new one: a copy of the module, or what the function builds."""
+        """Return a new embedding: a copy of the module, or what the function builds."""
         return _build(self._embed)
 
     def layer(self, index: int) -> nn.Module:
-        """A new one, likewise."""
+        """Return a new layer: a copy of the module, or what the function builds."""
         return _build(self._layers[index])
 
     def head(self) -> nn.Module:
-        """A new one, likewise."""
+        """Return a new head: a copy of the module, or what the function builds."""
         return _build(self._head)
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """As it was given."""
+        """Return the loss by the function that was given."""
         return self._loss(outputs, targets)
 
     def count(self, targets: Tensor) -> int:
-        """As it was given."""
+        """Return the number of the loss's terms by the function that was given."""
         return self._count(targets)
 
     def state_spec(self, inputs: Inputs, dtype: torch.dtype, device: torch.device) -> StateSpec:
-        """Shapes that the embedding makes of one sample, with the batch's size."""
-        # The embedding is the only piece that knows; run it on one sample, on whichever worker asks.
+        """Return the shapes that the embedding makes of one sample, extended to the batch's size."""
+        # Only the embedding knows the shapes, so whichever worker asks runs it on one sample.
         with seeded("state spec"), torch.no_grad():
             state = _build(self._embed).to(dtype).eval()(combine(lambda part: part[:1].cpu(), inputs))
         parts, size = tensors(state), tensors(inputs)[0].shape[0]

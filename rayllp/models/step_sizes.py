@@ -1,6 +1,6 @@
 """A transformers model whose layers have step sizes: x + size·(layer(x) − x) in place of layer(x).
 
-`rayllp export` puts a copy of this file beside the weights of such a model, so that transformers alone loads them:
+`rayllp export` puts a copy of this file beside the weights of such a model, so that transformers alone can load it:
 
     AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
 """
@@ -14,18 +14,18 @@ import torch
 import transformers
 
 MODEL_TYPE = "rayllp_scaled"
-"""In config.json, whose "transformers_config" is the configuration that transformers has for the model."""
+"""Model type in config.json, which holds the model's usual configuration as "transformers_config"."""
 KEPT = ("step_sizes", "layers", "steps", "auto_map")
-"""What stands beside it: the layers' sizes and full names, the settings that they come from, the classes that load them."""
+"""Further fields of config.json: the layers' step sizes and full names, the settings they come from, and the classes that load them."""
 
 
 def outer(inner: dict[str, Any], kept: dict[str, Any]) -> str:
-    """The config.json of a model with step sizes."""
+    """Return the config.json of a model with step sizes."""
     return json.dumps({"model_type": MODEL_TYPE, **kept, "transformers_config": inner}, indent=2) + "\n"
 
 
 def classes(name: str, module: str = __name__) -> tuple[type[Any], type[Any]]:
-    """A configuration and a model with step sizes, for transformers' class `name`; `module` is where they are kept."""
+    """Make a configuration class and a model class with step sizes from transformers' class `name`; both get `module` as their module."""
     base: Any = getattr(transformers, name)
 
     class ScaledConfig(base.config_class):

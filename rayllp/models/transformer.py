@@ -1,7 +1,7 @@
-"""Any residual transformer that transformers has: its own forward around its layers, and its layers on the workers.
+"""Any residual transformer of the transformers library: its own forward runs around the layers, and its layers run on the workers.
 
-Nothing of it is known beforehand. One run on a few samples (`replay.py`) shows which parameters the first state and the outputs come from,
-how each layer is called, and whether it can be cut into layers at all.
+Nothing about the model is known beforehand. One run on a few samples (`examination.py`, by way of `replay.py`) shows which parameters the
+first state and the outputs depend on, how each layer is called, and whether the model can be cut into layers at all.
 """
 
 import inspect
@@ -33,12 +33,12 @@ from rayllp.state import State, like, tensors
 
 CACHE = ("cache", "past_key_values")
 SAMPLES, TOKENS = 2, 8
-"""Of the inputs that a model is examined with."""
+"""Samples, and tokens in each, that a model is examined with."""
 
 
 @dataclass(frozen=True)
 class Context:
-    """What the model makes of a batch's inputs for its layers."""
+    """What layers need beside the state: how the model calls each of them for the batch's inputs, and the cache of generation."""
 
     inputs: Inputs
     calls: list[Call]
@@ -46,23 +46,23 @@ class Context:
 
 
 class Transformer(PretrainedArchitecture):
-    """A model of `model.architecture`, for the task of `model.head`.
+    """A model of the type `model.architecture`, for the task `model.head`.
 
     Raises:
-        UncuttableError: it cannot be cut into layers; says why.
+        UncuttableError: the model cannot be cut into layers; the message says why.
     """
 
     bare: frozenset[str] = frozenset()
-    """Modules of which a piece has the parameters, and others the modules in them."""
+    """Modules of which a piece has the parameters only, while their submodules belong to other pieces."""
 
     @cached_property
     def model_class(self) -> type[PreTrainedModel]:  # type: ignore[override]
-        """transformers' class of the model type and the task; a preset names its own."""
+        """transformers' class for the model type and the task; a preset sets its own."""
         return model_types.model_class(self.config.model_type, self.settings.model.task)
 
     @cached_property
     def metric(self) -> Metric:  # type: ignore[override]
-        """What an evaluation of the task reports beside the loss; a family may name another."""
+        """What an evaluation of the task reports beside the loss; a family may set another metric."""
         match self.settings.model.task:
             case "masked":
                 return Accuracy("masked_accuracy")
@@ -76,7 +76,7 @@ class Transformer(PretrainedArchitecture):
                 return Perplexity()
 
     def find_pieces(self) -> list[str]:
-        """Examine the model: the layers' names; and sets those of the pieces around them."""
+        """Examine the model: return the layers' full names, and set those of the pieces around them."""
         name = f"{self.config.model_type} ({type(self.model).__name__})"
         try:
             return self._examine()
@@ -84,14 +84,14 @@ class Transformer(PretrainedArchitecture):
             raise UncuttableError(f"model {name} cannot be cut into layers: {error}; choose another model.architecture") from None
         except SettingsError:
             raise
-        except Exception as error:  # what a model that needs other inputs raises is anything
+        except Exception as error:  # a model that needs other inputs may raise anything
             raise UncuttableError(
                 f"model {name} could not be run on {self.settings.model.task} inputs ({type(error).__name__}: {error}): choose another "
                 "model.architecture or model.head"
             ) from error
 
     def _examine(self) -> list[str]:
-        self.stochastic = True if self.settings.model.dropout > 0 else None  # a type may draw more than dropout
+        self.stochastic = True if self.settings.model.dropout > 0 else None  # None: find out, as types may draw more than dropout
         paths, self.encoder_layers = layer_paths(self.model)
         if len(paths) != self.layers:
             raise UncuttableError(f"its list has {len(paths)} layers, and model.layers is {self.layers}")
@@ -106,7 +106,7 @@ class Transformer(PretrainedArchitecture):
             raise UncuttableError(f"its embedding and its head both read {', '.join(sorted(both))}")
         self._refuse_shared(paths)
         self.common_paths = (*(self.replay.memory_modules if found.memory else ()), *(bias.table for _, bias in self.biases))
-        # What nothing depends on, or is not trained, goes along, so that exports have it.
+        # Parameters that nothing depends on, or that are not trained, go with a piece too, so that exports have them.
         elsewhere = (*paths, *self.common_paths)
         rest = {name for name, _ in self.model.named_parameters() if not is_within(name, elsewhere)}
         rest = {name for name in rest if not self._names_of(name) & (found.embed | found.head)}
@@ -122,11 +122,11 @@ class Transformer(PretrainedArchitecture):
         return next((set(group) for group in self.same if name in group), {name})
 
     def embed(self) -> nn.Module:
-        """A copy of its modules; what the first state does not depend on is not trained."""
+        """Build the embedding; parameters that the first state does not depend on are frozen."""
         return self._frozen_but(super().embed(), self.examined.embed)
 
     def head(self) -> nn.Module:
-        """A copy of its modules; what no output depends on is not trained."""
+        """Build the head; parameters that the outputs do not depend on are frozen."""
         return self._frozen_but(super().head(), self.examined.head)
 
     def _frozen_but(self, piece: nn.Module, used: frozenset[str]) -> nn.Module:
@@ -135,7 +135,7 @@ class Transformer(PretrainedArchitecture):
         return piece
 
     def _shared_biases(self, paths: list[str]) -> list[tuple[range, SharedBias]]:
-        """What the layers of a list hand on to each other, by the layers' numbers."""
+        """Return the bias that the layers of each list share, with the range of these layers' numbers."""
         calls, found = self.examined.handed_on, []
         for part in (range(self.encoder_layers), range(self.encoder_layers, len(paths))):
             if not any(isinstance(value, HandedOn) for n in part for _, value in calls[n].values()):
@@ -147,7 +147,7 @@ class Transformer(PretrainedArchitecture):
         return found
 
     def _trial_layer(self, path: str) -> nn.Module:
-        return self.make((path,), pretrained=False)[path].eval()  # another worker's weights are not read
+        return self.make((path,), pretrained=False)[path].eval()  # it may be another worker's, whose weights are not read
 
     def _refuse_steps(self) -> None:
         settings, what = self.settings, "its layers are no residual steps: what they make does not grow with the state (post-norm)"
@@ -162,14 +162,14 @@ class Transformer(PretrainedArchitecture):
             )
 
     def copy_of(self, path: str) -> nn.Module:
-        """A module of the model; without its modules where these belong to another piece."""
+        """Return a copy of a module; its submodules are left out where they belong to another piece."""
         module = super().copy_of(path)
         if path in self.bare:
             module._modules.clear()
         return module
 
     def layer(self, index: int) -> nn.Module:
-        """A copy with memory of its own; a table that all layers of a list read is every worker's (`common`)."""
+        """Build a layer; a table that all layers of a list read is left out, since every worker has it (`common`)."""
         layer = super().layer(index)
         for _, bias in self.biases:
             if bias.table.startswith(self.path_of(index) + "."):
@@ -177,7 +177,7 @@ class Transformer(PretrainedArchitecture):
         return layer
 
     def _cover(self, names: Iterable[str], elsewhere: tuple[str, ...]) -> tuple[str, ...]:
-        """The largest modules whose parameters are all among `names`."""
+        """Return the largest modules whose parameters are all among `names`."""
         wanted, found = set(names), []
 
         def visit(path: str, module: nn.Module) -> None:
@@ -209,42 +209,42 @@ class Transformer(PretrainedArchitecture):
 
     @classmethod
     def from_settings(cls, settings: TrainConfig, facts: Facts, kept: Mapping[str, Any] | None = None) -> "Transformer":
-        """The model for these settings and this data; `kept` is the configuration of a run that goes on."""
+        """Return the adapter for these settings and data; `kept` is the configuration of a run that is resumed."""
         source = settings.model.from_pretrained if kept is None else None
         config = model_types.configuration(settings, facts, kept)
         cls.check_sizes(config, settings)
         kind = model_types.model_class(config.model_type, settings.model.task)
         config._attn_implementation = "sdpa" if kind._supports_sdpa else "eager"
         if settings.dtype == "float64":
-            config._experts_implementation = "eager"  # the grouped one knows no float64
+            config._experts_implementation = "eager"  # the grouped implementation does not support float64
         return cls(config, settings.model.layers, settings, facts, source)
 
     @classmethod
     def positions(cls, config: PreTrainedConfig) -> float:
-        """Longest sequence."""
+        """Return the longest sequence's length."""
         return getattr(config, "max_position_embeddings", math.inf)
 
     @classmethod
     def check_sizes(cls, config: PreTrainedConfig, settings: TrainConfig) -> None:
-        """Refuse what the configuration does not allow."""
+        """Refuse settings that the configuration does not allow."""
         room = cls.positions(config)
         if settings.model.task != "images" and settings.sequence_length > room:
             raise SettingsError(f"sequence_length {settings.sequence_length} is more than the {room} positions of the checkpoint: lower it")
 
     @classmethod
     def layer_paths(cls, config: PreTrainedConfig, layers: int) -> list[str]:
-        """Full names of all layers' modules, in order, of any class of the model."""
+        """Return the full names of all layers in order; they are the same for all tasks of a model."""
         return layer_paths(outline(model_types.any_class(config), config))[0]
 
     # Calls ----------------------------------------------------------------------------------------------------------------------
 
     def arguments(self, inputs: Inputs, past: Past | None = None) -> dict[str, Any]:
-        """The model's own keyword arguments for a batch, of whose last tokens alone where a past has the others."""
+        """Return the model's keyword arguments for a batch; with a cache of generation, only the tokens that it does not hold."""
         parts, pad = tensors(inputs), self.facts.pad
         if self.settings.model.task == "images":
             return {"pixel_values": parts[0].to(self.replay.dtype)}
         given: dict[str, Any] = {"input_ids": parts[0]}
-        if "use_cache" in self._takes:  # a cache would remember a layer's keys from one sweep to the next
+        if "use_cache" in self._takes:  # a cache would carry a layer's keys from one sweep into the next
             given["use_cache"] = False
         if pad is not None:
             given["attention_mask"] = (parts[0] != pad).long()
@@ -254,7 +254,7 @@ class Transformer(PretrainedArchitecture):
             assert self._cache_argument is not None
             given |= {tokens: given[tokens][:, past.known :], "use_cache": True, self._cache_argument: past.cache}
         if not self.encoder_layers and len(parts) > 1:
-            # Texts packed into a row: transformers masks them from each other where positions begin anew and no mask is given.
+            # Texts are packed into a row: transformers masks them from each other where positions start over and no mask is given.
             return {**given, "position_ids": parts[1]}
         return given
 
@@ -264,7 +264,7 @@ class Transformer(PretrainedArchitecture):
 
     @property
     def _cache_argument(self) -> str | None:
-        """What the model's forward calls a cache."""
+        """Name of the cache among the arguments of the model's forward; None if it takes none."""
         return next((name for name in CACHE if name in self._takes), None) if "use_cache" in self._takes else None
 
     def _some_inputs(self) -> Inputs:
@@ -282,7 +282,7 @@ class Transformer(PretrainedArchitecture):
         return (ids, ids) if self.encoder_layers else ids
 
     def kind(self, index: int) -> Hashable:
-        """Layers that the model calls alike, of equal modules."""
+        """Return the layer's kind: equal for layers that the model calls alike and whose modules are alike."""
         number = self.examined.kinds[index]
         if not self.encoder_layers:
             return number
@@ -290,32 +290,32 @@ class Transformer(PretrainedArchitecture):
         return half if number == self.examined.kinds[first] else f"{half} of another kind, {number},"
 
     def past(self) -> Past | None:
-        """Keys and values of the layers' attention."""
+        """Return an empty cache of keys and values; None if the model takes no cache."""
         return None if self._cache_argument is None else Past(encoder=bool(self.encoder_layers))
 
     def state_spec(self, inputs: Inputs, dtype: torch.dtype, device: torch.device) -> StateSpec:
-        """Shapes that the model's own code makes of these inputs."""
+        """Return the shapes that the model's own forward makes from these inputs."""
         with torch.no_grad():
             states = self.replay.first_state(inputs, {}, dtype, training=False)
         return StateSpec(tuple(state.shape for state in states), (dtype,) * len(states), device, bare=len(states) == 1)
 
     def context(self, inputs: Inputs, dtype: torch.dtype, past: Past | None = None) -> Context:
-        """How each layer is called for these inputs."""
+        """Find out how each layer is called for these inputs."""
         return Context(inputs, self.replay.calls(inputs, dtype, past), past)
 
     def enter(self, embed: Piece, inputs: Inputs, context: Context) -> State:  # type: ignore[override]
-        """What the model makes of its inputs before the first layer."""
+        """Return the state that the model makes from its inputs before the first layer."""
         given = dict(embed.named_parameters(remove_duplicate=False))
         dtype = next(iter(given.values())).dtype
         states = self.replay.first_state(inputs, given, dtype, training=embed.training, past=context.past)
         return states if self.encoder_layers else states[0]
 
     def advance(self, index: int, layer: nn.Module, state: State, context: Context, common: nn.Module | None) -> State:
-        """A layer, called as the model calls it."""
+        """Evaluate a layer, called as the model calls it. With an encoder, the state holds the halves (encoder, decoder)."""
         call, part = context.calls[index], tensors(state)[0 if index < self.encoder_layers else -1]
         known = 0 if context.past is None else context.past.known
         if known and index < self.encoder_layers:
-            return state  # the decoder's layers have read what the encoder makes of the source
+            return state  # while generating, the decoder's layers have the encoder's result in their cache
         for layers, bias in self.biases:
             if index in layers:
                 assert isinstance(common, Piece)
@@ -332,13 +332,13 @@ class Transformer(PretrainedArchitecture):
         return encoded, state_of(call.on(layer, part))
 
     def leave(self, head: Piece, state: State, context: Context) -> Tensor:  # type: ignore[override]
-        """The model's logits for its last state."""
+        """Return the model's logits for its last state."""
         given, last = dict(head.named_parameters(remove_duplicate=False)), tensors(state)[-1]
         inputs = self._of_last(context.inputs, last)
         return self.replay.outputs(inputs, last, given, next(iter(given.values())).dtype, training=head.training)
 
     def _of_last(self, inputs: Inputs, state: Tensor) -> Inputs:
-        """Inputs of as many last tokens as the state has: models give their outputs the inputs' shape."""
+        """Cut the inputs to as many last tokens as the state has, since models give their outputs the shape of their inputs."""
         if self.settings.model.task == "images" or state.shape[1] == tensors(inputs)[-1].shape[1]:
             return inputs
         last = [part[:, -state.shape[1] :] for part in tensors(inputs)]

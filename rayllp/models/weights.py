@@ -1,4 +1,4 @@
-"""Pretrained weights: a block's own layers, read out of a transformers checkpoint's safetensors and nothing more."""
+"""Pretrained weights: read a worker's own layers, and nothing more, from the safetensors of a transformers checkpoint."""
 
 import copy
 import json
@@ -21,18 +21,19 @@ NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
 class Place(NamedTuple):
-    """Where a tensor is: a file, and its name there."""
+    """Where a tensor is stored: a file, and the tensor's name in it."""
 
     file: Path
     key: str
 
 
 class Converted(NamedTuple):
-    """A parameter that transformers makes of other tensors when it loads a model: experts in one of experts one by one.
+    """A parameter that transformers makes from other tensors when it loads a model, such as all experts in one from one tensor each.
 
     Attributes:
-        first: full name of the first parameter that the conversion makes.
-        parts: what it takes: the tensor, and the converter's pattern that it matches.
+        converter: transformers' rule.
+        first: full name of the first parameter that the rule makes.
+        parts: the tensors that it takes, each with the pattern of the rule that it matches.
     """
 
     converter: WeightConverter
@@ -40,7 +41,7 @@ class Converted(NamedTuple):
     parts: list[tuple[Place, str]]
 
     def make(self, model: PreTrainedModel) -> dict[str, Tensor]:
-        """The parameters, by full names."""
+        """Return the parameters by full name."""
         converter = copy.deepcopy(self.converter)
         for place, pattern in self.parts:
             (value,) = _read(place.file, [place.key])
@@ -50,15 +51,18 @@ class Converted(NamedTuple):
 
 
 class PretrainedWeights:
-    """A checkpoint's tensors and where they are; empty where nothing is loaded.
+    """The tensors of a checkpoint and where they are stored; empty if nothing is loaded.
 
     Args:
-        places: where each tensor is, by the name that the model has for it.
-        prefix: the model's own prefix for its base model ("transformer."), with or without which a checkpoint may be written.
+        places: where each tensor is stored, by the name that the model has for it.
+        prefix: the model's prefix for its base model ("transformer."); a checkpoint may be written with or without it.
         source: the checkpoint, for errors.
-        tied: all names of a parameter, by each of them, where it has several.
-        converted: what is made of several tensors, or cut out of one, by each name that the checkpoint's model has for it.
-        moved: full name of the checkpoint's layer, by that of the layer that is made of it, where a model has others.
+        tied: for each name of a parameter with several names, all of them.
+
+    Attributes:
+        converted: parameters that are made from several tensors, or cut out of one, by full name in the checkpoint's model.
+        model: the checkpoint's model, without weights; None if nothing is loaded.
+        moved: if the model has another number of layers: the checkpoint's layer for each layer of the model, both by full name.
     """
 
     def __init__(self, places: Mapping[str, Place], prefix: str, source: str = "", tied: Mapping[str, list[str]] | None = None) -> None:
@@ -69,12 +73,12 @@ class PretrainedWeights:
 
     @classmethod
     def open(cls, source: str | None, model: PreTrainedModel) -> "PretrainedWeights":
-        """The checkpoint `source`, a folder or a name that the Hugging Face cache or hub knows.
+        """Open the checkpoint `source`: a folder, or a name in the Hugging Face cache or on the hub.
 
-        Only the base model's tensors must be there: a head may be new.
+        Only the base model's tensors have to be there: the head may be new.
 
         Raises:
-            CheckpointError: no safetensors there, or tensors of another architecture or of another number of layers.
+            CheckpointError: there are no safetensors, or they are of another architecture or number of layers.
         """
         prefix = model.base_model_prefix + "."
         if source is None:
@@ -95,7 +99,7 @@ class PretrainedWeights:
         return weights
 
     def refuse_more_layers(self, names: Iterable[str]) -> None:
-        """Refuse tensors that differ from a known one in a layer's number alone: those layers would be left out."""
+        """Refuse tensors that differ from a known one only in the number of the layer: those layers would silently be left out."""
         known = set(names)
         forms = {NUMBER.sub("#", name) for name in known}
         for name in self.places:
@@ -107,7 +111,7 @@ class PretrainedWeights:
                 )
 
     def refuse_other_shapes(self, model: nn.Module) -> None:
-        """Refuse a tensor of another shape than the model's; headers alone are read."""
+        """Refuse a tensor whose shape is not the model's; only the files' headers are read."""
         wanted = {name: tuple(p.shape) for name, p in model.named_parameters()}
         by_file: dict[Path, list[tuple[str, str]]] = {}
         for name in wanted:
@@ -127,7 +131,7 @@ class PretrainedWeights:
             )
 
     def _name_there(self, name: str) -> str:
-        """The checkpoint's name of a module or a parameter."""
+        """Return the checkpoint's name of a module or a parameter."""
         if not self.moved:
             return name
         parts = name.split(".")
@@ -136,7 +140,7 @@ class PretrainedWeights:
         return ".".join((self.moved.get(layer, layer), *parts[length:]))
 
     def place(self, name: str) -> Place | None:
-        """Where the parameter `name` is, under that name or another that it has."""
+        """Return where the parameter `name` is stored, under that name or another that it has; None if it is not."""
         name = self._name_there(name)
         for known in (name, *self.tied.get(name, ())):
             for candidate in (known, known.removeprefix(self.prefix), self.prefix + known):
@@ -145,16 +149,16 @@ class PretrainedWeights:
         return None
 
     def has(self, path: str) -> bool:
-        """Whether the module `path` is in the checkpoint."""
+        """True if the module `path` is in the checkpoint."""
         path = self._name_there(path)
         starts = (path + ".", path.removeprefix(self.prefix) + ".")
         return any(name.startswith(starts) for name in (*self.places, *self.converted))
 
     def fill(self, piece: nn.Module) -> None:
-        """Overwrite the piece's parameters that the checkpoint has; one that is stored more precisely becomes as precise.
+        """Overwrite the piece's parameters that the checkpoint has, in the more precise of the two dtypes.
 
         Raises:
-            CheckpointError: a tensor of another shape, or a damaged file.
+            CheckpointError: a tensor has another shape, or a file is damaged.
         """
         by_file: dict[Path, list[tuple[str, str, nn.Parameter]]] = {}
         made: dict[str, Tensor] = {}
@@ -174,12 +178,12 @@ class PretrainedWeights:
 
     def _overwrite(self, name: str, parameter: nn.Parameter, value: Tensor) -> None:
         self._check_shape(name, tuple(value.shape), tuple(parameter.shape))
-        # A copy: the value is a view of the file.
+        # Copy, since the value is a view of the file.
         parameter.data = value.to(torch.promote_types(value.dtype, parameter.dtype), copy=True)
 
 
 def find(source: str) -> Path:
-    """The folder of a checkpoint: `source` itself, or what the hub's cache has (fetched where there is a network)."""
+    """Return the folder of a checkpoint: `source` itself, or its copy in the hub's cache (downloaded if the network allows)."""
     if Path(source).is_dir():
         return Path(source)
     from huggingface_hub import snapshot_download
@@ -194,7 +198,7 @@ def find(source: str) -> Path:
 
 
 def names_of_tied(model: PreTrainedModel) -> dict[str, list[str]]:
-    """All names of a parameter that has several, by each of them; first the one that transformers saves it under."""
+    """Return, for each name of a parameter with several names, all of them; the first is the one that transformers saves it under."""
     groups: dict[str, list[str]] = {}
     for other, name in model.all_tied_weights_keys.items():
         groups.setdefault(name, [name]).append(other)
@@ -202,7 +206,7 @@ def names_of_tied(model: PreTrainedModel) -> dict[str, list[str]]:
 
 
 def _by_model_names(places: Mapping[str, Place], model: PreTrainedModel) -> tuple[dict[str, Place], dict[str, Converted]]:
-    """Tensors by the names that today's model has for them, as transformers' own loading finds them."""
+    """Return the stored tensors by the names that the current model has for them, as transformers' own loading finds them."""
     steps = get_model_conversion_mapping(model)
     renamings = [step for step in steps if isinstance(step, WeightRenaming)]
     converters = [step for step in steps if isinstance(step, WeightConverter)]
