@@ -1,4 +1,4 @@
-"""Settings: frozen, checked where they are made."""
+"""The settings of a run: immutable, and checked when they are made."""
 
 from rayllp.config.base import Settings
 from rayllp.config.data import DataSettings

@@ -1,4 +1,4 @@
-"""Settings of the data."""
+"""The settings of the data."""
 
 from typing import Literal
 
@@ -8,7 +8,7 @@ from rayllp.config.base import Settings
 
 
 class SetSettings(Settings):
-    """One of several data sets that are mixed: what it has of its own."""
+    """Settings of one of several data sets that are mixed (`data.sets`), as far as they differ from `data`."""
 
     model_config = ConfigDict(coerce_numbers_to_str=True)
 
@@ -32,7 +32,7 @@ class SetSettings(Settings):
 
 
 class DataSettings(Settings):
-    """What it is trained on. Which kind of data is read follows from model.family and model.head (docs/families.md)."""
+    """What is trained on. The format that is read follows from model.family and model.head (docs/families.md)."""
 
     model_config = ConfigDict(coerce_numbers_to_str=True)
 

@@ -1,4 +1,4 @@
-"""Settings from and to YAML, with overrides; faults in words."""
+"""Read settings from YAML with overrides, write them, and explain faults in them."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,10 +12,14 @@ from rayllp.errors import NotARunError, SettingsError
 
 
 def make_config(values: Mapping[str, Any], *, source: str = "settings") -> TrainConfig:
-    """A checked config from nested values.
+    """Return a checked config from nested values.
+
+    Args:
+        values: settings by name, groups as mappings.
+        source: where they come from, for errors.
 
     Raises:
-        SettingsError: every fault found, one a line, each with the setting's name.
+        SettingsError: lists every fault found, one per line, each with the setting's name.
     """
     try:
         return TrainConfig.model_validate(dict(values))
@@ -25,10 +29,10 @@ def make_config(values: Mapping[str, Any], *, source: str = "settings") -> Train
 
 
 def load_config(path: str | Path | None = None, overrides: list[str] | tuple[str, ...] = ()) -> TrainConfig:
-    """Read YAML (nothing: the embedded default), apply `key=value` overrides, check.
+    """Read a YAML file (None: all defaults), apply `key=value` overrides, and check the result.
 
     Raises:
-        SettingsError: unreadable file, malformed override, or a setting that breaks a rule.
+        SettingsError: the file cannot be read, an override is malformed, or a setting breaks a rule.
     """
     values: dict[str, Any] = {}
     if path is not None:
@@ -42,19 +46,20 @@ def load_config(path: str | Path | None = None, overrides: list[str] | tuple[str
 
 
 def kind_of_setting(path: tuple[str, ...]) -> Any:
-    """The type of a setting of a run, by the names that lead to it; None: there is no such setting."""
+    """Return the type of a run's setting, given the names that lead to it; None if there is no such setting."""
     return kind_in(TrainConfig, path)
 
 
 def read_yaml(path: str | Path, wanted: str, kinds: Kinds = kind_of_setting) -> Any:
-    """What a YAML file holds.
+    """Return the content of a YAML file.
 
     Args:
-        wanted: what to give the path of instead, for errors.
-        kinds: types of the settings in it.
+        path: the file.
+        wanted: what the user should give the path of, for errors.
+        kinds: types of the settings in the file.
 
     Raises:
-        SettingsError: unreadable, or no YAML.
+        SettingsError: the file cannot be read, or is not YAML.
     """
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
@@ -69,7 +74,7 @@ def read_yaml(path: str | Path, wanted: str, kinds: Kinds = kind_of_setting) -> 
 
 
 def check_run(run: Path) -> None:
-    """Refuse a directory that holds no run.
+    """Refuse a directory that is not a run's.
 
     Raises:
         NotARunError: it has no config.yaml.
@@ -79,20 +84,20 @@ def check_run(run: Path) -> None:
 
 
 def load_run_config(run: Path, overrides: list[str] | tuple[str, ...] = ()) -> TrainConfig:
-    """The settings of a run, by its directory; else as `load_config`.
+    """Read the settings of the run in this directory; otherwise as `load_config`.
 
     Raises:
-        NotARunError: the directory holds no run.
+        NotARunError: the directory is not a run's.
     """
     check_run(run)
     return load_config(run / "config.yaml", overrides)
 
 
 def set_value(values: dict[str, Any], override: str, kinds: Kinds = kind_of_setting) -> None:
-    """Apply one `a.b=value` in place; the value is read as the type of the setting wants it.
+    """Apply one override `a.b=value` in place; the setting's type decides how the value is read.
 
     Raises:
-        SettingsError: no key, no value, or a key within what is no group.
+        SettingsError: there is no key or no value, or the key leads into something that is not a group.
     """
     key, equals, text = override.partition("=")
     if not equals or not key.strip():
@@ -103,7 +108,7 @@ def set_value(values: dict[str, Any], override: str, kinds: Kinds = kind_of_sett
     except SettingsError as error:
         raise SettingsError(f"--set {override!r}: {error}") from None
     for part in path:
-        if values.get(part) is None:  # a group that a file names and leaves empty
+        if values.get(part) is None:  # the file names this group and leaves it empty
             values[part] = {}
         values = values[part]
         if not isinstance(values, dict):
@@ -112,7 +117,7 @@ def set_value(values: dict[str, Any], override: str, kinds: Kinds = kind_of_sett
 
 
 def setting_names(model: type[BaseModel] = TrainConfig, prefix: str = "") -> list[str]:
-    """Every setting's dotted name."""
+    """Return the dotted names of all settings."""
     names: list[str] = []
     for name, field in model.model_fields.items():
         kind = field.annotation
@@ -124,6 +129,7 @@ def setting_names(model: type[BaseModel] = TrainConfig, prefix: str = "") -> lis
 
 
 def _explain(fault: Any, values: Mapping[str, Any]) -> str:
+    """Return one fault that pydantic found as a sentence for the user, with a similar name if the setting is unknown."""
     import difflib
 
     name = ".".join(str(part) for part in fault["loc"] if not str(part).startswith(("tuple", "literal", "function", "constrained")))
@@ -138,5 +144,5 @@ def _explain(fault: Any, values: Mapping[str, Any]) -> str:
 
 
 def to_yaml(config: TrainConfig) -> str:
-    """Everything resolved, defaults included."""
+    """Return all settings as YAML, defaults included."""
     return to_text(config.model_dump(mode="json"))

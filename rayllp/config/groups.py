@@ -1,4 +1,4 @@
-"""Groups of settings of the solver, the optimizer and the run, each checked by itself."""
+"""Groups of settings of the solver, the controller, the optimizer and the run, with the rules that concern one group alone."""
 
 import re
 from typing import Literal
@@ -10,33 +10,35 @@ from rayllp.config.base import Settings
 Relaxation = Literal["F", "FCF"]
 RUNG = re.compile(r"(\d+)\+([1-9]\d*)(?: (FCF|F))?")
 EVALUATED = 8
-"""Held-out samples that eval.batches counts as one batch, so that losses compare whatever batch_size is."""
+"""Held-out samples that eval.batches counts as one batch. It is fixed so that losses are comparable for every batch_size."""
 
 
 class ByDirection(Settings):
-    """A number for the forward solve and one for the backward solve."""
+    """A number for the forward solve and one for the backward (adjoint) solve."""
 
     forward: int = Field(2, ge=1, description="forward solve")
     backward: int = Field(2, ge=1, description="adjoint solve")
 
 
 class Iterations(ByDirection):
-    """Iterations, as XBraid counts them (docs/method.md)."""
+    """Numbers of iterations, counted as XBraid counts them (docs/method.md)."""
 
     forward: int = Field(2, ge=1, description="forward solve")
     backward: int = Field(1, ge=1, description="adjoint solve")
 
 
 class RelaxationSettings(Settings):
-    """Relaxation by level."""
+    """Kind of relaxation on each level."""
 
     fine: Relaxation = Field("F", description="on the finest level")
     coarse: Relaxation = Field("FCF", description="on all others")
 
 
 class MGRITSettings(Settings):
-    """How the layers are solved in parallel mode (arXiv:2601.09026, section 3.2). With a cyclic placement iterations are sweeps of a
-    window, and levels, coarsening, relaxation, cycle and coarse operator say nothing.
+    """How the layers are solved in parallel mode (arXiv:2601.09026, section 3.2).
+
+    With a cyclic placement, iterations are sweeps of a window, and levels, coarsening, relaxation, cycle and coarse operator have no
+    meaning.
     """
 
     coarsening: int | tuple[int, ...] = Field(4, description="c_f, one for all levels or a list, one a coarse level")
@@ -71,7 +73,7 @@ class MGRITSettings(Settings):
 
 
 class AdaptiveSettings(Settings):
-    """The controller of mode=adaptive, the probes of every parallel mode, and the consistency penalty."""
+    """The controller of mode=adaptive, the probes of every parallel mode, and the penalties."""
 
     rule: Literal["convergence", "bias", "both"] = Field(
         "bias", description="what a probe is judged by: the gradient's bias, ρ (convergence, the paper's rule), or both"
@@ -145,7 +147,7 @@ class AdaptiveSettings(Settings):
 
 
 class OptimizerSettings(Settings):
-    """What updates the weights, and by which learning rate."""
+    """The optimizer that updates the weights, and the schedule of its learning rate."""
 
     name: Literal["adamw", "muon", "sgd", "adafactor"] = Field(
         "adamw", description="muon: Muon for the weight matrices of the layers, AdamW for all else (embedding, head, norms, biases)"
@@ -193,12 +195,12 @@ class OptimizerSettings(Settings):
 
     @property
     def decay_share(self) -> float:
-        """Share of the steps in which wsd's learning rate falls."""
+        """Share of the steps over which the learning rate of schedule wsd decays."""
         return 0.2 if self.decay is None else self.decay
 
 
 class EvalSettings(Settings):
-    """Evaluation on the held-out text: always with the exact forward."""
+    """Evaluation on held-out data, always with the exact forward."""
 
     every: int = Field(100, ge=0, description="steps between evaluations; 0: only at the end")
     batches: int = Field(
@@ -221,7 +223,7 @@ class EvalSettings(Settings):
 
 
 class ProfileSettings(Settings):
-    """Profiles of steps."""
+    """Profiling of single steps."""
 
     steps: tuple[int, ...] = Field((), description="steps, from 0, that torch.profiler traces on every worker, into RUN/profile/")
 
@@ -239,7 +241,7 @@ class CheckpointSettings(Settings):
 
 
 class MeshSettings(Settings):
-    """Data-parallel replicas times layer blocks."""
+    """The mesh of workers: data-parallel replicas times layer-parallel workers."""
 
     data: int = Field(1, ge=1, description="replicas; each takes batch_size / data sequences")
     layer: int | None = Field(None, ge=1, description="blocks of layers; default workers / data")
@@ -254,7 +256,7 @@ class MeshSettings(Settings):
 
 
 class WorkerRange(Settings):
-    """As many workers as the cluster has room for, between two numbers."""
+    """A range of numbers of workers; a run uses as many as the cluster has room for."""
 
     min: int = Field(1, ge=1, description="with fewer a run waits, or ends")
     max: int = Field(ge=1, description="more are not asked for")

@@ -1,8 +1,9 @@
-"""Depth by nested iteration: train a shallow network, make each middle layer several, go on deep (arXiv:1912.08974).
+"""Nested iteration: train a shallow network, replace each middle layer by several, and continue at the new depth (arXiv:1912.08974).
 
-Layers are steps of an ODE over a fixed time, so a shallow network is a coarse discretisation of the deep one, and its weights, constant
-over the layers that a layer becomes, are where the deep one starts. Pure: what each stage of the schedule `nested` is. A stage's settings
-are plain ones, so that whatever trains a run trains a stage; `rayllp.checkpoint.depth_prolongation` carries weights and moments over.
+Layers are time steps of an ODE over a fixed interval, so a shallow network is a coarse discretisation of the deep one. The deep one starts
+from its weights: all layers that replace a layer start as copies of it. This module computes what the stages of the schedule `nested` are.
+A stage has complete settings of its own, so that it is trained like any other run;
+`rayllp.checkpoint.depth_prolongation` carries weights and optimizer state from stage to stage.
 """
 
 from contextlib import suppress
@@ -23,10 +24,10 @@ class Stage(Generic[S]):
     """A stretch of steps at one depth.
 
     Attributes:
-        number: from 1.
-        begin, end: the stage does optimizer steps begin to end - 1, counted over the whole run.
-        config: settings of the network at this depth. `steps` is the whole run's, since the learning rate follows that.
-        note: which settings of the solve the stage is too shallow for, and what it does instead; empty where it does as set.
+        number: number of the stage, from 1.
+        begin, end: the stage does the optimizer steps from begin to end - 1, counted over the whole run.
+        config: settings at this depth. `steps` is still the whole run's, since the learning rate schedule depends on it.
+        note: in words, which settings of the solver the stage is too shallow for and what it does instead; empty if none.
     """
 
     number: int
@@ -37,12 +38,13 @@ class Stage(Generic[S]):
 
 
 def stages(config: S) -> tuple[Stage[S], ...]:
-    """The stages of a run, shallow first; one, the settings themselves, without `nested`.
+    """Return the stages of a run, shallow first. Without `nested` there is one, with the run's own settings.
 
-    Stage i has the middle layers divided by all factors to come, and Δt multiplied by them, so that N·Δt is the same at every depth.
+    Stage i has the number of middle layers divided by all later factors, and Δt multiplied by them, so that N·Δt is the same at every
+    depth.
 
     Raises:
-        SettingsError: a stage that cannot be: layers or blocks that do not divide, or fewer layers than workers.
+        SettingsError: a stage is impossible: layers or blocks do not divide, or there are fewer layers than workers.
     """
     factors, at = config.nested.factors, config.nested.at
     if not factors:
@@ -56,16 +58,16 @@ def stages(config: S) -> tuple[Stage[S], ...]:
 
 
 def stage_at(config: S, step: int) -> Stage[S]:
-    """The stage that does optimizer step `step`; the last one after the end."""
+    """Return the stage that does optimizer step `step`; the last stage for steps beyond the end."""
     known = stages(config)
     return next((stage for stage in known if step < stage.end), known[-1])
 
 
 def stage_of_depth(config: S, layers: int) -> Stage[S]:
-    """The stage whose network has so many layers, buffers included.
+    """Return the stage whose network has this number of layers, buffers included.
 
     Raises:
-        CheckpointError: none has.
+        CheckpointError: no stage has.
     """
     known = stages(config)
     for stage in known:
@@ -79,6 +81,7 @@ def stage_of_depth(config: S, layers: int) -> Stage[S]:
 
 
 def _check(config: S) -> None:
+    """Check the rules that concern all stages."""
     factors, at, N, steps = config.nested.factors, config.nested.at, config.middle_layers, config.steps
     divisor = prod(factors)
     shown = " × ".join(map(str, factors)) + (f" = {divisor}" if len(factors) > 1 else "")
@@ -108,17 +111,20 @@ def _check(config: S) -> None:
 
 
 def _shallow(config: S, divisor: int, name: str) -> tuple[S, str]:
-    """Settings with the middle layers divided by `divisor`, as many levels as they allow, and what that changed."""
+    """Return settings with the middle layers divided by `divisor`, and what had to change.
+
+    A stage may be too shallow for the levels that are set. It then has as many as it allows, and trains serially if that is one.
+    """
     values: dict[str, Any] = config.model_dump() | {"nested": {}}
     N, levels = config.middle_layers // divisor, config.mgrit.levels
     values["model"]["layers"] -= config.middle_layers - N
-    if not isinstance(config.step.middle, str):  # "T/N" follows N by itself
+    if not isinstance(config.step.middle, str):  # "T/N" adapts to N by itself
         values["step"]["middle"] *= divisor
     if config.mesh.blocks:
         values["mesh"]["blocks"] = [block // divisor for block in config.mesh.blocks]
     if divisor == 1:
         return _validated(config, values, name, N), ""
-    # The consistency penalty belongs to a coarse grid, which a stage with too few layers does not have.
+    # The consistency penalty needs a coarse grid, which a stage of few layers does not have.
     gridless = {"adaptive": {"consistency": 0.0, "steer": False}}
     serial = _merged(values, {**gridless, "mode": "serial"})
     serial["mgrit"]["levels"] = {"forward": 1, "backward": 1}
@@ -133,7 +139,7 @@ def _shallow(config: S, divisor: int, name: str) -> tuple[S, str]:
 
 
 def _fitting(config: S, levels: int) -> int:
-    """The most levels, at most `levels`, that the middle layers allow."""
+    """Return the largest number of levels, up to `levels`, that the middle layers allow."""
     for count in range(levels, 1, -1):
         with suppress(SettingsError):
             config.hierarchy(count)

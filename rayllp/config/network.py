@@ -1,4 +1,4 @@
-"""Settings of the network: what is trained, its buffers, its step sizes, its depth while it is trained."""
+"""Settings of the network: the model, its buffer layers, its step sizes, and its depth during training."""
 
 import math
 from collections.abc import Mapping
@@ -11,11 +11,11 @@ from rayllp.config.base import Settings
 
 Task = Literal["causal", "masked", "words", "sentences", "images", "translation"]
 TASKS: dict[str, Task] = {"bert": "masked", "mc": "words", "vit": "images", "mt": "translation"}
-"""Of the families; causal language modelling for all others."""
+"""The task of each family; all other families do causal language modelling."""
 ADAPTERS = ("*.lora_A.*", "*.lora_B.*")
 """Patterns of the full names of adapters' parameters."""
 ANY_ARCHITECTURE = "transformers"
-"""The family of `model.architecture`."""
+"""Value of model.family where `model.architecture` or a checkpoint chooses the model type."""
 
 
 class LoRASettings(Settings):
@@ -29,7 +29,7 @@ class LoRASettings(Settings):
 
 
 class ModelSettings(Settings):
-    """What is trained."""
+    """The model that is trained."""
 
     family: str = Field("gpt2", description="a preset; `rayllp.models.families()` lists them")
     architecture: str | None = Field(
@@ -60,7 +60,7 @@ class ModelSettings(Settings):
     )
 
     def trains(self, name: str) -> bool:
-        """Whether the parameter of this full name is trained."""
+        """True if the parameter of this full name is trained rather than frozen."""
         if self.lora is None and self.train is None:
             return True
         return any(fnmatchcase(name, pattern) for pattern in (*(self.train or ()), *(ADAPTERS if self.lora is not None else ())))
@@ -77,7 +77,7 @@ class ModelSettings(Settings):
 
     @property
     def task(self) -> Task:
-        """What is learnt, and so which kind of data is read."""
+        """What is learnt; it decides which kind of data is read."""
         return TASKS.get(self.family, "causal") if self.head == "auto" else self.head
 
     @model_validator(mode="after")
@@ -94,14 +94,14 @@ class ModelSettings(Settings):
 
 
 class BufferSettings(Settings):
-    """Layers outside the parallel solve, run serially with their own Δt (appendix B)."""
+    """Buffer layers: layers at both ends, outside the parallel solve, run serially with their own Δt (arXiv:2601.09026, appendix B)."""
 
     open: int = Field(2, ge=0, description="layers before the middle, on the first worker")
     close: int = Field(2, ge=0, description="layers after it, on the last")
 
 
 class StepSettings(Settings):
-    """Δt of the layers: x + Δt·(block(x) − x)."""
+    """Step sizes Δt of the layers: x + Δt·(layer(x) − x)."""
 
     middle: float | str = Field("1/N", description='a number, or "T/N" with N the middle layers, such as "1/N"')
     buffer: float = Field(1.0, gt=0, description="of buffer layers")
@@ -123,7 +123,7 @@ class StepSettings(Settings):
 
 
 class NestedSettings(Settings):
-    """Depth by nested iteration: train shallow, prolong, go on deep (arXiv:1912.08974)."""
+    """Depth by nested iteration: train a shallow network, prolong it, and continue at the new depth (arXiv:1912.08974)."""
 
     factors: tuple[int, ...] = Field((), description="layers that a middle layer becomes at each deepening; none: deep from the start")
     at: tuple[int, ...] = Field((), description="steps before which the deepenings come, one a factor")

@@ -1,4 +1,4 @@
-"""YAML by the rules of version 1.2, and each value by its setting's type: a path that looks like a number stays a path."""
+"""Read YAML by version 1.2, each value by its setting's type, so that a path which looks like a number stays a path."""
 
 import io
 from collections.abc import Callable
@@ -13,19 +13,20 @@ from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 from rayllp.errors import SettingsError
 
 Kinds = Callable[[tuple[str, ...]], Any]
-"""The type of the setting at a path of keys; None: anything."""
+"""Function that returns the type of the setting at a path of keys; None: any type."""
 _TAG = "tag:yaml.org,2002:"
 
 
 def parse_yaml(text: str, kinds: Kinds, path: tuple[str, ...] = ()) -> Any:
-    """What a YAML document says.
+    """Return the content of a YAML document.
 
     Args:
+        text: the document.
         kinds: types of the settings in it.
-        path: keys that lead to the whole document.
+        path: keys under which the document stands among the settings.
 
     Raises:
-        SettingsError: no YAML, or a key that is given twice; begins with the line.
+        SettingsError: it is not YAML, or a key is given twice; the message begins with the line.
     """
     yaml = YAML(typ="safe", pure=True)
     try:
@@ -40,10 +41,12 @@ def parse_yaml(text: str, kinds: Kinds, path: tuple[str, ...] = ()) -> Any:
 
 
 def parse_value(text: str, kinds: Kinds, path: tuple[str, ...]) -> Any:
-    """A value from the command line: for a setting that takes text the text itself, unless it is quoted or null; else as YAML has it.
+    """Return a value given on the command line.
+
+    For a setting that takes text, that is the text itself, unless it is quoted or null; for any other, what YAML makes of it.
 
     Raises:
-        SettingsError: it is empty; text for such a setting would be "", and none is null.
+        SettingsError: there is no value. An empty text is written "", and "not set" is written null.
     """
     text, kind = text.strip(), kinds(path)
     plain = is_text(kind) and not _takes_list(kind)
@@ -54,11 +57,11 @@ def parse_value(text: str, kinds: Kinds, path: tuple[str, ...]) -> Any:
     try:
         return parse_yaml(text, kinds, path)
     except SettingsError:
-        return text  # the setting says what it takes
+        return text  # checking the setting will say what it takes
 
 
 def to_text(values: Any) -> str:
-    """YAML of plain values, which any YAML parser reads alike."""
+    """Write plain values as YAML that every YAML parser reads alike."""
     yaml = YAML(typ="safe", pure=True)
     options = {"default_flow_style": False, "allow_unicode": False, "sort_base_mapping_type_on_output": False, "width": 2**20}
     for name, value in options.items():
@@ -69,7 +72,7 @@ def to_text(values: Any) -> str:
 
 
 def kind_in(model: type[BaseModel], path: tuple[str, ...]) -> Any:
-    """The type of the setting at a path of names within a group of settings; None: there is none."""
+    """Return the type of the setting at a path of names within a group of settings; None if there is none."""
     kind: Any = model
     for name in path:
         field = kind.model_fields.get(name) if isinstance(kind, type) and issubclass(kind, BaseModel) else None
@@ -80,7 +83,7 @@ def kind_in(model: type[BaseModel], path: tuple[str, ...]) -> Any:
 
 
 def is_text(kind: Any) -> bool:
-    """Whether a setting of this type, or each part of a list, is text and never a number or a truth value."""
+    """True if a setting of this type (or each element, if it is a list) is text and never a number or a boolean."""
     return _scalars(kind) == {str}
 
 
@@ -89,6 +92,7 @@ def _takes_list(kind: Any) -> bool:
 
 
 def _scalars(kind: Any) -> set[Any]:
+    """Return the types of all single values that a setting of this type may hold."""
     origin = get_origin(kind)
     if origin is Literal:
         return {type(value) for value in get_args(kind)}
@@ -98,13 +102,13 @@ def _scalars(kind: Any) -> set[Any]:
 
 
 class _Reader:
-    """Makes values of YAML's nodes."""
+    """Converts YAML nodes to values."""
 
     def __init__(self, yaml: YAML, kinds: Kinds) -> None:
         self.yaml, self.kinds = yaml, kinds
 
     def value(self, node: Node, path: tuple[str, ...], around: tuple[Node, ...]) -> Any:
-        """What a node says; `around` are those that it is in."""
+        """Return the value of a node; `around` are the nodes that contain it."""
         if any(node is outer for outer in around):
             raise SettingsError(f"line {node.start_mark.line + 1}: {'.'.join(path)} contains itself")
         if isinstance(node, MappingNode):

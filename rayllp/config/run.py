@@ -1,4 +1,4 @@
-"""A run's settings, and what follows from several of them."""
+"""The settings of a run, and the values that follow from several of them."""
 
 from itertools import accumulate
 from typing import Literal, Self
@@ -25,25 +25,25 @@ from rayllp.mgrit import Hierarchy, SolverOptions, build_hierarchy, split_evenly
 from rayllp.mgrit.windows import Placement
 
 TIMED_STEP = 3
-"""Of the first exact steps, the one whose timeline is recorded."""
+"""Number of the exact step, among the first ones of a run, whose timeline is recorded."""
 SWEEPS = ((1, 1), (2, 1), (2, 2), (3, 3))
-"""Forward and backward sweeps of windows that a default ladder has. A sweep more costs a fifth of the step or more, and gains an order."""
+"""Forward and backward sweeps of the default ladder for windows. One sweep more costs at least a fifth of a step and gains one order."""
 CONSISTENCY = 0.3
-"""Weight of the consistency penalty in mode adaptive; what examples/fidelity.py found to be enough to begin with."""
+"""Default weight of the consistency penalty in mode adaptive; examples/fidelity.py found it sufficient to start with."""
 EXACT_FROM = 0.8
-"""Share of the steps after which mode adaptive trains exactly: what bias there was is trained away."""
+"""Share of the steps after which mode adaptive trains exactly, which removes the effects of biased gradients."""
 EXACT_FROM_WINDOWS = 0.95
-"""The same of windows, whose bias costs less: ends of 2 to 20 % lead to the same loss (docs/frontier.md)."""
+"""The same share for windows, whose bias does less harm: exact ends of 2 to 20 % lead to the same loss (docs/frontier.md)."""
 
 MAY_DIFFER = set(
     "name workers resize_check_s mesh device channel receive_timeout_s hang_timeout_s snapshot_every spare_workers max_failures eval "
     "checkpoint microbatches timeline_every log_to profile".split()
 )
-"""Settings of a run that may be others when it goes on from checkpoints alone, and that make it no other kind of run."""
+"""Settings that may change when a run is resumed from its checkpoints, without making it another kind of run."""
 
 
 class RunSettings(Settings):
-    """The settings of one run, and what follows from them; `TrainConfig` checks them."""
+    """All settings of a run, and what follows from them. The rules over several groups are checked by `TrainConfig`."""
 
     name: str = Field("gpt2", min_length=1, max_length=100, pattern=r"^[^/\x00]+$", description="part of the run directory's name")
     model: ModelSettings = ModelSettings()
@@ -106,32 +106,32 @@ class RunSettings(Settings):
 
     @property
     def layer_workers(self) -> int:
-        """Blocks of layers, P."""
+        """Number of workers that share the layers of one replica, P."""
         workers = self.workers.max if isinstance(self.workers, WorkerRange) else self.workers
         return self.mesh.layer or max(1, (workers or 2 * self.mesh.data) // self.mesh.data)
 
     @property
     def world(self) -> int:
-        """Workers in all."""
+        """Total number of workers."""
         return self.mesh.data * self.layer_workers
 
     @property
     def fewest_workers(self) -> int:
-        """With fewer the run waits: `world`, or where `workers` is a range its lower end."""
+        """Smallest number of workers with which the run trains: `world`, or the lower end of a range."""
         return self.workers.min if isinstance(self.workers, WorkerRange) else self.world
 
     def with_workers(self, count: int) -> Self:
-        """These settings for a number of workers within the range: the largest that they allow up to `count`, so that blocks fit.
+        """Return settings for a fixed number of workers: the largest in the range, up to `count`, for which the blocks are possible.
 
-        With replicas their number changes, and a replica's workers stay as many.
+        With several replicas, the number of replicas changes and each keeps its number of workers.
 
         Raises:
-            SettingsError: none of the range up to `count` does.
+            SettingsError: no number in the range up to `count` is possible.
         """
         if not isinstance(self.workers, WorkerRange):
             return self
         values, failure = self.model_dump(), "the range ends above that"
-        # The number of workers is to change nothing but the time.
+        # The number of workers may change nothing but the time, so what defaults from it is fixed here.
         values["adaptive"] |= {"consistency": self.consistency, "steer": self.steers}
         values["mesh"]["placement"] = self.placement
         if self.placement == "cyclic":
@@ -149,7 +149,7 @@ class RunSettings(Settings):
 
     @property
     def middle_layers(self) -> int:
-        """Layers in the parallel solve, N."""
+        """Number of layers in the parallel solve, N."""
         return self.model.layers - self.buffers.open - self.buffers.close
 
     @property
@@ -160,23 +160,23 @@ class RunSettings(Settings):
 
     @property
     def step_sizes(self) -> tuple[float, ...]:
-        """Δt of every layer, buffers included."""
+        """Δt of each layer, buffers included."""
         buffers, middle = self.buffers, (self.middle_step,) * self.middle_layers
         return (self.step.buffer,) * buffers.open + middle + (self.step.buffer,) * buffers.close
 
     @property
     def replica_batch(self) -> int:
-        """Sequences a replica takes in a step."""
+        """Number of sequences per replica in a step."""
         return self.batch_size // self.mesh.data
 
     @property
     def shards_optimizer(self) -> bool:
-        """Whether replicas share out the optimizer's state: where there are several, and it is wanted."""
+        """True if optimizer state is divided among replicas: it is set, and there are several."""
         return self.optimizer.sharded and self.mesh.data > 1
 
     @property
     def blocks(self) -> tuple[int, ...]:
-        """Middle layers of each worker."""
+        """Number of middle layers of each worker."""
         if self.mesh.blocks:
             return self.mesh.blocks
         if self.solver == "torchbraid":
@@ -186,14 +186,14 @@ class RunSettings(Settings):
 
     @property
     def placement(self) -> Literal["blocks", "cyclic"]:
-        """Which worker has which middle layers: neighbouring ones, or layer n on worker n mod P."""
+        """How middle layers are assigned: neighbouring ones to one worker (blocks), or layer n to worker n mod P (cyclic)."""
         if self.mesh.placement is not None:
             return self.mesh.placement
         return "cyclic" if self.mgrit.window is not None or self._leaves_solver_open else "blocks"
 
     @property
     def _leaves_solver_open(self) -> bool:
-        """Whether it says nothing of how layers are to be solved: then the fastest accurate way is looked for."""
+        """True if the settings do not say how layers are solved; the fastest way that is accurate enough is then used."""
         adaptive = self.adaptive
         penalised = bool(adaptive.consistency or adaptive.smoothness or adaptive.steer)
         judged_by_bias = self.mode == "adaptive" and adaptive.rule == "bias" and adaptive.ladder is None and not penalised
@@ -202,16 +202,16 @@ class RunSettings(Settings):
 
     @property
     def window(self) -> int:
-        """Layers that a window solve takes at once."""
+        """Number of layers that a window solve evaluates at once."""
         return self.mgrit.window or self.layer_workers
 
     @property
     def heeds_times(self) -> bool:
-        """Whether the controller leaves solves that are no faster than an exact step: where the ladder is not the user's own."""
+        """True if the controller gives up solves that are no faster than an exact step; not if the user has set the ladder."""
         return self.mode == "adaptive" and self.placement == "cyclic" and self.adaptive.ladder is None
 
     def layers_of(self, rank: int) -> tuple[int, ...]:
-        """The middle layers of a worker of the layer group, ascending, counted from the first middle layer."""
+        """Return the middle layers of a worker of the layer group in ascending order, counted from the first middle layer."""
         if self.placement == "cyclic":
             return Placement.cyclic(self.middle_layers, self.layer_workers).owned(rank)
         start = sum(self.blocks[:rank])
@@ -219,12 +219,15 @@ class RunSettings(Settings):
 
     @property
     def first_coarsening(self) -> int:
-        """c_f between the finest level and the next."""
+        """Coarsening factor c_f between the finest level and the next."""
         return self.mgrit.coarsening if isinstance(self.mgrit.coarsening, int) else self.mgrit.coarsening[0]
 
     @property
     def ladder(self) -> tuple[tuple[int, int, Relaxation | None], ...]:
-        """Forward (0: serial) and backward iterations and relaxation of the controller's rungs, cheap ones first; serial follows."""
+        """The controller's rungs from cheap to expensive: forward iterations (0: serial), backward iterations, and relaxation.
+
+        Relaxation None stands for mgrit.relaxation.fine. Exact training follows the last rung.
+        """
         if self.adaptive.ladder is not None:
             return tuple(_read_rung(rung) for rung in self.adaptive.ladder)
         if self.placement == "cyclic" and self.mode == "adaptive":
@@ -234,21 +237,21 @@ class RunSettings(Settings):
             return ((forward, backward, None),)
         if self.mgrit.levels.forward == 1:
             return (0, backward, None), (0, backward + 1, None)
-        # Most of a gradient's bias comes from the states it is taken at: an iteration more of the forward helps first.
+        # Most of a gradient's bias comes from inexact states, so another forward iteration helps first.
         return (forward, backward, None), (forward + 1, backward, None), (forward + 1, backward + 1, None)
 
     @property
     def rung_levels(self) -> int:
-        """Levels of a rung's forward solve, where it is not serial: a ladder may have such rungs where mgrit.levels.forward is 1."""
+        """Number of levels in a rung's forward solve, unless that is serial. A ladder may use it even if mgrit.levels.forward is 1."""
         levels = self.mgrit.levels
         return levels.forward if levels.forward > 1 else max(2, levels.backward)
 
     @property
     def consistency(self) -> float:
-        """Weight of the consistency penalty that training begins with."""
+        """Weight of the consistency penalty at the start of training."""
         if self.adaptive.consistency is not None:
             return self.adaptive.consistency
-        if self.placement == "cyclic":  # a window's error does not come from weights that differ
+        if self.placement == "cyclic":  # a window's error does not come from differing weights
             return 0.0
         watched = self.mode == "adaptive" and self.adaptive.rule != "convergence"
         if not watched or self.layer_workers > len(self.coarse_lengths) or (self.mesh.blocks and not self.has_whole_intervals):
@@ -257,9 +260,10 @@ class RunSettings(Settings):
 
     @property
     def bias_to_noise(self) -> float:
-        """A bias below this share of the gradient's noise is let be.
+        """Share of the gradient's noise below which bias is tolerated.
 
-        One sweep of windows in both directions is the exact gradient of a network that is nearly the same: it is stable to train by.
+        It is larger for windows: one sweep in both directions gives the exact gradient of a slightly different network, and training by it
+        is stable.
         """
         if self.adaptive.bias_to_noise is not None:
             return self.adaptive.bias_to_noise
@@ -267,18 +271,21 @@ class RunSettings(Settings):
 
     @property
     def steers(self) -> bool:
-        """Whether probes move that weight."""
+        """True if probes adjust the weight of the consistency penalty."""
         return self.consistency > 0 and self.adaptive.rule != "convergence" and self.adaptive.steer is not False
 
     def is_timed(self, step: int) -> bool:
-        """Whether this step's timeline is recorded, unless it is a probe: the middle one of so many, since a run's first is slow."""
+        """Return True if this step's timeline is recorded, unless it is a probe.
+
+        It is the middle one of every `timeline_every` steps, since a run's first step is slow.
+        """
         every = self.timeline_every
-        # Where exact steps are timed at the start, one of them tells what all workers compute together.
+        # If exact steps are timed at the start, one timeline tells how long all workers' computation takes together.
         return bool(every) and (step % every == every // 2 or (self.heeds_times and step == TIMED_STEP))
 
     @property
     def switch_at(self) -> int | float | None:
-        """The step, or the share of the steps, from which on training is serial, whatever probes say; None: none."""
+        """The step, or share of the steps, from which training is exact whatever probes find; None: there is no such step."""
         at = self.adaptive.switch_at
         if at is not None or self.mode != "adaptive":
             return at
@@ -286,36 +293,36 @@ class RunSettings(Settings):
 
     @property
     def switch_step(self) -> int | None:
-        """The same as a step."""
+        """`switch_at` as a step."""
         return round(self.switch_at * self.steps) if isinstance(self.switch_at, float) else self.switch_at
 
     @property
     def needs_whole_intervals(self) -> bool:
-        """Whether something that is on asks for every coarse interval on one worker."""
+        """True if some setting requires every coarse interval to be on one worker."""
         return self.consistency > 0
 
     @property
     def has_whole_intervals(self) -> bool:
-        """Whether every coarse interval is on one worker."""
+        """True if every coarse interval is on one worker."""
         return not any(begin % self.first_coarsening for begin in [0, *accumulate(self.blocks)][:-1])
 
     @property
     def coarse_lengths(self) -> tuple[int, ...]:
-        """Layers of each coarse interval of the finest level."""
+        """Number of layers in each coarse interval of the finest level."""
         c, N = self.first_coarsening, self.middle_layers
         return tuple(min(start + c, N) - start for start in range(0, N, c))
 
     def hierarchy(self, levels: int) -> Hierarchy:
-        """The forward hierarchy over the middle layers."""
+        """Return the forward hierarchy over the middle layers."""
         return build_hierarchy(blocks=self.blocks, levels=levels, coarsening=self.mgrit.coarsening)
 
     @property
     def rounding(self) -> float:
-        """Relative rounding error of what a layer adds to its state; 0 where it is computed in the state's own dtype."""
+        """Relative rounding error of the increment that a layer adds to its state; 0 if it is computed in the state's own dtype."""
         return 2.0**-8 if self.dtype == "bfloat16" else 0.0
 
     def method(self, iterations: int, relaxation: Relaxation | None = None) -> SolverOptions:
-        """The solver's method with so many iterations, and with this relaxation of the finest level instead of the settings'."""
+        """Return the solver's options for this number of iterations; `relaxation`, if given, replaces the settings' on the finest level."""
         settings = self.mgrit
         return SolverOptions(
             iterations=iterations,
@@ -326,7 +333,7 @@ class RunSettings(Settings):
             tolerance=settings.tolerance,
             rounding=self.rounding,
             keep_states=False,
-            # With one level in one direction there are no intervals, and its adjoint or forward wants single layers' graphs.
+            # If one direction has a single level, it has no intervals, and needs the graphs of single layers from the other direction.
             batched=settings.batched and min(settings.levels.forward, settings.levels.backward) > 1,
         )
 
@@ -339,7 +346,10 @@ def _read_rung(rung: str) -> tuple[int, int, Relaxation | None]:
 
 
 def torchbraid_blocks(layers: int, workers: int) -> tuple[int, ...]:
-    """As TorchBraid has it: it shares out the N + 1 points evenly, the first worker has one more, and the last one begins no layer."""
+    """Return TorchBraid's blocks.
+
+    It divides the N + 1 points evenly and gives the first worker one more; the last point begins no layer.
+    """
     if workers == 1:
         return (layers,)
     even = layers // workers
@@ -347,12 +357,15 @@ def torchbraid_blocks(layers: int, workers: int) -> tuple[int, ...]:
 
 
 def default_blocks(layers: int, workers: int, coarsening: int, *, whole_intervals: bool = False) -> tuple[int, ...]:
-    """Blocks of layers: cut at C-points where the largest block does not grow by that, else as even as can be.
+    """Return blocks that end at C-points if the largest is then no larger than in an even division, else an even division.
 
-    A block that begins at a C-point starts its sweep without waiting for a neighbour.
+    A block that begins at a C-point can start its sweep without waiting for its neighbour.
 
     Args:
-        whole_intervals: cut at C-points even so, where there is an interval for every worker.
+        layers: number of middle layers.
+        workers: number of blocks.
+        coarsening: coarsening factor c_f.
+        whole_intervals: cut at C-points in any case, provided there are as many intervals as workers.
     """
     even = split_evenly(layers, workers)
     intervals = -(-layers // coarsening)

@@ -1,6 +1,6 @@
-"""`TrainConfig`: what `rayllp train` reads from YAML and what `rayllp.train` takes; the rules over several settings.
+"""`TrainConfig`, which `rayllp train` reads from YAML and `rayllp.train` takes, with the rules over several settings.
 
-Every rule that needs no data and no cluster is checked here. Names are fixed (docs/design.md): other tools set them by `--set key=value`.
+Every rule that needs neither data nor a cluster is checked here. Names of settings are fixed: other tools set them by `--set key=value`.
 """
 
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ from rayllp.hf_config import with_pretrained_sizes
 
 
 class TrainConfig(RunSettings):
-    """One run. `TrainConfig()` is the embedded default."""
+    """The settings of one run, checked. `TrainConfig()` is the embedded default."""
 
     # Rules over several settings ----------------------------------------------------------------------------------------------
 
@@ -82,7 +82,7 @@ class TrainConfig(RunSettings):
             )
 
     def _check_cyclic(self) -> None:
-        """What windows cannot do, and what only they can."""
+        """Refuse what windows cannot do, and without a cyclic placement what only they can."""
         if self.placement == "blocks":
             if self.mgrit.window is not None:
                 raise ValueError(
@@ -108,7 +108,7 @@ class TrainConfig(RunSettings):
                 raise ValueError(f"mesh.placement: cyclic: {reason}; or set mesh.placement: blocks")
 
     def _check_torchbraid(self) -> None:
-        """What TorchBraid cannot do is refused here; it would go on with wrong numbers, or wait for ever."""
+        """Refuse what TorchBraid cannot do; it would go on with wrong numbers, or wait for ever."""
         if self.solver != "torchbraid":
             return
         mgrit, N, P = self.mgrit, self.middle_layers, self.layer_workers

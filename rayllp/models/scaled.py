@@ -69,7 +69,7 @@ def write_scaled(folder: Path, kept: Mapping[str, Any], task: str) -> None:
 
 
 def loader(folder: Path) -> tuple[str, str]:
-    """Return the class that loads a folder written by `rayllp export`, and the further arguments it needs, as text for its README."""
+    """Return the class that loads a folder written by `rayllp export`, and its further arguments, both as source text for the user."""
     if not (folder / "config.json").is_file():
         return "peft.AutoPeftModel", ""
     values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
