@@ -1,1 +1,1 @@
-"""What layers, links and steps cost on a cluster."""
+"""Benchmarks: what layers, links between workers, and training steps cost on a cluster."""

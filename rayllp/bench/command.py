@@ -27,7 +27,7 @@ from rayllp.report.plan import measured_biases, show_plan
 def run_step(
     config: TrainConfig, emulate: str | None, steps: int, file: Path | None, trace: Path | None, picture: Path | None, console: Console
 ) -> None:
-    """`rayllp bench step`."""
+    """Run `rayllp bench step`."""
     times = None if emulate is None else Emulation.parse(emulate)
     with join_cluster(config.world):
         found = bench_step(config, steps=steps, emulate=times, device="cpu" if times else choose_device(config))
@@ -40,7 +40,7 @@ def run_step(
 
 
 def run_layers(config: TrainConfig, file: Path | None, console: Console) -> None:
-    """`rayllp bench layers`."""
+    """Run `rayllp bench layers`."""
     config, data = data_for_timing(config, console.print)
     found = bench_layers(config, data, device_here(config))
     table = Table(title=f"{config.model.family}: a layer, batch {config.replica_batch}")
@@ -56,10 +56,10 @@ def run_layers(config: TrainConfig, file: Path | None, console: Console) -> None
 
 
 def run_links(config: TrainConfig, file: Path | None, console: Console) -> None:
-    """`rayllp bench links`.
+    """Run `rayllp bench links`.
 
     Raises:
-        SettingsError: one worker has no neighbour.
+        SettingsError: there is one worker, which has no neighbour.
     """
     if config.layer_workers == 1:
         raise SettingsError("one worker has no neighbour: give at least two with --set workers=2")
@@ -86,7 +86,7 @@ def run_plan(
     config: TrainConfig, device: Device, devices: int, costs: Sequence[Path], runs: Sequence[Path], bias: float, file: Path | None,
     console: Console,
 ) -> None:  # fmt: skip
-    """`rayllp plan`."""
+    """Run `rayllp plan`."""
     biases = measured_biases(runs)
     if costs:
         layers = [read_layers(path) for path in costs]

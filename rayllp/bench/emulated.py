@@ -1,4 +1,4 @@
-"""Layers that take a fixed time, as if a device computed them: many workers then run at once on a machine of few cores.
+"""Layers that take a fixed time, as if a device computed them, so that many workers can run at once on a machine with few cores.
 
 A layer's forward, its input gradient and its weight gradient each do a little real tensor work and sleep for the rest of their time.
 """
@@ -23,7 +23,7 @@ from rayllp.quantities import TIMES, quantity
 
 @dataclass(frozen=True)
 class Emulation:
-    """Seconds that a layer takes for a batch."""
+    """Seconds that the parts of a layer take for one batch."""
 
     forward: float
     input_gradient: float
@@ -31,10 +31,10 @@ class Emulation:
 
     @staticmethod
     def parse(text: str) -> "Emulation":
-        """`10ms`: each; `10ms,8ms,6ms`: forward, input gradient, weight gradient.
+        """Read times from text: `10ms` for each part, or `10ms,8ms,6ms` for forward, input gradient and weight gradient.
 
         Raises:
-            SettingsError: neither of these.
+            SettingsError: the text is neither of these.
         """
         times = [quantity(part.strip(), "--emulate", TIMES, zero=True) for part in text.split(",")]
         if len(times) not in (1, 3):
@@ -43,21 +43,21 @@ class Emulation:
 
     @property
     def serial(self) -> float:
-        """A layer's time in an exact step."""
+        """Seconds of a layer in an exact step."""
         return self.forward + self.input_gradient + self.weight_gradient
 
     def scaled(self, factor: float) -> "Emulation":
-        """Layers that take so many times as long, as for another batch."""
+        """Return times that are `factor` times as long, as for another batch size."""
         return Emulation(self.forward * factor, self.input_gradient * factor, self.weight_gradient * factor)
 
     def costs(self, message: float = 0.0) -> Costs:
-        """For predictions."""
+        """Return these times as the costs of a prediction; messages take `message` seconds."""
         full = self.input_gradient + self.weight_gradient
         return Costs(forward=self.forward, record=self.forward, input_gradient=self.input_gradient, full_gradient=full, message=message)
 
 
 class Wait:
-    """Until `seconds` have passed since it was made."""
+    """When called, sleeps until `seconds` have passed since it was made."""
 
     def __init__(self, seconds: float) -> None:
         self.end = time.perf_counter() + seconds
@@ -70,7 +70,7 @@ class Wait:
 
 @cache
 def _oversleep_s() -> float:
-    """What the system sleeps longer than it is asked to: a timer's doing, not a device's."""
+    """Return how much longer than asked the system sleeps. It is subtracted, since a timer causes it and not the emulated device."""
     found = []
     for _ in range(15):
         started = time.perf_counter()
@@ -80,7 +80,7 @@ def _oversleep_s() -> float:
 
 
 class _Through(torch.autograd.Function):
-    """x between -1 and 1, whose gradient takes its time."""
+    """Clamps x to [-1, 1]; its gradient takes the emulated time of an input gradient."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, times: Emulation) -> Tensor:
@@ -98,7 +98,7 @@ class _Through(torch.autograd.Function):
 
 
 class _Weight(torch.autograd.Function):
-    """A bias, whose gradient takes its time, where it is asked for."""
+    """Broadcasts a bias; its gradient, if needed, takes the emulated time of a weight gradient."""
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, bias: Tensor, times: Emulation) -> Tensor:
@@ -114,10 +114,12 @@ class _Weight(torch.autograd.Function):
 
 
 class EmulatedLayer(nn.Module):
-    """x + (x between -1 and 1) + bias, slowly: it grows, but not much.
+    """Computes x + clamp(x, -1, 1) + bias in the emulated time. The increment is bounded, so that states grow slowly.
 
     Args:
-        batch: samples that take the times, of which a part takes its share; None: any number of samples takes them.
+        width: size of the last dimension.
+        times: the emulated times.
+        batch: number of samples to which the times apply, others taking a proportional time; None: they apply to any number.
     """
 
     def __init__(self, width: int, times: Emulation, batch: int | None = None) -> None:
@@ -125,7 +127,7 @@ class EmulatedLayer(nn.Module):
         self.bias, self.times, self.batch = nn.Parameter(torch.zeros(width)), times, batch
 
     def forward(self, x: Tensor) -> Tensor:
-        """x plus a little real arithmetic, after the forward's time; its gradients take theirs."""
+        """Return x plus the increment once the forward's time has passed; gradients take their times later."""
         times = self.times if self.batch is None else self.times.scaled(len(x) / self.batch)
         wait = Wait(times.forward)
         y = _Through.apply(x, times)
@@ -135,7 +137,7 @@ class EmulatedLayer(nn.Module):
 
 
 class RandomBatches:
-    """States to begin with, and targets, of the settings' shapes."""
+    """Random first states and targets of the settings' shapes."""
 
     def __init__(self, config: TrainConfig) -> None:
         generator = torch.Generator().manual_seed(config.seed)
@@ -143,15 +145,17 @@ class RandomBatches:
         self._inputs, self._targets = torch.randn(shape, generator=generator), torch.randn(shape, generator=generator)
 
     def batch(self, split: str, step: int, size: int) -> tuple[Inputs, Tensor]:
-        """The same each time."""
+        """Return the first `size` samples, the same at every step."""
         return self._inputs[:size], self._targets[:size]
 
 
 def emulated_stack(config: TrainConfig, times: Emulation, *, batch: int | None = None) -> LayerStack:
-    """A network of `config`'s depth and shapes whose layers take these times; its embedding and head take none.
+    """Return a network of `config`'s depth and shapes whose layers take these times; its embedding and head take none.
 
     Args:
-        batch: as of `EmulatedLayer`.
+        config: the settings.
+        times: the emulated times.
+        batch: as for `EmulatedLayer`.
     """
     layer = partial(EmulatedLayer, config.model.width, times, batch)
     loss = partial(functional.mse_loss, reduction="sum")

@@ -22,14 +22,15 @@ MEASURE_S = 4.0
 
 @dataclass(frozen=True, kw_only=True)
 class LayerBench:
-    """A middle layer's times and bytes.
+    """Times and sizes of a middle layer.
 
     Attributes:
-        batch: sequences that it was measured with.
-        parameter_bytes: of its weights alone.
-        frozen_bytes: of those of them that are not trained; of the others gradients are as large again, and so is each average.
-        graph_bytes: what its graph holds from forward to gradient beyond weights and the state itself.
-        state_bytes: of a state: a message to the neighbour, a C-point.
+        batch: number of sequences that it was measured with.
+        costs: its times.
+        parameter_bytes: bytes of its weights.
+        frozen_bytes: bytes of those weights that are not trained. The others have a gradient, and each moving average, of their own size.
+        graph_bytes: bytes that its graph keeps from forward to gradient, without weights, input and output.
+        state_bytes: bytes of a state, which is the size of a message to the neighbour and of a C-point.
     """
 
     batch: int
@@ -41,10 +42,10 @@ class LayerBench:
 
 
 def data_for_timing(config: TrainConfig, say: Callable[[str], None]) -> tuple[TrainConfig, Any]:
-    """The settings' data set; the embedded one, with the settings changed to that, where theirs is out of reach and the family has one.
+    """Return the settings and their data set. If the data cannot be loaded, both are replaced by those of the embedded data set.
 
     Raises:
-        DataError: there is none.
+        DataError: the data cannot be loaded, and the family has no embedded data set.
     """
     try:
         return config, load_data(config)
@@ -59,12 +60,12 @@ def data_for_timing(config: TrainConfig, say: Callable[[str], None]) -> tuple[Tr
 
 
 def device_here(config: TrainConfig) -> str:
-    """The settings' kind of device, as far as this machine has it."""
+    """Return the kind of device that the settings ask for, or the CPU if this machine has no GPU."""
     return "cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu"
 
 
 def bench_layers(config: TrainConfig, data: Any, device: str = "cpu") -> LayerBench:
-    """Measure in this process."""
+    """Measure a layer of this model in this process."""
     engine = engine_alone(config, data, device)
     costs, block = costs_of(engine, message_s=0.0), engine.block
     inputs, _, samples, _ = engine.my_batch("train", 0)
@@ -97,7 +98,7 @@ def bench_layers(config: TrainConfig, data: Any, device: str = "cpu") -> LayerBe
 
 
 def layer_model(found: Sequence[LayerBench]) -> LayerModel:
-    """Measurements at several batches, for the planner."""
+    """Combine measurements at several batch sizes for the planner."""
     largest = max(found, key=lambda each: each.batch)
     return LayerModel(
         measured={each.batch: each.costs for each in found},
@@ -109,10 +110,10 @@ def layer_model(found: Sequence[LayerBench]) -> LayerModel:
 
 
 def read_layers(path: Path) -> LayerBench:
-    """What `rayllp bench layers --json` wrote.
+    """Read the file that `rayllp bench layers --json` wrote.
 
     Raises:
-        SettingsError: it is something else.
+        SettingsError: the file holds something else.
     """
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
@@ -122,7 +123,7 @@ def read_layers(path: Path) -> LayerBench:
 
 
 def measure_layers(config: TrainConfig, data: Any, device: str = "cpu", limit_s: float = MEASURE_S) -> list[LayerBench]:
-    """Layers at batches of 1, 2, 4, …, up to the config's, or until a measurement takes so long that more would be a nuisance."""
+    """Measure a layer at batches of 1, 2, 4, … up to the config's, or until one measurement takes longer than `limit_s`."""
     found: list[LayerBench] = []
     batch = 1
     while batch <= config.batch_size:

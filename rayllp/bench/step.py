@@ -1,4 +1,4 @@
-"""`rayllp bench step`: a training step's time, by phase and worker, beside its ideal."""
+"""`rayllp bench step`: the time of a training step by phase and worker, compared with its ideal."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -24,17 +24,17 @@ WARM_STEPS = 3
 
 @dataclass(frozen=True, kw_only=True)
 class StepBench:
-    """Seconds; medians over the steps that were timed.
+    """Times of a step in seconds; medians over the timed steps.
 
     Attributes:
-        step_s: from a step's beginning to its end, of the slowest worker.
-        forward_s: until the last worker has the loss' gradient; in serial mode, where phases overlap, None.
-        backward_s: the rest.
-        serial_s: layers times forward and backward of one: an exact step on one worker.
-        ideal_s: the schedule's critical path, without messages and without overhead; None in serial mode.
-        phases: of each worker, seconds by phase: "forward coarse solve", "adjoint last sweep", …, "wait", "send".
-        spans: of each worker, in the step whose time is the median, from when the first worker began it, by the nodes' clocks.
-        steps: how many were timed.
+        step_s: from beginning to end of a step, on the slowest worker.
+        forward_s: until the last worker has the gradient of the loss; None in serial mode, where phases overlap.
+        backward_s: the rest of the step; None in serial mode.
+        serial_s: an exact step on one worker: all layers' forward and backward, one after the other.
+        ideal_s: the schedule's critical path without messages and overhead; None in serial mode.
+        phases: for each worker, seconds by phase: "forward coarse solve", "adjoint last sweep", …, "wait", "send".
+        spans: for each worker, the spans of the step of median time, counted from when the first worker began it, by the nodes' clocks.
+        steps: number of timed steps.
     """
 
     step_s: float
@@ -47,7 +47,7 @@ class StepBench:
     steps: int
 
     def as_dict(self) -> dict[str, Any]:
-        """For a file; without the spans."""
+        """Return all values but the spans, for a JSON file."""
         return {name: value for name, value in asdict(self).items() if name != "spans"}
 
 
@@ -60,12 +60,15 @@ def bench_step(
     pool: ActorPool | None = None,
     warm: int = WARM_STEPS,
 ) -> StepBench:
-    """Time training steps on the cluster that this process has joined. With `accumulate` the ideal is that of one part.
+    """Time training steps on the cluster that this process has joined. With `accumulate`, the ideal is that of one part of the batch.
 
     Args:
-        emulate: layers that take these times, instead of the model's.
-        pool: a lasting one, for several measurements with the same processes.
-        warm: steps before those that are timed.
+        config: the settings.
+        steps: number of timed steps.
+        emulate: times of emulated layers, which replace the model's.
+        device: kind of device of each worker.
+        pool: a pool that outlives this call, for several measurements with the same processes.
+        warm: number of steps before the timed ones.
     """
     architecture: Architecture | None = None
     batches: Batches
@@ -88,9 +91,7 @@ def bench_step(
 
 
 def _summary(config: TrainConfig, found: Sequence[list[TimedStep]], serial_s: float, ideal_s: float | None) -> StepBench:
-    """Args:
-    found: of each worker.
-    """
+    """Combine the timed steps of all workers (`found`) into medians."""
     times = [max(worker.seconds for worker in step) for step in zip(*found, strict=True)]
     step_s = median(times)
     forward_s = None
@@ -116,13 +117,13 @@ def _shifted(spans: Sequence[Span], seconds: float) -> tuple[Span, ...]:
 
 
 def _phases(steps: Sequence[Sequence[Span]]) -> dict[str, float]:
-    """Median seconds by phase, over steps."""
+    """Return median seconds by phase, over steps."""
     sums = [sum_phases(spans) for spans in steps]
     return {name: median(each.get(name, 0.0) for each in sums) for name in dict.fromkeys(name for each in sums for name in each)}
 
 
 def show_step(config: TrainConfig, found: StepBench, console: Console) -> None:
-    """A table of phases by worker, and a line of sums."""
+    """Print a table of phases by worker, and a line of totals."""
     names = list(dict.fromkeys(name for phases in found.phases for name in phases))
     table = Table(title=f"a step's time in ms: {config.layer_workers} workers, median of {found.steps} steps")
     for name in ("worker", *names):

@@ -1,4 +1,4 @@
-"""Predictions: the cycle that trains, run on logical clocks; and what a run's measurements ask for."""
+"""Predict step times by running the actual schedule on simulated clocks, choose a mesh, and suggest buffers from a run's measurements."""
 
 from rayllp.plan.buffers import BufferSuggestion, suggest_buffers
 from rayllp.plan.cost import Prediction, predict, predict_step

@@ -1,6 +1,7 @@
-"""How many layers to take out of the parallel solve at each end: buffer layers, from Lipschitz estimates (arXiv:2601.09026, appendix B).
+"""Suggest how many layers at each end to take out of the parallel solve as buffer layers (arXiv:2601.09026, appendix B).
 
-The paper sees the constants of the first and the last layers rise in training while the middle's stay flat, and takes those layers out.
+The paper observes that the Lipschitz constants of the first and last layers rise in training while those in the middle stay flat, and takes
+the former out.
 """
 
 import math
@@ -13,23 +14,23 @@ from rayllp.config import TrainConfig, make_config
 from rayllp.errors import SettingsError
 
 FACTOR = 2.0
-"""A layer stands clear beyond so many medians: sequences of one batch differ by less, steep layers by more."""
+"""A layer is steep if its constant is this many medians or more. Sequences of one batch differ by less, steep layers by more."""
 CALM = 0.5
-"""c_f·Δt·σ of a middle that few iterations solve well; beside a steeper one a buffer looks flat whatever it is."""
+"""Value of c_f·Δt·σ up to which few iterations solve a middle layer well. If the middle is steeper, buffer layers look flat beside it."""
 LAST = 3
-"""Estimates that count: each is of one sequence, and their median sees past an odd one."""
+"""How many of the last estimates count. Each is from one sequence; their median ignores an outlier."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class BufferSuggestion:
-    """Layers to take out at each end.
+    """Suggested buffer layers at each end.
 
     Attributes:
         open, middle, close: numbers of layers.
-        constants: of each layer, the median of the last estimates.
-        bar: what a layer's constant must pass to stand clear.
-        clear: leading and trailing layers that do, before anything was changed to suit the run and the coarsening.
-        reasons: in words, the first ones first.
+        constants: the median of the last estimates of each layer.
+        bar: the constant beyond which a layer is steep.
+        clear: numbers of steep layers at the beginning and at the end, before any adjustment to the run and the coarsening.
+        reasons: why, in sentences.
     """
 
     open: int
@@ -42,21 +43,21 @@ class BufferSuggestion:
 
 
 def suggest_buffers(estimates: Sequence[Sequence[float]], config: TrainConfig, *, factor: float = FACTOR) -> BufferSuggestion:
-    """Buffers for a run like `config`.
+    """Suggest buffers for a run like `config`.
 
-    The rule: a layer's constant is the median of its last `LAST` estimates; the bar is `factor` times the median constant of the layers
-    between the first and the last quarter; layers beyond the bar, from each end up to the first that is not, are buffers. More are taken,
-    the steeper of the two next ones each time, until what is left divides by c_f and the settings allow it. Where nothing that the settings
-    allow is left so, the run's own buffers stay. A run whose middle is steep itself (c_f·Δt·σ beyond `CALM`) keeps at least its own: which
-    layers get steep depends on which are buffers, so such a run's buffers look flat beside its middle.
+    The constant of a layer is the median of its last `LAST` estimates. The bar is `factor` times the median constant of the middle half of
+    the layers. From each end, the layers beyond the bar, up to the first that is not, become buffers. Further layers are added, each time
+    the steeper of the two next ones, until the rest divides by c_f and the settings allow it; if no such number exists, the run's own
+    buffers stay. If the middle itself is steep (c_f·Δt·σ above `CALM`), the run keeps at least its own buffers: which layers become steep
+    depends on which are buffers, so these look flat beside such a middle.
 
     Args:
-        estimates: one list a probe, in order of the steps; in each, a constant a layer, the whole network in order.
-        config: of the run.
+        estimates: one list per probe, in order of steps; each has one constant per layer of the whole network.
+        config: the run's settings.
         factor: at least 1.
 
     Raises:
-        SettingsError: no estimates, not one constant a layer, a middle that is not finite, or a factor below 1.
+        SettingsError: there are no estimates, or not one per layer; the middle's are not finite; or factor is below 1.
     """
     constants = _medians(estimates, config)
     if not factor >= 1:
@@ -118,7 +119,7 @@ def _about_end(end: str, count: int, constants: Sequence[float], bar: float) -> 
 
 
 def _nearest(least: tuple[int, int], constants: Sequence[float], config: TrainConfig) -> tuple[int, int] | None:
-    """The fewest buffers, at least `least`, whose middle divides by c_f and passes the settings' own rules."""
+    """Return the fewest buffers, at least `least`, whose middle divides by c_f and passes the settings' rules; None if there are none."""
     begin, end = least[0], len(constants) - least[1]
     while begin < end:
         if (end - begin) % config.first_coarsening == 0 and _is_allowed(begin, len(constants) - end, config):
@@ -133,7 +134,7 @@ def _nearest(least: tuple[int, int], constants: Sequence[float], config: TrainCo
 def _is_allowed(open_: int, close: int, config: TrainConfig) -> bool:
     values = config.model_dump()
     values["buffers"] = {"open": open_, "close": close}
-    values["mesh"]["blocks"] = None  # those given by hand are for the run's own middle
+    values["mesh"]["blocks"] = None  # blocks that the user has set fit only the run's own middle
     try:
         make_config(values)
     except SettingsError:

@@ -1,6 +1,6 @@
-"""Predicting a step's time: the very cycle that trains, on logical clocks.
+"""Predict the time of a step by running the cycle that trains on simulated clocks.
 
-Nothing here knows a formula for the schedule (`schedule.py` runs the cycle to learn it), so a prediction cannot drift from the code.
+There is no formula for the schedule here: `schedule.py` runs the cycle to find out, so predictions cannot disagree with the code.
 """
 
 from collections.abc import Sequence
@@ -16,11 +16,11 @@ from rayllp.timeline import Span
 
 @dataclass(frozen=True)
 class Prediction:
-    """Of one step.
+    """The prediction of one step.
 
     Attributes:
-        step_s: seconds on the critical path, until the last worker has finished its update.
-        spans: what each worker does when.
+        step_s: length of the critical path in seconds, until the last worker has finished its update.
+        spans: for each worker, what it does and when.
     """
 
     step_s: float
@@ -28,19 +28,19 @@ class Prediction:
 
 
 def predict_step(config: TrainConfig, accuracy: Accuracy, costs: Costs) -> float:
-    """Seconds of one layer-parallel step, on the critical path, until the last worker has finished its update; see `predict`."""
+    """Return the length in seconds of a layer-parallel step's critical path, until the last worker has finished its update."""
     return _step(config, accuracy, costs, None)
 
 
 def predict(config: TrainConfig, accuracy: Accuracy, costs: Costs) -> Prediction:
-    """One layer-parallel step. Recomputation, accumulation and replicas are not in it."""
+    """Predict one layer-parallel step. Recomputation, gradient accumulation and replicas are not included."""
     spans: list[list[Span]] = [[] for _ in range(config.layer_workers)]
     step_s = _step(config, accuracy, costs, spans)
     return Prediction(step_s, tuple(tuple(span for span in mine if span.seconds) for mine in spans))
 
 
 def _step(config: TrainConfig, accuracy: Accuracy, costs: Costs, spans: Sequence[list[Span]] | None) -> float:
-    """Seconds; what each worker does is appended to `spans`, if there are any."""
+    """Return the seconds of a step, and append what each worker does to `spans`, if given."""
     if config.placement == "cyclic":
         return _cyclic_step(config, accuracy, costs, spans)
     workers, buffers, blocks = config.layer_workers, config.buffers, config.blocks
@@ -57,7 +57,7 @@ def _step(config: TrainConfig, accuracy: Accuracy, costs: Costs, spans: Sequence
     spend(workers - 1, "loss", buffers.close * (costs.record + costs.full_gradient) + costs.leave)
     adjoint.replay(costs.kinds, costs.message, clocks, spans, forward.deferred_work())
     spend(0, "enter", buffers.open * costs.full_gradient + costs.enter_gradient)
-    # The gradient norm is over all workers: nobody updates before everybody has gradients.
+    # The gradient norm is taken over all workers, so no worker updates before all have their gradients.
     together = max(clocks)
     for rank in range(workers):
         spend(rank, "statistics", together - clocks[rank], "wait")
@@ -67,7 +67,7 @@ def _step(config: TrainConfig, accuracy: Accuracy, costs: Costs, spans: Sequence
 
 
 def _cyclic_step(config: TrainConfig, accuracy: Accuracy, costs: Costs, spans: Sequence[list[Span]] | None) -> float:
-    """The same where neighbouring layers are on different workers. An exact step is predicted as one of a batch that is not split."""
+    """Return the seconds of a step on a cyclic placement. An exact step is predicted for a batch that is not divided into microbatches."""
     clocks, workers = Clocks(config.layer_workers, spans), config.layer_workers
     if accuracy.serial:
         in_order_step(config, 1, costs, clocks)

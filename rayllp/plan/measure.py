@@ -1,4 +1,4 @@
-"""What this machine's layers cost: the times that a prediction starts from."""
+"""Measure on this machine what the parts of a step cost; predictions start from these times."""
 
 import time
 from collections.abc import Callable
@@ -23,22 +23,25 @@ ROUNDS = 7
 
 
 def measure_costs(config: TrainConfig, data: Batches, *, message_s: float, device: str = "cpu", rounds: int = ROUNDS) -> Costs:
-    """Costs of a training step's parts with these settings, on one worker of this process; the median of `rounds` measurements.
+    """Measure a training step's parts with these settings, on one worker in this process, and return the medians of all rounds.
 
     Args:
-        data: the settings' data set.
-        message_s: seconds of a state's way to the neighbour, which one process alone cannot measure.
+        config: the settings.
+        data: their data set.
+        message_s: seconds of sending a state to the neighbour, which a single process cannot measure.
+        device: a torch device.
+        rounds: number of measurements.
     """
     return costs_of(engine_alone(config, data, device), message_s=message_s, rounds=rounds)
 
 
 def engine_alone(config: TrainConfig, data: Batches, device: str = "cpu") -> Engine:
-    """One worker of this process with a network as `config`'s, of as few middle layers as tell a layer's time."""
+    """Return one worker in this process, with a network like `config`'s but with few middle layers: enough to time one."""
     whole = config.model_dump(mode="json")
     middle = min(LAYERS, config.middle_layers)
     whole["model"]["layers"] = middle + config.buffers.open + config.buffers.close
-    whole["model"]["encoder_layers"] = None  # of mt: half of these few
-    whole["mgrit"]["levels"] = {"forward": 1, "backward": 1}  # layers are called one by one, and may be too few for an interval
+    whole["model"]["encoder_layers"] = None  # for mt: half of the few layers
+    whole["mgrit"]["levels"] = {"forward": 1, "backward": 1}  # layers are called one by one, and may be too few for a coarse interval
     whole["mgrit"]["window"] = None
     alone = {"workers": 1, "mesh": {"data": 1}, "batch_size": config.replica_batch, "nested": {}, "mode": "serial"}
     small = TrainConfig.model_validate(whole | alone)
@@ -48,7 +51,7 @@ def engine_alone(config: TrainConfig, data: Batches, device: str = "cpu") -> Eng
 
 
 def costs_of(engine: Engine, *, message_s: float, rounds: int = ROUNDS) -> Costs:
-    """The same of an engine that is there, alone."""
+    """Return the costs of a training step's parts, measured on an engine that is the only worker."""
     block = engine.block
     inputs, _, samples, _ = engine.my_batch("train", 0)
     block.begin(0, samples, inputs, training=True)
@@ -57,7 +60,7 @@ def costs_of(engine: Engine, *, message_s: float, rounds: int = ROUNDS) -> Costs
     times = [[_clocked(work) for work in parts] for _ in range(1 + rounds)][1:]
     once = Parts(*(median(column) for column in zip(*times, strict=True)))
     count, owned = len(block.middle), len(block.layers)
-    # `enter` and `leave` went through the buffers, which a prediction counts as layers.
+    # `enter` and `leave` include the buffer layers, which a prediction counts as layers.
     enter = max(0.0, once.enter - once.record / count * len(block.open))
     leave = max(0.0, once.leave - (once.record + once.full_gradient) / count * len(block.close))
     return Costs(
@@ -68,7 +71,7 @@ def costs_of(engine: Engine, *, message_s: float, rounds: int = ROUNDS) -> Costs
 
 
 class Parts(NamedTuple, Generic[T]):
-    """Something of each part of a step: what does it, or the seconds that it takes. The first four are over all middle layers."""
+    """One value per part of a step: a function that does it, or its seconds. The first four concern all middle layers together."""
 
     forward: T
     record: T
@@ -80,10 +83,13 @@ class Parts(NamedTuple, Generic[T]):
 
 
 def parts_of_step(engine: Engine, state: State) -> Parts[Callable[[], None]]:
-    """The parts of a training step on this worker, to be clocked in this order. Its block has begun a batch, step 0's.
+    """Return functions that do the parts of a training step on this worker, to be timed in this order.
+
+    The worker's block has to have begun the batch of step 0.
 
     Args:
-        state: what layers are given, and the gradients' seed.
+        engine: the worker.
+        state: input of every layer, used as the seed of its gradients as well.
     """
     block, layers = engine.block, list(engine.block.middle)
     inputs, targets, _, terms = engine.my_batch("train", 0)
@@ -104,7 +110,7 @@ def parts_of_step(engine: Engine, state: State) -> Parts[Callable[[], None]]:
             torch.autograd.grad(outputs, leaves, tensors(state), retain_graph=True, allow_unused=True)
 
     def full_gradients() -> None:
-        while recorded:  # as in a step: the last layer first, its graph freed
+        while recorded:  # as in a step: from the last layer on, each freeing its graph
             leaves, outputs, parameters = recorded.pop()
             torch.autograd.backward(outputs, tensors(state), inputs=[*leaves, *parameters])
 

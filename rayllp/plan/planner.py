@@ -1,8 +1,8 @@
-"""Which data × layer mesh and which settings pay on so many devices: layer-parallel, 1F1B pipeline, or plain data parallel.
+"""Choose the data × layer mesh and settings that are fastest on some devices: layer-parallel, 1F1B pipeline, or plain data parallel.
 
-Layer-parallel steps are predicted by the cycle itself on logical clocks (`cost.py`); the exact ways have schedules simple enough to be
-written down: 1F1B's critical path is (microbatches + stages - 1) times a stage's forward and gradient, and with layers in turn a stage is
-one layer.
+Layer-parallel steps are predicted by running the cycle on simulated clocks (`cost.py`). The schedules of exact training are simple enough
+for formulas: 1F1B's critical path is (microbatches + stages - 1) times a stage's forward and gradient; with layers in turn, a stage is a
+single layer.
 """
 
 import math
@@ -20,31 +20,31 @@ from rayllp.plan.cost import predict_step
 from rayllp.plan.costs import Costs, Device
 
 MOMENTS = {"adamw": 2, "muon": 1, "sgd": 1, "adafactor": 0}
-"""By optimizer, averages of a weight. Norms and biases, of which AdamW keeps two beside Muon, hardly count, nor do Adafactor's factors."""
+"""Moving averages per weight, by optimizer. Neglected are AdamW's two for norms and biases beside Muon, and Adafactor's factors."""
 COARSENINGS = (2, 4, 8, 16)
 LEVELS = (2, 3, 4)
 ITERATIONS = ((1, 1), (2, 1), (2, 2), (3, 3))
 
 WORTH_IT = 1.05
-"""An approximate way that is less than so many times as fast as the best exact one is not advised."""
+"""How many times as fast as the best exact way an approximate one has to be, to be advised."""
 SHALLOWER = 4
-"""A network with so many times fewer middle layers on one device is what layer-parallel training is compared with."""
+"""Layer-parallel training is compared with a network of this many times fewer middle layers on one device."""
 
 NOTHING = Costs(forward=0, record=0, input_gradient=0, full_gradient=0)
 
 Solve = tuple[int, int, int, int]
-"""c_f, levels, iterations forward and backward; of windows their length, 0, sweeps forward and backward."""
+"""MGRIT: c_f, levels, forward and backward iterations. Windows: their length, 0, forward and backward sweeps."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LayerModel:
-    """A layer's costs by batch: a constant part, which many small operations cost however small they are, and one that grows.
+    """Costs of a layer as a function of the batch: a constant part, the overhead of many small operations, and one that grows.
 
     Attributes:
-        measured: costs by the batch that they were measured at.
-        parameter_bytes: of a layer's weights.
-        frozen_bytes: of those of them that are not trained.
-        graph_bytes, state_bytes: of one sample.
+        measured: costs by the batch size at which they were measured.
+        parameter_bytes: bytes of a layer's weights.
+        frozen_bytes: bytes of those weights that are not trained.
+        graph_bytes, state_bytes: bytes per sample of a layer's graph and of a state.
     """
 
     measured: Mapping[int, Costs]
@@ -55,11 +55,11 @@ class LayerModel:
 
     @property
     def trained_bytes(self) -> float:
-        """Of the weights that have gradients."""
+        """Bytes of a layer's weights that are trained."""
         return self.parameter_bytes - self.frozen_bytes
 
     def at(self, batch: float, device: Device) -> Costs:
-        """Costs at a batch: between the two nearest measured ones, or beyond the last as these go on; of one alone, in proportion."""
+        """Return costs at a batch size by linear interpolation, or extrapolation beyond the last; with one measurement, in proportion."""
         points = sorted(self.measured if len(self.measured) > 1 else {0, *self.measured})
         upper = next((n for n, size in enumerate(points[1:], 1) if size >= batch), len(points) - 1)
         low, high = points[upper - 1], points[upper]
@@ -71,17 +71,17 @@ class LayerModel:
 
 @dataclass(frozen=True, kw_only=True)
 class Option:
-    """One way to train, predicted.
+    """One way to train, with its predicted time.
 
     Attributes:
-        kind: layer (MGRIT), pipeline (1F1B), data.
-        data, layer: replicas, and workers of each.
-        solve: of MGRIT; None otherwise.
-        microbatches: of the exact way over several workers.
-        in_order: of it, whether neighbouring layers are on different workers; else 1F1B over blocks.
-        step_s: seconds of a step.
+        kind: layer (MGRIT or windows), pipeline (exact, over several workers), or data (data parallel alone).
+        data, layer: number of replicas, and of workers in each.
+        step_s: seconds per step.
         memory: bytes on the worker that needs most.
-        bias: of the gradient, where it was measured; 0 for exact ways; None: not measured.
+        solve: the solver's settings; None for exact ways.
+        microbatches: number of microbatches, for kind pipeline.
+        in_order: for kind pipeline: True if neighbouring layers are on different workers (layers in turn), False for 1F1B over blocks.
+        bias: relative bias of the gradient; 0 for exact ways; None if it was not measured.
     """
 
     kind: Literal["layer", "pipeline", "data"]
@@ -96,16 +96,16 @@ class Option:
 
     @property
     def devices(self) -> int:
-        """How many it uses."""
+        """Number of devices in use."""
         return self.data * self.layer
 
     def is_usable(self, device: Device, bias_limit: float) -> bool:
-        """Whether it fits into memory, and is not known to be too inaccurate."""
+        """True if it fits into memory and its bias is unknown or within the limit."""
         return (device.memory is None or self.memory <= device.memory) and (self.bias is None or self.bias <= bias_limit)
 
     @property
     def text(self) -> str:
-        """In words."""
+        """A description for the user."""
         mesh = f"{self.data} × {self.layer}"
         if self.solve is not None:
             c, levels, forward, backward = self.solve
@@ -120,13 +120,14 @@ class Option:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Attributes:
-    serial_s: a step on one device.
-    options: all that were predicted, the fastest first.
-    best: the fastest that fits and whose bias is known to be within the limit, or is not known; the best exact one, where that is hardly
-        slower.
-    exact: the fastest exact one that fits.
-    advice: in words.
+    """What the planner found.
+
+    Attributes:
+        serial_s: seconds per step on one device.
+        options: all ways that were predicted, fastest first.
+        best: the fastest usable one (see `Option.is_usable`), or the best exact one if that is hardly slower.
+        exact: the fastest exact one that fits into memory.
+        advice: what to do, in sentences.
     """
 
     serial_s: float
@@ -146,13 +147,17 @@ def make_plan(
     bias_limit: float = 0.2,
     solves: Sequence[Solve] | None = None,
 ) -> Plan:
-    """Predict every mesh of up to `devices` workers, and say what to take.
+    """Predict the ways to train on meshes of up to `devices` workers, and advise one.
 
     Args:
-        biases: measured ones, by solve.
-        bias_limit: an approximate way whose bias is known to be larger is not advised.
-        solves: to try on each mesh; default windows of as many layers as workers, and of MGRIT c_f 2 to 16, 2 to 4 levels, 1+1 to 3+3
-            iterations, those that the depth allows and that can be the mesh's fastest, or whose bias is known.
+        config: the run's settings.
+        model: costs and sizes of a layer.
+        device: network and memory of each device.
+        devices: how many there are.
+        biases: measured biases of the gradient, by solve.
+        bias_limit: an approximate way with a larger known bias is not advised.
+        solves: which to try on each mesh. By default, windows of as many layers as workers, and those of MGRIT with c_f 2 to 16, 2 to 4
+            levels and 1+1 to 3+3 iterations which the depth allows and which may be the mesh's fastest or have a known bias.
 
     Raises:
         SettingsError: fewer than one device.
@@ -196,7 +201,7 @@ def _layer_parallel_options(
     bias_limit: float,
     solves: Sequence[Solve] | None,
 ) -> list[Option]:
-    """Of one mesh: windows, and of MGRIT what can be the fastest or has a known bias."""
+    """Return the layer-parallel ways on one mesh: windows, and those of MGRIT that may be the fastest or have a known bias."""
     options: list[Option] = []
     costs = model.at(config.batch_size / replicas, device)
     fastest = math.inf
@@ -209,7 +214,7 @@ def _layer_parallel_options(
     tried = [(_at_least(config, costs, layer, solve), solve) for solve in mgrit]
     for bound, solve in sorted(tried, key=itemgetter(0)):
         if solves is None and solve not in known and bound >= fastest:
-            continue  # it cannot be the mesh's fastest
+            continue  # its lower bound is already slower than the mesh's fastest
         found = _layer_parallel(config, model, device, costs, replicas, layer, solve, known)
         if found is not None:
             options.append(found)
@@ -219,14 +224,14 @@ def _layer_parallel_options(
 
 
 def _weights(config: TrainConfig, model: LayerModel, replicas: int) -> float:
-    """Bytes of a layer's weights and gradients, and of the optimizer's state of them that a worker keeps."""
+    """Return the bytes of a layer's weights and gradients, and of the part of its optimizer state that one worker keeps."""
     settings = config.optimizer
     moments = MOMENTS[settings.name] - (settings.name == "sgd" and not settings.momentum) + (settings.ema is not None)
     return model.parameter_bytes + (1 + (moments / replicas if settings.sharded else moments)) * model.trained_bytes
 
 
 def _meshes(config: TrainConfig, devices: int) -> Iterator[tuple[int, int]]:
-    """Replicas, which divide the batch, and workers of each: powers of two, and as many as fit; at most one a middle layer."""
+    """Yield meshes (replicas, workers in each): replicas divide the batch, workers are powers of two and the largest possible number."""
     for replicas in range(1, min(config.batch_size, devices) + 1):
         if config.batch_size % replicas == 0:
             most = min(devices // replicas, config.middle_layers)
@@ -241,10 +246,10 @@ def _solves(layers: int) -> Iterator[Solve]:
 
 
 def _at_least(config: TrainConfig, costs: Costs, layer: int, solve: Solve) -> float:
-    """No step is faster.
+    """Return a lower bound of a step's seconds, much cheaper to compute than a prediction.
 
-    A coarse chain, then what the last worker still has to record; a chain back, then what the first worker owns. The chains of further
-    iterations overlap with the first one's but for a relaxation.
+    It adds up a coarse solve, what the last worker has left to record, a coarse solve backwards, and the gradients of the first worker's
+    layers. Of further iterations it counts only a relaxation each, since the rest overlaps with the first one's coarse solve.
     """
     c, levels, forward, backward = solve
     chain = 0 if config.mgrit.coarse_step_weight == 0 else math.ceil(config.middle_layers / c ** (levels - 1)) - 1
@@ -255,16 +260,19 @@ def _at_least(config: TrainConfig, costs: Costs, layer: int, solve: Solve) -> fl
 
 
 def _block_s(config: TrainConfig, costs: Costs, layers: int, *, first: bool, last: bool) -> float:
-    """Forward and gradient of so many layers, and their update."""
+    """Return the seconds of forward, gradient and update of this many layers on one worker, with embedding (first) and head (last)."""
     seconds = layers * (costs.record + costs.full_gradient + costs.update)
     return seconds + first * (costs.enter + costs.enter_gradient) + last * costs.leave
 
 
 def _replicas_s(config: TrainConfig, model: LayerModel, device: Device, layers: int, replicas: int, adjoint_s: float) -> float:
-    """Seconds until replicas have the sum of their gradients, and where each updates its share of the parameters these of all others.
+    """Return the seconds that replicas spend on summing gradients and, if optimizer state is sharded, on exchanging updated parameters.
 
     Args:
-        adjoint_s: in which gradients become final one after the other, and buckets of them are summed behind it.
+        config, model, device: as of `make_plan`.
+        layers: number of layers on the worker.
+        replicas: number of replicas.
+        adjoint_s: seconds of computation during which gradients become final, so that their buckets are summed in the background.
     """
     size = layers * model.trained_bytes
     last_s = device.all_reduce_s(min(size, BUCKET_BYTES), replicas)
@@ -273,6 +281,7 @@ def _replicas_s(config: TrainConfig, model: LayerModel, device: Device, layers: 
 
 
 def _exact(config: TrainConfig, model: LayerModel, device: Device, replicas: int, layer: int) -> Iterator[Option]:
+    """Yield exact ways to train on one mesh: data parallel if a replica has one worker, else the best 1F1B and layers in turn."""
     batch, layers = config.batch_size // replicas, config.model.layers
     if layer == 1:
         costs = model.at(batch, device)
@@ -283,12 +292,12 @@ def _exact(config: TrainConfig, model: LayerModel, device: Device, replicas: int
         return
     owned = math.ceil(layers / layer)
     found = []
-    for count in (m for m in range(layer, batch + 1) if batch % m == 0):  # 1F1B wants as many microbatches as stages
+    for count in (m for m in range(layer, batch + 1) if batch % m == 0):  # 1F1B needs at least as many microbatches as stages
         costs = model.at(batch / count, device)
         ends = max(costs.enter + costs.enter_gradient, costs.leave)
         stage_s = owned * (costs.record + costs.full_gradient) + ends + 2 * costs.message
         step_s = (count + layer - 1) * stage_s + owned * costs.update
-        step_s += _replicas_s(config, model, device, owned, replicas, owned * costs.full_gradient)  # the last microbatch's
+        step_s += _replicas_s(config, model, device, owned, replicas, owned * costs.full_gradient)  # of the last microbatch
         memory = owned * (_weights(config, model, replicas) + min(count, layer) * batch / count * model.graph_bytes)
         found.append(Option(kind="pipeline", data=replicas, layer=layer, step_s=step_s, memory=memory, microbatches=count))
     if found:
@@ -299,7 +308,7 @@ def _exact(config: TrainConfig, model: LayerModel, device: Device, replicas: int
 
 
 def _in_order(config: TrainConfig, model: LayerModel, device: Device, replicas: int, layer: int, count: int) -> Option:
-    """Exact steps on a cyclic placement: with as many microbatches as workers every worker is busy but for one round of single layers."""
+    """Return exact training on a cyclic placement. With a microbatch per worker, all are busy but for one round of single layers."""
     batch, buffers = config.batch_size // replicas, config.buffers
     costs = model.at(batch / count, device)
     middle, ends = math.ceil(config.middle_layers / layer), max(buffers.open, buffers.close)
@@ -310,7 +319,7 @@ def _in_order(config: TrainConfig, model: LayerModel, device: Device, replicas: 
     else:
         there_and_back = config.middle_layers * (costs.record + costs.input_gradient + 2 * costs.message)
         serial_ends = (buffers.open + buffers.close) * layer_s + costs.enter + costs.enter_gradient + costs.leave
-        # The last microbatch follows the first at a layer's distance; parameter gradients fit into the waits but for the first layer's.
+        # Microbatches follow each other at a layer's distance; parameter gradients, except the first layer's, are computed in waits.
         step_s = there_and_back + serial_ends + (count - 1) * layer_s + count * costs.full_gradient
     owned = middle + ends
     step_s += owned * costs.update + _replicas_s(config, model, device, owned, replicas, owned * count * costs.full_gradient)
@@ -328,7 +337,7 @@ def _layer_parallel(
     solve: Solve,
     biases: Mapping[Solve, float],
 ) -> Option | None:
-    """None where the settings refuse it."""
+    """Return a layer-parallel way on one mesh; None if the settings do not allow it."""
     c, levels, forward, backward = solve
     cyclic = not levels
     values = config.model_dump(mode="json")

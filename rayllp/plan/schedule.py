@@ -1,8 +1,9 @@
-"""What each worker does in a step, in which order: the very cycle that trains, run once for each worker without layers and without others.
+"""Find out what each worker does in a step, in which order, by running the actual solver once per worker, without layers and messages.
 
-A worker's order of work depends on no number, so its cycle can run alone: what it is sent is a state without contents, there at once.
-Workers whose parts of the hierarchy look alike do alike, so of those one runs. `Schedule.replay` then gives every piece of work its time
-and lets receivers wait for senders. What a forward solve defers is replayed with the adjoint, where a worker does it while it waits.
+A worker's order of work does not depend on any values, so its solver can run alone: every message it receives is an empty state that is
+there at once. Workers whose parts of the hierarchy look alike do the same, so that only one of them is run. `Schedule.replay` then gives
+each piece of work its time and lets receivers wait for senders. Work that the forward solve defers is replayed during the adjoint solve,
+while a worker waits.
 """
 
 from collections import defaultdict, deque
@@ -26,18 +27,20 @@ from rayllp.timeline import Span
 
 
 class Nothing(tuple[Tensor, ...]):
-    """A state without tensors. Each is an object of its own, as states are."""
+    """A state without tensors. Each one is a separate object, as real states are."""
 
     __slots__ = ()
 
 
 class Work(NamedTuple):
-    """Something that a worker does.
+    """A piece of work of one worker.
 
     Attributes:
-        kind: of its cost: forward, record, input_gradient, full_gradient, or send or receive.
-        layer: counted from the worker's first one in the order of the solve; 0 for messages.
-        peer: to or from whom, counted from the worker itself; 0 for work on a layer.
+        kind: forward, record, input_gradient or full_gradient (see `Costs`), or send or receive.
+        solve: forward or adjoint.
+        phase, level: of the cycle, as in `Span`.
+        layer: the layer, counted from the worker's first one in the order of the solve; 0 for messages.
+        peer: sender or receiver, counted from the worker itself; 0 for work on a layer.
     """
 
     kind: str
@@ -49,7 +52,7 @@ class Work(NamedTuple):
 
 
 class _Recorder(Propagator):
-    """A propagator and a channel of one worker, which write down what they are asked for."""
+    """The propagator and the channel of one worker, which record what the solver asks of them."""
 
     sends_wait = False
 
@@ -74,7 +77,7 @@ class _Recorder(Propagator):
         done, self.done = tuple(self.done), []
         return done
 
-    # As a propagator: the forward keeps a graph at C-points, which the last sweep then need not make.
+    # As a propagator. The forward solve keeps the graph of C-points, so the last sweep need not evaluate them again.
 
     def step(self, layer: int, state: State) -> State:
         self._work("input_gradient" if self._solve == "adjoint" else "record" if layer in self._c_points else "forward", layer)
@@ -123,7 +126,7 @@ class _Recorder(Propagator):
 
 
 def _spend(work: Work, first: int, costs: Mapping[str, float], now: float, spans: list[Span] | None) -> float:
-    """When this work on a layer is done."""
+    """Return the time when a piece of work on a layer is finished, and record its span."""
     then = now + costs[work.kind]
     if spans is not None:
         spans.append(Span(now, then, "compute", work.solve, work.phase, work.level, first + work.layer))
@@ -131,11 +134,11 @@ def _spend(work: Work, first: int, costs: Mapping[str, float], now: float, spans
 
 
 RunWork = tuple[Work, ...]
-"""The work of one run, a layer after another."""
+"""The work of one run of layers, in order."""
 
 
 class DeferredWork:
-    """What one worker has deferred: the last sweep of runs of its forward solve, with layers counted from `first`."""
+    """The work that a worker has deferred: the last sweep of some runs of its forward solve, with layers counted from `first`."""
 
     def __init__(self, runs: Sequence[RunWork], first: int) -> None:
         self.first = first
@@ -150,7 +153,7 @@ class DeferredWork:
         return None
 
     def reach(self, layer: int) -> list[Work]:
-        """Remove and return what the layer's run has left, up to this layer."""
+        """Remove and return what is left of the run that contains this layer, up to the layer."""
         while self._runs and not self._runs[0]:
             self._runs.popleft()
         for run in self._runs:
@@ -162,14 +165,20 @@ class DeferredWork:
 
 @dataclass(frozen=True)
 class Schedule:
-    """Of one solve: what each worker does, in order, the layer that its work is counted from, and what it defers."""
+    """The schedule of one solve.
+
+    Attributes:
+        workers: each worker's work in order.
+        first_layers: for each worker, the layer from which its work is counted.
+        deferred: the work that each worker defers, by runs.
+    """
 
     workers: tuple[tuple[Work, ...], ...]
     first_layers: tuple[int, ...]
     deferred: tuple[tuple[RunWork, ...], ...]
 
     def deferred_work(self) -> list[DeferredWork]:
-        """What each worker has deferred once this solve is over."""
+        """Return the work that each worker has deferred at the end of this solve."""
         return [DeferredWork(runs, first) for runs, first in zip(self.deferred, self.first_layers, strict=True)]
 
     def replay(
@@ -180,13 +189,14 @@ class Schedule:
         spans: Sequence[list[Span]] | None = None,
         deferred: Sequence[DeferredWork] | None = None,
     ) -> None:
-        """Let the workers do it; `clocks` are their times before, and after.
+        """Run the schedule on simulated clocks, advancing `clocks` in place.
 
         Args:
             costs: seconds by kind of work.
-            message_s: from sending to arrival; sending itself takes no time.
-            spans: of each worker; what it does is appended. None: nobody wants to know.
-            deferred: what each has deferred before: done while a message is awaited, and where a layer's graph is wanted.
+            message_s: seconds from sending to arrival; sending itself takes no time.
+            clocks: each worker's time.
+            spans: for each worker, a list to which its spans are appended; None: they are not needed.
+            deferred: the work deferred by an earlier solve; it is done while a message is awaited, or when a layer's graph is needed.
         """
         arrivals: dict[tuple[int, int], deque[float]] = defaultdict(deque)
         places = [0] * len(self.workers)
@@ -229,9 +239,9 @@ class Schedule:
 
 
 def schedules_of(config: TrainConfig, accuracy: Accuracy) -> tuple[Schedule, Schedule]:
-    """Forward and adjoint of a layer-parallel step."""
+    """Return the forward and the adjoint schedule of a layer-parallel step."""
     solves, workers = StepSolves.of(accuracy, config), config.layer_workers
-    # Where a tolerance may end the iterations early, their cap is what is predicted.
+    # If a tolerance may end the iterations early, the largest number of them is predicted.
     forward, adjoint = (replace(options, tolerance=None) for options in (solves.forward_options, solves.adjoint_options))
     return (
         _record(solves.forward, forward, workers, "forward", solves.c_points),
@@ -241,6 +251,7 @@ def schedules_of(config: TrainConfig, accuracy: Accuracy) -> tuple[Schedule, Sch
 
 @lru_cache(maxsize=1024)
 def _record(hierarchy: Hierarchy, options: SolverOptions, workers: int, name: str, c_points: frozenset[int]) -> Schedule:
+    """Run the solver once for each kind of worker and return the schedule of all workers."""
     spec = StateSpec((), (), torch.device("cpu"), bare=False)
     fine, alike = hierarchy.levels[0], _Alike(hierarchy, c_points)
     found: list[tuple[RunWork, tuple[RunWork, ...]]] = []
@@ -264,15 +275,15 @@ def _record(hierarchy: Hierarchy, options: SolverOptions, workers: int, name: st
 
 
 class _Alike:
-    """Which workers do alike: all that a worker's cycle reads of a hierarchy, with layers and workers counted from its own."""
+    """Tells which workers do the same, by all that a worker's cycle reads of a hierarchy, with layers and workers counted from its own."""
 
     def __init__(self, hierarchy: Hierarchy, c_points: frozenset[int]) -> None:
         self._hierarchy, self._c_points = hierarchy, c_points
         first = [level.owners[0] for level in hierarchy.levels]
-        self._initial = list(pairwise(first))  # from whom to whom the initial state goes
+        self._initial = list(pairwise(first))  # sender and receiver of the initial state, from level to level
 
     def look(self, rank: int, first: int) -> Hashable:
-        """Equal for workers that do alike."""
+        """Return a value that is equal for workers which do the same."""
         levels = [self._level(level, rank, first) for level in self._hierarchy.levels]
         moves = [
             tuple(

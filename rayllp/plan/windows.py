@@ -1,7 +1,7 @@
-"""Steps on a cyclic placement on logical clocks: windows, and exact steps layer after layer.
+"""Steps on a cyclic placement on simulated clocks: by windows, and exact steps with layers in turn.
 
-Workers of a window solve meet in an all-gather after every sweep, so their clocks are one; an exact step's microbatches wait for each other
-as `engine/in_order.py` has them wait.
+Workers of a window solve meet in an all-gather after every sweep, so their clocks are equal. In an exact step, microbatches wait for each
+other as in `engine/in_order.py`.
 """
 
 from collections.abc import Sequence
@@ -14,10 +14,11 @@ from rayllp.timeline import Span
 
 
 class Clocks:
-    """Each worker's time, and what it did when.
+    """Each worker's simulated time, and what it did when.
 
     Args:
-        spans: of each worker, to be appended to; None: not wanted.
+        workers: number of workers.
+        spans: for each worker, a list to which its spans are appended; None: they are not needed.
     """
 
     def __init__(self, workers: int, spans: Sequence[list[Span]] | None) -> None:
@@ -25,24 +26,24 @@ class Clocks:
         self._spans = spans
 
     def spend(self, rank: int, seconds: float, solve: str, phase: str = "", kind: str = "compute", layer: int | None = None) -> None:
-        """A worker is busy, or waits."""
+        """Let a worker be busy, or wait, for some seconds."""
         if self._spans is not None and seconds:
             self._spans[rank].append(Span(self.now[rank], self.now[rank] + seconds, kind, solve, phase, 0, layer))
         self.now[rank] += seconds
 
     def wait_until(self, rank: int, moment: float, solve: str) -> None:
-        """A worker waits for a message, if it is not there yet."""
+        """Let a worker wait until a message arrives, if it has not yet."""
         self.spend(rank, max(0.0, moment - self.now[rank]), solve, kind="wait")
 
     def meet(self, message: float, solve: str) -> None:
-        """All wait for all."""
+        """Let all workers wait for each other and for a message of `message` seconds."""
         together = max(self.now) + (message if len(self.now) > 1 else 0.0)
         for rank in range(len(self.now)):
             self.wait_until(rank, together, solve)
 
 
 def window_step(config: TrainConfig, accuracy: Accuracy, costs: Costs, clocks: Clocks) -> None:
-    """A step by windows, without update."""
+    """Run a step by windows on the clocks, without the update."""
     placement, last = Placement.cyclic(config.middle_layers, config.layer_workers), config.layer_workers - 1
     windows, meetings = placement.windows(accuracy.window), (costs.gather_s(config.layer_workers), costs.total_s(config.layer_workers))
     clocks.spend(0, costs.enter + config.buffers.open * costs.record, "enter")
@@ -69,14 +70,17 @@ def _sweeps(
 
 
 def in_order_step(config: TrainConfig, microbatches: int, costs: Costs, clocks: Clocks) -> None:
-    """An exact step on a cyclic placement, without update.
+    """Run an exact step with layers in turn on the clocks, without the update.
 
     Args:
-        costs: of one microbatch.
+        config: the settings.
+        microbatches: number of microbatches.
+        costs: costs of one microbatch.
+        clocks: the workers' clocks.
     """
     workers, layers = config.layer_workers, config.middle_layers
     owners = Placement.cyclic(layers, workers).owners
-    there = [0.0] * microbatches  # when each microbatch's state is handed on
+    there = [0.0] * microbatches  # when each microbatch's state leaves the previous layer
     for number in range(microbatches):
         clocks.spend(0, costs.enter + config.buffers.open * costs.record, "enter")
         there[number] = clocks.now[0]
@@ -99,7 +103,7 @@ def in_order_step(config: TrainConfig, microbatches: int, costs: Costs, clocks: 
         rank, source = owners[layer], owners[layer + 1] if layer + 1 < layers else workers - 1
         for number in range(microbatches):
             due = there[number] + (costs.message if source != rank else 0.0)
-            while left[rank] and clocks.now[rank] < due:  # parameter gradients that nobody waits for
+            while left[rank] and clocks.now[rank] < due:  # while waiting, compute parameter gradients, for which no worker waits
                 left[rank] -= 1
                 clocks.spend(rank, costs.full_gradient, "adjoint", "microbatch")
             clocks.wait_until(rank, due, "adjoint")
