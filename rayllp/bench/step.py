@@ -113,6 +113,7 @@ def _summary(config: TrainConfig, found: Sequence[list[TimedStep]], serial_s: fl
 
 
 def _shifted(spans: Sequence[Span], seconds: float) -> tuple[Span, ...]:
+    """Return spans moved by some seconds."""
     return tuple(span._replace(begin=span.begin + seconds, end=span.end + seconds) for span in spans)
 
 

@@ -37,8 +37,7 @@ class RelaxationSettings(Settings):
 class MGRITSettings(Settings):
     """How the layers are solved in parallel mode (arXiv:2601.09026, section 3.2).
 
-    With a cyclic placement, iterations are sweeps of a window, and levels, coarsening, relaxation, cycle and coarse operator have no
-    meaning.
+    With a cyclic placement, iterations are sweeps of a window; levels, coarsening, relaxation, cycle and coarse operator mean nothing.
     """
 
     coarsening: int | tuple[int, ...] = Field(4, description="c_f, one for all levels or a list, one a coarse level")

@@ -2,8 +2,8 @@
 
 Layers are time steps of an ODE over a fixed interval, so a shallow network is a coarse discretisation of the deep one. The deep one starts
 from its weights: all layers that replace a layer start as copies of it. This module computes what the stages of the schedule `nested` are.
-A stage has complete settings of its own, so that it is trained like any other run;
-`rayllp.checkpoint.depth_prolongation` carries weights and optimizer state from stage to stage.
+A stage has complete settings of its own, so that it is trained like any other run; `rayllp.checkpoint.depth_prolongation` carries weights
+and optimizer state from stage to stage.
 """
 
 from contextlib import suppress
@@ -148,6 +148,7 @@ def _fitting(config: S, levels: int) -> int:
 
 
 def _validated(config: S, values: dict[str, Any], name: str, layers: int) -> S:
+    """Return a stage's settings, checked; errors name the stage."""
     try:
         return type(config).model_validate(values)
     except ValidationError as error:

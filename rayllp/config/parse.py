@@ -119,6 +119,7 @@ class _Reader:
         return self._scalar(node, self.kinds(path))
 
     def _mapping(self, node: MappingNode, path: tuple[str, ...], around: tuple[Node, ...]) -> dict[str, Any]:
+        """Return a mapping, with the mappings that it merges by `<<` beneath its own keys."""
         inherited: dict[str, Any] = {}
         found: dict[str, Any] = {}
         lines: dict[str, int] = {}
@@ -141,6 +142,7 @@ class _Reader:
         return {**inherited, **found}
 
     def _scalar(self, node: ScalarNode, kind: Any) -> Any:
+        """Return a single value: as YAML 1.2 has it, but as text if the setting takes text."""
         tag = str(node.tag).removeprefix(_TAG)
         if node.style is not None or tag not in ("null", "bool", "int", "float") or (tag != "null" and is_text(kind)):
             return str(node.value)

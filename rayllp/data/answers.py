@@ -87,6 +87,7 @@ class AnswerBatches:
         return (inputs, torch.from_numpy(positions)) if self.packed else inputs, torch.from_numpy(targets)
 
     def _fill(self, name: str, sequence: int, ids: np.ndarray, positions: np.ndarray, targets: np.ndarray) -> None:
+        """Copy the samples of one sequence into a row of the batch's arrays."""
         tokens, answers, samples, sequences = (self.entry.array(name + part) for part in ("", "_answers", "_samples", "_sequences"))
         place = 0
         for sample in range(sequences[sequence], sequences[sequence + 1]):
@@ -219,6 +220,7 @@ class WriteAnswers:
             yield sample
 
     def _samples(self, table: Table, faults: Faults) -> Iterator[_Sample]:
+        """Yield a table's rows as samples; broken rows are refused or counted. Of the training table at most `data.max_bytes` are read."""
         settings = self.settings
         limit = settings.max_bytes if table is self.train else None
         found = table.open()
@@ -253,6 +255,7 @@ class WriteAnswers:
 
 
 def _is_text(place: str, texts: tuple[Any, ...], fields: tuple[str, ...], faults: Faults) -> bool:
+    """True if all columns of a row hold text; otherwise the row is refused or counted."""
     for text, column in zip(texts, fields, strict=True):
         if not isinstance(text, str):
             kind = "nothing" if text is None else type(text).__name__

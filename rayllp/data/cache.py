@@ -151,6 +151,10 @@ class Entry:
         return replace(self, carried={path.name: path.read_bytes() for path in files})
 
     def _write(self) -> None:
+        """Make the entry, unless another process does so meanwhile.
+
+        The files are written to a temporary folder, which is renamed at the end, so that an entry is either complete or absent.
+        """
         try:
             with self._lock():
                 if (self.folder / ENTRY).is_file():  # another process has made it while this one waited for the lock
@@ -175,6 +179,7 @@ class Entry:
             yield
 
     def _fill(self, part: Path) -> None:
+        """Write the entry's files into a folder: those that it carries, or else those that `make` writes."""
         if self.carried is not None:
             for name, content in self.carried.items():
                 (part / name).write_bytes(content)

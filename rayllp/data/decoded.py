@@ -52,6 +52,7 @@ class DecodedImages:
         return np.stack([self._pixels(int(number)) for number in self.numbers[chosen]])
 
     def _pixels(self, number: int) -> np.ndarray:
+        """Decode the image in one row."""
         place = f"{self.source} row {number}"
         pixels = self.decode(self.rows[number][self.column], place)
         if pixels.shape[1:] != self.image[1:]:

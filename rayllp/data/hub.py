@@ -91,6 +91,7 @@ class Split:
             faults.report("rows", where)
 
     def _guarded(self, rows: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        """Turn any error while rows are read into a DataError that names the data set."""
         while True:
             try:
                 row = next(rows, None)

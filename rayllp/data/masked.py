@@ -59,6 +59,7 @@ class MaskedBatches(StreamBatches):
         return torch.from_numpy(inputs), torch.from_numpy(np.where(filled[:, None], targets, IGNORE))
 
     def _mask(self, windows: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return the inputs and targets of some windows, masked under this key."""
         special = self.special
         windows = windows + special.offset
         generator = np.random.Generator(np.random.Philox(key=seed))

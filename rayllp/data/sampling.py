@@ -32,7 +32,7 @@ class Order:
     weights: tuple[float, ...] = ()
 
     def places(self, step: int, size: int) -> np.ndarray:
-        """Return, for each sample of a step that is taken from this set, how many samples of the set training has taken before."""
+        """Return, for each sample of a step, how many samples training has taken from this set before it."""
         numbers = np.arange(step * size, (step + 1) * size)
         return taken(numbers, self.weights, self.number) if self.weights else numbers
 
@@ -85,6 +85,7 @@ def permute(numbers: np.ndarray, count: int, seed: int) -> np.ndarray:
 
 
 def _feistel(numbers: np.ndarray, side: np.uint64, keys: np.ndarray) -> np.ndarray:
+    """Permute the numbers below side² by a Feistel network with these round keys."""
     high: Any = numbers // side
     low: Any = numbers % side
     for each in keys:

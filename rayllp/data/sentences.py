@@ -231,6 +231,7 @@ def _find_column(setting: str, name: str, first: list[str], path: Path, named: b
 
 
 def _find_fault(cells: list[str], columns: _Columns) -> str | None:
+    """Return what is wrong with a line; None if nothing is."""
     if len(cells) != columns.width:
         return f"{len(cells)} columns between tabs, the first line has {columns.width}"
     if not all(cells[column].strip() for column in (*columns.texts, columns.label)):
@@ -239,6 +240,7 @@ def _find_fault(cells: list[str], columns: _Columns) -> str | None:
 
 
 def _has_label(example: _Example, numbers: dict[str, int], faults: Faults) -> bool:
+    """True if an example's label occurs in training; otherwise the example is refused or counted."""
     if example.label not in numbers:
         faults.report("labels", f"{example.place}: label {example.label!r} is none of training's {_listed(numbers)}")
     return example.label in numbers

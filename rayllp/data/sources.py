@@ -76,6 +76,7 @@ class Files:
             raise DataError(message + end) from None
 
     def _is_text(self, path: Path, faults: Faults) -> bool:
+        """True if a file is text to its end; otherwise it is counted as left out."""
         try:
             for _ in read_text_file(self.name.partition(" ")[0], path):
                 pass
@@ -205,6 +206,7 @@ def _training(settings: DataSettings) -> Table | None:
 
 
 def _held_out(settings: DataSettings) -> Table | None:
+    """Return the held-out table that the settings name; None if they name text, or nothing."""
     if settings.validation_split:
         return Table(f"data.validation_split {settings.validation_split}", settings, "data.validation_split", settings.validation_split)
     return _table("data.validation_path", settings.validation_path, settings) if settings.validation_path else None

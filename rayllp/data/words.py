@@ -182,6 +182,7 @@ def _parse(path: Path, block: list[tuple[int, str]], label: str, faults: Faults)
 
 
 def _find_fault(columns: list[str], next_id: int, label: str) -> str | None:
+    """Return what is wrong with a line of CoNLL-U; None if nothing is."""
     if len(columns) != COLUMNS:
         return f"CoNLL-U has {COLUMNS} columns between tabs, this line {len(columns)}"
     if _RANGE_OR_EMPTY_NODE.fullmatch(columns[0]):
@@ -200,6 +201,7 @@ def _find_fault(columns: list[str], next_id: int, label: str) -> str | None:
 
 
 def _number_words(sentences: list[_Sentence], min_count: int) -> dict[str, int]:
+    """Number the words that occur often enough, the most frequent first."""
     counts = Counter(word for sentence in sentences for word in sentence.words)
     kept = sorted((word for word, count in counts.items() if count >= min_count), key=lambda word: (-counts[word], word))
     if not kept:
@@ -208,6 +210,7 @@ def _number_words(sentences: list[_Sentence], min_count: int) -> dict[str, int]:
 
 
 def _number_labels(sentence: _Sentence, numbers: dict[str, int], faults: Faults) -> list[int]:
+    """Return the class numbers of a sentence's labels; IGNORE for one that does not occur in training, if faults are skipped."""
     for label, place in zip(sentence.labels, sentence.places, strict=True):
         if label not in numbers:
             faults.report("labels", f"{place}: label {label!r} is in no training sentence")

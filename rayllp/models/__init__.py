@@ -89,7 +89,7 @@ def check_network(config: TrainConfig, facts: Facts, kept: Mapping[str, Any] | N
 def check_batched(config: TrainConfig, architecture: Architecture, drawing: str | None = None) -> None:
     """Refuse mgrit.batched and compile for networks that draw random numbers, and mgrit.batched for layers of different kinds.
 
-    Dropout masks are keyed by layer and sample, which neither vmapped nor compiled layers can do.
+    Dropout masks have to be keyed by layer and sample, which is not possible in vmapped and compiled layers.
 
     Args:
         config: the settings of the run.
@@ -115,6 +115,7 @@ def check_muon(config: TrainConfig, architecture: Architecture) -> None:
 
 
 def _check_kinds(config: TrainConfig, architecture: Architecture) -> None:
+    """Refuse mgrit.batched if layers of different kinds would be called together."""
     level, offset = config.hierarchy(2).levels[0], config.buffers.open
     for rank in range(config.layer_workers):
         # Layers at the same position of their intervals are called together, except the first ones (C-points), which are called singly.

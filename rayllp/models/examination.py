@@ -85,6 +85,7 @@ class _Examination:
         self.residual = True
 
     def run(self) -> Examined:
+        """Run the model and return what was found."""
         replay = self.replay
         replay.move(self.dtype, torch.device("cpu"))
         outside = replay.outside()
@@ -106,10 +107,12 @@ class _Examination:
         return Examined(embed, self._names(outside, outputs), memory, tuple(self.kind_of), self.residual, handed_on)
 
     def _names(self, outside: Mapping[str, nn.Parameter], *tensors: Tensor) -> frozenset[str]:
+        """Return the names of those parameters outside the layers that these tensors were computed from."""
         behind = set().union(*(parameters_behind(tensor) for tensor in tensors))
         return frozenset(name for name, parameter in outside.items() if id(parameter) in behind)
 
     def _visit(self, index: int, call: Call, state: Tensor) -> Tensor:
+        """Stand in for a layer: check how it is called, and return the state that a real layer of its kind makes."""
         replay = self.replay
         self.visited.append(index)
         self.calls.append(call)
@@ -131,6 +134,7 @@ class _Examination:
         return self.passed
 
     def _check_arguments(self, index: int, call: Call) -> None:
+        """Refuse arguments that another worker could not compute, and note which one is the encoder's result."""
         for place, value in call.values():
             if isinstance(value, Cache):
                 raise UncuttableError(f"layer {index} is given a cache, which would remember one sweep in the next")
@@ -146,6 +150,7 @@ class _Examination:
                 raise UncuttableError(f"layer {index} is given {_word(place)}, which parameters outside the layers have made")
 
     def _kind(self, index: int, call: Call) -> int:
+        """Return the number of a layer's kind, from its class, its parameters' shapes and its arguments."""
         module = self.replay.layers[index]
         shapes = tuple((name, tuple(p.shape)) for name, p in module.named_parameters())
         plain = tuple((place, _identity(value)) for place, value in call.values())
@@ -153,6 +158,7 @@ class _Examination:
         return self.kinds.setdefault(form, len(self.kinds))
 
     def _call(self, index: int, call: Call, state: Tensor) -> tuple[int | None, Tensor]:
+        """Call a real layer; return how many values it returns (None for a bare state) and the state, and test whether it is residual."""
         layer, call = self.build(index).to(self.dtype), call.replaced(_nothing_handed_on)
         large = torch.randn_like(state) * LARGE
         with torch.no_grad():

@@ -28,6 +28,7 @@ def layer_paths(model: PreTrainedModel) -> tuple[list[str], int]:
 
 
 def _largest(model: nn.Module, prefix: str) -> list[str]:
+    """Return the names of the layers in the largest outermost list of modules."""
     lists = [(name, module) for name, module in model.named_modules() if isinstance(module, Lists) and len(module)]
     outer = [(name, module) for name, module in lists if not any(name.startswith(other + ".") for other, _ in lists)]
     sizes = {name: sum(p.numel() for p in module.parameters()) for name, module in outer}

@@ -64,6 +64,7 @@ def check_targets(layers: Sequence[nn.Module], settings: LoRASettings) -> None:
 
 
 def _targets(layer: nn.Module, settings: LoRASettings) -> list[str]:
+    """Return the names, within a layer, of the linear maps that get adapters."""
     return [name for name in linear_maps(layer) if settings.targets is None or _leaf(name) in settings.targets]
 
 
@@ -82,6 +83,7 @@ def stored_name(name: str) -> str | None:
 
 
 def _fill(layer: nn.Module, path: str, folder: Path) -> None:
+    """Load stored adapters into a layer."""
     try:
         with safe_open(folder / ADAPTER, framework="pt") as file:
             known = set(file.keys())

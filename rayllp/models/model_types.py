@@ -29,7 +29,7 @@ SIZES = {
     "intermediate_size": ("intermediate_size", "n_inner", "ffn_dim", "d_ff", "ffn_hidden_size", "hidden_dim"),
 }
 MOST_UNUSED = 64
-"""Rows of an embedding that may have no token, or a twentieth of all; with more, it is taken to belong to another tokenizer."""
+"""An embedding may have this many rows without a token, or a twentieth of its rows if that is more; else it is another tokenizer's."""
 OUTSIDE = ("use_cache", "output_router_logits")
 """Fields that have to be off: caches are for generation only, and router losses need the outputs of all layers at once."""
 
@@ -127,6 +127,7 @@ def _check_vocabulary(config: PreTrainedConfig, settings: TrainConfig, facts: Fa
 
 
 def _new(settings: TrainConfig, facts: Facts) -> PreTrainedConfig:
+    """Return a new configuration of the settings' sizes."""
     model = settings.model
     kind = CONFIG_MAPPING[str(model.architecture)]
     if settings.model.task == "images" and "vision_config" in kind.sub_configs:  # CLIP and the like: only the vision half is trained
@@ -165,6 +166,7 @@ def _sizes(settings: TrainConfig, facts: Facts, plain: PreTrainedConfig) -> dict
 
 
 def _layers(plain: PreTrainedConfig, settings: TrainConfig) -> dict[str, int]:
+    """Return the fields for the number of layers, whose names depend on the model type."""
     model = settings.model
     heads, inner = model.heads, model.feed_forward or 4 * model.width
     if model.task != "translation" and "decoder_layers" in vars(plain):

@@ -174,12 +174,14 @@ class PretrainedArchitecture(Architecture):
         return layer.get_submodule(name).get_parameter("weight")
 
     def _ties_between(self, first: Iterable[str], last: Iterable[str]) -> Iterable[tuple[str, str]]:
+        """Yield, for each parameter that is in two pieces, its name in the first and in the last."""
         for group in self.same:
             ends = [[name for name in group if is_within(name, paths)] for paths in (first, last)]
             if ends[0] and ends[1]:
                 yield ends[0][0], ends[1][0]
 
     def _groups_within(self, piece: Piece) -> list[list[str]]:
+        """Return the groups of names in a piece that denote the same parameter."""
         names = {name for name, _ in piece.named_parameters(remove_duplicate=False)}
         return [found for group in self.same if len(found := [name for name in group if name in names]) > 1]
 

@@ -188,6 +188,7 @@ def _handler(op: Any) -> Callable[..., Any]:
 
 
 def _kernel(op: Any) -> Callable[..., Any]:
+    """Return the kernel that is registered for an operator."""
     handle, name = _handler(op), op._schema.name.removeprefix("aten::")
     defaults = {argument.name: argument.default_value for argument in op._schema.arguments}
     plain = "generator" not in defaults and handle in (_of_size, _by_row)

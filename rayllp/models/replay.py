@@ -195,6 +195,7 @@ class Replay:
             self._visit = _pass_on
 
     def _stand_in(self, index: int, *args: Any, **kwargs: Any) -> Any:
+        """Take a layer's place in the model: pass its call and state to `visit`, and return as many values as the layer would."""
         call, state = Call.split(args, kwargs)
         state = self._visit(index, call, state)
         size = self.returns[index]

@@ -119,6 +119,7 @@ class Transformer(PretrainedArchitecture):
         return paths
 
     def _names_of(self, name: str) -> set[str]:
+        """Return all names of a parameter."""
         return next((set(group) for group in self.same if name in group), {name})
 
     def embed(self) -> nn.Module:
@@ -130,6 +131,7 @@ class Transformer(PretrainedArchitecture):
         return self._frozen_but(super().head(), self.examined.head)
 
     def _frozen_but(self, piece: nn.Module, used: frozenset[str]) -> nn.Module:
+        """Freeze a piece's parameters except those in `used`."""
         for name, parameter in piece.named_parameters():
             parameter.requires_grad_(bool(self._names_of(name) & used))
         return piece
@@ -150,6 +152,7 @@ class Transformer(PretrainedArchitecture):
         return self.make((path,), pretrained=False)[path].eval()  # it may be another worker's, whose weights are not read
 
     def _refuse_steps(self) -> None:
+        """Refuse approximate solves and step sizes other than 1 for layers that are not residual."""
         settings, what = self.settings, "its layers are no residual steps: what they make does not grow with the state (post-norm)"
         if settings.mode != "serial":
             raise SettingsError(
@@ -200,6 +203,7 @@ class Transformer(PretrainedArchitecture):
         return tuple(found)
 
     def _refuse_shared(self, paths: list[str]) -> None:
+        """Refuse parameters that a layer shares with another layer or with a piece around the layers."""
         for group in self.same:
             inside = {path for name in group for path in paths if name.startswith(path + ".")}
             if len(inside) > 1 or (inside and any(not name.startswith(tuple(path + "." for path in paths)) for name in group)):
@@ -268,6 +272,7 @@ class Transformer(PretrainedArchitecture):
         return next((name for name in CACHE if name in self._takes), None) if "use_cache" in self._takes else None
 
     def _some_inputs(self) -> Inputs:
+        """Return a few samples of the shape that the model's inputs have."""
         if self.settings.model.task == "images":
             assert self.facts.image is not None
             return torch.zeros(SAMPLES, *self.facts.image)

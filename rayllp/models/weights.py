@@ -229,6 +229,7 @@ def _by_model_names(places: Mapping[str, Place], model: PreTrainedModel) -> tupl
 
 
 def _places(folder: Path) -> dict[str, Place]:
+    """Return where each tensor of a checkpoint folder is stored, by the tensor's name."""
     try:
         if (folder / INDEX).is_file():
             table = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]

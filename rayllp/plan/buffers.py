@@ -98,6 +98,7 @@ def suggest_buffers(estimates: Sequence[Sequence[float]], config: TrainConfig, *
 
 
 def _medians(estimates: Sequence[Sequence[float]], config: TrainConfig) -> tuple[float, ...]:
+    """Return the median of each layer's last estimates; infinite if any of them is not finite."""
     last = estimates[-LAST:]
     if not last:
         raise SettingsError("no Lipschitz estimates: give those of at least one probe (adaptive.lipschitz_every=1)")

@@ -239,6 +239,7 @@ def _meshes(config: TrainConfig, devices: int) -> Iterator[tuple[int, int]]:
 
 
 def _solves(layers: int) -> Iterator[Solve]:
+    """Yield the settings of MGRIT that this number of layers allows."""
     for c in COARSENINGS:
         for levels in LEVELS:
             if layers > c ** (levels - 1):

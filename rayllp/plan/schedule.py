@@ -296,6 +296,7 @@ class _Alike:
         return tuple(levels), tuple(moves), tuple(initial)
 
     def _level(self, level: Level, rank: int, first: int) -> Hashable:
+        """Return all that a worker's cycle reads of one level; None if it has no points there."""
         points = level.local(rank)
         if not points:
             return None

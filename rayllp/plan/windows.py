@@ -61,6 +61,7 @@ def window_step(config: TrainConfig, accuracy: Accuracy, costs: Costs, clocks: C
 def _sweeps(
     placement: Placement, window: range, sweeps: int, inner: float, final: float, meetings: tuple[float, float], solve: str, clocks: Clocks
 ) -> None:
+    """Run the sweeps of one window: each layer costs `inner` in all sweeps but the last, which costs `final`."""
     for sweep in range(min(sweeps, len(window))):
         is_last = sweep == min(sweeps, len(window)) - 1
         for layer in window:
