@@ -23,7 +23,7 @@ class TrainConfig(RunSettings):
     @model_validator(mode="before")
     @classmethod
     def _sizes_of_the_pretrained(cls, values: Any) -> Any:
-        """Fill in the sizes of the checkpoint in model.from_pretrained where the settings leave them out."""
+        """Fill in sizes, Δt and buffers from the checkpoint of model.from_pretrained where the settings leave them out."""
         return with_pretrained_sizes(values) if isinstance(values, Mapping) else values
 
     @model_validator(mode="after")
