@@ -84,7 +84,7 @@ def check_run(run: Path) -> None:
 
 
 def load_run_config(run: Path, overrides: list[str] | tuple[str, ...] = ()) -> TrainConfig:
-    """Read the settings of the run in this directory; otherwise as `load_config`.
+    """Read the settings of the run in this directory and apply `key=value` overrides, as `load_config` does.
 
     Raises:
         NotARunError: the directory is not a run's.

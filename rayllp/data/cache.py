@@ -285,7 +285,7 @@ def settle(batches: Any) -> None:
     """Make sure that this host has the cache entries of a data set; does nothing for data in memory.
 
     Raises:
-        DataError: as `Entry.settle`.
+        DataError: see `Entry.settle`.
     """
     for entry in getattr(batches, "entries", ()):
         entry.settle()

@@ -126,7 +126,7 @@ def load_named(settings: DataSettings, setting: str, name: str, *, stream: bool 
     """Return the split that a setting names.
 
     Raises:
-        DataError: there is no such split (the message lists those there are); or as `load_split`.
+        DataError: there is no such split (the message lists those there are); see also `load_split`.
     """
     split = load_split(settings, name, stream=stream, what=what)
     if split is None:

@@ -168,7 +168,7 @@ def held_out_table(settings: DataSettings) -> Table | None:
     """Return the held-out table if the settings name a file or a split for it, else None.
 
     Raises:
-        DataError: as `training_table`.
+        DataError: see `training_table`.
     """
     table = _held_out(settings)
     if table is None and settings.validation_path:
@@ -180,7 +180,7 @@ def tables(settings: DataSettings) -> tuple[Table, Table | None]:
     """Return the training and the held-out table. If the settings name no held-out one, it is a split that the data set itself holds out.
 
     Raises:
-        DataError: as `training_table`.
+        DataError: see `training_table`.
     """
     train, held_out = training_table(settings), held_out_table(settings)
     if held_out is None:

@@ -206,7 +206,7 @@ def load_text(settings: DataSettings, sequence_length: int, seed: int, tokenizer
     """Read a text, tokenise it, and split it.
 
     Raises:
-        DataError: as `load_tokens`.
+        DataError: see `load_tokens`.
     """
     found = load_tokens(settings, sequence_length, sequence_length + 1, tokenizer)
     order = Order(seed, settings.sampling)
@@ -223,7 +223,7 @@ def load_tokens(settings: DataSettings, sequence_length: int, window: int, token
         tokenizer: the tokenizer of a run that is resumed; None: the one that the settings name.
 
     Raises:
-        DataError: as `read_text`; either split is shorter than a window; the tokenizer cannot encode the held-out text.
+        DataError: see `read_text`; or either split is shorter than a window, or the tokenizer cannot encode the held-out text.
     """
     source, held_out = training_text(settings), held_out_text(settings)
     stamps = [source.stamp(), settings.max_bytes, settings.on_error]

@@ -83,7 +83,7 @@ class Characters(_OneByOne):
         return self._encode(decode_text(text))
 
     def stream(self, pieces: Iterable[str]) -> Iterator[np.ndarray]:
-        """Encode piece by piece; raises as `encode`."""
+        """Encode a text that comes in pieces; see `encode` for errors."""
         return map(self._encode, pieces)
 
     def _encode(self, text: str) -> np.ndarray:

@@ -78,7 +78,7 @@ def check_network(config: TrainConfig, facts: Facts, kept: Mapping[str, Any] | N
     """Refuse settings from which no network can be built for data with these facts, or whose metric could not be computed.
 
     Raises:
-        SettingsError, CheckpointError: as `build_architecture`.
+        SettingsError, CheckpointError: see `build_architecture`.
         DataError: the package for the translation metric is not installed.
     """
     check_batched(config, build_architecture(config, facts, kept))

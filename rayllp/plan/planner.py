@@ -270,7 +270,7 @@ def _replicas_s(config: TrainConfig, model: LayerModel, device: Device, layers: 
     """Return the seconds that replicas spend on summing gradients and, if optimizer state is sharded, on exchanging updated parameters.
 
     Args:
-        config, model, device: as of `make_plan`.
+        config, model, device: see `make_plan`.
         layers: number of layers on the worker.
         replicas: number of replicas.
         adjoint_s: seconds of computation during which gradients become final, so that their buckets are summed in the background.
