@@ -1,7 +1,7 @@
 """States of blocks in host memory, and copies of them on other workers, from which a run recovers lost workers without a disk.
 
-Every worker keeps its last two states, and copies of the last two of the worker before it. Copies are exchanged in the background, by a
-process group of their own. Each exchange ends with a small all-reduce, after which all workers have that step and the older one can be
+Every worker keeps its last two states, and copies of the last two of another worker. Copies are exchanged in the background, by a process
+group of their own. Each exchange ends with a small all-reduce, after which all workers have that step and the older one can be
 dropped. So whenever a worker is lost, there is a step that all survivors have, and of which another worker holds the lost one's copy.
 
 With replicas every block is on several workers, and nothing is copied. If the optimizer's state is sharded over the replicas, each worker
@@ -26,6 +26,7 @@ from rayllp.engine import Engine
 from rayllp.errors import ChannelError
 
 KEPT = 2
+"""States that a worker keeps if it exchanges no copies."""
 PATIENCE_S, SLOWEST_BYTES_S = 30.0, 10e6
 """Time limit of an exchange: 30 s, plus the time that the largest state takes over a link of 10 MB/s. Lost workers are noticed earlier."""
 

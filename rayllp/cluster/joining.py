@@ -37,7 +37,7 @@ FILES = 1024
 
 @contextlib.contextmanager
 def join_cluster(cpus: int, console: Console | None = None) -> Iterator[None]:
-    """Join the cluster that this process belongs to or RAY_ADDRESS names, else start one here; leave or stop it at the end.
+    """Use the cluster that this process has joined already; else join that of RAY_ADDRESS, or start one here, and leave it at the end.
 
     Args:
         cpus: a cluster that is started here offers at least this many CPUs, even if the machine has fewer.

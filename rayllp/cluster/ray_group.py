@@ -55,7 +55,6 @@ class RayGroup(ElasticGroup):
     """The workers of one run.
 
     Args:
-        config: settings for the number of workers to start with.
         pool: provides the processes.
         storage: where checkpoints are written, which all hosts must share; None: no checkpoints are written.
     """
@@ -104,21 +103,14 @@ class RayGroup(ElasticGroup):
 
     @property
     def _sent(self) -> Any:
-        """Reference to the batches in Ray's object store, put there once for all workers.
-
-        If a worker is on another host, small data files are sent along.
-        """
+        """Reference to the batches in Ray's object store. If a worker is on another host, small data files are sent along."""
         far = not self._is_all_here
         if far not in self._shared:
             self._shared[far] = ray.put(with_files(self._batches) if far else self._batches)
         return self._shared[far]
 
     def _connect(self, *, keep_copies: bool = False) -> None:
-        """Connect all workers to each other.
-
-        Args:
-            keep_copies: True if the copies of states that the workers hold remain valid, because ranks and layers have not changed.
-        """
+        """Connect all workers. With `keep_copies` the copies of states that they hold stay valid: ranks and layers have not changed."""
         places = self.call("place", timeout_s=START_TIMEOUT_S)
         self._nodes, self._addresses = [place.node for place in places], [place.address for place in places]
         self._seen_by |= check_storage(self.storage, places, self._seen_by, self._ask)

@@ -125,10 +125,8 @@ class BlockWorker:
         """Join the process groups, over the network interface that has this node's address in the cluster.
 
         Args:
-            host: address at which rank 0 listens; the loopback address if all workers are on one node.
-            port: port at which rank 0 listens.
+            host, port: where rank 0 listens; the loopback address if all workers are on one node.
             backend: backend of the process groups, "gloo" or "nccl".
-            device: "cpu" or "cuda".
             offset: copies of states go from rank r to rank r + offset.
             rendezvous: where the workers meet to form an MPI world that sends the states; None: the process groups send them.
             sharing: number of workers on this node, which share its CPUs; 0: leave the number of threads as it is.
@@ -165,13 +163,7 @@ class BlockWorker:
         gc.collect()  # a connection is closed when the last reference to it is gone
 
     def build(self, architecture: Architecture | None, batches: Batches, device: str, plan: Plan) -> dict[str, Any]:
-        """Build this worker's layers and describe its share of the network.
-
-        Args:
-            architecture: a network of the user's own; None: the one that the settings name.
-            batches: the data set.
-            device: "cpu" or "cuda".
-            plan: what else is needed to build a model that the settings name.
+        """Build this worker's layers and describe its share of the network. Without an architecture, settings and plan name the model.
 
         Returns: a dictionary with, among others, "layout", the layout of this worker's state, and "sources", the names of the parameters
             that the state is made of when layers are redistributed.
@@ -221,7 +213,7 @@ class BlockWorker:
         gc.collect()  # two networks may not fit in memory, and an engine is freed only by the collector, as its parts refer to each other
 
     def release_layers(self) -> None:
-        """Give up layers and connections at the end of a run; `reconfigure` starts another one.
+        """Give up layers and connections at the end of a run, so that `reconfigure` can start another one.
 
         Raises:
             ChannelError: this process is in an MPI world, and cannot join another one.
@@ -306,20 +298,11 @@ class BlockWorker:
         self._done = deque((stats for stats in self._done if stats["step"] < step), maxlen=REMEMBERED)
 
     def give(self, step: int, neighbour: bool, weights: bool) -> torch.Tensor:
-        """Return a state after `step` steps.
-
-        Args:
-            neighbour: True for the copy of another worker's state, False for this worker's own.
-            weights: False to leave out the weights.
-        """
+        """Return a state after `step` steps: the copy of another worker's (`neighbour`) or this worker's own, with or without weights."""
         return self._memory.give(step, neighbour=neighbour, weights=weights)
 
     def gather(self, layouts: list[Layout], *states: torch.Tensor) -> None:
-        """Restore this worker's block from states of other workers: replicas, holders of copies, or those that had its layers before.
-
-        Args:
-            layouts: the layout of each state.
-        """
+        """Restore this worker's block from states of other workers: replicas, holders of copies, or those that had its layers before."""
         self._memory.state.gather(list(zip(layouts, states, strict=True)))
 
     def report(self, start: int, stop: int) -> list[dict[str, Any]]:
@@ -343,11 +326,7 @@ class BlockWorker:
 
     @_leaving
     def evaluate(self, batches: int, done: int, most: int) -> tuple[int, int, dict[str, float] | None]:
-        """Evaluate up to `most` more validation batches.
-
-        Args:
-            batches: number of batches in the whole evaluation; 0: all.
-            done: number of batches evaluated so far; 0 starts an evaluation.
+        """Evaluate up to `most` more validation batches of `batches` (0: all), of which `done` are done; 0 starts an evaluation.
 
         Returns: number of batches evaluated so far, number of all, and loss and metrics by name once all are evaluated, else None.
         """
@@ -389,13 +368,7 @@ class BlockWorker:
         return self._writer.finish()
 
     def load(self, folder: str, files: dict[str, Any], prolongation: Prolongation | None = None) -> None:
-        """Load this worker's pieces of a checkpoint.
-
-        Args:
-            folder: the checkpoint.
-            files: files of its manifest, with the checksums to check.
-            prolongation: how to read the checkpoint of a shallower network; None: it is of the same network.
-        """
+        """Load this worker's pieces of a checkpoint (with `prolongation`, of a shallower network's) and check their checksums in `files`."""
         self._done.clear()
         load_pieces(self._engine, locate(folder), prolongation, files)
 

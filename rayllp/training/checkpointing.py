@@ -127,8 +127,8 @@ class Saver:
     def note_loss(self, step: int, loss: float, batches: int) -> None:
         """Note a validation loss. If it is the best so far, `is_wanted` asks for a checkpoint of this step.
 
-        Only losses over the same number of batches are compared. The last evaluation of a run, which may use more of them, is therefore
-        compared with none.
+        Only losses over the same number of batches are compared. A last evaluation over more batches is therefore never the best, unless it
+        is the only one.
         """
         # The best evaluation so far may be one whose checkpoint has not been started, or is still being written.
         best = self._new_best or (self._pending.best if self._pending is not None else None) or self.best
@@ -147,7 +147,7 @@ class Saver:
             self.run.write_best(best)
 
     def abandon(self) -> None:
-        """Give up the pending checkpoint, because a worker was lost or it cannot be written, and ask for another one."""
+        """Give up the pending checkpoint, if there is one (a worker was lost, or it cannot be written), and ask for another."""
         if self._pending is not None:
             remove(self._pending.folder)
             self._pending, self._overdue = None, True

@@ -55,7 +55,7 @@ class Evaluator:
         Returns: the metrics by name, and the sample; both are empty if the run is stopped.
         """
         settings, sample = self.settings, ""
-        # A stream of text may be very long: it is not evaluated to its end unless the settings ask for that.
+        # A stream of text may be very long, so by default it is not evaluated to its end.
         finite = hasattr(self.batches or self.data, "batches") and not getattr(self.data, "is_stream", False)
         batches = settings.final_batches or (0 if finite else settings.batches)
         found = self._measure(step, journal, batches, settings.final_translate)

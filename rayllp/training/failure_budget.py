@@ -11,9 +11,11 @@ HOUR_S = 3600.0
 SAME_STEP = 3
 """After this many failures at one step, with no step done between them, the step itself is taken to be the cause."""
 BACK_OFF_S, LONGEST_S = 0.5, 30.0
+"""Seconds to wait after failures that follow each other: the wait doubles each time, up to `LONGEST_S`."""
 COST = 0.03
 """Largest share of the training time that keeping states may take."""
 RAREST = 100
+"""Most steps between kept states."""
 
 
 class FailureBudget:

@@ -15,6 +15,7 @@ from rayllp.training.gain import StepTimes
 
 CHUNK_S = 1.0
 MAX_CHUNK = 50
+"""A chunk lasts about `CHUNK_S` seconds and has at most `MAX_CHUNK` steps."""
 DRAWN = 3
 """Timed steps of each kind (mode, iterations, workers) whose spans are all stored. It is several, since the first may be slow."""
 SLOW = 20.0
