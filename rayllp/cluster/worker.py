@@ -368,7 +368,7 @@ class BlockWorker:
         return self._writer.finish()
 
     def load(self, folder: str, files: dict[str, Any], prolongation: Prolongation | None = None) -> None:
-        """Load this worker's pieces of a checkpoint (with `prolongation`, of a shallower network's) and check their checksums in `files`."""
+        """Load this worker's pieces of a checkpoint (with `prolongation`, of a shallower network), checking the checksums in `files`."""
         self._done.clear()
         load_pieces(self._engine, locate(folder), prolongation, files)
 

@@ -73,10 +73,11 @@ def describe_stage(stage: Stage, whole: TrainConfig) -> str:
 
 
 def where_not_finite(faults: Iterable[tuple[int, int, str] | None]) -> str:
-    """Return the first layer whose values are not finite, in words.
+    """Return in words where values first stopped being finite.
 
     Args:
-        faults: of each worker, what its diagnosis found: a tuple that sorts by place in the network and ends with a text; None for nothing.
+        faults: what each worker has found (see `engine.diagnosis.diagnose`): a tuple that sorts by place in the network and ends with a
+            text, or None.
     """
     found = [fault for fault in faults if fault is not None]
     if found:
@@ -85,5 +86,5 @@ def where_not_finite(faults: Iterable[tuple[int, int, str] | None]) -> str:
 
 
 def listed(numbers: Iterable[int], between: str = ", ") -> str:
-    """Return the numbers joined to a text."""
+    """Return the numbers as a text, with `between` between them."""
     return between.join(map(str, numbers))

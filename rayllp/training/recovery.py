@@ -1,4 +1,4 @@
-"""Recovery from lost workers: replace them, or go on with fewer, and take all workers back to a step whose state is known everywhere."""
+"""Recovery from lost workers: replace them, or go on with fewer, and take all workers back to a step whose state can be restored."""
 
 import time
 from functools import partial

@@ -1,4 +1,4 @@
-"""The state of a run: what the workers train and how far they are. It can change to a checkpoint, an earlier step, or the next stage."""
+"""The state of a run: what its workers train, how far they are, and the ways to an earlier state, a checkpoint or the next stage."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
