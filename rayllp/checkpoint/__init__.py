@@ -1,4 +1,4 @@
-"""Per-layer checkpoints that any number of workers can load."""
+"""Checkpoints on disk or object storage, one file per layer, that any number of workers can load; and copies of states in memory."""
 
 from rayllp.checkpoint.depth_prolongation import Prolongation
 from rayllp.checkpoint.location import Folder, check_writable, locate, remove

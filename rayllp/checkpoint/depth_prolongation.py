@@ -1,16 +1,17 @@
-"""A shallow network's checkpoint read as a deeper network's: each middle layer becomes several (arXiv:1912.08974, piecewise constant).
+"""Reading a shallow network's checkpoint as that of a deeper network, in which each middle layer becomes several (arXiv:1912.08974).
 
-Pure, and piece by piece: a worker makes the state of its own layers of those that they come from, and of nothing else.
+This is the piecewise constant prolongation in the depth direction. It works piece by piece, and a worker reads only those layers that its
+own ones are made from.
 
 **Weights** are copied: `factor` steps of Δt / factor with the same weights follow the same ODE over the same time.
 
-**AdamW's moments**: with x + Δt·(block(x) − x) a layer's gradient is proportional to Δt, and the gradients of a layer's copies add up to
-about its own. So each copy gets 1 / factor of the first moment and 1 / factor² of the second, which is what averages of its own gradients
-would have been. AdamW's step m / √v stays as it was, and so does what the next gradients weigh in it. The count of steps, which corrects
-the averages' bias, is copied. Embedding, buffers and head keep all of theirs.
+**AdamW's moments** are scaled. With the layer x + Δt·(block(x) − x) the gradient is proportional to Δt, and the gradients of a layer's
+copies add up to about its own. So each copy gets 1 / factor of the first moment and 1 / factor² of the second, which is what averages of
+its own gradients would have been. AdamW's update m / √v stays the same, and new gradients get the weight in it that they had. The step
+count, by which AdamW corrects the bias of its averages, is copied. Embedding, buffer layers and head keep their state as it is.
 
-**Muon's and SGD's momentum** is a first moment; Muon's update does not depend on the momentum's size. **Adafactor's** factors are second
-moments. The **average of the weights** is copied like these.
+**Muon's and SGD's momentum** is a first moment; Muon's update does not depend on its size. **Adafactor's** factors are second moments. The
+**average of the weights** is copied, like the weights.
 """
 
 from collections.abc import Callable, Mapping
@@ -26,19 +27,19 @@ POWERS = {
     "weight": 0, "step": 0, "ema": 0, "exp_avg": 1, "exp_avg_sq": 2, "max_exp_avg_sq": 2, "momentum_buffer": 1, "row_var": 2, "col_var": 2,
     "variance": 2,
 }  # fmt: skip
-"""The power of Δt that each part of a parameter's state is proportional to."""
+"""For each part of a parameter's state, the power of Δt that it is proportional to."""
 LAYER = "layer_"
-"""What names of the layers' pieces begin with; the number of the layer follows, five digits."""
+"""Prefix of the names of the layers' pieces; the number of the layer follows, with five digits."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Prolongation:
-    """From a network of open + N + close layers to one of open + factor·N + close.
+    """The mapping from a network of open + N + close layers to one of open + factor·N + close layers.
 
     Attributes:
-        open, close: buffer layers, the same in both.
-        middle: N, of the shallow network.
-        factor: layers that a middle layer becomes.
+        open, close: numbers of buffer layers, the same in both networks.
+        middle: N, the number of middle layers of the shallow network.
+        factor: number of layers that each middle layer becomes.
     """
 
     open: int
@@ -48,10 +49,14 @@ class Prolongation:
 
     @classmethod
     def between(cls, layers: int, config: TrainConfig, folder: Folder) -> "Prolongation | None":
-        """From a checkpoint with so many layers, buffers included, to the network of `config`; None where it has those.
+        """Return the prolongation from a checkpoint to the network of `config`; None if they have the same depth.
+
+        Args:
+            layers: number of layers in the checkpoint, including buffer layers.
+            folder: the checkpoint, for the error message.
 
         Raises:
-            CheckpointError: the middle layers that are wanted are no multiple of those in the checkpoint, which `folder` is.
+            CheckpointError: the number of middle layers is not a multiple of that in the checkpoint.
         """
         if layers == config.model.layers:
             return None
@@ -65,24 +70,24 @@ class Prolongation:
         return cls(open=buffers.open, middle=middle, close=buffers.close, factor=wanted // middle)
 
     def is_middle(self, layer: int) -> bool:
-        """Whether layer `layer` of the deep network is no buffer."""
+        """True if this layer of the deep network is a middle layer."""
         return self.open <= layer < self.open + self.factor * self.middle
 
     def source(self, layer: int) -> int:
-        """The shallow network's layer that layer `layer` of the deep one is made of."""
+        """Return the layer of the shallow network that this layer of the deep one is made from."""
         if self.is_middle(layer):
             return self.open + (layer - self.open) // self.factor
         return layer if layer < self.open else layer - (self.factor - 1) * self.middle
 
     def piece(self, name: str, read: Callable[[str], Mapping[str, Tensor]], prefix: Callable[[int], str]) -> dict[str, Tensor]:
-        """State of the deep network's piece `name`.
+        """Return the state of the deep network's piece `name`.
 
         Args:
-            read: a piece of the shallow checkpoint: tensors by "part/full name of the parameter".
-            prefix: of the names of a layer's parameters.
+            read: returns a piece of the shallow checkpoint: tensors by "part/full name of the parameter".
+            prefix: returns the prefix of the names of a layer's parameters.
 
         Raises:
-            CheckpointError: a part of the optimizer's state that is not known here.
+            CheckpointError: the optimizer's state has a part whose power of Δt is unknown.
         """
         if not name.startswith(LAYER):
             return dict(read(name))
@@ -93,15 +98,15 @@ class Prolongation:
 
 
 def prolong_layer(stored: Mapping[str, Tensor], source: str, target: str, scale: float) -> dict[str, Tensor]:
-    """State of one copy of a layer.
+    """Return the state of one of a layer's copies.
 
     Args:
-        stored: the layer's state, by "part/full name of the parameter".
-        source, target: prefixes of the layer's and of the copy's names.
-        scale: the copy's Δt over the layer's.
+        stored: the layer's state: tensors by "part/full name of the parameter".
+        source, target: prefixes of the parameter names of the layer and of its copy.
+        scale: the copy's Δt divided by the layer's.
 
     Raises:
-        CheckpointError: a part that is not known here.
+        CheckpointError: the optimizer's state has a part whose power of Δt is unknown.
     """
     copy = {}
     for key, value in stored.items():

@@ -1,4 +1,4 @@
-"""A run as a transformers model: config.json, safetensors, generation settings and tokenizer, in a folder that from_pretrained loads."""
+"""Export of a run's model to a folder that transformers' from_pretrained loads, with generation settings and tokenizer."""
 
 import json
 import shutil
@@ -39,18 +39,25 @@ from rayllp.models.weights import INDEX, SINGLE, names_of_tied
 
 SHARD_BYTES = 4 * 1024**3
 DTYPES = {"F32": torch.float32, "F64": torch.float64}
-# mBART's embedding that neither side reads where embeddings are not tied: no piece has it, but the model does.
+# mBART has this embedding even if its sides do not share theirs. Neither side reads it then, and no piece of a checkpoint contains it.
 STAND_INS = {"model.shared.weight": "model.encoder.embed_tokens.weight"}
 BASE = ".base_layer.weight"
 PEFT_TASKS = {"causal": "CAUSAL_LM", "translation": "SEQ_2_SEQ_LM", "words": "TOKEN_CLS", "sentences": "SEQ_CLS"}
 WITHOUT_TEXT = ("words", "images")
 FRAMED = ("masked", "sentences", "translation")
-"""Tasks whose data have special tokens around a sentence."""
+"""Tasks whose data put special tokens around each sentence."""
 
 
 @dataclass(frozen=True)
 class _Stored:
-    """A parameter's value in a checkpoint: file, name there, shape, and dtype as safetensors names it."""
+    """Where a checkpoint has a parameter's value.
+
+    Attributes:
+        file: the safetensors file.
+        key: name of the tensor in the file.
+        shape, dtype: those of the tensor; the dtype as safetensors names it.
+        adapter: a LoRA adapter to add when the value is read.
+    """
 
     file: Path
     key: str
@@ -70,7 +77,7 @@ class _Stored:
 
 @dataclass(frozen=True)
 class _Adapter:
-    """What is added to a linear map's weight: scale · up·down, the other way round for a Conv1D."""
+    """A LoRA adapter. It adds scale · up·down to the weight of a linear map, transposed for a Conv1D."""
 
     down: _Stored
     up: _Stored
@@ -78,25 +85,25 @@ class _Adapter:
     transposed: bool
 
     def into(self, weight: Tensor) -> Tensor:
-        """The weight with the adapter in it."""
+        """Return the weight with the adapter added."""
         change = self.up.read() @ self.down.read() * self.scale
         return weight + (change.T if self.transposed else change)
 
 
 def export(run: Path, to: Path, step: int | None = None, family: str | None = None, *, merge: bool = False) -> Path:
-    """Write a run's model to `to` as transformers keeps one; with step sizes other than 1, with the code that loads it.
+    """Write a run's model to the folder `to` in transformers' format. If step sizes differ from 1, the code that loads it is added.
 
     Args:
-        run: run directory.
-        to: a folder that is new or empty; complete or absent afterwards.
-        step: the checkpoint after so many steps; None: the latest.
-        family: the run's model.family, where it is a "module:Class" that this process has not registered.
-        merge: of a run that trains adapters (model.lora) the whole model with these in it, instead of the adapters as peft keeps them.
+        run: the run directory.
+        to: a folder that is new or empty; it is complete or does not exist afterwards.
+        step: step of the checkpoint; None: the latest.
+        family: the run's model.family, if it is a "module:Class" that this process has not registered.
+        merge: for a run that trains adapters (model.lora): write the whole model with these added, not the adapters in peft's format.
 
     Raises:
-        CheckpointError: no run, no such checkpoint, or not one of a transformers model.
-        SettingsError: `to` holds something, or cannot be written.
-        DataError: the run directory has no model.json, and its data, which the model was made for, is gone.
+        CheckpointError: there is no run or no such checkpoint, or it is not of a transformers model.
+        SettingsError: `to` is not empty or cannot be written.
+        DataError: the run directory has no model.json, and the data by which the model could be built again are gone.
     """
     run, to = Path(run), Path(to).absolute()
     config, place = _open_run(run, step, family)
@@ -112,7 +119,7 @@ def export(run: Path, to: Path, step: int | None = None, family: str | None = No
 def _export(run: Path, config: TrainConfig, checkpoint: Path, to: Path) -> None:
     stored = _read_places(checkpoint)
     values = _read_model(run, config)
-    if config.nested.factors:  # at the depth that the checkpoint has
+    if config.nested.factors:  # use the depth that the network has in this checkpoint
         layers = len({place.file for place in stored.values() if place.file.name.startswith(LAYER)})
         config, values = stage_of_depth(config, layers).config, with_layers(values, layers)
     kind = model_class(values["architectures"][0])
@@ -136,7 +143,7 @@ def _export_adapters(run: Path, config: TrainConfig, checkpoint: Path, to: Path)
         what = "model.train too" if settings.train else "new weights, not those of model.from_pretrained"
         raise SettingsError(f"{run} has trained {what}, so that its adapters alone are no model: export it with --merge")
     values = _read_model(run, config)
-    with suppress(CheckpointError):  # it may be gone
+    with suppress(CheckpointError):  # the original model may be gone
         if count_layers(transformers_config(read_config(settings.from_pretrained))) != settings.layers:
             raise SettingsError(f"{run} has other layers than {settings.from_pretrained}, which takes no adapters of theirs: add --merge")
     kind = model_class(values["architectures"][0])
@@ -148,11 +155,11 @@ def _export_adapters(run: Path, config: TrainConfig, checkpoint: Path, to: Path)
         save_adapter(folder, tensors, settings.lora, layer, settings.from_pretrained, PEFT_TASKS.get(settings.task))
 
 
-# What is exported ---------------------------------------------------------------------------------------------------------------
+# Reading the run ----------------------------------------------------------------------------------------------------------------
 
 
 def _open_run(run: Path, step: int | None, family: str | None) -> tuple[TrainConfig, Folder]:
-    """The run's settings and the checkpoint's folder."""
+    """Return the run's settings and the folder of the checkpoint."""
     config = load_run_config(run)
     refuse_unnamed_code(config, run, family)
     found = {path.name.removeprefix("step_"): path for path in checkpoints(place_of_checkpoints(run, config.checkpoint.path))}
@@ -165,7 +172,7 @@ def _open_run(run: Path, step: int | None, family: str | None) -> tuple[TrainCon
 
 
 def _read_places(checkpoint: Path) -> dict[str, _Stored]:
-    """Where the checkpoint, its checksums verified, has which parameter."""
+    """Check the checkpoint's checksums, and return where it has each parameter."""
     stored: dict[str, _Stored] = {}
     files = read_manifest(checkpoint)["files"]
     for path in (checkpoint / name for name in files):
@@ -173,11 +180,11 @@ def _read_places(checkpoint: Path) -> dict[str, _Stored]:
         with safe_open(path, framework="pt") as file:
             keys = set(file.keys())
             for name in sorted(key.removeprefix("weight/") for key in keys if key.startswith("weight/")):
-                # Where the run has averaged its weights it was evaluated with the average.
+                # If the run has averaged its weights, its evaluations used the average, so that is exported.
                 key = f"ema/{name}" if f"ema/{name}" in keys else f"weight/{name}"
                 part = file.get_slice(key)
                 stored[name] = _Stored(path, key, tuple(part.get_shape()), part.get_dtype())
-    # The prefix that Architecture.layer_prefix has where an adapter gives no other.
+    # This is the prefix of a LayerStack's parameters; adapters of transformers models have others.
     if any(name.startswith("layers.0.") for name in stored):
         raise CheckpointError(
             f"{checkpoint} is of a LayerStack, whose modules only your own program can build: load its safetensors (one file a piece) there"
@@ -186,10 +193,10 @@ def _read_places(checkpoint: Path) -> dict[str, _Stored]:
 
 
 def _read_model(run: Path, config: TrainConfig) -> dict[str, Any]:
-    """transformers' configuration: as the run kept it, else made anew for the run's data."""
+    """Return the model's transformers configuration: the one that the run has stored, else one made from the run's settings and data."""
     values = read_model_json(run)
     if values is None:
-        # The run's weights replace those that it started from, which may be gone.
+        # The run's own weights will be used, so a pretrained model that it started from is not needed, and may be gone.
         bare = config.model_copy(update={"model": config.model.model_copy(update={"from_pretrained": None})})
         found = build_architecture(bare, load_data(bare).facts).transformers_config()
         assert found is not None
@@ -202,7 +209,7 @@ def _scaled(config: TrainConfig) -> bool:
 
 
 def _with_adapters(stored: Mapping[str, _Stored], model: nn.Module, settings: LoRASettings) -> dict[str, _Stored]:
-    """The model's own parameters, those that have adapters with these in them."""
+    """Return where the model's own parameters are, with adapters attached to those that have one."""
     found = {}
     for name, place in stored.items():
         path = name.removesuffix(BASE)
@@ -218,7 +225,11 @@ def _with_adapters(stored: Mapping[str, _Stored], model: nn.Module, settings: Lo
 def _match(
     kind: type[PreTrainedModel], config: PreTrainedConfig, stored: Mapping[str, _Stored], checkpoint: Path, lora: LoRASettings | None
 ) -> dict[str, _Stored]:
-    """Each parameter of the model, under the name that transformers saves it by, and where its value is."""
+    """Return where each parameter of the model is, by the name under which transformers saves it.
+
+    Raises:
+        CheckpointError: the model's parameters are not those of the checkpoint.
+    """
     with torch.device("meta"):
         model = kind(config)
     tied = names_of_tied(model)
@@ -240,10 +251,10 @@ def _match(
 
 
 def _let_generate(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase | None) -> None:
-    """What training leaves out of the configuration and generation reads there."""
+    """Set what generation reads in the configuration and training has left out or changed."""
     config.use_cache = True
     if not config.is_encoder_decoder:
-        # A stream of text has no token that begins or ends it; what the run's configuration has there is an ordinary one.
+        # A stream of text has no token at its beginning or end; the ids in the run's configuration are those of ordinary tokens.
         config.bos_token_id = getattr(tokenizer, "bos_token_id", None)
         config.eos_token_id = getattr(tokenizer, "eos_token_id", None)
 
@@ -252,7 +263,10 @@ def _let_generate(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase |
 
 
 def _make_tokenizer(run: Path, config: TrainConfig) -> PreTrainedTokenizerBase | None:
-    """The run's tokenizer as transformers has them; None for bytes, characters, sentencepiece, and one that is gone (with a warning)."""
+    """Return the run's tokenizer in transformers' form.
+
+    There is none for bytes, characters and sentencepiece, and none with a warning if the tokenizer is gone.
+    """
     name = config.data.tokenizer
     if config.model.task in WITHOUT_TEXT or name in ("bytes", "characters") or name.endswith(SENTENCEPIECE_ENDINGS):
         return None
@@ -272,12 +286,12 @@ def _load_tokenizer(run: Path, config: TrainConfig) -> Any:
     kept, name = run / TOKENIZER_JSON, config.data.tokenizer
     if kept.is_file():
         return make_tokenizer(str(kept), b"")
-    # One that is trained on the text needs the text.
+    # A tokenizer that is trained on the text is trained again.
     return load_data(config).tokenizer if name.startswith("bpe:") else make_tokenizer(name, b"")
 
 
 def _framed(special: SpecialTokens, backend: tokenizers.Tokenizer, config: TrainConfig) -> PreTrainedTokenizerFast:
-    """With the ids that the run's data had for special tokens, and a sentence framed by them as there."""
+    """Return a tokenizer that frames sentences with special tokens as the run's data did, with the same ids."""
     ids = (special.pad, special.cls, special.sep, special.mask)
     if special.offset:
         names = [_unused(name, backend) for name in ("<pad>", "<cls>", "<sep>", "<mask>")]
@@ -293,12 +307,12 @@ def _framed(special: SpecialTokens, backend: tokenizers.Tokenizer, config: Train
 
 
 def _shifted(backend: tokenizers.Tokenizer, names: list[str]) -> tokenizers.Tokenizer:
-    """With `names` for its first ids, its own following them."""
+    """Return the tokenizer with `names` as its first tokens, and the ids of its own tokens shifted accordingly."""
     table = json.loads(backend.to_str())
     model, offset = table["model"], len(names)
     if isinstance(model["vocab"], dict):
         model["vocab"] = {name: n for n, name in enumerate(names)} | {token: n + offset for token, n in model["vocab"].items()}
-    else:  # Unigram's: pieces and their scores
+    else:  # Unigram: pairs of a piece and its score
         model["vocab"] = [[name, 0.0] for name in names] + model["vocab"]
         model["unk_id"] = None if model["unk_id"] is None else model["unk_id"] + offset
     for token in table["added_tokens"]:
@@ -317,7 +331,7 @@ def _options(config: TrainConfig) -> dict[str, Any]:
 
 
 def _steps(config: TrainConfig, model_config: PreTrainedConfig) -> dict[str, Any]:
-    """What transformers' configuration has no place for."""
+    """Return the step sizes and buffers, for which transformers' configuration has no place."""
     paths = adapter(config).layer_paths(model_config, config.model.layers)
     steps = {"step": {"middle": config.middle_step, "buffer": config.step.buffer}, "buffers": config.buffers.model_dump()}
     return {"step_sizes": list(config.step_sizes), "layers": paths, "steps": steps}
@@ -335,7 +349,7 @@ def _refuse_occupied(to: Path) -> None:
 
 @contextmanager
 def _appearing(to: Path) -> Iterator[Path]:
-    """A folder beside `to` that becomes `to` once everything is in it."""
+    """Provide a folder beside `to`, which is renamed to `to` once everything is in it."""
     partial = to.with_name(f".{to.name}.partial")
     try:
         shutil.rmtree(partial, ignore_errors=True)
@@ -349,13 +363,13 @@ def _appearing(to: Path) -> Iterator[Path]:
 
 
 def _write_tensors(places: Mapping[str, _Stored], folder: Path) -> None:
-    """One file, or several of SHARD_BYTES each and an index; one at a time is in memory."""
+    """Write the tensors to one file, or to several of SHARD_BYTES each with an index. Only one file's tensors are in memory at a time."""
     shards = _cut(places)
     total = len(shards)
     names = [SINGLE] if total == 1 else [f"model-{n:05d}-of-{total:05d}.safetensors" for n in range(1, total + 1)]
     for file, shard in zip(names, shards, strict=True):
         save_file({name: place.read() for name, place in shard.items()}, folder / file, metadata={"format": "pt"})
-        (folder / file).chmod(folder.stat().st_mode & 0o666)  # safetensors lets nobody else read it
+        (folder / file).chmod(folder.stat().st_mode & 0o666)  # safetensors makes the file readable for its owner only
     if total > 1:
         size = sum(place.bytes for place in places.values())
         table = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}

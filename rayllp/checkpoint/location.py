@@ -1,8 +1,8 @@
-"""Where checkpoints are: a folder of this machine's, or one of any file system that fsspec knows, by its URL (s3://, gs://, abfs://, …).
+"""Where checkpoints are: a local folder, or one on any file system that fsspec supports, given by its URL (s3://, gs://, abfs://, …).
 
-A local checkpoint appears by a rename. Object stores have none: there a checkpoint is complete once its manifest is there, which is written
-last and goes first. Credentials and endpoints come from where the file system looks for them, or from fsspec's own settings
-(FSSPEC_S3_ENDPOINT_URL, …), on every node.
+A local checkpoint appears by renaming its folder. Object stores cannot rename: there a checkpoint is complete once it has its manifest,
+which is written last and removed first. On every node, credentials and endpoints come from where the file system's package looks for them,
+or from fsspec's own settings (FSSPEC_S3_ENDPOINT_URL, …).
 """
 
 import contextlib
@@ -22,10 +22,10 @@ Folder = Path | UPath
 
 
 def locate(text: str | Folder) -> Folder:
-    """A local path as a Path, a URL as a UPath.
+    """Return a local path as a Path, and a URL as a UPath.
 
     Raises:
-        SettingsError: no file system for this URL.
+        SettingsError: there is no file system for this URL.
     """
     if "://" not in str(text):
         return Path(str(text))
@@ -40,16 +40,17 @@ def locate(text: str | Folder) -> Folder:
 
 
 def place_of_checkpoints(run: Path, path: str | None) -> Folder:
-    """Where a run's checkpoints are.
+    """Return the folder of a run's checkpoints.
 
     Args:
+        run: the run directory.
         path: the setting checkpoint.path.
     """
     return run / "checkpoints" if path is None else locate(path)
 
 
 def remove(folder: Folder) -> None:
-    """Remove a folder and what is in it; nothing where it is not."""
+    """Remove a folder and its contents. Do nothing if it does not exist."""
     if isinstance(folder, Path):
         shutil.rmtree(folder, ignore_errors=True)
     else:
@@ -58,7 +59,7 @@ def remove(folder: Folder) -> None:
 
 
 def sync(folder: Path) -> None:
-    """Make the names in a local folder last."""
+    """Flush a local folder's entries to disk, so that new and renamed files survive a crash."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -67,7 +68,7 @@ def sync(folder: Path) -> None:
 
 
 def write(path: Folder, content: bytes) -> None:
-    """Write a file, and make it last."""
+    """Write a file and, if it is local, flush it to disk."""
     if not isinstance(path, Path):
         path.write_bytes(content)
         return
@@ -81,20 +82,20 @@ def check_writable(folder: Folder) -> None:
     """Write and remove a small file.
 
     Raises:
-        SettingsError: that fails.
+        SettingsError: the folder cannot be written.
     """
     probe = folder / f".write_test_{uuid.uuid4().hex}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write(probe, b"rayllp")
         probe.unlink()
-    except Exception as error:  # whatever a file system's package raises
+    except Exception as error:  # each fsspec implementation raises errors of its own
         raise SettingsError(f"checkpoint.path {folder} cannot be written ({type(error).__name__}: {error}): choose another") from None
 
 
 @contextlib.contextmanager
 def at_hand(folder: Folder) -> Iterator[Path]:
-    """A folder's files on this machine: its own, or copies for as long as they are needed."""
+    """Provide a folder's files on this machine: the folder itself if it is local, else temporary copies."""
     if isinstance(folder, Path):
         yield folder
         return

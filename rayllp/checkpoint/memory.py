@@ -1,11 +1,11 @@
-"""A block's state in host memory, and a copy of it with the next worker: what a lost worker comes back from without a disk.
+"""States of blocks in host memory, and copies of them on other workers, from which a run recovers lost workers without a disk.
 
-Every worker keeps the last two of its own and of the previous worker's. They travel in the background, over a process group of their own,
-and a step's exchange ends with a small all-reduce: then that step is held everywhere, and an older one can be overwritten. So whatever
-moment a worker is lost at, there is a step that all survivors and the lost worker's neighbour have.
+Every worker keeps its last two states, and copies of the last two of another worker. Copies are exchanged in the background, by a process
+group of their own. Each exchange ends with a small all-reduce, after which all workers have that step and the older one can be dropped. So
+whenever a worker is lost, there is a step that all survivors have, and of which another worker holds the lost one's copy.
 
-With replicas every block is on several workers, and nothing is copied; but where these share out the optimizer's state, each has the next
-one's share.
+With replicas every block is on several workers, and nothing is copied. If the optimizer's state is sharded over the replicas, each worker
+copies its share to another replica.
 """
 
 import queue
@@ -26,29 +26,31 @@ from rayllp.engine import Engine
 from rayllp.errors import ChannelError
 
 KEPT = 2
+"""States that a worker keeps if it exchanges no copies."""
 PATIENCE_S, SLOWEST_BYTES_S = 30.0, 10e6
-"""A state may be on its way for so long, and for as long as a link of 10 MB/s takes for it; a worker that is gone is noticed before."""
+"""Time limit of an exchange: 30 s, plus the time that the largest state takes over a link of 10 MB/s. Lost workers are noticed earlier."""
 
 
 @dataclass
 class Inventory:
-    """Steps whose state a worker holds: its own, and the previous worker's."""
+    """The steps whose states a worker holds: its own ones, and the copies of another worker's."""
 
     own: tuple[int, ...]
     neighbours: tuple[int, ...]
 
 
 class NeighbourCopies:
-    """Keeps the last states of a worker, and copies of those of one before it, in host memory.
+    """Keeps the last states of a worker, and copies of another worker's, in host memory.
 
     Args:
-        connect: a channel to all workers, used by nothing else, whose messages may take so many seconds; None: own states only, where
-            another replica has the same.
-        before: what kept them until the workers' connections broke; its states are taken over.
-        offset: copies go to the worker so many ranks on.
+        engine: the engine whose block's states are kept.
+        connect: returns a channel to all workers, given the time limit of its messages in seconds; nothing else uses this channel. It
+            returns None if another replica has the same states, so that no copies are needed.
+        before: the predecessor of this object, from before the workers were connected anew; its states are taken over.
+        offset: copies go from rank r to rank r + offset.
 
     Attributes:
-        seconds: that the last state took to take, on the training thread, and to exchange, in the background.
+        seconds: time to take the last state, on the training thread, and time to exchange it, in the background.
     """
 
     def __init__(
@@ -73,10 +75,10 @@ class NeighbourCopies:
             threading.Thread(target=self._exchange_all, daemon=True, name="copies").start()
 
     def take(self, step: int) -> None:
-        """Keep the state that `step` steps have made; its copy goes to the next worker while training goes on.
+        """Keep the current state, after `step` steps; its copy is sent in the background.
 
         Raises:
-            ChannelError: the copy of the step before could not be exchanged: a worker is gone.
+            ChannelError: the last copy could not be exchanged, because a worker is gone.
         """
         self._idle.wait()
         if self._failure is not None:
@@ -94,27 +96,27 @@ class NeighbourCopies:
             self._work.put(step)
 
     def inventory(self) -> Inventory:
-        """The steps whose states are held, one's own and the neighbour's."""
+        """Return the steps whose states are held: this worker's own, and the copies."""
         with self._lock:
             return Inventory(tuple(sorted(self._own)), tuple(sorted(self._neighbours)))
 
     def roll_back(self, step: int) -> None:
-        """Make the block what it was after `step` steps."""
+        """Restore this worker's own state after `step` steps."""
         self.state.put(self._own[step])
 
     def give(self, step: int, *, neighbour: bool, weights: bool = True) -> Tensor:
-        """The copy of another worker's state after `step` steps, or the own one; without weights what is behind them."""
+        """Return a state after `step` steps: the copy of another worker's, or this worker's own, which may be without its weights."""
         if neighbour:
             return self._neighbours[step]
         state = self._own[step]
-        return state if weights else state[self.state.copied].clone()  # a view would be sent with all that it is a view of
+        return state if weights else state[self.state.copied].clone()  # a copy, since sending a view would send the whole tensor
 
     def wait(self) -> None:
-        """Until the last state is held everywhere, or cannot be."""
+        """Wait until all workers hold the last state, or the exchange has failed."""
         self._idle.wait()
 
     def close(self) -> None:
-        """End the background thread, once its exchange ends or fails, and let go of the connections."""
+        """End the background thread once its exchange ends or fails, and drop the connections. States are kept."""
         self._work.put(None)
         with self._lock:
             self.channel = None
@@ -125,8 +127,8 @@ class NeighbourCopies:
             try:
                 self._exchange(step)
                 self.seconds = self.seconds[0], time.perf_counter() - started
-            except Exception as error:  # a worker is gone: whoever calls next is told, and what is held stays
-                traceback.clear_frames(error.__traceback__)  # what they hold would keep the connections open, and others waiting
+            except Exception as error:  # a worker is gone: the next call of `take` says so, and held states stay
+                traceback.clear_frames(error.__traceback__)  # frames would keep connections open, and others waiting
                 self._failure = error.with_traceback(None)
             self._idle.set()
 
@@ -149,7 +151,7 @@ class NeighbourCopies:
         with self._lock:
             self._neighbours[step] = received
         channel.finish()
-        channel.all_reduce(torch.zeros(1), tag)  # all have it: older ones are of no use any more
+        channel.all_reduce(torch.zeros(1), tag)  # all workers have this state: older ones can be dropped
         self._forget_before(step)
 
     def _forget_before(self, step: int) -> None:
@@ -164,9 +166,9 @@ class Source(NamedTuple):
     """A state that a survivor can give.
 
     Attributes:
-        holder: who has it.
-        owner: whose it is; another one's than the holder's is a copy.
-        has_weights: False: what is given is behind the weights, which somebody else gives.
+        holder: rank of the worker that has it.
+        owner: rank of the worker whose state it is.
+        has_weights: False if it is given without its weights, because another source gives the same ones.
     """
 
     holder: int
@@ -175,19 +177,19 @@ class Source(NamedTuple):
 
     @property
     def is_copy(self) -> bool:
-        """Whether the holder has it as another worker's."""
+        """True if the holder has a copy of another worker's state."""
         return self.holder != self.owner
 
 
 @dataclass(frozen=True, kw_only=True)
 class Copies:
-    """Which worker holds what, by rank (replica · blocks + block).
+    """Which worker holds which states. Ranks are replica · blocks + block.
 
     Attributes:
-        blocks: workers of a replica.
-        replicas: how many there are; each has the same weights.
-        sharded: whether the optimizer's state is shared out among them.
-        offset: a worker's copy goes to the one so many ranks on; sharded, that has the same block in another replica.
+        blocks: number of workers of a replica.
+        replicas: number of replicas, all of which have the same weights.
+        sharded: True if the optimizer's state is sharded over the replicas.
+        offset: copies go from rank r to rank r + offset. If sharded, that worker has the same block in another replica.
     """
 
     blocks: int
@@ -197,16 +199,20 @@ class Copies:
 
     @staticmethod
     def of(config: TrainConfig, nodes: Sequence[str]) -> "Copies":
-        """Those of a run whose workers, by rank, are on these nodes."""
+        """Return the arrangement of copies for a run.
+
+        Args:
+            nodes: the workers' nodes, by rank.
+        """
         blocks, sharded = config.layer_workers, config.shards_optimizer
         offset = copy_offset(nodes, blocks if sharded else 1)
         return Copies(blocks=blocks, replicas=config.mesh.data, sharded=sharded, offset=offset)
 
     def sources(self, rank: int, step: int, held: Mapping[int, Inventory]) -> list[Source] | None:
-        """What makes up a worker's state after `step` steps; None: something of it is lost.
+        """Return the sources of a worker's state after `step` steps; None if a part of it is lost.
 
         Args:
-            held: by the survivors.
+            held: what each survivor holds, by rank.
         """
         own = {other for other, found in held.items() if step in found.own}
         if rank in own:
@@ -218,12 +224,12 @@ class Copies:
         return None if None in wanted else [source for source in wanted if source is not None]
 
     def sources_of_all(self, step: int, held: Mapping[int, Inventory]) -> list[Source] | None:
-        """What makes up all blocks' states."""
+        """Return the sources of all blocks' states after `step` steps, with each weight once; None if a part is lost."""
         wanted = range(self.blocks * (self.replicas if self.sharded else 1))
         found = [self.sources(rank, step, held) for rank in wanted]
         if None in found:
             return None
-        first: dict[int, Source] = {}  # of each block, to give its weights
+        first: dict[int, Source] = {}  # by block, the source that gives its weights
         chosen = sorted({source for sources in found for source in sources or ()})
         for source in chosen:
             if source.has_weights:
@@ -231,17 +237,17 @@ class Copies:
         return [source._replace(has_weights=source in first.values()) for source in chosen]
 
     def common_step(self, held: Mapping[int, Inventory]) -> int | None:
-        """The last step that all survivors have, and of which no state is lost; None: there is none."""
+        """Return the last step that all survivors have and of which no state is lost; None if there is none."""
         steps = set.intersection(*(set(found.own) for found in held.values()))
         return max((step for step in steps if self.sources_of_all(step, held) is not None), default=None)
 
 
 def copy_offset(nodes: Sequence[str], stride: int = 1) -> int:
-    """How many ranks on a worker's copy goes, so that a lost node takes no state with both its holders; `stride` where that cannot be.
+    """Return by how many ranks copies are shifted, so that no state is on one node with its copy.
 
     Args:
-        nodes: of the workers, by rank.
-        stride: a multiple of it.
+        nodes: the workers' nodes, by rank.
+        stride: the result is a multiple of this, and equals it if no shift separates all states from their copies.
     """
     count = len(nodes)
     apart = (n for n in range(stride, count, stride) if all(nodes[rank] != nodes[(rank + n) % count] for rank in range(count)))

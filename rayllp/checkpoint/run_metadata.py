@@ -1,4 +1,4 @@
-"""What a run directory says of its network and its tokenizer, so that `rayllp export` needs no data."""
+"""Files in a run directory that describe its network, tokenizer and data, so that `rayllp export` does not need the data."""
 
 import json
 from collections.abc import Mapping
@@ -14,41 +14,44 @@ DATA_JSON = "data.json"
 
 
 def write_model_json(run_dir: Path, values: Mapping[str, Any] | None) -> None:
-    """Keep transformers' configuration (`Architecture.transformers_config`); nothing where there is none."""
+    """Store the network's transformers configuration (`Architecture.transformers_config`), if it has one."""
     if values is not None:
         (run_dir / MODEL_JSON).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
 def read_model_json(run_dir: Path) -> dict[str, Any] | None:
-    """transformers' configuration as the run kept it; None where it kept none.
+    """Return the transformers configuration that the run has stored, or None.
 
     Raises:
-        CheckpointError: it cannot be read.
+        CheckpointError: the file cannot be read.
     """
     return _read(run_dir / MODEL_JSON, "it is made anew from the run's data")
 
 
 def write_data_json(run_dir: Path, record: DataRecord | None) -> None:
-    """Keep by what the run's data can be told; nothing for batches of the user's own."""
+    """Store the record by which the run recognises its data; batches of the user's own have none."""
     if record is not None:
         (run_dir / DATA_JSON).write_text(json.dumps(record.as_dict()) + "\n", encoding="utf-8")
 
 
 def read_data_json(run_dir: Path) -> DataRecord | None:
-    """What the run kept of its data; None where it kept nothing.
+    """Return the record of the run's data, or None if the run has stored none.
 
     Raises:
-        CheckpointError: it cannot be read.
+        CheckpointError: the file cannot be read.
     """
     values = _read(run_dir / DATA_JSON, "the run takes the data for those it began with")
     return None if values is None else DataRecord.read(values)
 
 
 def _read(path: Path, without: str) -> dict[str, Any] | None:
-    """The values in a file of the run's; None where it kept none.
+    """Return the values in a JSON file of the run, or None if there is no such file.
 
     Args:
-        without: what happens where there is no such file, for errors.
+        without: what happens without this file, for the error message.
+
+    Raises:
+        CheckpointError: the file cannot be read.
     """
     if not path.is_file():
         return None
@@ -59,7 +62,7 @@ def _read(path: Path, without: str) -> dict[str, Any] | None:
 
 
 def write_tokenizer_json(run_dir: Path, batches: object) -> None:
-    """Keep a tokenizer of the tokenizers library, such as one trained on the text; nothing for others."""
+    """Store the tokenizer if it is one of the tokenizers library, such as one that was trained on the text."""
     tokenizer: Any = getattr(batches, "tokenizer", None)
     if hasattr(tokenizer, "save"):
         tokenizer.save(run_dir / TOKENIZER_JSON)

@@ -1,4 +1,4 @@
-"""Whether several hosts see one folder: one writes a mark, the others look for it and leave theirs."""
+"""Check whether hosts share a folder: one host writes a mark there, and the others look for it and write marks of their own."""
 
 import contextlib
 import uuid
@@ -10,35 +10,35 @@ from rayllp.checkpoint.location import Folder, locate
 
 @dataclass(frozen=True)
 class Mark:
-    """A file that one host wrote for others to find.
+    """A file that one host writes for others to find.
 
     Attributes:
         folder: an absolute path or a URL.
-        token: its content, and the beginning of the names of all marks beside it.
+        token: content of the file; the names of this mark and of the others' answers begin with it.
     """
 
     folder: str
     token: str
 
     def look(self) -> str:
-        """Look for it from another host, and leave a mark there; "ok", or what went wrong in a word or two."""
+        """Look for the mark from another host, and leave an answer; return "ok", or a few words about what went wrong."""
         folder = locate(self.folder)
         try:
             if (folder / f"{self.token}.driver").read_text(encoding="utf-8") != self.token:
                 return "another file"
             (folder / f"{self.token}.{uuid.uuid4().hex}").write_text(self.token, encoding="utf-8")
-        except Exception as error:  # whatever a file system's package raises
+        except Exception as error:  # each fsspec implementation raises errors of its own
             return f"{type(error).__name__}: {error.strerror}" if isinstance(error, OSError) and error.strerror else type(error).__name__
         return "ok"
 
     def answers(self) -> int:
-        """How many others left a mark that is seen from here."""
+        """Return how many answers of other hosts this host sees."""
         return sum(1 for _ in locate(self.folder).glob(f"{self.token}.*")) - 1
 
 
 @contextlib.contextmanager
 def leave_mark(folder: Folder) -> Iterator[Mark]:
-    """A mark in a folder, which is made if need be; what was made for it is removed at the end."""
+    """Write a mark into a folder, which is created if needed. Everything that was created is removed at the end."""
     mark = Mark(str(folder.absolute()), f".mark_{uuid.uuid4().hex}")
     is_new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,7 @@
-"""The state of a block as one flat tensor: weights, then the optimizer's averages, then step counts, each parameter by parameter.
+"""The state of a block as one flat tensor: all weights, then all moments of the optimizer, then a step count for each parameter.
 
-Where replicas share out the optimizer's state, a worker's state has the averages of its share alone; those of a whole parameter are joined
-from the states of all replicas.
+Moments are what the optimizer keeps of a parameter, such as AdamW's averages of gradients. If the optimizer's state is sharded over the
+replicas, a worker's state has the moments of its share only; those of a whole parameter are joined from the states of all replicas.
 """
 
 import math
@@ -17,11 +17,12 @@ from rayllp.errors import ClusterError
 
 
 class Place(NamedTuple):
-    """What a state has of a parameter.
+    """What a state contains of one parameter.
 
     Attributes:
-        moments: by name, how many numbers there are of each average that the optimizer keeps of it.
-        start, stop: the part of the flattened parameter whose averages these are.
+        name, shape: those of the parameter.
+        moments: number of elements of each moment, by the moment's name.
+        start, stop: the range of the flattened parameter that the moments belong to.
     """
 
     name: str
@@ -32,16 +33,16 @@ class Place(NamedTuple):
 
     @property
     def size(self) -> int:
-        """Numbers of the parameter."""
+        """Number of elements of the parameter."""
         return math.prod(self.shape)
 
 
 class Layout(NamedTuple):
-    """Where a state has what.
+    """The layout of a state: what is where in the flat tensor.
 
     Attributes:
         places: the parameters, in order.
-        has_weights: False: averages and step counts alone, of a share whose weights other replicas have too.
+        has_weights: False for a state of moments and step counts only, whose weights other replicas have too.
     """
 
     places: tuple[Place, ...]
@@ -49,48 +50,49 @@ class Layout(NamedTuple):
 
     @staticmethod
     def of(engine: Engine, names: Collection[str], replica: int, *, has_weights: bool = True) -> "Layout":
-        """Of some of a block's parameters.
+        """Return the layout of the state of some of a block's parameters.
 
         Args:
-            replica: whose share of the optimizer's state it is; 0 where none is shared out.
+            replica: the replica whose share of the optimizer's state it is; 0 without sharding.
         """
         places, share = [], engine.optimizer.shares[replica]
         for name in names:
             parameter, part = engine.block.parameters[name], share.get(name, range(0))
             shape, shapes = tuple(parameter.shape), engine.optimizer.moments_of(parameter)
-            # An average of another shape is of a parameter that is not cut.
+            # A moment of another shape than its parameter belongs to a parameter that is not split over replicas.
             moments = {key: len(part) if of == shape else math.prod(of) * bool(part) for key, of in shapes.items()}
             places.append(Place(name, shape, moments, part.start, part.stop))
         return Layout(tuple(places), has_weights)
 
     @property
     def names(self) -> set[str]:
-        """Of the parameters."""
+        """Names of the parameters."""
         return {place.name for place in self.places}
 
     @property
     def weights(self) -> int:
-        """Numbers of the weights, with which a state begins."""
+        """Number of elements of all weights, which come first in a state."""
         return sum(place.size for place in self.places) if self.has_weights else 0
 
     @property
     def size(self) -> int:
-        """Numbers in all."""
+        """Number of elements in all."""
         return self.weights + sum(sum(place.moments.values()) + 1 for place in self.places)
 
     @property
     def without_weights(self) -> "Layout":
-        """Of what comes after them."""
+        """The layout of the same state without its weights."""
         return self._replace(has_weights=False)
 
 
 class Part(NamedTuple):
-    """What a state has of a parameter, flat.
+    """What a state contains of one parameter, as flat tensors.
 
     Attributes:
-        weights: None where the state has none.
-        moments: as named by its place.
-        steps: that the optimizer has done; of one that does not count them, 1 once it has done any.
+        place: describes the parameter.
+        weights: None if the state has no weights.
+        moments: in the order of `place.moments`.
+        steps: number of steps that the optimizer has done; for an optimizer that does not count them, 1 after its first step.
     """
 
     place: Place
@@ -100,10 +102,10 @@ class Part(NamedTuple):
 
 
 def parts_of(state: Tensor, layout: Layout) -> list[Part]:
-    """A state parameter by parameter: views.
+    """Split a state by parameters; the tensors are views.
 
     Raises:
-        ClusterError: it is not of this layout.
+        ClusterError: the state does not have this layout.
     """
     if state.shape != (layout.size,):
         raise ClusterError(f"a state of {tuple(state.shape)} numbers, of which a block of this layout has {layout.size}")
@@ -122,15 +124,17 @@ def _views(state: Tensor, layout: Layout) -> Iterator[tuple[Place, Tensor | None
 
 
 def join(parts: Sequence[Part], wanted: range, *, counted: bool) -> dict[str, Tensor]:
-    """The optimizer's state of one parameter, or of a part of it, flat, from other parts; nothing before the first step.
+    """Join the optimizer's state of one parameter, or of a range of it, from parts; empty before the first step.
 
     Args:
-        parts: in any order; they may overlap, and then agree.
-        wanted: which numbers of the flattened parameter.
-        counted: whether it has "step", the number of steps done.
+        parts: in any order; where they overlap they agree.
+        wanted: range of the flattened parameter.
+        counted: True if the optimizer's state contains "step", the number of steps done.
+
+    Returns: flat moments by name, and "step" if it is counted.
 
     Raises:
-        ClusterError: they do not have all of it.
+        ClusterError: the parts do not cover the range.
     """
     held = [part for part in parts if max(part.place.start, wanted.start) < min(part.place.stop, wanted.stop)]
     held.sort(key=lambda part: part.place.start)
@@ -147,7 +151,7 @@ def join(parts: Sequence[Part], wanted: range, *, counted: bool) -> dict[str, Te
     for part in held:
         start, stop = max(part.place.start, wanted.start), min(part.place.stop, wanted.stop)
         for name, moment in zip(part.place.moments, part.moments, strict=True):
-            if len(moment) != part.place.stop - part.place.start:  # of a parameter that is not cut
+            if len(moment) != part.place.stop - part.place.start:  # the moment of a parameter that is not split
                 found[name] = moment
                 continue
             found.setdefault(name, moment.new_empty(len(wanted)))[start - wanted.start : stop - wanted.start] = moment[
@@ -157,11 +161,11 @@ def join(parts: Sequence[Part], wanted: range, *, counted: bool) -> dict[str, Te
 
 
 class BlockState:
-    """Reads and writes a block's state, shape (size,), in the weights' dtype.
+    """Reads and writes a block's state, shape (size,), in the dtype of the weights.
 
     Args:
-        names: of the parameters that it is of; None: all.
-        has_weights: False: averages and step counts alone.
+        names: the parameters that it covers; None: all of the block.
+        has_weights: False for a state of moments and step counts only.
     """
 
     def __init__(self, engine: Engine, names: Collection[str] | None = None, *, has_weights: bool = True) -> None:
@@ -173,15 +177,15 @@ class BlockState:
 
     @property
     def copied(self) -> slice:
-        """What nobody but this worker has: all of it, or where replicas share out the optimizer's state what is behind the weights."""
+        """The part of the state that no other worker has: all of it, or only moments and step counts if those are sharded over replicas."""
         return slice(self.layout.weights if self.engine.optimizer.is_sharded else 0, self.size)
 
     def room(self) -> Tensor:
-        """An empty state on the host; where the block is on a GPU, in pinned memory."""
+        """Return an empty state in host memory, pinned if the block is on a GPU."""
         return torch.empty(self.size, dtype=self.dtype, pin_memory=self.engine.device.type == "cuda")
 
     def take(self, into: Tensor) -> None:
-        """Copy the block's state."""
+        """Copy the block's state into this tensor."""
         rooms, sources = [], []
         for parameter, (place, weights, moments) in zip(self.parameters, _views(into, self.layout), strict=True):
             state = self.engine.optimizer.state_of(parameter)
@@ -201,17 +205,17 @@ class BlockState:
             torch.cuda.current_stream(self.engine.device).synchronize()
 
     def put(self, state: Tensor) -> None:
-        """Make the block what it was."""
+        """Set the block to a state that `take` has copied."""
         self.gather([(self.layout, state)])
 
     def gather(self, states: Sequence[tuple[Layout, Tensor]]) -> None:
-        """Make the block what it was when its layers, or the optimizer's state of them, were shared out otherwise.
+        """Set the block to what it was, from states of workers among which layers or moments were distributed differently.
 
         Args:
-            states: of the workers that had them, each with its layout.
+            states: the workers' states, each with its layout.
 
         Raises:
-            ClusterError: a parameter, or a part of its state, is in none of them.
+            ClusterError: a parameter, or a part of its moments, is in none of them.
         """
         tied, known = self.engine.block.architecture.tied_to, by_name(states)
         for parameter, place in zip(self.parameters, self.layout.places, strict=True):
@@ -233,7 +237,11 @@ class BlockState:
 
 
 def by_name(states: Iterable[tuple[Layout, Tensor]]) -> dict[str, list[Part]]:
-    """By parameter, what these states, each of its layout, have of it."""
+    """Return what these states contain, by the name of the parameter.
+
+    Args:
+        states: each with its layout.
+    """
     found: dict[str, list[Part]] = {}
     for part in chain.from_iterable(parts_of(state, layout) for layout, state in states):
         found.setdefault(part.place.name, []).append(part)

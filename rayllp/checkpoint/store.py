@@ -1,7 +1,8 @@
-"""Checkpoints: one safetensors file a piece (embedding, each layer, head), so that any number of workers can load any checkpoint.
+"""Checkpoint files: one safetensors file per piece (embedding, each layer, head), so that any number of workers can load a checkpoint.
 
-A checkpoint directory is complete or absent: workers write into a temporary folder, the driver adds the manifest and renames it; behind a
-URL, where nothing is renamed, it is complete once it has its manifest. safetensors hold numbers only; nothing here is ever unpickled.
+A checkpoint is either complete or not there. Locally the workers write to a temporary folder, which the driver renames after adding the
+manifest. On object storage, which cannot rename, a checkpoint is complete once it has its manifest. safetensors files contain tensors only;
+nothing is ever unpickled here.
 """
 
 import hashlib
@@ -29,11 +30,11 @@ from rayllp.errors import CheckpointError, DamagedCheckpointError
 FORMAT = 2
 MANIFEST = "manifest.json"
 NAME = re.compile(r"step_\d+")
-"""Of a checkpoint's folder. What else lies beside them (a copy that somebody made, step_300_good) is none of ours."""
+"""Pattern of the names of checkpoint folders. Other folders beside them, such as a user's copy step_300_good, are left alone."""
 
 
 def staging(root: Folder, step: int) -> Folder:
-    """A fresh folder to write the checkpoint of `step` to; those that were never finished go."""
+    """Return an empty folder to write the checkpoint of `step` to. Unfinished checkpoints are removed."""
     folder: Folder
     unfinished: list[Folder]
     if isinstance(root, Path):
@@ -51,7 +52,7 @@ def staging(root: Folder, step: int) -> Folder:
 
 
 class PieceWriter:
-    """Writes a worker's pieces in the background: `begin` copies them, and a thread writes the copies."""
+    """Writes a worker's pieces of a checkpoint: `begin` copies them, and a background thread writes the copies."""
 
     def __init__(self) -> None:
         self._thread: threading.Thread | None = None
@@ -59,7 +60,7 @@ class PieceWriter:
         self._failure: Exception | None = None
 
     def begin(self, engine: Engine, folder: Folder) -> None:
-        """Copy this worker's pieces, and start to write them: of a block's pieces every replica has its turn. All replicas call it.
+        """Copy this worker's pieces and start to write them. The pieces of a block are written by its replicas in turn; all must call this.
 
         Raises:
             ChannelError: a replica did not send its share of the optimizer's state.
@@ -77,17 +78,17 @@ class PieceWriter:
         self._thread.start()
 
     def is_done(self) -> bool:
-        """Whether there is nothing to wait for."""
+        """True if nothing is being written."""
         return self._thread is None or not self._thread.is_alive()
 
     def wait(self) -> None:
-        """Until all is written, or has failed."""
+        """Wait until all pieces are written or writing them has failed."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
 
     def finish(self) -> dict[str, dict[str, Any]]:
-        """Wait; the files with size and checksum.
+        """Wait until all pieces are written; return the files with their sizes and checksums.
 
         Raises:
             CheckpointError: they could not be written.
@@ -102,12 +103,12 @@ class PieceWriter:
             for piece in list(pieces):
                 path = folder / f"{piece}.safetensors"
                 self._written[path.name] = _write_piece(path, pieces.pop(piece))
-        except Exception as error:  # a full disk, a path that vanished, whatever a file system's package raises: told by finish()
+        except Exception as error:  # `finish` reports it
             self._failure = error
 
 
 def _write_piece(path: Folder, tensors: dict[str, Tensor]) -> dict[str, Any]:
-    """Write a file; its size and checksum."""
+    """Write a file; return its size and checksum."""
     if not isinstance(path, Path):
         content = save(tensors)
         write(path, content)
@@ -119,7 +120,17 @@ def _write_piece(path: Folder, tensors: dict[str, Tensor]) -> dict[str, Any]:
 
 
 def commit(folder: Folder, step: int, files: Mapping[str, Any], extra: Mapping[str, Any], keep: int, best: int | None = None) -> Folder:
-    """Add the manifest, make the checkpoint appear, drop all but the last `keep` and that of step `best`."""
+    """Make a checkpoint complete by adding its manifest, and remove old ones.
+
+    Args:
+        folder: the folder that `staging` returned.
+        files: names of the files, with their sizes and checksums.
+        extra: further content of the manifest.
+        keep: number of checkpoints to keep.
+        best: step of a checkpoint to keep besides these.
+
+    Returns: the folder of the checkpoint.
+    """
     manifest = {"format": FORMAT, "step": step, "files": dict(files), **extra}
     write(folder / MANIFEST, json.dumps(manifest, indent=1).encode())
     final = folder.parent / f"step_{step}"
@@ -130,30 +141,30 @@ def commit(folder: Folder, step: int, files: Mapping[str, Any], extra: Mapping[s
         sync(folder.parent)
     for old in checkpoints(folder.parent)[:-keep]:
         if old.name != f"step_{best}":
-            (old / MANIFEST).unlink()  # from here on it is none
+            (old / MANIFEST).unlink()  # without its manifest it no longer counts as a checkpoint
             remove(old)
     return final
 
 
 def checkpoints(root: Folder) -> list[Folder]:
-    """Complete checkpoints, oldest first."""
+    """Return the complete checkpoints in a folder, oldest first."""
     if not isinstance(root, Path):
-        root.fs.invalidate_cache()  # others have written there
+        root.fs.invalidate_cache()  # other processes may have written there
     found: list[Folder] = [path.parent for path in root.glob(f"step_*/{MANIFEST}") if NAME.fullmatch(path.parent.name)]
     return sorted(found, key=step_of)
 
 
 def step_of(checkpoint: Folder) -> int:
-    """Steps that a checkpoint's directory is named after."""
+    """Return the number of steps in the name of a checkpoint's folder."""
     return int(checkpoint.name.removeprefix("step_"))
 
 
 def read_manifest(folder: Folder) -> dict[str, Any]:
-    """The manifest, and that the files it names are there in their sizes. Whoever reads one of them looks at its content.
+    """Return the manifest, after checking that all its files exist in the right size. Their content is checked when they are read.
 
     Raises:
-        DamagedCheckpointError: no manifest, or a file that is missing or has another size.
-        CheckpointError: another format.
+        DamagedCheckpointError: the manifest or a file is missing, or a file has another size.
+        CheckpointError: the checkpoint has another format.
     """
     try:
         manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
@@ -169,13 +180,13 @@ def read_manifest(folder: Folder) -> dict[str, Any]:
 
 
 def check_content(path: Folder, files: Mapping[str, Any]) -> None:
-    """See that a file of a checkpoint is what was written.
+    """Check that a file's content is what was written.
 
     Args:
-        files: of the manifest.
+        files: the files of the manifest, with their checksums.
 
     Raises:
-        DamagedCheckpointError: it is not.
+        DamagedCheckpointError: the file is missing or altered.
     """
     facts = files.get(path.name)
     if facts is not None and (not path.is_file() or _checksum(path) != facts["sha256"]):
@@ -183,20 +194,20 @@ def check_content(path: Folder, files: Mapping[str, Any]) -> None:
 
 
 def count_layers(manifest: Mapping[str, Any]) -> int:
-    """Layers of the network in a checkpoint, buffers included."""
+    """Return the number of layers in a checkpoint, including buffer layers."""
     return sum(name.startswith(LAYER) for name in manifest["files"])
 
 
 def load_pieces(engine: Engine, folder: Folder, prolongation: Prolongation | None = None, files: Mapping[str, Any] | None = None) -> None:
-    """Load this worker's pieces: weights and optimizer state.
+    """Load this worker's pieces of a checkpoint: weights and optimizer state.
 
     Args:
-        files: of the manifest, which those that are read are checked against.
-        prolongation: how the network follows from the shallower one in the checkpoint; None: it is that one.
+        prolongation: how to read the checkpoint of a shallower network; None: it is of the same network.
+        files: the files of the manifest, with the checksums to check.
 
     Raises:
-        DamagedCheckpointError: a piece is not what was written.
-        CheckpointError: a piece is missing or has another shape: the checkpoint is of another model.
+        DamagedCheckpointError: a file is altered.
+        CheckpointError: a piece is missing or has other shapes: the checkpoint is of another model.
     """
     tied = engine.block.architecture.tied_to
     cache: dict[str, dict[str, Tensor]] = {}
@@ -229,7 +240,7 @@ def _load_parameter(engine: Engine, stored: Mapping[str, Tensor], name: str, par
     parameter.data.copy_(value)
     state = {part: stored[key] for key in stored for part, _, owner in [key.partition("/")] if owner == name and part != "weight"}
     kept = engine.optimizer.moments_of(parameter)
-    if state and set(state) - {"step", "ema"} != set(kept) - {"ema"}:  # an average of the weights may begin or end here
+    if state and set(state) - {"step", "ema"} != set(kept) - {"ema"}:  # an average of the weights may be new, or no longer wanted
         raise CheckpointError(
             f"{folder}: of {name} it has the optimizer's {', '.join(sorted(state))}, but optimizer.name={engine.config.optimizer.name} "
             f"goes on from {', '.join(kept) or 'none'}: put optimizer.name back to what the checkpoint was made with"
@@ -238,7 +249,7 @@ def _load_parameter(engine: Engine, stored: Mapping[str, Tensor], name: str, par
 
 
 def _saved(engine: Engine) -> dict[str, list[str]]:
-    """By piece, the names of its parameters, but for those that another worker's copy stands for."""
+    """Return the parameter names of each piece, without those of which another worker saves its copy."""
     pieces: dict[str, list[str]] = {}
     for piece, name, _ in engine.block.owned():
         if not engine.block.is_counted_elsewhere(name):
@@ -247,7 +258,7 @@ def _saved(engine: Engine) -> dict[str, list[str]]:
 
 
 def _piece(engine: Engine, names: Sequence[str], states: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """What a file has: copies, on the host."""
+    """Return the tensors of a file, copied to host memory."""
     piece: dict[str, Tensor] = {}
     for name in names:
         parameter = engine.block.parameters[name]
@@ -259,7 +270,7 @@ def _piece(engine: Engine, names: Sequence[str], states: Mapping[str, Mapping[st
 
 
 def _states_at(writer: int, engine: Engine, names: Sequence[str]) -> dict[str, dict[str, Tensor]]:
-    """The optimizer's state of these parameters, on the replica that writes them; where it is shared out, all others send theirs."""
+    """Return the optimizer's state of these parameters on the replica that writes them. With sharding, all others send their shares."""
     optimizer, replicas = engine.optimizer, engine.replicas
     if not optimizer.is_sharded:
         return {name: optimizer.state_of(engine.block.parameters[name]) for name in names}
@@ -277,7 +288,7 @@ def _states_at(writer: int, engine: Engine, names: Sequence[str]) -> dict[str, d
         return {}
     parts = by_name([(own.layout, state), *zip(layouts, received, strict=True)])
     owned = {name: engine.block.parameters[name] for name in names}
-    kept = {name: range(p.numel() if p.requires_grad else 0) for name, p in owned.items()}  # of a frozen one no state is kept
+    kept = {name: range(p.numel() if p.requires_grad else 0) for name, p in owned.items()}  # a frozen parameter has no state
     return {name: join(parts[name], kept[name], counted=optimizer.counts_steps(p)) for name, p in owned.items()}
 
 

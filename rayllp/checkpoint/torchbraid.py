@@ -1,13 +1,13 @@
-"""Weights of TorchBraid's networks, from its files and back: with the same modules, the same network.
+"""Conversion of weights from and to TorchBraid's files. With the same modules this gives the same network.
 
-TorchBraid's examples (github.com/Multilevel-NN/torchbraid) have one way of building a network: an opening module and a closing one on rank
-0, and between them a `LayerParallel` of equal steps x + dt·F(x). Each rank saves the `state_dict` of its part; `saveSerialNet` makes a
-`SerialNet` of all of it. Both are read by name, so that any of their networks becomes a `LayerStack` of the same modules.
+TorchBraid's examples (github.com/Multilevel-NN/torchbraid) build their networks in one way: an opening and a closing module on rank 0, and
+between them a `LayerParallel` of equal steps x + dt·F(x). Each rank saves the `state_dict` of its part, and `saveSerialNet` makes a
+`SerialNet` of the whole network. Both are read by parameter names, so any of these networks becomes a `LayerStack` of the same modules.
 
     weights = TorchBraidWeights.read(["rank0.pt", "rank1.pt"])
     model = weights.stack(embed=OpenLayer(...), step=lambda: StepLayer(...), head=CloseLayer(...), loss=my_loss, dt=Tf / N)
-    rayllp.train(config, model=model, batches=batches)              # step.middle = Tf / N
-    TorchBraidWeights.of_run("runs/mine").write("serial.pt")        # a SerialNet's state_dict; workers=4: one a rank
+    rayllp.train(config, model=model, batches=batches)              # with step.middle = Tf / N
+    TorchBraidWeights.of_run("runs/mine").write("serial.pt")        # state_dict of a SerialNet; workers=4 writes one file per rank
 """
 
 import inspect
@@ -31,15 +31,15 @@ State = dict[str, Tensor]
 PARALLEL, SERIAL = "parallel_nn.", "serial_nn."
 LAYERS = "local_layers."
 WRAPPERS = ("model_state", "model_state_dict", "state_dict")
-"""Under which their scripts put a state_dict beside other things."""
+"""Keys under which TorchBraid's scripts store a state_dict beside other things."""
 
 
 class Step(nn.Module):
-    """A step of TorchBraid's, x + F(x), as a residual layer.
+    """A step of TorchBraid, x + dt·F(x), as a residual layer.
 
     Args:
-        step: F, or where it takes dt as its second argument the step itself, x -> x + dt·F(x, dt).
-        dt: of TorchBraid's finest level, Tf / N; `step.middle` has to be the same.
+        step: F; or, if it takes dt as its second argument, the whole step x -> x + dt·F(x, dt).
+        dt: step size on TorchBraid's finest level, Tf / N; `step.middle` must have the same value.
     """
 
     def __init__(self, step: nn.Module, dt: float = 1.0) -> None:
@@ -48,7 +48,7 @@ class Step(nn.Module):
         self._takes_dt = len(inspect.signature(step.forward).parameters) > 1
 
     def forward(self, x: Tensor) -> Tensor:
-        """The layer for Δt = 1."""
+        """Return x + F(x), the layer for Δt = 1."""
         found: Tensor = x + ((self.step(x, self.dt) - x) / self.dt if self._takes_dt else self.step(x))
         return found
 
@@ -58,8 +58,8 @@ class TorchBraidWeights:
     """All weights of one network.
 
     Attributes:
-        ends: of the opening and closing modules, by their full names ("open_nn.…", "close_nn.…").
-        layers: of each step, by its own names.
+        ends: parameters of the opening and closing modules, by full names ("open_nn.…", "close_nn.…").
+        layers: for each step, its parameters by their names in the step's module.
     """
 
     ends: State
@@ -69,20 +69,20 @@ class TorchBraidWeights:
 
     @staticmethod
     def read(paths: str | Path | Sequence[str | Path]) -> "TorchBraidWeights":
-        """From the files of all ranks, in the order of the ranks, or the one of a SerialNet's state_dict.
+        """Read the files of all ranks in the order of ranks, or the one file of a SerialNet's state_dict.
 
         Raises:
-            CheckpointError: a file that cannot be read, holds a whole pickled module, or other names.
+            CheckpointError: a file cannot be read, contains a whole pickled module, or has names that are not TorchBraid's.
         """
         files = [paths] if isinstance(paths, str | Path) else list(paths)
         return TorchBraidWeights.of([_read(Path(path)) for path in files])
 
     @staticmethod
     def of(states: Sequence[Mapping[str, Tensor]]) -> "TorchBraidWeights":
-        """The same from state_dicts.
+        """Return the weights in the state_dicts of all ranks, or of a SerialNet.
 
         Raises:
-            CheckpointError: names that are not TorchBraid's.
+            CheckpointError: names are not TorchBraid's.
         """
         ends: State = {}
         layers: list[State] = []
@@ -116,15 +116,15 @@ class TorchBraidWeights:
         dt: float = 1.0,
         **options: Any,
     ) -> LayerStack:
-        """A network of these modules, TorchBraid's own, that begins with these weights.
+        """Build a network of TorchBraid's own modules, which starts with these weights.
 
         Args:
             embed: the opening module.
-            step: builds one step.
+            step: builds the module of one step.
             head: the closing module.
-            loss: of outputs and targets, summed.
+            loss: the loss of outputs and targets, summed over samples.
             dt: as in `Step`.
-            options: others of `LayerStack`.
+            options: further arguments of `LayerStack`.
 
         Raises:
             CheckpointError: the modules have other parameters.
@@ -132,7 +132,7 @@ class TorchBraidWeights:
         for module, state in ((embed, self._end("open")), (head, self._end("close"))):
             _fill(module, state)
         layers = [partial(_layer, step, state, dt) for state in self.layers]
-        layers[0]()  # refuse what does not fit now, not in a worker
+        layers[0]()  # find out now, not in a worker, whether the weights fit
         return LayerStack(embed=embed, layers=layers, head=head, loss=loss, **options)
 
     def _end(self, which: str) -> State:
@@ -142,10 +142,13 @@ class TorchBraidWeights:
 
     @staticmethod
     def of_run(run: str | Path, step: int | None = None) -> "TorchBraidWeights":
-        """From a checkpoint of a run whose model `stack` made; the latest, or that after `step` steps. Parameters alone, no buffers.
+        """Return the weights in a checkpoint of a run whose model `stack` has built: parameters only, no buffers.
+
+        Args:
+            step: step of the checkpoint; None: the latest.
 
         Raises:
-            CheckpointError: there is none, or it is of another model.
+            CheckpointError: there is no such checkpoint, or it is of another model.
         """
         found: list[Folder] = checkpoints(place_of_checkpoints(Path(run), load_run_config(Path(run)).checkpoint.path))
         folder = next((path for path in found if path.name == f"step_{step}"), None) if step is not None else found[-1] if found else None
@@ -168,10 +171,13 @@ class TorchBraidWeights:
         return TorchBraidWeights(ends, layers)
 
     def states(self, workers: int | None = None) -> list[State]:
-        """A state_dict for each of so many ranks, as TorchBraid shares layers out; None: one, of a SerialNet.
+        """Return a state_dict for each rank, with layers distributed as by TorchBraid.
+
+        Args:
+            workers: number of ranks; None: return one state_dict, that of a SerialNet.
 
         Raises:
-            CheckpointError: TorchBraid does not share these layers out so.
+            CheckpointError: TorchBraid cannot distribute the layers over this number of ranks.
         """
         if workers is None:
             return [self.ends | {f"{SERIAL}{n}.layer.layer.{name}": value for n, name, value in _numbered(self.layers)}]
@@ -186,7 +192,12 @@ class TorchBraidWeights:
         return found
 
     def write(self, path: str | Path, workers: int | None = None) -> list[Path]:
-        """Those as files: `path` itself, or with workers one a rank, "serial.pt" as "serial_rank0.pt" and so on; the files."""
+        """Write the state_dicts to files, and return their paths.
+
+        Args:
+            path: file to write. With `workers` there is one per rank: "serial.pt" becomes "serial_rank0.pt" and so on.
+            workers: as for `states`.
+        """
         target = Path(path)
         states = self.states(workers)
         paths = [target] if workers is None else [target.with_stem(f"{target.stem}_rank{rank}") for rank in range(workers)]
@@ -229,5 +240,5 @@ def _layer(step: Callable[[], nn.Module], state: State, dt: float) -> Step:
 
 
 def _weights(data: bytes) -> State:
-    """The parameters of one piece of a checkpoint."""
+    """Return the parameters in a piece of a checkpoint, given the content of its file."""
     return {name.removeprefix("weight/"): value for name, value in load(data).items() if name.startswith("weight/")}

@@ -1,1 +1,1 @@
-"""Ray: the actors that own blocks of layers, and the driver that runs them."""
+"""Worker processes: the Ray actors (or MPI processes) that own blocks of layers, where they run, and how they are connected."""

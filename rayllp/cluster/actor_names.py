@@ -1,4 +1,4 @@
-"""What Ray calls the workers of a run, so that another process finds them by the run's directory. Pure."""
+"""Names that Ray knows a run's workers by. Another process finds the workers from the path of the run directory. Pure computation."""
 
 import os
 import re
@@ -10,29 +10,30 @@ NAMESPACE = "rayllp"
 
 
 def run_name(path: Path) -> str:
-    """The run directory's full path; odd characters are written %XX, so that two directories never share a name."""
+    """Return the run's name in Ray: the full path of its directory. Special characters are written %XX, so that names are unique."""
     return quote(os.fsencode(path.resolve()))
 
 
 def worker_name(run: str, number: int) -> str:
-    """Of the so-manieth process that a sitting started: its rank is that number at first, and may become another.
+    """Return a new name for the `number`-th worker process that a session has started.
 
-    The end is another each time, so that a successor need not wait until Ray has freed the name of the dead.
+    That number is also the worker's first rank, which may change later. The random suffix lets a replacement start before Ray has freed the
+    name of the worker that died.
     """
     return f"{run}/worker_{number}.{uuid4().hex[:8]}"
 
 
 def group_name(run: str) -> str:
-    """Of a new placement group: it is there from a sitting's start to its end, whatever becomes of its workers."""
+    """Return a name for a new placement group. It exists as long as the session does, even while no worker is alive."""
     return f"{run}/group.{uuid4().hex[:8]}"
 
 
 def number_of(name: str, run: str) -> int | None:
-    """The number of this run's worker of this name; None: the name is somebody else's."""
+    """Return the number in the name of a worker of this run; None if the name is not one of this run's."""
     found = re.fullmatch(re.escape(run) + r"/worker_(\d+)\.[0-9a-f]{8}", name)
     return int(found[1]) if found else None
 
 
 def is_group(name: str, run: str) -> bool:
-    """Whether this run's placement group is called so."""
+    """True if this is the name of a placement group of this run."""
     return re.fullmatch(re.escape(run) + r"/group\.[0-9a-f]{8}", name) is not None

@@ -1,4 +1,4 @@
-"""The worker processes of a run: where in the cluster they live, and those that have no layers (yet)."""
+"""The worker processes of a run: where in the cluster they run, and the processes that have no layers (yet)."""
 
 import contextlib
 import time
@@ -21,28 +21,34 @@ RELEASE_TIMEOUT_S = 10.0
 
 
 class Starting(NamedTuple):
-    """A process that has no layers yet, and what says that it is there."""
+    """A worker process that may still be starting.
+
+    Attributes:
+        actor: handle of the `BlockWorker` actor.
+        ready: reference to a result that is available once the process has started.
+    """
 
     actor: Any
     ready: Any
 
 
 class ActorPool:
-    """Starts worker processes, and keeps those that are not at work: a process's start, most of it imports, takes seconds.
+    """Starts worker processes and keeps idle ones, because starting one takes seconds, most of them for imports.
 
-    They are spares, one a node, which take the bundle of a worker that was lost there; standbys, for which the cluster had room; and, where
-    the pool is `lasting`, those that are left from the run before.
+    There are three kinds of idle processes. A spare has no bundle of its own; it waits on a node to replace a worker that is lost there. A
+    standby actor has a bundle and waits to get layers when the number of workers grows. In a `lasting` pool the workers of a finished run
+    wait for the next one.
 
     Args:
-        count: how many workers there are to be.
-        device: which resources each takes.
-        group: a placement group to live in (a Tune trial's own); made here, and removed at `close`, if None.
-        first_bundle: the group's bundle that takes the first worker.
-        name: the run's, under which Ray's other users find its workers (`rayllp.cluster.actor_names`); None: nobody does.
-        lasting: whether processes stay when a run ends, for another one in the same placement group.
+        count: number of workers to reserve resources for.
+        device: "cpu" or "cuda"; a worker takes one CPU, and with "cuda" one GPU.
+        group: an existing placement group to use, such as that of a Tune trial; None: the pool creates one, and removes it in `close`.
+        first_bundle: index of the bundle in the group that the first worker takes.
+        name: name of the run, by which other processes can find its workers (see `actor_names`); None: they have no names.
+        lasting: True to keep the processes when a run ends, for another run in the same placement group.
 
     Attributes:
-        slots: the places in the cluster, of workers and free.
+        slots: the bundles of all workers, whether taken or free.
     """
 
     def __init__(
@@ -56,7 +62,7 @@ class ActorPool:
         lasting: bool = False,
     ) -> None:
         self.device, self.name, self.lasting = device, name, lasting
-        # A run that has a cluster to itself uses all of it; in a lent group a worker has what its bundle has.
+        # A run with a cluster of its own uses all its CPUs; in a placement group that it was given, a worker uses those of its bundle.
         alone = device == "cpu" and group is None
         self._cpus = int(ray.cluster_resources().get("CPU", 1)) if alone else 1
         self._bundle: dict[str, float] = {"CPU": 1.0, "GPU": 1.0} if device == "cuda" else {"CPU": 1.0}
@@ -69,15 +75,15 @@ class ActorPool:
         self._standbys: dict[Slot, Starting] = {}
 
     def wait_for_room(self) -> None:
-        """Until the placement group has its resources.
+        """Wait until the placement group has its resources.
 
         Raises:
-            ClusterError: they did not come free.
+            ClusterError: the resources did not become available in time.
         """
         deadline = time.monotonic() + START_TIMEOUT_S
         there = self.group.wait(0)
         while not there and time.monotonic() < deadline:
-            there = self.group.wait(1)  # no signal is heeded meanwhile
+            there = self.group.wait(1)  # signals are handled only between two waits, so each is short
         if not there:
             available = {name: ray.available_resources().get(name, 0) for name in self._bundle}
             raise ClusterError(
@@ -86,16 +92,16 @@ class ActorPool:
             )
 
     def start_actor(self, slot: Slot, rank: int, config: TrainConfig) -> Any:
-        """A worker in this place: the one that an earlier run left there, else a new process."""
+        """Return an actor in this slot: the idle one that an earlier run left there, or a new one."""
         actor = self._idle.pop(slot, None)
         if actor is not None:
-            self.reassign(actor, rank, config)  # if that fails, so does whatever it is asked next
+            self.reassign(actor, rank, config)  # no need to wait: if this fails, so does the next call
             return actor
         place = PlacementGroupSchedulingStrategy(placement_group=slot.group, placement_group_bundle_index=slot.bundle)
         return self._start(rank, config, place, self._bundle["CPU"])
 
     def reassign(self, actor: Any, rank: int, config: TrainConfig) -> Any:
-        """Give a process that has no layers another place; what says that it is done."""
+        """Give an actor a new rank and new settings, after which it has no layers; return a reference that is ready when it is done."""
         return actor.reconfigure.remote(config, rank, self._threads(config))
 
     def _start(self, rank: int, config: TrainConfig, strategy: Any, cpus: float) -> Any:
@@ -107,24 +113,25 @@ class ActorPool:
         return actor.options(**options).remote(rank, config, self._threads(config))
 
     def _threads(self, config: TrainConfig) -> int:
-        """Of each worker of such a run."""
+        """Return the number of threads of each worker in a run with these settings."""
         return threads_of(max(1, self._cpus // config.world))
 
     def free(self, taken: Collection[Slot]) -> list[Slot]:
-        """Places that neither have these workers nor a standby, those of nodes that live first."""
+        """Return the slots that are neither in `taken` nor have a standby actor, those on live nodes first."""
         found = [slot for slot in self.slots if slot not in taken and slot not in self._standbys]
         return sorted(found, key=lambda slot: not slot.is_alive())
 
     # Spares ---------------------------------------------------------------------------------------------------------------------
 
     def keep_spares(self, nodes: Iterable[str], config: TrainConfig, *sources: Any) -> None:
-        """Begin to start a spare on each of these nodes that has none. Waits for nothing.
+        """Start a spare on each of these nodes that has none. Does not wait.
 
-        It asks for no resources of its own, and on GPUs there are none, since a process without one cannot be given one. Nor are there any
-        beside a lent placement group, which is to hold all that a Tune trial starts.
+        A spare reserves no resources. There are none on GPUs, because Ray cannot give a GPU to a process that was started without one.
+        There are none either if the pool was given a placement group: a Tune trial must not start processes outside its group.
 
         Args:
-            sources: what `BlockWorker.warm` wants.
+            nodes: identifiers of the nodes.
+            sources: arguments of `BlockWorker.warm`.
         """
         if self.device != "cpu" or self._lent:
             return
@@ -133,22 +140,29 @@ class ActorPool:
             self._spares[node] = Starting(actor, actor.warm.remote(*sources))
 
     def take_spare(self, node: str) -> Any | None:
-        """The spare on this node; None: there is none. One that is still starting is further along than a new worker would be."""
+        """Return the spare on this node, or None if there is none that works.
+
+        A spare that is still starting is waited for: it will be ready sooner than a new process.
+        """
         spare = self._spares.pop(node, None)
         if spare is None:
             return None
         try:
             ray.get(spare.ready, timeout=START_TIMEOUT_S)
             ray.get(spare.actor.ping.remote(), timeout=START_TIMEOUT_S)
-        except (RayActorError, RayTaskError, GetTimeoutError):  # as if there were none
+        except (RayActorError, RayTaskError, GetTimeoutError):  # treat a failed spare as if there were none
             self.dismiss([spare.actor])
             return None
         return spare.actor
 
-    # Standbys -------------------------------------------------------------------------------------------------------------------
+    # Standby actors ---------------------------------------------------------------------------------------------------------------
 
     def start_standbys(self, wanted: int, taken: Collection[Slot], config: TrainConfig) -> None:
-        """Begin to start workers, where the cluster has room, so that there are so many standbys. Waits for nothing."""
+        """Start standby actors where the cluster has room, until there are `wanted`. Does not wait.
+
+        Args:
+            taken: slots of the active workers.
+        """
         free = self.free(taken)
         available = ray.available_resources()
         for _ in range(wanted - len(self._standbys)):
@@ -165,7 +179,7 @@ class ActorPool:
             self._standbys[slot] = Starting(actor, actor.place.remote())
 
     def count_standbys(self) -> int:
-        """Standbys that are there. One that died on the way is forgotten."""
+        """Return how many standby actors have started. Those that died while starting are dropped."""
         ready = 0
         for slot, standby in list(self._standbys.items()):
             if ray.wait([standby.ready], timeout=0)[0]:
@@ -177,28 +191,31 @@ class ActorPool:
         return ready
 
     def take_standbys(self, most: int) -> list[tuple[Slot, Any]]:
-        """Standbys that are there, with their places; they are none any more."""
+        """Remove up to `most` standby actors that have started from the pool, and return them with their slots."""
         there = [slot for slot, standby in self._standbys.items() if ray.wait([standby.ready], timeout=0)[0]]
         return [(slot, self._standbys.pop(slot).actor) for slot in there[: max(0, most)]]
 
     # The end --------------------------------------------------------------------------------------------------------------------
 
     def dismiss(self, actors: Iterable[Any]) -> None:
-        """End these processes."""
+        """Kill these actors. Errors are ignored: they may be dead already."""
         for actor in actors:
             with contextlib.suppress(Exception):
                 ray.kill(actor, no_restart=True)
 
     def dismiss_idle(self) -> None:
-        """End all processes that have no layers."""
+        """Kill all actors that have no layers."""
         for starting in (*self._standbys.values(), *self._spares.values()):
-            with contextlib.suppress(Exception):  # of what failed unnoticed Ray would print a traceback, when it is forgotten
+            with contextlib.suppress(Exception):  # unless failed results are fetched, Ray prints their tracebacks
                 ray.get(starting.ready, timeout=0)
         self.dismiss([*self._idle.values(), *(each.actor for each in (*self._standbys.values(), *self._spares.values()))])
         self._idle, self._standbys, self._spares = {}, {}, {}
 
     def release(self, placed: Iterable[tuple[Slot, Any]]) -> None:
-        """A run has ended: its workers give up their layers and stay, where the pool is lasting; else all is given back."""
+        """Take back the workers of a run that has ended, with their slots.
+
+        In a `lasting` pool they give up their layers and stay idle for the next run. Otherwise they are killed and the pool is closed.
+        """
         placed = list(placed)
         if not self.lasting:
             self.dismiss(actor for _, actor in placed)
@@ -211,7 +228,7 @@ class ActorPool:
         for reference, (slot, actor) in leaving.items():
             try:
                 ray.get(reference, timeout=0)
-            except Exception:  # dead, or at something that it does not leave
+            except Exception:  # it is dead, or does not return from its current call
                 self.dismiss([actor])
             else:
                 if slot in self.slots:
@@ -220,7 +237,7 @@ class ActorPool:
                     self.dismiss([actor])
 
     def _forget_standbys(self) -> None:
-        """Let go of what was added while a run lasted: standbys, and places beyond the first ones."""
+        """Kill what was added during a run: standby actors, and bundles beyond those that the pool began with."""
         self.dismiss(standby.actor for standby in self._standbys.values())
         self._standbys = {}
         extra = [slot for slot in self.slots if slot.group.id != self.group.id]
@@ -228,7 +245,7 @@ class ActorPool:
         self._remove_groups(extra)
 
     def close(self) -> None:
-        """End all processes without layers, and give the resources back."""
+        """Kill all actors that have no layers, and give the resources back. A placement group that the pool was given is kept."""
         self.dismiss_idle()
         self._remove_groups(slot for slot in self.slots if not self._lent or slot.group.id != self.group.id)
 

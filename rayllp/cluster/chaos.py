@@ -1,4 +1,4 @@
-"""Kills workers of a run at random times, to see how it and the cluster bear that."""
+"""`rayllp chaos`: kill workers of a run at random times, to see how the run and the cluster recover."""
 
 import contextlib
 import json
@@ -22,36 +22,41 @@ from rayllp.errors import ClusterError, SettingsError
 UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0}
 POLL_S = 0.5
 ANSWER_S = 10.0
-"""How long the cluster may take to answer. Ray itself waits a minute for one that is gone, and then ends the process."""
+"""How long to wait for an answer of the cluster. Ray itself waits a minute for a cluster that is gone, and then ends the process."""
 
 T = TypeVar("T")
 
 
-# What happens when: pure ----------------------------------------------------------------------------------------------------------
+# When to kill whom: pure computation ----------------------------------------------------------------------------------------------
 
 
 class Worker(NamedTuple):
-    """A living worker, and what Ray calls it."""
+    """A live worker, by its number in the run and its name in Ray."""
 
     number: int
     name: str
 
 
 class Failure(NamedTuple):
-    """The next kill: so long after the last one, and which of those that live then, as a number in [0, 1)."""
+    """A planned kill.
+
+    Attributes:
+        after_s: seconds after the previous kill.
+        pick: chooses one of the workers that are alive then; a number in [0, 1).
+    """
 
     after_s: float
     pick: float
 
 
 def parse_duration(text: str, option: str) -> float:
-    """Seconds in such as 20s, 15m or 1.5h.
+    """Return the seconds in a duration such as 20s, 15m or 1.5h.
 
     Args:
-        option: what the text was given for, named where it cannot be read.
+        option: the command-line option that the text was given for; errors name it.
 
     Raises:
-        SettingsError: it is no duration.
+        SettingsError: the text is not a duration.
     """
     found = re.fullmatch(r"(\d+(?:\.\d+)?)([smh])", text.strip(), re.ASCII)
     seconds = float(found[1]) * UNITS[found[2]] if found else 0.0
@@ -61,37 +66,40 @@ def parse_duration(text: str, option: str) -> float:
 
 
 def failures(mtbf_s: float, seed: int) -> Iterator[Failure]:
-    """Kills without end: exponentially distributed times between them, as of faults that know nothing of each other."""
+    """Yield kills without end. The times between them are exponentially distributed, as for independent failures."""
     generator = random.Random(seed)
     while True:
         yield Failure(generator.expovariate(1 / mtbf_s), generator.random())
 
 
 def choose(living: Sequence[Worker], pick: float) -> Worker:
-    """Who is struck. The order in which Ray names them does not matter."""
+    """Return the worker to kill. It does not depend on the order in which Ray lists them."""
     return sorted(living)[int(pick * len(living))]
 
 
 class Target(Protocol):
-    """A run's workers on a cluster."""
+    """The workers of a run, as far as they can be listed and killed."""
 
     def alive(self) -> bool:
-        """Whether the run is still there, with workers or between two of them."""
+        """True if the run is still there, even if it has no worker at the moment."""
 
     def living(self) -> list[Worker]: ...
 
     def kill(self, worker: Worker) -> bool:
-        """False: it was dead already."""
+        """Kill a worker; return False if it was already dead."""
 
 
 class Steps:
-    """Sees by metrics.jsonl that a run trains: one that loses a worker before its first step ends, as it has nothing to go on from."""
+    """Watches metrics.jsonl to see whether a run trains.
+
+    Kills wait for that, because a run that loses a worker before its first step has no state to recover, and ends.
+    """
 
     def __init__(self, run: Path) -> None:
         self._path, self._least = run / "metrics.jsonl", self._size(run / "metrics.jsonl")
 
     def done(self) -> bool:
-        """Whether a step was done since this began to look. A run that goes on from a checkpoint shortens the file first."""
+        """True if a step was done since this object was created. The file may shrink first, if the run resumes from a checkpoint."""
         size = self._size(self._path)
         self._least = min(size, self._least)
         return size > self._least
@@ -105,32 +113,32 @@ class Steps:
 
 
 class RayTarget:
-    """The workers of the run of this name on the cluster that this process has joined."""
+    """The workers of the run with this name, on the cluster that this process has joined."""
 
     def __init__(self, run: str) -> None:
         self.run = run
 
     def alive(self) -> bool:
-        """By its placement group, or by its workers where a group was lent to it; False too when the cluster is gone."""
+        """True if the run has a placement group of its own or live workers; False, too, if the cluster does not answer."""
         states = _answer(lambda: [group["state"] for group in placement_group_table().values() if is_group(group["name"], self.run)])
         return states is not None and (any(state != "REMOVED" for state in states) or bool(self.living()))
 
     def living(self) -> list[Worker]:
-        """Workers that Ray has not found dead, those that are just starting among them."""
+        """Return the workers that Ray does not know to be dead, including those that are still starting."""
         actors = _answer(lambda: list_named_actors(all_namespaces=True)) or []
         names = [actor["name"] for actor in actors if actor["namespace"] == NAMESPACE]
         return [Worker(number, name) for name in names if (number := number_of(name, self.run)) is not None]
 
     def kill(self, worker: Worker) -> bool:
-        """End its process, on whatever node that is."""
+        """Kill the worker's process, on whatever node it runs."""
 
         def find_it() -> Any:
             try:
                 return ray.get_actor(worker.name, namespace=NAMESPACE)
-            except ValueError:  # nobody has this name now
+            except ValueError:  # no actor has this name any more
                 return None
 
-        actor = _answer(find_it)  # apart from the kill: one that is not waited for any more must not come later
+        actor = _answer(find_it)  # only the look-up has a time limit: a kill that was given up could still happen later
         if actor is None:
             return False
         ray.kill(actor, no_restart=True)
@@ -138,7 +146,7 @@ class RayTarget:
 
 
 def _answer(question: Callable[[], T]) -> T | None:
-    """What the cluster says; None: nothing in time."""
+    """Ask the cluster something; return its answer, or None if there is none in time."""
     answers: list[T] = []
     failures: list[Exception] = []
 
@@ -148,7 +156,7 @@ def _answer(question: Callable[[], T]) -> T | None:
         except Exception as error:
             failures.append(error)
 
-    thread = threading.Thread(target=ask, daemon=True)  # one that waits for a lost cluster must not keep this process
+    thread = threading.Thread(target=ask, daemon=True)  # a daemon: waiting for a lost cluster must not keep this process alive
     thread.start()
     thread.join(ANSWER_S)
     if failures:
@@ -158,12 +166,12 @@ def _answer(question: Callable[[], T]) -> T | None:
 
 @contextlib.contextmanager
 def find(run: Path) -> Iterator[RayTarget]:
-    """The run, on the cluster of this process, else that of RAY_ADDRESS, else any on this machine.
+    """Find the run on a cluster: that of this process, else that of RAY_ADDRESS, else any on this machine.
 
     Raises:
-        ClusterError: it is on none of them, or they cannot be joined.
+        ClusterError: no cluster has the run, or none can be joined.
     """
-    # Ray loads an actor's class to find the actor. This one's takes seconds: here, and not while an answer is waited for.
+    # To look up an actor Ray imports its class, which takes seconds for this one. Do it now rather than within a time limit.
     import rayllp.cluster.worker  # noqa: F401
 
     target = RayTarget(run_name(run))
@@ -191,11 +199,12 @@ def find(run: Path) -> Iterator[RayTarget]:
 
 
 def _addresses() -> list[str]:
-    """Clusters to look at."""
+    """Return the addresses of the clusters to search."""
     if os.environ.get("RAY_ADDRESS"):
         return [os.environ["RAY_ADDRESS"]]
-    # address="auto" takes any one of several clusters, and each `rayllp train` may have its own: so all of them, by what "auto" itself
-    # uses. It turns token authentication on where a token lies ready; an explicit address would not.
+    # Several clusters may run on this machine, as each `rayllp train` may start one. address="auto" would take any one of them, so look at
+    # all, with the functions that "auto" itself uses. "auto" also turns token authentication on where there is a token; an explicit
+    # address does not.
     from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
     from ray._private.services import find_gcs_addresses
 
@@ -219,18 +228,18 @@ def _not_found(run: Path, seen: list[str], refused: list[str]) -> str:
 
 
 def inject_failures(run: Path, mtbf_s: float, seed: int = 0, limit_s: float | None = None, say: Callable[[str], None] = print) -> int:
-    """Kill random workers of a run that is training until it ends, the time is over, or Ctrl-C; how many were killed.
+    """Kill random workers of a run that trains, until it ends, the time limit is reached, or Ctrl-C; return how many were killed.
 
-    Each is a line of RUN/chaos.jsonl.
+    Each kill is recorded as a line of RUN/chaos.jsonl.
 
     Args:
-        mtbf_s: mean time between two kills.
-        limit_s: for how long; None: until the run ends.
-        say: takes a line for the user.
+        mtbf_s: mean time between two kills, in seconds.
+        limit_s: time limit in seconds; None: until the run ends.
+        say: is called with each line for the user.
 
     Raises:
-        SettingsError: not a run directory.
-        ClusterError: the run is not alive on a cluster that can be joined.
+        SettingsError: `run` is not a run directory.
+        ClusterError: the run is not alive on any cluster that can be joined.
     """
     check_run(run)
     with find(run) as target:
@@ -259,12 +268,12 @@ def inject_failures(run: Path, mtbf_s: float, seed: int = 0, limit_s: float | No
 def kill_at(
     target: Target, plan: Iterator[Failure], limit_s: float | None, trains: Callable[[], bool], record: Callable[[Worker], None]
 ) -> str:
-    """Kill by plan, from the run's next step on; why it is over.
+    """Kill workers according to a plan that starts with the run's next step; return why it ended.
 
     Args:
-        limit_s: for how long, from that step.
-        trains: whether that step was done.
-        record: takes each that was killed.
+        limit_s: time limit in seconds from that step on; None: no limit.
+        trains: returns True once that step was done.
+        record: is called with each worker that was killed.
     """
     while not trains():
         if not target.alive():
@@ -283,7 +292,7 @@ def kill_at(
             if now < due:
                 time.sleep(min(POLL_S, due - now, end - now))
                 continue
-            # Between a worker's death and its successor perhaps nobody is there: then the blow falls on the successor.
+            # Between the death of a worker and its replacement there may be none: the kill then waits for the replacement.
             living = target.living()
             struck = bool(living) and target.kill(victim := choose(living, pick))
             if struck:

@@ -1,4 +1,4 @@
-"""How many CPUs this process may use: those that it is bound to, and a container's share of them."""
+"""How many CPUs this process may use, given its CPU affinity and the CPU quota of its container."""
 
 import math
 import os
@@ -9,23 +9,26 @@ CGROUPS = Path("/sys/fs/cgroup")
 
 
 def usable_cpus() -> int:
-    """At least 1. By affinity (taskset, Slurm, MPI's launcher) and by the quota of this process's cgroup (Docker, Kubernetes)."""
+    """Return the number of CPUs this process may use, at least 1.
+
+    It is limited by CPU affinity (taskset, Slurm, an MPI launcher) and by the quota of this process's cgroup (Docker, Kubernetes).
+    """
     return max(1, int(min(len(bound_to()), cgroup_quota())))
 
 
 def bound_to() -> frozenset[int]:
-    """The CPUs that this process is bound to."""
+    """Return the CPUs that this process is bound to."""
     if hasattr(os, "sched_getaffinity"):
         return frozenset(os.sched_getaffinity(0))
     return frozenset(range(os.cpu_count() or 1))
 
 
 def cgroup_quota(root: Path = CGROUPS, own: Path = Path("/proc/self/cgroup")) -> float:
-    """CPUs' worth of time that this process's cgroup, and those around it, are given; infinite where there is no limit.
+    """Return the CPU time that the cgroups of this process allow, in CPUs; infinite without a limit.
 
     Args:
         root: where cgroups are mounted.
-        own: lists this process's: `0::/PATH` (version 2), or `3:cpu,cpuacct:/PATH` (version 1).
+        own: file that lists the cgroups of this process, as `0::/PATH` (version 2) or `3:cpu,cpuacct:/PATH` (version 1).
     """
     try:
         lines = own.read_text(encoding="utf-8").splitlines()
@@ -44,7 +47,7 @@ def cgroup_quota(root: Path = CGROUPS, own: Path = Path("/proc/self/cgroup")) ->
 
 
 def _upwards(root: Path, path: str) -> Iterator[Path]:
-    """A cgroup's folder and those around it, up to the root: in a container its own may be the root."""
+    """Yield a cgroup's folder and its parents up to the root. In a container the root may be the cgroup's own folder."""
     folder = root / path.strip("/")
     yield folder
     while folder != root and root in folder.parents:
@@ -60,5 +63,5 @@ def _read(path: Path) -> str:
 
 
 def _ratio(quota: str = "", period: str = "") -> float:
-    """CPUs of a quota in microseconds a period; infinite for "max", -1, or nothing."""
+    """Return the CPUs that a quota (microseconds per period) allows; infinite for "max", -1 or nothing."""
     return int(quota) / int(period) if quota.isdigit() and period.isdigit() and int(period) else math.inf

@@ -1,4 +1,4 @@
-"""`rayllp doctor`: what a cluster has, whether its nodes agree, how fast neighbours talk, and what to mend before training there."""
+"""`rayllp doctor`: examine a cluster's nodes, whether they agree, and the speed of links, and say what to fix before training there."""
 
 import contextlib
 import os
@@ -33,12 +33,12 @@ ANSWER_S = 120.0
 MOST_LINKS = 16
 SLOW_GB_S = 0.1
 LINK_S = 20.0
-"""Longest wait for a connection, or for a message."""
+"""Time limit for a connection and for each message, in seconds."""
 
 
 @dataclass(frozen=True)
 class Node:
-    """What a node says of itself."""
+    """A node of the cluster, as a process on it describes it."""
 
     id: str
     address: str
@@ -56,7 +56,7 @@ class Node:
 
 @dataclass(frozen=True)
 class Link:
-    """Between two nodes, or two processes of one: round trips of 32 KiB, and bandwidth of 8 MiB messages."""
+    """The link between two nodes, or two processes on one: round-trip time of 32 KiB messages, and bandwidth of 8 MiB messages."""
 
     nodes: tuple[str, str]
     backend: str
@@ -66,7 +66,7 @@ class Link:
 
 @dataclass
 class Diagnosis:
-    """What was found; `faults` say what to mend, `notes` what to know."""
+    """The result of an examination: `faults` say what to fix, `notes` what to know."""
 
     nodes: list[Node] = field(default_factory=list)
     links: list[Link] = field(default_factory=list)
@@ -75,10 +75,10 @@ class Diagnosis:
 
 
 def examine(path: str | None = None) -> Diagnosis:
-    """Look at the cluster that this process has joined.
+    """Examine the cluster that this process has joined.
 
     Args:
-        path: where runs are to be written: every node tries to.
+        path: folder or URL that runs are to be written to; every node tries to use it. None: that is not checked.
     """
     found = Diagnosis()
     alive = [node for node in ray.nodes() if node["Alive"]]
@@ -104,7 +104,7 @@ def examine(path: str | None = None) -> Diagnosis:
 
 
 def show(found: Diagnosis, console: Console) -> None:
-    """Tables, then what to mend."""
+    """Print the nodes and links as tables, then what to fix."""
     table = Table(title="nodes")
     for name in ("host", "address", "Python", *PACKAGES, "CPUs", "GPUs", "NCCL", "clock, s", "shared path"):
         table.add_column(name)
@@ -135,7 +135,7 @@ def show(found: Diagnosis, console: Console) -> None:
 def _ask(node: dict[str, Any], mark: Mark | None) -> Node:
     strategy = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
     asked = ray.remote(num_cpus=0, scheduling_strategy=strategy)(_describe_node)
-    ray.get(asked.remote(None), timeout=ANSWER_S)  # its process is there now, so that the clock's reading comes at once
+    ray.get(asked.remote(None), timeout=ANSWER_S)  # a first call, which starts the process, so that the clock is read without that delay
     before = time.time()
     answer = ray.get(asked.remote(mark), timeout=ANSWER_S)
     after = time.time()
@@ -160,7 +160,10 @@ def _describe_node(mark: Mark | None) -> dict[str, Any]:
 
 
 def _gpus() -> tuple[list[str], str]:
-    """In a process that Ray gave none, so by what the driver lists."""
+    """Return the names of this node's GPUs and the version of NCCL.
+
+    They come from nvidia-smi, since this process was given no GPU by Ray and sees none.
+    """
     import subprocess
 
     import torch
@@ -183,7 +186,7 @@ def _shared_place(path: str | None, found: Diagnosis) -> Iterator[Mark | None]:
     with contextlib.ExitStack() as stack:
         try:
             mark = stack.enter_context(leave_mark(locate(path)))
-        except Exception as error:  # whatever a file system's package raises
+        except Exception as error:  # each fsspec implementation raises errors of its own
             found.faults.append(f"{path} cannot be written here ({type(error).__name__}: {error}): choose another place for runs")
             yield None
             return
@@ -191,7 +194,7 @@ def _shared_place(path: str | None, found: Diagnosis) -> Iterator[Mark | None]:
 
 
 def _compare(found: Diagnosis) -> None:
-    """Faults in what the nodes say."""
+    """Add faults for what the nodes disagree in or lack."""
     for name in ("python", *PACKAGES):
         has = [(node.host, node.python if name == "python" else node.packages.get(name, "none")) for node in found.nodes]
         if len({kind for _, kind in has}) > 1:
@@ -215,7 +218,7 @@ def _compare(found: Diagnosis) -> None:
 
 
 def _note_impatience(found: Diagnosis) -> None:
-    """What makes workers slow beside other programs: a choice of whoever has started the cluster, so it is no fault."""
+    """Note what makes workers slow beside other programs. It is not a fault, as whoever started the cluster may have chosen it."""
     nice = [node for node in found.nodes if node.niceness > 0]
     if nice:
         hosts = ", ".join(node.host for node in nice)
@@ -244,7 +247,7 @@ def _as_fault(found: Diagnosis, what: str) -> Iterator[None]:
 
 
 class _End:
-    """One end of a link."""
+    """An actor at one end of a link."""
 
     def listen(self, host: str) -> int:
         self._listener = socket.create_server((host, 0))
@@ -254,7 +257,7 @@ class _End:
         return [knock(door) for door in doors]
 
     def measure(self, rank: int, own: str, at: tuple[str, int], backend: str) -> TimedLink | None:
-        """Times of a small and of a large message."""
+        """Measure the times of a small and of a large message; return them on rank 0."""
         import torch
         import torch.distributed as dist
 
@@ -263,7 +266,7 @@ class _End:
         store = meet(at, 2, limit, self._listener if rank == 0 else None)
         dist.init_process_group(backend, store=store, rank=rank, world_size=2, timeout=limit)
         device = torch.device("cuda", 0) if backend == "nccl" else torch.device("cpu")
-        # Rank 0 has the link's figures, for half a round trip; the other end has none.
+        # Rank 0 gets the times, each half a round trip; rank 1 gets none.
         links = time_messages(TorchChannel(timeout_s=LINK_S), list(SIZES.values()), device, rounds=10)
         dist.destroy_process_group()
         return links[0] if links else None
@@ -299,7 +302,7 @@ def _measure_link(one: Node, other: Node, backend: str) -> Link:
 
 
 def run_doctor(path: str | None, console: Console) -> bool:
-    """Join the cluster of RAY_ADDRESS, else the one on this machine, else start one; whether there is nothing to mend."""
+    """Examine the cluster of RAY_ADDRESS, or one that is started on this machine; return True if there is nothing to fix."""
     from rayllp.cluster.joining import join_cluster
 
     if not ray.is_initialized() and not os.environ.get("RAY_ADDRESS"):

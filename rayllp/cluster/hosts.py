@@ -1,4 +1,4 @@
-"""What hosts have to share before workers on them train together: a network, and the place of the checkpoints."""
+"""Checks that the hosts of a run's workers share what they need: the folder of the checkpoints, and a network."""
 
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
@@ -12,19 +12,19 @@ from rayllp.cluster.placement import Place
 from rayllp.errors import ClusterError
 
 Ask = Callable[..., Any]
-"""Calls a method of one worker: (rank, method, *arguments) to its answer."""
+"""Calls a method of one worker, ask(rank, method, *arguments), and returns its answer."""
 
 
 def check_storage(storage: Folder | None, places: Sequence[Place], seen_by: Collection[str], ask: Ask) -> set[str]:
-    """See that hosts find what this one writes, and the other way round; their nodes.
+    """Check that all hosts and this one see each other's files in the folder of the checkpoints; return the nodes that were checked.
 
     Args:
-        storage: where checkpoints are written; None: none are.
-        places: of the workers, by rank.
-        seen_by: nodes that were found to share it before.
+        storage: where checkpoints are written; None: no checkpoints are written.
+        places: the workers' places, by rank.
+        seen_by: nodes that need no check, since they have passed it before.
 
     Raises:
-        ClusterError: one does not, so that its part of a checkpoint would be lost.
+        ClusterError: a host does not share the folder, so that its part of a checkpoint would be lost.
     """
     new = {place.node: rank for rank, place in enumerate(places) if place.node not in seen_by}
     if storage is None or not new.keys() - {ray.get_runtime_context().get_node_id()}:
@@ -48,10 +48,10 @@ def _not_shared(place: Place, folder: str, why: str) -> ClusterError:
 
 
 def find_unreached(places: Sequence[Place], listen: Callable[[int, str], int], ask: Ask) -> list[tuple[str, Door, str]]:
-    """Which hosts do not reach which others, and why, by the first worker of each.
+    """Return which hosts cannot connect to which others, as (host, port that it tried, reason); one worker per host is tried.
 
     Args:
-        places: of the workers, by rank.
+        places: the workers' places, by rank.
         listen: has a worker open a port at an address.
     """
     first = {place.node: rank for rank, place in reversed(list(enumerate(places)))}

@@ -1,4 +1,4 @@
-"""The cluster that a run is on: the one that RAY_ADDRESS names, else one on this machine for as long as the run lasts."""
+"""The Ray cluster that a run uses: the one that RAY_ADDRESS names, else one that is started on this machine and ends with the run."""
 
 import contextlib
 import logging
@@ -24,27 +24,28 @@ PATIENT = {
     "OMP_WAIT_POLICY": "PASSIVE",
     "KMP_BLOCKTIME": "0",
 }
-"""What the processes of a cluster of our own are started with, unless the user has set it.
+"""Environment of the processes of a cluster that we start ourselves; variables that the user has set are kept.
 
-Ray gives workers the niceness 15: beside one other busy program they would get next to nothing. And threads that wait for one that has lost
-its core (GNU's OpenMP, Intel's) would spin, and take more cores from others and from it.
+Ray runs workers at niceness 15, at which they would get almost no CPU time beside one other busy program. And OpenMP threads (GNU's,
+Intel's) that wait for a thread without a core would spin, and take CPU time from that thread and from others.
 """
 TRIES, LATE = 3, "timed out during startup"
-"""Ray gives its processes 30 s to start, which a busy machine may not have."""
+"""Ray gives its processes 30 s to start. On a busy machine that may not be enough, so starting them is tried again."""
 FILES = 1024
-"""Open files that Ray's processes and the workers need, of which each has some tens to hundreds."""
+"""Open files that Ray's processes and the workers need; each of them needs tens to hundreds."""
 
 
 @contextlib.contextmanager
 def join_cluster(cpus: int, console: Console | None = None) -> Iterator[None]:
-    """The cluster this process belongs to, else one on this machine for as long as the run lasts, with at least so many CPUs by name.
+    """Use the cluster that this process has joined already; else join that of RAY_ADDRESS, or start one here, and leave it at the end.
 
     Args:
-        console: where it is said which cluster was joined; default the standard error.
+        cpus: a cluster that is started here offers at least this many CPUs, even if the machine has fewer.
+        console: where to say which cluster was joined; default: standard error.
 
     Raises:
-        SettingsError: RAY_ADDRESS is no address of a cluster.
-        ClusterError: that cluster cannot be joined, or none can be started here.
+        SettingsError: RAY_ADDRESS is not the address of a cluster.
+        ClusterError: the cluster cannot be joined, or none can be started here.
     """
     if ray.is_initialized():
         yield
@@ -63,7 +64,7 @@ def join_cluster(cpus: int, console: Console | None = None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _own_handler() -> Iterator[None]:
-    """Keep what this process does at SIGTERM: Ray would end it by an exception that its own calls swallow."""
+    """Keep this process's handler of SIGTERM. Ray installs one that raises an exception, which Ray's own calls swallow."""
     before = signal.getsignal(signal.SIGTERM)
     try:
         yield
@@ -72,12 +73,12 @@ def _own_handler() -> Iterator[None]:
             signal.signal(signal.SIGTERM, before)
 
 
-# A cluster of somebody's ----------------------------------------------------------------------------------------------------------
+# Joining an existing cluster ------------------------------------------------------------------------------------------------------
 
 
 def _join(address: str, console: Console) -> None:
-    # Ray takes the driver's address from the default route, else from the host's name. Where that is not the network of the cluster it
-    # takes the driver for one of the head's, and workers elsewhere wait for ever for what the driver hands out.
+    # Ray takes the driver's address from the default route, or from the host name. If that address is not in the cluster's network, Ray
+    # believes the driver to be on the head node, and workers on other nodes wait forever for objects that the driver holds.
     own = check_address(address)
     try:
         context = ray.init(address=address, logging_level=logging.WARNING, **({} if own is None else {"_node_ip_address": own}))
@@ -91,16 +92,16 @@ _ADVICE = f"Give the HOST:PORT that `ray start --head` has printed, or unset {AD
 
 
 def _joined(info: Mapping[str, Any], nodes: list[dict[str, Any]]) -> str:
-    """The line that says on which cluster a run is."""
+    """Return the line that tells the user which cluster the run is on."""
     cpus, gpus = (sum(node["Resources"].get(kind, 0) for node in nodes) for kind in ("CPU", "GPU"))
     size = f"{len(nodes)} node{'s' if len(nodes) > 1 else ''}, {cpus:g} CPUs" + (f", {gpus:g} GPUs" if gpus else "")
     return f"joined the Ray cluster at {info['gcs_address']}, by {ADDRESS}: {size}; its session is {info['session_dir']}"
 
 
 def check_address(address: str) -> str | None:
-    """Refuse what is no address of a cluster, or where none answers, before Ray tries for a minute.
+    """Check the value of RAY_ADDRESS, and that something listens there: Ray itself would try for a minute.
 
-    Returns: this host's address on the way there; None: Ray is to look for the cluster.
+    Returns: this host's own address on the way to the cluster; None if Ray is to find the cluster ("auto").
 
     Raises:
         SettingsError: it is a URL, or not HOST:PORT.
@@ -137,7 +138,7 @@ def _host_and_port(address: str) -> tuple[str, int]:
     return host, port
 
 
-# One of this machine's own --------------------------------------------------------------------------------------------------------
+# Starting a cluster on this machine -----------------------------------------------------------------------------------------------
 
 
 def _start(cpus: int) -> None:
@@ -153,7 +154,7 @@ def _start(cpus: int) -> None:
                     configure_logging=True,
                 )
             return
-        except BaseException as error:  # a wish to end, too
+        except BaseException as error:  # a request to end this process, too
             ray.shutdown()
             if not isinstance(error, Exception):
                 raise
@@ -162,7 +163,7 @@ def _start(cpus: int) -> None:
 
 
 def _explain(error: Exception) -> str:
-    """Why Ray does not start here, and what to change."""
+    """Return why Ray does not start here, and what to change."""
     if "AF_UNIX" in str(error):
         name = "RAY_TMPDIR" if "RAY_TMPDIR" in os.environ else "TMPDIR"
         return (
@@ -176,7 +177,7 @@ def _explain(error: Exception) -> str:
 
 @contextlib.contextmanager
 def _environment(values: Mapping[str, str]) -> Iterator[None]:
-    """These variables, where they are not set, for the processes that are started inside."""
+    """Set environment variables that are not set yet, for the processes that are started inside."""
     missing = {name: value for name, value in values.items() if name not in os.environ}
     os.environ.update(missing)
     try:
@@ -188,7 +189,10 @@ def _environment(values: Mapping[str, str]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _deaf_to_hangups() -> Iterator[None]:
-    """Processes started inside outlive the terminal: the driver, which is told too, still needs them for a checkpoint."""
+    """Have processes that are started inside ignore SIGHUP.
+
+    They outlive a closed terminal, because the driver, which gets the signal as well, still needs them to write a checkpoint.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -200,10 +204,10 @@ def _deaf_to_hangups() -> Iterator[None]:
 
 
 def _raise_file_limit() -> None:
-    """As many open files as the system lets this process have, where it has few: Ray's processes inherit the limit.
+    """Raise this process's limit of open files as far as Ray needs and the system permits. Ray's processes inherit the limit.
 
     Raises:
-        ClusterError: they are too few for Ray.
+        ClusterError: the system permits too few.
     """
     import resource
 
@@ -218,5 +222,5 @@ def _raise_file_limit() -> None:
 
 
 def _reason(error: Exception) -> str:
-    """An error's first line that says something."""
+    """Return the first line of an error's message that is not empty, or the name of its class."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__).rstrip(".")

@@ -1,8 +1,9 @@
-"""`--launcher mpi`: processes that MPI's launcher started train without Ray. Rank 0 is driver and first worker; the others do as it says.
+"""Training without Ray (`--launcher mpi`), in processes that an MPI launcher started. Rank 0 is the driver and the first worker.
 
     mpiexec -n 4 python -m rayllp train CONFIG --launcher mpi
 
-Nothing is elastic then: MPI's launcher ends all processes when one is lost, and the same command goes on from the last checkpoint.
+The other ranks do as rank 0 tells them. Nothing is elastic: the launcher ends all processes when one is lost, and running the same command
+again resumes from the last checkpoint.
 """
 
 import os
@@ -38,18 +39,18 @@ from rayllp.training.worker_group import WorkerGroup
 
 TAG = 11
 PAUSE_S = 5e-4
-"""Between looks for a message from the driver, or to it: MPI's own wait would keep a core busy."""
+"""Pause between two polls for a message to or from the driver: MPI's own blocking receive would keep a core busy."""
 STOP = "stop"
 
 
 @dataclass(frozen=True)
 class Launched:
-    """This process among those that MPI's launcher started.
+    """This process among those that the MPI launcher started.
 
     Attributes:
-        comm: all of them.
-        local_rank, local_size: this one's place on its node, and how many are there.
-        cpus: this one's share of what they may use there.
+        comm: communicator of all processes.
+        local_rank, local_size: this process's rank among those on its node, and their number.
+        cpus: number of CPUs that this process may use.
     """
 
     comm: Any
@@ -59,17 +60,17 @@ class Launched:
 
 
 def launched() -> Launched:
-    """All processes that MPI's launcher started; each of them calls this.
+    """Initialise MPI and describe this process. All processes call it.
 
     Raises:
-        SettingsError: there is no mpi4py or no MPI.
+        SettingsError: mpi4py or MPI is missing.
     """
     MPI = load_mpi()
     if not MPI.Is_initialized():
         MPI.Init_thread(MPI.THREAD_MULTIPLE)
     leave_no_names(MPI.COMM_WORLD)
     node = MPI.COMM_WORLD.Split_type(MPI.COMM_TYPE_SHARED)
-    # The launcher may have bound each process to CPUs of its own, which none shares.
+    # The launcher may have bound each process to CPUs of its own. Otherwise processes with common CPUs share them.
     sharing = sum(not bound.isdisjoint(bound_to()) for bound in node.allgather(bound_to()))
     return Launched(MPI.COMM_WORLD.Dup(), node.Get_rank(), node.Get_size(), max(1, usable_cpus() // sharing))
 
@@ -77,17 +78,20 @@ def launched() -> Launched:
 def train_launched(
     config: TrainConfig | None, *, output: str | Path | None = None, resume: str | Path | None = None, console: Console | None = None
 ) -> TrainResult | None:
-    """`rayllp.train` in processes that MPI's launcher started, all of which call this; the result on rank 0, None on the others.
+    """Train in processes that an MPI launcher started; all of them call this.
 
-    `config.workers` is theirs if it is not given. States travel by MPI, whatever `config.channel` says.
+    Without `config.workers` there are as many workers as processes. States are sent by MPI, whatever `config.channel` says.
+
+    Returns: the result on rank 0, None on the others.
 
     Raises:
-        SettingsError: on rank 0: as many workers were asked for as there are no processes, or workers is a range; and as `rayllp.train`.
+        SettingsError: on rank 0: `config.workers` is a range, or not the number of processes.
+        RayllpError: on rank 0: as raised by `rayllp.train`.
     """
     here = launched()
     comm = here.comm
     if comm.Get_rank() > 0:
-        for number in ASKING:  # the launcher, or the job's manager, passes them to all; the driver decides what they mean
+        for number in ASKING:  # the launcher, or a job manager, sends signals to all ranks; rank 0 decides what to do
             signal.signal(number, signal.SIG_IGN)
         _serve(here)
         load_mpi().Finalize()
@@ -110,7 +114,7 @@ def train_launched(
 
 
 def sized(config: TrainConfig | None, size: int) -> TrainConfig:
-    """The settings, with as many workers as there are processes where they do not say."""
+    """Return the settings, with `workers` set to the number of processes if it is not given."""
     config = config or TrainConfig()
     if config.workers is None and config.mesh.layer is None:
         return make_config(config.model_dump(exclude_unset=True) | {"workers": size})
@@ -118,10 +122,10 @@ def sized(config: TrainConfig | None, size: int) -> TrainConfig:
 
 
 def check_size(config: TrainConfig, size: int) -> None:
-    """Refuse settings for another number of processes.
+    """Check that the settings want as many workers as there are processes.
 
     Raises:
-        SettingsError: they are.
+        SettingsError: they want another number, or a range.
     """
     if config.fewest_workers != config.world:
         raise SettingsError("--launcher mpi starts a number of processes: set workers to a number, or leave it out")
@@ -130,7 +134,7 @@ def check_size(config: TrainConfig, size: int) -> None:
 
 
 def _device(config: TrainConfig, here: Launched) -> str:
-    """cpu or cuda: as the settings say, auto is GPUs where each of a node's processes has one."""
+    """Return "cpu" or "cuda" as the settings say; "auto" means GPUs if there is one for each process of this node."""
     enough = torch.cuda.is_available() and torch.cuda.device_count() >= here.local_size
     if config.device == "cuda" and not enough:
         raise SettingsError(f"device=cuda: {here.local_size} processes on this node and {torch.cuda.device_count()} GPUs: use device=cpu")
@@ -138,10 +142,10 @@ def _device(config: TrainConfig, here: Launched) -> str:
 
 
 class LaunchedWorker(BlockWorker):
-    """A worker in a process that MPI's launcher started."""
+    """A worker in a process that an MPI launcher started."""
 
     def __init__(self, rank: int, config: TrainConfig, here: Launched, device: str) -> None:
-        if device == "cuda":  # Ray's workers see one GPU each
+        if device == "cuda":  # as in Ray's workers, each process sees one GPU
             os.environ["CUDA_VISIBLE_DEVICES"] = _visible(here.local_rank)
         super().__init__(rank, config, threads_of(here.cpus))
         self._here = here
@@ -149,30 +153,30 @@ class LaunchedWorker(BlockWorker):
         self._address, self._reached = LOOPBACK, list[Reached]()
 
     def place(self) -> Place:
-        """This host, and its address on the network that all share; that of the loopback until `settle`."""
+        """Return this host, and its address on the network that all hosts share; before `settle` that is the loopback address."""
         name = socket.gethostname()
         return Place(name, self._address, name)
 
     def reach(self, doors: list[Door]) -> list[Reached]:
-        """As asked; `settle` says which door it is to be."""
+        """Try to connect to these ports, and remember the results for `settle`."""
         self._reached = super().reach(doors)
         return self._reached
 
     def settle(self, number: int) -> None:
-        """Talk from the address that reached this door."""
+        """Use this host's address on the way to port `number` of the last call of `reach`."""
         own = self._reached[number].own
         assert own is not None, "a door that all reached"
         self._address = own
 
     def leave(self, failure: Exception | None = None) -> None:
-        """End all processes: what this one failed in the others wait for."""
+        """End all processes of the run: the others wait for what this one has failed to do."""
         if failure is not None:
             print(f"worker {self.rank}:", *traceback.format_exception_only(failure), sep="\n", file=sys.stderr, flush=True)
         self._here.comm.Abort(1)
 
 
 def _visible(rank: int) -> str:
-    """The GPU of this node's `rank`-th process, as CUDA_VISIBLE_DEVICES has it."""
+    """Return the value of CUDA_VISIBLE_DEVICES that leaves the `rank`-th process of this node its own GPU."""
     given = os.environ.get("CUDA_VISIBLE_DEVICES")
     return given.split(",")[rank] if given and "," in given else given or str(rank)
 
@@ -181,7 +185,7 @@ def _visible(rank: int) -> str:
 
 
 def _serve(here: Launched) -> None:
-    """Do as rank 0 says until it says stop."""
+    """Do what rank 0 asks for until it says stop."""
     worker: LaunchedWorker | None = None
     while True:
         method, arguments = _hear(here.comm, 0)
@@ -213,7 +217,11 @@ def _travels(error: Exception) -> bool:
 
 
 class _Others:
-    """Rank 0's way to the other processes."""
+    """Rank 0's connection to the other processes.
+
+    Attributes:
+        busy: ranks that have been asked something and have not answered yet.
+    """
 
     def __init__(self, comm: Any) -> None:
         self.comm, self.busy = comm, set[int]()
@@ -232,7 +240,7 @@ class _Others:
             self.comm.send((STOP, ()), rank, TAG)
 
     def abandon(self, error: BaseException) -> None:
-        """Training failed: let the others go, or end them where they are at something."""
+        """End the other processes because training failed: tell them to stop, or abort MPI if any of them is still busy."""
         if not self.busy:
             self.stop()
             return
@@ -244,9 +252,9 @@ class _Others:
 
 
 class LaunchedGroup(WorkerGroup):
-    """All workers of a run whose processes MPI's launcher started.
+    """All workers of a run whose processes an MPI launcher started.
 
-    A worker that fails at something that others take part in ends all processes.
+    If a worker fails in a call in which workers exchange messages, all processes end.
     """
 
     def __init__(self, config: TrainConfig, device: str, here: Launched, others: _Others) -> None:
@@ -256,7 +264,7 @@ class LaunchedGroup(WorkerGroup):
         self._batches: Batches | None = None
 
     def start(self, architecture: Architecture | None, batches: Batches, kept: dict[str, Any] | None = None) -> list[dict[str, Any]]:
-        """Each process, this one among them, makes its worker; they are connected for good."""
+        """Have each process, including this one, make its worker, and connect them. They stay connected until the run ends."""
         others = range(1, self.config.world)
         for rank in others:
             self._others.ask(rank, "begin", rank, self.config, self.device)
@@ -271,10 +279,12 @@ class LaunchedGroup(WorkerGroup):
         return self._build(architecture, kept)
 
     def _find_addresses(self) -> None:
-        """Each process learns its address on the network that all hosts share: the first of this host's that all others reach.
+        """Tell each process its address in the network that all hosts share.
+
+        That network is found by trying this host's addresses; the first one that all processes can connect to is used.
 
         Raises:
-            RendezvousError: there is none.
+            RendezvousError: no address can be reached by all.
         """
         with open_doors(addresses()) as doors:
             answers = self.call("reach", doors)
@@ -299,7 +309,7 @@ class LaunchedGroup(WorkerGroup):
         return self.call("build", architecture, self._batches, self.device, Plan.of(architecture, kept))
 
     def call(self, method: str, *arguments: Any, timeout_s: float | None = None) -> list[Any]:
-        """`timeout_s` is not looked at: the channel has a limit."""
+        """Call a method on all workers. `timeout_s` is ignored, since messages between workers have a time limit of their own."""
         return self._call_some(range(self.config.world), method, *arguments)
 
     def _call_some(self, ranks: Sequence[int], method: str, *arguments: Any) -> list[Any]:
@@ -316,11 +326,11 @@ class LaunchedGroup(WorkerGroup):
         return _unpack(answers)
 
     def shutdown(self) -> None:
-        """Nothing: the processes are the launcher's, and end with the program."""
+        """Do nothing: the processes belong to the launcher and end with the program."""
 
 
 def _unpack(answers: dict[int, tuple[bool, Any]]) -> list[Any]:
-    """The answers of workers that did what they were asked; else the first failure is raised."""
+    """Return the answers, or raise the first worker's failure."""
     for rank, (worked, answer) in answers.items():
         if not worked:
             if isinstance(answer, RayllpError):

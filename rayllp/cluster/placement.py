@@ -1,4 +1,4 @@
-"""What a cluster has room for, and where in it a worker is."""
+"""What a cluster has room for, and where in it a worker runs."""
 
 import math
 import time
@@ -17,10 +17,10 @@ PING_S = 2.0
 
 
 def choose_device(config: TrainConfig) -> str:
-    """cpu or cuda, checked against what the cluster has.
+    """Return "cpu" or "cuda", as the settings say and the cluster permits.
 
     Raises:
-        ClusterError: more workers than the cluster has GPUs or CPUs; says how many there are.
+        ClusterError: there are fewer GPUs or CPUs in the cluster than workers, or the channel does not fit the device.
     """
     resources = ray.cluster_resources()
     gpus, cpus = int(resources.get("GPU", 0)), int(resources.get("CPU", 0))
@@ -39,13 +39,19 @@ def choose_device(config: TrainConfig) -> str:
 
 
 def capacity(device: str) -> int:
-    """Workers that there is room for now."""
+    """Return the number of workers for which the cluster has free resources now."""
     kind = "GPU" if device == "cuda" else "CPU"
     return int(min(ray.available_resources().get(name, 0) for name in {kind, "CPU"}))
 
 
 class Place(NamedTuple):
-    """Of a worker: the node's identifier, its address in the cluster, and the host's name."""
+    """Where a worker runs.
+
+    Attributes:
+        node: Ray's identifier of the node.
+        address: the node's IP address in the cluster.
+        host: the host name.
+    """
 
     node: str
     address: str
@@ -54,13 +60,16 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Slot:
-    """A worker's place in the cluster: a bundle of a placement group."""
+    """A bundle of a placement group, which holds the resources of one worker."""
 
     group: PlacementGroup
     bundle: int
 
     def is_alive(self) -> bool:
-        """Whether the bundle is on a node that lives, and will: by Ray, which may take half a minute to know, and by the node's port."""
+        """True if the bundle is on a live node that is not about to shut down.
+
+        Ray may take half a minute to notice that a node is dead, so this also tries to connect to the node.
+        """
         table = placement_group_table(self.group)
         node = table.get("bundles_to_node_id", {}).get(self.bundle)
         if node in draining():
@@ -70,17 +79,17 @@ class Slot:
 
 
 def draining() -> dict[str, float]:
-    """Nodes that were told to go, as before a preemption, and the seconds that each has left; infinite where nobody said."""
-    # What Ray Serve asks too; there is no public way yet.
+    """Return the nodes that Ray is draining, as before a preemption, with the seconds that each has left (infinite if unknown)."""
+    # Ray Serve asks the same; there is no public function for it yet.
     found = ray._private.state.state.get_draining_nodes()
     return {node: deadline_ms / 1000 - time.time() if deadline_ms else math.inf for node, deadline_ms in found.items()}
 
 
 def _answers(host: str, port: int) -> bool:
-    """Whether something listens there."""
+    """True if something listens on this port."""
     return knock(Door(host, port), PING_S).own is not None
 
 
 def threads_of(cpus: int) -> int:
-    """Threads of a worker that has so many CPUs."""
+    """Return the number of threads of a worker that may use `cpus` CPUs: torch's default is the most."""
     return max(1, min(cpus, torch.get_num_threads()))

@@ -1,4 +1,4 @@
-"""A worker's connections to the others of its run: process groups of torch, and an MPI world where states travel by MPI."""
+"""A worker's connections to the other workers of its run: process groups of torch, and an MPI world if states are sent by MPI."""
 
 import socket
 from collections.abc import Collection
@@ -19,10 +19,10 @@ from rayllp.errors import RayllpError, RendezvousError
 
 
 class Membership:
-    """Of one worker, in one set of workers after another.
+    """The membership of one worker in a set of workers. It can leave, and join another set.
 
     Attributes:
-        mpi: the world that this process is in, for as long as it lives.
+        mpi: the MPI world of this process, which it cannot leave as long as it lives; None without MPI.
     """
 
     def __init__(self) -> None:
@@ -37,23 +37,26 @@ class Membership:
         return self._layers is not None or dist.is_initialized()
 
     def listen(self, host: str) -> int:
-        """Open the rendezvous port on this interface alone; the port."""
+        """Open the rendezvous port on the network interface with the address `host` only; return the port."""
         self._listener = socket.create_server((host, 0))
         return int(self._listener.getsockname()[1])
 
     def join(
         self, config: TrainConfig, rank: int, own: str, at: tuple[str, int], backend: str, device: str, mpi: Rendezvous | None
     ) -> None:
-        """Become one of them.
+        """Connect to the other workers.
 
         Args:
-            own: the address whose interface is used.
-            at: where the first of them listens.
-            backend: of torch's groups.
-            mpi: where the MPI world meets that is to carry states; None: torch's groups do.
+            config: settings with the number of workers and how they are arranged.
+            rank: rank of this worker.
+            own: this host's address on the network interface to use.
+            at: address and port where rank 0 listens.
+            backend: backend of the process groups, "gloo" or "nccl".
+            device: "cpu" or "cuda".
+            mpi: where the workers meet to form an MPI world that sends the states; None: the process groups send them.
 
         Raises:
-            RendezvousError: they could not be connected.
+            RendezvousError: the workers could not be connected.
         """
         use_interface_of(own)
         try:
@@ -69,7 +72,7 @@ class Membership:
         timeout, listener = _limit(config), self._listener
         self._listener = None
         store = meet(at, config.world, timeout, listener if rank == 0 else None)
-        if rank > 0 and listener is not None:  # opened to see who reaches this host, or as the first of other workers
+        if rank > 0 and listener is not None:  # it was opened to test which hosts connect to this one, or when this worker had rank 0
             listener.close()
         dist.init_process_group(backend, store=store, rank=rank, world_size=config.world, timeout=timeout)
         D, P = config.mesh.data, config.layer_workers
@@ -78,11 +81,11 @@ class Membership:
         self._replicas = _make([list(ranks) for ranks in zip(*replicas, strict=True)], rank, timeout) if D > 1 else None
         for group in filter(None, (dist.group.WORLD, self._layers, self._replicas)):
             _set_limit(group, device, config.receive_timeout_s)
-        if config.world > 1 and (D == 1 or config.shards_optimizer):  # else a block's state is on another replica already
+        if config.world > 1 and (D == 1 or config.shards_optimizer):  # else another replica has the same state already
             self._copies = dist.new_group(backend="gloo", timeout=timeout)
 
     def channels(self, config: TrainConfig, rank: int) -> tuple[Channel, Channel]:
-        """To the other blocks, and to the other replicas."""
+        """Return the channels to the other blocks of this replica, and to the same block of the other replicas."""
         assert self._layers is not None, "join() comes first"
         limit, data, P = config.receive_timeout_s, self._replicas, config.layer_workers
         if self.mpi is not None:
@@ -91,26 +94,30 @@ class Membership:
         return TorchChannel(self._layers, limit), LocalChannel.alone() if data is None else TorchChannel(data, limit)
 
     def copies(self, limit_s: float) -> Channel | None:
-        """For copies of states, which nothing else uses; None: other replicas have them."""
+        """Return the channel for copies of states; None if replicas make copies unnecessary. Nothing else uses it.
+
+        Args:
+            limit_s: time limit of its messages.
+        """
         if self._copies is None:
             return None
         _set_limit(self._copies, "cpu", limit_s)
         return TorchChannel(self._copies, limit_s)
 
     def break_off(self, gone: Collection[str]) -> None:
-        """End what this worker waits for, because hosts are gone; to be called from another thread than the one that waits.
+        """End this worker's waiting for hosts that are gone. Must be called from a thread other than the one that waits.
 
-        NCCL's operations end by no connection that is lost, and by no time limit of theirs: its communicators are aborted.
+        NCCL's operations end neither when a connection is lost nor after a time limit, so its communicators are aborted.
 
         Args:
-            gone: their addresses.
+            gone: addresses of the hosts.
         """
         hang_up_on(gone)
         if dist.is_initialized() and dist.get_backend() == "nccl":
             dist.distributed_c10d._abort_process_group()
 
     def leave(self) -> None:
-        """Close all connections, so that others who wait for this worker are told at once."""
+        """Close all connections, so that workers that wait for this one fail at once."""
         if self.mpi is not None:
             self.mpi.leave()
         self._layers = self._replicas = self._copies = None
@@ -119,11 +126,12 @@ class Membership:
 
 
 def meet(at: tuple[str, int], world: int, timeout: timedelta, listener: socket.socket | None) -> TCPStore:
-    """Where workers learn each other's addresses.
+    """Return the store by which workers exchange their addresses.
 
     Args:
-        at: where the first of them listens.
-        listener: the first worker's own port there.
+        at: address and port where rank 0 listens.
+        world: number of workers.
+        listener: on rank 0, the socket that listens there; it becomes the store's. None on the others.
     """
     if listener is None:
         return TCPStore(*at, world, False, timeout)
@@ -131,16 +139,20 @@ def meet(at: tuple[str, int], world: int, timeout: timedelta, listener: socket.s
 
 
 def _limit(config: TrainConfig) -> timedelta:
-    """To connect. A worker that is lost now is not noticed by those who wait for it here: they must give up before they seem silent."""
+    """Return the time limit for connecting.
+
+    A worker that is lost meanwhile is noticed only by this limit. It is shorter than `hang_timeout_s`, so that those who wait report the
+    loss before they are taken for lost themselves.
+    """
     return timedelta(seconds=min(config.receive_timeout_s, config.hang_timeout_s / 2))
 
 
 def _make(groups: list[list[int]], rank: int, timeout: timedelta) -> dist.ProcessGroup:
-    """Make process groups of these ranks, all of them on every worker, as torch asks; this worker's."""
+    """Create process groups of these ranks; return the one that this worker is in. torch requires every worker to create all groups."""
     made = [dist.new_group(ranks, timeout=timeout) for ranks in groups]
     return next(group for group, ranks in zip(made, groups, strict=True) if rank in ranks)
 
 
 def _set_limit(group: dist.ProcessGroup, device: str, seconds: float) -> None:
-    """Let the group's operations take so long: its making had a limit of its own."""
+    """Set the time limit of the group's operations, which differs from the one for creating it."""
     group._get_backend(torch.device(device))._set_default_timeout(timedelta(seconds=seconds))

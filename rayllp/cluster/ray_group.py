@@ -1,4 +1,4 @@
-"""All workers of a run as Ray's actors: which layers each has, their process group, and calls to all at once."""
+"""All workers of a run as Ray actors: starting and connecting them, calls to all of them, recovery, and redistribution of layers."""
 
 import contextlib
 import math
@@ -32,13 +32,19 @@ from rayllp.training.result import Plan
 from rayllp.training.worker_group import ElasticGroup
 
 BROKEN = ("ChannelError", "MessageTimeoutError", "RuntimeError", "DistBackendError")
-"""Errors of a worker that may only be the echo of another's."""
+"""Names of errors that a worker may raise only because another one has failed."""
 RENDEZVOUS_TRIES = 2
 
 
 @dataclass(frozen=True)
 class RedistributionPlan:
-    """States that make up all blocks' after `step` steps, while layers are shared out anew; with step None there are none."""
+    """The states from which the blocks are restored while layers are redistributed.
+
+    Attributes:
+        step: optimizer steps done in these states; None: there are no states, and blocks are newly initialised.
+        layouts: the layout of each state.
+        states: for each layout, a reference to the state in Ray's object store.
+    """
 
     step: int | None
     layouts: tuple[Layout, ...]
@@ -49,17 +55,17 @@ class RayGroup(ElasticGroup):
     """The workers of one run.
 
     Args:
-        pool: the processes that they are made of.
-        storage: where checkpoints are written, which all hosts must see; None: none are.
+        pool: provides the processes.
+        storage: where checkpoints are written, which all hosts must share; None: no checkpoints are written.
     """
 
     def __init__(self, config: TrainConfig, pool: ActorPool, storage: Folder | None = None) -> None:
         self.config, self.device, self.pool, self.storage = config, pool.device, pool, storage
-        self._seen_by: set[str] = set()  # nodes that were found to see the storage
+        self._seen_by: set[str] = set()  # nodes that are known to share the storage
         self.workers: list[Any] = []
-        self._slots: list[Slot] = []  # theirs
+        self._slots: list[Slot] = []  # of the workers, by rank
         self._nodes: list[str] = []
-        self._addresses: list[str] = []  # of the hosts that they are on
+        self._addresses: list[str] = []  # IP addresses of the workers' nodes, by rank
         self._copies = Copies(blocks=config.layer_workers)
         self._layouts: dict[int, Layout] = {}
         self._redistribution: RedistributionPlan | None = None
@@ -70,11 +76,11 @@ class RayGroup(ElasticGroup):
 
     @classmethod
     def for_run(cls, config: TrainConfig, run: Path, device: str, pool: ActorPool | None = None) -> Self:
-        """As many workers as the settings want and there is room for now.
+        """Return a group with as many workers as the settings want and the cluster has room for now.
 
         Args:
-            run: the run's directory.
-            pool: processes to be its workers; None: its own, in a placement group of their own.
+            run: the run directory.
+            pool: provides the processes; None: a new pool with a placement group of its own.
         """
         room = capacity(device) if pool is None else len(pool.slots)
         config_here = config.with_workers(max(config.fewest_workers, min(config.world, room)))
@@ -82,7 +88,7 @@ class RayGroup(ElasticGroup):
         return cls(config_here, pool or ActorPool(config_here.world, device, name=run_name(run)), storage)
 
     def start(self, architecture: Architecture | None, batches: Batches, kept: dict[str, Any] | None = None) -> list[dict[str, Any]]:
-        """As asked; what `batches` hold in memory passes through Ray's object store, once for all workers."""
+        """Start the workers, as `WorkerGroup.start` says. Data in memory pass through Ray's object store, once for all workers."""
         self.pool.wait_for_room()
         self._slots = self.pool.slots[: self.config.world]
         self.workers = [self.pool.start_actor(slot, rank, self.config) for rank, slot in enumerate(self._slots)]
@@ -92,19 +98,19 @@ class RayGroup(ElasticGroup):
 
     @property
     def _is_all_here(self) -> bool:
-        """Whether all workers are on this host."""
+        """True if all workers are on this host."""
         return {*self._nodes} == {ray.get_runtime_context().get_node_id()}
 
     @property
     def _sent(self) -> Any:
-        """The batches in Ray's object store, once for all workers; small files go along where one is on another host than this."""
+        """Reference to the batches in Ray's object store. If a worker is on another host, small data files are sent along."""
         far = not self._is_all_here
         if far not in self._shared:
             self._shared[far] = ray.put(with_files(self._batches) if far else self._batches)
         return self._shared[far]
 
     def _connect(self, *, keep_copies: bool = False) -> None:
-        """Join all workers anew. With `keep_copies` the copies that they hold stay those of the same workers' states."""
+        """Connect all workers. With `keep_copies` the copies of states that they hold stay valid: ranks and layers have not changed."""
         places = self.call("place", timeout_s=START_TIMEOUT_S)
         self._nodes, self._addresses = [place.node for place in places], [place.address for place in places]
         self._seen_by |= check_storage(self.storage, places, self._seen_by, self._ask)
@@ -126,15 +132,15 @@ class RayGroup(ElasticGroup):
                 self.call("leave", timeout_s=START_TIMEOUT_S)
 
     def _ask(self, rank: int, method: str, *arguments: Any) -> Any:
-        """Call a method of one worker."""
+        """Call a method of one worker and return its answer."""
         return self.call_some([rank], method, *arguments, timeout_s=START_TIMEOUT_S)[0]
 
     def _listen(self, rank: int, host: str) -> int:
-        """A port that this worker opens there."""
+        """Have a worker open a port at this address of its own; return the port."""
         return int(self._ask(rank, "listen", host))
 
     def _begin_mpi(self) -> Rendezvous | None:
-        """Where the workers become an MPI world, where states are to travel by MPI."""
+        """Start the service by which workers form an MPI world, if states are to be sent by MPI; return where it is."""
         self._end_mpi()
         if self.config.channel != "mpi":
             return None
@@ -148,7 +154,7 @@ class RayGroup(ElasticGroup):
 
     @property
     def keeps_processes(self) -> bool:
-        """Not over MPI: a process can be in one MPI world only."""
+        """False with MPI, since a process can be in only one MPI world."""
         return self.config.channel != "mpi"
 
     def rebuild(self, config: TrainConfig, architecture: Architecture | None, kept: dict[str, Any] | None = None) -> list[dict[str, Any]]:
@@ -157,7 +163,7 @@ class RayGroup(ElasticGroup):
         return self._build(range(config.world))
 
     def _build(self, ranks: Iterable[int]) -> list[dict[str, Any]]:
-        # No limit: reading pretrained weights takes as long as it takes, and a worker that dies is noticed.
+        # no time limit: reading pretrained weights may take long, and a worker that dies is noticed anyway
         found = self.call_some(ranks, "build", self._sources[0], self._sent, self.device, Plan.of(*self._sources))
         self._layouts |= {share["rank"]: share["layout"] for share in found}
         return found
@@ -168,17 +174,17 @@ class RayGroup(ElasticGroup):
         return self.call_some(range(len(self.workers)), method, *arguments, timeout_s=timeout_s)
 
     def call_some(self, ranks: Iterable[int], method: str, *arguments: Any, timeout_s: float | None = None) -> list[Any]:
-        """`call` on some workers; answers in the order of `ranks`."""
+        """Call a method on some workers, as `call` does; return the answers in the order of `ranks`."""
         return self._get({rank: getattr(self.workers[rank], method).remote(*arguments) for rank in ranks}, timeout_s)
 
     def _get(self, references: dict[int, Any], timeout_s: float | None) -> list[Any]:
-        # The first answer that fails ends the wait: the others may be blocked on the failed worker until their own time limit.
+        # Stop waiting at the first failure: other workers may be waiting for the failed one until their own time limit.
         pending, deadline = list(references.values()), None if timeout_s is None else time.monotonic() + timeout_s
         while pending:
             left = None if deadline is None else max(0.0, deadline - time.monotonic())
             ready, pending = ray.wait(pending, num_returns=1, timeout=left)
             if not ready:
-                # All others would have given up waiting for a message by now: these hang.
+                # By now the others have given up waiting for messages: those that have not answered hang.
                 late = f"{len(pending)} of {len(references)} workers did not answer within {timeout_s:g} s"
                 raise _lost(self.lost() | self._give_up(_ranks(references, pending)), late)
             try:
@@ -188,15 +194,15 @@ class RayGroup(ElasticGroup):
         return list(ray.get(list(references.values())))
 
     def _raise(self, error: Exception, references: dict[int, Any]) -> None:
-        """Raise what lies behind a failed call: workers that died, else what the culprit raised."""
+        """Raise the cause of a failed call: the loss of workers, or else the error of the worker that failed first."""
         lost = self.lost()
         if lost:
-            for reference in references.values():  # else Ray prints what nobody asked for
+            for reference in references.values():  # fetch all results, or Ray prints the errors of the others
                 with contextlib.suppress(Exception):
                     ray.get(reference, timeout=0)
             self._break_off(lost)
             raise _lost(lost) from error
-        # Nobody died: a worker whose neighbour failed says so first, perhaps.
+        # No worker died. The first error may come from a neighbour of the worker that really failed, so wait for the others' errors.
         _, pending = ray.wait(list(references.values()), num_returns=len(references), timeout=self.config.hang_timeout_s)
         causes = [error.cause if isinstance(error, RayTaskError) and isinstance(error.cause, BaseException) else error]
         for reference in references.values():
@@ -207,7 +213,7 @@ class RayGroup(ElasticGroup):
             except RayTaskError as other:
                 causes.append(other.cause if isinstance(other.cause, BaseException) else other)
         silent = _ranks(references, pending)
-        if silent and any(isinstance(cause, MessageTimeoutError) for cause in causes):  # whoever was waited for, and still says nothing
+        if silent and any(isinstance(cause, MessageTimeoutError) for cause in causes):  # the silent ones are those that others waited for
             raise _lost(self._give_up(silent), "others waited for their messages in vain") from error
         cause = next((c for c in causes if type(c).__name__ not in BROKEN), causes[0])
         if isinstance(cause, RayllpError):
@@ -215,7 +221,7 @@ class RayGroup(ElasticGroup):
         raise ClusterError(f"a worker failed: {type(cause).__name__}: {cause}") from error
 
     def lost(self) -> frozenset[int]:
-        """Ranks of workers that are dead, or do not answer now that others have failed; those are killed."""
+        """Return the ranks of workers that are dead or do not answer a ping within `hang_timeout_s`; the latter are killed."""
         references = {rank: worker.ping.remote() for rank, worker in enumerate(self.workers)}
         ray.wait(list(references.values()), num_returns=len(references), timeout=self.config.hang_timeout_s)
         gone = set()
@@ -227,14 +233,14 @@ class RayGroup(ElasticGroup):
         return self._give_up(frozenset(gone))
 
     def _give_up(self, ranks: frozenset[int]) -> frozenset[int]:
-        """End these workers, should they live; the same ranks."""
+        """Kill these workers, if they are alive, and return their ranks."""
         self.pool.dismiss(self.workers[rank] for rank in ranks)
         return ranks
 
     def _break_off(self, lost: frozenset[int]) -> None:
-        """Let survivors wait no longer for lost workers, where these fell silent: with their host, or on GPUs."""
+        """Stop survivors from waiting for lost workers, if they would not notice the loss: when a host is gone, or on GPUs."""
         left = self.survivors(lost)
-        known = dict(enumerate(self._addresses))  # of none before the first connection
+        known = dict(enumerate(self._addresses))  # empty before the workers were first connected
         gone = {known.get(rank, "") for rank in lost} - {known.get(rank, "") for rank in left}
         if gone or self.device == "cuda":
             told = [self.workers[rank].break_off.remote(sorted(gone)) for rank in left]
@@ -257,12 +263,12 @@ class RayGroup(ElasticGroup):
         self._build(sorted(lost))
 
     def keep_spares(self) -> None:
-        """None over MPI, where all processes are new after a loss."""
+        """Start spare processes. There are none with MPI, where a loss means new processes for all workers."""
         if self.config.spare_workers and self.config.max_failures and self.keeps_processes:
             self.pool.keep_spares(self._nodes, self.config, self._sources[0], self._sent, Plan.of(*self._sources))
 
     def survivors(self, lost: Collection[int]) -> list[int]:
-        """Ranks of all other workers."""
+        """Return the ranks of the workers that are not lost."""
         return [rank for rank in range(len(self.workers)) if rank not in lost]
 
     def reached(self, lost: Collection[int]) -> int:
@@ -284,20 +290,20 @@ class RayGroup(ElasticGroup):
         return self._redistribution.step if self._redistribution is not None else self._common_step(lost)[0]
 
     def _common_step(self, lost: frozenset[int]) -> tuple[int | None, dict[int, Inventory]]:
-        """The last step that is held in memory everywhere, and what each survivor holds."""
+        """Return the last step whose state is held in memory for every block (None if there is none), and what each survivor holds."""
         ranks = self.survivors(lost)
         found = dict(zip(ranks, self.call_some(ranks, "inventory"), strict=True))
         return self._copies.common_step(found) if ranks else None, found
 
     def _given(self, sources: Iterable[Source], step: int) -> list[Any]:
-        """What `gather` takes: the layouts of states after `step` steps, and references to these from whoever holds them."""
+        """Return the arguments of `BlockWorker.gather`: the layouts of the states after `step` steps, then references to these states."""
         given = [
             (self._layout(source), self.workers[source.holder].give.remote(step, source.is_copy, source.has_weights)) for source in sources
         ]
         return [[layout for layout, _ in given], *(reference for _, reference in given)]
 
     def _layout(self, source: Source) -> Layout:
-        """Of a state that a worker gives."""
+        """Return the layout of a state, as its source gives it."""
         layout = self._layouts[source.owner]
         return layout if source.has_weights else layout.without_weights
 
@@ -329,7 +335,7 @@ class RayGroup(ElasticGroup):
         kept: dict[str, Any] | None,
         leaving: frozenset[int] = frozenset(),
     ) -> list[dict[str, Any]]:
-        """As asked; states pass from those that hold them through Ray's object store."""
+        """Redistribute the layers, as `ElasticGroup.reshape` says. States pass through Ray's object store."""
         self._redistribution = plan = self._redistribution or self._collect(lost)
         self.call_some(self.survivors(lost), "leave", timeout_s=START_TIMEOUT_S)
         self.config, self._sources = config, (architecture, kept)
@@ -348,7 +354,7 @@ class RayGroup(ElasticGroup):
         return shares
 
     def _collect(self, lost: frozenset[int]) -> RedistributionPlan:
-        """All blocks' states, in Ray's object store: the workers give up what they hold next."""
+        """Collect the states of all blocks in Ray's object store, because workers are about to give up what they hold."""
         step, found = self._common_step(lost)
         if step is None:
             return RedistributionPlan(None, (), ())
@@ -357,7 +363,7 @@ class RayGroup(ElasticGroup):
         return RedistributionPlan(step, tuple(layouts), tuple(states))
 
     def _fill_slots(self, world: int, lost: frozenset[int], leaving: frozenset[int]) -> None:
-        """The workers from now on, in the order of their layers: survivors, standbys that are there, then new ones where the lost were."""
+        """Choose the workers from now on: survivors in the order of their layers, then standby actors that are ready, then new actors."""
         placed = [(self._slots[rank], self.workers[rank]) for rank in self.survivors(lost | leaving)]
         self.pool.dismiss([*(worker for _, worker in placed[world:]), *(self.workers[rank] for rank in leaving - lost)])
         placed = placed[:world]
@@ -370,21 +376,21 @@ class RayGroup(ElasticGroup):
         self._get({rank: self.pool.reassign(worker, rank, self.config) for rank, worker in enumerate(self.workers)}, START_TIMEOUT_S)
 
     def dismiss(self) -> None:
-        """Spares and standbys too."""
+        """Kill all workers, spares and standby actors."""
         self._end_mpi()
         self.pool.dismiss(self.workers)
         self.pool.dismiss_idle()
         self.workers = []
 
     def shutdown(self) -> None:
-        if ray.is_initialized():  # else the cluster is gone, and a call would start another
+        if ray.is_initialized():  # without this check, a call would start a new cluster if the old one is gone
             self.pool.release(zip(self._slots, self.workers, strict=False))
             self.workers = []
         self._end_mpi()
 
 
 def _ranks(references: dict[int, Any], pending: Collection[Any]) -> frozenset[int]:
-    """Of those whose answers are pending."""
+    """Return the ranks of the workers whose answers are pending."""
     return frozenset(rank for rank, reference in references.items() if reference in pending)
 
 

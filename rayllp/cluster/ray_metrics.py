@@ -1,4 +1,4 @@
-"""A run's figures on Ray's dashboard and in Prometheus, as gauges that are named ray_rayllp_…, with the run's name as a tag."""
+"""A run's metrics as gauges on Ray's dashboard and in Prometheus, named ray_rayllp_… and tagged with the run's name."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -21,16 +21,16 @@ GAUGES = {
 
 
 class ClusterMetrics:
-    """A listener of a run's journal."""
+    """A listener that sets gauges to the values of the last step and evaluation."""
 
     def __init__(self, run: str) -> None:
         self._gauges = {name: Gauge(f"rayllp_{name}", description, tag_keys=("run",)) for name, description in GAUGES.items()}
-        tag = run.encode("ascii", "backslashreplace").decode()  # Ray refuses a tag with anything else
+        tag = run.encode("ascii", "backslashreplace").decode()  # Ray accepts ASCII tags only
         for gauge in self._gauges.values():
             gauge.set_default_tags({"run": tag})
 
     def step(self, metric: Mapping[str, Any]) -> None:
-        """Set the gauges of what a step measured."""
+        """Set the gauges to what a step measured."""
         same = "loss rho_forward rho_backward bias step_time_s tokens_per_s mfu workers"
         found = {name: metric[name] for name in same.split()}
         found |= {
@@ -42,7 +42,7 @@ class ClusterMetrics:
                 self._gauges[name].set(float(value))
 
     def event(self, step: int, kind: str, details: Mapping[str, Any]) -> None:
-        """No gauge tells of events."""
+        """Do nothing: no gauge shows events."""
 
     def evaluation(self, step: int, found: Mapping[str, float]) -> None:
         """Set the gauge of the validation loss."""

@@ -1,4 +1,4 @@
-"""`rayllp.train`: what the settings name is checked, a cluster is joined or started, and a driver runs on it."""
+"""`rayllp.train`: check the settings, join or start a cluster, and run a driver on it; and `keep_workers`."""
 
 import contextlib
 from collections.abc import Iterator, Sequence
@@ -35,21 +35,21 @@ def train(
     """Train layer-parallel on Ray: on the cluster that this process belongs to (RAY_ADDRESS, or an earlier ray.init), else on this machine.
 
     Args:
-        config: settings; None is the embedded default.
-        output: run directory; default runs/<date>_<name>. Where it holds an unfinished run with the same settings, that run goes on.
-        resume: a run directory to go on with; `output` is then its own, and so is `config` unless it is given: the number of workers
-            may change, and whatever does not change the network.
-        model: a LayerStack of your own instead of config.model; needs `batches`.
-        batches: where inputs and targets come from, instead of config.data.
-        console: where progress is shown; default the standard error: a bar on a terminal, plain lines elsewhere.
-        listeners: are told of each step, event and evaluation as it comes (see `Listener`).
+        config: settings; None: the embedded default.
+        output: run directory; default: runs/<date>_<name>. If it holds an unfinished run with the same settings, that run is resumed.
+        resume: directory of a run to resume, with its own settings unless `config` is given. These may have another number of workers, and
+            other values of whatever does not change the network.
+        model: a LayerStack of your own in place of config.model; needs `batches`.
+        batches: the source of inputs and targets in place of config.data.
+        console: where to show progress; default: standard error. It is a bar on a terminal, and plain lines elsewhere.
+        listeners: are called with each step, event and evaluation as it happens (see `Listener`).
 
     Raises:
-        SettingsError, DataError, ClusterError: before any step was done; nothing is left behind.
+        SettingsError, DataError, ClusterError: training could not start; nothing is left behind.
         NonFiniteError: the loss or a gradient is not finite; the last good state is saved first.
-        CheckpointError: nothing to resume, or the run directory could not be written to the end.
+        CheckpointError: there is nothing to resume, or the run directory could not be written to the end.
         HeldError: another process trains in that directory.
-        Stopped: Ctrl-C, SIGTERM or a closed terminal before the first step; a KeyboardInterrupt.
+        Stopped: Ctrl-C, SIGTERM or a closed terminal before the first step. It is a KeyboardInterrupt.
     """
     prepared = prepare(config, output, resume, model, batches)
     config = prepared.config
@@ -61,21 +61,21 @@ def train(
         return Driver(config, run, workers, model, batches, prepared.loaded, console, told).train(prepared.found)
 
 
-# Several trainings with the same processes ----------------------------------------------------------------------------------------
+# Several runs with the same processes ---------------------------------------------------------------------------------------------
 
 
 class _Kept:
-    """Worker processes between trainings."""
+    """Worker processes that are kept between runs."""
 
     def __init__(self, count: int) -> None:
         self.count = count
         self._pool: ActorPool | None = None
 
     def pool(self, config: TrainConfig, device: str) -> ActorPool:
-        """The processes, for a run of these settings.
+        """Return the processes for a run with these settings.
 
         Raises:
-            SettingsError: they are fewer than it needs.
+            SettingsError: the run needs more processes than are kept.
         """
         fewest = config.fewest_workers
         if fewest > self.count:
@@ -95,13 +95,13 @@ _kept: _Kept | None = None
 
 @contextlib.contextmanager
 def keep_workers(count: int) -> Iterator[None]:
-    """Let each `train` inside go on with the worker processes of the one before, up to `count` of them.
+    """Let all `train` calls inside this context use the same worker processes, up to `count` of them.
 
-    A process takes seconds to start, most of them imports: several short trainings in one program, a notebook for instance, pay that
-    once. Results are the same. The CPUs or GPUs stay taken until the end of the block, and `rayllp chaos` does not find these runs.
+    Starting a process takes seconds, most of them for imports; several short runs in one program, such as a notebook, pay for that once.
+    The results are the same. The CPUs or GPUs stay reserved until the end of the context, and `rayllp chaos` does not find these runs.
 
     Raises:
-        SettingsError: it is within another one.
+        SettingsError: it is used within another `keep_workers`.
         ClusterError: no cluster could be joined or started.
     """
     global _kept

@@ -1,4 +1,4 @@
-"""`LayerParallelTrainer`: `rayllp.train` with the face of Ray's own trainers, and with Ray's `Result`."""
+"""`LayerParallelTrainer`: `rayllp.train` with the interface of Ray's trainers, which returns Ray's `Result`."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -21,26 +21,26 @@ from rayllp.report import Listener, RunDirectory, read_lines
 from rayllp.training.result import TrainResult
 
 UNLIMITED = 10**9
-"""Losses that a run survives within an hour, where Ray's max_failures=-1 sets no limit."""
+"""The failures per hour that a run survives where Ray's max_failures=-1 sets no limit."""
 
 
 class LayerParallelTrainer:
-    """Trains as `rayllp.train` does, and is used as a trainer of Ray's:
+    """Trains as `rayllp.train` does, with the interface of Ray's trainers:
 
     trainer = rayllp.LayerParallelTrainer(config, scaling_config=ray.train.ScalingConfig(num_workers=4))
     result = trainer.fit()
 
     Args:
-        config: settings, or nested values of some; None is the embedded default.
-        scaling_config: `num_workers`, a number or (least, most); `use_gpu`; `elastic_resize_monitor_interval_s`. None: as `config` says.
-        run_config: `name` and `storage_path` (a folder: the run's directory is storage_path/name, where an unfinished run goes on as Ray's
-            do; or a URL, to which checkpoints go), `checkpoint_config.num_to_keep`, and `failure_config.max_failures` where it is not 0,
-            Ray's default. None: as `rayllp.train` without `output`.
-        model, batches: a LayerStack of your own, and its data, instead of those that `config` names.
-        listeners: are told of each step, event and evaluation as it comes, in the place of Ray's callbacks.
+        config: settings, or a nested mapping with some of their values; None: the embedded default.
+        scaling_config: `num_workers`, a number or (min, max); `use_gpu`; `elastic_resize_monitor_interval_s`. None: as `config` says.
+        run_config: `name` and `storage_path`, `checkpoint_config.num_to_keep` and `failure_config.max_failures`. None: as `rayllp.train`
+            without `output`. If `storage_path` is a folder, the run directory is storage_path/name, and an unfinished run there is resumed,
+            as Ray does; if it is a URL, checkpoints are written there. `max_failures=0`, Ray's default, leaves the settings' value.
+        model, batches: a LayerStack of your own and its data, in place of those that `config` names.
+        listeners: are called with each step, event and evaluation as it happens, in place of Ray's callbacks.
 
     Raises:
-        SettingsError: an option of Ray's that says nothing here, or says other than `config`.
+        SettingsError: an option of Ray has no meaning here, or contradicts `config`.
     """
 
     def __init__(
@@ -63,15 +63,15 @@ class LayerParallelTrainer:
         self.config = given
 
     def fit(self) -> Any:
-        """Train to the last step, or to Ctrl-C.
+        """Train to the last step, or until the run is stopped.
 
-        Returns: a `ray.train.Result`. `metrics` are those of the last step, and as validation_… those of the last evaluation;
-            `metrics_dataframe` has a row for each step; `checkpoint` is the last one, `best_checkpoints` has those that were kept with the
-            metrics of their steps; `return_value` is what `rayllp.train` returns.
+        Returns: a `ray.train.Result`. `metrics` has the values of the last step, and those of the last evaluation as validation_…;
+            `metrics_dataframe` has one row per step; `checkpoint` is the last one; `best_checkpoints` has all that were kept, with the
+            metrics of their steps; `return_value` is the result of `rayllp.train`.
 
         Raises:
-            SettingsError, DataError: before any actor was started.
-            ray.train.TrainingFailedError: training failed; what `rayllp.train` raised is its cause.
+            SettingsError, DataError: training could not start; no actor was started.
+            ray.train.TrainingFailedError: training failed; its cause is the error of `rayllp.train`.
         """
         try:
             found = train(self.config, output=self.output, model=self.model, batches=self.batches, listeners=self.listeners)
@@ -84,7 +84,7 @@ class LayerParallelTrainer:
 
 
 def make_result(found: TrainResult) -> Any:
-    """What a run left in its directory, as Ray's `Result`."""
+    """Return Ray's `Result`, made from what a run has left in its directory."""
     run = RunDirectory(found.directory, load_run_config(found.directory))
     rows = _rows(run)
     frame = pandas.DataFrame(rows)
@@ -104,7 +104,7 @@ def make_result(found: TrainResult) -> Any:
 
 
 def _rows(run: RunDirectory) -> list[dict[str, Any]]:
-    """Of each step, what is a number or a word, with what was evaluated after it; `training_iteration` counts steps from 1, as Ray does."""
+    """Return one row per step: its numbers and words, and those of the evaluation after it. `training_iteration` counts from 1."""
     evaluated: dict[int, dict[str, Any]] = {}
     for line in run.evaluations():
         evaluated[line["step"]] = {f"validation_{name}": value for name, value in line.items() if name not in ("step", "split")}
@@ -117,7 +117,7 @@ def _rows(run: RunDirectory) -> list[dict[str, Any]]:
 
 
 def _checkpoint(folder: Folder) -> Any:
-    """A complete checkpoint as Ray has them; `rayllp export` reads it, and any number of workers goes on from it."""
+    """Return a complete checkpoint as a `ray.train.Checkpoint`. `rayllp export` reads it, and a run can resume from it."""
     if isinstance(folder, Path):
         return ray.train.Checkpoint(str(folder.absolute()))
     return ray.train.Checkpoint(folder.path, filesystem=pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(folder.fs)))
@@ -127,7 +127,7 @@ def _checkpoint(folder: Folder) -> Any:
 
 
 def _scaled(config: TrainConfig, scaling: Any) -> TrainConfig:
-    """The settings on as many workers, and on such devices, as Ray's options say."""
+    """Return the settings with the number of workers and the device that Ray's `ScalingConfig` asks for."""
     if not isinstance(scaling, AnyScalingConfig):
         raise SettingsError(f"scaling_config is a {type(scaling).__name__}: give a ray.train.ScalingConfig")
     used = {"num_workers", "use_gpu", "elastic_resize_monitor_interval_s"}
@@ -145,7 +145,7 @@ def _scaled(config: TrainConfig, scaling: Any) -> TrainConfig:
 
 
 def _placed(config: TrainConfig, run: Any) -> tuple[TrainConfig, Path | None]:
-    """The settings with what Ray's options say of a run, and its directory; None where these name a URL."""
+    """Return the settings with the values of Ray's `RunConfig`, and the run directory; None if `storage_path` is a URL."""
     if not isinstance(run, ray.train.RunConfig):
         raise SettingsError(f"run_config is a {type(run).__module__}.{type(run).__name__}: give a ray.train.RunConfig")
     _refuse_others(
@@ -168,7 +168,12 @@ def _placed(config: TrainConfig, run: Any) -> tuple[TrainConfig, Path | None]:
 
 
 def _refuse_others(given: Any, used: set[str], instead: str) -> None:
-    """Refuse options that would be left aside without a word."""
+    """Refuse options that have been set and would be ignored.
+
+    Args:
+        used: names of the options that have a meaning here.
+        instead: ends the error message.
+    """
     untouched = type(given)()
     for option in dataclasses.fields(given):
         value = getattr(given, option.name)
@@ -179,10 +184,10 @@ def _refuse_others(given: Any, used: set[str], instead: str) -> None:
 
 
 def _with(config: TrainConfig, changes: Mapping[str, Any], source: str) -> TrainConfig:
-    """Settings with changes, none of which may differ from what was set.
+    """Return the settings with changes, and refuse a change of a value that was set.
 
     Args:
-        source: where the changes come from.
+        source: where the changes come from, for the error message.
     """
     values = config.model_dump(exclude_unset=True)
     _merge(values, changes, source)

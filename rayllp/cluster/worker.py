@@ -1,4 +1,4 @@
-"""The Ray actor that owns a block of layers. It is called once a chunk of steps, never once a sweep."""
+"""The Ray actor that owns a block of layers. It is called once per chunk of steps; within a step, workers exchange messages directly."""
 
 import functools
 import gc
@@ -37,16 +37,16 @@ from rayllp.timeline import TimedStep, Timeline
 from rayllp.training.result import Plan
 
 REMEMBERED = 512
-"""Steps whose statistics a worker can still tell, for a driver whose call for them failed."""
+"""Number of recent steps whose statistics a worker remembers, in case the driver's call for them fails."""
 LIVENESS = "liveness"
-"""Ray's concurrency group whose thread answers while the worker's own computes."""
+"""Name of the concurrency group (in Ray's sense) whose thread answers calls while the worker's main thread computes."""
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 
 def _leaving(method: Callable[P, R]) -> Callable[P, R]:
-    """A method that talks to other workers: if it fails, this worker's connections are closed, so that nobody waits for it in vain."""
+    """Wrap a method that exchanges messages: if it fails, close this worker's connections, so that others do not wait for it."""
 
     @functools.wraps(method)
     def checked(*arguments: P.args, **named: P.kwargs) -> R:
@@ -58,7 +58,7 @@ def _leaving(method: Callable[P, R]) -> Callable[P, R]:
             failure.add_note("".join(traceback.format_exception(failure)))
         error: BaseException | None = failure
         while error is not None:
-            # What its frames hold would keep the connections open, and a frame that is cleared still holds its function's closure.
+            # The traceback's frames refer to the connections and would keep them open. Clearing the frames would not free their closures.
             error.__traceback__ = None
             error = error.__cause__ or error.__context__
         worker = arguments[0]
@@ -70,10 +70,16 @@ def _leaving(method: Callable[P, R]) -> Callable[P, R]:
 
 
 class BlockWorker:
-    """One worker: replica `rank // P`, block `rank % P` of the layers."""
+    """One worker of a run. With P blocks, rank r has block r % P of replica r // P.
+
+    Args:
+        rank: rank of this worker; -1 for a process that has no layers yet.
+        config: settings of the run.
+        threads: number of threads to compute with, at most.
+    """
 
     def __init__(self, rank: int, config: TrainConfig, threads: int) -> None:
-        gc.freeze()  # the modules' objects stay: without this, a collection after a loss looks through them all, for 0.2 s
+        gc.freeze()  # leave the modules' objects out of garbage collection, which would take 0.2 s of every recovery for them
         self._threads = threads
         torch.set_num_threads(threads)
         keep_freed_memory()
@@ -86,7 +92,7 @@ class BlockWorker:
         self._done: deque[dict[str, Any]] = deque(maxlen=REMEMBERED)
 
     def warm(self, architecture: Architecture | None, batches: Batches, plan: Plan) -> str:
-        """Load what `build` will need, without building: a spare's share of the work, done beforehand. The node that this worker is on."""
+        """Import and load what `build` will need, without building: a spare does this in advance. Returns this worker's node."""
         plan.apply()
         self._settle(batches)
         if architecture is None:
@@ -94,38 +100,39 @@ class BlockWorker:
         return self.place().node
 
     def place(self) -> Place:
-        """Where this worker is."""
+        """Return where this worker runs."""
         return Place(ray.get_runtime_context().get_node_id(), ray.util.get_node_ip_address(), socket.gethostname())
 
     def share_node(self, workers: int) -> None:
-        """Compute with as many threads as this node has CPUs for beside its other workers, `workers` with this one."""
+        """Set the number of threads to this worker's share of the CPUs of its node, which has `workers` workers."""
         torch.set_num_threads(max(1, min(self._threads, usable_cpus() // workers)))
 
     def listen(self, host: str) -> int:
-        """Open the rendezvous port on `host`'s interface alone; the port."""
+        """Open the rendezvous port on the network interface with the address `host` only; return the port."""
         return self.membership.listen(host)
 
     def reach(self, doors: list[Door]) -> list[Reached]:
-        """Which of these ports this host gets a connection to."""
+        """Try to connect to these ports; return the result for each."""
         return [knock(door) for door in doors]
 
     def look(self, mark: Mark) -> str:
-        """Whether this host sees a file that the driver's wrote; see `Mark.look`."""
+        """Check that this host sees a file that the driver's host wrote; see `Mark.look`."""
         return mark.look()
 
     def connect(
         self, host: str, port: int, backend: str, device: str, offset: int, rendezvous: Rendezvous | None = None, sharing: int = 0
     ) -> None:
-        """Join the process groups, over the interface that holds this node's address in the cluster.
+        """Join the process groups, over the network interface that has this node's address in the cluster.
 
         Args:
-            host: where the first worker listens; the loopback address where all are on one node.
-            offset: copies of states go to the worker so many ranks on.
-            rendezvous: of the MPI world that is to carry states; None: torch's groups do.
-            sharing: workers on this node, which share its CPUs; 0: this one's share is known.
+            host, port: where rank 0 listens; the loopback address if all workers are on one node.
+            backend: backend of the process groups, "gloo" or "nccl".
+            offset: copies of states go from rank r to rank r + offset.
+            rendezvous: where the workers meet to form an MPI world that sends the states; None: the process groups send them.
+            sharing: number of workers on this node, which share its CPUs; 0: leave the number of threads as it is.
 
         Raises:
-            RendezvousError: they could not be made.
+            RendezvousError: the workers could not be connected.
         """
         if sharing:
             self.share_node(sharing)
@@ -141,10 +148,10 @@ class BlockWorker:
             self._keep_copies()
 
     def leave(self, failure: Exception | None = None) -> None:
-        """Close this worker's connections, so that others who wait for it are told at once; its layers stay.
+        """Close this worker's connections, so that workers that wait for it fail at once. It keeps its layers.
 
         Args:
-            failure: why, if it is not the driver's wish.
+            failure: the error because of which it leaves; None if the driver asked it to.
         """
         if not self.membership.is_joined:
             return
@@ -153,19 +160,20 @@ class BlockWorker:
         if self.engine is not None:
             self.engine.disconnect()
         self.membership.leave()
-        gc.collect()  # a connection closes when nothing refers to it any more
+        gc.collect()  # a connection is closed when the last reference to it is gone
 
     def build(self, architecture: Architecture | None, batches: Batches, device: str, plan: Plan) -> dict[str, Any]:
-        """Make this worker's layers; its share of the model, in words and numbers.
+        """Build this worker's layers and describe its share of the network. Without an architecture, settings and plan name the model.
 
-        Its "layout" is that of its states; "sources" are the parameters that these are made of when layers are shared out anew.
+        Returns: a dictionary with, among others, "layout", the layout of this worker's state, and "sources", the names of the parameters
+            that the state is made of when layers are redistributed.
         """
         config = self.config
         plan.apply()
         self._settle(batches)
         where = torch.device("cuda", 0) if device == "cuda" else torch.device("cpu")
         if architecture is None:
-            facts = batches.facts  # type: ignore[attr-defined]  # a data set of ours, where the model is named by settings
+            facts = batches.facts  # type: ignore[attr-defined]  # a data set of ours, as the settings name the model
             architecture = build_architecture(config, facts, plan.kept)
         self.engine = Engine(architecture, config, batches, *self._channels(), where)
         self._keep_copies()
@@ -178,7 +186,7 @@ class BlockWorker:
         }  # fmt: skip
 
     def _settle(self, batches: Batches) -> None:
-        """See that this host has the data's tokens: made here if there are none, before anybody waits for a step."""
+        """Make sure that this host has the tokens of the data, before other workers wait for this one in a step."""
         try:
             settle(batches)
         except DataError as error:
@@ -188,27 +196,27 @@ class BlockWorker:
             ) from None
 
     def _channels(self) -> tuple[Channel, Channel]:
-        """To the other blocks, and to the other replicas."""
+        """Return the channels to the other blocks of this replica, and to the same block of the other replicas."""
         return self.membership.channels(self.config, self.rank)
 
     def _keep_copies(self) -> None:
         self._copies = NeighbourCopies(self._engine, self.membership.copies, self._copies, self._offset)
 
     def reconfigure(self, config: TrainConfig, rank: int, threads: int | None = None) -> None:
-        """Give up this worker's layers and its place; those that `build` makes next are of other settings."""
+        """Give up this worker's layers, and take new settings, a new rank and, if given, another number of threads."""
         if threads is not None:
             self._threads = threads
         if self._copies is not None:
             self._copies.close()
         self._writer.wait()
         self.rank, self.config, self.engine, self._copies = rank, config, None, None
-        gc.collect()  # two networks at once may not fit, and an engine and its parts refer to each other
+        gc.collect()  # two networks may not fit in memory, and an engine is freed only by the collector, as its parts refer to each other
 
     def release_layers(self) -> None:
-        """Give up layers and connections, and forget the run: `reconfigure` begins another one.
+        """Give up layers and connections at the end of a run, so that `reconfigure` can start another one.
 
         Raises:
-            ChannelError: this process is in an MPI world, and can be in no other.
+            ChannelError: this process is in an MPI world, and cannot join another one.
         """
         self.leave()
         if self.membership.mpi is not None:
@@ -220,10 +228,13 @@ class BlockWorker:
 
     @_leaving
     def run(self, steps: list[tuple[int, Accuracy, ProbePlan | None]], snapshot_every: int = 0) -> list[dict[str, Any]]:
-        """A chunk of training steps; ends early after a step whose loss or gradient is not finite.
+        """Do a chunk of training steps. It ends early after a step whose loss or gradient is not finite.
 
         Args:
-            snapshot_every: steps between states kept in memory; 0: none.
+            steps: for each step its number, its accuracy, and what to measure in it.
+            snapshot_every: number of steps between states kept in memory; 0 keeps none.
+
+        Returns: the statistics of each step that was done.
         """
         stats = []
         for step, accuracy, plan in steps:
@@ -236,7 +247,7 @@ class BlockWorker:
                     done = self._engine.train_step(step, accuracy, plan)
             stats.append(done.as_dict() | {"timed": timed, "peak_memory": peak})
             self._done.append(stats[-1])
-            if traces:  # too large to be remembered
+            if traces:  # a trace is too large to be remembered
                 stats[-1] = stats[-1] | {"trace": traces[0]}
             if done.fault is not None or not _is_finite(done.loss, done.grad_norm):
                 break
@@ -246,7 +257,7 @@ class BlockWorker:
 
     @_leaving
     def time_steps(self, steps: list[tuple[int, Accuracy]]) -> list[TimedStep]:
-        """Do training steps with a timeline each."""
+        """Do training steps and return the timeline of each."""
         return [self._timed_step(step, accuracy)[1] for step, accuracy in steps]
 
     def _timed_step(self, step: int, accuracy: Accuracy) -> tuple[StepStats, TimedStep]:
@@ -263,59 +274,62 @@ class BlockWorker:
 
     @_leaving
     def time_messages(self, sizes: list[int]) -> list[Link]:
-        """Times of messages of so many bytes to the next worker."""
+        """Measure the time of messages of these sizes (in bytes) to the next worker."""
         return time_messages(self._engine.layers, sizes, self._engine.device)
 
-    # Coming back after a loss ---------------------------------------------------------------------------------------------------
+    # Recovery -------------------------------------------------------------------------------------------------------------------
 
     @_leaving
     def keep(self, step: int) -> None:
-        """Keep the state that `step` steps have made, here and with the next worker."""
+        """Keep the current state, after `step` steps, in this worker's memory and, as a copy, in another worker's."""
         self._memory.take(step)
 
     def cost_of_copies(self) -> tuple[float, float]:
-        """Seconds of the last state taken, and of its exchange in the background."""
+        """Return the seconds that it took to take the last state, and to exchange it in the background."""
         return self._memory.seconds
 
     def inventory(self) -> Inventory:
-        """States that this worker holds."""
+        """Return which states this worker holds."""
         return Inventory((), ()) if self._copies is None else self._copies.inventory()
 
     def roll_back(self, step: int) -> None:
-        """Make the block what it was after `step` steps."""
+        """Restore the state after `step` steps, and forget the statistics of later ones."""
         self._memory.roll_back(step)
         self._done = deque((stats for stats in self._done if stats["step"] < step), maxlen=REMEMBERED)
 
     def give(self, step: int, neighbour: bool, weights: bool) -> torch.Tensor:
-        """A state after `step` steps: the copy of another worker's, or the own one, with or without its weights."""
+        """Return a state after `step` steps: the copy of another worker's (`neighbour`) or this worker's own, with or without weights."""
         return self._memory.give(step, neighbour=neighbour, weights=weights)
 
     def gather(self, layouts: list[Layout], *states: torch.Tensor) -> None:
-        """Make the block what it was when other workers, of these layouts and states, had its layers."""
+        """Restore this worker's block from states of other workers: replicas, holders of copies, or those that had its layers before."""
         self._memory.state.gather(list(zip(layouts, states, strict=True)))
 
     def report(self, start: int, stop: int) -> list[dict[str, Any]]:
-        """What the steps from `start` up to `stop` did, as far as it is remembered; the last time that each was done."""
+        """Return the remembered statistics of the steps in [start, stop). Of a step that was done twice, these are the later ones."""
         found = {stats["step"]: stats for stats in self._done if start <= stats["step"] < stop}
         return [found[step] for step in sorted(found)]
 
     def reached(self) -> int:
-        """Steps done, as far as they are remembered."""
+        """Return the number of steps done, as far as this worker remembers them."""
         return int(self._done[-1]["step"]) + 1 if self._done else 0
 
     @ray.method(concurrency_group=LIVENESS)  # type: ignore[untyped-decorator]
     def ping(self) -> int:
-        """This worker's rank: it answers from another thread than the one that computes, which may be at one operation for long."""
+        """Return this worker's rank. Another thread answers, since the main thread may be in a long operation."""
         return self.rank
 
     @ray.method(concurrency_group=LIVENESS)  # type: ignore[untyped-decorator]
     def break_off(self, gone: list[str]) -> None:
-        """Hosts with these addresses are gone: whatever the computing thread waits for from there fails now."""
+        """Make the main thread fail if it waits for hosts with these addresses, which are gone."""
         self.membership.break_off(gone)
 
     @_leaving
     def evaluate(self, batches: int, done: int, most: int) -> tuple[int, int, dict[str, float] | None]:
-        """Up to `most` held-out batches more, when `done` are: how many are now, of how many; loss and metrics when all are."""
+        """Evaluate up to `most` more validation batches of `batches` (0: all), of which `done` are done; 0 starts an evaluation.
+
+        Returns: number of batches evaluated so far, number of all, and loss and metrics by name once all are evaluated, else None.
+        """
         if done == 0:
             self._evaluation = self._engine.evaluation(batches)
         with self._engine.averaged():
@@ -324,15 +338,15 @@ class BlockWorker:
 
     @_leaving
     def generate(self, prompt: list[int], tokens: int) -> list[int]:
-        """A continuation of `prompt`, exact forward."""
-        from rayllp.engine.generation import continue_text  # transformers' generation takes seconds to import, which start no worker
+        """Return `tokens` tokens that continue `prompt`, generated with the exact forward."""
+        from rayllp.engine.generation import continue_text  # takes seconds to import, which few runs need
 
         with self._engine.averaged():
             return continue_text(self._engine.exact_forward, prompt, tokens)
 
     @_leaving
     def translate(self, first: int, stop: int, beams: int) -> list[str]:
-        """Translations of held-out sentences `first` up to `stop`, exact forward."""
+        """Return translations of the validation sentences in [first, stop), with the exact forward and beam search."""
         from rayllp.engine.generation import translate
 
         data = self._engine.batches
@@ -346,26 +360,24 @@ class BlockWorker:
         self._writer.begin(self._engine, locate(folder))
 
     def has_saved(self) -> bool:
-        """Whether all is written, or has failed."""
+        """True if the pieces have been written, or could not be."""
         return self._writer.is_done()
 
     def finish_save(self) -> dict[str, dict[str, Any]]:
-        """Wait until all is written; the files with size and checksum."""
+        """Wait until the pieces are written; return their files with size and checksum."""
         return self._writer.finish()
 
     def load(self, folder: str, files: dict[str, Any], prolongation: Prolongation | None = None) -> None:
-        """Load this worker's pieces of a checkpoint, and check them against its manifest's files; with a prolongation, of a shallower
-        network's.
-        """
+        """Load this worker's pieces of a checkpoint (with `prolongation`, of a shallower network), checking the checksums in `files`."""
         self._done.clear()
         load_pieces(self._engine, locate(folder), prolongation, files)
 
     def parameters(self) -> dict[str, torch.Tensor]:
-        """Copies of this worker's parameters by full name."""
+        """Return copies of this worker's parameters on the CPU, by full name."""
         return {name: p.detach().cpu().clone() for name, p in self._engine.block.parameters.items()}
 
     def set_parameter(self, name: str, value: torch.Tensor) -> bool:
-        """Overwrite one parameter, if it is this worker's."""
+        """Overwrite a parameter if this worker owns it; return whether it does."""
         parameter = self._engine.block.parameters.get(name)
         if parameter is not None:
             parameter.data.copy_(value)

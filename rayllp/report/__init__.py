@@ -1,4 +1,4 @@
-"""What a run writes and shows."""
+"""What a run writes to its directory and shows its user."""
 
 from rayllp.report.journal import Journal, Listener
 from rayllp.report.progress import ProgressDisplay

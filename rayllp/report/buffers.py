@@ -1,4 +1,4 @@
-"""What `rayllp suggest-buffers` prints."""
+"""The output of `rayllp suggest-buffers`."""
 
 from pathlib import Path
 
@@ -15,10 +15,13 @@ BAR_WIDTH = 32
 
 
 def show_suggestion(run: Path, factor: float, out: Console) -> BufferSuggestion:
-    """Print each layer's constant and part now and as suggested, the reasons, and the settings to use.
+    """Print each layer's Lipschitz constant, its part of the network now and as suggested, the reasons, and the settings to use.
+
+    Args:
+        factor: as for `suggest_buffers`.
 
     Raises:
-        SettingsError: not a run directory, or one without estimates.
+        SettingsError: `run` is not a run directory, or has no estimates.
     """
     config, estimates = load_run_config(run), RunDirectory(run).read_lipschitz()
     if not estimates:
@@ -27,7 +30,7 @@ def show_suggestion(run: Path, factor: float, out: Console) -> BufferSuggestion:
             f"{config.adaptive.probe_every}, mode={config.mode}): probes make them, which mode=serial has none of. Train with "
             "--set adaptive.lipschitz_every=1, probe_every above 0, and mode parallel or adaptive"
         )
-    if config.nested.factors:  # only the last ones are of the network as it is now
+    if config.nested.factors:  # only estimates at the current depth are used
         config = stage_of_depth(config, len(estimates[-1])).config
         estimates = [constants for constants in estimates if len(constants) == config.model.layers]
     found = suggest_buffers(estimates, config, factor=factor)
@@ -46,7 +49,7 @@ def show_suggestion(run: Path, factor: float, out: Console) -> BufferSuggestion:
 
 
 def suggestion_table(found: BufferSuggestion, config: TrainConfig) -> Table:
-    """A row a layer; those beyond the bar are marked."""
+    """Return a table with one row per layer; layers whose constant is above the threshold are marked red."""
     table = Table("layer", "now", "constant", "", "suggested", box=None)
     table.columns[0].justify = table.columns[2].justify = "right"
     tallest = max(constant for constant in found.constants if constant < float("inf")) or 1.0

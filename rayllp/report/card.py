@@ -1,4 +1,4 @@
-"""The model card of an export: README.md, as the Hugging Face hub shows it; what was trained, on what, how, and how to load it."""
+"""The model card (README.md) of an export: what was trained, on which data, how, how good it is, and how to load it."""
 
 import json
 import math
@@ -17,7 +17,7 @@ from rayllp.models.scaled import loader
 from rayllp.report.rundir import RunDirectory, changed_settings, read_lines
 
 PLACES = ("data.path", "data.validation_path", "data.dataset", "data.tokenizer", "model.from_pretrained", "checkpoint.path")
-"""Settings that may be paths of one's own machine, of which a card has the last name alone."""
+"""Settings that may be local paths, of which a card shows only the last part."""
 OWN = ("name", "log_to", "timeline_every", "profile.steps", "checkpoint.path")
 """Settings that do not describe the model."""
 
@@ -26,8 +26,9 @@ def write_card(run_path: Path, folder: Path, step: int | None = None) -> None:
     """Write README.md into an export.
 
     Args:
-        folder: what `rayllp export` wrote of the run.
-        step: of the checkpoint that was exported; None: the latest.
+        run_path: the run directory.
+        folder: the folder that `rayllp export` wrote.
+        step: step of the exported checkpoint; None: the latest.
     """
     config = load_run_config(run_path)
     run = RunDirectory(run_path, config)
@@ -90,7 +91,7 @@ def _changed(config: TrainConfig) -> dict[str, Any]:
 
 
 def _short(name: str) -> str:
-    """A name of the hub as it is, of a path its last part."""
+    """Return a name on the hub unchanged, and the last part of a local path."""
     return Path(name).name if Path(name).is_absolute() or Path(name).exists() or name.startswith((".", "~")) else name
 
 

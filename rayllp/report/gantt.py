@@ -1,4 +1,4 @@
-"""A step's timeline as a picture and as a trace for ui.perfetto.dev."""
+"""The timeline of a step as a picture, and as a trace file for ui.perfetto.dev."""
 
 import json
 from collections.abc import Sequence
@@ -12,11 +12,11 @@ COLOURS = {
     "forward": "#3182bd", "adjoint": "#e6550d", "forward microbatch": "#3182bd", "adjoint microbatch": "#e6550d",
     "enter": "#756bb1", "loss": "#636363", "update": "#31a354", "send": "#dd1c77", "wait": "#eeeeee",
 }  # fmt: skip
-"""Blue forward, orange adjoint, dark the serial part."""
+"""Blue for forward, orange for adjoint, dark for the serial part."""
 
 
 def draw_timeline(workers: Sequence[Sequence[Span]], picture: Path, title: str = "") -> None:
-    """A row a worker, seconds to the right."""
+    """Draw a timeline with one row per worker and time to the right."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -26,7 +26,7 @@ def draw_timeline(workers: Sequence[Sequence[Span]], picture: Path, title: str =
     figure, axis = plt.subplots(figsize=(11, 1.2 + 0.32 * len(workers)), layout="constrained")
     seen: dict[str, str] = {}
     for rank, spans in enumerate(workers):
-        for name in sorted({span.name for span in spans}, key=lambda name: name != "wait"):  # waiting lies below
+        for name in sorted({span.name for span in spans}, key=lambda name: name != "wait"):  # draw waiting first, below the others
             colour = seen.setdefault(name, COLOURS.get(name, "#000000"))
             bars = [(1e3 * span.begin, 1e3 * span.seconds) for span in spans if span.name == name]
             axis.broken_barh(bars, (rank - 0.4, 0.8), facecolors=colour, edgecolors="white" if name != "wait" else "none", linewidth=0.3)
@@ -41,7 +41,7 @@ def draw_timeline(workers: Sequence[Sequence[Span]], picture: Path, title: str =
 
 
 def write_trace(workers: Sequence[Sequence[Span]], path: Path) -> None:
-    """Chrome's trace event format: a thread a worker, times in microseconds."""
+    """Write a trace in Chrome's trace event format, with one thread per worker and times in microseconds."""
     events: list[dict[str, object]] = []
     for rank, spans in enumerate(workers):
         events.append({"name": "thread_name", "ph": "M", "pid": 0, "tid": rank, "args": {"name": f"worker {rank}"}})

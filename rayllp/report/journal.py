@@ -1,4 +1,4 @@
-"""What happens in a run, told to all who listen: the run directory's files, TensorBoard, and the person who watches."""
+"""The journal passes on what happens in a run: to the files of the run directory, TensorBoard, listeners, and the user's terminal."""
 
 import json
 import math
@@ -14,50 +14,50 @@ from rayllp.report.progress import ProgressDisplay
 from rayllp.report.rundir import RunDirectory, flatten
 
 SCALARS = "loss grad_norm lr tokens_per_s mfu rho_forward rho_backward bias cosine noise consistency consistency_weight".split()
-"""What TensorBoard gets of each step, where it was measured."""
+"""Names of the metrics of a step that TensorBoard shows, if they were measured."""
 
 
 class Listener(Protocol):
-    """Who else is told: give one to `rayllp.train(listeners=[…])`, for Weights & Biases, MLflow, or a plot of your own.
+    """Interface of an object that is told what happens in a run. Pass it as `rayllp.train(listeners=[…])`, for a plot of your own, say.
 
-    A class that derives from this one writes the methods that it needs, and inherits the others, which do nothing. They are called in the
-    process that called `train`, between chunks of steps: time spent here is time not trained. What a method raises ends the run. After a
-    fault, steps that are done again are told again.
+    A subclass defines the methods that it needs; the others do nothing. They are called in the process that called `train`, between chunks
+    of steps, so training waits for them. An exception from a method ends the run. Steps that are repeated after a failure are reported
+    again.
     """
 
     def step(self, metric: Mapping[str, Any]) -> None:
-        """A training step.
+        """A training step was done.
 
         Args:
             metric: a line of metrics.jsonl: "step" (from 0), "loss", "mode", "step_time_s", "rho_forward" (None unless probed), ….
         """
 
     def event(self, step: int, kind: str, details: Mapping[str, Any]) -> None:
-        """A switch, fault, resize, restore, checkpoint or early stop.
+        """An event happened: a switch of modes, fault, resize, restore, checkpoint or early stop, for example.
 
         Args:
-            step: steps done before it.
+            step: number of steps done before it.
             kind: as in events.jsonl.
-            details: what else its line has, but for the time.
+            details: the other fields of its line, without the time.
         """
 
     def evaluation(self, step: int, found: Mapping[str, float]) -> None:
-        """An evaluation, by the exact forward.
+        """An evaluation was done, with the exact forward.
 
         Args:
-            step: steps done before it.
-            found: "loss", and the task's metric.
+            step: number of steps done before it.
+            found: "loss" and the metrics of the task.
         """
 
 
 class Journal:
-    """Use `open`."""
+    """Records one session of a run. Use `open` to create it."""
 
     def __init__(
         self, run: RunDirectory, display: ProgressDisplay, listeners: Sequence[Listener], first_step: int = 0, *, tensorboard: bool = True
     ) -> None:
         self._run, self._display, self._listeners, self._draws = run, display, listeners, tensorboard
-        self._again_from: int | None = first_step  # what TensorBoard has from this step on is forgotten when it is opened
+        self._again_from: int | None = first_step  # what TensorBoard has from this step on is discarded when it is opened
         self._board: Any = None
         self._trouble: str | None = None
 
@@ -73,7 +73,13 @@ class Journal:
         *,
         tensorboard: bool = True,
     ) -> Iterator["Journal"]:
-        """A journal for one sitting of a run, of which `first_step` steps are done."""
+        """Open a journal for one session of a run, and close it at the end.
+
+        Args:
+            steps: number of steps of the whole run.
+            first_step: number of steps that are done already.
+            tensorboard: True to write for TensorBoard.
+        """
         with ProgressDisplay(steps, first_step, console) as display:
             journal = cls(run, display, listeners, first_step, tensorboard=tensorboard)
             try:
@@ -82,22 +88,22 @@ class Journal:
                 journal._close_board()
 
     def say(self, text: str) -> None:
-        """A line for the person who watches."""
+        """Show the user a line of text."""
         self._display.say(text)
 
     def progress(self, what: str, done: int, size: int) -> None:
-        """How far something is that is no training, for the person who watches."""
+        """Show the user the progress of something other than training, such as an evaluation."""
         self._display.beside(what, done, size)
 
     def event(self, step: int, kind: str, **details: Any) -> None:
-        """A line of events.jsonl."""
+        """Record an event as a line of events.jsonl, and tell the listeners."""
         self._run.event(step, kind, **details)
         self._warn()
         for listener in self._listeners:
             listener.event(step, kind, details)
 
     def gain(self, step: int, found: Mapping[str, Any], sentence: str) -> None:
-        """What a sitting's layer-parallel steps have gained over exact ones: an event, TensorBoard's scalars, and a line."""
+        """Record what a session's layer-parallel steps gained over exact ones: as an event, in TensorBoard, and as a line for the user."""
         self.event(step, "gain", **found)
         for name in ("speedup", "speedup_over_one"):
             if found[name] is not None:
@@ -105,17 +111,17 @@ class Journal:
         self.say(sentence)
 
     def scalar(self, name: str, value: float, step: int) -> None:
-        """A point in TensorBoard; none while the run directory cannot be written."""
+        """Add a point to a curve in TensorBoard. It is dropped while the run directory cannot be written."""
         self._draw(lambda board: board.add_scalar(name, value, step))
 
     def histogram(self, name: str, values: Sequence[float], step: int) -> None:
-        """A histogram in TensorBoard, of values that are finite."""
+        """Add a histogram of those values that are finite to TensorBoard."""
         finite = [value for value in values if math.isfinite(value)]
         if finite:
             self._draw(lambda board: board.add_histogram(name, torch.tensor(finite), step))
 
     def finish(self, config: TrainConfig, found: Mapping[str, float], sample: str, step: int) -> None:
-        """The run has ended: in TensorBoard its settings beside what the last evaluation found (HParams), and a sample of its text."""
+        """Record the end of the run in TensorBoard: settings and results of the last evaluation (HParams), and a sample of text."""
         if sample:
             self._draw(lambda board: board.add_text("sample", _as_code(sample), step))
         flat = flatten(config.model_dump(mode="json"))
@@ -125,7 +131,7 @@ class Journal:
             self._draw(lambda board: board.add_hparams(settings, results, run_name=".", global_step=step))
 
     def rewind(self, step: int) -> None:
-        """Steps from this one on are done again: TensorBoard forgets what it has of them."""
+        """Discard what TensorBoard has of the steps from this one on, as they will be done again."""
         self._close_board()
         self._again_from = step
 
@@ -134,7 +140,7 @@ class Journal:
 
         step, self._again_from = self._again_from, None
         self._board = SummaryWriter(str(self._run.path / "tensorboard"), purge_step=step)
-        # An evaluation after so many steps goes with them, though it is not done again.
+        # Opening the board also discards the evaluation after `step` steps. It will not be repeated, so it is added again.
         for line in self._run.evaluations() if step else ():
             if line["step"] == step:
                 for name in line.keys() - {"step", "split"}:
@@ -147,11 +153,11 @@ class Journal:
             if self._board is None:
                 self._open_board()
             draw(self._board)
-        except OSError:  # metrics.jsonl will meet the same, and say so; closing it would wait for its dead thread
+        except OSError:  # writing metrics.jsonl will fail, too, and be reported; the board is not closed, as that would hang
             self._board = None
 
     def step(self, metric: Mapping[str, Any]) -> None:
-        """A training step."""
+        """Record a training step, and tell the listeners."""
         self._run.metric(metric)
         self._warn()
         self._display.update(metric)
@@ -171,7 +177,7 @@ class Journal:
         self.histogram("blocks/bias", [bias for bias, _ in metric["bias_by_block"] or ()], step)
 
     def evaluation(self, step: int, found: Mapping[str, float], split: str = "validation") -> None:
-        """What an evaluation found."""
+        """Record the results of an evaluation, and tell the listeners."""
         self._run.evaluation(step, split, **found)
         for listener in self._listeners:
             listener.evaluation(step, found)
@@ -179,7 +185,7 @@ class Journal:
             self.scalar(f"{split}/{name}", value, step)
 
     def _warn(self) -> None:
-        """Say that the run directory cannot be written, or can again."""
+        """Warn the user when the run directory cannot be written, and say when it can be written again."""
         trouble = self._run.trouble
         if trouble is not None and self._trouble is None:
             self.say(f"WARNING: {self._run.path} cannot be written ({trouble}); training goes on, and what it records waits")
@@ -195,5 +201,5 @@ class Journal:
 
 
 def _as_code(text: str) -> str:
-    """Markdown that shows a text as it is: every line indented, so that nothing in it is markup."""
+    """Return Markdown that shows a text literally: its lines are indented, so that nothing in it is taken as markup."""
     return "".join(f"    {line}\n" for line in text.splitlines())

@@ -1,7 +1,7 @@
-"""Weights & Biases and MLflow, by the setting `log_to`: what TensorBoard gets of steps and evaluations, and the settings.
+"""Logging to Weights & Biases and MLflow (the setting `log_to`): the settings, and the curves that TensorBoard gets as well.
 
-A run that goes on goes on in the same run there: RUN/loggers.json has its identifiers. A service that fails on the way costs a warning and
-what it would have shown, never the training.
+A resumed run continues the same run of the service, whose identifier is stored in RUN/loggers.json. If a service fails during training, the
+user is warned, and training goes on without it.
 """
 
 import json
@@ -18,20 +18,20 @@ from rayllp.report.rundir import RunDirectory, changed_settings, flatten
 
 KNOWN = "loggers.json"
 PACKAGES = {"wandb": "wandb", "mlflow": "mlflow"}
-"""By what log_to names, the package that it needs, and the extra of rayllp's that brings it."""
+"""For each name in log_to, the package that it needs. rayllp has an extra of the same name that installs it."""
 
 
 def check_loggers(config: TrainConfig) -> None:
-    """Refuse a service whose package is not installed.
+    """Check that the packages of all services in `log_to` are installed.
 
     Raises:
-        SettingsError: as said.
+        SettingsError: a package is missing.
     """
     for name in config.log_to:
         if name not in PACKAGES:
             continue
         spec = find_spec(PACKAGES[name])
-        if spec is None or spec.origin is None:  # a folder of that name, such as wandb makes, is no package
+        if spec is None or spec.origin is None:  # a plain folder, such as wandb creates, is found, too, but is not the package
             raise SettingsError(
                 f"log_to has {name}, and the package {PACKAGES[name]} is not installed here: pip install 'rayllp[{name}]', or leave it out"
             )
@@ -39,13 +39,13 @@ def check_loggers(config: TrainConfig) -> None:
 
 @contextmanager
 def opened_loggers(config: TrainConfig, run: RunDirectory, say: Callable[[str], None]) -> Iterator[list[Listener]]:
-    """What is to be told of this sitting, besides TensorBoard.
+    """Open the services of `log_to` for one session of a run, and close them at the end; yields them as listeners.
 
     Args:
-        say: shows a line to the person who watches.
+        say: shows the user a line of text.
 
     Raises:
-        SettingsError: a service cannot begin.
+        SettingsError: a service cannot be started.
     """
     path = run.path / KNOWN
     known: dict[str, str] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
@@ -63,10 +63,10 @@ def opened_loggers(config: TrainConfig, run: RunDirectory, say: Callable[[str], 
 
 
 class Service(Listener):
-    """One of them: `begin`, `log` and `end` are its own.
+    """A logging service. Subclasses define `begin`, `log` and `end`.
 
     Attributes:
-        id: of the run, as the service has it.
+        id: identifier of the run in the service.
     """
 
     name: ClassVar[str]
@@ -75,35 +75,35 @@ class Service(Listener):
         self._say, self._is_open = say, True
         try:
             self.id = self.begin(config, run, known)
-        except Exception as error:  # whatever the package raises
+        except Exception as error:  # packages raise errors of their own
             raise SettingsError(f"log_to: {self.name} cannot begin: {error}; leave it out, or see its documentation") from error
 
     def begin(self, config: TrainConfig, run: RunDirectory, known: str | None) -> str:
-        """Begin the run there, or go on with the one that is known; its identifier."""
+        """Start a run in the service, or continue the one with the identifier `known`; return its identifier."""
         raise NotImplementedError
 
     def log(self, values: Mapping[str, float], step: int) -> None:
-        """Points of curves."""
+        """Add points to curves."""
         raise NotImplementedError
 
     def end(self) -> None:
-        """The sitting has ended."""
+        """Finish at the end of the session."""
         raise NotImplementedError
 
     def step(self, metric: Mapping[str, Any]) -> None:
-        """What TensorBoard shows of a step."""
+        """Log what TensorBoard shows of a step."""
         values = {f"train/{name}": metric[name] for name in SCALARS if metric[name] is not None}
         self._try(lambda: self.log({**values, "train/serial": float(metric["mode"] == "serial")}, metric["step"]))
 
     def event(self, step: int, kind: str, details: Mapping[str, Any]) -> None:
-        """Nothing: events are in RUN/events.jsonl."""
+        """Do nothing: events are in RUN/events.jsonl."""
 
     def evaluation(self, step: int, found: Mapping[str, float]) -> None:
-        """Loss and metrics of held-out data."""
+        """Log the validation loss and metrics."""
         self._try(lambda: self.log({f"validation/{name}": value for name, value in found.items()}, step))
 
     def close(self) -> None:
-        """The sitting has ended."""
+        """Finish at the end of the session, unless the service has failed."""
         self._try(self.end)
 
     def _try(self, do: Callable[[], None]) -> None:
@@ -111,44 +111,44 @@ class Service(Listener):
             return
         try:
             do()
-        except Exception as error:  # whatever the package raises
+        except Exception as error:  # packages raise errors of their own
             self._is_open = False
             self._say(f"WARNING: {self.name} failed ({error}): it is told no more, and training goes on")
 
 
 class Wandb(Service):
-    """Weights & Biases. WANDB_PROJECT, WANDB_MODE and the like are its own."""
+    """Weights & Biases. It reads environment variables such as WANDB_PROJECT and WANDB_MODE itself."""
 
     name = "wandb"
 
     def begin(self, config: TrainConfig, run: RunDirectory, known: str | None) -> str:
-        """Files of the run there are below RUN/wandb."""
+        """Start or continue the run. Its local files are in RUN/wandb."""
         import wandb
 
         self._run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", "rayllp"), name=run.path.name, dir=run.path, id=known, resume="allow",
             config=config.model_dump(mode="json"),
         )  # fmt: skip
-        # Steps that are done again after a fault, or a resume, would otherwise be dropped.
+        # By default points of steps that are repeated, after a failure or a resume, would be dropped.
         self._run.define_metric("*", step_metric="step")
         return str(self._run.id)
 
     def log(self, values: Mapping[str, float], step: int) -> None:
-        """Points over our own step."""
+        """Log points with our own step as the x-axis."""
         self._run.log({**values, "step": step})
 
     def end(self) -> None:
-        """Send what is left."""
+        """Send what has not been sent yet."""
         self._run.finish()
 
 
 class MLflow(Service):
-    """MLflow. MLFLOW_TRACKING_URI, MLFLOW_EXPERIMENT_NAME and the like are its own."""
+    """MLflow. It reads environment variables such as MLFLOW_TRACKING_URI and MLFLOW_EXPERIMENT_NAME itself."""
 
     name = "mlflow"
 
     def begin(self, config: TrainConfig, run: RunDirectory, known: str | None) -> str:
-        """As parameters the settings that are not at their default; all of them as the artifact config.json."""
+        """Start or continue the run. Settings that differ from their defaults become parameters; all are in the artifact config.json."""
         import mlflow
 
         if not {"MLFLOW_EXPERIMENT_NAME", "MLFLOW_EXPERIMENT_ID"} & os.environ.keys():
@@ -160,10 +160,10 @@ class MLflow(Service):
         return str(begun.info.run_id)
 
     def log(self, values: Mapping[str, float], step: int) -> None:
-        """In the background."""
+        """Log points in the background."""
         self._mlflow.log_metrics(dict(values), step=step, synchronous=False)
 
     def end(self) -> None:
-        """Send what is left."""
+        """Send what has not been sent yet."""
         self._mlflow.flush_async_logging()
         self._mlflow.end_run()

@@ -1,4 +1,4 @@
-"""`rayllp plan`: which mesh and which settings pay, as a table and in words."""
+"""The output of `rayllp plan`: the predicted times of meshes and settings as a table, and advice in words."""
 
 import math
 from collections.abc import Sequence
@@ -15,7 +15,10 @@ from rayllp.report.rundir import read_lines
 
 
 def measured_biases(folders: Sequence[Path]) -> dict[Solve, float]:
-    """The largest gradient bias that probes found, by solve, in runs or in a sweep's trials.
+    """Return the largest gradient bias that probes have measured with each solve.
+
+    Args:
+        folders: directories of runs or sweeps; for a sweep all its trials count.
 
     Raises:
         SettingsError: a folder is neither.
@@ -35,11 +38,12 @@ def measured_biases(folders: Sequence[Path]) -> dict[Solve, float]:
 def _biases_of(run: Path) -> list[tuple[Solve, float]]:
     config, before, found = load_run_config(run), None, []
     if any(rung.startswith("0+") for rung in config.adaptive.ladder or ()):
-        return []  # metrics do not tell a serial forward from one iteration
+        return []  # the metrics do not distinguish a serial forward solve from one iteration
     first = config.mgrit.iterations
     iterations = first.forward, first.backward
     for metric in read_lines(run / "metrics.jsonl"):
-        if metric["bias"] is None and metric["rho_backward"] is None:  # a probe's own are doubled: what it judged is the step before's
+        # A step with a probe records doubled iterations. What the probe judges are those of the last step without one.
+        if metric["bias"] is None and metric["rho_backward"] is None:
             iterations = metric["iterations_forward"], metric["iterations_backward"]
         elif metric["bias"] is not None and metric["mode"] == "parallel" and (before is None or before["mode"] == "parallel"):
             levels = config.mgrit.levels
@@ -52,7 +56,7 @@ def _biases_of(run: Path) -> list[tuple[Solve, float]]:
 
 
 def show_plan(plan: Plan, device: Device, console: Console) -> None:
-    """The fastest of each kind and mesh, then the advice."""
+    """Print the fastest option of each kind and mesh, then the advice."""
     table = Table(title="predicted, the fastest of each mesh")
     for name in ("devices", "how", "step, ms", "speed-up", "memory, GiB", "bias"):
         table.add_column(name, justify="left" if name == "how" else "right")
@@ -70,7 +74,7 @@ def show_plan(plan: Plan, device: Device, console: Console) -> None:
 
 
 def _fastest(plan: Plan) -> list[Option]:
-    """The fastest of each kind and mesh, and what is advised."""
+    """Return the fastest option of each kind and mesh, and the advised ones."""
     seen, found = set(), []
     for option in plan.options:
         key = option.kind, option.data, option.layer

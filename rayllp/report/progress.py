@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on: a live bar on a terminal, plain lines elsewhere."""
+"""The progress display of a run: a live bar on a terminal, plain lines elsewhere."""
 
 import time
 from collections.abc import Iterator, Mapping
@@ -12,7 +12,7 @@ PLAIN_EVERY_S = 5.0
 
 
 class ProgressDisplay:
-    """Loss, tokens/s, MFU where it is known, mode and ρ. Use as a context manager."""
+    """Shows loss, tokens/s, MFU (if known), mode and ρ. Use as a context manager."""
 
     def __init__(self, steps: int, first_step: int = 0, console: Console | None = None) -> None:
         self.console = console or Console(stderr=True)
@@ -37,7 +37,7 @@ class ProgressDisplay:
                 self._bar.stop()
 
     def update(self, metric: Mapping[str, Any]) -> None:
-        """Show a step."""
+        """Show a training step."""
         if metric["rho_forward"] is not None or metric["rho_backward"] is not None:
             self._rho = f"ρ {_short(metric['rho_forward'])}/{_short(metric['rho_backward'])}"
         used = "" if metric["mfu"] is None else f"MFU {metric['mfu']:.1%}  "
@@ -51,7 +51,7 @@ class ProgressDisplay:
             self.say(f"step {done}/{self._steps}  {metric['mode']}  {status}")
 
     def beside(self, what: str, done: int, size: int) -> None:
-        """Show how far something beside training is: a second bar, until the next step or the next such thing."""
+        """Show the progress of something other than training, by a second bar that stays until the next step or the next such thing."""
         if not self._live:
             if self._is_time() and done < size:
                 self.say(f"{what}: {done} of {size}")
@@ -68,7 +68,7 @@ class ProgressDisplay:
             self._beside = None
 
     def _is_time(self) -> bool:
-        """Whether another line is due, where there is no bar."""
+        """True if it is time for another plain line."""
         now = time.monotonic()
         due = now - self._shown > PLAIN_EVERY_S
         if due:
@@ -76,20 +76,20 @@ class ProgressDisplay:
         return due
 
     def say(self, text: str) -> None:
-        """A line that stays."""
+        """Print a line that stays on the screen."""
         tell(self.console, text)
 
 
 def tell(console: Console, text: str) -> None:
-    """A line for the person who watches, as it is; dropped where nobody can read it any more."""
+    """Print a line without interpreting markup. It is dropped if the output is closed."""
     with unread():
         console.print(text, highlight=False, soft_wrap=True, markup=False)
 
 
 @contextmanager
 def unread() -> Iterator[None]:
-    """Bear that a terminal is gone, or whatever a pipe led to: a run goes on without them."""
-    with suppress(OSError, SystemExit):  # the latter is rich's way to say that a pipe is broken
+    """Ignore that the terminal or the reader of a pipe is gone, so that a run goes on without it."""
+    with suppress(OSError, SystemExit):  # rich raises SystemExit for a broken pipe
         yield
 
 

@@ -1,4 +1,4 @@
-"""One process at a time writes to the directory of a run or of a sweep, or to a place of checkpoints, which may be behind a URL."""
+"""Locks that let one process at a time write to a run directory, a sweep directory, or a place of checkpoints, even on object storage."""
 
 import contextlib
 import json
@@ -19,14 +19,16 @@ from rayllp.checkpoint.location import Folder
 from rayllp.errors import HeldError, SettingsError
 
 LOCK, HOLDER = ".driver.lock", "driver.json"
-"""The lock itself, which the system frees when its process is gone, and who holds it, whose time of change is the last sign of life."""
+"""The lock file, which the system unlocks when its process ends; and a file that names the holder, whose modification time shows that the
+holder was alive then.
+"""
 BEAT_S = 5.0
 SILENT_S = 30.0
-"""A holder on another machine, where this one's locks may not reach, is gone when it was not heard of for so long."""
+"""A holder on another machine, where file locks may have no effect, is taken to be gone after no sign of life for this many seconds."""
 
 
 def _machine() -> str:
-    """This boot of this machine, and this container on it: where process numbers mean the same."""
+    """Return an identifier of this boot of this machine, and of the container: process ids can be compared where it is the same."""
     try:
         return f"{Path('/proc/sys/kernel/random/boot_id').read_text(encoding='utf-8').strip()}/{os.stat('/proc/self/ns/pid').st_ino}"
     except OSError:
@@ -35,12 +37,15 @@ def _machine() -> str:
 
 @dataclass(frozen=True)
 class Holder:
-    """Who writes to a directory: a line of `driver.json`.
+    """The process that writes to a directory; content of `driver.json`.
 
     Attributes:
-        since: seconds since 1970.
-        token: tells this hold from any other.
-        beats: signs of life behind a URL, where the file is written anew for each.
+        host: name of its host.
+        pid: its process id.
+        since: when it began, in seconds since 1970.
+        machine: see `_machine`.
+        token: distinguishes this hold from all others.
+        beats: number of signs of life; counted only on object storage, where the file is rewritten for each.
     """
 
     host: str = field(default_factory=socket.gethostname)
@@ -55,10 +60,10 @@ class Holder:
 
 
 class Hold:
-    """A directory that is held. A listener of the run (`rayllp.report.Listener`), which it ends when the hold was lost.
+    """A directory that this process holds. As a listener of the run it ends the run if the hold was lost.
 
     Args:
-        lock: None where the file system has no locks.
+        lock: the acquired file lock; None if the file system has no locks.
     """
 
     def __init__(self, directory: Folder, lock: BaseFileLock | None) -> None:
@@ -70,7 +75,7 @@ class Hold:
         self._heart.start()
 
     def _write(self) -> None:
-        """Name the holder, by a file that is whole at any time."""
+        """Write the file that names the holder. Readers find the old file or the new one, never a part of it."""
         text = json.dumps(asdict(self.me)) + "\n"
         if isinstance(self.directory, Path):
             beside = self.directory / f".{HOLDER}.{self.me.token}"
@@ -80,9 +85,9 @@ class Hold:
             (self.directory / HOLDER).write_text(text, encoding="utf-8")
 
     def _beat(self) -> None:
-        """Give signs of life. On a disk they change the file's time, not its content, for which a full one would have no room."""
+        """Give signs of life in a loop. Locally this changes only the file's time, which works even if the disk is full."""
         while not self._over.wait(BEAT_S):
-            with contextlib.suppress(Exception):  # for the time being; behind a URL, whatever a file system's package raises
+            with contextlib.suppress(Exception):  # it may work the next time
                 self._look()
                 if isinstance(self.directory, Path):
                     os.utime(self.directory / HOLDER)
@@ -97,10 +102,10 @@ class Hold:
             self._over.set()
 
     def check(self) -> None:
-        """See that the directory is still this process's.
+        """Check that this process still holds the directory.
 
         Raises:
-            HeldError: another process has taken this one for gone.
+            HeldError: another process has taken it over, believing this one to be gone.
         """
         if self._taken_by is not None:
             raise HeldError(
@@ -109,19 +114,19 @@ class Hold:
             )
 
     def step(self, metric: Mapping[str, Any]) -> None:
-        """As `check`."""
+        """Check that the directory is still held; see `check`."""
         self.check()
 
     def event(self, step: int, kind: str, details: Mapping[str, Any]) -> None:
-        """As `check`."""
+        """Check that the directory is still held; see `check`."""
         self.check()
 
     def evaluation(self, step: int, found: Mapping[str, float]) -> None:
-        """As `check`."""
+        """Check that the directory is still held; see `check`."""
         self.check()
 
     def release(self) -> None:
-        """Let others have it."""
+        """Release the directory."""
         self._over.set()
         self._heart.join()
         with contextlib.suppress(Exception):
@@ -134,17 +139,17 @@ class Hold:
 
 @contextlib.contextmanager
 def hold(directory: Folder, say: Callable[[str], None]) -> Iterator[Hold]:
-    """Be the only process that writes to `directory` while inside.
+    """Make this process the only one that writes to `directory` inside this context.
 
-    A lock of the file system keeps others on this machine away, and ends with this process however that ends. Machines that share the
-    directory may not share its locks, and there are none behind a URL: there the holder's signs of life count.
+    A file lock excludes other processes on this machine, and is released whenever this process ends. Machines that share the directory may
+    not share its locks, and object storage has none: there it counts whether the holder gives signs of life.
 
     Args:
-        say: is told if it is to be waited whether another holder is alive.
+        say: is called with a line for the user before waiting for a sign of life of another holder.
 
     Raises:
-        HeldError: another process holds it; says which.
-        SettingsError: it cannot be written.
+        HeldError: another process holds the directory; the message says which.
+        SettingsError: the directory cannot be written.
     """
     held = _acquire(directory, say)
     try:
@@ -161,7 +166,7 @@ def _acquire(directory: Folder, say: Callable[[str], None]) -> Hold:
             lock.acquire()
     except Timeout:
         raise _refusal(directory, read_holder(directory)) from None
-    except (OSError, NotImplementedError):  # no locks here
+    except (OSError, NotImplementedError):  # this file system has no locks
         lock = None
     try:
         found = read_holder(directory)
@@ -177,17 +182,17 @@ def _acquire(directory: Folder, say: Callable[[str], None]) -> Hold:
 
 
 def is_alive(directory: Folder, found: tuple[Holder, float], *, locked: bool, say: Callable[[str], None]) -> bool:
-    """Whether whoever the directory names as its holder is there.
+    """Return whether the process that the directory names as its holder is alive. May wait up to `SILENT_S` seconds.
 
     Args:
-        found: the holder and its last sign of life, as `read_holder` gave them.
-        locked: this process has the lock, which nobody else on this machine has then.
+        found: the holder and the time of its last sign of life, as `read_holder` returned them.
+        locked: True if this process has the file lock, so that no other process on this machine can have it.
     """
     holder, heard = found
     if holder.machine == _machine():
         return not locked and _runs(holder.pid)
     if isinstance(directory, Path):
-        (directory / LOCK).touch()  # the file system's clock: ours may differ
+        (directory / LOCK).touch()  # to compare two times of the file system's clock, as this machine's may differ
         if (directory / LOCK).stat().st_mtime - heard >= SILENT_S:
             return False
     say(f"{directory} is held by {holder}: waiting up to {SILENT_S:g} s for a sign of life")
@@ -203,12 +208,15 @@ def is_alive(directory: Folder, found: tuple[Holder, float], *, locked: bool, sa
 
 
 def read_holder(directory: Folder) -> tuple[Holder, float] | None:
-    """Who holds a directory, and the file system's time of its last sign of life (0 behind a URL); None: nobody, or it does not say."""
+    """Return the holder of a directory and the time of its last sign of life; None if there is no holder.
+
+    The time is that of the file system's clock, and 0 on object storage.
+    """
     try:
         if not isinstance(directory, Path):
-            directory.fs.invalidate_cache()  # others have written there
+            directory.fs.invalidate_cache()  # other processes may have written there
             return Holder(**json.loads((directory / HOLDER).read_text(encoding="utf-8"))), 0.0
-        with (directory / HOLDER).open() as file:  # opened anew: a network file system then looks anew
+        with (directory / HOLDER).open() as file:  # network file systems check for changes when a file is opened
             return Holder(**json.load(file)), os.fstat(file.fileno()).st_mtime
     except (OSError, ValueError, TypeError):
         return None

@@ -1,4 +1,4 @@
-"""The files that a run writes. Other tools read them: names are fixed (docs/design.md)."""
+"""The files that a run writes to its directory. Other tools read them, so their names do not change (README, "What a run writes")."""
 
 import json
 import math
@@ -20,19 +20,19 @@ from rayllp.report.run_lock import HOLDER, LOCK
 from rayllp.timeline import TimedStep, sum_kinds, sum_phases
 
 UNUSED = {"config.yaml", "tensorboard", "loggers.json", "wandb", LOCK, HOLDER}
-"""Files of a run that has done nothing yet."""
+"""The files that a run directory has before anything was recorded."""
 
 
 class RunDirectory:
-    """RUN/: config.yaml, metrics.jsonl, evals.jsonl, events.jsonl, timeline.jsonl, checkpoints/, tensorboard/.
+    """A run directory: config.yaml, metrics.jsonl, evals.jsonl, events.jsonl, timeline.jsonl, checkpoints/, tensorboard/.
+
+    What cannot be written, because a disk is full or the path is gone, is kept in order, and tried again with the next write.
 
     Args:
-        config: says where checkpoints are, if not in RUN/checkpoints.
-
-    What cannot be written (a full disk, a path that is gone) waits, in order, and is tried again with the next thing to write.
+        config: settings of the run, which may place checkpoints elsewhere; None: they are in RUN/checkpoints.
 
     Attributes:
-        trouble: why something waits; None: nothing does.
+        trouble: why something could not be written yet; None if nothing is waiting.
     """
 
     def __init__(self, path: Path, config: TrainConfig | None = None) -> None:
@@ -43,10 +43,10 @@ class RunDirectory:
 
     @classmethod
     def create(cls, output: str | Path | None, config: TrainConfig) -> "RunDirectory":
-        """A new run's directory: `output`, or runs/<date>_<name>.
+        """Create the directory of a new run: `output`, or runs/<date>_<name>.
 
         Raises:
-            SettingsError: it holds another run, or cannot be written.
+            SettingsError: it is not empty, or cannot be written.
         """
         path = cls.find_place(output, config)
         with _refusing(path):
@@ -56,10 +56,10 @@ class RunDirectory:
 
     @staticmethod
     def find_place(output: str | Path | None, config: TrainConfig) -> Path:
-        """Where `create` would make one. Makes nothing.
+        """Return where `create` would create a directory, without creating it.
 
         Raises:
-            SettingsError: as `create`, as far as can be seen.
+            SettingsError: `create` would fail, as far as that can be seen.
         """
         path = Path(output) if output else Path("runs") / f"{date.today().isoformat()}_{config.name}"
         with _refusing(path):
@@ -79,7 +79,7 @@ class RunDirectory:
         return path
 
     def change_settings(self, before: TrainConfig, now: TrainConfig) -> None:
-        """The run goes on with other settings."""
+        """Store the new settings of a resumed run, and record the change as an event."""
         self.mend()
         old, new = (flatten(config.model_dump(mode="json")) for config in (before, now))
         changed = {name: [old.get(name), new.get(name)] for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name)}
@@ -87,23 +87,26 @@ class RunDirectory:
         self.event(-1, "settings", changed=changed)
 
     def last_evaluation(self) -> dict[str, Any] | None:
-        """The last line of evals.jsonl."""
+        """Return the last line of evals.jsonl, or None."""
         return next(reversed(self.evaluations()), None)
 
     def last_event(self, kind: str) -> dict[str, Any] | None:
-        """The last line of events.jsonl of this kind."""
+        """Return the last line of events.jsonl of this kind, or None."""
         return next((line for line in reversed(read_lines(self.path / "events.jsonl")) if line["kind"] == kind), None)
 
     def evaluations(self) -> list[dict[str, Any]]:
-        """All lines of evals.jsonl."""
+        """Return all lines of evals.jsonl."""
         return read_lines(self.path / "evals.jsonl")
 
     def best_of_patience(self, settings: EvalSettings) -> dict[str, Any] | None:
-        """The best evaluation on the way, where `eval.patience` later ones were no better; None: the run may go on."""
+        """Return the best evaluation if the last `eval.patience` ones were no better; None: the run need not stop early.
+
+        Only the regular evaluations during training count.
+        """
         best: dict[str, Any] | None = None
         waited = last = 0
         for line in self.evaluations() if settings.patience is not None else ():
-            if line["step"] % settings.every or line["step"] == last:  # of an end, which may be over other batches
+            if line["step"] % settings.every or line["step"] == last:  # the evaluation at the end, which may use other batches
                 continue
             last = line["step"]
             if best is None or line["loss"] < best["loss"]:
@@ -113,18 +116,18 @@ class RunDirectory:
         return best if settings.patience is not None and waited >= settings.patience else None
 
     def metric(self, values: Mapping[str, Any]) -> None:
-        """A line of metrics.jsonl."""
+        """Append a line to metrics.jsonl."""
         self._append("metrics.jsonl", values)
 
     def timeline(
         self, step: int, kind: Mapping[str, Any], timed: Sequence[tuple[TimedStep, tuple[int, int | None]]], *, spans: bool
     ) -> None:
-        """A line of timeline.jsonl.
+        """Append a line to timeline.jsonl.
 
         Args:
-            kind: mode and iterations.
-            timed: of each worker by rank, its step, and the most bytes it has taken: resident, and on its GPU.
-            spans: whether to keep every span, else sums alone.
+            kind: mode and iterations of the step.
+            timed: for each worker (by rank), its timed step, and its peak memory in bytes: resident, and on its GPU if it has one.
+            spans: True to store all spans, False for sums only.
         """
         began = min(each.started for each, _ in timed)
         workers = [
@@ -140,53 +143,53 @@ class RunDirectory:
         self._append("timeline.jsonl", line)
 
     def trace(self, step: int, rank: int, content: bytes) -> None:
-        """profile/: what a worker did in a step, by torch.profiler, gzipped."""
+        """Write a worker's trace of a step, made by torch.profiler and compressed by gzip, to profile/."""
         path = self.path / "profile" / f"step_{step}_worker_{rank}.json.gz"
         self._do(lambda: _write(path, content))
 
     def evaluation(self, step: int, split: str, loss: float, **metrics: float) -> None:
-        """A line of evals.jsonl."""
+        """Append a line to evals.jsonl."""
         self._append("evals.jsonl", {"step": step, "split": split, "loss": loss, **metrics})
 
     def event(self, step: int, kind: str, **details: Any) -> None:
-        """A line of events.jsonl; kind is switch, deepen, settings, fault, resize, checkpoint, restore or stop."""
+        """Append a line to events.jsonl. Kinds are switch, deepen, settings, fault, resize, checkpoint, restore, stop, data and gain."""
         self._append("events.jsonl", {"time": time.time(), "step": step, "kind": kind, **details})
 
     def read_lipschitz(self) -> list[list[float]]:
-        """Estimates of all layers, one list a probe that made them, as metrics.jsonl has them."""
+        """Return the Lipschitz estimates in metrics.jsonl: a list of all layers' values for each probe that estimated them."""
         return [found for metric in read_lines(self.path / "metrics.jsonl") if (found := metric.get("lipschitz"))]
 
     def read_best(self) -> dict[str, Any] | None:
-        """Step and losses of the best evaluation so far, as `write_best` left them."""
+        """Return the best evaluation so far, as `write_best` has stored it, or None."""
         path = self.path / "best.json"
         return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
     def write_best(self, best: Mapping[str, Any]) -> None:
-        """best.json: which checkpoint has the lowest validation loss."""
+        """Store the best evaluation in best.json, which tells which checkpoint has the lowest validation loss."""
         self.write_text("best.json", json.dumps(best) + "\n")
 
     def forget_best(self) -> None:
-        """No evaluation is the best so far."""
+        """Remove best.json: the next evaluation is the best so far."""
         self._do(lambda: (self.path / "best.json").unlink(missing_ok=True))
 
     def write_text(self, name: str, text: str) -> None:
-        """A whole file."""
+        """Write a whole file."""
         self._do(lambda: _replace(self.path / name, text))
 
     def discard_if_unused(self) -> None:
-        """Remove the directory of a run that never began: it holds its settings and no more."""
+        """Remove the directory if the run has recorded nothing in it."""
         if self.path.is_dir() and {path.name for path in self.path.iterdir()} <= UNUSED:
             shutil.rmtree(self.path)
 
     def mend(self) -> None:
-        """Remove lines that a driver's sudden end cut off: what is written next would hang on to them."""
+        """Remove incomplete last lines, which a driver that was killed may leave. The next line would be appended to them."""
         for name in ("metrics.jsonl", "evals.jsonl", "events.jsonl", "timeline.jsonl"):
             path = self.path / name
             if path.is_file() and not path.read_bytes().endswith(b"\n"):
                 _replace(path, "".join(line + "\n" for line in _whole_lines(path)))
 
     def truncate(self, step: int) -> None:
-        """Forget metrics, timelines and evaluations after `step` steps, which a resumed run will repeat."""
+        """Discard metrics and timelines of the steps from `step` on, and later evaluations: these steps will be done again."""
 
         def cut() -> None:
             for name, last in (("metrics.jsonl", step - 1), ("timeline.jsonl", step - 1), ("evals.jsonl", step)):
@@ -213,17 +216,17 @@ class RunDirectory:
 
 
 def _whole_lines(path: Path) -> list[str]:
-    """Lines of a file, but for a last one that a driver's sudden end cut off."""
+    """Return the lines of a file without an incomplete last one."""
     return path.read_text(encoding="utf-8").split("\n")[:-1] if path.is_file() else []
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """What a .jsonl file of a run has; nothing where it is not there."""
+    """Return the content of a .jsonl file; empty if there is no such file."""
     return [json.loads(line) for line in _whole_lines(path)]
 
 
 def _append_line(path: Path, line: str) -> None:
-    """Add a line, all of it or nothing."""
+    """Append a line. If that fails, nothing of it is left in the file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as file:
         end = file.tell()
@@ -241,7 +244,7 @@ def _write(path: Path, content: bytes) -> None:
 
 
 def _replace(path: Path, text: str) -> None:
-    """Write a file so that whoever looks, whenever, finds the old or the new text."""
+    """Replace a file atomically: readers find either the old or the new text."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.new")
     beside.write_text(text, encoding="utf-8")
@@ -257,7 +260,7 @@ def _refusing(path: Path) -> Iterator[None]:
 
 
 def unused(path: Path) -> Path:
-    """This path, or with a number where it is taken."""
+    """Return this path if nothing is there, else the first free one with a number appended."""
     candidate, number = path, 2
     while candidate.exists():
         candidate, number = path.with_name(f"{path.name}_{number}"), number + 1
@@ -265,7 +268,7 @@ def unused(path: Path) -> Path:
 
 
 def _rounded(values: Any) -> Any:
-    """Times to the microsecond: they are many."""
+    """Round times to microseconds, to keep the file small."""
     if isinstance(values, float):
         return round(values, 6)
     if isinstance(values, Mapping):
@@ -274,13 +277,13 @@ def _rounded(values: Any) -> Any:
 
 
 def changed_settings(config: TrainConfig) -> dict[str, Any]:
-    """Settings that are not at their default, by dotted name."""
+    """Return the settings that differ from their defaults, by dotted name."""
     values, plain = (flatten(settings.model_dump(mode="json")) for settings in (config, TrainConfig()))
     return {name: value for name, value in values.items() if value != plain.get(name)}
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings by dotted name."""
+    """Return nested settings as a flat dictionary by dotted name."""
     found: dict[str, Any] = {}
     for name, value in values.items():
         found |= flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}

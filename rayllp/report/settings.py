@@ -1,6 +1,6 @@
-"""Settings as a table, made from the code: for `rayllp settings`, the docs and the README.
+"""The table of all settings, made from the code, for `rayllp settings`, the docs and the README.
 
-python -m rayllp.report.settings     # writes the tables into README.md and docs/settings.md of a checkout
+python -m rayllp.report.settings     # updates the tables in README.md and docs/settings.md of a checkout
 """
 
 from collections.abc import Collection, Iterator
@@ -21,7 +21,11 @@ BEGIN, END = "<!-- settings: ", "<!-- end of settings -->"
 
 
 def settings_table(only: Collection[str] | None = None) -> str:
-    """A Markdown table: name, type, default, meaning; of all settings, or of those named."""
+    """Return a Markdown table of settings: name, type, default and meaning.
+
+    Args:
+        only: names of the settings to include; None: all.
+    """
     lines = ["| setting | takes | default | meaning |", "|---|---|---|---|"]
     rows = [row for row in _rows(TrainConfig()) if only is None or row[0] in only]
     lines += [f"| `{name}` | {kind} | `{default}` | {text} |" for name, kind, default, text in rows]
@@ -29,7 +33,11 @@ def settings_table(only: Collection[str] | None = None) -> str:
 
 
 def documents(root: Path) -> dict[Path, str]:
-    """The README and docs/settings.md with their tables as the code has them."""
+    """Return the texts of README.md and docs/settings.md, with tables made from the code.
+
+    Args:
+        root: the checkout.
+    """
     readme = root / "README.md"
     before, _, rest = readme.read_text(encoding="utf-8").partition(BEGIN)
     comment, _, rest = rest.partition("\n")

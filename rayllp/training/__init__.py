@@ -1,1 +1,4 @@
-"""What a run does, chunk of steps by chunk, whoever starts its workers: train, log, evaluate, save, recover, resize."""
+"""The training loop of a run, one chunk of steps at a time: it trains, logs, evaluates, saves, recovers from failures and changes size.
+
+Nothing here knows how the worker processes were started: they are seen through the interface in `worker_group.py`.
+"""

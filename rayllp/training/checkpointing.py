@@ -1,4 +1,4 @@
-"""A run's checkpoints: written by the workers in the background, made to appear by the driver, read back by any number of workers."""
+"""A run's checkpoints. The workers write them in the background, the driver commits them, and any number of workers can read them back."""
 
 import math
 import time
@@ -16,7 +16,14 @@ from rayllp.training.worker_group import WorkerGroup
 
 @dataclass(frozen=True)
 class Pending:
-    """A checkpoint that workers are writing."""
+    """A checkpoint that the workers are still writing.
+
+    Attributes:
+        step: optimizer steps done when its state was copied.
+        folder: the staging folder that the workers write to.
+        extra: what the manifest says besides the files: the controller's state, the settings and the record of the data.
+        best: the evaluation that made this the best checkpoint so far, as `Saver.best`; None if it is not the best.
+    """
 
     step: int
     folder: Folder
@@ -25,15 +32,15 @@ class Pending:
 
 
 class Saver:
-    """Writes and reads checkpoints.
+    """Writes and reads the checkpoints of a run.
 
     Args:
-        record: of the run's data, which each checkpoint keeps.
+        record: describes the run's data; it is stored in each checkpoint.
 
     Attributes:
-        settings: of the network that is being trained now.
-        best: step and loss of the best evaluation so far.
-        saved: the step of the last complete checkpoint of this sitting; -1: none.
+        settings: settings of the network that is being trained now.
+        best: "step", "loss" and number of "batches" of the best evaluation so far; None before the first one.
+        saved: step of the last complete checkpoint that this session wrote or loaded; -1 if there is none.
     """
 
     def __init__(self, run: RunDirectory, workers: WorkerGroup, settings: TrainConfig, record: DataRecord | None = None) -> None:
@@ -49,7 +56,10 @@ class Saver:
     # Writing --------------------------------------------------------------------------------------------------------------------
 
     def begin(self, step: int, controller: dict[str, Any], journal: Journal) -> None:
-        """Have the workers take a copy of their states and write it while training goes on."""
+        """Have the workers copy their states now and write the copies while training goes on.
+
+        If the checkpoint of this step is complete or being written already, only note that it is the best one, where it is.
+        """
         if step == self.saved:
             self._mark_best(self._new_best)
             self._new_best = None
@@ -61,7 +71,7 @@ class Saver:
         self._overdue, self._since = False, time.monotonic()
         try:
             folder = staging(self.run.checkpoints, step)
-        except Exception as error:  # behind a URL, whatever a file system's package raises
+        except Exception as error:  # on remote storage each fsspec implementation raises errors of its own
             self._failed(step, str(error), journal)
             return
         self.workers.call("begin_save", str(folder.absolute()))
@@ -69,12 +79,12 @@ class Saver:
         self._pending, self._new_best = Pending(step, folder, extra, self._new_best), None
 
     def poll(self, journal: Journal) -> None:
-        """Make the checkpoint in hand appear if all workers have written it. Waits for nothing."""
+        """Commit the pending checkpoint if all workers have written their files. Does not block."""
         if self._pending is not None and all(self.workers.call("has_saved")):
             self.finish(journal)
 
     def finish(self, journal: Journal) -> None:
-        """Wait for the checkpoint in hand. One that cannot be written is told of, and tried again at the next border of a chunk."""
+        """Wait for the pending checkpoint and commit it. If it cannot be written, report that; it is tried again after the next chunk."""
         pending = self._pending
         files: dict[str, Any] = {}
         if pending is None:
@@ -96,11 +106,11 @@ class Saver:
     def _commit(self, pending: Pending, files: dict[str, Any], best: int | None) -> Folder:
         try:
             return commit(pending.folder, pending.step, files, pending.extra, self.settings.checkpoint.keep, best)
-        except Exception as error:  # behind a URL, whatever a file system's package raises
+        except Exception as error:  # on remote storage each fsspec implementation raises errors of its own
             raise CheckpointError(str(error)) from error
 
     def save(self, step: int, controller: dict[str, Any], journal: Journal) -> Folder:
-        """A checkpoint that is complete when this returns.
+        """Write a checkpoint, wait until it is complete, and return its folder.
 
         Raises:
             CheckpointError: it cannot be written.
@@ -115,17 +125,18 @@ class Saver:
         return self.run.checkpoints / f"step_{step}"
 
     def note_loss(self, step: int, loss: float, batches: int) -> None:
-        """Note a validation loss: if it is the best so far, the checkpoint of `step` is wanted.
+        """Note a validation loss. If it is the best so far, `is_wanted` asks for a checkpoint of this step.
 
-        Losses are compared that were measured on the same batches; the last evaluation, over more of them, stands alone.
+        Only losses over the same number of batches are compared. A last evaluation over more batches is therefore never the best, unless it
+        is the only one.
         """
-        # The best one's checkpoint may still be wanted, or being written.
+        # The best evaluation so far may be one whose checkpoint has not been started, or is still being written.
         best = self._new_best or (self._pending.best if self._pending is not None else None) or self.best
         if self.settings.checkpoint.best and math.isfinite(loss) and (best is None or (best["batches"] == batches and loss < best["loss"])):
             self._new_best = {"step": step, "loss": loss, "batches": batches}
 
     def is_wanted(self, step: int) -> bool:
-        """Whether a checkpoint of `step` is due by steps or by time, the best so far, or in place of one that could not be written."""
+        """True if a checkpoint of `step` is due: by the number of steps, by time, as the best so far, or because the last one failed."""
         every, minutes = self.settings.checkpoint.every, self.settings.checkpoint.minutes
         late = bool(minutes) and time.monotonic() - self._since >= 60 * minutes
         return self._overdue or late or self._new_best is not None or (bool(every) and step % every == 0)
@@ -136,7 +147,7 @@ class Saver:
             self.run.write_best(best)
 
     def abandon(self) -> None:
-        """Forget the checkpoint in hand: its worker was lost, or it cannot be written."""
+        """Give up the pending checkpoint, if there is one (a worker was lost, or it cannot be written), and ask for another."""
         if self._pending is not None:
             remove(self._pending.folder)
             self._pending, self._overdue = None, True
@@ -149,10 +160,10 @@ class Saver:
     # Reading --------------------------------------------------------------------------------------------------------------------
 
     def read_newest(self, found: list[Folder], journal: Journal) -> tuple[Folder, dict[str, Any]]:
-        """The newest of these checkpoints that has all its files, and its manifest; one that has not is told of.
+        """Return the newest of these checkpoints that has all its files, and its manifest. Incomplete ones are reported and skipped.
 
         Raises:
-            CheckpointError: none has; says what is wrong with the newest.
+            CheckpointError: all are incomplete; the message is about the newest.
         """
         failures: list[CheckpointError] = []
         for folder in reversed(found):
@@ -164,23 +175,26 @@ class Saver:
         raise failures[0]
 
     def pass_over(self, folder: Folder, error: CheckpointError, journal: Journal) -> None:
-        """Tell of a checkpoint that cannot be used."""
+        """Report a checkpoint that cannot be used."""
         journal.event(step_of(folder), "fault", reason=f"damaged checkpoint: {error}")
         journal.say(f"WARNING: {error}; trying the one before")
 
     def load(self, folder: Folder, manifest: dict[str, Any], *, nested: bool) -> Prolongation | None:
-        """Have the workers take over a checkpoint, of this network or of a shallower one; how it was prolonged, if it was."""
+        """Have the workers load a checkpoint of this network or, with nested iteration, of a shallower one.
+
+        Returns: how layers were mapped to the deeper network; None if the depths agree.
+        """
         prolongation = Prolongation.between(count_layers(manifest), self.settings, folder) if nested else None
         self.workers.call("load", str(folder.absolute()), manifest["files"], prolongation)
         return prolongation
 
     def restored(self, step: int) -> None:
-        """A checkpoint was taken over: forget a best one that lies after it, or is gone."""
+        """Note that the checkpoint of `step` was loaded. Forget the best evaluation if it came later or its checkpoint is gone."""
         self.saved = step
         if self.best is not None and (self.best["step"] > step or not (self.run.checkpoints / f"step_{self.best['step']}").is_dir()):
             self.forget_best()
 
     def forget_best(self) -> None:
-        """No evaluation is the best so far."""
+        """Forget the best evaluation: the next one is the best so far."""
         self.best = None
         self.run.forget_best()

@@ -1,4 +1,4 @@
-"""The driver of one run: starts its workers, has them do chunks of steps, and does what is due between these."""
+"""The driver of a run: it starts the workers, calls them once per chunk of steps, and does between chunks what is due."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -28,15 +28,18 @@ from rayllp.training.worker_group import ElasticGroup, WorkerGroup
 
 
 class Driver:
-    """One sitting of one run.
+    """Runs one session of a run, from its start or resumption to its end.
 
     Args:
-        listeners: are told what happens.
+        model: a network of the user's own; None: the one that the settings name.
+        batches: the data of the user's own network; None: `loaded` has the data set.
+        loaded: what `prepare` has loaded for a network and data that the settings name.
+        listeners: are called with each step, event and evaluation.
 
     Attributes:
-        whole: the run's settings.
-        training: what the workers train and how far it is.
-        resizing, recovery: None where the workers are not elastic: the first fault then ends the run.
+        whole: the settings of the whole run; with nested iteration, `state.config` has those of the current stage.
+        state: what the workers train and how far they are.
+        resizing, recovery: None if the workers are not elastic; the first failure then ends the run.
     """
 
     def __init__(
@@ -56,10 +59,10 @@ class Driver:
         self.recovery: Recovery | None = None
 
     def train(self, found: Sequence[Folder] = ()) -> TrainResult:
-        """Run to the last step, or to Ctrl-C.
+        """Train to the last step, or until the user stops the run.
 
         Args:
-            found: checkpoints to go on from, oldest first; the newest that is whole serves.
+            found: checkpoints to resume from, oldest first; the newest complete one is used.
         """
         sample = ""
         final: dict[str, float] = {}
@@ -78,7 +81,7 @@ class Driver:
                 if isinstance(self.workers, ElasticGroup):
                     self.resizing = Resizing(self.state, self.workers)
                     self.recovery = Recovery(self.state, self.workers, self.resizing)
-                with self.signals.at_once():  # a start that is interrupted leaves nothing
+                with self.signals.at_once():  # an interrupted start leaves nothing behind
                     step = self._begin(list(found))
                 step, final, sample = self._train_through_faults(step)
         except BaseException:
@@ -95,18 +98,18 @@ class Driver:
         )  # fmt: skip
 
     def _stop(self) -> None:
-        """End after the chunk in hand."""
+        """Ask for the run to end after the current chunk."""
         self.stop = True
         tell(self.console, "stopping after this chunk of steps, with a checkpoint; again to stop at once")
 
     # The start ------------------------------------------------------------------------------------------------------------------
 
     def _begin(self, found: list[Folder]) -> int:
-        """Start the workers, and have them take over the newest of these checkpoints that is whole; steps done."""
+        """Start the workers, load the newest complete one of these checkpoints, and return how many steps are done."""
         newest = self.saver.read_newest(found, self.journal) if found else None
         step = step_of(newest[0]) if newest is not None else 0
         self.state.enter_stage(step)
-        self.run.truncate(step)  # one that ended before its first checkpoint has records too
+        self.run.truncate(step)  # even without a checkpoint there may be records of steps, which will be done again
         self.journal.rewind(step)
         while True:
             try:
@@ -132,7 +135,7 @@ class Driver:
         return step
 
     def _say_changes(self, step: int) -> None:
-        """That the data are not those that the run began with; losses on another held-out part do not compare."""
+        """Report if the data differ from those that the run began with. Losses on different validation data cannot be compared."""
         changed = self.loaded.changed
         if changed:
             self.journal.event(step, "data", changed=list(changed))
@@ -148,10 +151,10 @@ class Driver:
         line = describe_run(config, network, parameters, self.workers.device, self.run.path, left_out)
         return f"{line}; {describe_stage(self.state.stage, self.whole)}" if self.whole.nested.factors else line
 
-    # From there to the end --------------------------------------------------------------------------------------------------------
+    # Training ---------------------------------------------------------------------------------------------------------------------
 
     def _train_through_faults(self, step: int) -> tuple[int, dict[str, float], str]:
-        """Steps done, figures of the last evaluation, and a sample."""
+        """Train to the end, recovering from failures; return the steps done, the metrics of the last evaluation, and a sample."""
         try:
             self.state.start_at(step)
         except FAULTS as error:
@@ -165,12 +168,12 @@ class Driver:
     def _recover(self, error: RayllpError) -> int:
         if self.recovery is None:
             raise error
-        self.stopped_early = False  # evaluations that are taken back are made again
+        self.stopped_early = False  # evaluations after the step that the run returns to are repeated
         return self.recovery.recover(error)
 
     def _train_to_the_end(self, step: int) -> tuple[int, dict[str, float], str]:
         step = self._train_stages(step)
-        self.state.save(step)  # first of all: what follows can take long, and be interrupted
+        self.state.save(step)  # save before the final evaluation, which may take long and be interrupted
         final, sample = ({}, "") if self.stop else self._evaluate_at_the_end(step)
         self.state.save(step)
         self._say_gain(step)
@@ -178,7 +181,10 @@ class Driver:
         return step, final, sample
 
     def _evaluate_at_the_end(self, step: int) -> tuple[dict[str, float], str]:
-        """What `Evaluator.finish` finds; nothing if it is given up: all is saved, and elastic workers can be left at what they do."""
+        """Return what `Evaluator.finish` finds, or nothing if it is interrupted.
+
+        Interrupting it at once is safe with elastic workers: the state is saved, and they need not finish their call.
+        """
         if not isinstance(self.workers, ElasticGroup):
             return self.evaluator.finish(step, self.journal)
         try:
@@ -189,14 +195,14 @@ class Driver:
             return {}, ""
 
     def _say_gain(self, step: int) -> None:
-        """What the layer-parallel steps of this sitting were worth."""
+        """Report how much faster the layer-parallel steps of this session were than exact ones."""
         step_log = self.state.step_log
         gain = step_log.times.gain
         if gain.steps and self.whole.mode == "adaptive":
             self.journal.gain(step, gain.as_dict(), gain.sentence(step_log.last_reason if step_log.controller.serial else None))
 
     def _train_stages(self, step: int) -> int:
-        """Stages of nested iteration: one without it."""
+        """Train the remaining stages of nested iteration, or the one stage of a run without it; return the steps done."""
         while True:
             if self.whole.nested.factors:
                 self.journal.scalar("train/layers", self.state.config.model.layers, step)
@@ -206,7 +212,7 @@ class Driver:
             self.state.deepen(step)
 
     def _loop(self, step: int) -> int:
-        """Chunk after chunk, to the end of the stage."""
+        """Train chunk by chunk to the end of the stage, or until the run is stopped; return the steps done."""
         state, step_log = self.state, self.state.step_log
         while True:
             if step > state.settled:
@@ -228,7 +234,7 @@ class Driver:
         return self.state.step_log.next_chunk(step, self.state.stage.end)
 
     def _between_chunks(self, step: int) -> None:
-        """What is due after a chunk; the last step's is done when training ends."""
+        """Evaluate and save if either is due after this chunk. After the last step, `_train_to_the_end` does both."""
         if step < self.whole.steps:
             if self.evaluator.is_due(step):
                 self.evaluator.evaluate(step, self.journal)
@@ -238,7 +244,7 @@ class Driver:
         self.saver.poll(self.journal)
 
     def _lose_patience(self, step: int) -> None:
-        """End early where evaluations have not become better for as long as the settings wait."""
+        """Stop early if the last `eval.patience` evaluations were no better than the best one before."""
         best = self.run.best_of_patience(self.whole.eval)
         if best is not None and not self.stop:
             self.stopped_early = True

@@ -1,6 +1,6 @@
-"""Evaluations of a run: held-out loss and metrics, BLEU, a sample; and which step was the best.
+"""Evaluations of a run: validation loss and metrics, BLEU, and a sample of generated text.
 
-They are done in parts of about a second, so that whoever watches sees how far they are, and the run can be stopped in between.
+They are done in parts of about a second, so that progress is shown and the run can be stopped between two parts.
 """
 
 import time
@@ -15,20 +15,20 @@ from rayllp.training.worker_group import WorkerGroup
 
 PART_S = 1.0
 SENTENCES = {"cpu": 10, "cuda": 50}
-"""Translated at a time: few take seconds on CPUs, many are as fast as few on a GPU."""
+"""Sentences translated per call. On CPUs a few take seconds; on a GPU many take no longer than a few."""
 
 
 class Evaluator:
-    """Evaluates through the exact forward, whatever the mode.
-
-    Attributes:
-        last: the step of the last evaluation; -1: none yet.
+    """Evaluates the network with the exact forward, whatever the training mode.
 
     Args:
-        saver: is told of every loss.
-        stopped: says whether the run is to end, so that an evaluation on the way is given up.
-        data: the data set that the settings name; None for batches of the user's own.
-        batches: the latter.
+        saver: is told every loss, since the best one decides which checkpoint is kept.
+        data: the data set that the settings name; None if `batches` are used.
+        batches: the data of a user's own network; None if `data` is used.
+        stopped: returns True if the run is to end; an evaluation in progress is then given up.
+
+    Attributes:
+        last: the step of the last evaluation; -1 if there was none.
     """
 
     def __init__(
@@ -40,19 +40,23 @@ class Evaluator:
         self.last = -1
 
     def is_due(self, step: int) -> bool:
-        """Whether the settings ask for an evaluation after so many steps."""
+        """True if the settings ask for an evaluation after this step."""
         return bool(self.settings.every) and step % self.settings.every == 0
 
     def evaluate(self, step: int, journal: Journal) -> None:
-        """An evaluation on the way."""
+        """Evaluate during training."""
         found = self._measure(step, journal, self.settings.batches, self.settings.translate)
         if found:
             journal.say(f"step {step}: validation " + ", ".join(f"{name} {value:.4f}" for name, value in found.items()))
 
     def finish(self, step: int, journal: Journal) -> tuple[dict[str, float], str]:
-        """The last evaluation, over more batches where the settings say so; and a sample of the text. Empty if the run is stopped."""
+        """Evaluate at the end, over more batches if the settings say so, and generate a sample of text.
+
+        Returns: the metrics by name, and the sample; both are empty if the run is stopped.
+        """
         settings, sample = self.settings, ""
-        finite = hasattr(self.batches or self.data, "batches") and not getattr(self.data, "is_stream", False)  # a text may be long
+        # A stream of text may be very long, so by default it is not evaluated to its end.
+        finite = hasattr(self.batches or self.data, "batches") and not getattr(self.data, "is_stream", False)
         batches = settings.final_batches or (0 if finite else settings.batches)
         found = self._measure(step, journal, batches, settings.final_translate)
         if found and isinstance(self.data, TextBatches) and settings.sample:
@@ -64,7 +68,7 @@ class Evaluator:
         return found, sample
 
     def _measure(self, step: int, journal: Journal, batches: int, translations: int) -> dict[str, float]:
-        """The figures, which are recorded; none if the run is stopped before they are there."""
+        """Evaluate and record the result. Returns the metrics by name; empty if the run was stopped meanwhile."""
         found = self._losses(journal, batches)
         if found is None:
             return {}
@@ -81,7 +85,7 @@ class Evaluator:
     def _losses(self, journal: Journal, batches: int) -> dict[str, float] | None:
         found: dict[str, float] | None = None
         done, most = 0, 1
-        fewest = 2 * self.workers.config.layer_workers  # with fewer the workers would mostly wait for each other
+        fewest = 2 * self.workers.config.layer_workers  # with fewer batches the pipeline of workers would mostly be idle
         while found is None and not self._stopped():
             began = time.perf_counter()
             before, (done, size, found) = done, self.workers.call("evaluate", batches, done, most)[0]

@@ -1,4 +1,4 @@
-"""How many faults a run takes, and how often it keeps states in memory. Pure."""
+"""How many failures a run survives, and how often workers copy their states in memory. Pure computation."""
 
 import math
 from collections import deque
@@ -9,18 +9,20 @@ from rayllp.errors import ClusterError
 
 HOUR_S = 3600.0
 SAME_STEP = 3
-"""Faults at one step, with none done between, after which it is the step that is at fault."""
+"""After this many failures at one step, with no step done between them, the step itself is taken to be the cause."""
 BACK_OFF_S, LONGEST_S = 0.5, 30.0
+"""Seconds to wait after failures that follow each other: the wait doubles each time, up to `LONGEST_S`."""
 COST = 0.03
-"""Share of a step's time that keeping states may take."""
+"""Largest share of the training time that keeping states may take."""
 RAREST = 100
+"""Most steps between kept states."""
 
 
 class FailureBudget:
-    """Counts faults.
+    """Counts failures, and says how long to wait after each.
 
     Args:
-        most: faults in an hour.
+        most: failures allowed within one hour.
     """
 
     def __init__(self, most: int) -> None:
@@ -29,10 +31,14 @@ class FailureBudget:
         self._step, self._at_step = -1, 0
 
     def spend(self, step: int, now_s: float, what: str) -> float:
-        """One fault, while `step` was the next step to do; seconds to wait before trying again.
+        """Count a failure that happened while `step` was the next one to do. Returns the seconds to wait before trying again.
+
+        Args:
+            now_s: the time, by a monotonic clock.
+            what: describes the failure in an error message.
 
         Raises:
-            ClusterError: too many in an hour, or at this step.
+            ClusterError: there were too many failures within an hour, or at this step.
         """
         self._count(now_s, what)
         self._at_step = self._at_step + 1 if step == self._step else 1
@@ -45,12 +51,12 @@ class FailureBudget:
         return 0.0 if self._at_step == 1 else min(LONGEST_S, BACK_OFF_S * 2**self._at_step)
 
     def spend_again(self, attempt: int, now_s: float, what: str) -> float:
-        """One fault more, while recovery from one is under way for the `attempt`-th time; seconds to wait.
+        """Count another failure during recovery, whose `attempt`-th attempt has failed. Returns the seconds to wait.
 
-        No step is at fault then: a node that goes down takes its workers one by one.
+        It is not counted against the step: a node that goes down takes its workers with it one by one.
 
         Raises:
-            ClusterError: too many in an hour.
+            ClusterError: there were too many failures within an hour.
         """
         self._count(now_s, what)
         return min(LONGEST_S, BACK_OFF_S * 2.0**attempt)
@@ -66,36 +72,44 @@ class FailureBudget:
 
 
 class CopyInterval:
-    """How often states are kept in memory: as the settings say, or by what that costs, once it is known.
-
-    Attributes:
-        every: steps between states; 0: never.
-        is_open: whether it is yet to be chosen.
+    """How often workers keep a state in memory: as the settings say, or chosen by its measured cost.
 
     Args:
-        there: whether any worker outlives another's loss.
+        there: True if workers can outlive the loss of another one; without that, a copy is of no use.
+
+    Attributes:
+        every: steps between kept states; 0 keeps none.
+        is_open: True until the interval has been chosen by its cost.
     """
 
     def __init__(self, config: TrainConfig, *, there: bool = True) -> None:
-        if config.world == 1 or not there:  # who would hold it when the worker is gone?
+        if config.world == 1 or not there:  # no other worker would be left to hold the copy
             self.every, self.is_open = 0, False
         else:
             wanted = config.snapshot_every
             self.every, self.is_open = (1, True) if wanted is None else (wanted, False)
 
     def choose(self, step_s: float, costs: Sequence[tuple[float, float]], *, on_cpu: bool) -> None:
-        """By a step's seconds, and each worker's for taking a state and for its way to the next one."""
+        """Choose the interval.
+
+        Args:
+            step_s: seconds of a training step.
+            costs: for each worker, the seconds to take a state and those to exchange it with another worker.
+            on_cpu: True if workers compute on CPUs.
+        """
         take_s, exchange_s = (max(cost[part] for cost in costs) for part in (0, 1))
         self.every, self.is_open = choose_interval(step_s, take_s, exchange_s, on_cpu=on_cpu), False
 
 
 def choose_interval(step_s: float, take_s: float, exchange_s: float, *, on_cpu: bool) -> int:
-    """Steps between states kept in memory, so that they take at most `COST` of the time.
+    """Return the number of steps between states kept in memory that limits their cost to the share `COST` of the training time.
 
     Args:
-        step_s: of a training step.
-        take_s: of taking a state, while training waits.
-        exchange_s: of its way to the next worker, in the background: on a CPU it takes from training too, on a GPU it must end in time.
+        step_s: seconds of a training step.
+        take_s: seconds to take a state; training waits for that.
+        exchange_s: seconds to send it to another worker in the background. On a CPU that slows training down and counts as cost; on a GPU
+            it must only be finished before the next one begins.
+        on_cpu: True if workers compute on CPUs.
     """
     cost = take_s + (exchange_s if on_cpu else 0.0)
     return max(1, min(RAREST, max(math.ceil(cost / (COST * step_s)), math.ceil(exchange_s / step_s))))

@@ -1,4 +1,4 @@
-"""What a run has gained: seconds by solve, beside what exact training would have taken."""
+"""What a run has gained from layer-parallel training: the time of its steps, compared with exact (serial) ones."""
 
 from collections import defaultdict, deque
 from collections.abc import Mapping
@@ -7,19 +7,20 @@ from statistics import median
 from typing import Any
 
 KEPT = 30
-"""Steps of a solve whose median is its time."""
+"""A solve's time per step is the median of this many recent steps."""
 FEWEST = 3
-"""Steps of a solve that tell its time."""
+"""Fewest timed steps from which a solve's time is known."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Gain:
-    """Of the steps of one sitting.
+    """The times of a session's steps. A solve is named by its iterations ("1+1") or is "serial"; "probes" are steps that also measure.
 
     Attributes:
-        seconds, steps: by solve ("1+1", "serial", "probes"); their sums are all that was trained.
-        exact_step_s: of an exact step on the same workers; None where too few were timed.
-        one_worker_step_s: of an exact step on one worker: the seconds that all workers computed in a timed one; None where none was.
+        seconds, steps: time and number of steps by solve; together they cover all steps.
+        exact_step_s: seconds of an exact step on the same workers; None if too few were timed.
+        one_worker_step_s: seconds of an exact step on one worker, estimated as the sum of all workers' compute time in an exact step; None
+            if no exact step was recorded with a timeline.
     """
 
     seconds: Mapping[str, float]
@@ -29,12 +30,12 @@ class Gain:
 
     @property
     def speedup(self) -> float | None:
-        """Times as fast as exact training on the same workers."""
+        """Speed relative to exact training on the same workers; 2.0 is twice as fast."""
         return self._over(self.exact_step_s)
 
     @property
     def speedup_over_one(self) -> float | None:
-        """Times as fast as exact training on one worker."""
+        """Speed relative to exact training on one worker."""
         return self._over(self.one_worker_step_s)
 
     def _over(self, step_s: float | None) -> float | None:
@@ -42,7 +43,7 @@ class Gain:
         return step_s * sum(self.steps.values()) / total if step_s is not None and total > 0 else None
 
     def as_dict(self) -> dict[str, Any]:
-        """For a line of events.jsonl."""
+        """Return the fields of the event in events.jsonl."""
         return {
             "seconds_by_solve": {name: round(value, 3) for name, value in self.seconds.items()}, "steps_by_solve": dict(self.steps),
             "exact_step_s": self.exact_step_s, "one_worker_step_s": self.one_worker_step_s,
@@ -50,10 +51,10 @@ class Gain:
         }  # fmt: skip
 
     def sentence(self, why_exact: str | None) -> str:
-        """In words.
+        """Return a sentence for the user.
 
         Args:
-            why_exact: why the last steps were exact, if the controller has said so.
+            why_exact: the controller's reason for exact steps, if it ended in serial mode.
         """
         spent = ", ".join(f"{seconds:.3g} s in {self.steps[name]} {_kind(name)}" for name, seconds in self.seconds.items())
         if self.speedup is None:
@@ -70,7 +71,7 @@ def _kind(name: str) -> str:
 
 
 class StepTimes:
-    """Takes in the times of steps."""
+    """Collects the times of steps by solve."""
 
     def __init__(self) -> None:
         self._seconds: defaultdict[str, float] = defaultdict(float)
@@ -80,33 +81,34 @@ class StepTimes:
         self._one_worker: float | None = None
 
     def take(self, name: str, seconds: float, computed: float | None = None) -> None:
-        """A step.
+        """Add one step.
 
         Args:
-            name: its solve's, or "probes".
-            computed: seconds that all workers together computed, if it was timed so.
+            name: the name of its solve, or "probes".
+            seconds: its wall time.
+            computed: compute time summed over all workers; None if no timeline was recorded.
         """
         self._seconds[name] += seconds
         self._steps[name] += 1
-        if name == self._before and name != "probes":  # the first of a kind is slow: memory, messages that were not asked for ahead
+        if name == self._before and name != "probes":  # the first of a kind is slow: it allocates memory, and no receive was posted ahead
             self._recent[name].append(seconds)
         self._before = name
         if name == "serial" and computed is not None:
             self._one_worker = computed
 
     def forget_speed(self) -> None:
-        """On another number of workers steps take other times."""
+        """Forget how long steps take, since the number of workers has changed."""
         self._recent.clear()
         self._before = ""
 
     @property
     def step_s(self) -> dict[str, float]:
-        """Seconds of a step by solve, where enough were timed."""
+        """Seconds per step by solve, for solves with enough timed steps."""
         return {name: median(found) for name, found in self._recent.items() if len(found) >= FEWEST}
 
     @property
     def gain(self) -> Gain:
-        """So far."""
+        """The gain so far."""
         return Gain(
             seconds=dict(self._seconds), steps=dict(self._steps), exact_step_s=self.step_s.get("serial"), one_worker_step_s=self._one_worker
         )

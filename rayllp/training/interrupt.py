@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM and a closed terminal (SIGHUP) while a run or a sweep goes on."""
+"""Handling of Ctrl-C (SIGINT), SIGTERM and a closed terminal (SIGHUP) during a run or a sweep."""
 
 import contextlib
 import os
@@ -9,14 +9,14 @@ from typing import Any
 
 ASKING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 AGAIN_S = 1.0
-"""Signals that come within so long of the first are the same wish: job managers send several, and to all of a process group."""
+"""Signals this soon after the first one are taken as the same request: job managers send several, to the whole process group."""
 
 
 class Stopped(KeyboardInterrupt):
-    """The program was asked to end, and has nothing to save.
+    """The program was asked to end and has nothing to save.
 
     Attributes:
-        number: of the signal.
+        number: number of the signal.
     """
 
     def __init__(self, number: int) -> None:
@@ -25,15 +25,18 @@ class Stopped(KeyboardInterrupt):
 
     @property
     def exit_code(self) -> int:
-        """As shells count: 128 and the signal's number."""
+        """The exit code that shells use: 128 plus the number of the signal."""
         return 128 + self.number
 
 
 class Stopping:
-    """What is done when this process is asked to end. Use `stopping`.
+    """The signal handler of a run. Use `stopping` to install it.
+
+    Args:
+        asked: is called at the first signal; None: the first signal raises `Stopped`.
 
     Attributes:
-        number: of the signal that has asked; None: none has.
+        number: number of the signal that asked this process to end; None if there was none.
     """
 
     def __init__(self, asked: Callable[[], None] | None) -> None:
@@ -43,10 +46,10 @@ class Stopping:
 
     @contextlib.contextmanager
     def at_once(self) -> Iterator[None]:
-        """What happens inside is given up when the process is asked to end.
+        """Raise `Stopped` at the first signal while inside this context.
 
         Raises:
-            Stopped: it was asked, now or before.
+            Stopped: a signal comes, or has come before.
         """
         self._at_once += 1
         try:
@@ -57,20 +60,20 @@ class Stopping:
             self._at_once -= 1
 
     def handle(self, number: int, frame: Any) -> None:
-        """A signal has come."""
+        """Handle a signal. The second request always raises `Stopped`."""
         if number == signal.SIGHUP:
             self._leave_terminal()
         now = time.monotonic()
         if self.number is not None and now - self._since < AGAIN_S:
             return
         again, self.number, self._since = self.number is not None, number, now
-        # Ray's calls pass on KeyboardInterrupt, and no other exception of a handler.
+        # Ray's blocking calls let KeyboardInterrupt through, but no other exception of a signal handler.
         if again or self._asked is None or self._at_once:
             raise Stopped(number)
         self._asked()
 
     def _leave_terminal(self) -> None:
-        """Nobody reads any more, and what is written would fail."""
+        """Send output to /dev/null: the terminal is gone, and writing to it would fail."""
         null = os.open(os.devnull, os.O_RDWR)
         for number in self._terminals:
             os.dup2(null, number)
@@ -79,16 +82,16 @@ class Stopping:
 
 @contextlib.contextmanager
 def stopping(asked: Callable[[], None] | None = None) -> Iterator[Stopping]:
-    """Heed SIGINT, SIGTERM and, unless nohup has it ignored, SIGHUP.
+    """Handle SIGINT, SIGTERM and, unless nohup has it ignored, SIGHUP.
 
     Args:
-        asked: is called at the first one; None: everything inside is given up then. At a second one it is in any case.
+        asked: is called at the first signal. None: the first signal raises `Stopped`, as the second one always does.
 
     Raises:
-        Stopped: what is inside was given up.
+        Stopped: what was running inside was given up.
     """
     state, before = Stopping(asked), {}
-    with contextlib.suppress(ValueError):  # not the main thread: the caller has its own way to stop
+    with contextlib.suppress(ValueError):  # not in the main thread: the caller has its own way to stop
         for number in ASKING:
             if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
                 before[number] = signal.signal(number, state.handle)
@@ -96,7 +99,7 @@ def stopping(asked: Callable[[], None] | None = None) -> Iterator[Stopping]:
         yield state
     except Stopped:
         raise
-    except KeyboardInterrupt:  # Ray's calls raise a plain one for ours
+    except KeyboardInterrupt:  # Ray's calls turn our exception into a plain KeyboardInterrupt
         raise Stopped(state.number or signal.SIGINT) from None
     finally:
         for number, handler in before.items():
@@ -105,12 +108,12 @@ def stopping(asked: Callable[[], None] | None = None) -> Iterator[Stopping]:
 
 @contextlib.contextmanager
 def interrupting() -> Iterator[Callable[[], int | None]]:
-    """SIGTERM and SIGHUP are as good as Ctrl-C inside, for which Ray Tune has its own answer: it keeps the sweep's state, and returns.
+    """Treat SIGTERM and SIGHUP as Ctrl-C, which Ray Tune handles itself: it saves the sweep's state and returns.
 
-    Yields what tells the number of the signal that came; None: none did.
+    Yields a function that returns the number of the signal that came, or None.
 
     Raises:
-        Stopped: one came while Tune was not at work, or a second one.
+        Stopped: a signal came while Tune was not running, or a second one came.
     """
     state = Stopping(None)
     asked: list[int] = []
@@ -125,7 +128,7 @@ def interrupting() -> Iterator[Callable[[], int | None]]:
         raise Stopped(asked[0] if asked else number)
 
     def found() -> int | None:
-        # Tune takes SIGINT for itself, and gives it back when it was interrupted.
+        # While it runs, Tune has its own handler of SIGINT. It restores ours after an interrupt.
         mine = signal.getsignal(signal.SIGINT) is interrupt
         return (asked[0] if asked else signal.SIGINT) if mine else None
 

@@ -1,4 +1,4 @@
-"""What a driver says of its run."""
+"""The texts that a driver shows its user."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -10,11 +10,12 @@ from rayllp.engine.schedule import learning_rate
 
 
 def describe_run(config: TrainConfig, network: str, parameters: int, device: str, run: Path, left_out: Mapping[str, int]) -> str:
-    """A run's first line.
+    """Return a run's first line: model, layers, parameters, workers and directory.
 
     Args:
-        network: the model's family, or the name of the user's own.
-        left_out: of the data, by kind.
+        network: name of the model's family, or of the class of the user's own model.
+        parameters: number of the model's parameters.
+        left_out: how many samples of the data were skipped, by reason.
     """
     buffers = f"{config.buffers.open} + {config.middle_layers} + {config.buffers.close} layers"
     skipped = "; left out of the data: " + ", ".join(f"{n} {kind}" for kind, n in left_out.items()) if left_out else ""
@@ -22,10 +23,10 @@ def describe_run(config: TrainConfig, network: str, parameters: int, device: str
 
 
 def describe_other_length(config: TrainConfig, before: int, step: int) -> str:
-    """What another number of steps makes of the learning rate of a run that goes on.
+    """Return what a changed number of steps does to the learning rate of a resumed run.
 
     Args:
-        before: the number of steps that the run had.
+        before: number of steps that the run had.
         step: steps done.
     """
     was, now = (learning_rate(config.optimizer, n, steps) for n, steps in ((max(0, step - 1), before), (step, config.steps)))
@@ -38,7 +39,7 @@ def describe_other_length(config: TrainConfig, before: int, step: int) -> str:
 
 
 def describe_layout(config: TrainConfig) -> str:
-    """Which worker has which layers."""
+    """Return which layers each worker has, in words."""
     replicas = f" × {config.mesh.data} replicas" if config.mesh.data > 1 else ""
     if config.placement == "cyclic":
         return f"{config.layer_workers} workers take layers in turn, windows of {config.window}{replicas}"
@@ -46,7 +47,7 @@ def describe_layout(config: TrainConfig) -> str:
 
 
 def note_without_pipeline(config: TrainConfig) -> str | None:
-    """That exact steps cannot keep all workers busy, where there are some; None: they can."""
+    """Return a note if exact steps have too few microbatches to keep all workers of the pipeline busy; None if there are enough."""
     workers, sequences = config.layer_workers, config.replica_batch // config.accumulate
     if config.mode == "parallel" or config.placement == "cyclic":
         return None
@@ -61,14 +62,23 @@ def note_without_pipeline(config: TrainConfig) -> str | None:
 
 
 def describe_stage(stage: Stage, whole: TrainConfig) -> str:
-    """A stage of nested iteration, of a run with these settings."""
+    """Return a description of a stage of nested iteration.
+
+    Args:
+        whole: settings of the whole run.
+    """
     config, note = stage.config, f" ({stage.note})" if stage.note else ""
     depth = f"{config.middle_layers} middle layers with Δt = {config.middle_step:g}"
     return f"stage {stage.number} of {len(whole.nested.factors) + 1}, to step {stage.end}: {depth}{note}"
 
 
 def where_not_finite(faults: Iterable[tuple[int, int, str] | None]) -> str:
-    """The first layer at fault, as the workers see it."""
+    """Return in words where values first stopped being finite.
+
+    Args:
+        faults: what each worker has found (see `engine.diagnosis.diagnose`): a tuple that sorts by place in the network and ends with a
+            text, or None.
+    """
     found = [fault for fault in faults if fault is not None]
     if found:
         return min(found)[2]
@@ -76,5 +86,5 @@ def where_not_finite(faults: Iterable[tuple[int, int, str] | None]) -> str:
 
 
 def listed(numbers: Iterable[int], between: str = ", ") -> str:
-    """Numbers in a row."""
+    """Return the numbers as a text, with `between` between them."""
     return between.join(map(str, numbers))

@@ -1,4 +1,4 @@
-"""Before any actor starts: which run it is to be, what it goes on from, and what can be refused without a cluster."""
+"""Preparation of a run before workers start: which run it is, which checkpoints it resumes from, and all checks that need no cluster."""
 
 import contextlib
 import json
@@ -30,7 +30,15 @@ from rayllp.training.result import Loaded, whole_network
 
 
 class Prepared(NamedTuple):
-    """What a driver needs. `run` is None where there is none yet; `before` are the settings of a run that goes on with others."""
+    """What a driver needs.
+
+    Attributes:
+        run: the directory of the run that is resumed; None for a new run, whose directory does not exist yet.
+        config: the settings to train with.
+        found: complete checkpoints to resume from, oldest first.
+        loaded: the data set and configuration that the settings name; None for a network and batches of the user's own.
+        before: the settings that a resumed run had, if `config` differs from them.
+    """
 
     run: RunDirectory | None
     config: TrainConfig
@@ -46,7 +54,13 @@ def prepare(
     model: Architecture | None = None,
     batches: Batches | None = None,
 ) -> Prepared:
-    """As `rayllp.train` is called: the run, its settings, checkpoints to go on from, and its data."""
+    """Prepare a run; takes the arguments of `rayllp.train`.
+
+    Raises:
+        SettingsError: the settings cannot be trained, or the directory belongs to another run.
+        DataError: the data cannot be read, or are not those that the run began with.
+        CheckpointError: there is no checkpoint to resume from.
+    """
     run: RunDirectory | None = None
     before: TrainConfig | None = None
     found: list[Folder] = []
@@ -58,7 +72,7 @@ def prepare(
         if output is not None and _is_unfinished(Path(output), config):
             run = RunDirectory(Path(output), config)
             found = checkpoints(run.checkpoints)
-        elif config.checkpoint.path is not None:  # its run directory may be lost
+        elif config.checkpoint.path is not None:  # the run directory may have been lost, but not its checkpoints
             found = _find_own(config.checkpoint.path, config)
     if run is None:
         RunDirectory.find_place(output, config)
@@ -70,13 +84,13 @@ def prepare(
 
 @contextlib.contextmanager
 def open_run(prepared: Prepared, output: str | Path | None, console: Console | None) -> Iterator[tuple[RunDirectory, list[Hold]]]:
-    """The run's directory, made if there is none, to be written by this process alone; removed if nothing has begun in it.
+    """Open the run's directory for this process alone. It is created if needed, and removed again if nothing was recorded in it.
 
-    With it what it holds: the directory, and the place of its checkpoints where that is another one.
+    Yields the run, and the locks that are held: on the directory, and on the place of its checkpoints if that is elsewhere.
 
     Raises:
-        HeldError: another process trains there, or has its checkpoints where these are to go.
-        SettingsError: it cannot be written.
+        HeldError: another process trains in that directory, or writes its checkpoints to the same place.
+        SettingsError: the directory cannot be written.
     """
     run = prepared.run or RunDirectory.create(output, prepared.config)
     say = partial(tell, console or Console(stderr=True))
@@ -96,10 +110,14 @@ def open_run(prepared: Prepared, output: str | Path | None, console: Console | N
 def validate(
     config: TrainConfig, model: Architecture | None, batches: Batches | None, run: RunDirectory | None = None, found: Sequence[Folder] = ()
 ) -> Loaded | None:
-    """Refuse what can be refused without a cluster; the data set, where the settings name it.
+    """Check what can be checked without a cluster, and load what the settings name; return None for a network of the user's own.
 
     Args:
-        run, found: where they go on, the run and its checkpoints.
+        run, found: the resumed run and its checkpoints, if there are any.
+
+    Raises:
+        SettingsError: the settings, the network and the data do not fit together.
+        DataError: the data cannot be read, or are not those that the run began with.
     """
     if config.channel == "mpi":
         check_mpi()
@@ -122,14 +140,14 @@ def validate(
 
 
 def load_known(config: TrainConfig, run: RunDirectory | None, found: Sequence[Folder] = (), data: Any = None) -> Loaded:
-    """The data set and the network of a run, with the tokenizer that it began with.
+    """Load a run's data set and configuration, with the tokenizer that the run began with.
 
     Args:
-        run, found: where they go on, the run and its checkpoints.
-        data: the data set, where it is loaded already.
+        run, found: the resumed run and its checkpoints, if there are any.
+        data: the data set, if it is already loaded.
 
     Raises:
-        DataError: the data are broken, or not those that the run began with.
+        DataError: the data cannot be read, or are not those that the run began with.
     """
     known = read_data_json(run.path) if run is not None else None
     if known is None:
@@ -139,10 +157,12 @@ def load_known(config: TrainConfig, run: RunDirectory | None, found: Sequence[Fo
 
 
 def _drawing(config: TrainConfig, model: Architecture, batches: Batches | None) -> str | None:
-    """A piece of a user's network that draws random numbers, of those that differ most: the ends, and the first and last middle layers.
+    """Return a part of the user's network that draws random numbers (by dropout, say), or None if none was found.
+
+    Only parts that are likely to differ are tried: embedding, head, and the first and last middle layers.
 
     Raises:
-        SettingsError: it draws them in a way that cannot be frozen.
+        SettingsError: a part draws random numbers in a way that cannot be repeated.
     """
     assert batches is not None
     layers = {config.buffers.open, config.model.layers - config.buffers.close - 1}
@@ -159,20 +179,29 @@ def _drawing(config: TrainConfig, model: Architecture, batches: Batches | None) 
         return check_draws(model, placed, None if common is None else common.to(dtype), inputs, dtype)
     except RayllpError:
         raise
-    except Exception:  # of a layer that needs a GPU, say: workers look again, and report what fails there
+    except Exception:  # the layer may need a GPU, say; workers check again, and report what fails there
         return None
 
 
 def kept_network(config: TrainConfig, run: RunDirectory | None) -> dict[str, Any] | None:
-    """transformers' configuration that the run has kept; it may have been made shallower than the settings now say."""
+    """Return the network's transformers configuration as the run has stored it, at the run's full depth; None if there is none."""
     return whole_network(config, read_model_json(run.path)) if run is not None else None
 
 
-# A run that goes on ---------------------------------------------------------------------------------------------------------------
+# Resuming a run -------------------------------------------------------------------------------------------------------------------
 
 
 def _reopen(path: Path, config: TrainConfig | None) -> tuple[RunDirectory, TrainConfig, list[Folder]]:
-    """A run, the settings that it has, and its checkpoints, which may be where other settings say."""
+    """Return the run at this path, the settings that it has had, and its checkpoints.
+
+    Args:
+        config: settings to resume with; None: those of the run. They may name another place for checkpoints than the run has used.
+
+    Raises:
+        SettingsError: the settings have another optimizer.
+        CheckpointError: there is no complete checkpoint.
+        HeldError: there is none, and another process trains in that directory.
+    """
     before = load_run_config(path)
     if config is None:
         refuse_unnamed_code(before, path)
@@ -183,24 +212,24 @@ def _reopen(path: Path, config: TrainConfig | None) -> tuple[RunDirectory, Train
         )
     found = checkpoints(RunDirectory(path, before).checkpoints)
     if not found:
-        with hold(path, partial(tell, Console(stderr=True))):  # of a run that is at work, say that
+        with hold(path, partial(tell, Console(stderr=True))):  # if the run is in progress, raise that error instead
             pass
         raise CheckpointError(f"{path} has no complete checkpoint to resume from: start it anew, by its settings and --output {path}")
     return RunDirectory(path, config or before), before, found
 
 
 def _find_own(place: str, config: TrainConfig) -> list[Folder]:
-    """Checkpoints that a run of these settings left in a place of its own.
+    """Return the checkpoints that an earlier session with these settings left at `checkpoint.path`.
 
     Raises:
-        SettingsError: they are of another run.
+        SettingsError: the checkpoints there are of a run with other settings.
     """
     found = checkpoints(locate(place))
     theirs = _newest_manifest(found).get("config")
     if theirs is not None:
         ours = config.model_dump(mode="json")
         theirs.get("data", {})["on_change"] = config.data.on_change
-        theirs.get("optimizer", {})["sharded"] = config.optimizer.sharded  # files are the same
+        theirs.get("optimizer", {})["sharded"] = config.optimizer.sharded  # both choices write the same files
         other = sorted(name for name in ours if name not in MAY_DIFFER and theirs.get(name) != ours[name])
         if other:
             raise SettingsError(
@@ -210,7 +239,7 @@ def _find_own(place: str, config: TrainConfig) -> list[Folder]:
 
 
 def _newest_manifest(found: Sequence[Folder]) -> dict[str, Any]:
-    """What the newest checkpoint that can be read says of its run; nothing where none can: who reads a checkpoint says so."""
+    """Return the newest manifest that can be read, else an empty one. Damaged checkpoints are reported when they are loaded."""
     for checkpoint in reversed(found):
         with contextlib.suppress(OSError, ValueError):
             return dict(json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8")))
@@ -218,7 +247,7 @@ def _newest_manifest(found: Sequence[Folder]) -> dict[str, Any]:
 
 
 def _is_unfinished(path: Path, config: TrainConfig) -> bool:
-    """Whether a directory holds a run of these settings that did not get to its last evaluation."""
+    """True if the directory holds a run with these settings that has not reached its last evaluation."""
     if not os.path.isfile(path / "config.yaml") or load_run_config(path) != config:
         return False
     run = RunDirectory(path)

@@ -1,4 +1,4 @@
-"""A run goes on when workers are lost: new ones in their place, or fewer, and all back to a common step."""
+"""Recovery from lost workers: replace them, or go on with fewer, and take all workers back to a step whose state can be restored."""
 
 import time
 from functools import partial
@@ -11,16 +11,16 @@ from rayllp.training.run_state import RunState
 from rayllp.training.worker_group import ElasticGroup
 
 FAULTS = (WorkerLostError, ChannelError)
-"""What a run can recover from."""
+"""Errors that a run can recover from."""
 WARM_STEPS = 3
-"""Steps before the cost of keeping states is looked at."""
+"""Training steps before the cost of keeping states is measured: the first ones are slow."""
 
 
 class Recovery:
-    """From faults, as many as the settings allow.
+    """Recovers from failures, as many as the settings allow.
 
     Args:
-        resizing: where the lost cannot be replaced one by one.
+        resizing: redistributes the layers if lost workers cannot be replaced one by one.
     """
 
     def __init__(self, state: RunState, workers: ElasticGroup, resizing: Resizing) -> None:
@@ -28,9 +28,9 @@ class Recovery:
         self.budget = FailureBudget(state.whole.max_failures)
 
     def prepare(self) -> None:
-        """After a chunk, for the next fault: how often states are kept, once it is known what that costs; and spares.
+        """Prepare for the next failure, after a chunk of steps: choose how often states are kept, and start spare workers.
 
-        After a step, so that a spare does not start while a lost worker is waited for.
+        Spares are started only after a step has succeeded, so that they do not compete with the replacement of a lost worker.
         """
         copies, step_log = self.state.copies, self.state.step_log
         if copies.is_open and step_log.step >= step_log.first_step + WARM_STEPS:
@@ -38,10 +38,10 @@ class Recovery:
         self.workers.keep_spares()
 
     def start_anew(self, step: int, error: RayllpError) -> None:
-        """The start failed, before `step`: end all processes, and wait before the next try.
+        """Handle a failure during the start, before `step`: end all worker processes and wait, so that the caller can try again.
 
         Raises:
-            ClusterError: too many faults.
+            ClusterError: there were too many failures.
         """
         wait_s = self.budget.spend(step, time.monotonic(), str(error))
         self.state.journal.event(step, "fault", reason=f"at the start: {error}", ranks=sorted(_ranks_of(error)))
@@ -50,10 +50,10 @@ class Recovery:
         time.sleep(wait_s)
 
     def recover(self, error: RayllpError) -> int:
-        """Replace lost workers and take all blocks back to a common step; that step.
+        """Replace lost workers and take all workers back to a common step; return that step.
 
         Raises:
-            ClusterError: too many faults, or the resources of the lost did not come back.
+            ClusterError: there were too many failures, or the resources of lost workers did not become available again.
         """
         state, journal, step_log = self.state, self.state.journal, self.state.step_log
         began, lost, reached = time.monotonic(), _ranks_of(error), step_log.step
@@ -70,7 +70,7 @@ class Recovery:
                 state.keep(step)
                 break
             except FAULTS as another:
-                # Those that were replaced have no state yet, as far as is known.
+                # Workers that have just been replaced count as lost again: they may not have received their state yet.
                 error, lost = another, _ranks_of(another) | (frozenset() if self.workers.is_halfway else lost)
         seconds = time.monotonic() - began
         journal.event(step, "restore", source=source, ranks=sorted(lost), seconds=round(seconds, 3), steps_lost=reached - step)
@@ -79,7 +79,10 @@ class Recovery:
         return step
 
     def _fill_up(self, lost: frozenset[int]) -> tuple[int, str]:
-        """All blocks have workers again, at a common step; that step, and where their states came from."""
+        """Give each block of layers a worker again, with all workers at the same step.
+
+        Returns: that step, and where the states came from: "memory", "checkpoint" or "the start".
+        """
         size = max(self.workers.places(lost), self.state.whole.fewest_workers)
         if size < self.workers.size or self.workers.is_halfway or not self.workers.keeps_processes:
             return self.resizing.resize(size, lost)

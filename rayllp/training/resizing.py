@@ -1,6 +1,7 @@
-"""The number of workers follows the cluster: more where there is room, others where nodes are told to go, fewer where they are lost.
+"""Changes of the number of workers while a run trains.
 
-With replicas it is their number that changes; layers stay shared out as they are.
+Workers are added when the cluster has room and moved off nodes that are about to shut down; there are fewer when lost ones cannot be
+replaced. In a run with replicas it is the number of replicas that changes, and layers stay distributed as they are within each replica.
 """
 
 import math
@@ -12,24 +13,24 @@ from rayllp.training.run_state import RunState
 from rayllp.training.worker_group import ElasticGroup
 
 MOVE_S = 10.0
-"""Before its node goes, a worker's layers move, be there new workers or not."""
+"""This long before a node shuts down its layers move, even if there are fewer workers to take them."""
 
 
 class Resizing:
-    """Decides on another number of workers, within what the settings allow, and shares the layers out among them."""
+    """Decides when the number of workers changes, within what the settings allow, and redistributes the layers."""
 
     def __init__(self, state: RunState, workers: ElasticGroup) -> None:
         self.state, self.workers = state, workers
-        self._warned: frozenset[int] = frozenset()  # ranks whose nodes are known to go
-        self._looked = time.monotonic()  # for room for more workers
+        self._warned: frozenset[int] = frozenset()  # ranks whose nodes are known to shut down soon
+        self._looked = time.monotonic()  # when the cluster was last checked for free resources
 
     def adapt(self, step: int) -> None:
-        """Between two chunks."""
+        """Adapt the workers to the cluster between two chunks of steps."""
         self.leave_in_time(step)
         self.grow(step)
 
     def grow(self, step: int) -> None:
-        """Look for room for more workers now and then, and take in those that are there."""
+        """Check for free resources from time to time, start standby workers there, and take in those that are ready."""
         here, most = self.workers.size, self.state.whole.world
         if here >= most:
             return
@@ -44,7 +45,7 @@ class Resizing:
         self.state.journal.say(f"step {step}: grown in {time.monotonic() - began:.1f} s")
 
     def leave_in_time(self, step: int) -> None:
-        """Move layers off nodes that were told to go, to new workers elsewhere as far as there is room; first of all, a checkpoint."""
+        """Save a checkpoint, and move layers off nodes that are about to shut down, to standby workers elsewhere if there is room."""
         state, journal = self.state, self.state.journal
         leaving, left_s = self.workers.leaving()
         if not leaving:
@@ -61,18 +62,25 @@ class Resizing:
         there = here - len(leaving) + min(self.workers.count_standbys(), len(leaving))
         size = state.at_size(there).world
         if size > there or (size < here and left_s > MOVE_S):
-            return  # too few to go on, or others may be there before it is time
+            return  # too few workers would be left, or more of them may be ready before the node shuts down
         state.saver.finish(journal)
         self._resize_between_steps(step, size, leaving)
 
     def _resize_between_steps(self, step: int, size: int, leaving: frozenset[int] = frozenset()) -> None:
-        """Another number of workers, or others, while all are there."""
+        """Change the number of workers, or replace those in `leaving`, while all workers are alive."""
         self.workers.call("keep", step)
         self.resize(size, frozenset(), leaving)
         self.state.start_at(step)
 
     def resize(self, size: int, lost: frozenset[int], leaving: frozenset[int] = frozenset()) -> tuple[int, str]:
-        """Share the layers out among another number of workers; the step that they are at, and where their states came from."""
+        """Redistribute the layers among `size` workers.
+
+        Args:
+            lost: ranks of lost workers.
+            leaving: ranks of workers that hand over their states and get no layers.
+
+        Returns: the step that the workers are at then, and where their states came from: "memory", "checkpoint" or "the start".
+        """
         state, journal = self.state, self.state.journal
         began, before = time.monotonic(), state.config
         state.saver.abandon()

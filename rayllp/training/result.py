@@ -1,4 +1,4 @@
-"""What a run is given, and what it gives back."""
+"""Inputs and result of `train`: what the settings name, what a worker needs to build its layers, and `TrainResult`."""
 
 import contextlib
 import os
@@ -14,17 +14,17 @@ from rayllp.models import FAMILIES, Architecture, LayerStack
 
 @dataclass(frozen=True, kw_only=True)
 class TrainResult:
-    """What `train` returns.
+    """The result of `train`.
 
     Attributes:
         directory: the run directory.
-        steps: optimizer steps done, over all sittings of the run.
-        validation_loss: mean held-out loss per token (or image, or sentence), exact forward; None if stopped early.
-        metrics: what else the last evaluation found: perplexity, accuracy, bleu, by the family.
-        sample: generated text; empty unless the family writes text, and for a stopped run.
-        stopped: whether Ctrl-C, SIGTERM or a closed terminal ended it.
-        signal: the number of the signal that did.
-        stopped_early: whether evaluations became no better for `eval.patience` of them.
+        steps: optimizer steps done, over all sessions of the run.
+        validation_loss: mean validation loss per token (or image, or sentence), with the exact forward; None if the run was stopped.
+        metrics: the other metrics of the last evaluation, which depend on the family: perplexity, accuracy, bleu.
+        sample: generated text; empty if the run was stopped, or the family does not generate text.
+        stopped: True if Ctrl-C, SIGTERM or a closed terminal ended the run.
+        signal: the number of the signal that ended it.
+        stopped_early: True if the last `eval.patience` evaluations were no better than the best before them.
     """
 
     directory: Path
@@ -38,11 +38,13 @@ class TrainResult:
 
 
 class Loaded(NamedTuple):
-    """What the settings name: the data set, and transformers' configuration where a run goes on.
+    """What was loaded because the settings name it.
 
     Attributes:
-        record: of the data, for the run to keep.
-        changed: splits of the data that are not those that the run began with.
+        data: the data set.
+        kept: the transformers configuration that a resumed run has stored.
+        record: describes the data, so that a resumed run can recognise them.
+        changed: splits of the data that differ from those that the run began with.
     """
 
     data: Any
@@ -53,12 +55,12 @@ class Loaded(NamedTuple):
 
 @dataclass(frozen=True)
 class Plan:
-    """What a worker needs besides settings and data to build a model that settings name.
+    """What a worker needs, besides settings and data, to build the model that the settings name.
 
     Attributes:
-        families: where adapters are, those that the user's program registered among them.
-        kept: transformers' configuration of a run that goes on.
-        here: the folder that relative paths start from: the driver's. Ray's processes may be elsewhere.
+        families: maps each model family to the location of its adapter; includes those that the user's program has registered.
+        kept: the transformers configuration that a resumed run has stored.
+        here: the driver's working directory, where relative paths start. Ray's worker processes may start in another one.
     """
 
     families: dict[str, str] = field(default_factory=dict)
@@ -66,22 +68,23 @@ class Plan:
     here: str = field(default_factory=os.getcwd)
 
     def apply(self) -> None:
-        """Make this process know the families, and go to the driver's folder if there is one here."""
+        """Register the families in this process, and change to the driver's working directory if this host has it."""
         FAMILIES.update(self.families)
         with contextlib.suppress(OSError):
             os.chdir(self.here)
 
     @classmethod
     def of(cls, architecture: Architecture | None, kept: dict[str, Any] | None) -> Self:
-        """Of what the driver knows; an architecture of the user's own needs no adapter."""
+        """Return the plan for this architecture. One of the user's own needs no adapter, so it gets no families."""
         return cls({} if architecture is not None else dict(FAMILIES), kept)
 
 
 def whole_network(whole: TrainConfig, found: dict[str, Any] | None) -> dict[str, Any] | None:
-    """transformers' configuration at the run's full depth.
+    """Return the transformers configuration at the run's full depth.
 
     Args:
-        found: a stage's.
+        whole: settings of the whole run.
+        found: the configuration, which may be that of a shallower stage; None is returned as it is.
     """
     return with_layers(found, whole.model.layers) if found is not None and whole.nested.factors else found
 
@@ -89,11 +92,13 @@ def whole_network(whole: TrainConfig, found: dict[str, Any] | None) -> dict[str,
 def network_at(
     config: TrainConfig, whole: TrainConfig, model: Architecture | None, kept: dict[str, Any] | None
 ) -> tuple[Architecture | None, dict[str, Any] | None]:
-    """The user's own network and the kept configuration of a run that goes on, at a stage's depth.
+    """Return the user's network and the stored transformers configuration at a stage's depth.
 
     Args:
-        config: the stage's settings.
-        whole: the run's.
+        config: settings of the stage.
+        whole: settings of the whole run.
+        model: the user's network at full depth, if there is one.
+        kept: the configuration that a resumed run has stored, if there is one.
     """
     if not whole.nested.factors:
         return model, kept

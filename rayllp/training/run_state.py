@@ -1,4 +1,4 @@
-"""What the workers train and how far it is, and the ways to another state: a checkpoint's, an earlier step's, the next stage's."""
+"""The state of a run: what its workers train, how far they are, and the ways to an earlier state, a checkpoint or the next stage."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -17,21 +17,22 @@ from rayllp.training.step_log import StepLog
 from rayllp.training.worker_group import ElasticGroup, WorkerGroup
 
 Answers = Sequence[list[dict[str, Any]]]
-"""Of each worker, what steps did."""
+"""For each worker (by rank), the statistics of the steps that it has done."""
 
 
 class RunState:
-    """Settings, workers' states, records and checkpoints of one sitting, which change together.
+    """Keeps settings, workers' states, records and checkpoints consistent during one session of a run.
 
     Args:
         model: a network of the user's own; None: the one that the settings name.
-        kept: transformers' configuration of a run that goes on.
+        kept: the transformers configuration that a resumed run has stored.
 
     Attributes:
-        whole: the run's settings.
-        stage: of nested iteration, in hand; without it there is one.
-        config: the stage's settings, for the workers there are.
-        settled: the last step after which everything due was done.
+        whole: settings of the whole run.
+        stage: the current stage of nested iteration; without nested iteration there is one stage.
+        config: settings of the stage for the current number of workers.
+        step_log: records of the steps, and the controller.
+        settled: the last step after which evaluation and checkpoint, if due, were done.
         copies: how often workers keep their states in memory.
     """
 
@@ -49,21 +50,21 @@ class RunState:
         self.copies = self._choose_copies()
 
     def start_at(self, step: int) -> None:
-        """Go on after `step` steps, on workers that have that state; it is kept, to come back to before the next step is done."""
+        """Go on after `step` steps, whose state the workers have. They keep it, so that the next step can already be recovered from."""
         self.step_log.start_at(step)
         self.settled = step
         self.keep(step)
 
     def keep(self, step: int) -> None:
-        """Have the workers keep the state that they have after `step` steps, where they keep any."""
+        """Have the workers keep in memory the state that they have after `step` steps, if this run keeps states at all."""
         if self.copies.every:
             self.workers.call("keep", step)
 
     def take_in(self, answers: Answers) -> int:
-        """What the chunk's steps did; steps done.
+        """Record what the steps of a chunk did; return the steps done.
 
         Raises:
-            NonFiniteError: the loss or the gradient of the one after these is not finite.
+            NonFiniteError: the loss or the gradient of the next step is not finite. A checkpoint from before that step is saved first.
         """
         faults = self.step_log.take_in(answers)
         if faults is not None:
@@ -81,15 +82,15 @@ class RunState:
     # Checkpoints ----------------------------------------------------------------------------------------------------------------
 
     def save(self, step: int) -> Folder:
-        """A checkpoint that is complete when this returns."""
+        """Save a checkpoint; it is complete when this returns."""
         return self.saver.save(step, self.step_log.controller.state(), self.journal)
 
     def begin_save(self, step: int) -> None:
-        """A checkpoint that is written while training goes on."""
+        """Start a checkpoint that is written while training goes on."""
         self.saver.begin(step, self.step_log.controller.state(), self.journal)
 
     def restore(self, folder: Folder, manifest: dict[str, Any]) -> int:
-        """Go on from a checkpoint; steps done."""
+        """Load a checkpoint into the workers and reset the records to its step; return the steps done."""
         self._load(folder, manifest)
         step = self.settled = int(manifest["step"])
         self.saver.restored(step)
@@ -98,14 +99,15 @@ class RunState:
         return step
 
     def restore_newest(self, found: Sequence[Folder], newest: tuple[Folder, dict[str, Any]], *, built: bool) -> int:
-        """Go on from the newest of these checkpoints that is whole; steps done.
+        """Load the newest of these checkpoints that is undamaged; return the steps done.
 
         Args:
-            newest: the first that is tried, and its manifest, as `Saver.read_newest` found them.
-            built: whether the workers have the layers of its step.
+            found: the checkpoints, oldest first.
+            newest: the checkpoint to try first, and its manifest, as returned by `Saver.read_newest`.
+            built: True if the workers have the layers of the stage that this checkpoint belongs to.
 
         Raises:
-            CheckpointError: none is whole; says what is wrong with the newest.
+            CheckpointError: all are damaged; the message is about the newest.
         """
         first: DamagedCheckpointError | None = None
         while True:
@@ -122,7 +124,7 @@ class RunState:
                 newest = self.saver.read_newest(list(found), self.journal)
 
     def _load(self, folder: Folder, manifest: dict[str, Any]) -> None:
-        """Take over a checkpoint, of this stage's network or of a shallower one's."""
+        """Load a checkpoint of this stage's network, or of the shallower network of the stage before."""
         prolongation, config = self.saver.load(folder, manifest, nested=bool(self.whole.nested.factors)), self.config
         if prolongation is None:
             self.step_log.controller.restore(manifest["controller"])
@@ -133,19 +135,19 @@ class RunState:
     # Earlier states -------------------------------------------------------------------------------------------------------------
 
     def agree_on(self, step: int, report: Callable[[int, int], Answers]) -> None:
-        """Records and controller as they were after `step` steps, a state of which the workers' memories have.
+        """Take records and controller to `step`, the step whose state the workers are about to go on from.
 
         Args:
-            report: what the steps from … to … did, as workers remember it.
+            report: returns the workers' statistics of the steps in a range [start, stop), as far as they remember them.
         """
-        if step > self.step_log.step:  # their statistics were lost with the call
+        if step > self.step_log.step:  # the workers did these steps, but the failed call lost their statistics
             self.take_in(report(self.step_log.step, step))
         elif step < self.step_log.step:
             self.step_log.rewind(step)
             self.settled = min(step, self.settled)
 
     def take_back_from_disk(self) -> tuple[int, str]:
-        """Everything as it was at the last checkpoint, else at the start: the step, and which it was."""
+        """Go back to the last checkpoint, or to the start if there is none; return the step and "checkpoint" or "the start"."""
         found = checkpoints(self.run.checkpoints)
         if found:
             return self.restore_newest(found, self.saver.read_newest(found, self.journal), built=False), "checkpoint"
@@ -154,16 +156,16 @@ class RunState:
         self.settled = 0
         return 0, "the start"
 
-    # Other settings: of the next stage, of another number of workers -------------------------------------------------------------
+    # Other settings: the next stage, or another number of workers -----------------------------------------------------------------
 
     def enter_stage(self, step: int) -> None:
-        """From `step` on: the settings of the stage that does it, and a controller that starts anew, since its network is another."""
+        """Use the settings of the stage that contains `step`, with a new controller, since what it has learnt holds for another network."""
         self.stage = stage_at(self.whole, step)
         self.config = self.workers.config = self.saver.settings = self.at_size(self._size)
         self.step_log.enter(self.config)
 
     def deepen(self, step: int) -> None:
-        """Go on with the next stage's network on the same workers, made of this one's checkpoint."""
+        """Start the next stage on the same workers: build its deeper network, and initialise it from a checkpoint of the current one."""
         folder = self.save(step)
         self._rebuild(step)
         self._load(folder, read_manifest(folder))
@@ -171,20 +173,20 @@ class RunState:
         self.journal.say(f"step {step}: {describe_stage(self.stage, self.whole)}")
 
     def _rebuild(self, step: int) -> None:
-        """Give the same workers new layers, those of the stage that does `step`."""
+        """Give the same workers the layers of the stage that contains `step`."""
         self.enter_stage(step)
         self.workers.rebuild(self.config, *self.network())
 
     def network(self) -> tuple[Architecture | None, dict[str, Any] | None]:
-        """The stage's network, as `WorkerGroup.start` takes it."""
+        """Return the stage's network and configuration, in the form that `WorkerGroup.start` takes."""
         return network_at(self.config, self.whole, self._model, self._kept)
 
     def at_size(self, size: int) -> TrainConfig:
-        """The stage's settings for up to so many workers."""
+        """Return the stage's settings for at most `size` workers."""
         return self.stage.config.with_workers(size)
 
     def set_size(self, size: int) -> None:
-        """Settings for another number of workers, which `reshape` then has."""
+        """Use the settings for another number of workers; `reshape` redistributes the layers accordingly."""
         self._size = size
         self.config = self.saver.settings = self.step_log.config = self.at_size(size)
         self.step_log.first_step = self.step_log.step

@@ -1,4 +1,4 @@
-"""What the steps of a run did: takes in their statistics, feeds the controller, and can go back to an earlier step."""
+"""What the steps of a run did: records their statistics, feeds the controller, and can go back to an earlier step."""
 
 import math
 import time
@@ -15,45 +15,48 @@ from rayllp.training.gain import StepTimes
 
 CHUNK_S = 1.0
 MAX_CHUNK = 50
+"""A chunk lasts about `CHUNK_S` seconds and has at most `MAX_CHUNK` steps."""
 DRAWN = 3
-"""Timed steps of each kind (mode, iterations, workers) of which every span is kept: the first of a kind may be slow."""
+"""Timed steps of each kind (mode, iterations, workers) whose spans are all stored. It is several, since the first may be slow."""
 SLOW = 20.0
-"""A chunk of steps that takes so many times what it should, and the time limits besides, hangs."""
+"""A chunk is taken to hang after this many times its expected duration, plus the time limits of the settings."""
 FIRST_S = 1800.0
-"""The first chunk of workers that have just started may take so much longer: their speed is not known, and what they do is compiled."""
+"""Extra time for the first chunk of new workers, whose speed is not known, and which may have to compile."""
 
 Chunk = list[tuple[int, Accuracy, ProbePlan | None]]
-"""Steps that the workers do in one call: number, accuracy, and what is probed at it."""
+"""Steps that the workers do in one call. Each has a number, its accuracy, and what is probed (measured) in it, if anything."""
 
 
 class StepLog:
-    """Accounts of one sitting.
+    """The record of one session's steps.
 
     Attributes:
-        config: settings of the network that is being trained now, on the workers there are.
-        controller: chooses the accuracy; for one network.
-        step: steps done, as far as the workers have told.
-        first_step: where the workers there are began.
-        step_s: seconds a step takes now.
+        config: settings of the network that is being trained now, with the current number of workers.
+        controller: chooses the accuracy of each step; it is replaced when the network changes.
+        step: steps done, as far as the workers have reported.
+        first_step: the step at which the current workers began.
+        step_s: seconds per step in the last chunk.
+        times: wall times of steps by solve.
+        last_reason: why the controller last changed the accuracy; None if it has not.
     """
 
     def __init__(self, run: RunDirectory, journal: Journal, config: TrainConfig) -> None:
         self._run, self._journal = run, journal
         self.step = self.first_step = 0
         self.step_s = CHUNK_S
-        self._marks: dict[int, Any] = {}  # where the controller was before chunks
+        self._marks: dict[int, Any] = {}  # the controller's state before each chunk, by step
         self._chunk: Chunk = []
         self._drawn: Counter[Hashable] = Counter()
         self.times = StepTimes()
         self.enter(config)
 
     def enter(self, config: TrainConfig) -> None:
-        """Train a network of other settings from now on: the controller starts anew."""
+        """Train with other settings from now on; they get a new controller."""
         self.config, self.controller = config, Controller(config)
-        self.last_reason: str | None = None  # of the controller's last change
+        self.last_reason: str | None = None
 
     def start_at(self, step: int) -> None:
-        """Go on after `step` steps, with workers whose speed is not known."""
+        """Go on after `step` steps with workers whose speed is not known."""
         self.step = self.first_step = step
         self.times.forget_speed()
         self.controller.time_anew(step)
@@ -62,7 +65,7 @@ class StepLog:
     # Steps ------------------------------------------------------------------------------------------------------------------------
 
     def next_chunk(self, step: int, end: int) -> Chunk:
-        """Steps up to the next probe, evaluation or checkpoint, at most about a second's worth, and not beyond `end`."""
+        """Return the next steps: about a second's worth, ending at the next probe, evaluation, checkpoint, change of accuracy, or `end`."""
         config, chunk = self.config, []
         for n in range(step, min(end, step + max(1, min(MAX_CHUNK, int(CHUNK_S / self.step_s))))):
             probe = self.controller.probe(n)
@@ -74,30 +77,33 @@ class StepLog:
         return chunk
 
     def begin(self, step: int) -> None:
-        """Before the chunk that begins with `step`: the controller may decide something."""
+        """Let the controller decide before the chunk that begins with `step`."""
         self.remember(step)
         self._announce(self.controller.begin(step, self.times.step_s))
 
     def expect(self, chunk: Chunk) -> float:
-        """This chunk is what the workers do now; seconds after which one of them must hang."""
+        """Note that the workers are about to do this chunk; return the seconds after which a worker that has not answered must hang."""
         self._chunk, self._began = chunk, time.perf_counter()
         first = FIRST_S if self.step == self.first_step else 0.0
         return first + SLOW * self.step_s * len(chunk) + self.config.receive_timeout_s + self.config.hang_timeout_s
 
     def note_time(self) -> None:
-        """All workers have done the chunk."""
+        """Note that all workers have done the chunk, and how long its steps took."""
         self.step_s = (time.perf_counter() - self._began) / len(self._chunk)
 
     def take_in(self, answers: Sequence[list[dict[str, Any]]]) -> list[Any] | None:
-        """What the chunk's steps did, as each worker tells it.
+        """Record the statistics of the chunk's steps.
 
-        Returns: None; or, of a step whose loss or gradient is not finite, and was not taken, each worker's fault.
+        Args:
+            answers: of each worker (by rank), the statistics of the steps that it did.
+
+        Returns: None; or, if a step's loss or gradient is not finite and so was not applied, the fault that each worker found in it.
         """
         for done, (stats, (_, accuracy, plan)) in enumerate(zip(answers[0], self._chunk, strict=False)):
             metric, timed = self._metric(stats, accuracy, plan), [answer[done] for answer in answers]
-            if plan is not None and plan.lipschitz:  # a probe ends its chunk
+            if plan is not None and plan.lipschitz:  # a step with a probe is the last of its chunk
                 found = _in_layer_order([answer[-1]["lipschitz"] for answer in answers])
-                metric["lipschitz"] = found if len(found) == self.config.model.layers else None  # some were lost with their worker
+                metric["lipschitz"] = found if len(found) == self.config.model.layers else None  # values of lost workers are missing
             metric["mfu"] = self._utilisation(timed)
             if not math.isfinite(stats["loss"]) or not math.isfinite(stats["grad_norm"]):
                 return [answer[-1]["fault"] for answer in answers]
@@ -113,7 +119,7 @@ class StepLog:
         return None
 
     def _utilisation(self, stats: Sequence[dict[str, Any]]) -> float | None:
-        """The model's operations in a step over those that all devices could do in its time; None where that is not known of each."""
+        """Return the step's model FLOPs utilisation: operations done, over what all devices can do in that time; None if unknown."""
         works = [each["work"] for each in stats if each["work"] is not None]
         if len(works) < self.config.world:
             return None
@@ -121,9 +127,9 @@ class StepLog:
         return done / (possible * max(stats[0]["time_s"], 1e-9))
 
     def _record_timeline(self, metric: dict[str, Any], stats: Sequence[dict[str, Any]]) -> None:
-        """A timed step; with all its spans where few of its kind were recorded, else sums: spans are many."""
+        """Record the timeline of a timed step: all spans for the first few of its kind, sums for later ones, since spans are many."""
         timed = [(each["timed"], each["peak_memory"]) for each in stats if each["timed"] is not None]
-        if not timed or len(timed) < self.config.world:  # some were lost with their worker
+        if not timed or len(timed) < self.config.world:  # timelines of lost workers are missing
             return
         kind = {name: metric[name] for name in ("mode", "iterations_forward", "iterations_backward")}
         key = (*kind.values(), self.config.world, self.config.model.layers)
@@ -133,18 +139,18 @@ class StepLog:
     # Going back -------------------------------------------------------------------------------------------------------------------
 
     def remember(self, step: int) -> None:
-        """Where the controller is before `step`, for as long as states of earlier steps may be come back to."""
+        """Remember the controller's state before `step`. States older than any step that a run can go back to are dropped."""
         self._marks = {known: mark for known, mark in self._marks.items() if known >= step - 2 * RAREST - MAX_CHUNK}
         self._marks[step] = self.controller.mark()
 
     def rewind(self, step: int) -> None:
-        """Forget what was recorded after `step` steps, which will be done again."""
+        """Go back to `step`: forget later records, and take the controller back to its state before that step."""
         self._forget(step)
         self.controller.rewind(self._marks[max(known for known in self._marks if known <= step)])
         self.step = step
 
     def restart(self, step: int) -> None:
-        """The same where the controller is that of a checkpoint, or new."""
+        """Go back to `step`, with a controller that has been restored from a checkpoint or is new."""
         self._forget(step)
         self.step = step
 
@@ -192,7 +198,7 @@ class StepLog:
 
 
 def _rho_by_point(stats: dict[str, Any]) -> dict[str, list[list[float | None]]] | None:
-    """By direction, level and boundary between coarse intervals; None where no two residuals were measured."""
+    """Return convergence factors by direction, level and boundary between coarse intervals; None where they were not measured."""
     found = {direction: stats[f"factors_{direction}"] for direction in ("forward", "backward")}
     short = {
         direction: [[None if factor is None else float(f"{factor:.4g}") for factor in level] for level in levels]
@@ -203,7 +209,7 @@ def _rho_by_point(stats: dict[str, Any]) -> dict[str, list[list[float | None]]] 
 
 
 def _computed(stats: Sequence[dict[str, Any]]) -> float | None:
-    """Seconds that all workers together computed in a step; None where its timeline was not recorded."""
+    """Return the seconds that all workers together computed in a step; None if its timeline was not recorded."""
     timelines = [each["timed"] for each in stats]
     if any(timeline is None for timeline in timelines):
         return None
@@ -211,6 +217,6 @@ def _computed(stats: Sequence[dict[str, Any]]) -> float | None:
 
 
 def _in_layer_order(found: list[dict[int, float]]) -> list[float]:
-    """What each worker found of its own layers, as one list of all layers."""
+    """Join the values that workers have found for their own layers into one list in the order of layers."""
     merged = {layer: value for mine in found for layer, value in mine.items()}
     return [merged[layer] for layer in sorted(merged)]

@@ -1,4 +1,4 @@
-"""What a run asks of its workers, whatever starts their processes."""
+"""The interface through which a run uses its workers, whether Ray or an MPI launcher started their processes."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection
@@ -10,11 +10,11 @@ from rayllp.models import Architecture
 
 
 class WorkerGroup(ABC):
-    """All workers of one run, and calls to all at once.
+    """All workers of a run. Calls go to all of them at once.
 
     Attributes:
-        config: settings of the network whose layers they have, or will have after `start`.
-        device: cpu or cuda.
+        config: settings of the network whose layers the workers have, or will have after `start`.
+        device: "cpu" or "cuda".
     """
 
     config: TrainConfig
@@ -22,110 +22,122 @@ class WorkerGroup(ABC):
 
     @abstractmethod
     def start(self, architecture: Architecture | None, batches: Batches, kept: dict[str, Any] | None = None) -> list[dict[str, Any]]:
-        """Create, connect and build all workers; what each says of itself.
+        """Start and connect all workers, and have each build its layers.
 
         Args:
-            architecture: a LayerStack of the user's; None: what the settings name.
-            batches: the data set, loaded once.
-            kept: transformers' configuration of a run that goes on.
+            architecture: a network of the user's own; None: the one that the settings name.
+            batches: the data set; it is loaded once, by the driver.
+            kept: the transformers configuration that a resumed run has stored.
+
+        Returns: for each worker (by rank) a description of its share of the network; see `BlockWorker.build`.
 
         Raises:
-            ClusterError: the resources did not come free, or a worker failed to start.
+            ClusterError: the resources did not become available, or a worker failed to start.
         """
 
     @abstractmethod
     def rebuild(self, config: TrainConfig, architecture: Architecture | None, kept: dict[str, Any] | None = None) -> list[dict[str, Any]]:
-        """Give the workers the layers of other settings, which want as many workers, and drop those they have; else as `start`."""
+        """Replace the layers of all workers by those of other settings with the same number of workers.
+
+        The other arguments and the result are those of `start`.
+        """
 
     @abstractmethod
     def call(self, method: str, *arguments: Any, timeout_s: float | None = None) -> list[Any]:
-        """Call `method` of `BlockWorker` on all workers and wait; their answers by rank.
+        """Call `method` of `BlockWorker` on all workers and wait for all; return their answers by rank.
+
+        Args:
+            timeout_s: how long the call may take; None: without limit.
 
         Raises:
-            RayllpError: what a worker raised on purpose.
+            RayllpError: a worker raised it.
             WorkerLostError: workers died.
-            ClusterError: a worker failed otherwise, or did not answer within the limit.
+            ClusterError: a worker raised another error, or did not answer within the limit.
         """
 
     @abstractmethod
     def shutdown(self) -> None:
-        """Let the workers go, and give the resources back, if they are not to stay for another run."""
+        """Release the workers and their resources, unless they are kept for another run."""
 
 
 class ElasticGroup(WorkerGroup):
-    """Workers that outlive each other's loss, and whose number may change while they train."""
+    """Workers that survive the loss of others, and whose number can change while they train."""
 
     @property
     @abstractmethod
     def size(self) -> int:
-        """Workers there are, those that were lost and not yet replaced among them."""
+        """Number of workers, including lost ones that have not been replaced yet."""
 
     @property
     @abstractmethod
     def keeps_processes(self) -> bool:
-        """Whether workers can be connected anew. If not, all give up their layers to new processes when one is lost, or comes."""
+        """True if existing processes can be connected again. If not, every loss or change of size needs new processes for all workers."""
 
     @abstractmethod
     def dismiss(self) -> None:
-        """End all processes; `start` makes new ones."""
+        """End all processes. `start` makes new ones."""
 
     # After a loss ---------------------------------------------------------------------------------------------------------------
 
     @abstractmethod
     def replace(self, lost: Collection[int]) -> None:
-        """New workers in place of lost ones, all connected anew. The others keep their layers and the states in their memory.
+        """Start new workers in place of lost ones and connect all workers again.
+
+        The others keep their layers and the states in their memory. The new ones have no state until `roll_back`.
 
         Raises:
-            WorkerLostError: more were lost meanwhile.
-            ClusterError: the resources of the lost did not come back.
+            WorkerLostError: more workers were lost meanwhile.
+            ClusterError: the resources of the lost workers did not become available again.
         """
 
     @abstractmethod
     def keep_spares(self) -> None:
-        """Begin to start a spare on each node that has workers and no spare, where the settings want that. Waits for nothing."""
+        """Start a spare process on each node that has workers but no spare, if the settings ask for spares. Does not wait for them."""
 
     @abstractmethod
     def reached(self, lost: Collection[int]) -> int:
-        """Steps that some survivor has done."""
+        """Return the largest number of steps that any survivor has done."""
 
     @abstractmethod
     def report(self, lost: Collection[int], start: int, stop: int) -> list[list[dict[str, Any]]]:
-        """What the steps from `start` up to `stop` did, as each survivor tells it."""
+        """Return each survivor's statistics of the steps in [start, stop)."""
 
     @abstractmethod
     def roll_back(self, lost: frozenset[int]) -> int | None:
-        """All blocks back to the last step that is held in memory everywhere; that step, or None where there is none.
+        """Take all workers back to the last step whose state every block has in memory somewhere.
 
         Args:
-            lost: ranks whose workers are new, and get their state from a replica or from the next worker.
+            lost: ranks of new workers, which get their state from a replica or from another worker that holds a copy.
+
+        Returns: that step; None if there is none, and then nothing has changed.
         """
 
     @abstractmethod
     def common_step(self, lost: frozenset[int]) -> int | None:
-        """The last step that the states of all blocks are held of; None: there is none."""
+        """Return the last step at which the states of all blocks are held in memory; None if there is none."""
 
     # Another number of workers ---------------------------------------------------------------------------------------------------
 
     @abstractmethod
     def places(self, lost: frozenset[int]) -> int:
-        """Workers that can go on at once: the survivors, and those whose place in the cluster outlived them."""
+        """Return how many workers can go on at once: survivors, and lost ones whose bundle is still on a live node."""
 
     @abstractmethod
     def leaving(self) -> tuple[frozenset[int], float]:
-        """Ranks of workers on nodes that were told to go, and the seconds that the first of these has left."""
+        """Return the ranks of workers on nodes that are about to shut down, and the seconds left until the first of them does."""
 
     @abstractmethod
     def start_standbys(self, most: int) -> None:
-        """Begin to start workers, where the cluster has room, so that there are `most` with those at work. Waits for nothing."""
+        """Start standby workers where the cluster has room, so that there are up to `most` workers with the active ones. Does not wait."""
 
     @abstractmethod
     def count_standbys(self) -> int:
-        """Standbys that are there."""
+        """Return how many standby workers are ready."""
 
     @property
     @abstractmethod
     def is_halfway(self) -> bool:
-        """Whether layers are between two ways of sharing them out, because workers were lost meanwhile: `reshape` goes on with that."""
+        """True if workers were lost while layers were being redistributed; calling `reshape` again continues from there."""
 
     @abstractmethod
     def reshape(
@@ -136,12 +148,15 @@ class ElasticGroup(WorkerGroup):
         kept: dict[str, Any] | None,
         leaving: frozenset[int] = frozenset(),
     ) -> list[dict[str, Any]]:
-        """Share the layers out anew, among as many workers as `config` says: survivors, standbys that are there, new ones for lost ones.
+        """Redistribute the layers among `config.world` workers: survivors, standby workers that are ready, then new ones.
 
-        Blocks are then at `common_step`, new ones if that is None.
+        The blocks then have the state of `common_step`; if that is None, they are newly initialised.
 
         Args:
-            leaving: workers that give their states, and get no layers.
+            config: settings with the new number of workers.
+            lost: ranks of lost workers.
+            architecture, kept: as for `start`.
+            leaving: ranks of workers that hand over their states and get no layers.
 
-        Returns: what each worker says of itself.
+        Returns: a description of each worker's share, as `start` does.
         """

@@ -1,4 +1,4 @@
-"""Pictures of a sweep: Pareto front, parallel coordinates, importance of settings, ρ over steps with the switches."""
+"""Plots of a sweep: Pareto front, parallel coordinates, importance of settings, and ρ over the steps with switches to serial mode."""
 
 import json
 import math
@@ -12,18 +12,21 @@ from rayllp.tuning.sweep import Sweep
 
 Row = dict[str, Any]
 LEAST_BIAS = 1e-4
-"""Smaller ones are drawn here."""
+"""Smaller biases are drawn at this value, as the axis is logarithmic."""
 MOST_NAMED = 12
-"""Points of the front whose settings are written out."""
+"""At most this many points of the Pareto front are labelled with their settings."""
 
 
 def whole(rows: Sequence[Row], *metrics: str) -> list[Row]:
-    """Rows that have all of these metrics."""
+    """Return the rows that have a value for all of these metrics."""
     return [row for row in rows if all(row[name] is not None and row[name] < WORST for name in metrics)]
 
 
 def pareto_front(rows: Sequence[Row], metrics: Sequence[str]) -> list[Row]:
-    """Rows that no other is as good as in all metrics and better in one, by the first metric. All metrics are to be small."""
+    """Return the rows on the Pareto front, sorted by the first metric.
+
+    No other row is at least as good in all metrics and better in one. Smaller values are better.
+    """
     found = whole(rows, *metrics)
 
     def beats(one: Row, other: Row) -> bool:
@@ -33,7 +36,7 @@ def pareto_front(rows: Sequence[Row], metrics: Sequence[str]) -> list[Row]:
 
 
 def draw_all(rows: list[Row], sweep: Sweep, folder: Path) -> list[tuple[str, Path]]:
-    """Draw what there is something to draw of; caption and file of each."""
+    """Draw all plots for which there are enough data; return the caption and file of each."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -87,7 +90,7 @@ def _pareto(plt: Any, rows: list[Row], sweep: Sweep, folder: Path) -> Any:
 
 
 def _short(names: Sequence[str]) -> dict[str, str]:
-    """The shortest endings of dotted names that tell them apart."""
+    """Return the shortest endings of dotted names that distinguish them, by name."""
     found = {}
     for name in names:
         parts = name.split(".")
@@ -107,7 +110,7 @@ def _coordinates(plt: Any, rows: list[Row], sweep: Sweep, folder: Path) -> Any:
     columns = {name: [(base | row["settings"])[name] for row in found] for name in names} | {metric: [row[metric] for row in found]}
     figure, axis = plt.subplots(figsize=(max(6, 1.5 * len(columns)), 4.2), layout="constrained")
     heights = {name: _ranks(values) if name == metric else _scale(values) for name, values in columns.items()}
-    for n in sorted(range(len(found)), key=lambda n: -columns[metric][n]):  # the best lie on top
+    for n in sorted(range(len(found)), key=lambda n: -columns[metric][n]):  # draw the best ones last, on top
         colour = plt.cm.viridis(heights[metric][0][n])
         axis.plot(range(len(columns)), [heights[name][0][n] for name in columns], color=colour, lw=1, alpha=0.8)
     for place, name in enumerate(columns):
@@ -120,7 +123,7 @@ def _coordinates(plt: Any, rows: list[Row], sweep: Sweep, folder: Path) -> Any:
 
 
 def _scale(values: list[Any]) -> tuple[list[float], list[tuple[float, str]]]:
-    """Heights between 0 and 1, and labels of some of them: numbers in proportion, other things in a row."""
+    """Return a height in [0, 1] for each value, and labels at some heights. Numbers are scaled; other values are evenly spaced."""
     if all(isinstance(value, int | float) and not isinstance(value, bool) for value in values):
         low, high = min(values), max(values)
         marks = sorted(set(values)) if len(set(values)) <= 6 else [low, high]
@@ -131,7 +134,7 @@ def _scale(values: list[Any]) -> tuple[list[float], list[tuple[float, str]]]:
 
 
 def _ranks(values: list[float]) -> tuple[list[float], list[tuple[float, str]]]:
-    """The same by order alone: a few bad trials must not hide how the good ones differ."""
+    """Return heights and labels, as `_scale` does, by the rank of values. So a few bad trials do not hide how the good ones differ."""
     order = sorted(set(values))
     places = {value: _between(n, 0, len(order) - 1) for n, value in enumerate(order)}
     return [places[value] for value in values], [(places[v], f"{v:.4g}") for v in (order[0], order[len(order) // 2], order[-1])]
@@ -142,7 +145,7 @@ def _between(value: float, low: float, high: float) -> float:
 
 
 def _importance(plt: Any, rows: list[Row], sweep: Sweep, folder: Path) -> Any:
-    """Optuna's, of a study made of the trials; None where there are too few, or Optuna or what it needs is missing."""
+    """Draw the importances that Optuna computes from the trials; None if there are too few trials, or a package is missing."""
     metric = sweep.objective.metrics[0]
     usable = whole(rows, metric)
     if len(usable) < 4:
@@ -164,7 +167,7 @@ def _importance(plt: Any, rows: list[Row], sweep: Sweep, folder: Path) -> Any:
         study.add_trial(optuna.trial.create_trial(params=chosen, distributions=distributions, value=row[metric]))
     try:
         found = get_param_importances(study)
-    except (ImportError, ValueError, RuntimeError):  # no scikit-learn, or nothing varies
+    except (ImportError, ValueError, RuntimeError):  # scikit-learn is missing, or no setting varies
         return None
     if not found:
         return None

@@ -1,4 +1,4 @@
-"""What a trial tells Tune at each evaluation: made of its metrics, as they come."""
+"""What a trial reports to Tune at each evaluation, collected from the metrics of its run."""
 
 from collections.abc import Mapping
 from statistics import fmean
@@ -7,15 +7,16 @@ from typing import Any
 from rayllp.tuning.sweep import Objective
 
 WORST = 1e6
-"""Of a trial that diverged, or did not get to its target: every other is better."""
+"""Stands for a value that a trial does not have, because it diverged or did not reach its target; all real values are better."""
 WARM_STEPS = 3
 
 
 class Reporter:
-    """A listener of a run's journal.
+    """A listener of a run that collects the values of a trial's reports.
 
     Args:
-        predicted: seconds of a layer-parallel step on the cluster that the sweep is for; None: as measured.
+        objective: the sweep's objective.
+        predicted: predicted seconds of a layer-parallel step on the cluster that the sweep is for; None: use the measured time.
     """
 
     def __init__(self, objective: Objective, predicted: float | None = None) -> None:
@@ -33,7 +34,11 @@ class Reporter:
         self._warm = WARM_STEPS
 
     def resume(self, metrics: list[dict[str, Any]], events: list[dict[str, Any]], evaluations: list[dict[str, Any]]) -> None:
-        """Take in what the trial did before it was interrupted: lines of its files."""
+        """Take in what the trial did before it was interrupted.
+
+        Args:
+            metrics, events, evaluations: the lines of its files.
+        """
         waiting = list(evaluations)
         for metric in metrics:
             self.step(metric)
@@ -42,10 +47,10 @@ class Reporter:
                 self.evaluation(found["step"], {name: value for name, value in found.items() if name not in ("step", "split")})
         for event in events:
             self.event(event["step"], event["kind"], event)
-        self._warm = WARM_STEPS  # the first steps of each sitting are slow
+        self._warm = WARM_STEPS  # the first steps of each session are slow
 
     def step(self, metric: Mapping[str, Any]) -> None:
-        """Add a step to what the trial has done."""
+        """Add a training step."""
         self.steps = metric["step"] + 1
         self.tokens += metric["tokens"]
         self.seconds += metric["step_time_s"]
@@ -63,13 +68,13 @@ class Reporter:
                 self.largest_rho = max(self.largest_rho or 0.0, metric[name])
 
     def event(self, step: int, kind: str, details: Mapping[str, Any]) -> None:
-        """Note switches."""
+        """Remember switches of the controller; other events do not count."""
         if kind == "switch":
             self.rung = details["rung"]
             self.switches.append((step, details["rung"]))
 
     def evaluation(self, step: int, found: Mapping[str, float]) -> None:
-        """Note what an evaluation found, and whether the target is reached."""
+        """Remember the results of an evaluation, and the time if the target is reached."""
         self.found = dict(found)
         target = self.objective.target
         if target is not None and self.reached is None and found["loss"] <= target:
@@ -77,12 +82,18 @@ class Reporter:
 
     @property
     def is_exhausted(self) -> bool:
-        """Whether the trial has used its budget, or has what it was to get."""
+        """True if the trial has used up its budget of time, or has reached its target loss."""
         seconds = self.objective.seconds
         return (seconds is not None and self.seconds >= seconds) or (self.objective.kind == "time_to_loss" and self.reached is not None)
 
     def report(self, *, diverged: bool = False) -> dict[str, Any]:
-        """A result for Tune. What was not measured is None; but all of the objective's metrics are there, and finite."""
+        """Return a result for Tune.
+
+        Values that were not measured are None, but the metrics of the objective are always finite numbers: a missing value becomes `WORST`.
+
+        Args:
+            diverged: True if training has diverged; all metrics of the objective are then `WORST`.
+        """
         measured = fmean(self.times) if self.times else (self.seconds / self.steps if self.steps else None)
         step_time = measured if self.predicted is None else self.predicted
         share = self.parallel / self.steps if self.steps else 0.0
@@ -95,7 +106,7 @@ class Reporter:
             "validation_loss": self.found.get("loss"), "diverged": diverged, **others, "seconds_to_target": self.reached,
         }  # fmt: skip
         wanted = {name: result.get(name) for name in self.objective.metrics}
-        bias = 0.0 if self.bias is None and share == 0 else self.bias  # exact steps have none
+        bias = 0.0 if self.bias is None and share == 0 else self.bias  # exact steps have no bias
         if "bias" in wanted:
             wanted["bias"] = bias
         if "constrained_step_time" in wanted and step_time is not None:
@@ -103,6 +114,6 @@ class Reporter:
         return result | {name: WORST if diverged or value is None else value for name, value in wanted.items()}
 
     def _constrained(self, step_time: float, bias: float) -> float:
-        """What is over the bound is worse than what is not, and the more the worse: a searcher can tell where to go."""
+        """Return the step time, or if the bias exceeds its bound a penalty, which grows with the bias to show the searcher the way."""
         bound = self.objective.bias
         return step_time if bound is None or bias <= bound else min(WORST, 1e3 * (1 + bias / bound))

@@ -1,4 +1,4 @@
-"""What a sweep leaves for people: best.yaml, trials.csv, TensorBoard's HParams, and a page with pictures."""
+"""The results of a sweep: best.yaml, trials.csv, HParams for TensorBoard, and an HTML page with plots."""
 
 import base64
 import csv
@@ -26,7 +26,11 @@ Row = dict[str, Any]
 
 
 def write_results(sweep: Sweep, results: ResultGrid, folder: Path, infeasible: list[tuple[dict[str, Any], str]], console: Console) -> None:
-    """Write all, and say which trial was best."""
+    """Write all results, and print the best trials.
+
+    Args:
+        infeasible: choices of settings that could not be trials, each with the reason.
+    """
     rows = rows_of(sweep, results)
     _write_csv(rows, sweep, folder / "trials.csv")
     best = best_row(rows, sweep)
@@ -39,7 +43,7 @@ def write_results(sweep: Sweep, results: ResultGrid, folder: Path, infeasible: l
 
 
 def rows_of(sweep: Sweep, results: ResultGrid) -> list[Row]:
-    """One a trial: its id, settings, state and last report, in the order in which they were tried."""
+    """Return one row per trial, in the order in which they were tried: its id, settings, state, and the values of its last report."""
     rows = []
     for result in results:
         config, metrics = result.config or {}, result.metrics or {}
@@ -60,17 +64,17 @@ def rows_of(sweep: Sweep, results: ResultGrid) -> list[Row]:
 
 
 def _measured(value: Any) -> Any:
-    """A report's value; None where it stands for one that there is not."""
+    """Return a reported value; None if it only stands for a missing one."""
     return None if isinstance(value, float) and not value < WORST else value
 
 
 def _last_line(text: str) -> str:
-    """What an error says, of a traceback."""
+    """Return the last line of a traceback, which has the error's message."""
     return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "")
 
 
 def best_row(rows: list[Row], sweep: Sweep) -> Row | None:
-    """The trial with the least of the objective; of a Pareto front the one in its middle."""
+    """Return the trial with the smallest objective, or for two objectives the middle one of the Pareto front; None if no trial is done."""
     metrics = sweep.objective.metrics
     done = whole([row for row in rows if row["state"] == "done"], *metrics)
     if not done:
@@ -82,7 +86,7 @@ def best_row(rows: list[Row], sweep: Sweep) -> Row | None:
 
 
 def _best_yaml(sweep: Sweep, best: Row) -> str:
-    # What the sweep did to the trial (forced it, shrank it) is not what the config is to be.
+    # `best` may have settings that the sweep has forced on the running trial; only those of the space are wanted.
     chosen = {name: value for name, value in best["settings"].items() if name in sweep.space}
     found = ", ".join(f"{name} {best[name]:.6g}" for name in sweep.objective.metrics)
     return f"# The best of sweep {sweep.name}, trial {best['trial']}: {found}.\n" + to_yaml(sweep.config(chosen))
@@ -139,7 +143,7 @@ def _say(sweep: Sweep, rows: list[Row], best: Row | None, folder: Path, infeasib
 
 
 def _page(sweep: Sweep, rows: list[Row], best: Row | None, pictures: list[tuple[str, Path]], infeasible: list[tuple[Any, str]]) -> str:
-    """One file that needs no other."""
+    """Return an HTML page that includes its pictures and needs no other file."""
     metrics = sweep.objective.metrics
     out = io.StringIO()
     title = html.escape(f"Sweep {sweep.name}")

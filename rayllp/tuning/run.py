@@ -1,4 +1,4 @@
-"""`rayllp.tune`: a sweep on Ray Tune, from its file to best.yaml."""
+"""`rayllp.tune`: run a sweep on Ray Tune and write its results."""
 
 import json
 import math
@@ -35,7 +35,7 @@ from rayllp.tuning.trial import train_trial
 
 SWEEP = "sweep.json"
 EXPERIMENT = "tune"
-"""Tune's own folder in the sweep's directory."""
+"""Folder of Tune's own files in the sweep's directory."""
 
 
 def tune(
@@ -47,17 +47,18 @@ def tune(
 ) -> ResultGrid:
     """Run a sweep on Ray: on the cluster that this process belongs to, else on this machine.
 
-    In the output directory are `best.yaml`, a config that `rayllp train` takes, `trials.csv`, `index.html` with pictures, a run directory a
-    trial in `trials/`, and Tune's own files.
+    The output directory contains `best.yaml`, a config for `rayllp train`; `trials.csv`; `index.html` with plots; a run directory for each
+    trial in `trials/`; and Tune's own files.
 
     Args:
         sweep: a sweep, or the path of its file.
-        output: directory; default runs/<date>_<name>.
-        resume: the directory of a sweep whose driver was stopped or lost: finished trials stay, others go on from their checkpoints.
+        output: the directory; default: runs/<date>_<name>.
+        resume: directory of a sweep whose driver was stopped or lost. Finished trials are kept, others resume from their checkpoints.
+        console: where to show progress; default: standard error.
 
     Raises:
-        SettingsError: the sweep, its base config or its space are wrong, no trial is feasible, or what is to be resumed is others'.
-        ClusterError: a trial needs more than the cluster has.
+        SettingsError: the sweep, its base config or its space is wrong, no trial is feasible, or the files to resume from may be others'.
+        ClusterError: a trial needs more resources than the cluster has.
     """
     console = console or Console(stderr=True)
     if resume is not None:
@@ -68,7 +69,7 @@ def tune(
         raise SettingsError("a sweep file or --resume DIRECTORY is needed")
     else:
         sweep = sweep if isinstance(sweep, Sweep) else load_sweep(sweep)
-    # Data that all trials share are loaded here, once, and so refused before there is anything else.
+    # Data that all trials share are loaded here, once. If they are faulty, the sweep fails before anything else is done.
     data: Any = None
     record: DataRecord | None = None
     if sweep.shares_data or sweep.objective.cluster is not None:
@@ -83,7 +84,7 @@ def tune(
         raise SettingsError(f"no trial is feasible: {_first(searcher)}")
     if resume is None:
         folder = _create(output, sweep, record)
-    # A cluster of this machine's own has room for as many trials as are wanted at a time.
+    # If a cluster is started on this machine, it gets enough CPUs for as many trials as are to run at a time.
     with (
         hold(folder, partial(tell, console)),
         join_cluster((sweep.concurrent or 1) * (sweep.config({}).world + math.ceil(sweep.driver_cpus)), console),
@@ -125,7 +126,7 @@ def _fit(sweep: Sweep, folder: Path, searcher: FeasibleSearch | GridSearch, data
     single = len(sweep.objective.metrics) == 1
     grid = len(searcher.points) if isinstance(searcher, GridSearch) else sweep.trials
     console.print(f"sweep {sweep.name}: up to {grid} trials, {_describe(resources(base.world))} each; directory {folder}", highlight=False)
-    # Population based training wants no searcher: its population is made of the first points that ours suggests.
+    # Population based training takes no searcher: its population is the first points that our searcher suggests.
     population = _population(searcher, grid) if sweep.scheduler == "pbt" else None
     tuner = ray_tune.Tuner(
         trainable,
@@ -136,7 +137,7 @@ def _fit(sweep: Sweep, folder: Path, searcher: FeasibleSearch | GridSearch, data
             search_alg=searcher if population is None else None,
             scheduler=scheduler,
             num_samples=grid if population is None else 1,
-            max_concurrent_trials=sweep.concurrent if population is None else None,  # all of a population train at once
+            max_concurrent_trials=sweep.concurrent if population is None else None,  # all members of a population train at the same time
             time_budget_s=sweep.time_budget_s,
             reuse_actors=True,
             trial_dirname_creator=lambda trial: f"trial_{trial.trial_id}",
@@ -182,10 +183,10 @@ def _mutation(parameter: Any) -> Any:
 
 
 def _valid(sweep: Sweep, explored: dict[str, Any]) -> dict[str, Any]:
-    """What population based training made of a trial's config, without what does not go together."""
+    """Return a trial's config as changed by population based training, made valid: settings go back to the base config until it is."""
     settings = sweep.parameters.complete(explored["settings"])
     while sweep.problem(settings) is not None and settings:
-        settings.popitem()  # back to the base config's value, the last ones first
+        settings.popitem()  # the last one goes back to the value of the base config
     return {**explored, "settings": settings}
 
 
@@ -193,7 +194,7 @@ def _valid(sweep: Sweep, explored: dict[str, Any]) -> dict[str, Any]:
 
 
 def _resources(sweep: Sweep, device: str, workers: int) -> PlacementGroupFactory:
-    """The driver's bundle, which may be empty, and one a worker."""
+    """Return the bundles of a trial: one for its driver, which may be empty, and one for each worker."""
     one = {"CPU": 1.0, "GPU": 1.0} if device == "cuda" else {"CPU": 1.0}
     driver = {"CPU": sweep.driver_cpus} if sweep.driver_cpus else {}
     return PlacementGroupFactory([driver, *([one] * workers)], strategy="PACK")
@@ -204,7 +205,11 @@ def _describe(resources: PlacementGroupFactory) -> str:
 
 
 def _check_room(sweep: Sweep, device: str) -> None:
-    """Refuse a sweep of which a trial would wait for ever."""
+    """Refuse a sweep with a trial that needs more resources than the cluster has, for which it would wait forever.
+
+    Raises:
+        ClusterError: there is such a trial.
+    """
     there = ray.cluster_resources()
     for workers in {sweep.config({}).world, *(value for value in sweep.parameters.all_values("workers") if isinstance(value, int))}:
         resources = _resources(sweep, device, workers)
@@ -235,9 +240,13 @@ def _create(output: str | Path | None, sweep: Sweep, record: DataRecord | None) 
 
 
 def _refuse_others_files(folder: Path) -> None:
-    """Refuse to go on with a sweep that others may have written: Ray Tune pickles its state, so reading it runs what is in there."""
+    """Refuse to resume a sweep whose files another user may have written. Tune's state is pickled, so loading it can run any code.
+
+    Raises:
+        SettingsError: a file belongs to another user, or every user can write it.
+    """
     if not folder.is_dir():
-        return  # said by who reads it
+        return  # reading the sweep reports it
     files = [folder, *(Path(parent) / name for parent, folders, names in os.walk(folder) for name in (*folders, *names))]
     for path in files:
         found = path.lstat()
@@ -250,7 +259,11 @@ def _refuse_others_files(folder: Path) -> None:
 
 
 def _read_sweep(folder: Path) -> Sweep:
-    """The sweep of a directory, its base config as it was then."""
+    """Return the sweep of a directory, with its base config as it was at the start.
+
+    Raises:
+        SettingsError: it is not the directory of a sweep, or it was moved.
+    """
     try:
         kept = json.loads((folder / SWEEP).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

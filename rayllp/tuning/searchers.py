@@ -1,4 +1,4 @@
-"""Who chooses trials: Optuna through Ray Tune, or a grid. Settings that do not go together never become a trial."""
+"""Searchers, which choose the settings of trials: Optuna through Ray Tune, or a grid. Invalid combinations never become trials."""
 
 import pickle
 from pathlib import Path
@@ -11,14 +11,14 @@ from rayllp.errors import SettingsError
 from rayllp.tuning.sweep import Sweep
 
 MOST_INFEASIBLE = 200
-"""Suggestions in a row that are refused, or were tried before, after which the search ends."""
+"""The search ends after this many suggestions in a row that are invalid or were tried before."""
 
 
 def build_searcher(sweep: Sweep) -> "FeasibleSearch | GridSearch":
-    """The sweep's searcher.
+    """Return the searcher of a sweep.
 
     Raises:
-        SettingsError: optuna is missing.
+        SettingsError: optuna is not installed.
     """
     if sweep.searcher == "grid":
         return GridSearch(sweep)
@@ -28,7 +28,7 @@ def build_searcher(sweep: Sweep) -> "FeasibleSearch | GridSearch":
         raise SettingsError(f"searcher {sweep.searcher} needs optuna: pip install 'rayllp[tune]', or use searcher: grid") from None
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     metrics = list(sweep.objective.metrics)
-    # Pareto's front is found by NSGA-II or TPE; the latter needs fewer trials.
+    # Both NSGA-II and TPE can find a Pareto front; TPE needs fewer trials.
     kinds = {"optuna": optuna.samplers.TPESampler, "random": optuna.samplers.RandomSampler}
     inner = OptunaSearch(
         space=sweep.parameters,
@@ -40,10 +40,11 @@ def build_searcher(sweep: Sweep) -> "FeasibleSearch | GridSearch":
 
 
 class _Search(Searcher):
-    """What both have in common.
+    """Base of the searchers.
 
     Attributes:
-        infeasible: choices that were refused, and why; no actor was started for them.
+        infeasible: choices of settings that were refused, each with the reason. No actor was started for them.
+        given: number of trials suggested so far.
     """
 
     def __init__(self, sweep: Sweep) -> None:
@@ -54,14 +55,15 @@ class _Search(Searcher):
         self.given = 0
 
     def set_search_properties(self, metric: Any, mode: Any, config: Any, **spec: Any) -> bool:
-        """The space and the objective are the sweep's own."""
+        """Accept Tune's call without using it: the sweep itself says what the space and the objective are."""
         return True
 
     def save(self, checkpoint_path: str) -> None:
         Path(checkpoint_path).write_bytes(pickle.dumps(self.__dict__))
 
     def restore(self, checkpoint_path: str) -> None:
-        self.__dict__.update(pickle.loads(Path(checkpoint_path).read_bytes()))  # as Tune's own state: tune.run refuses others' folders
+        # This is pickled, like Tune's own state. `rayllp.tune` therefore refuses to resume a sweep with files of other users.
+        self.__dict__.update(pickle.loads(Path(checkpoint_path).read_bytes()))
 
     def on_trial_result(self, trial_id: str, result: Any) -> None: ...
 
@@ -69,16 +71,16 @@ class _Search(Searcher):
 
 
 class FeasibleSearch(_Search):
-    """Asks Optuna again where a suggestion is no valid config, and tells it so."""
+    """Suggests what Optuna suggests, but only valid settings; Optuna is told which ones were not."""
 
     def __init__(self, inner: OptunaSearch, sweep: Sweep) -> None:
         super().__init__(sweep)
         self.inner = inner
-        self._names: dict[str, str] = {}  # trials as the inner searcher knows them
+        self._names: dict[str, str] = {}  # names of trials in the inner searcher, by trial id
         self._keys: set[str] = set()
 
     def suggest(self, trial_id: str) -> Any:
-        """The next settings that can be a trial: the base first, nothing twice, nothing that does not go together."""
+        """Return the settings of the next trial. The base config comes first; combinations that are invalid or were tried are skipped."""
         if self.given >= self.sweep.trials:
             return Searcher.FINISHED
         if not self.given and self.sweep.begins_with_base:
@@ -99,7 +101,7 @@ class FeasibleSearch(_Search):
         return Searcher.FINISHED
 
     def _is_new(self, chosen: dict[str, Any]) -> bool:
-        """Whether no trial has these settings: one says as much of them as two, since runs are functions of their settings."""
+        """True if no trial has had these settings. A second one would give the same result, since a run depends on its settings only."""
         key = self.sweep.config(chosen).model_dump_json()
         if key in self._keys:
             return False
@@ -111,7 +113,7 @@ class FeasibleSearch(_Search):
         return {"settings": chosen}
 
     def _default(self, trial_id: str) -> dict[str, Any]:
-        """The base config; Optuna is told of it where it is a point of the space."""
+        """Return the choices of the base config, which are none, and let Optuna know of that trial if it is a point of the space."""
         self._is_new({})
         point = self.sweep.parameters.encode(self.sweep.base_values())
         if point is not None:
@@ -121,19 +123,19 @@ class FeasibleSearch(_Search):
         return {}
 
     def on_trial_result(self, trial_id: str, result: Any) -> None:
-        """Passed on, for trials that are the searcher's own."""
+        """Pass a result on to Optuna, if it has suggested the trial."""
         if trial_id in self._names:
             self.inner.on_trial_result(self._names[trial_id], result)
 
     def on_trial_complete(self, trial_id: str, result: Any = None, error: bool = False) -> None:
-        """Passed on, likewise."""
+        """Pass the final result on to Optuna, if it has suggested the trial."""
         name = self._names.pop(trial_id, None)
         if name is not None:
             self.inner.on_trial_complete(name, result, error)
 
 
 class GridSearch(_Search):
-    """All combinations that are valid configs, in order."""
+    """Suggests all valid combinations of the space, in order."""
 
     def __init__(self, sweep: Sweep) -> None:
         super().__init__(sweep)
@@ -146,7 +148,7 @@ class GridSearch(_Search):
                 self.infeasible.append((chosen, why))
 
     def suggest(self, trial_id: str) -> Any:
-        """The next point, until all were given."""
+        """Return the next point, until there are no more."""
         if self.given >= len(self.points):
             return Searcher.FINISHED
         self.given += 1

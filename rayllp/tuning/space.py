@@ -1,4 +1,4 @@
-"""What varies in a sweep: settings by dotted name, each with what it may be, and when it matters. Pure, but for Optuna's own trial."""
+"""The space of a sweep: which settings vary, which values each can have, and on what conditions. Does no I/O and needs no cluster."""
 
 import itertools
 import json
@@ -15,12 +15,14 @@ FORMS = "{choice: [a, b]}, {int: [low, high]}, {float: [low, high]}, {log: [low,
 
 @dataclass(frozen=True)
 class Parameter:
-    """One setting.
+    """A setting that varies.
 
     Attributes:
-        kind: choice, int, float (uniform), log (float, uniform in its logarithm), or same (as another one).
-        values: of a choice; of a range its ends; of same the other's name.
-        when: other settings' names, and what they must be for this one to vary; it keeps the base config's value otherwise.
+        name: dotted name of the setting.
+        kind: "choice", "int", "float" (uniform), "log" (its logarithm is uniform), or "same" (equal to another setting).
+        values: the values of a choice; the two ends of a range; for "same" the name of the other setting.
+        when: pairs of another setting's name and the values it must have for this one to vary. Otherwise this one keeps the value of the
+            base config.
     """
 
     name: str
@@ -29,8 +31,8 @@ class Parameter:
     when: tuple[tuple[str, tuple[Any, ...]], ...] = ()
 
     def suggest(self, trial: Any) -> Any:
-        """A value, by an Optuna trial."""
-        if self.kind == "choice":  # Optuna's choices are plain: a list of coarsening factors is written as text
+        """Return a value that an Optuna trial suggests."""
+        if self.kind == "choice":  # Optuna's choices are scalars, so a list (of coarsening factors, say) is passed as JSON text
             return json.loads(trial.suggest_categorical(self.name, [json.dumps(value) for value in self.values]))
         low, high = self.values
         if self.kind == "int":
@@ -38,21 +40,25 @@ class Parameter:
         return trial.suggest_float(self.name, low, high, log=self.kind == "log")
 
     def decode(self, suggested: Any) -> Any:
-        """The setting's value of what Optuna calls it."""
+        """Return the setting's value for a suggestion of Optuna."""
         return json.loads(suggested) if self.kind == "choice" else suggested
 
     def encode(self, value: Any) -> Any:
-        """The reverse of `decode`."""
+        """Return Optuna's form of a value, the inverse of `decode`."""
         return json.dumps(value) if self.kind == "choice" else value
 
     def has(self, value: Any) -> bool:
-        """Whether this may be `value`."""
+        """True if the setting can have this value."""
         if self.kind == "choice":
             return value in self.values
         return isinstance(value, int | float) and self.values[0] <= value <= self.values[1]
 
     def all(self) -> list[Any]:
-        """All values, for a grid."""
+        """Return all values, for a grid.
+
+        Raises:
+            SettingsError: it is a range of real numbers.
+        """
         if self.kind == "choice":
             return list(self.values)
         if self.kind == "int":
@@ -62,16 +68,16 @@ class Parameter:
 
 @dataclass(frozen=True)
 class Space:
-    """All that varies, in the file's order; a condition names what stands before it."""
+    """All settings that vary, in the order of the sweep file. A condition can only refer to settings before its own."""
 
     parameters: tuple[Parameter, ...]
 
     @classmethod
     def parse(cls, written: Mapping[str, Any], source: str) -> "Space":
-        """Of a sweep file's `space`.
+        """Parse the `space` of a sweep file.
 
         Raises:
-            SettingsError: empty, or something that is none of FORMS.
+            SettingsError: it is empty, or an entry has none of the FORMS.
         """
         if not written:
             raise SettingsError(
@@ -83,7 +89,7 @@ class Space:
         return cls(tuple(found))
 
     def complete(self, values: Mapping[str, Any]) -> dict[str, Any]:
-        """With those that are the same as another."""
+        """Return the values with those added that are the same as another setting's."""
         found = dict(values)
         for parameter in self.parameters:
             if parameter.kind == "same" and parameter.values[0] in found:
@@ -91,24 +97,24 @@ class Space:
         return found
 
     def __call__(self, trial: Any) -> None:
-        """Optuna's define-by-run function."""
+        """Suggest all values to an Optuna trial: this is Optuna's define-by-run function."""
         values: dict[str, Any] = {}
         for parameter in self.varying(values):
             values[parameter.name] = parameter.suggest(trial)
 
     def varying(self, values: Mapping[str, Any]) -> Iterator[Parameter]:
-        """Those that vary, given what was chosen for those before them: `values` is looked at as it grows."""
+        """Yield the parameters that vary. `values` must be filled meanwhile, since conditions look at the values of earlier parameters."""
         for parameter in self.parameters:
             if parameter.kind != "same" and all(values.get(name) in allowed for name, allowed in parameter.when):
                 yield parameter
 
     def decode(self, suggested: Mapping[str, Any]) -> dict[str, Any]:
-        """Settings of what Optuna suggested."""
+        """Return the settings for Optuna's suggestions."""
         known = {parameter.name: parameter for parameter in self.parameters}
         return self.complete({name: known[name].decode(value) for name, value in suggested.items()})
 
     def encode(self, values: Mapping[str, Any]) -> dict[str, Any] | None:
-        """What Optuna would suggest for these settings; None: they are not in the space."""
+        """Return the suggestions of Optuna that give these settings; None if they are not in the space."""
         found: dict[str, Any] = {}
         for parameter in self.varying(values):
             if not parameter.has(values.get(parameter.name)):
@@ -117,7 +123,7 @@ class Space:
         return found
 
     def grid(self) -> list[dict[str, Any]]:
-        """All combinations, each once."""
+        """Return all combinations, each once."""
         found: list[dict[str, Any]] = []
         axes = [(parameter.name, parameter.all()) for parameter in self.parameters if parameter.kind != "same"]
         for values in itertools.product(*(axis for _, axis in axes)):
@@ -129,7 +135,7 @@ class Space:
         return found
 
     def all_values(self, name: str) -> list[Any]:
-        """What a setting may be; of a range its ends; nothing if it does not vary."""
+        """Return the values of a choice or the two ends of a range; empty if the setting does not vary."""
         return [value for parameter in self.parameters if parameter.name == name and parameter.kind != "same" for value in parameter.values]
 
 

@@ -1,4 +1,4 @@
-"""What a sweep file says: a base config, what varies, what is wanted, and how to look for it. Checked without a cluster."""
+"""Sweep files: a base config, which settings vary, the objective, and how to search. All is checked without a cluster."""
 
 import copy
 from collections.abc import Iterable, Mapping
@@ -15,20 +15,20 @@ from rayllp.tuning.space import Space
 
 Kind = Literal["loss", "time_to_loss", "step_time", "pareto"]
 DATA = ("data.", "sequence_length", "seed", "model.family")
-"""Settings that the data set depends on."""
+"""Settings that change the data set."""
 COSTS = ("model.", "sequence_length", "batch_size", "accumulate", "dtype", "step.buffer")
-"""Settings that a layer's cost depends on."""
+"""Settings that change the cost of a layer."""
 
 
 class Cluster(Settings):
-    """A cluster to predict a step's time for, other than the one that the trials run on."""
+    """A cluster, other than that of the trials, for which the time of a step is predicted."""
 
     workers: int = Field(ge=1, description="blocks of layers")
     message_s: float = Field(2e-5, ge=0, description="seconds of a state's way to the neighbour")
 
 
 class Objective(Settings):
-    """What is wanted of a trial, and what a trial may use."""
+    """What a sweep minimises, and the budget of each trial."""
 
     kind: Kind = Field("loss", description="loss; time_to_loss; step_time (with bias at most `bias`); pareto (step time against bias)")
     steps: int | None = Field(None, ge=1, description="budget of a trial, optimizer steps; default the base config's")
@@ -50,7 +50,7 @@ class Objective(Settings):
 
     @property
     def metrics(self) -> tuple[str, ...]:
-        """What a trial reports that is to be small."""
+        """Names of the reported values that are to be minimised."""
         return {
             "loss": ("validation_loss",), "time_to_loss": ("seconds_to_target",), "step_time": ("constrained_step_time",),
             "pareto": ("step_time", "bias"),
@@ -58,19 +58,19 @@ class Objective(Settings):
 
     @property
     def needs_bias(self) -> bool:
-        """Whether trials are judged by the gradient's bias, so that they must probe."""
+        """True if trials are judged by the bias of the gradient, for which they must probe."""
         return self.kind in ("step_time", "pareto")
 
 
 class Limits(Settings):
-    """Beyond these the scheduler makes a trial go on in serial mode."""
+    """A trial that exceeds one of these is switched to serial mode by the scheduler."""
 
     rho: float | None = Field(None, gt=0, description="largest ρ of a probe, forward or backward")
     bias: float | None = Field(None, gt=0, description="largest gradient bias of a probe")
 
 
 class Sweep(Settings):
-    """A sweep file."""
+    """The content of a sweep file."""
 
     name: str = Field("sweep", description="part of the output directory's name")
     base: str | None = Field(None, description="training config that trials start from, relative to the sweep file; none: the default")
@@ -97,31 +97,41 @@ class Sweep(Settings):
 
     @property
     def parameters(self) -> Space:
-        """What varies."""
+        """The settings that vary."""
         return self._space
 
     @property
     def begins_with_base(self) -> bool:
-        """Whether the first trial is the base config: of a grid it is one only as a point, and population based training changes it."""
+        """True if the first trial is the base config.
+
+        A grid has this trial only if it is one of its points, and population based training would change its settings.
+        """
         return self.default_first and self.searcher != "grid" and self.scheduler != "pbt"
 
     @property
     def shares_data(self) -> bool:
-        """Whether all trials have the same data set."""
+        """True if all trials have the same data set."""
         return not any(name.startswith(DATA) for name in self.space)
 
     def values(self, chosen: Mapping[str, Any]) -> dict[str, Any]:
-        """Nested settings of a trial with these choices, by dotted name."""
+        """Return the nested settings of a trial.
+
+        Args:
+            chosen: values of settings that vary, by dotted name.
+        """
         merged = copy.deepcopy(self._base)
         for name, value in {**self.settings, **chosen}.items():
             _put(merged, name, value)
         return merged
 
     def config(self, chosen: Mapping[str, Any]) -> TrainConfig:
-        """Settings of a trial with these choices.
+        """Return the settings of a trial.
+
+        Args:
+            chosen: values of settings that vary, by dotted name.
 
         Raises:
-            SettingsError: they do not go together.
+            SettingsError: the settings do not fit together.
         """
         values = self.values(chosen)
         if self.objective.steps is not None:
@@ -130,20 +140,20 @@ class Sweep(Settings):
         if self.objective.tokens is not None:
             per_step = config.batch_size * (config.sequence_length if config.model.task != "images" else 1)
             config = config.model_copy(update={"steps": max(1, self.objective.tokens // per_step)})
-        if self.scheduler == "pbt":  # another trial may go on from one that this one would not keep
+        if self.scheduler == "pbt":  # other trials may resume from this one's checkpoints, so more are kept
             config = config.model_copy(update={"checkpoint": config.checkpoint.model_copy(update={"keep": max(4, config.checkpoint.keep)})})
         return config
 
     def base_values(self) -> dict[str, Any]:
-        """What the base config has for each setting that varies, by dotted name."""
+        """Return the base config's values of the settings that vary, by dotted name."""
         base = self.config({}).model_dump(mode="json")
         return {parameter.name: _get(base, parameter.name) for parameter in self._space.parameters}
 
     def enlarged(self, config: TrainConfig) -> TrainConfig | None:
-        """A trial's settings on the cluster that its step time is predicted for; None: it is measured.
+        """Return a trial's settings on the cluster for which step times are predicted; None if they are measured instead.
 
         Raises:
-            SettingsError: they do not go with so many workers.
+            SettingsError: the settings do not fit that number of workers.
         """
         cluster = self.objective.cluster
         if cluster is None:
@@ -151,11 +161,11 @@ class Sweep(Settings):
         return make_config(config.model_dump(mode="json") | {"workers": cluster.workers, "mesh": {"data": 1}}, source="on the cluster")
 
     def know(self, facts: Facts) -> None:
-        """These are the facts of all trials' data: from now on trials whose network does not fit them are a problem."""
+        """Tell the sweep what is known of the data of all trials, so that `problem` can also check that networks fit them."""
         self._facts = facts
 
     def problem(self, chosen: Mapping[str, Any]) -> str | None:
-        """Why these choices cannot be a trial; None: they can."""
+        """Return why these choices cannot be a trial; None if they can."""
         try:
             config = self.config(chosen)
             self.enlarged(config)
@@ -167,10 +177,13 @@ class Sweep(Settings):
 
 
 def load_sweep(path: str | Path, overrides: Iterable[str] = ()) -> Sweep:
-    """Read a sweep file, with changes to it by `key=value`, and check it, its base config and its space.
+    """Read a sweep file, and check it with its base config and its space.
+
+    Args:
+        overrides: changes as `key=value`.
 
     Raises:
-        SettingsError: what is wrong, and what to change.
+        SettingsError: something is wrong; the message says what to change.
     """
     path = Path(path)
     loaded = read_yaml(path, "a sweep's YAML file", _kind_in_sweep)
@@ -182,13 +195,14 @@ def load_sweep(path: str | Path, overrides: Iterable[str] = ()) -> Sweep:
 
 
 def make_sweep(values: Mapping[str, Any], folder: str | Path = ".", *, source: str = "sweep") -> Sweep:
-    """A sweep of nested values.
+    """Make a sweep from nested values, and check it.
 
     Args:
-        folder: what `base` is relative to.
+        folder: where the relative path `base` starts.
+        source: where the values come from, for error messages.
 
     Raises:
-        SettingsError: what is wrong, and what to change.
+        SettingsError: something is wrong; the message says what to change.
     """
     try:
         sweep = Sweep.model_validate(dict(values))
@@ -203,7 +217,7 @@ def make_sweep(values: Mapping[str, Any], folder: str | Path = ".", *, source: s
 
 
 def _check(sweep: Sweep, source: str) -> None:
-    base = sweep.config({})  # the base config itself must be valid
+    base = sweep.config({})  # raises an error if the base config itself is invalid
     objective, names = sweep.objective, set(sweep.space)
     if not isinstance(base.workers, int | None) or any(isinstance(value, dict) for value in sweep.parameters.all_values("workers")):
         raise SettingsError(
@@ -229,7 +243,7 @@ def _check(sweep: Sweep, source: str) -> None:
                 "the space, or leave out objective.cluster"
             )
     if sweep.searcher == "grid":
-        sweep.parameters.grid()  # refuses what has no end
+        sweep.parameters.grid()  # raises an error if the grid would be infinite
 
 
 def _read_base(base: str | None, folder: Path) -> dict[str, Any]:
@@ -245,7 +259,7 @@ def _read_base(base: str | None, folder: Path) -> dict[str, Any]:
 
 
 def _override(values: dict[str, Any], override: str) -> None:
-    """`trials=8`; or `settings.NAME=…`, where NAME is a dotted one."""
+    """Apply a change such as `trials=8` or `settings.NAME=…`, where NAME is the dotted name of a training setting."""
     key, _, _ = override.partition("=")
     if key.startswith("settings."):
         name = key.removeprefix("settings.")
@@ -257,7 +271,7 @@ def _override(values: dict[str, Any], override: str) -> None:
 
 
 def _kind_in_sweep(path: tuple[str, ...]) -> Any:
-    """The type of an entry of a sweep file: what stands below a setting's dotted name has that setting's."""
+    """Return the type of an entry of a sweep file. An entry for a training setting has the type of that setting."""
     if path[:1] == ("settings",):
         return kind_of_setting(tuple(".".join(path[1:]).split(".")))
     if path[:1] == ("space",):

@@ -1,7 +1,7 @@
-"""A scheduler around another one: makes trials whose probes look bad go on in serial mode, and serial ones give workers back.
+"""A scheduler around another one. It switches trials whose probes look bad to serial mode, and lets serial trials give up workers.
 
-Both change a running trial, for which Tune has no public call: as its population based training does, the trial is paused (it has just
-reported a checkpoint), its config and resources are changed, and it is continued. These calls are all in this file.
+Tune has no public call to change a running trial. So, as in Tune's population based training, the trial is paused just after it has
+reported a checkpoint, its config and resources are changed, and it is resumed. All such calls are in this file.
 """
 
 from collections.abc import Callable
@@ -14,14 +14,15 @@ from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from rayllp.tuning.sweep import Sweep
 
 FORCED, SHRUNK = "forced_serial", "shrunk"
-"""Marks in a trial's config."""
+"""Keys in a trial's config that say what was done to it."""
 
 
 class SwitchingScheduler(TrialScheduler):
     """Wraps the scheduler that compares trials.
 
     Args:
-        resources: of a trial, by its number of workers.
+        inner: that scheduler; None: trials are not compared.
+        resources: returns the resources of a trial with a given number of workers.
     """
 
     def __init__(self, inner: TrialScheduler | None, sweep: Sweep, resources: Callable[[int], PlacementGroupFactory]) -> None:
@@ -29,7 +30,7 @@ class SwitchingScheduler(TrialScheduler):
         self.inner, self.sweep, self.resources = inner or FIFOScheduler(), sweep, resources
 
     def on_trial_result(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> str:
-        """The inner scheduler's decision; a trial that is to be forced or to shrink is paused."""
+        """Return the inner scheduler's decision. A trial that goes on and is to be changed is paused and changed first."""
         decision = self.inner.on_trial_result(tune_controller, trial, result)
         if decision != TrialScheduler.CONTINUE:
             return decision
@@ -43,7 +44,7 @@ class SwitchingScheduler(TrialScheduler):
         return TrialScheduler.NOOP
 
     def _changed(self, config: dict[str, Any], result: dict[str, Any]) -> tuple[dict[str, Any], int | None]:
-        """The trial's config from now on, and its number of workers, if that changes too."""
+        """Return the trial's config from now on, and its number of workers if that changes."""
         settings, limits, workers = dict(config["settings"]), self.sweep.limits, None
         marks = {name: config.get(name, False) for name in (FORCED, SHRUNK)}
         serial = result["last_mode"] == "serial"
@@ -55,37 +56,37 @@ class SwitchingScheduler(TrialScheduler):
             before = self.sweep.config(settings).world
             if self.sweep.serial_workers < before:
                 workers = self.sweep.serial_workers
-                # For good: a controller that came back to parallel steps would have nobody to do them with.
+                # The trial stays serial, since a controller that switched back to parallel steps would have no workers to do them.
                 settings |= {"workers": workers, "mesh.layer": None, "mesh.blocks": None, "mode": "serial"}
             marks[SHRUNK] = True
         return {**config, "settings": settings, **{name: True for name, set_ in marks.items() if set_}}, workers
 
-    # As the inner one has it ------------------------------------------------------------------------------------------------------
+    # Calls that are passed on to the inner scheduler -------------------------------------------------------------------------------
 
     def set_search_properties(self, metric: str | None, mode: str | None, **spec: Any) -> bool:
-        """Passed on."""
+        """Pass the call on to the inner scheduler."""
         return bool(self.inner.set_search_properties(metric, mode, **spec))
 
     def on_trial_add(self, tune_controller: Any, trial: Trial) -> None:
-        """Passed on."""
+        """Pass the call on to the inner scheduler."""
         self.inner.on_trial_add(tune_controller, trial)
 
     def on_trial_error(self, tune_controller: Any, trial: Trial) -> None:
-        """Passed on."""
+        """Pass the call on to the inner scheduler."""
         self.inner.on_trial_error(tune_controller, trial)
 
     def on_trial_complete(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> None:
-        """Passed on."""
+        """Pass the call on to the inner scheduler."""
         self.inner.on_trial_complete(tune_controller, trial, result)
 
     def on_trial_remove(self, tune_controller: Any, trial: Trial) -> None:
-        """Passed on."""
+        """Pass the call on to the inner scheduler."""
         self.inner.on_trial_remove(tune_controller, trial)
 
     def choose_trial_to_run(self, tune_controller: Any) -> Trial | None:
-        """Passed on."""
+        """Pass the call on to the inner scheduler."""
         return self.inner.choose_trial_to_run(tune_controller)
 
     def debug_string(self) -> str:
-        """Passed on."""
+        """Pass the call on to the inner scheduler."""
         return str(self.inner.debug_string())

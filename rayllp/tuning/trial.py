@@ -1,4 +1,4 @@
-"""One trial: the driver loop of `rayllp train`, in the trial's own placement group, reporting to Tune at each evaluation."""
+"""A trial of a sweep: it trains as `rayllp train` does, in the trial's own placement group, and reports to Tune at each evaluation."""
 
 import contextlib
 import json
@@ -27,16 +27,20 @@ from rayllp.tuning.reporter import Reporter
 from rayllp.tuning.sweep import Sweep
 
 POINTER = "rayllp.json"
-"""Tune's checkpoint of a trial: where its run is, which has its own."""
+"""The file in Tune's checkpoint of a trial, which says where the run and the run's own checkpoint are."""
 LEAVE_S = 30
-"""A trial that was stopped lets its workers go before the next one takes its process; Tune's own limit of 2 s may be too short for that."""
+"""Seconds that a stopped trial has to release its workers before its process gets the next trial. Tune's default of 2 s may be too few."""
 
 _pool: ActorPool | None = None
-"""The workers' processes of this one's last trial: Tune reuses a trial's process, with its placement group, for the next one like it."""
+"""Worker processes of the last trial in this process. Tune reuses a trial's process and placement group for the next similar trial."""
 
 
 class TrialDriver(Driver):
-    """Reports, and ends when the trial's budget is used up."""
+    """Trains a trial: it reports to Tune, and ends when the trial's budget is used up.
+
+    Attributes:
+        reporter: collects what is reported.
+    """
 
     reporter: Reporter
 
@@ -46,7 +50,7 @@ class TrialDriver(Driver):
         if over and self.evaluator.last != step:
             self.evaluator.evaluate(step, self.journal)
         if self.evaluator.last == step and step < self.whole.steps:
-            # Tune may end this process in report(): what it is to go on from must be complete.
+            # Tune may end this process in report(), so the checkpoint that it would resume from must be complete before.
             report(self.reporter.report(), self.state.save(step), self.run)
         self.stop = self.stop or over
 
@@ -54,12 +58,19 @@ class TrialDriver(Driver):
 def train_trial(
     choices: dict[str, Any], *, sweep: Sweep, here: str, output: str, data: Any, costs: Costs | None, families: dict[str, str]
 ) -> None:
-    """Tune's trainable.
+    """Run a trial; this is Tune's trainable.
 
     Args:
-        here: the folder that the sweep's relative paths start from.
+        choices: the trial's config: "settings" has the values of the settings that vary.
+        sweep: the sweep.
+        here: working directory of the sweep's driver, where its relative paths start.
+        output: the sweep's directory.
+        data: the data set, if all trials share it; else None.
+        costs: measured costs of a layer, if step times are predicted; else None.
+        families: maps each model family to the location of its adapter.
     """
-    with contextlib.suppress(OSError):  # Tune has gone to a folder of its own; on a node without this one, paths have to be absolute
+    # Tune has changed to a folder of its own. On a node without the driver's folder, paths in the sweep have to be absolute.
+    with contextlib.suppress(OSError):
         os.chdir(here)
     FAMILIES.update(families)
     trial = str(tune.get_context().get_trial_id())
@@ -67,15 +78,15 @@ def train_trial(
     path = Path(output) / "trials" / trial
     run, found = _open(path, config)
     reporter = Reporter(sweep.objective, _predict(sweep, config, costs))
-    done = step_of(found[-1]) if found else 0  # what came after is done again
+    done = step_of(found[-1]) if found else 0  # later steps will be done again
     metrics, events, evaluations = (read_lines(path / f"{name}.jsonl") for name in ("metrics", "events", "evals"))
     evaluations = [e for e in evaluations if e["step"] <= done]
     reporter.resume([m for m in metrics if m["step"] < done], [e for e in events if e["step"] < done], evaluations)
-    if done == config.steps and evaluations and evaluations[-1]["step"] == done:  # all was done, but Tune was not told any more
+    if done == config.steps and evaluations and evaluations[-1]["step"] == done:  # the trial had finished, but Tune was not told
         tune.report(reporter.report())
         return
     pool = _pool_for(config, get_current_placement_group(), 1 if sweep.driver_cpus else 0)
-    # What the sweep has checked with its data is not checked again: that alone would need transformers, whose import takes seconds.
+    # What the sweep has checked is not checked again: the check alone would import transformers, which takes seconds.
     loaded = load_known(config, run, found, data) if data is not None else validate(config, None, None, run, found)
     workers = RayGroup.for_run(config, run.path, pool.device, pool)
     driver = TrialDriver(config, run, workers, None, None, loaded, Console(quiet=True), [reporter])
@@ -90,7 +101,7 @@ def train_trial(
 
 
 def apart(config: TrainConfig, trial: str) -> TrainConfig:
-    """A trial's settings with a place for its checkpoints that no other trial has, below the one that the sweep names."""
+    """Return the settings with a place for this trial's checkpoints below that of the sweep, so that trials do not share one."""
     place = config.checkpoint.path
     if place is None:
         return config
@@ -99,7 +110,7 @@ def apart(config: TrainConfig, trial: str) -> TrainConfig:
 
 
 def report(result: dict[str, Any], checkpoint: Folder, run: RunDirectory) -> None:
-    """To Tune, with a checkpoint that says where the run's own is."""
+    """Report to Tune, with a checkpoint that says where the run's own checkpoint is."""
     with tempfile.TemporaryDirectory() as folder:
         place = {"run": str(run.path.absolute()), "checkpoint": str(checkpoint.absolute())}
         (Path(folder) / POINTER).write_text(json.dumps(place), encoding="utf-8")
@@ -107,7 +118,10 @@ def report(result: dict[str, Any], checkpoint: Folder, run: RunDirectory) -> Non
 
 
 def _open(path: Path, config: TrainConfig) -> tuple[RunDirectory, list[Folder]]:
-    """The trial's run directory, and checkpoints to go on from: its own, or another trial's whose place it takes."""
+    """Return the trial's run directory, and the checkpoints to resume from.
+
+    They are the trial's own, or in population based training those of a better trial that Tune lets this one continue.
+    """
     given = tune.get_checkpoint()
     place: dict[str, str] = {}
     if given is not None:
@@ -128,18 +142,17 @@ def _open(path: Path, config: TrainConfig) -> tuple[RunDirectory, list[Folder]]:
 
 
 def take_over(run: RunDirectory, own: list[Folder], checkpoint: Folder) -> list[Folder]:
-    """Go on from another trial's checkpoint (population based training): what this one had done beyond it is void.
+    """Continue from another trial's checkpoint (population based training). This trial's own later checkpoints are removed.
 
     Args:
-        run: this trial's.
-        own: its checkpoints.
-        checkpoint: the other trial's.
+        run: this trial's run.
+        own: this trial's checkpoints.
+        checkpoint: the other trial's checkpoint.
 
-    Returns:
-        the checkpoint, or where it has gone since, the first later one of the other trial.
+    Returns: the other trial's checkpoint; if it has been removed meanwhile, the next later one.
 
     Raises:
-        CheckpointError: none is left.
+        CheckpointError: the other trial has no such checkpoint any more.
     """
     later = [found for found in checkpoints(checkpoint.parent) if step_of(found) >= step_of(checkpoint)]
     if not later:
