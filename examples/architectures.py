@@ -72,8 +72,14 @@ SPECIAL = {
     "big_bird": {"attention_type": "original_full"},
     "esmc": {"num_key_value_heads": 4},
     "perceiver": {
-        "num_self_attends_per_block": 6, "num_blocks": 1, "d_latents": 32, "num_latents": 6, "d_model": 32, "image_size": 32,
-        "num_self_attention_heads": 4, "num_cross_attention_heads": 1,
+        "num_self_attends_per_block": 6,
+        "num_blocks": 1,
+        "d_latents": 32,
+        "num_latents": 6,
+        "d_model": 32,
+        "image_size": 32,
+        "num_self_attention_heads": 4,
+        "num_cross_attention_heads": 1,
     },
 }
 """By type, what it needs besides."""
