@@ -1,4 +1,7 @@
-"""MGRIT over layers. Knows no model, no Ray and no torch.distributed; see `solver.py` for the algorithm."""
+"""Solvers that iterate over a network's layers in parallel: MGRIT (`solver.py`) and windows (`windows.py`).
+
+This package knows no model, no Ray and no torch.distributed: a model appears here as a `Propagator`, the other workers as a `Channel`.
+"""
 
 from rayllp.mgrit.communicator import Communicator
 from rayllp.mgrit.deferred import DeferredRun, DeferredSweeps

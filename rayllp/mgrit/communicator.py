@@ -1,4 +1,4 @@
-"""How a solve talks to the other workers, and what a worker does while it waits for them."""
+"""Messages between the workers of one solve, and the deferred work that a worker does while it waits for them."""
 
 from dataclasses import dataclass
 
@@ -13,12 +13,13 @@ FORWARD = MessageTag(step=0, solve="forward")
 
 @dataclass(frozen=True)
 class Communicator:
-    """The channel of one solve.
+    """The channel of one solve, and what to do while waiting on it.
 
     Attributes:
-        channel: to the other workers; `LocalChannel.alone()` for one worker.
-        tag: names the training step and the solve in errors.
-        while_waiting: layers that an earlier solve has deferred; they are evaluated while this solve would wait for a message.
+        channel: the channel to the other workers; `LocalChannel.alone()` for one worker.
+        tag: the training step and the solve that messages belong to; named in errors.
+        while_waiting: layers that an earlier solve has deferred. They are evaluated while this solve would wait for a message. None: just
+            wait.
     """
 
     channel: Channel
@@ -31,19 +32,19 @@ class Communicator:
         return self.channel.rank
 
     def send(self, state: State, destination: int, phase: str, level: int) -> None:
-        """Send a state; returns at once."""
+        """Send a state to `destination`. Returns at once; `phase` and `level` name the message in errors."""
         self.channel.send(state, destination, self.tag.at(phase, level))
 
     def receive(self, spec: StateSpec, source: int, phase: str, level: int) -> State:
         """Receive the next state from `source`. While it has not arrived, evaluate deferred layers, one at a time.
 
-        When messages arrive thus decides in which order a worker evaluates layers; it does not change what they evaluate to.
+        The arrival of messages thus decides in which order a worker evaluates layers. The values do not depend on that order.
 
         Args:
             spec: shapes and dtypes of the state.
 
         Raises:
-            ChannelError: it did not come within the time limit, or the sender is gone.
+            ChannelError: the state did not come within the time limit, or the sender is gone.
         """
         deferred = self.while_waiting
         while deferred is not None and not self.channel.arrived(spec, source) and deferred.advance():
@@ -51,7 +52,7 @@ class Communicator:
         return self.channel.receive(spec, source, self.tag.at(phase, level))
 
     def sum(self, tensor: Tensor, what: str) -> Tensor:
-        """The sum of `tensor` over all workers, in place.
+        """Sum `tensor` over all workers in place, and return it.
 
         Raises:
             ChannelError: a worker did not take part within the time limit.

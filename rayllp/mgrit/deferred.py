@@ -1,8 +1,9 @@
-"""Last sweeps that a worker defers, because no other worker waits for them.
+"""Sweeps that a worker defers because no other worker waits for them.
 
-Of a forward solve's last sweep only the end of the last interval leads on: to the loss, and from there into the adjoint's coarse solve,
-which reads graphs at C-points alone. So a worker defers the sweeps of its other intervals. The adjoint solve evaluates their layers
-while it would wait for messages (`Communicator.receive`), and those that are left when it asks for their graphs (`DeferredSweeps.reach`).
+Only the end of the last interval of a forward solve's last sweep is needed at once: it leads to the loss, and from there into the adjoint's
+coarse solve, which reads graphs at C-points only. So a worker defers the last sweep of its other intervals. The adjoint solve evaluates
+their layers while it would otherwise wait for messages (`Communicator.receive`). Layers that are left by the time it asks for their graphs
+are evaluated then (`DeferredSweeps.reach`).
 """
 
 from collections import deque
@@ -12,12 +13,12 @@ from dataclasses import dataclass, field
 
 @dataclass
 class DeferredRun:
-    """The last sweep through one run of layers, done a layer at a time.
+    """The deferred last sweep through consecutive layers, done one layer at a time.
 
     Attributes:
-        layers: in the order in which they are evaluated.
-        evaluate: takes the last sweep's step of a layer. It is called once for each layer, in order.
-        done: how many layers have been evaluated.
+        layers: the layers in the order in which they are evaluated.
+        evaluate: takes the last sweep's step of one layer. It is called once for each layer, in order.
+        done: how many of the layers have been evaluated.
     """
 
     layers: range
@@ -25,7 +26,7 @@ class DeferredRun:
     done: int = 0
 
     def advance(self) -> bool:
-        """Evaluate the next layer; False if all have been."""
+        """Evaluate the next layer. Returns False if none is left."""
         if self.done == len(self.layers):
             return False
         self.evaluate(self.layers[self.done])
@@ -33,23 +34,23 @@ class DeferredRun:
         return True
 
     def reach(self, layer: int) -> None:
-        """Evaluate the layers up to and including this one, as far as they have not been."""
+        """Evaluate all layers up to and including `layer` that have not been evaluated yet."""
         while self.done <= self.layers.index(layer):
             self.advance()
 
 
 @dataclass
 class DeferredSweeps:
-    """All that one solve has deferred on this worker, in the order in which the adjoint's last sweep asks for it."""
+    """All runs that one solve has deferred on this worker, in the order in which the adjoint's last sweep asks for their graphs."""
 
     runs: deque[DeferredRun] = field(default_factory=deque)
 
     def add(self, run: DeferredRun) -> None:
-        """Defer one more run."""
+        """Add a run behind the others."""
         self.runs.append(run)
 
     def advance(self) -> bool:
-        """Evaluate one layer; False if nothing is left."""
+        """Evaluate one layer of the first unfinished run. Returns False if nothing is left."""
         while self.runs:
             if self.runs[0].advance():
                 return True
@@ -57,7 +58,7 @@ class DeferredSweeps:
         return False
 
     def reach(self, layer: int) -> None:
-        """Evaluate what the layer's run has left, up to the layer; nothing if that was never deferred, or is done."""
+        """Evaluate the run that contains `layer` up to that layer. Does nothing if the layer was never deferred or is done."""
         for run in self.runs:
             if layer in run.layers:
                 run.reach(layer)

@@ -1,7 +1,7 @@
-"""One worker's part of one level: the values at its points, and the sweeps that move them.
+"""One worker's part of one level: the values at its points, and the sweeps that update them.
 
-A level solves u_{j+1} = Φ_j(u_j) + τ_{j+1}, where τ is the FAS right-hand side (`fas.py`), zero on the finest level. A *run* is what a
-worker owns of one coarse interval: contiguous points, of which only the first can be a C-point.
+A level solves u_{j+1} = Φ_j(u_j) + τ_{j+1}, where τ is the FAS right-hand side (`fas.py`), zero on the finest level. A *run* is the part of
+one coarse interval that a worker owns: consecutive points, of which only the first can be a C-point.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,19 +19,19 @@ Steps = Callable[[Sequence[int]], list[State]]
 
 
 class Grid:
-    """Values and sweeps of one worker on one level.
+    """One worker's values and sweeps on one level.
 
     Args:
-        level: its points, and who owns them.
-        depth: 0 for the finest level.
-        cache: this worker's layers.
-        operator: makes a coarse step of a fine one; not used on the finest level.
-        communicator: to the other workers.
+        level: the level's points, and which worker owns them.
+        depth: the number of the level, 0 for the finest.
+        cache: evaluates this worker's layers.
+        operator: makes a coarse step out of a layer's fine step; not used on the finest level.
+        communicator: for messages to the other workers.
         spec: shapes and dtypes of a state.
-        batched: whether whole intervals are swept side by side.
+        batched: sweep whole intervals side by side, one layer of each in a call. Only for the finest level.
 
     Attributes:
-        values: u_j by point, of this worker's points.
+        values: u_j by point j, for the points that this worker owns.
         tau: the FAS right-hand side.
     """
 
@@ -58,38 +58,38 @@ class Grid:
     # One step, and one message ------------------------------------------------------------------------------------------------
 
     def apply(self, j: int, state: State) -> State:
-        """Φ_j(state): a layer on the finest level, the coarse operator on all others."""
+        """Return Φ_j(state): a layer's step on the finest level, the coarse operator on all others."""
         layer = self.level.layers[j]
         if self.depth == 0:
-            # Coarse levels evaluate the layers at C-points, from the same states.
+            # Only these can be asked for again: coarse levels evaluate the layers at C-points, from the same states.
             step = self.cache.cached_step if j in self.level.is_c_point else self.cache.step
             return step(layer, state)
         return self.operator(lambda x: self.cache.cached_step(layer, x), state, self.level.ratios[j])
 
     def advance(self, j: int) -> State:
-        """Take step j from u_j; what it returns is handed to point j + 1, which makes u_{j+1} of it by `arrive`."""
+        """Take step j from u_j. What it returns is handed to the owner of point j + 1, which turns it into u_{j+1} by `arrive`."""
         return self.tau.leave(j, self.apply(j, self.values[j]))
 
     def advance_all(self, points: Sequence[int]) -> list[State]:
-        """Take the steps of several points of this level; in one call, where it is batched and none of them may be cached."""
+        """Take the steps of several points, in one call if the level is batched and none of their evaluations may be cached."""
         layers = [self.level.layers[j] for j in points]
         if not self.batched or len(points) < 2 or self.cache.may_hold(layers):
             return [self.advance(j) for j in points]
         return self.cache.steps(layers, [self.values[j] for j in points])
 
     def last_advance(self, j: int) -> State:
-        """Take step j from u_j in the last sweep: the propagator records it (forward), or forms parameter gradients (adjoint)."""
+        """Take step j from u_j in the last sweep, where the propagator records the layer's graph or forms its parameter gradients."""
         return self.cache.last_step(self.level.layers[j], self.values[j])
 
     def last_advance_all(self, points: Sequence[int]) -> list[State]:
-        """Take the steps of several points in the last sweep; in one call, if none of them may be cached."""
+        """Take the steps of several points in the last sweep, in one call if none of their evaluations may be cached."""
         layers = [self.level.layers[j] for j in points]
         if self.cache.may_hold(layers):
             return [self.last_advance(j) for j in points]
         return self.cache.last_steps(layers, [self.values[j] for j in points])
 
     def arrive(self, j: int, state: State) -> State:
-        """Return u_j, given what step j − 1 has handed over: the FAS right-hand side is added where this level has one."""
+        """Return u_j, given what step j − 1 has handed over. Adds the FAS right-hand side where this level has one."""
         return self.tau.arrive(j, state)
 
     def send(self, state: State, j: int, phase: str) -> None:
@@ -103,21 +103,21 @@ class Grid:
     # Sweeps -------------------------------------------------------------------------------------------------------------------
 
     def f_relax(self, *, but_last: bool = False) -> None:
-        """F-relaxation: new values at all F-points, from the C-points.
+        """F-relaxation: compute new values at all F-points, starting from the C-points.
 
         Args:
-            but_last: leave out the last interval: no C-point comes after it.
+            but_last: leave out the last interval. There is no C-point after it, so nothing depends on its F-points during an iteration.
         """
         last = self.level.c_points[-1] if but_last else self.level.size
         runs = [run for run in self.runs if run.start < last]
         self._sweep(self.advance, self.advance_all, "relaxation", runs, to_the_end=False)
 
     def c_relax(self) -> None:
-        """C-relaxation: new values at all C-points, from the F-points before them."""
+        """C-relaxation: compute new values at all C-points, from the F-points before them."""
         self.values.update(self.arrivals("C-relaxation"))
 
     def arrivals(self, phase: str) -> dict[int, State]:
-        """For each owned C-point but the first of all: the step from the F-point before it, τ added. u_j is not changed."""
+        """Return the value that the step before each owned C-point arrives at, τ included. Point 0 is left out, and no u_j is changed."""
         c_points, arrived = self.level.is_c_point, {}
         if self.points and self.points.stop in c_points:
             self.send(self.advance(self.points.stop - 1), self.points.stop, phase)
@@ -129,11 +129,11 @@ class Grid:
         return arrived
 
     def solve(self, step: Step | None = None, phase: str = "coarse solve") -> None:
-        """The serial solve: all points in order, from point 0. A worker waits for the one before it.
+        """Solve this level serially: all points in order, starting from point 0. Each worker waits for the one before it.
 
         Args:
-            step: taken from each point in place of this level's own.
-            phase: what this is called in errors.
+            step: the step to take from each point, in place of this level's own.
+            phase: the name of this solve in errors.
         """
         step = step or self.advance
         for j in self.points:
@@ -144,14 +144,16 @@ class Grid:
             self.send(step(self.points.stop - 1), self.points.stop, phase)
 
     def last_sweep(self, keep: bool = True, defer_to: DeferredSweeps | None = None) -> State | None:
-        """The F-relaxation that records (forward) or forms gradients (adjoint); it also takes every interval's last step.
+        """Do the last F-relaxation, in which the propagator records graphs (forward) or forms parameter gradients (adjoint).
+
+        It takes the last step of every interval, too.
 
         Args:
-            keep: keep the F-points' values; else each is dropped once the next one is there.
-            defer_to: takes the runs that lead neither to another worker nor out of the last layer, unless whole intervals are swept side by
-                side. None: nothing is deferred.
+            keep: keep the values at F-points. If False, each is dropped once the next one is computed.
+            defer_to: collects the runs whose last step leads neither to another worker nor out of the last layer, instead of sweeping them now.
+                Intervals that are swept side by side are never deferred. None: nothing is deferred.
 
-        Returns the state after the last step of all, on the worker that takes it.
+        Returns: the state after the level's last step, on the worker that takes it; None elsewhere.
         """
         deferrable = [run for run in self.runs if not self._leads_on(run) and run.stop != self.level.size]
         if defer_to is None or self.whole_intervals(self.runs):
@@ -164,7 +166,10 @@ class Grid:
         return output
 
     def _defer(self, run: range, defer_to: DeferredSweeps, keep: bool) -> None:
-        """Defer a run's last sweep, unless the propagator never needs it. Its first value is received now: messages keep their order."""
+        """Defer a run's last sweep, or drop it if the propagator never needs it.
+
+        The run's first value is received now, since messages from one worker have to be received in the order in which they were sent.
+        """
         self._await_start(run, "last sweep")
         first = self.level.layers[run.start]
 
@@ -179,7 +184,10 @@ class Grid:
             defer_to.add(DeferredRun(range(first, first + len(run)), evaluate))
 
     def whole_intervals(self, runs: Sequence[range]) -> list[range]:
-        """Of these runs, the whole intervals of the greatest length, if there are several and the level is batched."""
+        """Return those of the runs that are swept side by side: the longest whole intervals, if there are at least two.
+
+        None are if the level is not batched.
+        """
         return self.level.alike(runs) if self.batched else []
 
     def _sweep(self, step: Step, steps: Steps, phase: str, runs: list[range], *, to_the_end: bool, keep: bool = True) -> State | None:
@@ -197,16 +205,19 @@ class Grid:
         return output
 
     def _leads_on(self, run: range) -> bool:
-        """True if the run's interval goes on at the next worker."""
+        """Return True if the run's interval continues on the next worker."""
         return run.stop < self.level.size and run.stop not in self.level.is_c_point
 
     def _await_start(self, run: range, phase: str) -> None:
-        """Receive the run's first value from the worker before, where its interval begins there."""
+        """Receive the run's first value, if its interval began on the worker before."""
         if run.start not in self.level.is_c_point:
             self.values[run.start] = self.arrive(run.start, self.receive(run.start, phase))
 
     def _sweep_run(self, step: Step, phase: str, run: range, *, to_the_end: bool, keep: bool) -> State | None:
-        """Sweep one run; returns the state after its last step, where that was asked for or the interval goes on."""
+        """Sweep one run.
+
+        Returns: the state after the run's last step, if `to_the_end` or if the interval continues on the next worker; otherwise None.
+        """
         for j in run[:-1]:
             self._step_within(step, run, j, keep)
         leads_on = self._leads_on(run)
@@ -218,13 +229,16 @@ class Grid:
         return state
 
     def _step_within(self, step: Step, run: range, j: int, keep: bool) -> None:
-        """Take step j from a point of the run to the next one."""
+        """Take step j, which leads from one point of the run to the next."""
         self.values[j + 1] = self.arrive(j + 1, step(j))
         if not keep and j > run.start:
             del self.values[j]
 
     def _sweep_together(self, steps: Steps, runs: list[range], to_the_end: bool, keep: bool) -> State | None:
-        """Sweep whole intervals of one length, a point of each at a time; the state after the last of them, if they go to the end."""
+        """Sweep whole intervals of equal length side by side, one step of each in a call.
+
+        Returns: the state after the last step of the last interval, if `to_the_end`; otherwise None.
+        """
         length = len(runs[0])
         for i in range(length - 1):
             points = [run[i] for run in runs]

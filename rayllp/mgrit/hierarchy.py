@@ -1,10 +1,10 @@
-"""Levels, C- and F-points and blocks of layers: who owns what, on which level (arXiv:2601.09026, section 3.2).
+"""Levels, C-points and F-points, and which worker owns which of them (arXiv:2601.09026, section 3.2).
 
-The unknowns of level l are its *points*. On the finest level point n is the input of layer n, so the worker that owns a layer
-owns its input; the network's output is what the last sweep produces from the last point. Point k of level l + 1 stands for
-the k-th C-point of level l, and step k of level l + 1 stands for the interval that begins there.
+The unknowns of a level are its *points*. On the finest level point n is the input of layer n, so the worker that owns a layer also owns its
+input; the network's output is what the last sweep computes from the last point. Point k of level l + 1 stands for the k-th C-point of
+level l, and step k of level l + 1 stands for the coarse interval that begins there.
 
-No rule asks that anything divides: blocks may be uneven, the last interval may be short, a worker may own no C-point.
+Nothing has to divide evenly: blocks may differ in size, the last interval may be short, and a worker may own no C-point at all.
 The adjoint runs on the same intervals in reverse: `Hierarchy.adjoint()` mirrors every level.
 """
 
@@ -20,13 +20,13 @@ from rayllp.errors import SettingsError
 
 @dataclass(frozen=True, kw_only=True)
 class Level:
-    """One level, in the order in which its steps are taken ("time").
+    """One level. Points and steps are numbered in the order in which the steps are taken ("time").
 
     Attributes:
-        layers: the layer whose operator step j evaluates.
-        owners: the worker that owns that layer, hence point j.
-        ratios: length of step j over that layer's own step (1 on the finest level).
-        c_points: the points that begin coarse intervals, the first being 0. On the coarsest level only point 0.
+        layers: by step, the layer whose operator the step evaluates.
+        owners: by step, the worker that owns this layer, and with it the point where the step begins.
+        ratios: by step, its length over the step size of its layer (1 on the finest level).
+        c_points: the points that begin coarse intervals, of which the first is 0. On the coarsest level only point 0.
     """
 
     layers: tuple[int, ...]
@@ -36,12 +36,12 @@ class Level:
 
     @property
     def size(self) -> int:
-        """Steps on this level, as many as points."""
+        """The number of steps on this level, which is also the number of points."""
         return len(self.layers)
 
     @cached_property
     def is_c_point(self) -> frozenset[int]:
-        """The C-points, for asking whether a point is one."""
+        """The C-points as a set, for membership tests."""
         return frozenset(self.c_points)
 
     @cached_property
@@ -54,24 +54,24 @@ class Level:
         return found
 
     def local(self, rank: int) -> range:
-        """The points that `rank` owns: contiguous, perhaps none."""
+        """Return the points that worker `rank` owns: a contiguous range, perhaps an empty one."""
         return self._owned.get(rank, range(0))
 
     def runs(self, rank: int) -> list[range]:
-        """The owned points, cut before each C-point: the pieces of intervals that lie on `rank`."""
+        """Return the points that worker `rank` owns, cut before each C-point: one range for each coarse interval that it has a part of."""
         points = self.local(rank)
         inside = self.c_points[bisect_right(self.c_points, points.start) : bisect_left(self.c_points, points.stop)]
         cuts = [points.start, *inside, points.stop]
         return [range(a, b) for a, b in pairwise(cuts)] if points else []
 
     def alike(self, runs: Sequence[range]) -> list[range]:
-        """Of these runs, the whole intervals of the greatest length, if there are several."""
+        """Return those of the runs that are whole intervals of the greatest length, if there are at least two; otherwise none."""
         found = [run for run in runs if run.start in self.is_c_point and (run.stop in self.is_c_point or run.stop == self.size)]
         found = [run for run in found if len(run) == max(map(len, found))]
         return found if len(found) > 1 else []
 
     def mirrored(self) -> "Level":
-        """The same intervals with time reversed."""
+        """Return the level of the adjoint solve: the same intervals with time reversed."""
         ends = (*self.c_points[1:], self.size)
         return Level(
             layers=self.layers[::-1],
@@ -82,7 +82,14 @@ class Level:
 
 
 class Transfer(NamedTuple):
-    """A C-point between its level and the next: point `point` there is point `coarse` here, and these workers own them."""
+    """A C-point on its two levels, and who owns it there.
+
+    Attributes:
+        coarse: its number on the coarse level.
+        point: its number on the fine level.
+        owner: the worker that owns it on the fine level.
+        coarse_owner: the worker that owns it on the coarse level.
+    """
 
     coarse: int
     point: int
@@ -98,7 +105,10 @@ class Hierarchy:
 
     @cached_property
     def transfers(self) -> tuple[dict[int, list[Transfer]], ...]:
-        """By level and worker: the C-points that the worker owns on that level or the next, but for the first, which is given."""
+        """By fine level and worker: the C-points that the worker owns on that level or on the next coarser one.
+
+        Point 0 is left out, since its value is given.
+        """
         found = []
         for fine, coarse in pairwise(self.levels):
             mine: dict[int, list[Transfer]] = {}
@@ -111,14 +121,14 @@ class Hierarchy:
 
     @cached_property
     def coarse_layers(self) -> frozenset[int]:
-        """The layers that coarse levels evaluate."""
+        """The layers that coarse levels evaluate: those at the finest level's C-points."""
         return frozenset(layer for level in self.levels[1:2] for layer in level.layers)
 
     def adjoint(self) -> "Hierarchy":
-        """The hierarchy of the adjoint solve: the same intervals, the same layers at the C-points, last layer first.
+        """Return the hierarchy of the adjoint solve: the same intervals and the same layers at the C-points, last layer first.
 
-        A coarse adjoint step is thus the exact transpose of the coarse forward step over the same interval, and reads the graph
-        that the forward sweep recorded at that interval's C-point.
+        A coarse adjoint step is thus the exact transpose of the coarse forward step over the same interval. It reads the graph that the
+        forward sweep recorded at that interval's C-point.
         """
         return self._mirrored
 
@@ -128,7 +138,7 @@ class Hierarchy:
 
 
 def split_evenly(layers: int, workers: int) -> tuple[int, ...]:
-    """Block sizes that differ by at most one, larger blocks first."""
+    """Return block sizes that differ by at most one, larger blocks first."""
     return tuple(layers // workers + (p < layers % workers) for p in range(workers))
 
 
@@ -139,12 +149,12 @@ def build_hierarchy(
     coarsening: int | Sequence[int],
     step_sizes: Sequence[float] | None = None,
 ) -> Hierarchy:
-    """The forward hierarchy over `sum(blocks)` layers.
+    """Build the forward hierarchy over `sum(blocks)` layers.
 
     Args:
-        blocks: layers per worker, in order of the layers; zeros are allowed.
+        blocks: number of layers of each worker, in the order of the layers; zeros are allowed.
         levels: number of levels, 1 for the serial solve.
-        coarsening: c_f, one for all levels or one per coarse level.
+        coarsening: the coarsening factor c_f, one for all levels or one for each coarse level.
         step_sizes: Δt of each layer (all 1 if None); only their ratios matter.
 
     Raises:
@@ -154,7 +164,7 @@ def build_hierarchy(
     return _build(tuple(blocks), levels, factors, None if step_sizes is None else tuple(step_sizes))
 
 
-@lru_cache(maxsize=64)  # settings are checked by building one, and a planner asks for the same many times
+@lru_cache(maxsize=64)  # checking settings builds a hierarchy, and the planner asks for the same one many times
 def _build(blocks: tuple[int, ...], levels: int, factors: tuple[int, ...], step_sizes: tuple[float, ...] | None) -> Hierarchy:
     layers = sum(blocks)
     sizes = list(step_sizes) if step_sizes is not None else [1.0] * layers

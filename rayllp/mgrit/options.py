@@ -1,4 +1,4 @@
-"""How a problem is solved: everything that is not the problem itself."""
+"""Options of the MGRIT solver: everything about a solve but the problem itself."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -13,15 +13,17 @@ class SolverOptions:
     """Iterations, relaxation, cycle and coarse operator of one solve.
 
     Attributes:
-        iterations: their number, or the cap where `tolerance` is set.
-        relaxation: F or FCF, by level; the last entry serves all coarser levels.
-        cycle: V or F.
-        coarse_step_weight: ω of the coarse operator; 1 is the paper's, 0 the identity.
-        keep_states: whether F-points' values are in the result; a propagator that records graphs or checkpoints has no use for them.
-        initial_guess: "coarse" (skipped down-cycle) or "constant" (every point starts as the initial state, a zero correction).
-        batched: sweep a worker's intervals on the finest level side by side, a layer of each in one call.
-        rounding: relative rounding error of what a layer adds to its state, where it is computed in a smaller dtype than the state's.
-        tolerance: stop once the residual norm is at or below it; costs one all-reduce an iteration.
+        iterations: number of iterations; their maximum where `tolerance` is set.
+        relaxation: "F" or "FCF" for each level, finest first; the last entry also holds for all coarser levels.
+        cycle: "V" or "F".
+        coarse_step_weight: ω of the coarse operator (`Rediscretised`): 1 is the operator of arXiv:2601.09026, 0 the identity.
+        initial_guess: "coarse" solves the coarsest level first (XBraid's skipped down-cycle). "constant" puts the initial state at every
+            C-point.
+        rounding: relative rounding error of what a layer adds to its state, where layers are computed in a lower precision than the
+            state's.
+        tolerance: stop once the residual norm is at or below it, at the cost of one all-reduce an iteration. None: do all iterations.
+        keep_states: return the values at F-points too. A propagator that records graphs or checkpoints has no use for them.
+        batched: sweep a worker's intervals on the finest level side by side, one layer of each in a call.
 
     Raises:
         SettingsError: no iteration, or a relaxation that is neither F nor FCF.
@@ -39,11 +41,11 @@ class SolverOptions:
 
     @property
     def measured_iterations(self) -> int:
-        """How many iterations yield a residual, at most: a coarse initial guess counts as an iteration, but measures none."""
+        """The largest number of iterations that yield a residual. A coarse initial guess counts as an iteration but measures none."""
         return self.iterations - (self.initial_guess == "coarse")
 
     def relaxation_on(self, depth: int) -> Relaxation:
-        """The relaxation of level `depth`."""
+        """Return the relaxation on level `depth`."""
         return self.relaxation[min(depth, len(self.relaxation) - 1)]
 
     def __post_init__(self) -> None:

@@ -1,4 +1,4 @@
-"""What the solver knows of a model: a step of one layer, and how a coarse step is made from it."""
+"""What the solver knows of a model: the step of one layer, and how a coarse step is made from it."""
 
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
@@ -10,56 +10,59 @@ from rayllp.state import State, interpolate
 class Propagator(Protocol):
     """The steps of the layers that this worker owns: forward, x_n -> x_{n+1}, or adjoint, λ_{n+1} -> λ_n.
 
-    A state is never changed in place, neither the one that is given nor the one that is returned.
+    States are never changed in place, neither those that are passed in nor those that are returned.
     """
 
     def step(self, layer: int, state: State) -> State:
-        """Take one fine step inside an iteration. No parameter gradient is formed."""
+        """Take the fine step of one layer within an iteration. Forms no parameter gradient."""
         ...
 
     def last_step(self, layer: int, state: State, known: State | None) -> State:
-        """Take one fine step of the last sweep: forward records the layer's graph, adjoint adds its parameter gradients.
+        """Take the fine step of one layer in the last sweep: forward records the layer's graph, adjoint adds its parameter gradients.
 
         Args:
-            known: what `step` has returned for this very state; None if it was not asked, or its answer is no longer held.
+            known: the result of `step` for this very state, if it is still cached; otherwise None.
         """
         ...
 
     def defer(self, layer: int, state: State) -> bool:
-        """Be told that a run's last sweep, from this layer and state on, is deferred. Returns False if it is never needed."""
+        """Take note that the last sweep of a run, which begins at this layer with this state, is deferred.
+
+        Returns: False if the propagator will never need that sweep.
+        """
         return True
 
     def steps(self, layers: Sequence[int], states: Sequence[State]) -> list[State]:
-        """Take `step` of several layers, each from a state of its own. A propagator that can evaluates them in one call."""
+        """Take `step` of several layers, each from its own state. Subclasses that can evaluate several layers in one call override this."""
         return [self.step(layer, state) for layer, state in zip(layers, states, strict=True)]
 
     def last_steps(self, layers: Sequence[int], states: Sequence[State]) -> list[State]:
-        """Take `last_step` of several layers, with `known` None for each."""
+        """Take `last_step` of several layers, each from its own state, with `known` None for each."""
         return [self.last_step(layer, state, None) for layer, state in zip(layers, states, strict=True)]
 
 
 class EvaluationCache:
-    """A propagator's evaluations, kept so that no layer is evaluated twice from one state.
+    """A propagator with a cache, so that no layer is evaluated twice from the same state.
 
-    The coarse step from a C-point and the fine step from it need the same Φ(x), and so do the FAS right-hand side and the sweep before it.
-    Two states are the same if they are the same object: none is changed in place.
+    The coarse step and the fine step from a C-point need the same Φ(x), and so do the FAS right-hand side and the sweep before it.
+    Two states count as the same if they are the same object, which is safe because states are never changed in place.
 
     Args:
-        inner: what evaluates.
-        layers: those that coarse levels evaluate. Only their evaluations are kept.
+        inner: the propagator that evaluates layers.
+        layers: the layers that coarse levels evaluate. Only their evaluations are cached.
     """
 
     def __init__(self, inner: Propagator, layers: frozenset[int]) -> None:
         self.inner, self.layers = inner, layers
-        # Two of each layer: a FAS right-hand side needs what was evaluated before the relaxation that came between.
+        # Two entries a layer: the FAS right-hand side needs an evaluation from before the relaxation that came in between.
         self._known: dict[int, deque[tuple[State, State]]] = {}
 
     def step(self, layer: int, state: State) -> State:
-        """Take one step. Bypasses the cache."""
+        """Take one layer's step. Bypasses the cache."""
         return self.inner.step(layer, state)
 
     def cached_step(self, layer: int, state: State) -> State:
-        """Take one step, or return what is held for this layer and state."""
+        """Take one layer's step, or return its cached result for this state."""
         if layer not in self.layers:
             return self.inner.step(layer, state)
         known = self._look_up(layer, state)
@@ -73,21 +76,21 @@ class EvaluationCache:
         return not self.layers.isdisjoint(layers)
 
     def steps(self, layers: Sequence[int], states: Sequence[State]) -> list[State]:
-        """Take one step of each layer. Bypasses the cache: coarse levels never evaluate these layers."""
+        """Take one step of each layer, in one call if the propagator can. Bypasses the cache: coarse levels never evaluate these layers."""
         return self.inner.steps(layers, states)
 
     def last_step(self, layer: int, state: State) -> State:
-        """Take one step of the last sweep. The propagator is told what is held for this state, and the layer's entries are dropped."""
+        """Take one layer's step in the last sweep. Passes the cached result on to the propagator, and drops the layer's entries."""
         known = self._look_up(layer, state)
         self._known.pop(layer, None)
         return self.inner.last_step(layer, state, known)
 
     def last_steps(self, layers: Sequence[int], states: Sequence[State]) -> list[State]:
-        """Take one step of the last sweep of each layer. Bypasses the cache: coarse levels never evaluate these layers."""
+        """Take one step of each layer in the last sweep. Bypasses the cache: coarse levels never evaluate these layers."""
         return self.inner.last_steps(layers, states)
 
     def defer(self, layer: int, state: State) -> bool:
-        """Tell the propagator of a deferred run; False if it is never needed."""
+        """Tell the propagator that a run's last sweep is deferred. Returns False if it will never need that sweep."""
         return self.inner.defer(layer, state)
 
     def _look_up(self, layer: int, state: State) -> State | None:
@@ -95,18 +98,18 @@ class EvaluationCache:
 
 
 class CoarseOperator(Protocol):
-    """Φ_c: a step over a whole interval, made of the fine step Φ of the layer at its C-point.
+    """Φ_c: a step over a whole coarse interval, made from the fine step Φ of the layer at its C-point.
 
-    `ratio` is the length of the coarse step over that of the fine one. The state that is returned has the shapes of the one given.
+    `ratio` is the length of the coarse step over that of the fine one. The returned state has the same shapes as the given one.
     """
 
     def __call__(self, fine_step: Callable[[State], State], state: State, ratio: float) -> State: ...
 
 
 class Rediscretised:
-    """Φ_c(x) = x + ω·ratio·(Φ(x) − x) = x + ω·c_f·h·F(x); ω = 1 is the paper's (arXiv:2601.09026, section 3.2).
+    """Φ_c(x) = x + ω·ratio·(Φ(x) − x) = x + ω·c_f·h·F(x); arXiv:2601.09026, section 3.2 has ω = 1.
 
-    Written with the fine step Φ alone, so the same formula is the coarse adjoint when Φ is a vector-Jacobian product.
+    It is written with the fine step Φ alone, so the same formula is the coarse adjoint step when Φ is a vector-Jacobian product.
     """
 
     def __init__(self, weight: float = 1.0) -> None:
@@ -117,12 +120,12 @@ class Rediscretised:
 
 
 class Identity:
-    """Φ_c(x) = x (ω = 0): the coarse solve becomes a prefix sum of the fine increments and evaluates no layer."""
+    """Φ_c(x) = x (ω = 0): the coarse solve becomes a prefix sum of the fine increments, and evaluates no layer."""
 
     def __call__(self, fine_step: Callable[[State], State], state: State, ratio: float) -> State:
         return state
 
 
 def coarse_operator(weight: float) -> CoarseOperator:
-    """The coarse operator with step weight ω."""
+    """Return the coarse operator with step weight ω."""
     return Identity() if weight == 0 else Rediscretised(weight)

@@ -1,4 +1,4 @@
-"""What a solve returns: states, residual norms, convergence factor, and a status whose text is advice."""
+"""The result of a solve: states, residual norms, convergence factor, and a status whose text is advice."""
 
 import enum
 import math
@@ -10,15 +10,15 @@ from torch import Tensor
 from rayllp.state import State, squared_norm, tensors
 
 ROUNDING = 1e-10
-"""A squared residual that is this part of the largest on its level, or less, is zero but for rounding."""
+"""A squared residual of at most this share of the largest one on its level counts as zero: it is rounding error."""
 
 
 FAR = 10.0
-"""Times the floor: a residual this far above it has a factor even where the next one has reached it."""
+"""A residual above this many times the rounding floor yields a convergence factor even if the next residual has reached the floor."""
 
 
 class Status(enum.Enum):
-    """How a solve ended; the value is the advice."""
+    """How a solve ended. The value is a text that says so and gives advice."""
 
     EXACT = "exact: one level, or as many iterations as coarse intervals; nothing was approximated"
     UNMEASURED = "unmeasured: this few iterations yield no convergence factor; run three or more (a probe) to see one"
@@ -41,19 +41,21 @@ class MGRITResult:
 
     Attributes:
         output: the state after the last step, on the worker that owns it; None elsewhere.
-        states: the owned fine points by index in time order (C-points and block inputs always, F-points where kept).
-        iterations: iterations done, counted as XBraid and the paper count them.
-        squared_residuals: this worker's share of the squared residual norm of each measuring iteration, float64, shape (measured,).
-        point_residuals: the same by level (but the coarsest) and C-point (but the first, which is given), shapes (measured, points); no
-            levels where no two can be compared.
-        residuals: norms over all workers, filled by `measured`; empty until then.
-        informative: how many residuals say something of convergence; the later ones are zero because iterations have by then made
-            every interval exact.
-        factors: by level and C-point but the first, how much of the residual there an iteration left: of the last two informative ones,
-            filled by `measured`. None where iterations have by then made the state exact. On coarse levels the problem changes in between.
-        floor: norm, over all workers, of a residual that is nothing but rounding; filled by `measured`.
-        squared_floor: this worker's share of the squared norm of residuals that are nothing but rounding: a float64 scalar.
-        status: how it went, as advice.
+        states: values at this worker's fine points, by point in time order: always those of C-points and block inputs, of F-points if kept.
+        iterations: number of iterations done, counted as XBraid and arXiv:2601.09026 count them.
+        squared_residuals: this worker's share of the squared residual norm of each measured iteration: float64, shape (measured,).
+        point_residuals: for each level but the coarsest, this worker's squared residuals at all C-points but the first: float64, shape
+            (measured, points), zero where another worker owns the point. Empty if fewer than two iterations are measured.
+        squared_floor: this worker's share of the squared norm of a residual that is rounding error only: a float64 scalar.
+        residuals: residual norms over all workers. Filled by `measured`, empty until then.
+        factors: for each level and C-point but the first, the ratio of the last two informative residuals there. Filled by `measured`. None
+            where the state is exact by then. On coarse levels the problem itself changes from one iteration to the next.
+        status: how the solve went, with advice.
+        tolerance: the residual norm at which iterations were to stop; None if none was set.
+        exact: True if nothing was approximated: one level, or as many iterations as coarse intervals.
+        informative: how many residuals, from the first, tell something about convergence. Later ones are zero by construction, since
+            each iteration makes further intervals exact.
+        floor: norm, over all workers, of a residual that is rounding error only. Filled by `measured`.
     """
 
     output: State | None
@@ -72,14 +74,15 @@ class MGRITResult:
 
     @property
     def convergence_factor(self) -> float | None:
-        """ρ = ‖r^{k+1}‖ / ‖r^k‖ of the last two informative residuals (section 3.2.3); None with fewer than two, 0 once there is nothing
-        left but rounding.
+        """ρ = ‖r^{k+1}‖ / ‖r^k‖ of the last two informative residuals (arXiv:2601.09026, section 3.2.3).
+
+        None with fewer than two of them; 0 once only rounding error is left.
         """
         return convergence_factor(self.residuals[: self.informative], self.floor)
 
     @property
     def shares(self) -> Tensor:
-        """What is to be summed over all workers for `measured`, float64, flat."""
+        """This worker's share of what `measured` takes: a flat float64 tensor, to be summed over all workers."""
         floor = [self.squared_floor.view(1)] if self._has_floor and self.squared_floor is not None else []
         return torch.cat([self.squared_residuals, *(table.flatten() for table in self.point_residuals), *floor])
 
@@ -88,7 +91,11 @@ class MGRITResult:
         return self.squared_floor is not None and len(self.squared_residuals) > 1
 
     def measured(self, shares: Tensor) -> "MGRITResult":
-        """This result with the residual norms and factors that belong to `shares`, summed over all workers."""
+        """Return this result with norms, factors and status filled in.
+
+        Args:
+            shares: the sum of all workers' `shares`.
+        """
         sizes = [len(self.squared_residuals), *(table.numel() for table in self.point_residuals)]
         squared, *points, rounding = shares.split([*sizes, int(self._has_floor)])
         residuals = tuple(math.sqrt(value) if value >= 0 else math.nan for value in squared.tolist())
@@ -103,11 +110,12 @@ class MGRITResult:
 
 
 def squared_rounding(state: State, increment: State, rounding: float) -> Tensor:
-    """What rounding adds to the squared error of a state in one step.
+    """Return what rounding adds to the squared error of a state in one step: a float64 scalar.
 
     Args:
+        state: the state that the increment is added to.
         increment: what the step adds to the state.
-        rounding: relative rounding error of the increment; that of the state is its dtype's.
+        rounding: relative rounding error of the increment. That of the state follows from its dtype.
     """
     if not tensors(state):
         return squared_norm(state)
@@ -116,10 +124,13 @@ def squared_rounding(state: State, increment: State, rounding: float) -> Tensor:
 
 
 def convergence_factor(residuals: tuple[float, ...] | list[float], floor: float = 0.0) -> float | None:
-    """Ratio of the last two residual norms; None with fewer than two, 0 where the former one is zero, or all but rounding.
+    """Return the ratio of the last two residual norms.
 
     Args:
-        floor: norm of a residual that is nothing but rounding: a ratio to one near it says nothing of the method.
+        residuals: residual norms, first iteration first.
+        floor: norm of a residual that is rounding error only. A ratio of residuals near it says nothing about convergence.
+
+    Returns: None with fewer than two residuals; 0 if the former one is zero, or both are close to rounding error.
     """
     if len(residuals) < 2:
         return 0.0 if residuals and residuals[0] <= floor > 0 else None
@@ -128,12 +139,15 @@ def convergence_factor(residuals: tuple[float, ...] | list[float], floor: float 
 
 
 def _above(residuals: tuple[float, ...], floor: float) -> int:
-    """How many residuals, from the first, are more than rounding."""
+    """Return how many residuals, from the first, are above rounding error."""
     return next((k for k, residual in enumerate(residuals) if residual <= floor), len(residuals))
 
 
 def _factors(former: Tensor, last: Tensor, floor: float) -> tuple[float | None, ...]:
-    """Of squared residuals, by point."""
+    """Return the convergence factor at each point, from its squared residuals before and after an iteration.
+
+    It is None where these are rounding error.
+    """
     inexact = torch.minimum(former, last) > max(ROUNDING * float(former.max()), floor**2 / len(former))
     return tuple(ratio if there else None for ratio, there in zip((last / former).sqrt().tolist(), inexact.tolist(), strict=True))
 
@@ -141,7 +155,13 @@ def _factors(former: Tensor, last: Tensor, floor: float) -> tuple[float | None, 
 def judge(
     residuals: tuple[float, ...], rho: float | None, *, tolerance: float | None = None, exact: bool = False, floor: float = 0.0
 ) -> Status:
-    """The status that residual norms and their convergence factor deserve; `floor` is the norm of one that is nothing but rounding."""
+    """Return the status that follows from residual norms and their convergence factor.
+
+    Args:
+        tolerance: residual norm at which the solve counts as converged.
+        exact: True if the solve approximated nothing.
+        floor: norm of a residual that is rounding error only.
+    """
     if any(not math.isfinite(r) for r in residuals):
         return Status.NOT_FINITE
     if rho is not None and rho > 1:
@@ -156,5 +176,5 @@ def judge(
 
 
 def no_residuals() -> Tensor:
-    """Of a solve that measured none: an empty tensor of doubles."""
+    """Return the residuals of a solve that measured none: an empty float64 tensor."""
     return torch.zeros(0, dtype=torch.float64)

@@ -1,7 +1,7 @@
 """The MGRIT solver: relax, restrict, solve on the coarse grid, correct (arXiv:2601.09026, section 3.2).
 
-Iterations are counted as XBraid and the paper count them. With a skipped down-cycle, the default, the first iteration is the coarse
-propagation and the last sweep; every further one adds a relaxation, a restriction and a coarse solve before that sweep.
+Iterations are counted as XBraid and the paper count them. With a skipped down-cycle, the default, the first iteration consists of the
+coarse propagation and the last sweep; each further one adds a relaxation, a restriction and a coarse solve before that sweep.
 """
 
 from collections.abc import Callable
@@ -40,13 +40,13 @@ class Problem:
 
 
 class MGRITSolver:
-    """One solve on one worker. Every worker of the channel makes a solver for the same hierarchy and options, and calls `solve` once.
+    """One solve on one worker. Every worker of the channel makes a solver with the same hierarchy and options, and calls `solve` once.
 
     Args:
-        problem: what is solved.
-        options: how.
-        communicator: to the other workers.
-        on_phase: is told the name and level of each phase of the cycle as it begins.
+        problem: the equations to solve, as this worker sees them.
+        options: iterations, relaxation, cycle and coarse operator.
+        communicator: for messages to the other workers.
+        on_phase: called with the name and the level of each phase of the cycle as it begins.
     """
 
     def __init__(self, problem: Problem, options: SolverOptions, communicator: Communicator, on_phase: PhaseListener | None = None) -> None:
@@ -60,20 +60,21 @@ class MGRITSolver:
             for depth, level in enumerate(hierarchy.levels)
         ]
         self.transfers = [of_level.get(communicator.rank, []) for of_level in hierarchy.transfers]
-        # By level and iteration: the squared residual at each C-point owned here. On coarse levels only where they can be compared.
+        # By level, iteration and owned C-point: the squared residual. Coarse levels keep it only if a second iteration will compare with
+        # it.
         self.residuals: list[dict[int, dict[int, Tensor]]] = [{} for _ in self.grids[:-1]]
-        # This worker's share of what rounding makes of the squared residual.
+        # This worker's share of the squared residual that rounding error alone would cause.
         self.squared_floor = torch.zeros((), dtype=torch.float64, device=self.spec.device)
         self.done = 0
         self.enter = on_phase or (lambda phase, level: None)
 
     def solve(self, u0: State | None, *, defer_to: DeferredSweeps | None = None, reduce_residuals: bool = True) -> MGRITResult:
-        """Solve for all u_n, each worker its own.
+        """Solve for all u_n; each worker computes those that it owns.
 
         Args:
             u0: the state before the first step, on the worker that takes that step; ignored on all others.
-            defer_to: takes the runs of the last sweep that no other worker waits for. Whoever passes it sees to it that they are
-                evaluated. None: nothing is deferred.
+            defer_to: collects the runs of the last sweep that no other worker waits for. The caller has to see that they are evaluated
+                later. None: nothing is deferred.
             reduce_residuals: sum the residuals over all workers now. False leaves that to the caller (`MGRITResult.measured`), who can then
                 send one message a step instead of one a solve.
 
@@ -102,7 +103,7 @@ class MGRITSolver:
     # The cycle ----------------------------------------------------------------------------------------------------------------
 
     def cycle(self, depth: int, kind: str) -> None:
-        """One V- or F-cycle from level `depth` down."""
+        """Do one V- or F-cycle from level `depth` down."""
         if depth == len(self.grids) - 1:
             self.solve_coarsest()
             return
@@ -113,7 +114,7 @@ class MGRITSolver:
         self.finish_level(depth, kind)
 
     def propagate_coarsely(self) -> None:
-        """The initial guess of a skipped down-cycle: the coarsest level is solved serially, and its solution carried up."""
+        """Compute the initial guess of a skipped down-cycle: solve the coarsest level serially, and inject its solution level by level."""
         self.solve_coarsest()
         for depth in reversed(range(len(self.grids) - 1)):
             self.correct(depth)
@@ -125,7 +126,7 @@ class MGRITSolver:
         self.grids[-1].solve()
 
     def finish_level(self, depth: int, kind: str) -> None:
-        """Relax a coarse level's F-points from its corrected C-points, and add the F-cycle's V-cycle. The finest level needs neither."""
+        """Relax a coarse level's F-points from its corrected C-points; in an F-cycle, add a V-cycle. The finest level needs neither."""
         if depth > 0:
             self.enter("relaxation", depth)
             self.grids[depth].f_relax()
@@ -133,7 +134,7 @@ class MGRITSolver:
                 self.cycle(depth, "V")
 
     def relax(self, depth: int) -> None:
-        """F- or FCF-relaxation, but for the last interval's F-points: nothing starts from them before they are made anew."""
+        """Do F- or FCF-relaxation. The last interval is left out: nothing starts from its F-points before they are computed again."""
         grid = self.grids[depth]
         self.enter("relaxation", depth)
         grid.f_relax(but_last=True)
@@ -142,7 +143,7 @@ class MGRITSolver:
             grid.f_relax(but_last=True)
 
     def restrict(self, depth: int) -> None:
-        """Measure the residual at the C-points, inject values there into the coarse level, and make its FAS right-hand side."""
+        """Measure the residual at the C-points, inject the values there into the coarse level, and compute its FAS right-hand side."""
         self.enter("restriction", depth)
         fine, coarse = self.grids[depth], self.grids[depth + 1]
         arrived = fine.arrivals("restriction")
@@ -159,7 +160,7 @@ class MGRITSolver:
             self.estimate_rounding(coarse)
 
     def correct(self, depth: int) -> None:
-        """Inject the coarse solution at the C-points."""
+        """Inject the coarse level's solution into the C-points."""
         self.enter("correction", depth)
         fine, coarse = self.grids[depth], self.grids[depth + 1]
         for k, point, owner, coarse_owner in self.transfers[depth]:
@@ -170,10 +171,10 @@ class MGRITSolver:
     # Its parts ----------------------------------------------------------------------------------------------------------------
 
     def move(self, states: tuple[State, ...], sender: int, receiver: int, count: int, phase: str, depth: int) -> tuple[State, ...]:
-        """Carry `count` states from `sender` to `receiver`; returns them there, and nothing on every other worker.
+        """Move `count` states from worker `sender` to worker `receiver`. Returns them there, and nothing on every other worker.
 
-        In a forward solve both are one worker. In an adjoint solve whose interval crosses workers they are not: the C-point
-        belongs to the worker of the interval's last layer, its coarse step to that of the interval's first.
+        In a forward solve the two are one worker. In an adjoint solve they differ for an interval that crosses workers: the C-point
+        belongs to the worker of the interval's last layer, its coarse step to that of the interval's first layer.
         """
         rank = self.communicator.rank
         if sender == receiver:
@@ -186,7 +187,7 @@ class MGRITSolver:
         return tuple(self.communicator.receive(self.spec, sender, phase, depth) for _ in range(count))
 
     def inject_initial(self, u0: State | None) -> None:
-        """Give point 0 of every level the initial state."""
+        """Set point 0 of every level to the initial state."""
         fine = self.grids[0]
         if 0 in fine.points:
             if u0 is None:
@@ -198,30 +199,36 @@ class MGRITSolver:
                 (target.values[0],) = moved
 
     def spread_initial(self) -> None:
-        """The constant initial guess: give every C-point the initial state."""
+        """Set every C-point of the finest level to the initial state: the constant initial guess."""
         coarse = self.grids[1]
         coarse.solve(step=lambda j: coarse.values[j], phase="initial guess")
         self.correct(0)
 
     def measure(self, depth: int, arrived: dict[int, State]) -> None:
-        """Keep the squared residuals of a level's owned C-points; of a level that an F-cycle visits twice, the later ones."""
+        """Keep the squared residuals at a level's owned C-points.
+
+        An F-cycle visits a level twice; the later residuals then replace the earlier ones.
+        """
         values = self.grids[depth].values
         self.residuals[depth][self.done] = {c: squared_norm(subtract(state, values[c])) for c, state in arrived.items()}
 
     def estimate_rounding(self, coarse: Grid) -> None:
-        """Keep how large residuals are that say nothing but how layers and states are rounded."""
+        """Estimate the squared residual that rounding error alone causes, from the coarse steps that restriction has just taken."""
         self.squared_floor.zero_()
         for k, after in coarse.tau.coarse_steps.items():
             before = coarse.values[k]
             self.squared_floor += squared_rounding(before, subtract(after, before), self.options.rounding)
 
     def squared_residual(self, iteration: int) -> Tensor:
-        """This worker's share of the squared residual norm of the finest level: a float64 scalar."""
+        """Return this worker's share of the finest level's squared residual norm in one iteration: a float64 scalar."""
         shares = list(self.residuals[0][iteration].values())
         return torch.stack(shares).sum() if shares else torch.zeros((), dtype=torch.float64, device=self.spec.device)
 
     def point_residuals(self) -> tuple[Tensor, ...]:
-        """By level: squared residuals, shape (iterations that measured, C-points but the first), zero where another worker owns them."""
+        """Return the squared residuals of each level, zero where another worker owns the point.
+
+        The shape is (measured iterations, C-points but the first). Empty if fewer than two iterations are measured.
+        """
         if self.options.measured_iterations < 2 or not self.residuals:
             return ()
         tables = []
@@ -235,14 +242,14 @@ class MGRITSolver:
         return tuple(tables)
 
     def is_converged(self) -> bool:
-        """True if the last residual norm is at or below the tolerance; the same answer on every worker."""
+        """Return True if the last residual norm is at or below the tolerance. All workers get the same answer."""
         if self.options.tolerance is None or not self.residuals[0]:
             return False
         square = self.squared_residual(self.done - 1).clone()
         return float(self.communicator.sum(square, "residual")) <= self.options.tolerance**2
 
     def result(self, output: State | None, iterations: int) -> MGRITResult:
-        """The result from this worker's view; its residuals are this worker's share."""
+        """Return the result as this worker sees it: its residuals are this worker's share only."""
         fine = self.grids[0].level
         exact = len(self.grids) == 1 or iterations >= len(fine.c_points)
         squares = [self.squared_residual(iteration) for iteration in self.residuals[0]] if self.residuals else []
@@ -261,10 +268,10 @@ class MGRITSolver:
         )
 
     def informative_residuals(self) -> int:
-        """How many residuals, from the first, are not zero by construction.
+        """Return how many residuals, from the first, are not zero by construction.
 
-        An iteration with F-relaxation makes one more coarse interval exact, one with FCF-relaxation two (section 3.2), the first of
-        them before its residual is taken.
+        An iteration with F-relaxation makes one more coarse interval exact, one with FCF-relaxation two (arXiv:2601.09026, section 3.2),
+        and the first of the two already before its residual is measured.
         """
         unknown = len(self.grids[0].level.c_points) - 1
         return unknown // (2 if self.options.relaxation_on(0) == "FCF" else 1)

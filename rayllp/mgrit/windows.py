@@ -1,18 +1,19 @@
-"""Windows: solve c layers at once by Picard iteration, window after window, with neighbouring layers on different workers.
+"""Windows: solve a few layers at once by Picard iteration, window after window, with neighbouring layers on different workers.
 
-MGRIT's coarse step stands for an interval of layers by one of them, so it is cheap and only first-order accurate. A window's coarse step is
-the sum over all of its layers, each evaluated at the window's first state C:
+MGRIT's coarse step replaces an interval of layers by one of them, so it is cheap but only first-order accurate. A window's coarse step is
+the sum over all of its c layers, each evaluated at the window's first state C:
 
     u_{j+1} = u_j + d_j(C),   d_j(x) = Φ_j(x) − x
 
-It has no error from weights that differ between layers, only one of second order in the window's length. It costs as many evaluations
-as the window has layers, but these are independent: where layer n lives on worker n mod P, a window of P layers takes the time of one.
-Every evaluation is of a layer that the worker owns, so that no worker is idle and none does a layer twice. A further sweep evaluates
-each layer at the state that the last sweep has found for it (Picard iteration, or waveform relaxation; MGRIT on the window with the
-identity as the coarse operator). k sweeps make the first k layers of each window exact, and as many sweeps as layers the whole.
+Weights that differ between layers cause no error; what remains is of second order in the window's length. The step costs as many
+evaluations as the window has layers, but these are independent: with layer n on worker n mod P, a window of P layers takes the time of one
+layer. Every worker evaluates only layers that it owns, so none is idle and no layer is evaluated twice. A further sweep evaluates each
+layer at the state that the last sweep has found for it (Picard iteration, also called waveform relaxation; it is MGRIT on the window with
+the identity as the coarse operator). After k sweeps the first k layers of each window are exact; after as many sweeps as layers the whole
+window is.
 
-The adjoint is the same solve from the other end, with the transposed steps. With one sweep in both directions the gradient is the exact one
-of the network whose windows are evaluated so, which is why a single sweep trains stably.
+The adjoint is the same solve from the other end, with the transposed steps. With one sweep in both directions, the gradient is the exact
+gradient of the network whose windows are evaluated in this way. That is why training with a single sweep is stable.
 """
 
 from collections.abc import Callable, Sequence
@@ -28,53 +29,56 @@ from rayllp.mgrit.result import MGRITResult, Status, no_residuals, squared_round
 from rayllp.state import State, add, like, squared_norm, subtract, tensors
 
 IN_PIECES_BYTES = 4 * 2**20
-"""What a worker would be sent at a window's end, beyond which the sum is taken in pieces; smaller ones wait for messages, not for bytes."""
+"""If the sum at a window's end would send a worker more bytes than this, it is done in pieces, which sends fewer bytes in more messages.
+Below it, the number of messages decides.
+"""
 
 
 @dataclass(frozen=True)
 class Placement:
-    """Which worker owns which layer.
+    """Assignment of layers to workers.
 
     Attributes:
-        owners: by layer, in the order of the network.
+        owners: the rank of the worker that owns each layer, in the order of the network.
     """
 
     owners: tuple[int, ...]
 
     @staticmethod
     def cyclic(layers: int, workers: int) -> "Placement":
-        """Layer n on worker n mod P: any P neighbouring layers are on P workers.
+        """Return the placement with layer n on worker n mod P, where any P neighbouring layers are on P different workers.
 
         Raises:
-            SettingsError: fewer layers than workers, or none.
+            SettingsError: fewer layers than workers, or no worker.
         """
         if not 1 <= workers <= layers:
             raise SettingsError(f"{layers} middle layers on {workers} workers: each worker needs at least one layer")
         return Placement(tuple(layer % workers for layer in range(layers)))
 
     def owned(self, rank: int) -> tuple[int, ...]:
-        """The layers of a worker, ascending."""
+        """Return the layers that worker `rank` owns, in ascending order."""
         return tuple(layer for layer, owner in enumerate(self.owners) if owner == rank)
 
     def windows(self, length: int) -> list[range]:
-        """The network cut into windows of so many layers; the last one may be shorter."""
+        """Return the network's layers cut into windows of `length` layers; the last one may be shorter."""
         return [range(start, min(start + length, len(self.owners))) for start in range(0, len(self.owners), length)]
 
 
 class WindowSolver:
-    """One solve over all layers, forward or adjoint. All workers of the channel build one alike and call `solve`.
+    """One solve over all layers, forward or adjoint. Every worker of the channel makes a solver with the same arguments and calls `solve`.
 
     Args:
-        placement: of the layers.
-        window: layers in a window, c.
-        sweeps: Picard sweeps in each window, at least 1; more than `window` change nothing.
-        propagator: this worker's layers.
-        channel: to the other workers.
-        spec: shapes of a state.
-        tag: what to call this solve in errors.
-        on_phase: is told the name of each sweep as it begins, and 0 for the level.
-        rounding: relative rounding error of what a layer adds to its state, where it is computed in a smaller dtype than the state's.
-        adjoint: solve λ_n = (∂Φ_n/∂x)ᵀ λ_{n+1} from the last layer to the first instead of u_{n+1} = Φ_n(u_n).
+        placement: which worker owns which layer.
+        window: number of layers in a window, c.
+        sweeps: number of Picard sweeps in each window, at least 1; more than `window` change nothing.
+        propagator: the steps of this worker's layers.
+        channel: the channel to the other workers.
+        spec: shapes and dtypes of a state.
+        tag: names this solve in errors.
+        adjoint: solve λ_n = (∂Φ_n/∂x)ᵀ λ_{n+1} from the last layer to the first, instead of u_{n+1} = Φ_n(u_n).
+        rounding: relative rounding error of what a layer adds to its state, where layers are computed in a lower precision than the
+            state's.
+        on_phase: called with the name of each sweep and level 0 as the sweep begins.
 
     Raises:
         SettingsError: no layer in a window, or no sweep.
@@ -102,13 +106,13 @@ class WindowSolver:
         windows = placement.windows(window)
         self.windows: list[Sequence[int]] = [layers[::-1] for layers in reversed(windows)] if adjoint else list(windows)
         self._longest = max(len(layers) for layers in windows)
-        # Squared distance between a sweep's inputs and the next one's, of the layers owned here.
+        # By sweep: how far it has moved the inputs of the layers owned here, as a squared norm. This takes the place of a residual.
         self._changes = torch.zeros(self.sweeps - 1, dtype=torch.float64, device=spec.device)
-        # Of which rounding alone would make so much.
+        # The part of the first change that rounding error alone would cause.
         self._squared_floor = torch.zeros((), dtype=torch.float64, device=spec.device)
 
     def solve(self, initial: State | None, source: int) -> MGRITResult:
-        """Solve from `initial`, which worker `source` has; the result's output is on every worker."""
+        """Solve from state `initial`, which worker `source` has. Every worker gets the result's output."""
         state = self._broadcast(initial, source)
         for layers in self.windows:
             state = self._solve_window(layers, state)
@@ -121,12 +125,12 @@ class WindowSolver:
             squared_floor=self._squared_floor,
             status=Status.EXACT if exact else Status.UNMEASURED,
             exact=exact,
-            # Sweep k + 1 finds the inputs of the first k layers unchanged, so of a window of c layers the first c − 1 changes count.
+            # The inputs of the first k layers are exact after k − 1 sweeps, so only the first c − 1 changes can differ from zero.
             informative=self._longest - 1,
         )
 
     def _solve_window(self, layers: Sequence[int], start: State) -> State:
-        """The state after these layers, in the order in which they are taken."""
+        """Return the state after these layers, which are given in the order in which they are taken."""
         mine = [layer for layer in layers if self.placement.owners[layer] == self.channel.rank]
         inputs = dict.fromkeys(mine, start)
         for sweep in range(self.sweeps - 1):
@@ -140,9 +144,16 @@ class WindowSolver:
     def _next_inputs(
         self, layers: Sequence[int], start: State, increments: Sequence[State], before: dict[int, State], sweep: int
     ) -> dict[int, State]:
-        """Of the own layers: the window's first state and the increments of all layers before."""
+        """Return the next sweep's inputs of this worker's layers: the window's first state plus the increments of all layers before.
+
+        Also adds the squared change of these inputs to `_changes`, and in the first sweep its rounding error to `_squared_floor`.
+
+        Args:
+            increments: the increments that the last sweep has found, of all layers of the window in order.
+            before: the last sweep's inputs of this worker's layers.
+        """
         state, inputs = start, {}
-        # Where there will be two changes, whose ratio says something unless they are of the size of rounding.
+        # Needed only if there will be two changes, whose ratio is ρ unless both are of the size of rounding error.
         rounding = torch.zeros_like(self._squared_floor) if sweep == 0 and len(self._changes) > 1 else None
         for layer, increment in zip(layers, increments, strict=True):
             if layer in before:
@@ -158,7 +169,7 @@ class WindowSolver:
     # Messages -----------------------------------------------------------------------------------------------------------------
 
     def _broadcast(self, state: State | None, source: int) -> State:
-        """The state of worker `source`, on every worker."""
+        """Return the state of worker `source`, on every worker."""
         tag = self.tag.at("broadcast", 0)
         if self.channel.rank != source:
             return self.channel.receive(self.spec, source, tag)
@@ -170,10 +181,10 @@ class WindowSolver:
         return state
 
     def _end(self, layers: Sequence[int], start: State, mine: dict[int, State]) -> State:
-        """The state after the window, from its first state and all increments, added in the order of the layers.
+        """Return the state after the window: its first state plus all increments, added in the order of the layers.
 
-        Large states are added up piece by piece, each worker one piece, and the pieces gathered: of P workers each then sends two states
-        instead of P − 1. The order of the sum is the same, and so are the bits.
+        Large states are summed in pieces: each worker sums one piece, then the pieces are gathered. Each of P workers then sends two states
+        instead of P − 1. The order of the sum is the same, and so is the result, bit for bit.
         """
         size = self.channel.size
         if size > 1 and (size - 1) * sum(part.nbytes for part in tensors(start)) > IN_PIECES_BYTES:
@@ -184,6 +195,7 @@ class WindowSolver:
         return state
 
     def _end_in_pieces(self, layers: Sequence[int], start: State, mine: dict[int, State]) -> State:
+        """Return the state after the window, where each worker sums one piece of it."""
         rank, size, tag = self.channel.rank, self.channel.size, self.tag.at("window's end", 0)
         owners = [self.placement.owners[layer] for layer in layers]
         most, ends = max(owners.count(worker) for worker in set(owners)), []
@@ -191,7 +203,7 @@ class WindowSolver:
         for place, first in enumerate(tensors(start)):
             length = -(-first.numel() // size)
             rows = [_pieces(tensors(increment)[place], size, length) for increment in own]
-            # Of every worker, this one's piece of each of its layers.
+            # From every worker, the piece that this worker sums, of each increment that the worker has.
             given = self.channel.all_to_all([torch.cat([row[worker] for row in rows]) for worker in range(size)], tag)
             piece, taken = _pieces(first, size, length)[rank], dict.fromkeys(owners, 0)
             for owner in owners:
@@ -203,7 +215,11 @@ class WindowSolver:
         return like(start, tuple(ends))
 
     def _gather(self, layers: Sequence[int], mine: dict[int, State], phase: str) -> list[State]:
-        """The increments of all these layers, in order: summed in that order they give the same bits for any number of workers."""
+        """Return the increments of all these layers, in order.
+
+        Summed in that order they give the same bits for any number of workers. Workers with fewer layers in the window send zeros in
+        addition.
+        """
         if self.channel.size == 1:
             return [mine[layer] for layer in layers]
         owners = [self.placement.owners[layer] for layer in layers]
@@ -219,7 +235,7 @@ class WindowSolver:
 
 
 def _pieces(tensor: Tensor, count: int, length: int) -> Tensor:
-    """A tensor's numbers in rows of one length, the last one filled up with zeros; shape (count, length)."""
+    """Return a tensor's numbers as `count` rows of `length`, filled up with zeros at the end; shape (count, length)."""
     flat = tensor.detach().reshape(-1)
     return torch.nn.functional.pad(flat, (0, count * length - len(flat))).view(count, length)
 
@@ -227,12 +243,15 @@ def _pieces(tensor: Tensor, count: int, length: int) -> Tensor:
 def solve_in_order(
     placement: Placement, propagator: Propagator, channel: Channel, initial: State | None, spec: StateSpec, tag: MessageTag
 ) -> State | None:
-    """The exact forward solve, layer after layer, from worker to worker.
+    """Do the exact forward solve, layer after layer and from worker to worker.
 
     Args:
         initial: the state before the first layer, on the first worker.
 
     Returns: the state after the last layer, on the last worker of the channel; None elsewhere.
+
+    Raises:
+        SettingsError: no initial state on the first worker.
     """
     rank, owners, last = channel.rank, placement.owners, len(placement.owners) - 1
     arriving = tag.at("in order", 0)
@@ -241,7 +260,7 @@ def solve_in_order(
         source = 0 if layer == 0 else owners[layer - 1]
         if source != rank:
             state = channel.receive(spec, source, arriving)
-            channel.finish()  # waits for nothing: this state was made of those that this worker has sent
+            channel.finish()  # does not wait: the state just received was computed from all that this worker has sent
         if state is None:
             raise SettingsError("the first worker is to begin the solve and has no initial state")
         state = propagator.step(layer, state)
