@@ -1,4 +1,4 @@
-"""How neighbours talk: one small interface, several implementations, one test suite over all of them."""
+"""Messages between workers: one small interface (`Channel`) and several implementations, which one test suite checks."""
 
 from rayllp.channel.base import Channel, MessageTag, StateSpec
 from rayllp.channel.local import LocalChannel, run_workers

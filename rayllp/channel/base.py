@@ -1,4 +1,4 @@
-"""How workers talk: the one interface, and the name that every message carries."""
+"""The interface by which workers exchange messages, and the tag that every message carries."""
 
 from collections.abc import Hashable, Sequence
 from contextlib import AbstractContextManager
@@ -14,7 +14,10 @@ from rayllp.state import State, tensors
 
 @dataclass(frozen=True)
 class MessageTag:
-    """What a message is, for errors: training step, solve ("forward", "adjoint", …), phase of the cycle, level."""
+    """What a message is: training step, solve ("forward", "adjoint", …), phase of the cycle, level.
+
+    Errors name it, and a receiver refuses a message with another tag than it expects.
+    """
 
     step: int
     solve: str
@@ -22,7 +25,7 @@ class MessageTag:
     level: int = 0
 
     def at(self, phase: str, level: int) -> "MessageTag":
-        """The same solve, at a phase and level of its cycle."""
+        """Return the tag of the same solve at another phase and level of its cycle."""
         return MessageTag(self.step, self.solve, phase, level)
 
     def __str__(self) -> str:
@@ -31,42 +34,42 @@ class MessageTag:
 
 @dataclass(frozen=True)
 class StateSpec:
-    """Shapes and dtypes of a state's tensors, so that a receiver can make room."""
+    """Shapes and dtypes of a state's tensors, by which a receiver allocates them."""
 
     shapes: tuple[torch.Size, ...]
     dtypes: tuple[torch.dtype, ...]
     device: torch.device
-    bare: bool = True  # a bare tensor rather than a tuple of one
+    bare: bool = True  # whether a state of one tensor is that tensor rather than a tuple of one
 
     @staticmethod
     def of(state: State) -> "StateSpec":
-        """That of a state at hand."""
+        """Return the spec of this state."""
         parts = tensors(state)
         return StateSpec(
             tuple(part.shape for part in parts), tuple(part.dtype for part in parts), parts[0].device, isinstance(state, Tensor)
         )
 
     def build(self, parts: list[Tensor]) -> State:
-        """A state of these parts: a tensor where a single one is meant, else a tuple."""
+        """Return these tensors as a state: a bare tensor where the spec says so, otherwise a tuple."""
         return parts[0] if self.bare else tuple(parts)
 
     def zeros(self) -> State:
-        """A state of zeros."""
+        """Return a state of zeros."""
         parts = zip(self.shapes, self.dtypes, strict=True)
         return self.build([torch.zeros(shape, dtype=dtype, device=self.device) for shape, dtype in parts])
 
 
 Leaving = Sequence[tuple[State, int]]
-"""States, and the workers that they go to."""
+"""States to send, each with the rank of its receiver."""
 Coming = Sequence[tuple[StateSpec, int]]
-"""States that are to come, and the workers that they come from."""
+"""Specs of states to receive, each with the rank of its sender."""
 
 
 class Reduction(Protocol):
-    """A sum that was begun."""
+    """An all-reduce that is under way."""
 
     def wait(self) -> Tensor:
-        """The tensor that was given, which the sum is in now.
+        """Wait for the sum, and return the tensor that was given, which holds it now.
 
         Raises:
             ChannelError: a worker did not take part within the time limit, or is gone.
@@ -75,11 +78,14 @@ class Reduction(Protocol):
 
 
 class Channel(Protocol):
-    """Messages between the workers of one group. Messages from one worker to another arrive in the order sent.
+    """Messages between the workers of one group. Messages from one worker to another arrive in the order in which they were sent.
 
     Attributes:
-        sends_wait: whether what two workers issue to each other is carried out in that order, a send ending when the other has come to its
-            receive, as NCCL does. Two workers that both send, then receive, would wait for ever: see `exchange`.
+        rank: this worker's rank in the group.
+        size: number of workers in the group.
+        sends_wait: True if a send ends only once its receiver has come to the matching receive, and two workers carry out what they issue
+            to each other in the order of issue, as NCCL does. Two workers that both send before they receive would wait for each other for
+            ever: see `exchange`.
     """
 
     rank: int
@@ -87,77 +93,91 @@ class Channel(Protocol):
     sends_wait: bool
 
     def send(self, state: State, destination: int, tag: MessageTag) -> None:
-        """Hand over `state`; returns at once. The state must not be changed afterwards."""
+        """Send `state`, and return at once. The state must not be changed afterwards."""
         ...
 
     def receive(self, spec: StateSpec, source: int, tag: MessageTag) -> State:
-        """Wait for the next state from `source`.
+        """Wait for the next state from `source`, and return it.
 
         Raises:
-            ChannelError: it did not come within the time limit, or the sender is gone.
+            ChannelError: the state did not come within the time limit, or the sender is gone.
         """
         ...
 
     def exchange(self, leaving: Leaving, coming: Coming, tag: MessageTag) -> list[State]:
-        """Send states to others and receive states from others at once; those received, in the order of `coming`.
+        """Send states to other workers and receive states from others at the same time.
 
-        For workers that send to each other before either receives: where messages are carried out in the order in which they were issued
-        (NCCL), each would wait for the other.
+        For workers that send to each other before either receives. With NCCL, which carries out messages in the order of issue, each of
+        them would wait for the other if they used `send` and `receive`.
+
+        Returns: the received states, in the order of `coming`.
         """
         ...
 
     def arrived(self, spec: StateSpec, source: int) -> bool:
-        """Whether the next state from `source` is there, so that `receive` would not wait. False where a channel cannot tell."""
+        """Return True if the next state from `source` has arrived, so that `receive` would not wait. False where a channel cannot tell."""
         ...
 
     def all_reduce(self, tensor: Tensor, tag: MessageTag) -> Tensor:
-        """The sum of `tensor` over all workers, in place; the same bits on every worker."""
+        """Sum `tensor` over all workers in place, and return it. All workers get the same bits.
+
+        Raises:
+            ChannelError: a worker did not take part within the time limit, or is gone.
+        """
         ...
 
     def begin_all_reduce(self, tensor: Tensor, tag: MessageTag) -> Reduction:
-        """Begin to sum `tensor` over all workers, in place; returns at once. Until it was waited for it must be left alone.
+        """Begin to sum `tensor` over all workers in place, and return at once. The tensor must be left alone until the sum has been waited
+        for.
 
-        Several may be on their way. All workers begin, and wait for, the same ones in the same order.
+        Several such sums may be under way. All workers have to begin, and to wait for, the same ones in the same order.
         """
         ...
 
     def all_gather(self, state: State, spec: StateSpec, tag: MessageTag) -> list[State]:
-        """Every worker's `state`, all of one spec, in order of the ranks; the own one is not copied.
+        """Return every worker's `state`, in order of rank. All have the same spec; this worker's own state is not copied.
 
         Raises:
-            ChannelError: one of them did not come within the time limit, or a worker is gone.
+            ChannelError: a state did not come within the time limit, or a worker is gone.
         """
         ...
 
     def all_to_all(self, parts: Sequence[Tensor], tag: MessageTag) -> list[Tensor]:
-        """Part j of each worker to worker j: what this one is given, in order of the ranks.
+        """Send part j to worker j, and return the parts that the workers have sent to this one, in order of rank.
 
         Args:
-            parts: one for each worker, flat, all of one length and dtype on all workers.
+            parts: one flat tensor for each worker. All have the same length and dtype, on all workers.
 
         Raises:
-            ChannelError: one of them did not come within the time limit, or a worker is gone.
+            ChannelError: a part did not come within the time limit, or a worker is gone.
         """
         ...
 
     def program(self, key: Hashable | None) -> AbstractContextManager[None]:
-        """What is received inside is what was received inside the last time with this key: a channel may prepare for it. None: not so."""
+        """Return a context in which the same messages are received in the same order as the last time with this key.
+
+        A channel may use that to begin receives ahead of time.
+
+        Args:
+            key: names the sequence of messages. None: nothing is known of the messages inside.
+        """
         ...
 
     def finish(self) -> None:
-        """Wait until everything sent has left, so that its memory can be used again.
+        """Wait until everything that was sent has left, so that its memory can be used again.
 
-        A channel may hold all that was sent until then: who sends on and on calls this where the receivers are known to be as far.
+        A channel may hold on to all that was sent until then. A worker that keeps sending calls this where the receivers are known to have
+        received most of it.
         """
         ...
 
     def close(self) -> None:
-        """Give up the connection."""
+        """Give up the connection to the other workers."""
         ...
 
 
 class ChannelAround:
-    """A channel that hands everything to another one: what does something besides overrides what it must."""
+    """A channel that passes every call on to another one. Base of channels that add something, which override what they must."""
 
     def __init__(self, inner: Channel) -> None:
         self.inner = inner
@@ -198,23 +218,23 @@ class ChannelAround:
 
 
 def exchange_one_by_one(channel: Channel, leaving: Leaving, coming: Coming, tag: MessageTag) -> list[State]:
-    """`Channel.exchange` where a message leaves whether or not its receiver waits for it."""
+    """Do `Channel.exchange` as sends followed by receives, on a channel where a send does not wait for its receiver."""
     for state, destination in leaving:
         channel.send(state, destination, tag)
     return [channel.receive(spec, source, tag) for spec, source in coming]
 
 
 def schedules_differ(tag: MessageTag, sent: MessageTag, receiver: int, sender: int) -> ChannelError:
-    """The error of a message that is another one than was waited for."""
+    """Return the error for a message other than the one that was expected."""
     return ChannelError(f"worker {receiver} waits for {tag} from worker {sender}, which sent {sent}: the schedules differ")
 
 
 def failure(tag: MessageTag, source: int, destination: int, reason: str) -> ChannelError:
-    """The error of a message that did not arrive."""
+    """Return the error for a message that did not arrive."""
     return ChannelError(f"{tag}: worker {destination} received nothing from worker {source}: {reason}")
 
 
 def too_late(tag: MessageTag, source: int, destination: int, limit_s: float, details: str = "") -> MessageTimeoutError:
-    """The error of a message that did not arrive in time."""
+    """Return the error for a message that did not arrive within the time limit of `limit_s` seconds."""
     reason = f"time limit of {limit_s:g} s passed{details}"
     return MessageTimeoutError(f"{tag}: worker {destination} received nothing from worker {source}: {reason}")

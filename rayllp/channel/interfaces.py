@@ -1,6 +1,6 @@
-"""The network interface that workers talk over: the one that holds their node's address in the cluster.
+"""The network interface that workers talk over: the one with their node's address in the cluster.
 
-Left to themselves, libraries take what the host's own name resolves to, which on stock Debian and Ubuntu is 127.0.1.1, or the first
+Left to themselves, libraries use the address that the host's own name resolves to (127.0.1.1 on stock Debian and Ubuntu), or the first
 interface that is up, which may lead nowhere.
 """
 
@@ -17,20 +17,20 @@ from rayllp.errors import ClusterError
 
 LOOPBACK = "127.0.0.1"
 KNOCK_S = 3.0
-"""Longest wait for a connection to another host."""
+"""Longest wait for a connection to another host, in seconds."""
 VARIABLES = {"GLOO_SOCKET_IFNAME": "{}", "NCCL_SOCKET_IFNAME": "={}", "FI_TCP_IFACE": "{}", "UCX_NET_DEVICES": "{}"}
-"""What tells Gloo, NCCL, and libfabric and UCX (of MPI) to use just this interface."""
+"""Environment variables that make Gloo, NCCL, and MPI's libfabric and UCX use just one interface, with the form of their values."""
 ON_ONE_HOST = {"UCX_NET_DEVICES"}
-"""Those that are set where all are on one host: between hosts UCX would leave InfiniBand unused."""
+"""Variables to set only where all workers are on one host: between hosts UCX would leave InfiniBand unused."""
 
 _ours: dict[str, str] = {}
-"""What this process set itself, for an earlier membership: that is no wish of the user's."""
+"""Values that this process set itself, for an earlier process group. They do not count as the user's wish."""
 
 
 def use_interface_of(address: str) -> None:
-    """Have the process groups that this process joins from now on talk over the interface with this address, here and in no other place.
+    """Make the process groups that this process joins from now on use the interface with this address. No other code sets these variables.
 
-    A variable that the user has set stays as it is. Where no interface has the address (behind a translating gateway, for instance) the
+    A variable that the user has set stays as it is. Where no interface has the address (behind a translating gateway, for instance), the
     libraries are left to themselves.
 
     Raises:
@@ -47,13 +47,13 @@ def use_interface_of(address: str) -> None:
 
 
 def interface_of(address: str) -> str | None:
-    """The name of this host's interface with this address."""
+    """Return the name of this host's interface with this address; None if there is none."""
     found = psutil.net_if_addrs().items()
     return next((name for name, addresses in found if any(each.address == address for each in addresses)), None)
 
 
 def addresses() -> list[str]:
-    """This host's IPv4 addresses that others may reach; those of the interfaces that the user wants for Gloo, if any."""
+    """Return this host's IPv4 addresses that other hosts may reach. Where the user has chosen interfaces for Gloo, only theirs."""
     wanted = wish_of_user("GLOO_SOCKET_IFNAME")
     names = psutil.net_if_addrs() if wanted is None else wanted.split(",")
     found = [each.address for name in names for each in psutil.net_if_addrs().get(name, ()) if each.family == socket.AF_INET]
@@ -61,7 +61,7 @@ def addresses() -> list[str]:
 
 
 def wish_of_user(variable: str) -> str | None:
-    """What the user's own environment says; None: nothing."""
+    """Return what the user's own environment sets this variable to; None if it does not."""
     value = os.environ.get(variable)
     return None if not value or value == _ours.get(variable) else value
 
@@ -71,7 +71,7 @@ def _check_own_wishes() -> None:
     gloo, nccl = wish_of_user("GLOO_SOCKET_IFNAME"), wish_of_user("NCCL_SOCKET_IFNAME")
     if gloo is not None and not set(gloo.split(",")) <= set(there):
         raise _no_such_interface("GLOO_SOCKET_IFNAME", gloo, there)
-    # NCCL takes beginnings of names; "=" makes them whole names, "^" excludes them.
+    # NCCL takes prefixes of names. With "=" in front they are whole names, with "^" the interfaces are excluded.
     if nccl is not None and not nccl.startswith("^"):
         exact, wanted = nccl.startswith("="), nccl.lstrip("=").split(",")
         if not any(name == wish or (not exact and name.startswith(wish)) for name in there for wish in wanted):
@@ -86,16 +86,16 @@ def _no_such_interface(variable: str, value: str, there: Sequence[str]) -> Clust
 
 
 def hang_up_on(gone: Collection[str]) -> int:
-    """Close this process's connections to hosts that are gone; how many there were.
+    """Shut down this process's TCP connections to hosts that are gone, and return how many there were.
 
-    A host that was cut off sends nothing, not even that its connections are closed: whoever waits for a message from it would wait until
-    its own time limit.
+    A host that was cut off sends nothing more, not even the end of its connections. Without this, whoever waits for a message from it would
+    wait until its own time limit.
     """
     closed = 0
     for connection in psutil.Process().net_connections(kind="tcp"):
         if connection.raddr and connection.raddr.ip in gone and connection.fd >= 0:
             with contextlib.suppress(OSError), socket.socket(fileno=os.dup(connection.fd)) as twin:
-                twin.shutdown(socket.SHUT_RDWR)  # of the connection, whichever descriptor it is asked by
+                twin.shutdown(socket.SHUT_RDWR)  # acts on the connection, so also on the other descriptor of it
                 closed += 1
     return closed
 
@@ -105,7 +105,7 @@ def hang_up_on(gone: Collection[str]) -> int:
 
 @dataclass(frozen=True)
 class Door:
-    """A port that is open for a moment, so that others can try whether they reach this host."""
+    """A port that is open for a moment, so that other hosts can try whether they reach this one."""
 
     address: str
     port: int
@@ -113,21 +113,26 @@ class Door:
 
 @contextlib.contextmanager
 def open_doors(places: Sequence[str]) -> Iterator[list[Door]]:
-    """A port on each of these addresses of this host."""
+    """Open a port on each of these addresses of this host, for as long as the context lasts."""
     with contextlib.ExitStack() as stack:
         listeners = [stack.enter_context(socket.create_server((address, 0))) for address in places]
         yield [Door(*listener.getsockname()[:2]) for listener in listeners]
 
 
 class Reached(NamedTuple):
-    """Whether a host reaches another: the own address that it does so from, or None and the reason."""
+    """Whether a host reaches another one.
+
+    Attributes:
+        own: the own address that the connection came from; None if there was none.
+        why_not: the reason why there was none.
+    """
 
     own: str | None
     why_not: str = ""
 
 
 def knock(door: Door, timeout_s: float = KNOCK_S) -> Reached:
-    """Try to reach another host's open port."""
+    """Try to connect to another host's open port."""
     try:
         with socket.create_connection((door.address, door.port), timeout_s) as connection:
             return Reached(str(connection.getsockname()[0]))
@@ -138,11 +143,11 @@ def knock(door: Door, timeout_s: float = KNOCK_S) -> Reached:
 
 
 def explain(unreached: Sequence[tuple[str, Door, str]], error: str) -> str:
-    """Why workers could not be connected, and what to do.
+    """Return a message that says why workers could not be connected, and what to do.
 
     Args:
-        unreached: which host did not reach which door, and the reason.
-        error: what the libraries said.
+        unreached: for each pair of hosts that failed: the name of the one, the door of the other, and the reason.
+        error: what the library said that failed to connect them.
     """
     if not unreached:
         return (

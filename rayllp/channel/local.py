@@ -1,4 +1,4 @@
-"""Workers as threads of one process: for tests and small studies, with the time limits and ordering of the real thing."""
+"""Workers as threads of one process, for tests and small studies. Time limits and order of messages are as between processes."""
 
 import queue
 import threading
@@ -17,11 +17,11 @@ from rayllp.state import State, detach
 
 T = TypeVar("T")
 LOOK_S = 0.2
-"""Between looks whether another thread has failed."""
+"""Seconds between two checks whether another thread has failed."""
 
 
 class _Queues(dict[tuple[int, int], Any]):
-    """Queues by sender and receiver, made when they are first asked for: of many workers few talk to each other."""
+    """Queues by (sender, receiver). They are made when first asked for, since few of many workers talk to each other."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -33,7 +33,7 @@ class _Queues(dict[tuple[int, int], Any]):
 
 
 class _Hub:
-    """What the threads share."""
+    """What the channels of all threads share."""
 
     def __init__(self, size: int, timeout_s: float) -> None:
         self.size, self.timeout_s = size, timeout_s
@@ -46,7 +46,7 @@ class _Hub:
 
 
 class LocalChannel:
-    """One thread's end."""
+    """One thread's channel to the other threads."""
 
     sends_wait = False
 
@@ -55,13 +55,13 @@ class LocalChannel:
 
     @staticmethod
     def group(size: int, timeout_s: float = 30.0) -> list["LocalChannel"]:
-        """The ends of `size` workers."""
+        """Return the channels of `size` workers, in order of rank."""
         hub = _Hub(size, timeout_s)
         return [LocalChannel(hub, rank) for rank in range(size)]
 
     @staticmethod
     def alone() -> "LocalChannel":
-        """A group of one."""
+        """Return the channel of a single worker."""
         return LocalChannel.group(1)[0]
 
     def send(self, state: State, destination: int, tag: MessageTag) -> None:
@@ -132,7 +132,7 @@ class LocalChannel:
 
 
 class _LocalReduction:
-    """A sum that this worker has given its share of."""
+    """An all-reduce that is under way; this worker's share has been handed to the others."""
 
     def __init__(self, hub: _Hub, rank: int, tensor: Tensor, tag: MessageTag) -> None:
         self._hub, self._rank, self._tensor, self._tag = hub, rank, tensor, tag
@@ -155,7 +155,10 @@ class _LocalReduction:
 
 
 def run_workers(size: int, work: Callable[[LocalChannel], T], timeout_s: float = 30.0) -> list[T]:
-    """Run `work` in `size` threads, each with its channel; the results by rank. The first failure is raised."""
+    """Run `work` in `size` threads, each with its own channel, and return the results in order of rank.
+
+    If threads fail, one of their errors is raised: not a ChannelError if there is another, since the loss of one worker fails all others.
+    """
     channels = LocalChannel.group(size, timeout_s)
 
     def guarded(channel: LocalChannel) -> T:

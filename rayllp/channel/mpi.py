@@ -1,7 +1,7 @@
-"""Messages of MPI (mpi4py), whose ranks are processes that MPI's own launcher, or Ray, started.
+"""A channel over MPI (mpi4py), between processes that MPI's own launcher or Ray has started.
 
-MPI waits by asking again and again, and for ever. Here a wait asks without pause at first, then ever more rarely, has a time limit, and
-ends when a worker is lost.
+MPI itself waits by polling without pause, and for ever. Here a wait polls without pause at first, then ever less often; it has a time
+limit, and it ends when a worker is lost.
 """
 
 import ctypes
@@ -25,18 +25,21 @@ from rayllp.channel.wired import Posted, WiredChannel
 from rayllp.errors import ChannelError, ClusterError, SettingsError
 
 SPIN_S = 200e-6
-"""As long a wait asks without pause: a message from a neighbour that has just sent it is there by then."""
+"""For so many seconds a wait polls without pause. A message that a neighbour has just sent arrives within them."""
 RARELY = 1 / 32
-"""Then it pauses for this share of the time waited, so that it is late by no more, and takes little from others on its core."""
+"""After that, a wait pauses for this share of the time waited so far. It is late by no more than that share, and leaves the core to
+others.
+"""
 SHORTEST_S, LONGEST_S = 20e-6, 250e-6
+"""Bounds of that pause, in seconds."""
 PUSH_S = 100e-6
-"""Pause between pushes of messages that have not left, while this worker computes."""
+"""Pause between two attempts to get messages on their way that have not left, while this worker computes; in seconds."""
 TAG = 7
 
 
 @cache
 def load_mpi() -> ModuleType:
-    """mpi4py's MPI, initialised by nobody yet unless MPI's launcher started this process.
+    """Return mpi4py's MPI module. Loading it does not initialise MPI.
 
     Raises:
         SettingsError: mpi4py, or an MPI library for it, is missing.
@@ -44,8 +47,8 @@ def load_mpi() -> ModuleType:
     try:
         import mpi4py
 
-        mpi4py.rc.initialize = False  # its own way holds Python's lock meanwhile
-        mpi4py.rc.finalize = False  # which would wait for workers that are gone
+        mpi4py.rc.initialize = False  # mpi4py would hold the GIL during initialisation
+        mpi4py.rc.finalize = False  # finalising would wait for workers that are gone
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:
         raise _missing(f" ({error})") from None
@@ -56,7 +59,7 @@ def check_mpi() -> None:
     """Refuse `channel: mpi` where mpi4py is missing. Loads no MPI library, which only workers need.
 
     Raises:
-        SettingsError: it is.
+        SettingsError: mpi4py is missing.
     """
     if find_spec("mpi4py") is None:
         raise _missing()
@@ -67,11 +70,11 @@ def _missing(why: str = "") -> SettingsError:
 
 
 class MPIWorld:
-    """This process's membership in an MPI world. A process is a member of one in its life.
+    """This process's membership in an MPI world. A process can be in one world only in its life.
 
     Args:
-        comm: all of the world.
-        lifeline: to the others, where something other than MPI's launcher started them; that one ends all when one is lost.
+        comm: the communicator of the whole world.
+        lifeline: the lifeline to the other workers. None if MPI's own launcher has started them: it ends all processes when one is lost.
     """
 
     def __init__(self, comm: Any, lifeline: Lifeline | None = None) -> None:
@@ -79,9 +82,9 @@ class MPIWorld:
 
     @staticmethod
     def join(rendezvous: Rendezvous, rank: int, timeout_s: float) -> "MPIWorld":
-        """Become rank `rank` of the world that meets there.
+        """Become rank `rank` of the MPI world that meets at `rendezvous`.
 
-        If another worker is lost meanwhile this process ends: MPI's start cannot be broken off.
+        If another worker is lost meanwhile, this process ends: MPI's initialisation cannot be interrupted.
 
         Raises:
             ClusterError: this process was in a world before, or its MPI does not speak PMI-1.
@@ -109,24 +112,29 @@ class MPIWorld:
         return MPIWorld(comm, lifeline)
 
     def channel(self, colour: int, timeout_s: float, group: dist.ProcessGroup | None = None) -> "MPIChannel":
-        """Between all workers that give this colour; all of the world call it, and it waits for them."""
+        """Return a channel between all workers that pass the same colour. Every worker of the world has to call it, and it waits for all of
+        them.
+        """
         with _fatal_losses(self.lifeline):
             return MPIChannel(self.comm.Split(colour), timeout_s, self.lifeline, group)
 
     def leave(self) -> None:
-        """Tell the others that this worker is not with them any more."""
+        """Tell the other workers that this one has left the world."""
         if self.lifeline is not None:
             self.lifeline.cut()
 
 
 class MPIChannel(WiredChannel):
-    """Messages within `comm`, whose own collectives nobody else may use meanwhile.
+    """A channel over the communicator `comm`, which nobody else may use for collectives in the meantime.
 
-    CPU tensors travel from and to where they are. So do CUDA tensors if MPI says that it can; else they are staged through the host.
+    CPU tensors are sent from and received into their own memory. So are CUDA tensors if the MPI library says that it can do that; otherwise
+    they are staged through main memory.
 
     Args:
-        lifeline: to all other workers, if there is one.
-        group: the same workers as torch's process group, if there is one.
+        comm: communicator of this channel's workers.
+        timeout_s: time limit of every wait, in seconds.
+        lifeline: the lifeline to all other workers, if there is one.
+        group: torch's process group of the same workers, if there is one.
     """
 
     def __init__(
@@ -158,15 +166,15 @@ class MPIChannel(WiredChannel):
         return bool(posted.work.Test())
 
     def _memory(self, buffer: Tensor) -> Any:
-        """A flat tensor as MPI takes it."""
+        """Return a flat tensor in the form in which mpi4py takes a buffer."""
         raw = buffer.view(torch.uint8)
         if raw.is_cuda:
-            torch.cuda.current_stream(raw.device).synchronize()  # MPI knows nothing of what its stream has yet to do
+            torch.cuda.current_stream(raw.device).synchronize()  # MPI does not know which work on the tensor is still queued
             return [raw, self._mpi.BYTE]
         return [raw.numpy(), self._mpi.BYTE]
 
     def _await(self, work: Any) -> None:
-        """Ask until it is done."""
+        """Poll until the request is done."""
         if work.Test():
             return
         started = time.perf_counter()
@@ -184,13 +192,15 @@ class MPIChannel(WiredChannel):
             time.sleep(min(LONGEST_S, max(SHORTEST_S, waited * RARELY)))
 
     def fatal_losses(self) -> AbstractContextManager[None]:
-        """A worker that is lost inside ends this process: for MPI calls of others, which have no time limit."""
+        """Return a context in which the loss of a worker ends this process: for other libraries' calls to MPI, which have no time limit."""
         return _fatal_losses(self._lifeline)
 
     # What has not left ----------------------------------------------------------------------------------------------------------
 
     def _push_in_background(self) -> None:
-        """A long message may want its sender's help to leave, also while that one computes."""
+        """Start to move messages on in a background thread: a long one may need its sender's help to leave, even while the sender
+        computes.
+        """
         if self._mpi.Query_thread() < self._mpi.THREAD_MULTIPLE:
             return
         if self._pusher is None:
@@ -224,7 +234,7 @@ class MPIChannel(WiredChannel):
     def _begin_sum(self, tensor: Tensor) -> Callable[[], None]:
         wide = tensor.detach().to(device="cpu", dtype=torch.float32 if tensor.dtype in (torch.bfloat16, torch.float16) else None)
         values = wide.contiguous().numpy()
-        # To one and from it to all: MPI_Allreduce need not give all the same bits.
+        # A reduction to rank 0, then a broadcast: MPI_Allreduce need not give all ranks the same bits.
         mine = self._mpi.IN_PLACE if self.rank == 0 else values
         work = self.comm.Ireduce(mine, values if self.rank == 0 else None, self._mpi.SUM, 0)
 
@@ -261,7 +271,9 @@ def _fatal_losses(lifeline: Lifeline | None) -> AbstractContextManager[None]:
 
 
 def leave_no_names(comm: Any) -> None:
-    """Take the names from the memory that MPICH shares on a node, now that all have it: whoever is killed then leaves none behind."""
+    """Unlink the files of the memory that MPICH shares on a node, once all workers have mapped it, so that a killed worker leaves none
+    behind.
+    """
     comm.Barrier()
     maps = Path("/proc/self/maps")
     if maps.exists():
@@ -274,9 +286,9 @@ def leave_no_names(comm: Any) -> None:
 
 @cache
 def is_cuda_aware() -> bool:
-    """Whether this MPI says that it moves CUDA tensors itself.
+    """Return True if this MPI library says that it can send and receive CUDA tensors.
 
-    It is asked by the standard's way (MPI 4.1: memory kinds), then by the older one of MPICH and Open MPI; silence means no.
+    It is asked in the standard's way (MPI 4.1: memory kinds), then in the older one of MPICH and Open MPI. No answer means no.
     """
     if not torch.cuda.is_available():
         return False

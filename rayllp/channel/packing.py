@@ -1,6 +1,7 @@
-"""A state as one flat message of bytes, which begins with what it is: a receiver that expects another one says so, with both names.
+"""A state as one flat message of bytes, with a header that says what the message is.
 
-Without that a message of another phase, shape or dtype that fits into the room made for it would be taken for numbers.
+A receiver that expects another message raises an error that names both. Without the header, a message of another phase, shape or dtype
+that happens to fit into the receive buffer would be taken for numbers.
 """
 
 import struct
@@ -17,14 +18,14 @@ from rayllp.errors import ChannelError
 from rayllp.state import State, tensors
 
 HEADER = struct.Struct("<4siiIQ20s20s")
-"""A mark, step, level, checksum of shapes and dtypes, bytes that follow, solve, phase. Its 64 bytes leave what follows aligned."""
+"""Mark, step, level, checksum of shapes and dtypes, number of bytes that follow, solve, phase. Its 64 bytes keep what follows aligned."""
 MARK = b"llp1"
 ALIGNED = 16
-"""A message's bytes are a multiple of it."""
+"""The length of a message is a multiple of this many bytes."""
 
 
 def pack(state: State, tag: MessageTag) -> Tensor:
-    """The message of a state, of shape (bytes,), on the state's device."""
+    """Return the message of a state: uint8, shape (bytes,), on the state's device."""
     spec = StateSpec.of(state)
     message = room_for(spec, spec.device)
     _begin(message, spec, tag)
@@ -33,7 +34,7 @@ def pack(state: State, tag: MessageTag) -> Tensor:
 
 
 def pack_rows(parts: Sequence[Tensor], tag: MessageTag) -> Tensor:
-    """A message a row, of tensors of one shape and dtype; shape (messages, bytes)."""
+    """Return the messages of tensors of one shape and dtype, one a row: uint8, shape (messages, bytes)."""
     spec = StateSpec.of(parts[0])
     messages = room_for(spec, spec.device, len(parts))
     _begin(messages, spec, tag)
@@ -43,7 +44,7 @@ def pack_rows(parts: Sequence[Tensor], tag: MessageTag) -> Tensor:
 
 
 def _begin(messages: Tensor, spec: StateSpec, tag: MessageTag) -> None:
-    """Write what one message, or all of several, has beside its tensors."""
+    """Write the header and the padding at the end into one message, or into all rows of several."""
     head = torch.from_numpy(np.frombuffer(bytearray(header(spec, tag)), dtype=np.uint8))
     messages[..., : HEADER.size] = head.to(spec.device, non_blocking=True)
     messages[..., _places(spec)[-1].stop :] = 0
@@ -55,30 +56,34 @@ def _fill(message: Tensor, state: State, spec: StateSpec) -> None:
 
 
 def room_for(spec: StateSpec, device: torch.device, *messages: int) -> Tensor:
-    """What such a message is received into; of so many, if they are several, each of which begins where any dtype may."""
+    """Return an empty buffer for a message of this spec, of shape (bytes,).
+
+    Args:
+        messages: a number of messages, for a buffer of shape (messages, bytes). Each row is aligned for any dtype.
+    """
     size = -(-_places(spec)[-1].stop // ALIGNED) * ALIGNED
     return torch.empty(*messages, size, dtype=torch.uint8, device=device)
 
 
 def unpack(message: Tensor, spec: StateSpec) -> State:
-    """The state in a message, which shares its memory."""
+    """Return the state in a message. It shares the message's memory."""
     return spec.build(_views(message, spec))
 
 
 def header(spec: StateSpec, tag: MessageTag) -> bytes:
-    """What a message of this kind begins with."""
+    """Return the header of a message with this spec and tag."""
     return HEADER.pack(MARK, tag.step, tag.level, *_kind(spec), tag.solve.encode()[:20], tag.phase.encode()[:20])
 
 
 @lru_cache(maxsize=1024)
 def _kind(spec: StateSpec) -> tuple[int, int]:
-    """A checksum of shapes and dtypes, and the bytes after the header."""
+    """Return a checksum of shapes and dtypes, and the number of bytes after the header."""
     return zlib.crc32(repr((*map(tuple, spec.shapes), *spec.dtypes)).encode()), _places(spec)[-1].stop - HEADER.size
 
 
 @lru_cache(maxsize=1024)
 def _places(spec: StateSpec) -> tuple[slice, ...]:
-    """The bytes of a message that hold each tensor, which begin where its dtype may."""
+    """Return the range of a message's bytes that holds each tensor. Each begins at a multiple of its dtype's size."""
     found, end = [], HEADER.size
     for shape, dtype in zip(spec.shapes, spec.dtypes, strict=True):
         start = -(-end // dtype.itemsize) * dtype.itemsize
@@ -88,16 +93,21 @@ def _places(spec: StateSpec) -> tuple[slice, ...]:
 
 
 def beginning(message: Tensor) -> bytes:
-    """What a message in main memory begins with."""
+    """Return the header of a message that is in main memory."""
     found: bytes = message[: HEADER.size].numpy().tobytes()
     return found
 
 
 def check(found: bytes, spec: StateSpec, tag: MessageTag, receiver: int, sender: int) -> None:
-    """See that a message is the one that was waited for.
+    """Check that a message is the one that was expected.
+
+    Args:
+        found: the header of the message.
+        spec: shapes and dtypes that were expected.
+        tag: the tag that was expected.
 
     Raises:
-        ChannelError: it is another one.
+        ChannelError: it is another message.
     """
     if found == header(spec, tag):
         return
@@ -116,12 +126,12 @@ def check(found: bytes, spec: StateSpec, tag: MessageTag, receiver: int, sender:
 
 
 def _views(message: Tensor, spec: StateSpec) -> list[Tensor]:
-    """Where a message has each tensor of its state."""
+    """Return each tensor of a message's state as a view of the message."""
     return [message[place].view(dtype).view(shape) for place, shape, dtype in zip(_places(spec), spec.shapes, spec.dtypes, strict=True)]
 
 
 class Unchecked:
-    """Beginnings of messages on a GPU, which are looked at once a step: to look at each would wait for it."""
+    """Headers of messages on a GPU that are yet to be checked. They are checked once a step, since each check waits for the GPU."""
 
     def __init__(self) -> None:
         self._found: list[Tensor] = []
@@ -132,10 +142,10 @@ class Unchecked:
         self._expected.append((spec, tag, receiver, sender))
 
     def check(self) -> None:
-        """Look at all of them.
+        """Check all headers that were added.
 
         Raises:
-            ChannelError: one was not the message that was waited for.
+            ChannelError: a message was not the one that was expected.
         """
         if not self._found:
             return

@@ -1,10 +1,11 @@
-"""A process manager for MPI: lets processes that something else started (Ray's actors) become one MPI world.
+"""A process manager for MPI, by which processes that something else has started (Ray's actors) become one MPI world.
 
-It speaks PMI-1, the wire protocol by which MPICH and its kin (Intel MPI, MVAPICH, Cray MPICH) find their ranks and each other's addresses:
-lines of text over TCP, of which an MPI library uses ten. MPI itself knows no lost process: a receive from one waits for ever. So each
-worker also keeps a lifeline to the manager, and the manager closes all of them as soon as one process is gone.
+It speaks PMI-1, the wire protocol by which MPICH and its kin (Intel MPI, MVAPICH, Cray MPICH) learn their ranks and each other's addresses:
+lines of text over TCP, of which an MPI library uses ten kinds. MPI itself does not notice that a process is lost: a receive from it waits
+for ever. So each worker also keeps a connection to the manager, its lifeline. The manager closes all of them as soon as one process is
+gone.
 
-A process may come in only with the key that is its own. Once all are in, nobody else is listened to.
+A process is let in only with its own secret key. Once all are in, the manager accepts no more connections.
 """
 
 import fcntl
@@ -20,41 +21,45 @@ from dataclasses import dataclass, field
 from itertools import groupby
 
 KEY_BITS = 31
-"""Of a key: PMI-1 carries it as a C int."""
+"""Length of a key in bits: PMI-1 passes the key as a C int."""
 LONGEST_LINE = 65536
+"""The longest line, in bytes, that a client may send."""
 
 
 @dataclass(frozen=True)
 class Rendezvous:
-    """Where the process manager is, and the key of each rank."""
+    """Address of the process manager, and the key of each rank."""
 
     host: str
     port: int
     keys: tuple[int, ...]
 
     def environment(self, rank: int) -> dict[str, str]:
-        """By which an MPI library finds the manager."""
+        """Return the environment variables by which an MPI library finds the manager."""
         return {"PMI_PORT": f"{self.host}:{self.port}", "PMI_ID": str(self.keys[rank])}
 
 
 @dataclass(eq=False)
 class _Client:
-    """A connection: of an MPI library, or a lifeline."""
+    """A connection to the manager: an MPI library's, or a lifeline."""
 
     connection: socket.socket
     rank: int | None = None
     lifeline: bool = False
-    ended: bool = False  # it said goodbye
+    ended: bool = False  # whether the library has finalised, so that the end of the connection is no loss
     unread: bytes = b""
 
 
 @dataclass
 class ProcessManager:
-    """Serves the processes of one MPI world, in a thread of its own, until `close`, or until one is lost.
+    """Serves the processes of one MPI world in a thread of its own, until it is closed or a process is lost.
 
     Args:
-        host: the interface to listen on, and no other.
-        nodes: the node that each rank is on: ranks of one node share memory.
+        host: the only address to listen on.
+        nodes: the node of each rank. Ranks on the same node share memory.
+
+    Attributes:
+        rendezvous: what a process needs to join.
     """
 
     host: str
@@ -65,9 +70,9 @@ class ProcessManager:
         self._listener = socket.create_server((self.host, 0))
         keys = tuple(secrets.randbits(KEY_BITS) for _ in self.nodes)
         self.rendezvous = Rendezvous(self.host, int(self._listener.getsockname()[1]), keys)
-        self._name = f"rayllp_{secrets.token_hex(8)}"  # MPICH names its shared memory by it
+        self._name = f"rayllp_{secrets.token_hex(8)}"  # MPICH derives the name of its shared memory from it
         self._clients: list[_Client] = []
-        self._waiting: list[_Client] = []  # at the barrier
+        self._waiting: list[_Client] = []  # clients that have reached the barrier
         self._values = {"PMI_process_mapping": _mapping(self.nodes)}
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._listener, selectors.EVENT_READ)
@@ -77,7 +82,7 @@ class ProcessManager:
         self._thread.start()
 
     def close(self) -> None:
-        """Listen to nobody any more; every lifeline ends."""
+        """Stop serving. All lifelines end."""
         with suppress(OSError):
             self._wake.send(b"x")
         self._thread.join(5)
@@ -102,7 +107,7 @@ class ProcessManager:
     def _accept(self) -> None:
         try:
             connection, _ = self._listener.accept()
-        except OSError:  # the door was closed by what was heard just before, or whoever knocked is gone
+        except OSError:  # the listener has just been closed, or the client has gone again
             return
         connection.settimeout(10)
         client = _Client(connection)
@@ -110,7 +115,7 @@ class ProcessManager:
         self._selector.register(connection, selectors.EVENT_READ, client)
 
     def _hear(self, client: _Client) -> bool:
-        """Answer what a client says; False: a process of the world is gone."""
+        """Read and answer what a client has sent. Returns False if a process of the world is gone."""
         try:
             heard = client.connection.recv(4096)
         except OSError:
@@ -126,7 +131,7 @@ class ProcessManager:
         return True
 
     def _end(self, client: _Client) -> bool:
-        """Forget a connection; whether that is no loss."""
+        """Drop a connection. Returns False if that means that a process of the world is gone."""
         self._clients.remove(client)
         with suppress(KeyError, ValueError):
             self._selector.unregister(client.connection)
@@ -187,17 +192,17 @@ def _say(client: _Client, text: str) -> None:
 
 
 def _mapping(nodes: Sequence[object]) -> str:
-    """Which ranks share a node, as MPICH reads it: blocks of (first node, nodes, ranks on each)."""
+    """Return which ranks share a node, in MPICH's notation: blocks of (first node, number of nodes, ranks on each)."""
     number = {node: n for n, node in enumerate(dict.fromkeys(nodes))}
     blocks = [f"({number[node]},1,{len(list(ranks))})" for node, ranks in groupby(nodes)]
     return f"(vector,{','.join(blocks)})"
 
 
 class Lifeline:
-    """A worker's connection to the manager: lives as long as all workers do.
+    """A worker's connection to the process manager, which lasts as long as all workers live.
 
     Raises:
-        OSError: the manager is not there.
+        OSError: the manager cannot be reached.
     """
 
     def __init__(self, rendezvous: Rendezvous, rank: int, timeout_s: float) -> None:
@@ -206,7 +211,7 @@ class Lifeline:
         self._connection.setblocking(False)
 
     def holds(self) -> bool:
-        """Whether every worker is still there, as far as is known."""
+        """Return True if every worker is still there, as far as this one knows."""
         try:
             return self._connection.recv(1) != b""
         except BlockingIOError:
@@ -216,9 +221,9 @@ class Lifeline:
 
     @contextmanager
     def fatal(self) -> Iterator[None]:
-        """Should a worker be lost inside, end this process at once, whatever it is doing: for calls of MPI that nothing else can break off.
+        """Within this context, the loss of a worker ends this process at once: for calls to MPI that nothing else can interrupt.
 
-        By a signal, since such calls may hold Python's lock. Its default action is to end the process.
+        The process is ended by a signal (SIGIO, whose default action is that), since such calls may hold the GIL.
         """
         flags = fcntl.fcntl(self._connection, fcntl.F_GETFL)
         fcntl.fcntl(self._connection, fcntl.F_SETOWN, os.getpid())
@@ -231,5 +236,5 @@ class Lifeline:
             fcntl.fcntl(self._connection, fcntl.F_SETFL, flags)
 
     def cut(self) -> None:
-        """Leave: all other workers' lifelines end too."""
+        """Leave the group: the lifelines of all other workers end, too."""
         self._connection.close()

@@ -1,4 +1,4 @@
-"""What a message to the neighbour costs."""
+"""Measures how long messages between neighbouring workers take."""
 
 import time
 from collections.abc import Sequence
@@ -14,20 +14,33 @@ LARGE = 8 * 1024**2
 
 @dataclass(frozen=True)
 class Link:
-    """From a worker to the next and back, halved; medians, seconds by bytes of a message."""
+    """Message times between a worker and the next one.
+
+    Attributes:
+        worker: rank of the first of the two.
+        seconds: half the median time of a round trip, by message size in bytes.
+    """
 
     worker: int
     seconds: dict[int, float]
 
     @property
     def bandwidth_gb_s(self) -> float:
-        """Of the largest message."""
+        """Bandwidth for the largest message, in GB/s."""
         largest = max(self.seconds)
         return largest / self.seconds[largest] / 1e9
 
 
 def time_messages(channel: Channel, sizes: Sequence[int], device: torch.device, rounds: int = 20) -> list[Link]:
-    """This worker's links to the next one; all workers call it, and take turns, pair by pair."""
+    """Measure the link between this worker and the next one. All workers call this; pairs of neighbours take turns.
+
+    Args:
+        sizes: message sizes in bytes.
+        device: where the messages' tensors are.
+        rounds: number of timed round trips for each size.
+
+    Returns: one link, or none on the last worker.
+    """
     found = []
     for left in range(channel.size - 1):
         if channel.rank not in (left, left + 1):

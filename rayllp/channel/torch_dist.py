@@ -1,4 +1,4 @@
-"""Point-to-point messages of torch.distributed: Gloo between CPUs, NCCL between GPUs."""
+"""A channel over torch.distributed: Gloo between CPUs, NCCL between GPUs."""
 
 from collections.abc import Callable
 from datetime import timedelta
@@ -15,18 +15,18 @@ from rayllp.errors import ChannelError
 from rayllp.state import State
 
 GATHERED = 1
-"""The tag of what is gathered; other messages, some of whose receives are begun ahead, have tag 0."""
+"""The tag of messages within collectives. All others, some of whose receives begin ahead of time, have tag 0."""
 UNWRITTEN = np.frombuffer(bytes.fromhex("9e3779b97f4a7c15"), dtype=np.uint8)
-"""What the last bytes of a buffer are until its message is there: Gloo writes from front to back, and can't be asked without waiting.
-A message that happens to end so is noticed by `receive` alone.
+"""The last bytes of a receive buffer until its message is there. Gloo writes from front to back, and cannot be asked without waiting.
+A message that happens to end with these bytes is not noticed before `receive`.
 """
 
 
 class TorchChannel(WiredChannel):
-    """Messages within `group` (the default group if None).
+    """A channel over the process group `group` (the default group if None).
 
-    Gloo moves CPU memory: states on a GPU are staged through the host. NCCL moves them directly; its receives are not begun ahead of time,
-    since they would wait in the stream of what is computed.
+    Gloo moves CPU memory, so states on a GPU are staged through the host. NCCL moves them directly. Its receives are not begun ahead of
+    time, since they would wait in the stream that computes.
     """
 
     def __init__(self, group: dist.ProcessGroup | None = None, timeout_s: float = 300.0) -> None:
@@ -38,9 +38,9 @@ class TorchChannel(WiredChannel):
         self._sent: list[tuple[dist.Work, Tensor]] = []
 
     def _begin_send(self, buffer: Tensor, destination: int) -> None:
-        if not self._on_host:  # Gloo never says of a message that it has left: `finish` alone forgets those
+        if not self._on_host:  # Gloo does not tell whether a message has left; its messages are kept until `finish`
             self._sent = [(work, sent) for work, sent in self._sent if not work.is_completed()]
-        # On the host what dist.isend does, without its checks, which take longer than the message.
+        # For Gloo, what dist.isend calls: its checks would take longer than the message.
         work = self._mine.send([buffer], destination, 0) if self._on_host else dist.isend(buffer, group=self._mine, group_dst=destination)
         if work is not None:
             self._sent.append((work, buffer))
@@ -58,7 +58,7 @@ class TorchChannel(WiredChannel):
 
     def _await(self, work: dist.Work | None) -> None:
         if work is not None:
-            # NCCL orders the stream and returns at once; its watchdog holds the group's own time limit.
+            # NCCL's wait orders the stream and returns at once. Its watchdog enforces the time limit of the process group.
             work.wait(timedelta(seconds=self.timeout_s)) if self._on_host else work.wait()
 
     def exchange(self, leaving: Leaving, coming: Coming, tag: MessageTag) -> list[State]:
@@ -76,8 +76,9 @@ class TorchChannel(WiredChannel):
             found = list(buffer.new_empty(self.size, len(buffer)).unbind())
             dist.all_gather(found, buffer, group=self._mine)
             return found
-        # Gloo's own goes round a ring, as many hops as workers, each of which waits for a process to wake up. Here what a worker has
-        # doubles with each hop (Bruck et al., 1997, doi:10.1109/71.642949): parts are in order of the ranks from its own on.
+        # Gloo's own all-gather takes one hop round a ring for each worker, and in each hop a process has to wake up. Here the number of
+        # parts that a worker has doubles with each hop (Bruck et al., 1997, doi:10.1109/71.642949). Parts are in order of rank, its own
+        # first.
         size, rank = self.size, self.rank
         parts = buffer.new_empty(size, len(buffer))
         parts[0] = buffer
@@ -130,5 +131,5 @@ class TorchChannel(WiredChannel):
 
 
 def _end(buffer: Tensor) -> np.ndarray:
-    """The last bytes of a flat buffer in main memory."""
+    """Return the last bytes of a flat buffer in main memory, as a view."""
     return buffer.view(torch.uint8).numpy()[-len(UNWRITTEN) :]

@@ -1,4 +1,7 @@
-"""What channels between processes share: a state travels as one message that says what it is, and is asked for before it is needed."""
+"""What all channels between processes have in common.
+
+A state travels as one message with a header (`packing.py`), and its receive may begin before it is needed.
+"""
 
 import time
 from abc import ABC, abstractmethod
@@ -18,18 +21,18 @@ from rayllp.errors import ChannelError
 from rayllp.state import State, tensors
 
 PROGRAMS = 64
-"""Programs that are remembered."""
+"""How many programs (`Channel.program`) a channel remembers."""
 
 
 class Expected(NamedTuple):
-    """A receive: what, and from whom."""
+    """A message to receive: its spec, and its sender."""
 
     spec: StateSpec
     source: int
 
 
 class Posted(NamedTuple):
-    """A receive that was begun, and where its message goes."""
+    """A receive that has begun, and the buffer for its message."""
 
     expected: Expected
     work: Any
@@ -38,11 +41,12 @@ class Posted(NamedTuple):
 
 @dataclass(frozen=True)
 class WiredReduction:
-    """A sum that was begun.
+    """An all-reduce that is under way.
 
     Attributes:
-        name: by which it fails.
-        end: waits for it.
+        tensor: the tensor that is summed in place.
+        name: what this is called in errors.
+        end: waits for the sum.
     """
 
     tensor: Tensor
@@ -57,7 +61,7 @@ class WiredReduction:
 
 @contextmanager
 def failing_as(name: str) -> Iterator[None]:
-    """What fails inside is a channel's error of this name."""
+    """Turn a RuntimeError inside into a ChannelError that begins with `name`."""
     try:
         yield
     except RuntimeError as error:
@@ -65,15 +69,18 @@ def failing_as(name: str) -> Iterator[None]:
 
 
 class WiredChannel(ABC):
-    """Messages between processes. A state of several tensors travels as one message.
+    """Base of the channels between processes. A state of several tensors travels as one message.
 
-    In a program (see `Channel.program`) that was run before, the next message from each worker is asked for ahead of time, while this
-    worker computes: Gloo sends a message only when its receiver has asked for it, and MPI puts one that was asked for where it belongs.
+    In a program (`Channel.program`) that has run before, the next receive from each worker is begun ahead of time, while this worker
+    computes: Gloo sends a message only once its receiver has begun to receive, and MPI then puts the message straight into its buffer.
 
     Args:
-        group: the same workers as torch's process group, for libraries that want one.
-        on_host: messages leave from and arrive in the CPU's memory; states on a GPU are staged through it.
-        asks_ahead: whether receives are begun ahead of time.
+        rank: this worker's rank.
+        size: number of workers.
+        timeout_s: time limit of every wait, in seconds.
+        group: torch's process group of the same workers, for libraries that need one.
+        on_host: send from and receive into CPU memory; states on a GPU are staged through it.
+        asks_ahead: begin receives ahead of time.
     """
 
     def __init__(self, rank: int, size: int, timeout_s: float, *, group: dist.ProcessGroup | None, on_host: bool, asks_ahead: bool) -> None:
@@ -81,18 +88,18 @@ class WiredChannel(ABC):
         self._on_host, self._asks_ahead = on_host, asks_ahead
         self.sends_wait = False
         self._programs: dict[Hashable, list[Expected]] = {}
-        self._heard: list[Expected] | None = None  # in the program in hand
-        self._ahead: dict[int, deque[Expected]] = {}  # of that program, by sender: what has not been asked for yet
+        self._heard: list[Expected] | None = None  # what the current program has received; None outside of one
+        self._ahead: dict[int, deque[Expected]] = {}  # by sender: receives of the current program that have not begun
         self._posted: dict[int, Posted] = {}
         self._unchecked = Unchecked()
 
     @abstractmethod
     def _begin_send(self, buffer: Tensor, destination: int) -> None:
-        """Hand over a message, of shape (bytes,); returns at once."""
+        """Send a message of shape (bytes,), and return at once."""
 
     @abstractmethod
     def _begin_receive(self, buffer: Tensor, source: int) -> Any:
-        """Ask for the next message from `source`; what `_await` waits for."""
+        """Begin to receive the next message from `source`. Returns what `_await` is to wait for."""
 
     @abstractmethod
     def _await(self, work: Any) -> None:
@@ -104,7 +111,7 @@ class WiredChannel(ABC):
 
     @abstractmethod
     def _is_there(self, posted: Posted) -> bool:
-        """Whether its message has arrived."""
+        """Return True if the receive's message has arrived."""
 
     def send(self, state: State, destination: int, tag: MessageTag) -> None:
         self._begin_send(self._message(state, tag), destination)
@@ -131,15 +138,15 @@ class WiredChannel(ABC):
         return self._open(buffer, spec, source, tag)
 
     def _message(self, state: State, tag: MessageTag) -> Tensor:
-        """As it leaves."""
+        """Return a state's message, in the memory from which it is sent."""
         message = pack(state, tag)
         return message.cpu() if self._on_host else message
 
     def _open(self, message: Tensor, spec: StateSpec, source: int, tag: MessageTag) -> State:
-        """The state in a message that has arrived.
+        """Return the state in a message that has arrived.
 
         Raises:
-            ChannelError: it is not the one that was waited for; of those on a GPU `finish` says so.
+            ChannelError: it is not the message that was expected. For messages on a GPU `finish` raises this.
         """
         if self._on_host:
             check(beginning(message), spec, tag, self.rank, source)
@@ -152,7 +159,7 @@ class WiredChannel(ABC):
 
     @abstractmethod
     def _gather(self, buffer: Tensor) -> list[Tensor]:
-        """Every worker's flat buffer, all of one length, in order of the ranks.
+        """Return every worker's flat buffer, in order of rank. All have the same length.
 
         Raises:
             RuntimeError: the time limit has passed, or a worker is gone.
@@ -168,7 +175,7 @@ class WiredChannel(ABC):
 
     @abstractmethod
     def _exchange(self, parts: Tensor) -> Tensor:
-        """Row j of each worker to worker j: what this one is given, a row a worker.
+        """Send row j to worker j, and return what the workers have sent to this one: a row for each, in order of rank.
 
         Raises:
             RuntimeError: the time limit has passed, or a worker is gone.
@@ -193,19 +200,19 @@ class WiredChannel(ABC):
 
     @abstractmethod
     def _begin_sum(self, tensor: Tensor) -> Callable[[], None]:
-        """Begin to sum a tensor over all workers, in place; what waits for that.
+        """Begin to sum a tensor over all workers in place. Returns a function that waits for the sum.
 
         Raises:
-            RuntimeError: the time limit has passed, or a worker is gone; also where it is waited for.
+            RuntimeError: the time limit has passed, or a worker is gone. The returned function raises it, too.
         """
 
     @abstractmethod
     def finish(self) -> None:
-        """As `Channel.finish`."""
+        """See `Channel.finish`."""
 
     @abstractmethod
     def close(self) -> None:
-        """As `Channel.close`."""
+        """See `Channel.close`."""
 
     def arrived(self, spec: StateSpec, source: int) -> bool:
         if not self._asks_ahead:
@@ -213,7 +220,7 @@ class WiredChannel(ABC):
         if source not in self._posted:
             try:
                 self._posted[source] = self._post(Expected(spec, source))
-            except RuntimeError:  # `receive` will meet it too, and says what it was waiting for
+            except RuntimeError:  # `receive` will fail in the same way, with an error that names the message
                 return True
         return self._is_there(self._posted[source])
 
@@ -241,7 +248,7 @@ class WiredChannel(ABC):
             raise ChannelError(f"worker {self.rank}: fewer messages came than the last time, in a step of the same kind")
 
     def _ask_ahead(self, source: int) -> None:
-        """Begin the next receive from this worker that the program in hand will want."""
+        """Begin the next receive from this worker that the current program will need."""
         waiting = self._ahead.get(source)
         if waiting:
             self._posted[source] = self._post(waiting.popleft())

@@ -150,8 +150,8 @@ class Grid:
 
         Args:
             keep: keep the values at F-points. If False, each is dropped once the next one is computed.
-            defer_to: collects the runs whose last step leads neither to another worker nor out of the last layer, instead of sweeping them now.
-                Intervals that are swept side by side are never deferred. None: nothing is deferred.
+            defer_to: collects the runs whose last step leads neither to another worker nor out of the last layer, instead of sweeping them
+                now. Intervals that are swept side by side are never deferred. None: nothing is deferred.
 
         Returns: the state after the level's last step, on the worker that takes it; None elsewhere.
         """
