@@ -1,4 +1,4 @@
-"""The controller: a pure state machine that is fed with what probes found and says how accurate the next steps are to be."""
+"""The controller: a pure state machine that takes what probes have found, and decides how accurately the next steps are solved."""
 
 from rayllp.control.controller import Controller
 from rayllp.control.records import Accuracy, Decision, Probe, ProbePlan

@@ -1,12 +1,12 @@
-"""How accurate the next steps are to be (arXiv:2601.09026, section 3.2.3, and beyond it).
+"""The controller, which decides how accurately the next steps are solved (arXiv:2601.09026, section 3.2.3, and beyond it).
 
-Pure: no clock, no cluster, no random numbers. The driver owns it, and feeds it what probes measured and how long steps took. Rungs of a
-ladder go from cheap to exact; the last one is serial. A probe that looks bad raises the penalty's weight, then the rung; several good ones
-in a row lower it.
+It is pure: no clock, no cluster, no random numbers. The driver owns it, and tells it what probes have measured and how long steps have
+taken. Accuracies form a ladder whose rungs go from cheap to exact; the last one is serial. After a bad probe the weight of the consistency
+penalty is raised, then the rung; several good probes in a row lower the rung.
 
-Where probes measure the gradient's bias, a rung is in use only after one has found it accurate: at the start, after a fault and after every
-change of rung, steps are exact until a probe of the new rung is good. So no step is trained on a gradient that was just found to be wrong.
-Where the ladder is the default one, a rung whose steps are no faster than exact ones is left.
+Where probes measure the gradient's bias, a rung is used only once a probe has found it accurate: at the start, after a fault and after
+every change of rung, steps are exact until a probe of the current rung is good. So no step is trained on a gradient that was just found to
+be wrong. With the default ladder, the controller also leaves a rung whose steps are no faster than exact ones.
 """
 
 import math
@@ -18,48 +18,52 @@ from rayllp.config import Relaxation, TrainConfig
 from rayllp.control.records import Accuracy, Decision, Probe, ProbePlan
 
 RAISE, LOWER = 4.0, 2.0
-"""Factors by which a probe changes the consistency penalty's weight. A bias that has come costs more than a weight that is too large."""
+"""Factors by which a probe changes the weight of the consistency penalty. Raising is faster than lowering, since a bias that is already
+there costs more than a weight that is too large.
+"""
 LEAST, MOST = 0.5, 5.66
-"""Of the weight that was set: beyond these it does not go. More would cost more than the next rung."""
+"""Bounds of that weight, as multiples of the weight that was set. A larger weight would cost more than the next rung does."""
 HOPELESS = 2.0
-"""ρ of so many thresholds: more iterations only diverge further, so no rung between is tried."""
+"""If ρ is above this many thresholds, more iterations only diverge further, so the rungs in between are skipped."""
 RETRY = 10
-"""Steps from a fault that has raised the penalty's weight to the next probe: it teaches the layers in steps, not at once."""
+"""Steps from raising the penalty's weight after a fault to the next probe. The penalty needs some steps to change the layers."""
 TIMED = 5
-"""Exact steps at the start that are timed, where times are heeded; the first is a probe, the second may be slow."""
+"""Number of exact steps at the start that are timed, where step times count. The first is a probe, and the second may be slow."""
 GAIN = 0.98
-"""A solve that takes more than this part of an exact step's time is not worth its bias."""
+"""A layer-parallel step that takes more than this share of an exact step's time is not worth its bias."""
 EARLY = (10, 20, 40, 80)
-"""Steps after which windows are probed besides: while the learning rate warms up, a bias can grow from nothing to harm in fewer steps
-than lie between two regular probes.
+"""Numbers of steps after which windows are probed in addition. While the learning rate warms up, a bias can grow from nothing to harmful
+in fewer steps than lie between two regular probes.
 """
 CLEARLY, DOUBTED = 1.1, 15
-"""So many times an exact step's time are too long at once; a solve that takes less, and still too much, has so many steps to do better."""
+"""A rung whose steps take more than CLEARLY times as long as exact ones is left at once. One that is too slow by less has DOUBTED steps to
+become faster.
+"""
 LOOK_AGAIN = 10
-"""Probes' distances until a ladder that was too slow is tried again."""
+"""A ladder that was too slow is tried again after this many regular intervals between probes."""
 TAKE_BACK = 0.95
-"""It is tried again at once where exact steps then turn out slower: where its own took no more than this part of their time."""
+"""It is tried again at once if its steps took at most this share of the time that exact steps then turn out to take."""
 
 
 @dataclass
 class _State:
-    rung: int = 0
-    calm: int = 0
-    flips: int = 0
-    weight: float = 0.0
-    final: bool = False  # no way back
-    left: str | None = None  # the rung that adaptive.switch_at ended
+    rung: int = 0  # index of the current rung
+    calm: int = 0  # number of good probes in a row
+    flips: int = 0  # changes of rung that count towards adaptive.max_flips
+    weight: float = 0.0  # of the consistency penalty
+    final: bool = False  # whether the run stays on this rung to the end
+    left: str | None = None  # the rung in use until adaptive.switch_at
     verified: bool = True  # whether a probe has found the rung accurate since it was chosen
-    probe_at: int = 0  # the step of the next probe while it is not
-    above: int | None = None  # the rung that a step down has left: where to go back to if the lower one is not accurate
-    timed_from: int = 0  # exact steps are timed from here on
-    slow_until: int | None = None  # every rung was too slow; look again then
-    slow: str = ""  # the rung that was too slow
-    doubted_from: int | None = None  # the rung's time is too long by a little from this step on
+    probe_at: int = 0  # the step of the next probe, while the rung is not verified
+    above: int | None = None  # the rung before a step down, to return to if the lower one is not accurate
+    timed_from: int = 0  # the step from which exact steps are timed
+    slow_until: int | None = None  # every rung was too slow; the step at which the ladder is tried again
+    slow: str = ""  # the name of the rung that was too slow
+    doubted_from: int | None = None  # the step since which the rung has been a little too slow
 
 
 class Controller:
-    """Chooses the rung, and the weight of the consistency penalty."""
+    """Chooses the rung of the ladder, and the weight of the consistency penalty."""
 
     def __init__(self, config: TrainConfig) -> None:
         self.config, self.settings = config, config.adaptive
@@ -70,48 +74,53 @@ class Controller:
 
     @property
     def serial(self) -> bool:
-        """Whether the rung is the last one: exact steps."""
+        """True if the current rung is the last one, whose steps are exact."""
         return self._state.rung == len(self.rungs) - 1
 
     @property
     def rung(self) -> str:
-        """The name of the rung, which steps use once it is verified."""
+        """The name of the current rung. Steps use it once it is verified."""
         return self.rungs[self._state.rung].name
 
     @property
     def _verifies(self) -> bool:
-        """Whether a rung is used only after a probe has found it accurate."""
+        """True if a rung is used only once a probe has found it accurate."""
         return self.config.mode == "adaptive" and self.settings.rule != "convergence" and self.settings.probe_every > 0
 
     @property
     def _is_unverified(self) -> bool:
+        """True if steps are exact because no probe has found the current rung accurate yet."""
         return not self._state.verified and not self.serial
 
     @property
     def accuracy(self) -> Accuracy:
-        """Of the next step, but for the exact ones that are timed at the start."""
+        """The accuracy of the next step, apart from the exact steps that are timed at the start."""
         chosen = self.chosen
         return replace(self.rungs[-1], consistency=chosen.consistency, smoothness=chosen.smoothness) if self._is_unverified else chosen
 
     @property
     def chosen(self) -> Accuracy:
-        """Of a step by the rung, whether a probe has found it accurate or not."""
-        # A switched run lets go of the penalties; mode=serial with them prepares a network for parallel training.
+        """The accuracy that the current rung stands for, whether or not a probe has found it accurate."""
+        # A run that has switched to serial drops the penalties. With mode=serial they stay: they prepare a network for parallel training.
         kept = not self.serial or self.config.mode == "serial"
         weights = (self._state.weight, self.settings.smoothness) if kept else (0.0, 0.0)
         return replace(self.rungs[self._state.rung], consistency=weights[0], smoothness=weights[1])
 
     def accuracy_at(self, step: int) -> Accuracy:
-        """Of a step, if nothing is decided before it."""
+        """Return the accuracy of step `step`, if nothing is decided before it."""
         return self.rungs[-1] if self._is_being_timed(step) else self.accuracy
 
     def _is_being_timed(self, step: int) -> bool:
+        """Return True if the step is exact in order to be timed."""
         return self.config.heeds_times and not self._state.final and step < self._state.timed_from + TIMED
 
     # Probes -------------------------------------------------------------------------------------------------------------------
 
     def probe(self, step: int) -> ProbePlan | None:
-        """What step `step` is to measure: every `probe_every`-th, and the first, so that a run shows ρ early."""
+        """Return what step `step` is to measure, or None if it is no probe.
+
+        Every `probe_every`-th step is a probe, and so is the first, so that a run shows ρ early.
+        """
         every = self.settings.probe_every
         if not every or self._state.final or self._state.slow_until is not None:
             return None
@@ -134,20 +143,22 @@ class Controller:
         )
 
     def _is_early(self, step: int) -> bool:
-        """Whether a probe besides the regular ones is due."""
+        """Return True if the step is an additional, early probe of windows (`EARLY`)."""
         return self._verifies and self.config.placement == "cyclic" and step + 1 in EARLY and step + 1 < self.settings.probe_every
 
     @property
     def _may_return(self) -> bool:
+        """True if a run that has become serial may return to the ladder."""
         return self.config.mode == "adaptive" and self.settings.return_below is not None and self._state.flips < self.settings.max_flips
 
     # Decisions ----------------------------------------------------------------------------------------------------------------
 
     def begin(self, step: int, seconds: Mapping[str, float] | None = None) -> Decision | None:
-        """Before a step: the switch that settings ask for at it, or one for the time that steps take.
+        """Return the decision due before a step, if any: the switch that the settings ask for, or one because of the time that steps take.
 
         Args:
-            seconds: of a step, by the name of its solve, as far as it was timed.
+            step: the step that is about to begin.
+            seconds: seconds of a step by the name of its rung, for the rungs that have been timed.
         """
         at = self.config.switch_step
         if at is None or step < at:
@@ -159,7 +170,7 @@ class Controller:
         return None if was_serial else self._decision(step, f"adaptive.switch_at {self.config.switch_at}")
 
     def _take_back_switch(self, step: int) -> Decision | None:
-        """A run that was made longer, or given a later switch, has not come to it yet."""
+        """Undo the switch to serial if it lies ahead again, since the run was made longer or given a later switch."""
         if self._state.left is None:
             return None
         self._state.rung, self._state.final, self._state.left = self._rung_of(self._state.left), False, None
@@ -167,13 +178,13 @@ class Controller:
         return None if self.serial else self._decision(step, "adaptive.switch_at is ahead again")
 
     def time_anew(self, step: int) -> None:
-        """Steps take other times from here on: on another number of workers, or after a restart."""
+        """Time steps anew from this step on: after a restart, or on another number of workers, they take other times."""
         self._state.timed_from = step
         if self._state.slow_until is not None:
             self._state.slow_until = step
 
     def _heed_times(self, step: int, seconds: Mapping[str, float]) -> Decision | None:
-        """Leave the ladder where its rung is no faster than an exact step; every further rung is slower still."""
+        """Leave the ladder if the current rung is no faster than an exact step; the rungs above it are slower still."""
         state, exact = self._state, seconds.get("serial")
         if not self.config.heeds_times or state.final:
             return None
@@ -193,7 +204,7 @@ class Controller:
         return self._decision(step, f"a step by {state.slow} takes {here:.3g} s, an exact one {exact:.3g} s")
 
     def _look_again(self, step: int, exact: float | None, slow: float | None) -> Decision | None:
-        """Back to the first rung, when its time has come, or exact steps are slower than the rung was that was left for them."""
+        """Return to the first rung, if its time has come or if exact steps turn out slower than the rung that was left for them."""
         state = self._state
         assert state.slow_until is not None
         left = state.slow_until - LOOK_AGAIN * self.settings.probe_every
@@ -204,7 +215,7 @@ class Controller:
         return self._decision(step, "looking again whether layer-parallel steps are faster")
 
     def observe(self, step: int, probe: Probe) -> Decision | None:
-        """Take a probe's findings; a decision if the rung changes, or is used from now on."""
+        """Take in what a probe has found. Returns a decision if the rung changes, or is used from now on."""
         if self.config.mode != "adaptive" or self._state.final:
             return None
         fault = self._fault(probe)
@@ -217,7 +228,7 @@ class Controller:
                 return self._decision(step, _found_accurate(probe))
             return self._consider_descent(step, probe)
         self._state.calm = 0
-        if self._state.above is not None:  # the step down was one too many
+        if self._state.above is not None:  # the last step down went too far
             self._state.rung, self._state.verified, self._state.above = self._state.above, True, None
             return self._decision(step, fault)
         if not self._is_hopeless(probe) and self._steer(probe):
@@ -225,13 +236,13 @@ class Controller:
         return self._raise(step, probe, fault)
 
     def _distrust(self, step: int, fault: str) -> Decision | None:
-        """Exact steps until a probe finds the same rung accurate, under a larger penalty."""
+        """Use exact steps until a probe finds the same rung accurate, under the larger penalty."""
         was_in_use = not self._is_unverified
         self._state.verified, self._state.probe_at = not self._verifies, step + RETRY
         return self._decision(step, f"{fault}; the penalty's weight is raised") if was_in_use and self._verifies else None
 
     def _fault(self, probe: Probe) -> str | None:
-        """What is wrong with the probe, by the rule that is set."""
+        """Return what is wrong with the probe by the rule that is set (adaptive.rule), in words; None if nothing is."""
         settings = self.settings
         if settings.rule in ("convergence", "both"):
             for name, rho in (("forward", probe.rho_forward), ("backward", probe.rho_backward)):
@@ -245,12 +256,14 @@ class Controller:
         return None
 
     def _is_hopeless(self, probe: Probe) -> bool:
+        """Return True if the probe is so bad that no rung of the ladder can mend it."""
         if self.settings.rule == "bias":
             return probe.bias is not None and not math.isfinite(probe.bias)
         found = [rho for rho in (probe.rho_forward, probe.rho_backward) if rho is not None]
         return any(not rho <= HOPELESS * self.settings.threshold for rho in found)
 
     def _raise(self, step: int, probe: Probe, fault: str) -> Decision:
+        """Move to the next rung, or to the last one if the probe is hopeless."""
         last = len(self.rungs) - 1
         self._state.rung = last if self._is_hopeless(probe) else self._state.rung + 1
         self._choose_unverified(step)
@@ -260,11 +273,11 @@ class Controller:
         return self._decision(step, fault)
 
     def _choose_unverified(self, step: int) -> None:
-        """The rung was just chosen: the next step probes it."""
+        """Have the next step probe the rung that was just chosen."""
         self._state.verified, self._state.probe_at, self._state.above = not self._verifies, step + 1, None
 
     def _is_calm(self, probe: Probe) -> bool:
-        """Well below every limit: there is a gap between this and a fault, so that the rung does not swing."""
+        """Return True if the probe is well below every limit. The gap between that and a fault keeps the rung from swinging."""
         below = self.settings.return_below
         rhos = [rho for rho in (probe.rho_forward, probe.rho_backward) if rho is not None]
         if below is None or not rhos or any(not rho < below for rho in rhos):
@@ -272,11 +285,13 @@ class Controller:
         return self.settings.rule == "convergence" or probe.bias is None or probe.bias < 0.5 * self.settings.bias_limit
 
     def _consider_descent(self, step: int, probe: Probe) -> Decision | None:
+        """Move one rung down after enough good probes in a row."""
         if self._state.rung == 0 or self._state.flips >= self.settings.max_flips:
             return None
         return self._descend_if_calm(step, probe)
 
     def _consider_return(self, step: int, probe: Probe, fault: str | None) -> Decision | None:
+        """Return from serial training to the ladder after enough good probes in a row."""
         if fault is not None:
             self._state.calm = 0
             return None
@@ -295,13 +310,13 @@ class Controller:
         return self._decision(step, f"{self.settings.patience} probes below adaptive.return_below {self.settings.return_below:g}")
 
     def _decision(self, step: int, reason: str) -> Decision:
-        """To the rung there is."""
+        """Return the decision to use the current rung, or to do exact steps while it is unverified."""
         if self._is_unverified:
             return Decision(step, "serial", reason, "serial", self.rung)
         return Decision(step, self.rungs[self._state.rung].mode, reason, self.rung)
 
     def _steer(self, probe: Probe) -> bool:
-        """Move the penalty's weight toward the least that holds the bias at its target; whether it could still be raised."""
+        """Move the penalty's weight towards the smallest one that keeps the bias at its target. Returns True if the weight was raised."""
         settings, bias, initial = self.settings, probe.bias, self.config.consistency
         if not self.config.steers or bias is None:
             return False
@@ -313,31 +328,31 @@ class Controller:
         return self._state.weight > 1.01 * before
 
     def mark(self) -> "_State":
-        """Where it is now, for `rewind`."""
+        """Return a copy of the controller's state, for `rewind`."""
         return replace(self._state)
 
     def rewind(self, mark: "_State") -> None:
-        """Back to where it was, when steps are done again."""
+        """Return to the state of `mark`, since the steps after it are done again."""
         self._state = replace(mark)
 
     # Kept in checkpoints --------------------------------------------------------------------------------------------------------
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps."""
+        """Return what a checkpoint keeps of the controller."""
         return {**asdict(self._state), "name": self.rung, "consistency": self.config.consistency}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on from a checkpoint; settings that were changed since then have the last word."""
+        """Continue from a checkpoint's state. Settings that were changed since then take precedence."""
         if self.config.mode != "adaptive":
             return
-        kept = {field.name: state[field.name] for field in fields(_State) if field.name in state}  # earlier versions knew fewer
+        kept = {field.name: state[field.name] for field in fields(_State) if field.name in state}  # earlier versions had fewer fields
         self._state = _State(**{**kept, "rung": self._rung_of(state["name"])})
         initial = self.config.consistency
         if not self.config.steers or state.get("consistency", initial) != initial:
             self._state.weight = initial
 
     def _rung_of(self, name: str) -> int:
-        """The rung of this name; the first, where the ladder has none."""
+        """Return the index of the rung with this name, or 0 if the ladder has no such rung."""
         return next((index for index, rung in enumerate(self.rungs) if rung.name == name), 0)
 
 

@@ -1,4 +1,4 @@
-"""What goes into the controller and comes out of it: accuracies of steps, what probes are to measure and have found, decisions."""
+"""What goes into the controller and what comes out of it: accuracies of steps, plans and findings of probes, decisions."""
 
 from dataclasses import dataclass, replace
 
@@ -8,12 +8,16 @@ from rayllp.mgrit import SolverOptions
 
 @dataclass(frozen=True, kw_only=True)
 class Accuracy:
-    """How a step is solved. Serial means exact: microbatched pipeline over the blocks, or plain autograd on one worker.
+    """How accurately a step is solved. Serial means exact: a microbatched pipeline over the blocks, or plain autograd on one worker.
 
     Attributes:
+        serial: True for an exact step.
+        levels_forward, levels_backward: number of levels of the forward and of the adjoint solve.
+        iterations_forward, iterations_backward: number of iterations of each.
         consistency, smoothness: weights of the two penalties.
-        relaxation: of the finest level; None: mgrit.relaxation.fine.
-        window: layers solved at once, where the placement is cyclic: iterations are sweeps then, and levels mean nothing. 0: MGRIT.
+        relaxation: relaxation on the finest level; None: mgrit.relaxation.fine.
+        window: number of layers solved at once, on a cyclic placement; iterations are Picard sweeps then, and levels mean nothing. 0:
+            MGRIT.
     """
 
     serial: bool
@@ -33,18 +37,20 @@ class Accuracy:
 
     @property
     def name(self) -> str:
-        """As a ladder has it: "2+1" iterations, "0+1" a serial forward, "2+1 FCF" with a relaxation of its own, "serial"."""
+        """The name of this rung in a ladder: "2+1" for iterations forward and adjoint, "0+1" for a serial forward, "2+1 FCF" with a
+        relaxation of its own, "serial".
+        """
         if self.serial:
             return "serial"
         forward = 0 if self.levels_forward == 1 else self.iterations_forward
         return f"{forward}+{self.iterations_backward}" + (f" {self.relaxation}" if self.relaxation else "")
 
     def methods(self, config: TrainConfig) -> tuple[SolverOptions, SolverOptions]:
-        """How the forward and the adjoint are solved."""
+        """Return the solver's options for the forward and for the adjoint solve."""
         return config.method(self.iterations_forward, self.relaxation), config.method(self.iterations_backward, self.relaxation)
 
     def probing(self) -> "Accuracy":
-        """Doubled iterations, at least three, so that two residuals give ρ."""
+        """Return this accuracy with doubled iterations, at least three each, so that there are two residuals to give ρ."""
         forward, backward = max(3, 2 * self.iterations_forward), max(3, 2 * self.iterations_backward)
         return replace(self, iterations_forward=forward, iterations_backward=backward)
 
@@ -54,11 +60,11 @@ class ProbePlan:
     """What a probing step measures.
 
     Attributes:
-        candidate: the accuracy that is judged: the one in use, or in serial training the rung to come back to.
-        bias: whether its gradient is compared with a better one.
-        exact: whether that better one is the exact gradient rather than that of doubled iterations.
-        rho: whether convergence factors are wanted where the step is exact, for which doubled iterations are run besides.
-        lipschitz: whether each layer's Lipschitz constant is estimated.
+        candidate: the accuracy to judge: the one in use or, in serial training, that of the rung to return to.
+        bias: compare the gradient of `candidate` with a better one.
+        exact: take the exact gradient for the better one, rather than that of doubled iterations.
+        rho: measure convergence factors even if the step is exact; doubled iterations are then run in addition.
+        lipschitz: estimate each layer's Lipschitz constant.
     """
 
     candidate: Accuracy
@@ -70,9 +76,10 @@ class ProbePlan:
 
 @dataclass(frozen=True, kw_only=True)
 class Probe:
-    """What a probe found; None for what it did not measure.
+    """Findings of a probe; None for what it did not measure.
 
     Attributes:
+        rho_forward, rho_backward: convergence factors of the forward and of the adjoint solve.
         bias: norm of the gradient's error over the gradient's norm.
         noise: standard deviation of the gradient over the choice of the batch, over the gradient's norm.
     """
@@ -85,11 +92,13 @@ class Probe:
 
 @dataclass(frozen=True)
 class Decision:
-    """A change and its reason.
+    """A change of accuracy, and its reason.
 
     Attributes:
-        mode, rung: of the steps from here on.
-        trying: the rung that they will go to once a probe has found it accurate, where they are exact until then.
+        step: the step at which it was made.
+        mode, rung: mode ("serial" or "parallel") and rung of the steps from here on.
+        reason: why, in words.
+        trying: the rung that steps will use once a probe has found it accurate, if they are exact until then; otherwise empty.
     """
 
     step: int
