@@ -1,4 +1,4 @@
-"""python -m rayllp."""
+"""Entry point of `python -m rayllp`."""
 
 from rayllp.cli import main
 

@@ -16,13 +16,13 @@ from rayllp.config import TrainConfig, load_config, load_run_config
 from rayllp.errors import DataError, HeldError, RayllpError, SettingsError
 
 FAILED, REFUSED, SIGNALLED = 1, 2, 128
-"""Exit codes: it was begun and failed, or there is something to mend; nothing was done, since the command cannot work; stopped by a signal,
-whose number is added. 0: all was done.
+"""Exit codes. 0: everything was done. FAILED: the command began and failed, or found something to mend. REFUSED: nothing was done, since
+the command cannot work. SIGNALLED plus a signal's number: that signal stopped it.
 """
 
 
 class Launcher(StrEnum):
-    """What starts worker processes."""
+    """What starts the worker processes."""
 
     ray = "ray"
     mpi = "mpi"
@@ -39,7 +39,7 @@ def train(
     resume: Annotated[Path | None, typer.Option(help="go on with this run directory")] = None,
     launcher: Annotated[Launcher, typer.Option(help="ray: actors of a cluster; mpi: the processes that mpiexec started")] = Launcher.ray,
 ) -> None:
-    """Train a model, its layers spread over Ray actors, or over the processes of MPI's launcher."""
+    """Train a model whose layers are spread over Ray actors, or over the processes that mpiexec started."""
     if resume and (config or output):
         raise typer.BadParameter("--resume takes the run's own settings: give no CONFIG or --output with it; --set changes some of them")
     if resume and overrides:
@@ -56,7 +56,7 @@ def train(
             from rayllp.cluster.mpi_group import train_launched
 
             result = train_launched(settings, output=output, resume=resume)
-            if result is None:  # rank 0 says how it went
+            if result is None:  # only rank 0 has the result, and reports it
                 return
         else:
             from rayllp.cluster.session import train as run_training
@@ -83,7 +83,7 @@ def tune(
     output: Annotated[Path | None, typer.Option(help="directory; default runs/<date>_<name>")] = None,
     resume: Annotated[Path | None, typer.Option(help="go on with the sweep in this directory")] = None,
 ) -> None:
-    """Search settings by Ray Tune; writes best.yaml, trials.csv and a page with pictures."""
+    """Search for good settings with Ray Tune. Writes best.yaml, trials.csv and a page with charts."""
     if resume and (sweep or output or overrides):
         raise typer.BadParameter("--resume takes the sweep's own file: give no SWEEP, --output or --set with it")
     if not resume and not sweep:
@@ -108,7 +108,7 @@ def export(
     family: Annotated[str | None, typer.Option(help="the run's model.family, where it names code (module:Class) that you trust")] = None,
     merge: Annotated[bool, typer.Option("--merge", help="of a run with model.lora the whole model, not the adapters alone")] = False,
 ) -> None:
-    """Write a run's model as transformers keeps one, or its adapters as peft does, for from_pretrained."""
+    """Write a run's model in transformers' format, or its adapters in peft's, for from_pretrained."""
     from rayllp.checkpoint.export import export as export_model
     from rayllp.models.scaled import loader
     from rayllp.report.card import write_card
@@ -129,7 +129,7 @@ def report(
     png: Annotated[Path | None, typer.Option(help="write the charts as PNG files to this folder too")] = None,
     title: Annotated[str | None, typer.Option(help="of the page; default the runs' names")] = None,
 ) -> None:
-    """Write one HTML page of runs: loss, ρ, bias, time and memory by worker, events, sample, settings. Needs no cluster."""
+    """Write one HTML page about runs: loss, ρ, bias, time and memory by worker, events, sample, settings. Needs no cluster."""
     from rayllp.report.page import write_report
 
     written = write_report(runs, output=output, png=png, title=title, baseline=compare)
@@ -144,7 +144,7 @@ def suggest_buffers(
     run: Annotated[Path, typer.Argument(help="run directory, of a run with adaptive.lipschitz_every")],
     factor: Annotated[float, typer.Option(help="a layer is steep beyond so many medians of the middle")] = 2.0,
 ) -> None:
-    """Say how many layers to take out at each end, from each layer's Lipschitz constant."""
+    """Suggest how many layers to make buffers at each end, from each layer's Lipschitz constant."""
     from rayllp.report.buffers import show_suggestion
 
     show_suggestion(run, factor, Console(highlight=False, soft_wrap=True))
@@ -157,7 +157,7 @@ def chaos(
     seed: Annotated[int, typer.Option(help="of the times and of the choice of workers")] = 0,
     limit: Annotated[str | None, typer.Option("--for", help="how long; default until the run ends")] = None,
 ) -> None:
-    """Kill random workers of a run, to see how it and the cluster bear that; Ctrl-C ends it, the run goes on."""
+    """Kill random workers of a run, to see how it and the cluster recover. Ctrl-C ends this; the run goes on."""
     from rayllp.cluster.chaos import inject_failures, parse_duration
 
     inject_failures(run, parse_duration(mtbf, "--mtbf"), seed, None if limit is None else parse_duration(limit, "--for"), typer.echo)
@@ -167,7 +167,7 @@ def chaos(
 def doctor(
     path: Annotated[str | None, typer.Option(help="folder or URL that runs are to be written to: every node tries to")] = None,
 ) -> None:
-    """Look at a cluster: versions, GPUs, links between neighbours, shared storage, clocks; say what to mend."""
+    """Check a cluster (versions, GPUs, links between neighbours, shared storage, clocks), and say what to mend."""
     from rayllp.cluster.doctor import run_doctor
 
     if not run_doctor(path, Console(highlight=False)):
@@ -193,7 +193,7 @@ def bench_step(
     trace: Annotated[Path | None, typer.Option(help="write the timeline to this file, for ui.perfetto.dev or chrome://tracing")] = None,
     picture: Annotated[Path | None, typer.Option(help="write the timeline to this .png or .svg")] = None,
 ) -> None:
-    """A training step: seconds by phase and worker, beside the schedule's ideal."""
+    """Time a training step: seconds by phase and worker, beside the schedule's ideal."""
     from rayllp.bench.command import run_step
 
     run_step(load_config(config, overrides or []), emulate, steps, json, trace, picture, Console(highlight=False))
@@ -201,7 +201,7 @@ def bench_step(
 
 @bench.command("layers")
 def bench_layers(config: Config = None, overrides: Overrides = None, json: Json = None) -> None:
-    """A layer: seconds of its forward, input gradient and full gradient, and bytes."""
+    """Time a layer: seconds of its forward, input gradient and full gradient; and its bytes."""
     from rayllp.bench.command import run_layers
 
     run_layers(load_config(config, overrides or []), json, Console(highlight=False))
@@ -209,7 +209,7 @@ def bench_layers(config: Config = None, overrides: Overrides = None, json: Json 
 
 @bench.command("links")
 def bench_links(config: Config = None, overrides: Overrides = None, json: Json = None) -> None:
-    """The way of a state from worker to worker: seconds, and bandwidth."""
+    """Time the transfer of a state from worker to worker: seconds, and bandwidth."""
     from rayllp.bench.command import run_links
 
     run_links(load_config(config, overrides or []), json, Console(highlight=False))
@@ -232,7 +232,7 @@ def plan(
     bias: Annotated[float, typer.Option(help="the largest that is accurate enough")] = 0.2,
     json: Json = None,
 ) -> None:
-    """Predict every data × layer mesh: layer-parallel, pipeline, data parallel; say what to take."""
+    """Predict the speed of every data × layer mesh (layer-parallel, pipeline, data-parallel), and recommend one."""
     from rayllp.bench.command import run_plan
     from rayllp.plan import Device
     from rayllp.quantities import TIMES, quantity
@@ -256,7 +256,7 @@ def settings() -> None:
 
 @contextmanager
 def _stoppable(what: str) -> Iterator[None]:
-    """Say in a line, and by the exit code, that what is inside was given up because of a signal."""
+    """If a signal stops what is inside, say so in one line, and exit with the signal's exit code."""
     try:
         yield
     except KeyboardInterrupt as stopped:
@@ -266,14 +266,14 @@ def _stoppable(what: str) -> Iterator[None]:
 
 
 def exit_code(error: RayllpError) -> int:
-    """REFUSED where the command has to be changed before anything can be done, else FAILED."""
+    """Return REFUSED if the command has to be changed before anything can be done, otherwise FAILED."""
     return REFUSED if isinstance(error, SettingsError | DataError | HeldError) else FAILED
 
 
 def main() -> None:
-    """Run the command line; errors of ours are one message, not a traceback."""
+    """Run the command line. Errors that rayllp raises on purpose are shown as one message, without a traceback."""
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # where Δ or → cannot be written, a question mark is better than no result
+        if isinstance(stream, io.TextIOWrapper):  # if Δ or → cannot be encoded, a question mark is better than an error
             stream.reconfigure(errors="replace")
     try:
         app()

@@ -18,7 +18,7 @@ class ClusterError(RayllpError, RuntimeError):
 
 
 class WorkerLostError(ClusterError):
-    """Workers died, or did not answer: `ranks` says which. A run goes on without its caller seeing this, as long as it may."""
+    """Workers have died, or do not answer; `ranks` says which. The caller of a run sees this only once the run can no longer recover."""
 
     def __init__(self, message: str, ranks: frozenset[int]) -> None:
         super().__init__(message)
@@ -26,15 +26,15 @@ class WorkerLostError(ClusterError):
 
 
 class RendezvousError(ClusterError):
-    """Workers that live could not be connected to each other: a matter of the network, which starting them anew does not mend."""
+    """Workers that are alive could not be connected to each other. The cause is the network, so starting them anew would not help."""
 
 
 class ChannelError(RayllpError, RuntimeError):
-    """A message between two workers failed: names step, phase, level, sender and receiver."""
+    """A message between two workers failed. The text names step, phase, level, sender and receiver."""
 
 
 class MessageTimeoutError(ChannelError):
-    """A message did not come within its time limit: whoever was to send it hangs, or is cut off."""
+    """A message did not come within its time limit: its sender hangs, or is cut off."""
 
 
 class NonFiniteError(RayllpError, ArithmeticError):
@@ -42,15 +42,15 @@ class NonFiniteError(RayllpError, ArithmeticError):
 
 
 class CheckpointError(RayllpError, RuntimeError):
-    """A checkpoint that is absent, incomplete, altered, or of another model."""
+    """A checkpoint is missing, incomplete, altered, or belongs to another model."""
 
 
 class DamagedCheckpointError(CheckpointError):
-    """A checkpoint that is incomplete or altered: the one before it may be whole."""
+    """A checkpoint is incomplete or altered; the one before it may be whole."""
 
 
 class NotARunError(SettingsError, CheckpointError):
-    """A directory was given that holds no run: a wrong argument, and nothing to go on from."""
+    """A directory was given that holds no run. It is the wrong argument, and there is nothing to resume."""
 
 
 class HeldError(RayllpError, RuntimeError):

@@ -1,4 +1,4 @@
-"""What a pretrained checkpoint fixes, read from its config.json, so that it need not be set again."""
+"""Sizes and types that a pretrained checkpoint fixes. They are read from its config.json, so that they need not be set again."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -7,7 +7,7 @@ from typing import Any
 
 from rayllp.errors import CheckpointError, SettingsError
 
-# Our setting: what transformers' configurations call it.
+# Names that transformers' configurations have for our settings.
 NAMES = {
     "width": ("hidden_size", "n_embd", "d_model"),
     "heads": ("num_attention_heads", "n_head", "n_heads", "num_heads", "encoder_attention_heads"),
@@ -20,19 +20,22 @@ TASKS = {
     "ForCausalLM": "causal", "LMHeadModel": "causal", "ForMaskedLM": "masked", "ForTokenClassification": "words",
     "ForSequenceClassification": "sentences", "ForImageClassification": "images", "ForConditionalGeneration": "translation",
 }  # fmt: skip
-"""model.head of a stored model, by the ending of its class's name."""
+"""The value of model.head for a stored model, by the ending of its class's name."""
 LAYERS = ("num_hidden_layers", "n_layer")
 LISTED = ("layer_types", "mlp_layer_types")
-"""What has an entry a layer."""
+"""Entries that are lists with an item for each layer."""
 SCALED = "rayllp_scaled"
-"""model_type of an export whose layers have step sizes; transformers' own configuration is inside it."""
+"""The model_type of an exported model whose layers have step sizes. Its config.json holds transformers' own configuration inside."""
 
 
 def read_config(source: str) -> dict[str, Any]:
-    """config.json of a checkpoint: a folder, or a name that the Hugging Face cache or hub knows.
+    """Return a checkpoint's config.json.
+
+    Args:
+        source: a folder, or a name that the Hugging Face cache or hub knows.
 
     Raises:
-        CheckpointError: there is none.
+        CheckpointError: there is none, or it cannot be read.
     """
     path = Path(source) / "config.json"
     try:
@@ -54,21 +57,21 @@ def read_config(source: str) -> dict[str, Any]:
 
 
 def transformers_config(stored: Mapping[str, Any]) -> dict[str, Any]:
-    """transformers' part of a config.json."""
+    """Return transformers' own part of a config.json."""
     return dict(stored.get("transformers_config", stored))
 
 
 def layer_sources(here: int, there: int, open_: int = 0, close: int = 0) -> tuple[int, ...]:
-    """Which layer of a checkpoint with `there` layers each of `here` layers is made of.
+    """Return, for each of `here` layers, the layer of a checkpoint with `there` layers that it is initialised from.
 
-    Fewer are taken at equal distances, the first and the last among them. More are each middle layer several times in a row, as nested
-    iteration makes them (arXiv:1912.08974).
+    Fewer layers are taken from the checkpoint at equal distances, the first and the last among them. For more layers each middle layer is
+    repeated several times in a row, as in nested iteration (arXiv:1912.08974).
 
     Args:
-        open_, close: buffers, which stay as they are where there are to be more layers.
+        open_, close: number of buffer layers at each end, which are not repeated.
 
     Raises:
-        SettingsError: more layers, whose middle ones are no multiple of the checkpoint's.
+        SettingsError: more layers are wanted, and the middle ones are no multiple of the checkpoint's.
     """
     if here <= there:
         return tuple(round(n * (there - 1) / max(here - 1, 1)) for n in range(here))
@@ -84,7 +87,7 @@ def layer_sources(here: int, there: int, open_: int = 0, close: int = 0) -> tupl
 
 
 def count_layers(config: Mapping[str, Any]) -> int | None:
-    """Layers of transformers' configuration, an encoder's and a decoder's together; None where it says none."""
+    """Return the number of layers in a transformers configuration, encoder and decoder together; None if it does not say."""
     if config.get("num_decoder_layers"):  # T5's
         return int(config["num_layers"] + config["num_decoder_layers"])
     if config.get("encoder_layers") and config.get("decoder_layers"):
@@ -93,7 +96,11 @@ def count_layers(config: Mapping[str, Any]) -> int | None:
 
 
 def with_sources(config: Mapping[str, Any], sources: Sequence[int]) -> dict[str, Any]:
-    """transformers' configuration with a layer for each of these layers of it."""
+    """Return a transformers configuration for the layers `sources` of the given one.
+
+    Raises:
+        SettingsError: the model is an encoder–decoder, or its configuration has no known name for the number of layers.
+    """
     if config.get("is_encoder_decoder") or not any(name in config for name in LAYERS):
         raise SettingsError(
             f"model.layers={len(sources)} and a checkpoint of {count_layers(config)} layers: of an encoder–decoder all are taken; leave "
@@ -104,14 +111,17 @@ def with_sources(config: Mapping[str, Any], sources: Sequence[int]) -> dict[str,
 
 
 def with_layers(config: Mapping[str, Any], layers: int) -> dict[str, Any]:
-    """transformers' configuration with so many layers, under the name that it has for their number."""
-    listed = {name for name in LISTED if config.get(name) is not None and len(config[name]) != layers}  # derived where it is not given
+    """Return a transformers configuration with `layers` layers. The number is set under the name that the configuration has for it."""
+    listed = {name for name in LISTED if config.get(name) is not None and len(config[name]) != layers}  # derived if it is missing
     kept = {name: value for name, value in config.items() if name not in listed}
     return {**kept, **{name: layers for name in LAYERS if name in config}}
 
 
 def _kind_of(config: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, str]:
-    """The model type, where neither a family nor another type is set; and the task of the stored class, where none is."""
+    """Return model.architecture and model.head of a stored model.
+
+    Empty if the user has set a family; without model.head if the stored class has no known task.
+    """
     if given.get("family") is not None:
         return {}
     found = {"architecture": str(config.get("model_type", ""))}
@@ -120,7 +130,7 @@ def _kind_of(config: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, s
 
 
 def with_pretrained_sizes(values: Mapping[str, Any]) -> Mapping[str, Any]:
-    """`values` with sizes, Δt and buffers of model.from_pretrained wherever they were not given."""
+    """Return `values` with the sizes, Δt and buffers of model.from_pretrained wherever the user has set none."""
     model = values.get("model")
     source = model.get("from_pretrained") if isinstance(model, Mapping) else None
     if not source or not isinstance(model, Mapping) or {"layers", "width", "heads", *NAMES} <= set(model):
@@ -138,7 +148,7 @@ def with_pretrained_sizes(values: Mapping[str, Any]) -> Mapping[str, Any]:
     merged = {group: {**steps[group], **given[group]} for group in given}
     wanted = model.get("layers")
     if isinstance(wanted, int) and layers and wanted > layers and "middle" not in given["step"]:
-        # A layer that becomes several takes as many steps over the same time.
+        # A layer that is repeated takes as many steps, which together cover the same time.
         sources = layer_sources(wanted, layers, merged["buffers"]["open"], merged["buffers"]["close"])
         merged["step"]["middle"] /= sources.count(sources[merged["buffers"]["open"]])
     return {**values, **merged, "model": {**sizes, **dict(model)}}

@@ -1,22 +1,26 @@
-"""Numbers with units, as the command line takes them."""
+"""Numbers with units, as the command line accepts them."""
 
 import math
 
 from rayllp.errors import SettingsError
 
 SCALES = {"us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0, "GB/s": 1e9, "MB/s": 1e6, "Gb/s": 1.25e8, "GB": 1e9, "GiB": 2**30, "MB": 1e6}
+"""Each unit in seconds, bytes or bytes a second."""
 TIMES = "us µs ms s"
+"""The units of times."""
 
 
 def quantity(text: str, option: str, units: str, *, zero: bool = False) -> float:
-    """A number with one of these units (separated by spaces), in seconds, bytes or bytes a second.
+    """Return the value of a number with a unit, in seconds, bytes or bytes a second.
 
     Args:
-        option: what the text was given for, named where it cannot be read.
-        zero: whether 0 is one.
+        text: what was given, such as "20us".
+        option: the command line's option that it was given for, to be named in the error.
+        units: the units that are allowed, separated by spaces.
+        zero: allow 0.
 
     Raises:
-        SettingsError: it is none.
+        SettingsError: the text is no such number.
     """
     for unit in sorted(units.split(), key=len, reverse=True):
         if text.endswith(unit):

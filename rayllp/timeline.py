@@ -1,4 +1,4 @@
-"""What a worker does when: the spans of a step, on a real clock or a logical one."""
+"""Timelines: what a worker does when in a step, as spans on a real clock or, in predictions, on a logical one."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -15,15 +15,16 @@ KINDS = ("compute", "send", "wait")
 
 
 class Span(NamedTuple):
-    """Something that one worker did.
+    """Something that one worker did, with its beginning and end.
 
     Attributes:
         begin, end: seconds, on the timeline's clock.
-        kind: "compute", "wait" (for a message, or for all), or "send".
-        solve: "forward" or "adjoint"; what else a step has: "enter", "loss", "gradients" (shared), "statistics", "update".
-        phase: of the cycle, such as "coarse solve" or "last sweep"; "microbatch" in the exact mode's pipeline; empty outside a solve.
-        level: of the cycle, 0 the finest.
-        layer: counted from the first middle layer; None where it is none.
+        kind: "compute", "send", or "wait" (for a message, or for all workers).
+        solve: "forward" or "adjoint"; for other parts of a step "enter", "loss", "gradients" (shared ones), "statistics" or "update".
+        phase: phase of the cycle, such as "coarse solve" or "last sweep"; "microbatch" in the pipeline of exact steps; empty outside a
+            solve.
+        level: level of the cycle, 0 for the finest.
+        layer: number of the layer, counted from the first middle layer; None if the span belongs to no layer.
     """
 
     begin: float
@@ -40,12 +41,18 @@ class Span(NamedTuple):
 
     @property
     def name(self) -> str:
-        """What it counts as in sums and pictures: solve and phase of a layer's work, else its kind."""
+        """The name under which sums and charts count the span: solve and phase for computation, otherwise its kind."""
         return f"{self.solve} {self.phase}".strip() if self.kind == "compute" else self.kind
 
 
 class TimedStep(NamedTuple):
-    """A worker's step: when it began by the node's clock, its seconds, and its spans from its beginning on."""
+    """One worker's step.
+
+    Attributes:
+        started: when it began, by the node's clock.
+        seconds: how long it took.
+        spans: its spans, with times counted from its beginning.
+    """
 
     started: float
     seconds: float
@@ -53,7 +60,7 @@ class TimedStep(NamedTuple):
 
 
 def sum_kinds(step: TimedStep) -> dict[str, float]:
-    """Seconds of a worker's step by kind: compute, send, wait; what no span covers (the batch, bookkeeping) is "other"."""
+    """Return the seconds of a worker's step by kind: compute, send, wait, and "other" for what no span covers (the batch, bookkeeping)."""
     sums = dict.fromkeys(KINDS, 0.0)
     for span in step.spans:
         sums[span.kind] += span.seconds
@@ -61,7 +68,7 @@ def sum_kinds(step: TimedStep) -> dict[str, float]:
 
 
 def sum_phases(spans: Sequence[Span]) -> dict[str, float]:
-    """Seconds by `Span.name`, in the order of their first."""
+    """Return seconds by `Span.name`, in the order in which the names first occur."""
     sums: dict[str, float] = {}
     for span in spans:
         sums[span.name] = sums.get(span.name, 0.0) + span.seconds
@@ -69,7 +76,11 @@ def sum_phases(spans: Sequence[Span]) -> dict[str, float]:
 
 
 class Timeline:
-    """One worker's spans, in the order in which they ended."""
+    """One worker's spans, in the order in which they ended.
+
+    Args:
+        clock: returns the time in seconds.
+    """
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
         self.clock = clock
@@ -78,20 +89,25 @@ class Timeline:
 
     @contextmanager
     def span(self, kind: str, solve: str) -> Iterator[None]:
-        """What happens inside is one span, outside of any solve."""
+        """Record what happens inside as one span that belongs to no solve."""
         begin = self.clock()
         yield
         self.spans.append(Span(begin, self.clock(), kind, solve))
 
     def fill(self, first: int, begin: float) -> None:
-        """What lies between the spans from number `first` on, since `begin` and until now, was spent waiting for messages."""
+        """Record the gaps between spans as waiting for messages.
+
+        Args:
+            first: number of the first span to consider.
+            begin: when they began. The last gap ends now.
+        """
         for span in [*self.spans[first:], Span(now := self.clock(), now, "", "")]:
             if span.begin > begin:
                 self.spans.append(Span(begin, span.begin, "wait", span.solve))
             begin = max(begin, span.end)
 
     def begin_solve(self, solve: str) -> Callable[[str, int], None]:
-        """What follows belongs to this solve; returns what is to be told of its phases."""
+        """Assign what follows to this solve. Returns the function to be called with phase and level as each phase begins."""
         self.solve = solve
         return self._enter
 
@@ -99,10 +115,10 @@ class Timeline:
         self.phase, self.level = phase, level
 
     def add(self, begin: float, kind: str, layer: int | None = None, phase: tuple[str, str, int] | None = None) -> None:
-        """A span which ends now: since `begin`, or since the end of another that was done inside it.
+        """Record a span that ends now. It began at `begin`, or at the end of the last span if that ended later (a span within this one).
 
         Args:
-            phase: solve, phase and level; those in hand if None.
+            phase: solve, phase and level; None: the current ones.
         """
         if self.spans:
             begin = max(begin, self.spans[-1].end)
@@ -110,12 +126,15 @@ class Timeline:
 
 
 def span_on(timeline: Timeline | None, solve: str, kind: str = "compute") -> AbstractContextManager[None]:
-    """What happens inside, on the timeline, if there is one."""
+    """Return a context whose content is recorded as one span on the timeline, if there is one."""
     return nullcontext() if timeline is None else timeline.span(kind, solve)
 
 
 class TimedPropagator(Propagator):
-    """A propagator whose steps are spans of `solve`; one span for several in one call, with the first one's layer."""
+    """A propagator whose steps are recorded as spans of `solve`.
+
+    Several steps in one call are one span, with the first one's layer.
+    """
 
     def __init__(self, inner: Propagator, timeline: Timeline, solve: str) -> None:
         self.inner, self.timeline, self.solve = inner, timeline, solve
@@ -132,7 +151,8 @@ class TimedPropagator(Propagator):
     def last_step(self, layer: int, state: State, known: State | None) -> State:
         begin = self.timeline.clock()
         after = self.inner.last_step(layer, state, known)
-        self.timeline.add(begin, "compute", layer, (self.solve, "last sweep", 0))  # perhaps deferred, into another solve
+        # The phase is given, since a deferred step is taken during another solve.
+        self.timeline.add(begin, "compute", layer, (self.solve, "last sweep", 0))
         return after
 
     def steps(self, layers: Sequence[int], states: Sequence[State]) -> list[State]:
@@ -149,7 +169,7 @@ class TimedPropagator(Propagator):
 
 
 class TimedChannel(ChannelAround):
-    """A channel whose messages are spans."""
+    """A channel whose messages are recorded as spans."""
 
     def __init__(self, inner: Channel, timeline: Timeline) -> None:
         super().__init__(inner)
