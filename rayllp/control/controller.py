@@ -332,7 +332,7 @@ class Controller:
         return replace(self._state)
 
     def rewind(self, mark: "_State") -> None:
-        """Return to the state of `mark`, since the steps after it are done again."""
+        """Restore the state of `mark`, because the steps after it are done again."""
         self._state = replace(mark)
 
     # Kept in checkpoints --------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""One training step of one worker. Imports neither Ray nor a cluster: it runs over any channel."""
+"""One training step of one worker. This package runs over any channel, and imports neither Ray nor the cluster."""
 
 from rayllp.engine.engine import Engine
 from rayllp.engine.statistics import StepStats

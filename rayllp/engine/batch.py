@@ -1,4 +1,4 @@
-"""A worker's share of a training step's batch, and how the step is to be solved."""
+"""A replica's share of a training step's batch, with the accuracy at which the step is solved."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -15,14 +15,14 @@ from rayllp.state import combine
 
 @dataclass(frozen=True)
 class StepBatch:
-    """What gradients are formed of in one training step, on one replica.
+    """The samples from which one replica forms gradients in one training step.
 
     Attributes:
-        step: the training step.
-        accuracy: how its forward and adjoint are solved.
-        inputs, targets: of this replica's samples; dimension 0 is the samples.
-        samples: their places in the global batch.
-        scale: factor of the summed loss: one over the global number of loss terms.
+        step: number of the training step.
+        accuracy: how accurately forward and adjoint are solved.
+        inputs, targets: those of this replica's samples; dimension 0 is the samples.
+        samples: positions of these samples in the global batch.
+        scale: factor on the summed loss: one over the global number of loss terms.
     """
 
     step: int
@@ -33,20 +33,24 @@ class StepBatch:
     scale: float
 
     def part(self, rows: slice) -> "StepBatch":
-        """Some of the samples, with the same scale: the parts' losses and gradients add up to the whole's."""
+        """Return some of the samples, with the same scale, so that the parts' losses and gradients add up to those of the whole."""
         inputs = combine(lambda whole: whole[rows], self.inputs)
         return replace(self, inputs=inputs, targets=self.targets[rows], samples=self.samples[rows])
 
     def solved_by(self, accuracy: Accuracy) -> "StepBatch":
-        """The same samples, solved another way."""
+        """Return the same samples, to be solved with another accuracy."""
         return replace(self, accuracy=accuracy)
 
 
 class ReplicaBatches:
-    """The share of one replica in each global batch.
+    """One replica's share of each global batch.
 
     Args:
-        replica: its number; the samples of a global batch go to the replicas in order.
+        batches: the global batches.
+        architecture: counts loss terms.
+        config: the settings of the run.
+        replica: number of the replica. The samples of a global batch go to the replicas in order.
+        device: where to put the tensors.
     """
 
     def __init__(self, batches: Batches, architecture: Architecture, config: TrainConfig, replica: int, device: torch.device) -> None:
@@ -54,11 +58,11 @@ class ReplicaBatches:
         self.replica, self.device = replica, device
 
     def share(self, split: str, step: int) -> tuple[Inputs, Tensor, tuple[int, ...], int]:
-        """This replica's inputs and targets, their places in the global batch, and the global number of loss terms."""
+        """Return this replica's inputs and targets, their positions in the global batch, and the global number of loss terms."""
         return self._share(split, step, self.config.batch_size)
 
     def _share(self, split: str, step: int, size: int, last: int | None = None) -> tuple[Inputs, Tensor, tuple[int, ...], int]:
-        """The same of a batch of `size` samples, of which those from place `last` on do not count."""
+        """Return what `share` returns, for a global batch of `size` samples of which those from position `last` on do not count."""
         inputs, targets = self.batches.batch(split, step, size)
         if last is not None and last < size:
             targets[last:] = IGNORE
@@ -69,27 +73,29 @@ class ReplicaBatches:
         return inputs, targets[mine].to(self.device), tuple(range(mine.start, mine.stop)), terms
 
     def for_step(self, step: int, accuracy: Accuracy) -> StepBatch:
-        """The batch of a training step."""
+        """Return this replica's batch of a training step."""
         inputs, targets, samples, terms = self.share("train", step)
         return StepBatch(step, accuracy, inputs, targets, samples, 1 / max(1, terms))
 
     def held_out_size(self, wanted: int) -> int:
-        """How many batches `held_out` has."""
+        """Return the number of batches that `held_out` yields."""
         return self._pass(wanted)[0]
 
     def held_out(self, wanted: int) -> Iterator[tuple[Inputs, Tensor]]:
-        """This replica's inputs and targets of an evaluation, batch after batch: samples that do not depend on the size of a batch.
+        """Yield this replica's inputs and targets of an evaluation, batch by batch.
+
+        Which samples these are does not depend on the batch size.
 
         Args:
-            wanted: EVALUATED samples each, at most one pass; 0: one pass. Of batches of the user's own that have no end: so many of
-                batch_size samples.
+            wanted: how many times EVALUATED samples to take, at most one pass over the data; 0: one pass. For batches of the user's own
+                that have no end, the number of batches of batch_size samples.
         """
         count, size, samples = self._pass(wanted)
         for index in range(count):
             yield self._share("validation", index, size, last=samples - index * size)[:2]
 
     def _pass(self, wanted: int) -> tuple[int, int, int]:
-        """Of an evaluation: its batches, the samples of each, and those of all that count."""
+        """Return an evaluation's number of batches, samples of each (over all replicas), and samples that count in total."""
         size, replicas = self.config.batch_size, self.config.mesh.data
         finite = getattr(self.batches, "batches", None)
         if finite is None:

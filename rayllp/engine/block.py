@@ -1,4 +1,4 @@
-"""One worker's share of the network: its layers, and the embedding or head where it is first or last."""
+"""One worker's part of the network: its layers, and the embedding or head if it is first or last."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -20,11 +20,19 @@ from rayllp.models.randomness import FrozenRandomness
 from rayllp.state import State, combine, interpolate, subtract, tensors
 
 PARAMETER_DTYPES = {"float32": torch.float32, "bfloat16": torch.float32, "float64": torch.float64}
+"""The parameters' dtype, by the setting `dtype`: with bfloat16 only the computation is in bfloat16, by autocast."""
 
 
 @dataclass(frozen=True)
 class Moment:
-    """What a call of a layer belongs to: a step, samples of its global batch, and what the architecture makes of their inputs."""
+    """The step and samples that calls of layers belong to.
+
+    Attributes:
+        step: number of the training step, which keys random numbers.
+        samples: positions of the samples in the global batch, which key random numbers, too.
+        context: what the architecture makes of the samples' inputs, such as masks.
+        training: whether the pieces run in training mode.
+    """
 
     step: int = 0
     samples: tuple[int, ...] = (0,)
@@ -33,14 +41,14 @@ class Moment:
 
 
 class Block:
-    """The pieces that worker `rank` of the layer group owns. Only these are ever built.
+    """The pieces of the network that worker `rank` of the layer group owns. No others are ever built.
 
     Attributes:
-        layers: by index in the whole network; the buffers of the first and last worker among them.
-        middle: indices of the owned middle layers, ascending; neighbours where the placement is in blocks.
-        draws: whether what the pieces draw in training is frozen.
-        watched: None, or the last input of each layer, of the global batch's first sequence alone; filled while it is not None.
-        stacks: of the middle layers, for calls of several.
+        layers: the owned layers by index in the whole network, with the buffers of the first and last worker.
+        middle: indices of the owned middle layers, ascending. They are consecutive if the placement is in blocks.
+        draws: True if pieces draw random numbers in training, which are then frozen within a step.
+        watched: None, or a dict that collects the last input of each layer for the first sample of the global batch.
+        stacks: stacked weights of middle layers, for calls of several layers at once.
     """
 
     def __init__(self, architecture: Architecture, config: TrainConfig, rank: int, device: torch.device) -> None:
@@ -67,7 +75,7 @@ class Block:
         self._callable: Mapping[int, nn.Module] = self.layers
         self._side_by_side = _side_by_side
         check_batched(config, architecture)
-        # Compiled layers draw nothing, or are refused; a call under a key of our own could not be compiled.
+        # Compiled layers that draw are refused, since `FrozenRandomness` cannot be compiled.
         self.draws = architecture.stochastic is not False and not config.compile
         if config.compile:
             self._compile()
@@ -76,13 +84,13 @@ class Block:
         return module.to(device=self.device, dtype=self.dtype).eval()
 
     def _compile(self) -> None:
-        # A recorded graph is read several times: by relaxation, by the coarse solve, by the last sweep.
+        # A donated buffer serves one backward pass. Here relaxation, coarse solve and last sweep go through the same graph.
         torch._functorch.config.donated_buffer = False
         self._callable = {n: cast(nn.Module, torch.compile(module)) for n, module in self.layers.items()}
         self._side_by_side = torch.compile(_side_by_side)
 
     def pieces(self) -> Iterator[tuple[str, str, nn.Module]]:
-        """Name ("embed", "layer_00003", "common", "head"), prefix of the parameters' names, and module of each owned piece."""
+        """Yield the name ("embed", "layer_00003", "common", "head"), the prefix of parameter names, and the module of each owned piece."""
         architecture = self.architecture
         if self.embed is not None:
             yield "embed", architecture.embed_prefix(), self.embed
@@ -99,7 +107,10 @@ class Block:
                 yield prefix + name, parameter
 
     def _tie(self) -> None:
-        """Make tied parameters one where a worker has both; give the head the embedding's values where it has only the head."""
+        """Tie the head's parameters to the embedding's.
+
+        Where a worker has both, they become one parameter. A worker that has only the head starts with the embedding's values.
+        """
         if not self.last or not self.architecture.tied:
             return
         if self.embed is None:
@@ -116,7 +127,7 @@ class Block:
 
     @property
     def trained(self) -> dict[str, nn.Parameter]:
-        """Those of this worker's parameters that are not frozen."""
+        """This worker's parameters that are not frozen, by name."""
         return {name: parameter for name, parameter in self.parameters.items() if parameter.requires_grad}
 
     @property
@@ -128,28 +139,31 @@ class Block:
 
     @property
     def shared_trained(self) -> list[str]:
-        """Those of them that are not frozen."""
+        """Names of those of the `shared` parameters that are not frozen."""
         return [name for name in self.shared if self.parameters[name].requires_grad]
 
     @property
     def common_parameters(self) -> dict[str, nn.Parameter]:
-        """Parameters that every worker holds; their gradients are summed over workers."""
+        """Parameters that every worker holds, by name. Their gradients are summed over workers."""
         prefix = self.architecture.common_prefix()
         return {prefix + name: parameter for name, parameter in self.common.named_parameters()} if self.common is not None else {}
 
     def is_counted_elsewhere(self, name: str) -> bool:
-        """Whether another worker's copy of this parameter stands for it in norms and checkpoints."""
+        """Return True if another worker's copy of this parameter counts in norms and checkpoints, and this one does not."""
         return (self.last and name in self.shared) or (not self.first and name in self.common_parameters)
 
     def owned(self) -> Iterator[tuple[str, str, nn.Parameter]]:
-        """Piece, full name and value of every parameter; one that two pieces share counts to the first."""
+        """Yield piece, full name and value of every parameter. A parameter that two pieces share is yielded with the first."""
         for piece, prefix, module in self.pieces():
             for own, _ in module.named_parameters():
                 if prefix + own in self.parameters:
                     yield piece, prefix + own, self.parameters[prefix + own]
 
     def counted(self) -> Iterator[tuple[int, nn.Parameter]]:
-        """Parameters for which no other worker's copy stands, in the network's order, each with its piece's place in it."""
+        """Yield the parameters that count in norms, in the network's order, each after the number of its piece.
+
+        The pieces are numbered as in the whole network: the embedding is 0, layer n is n + 1, then come the common piece and the head.
+        """
         layers = self.config.model.layers
         places = {"embed": 0, "common": layers + 1, "head": layers + 2, **{f"layer_{n:05d}": n + 1 for n in self.layers}}
         for piece, name, parameter in self.owned():
@@ -157,26 +171,28 @@ class Block:
                 yield places[piece], parameter
 
     def leaves(self, index: int) -> list[nn.Parameter]:
-        """Trainable parameters that layer `index` uses."""
+        """Return the trainable parameters that layer `index` uses, the common ones included."""
         return [*(p for p in self.layers[index].parameters() if p.requires_grad), *self.common_leaves]
 
     @property
     def matrices(self) -> list[nn.Parameter]:
-        """The weight matrices of this worker's layers, buffers among them."""
+        """Trainable weight matrices of this worker's layers, buffers included."""
         return [matrix for layer in self.layers.values() for matrix in hidden_matrices(layer) if matrix.requires_grad]
 
     @property
     def decayed(self) -> set[str]:
-        """Names of this worker's parameters that weight decay is for."""
+        """Names of those parameters of this worker that weight decay applies to."""
         return {prefix + name for _, prefix, module in self.pieces() for name in decayed_weights(module)}
 
     @property
     def common_leaves(self) -> list[nn.Parameter]:
-        """Those of them that are every layer's."""
+        """Trainable parameters that every layer uses."""
         return [] if self.common is None else [p for p in self.common.parameters() if p.requires_grad]
 
     def template(self, index: int) -> dict[str, Tensor]:
-        """A layer of any worker: names of its parameters and tensors of their shapes, whose values mean nothing."""
+        """Return tensors with the names and shapes of a layer's parameters, whose values mean nothing. The layer may be another
+        worker's.
+        """
         if index not in self._templates:
             layer = self.architecture.build_layer(self.config.seed, index)
             empty = {name: torch.empty(p.shape, dtype=self.dtype, device=self.device) for name, p in layer.named_parameters()}
@@ -186,10 +202,16 @@ class Block:
     # Running ------------------------------------------------------------------------------------------------------------------
 
     def begin(self, step: int, samples: Iterable[int], inputs: Inputs, *, training: bool, past: Any = None) -> Moment:
-        """What follows belongs to this step, and to these samples of its global batch, whose inputs are these.
+        """Begin to compute with these inputs; all following calls of layers belong to them.
 
         Args:
-            past: in generation, what the architecture remembers of the inputs' first tokens.
+            step: number of the training step.
+            samples: positions of the samples in the global batch.
+            inputs: the samples' inputs.
+            training: whether the pieces run in training mode.
+            past: in generation, the architecture's memory of the tokens before these (`Architecture.past`).
+
+        Returns: the moment, for `resume`.
         """
         remembered = {} if past is None else {"past": past}
         moment = Moment(step, tuple(samples), self.architecture.context(inputs, self.dtype, **remembered), training)
@@ -197,7 +219,7 @@ class Block:
         return moment
 
     def resume(self, moment: Moment) -> None:
-        """Go back to a moment that `begin` made."""
+        """Return to a moment that `begin` returned, to compute with its inputs again."""
         if moment.training != self.moment.training:
             for _, _, module in self.pieces():
                 module.train(moment.training)
@@ -205,7 +227,7 @@ class Block:
 
     @contextmanager
     def uncompiled(self) -> Iterator[None]:
-        """Inside, layers run as they are: generation's lengths, each another, would be compiled one by one."""
+        """Run layers without torch.compile inside. In generation each length would be compiled anew."""
         kept, self._callable = self._callable, self.layers
         try:
             yield
@@ -213,10 +235,10 @@ class Block:
             self._callable = kept
 
     def check_draws(self, inputs: Inputs) -> None:
-        """Run the pieces once, on one of these inputs, to see what they draw in training.
+        """Run the pieces once, on a sample of these inputs, to find what random numbers they draw in training.
 
         Raises:
-            SettingsError: numbers that are no function of seed, step, layer and sample, or any where none can be frozen.
+            SettingsError: numbers that are no function of seed, step, layer and sample, or any numbers where none can be frozen.
         """
         pieces = {"embed": self.embed, **self.layers, "head": self.head}
         owned = {piece: module for piece, module in pieces.items() if module is not None}
@@ -235,11 +257,11 @@ class Block:
             yield
 
     def layer(self, index: int, state: State) -> State:
-        """x + Δt·(block(x) − x); the block as it is where Δt = 1."""
+        """Return x + Δt·(block(x) − x) for layer `index`; just block(x) if Δt = 1."""
         return self.run_layer(index, self._callable[index], state)
 
     def run_layer(self, index: int, module: nn.Module, state: State) -> State:
-        """The same by another module for this layer, which may be another worker's."""
+        """Return what `layer` returns, with `module` as the layer, which may be another worker's."""
         size = self.config.step_sizes[index]
         self._watch(index, state)
         with self._context(index):
@@ -247,11 +269,12 @@ class Block:
         return after if size == 1 else interpolate(state, after, size)
 
     def side_by_side(self, indices: Sequence[int], state: State, weights: Mapping[str, Tensor]) -> State:
-        """`layer` of several middle layers in one call.
+        """Return what `layer` returns for several middle layers, in one call.
 
         Args:
-            state: one a layer: dimension 0 is the layers.
-            weights: of a stack that has these layers, and of no other.
+            indices: the layers.
+            state: one state for each layer; dimension 0 is the layers.
+            weights: stacked weights of exactly these layers (`Stack.weights`).
         """
         first = indices[0]
         for place, index in enumerate(indices):
@@ -268,13 +291,16 @@ class Block:
             self.watched[index] = combine(lambda part: part[:1].detach().clone(), state)
 
     def increment(self, index: int, state: State) -> State:
-        """block(x) − x, a layer's step for Δt = 1, in the weights' own precision: differences of it are taken."""
+        """Return block(x) − x, a layer's increment for Δt = 1.
+
+        It is computed in the weights' own precision, without autocast, since differences of it are taken.
+        """
         with self._context(index, autocast=False):
             after = self.architecture.advance(index, self.layers[index], state, self.moment.context, self.common)
         return subtract(after, state)
 
     def enter(self, inputs: Inputs) -> State:
-        """Embedding and opening buffers."""
+        """Return the state before the first middle layer: embedding, then opening buffers."""
         assert self.embed is not None
         with self._context("embed"):
             state = self.architecture.enter(self.embed, inputs, self.moment.context)
@@ -283,7 +309,11 @@ class Block:
         return state
 
     def leave(self, state: State, *, last_only: bool = False) -> Tensor:
-        """Closing buffers and head: the outputs, of all positions or of the last one only."""
+        """Return the outputs from the state after the last middle layer: closing buffers, then head.
+
+        Args:
+            last_only: return the output at the last position only.
+        """
         assert self.head is not None
         for n in self.close:
             state = self.layer(n, state)
@@ -302,7 +332,7 @@ def _side_by_side(
     context: Any,
     common: nn.Module | None,
 ) -> State:
-    """`advance` of a layer with several weights, each from a state of its own."""
+    """Return `advance` for several layers, which share a module and have weights and a state each."""
 
     def one(weights: dict[str, Tensor], state: State) -> State:
         def layer(*args: Any, **kwargs: Any) -> Any:
@@ -310,8 +340,8 @@ def _side_by_side(
 
         return advance(index, cast(nn.Module, layer), state, context, common)
 
-    # Of the fused attentions only the GPU's flash can be called under vmap: the CPU's is looped over, and the memory-efficient one's
-    # backward pass refuses what its forward pass has made.
+    # Of the fused attentions only flash attention on the GPU works under vmap. The CPU's would be called layer by layer, and the
+    # backward pass of the memory-efficient one refuses the results of its forward pass.
     on_gpu = tensors(state)[0].device.type == "cuda"
     with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.MATH] if on_gpu else [SDPBackend.MATH]):
         return vmap(one)(weights, state)

@@ -1,8 +1,8 @@
-"""What the pieces of a network draw, found by running each on one sample before training.
+"""Checks before training which random numbers the network's pieces draw, by running each on one sample.
 
 Inside `FrozenRandomness` nearly everything that a layer draws is a function of (seed, step, layer, sample). What cannot be is refused here,
-by name: numbers from a generator that PyTorch's operators do not draw from (Python's, numpy's, a CUDA kernel's own), a dimension 0 that
-is not the batch, numbers drawn in the backward pass.
+with its name: numbers from a generator that PyTorch's operators do not use (Python's, numpy's, a CUDA kernel's own), numbers whose
+dimension 0 is not the batch, and numbers drawn in the backward pass.
 """
 
 import random
@@ -23,10 +23,11 @@ from rayllp.models.randomness import FrozenRandomness, UnkeyedDrawError, seeded
 from rayllp.state import State, combine, squared_norm, subtract, tensors
 
 ROUNDING = {torch.float64: 1e-10, torch.float32: 1e-5}
-"""How far a sample's state may differ beside others, over its norm: products of other sizes round otherwise. Under autocast: below."""
+"""How far a sample's state may differ when others are in the batch, relative to its norm. Rounding depends on the size of a product."""
 AUTOCAST_ROUNDING = 0.03
+"""The same limit where pieces run under autocast."""
 PART = 0.05
-"""How far it may differ, over what other random numbers would change."""
+"""How far it may differ in any case, relative to the difference that other random numbers make."""
 
 
 def check_draws(
@@ -37,15 +38,17 @@ def check_draws(
     dtype: torch.dtype,
     autocast: AbstractContextManager[object] | None = None,
 ) -> str | None:
-    """Run each kind of piece once in training mode, and those that draw a few times.
+    """Run each kind of piece once in training mode, and those that draw random numbers a few times more.
 
     Args:
-        pieces: by index of the layer, or "embed" and "head".
-        inputs: of a batch, whose first sample is taken.
-        dtype: of the weights.
-        autocast: in which pieces run; None where they run in their weights' dtype.
+        architecture: says how pieces are called.
+        pieces: the modules, by the layer's index, or "embed" and "head".
+        common: the piece that several layers use, if there is one.
+        inputs: inputs of a batch; the first sample is used.
+        dtype: dtype of the weights.
+        autocast: context in which pieces run; None if they run in their weights' dtype.
 
-    Returns: the first piece that draws, with the module and the operator; None where none does.
+    Returns: the first piece that draws, with the module and the operator; None if none does.
 
     Raises:
         SettingsError: a piece draws numbers that are no function of seed, step, layer and sample.
@@ -59,7 +62,7 @@ def check_draws(
         kinds.add(of)
 
         def call(state: State, inputs: Inputs, piece: int | str = piece, module: nn.Module = module) -> State:
-            """The piece as its worker calls it."""
+            """Call the piece as its worker does."""
             context = architecture.context(inputs, dtype)
             if piece == "embed":
                 return architecture.enter(module, inputs, context)
@@ -68,7 +71,7 @@ def check_draws(
             return architecture.advance(int(piece), module, state, context, common)
 
         name = f"layer {piece}" if isinstance(piece, int) else f"the {piece}"
-        # With the lock on the default generator, so that other workers' threads do not move it meanwhile.
+        # `seeded` holds the lock on the default generator, so that other workers' threads do not draw from it meanwhile.
         with seeded("check draws"), _training(module), autocast or nullcontext():
             found = _Trial(name, module, call, state, one, AUTOCAST_ROUNDING if autocast else ROUNDING[dtype]).run()
         first = first or found
@@ -76,7 +79,7 @@ def check_draws(
 
 
 class _Trial:
-    """One piece, run on one sample and on copies of it."""
+    """Test runs of one piece, on one sample and on copies of it."""
 
     def __init__(
         self, name: str, module: nn.Module, call: Callable[[State, Inputs], State], state: State, inputs: Inputs, rounding: float
@@ -86,12 +89,16 @@ class _Trial:
         self.drawn: list[str] = []
 
     def run(self) -> str | None:
-        """What the piece draws first: module and operator; None where it draws nothing."""
+        """Return the module and operator of the piece's first draw; None if it draws nothing.
+
+        Raises:
+            SettingsError: the piece draws numbers that cannot be frozen.
+        """
         with self._following():
             with torch.no_grad():
                 alone, moved = self._call()
             if moved:
-                moved &= self._call()[1] & self._call()[1]  # once, another thread may have drawn
+                moved &= self._call()[1] & self._call()[1]  # a single time it may have been another thread
             if moved:
                 raise self._refusal(f"it draws from {' and '.join(sorted(moved))}: draw by PyTorch's operators")
             if not self.drawn:
@@ -101,7 +108,12 @@ class _Trial:
         return f"{self.name}: {self.drawn[0]}"
 
     def _call(self, samples: tuple[int, ...] = (0,), state: State | None = None) -> tuple[State, set[str]]:
-        """The outputs for copies of the sample, and the generators that moved meanwhile."""
+        """Return the outputs for copies of the sample, and the names of the generators that were used.
+
+        Args:
+            samples: the key of each copy.
+            state: the state to start from; None: the trial's own.
+        """
         several, inputs = (
             combine(lambda part: torch.cat([part] * len(samples)), whole) for whole in (self.state if state is None else state, self.inputs)
         )
@@ -116,7 +128,10 @@ class _Trial:
         return found, {name for name, now in _generators(device).items() if now != before[name]}
 
     def _check_rows(self, alone: State) -> None:
-        """What is drawn for a sample must not depend on the others: two copies with one key are the same as one alone."""
+        """Check that what is drawn for a sample does not depend on the others in the batch.
+
+        Two copies of a sample with one key have to give what one alone gives.
+        """
         with torch.no_grad():
             again, other, twice = self._call()[0], self._call((1,))[0], self._call((0, 0))[0]
         most = max(PART * _distance(other, alone), self.rounding * float(squared_norm(alone)) ** 0.5)
@@ -128,8 +143,10 @@ class _Trial:
             )
 
     def _check_backward(self) -> None:
+        """Check that the backward pass draws nothing."""
+
         def refuse(name: str) -> None:
-            """Any draw is one too many."""
+            """Refuse any draw."""
             raise UnkeyedDrawError(name)
 
         leaf = combine(lambda part: part.clone().requires_grad_(part.is_floating_point()), self.state)
@@ -148,10 +165,11 @@ class _Trial:
     # By name ------------------------------------------------------------------------------------------------------------------------
 
     def _on_draw(self, operator: str) -> None:
+        """Keep the name of a draw: the module that is running, and the operator."""
         self.drawn.append(f"{self._place()}, by {operator}")
 
     def _place(self) -> str:
-        """The module that is running."""
+        """Return the path and class of the module that is running."""
         path = self.inside[-1] if self.inside else ""
         return f"{path or 'the module itself'} ({type(self.module.get_submodule(path)).__name__})"
 
@@ -162,10 +180,10 @@ class _Trial:
 
     @contextmanager
     def _following(self) -> Iterator[None]:
-        """Keep `inside` up to date, and leave the module's buffers as they were."""
+        """Keep `inside`, the paths of the modules that are running, up to date. Restores the module's buffers at the end."""
 
         def leave(*_: Any) -> None:
-            """A module has ended."""
+            """Remove a module that has ended."""
             self.inside.pop()
 
         buffers = {name: buffer.clone() for name, buffer in self.module.named_buffers()}
@@ -196,7 +214,7 @@ def _distance(x: State, y: State) -> float:
 
 
 def _generators(device: torch.device) -> dict[str, object]:
-    """The states of all generators that belong to the process."""
+    """Return the states of all random generators of the process, by name."""
     states: dict[str, object] = {
         "torch's default generator": _bytes(torch.get_rng_state()),
         "Python's random": random.getstate(),

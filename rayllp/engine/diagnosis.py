@@ -1,4 +1,4 @@
-"""Where a step stopped being finite."""
+"""Finds the place in the network where a step stopped being finite."""
 
 import torch
 
@@ -10,7 +10,7 @@ from rayllp.state import State, tensors
 
 
 class _Checking(ExactPropagator):
-    """The exact forward, and the first layer whose output is not finite."""
+    """The exact forward, which keeps the first layer whose output is not finite."""
 
     def __init__(self, trajectory: Trajectory) -> None:
         super().__init__(trajectory)
@@ -24,7 +24,13 @@ class _Checking(ExactPropagator):
 
 
 def diagnose(forward: ExactForward, batch: StepBatch) -> tuple[int, int, str] | None:
-    """The first place on this worker where the step's exact forward, then its gradients, stop being finite: (stage, order, text)."""
+    """Find the first place on this worker where the step's exact forward, and then its gradients, stop being finite.
+
+    All workers of the layer group call this together.
+
+    Returns: (stage, order, text), of which the smallest over all workers is the place sought; None if all is finite here. The stage is 0
+    for the forward and 1 for gradients; the order is the one in which the step comes to the place.
+    """
     fault = _fault_of_forward(forward, batch)
     if fault is not None:
         return fault
@@ -42,7 +48,7 @@ def _fault_of_forward(forward: ExactForward, batch: StepBatch) -> tuple[int, int
         block.begin(batch.step, batch.samples, batch.inputs, training=True)
         entered = block.enter(batch.inputs) if block.first else None
         checking = _Checking(forward.trajectory())
-        # All workers take part in the solve, whatever they have found.
+        # All workers take part in the solve, whatever they find, since others wait for their messages.
         output = forward.propagate(checking, entered, forward.group.spec(batch.inputs), MessageTag(batch.step, "diagnosis"))
         if entered is not None and not is_finite(entered):
             return 0, -1, "embedding or opening buffers: their output is not finite"
@@ -59,5 +65,5 @@ def _fault_of_forward(forward: ExactForward, batch: StepBatch) -> tuple[int, int
 
 
 def is_finite(state: State) -> bool:
-    """Whether every number of a state is."""
+    """Return True if every number of a state is finite."""
     return all(bool(torch.isfinite(part).all()) for part in tensors(state))

@@ -1,7 +1,7 @@
 """One training step of one worker, from its batch to the optimizer's update.
 
-No driver, no barrier inside a solve. The only collective of a step on the layer group is one small all-reduce at its end, which carries
-the gradient norm, the loss and the residuals together.
+There is no barrier inside a solve. The only collective of a step on the layer group is a small all-reduce at its end, which carries the
+gradient norm, the loss and the residuals together.
 """
 
 import time
@@ -38,18 +38,22 @@ from rayllp.timeline import Timeline
 
 
 class Engine:
-    """A worker's trainer.
+    """One worker's trainer.
 
     Args:
-        layer_channel: to the workers of the same replica, in order of the layers.
-        data_channel: to the workers of other replicas that own the same layers.
+        architecture: the network.
+        config: the settings of the run.
+        batches: the global batches.
+        layer_channel: the channel to the workers of the same replica, in order of the layers.
+        data_channel: the channel to the workers of other replicas that own the same layers.
+        device: where this worker's layers are.
 
     Attributes:
         block: this worker's layers.
         layers, replicas: the two channels.
         group: this worker's end of its layer group.
-        gradients: what forms a step's gradients, from a `StepBatch`.
-        exact_forward: the exact network's outputs, for inputs and a tag.
+        gradients: forms a step's gradients from a `StepBatch`.
+        exact_forward: computes the exact network's outputs from inputs and a tag.
     """
 
     def __init__(
@@ -72,7 +76,7 @@ class Engine:
         self._join(layer_channel, data_channel)
 
     def _join(self, layer_channel: Channel, data_channel: Channel) -> None:
-        """Make all that talks to other workers."""
+        """Make everything that talks to other workers."""
         self.layers, self.replicas = layer_channel, data_channel
         self._sums.close()
         self._sums = ReplicaSums(self.block, data_channel)
@@ -82,18 +86,18 @@ class Engine:
         self._shares = ReplicaBatches(self.batches, self.block.architecture, self.config, data_channel.rank, self.device)
 
     def disconnect(self) -> None:
-        """Let go of the other workers; the layers stay."""
+        """Leave the other workers; the layers stay here."""
         alone = LocalChannel.alone()
         self._join(alone, alone)
 
     def reconnect(self, layer_channel: Channel, data_channel: Channel) -> None:
-        """Go on among other workers, with the same block; a step that was cut short has left nothing."""
+        """Continue among other workers, with the same block. Gradients of a step that was cut short are dropped."""
         self._join(layer_channel, data_channel)
         self.optimizer.zero_grad()
 
     @property
     def timeline(self) -> Timeline | None:
-        """None, or what is told of the spans of steps."""
+        """The timeline on which steps record their spans; None if they record none."""
         return self.group.timeline
 
     @timeline.setter
@@ -103,11 +107,12 @@ class Engine:
     # The training step --------------------------------------------------------------------------------------------------------
 
     def train_step(self, step: int, accuracy: Accuracy, plan: ProbePlan | None = None) -> StepStats:
-        """One optimizer step; the weights stay as they are if the loss or the gradient is not finite.
+        """Do one optimizer step. The weights stay as they are if the loss or the gradient is not finite.
 
         Args:
-            accuracy: how the forward and the adjoint are solved.
-            plan: what to measure, where the step is a probe.
+            step: number of the step.
+            accuracy: how accurately forward and adjoint are solved.
+            plan: what to measure, if the step is a probe.
 
         Raises:
             ChannelError: another worker was lost, or too slow.
@@ -154,15 +159,15 @@ class Engine:
         )
 
     def _kind(self, batch: StepBatch) -> Hashable:
-        """What a step's gradients are formed alike with."""
+        """Return a key that is equal for steps which form their gradients in the same way."""
         accuracy = batch.accuracy
         return without_penalties(accuracy), bool(accuracy.consistency), self.group.spec(batch.inputs)
 
     def step_batch(self, step: int, accuracy: Accuracy) -> StepBatch:
-        """This replica's batch of a training step, to be solved with this accuracy.
+        """Return this replica's batch of a training step, to be solved with this accuracy.
 
         Raises:
-            SettingsError: at the first one, if layers draw random numbers that cannot be frozen within a step.
+            SettingsError: on the first call, if layers draw random numbers that cannot be frozen within a step.
         """
         batch = self._shares.for_step(step, accuracy)
         if not self._draws_are_checked:
@@ -176,11 +181,19 @@ class Engine:
         return None if peak is None else (self.config.replica_batch * count_flops(self.group, inputs), peak)
 
     def reduce_statistics(self, step: int, formed: StepGradients, probing: Probing | None = None) -> ReducedStatistics:
-        """The step's numbers over the layer group, in one all-reduce."""
+        """Return the step's numbers over the whole layer group, by one all-reduce."""
         return reduce_statistics(self.group, step, formed, self._counted, probing)
 
     def update(self, step: int, norm: float, lr: float) -> None:
-        """Clip the gradients, whose global norm is `norm`, and take the optimizer's step, each replica on its share where they share it."""
+        """Clip the gradients, and take the optimizer's step.
+
+        If replicas share the optimizer's state, each of them updates its share of the parameters and then receives the others' shares.
+
+        Args:
+            step: number of the step.
+            norm: norm of the whole network's gradient.
+            lr: learning rate of the step.
+        """
         clip = self.config.optimizer.clip
         if clip and norm > clip:
             scale_gradients(self.block.parameters.values(), clip / (norm + 1e-6))
@@ -190,14 +203,14 @@ class Engine:
     # Beside training ----------------------------------------------------------------------------------------------------------
 
     def my_batch(self, split: str, step: int) -> tuple[Inputs, Tensor, tuple[int, ...], int]:
-        """This replica's inputs and targets, their places in the global batch, and the global number of loss terms."""
+        """Return this replica's inputs and targets, their positions in the global batch, and the global number of loss terms."""
         return self._shares.share(split, step)
 
     def evaluate(self, batches: int) -> dict[str, float]:
-        """Mean loss, and the architecture's metrics, on held-out batches through the exact forward, whatever the mode.
+        """Return the mean loss and the architecture's metrics on held-out batches, through the exact forward whatever the mode.
 
         Args:
-            batches: of EVALUATED samples, the same ones for every batch size; 0 or more than one pass: one pass.
+            batches: how many times EVALUATED samples to take, the same ones for every batch size. 0, or more than one pass: one pass.
         """
         evaluation = self.evaluation(batches)
         with self.averaged():
@@ -206,12 +219,12 @@ class Engine:
         return found
 
     def evaluation(self, batches: int) -> Evaluation:
-        """The same, to be done in parts, each of them `averaged`."""
+        """Return the evaluation that `evaluate` does, to be done in parts. Each part belongs inside `averaged`."""
         return Evaluation(self.exact_forward, self._shares, self.replicas, batches)
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """Within this the weights are their average (optimizer.ema), where there is one. All workers do it together."""
+        """Within this context the weights are their average (optimizer.ema), if there is one. All workers enter it together."""
         if self.config.optimizer.ema is None:
             yield
             return
@@ -228,5 +241,8 @@ class Engine:
 
 
 def _positions(spec: StateSpec) -> int:
-    """Tokens (or patches) of one sample: the time dimension of each (batch, time, width) tensor of a state; 1 for other states."""
+    """Return the number of tokens (or patches) of one sample: the time dimensions of all (batch, time, width) tensors of a state.
+
+    Any other tensor counts as one.
+    """
     return sum(shape[1] if len(shape) == 3 else 1 for shape in spec.shapes)

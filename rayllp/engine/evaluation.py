@@ -1,4 +1,4 @@
-"""Held-out loss and metrics, by the exact forward."""
+"""Loss and metrics on held-out data, by the exact forward."""
 
 import torch
 
@@ -8,14 +8,17 @@ from rayllp.engine.exact_forward import ExactForward
 
 
 class Evaluation:
-    """Mean loss, and the architecture's metrics, on held-out batches, in as many parts as is liked; all workers do the same ones.
+    """Mean loss and the architecture's metrics on held-out batches. It may be done in parts of any size, the same ones on all workers.
 
     Args:
-        replicas: to the workers of other replicas that own the same layers.
-        wanted: how much to evaluate on (`ReplicaBatches.held_out`).
+        forward: the exact network.
+        batches: this replica's batches.
+        replicas: the channel to the workers of other replicas that own the same layers.
+        wanted: how much data to evaluate on (`ReplicaBatches.held_out`).
 
     Attributes:
-        done, size: batches, so far and in all.
+        done: number of batches evaluated so far.
+        size: number of batches in all.
     """
 
     def __init__(self, forward: ExactForward, batches: ReplicaBatches, replicas: Channel, wanted: int) -> None:
@@ -25,13 +28,16 @@ class Evaluation:
         self._total = torch.zeros(2 + forward.group.block.architecture.metric.size, dtype=torch.float64)
 
     def advance(self, most: int) -> dict[str, float] | None:
-        """Evaluate up to `most` batches more; when all are done the figures, the same on every worker, else None."""
+        """Evaluate up to `most` more batches.
+
+        Returns: once all batches are done, loss and metrics by name, the same on every worker; None until then.
+        """
         group, stop = self._forward.group, min(self.size, self.done + most)
         architecture = group.block.architecture
         for index in range(self.done, stop):
             inputs, targets = next(self._ahead)
             outputs = self._forward(inputs, MessageTag(index, "evaluation"))
-            group.channel.finish()  # else a state of every batch is held until the last one
+            group.channel.finish()  # otherwise the sent states of all batches would be kept until the last one
             if outputs is not None:
                 with torch.no_grad():
                     loss = architecture.loss(outputs, targets).double().cpu().view(1)

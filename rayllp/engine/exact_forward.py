@@ -1,4 +1,4 @@
-"""The exact network's outputs, whatever the mode: for evaluation, generation and diagnosis."""
+"""The exact forward of the network whatever the training mode, for evaluation, generation and diagnosis."""
 
 from dataclasses import replace
 from typing import Any
@@ -19,7 +19,7 @@ class ExactForward:
     """One worker's end of the exact forward: layer after layer, worker after worker. All workers of the group call it together.
 
     Attributes:
-        group: this worker's layers, and the channel to the others.
+        group: this worker's layers, and the channel to the other workers.
     """
 
     def __init__(self, group: LayerGroup) -> None:
@@ -29,12 +29,13 @@ class ExactForward:
         self._placement = Placement.cyclic(group.config.middle_layers, group.channel.size) if cyclic else None
 
     def __call__(self, inputs: Inputs, tag: MessageTag, *, last_only: bool = False, past: Any = None) -> Tensor | None:
-        """The outputs, without dropout, on the last worker; None on all others.
+        """Return the network's outputs, without dropout, on the last worker; None on all others.
 
         Args:
+            inputs: the network's inputs.
             tag: names the forward in errors.
-            last_only: of the last position only.
-            past: in generation, what the architecture remembers of the inputs' first tokens; only the others are taken.
+            last_only: return the output at the last position only.
+            past: in generation, the architecture's memory of the inputs' first tokens. The forward then takes only the other tokens.
         """
         block = self.group.block
         with torch.no_grad():
@@ -48,18 +49,19 @@ class ExactForward:
             return block.leave(output, last_only=last_only) if output is not None else None
 
     def trajectory(self) -> Trajectory:
-        """Of one exact forward: it records nothing."""
+        """Return the trajectory of one exact forward, which records nothing."""
         return Trajectory(self.group.block, frozenset((0,)), recompute=True)
 
     def propagate(self, propagator: ExactPropagator, entered: State | None, spec: StateSpec, tag: MessageTag) -> State | None:
         """Take a state through all middle layers.
 
         Args:
-            propagator: of this worker's layers.
-            entered: the state before the first of them, on the first worker.
+            propagator: the steps of this worker's layers.
+            entered: the state before the first middle layer, on the first worker.
             spec: shapes and dtypes of a state.
+            tag: names the forward in errors.
 
-        Returns the state after the last one, on the last worker; None on all others.
+        Returns: the state after the last middle layer, on the last worker; None on all others.
         """
         if self._placement is not None:
             return solve_in_order(self._placement, propagator, self.group.channel, entered, spec, tag)

@@ -1,7 +1,8 @@
-"""Generation with the exact network: transformers' own sampling and beam search on the last worker, the layers where they are.
+"""Generation with the exact network: the last worker runs transformers' own sampling and beam search; the layers stay where they are.
 
-The last worker runs `generate` over a model whose forward is a question to all workers; the others answer until told to stop. A question
-is whole sequences; each worker finds among those of the question before what its layers have been through already.
+The last worker calls `generate` on a model whose forward is a question to all workers. The others answer questions until they are told to
+stop. A question consists of whole sequences. Each worker looks up in the previous question which of their tokens its layers have been
+through already.
 """
 
 from collections.abc import Callable
@@ -20,15 +21,19 @@ from rayllp.models.randomness import seeded
 from rayllp.state import State, like, tensors
 
 TRIED, ALIKE = 4, 1e-3
-"""Tokens on which layers' memory is tried out, and how far what they make may then differ, as a share of it."""
+"""Number of tokens on which the layers' memory is tested, and by how much the results may differ, relative to their norm."""
 
 
 class Decoder:
-    """One worker's end. All workers of the layer group make one and call `generate` with the same arguments.
+    """One worker's end of a generation. All workers of the layer group make one, and call `generate` with the same arguments.
 
     Args:
         exact_forward: the network.
-        sources: (sentences, time) of an encoder–decoder; None for a decoder alone.
+        sources: the source sentences of an encoder–decoder, shape (sentences, time); None for a decoder alone.
+
+    Attributes:
+        questions: number of tables that were shared so far, which numbers messages.
+        past: the memory of the tokens that layers have been through; None if every question is computed anew.
     """
 
     def __init__(self, exact_forward: ExactForward, sources: Tensor | None = None) -> None:
@@ -38,9 +43,9 @@ class Decoder:
         self.past: Any = None
 
     def generate(self, prompts: Tensor, options: GenerationConfig) -> list[list[int]]:
-        """Continuations (prompt included) of (sentences, time) prompts, on every worker."""
+        """Return the continuations of prompts of shape (sentences, time), prompts included, on every worker."""
         with self.group.block.uncompiled():
-            # All workers are here: sampling holds the process's generator, which workers that are threads share.
+            # All workers agree on this first: sampling then holds the process's random generator, which workers that are threads share.
             self.past = self.group.block.architecture.past() if self._all_remember(prompts) else None
             if self.group.block.last:
                 with torch.no_grad(), seeded(self.group.config.seed, "generation"):
@@ -54,12 +59,18 @@ class Decoder:
         return self.share(answer).tolist()
 
     def _all_remember(self, prompts: Tensor) -> bool:
+        """Return True if the memory of past tokens works on all workers' layers."""
         tokens = prompts[:1].repeat(1, TRIED)[:, :TRIED]
         fails = 0 if remembers(self.group.block, lambda tokens: self.inputs(tokens, torch.zeros(1, dtype=torch.int64)), tokens) else 1
         return not self.group.channel.all_reduce(torch.tensor([fails], device=self.group.device), self._tag("memory")).item()
 
     def ask(self, tokens: Tensor, row: Tensor) -> Tensor:
-        """Outputs of the network for these tokens; `row` is the sentence that each continues."""
+        """Return the network's outputs for these tokens, on the last worker, after telling all workers to compute them.
+
+        Args:
+            tokens: shape (rows, time).
+            row: for each row, the number of the sentence that it continues.
+        """
         table = torch.cat([row[:, None], tokens], 1)
         self.announce(table)
         outputs = self.forward(table)
@@ -67,7 +78,10 @@ class Decoder:
         return outputs
 
     def forward(self, table: Tensor) -> Tensor | None:
-        """Outputs at the last position of (rows, 1 + time), on the last worker; None on all others."""
+        """Return the outputs at the last position for a table of shape (rows, 1 + time), on the last worker; None on all others.
+
+        Column 0 of the table is the number of the sentence, the others are tokens.
+        """
         inputs = self.inputs(table[:, 1:], table[:, 0])
         if self.past is None:
             return self.exact_forward(inputs, self._tag("forward"), last_only=True)
@@ -77,22 +91,22 @@ class Decoder:
         return outputs
 
     def inputs(self, tokens: Tensor, row: Tensor) -> Inputs:
-        """Tokens as the model takes them, beside their rows' sources where it translates."""
+        """Return tokens as the model takes them; in translation together with their rows' source sentences."""
         device = self.group.device
         return tokens.to(device) if self.sources is None else (self.sources[row].to(device), tokens.to(device))
 
     # Words between workers ----------------------------------------------------------------------------------------------------
 
     def announce(self, table: Tensor | None) -> None:
-        """Tell all workers what is asked: (rows, 1 + time), or that nothing more is."""
+        """Tell all workers the next question, of shape (rows, 1 + time), or with None that there are no more."""
         self.share(torch.zeros((0, 0), dtype=torch.int64) if table is None else table)
 
     def share(self, table: Tensor | None) -> Tensor:
-        """A table of integers from the last worker to all."""
+        """Return the last worker's table of integers, on every worker. All others pass None."""
         self.questions += 1
         shape = torch.zeros(2, dtype=torch.int64) if table is None else torch.tensor(table.shape)
         shape = self.group.channel.all_reduce(shape.to(self.group.device), self._tag("shape"))
-        self.group.channel.finish()  # all workers are done with the last question: its states need not be held
+        self.group.channel.finish()  # all workers are done with the previous question, so its states need not be kept
         content = torch.zeros(tuple(shape.tolist()), dtype=torch.int64) if table is None else table
         if content.numel() == 0:
             return content
@@ -103,9 +117,9 @@ class Decoder:
 
 
 class _Asking(PreTrainedModel, GenerationMixin):
-    """What transformers' `generate` takes for a model."""
+    """The model that is handed to transformers' `generate`. Its forward is a question to all workers."""
 
-    config_class = GPT2Config  # any decoder's: generation reads no more of it than the vocabulary
+    config_class = GPT2Config  # any decoder's would do: generation reads only the size of the vocabulary
     main_input_name = "input_ids"
 
     def __init__(self, decoder: Decoder, options: GenerationConfig) -> None:
@@ -124,11 +138,14 @@ class _Asking(PreTrainedModel, GenerationMixin):
 
 
 def remembers(block: Block, inputs_of: Callable[[Tensor], Inputs], tokens: Tensor) -> bool:
-    """Whether this worker's pieces make the same of a last token by what they remember as by taking all tokens: tried out, once a kind.
+    """Test whether this worker's pieces can use a memory of past tokens.
+
+    They can if they compute the same for the last token with the memory as from all tokens. Each kind of layer is tested once.
 
     Args:
-        inputs_of: inputs that (1, time) tokens are a part of.
-        tokens: to try.
+        block: this worker's pieces.
+        inputs_of: makes the network's inputs of tokens of shape (1, time).
+        tokens: the tokens to test with.
     """
     architecture, common = block.architecture, block.common
     past, whole, shorter = architecture.past(), inputs_of(tokens), inputs_of(tokens[:, :-1])
@@ -154,7 +171,7 @@ def remembers(block: Block, inputs_of: Callable[[Tensor], Inputs], tokens: Tenso
             found = advanced(_last(state, slice(-1, None)), context)
             if block.embed is not None:
                 found.append(tensors(architecture.enter(block.embed, whole, context))[-1])
-        except Exception:  # layers that remember in another way fail in any
+        except Exception:  # layers with another kind of memory may fail with any error
             return False
     return all(a.shape == b.shape and (a - b).norm() <= ALIKE * b.norm() for a, b in zip(found, wanted, strict=True))
 
@@ -165,7 +182,7 @@ def _last(state: State, positions: slice) -> State:
 
 
 def continue_text(exact_forward: ExactForward, prompt: list[int], tokens: int, temperature: float = 0.8) -> list[int]:
-    """A sampled continuation of `prompt`, on every worker of the layer group."""
+    """Return a sampled continuation of `prompt`, without the prompt, on every worker of the layer group."""
     options = GenerationConfig(
         max_new_tokens=tokens, do_sample=True, temperature=temperature, top_k=0, use_cache=False, pad_token_id=0, eos_token_id=None
     )
@@ -173,7 +190,7 @@ def continue_text(exact_forward: ExactForward, prompt: list[int], tokens: int, t
 
 
 def translate(exact_forward: ExactForward, sources: Tensor, beams: int) -> list[list[int]]:
-    """Beam search: translations of (sentences, time) sources, without the token that begins them; on every worker."""
+    """Return translations of sources of shape (sentences, time) by beam search, without the token that begins them; on every worker."""
     facts = exact_forward.group.block.architecture.facts  # type: ignore[attr-defined]
     options = GenerationConfig(
         max_length=exact_forward.group.config.sequence_length, num_beams=beams, do_sample=False, early_stopping=True, use_cache=False,

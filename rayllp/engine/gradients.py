@@ -1,7 +1,7 @@
-"""What forms a step's gradients on one worker: layer-parallel by MGRIT or by windows, exactly, or by TorchBraid.
+"""The ways to form a step's gradients on one worker: layer-parallel (MGRIT or windows), exactly, or with TorchBraid.
 
-Each adds the gradients of scale × summed loss to `.grad` of this worker's parameters; over other workers and replicas they are summed
-afterwards (`reduce_gradients.py`).
+Each of them adds the gradients of scale × summed loss to `.grad` of this worker's parameters. Sums over other workers and replicas are
+formed afterwards (`reduce_gradients.py`, `replica_sums.py`).
 """
 
 from dataclasses import replace
@@ -25,11 +25,11 @@ from rayllp.state import detach
 
 
 class Gradients:
-    """Forms the gradients of a step in the way that its accuracy asks for.
+    """Forms the gradients of a step in the way that the step's accuracy asks for.
 
     Attributes:
-        parallel: for steps that are solved in parallel over the layers.
-        exact: for serial ones.
+        parallel: forms them in steps that are solved in parallel over the layers.
+        exact: forms them in serial steps.
     """
 
     def __init__(self, group: LayerGroup) -> None:
@@ -46,25 +46,25 @@ class Gradients:
             self.parallel = LayerParallelGradients(group)
 
     def __call__(self, batch: StepBatch) -> StepGradients:
-        """Gradients of this replica's batch into `.grad`. All workers of the layer group call it."""
+        """Add the gradients of this replica's batch to `.grad`. All workers of the layer group call it."""
         accuracy, block = batch.accuracy, self.group.block
         penalty = make_penalty(block, self.group.solves(accuracy), accuracy.consistency) if accuracy.consistency else None
         return self.exact.form(batch, penalty) if accuracy.serial else self.parallel.form(batch, penalty)
 
     def forget(self) -> None:
-        """Drop the gradients that are there."""
+        """Drop all gradients in `.grad`."""
         for parameter in self.group.block.parameters.values():
             parameter.grad = None
 
 
 class LayerParallelGradients:
-    """MGRIT forward and adjoint. With one level each this is exact, layer after layer."""
+    """Gradients by MGRIT, forward and adjoint. With one level in each the result is exact, computed layer after layer."""
 
     def __init__(self, group: LayerGroup) -> None:
         self.group = group
 
     def form(self, batch: StepBatch, penalty: Consistency | None) -> StepGradients:
-        """Gradients of the batch, part by part of gradient accumulation."""
+        """Form the gradients of the batch, in as many parts as gradient accumulation asks for."""
         return in_parts(self._form_part, batch, penalty, self.group.block)
 
     def _form_part(self, batch: StepBatch, penalty: Consistency | None) -> StepGradients:
@@ -77,7 +77,7 @@ class LayerParallelGradients:
                 entered = block.enter(batch.inputs) if block.first else None
             trajectory = Trajectory(block, solves.c_points, block.config.mgrit.recompute)
             deferred = trajectory.deferred
-            # Forward solve: its last sweep records graphs, but for the runs that it defers.
+            # Forward solve. Its last sweep records graphs, apart from those of the runs that it defers.
             problem = Problem(solves.forward, ForwardPropagator(trajectory), spec)
             u0 = None if entered is None else detach(entered)
             forward = group.solve(problem, solves.forward_options, MessageTag(step, "forward"), u0, defer_to=deferred)
@@ -85,7 +85,7 @@ class LayerParallelGradients:
                 loss, seed = torch.zeros((), device=group.device), None
                 if block.last:
                     loss, seed = loss_and_seed(block, forward.output, batch.targets, batch.scale)
-            # Adjoint solve, from λ_N: its last sweep forms parameter gradients. While it waits, it records what was deferred.
+            # Adjoint solve, from λ_N. Its last sweep forms parameter gradients. While it waits for messages, deferred runs are recorded.
             problem = Problem(solves.adjoint, AdjointPropagator(trajectory, penalty), spec)
             backward = group.solve(problem, solves.adjoint_options, MessageTag(step, "adjoint"), seed, while_waiting=deferred)
         add_embedding_gradients(group, entered, backward.output)
@@ -93,10 +93,10 @@ class LayerParallelGradients:
 
 
 class ExactGradients:
-    """Plain autograd on one worker, torch's 1F1B pipeline on several; where neither can be, MGRIT on one level.
+    """Exact gradients: plain autograd on one worker, torch's 1F1B pipeline on several, and MGRIT on one level where neither is possible.
 
     Attributes:
-        method: the first two; None before the first step, and where neither can be.
+        method: plain autograd or the pipeline. None before the first step, and where neither is possible.
     """
 
     def __init__(self, group: LayerGroup) -> None:
@@ -105,7 +105,7 @@ class ExactGradients:
         self._fallback = LayerParallelGradients(group)
 
     def form(self, batch: StepBatch, penalty: Consistency | None) -> StepGradients:
-        """Exact gradients of the batch."""
+        """Form the exact gradients of the batch."""
         group = self.group
         self.method = self.method or exact_method(group.block, group.channel, batch.inputs, len(batch.samples))
         if self.method is None:
@@ -115,17 +115,17 @@ class ExactGradients:
 
 
 class TorchBraidGradients:
-    """The forward and the adjoint by TorchBraid, which is loaded at the first step."""
+    """Gradients by TorchBraid, forward and adjoint. TorchBraid is loaded in the first step."""
 
     def __init__(self, group: LayerGroup) -> None:
         self.group = group
         self._solver: TorchBraidSolver | None = None
 
     def form(self, batch: StepBatch, penalty: Consistency | None) -> StepGradients:
-        """Gradients of the batch, part by part of gradient accumulation.
+        """Form the gradients of the batch, in as many parts as gradient accumulation asks for.
 
         Raises:
-            SettingsError: TorchBraid is missing, or cannot do this.
+            SettingsError: TorchBraid is missing, or cannot solve this network.
         """
         return in_parts(self._form_part, batch, penalty, self.group.block)
 
@@ -146,7 +146,13 @@ class TorchBraidGradients:
 
 
 def make_penalty(block: Block, solves: StepSolves, weight: float) -> Consistency:
-    """The consistency penalty of one gradient computation, over this worker's coarse intervals."""
+    """Return the consistency penalty for one computation of gradients, over this worker's coarse intervals.
+
+    Args:
+        block: this worker's layers.
+        solves: how the step is solved, which says where the intervals are.
+        weight: the penalty's weight μ.
+    """
     start = block.middle[0] - block.config.buffers.open
     stop, c = start + len(block.middle), solves.interval
     intervals = {n: Interval(n, min(n + c, stop), solves.forward_options.coarse_step_weight) for n in range(start, stop, c)}

@@ -1,11 +1,11 @@
 """Exact gradients where neighbouring layers are on different workers: microbatches go round the workers, layer after layer.
 
-Each worker takes its first layer for every microbatch, then its second one, and so on: as many virtual pipeline stages as it has layers.
-With as many microbatches as workers all are busy, but for the first and the last few layers.
+Each worker takes its first layer for every microbatch, then its second one, and so on; this is a pipeline with as many virtual stages as
+there are layers. With as many microbatches as workers all workers are busy, except during the first and the last few layers.
 
-With fewer (a batch that cannot be split, at the extreme) the states' way through the layers and the adjoint's way back are what takes time.
-So an adjoint step then forms the input gradient alone, for which the worker before waits. The parameters' gradients, for which nobody
-waits, are formed while this worker waits itself.
+With fewer microbatches (a batch that cannot be split, at the extreme) a step takes as long as the states' way forward through the layers
+plus the adjoint's way back. So an adjoint step then forms only the input gradient, which the previous layer's worker waits for. Nobody
+waits for the parameters' gradients, so they are formed while this worker itself waits.
 """
 
 from collections import deque
@@ -33,9 +33,12 @@ class _Microbatch:
     """One microbatch of a step.
 
     Attributes:
-        moment: which the block goes back to when it computes on this microbatch.
-        state: what is handed on within this worker: the state after a layer, or the adjoint before it.
-        graphs: of this worker's layers; with recomputation their outputs are empty until they are made again.
+        batch: its samples.
+        moment: what the block resumes in order to compute with this microbatch.
+        spec: shapes and dtypes of its state.
+        entered: the state before the first middle layer, with its graph, on the first worker.
+        state: what one layer hands to the next on this worker: the state after a layer, or the adjoint at its input.
+        graphs: graphs of this worker's layers. With recomputation they have no outputs until they are recorded again.
     """
 
     batch: StepBatch
@@ -55,17 +58,17 @@ class InOrderGradients:
         self._layers = self.placement.owned(group.channel.rank)
 
     def form(self, batch: StepBatch, penalty: Consistency | None) -> StepGradients:
-        """Gradients of the batch into `.grad`, part by part of gradient accumulation; the loss, on the last worker."""
+        """Form the gradients of the batch, in as many parts as gradient accumulation asks for."""
         return in_parts(self._form_part, batch, penalty, self.block)
 
     def _form_part(self, batch: StepBatch, penalty: Consistency | None) -> StepGradients:
         group = self.group
         channel: Channel = group.channel if group.timeline is None else TimedChannel(group.channel, group.timeline)
         samples = len(batch.samples)
-        # Every layer of a microbatch is two messages, and 1F1B's many would fill no bubble here.
+        # As few as keep all workers busy: each layer costs two messages a microbatch, and more of them would shorten no idle time here.
         count = min(samples, count_microbatches(samples, channel.size, group.config.microbatches, fewest=True))
         if channel.sends_wait and self._sends_back(channel.size):
-            count = 1  # else each of two has a microbatch to send to the other before it takes one back
+            count = 1  # otherwise two workers would each have a microbatch to send to the other before they receive one
         with group.channel.program(("in order", count, group.spec(batch.inputs))):
             microbatches = [self._begin(batch.part(rows)) for rows in slices(samples, count)]
             self._forward(microbatches, channel, batch.step)
@@ -78,7 +81,9 @@ class InOrderGradients:
         return StepGradients(loss, penalty=penalty)
 
     def _sends_back(self, workers: int) -> bool:
-        """Whether the last worker, which has the head, sends states to the one that it takes the middle's last ones from."""
+        """Return True if the last worker, which has the head, also sends states to the worker that it receives the last middle layer's
+        states from.
+        """
         return workers == 2 or self.placement.owners[-1] == 0
 
     def _begin(self, batch: StepBatch) -> _Microbatch:
@@ -114,7 +119,7 @@ class InOrderGradients:
                 microbatch.state = channel.receive(microbatch.spec, owners[final], tag)
 
     def _record(self, microbatch: _Microbatch, layer: int, state: State) -> State:
-        """The state after a layer; its graph is kept, or with recomputation its input alone."""
+        """Return the state after a layer, and keep the layer's graph, or with recomputation only its input."""
         with self.group.span("forward"):
             graph = record_graph(self.block, self._index(layer), state)
         after = like(state, tuple(part.detach() for part in graph.outputs))
@@ -122,11 +127,11 @@ class InOrderGradients:
         return after
 
     def _index(self, layer: int) -> int:
-        """The layer's place in the whole network."""
+        """Return the layer's number in the whole network."""
         return layer + self.block.config.buffers.open
 
     def _loss(self, microbatch: _Microbatch) -> Tensor:
-        """Of one microbatch; its adjoint takes the place of its state."""
+        """Return the loss of one microbatch. Its gradient at the last middle layer's output takes the place of the microbatch's state."""
         self.block.resume(microbatch.moment)
         with self.group.span("loss"):
             batch = microbatch.batch
@@ -165,7 +170,10 @@ class InOrderGradients:
             pass
 
     def _pull(self, microbatch: _Microbatch, layer: int, lam: State, later: "_DeferredParameterGradients | None") -> State:
-        """λ before a layer from λ after it; its parameters' gradients are added now, or left to `later`."""
+        """Return λ at a layer's input from λ at its output.
+
+        The gradients of the layer's parameters are formed now, or by `later` if that is given.
+        """
         graph = microbatch.graphs.pop(layer)
         with self.group.span("adjoint"):
             if not graph.outputs:
@@ -180,18 +188,18 @@ class InOrderGradients:
 
 
 class _DeferredParameterGradients:
-    """Parameter gradients that nobody waits for, in the order in which they were put off."""
+    """Parameter gradients that no worker waits for, to be formed in the order in which they were deferred."""
 
     def __init__(self, block: Block, group: LayerGroup) -> None:
         self._block, self._group = block, group
         self._left: deque[tuple[Graph, tuple[Tensor, ...], list[torch.nn.Parameter]]] = deque()
 
     def add(self, graph: Graph, lam: tuple[Tensor, ...], leaves: list[torch.nn.Parameter]) -> None:
-        """Put off one layer's, for λ at its output."""
+        """Defer the parameter gradients of one layer, with λ at its output."""
         self._left.append((graph, lam, leaves))
 
     def advance(self) -> bool:
-        """Form one layer's; False if none is left."""
+        """Form the parameter gradients of one layer. Returns False if none is left."""
         if not self._left:
             return False
         graph, lam, leaves = self._left.popleft()

@@ -17,13 +17,13 @@ from rayllp.timeline import TimedChannel, TimedPropagator, Timeline, span_on
 
 
 class LayerGroup:
-    """What all that happens in a step shares.
+    """What all parts of a step on one worker use in common.
 
     Attributes:
         block: this worker's layers.
-        channel: to the workers of the same replica, in order of the layers.
+        channel: the channel to the workers of the same replica, in order of the layers.
         config: the settings of the run.
-        timeline: None, or what is told of the spans of steps.
+        timeline: the timeline on which steps record their spans; None if they record none.
     """
 
     def __init__(self, block: Block, channel: Channel) -> None:
@@ -34,18 +34,18 @@ class LayerGroup:
 
     @property
     def device(self) -> torch.device:
-        """Where this worker's layers are."""
+        """The device that this worker's layers are on."""
         return self.block.device
 
     def solves(self, accuracy: Accuracy) -> StepSolves:
-        """How a step of this accuracy is solved."""
+        """Return hierarchies and options for a step of this accuracy."""
         key = without_penalties(accuracy)
         if key not in self._solves:
             self._solves[key] = StepSolves.of(accuracy, self.config)
         return self._solves[key]
 
     def spec(self, inputs: Inputs) -> StateSpec:
-        """Shapes and dtypes of the state for these inputs."""
+        """Return shapes and dtypes of the state for these inputs."""
         shapes = tuple(part.shape for part in tensors(inputs))
         if shapes not in self._specs:
             self._specs[shapes] = self.block.architecture.state_spec(inputs, self.block.dtype, self.device)
@@ -61,12 +61,15 @@ class LayerGroup:
         defer_to: DeferredSweeps | None = None,
         while_waiting: DeferredSweeps | None = None,
     ) -> MGRITResult:
-        """Solve on all workers of the group, on the timeline if there is one. Residuals are this worker's share.
+        """Solve by MGRIT on all workers of the group. The result's residuals are this worker's share.
 
         Args:
+            problem: the equations to solve.
+            options: how to solve them.
+            tag: names the solve in errors.
             u0: the state before the first step, on the worker that takes it.
-            defer_to: takes the last sweeps that no other worker waits for.
-            while_waiting: those that an earlier solve has deferred, evaluated while this one waits for messages.
+            defer_to: collects the last sweeps that no other worker waits for.
+            while_waiting: sweeps that an earlier solve has deferred, to be done while this one waits for messages.
 
         Raises:
             ChannelError: a message did not arrive in time.
@@ -90,7 +93,7 @@ class LayerGroup:
         *,
         adjoint: bool = False,
     ) -> WindowSolver:
-        """A solver by windows, on the timeline if there is one."""
+        """Return a solver by windows (see `WindowSolver`) that records its spans if there is a timeline."""
         channel, on_phase = self.channel, None
         if self.timeline is not None:
             channel, propagator = TimedChannel(channel, self.timeline), TimedPropagator(propagator, self.timeline, tag.solve)
@@ -100,5 +103,5 @@ class LayerGroup:
         )
 
     def span(self, solve: str, kind: str = "compute") -> AbstractContextManager[None]:
-        """What happens inside is one span on the timeline, if there is one."""
+        """Return a context whose content is recorded as one span on the timeline, if there is one."""
         return span_on(self.timeline, solve, kind)

@@ -1,14 +1,14 @@
-"""How steep each layer is: an estimate of its Lipschitz constant at the state that it has in a probing step.
+"""An estimate of each layer's Lipschitz constant at the state that the layer gets in a probing step.
 
-A layer is x -> x + Δt·f(x), f(x) = block(x) − x. What is estimated is the largest singular value σ of f's Jacobian J = ∂f/∂x, for one
-sequence. A coarse step holds f at its C-point's value while c_f layers go by; the state moves by up to c_f·Δt·‖f‖ meanwhile, and f by up
-to σ times that. So c_f·Δt·σ is what MGRIT's error grows with, and what must stay small for its iterations to contract. Δt is left
-out: a layer's σ then says what the layer would do in the middle, where all have the middle's Δt, also while it is a buffer with Δt = 1.
+A layer is x -> x + Δt·f(x) with f(x) = block(x) − x. Estimated is the largest singular value σ of f's Jacobian J = ∂f/∂x for one
+sequence. A coarse step uses f at its C-point for a whole interval of c_f layers. Meanwhile the state moves by up to c_f·Δt·‖f‖, and f
+changes by up to σ times that. So MGRIT's error grows with c_f·Δt·σ, which must be small for its iterations to contract. Δt is left out of
+the estimate: even for a buffer, whose Δt is 1, σ then tells what the layer would do as a middle layer.
 
-Power iteration on JᵀJ. Jᵀu is the layer's vector-Jacobian product. Jv is a central difference of two forwards: PyTorch's fused attention
-has no forward-mode derivative and no second one, and an adapter's layer may hold any kernel that has a first one. The estimate is ‖Jᵀu‖ of
-the last unit vector u, so the difference's error enters only through u's direction, hence squared. It is never above σ: what is missing
-is iterations.
+The method is power iteration on JᵀJ. Jᵀu is the layer's vector-Jacobian product. Jv is a central difference of two forwards, since
+PyTorch's fused attention has neither a forward-mode nor a second derivative, and an adapter's layer may use any kernel that has a first
+one. The estimate is ‖Jᵀu‖ for the last unit vector u, so the error of the difference enters only through u's direction, and thus squared.
+The estimate never exceeds σ; more iterations bring it closer.
 """
 
 from collections.abc import Callable
@@ -24,15 +24,16 @@ from rayllp.state import State, combine, like, squared_norm, subtract, tensors
 
 ITERATIONS = 8
 DIFFERENCE = 1e-3
-"""Length of the central difference's arm over the state's norm."""
+"""Half the distance between the two points of the central difference, relative to the state's norm."""
 
 
 def lipschitz_constant(f: Callable[[State], State], state: State, seed: int, iterations: int = ITERATIONS) -> float:
-    """The largest singular value of f's Jacobian at `state`, from below.
+    """Return a lower estimate of the largest singular value of f's Jacobian at `state`.
 
     Args:
         f: state -> state of the same shapes; differentiable once.
-        seed: of the start vector, which is drawn on the CPU and so is the same on every device.
+        state: the point at which the Jacobian is taken.
+        seed: seed of the start vector. It is drawn on the CPU, so that it is the same on every device.
         iterations: each costs two evaluations of f and one vector-Jacobian product.
     """
     inputs = tuple(part.detach().clone().requires_grad_() for part in tensors(state))
@@ -70,12 +71,14 @@ def lipschitz_constant(f: Callable[[State], State], state: State, seed: int, ite
 
 
 def estimate_layers(block: Block, step: int, inputs: Inputs) -> dict[int, float]:
-    """Constants of this worker's layers, by index in the whole network, at the states that `block.watched` holds.
+    """Return the constants of this worker's layers, by index in the whole network, at the states in `block.watched`.
 
     Args:
-        inputs: of the step's batch, of which the first sequence counts. Its dropout masks are the step's own.
+        block: this worker's layers.
+        step: the training step, which keys the dropout masks: they are those of the step itself.
+        inputs: inputs of the step's batch; the first sequence is used.
     """
-    if not block.watched:  # another replica has the sequence
+    if not block.watched:  # the sequence is on another replica
         return {}
     block.begin(step, (0,), combine(lambda part: part[:1], inputs), training=True)
     seeds = {n: key(block.config.seed, "lipschitz", n) for n in block.watched}

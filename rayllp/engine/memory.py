@@ -1,4 +1,4 @@
-"""Memory of this process: the most that it has taken, and freed tensors given back to the system."""
+"""Memory of this process: its peak, and what glibc does with the memory of freed tensors."""
 
 import ctypes
 import resource
@@ -10,7 +10,7 @@ import torch
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 LARGEST_KEPT_BYTES = 32 * 1024**2
-"""The most that glibc takes as M_MMAP_THRESHOLD; it comes to this by itself where larger tensors are freed."""
+"""The largest value that glibc accepts for M_MMAP_THRESHOLD, which it also reaches by itself once larger tensors are freed."""
 
 
 @cache
@@ -23,10 +23,11 @@ def _glibc() -> ctypes.CDLL | None:
 
 
 def keep_freed_memory() -> None:
-    """Have glibc keep the pages of freed tensors of this process for the next ones; nothing where there is no glibc.
+    """Make glibc keep the pages of freed tensors for the next ones. Does nothing without glibc.
 
-    A step frees what the next one allocates. Left alone, glibc gives the end of its heap back in between, and thousands of pages are
-    faulted in and zeroed anew in every step: 4 % of the time of a 64-layer block of width 128 (docs/speed.md). The peak stays as it was.
+    A step frees what the next one allocates. By default glibc returns the end of its heap to the system in between, and thousands of pages
+    are faulted in and zeroed again in every step: 4 % of the time of a 64-layer block of width 128 (docs/speed.md). The peak stays the
+    same.
     """
     library = _glibc()
     if library is not None:
@@ -35,10 +36,10 @@ def keep_freed_memory() -> None:
 
 
 def return_freed_memory() -> None:
-    """Have glibc give the pages of freed tensors back to the system; nothing where there is no glibc.
+    """Make glibc return the pages of freed tensors to the system. Does nothing without glibc.
 
-    Left alone, glibc keeps them in a heap that gradients, allocated between the graphs of one interval and the next, fragment:
-    recomputation from C-points lowered the peak of a 64-layer block 1.7 times, and 3 times or more with this call once an interval
+    By default glibc keeps them in a heap that gradients, allocated between the graphs of one interval and the next, fragment. Recomputation
+    from C-points alone lowered the peak of a 64-layer block 1.7 times, with this call once an interval 3 times or more
     (examples/benchmarks/memory.py). Mapping every large tensor by itself (M_MMAP_THRESHOLD) gives 4 times, but doubles the step's time.
     """
     library = _glibc()
@@ -47,11 +48,11 @@ def return_freed_memory() -> None:
 
 
 class PeakMemory(NamedTuple):
-    """Bytes, since the process began.
+    """Peak memory since the process began, in bytes.
 
     Attributes:
-        resident: of the process, in main memory.
-        cuda: of tensors on its GPU; None without one.
+        resident: main memory of the process.
+        cuda: tensors on its GPU; None without one.
     """
 
     resident: int
@@ -59,7 +60,7 @@ class PeakMemory(NamedTuple):
 
 
 def peak_memory(device: torch.device) -> PeakMemory:
-    """What the kernel and torch's allocator have counted; costs microseconds."""
+    """Return the peaks that the kernel and torch's allocator have counted. This takes microseconds."""
     unit = 1 if sys.platform == "darwin" else 1024
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     return PeakMemory(resident, torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None)

@@ -1,7 +1,7 @@
-"""Muon, whose Newton–Schulz iterations take all matrices of one shape in one call.
+"""Muon with Newton–Schulz iterations that take all matrices of one shape in one call.
 
-torch's own takes matrix after matrix: about 80 small operations a transformer layer, which take longer than the arithmetic where layers are
-narrow, and longer still on a GPU, where each is a launch.
+torch's own takes matrix after matrix, in about 80 small operations a transformer layer. In narrow layers these take longer than the
+arithmetic, all the more on a GPU, where each is a kernel launch.
 """
 
 from collections.abc import Iterator, Sequence
@@ -11,20 +11,22 @@ import torch
 from torch import Tensor, nn
 
 CALL_BYTES = 4 * 2**20
-"""The most that is taken in one call, which holds some copies of its matrices: larger ones keep a device busy one by one."""
+"""The most bytes of matrices in one call, which needs a few times as much memory. Larger matrices keep a device busy one by one."""
 
 
 class Muon(torch.optim.Muon):
     """torch's Muon (arXiv:2502.16982) with updates as large as AdamW's, so that one learning rate and weight decay serve both.
 
-    An update is the gradient's Nesterov momentum made orthogonal, times 0.2 √max(rows, columns) ("match_rms_adamw"). The factor is the
-    same for a matrix and its transpose, so it is no matter which way round a module keeps its weight.
+    An update is the gradient's Nesterov momentum, orthogonalised, times 0.2 √max(rows, columns) ("match_rms_adamw"). The factor is the
+    same for a matrix and its transpose, so it does not matter which of them a module keeps.
 
-    In bfloat16 results are those of `torch.optim.Muon`, on CPUs that were tried to the last bit.
+    In bfloat16 the results are those of `torch.optim.Muon`; on the CPUs that were tried, to the last bit.
 
     Args:
-        precision: of the Newton–Schulz iteration. In bfloat16 the last digits of a gradient, which depend on the number of workers, may
-            move an update by half a per cent; in the weights' own precision they move its last digits.
+        matrices: the parameters to update.
+        precision: dtype of the Newton–Schulz iteration. In bfloat16 the last digits of a gradient, which depend on the number of workers,
+            may change an update by half a per cent; in the weights' own precision they change its last digits only.
+        settings: other settings of `torch.optim.Muon`.
     """
 
     def __init__(self, matrices: Sequence[nn.Parameter], *, precision: torch.dtype, **settings: Any) -> None:
@@ -33,7 +35,7 @@ class Muon(torch.optim.Muon):
 
     @torch.no_grad()
     def step(self) -> None:  # type: ignore[override]  # there is no closure to evaluate again
-        """One step of all matrices that have a gradient."""
+        """Update all matrices that have a gradient."""
         for group in self.param_groups:
             found = [(p, p.grad) for p in group["params"] if p.grad is not None]
             if found:
@@ -59,11 +61,11 @@ class Muon(torch.optim.Muon):
 
 
 def orthogonalise(wide: Tensor, group: dict[str, Any]) -> Tensor:
-    """Matrices with singular values near 1 (0.7 to 1.2) in place of their own, by quintic Newton–Schulz iterations.
+    """Return the matrices with singular values near 1 (0.7 to 1.2) in place of their own, by quintic Newton–Schulz iterations.
 
     Args:
         wide: shape (matrices, rows, columns), no more rows than columns.
-        group: the optimizer's settings of them.
+        group: the optimizer's settings for these matrices.
     """
     a, b, c = group["ns_coefficients"]
     wide = wide / torch.linalg.matrix_norm(wide, keepdim=True).clamp(min=group["eps"])
@@ -74,7 +76,7 @@ def orthogonalise(wide: Tensor, group: dict[str, Any]) -> Tensor:
 
 
 def _calls(matrices: Sequence[Tensor], precision: torch.dtype) -> Iterator[list[int]]:
-    """Places of the matrices that are taken together: of one shape, either way round, and no more than CALL_BYTES."""
+    """Yield the positions of matrices that are taken in one call: of one shape or its transpose, and together at most CALL_BYTES."""
     places: dict[tuple[int, ...], list[int]] = {}
     for n, matrix in enumerate(matrices):
         places.setdefault(tuple(_wide(matrix).shape), []).append(n)

@@ -1,4 +1,4 @@
-"""AdamW, SGD, Adafactor, or Muon and AdamW, on a worker's own parameters; the average of these; one global gradient norm."""
+"""Updates of a worker's own parameters by AdamW, SGD, Adafactor, or Muon with AdamW, and the moving average of the parameters."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -18,30 +18,33 @@ KINDS: dict[str, type[torch.optim.Optimizer]] = {
     "sgd": torch.optim.SGD,
     "adafactor": torch.optim.Adafactor,
 }
-"""By optimizer.name, what updates all parameters but Muon's matrices."""
+"""The optimizer for all parameters but Muon's matrices, by optimizer.name."""
 MOMENTS: dict[type, tuple[str, ...]] = {
     torch.optim.AdamW: ("exp_avg", "exp_avg_sq"),
     Muon: ("momentum_buffer",),
     torch.optim.SGD: ("momentum_buffer",),
     torch.optim.Adafactor: ("variance",),
 }
-"""By optimizer, the averages that it keeps of each parameter, of the parameter's shape. Adafactor keeps factors of a matrix's."""
+"""The averages that each optimizer keeps for a parameter, in the parameter's shape. For matrices Adafactor keeps factors instead."""
 EMA = "ema"
-"""The average of a parameter's values, kept like those of its gradients."""
+"""The name under which the moving average of a parameter's values is stored, beside the averages of its gradients."""
 
 
 class Optimizer:
-    """What updates a worker's parameters: Muon for its layers' matrices and AdamW for all else, or one optimizer for all.
+    """Updates a worker's parameters, by one optimizer for all or by Muon for its layers' matrices and AdamW for the rest.
 
-    Without replicas a parameter belongs to one worker, and so does its state: nothing is sent. With them each replica's worker keeps all
-    of the state; or, sharded, that of its share, which alone it updates: `gather` then brings the others' shares.
+    Without replicas a parameter and its state belong to one worker, and nothing is sent. With replicas, each replica's worker keeps the
+    whole state; or, if the state is sharded, only that of its share of the parameters. It then updates only this share, and `gather` brings
+    the shares of the others.
 
     Args:
-        replica, replicas: which of how many workers this one is among whom the state is sharded.
+        block: this worker's layers.
+        settings: the optimizer's settings.
+        replica, replicas: this worker's number, and the number of workers, among those that shard the state.
 
     Attributes:
-        replica: as given.
-        shares: of each of them, what it keeps the state of.
+        replica: this worker's number among them.
+        shares: for each of them, the parts of parameters whose state it keeps.
     """
 
     def __init__(self, block: Block, settings: OptimizerSettings, replica: int = 0, replicas: int = 1) -> None:
@@ -52,11 +55,11 @@ class Optimizer:
         kind = KINDS[settings.name]
         uncut = set(trained) if kind is torch.optim.Adafactor else matrices
         self.shares = share_out(trained, uncut, replicas)
-        if self.is_sharded:  # parts are cut from the numbers as they lie in memory
+        if self.is_sharded:  # a part is a range of the parameter's numbers as they lie in memory
             for parameter in trained.values():
                 parameter.data = parameter.data.contiguous()
         self.replica, self._own = replica, self.shares[replica]
-        # What torch's optimizers see: a parameter of which all is kept here, or a view of the part that is.
+        # What torch's optimizers see: the parameter itself if its whole state is kept here, otherwise a view of the part that is.
         self._leaves = {name: self._leaf(name) for name, part in self._own.items() if len(part)}
         self._parts: list[tuple[torch.optim.Optimizer, float]] = []
         others = [name for name in self._leaves if name not in matrices]
@@ -73,15 +76,15 @@ class Optimizer:
 
     @property
     def is_sharded(self) -> bool:
-        """Whether this worker keeps the state of a share only."""
+        """True if this worker keeps the state of a share of the parameters only."""
         return len(self.shares) > 1
 
     def step(self, lr: float, done: int = 0) -> None:
-        """Update all parameters that have a gradient, and their average; sharded, this worker's share of them.
+        """Update all parameters that have a gradient, and their moving average. If the state is sharded, only this worker's share of them.
 
         Args:
-            lr: AdamW's learning rate in this step; Muon's is in the ratio of the two peaks to it.
-            done: steps before this one.
+            lr: AdamW's learning rate in this step. Muon's is in the same ratio to it as the two peak learning rates.
+            done: number of steps before this one.
         """
         views = self._aim_views()
         for part, ratio in self._parts:
@@ -94,7 +97,7 @@ class Optimizer:
             view.grad = None
 
     def _average(self, decay: float) -> None:
-        """Take the parameters that this step has changed into their average, which begins with the first."""
+        """Move the average towards the parameters that this step has changed. It begins with their first value."""
         changed = [leaf for leaf in self._of if leaf.grad is not None]
         known = [leaf for leaf in changed if leaf in self._averages]
         if known:
@@ -104,7 +107,7 @@ class Optimizer:
                 self._averages[leaf] = leaf.detach().clone()
 
     def swap_average(self) -> None:
-        """Put the average in the parameters' place, or these back in its; sharded, of this worker's share."""
+        """Exchange the parameters' values with their moving average. If the state is sharded, only those of this worker's share."""
         self._aim_views()
         for leaf, average in self._averages.items():
             kept = leaf.detach().clone()
@@ -116,7 +119,9 @@ class Optimizer:
         return parameter if len(part) == parameter.numel() else nn.Parameter(parameter.data.view(-1)[part.start : part.stop])
 
     def _aim_views(self) -> list[nn.Parameter]:
-        """Have views of parameters see them as they are now, and their gradients; `Stack` may have given a parameter other memory."""
+        """Point the views at the parameters' present memory and gradients, and return them. `Stack` may have moved a parameter in
+        memory.
+        """
         views = []
         for name, leaf in self._leaves.items():
             parameter, part = self._parameters[name], self._own[name]
@@ -127,7 +132,7 @@ class Optimizer:
         return views
 
     def gather(self, replicas: Channel, step: int) -> None:
-        """Have what other replicas have updated, where the state is sharded among them.
+        """Receive the parameters that other replicas have updated, if the state is sharded among them.
 
         Raises:
             ChannelError: one of them was lost, or too slow.
@@ -136,14 +141,14 @@ class Optimizer:
             gather_parameters(self._parameters, self.shares, replicas, step)
 
     def zero_grad(self) -> None:
-        """Let go of the gradients."""
+        """Drop all gradients."""
         for parameter in self._parameters.values():
             parameter.grad = None
 
     # Its state ----------------------------------------------------------------------------------------------------------------
 
     def moments_of(self, parameter: nn.Parameter) -> dict[str, tuple[int, ...]]:
-        """Names and shapes of the averages that are kept of it once a step is done; none of one that is frozen."""
+        """Return names and shapes of the averages that are kept for a parameter once a step is done; none for a frozen one."""
         kind, shape = self._kinds.get(self._names[parameter]), tuple(parameter.shape)
         if kind is None:
             return {}
@@ -155,13 +160,13 @@ class Optimizer:
         return found if self._settings.ema is None else {**found, EMA: shape}
 
     def counts_steps(self, parameter: nn.Parameter) -> bool:
-        """Whether its state also has "step", the number of steps done."""
+        """Return True if the parameter's state also has "step", the number of steps done."""
         return self._kinds.get(self._names[parameter]) in (torch.optim.AdamW, torch.optim.Adafactor)
 
     def state_of(self, parameter: nn.Parameter) -> dict[str, Tensor]:
-        """Its averages and, where they are counted, its "step"; nothing before the first one.
+        """Return a parameter's averages and, where steps are counted, its "step". Empty before the first step.
 
-        Of a parameter of which this worker keeps a part only the averages are that part's, flat; nothing where it keeps none.
+        If this worker keeps the state of a part of the parameter, the averages are that part's, flat. Empty if it keeps none of it.
         """
         leaf = self._leaves.get(self._names[parameter])
         if leaf is None:
@@ -170,11 +175,13 @@ class Optimizer:
         return {**state, EMA: self._averages[leaf]} if leaf in self._averages else state
 
     def set_state(self, parameter: nn.Parameter, state: Mapping[str, Tensor]) -> None:
-        """Put a copy of what `state_of` gave back: averages on the parameter's device, the step on the host, where AdamW wants it.
+        """Set a parameter's state to a copy of what `state_of` returned: averages on the parameter's device, "step" on the CPU as AdamW
+        wants it.
 
         Args:
-            state: of the whole parameter, or of the part that this worker keeps. Where there is to be an average of the parameter's values,
-                and this state has none, it begins with the value now.
+            parameter: one of this worker's parameters.
+            state: the state of the whole parameter, or of the part that this worker keeps. If the settings ask for an average of the
+                parameter's values and the state has none, the average begins with the present value.
         """
         name = self._names[parameter]
         leaf, part = self._leaves.get(name), self._own.get(name, range(0))
@@ -201,9 +208,9 @@ class Optimizer:
 def _build(
     kind: type, decayed: Sequence[nn.Parameter], others: Sequence[nn.Parameter], settings: OptimizerSettings
 ) -> torch.optim.Optimizer:
-    """An optimizer of torch's; weight decay on the first parameters alone, which are (parts of) weights and embeddings.
+    """Return one of torch's optimizers. Weight decay applies only to `decayed`, which are (parts of) weights and embeddings.
 
-    On CPUs as one operation a parameter where it can be, which takes a fifth of the time of torch's default there; on GPUs that is fast.
+    On CPUs it is the fused variant where there is one, which takes a fifth of the time of torch's default; on GPUs the default is fast.
     """
     decays = ((decayed, settings.weight_decay), (others, 0.0))
     groups: list[dict[str, Any]] = [{"params": parameters, "weight_decay": decay} for parameters, decay in decays if parameters]
@@ -216,13 +223,13 @@ def _build(
 
 
 def _build_muon(matrices: Sequence[nn.Parameter], block: Block, settings: OptimizerSettings) -> Muon:
-    """Muon in the precision that layers are computed in."""
+    """Return Muon, in the precision in which layers are computed."""
     precision = torch.bfloat16 if block.config.dtype == "bfloat16" else block.dtype
     return Muon(matrices, precision=precision, momentum=settings.momentum, weight_decay=settings.weight_decay)
 
 
 def scale_gradients(parameters: Iterable[nn.Parameter], factor: float) -> None:
-    """Multiply all gradients in place."""
+    """Multiply all gradients by `factor`, in place."""
     gradients = [p.grad for p in parameters if p.grad is not None]
     if gradients:
         torch._foreach_mul_(gradients, factor)

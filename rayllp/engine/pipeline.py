@@ -1,7 +1,7 @@
-"""Serial mode: exact gradients over the same blocks.
+"""Exact gradients in serial mode, over the same blocks of layers.
 
-Several workers run torch.distributed.pipelining's 1F1B over microbatches, so that nothing moves when training switches from parallel to
-serial; one worker runs plain autograd. Where neither can be, the caller solves exactly with MGRIT on one level.
+Several workers run the 1F1B schedule of torch.distributed.pipelining over microbatches, so that no layer moves when training switches from
+parallel to serial. One worker runs plain autograd. Where neither is possible, the caller solves exactly by MGRIT on one level.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -24,7 +24,7 @@ from rayllp.timeline import Timeline, span_on
 
 
 class StageModule(nn.Module):
-    """A block as one pipeline stage: inputs or state in, state or outputs out."""
+    """A worker's block as one pipeline stage: takes inputs or a state, returns a state or outputs."""
 
     def __init__(self, block: Block) -> None:
         super().__init__()
@@ -34,7 +34,7 @@ class StageModule(nn.Module):
         self.penalty: Consistency | None = None
 
     def forward(self, *parts: Tensor) -> State:
-        """A microbatch through this worker's block, with embedding and head where it owns them."""
+        """Run a microbatch through this worker's block, with embedding and head if it owns them."""
         self.begin()
         block = self.block
         state: State = parts[0] if len(parts) == 1 else parts
@@ -49,7 +49,10 @@ class StageModule(nn.Module):
         return block.leave(state) if block.last else state
 
     def _intervals(self) -> Iterator[tuple[Sequence[int], PenaltyHooks | None]]:
-        """The block's middle layers by coarse interval: the penalty's, else c_f by c_f from the block's first."""
+        """Yield the block's middle layers in intervals, with hooks for the penalty if there is one.
+
+        The intervals are the penalty's, or else c_f layers each, from the block's first middle layer on.
+        """
         middle, c, offset = self.block.middle, self.block.config.first_coarsening, self.block.config.buffers.open
         if self.penalty is not None:
             for start, interval in self.penalty.intervals.items():
@@ -59,7 +62,7 @@ class StageModule(nn.Module):
             yield range(start, min(start + c, middle[-1] + 1)), None
 
     def _run(self, state: State, layers: Sequence[int], hooks: PenaltyHooks | None, moment: Moment | None = None) -> State:
-        if moment is not None:  # a recomputation may come after another microbatch's forward
+        if moment is not None:  # another microbatch's forward may have run before this recomputation
             self.block.resume(moment)
         if hooks is None:
             for n in layers:
@@ -72,15 +75,21 @@ class StageModule(nn.Module):
 
 
 def slices(batch: int, parts: int) -> Iterator[slice]:
-    """The parts of gradient accumulation."""
+    """Yield the slices that cut a batch into equal parts."""
     size = batch // parts
     yield from (slice(start, start + size) for start in range(0, batch, size))
 
 
 def exact_method(block: Block, layers: Channel, inputs: Inputs, batch: int) -> "PlainAutograd | Pipeline | None":
-    """What forms exact gradients on this worker: plain autograd where it holds all layers, else the 1F1B pipeline.
+    """Return what forms exact gradients on this worker: plain autograd if it holds all layers, else the 1F1B pipeline.
 
-    None: the channel has no process group, or the batch cannot be cut finely enough.
+    Args:
+        block: this worker's layers.
+        layers: the channel of the layer group.
+        inputs: inputs of a batch, for their shapes.
+        batch: number of samples in a batch.
+
+    Returns: None if the channel has no process group, or if the batch cannot be cut into enough microbatches.
     """
     if layers.size == 1:
         return PlainAutograd(block)
@@ -91,14 +100,14 @@ def exact_method(block: Block, layers: Channel, inputs: Inputs, batch: int) -> "
 
 
 class PlainAutograd:
-    """The whole network on one worker."""
+    """Exact gradients where the whole network is on one worker."""
 
     def __init__(self, block: Block) -> None:
         self.block, self.module = block, StageModule(block)
         self.timeline: Timeline | None = None
 
     def step(self, batch: StepBatch, penalty: Consistency | None) -> Tensor:
-        """Gradients of scale × summed loss into `.grad`, part by part of gradient accumulation; the scaled loss."""
+        """Add the gradients of scale × summed loss to `.grad`, part by part of gradient accumulation. Returns the scaled loss."""
         block, self.module.penalty = self.block, penalty
         total = torch.zeros((), device=block.device, dtype=block.dtype)
         for rows in slices(len(batch.samples), block.config.accumulate):
@@ -113,10 +122,10 @@ class PlainAutograd:
 
 
 def count_microbatches(batch: int, workers: int, wanted: int | None, *, fewest: bool = False) -> int:
-    """Microbatches for `batch` sequences: as wanted, else the largest divisor of the batch up to 4 a worker.
+    """Return the number of microbatches for `batch` sequences: as `wanted`, or else the batch's largest divisor up to 4 a worker.
 
     Args:
-        fewest: the smallest of these instead that keeps all workers busy, where there is one.
+        fewest: take the smallest divisor that keeps all workers busy instead, if there is one.
     """
     if workers == 1:
         return 1
@@ -127,14 +136,20 @@ def count_microbatches(batch: int, workers: int, wanted: int | None, *, fewest: 
 
 
 class Pipeline:
-    """One worker's end of the 1F1B schedule; built once, stepped every training step in serial mode.
+    """One worker's end of the 1F1B schedule. It is built once, and runs every training step in serial mode.
+
+    Args:
+        block: this worker's layers.
+        group: the process group of the workers.
+        inputs: inputs of a batch, for their shapes.
+        microbatches: number of microbatches.
 
     Raises:
         SettingsError: fewer microbatches than workers (the caller then solves exactly without microbatches).
     """
 
     def __init__(self, block: Block, group: dist.ProcessGroup, inputs: Inputs, microbatches: int) -> None:
-        from torch.distributed.pipelining import PipelineStage, Schedule1F1B  # takes a second, which other workers need not wait
+        from torch.distributed.pipelining import PipelineStage, Schedule1F1B  # takes a second, so only where it is needed
 
         rank, size = dist.get_rank(group), dist.get_world_size(group)
         if microbatches < size:
@@ -145,7 +160,7 @@ class Pipeline:
         small = combine(lambda part: part[: self.part], inputs)
         spec = block.architecture.state_spec(small, block.dtype, block.device)
         like = list(zip(spec.shapes, spec.dtypes, strict=True))
-        # requires_grad here is what makes torch's stages send gradients back.
+        # torch's stages send gradients back only for tensors that have requires_grad here.
         state = tuple(torch.empty(s, dtype=d, device="meta", requires_grad=d.is_floating_point) for s, d in like)
         entering = tuple(part.to("meta") for part in tensors(small))
         outputs: tuple[Tensor, ...] = state
@@ -169,7 +184,7 @@ class Pipeline:
         return self.block.architecture.training_loss(outputs, targets) * self.scale
 
     def _timed(self, method: Callable[..., Any], solve: str) -> Callable[..., Any]:
-        """A microbatch's forward or backward on this stage, a span on the timeline where there is one."""
+        """Return the stage's forward or backward of one microbatch, recorded as a span if there is a timeline."""
 
         def timed(*arguments: Any, **named: Any) -> Any:
             if self.timeline is None:
@@ -183,7 +198,7 @@ class Pipeline:
         return timed
 
     def step(self, batch: StepBatch, penalty: Consistency | None) -> Tensor:
-        """Gradients of scale × summed loss into `.grad`; returns the scaled loss on the last worker, 0 elsewhere."""
+        """Add the gradients of scale × summed loss to `.grad`. Returns the scaled loss on the last worker, 0 elsewhere."""
         self.scale, count = batch.scale, 0
         self.module.penalty = penalty
 

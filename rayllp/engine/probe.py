@@ -1,9 +1,8 @@
-"""What a probing step measures: convergence factors, the bias of the gradient in use beside that gradient's own noise, and, where
-asked for, each layer's Lipschitz constant.
+"""Measurements of a probing step: convergence factors, the bias and the noise of the gradient, and each layer's Lipschitz constant.
 
-Bias: the gradient in use against that of doubled iterations, or against the exact one, over the middle layers' parameters. Noise: the
-better gradient is formed in two halves of the batch, whose difference is one standard deviation of their sum over the choice of the
-batch. A bias far below the noise moves the weights less than another batch would.
+The bias compares the gradient in use with a better one (of doubled iterations, or exact), over the middle layers' parameters. For the
+noise, the better gradient is formed in two halves of the batch; their difference is one standard deviation of their sum over the choice of
+the batch. A bias far below the noise changes the weights less than another batch would.
 """
 
 import math
@@ -20,17 +19,19 @@ from rayllp.engine.lipschitz import estimate_layers
 from rayllp.engine.step_gradients import StepGradients
 
 SUMS = 5
-"""Of a block: error squared, better gradient squared, its product with the one in use, that one squared, the halves' gap squared."""
+"""Sums kept for each block: squared error, squared better gradient, its product with the gradient in use, the latter squared, and the
+squared difference of the halves.
+"""
 
 
 @dataclass(frozen=True)
 class Bias:
-    """How far the gradient in use is off, over all middle layers and by worker.
+    """How far the gradient in use is off, over all middle layers and for each worker.
 
     Attributes:
-        relative: norm of the error over the better gradient's.
-        cosine: between the two.
-        noise: one standard deviation over the better gradient's norm; None where the batch has no halves.
+        relative: norm of the error over the norm of the better gradient.
+        cosine: cosine of the angle between the two gradients.
+        noise: one standard deviation over the norm of the better gradient; None if the batch was not halved.
         by_block: relative bias and cosine of each worker's block.
     """
 
@@ -42,13 +43,15 @@ class Bias:
 
 @dataclass
 class Probing:
-    """A probe on one worker: forms the gradient of a step as `Gradients` does, and measures on the way.
+    """A probe on one worker. It forms a step's gradients as `Gradients` does, and measures on the way.
 
     Attributes:
-        gradients: what forms them.
-        plan: what is measured.
-        replicas: how many there are.
-        lipschitz: constants of this worker's layers, by index in the whole network; None where the plan does not ask for them.
+        gradients: forms the gradients.
+        plan: what to measure.
+        replicas: number of replicas.
+        sums: this worker's sums (see SUMS); None if the bias is not measured.
+        has_halves: True if the better gradient was formed in halves.
+        lipschitz: constants of this worker's layers, by index in the whole network; None if the plan does not ask for them.
     """
 
     gradients: Gradients
@@ -60,18 +63,18 @@ class Probing:
 
     @property
     def group(self) -> LayerGroup:
-        """This worker's layers, and the channel to the others."""
+        """This worker's layers, and the channel to the other workers."""
         return self.gradients.group
 
     def form(self, batch: StepBatch) -> StepGradients:
-        """The better gradient into `.grad`; its loss, and the solves that yield ρ."""
+        """Form the better gradient in `.grad`. Returns its loss, and the solves that give ρ."""
         block, accuracy = self.group.block, batch.accuracy
         block.watched = {} if self.plan.lipschitz else None
         used = self._used_gradient(batch) if self.plan.bias else None
         doubled = self.plan.candidate.probing()
         probed, better = None, doubled
         if accuracy.serial or self.plan.exact:
-            if self.plan.rho:  # doubled iterations are run for ρ alone; the gradient of the step is the exact one
+            if self.plan.rho:  # doubled iterations are run for ρ only, and the step's gradient is the exact one
                 probed = self.gradients(batch.solved_by(doubled))
                 self.gradients.forget()
             better = accuracy if accuracy.serial else _exactly(doubled)
@@ -88,20 +91,24 @@ class Probing:
         return replace(formed, forward=probed.forward or formed.forward, backward=probed.backward or formed.backward)
 
     def _used_gradient(self, batch: StepBatch) -> list[Tensor]:
+        """Return the gradients that the accuracy in question forms for the middle layers."""
         self.gradients(batch.solved_by(self.plan.candidate))
         used = [gradient.clone() for gradient in self._middle()]
         self.gradients.forget()
         return used
 
     def _halves(self, accuracy: Accuracy, samples: int) -> tuple[slice, ...]:
-        """Two halves of the batch; none where it has none, or where the pipeline was built for the whole of it."""
+        """Return the two halves of the batch. None if it cannot be halved, or if the pipeline was built for the whole batch."""
         built_for_all = accuracy.serial and self.group.config.placement == "blocks"
         if built_for_all or samples % (2 * self.group.config.accumulate):
             return ()
         return slice(0, samples // 2), slice(samples // 2, samples)
 
     def _in_halves(self, batch: StepBatch, halves: tuple[slice, ...]) -> tuple[StepGradients, list[Tensor]]:
-        """Gradients half by half, with the last half's solves; and the first half's gradients, none where there are no halves."""
+        """Form gradients half by half, or at once if there are no halves.
+
+        Returns: the outcome with the last half's solves, and the first half's gradients (empty if there are no halves).
+        """
         if not halves:
             return self.gradients(batch), []
         found: list[StepGradients] = []
@@ -115,6 +122,7 @@ class Probing:
         return replace(other, loss=torch.stack([one.loss, other.loss]).sum()), first
 
     def _compare(self, used: list[Tensor], first: list[Tensor]) -> Tensor:
+        """Return this worker's sums for bias and noise."""
         better = self._middle()
         sums = torch.zeros(SUMS, dtype=torch.float64, device=self.group.device)
         for index, gradient in enumerate(better):
@@ -125,6 +133,7 @@ class Probing:
         return sums
 
     def _middle(self) -> list[Tensor]:
+        """Return the gradients of the middle layers' parameters, zeros where there is none."""
         block = self.group.block
         parameters = (parameter for n in block.middle for parameter in block.layers[n].parameters())
         return [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
@@ -132,14 +141,17 @@ class Probing:
     # Over workers -----------------------------------------------------------------------------------------------------------------
 
     def table(self) -> Tensor:
-        """This worker's sums in a table of all workers', to be added up with the others'; shape (workers, SUMS), no rows without a bias."""
+        """Return this worker's sums in its row of a table, to be added to the other workers' tables; shape (workers, SUMS).
+
+        The table has no rows if the bias is not measured.
+        """
         table = torch.zeros((self.group.channel.size, SUMS), dtype=torch.float64, device=self.group.device)
         if self.sums is not None:
             table[self.group.channel.rank] = self.sums
         return table if self.plan.bias else table[:0]
 
     def read(self, table: Tensor) -> Bias | None:
-        """The bias, from the table of all workers."""
+        """Return the bias, from the sum of all workers' tables."""
         if not self.plan.bias:
             return None
         total = table.sum(0)
@@ -149,12 +161,15 @@ class Probing:
 
 
 def _exactly(accuracy: Accuracy) -> Accuracy:
-    """An exact step in place of this one, which can be solved half by half."""
+    """Return the accuracy of an exact step whose batch can be halved."""
     return replace(accuracy, serial=True) if accuracy.window else replace(accuracy, levels_forward=1, levels_backward=1)
 
 
 def _bias(sums: Tensor) -> tuple[float, float]:
-    """Relative bias and cosine. Gradients that are both zero (of frozen layers) are equal; one beside a zero one is infinitely far off."""
+    """Return relative bias and cosine.
+
+    Two zero gradients (of frozen layers) count as equal. A gradient in use beside a zero better one is infinitely far off.
+    """
     error, better, product, used = sums[:4].tolist()
     if better == 0 or used == 0:
         return (0.0, 1.0) if better == used else (1.0 if better else math.inf, 0.0)

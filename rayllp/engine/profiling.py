@@ -1,4 +1,4 @@
-"""Every operation of a step, by `torch.profiler`, for chosen steps (`profile.steps`)."""
+"""Traces of all operations in chosen steps (`profile.steps`), by `torch.profiler`."""
 
 import tempfile
 from collections.abc import Iterator
@@ -10,9 +10,9 @@ import torch
 
 @contextmanager
 def profiled(device: torch.device, *, wanted: bool = True) -> Iterator[list[bytes]]:
-    """What happens inside, in this thread and those that it starts work on, is profiled where that is wanted.
+    """Profile what happens inside, in this thread and in those that it starts work on, if `wanted`.
 
-    Yields: a list, to which at the end the trace comes, as chrome://tracing and ui.perfetto.dev read it, gzipped.
+    Yields: a list to which the trace is appended at the end, in the format of chrome://tracing and ui.perfetto.dev, gzipped.
     """
     traces: list[bytes] = []
     if not wanted:

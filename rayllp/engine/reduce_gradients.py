@@ -1,4 +1,4 @@
-"""Gradients of parameters that several workers of a layer group hold: each gets the sum."""
+"""Sums of the gradients of parameters that several workers of a layer group hold."""
 
 from collections.abc import Sequence
 
@@ -11,8 +11,10 @@ from rayllp.state import tensors
 
 
 def add_shared_gradients(block: Block, layers: Channel, step: int) -> None:
-    """Tied parameters: the first and the last worker add each other's gradient, so that both copies move alike. Parameters that several
-    layers use: every worker gets the sum of all workers' gradients.
+    """Sum the gradients of parameters that several workers of the layer group hold.
+
+    Tied parameters: the first and the last worker add each other's gradient, so that both copies stay equal. Parameters that several layers
+    use: every worker gets the sum of all workers' gradients.
     """
     if names := block.shared_trained:
         _add_tied_gradients([block.parameters[name] for name in names], layers, layers.size - 1 if block.first else 0, step)
@@ -24,7 +26,7 @@ def _add_tied_gradients(tied: Sequence[nn.Parameter], layers: Channel, other: in
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
     gradients = tuple(parameter.grad for parameter in tied if parameter.grad is not None)
-    # Copies leave: what is received is added to the gradients while they may be on their way.
+    # Copies are sent, since the gradients are added to while the messages may still be on their way.
     leaving = tuple(gradient.clone() for gradient in gradients)
     (received,) = layers.exchange([(leaving, other)], [(StateSpec.of(gradients), other)], MessageTag(step, "gradients", "tied parameters"))
     for gradient, theirs in zip(gradients, tensors(received), strict=True):

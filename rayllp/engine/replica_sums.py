@@ -1,8 +1,8 @@
-"""Gradients summed over replicas, in buckets that leave as soon as they are final, while the adjoint forms the others.
+"""Sums of gradients over replicas, in buckets that are sent as soon as they are final, while the adjoint forms the others.
 
-When a gradient is final follows from the first step of each kind: autograd tells of each contribution to a parameter's gradient, and
-steps of one kind (accuracy, shape of the batch) make the same contributions. All replicas go by what the first one has seen, so that they
-sum the same buckets in the same order. Should a gradient get more than it was expected to, the rest is summed at the end.
+The first step of each kind tells when a gradient is final: autograd reports each contribution to a parameter's gradient, and steps
+of one kind (accuracy, shape of the batch) make the same contributions. All replicas follow what the first one has seen, so that they
+sum the same buckets in the same order. If a gradient gets more contributions than expected, the rest is summed at the end.
 """
 
 from collections import Counter
@@ -16,7 +16,7 @@ from rayllp.channel.base import Channel, MessageTag, Reduction
 from rayllp.engine.block import Block
 
 BUCKET_BYTES = 4 * 2**20
-"""Gradients that are summed in one message, unless a single one is larger: enough for its latency not to count."""
+"""Bytes of gradients summed in one message, which is enough for its latency not to matter. A single gradient may be larger."""
 
 
 @dataclass(frozen=True)
@@ -24,8 +24,9 @@ class _Plan:
     """How the gradients of one kind of step are summed.
 
     Attributes:
-        buckets: parameters whose gradients travel together, those that are final first first.
-        expected: contributions after which a gradient is final; of others it is only known at the end of the step.
+        buckets: parameters whose gradients are sent together, in the order in which they become final.
+        expected: number of contributions after which a parameter's gradient is final. Those of other parameters are final at the end of the
+            step.
     """
 
     buckets: Sequence[Sequence[nn.Parameter]]
@@ -34,7 +35,7 @@ class _Plan:
 
 @dataclass
 class _Begun:
-    """A bucket on its way."""
+    """A bucket that is being summed."""
 
     parameters: list[nn.Parameter]
     shapes: list[torch.Size]
@@ -42,10 +43,12 @@ class _Begun:
 
 
 class ReplicaSums:
-    """Of one worker's gradients. A step calls `begin`, forms its gradients, and calls `finish`.
+    """Sums of one worker's gradients over replicas. A step calls `begin`, forms its gradients, and calls `finish`.
 
     Args:
-        replicas: to the workers of other replicas that have the same layers; nothing else uses it meanwhile.
+        block: this worker's layers.
+        replicas: the channel to the workers of other replicas that own the same layers. Nothing else may use it between `begin` and
+            `finish`.
     """
 
     def __init__(self, block: Block, replicas: Channel) -> None:
@@ -56,32 +59,34 @@ class ReplicaSums:
         self._hooks = [p.register_post_accumulate_grad_hook(self._contributed) for p in self._parameters if replicas.size > 1]
 
     def close(self) -> None:
-        """Let go of the parameters."""
+        """Remove the hooks from the parameters."""
         for hook in self._hooks:
             hook.remove()
 
     def begin(self, step: int, kind: Hashable | None) -> None:
-        """Gradients are formed from now on.
+        """Take note that gradients are formed from now on.
 
         Args:
-            kind: of the step: those of one kind form gradients in the same way. None: as no other does, such as a probe.
+            step: number of the step.
+            kind: key of the kind of step. Steps of one kind form their gradients in the same way. None: a step like no other, such as a
+                probe.
         """
         self._step, self._kind, self._is_open = step, kind, True
         self._plan = self._plans.get(kind, self._unknown)
         self._counts: Counter[nn.Parameter] = Counter()
-        # After its last contribution so far: the gradient, and how often its numbers had been written.
+        # By parameter: the gradient after its last contribution so far, and the version counter that it had then.
         self._seen: dict[nn.Parameter, tuple[Tensor, int]] = {}
         self._begun: list[_Begun] = []
         self._next = 0
 
     def _contributed(self, parameter: nn.Parameter) -> None:
-        """Autograd has added something to this parameter's gradient."""
+        """Count a contribution that autograd has added to this parameter's gradient, and send buckets that are final."""
         if not self._is_open or self._kind is None:
             return
         self._counts[parameter] += 1
         if self._plan is self._unknown:
             assert parameter.grad is not None
-            self._seen.pop(parameter, None)  # the last one comes last
+            self._seen.pop(parameter, None)  # so that the order is that of the last contributions
             self._seen[parameter] = parameter.grad, parameter.grad._version
             return
         # The last bucket waits for `finish`, which adds numbers of its own.
@@ -92,7 +97,7 @@ class ReplicaSums:
         return self._counts[parameter] >= self._plan.expected.get(parameter, torch.inf)
 
     def _begin_bucket(self, extra: Sequence[Tensor] = ()) -> None:
-        """Have the next bucket summed. Its gradients are taken: what comes to a parameter from now on is on top of them."""
+        """Begin to sum the next bucket. Its gradients are taken out of `.grad`; what is added there from now on is late."""
         found = [(p, p.grad) for p in self._plan.buckets[self._next] if p.grad is not None]
         parts = [*(gradient for _, gradient in found), *extra]
         self._next += 1
@@ -105,7 +110,9 @@ class ReplicaSums:
         self._begun.append(_Begun([p for p, _ in found], shapes, self.replicas.begin_all_reduce(flat, self._tag("sum over replicas"))))
 
     def finish(self, loss: Tensor) -> None:
-        """All gradients are formed: have them, and the loss, summed. Each was divided by the global number of terms, so sums are means.
+        """Finish the sums of all gradients, now that they are formed, and sum the loss.
+
+        Each of them was divided by the global number of loss terms, so the sums are means.
 
         Raises:
             ChannelError: a replica was lost, or too slow.
@@ -128,7 +135,10 @@ class ReplicaSums:
         self._seen.clear()
 
     def _put_back(self) -> Tensor:
-        """Wait for all buckets and make their sums the gradients; what is behind the last one's. What has come late is added."""
+        """Wait for all buckets, and set `.grad` to their sums. Late gradients are kept in `_late`.
+
+        Returns: the numbers behind the last bucket's gradients.
+        """
         rest = torch.empty(0)
         self._late = {}
         for begun in self._begun:
@@ -141,7 +151,7 @@ class ReplicaSums:
         return rest
 
     def _add_late_ones(self) -> None:
-        """Sum what came to gradients after they had left, on any replica, and add it."""
+        """Sum over replicas what was added to gradients after they had been sent, on any replica, and add the sums to `.grad`."""
         summed = [p for p in self._parameters if p.grad is not None]
         late = _flatten([self._late.get(p, torch.zeros_like(p)) for p in summed])
         self.replicas.all_reduce(late, self._tag("late gradients"))
@@ -152,9 +162,9 @@ class ReplicaSums:
     # Learning -----------------------------------------------------------------------------------------------------------------
 
     def _order_seen(self) -> Tensor:
-        """Of each parameter, the place at which its gradient was final, from 1 on, and its contributions; 0 if that is not known.
+        """Return, for each parameter, the place in the order in which gradients became final (from 1), and its number of contributions.
 
-        A gradient that something else than autograd has written since is final at the end.
+        Both are 0 if a gradient is final only at the end, because something other than autograd has written to it since.
         """
         places = {p: n for n, p in enumerate(self._seen, 1)}
         table = torch.zeros((len(self._parameters), 2), dtype=torch.float64)
@@ -165,7 +175,7 @@ class ReplicaSums:
         return table
 
     def _agree(self, seen: Tensor) -> _Plan:
-        """The plan by what the first replica has seen."""
+        """Return the plan that follows from what the first replica has seen."""
         if not self._parameters:
             return self._unknown
         table = (seen if self.replicas.rank == 0 else torch.zeros_like(seen)).to(self._parameters[0].device)
@@ -180,7 +190,10 @@ class ReplicaSums:
 
 
 def _buckets(parameters: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:
-    """In this order, each of BUCKET_BYTES or a little less; the last one may be empty."""
+    """Return the parameters in buckets, in this order, each of at most BUCKET_BYTES unless it holds a single larger one.
+
+    If there are no parameters, one empty bucket is returned.
+    """
     buckets: list[list[nn.Parameter]] = [[]]
     room = BUCKET_BYTES
     for parameter in parameters:
@@ -193,6 +206,6 @@ def _buckets(parameters: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:
 
 
 def _flatten(parts: Sequence[Tensor]) -> Tensor:
-    """One flat tensor of the widest of their dtypes."""
+    """Return one flat tensor of all parts, in the widest of their dtypes."""
     dtype = max((part.dtype for part in parts), key=lambda found: found.itemsize)
     return torch.cat([part.reshape(-1).to(dtype) for part in parts])

@@ -1,4 +1,4 @@
-"""The learning rate of each step: a pure function of the step, so that a run that goes on needs its number and nothing else."""
+"""The learning rate of each step, as a pure function of the step, so that a resumed run needs only the step's number."""
 
 import math
 
@@ -6,7 +6,9 @@ from rayllp.config import OptimizerSettings
 
 
 def learning_rate(settings: OptimizerSettings, step: int, steps: int) -> float:
-    """Linear warm-up to the peak; from there by the schedule, which reaches `min_lr_ratio` of the peak at the last step.
+    """Return the learning rate of step `step` of `steps`.
+
+    It warms up linearly to the peak. From there it follows the schedule, which reaches `min_lr_ratio` of the peak at the last step.
 
     transformers has the same shapes, but each with a warm-up and an end of its own, and within an object that counts steps.
     """

@@ -1,6 +1,6 @@
-"""Which replica keeps the optimizer's state of which parameters, and updates these: the first stage of ZeRO (arXiv:1910.02054).
+"""The optimizer's state sharded over replicas: each keeps the state of some parameters and updates these (ZeRO stage 1, arXiv:1910.02054).
 
-AdamW works element by element, so its parameters are cut where shares come out equal; Muon needs a matrix as a whole.
+AdamW works element by element, so its parameters may be cut anywhere to make shares equal. Muon needs whole matrices.
 """
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -12,21 +12,23 @@ from torch import Tensor, nn
 from rayllp.channel.base import Channel, MessageTag, StateSpec
 
 ALIGNED = 16
-"""Cuts are at multiples of so many numbers: vector instructions then treat every number as they would without a cut, to the last bit."""
+"""Parameters are cut at multiples of this many numbers. Vector instructions then treat each number as without a cut, to the last bit."""
 CALL_NUMBERS = 2**19
-"""The most that a replica gives in one all-gather, which needs memory for as many of every replica."""
+"""The most numbers of each replica in one all-gather, which needs memory for as many from every replica."""
 
 Shares = list[dict[str, range]]
-"""Of each replica, by a parameter's name, the part of it that is the replica's, in numbers of the flattened parameter."""
+"""For each replica, its part of each parameter by name, as a range of the flattened parameter's numbers."""
 Segment = tuple[str, int, int]
-"""A parameter's name, and the first number and the one after the last."""
+"""A parameter's name, its first number, and the one after its last, in the flattened parameter."""
 
 
 def share_out(parameters: Mapping[str, nn.Parameter], whole: Collection[str], replicas: int) -> Shares:
-    """Share parameters out, so that all replicas keep equally much of the optimizer's state.
+    """Divide the parameters among replicas so that all keep equally much of the optimizer's state.
 
     Args:
-        whole: names of those that must not be cut, which are Muon's.
+        parameters: the parameters by name.
+        whole: names of parameters that must not be cut: Muon's.
+        replicas: number of replicas.
     """
     sizes = {name: p.numel() for name, p in parameters.items()}
     if replicas == 1:
@@ -53,9 +55,9 @@ def share_out(parameters: Mapping[str, nn.Parameter], whole: Collection[str], re
 
 
 def _ends(loads: Sequence[int], numbers: int) -> list[int]:
-    """Up to which of so many numbers, one parameter after the other, each replica's go: who has more of Muon's gets fewer.
+    """Return up to which of `numbers` numbers, of all parameters that may be cut, one after the other, each replica's share goes.
 
-    Muon keeps one average of a number, AdamW two.
+    A replica with more of Muon's numbers gets fewer others. Muon keeps one average for each number, AdamW two.
     """
     level = (sum(loads) + 2 * numbers) / len(loads)
     rooms = [max(0.0, level - load) for load in loads]
@@ -67,7 +69,7 @@ def _ends(loads: Sequence[int], numbers: int) -> list[int]:
 
 
 def gather_parameters(parameters: Mapping[str, nn.Parameter], shares: Shares, replicas: Channel, step: int) -> None:
-    """Have each replica's share of the parameters from it, which has updated them."""
+    """Receive each replica's share of the parameters from that replica, which has updated it."""
     tag = MessageTag(step, "update", "parameters of replicas")
     flat = {name: p.data.view(-1) for name, p in parameters.items()}
     for segments in _calls(shares):
@@ -84,16 +86,17 @@ def gather_parameters(parameters: Mapping[str, nn.Parameter], shares: Shares, re
 
 
 def _nothing(flat: Mapping[str, Tensor]) -> Tensor:
+    """Return an empty tensor of the parameters' dtype."""
     return next(iter(flat.values()))[:0]
 
 
 def _calls(shares: Shares) -> Iterator[tuple[list[Segment], ...]]:
-    """All shares, some of each replica's at a time."""
+    """Yield the shares in calls: for each replica, the segments that it sends in one all-gather."""
     return zip_longest(*(_pieces(share) for share in shares), fillvalue=[])
 
 
 def _pieces(share: Mapping[str, range]) -> Iterator[list[Segment]]:
-    """A share in pieces of CALL_NUMBERS."""
+    """Yield a share in pieces of CALL_NUMBERS numbers."""
     piece: list[Segment] = []
     room = CALL_NUMBERS
     for name, part in share.items():

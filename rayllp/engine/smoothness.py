@@ -1,7 +1,7 @@
-"""The depth-smoothness penalty: λ Σ ‖θ_{n+1} − θ_n‖² / Δt over neighbouring middle layers, so that weights vary slowly in depth.
+"""The depth-smoothness penalty: λ Σ ‖θ_{n+1} − θ_n‖² / Δt over neighbouring middle layers, which makes weights vary slowly in depth.
 
-A coarse step uses the weights of one layer for a whole interval; it predicts the better the less they vary. Each worker needs of its
-neighbours' weights those of the one layer at the border: two messages a step.
+A coarse step uses the weights of one layer for a whole interval. The less the weights vary, the better it predicts. Each worker needs only
+the weights of the two neighbouring layers at the borders of its block, so a step costs two messages.
 """
 
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ Weights = dict[str, Tensor]
 def add_smoothness_gradient(block: Block, channel: Channel, weight: float, step: int) -> None:
     """Add the penalty's gradient to `.grad` of this worker's middle layers. All workers of the layer group call it.
 
-    Layers whose parameters differ in name or shape (an encoder's last, a decoder's first) are not compared.
+    Parameters that differ in name or shape from those of the neighbouring layer (an encoder's last, a decoder's first) are left out.
     """
     mine = {n: dict(block.layers[n].named_parameters()) for n in block.middle}
     scale = 2 * weight / block.config.middle_step
@@ -31,11 +31,11 @@ def add_smoothness_gradient(block: Block, channel: Channel, weight: float, step:
 
 
 def _borders(block: Block, channel: Channel, mine: dict[int, dict[str, nn.Parameter]], step: int) -> dict[int, Weights]:
-    """Weights of the layers just before this worker's first and just after its last, as the neighbours have them now."""
+    """Return the present weights of the layers just before this worker's first and just after its last, received from the neighbours."""
     tag, rank = MessageTag(step, "gradients", "border layers' weights"), channel.rank
     sides = [(-1, block.middle[0])] if rank > 0 else []
     sides += [(1, block.middle[-1])] if rank < channel.size - 1 else []
-    # Copies: the optimizer changes the weights while they may be on their way.
+    # Copies are sent, since the optimizer changes the weights while the messages may still be on their way.
     leaving = [(tuple(value.clone() for value in _values(mine[layer]).values()), rank + side) for side, layer in sides]
     templates = [block.template(layer + side) for side, layer in sides]
     coming = [(StateSpec.of(tuple(template.values())), rank + side) for template, (side, _) in zip(templates, sides, strict=True)]

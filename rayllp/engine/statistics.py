@@ -1,4 +1,4 @@
-"""What a step did, in numbers: reduced over the layer group in one message, and as the step reports them."""
+"""The numbers of a step: reduced over the layer group in one message, and as the step reports them."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -15,23 +15,32 @@ from rayllp.engine.step_gradients import StepGradients
 from rayllp.mgrit import MGRITResult
 
 OTHER_PIECES = 3
-"""Beside the layers: embedding, what several layers read, head."""
+"""Pieces of the network besides the layers: embedding, what several layers use, head."""
 Factors = tuple[tuple[float | None, ...], ...]
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepStats:
-    """What a step did; equal on all workers of a layer group, but for the time, the fault and what is said to be its own.
+    """The numbers that a step reports. They are equal on all workers of a layer group, except time, fault, Lipschitz constants and work.
 
     Attributes:
-        fault: None, or the first layer at fault as this worker sees it: (stage, order, text); the smallest over all workers is it.
-        rho_forward, rho_backward: convergence factors, None unless two residuals were measured.
-        factors_forward, factors_backward: the same by level and boundary between coarse intervals, in order of the layers; no levels unless
-            measured.
-        bias: of the gradient in use, where a probe measured it.
-        consistency: the consistency penalty R over this replica's samples, without its weight; None where it is off.
-        lipschitz: constants of this worker's own layers, by index, where a probe estimated them.
-        work: operations of this worker's pieces in the step, and those a second that its device could do; None where this is not known.
+        step: number of the step.
+        loss: mean over the loss terms of the global batch.
+        grad_norm: norm of the whole network's gradient, before clipping.
+        lr: learning rate.
+        time_s: seconds that the step took on this worker.
+        tokens: number of tokens (or patches) in the global batch.
+        rho_forward, rho_backward: convergence factors; None unless at least two residuals were measured.
+        factors_forward, factors_backward: convergence factors by level and boundary between coarse intervals, in order of the layers; no
+            levels if they were not measured.
+        consistency: the consistency penalty R over this replica's samples, without its weight; None if the penalty is off.
+        bias: bias of the gradient in use, if a probe has measured it.
+        advice_forward, advice_backward: how each solve went, with advice; empty if there was none.
+        fault: the first place where something was not finite, as this worker sees it: (stage, order, text), see `diagnose`. The smallest
+            over all workers is the first one of the network. None if all was finite.
+        lipschitz: constants of this worker's own layers, by index, if a probe has estimated them.
+        work: floating-point operations of this worker's pieces in the step, and those that its device could do in a second; None if not
+            known.
     """
 
     step: int
@@ -53,7 +62,7 @@ class StepStats:
     work: tuple[float, float] | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        """By name, for a line of `metrics.jsonl`."""
+        """Return the numbers by name, for a line of `metrics.jsonl`."""
         return asdict(self)
 
 
@@ -62,11 +71,11 @@ class ReducedStatistics:
     """A step's numbers over the whole layer group, equal on all its workers.
 
     Attributes:
-        norm: of the gradient.
-        loss: the mean over the loss terms.
-        consistency: the consistency penalty R, without its weight; None where it is off.
-        forward, backward: the solves, with their residuals; None where nothing was solved iteratively.
-        bias: of the gradient in use, where a probe measured it.
+        norm: norm of the gradient.
+        loss: mean over the loss terms.
+        consistency: the consistency penalty R, without its weight; None if the penalty is off.
+        forward, backward: results of the solves, with residuals; None if nothing was solved iteratively.
+        bias: bias of the gradient in use, if a probe has measured it.
     """
 
     norm: float
@@ -85,12 +94,14 @@ class ReducedStatistics:
 def reduce_statistics(
     group: LayerGroup, step: int, formed: StepGradients, counted: Sequence[tuple[int, nn.Parameter]], probing: Probing | None = None
 ) -> ReducedStatistics:
-    """Global gradient norm, loss, penalty, residuals and bias in one all-reduce over the layer group.
+    """Return gradient norm, loss, penalty, residuals and bias of the whole layer group, by one all-reduce.
 
     Args:
-        formed: what forming the gradients yielded.
-        counted: this worker's parameters, but for those whose copy on another worker counts, each with its piece's place in the network.
-        probing: what was measured, where the step is a probe.
+        group: this worker's end of the layer group.
+        step: number of the step.
+        formed: the outcome of forming the gradients.
+        counted: this worker's parameters that count in the norm, each after the number of its piece (`Block.counted`).
+        probing: the probe, if the step is one.
     """
     zero = torch.zeros((), dtype=torch.float64, device=group.device)
     sums = PackedAllReduce(group.device)
@@ -117,9 +128,10 @@ def reduce_statistics(
 
 
 def _squared_norms(counted: Sequence[tuple[int, nn.Parameter]], pieces: int, device: torch.device) -> Tensor:
-    """Of each piece's gradient, in float64; zeros for those of other workers.
+    """Return the squared norm of each piece's gradient in float64, with zeros for pieces of other workers; shape (pieces,).
 
-    One number a piece, added up in the order of the network, so that the last bit of the norm does not depend on who has which layers.
+    One number for each piece, added up in the order of the network, makes the norm independent of which worker has which layers, to the
+    last bit.
     """
     found = [(place, p.grad) for place, p in counted if p.grad is not None]
     squares = torch.zeros(pieces, dtype=torch.float64, device=device)

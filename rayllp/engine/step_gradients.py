@@ -1,4 +1,4 @@
-"""What forming a step's gradients yields, and what every way of forming them does at the two ends of the network."""
+"""The outcome of forming a step's gradients, and what all ways of forming them do at the two ends of the network."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -17,12 +17,12 @@ from rayllp.state import State, like, tensors
 
 @dataclass(frozen=True)
 class StepGradients:
-    """What forming gradients yields besides the gradients themselves.
+    """The outcome of forming gradients, besides the gradients themselves.
 
     Attributes:
-        loss: scaled, on the last worker; 0 elsewhere.
-        forward, backward: the solves of the last part of the batch; None where nothing was solved iteratively.
-        penalty: the consistency penalty, with its value; None where its weight is 0.
+        loss: the scaled loss on the last worker; 0 elsewhere.
+        forward, backward: results of the solves of the batch's last part; None if nothing was solved iteratively.
+        penalty: the consistency penalty, with its value; None if its weight is 0.
     """
 
     loss: Tensor
@@ -34,7 +34,10 @@ class StepGradients:
 def in_parts(
     form: Callable[[StepBatch, Consistency | None], StepGradients], batch: StepBatch, penalty: Consistency | None, block: Block
 ) -> StepGradients:
-    """Form gradients part by part of gradient accumulation; the losses' sum, and the last part's solves."""
+    """Form gradients in as many parts of the batch as gradient accumulation asks for.
+
+    Returns: the outcome with the sum of all losses and the last part's solves.
+    """
     total, found = torch.zeros((), device=block.device, dtype=block.dtype), None
     for rows in slices(len(batch.samples), block.config.accumulate):
         found = form(batch.part(rows), penalty)
@@ -44,10 +47,13 @@ def in_parts(
 
 
 def loss_and_seed(block: Block, output: State | None, targets: Tensor, scale: float) -> tuple[Tensor, State]:
-    """The loss times `scale`, and its gradient λ_N at the last middle layer's output; adds gradients of closing buffers and head.
+    """Return the loss times `scale`, and its gradient λ_N at the last middle layer's output. Adds gradients of closing buffers and head.
 
     Args:
-        output: the state after the last middle layer, on the last worker.
+        block: the last worker's layers.
+        output: the state after the last middle layer.
+        targets: the batch's targets.
+        scale: factor on the summed loss.
     """
     assert output is not None
     leaves = tuple(part.detach().requires_grad_() for part in tensors(output))
@@ -58,11 +64,12 @@ def loss_and_seed(block: Block, output: State | None, targets: Tensor, scale: fl
 
 
 def add_embedding_gradients(group: LayerGroup, entered: State | None, adjoint: State | None) -> None:
-    """Add gradients of embedding and opening buffers, on the first worker.
+    """Add the gradients of embedding and opening buffers, on the first worker. Does nothing on others.
 
     Args:
+        group: this worker's end of the layer group.
         entered: the state before the first middle layer, with its graph.
-        adjoint: λ_0, the loss's gradient there.
+        adjoint: λ_0, the loss's gradient at this state.
     """
     if entered is None or adjoint is None:
         return

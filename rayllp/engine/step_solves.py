@@ -1,4 +1,4 @@
-"""What an accuracy means for the solver: the one place where it becomes hierarchies and options.
+"""Hierarchies and solver options that follow from a step's accuracy. This is the only place where they do.
 
 The engine and the planner (`plan/schedule.py`) both take a step's solves from here.
 """
@@ -12,14 +12,14 @@ from rayllp.mgrit import Hierarchy, SolverOptions
 
 @dataclass(frozen=True)
 class StepSolves:
-    """How the forward and the adjoint of one training step are solved.
+    """How forward and adjoint of one training step are solved.
 
     Attributes:
-        accuracy: what they were made of, without its penalties' weights.
+        accuracy: the accuracy that they follow from, without the penalties' weights.
         forward, adjoint: the hierarchies; the adjoint's is mirrored already.
-        forward_options, adjoint_options: the solver's.
-        interval: layers of a coarse interval on the finest level.
-        layers: middle layers.
+        forward_options, adjoint_options: the solver's options.
+        interval: number of layers in a coarse interval on the finest level.
+        layers: number of middle layers.
     """
 
     accuracy: Accuracy
@@ -32,7 +32,7 @@ class StepSolves:
 
     @staticmethod
     def of(accuracy: Accuracy, config: TrainConfig) -> "StepSolves":
-        """The solves that `accuracy` asks for; a serial step has one level in both directions."""
+        """Return the solves that `accuracy` asks for. A serial step has one level in both directions."""
         levels = (1, 1) if accuracy.serial else (accuracy.levels_forward, accuracy.levels_backward)
         options = accuracy.methods(config)
         return StepSolves(
@@ -47,15 +47,17 @@ class StepSolves:
 
     @property
     def c_points(self) -> frozenset[int]:
-        """The layers that begin coarse intervals, counted from the first middle layer. An exact forward leaves graphs there, too."""
+        """The layers that begin coarse intervals, counted from the first middle layer. After an exact forward there are graphs at these,
+        too.
+        """
         return frozenset(range(0, self.layers, self.interval))
 
     @property
     def has_fixed_messages(self) -> bool:
-        """True if any two steps with these solves exchange the same messages: no tolerance ends the iterations early."""
+        """True if any two steps with these solves exchange the same messages, because no tolerance ends the iterations early."""
         return self.forward_options.tolerance is None and self.adjoint_options.tolerance is None
 
 
 def without_penalties(accuracy: Accuracy) -> Accuracy:
-    """The part of an accuracy that says how to solve: equal for steps that are solved alike."""
+    """Return an accuracy without the penalties' weights: equal for steps that are solved in the same way."""
     return replace(accuracy, consistency=0.0, smoothness=0.0)

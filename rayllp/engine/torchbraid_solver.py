@@ -1,8 +1,8 @@
-"""TorchBraid's solver in place of ours: the same layers, weights, batches and optimizer, for cross-checks and for who has it tuned.
+"""TorchBraid's solver in place of rayllp's, with the same layers, weights, batches and optimizer: for comparisons, and for its users.
 
-TorchBraid (github.com/Multilevel-NN/torchbraid) wraps XBraid, and is installed by its own README. It is imported when it is asked for.
-Of it the two apps that XBraid drives are used, forward and backward, as its `LayerParallel` sets them up; what that module does around them
-(the output's way to rank 0 and back) is left out, since here the last worker has the head.
+TorchBraid (github.com/Multilevel-NN/torchbraid) wraps XBraid. It is installed as its README says, and imported only on use. Of TorchBraid
+only the two apps that XBraid drives are used, forward and backward, as `LayerParallel` sets them up. What that module does around them
+(it moves the output to rank 0 and back) is left out, since here the last worker has the head.
 """
 
 import sys
@@ -28,17 +28,17 @@ INSTALL = "install TorchBraid as its README says (github.com/Multilevel-NN/torch
 
 
 def check_installed(config: TrainConfig) -> None:
-    """Refuse `solver: torchbraid` where it is missing.
+    """Refuse `solver: torchbraid` where TorchBraid is missing.
 
     Raises:
-        SettingsError: it is.
+        SettingsError: TorchBraid is missing.
     """
     if config.solver == "torchbraid" and find_spec("torchbraid") is None:
         raise SettingsError(f"solver: torchbraid, but there is no such module here: {INSTALL}")
 
 
 class _Step(nn.Module):
-    """A layer as TorchBraid takes it: its step over `dt` layers, x + dt·(Φ(x) − x)."""
+    """A layer in the form that TorchBraid calls: a step over `dt` layers, x + dt·(Φ(x) − x)."""
 
     def __init__(self, block: Block, index: int, layer: nn.Module) -> None:
         super().__init__()
@@ -53,7 +53,7 @@ class _Step(nn.Module):
 
 
 class _Noticing(types.SimpleNamespace):
-    """`traceback` as TorchBraid's modules see it: it prints exceptions and goes on with wrong numbers; here they are kept."""
+    """Stands in for `traceback` in TorchBraid's modules, which print exceptions and continue with wrong numbers. Here they are kept."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -73,10 +73,12 @@ class TorchBraidSolver:
     """One worker's end of TorchBraid, over the communicator of its channel.
 
     Args:
-        channel: of MPI, or of one worker.
+        block: this worker's layers.
+        channel: the channel of the layer group, an `MPIChannel`.
+        config: the settings of the run.
 
     Raises:
-        SettingsError: TorchBraid is missing, the channel is another, or layers share weights.
+        SettingsError: TorchBraid is missing, the channel is another one, or layers share weights.
     """
 
     def __init__(self, block: Block, channel: Channel, config: TrainConfig) -> None:
@@ -113,7 +115,9 @@ class TorchBraidSolver:
         self.residuals: tuple[float, float] = (0.0, 0.0)
 
     def _step(self, index: int) -> _Step:
-        """Layer `index`: this worker's own, or room for a neighbour's, whose weights TorchBraid sends where its coarse grid wants them."""
+        """Return layer `index`: this worker's own, or memory for a neighbour's, whose weights TorchBraid sends if its coarse grid needs
+        them.
+        """
         mine = self.block.layers.get(index)
         if mine is None:
             layer = self.block.architecture.build_layer(self.block.config.seed, index)
@@ -122,7 +126,7 @@ class TorchBraidSolver:
 
     @contextmanager
     def _surfaced(self, what: str) -> Iterator[None]:
-        """What goes wrong inside is raised, and a worker that is lost meanwhile ends this process: XBraid's waits have no end."""
+        """Raise what goes wrong inside. The loss of a worker meanwhile ends this process, since XBraid's waits have no time limit."""
         self._noticing.noticed.clear()
         with self.channel.fatal_losses():
             yield
@@ -130,10 +134,14 @@ class TorchBraidSolver:
             raise ChannelError(f"TorchBraid's {what} solve failed: {self._noticing.noticed[0]!r}") from self._noticing.noticed[0]
 
     def forward(self, initial: State | None, like: Tensor, accuracy: Accuracy) -> Tensor | None:
-        """From the state before the first step, on the first worker, to the one after the last, on the last.
+        """Do the forward solve.
 
         Args:
-            like: a tensor of a state's shape.
+            initial: the state before the first step, on the first worker.
+            like: a tensor of a state's shape and dtype.
+            accuracy: says how many iterations to do.
+
+        Returns: the state after the last step, on the last worker; None elsewhere.
         """
         solver = self.solver
         solver.setFwdMaxIters(accuracy.iterations_forward)
@@ -149,7 +157,13 @@ class TorchBraidSolver:
         return output if self.block.last else None
 
     def adjoint(self, seed: State | None) -> Tensor | None:
-        """From λ_N, on the last worker, to λ_0, on the first; gradients of this worker's layers are added to `.grad`."""
+        """Do the adjoint solve, and add the gradients of this worker's layers to `.grad`.
+
+        Args:
+            seed: λ_N, on the last worker.
+
+        Returns: λ_0, on the first worker; None elsewhere.
+        """
         layers = [list(layer.parameters()) for layer in self.solver.layer_models]
         before = [[p.grad for p in parameters] for parameters in layers]
         for parameters in layers:

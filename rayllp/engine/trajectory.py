@@ -1,9 +1,9 @@
-"""The forward and adjoint propagators of one worker, and the graphs that the one leaves for the other.
+"""The forward and adjoint propagators of one worker, and the graphs that the forward leaves for the adjoint.
 
-The last forward sweep records each layer's graph, and the adjoint solve reads them: no second forward on the fine level. Runs of that
-sweep that no other worker waits for are deferred: they are recorded while this worker waits, or once the adjoint asks for one of their
-graphs. With recomputation only the states at the beginning of each interval (and of the block) are kept, and an interval's graphs are
-made when its adjoint arrives, those of deferred runs for the first time; at most one interval's graphs exist at a time.
+The last forward sweep records each layer's graph, and the adjoint solve reads the graphs, so there is no second forward on the fine level.
+Runs of that sweep that no other worker waits for are deferred: they are recorded while this worker waits, or once the adjoint asks for one
+of their graphs. With recomputation only the states at the beginning of each interval (and of the block) are kept. An interval's graphs are
+then recorded when the adjoint arrives there (for deferred runs this is the first time), and only one interval's graphs exist at a time.
 """
 
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ from rayllp.state import State, combine, detach, like, tensors
 
 @dataclass
 class Graph:
-    """One layer's recorded step."""
+    """The autograd graph of one layer's step, between its inputs and outputs."""
 
     inputs: tuple[Tensor, ...]
     outputs: tuple[Tensor, ...]
@@ -30,7 +30,7 @@ class Graph:
 
 @dataclass
 class BatchedGraph:
-    """The recorded steps of several layers in one call. Dimension 0 of inputs and outputs is the layers, ascending."""
+    """The autograd graph of several layers' steps in one call. Dimension 0 of inputs and outputs is the layers, ascending."""
 
     layers: tuple[int, ...]
     stack: Stack
@@ -38,26 +38,30 @@ class BatchedGraph:
     outputs: tuple[Tensor, ...]
 
     def seeds(self, layers: Sequence[int], states: Sequence[State]) -> tuple[Tensor, ...]:
-        """Adjoints at the outputs: these of these layers, zero of all others."""
+        """Return the adjoints at the outputs: `states` for `layers`, zeros for all other layers."""
         given = dict(zip(layers, states, strict=True))
         everything = [given[layer] if layer in given else combine(torch.zeros_like, states[0]) for layer in self.layers]
         return tensors(side_by_side(everything))
 
     def of(self, layers: Sequence[int], state: State) -> list[State]:
-        """These layers' parts of a state of all."""
+        """Return these layers' parts of a state that holds all layers."""
         found = dict(zip(self.layers, apart(state), strict=True))
         return [found[layer] for layer in layers]
 
 
 @dataclass
 class Trajectory:
-    """What the last forward sweep leaves behind on one worker. Layers are counted from the first middle layer.
+    """What the last forward sweep leaves on one worker. Layers are counted from the first middle layer.
 
     Args:
         block: this worker's layers.
-        c_points: layers that begin coarse intervals: what recomputation starts from.
-        recompute: keep C-point states only.
-        deferred: runs of the last sweep that are yet to be recorded.
+        c_points: layers that begin coarse intervals, from which recomputation starts.
+        recompute: keep only the states at C-points.
+        graphs: recorded graphs by layer.
+        batched: graphs of several layers in one call, by each of the layers.
+        ahead: by layer, the state and graph of a step that the last sweep may take again.
+        checkpoints: by layer, states from which graphs can be recomputed.
+        deferred: runs of the last sweep that have not been recorded yet.
     """
 
     block: Block
@@ -70,22 +74,22 @@ class Trajectory:
     deferred: DeferredSweeps = field(default_factory=DeferredSweeps)
 
     def run(self, layer: int, state: State) -> State:
-        """One middle layer."""
+        """Return the state after one middle layer."""
         return self.block.layer(self.index(layer), state)
 
     def index(self, layer: int) -> int:
-        """The layer's place in the whole network."""
+        """Return the layer's number in the whole network."""
         return layer + self.block.config.buffers.open
 
     def run_together(self, layers: Sequence[int], states: Sequence[State]) -> list[State]:
-        """Several middle layers in one call, without a record."""
+        """Return the states after several middle layers, in one call that records no graph."""
         indices = [self.index(layer) for layer in layers]
         weights = self.block.stacks.containing(indices).weights(indices)
         with torch.no_grad():
             return apart(self.block.side_by_side(indices, side_by_side(states), weights))
 
     def record_together(self, layers: Sequence[int], states: Sequence[State]) -> list[State]:
-        """The same in the last forward sweep; the graph is kept."""
+        """Return the states after several middle layers in the last forward sweep, in one call, and keep its graph."""
         indices = [self.index(layer) for layer in layers]
         stack = self.block.stacks.containing(indices)
         with torch.no_grad():
@@ -97,11 +101,11 @@ class Trajectory:
         after = apart(like(whole, tuple(part.detach() for part in outputs)))
         for layer, before, state in zip(layers, states, after, strict=True):
             self.batched[layer] = graph
-            self.graphs[layer] = Graph(tensors(before), tensors(state))  # values only
+            self.graphs[layer] = Graph(tensors(before), tensors(state))  # only values; the autograd graph is in `batched`
         return after
 
     def run_ahead(self, layer: int, state: State) -> State:
-        """A step that the last sweep may take again. At a C-point its graph is kept for that, in place of one from another state."""
+        """Take a step before the last sweep, which may take it again from the same state. At a C-point the graph is kept for that."""
         if self.recompute or layer not in self.c_points:
             with torch.no_grad():
                 return self.run(layer, state)
@@ -110,7 +114,9 @@ class Trajectory:
         return like(state, tuple(part.detach() for part in graph.outputs))
 
     def record(self, layer: int, state: State, known: State | None) -> State:
-        """One step of the last forward sweep; its graph, or at an interval's beginning its input, is kept."""
+        """Take a step of the last forward sweep, and keep its graph. With recomputation only its input is kept, at an interval's
+        beginning.
+        """
         before, graph = self.ahead.pop(layer, (None, None))
         if not self.recompute:
             if graph is None or before is not state:
@@ -125,8 +131,9 @@ class Trajectory:
             return self.run(layer, state)
 
     def defer(self, layer: int, state: State) -> bool:
-        """Note that a run of the last sweep, from this layer on, is deferred. Returns False with recomputation, which needs its first state
-        only: where the run leads is known already, or not needed.
+        """Take note that a run of the last sweep, which begins at this layer, is deferred.
+
+        Returns: False with recomputation, where only the run's first state is needed: the adjoint recomputes the run from it anyway.
         """
         if self.recompute:
             self.checkpoints[layer] = detach(state)
@@ -134,22 +141,23 @@ class Trajectory:
 
     @property
     def block_start(self) -> int:
-        """The first owned layer, counted from the first middle layer."""
+        """The first owned middle layer, counted from the first middle layer of the network."""
         return self.block.middle[0] - self.block.config.buffers.open
 
     def graph(self, layer: int) -> Graph:
-        """The recorded graph of a layer; made now where its run was deferred, and again where only checkpoints are kept."""
+        """Return the graph of a layer. It is recorded now if its run was deferred, and again if only checkpoints are kept."""
         if layer not in self.graphs:
             self.deferred.reach(layer)
         if layer not in self.graphs:
             self.graphs.clear()
-            if layer in self.checkpoints:  # a coarse step: this layer alone
+            if layer in self.checkpoints:  # perhaps for a coarse step, which needs this layer only
                 self.graphs[layer] = self._graph(layer, self.checkpoints[layer])
             else:
                 self._recompute_interval(layer)
         return self.graphs[layer]
 
     def _recompute_interval(self, layer: int) -> None:
+        """Record the graphs from the last checkpoint before `layer` up to this layer."""
         if self.block.device.type == "cpu":
             return_freed_memory()
         start = max(n for n in self.checkpoints if n <= layer)
@@ -163,10 +171,10 @@ class Trajectory:
 
 
 def record_graph(block: Block, index: int, state: State) -> Graph:
-    """One layer's step from a state, with its graph.
+    """Take one layer's step from a state, and return its graph.
 
     Args:
-        index: the layer's place in the whole network.
+        index: the layer's number in the whole network.
     """
     inputs = tuple(part.detach().requires_grad_() for part in tensors(state))
     with torch.enable_grad():
@@ -174,72 +182,72 @@ def record_graph(block: Block, index: int, state: State) -> Graph:
 
 
 class ForwardPropagator(Propagator):
-    """x_n -> x_{n+1}."""
+    """The forward steps x_n -> x_{n+1}, whose last sweep leaves graphs."""
 
     def __init__(self, trajectory: Trajectory) -> None:
         self.trajectory = trajectory
 
     def step(self, layer: int, state: State) -> State:
-        """One layer of a relaxation or coarse solve."""
+        """Take one layer's step in a relaxation or a coarse solve."""
         return self.trajectory.run_ahead(layer, state)
 
     def last_step(self, layer: int, state: State, known: State | None) -> State:
-        """One layer with its graph."""
+        """Take one layer's step, and keep its graph."""
         return self.trajectory.record(layer, state, known)
 
     def defer(self, layer: int, state: State) -> bool:
-        """Not needed where recomputation makes all graphs."""
+        """Take note that a run is deferred. Returns False with recomputation, which records all graphs later in any case."""
         return self.trajectory.defer(layer, state)
 
     def steps(self, layers: Sequence[int], states: Sequence[State]) -> list[State]:
-        """A layer of each interval, in one call."""
+        """Take the step of one layer of each interval, in one call."""
         return self.trajectory.run_together(layers, states)
 
     def last_steps(self, layers: Sequence[int], states: Sequence[State]) -> list[State]:
-        """The same with one graph for all."""
+        """Take the step of one layer of each interval, in one call, and keep the graph of all."""
         return self.trajectory.record_together(layers, states)
 
 
 class ExactPropagator(Propagator):
-    """Forward without a record: evaluation and generation."""
+    """The forward steps without graphs, for evaluation and generation."""
 
     def __init__(self, trajectory: Trajectory) -> None:
         self.trajectory = trajectory
 
     def step(self, layer: int, state: State) -> State:
-        """One layer without a graph."""
+        """Take one layer's step without a graph."""
         with torch.no_grad():
             return self.trajectory.run(layer, state)
 
     def last_step(self, layer: int, state: State, known: State | None) -> State:
-        """The same: nobody reads graphs of an exact solve."""
+        """Take one layer's step without a graph: nobody reads graphs of an exact forward."""
         return self.step(layer, state) if known is None else known
 
 
 class AdjointPropagator(Propagator):
-    """λ_{n+1} -> λ_n = (∂Φ_n/∂x)ᵀ λ_{n+1}; in the last sweep also g_n = (∂Φ_n/∂θ_n)ᵀ λ_{n+1} (section 3.1)."""
+    """λ_{n+1} -> λ_n = (∂Φ_n/∂x)ᵀ λ_{n+1}; in the last sweep also g_n = (∂Φ_n/∂θ_n)ᵀ λ_{n+1} (arXiv:2601.09026, section 3.1)."""
 
     def __init__(self, trajectory: Trajectory, penalty: Consistency | None = None) -> None:
         self.trajectory, self.penalty = trajectory, penalty
 
     def step(self, layer: int, state: State) -> State:
-        """The input gradient of one layer, through its recorded graph."""
-        if layer in self.trajectory.batched:  # a sweep that leaves out all others of its graph
+        """Return the input gradient of one layer, through its recorded graph."""
+        if layer in self.trajectory.batched:  # the sweep takes none of the other layers in this graph
             return self.steps((layer,), (state,))[0]
         graph = self.trajectory.graph(layer)
         gradients = torch.autograd.grad(graph.outputs, graph.inputs, tensors(state), retain_graph=True, materialize_grads=True)
         return like(state, gradients)
 
     def steps(self, layers: Sequence[int], states: Sequence[State]) -> list[State]:
-        """Of a layer of each interval, through the graph that they share."""
+        """Return the input gradients of one layer of each interval, through the graph that they share."""
         graph = self.trajectory.batched.get(layers[0])
-        if graph is None:  # the forward was exact, one interval in all
+        if graph is None:  # the forward was exact, so its layers were recorded one by one
             return super().steps(layers, states)
         gradients = torch.autograd.grad(graph.outputs, graph.inputs, graph.seeds(layers, states), retain_graph=True, materialize_grads=True)
         return graph.of(layers, like(states[0], gradients))
 
     def last_steps(self, layers: Sequence[int], states: Sequence[State]) -> list[State]:
-        """That, and the gradients of their parameters."""
+        """Return the input gradients of one layer of each interval, and form the gradients of their parameters."""
         graph, penalty = self.trajectory.batched.get(layers[0]), self.penalty
         if graph is None:
             return super().last_steps(layers, states)
@@ -254,7 +262,7 @@ class AdjointPropagator(Propagator):
         return graph.of(layers, like(states[0], input_gradients(graph.inputs)))
 
     def last_step(self, layer: int, state: State, known: State | None) -> State:
-        """The input gradient of one layer, and the gradients of its parameters."""
+        """Return the input gradient of one layer, and form the gradients of its parameters."""
         graph, penalty = self.trajectory.graph(layer), self.penalty
         if penalty is not None:
             state = penalty.into(layer, self._with_end_seed(penalty, layer, state))
@@ -265,6 +273,7 @@ class AdjointPropagator(Propagator):
         return state if penalty is None else penalty.out_of(layer, state)
 
     def _with_end_seed(self, penalty: Consistency, layer: int, lam: State) -> State:
+        """Return λ with the penalty's seed added, if this layer is the last one of a coarse interval."""
         interval = penalty.ends_with(layer)
         if interval is None:
             return lam
@@ -275,5 +284,5 @@ class AdjointPropagator(Propagator):
 
 
 def input_gradients(inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """What a backward pass left at these; zero where nothing came."""
+    """Return the gradients that a backward pass has left at these inputs, zeros where there is none."""
     return tuple(torch.zeros_like(part) if part.grad is None else part.grad for part in inputs)

@@ -1,7 +1,6 @@
-"""What a step asks of a device, in floating-point operations, beside what the device could do: model FLOPs utilisation (MFU).
+"""Model FLOPs utilisation (MFU): the floating-point operations of a step, relative to what the device could do.
 
-Counted is the model's own forward and backward pass, whatever a step does besides: sweeps over the coarse grid, probes and recomputation
-count as time, not as work.
+Only the model's own forward and backward pass count. Sweeps over the coarse grid, probes and recomputation count as time, not as work.
 """
 
 from contextlib import nullcontext
@@ -24,11 +23,11 @@ PEAKS = {
     "L4": (121e12, 30.3e12),
     "A10": (125e12, 31.2e12),
 }
-"""By a part of a GPU's name, operations a second that its maker promises, without sparsity: in bfloat16, and in float32 without TF32."""
+"""Operations a second that the maker promises, without sparsity, by a part of the GPU's name: in bfloat16, and in float32 without TF32."""
 
 
 def peak_flops(device: torch.device, dtype: str) -> float | None:
-    """Operations a second that the device could do in this dtype of the settings; None where that is not known, as on CPUs."""
+    """Return the operations a second that the device could do in this dtype of the settings; None if that is not known, as on CPUs."""
     if device.type != "cuda" or dtype not in ("bfloat16", "float32"):
         return None
     name = torch.cuda.get_device_name(device)
@@ -36,10 +35,11 @@ def peak_flops(device: torch.device, dtype: str) -> float | None:
 
 
 def count_flops(group: LayerGroup, inputs: Inputs) -> float:
-    """Operations of the exact forward and backward pass of this worker's pieces on one sample: three times those of the forward pass.
+    """Return the operations of forward and backward pass of this worker's pieces for one sample: three times those of the forward pass.
 
     Args:
-        inputs: of some samples, the first of which is taken.
+        group: this worker's end of the layer group.
+        inputs: inputs of some samples; the first one is used.
     """
     block = group.block
     one = combine(lambda part: part[:1], inputs)

@@ -1,10 +1,11 @@
-"""Layers of one shape side by side: one call of several layers, each with a state and weights of its own.
+"""Calls of several layers of one shape at once (by vmap), each with a state and weights of its own.
 
-On a GPU a small layer takes as long as the launches of its kernels; several in one call take hardly longer than one. A worker's coarse
-intervals depend on each other through the coarse solve alone, so that its sweeps may take the first layer of each, then the second, ….
+On a GPU a small layer takes as long as the launches of its kernels, so several layers in one call take hardly longer than one. A worker's
+coarse intervals depend on each other only through the coarse solve, so its sweeps may take the first layer of each interval in one call,
+then the second of each, and so on.
 
-The weights of such layers lie in one tensor with a dimension more; the modules' own parameters are views of its rows, so that optimizer,
-checkpoints and single calls know nothing of it.
+The weights of such layers lie in one tensor with one more dimension. The modules' own parameters are views of its rows, so optimizer,
+checkpoints and calls of a single layer need not know about it.
 """
 
 from collections.abc import Hashable, Mapping, Sequence
@@ -17,16 +18,17 @@ from rayllp.errors import SettingsError
 from rayllp.state import State, combine, tensors
 
 PLACES = ("layer_idx",)
-"""Attributes that only say where a layer is."""
+"""Attributes of modules that only say where in the network a layer is."""
 
 
 @dataclass(frozen=True)
 class Stack:
-    """The weights of several layers.
+    """Stacked weights of several layers.
 
     Attributes:
-        layers: by index in the network, ascending.
-        parameters, buffers: by name in the module; dimension 0 is the layers.
+        layers: their indices in the network, ascending.
+        modules: the layers themselves.
+        parameters, buffers: stacked tensors by name in the module; dimension 0 is the layers.
     """
 
     layers: tuple[int, ...]
@@ -36,10 +38,10 @@ class Stack:
 
     @staticmethod
     def of(modules: Mapping[int, nn.Module]) -> "Stack":
-        """Of these layers, whose parameters become views.
+        """Return the stack of these layers. Their parameters become views of it.
 
         Raises:
-            SettingsError: they differ in more than their weights.
+            SettingsError: the layers differ in more than their weights.
         """
         layers, members = tuple(modules), tuple(modules.values())
         kinds = [kind(module) for module in members]
@@ -60,11 +62,11 @@ class Stack:
 
     @property
     def trained(self) -> list[Tensor]:
-        """What gradients are formed of."""
+        """The stacked parameters that are trained."""
         return [whole for whole in self.parameters.values() if whole.requires_grad]
 
     def holds(self) -> bool:
-        """Whether the modules' parameters still are views: nobody has given them other tensors."""
+        """Return True if the modules' parameters still are views of the stack, because nobody has given them other tensors since."""
         return all(
             module.get_parameter(name).data_ptr() == place.data_ptr()
             for name, whole in self.parameters.items()
@@ -72,7 +74,7 @@ class Stack:
         )
 
     def weights(self, layers: Sequence[int]) -> dict[str, Tensor]:
-        """Parameters and buffers of some of the layers, in their order."""
+        """Return parameters and buffers of some of the layers, stacked in the given order."""
         everything = {**self.parameters, **self.buffers}
         places = [self.layers.index(n) for n in layers]
         if places == list(range(len(self.layers))):
@@ -82,7 +84,7 @@ class Stack:
         return {name: whole[places] for name, whole in everything.items()}
 
     def hand_out(self) -> None:
-        """Give each layer's parameters their gradients."""
+        """Move the gradients of the stacked parameters to the layers' own parameters."""
         for name, whole in self.parameters.items():
             gradients, whole.grad = whole.grad, None
             if gradients is None:
@@ -93,17 +95,17 @@ class Stack:
 
 
 class Stacks:
-    """The stacks of a block, made as they are asked for."""
+    """The stacks of a block, made when they are first asked for."""
 
     def __init__(self, modules: Mapping[int, nn.Module]) -> None:
         self.modules = modules
         self._of: dict[int, Stack] = {}
 
     def containing(self, layers: Sequence[int]) -> Stack:
-        """A stack that has all of these layers."""
+        """Return a stack that holds all of these layers."""
         found = self._of.get(layers[0])
         if found is None or not set(layers) <= set(found.layers) or not found.holds():
-            # With all that they were with before: else two sets that overlap would take each other's place at every step.
+            # Together with all layers that they shared a stack with. Otherwise two overlapping sets would replace each other at every step.
             wanted = set(layers).union(*(self._of[n].layers for n in layers if n in self._of))
             found = Stack.of({n: self.modules[n] for n in sorted(wanted)})
             self._of.update(dict.fromkeys(found.layers, found))
@@ -111,18 +113,18 @@ class Stacks:
 
 
 def side_by_side(states: Sequence[State]) -> State:
-    """States as one, with a dimension more in front."""
+    """Return several states as one, stacked along a new dimension 0."""
     return combine(lambda *parts: torch.stack(parts), *states)
 
 
 def apart(state: State) -> list[State]:
-    """The opposite: views."""
+    """Return the states that are stacked along dimension 0, as views: the inverse of `side_by_side`."""
     rows = zip(*(part.unbind() for part in tensors(state)), strict=True)
     return [row[0] if isinstance(state, Tensor) else row for row in rows]
 
 
 def kind(module: nn.Module) -> Hashable:
-    """What must be equal for two layers to be called as one."""
+    """Return a key that is equal for layers which differ only in their weights, and so may be called at once."""
     parameters = [(name, p.shape, p.dtype, p.requires_grad) for name, p in module.named_parameters()]
     plain = [
         (path, name, value)

@@ -1,4 +1,4 @@
-"""A step's gradients by windows: neighbouring layers on different workers, solved together (`rayllp/mgrit/windows.py`)."""
+"""Gradients by windows, where neighbouring layers are on different workers and are solved together (`rayllp/mgrit/windows.py`)."""
 
 import torch
 
@@ -13,14 +13,14 @@ from rayllp.state import detach
 
 
 class WindowGradients:
-    """Forward and adjoint by Picard sweeps of one window after the other."""
+    """Gradients by Picard sweeps over one window after the other, forward and adjoint."""
 
     def __init__(self, group: LayerGroup) -> None:
         self.group = group
         self.placement = Placement.cyclic(group.config.middle_layers, group.config.layer_workers)
 
     def form(self, batch: StepBatch, penalty: Consistency | None) -> StepGradients:
-        """Gradients of the batch, part by part of gradient accumulation."""
+        """Form the gradients of the batch, in as many parts as gradient accumulation asks for."""
         return in_parts(self._form_part, batch, penalty, self.group.block)
 
     def _form_part(self, batch: StepBatch, penalty: Consistency | None) -> StepGradients:
