@@ -1,4 +1,4 @@
-"""The command line."""
+"""The command line: `rayllp` and its commands."""
 
 import io
 import signal

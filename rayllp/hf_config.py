@@ -22,6 +22,7 @@ TASKS = {
 }  # fmt: skip
 """The value of model.head for a stored model, by the ending of its class's name."""
 LAYERS = ("num_hidden_layers", "n_layer")
+"""Names that configurations have for the number of layers."""
 LISTED = ("layer_types", "mlp_layer_types")
 """Entries that are lists with an item for each layer."""
 SCALED = "rayllp_scaled"
@@ -134,7 +135,7 @@ def with_pretrained_sizes(values: Mapping[str, Any]) -> Mapping[str, Any]:
     model = values.get("model")
     source = model.get("from_pretrained") if isinstance(model, Mapping) else None
     if not source or not isinstance(model, Mapping) or {"layers", "width", "heads", *NAMES} <= set(model):
-        return values  # nothing to fill in: a run's own config.yaml, whose checkpoint may be gone
+        return values  # a run's own config.yaml has all of them, and its checkpoint may be gone
     stored = read_config(str(source))
     config = transformers_config(stored)
     found = {ours: next((config[name] for name in names if config.get(name) is not None), None) for ours, names in NAMES.items()}

@@ -12,6 +12,7 @@ from rayllp.mgrit.propagator import Propagator
 from rayllp.state import State
 
 KINDS = ("compute", "send", "wait")
+"""What a span may be."""
 
 
 class Span(NamedTuple):
@@ -21,8 +22,7 @@ class Span(NamedTuple):
         begin, end: seconds, on the timeline's clock.
         kind: "compute", "send", or "wait" (for a message, or for all workers).
         solve: "forward" or "adjoint"; for other parts of a step "enter", "loss", "gradients" (shared ones), "statistics" or "update".
-        phase: phase of the cycle, such as "coarse solve" or "last sweep"; "microbatch" in the pipeline of exact steps; empty outside a
-            solve.
+        phase: phase of the cycle, such as "coarse solve" or "last sweep"; "microbatch" in the exact steps' pipeline; otherwise empty.
         level: level of the cycle, 0 for the finest.
         layer: number of the layer, counted from the first middle layer; None if the span belongs to no layer.
     """

@@ -127,10 +127,10 @@ class Channel(Protocol):
         ...
 
     def begin_all_reduce(self, tensor: Tensor, tag: MessageTag) -> Reduction:
-        """Begin to sum `tensor` over all workers in place, and return at once. The tensor must be left alone until the sum has been waited
-        for.
+        """Begin to sum `tensor` over all workers in place, and return at once.
 
-        Several such sums may be under way. All workers have to begin, and to wait for, the same ones in the same order.
+        The tensor must be left alone until the sum has been waited for. Several such sums may be under way. All workers have to begin them,
+        and to wait for them, in the same order.
         """
         ...
 

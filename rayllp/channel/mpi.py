@@ -27,14 +27,15 @@ from rayllp.errors import ChannelError, ClusterError, SettingsError
 SPIN_S = 200e-6
 """For so many seconds a wait polls without pause. A message that a neighbour has just sent arrives within them."""
 RARELY = 1 / 32
-"""After that, a wait pauses for this share of the time waited so far. It is late by no more than that share, and leaves the core to
-others.
+"""After that, a wait pauses for this share of the time waited so far, so that others can use the core. It is late by no more than that
+share.
 """
 SHORTEST_S, LONGEST_S = 20e-6, 250e-6
 """Bounds of that pause, in seconds."""
 PUSH_S = 100e-6
 """Pause between two attempts to get messages on their way that have not left, while this worker computes; in seconds."""
 TAG = 7
+"""The MPI tag of all messages."""
 
 
 @cache
@@ -112,8 +113,9 @@ class MPIWorld:
         return MPIWorld(comm, lifeline)
 
     def channel(self, colour: int, timeout_s: float, group: dist.ProcessGroup | None = None) -> "MPIChannel":
-        """Return a channel between all workers that pass the same colour. Every worker of the world has to call it, and it waits for all of
-        them.
+        """Return a channel between all workers that pass the same colour.
+
+        Every worker of the world has to call it, and it waits for all of them.
         """
         with _fatal_losses(self.lifeline):
             return MPIChannel(self.comm.Split(colour), timeout_s, self.lifeline, group)
@@ -198,9 +200,7 @@ class MPIChannel(WiredChannel):
     # What has not left ----------------------------------------------------------------------------------------------------------
 
     def _push_in_background(self) -> None:
-        """Start to move messages on in a background thread: a long one may need its sender's help to leave, even while the sender
-        computes.
-        """
+        """Have a background thread move messages on. A long one may need its sender's help to leave, even while the sender computes."""
         if self._mpi.Query_thread() < self._mpi.THREAD_MULTIPLE:
             return
         if self._pusher is None:
@@ -271,8 +271,9 @@ def _fatal_losses(lifeline: Lifeline | None) -> AbstractContextManager[None]:
 
 
 def leave_no_names(comm: Any) -> None:
-    """Unlink the files of the memory that MPICH shares on a node, once all workers have mapped it, so that a killed worker leaves none
-    behind.
+    """Unlink the files of the memory that MPICH shares on a node, once all workers have mapped it.
+
+    A worker that is killed later then leaves no such file behind.
     """
     comm.Barrier()
     maps = Path("/proc/self/maps")

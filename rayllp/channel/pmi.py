@@ -126,7 +126,7 @@ class ProcessManager:
         try:
             for line in lines:
                 self._answer(client, line.decode())
-        except (OSError, ValueError, KeyError, IndexError):  # nonsense, or a connection that broke
+        except (OSError, ValueError, KeyError, IndexError):  # a malformed message, or a broken connection
             return self._end(client)
         return True
 

@@ -16,8 +16,7 @@ class Accuracy:
         iterations_forward, iterations_backward: number of iterations of each.
         consistency, smoothness: weights of the two penalties.
         relaxation: relaxation on the finest level; None: mgrit.relaxation.fine.
-        window: number of layers solved at once, on a cyclic placement; iterations are Picard sweeps then, and levels mean nothing. 0:
-            MGRIT.
+        window: on a cyclic placement, number of layers solved at once; iterations are then Picard sweeps, without levels. 0: MGRIT.
     """
 
     serial: bool

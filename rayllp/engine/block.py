@@ -132,7 +132,9 @@ class Block:
 
     @property
     def shared(self) -> list[str]:
-        """Names, in this worker's terms, of tied parameters whose other copy is on another worker."""
+        """Names of this worker's tied parameters whose other copy is on another worker: the embedding's on the first worker, the head's on
+        the last.
+        """
         if self.first == self.last:
             return []
         return [pair[1] if self.last else pair[0] for pair in self.architecture.tied]
@@ -190,8 +192,9 @@ class Block:
         return [] if self.common is None else [p for p in self.common.parameters() if p.requires_grad]
 
     def template(self, index: int) -> dict[str, Tensor]:
-        """Return tensors with the names and shapes of a layer's parameters, whose values mean nothing. The layer may be another
-        worker's.
+        """Return tensors with the names and shapes of a layer's parameters.
+
+        Their values mean nothing. The layer may be another worker's.
         """
         if index not in self._templates:
             layer = self.architecture.build_layer(self.config.seed, index)

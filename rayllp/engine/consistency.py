@@ -107,9 +107,7 @@ class Consistency:
 
 
 class PenaltyHooks:
-    """Adds an interval's seeds in plain autograd. States are passed through unchanged; in the backward pass their gradients get the
-    seeds.
-    """
+    """Adds an interval's seeds in plain autograd: states pass through unchanged, and their gradients get the seeds on the way back."""
 
     def __init__(self, penalty: Consistency, interval: Interval) -> None:
         self.penalty, self.interval = penalty, interval

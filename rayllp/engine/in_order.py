@@ -81,9 +81,7 @@ class InOrderGradients:
         return StepGradients(loss, penalty=penalty)
 
     def _sends_back(self, workers: int) -> bool:
-        """Return True if the last worker, which has the head, also sends states to the worker that it receives the last middle layer's
-        states from.
-        """
+        """Return True if the last worker, which has the head, sends states to the worker that it receives the last middle layer's from."""
         return workers == 2 or self.placement.owners[-1] == 0
 
     def _begin(self, batch: StepBatch) -> _Microbatch:

@@ -23,6 +23,7 @@ from rayllp.keys import key
 from rayllp.state import State, combine, like, squared_norm, subtract, tensors
 
 ITERATIONS = 8
+"""Number of power iterations."""
 DIFFERENCE = 1e-3
 """Half the distance between the two points of the central difference, relative to the state's norm."""
 

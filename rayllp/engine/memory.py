@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+"""Parameters of glibc's mallopt."""
 LARGEST_KEPT_BYTES = 32 * 1024**2
 """The largest value that glibc accepts for M_MMAP_THRESHOLD, which it also reaches by itself once larger tensors are freed."""
 

@@ -119,8 +119,9 @@ class Optimizer:
         return parameter if len(part) == parameter.numel() else nn.Parameter(parameter.data.view(-1)[part.start : part.stop])
 
     def _aim_views(self) -> list[nn.Parameter]:
-        """Point the views at the parameters' present memory and gradients, and return them. `Stack` may have moved a parameter in
-        memory.
+        """Point the views at the parameters' present memory and gradients, and return them.
+
+        This is needed in every step, since gradients are new tensors, and `Stack` may have moved a parameter in memory.
         """
         views = []
         for name, leaf in self._leaves.items():
@@ -175,8 +176,9 @@ class Optimizer:
         return {**state, EMA: self._averages[leaf]} if leaf in self._averages else state
 
     def set_state(self, parameter: nn.Parameter, state: Mapping[str, Tensor]) -> None:
-        """Set a parameter's state to a copy of what `state_of` returned: averages on the parameter's device, "step" on the CPU as AdamW
-        wants it.
+        """Set a parameter's state to a copy of what `state_of` has returned.
+
+        Averages go to the parameter's device. "step" stays on the CPU, where AdamW wants it.
 
         Args:
             parameter: one of this worker's parameters.

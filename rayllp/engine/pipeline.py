@@ -30,7 +30,7 @@ class StageModule(nn.Module):
         super().__init__()
         self.block = block
         self.pieces = nn.ModuleList(module for _, _, module in block.pieces())
-        self.begin: Callable[[], None] = lambda: None
+        self.begin: Callable[[], None] = lambda: None  # called before each microbatch's forward
         self.penalty: Consistency | None = None
 
     def forward(self, *parts: Tensor) -> State:

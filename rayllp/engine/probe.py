@@ -161,7 +161,10 @@ class Probing:
 
 
 def _exactly(accuracy: Accuracy) -> Accuracy:
-    """Return the accuracy of an exact step whose batch can be halved."""
+    """Return the accuracy of an exact step whose batch can be halved.
+
+    On blocks that is MGRIT with one level, since the pipeline is built for whole batches.
+    """
     return replace(accuracy, serial=True) if accuracy.window else replace(accuracy, levels_forward=1, levels_backward=1)
 
 

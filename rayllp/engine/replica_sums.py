@@ -25,8 +25,7 @@ class _Plan:
 
     Attributes:
         buckets: parameters whose gradients are sent together, in the order in which they become final.
-        expected: number of contributions after which a parameter's gradient is final. Those of other parameters are final at the end of the
-            step.
+        expected: number of contributions after which a parameter's gradient is final. A parameter that is missing here is final at the end.
     """
 
     buckets: Sequence[Sequence[nn.Parameter]]
@@ -68,8 +67,7 @@ class ReplicaSums:
 
         Args:
             step: number of the step.
-            kind: key of the kind of step. Steps of one kind form their gradients in the same way. None: a step like no other, such as a
-                probe.
+            kind: key of the kind of step. Steps of one kind form their gradients in the same way. None: a step of no kind, such as a probe.
         """
         self._step, self._kind, self._is_open = step, kind, True
         self._plan = self._plans.get(kind, self._unknown)
@@ -89,7 +87,7 @@ class ReplicaSums:
             self._seen.pop(parameter, None)  # so that the order is that of the last contributions
             self._seen[parameter] = parameter.grad, parameter.grad._version
             return
-        # The last bucket waits for `finish`, which adds numbers of its own.
+        # The last bucket is sent by `finish`, which adds the loss to it.
         while self._next < len(self._plan.buckets) - 1 and all(map(self._is_final, self._plan.buckets[self._next])):
             self._begin_bucket()
 
@@ -164,7 +162,8 @@ class ReplicaSums:
     def _order_seen(self) -> Tensor:
         """Return, for each parameter, the place in the order in which gradients became final (from 1), and its number of contributions.
 
-        Both are 0 if a gradient is final only at the end, because something other than autograd has written to it since.
+        Both are 0 if this is not known, or if something other than autograd has written to the gradient since. Such a gradient is final
+        only at the end of the step.
         """
         places = {p: n for n, p in enumerate(self._seen, 1)}
         table = torch.zeros((len(self._parameters), 2), dtype=torch.float64)

@@ -39,8 +39,7 @@ class StepStats:
         fault: the first place where something was not finite, as this worker sees it: (stage, order, text), see `diagnose`. The smallest
             over all workers is the first one of the network. None if all was finite.
         lipschitz: constants of this worker's own layers, by index, if a probe has estimated them.
-        work: floating-point operations of this worker's pieces in the step, and those that its device could do in a second; None if not
-            known.
+        work: floating-point operations of this worker's pieces in the step, and its device's peak in a second; None if not known.
     """
 
     step: int

@@ -47,8 +47,9 @@ class StepSolves:
 
     @property
     def c_points(self) -> frozenset[int]:
-        """The layers that begin coarse intervals, counted from the first middle layer. After an exact forward there are graphs at these,
-        too.
+        """The layers that begin coarse intervals, counted from the first middle layer.
+
+        An exact forward leaves graphs at these, too, for an adjoint that is solved on several levels.
         """
         return frozenset(range(0, self.layers, self.interval))
 

@@ -115,8 +115,9 @@ class TorchBraidSolver:
         self.residuals: tuple[float, float] = (0.0, 0.0)
 
     def _step(self, index: int) -> _Step:
-        """Return layer `index`: this worker's own, or memory for a neighbour's, whose weights TorchBraid sends if its coarse grid needs
-        them.
+        """Return layer `index`: this worker's own, or memory for a neighbour's layer.
+
+        TorchBraid sends a neighbour's weights if its coarse grid needs them.
         """
         mine = self.block.layers.get(index)
         if mine is None:

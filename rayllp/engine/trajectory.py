@@ -114,8 +114,9 @@ class Trajectory:
         return like(state, tuple(part.detach() for part in graph.outputs))
 
     def record(self, layer: int, state: State, known: State | None) -> State:
-        """Take a step of the last forward sweep, and keep its graph. With recomputation only its input is kept, at an interval's
-        beginning.
+        """Take a step of the last forward sweep, and keep its graph.
+
+        With recomputation no graph is kept, only the state at the beginning of each interval and of the block.
         """
         before, graph = self.ahead.pop(layer, (None, None))
         if not self.recompute:
@@ -157,7 +158,7 @@ class Trajectory:
         return self.graphs[layer]
 
     def _recompute_interval(self, layer: int) -> None:
-        """Record the graphs from the last checkpoint before `layer` up to this layer."""
+        """Record the graphs of the layers from the last checkpoint at or before `layer` up to it."""
         if self.block.device.type == "cpu":
             return_freed_memory()
         start = max(n for n in self.checkpoints if n <= layer)

@@ -9,6 +9,7 @@ from rayllp.mgrit.deferred import DeferredSweeps
 from rayllp.state import State
 
 FORWARD = MessageTag(step=0, solve="forward")
+"""The tag of a forward solve outside of training."""
 
 
 @dataclass(frozen=True)
@@ -18,8 +19,7 @@ class Communicator:
     Attributes:
         channel: the channel to the other workers; `LocalChannel.alone()` for one worker.
         tag: the training step and the solve that messages belong to; named in errors.
-        while_waiting: layers that an earlier solve has deferred. They are evaluated while this solve would wait for a message. None: just
-            wait.
+        while_waiting: layers that an earlier solve has deferred; they are evaluated while this solve would wait for a message.
     """
 
     channel: Channel

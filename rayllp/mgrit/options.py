@@ -17,10 +17,8 @@ class SolverOptions:
         relaxation: "F" or "FCF" for each level, finest first; the last entry also holds for all coarser levels.
         cycle: "V" or "F".
         coarse_step_weight: ω of the coarse operator (`Rediscretised`): 1 is the operator of arXiv:2601.09026, 0 the identity.
-        initial_guess: "coarse" solves the coarsest level first (XBraid's skipped down-cycle). "constant" puts the initial state at every
-            C-point.
-        rounding: relative rounding error of what a layer adds to its state, where layers are computed in a lower precision than the
-            state's.
+        initial_guess: "coarse" solves the coarsest level first (XBraid's skipped down-cycle); "constant" sets all C-points to u_0.
+        rounding: relative rounding error of a layer's increment, where it is computed in a lower precision than the state's; otherwise 0.
         tolerance: stop once the residual norm is at or below it, at the cost of one all-reduce an iteration. None: do all iterations.
         keep_states: return the values at F-points too. A propagator that records graphs or checkpoints has no use for them.
         batched: sweep a worker's intervals on the finest level side by side, one layer of each in a call.

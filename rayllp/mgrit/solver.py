@@ -60,8 +60,7 @@ class MGRITSolver:
             for depth, level in enumerate(hierarchy.levels)
         ]
         self.transfers = [of_level.get(communicator.rank, []) for of_level in hierarchy.transfers]
-        # By level, iteration and owned C-point: the squared residual. Coarse levels keep it only if a second iteration will compare with
-        # it.
+        # Squared residuals by level, iteration and owned C-point. Coarse levels keep them only if there are two iterations to compare.
         self.residuals: list[dict[int, dict[int, Tensor]]] = [{} for _ in self.grids[:-1]]
         # This worker's share of the squared residual that rounding error alone would cause.
         self.squared_floor = torch.zeros((), dtype=torch.float64, device=self.spec.device)

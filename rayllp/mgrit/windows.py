@@ -76,8 +76,7 @@ class WindowSolver:
         spec: shapes and dtypes of a state.
         tag: names this solve in errors.
         adjoint: solve λ_n = (∂Φ_n/∂x)ᵀ λ_{n+1} from the last layer to the first, instead of u_{n+1} = Φ_n(u_n).
-        rounding: relative rounding error of what a layer adds to its state, where layers are computed in a lower precision than the
-            state's.
+        rounding: relative rounding error of a layer's increment, where it is computed in a lower precision than the state's; otherwise 0.
         on_phase: called with the name of each sweep and level 0 as the sweep begins.
 
     Raises:
@@ -215,10 +214,9 @@ class WindowSolver:
         return like(start, tuple(ends))
 
     def _gather(self, layers: Sequence[int], mine: dict[int, State], phase: str) -> list[State]:
-        """Return the increments of all these layers, in order.
+        """Return the increments of all these layers, in order. Summed in that order they give the same bits for any number of workers.
 
-        Summed in that order they give the same bits for any number of workers. Workers with fewer layers in the window send zeros in
-        addition.
+        A worker that has fewer of these layers than others sends zeros besides.
         """
         if self.channel.size == 1:
             return [mine[layer] for layer in layers]
