@@ -114,6 +114,7 @@ class LocalChannel:
         return found
 
     def _meet(self, tag: MessageTag) -> None:
+        """Wait until all workers have come to this point of a collective."""
         try:
             self._hub.barrier.wait(self._hub.timeout_s)
         except threading.BrokenBarrierError:
@@ -142,6 +143,7 @@ class _LocalReduction:
         return self._tensor.copy_(torch.stack(shares).sum(0))
 
     def _share(self, other: int) -> Tensor:
+        """Wait for another worker's share of the sum."""
         deadline = time.monotonic() + self._hub.timeout_s
         while not self._hub.barrier.broken and time.monotonic() < deadline:
             try:

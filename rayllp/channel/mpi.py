@@ -197,7 +197,7 @@ class MPIChannel(WiredChannel):
         """Return a context in which the loss of a worker ends this process: for other libraries' calls to MPI, which have no time limit."""
         return _fatal_losses(self._lifeline)
 
-    # What has not left ----------------------------------------------------------------------------------------------------------
+    # Messages that have not left yet --------------------------------------------------------------------------------------------
 
     def _push_in_background(self) -> None:
         """Have a background thread move messages on. A long one may need its sender's help to leave, even while the sender computes."""
@@ -209,6 +209,7 @@ class MPIChannel(WiredChannel):
         self._unsent.set()
 
     def _push(self) -> None:
+        """Test messages that have not left until they have, which makes MPI move them on. Runs in the background thread."""
         while True:
             self._unsent.wait()
             if self._closed:
@@ -219,7 +220,7 @@ class MPIChannel(WiredChannel):
                     self._unsent.clear()
             time.sleep(PUSH_S)
 
-    # Together -------------------------------------------------------------------------------------------------------------------
+    # Collectives ----------------------------------------------------------------------------------------------------------------
 
     def _gather(self, buffer: Tensor) -> list[Tensor]:
         found = buffer.new_empty(self.size, len(buffer))

@@ -87,9 +87,10 @@ class ProcessManager:
             self._wake.send(b"x")
         self._thread.join(5)
 
-    # The thread -----------------------------------------------------------------------------------------------------------------
+    # The serving thread ---------------------------------------------------------------------------------------------------------
 
     def _serve(self) -> None:
+        """Accept connections and answer requests, until the manager is closed or a process is lost. All connections are closed then."""
         try:
             while True:
                 for key, _ in self._selector.select():
@@ -105,6 +106,7 @@ class ProcessManager:
             self._selector.close()
 
     def _accept(self) -> None:
+        """Accept one connection."""
         try:
             connection, _ = self._listener.accept()
         except OSError:  # the listener has just been closed, or the client has gone again
@@ -139,6 +141,12 @@ class ProcessManager:
         return client.rank is None or client.ended
 
     def _answer(self, client: _Client, line: str) -> None:
+        """Answer one line of PMI-1.
+
+        Raises:
+            ValueError: the client has not shown its key, or the rank has joined before.
+            KeyError: the command, or an argument of it, is unknown.
+        """
         words = dict(part.split("=", 1) for part in line.split(" ") if "=" in part)
         command = words["cmd"]
         if command in ("initack", "lifeline"):
@@ -166,6 +174,7 @@ class ProcessManager:
 
     @property
     def _constants(self) -> dict[str, str]:
+        """Answers that are the same for all processes, by command."""
         return {
             "init": "cmd=response_to_init pmi_version=1 pmi_subversion=1 rc=0",
             "get_maxes": "cmd=maxes kvsname_max=256 keylen_max=64 vallen_max=4096 rc=0",
@@ -175,6 +184,7 @@ class ProcessManager:
         }
 
     def _enter(self, client: _Client, key: int, *, lifeline: bool) -> None:
+        """Let a client in with its key. The listener is closed once all libraries and all lifelines are connected."""
         rank = self.rendezvous.keys.index(key)
         if client.rank is not None or any(each.rank == rank and each.lifeline == lifeline for each in self._clients):
             raise ValueError("this rank is there already")

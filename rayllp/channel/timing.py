@@ -52,6 +52,7 @@ def time_messages(channel: Channel, sizes: Sequence[int], device: torch.device, 
 
 
 def _round_trips(channel: Channel, left: int, size: int, device: torch.device, rounds: int) -> list[float]:
+    """Return the seconds of each round trip between worker `left` and the next one; the first two are warm-ups."""
     message = torch.zeros(size, dtype=torch.uint8, device=device)
     spec, times = StateSpec.of(message), []
     for n in range(2 + rounds):

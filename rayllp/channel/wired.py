@@ -225,6 +225,7 @@ class WiredChannel(ABC):
         return self._is_there(self._posted[source])
 
     def _post(self, expected: Expected) -> Posted:
+        """Allocate a buffer for a message, and begin to receive it."""
         spec, source = expected
         room = room_for(spec, torch.device("cpu") if self._on_host else spec.device)
         return Posted(expected, self._begin_receive(room, source), room)

@@ -47,6 +47,8 @@ TAKE_BACK = 0.95
 
 @dataclass
 class _State:
+    """What the controller remembers from step to step, and keeps in checkpoints."""
+
     rung: int = 0  # index of the current rung
     calm: int = 0  # number of good probes in a row
     flips: int = 0  # changes of rung that count towards adaptive.max_flips
@@ -285,7 +287,7 @@ class Controller:
         return self.settings.rule == "convergence" or probe.bias is None or probe.bias < 0.5 * self.settings.bias_limit
 
     def _consider_descent(self, step: int, probe: Probe) -> Decision | None:
-        """Move one rung down after enough good probes in a row."""
+        """Move one rung down after enough good probes in a row, unless no change of rung is left."""
         if self._state.rung == 0 or self._state.flips >= self.settings.max_flips:
             return None
         return self._descend_if_calm(step, probe)
@@ -298,6 +300,7 @@ class Controller:
         return self._descend_if_calm(step, probe)
 
     def _descend_if_calm(self, step: int, probe: Probe) -> Decision | None:
+        """Count good probes in a row, and move one rung down once there are `patience` of them."""
         self._state.calm = self._state.calm + 1 if self._is_calm(probe) else 0
         if self._state.calm < self.settings.patience:
             return None
@@ -335,7 +338,7 @@ class Controller:
         """Restore the state of `mark`, because the steps after it are done again."""
         self._state = replace(mark)
 
-    # Kept in checkpoints --------------------------------------------------------------------------------------------------------
+    # Checkpoints ----------------------------------------------------------------------------------------------------------------
 
     def state(self) -> dict[str, Any]:
         """Return what a checkpoint keeps of the controller."""
@@ -357,6 +360,7 @@ class Controller:
 
 
 def _rung(config: TrainConfig, forward: int, backward: int, relaxation: Relaxation | None) -> Accuracy:
+    """Return the accuracy of a rung, from its iterations and relaxation."""
     levels = config.mgrit.levels
     return Accuracy(
         serial=False,
@@ -370,11 +374,13 @@ def _rung(config: TrainConfig, forward: int, backward: int, relaxation: Relaxati
 
 
 def _serial(config: TrainConfig) -> Accuracy:
+    """Return the accuracy of exact steps."""
     first = config.ladder[0] if config.ladder else (1, 1, None)
     return replace(_rung(config, *first), serial=True)
 
 
 def _found_accurate(probe: Probe) -> str:
+    """Return the reason for using a rung, in words."""
     if probe.bias is None:
         return "a probe has found nothing against it"
     beside = "" if probe.noise is None else f" beside a noise of {_shown(probe.noise)}"

@@ -188,7 +188,7 @@ class Block:
 
     @property
     def common_leaves(self) -> list[nn.Parameter]:
-        """Trainable parameters that every layer uses."""
+        """Trainable parameters of the piece that several layers use."""
         return [] if self.common is None else [p for p in self.common.parameters() if p.requires_grad]
 
     def template(self, index: int) -> dict[str, Tensor]:
@@ -202,7 +202,7 @@ class Block:
             self._templates[index] = empty
         return self._templates[index]
 
-    # Running ------------------------------------------------------------------------------------------------------------------
+    # Calls of the pieces ------------------------------------------------------------------------------------------------------
 
     def begin(self, step: int, samples: Iterable[int], inputs: Inputs, *, training: bool, past: Any = None) -> Moment:
         """Begin to compute with these inputs; all following calls of layers belong to them.

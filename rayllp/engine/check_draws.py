@@ -162,7 +162,7 @@ class _Trial:
                 "set mgrit.recompute=true instead"
             ) from None
 
-    # By name ------------------------------------------------------------------------------------------------------------------------
+    # Names in errors ----------------------------------------------------------------------------------------------------------------
 
     def _on_draw(self, operator: str) -> None:
         """Keep the name of a draw: the module that is running, and the operator."""
@@ -202,6 +202,7 @@ class _Trial:
 
 
 def _some_state(architecture: Architecture, inputs: Inputs, dtype: torch.dtype) -> State:
+    """Return a random state of the right shapes, the same in every call."""
     device = tensors(inputs)[0].device
     generator = torch.Generator().manual_seed(key("check draws"))
     spec = architecture.state_spec(inputs, dtype, device)

@@ -81,7 +81,7 @@ class Consistency:
         """Add the value that was found for another part of the batch."""
         self.value += other.value
 
-    # For an adjoint that goes layer by layer ------------------------------------------------------------------------------------
+    # For an adjoint solve that goes layer by layer ------------------------------------------------------------------------------
 
     def ends_with(self, layer: int) -> Interval | None:
         """Return the interval whose last layer this is, if any."""

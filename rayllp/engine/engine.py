@@ -200,7 +200,7 @@ class Engine:
         self.optimizer.step(lr, step)
         self.optimizer.gather(self.replicas, step)
 
-    # Beside training ----------------------------------------------------------------------------------------------------------
+    # Outside of training steps ------------------------------------------------------------------------------------------------
 
     def my_batch(self, split: str, step: int) -> tuple[Inputs, Tensor, tuple[int, ...], int]:
         """Return this replica's inputs and targets, their positions in the global batch, and the global number of loss terms."""

@@ -95,7 +95,7 @@ class Decoder:
         device = self.group.device
         return tokens.to(device) if self.sources is None else (self.sources[row].to(device), tokens.to(device))
 
-    # Words between workers ----------------------------------------------------------------------------------------------------
+    # Messages between workers -------------------------------------------------------------------------------------------------
 
     def announce(self, table: Tensor | None) -> None:
         """Tell all workers the next question, of shape (rows, 1 + time), or with None that there are no more."""

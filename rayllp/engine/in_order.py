@@ -91,6 +91,7 @@ class InOrderGradients:
     # Forward ------------------------------------------------------------------------------------------------------------------
 
     def _forward(self, microbatches: Sequence[_Microbatch], channel: Channel, step: int) -> None:
+        """Take all microbatches through this worker's layers, one layer after the other, and record the graphs."""
         rank, owners, tag = channel.rank, self.placement.owners, MessageTag(step, "forward", "in order")
         final = len(owners) - 1
         for layer in self._layers:
@@ -139,6 +140,7 @@ class InOrderGradients:
     # Adjoint ------------------------------------------------------------------------------------------------------------------
 
     def _adjoint(self, microbatches: Sequence[_Microbatch], channel: Channel, step: int) -> None:
+        """Take the adjoints of all microbatches back through this worker's layers, and form the gradients of these layers' parameters."""
         rank, owners, tag = channel.rank, self.placement.owners, MessageTag(step, "adjoint", "in order")
         final = len(owners) - 1
         if self.block.last and owners[final] != rank:

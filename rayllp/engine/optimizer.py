@@ -115,6 +115,7 @@ class Optimizer:
             average.copy_(kept)
 
     def _leaf(self, name: str) -> nn.Parameter:
+        """Return the parameter itself if its whole state is kept here, otherwise a view of the part of which it is."""
         parameter, part = self._parameters[name], self._own[name]
         return parameter if len(part) == parameter.numel() else nn.Parameter(parameter.data.view(-1)[part.start : part.stop])
 
@@ -146,7 +147,7 @@ class Optimizer:
         for parameter in self._parameters.values():
             parameter.grad = None
 
-    # Its state ----------------------------------------------------------------------------------------------------------------
+    # The state of single parameters -------------------------------------------------------------------------------------------
 
     def moments_of(self, parameter: nn.Parameter) -> dict[str, tuple[int, ...]]:
         """Return names and shapes of the averages that are kept for a parameter once a step is done; none for a frozen one."""

@@ -138,7 +138,7 @@ class Probing:
         parameters = (parameter for n in block.middle for parameter in block.layers[n].parameters())
         return [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
 
-    # Over workers -----------------------------------------------------------------------------------------------------------------
+    # Sums over workers ------------------------------------------------------------------------------------------------------------
 
     def table(self) -> Tensor:
         """Return this worker's sums in its row of a table, to be added to the other workers' tables; shape (workers, SUMS).

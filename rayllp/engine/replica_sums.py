@@ -157,7 +157,7 @@ class ReplicaSums:
             assert parameter.grad is not None
             parameter.grad += more.view(parameter.shape)
 
-    # Learning -----------------------------------------------------------------------------------------------------------------
+    # The order in which gradients become final --------------------------------------------------------------------------------
 
     def _order_seen(self) -> Tensor:
         """Return, for each parameter, the place in the order in which gradients became final (from 1), and its number of contributions.

@@ -55,7 +55,7 @@ class Grid:
         self.tau = FASRightHandSide()
         self.batched = batched
 
-    # One step, and one message ------------------------------------------------------------------------------------------------
+    # Single steps and messages ------------------------------------------------------------------------------------------------
 
     def apply(self, j: int, state: State) -> State:
         """Return Φ_j(state): a layer's step on the finest level, the coarse operator on all others."""
@@ -191,6 +191,7 @@ class Grid:
         return self.level.alike(runs) if self.batched else []
 
     def _sweep(self, step: Step, steps: Steps, phase: str, runs: list[range], *, to_the_end: bool, keep: bool = True) -> State | None:
+        """Sweep these runs. Returns the state after the level's last step, on the worker that takes it and only if `to_the_end`."""
         # The last run goes first: its end is what the next worker waits for. The first run, which may have to wait, goes last.
         output, whole = None, self.whole_intervals(runs)
         for run in reversed(runs):

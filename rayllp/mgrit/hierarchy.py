@@ -166,6 +166,7 @@ def build_hierarchy(
 
 @lru_cache(maxsize=64)  # checking settings builds a hierarchy, and the planner asks for the same one many times
 def _build(blocks: tuple[int, ...], levels: int, factors: tuple[int, ...], step_sizes: tuple[float, ...] | None) -> Hierarchy:
+    """Do what `build_hierarchy` does, with hashable arguments as the cache needs them."""
     layers = sum(blocks)
     sizes = list(step_sizes) if step_sizes is not None else [1.0] * layers
     _check(layers, blocks, levels, factors, sizes)
@@ -197,6 +198,7 @@ def _build(blocks: tuple[int, ...], levels: int, factors: tuple[int, ...], step_
 
 
 def _check(layers: int, blocks: Sequence[int], levels: int, factors: Sequence[int], sizes: list[float]) -> None:
+    """Refuse arguments from which no hierarchy can be built."""
     if layers < 1 or any(block < 0 for block in blocks):
         raise SettingsError(f"blocks {tuple(blocks)}: need at least one layer and no negative block")
     if levels < 1:

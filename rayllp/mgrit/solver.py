@@ -167,7 +167,7 @@ class MGRITSolver:
             if moved := self.move(mine, coarse_owner, owner, 1, "correction", depth):
                 (fine.values[point],) = moved
 
-    # Its parts ----------------------------------------------------------------------------------------------------------------
+    # Parts of the cycle -------------------------------------------------------------------------------------------------------
 
     def move(self, states: tuple[State, ...], sender: int, receiver: int, count: int, phase: str, depth: int) -> tuple[State, ...]:
         """Move `count` states from worker `sender` to worker `receiver`. Returns them there, and nothing on every other worker.
