@@ -16,8 +16,8 @@ from rayllp.config import TrainConfig, load_config, load_run_config
 from rayllp.errors import DataError, HeldError, RayllpError, SettingsError
 
 FAILED, REFUSED, SIGNALLED = 1, 2, 128
-"""Exit codes. 0: everything was done. FAILED: the command began and failed, or found something to mend. REFUSED: nothing was done, since
-the command cannot work. SIGNALLED plus a signal's number: that signal stopped it.
+"""Exit codes. 0: everything was done. FAILED: the command began and failed, or found something that needs fixing. REFUSED: nothing was
+done, since the command cannot work. SIGNALLED plus a signal's number: that signal stopped it.
 """
 
 
@@ -167,7 +167,7 @@ def chaos(
 def doctor(
     path: Annotated[str | None, typer.Option(help="folder or URL that runs are to be written to: every node tries to")] = None,
 ) -> None:
-    """Check a cluster (versions, GPUs, links between neighbours, shared storage, clocks), and say what to mend."""
+    """Check a cluster (versions, GPUs, links between neighbours, shared storage, clocks), and say what to fix."""
     from rayllp.cluster.doctor import run_doctor
 
     if not run_doctor(path, Console(highlight=False)):
@@ -193,7 +193,7 @@ def bench_step(
     trace: Annotated[Path | None, typer.Option(help="write the timeline to this file, for ui.perfetto.dev or chrome://tracing")] = None,
     picture: Annotated[Path | None, typer.Option(help="write the timeline to this .png or .svg")] = None,
 ) -> None:
-    """Time a training step: seconds by phase and worker, beside the schedule's ideal."""
+    """Time a training step: seconds by phase and worker, compared with the schedule's ideal."""
     from rayllp.bench.command import run_step
 
     run_step(load_config(config, overrides or []), emulate, steps, json, trace, picture, Console(highlight=False))

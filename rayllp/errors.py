@@ -26,7 +26,7 @@ class WorkerLostError(ClusterError):
 
 
 class RendezvousError(ClusterError):
-    """Workers that are alive could not be connected to each other. The cause is the network, so starting them anew would not help."""
+    """Workers that are alive could not be connected to each other. The cause is the network, so restarting them would not help."""
 
 
 class ChannelError(RayllpError, RuntimeError):

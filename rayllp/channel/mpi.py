@@ -25,7 +25,7 @@ from rayllp.channel.wired import Posted, WiredChannel
 from rayllp.errors import ChannelError, ClusterError, SettingsError
 
 SPIN_S = 200e-6
-"""For so many seconds a wait polls without pause. A message that a neighbour has just sent arrives within them."""
+"""For this many seconds a wait polls without pause; a message that a neighbour has just sent arrives within that time."""
 RARELY = 1 / 32
 """After that, a wait pauses for this share of the time waited so far, so that others can use the core. It is late by no more than that
 share.

@@ -180,7 +180,7 @@ class Controller:
         return None if self.serial else self._decision(step, "adaptive.switch_at is ahead again")
 
     def time_anew(self, step: int) -> None:
-        """Time steps anew from this step on: after a restart, or on another number of workers, they take other times."""
+        """Measure step times again from this step on: they change with a restart, and with the number of workers."""
         self._state.timed_from = step
         if self._state.slow_until is not None:
             self._state.slow_until = step
@@ -258,7 +258,7 @@ class Controller:
         return None
 
     def _is_hopeless(self, probe: Probe) -> bool:
-        """Return True if the probe is so bad that no rung of the ladder can mend it."""
+        """Return True if the probe is so bad that no rung of the ladder would be accurate."""
         if self.settings.rule == "bias":
             return probe.bias is not None and not math.isfinite(probe.bias)
         found = [rho for rho in (probe.rho_forward, probe.rho_backward) if rho is not None]

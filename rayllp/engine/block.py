@@ -230,7 +230,7 @@ class Block:
 
     @contextmanager
     def uncompiled(self) -> Iterator[None]:
-        """Run layers without torch.compile inside. In generation each length would be compiled anew."""
+        """Run layers without torch.compile inside. In generation every new length would cause a compilation."""
         kept, self._callable = self._callable, self.layers
         try:
             yield

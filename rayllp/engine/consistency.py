@@ -162,7 +162,8 @@ def _squares(parts: Sequence[Tensor]) -> Tensor:
 def _inverse_squares(begin: Sequence[Tensor], end: Sequence[Tensor]) -> Tensor:
     """Return 1 / ‖C‖² of each sample.
 
-    Where C is zero, or negligible beside the interval's end, the norm of the end takes its place; the result is 0 where that is zero, too.
+    Where C is zero, or negligible compared with the interval's end, the norm of the end takes its place; the result is 0 where that is
+    zero, too.
     """
     begins_B, ends_B = _squares(begin), _squares(end)
     sizes_B = torch.where(begins_B > torch.finfo(begins_B.dtype).eps * ends_B, begins_B, ends_B)

@@ -33,7 +33,7 @@ class Decoder:
 
     Attributes:
         questions: number of tables that were shared so far, which numbers messages.
-        past: the memory of the tokens that layers have been through; None if every question is computed anew.
+        past: the memory of the tokens that layers have been through; None if every question is computed from scratch.
     """
 
     def __init__(self, exact_forward: ExactForward, sources: Tensor | None = None) -> None:

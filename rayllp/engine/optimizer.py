@@ -27,7 +27,7 @@ MOMENTS: dict[type, tuple[str, ...]] = {
 }
 """The averages that each optimizer keeps for a parameter, in the parameter's shape. For matrices Adafactor keeps factors instead."""
 EMA = "ema"
-"""The name under which the moving average of a parameter's values is stored, beside the averages of its gradients."""
+"""The name under which the moving average of a parameter's values is stored, next to the averages of its gradients."""
 
 
 class Optimizer:

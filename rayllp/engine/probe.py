@@ -171,7 +171,7 @@ def _exactly(accuracy: Accuracy) -> Accuracy:
 def _bias(sums: Tensor) -> tuple[float, float]:
     """Return relative bias and cosine.
 
-    Two zero gradients (of frozen layers) count as equal. A gradient in use beside a zero better one is infinitely far off.
+    Two zero gradients (of frozen layers) count as equal. If only the better gradient is zero, the bias is infinite.
     """
     error, better, product, used = sums[:4].tolist()
     if better == 0 or used == 0:

@@ -216,7 +216,7 @@ class WindowSolver:
     def _gather(self, layers: Sequence[int], mine: dict[int, State], phase: str) -> list[State]:
         """Return the increments of all these layers, in order. Summed in that order they give the same bits for any number of workers.
 
-        A worker that has fewer of these layers than others sends zeros besides.
+        A worker with fewer of these layers than others also sends zeros, since all workers take part in every all-gather.
         """
         if self.channel.size == 1:
             return [mine[layer] for layer in layers]
