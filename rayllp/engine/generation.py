@@ -1,7 +1,7 @@
 """Generation with the exact network: the last worker runs transformers' own sampling and beam search; the layers stay where they are.
 
-The last worker calls `generate` on a model whose forward is a question to all workers. The others answer questions until they are told to
-stop. A question consists of whole sequences. Each worker looks up in the previous question which of their tokens its layers have been
+The last worker calls `generate` on a model whose forward is a request to all workers. The others answer questions until they are told to
+stop. A question consists of whole sequences. Each worker looks up in the previous request which of their tokens its layers have been
 through already.
 """
 
@@ -39,7 +39,7 @@ class Decoder:
     def __init__(self, exact_forward: ExactForward, sources: Tensor | None = None) -> None:
         self.exact_forward, self.sources = exact_forward, sources
         self.group = exact_forward.group
-        self.questions = 0
+        self.requests = 0
         self.past: Any = None
 
     def generate(self, prompts: Tensor, options: GenerationConfig) -> list[list[int]]:
@@ -49,14 +49,14 @@ class Decoder:
             self.past = self.group.block.architecture.past() if self._all_remember(prompts) else None
             if self.group.block.last:
                 with torch.no_grad(), seeded(self.group.config.seed, "generation"):
-                    found = _Asking(self, options).generate(prompts, generation_config=options, row=torch.arange(len(prompts)))
-                self.announce(None)
+                    found = _RemoteModel(self, options).generate(prompts, generation_config=options, row=torch.arange(len(prompts)))
+                self.request(None)
                 answer = found.cpu()
             else:
-                while len(table := self.share(None)):
+                while len(table := self.broadcast(None)):
                     self.forward(table)
                 answer = None
-        return self.share(answer).tolist()
+        return self.broadcast(answer).tolist()
 
     def _all_remember(self, prompts: Tensor) -> bool:
         """Return True if the memory of past tokens works on all workers' layers."""
@@ -64,7 +64,7 @@ class Decoder:
         fails = 0 if remembers(self.group.block, lambda tokens: self.inputs(tokens, torch.zeros(1, dtype=torch.int64)), tokens) else 1
         return not self.group.channel.all_reduce(torch.tensor([fails], device=self.group.device), self._tag("memory")).item()
 
-    def ask(self, tokens: Tensor, row: Tensor) -> Tensor:
+    def evaluate(self, tokens: Tensor, row: Tensor) -> Tensor:
         """Return the network's outputs for these tokens, on the last worker, after telling all workers to compute them.
 
         Args:
@@ -72,7 +72,7 @@ class Decoder:
             row: for each row, the number of the sentence that it continues.
         """
         table = torch.cat([row[:, None], tokens], 1)
-        self.announce(table)
+        self.request(table)
         outputs = self.forward(table)
         assert outputs is not None
         return outputs
@@ -97,27 +97,27 @@ class Decoder:
 
     # Messages between workers -------------------------------------------------------------------------------------------------
 
-    def announce(self, table: Tensor | None) -> None:
-        """Tell all workers the next question, of shape (rows, 1 + time), or with None that there are no more."""
-        self.share(torch.zeros((0, 0), dtype=torch.int64) if table is None else table)
+    def request(self, table: Tensor | None) -> None:
+        """Tell all workers the next request, of shape (rows, 1 + time), or with None that there are no more."""
+        self.broadcast(torch.zeros((0, 0), dtype=torch.int64) if table is None else table)
 
-    def share(self, table: Tensor | None) -> Tensor:
+    def broadcast(self, table: Tensor | None) -> Tensor:
         """Return the last worker's table of integers, on every worker. All others pass None."""
-        self.questions += 1
+        self.requests += 1
         shape = torch.zeros(2, dtype=torch.int64) if table is None else torch.tensor(table.shape)
         shape = self.group.channel.all_reduce(shape.to(self.group.device), self._tag("shape"))
-        self.group.channel.finish()  # all workers are done with the previous question, so its states need not be kept
+        self.group.channel.finish()  # all workers are done with the previous request, so its states need not be kept
         content = torch.zeros(tuple(shape.tolist()), dtype=torch.int64) if table is None else table
         if content.numel() == 0:
             return content
         return self.group.channel.all_reduce(content.to(self.group.device).contiguous(), self._tag("tokens")).cpu()
 
     def _tag(self, phase: str) -> MessageTag:
-        return MessageTag(self.questions, "generation", phase)
+        return MessageTag(self.requests, "generation", phase)
 
 
-class _Asking(PreTrainedModel, GenerationMixin):
-    """The model that is handed to transformers' `generate`. Its forward is a question to all workers."""
+class _RemoteModel(PreTrainedModel, GenerationMixin):
+    """The model that is handed to transformers' `generate`. Its forward is a request to all workers."""
 
     config_class = GPT2Config  # any decoder's would do: generation reads only the size of the vocabulary
     main_input_name = "input_ids"
@@ -133,7 +133,7 @@ class _Asking(PreTrainedModel, GenerationMixin):
         return {"input_ids": input_ids, "row": row}
 
     def forward(self, input_ids: Tensor, row: Tensor, **_: Any) -> CausalLMOutput:
-        outputs = self.decoder.ask(input_ids[:, -self.window :], row)
+        outputs = self.decoder.evaluate(input_ids[:, -self.window :], row)
         return CausalLMOutput(logits=outputs.float().cpu())
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from rayllp.engine.block import Block
 from rayllp.engine.consistency import Consistency
 from rayllp.engine.memory import return_freed_memory
-from rayllp.engine.vmapped_layers import Stack, apart, side_by_side
+from rayllp.engine.vmapped_layers import Stack, stack_states, unstack_states
 from rayllp.mgrit import DeferredSweeps, Propagator
 from rayllp.state import State, combine, detach, like, tensors
 
@@ -41,11 +41,11 @@ class BatchedGraph:
         """Return the adjoints at the outputs: `states` for `layers`, zeros for all other layers."""
         given = dict(zip(layers, states, strict=True))
         everything = [given[layer] if layer in given else combine(torch.zeros_like, states[0]) for layer in self.layers]
-        return tensors(side_by_side(everything))
+        return tensors(stack_states(everything))
 
     def of(self, layers: Sequence[int], state: State) -> list[State]:
         """Return these layers' parts of a state that holds all layers."""
-        found = dict(zip(self.layers, apart(state), strict=True))
+        found = dict(zip(self.layers, unstack_states(state), strict=True))
         return [found[layer] for layer in layers]
 
 
@@ -86,19 +86,19 @@ class Trajectory:
         indices = [self.index(layer) for layer in layers]
         weights = self.block.stacks.containing(indices).weights(indices)
         with torch.no_grad():
-            return apart(self.block.side_by_side(indices, side_by_side(states), weights))
+            return unstack_states(self.block.side_by_side(indices, stack_states(states), weights))
 
     def record_together(self, layers: Sequence[int], states: Sequence[State]) -> list[State]:
         """Return the states after several middle layers in the last forward sweep, in one call, and keep its graph."""
         indices = [self.index(layer) for layer in layers]
         stack = self.block.stacks.containing(indices)
         with torch.no_grad():
-            whole = side_by_side(states)
+            whole = stack_states(states)
         inputs = tuple(part.requires_grad_() for part in tensors(whole))
         with torch.enable_grad():
             outputs = tensors(self.block.side_by_side(indices, like(whole, inputs), stack.weights(indices)))
         graph = BatchedGraph(tuple(layers), stack, inputs, outputs)
-        after = apart(like(whole, tuple(part.detach() for part in outputs)))
+        after = unstack_states(like(whole, tuple(part.detach() for part in outputs)))
         for layer, before, state in zip(layers, states, after, strict=True):
             self.batched[layer] = graph
             self.graphs[layer] = Graph(tensors(before), tensors(state))  # only values; the autograd graph is in `batched`

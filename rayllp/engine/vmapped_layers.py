@@ -112,12 +112,12 @@ class Stacks:
         return found
 
 
-def side_by_side(states: Sequence[State]) -> State:
+def stack_states(states: Sequence[State]) -> State:
     """Return several states as one, stacked along a new dimension 0."""
     return combine(lambda *parts: torch.stack(parts), *states)
 
 
-def apart(state: State) -> list[State]:
+def unstack_states(state: State) -> list[State]:
     """Return the states that are stacked along dimension 0, as views: the inverse of `side_by_side`."""
     rows = zip(*(part.unbind() for part in tensors(state)), strict=True)
     return [row[0] if isinstance(state, Tensor) else row for row in rows]
