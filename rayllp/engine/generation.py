@@ -1,7 +1,7 @@
 """Generation with the exact network: the last worker runs transformers' own sampling and beam search; the layers stay where they are.
 
-The last worker calls `generate` on a model whose forward is a request to all workers. The others answer questions until they are told to
-stop. A question consists of whole sequences. Each worker looks up in the previous request which of their tokens its layers have been
+The last worker calls `generate` on a model whose forward is a request to all workers. The others answer requests until they are told to
+stop. A request consists of whole sequences. Each worker looks up in the previous request which of their tokens its layers have been
 through already.
 """
 
@@ -32,8 +32,8 @@ class Decoder:
         sources: the source sentences of an encoder–decoder, shape (sentences, time); None for a decoder alone.
 
     Attributes:
-        questions: number of tables that were shared so far, which numbers messages.
-        past: the memory of the tokens that layers have been through; None if every question is computed from scratch.
+        requests: number of tables that were broadcast so far, which numbers messages.
+        past: the memory of the tokens that layers have been through; None if every request is computed from scratch.
     """
 
     def __init__(self, exact_forward: ExactForward, sources: Tensor | None = None) -> None:

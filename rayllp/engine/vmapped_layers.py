@@ -118,7 +118,7 @@ def stack_states(states: Sequence[State]) -> State:
 
 
 def unstack_states(state: State) -> list[State]:
-    """Return the states that are stacked along dimension 0, as views: the inverse of `side_by_side`."""
+    """Return the states that are stacked along dimension 0, as views: the inverse of `stack_states`."""
     rows = zip(*(part.unbind() for part in tensors(state)), strict=True)
     return [row[0] if isinstance(state, Tensor) else row for row in rows]
 
