@@ -6,6 +6,8 @@ result = rayllp.train(rayllp.make_config({"model": {"layers": 36}, "workers": 4}
 
 from typing import TYPE_CHECKING, Any
 
+from rayllp.version import __version__
+
 if TYPE_CHECKING:
     from rayllp.checkpoint.export import export
     from rayllp.cluster.session import keep_workers, train
@@ -16,13 +18,13 @@ if TYPE_CHECKING:
     from rayllp.training.result import TrainResult
     from rayllp.tuning.run import tune
 
-__version__ = "0.1.0"
 __all__ = [
     "LayerParallelTrainer",
     "LayerStack",
     "Listener",
     "TrainConfig",
     "TrainResult",
+    "__version__",
     "export",
     "keep_workers",
     "load_config",

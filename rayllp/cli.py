@@ -14,6 +14,7 @@ from rich.console import Console
 
 from rayllp.config import TrainConfig, load_config, load_run_config
 from rayllp.errors import DataError, HeldError, RayllpError, SettingsError
+from rayllp.version import __version__
 
 FAILED, REFUSED, SIGNALLED = 1, 2, 128
 """Exit codes. 0: everything was done. FAILED: the command began and failed, or found something that needs fixing. REFUSED: nothing was
@@ -28,7 +29,20 @@ class Launcher(StrEnum):
     mpi = "mpi"
 
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, help="Train very deep transformers in parallel over their layers, on Ray.")
+app = typer.Typer(no_args_is_help=True, add_completion=False)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"rayllp {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")] = False,
+) -> None:
+    """Train very deep transformers in parallel over their layers, on Ray."""
 
 
 @app.command()

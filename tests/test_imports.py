@@ -4,7 +4,7 @@ import ast
 from pathlib import Path
 
 ROOMS = [
-    "errors", "quantities", "state", "keys", "hf_config", "channel", "mgrit", "timeline", "config", "data", "models", "control",
+    "version", "errors", "quantities", "state", "keys", "hf_config", "channel", "mgrit", "timeline", "config", "data", "models", "control",
     "engine", "checkpoint", "plan", "report", "training", "cluster", "bench", "tuning", "cli", "__main__", "__init__",
 ]  # fmt: skip
 """From below to above: a module may import its own room, and rooms before it."""
