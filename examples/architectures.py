@@ -244,7 +244,8 @@ def table(results: list[dict[str, Any]]) -> str:
             if result["outcome"].startswith("trains") and result["why"]
             else " ".join(result["why"].split())[:160]
         )
-        lines.append(f"| {result['type']} | {result['outcome']} | {exact} | {iterated} | {why.replace('|', '/')} |")
+        why = why.replace("|", "/").replace("[", r"\[")  # no cell's end, and no link
+        lines.append(f"| {result['type']} | {result['outcome']} | {exact} | {iterated} | {why} |")
     return "\n".join(lines)
 
 

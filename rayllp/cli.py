@@ -80,7 +80,7 @@ def train(
 
     if result.stopped:
         raise typer.Exit(SIGNALLED + (result.signal or signal.SIGINT))
-    out = Console(highlight=False)
+    out = Console(highlight=False, soft_wrap=True)
     others = "".join(f", {name} {value:.4f}" for name, value in result.metrics.items())
     with unread():
         out.print(

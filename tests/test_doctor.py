@@ -1,5 +1,6 @@
 """What `rayllp doctor` finds: on nodes that are made up, and on the suite's own cluster."""
 
+import io
 from dataclasses import replace
 
 import pytest
@@ -48,6 +49,18 @@ def test_workers_that_yield_to_everything_are_noted():
 
 def test_no_node():
     assert faults_of() == ["no node answered: is the cluster up? `ray status` says"]
+
+
+def test_nothing_is_cut_off_where_there_are_80_columns():
+    """As in a log, or a terminal of the usual width."""
+    console = Console(width=80, file=io.StringIO())
+    old = replace(NODE, host="old", address="10.0.0.3", gpus=["NVIDIA H200"] * 8, packages={"ray": "2.60.0"})
+    show(Diagnosis(nodes=[NODE, replace(NODE, host="two", address="10.0.0.2"), old]), console)
+    text = console.file.getvalue()
+    assert "one, two: Python 3.12.1, ray 2.60.0, torch 2.13.0, transformers 5.20.0, safetensors 0.6, rayllp 0.1.0, NCCL –\n" in text
+    assert "old: Python 3.12.1, ray 2.60.0, torch –, transformers –, safetensors –, rayllp –, NCCL –\n" in text
+    assert all(said in text for said in ("10.0.0.3", "+0.010", "shared path", "8 × NVIDIA H200"))
+    assert "…" not in text
 
 
 @pytest.mark.usefixtures("ray_cluster")

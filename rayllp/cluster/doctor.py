@@ -4,6 +4,7 @@ import contextlib
 import os
 import socket
 import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -104,17 +105,19 @@ def examine(path: str | None = None) -> Diagnosis:
 
 
 def show(found: Diagnosis, console: Console) -> None:
-    """Print the nodes and links as tables, then what to fix."""
+    """Print the nodes and links as tables that fit 80 columns, then what to fix."""
     table = Table(title="nodes")
-    for name in ("host", "address", "Python", *PACKAGES, "CPUs", "GPUs", "NCCL", "clock, s", "shared path"):
-        table.add_column(name)
+    for name in ("host", "address", "CPUs", "GPUs", "clock, s", "shared path"):
+        table.add_column(name, overflow="fold")
+    alike: dict[str, list[str]] = {}  # hosts by their versions, which are many and mostly the same
     for node in found.nodes:
-        versions = [node.packages.get(name, "–") for name in PACKAGES]
-        gpus = ", ".join(node.gpus) or "–"
-        table.add_row(
-            node.host, node.address, node.python, *versions, f"{node.cpus:g}", gpus, node.nccl, f"{node.clock_skew_s:+.3f}", node.shared
-        )
+        gpus = ", ".join(f"{count} × {name}" for name, count in Counter(node.gpus).items()) or "–"
+        table.add_row(node.host, node.address, f"{node.cpus:g}", gpus, f"{node.clock_skew_s:+.3f}", node.shared)
+        versions = {"Python": node.python, **{name: node.packages.get(name, "–") for name in PACKAGES}, "NCCL": node.nccl}
+        alike.setdefault(", ".join(f"{name} {value}" for name, value in versions.items()), []).append(node.host)
     console.print(table)
+    for versions_of, hosts in alike.items():
+        console.print(f"{', '.join(hosts)}: {versions_of}", highlight=False, soft_wrap=True, markup=False)
     links = Table(title="links between neighbours")
     for name in ("from", "to", "backend", "round trip 32 KiB, µs", "bandwidth 8 MiB, GB/s"):
         links.add_column(name)
@@ -306,7 +309,9 @@ def run_doctor(path: str | None, console: Console) -> bool:
     from rayllp.cluster.joining import join_cluster
 
     if not ray.is_initialized() and not os.environ.get("RAY_ADDRESS"):
-        console.print("RAY_ADDRESS is not set: looking at a cluster of this machine's own, as `rayllp train` would start it")
+        console.print(
+            "RAY_ADDRESS is not set: looking at a cluster of this machine's own, as `rayllp train` would start it", soft_wrap=True
+        )
     with join_cluster(1, console):
         found = examine(path)
     show(found, console)

@@ -36,7 +36,8 @@ class LayerParallelTrainer:
         run_config: `name` and `storage_path`, `checkpoint_config.num_to_keep` and `failure_config.max_failures`. None: as `rayllp.train`
             without `output`. If `storage_path` is a folder, the run directory is storage_path/name, and an unfinished run there is resumed,
             as Ray does; if it is a URL, checkpoints are written there. `max_failures=0`, Ray's default, leaves the settings' value.
-        model, batches: a LayerStack of your own and its data, in place of those that `config` names.
+        model: a LayerStack of your own, in place of the network that `config` names; needs `batches`.
+        batches: the data of `model`.
         listeners: are called with each step, event and evaluation as it happens, in place of Ray's callbacks.
 
     Raises:
