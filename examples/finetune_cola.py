@@ -18,6 +18,8 @@ from rayllp.checkpoint.export import export
 from rayllp.data.tokenizer import make_tokenizer
 
 HERE = Path(__file__).parent
+COLUMNS = ("data.dataset=null", "data.subset=null", "data.text_field=0", "data.label_field=1")
+"""Of these files, which have no header, in place of the hub's."""
 
 
 def lines_of(path: Path) -> list[str]:
@@ -63,7 +65,7 @@ def main() -> None:
         settings = [f"data.path={text}", f"data.tokenizer={tokenizer}", f"mode={mode}", *arguments.overrides]
         pretrained = rayllp.train(rayllp.load_config(HERE / "bert_small.yaml", settings), output=output / mode)
         folder = export(pretrained.directory, output / f"{mode}_model")
-        files = [f"data.path={data / 'cola' / 'train.tsv.gz'}", f"data.validation_path={data / 'cola' / 'dev.tsv.gz'}"]
+        files = [f"data.path={data / 'cola' / 'train.tsv.gz'}", f"data.validation_path={data / 'cola' / 'dev.tsv.gz'}", *COLUMNS]
         settings = [*files, f"data.tokenizer={tokenizer}", f"model.from_pretrained={folder}", *arguments.tune_set]
         tuned = rayllp.train(rayllp.load_config(HERE / "cola.yaml", settings), output=output / f"{mode}_cola")
         found = last_evaluation(tuned.directory)

@@ -1,11 +1,16 @@
-"""The figures that the documents quote from an example, made by that example."""
+"""The figures that the documents quote from an example, made by that example; and what its data are fetched by."""
 
 import importlib.util
+import itertools
+import re
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 import rayllp
 
@@ -69,3 +74,52 @@ def test_the_deep_teacher_gives_each_step_a_lesson_of_its_own():
     assert torch.equal(others.batch("validation", 5, 16)[0], lessons.batch("validation", 5, 16)[0])
     assert float(teacher.error(targets, targets)) == 0
     assert float(targets.var(0).mean()) == pytest.approx(1, rel=0.5)
+
+
+# Configs: what a reader has to fetch ---------------------------------------------------------------------------------------------
+
+CONFIGS = sorted(EXAMPLES.glob("*.yaml"))
+
+
+def data_of(config):
+    return yaml.safe_load(config.read_text(encoding="utf-8")).get("data", {})
+
+
+def expanded(url):
+    """All that curl makes of {a,b} in a URL."""
+    parts = re.split(r"\{([^}]*)\}", url)
+    choices = [part.split(",") if n % 2 else [part] for n, part in enumerate(parts)]
+    return ["".join(chosen) for chosen in itertools.product(*choices)]
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="curl is what the examples fetch their data with")
+@pytest.mark.parametrize("config", [config for config in CONFIGS if "path" in data_of(config)], ids=lambda config: config.stem)
+def test_the_first_line_of_an_example_fetches_its_data(config, tmp_path):
+    """The command itself, from a folder in place of the network."""
+    (command,) = re.findall(r"curl .*$", config.read_text(encoding="utf-8").splitlines()[0])
+    (url,) = re.findall(r"https://[^\s']+", command)
+    for one in expanded(url):
+        file = tmp_path / "network" / one.removeprefix("https://")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("text")
+    command = command.replace("https://", f"file://{tmp_path}/network/")
+    done = subprocess.run(["bash", "-ec", command], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    data = data_of(config)
+    for path in (data["path"], data.get("validation_path", data["path"])):
+        assert (tmp_path / path).exists(), f"{config.name} wants {path}, which {command} does not make"
+    if (tmp_path / data["path"]).is_dir():  # pairs
+        names = {f"{split}.{data[side]}.gz" for split in ("train", "val") for side in ("source", "target")}
+        assert {file.name for file in (tmp_path / data["path"]).iterdir()} == names
+
+
+def test_no_example_wants_a_file_that_nothing_fetches():
+    for config in CONFIGS:
+        text, data = config.read_text(encoding="utf-8"), data_of(config)
+        assert f"examples/{config.name}" in text or f"examples/{config.stem}.py" in text, f"{config.name} does not say how it is run"
+        assert "path" in data or "dataset" in data or "othing to fetch" in text
+    for sweep in sorted((EXAMPLES.parent / "tune_configs").glob("*.yaml")):
+        text = sweep.read_text(encoding="utf-8")
+        base = yaml.safe_load(text).get("base")
+        assert f"rayllp tune tune_configs/{sweep.name}" in text
+        assert base is None or ("first line of the base" in text) == ("path" in data_of(sweep.parent / base))
