@@ -58,7 +58,6 @@ WAYS = (
     Way(r"make (train|test|docs)", instead=((r"^make", f"make --dry-run -C {shlex.quote(str(ROOT))}"),)),
     Way(r"rayllp train .*&\n", SHELL, "a run in the background", instead=((r"steps=1000", "steps=150"), (r"20s --for 1m", "8s --for 20s"))),
     Way(r"rayllp train .*--resume", instead=((r"steps=\d+", "steps=3"), (r"workers=3", "workers=1"))),
-    Way(r"rayllp train .*mc_gum", adds=SHORT + " --set model.layers=8 --set microbatches=2"),
     Way(
         r"rayllp train .*s3://", SHELL, "tests/test_train.py does so by default",
         instead=((r"s3://bucket/run", "file://$PWD/bucket/run"),), adds=SHORT,
@@ -145,9 +144,6 @@ def furnish(folder: Path) -> Path:
     for name in ("examples", "tune_configs"):
         (folder / name).symlink_to(ROOT / name)
     (folder / "input.txt").write_text("To be, or not to be, that is the question:\n" * 400)
-    words = "".join(f"{n}\t{word}\t_\t{tag}\t_\t_\t_\t_\t_\t_\n" for n, (word, tag) in enumerate([("to", "PART"), ("be", "VERB")] * 4, 1))
-    for name in ("train.conllu", "dev.conllu"):
-        (folder / name).write_text(f"{words}\n" * 40)
     (folder / "my.yaml").write_text("data: {path: input.txt}\n")  # the README's; the tutorial writes its own
     return folder
 
@@ -169,7 +165,7 @@ def once(where: str) -> list[Piece]:
 def absolute(text: str, folder: Path) -> str:
     """Workers of the suite's cluster were started elsewhere: what they read is named in full."""
     text = text.replace("$PWD", str(folder))
-    return re.sub(r"(?<=path[=:])( ?)(\w+\.(?:txt|conllu))", lambda found: f"{found.group(1)}{folder / found.group(2)}", text)
+    return re.sub(r"(?<=path[=:])( ?)(\w+\.txt)", lambda found: f"{found.group(1)}{folder / found.group(2)}", text)
 
 
 @pytest.mark.usefixtures("kept_workers")

@@ -1,6 +1,6 @@
-"""The table of all settings, made from the code, for `rayllp settings`, the docs and the README.
+"""The table of all settings, made from the code, for `rayllp settings` and the docs.
 
-python -m rayllp.report.settings     # updates the tables in README.md and docs/settings.md of a checkout
+python -m rayllp.report.settings     # updates the tables in docs/trainer.md and docs/settings.md of a checkout
 """
 
 from collections.abc import Collection, Iterator
@@ -33,17 +33,17 @@ def settings_table(only: Collection[str] | None = None) -> str:
 
 
 def documents(root: Path) -> dict[Path, str]:
-    """Return the texts of README.md and docs/settings.md, with tables made from the code.
+    """Return the texts of docs/trainer.md and docs/settings.md, with tables made from the code.
 
     Args:
         root: the checkout.
     """
-    readme = root / "README.md"
-    before, _, rest = readme.read_text(encoding="utf-8").partition(BEGIN)
+    chosen = root / "docs" / "trainer.md"
+    before, _, rest = chosen.read_text(encoding="utf-8").partition(BEGIN)
     comment, _, rest = rest.partition("\n")
     after = rest.partition(END)[2]
     return {
-        readme: f"{before}{BEGIN}{comment}\n{settings_table(WORTH_KNOWING)}\n{END}{after}",
+        chosen: f"{before}{BEGIN}{comment}\n{settings_table(WORTH_KNOWING)}\n{END}{after}",
         root / "docs" / "settings.md": f"# Every setting\n\nSet by YAML or `--set name=value`.\n\n{settings_table()}\n",
     }
 
