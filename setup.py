@@ -7,10 +7,9 @@ from setuptools import setup
 
 
 def standing_alone(markdown: str) -> str:
-    """The text with links into the repository as plain words, and without its pictures and what only the tests read."""
-    markdown = re.sub(r"!\[[^\]]*\]\((?!https?:)[^)]*\)\n*", "", markdown)
-    markdown = re.sub(r"\[([^\]]*)\]\((?!https?:)[^)]*\)", r"\1", markdown)
-    return re.sub(r"<!--.*?-->\n*", "", markdown, flags=re.DOTALL)
+    """The text with links into the repository as plain words, and without pictures and the lines below them."""
+    markdown = re.sub(r"!\[[^\]]*\]\((?!https?:)[^)]*\)\n+(\*[^*]+\*\n+)?", "", markdown)
+    return re.sub(r"\[([^\]]*)\]\((?!https?:)[^)]*\)", r"\1", markdown)
 
 
 setup(

@@ -283,6 +283,23 @@ def test_drawings_and_tables_are_what_the_code_makes():
     assert pays.PAGE.read_text() == pays.page(), "docs/pays.md is behind: python docs/pays.py"
 
 
+def test_the_figures_of_the_readme_are_those_of_the_frontier():
+    def cells(text):
+        return [[cell.strip(" *") for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")][2:]
+
+    frontier = (ROOT / "docs" / "frontier.md").read_text().partition("**GPT-2, Shakespeare, 2 + N + 2 layers, Δt = 1/N**\n")[2]
+    found = {(row[0], int(row[1])): row[3:] for row in cells(frontier.partition("\n**")[0])}  # loss, gap, depth kept, hours, speed-up, …
+    deep, shallow = (found["serial", middle] for middle in (64, 16))
+    wanted = [(1.0, "")]
+    for way in ("adaptive", "adaptive 16"):
+        wanted.append((round(float(found[way, 64][4].split()[0]), 1), f"{float(found[way, 64][1]):+.1f} %".replace("-", "−")))
+    losses = [float(row[0].split()[0]) for row in (deep, shallow)]
+    wanted.append((round(float(deep[3]) / float(shallow[3]), 1), f"{100 * (losses[1] / losses[0] - 1):+.1f} %"))
+    table = (ROOT / "README.md").read_text().partition("| GPT-2, 2 + 64 + 2")
+    said = [(float(row[2]), row[3]) for row in cells("".join(table[1:]).partition("\n\n")[0])]
+    assert said == wanted
+
+
 def test_settings_stand_by_group_on_the_site():
     from rayllp.config import setting_names
     from rayllp.report.settings import settings_table
