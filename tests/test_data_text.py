@@ -178,6 +178,22 @@ def test_a_folder_that_hides_a_models_name_is_named(tmp_path, monkeypatch):
         make_tokenizer("gpt2", b"text")
 
 
+def test_the_tokenizer_of_a_folder_with_code_is_read_without_running_or_asking(tmp_path, monkeypatch):
+    """Such as `rayllp export` writes where Δt is not 1: transformers would ask on the terminal whether to run the folder's code."""
+    from transformers import PreTrainedTokenizerFast
+
+    made = PreTrainedTokenizerFast(tokenizer_object=word_pieces(), unk_token="[UNK]")
+    made.save_pretrained(tmp_path)
+    code = {"model_type": "of_my_own", "auto_map": {"AutoConfig": "code.Own", "AutoModel": "code.Own"}}
+    (tmp_path / "config.json").write_text(json.dumps(code))
+    (tmp_path / "code.py").write_text("raise SystemExit('this was run')\n")
+    asked = []
+    monkeypatch.setattr("builtins.input", lambda prompt: asked.append(prompt) or "n")
+    tokenizer = make_tokenizer(str(tmp_path), b"text")
+    assert not asked
+    assert tokenizer.encode(b"Line of things.").tolist() == made("Line of things.", add_special_tokens=False)["input_ids"]
+
+
 def test_a_tokenizer_made_from_a_text_comes_back(tmp_path):
     for name in ("characters", "bpe:300"):
         made = make_tokenizer(name, TEXT.encode())

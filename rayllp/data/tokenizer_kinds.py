@@ -254,7 +254,7 @@ class Pretrained(_OneByOne):
         from transformers import AutoTokenizer
 
         try:
-            self._tokenizer = AutoTokenizer.from_pretrained(name)
+            self._tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)  # None would ask on the terminal
         except (OSError, ValueError) as error:
             if Path(name).is_dir():
                 raise DataError(
