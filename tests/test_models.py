@@ -219,6 +219,13 @@ def test_each_token_goes_through_the_layers_once(family):
         assert once[0] == (3 + tokens - 1 if tokens == 6 else 10 + 10 * 4)
 
 
+@pytest.mark.parametrize("length", [2, 3])
+def test_contexts_of_a_few_tokens(length):
+    config = config_of("gpt2", sequence_length=length)
+    (found,) = run_workers(1, lambda channel: continue_text(make(config, channel).exact_forward, [1, 2, 3], 4))
+    assert len(found) == 4
+
+
 def test_layers_that_remember_otherwise_take_all_tokens_again():
     """A worker whose layers make something else of what they remember has all workers take whole sequences."""
     (wanted,) = run_workers(1, lambda channel: continue_text(make(config_of("llama"), channel).exact_forward, [1, 2, 3], 5))

@@ -60,7 +60,8 @@ class Decoder:
 
     def _all_remember(self, prompts: Tensor) -> bool:
         """Return True if the memory of past tokens works on all workers' layers."""
-        tokens = prompts[:1].repeat(1, TRIED)[:, :TRIED]
+        count = min(TRIED, self.group.config.sequence_length)
+        tokens = prompts[:1].repeat(1, count)[:, :count]
         fails = 0 if remembers(self.group.block, lambda tokens: self.inputs(tokens, torch.zeros(1, dtype=torch.int64)), tokens) else 1
         return not self.group.channel.all_reduce(torch.tensor([fails], device=self.group.device), self._tag("memory")).item()
 
