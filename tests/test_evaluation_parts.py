@@ -42,10 +42,10 @@ class Here(WorkerGroup):
         self.calls.append((method, *arguments))
         return [getattr(self.worker, method)(*arguments)]
 
-    def start(self, architecture, batches, kept=None):
+    def start(self, architecture, batches, stored_config=None):
         raise NotImplementedError
 
-    def rebuild(self, config, architecture, kept=None):
+    def rebuild(self, config, architecture, stored_config=None):
         raise NotImplementedError
 
     def shutdown(self):

@@ -49,7 +49,7 @@ FRAMED = ("masked", "sentences", "translation")
 
 
 @dataclass(frozen=True)
-class _Stored:
+class _StoredTensor:
     """Where a checkpoint has a parameter's value.
 
     Attributes:
@@ -79,8 +79,8 @@ class _Stored:
 class _Adapter:
     """A LoRA adapter. It adds scale · up·down to the weight of a linear map, transposed for a Conv1D."""
 
-    down: _Stored
-    up: _Stored
+    down: _StoredTensor
+    up: _StoredTensor
     scale: float
     transposed: bool
 
@@ -106,9 +106,9 @@ def export(run: Path, to: Path, step: int | None = None, family: str | None = No
         DataError: the run directory has no model.json, and the data by which the model could be built again are gone.
     """
     run, to = Path(run), Path(to).absolute()
-    config, place = _open_run(run, step, family)
+    config, checkpoint_folder = _open_run(run, step, family)
     _refuse_occupied(to)
-    with at_hand(place) as checkpoint:
+    with at_hand(checkpoint_folder) as checkpoint:
         if config.model.lora is not None and not merge:
             _export_adapters(run, config, checkpoint, to)
         else:
@@ -117,20 +117,20 @@ def export(run: Path, to: Path, step: int | None = None, family: str | None = No
 
 
 def _export(run: Path, config: TrainConfig, checkpoint: Path, to: Path) -> None:
-    stored = _read_places(checkpoint)
-    values = _read_model(run, config)
+    stored = _find_tensors(checkpoint)
+    stored_config = _read_stored_config(run, config)
     if config.nested.factors:  # use the depth that the network has in this checkpoint
-        layers = len({place.file for place in stored.values() if place.file.name.startswith(LAYER)})
-        config, values = stage_of_depth(config, layers).config, with_layers(values, layers)
-    kind = model_class(values["architectures"][0])
-    model_config = kind.config_class.from_dict(values)
-    places = _match(kind, model_config, stored, checkpoint, config.model.lora)
+        layers = len({tensor.file for tensor in stored.values() if tensor.file.name.startswith(LAYER)})
+        config, stored_config = stage_of_depth(config, layers).config, with_layers(stored_config, layers)
+    kind = model_class(stored_config["architectures"][0])
+    model_config = kind.config_class.from_dict(stored_config)
+    tensors = _match(kind, model_config, stored, checkpoint, config.model.lora)
     tokenizer = _make_tokenizer(run, config)
-    model_config.dtype = DTYPES[next(iter(places.values())).dtype]
+    model_config.dtype = DTYPES[next(iter(tensors.values())).dtype]
     if kind.can_generate():
         _let_generate(model_config, tokenizer)
     with _appearing(to) as folder:
-        _write_tensors(places, folder)
+        _write_tensors(tensors, folder)
         _write_configs(config, kind, model_config, folder)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
@@ -142,16 +142,16 @@ def _export_adapters(run: Path, config: TrainConfig, checkpoint: Path, to: Path)
     if settings.from_pretrained is None or settings.train:
         what = "model.train too" if settings.train else "new weights, not those of model.from_pretrained"
         raise SettingsError(f"{run} has trained {what}, so that its adapters alone are no model: export it with --merge")
-    values = _read_model(run, config)
+    stored_config = _read_stored_config(run, config)
     with suppress(CheckpointError):  # the original model may be gone
         if count_layers(transformers_config(read_config(settings.from_pretrained))) != settings.layers:
             raise SettingsError(f"{run} has other layers than {settings.from_pretrained}, which takes no adapters of theirs: add --merge")
-    kind = model_class(values["architectures"][0])
-    model_config = kind.config_class.from_dict(values)
+    kind = model_class(stored_config["architectures"][0])
+    model_config = kind.config_class.from_dict(stored_config)
     layer = outline(kind, model_config).get_submodule(adapter(config).layer_paths(model_config, settings.layers)[0])
-    stored = {name: place for name, place in _read_places(checkpoint).items() if stored_name(name)}
+    stored = {name: tensor for name, tensor in _find_tensors(checkpoint).items() if stored_name(name)}
     with _appearing(to) as folder:
-        tensors = {name: place.read() for name, place in stored.items()}
+        tensors = {name: tensor.read() for name, tensor in stored.items()}
         save_adapter(folder, tensors, settings.lora, layer, settings.from_pretrained, PEFT_TASKS.get(settings.task))
 
 
@@ -162,18 +162,18 @@ def _open_run(run: Path, step: int | None, family: str | None) -> tuple[TrainCon
     """Return the run's settings and the folder of the checkpoint."""
     config = load_run_config(run)
     refuse_unnamed_code(config, run, family)
-    found = {path.name.removeprefix("step_"): path for path in checkpoints(place_of_checkpoints(run, config.checkpoint.path))}
-    if not found:
+    by_step = {path.name.removeprefix("step_"): path for path in checkpoints(place_of_checkpoints(run, config.checkpoint.path))}
+    if not by_step:
         raise CheckpointError(f"{run} has no complete checkpoint to export: let the run end, stop it by Ctrl-C, or set checkpoint.every")
-    chosen = list(found)[-1] if step is None else str(step)
-    if chosen not in found:
-        raise CheckpointError(f"{run} has no checkpoint of step {step}: give --step one of {', '.join(found)}")
-    return config, found[chosen]
+    chosen = list(by_step)[-1] if step is None else str(step)
+    if chosen not in by_step:
+        raise CheckpointError(f"{run} has no checkpoint of step {step}: give --step one of {', '.join(by_step)}")
+    return config, by_step[chosen]
 
 
-def _read_places(checkpoint: Path) -> dict[str, _Stored]:
+def _find_tensors(checkpoint: Path) -> dict[str, _StoredTensor]:
     """Check the checkpoint's checksums, and return where it has each parameter."""
-    stored: dict[str, _Stored] = {}
+    stored: dict[str, _StoredTensor] = {}
     files = read_manifest(checkpoint)["files"]
     for path in (checkpoint / name for name in files):
         check_content(path, files)
@@ -183,7 +183,7 @@ def _read_places(checkpoint: Path) -> dict[str, _Stored]:
                 # If the run has averaged its weights, its evaluations used the average, so that is exported.
                 key = f"ema/{name}" if f"ema/{name}" in keys else f"weight/{name}"
                 part = file.get_slice(key)
-                stored[name] = _Stored(path, key, tuple(part.get_shape()), part.get_dtype())
+                stored[name] = _StoredTensor(path, key, tuple(part.get_shape()), part.get_dtype())
     # This is the prefix of a LayerStack's parameters; adapters of transformers models have others.
     if any(name.startswith("layers.0.") for name in stored):
         raise CheckpointError(
@@ -192,39 +192,41 @@ def _read_places(checkpoint: Path) -> dict[str, _Stored]:
     return stored
 
 
-def _read_model(run: Path, config: TrainConfig) -> dict[str, Any]:
+def _read_stored_config(run: Path, config: TrainConfig) -> dict[str, Any]:
     """Return the model's transformers configuration: the one that the run has stored, else one made from the run's settings and data."""
-    values = read_model_json(run)
-    if values is None:
+    stored_config = read_model_json(run)
+    if stored_config is None:
         # The run's own weights will be used, so a pretrained model that it started from is not needed, and may be gone.
         bare = config.model_copy(update={"model": config.model.model_copy(update={"from_pretrained": None})})
-        found = build_architecture(bare, load_data(bare).facts).transformers_config()
-        assert found is not None
-        return found
-    return values if values.get("architectures") else {**values, "architectures": [adapter(config).model_class.__name__]}
+        made_anew = build_architecture(bare, load_data(bare).facts).transformers_config()
+        assert made_anew is not None
+        return made_anew
+    if stored_config.get("architectures"):
+        return stored_config
+    return {**stored_config, "architectures": [adapter(config).model_class.__name__]}
 
 
-def _scaled(config: TrainConfig) -> bool:
+def _is_scaled(config: TrainConfig) -> bool:
     return any(size != 1 for size in config.step_sizes)
 
 
-def _with_adapters(stored: Mapping[str, _Stored], model: nn.Module, settings: LoRASettings) -> dict[str, _Stored]:
+def _with_adapters(stored: Mapping[str, _StoredTensor], model: nn.Module, settings: LoRASettings) -> dict[str, _StoredTensor]:
     """Return where the model's own parameters are, with adapters attached to those that have one."""
-    found = {}
-    for name, place in stored.items():
+    tensors = {}
+    for name, tensor in stored.items():
         path = name.removesuffix(BASE)
         if path != name:
             down, up = (stored[f"{path}.lora_{which}.{NAME}.weight"] for which in ("A", "B"))
-            change = _Adapter(down, up, settings.alpha / settings.rank, isinstance(model.get_submodule(path), Conv1D))
-            found[f"{path}.weight"] = replace(place, adapter=change)
+            lora = _Adapter(down, up, settings.alpha / settings.rank, isinstance(model.get_submodule(path), Conv1D))
+            tensors[f"{path}.weight"] = replace(tensor, adapter=lora)
         elif stored_name(name) is None:
-            found[name.replace(".base_layer.", ".")] = place
-    return found
+            tensors[name.replace(".base_layer.", ".")] = tensor
+    return tensors
 
 
 def _match(
-    kind: type[PreTrainedModel], config: PreTrainedConfig, stored: Mapping[str, _Stored], checkpoint: Path, lora: LoRASettings | None
-) -> dict[str, _Stored]:
+    kind: type[PreTrainedModel], config: PreTrainedConfig, stored: Mapping[str, _StoredTensor], checkpoint: Path, lora: LoRASettings | None
+) -> dict[str, _StoredTensor]:
     """Return where each parameter of the model is, by the name under which transformers saves it.
 
     Raises:
@@ -235,19 +237,19 @@ def _match(
     tied = names_of_tied(model)
     if lora is not None:
         stored = _with_adapters(stored, model, lora)
-    found = {tied.get(name, [name])[0]: place for name, place in stored.items()}
-    wanted = {tied.get(name, [name])[0]: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    tensors = {tied.get(name, [name])[0]: tensor for name, tensor in stored.items()}
+    shapes = {tied.get(name, [name])[0]: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     for name, other in STAND_INS.items():
-        if name in wanted and other in found:
-            found.setdefault(name, found[other])
-    odd = [name for name in (*wanted, *found) if name not in found or name not in wanted or found[name].shape != wanted[name]]
-    if odd:
-        has = found[odd[0]].shape if odd[0] in found else "nothing"
+        if name in shapes and other in tensors:
+            tensors.setdefault(name, tensors[other])
+    unmatched = [name for name in (*shapes, *tensors) if name not in tensors or name not in shapes or tensors[name].shape != shapes[name]]
+    if unmatched:
+        has = tensors[unmatched[0]].shape if unmatched[0] in tensors else "nothing"
         raise CheckpointError(
-            f"{checkpoint} is of another model than the run's settings say: {odd[0]} is {has}, {kind.__name__} has "
-            f"{wanted.get(odd[0], 'nothing')}. Put back the config.yaml and {MODEL_JSON} that the run was made with"
+            f"{checkpoint} is of another model than the run's settings say: {unmatched[0]} is {has}, {kind.__name__} has "
+            f"{shapes.get(unmatched[0], 'nothing')}. Put back the config.yaml and {MODEL_JSON} that the run was made with"
         )
-    return {name: found[name] for name in wanted}
+    return {name: tensors[name] for name in shapes}
 
 
 def _let_generate(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase | None) -> None:
@@ -271,21 +273,21 @@ def _make_tokenizer(run: Path, config: TrainConfig) -> PreTrainedTokenizerBase |
     if config.model.task in WITHOUT_TEXT or name in ("bytes", "characters") or name.endswith(SENTENCEPIECE_ENDINGS):
         return None
     try:
-        made = _load_tokenizer(run, config)
+        tokenizer = _load_tokenizer(run, config)
     except DataError as error:
         warnings.warn(f"exported without a tokenizer: {error}", stacklevel=3)
         return None
-    found = made._tokenizer
-    backend = found if isinstance(found, tokenizers.Tokenizer) else getattr(found, "backend_tokenizer", None)
+    inner = tokenizer._tokenizer
+    backend = inner if isinstance(inner, tokenizers.Tokenizer) else getattr(inner, "backend_tokenizer", None)
     if config.model.task in FRAMED and isinstance(backend, tokenizers.Tokenizer):
-        return _framed(SpecialTokens.of(made), backend, config)
-    return PreTrainedTokenizerFast(tokenizer_object=found, **_options(config)) if found is backend else found
+        return _framed(SpecialTokens.of(tokenizer), backend, config)
+    return PreTrainedTokenizerFast(tokenizer_object=inner, **_options(config)) if inner is backend else inner
 
 
 def _load_tokenizer(run: Path, config: TrainConfig) -> Any:
-    kept, name = run / TOKENIZER_JSON, config.data.tokenizer
-    if kept.is_file():
-        return make_tokenizer(str(kept), b"")
+    stored, name = run / TOKENIZER_JSON, config.data.tokenizer
+    if stored.is_file():
+        return make_tokenizer(str(stored), b"")
     # A tokenizer that is trained on the text is trained again.
     return load_data(config).tokenizer if name.startswith("bpe:") else make_tokenizer(name, b"")
 
@@ -362,35 +364,35 @@ def _appearing(to: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _write_tensors(places: Mapping[str, _Stored], folder: Path) -> None:
+def _write_tensors(tensors: Mapping[str, _StoredTensor], folder: Path) -> None:
     """Write the tensors to one file, or to several of SHARD_BYTES each with an index. Only one file's tensors are in memory at a time."""
-    shards = _cut(places)
+    shards = _split_into_shards(tensors)
     total = len(shards)
     names = [SINGLE] if total == 1 else [f"model-{n:05d}-of-{total:05d}.safetensors" for n in range(1, total + 1)]
     for file, shard in zip(names, shards, strict=True):
-        save_file({name: place.read() for name, place in shard.items()}, folder / file, metadata={"format": "pt"})
+        save_file({name: tensor.read() for name, tensor in shard.items()}, folder / file, metadata={"format": "pt"})
         (folder / file).chmod(folder.stat().st_mode & 0o666)  # safetensors makes the file readable for its owner only
     if total > 1:
-        size = sum(place.bytes for place in places.values())
+        size = sum(tensor.bytes for tensor in tensors.values())
         table = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
         (folder / INDEX).write_text(json.dumps({"metadata": {"total_size": size}, "weight_map": table}, indent=2) + "\n", encoding="utf-8")
 
 
-def _cut(places: Mapping[str, _Stored]) -> list[dict[str, _Stored]]:
-    shards: list[dict[str, _Stored]] = [{}]
+def _split_into_shards(tensors: Mapping[str, _StoredTensor]) -> list[dict[str, _StoredTensor]]:
+    shards: list[dict[str, _StoredTensor]] = [{}]
     size = 0
-    for name, place in places.items():
-        if shards[-1] and size + place.bytes > SHARD_BYTES:
+    for name, tensor in tensors.items():
+        if shards[-1] and size + tensor.bytes > SHARD_BYTES:
             shards.append({})
             size = 0
-        shards[-1][name] = place
-        size += place.bytes
+        shards[-1][name] = tensor
+        size += tensor.bytes
     return shards
 
 
 def _write_configs(config: TrainConfig, kind: type[PreTrainedModel], model_config: PreTrainedConfig, folder: Path) -> None:
     model_config.save_pretrained(folder)
-    if _scaled(config):
+    if _is_scaled(config):
         write_scaled(folder, _steps(config, model_config), config.model.task)
     if kind.can_generate():
         names = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "forced_eos_token_id")

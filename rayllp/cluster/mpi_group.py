@@ -263,7 +263,9 @@ class LaunchedGroup(WorkerGroup):
         self._mine: LaunchedWorker | None = None
         self._batches: Batches | None = None
 
-    def start(self, architecture: Architecture | None, batches: Batches, kept: dict[str, Any] | None = None) -> list[dict[str, Any]]:
+    def start(
+        self, architecture: Architecture | None, batches: Batches, stored_config: dict[str, Any] | None = None
+    ) -> list[dict[str, Any]]:
         """Have each process, including this one, make its worker, and connect them. They stay connected until the run ends."""
         others = range(1, self.config.world)
         for rank in others:
@@ -276,7 +278,7 @@ class LaunchedGroup(WorkerGroup):
         host = self._mine.place().address
         port = self._mine.listen(host)
         self.call("connect", host, port, "nccl" if self.device == "cuda" else "gloo", self.device, 1)
-        return self._build(architecture, kept)
+        return self._build(architecture, stored_config)
 
     def _find_addresses(self) -> None:
         """Tell each process its address in the network that all hosts share.
@@ -299,14 +301,16 @@ class LaunchedGroup(WorkerGroup):
             raise RendezvousError(explain(unreached, f"{socket.gethostname()} has no address that all processes reach"))
         self.call("settle", shared[0])
 
-    def rebuild(self, config: TrainConfig, architecture: Architecture | None, kept: dict[str, Any] | None = None) -> list[dict[str, Any]]:
+    def rebuild(
+        self, config: TrainConfig, architecture: Architecture | None, stored_config: dict[str, Any] | None = None
+    ) -> list[dict[str, Any]]:
         self.config = config
         for rank in range(config.world):
             self._call_some([rank], "reconfigure", config, rank)
-        return self._build(architecture, kept)
+        return self._build(architecture, stored_config)
 
-    def _build(self, architecture: Architecture | None, kept: dict[str, Any] | None) -> list[dict[str, Any]]:
-        return self.call("build", architecture, self._batches, self.device, Plan.of(architecture, kept))
+    def _build(self, architecture: Architecture | None, stored_config: dict[str, Any] | None) -> list[dict[str, Any]]:
+        return self.call("build", architecture, self._batches, self.device, Plan.of(architecture, stored_config))
 
     def call(self, method: str, *arguments: Any, timeout_s: float | None = None) -> list[Any]:
         """Call a method on all workers. `timeout_s` is ignored, since messages between workers have a time limit of their own."""

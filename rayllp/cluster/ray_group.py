@@ -87,12 +87,14 @@ class RayGroup(ElasticGroup):
         storage = place_of_checkpoints(run, config.checkpoint.path)
         return cls(config_here, pool or ActorPool(config_here.world, device, name=run_name(run)), storage)
 
-    def start(self, architecture: Architecture | None, batches: Batches, kept: dict[str, Any] | None = None) -> list[dict[str, Any]]:
+    def start(
+        self, architecture: Architecture | None, batches: Batches, stored_config: dict[str, Any] | None = None
+    ) -> list[dict[str, Any]]:
         """Start the workers, as `WorkerGroup.start` says. Data in memory pass through Ray's object store, once for all workers."""
         self.pool.wait_for_room()
         self._slots = self.pool.slots[: self.config.world]
         self.workers = [self.pool.start_actor(slot, rank, self.config) for rank, slot in enumerate(self._slots)]
-        self._batches, self._shared, self._sources = batches, {}, (architecture, kept)
+        self._batches, self._shared, self._sources = batches, {}, (architecture, stored_config)
         self._connect()
         return self._build(range(self.config.world))
 
@@ -157,8 +159,10 @@ class RayGroup(ElasticGroup):
         """False with MPI, since a process can be in only one MPI world."""
         return self.config.channel != "mpi"
 
-    def rebuild(self, config: TrainConfig, architecture: Architecture | None, kept: dict[str, Any] | None = None) -> list[dict[str, Any]]:
-        self.config, self._sources = config, (architecture, kept)
+    def rebuild(
+        self, config: TrainConfig, architecture: Architecture | None, stored_config: dict[str, Any] | None = None
+    ) -> list[dict[str, Any]]:
+        self.config, self._sources = config, (architecture, stored_config)
         self._reconfigure()
         return self._build(range(config.world))
 
@@ -332,13 +336,13 @@ class RayGroup(ElasticGroup):
         config: TrainConfig,
         lost: frozenset[int],
         architecture: Architecture | None,
-        kept: dict[str, Any] | None,
+        stored_config: dict[str, Any] | None,
         leaving: frozenset[int] = frozenset(),
     ) -> list[dict[str, Any]]:
         """Redistribute the layers, as `ElasticGroup.reshape` says. States pass through Ray's object store."""
         self._redistribution = plan = self._redistribution or self._collect(lost)
         self.call_some(self.survivors(lost), "leave", timeout_s=START_TIMEOUT_S)
-        self.config, self._sources = config, (architecture, kept)
+        self.config, self._sources = config, (architecture, stored_config)
         self._fill_slots(config.world, lost, leaving if self.keeps_processes else frozenset(self.survivors(lost)))
         self._reconfigure()
         self._connect()

@@ -96,7 +96,7 @@ class BlockWorker:
         plan.apply()
         self._settle(batches)
         if architecture is None:
-            build_architecture(self.config, batches.facts, plan.kept)  # type: ignore[attr-defined]
+            build_architecture(self.config, batches.facts, plan.stored_config)  # type: ignore[attr-defined]
         return self.place().node
 
     def place(self) -> Place:
@@ -174,7 +174,7 @@ class BlockWorker:
         where = torch.device("cuda", 0) if device == "cuda" else torch.device("cpu")
         if architecture is None:
             facts = batches.facts  # type: ignore[attr-defined]  # a data set of ours, as the settings name the model
-            architecture = build_architecture(config, facts, plan.kept)
+            architecture = build_architecture(config, facts, plan.stored_config)
         self.engine = Engine(architecture, config, batches, *self._channels(), where)
         self._keep_copies()
         parameters = sum(p.numel() for p in self.engine.block.parameters.values())

@@ -58,30 +58,30 @@ def register(family: str, home: str) -> None:
     FAMILIES[family] = home
 
 
-def build_architecture(config: TrainConfig, facts: Facts, kept: Mapping[str, Any] | None = None) -> Architecture:
+def build_architecture(config: TrainConfig, facts: Facts, stored_config: Mapping[str, Any] | None = None) -> Architecture:
     """Return the adapter of `config.model.family`, built for data with these facts.
 
     Args:
         config: the settings of the run.
         facts: what the data set says of itself.
-        kept: transformers' configuration of a run that is resumed (RUN/model.json); its weights come from the run's checkpoint.
+        stored_config: transformers' configuration of a run that is resumed (RUN/model.json); its weights come from the run's checkpoint.
 
     Raises:
         SettingsError: there is no such family, or the settings do not fit the data.
         CheckpointError: the checkpoint of model.from_pretrained does not fit.
     """
     check_family(config)
-    return adapter(config).from_settings(config, facts, kept)
+    return adapter(config).from_settings(config, facts, stored_config)
 
 
-def check_network(config: TrainConfig, facts: Facts, kept: Mapping[str, Any] | None = None) -> None:
+def check_network(config: TrainConfig, facts: Facts, stored_config: Mapping[str, Any] | None = None) -> None:
     """Refuse settings from which no network can be built for data with these facts, or whose metric could not be computed.
 
     Raises:
         SettingsError, CheckpointError: see `build_architecture`.
         DataError: the package for the translation metric is not installed.
     """
-    check_batched(config, build_architecture(config, facts, kept))
+    check_batched(config, build_architecture(config, facts, stored_config))
     if config.model.family == "mt" and (config.eval.translate or config.eval.final_translate) and find_spec("sacrebleu") is None:
         raise DataError("BLEU needs sacrebleu: pip install 'rayllp[translation]', or set eval.translate and eval.final_translate to 0")
 

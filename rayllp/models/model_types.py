@@ -67,17 +67,19 @@ def check_type(model_type: str) -> None:
         )
 
 
-def configuration(settings: TrainConfig, facts: Facts, kept: Mapping[str, Any] | None) -> PreTrainedConfig:
+def configuration(settings: TrainConfig, facts: Facts, stored_config: Mapping[str, Any] | None) -> PreTrainedConfig:
     """Return transformers' configuration of the model.
 
-    It is that of a resumed run (`kept`), or that of the checkpoint to start from, or a new one of the settings' sizes.
+    It is that of a resumed run (`stored_config`), or that of the checkpoint to start from, or a new one of the settings' sizes.
 
     Raises:
         SettingsError: there is no such model type, or it lacks a field.
         CheckpointError: the checkpoint's configuration cannot be read, or is of another model type than the settings'.
     """
     model = settings.model
-    stored = dict(kept) if kept is not None else transformers_config(read_config(model.from_pretrained)) if model.from_pretrained else None
+    stored = stored_config
+    if stored is None and model.from_pretrained:
+        stored = transformers_config(read_config(model.from_pretrained))
     if stored is None:
         assert model.architecture is not None
         check_type(model.architecture)
@@ -86,7 +88,7 @@ def configuration(settings: TrainConfig, facts: Facts, kept: Mapping[str, Any] |
     check_type(model_type)
     if model.architecture not in (None, model_type):
         raise CheckpointError(f"model.from_pretrained is a {model_type}, and model.architecture is {model.architecture}: leave it out")
-    sizes = stored if kept is not None else at_depth(stored, settings)
+    sizes = stored if stored_config is not None else at_depth(stored, settings)
     config = CONFIG_MAPPING[model_type].from_dict({**sizes, **model.config_overrides})
     _check_vocabulary(config, settings, facts)
     return _adapted(config, settings, facts)

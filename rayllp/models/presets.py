@@ -41,11 +41,11 @@ class Preset(Transformer):
     """Base of the presets. A subclass sets `model_class` and overrides `config_of`."""
 
     @classmethod
-    def from_settings(cls, settings: TrainConfig, facts: Facts, kept: Mapping[str, Any] | None = None) -> "Preset":
-        """Return the adapter for these settings and data; `kept` is the configuration of a run that is resumed."""
+    def from_settings(cls, settings: TrainConfig, facts: Facts, stored_config: Mapping[str, Any] | None = None) -> "Preset":
+        """Return the adapter for these settings and data; `stored_config` is the configuration of a run that is resumed."""
         config, source = cls.config_of(settings, facts), settings.model.from_pretrained
-        if kept is not None:
-            config, source = _with_ours(type(config).from_dict(dict(kept)), config), None
+        if stored_config is not None:
+            config, source = _with_ours(type(config).from_dict(dict(stored_config)), config), None
         elif source is not None:
             config = cls._as_pretrained(config, source, settings)
         cls.check_sizes(config, settings)

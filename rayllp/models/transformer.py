@@ -212,10 +212,10 @@ class Transformer(PretrainedArchitecture):
     # Settings -------------------------------------------------------------------------------------------------------------------
 
     @classmethod
-    def from_settings(cls, settings: TrainConfig, facts: Facts, kept: Mapping[str, Any] | None = None) -> "Transformer":
-        """Return the adapter for these settings and data; `kept` is the configuration of a run that is resumed."""
-        source = settings.model.from_pretrained if kept is None else None
-        config = model_types.configuration(settings, facts, kept)
+    def from_settings(cls, settings: TrainConfig, facts: Facts, stored_config: Mapping[str, Any] | None = None) -> "Transformer":
+        """Return the adapter for these settings and data; `stored_config` is the configuration of a run that is resumed."""
+        source = settings.model.from_pretrained if stored_config is None else None
+        config = model_types.configuration(settings, facts, stored_config)
         cls.check_sizes(config, settings)
         kind = model_types.model_class(config.model_type, settings.model.task)
         config._attn_implementation = "sdpa" if kind._supports_sdpa else "eager"

@@ -26,7 +26,7 @@ from rayllp.report import RunDirectory
 from rayllp.report.loggers import check_loggers
 from rayllp.report.progress import tell
 from rayllp.report.run_lock import Hold, hold
-from rayllp.training.result import Loaded, whole_network
+from rayllp.training.result import Loaded, at_full_depth
 
 
 class Prepared(NamedTuple):
@@ -135,7 +135,7 @@ def validate(
         return None
     check_family(config)
     loaded = load_known(config, run, found)
-    check_network(config, loaded.data.facts, loaded.kept)
+    check_network(config, loaded.data.facts, loaded.stored_config)
     return loaded
 
 
@@ -153,7 +153,7 @@ def load_known(config: TrainConfig, run: RunDirectory | None, found: Sequence[Fo
     if known is None:
         known = DataRecord.read(_newest_manifest(found).get("data") or {})
     data, record, changed = load_recorded(config, known, run.path / TOKENIZER_JSON if run is not None else None, data)
-    return Loaded(data, kept_network(config, run), record, changed)
+    return Loaded(data, read_stored_config(config, run), record, changed)
 
 
 def _drawing(config: TrainConfig, model: Architecture, batches: Batches | None) -> str | None:
@@ -183,9 +183,9 @@ def _drawing(config: TrainConfig, model: Architecture, batches: Batches | None) 
         return None
 
 
-def kept_network(config: TrainConfig, run: RunDirectory | None) -> dict[str, Any] | None:
+def read_stored_config(config: TrainConfig, run: RunDirectory | None) -> dict[str, Any] | None:
     """Return the network's transformers configuration as the run has stored it, at the run's full depth; None if there is none."""
-    return whole_network(config, read_model_json(run.path)) if run is not None else None
+    return at_full_depth(read_model_json(run.path), config) if run is not None else None
 
 
 # Resuming a run -------------------------------------------------------------------------------------------------------------------

@@ -42,13 +42,13 @@ class Loaded(NamedTuple):
 
     Attributes:
         data: the data set.
-        kept: the transformers configuration that a resumed run has stored.
+        stored_config: the transformers configuration that a resumed run has stored.
         record: describes the data, so that a resumed run can recognise them.
         changed: splits of the data that differ from those that the run began with.
     """
 
     data: Any
-    kept: dict[str, Any] | None
+    stored_config: dict[str, Any] | None
     record: DataRecord | None = None
     changed: tuple[str, ...] = ()
 
@@ -59,12 +59,12 @@ class Plan:
 
     Attributes:
         families: maps each model family to the location of its adapter; includes those that the user's program has registered.
-        kept: the transformers configuration that a resumed run has stored.
+        stored_config: the transformers configuration that a resumed run has stored.
         here: the driver's working directory, where relative paths start. Ray's worker processes may start in another one.
     """
 
     families: dict[str, str] = field(default_factory=dict)
-    kept: dict[str, Any] | None = None
+    stored_config: dict[str, Any] | None = None
     here: str = field(default_factory=os.getcwd)
 
     def apply(self) -> None:
@@ -74,23 +74,23 @@ class Plan:
             os.chdir(self.here)
 
     @classmethod
-    def of(cls, architecture: Architecture | None, kept: dict[str, Any] | None) -> Self:
+    def of(cls, architecture: Architecture | None, stored_config: dict[str, Any] | None) -> Self:
         """Return the plan for this architecture. One of the user's own needs no adapter, so it gets no families."""
-        return cls({} if architecture is not None else dict(FAMILIES), kept)
+        return cls({} if architecture is not None else dict(FAMILIES), stored_config)
 
 
-def whole_network(whole: TrainConfig, found: dict[str, Any] | None) -> dict[str, Any] | None:
+def at_full_depth(stored_config: dict[str, Any] | None, whole: TrainConfig) -> dict[str, Any] | None:
     """Return the transformers configuration at the run's full depth.
 
     Args:
+        stored_config: the configuration, which may be that of a shallower stage; None is returned as it is.
         whole: settings of the whole run.
-        found: the configuration, which may be that of a shallower stage; None is returned as it is.
     """
-    return with_layers(found, whole.model.layers) if found is not None and whole.nested.factors else found
+    return with_layers(stored_config, whole.model.layers) if stored_config is not None and whole.nested.factors else stored_config
 
 
 def network_at(
-    config: TrainConfig, whole: TrainConfig, model: Architecture | None, kept: dict[str, Any] | None
+    config: TrainConfig, whole: TrainConfig, model: Architecture | None, stored_config: dict[str, Any] | None
 ) -> tuple[Architecture | None, dict[str, Any] | None]:
     """Return the user's network and the stored transformers configuration at a stage's depth.
 
@@ -98,11 +98,11 @@ def network_at(
         config: settings of the stage.
         whole: settings of the whole run.
         model: the user's network at full depth, if there is one.
-        kept: the configuration that a resumed run has stored, if there is one.
+        stored_config: the configuration that a resumed run has stored, if there is one.
     """
     if not whole.nested.factors:
-        return model, kept
-    kept = None if kept is None else with_layers(kept, config.model.layers)
+        return model, stored_config
+    stored_config = None if stored_config is None else with_layers(stored_config, config.model.layers)
     if not isinstance(model, LayerStack):
-        return model, kept
-    return model.thinned(config.buffers.open, config.buffers.close, whole.middle_layers // config.middle_layers), kept
+        return model, stored_config
+    return model.thinned(config.buffers.open, config.buffers.close, whole.middle_layers // config.middle_layers), stored_config

@@ -25,7 +25,7 @@ class RunState:
 
     Args:
         model: a network of the user's own; None: the one that the settings name.
-        kept: the transformers configuration that a resumed run has stored.
+        stored_config: the transformers configuration that a resumed run has stored.
 
     Attributes:
         whole: settings of the whole run.
@@ -38,10 +38,10 @@ class RunState:
 
     def __init__(
         self, whole: TrainConfig, run: RunDirectory, workers: WorkerGroup, saver: Saver, journal: Journal, model: Architecture | None,
-        kept: dict[str, Any] | None,
+        stored_config: dict[str, Any] | None,
     ) -> None:  # fmt: skip
         self.whole, self.run, self.workers, self.saver, self.journal = whole, run, workers, saver, journal
-        self._model, self._kept = model, kept
+        self._model, self._stored_config = model, stored_config
         self._size = workers.config.world
         self.stage = stage_at(whole, 0)
         self.config = self.at_size(self._size)
@@ -179,7 +179,7 @@ class RunState:
 
     def network(self) -> tuple[Architecture | None, dict[str, Any] | None]:
         """Return the stage's network and configuration, in the form that `WorkerGroup.start` takes."""
-        return network_at(self.config, self.whole, self._model, self._kept)
+        return network_at(self.config, self.whole, self._model, self._stored_config)
 
     def at_size(self, size: int) -> TrainConfig:
         """Return the stage's settings for at most `size` workers."""

@@ -21,13 +21,15 @@ class WorkerGroup(ABC):
     device: str
 
     @abstractmethod
-    def start(self, architecture: Architecture | None, batches: Batches, kept: dict[str, Any] | None = None) -> list[dict[str, Any]]:
+    def start(
+        self, architecture: Architecture | None, batches: Batches, stored_config: dict[str, Any] | None = None
+    ) -> list[dict[str, Any]]:
         """Start and connect all workers, and have each build its layers.
 
         Args:
             architecture: a network of the user's own; None: the one that the settings name.
             batches: the data set; it is loaded once, by the driver.
-            kept: the transformers configuration that a resumed run has stored.
+            stored_config: the transformers configuration that a resumed run has stored.
 
         Returns: for each worker (by rank) a description of its share of the network; see `BlockWorker.build`.
 
@@ -36,7 +38,9 @@ class WorkerGroup(ABC):
         """
 
     @abstractmethod
-    def rebuild(self, config: TrainConfig, architecture: Architecture | None, kept: dict[str, Any] | None = None) -> list[dict[str, Any]]:
+    def rebuild(
+        self, config: TrainConfig, architecture: Architecture | None, stored_config: dict[str, Any] | None = None
+    ) -> list[dict[str, Any]]:
         """Replace the layers of all workers by those of other settings with the same number of workers.
 
         The other arguments and the result are those of `start`.
@@ -145,7 +149,7 @@ class ElasticGroup(WorkerGroup):
         config: TrainConfig,
         lost: frozenset[int],
         architecture: Architecture | None,
-        kept: dict[str, Any] | None,
+        stored_config: dict[str, Any] | None,
         leaving: frozenset[int] = frozenset(),
     ) -> list[dict[str, Any]]:
         """Redistribute the layers among `config.world` workers: survivors, standby workers that are ready, then new ones.
@@ -155,7 +159,7 @@ class ElasticGroup(WorkerGroup):
         Args:
             config: settings with the new number of workers.
             lost: ranks of lost workers.
-            architecture, kept: as for `start`.
+            architecture, stored_config: as for `start`.
             leaving: ranks of workers that hand over their states and get no layers.
 
         Returns: a description of each worker's share, as `start` does.
