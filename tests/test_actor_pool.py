@@ -13,7 +13,7 @@ from rayllp.cluster.ray_group import RayGroup
 from rayllp.report import RunDirectory
 from rayllp.training.driver import Driver
 from rayllp.training.prepare import validate
-from rayllp.training.result import Plan
+from rayllp.training.result import BuildContext
 from tests.conftest import losses_over_threads, tiny
 from tests.test_train import living_actors, losses, placement_groups, read, wait_until
 
@@ -71,7 +71,7 @@ def test_a_spare_that_fails_while_it_warms_is_as_if_there_were_none():
     logging.getLogger("ray._private.worker").addHandler(listener)
     try:
         for end in (lambda: pool.take_spare(node), pool.dismiss_idle):
-            pool.keep_spares([node], config, None, "no batches", Plan())
+            pool.keep_spares([node], config, None, "no batches", BuildContext())
             ready = pool._spares[node].ready
             assert ray.wait([ready], timeout=120)[0]
             del ready

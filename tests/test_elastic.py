@@ -27,8 +27,8 @@ def test_blocks_are_made_of_other_blocks_states(before, after, optimizer):
         engine = make_engine(tiny(workers=before, optimizer={"name": optimizer}), channel)
         train_engine(engine, 2)
         state = BlockState(engine)
-        flat = state.room()
-        state.take(flat)
+        flat = state.new_buffer()
+        state.copy_into(flat)
         return state.layout, flat, [stats.grad_norm for stats in train_engine(engine, 2, first=2)]
 
     saved = run_workers(before, save)
@@ -38,7 +38,7 @@ def test_blocks_are_made_of_other_blocks_states(before, after, optimizer):
         with torch.no_grad():  # all must be overwritten
             for parameter in engine.block.parameters.values():
                 parameter.fill_(torch.nan)
-        BlockState(engine).gather([(layout, flat) for layout, flat, _ in saved])
+        BlockState(engine).restore_from([(layout, flat) for layout, flat, _ in saved])
         return [stats.grad_norm for stats in train_engine(engine, 2, first=2)]
 
     for norms in run_workers(after, go_on):
@@ -48,7 +48,7 @@ def test_blocks_are_made_of_other_blocks_states(before, after, optimizer):
 def test_a_parameter_that_no_state_has():
     engine = make_engine(tiny())
     with pytest.raises(ClusterError, match="is not in the states of the workers"):
-        BlockState(engine).gather([])
+        BlockState(engine).restore_from([])
 
 
 def test_a_range_of_workers():
@@ -147,9 +147,9 @@ class Shrinking(RayGroup):
 
     replaced = 0
 
-    def places(self, lost):
+    def count_available_workers(self, lost):
         self.replaced += 1
-        return super().places(lost) if self.replaced > 1 else self.size - len(lost)
+        return super().count_available_workers(lost) if self.replaced > 1 else self.size - len(lost)
 
 
 class Waiting(Driver):

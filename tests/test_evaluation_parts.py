@@ -42,10 +42,10 @@ class Here(WorkerGroup):
         self.calls.append((method, *arguments))
         return [getattr(self.worker, method)(*arguments)]
 
-    def start(self, architecture, batches, stored_config=None):
+    def start(self, network, batches):
         raise NotImplementedError
 
-    def rebuild(self, config, architecture, stored_config=None):
+    def rebuild(self, config, network):
         raise NotImplementedError
 
     def shutdown(self):

@@ -17,7 +17,7 @@ from rayllp.cluster.cpus import cgroup_quota, usable_cpus
 from rayllp.cluster.joining import FILES, PATIENT, _deaf_to_hangups, _environment, _explain, _joined, _raise_file_limit, check_address
 from rayllp.cluster.worker import BlockWorker
 from rayllp.errors import ClusterError, SettingsError
-from rayllp.training.result import Plan
+from rayllp.training.result import BuildContext, Network
 from tests.conftest import tiny
 
 
@@ -144,11 +144,11 @@ def test_cpus_are_those_that_this_process_may_use(monkeypatch):
 def test_relative_paths_start_where_the_driver_is(tmp_path, monkeypatch):
     (tmp_path / "driver").mkdir()
     monkeypatch.chdir(tmp_path / "driver")
-    plan = Plan.of(None, None)
+    context = BuildContext.of(Network(None))
     monkeypatch.chdir(tmp_path)  # as a worker of a cluster that was started here
-    plan.apply()
+    context.apply()
     assert Path.cwd() == tmp_path / "driver"
     monkeypatch.chdir(tmp_path)
     (tmp_path / "driver").rmdir()  # another node
-    plan.apply()
+    context.apply()
     assert Path.cwd() == tmp_path

@@ -65,10 +65,10 @@ def test_a_checkpoint_and_a_state_in_memory_go_on(case, tmp_path):
     engine = make_engine(tiny(**ALL[case]))
     train_engine(engine, 3)
     folder, state = saved(engine, tmp_path / "step_3"), BlockState(engine)
-    kept = state.room()
-    state.take(kept)
+    kept = state.new_buffer()
+    state.copy_into(kept)
     wanted = [stats.grad_norm for stats in train_engine(engine, 3, first=3)], engine.evaluate(2)
-    state.put(kept)
+    state.restore(kept)
     assert ([stats.grad_norm for stats in train_engine(engine, 3, first=3)], engine.evaluate(2)) == wanted
 
     def go_on(channel):

@@ -20,7 +20,7 @@ WAITING = {"steps": 20, "eval": {"every": 2, "batches": 1, "patience": 2}, "snap
 class Alone(Here):
     """The one worker of a run."""
 
-    def start(self, architecture, batches, stored_config=None):
+    def start(self, network, batches):
         return [
             {"network": self.worker.engine.block.architecture.transformers_config(), "rank": 0, "layers": [], "parameters": 0, "pid": 0}
         ]

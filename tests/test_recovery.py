@@ -11,8 +11,8 @@ import torch
 import rayllp
 from rayllp.channel import run_workers
 from rayllp.channel.torch_dist import TorchChannel
-from rayllp.checkpoint.memory import Copies, Inventory, NeighbourCopies, Source, copy_offset
-from rayllp.checkpoint.states import parts_of
+from rayllp.checkpoint.memory import CopyPlacement, HeldStates, Inventory, Source, copy_offset
+from rayllp.checkpoint.states import split_state
 from rayllp.cluster.ray_group import RayGroup
 from rayllp.errors import ClusterError
 from rayllp.report import RunDirectory
@@ -29,32 +29,32 @@ from tests.test_train import read
 def test_a_state_in_memory_is_the_whole_state(steps, optimizer):
     engine, twin = (make_engine(tiny(seed=seed, optimizer={"name": optimizer})) for seed in (0, 1))
     train_engine(engine, steps)
-    copies, others = NeighbourCopies(engine, lambda limit: None), NeighbourCopies(twin, lambda limit: None)
-    copies.take(steps)
+    states, others = HeldStates(engine, lambda limit: None), HeldStates(twin, lambda limit: None)
+    states.keep(steps)
     train_engine(twin, 2)
-    others.state.put(copies.give(steps, neighbour=False))
+    others.state.restore(states.give(steps, neighbour=False))
     assert all(torch.equal(p, twin.block.parameters[name]) for name, p in engine.block.parameters.items())
     after = [stats.grad_norm for stats in train_engine(engine, 2)]
-    copies.roll_back(steps)
+    states.restore(steps)
     assert [stats.grad_norm for stats in train_engine(engine, 2)] == after
     with pytest.raises(ClusterError, match=r"a state of \(3,\) numbers"):
-        parts_of(torch.zeros(3, dtype=torch.float64), others.state.layout)
+        split_state(torch.zeros(3, dtype=torch.float64), others.state.layout)
 
 
 def test_the_next_worker_has_the_last_states():
     def work(channel):
         engine = make_engine(tiny(workers=3), channel)
         # A channel of their own: threads share this one, so nothing is trained here.
-        copies = NeighbourCopies(engine, lambda limit: channel)
+        states = HeldStates(engine, lambda limit: channel)
         for step in range(4):
             with torch.no_grad():
                 for parameter in engine.block.parameters.values():
                     parameter.fill_(10 * channel.rank + step)
-            copies.take(step)
-        copies.wait()
-        found = copies.inventory()
-        copies.close()
-        return found, copies.give(3, neighbour=True)[0].item(), copies.give(3, neighbour=False)[0].item()
+            states.keep(step)
+        states.wait()
+        found = states.inventory()
+        states.close()
+        return found, states.give(3, neighbour=True)[0].item(), states.give(3, neighbour=False)[0].item()
 
     for rank, (found, before, own) in enumerate(run_workers(3, work)):
         assert found == Inventory((3,), (3,))
@@ -71,43 +71,43 @@ def test_an_exchange_that_fails_is_told_at_the_next_state():
         def exchange(self, *_):
             raise RuntimeError("gone")
 
-    copies = NeighbourCopies(make_engine(tiny()), lambda limit: Broken())
-    copies.take(1)
-    copies.wait()
+    states = HeldStates(make_engine(tiny()), lambda limit: Broken())
+    states.keep(1)
+    states.wait()
     with pytest.raises(rayllp.errors.ChannelError, match="gone"):
-        copies.take(2)
-    assert copies.inventory() == Inventory((1,), ())
-    copies.close()
+        states.keep(2)
+    assert states.inventory() == Inventory((1,), ())
+    states.close()
 
 
 def test_the_step_to_come_back_to():
-    copies = Copies(blocks=3)
+    placement = CopyPlacement(blocks=3)
     held = {0: Inventory((4, 5), (4,)), 1: Inventory((4, 5), (4, 5)), 2: Inventory((4,), (4, 5))}
-    assert copies.common_step(held) == 4
+    assert placement.common_step(held) == 4
     without = {rank: held[rank] for rank in (0, 2)}
-    assert copies.common_step(without) == 4
-    assert copies.sources(1, 4, without) == [Source(2, 1)]
-    assert copies.common_step({0: held[0]}) is None  # worker 1's copy was on worker 2
+    assert placement.common_step(without) == 4
+    assert placement.sources(1, 4, without) == [Source(2, 1)]
+    assert placement.common_step({0: held[0]}) is None  # worker 1's copy was on worker 2
 
 
 def test_the_step_to_come_back_to_with_replicas():
-    copies, held = Copies(blocks=2, replicas=2), {0: Inventory((7,), ()), 3: Inventory((6, 7), ()), 2: Inventory((7,), ())}
-    assert copies.common_step(held) == 7
-    assert copies.sources(1, 7, held) == [Source(3, 3)]
-    assert copies.sources_of_all(7, held) == [Source(0, 0), Source(3, 3)]
-    assert copies.common_step({0: held[0], 2: held[2]}) is None  # both of the second block are lost
+    placement, held = CopyPlacement(blocks=2, replicas=2), {0: Inventory((7,), ()), 3: Inventory((6, 7), ()), 2: Inventory((7,), ())}
+    assert placement.common_step(held) == 7
+    assert placement.sources(1, 7, held) == [Source(3, 3)]
+    assert placement.sources_of_all(7, held) == [Source(0, 0), Source(3, 3)]
+    assert placement.common_step({0: held[0], 2: held[2]}) is None  # both of the second block are lost
 
 
 def test_the_step_to_come_back_to_where_the_optimizers_state_is_shared_out():
     """A lost worker's weights are on every replica that has its block, its share of the state in one copy."""
-    copies, all_of = Copies(blocks=2, replicas=2, sharded=True, offset=2), Inventory((6, 7), (6, 7))
+    placement, all_of = CopyPlacement(blocks=2, replicas=2, sharded=True, offset=2), Inventory((6, 7), (6, 7))
     held = {0: all_of, 2: Inventory((7,), (7,)), 3: all_of}
-    assert copies.sources(1, 7, held) == [Source(3, 3), Source(3, 1, has_weights=False)]
-    assert copies.common_step(held) == 7
+    assert placement.sources(1, 7, held) == [Source(3, 3), Source(3, 1, has_weights=False)]
+    assert placement.common_step(held) == 7
     # Of each block one gives the weights.
-    assert [tuple(source) for source in copies.sources_of_all(7, held)] == [(0, 0, True), (2, 2, False), (3, 1, False), (3, 3, True)]
-    assert copies.common_step({**held, 3: Inventory((6, 7), (6,))}) is None  # its share of step 7 had not arrived, 6 is not on worker 2
-    assert copies.common_step({0: all_of, 2: all_of}) is None
+    assert [tuple(source) for source in placement.sources_of_all(7, held)] == [(0, 0, True), (2, 2, False), (3, 1, False), (3, 3, True)]
+    assert placement.common_step({**held, 3: Inventory((6, 7), (6,))}) is None  # its share of step 7 had not arrived, 6 is not on worker 2
+    assert placement.common_step({0: all_of, 2: all_of}) is None
 
 
 def test_a_copy_goes_to_another_node():
@@ -119,9 +119,9 @@ def test_a_copy_goes_to_another_node():
     assert copy_offset("aab") == 1  # no offset serves both of node a
     assert copy_offset("aaaabbbb", 2) == 4  # of four replicas, the next but one
     assert copy_offset("abab", 2) == 2
-    copies, held = Copies(blocks=4, offset=2), {0: Inventory((4,), (4,)), 1: Inventory((4,), (4,))}
-    assert copies.common_step(held) == 4
-    assert copies.sources(3, 4, held) == [Source(1, 3)]
+    placement, held = CopyPlacement(blocks=4, offset=2), {0: Inventory((4,), (4,)), 1: Inventory((4,), (4,))}
+    assert placement.common_step(held) == 4
+    assert placement.sources(3, 4, held) == [Source(1, 3)]
 
 
 # The budget --------------------------------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ import torch
 
 from rayllp.channel import LocalChannel, run_workers
 from rayllp.checkpoint import load_pieces
-from rayllp.checkpoint.memory import NeighbourCopies
+from rayllp.checkpoint.memory import HeldStates
 from rayllp.checkpoint.states import BlockState
 from rayllp.checkpoint.store import PieceWriter
 from rayllp.engine import sharding
@@ -151,8 +151,8 @@ def test_states_in_memory_serve_other_numbers_of_replicas(after, optimizer):
     def save(engine):
         train_engine(engine, 2)
         state = BlockState(engine)
-        flat = state.room()
-        state.take(flat)
+        flat = state.new_buffer()
+        state.copy_into(flat)
         return (state.layout, flat), [stats.grad_norm for stats in train_engine(engine, 2, first=2)]
 
     found = over_mesh(mesh(2, 2, {**optimizer, "sharded": True}), save)
@@ -162,7 +162,7 @@ def test_states_in_memory_serve_other_numbers_of_replicas(after, optimizer):
         with torch.no_grad():
             for parameter in engine.block.parameters.values():
                 parameter.fill_(torch.nan)
-        BlockState(engine).gather(states)
+        BlockState(engine).restore_from(states)
         return [stats.grad_norm for stats in train_engine(engine, 2, first=2)]
 
     for norms in over_mesh(mesh(*after, {**optimizer, "sharded": True}), go_on):
@@ -175,13 +175,13 @@ def test_a_lost_replica_comes_back_from_the_others_weights_and_the_copy_of_its_s
 
     def work(engine):
         rank = engine.replicas.rank
-        copies = NeighbourCopies(engine, lambda limit: world[rank])
+        states = HeldStates(engine, lambda limit: world[rank])
         train_engine(engine, 2)
-        copies.take(2)
-        copies.wait()
-        copies.close()
-        assert torch.equal(copies.give(2, neighbour=False, weights=False), copies.give(2, neighbour=False)[copies.state.copied])
-        return copies.state.layout, copies.give(2, neighbour=False), copies.give(2, neighbour=True)
+        states.keep(2)
+        states.wait()
+        states.close()
+        assert torch.equal(states.give(2, neighbour=False, weights=False), states.give(2, neighbour=False)[states.state.copied])
+        return states.state.layout, states.give(2, neighbour=False), states.give(2, neighbour=True)
 
     held = over_mesh(config, work)
     layouts = [layout for layout, _, _ in held]
@@ -190,9 +190,9 @@ def test_a_lost_replica_comes_back_from_the_others_weights_and_the_copy_of_its_s
     assert len(copy[1]) < 0.7 * layouts[1].weights
     channels = LocalChannel.group(3)
     twin = make_engine(config, None, channels[1])
-    BlockState(twin).gather([(layouts[0], held[0][1]), copy])
-    flat = BlockState(twin).room()
-    BlockState(twin).take(flat)
+    BlockState(twin).restore_from([(layouts[0], held[0][1]), copy])
+    flat = BlockState(twin).new_buffer()
+    BlockState(twin).copy_into(flat)
     assert torch.equal(flat, held[1][1])
     with pytest.raises(ClusterError, match="optimizer's state of"):
-        BlockState(twin).gather([(layouts[0], held[0][1])])
+        BlockState(twin).restore_from([(layouts[0], held[0][1])])

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from rayllp.channel import LocalChannel, MessageTag, StateSpec, run_workers
-from rayllp.checkpoint.memory import NeighbourCopies
+from rayllp.checkpoint.memory import HeldStates
 from rayllp.errors import ChannelError
 from tests.conftest import make_engine, tiny, train_engine
 from tests.strict_channel import run_strictly
@@ -83,9 +83,9 @@ def test_copies_of_states():
     config = tiny(workers=3)
 
     def work(channel):
-        copies = NeighbourCopies(make_engine(config, LocalChannel.alone()), lambda limit: channel)
-        copies.take(0)
-        copies.wait()
-        return copies.inventory().neighbours
+        states = HeldStates(make_engine(config, LocalChannel.alone()), lambda limit: channel)
+        states.keep(0)
+        states.wait()
+        return states.inventory().neighbours
 
     assert run_strictly(3, work) == [(0,)] * 3

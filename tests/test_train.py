@@ -232,6 +232,6 @@ def test_these_runs_had_the_same_processes(parallel_run):
     assert len(before) >= 4
     assert {actor["ActorID"] for actor in living_actors()} == before
     with pytest.raises(SettingsError, match=r"5 workers within keep_workers\(4\): keep 5, or lower workers"):
-        session._kept.pool(tiny(workers=5), "cpu")
+        session._kept_workers.pool(tiny(workers=5), "cpu")
     with pytest.raises(SettingsError, match="keep_workers within keep_workers"), rayllp.keep_workers(1):
         pass

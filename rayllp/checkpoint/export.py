@@ -20,7 +20,7 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, Pr
 from transformers.pytorch_utils import Conv1D
 
 from rayllp.checkpoint.depth_prolongation import LAYER
-from rayllp.checkpoint.location import Folder, at_hand, place_of_checkpoints
+from rayllp.checkpoint.location import Folder, at_hand, checkpoint_folder
 from rayllp.checkpoint.run_metadata import MODEL_JSON, TOKENIZER_JSON, read_model_json
 from rayllp.checkpoint.store import check_content, checkpoints, read_manifest
 from rayllp.config import TrainConfig, load_run_config
@@ -106,9 +106,9 @@ def export(run: Path, to: Path, step: int | None = None, family: str | None = No
         DataError: the run directory has no model.json, and the data by which the model could be built again are gone.
     """
     run, to = Path(run), Path(to).absolute()
-    config, checkpoint_folder = _open_run(run, step, family)
+    config, folder = _open_run(run, step, family)
     _refuse_occupied(to)
-    with at_hand(checkpoint_folder) as checkpoint:
+    with at_hand(folder) as checkpoint:
         if config.model.lora is not None and not merge:
             _export_adapters(run, config, checkpoint, to)
         else:
@@ -162,7 +162,7 @@ def _open_run(run: Path, step: int | None, family: str | None) -> tuple[TrainCon
     """Return the run's settings and the folder of the checkpoint."""
     config = load_run_config(run)
     refuse_unnamed_code(config, run, family)
-    by_step = {path.name.removeprefix("step_"): path for path in checkpoints(place_of_checkpoints(run, config.checkpoint.path))}
+    by_step = {path.name.removeprefix("step_"): path for path in checkpoints(checkpoint_folder(run, config.checkpoint.path))}
     if not by_step:
         raise CheckpointError(f"{run} has no complete checkpoint to export: let the run end, stop it by Ctrl-C, or set checkpoint.every")
     chosen = list(by_step)[-1] if step is None else str(step)
@@ -194,16 +194,14 @@ def _find_tensors(checkpoint: Path) -> dict[str, _StoredTensor]:
 
 def _read_stored_config(run: Path, config: TrainConfig) -> dict[str, Any]:
     """Return the model's transformers configuration: the one that the run has stored, else one made from the run's settings and data."""
-    stored_config = read_model_json(run)
-    if stored_config is None:
+    stored = read_model_json(run)
+    if stored is None:
         # The run's own weights will be used, so a pretrained model that it started from is not needed, and may be gone.
         bare = config.model_copy(update={"model": config.model.model_copy(update={"from_pretrained": None})})
         made_anew = build_architecture(bare, load_data(bare).facts).transformers_config()
         assert made_anew is not None
         return made_anew
-    if stored_config.get("architectures"):
-        return stored_config
-    return {**stored_config, "architectures": [adapter(config).model_class.__name__]}
+    return stored if stored.get("architectures") else {**stored, "architectures": [adapter(config).model_class.__name__]}
 
 
 def _is_scaled(config: TrainConfig) -> bool:

@@ -30,16 +30,16 @@ def locate(text: str | Folder) -> Folder:
     if "://" not in str(text):
         return Path(str(text))
     try:
-        place = UPath(str(text))
-        place.fs  # noqa: B018 (made here: its package may be missing)
+        folder = UPath(str(text))
+        folder.fs  # noqa: B018 (made here: its package may be missing)
     except (ImportError, ValueError) as error:
         raise SettingsError(
             f"checkpoint.path {text}: {error}; install fsspec's package for it (s3fs, gcsfs, adlfs, …), or give a folder that all nodes see"
         ) from None
-    return place
+    return folder
 
 
-def place_of_checkpoints(run: Path, path: str | None) -> Folder:
+def checkpoint_folder(run: Path, path: str | None) -> Folder:
     """Return the folder of a run's checkpoints.
 
     Args:
@@ -100,6 +100,6 @@ def at_hand(folder: Folder) -> Iterator[Path]:
         yield folder
         return
     with tempfile.TemporaryDirectory() as copies:
-        found: Any = folder.fs
-        found.get(folder.path.rstrip("/") + "/", copies + "/", recursive=True)
+        file_system: Any = folder.fs
+        file_system.get(folder.path.rstrip("/") + "/", copies + "/", recursive=True)
         yield Path(copies)

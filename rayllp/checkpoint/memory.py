@@ -39,14 +39,14 @@ class Inventory:
     neighbours: tuple[int, ...]
 
 
-class NeighbourCopies:
+class HeldStates:
     """Keeps the last states of a worker, and copies of another worker's, in host memory.
 
     Args:
         engine: the engine whose block's states are kept.
         connect: returns a channel to all workers, given the time limit of its messages in seconds; nothing else uses this channel. It
             returns None if another replica has the same states, so that no copies are needed.
-        before: the predecessor of this object, from before the workers were connected anew; its states are taken over.
+        predecessor: this object from before the workers were connected anew; its states are taken over.
         offset: copies go from rank r to rank r + offset.
 
     Attributes:
@@ -54,15 +54,15 @@ class NeighbourCopies:
     """
 
     def __init__(
-        self, engine: Engine, connect: Callable[[float], Channel | None], before: "NeighbourCopies | None" = None, offset: int = 1
+        self, engine: Engine, connect: Callable[[float], Channel | None], predecessor: "HeldStates | None" = None, offset: int = 1
     ) -> None:
         self.state = BlockState(engine)
         self._connect = connect
         channel = connect(PATIENCE_S)
         self.channel = channel if channel is not None and channel.size > 1 else None
         self.offset = offset
-        self._own: dict[int, Tensor] = {} if before is None else before._own
-        self._neighbours: dict[int, Tensor] = {} if before is None else before._neighbours
+        self._own: dict[int, Tensor] = {} if predecessor is None else predecessor._own
+        self._neighbours: dict[int, Tensor] = {} if predecessor is None else predecessor._neighbours
         self._spare: list[Tensor] = []
         self._lock = threading.Lock()
         self._idle = threading.Event()
@@ -74,7 +74,7 @@ class NeighbourCopies:
         if self.channel is not None:
             threading.Thread(target=self._exchange_all, daemon=True, name="copies").start()
 
-    def take(self, step: int) -> None:
+    def keep(self, step: int) -> None:
         """Keep the current state, after `step` steps; its copy is sent in the background.
 
         Raises:
@@ -84,10 +84,10 @@ class NeighbourCopies:
         if self._failure is not None:
             raise ChannelError(f"step {step}: the neighbour's copy did not arrive: {self._failure}") from self._failure
         started = time.perf_counter()
-        room = self._spare.pop() if self._spare else self.state.room()
-        self.state.take(room)
+        buffer = self._spare.pop() if self._spare else self.state.new_buffer()
+        self.state.copy_into(buffer)
         with self._lock:
-            self._own[step] = room
+            self._own[step] = buffer
         self.seconds = time.perf_counter() - started, self.seconds[1]
         if self.channel is None:
             self._forget_before(min(sorted(self._own)[-KEPT:]))
@@ -100,9 +100,9 @@ class NeighbourCopies:
         with self._lock:
             return Inventory(tuple(sorted(self._own)), tuple(sorted(self._neighbours)))
 
-    def roll_back(self, step: int) -> None:
+    def restore(self, step: int) -> None:
         """Restore this worker's own state after `step` steps."""
-        self.state.put(self._own[step])
+        self.state.restore(self._own[step])
 
     def give(self, step: int, *, neighbour: bool, weights: bool = True) -> Tensor:
         """Return a state after `step` steps: the copy of another worker's, or this worker's own, which may be without its weights."""
@@ -127,7 +127,7 @@ class NeighbourCopies:
             try:
                 self._exchange(step)
                 self.seconds = self.seconds[0], time.perf_counter() - started
-            except Exception as error:  # a worker is gone: the next call of `take` says so, and held states stay
+            except Exception as error:  # a worker is gone: the next call of `keep` says so, and held states stay
                 traceback.clear_frames(error.__traceback__)  # frames would keep connections open, and others waiting
                 self._failure = error.with_traceback(None)
             self._idle.set()
@@ -135,18 +135,18 @@ class NeighbourCopies:
     def _exchange(self, step: int) -> None:
         channel, tag = self.channel, MessageTag(step, "copies")
         assert channel is not None
-        leaving = self._own[step][self.state.copied]
+        outgoing = self._own[step][self.state.copied]
         if not self._sizes:
             sizes = torch.zeros(channel.size, dtype=torch.float64)
-            sizes[channel.rank] = len(leaving)
+            sizes[channel.rank] = len(outgoing)
             self._sizes = [int(size) for size in channel.all_reduce(sizes, tag).tolist()]
             channel = self._connect(PATIENCE_S + max(self._sizes) * self.state.dtype.itemsize / SLOWEST_BYTES_S)
             assert channel is not None
             with self._lock:
                 self.channel = self.channel and channel  # it may have been closed meanwhile
-        before = (channel.rank - self.offset) % channel.size
-        spec = StateSpec((torch.Size((self._sizes[before],)),), (self.state.dtype,), torch.device("cpu"))
-        (received,) = channel.exchange([(leaving, (channel.rank + self.offset) % channel.size)], [(spec, before)], tag)
+        sender, receiver = ((channel.rank + shift) % channel.size for shift in (-self.offset, self.offset))
+        spec = StateSpec((torch.Size((self._sizes[sender],)),), (self.state.dtype,), torch.device("cpu"))
+        (received,) = channel.exchange([(outgoing, receiver)], [(spec, sender)], tag)
         assert isinstance(received, Tensor)
         with self._lock:
             self._neighbours[step] = received
@@ -156,9 +156,9 @@ class NeighbourCopies:
 
     def _forget_before(self, step: int) -> None:
         with self._lock:
-            for old in [kept for kept in self._own if kept < step]:
+            for old in [held for held in self._own if held < step]:
                 self._spare.append(self._own.pop(old))
-            for old in [kept for kept in self._neighbours if kept < step]:
+            for old in [held for held in self._neighbours if held < step]:
                 del self._neighbours[old]
 
 
@@ -182,7 +182,7 @@ class Source(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Copies:
+class CopyPlacement:
     """Which worker holds which states. Ranks are replica · blocks + block.
 
     Attributes:
@@ -198,7 +198,7 @@ class Copies:
     offset: int = 1
 
     @staticmethod
-    def of(config: TrainConfig, nodes: Sequence[str]) -> "Copies":
+    def of(config: TrainConfig, nodes: Sequence[str]) -> "CopyPlacement":
         """Return the arrangement of copies for a run.
 
         Args:
@@ -206,7 +206,7 @@ class Copies:
         """
         blocks, sharded = config.layer_workers, config.shards_optimizer
         offset = copy_offset(nodes, blocks if sharded else 1)
-        return Copies(blocks=blocks, replicas=config.mesh.data, sharded=sharded, offset=offset)
+        return CopyPlacement(blocks=blocks, replicas=config.mesh.data, sharded=sharded, offset=offset)
 
     def sources(self, rank: int, step: int, held: Mapping[int, Inventory]) -> list[Source] | None:
         """Return the sources of a worker's state after `step` steps; None if a part of it is lost.
@@ -214,31 +214,31 @@ class Copies:
         Args:
             held: what each survivor holds, by rank.
         """
-        own = {other for other, found in held.items() if step in found.own}
-        if rank in own:
+        survivors = {other for other, inventory in held.items() if step in inventory.own}
+        if rank in survivors:
             return [Source(rank, rank)]
-        replica = next((Source(other, other) for other in sorted(own) if other % self.blocks == rank % self.blocks), None)
+        replica = next((Source(other, other) for other in sorted(survivors) if other % self.blocks == rank % self.blocks), None)
         holder = (rank + self.offset) % (self.blocks * self.replicas)
         copy = Source(holder, rank, not self.sharded) if holder in held and step in held[holder].neighbours else None
-        wanted = [replica, copy] if self.sharded else [copy if self.replicas == 1 else replica]
-        return None if None in wanted else [source for source in wanted if source is not None]
+        needed = [replica, copy] if self.sharded else [copy if self.replicas == 1 else replica]
+        return None if None in needed else [source for source in needed if source is not None]
 
     def sources_of_all(self, step: int, held: Mapping[int, Inventory]) -> list[Source] | None:
         """Return the sources of all blocks' states after `step` steps, with each weight once; None if a part is lost."""
-        wanted = range(self.blocks * (self.replicas if self.sharded else 1))
-        found = [self.sources(rank, step, held) for rank in wanted]
-        if None in found:
+        ranks = range(self.blocks * (self.replicas if self.sharded else 1))
+        by_rank = [self.sources(rank, step, held) for rank in ranks]
+        if None in by_rank:
             return None
-        first: dict[int, Source] = {}  # by block, the source that gives its weights
-        chosen = sorted({source for sources in found for source in sources or ()})
+        weights_from: dict[int, Source] = {}  # by block
+        chosen = sorted({source for sources in by_rank for source in sources or ()})
         for source in chosen:
             if source.has_weights:
-                first.setdefault(source.owner % self.blocks, source)
-        return [source._replace(has_weights=source in first.values()) for source in chosen]
+                weights_from.setdefault(source.owner % self.blocks, source)
+        return [source._replace(has_weights=source in weights_from.values()) for source in chosen]
 
     def common_step(self, held: Mapping[int, Inventory]) -> int | None:
         """Return the last step that all survivors have and of which no state is lost; None if there is none."""
-        steps = set.intersection(*(set(found.own) for found in held.values()))
+        steps = set.intersection(*(set(inventory.own) for inventory in held.values()))
         return max((step for step in steps if self.sources_of_all(step, held) is not None), default=None)
 
 

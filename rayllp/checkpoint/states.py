@@ -16,7 +16,7 @@ from rayllp.engine import Engine
 from rayllp.errors import ClusterError
 
 
-class Place(NamedTuple):
+class ParameterLayout(NamedTuple):
     """What a state contains of one parameter.
 
     Attributes:
@@ -37,71 +37,71 @@ class Place(NamedTuple):
         return math.prod(self.shape)
 
 
-class Layout(NamedTuple):
+class StateLayout(NamedTuple):
     """The layout of a state: what is where in the flat tensor.
 
     Attributes:
-        places: the parameters, in order.
+        parameters: the layouts of the parameters, in order.
         has_weights: False for a state of moments and step counts only, whose weights other replicas have too.
     """
 
-    places: tuple[Place, ...]
+    parameters: tuple[ParameterLayout, ...]
     has_weights: bool = True
 
     @staticmethod
-    def of(engine: Engine, names: Collection[str], replica: int, *, has_weights: bool = True) -> "Layout":
+    def of(engine: Engine, names: Collection[str], replica: int, *, has_weights: bool = True) -> "StateLayout":
         """Return the layout of the state of some of a block's parameters.
 
         Args:
             replica: the replica whose share of the optimizer's state it is; 0 without sharding.
         """
-        places, share = [], engine.optimizer.shares[replica]
+        parameters, share = [], engine.optimizer.shares[replica]
         for name in names:
             parameter, part = engine.block.parameters[name], share.get(name, range(0))
             shape, shapes = tuple(parameter.shape), engine.optimizer.moments_of(parameter)
             # A moment of another shape than its parameter belongs to a parameter that is not split over replicas.
             moments = {key: len(part) if of == shape else math.prod(of) * bool(part) for key, of in shapes.items()}
-            places.append(Place(name, shape, moments, part.start, part.stop))
-        return Layout(tuple(places), has_weights)
+            parameters.append(ParameterLayout(name, shape, moments, part.start, part.stop))
+        return StateLayout(tuple(parameters), has_weights)
 
     @property
     def names(self) -> set[str]:
         """Names of the parameters."""
-        return {place.name for place in self.places}
+        return {parameter.name for parameter in self.parameters}
 
     @property
     def weights(self) -> int:
         """Number of elements of all weights, which come first in a state."""
-        return sum(place.size for place in self.places) if self.has_weights else 0
+        return sum(parameter.size for parameter in self.parameters) if self.has_weights else 0
 
     @property
     def size(self) -> int:
         """Number of elements in all."""
-        return self.weights + sum(sum(place.moments.values()) + 1 for place in self.places)
+        return self.weights + sum(sum(parameter.moments.values()) + 1 for parameter in self.parameters)
 
     @property
-    def without_weights(self) -> "Layout":
+    def without_weights(self) -> "StateLayout":
         """The layout of the same state without its weights."""
         return self._replace(has_weights=False)
 
 
-class Part(NamedTuple):
+class ParameterState(NamedTuple):
     """What a state contains of one parameter, as flat tensors.
 
     Attributes:
-        place: describes the parameter.
+        layout: describes the parameter.
         weights: None if the state has no weights.
-        moments: in the order of `place.moments`.
+        moments: in the order of `layout.moments`.
         steps: number of steps that the optimizer has done; for an optimizer that does not count them, 1 after its first step.
     """
 
-    place: Place
+    layout: ParameterLayout
     weights: Tensor | None
     moments: tuple[Tensor, ...]
     steps: float
 
 
-def parts_of(state: Tensor, layout: Layout) -> list[Part]:
+def split_state(state: Tensor, layout: StateLayout) -> list[ParameterState]:
     """Split a state by parameters; the tensors are views.
 
     Raises:
@@ -109,21 +109,21 @@ def parts_of(state: Tensor, layout: Layout) -> list[Part]:
     """
     if state.shape != (layout.size,):
         raise ClusterError(f"a state of {tuple(state.shape)} numbers, of which a block of this layout has {layout.size}")
-    counts = state[len(state) - len(layout.places) :].tolist()
-    views = _views(state, layout)
-    return [Part(place, weights, moments, count) for (place, weights, moments), count in zip(views, counts, strict=True)]
+    counts = state[len(state) - len(layout.parameters) :].tolist()
+    return [ParameterState(*views, count) for views, count in zip(_split(state, layout), counts, strict=True)]
 
 
-def _views(state: Tensor, layout: Layout) -> Iterator[tuple[Place, Tensor | None, tuple[Tensor, ...]]]:
-    first, then = 0, layout.weights
-    for place in layout.places:
-        end = then + sum(place.moments.values())
-        weights = state[first : first + place.size] if layout.has_weights else None
-        yield place, weights, state[then:end].split(list(place.moments.values()))
-        first, then = first + place.size, end
+def _split(state: Tensor, layout: StateLayout) -> Iterator[tuple[ParameterLayout, Tensor | None, tuple[Tensor, ...]]]:
+    """Yield each parameter's layout, weights and moments; the tensors are views."""
+    weights_start, moments_start = 0, layout.weights
+    for parameter in layout.parameters:
+        moments_stop = moments_start + sum(parameter.moments.values())
+        weights = state[weights_start : weights_start + parameter.size] if layout.has_weights else None
+        yield parameter, weights, state[moments_start:moments_stop].split(list(parameter.moments.values()))
+        weights_start, moments_start = weights_start + parameter.size, moments_stop
 
 
-def join(parts: Sequence[Part], wanted: range, *, counted: bool) -> dict[str, Tensor]:
+def join_optimizer_state(parts: Sequence[ParameterState], wanted: range, *, counted: bool) -> dict[str, Tensor]:
     """Join the optimizer's state of one parameter, or of a range of it, from parts; empty before the first step.
 
     Args:
@@ -136,28 +136,27 @@ def join(parts: Sequence[Part], wanted: range, *, counted: bool) -> dict[str, Te
     Raises:
         ClusterError: the parts do not cover the range.
     """
-    held = [part for part in parts if max(part.place.start, wanted.start) < min(part.place.stop, wanted.stop)]
-    held.sort(key=lambda part: part.place.start)
-    reached = wanted.start
+    held = [part for part in parts if max(part.layout.start, wanted.start) < min(part.layout.stop, wanted.stop)]
+    held.sort(key=lambda part: part.layout.start)
+    covered = wanted.start
     for part in held:
-        if part.place.start <= reached:
-            reached = max(reached, part.place.stop)
-    place = parts[0].place
-    if reached < wanted.stop:
-        raise ClusterError(f"the optimizer's state of {place.name} is not in the states of the workers that had it")
+        if part.layout.start <= covered:
+            covered = max(covered, part.layout.stop)
+    if covered < wanted.stop:
+        raise ClusterError(f"the optimizer's state of {parts[0].layout.name} is not in the states of the workers that had it")
     if not held or not held[0].steps:
         return {}
-    found: dict[str, Tensor] = {}
+    joined: dict[str, Tensor] = {}
     for part in held:
-        start, stop = max(part.place.start, wanted.start), min(part.place.stop, wanted.stop)
-        for name, moment in zip(part.place.moments, part.moments, strict=True):
-            if len(moment) != part.place.stop - part.place.start:  # the moment of a parameter that is not split
-                found[name] = moment
+        start, stop = max(part.layout.start, wanted.start), min(part.layout.stop, wanted.stop)
+        for name, moment in zip(part.layout.moments, part.moments, strict=True):
+            if len(moment) != part.layout.stop - part.layout.start:  # the moment of a parameter that is not split
+                joined[name] = moment
                 continue
-            found.setdefault(name, moment.new_empty(len(wanted)))[start - wanted.start : stop - wanted.start] = moment[
-                start - part.place.start : stop - part.place.start
+            joined.setdefault(name, moment.new_empty(len(wanted)))[start - wanted.start : stop - wanted.start] = moment[
+                start - part.layout.start : stop - part.layout.start
             ]
-    return found | ({"step": torch.tensor(held[0].steps)} if counted else {})
+    return joined | ({"step": torch.tensor(held[0].steps)} if counted else {})
 
 
 class BlockState:
@@ -170,8 +169,10 @@ class BlockState:
 
     def __init__(self, engine: Engine, names: Collection[str] | None = None, *, has_weights: bool = True) -> None:
         self.engine, optimizer = engine, engine.optimizer
-        self.layout = Layout.of(engine, engine.block.parameters if names is None else names, optimizer.replica, has_weights=has_weights)
-        self.parameters: list[nn.Parameter] = [engine.block.parameters[place.name] for place in self.layout.places]
+        self.layout = StateLayout.of(
+            engine, engine.block.parameters if names is None else names, optimizer.replica, has_weights=has_weights
+        )
+        self.parameters: list[nn.Parameter] = [engine.block.parameters[layout.name] for layout in self.layout.parameters]
         self.dtype = engine.block.dtype
         self.size = self.layout.size
 
@@ -180,35 +181,35 @@ class BlockState:
         """The part of the state that no other worker has: all of it, or only moments and step counts if those are sharded over replicas."""
         return slice(self.layout.weights if self.engine.optimizer.is_sharded else 0, self.size)
 
-    def room(self) -> Tensor:
+    def new_buffer(self) -> Tensor:
         """Return an empty state in host memory, pinned if the block is on a GPU."""
         return torch.empty(self.size, dtype=self.dtype, pin_memory=self.engine.device.type == "cuda")
 
-    def take(self, into: Tensor) -> None:
-        """Copy the block's state into this tensor."""
-        rooms, sources = [], []
-        for parameter, (place, weights, moments) in zip(self.parameters, _views(into, self.layout), strict=True):
+    def copy_into(self, buffer: Tensor) -> None:
+        """Copy the block's state into this tensor, which `new_buffer` has made."""
+        targets, sources = [], []
+        for parameter, (layout, weights, moments) in zip(self.parameters, _split(buffer, self.layout), strict=True):
             state = self.engine.optimizer.state_of(parameter)
             if weights is not None:
-                rooms.append(weights)
+                targets.append(weights)
                 sources.append(parameter.data.reshape(-1))
-            for name, room in zip(place.moments, moments, strict=True):
+            for name, target in zip(layout.moments, moments, strict=True):
                 if name in state:
-                    rooms.append(room)
+                    targets.append(target)
                     sources.append(state[name].reshape(-1))
                 else:
-                    room.zero_()
-        if rooms:
-            torch._foreach_copy_(rooms, sources, non_blocking=True)
-        into[-len(self.parameters) :] = torch.tensor([self._count(p) for p in self.parameters], dtype=self.dtype)
+                    target.zero_()
+        if targets:
+            torch._foreach_copy_(targets, sources, non_blocking=True)
+        buffer[-len(self.parameters) :] = torch.tensor([self._count(p) for p in self.parameters], dtype=self.dtype)
         if self.engine.device.type == "cuda":
             torch.cuda.current_stream(self.engine.device).synchronize()
 
-    def put(self, state: Tensor) -> None:
-        """Set the block to a state that `take` has copied."""
-        self.gather([(self.layout, state)])
+    def restore(self, state: Tensor) -> None:
+        """Set the block to a state that `copy_into` has copied."""
+        self.restore_from([(self.layout, state)])
 
-    def gather(self, states: Sequence[tuple[Layout, Tensor]]) -> None:
+    def restore_from(self, states: Sequence[tuple[StateLayout, Tensor]]) -> None:
         """Set the block to what it was, from states of workers among which layers or moments were distributed differently.
 
         Args:
@@ -217,32 +218,32 @@ class BlockState:
         Raises:
             ClusterError: a parameter, or a part of its moments, is in none of them.
         """
-        tied, known = self.engine.block.architecture.tied_to, by_name(states)
-        for parameter, place in zip(self.parameters, self.layout.places, strict=True):
-            parts = known.get(place.name) or known.get(tied.get(place.name, place.name), [])
+        tied, by_name = self.engine.block.architecture.tied_to, states_by_name(states)
+        for parameter, layout in zip(self.parameters, self.layout.parameters, strict=True):
+            parts = by_name.get(layout.name) or by_name.get(tied.get(layout.name, layout.name), [])
             weights = next((part.weights for part in parts if part.weights is not None), None)
-            if weights is None or any(part.place.shape != place.shape for part in parts):
-                raise ClusterError(f"{place.name} {place.shape} is not in the states of the workers that had this block's layers")
-            mine = range(place.start, place.stop)
-            self._put(parameter, weights, join(parts, mine, counted=self.engine.optimizer.counts_steps(parameter)))
+            if weights is None or any(part.layout.shape != layout.shape for part in parts):
+                raise ClusterError(f"{layout.name} {layout.shape} is not in the states of the workers that had this block's layers")
+            mine = range(layout.start, layout.stop)
+            self._put(parameter, weights, join_optimizer_state(parts, mine, counted=self.engine.optimizer.counts_steps(parameter)))
 
-    def _put(self, parameter: nn.Parameter, weights: Tensor | None, kept: Mapping[str, Tensor]) -> None:
+    def _put(self, parameter: nn.Parameter, weights: Tensor | None, optimizer_state: Mapping[str, Tensor]) -> None:
         if weights is not None:
             parameter.data.copy_(weights.view(parameter.shape))
-        self.engine.optimizer.set_state(parameter, kept)
+        self.engine.optimizer.set_state(parameter, optimizer_state)
 
     def _count(self, parameter: nn.Parameter) -> float:
         state = self.engine.optimizer.state_of(parameter)
         return float(state.get("step", bool(state)))
 
 
-def by_name(states: Iterable[tuple[Layout, Tensor]]) -> dict[str, list[Part]]:
+def states_by_name(states: Iterable[tuple[StateLayout, Tensor]]) -> dict[str, list[ParameterState]]:
     """Return what these states contain, by the name of the parameter.
 
     Args:
         states: each with its layout.
     """
-    found: dict[str, list[Part]] = {}
-    for part in chain.from_iterable(parts_of(state, layout) for layout, state in states):
-        found.setdefault(part.place.name, []).append(part)
-    return found
+    parts: dict[str, list[ParameterState]] = {}
+    for part in chain.from_iterable(split_state(state, layout) for layout, state in states):
+        parts.setdefault(part.layout.name, []).append(part)
+    return parts

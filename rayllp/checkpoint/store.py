@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from rayllp.channel.base import MessageTag, StateSpec
 from rayllp.checkpoint.depth_prolongation import LAYER, Prolongation
 from rayllp.checkpoint.location import Folder, remove, sync, write
-from rayllp.checkpoint.states import BlockState, Layout, by_name, join
+from rayllp.checkpoint.states import BlockState, StateLayout, join_optimizer_state, states_by_name
 from rayllp.engine import Engine
 from rayllp.errors import CheckpointError, DamagedCheckpointError
 
@@ -150,8 +150,8 @@ def checkpoints(root: Folder) -> list[Folder]:
     """Return the complete checkpoints in a folder, oldest first."""
     if not isinstance(root, Path):
         root.fs.invalidate_cache()  # other processes may have written there
-    found: list[Folder] = [path.parent for path in root.glob(f"step_*/{MANIFEST}") if NAME.fullmatch(path.parent.name)]
-    return sorted(found, key=step_of)
+    complete: list[Folder] = [path.parent for path in root.glob(f"step_*/{MANIFEST}") if NAME.fullmatch(path.parent.name)]
+    return sorted(complete, key=step_of)
 
 
 def step_of(checkpoint: Folder) -> int:
@@ -239,11 +239,11 @@ def _load_parameter(engine: Engine, stored: Mapping[str, Tensor], name: str, par
         )
     parameter.data.copy_(value)
     state = {part: stored[key] for key in stored for part, _, owner in [key.partition("/")] if owner == name and part != "weight"}
-    kept = engine.optimizer.moments_of(parameter)
-    if state and set(state) - {"step", "ema"} != set(kept) - {"ema"}:  # an average of the weights may be new, or no longer wanted
+    moments = engine.optimizer.moments_of(parameter)
+    if state and set(state) - {"step", "ema"} != set(moments) - {"ema"}:  # an average of the weights may be new, or no longer wanted
         raise CheckpointError(
             f"{folder}: of {name} it has the optimizer's {', '.join(sorted(state))}, but optimizer.name={engine.config.optimizer.name} "
-            f"goes on from {', '.join(kept) or 'none'}: put optimizer.name back to what the checkpoint was made with"
+            f"goes on from {', '.join(moments) or 'none'}: put optimizer.name back to what the checkpoint was made with"
         )
     engine.optimizer.set_state(parameter, state)
 
@@ -276,9 +276,9 @@ def _states_at(writer: int, engine: Engine, names: Sequence[str]) -> dict[str, d
         return {name: optimizer.state_of(engine.block.parameters[name]) for name in names}
     own = BlockState(engine, names, has_weights=False)
     state = torch.empty(own.size, dtype=own.dtype, device=engine.device)
-    own.take(state)
+    own.copy_into(state)
     others = [rank for rank in range(replicas.size) if rank != writer] if replicas.rank == writer else []
-    layouts = [Layout.of(engine, names, rank, has_weights=False) for rank in others]
+    layouts = [StateLayout.of(engine, names, rank, has_weights=False) for rank in others]
     coming = [
         (StateSpec((torch.Size((layout.size,)),), (own.dtype,), engine.device), rank) for layout, rank in zip(layouts, others, strict=True)
     ]
@@ -286,10 +286,10 @@ def _states_at(writer: int, engine: Engine, names: Sequence[str]) -> dict[str, d
     received: Sequence[Any] = replicas.exchange([] if replicas.rank == writer else [(state, writer)], coming, tag)
     if replicas.rank != writer:
         return {}
-    parts = by_name([(own.layout, state), *zip(layouts, received, strict=True)])
+    parts = states_by_name([(own.layout, state), *zip(layouts, received, strict=True)])
     owned = {name: engine.block.parameters[name] for name in names}
-    kept = {name: range(p.numel() if p.requires_grad else 0) for name, p in owned.items()}  # a frozen parameter has no state
-    return {name: join(parts[name], kept[name], counted=optimizer.counts_steps(p)) for name, p in owned.items()}
+    ranges = {name: range(p.numel() if p.requires_grad else 0) for name, p in owned.items()}  # a frozen parameter has no state
+    return {name: join_optimizer_state(parts[name], ranges[name], counted=optimizer.counts_steps(p)) for name, p in owned.items()}
 
 
 def _checksum(path: Folder) -> str:

@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import load
 from torch import Tensor, nn
 
-from rayllp.checkpoint.location import Folder, place_of_checkpoints
+from rayllp.checkpoint.location import Folder, checkpoint_folder
 from rayllp.checkpoint.store import checkpoints
 from rayllp.config import load_run_config, torchbraid_blocks
 from rayllp.errors import CheckpointError
@@ -49,8 +49,8 @@ class Step(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return x + F(x), the layer for Δt = 1."""
-        found: Tensor = x + ((self.step(x, self.dt) - x) / self.dt if self._takes_dt else self.step(x))
-        return found
+        stepped: Tensor = x + ((self.step(x, self.dt) - x) / self.dt if self._takes_dt else self.step(x))
+        return stepped
 
 
 @dataclass(frozen=True)
@@ -87,19 +87,19 @@ class TorchBraidWeights:
         ends: State = {}
         layers: list[State] = []
         for rank, state in enumerate(states):
-            mine: dict[int, State] = {}
+            layers_of_rank: dict[int, State] = {}
             for name, value in state.items():
                 if not name.startswith((PARALLEL, SERIAL)):
                     ends[name] = value
                     continue
-                place, _, own = name.removeprefix(SERIAL).removeprefix(PARALLEL).removeprefix(LAYERS).partition(".")
+                layer, _, own = name.removeprefix(SERIAL).removeprefix(PARALLEL).removeprefix(LAYERS).partition(".")
                 own = own.removeprefix("layer.").removeprefix("layer." if name.startswith(SERIAL) else "")
-                if not place.isdigit():
+                if not layer.isdigit():
                     raise CheckpointError(f"rank {rank}: {name} is no layer's: give the state_dict of a ParallelNet or a SerialNet")
-                mine.setdefault(int(place), {})[own] = value
-            if sorted(mine) != list(range(len(mine))):
-                raise CheckpointError(f"rank {rank} has layers {sorted(mine)}, which leave some out: give the whole state_dict")
-            layers += [mine[place] for place in sorted(mine)]
+                layers_of_rank.setdefault(int(layer), {})[own] = value
+            if sorted(layers_of_rank) != list(range(len(layers_of_rank))):
+                raise CheckpointError(f"rank {rank} has layers {sorted(layers_of_rank)}, which leave some out: give the whole state_dict")
+            layers += [layers_of_rank[layer] for layer in sorted(layers_of_rank)]
         if not layers:
             raise CheckpointError(f"no name begins with {PARALLEL} or {SERIAL}: give the state_dict of a ParallelNet or a SerialNet")
         if len({tuple(sorted(layer)) for layer in layers}) > 1:
@@ -150,10 +150,11 @@ class TorchBraidWeights:
         Raises:
             CheckpointError: there is no such checkpoint, or it is of another model.
         """
-        found: list[Folder] = checkpoints(place_of_checkpoints(Path(run), load_run_config(Path(run)).checkpoint.path))
-        folder = next((path for path in found if path.name == f"step_{step}"), None) if step is not None else found[-1] if found else None
-        if folder is None:
+        complete: list[Folder] = checkpoints(checkpoint_folder(Path(run), load_run_config(Path(run)).checkpoint.path))
+        wanted = complete[-1:] if step is None else [path for path in complete if path.name == f"step_{step}"]
+        if not wanted:
             raise CheckpointError(f"{run} has no complete checkpoint{'' if step is None else f' after {step} steps'}")
+        (folder,) = wanted
         files: list[Folder] = sorted(folder.glob("*.safetensors"), key=str)
         pieces = {path.stem: _weights(path.read_bytes()) for path in files}
         layers = [
@@ -183,13 +184,13 @@ class TorchBraidWeights:
             return [self.ends | {f"{SERIAL}{n}.layer.layer.{name}": value for n, name, value in _numbered(self.layers)}]
         if len(self.layers) % workers:
             raise CheckpointError(f"TorchBraid wants as many layers on each rank, and {len(self.layers)} on {workers} are not")
-        found, start = [], 0
+        states, start = [], 0
         for rank, count in enumerate(torchbraid_blocks(len(self.layers), workers)):
             own = _numbered(self.layers[start : start + count])
-            mine = {f"{PARALLEL}{LAYERS}{n}.layer.{name}": value for n, name, value in own}
-            found.append((self.ends if rank == 0 else {}) | mine)
+            layers = {f"{PARALLEL}{LAYERS}{n}.layer.{name}": value for n, name, value in own}
+            states.append((self.ends if rank == 0 else {}) | layers)
             start += count
-        return found
+        return states
 
     def write(self, path: str | Path, workers: int | None = None) -> list[Path]:
         """Write the state_dicts to files, and return their paths.
@@ -212,18 +213,18 @@ def _numbered(layers: Iterable[State]) -> list[tuple[int, str, Tensor]]:
 
 def _read(path: Path) -> Mapping[str, Tensor]:
     try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise CheckpointError(
             f"{path} cannot be read as tensors alone ({str(error).splitlines()[0]}). saveSerialNet writes a whole pickled module, which is "
             "a program and is not run here: load it where you trust it, and save its state_dict()"
         ) from error
     for name in WRAPPERS:
-        if isinstance(found, Mapping) and isinstance(found.get(name), Mapping):
-            found = found[name]
-    if not isinstance(found, Mapping) or not all(isinstance(value, Tensor) for value in found.values()):
+        if isinstance(state, Mapping) and isinstance(state.get(name), Mapping):
+            state = state[name]
+    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
         raise CheckpointError(f"{path} holds no state_dict, nor one under {', '.join(WRAPPERS)}")
-    return found
+    return state
 
 
 def _fill(module: nn.Module, state: State) -> None:

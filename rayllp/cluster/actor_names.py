@@ -30,8 +30,8 @@ def group_name(run: str) -> str:
 
 def number_of(name: str, run: str) -> int | None:
     """Return the number in the name of a worker of this run; None if the name is not one of this run's."""
-    found = re.fullmatch(re.escape(run) + r"/worker_(\d+)\.[0-9a-f]{8}", name)
-    return int(found[1]) if found else None
+    match = re.fullmatch(re.escape(run) + r"/worker_(\d+)\.[0-9a-f]{8}", name)
+    return int(match[1]) if match else None
 
 
 def is_group(name: str, run: str) -> bool:

@@ -81,10 +81,10 @@ class ActorPool:
             ClusterError: the resources did not become available in time.
         """
         deadline = time.monotonic() + START_TIMEOUT_S
-        there = self.group.wait(0)
-        while not there and time.monotonic() < deadline:
-            there = self.group.wait(1)  # signals are handled only between two waits, so each is short
-        if not there:
+        is_ready = self.group.wait(0)
+        while not is_ready and time.monotonic() < deadline:
+            is_ready = self.group.wait(1)  # signals are handled only between two waits, so each is short
+        if not is_ready:
             available = {name: ray.available_resources().get(name, 0) for name in self._bundle}
             raise ClusterError(
                 f"{len(self.slots)} workers of {self._bundle} each were not granted within {START_TIMEOUT_S:g} s; free now: {available}. "
@@ -97,8 +97,8 @@ class ActorPool:
         if actor is not None:
             self.reassign(actor, rank, config)  # no need to wait: if this fails, so does the next call
             return actor
-        place = PlacementGroupSchedulingStrategy(placement_group=slot.group, placement_group_bundle_index=slot.bundle)
-        return self._start(rank, config, place, self._bundle["CPU"])
+        strategy = PlacementGroupSchedulingStrategy(placement_group=slot.group, placement_group_bundle_index=slot.bundle)
+        return self._start(rank, config, strategy, self._bundle["CPU"])
 
     def reassign(self, actor: Any, rank: int, config: TrainConfig) -> Any:
         """Give an actor a new rank and new settings, after which it has no layers; return a reference that is ready when it is done."""
@@ -118,8 +118,8 @@ class ActorPool:
 
     def free(self, taken: Collection[Slot]) -> list[Slot]:
         """Return the slots that are neither in `taken` nor have a standby actor, those on live nodes first."""
-        found = [slot for slot in self.slots if slot not in taken and slot not in self._standbys]
-        return sorted(found, key=lambda slot: not slot.is_alive())
+        free = [slot for slot in self.slots if slot not in taken and slot not in self._standbys]
+        return sorted(free, key=lambda slot: not slot.is_alive())
 
     # Spares ---------------------------------------------------------------------------------------------------------------------
 
@@ -176,7 +176,7 @@ class ActorPool:
             else:
                 break
             actor = self.start_actor(slot, -1, config)
-            self._standbys[slot] = Starting(actor, actor.place.remote())
+            self._standbys[slot] = Starting(actor, actor.location.remote())
 
     def count_standbys(self) -> int:
         """Return how many standby actors have started. Those that died while starting are dropped."""
@@ -192,8 +192,8 @@ class ActorPool:
 
     def take_standbys(self, most: int) -> list[tuple[Slot, Any]]:
         """Remove up to `most` standby actors that have started from the pool, and return them with their slots."""
-        there = [slot for slot, standby in self._standbys.items() if ray.wait([standby.ready], timeout=0)[0]]
-        return [(slot, self._standbys.pop(slot).actor) for slot in there[: max(0, most)]]
+        ready = [slot for slot, standby in self._standbys.items() if ray.wait([standby.ready], timeout=0)[0]]
+        return [(slot, self._standbys.pop(slot).actor) for slot in ready[: max(0, most)]]
 
     # The end --------------------------------------------------------------------------------------------------------------------
 
@@ -222,10 +222,10 @@ class ActorPool:
             self.close()
             return
         self._forget_standbys()
-        leaving = {actor.release_layers.remote(): (slot, actor) for slot, actor in placed}
-        if leaving:
-            ray.wait(list(leaving), num_returns=len(leaving), timeout=RELEASE_TIMEOUT_S)
-        for reference, (slot, actor) in leaving.items():
+        releasing = {actor.release_layers.remote(): (slot, actor) for slot, actor in placed}
+        if releasing:
+            ray.wait(list(releasing), num_returns=len(releasing), timeout=RELEASE_TIMEOUT_S)
+        for reference, (slot, actor) in releasing.items():
             try:
                 ray.get(reference, timeout=0)
             except Exception:  # it is dead, or does not return from its current call

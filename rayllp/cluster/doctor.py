@@ -23,7 +23,7 @@ from rayllp.channel.torch_dist import TorchChannel
 from rayllp.checkpoint import locate
 from rayllp.checkpoint.shared import Mark, leave_mark
 from rayllp.cluster.hosts import find_unreached
-from rayllp.cluster.placement import Place
+from rayllp.cluster.placement import WorkerLocation
 from rayllp.cluster.process_groups import meet
 from rayllp.errors import ClusterError
 
@@ -283,17 +283,17 @@ def _measure_link(one: Node, other: Node, backend: str) -> Link:
         .remote()
         for node in (one, other)
     ]
-    places = [Place(node.id, LOOPBACK if one is other else node.address, node.host) for node in (one, other)]
+    locations = [WorkerLocation(node.id, LOOPBACK if one is other else node.address, node.host) for node in (one, other)]
 
     def ask(rank: int, method: str, *arguments: Any) -> Any:
         return ray.get(getattr(ends[rank], method).remote(*arguments), timeout=ANSWER_S)
 
     try:
-        unreached = find_unreached(places, lambda rank, host: int(ask(rank, "listen", host)), ask)
+        unreached = find_unreached(locations, lambda rank, host: int(ask(rank, "listen", host)), ask)
         if unreached:
             raise ClusterError(explain(unreached, ""))
-        at = places[0].address, ask(0, "listen", places[0].address)
-        measured = [end.measure.remote(rank, places[rank].address, at, backend) for rank, end in enumerate(ends)]
+        at = locations[0].address, ask(0, "listen", locations[0].address)
+        measured = [end.measure.remote(rank, locations[rank].address, at, backend) for rank, end in enumerate(ends)]
         try:
             found = ray.get(measured, timeout=ANSWER_S)
         except ray.exceptions.GetTimeoutError:

@@ -24,17 +24,16 @@ from rich.console import Console
 from rayllp.channel.interfaces import LOOPBACK, Door, Reached, addresses, explain, open_doors
 from rayllp.channel.mpi import MPIWorld, leave_no_names, load_mpi
 from rayllp.cluster.cpus import bound_to, usable_cpus
-from rayllp.cluster.placement import Place, threads_of
+from rayllp.cluster.placement import WorkerLocation, threads_of
 from rayllp.cluster.worker import BlockWorker
 from rayllp.config import TrainConfig, make_config
 from rayllp.data import Batches
 from rayllp.data.cache import with_files
 from rayllp.errors import ClusterError, RayllpError, RendezvousError, SettingsError
-from rayllp.models import Architecture
 from rayllp.training.driver import Driver
 from rayllp.training.interrupt import ASKING
 from rayllp.training.prepare import open_run, prepare
-from rayllp.training.result import Plan, TrainResult
+from rayllp.training.result import BuildContext, Network, TrainResult
 from rayllp.training.worker_group import WorkerGroup
 
 TAG = 11
@@ -88,22 +87,22 @@ def train_launched(
         SettingsError: on rank 0: `config.workers` is a range, or not the number of processes.
         RayllpError: on rank 0: as raised by `rayllp.train`.
     """
-    here = launched()
-    comm = here.comm
+    process = launched()
+    comm = process.comm
     if comm.Get_rank() > 0:
         for number in ASKING:  # the launcher, or a job manager, sends signals to all ranks; rank 0 decides what to do
             signal.signal(number, signal.SIG_IGN)
-        _serve(here)
+        _serve(process)
         load_mpi().Finalize()
         return None
-    others = _Others(comm)
+    others = _OtherProcesses(comm)
     try:
         prepared = prepare(sized(config, comm.Get_size()) if resume is None else config, output, resume)
         config = prepared.config
         check_size(config, comm.Get_size())
-        device = _device(config, here)
+        device = _device(config, process)
         with open_run(prepared, output, console) as (run, holds):
-            group = LaunchedGroup(config, device, here, others)
+            group = LaunchedGroup(config, device, process, others)
             result = Driver(config, run, group, None, None, prepared.loaded, console, holds).train(prepared.found)
     except BaseException as error:
         others.abandon(error)
@@ -133,36 +132,38 @@ def check_size(config: TrainConfig, size: int) -> None:
         raise SettingsError(f"{size} processes were launched for workers={config.world}: make them equal, or leave workers out")
 
 
-def _device(config: TrainConfig, here: Launched) -> str:
+def _device(config: TrainConfig, process: Launched) -> str:
     """Return "cpu" or "cuda" as the settings say; "auto" means GPUs if there is one for each process of this node."""
-    enough = torch.cuda.is_available() and torch.cuda.device_count() >= here.local_size
+    enough = torch.cuda.is_available() and torch.cuda.device_count() >= process.local_size
     if config.device == "cuda" and not enough:
-        raise SettingsError(f"device=cuda: {here.local_size} processes on this node and {torch.cuda.device_count()} GPUs: use device=cpu")
+        raise SettingsError(
+            f"device=cuda: {process.local_size} processes on this node and {torch.cuda.device_count()} GPUs: use device=cpu"
+        )
     return "cuda" if enough and config.device != "cpu" else "cpu"
 
 
 class LaunchedWorker(BlockWorker):
     """A worker in a process that an MPI launcher started."""
 
-    def __init__(self, rank: int, config: TrainConfig, here: Launched, device: str) -> None:
+    def __init__(self, rank: int, config: TrainConfig, process: Launched, device: str) -> None:
         if device == "cuda":  # as in Ray's workers, each process sees one GPU
-            os.environ["CUDA_VISIBLE_DEVICES"] = _visible(here.local_rank)
-        super().__init__(rank, config, threads_of(here.cpus))
-        self._here = here
-        self.membership.mpi = MPIWorld(here.comm)
+            os.environ["CUDA_VISIBLE_DEVICES"] = _visible(process.local_rank)
+        super().__init__(rank, config, threads_of(process.cpus))
+        self._process = process
+        self.membership.mpi = MPIWorld(process.comm)
         self._address, self._reached = LOOPBACK, list[Reached]()
 
-    def place(self) -> Place:
-        """Return this host, and its address on the network that all hosts share; before `settle` that is the loopback address."""
+    def location(self) -> WorkerLocation:
+        """Return this host, and its address on the network that all hosts share; before `use_address` that is the loopback address."""
         name = socket.gethostname()
-        return Place(name, self._address, name)
+        return WorkerLocation(name, self._address, name)
 
     def reach(self, doors: list[Door]) -> list[Reached]:
-        """Try to connect to these ports, and remember the results for `settle`."""
+        """Try to connect to these ports, and remember the results for `use_address`."""
         self._reached = super().reach(doors)
         return self._reached
 
-    def settle(self, number: int) -> None:
+    def use_address(self, number: int) -> None:
         """Use this host's address on the way to port `number` of the last call of `reach`."""
         own = self._reached[number].own
         assert own is not None, "a door that all reached"
@@ -172,35 +173,35 @@ class LaunchedWorker(BlockWorker):
         """End all processes of the run: the others wait for what this one has failed to do."""
         if failure is not None:
             print(f"worker {self.rank}:", *traceback.format_exception_only(failure), sep="\n", file=sys.stderr, flush=True)
-        self._here.comm.Abort(1)
+        self._process.comm.Abort(1)
 
 
 def _visible(rank: int) -> str:
     """Return the value of CUDA_VISIBLE_DEVICES that leaves the `rank`-th process of this node its own GPU."""
-    given = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return given.split(",")[rank] if given and "," in given else given or str(rank)
+    devices = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return devices.split(",")[rank] if devices and "," in devices else devices or str(rank)
 
 
 # Calls ----------------------------------------------------------------------------------------------------------------------------
 
 
-def _serve(here: Launched) -> None:
+def _serve(process: Launched) -> None:
     """Do what rank 0 asks for until it says stop."""
     worker: LaunchedWorker | None = None
     while True:
-        method, arguments = _hear(here.comm, 0)
+        method, arguments = _hear(process.comm, 0)
         if method == STOP:
             return
         try:
             if method == "begin":
                 rank, config, device = arguments
-                worker, answer = LaunchedWorker(rank, config, here, device), None
+                worker, answer = LaunchedWorker(rank, config, process, device), None
             else:
                 answer = getattr(worker, method)(*arguments)
-            found = True, answer
+            outcome = True, answer
         except Exception as error:
-            found = False, error if _travels(error) else ClusterError(f"{type(error).__name__}: {error}")
-        here.comm.send(found, 0, TAG)
+            outcome = False, error if _travels(error) else ClusterError(f"{type(error).__name__}: {error}")
+        process.comm.send(outcome, 0, TAG)
 
 
 def _hear(comm: Any, source: int) -> Any:
@@ -216,7 +217,7 @@ def _travels(error: Exception) -> bool:
         return False
 
 
-class _Others:
+class _OtherProcesses:
     """Rank 0's connection to the other processes.
 
     Attributes:
@@ -231,9 +232,9 @@ class _Others:
         self.comm.send((method, arguments), rank, TAG)
 
     def answer(self, rank: int) -> tuple[bool, Any]:
-        found: tuple[bool, Any] = _hear(self.comm, rank)
+        outcome: tuple[bool, Any] = _hear(self.comm, rank)
         self.busy.discard(rank)
-        return found
+        return outcome
 
     def stop(self) -> None:
         for rank in range(1, self.comm.Get_size()):
@@ -257,28 +258,26 @@ class LaunchedGroup(WorkerGroup):
     If a worker fails in a call in which workers exchange messages, all processes end.
     """
 
-    def __init__(self, config: TrainConfig, device: str, here: Launched, others: _Others) -> None:
+    def __init__(self, config: TrainConfig, device: str, process: Launched, others: _OtherProcesses) -> None:
         self.config, self.device = config, device
-        self._here, self._others = here, others
+        self._process, self._others = process, others
         self._mine: LaunchedWorker | None = None
         self._batches: Batches | None = None
 
-    def start(
-        self, architecture: Architecture | None, batches: Batches, stored_config: dict[str, Any] | None = None
-    ) -> list[dict[str, Any]]:
+    def start(self, network: Network, batches: Batches) -> list[dict[str, Any]]:
         """Have each process, including this one, make its worker, and connect them. They stay connected until the run ends."""
-        others = range(1, self.config.world)
-        for rank in others:
+        other_ranks = range(1, self.config.world)
+        for rank in other_ranks:
             self._others.ask(rank, "begin", rank, self.config, self.device)
-        self._mine, self._batches = LaunchedWorker(0, self.config, self._here, self.device), batches
-        _unpack({rank: self._others.answer(rank) for rank in others})
-        if self._here.local_size < self._here.comm.Get_size():
+        self._mine, self._batches = LaunchedWorker(0, self.config, self._process, self.device), batches
+        _unpack({rank: self._others.answer(rank) for rank in other_ranks})
+        if self._process.local_size < self._process.comm.Get_size():
             self._find_addresses()
             self._batches = with_files(batches)
-        host = self._mine.place().address
+        host = self._mine.location().address
         port = self._mine.listen(host)
         self.call("connect", host, port, "nccl" if self.device == "cuda" else "gloo", self.device, 1)
-        return self._build(architecture, stored_config)
+        return self._build(network)
 
     def _find_addresses(self) -> None:
         """Tell each process its address in the network that all hosts share.
@@ -299,18 +298,16 @@ class LaunchedGroup(WorkerGroup):
                 if each.own is None
             ]
             raise RendezvousError(explain(unreached, f"{socket.gethostname()} has no address that all processes reach"))
-        self.call("settle", shared[0])
+        self.call("use_address", shared[0])
 
-    def rebuild(
-        self, config: TrainConfig, architecture: Architecture | None, stored_config: dict[str, Any] | None = None
-    ) -> list[dict[str, Any]]:
+    def rebuild(self, config: TrainConfig, network: Network) -> list[dict[str, Any]]:
         self.config = config
         for rank in range(config.world):
             self._call_some([rank], "reconfigure", config, rank)
-        return self._build(architecture, stored_config)
+        return self._build(network)
 
-    def _build(self, architecture: Architecture | None, stored_config: dict[str, Any] | None) -> list[dict[str, Any]]:
-        return self.call("build", architecture, self._batches, self.device, Plan.of(architecture, stored_config))
+    def _build(self, network: Network) -> list[dict[str, Any]]:
+        return self.call("build", network.architecture, self._batches, self.device, BuildContext.of(network))
 
     def call(self, method: str, *arguments: Any, timeout_s: float | None = None) -> list[Any]:
         """Call a method on all workers. `timeout_s` is ignored, since messages between workers have a time limit of their own."""

@@ -44,7 +44,7 @@ def capacity(device: str) -> int:
     return int(min(ray.available_resources().get(name, 0) for name in {kind, "CPU"}))
 
 
-class Place(NamedTuple):
+class WorkerLocation(NamedTuple):
     """Where a worker runs.
 
     Attributes:
@@ -74,15 +74,15 @@ class Slot:
         node = table.get("bundles_to_node_id", {}).get(self.bundle)
         if node in draining():
             return False
-        found = next((known for known in ray.nodes() if known["NodeID"] == node and known["Alive"]), None)
-        return found is not None and _answers(found["NodeManagerAddress"], found["NodeManagerPort"])
+        live = next((each for each in ray.nodes() if each["NodeID"] == node and each["Alive"]), None)
+        return live is not None and _answers(live["NodeManagerAddress"], live["NodeManagerPort"])
 
 
 def draining() -> dict[str, float]:
     """Return the nodes that Ray is draining, as before a preemption, with the seconds that each has left (infinite if unknown)."""
     # Ray Serve asks the same; there is no public function for it yet.
-    found = ray._private.state.state.get_draining_nodes()
-    return {node: deadline_ms / 1000 - time.time() if deadline_ms else math.inf for node, deadline_ms in found.items()}
+    deadlines = ray._private.state.state.get_draining_nodes()
+    return {node: deadline_ms / 1000 - time.time() if deadline_ms else math.inf for node, deadline_ms in deadlines.items()}
 
 
 def _answers(host: str, port: int) -> bool:

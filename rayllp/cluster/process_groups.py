@@ -149,8 +149,8 @@ def _limit(config: TrainConfig) -> timedelta:
 
 def _make(groups: list[list[int]], rank: int, timeout: timedelta) -> dist.ProcessGroup:
     """Create process groups of these ranks; return the one that this worker is in. torch requires every worker to create all groups."""
-    made = [dist.new_group(ranks, timeout=timeout) for ranks in groups]
-    return next(group for group, ranks in zip(made, groups, strict=True) if rank in ranks)
+    created = [dist.new_group(ranks, timeout=timeout) for ranks in groups]
+    return next(group for group, ranks in zip(created, groups, strict=True) if rank in ranks)
 
 
 def _set_limit(group: dist.ProcessGroup, device: str, seconds: float) -> None:

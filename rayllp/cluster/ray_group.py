@@ -16,9 +16,9 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 from rayllp.channel.interfaces import LOOPBACK, explain
 from rayllp.channel.pmi import ProcessManager, Rendezvous
 from rayllp.checkpoint import Folder
-from rayllp.checkpoint.location import place_of_checkpoints
-from rayllp.checkpoint.memory import Copies, Inventory, Source
-from rayllp.checkpoint.states import Layout
+from rayllp.checkpoint.location import checkpoint_folder
+from rayllp.checkpoint.memory import CopyPlacement, Inventory, Source
+from rayllp.checkpoint.states import StateLayout
 from rayllp.cluster.actor_names import run_name
 from rayllp.cluster.actor_pool import START_TIMEOUT_S, ActorPool
 from rayllp.cluster.hosts import check_storage, find_unreached
@@ -27,8 +27,7 @@ from rayllp.config import TrainConfig
 from rayllp.data import Batches
 from rayllp.data.cache import with_files
 from rayllp.errors import ClusterError, MessageTimeoutError, RayllpError, RendezvousError, WorkerLostError
-from rayllp.models import Architecture
-from rayllp.training.result import Plan
+from rayllp.training.result import BuildContext, Network
 from rayllp.training.worker_group import ElasticGroup
 
 BROKEN = ("ChannelError", "MessageTimeoutError", "RuntimeError", "DistBackendError")
@@ -47,7 +46,7 @@ class RedistributionPlan:
     """
 
     step: int | None
-    layouts: tuple[Layout, ...]
+    layouts: tuple[StateLayout, ...]
     states: tuple[Any, ...]
 
 
@@ -66,12 +65,12 @@ class RayGroup(ElasticGroup):
         self._slots: list[Slot] = []  # of the workers, by rank
         self._nodes: list[str] = []
         self._addresses: list[str] = []  # IP addresses of the workers' nodes, by rank
-        self._copies = Copies(blocks=config.layer_workers)
-        self._layouts: dict[int, Layout] = {}
+        self._copy_placement = CopyPlacement(blocks=config.layer_workers)
+        self._layouts: dict[int, StateLayout] = {}
         self._redistribution: RedistributionPlan | None = None
         self._batches: Any = None
         self._shared: dict[bool, Any] = {}
-        self._sources: tuple[Architecture | None, dict[str, Any] | None] = (None, None)
+        self._network = Network(None)
         self._manager: ProcessManager | None = None
 
     @classmethod
@@ -83,54 +82,52 @@ class RayGroup(ElasticGroup):
             pool: provides the processes; None: a new pool with a placement group of its own.
         """
         room = capacity(device) if pool is None else len(pool.slots)
-        config_here = config.with_workers(max(config.fewest_workers, min(config.world, room)))
-        storage = place_of_checkpoints(run, config.checkpoint.path)
-        return cls(config_here, pool or ActorPool(config_here.world, device, name=run_name(run)), storage)
+        fitting = config.with_workers(max(config.fewest_workers, min(config.world, room)))
+        storage = checkpoint_folder(run, config.checkpoint.path)
+        return cls(fitting, pool or ActorPool(fitting.world, device, name=run_name(run)), storage)
 
-    def start(
-        self, architecture: Architecture | None, batches: Batches, stored_config: dict[str, Any] | None = None
-    ) -> list[dict[str, Any]]:
+    def start(self, network: Network, batches: Batches) -> list[dict[str, Any]]:
         """Start the workers, as `WorkerGroup.start` says. Data in memory pass through Ray's object store, once for all workers."""
         self.pool.wait_for_room()
         self._slots = self.pool.slots[: self.config.world]
         self.workers = [self.pool.start_actor(slot, rank, self.config) for rank, slot in enumerate(self._slots)]
-        self._batches, self._shared, self._sources = batches, {}, (architecture, stored_config)
+        self._batches, self._shared, self._network = batches, {}, network
         self._connect()
         return self._build(range(self.config.world))
 
     @property
-    def _is_all_here(self) -> bool:
+    def _is_all_on_this_host(self) -> bool:
         """True if all workers are on this host."""
         return {*self._nodes} == {ray.get_runtime_context().get_node_id()}
 
     @property
     def _sent(self) -> Any:
         """Reference to the batches in Ray's object store. If a worker is on another host, small data files are sent along."""
-        far = not self._is_all_here
+        far = not self._is_all_on_this_host
         if far not in self._shared:
             self._shared[far] = ray.put(with_files(self._batches) if far else self._batches)
         return self._shared[far]
 
     def _connect(self, *, keep_copies: bool = False) -> None:
         """Connect all workers. With `keep_copies` the copies of states that they hold stay valid: ranks and layers have not changed."""
-        places = self.call("place", timeout_s=START_TIMEOUT_S)
-        self._nodes, self._addresses = [place.node for place in places], [place.address for place in places]
-        self._seen_by |= check_storage(self.storage, places, self._seen_by, self._ask)
-        crowd = Counter(self._nodes)
-        host = LOOPBACK if len(crowd) == 1 else places[0].address
+        locations = self.call("location", timeout_s=START_TIMEOUT_S)
+        self._nodes, self._addresses = [location.node for location in locations], [location.address for location in locations]
+        self._seen_by |= check_storage(self.storage, locations, self._seen_by, self._ask)
+        workers_on = Counter(self._nodes)
+        host = LOOPBACK if len(workers_on) == 1 else locations[0].address
         backend = self.config.channel if self.config.channel in ("gloo", "nccl") else "nccl" if self.device == "cuda" else "gloo"
         if not keep_copies:
-            self._copies = Copies.of(self.config, self._nodes)
+            self._copy_placement = CopyPlacement.of(self.config, self._nodes)
         for attempt in count(1):
             port = self._listen(0, host)
             try:
-                given = host, port, backend, self.device, self._copies.offset, self._begin_mpi()
-                joined = {n: worker.connect.remote(*given, crowd[self._nodes[n]]) for n, worker in enumerate(self.workers)}
-                self._get(joined, START_TIMEOUT_S)
+                arguments = host, port, backend, self.device, self._copy_placement.offset, self._begin_mpi()
+                joining = {n: worker.connect.remote(*arguments, workers_on[self._nodes[n]]) for n, worker in enumerate(self.workers)}
+                self._get(joining, START_TIMEOUT_S)
                 return
             except RendezvousError as error:
                 if attempt == RENDEZVOUS_TRIES or not self.keeps_processes:
-                    raise RendezvousError(explain(find_unreached(places, self._listen, self._ask), str(error))) from None
+                    raise RendezvousError(explain(find_unreached(locations, self._listen, self._ask), str(error))) from None
                 self.call("leave", timeout_s=START_TIMEOUT_S)
 
     def _ask(self, rank: int, method: str, *arguments: Any) -> Any:
@@ -146,7 +143,7 @@ class RayGroup(ElasticGroup):
         self._end_mpi()
         if self.config.channel != "mpi":
             return None
-        self._manager = ProcessManager(LOOPBACK if self._is_all_here else ray.util.get_node_ip_address(), self._nodes)
+        self._manager = ProcessManager(LOOPBACK if self._is_all_on_this_host else ray.util.get_node_ip_address(), self._nodes)
         return self._manager.rendezvous
 
     def _end_mpi(self) -> None:
@@ -159,18 +156,16 @@ class RayGroup(ElasticGroup):
         """False with MPI, since a process can be in only one MPI world."""
         return self.config.channel != "mpi"
 
-    def rebuild(
-        self, config: TrainConfig, architecture: Architecture | None, stored_config: dict[str, Any] | None = None
-    ) -> list[dict[str, Any]]:
-        self.config, self._sources = config, (architecture, stored_config)
+    def rebuild(self, config: TrainConfig, network: Network) -> list[dict[str, Any]]:
+        self.config, self._network = config, network
         self._reconfigure()
         return self._build(range(config.world))
 
     def _build(self, ranks: Iterable[int]) -> list[dict[str, Any]]:
         # no time limit: reading pretrained weights may take long, and a worker that dies is noticed anyway
-        found = self.call_some(ranks, "build", self._sources[0], self._sent, self.device, Plan.of(*self._sources))
-        self._layouts |= {share["rank"]: share["layout"] for share in found}
-        return found
+        shares = self.call_some(ranks, "build", self._network.architecture, self._sent, self.device, BuildContext.of(self._network))
+        self._layouts |= {share["rank"]: share["layout"] for share in shares}
+        return shares
 
     # Calls ----------------------------------------------------------------------------------------------------------------------
 
@@ -243,12 +238,12 @@ class RayGroup(ElasticGroup):
 
     def _break_off(self, lost: frozenset[int]) -> None:
         """Stop survivors from waiting for lost workers, if they would not notice the loss: when a host is gone, or on GPUs."""
-        left = self.survivors(lost)
-        known = dict(enumerate(self._addresses))  # empty before the workers were first connected
-        gone = {known.get(rank, "") for rank in lost} - {known.get(rank, "") for rank in left}
+        survivors = self.survivors(lost)
+        addresses = dict(enumerate(self._addresses))  # empty before the workers were first connected
+        gone = {addresses.get(rank, "") for rank in lost} - {addresses.get(rank, "") for rank in survivors}
         if gone or self.device == "cuda":
-            told = [self.workers[rank].break_off.remote(sorted(gone)) for rank in left]
-            ray.wait(told, num_returns=len(told), timeout=self.config.hang_timeout_s)
+            calls = [self.workers[rank].break_off.remote(sorted(gone)) for rank in survivors]
+            ray.wait(calls, num_returns=len(calls), timeout=self.config.hang_timeout_s)
 
     @property
     def size(self) -> int:
@@ -269,25 +264,25 @@ class RayGroup(ElasticGroup):
     def keep_spares(self) -> None:
         """Start spare processes. There are none with MPI, where a loss means new processes for all workers."""
         if self.config.spare_workers and self.config.max_failures and self.keeps_processes:
-            self.pool.keep_spares(self._nodes, self.config, self._sources[0], self._sent, Plan.of(*self._sources))
+            self.pool.keep_spares(self._nodes, self.config, self._network.architecture, self._sent, BuildContext.of(self._network))
 
     def survivors(self, lost: Collection[int]) -> list[int]:
         """Return the ranks of the workers that are not lost."""
         return [rank for rank in range(len(self.workers)) if rank not in lost]
 
-    def reached(self, lost: Collection[int]) -> int:
-        return max(self.call_some(self.survivors(lost), "reached"), default=0)
+    def steps_done(self, lost: Collection[int]) -> int:
+        return max(self.call_some(self.survivors(lost), "steps_done"), default=0)
 
-    def report(self, lost: Collection[int], start: int, stop: int) -> list[list[dict[str, Any]]]:
-        return self.call_some(self.survivors(lost), "report", start, stop)
+    def step_reports(self, lost: Collection[int], start: int, stop: int) -> list[list[dict[str, Any]]]:
+        return self.call_some(self.survivors(lost), "step_reports", start, stop)
 
-    def roll_back(self, lost: frozenset[int]) -> int | None:
-        step, found = self._common_step(lost)
+    def restore_from_memory(self, lost: frozenset[int]) -> int | None:
+        step, inventories = self._common_step(lost)
         if step is None:
             return None
-        self.call_some(self.survivors(lost), "roll_back", step)
-        given = {rank: self._given(self._copies.sources(rank, step, found) or [], step) for rank in lost}
-        self._get({rank: self.workers[rank].gather.remote(*given[rank]) for rank in lost}, None)
+        self.call_some(self.survivors(lost), "restore_from_memory", step)
+        states = {rank: self._request_states(self._copy_placement.sources(rank, step, inventories) or [], step) for rank in lost}
+        self._get({rank: self.workers[rank].restore_from_states.remote(*states[rank]) for rank in lost}, None)
         return step
 
     def common_step(self, lost: frozenset[int]) -> int | None:
@@ -296,27 +291,31 @@ class RayGroup(ElasticGroup):
     def _common_step(self, lost: frozenset[int]) -> tuple[int | None, dict[int, Inventory]]:
         """Return the last step whose state is held in memory for every block (None if there is none), and what each survivor holds."""
         ranks = self.survivors(lost)
-        found = dict(zip(ranks, self.call_some(ranks, "inventory"), strict=True))
-        return self._copies.common_step(found) if ranks else None, found
+        inventories = dict(zip(ranks, self.call_some(ranks, "inventory"), strict=True))
+        return self._copy_placement.common_step(inventories) if ranks else None, inventories
 
-    def _given(self, sources: Iterable[Source], step: int) -> list[Any]:
-        """Return the arguments of `BlockWorker.gather`: the layouts of the states after `step` steps, then references to these states."""
-        given = [
-            (self._layout(source), self.workers[source.holder].give.remote(step, source.is_copy, source.has_weights)) for source in sources
-        ]
-        return [[layout for layout, _ in given], *(reference for _, reference in given)]
+    def _request_states(self, sources: Iterable[Source], step: int) -> list[Any]:
+        """Have survivors put their states after `step` steps into Ray's object store.
 
-    def _layout(self, source: Source) -> Layout:
+        Returns: the arguments of `BlockWorker.restore_from_states`: the layouts of the states, then references to them.
+        """
+        layouts, references = [], []
+        for source in sources:
+            layouts.append(self._layout(source))
+            references.append(self.workers[source.holder].give_state.remote(step, source.is_copy, source.has_weights))
+        return [layouts, *references]
+
+    def _layout(self, source: Source) -> StateLayout:
         """Return the layout of a state, as its source gives it."""
         layout = self._layouts[source.owner]
         return layout if source.has_weights else layout.without_weights
 
     # Another number of workers ---------------------------------------------------------------------------------------------------
 
-    def places(self, lost: frozenset[int]) -> int:
+    def count_available_workers(self, lost: frozenset[int]) -> int:
         return len(self.workers) - len(lost) + sum(self._slots[rank].is_alive() for rank in lost)
 
-    def leaving(self) -> tuple[frozenset[int], float]:
+    def draining_ranks(self) -> tuple[frozenset[int], float]:
         nodes = draining() if self._nodes else {}
         ranks = frozenset(rank for rank, node in enumerate(self._nodes) if node in nodes)
         return ranks, min((nodes[self._nodes[rank]] for rank in ranks), default=math.inf)
@@ -332,37 +331,32 @@ class RayGroup(ElasticGroup):
         return self._redistribution is not None
 
     def reshape(
-        self,
-        config: TrainConfig,
-        lost: frozenset[int],
-        architecture: Architecture | None,
-        stored_config: dict[str, Any] | None,
-        leaving: frozenset[int] = frozenset(),
+        self, config: TrainConfig, lost: frozenset[int], network: Network, leaving: frozenset[int] = frozenset()
     ) -> list[dict[str, Any]]:
         """Redistribute the layers, as `ElasticGroup.reshape` says. States pass through Ray's object store."""
         self._redistribution = plan = self._redistribution or self._collect(lost)
         self.call_some(self.survivors(lost), "leave", timeout_s=START_TIMEOUT_S)
-        self.config, self._sources = config, (architecture, stored_config)
+        self.config, self._network = config, network
         self._fill_slots(config.world, lost, leaving if self.keeps_processes else frozenset(self.survivors(lost)))
         self._reconfigure()
         self._connect()
         shares = self._build(range(config.world))
         if plan.step is not None:
-            gathering = {}
+            restoring = {}
             for share in shares:
                 needed = [n for n, layout in enumerate(plan.layouts) if not share["sources"].isdisjoint(layout.names)]
                 layouts, states = [plan.layouts[n] for n in needed], [plan.states[n] for n in needed]
-                gathering[share["rank"]] = self.workers[share["rank"]].gather.remote(layouts, *states)
-            self._get(gathering, None)
+                restoring[share["rank"]] = self.workers[share["rank"]].restore_from_states.remote(layouts, *states)
+            self._get(restoring, None)
         self._redistribution = None
         return shares
 
     def _collect(self, lost: frozenset[int]) -> RedistributionPlan:
         """Collect the states of all blocks in Ray's object store, because workers are about to give up what they hold."""
-        step, found = self._common_step(lost)
+        step, inventories = self._common_step(lost)
         if step is None:
             return RedistributionPlan(None, (), ())
-        layouts, *states = self._given(self._copies.sources_of_all(step, found) or [], step)
+        layouts, *states = self._request_states(self._copy_placement.sources_of_all(step, inventories) or [], step)
         ray.wait(states, num_returns=len(states), fetch_local=False)
         return RedistributionPlan(step, tuple(layouts), tuple(states))
 

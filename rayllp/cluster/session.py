@@ -55,16 +55,16 @@ def train(
     config = prepared.config
     with stopping(), open_run(prepared, output, console) as (run, holds), join_cluster(config.fewest_workers, console):
         device = choose_device(config)
-        pool = _kept.pool(config, device) if _kept is not None else None
+        pool = _kept_workers.pool(config, device) if _kept_workers is not None else None
         workers = RayGroup.for_run(config, run.path, device, pool)
-        told: list[Listener] = [*holds, ClusterMetrics(run.path.name), *listeners]
-        return Driver(config, run, workers, model, batches, prepared.loaded, console, told).train(prepared.found)
+        all_listeners: list[Listener] = [*holds, ClusterMetrics(run.path.name), *listeners]
+        return Driver(config, run, workers, model, batches, prepared.loaded, console, all_listeners).train(prepared.found)
 
 
 # Several runs with the same processes ---------------------------------------------------------------------------------------------
 
 
-class _Kept:
+class _KeptWorkers:
     """Worker processes that are kept between runs."""
 
     def __init__(self, count: int) -> None:
@@ -90,7 +90,7 @@ class _Kept:
             self._pool.close()
 
 
-_kept: _Kept | None = None
+_kept_workers: _KeptWorkers | None = None
 
 
 @contextlib.contextmanager
@@ -104,13 +104,13 @@ def keep_workers(count: int) -> Iterator[None]:
         SettingsError: it is used within another `keep_workers`.
         ClusterError: no cluster could be joined or started.
     """
-    global _kept
-    if _kept is not None:
+    global _kept_workers
+    if _kept_workers is not None:
         raise SettingsError("keep_workers within keep_workers: end the first, or give it the larger count")
     with join_cluster(count):
-        _kept = _Kept(count)
+        _kept_workers = _KeptWorkers(count)
         try:
             yield
         finally:
-            _kept.close()
-            _kept = None
+            _kept_workers.close()
+            _kept_workers = None

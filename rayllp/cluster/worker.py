@@ -18,11 +18,11 @@ from rayllp.channel.interfaces import LOOPBACK, Door, Reached, knock
 from rayllp.channel.pmi import Rendezvous
 from rayllp.channel.timing import Link, time_messages
 from rayllp.checkpoint import PieceWriter, Prolongation, load_pieces, locate
-from rayllp.checkpoint.memory import Inventory, NeighbourCopies
+from rayllp.checkpoint.memory import HeldStates, Inventory
 from rayllp.checkpoint.shared import Mark
-from rayllp.checkpoint.states import Layout
+from rayllp.checkpoint.states import StateLayout
 from rayllp.cluster.cpus import usable_cpus
-from rayllp.cluster.placement import Place
+from rayllp.cluster.placement import WorkerLocation
 from rayllp.cluster.process_groups import Membership
 from rayllp.config import TrainConfig
 from rayllp.control import Accuracy, ProbePlan
@@ -34,7 +34,7 @@ from rayllp.engine.profiling import profiled
 from rayllp.errors import ChannelError, DataError, RayllpError
 from rayllp.models import Architecture, build_architecture
 from rayllp.timeline import TimedStep, Timeline
-from rayllp.training.result import Plan
+from rayllp.training.result import BuildContext
 
 REMEMBERED = 512
 """Number of recent steps whose statistics a worker remembers, in case the driver's call for them fails."""
@@ -45,7 +45,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def _leaving(method: Callable[P, R]) -> Callable[P, R]:
+def leaves_on_failure(method: Callable[P, R]) -> Callable[P, R]:
     """Wrap a method that exchanges messages: if it fails, close this worker's connections, so that others do not wait for it."""
 
     @functools.wraps(method)
@@ -86,22 +86,22 @@ class BlockWorker:
         self.rank, self.config = rank, config
         self.engine: Engine | None = None
         self.membership = Membership()
-        self._copies: NeighbourCopies | None = None
+        self.held_states: HeldStates | None = None
         self._writer = PieceWriter()
         self._offset = 1
-        self._done: deque[dict[str, Any]] = deque(maxlen=REMEMBERED)
+        self._step_reports: deque[dict[str, Any]] = deque(maxlen=REMEMBERED)
 
-    def warm(self, architecture: Architecture | None, batches: Batches, plan: Plan) -> str:
+    def warm(self, architecture: Architecture | None, batches: Batches, context: BuildContext) -> str:
         """Import and load what `build` will need, without building: a spare does this in advance. Returns this worker's node."""
-        plan.apply()
-        self._settle(batches)
+        context.apply()
+        self._ensure_data(batches)
         if architecture is None:
-            build_architecture(self.config, batches.facts, plan.stored_config)  # type: ignore[attr-defined]
-        return self.place().node
+            build_architecture(self.config, batches.facts, context.stored_config)  # type: ignore[attr-defined]
+        return self.location().node
 
-    def place(self) -> Place:
+    def location(self) -> WorkerLocation:
         """Return where this worker runs."""
-        return Place(ray.get_runtime_context().get_node_id(), ray.util.get_node_ip_address(), socket.gethostname())
+        return WorkerLocation(ray.get_runtime_context().get_node_id(), ray.util.get_node_ip_address(), socket.gethostname())
 
     def share_node(self, workers: int) -> None:
         """Set the number of threads to this worker's share of the CPUs of its node, which has `workers` workers."""
@@ -136,7 +136,7 @@ class BlockWorker:
         """
         if sharing:
             self.share_node(sharing)
-        own = LOOPBACK if host == LOOPBACK else self.place().address
+        own = LOOPBACK if host == LOOPBACK else self.location().address
         try:
             self.membership.join(self.config, self.rank, own, (host, port), backend, device, rendezvous)
         except Exception as error:
@@ -145,7 +145,7 @@ class BlockWorker:
         self._offset = offset
         if self.engine is not None:
             self.engine.reconnect(*self._channels())
-            self._keep_copies()
+            self._hold_states()
 
     def leave(self, failure: Exception | None = None) -> None:
         """Close this worker's connections, so that workers that wait for it fail at once. It keeps its layers.
@@ -155,37 +155,37 @@ class BlockWorker:
         """
         if not self.membership.is_joined:
             return
-        if self._copies is not None:
-            self._copies.close()
+        if self.held_states is not None:
+            self.held_states.close()
         if self.engine is not None:
             self.engine.disconnect()
         self.membership.leave()
         gc.collect()  # a connection is closed when the last reference to it is gone
 
-    def build(self, architecture: Architecture | None, batches: Batches, device: str, plan: Plan) -> dict[str, Any]:
-        """Build this worker's layers and describe its share of the network. Without an architecture, settings and plan name the model.
+    def build(self, architecture: Architecture | None, batches: Batches, device: str, context: BuildContext) -> dict[str, Any]:
+        """Build this worker's layers and describe its share of the network. Without an architecture, settings and context name the model.
 
         Returns: a dictionary with, among others, "layout", the layout of this worker's state, and "sources", the names of the parameters
             that the state is made of when layers are redistributed.
         """
         config = self.config
-        plan.apply()
-        self._settle(batches)
+        context.apply()
+        self._ensure_data(batches)
         where = torch.device("cuda", 0) if device == "cuda" else torch.device("cpu")
         if architecture is None:
             facts = batches.facts  # type: ignore[attr-defined]  # a data set of ours, as the settings name the model
-            architecture = build_architecture(config, facts, plan.stored_config)
+            architecture = build_architecture(config, facts, context.stored_config)
         self.engine = Engine(architecture, config, batches, *self._channels(), where)
-        self._keep_copies()
+        self._hold_states()
         parameters = sum(p.numel() for p in self.engine.block.parameters.values())
         names, tied = list(self.engine.block.parameters), architecture.tied_to
         return {
             "network": architecture.transformers_config() if self.rank == 0 else None,
             "rank": self.rank, "layers": sorted(self.engine.block.layers), "parameters": parameters, "pid": os.getpid(),
-            "layout": self._memory.state.layout, "sources": {*names, *(tied[name] for name in names if name in tied)},
+            "layout": self._held_states.state.layout, "sources": {*names, *(tied[name] for name in names if name in tied)},
         }  # fmt: skip
 
-    def _settle(self, batches: Batches) -> None:
+    def _ensure_data(self, batches: Batches) -> None:
         """Make sure that this host has the tokens of the data, before other workers wait for this one in a step."""
         try:
             settle(batches)
@@ -199,17 +199,17 @@ class BlockWorker:
         """Return the channels to the other blocks of this replica, and to the same block of the other replicas."""
         return self.membership.channels(self.config, self.rank)
 
-    def _keep_copies(self) -> None:
-        self._copies = NeighbourCopies(self._engine, self.membership.copies, self._copies, self._offset)
+    def _hold_states(self) -> None:
+        self.held_states = HeldStates(self._engine, self.membership.copies, self.held_states, self._offset)
 
     def reconfigure(self, config: TrainConfig, rank: int, threads: int | None = None) -> None:
         """Give up this worker's layers, and take new settings, a new rank and, if given, another number of threads."""
         if threads is not None:
             self._threads = threads
-        if self._copies is not None:
-            self._copies.close()
+        if self.held_states is not None:
+            self.held_states.close()
         self._writer.wait()
-        self.rank, self.config, self.engine, self._copies = rank, config, None, None
+        self.rank, self.config, self.engine, self.held_states = rank, config, None, None
         gc.collect()  # two networks may not fit in memory, and an engine is freed only by the collector, as its parts refer to each other
 
     def release_layers(self) -> None:
@@ -222,11 +222,11 @@ class BlockWorker:
         if self.membership.mpi is not None:
             raise ChannelError("a process can be in one MPI world only")
         self.reconfigure(self.config, -1)
-        self._writer, self._done = PieceWriter(), deque(maxlen=REMEMBERED)
+        self._writer, self._step_reports = PieceWriter(), deque(maxlen=REMEMBERED)
         if torch.cuda.is_initialized():
             torch.cuda.empty_cache()
 
-    @_leaving
+    @leaves_on_failure
     def run(self, steps: list[tuple[int, Accuracy, ProbePlan | None]], snapshot_every: int = 0) -> list[dict[str, Any]]:
         """Do a chunk of training steps. It ends early after a step whose loss or gradient is not finite.
 
@@ -246,7 +246,7 @@ class BlockWorker:
                 else:
                     done = self._engine.train_step(step, accuracy, plan)
             stats.append(done.as_dict() | {"timed": timed, "peak_memory": peak})
-            self._done.append(stats[-1])
+            self._step_reports.append(stats[-1])
             if traces:  # a trace is too large to be remembered
                 stats[-1] = stats[-1] | {"trace": traces[0]}
             if done.fault is not None or not _is_finite(done.loss, done.grad_norm):
@@ -255,7 +255,7 @@ class BlockWorker:
                 self.keep(step + 1)
         return stats
 
-    @_leaving
+    @leaves_on_failure
     def time_steps(self, steps: list[tuple[int, Accuracy]]) -> list[TimedStep]:
         """Do training steps and return the timeline of each."""
         return [self._timed_step(step, accuracy)[1] for step, accuracy in steps]
@@ -272,47 +272,47 @@ class BlockWorker:
         spans = tuple(span._replace(begin=span.begin - begin, end=span.end - begin) for span in timeline.spans)
         return done, TimedStep(started, seconds, spans)
 
-    @_leaving
+    @leaves_on_failure
     def time_messages(self, sizes: list[int]) -> list[Link]:
         """Measure the time of messages of these sizes (in bytes) to the next worker."""
         return time_messages(self._engine.layers, sizes, self._engine.device)
 
     # Recovery -------------------------------------------------------------------------------------------------------------------
 
-    @_leaving
+    @leaves_on_failure
     def keep(self, step: int) -> None:
         """Keep the current state, after `step` steps, in this worker's memory and, as a copy, in another worker's."""
-        self._memory.take(step)
+        self._held_states.keep(step)
 
     def cost_of_copies(self) -> tuple[float, float]:
         """Return the seconds that it took to take the last state, and to exchange it in the background."""
-        return self._memory.seconds
+        return self._held_states.seconds
 
     def inventory(self) -> Inventory:
         """Return which states this worker holds."""
-        return Inventory((), ()) if self._copies is None else self._copies.inventory()
+        return Inventory((), ()) if self.held_states is None else self.held_states.inventory()
 
-    def roll_back(self, step: int) -> None:
+    def restore_from_memory(self, step: int) -> None:
         """Restore the state after `step` steps, and forget the statistics of later ones."""
-        self._memory.roll_back(step)
-        self._done = deque((stats for stats in self._done if stats["step"] < step), maxlen=REMEMBERED)
+        self._held_states.restore(step)
+        self._step_reports = deque((stats for stats in self._step_reports if stats["step"] < step), maxlen=REMEMBERED)
 
-    def give(self, step: int, neighbour: bool, weights: bool) -> torch.Tensor:
+    def give_state(self, step: int, neighbour: bool, weights: bool) -> torch.Tensor:
         """Return a state after `step` steps: the copy of another worker's (`neighbour`) or this worker's own, with or without weights."""
-        return self._memory.give(step, neighbour=neighbour, weights=weights)
+        return self._held_states.give(step, neighbour=neighbour, weights=weights)
 
-    def gather(self, layouts: list[Layout], *states: torch.Tensor) -> None:
+    def restore_from_states(self, layouts: list[StateLayout], *states: torch.Tensor) -> None:
         """Restore this worker's block from states of other workers: replicas, holders of copies, or those that had its layers before."""
-        self._memory.state.gather(list(zip(layouts, states, strict=True)))
+        self._held_states.state.restore_from(list(zip(layouts, states, strict=True)))
 
-    def report(self, start: int, stop: int) -> list[dict[str, Any]]:
+    def step_reports(self, start: int, stop: int) -> list[dict[str, Any]]:
         """Return the remembered statistics of the steps in [start, stop). Of a step that was done twice, these are the later ones."""
-        found = {stats["step"]: stats for stats in self._done if start <= stats["step"] < stop}
-        return [found[step] for step in sorted(found)]
+        by_step = {stats["step"]: stats for stats in self._step_reports if start <= stats["step"] < stop}
+        return [by_step[step] for step in sorted(by_step)]
 
-    def reached(self) -> int:
+    def steps_done(self) -> int:
         """Return the number of steps done, as far as this worker remembers them."""
-        return int(self._done[-1]["step"]) + 1 if self._done else 0
+        return int(self._step_reports[-1]["step"]) + 1 if self._step_reports else 0
 
     @ray.method(concurrency_group=LIVENESS)  # type: ignore[untyped-decorator]
     def ping(self) -> int:
@@ -324,7 +324,7 @@ class BlockWorker:
         """Make the main thread fail if it waits for hosts with these addresses, which are gone."""
         self.membership.break_off(gone)
 
-    @_leaving
+    @leaves_on_failure
     def evaluate(self, batches: int, done: int, most: int) -> tuple[int, int, dict[str, float] | None]:
         """Evaluate up to `most` more validation batches of `batches` (0: all), of which `done` are done; 0 starts an evaluation.
 
@@ -333,10 +333,10 @@ class BlockWorker:
         if done == 0:
             self._evaluation = self._engine.evaluation(batches)
         with self._engine.averaged():
-            found = self._evaluation.advance(most)
-        return self._evaluation.done, self._evaluation.size, found
+            metrics = self._evaluation.advance(most)
+        return self._evaluation.done, self._evaluation.size, metrics
 
-    @_leaving
+    @leaves_on_failure
     def generate(self, prompt: list[int], tokens: int) -> list[int]:
         """Return `tokens` tokens that continue `prompt`, generated with the exact forward."""
         from rayllp.engine.generation import continue_text  # takes seconds to import, which few runs need
@@ -344,7 +344,7 @@ class BlockWorker:
         with self._engine.averaged():
             return continue_text(self._engine.exact_forward, prompt, tokens)
 
-    @_leaving
+    @leaves_on_failure
     def translate(self, first: int, stop: int, beams: int) -> list[str]:
         """Return translations of the validation sentences in [first, stop), with the exact forward and beam search."""
         from rayllp.engine.generation import translate
@@ -354,7 +354,7 @@ class BlockWorker:
         with self._engine.averaged():
             return [data.decode(tokens) for tokens in translate(self._engine.exact_forward, sources, beams)]  # type: ignore[attr-defined]
 
-    @_leaving
+    @leaves_on_failure
     def begin_save(self, folder: str) -> None:
         """Copy this worker's pieces of a checkpoint, and write them in the background."""
         self._writer.begin(self._engine, locate(folder))
@@ -369,7 +369,7 @@ class BlockWorker:
 
     def load(self, folder: str, files: dict[str, Any], prolongation: Prolongation | None = None) -> None:
         """Load this worker's pieces of a checkpoint (with `prolongation`, of a shallower network), checking the checksums in `files`."""
-        self._done.clear()
+        self._step_reports.clear()
         load_pieces(self._engine, locate(folder), prolongation, files)
 
     def parameters(self) -> dict[str, torch.Tensor]:
@@ -384,9 +384,9 @@ class BlockWorker:
         return parameter is not None
 
     @property
-    def _memory(self) -> NeighbourCopies:
-        assert self._copies is not None, "build() comes first"
-        return self._copies
+    def _held_states(self) -> HeldStates:
+        assert self.held_states is not None, "build() comes first"
+        return self.held_states
 
     @property
     def _engine(self) -> Engine:

@@ -13,7 +13,7 @@ from errno import EACCES, ENOTDIR
 from pathlib import Path
 from typing import Any
 
-from rayllp.checkpoint.location import Folder, place_of_checkpoints
+from rayllp.checkpoint.location import Folder, checkpoint_folder
 from rayllp.config import EvalSettings, TrainConfig, to_yaml
 from rayllp.errors import SettingsError
 from rayllp.report.run_lock import HOLDER, LOCK
@@ -39,7 +39,7 @@ class RunDirectory:
         self.path = path
         self.trouble: str | None = None
         self._waiting: deque[Callable[[], None]] = deque()
-        self.checkpoints: Folder = place_of_checkpoints(path, None if config is None else config.checkpoint.path)
+        self.checkpoints: Folder = checkpoint_folder(path, None if config is None else config.checkpoint.path)
 
     @classmethod
     def create(cls, output: str | Path | None, config: TrainConfig) -> "RunDirectory":

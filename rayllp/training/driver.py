@@ -21,7 +21,7 @@ from rayllp.training.interrupt import stopping
 from rayllp.training.messages import describe_other_length, describe_run, describe_stage, note_without_pipeline
 from rayllp.training.recovery import FAULTS, Recovery
 from rayllp.training.resizing import Resizing
-from rayllp.training.result import Loaded, TrainResult, at_full_depth
+from rayllp.training.result import Loaded, Network, TrainResult, at_full_depth
 from rayllp.training.run_state import RunState
 from rayllp.training.step_log import Chunk
 from rayllp.training.worker_group import ElasticGroup, WorkerGroup
@@ -48,7 +48,7 @@ class Driver:
     ) -> None:  # fmt: skip
         self.whole, self.run, self.workers = config, run, workers
         self.loaded = loaded or Loaded(None, None)
-        self.data, self.stored_config = self.loaded.data, self.loaded.stored_config
+        self.data = self.loaded.data
         self.model, self.batches = model, batches
         self.listeners = listeners
         self.console = console or Console(stderr=True)
@@ -77,7 +77,9 @@ class Driver:
                 ) as self.journal,
                 stopping(self._stop) as self.signals,
             ):
-                self.state = RunState(self.whole, self.run, self.workers, self.saver, self.journal, self.model, self.stored_config)
+                self.state = RunState(
+                    self.whole, self.run, self.workers, self.saver, self.journal, Network(self.model, self.loaded.stored_config)
+                )
                 if isinstance(self.workers, ElasticGroup):
                     self.resizing = Resizing(self.state, self.workers)
                     self.recovery = Recovery(self.state, self.workers, self.resizing)
@@ -113,8 +115,7 @@ class Driver:
         self.journal.rewind(step)
         while True:
             try:
-                architecture, stored_config = self.state.network()
-                shares = self.workers.start(architecture, self.batches or self.data, stored_config)
+                shares = self.workers.start(self.state.network(), self.batches or self.data)
                 if newest is not None:
                     step = self.state.restore_newest(found, newest, built=True)
                 break

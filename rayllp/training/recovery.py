@@ -65,7 +65,7 @@ class Recovery:
             wait_s = self.budget.spend_again(attempt, now, str(error)) if attempt else self.budget.spend(step_log.step, now, str(error))
             time.sleep(wait_s)
             try:
-                reached = max(reached, self.workers.reached(lost))
+                reached = max(reached, self.workers.steps_done(lost))
                 step, source = self._fill_up(lost)
                 state.keep(step)
                 break
@@ -83,14 +83,14 @@ class Recovery:
 
         Returns: that step, and where the states came from: "memory", "checkpoint" or "the start".
         """
-        size = max(self.workers.places(lost), self.state.whole.fewest_workers)
+        size = max(self.workers.count_available_workers(lost), self.state.whole.fewest_workers)
         if size < self.workers.size or self.workers.is_halfway or not self.workers.keeps_processes:
             return self.resizing.resize(size, lost)
         self.workers.replace(lost)
-        step = self.workers.roll_back(lost)
+        step = self.workers.restore_from_memory(lost)
         if step is None:
             return self.state.take_back_from_disk()
-        self.state.agree_on(step, partial(self.workers.report, lost))
+        self.state.agree_on(step, partial(self.workers.step_reports, lost))
         return step, "memory"
 
 

@@ -47,7 +47,7 @@ class Resizing:
     def leave_in_time(self, step: int) -> None:
         """Save a checkpoint, and move layers off nodes that are about to shut down, to standby workers elsewhere if there is room."""
         state, journal = self.state, self.state.journal
-        leaving, left_s = self.workers.leaving()
+        leaving, left_s = self.workers.draining_ranks()
         if not leaving:
             self._warned = frozenset()
             return
@@ -86,9 +86,9 @@ class Resizing:
         state.saver.abandon()
         step = self.workers.common_step(lost)
         if step is not None and not self.workers.is_halfway:
-            state.agree_on(step, partial(self.workers.report, lost))
+            state.agree_on(step, partial(self.workers.step_reports, lost))
         state.set_size(size)
-        self.workers.reshape(state.config, lost, *state.network(), leaving)
+        self.workers.reshape(state.config, lost, state.network(), leaving)
         source = "memory"
         if step is None:
             step, source = state.take_back_from_disk()

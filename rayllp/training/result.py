@@ -53,30 +53,56 @@ class Loaded(NamedTuple):
     changed: tuple[str, ...] = ()
 
 
+class Network(NamedTuple):
+    """Which network the workers build.
+
+    Attributes:
+        architecture: a network of the user's own; None: the one that the settings name.
+        stored_config: the transformers configuration that a resumed run has stored; None: one is made from the settings.
+    """
+
+    architecture: Architecture | None
+    stored_config: dict[str, Any] | None = None
+
+    def at_stage(self, config: TrainConfig, whole: TrainConfig) -> "Network":
+        """Return the network at the depth of a stage of nested iteration.
+
+        Args:
+            config: settings of the stage.
+            whole: settings of the whole run, which this network is for.
+        """
+        if not whole.nested.factors:
+            return self
+        architecture = self.architecture
+        if isinstance(architecture, LayerStack):
+            architecture = architecture.thinned(config.buffers.open, config.buffers.close, whole.middle_layers // config.middle_layers)
+        return Network(architecture, None if self.stored_config is None else with_layers(self.stored_config, config.model.layers))
+
+
 @dataclass(frozen=True)
-class Plan:
+class BuildContext:
     """What a worker needs, besides settings and data, to build the model that the settings name.
 
     Attributes:
         families: maps each model family to the location of its adapter; includes those that the user's program has registered.
         stored_config: the transformers configuration that a resumed run has stored.
-        here: the driver's working directory, where relative paths start. Ray's worker processes may start in another one.
+        working_directory: the driver's working directory, where relative paths start. Ray's worker processes may start in another one.
     """
 
     families: dict[str, str] = field(default_factory=dict)
     stored_config: dict[str, Any] | None = None
-    here: str = field(default_factory=os.getcwd)
+    working_directory: str = field(default_factory=os.getcwd)
 
     def apply(self) -> None:
         """Register the families in this process, and change to the driver's working directory if this host has it."""
         FAMILIES.update(self.families)
         with contextlib.suppress(OSError):
-            os.chdir(self.here)
+            os.chdir(self.working_directory)
 
     @classmethod
-    def of(cls, architecture: Architecture | None, stored_config: dict[str, Any] | None) -> Self:
-        """Return the plan for this architecture. One of the user's own needs no adapter, so it gets no families."""
-        return cls({} if architecture is not None else dict(FAMILIES), stored_config)
+    def of(cls, network: Network) -> Self:
+        """Return the context for this network. One of the user's own needs no adapter, so it gets no families."""
+        return cls({} if network.architecture is not None else dict(FAMILIES), network.stored_config)
 
 
 def at_full_depth(stored_config: dict[str, Any] | None, whole: TrainConfig) -> dict[str, Any] | None:
@@ -87,22 +113,3 @@ def at_full_depth(stored_config: dict[str, Any] | None, whole: TrainConfig) -> d
         whole: settings of the whole run.
     """
     return with_layers(stored_config, whole.model.layers) if stored_config is not None and whole.nested.factors else stored_config
-
-
-def network_at(
-    config: TrainConfig, whole: TrainConfig, model: Architecture | None, stored_config: dict[str, Any] | None
-) -> tuple[Architecture | None, dict[str, Any] | None]:
-    """Return the user's network and the stored transformers configuration at a stage's depth.
-
-    Args:
-        config: settings of the stage.
-        whole: settings of the whole run.
-        model: the user's network at full depth, if there is one.
-        stored_config: the configuration that a resumed run has stored, if there is one.
-    """
-    if not whole.nested.factors:
-        return model, stored_config
-    stored_config = None if stored_config is None else with_layers(stored_config, config.model.layers)
-    if not isinstance(model, LayerStack):
-        return model, stored_config
-    return model.thinned(config.buffers.open, config.buffers.close, whole.middle_layers // config.middle_layers), stored_config

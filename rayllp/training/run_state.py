@@ -7,12 +7,11 @@ from rayllp.checkpoint import Folder, checkpoints, count_layers, read_manifest, 
 from rayllp.config import TrainConfig
 from rayllp.config.nested import stage_at
 from rayllp.errors import DamagedCheckpointError, NonFiniteError
-from rayllp.models import Architecture
 from rayllp.report import Journal, RunDirectory
 from rayllp.training.checkpointing import Saver
 from rayllp.training.failure_budget import CopyInterval
 from rayllp.training.messages import describe_stage, where_not_finite
-from rayllp.training.result import network_at
+from rayllp.training.result import Network
 from rayllp.training.step_log import StepLog
 from rayllp.training.worker_group import ElasticGroup, WorkerGroup
 
@@ -24,8 +23,7 @@ class RunState:
     """Keeps settings, workers' states, records and checkpoints consistent during one session of a run.
 
     Args:
-        model: a network of the user's own; None: the one that the settings name.
-        stored_config: the transformers configuration that a resumed run has stored.
+        network: the network at the run's full depth.
 
     Attributes:
         whole: settings of the whole run.
@@ -37,11 +35,10 @@ class RunState:
     """
 
     def __init__(
-        self, whole: TrainConfig, run: RunDirectory, workers: WorkerGroup, saver: Saver, journal: Journal, model: Architecture | None,
-        stored_config: dict[str, Any] | None,
+        self, whole: TrainConfig, run: RunDirectory, workers: WorkerGroup, saver: Saver, journal: Journal, network: Network,
     ) -> None:  # fmt: skip
         self.whole, self.run, self.workers, self.saver, self.journal = whole, run, workers, saver, journal
-        self._model, self._stored_config = model, stored_config
+        self._network = network
         self._size = workers.config.world
         self.stage = stage_at(whole, 0)
         self.config = self.at_size(self._size)
@@ -175,11 +172,11 @@ class RunState:
     def _rebuild(self, step: int) -> None:
         """Give the same workers the layers of the stage that contains `step`."""
         self.enter_stage(step)
-        self.workers.rebuild(self.config, *self.network())
+        self.workers.rebuild(self.config, self.network())
 
-    def network(self) -> tuple[Architecture | None, dict[str, Any] | None]:
-        """Return the stage's network and configuration, in the form that `WorkerGroup.start` takes."""
-        return network_at(self.config, self.whole, self._model, self._stored_config)
+    def network(self) -> Network:
+        """Return the network at the stage's depth."""
+        return self._network.at_stage(self.config, self.whole)
 
     def at_size(self, size: int) -> TrainConfig:
         """Return the stage's settings for at most `size` workers."""

@@ -6,7 +6,7 @@ from typing import Any
 
 from rayllp.config import TrainConfig
 from rayllp.data import Batches
-from rayllp.models import Architecture
+from rayllp.training.result import Network
 
 
 class WorkerGroup(ABC):
@@ -21,15 +21,12 @@ class WorkerGroup(ABC):
     device: str
 
     @abstractmethod
-    def start(
-        self, architecture: Architecture | None, batches: Batches, stored_config: dict[str, Any] | None = None
-    ) -> list[dict[str, Any]]:
+    def start(self, network: Network, batches: Batches) -> list[dict[str, Any]]:
         """Start and connect all workers, and have each build its layers.
 
         Args:
-            architecture: a network of the user's own; None: the one that the settings name.
+            network: the network that they build, at the depth of `config`.
             batches: the data set; it is loaded once, by the driver.
-            stored_config: the transformers configuration that a resumed run has stored.
 
         Returns: for each worker (by rank) a description of its share of the network; see `BlockWorker.build`.
 
@@ -38,12 +35,10 @@ class WorkerGroup(ABC):
         """
 
     @abstractmethod
-    def rebuild(
-        self, config: TrainConfig, architecture: Architecture | None, stored_config: dict[str, Any] | None = None
-    ) -> list[dict[str, Any]]:
+    def rebuild(self, config: TrainConfig, network: Network) -> list[dict[str, Any]]:
         """Replace the layers of all workers by those of other settings with the same number of workers.
 
-        The other arguments and the result are those of `start`.
+        The network and the result are as for `start`.
         """
 
     @abstractmethod
@@ -87,7 +82,7 @@ class ElasticGroup(WorkerGroup):
     def replace(self, lost: Collection[int]) -> None:
         """Start new workers in place of lost ones and connect all workers again.
 
-        The others keep their layers and the states in their memory. The new ones have no state until `roll_back`.
+        The others keep their layers and the states in their memory. The new ones have no state until `restore_from_memory`.
 
         Raises:
             WorkerLostError: more workers were lost meanwhile.
@@ -99,15 +94,15 @@ class ElasticGroup(WorkerGroup):
         """Start a spare process on each node that has workers but no spare, if the settings ask for spares. Does not wait for them."""
 
     @abstractmethod
-    def reached(self, lost: Collection[int]) -> int:
+    def steps_done(self, lost: Collection[int]) -> int:
         """Return the largest number of steps that any survivor has done."""
 
     @abstractmethod
-    def report(self, lost: Collection[int], start: int, stop: int) -> list[list[dict[str, Any]]]:
+    def step_reports(self, lost: Collection[int], start: int, stop: int) -> list[list[dict[str, Any]]]:
         """Return each survivor's statistics of the steps in [start, stop)."""
 
     @abstractmethod
-    def roll_back(self, lost: frozenset[int]) -> int | None:
+    def restore_from_memory(self, lost: frozenset[int]) -> int | None:
         """Take all workers back to the last step whose state every block has in memory somewhere.
 
         Args:
@@ -123,11 +118,11 @@ class ElasticGroup(WorkerGroup):
     # Another number of workers ---------------------------------------------------------------------------------------------------
 
     @abstractmethod
-    def places(self, lost: frozenset[int]) -> int:
+    def count_available_workers(self, lost: frozenset[int]) -> int:
         """Return how many workers can go on at once: survivors, and lost ones whose bundle is still on a live node."""
 
     @abstractmethod
-    def leaving(self) -> tuple[frozenset[int], float]:
+    def draining_ranks(self) -> tuple[frozenset[int], float]:
         """Return the ranks of workers on nodes that are about to shut down, and the seconds left until the first of them does."""
 
     @abstractmethod
@@ -145,12 +140,7 @@ class ElasticGroup(WorkerGroup):
 
     @abstractmethod
     def reshape(
-        self,
-        config: TrainConfig,
-        lost: frozenset[int],
-        architecture: Architecture | None,
-        stored_config: dict[str, Any] | None,
-        leaving: frozenset[int] = frozenset(),
+        self, config: TrainConfig, lost: frozenset[int], network: Network, leaving: frozenset[int] = frozenset()
     ) -> list[dict[str, Any]]:
         """Redistribute the layers among `config.world` workers: survivors, standby workers that are ready, then new ones.
 
@@ -159,7 +149,7 @@ class ElasticGroup(WorkerGroup):
         Args:
             config: settings with the new number of workers.
             lost: ranks of lost workers.
-            architecture, stored_config: as for `start`.
+            network: as for `start`.
             leaving: ranks of workers that hand over their states and get no layers.
 
         Returns: a description of each worker's share, as `start` does.
