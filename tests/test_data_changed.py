@@ -141,6 +141,6 @@ def test_a_change_is_told_and_the_best_evaluation_forgotten(tmp_path):
         driver = Driver(config, run, None, None, None, loaded, Console(quiet=True))
         with Journal.open(run, config.steps, 1, driver.console, ()) as driver.journal:
             driver._say_changes(1)
-        assert run.read_best() == driver.saver.best == best
+        assert run.read_best() == driver.checkpointer.best == best
     told = [(event["kind"], event["changed"]) for event in read_lines(run.path / "events.jsonl")]
     assert told == [("data", ["train"]), ("data", ["train", "validation"])]

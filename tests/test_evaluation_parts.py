@@ -10,7 +10,7 @@ from rayllp.channel import run_workers
 from rayllp.cluster.worker import BlockWorker
 from rayllp.errors import CheckpointError
 from rayllp.report import Journal, RunDirectory, read_lines
-from rayllp.training.checkpointing import Saver
+from rayllp.training.checkpointing import Checkpointer
 from rayllp.training.evaluation import Evaluator
 from rayllp.training.worker_group import WorkerGroup
 from tests.conftest import make_engine, tiny
@@ -55,59 +55,59 @@ class Here(WorkerGroup):
 def evaluate(tmp_path, stop_after):
     config = tiny(eval={"batches": 40}, checkpoint={"best": True})
     run, workers = RunDirectory.create(tmp_path / "run", config), Here(config)
-    saver = Saver(run, workers, config)
+    checkpointer = Checkpointer(run, workers, config)
     data = workers.worker.engine.batches
-    evaluator = Evaluator(run, workers, saver, config.eval, data, None, lambda: len(workers.calls) >= stop_after)
+    evaluator = Evaluator(run, workers, checkpointer, config.eval, data, None, lambda: len(workers.calls) >= stop_after)
     with Journal.open(run, config.steps, 0, Console(file=io.StringIO())) as journal:
         evaluator.evaluate(3, journal)
-    return run, workers, saver, evaluator
+    return run, workers, checkpointer, evaluator
 
 
 def test_an_evaluation_goes_by_parts_and_is_recorded_once(tmp_path):
-    run, workers, saver, evaluator = evaluate(tmp_path, 100)
+    run, workers, checkpointer, evaluator = evaluate(tmp_path, 100)
     assert workers.calls[0] == ("evaluate", 40, 0, 1)
     assert 1 < len(workers.calls) < workers.worker.engine.evaluation(40).size
     found = workers.worker.engine.evaluate(40)
     assert read_lines(run.path / "evals.jsonl") == [{"step": 3, "split": "validation", **found}]
     assert evaluator.last == 3
-    assert saver.is_wanted(3)  # it is the best so far
+    assert checkpointer.is_wanted(3)  # it is the best so far
 
 
 def test_a_run_that_is_stopped_gives_up_its_evaluation_and_records_nothing_of_it(tmp_path):
-    run, workers, saver, evaluator = evaluate(tmp_path, 1)
+    run, workers, checkpointer, evaluator = evaluate(tmp_path, 1)
     assert len(workers.calls) == 1
     assert not (run.path / "evals.jsonl").exists()
     assert evaluator.last == -1
-    assert not saver.is_wanted(3)
+    assert not checkpointer.is_wanted(3)
 
 
 @pytest.mark.parametrize(("minutes", "wanted"), [(10.0, [False, True, False]), (0.0, [False, False, False])])
 def test_a_checkpoint_comes_by_time_where_none_comes_by_steps(tmp_path, monkeypatch, minutes, wanted):
     config = tiny(checkpoint={"minutes": minutes})
     run, workers = RunDirectory.create(tmp_path / "run", config), Here(config)
-    saver, began = Saver(run, workers, config), time.monotonic()
+    checkpointer, began = Checkpointer(run, workers, config), time.monotonic()
     found = []
     with Journal.open(run, config.steps, 0, Console(file=io.StringIO())) as journal:
         for passed in (599, 601, 1100):
             monkeypatch.setattr(time, "monotonic", lambda passed=passed: began + passed)
-            found.append(saver.is_wanted(passed))
+            found.append(checkpointer.is_wanted(passed))
             if found[-1]:
-                saver.save(passed, {}, journal)
+                checkpointer.save(passed, {}, journal)
     assert found == wanted
 
 
 def test_the_best_is_the_best_while_its_checkpoint_is_being_written(tmp_path):
     config = tiny(checkpoint={"best": True})
     run, workers = RunDirectory.create(tmp_path / "run", config), Here(config)
-    saver = Saver(run, workers, config)
+    checkpointer = Checkpointer(run, workers, config)
     with Journal.open(run, config.steps, 0, Console(file=io.StringIO())) as journal:
-        saver.note_loss(2, 3.0, 1)
-        saver.note_loss(2, 3.5, 1)
-        saver.begin(2, {}, journal)
-        saver.note_loss(4, 3.0, 1)  # before anybody has looked whether all is written
-        assert not saver.is_wanted(4)
-        saver.finish(journal)
-    assert run.read_best() == saver.best == {"step": 2, "loss": 3.0, "batches": 1}
+        checkpointer.note_loss(2, 3.0, 1)
+        checkpointer.note_loss(2, 3.5, 1)
+        checkpointer.begin(2, {}, journal)
+        checkpointer.note_loss(4, 3.0, 1)  # before anybody has looked whether all is written
+        assert not checkpointer.is_wanted(4)
+        checkpointer.finish(journal)
+    assert run.read_best() == checkpointer.best == {"step": 2, "loss": 3.0, "batches": 1}
 
 
 def test_a_last_checkpoint_that_cannot_be_written_says_why(tmp_path):
@@ -118,4 +118,4 @@ def test_a_last_checkpoint_that_cannot_be_written_says_why(tmp_path):
         Journal.open(run, config.steps, 0, Console(file=io.StringIO())) as journal,
         pytest.raises(CheckpointError, match=r"step 4: its checkpoint cannot be written below .*: .*(exists|directory).* Make room"),
     ):
-        Saver(run, workers, config).save(4, {}, journal)
+        Checkpointer(run, workers, config).save(4, {}, journal)

@@ -31,7 +31,7 @@ def run_of(path, **changes):
     prepared = prepare(config, path)
     run, out = prepared.run or RunDirectory.create(path, config), io.StringIO()
     driver = Driver(config, run, Alone(config), None, None, prepared.loaded, Console(file=out, width=200))
-    return run, driver.train(prepared.found), out.getvalue()
+    return run, driver.train(prepared.resume_from), out.getvalue()
 
 
 def test_a_run_ends_when_evaluations_become_no_better(tmp_path):

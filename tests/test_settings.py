@@ -13,7 +13,7 @@ from rayllp.config import TrainConfig, default_blocks, load_config, make_config,
 from rayllp.errors import SettingsError
 from rayllp.report import RunDirectory, read_lines
 from rayllp.report.settings import WORTH_KNOWING, documents, settings_table
-from rayllp.training.checkpointing import Saver
+from rayllp.training.checkpointing import Checkpointer
 from rayllp.training.prepare import prepare
 
 FIXED_NAMES = (
@@ -181,11 +181,11 @@ def test_names_are_parts_of_paths():
 
 def test_a_loss_that_is_not_finite_is_never_the_best(tmp_path):
     config = make_config({"checkpoint": {"best": True}})
-    saver = Saver(RunDirectory.create(tmp_path / "run", config), None, config)
-    saver.note_loss(1, float("nan"), 4)
-    assert not saver.is_wanted(1)
-    saver.note_loss(2, 3.0, 4)
-    assert saver.is_wanted(2)
+    checkpointer = Checkpointer(RunDirectory.create(tmp_path / "run", config), None, config)
+    checkpointer.note_loss(1, float("nan"), 4)
+    assert not checkpointer.is_wanted(1)
+    checkpointer.note_loss(2, 3.0, 4)
+    assert checkpointer.is_wanted(2)
 
 
 @pytest.mark.parametrize(("encoding", "wanted"), [("ascii", "? at ?t ? 1 ?"), ("utf-8", "ρ at Δt → 1 ∞")])

@@ -1,6 +1,7 @@
 """A step's operations, by the model alone, and what is said of them."""
 
 import io
+from dataclasses import replace
 
 import pytest
 import torch
@@ -49,14 +50,14 @@ def test_utilisation_is_of_all_workers_devices(monkeypatch):
     monkeypatch.setattr("rayllp.engine.engine.peak_flops", lambda device, dtype: 1e9)
     monkeypatch.setattr("rayllp.engine.engine.count_flops", lambda group, inputs: 1e3 * len(group.block.layers))
     config = tiny(workers=2)
-    answers = run_workers(2, lambda channel: [train_engine(make_engine(config, channel), 1)[0].as_dict()])
+    of_workers = run_workers(2, lambda channel: train_engine(make_engine(config, channel), 1)[0])
     step_log = object.__new__(StepLog)
     step_log.config = config
-    stats = [answer[0] | {"time_s": 0.5} for answer in answers]
+    stats = [replace(each, time_s=0.5) for each in of_workers]
     whole = config.batch_size * 1e3 * config.model.layers
     assert step_log._utilisation(stats) == pytest.approx(whole / (0.5 * 2e9))
     assert step_log._utilisation(stats[:1]) is None  # the other was lost with its worker
-    line = step_log._metric(stats[0] | {"time_s": 2.0}, Controller(config).accuracy, None)
+    line = step_log._metric(replace(stats[0], time_s=2.0), Controller(config).accuracy, None)
     assert line["tokens_per_s"] == line["tokens"] / 2
 
 

@@ -31,8 +31,8 @@ class TakingTurns(Driver):
 
     def _between_chunks(self, step: int) -> None:
         super()._between_chunks(step)
-        copies = self.training.copies
-        if step % self.block or copies.is_open:
+        copies = self.state.copies
+        if step % self.block or copies.is_undecided:
             return
         now = time.perf_counter()
         was_on = bool(copies.every)
@@ -41,7 +41,7 @@ class TakingTurns(Driver):
         self.chosen = copies.every or self.chosen
         copies.every = 0 if was_on else self.chosen
         if copies.every:
-            self.training.begin_save(step)
+            self.state.begin_save(step)
         self._since = time.perf_counter()
 
     def _next_chunk(self, step: int) -> Any:

@@ -34,7 +34,7 @@ from rayllp.training.driver import Driver
 from rayllp.training.interrupt import ASKING
 from rayllp.training.prepare import open_run, prepare
 from rayllp.training.result import BuildContext, Network, TrainResult
-from rayllp.training.worker_group import WorkerGroup
+from rayllp.training.worker_group import WorkerGroup, WorkerShare
 
 TAG = 11
 PAUSE_S = 5e-4
@@ -103,7 +103,7 @@ def train_launched(
         device = _device(config, process)
         with open_run(prepared, output, console) as (run, holds):
             group = LaunchedGroup(config, device, process, others)
-            result = Driver(config, run, group, None, None, prepared.loaded, console, holds).train(prepared.found)
+            result = Driver(config, run, group, None, None, prepared.loaded, console, holds).train(prepared.resume_from)
     except BaseException as error:
         others.abandon(error)
         raise
@@ -264,7 +264,7 @@ class LaunchedGroup(WorkerGroup):
         self._mine: LaunchedWorker | None = None
         self._batches: Batches | None = None
 
-    def start(self, network: Network, batches: Batches) -> list[dict[str, Any]]:
+    def start(self, network: Network, batches: Batches) -> list[WorkerShare]:
         """Have each process, including this one, make its worker, and connect them. They stay connected until the run ends."""
         other_ranks = range(1, self.config.world)
         for rank in other_ranks:
@@ -300,13 +300,13 @@ class LaunchedGroup(WorkerGroup):
             raise RendezvousError(explain(unreached, f"{socket.gethostname()} has no address that all processes reach"))
         self.call("use_address", shared[0])
 
-    def rebuild(self, config: TrainConfig, network: Network) -> list[dict[str, Any]]:
+    def rebuild(self, config: TrainConfig, network: Network) -> list[WorkerShare]:
         self.config = config
         for rank in range(config.world):
             self._call_some([rank], "reconfigure", config, rank)
         return self._build(network)
 
-    def _build(self, network: Network) -> list[dict[str, Any]]:
+    def _build(self, network: Network) -> list[WorkerShare]:
         return self.call("build", network.architecture, self._batches, self.device, BuildContext.of(network))
 
     def call(self, method: str, *arguments: Any, timeout_s: float | None = None) -> list[Any]:

@@ -28,7 +28,7 @@ from rayllp.data import Batches
 from rayllp.data.cache import with_files
 from rayllp.errors import ClusterError, MessageTimeoutError, RayllpError, RendezvousError, WorkerLostError
 from rayllp.training.result import BuildContext, Network
-from rayllp.training.worker_group import ElasticGroup
+from rayllp.training.worker_group import ElasticGroup, StepReport, WorkerShare
 
 BROKEN = ("ChannelError", "MessageTimeoutError", "RuntimeError", "DistBackendError")
 """Names of errors that a worker may raise only because another one has failed."""
@@ -86,7 +86,7 @@ class RayGroup(ElasticGroup):
         storage = checkpoint_folder(run, config.checkpoint.path)
         return cls(fitting, pool or ActorPool(fitting.world, device, name=run_name(run)), storage)
 
-    def start(self, network: Network, batches: Batches) -> list[dict[str, Any]]:
+    def start(self, network: Network, batches: Batches) -> list[WorkerShare]:
         """Start the workers, as `WorkerGroup.start` says. Data in memory pass through Ray's object store, once for all workers."""
         self.pool.wait_for_room()
         self._slots = self.pool.slots[: self.config.world]
@@ -156,14 +156,15 @@ class RayGroup(ElasticGroup):
         """False with MPI, since a process can be in only one MPI world."""
         return self.config.channel != "mpi"
 
-    def rebuild(self, config: TrainConfig, network: Network) -> list[dict[str, Any]]:
+    def rebuild(self, config: TrainConfig, network: Network) -> list[WorkerShare]:
         self.config, self._network = config, network
         self._reconfigure()
         return self._build(range(config.world))
 
-    def _build(self, ranks: Iterable[int]) -> list[dict[str, Any]]:
+    def _build(self, ranks: Iterable[int]) -> list[WorkerShare]:
         # no time limit: reading pretrained weights may take long, and a worker that dies is noticed anyway
-        shares = self.call_some(ranks, "build", self._network.architecture, self._sent, self.device, BuildContext.of(self._network))
+        context = BuildContext.of(self._network)
+        shares: list[WorkerShare] = self.call_some(ranks, "build", self._network.architecture, self._sent, self.device, context)
         self._layouts |= {share["rank"]: share["layout"] for share in shares}
         return shares
 
@@ -273,7 +274,7 @@ class RayGroup(ElasticGroup):
     def steps_done(self, lost: Collection[int]) -> int:
         return max(self.call_some(self.survivors(lost), "steps_done"), default=0)
 
-    def step_reports(self, lost: Collection[int], start: int, stop: int) -> list[list[dict[str, Any]]]:
+    def step_reports(self, lost: Collection[int], start: int, stop: int) -> list[list[StepReport]]:
         return self.call_some(self.survivors(lost), "step_reports", start, stop)
 
     def restore_from_memory(self, lost: frozenset[int]) -> int | None:
@@ -332,7 +333,7 @@ class RayGroup(ElasticGroup):
 
     def reshape(
         self, config: TrainConfig, lost: frozenset[int], network: Network, leaving: frozenset[int] = frozenset()
-    ) -> list[dict[str, Any]]:
+    ) -> list[WorkerShare]:
         """Redistribute the layers, as `ElasticGroup.reshape` says. States pass through Ray's object store."""
         self._redistribution = plan = self._redistribution or self._collect(lost)
         self.call_some(self.survivors(lost), "leave", timeout_s=START_TIMEOUT_S)

@@ -58,7 +58,7 @@ def train(
         pool = _kept_workers.pool(config, device) if _kept_workers is not None else None
         workers = RayGroup.for_run(config, run.path, device, pool)
         all_listeners: list[Listener] = [*holds, ClusterMetrics(run.path.name), *listeners]
-        return Driver(config, run, workers, model, batches, prepared.loaded, console, all_listeners).train(prepared.found)
+        return Driver(config, run, workers, model, batches, prepared.loaded, console, all_listeners).train(prepared.resume_from)
 
 
 # Several runs with the same processes ---------------------------------------------------------------------------------------------

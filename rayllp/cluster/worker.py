@@ -8,6 +8,7 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, ParamSpec, TypeVar
 
 import ray
@@ -35,6 +36,7 @@ from rayllp.errors import ChannelError, DataError, RayllpError
 from rayllp.models import Architecture, build_architecture
 from rayllp.timeline import TimedStep, Timeline
 from rayllp.training.result import BuildContext
+from rayllp.training.worker_group import StepReport, WorkerShare
 
 REMEMBERED = 512
 """Number of recent steps whose statistics a worker remembers, in case the driver's call for them fails."""
@@ -89,7 +91,7 @@ class BlockWorker:
         self.held_states: HeldStates | None = None
         self._writer = PieceWriter()
         self._offset = 1
-        self._step_reports: deque[dict[str, Any]] = deque(maxlen=REMEMBERED)
+        self._step_reports: deque[StepReport] = deque(maxlen=REMEMBERED)
 
     def warm(self, architecture: Architecture | None, batches: Batches, context: BuildContext) -> str:
         """Import and load what `build` will need, without building: a spare does this in advance. Returns this worker's node."""
@@ -162,12 +164,8 @@ class BlockWorker:
         self.membership.leave()
         gc.collect()  # a connection is closed when the last reference to it is gone
 
-    def build(self, architecture: Architecture | None, batches: Batches, device: str, context: BuildContext) -> dict[str, Any]:
-        """Build this worker's layers and describe its share of the network. Without an architecture, settings and context name the model.
-
-        Returns: a dictionary with, among others, "layout", the layout of this worker's state, and "sources", the names of the parameters
-            that the state is made of when layers are redistributed.
-        """
+    def build(self, architecture: Architecture | None, batches: Batches, device: str, context: BuildContext) -> WorkerShare:
+        """Build this worker's layers; return its share of the network. Without an architecture, settings and context name the model."""
         config = self.config
         context.apply()
         self._ensure_data(batches)
@@ -227,33 +225,32 @@ class BlockWorker:
             torch.cuda.empty_cache()
 
     @leaves_on_failure
-    def run(self, steps: list[tuple[int, Accuracy, ProbePlan | None]], snapshot_every: int = 0) -> list[dict[str, Any]]:
+    def run(self, steps: list[tuple[int, Accuracy, ProbePlan | None]], snapshot_every: int = 0) -> list[StepReport]:
         """Do a chunk of training steps. It ends early after a step whose loss or gradient is not finite.
 
         Args:
             steps: for each step its number, its accuracy, and what to measure in it.
             snapshot_every: number of steps between states kept in memory; 0 keeps none.
 
-        Returns: the statistics of each step that was done.
+        Returns: a report of each step that was done.
         """
-        stats = []
+        reports = []
         for step, accuracy, plan in steps:
             timed = peak = None
             with profiled(self._engine.device, wanted=step in self.config.profile.steps) as traces:
                 if plan is None and self.config.is_timed(step):
-                    done, timed = self._timed_step(step, accuracy)
+                    stats, timed = self._timed_step(step, accuracy)
                     peak = peak_memory(self._engine.device)
                 else:
-                    done = self._engine.train_step(step, accuracy, plan)
-            stats.append(done.as_dict() | {"timed": timed, "peak_memory": peak})
-            self._step_reports.append(stats[-1])
-            if traces:  # a trace is too large to be remembered
-                stats[-1] = stats[-1] | {"trace": traces[0]}
-            if done.fault is not None or not _is_finite(done.loss, done.grad_norm):
+                    stats = self._engine.train_step(step, accuracy, plan)
+            report = StepReport(stats, timed, peak)
+            self._step_reports.append(report)
+            reports.append(replace(report, trace=traces[0]) if traces else report)  # a trace is too large to be remembered
+            if stats.fault is not None or not report.is_finite:
                 break
             if snapshot_every and (step + 1) % snapshot_every == 0:
                 self.keep(step + 1)
-        return stats
+        return reports
 
     @leaves_on_failure
     def time_steps(self, steps: list[tuple[int, Accuracy]]) -> list[TimedStep]:
@@ -293,9 +290,9 @@ class BlockWorker:
         return Inventory((), ()) if self.held_states is None else self.held_states.inventory()
 
     def restore_from_memory(self, step: int) -> None:
-        """Restore the state after `step` steps, and forget the statistics of later ones."""
+        """Restore the state after `step` steps, and forget the reports of later ones."""
         self._held_states.restore(step)
-        self._step_reports = deque((stats for stats in self._step_reports if stats["step"] < step), maxlen=REMEMBERED)
+        self._step_reports = deque((report for report in self._step_reports if report.stats.step < step), maxlen=REMEMBERED)
 
     def give_state(self, step: int, neighbour: bool, weights: bool) -> torch.Tensor:
         """Return a state after `step` steps: the copy of another worker's (`neighbour`) or this worker's own, with or without weights."""
@@ -305,14 +302,14 @@ class BlockWorker:
         """Restore this worker's block from states of other workers: replicas, holders of copies, or those that had its layers before."""
         self._held_states.state.restore_from(list(zip(layouts, states, strict=True)))
 
-    def step_reports(self, start: int, stop: int) -> list[dict[str, Any]]:
-        """Return the remembered statistics of the steps in [start, stop). Of a step that was done twice, these are the later ones."""
-        by_step = {stats["step"]: stats for stats in self._step_reports if start <= stats["step"] < stop}
+    def step_reports(self, start: int, stop: int) -> list[StepReport]:
+        """Return the remembered reports of the steps in [start, stop). Of a step that was done twice, these are the later ones."""
+        by_step = {report.stats.step: report for report in self._step_reports if start <= report.stats.step < stop}
         return [by_step[step] for step in sorted(by_step)]
 
     def steps_done(self) -> int:
         """Return the number of steps done, as far as this worker remembers them."""
-        return int(self._step_reports[-1]["step"]) + 1 if self._step_reports else 0
+        return self._step_reports[-1].stats.step + 1 if self._step_reports else 0
 
     @ray.method(concurrency_group=LIVENESS)  # type: ignore[untyped-decorator]
     def ping(self) -> int:
@@ -392,7 +389,3 @@ class BlockWorker:
     def _engine(self) -> Engine:
         assert self.engine is not None, "build() comes first"
         return self.engine
-
-
-def _is_finite(*values: float) -> bool:
-    return all(abs(value) < float("inf") for value in values)

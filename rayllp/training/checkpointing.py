@@ -15,14 +15,14 @@ from rayllp.training.worker_group import WorkerGroup
 
 
 @dataclass(frozen=True)
-class Pending:
+class PendingCheckpoint:
     """A checkpoint that the workers are still writing.
 
     Attributes:
         step: optimizer steps done when its state was copied.
         folder: the staging folder that the workers write to.
         extra: what the manifest says besides the files: the controller's state, the settings and the record of the data.
-        best: the evaluation that made this the best checkpoint so far, as `Saver.best`; None if it is not the best.
+        best: the evaluation that made this the best checkpoint so far, as `Checkpointer.best`; None if it is not the best.
     """
 
     step: int
@@ -31,27 +31,27 @@ class Pending:
     best: dict[str, Any] | None
 
 
-class Saver:
+class Checkpointer:
     """Writes and reads the checkpoints of a run.
 
     Args:
         record: describes the run's data; it is stored in each checkpoint.
 
     Attributes:
-        settings: settings of the network that is being trained now.
+        config: settings of the network that is being trained now.
         best: "step", "loss" and number of "batches" of the best evaluation so far; None before the first one.
         saved: step of the last complete checkpoint that this session wrote or loaded; -1 if there is none.
     """
 
-    def __init__(self, run: RunDirectory, workers: WorkerGroup, settings: TrainConfig, record: DataRecord | None = None) -> None:
-        self._of_run = {"config": settings.model_dump(mode="json"), "data": None if record is None else record.as_dict()}
-        self.run, self.workers, self.settings = run, workers, settings
+    def __init__(self, run: RunDirectory, workers: WorkerGroup, config: TrainConfig, record: DataRecord | None = None) -> None:
+        self._run_metadata = {"config": config.model_dump(mode="json"), "data": None if record is None else record.as_dict()}
+        self.run, self.workers, self.config = run, workers, config
         self.best: dict[str, Any] | None = run.read_best()
         self.saved = -1
         self._new_best: dict[str, Any] | None = None
-        self._pending: Pending | None = None
+        self._pending: PendingCheckpoint | None = None
         self._overdue, self._why = False, ""
-        self._since = time.monotonic()
+        self._last_began = time.monotonic()
 
     # Writing --------------------------------------------------------------------------------------------------------------------
 
@@ -68,15 +68,15 @@ class Saver:
             self._pending, self._new_best = replace(self._pending, best=self._new_best or self._pending.best), None
             return
         self.finish(journal)
-        self._overdue, self._since = False, time.monotonic()
+        self._overdue, self._last_began = False, time.monotonic()
         try:
             folder = staging(self.run.checkpoints, step)
         except Exception as error:  # on remote storage each fsspec implementation raises errors of its own
             self._failed(step, str(error), journal)
             return
         self.workers.call("begin_save", str(folder.absolute()))
-        extra = {"controller": controller, "model": self.settings.model.model_dump(mode="json"), **self._of_run}
-        self._pending, self._new_best = Pending(step, folder, extra, self._new_best), None
+        extra = {"controller": controller, "model": self.config.model.model_dump(mode="json"), **self._run_metadata}
+        self._pending, self._new_best = PendingCheckpoint(step, folder, extra, self._new_best), None
 
     def poll(self, journal: Journal) -> None:
         """Commit the pending checkpoint if all workers have written their files. Does not block."""
@@ -90,8 +90,8 @@ class Saver:
         if pending is None:
             return
         try:
-            for written in self.workers.call("finish_save"):
-                files |= written
+            for files_of_worker in self.workers.call("finish_save"):
+                files |= files_of_worker
             best = pending.best or self.best
             final = self._commit(pending, files, int(best["step"]) if best else None)
         except CheckpointError as error:
@@ -103,9 +103,9 @@ class Saver:
         journal.event(pending.step, "checkpoint", path=str(final))
         self._mark_best(pending.best)
 
-    def _commit(self, pending: Pending, files: dict[str, Any], best: int | None) -> Folder:
+    def _commit(self, pending: PendingCheckpoint, files: dict[str, Any], best: int | None) -> Folder:
         try:
-            return commit(pending.folder, pending.step, files, pending.extra, self.settings.checkpoint.keep, best)
+            return commit(pending.folder, pending.step, files, pending.extra, self.config.checkpoint.keep, best)
         except Exception as error:  # on remote storage each fsspec implementation raises errors of its own
             raise CheckpointError(str(error)) from error
 
@@ -132,13 +132,13 @@ class Saver:
         """
         # The best evaluation so far may be one whose checkpoint has not been started, or is still being written.
         best = self._new_best or (self._pending.best if self._pending is not None else None) or self.best
-        if self.settings.checkpoint.best and math.isfinite(loss) and (best is None or (best["batches"] == batches and loss < best["loss"])):
+        if self.config.checkpoint.best and math.isfinite(loss) and (best is None or (best["batches"] == batches and loss < best["loss"])):
             self._new_best = {"step": step, "loss": loss, "batches": batches}
 
     def is_wanted(self, step: int) -> bool:
         """True if a checkpoint of `step` is due: by the number of steps, by time, as the best so far, or because the last one failed."""
-        every, minutes = self.settings.checkpoint.every, self.settings.checkpoint.minutes
-        late = bool(minutes) and time.monotonic() - self._since >= 60 * minutes
+        every, minutes = self.config.checkpoint.every, self.config.checkpoint.minutes
+        late = bool(minutes) and time.monotonic() - self._last_began >= 60 * minutes
         return self._overdue or late or self._new_best is not None or (bool(every) and step % every == 0)
 
     def _mark_best(self, best: dict[str, Any] | None) -> None:
@@ -159,22 +159,22 @@ class Saver:
 
     # Reading --------------------------------------------------------------------------------------------------------------------
 
-    def read_newest(self, found: list[Folder], journal: Journal) -> tuple[Folder, dict[str, Any]]:
+    def read_newest(self, candidates: list[Folder], journal: Journal) -> tuple[Folder, dict[str, Any]]:
         """Return the newest of these checkpoints that has all its files, and its manifest. Incomplete ones are reported and skipped.
 
         Raises:
             CheckpointError: all are incomplete; the message is about the newest.
         """
         failures: list[CheckpointError] = []
-        for folder in reversed(found):
+        for folder in reversed(candidates):
             try:
                 return folder, read_manifest(folder)
             except CheckpointError as error:
-                self.pass_over(folder, error, journal)
+                self.report_damaged(folder, error, journal)
                 failures.append(error)
         raise failures[0]
 
-    def pass_over(self, folder: Folder, error: CheckpointError, journal: Journal) -> None:
+    def report_damaged(self, folder: Folder, error: CheckpointError, journal: Journal) -> None:
         """Report a checkpoint that cannot be used."""
         journal.event(step_of(folder), "fault", reason=f"damaged checkpoint: {error}")
         journal.say(f"WARNING: {error}; trying the one before")
@@ -184,11 +184,11 @@ class Saver:
 
         Returns: how layers were mapped to the deeper network; None if the depths agree.
         """
-        prolongation = Prolongation.between(count_layers(manifest), self.settings, folder) if nested else None
+        prolongation = Prolongation.between(count_layers(manifest), self.config, folder) if nested else None
         self.workers.call("load", str(folder.absolute()), manifest["files"], prolongation)
         return prolongation
 
-    def restored(self, step: int) -> None:
+    def note_loaded(self, step: int) -> None:
         """Note that the checkpoint of `step` was loaded. Forget the best evaluation if it came later or its checkpoint is gone."""
         self.saved = step
         if self.best is not None and (self.best["step"] > step or not (self.run.checkpoints / f"step_{self.best['step']}").is_dir()):

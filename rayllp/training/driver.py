@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
 
 from rich.console import Console
 
@@ -15,7 +14,7 @@ from rayllp.models import Architecture
 from rayllp.report import Journal, Listener, RunDirectory
 from rayllp.report.loggers import opened_loggers
 from rayllp.report.progress import tell
-from rayllp.training.checkpointing import Saver
+from rayllp.training.checkpointing import Checkpointer
 from rayllp.training.evaluation import Evaluator
 from rayllp.training.interrupt import stopping
 from rayllp.training.messages import describe_other_length, describe_run, describe_stage, note_without_pipeline
@@ -24,7 +23,7 @@ from rayllp.training.resizing import Resizing
 from rayllp.training.result import Loaded, Network, TrainResult, at_full_depth
 from rayllp.training.run_state import RunState
 from rayllp.training.step_log import Chunk
-from rayllp.training.worker_group import ElasticGroup, WorkerGroup
+from rayllp.training.worker_group import ElasticGroup, WorkerGroup, WorkerShare
 
 
 class Driver:
@@ -37,7 +36,7 @@ class Driver:
         listeners: are called with each step, event and evaluation.
 
     Attributes:
-        whole: the settings of the whole run; with nested iteration, `state.config` has those of the current stage.
+        run_config: the settings of the whole run; with nested iteration, `state.current_config` has those of the current stage.
         state: what the workers train and how far they are.
         resizing, recovery: None if the workers are not elastic; the first failure then ends the run.
     """
@@ -46,45 +45,45 @@ class Driver:
         self, config: TrainConfig, run: RunDirectory, workers: WorkerGroup, model: Architecture | None, batches: Batches | None,
         loaded: Loaded | None, console: Console | None = None, listeners: Sequence[Listener] = (),
     ) -> None:  # fmt: skip
-        self.whole, self.run, self.workers = config, run, workers
+        self.run_config, self.run, self.workers = config, run, workers
         self.loaded = loaded or Loaded(None, None)
         self.data = self.loaded.data
         self.model, self.batches = model, batches
         self.listeners = listeners
         self.console = console or Console(stderr=True)
         self.stop = self.stopped_early = False
-        self.saver = Saver(run, workers, config, self.loaded.record)
-        self.evaluator = Evaluator(run, workers, self.saver, config.eval, self.data, batches, lambda: self.stop)
+        self.checkpointer = Checkpointer(run, workers, config, self.loaded.record)
+        self.evaluator = Evaluator(run, workers, self.checkpointer, config.eval, self.data, batches, lambda: self.stop)
         self.resizing: Resizing | None = None
         self.recovery: Recovery | None = None
 
-    def train(self, found: Sequence[Folder] = ()) -> TrainResult:
+    def train(self, resume_from: Sequence[Folder] = ()) -> TrainResult:
         """Train to the last step, or until the user stops the run.
 
         Args:
-            found: checkpoints to resume from, oldest first; the newest complete one is used.
+            resume_from: checkpoints, oldest first; the newest complete one is used.
         """
         sample = ""
         final: dict[str, float] = {}
-        begin = step_of(found[-1]) if found else 0
+        begin = step_of(resume_from[-1]) if resume_from else 0
         self.run.mend()
         try:
-            tensorboard = "tensorboard" in self.whole.log_to
+            tensorboard = "tensorboard" in self.run_config.log_to
             with (
-                opened_loggers(self.whole, self.run, partial(tell, self.console)) as loggers,
+                opened_loggers(self.run_config, self.run, partial(tell, self.console)) as loggers,
                 Journal.open(
-                    self.run, self.whole.steps, begin, self.console, [*self.listeners, *loggers], tensorboard=tensorboard
+                    self.run, self.run_config.steps, begin, self.console, [*self.listeners, *loggers], tensorboard=tensorboard
                 ) as self.journal,
                 stopping(self._stop) as self.signals,
             ):
                 self.state = RunState(
-                    self.whole, self.run, self.workers, self.saver, self.journal, Network(self.model, self.loaded.stored_config)
+                    self.run_config, self.run, self.workers, self.checkpointer, self.journal, Network(self.model, self.loaded.stored_config)
                 )
                 if isinstance(self.workers, ElasticGroup):
                     self.resizing = Resizing(self.state, self.workers)
                     self.recovery = Recovery(self.state, self.workers, self.resizing)
                 with self.signals.at_once():  # an interrupted start leaves nothing behind
-                    step = self._begin(list(found))
+                    step = self._begin(list(resume_from))
                 step, final, sample = self._train_through_faults(step)
         except BaseException:
             self.run.discard_if_unused()
@@ -106,9 +105,9 @@ class Driver:
 
     # The start ------------------------------------------------------------------------------------------------------------------
 
-    def _begin(self, found: list[Folder]) -> int:
+    def _begin(self, candidates: list[Folder]) -> int:
         """Start the workers, load the newest complete one of these checkpoints, and return how many steps are done."""
-        newest = self.saver.read_newest(found, self.journal) if found else None
+        newest = self.checkpointer.read_newest(candidates, self.journal) if candidates else None
         step = step_of(newest[0]) if newest is not None else 0
         self.state.enter_stage(step)
         self.run.truncate(step)  # even without a checkpoint there may be records of steps, which will be done again
@@ -117,21 +116,21 @@ class Driver:
             try:
                 shares = self.workers.start(self.state.network(), self.batches or self.data)
                 if newest is not None:
-                    step = self.state.restore_newest(found, newest, built=True)
+                    step = self.state.restore_from_newest(candidates, newest, built=True)
                 break
             except FAULTS as error:
                 if self.recovery is None:
                     raise
                 self.recovery.start_anew(step, error)
-        write_model_json(self.run.path, at_full_depth(shares[0]["network"], self.whole))
+        write_model_json(self.run.path, at_full_depth(shares[0]["network"], self.run_config))
         write_tokenizer_json(self.run.path, self.data)
         write_data_json(self.run.path, self.loaded.record)
         self._say_changes(step)
         self.journal.say(self._describe(shares))
         before = newest[1].get("config", {}).get("steps") if newest is not None else None
-        if before not in (None, self.whole.steps):
-            self.journal.say(describe_other_length(self.whole, before, step))
-        if note := note_without_pipeline(self.state.config):
+        if before not in (None, self.run_config.steps):
+            self.journal.say(describe_other_length(self.run_config, before, step))
+        if note := note_without_pipeline(self.state.current_config):
             self.journal.say(note)
         return step
 
@@ -142,15 +141,15 @@ class Driver:
             self.journal.event(step, "data", changed=list(changed))
             self.journal.say(f"step {step}: WARNING: the data have changed since the run began: {', '.join(changed)}")
         if "validation" in changed:
-            self.saver.forget_best()
+            self.checkpointer.forget_best()
 
-    def _describe(self, shares: list[dict[str, Any]]) -> str:
-        config = self.state.config
+    def _describe(self, shares: list[WorkerShare]) -> str:
+        config = self.state.current_config
         network = config.model.family if self.model is None else type(self.model).__name__
         parameters = sum(share["parameters"] for share in shares) // config.mesh.data
         left_out = getattr(self.data, "skipped", {})
         line = describe_run(config, network, parameters, self.workers.device, self.run.path, left_out)
-        return f"{line}; {describe_stage(self.state.stage, self.whole)}" if self.whole.nested.factors else line
+        return f"{line}; {describe_stage(self.state.stage, self.run_config)}" if self.run_config.nested.factors else line
 
     # Training ---------------------------------------------------------------------------------------------------------------------
 
@@ -178,7 +177,7 @@ class Driver:
         final, sample = ({}, "") if self.stop else self._evaluate_at_the_end(step)
         self.state.save(step)
         self._say_gain(step)
-        self.journal.finish(self.whole, final, sample, step)
+        self.journal.finish(self.run_config, final, sample, step)
         return step, final, sample
 
     def _evaluate_at_the_end(self, step: int) -> tuple[dict[str, float], str]:
@@ -199,16 +198,16 @@ class Driver:
         """Report how much faster the layer-parallel steps of this session were than exact ones."""
         step_log = self.state.step_log
         gain = step_log.times.gain
-        if gain.steps and self.whole.mode == "adaptive":
+        if gain.steps and self.run_config.mode == "adaptive":
             self.journal.gain(step, gain.as_dict(), gain.sentence(step_log.last_reason if step_log.controller.serial else None))
 
     def _train_stages(self, step: int) -> int:
         """Train the remaining stages of nested iteration, or the one stage of a run without it; return the steps done."""
         while True:
-            if self.whole.nested.factors:
-                self.journal.scalar("train/layers", self.state.config.model.layers, step)
+            if self.run_config.nested.factors:
+                self.journal.scalar("train/layers", self.state.current_config.model.layers, step)
             step = self._loop(step)
-            if self.stop or self.stopped_early or step >= self.whole.steps:
+            if self.stop or self.stopped_early or step >= self.run_config.steps:
                 return step
             self.state.deepen(step)
 
@@ -216,18 +215,18 @@ class Driver:
         """Train chunk by chunk to the end of the stage, or until the run is stopped; return the steps done."""
         state, step_log = self.state, self.state.step_log
         while True:
-            if step > state.settled:
+            if step > state.handled_step:
                 self._between_chunks(step)
-                state.settled = step
+                state.handled_step = step
             if step >= state.stage.end or self.stop or self.stopped_early:
                 return step
             if self.resizing is not None:
                 self.resizing.adapt(step)
             step_log.begin(step)
             chunk = self._next_chunk(step)
-            answers = self.workers.call("run", chunk, state.copies.every, timeout_s=step_log.expect(chunk))
+            reports = self.workers.call("run", chunk, state.copies.every, timeout_s=step_log.expect(chunk))
             step_log.note_time()
-            step = state.take_in(answers)
+            step = state.record(reports)
             if self.recovery is not None:
                 self.recovery.prepare()
 
@@ -236,19 +235,20 @@ class Driver:
 
     def _between_chunks(self, step: int) -> None:
         """Evaluate and save if either is due after this chunk. After the last step, `_train_to_the_end` does both."""
-        if step < self.whole.steps:
+        if step < self.run_config.steps:
             if self.evaluator.is_due(step):
                 self.evaluator.evaluate(step, self.journal)
                 self._lose_patience(step)
-            if self.saver.is_wanted(step):
+            if self.checkpointer.is_wanted(step):
                 self.state.begin_save(step)
-        self.saver.poll(self.journal)
+        self.checkpointer.poll(self.journal)
 
     def _lose_patience(self, step: int) -> None:
         """Stop early if the last `eval.patience` evaluations were no better than the best one before."""
-        best = self.run.best_of_patience(self.whole.eval)
+        best = self.run.best_of_patience(self.run_config.eval)
         if best is not None and not self.stop:
             self.stopped_early = True
-            reason = f"{self.whole.eval.patience} evaluations in a row were no better than {best['loss']:.4f} after step {best['step']}"
+            patience = self.run_config.eval.patience
+            reason = f"{patience} evaluations in a row were no better than {best['loss']:.4f} after step {best['step']}"
             self.journal.event(step, "stop", reason=reason)
             self.journal.say(f"step {step}: stopped early: {reason}")

@@ -10,7 +10,7 @@ from typing import Any
 from rayllp.config import EvalSettings
 from rayllp.data import Batches, TextBatches
 from rayllp.report import Journal, RunDirectory
-from rayllp.training.checkpointing import Saver
+from rayllp.training.checkpointing import Checkpointer
 from rayllp.training.worker_group import WorkerGroup
 
 PART_S = 1.0
@@ -22,7 +22,7 @@ class Evaluator:
     """Evaluates the network with the exact forward, whatever the training mode.
 
     Args:
-        saver: is told every loss, since the best one decides which checkpoint is kept.
+        checkpointer: is told every loss, since the best one decides which checkpoint is kept.
         data: the data set that the settings name; None if `batches` are used.
         batches: the data of a user's own network; None if `data` is used.
         stopped: returns True if the run is to end; an evaluation in progress is then given up.
@@ -32,10 +32,10 @@ class Evaluator:
     """
 
     def __init__(
-        self, run: RunDirectory, workers: WorkerGroup, saver: Saver, settings: EvalSettings, data: Any, batches: Batches | None,
-        stopped: Callable[[], bool] = bool,
+        self, run: RunDirectory, workers: WorkerGroup, checkpointer: Checkpointer, settings: EvalSettings, data: Any,
+        batches: Batches | None, stopped: Callable[[], bool] = bool,
     ) -> None:  # fmt: skip
-        self.run, self.workers, self.saver, self.settings = run, workers, saver, settings
+        self.run, self.workers, self.checkpointer, self.settings = run, workers, checkpointer, settings
         self.data, self.batches, self._stopped = data, batches, stopped
         self.last = -1
 
@@ -45,9 +45,9 @@ class Evaluator:
 
     def evaluate(self, step: int, journal: Journal) -> None:
         """Evaluate during training."""
-        found = self._measure(step, journal, self.settings.batches, self.settings.translate)
-        if found:
-            journal.say(f"step {step}: validation " + ", ".join(f"{name} {value:.4f}" for name, value in found.items()))
+        metrics = self._measure(step, journal, self.settings.batches, self.settings.translate)
+        if metrics:
+            journal.say(f"step {step}: validation " + ", ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
 
     def finish(self, step: int, journal: Journal) -> tuple[dict[str, float], str]:
         """Evaluate at the end, over more batches if the settings say so, and generate a sample of text.
@@ -58,40 +58,40 @@ class Evaluator:
         # A stream of text may be very long, so by default it is not evaluated to its end.
         finite = hasattr(self.batches or self.data, "batches") and not getattr(self.data, "is_stream", False)
         batches = settings.final_batches or (0 if finite else settings.batches)
-        found = self._measure(step, journal, batches, settings.final_translate)
-        if found and isinstance(self.data, TextBatches) and settings.sample:
+        metrics = self._measure(step, journal, batches, settings.final_translate)
+        if metrics and isinstance(self.data, TextBatches) and settings.sample:
             prompt = [int(token) for token in self.data.tokens["validation"][:16]]
             journal.progress("sample", 0, settings.sample)
             tokens = self.workers.call("generate", prompt, settings.sample)[0]
             sample = self.data.tokenizer.decode([*prompt, *tokens])
             self.run.write_text("sample.txt", sample)
-        return found, sample
+        return metrics, sample
 
     def _measure(self, step: int, journal: Journal, batches: int, translations: int) -> dict[str, float]:
         """Evaluate and record the result. Returns the metrics by name; empty if the run was stopped meanwhile."""
-        found = self._losses(journal, batches)
-        if found is None:
+        metrics = self._losses(journal, batches)
+        if metrics is None:
             return {}
         bleu = self._bleu(journal, translations) if translations and hasattr(self.data, "references") else None
         if self._stopped():
             return {}
         if bleu is not None:
-            found["bleu"] = bleu
-        self.saver.note_loss(step, found["loss"], batches)
-        journal.evaluation(step, found)
+            metrics["bleu"] = bleu
+        self.checkpointer.note_loss(step, metrics["loss"], batches)
+        journal.evaluation(step, metrics)
         self.last = step
-        return found
+        return metrics
 
     def _losses(self, journal: Journal, batches: int) -> dict[str, float] | None:
-        found: dict[str, float] | None = None
-        done, most = 0, 1
-        fewest = 2 * self.workers.config.layer_workers  # with fewer batches the pipeline of workers would mostly be idle
-        while found is None and not self._stopped():
+        metrics: dict[str, float] | None = None
+        done, batches_per_call = 0, 1
+        fewest_batches = 2 * self.workers.config.layer_workers  # with fewer batches the pipeline of workers would mostly be idle
+        while metrics is None and not self._stopped():
             began = time.perf_counter()
-            before, (done, size, found) = done, self.workers.call("evaluate", batches, done, most)[0]
-            most = max(fewest, int(PART_S * (done - before) / (time.perf_counter() - began)))
+            before, (done, size, metrics) = done, self.workers.call("evaluate", batches, done, batches_per_call)[0]
+            batches_per_call = max(fewest_batches, int(PART_S * (done - before) / (time.perf_counter() - began)))
             journal.progress("evaluation", done, size)
-        return found
+        return metrics
 
     def _bleu(self, journal: Journal, sentences: int) -> float | None:
         from sacrebleu import corpus_bleu

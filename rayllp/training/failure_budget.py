@@ -75,19 +75,19 @@ class CopyInterval:
     """How often workers keep a state in memory: as the settings say, or chosen by its measured cost.
 
     Args:
-        there: True if workers can outlive the loss of another one; without that, a copy is of no use.
+        elastic: True if workers can outlive the loss of another one; without that, a copy is of no use.
 
     Attributes:
         every: steps between kept states; 0 keeps none.
-        is_open: True until the interval has been chosen by its cost.
+        is_undecided: True until the interval has been chosen by its cost.
     """
 
-    def __init__(self, config: TrainConfig, *, there: bool = True) -> None:
-        if config.world == 1 or not there:  # no other worker would be left to hold the copy
-            self.every, self.is_open = 0, False
+    def __init__(self, config: TrainConfig, *, elastic: bool = True) -> None:
+        if config.world == 1 or not elastic:  # no other worker would be left to hold the copy
+            self.every, self.is_undecided = 0, False
         else:
             wanted = config.snapshot_every
-            self.every, self.is_open = (1, True) if wanted is None else (wanted, False)
+            self.every, self.is_undecided = (1, True) if wanted is None else (wanted, False)
 
     def choose(self, step_s: float, costs: Sequence[tuple[float, float]], *, on_cpu: bool) -> None:
         """Choose the interval.
@@ -98,7 +98,7 @@ class CopyInterval:
             on_cpu: True if workers compute on CPUs.
         """
         take_s, exchange_s = (max(cost[part] for cost in costs) for part in (0, 1))
-        self.every, self.is_open = choose_interval(step_s, take_s, exchange_s, on_cpu=on_cpu), False
+        self.every, self.is_undecided = choose_interval(step_s, take_s, exchange_s, on_cpu=on_cpu), False
 
 
 def choose_interval(step_s: float, take_s: float, exchange_s: float, *, on_cpu: bool) -> int:

@@ -104,7 +104,7 @@ class StepTimes:
     @property
     def step_s(self) -> dict[str, float]:
         """Seconds per step by solve, for solves with enough timed steps."""
-        return {name: median(found) for name, found in self._recent.items() if len(found) >= FEWEST}
+        return {name: median(recent) for name, recent in self._recent.items() if len(recent) >= FEWEST}
 
     @property
     def gain(self) -> Gain:

@@ -33,15 +33,15 @@ class Stopping:
     """The signal handler of a run. Use `stopping` to install it.
 
     Args:
-        asked: is called at the first signal; None: the first signal raises `Stopped`.
+        on_first: is called at the first signal; None: the first signal raises `Stopped`.
 
     Attributes:
         number: number of the signal that asked this process to end; None if there was none.
     """
 
-    def __init__(self, asked: Callable[[], None] | None) -> None:
+    def __init__(self, on_first: Callable[[], None] | None) -> None:
         self.number: int | None = None
-        self._asked, self._at_once, self._since = asked, 0, 0.0
+        self._on_first, self._at_once, self._since = on_first, 0, 0.0
         self._terminals = [number for number in range(3) if _is_terminal(number)]
 
     @contextlib.contextmanager
@@ -68,9 +68,9 @@ class Stopping:
             return
         again, self.number, self._since = self.number is not None, number, now
         # Ray's blocking calls let KeyboardInterrupt through, but no other exception of a signal handler.
-        if again or self._asked is None or self._at_once:
+        if again or self._on_first is None or self._at_once:
             raise Stopped(number)
-        self._asked()
+        self._on_first()
 
     def _leave_terminal(self) -> None:
         """Send output to /dev/null: the terminal is gone, and writing to it would fail."""
@@ -81,16 +81,16 @@ class Stopping:
 
 
 @contextlib.contextmanager
-def stopping(asked: Callable[[], None] | None = None) -> Iterator[Stopping]:
+def stopping(on_first: Callable[[], None] | None = None) -> Iterator[Stopping]:
     """Handle SIGINT, SIGTERM and, unless nohup has it ignored, SIGHUP.
 
     Args:
-        asked: is called at the first signal. None: the first signal raises `Stopped`, as the second one always does.
+        on_first: is called at the first signal. None: the first signal raises `Stopped`, as the second one always does.
 
     Raises:
         Stopped: what was running inside was given up.
     """
-    state, before = Stopping(asked), {}
+    state, before = Stopping(on_first), {}
     with contextlib.suppress(ValueError):  # not in the main thread: the caller has its own way to stop
         for number in ASKING:
             if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
@@ -116,28 +116,28 @@ def interrupting() -> Iterator[Callable[[], int | None]]:
         Stopped: a signal came while Tune was not running, or a second one came.
     """
     state = Stopping(None)
-    asked: list[int] = []
+    received: list[int] = []
 
     def forward(number: int, frame: Any) -> None:
         if number == signal.SIGHUP:
             state._leave_terminal()
-        asked.append(number)
+        received.append(number)
         signal.raise_signal(signal.SIGINT)
 
     def interrupt(number: int, frame: Any) -> None:
-        raise Stopped(asked[0] if asked else number)
+        raise Stopped(received[0] if received else number)
 
-    def found() -> int | None:
+    def signal_received() -> int | None:
         # While it runs, Tune has its own handler of SIGINT. It restores ours after an interrupt.
         mine = signal.getsignal(signal.SIGINT) is interrupt
-        return (asked[0] if asked else signal.SIGINT) if mine else None
+        return (received[0] if received else signal.SIGINT) if mine else None
 
     before = {signal.SIGINT: signal.signal(signal.SIGINT, interrupt)}
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is not signal.SIG_IGN:
             before[number] = signal.signal(number, forward)
     try:
-        yield found
+        yield signal_received
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -54,22 +54,22 @@ def note_without_pipeline(config: TrainConfig) -> str | None:
     microbatches = config.accumulate * count_microbatches(sequences, workers, config.microbatches)
     if microbatches >= workers:
         return None
-    given = f"microbatches={config.microbatches}" if config.microbatches else f"a batch of {sequences} sequences"
+    cause = f"microbatches={config.microbatches}" if config.microbatches else f"a batch of {sequences} sequences"
     return (
-        f"exact steps go without the pipeline, worker after worker: {given} makes {microbatches} microbatches for {workers} workers; "
+        f"exact steps go without the pipeline, worker after worker: {cause} makes {microbatches} microbatches for {workers} workers; "
         f"give at least {workers}, by microbatches or batch_size"
     )
 
 
-def describe_stage(stage: Stage, whole: TrainConfig) -> str:
+def describe_stage(stage: Stage, run_config: TrainConfig) -> str:
     """Return a description of a stage of nested iteration.
 
     Args:
-        whole: settings of the whole run.
+        run_config: settings of the whole run.
     """
     config, note = stage.config, f" ({stage.note})" if stage.note else ""
     depth = f"{config.middle_layers} middle layers with Δt = {config.middle_step:g}"
-    return f"stage {stage.number} of {len(whole.nested.factors) + 1}, to step {stage.end}: {depth}{note}"
+    return f"stage {stage.number} of {len(run_config.nested.factors) + 1}, to step {stage.end}: {depth}{note}"
 
 
 def where_not_finite(faults: Iterable[tuple[int, int, str] | None]) -> str:
@@ -79,9 +79,9 @@ def where_not_finite(faults: Iterable[tuple[int, int, str] | None]) -> str:
         faults: what each worker has found (see `engine.diagnosis.diagnose`): a tuple that sorts by place in the network and ends with a
             text, or None.
     """
-    found = [fault for fault in faults if fault is not None]
-    if found:
-        return min(found)[2]
+    first = min((fault for fault in faults if fault is not None), default=None)
+    if first is not None:
+        return first[2]
     return "the approximate solve alone (exact forward and gradients are finite): raise mgrit.iterations or use mode=serial"
 
 

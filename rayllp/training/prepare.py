@@ -35,14 +35,14 @@ class Prepared(NamedTuple):
     Attributes:
         run: the directory of the run that is resumed; None for a new run, whose directory does not exist yet.
         config: the settings to train with.
-        found: complete checkpoints to resume from, oldest first.
+        resume_from: complete checkpoints, oldest first.
         loaded: the data set and configuration that the settings name; None for a network and batches of the user's own.
         before: the settings that a resumed run had, if `config` differs from them.
     """
 
     run: RunDirectory | None
     config: TrainConfig
-    found: list[Folder]
+    resume_from: list[Folder]
     loaded: Loaded | None
     before: TrainConfig | None = None
 
@@ -63,23 +63,23 @@ def prepare(
     """
     run: RunDirectory | None = None
     before: TrainConfig | None = None
-    found: list[Folder] = []
+    resume_from: list[Folder] = []
     if resume is not None:
-        run, before, found = _reopen(Path(resume), config)
+        run, before, resume_from = _reopen(Path(resume), config)
         config = config or before
     else:
         config = config or TrainConfig()
         if output is not None and _is_unfinished(Path(output), config):
             run = RunDirectory(Path(output), config)
-            found = checkpoints(run.checkpoints)
+            resume_from = checkpoints(run.checkpoints)
         elif config.checkpoint.path is not None:  # the run directory may have been lost, but not its checkpoints
-            found = _find_own(config.checkpoint.path, config)
+            resume_from = _find_own(config.checkpoint.path, config)
     if run is None:
         RunDirectory.find_place(output, config)
     if config.checkpoint.path is not None:
         check_writable(locate(config.checkpoint.path))
-    loaded = validate(config, model, batches, run, found)
-    return Prepared(run, config, found, loaded, before if before != config else None)
+    loaded = validate(config, model, batches, run, resume_from)
+    return Prepared(run, config, resume_from, loaded, before if before != config else None)
 
 
 @contextlib.contextmanager
@@ -94,9 +94,9 @@ def open_run(prepared: Prepared, output: str | Path | None, console: Console | N
     """
     run = prepared.run or RunDirectory.create(output, prepared.config)
     say = partial(tell, console or Console(stderr=True))
-    with hold(run.path, say) as held, contextlib.ExitStack() as stack:
+    with hold(run.path, say) as run_hold, contextlib.ExitStack() as stack:
         try:
-            holds = [held]
+            holds = [run_hold]
             if prepared.config.checkpoint.path is not None and run.checkpoints.absolute() != run.path.absolute():
                 holds.append(stack.enter_context(hold(run.checkpoints, say)))
             if prepared.before is not None:
@@ -108,12 +108,16 @@ def open_run(prepared: Prepared, output: str | Path | None, console: Console | N
 
 
 def validate(
-    config: TrainConfig, model: Architecture | None, batches: Batches | None, run: RunDirectory | None = None, found: Sequence[Folder] = ()
+    config: TrainConfig,
+    model: Architecture | None,
+    batches: Batches | None,
+    run: RunDirectory | None = None,
+    resume_from: Sequence[Folder] = (),
 ) -> Loaded | None:
     """Check what can be checked without a cluster, and load what the settings name; return None for a network of the user's own.
 
     Args:
-        run, found: the resumed run and its checkpoints, if there are any.
+        run, resume_from: the resumed run and its checkpoints, if there are any.
 
     Raises:
         SettingsError: the settings, the network and the data do not fit together.
@@ -134,16 +138,16 @@ def validate(
         check_batched(config, model, _drawing(config, model, batches))
         return None
     check_family(config)
-    loaded = load_known(config, run, found)
+    loaded = load_known(config, run, resume_from)
     check_network(config, loaded.data.facts, loaded.stored_config)
     return loaded
 
 
-def load_known(config: TrainConfig, run: RunDirectory | None, found: Sequence[Folder] = (), data: Any = None) -> Loaded:
+def load_known(config: TrainConfig, run: RunDirectory | None, resume_from: Sequence[Folder] = (), data: Any = None) -> Loaded:
     """Load a run's data set and configuration, with the tokenizer that the run began with.
 
     Args:
-        run, found: the resumed run and its checkpoints, if there are any.
+        run, resume_from: the resumed run and its checkpoints, if there are any.
         data: the data set, if it is already loaded.
 
     Raises:
@@ -151,7 +155,7 @@ def load_known(config: TrainConfig, run: RunDirectory | None, found: Sequence[Fo
     """
     known = read_data_json(run.path) if run is not None else None
     if known is None:
-        known = DataRecord.read(_newest_manifest(found).get("data") or {})
+        known = DataRecord.read(_newest_manifest(resume_from).get("data") or {})
     data, record, changed = load_recorded(config, known, run.path / TOKENIZER_JSON if run is not None else None, data)
     return Loaded(data, read_stored_config(config, run), record, changed)
 
@@ -210,12 +214,12 @@ def _reopen(path: Path, config: TrainConfig | None) -> tuple[RunDirectory, Train
             f"{path} was trained by {before.optimizer.name}, and {config.optimizer.name} cannot go on from its state: leave "
             "optimizer.name as it was, or export the network and begin a run with model.from_pretrained"
         )
-    found = checkpoints(RunDirectory(path, before).checkpoints)
-    if not found:
+    complete = checkpoints(RunDirectory(path, before).checkpoints)
+    if not complete:
         with hold(path, partial(tell, Console(stderr=True))):  # if the run is in progress, raise that error instead
             pass
         raise CheckpointError(f"{path} has no complete checkpoint to resume from: start it anew, by its settings and --output {path}")
-    return RunDirectory(path, config or before), before, found
+    return RunDirectory(path, config or before), before, complete
 
 
 def _find_own(place: str, config: TrainConfig) -> list[Folder]:
@@ -224,8 +228,8 @@ def _find_own(place: str, config: TrainConfig) -> list[Folder]:
     Raises:
         SettingsError: the checkpoints there are of a run with other settings.
     """
-    found = checkpoints(locate(place))
-    theirs = _newest_manifest(found).get("config")
+    complete = checkpoints(locate(place))
+    theirs = _newest_manifest(complete).get("config")
     if theirs is not None:
         ours = config.model_dump(mode="json")
         theirs.get("data", {})["on_change"] = config.data.on_change
@@ -235,12 +239,12 @@ def _find_own(place: str, config: TrainConfig) -> list[Folder]:
             raise SettingsError(
                 f"checkpoint.path {place} holds checkpoints of a run with other {', '.join(other)}: give each run a place of its own"
             )
-    return found
+    return complete
 
 
-def _newest_manifest(found: Sequence[Folder]) -> dict[str, Any]:
+def _newest_manifest(candidates: Sequence[Folder]) -> dict[str, Any]:
     """Return the newest manifest that can be read, else an empty one. Damaged checkpoints are reported when they are loaded."""
-    for checkpoint in reversed(found):
+    for checkpoint in reversed(candidates):
         with contextlib.suppress(OSError, ValueError):
             return dict(json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8")))
     return {}

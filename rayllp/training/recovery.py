@@ -25,7 +25,7 @@ class Recovery:
 
     def __init__(self, state: RunState, workers: ElasticGroup, resizing: Resizing) -> None:
         self.state, self.workers, self.resizing = state, workers, resizing
-        self.budget = FailureBudget(state.whole.max_failures)
+        self.budget = FailureBudget(state.run_config.max_failures)
 
     def prepare(self) -> None:
         """Prepare for the next failure, after a chunk of steps: choose how often states are kept, and start spare workers.
@@ -33,7 +33,7 @@ class Recovery:
         Spares are started only after a step has succeeded, so that they do not compete with the replacement of a lost worker.
         """
         copies, step_log = self.state.copies, self.state.step_log
-        if copies.is_open and step_log.step >= step_log.first_step + WARM_STEPS:
+        if copies.is_undecided and step_log.step >= step_log.first_step + WARM_STEPS:
             copies.choose(step_log.step_s, self.workers.call("cost_of_copies"), on_cpu=self.workers.device == "cpu")
         self.workers.keep_spares()
 
@@ -57,7 +57,7 @@ class Recovery:
         """
         state, journal, step_log = self.state, self.state.journal, self.state.step_log
         began, lost, reached = time.monotonic(), _ranks_of(error), step_log.step
-        state.saver.abandon()
+        state.checkpointer.abandon()
         for attempt in count():
             journal.event(reached, "fault", reason=str(error), ranks=sorted(lost))
             journal.say(f"step {reached}: {error}")
@@ -83,14 +83,14 @@ class Recovery:
 
         Returns: that step, and where the states came from: "memory", "checkpoint" or "the start".
         """
-        size = max(self.workers.count_available_workers(lost), self.state.whole.fewest_workers)
+        size = max(self.workers.count_available_workers(lost), self.state.run_config.fewest_workers)
         if size < self.workers.size or self.workers.is_halfway or not self.workers.keeps_processes:
             return self.resizing.resize(size, lost)
         self.workers.replace(lost)
         step = self.workers.restore_from_memory(lost)
         if step is None:
-            return self.state.take_back_from_disk()
-        self.state.agree_on(step, partial(self.workers.step_reports, lost))
+            return self.state.restore_from_checkpoint_or_start()
+        self.state.sync_records_to(step, partial(self.workers.step_reports, lost))
         return step, "memory"
 
 

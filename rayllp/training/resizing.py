@@ -22,49 +22,49 @@ class Resizing:
     def __init__(self, state: RunState, workers: ElasticGroup) -> None:
         self.state, self.workers = state, workers
         self._warned: frozenset[int] = frozenset()  # ranks whose nodes are known to shut down soon
-        self._looked = time.monotonic()  # when the cluster was last checked for free resources
+        self._last_check = time.monotonic()  # when the cluster was last checked for free resources
 
     def adapt(self, step: int) -> None:
         """Adapt the workers to the cluster between two chunks of steps."""
-        self.leave_in_time(step)
+        self.leave_draining_nodes(step)
         self.grow(step)
 
     def grow(self, step: int) -> None:
         """Check for free resources from time to time, start standby workers there, and take in those that are ready."""
-        here, most = self.workers.size, self.state.whole.world
-        if here >= most:
+        size, most = self.workers.size, self.state.run_config.world
+        if size >= most:
             return
-        if time.monotonic() - self._looked >= self.state.whole.resize_check_s:
-            self._looked = time.monotonic()
+        if time.monotonic() - self._last_check >= self.state.run_config.resize_check_s:
+            self._last_check = time.monotonic()
             self.workers.start_standbys(most)
-        count = self.workers.count_standbys()
-        if not count or self.state.at_size(here + count).world <= here:
+        standbys = self.workers.count_standbys()
+        if not standbys or self.state.at_size(size + standbys).world <= size:
             return
         began = time.monotonic()
-        self._resize_between_steps(step, here + count)
+        self._resize_between_steps(step, size + standbys)
         self.state.journal.say(f"step {step}: grown in {time.monotonic() - began:.1f} s")
 
-    def leave_in_time(self, step: int) -> None:
+    def leave_draining_nodes(self, step: int) -> None:
         """Save a checkpoint, and move layers off nodes that are about to shut down, to standby workers elsewhere if there is room."""
         state, journal = self.state, self.state.journal
-        leaving, left_s = self.workers.draining_ranks()
-        if not leaving:
+        draining, left_s = self.workers.draining_ranks()
+        if not draining:
             self._warned = frozenset()
             return
-        if leaving != self._warned:
-            self._warned = leaving
-            known = round(left_s, 1) if math.isfinite(left_s) else None
-            journal.event(step, "fault", reason="the node was told to go", ranks=sorted(leaving), seconds_left=known)
-            journal.say(f"step {step}: workers {listed(sorted(leaving))} are on nodes that were told to go; their layers move elsewhere")
+        if draining != self._warned:
+            self._warned = draining
+            seconds_left = round(left_s, 1) if math.isfinite(left_s) else None
+            journal.event(step, "fault", reason="the node was told to go", ranks=sorted(draining), seconds_left=seconds_left)
+            journal.say(f"step {step}: workers {listed(sorted(draining))} are on nodes that were told to go; their layers move elsewhere")
             state.begin_save(step)
-        here = self.workers.size
-        self.workers.start_standbys(here + len(leaving))
-        there = here - len(leaving) + min(self.workers.count_standbys(), len(leaving))
-        size = state.at_size(there).world
-        if size > there or (size < here and left_s > MOVE_S):
+        size_now = self.workers.size
+        self.workers.start_standbys(size_now + len(draining))
+        remaining = size_now - len(draining) + min(self.workers.count_standbys(), len(draining))
+        size = state.at_size(remaining).world
+        if size > remaining or (size < size_now and left_s > MOVE_S):
             return  # too few workers would be left, or more of them may be ready before the node shuts down
-        state.saver.finish(journal)
-        self._resize_between_steps(step, size, leaving)
+        state.checkpointer.finish(journal)
+        self._resize_between_steps(step, size, draining)
 
     def _resize_between_steps(self, step: int, size: int, leaving: frozenset[int] = frozenset()) -> None:
         """Change the number of workers, or replace those in `leaving`, while all workers are alive."""
@@ -82,17 +82,17 @@ class Resizing:
         Returns: the step that the workers are at then, and where their states came from: "memory", "checkpoint" or "the start".
         """
         state, journal = self.state, self.state.journal
-        began, before = time.monotonic(), state.config
-        state.saver.abandon()
+        began, before = time.monotonic(), state.current_config
+        state.checkpointer.abandon()
         step = self.workers.common_step(lost)
         if step is not None and not self.workers.is_halfway:
-            state.agree_on(step, partial(self.workers.step_reports, lost))
+            state.sync_records_to(step, partial(self.workers.step_reports, lost))
         state.set_size(size)
-        self.workers.reshape(state.config, lost, state.network(), leaving)
+        self.workers.reshape(state.current_config, lost, state.network(), leaving)
         source = "memory"
         if step is None:
-            step, source = state.take_back_from_disk()
-        config, seconds = state.config, round(time.monotonic() - began, 3)
+            step, source = state.restore_from_checkpoint_or_start()
+        config, seconds = state.current_config, round(time.monotonic() - began, 3)
         if before.world == config.world:
             journal.say(f"step {step}: all {before.world} workers are new processes")
             return step, source

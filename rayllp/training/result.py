@@ -64,18 +64,18 @@ class Network(NamedTuple):
     architecture: Architecture | None
     stored_config: dict[str, Any] | None = None
 
-    def at_stage(self, config: TrainConfig, whole: TrainConfig) -> "Network":
+    def at_stage(self, config: TrainConfig, run_config: TrainConfig) -> "Network":
         """Return the network at the depth of a stage of nested iteration.
 
         Args:
             config: settings of the stage.
-            whole: settings of the whole run, which this network is for.
+            run_config: settings of the whole run, which this network is for.
         """
-        if not whole.nested.factors:
+        if not run_config.nested.factors:
             return self
         architecture = self.architecture
         if isinstance(architecture, LayerStack):
-            architecture = architecture.thinned(config.buffers.open, config.buffers.close, whole.middle_layers // config.middle_layers)
+            architecture = architecture.thinned(config.buffers.open, config.buffers.close, run_config.middle_layers // config.middle_layers)
         return Network(architecture, None if self.stored_config is None else with_layers(self.stored_config, config.model.layers))
 
 
@@ -105,11 +105,11 @@ class BuildContext:
         return cls({} if network.architecture is not None else dict(FAMILIES), network.stored_config)
 
 
-def at_full_depth(stored_config: dict[str, Any] | None, whole: TrainConfig) -> dict[str, Any] | None:
+def at_full_depth(stored_config: dict[str, Any] | None, run_config: TrainConfig) -> dict[str, Any] | None:
     """Return the transformers configuration at the run's full depth.
 
     Args:
         stored_config: the configuration, which may be that of a shallower stage; None is returned as it is.
-        whole: settings of the whole run.
+        run_config: settings of the whole run.
     """
-    return with_layers(stored_config, whole.model.layers) if stored_config is not None and whole.nested.factors else stored_config
+    return with_layers(stored_config, run_config.model.layers) if stored_config is not None and run_config.nested.factors else stored_config

@@ -1,17 +1,19 @@
 """What the steps of a run did: records their statistics, feeds the controller, and can go back to an earlier step."""
 
-import math
 import time
 from collections import Counter
 from collections.abc import Hashable, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from rayllp.config import TrainConfig
 from rayllp.control import Accuracy, Controller, Decision, Probe, ProbePlan
+from rayllp.engine import StepStats
 from rayllp.report import Journal, RunDirectory
 from rayllp.timeline import sum_kinds
 from rayllp.training.failure_budget import RAREST
 from rayllp.training.gain import StepTimes
+from rayllp.training.worker_group import StepReport
 
 CHUNK_S = 1.0
 MAX_CHUNK = 50
@@ -91,44 +93,43 @@ class StepLog:
         """Note that all workers have done the chunk, and how long its steps took."""
         self.step_s = (time.perf_counter() - self._began) / len(self._chunk)
 
-    def take_in(self, answers: Sequence[list[dict[str, Any]]]) -> list[Any] | None:
-        """Record the statistics of the chunk's steps.
+    def record(self, reports: Sequence[list[StepReport]]) -> None:
+        """Record the chunk's steps, up to one whose loss or gradient is not finite, as that was not applied.
 
         Args:
-            answers: of each worker (by rank), the statistics of the steps that it did.
-
-        Returns: None; or, if a step's loss or gradient is not finite and so was not applied, the fault that each worker found in it.
+            reports: for each worker (by rank), its reports of the steps that it has done.
         """
-        for done, (stats, (_, accuracy, plan)) in enumerate(zip(answers[0], self._chunk, strict=False)):
-            metric, timed = self._metric(stats, accuracy, plan), [answer[done] for answer in answers]
-            if plan is not None and plan.lipschitz:  # a step with a probe is the last of its chunk
-                found = _in_layer_order([answer[-1]["lipschitz"] for answer in answers])
-                metric["lipschitz"] = found if len(found) == self.config.model.layers else None  # values of lost workers are missing
-            metric["mfu"] = self._utilisation(timed)
-            if not math.isfinite(stats["loss"]) or not math.isfinite(stats["grad_norm"]):
-                return [answer[-1]["fault"] for answer in answers]
+        for done, (first, (_, accuracy, plan)) in enumerate(zip(reports[0], self._chunk, strict=False)):
+            if not first.is_finite:
+                return
+            stats, of_step = first.stats, [of_worker[done] for of_worker in reports]
+            metric = self._metric(stats, accuracy, plan)
+            if plan is not None and plan.lipschitz:
+                constants = {layer: value for each in of_step for layer, value in (each.stats.lipschitz or {}).items()}
+                # The values of lost workers are missing.
+                metric["lipschitz"] = [constants[n] for n in sorted(constants)] if len(constants) == self.config.model.layers else None
+            metric["mfu"] = self._utilisation([each.stats for each in of_step])
             self._journal.step(metric)
-            self._record_timeline(metric, timed)
-            for rank, each in enumerate(timed):
-                if "trace" in each:
-                    self._run.trace(metric["step"], rank, each["trace"])
-            self.times.take("probes" if plan is not None else accuracy.name, stats["time_s"], _computed(timed))
+            self._record_timeline(metric, of_step)
+            for rank, each in enumerate(of_step):
+                if each.trace is not None:
+                    self._run.trace(stats.step, rank, each.trace)
+            self.times.take("probes" if plan is not None else accuracy.name, stats.time_s, _computed(of_step))
             self.step += 1
-        if len(answers[0]) == len(self._chunk) and self._chunk[-1][2] is not None:
-            self._observe(answers[0][-1])
-        return None
+        if len(reports[0]) == len(self._chunk) and self._chunk[-1][2] is not None:
+            self._observe(reports[0][-1].stats)
 
-    def _utilisation(self, stats: Sequence[dict[str, Any]]) -> float | None:
+    def _utilisation(self, stats: Sequence[StepStats]) -> float | None:
         """Return the step's model FLOPs utilisation: operations done, over what all devices can do in that time; None if unknown."""
-        works = [each["work"] for each in stats if each["work"] is not None]
+        works = [each.work for each in stats if each.work is not None]
         if len(works) < self.config.world:
             return None
         done, possible = (sum(parts) for parts in zip(*works, strict=True))
-        return done / (possible * max(stats[0]["time_s"], 1e-9))
+        return done / (possible * max(stats[0].time_s, 1e-9))
 
-    def _record_timeline(self, metric: dict[str, Any], stats: Sequence[dict[str, Any]]) -> None:
+    def _record_timeline(self, metric: dict[str, Any], reports: Sequence[StepReport]) -> None:
         """Record the timeline of a timed step: all spans for the first few of its kind, sums for later ones, since spans are many."""
-        timed = [(each["timed"], each["peak_memory"]) for each in stats if each["timed"] is not None]
+        timed = [(each.timed, each.peak_memory) for each in reports if each.timed is not None and each.peak_memory is not None]
         if not timed or len(timed) < self.config.world:  # timelines of lost workers are missing
             return
         kind = {name: metric[name] for name in ("mode", "iterations_forward", "iterations_backward")}
@@ -143,13 +144,13 @@ class StepLog:
         self._marks = {known: mark for known, mark in self._marks.items() if known >= step - 2 * RAREST - MAX_CHUNK}
         self._marks[step] = self.controller.mark()
 
-    def rewind(self, step: int) -> None:
+    def rewind_with_controller(self, step: int) -> None:
         """Go back to `step`: forget later records, and take the controller back to its state before that step."""
         self._forget(step)
         self.controller.rewind(self._marks[max(known for known in self._marks if known <= step)])
         self.step = step
 
-    def restart(self, step: int) -> None:
+    def rewind_records(self, step: int) -> None:
         """Go back to `step`, with a controller that has been restored from a checkpoint or is new."""
         self._forget(step)
         self.step = step
@@ -161,12 +162,12 @@ class StepLog:
 
     # The controller -----------------------------------------------------------------------------------------------------------------
 
-    def _observe(self, stats: dict[str, Any]) -> None:
-        bias = stats["bias"] or {}
-        found = {"rho_forward": stats["rho_forward"], "rho_backward": stats["rho_backward"]}
-        probe = Probe(**found, bias=bias.get("relative"), noise=bias.get("noise"))
-        advice = {"forward": stats["advice_forward"], "backward": stats["advice_backward"]}
-        self._announce(self.controller.observe(stats["step"], probe), advice=advice, **found, bias=probe.bias, noise=probe.noise)
+    def _observe(self, stats: StepStats) -> None:
+        rho = {"rho_forward": stats.rho_forward, "rho_backward": stats.rho_backward}
+        bias, noise = (None, None) if stats.bias is None else (stats.bias.relative, stats.bias.noise)
+        advice = {"forward": stats.advice_forward, "backward": stats.advice_backward}
+        decision = self.controller.observe(stats.step, Probe(**rho, bias=bias, noise=noise))
+        self._announce(decision, advice=advice, **rho, bias=bias, noise=noise)
 
     def _announce(self, decision: Decision | None, **details: Any) -> None:
         if decision:
@@ -176,47 +177,39 @@ class StepLog:
             )
             self._journal.say(f"step {decision.step + 1}: now {decision.trained}: {decision.reason}")
 
-    def _metric(self, stats: dict[str, Any], accuracy: Accuracy, plan: ProbePlan | None) -> dict[str, Any]:
+    def _metric(self, stats: StepStats, accuracy: Accuracy, plan: ProbePlan | None) -> dict[str, Any]:
         probed = None if plan is None else plan.candidate.name
         if plan is not None and not accuracy.serial:
             accuracy = accuracy.probing()
-        bias = stats["bias"] or {}
+        bias: dict[str, Any] = {} if stats.bias is None else asdict(stats.bias)
         return {
-            "step": stats["step"], "loss": stats["loss"], "mode": accuracy.mode, "solve": accuracy.name,
+            "step": stats.step, "loss": stats.loss, "mode": accuracy.mode, "solve": accuracy.name,
             "probed": probed,
             "iterations_forward": None if accuracy.serial else accuracy.iterations_forward,
             "iterations_backward": None if accuracy.serial else accuracy.iterations_backward,
-            "rho_forward": stats["rho_forward"], "rho_backward": stats["rho_backward"],
+            "rho_forward": stats.rho_forward, "rho_backward": stats.rho_backward,
             "rho_by_point": None if plan is None else _rho_by_point(stats),
             "bias": bias.get("relative"), "cosine": bias.get("cosine"), "noise": bias.get("noise"), "bias_by_block": bias.get("by_block"),
             "bias_against": ("exact" if plan.exact or accuracy.serial else "doubled") if plan is not None and bias else None,
-            "consistency": stats["consistency"], "consistency_weight": accuracy.consistency or None,
-            "lipschitz": None, "grad_norm": stats["grad_norm"],
-            "lr": stats["lr"], "step_time_s": stats["time_s"], "tokens": stats["tokens"],
-            "tokens_per_s": stats["tokens"] / max(stats["time_s"], 1e-9), "mfu": None, "workers": self.config.world,
+            "consistency": stats.consistency, "consistency_weight": accuracy.consistency or None,
+            "lipschitz": None, "grad_norm": stats.grad_norm,
+            "lr": stats.lr, "step_time_s": stats.time_s, "tokens": stats.tokens,
+            "tokens_per_s": stats.tokens / max(stats.time_s, 1e-9), "mfu": None, "workers": self.config.world,
         }  # fmt: skip
 
 
-def _rho_by_point(stats: dict[str, Any]) -> dict[str, list[list[float | None]]] | None:
+def _rho_by_point(stats: StepStats) -> dict[str, list[list[float | None]]] | None:
     """Return convergence factors by direction, level and boundary between coarse intervals; None where they were not measured."""
-    found = {direction: stats[f"factors_{direction}"] for direction in ("forward", "backward")}
-    short = {
+    factors = {"forward": stats.factors_forward, "backward": stats.factors_backward}
+    rounded = {
         direction: [[None if factor is None else float(f"{factor:.4g}") for factor in level] for level in levels]
-        for direction, levels in found.items()
+        for direction, levels in factors.items()
         if levels
     }
-    return short or None
+    return rounded or None
 
 
-def _computed(stats: Sequence[dict[str, Any]]) -> float | None:
+def _computed(reports: Sequence[StepReport]) -> float | None:
     """Return the seconds that all workers together computed in a step; None if its timeline was not recorded."""
-    timelines = [each["timed"] for each in stats]
-    if any(timeline is None for timeline in timelines):
-        return None
-    return sum(sum_kinds(timeline)["compute"] for timeline in timelines)
-
-
-def _in_layer_order(found: list[dict[int, float]]) -> list[float]:
-    """Join the values that workers have found for their own layers into one list in the order of layers."""
-    merged = {layer: value for mine in found for layer, value in mine.items()}
-    return [merged[layer] for layer in sorted(merged)]
+    timelines = [each.timed for each in reports if each.timed is not None]
+    return sum(sum_kinds(timeline)["compute"] for timeline in timelines) if len(timelines) == len(reports) else None

@@ -1,12 +1,61 @@
 """The interface through which a run uses its workers, whether Ray or an MPI launcher started their processes."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Collection
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, TypedDict
 
+from rayllp.checkpoint.states import StateLayout
 from rayllp.config import TrainConfig
 from rayllp.data import Batches
+from rayllp.engine import StepStats
+from rayllp.timeline import TimedStep
 from rayllp.training.result import Network
+
+
+class WorkerShare(TypedDict):
+    """A worker's share of the network, as `BlockWorker.build` describes it.
+
+    Attributes:
+        rank: rank of the worker.
+        pid: its process.
+        layers: the layers that it has.
+        parameters: number of parameters that it has.
+        network: the network's transformers configuration, if it has one; None on all ranks but 0.
+        layout: layout of the worker's state.
+        sources: names of the parameters that the state is made of when layers are redistributed.
+    """
+
+    rank: int
+    pid: int
+    layers: list[int]
+    parameters: int
+    network: dict[str, Any] | None
+    layout: StateLayout
+    sources: set[str]
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What a worker reports of a training step.
+
+    Attributes:
+        stats: what the step did.
+        timed: its timeline, if that was recorded.
+        peak_memory: bytes in memory at most so far, resident and on the GPU, if the timeline was recorded.
+        trace: its trace by torch.profiler, if the settings ask for that.
+    """
+
+    stats: StepStats
+    timed: TimedStep | None = None
+    peak_memory: tuple[int, int | None] | None = None
+    trace: bytes | None = None
+
+    @property
+    def is_finite(self) -> bool:
+        """True if loss and gradient are finite. If not, the weights have not been changed."""
+        return math.isfinite(self.stats.loss) and math.isfinite(self.stats.grad_norm)
 
 
 class WorkerGroup(ABC):
@@ -21,21 +70,21 @@ class WorkerGroup(ABC):
     device: str
 
     @abstractmethod
-    def start(self, network: Network, batches: Batches) -> list[dict[str, Any]]:
+    def start(self, network: Network, batches: Batches) -> list[WorkerShare]:
         """Start and connect all workers, and have each build its layers.
 
         Args:
             network: the network that they build, at the depth of `config`.
             batches: the data set; it is loaded once, by the driver.
 
-        Returns: for each worker (by rank) a description of its share of the network; see `BlockWorker.build`.
+        Returns: each worker's share of the network, by rank.
 
         Raises:
             ClusterError: the resources did not become available, or a worker failed to start.
         """
 
     @abstractmethod
-    def rebuild(self, config: TrainConfig, network: Network) -> list[dict[str, Any]]:
+    def rebuild(self, config: TrainConfig, network: Network) -> list[WorkerShare]:
         """Replace the layers of all workers by those of other settings with the same number of workers.
 
         The network and the result are as for `start`.
@@ -98,8 +147,8 @@ class ElasticGroup(WorkerGroup):
         """Return the largest number of steps that any survivor has done."""
 
     @abstractmethod
-    def step_reports(self, lost: Collection[int], start: int, stop: int) -> list[list[dict[str, Any]]]:
-        """Return each survivor's statistics of the steps in [start, stop)."""
+    def step_reports(self, lost: Collection[int], start: int, stop: int) -> list[list[StepReport]]:
+        """Return each survivor's reports of the steps in [start, stop), as far as it remembers them."""
 
     @abstractmethod
     def restore_from_memory(self, lost: frozenset[int]) -> int | None:
@@ -141,7 +190,7 @@ class ElasticGroup(WorkerGroup):
     @abstractmethod
     def reshape(
         self, config: TrainConfig, lost: frozenset[int], network: Network, leaving: frozenset[int] = frozenset()
-    ) -> list[dict[str, Any]]:
+    ) -> list[WorkerShare]:
         """Redistribute the layers among `config.world` workers: survivors, standby workers that are ready, then new ones.
 
         The blocks then have the state of `common_step`; if that is None, they are newly initialised.
@@ -152,5 +201,5 @@ class ElasticGroup(WorkerGroup):
             network: as for `start`.
             leaving: ranks of workers that hand over their states and get no layers.
 
-        Returns: a description of each worker's share, as `start` does.
+        Returns: each worker's share, as `start` does.
         """

@@ -49,7 +49,7 @@ class TrialDriver(Driver):
         over = self.reporter.is_exhausted
         if over and self.evaluator.last != step:
             self.evaluator.evaluate(step, self.journal)
-        if self.evaluator.last == step and step < self.whole.steps:
+        if self.evaluator.last == step and step < self.run_config.steps:
             # Tune may end this process in report(), so the checkpoint that it would resume from must be complete before.
             report(self.reporter.report(), self.state.save(step), self.run)
         self.stop = self.stop or over
