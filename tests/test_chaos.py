@@ -10,7 +10,16 @@ import ray
 
 from rayllp.cluster import chaos
 from rayllp.cluster.actor_names import NAMESPACE, group_name, is_group, number_of, run_name, worker_name
-from rayllp.cluster.chaos import RayTarget, Steps, Worker, choose, failures, inject_failures, kill_at, parse_duration
+from rayllp.cluster.chaos import (
+    RayTarget,
+    TrainingWatch,
+    Worker,
+    choose_victim,
+    inject_failures,
+    kill_as_planned,
+    parse_duration,
+    planned_kills,
+)
 from rayllp.cluster.ray_group import RayGroup
 from rayllp.errors import ClusterError, SettingsError
 from rayllp.report import RunDirectory
@@ -34,14 +43,14 @@ def test_what_is_no_duration_is_refused(text):
 
 
 def test_strikes_are_as_faults_are_and_as_the_seed_says():
-    first, again, other = (list(itertools.islice(failures(20.0, seed), 4000)) for seed in (1, 1, 2))
+    first, again, other = (list(itertools.islice(planned_kills(20.0, seed), 4000)) for seed in (1, 1, 2))
     assert first == again != other
     waits = [after_s for after_s, _ in first]
     assert statistics.mean(waits) == pytest.approx(20, rel=0.05)
     assert statistics.stdev(waits) == pytest.approx(20, rel=0.1)  # exponential: as wide as its mean
     living = [Worker(rank, f"run/worker_{rank}") for rank in (2, 0, 1)]
-    struck = [choose(living, pick).number for _, pick in first]
-    assert struck == [choose(living[::-1], pick).number for _, pick in first]
+    struck = [choose_victim(living, pick).number for _, pick in first]
+    assert struck == [choose_victim(living[::-1], pick).number for _, pick in first]
     assert all(struck.count(rank) == pytest.approx(4000 / 3, rel=0.1) for rank in range(3))
 
 
@@ -90,7 +99,7 @@ def test_strikes_until_the_time_is_over(clock):
     struck, waiting = [], iter([False] * 10)
     plan = iter([(2.0, 0.99), (3.0, 0.0), (100.0, 0.5)])
     # The second falls on worker 0, which is always dead already: it is tried again, and time goes by.
-    ending = kill_at(Fake(), plan, 7.0, lambda: next(waiting, True), lambda worker: struck.append((clock[0], worker.number)))
+    ending = kill_as_planned(Fake(), plan, 7.0, lambda: next(waiting, True), lambda worker: struck.append((clock[0], worker.number)))
     assert ending == "the time is over"
     # 5 s until a step is done, the first kill 2 s later; nobody is there for two looks of half a second.
     assert struck == [(pytest.approx(8.0, abs=0.01), 2)]
@@ -100,19 +109,19 @@ def test_strikes_until_the_time_is_over(clock):
 @pytest.mark.usefixtures("clock")
 @pytest.mark.parametrize("trains", [True, False])
 def test_strikes_end_with_the_run(trains):
-    assert kill_at(Fake(looks=5), failures(1e6, 0), None, lambda: trains, print) == "the run has ended"
+    assert kill_as_planned(Fake(looks=5), planned_kills(1e6, 0), None, lambda: trains, print) == "the run has ended"
 
 
 def test_a_run_trains_when_its_metrics_grow(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text("1\n2\n3\n")
-    steps = Steps(tmp_path)
-    assert not steps.done()
+    watch = TrainingWatch(tmp_path)
+    assert not watch.has_trained()
     path.write_text("1\n")  # gone back to a checkpoint: the two will be repeated
-    assert not steps.done()
+    assert not watch.has_trained()
     path.write_text("1\n2\n")
-    assert steps.done()
-    assert not Steps(tmp_path / "none").done()
+    assert watch.has_trained()
+    assert not TrainingWatch(tmp_path / "none").has_trained()
 
 
 def test_what_is_no_run_directory_is_refused(tmp_path):
@@ -166,7 +175,7 @@ def test_a_run_survives_chaos_and_others_do_not_see_it(tmp_path):
     thread = threading.Thread(target=train, args=(run, config, over, outcome), daemon=True)
     thread.start()
     try:
-        first_s, second_s = (after_s for after_s, _ in itertools.islice(failures(2.0, 7), 2))
+        first_s, second_s = (after_s for after_s, _ in itertools.islice(planned_kills(2.0, 7), 2))
         limit_s = first_s + second_s / 2
         wait_until(lambda: (run.path / "metrics.jsonl").exists() or outcome, 60)
         assert not outcome

@@ -37,7 +37,7 @@ class Worker(NamedTuple):
     name: str
 
 
-class Failure(NamedTuple):
+class PlannedKill(NamedTuple):
     """A planned kill.
 
     Attributes:
@@ -58,21 +58,21 @@ def parse_duration(text: str, option: str) -> float:
     Raises:
         SettingsError: the text is not a duration.
     """
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)([smh])", text.strip(), re.ASCII)
-    seconds = float(found[1]) * UNITS[found[2]] if found else 0.0
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([smh])", text.strip(), re.ASCII)
+    seconds = float(match[1]) * UNITS[match[2]] if match else 0.0
     if not 0 < seconds < float("inf"):
         raise SettingsError(f"{option} {text!r}: a duration is a number over 0 and a unit, s, m or h: write such as 20s, 15m or 1.5h")
     return seconds
 
 
-def failures(mtbf_s: float, seed: int) -> Iterator[Failure]:
+def planned_kills(mtbf_s: float, seed: int) -> Iterator[PlannedKill]:
     """Yield kills without end. The times between them are exponentially distributed, as for independent failures."""
     generator = random.Random(seed)
     while True:
-        yield Failure(generator.expovariate(1 / mtbf_s), generator.random())
+        yield PlannedKill(generator.expovariate(1 / mtbf_s), generator.random())
 
 
-def choose(living: Sequence[Worker], pick: float) -> Worker:
+def choose_victim(living: Sequence[Worker], pick: float) -> Worker:
     """Return the worker to kill. It does not depend on the order in which Ray lists them."""
     return sorted(living)[int(pick * len(living))]
 
@@ -89,7 +89,7 @@ class Target(Protocol):
         """Kill a worker; return False if it was already dead."""
 
 
-class Steps:
+class TrainingWatch:
     """Watches metrics.jsonl to see whether a run trains.
 
     Kills wait for that, because a run that loses a worker before its first step has no state to recover, and ends.
@@ -98,7 +98,7 @@ class Steps:
     def __init__(self, run: Path) -> None:
         self._path, self._least = run / "metrics.jsonl", self._size(run / "metrics.jsonl")
 
-    def done(self) -> bool:
+    def has_trained(self) -> bool:
         """True if a step was done since this object was created. The file may shrink first, if the run resumes from a checkpoint."""
         size = self._size(self._path)
         self._least = min(size, self._least)
@@ -148,24 +148,24 @@ class RayTarget:
 def _answer(question: Callable[[], T]) -> T | None:
     """Ask the cluster something; return its answer, or None if there is none in time."""
     answers: list[T] = []
-    failures: list[Exception] = []
+    errors: list[Exception] = []
 
     def ask() -> None:
         try:
             answers.append(question())
         except Exception as error:
-            failures.append(error)
+            errors.append(error)
 
     thread = threading.Thread(target=ask, daemon=True)  # a daemon: waiting for a lost cluster must not keep this process alive
     thread.start()
     thread.join(ANSWER_S)
-    if failures:
-        raise ClusterError(f"the Ray cluster failed to answer: {type(failures[0]).__name__}: {failures[0]}") from failures[0]
+    if errors:
+        raise ClusterError(f"the Ray cluster failed to answer: {type(errors[0]).__name__}: {errors[0]}") from errors[0]
     return answers[0] if answers else None
 
 
 @contextlib.contextmanager
-def find(run: Path) -> Iterator[RayTarget]:
+def find_run(run: Path) -> Iterator[RayTarget]:
     """Find the run on a cluster: that of this process, else that of RAY_ADDRESS, else any on this machine.
 
     Raises:
@@ -180,7 +180,7 @@ def find(run: Path) -> Iterator[RayTarget]:
             raise ClusterError(_not_found(run, ["the one that this process is in"], []))
         yield target
         return
-    seen: list[str] = []
+    searched: list[str] = []
     refused: list[str] = []
     for address in _addresses():
         try:
@@ -194,8 +194,8 @@ def find(run: Path) -> Iterator[RayTarget]:
                 return
         finally:
             ray.shutdown()
-        seen.append(address)
-    raise ClusterError(_not_found(run, seen, refused))
+        searched.append(address)
+    raise ClusterError(_not_found(run, searched, refused))
 
 
 def _addresses() -> list[str]:
@@ -213,8 +213,8 @@ def _addresses() -> list[str]:
     return sorted(find_gcs_addresses())
 
 
-def _not_found(run: Path, seen: list[str], refused: list[str]) -> str:
-    where = f"looked at: {', '.join(seen)}" if seen else "found no Ray cluster to look at"
+def _not_found(run: Path, searched: list[str], refused: list[str]) -> str:
+    where = f"looked at: {', '.join(searched)}" if searched else "found no Ray cluster to look at"
     if refused:
         where += (
             f"; could not join {', '.join(refused)}: run this as the user who started it; where RAY_ADDRESS names a cluster with token "
@@ -242,7 +242,7 @@ def inject_failures(run: Path, mtbf_s: float, seed: int = 0, limit_s: float | No
         ClusterError: the run is not alive on any cluster that can be joined.
     """
     check_run(run)
-    with find(run) as target:
+    with find_run(run) as target:
         lasting = "until the run ends" if limit_s is None else f"for {limit_s:g} s"
         say(f"killing a worker of {run} every {mtbf_s:g} s on average, seed {seed}, {lasting} or Ctrl-C")
         killed: list[Worker] = []
@@ -255,9 +255,9 @@ def inject_failures(run: Path, mtbf_s: float, seed: int = 0, limit_s: float | No
             say(f"{time.strftime('%H:%M:%S', time.localtime(now))} killed worker {worker.number}")
 
         try:
-            steps = Steps(run)
+            watch = TrainingWatch(run)
             say("waiting for its next step")
-            ending = kill_at(target, failures(mtbf_s, seed), limit_s, steps.done, record)
+            ending = kill_as_planned(target, planned_kills(mtbf_s, seed), limit_s, watch.has_trained, record)
         except KeyboardInterrupt:
             ending = "stopped"
         files = f"{run / 'chaos.jsonl'} and {run / 'events.jsonl'}"
@@ -265,25 +265,25 @@ def inject_failures(run: Path, mtbf_s: float, seed: int = 0, limit_s: float | No
     return len(killed)
 
 
-def kill_at(
-    target: Target, plan: Iterator[Failure], limit_s: float | None, trains: Callable[[], bool], record: Callable[[Worker], None]
+def kill_as_planned(
+    target: Target, plan: Iterator[PlannedKill], limit_s: float | None, has_trained: Callable[[], bool], record: Callable[[Worker], None]
 ) -> str:
     """Kill workers according to a plan that starts with the run's next step; return why it ended.
 
     Args:
         limit_s: time limit in seconds from that step on; None: no limit.
-        trains: returns True once that step was done.
+        has_trained: returns True once that step was done.
         record: is called with each worker that was killed.
     """
-    while not trains():
+    while not has_trained():
         if not target.alive():
             return "the run has ended"
         time.sleep(POLL_S)
     now = time.monotonic()
     end = float("inf") if limit_s is None else now + limit_s
     for after_s, pick in plan:
-        due, struck = now + after_s, False
-        while not struck:
+        due, killed = now + after_s, False
+        while not killed:
             now = time.monotonic()
             if now >= end:
                 return "the time is over"
@@ -294,8 +294,8 @@ def kill_at(
                 continue
             # Between the death of a worker and its replacement there may be none: the kill then waits for the replacement.
             living = target.living()
-            struck = bool(living) and target.kill(victim := choose(living, pick))
-            if struck:
+            killed = bool(living) and target.kill(victim := choose_victim(living, pick))
+            if killed:
                 record(victim)
             else:
                 time.sleep(POLL_S)

@@ -81,36 +81,36 @@ def examine(path: str | None = None) -> Diagnosis:
     Args:
         path: folder or URL that runs are to be written to; every node tries to use it. None: that is not checked.
     """
-    found = Diagnosis()
+    diagnosis = Diagnosis()
     alive = [node for node in ray.nodes() if node["Alive"]]
-    with _shared_place(path, found) as mark:
+    with _shared_place(path, diagnosis) as mark:
         for node in alive:
-            with _as_fault(found, f"node {node['NodeManagerAddress']} did not answer"):
-                found.nodes.append(_ask(node, mark))
-    _compare(found)
-    pairs = [(one, other) for one, other in zip(found.nodes, found.nodes[1:], strict=False)] or [(n, n) for n in found.nodes]
+            with _as_fault(diagnosis, f"node {node['NodeManagerAddress']} did not answer"):
+                diagnosis.nodes.append(_ask(node, mark))
+    _compare(diagnosis)
+    pairs = [(one, other) for one, other in zip(diagnosis.nodes, diagnosis.nodes[1:], strict=False)] or [(n, n) for n in diagnosis.nodes]
     if len(pairs) > MOST_LINKS:
-        found.notes.append(f"links: the first {MOST_LINKS} of {len(pairs)} neighbours were measured")
+        diagnosis.notes.append(f"links: the first {MOST_LINKS} of {len(pairs)} neighbours were measured")
     for one, other in pairs[:MOST_LINKS]:
         backend = "nccl" if one.gpus and other.gpus and (one is not other or len(one.gpus) > 1) else "gloo"
-        with _as_fault(found, f"{backend} between {one.host} and {other.host} does not work"):
+        with _as_fault(diagnosis, f"{backend} between {one.host} and {other.host} does not work"):
             link = _measure_link(one, other, backend)
-            found.links.append(link)
+            diagnosis.links.append(link)
             if one is not other and link.bandwidth_gb_s < SLOW_GB_S:
-                found.faults.append(
+                diagnosis.faults.append(
                     f"{one.host} to {other.host}: {link.bandwidth_gb_s:.2f} GB/s; see that {backend} uses the fast interface: set "
                     f"{'NCCL' if backend == 'nccl' else 'GLOO'}_SOCKET_IFNAME on every node"
                 )
-    return found
+    return diagnosis
 
 
-def show(found: Diagnosis, console: Console) -> None:
+def show(diagnosis: Diagnosis, console: Console) -> None:
     """Print the nodes and links as tables that fit 80 columns, then what to fix."""
     table = Table(title="nodes")
     for name in ("host", "address", "CPUs", "GPUs", "clock, s", "shared path"):
         table.add_column(name, overflow="fold")
     alike: dict[str, list[str]] = {}  # hosts by their versions, which are many and mostly the same
-    for node in found.nodes:
+    for node in diagnosis.nodes:
         gpus = ", ".join(f"{count} × {name}" for name, count in Counter(node.gpus).items()) or "–"
         table.add_row(node.host, node.address, f"{node.cpus:g}", gpus, f"{node.clock_skew_s:+.3f}", node.shared)
         versions = {"Python": node.python, **{name: node.packages.get(name, "–") for name in PACKAGES}, "NCCL": node.nccl}
@@ -121,14 +121,14 @@ def show(found: Diagnosis, console: Console) -> None:
     links = Table(title="links between neighbours")
     for name in ("from", "to", "backend", "round trip 32 KiB, µs", "bandwidth 8 MiB, GB/s"):
         links.add_column(name)
-    for link in found.links:
+    for link in diagnosis.links:
         links.add_row(*link.nodes, link.backend, f"{link.latency_s * 1e6:.0f}", f"{link.bandwidth_gb_s:.2f}")
     console.print(links)
-    for note in found.notes:
+    for note in diagnosis.notes:
         console.print(f"note: {note}", highlight=False, soft_wrap=True, markup=False)
-    for fault in found.faults:
+    for fault in diagnosis.faults:
         console.print(f"to mend: {fault}", style="red", highlight=False, soft_wrap=True, markup=False)
-    if not found.faults:
+    if not diagnosis.faults:
         console.print("nothing to mend", style="green")
 
 
@@ -137,10 +137,10 @@ def show(found: Diagnosis, console: Console) -> None:
 
 def _ask(node: dict[str, Any], mark: Mark | None) -> Node:
     strategy = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-    asked = ray.remote(num_cpus=0, scheduling_strategy=strategy)(_describe_node)
-    ray.get(asked.remote(None), timeout=ANSWER_S)  # a first call, which starts the process, so that the clock is read without that delay
+    describe = ray.remote(num_cpus=0, scheduling_strategy=strategy)(_describe_node)
+    ray.get(describe.remote(None), timeout=ANSWER_S)  # a first call, which starts the process, so that the clock is read without that delay
     before = time.time()
-    answer = ray.get(asked.remote(mark), timeout=ANSWER_S)
+    answer = ray.get(describe.remote(mark), timeout=ANSWER_S)
     after = time.time()
     resources = node["Resources"]
     skew = answer.pop("time") - (before + after) / 2
@@ -181,69 +181,69 @@ def _gpus() -> tuple[list[str], str]:
 
 
 @contextlib.contextmanager
-def _shared_place(path: str | None, found: Diagnosis) -> Iterator[Mark | None]:
+def _shared_place(path: str | None, diagnosis: Diagnosis) -> Iterator[Mark | None]:
     if path is None:
-        found.notes.append("shared storage was not tried: give --path, the folder or URL that runs are to be written to")
+        diagnosis.notes.append("shared storage was not tried: give --path, the folder or URL that runs are to be written to")
         yield None
         return
     with contextlib.ExitStack() as stack:
         try:
             mark = stack.enter_context(leave_mark(locate(path)))
         except Exception as error:  # each fsspec implementation raises errors of its own
-            found.faults.append(f"{path} cannot be written here ({type(error).__name__}: {error}): choose another place for runs")
+            diagnosis.faults.append(f"{path} cannot be written here ({type(error).__name__}: {error}): choose another place for runs")
             yield None
             return
         yield mark
 
 
-def _compare(found: Diagnosis) -> None:
+def _compare(diagnosis: Diagnosis) -> None:
     """Add faults for what the nodes disagree in or lack."""
     for name in ("python", *PACKAGES):
-        has = [(node.host, node.python if name == "python" else node.packages.get(name, "none")) for node in found.nodes]
+        has = [(node.host, node.python if name == "python" else node.packages.get(name, "none")) for node in diagnosis.nodes]
         if len({kind for _, kind in has}) > 1:
             where = ", ".join(f"{host} {kind}" for host, kind in has)
-            found.faults.append(f"{name} differs ({where}): install the same version on every node")
-    for node in found.nodes:
+            diagnosis.faults.append(f"{name} differs ({where}): install the same version on every node")
+    for node in diagnosis.nodes:
         missing = [name for name in PACKAGES if name not in node.packages and name != "rayllp"]
         if missing:
-            found.faults.append(f"{node.host} lacks {', '.join(missing)}: install rayllp there, or give a runtime environment with it")
+            diagnosis.faults.append(f"{node.host} lacks {', '.join(missing)}: install rayllp there, or give a runtime environment with it")
         if abs(node.clock_skew_s) > SKEW_S:
-            found.faults.append(
+            diagnosis.faults.append(
                 f"the clock of {node.host} is {node.clock_skew_s:+.1f} s off: run a time service (chrony, ntpd) on every node"
             )
         if node.shared not in ("ok", "–"):
-            found.faults.append(
+            diagnosis.faults.append(
                 f"{node.host} cannot use the shared path ({node.shared}): mount it there, or give a URL that all nodes reach"
             )
-    _note_impatience(found)
-    if not found.nodes:
-        found.faults.append("no node answered: is the cluster up? `ray status` says")
+    _note_impatience(diagnosis)
+    if not diagnosis.nodes:
+        diagnosis.faults.append("no node answered: is the cluster up? `ray status` says")
 
 
-def _note_impatience(found: Diagnosis) -> None:
+def _note_impatience(diagnosis: Diagnosis) -> None:
     """Note what makes workers slow beside other programs. It is not a fault, as whoever started the cluster may have chosen it."""
-    nice = [node for node in found.nodes if node.niceness > 0]
+    nice = [node for node in diagnosis.nodes if node.niceness > 0]
     if nice:
         hosts = ", ".join(node.host for node in nice)
-        found.notes.append(
+        diagnosis.notes.append(
             f"workers on {hosts} run at niceness {nice[0].niceness} (Ray's default is 15), and get next to nothing beside a busy program: "
             "where nodes do other work, start them with RAY_worker_niceness=0"
         )
-    spinning = [node.host for node in found.nodes if node.cpus and not node.gpus and node.wait_policy.upper() != "PASSIVE"]
+    spinning = [node.host for node in diagnosis.nodes if node.cpus and not node.gpus and node.wait_policy.upper() != "PASSIVE"]
     if spinning:
-        found.notes.append(
+        diagnosis.notes.append(
             f"threads on {', '.join(spinning)} spin while they wait, also for one that another program keeps from its core: where nodes do "
             "other work, start them with OMP_WAIT_POLICY=PASSIVE"
         )
 
 
 @contextlib.contextmanager
-def _as_fault(found: Diagnosis, what: str) -> Iterator[None]:
+def _as_fault(diagnosis: Diagnosis, what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
         reason = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
-        found.faults.append(f"{what}: {reason}")
+        diagnosis.faults.append(f"{what}: {reason}")
 
 
 # Links ------------------------------------------------------------------------------------------------------------------------------
@@ -295,13 +295,13 @@ def _measure_link(one: Node, other: Node, backend: str) -> Link:
         at = locations[0].address, ask(0, "listen", locations[0].address)
         measured = [end.measure.remote(rank, locations[rank].address, at, backend) for rank, end in enumerate(ends)]
         try:
-            found = ray.get(measured, timeout=ANSWER_S)
+            timed_links = ray.get(measured, timeout=ANSWER_S)
         except ray.exceptions.GetTimeoutError:
             raise ClusterError(f"messages of 8 MiB did not pass within {ANSWER_S:g} s: it is very slow, or loses packets") from None
     finally:
         for end in ends:
             ray.kill(end)
-    return Link((one.host, other.host), backend, 2 * found[0].seconds[SIZES["32 KiB"]], found[0].bandwidth_gb_s)
+    return Link((one.host, other.host), backend, 2 * timed_links[0].seconds[SIZES["32 KiB"]], timed_links[0].bandwidth_gb_s)
 
 
 def run_doctor(path: str | None, console: Console) -> bool:
@@ -313,6 +313,6 @@ def run_doctor(path: str | None, console: Console) -> bool:
             "RAY_ADDRESS is not set: looking at a cluster of this machine's own, as `rayllp train` would start it", soft_wrap=True
         )
     with join_cluster(1, console):
-        found = examine(path)
-    show(found, console)
-    return not found.faults
+        diagnosis = examine(path)
+    show(diagnosis, console)
+    return not diagnosis.faults

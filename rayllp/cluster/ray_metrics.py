@@ -32,18 +32,18 @@ class ClusterMetrics:
     def step(self, metric: Mapping[str, Any]) -> None:
         """Set the gauges to what a step measured."""
         same = "loss rho_forward rho_backward bias step_time_s tokens_per_s mfu workers"
-        found = {name: metric[name] for name in same.split()}
-        found |= {
+        values = {name: metric[name] for name in same.split()}
+        values |= {
             "parallel": float(metric["mode"] == "parallel"),
             "step": metric["step"] + 1,
         }
-        for name, value in found.items():
+        for name, value in values.items():
             if value is not None:
                 self._gauges[name].set(float(value))
 
     def event(self, step: int, kind: str, details: Mapping[str, Any]) -> None:
         """Do nothing: no gauge shows events."""
 
-    def evaluation(self, step: int, found: Mapping[str, float]) -> None:
+    def evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
         """Set the gauge of the validation loss."""
-        self._gauges["validation_loss"].set(found["loss"])
+        self._gauges["validation_loss"].set(metrics["loss"])

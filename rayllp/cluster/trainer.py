@@ -54,14 +54,14 @@ class LayerParallelTrainer:
         batches: Batches | None = None,
         listeners: Sequence[Listener] = (),
     ) -> None:
-        given = config if isinstance(config, TrainConfig) else make_config(config or {})
+        settings = config if isinstance(config, TrainConfig) else make_config(config or {})
         self.model, self.batches, self.listeners = model, batches, listeners
         self.output: Path | None = None
         if scaling_config is not None:
-            given = _scaled(given, scaling_config)
+            settings = _scaled(settings, scaling_config)
         if run_config is not None:
-            given, self.output = _placed(given, run_config)
-        self.config = given
+            settings, self.output = _placed(settings, run_config)
+        self.config = settings
 
     def fit(self) -> Any:
         """Train to the last step, or until the run is stopped.
@@ -75,32 +75,32 @@ class LayerParallelTrainer:
             ray.train.TrainingFailedError: training failed; its cause is the error of `rayllp.train`.
         """
         try:
-            found = train(self.config, output=self.output, model=self.model, batches=self.batches, listeners=self.listeners)
+            trained = train(self.config, output=self.output, model=self.model, batches=self.batches, listeners=self.listeners)
         except (SettingsError, DataError):
             raise
         except RayllpError as error:
             failed = getattr(ray.train, "ControllerError", ray.train.TrainingFailedError)
             raise failed(error) from error
-        return make_result(found)
+        return make_result(trained)
 
 
-def make_result(found: TrainResult) -> Any:
+def make_result(trained: TrainResult) -> Any:
     """Return Ray's `Result`, made from what a run has left in its directory."""
-    run = RunDirectory(found.directory, load_run_config(found.directory))
+    run = RunDirectory(trained.directory, load_run_config(trained.directory))
     rows = _rows(run)
     frame = pandas.DataFrame(rows)
-    at = {row["training_iteration"]: row for row in rows}
-    kept = [(_checkpoint(folder), at.get(step_of(folder), {})) for folder in checkpoints(run.checkpoints)]
+    row_after = {row["training_iteration"]: row for row in rows}
+    complete = [(_checkpoint(folder), row_after.get(step_of(folder), {})) for folder in checkpoints(run.checkpoints)]
     result = ray.train.Result(
         metrics=rows[-1] if rows else None,
-        checkpoint=kept[-1][0] if kept else None,
+        checkpoint=complete[-1][0] if complete else None,
         error=None,
-        path=str(found.directory.absolute()),
+        path=str(trained.directory.absolute()),
         metrics_dataframe=frame,
-        best_checkpoints=kept,
+        best_checkpoints=complete,
         _storage_filesystem=pyarrow.fs.LocalFileSystem(),
     )
-    result.return_value = found
+    result.return_value = trained
     return result
 
 
@@ -153,12 +153,16 @@ def _placed(config: TrainConfig, run: Any) -> tuple[TrainConfig, Path | None]:
         run, {"name", "storage_path", "checkpoint_config", "failure_config", "logging_config"}, "listeners are told what happens"
     )
     changes: dict[str, Any] = {}
-    kept, failures = run.checkpoint_config, run.failure_config
-    for part, mine in ((kept, {"num_to_keep"}), (failures, {"max_failures"}), (getattr(run, "logging_config", None), set[str]())):
+    checkpointing, failures = run.checkpoint_config, run.failure_config
+    for part, supported in (
+        (checkpointing, {"num_to_keep"}),
+        (failures, {"max_failures"}),
+        (getattr(run, "logging_config", None), set[str]()),
+    ):
         if part is not None:
-            _refuse_others(part, mine, "the settings' checkpoint and max_failures say the rest")
-    if kept is not None and kept.num_to_keep is not None:
-        changes["checkpoint"] = {"keep": kept.num_to_keep}
+            _refuse_others(part, supported, "the settings' checkpoint and max_failures say the rest")
+    if checkpointing is not None and checkpointing.num_to_keep is not None:
+        changes["checkpoint"] = {"keep": checkpointing.num_to_keep}
     if failures is not None and failures.max_failures:
         changes["max_failures"] = UNLIMITED if failures.max_failures < 0 else failures.max_failures
     place = str(run.storage_path).removeprefix("file://")
@@ -168,19 +172,19 @@ def _placed(config: TrainConfig, run: Any) -> tuple[TrainConfig, Path | None]:
     return _with(config, changes, "run_config"), None
 
 
-def _refuse_others(given: Any, used: set[str], instead: str) -> None:
+def _refuse_others(options: Any, used: set[str], instead: str) -> None:
     """Refuse options that have been set and would be ignored.
 
     Args:
         used: names of the options that have a meaning here.
         instead: ends the error message.
     """
-    untouched = type(given)()
-    for option in dataclasses.fields(given):
-        value = getattr(given, option.name)
+    untouched = type(options)()
+    for option in dataclasses.fields(options):
+        value = getattr(options, option.name)
         if option.name not in used and value != getattr(untouched, option.name):
             raise SettingsError(
-                f"{type(given).__name__}({option.name}={value!r}) says nothing in layer-parallel training: leave it out ({instead})"
+                f"{type(options).__name__}({option.name}={value!r}) says nothing in layer-parallel training: leave it out ({instead})"
             )
 
 

@@ -41,12 +41,12 @@ class Listener(Protocol):
             details: the other fields of its line, without the time.
         """
 
-    def evaluation(self, step: int, found: Mapping[str, float]) -> None:
+    def evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
         """An evaluation was done, with the exact forward.
 
         Args:
             step: number of steps done before it.
-            found: "loss" and the metrics of the task.
+            metrics: "loss" and the metrics of the task.
         """
 
 
@@ -102,12 +102,12 @@ class Journal:
         for listener in self._listeners:
             listener.event(step, kind, details)
 
-    def gain(self, step: int, found: Mapping[str, Any], sentence: str) -> None:
+    def gain(self, step: int, gain: Mapping[str, Any], sentence: str) -> None:
         """Record what a session's layer-parallel steps gained over exact ones: as an event, in TensorBoard, and as a line for the user."""
-        self.event(step, "gain", **found)
+        self.event(step, "gain", **gain)
         for name in ("speedup", "speedup_over_one"):
-            if found[name] is not None:
-                self.scalar(f"gain/{name}", found[name], step)
+            if gain[name] is not None:
+                self.scalar(f"gain/{name}", gain[name], step)
         self.say(sentence)
 
     def scalar(self, name: str, value: float, step: int) -> None:
@@ -120,13 +120,13 @@ class Journal:
         if finite:
             self._draw(lambda board: board.add_histogram(name, torch.tensor(finite), step))
 
-    def finish(self, config: TrainConfig, found: Mapping[str, float], sample: str, step: int) -> None:
+    def finish(self, config: TrainConfig, metrics: Mapping[str, float], sample: str, step: int) -> None:
         """Record the end of the run in TensorBoard: settings and results of the last evaluation (HParams), and a sample of text."""
         if sample:
             self._draw(lambda board: board.add_text("sample", _as_code(sample), step))
         flat = flatten(config.model_dump(mode="json"))
         settings = {name: value if isinstance(value, bool | int | float | str) else json.dumps(value) for name, value in flat.items()}
-        results = {f"hparam/{name}": value for name, value in found.items()}
+        results = {f"hparam/{name}": value for name, value in metrics.items()}
         if results:
             self._draw(lambda board: board.add_hparams(settings, results, run_name=".", global_step=step))
 
@@ -176,12 +176,12 @@ class Journal:
                 self.histogram(f"rho_{direction}/level_{level}", [factor for factor in factors if factor is not None], step)
         self.histogram("blocks/bias", [bias for bias, _ in metric["bias_by_block"] or ()], step)
 
-    def evaluation(self, step: int, found: Mapping[str, float], split: str = "validation") -> None:
+    def evaluation(self, step: int, metrics: Mapping[str, float], split: str = "validation") -> None:
         """Record the results of an evaluation, and tell the listeners."""
-        self._run.evaluation(step, split, **found)
+        self._run.evaluation(step, split, **metrics)
         for listener in self._listeners:
-            listener.evaluation(step, found)
-        for name, value in found.items():
+            listener.evaluation(step, metrics)
+        for name, value in metrics.items():
             self.scalar(f"{split}/{name}", value, step)
 
     def _warn(self) -> None:

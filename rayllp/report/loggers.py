@@ -98,9 +98,9 @@ class Service(Listener):
     def event(self, step: int, kind: str, details: Mapping[str, Any]) -> None:
         """Do nothing: events are in RUN/events.jsonl."""
 
-    def evaluation(self, step: int, found: Mapping[str, float]) -> None:
+    def evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
         """Log the validation loss and metrics."""
-        self._try(lambda: self.log({f"validation/{name}": value for name, value in found.items()}, step))
+        self._try(lambda: self.log({f"validation/{name}": value for name, value in metrics.items()}, step))
 
     def close(self) -> None:
         """Finish at the end of the session, unless the service has failed."""

@@ -96,9 +96,9 @@ class Hold:
                     self._write()
 
     def _look(self) -> None:
-        found = read_holder(self.directory)
-        if found is not None and found[0].token != self.me.token:
-            self._taken_by = found[0]
+        holder = read_holder(self.directory)
+        if holder is not None and holder[0].token != self.me.token:
+            self._taken_by = holder[0]
             self._over.set()
 
     def check(self) -> None:
@@ -121,7 +121,7 @@ class Hold:
         """Check that the directory is still held; see `check`."""
         self.check()
 
-    def evaluation(self, step: int, found: Mapping[str, float]) -> None:
+    def evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
         """Check that the directory is still held; see `check`."""
         self.check()
 
@@ -130,8 +130,8 @@ class Hold:
         self._over.set()
         self._heart.join()
         with contextlib.suppress(Exception):
-            found = read_holder(self.directory)
-            if found is not None and found[0].token == self.me.token:
+            holder = read_holder(self.directory)
+            if holder is not None and holder[0].token == self.me.token:
                 (self.directory / HOLDER).unlink()
         if self._lock is not None:
             self._lock.release()
@@ -169,9 +169,9 @@ def _acquire(directory: Folder, say: Callable[[str], None]) -> Hold:
     except (OSError, NotImplementedError):  # this file system has no locks
         lock = None
     try:
-        found = read_holder(directory)
-        if found is not None and is_alive(directory, found, locked=lock is not None, say=say):
-            raise _refusal(directory, found)
+        holder = read_holder(directory)
+        if holder is not None and is_alive(directory, holder, locked=lock is not None, say=say):
+            raise _refusal(directory, holder)
         return Hold(directory, lock)
     except BaseException as error:
         if lock is not None:
@@ -181,14 +181,14 @@ def _acquire(directory: Folder, say: Callable[[str], None]) -> Hold:
         raise
 
 
-def is_alive(directory: Folder, found: tuple[Holder, float], *, locked: bool, say: Callable[[str], None]) -> bool:
+def is_alive(directory: Folder, seen: tuple[Holder, float], *, locked: bool, say: Callable[[str], None]) -> bool:
     """Return whether the process that the directory names as its holder is alive. May wait up to `SILENT_S` seconds.
 
     Args:
-        found: the holder and the time of its last sign of life, as `read_holder` returned them.
+        seen: the holder and the time of its last sign of life, as `read_holder` returned them.
         locked: True if this process has the file lock, so that no other process on this machine can have it.
     """
-    holder, heard = found
+    holder, heard = seen
     if holder.machine == _machine():
         return not locked and _runs(holder.pid)
     if isinstance(directory, Path):
@@ -202,7 +202,7 @@ def is_alive(directory: Folder, found: tuple[Holder, float], *, locked: bool, sa
         now = read_holder(directory)
         if now is None:
             return False
-        if now != found:
+        if now != seen:
             return True
     return False
 
@@ -232,8 +232,8 @@ def _runs(pid: int) -> bool:
     return True
 
 
-def _refusal(directory: Folder, found: tuple[Holder, float] | None) -> HeldError:
-    who = "another process" if found is None else str(found[0])
+def _refusal(directory: Folder, holder: tuple[Holder, float] | None) -> HeldError:
+    who = "another process" if holder is None else str(holder[0])
     return HeldError(
         f"{directory} is in use by {who}: wait for its end or stop it (Ctrl-C leaves a checkpoint), or choose another directory"
     )

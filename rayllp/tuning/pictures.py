@@ -17,7 +17,7 @@ MOST_NAMED = 12
 """At most this many points of the Pareto front are labelled with their settings."""
 
 
-def whole(rows: Sequence[Row], *metrics: str) -> list[Row]:
+def complete_rows(rows: Sequence[Row], *metrics: str) -> list[Row]:
     """Return the rows that have a value for all of these metrics."""
     return [row for row in rows if all(row[name] is not None and row[name] < WORST for name in metrics)]
 
@@ -27,12 +27,12 @@ def pareto_front(rows: Sequence[Row], metrics: Sequence[str]) -> list[Row]:
 
     No other row is at least as good in all metrics and better in one. Smaller values are better.
     """
-    found = whole(rows, *metrics)
+    complete = complete_rows(rows, *metrics)
 
     def beats(one: Row, other: Row) -> bool:
         return all(one[name] <= other[name] for name in metrics) and any(one[name] < other[name] for name in metrics)
 
-    return sorted((row for row in found if not any(beats(other, row) for other in found)), key=lambda row: row[metrics[0]])
+    return sorted((row for row in complete if not any(beats(other, row) for other in complete)), key=lambda row: row[metrics[0]])
 
 
 def draw_all(rows: list[Row], sweep: Sweep, folder: Path) -> list[tuple[str, Path]]:
@@ -61,19 +61,19 @@ def draw_all(rows: list[Row], sweep: Sweep, folder: Path) -> list[tuple[str, Pat
 
 def _pareto(plt: Any, rows: list[Row], sweep: Sweep, folder: Path) -> Any:
     metrics = ("step_time", "bias")
-    found = whole(rows, *metrics)
-    if len(found) < 2:
+    complete = complete_rows(rows, *metrics)
+    if len(complete) < 2:
         return None
     figure, axis = plt.subplots(figsize=(10, 4.2), layout="constrained")
 
     def place(row: Row) -> tuple[float, float]:
         return row["step_time"], max(row["bias"], LEAST_BIAS)
 
-    losses = [math.nan if row["validation_loss"] is None else row["validation_loss"] for row in found]
-    points = axis.scatter(*zip(*map(place, found), strict=True), c=losses, cmap="viridis_r", zorder=2)
-    front = pareto_front(found, metrics)
+    losses = [math.nan if row["validation_loss"] is None else row["validation_loss"] for row in complete]
+    points = axis.scatter(*zip(*map(place, complete), strict=True), c=losses, cmap="viridis_r", zorder=2)
+    front = pareto_front(complete, metrics)
     axis.step(*zip(*map(place, front), strict=True), where="post", color="#d62728", lw=1, label="front")
-    base = next((row for row in found if not row["settings"]), None)
+    base = next((row for row in complete if not row["settings"]), None)
     if base is not None:
         axis.scatter(*place(base), s=110, facecolors="none", edgecolors="black", label="base config", zorder=3)
     names = _short([parameter.name for parameter in sweep.parameters.parameters if parameter.kind != "same"])
@@ -91,26 +91,26 @@ def _pareto(plt: Any, rows: list[Row], sweep: Sweep, folder: Path) -> Any:
 
 def _short(names: Sequence[str]) -> dict[str, str]:
     """Return the shortest endings of dotted names that distinguish them, by name."""
-    found = {}
+    short_names = {}
     for name in names:
         parts = name.split(".")
         ends = [".".join(parts[-count:]) for count in range(1, len(parts) + 1)]
         others = [other for other in names if other != name]
-        found[name] = next((end for end in ends if not any(other.endswith("." + end) or other == end for other in others)), name)
-    return found
+        short_names[name] = next((end for end in ends if not any(other.endswith("." + end) or other == end for other in others)), name)
+    return short_names
 
 
 def _coordinates(plt: Any, rows: list[Row], sweep: Sweep, folder: Path) -> Any:
     metric = sweep.objective.metrics[0]
-    found = whole(rows, metric)
+    complete = complete_rows(rows, metric)
     names = [parameter.name for parameter in sweep.parameters.parameters if parameter.kind != "same"]
-    if len(found) < 2 or not names:
+    if len(complete) < 2 or not names:
         return None
     base = sweep.base_values()
-    columns = {name: [(base | row["settings"])[name] for row in found] for name in names} | {metric: [row[metric] for row in found]}
+    columns = {name: [(base | row["settings"])[name] for row in complete] for name in names} | {metric: [row[metric] for row in complete]}
     figure, axis = plt.subplots(figsize=(max(6, 1.5 * len(columns)), 4.2), layout="constrained")
     heights = {name: _ranks(values) if name == metric else _scale(values) for name, values in columns.items()}
-    for n in sorted(range(len(found)), key=lambda n: -columns[metric][n]):  # draw the best ones last, on top
+    for n in sorted(range(len(complete)), key=lambda n: -columns[metric][n]):  # draw the best ones last, on top
         colour = plt.cm.viridis(heights[metric][0][n])
         axis.plot(range(len(columns)), [heights[name][0][n] for name in columns], color=colour, lw=1, alpha=0.8)
     for place, name in enumerate(columns):
@@ -147,7 +147,7 @@ def _between(value: float, low: float, high: float) -> float:
 def _importance(plt: Any, rows: list[Row], sweep: Sweep, folder: Path) -> Any:
     """Draw the importances that Optuna computes from the trials; None if there are too few trials, or a package is missing."""
     metric = sweep.objective.metrics[0]
-    usable = whole(rows, metric)
+    usable = complete_rows(rows, metric)
     if len(usable) < 4:
         return None
     try:
@@ -166,14 +166,14 @@ def _importance(plt: Any, rows: list[Row], sweep: Sweep, folder: Path) -> Any:
         chosen = {parameter.name: parameter.encode(values[parameter.name]) for parameter in parameters}
         study.add_trial(optuna.trial.create_trial(params=chosen, distributions=distributions, value=row[metric]))
     try:
-        found = get_param_importances(study)
+        importances = get_param_importances(study)
     except (ImportError, ValueError, RuntimeError):  # scikit-learn is missing, or no setting varies
         return None
-    if not found:
+    if not importances:
         return None
-    figure, axis = plt.subplots(figsize=(7, 0.5 + 0.4 * len(found)), layout="constrained")
-    names = list(found)[::-1]
-    axis.barh(names, [found[name] for name in names], color="#1f77b4")
+    figure, axis = plt.subplots(figsize=(7, 0.5 + 0.4 * len(importances)), layout="constrained")
+    names = list(importances)[::-1]
+    axis.barh(names, [importances[name] for name in names], color="#1f77b4")
     axis.set(xlabel=f"share of the variance of {metric}")
     return figure
 

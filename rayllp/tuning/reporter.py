@@ -29,7 +29,7 @@ class Reporter:
         self.rho: dict[str, float | None] = {"rho_forward": None, "rho_backward": None}
         self.largest_rho: float | None = None
         self.switches: list[tuple[int, str]] = []
-        self.found: dict[str, float] = {}
+        self.metrics: dict[str, float] = {}
         self.reached: float | None = None
         self._warm = WARM_STEPS
 
@@ -43,8 +43,8 @@ class Reporter:
         for metric in metrics:
             self.step(metric)
             while waiting and waiting[0]["step"] <= self.steps:
-                found = waiting.pop(0)
-                self.evaluation(found["step"], {name: value for name, value in found.items() if name not in ("step", "split")})
+                evaluation = waiting.pop(0)
+                self.evaluation(evaluation["step"], {name: value for name, value in evaluation.items() if name not in ("step", "split")})
         for event in events:
             self.event(event["step"], event["kind"], event)
         self._warm = WARM_STEPS  # the first steps of each session are slow
@@ -73,11 +73,11 @@ class Reporter:
             self.rung = details["rung"]
             self.switches.append((step, details["rung"]))
 
-    def evaluation(self, step: int, found: Mapping[str, float]) -> None:
+    def evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
         """Remember the results of an evaluation, and the time if the target is reached."""
-        self.found = dict(found)
+        self.metrics = dict(metrics)
         target = self.objective.target
-        if target is not None and self.reached is None and found["loss"] <= target:
+        if target is not None and self.reached is None and metrics["loss"] <= target:
             self.reached = self.seconds
 
     @property
@@ -97,13 +97,13 @@ class Reporter:
         measured = fmean(self.times) if self.times else (self.seconds / self.steps if self.steps else None)
         step_time = measured if self.predicted is None else self.predicted
         share = self.parallel / self.steps if self.steps else 0.0
-        others = {name: value for name, value in self.found.items() if name != "loss"}
+        others = {name: value for name, value in self.metrics.items() if name != "loss"}
         result = {
             "step": self.steps, "tokens": self.tokens, "seconds": round(self.seconds, 3), "step_time": step_time,
             "measured_step_time": measured, "bias": self.bias, **self.rho, "largest_rho": self.largest_rho, "last_mode": self.mode,
             "rung": self.rung, "parallel_share": round(share, 4), "switches": len(self.switches),
             "switched_at": next((step for step, rung in self.switches if rung == "serial"), None),
-            "validation_loss": self.found.get("loss"), "diverged": diverged, **others, "seconds_to_target": self.reached,
+            "validation_loss": self.metrics.get("loss"), "diverged": diverged, **others, "seconds_to_target": self.reached,
         }  # fmt: skip
         wanted = {name: result.get(name) for name in self.objective.metrics}
         bias = 0.0 if self.bias is None and share == 0 else self.bias  # exact steps have no bias

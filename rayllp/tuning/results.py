@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from rayllp.config import to_yaml
-from rayllp.tuning.pictures import draw_all, pareto_front, whole
+from rayllp.tuning.pictures import complete_rows, draw_all, pareto_front
 from rayllp.tuning.reporter import WORST
 from rayllp.tuning.sweep import Sweep
 
@@ -76,7 +76,7 @@ def _last_line(text: str) -> str:
 def best_row(rows: list[Row], sweep: Sweep) -> Row | None:
     """Return the trial with the smallest objective, or for two objectives the middle one of the Pareto front; None if no trial is done."""
     metrics = sweep.objective.metrics
-    done = whole([row for row in rows if row["state"] == "done"], *metrics)
+    done = complete_rows([row for row in rows if row["state"] == "done"], *metrics)
     if not done:
         return None
     if len(metrics) == 1:
@@ -88,8 +88,8 @@ def best_row(rows: list[Row], sweep: Sweep) -> Row | None:
 def _best_yaml(sweep: Sweep, best: Row) -> str:
     # `best` may have settings that the sweep has forced on the running trial; only those of the space are wanted.
     chosen = {name: value for name, value in best["settings"].items() if name in sweep.space}
-    found = ", ".join(f"{name} {best[name]:.6g}" for name in sweep.objective.metrics)
-    return f"# The best of sweep {sweep.name}, trial {best['trial']}: {found}.\n" + to_yaml(sweep.config(chosen))
+    values = ", ".join(f"{name} {best[name]:.6g}" for name in sweep.objective.metrics)
+    return f"# The best of sweep {sweep.name}, trial {best['trial']}: {values}.\n" + to_yaml(sweep.config(chosen))
 
 
 def _write_csv(rows: list[Row], sweep: Sweep, path: Path) -> None:
@@ -112,9 +112,9 @@ def _write_hparams(rows: list[Row], sweep: Sweep, folder: Path) -> None:
             chosen = {
                 name: value if isinstance(value, int | float | str | bool) else json.dumps(value) for name, value in row["settings"].items()
             }
-            found = {f"hparam/{name}": row[name] for name in (*sweep.objective.metrics, "validation_loss") if row.get(name) is not None}
-            if found:
-                board.add_hparams(chosen, found, run_name=f"trial_{row['trial']}")
+            results = {f"hparam/{name}": row[name] for name in (*sweep.objective.metrics, "validation_loss") if row.get(name) is not None}
+            if results:
+                board.add_hparams(chosen, results, run_name=f"trial_{row['trial']}")
 
 
 def _say(sweep: Sweep, rows: list[Row], best: Row | None, folder: Path, infeasible: list[Any], console: Console) -> None:

@@ -107,9 +107,9 @@ def _fit(sweep: Sweep, folder: Path, searcher: FeasibleSearch | GridSearch, data
     _check_room(sweep, device)
     cluster = sweep.objective.cluster
     costs = None if cluster is None else measure_costs(base, data, message_s=cluster.message_s)
-    given = {
+    arguments = {
         "sweep": sweep,
-        "here": os.getcwd(),
+        "working_directory": os.getcwd(),
         "output": str(folder),
         "data": data if sweep.shares_data else None,
         "costs": costs,
@@ -117,7 +117,7 @@ def _fit(sweep: Sweep, folder: Path, searcher: FeasibleSearch | GridSearch, data
     }
     resources = partial(_resources, sweep, device)
     trainable = ray_tune.with_resources(
-        ray_tune.with_parameters(train_trial, **given), lambda config: resources(sweep.config(config["settings"]).world)
+        ray_tune.with_parameters(train_trial, **arguments), lambda config: resources(sweep.config(config["settings"]).world)
     )
     if resumed:
         tuner = ray_tune.Tuner.restore(str(folder / EXPERIMENT), trainable, resume_unfinished=True, resume_errored=True)
@@ -169,10 +169,10 @@ def _scheduler(sweep: Sweep) -> TrialScheduler | None:
 
 
 def _population(searcher: FeasibleSearch | GridSearch, count: int) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = []
-    while len(found) < count and isinstance(suggested := searcher.suggest(f"member{len(found)}"), dict):
-        found.append(suggested["settings"])
-    return found
+    members: list[dict[str, Any]] = []
+    while len(members) < count and isinstance(suggested := searcher.suggest(f"member{len(members)}"), dict):
+        members.append(suggested["settings"])
+    return members
 
 
 def _mutation(parameter: Any) -> Any:
@@ -210,12 +210,12 @@ def _check_room(sweep: Sweep, device: str) -> None:
     Raises:
         ClusterError: there is such a trial.
     """
-    there = ray.cluster_resources()
+    resources_of_cluster = ray.cluster_resources()
     for workers in {sweep.config({}).world, *(value for value in sweep.parameters.all_values("workers") if isinstance(value, int))}:
         resources = _resources(sweep, device, workers)
         needed = resources.required_resources
-        if any(there.get(name, 0) < amount for name, amount in needed.items()):
-            has = ", ".join(f"{there.get(name, 0):g} {name}" for name in needed)
+        if any(resources_of_cluster.get(name, 0) < amount for name, amount in needed.items()):
+            has = ", ".join(f"{resources_of_cluster.get(name, 0):g} {name}" for name in needed)
             raise ClusterError(
                 f"a trial with {workers} workers needs {_describe(resources)}, but the cluster has {has}: lower "
                 "workers or driver_cpus, or add nodes"
@@ -231,8 +231,8 @@ def _create(output: str | Path | None, sweep: Sweep, record: DataRecord | None) 
         raise SettingsError(f"output {path} is not empty: choose another with --output, or go on with a sweep by --resume {path}")
     try:
         path.mkdir(parents=True, exist_ok=True)
-        kept = {"sweep": sweep.model_dump(mode="json"), "base": sweep.values({}), "folder": str(path.absolute())}
-        (path / SWEEP).write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
+        stored = {"sweep": sweep.model_dump(mode="json"), "base": sweep.values({}), "folder": str(path.absolute())}
+        (path / SWEEP).write_text(json.dumps(stored, indent=1) + "\n", encoding="utf-8")
         write_data_json(path, record)
     except OSError as error:
         raise SettingsError(f"output {path} cannot be written: {error.strerror}; choose another with --output") from None
@@ -249,9 +249,9 @@ def _refuse_others_files(folder: Path) -> None:
         return  # reading the sweep reports it
     files = [folder, *(Path(parent) / name for parent, folders, names in os.walk(folder) for name in (*folders, *names))]
     for path in files:
-        found = path.lstat()
-        whose = "belongs to another user" if found.st_uid != os.getuid() else "can be written by every user"
-        if found.st_uid != os.getuid() or (found.st_mode & stat.S_IWOTH and not stat.S_ISLNK(found.st_mode)):
+        status = path.lstat()
+        whose = "belongs to another user" if status.st_uid != os.getuid() else "can be written by every user"
+        if status.st_uid != os.getuid() or (status.st_mode & stat.S_IWOTH and not stat.S_ISLNK(status.st_mode)):
             raise SettingsError(
                 f"{path} {whose}, and going on with a sweep runs code that its directory holds (Ray Tune's state is pickled): if you trust "
                 f"all of it, make it your own (chown -R, chmod -R o-w) and resume it then; docs/security.md"
@@ -265,20 +265,20 @@ def _read_sweep(folder: Path) -> Sweep:
         SettingsError: it is not the directory of a sweep, or it was moved.
     """
     try:
-        kept = json.loads((folder / SWEEP).read_text(encoding="utf-8"))
+        stored = json.loads((folder / SWEEP).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise SettingsError(f"{folder} is not a sweep's directory ({error}): give the directory that `rayllp tune` printed") from None
-    began = Path(kept.get("folder", folder))
+    began = Path(stored.get("folder", folder))
     if began != folder:
         raise SettingsError(
             f"{folder} is a sweep that began in {began}, where Ray Tune still looks for its trials: move it back, or make that path a link "
             f"to it (ln -s {folder} {began}), and go on with --resume {began}"
         )
     base = folder / "base.yaml"
-    base.write_text(to_text(kept["base"]), encoding="utf-8")
-    return make_sweep({**kept["sweep"], "base": base.name}, folder, source=str(folder))
+    base.write_text(to_text(stored["base"]), encoding="utf-8")
+    return make_sweep({**stored["sweep"], "base": base.name}, folder, source=str(folder))
 
 
 def _first(searcher: FeasibleSearch | GridSearch) -> str:
-    found = searcher.infeasible
-    return f"{len(found)} were refused, the first, {found[0][0]}, because {found[0][1]}" if found else "none was suggested"
+    refused = searcher.infeasible
+    return f"{len(refused)} were refused, the first, {refused[0][0]}, because {refused[0][1]}" if refused else "none was suggested"

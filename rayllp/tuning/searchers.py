@@ -87,10 +87,10 @@ class FeasibleSearch(_Search):
             return self._give(trial_id, self._default(trial_id))
         for attempt in range(MOST_INFEASIBLE):
             name = f"{trial_id}.{attempt}"
-            found = self.inner.suggest(name)
-            if found is None or found == Searcher.FINISHED:
-                return found
-            chosen = self.sweep.parameters.decode(found)
+            suggestion = self.inner.suggest(name)
+            if suggestion is None or suggestion == Searcher.FINISHED:
+                return suggestion
+            chosen = self.sweep.parameters.decode(suggestion)
             why = self.sweep.problem(chosen)
             if why is None and self._is_new(chosen):
                 self._names[trial_id] = name

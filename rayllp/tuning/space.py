@@ -83,18 +83,18 @@ class Space:
             raise SettingsError(
                 f"{source}: space is empty: name a setting and what it may be, such as mgrit.coarsening: {{choice: [4, 8]}}"
             )
-        found: list[Parameter] = []
+        parameters: list[Parameter] = []
         for name, rule in written.items():
-            found.append(_parameter(name, rule, [parameter.name for parameter in found], source))
-        return cls(tuple(found))
+            parameters.append(_parameter(name, rule, [parameter.name for parameter in parameters], source))
+        return cls(tuple(parameters))
 
     def complete(self, values: Mapping[str, Any]) -> dict[str, Any]:
         """Return the values with those added that are the same as another setting's."""
-        found = dict(values)
+        completed = dict(values)
         for parameter in self.parameters:
-            if parameter.kind == "same" and parameter.values[0] in found:
-                found[parameter.name] = found[parameter.values[0]]
-        return found
+            if parameter.kind == "same" and parameter.values[0] in completed:
+                completed[parameter.name] = completed[parameter.values[0]]
+        return completed
 
     def __call__(self, trial: Any) -> None:
         """Suggest all values to an Optuna trial: this is Optuna's define-by-run function."""
@@ -115,24 +115,24 @@ class Space:
 
     def encode(self, values: Mapping[str, Any]) -> dict[str, Any] | None:
         """Return the suggestions of Optuna that give these settings; None if they are not in the space."""
-        found: dict[str, Any] = {}
+        point: dict[str, Any] = {}
         for parameter in self.varying(values):
             if not parameter.has(values.get(parameter.name)):
                 return None
-            found[parameter.name] = parameter.encode(values[parameter.name])
-        return found
+            point[parameter.name] = parameter.encode(values[parameter.name])
+        return point
 
     def grid(self) -> list[dict[str, Any]]:
         """Return all combinations, each once."""
-        found: list[dict[str, Any]] = []
+        choices: list[dict[str, Any]] = []
         axes = [(parameter.name, parameter.all()) for parameter in self.parameters if parameter.kind != "same"]
         for values in itertools.product(*(axis for _, axis in axes)):
             chosen = dict(zip((name for name, _ in axes), values, strict=True))
             varying = {parameter.name for parameter in self.varying(chosen)}
-            kept = self.complete({name: value for name, value in chosen.items() if name in varying})
-            if kept not in found:
-                found.append(kept)
-        return found
+            settings = self.complete({name: value for name, value in chosen.items() if name in varying})
+            if settings not in choices:
+                choices.append(settings)
+        return choices
 
     def all_values(self, name: str) -> list[Any]:
         """Return the values of a choice or the two ends of a range; empty if the setting does not vary."""

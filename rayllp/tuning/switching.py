@@ -48,8 +48,8 @@ class SwitchingScheduler(TrialScheduler):
         settings, limits, workers = dict(config["settings"]), self.sweep.limits, None
         marks = {name: config.get(name, False) for name in (FORCED, SHRUNK)}
         serial = result["last_mode"] == "serial"
-        found = ((limits.rho, result["largest_rho"]), (limits.bias, result["bias"]))
-        over = any(limit is not None and value is not None and value > limit for limit, value in found)
+        measured = ((limits.rho, result["largest_rho"]), (limits.bias, result["bias"]))
+        over = any(limit is not None and value is not None and value > limit for limit, value in measured)
         if over and not serial and not marks[FORCED]:
             settings["mode"], marks[FORCED], serial = "serial", True, True
         if serial and self.sweep.on_serial == "shrink" and not marks[SHRUNK]:

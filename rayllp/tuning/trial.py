@@ -56,14 +56,14 @@ class TrialDriver(Driver):
 
 
 def train_trial(
-    choices: dict[str, Any], *, sweep: Sweep, here: str, output: str, data: Any, costs: Costs | None, families: dict[str, str]
+    choices: dict[str, Any], *, sweep: Sweep, working_directory: str, output: str, data: Any, costs: Costs | None, families: dict[str, str]
 ) -> None:
     """Run a trial; this is Tune's trainable.
 
     Args:
         choices: the trial's config: "settings" has the values of the settings that vary.
         sweep: the sweep.
-        here: working directory of the sweep's driver, where its relative paths start.
+        working_directory: working directory of the sweep's driver, where its relative paths start.
         output: the sweep's directory.
         data: the data set, if all trials share it; else None.
         costs: measured costs of a layer, if step times are predicted; else None.
@@ -71,14 +71,14 @@ def train_trial(
     """
     # Tune has changed to a folder of its own. On a node without the driver's folder, paths in the sweep have to be absolute.
     with contextlib.suppress(OSError):
-        os.chdir(here)
+        os.chdir(working_directory)
     FAMILIES.update(families)
     trial = str(tune.get_context().get_trial_id())
     config = apart(sweep.config(choices["settings"]), trial)
     path = Path(output) / "trials" / trial
-    run, found = _open(path, config)
+    run, resume_from = _open(path, config)
     reporter = Reporter(sweep.objective, _predict(sweep, config, costs))
-    done = step_of(found[-1]) if found else 0  # later steps will be done again
+    done = step_of(resume_from[-1]) if resume_from else 0  # later steps will be done again
     metrics, events, evaluations = (read_lines(path / f"{name}.jsonl") for name in ("metrics", "events", "evals"))
     evaluations = [e for e in evaluations if e["step"] <= done]
     reporter.resume([m for m in metrics if m["step"] < done], [e for e in events if e["step"] < done], evaluations)
@@ -87,12 +87,12 @@ def train_trial(
         return
     pool = _pool_for(config, get_current_placement_group(), 1 if sweep.driver_cpus else 0)
     # What the sweep has checked is not checked again: the check alone would import transformers, which takes seconds.
-    loaded = load_known(config, run, found, data) if data is not None else validate(config, None, None, run, found)
+    loaded = load_known(config, run, resume_from, data) if data is not None else validate(config, None, None, run, resume_from)
     workers = RayGroup.for_run(config, run.path, pool.device, pool)
     driver = TrialDriver(config, run, workers, None, None, loaded, Console(quiet=True), [reporter])
     driver.reporter = reporter
     try:
-        driver.train(found)
+        driver.train(resume_from)
     except NonFiniteError as error:
         (path / "diverged.txt").write_text(f"{error}\n", encoding="utf-8")
         tune.report(reporter.report(diverged=True))
@@ -101,19 +101,19 @@ def train_trial(
 
 
 def apart(config: TrainConfig, trial: str) -> TrainConfig:
-    """Return the settings with a place for this trial's checkpoints below that of the sweep, so that trials do not share one."""
-    place = config.checkpoint.path
-    if place is None:
+    """Return the settings with a path for this trial's checkpoints below that of the sweep, so that trials do not share one."""
+    path = config.checkpoint.path
+    if path is None:
         return config
-    checkpoint = config.checkpoint.model_copy(update={"path": f"{place.rstrip('/')}/{trial}"})
+    checkpoint = config.checkpoint.model_copy(update={"path": f"{path.rstrip('/')}/{trial}"})
     return config.model_copy(update={"checkpoint": checkpoint})
 
 
 def report(result: dict[str, Any], checkpoint: Folder, run: RunDirectory) -> None:
     """Report to Tune, with a checkpoint that says where the run's own checkpoint is."""
     with tempfile.TemporaryDirectory() as folder:
-        place = {"run": str(run.path.absolute()), "checkpoint": str(checkpoint.absolute())}
-        (Path(folder) / POINTER).write_text(json.dumps(place), encoding="utf-8")
+        pointer = {"run": str(run.path.absolute()), "checkpoint": str(checkpoint.absolute())}
+        (Path(folder) / POINTER).write_text(json.dumps(pointer), encoding="utf-8")
         tune.report(result, checkpoint=tune.Checkpoint.from_directory(folder))
 
 
@@ -122,11 +122,11 @@ def _open(path: Path, config: TrainConfig) -> tuple[RunDirectory, list[Folder]]:
 
     They are the trial's own, or in population based training those of a better trial that Tune lets this one continue.
     """
-    given = tune.get_checkpoint()
-    place: dict[str, str] = {}
-    if given is not None:
-        with given.as_directory() as folder:
-            place = json.loads((Path(folder) / POINTER).read_text(encoding="utf-8"))
+    offered = tune.get_checkpoint()
+    pointer: dict[str, str] = {}
+    if offered is not None:
+        with offered.as_directory() as folder:
+            pointer = json.loads((Path(folder) / POINTER).read_text(encoding="utf-8"))
     if not (path / "config.yaml").is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
         run, own = RunDirectory.create(path, config), []
@@ -136,8 +136,8 @@ def _open(path: Path, config: TrainConfig) -> tuple[RunDirectory, list[Folder]]:
         if before != config:
             run.change_settings(before, config)
         own = checkpoints(run.checkpoints)
-    if place and place["run"] != str(path.absolute()):
-        return run, take_over(run, own, locate(place["checkpoint"]))
+    if pointer and pointer["run"] != str(path.absolute()):
+        return run, take_over(run, own, locate(pointer["checkpoint"]))
     return run, own
 
 
@@ -154,7 +154,7 @@ def take_over(run: RunDirectory, own: list[Folder], checkpoint: Folder) -> list[
     Raises:
         CheckpointError: the other trial has no such checkpoint any more.
     """
-    later = [found for found in checkpoints(checkpoint.parent) if step_of(found) >= step_of(checkpoint)]
+    later = [folder for folder in checkpoints(checkpoint.parent) if step_of(folder) >= step_of(checkpoint)]
     if not later:
         raise CheckpointError(
             f"{checkpoint.parent} has no checkpoint of step {step_of(checkpoint)} or later any more: raise checkpoint.keep"
