@@ -1,8 +1,7 @@
 """The numbers of a step: reduced over the layer group in one message, and as the step reports them."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -59,10 +58,6 @@ class StepStats:
     fault: tuple[int, int, str] | None = None
     lipschitz: dict[int, float] | None = None
     work: tuple[float, float] | None = None
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return the numbers by name, for a line of `metrics.jsonl`."""
-        return asdict(self)
 
 
 @dataclass(frozen=True, kw_only=True)
