@@ -224,7 +224,7 @@ def test_default_ladders():
     assert make_config({"mgrit": {"levels": {"forward": 1}}}).ladder == ((0, 1, None), (0, 2, None))
     rungs = controller(ladder=["1+1", "2+2 FCF", "0+2"]).rungs
     assert [rung.name for rung in rungs] == ["1+1", "2+2 FCF", "0+2", "serial"]
-    assert [rung.methods(make_config({}))[1].relaxation[0] for rung in rungs[:3]] == ["F", "FCF", "F"]
+    assert [rung.solver_options(make_config({}))[1].relaxation[0] for rung in rungs[:3]] == ["F", "FCF", "F"]
 
 
 # With times, and verified -----------------------------------------------------------------------------------------------------------

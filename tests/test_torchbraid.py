@@ -58,7 +58,7 @@ def compare(world, ways):
         channel = world.channel(0, 60.0)  # a channel remembers what messages come, of one run
         (loss, states, gradients), (its, others, grads) = solved(channel, ours), solved(channel, theirs)
         assert gradients.keys() == grads.keys()
-        f_points = [n for n in states if n % ours.first_coarsening]
+        f_points = [n for n in states if n % ours.fine_coarsening]
         found.append((loss, its, apart(states, others, f_points), apart(gradients, grads, gradients)))
     return found
 

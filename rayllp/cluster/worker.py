@@ -238,7 +238,7 @@ class BlockWorker:
         for step, accuracy, plan in steps:
             timed = peak = None
             with profiled(self._engine.device, wanted=step in self.config.profile.steps) as traces:
-                if plan is None and self.config.is_timed(step):
+                if plan is None and self.config.records_timeline(step):
                     stats, timed = self._timed_step(step, accuracy)
                     peak = peak_memory(self._engine.device)
                 else:

@@ -50,17 +50,17 @@ def stages(config: S) -> tuple[Stage[S], ...]:
     if not factors:
         return (Stage(number=1, begin=0, end=config.steps, config=config),)
     _check(config)
-    found = []
+    planned = []
     for i, (begin, end) in enumerate(zip((0, *at), (*at, config.steps), strict=True)):
         settings, note = _shallow(config, prod(factors[i:]), f"stage {i + 1} of {len(at) + 1}")
-        found.append(Stage(number=i + 1, begin=begin, end=end, config=settings, note=note))
-    return tuple(found)
+        planned.append(Stage(number=i + 1, begin=begin, end=end, config=settings, note=note))
+    return tuple(planned)
 
 
 def stage_at(config: S, step: int) -> Stage[S]:
     """Return the stage that does optimizer step `step`; the last stage for steps beyond the end."""
-    known = stages(config)
-    return next((stage for stage in known if step < stage.end), known[-1])
+    planned = stages(config)
+    return next((stage for stage in planned if step < stage.end), planned[-1])
 
 
 def stage_of_depth(config: S, layers: int) -> Stage[S]:
@@ -69,11 +69,11 @@ def stage_of_depth(config: S, layers: int) -> Stage[S]:
     Raises:
         CheckpointError: no stage has.
     """
-    known = stages(config)
-    for stage in known:
+    planned = stages(config)
+    for stage in planned:
         if stage.config.model.layers == layers:
             return stage
-    depths = ", ".join(str(stage.config.model.layers) for stage in known)
+    depths = ", ".join(str(stage.config.model.layers) for stage in planned)
     raise CheckpointError(
         f"the checkpoint has {layers} layers, but the run's settings make networks of {depths}: put back model.layers, buffers and "
         "nested of the config.yaml that it was made with"

@@ -97,7 +97,7 @@ def _scalars(kind: Any) -> set[Any]:
     if origin is Literal:
         return {type(value) for value in get_args(kind)}
     if origin in (Union, UnionType, tuple, list):
-        return {found for part in get_args(kind) if part is not Ellipsis for found in _scalars(part)}
+        return {scalar for part in get_args(kind) if part is not Ellipsis for scalar in _scalars(part)}
     return set() if kind in (None, NoneType) else {kind}
 
 
@@ -121,7 +121,7 @@ class _Reader:
     def _mapping(self, node: MappingNode, path: tuple[str, ...], around: tuple[Node, ...]) -> dict[str, Any]:
         """Return a mapping, with the mappings that it merges by `<<` beneath its own keys."""
         inherited: dict[str, Any] = {}
-        found: dict[str, Any] = {}
+        own: dict[str, Any] = {}
         lines: dict[str, int] = {}
         for key, value in node.value:
             line = key.start_mark.line + 1
@@ -138,8 +138,8 @@ class _Reader:
             if name in lines:
                 raise SettingsError(f"line {line}: {name} is given again, after line {lines[name]}: keep one of the two")
             lines[name] = line
-            found[name] = self.value(value, (*path, name), around)
-        return {**inherited, **found}
+            own[name] = self.value(value, (*path, name), around)
+        return {**inherited, **own}
 
     def _scalar(self, node: ScalarNode, kind: Any) -> Any:
         """Return a single value: as YAML 1.2 has it, but as text if the setting takes text."""

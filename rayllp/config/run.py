@@ -182,17 +182,17 @@ class RunSettings(Settings):
         if self.solver == "torchbraid":
             return torchbraid_blocks(self.middle_layers, self.layer_workers)
         whole = self.needs_whole_intervals
-        return default_blocks(self.middle_layers, self.layer_workers, self.first_coarsening, whole_intervals=whole)
+        return default_blocks(self.middle_layers, self.layer_workers, self.fine_coarsening, whole_intervals=whole)
 
     @property
     def placement(self) -> Literal["blocks", "cyclic"]:
         """How middle layers are assigned: neighbouring ones to one worker (blocks), or layer n to worker n mod P (cyclic)."""
         if self.mesh.placement is not None:
             return self.mesh.placement
-        return "cyclic" if self.mgrit.window is not None or self._leaves_solver_open else "blocks"
+        return "cyclic" if self.mgrit.window is not None or self._uses_default_solver else "blocks"
 
     @property
-    def _leaves_solver_open(self) -> bool:
+    def _uses_default_solver(self) -> bool:
         """True if the settings do not say how layers are solved; the fastest way that is accurate enough is then used."""
         adaptive = self.adaptive
         penalised = bool(adaptive.consistency or adaptive.smoothness or adaptive.steer)
@@ -206,7 +206,7 @@ class RunSettings(Settings):
         return self.mgrit.window or self.layer_workers
 
     @property
-    def heeds_times(self) -> bool:
+    def drops_slow_rungs(self) -> bool:
         """True if the controller gives up solves that are no faster than an exact step; not if the user has set the ladder."""
         return self.mode == "adaptive" and self.placement == "cyclic" and self.adaptive.ladder is None
 
@@ -218,7 +218,7 @@ class RunSettings(Settings):
         return tuple(range(start, start + self.blocks[rank]))
 
     @property
-    def first_coarsening(self) -> int:
+    def fine_coarsening(self) -> int:
         """Coarsening factor c_f between the finest level and the next."""
         return self.mgrit.coarsening if isinstance(self.mgrit.coarsening, int) else self.mgrit.coarsening[0]
 
@@ -274,14 +274,14 @@ class RunSettings(Settings):
         """True if probes adjust the weight of the consistency penalty."""
         return self.consistency > 0 and self.adaptive.rule != "convergence" and self.adaptive.steer is not False
 
-    def is_timed(self, step: int) -> bool:
+    def records_timeline(self, step: int) -> bool:
         """Return True if this step's timeline is recorded, unless it is a probe.
 
         It is the middle one of every `timeline_every` steps, since a run's first step is slow.
         """
         every = self.timeline_every
         # If exact steps are timed at the start, one timeline tells how long all workers' computation takes together.
-        return bool(every) and (step % every == every // 2 or (self.heeds_times and step == TIMED_STEP))
+        return bool(every) and (step % every == every // 2 or (self.drops_slow_rungs and step == TIMED_STEP))
 
     @property
     def switch_at(self) -> int | float | None:
@@ -304,12 +304,12 @@ class RunSettings(Settings):
     @property
     def has_whole_intervals(self) -> bool:
         """True if every coarse interval is on one worker."""
-        return not any(begin % self.first_coarsening for begin in [0, *accumulate(self.blocks)][:-1])
+        return not any(begin % self.fine_coarsening for begin in [0, *accumulate(self.blocks)][:-1])
 
     @property
     def coarse_lengths(self) -> tuple[int, ...]:
         """Number of layers in each coarse interval of the finest level."""
-        c, N = self.first_coarsening, self.middle_layers
+        c, N = self.fine_coarsening, self.middle_layers
         return tuple(min(start + c, N) - start for start in range(0, N, c))
 
     def hierarchy(self, levels: int) -> Hierarchy:
@@ -321,7 +321,7 @@ class RunSettings(Settings):
         """Relative rounding error of the increment that a layer adds to its state; 0 if it is computed in the state's own dtype."""
         return 2.0**-8 if self.dtype == "bfloat16" else 0.0
 
-    def method(self, iterations: int, relaxation: Relaxation | None = None) -> SolverOptions:
+    def solver_options(self, iterations: int, relaxation: Relaxation | None = None) -> SolverOptions:
         """Return the solver's options for this number of iterations; `relaxation`, if given, replaces the settings' on the finest level."""
         settings = self.mgrit
         return SolverOptions(

@@ -76,7 +76,7 @@ class TrainConfig(RunSettings):
 
     def _check_consistency(self) -> None:
         if self.needs_whole_intervals and not self.has_whole_intervals:
-            c = self.first_coarsening
+            c = self.fine_coarsening
             raise ValueError(
                 f"adaptive.consistency needs every coarse interval on one worker, but blocks {self.blocks} cut intervals of {c}: "
                 f"set mesh.blocks to multiples of {c} (the last may be any), or workers, buffers or mgrit.coarsening so that they are"

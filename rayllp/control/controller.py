@@ -114,7 +114,7 @@ class Controller:
 
     def _is_being_timed(self, step: int) -> bool:
         """Return True if the step is exact in order to be timed."""
-        return self.config.heeds_times and not self._state.final and step < self._state.timed_from + TIMED
+        return self.config.drops_slow_rungs and not self._state.final and step < self._state.timed_from + TIMED
 
     # Probes -------------------------------------------------------------------------------------------------------------------
 
@@ -188,7 +188,7 @@ class Controller:
     def _heed_times(self, step: int, seconds: Mapping[str, float]) -> Decision | None:
         """Leave the ladder if the current rung is no faster than an exact step; the rungs above it are slower still."""
         state, exact = self._state, seconds.get("serial")
-        if not self.config.heeds_times or state.final:
+        if not self.config.drops_slow_rungs or state.final:
             return None
         if state.slow_until is not None:
             return self._look_again(step, exact, seconds.get(state.slow))

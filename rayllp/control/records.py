@@ -44,9 +44,11 @@ class Accuracy:
         forward = 0 if self.levels_forward == 1 else self.iterations_forward
         return f"{forward}+{self.iterations_backward}" + (f" {self.relaxation}" if self.relaxation else "")
 
-    def methods(self, config: TrainConfig) -> tuple[SolverOptions, SolverOptions]:
+    def solver_options(self, config: TrainConfig) -> tuple[SolverOptions, SolverOptions]:
         """Return the solver's options for the forward and for the adjoint solve."""
-        return config.method(self.iterations_forward, self.relaxation), config.method(self.iterations_backward, self.relaxation)
+        return config.solver_options(self.iterations_forward, self.relaxation), config.solver_options(
+            self.iterations_backward, self.relaxation
+        )
 
     def probing(self) -> "Accuracy":
         """Return this accuracy with doubled iterations, at least three each, so that there are two residuals to give ρ."""

@@ -24,7 +24,7 @@ class ExactForward:
 
     def __init__(self, group: LayerGroup) -> None:
         self.group = group
-        self._hierarchy, self._options = group.config.hierarchy(1), group.config.method(1)
+        self._hierarchy, self._options = group.config.hierarchy(1), group.config.solver_options(1)
         cyclic = group.config.placement == "cyclic" and group.channel.size > 1
         self._placement = Placement.cyclic(group.config.middle_layers, group.channel.size) if cyclic else None
 

@@ -53,7 +53,7 @@ class StageModule(nn.Module):
 
         The intervals are the penalty's, or else c_f layers each, from the block's first middle layer on.
         """
-        middle, c, offset = self.block.middle, self.block.config.first_coarsening, self.block.config.buffers.open
+        middle, c, offset = self.block.middle, self.block.config.fine_coarsening, self.block.config.buffers.open
         if self.penalty is not None:
             for start, interval in self.penalty.intervals.items():
                 yield range(start + offset, interval.stop + offset), self.penalty.hooks(start)

@@ -34,14 +34,14 @@ class StepSolves:
     def of(accuracy: Accuracy, config: TrainConfig) -> "StepSolves":
         """Return the solves that `accuracy` asks for. A serial step has one level in both directions."""
         levels = (1, 1) if accuracy.serial else (accuracy.levels_forward, accuracy.levels_backward)
-        options = accuracy.methods(config)
+        options = accuracy.solver_options(config)
         return StepSolves(
             accuracy=without_penalties(accuracy),
             forward=config.hierarchy(levels[0]),
             adjoint=config.hierarchy(levels[1]).adjoint(),
             forward_options=options[0],
             adjoint_options=options[1],
-            interval=config.first_coarsening,
+            interval=config.fine_coarsening,
             layers=config.middle_layers,
         )
 

@@ -71,7 +71,7 @@ def suggest_buffers(estimates: Sequence[Sequence[float]], config: TrainConfig, *
     steep = [constant > bar for constant in constants]
     clear = _leading(steep), _leading(steep[::-1])
     reasons = [_about_end("first", clear[0], constants, bar), _about_end("last", clear[1], constants[::-1], bar)]
-    least, growth = clear, config.first_coarsening * config.middle_step * typical
+    least, growth = clear, config.fine_coarsening * config.middle_step * typical
     if growth > CALM:
         least = max(clear[0], config.buffers.open), max(clear[1], config.buffers.close)
         reasons.append(
@@ -86,7 +86,7 @@ def suggest_buffers(estimates: Sequence[Sequence[float]], config: TrainConfig, *
             "the workers can share: the run's own buffers stay. More layers, or adaptive.consistency, help more here"
         )
     elif found != least:
-        rest, c, more = layers - sum(least), config.first_coarsening, sum(found) - sum(least)
+        rest, c, more = layers - sum(least), config.fine_coarsening, sum(found) - sum(least)
         why = f"{rest} middle layers do not divide into coarse intervals of {c}" if rest % c else f"the settings refuse a middle of {rest}"
         reasons.append(f"{why}: {more} more {'is' if more == 1 else 'are'} taken out, the steeper of the two next to the middle each time")
     inner = [n for n in range(found[0], layers - found[1]) if steep[n]]
@@ -123,7 +123,7 @@ def _nearest(least: tuple[int, int], constants: Sequence[float], config: TrainCo
     """Return the fewest buffers, at least `least`, whose middle divides by c_f and passes the settings' rules; None if there are none."""
     begin, end = least[0], len(constants) - least[1]
     while begin < end:
-        if (end - begin) % config.first_coarsening == 0 and _is_allowed(begin, len(constants) - end, config):
+        if (end - begin) % config.fine_coarsening == 0 and _is_allowed(begin, len(constants) - end, config):
             return begin, len(constants) - end
         if constants[begin] >= constants[end - 1]:
             begin += 1

@@ -48,7 +48,7 @@ def _biases_of(run: Path) -> list[tuple[Solve, float]]:
         elif metric["bias"] is not None and metric["mode"] == "parallel" and (before is None or before["mode"] == "parallel"):
             levels = config.mgrit.levels
             if config.placement == "cyclic" or levels.forward == levels.backward:
-                kind = (config.window, 0) if config.placement == "cyclic" else (config.first_coarsening, levels.forward)
+                kind = (config.window, 0) if config.placement == "cyclic" else (config.fine_coarsening, levels.forward)
                 bias = float(metric["bias"])
                 found.append(((*kind, *iterations), math.inf if math.isnan(bias) else bias))
         before = metric

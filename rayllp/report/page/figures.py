@@ -207,7 +207,7 @@ def _rho_by_point(runs: Sequence[RunRecord]) -> Chart | None:
     for number, run in enumerate(runs):
         step, found = next(((m["step"], m["rho_by_point"]) for m in reversed(run.metrics) if m.get("rho_by_point")), (0, {}))
         for direction, (factors, *_) in found.items():
-            x = run.config.buffers.open + run.config.first_coarsening * np.arange(1, len(factors) + 1, dtype=float)
+            x = run.config.buffers.open + run.config.fine_coarsening * np.arange(1, len(factors) + 1, dtype=float)
             y = np.array(factors, dtype=float)
             known = ~np.isnan(y)
             dash = "solid" if direction == "forward" else "dashed"
