@@ -7,17 +7,17 @@ small batches leave idle, whose layer takes 0.5 ms and 0.1 ms a sequence forward
 A gradient takes twice a forward.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from rayllp.config import make_config
-from rayllp.plan import Costs, Device, LayerModel, Option, Plan, make_plan
+from rayllp.plan import Costs, Device, LayerModel, MGRITSolve, Option, Plan, Solve, WindowSolve, make_plan
 
 PAGE = Path(__file__).parent / "pays.md"
 BEGIN, END = "<!-- tables: made by `python docs/pays.py`, checked by the tests -->\n", "<!-- end of tables -->"
 DEVICES = 8
-CHEAPEST = [(c, levels, 1, 1) for c in (2, 4, 8, 16) for levels in (2, 3, 4)]
-WINDOWS = {sweeps: [(length, 0, *sweeps) for length in (2, 4, 8)] for sweeps in ((1, 1), (2, 2))}
+CHEAPEST = [MGRITSolve(c, levels, 1, 1) for c in (2, 4, 8, 16) for levels in (2, 3, 4)]
+WINDOWS = {sweeps: [WindowSolve(length, *sweeps) for length in (2, 4, 8)] for sweeps in ((1, 1), (2, 2))}
 
 
 def costs(forward: float) -> Costs:
@@ -31,22 +31,28 @@ KINDS = {
 }
 
 
-def planned(measured: dict[int, Costs], layers: int, batch: int, solves: list[tuple[int, int, int, int]]) -> Plan:
+def shortest(solve: Solve) -> int:
+    """The number of layers that a solve has to be deeper than."""
+    return solve.length if isinstance(solve, WindowSolve) else solve.coarsening ** (solve.levels - 1)
+
+
+def planned(measured: dict[int, Costs], layers: int, batch: int, solves: Sequence[Solve]) -> Plan:
     """All meshes of eight devices, and of fewer."""
     config = make_config({"model": {"layers": layers}, "buffers": {"open": 0, "close": 0}, "batch_size": batch, "workers": 1})
     model = LayerModel(measured=measured, parameter_bytes=28e6, state_bytes=2e6, graph_bytes=6e7)
-    deep_enough = [solve for solve in solves if layers > solve[0] ** max(1, solve[1] - 1)]
+    deep_enough = [solve for solve in solves if layers > shortest(solve)]
     return make_plan(config, model, Device(), DEVICES, solves=deep_enough)
 
 
 def cell(plan: Plan, wanted: Callable[[Option], bool]) -> tuple[float, str]:
     """The fastest way of a kind: its speed-up over one device, and in words."""
-    found = next((option for option in plan.options if wanted(option)), None)
-    if found is None or found.devices == 1:
+    fastest = next((option for option in plan.options if wanted(option)), None)
+    if fastest is None or fastest.devices == 1:
         return 1.0, "one device"
-    way = {"pipeline": "in turn " if found.in_order else "pipeline ", "data": "replicas ", "layer": ""}[found.kind]
-    settings = f", c_f {found.solve[0]}, {found.solve[1]} levels" if found.solve and found.solve[1] else ""
-    return plan.serial_s / found.step_s, f"{way}{found.data} × {found.layer}{settings}"
+    way = {"in_order": "in turn ", "pipeline": "pipeline ", "data": "replicas ", "layer": ""}[fastest.kind]
+    solve = fastest.solve
+    settings = f", c_f {solve.coarsening}, {solve.levels} levels" if isinstance(solve, MGRITSolve) else ""
+    return plan.serial_s / fastest.step_s, f"{way}{fastest.replicas} × {fastest.layer_workers}{settings}"
 
 
 def table(measured: dict[int, Costs]) -> Iterable[str]:
@@ -67,8 +73,8 @@ def table(measured: dict[int, Costs]) -> Iterable[str]:
 def page() -> str:
     """docs/pays.md, with its tables as the planner has them."""
     before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
-    made = "\n".join(f"**{kind}**: speed-up over one device.\n\n" + "\n".join(table(measured)) + "\n" for kind, measured in KINDS.items())
-    return f"{before}{BEGIN}\n{made}\n{END}{rest.partition(END)[2]}"
+    tables = "\n".join(f"**{kind}**: speed-up over one device.\n\n" + "\n".join(table(measured)) + "\n" for kind, measured in KINDS.items())
+    return f"{before}{BEGIN}\n{tables}\n{END}{rest.partition(END)[2]}"
 
 
 if __name__ == "__main__":

@@ -144,7 +144,7 @@ def numbers(found):
 def test_hot_ends_are_taken_out():
     found = suggest([9.0, 4.0, *[1.0] * 16, 3.0, 5.0])
     assert numbers(found) == (2, 16, 2)
-    assert found.bar == 2.0
+    assert found.threshold == 2.0
     assert found.reasons[0] == "the first 2 layers are beyond the bar of 2 (9, 4)"
     assert found.reasons[1] == "the last 2 layers are beyond the bar of 2 (5, 3)"
 
@@ -162,7 +162,7 @@ def test_a_flat_profile_needs_no_buffers():
 
 def test_what_is_left_divides_and_the_steeper_layer_goes_first():
     found = suggest([9.0, *[1.0] * 16, 1.2, 1.5, 5.0])
-    assert found.clear == (1, 1)
+    assert found.steep_ends == (1, 1)
     assert numbers(found) == (1, 16, 3)
     assert "18 middle layers do not divide into coarse intervals of 4" in found.reasons[2]
     # On more levels too.
@@ -180,7 +180,7 @@ def test_a_steep_middle_gives_no_buffer_back():
     # As measured of 0 + 16 + 4 layers: the first layers are steep, but so is the whole middle that they are in.
     profile = [19.0, 12.0, 27.0, 15.0, *[10.0] * 12, 0.8, 0.8, 0.5, 0.4]
     found = suggest(profile, buffers={"open": 0, "close": 4})
-    assert found.clear == (0, 0)
+    assert found.steep_ends == (0, 0)
     assert numbers(found) == (0, 16, 4)
     assert "c_f·Δt times its median constant is 2.5, and calm up to 0.5" in found.reasons[2]
     assert numbers(suggest([each / 10 for each in profile], buffers={"open": 0, "close": 4})) == (0, 20, 0)

@@ -99,7 +99,7 @@ def test_workers_that_are_alike_do_alike(name, monkeypatch):
         arguments = hierarchy, options, max(hierarchy.levels[0].owners) + 1, name, c_points
         found = schedule._record.__wrapped__(*arguments)
         with monkeypatch.context() as patch:
-            patch.setattr(schedule._Alike, "look", lambda _, rank, first: rank)
+            patch.setattr(schedule._Alike, "signature", lambda _, rank, first: rank)
             assert found == schedule._record.__wrapped__(*arguments)
         saved += len(found.workers) - len({id(work) for work in found.workers})
     assert saved > 150

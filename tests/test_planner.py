@@ -14,9 +14,9 @@ from rayllp.config.run import SWEEPS
 from rayllp.control import Controller
 from rayllp.engine.replica_sums import BUCKET_BYTES
 from rayllp.errors import SettingsError
-from rayllp.plan import Costs, Device, LayerModel, make_plan, predict
+from rayllp.plan import Costs, Device, LayerModel, MGRITSolve, WindowSolve, make_plan, predict
 from rayllp.plan.measure import measure_costs
-from rayllp.plan.planner import _solves
+from rayllp.plan.options import mgrit_solves
 from rayllp.quantities import quantity
 from rayllp.report.plan import measured_biases
 from tests.test_families import RandomBatches, config_of
@@ -41,21 +41,21 @@ def layers(small=1e-2, per_sample=0.0, **changes):
 def test_latency_bound_layers_want_layer_parallelism_and_others_do_not():
     # However small the batch, a layer takes as long: neither replicas nor microbatches help.
     slow = make_plan(config(), layers(), FREE, 8)
-    assert (slow.best.kind, slow.best.data, slow.best.layer) == ("layer", 1, 8)
-    assert slow.best.solve == (8, 0, 1, 1)
+    assert (slow.best.kind, slow.best.replicas, slow.best.layer_workers) == ("layer", 1, 8)
+    assert slow.best.solve == WindowSolve(8, 1, 1)
     # Exact steps gain what parameter gradients off the critical path take: a third of the gradient's half.
-    assert (slow.exact.kind, slow.exact.in_order, slow.exact.microbatches) == ("pipeline", True, 1)
+    assert (slow.exact.kind, slow.exact.microbatches) == ("in_order", 1)
     assert slow.serial_s / slow.exact.step_s == pytest.approx(1.5, rel=0.02)
     assert "layer-parallel pays here" in slow.advice
     assert "its bias was not measured" in slow.advice
     # A layer's time is proportional to the batch: replicas divide it for nothing.
     wide = make_plan(config(), layers(small=0.0, per_sample=1e-3), FREE, 8)
-    assert (wide.best.kind, wide.best.data) == ("data", 8)
+    assert (wide.best.kind, wide.best.replicas) == ("data", 8)
     assert wide.serial_s / wide.best.step_s == pytest.approx(8)
     assert "use plain data parallelism here" in wide.advice
     # The same where gradients are too large to be exchanged: the pipeline, whose microbatches take their share, if there are enough.
     heavy = make_plan(config(batch=64), layers(small=0.0, per_sample=1e-3, parameter_bytes=1e9), Device(bandwidth=1e9), 8)
-    assert (heavy.best.kind, heavy.best.layer, heavy.best.in_order) == ("pipeline", 8, True)
+    assert (heavy.best.kind, heavy.best.layer_workers) == ("in_order", 8)
     assert "use layers in turn (mode=serial, mesh.placement=cyclic) here" in heavy.advice
 
 
@@ -72,14 +72,14 @@ def test_a_ladder_or_a_tolerance_changes_no_prediction():
     changes = {"adaptive": {"ladder": ["3+3"]}, "mgrit": {"tolerance": 1e-3}}
     plain = config().model_dump(mode="json")
     other = make_config({**plain, **{name: {**plain[name], **values} for name, values in changes.items()}})
-    solves = [(4, 2, 1, 1), (4, 3, 3, 3)]
+    solves = [MGRITSolve(4, 2, 1, 1), MGRITSolve(4, 3, 3, 3)]
     found = [make_plan(some, layers(), FREE, 8, solves=solves).options for some in (config(), other)]
     assert [(o.text, o.step_s) for o in found[0]] == [(o.text, o.step_s) for o in found[1]]
 
 
 def test_a_pipeline_takes_microbatches_and_stages_less_one():
     found = make_plan(config(), layers(small=0.0, per_sample=1e-3), FREE, 4).options
-    pipe = next(option for option in found if (option.kind, option.data, option.layer, option.in_order) == ("pipeline", 1, 4, False))
+    pipe = next(option for option in found if (option.kind, option.replicas, option.layer_workers) == ("pipeline", 1, 4))
     assert pipe.microbatches == 16
     assert pipe.step_s == pytest.approx((16 + 3) * 16 * 3e-3)
 
@@ -87,13 +87,13 @@ def test_a_pipeline_takes_microbatches_and_stages_less_one():
 @pytest.mark.parametrize("weight", [1.0, 0.0])
 def test_what_is_not_tried_is_not_faster(weight):
     some, model = make_config({**config(48, 8).model_dump(mode="json"), "mgrit": {"coarse_step_weight": weight}}), layers(2e-3, 1e-3)
-    biases = {solve: 0.9 for solve in _solves(48) if solve[2] == 1 and solve[0] > 2}
-    biases |= dict.fromkeys([(layer, 0, *sweeps) for layer in (2, 4, 8, 16) for sweeps in SWEEPS], 0.9)
+    biases = {solve: 0.9 for solve in mgrit_solves(48) if solve.forward == 1 and solve.coarsening > 2}
+    biases |= dict.fromkeys([WindowSolve(length, *sweeps) for length in (2, 4, 8, 16) for sweeps in SWEEPS], 0.9)
     quick = make_plan(some, model, Device(), 16, biases=biases)
-    whole = make_plan(some, model, Device(), 16, biases=biases, solves=list(_solves(48)))
-    assert len([o for o in quick.options if o.solve is None or o.solve[1]]) < len(whole.options)
+    whole = make_plan(some, model, Device(), 16, biases=biases, solves=list(mgrit_solves(48)))
+    assert len([o for o in quick.options if not isinstance(o.solve, WindowSolve)]) < len(whole.options)
     assert quick.best == whole.best
-    assert {(o.data, o.layer) for o in quick.options} == {(o.data, o.layer) for o in whole.options}
+    assert {(o.replicas, o.layer_workers) for o in quick.options} == {(o.replicas, o.layer_workers) for o in whole.options}
 
 
 def test_bias_and_memory_rule_options_out():
@@ -106,7 +106,7 @@ def test_bias_and_memory_rule_options_out():
     # Eight blocks of weights fit where the whole network does not.
     model = layers(parameter_bytes=1e9, graph_bytes=1e6)
     tight = make_plan(config(), model, Device(bandwidth=1e18, memory=64e9), 8)
-    assert tight.best.layer >= 8
+    assert tight.best.layer_workers >= 8
     assert tight.best.memory < 64e9
     none = make_plan(config(), model, Device(memory=1e9), 8)
     assert none.best is None
@@ -124,9 +124,9 @@ def test_a_sharded_optimizer_saves_memory_and_costs_an_all_gather():
     for text, option in whole.items():
         if option.kind == "layer":  # blocks may be uneven
             continue
-        other, owned = sharded[text], -(-64 // option.layer)
-        assert option.memory - other.memory == pytest.approx(owned * 2e9 * (1 - 1 / option.data))
-        assert other.step_s - option.step_s == pytest.approx(device.all_gather_s(owned * 1e9 / option.data, option.data))
+        other, owned = sharded[text], -(-64 // option.layer_workers)
+        assert option.memory - other.memory == pytest.approx(owned * 2e9 * (1 - 1 / option.replicas))
+        assert other.step_s - option.step_s == pytest.approx(device.all_gather_s(owned * 1e9 / option.replicas, option.replicas))
 
 
 def test_gradients_are_summed_behind_the_adjoint():
@@ -171,7 +171,7 @@ def test_biases_come_from_runs_and_sweeps(tmp_path):
     counts = ("iterations_forward", "iterations_backward")
     lines = [{"mode": "parallel", "bias": bias, "rho_backward": bias, **dict.fromkeys(counts, count)} for count, bias in steps]
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert measured_biases([tmp_path / "sweep"]) == measured_biases([run]) == {(2, 2, 1, 1): 0.4, (2, 2, 2, 2): 0.1}
+    assert measured_biases([tmp_path / "sweep"]) == measured_biases([run]) == {MGRITSolve(2, 2, 1, 1): 0.4, MGRITSolve(2, 2, 2, 2): 0.1}
     with pytest.raises(SettingsError, match="neither a run's directory nor a sweep's"):
         measured_biases([tmp_path])
 

@@ -116,8 +116,8 @@ def with_barrier(config: TrainConfig) -> float:
     forward, adjoint = schedules_of(config, Controller(config).chosen)
     forward.replay(kinds, 0.0, clocks)
     for rank, deferred in enumerate(forward.deferred_work()):
-        while late := deferred.take():
-            clocks[rank] += kinds[late.kind]
+        while work := deferred.pop():
+            clocks[rank] += kinds[work.kind]
     clocks = [max(clocks)] * len(clocks)
     adjoint.replay(kinds, 0.0, clocks)
     return max(clocks)

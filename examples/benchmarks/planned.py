@@ -13,8 +13,7 @@ from pathlib import Path
 
 import rayllp
 from rayllp.errors import SettingsError
-from rayllp.plan import Costs, Device, LayerModel, make_plan
-from rayllp.plan.planner import Solve
+from rayllp.plan import Costs, Device, LayerModel, MGRITSolve, Solve, WindowSolve, make_plan
 
 DEVICE = Device(latency_s=2e-5, bandwidth=1e10)
 
@@ -33,31 +32,41 @@ def levels_and_coarsening() -> dict[int, list[tuple[int, float]]]:
             if c ** (levels - 1) >= 1024:
                 continue
             try:
-                plan = make_plan(config, model, DEVICE, 8, solves=[(c, levels, 1, 1)])
+                plan = make_plan(config, model, DEVICE, 8, solves=[MGRITSolve(c, levels, 1, 1)])
             except SettingsError:
                 continue
-            option = next((o for o in plan.options if o.solve is not None and o.layer == 8), None)
+            option = next((o for o in plan.options if o.solve is not None and o.layer_workers == 8), None)
             if option is not None:
                 found.setdefault(levels, []).append((c, plan.serial_s / option.step_s))
     return found
 
 
-def replicas_and_workers() -> dict[int, list[tuple[int, float, Solve]]]:
+def replicas_and_workers() -> dict[int, list[tuple[int, float, Solve | None]]]:
     """By devices: replicas, the fastest step on all devices, and its solve; one worker a replica is plain data parallelism."""
     config = rayllp.make_config({"model": {"layers": 64}, "buffers": {"open": 0, "close": 0}, "batch_size": 32, "workers": 1})
     model = LayerModel(
         measured={1: costs(0.6e-3), 32: costs(3.7e-3)}, parameter_bytes=28e6, state_bytes=2e6, graph_bytes=6e7,
     )  # fmt: skip
-    found: dict[int, list[tuple[int, float, Solve]]] = {}
+    found: dict[int, list[tuple[int, float, Solve | None]]] = {}
     for devices in (16, 32, 64):
         plan = make_plan(config, model, DEVICE, devices)
         for replicas in (1, 2, 4, 8, 16, 32):
-            layer = devices // replicas
-            mine = [o for o in plan.options if (o.data, o.layer) == (replicas, layer) and (o.solve is not None or o.kind == "data")]
-            if mine:
-                best = min(mine, key=lambda option: option.step_s)
-                found.setdefault(devices, []).append((replicas, best.step_s, best.solve or (0, 0, 0, 0)))
+            mesh = replicas, devices // replicas
+            of_mesh = [o for o in plan.options if (o.replicas, o.layer_workers) == mesh and o.kind in ("layer", "data")]
+            if of_mesh:
+                best = min(of_mesh, key=lambda option: option.step_s)
+                found.setdefault(devices, []).append((replicas, best.step_s, best.solve))
     return found
+
+
+def shown(solve: Solve | None) -> str:
+    match solve:
+        case MGRITSolve():
+            return f"{solve.coarsening}, {solve.levels}"
+        case WindowSolve():
+            return f"{solve.length}, 0"
+        case None:
+            return "data"
 
 
 def main() -> None:
@@ -76,13 +85,13 @@ def main() -> None:
     print("\n64 layers, batch 32: step in ms by replicas, with the fastest settings (c_f, levels)\n")
     print("| devices | " + " | ".join(f"{r} replicas" for r in (1, 2, 4, 8, 16, 32)) + " |\n" + "|---" * 7 + "|")
     for devices, row in parabolas.items():
-        known_rows = {r: f"{1e3 * s:.1f} ({solve[0]}, {solve[1]})" if solve[0] else f"{1e3 * s:.1f} (data)" for r, s, solve in row}
+        known_rows = {r: f"{1e3 * s:.1f} ({shown(solve)})" for r, s, solve in row}
         print(f"| {devices} | " + " | ".join(known_rows.get(r, "–") for r in (1, 2, 4, 8, 16, 32)) + " |")
     if arguments.picture:
         draw(shapes, parabolas, arguments.picture)
 
 
-def draw(shapes: dict[int, list[tuple[int, float]]], parabolas: dict[int, list[tuple[int, float, Solve]]], picture: Path) -> None:
+def draw(shapes: dict[int, list[tuple[int, float]]], parabolas: dict[int, list[tuple[int, float, Solve | None]]], picture: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")

@@ -31,29 +31,29 @@ def run_step(
     """Run `rayllp bench step`."""
     times = None if emulate is None else Emulation.parse(emulate)
     with join_cluster(config.world):
-        found = bench_step(config, steps=steps, emulate=times, device="cpu" if times else choose_device(config))
-    show_step(config, found, console)
-    _write(file, found.as_dict())
+        bench = bench_step(config, steps=steps, emulate=times, device="cpu" if times else choose_device(config))
+    show_step(config, bench, console)
+    _write(file, bench.as_dict())
     if trace is not None:
-        write_trace(found.spans, trace)
+        write_trace(bench.spans, trace)
     if picture is not None:
-        draw_timeline(found.spans, picture, f"{config.layer_workers} workers, {1e3 * found.step_s:.0f} ms")
+        draw_timeline(bench.spans, picture, f"{config.layer_workers} workers, {1e3 * bench.step_s:.0f} ms")
 
 
 def run_layers(config: TrainConfig, file: Path | None, console: Console) -> None:
     """Run `rayllp bench layers`."""
     config, data = data_for_timing(config, console.print)
-    found = bench_layers(config, data, device_here(config))
+    bench = bench_layers(config, data, device_here(config))
     table = Table(title=f"{config.model.family}: a layer, batch {config.replica_batch}")
     for name in ("part", "ms"):
         table.add_column(name)
-    for name, seconds in asdict(found.costs).items():
-        if name != "message" and seconds is not None:
+    for name, seconds in bench.as_dict()["costs"].items():
+        if name != "message":
             table.add_row(name.replace("_", " "), f"{1e3 * seconds:.3f}")
     console.print(table)
-    sizes = {"weights": found.parameter_bytes, "graph": found.graph_bytes, "state": found.state_bytes}
+    sizes = {"weights": bench.parameter_bytes, "graph": bench.graph_bytes, "state": bench.state_bytes}
     console.print(", ".join(f"{name} {size / 2**20:.2f} MiB" for name, size in sizes.items()), highlight=False)
-    _write(file, asdict(found))
+    _write(file, bench.as_dict())
 
 
 def run_links(config: TrainConfig, file: Path | None, console: Console) -> None:
@@ -70,17 +70,17 @@ def run_links(config: TrainConfig, file: Path | None, console: Console) -> None:
         group = RayGroup(config, ActorPool(config.world, choose_device(config)))
         try:
             group.start(Network(emulated_stack(config, instant)), RandomBatches(config))
-            found: list[Link] = [link for links in group.call("time_messages", sorted({1024, state, LARGE})) for link in links]
+            timed: list[Link] = [link for links in group.call("time_messages", sorted({1024, state, LARGE})) for link in links]
         finally:
             group.shutdown()
     table = Table(title="from a worker to the next, half a round trip")
-    for name in ("workers", *(_bytes(size) + ", µs" for size in found[0].seconds), "GB/s"):
+    for name in ("workers", *(_bytes(size) + ", µs" for size in timed[0].seconds), "GB/s"):
         table.add_column(name, justify="right")
-    for link in found:
+    for link in timed:
         times = (f"{1e6 * seconds:.0f}" for seconds in link.seconds.values())
         table.add_row(f"{link.worker} – {link.worker + 1}", *times, f"{link.bandwidth_gb_s:.2f}")
     console.print(table)
-    _write(file, [asdict(link) for link in found])
+    _write(file, [asdict(link) for link in timed])
 
 
 def run_plan(
@@ -94,9 +94,9 @@ def run_plan(
     else:
         config, data = data_for_timing(config, Console(stderr=True, highlight=False, soft_wrap=True).print)
         layers = measure_layers(config, data, device_here(config))
-    found = make_plan(config, layer_model(layers), device, devices, biases=biases, bias_limit=bias)
-    show_plan(found, device, console)
-    _write(file, asdict(found))
+    plan = make_plan(config, layer_model(layers), device, devices, biases=biases, bias_limit=bias)
+    show_plan(plan, device, console)
+    _write(file, plan.as_dict())
 
 
 def _bytes(size: int) -> str:

@@ -71,12 +71,12 @@ class Wait:
 @cache
 def _oversleep_s() -> float:
     """Return how much longer than asked the system sleeps. It is subtracted, since a timer causes it and not the emulated device."""
-    found = []
+    excess = []
     for _ in range(15):
         started = time.perf_counter()
         time.sleep(2e-3)
-        found.append(time.perf_counter() - started - 2e-3)
-    return median(found)
+        excess.append(time.perf_counter() - started - 2e-3)
+    return median(excess)
 
 
 class _Through(torch.autograd.Function):
@@ -92,9 +92,9 @@ class _Through(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         wait = Wait(ctx.times.input_gradient)
         (y,) = ctx.saved_tensors
-        found = gradients[0] * (y.abs() < 1)
+        input_gradient = gradients[0] * (y.abs() < 1)
         wait()
-        return found, None
+        return input_gradient, None
 
 
 class _Weight(torch.autograd.Function):
@@ -108,9 +108,9 @@ class _Weight(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[None, Tensor, None]:
         wait = Wait(ctx.times.weight_gradient)
-        found = gradients[0].flatten(0, -2).sum(0)
+        bias_gradient = gradients[0].flatten(0, -2).sum(0)
         wait()
-        return None, found, None
+        return None, bias_gradient, None
 
 
 class EmulatedLayer(nn.Module):

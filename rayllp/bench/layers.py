@@ -3,7 +3,7 @@
 import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,11 @@ class LayerBench:
     frozen_bytes: int
     graph_bytes: int
     state_bytes: int
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return plain values for a JSON file, without the costs that one layer does not have."""
+        values = asdict(self)
+        return values | {"costs": {name: seconds for name, seconds in values["costs"].items() if seconds is not None}}
 
 
 def data_for_timing(config: TrainConfig, say: Callable[[str], None]) -> tuple[TrainConfig, Any]:
@@ -97,11 +102,11 @@ def bench_layers(config: TrainConfig, data: Any, device: str = "cpu") -> LayerBe
     )
 
 
-def layer_model(found: Sequence[LayerBench]) -> LayerModel:
+def layer_model(benches: Sequence[LayerBench]) -> LayerModel:
     """Combine measurements at several batch sizes for the planner."""
-    largest = max(found, key=lambda each: each.batch)
+    largest = max(benches, key=lambda bench: bench.batch)
     return LayerModel(
-        measured={each.batch: each.costs for each in found},
+        measured={bench.batch: bench.costs for bench in benches},
         parameter_bytes=largest.parameter_bytes,
         frozen_bytes=largest.frozen_bytes,
         graph_bytes=largest.graph_bytes / largest.batch,
@@ -116,21 +121,22 @@ def read_layers(path: Path) -> LayerBench:
         SettingsError: the file holds something else.
     """
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        return LayerBench(**{**found, "costs": Costs(**found["costs"])})
-    except (OSError, ValueError, TypeError, KeyError) as error:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        costs = {name: seconds for name, seconds in values["costs"].items() if seconds is not None}
+        return LayerBench(**{**values, "costs": Costs(**costs)})
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise SettingsError(f"{path} has no layer's costs ({error}): write them with `rayllp bench layers --json {path}`") from None
 
 
 def measure_layers(config: TrainConfig, data: Any, device: str = "cpu", limit_s: float = MEASURE_S) -> list[LayerBench]:
     """Measure a layer at batches of 1, 2, 4, … up to the config's, or until one measurement takes longer than `limit_s`."""
-    found: list[LayerBench] = []
+    benches: list[LayerBench] = []
     batch = 1
     while batch <= config.batch_size:
         alone = {"batch_size": batch, "workers": 1, "mesh": {"data": 1}, "accumulate": 1, "microbatches": None}
         started = time.perf_counter()
-        found.append(bench_layers(TrainConfig.model_validate(config.model_dump(mode="json") | alone), data, device))
-        if time.perf_counter() - started > limit_s and len(found) > 1:
+        benches.append(bench_layers(TrainConfig.model_validate(config.model_dump(mode="json") | alone), data, device))
+        if time.perf_counter() - started > limit_s and len(benches) > 1:
             break
         batch *= 2
-    return found
+    return benches

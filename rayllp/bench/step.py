@@ -85,30 +85,30 @@ def bench_step(
     try:
         group.start(Network(architecture), batches)
         group.call("time_steps", [(step, accuracy) for step in range(warm)])
-        found = group.call("time_steps", [(step, accuracy) for step in range(warm, warm + steps)])
+        timed = group.call("time_steps", [(step, accuracy) for step in range(warm, warm + steps)])
     finally:
         group.shutdown()
-    return _summary(config, found, serial_s, None if accuracy.serial else predict(config, accuracy, costs).step_s)
+    return _summary(config, timed, serial_s, None if accuracy.serial else predict(config, accuracy, costs).step_s)
 
 
-def _summary(config: TrainConfig, found: Sequence[list[TimedStep]], serial_s: float, ideal_s: float | None) -> StepBench:
-    """Combine the timed steps of all workers (`found`) into medians."""
-    times = [max(worker.seconds for worker in step) for step in zip(*found, strict=True)]
+def _summary(config: TrainConfig, timed: Sequence[list[TimedStep]], serial_s: float, ideal_s: float | None) -> StepBench:
+    """Combine the timed steps of all workers (`timed`) into medians."""
+    times = [max(worker.seconds for worker in step) for step in zip(*timed, strict=True)]
     step_s = median(times)
     forward_s = None
     if ideal_s is not None:
-        last = found[config.layer_workers - 1]
+        last = timed[config.layer_workers - 1]
         forward_s = median(max(span.end for span in step.spans if span.solve == "loss") for step in last)
     middle = min(range(len(times)), key=lambda n: abs(times[n] - step_s))
-    began = min(worker[middle].started for worker in found)
+    began = min(worker[middle].started for worker in timed)
     return StepBench(
         step_s=step_s,
         forward_s=forward_s,
         backward_s=None if forward_s is None else step_s - forward_s,
         serial_s=serial_s,
         ideal_s=ideal_s,
-        phases=tuple(_phases([step.spans for step in worker]) for worker in found),
-        spans=tuple(_shifted(worker[middle].spans, worker[middle].started - began) for worker in found),
+        phases=tuple(_phases([step.spans for step in worker]) for worker in timed),
+        spans=tuple(_shifted(worker[middle].spans, worker[middle].started - began) for worker in timed),
         steps=len(times),
     )
 
@@ -124,19 +124,19 @@ def _phases(steps: Sequence[Sequence[Span]]) -> dict[str, float]:
     return {name: median(each.get(name, 0.0) for each in sums) for name in dict.fromkeys(name for each in sums for name in each)}
 
 
-def show_step(config: TrainConfig, found: StepBench, console: Console) -> None:
+def show_step(config: TrainConfig, bench: StepBench, console: Console) -> None:
     """Print a table of phases by worker, and a line of totals."""
-    names = list(dict.fromkeys(name for phases in found.phases for name in phases))
-    table = Table(title=f"a step's time in ms: {config.layer_workers} workers, median of {found.steps} steps")
+    names = list(dict.fromkeys(name for phases in bench.phases for name in phases))
+    table = Table(title=f"a step's time in ms: {config.layer_workers} workers, median of {bench.steps} steps")
     for name in ("worker", *names):
         table.add_column(name, justify="right")
-    for rank, phases in enumerate(found.phases):
+    for rank, phases in enumerate(bench.phases):
         table.add_row(str(rank), *(f"{1e3 * phases.get(name, 0):.1f}" for name in names))
     console.print(table)
-    parts = [f"step {1e3 * found.step_s:.1f} ms"]
-    if found.forward_s is not None and found.backward_s is not None:
-        parts.append(f"forward {1e3 * found.forward_s:.1f}, backward {1e3 * found.backward_s:.1f}")
-    parts.append(f"serial on one worker {1e3 * found.serial_s:.1f}, speed-up {found.serial_s / found.step_s:.2f}")
-    if found.ideal_s is not None:
-        parts.append(f"ideal {1e3 * found.ideal_s:.1f}, time over ideal {found.step_s / found.ideal_s:.3f}")
+    parts = [f"step {1e3 * bench.step_s:.1f} ms"]
+    if bench.forward_s is not None and bench.backward_s is not None:
+        parts.append(f"forward {1e3 * bench.forward_s:.1f}, backward {1e3 * bench.backward_s:.1f}")
+    parts.append(f"serial on one worker {1e3 * bench.serial_s:.1f}, speed-up {bench.serial_s / bench.step_s:.2f}")
+    if bench.ideal_s is not None:
+        parts.append(f"ideal {1e3 * bench.ideal_s:.1f}, time over ideal {bench.step_s / bench.ideal_s:.3f}")
     console.print("; ".join(parts), highlight=False, soft_wrap=True)

@@ -1,18 +1,22 @@
 """Predict step times by running the actual schedule on simulated clocks, choose a mesh, and suggest buffers from a run's measurements."""
 
 from rayllp.plan.buffers import BufferSuggestion, suggest_buffers
-from rayllp.plan.cost import Prediction, predict, predict_step
-from rayllp.plan.costs import Costs, Device
-from rayllp.plan.planner import LayerModel, Option, Plan, make_plan
+from rayllp.plan.costs import Costs, Device, LayerModel
+from rayllp.plan.options import MGRITSolve, Option, Solve, WindowSolve
+from rayllp.plan.planner import Plan, make_plan
+from rayllp.plan.prediction import Prediction, predict, predict_step
 
 __all__ = [
     "BufferSuggestion",
     "Costs",
     "Device",
     "LayerModel",
+    "MGRITSolve",
     "Option",
     "Plan",
     "Prediction",
+    "Solve",
+    "WindowSolve",
     "make_plan",
     "predict",
     "predict_step",

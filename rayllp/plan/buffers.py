@@ -28,8 +28,8 @@ class BufferSuggestion:
     Attributes:
         open, middle, close: numbers of layers.
         constants: the median of the last estimates of each layer.
-        bar: the constant beyond which a layer is steep.
-        clear: numbers of steep layers at the beginning and at the end, before any adjustment to the run and the coarsening.
+        threshold: the constant beyond which a layer is steep.
+        steep_ends: numbers of steep layers at the beginning and at the end, before any adjustment to the run and the coarsening.
         reasons: why, in sentences.
     """
 
@@ -37,19 +37,19 @@ class BufferSuggestion:
     middle: int
     close: int
     constants: tuple[float, ...]
-    bar: float
-    clear: tuple[int, int]
+    threshold: float
+    steep_ends: tuple[int, int]
     reasons: tuple[str, ...]
 
 
 def suggest_buffers(estimates: Sequence[Sequence[float]], config: TrainConfig, *, factor: float = FACTOR) -> BufferSuggestion:
     """Suggest buffers for a run like `config`.
 
-    The constant of a layer is the median of its last `LAST` estimates. The bar is `factor` times the median constant of the middle half of
-    the layers. From each end, the layers beyond the bar, up to the first that is not, become buffers. Further layers are added, each time
-    the steeper of the two next ones, until the rest divides by c_f and the settings allow it; if no such number exists, the run's own
-    buffers stay. If the middle itself is steep (c_f·Δt·σ above `CALM`), the run keeps at least its own buffers: which layers become steep
-    depends on which are buffers, so these look flat beside such a middle.
+    The constant of a layer is the median of its last `LAST` estimates. The threshold is `factor` times the median constant of the middle
+    half of the layers. From each end, the layers beyond the threshold, up to the first that is not, become buffers. Further layers are
+    added, each time the steeper of the two next ones, until the rest divides by c_f and the settings allow it; if no such number exists,
+    the run's own buffers stay. If the middle itself is steep (c_f·Δt·σ above `CALM`), the run keeps at least its own buffers: which layers
+    become steep depends on which are buffers, so these look flat beside such a middle.
 
     Args:
         estimates: one list per probe, in order of steps; each has one constant per layer of the whole network.
@@ -65,35 +65,41 @@ def suggest_buffers(estimates: Sequence[Sequence[float]], config: TrainConfig, *
     layers = len(constants)
     centre = constants[layers // 4 : layers - layers // 4]
     typical = median(centre)
-    bar = factor * typical
-    if not math.isfinite(bar):
+    threshold = factor * typical
+    if not math.isfinite(threshold):
         raise SettingsError("the middle layers' Lipschitz estimates are not finite: the run diverged; lower optimizer.lr")
-    steep = [constant > bar for constant in constants]
-    clear = _leading(steep), _leading(steep[::-1])
-    reasons = [_about_end("first", clear[0], constants, bar), _about_end("last", clear[1], constants[::-1], bar)]
-    least, growth = clear, config.fine_coarsening * config.middle_step * typical
+    steep = [constant > threshold for constant in constants]
+    steep_ends = _leading(steep), _leading(steep[::-1])
+    reasons = [_about_end("first", steep_ends[0], constants, threshold), _about_end("last", steep_ends[1], constants[::-1], threshold)]
+    least, growth = steep_ends, config.fine_coarsening * config.middle_step * typical
     if growth > CALM:
-        least = max(clear[0], config.buffers.open), max(clear[1], config.buffers.close)
+        least = max(steep_ends[0], config.buffers.open), max(steep_ends[1], config.buffers.close)
         reasons.append(
             f"the middle is steep itself: c_f·Δt times its median constant is {growth:.2g}, and calm up to {CALM:g}. No buffer is given "
             "back; the constants of a run with more buffers will look different: try 2 + 2 at least, and ask again"
         )
-    found = _nearest(least, constants, config)
-    if found is None:
-        found = config.buffers.open, config.buffers.close
+    buffers = _nearest(least, constants, config)
+    if buffers is None:
+        buffers = config.buffers.open, config.buffers.close
         reasons.append(
             f"taking {least[0]} + {least[1]} of {layers} layers out leaves no middle that mgrit.coarsening={config.mgrit.coarsening} and "
             "the workers can share: the run's own buffers stay. More layers, or adaptive.consistency, help more here"
         )
-    elif found != least:
-        rest, c, more = layers - sum(least), config.fine_coarsening, sum(found) - sum(least)
+    elif buffers != least:
+        rest, c, more = layers - sum(least), config.fine_coarsening, sum(buffers) - sum(least)
         why = f"{rest} middle layers do not divide into coarse intervals of {c}" if rest % c else f"the settings refuse a middle of {rest}"
         reasons.append(f"{why}: {more} more {'is' if more == 1 else 'are'} taken out, the steeper of the two next to the middle each time")
-    inner = [n for n in range(found[0], layers - found[1]) if steep[n]]
+    inner = [n for n in range(buffers[0], layers - buffers[1]) if steep[n]]
     if inner:
         reasons.append(f"steep layers inside the middle, which buffers do not reach: {', '.join(map(str, inner))}")
     return BufferSuggestion(
-        open=found[0], middle=layers - sum(found), close=found[1], constants=constants, bar=bar, clear=clear, reasons=tuple(reasons)
+        open=buffers[0],
+        middle=layers - sum(buffers),
+        close=buffers[1],
+        constants=constants,
+        threshold=threshold,
+        steep_ends=steep_ends,
+        reasons=tuple(reasons),
     )
 
 
@@ -112,11 +118,11 @@ def _leading(steep: Sequence[bool]) -> int:
     return len(list(takewhile(bool, steep)))
 
 
-def _about_end(end: str, count: int, constants: Sequence[float], bar: float) -> str:
+def _about_end(end: str, count: int, constants: Sequence[float], threshold: float) -> str:
     if count == 0:
-        return f"the {end} layer's {constants[0]:.3g} is not beyond the bar of {bar:.3g}"
+        return f"the {end} layer's {constants[0]:.3g} is not beyond the bar of {threshold:.3g}"
     which = f"the {end} layer is" if count == 1 else f"the {end} {count} layers are"
-    return f"{which} beyond the bar of {bar:.3g} ({', '.join(f'{c:.3g}' for c in constants[:count])})"
+    return f"{which} beyond the bar of {threshold:.3g} ({', '.join(f'{c:.3g}' for c in constants[:count])})"
 
 
 def _nearest(least: tuple[int, int], constants: Sequence[float], config: TrainConfig) -> tuple[int, int] | None:

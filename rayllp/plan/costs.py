@@ -1,6 +1,7 @@
 """What the parts of a step cost on a device."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 
@@ -17,8 +18,8 @@ class Costs:
         leave: head and loss, forward and gradient (without closing buffers).
         update: gradient norm, clipping and optimizer step of one layer.
         message: sending a state to the neighbour.
-        gather: all-gather of the workers' states; None: log2(workers) messages one after the other, rounded up.
-        total: all-reduce of the workers' states; None: as long as `gather`.
+        all_gather: all-gather of the workers' states; None: log2(workers) messages one after the other, rounded up.
+        all_reduce: all-reduce of the workers' states; None: as long as `all_gather`.
     """
 
     forward: float
@@ -30,24 +31,29 @@ class Costs:
     leave: float = 0.0
     update: float = 0.0
     message: float = 0.0
-    gather: float | None = None
-    total: float | None = None
+    all_gather: float | None = None
+    all_reduce: float | None = None
 
-    def gather_s(self, workers: int) -> float:
+    def all_gather_s(self, workers: int) -> float:
         """Return the seconds of an all-gather of a state among this many workers."""
         if workers == 1:
             return 0.0
-        return self.message * math.ceil(math.log2(workers)) if self.gather is None else self.gather
+        return self.message * math.ceil(math.log2(workers)) if self.all_gather is None else self.all_gather
 
-    def total_s(self, workers: int) -> float:
+    def all_reduce_s(self, workers: int) -> float:
         """Return the seconds of an all-reduce of a state among this many workers."""
-        return self.gather_s(workers) if workers == 1 or self.total is None else min(self.total, self.gather_s(workers))
+        all_gather_s = self.all_gather_s(workers)
+        return all_gather_s if workers == 1 or self.all_reduce is None else min(self.all_reduce, all_gather_s)
 
     @property
     def kinds(self) -> dict[str, float]:
         """Seconds by kind of work on a layer, as schedules name the kinds."""
         names = ("forward", "record", "input_gradient", "full_gradient")
         return {name: getattr(self, name) for name in names}
+
+
+FREE = Costs(forward=0, record=0, input_gradient=0, full_gradient=0)
+"""The costs of an empty batch, from which a single measurement is scaled in proportion."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,3 +83,36 @@ class Device:
         if count == 1:
             return 0.0
         return 2 * (count - 1) / count * size / self.bandwidth + 2 * math.ceil(math.log2(count)) * self.latency_s
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerModel:
+    """Costs of a layer as a function of the batch: a constant part, the overhead of many small operations, and one that grows.
+
+    Attributes:
+        measured: costs by the batch size at which they were measured.
+        parameter_bytes: bytes of a layer's weights.
+        frozen_bytes: bytes of those weights that are not trained.
+        graph_bytes, state_bytes: bytes per sample of a layer's graph and of a state.
+    """
+
+    measured: Mapping[int, Costs]
+    parameter_bytes: float = 0.0
+    frozen_bytes: float = 0.0
+    graph_bytes: float = 0.0
+    state_bytes: float = 0.0
+
+    @property
+    def trained_bytes(self) -> float:
+        """Bytes of a layer's weights that are trained."""
+        return self.parameter_bytes - self.frozen_bytes
+
+    def at(self, batch: float, device: Device) -> Costs:
+        """Return costs at a batch size by linear interpolation, or extrapolation beyond the last; with one measurement, in proportion."""
+        points = sorted(self.measured if len(self.measured) > 1 else {0, *self.measured})
+        upper = next((n for n, size in enumerate(points[1:], 1) if size >= batch), len(points) - 1)
+        low, high = points[upper - 1], points[upper]
+        weight = max(0.0, (batch - low) / (high - low))
+        below, above = (vars(self.measured.get(size, FREE)) for size in (low, high))
+        seconds = {name: value + weight * max(0.0, above[name] - value) for name, value in below.items() if value is not None}
+        return Costs(**seconds | {"message": device.message_s(batch * self.state_bytes)})

@@ -70,8 +70,8 @@ class _Recorder(Propagator):
     def _message(self, kind: str, peer: int) -> None:
         self.done.append(Work(kind, self._solve, self._phase, self._level, peer=peer - self.rank))
 
-    def take(self, run: DeferredRun | None = None) -> tuple[Work, ...]:
-        """The work recorded since the last call, or the work of a deferred run."""
+    def collect(self, run: DeferredRun | None = None) -> tuple[Work, ...]:
+        """Return the work recorded since the last call; with a deferred run, the work of that run."""
         while run is not None and run.advance():
             pass
         done, self.done = tuple(self.done), []
@@ -144,7 +144,7 @@ class DeferredWork:
         self.first = first
         self._runs = deque(deque(run) for run in runs)
 
-    def take(self) -> Work | None:
+    def pop(self) -> Work | None:
         """Remove and return the work of the next layer; None if nothing is left."""
         while self._runs:
             if self._runs[0]:
@@ -152,7 +152,7 @@ class DeferredWork:
             self._runs.popleft()
         return None
 
-    def reach(self, layer: int) -> list[Work]:
+    def pop_until(self, layer: int) -> list[Work]:
         """Remove and return what is left of the run that contains this layer, up to the layer."""
         while self._runs and not self._runs[0]:
             self._runs.popleft()
@@ -199,16 +199,16 @@ class Schedule:
             deferred: the work deferred by an earlier solve; it is done while a message is awaited, or when a layer's graph is needed.
         """
         arrivals: dict[tuple[int, int], deque[float]] = defaultdict(deque)
-        places = [0] * len(self.workers)
+        positions = [0] * len(self.workers)
         ready = deque(range(len(self.workers)))
         waiting: dict[tuple[int, int], int] = {}
         while ready:
             rank = ready.popleft()
-            work, place, now = self.workers[rank], places[rank], clocks[rank]
-            mine, first = None if spans is None else spans[rank], self.first_layers[rank]
+            work, position, now = self.workers[rank], positions[rank], clocks[rank]
+            own_spans, first = None if spans is None else spans[rank], self.first_layers[rank]
             own_deferred = None if deferred is None else deferred[rank]
-            while place < len(work):
-                kind, solve_, phase, level, layer, peer = work[place]
+            while position < len(work):
+                kind, solve, phase, level, layer, peer = work[position]
                 if kind == "send":
                     link = rank, rank + peer
                     arrivals[link].append(now + message_s)
@@ -220,21 +220,21 @@ class Schedule:
                     if not queue:
                         waiting[link] = rank
                         break
-                    there = queue.popleft()
-                    while there > now and own_deferred is not None and (late := own_deferred.take()) is not None:
-                        now = _spend(late, own_deferred.first, costs, now, mine)
-                    if there > now:
-                        if mine is not None:
-                            mine.append(Span(now, there, "wait", solve_, phase, level))
-                        now = there
+                    arrival = queue.popleft()
+                    while arrival > now and own_deferred is not None and (deferred_work := own_deferred.pop()) is not None:
+                        now = _spend(deferred_work, own_deferred.first, costs, now, own_spans)
+                    if arrival > now:
+                        if own_spans is not None:
+                            own_spans.append(Span(now, arrival, "wait", solve, phase, level))
+                        now = arrival
                 else:
                     if own_deferred is not None:
-                        for late in own_deferred.reach(first + layer):
-                            now = _spend(late, own_deferred.first, costs, now, mine)
-                    now = _spend(work[place], first, costs, now, mine)
-                place += 1
-            places[rank], clocks[rank] = place, now
-        stuck = [rank for rank, place in enumerate(places) if place < len(self.workers[rank])]
+                        for deferred_work in own_deferred.pop_until(first + layer):
+                            now = _spend(deferred_work, own_deferred.first, costs, now, own_spans)
+                    now = _spend(work[position], first, costs, now, own_spans)
+                position += 1
+            positions[rank], clocks[rank] = position, now
+        stuck = [rank for rank, position in enumerate(positions) if position < len(self.workers[rank])]
         assert not stuck, f"workers {stuck} wait for ever: the schedules differ"
 
 
@@ -254,24 +254,24 @@ def _record(hierarchy: Hierarchy, options: SolverOptions, workers: int, name: st
     """Run the solver once for each kind of worker and return the schedule of all workers."""
     spec = StateSpec((), (), torch.device("cpu"), bare=False)
     fine, alike = hierarchy.levels[0], _Alike(hierarchy, c_points)
-    found: list[tuple[RunWork, tuple[RunWork, ...]]] = []
+    by_worker: list[tuple[RunWork, tuple[RunWork, ...]]] = []
     first_layers: list[int] = []
-    known: dict[Hashable, tuple[RunWork, tuple[RunWork, ...]]] = {}
+    by_signature: dict[Hashable, tuple[RunWork, tuple[RunWork, ...]]] = {}
     for rank in range(workers):
         owned = fine.local(rank)
         first_layers.append(fine.layers[owned.start] if owned else 0)
-        look = alike.look(rank, first_layers[-1])
-        if look not in known:
+        signature = alike.signature(rank, first_layers[-1])
+        if signature not in by_signature:
             recorder, deferred = _Recorder(rank, workers, first_layers[-1], name, c_points), DeferredSweeps()
             initial = Nothing() if rank == fine.owners[0] else None
             solver = MGRITSolver(
                 Problem(hierarchy, recorder, spec), options, Communicator(recorder, MessageTag(0, name)), on_phase=recorder.enter
             )
             solver.solve(initial, defer_to=deferred if name == "forward" else None, reduce_residuals=False)
-            known[look] = recorder.take(), tuple(recorder.take(run) for run in deferred.runs)
-        found.append(known[look])
-    done, later = zip(*found, strict=True)
-    return Schedule(done, tuple(first_layers), later)
+            by_signature[signature] = recorder.collect(), tuple(recorder.collect(run) for run in deferred.runs)
+        by_worker.append(by_signature[signature])
+    work, deferred_work = zip(*by_worker, strict=True)
+    return Schedule(work, tuple(first_layers), deferred_work)
 
 
 class _Alike:
@@ -282,7 +282,7 @@ class _Alike:
         first = [level.owners[0] for level in hierarchy.levels]
         self._initial = list(pairwise(first))  # sender and receiver of the initial state, from level to level
 
-    def look(self, rank: int, first: int) -> Hashable:
+    def signature(self, rank: int, first: int) -> Hashable:
         """Return a value that is equal for workers which do the same."""
         levels = [self._level(level, rank, first) for level in self._hierarchy.levels]
         moves = [

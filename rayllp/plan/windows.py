@@ -44,30 +44,30 @@ class Clocks:
 
 def window_step(config: TrainConfig, accuracy: Accuracy, costs: Costs, clocks: Clocks) -> None:
     """Run a step by windows on the clocks, without the update."""
-    placement, last = Placement.cyclic(config.middle_layers, config.layer_workers), config.layer_workers - 1
-    windows, meetings = placement.windows(accuracy.window), (costs.gather_s(config.layer_workers), costs.total_s(config.layer_workers))
+    workers = config.layer_workers
+    placement = Placement.cyclic(config.middle_layers, workers)
+    windows = placement.windows(accuracy.window)
+    all_gather_s, all_reduce_s = costs.all_gather_s(workers), costs.all_reduce_s(workers)
+
+    def sweep(window: range, sweeps: int, inner_s: float, final_s: float, solve: str) -> None:
+        """Run the sweeps of one window: each layer takes `inner_s` in all sweeps but the last, in which it takes `final_s`."""
+        count = min(sweeps, len(window))
+        for number in range(1, count + 1):
+            is_last = number == count
+            for layer in window:
+                phase = "last sweep" if is_last else "relaxation"
+                clocks.spend(placement.owners[layer], final_s if is_last else inner_s, solve, phase, layer=layer)
+            clocks.meet(all_reduce_s if is_last else all_gather_s, solve)
+
     clocks.spend(0, costs.enter + config.buffers.open * costs.record, "enter")
     clocks.meet(costs.message, "forward")
     for window in windows:
-        _sweeps(placement, window, accuracy.iterations_forward, costs.forward, costs.record, meetings, "forward", clocks)
-    clocks.spend(last, config.buffers.close * (costs.record + costs.full_gradient) + costs.leave, "loss")
+        sweep(window, accuracy.iterations_forward, costs.forward, costs.record, "forward")
+    clocks.spend(workers - 1, config.buffers.close * (costs.record + costs.full_gradient) + costs.leave, "loss")
     clocks.meet(costs.message, "adjoint")
     for window in reversed(windows):
-        gradients = costs.input_gradient, costs.full_gradient
-        _sweeps(placement, window, accuracy.iterations_backward, *gradients, meetings, "adjoint", clocks)
+        sweep(window, accuracy.iterations_backward, costs.input_gradient, costs.full_gradient, "adjoint")
     clocks.spend(0, config.buffers.open * costs.full_gradient + costs.enter_gradient, "enter")
-
-
-def _sweeps(
-    placement: Placement, window: range, sweeps: int, inner: float, final: float, meetings: tuple[float, float], solve: str, clocks: Clocks
-) -> None:
-    """Run the sweeps of one window: each layer costs `inner` in all sweeps but the last, which costs `final`."""
-    for sweep in range(min(sweeps, len(window))):
-        is_last = sweep == min(sweeps, len(window)) - 1
-        for layer in window:
-            phase = "last sweep" if is_last else "relaxation"
-            clocks.spend(placement.owners[layer], final if is_last else inner, solve, phase, layer=layer)
-        clocks.meet(meetings[is_last], solve)
 
 
 def in_order_step(config: TrainConfig, microbatches: int, costs: Costs, clocks: Clocks) -> None:
@@ -81,37 +81,38 @@ def in_order_step(config: TrainConfig, microbatches: int, costs: Costs, clocks: 
     """
     workers, layers = config.layer_workers, config.middle_layers
     owners = Placement.cyclic(layers, workers).owners
-    there = [0.0] * microbatches  # when each microbatch's state leaves the previous layer
+    left_at = [0.0] * microbatches  # when each microbatch's state has left the previous layer
     for number in range(microbatches):
         clocks.spend(0, costs.enter + config.buffers.open * costs.record, "enter")
-        there[number] = clocks.now[0]
+        left_at[number] = clocks.now[0]
 
-    def arrive(rank: int, number: int, source: int, solve: str) -> None:
-        clocks.wait_until(rank, there[number] + (costs.message if source != rank else 0.0), solve)
+    def arrival(number: int, source: int, rank: int) -> float:
+        """Return when a microbatch's state arrives at a worker."""
+        return left_at[number] + (costs.message if source != rank else 0.0)
 
     for layer in range(layers):
         rank, source = owners[layer], owners[layer - 1] if layer else 0
         for number in range(microbatches):
-            arrive(rank, number, source, "forward")
+            clocks.wait_until(rank, arrival(number, source, rank), "forward")
             clocks.spend(rank, costs.record, "forward", "microbatch", layer=layer)
-            there[number] = clocks.now[rank]
+            left_at[number] = clocks.now[rank]
     for number in range(microbatches):
-        arrive(workers - 1, number, owners[-1], "loss")
+        clocks.wait_until(workers - 1, arrival(number, owners[-1], workers - 1), "loss")
         clocks.spend(workers - 1, config.buffers.close * (costs.record + costs.full_gradient) + costs.leave, "loss")
-        there[number] = clocks.now[workers - 1]
-    waits, left = microbatches < workers, [0] * workers
+        left_at[number] = clocks.now[workers - 1]
+    defers, deferred = microbatches < workers, [0] * workers
     for layer in reversed(range(layers)):
         rank, source = owners[layer], owners[layer + 1] if layer + 1 < layers else workers - 1
         for number in range(microbatches):
-            due = there[number] + (costs.message if source != rank else 0.0)
-            while left[rank] and clocks.now[rank] < due:  # while waiting, compute parameter gradients, for which no worker waits
-                left[rank] -= 1
+            arrives_at = arrival(number, source, rank)
+            while deferred[rank] and clocks.now[rank] < arrives_at:  # while waiting, compute parameter gradients, for which no worker waits
+                deferred[rank] -= 1
                 clocks.spend(rank, costs.full_gradient, "adjoint", "microbatch")
-            clocks.wait_until(rank, due, "adjoint")
-            clocks.spend(rank, costs.input_gradient if waits else costs.full_gradient, "adjoint", "microbatch", layer=layer)
-            left[rank] += waits
-            there[number] = clocks.now[rank]
-    for rank, count in enumerate(left):
+            clocks.wait_until(rank, arrives_at, "adjoint")
+            clocks.spend(rank, costs.input_gradient if defers else costs.full_gradient, "adjoint", "microbatch", layer=layer)
+            deferred[rank] += defers
+            left_at[number] = clocks.now[rank]
+    for rank, count in enumerate(deferred):
         clocks.spend(rank, count * costs.full_gradient, "adjoint", "microbatch")
     for _ in range(microbatches):
         clocks.spend(0, config.buffers.open * costs.full_gradient + costs.enter_gradient, "enter")

@@ -33,31 +33,31 @@ def show_suggestion(run: Path, factor: float, out: Console) -> BufferSuggestion:
     if config.nested.factors:  # only estimates at the current depth are used
         config = stage_of_depth(config, len(estimates[-1])).config
         estimates = [constants for constants in estimates if len(constants) == config.model.layers]
-    found = suggest_buffers(estimates, config, factor=factor)
-    out.print(suggestion_table(found, config))
-    for reason in found.reasons:
+    suggestion = suggest_buffers(estimates, config, factor=factor)
+    out.print(suggestion_table(suggestion, config))
+    for reason in suggestion.reasons:
         out.print(f"- {reason}", markup=False)
     now = f"{config.buffers.open} + {config.middle_layers} + {config.buffers.close}"
     seen = f"the last {min(LAST, len(estimates))} of {len(estimates)} estimates"
-    if (found.open, found.close) == (config.buffers.open, config.buffers.close):
+    if (suggestion.open, suggestion.close) == (config.buffers.open, config.buffers.close):
         out.print(f"From {seen}: {now} layers, as the run has them.")
-        return found
-    out.print(f"From {seen}: {found.open} + {found.middle} + {found.close} layers; the run has {now}. For a new run:")
+        return suggestion
+    out.print(f"From {seen}: {suggestion.open} + {suggestion.middle} + {suggestion.close} layers; the run has {now}. For a new run:")
     blocks = " --set mesh.blocks=null" if config.mesh.blocks else ""
-    out.print(f"  --set buffers.open={found.open} --set buffers.close={found.close}{blocks}", markup=False)
-    return found
+    out.print(f"  --set buffers.open={suggestion.open} --set buffers.close={suggestion.close}{blocks}", markup=False)
+    return suggestion
 
 
-def suggestion_table(found: BufferSuggestion, config: TrainConfig) -> Table:
+def suggestion_table(suggestion: BufferSuggestion, config: TrainConfig) -> Table:
     """Return a table with one row per layer; layers whose constant is above the threshold are marked red."""
     table = Table("layer", "now", "constant", "", "suggested", box=None)
     table.columns[0].justify = table.columns[2].justify = "right"
-    tallest = max(constant for constant in found.constants if constant < float("inf")) or 1.0
-    for n, constant in enumerate(found.constants):
+    tallest = max(constant for constant in suggestion.constants if constant < float("inf")) or 1.0
+    for n, constant in enumerate(suggestion.constants):
         bar = "█" * max(1, round(BAR_WIDTH * min(1.0, constant / tallest)))
-        style = "red" if constant > found.bar else "green"
-        parts = [_part(n, open_, len(found.constants) - close) for open_, close in (
-            (config.buffers.open, config.buffers.close), (found.open, found.close),
+        style = "red" if constant > suggestion.threshold else "green"
+        parts = [_part(n, open_, len(suggestion.constants) - close) for open_, close in (
+            (config.buffers.open, config.buffers.close), (suggestion.open, suggestion.close),
         )]  # fmt: skip
         table.add_row(str(n), parts[0], f"{constant:.3g}", f"[{style}]{bar}[/]", parts[1])
     return table

@@ -9,8 +9,7 @@ from rich.table import Table
 
 from rayllp.config import load_run_config
 from rayllp.errors import SettingsError
-from rayllp.plan import Device, Option, Plan
-from rayllp.plan.planner import Solve
+from rayllp.plan import Device, MGRITSolve, Option, Plan, Solve, WindowSolve
 from rayllp.report.rundir import read_lines
 
 
@@ -23,7 +22,7 @@ def measured_biases(folders: Sequence[Path]) -> dict[Solve, float]:
     Raises:
         SettingsError: a folder is neither.
     """
-    found: dict[Solve, float] = {}
+    largest: dict[Solve, float] = {}
     for folder in folders:
         trials = [path.parent for path in sorted((folder / "trials").glob("*/config.yaml"))]
         runs = [folder] if (folder / "config.yaml").is_file() else trials
@@ -31,12 +30,13 @@ def measured_biases(folders: Sequence[Path]) -> dict[Solve, float]:
             raise SettingsError(f"--run {folder}: neither a run's directory nor a sweep's")
         for run in runs:
             for solve, bias in _biases_of(run):
-                found[solve] = max(bias, found.get(solve, 0.0))
-    return found
+                largest[solve] = max(bias, largest.get(solve, 0.0))
+    return largest
 
 
 def _biases_of(run: Path) -> list[tuple[Solve, float]]:
-    config, before, found = load_run_config(run), None, []
+    config, before = load_run_config(run), None
+    biases: list[tuple[Solve, float]] = []
     if any(rung.startswith("0+") for rung in config.adaptive.ladder or ()):
         return []  # the metrics do not distinguish a serial forward solve from one iteration
     first = config.mgrit.iterations
@@ -46,17 +46,18 @@ def _biases_of(run: Path) -> list[tuple[Solve, float]]:
         if metric["bias"] is None and metric["rho_backward"] is None:
             iterations = metric["iterations_forward"], metric["iterations_backward"]
         elif metric["bias"] is not None and metric["mode"] == "parallel" and (before is None or before["mode"] == "parallel"):
+            bias = math.inf if math.isnan(float(metric["bias"])) else float(metric["bias"])
             levels = config.mgrit.levels
-            if config.placement == "cyclic" or levels.forward == levels.backward:
-                kind = (config.window, 0) if config.placement == "cyclic" else (config.fine_coarsening, levels.forward)
-                bias = float(metric["bias"])
-                found.append(((*kind, *iterations), math.inf if math.isnan(bias) else bias))
+            if config.placement == "cyclic":
+                biases.append((WindowSolve(config.window, *iterations), bias))
+            elif levels.forward == levels.backward:
+                biases.append((MGRITSolve(config.fine_coarsening, levels.forward, *iterations), bias))
         before = metric
-    return found
+    return biases
 
 
 def show_plan(plan: Plan, device: Device, console: Console) -> None:
-    """Print the fastest option of each kind and mesh, then the advice."""
+    """Print the fastest exact and the fastest approximate option of each mesh, then the advice."""
     table = Table(title="predicted, the fastest of each mesh")
     for name in ("devices", "how", "step, ms", "speed-up", "memory, GiB", "bias"):
         table.add_column(name, justify="left" if name == "how" else "right")
@@ -74,11 +75,11 @@ def show_plan(plan: Plan, device: Device, console: Console) -> None:
 
 
 def _fastest(plan: Plan) -> list[Option]:
-    """Return the fastest option of each kind and mesh, and the advised ones."""
-    seen, found = set(), []
+    """Return the fastest exact and the fastest approximate option of each mesh, and the advised ones."""
+    seen, shown = set(), []
     for option in plan.options:
-        key = option.kind, option.data, option.layer
+        key = option.solve is None, option.replicas, option.layer_workers
         if key not in seen or option in (plan.best, plan.exact):
             seen.add(key)
-            found.append(option)
-    return found
+            shown.append(option)
+    return shown

@@ -36,7 +36,7 @@ def predict(config: TrainConfig, accuracy: Accuracy, costs: Costs) -> Prediction
     """Predict one layer-parallel step. Recomputation, gradient accumulation and replicas are not included."""
     spans: list[list[Span]] = [[] for _ in range(config.layer_workers)]
     step_s = _step(config, accuracy, costs, spans)
-    return Prediction(step_s, tuple(tuple(span for span in mine if span.seconds) for mine in spans))
+    return Prediction(step_s, tuple(tuple(span for span in own if span.seconds) for own in spans))
 
 
 def _step(config: TrainConfig, accuracy: Accuracy, costs: Costs, spans: Sequence[list[Span]] | None) -> float:

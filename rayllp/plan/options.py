@@ -1,0 +1,317 @@
+"""The ways to train on one mesh of replicas and layer-parallel workers, with predicted times and memory.
+
+Layer-parallel steps are predicted by running the cycle on simulated clocks (`prediction.py`). The schedules of exact training are simple
+enough for formulas: 1F1B's critical path is (microbatches + stages - 1) times a stage's forward and gradient; with layers in turn, a stage
+is a single layer.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from operator import attrgetter, itemgetter
+from typing import Any, Literal
+
+from rayllp.config import TrainConfig
+from rayllp.config.run import SWEEPS
+from rayllp.control import Controller
+from rayllp.engine.replica_sums import BUCKET_BYTES
+from rayllp.plan.costs import Costs, Device, LayerModel
+from rayllp.plan.prediction import predict_step
+
+MOMENTS = {"adamw": 2, "muon": 1, "sgd": 1, "adafactor": 0}
+"""Moving averages per weight, by optimizer. Neglected are AdamW's two for norms and biases beside Muon, and Adafactor's factors."""
+COARSENINGS = (2, 4, 8, 16)
+LEVELS = (2, 3, 4)
+ITERATIONS = ((1, 1), (2, 1), (2, 2), (3, 3))
+
+
+@dataclass(frozen=True)
+class MGRITSolve:
+    """Settings of a layer-parallel solve by MGRIT.
+
+    Attributes:
+        coarsening: coarsening factor c_f, the same on all levels.
+        levels: number of levels, forward and backward.
+        forward, backward: numbers of iterations.
+    """
+
+    coarsening: int
+    levels: int
+    forward: int
+    backward: int
+
+    @property
+    def text(self) -> str:
+        """A description for the user."""
+        return f"c_f {self.coarsening}, {self.levels} levels, {self.forward}+{self.backward} iterations"
+
+    def as_list(self) -> list[int]:
+        """Return what a JSON file has."""
+        return [self.coarsening, self.levels, self.forward, self.backward]
+
+
+@dataclass(frozen=True)
+class WindowSolve:
+    """Settings of a layer-parallel solve by windows.
+
+    Attributes:
+        length: number of layers in a window.
+        forward, backward: numbers of sweeps.
+    """
+
+    length: int
+    forward: int
+    backward: int
+
+    @property
+    def text(self) -> str:
+        """A description for the user."""
+        return f"windows of {self.length}, {self.forward}+{self.backward} sweeps"
+
+    def as_list(self) -> list[int]:
+        """Return what a JSON file has; 0 levels stand for windows."""
+        return [self.length, 0, self.forward, self.backward]
+
+
+Solve = MGRITSolve | WindowSolve
+Kind = Literal["layer", "pipeline", "in_order", "data"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Option:
+    """One way to train, with its predicted time.
+
+    Attributes:
+        kind: layer (MGRIT or windows); or exact: pipeline (1F1B over blocks of layers), in_order (layers in turn, neighbouring ones on
+            different workers), or data (data parallel alone).
+        replicas, layer_workers: number of replicas, and of workers in each.
+        step_s: seconds per step.
+        memory: bytes on the worker that needs most.
+        solve: the solver's settings; None for exact ways.
+        microbatches: number of microbatches, for kinds pipeline and in_order.
+        bias: relative bias of the gradient; 0 for exact ways; None if it was not measured.
+    """
+
+    kind: Kind
+    replicas: int
+    layer_workers: int
+    step_s: float
+    memory: float
+    solve: Solve | None = None
+    microbatches: int = 1
+    bias: float | None = 0.0
+
+    @property
+    def devices(self) -> int:
+        """Number of devices in use."""
+        return self.replicas * self.layer_workers
+
+    def is_usable(self, device: Device, bias_limit: float) -> bool:
+        """True if it fits into memory and its bias is unknown or within the limit."""
+        return (device.memory is None or self.memory <= device.memory) and (self.bias is None or self.bias <= bias_limit)
+
+    @property
+    def text(self) -> str:
+        """A description for the user."""
+        mesh = f"{self.replicas} × {self.layer_workers}"
+        if self.solve is not None:
+            return f"layer-parallel {mesh}, {self.solve.text}"
+        if self.kind == "data":
+            return f"data parallel {mesh}"
+        parts = "the whole batch" if self.microbatches == 1 else f"{self.microbatches} microbatches"
+        return f"exact, layers in turn {mesh}, {parts}" if self.kind == "in_order" else f"1F1B pipeline {mesh}, {parts}"
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return plain values for a JSON file, in which layers in turn are a pipeline with `in_order` set."""
+        in_order = self.kind == "in_order"
+        return {
+            "kind": "pipeline" if in_order else self.kind, "data": self.replicas, "layer": self.layer_workers, "step_s": self.step_s,
+            "memory": self.memory, "solve": None if self.solve is None else self.solve.as_list(), "microbatches": self.microbatches,
+            "in_order": in_order, "bias": self.bias,
+        }  # fmt: skip
+
+
+def mgrit_solves(layers: int) -> Iterator[MGRITSolve]:
+    """Yield the settings of MGRIT that this number of layers allows."""
+    for coarsening in COARSENINGS:
+        for levels in LEVELS:
+            if layers > coarsening ** (levels - 1):
+                yield from (MGRITSolve(coarsening, levels, *iterations) for iterations in ITERATIONS)
+
+
+def serial_step_s(costs: Costs, layers: int) -> float:
+    """Return the seconds of a step of a network of this many layers on one worker."""
+    return layers * (costs.record + costs.full_gradient + costs.update) + costs.enter + costs.enter_gradient + costs.leave
+
+
+@dataclass(frozen=True)
+class MeshPlanner:
+    """Predicts the ways to train on one mesh.
+
+    Attributes:
+        config: the run's settings.
+        model: costs and sizes of a layer.
+        device: network and memory of each device.
+        replicas: number of replicas; divides the batch.
+        layer_workers: number of workers in each replica.
+    """
+
+    config: TrainConfig
+    model: LayerModel
+    device: Device
+    replicas: int
+    layer_workers: int
+
+    @property
+    def batch(self) -> int:
+        """Sequences per replica in a step."""
+        return self.config.batch_size // self.replicas
+
+    @cached_property
+    def costs(self) -> Costs:
+        """Costs of a layer at a replica's batch."""
+        return self.model.at(self.batch, self.device)
+
+    # Exact ways -----------------------------------------------------------------------------------------------------------------
+
+    def exact_options(self) -> Iterator[Option]:
+        """Yield data parallelism if a replica has one worker, else 1F1B and layers in turn, each with its best number of microbatches."""
+        if self.layer_workers == 1:
+            yield self._data_parallel()
+            return
+        counts = [count for count in range(1, self.batch + 1) if self.batch % count == 0]
+        # 1F1B needs at least as many microbatches as stages.
+        pipelines = [self._pipeline(count) for count in counts if count >= self.layer_workers]
+        if pipelines:
+            yield min(pipelines, key=attrgetter("step_s"))
+        if self.layer_workers <= self.config.middle_layers:
+            yield min(map(self._in_order, counts), key=attrgetter("step_s"))
+
+    def _data_parallel(self) -> Option:
+        costs, layers = self.costs, self.config.model.layers
+        step_s = serial_step_s(costs, layers) + self._replicas_s(layers, layers * costs.full_gradient)
+        memory = layers * (self._weight_bytes + self.batch * self.model.graph_bytes)
+        return self._option("data", step_s, memory)
+
+    def _pipeline(self, microbatches: int) -> Option:
+        """Return 1F1B with this number of microbatches."""
+        stages, owned = self.layer_workers, math.ceil(self.config.model.layers / self.layer_workers)
+        costs = self.model.at(self.batch / microbatches, self.device)
+        ends_s = max(costs.enter + costs.enter_gradient, costs.leave)
+        stage_s = owned * (costs.record + costs.full_gradient) + ends_s + 2 * costs.message
+        step_s = (microbatches + stages - 1) * stage_s + owned * costs.update
+        step_s += self._replicas_s(owned, owned * costs.full_gradient)  # of the last microbatch
+        graphs = min(microbatches, stages) * self.batch / microbatches
+        memory = owned * (self._weight_bytes + graphs * self.model.graph_bytes)
+        return self._option("pipeline", step_s, memory, microbatches=microbatches)
+
+    def _in_order(self, microbatches: int) -> Option:
+        """Return layers in turn on a cyclic placement. With a microbatch per worker, all are busy but for one round of single layers."""
+        config, buffers, workers = self.config, self.config.buffers, self.layer_workers
+        costs = self.model.at(self.batch / microbatches, self.device)
+        middle, ends = math.ceil(config.middle_layers / workers), max(buffers.open, buffers.close)
+        layer_s = costs.record + costs.full_gradient
+        if microbatches >= workers:
+            busy_s = (middle + ends) * layer_s + max(costs.enter + costs.enter_gradient, costs.leave)
+            step_s = microbatches * busy_s + (workers - 1) * (layer_s + 2 * costs.message)
+        else:
+            chain_s = config.middle_layers * (costs.record + costs.input_gradient + 2 * costs.message)
+            ends_s = (buffers.open + buffers.close) * layer_s + costs.enter + costs.enter_gradient + costs.leave
+            # Microbatches follow each other at a layer's distance; parameter gradients, except the first layer's, are computed in waits.
+            step_s = chain_s + ends_s + (microbatches - 1) * layer_s + microbatches * costs.full_gradient
+        owned = middle + ends
+        step_s += owned * costs.update + self._replicas_s(owned, owned * microbatches * costs.full_gradient)
+        memory = owned * (self._weight_bytes + self.batch * self.model.graph_bytes)
+        return self._option("in_order", step_s, memory, microbatches=microbatches)
+
+    def _option(self, kind: Kind, step_s: float, memory: float, **values: Any) -> Option:
+        mesh: dict[str, Any] = {"replicas": self.replicas, "layer_workers": self.layer_workers}
+        return Option(kind=kind, **mesh, step_s=step_s, memory=memory, **values)
+
+    # Layer-parallel ways --------------------------------------------------------------------------------------------------------
+
+    def layer_parallel_options(self, solves: Sequence[Solve] | None, biases: Mapping[Solve, float], bias_limit: float) -> list[Option]:
+        """Return the ways by `solves`; None: by windows, and by those of MGRIT that may be the fastest or have a known bias."""
+        windows = [WindowSolve(self.layer_workers, *sweeps) for sweeps in SWEEPS]
+        tried = [*windows, *mgrit_solves(self.config.middle_layers)] if solves is None else solves
+        options = [self._layer_parallel(solve, biases.get(solve)) for solve in tried if isinstance(solve, WindowSolve)]
+        bounds = [(self._least_s(solve), solve) for solve in tried if isinstance(solve, MGRITSolve)]
+        fastest_s = math.inf
+        for least_s, solve in sorted(bounds, key=itemgetter(0)):
+            if solves is None and solve not in biases and least_s >= fastest_s:
+                continue  # its lower bound is already slower than the mesh's fastest
+            option = self._layer_parallel(solve, biases.get(solve))
+            options.append(option)
+            if option is not None and option.is_usable(self.device, bias_limit):
+                fastest_s = min(fastest_s, option.step_s)
+        return [option for option in options if option is not None]
+
+    def _least_s(self, solve: MGRITSolve) -> float:
+        """Return a lower bound of a step's seconds, much cheaper to compute than a prediction.
+
+        It adds up a coarse solve, what the last worker has left to record, a coarse solve backwards, and the gradients of the first
+        worker's layers. Of further iterations it counts only a relaxation each, since the rest overlaps with the first one's coarse solve.
+        """
+        config, costs, c = self.config, self.costs, solve.coarsening
+        chain = 0 if config.mgrit.coarse_step_weight == 0 else math.ceil(config.middle_layers / c ** (solve.levels - 1)) - 1
+        last, first = config.middle_layers // self.layer_workers, math.ceil(config.middle_layers / self.layer_workers) + config.buffers.open
+        forward_layers, backward_layers = (chain + (count - 1) * (c - 1) for count in (solve.forward, solve.backward))
+        forward_s = forward_layers * costs.forward + (last - math.ceil(last / c)) * costs.record
+        return forward_s + backward_layers * costs.input_gradient + first * costs.full_gradient
+
+    def _layer_parallel(self, solve: Solve, bias: float | None) -> Option | None:
+        """Return a layer-parallel way; None if the settings do not allow it."""
+        config, workers = self._replica_config(solve), self.layer_workers
+        if config is None:
+            return None
+        ends = {0: config.buffers.open}
+        ends[workers - 1] = ends.get(workers - 1, 0) + config.buffers.close
+        owned = max(len(config.layers_of(rank)) + ends.get(rank, 0) for rank in range(workers))
+        state_bytes = self.batch * self.model.state_bytes
+        all_gather_s, all_reduce_s = self.device.all_gather_s(state_bytes, workers), self.device.all_reduce_s(state_bytes, workers)
+        costs = replace(self.costs, all_gather=all_gather_s, all_reduce=all_reduce_s)
+        step_s = predict_step(config, Controller(config).chosen, costs) + self._replicas_s(owned, owned * costs.full_gradient)
+        interval = solve.coarsening if isinstance(solve, MGRITSolve) else 1
+        graphs = interval if config.mgrit.recompute else owned
+        memory = owned * (self._weight_bytes + state_bytes) + self.batch * graphs * self.model.graph_bytes
+        return self._option("layer", step_s, memory, solve=solve, bias=bias)
+
+    def _replica_config(self, solve: Solve) -> TrainConfig | None:
+        """Return the settings of one replica that is solved so; None if they are not allowed."""
+        values = self.config.model_dump(mode="json")
+        values |= {"workers": self.layer_workers, "mode": "parallel", "mesh": {"data": 1}, "batch_size": self.batch, "microbatches": None}
+        values["adaptive"]["ladder"] = None
+        values["mgrit"] |= {"window": None, "iterations": {"forward": solve.forward, "backward": solve.backward}}
+        if isinstance(solve, WindowSolve):
+            values["mesh"]["placement"] = "cyclic"
+            values["mgrit"]["window"] = solve.length
+            values["adaptive"] |= {"consistency": None, "smoothness": 0.0}
+        else:
+            values["mgrit"] |= {"coarsening": solve.coarsening, "levels": {"forward": solve.levels, "backward": solve.levels}}
+        try:
+            return TrainConfig.model_validate(values | {"accumulate": 1})
+        except ValueError:
+            return None
+
+    # Replicas and weights -------------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def _weight_bytes(self) -> float:
+        """Bytes of a layer's weights and gradients, and of the part of its optimizer state that one worker keeps."""
+        settings = self.config.optimizer
+        moments = MOMENTS[settings.name] - (settings.name == "sgd" and not settings.momentum) + (settings.ema is not None)
+        kept = moments / self.replicas if settings.sharded else moments
+        return self.model.parameter_bytes + (1 + kept) * self.model.trained_bytes
+
+    def _replicas_s(self, layers: int, adjoint_s: float) -> float:
+        """Return the seconds that replicas spend on summing gradients and, if optimizer state is sharded, on exchanging updated parameters.
+
+        Args:
+            layers: number of layers on the worker.
+            adjoint_s: seconds of computation during which gradients become final, so that their buckets are summed in the background.
+        """
+        device, replicas, size = self.device, self.replicas, layers * self.model.trained_bytes
+        last_s = device.all_reduce_s(min(size, BUCKET_BYTES), replicas)
+        gather_s = device.all_gather_s(size / replicas, replicas) if self.config.optimizer.sharded else 0.0
+        return max(last_s, device.all_reduce_s(size, replicas) - adjoint_s) + gather_s
