@@ -12,7 +12,7 @@ from rayllp.config.network import ANY_ARCHITECTURE
 from rayllp.data.base import Facts
 from rayllp.errors import DataError, SettingsError
 from rayllp.models.base import Architecture, hidden_matrices
-from rayllp.models.kinds import refuse_post_ln
+from rayllp.models.post_ln import refuse_post_ln
 from rayllp.models.stack import LayerStack
 
 # The adapter class of each family. Adapters are imported when they are needed, since transformers takes seconds to import.
@@ -98,8 +98,8 @@ def check_batched(config: TrainConfig, architecture: Architecture, drawing: str 
     """
     for name, chosen in (("mgrit.batched", config.mgrit.batched), ("compile", config.compile)):
         if chosen and (drawing or architecture.stochastic):
-            found = f" ({drawing})" if drawing else ""
-            raise SettingsError(f"{name}=true and dropout, whose masks go by layer and sample{found}: set model.dropout=0 or {name}=false")
+            piece = f" ({drawing})" if drawing else ""
+            raise SettingsError(f"{name}=true and dropout, whose masks go by layer and sample{piece}: set model.dropout=0 or {name}=false")
     levels = config.mgrit.levels
     if config.mgrit.batched and config.mode != "serial" and min(levels.forward, levels.backward) > 1:
         _check_kinds(config, architecture)

@@ -21,8 +21,8 @@ def decayed_weights(module: nn.Module) -> dict[str, nn.Parameter]:
     than two dimensions.
     """
     named = ((path, inner) for path, inner in module.named_modules() if "norm" not in type(inner).__name__.lower())
-    found = ((f"{path}.{name}" if path else name, p) for path, inner in named for name, p in inner.named_parameters(recurse=False))
-    return {name: p for name, p in found if p.ndim >= 2 and "bias" not in name}
+    parameters = ((f"{path}.{name}" if path else name, p) for path, inner in named for name, p in inner.named_parameters(recurse=False))
+    return {name: p for name, p in parameters if p.ndim >= 2 and "bias" not in name}
 
 
 def hidden_matrices(layer: nn.Module) -> list[nn.Parameter]:

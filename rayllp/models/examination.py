@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache
 
-from rayllp.models.replay import Call, EndOfForward, HandedOn, Replay, UncuttableError, logits_of, state_of
+from rayllp.models.replay import Call, EndOfForward, ExtraOutput, Replay, UncuttableError, logits_of, state_of
 
 LARGE, NOT_RESIDUAL = 1e4, 0.5
 """Size of a test state, and the relative change of it from which a layer is not residual: x + F(norm(x)) changes a large x little."""
@@ -22,18 +22,18 @@ class Examined:
     Attributes:
         embed: names of the parameters that the first state depends on.
         head: names of the parameters outside the layers that the outputs depend on.
-        memory: names of the parameters between the encoder's last state and what the decoder reads of it; empty without an encoder.
+        encoder_output: names of the parameters between the encoder's last state and what the decoder reads of it; empty without an encoder.
         kinds: the kind of each layer; equal for layers that differ only in their weights.
         residual: True if every kind of layer changes a large state by much less than its size, as x + F(norm(x)) does.
-        handed_on: how each layer was called; of the arguments, only those that other layers return beside the state are kept.
+        extra_arguments: how each layer was called; of the arguments, only those that other layers return beside the state are kept.
     """
 
     embed: frozenset[str]
     head: frozenset[str]
-    memory: frozenset[str]
+    encoder_output: frozenset[str]
     kinds: tuple[int, ...]
     residual: bool
-    handed_on: tuple[Call, ...]
+    extra_arguments: tuple[Call, ...]
 
 
 def examine(replay: Replay, inputs: Any, build: Callable[[int], nn.Module], dtype: torch.dtype) -> Examined:
@@ -53,9 +53,9 @@ def examine(replay: Replay, inputs: Any, build: Callable[[int], nn.Module], dtyp
 
 def parameters_behind(tensor: Tensor) -> set[int]:
     """Return the ids (`id()`) of all parameters that a tensor was computed from, found along its autograd graph."""
-    found, seen, todo = set(), set(), [tensor.grad_fn]
+    parameters, seen, todo = set(), set(), [tensor.grad_fn]
     if tensor.grad_fn is None and tensor.requires_grad:
-        found.add(id(tensor))
+        parameters.add(id(tensor))
     while todo:
         node = todo.pop()
         if node is None or node in seen:
@@ -63,9 +63,9 @@ def parameters_behind(tensor: Tensor) -> set[int]:
         seen.add(node)
         variable = getattr(node, "variable", None)
         if variable is not None:
-            found.add(id(variable))
+            parameters.add(id(variable))
         todo += [following for following, _ in node.next_functions]
-    return found
+    return parameters
 
 
 class _Examination:
@@ -77,11 +77,11 @@ class _Examination:
         self.first: list[Tensor] = []
         self.passed: Tensor | None = None
         self.encoded: Tensor | None = None
-        self.memory: Tensor | None = None
+        self.encoder_output: Tensor | None = None
         self.kinds: dict[Any, int] = {}
         self.calls: list[Call] = []  # all calls are kept, so that no two of their tensors can have the same id()
         self.kind_of: list[int] = []
-        self.returns: dict[int, tuple[int | None, Tensor]] = {}
+        self.returned_by_kind: dict[int, tuple[int | None, Tensor]] = {}
         self.residual = True
 
     def run(self) -> Examined:
@@ -100,11 +100,11 @@ class _Examination:
         if self.visited != list(range(len(replay.layers))):
             raise UncuttableError(f"its forward calls layers {self.visited}, not each of {len(replay.layers)} once and in order")
         embed = self._names(outside, *self.first)
-        memory = self._names(outside, self.memory) if self.memory is not None else frozenset()
-        if self.memory is not None:
-            replay.memory_modules = self._modules_to_memory()
-        handed_on = tuple(call.replaced(_only_handed_on) for call in self.calls)
-        return Examined(embed, self._names(outside, outputs), memory, tuple(self.kind_of), self.residual, handed_on)
+        encoder_output = self._names(outside, self.encoder_output) if self.encoder_output is not None else frozenset()
+        if self.encoder_output is not None:
+            replay.encoder_output_modules = self._encoder_output_modules()
+        extra_arguments = tuple(call.replaced(_only_extra_outputs) for call in self.calls)
+        return Examined(embed, self._names(outside, outputs), encoder_output, tuple(self.kind_of), self.residual, extra_arguments)
 
     def _names(self, outside: Mapping[str, nn.Parameter], *tensors: Tensor) -> frozenset[str]:
         """Return the names of those parameters outside the layers that these tensors were computed from."""
@@ -116,20 +116,20 @@ class _Examination:
         replay = self.replay
         self.visited.append(index)
         self.calls.append(call)
-        if index in (0, replay.encoder):
+        if index in (0, replay.encoder_layers):
             self.first.append(state)
         elif state is not self.passed:
             raise UncuttableError(f"it changes the state between layers {index - 1} and {index}")
         self._check_arguments(index, call)
         kind = self._kind(index, call)
         self.kind_of.append(kind)
-        if kind not in self.returns:
-            self.returns[kind] = self._call(index, call, state.detach())
-        replay.returns[index], after = self.returns[kind]
+        if kind not in self.returned_by_kind:
+            self.returned_by_kind[kind] = self._call(index, call, state.detach())
+        replay.num_returned[index], after = self.returned_by_kind[kind]
         if after.shape != state.shape:
             raise UncuttableError(f"layer {index} makes a state of shape {tuple(after.shape)} of one of {tuple(state.shape)}")
         self.passed = after.clone()
-        if index == replay.encoder - 1:
+        if index == replay.encoder_layers - 1:
             self.encoded = self.passed.requires_grad_()
         return self.passed
 
@@ -142,9 +142,9 @@ class _Examination:
                 if not tensor.requires_grad:
                     continue
                 if self.encoded is not None and id(self.encoded) in parameters_behind(tensor):
-                    if self.memory is None or tensor is self.memory:
-                        self.memory = tensor
-                        self.replay.memory_places |= {place}
+                    if self.encoder_output is None or tensor is self.encoder_output:
+                        self.encoder_output = tensor
+                        self.replay.encoder_output_places |= {place}
                         continue
                     raise UncuttableError(f"layer {index} reads more of the encoder than its last states ({place})")
                 raise UncuttableError(f"layer {index} is given {_word(place)}, which parameters outside the layers have made")
@@ -159,7 +159,7 @@ class _Examination:
 
     def _call(self, index: int, call: Call, state: Tensor) -> tuple[int | None, Tensor]:
         """Call a real layer; return how many values it returns (None for a bare state) and the state, and test whether it is residual."""
-        layer, call = self.build(index).to(self.dtype), call.replaced(_nothing_handed_on)
+        layer, call = self.build(index).to(self.dtype), call.replaced(_without_extra_outputs)
         large = torch.randn_like(state) * LARGE
         with torch.no_grad():
             returned = call.on(layer, state)
@@ -168,22 +168,22 @@ class _Examination:
         size = len(returned) if isinstance(returned, tuple | list) else None
         return size, state_of(returned).detach()
 
-    def _modules_to_memory(self) -> tuple[str, ...]:
+    def _encoder_output_modules(self) -> tuple[str, ...]:
         """Return the names of the modules that, one after the other, turn the encoder's last state into what the decoder reads."""
-        replay, path, hooks = self.replay, [], []
+        replay, names, hooks = self.replay, [], []
         reached: list[Tensor] = []
 
         def after(module: nn.Module, args: tuple[Any, ...], returned: Any, name: str) -> None:
             if reached and args and args[0] is reached[-1] and isinstance(returned, Tensor):
-                path.append(name)
+                names.append(name)
                 reached.append(returned)
 
         def visit(index: int, call: Call, state: Tensor) -> Tensor:
-            if index == replay.encoder - 1:
+            if index == replay.encoder_layers - 1:
                 state = state.clone()
                 reached.append(state)
-            if index == replay.encoder:
-                read = {id(value) for place, value in call.values() if place in replay.memory_places}
+            if index == replay.encoder_layers:
+                read = {id(value) for place, value in call.values() if place in replay.encoder_output_places}
                 if read != {id(reached[-1])}:
                     raise UncuttableError("between encoder and decoder there is more than modules called one after the other")
                 raise EndOfForward
@@ -198,7 +198,7 @@ class _Examination:
         finally:
             for hook in hooks:
                 hook.remove()
-        return tuple(path)
+        return tuple(names)
 
 
 def _tensors_in(value: Any) -> Iterator[Tensor]:
@@ -214,16 +214,16 @@ def _tensors_in(value: Any) -> Iterator[Tensor]:
 
 def _identity(value: Any) -> Any:
     """Return a value that is equal for equal arguments: tensors are compared by identity, anything else by its text."""
-    found = tuple(id(tensor) for tensor in _tensors_in(value))
-    return found or ("handed on" if isinstance(value, HandedOn) else repr(value))
+    tensors = tuple(id(tensor) for tensor in _tensors_in(value))
+    return tensors or ("extra output" if isinstance(value, ExtraOutput) else repr(value))
 
 
-def _nothing_handed_on(place: str | int, value: Any) -> Any:
-    return None if isinstance(value, HandedOn) else value
+def _without_extra_outputs(place: str | int, value: Any) -> Any:
+    return None if isinstance(value, ExtraOutput) else value
 
 
-def _only_handed_on(place: str | int, value: Any) -> Any:
-    return value if isinstance(value, HandedOn) else None
+def _only_extra_outputs(place: str | int, value: Any) -> Any:
+    return value if isinstance(value, ExtraOutput) else None
 
 
 def _word(place: str | int) -> str:

@@ -53,12 +53,12 @@ def check_targets(layers: Sequence[nn.Module], settings: LoRASettings) -> None:
     """Refuse adapters if peft is not installed, and targets that match nothing in any of these layers."""
     if find_spec("peft") is None:
         raise SettingsError("model.lora needs peft: pip install 'rayllp[lora]', or leave model.lora out")
-    found = sorted({_leaf(name) for layer in layers for name in linear_maps(layer)})
+    names = sorted({_leaf(name) for layer in layers for name in linear_maps(layer)})
     for target in settings.targets or ():
-        if target not in found:
-            near = difflib.get_close_matches(target, found, 1)
+        if target not in names:
+            near = difflib.get_close_matches(target, names, 1)
             raise SettingsError(
-                f"model.lora.targets has {target!r}, which is no linear map of any layer: choose from {', '.join(found)}"
+                f"model.lora.targets has {target!r}, which is no linear map of any layer: choose from {', '.join(names)}"
                 + (f" ({near[0]}?)" if near else "")
             )
 

@@ -88,10 +88,10 @@ class Confusion:
         cells = np.flatnonzero(tally.numpy())
         if not len(cells):
             return dict.fromkeys(("accuracy", "f1", "matthews"), 0.0)
-        truth, said, weights = cells // self.classes, cells % self.classes, tally.numpy()[cells]
+        truth, predicted, weights = cells // self.classes, cells % self.classes, tally.numpy()[cells]
         labels = [1] if self.classes == 2 else None
         return {
-            "accuracy": float(accuracy_score(truth, said, sample_weight=weights)),
-            "f1": float(f1_score(truth, said, labels=labels, average="macro", sample_weight=weights, zero_division=0)),
-            "matthews": float(matthews_corrcoef(truth, said, sample_weight=weights)) if len({*truth, *said}) > 1 else 0.0,
+            "accuracy": float(accuracy_score(truth, predicted, sample_weight=weights)),
+            "f1": float(f1_score(truth, predicted, labels=labels, average="macro", sample_weight=weights, zero_division=0)),
+            "matthews": float(matthews_corrcoef(truth, predicted, sample_weight=weights)) if len({*truth, *predicted}) > 1 else 0.0,
         }

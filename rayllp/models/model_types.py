@@ -13,6 +13,7 @@ from rayllp.config.network import Task
 from rayllp.data.base import Facts
 from rayllp.errors import CheckpointError, SettingsError
 from rayllp.hf_config import count_layers, layer_sources, read_config, transformers_config, with_sources
+from rayllp.models.post_ln import STORED_POST_LN, refuse_post_ln
 
 CLASSES: dict[Task, Mapping[str, Any]] = {
     "causal": auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -43,10 +44,10 @@ def model_class(model_type: str, task: Task) -> type[PreTrainedModel]:
     name = CLASSES[task].get(model_type)
     if name is None:
         check_type(model_type)
-        there = [each for each, classes in CLASSES.items() if model_type in classes]
+        tasks = [each for each, classes in CLASSES.items() if model_type in classes]
         raise SettingsError(
             f"transformers has no {model_type} for model.head={task}: "
-            + (f"set model.head to one of {', '.join(there)}" if there else "it has none that could be trained here; choose another type")
+            + (f"set model.head to one of {', '.join(tasks)}" if tasks else "it has none that could be trained here; choose another type")
         )
     return getattr(transformers, name if isinstance(name, str) else name[0])
 
@@ -65,6 +66,17 @@ def check_type(model_type: str) -> None:
             f"model.architecture {model_type!r} is no model type of transformers {transformers.__version__}"
             + (f"; the nearest: {', '.join(near)}" if near else ": its documentation lists them")
         )
+
+
+def check_model_type(stored: str, ours: str, source: str) -> None:
+    """Refuse a checkpoint of another model type than the family's."""
+    if stored == ours:
+        return
+    refuse_post_ln(stored, f"model.from_pretrained {source}: {stored}", STORED_POST_LN)
+    raise SettingsError(
+        f"model.from_pretrained {source} is a {stored or 'model of no type'}, but the family's model is a {ours}: set model.family to "
+        "match, or add an adapter for it (docs/families.md)"
+    )
 
 
 def configuration(settings: TrainConfig, facts: Facts, stored_config: Mapping[str, Any] | None) -> PreTrainedConfig:
@@ -100,10 +112,10 @@ def at_depth(stored: Mapping[str, Any], settings: TrainConfig) -> dict[str, Any]
     Raises:
         SettingsError: that number cannot be made from the checkpoint's layers.
     """
-    there, here = count_layers(stored), settings.model.layers
-    if there is None or there == here:
+    stored_layers, layers = count_layers(stored), settings.model.layers
+    if stored_layers is None or stored_layers == layers:
         return dict(stored)
-    return with_sources(stored, layer_sources(here, there, settings.buffers.open, settings.buffers.close))
+    return with_sources(stored, layer_sources(layers, stored_layers, settings.buffers.open, settings.buffers.close))
 
 
 def is_table_of(rows: int, tokens: int) -> bool:
@@ -143,8 +155,8 @@ def _new(settings: TrainConfig, facts: Facts) -> PreTrainedConfig:
             f"model.architecture {model.architecture} is made of several networks ({', '.join(kind.sub_configs)}), whose sizes are not "
             "settings: " + (f"choose {text}, or " if text in CONFIG_MAPPING else "") + "start from a checkpoint (model.from_pretrained)"
         )
-    given = _sizes(settings, facts, plain)
-    return _adapted(_build(kind, {**given, **_tokens(facts, plain), **model.config_overrides}), settings, facts)
+    sizes = _sizes(settings, facts, plain)
+    return _adapted(_build(kind, {**sizes, **_tokens(facts, plain), **model.config_overrides}), settings, facts)
 
 
 def _sizes(settings: TrainConfig, facts: Facts, plain: PreTrainedConfig) -> dict[str, Any]:
@@ -189,14 +201,14 @@ def _tokens(facts: Facts, plain: PreTrainedConfig) -> dict[str, int | None]:
     """Return the data's token ids as configuration fields. Defaults that lie beyond the vocabulary are replaced."""
     if not facts.vocabulary:
         return {}
-    found: dict[str, int | None] = {"vocab_size": facts.vocabulary, "bos_token_id": facts.bos, "eos_token_id": facts.eos}
+    fields: dict[str, int | None] = {"vocab_size": facts.vocabulary, "bos_token_id": facts.bos, "eos_token_id": facts.eos}
     for name, value in vars(plain).items():
-        if name.endswith("token_id") and name not in found:
+        if name.endswith("token_id") and name not in fields:
             outside = isinstance(value, int) and not 0 <= value < facts.vocabulary
-            found[name] = (None if name == "pad_token_id" else facts.bos) if outside else value
+            fields[name] = (None if name == "pad_token_id" else facts.bos) if outside else value
     if facts.pad is not None:
-        found["pad_token_id"] = facts.pad
-    return {name: value for name, value in found.items() if name in vars(plain)}
+        fields["pad_token_id"] = facts.pad
+    return {name: value for name, value in fields.items() if name in vars(plain)}
 
 
 def _adapted(config: PreTrainedConfig, settings: TrainConfig, facts: Facts) -> PreTrainedConfig:

@@ -22,8 +22,8 @@ class _LargeOnMeta(TorchFunctionMode):
         kwargs = kwargs or {}
         if function not in _device_constructors() or kwargs.get("device") is not None:
             return function(*args, **kwargs)
-        made = function(*args, **{**kwargs, "device": "meta"})
-        return function(*args, **kwargs) if isinstance(made, Tensor) and made.numel() < LARGE else made
+        created = function(*args, **{**kwargs, "device": "meta"})
+        return function(*args, **kwargs) if isinstance(created, Tensor) and created.numel() < LARGE else created
 
 
 def outline(kind: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:

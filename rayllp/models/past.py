@@ -21,7 +21,7 @@ class Past:
     """The cache for several sequences. Between forwards, sequences may change places or continue from one another, as in beam search.
 
     Args:
-        encoder: True if the layers belong to an encoder–decoder.
+        has_encoder: True if the layers belong to an encoder–decoder.
 
     Attributes:
         cache: the object that transformers' layers are called with.
@@ -29,8 +29,8 @@ class Past:
 
     cache: Cache
 
-    def __init__(self, *, encoder: bool = False) -> None:
-        self.encoder = encoder
+    def __init__(self, *, has_encoder: bool = False) -> None:
+        self.has_encoder = has_encoder
         self.forget()
 
     @property
@@ -42,7 +42,7 @@ class Past:
         """Empty the cache: the next forward takes all tokens."""
         self._rows: Tensor | None = None
         self._keys = _Keys()
-        self.cache = EncoderDecoderCache(self._keys, DynamicCache()) if self.encoder else self._keys
+        self.cache = EncoderDecoderCache(self._keys, DynamicCache()) if self.has_encoder else self._keys
 
     def begin(self, rows: Tensor) -> None:
         """Prepare for the next forward, of these sequences: select the cached rows that they continue, or forget all if one continues none.
@@ -64,6 +64,6 @@ class Past:
         self._rows, self._keys.known = rows, rows.shape[1] - 1
 
     def _select(self, rows: Tensor) -> None:
-        caches = (self.cache.self_attention_cache, self.cache.cross_attention_cache) if self.encoder else (self.cache,)  # type: ignore[attr-defined]
+        caches = (self.cache.self_attention_cache, self.cache.cross_attention_cache) if self.has_encoder else (self.cache,)  # type: ignore[attr-defined]
         for layer in (layer for cache in caches for layer in cache.layers if layer.is_initialized):
             layer.keys, layer.values = (part[rows.to(part.device)] for part in (layer.keys, layer.values))

@@ -27,8 +27,7 @@ from rayllp.config import TrainConfig
 from rayllp.data.base import Facts
 from rayllp.errors import CheckpointError, SettingsError
 from rayllp.hf_config import read_config, transformers_config
-from rayllp.models.kinds import check_model_type
-from rayllp.models.model_types import at_depth, is_table_of, labels_of
+from rayllp.models.model_types import at_depth, check_model_type, is_table_of, labels_of
 from rayllp.models.transformer import Transformer
 
 OURS = frozenset(
@@ -63,10 +62,12 @@ class Preset(Transformer):
     def check_sizes(cls, config: PreTrainedConfig, settings: TrainConfig) -> None:
         """Refuse settings that contradict the checkpoint's configuration."""
         has = {"layers": cls.count_layers(config), "width": config.hidden_size, "heads": config.num_attention_heads}
-        for name, there in has.items():
-            here = getattr(settings.model, name)
-            if here != there:
-                raise CheckpointError(f"the checkpoint has {name} {there}, but model.{name} is {here}: leave the setting out, or match it")
+        for name, stored in has.items():
+            wanted = getattr(settings.model, name)
+            if wanted != stored:
+                raise CheckpointError(
+                    f"the checkpoint has {name} {stored}, but model.{name} is {wanted}: leave the setting out, or match it"
+                )
         super().check_sizes(config, settings)
 
     @classmethod

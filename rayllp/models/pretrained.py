@@ -77,14 +77,14 @@ class PretrainedArchitecture(Architecture):
     def _open_weights(self, source: str | None) -> PretrainedWeights:
         """Open a checkpoint, which may have fewer or more layers than this model; its layers are then assigned to the model's."""
         stored = {} if source is None else transformers_config(read_config(source))
-        there, buffers = count_layers(stored), self.settings.buffers
-        if there in (None, self.layers):
+        stored_layers, buffers = count_layers(stored), self.settings.buffers
+        if stored_layers in (None, self.layers):
             return PretrainedWeights.open(source, self.model)
-        sources = layer_sources(self.layers, there, buffers.open, buffers.close)
+        sources = layer_sources(self.layers, stored_layers, buffers.open, buffers.close)
         whole = {name: stored[name] for name in LISTED if name in stored}
-        model = outline(self.model_class, type(self.config).from_dict({**with_layers(self.config.to_dict(), there), **whole}))
+        model = outline(self.model_class, type(self.config).from_dict({**with_layers(self.config.to_dict(), stored_layers), **whole}))
         weights, paths = PretrainedWeights.open(source, model), layer_paths(model)[0]
-        weights.moved = {here: paths[n] for here, n in zip(layer_paths(self.model)[0], sources, strict=True)}
+        weights.moved = {path: paths[n] for path, n in zip(layer_paths(self.model)[0], sources, strict=True)}
         return weights
 
     def _check_trained(self) -> None:
@@ -183,7 +183,7 @@ class PretrainedArchitecture(Architecture):
     def _groups_within(self, piece: Piece) -> list[list[str]]:
         """Return the groups of names in a piece that denote the same parameter."""
         names = {name for name, _ in piece.named_parameters(remove_duplicate=False)}
-        return [found for group in self.same if len(found := [name for name in group if name in names]) > 1]
+        return [shared for group in self.same if len(shared := [name for name in group if name in names]) > 1]
 
     # Loss ---------------------------------------------------------------------------------------------------------------------
 

@@ -67,11 +67,11 @@ class FrozenRandomness:
 
     def generator(self, device: torch.device, place: int | None) -> torch.Generator:
         """Return the generator of the sample at this place of the batch (None: one for all samples); it continues from draw to draw."""
-        found = self._generators.get((device, place))
-        if found is None:
+        generator = self._generators.get((device, place))
+        if generator is None:
             sample = "all samples" if place is None else self.samples[place]
-            found = self._generators[device, place] = torch.Generator(device).manual_seed(key(*self.parts, sample))
-        return found
+            generator = self._generators[device, place] = torch.Generator(device).manual_seed(key(*self.parts, sample))
+        return generator
 
     def rows(self, name: str, shape: torch.Size, device: torch.device) -> Iterator[tuple[Any, torch.Generator]]:
         """Yield, for each sample, its rows in a tensor of this shape and its generator.
@@ -196,9 +196,9 @@ def _kernel(op: Any) -> Callable[..., Any]:
 
     def draws(args: tuple[Any, ...], options: dict[str, Any]) -> bool:
         """True if a call draws random numbers: not without dropout, and not outside training."""
-        given = {**defaults, **dict(zip(defaults, args, strict=False)), **options}
-        idle = given.get("dropout", given.get("dropout_p")) == 0 or given.get("train", given.get("training")) is False
-        return not (idle or (name == "native_dropout" and given["p"] == 0))
+        values = {**defaults, **dict(zip(defaults, args, strict=False)), **options}
+        idle = values.get("dropout", values.get("dropout_p")) == 0 or values.get("train", values.get("training")) is False
+        return not (idle or (name == "native_dropout" and values["p"] == 0))
 
     # Only operators with these arguments may draw nothing; looking at the arguments of all would cost as much as the operator itself.
     may_idle = bool({"dropout", "dropout_p", "train", "training"} & set(defaults))

@@ -28,15 +28,15 @@ class UncuttableError(SettingsError):
 
 
 @dataclass(frozen=True)
-class HandedOn:
-    """Placeholder, in a call, for a value that an earlier layer returned beside the state (value number `place` of layer `layer`)."""
+class ExtraOutput:
+    """Placeholder, in a call, for a value that an earlier layer returned beside the state: value number `place` of layer `layer`."""
 
     layer: int
     place: int
 
 
 @dataclass(frozen=True)
-class Memory:
+class EncoderOutput:
     """Placeholder, in a call of a decoder layer, for the encoder's final states."""
 
 
@@ -93,23 +93,23 @@ class Replay:
     Args:
         model: the model, on the meta device.
         paths: full names of the layers in order, an encoder's before a decoder's.
-        encoder: how many of them belong to an encoder.
+        encoder_layers: how many of them belong to an encoder.
         arguments: returns the model's keyword arguments for a batch's inputs and a cache of generation (or None).
 
     Attributes:
-        returns: for each layer, how many values it returns; None if it returns the bare state.
-        memory_places: those arguments of decoder layers that are the encoder's final states.
-        memory_modules: full names of the modules that, one after the other, make these from the encoder's last state.
+        num_returned: for each layer, how many values it returns; None if it returns the bare state.
+        encoder_output_places: those arguments of decoder layers that are the encoder's final states.
+        encoder_output_modules: full names of the modules that, one after the other, make these from the encoder's last state.
     """
 
     def __init__(
-        self, model: PreTrainedModel, paths: Sequence[str], encoder: int, arguments: Callable[[Any, Past | None], dict[str, Any]]
+        self, model: PreTrainedModel, paths: Sequence[str], encoder_layers: int, arguments: Callable[[Any, Past | None], dict[str, Any]]
     ) -> None:
-        self.paths, self.encoder, self.arguments = tuple(paths), encoder, arguments
+        self.paths, self.encoder_layers, self.arguments = tuple(paths), encoder_layers, arguments
         self.model = copy.deepcopy(model).eval()
-        self.memory_modules: tuple[str, ...] = ()
-        self.memory_places: frozenset[str | int] = frozenset()
-        self.returns: dict[int, int | None] = dict.fromkeys(range(len(paths)))
+        self.encoder_output_modules: tuple[str, ...] = ()
+        self.encoder_output_places: frozenset[str | int] = frozenset()
+        self.num_returned: dict[int, int | None] = dict.fromkeys(range(len(paths)))
         self._visit: Callable[[int, Call, Tensor], Tensor] = _pass_on
         self.layers = [self.model.get_submodule(path) for path in self.paths]
         for index, layer in enumerate(self.layers):
@@ -127,7 +127,7 @@ class Replay:
         calls: list[Call] = []
 
         def visit(index: int, call: Call, state: Tensor) -> Tensor:
-            calls.append(call.replaced(self._without_memory) if index >= self.encoder else call)
+            calls.append(call.replaced(self._without_encoder_output) if index >= self.encoder_layers else call)
             if index == len(self.layers) - 1:
                 raise EndOfForward
             return state
@@ -141,10 +141,10 @@ class Replay:
     ) -> tuple[Tensor, ...]:
         """Return the state before the first layer; with an encoder, the states before its first layer and before the decoder's."""
         first: list[Tensor] = []
-        last_start = self.encoder if self.encoder < len(self.layers) else 0
+        last_start = self.encoder_layers if self.encoder_layers < len(self.layers) else 0
 
         def visit(index: int, call: Call, state: Tensor) -> Tensor:
-            if index in (0, self.encoder):
+            if index in (0, self.encoder_layers):
                 first.append(state)
             if index == last_start:
                 raise EndOfForward
@@ -198,11 +198,11 @@ class Replay:
         """Take a layer's place in the model: pass its call and state to `visit`, and return as many values as the layer would."""
         call, state = Call.split(args, kwargs)
         state = self._visit(index, call, state)
-        size = self.returns[index]
-        return state if size is None else (state, *(HandedOn(index, place) for place in range(1, size)))
+        size = self.num_returned[index]
+        return state if size is None else (state, *(ExtraOutput(index, place) for place in range(1, size)))
 
-    def _without_memory(self, place: str | int, value: Any) -> Any:
-        return Memory() if place in self.memory_places else value
+    def _without_encoder_output(self, place: str | int, value: Any) -> Any:
+        return EncoderOutput() if place in self.encoder_output_places else value
 
     # Tensors outside the layers -------------------------------------------------------------------------------------------------
 
@@ -272,7 +272,7 @@ def logits_of(returned: Any) -> Tensor:
     Raises:
         UncuttableError: there are none.
     """
-    found = getattr(returned, "logits", None)
-    if not isinstance(found, Tensor):
+    logits = getattr(returned, "logits", None)
+    if not isinstance(logits, Tensor):
         raise UncuttableError(f"its forward returns {type(returned).__name__} without logits")
-    return found
+    return logits

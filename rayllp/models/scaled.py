@@ -84,10 +84,10 @@ def model_class(name: str) -> type[PreTrainedModel]:
     Raises:
         CheckpointError: there is none.
     """
-    found = getattr(transformers, name, None)
-    if found is None:
+    model = getattr(transformers, name, None)
+    if model is None:
         raise CheckpointError(f"transformers {transformers.__version__} has no {name}: use the version that the model was made with")
-    return found
+    return model
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

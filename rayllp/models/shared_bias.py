@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from rayllp.models.replay import Call, HandedOn
+from rayllp.models.replay import Call, ExtraOutput
 
 TABLE = "relative_attention_bias"
 BIAS = 1
@@ -29,7 +29,7 @@ class SharedBias:
     @classmethod
     def find(cls, model: nn.Module, paths: Sequence[str], calls: Sequence[Call]) -> "SharedBias | None":
         """Find the bias that the layers `paths` share, from how they are called; None if they share nothing, or something else."""
-        places = {place for call in calls for place, value in call.values() if isinstance(value, HandedOn) and value.place == BIAS}
+        places = {place for call in calls for place, value in call.values() if isinstance(value, ExtraOutput) and value.place == BIAS}
         tables = [name for name, _ in model.get_submodule(paths[0]).named_modules() if name.rpartition(".")[2] == TABLE]
         if len(places) != 1 or len(tables) != 1:
             return None
@@ -50,4 +50,4 @@ class SharedBias:
 
     def put(self, call: Call, bias: Tensor) -> Call:
         """Return a layer's call with this bias, and without anything else that layers pass on."""
-        return call.replaced(lambda place, value: bias if place == self.argument else None if isinstance(value, HandedOn) else value)
+        return call.replaced(lambda place, value: bias if place == self.argument else None if isinstance(value, ExtraOutput) else value)

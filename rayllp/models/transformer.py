@@ -27,7 +27,7 @@ from rayllp.models.outline import outline
 from rayllp.models.past import Past
 from rayllp.models.pretrained import Piece, PretrainedArchitecture, is_within
 from rayllp.models.randomness import seeded
-from rayllp.models.replay import Call, HandedOn, Memory, Replay, UncuttableError, state_of
+from rayllp.models.replay import Call, EncoderOutput, ExtraOutput, Replay, UncuttableError, state_of
 from rayllp.models.shared_bias import TABLE, SharedBias
 from rayllp.state import State, like, tensors
 
@@ -97,23 +97,26 @@ class Transformer(PretrainedArchitecture):
             raise UncuttableError(f"its list has {len(paths)} layers, and model.layers is {self.layers}")
         self.replay = Replay(self.model, paths, self.encoder_layers, self.arguments)
         with seeded("examine"):
-            self.examined = found = examine(self.replay, self._some_inputs(), lambda n: self._trial_layer(paths[n]), torch.float32)
+            self.examined = examined = examine(self.replay, self._some_inputs(), lambda n: self._trial_layer(paths[n]), torch.float32)
         self.biases = self._shared_biases(paths)
-        if not found.residual:
+        if not examined.residual:
             self._refuse_steps()
-        both = found.embed & found.head
+        both = examined.embed & examined.head
         if both:
             raise UncuttableError(f"its embedding and its head both read {', '.join(sorted(both))}")
         self._refuse_shared(paths)
-        self.common_paths = (*(self.replay.memory_modules if found.memory else ()), *(bias.table for _, bias in self.biases))
+        self.common_paths = (
+            *(self.replay.encoder_output_modules if examined.encoder_output else ()),
+            *(bias.table for _, bias in self.biases),
+        )
         # Parameters that nothing depends on, or that are not trained, go with a piece too, so that exports have them.
         elsewhere = (*paths, *self.common_paths)
         rest = {name for name, _ in self.model.named_parameters() if not is_within(name, elsewhere)}
-        rest = {name for name in rest if not self._names_of(name) & (found.embed | found.head)}
-        owners = {name.rpartition(".")[0] for name in found.embed}
+        rest = {name for name in rest if not self._names_of(name) & (examined.embed | examined.head)}
+        owners = {name.rpartition(".")[0] for name in examined.embed}
         beside = {name for name in rest if name.rpartition(".")[0] in owners}
-        self.embed_paths = self._cover(found.embed | beside, elsewhere)
-        self.head_paths = self._cover(found.head | (rest - beside), elsewhere)
+        self.embed_paths = self._cover(examined.embed | beside, elsewhere)
+        self.head_paths = self._cover(examined.head | (rest - beside), elsewhere)
         if split := set(self.embed_paths) & set(self.head_paths):
             raise UncuttableError(f"its embedding and its head both read parameters of {', '.join(sorted(split))}")
         return paths
@@ -138,15 +141,15 @@ class Transformer(PretrainedArchitecture):
 
     def _shared_biases(self, paths: list[str]) -> list[tuple[range, SharedBias]]:
         """Return the bias that the layers of each list share, with the range of these layers' numbers."""
-        calls, found = self.examined.handed_on, []
+        calls, biases = self.examined.extra_arguments, []
         for part in (range(self.encoder_layers), range(self.encoder_layers, len(paths))):
-            if not any(isinstance(value, HandedOn) for n in part for _, value in calls[n].values()):
+            if not any(isinstance(value, ExtraOutput) for n in part for _, value in calls[n].values()):
                 continue
             bias = SharedBias.find(self.model, [paths[n] for n in part], [calls[n] for n in part])
             if bias is None:
                 raise UncuttableError("a layer reads what an earlier one makes beside the state")
-            found.append((part, bias))
-        return found
+            biases.append((part, bias))
+        return biases
 
     def _trial_layer(self, path: str) -> nn.Module:
         return self.make((path,), pretrained=False)[path].eval()  # it may be another worker's, whose weights are not read
@@ -181,26 +184,26 @@ class Transformer(PretrainedArchitecture):
 
     def _cover(self, names: Iterable[str], elsewhere: tuple[str, ...]) -> tuple[str, ...]:
         """Return the largest modules whose parameters are all among `names`."""
-        wanted, found = set(names), []
+        wanted, covered = set(names), []
 
         def visit(path: str, module: nn.Module) -> None:
-            here = {f"{path}.{name}".lstrip(".") for name, _ in module.named_parameters(remove_duplicate=False)}
-            if path in elsewhere or not here & wanted:
+            inside = {f"{path}.{name}".lstrip(".") for name, _ in module.named_parameters(remove_duplicate=False)}
+            if path in elsewhere or not inside & wanted:
                 return
-            if here <= wanted and path:
-                found.append(path)
+            if inside <= wanted and path:
+                covered.append(path)
                 return
             own = {f"{path}.{name}".lstrip(".") for name, p in module._parameters.items() if p is not None}
             if own & wanted:
                 if not path:
                     raise UncuttableError(f"the parameters {sorted(own & wanted)} are in no module but the whole model")
-                found.append(path)
+                covered.append(path)
                 self.bare |= {path}
             for name, child in module.named_children():
                 visit(f"{path}.{name}".lstrip("."), child)
 
         visit("", self.model)
-        return tuple(found)
+        return tuple(covered)
 
     def _refuse_shared(self, paths: list[str]) -> None:
         """Refuse parameters that a layer shares with another layer or with a piece around the layers."""
@@ -247,20 +250,20 @@ class Transformer(PretrainedArchitecture):
         parts, pad = tensors(inputs), self.facts.pad
         if self.settings.model.task == "images":
             return {"pixel_values": parts[0].to(self.replay.dtype)}
-        given: dict[str, Any] = {"input_ids": parts[0]}
+        kwargs: dict[str, Any] = {"input_ids": parts[0]}
         if "use_cache" in self._takes:  # a cache would carry a layer's keys from one sweep into the next
-            given["use_cache"] = False
+            kwargs["use_cache"] = False
         if pad is not None:
-            given["attention_mask"] = (parts[0] != pad).long()
+            kwargs["attention_mask"] = (parts[0] != pad).long()
         tokens = "decoder_input_ids" if self.encoder_layers else "input_ids"
-        given[tokens] = parts[-1] if self.encoder_layers else parts[0]
+        kwargs[tokens] = parts[-1] if self.encoder_layers else parts[0]
         if past is not None:
             assert self._cache_argument is not None
-            given |= {tokens: given[tokens][:, past.known :], "use_cache": True, self._cache_argument: past.cache}
+            kwargs |= {tokens: kwargs[tokens][:, past.known :], "use_cache": True, self._cache_argument: past.cache}
         if not self.encoder_layers and len(parts) > 1:
             # Texts are packed into a row: transformers masks them from each other where positions start over and no mask is given.
-            return {**given, "position_ids": parts[1]}
-        return given
+            return {**kwargs, "position_ids": parts[1]}
+        return kwargs
 
     @cached_property
     def _takes(self) -> Collection[str]:
@@ -296,7 +299,7 @@ class Transformer(PretrainedArchitecture):
 
     def past(self) -> Past | None:
         """Return an empty cache of keys and values; None if the model takes no cache."""
-        return None if self._cache_argument is None else Past(encoder=bool(self.encoder_layers))
+        return None if self._cache_argument is None else Past(has_encoder=bool(self.encoder_layers))
 
     def state_spec(self, inputs: Inputs, dtype: torch.dtype, device: torch.device) -> StateSpec:
         """Return the shapes that the model's own forward makes from these inputs."""
@@ -310,9 +313,9 @@ class Transformer(PretrainedArchitecture):
 
     def enter(self, embed: Piece, inputs: Inputs, context: Context) -> State:  # type: ignore[override]
         """Return the state that the model makes from its inputs before the first layer."""
-        given = dict(embed.named_parameters(remove_duplicate=False))
-        dtype = next(iter(given.values())).dtype
-        states = self.replay.first_state(inputs, given, dtype, training=embed.training, past=context.past)
+        parameters = dict(embed.named_parameters(remove_duplicate=False))
+        dtype = next(iter(parameters.values())).dtype
+        states = self.replay.first_state(inputs, parameters, dtype, training=embed.training, past=context.past)
         return states if self.encoder_layers else states[0]
 
     def advance(self, index: int, layer: nn.Module, state: State, context: Context, common: nn.Module | None) -> State:
@@ -330,17 +333,17 @@ class Transformer(PretrainedArchitecture):
         encoded, decoded = tensors(state)
         if index < self.encoder_layers:
             return state_of(call.on(layer, part)), decoded
-        memory = encoded
-        for path in self.replay.memory_modules:
-            memory = (common[path] if isinstance(common, Piece) else self.replay.model.get_submodule(path))(memory)
-        call = call.replaced(lambda place, value: memory if isinstance(value, Memory) else value)
+        encoder_output = encoded
+        for path in self.replay.encoder_output_modules:
+            encoder_output = (common[path] if isinstance(common, Piece) else self.replay.model.get_submodule(path))(encoder_output)
+        call = call.replaced(lambda place, value: encoder_output if isinstance(value, EncoderOutput) else value)
         return encoded, state_of(call.on(layer, part))
 
     def leave(self, head: Piece, state: State, context: Context) -> Tensor:  # type: ignore[override]
         """Return the model's logits for its last state."""
-        given, last = dict(head.named_parameters(remove_duplicate=False)), tensors(state)[-1]
+        parameters, last = dict(head.named_parameters(remove_duplicate=False)), tensors(state)[-1]
         inputs = self._of_last(context.inputs, last)
-        return self.replay.outputs(inputs, last, given, next(iter(given.values())).dtype, training=head.training)
+        return self.replay.outputs(inputs, last, parameters, next(iter(parameters.values())).dtype, training=head.training)
 
     def _of_last(self, inputs: Inputs, state: Tensor) -> Inputs:
         """Cut the inputs to as many last tokens as the state has, since models give their outputs the shape of their inputs."""

@@ -46,8 +46,8 @@ class Converted(NamedTuple):
         for place, pattern in self.parts:
             (value,) = _read(place.file, [place.key])
             converter.add_tensor(self.first, place.key, pattern, value.clone())
-        made = converter.convert(self.first, model=model, config=model.config)
-        return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
+        parameters = converter.convert(self.first, model=model, config=model.config)
+        return {name: value[0] if isinstance(value, list) else value for name, value in parameters.items()}
 
 
 class PretrainedWeights:
@@ -123,14 +123,14 @@ class PretrainedWeights:
                 for key, name in names:
                     self._check_shape(name, tuple(file.get_slice(key).get_shape()), wanted[name])
 
-    def _check_shape(self, name: str, there: tuple[int, ...], here: tuple[int, ...]) -> None:
-        if there != here:
+    def _check_shape(self, name: str, stored: tuple[int, ...], wanted: tuple[int, ...]) -> None:
+        if stored != wanted:
             raise CheckpointError(
-                f"model.from_pretrained {self.source}: {name} is {there} there and {here} in this model: set model.width, "
+                f"model.from_pretrained {self.source}: {name} is {stored} there and {wanted} in this model: set model.width, "
                 "model.feed_forward and data.tokenizer to match the checkpoint; a head for other classes needs a checkpoint without one"
             )
 
-    def _name_there(self, name: str) -> str:
+    def _stored_name(self, name: str) -> str:
         """Return the checkpoint's name of a module or a parameter."""
         if not self.moved:
             return name
@@ -141,7 +141,7 @@ class PretrainedWeights:
 
     def place(self, name: str) -> Place | None:
         """Return where the parameter `name` is stored, under that name or another that it has; None if it is not."""
-        name = self._name_there(name)
+        name = self._stored_name(name)
         for known in (name, *self.tied.get(name, ())):
             for candidate in (known, known.removeprefix(self.prefix), self.prefix + known):
                 if candidate in self.places:
@@ -150,7 +150,7 @@ class PretrainedWeights:
 
     def has(self, path: str) -> bool:
         """True if the module `path` is in the checkpoint."""
-        path = self._name_there(path)
+        path = self._stored_name(path)
         starts = (path + ".", path.removeprefix(self.prefix) + ".")
         return any(name.startswith(starts) for name in (*self.places, *self.converted))
 
@@ -161,14 +161,14 @@ class PretrainedWeights:
             CheckpointError: a tensor has another shape, or a file is damaged.
         """
         by_file: dict[Path, list[tuple[str, str, nn.Parameter]]] = {}
-        made: dict[str, Tensor] = {}
+        converted: dict[str, Tensor] = {}
         for name, parameter in piece.named_parameters():
-            place, there = self.place(name), self._name_there(name)
-            if there in self.converted and place is None:
+            place, stored = self.place(name), self._stored_name(name)
+            if stored in self.converted and place is None:
                 assert self.model is not None
-                if there not in made:
-                    made |= self.converted[there].make(self.model)
-                self._overwrite(name, parameter, made[there])
+                if stored not in converted:
+                    converted |= self.converted[stored].make(self.model)
+                self._overwrite(name, parameter, converted[stored])
             elif place is not None:
                 by_file.setdefault(place.file, []).append((place.key, name, parameter))
         for path, wanted in by_file.items():

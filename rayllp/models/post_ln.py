@@ -1,4 +1,4 @@
-"""Which stored models a family can start from, by transformers' model types; post-LN ones are refused."""
+"""Refuse post-LN models, to which MGRIT does not apply, and name their pre-LN relatives; transformers is not imported for it."""
 
 from collections.abc import Mapping
 
@@ -8,17 +8,6 @@ from rayllp.errors import SettingsError
 POST_LN = dict.fromkeys(("roberta", "distilbert", "albert", "electra", "camembert", "xlm-roberta", "deberta", "deberta-v2"), "bert")
 POST_LN |= {"openai-gpt": "gpt2", "marian": "mt", "bart": "mt", "fsmt": "mt"}
 STORED_POST_LN = {**POST_LN, "bert": "bert"}
-
-
-def check_model_type(stored: str, ours: str, source: str) -> None:
-    """Refuse a checkpoint of another model type than the family's."""
-    if stored == ours:
-        return
-    refuse_post_ln(stored, f"model.from_pretrained {source}: {stored}", STORED_POST_LN)
-    raise SettingsError(
-        f"model.from_pretrained {source} is a {stored or 'model of no type'}, but the family's model is a {ours}: set model.family to "
-        "match, or add an adapter for it (docs/families.md)"
-    )
 
 
 def refuse_post_ln(name: str, what: str, relatives: Mapping[str, str] = POST_LN) -> None:
