@@ -20,7 +20,7 @@ from rayllp.data.base import IGNORE
 from rayllp.data.cache import Entry, Writer, cache_folder
 from rayllp.data.masked import load_masked
 from rayllp.data.record import DataRecord
-from rayllp.data.sampling import Order, interleave, permute, taken
+from rayllp.data.sampling import Order, count_before, interleave, permute
 from rayllp.data.text import load_text
 from rayllp.errors import DataError
 from tests.conftest import one_pass, tiny
@@ -79,14 +79,14 @@ def test_a_data_set_travels_without_its_tokens_and_is_made_where_it_arrives(text
     with monkeypatch.context() as patch:
         forbid(patch)
         here = pickle.loads(sent)
-        cache.settle(here)
+        cache.ensure_present(here)
         assert torch.equal(here.batch("train", 3, 4)[0], batch[0])
     with monkeypatch.context() as patch:
         patch.setenv("RAYLLP_CACHE", str(tmp_path / "another process of this host"))
         assert pickle.loads(sent).tokens["train"].entry.folder == data.tokens["train"].entry.folder
     leave_for_another_host(tmp_path, monkeypatch)
     there = pickle.loads(sent)
-    cache.settle(there)
+    cache.ensure_present(there)
     assert there.tokens["train"].entry.folder.is_relative_to(tmp_path / "another host")
     assert torch.equal(there.batch("train", 3, 4)[0], batch[0])
 
@@ -97,7 +97,7 @@ def test_a_host_without_the_files_gets_small_ones_sent(text, tmp_path, monkeypat
     (tmp_path / "text.txt").rename(tmp_path / "elsewhere.txt")
     leave_for_another_host(tmp_path, monkeypatch)
     with pytest.raises(DataError, match=r"text.txt cannot be read"):
-        cache.settle(pickle.loads(sent))
+        cache.ensure_present(pickle.loads(sent))
     with pytest.raises(DataError, match=f"on {socket.gethostname()}: .*text.txt cannot be read: .*under the same path as the driver"):
         BlockWorker._settle(None, pickle.loads(sent))
     there = pickle.loads(with_files)
@@ -113,7 +113,7 @@ def test_a_host_with_other_files_is_refused(text, tmp_path, monkeypatch):
     (tmp_path / "text.txt").write_text("something else " * 100, encoding="utf-8")
     leave_for_another_host(tmp_path, monkeypatch)
     with pytest.raises(DataError, match="this host has other data there than the driver's"):
-        cache.settle(pickle.loads(sent))
+        cache.ensure_present(pickle.loads(sent))
 
 
 def _make_slowly(folder, barrier, made):
@@ -123,7 +123,7 @@ def _make_slowly(folder, barrier, made):
 
     entry = Entry("a" * 32, make, folder)
     barrier.wait(10)
-    entry.settle()
+    entry.ensure_present()
     assert entry.array("numbers").sum() == 499_500
 
 
@@ -146,16 +146,16 @@ def test_what_fails_or_is_damaged_leaves_nothing_that_looks_whole(tmp_path):
 
     entry = Entry("b" * 32, fail, str(tmp_path))
     with pytest.raises(DataError, match="no"):
-        entry.settle()
+        entry.ensure_present()
     assert {path.suffix for path in tmp_path.iterdir()} <= {".lock"}
-    entry = Entry("b" * 32, lambda writer: writer.append("numbers", np.arange(10)), str(tmp_path)).settle()
+    entry = Entry("b" * 32, lambda writer: writer.append("numbers", np.arange(10)), str(tmp_path)).ensure_present()
     with (entry.folder / "numbers.bin").open("ab") as file:
         file.write(b"more")
     with pytest.raises(DataError, match=r"numbers.bin is damaged or gone: remove .*, and it is made anew"):
         entry.array("numbers")
     (tmp_path / "file").write_text("")
     with pytest.raises(DataError, match=r"set data.cache to a folder with room that can be written"):
-        Entry("c" * 32, lambda writer: None, str(tmp_path / "file")).settle()
+        Entry("c" * 32, lambda writer: None, str(tmp_path / "file")).ensure_present()
 
 
 def test_where_the_cache_is(tmp_path, monkeypatch):
@@ -328,7 +328,7 @@ def test_several_sets_are_mixed_evenly_by_their_weights(weights):
     sets = interleave(np.arange(2000), tuple(weights))
     for number, weight in enumerate(weights):
         mine = sets == number
-        assert np.array_equal(taken(np.arange(2000), tuple(weights), number)[mine], np.arange(mine.sum()))
+        assert np.array_equal(count_before(np.arange(2000), tuple(weights), number)[mine], np.arange(mine.sum()))
         assert mine.sum() == pytest.approx(2000 * weight / sum(weights), abs=len(weights) + 1)
     assert np.array_equal(interleave(np.arange(700, 800), tuple(weights)), sets[700:800])
 

@@ -89,7 +89,7 @@ def metaspace():
 
 
 def byte_level():
-    return Tokenizer.from_str(TrainedBPE(320, [TEXT]).made)
+    return Tokenizer.from_str(TrainedBPE(320, [TEXT]).serialised)
 
 
 def word_pieces():
@@ -197,7 +197,7 @@ def test_the_tokenizer_of_a_folder_with_code_is_read_without_running_or_asking(t
 def test_a_tokenizer_made_from_a_text_comes_back(tmp_path):
     for name in ("characters", "bpe:300"):
         made = make_tokenizer(name, TEXT.encode())
-        back = restore_tokenizer(name, json.loads(json.dumps(made.made)), None)
+        back = restore_tokenizer(name, json.loads(json.dumps(made.serialised)), None)
         assert back.texts() == made.texts()
         assert np.array_equal(back.encode(TEXT.encode()), made.encode(TEXT.encode()))
     made.save(tmp_path / "tokenizer.json")

@@ -28,7 +28,7 @@ from rayllp.cluster.process_groups import Membership
 from rayllp.config import TrainConfig
 from rayllp.control import Accuracy, ProbePlan
 from rayllp.data import Batches
-from rayllp.data.cache import settle
+from rayllp.data.cache import ensure_present
 from rayllp.engine import Engine, StepStats
 from rayllp.engine.memory import keep_freed_memory, peak_memory
 from rayllp.engine.profiling import profiled
@@ -186,7 +186,7 @@ class BlockWorker:
     def _ensure_data(self, batches: Batches) -> None:
         """Make sure that this host has the tokens of the data, before other workers wait for this one in a step."""
         try:
-            settle(batches)
+            ensure_present(batches)
         except DataError as error:
             raise DataError(
                 f"on {socket.gethostname()}: {error}. A host needs the data's files under the same path as the driver, where they are more "

@@ -12,11 +12,11 @@ from torch import Tensor
 from rayllp.config import DataSettings
 from rayllp.data.base import IGNORE, Facts, Inputs, passes
 from rayllp.data.cache import Entry, Writer, fingerprint
-from rayllp.data.files import Faults, locate
+from rayllp.data.files import Faults, count_kept, locate
 from rayllp.data.hub import up_to
 from rayllp.data.sampling import Order, select
 from rayllp.data.sources import Table, held_out_table, training_table
-from rayllp.data.tokenizer import Tokenizer, identity, is_made, load_tokenizer, smallest_dtype
+from rayllp.data.tokenizer import Tokenizer, identity, is_made_from_text, load_tokenizer, smallest_dtype
 from rayllp.data.tokenizer_kinds import Pretrained
 from rayllp.errors import DataError
 
@@ -89,14 +89,14 @@ class AnswerBatches:
     def _fill(self, name: str, sequence: int, ids: np.ndarray, positions: np.ndarray, targets: np.ndarray) -> None:
         """Copy the samples of one sequence into a row of the batch's arrays."""
         tokens, answers, samples, sequences = (self.entry.array(name + part) for part in ("", "_answers", "_samples", "_sequences"))
-        place = 0
+        start = 0
         for sample in range(sequences[sequence], sequences[sequence + 1]):
             begin, end = samples[sample], samples[sample + 1]
-            row = slice(place, place + int(end - begin) - 1)
+            row = slice(start, start + int(end - begin) - 1)
             ids[row] = tokens[begin : end - 1]
             positions[row] = np.arange(end - begin - 1)
             targets[row] = np.where(answers[begin + 1 : end], tokens[begin + 1 : end].astype(np.int64), IGNORE)
-            place = row.stop
+            start = row.stop
 
     def batches(self, split: str, size: int) -> int:
         """Return the number of batches in one pass through a split."""
@@ -112,27 +112,25 @@ def load_answers(settings: DataSettings, sequence_length: int, seed: int, tokeni
             template; a sample is longer than `sequence_length` and `data.on_long` refuses that; no sample has an answer.
     """
     train, held_out = training_table(settings), held_out_table(settings)
-    if is_made(settings.tokenizer) and tokenizer is None:
+    if is_made_from_text(settings.tokenizer) and tokenizer is None:
         raise DataError(
             f"data.tokenizer={settings.tokenizer} is made from a text, and answers are no text: give bytes, a tokenizers JSON, or a "
             "transformers name or folder"
         )
     tokenizer = tokenizer or load_tokenizer(settings.tokenizer, ())
     write = WriteAnswers(train, held_out, tokenizer, settings, sequence_length, read_template(settings))
-    said = [write.template, settings.messages_field, settings.text_field, settings.answer_field, settings.documents, settings.on_long]
-    stamps = [train.stamp(), held_out and held_out.stamp(), settings.on_error, settings.max_bytes, sequence_length, said]
+    options = [write.template, settings.messages_field, settings.text_field, settings.answer_field, settings.documents, settings.on_long]
+    stamps = [train.stamp(), held_out and held_out.stamp(), settings.on_error, settings.max_bytes, sequence_length, options]
     key = fingerprint("answers", stamps, *identity(tokenizer))
-    entry = Entry(key, write, settings.cache, f"samples of {train.name}").settle()
+    entry = Entry(key, write, settings.cache, f"samples of {train.name}").ensure_present()
     count = len(entry.array("train_sequences")) - 1
     if held_out is not None:
         spans = {"train": ("train", 0, count), "validation": ("validation", 0, len(entry.array("validation_sequences")) - 1)}
     else:
-        held = max(1, int(count * settings.validation_fraction))
-        if count < 2:
-            raise DataError(f"{train.name} has {count} sequence to train on and to hold out from: give more, or set data.validation_path")
-        spans = {"train": ("train", 0, count - held), "validation": ("train", count - held, count)}
+        kept = count_kept(count, settings.validation_fraction, train.name, "sequence", ", or set data.validation_path")
+        spans = {"train": ("train", 0, kept), "validation": ("train", kept, count)}
     packed = settings.documents == "packed"
-    return AnswerBatches(entry, spans, sequence_length, Order(seed, settings.sampling), tokenizer, packed, entry.facts["skipped"])
+    return AnswerBatches(entry, spans, sequence_length, Order(seed, settings.sampling), tokenizer, packed, entry.metadata["skipped"])
 
 
 def read_template(settings: DataSettings) -> str | None:
@@ -172,12 +170,12 @@ class WriteAnswers:
         for name, table in (("train", self.train), ("validation", self.held_out)):
             if table is None:
                 continue
-            if not self._write(writer, name, self._fitting(self._samples(table, faults), faults)):
+            if not self._write_split(writer, name, self._fitting(self._samples(table, faults), faults)):
                 left_out = f" ({faults.counts} were left out)" if faults.counts else ""
                 raise DataError(f"{table.name} has no sample with an answer{left_out}: give some, or raise sequence_length={self.length}")
-        writer.facts["skipped"] = faults.counts
+        writer.metadata["skipped"] = faults.counts
 
-    def _write(self, writer: Writer, name: str, samples: Iterator[_Sample]) -> int:
+    def _write_split(self, writer: Writer, name: str, samples: Iterator[_Sample]) -> int:
         """Write a split's arrays and return the number of its samples."""
         dtype, packed = smallest_dtype(self.tokenizer.vocabulary), self.settings.documents == "packed"
         writer.append(f"{name}_samples", np.zeros(1, np.int64))
@@ -210,12 +208,12 @@ class WriteAnswers:
                         f"{sample.place} has {size} tokens, more than sequence_length={self.length} and the last target: raise it, or set "
                         "data.on_long to cut or skip"
                     )
-                faults.count("long samples" if long == "skip" else "ends of long samples")
+                faults.count_skipped("long samples" if long == "skip" else "ends of long samples")
                 if long == "skip":
                     continue
                 sample = _Sample(sample.ids[:room], sample.answers[:room], sample.place)
             if not sample.answers[1:].any():
-                faults.count("samples without an answer" if size <= room else "samples whose answer is beyond sequence_length")
+                faults.count_skipped("samples without an answer" if size <= room else "samples whose answer is beyond sequence_length")
                 continue
             yield sample
 
@@ -223,23 +221,23 @@ class WriteAnswers:
         """Yield a table's rows as samples; broken rows are refused or counted. Of the training table at most `data.max_bytes` are read."""
         settings = self.settings
         limit = settings.max_bytes if table is self.train else None
-        found = table.open()
+        split = table.open()
         if settings.messages_field is not None:
-            found.require("data.messages_field", settings.messages_field)
-            chat = ChatTemplate.of(self.tokenizer, self.template, found.source)
-            for number, (messages,) in enumerate(up_to(limit, found.rows(settings.messages_field), bytes_in)):
-                place = f"{found.source} row {number}"
+            split.require("data.messages_field", settings.messages_field)
+            chat = ChatTemplate.of(self.tokenizer, self.template, split.source)
+            for number, (messages,) in enumerate(up_to(limit, split.rows(settings.messages_field), bytes_in)):
+                place = f"{split.source} row {number}"
                 if fault := fault_of(messages):
-                    faults.report("rows", f"{place}: column {settings.messages_field!r} {fault}")
+                    faults.refuse_or_count("rows", f"{place}: column {settings.messages_field!r} {fault}")
                     continue
                 yield _Sample(*chat.encode(messages, place), place)
             return
         assert settings.answer_field is not None
         fields = (settings.text_field, settings.answer_field)
         for setting, column in zip(("data.text_field", "data.answer_field"), fields, strict=True):
-            found.require(setting, column)
-        kept = up_to(limit, found.rows(*fields), bytes_in)
-        rows = ((f"{found.source} row {number}", row) for number, row in enumerate(kept))
+            split.require(setting, column)
+        kept = up_to(limit, split.rows(*fields), bytes_in)
+        rows = ((f"{split.source} row {number}", row) for number, row in enumerate(kept))
         whole = (row for row in rows if _is_text(*row, fields, faults))
         for some in iter(lambda: list(islice(whole, AT_ONCE)), []):
             yield from self._pairs(some)
@@ -259,7 +257,7 @@ def _is_text(place: str, texts: tuple[Any, ...], fields: tuple[str, ...], faults
     for text, column in zip(texts, fields, strict=True):
         if not isinstance(text, str):
             kind = "nothing" if text is None else type(text).__name__
-            faults.report("rows", f"{place}: column {column!r} holds {kind}, not text")
+            faults.refuse_or_count("rows", f"{place}: column {column!r} holds {kind}, not text")
             return False
     return True
 
@@ -322,31 +320,31 @@ class ChatTemplate:
         """
         try:
             if self.marks:
-                found = self.tokenizer.apply_chat_template(
+                encoding = self.tokenizer.apply_chat_template(
                     messages, chat_template=self.template, return_dict=True, return_assistant_tokens_mask=True
                 )
-                return np.array(found["input_ids"], np.int64), np.array(found["assistant_masks"], bool)
-            text = self._write(messages)
+                return np.array(encoding["input_ids"], np.int64), np.array(encoding["assistant_masks"], bool)
+            text = self._render(messages)
             spans = [self._span(messages, turn, text, place) for turn, message in enumerate(messages) if message["role"] == ASSISTANT]
         except DataError:
             raise
         except Exception as error:  # templates raise whatever they like
             raise DataError(f"{place}: the chat template refuses it: {error}") from None
-        found = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        begins, ends = np.array(found["offset_mapping"], np.int64).reshape(-1, 2).T
+        encoding = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        begins, ends = np.array(encoding["offset_mapping"], np.int64).reshape(-1, 2).T
         answers = np.zeros(len(begins), bool)
         for begin, end in spans:
             answers |= (begins >= begin) & (ends <= end) & (begins < ends)
-        return np.array(found["input_ids"], np.int64), answers
+        return np.array(encoding["input_ids"], np.int64), answers
 
-    def _write(self, messages: list[dict[str, Any]], *, answering: bool = False) -> str:
+    def _render(self, messages: list[dict[str, Any]], *, answering: bool = False) -> str:
         return str(
             self.tokenizer.apply_chat_template(messages, chat_template=self.template, tokenize=False, add_generation_prompt=answering)
         )
 
     def _span(self, messages: list[dict[str, Any]], turn: int, text: str, place: str) -> tuple[int, int]:
         """Return the range of characters of an assistant's turn: from the end of the generation prompt through the turn's end marker."""
-        before, behind = self._write(messages[:turn], answering=True), self._write(messages[: turn + 1])
+        before, behind = self._render(messages[:turn], answering=True), self._render(messages[: turn + 1])
         if not text.startswith(behind) or not behind.startswith(before):
             raise DataError(
                 f"{place}: the chat template writes message {turn} otherwise once others follow, so that its tokens cannot be told: give "

@@ -1,7 +1,7 @@
 """A cache of tokenised data in files that all processes of a host map into memory: they need not fit there, nor be sent to workers.
 
 An entry is a folder of flat arrays, `NAME.bin`, and `entry.json`, which describes them. It is named by a fingerprint of all that it was
-made from, so it never changes once written. A process that needs a missing entry makes it; others on the host wait meanwhile.
+made from, so it never changes once written. A process that needs a missing entry writes it; others on the host wait meanwhile.
 """
 
 import contextlib
@@ -28,7 +28,7 @@ HASHED = 2**24
 """Total bytes up to which files are identified by content as well: a small file may be rewritten with neither size nor time changing."""
 CARRIED = 2**26
 """Size of an entry, in bytes, up to which it is sent to hosts that lack the data it is made from."""
-TOLD_EVERY_S = 10.0
+REPORT_EVERY_S = 10.0
 
 
 def cache_folder(setting: str | None = None) -> Path:
@@ -46,11 +46,11 @@ def fingerprint(*parts: Any) -> str:
 
 def stamp(paths: Sequence[Path]) -> list[Any]:
     """Return plain values that identify the content of files: names, sizes and times, and for small files a hash of the content."""
-    found = [path.stat() for path in paths]
-    known: list[Any] = [[str(path.resolve()), each.st_size, each.st_mtime_ns] for path, each in zip(paths, found, strict=True)]
-    if sum(each.st_size for each in found) <= HASHED:
-        known += [hashlib.sha256(path.read_bytes()).hexdigest() for path in paths]
-    return known
+    stats = [path.stat() for path in paths]
+    values: list[Any] = [[str(path.resolve()), each.st_size, each.st_mtime_ns] for path, each in zip(paths, stats, strict=True)]
+    if sum(each.st_size for each in stats) <= HASHED:
+        values += [hashlib.sha256(path.read_bytes()).hexdigest() for path in paths]
+    return values
 
 
 class Writer:
@@ -58,14 +58,14 @@ class Writer:
 
     Attributes:
         folder: where the files are written.
-        facts: plain values that are stored with the arrays.
+        metadata: plain values that are stored with the arrays.
     """
 
-    def __init__(self, folder: Path, told: str) -> None:
-        self.folder, self.facts = folder, dict[str, Any]()
+    def __init__(self, folder: Path, description: str) -> None:
+        self.folder, self.metadata = folder, dict[str, Any]()
         self._arrays: dict[str, tuple[str, int]] = {}
         self._digests: dict[str, Any] = {}
-        self._told, self._size, self._next = told, 0, time.monotonic() + TOLD_EVERY_S
+        self._description, self._size, self._next_report = description, 0, time.monotonic() + REPORT_EVERY_S
 
     def append(self, name: str, values: np.ndarray) -> None:
         """Append values to an array; its first values decide its dtype."""
@@ -76,19 +76,19 @@ class Writer:
         self._digests.setdefault(name, hashlib.sha256()).update(content)
         self._arrays[name] = dtype, count + len(values)
         self._size += values.nbytes
-        if time.monotonic() > self._next:
-            self._next = time.monotonic() + TOLD_EVERY_S
-            print(f"{self._told}: {self._size / 2**20:,.0f} MiB written to {self.folder.parent}", file=sys.stderr, flush=True)
+        if time.monotonic() > self._next_report:
+            self._next_report = time.monotonic() + REPORT_EVERY_S
+            print(f"{self._description}: {self._size / 2**20:,.0f} MiB written to {self.folder.parent}", file=sys.stderr, flush=True)
 
     def finish(self) -> None:
         """Write entry.json, which describes the arrays."""
         arrays = {name: [*kind, self._digests[name].hexdigest()] for name, kind in self._arrays.items()}
-        values = {"format": FORMAT, "arrays": arrays, "facts": self.facts}
+        values = {"format": FORMAT, "arrays": arrays, "facts": self.metadata}
         (self.folder / ENTRY).write_text(json.dumps(values) + "\n", encoding="utf-8")
 
 
-Make = Callable[[Writer], None]
-"""Function that writes an entry's arrays and facts. It is sent to other hosts and has to write the same there."""
+Write = Callable[[Writer], None]
+"""Function that writes an entry's arrays and metadata. It is sent to other hosts and has to write the same there."""
 
 
 @dataclass(frozen=True)
@@ -97,51 +97,53 @@ class Entry:
 
     Attributes:
         key: its fingerprint, which is its folder's name.
-        make: writes it where it is missing.
+        write: writes its content where it is missing.
         cache: `data.cache`.
-        told: what is being made, for messages to the user.
-        made: a fingerprint of its content, once that is known: every host that makes it has to get the same.
-        carried: content of its files by name, for hosts that cannot make it.
-        found: the cache folder where the driver has it. Processes of the driver's host may be set to another cache, and another host may
-            share this folder.
+        description: what it is, for messages to the user.
+        content_fingerprint: a fingerprint of its content, once that is known: every host that writes it has to get the same.
+        carried: content of its files by name, for hosts that cannot write it.
+        driver_cache: the cache folder where the driver has it. Processes of the driver's host may be set to another cache, and another host
+            may share this folder.
     """
 
     key: str
-    make: Make
+    write: Write
     cache: str | None = None
-    told: str = "data"
-    made: str | None = None
+    description: str = "data"
+    content_fingerprint: str | None = None
     carried: dict[str, bytes] | None = field(default=None, repr=False)
-    found: str | None = None
+    driver_cache: str | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name not in ("_description", "_maps")}
+        return {name: value for name, value in self.__dict__.items() if name not in ("_manifest", "_maps")}
 
     @property
     def folder(self) -> Path:
         """The entry's folder on this host."""
-        if self.found is not None and (Path(self.found) / self.key / ENTRY).is_file():
-            return Path(self.found) / self.key
+        if self.driver_cache is not None and (Path(self.driver_cache) / self.key / ENTRY).is_file():
+            return Path(self.driver_cache) / self.key
         return cache_folder(self.cache) / self.key
 
-    def settle(self) -> "Entry":
-        """Make the entry on this host if it is missing, and check that its content is the expected one.
+    def ensure_present(self) -> "Entry":
+        """Write the entry on this host if it is missing, and check that its content is the expected one.
 
         Returns:
-            The entry with `made` and `found` set.
+            The entry with `content_fingerprint` and `driver_cache` set.
 
         Raises:
-            DataError: it cannot be made here, or has other content than on the driver's host.
+            DataError: it cannot be written here, or has other content than on the driver's host.
         """
         if not (self.folder / ENTRY).is_file():
-            self._write()
-        content = fingerprint(self._description["arrays"])
-        if self.made not in (None, content):
+            self._create()
+        content = fingerprint(self._manifest["arrays"])
+        if self.content_fingerprint not in (None, content):
             raise DataError(
-                f"{self.told}: this host has other data there than the driver's, under the same name: give all hosts the same files, or "
-                f"remove {self.folder} if it is damaged"
+                f"{self.description}: this host has other data there than the driver's, under the same name: give all hosts the same "
+                f"files, or remove {self.folder} if it is damaged"
             )
-        return self if self.made else replace(self, made=content, found=str(self.folder.parent.absolute()))
+        if self.content_fingerprint:
+            return self
+        return replace(self, content_fingerprint=content, driver_cache=str(self.folder.parent.absolute()))
 
     def with_files(self) -> "Entry":
         """Return a copy that carries the content of the files, if they are small enough to be sent."""
@@ -150,26 +152,27 @@ class Entry:
             return self
         return replace(self, carried={path.name: path.read_bytes() for path in files})
 
-    def _write(self) -> None:
-        """Make the entry, unless another process does so meanwhile.
+    def _create(self) -> None:
+        """Write the entry, unless another process does so meanwhile.
 
         The files are written to a temporary folder, which is renamed at the end, so that an entry is either complete or absent.
         """
         try:
             with self._lock():
-                if (self.folder / ENTRY).is_file():  # another process has made it while this one waited for the lock
+                if (self.folder / ENTRY).is_file():  # another process has written it while this one waited for the lock
                     return
-                part = self.folder.with_suffix(".part")
-                shutil.rmtree(part, ignore_errors=True)  # left behind by a process that was killed
-                part.mkdir(parents=True)
+                temporary = self.folder.with_suffix(".part")
+                shutil.rmtree(temporary, ignore_errors=True)  # left behind by a process that was killed
+                temporary.mkdir(parents=True)
                 try:
-                    self._fill(part)
-                    os.replace(part, self.folder)
+                    self._write_files(temporary)
+                    os.replace(temporary, self.folder)
                 finally:
-                    shutil.rmtree(part, ignore_errors=True)
+                    shutil.rmtree(temporary, ignore_errors=True)
         except OSError as error:
             raise DataError(
-                f"{self.told} cannot be kept in {self.folder.parent}: {error}; set data.cache to a folder with room that can be written"
+                f"{self.description} cannot be kept in {self.folder.parent}: {error}; set data.cache to a folder with room that can be "
+                "written"
             ) from None
 
     @contextlib.contextmanager
@@ -178,20 +181,20 @@ class Entry:
         with FileLock(self.folder.with_suffix(".lock")):
             yield
 
-    def _fill(self, part: Path) -> None:
-        """Write the entry's files into a folder: those that it carries, or else those that `make` writes."""
+    def _write_files(self, folder: Path) -> None:
+        """Write the entry's files into a folder: those that it carries, or else those that `write` makes."""
         if self.carried is not None:
             for name, content in self.carried.items():
-                (part / name).write_bytes(content)
+                (folder / name).write_bytes(content)
             return
-        writer = Writer(part, self.told)
-        self.make(writer)
+        writer = Writer(folder, self.description)
+        self.write(writer)
         writer.finish()
 
     # What it holds --------------------------------------------------------------------------------------------------------------
 
     @cached_property
-    def _description(self) -> dict[str, Any]:
+    def _manifest(self) -> dict[str, Any]:
         return dict(json.loads((self.folder / ENTRY).read_text(encoding="utf-8")))
 
     @cached_property
@@ -199,9 +202,9 @@ class Entry:
         return {}
 
     @property
-    def facts(self) -> dict[str, Any]:
+    def metadata(self) -> dict[str, Any]:
         """The plain values that were stored with the arrays."""
-        return dict(self._description["facts"])
+        return dict(self._manifest["facts"])
 
     def array(self, name: str) -> np.ndarray:
         """Return an array, mapped into memory. A name that was never written is an empty array.
@@ -210,7 +213,7 @@ class Entry:
             DataError: its file is missing or not as long as it was written.
         """
         if name not in self._maps:
-            dtype, count, _ = self._description["arrays"].get(name, ("<u1", 0, ""))
+            dtype, count, _ = self._manifest["arrays"].get(name, ("<u1", 0, ""))
             path = self.folder / f"{name}.bin"
             size = path.stat().st_size if path.exists() else 0
             if size != count * np.dtype(dtype).itemsize:
@@ -220,32 +223,32 @@ class Entry:
 
     def checksum(self, name: str) -> str:
         """Return a checksum of an array."""
-        return " ".join(map(str, self._description["arrays"].get(name, ("<u1", 0, ""))))
+        return " ".join(map(str, self._manifest["arrays"].get(name, ("<u1", 0, ""))))
 
     def checksum_of(self, name: str, start: int, stop: int) -> str:
         """Return a checksum of values `start` to `stop` of an array.
 
         It is stored beside the array, since reading the values takes about a second per GB.
         """
-        dtype, count, _ = self._description["arrays"].get(name, ("<u1", 0, ""))
-        kept = self.folder / f"{name}-{start}-{stop}.sha256"
+        dtype, count, _ = self._manifest["arrays"].get(name, ("<u1", 0, ""))
+        stored = self.folder / f"{name}-{start}-{stop}.sha256"
         if (start, stop) == (0, count):
             return self.checksum(name)
-        if kept.is_file():
-            return kept.read_text(encoding="utf-8")
+        if stored.is_file():
+            return stored.read_text(encoding="utf-8")
         digest, values = hashlib.sha256(), self.array(name)
         for first in range(start, stop, 2**24):
             digest.update(np.ascontiguousarray(values[first : min(stop, first + 2**24)]).data)
-        found = f"{dtype} {stop - start} {digest.hexdigest()}"
-        part = kept.with_name(f".{kept.name}.{os.getpid()}")
+        checksum = f"{dtype} {stop - start} {digest.hexdigest()}"
+        temporary = stored.with_name(f".{stored.name}.{os.getpid()}")
         with contextlib.suppress(OSError):
-            part.write_text(found, encoding="utf-8")
-            os.replace(part, kept)
-        return found
+            temporary.write_text(checksum, encoding="utf-8")
+            os.replace(temporary, stored)
+        return checksum
 
 
 @dataclass(frozen=True)
-class Part:
+class ArraySlice:
     """Values `start` to `stop` of an array of an entry. Workers receive this reference instead of the values.
 
     It can be sliced, indexed, and converted to an array.
@@ -257,7 +260,7 @@ class Part:
     stop: int
 
     @classmethod
-    def whole(cls, entry: Entry, name: str) -> "Part":
+    def whole(cls, entry: Entry, name: str) -> "ArraySlice":
         """Return a reference to a whole array."""
         return cls(entry, name, 0, len(entry.array(name)))
 
@@ -281,17 +284,17 @@ class Part:
         return self.entry.checksum_of(self.name, self.start, self.stop)
 
 
-def settle(batches: Any) -> None:
+def ensure_present(batches: Any) -> None:
     """Make sure that this host has the cache entries of a data set; does nothing for data in memory.
 
     Raises:
-        DataError: see `Entry.settle`.
+        DataError: see `Entry.ensure_present`.
     """
     for entry in getattr(batches, "entries", ()):
-        entry.settle()
+        entry.ensure_present()
 
 
 def with_files(batches: Any) -> Any:
     """Return a data set whose small cache entries carry their files, for hosts that lack the data they are made from."""
-    found = getattr(batches, "with_entries", None)
-    return batches if found is None else found(Entry.with_files)
+    with_entries = getattr(batches, "with_entries", None)
+    return batches if with_entries is None else with_entries(Entry.with_files)

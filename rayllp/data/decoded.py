@@ -56,6 +56,6 @@ class DecodedImages:
         place = f"{self.source} row {number}"
         pixels = self.decode(self.rows[number][self.column], place)
         if pixels.shape[1:] != self.image[1:]:
-            given, wanted = (f"{width} × {height}" for height, width in (pixels.shape[1:], self.image[1:]))
-            raise DataError(f"{place} has an image of {given} pixels, the first {wanted}: resize all to one size")
+            size, first = (f"{width} × {height}" for height, width in (pixels.shape[1:], self.image[1:]))
+            raise DataError(f"{place} has an image of {size} pixels, the first {first}: resize all to one size")
         return np.broadcast_to(pixels, self.image)

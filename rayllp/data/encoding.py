@@ -83,33 +83,33 @@ def _as_one(tokenizer: Any, left: _Encoded, first: int, right: _Encoded) -> tupl
     if first == 0:
         return _Encoded(part, encoding), 0
     start = left.encoding.token_to_chars(first)[0]
-    found = _token_at(encoding, start)
+    token = _token_at(encoding, start)
     few = slice(first, first + AGREEING)
-    if found is None or encoding.token_to_chars(found)[0] != start or encoding.ids[found:][:AGREEING] != left.encoding.ids[few]:
+    if token is None or encoding.token_to_chars(token)[0] != start or encoding.ids[token:][:AGREEING] != left.encoding.ids[few]:
         raise DataError(
             "data.tokenizer gives a text other tokens for what follows thousands of characters later, so that a long one cannot be encoded "
             "piece by piece: give the text as documents (lines of a .jsonl), or another tokenizer"
         )
-    return _Encoded(part, encoding), found
+    return _Encoded(part, encoding), token
 
 
 def _join(left: Any, left_cut: int, right: Any, right_cut: int) -> tuple[int, int] | None:
     """Return the number, in each encoding, of the first token that starts at or after the cut; None if the encodings differ around it."""
-    found = (_token_at(left, left_cut), _token_at(right, right_cut))
-    if found[0] is None or found[1] is None:
+    left_token, right_token = _token_at(left, left_cut), _token_at(right, right_cut)
+    if left_token is None or right_token is None:
         return None
     around = []
-    for encoding, at, cut in ((left, found[0], left_cut), (right, found[1], right_cut)):
+    for encoding, first, cut in ((left, left_token, left_cut), (right, right_token, right_cut)):
         ids = encoding.ids  # building this list costs time, so do it once
-        tokens = range(max(0, at - AGREEING), min(len(ids), at + AGREEING))
+        tokens = range(max(0, first - AGREEING), min(len(ids), first + AGREEING))
         around.append([(ids[token], encoding.token_to_chars(token)[0] - cut) for token in tokens])
-    return (found[0], found[1]) if around[0] == around[1] and len(around[0]) == 2 * AGREEING else None
+    return (left_token, right_token) if around[0] == around[1] and len(around[0]) == 2 * AGREEING else None
 
 
 def _token_at(encoding: Any, cut: int) -> int | None:
     """Return the number of the first token that starts at or after a character, looking no further than the overlap; None: none does."""
-    for place in range(cut, cut + OVERLAP):
-        token = encoding.char_to_token(place)
+    for character in range(cut, cut + OVERLAP):
+        token = encoding.char_to_token(character)
         if token is not None and encoding.token_to_chars(token)[0] >= cut:
             return int(token)
     return None

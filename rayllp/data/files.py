@@ -2,14 +2,13 @@
 
 import gzip
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
 
-from rayllp.config import DataSettings
 from rayllp.errors import DataError
 
 Sample = TypeVar("Sample")
@@ -96,30 +95,31 @@ def _read_bytes(path: Path, what: str) -> bytes:
     return read_file(what, path)
 
 
-def train_and_held_out(settings: DataSettings, read: Callable[[str, str, int | None], list[Sample]]) -> tuple[list[Sample], list[Sample]]:
-    """Return the samples of data.path, and those of data.validation_path, or else the end of the former.
-
-    Args:
-        settings: name the files.
-        read: (path, the setting that names it, number of bytes to read at most) -> samples.
-    """
-    assert settings.path is not None
-    train = read(settings.path, "data.path", settings.max_bytes)
-    if settings.validation_path is None:
-        return hold_out(train, settings.validation_fraction)
-    return train, read(settings.validation_path, "data.validation_path", None)
-
-
 def hold_out(samples: list[Sample], fraction: float) -> tuple[list[Sample], list[Sample]]:
     """Cut off the last `fraction` of samples, at least one, for validation.
 
     Raises:
         DataError: there are fewer than two samples.
     """
-    if len(samples) < 2:
-        raise DataError(f"data.path has {len(samples)} sample to train on and to hold out from: give more, or set data.validation_path")
-    held = max(1, int(len(samples) * fraction))
-    return samples[:-held], samples[-held:]
+    kept = count_kept(len(samples), fraction, "data.path", "sample", ", or set data.validation_path")
+    return samples[:kept], samples[kept:]
+
+
+def count_kept(count: int, fraction: float, source: str, unit: str, otherwise: str = "") -> int:
+    """Return how many of `count` samples are left to train on if the last `fraction` of them, at least one, is held out.
+
+    Args:
+        count: number of samples.
+        fraction: of them, to be held out.
+        source, unit: where they come from, and what one is, for errors.
+        otherwise: what helps beside giving more.
+
+    Raises:
+        DataError: there are fewer than two samples.
+    """
+    if count < 2:
+        raise DataError(f"{source} has {count} {unit} to train on and to hold out from: give more{otherwise}")
+    return count - max(1, int(count * fraction))
 
 
 def not_utf8(content: bytes, error: UnicodeDecodeError) -> tuple[int, str]:
@@ -153,17 +153,17 @@ class Faults:
     skip: bool
     counts: dict[str, int] = field(default_factory=dict)
 
-    def report(self, kind: str, message: str) -> None:
-        """Record one fault of a kind.
+    def refuse_or_count(self, kind: str, message: str) -> None:
+        """Refuse a faulty item, or count it as left out.
 
         Raises:
             DataError: faults are refused.
         """
         if not self.skip:
             raise DataError(f"{message}; mend it, or leave it out by data.on_error=skip")
-        self.count(kind)
+        self.count_skipped(kind)
 
-    def count(self, kind: str, number: int = 1) -> None:
+    def count_skipped(self, kind: str, number: int = 1) -> None:
         """Count items that are left out though nothing is wrong with them."""
         if number:
             self.counts[kind] = self.counts.get(kind, 0) + number

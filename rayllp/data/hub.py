@@ -88,7 +88,7 @@ class Split:
             where = f"{self.source} row {number}: column {column!r} holds {kind}, not text"
             if text is not None:
                 raise DataError(f"{where}: set {setting} to a column of strings")
-            faults.report("rows", where)
+            faults.refuse_or_count("rows", where)
 
     def _guarded(self, rows: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         """Turn any error while rows are read into a DataError that names the data set."""
@@ -115,10 +115,10 @@ def load_split(settings: DataSettings, *names: str, stream: bool = False, what: 
     Raises:
         DataError: the data set cannot be loaded, or is streamed without data.max_bytes.
     """
-    found = load_splits(settings, stream=stream, what=what)
+    splits = load_splits(settings, stream=stream, what=what)
     for name in names:
-        if name in found:
-            return Split(f"{what or named(settings)}, split {name},", found[name])
+        if name in splits:
+            return Split(f"{what or named(settings)}, split {name},", splits[name])
     return None
 
 
@@ -130,9 +130,9 @@ def load_named(settings: DataSettings, setting: str, name: str, *, stream: bool 
     """
     split = load_split(settings, name, stream=stream, what=what)
     if split is None:
-        found = ", ".join(load_splits(settings, stream=True))
+        names = ", ".join(load_splits(settings, stream=True))
         raise DataError(
-            f"{what or named(settings)} has no split {name}, but {found}: set {setting}, or choose another data set or data.subset"
+            f"{what or named(settings)} has no split {name}, but {names}: set {setting}, or choose another data set or data.subset"
         )
     return split
 
@@ -181,8 +181,8 @@ def is_table(path: Path) -> bool:
 
 def visible_files(folder: Path) -> list[Path]:
     """Return all files below a folder, except hidden ones."""
-    found = (path for path in sorted(folder.rglob("*")) if not any(part.startswith(".") for part in path.relative_to(folder).parts))
-    return [path for path in found if path.is_file()]
+    paths = (path for path in sorted(folder.rglob("*")) if not any(part.startswith(".") for part in path.relative_to(folder).parts))
+    return [path for path in paths if path.is_file()]
 
 
 def stamp_of(settings: DataSettings) -> Any:

@@ -12,7 +12,7 @@ from torch import Tensor
 from rayllp.config import DataSettings
 from rayllp.data.base import IGNORE, Facts, passes
 from rayllp.data.decoded import DecodedImages
-from rayllp.data.files import Faults, locate, read_file, refuse_one_class
+from rayllp.data.files import Faults, count_kept, locate, read_file, refuse_one_class
 from rayllp.data.hub import Split, is_table, load_named, load_split, name_of, named, up_to
 from rayllp.data.sampling import Order, select
 from rayllp.errors import DataError
@@ -118,7 +118,7 @@ def _number_labels(images: _Images, classes: tuple[str, ...], faults: Faults) ->
     numbers = {name: number for number, name in enumerate(classes)}
     for place, label in enumerate(images.labels):
         if label not in numbers:
-            faults.report("labels", f"{images.source} image {place}: label {label!r} is none of the {len(classes)} classes")
+            faults.refuse_or_count("labels", f"{images.source} image {place}: label {label!r} is none of the {len(classes)} classes")
     kept = np.array([label in numbers for label in images.labels])
     if not kept.any():
         raise DataError(f"{images.source} has no image with a label that is known: give some, or set data.on_error=refuse to see why")
@@ -152,10 +152,7 @@ def _read_digits() -> _Images:
 
 def _hold_out(images: _Images, fraction: float) -> tuple[_Images, _Images]:
     """Split off the last `fraction` of the images for validation."""
-    count = len(images.labels)
-    if count < 2:
-        raise DataError(f"{images.source} has {count} image to train on and to hold out from: give more")
-    kept = count - max(1, int(count * fraction))
+    kept = count_kept(len(images.labels), fraction, images.source, "image")
     train = _Images(images.source, images.pixels[:kept], images.labels[:kept])
     return train, _Images(images.source, images.pixels[kept:], images.labels[kept:])
 
@@ -186,8 +183,8 @@ def _read_idx_pair(folder: Path, prefix: str) -> _Images:
     stems = sorted({path.name.removesuffix(".gz") for path in folder.glob(f"{prefix}*-images-idx3-ubyte*")})
     stems = [stem for stem in stems if stem.endswith("-images-idx3-ubyte")]
     if len(stems) != 1:
-        found = f"has several ({', '.join(stems)})" if stems else "has none"
-        raise DataError(f"data.path {folder} {found} for {prefix}*-images-idx3-ubyte: give a folder with {MNIST_FILES}, one set of them")
+        fault = f"has several ({', '.join(stems)})" if stems else "has none"
+        raise DataError(f"data.path {folder} {fault} for {prefix}*-images-idx3-ubyte: give a folder with {MNIST_FILES}, one set of them")
     path = _plain_or_gz(folder / stems[0])
     pixels = _read_idx(path, IDX_IMAGES)
     labels = _read_idx(_plain_or_gz(folder / stems[0].replace("images-idx3", "labels-idx1")), IDX_LABELS)
@@ -268,12 +265,14 @@ def _leave_in_files(split: Split, settings: DataSettings, faults: Faults) -> _Im
     first = _to_pixels(split.loaded[0][column], f"{split.source} row 0")
     shape = (3, *first.shape[1:])  # three channels even if the first image is grey, since others may not be
     names = split.labels(settings.label_field)
-    given = [label for (label,) in split.rows(settings.label_field)]
+    labels = [label for (label,) in split.rows(settings.label_field)]
     kept = [
-        number for number, label in enumerate(given) if not _is_missing(label, settings.label_field, f"{split.source} row {number}", faults)
+        number
+        for number, label in enumerate(labels)
+        if not _is_missing(label, settings.label_field, f"{split.source} row {number}", faults)
     ]
     decoded = DecodedImages(split.loaded, column, _to_pixels, split.source, np.array(kept, np.int64), shape)
-    return _Images(split.source, decoded, [name_of(given[number], names) for number in kept])
+    return _Images(split.source, decoded, [name_of(labels[number], names) for number in kept])
 
 
 def _read_split(split: Split, settings: DataSettings, faults: Faults) -> tuple[list[np.ndarray], list[str]]:
@@ -299,7 +298,7 @@ def _read_split(split: Split, settings: DataSettings, faults: Faults) -> tuple[l
 
 def _is_missing(value: Any, column: str, place: str, faults: Faults) -> bool:
     if value is None:
-        faults.report("rows", f"{place} has nothing in column {column!r}")
+        faults.refuse_or_count("rows", f"{place} has nothing in column {column!r}")
     return value is None
 
 
@@ -307,8 +306,8 @@ def _to_pixels(image: Any, place: str) -> np.ndarray:
     """Convert a PIL image to uint8 of shape (C, H, W), grey or RGB."""
     mode = getattr(image, "mode", None)
     if mode is None or mode.startswith(("I", "F")):
-        given = f"an image of mode {mode}" if mode else f"a {type(image).__name__}"
-        raise DataError(f"{place} holds {given}: give images of 8 bits a channel, in a column of the datasets library's type Image")
+        kind = f"an image of mode {mode}" if mode else f"a {type(image).__name__}"
+        raise DataError(f"{place} holds {kind}: give images of 8 bits a channel, in a column of the datasets library's type Image")
     if mode in ("1", "L"):
         return np.asarray(image.convert("L"))[None]
     return np.asarray(image.convert("RGB")).transpose(2, 0, 1)

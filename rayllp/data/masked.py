@@ -94,6 +94,6 @@ def load_masked(settings: DataSettings, sequence_length: int, seed: int, tokeniz
         raise DataError(f"sequence_length {sequence_length} leaves no room for text between cls and sep: set at least 3")
     if settings.documents == "packed":
         raise DataError("data.documents=packed is for models that predict the next token: leave it out for model.family=bert")
-    found = load_tokens(settings, sequence_length, sequence_length - 2, tokenizer)
+    tokens = load_tokens(settings, sequence_length, sequence_length - 2, tokenizer)
     order = Order(seed, settings.sampling)
-    return MaskedBatches(found.splits, sequence_length, order, found.tokenizer, settings.mask_fraction, found.skipped)
+    return MaskedBatches(tokens.splits, sequence_length, order, tokens.tokenizer, settings.mask_fraction, tokens.skipped)

@@ -39,14 +39,14 @@ class Mixture:
     @property
     def facts(self) -> Facts:
         """What the model has to know about the data, which is the same for all sets."""
-        found: Facts = self.sets[0].facts
-        return found
+        facts: Facts = self.sets[0].facts
+        return facts
 
     @property
     def tokenizer(self) -> Tokenizer:
         """The tokenizer that all sets share."""
-        found: Tokenizer = self.sets[0].tokenizer
-        return found
+        tokenizer: Tokenizer = self.sets[0].tokenizer
+        return tokenizer
 
     @property
     def skipped(self) -> dict[str, int]:
@@ -84,8 +84,8 @@ class Mixture:
         """Return inputs and targets of a step's batch, with samples of all sets stacked along dimension 0."""
         if split == "train":
             sets = interleave(np.arange(step * size, (step + 1) * size), self.weights)
-            found = {number: self.sets[number].batch(split, step, size) for number in np.unique(sets)}
-            rows = [(found[number], slice(place, place + 1)) for place, number in enumerate(sets)]
+            batches = {number: self.sets[number].batch(split, step, size) for number in np.unique(sets)}
+            rows = [(batches[number], slice(place, place + 1)) for place, number in enumerate(sets)]
         else:
             sets, numbers = self.held_out
             rows = []
@@ -118,11 +118,11 @@ def load_mixture(config: TrainConfig, load: Callable[[TrainConfig, Tokenizer | N
     for number, each in enumerate(config.data.sets):
         data = config.data.model_copy(update={"sets": (), **each.model_dump(exclude_unset=True, exclude={"weight"})})
         try:
-            found = load(config.model_copy(update={"data": data}), tokenizer)
+            data_set = load(config.model_copy(update={"data": data}), tokenizer)
         except DataError as error:
             raise DataError(f"data.sets, number {number + 1}: {error}") from None
-        if not hasattr(found, "with_entries"):
+        if not hasattr(data_set, "with_entries"):
             raise DataError(f"data.sets mixes texts or answers, and model.family={config.model.family} reads neither: give one set")
-        tokenizer = tokenizer or found.tokenizer
-        sets.append(replace(found, order=Order(config.seed, data.sampling, number, weights)))
+        tokenizer = tokenizer or data_set.tokenizer
+        sets.append(replace(data_set, order=Order(config.seed, data.sampling, number, weights)))
     return Mixture(tuple(sets), weights)

@@ -147,13 +147,13 @@ def load_pairs(settings: DataSettings, sequence_length: int, seed: int, tokenize
     faults = Faults(settings.on_error == "skip")
     skipped = faults.counts
     read = _read_dataset(settings, faults) if from_table else _read_folder(settings)
-    pairs = {split: _leave_out_empty(found, faults) for split, found in read.items()}
-    lines = [pair.source for pair in pairs["train"]] + [pair.target for pair in pairs["train"]]
+    kept = {split: _leave_out_empty(pairs, faults) for split, pairs in read.items()}
+    lines = [pair.source for pair in kept["train"]] + [pair.target for pair in kept["train"]]
     tokenizer = tokenizer or make_tokenizer(settings.tokenizer, "\n".join(lines).encode())
     special = SpecialTokens.of(tokenizer)
     sides: dict[str, tuple[_Side, _Side]] = {}
-    for split, kept in pairs.items():
-        sides[split] = _encode_pairs(kept, special, sequence_length, split == "train", faults)
+    for split, pairs in kept.items():
+        sides[split] = _encode_pairs(pairs, special, sequence_length, split == "train", faults)
         if not sides[split][0].lines:
             raise DataError(
                 f"no pair of split {split} is left, {skipped} were left out: give more or shorter lines, or raise "
@@ -167,7 +167,7 @@ def load_pairs(settings: DataSettings, sequence_length: int, seed: int, tokenize
 
 def _leave_out_empty(pairs: list[_Pair], faults: Faults) -> list[_Pair]:
     kept = [pair for pair in pairs if pair.source.strip() and pair.target.strip()]
-    faults.count("empty lines", len(pairs) - len(kept))
+    faults.count_skipped("empty lines", len(pairs) - len(kept))
     return kept
 
 
@@ -179,10 +179,10 @@ def _encode_pairs(pairs: list[_Pair], special: SpecialTokens, length: int, train
         try:
             source, target = (_encode(special, line) for line in (pair.source, pair.target))
         except KeyError as error:
-            faults.report("characters", f"{pair.place}: {_unknown(error)}")
+            faults.refuse_or_count("characters", f"{pair.place}: {_unknown(error)}")
             continue
         if training and max(len(source), len(target)) > length:
-            faults.count("long pairs")
+            faults.count_skipped("long pairs")
             continue
         kept.append(pair)
         encoded.append((_truncate(source, length), _truncate(target, length)))
@@ -285,10 +285,10 @@ def _read_split(split: Split, settings: DataSettings, faults: Faults) -> list[_P
 def _pick(texts: Any, languages: tuple[str, str], place: str, faults: Faults) -> _Pair | None:
     """Return the pair of texts in a row; None where one is missing and faults are skipped."""
     if texts is None or (isinstance(texts, dict) and any(texts.get(language, "") is None for language in languages)):
-        faults.report("rows", f"{place} has nothing in {languages[0]} or {languages[1]}")
+        faults.refuse_or_count("rows", f"{place} has nothing in {languages[0]} or {languages[1]}")
         return None
-    given = sorted(texts) if isinstance(texts, dict) else f"a {type(texts).__name__}"
+    holds = sorted(texts) if isinstance(texts, dict) else f"a {type(texts).__name__}"
     source, target = (texts.get(language) if isinstance(texts, dict) else None for language in languages)
     if not isinstance(source, str) or not isinstance(target, str):
-        raise DataError(f"{place} holds {given}, no text for each of {languages[0]} and {languages[1]}: set data.source and data.target")
+        raise DataError(f"{place} holds {holds}, no text for each of {languages[0]} and {languages[1]}: set data.source and data.target")
     return _Pair(source, target, place)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from rayllp.config import TrainConfig
-from rayllp.data.cache import Part, settle
+from rayllp.data.cache import ArraySlice, ensure_present
 from rayllp.data.decoded import DecodedImages
 from rayllp.data.load import load_data
 from rayllp.data.tokenizer import Tokenizer, restore_tokenizer
@@ -41,13 +41,13 @@ class DataRecord:
         tokenizer: Any = getattr(data, "tokenizer", None)
         tokens = tokenizer.texts() if tokenizer is not None else None
         meaning = [tokens, getattr(data, "index", None), getattr(data, "classes", ())]
-        splits = {split: checksum(found) for split, found in _splits(data).items()}
-        return cls(_settings(config), splits, checksum(meaning), getattr(tokenizer, "made", None))
+        splits = {split: checksum(content) for split, content in _splits(data).items()}
+        return cls(_settings(config), splits, checksum(meaning), getattr(tokenizer, "serialised", None))
 
     @classmethod
     def read(cls, values: Mapping[str, Any]) -> "DataRecord":
         """Return the record that `as_dict` wrote."""
-        return cls(**{known.name: values[known.name] for known in fields(cls) if known.name in values})
+        return cls(**{each.name: values[each.name] for each in fields(cls) if each.name in values})
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain values that JSON can hold."""
@@ -95,13 +95,13 @@ class DataRecord:
 
 
 def load_recorded(
-    config: TrainConfig, known: DataRecord, file: Path | None = None, data: Any = None
+    config: TrainConfig, stored: DataRecord, file: Path | None = None, data: Any = None
 ) -> tuple[Any, DataRecord, tuple[str, ...]]:
     """Load the data of a run, with the tokenizer that the run began with, and compare them with its record.
 
     Args:
         config: the settings of the run.
-        known: the record that was stored; an empty one if none was.
+        stored: the record that was stored; an empty one if none was.
         file: the run's copy of a tokenizer of the tokenizers library, if there is one.
         data: the data set, if it is loaded already.
 
@@ -112,11 +112,11 @@ def load_recorded(
         DataError: the data are broken, or not those that the run began with.
     """
     if data is None:
-        data = load_data(config, known.kept_tokenizer(config, file))
+        data = load_data(config, stored.kept_tokenizer(config, file))
     else:
-        settle(data)  # the data set may come from another host, whose cached files this one lacks
+        ensure_present(data)  # the data set may come from another host, whose cached files this one lacks
     record = DataRecord.of(config, data)
-    return data, record, known.changes(config, record)
+    return data, record, stored.changes(config, record)
 
 
 def checksum(value: Any) -> str:
@@ -135,15 +135,15 @@ def _settings(config: TrainConfig) -> dict[str, Any]:
 def _splits(data: Any) -> dict[str, list[Any]]:
     """Return, for each split, all that a data set holds of it, with the names of its fields."""
     if (sets := getattr(data, "sets", None)) is not None:
-        parts = [_splits(each) for each in sets]
+        parts = [_splits(data_set) for data_set in sets]
         return {split: [part.get(split) for part in parts] for split in parts[0]}
-    found: dict[str, list[Any]] = {split: [["", known]] for split, known in getattr(data, "checksums", {}).items()}
-    for known in fields(data):
-        value = getattr(data, known.name)
+    content: dict[str, list[Any]] = {split: [["", checksums]] for split, checksums in getattr(data, "checksums", {}).items()}
+    for each in fields(data):
+        value = getattr(data, each.name)
         if isinstance(value, dict) and "train" in value:
             for split, part in value.items():
-                found.setdefault(split, []).append([known.name, part])
-    return found
+                content.setdefault(split, []).append([each.name, part])
+    return content
 
 
 def _feed(digest: Any, value: Any) -> None:
@@ -151,7 +151,7 @@ def _feed(digest: Any, value: Any) -> None:
     if isinstance(value, np.ndarray):
         digest.update(f"{value.dtype}{value.shape}".encode())
         digest.update(np.ascontiguousarray(value).data)
-    elif isinstance(value, Part):
+    elif isinstance(value, ArraySlice):
         _feed(digest, value.checksum)
     elif isinstance(value, DecodedImages):  # hash the datasets library's fingerprint instead of the pixels, which may be larger than memory
         _feed(digest, [str(getattr(value.rows, "_fingerprint", "")), value.column, value.numbers])
@@ -162,6 +162,6 @@ def _feed(digest: Any, value: Any) -> None:
         for part in value:
             _feed(digest, part)
     elif is_dataclass(value):
-        _feed(digest, [getattr(value, known.name) for known in fields(value)])
+        _feed(digest, [getattr(value, each.name) for each in fields(value)])
     else:
         digest.update(f"{type(value).__name__} {value!r};".encode("utf-8", "surrogatepass"))

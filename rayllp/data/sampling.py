@@ -31,25 +31,25 @@ class Order:
     number: int = 0
     weights: tuple[float, ...] = ()
 
-    def places(self, step: int, size: int) -> np.ndarray:
+    def positions(self, step: int, size: int) -> np.ndarray:
         """Return, for each sample of a step, how many samples training has taken from this set before it."""
         numbers = np.arange(step * size, (step + 1) * size)
-        return taken(numbers, self.weights, self.number) if self.weights else numbers
+        return count_before(numbers, self.weights, self.number) if self.weights else numbers
 
     def take(self, step: int, count: int, size: int) -> np.ndarray:
         """Return the `size` indices below `count` of the samples that a step takes."""
         if self.sampling == "replacement":
             return draw(self.seed, f"train{self.number or ''}", step, count, size)
-        return self.at(self.places(step, size), count)[0]
+        return self.samples_at(self.positions(step, size), count)[0]
 
-    def at(self, places: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return the samples at these places of an endless sequence of shuffled epochs over `count` samples, and the epoch of each."""
-        epochs = places // count
-        found = np.empty_like(places)
+    def samples_at(self, positions: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return the samples at these positions of an endless sequence of shuffled epochs over `count` samples, and the epoch of each."""
+        epochs = positions // count
+        samples = np.empty_like(positions)
         for epoch in np.unique(epochs):
-            mine = epochs == epoch
-            found[mine] = permute(places[mine] - epoch * count, count, key(self.seed, "epoch", self.number, int(epoch)))
-        return found, epochs
+            in_epoch = epochs == epoch
+            samples[in_epoch] = permute(positions[in_epoch] - epoch * count, count, key(self.seed, "epoch", self.number, int(epoch)))
+        return samples, epochs
 
 
 def draw(seed: int, split: str, step: int, count: int, size: int) -> np.ndarray:
@@ -76,12 +76,12 @@ def permute(numbers: np.ndarray, count: int, seed: int) -> np.ndarray:
     """
     side = max(2, int(np.ceil(np.sqrt(count))))
     keys = np.random.Generator(np.random.Philox(key=seed)).integers(0, 2**64, size=ROUNDS, dtype=np.uint64)
-    found = np.asarray(numbers, np.int64).copy()
-    left = np.ones(len(found), bool)
-    while left.any():
-        found[left] = _feistel(found[left].astype(np.uint64), np.uint64(side), keys).astype(np.int64)
-        left = found >= count
-    return found
+    permuted = np.asarray(numbers, np.int64).copy()
+    beyond = np.ones(len(permuted), bool)
+    while beyond.any():
+        permuted[beyond] = _feistel(permuted[beyond].astype(np.uint64), np.uint64(side), keys).astype(np.int64)
+        beyond = permuted >= count
+    return permuted
 
 
 def _feistel(numbers: np.ndarray, side: np.uint64, keys: np.ndarray) -> np.ndarray:
@@ -101,15 +101,18 @@ def _mixed(values: np.ndarray) -> np.ndarray:
         return twice ^ (twice >> np.uint64(31))
 
 
-def interleave(places: np.ndarray, weights: tuple[float, ...]) -> np.ndarray:
-    """Return which of several sets each place of an endless sequence of samples is taken from, mixed evenly by their weights."""
-    counts = [taken(np.asarray(places) + 1, weights, number) - taken(places, weights, number) for number in range(len(weights))]
+def interleave(positions: np.ndarray, weights: tuple[float, ...]) -> np.ndarray:
+    """Return which of several sets each position of an endless sequence of samples is taken from, mixed evenly by their weights."""
+    counts = [
+        count_before(np.asarray(positions) + 1, weights, number) - count_before(positions, weights, number)
+        for number in range(len(weights))
+    ]
     return np.argmax(counts, axis=0)
 
 
-def taken(places: np.ndarray, weights: tuple[float, ...], number: int) -> np.ndarray:
-    """Return how many samples of one set come before each of these places in the sequence that `interleave` describes."""
-    left, rest = np.asarray(places, np.int64), float(sum(weights))
+def count_before(positions: np.ndarray, weights: tuple[float, ...], number: int) -> np.ndarray:
+    """Return how many samples of one set come before each of these positions in the sequence that `interleave` describes."""
+    left, rest = np.asarray(positions, np.int64), float(sum(weights))
     for weight in weights[:number]:  # each set before this one takes its share first
         left = left - left * round(LEAST_SHARE * weight / rest) // LEAST_SHARE
         rest -= weight

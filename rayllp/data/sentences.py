@@ -11,10 +11,10 @@ from torch import Tensor
 
 from rayllp.config import DataSettings
 from rayllp.data.base import IGNORE, Facts, passes
-from rayllp.data.files import Faults, Rows, hold_out, locate, read_lines, refuse_one_class, train_and_held_out
+from rayllp.data.files import Faults, Rows, locate, read_lines, refuse_one_class
 from rayllp.data.hub import Split, name_of, up_to
 from rayllp.data.sampling import Order, select
-from rayllp.data.sources import Table, reads_tables, tables
+from rayllp.data.sources import Table, read_splits
 from rayllp.data.special import SpecialTokens
 from rayllp.data.tokenizer import Tokenizer, make_tokenizer
 from rayllp.errors import DataError
@@ -128,7 +128,7 @@ def _leave_out_single(train: list[_Example], settings: DataSettings, faults: Fau
         if example.place.endswith(":1"):
             hint = "; if this line names the columns, set data.text_field and data.label_field to names in it instead of numbers"
         fault = f"label {example.label!r} is on this line alone, where others have {len(train) // len(counts)} lines each"
-        faults.report("labels", f"{example.place}: {fault}{hint}")
+        faults.refuse_or_count("labels", f"{example.place}: {fault}{hint}")
     refuse_one_class((example.label for example in kept), f"data.path {settings.path}")
     return kept
 
@@ -140,18 +140,16 @@ def _check_room(settings: DataSettings, sequence_length: int) -> None:
 
 
 def _read_splits(settings: DataSettings, faults: Faults) -> tuple[list[_Example], list[_Example]]:
-    if reads_tables(settings):
-        train, held_out = tables(settings)
-        examples = _read_table(train, settings, faults, settings.max_bytes)
-        if held_out is None:
-            return hold_out(examples, settings.validation_fraction)
-        return examples, _read_table(held_out, settings, faults, None)
-    if settings.path is None:
+    if settings.path is None and settings.dataset is None:
         raise DataError(
             "there is no data.path: sentence classification needs one, a tab-separated file (.tsv or .tsv.gz) such as GLUE's or a table, "
             "or data.dataset"
         )
-    return train_and_held_out(settings, lambda name, what, limit: _read_examples(name, what, settings, faults, limit))
+    return read_splits(
+        settings,
+        lambda table, limit: _read_table(table, settings, faults, limit),
+        lambda name, what, limit: _read_examples(name, what, settings, faults, limit),
+    )
 
 
 def _read_table(table: Table, settings: DataSettings, faults: Faults, max_bytes: int | None) -> list[_Example]:
@@ -161,8 +159,8 @@ def _read_table(table: Table, settings: DataSettings, faults: Faults, max_bytes:
     columns = {setting: column for setting, column in texts.items() if column is not None} | {"data.label_field": settings.label_field}
     for setting, column in columns.items():
         split.require(setting, column)
-    found = _examples(split, settings, columns, faults)
-    examples = list(up_to(max_bytes, found, lambda example: sum(len(text.encode()) + 1 for text in example.texts)))
+    rows = _examples(split, settings, columns, faults)
+    examples = list(up_to(max_bytes, rows, lambda example: sum(len(text.encode()) + 1 for text in example.texts)))
     if not examples:
         limit = "" if max_bytes is None else f" within data.max_bytes={max_bytes}"
         raise DataError(f"{split.source} has no row with a text and a label{limit}: give some")
@@ -171,16 +169,16 @@ def _read_table(table: Table, settings: DataSettings, faults: Faults, max_bytes:
 
 def _examples(split: Split, settings: DataSettings, columns: dict[str, str], faults: Faults) -> Iterator[_Example]:
     names = split.labels(settings.label_field)
-    for number, (*found, label) in enumerate(split.rows(*columns.values())):
+    for number, (*texts, label) in enumerate(split.rows(*columns.values())):
         place = f"{split.source} row {number}"
-        empty = [column for column, value in zip(columns.values(), (*found, label), strict=True) if value is None or value == ""]
+        empty = [column for column, value in zip(columns.values(), (*texts, label), strict=True) if value is None or value == ""]
         if empty:
-            faults.report("rows", f"{place} has nothing in column {empty[0]!r}")
+            faults.refuse_or_count("rows", f"{place} has nothing in column {empty[0]!r}")
             continue
-        other = next((value for value in found if not isinstance(value, str)), None)
+        other = next((value for value in texts if not isinstance(value, str)), None)
         if other is not None:
             raise DataError(f"{place}: a text is a {type(other).__name__}: set data.text_field and data.pair_field to columns of strings")
-        yield _Example(tuple(found), name_of(label, names), place)
+        yield _Example(tuple(texts), name_of(label, names), place)
 
 
 def _read_examples(name: str, what: str, settings: DataSettings, faults: Faults, max_bytes: int | None) -> list[_Example]:
@@ -195,7 +193,7 @@ def _read_examples(name: str, what: str, settings: DataSettings, faults: Faults,
         cells = line.split("\t")
         fault = _find_fault(cells, columns)
         if fault:
-            faults.report("lines", f"{path}:{number}: {fault}")
+            faults.refuse_or_count("lines", f"{path}:{number}: {fault}")
         else:
             examples.append(_Example(tuple(cells[column] for column in columns.texts), cells[columns.label], f"{path}:{number}"))
     if not examples:
@@ -210,9 +208,9 @@ def _find_columns(settings: DataSettings, first: list[str], path: Path) -> _Colu
     if settings.pair_field is not None:
         fields["pair_field"] = settings.pair_field
     named = not settings.text_field.isdecimal()
-    places = {setting: _find_column(setting, name, first, path, named) for setting, name in fields.items()}
-    label = places.pop("label_field")
-    return _Columns(tuple(places.values()), label, len(first), int(named))
+    numbers = {setting: _find_column(setting, name, first, path, named) for setting, name in fields.items()}
+    label = numbers.pop("label_field")
+    return _Columns(tuple(numbers.values()), label, len(first), int(named))
 
 
 def _find_column(setting: str, name: str, first: list[str], path: Path, named: bool) -> int:
@@ -242,7 +240,7 @@ def _find_fault(cells: list[str], columns: _Columns) -> str | None:
 def _has_label(example: _Example, numbers: dict[str, int], faults: Faults) -> bool:
     """True if an example's label occurs in training; otherwise the example is refused or counted."""
     if example.label not in numbers:
-        faults.report("labels", f"{example.place}: label {example.label!r} is none of training's {_listed(numbers)}")
+        faults.refuse_or_count("labels", f"{example.place}: label {example.label!r} is none of training's {_listed(numbers)}")
     return example.label in numbers
 
 
@@ -258,7 +256,7 @@ def _encode(example: _Example, tokenizer: Tokenizer, length: int, on_long: str, 
     except KeyError as error:
         # An alphabet that is read off the training text lacks characters that occur only in the held-out text.
         fault = f"{error.args[0]!r} is in no training sentence, so data.tokenizer=characters has no token for it (bytes has)"
-        faults.report("characters", f"{example.place}: {fault}")
+        faults.refuse_or_count("characters", f"{example.place}: {fault}")
         return None
     size = 1 + sum(len(text) + 1 for text in texts)
     if size > length:
@@ -266,7 +264,7 @@ def _encode(example: _Example, tokenizer: Tokenizer, length: int, on_long: str, 
             raise DataError(
                 f"{example.place} has {size} tokens, more than sequence_length={length}: raise it, or set data.on_long to cut or skip"
             )
-        faults.count("long sentences" if on_long == "skip" else "ends of long sentences")
+        faults.count_skipped("long sentences" if on_long == "skip" else "ends of long sentences")
         if on_long == "skip":
             return None
     sequence = [special.cls]

@@ -2,14 +2,14 @@
 
 import codecs
 import sysconfig
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 from rayllp.config import DataSettings
 from rayllp.data.cache import stamp
-from rayllp.data.files import Faults, blocks, locate, not_utf8
+from rayllp.data.files import Faults, Sample, blocks, hold_out, locate, not_utf8
 from rayllp.data.hub import Split, is_table, load_named, load_splits, stamp_of, visible_files
 from rayllp.errors import DataError
 
@@ -81,7 +81,7 @@ class Files:
             for _ in read_text_file(self.name.partition(" ")[0], path):
                 pass
         except NoTextError as error:
-            faults.report("files", f"{path}{error}")
+            faults.refuse_or_count("files", f"{path}{error}")
             return False
         return True
 
@@ -184,10 +184,34 @@ def tables(settings: DataSettings) -> tuple[Table, Table | None]:
     """
     train, held_out = training_table(settings), held_out_table(settings)
     if held_out is None:
-        found = load_splits(train.settings, stream=True)
-        own = next((name for name in HELD_OUT_SPLITS if name in found and name != train.split), None)
+        splits = load_splits(train.settings, stream=True)
+        own = next((name for name in HELD_OUT_SPLITS if name in splits and name != train.split), None)
         held_out = replace(train, setting="data.validation_split", split=own) if own else None
     return train, held_out
+
+
+def read_splits(
+    settings: DataSettings,
+    read_table: Callable[[Table, int | None], list[Sample]],
+    read_file: Callable[[str, str, int | None], list[Sample]],
+) -> tuple[list[Sample], list[Sample]]:
+    """Return training and held-out samples. Where there is no held-out table or file, the end of the training samples is held out.
+
+    Args:
+        settings: name the tables or files.
+        read_table: (table, number of bytes to read at most) -> samples.
+        read_file: (path, the setting that names it, number of bytes to read at most) -> samples.
+    """
+    if reads_tables(settings):
+        train_table, held_out = tables(settings)
+        train = read_table(train_table, settings.max_bytes)
+        validation = None if held_out is None else read_table(held_out, None)
+    else:
+        assert settings.path is not None
+        train = read_file(settings.path, "data.path", settings.max_bytes)
+        name = settings.validation_path
+        validation = None if name is None else read_file(name, "data.validation_path", None)
+    return hold_out(train, settings.validation_fraction) if validation is None else (train, validation)
 
 
 def reads_tables(settings: DataSettings) -> bool:
@@ -216,8 +240,8 @@ def _table(setting: str, name: str, settings: DataSettings) -> Table | None:
     path = _existing(setting, name)
     if not is_table(path):
         return None
-    there = settings.model_copy(update={"path": name, "dataset": None, "streaming": False})
-    return Table(f"{setting} {path}", there, "data.split", settings.split if setting == "data.path" else "train")
+    table_settings = settings.model_copy(update={"path": name, "dataset": None, "streaming": False})
+    return Table(f"{setting} {path}", table_settings, "data.split", settings.split if setting == "data.path" else "train")
 
 
 def _files(setting: str, name: str) -> Files:

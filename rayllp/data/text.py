@@ -12,12 +12,12 @@ from torch import Tensor
 
 from rayllp.config import DataSettings
 from rayllp.data.base import IGNORE, Facts, Inputs, passes
-from rayllp.data.cache import Entry, Part, Writer, fingerprint
+from rayllp.data.cache import ArraySlice, Entry, Writer, fingerprint
 from rayllp.data.files import Faults
 from rayllp.data.hub import up_to
 from rayllp.data.sampling import Order, in_order
 from rayllp.data.sources import Source, held_out_text, joined, training_text
-from rayllp.data.tokenizer import Tokenizer, identity, is_made, load_tokenizer, restore_tokenizer, smallest_dtype
+from rayllp.data.tokenizer import Tokenizer, identity, is_made_from_text, load_tokenizer, restore_tokenizer, smallest_dtype
 from rayllp.errors import DataError
 from rayllp.keys import key
 
@@ -65,7 +65,7 @@ class StreamBatches:
         tokenizer: the tokenizer of the text.
     """
 
-    tokens: dict[str, Part]
+    tokens: dict[str, ArraySlice]
     sequence_length: int
     order: Order
     tokenizer: Tokenizer
@@ -106,16 +106,16 @@ class StreamBatches:
     def starts(self, split: str, step: int, size: int) -> np.ndarray:
         """Return where a batch's windows start in the stream; -1 beyond the last held-out window."""
         if split != "train":
-            places = in_order(step, len(self.held_out), size)
-            return np.where(places < 0, -1, self.held_out[np.maximum(places, 0)])
+            numbers = in_order(step, len(self.held_out), size)
+            return np.where(numbers < 0, -1, self.held_out[np.maximum(numbers, 0)])
         room = len(self.tokens[split]) - self.length + 1
         if self.order.sampling == "replacement":
             return self.order.take(step, room, size)
         count = max(1, room // self.stride)
-        places, epochs = self.order.at(self.order.places(step, size), count)
+        numbers, epochs = self.order.samples_at(self.order.positions(step, size), count)
         rest, order = room - (count - 1) * self.stride, self.order
         offsets = {epoch: key(order.seed, "offset", order.number, int(epoch)) % rest for epoch in np.unique(epochs)}
-        return places * self.stride + np.array([offsets[epoch] for epoch in epochs])
+        return numbers * self.stride + np.array([offsets[epoch] for epoch in epochs])
 
     def windows(self, split: str, starts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return the tokens of the windows, int64 of shape (size, length), and a mask of rows that exist (whose start is not -1)."""
@@ -176,12 +176,12 @@ class TextBatches(StreamBatches):
         """Return for each token its distance from the start of its text or of the window, whichever is nearer."""
         part = self.tokens[split]
         beginnings = part.entry.array(f"{part.name}_texts")
-        found = np.zeros((len(starts), self.length), np.int64)
-        for row, start in zip(found, np.maximum(starts, 0) + part.start, strict=True):
+        text_starts = np.zeros((len(starts), self.length), np.int64)
+        for row, start in zip(text_starts, np.maximum(starts, 0) + part.start, strict=True):
             first, last = np.searchsorted(beginnings, (start, start + self.length))
             within = beginnings[first:last] - start
             row[within] = within
-        return np.arange(self.length) - np.maximum.accumulate(found, axis=1)
+        return np.arange(self.length) - np.maximum.accumulate(text_starts, axis=1)
 
 
 # Tokens -----------------------------------------------------------------------------------------------------------------------
@@ -197,7 +197,7 @@ class Tokens:
         skipped: how many files and rows were left out.
     """
 
-    splits: dict[str, Part]
+    splits: dict[str, ArraySlice]
     tokenizer: Tokenizer
     skipped: dict[str, int]
 
@@ -208,9 +208,9 @@ def load_text(settings: DataSettings, sequence_length: int, seed: int, tokenizer
     Raises:
         DataError: see `load_tokens`.
     """
-    found = load_tokens(settings, sequence_length, sequence_length + 1, tokenizer)
+    tokens = load_tokens(settings, sequence_length, sequence_length + 1, tokenizer)
     order = Order(seed, settings.sampling)
-    return TextBatches(found.splits, sequence_length, order, found.tokenizer, found.skipped, settings.documents == "packed")
+    return TextBatches(tokens.splits, sequence_length, order, tokens.tokenizer, tokens.skipped, settings.documents == "packed")
 
 
 def load_tokens(settings: DataSettings, sequence_length: int, window: int, tokenizer: Tokenizer | None) -> Tokens:
@@ -231,33 +231,35 @@ def load_tokens(settings: DataSettings, sequence_length: int, window: int, token
     packed = settings.documents == "packed"
     write = WriteTokens(source, held_out, tokenizer, settings.max_bytes, settings.on_error == "skip", packed)
     name = fingerprint("tokens", stamps, held_out and held_out.stamp(), packed, *identity(tokenizer))
-    entry = Entry(name, write, settings.cache, f"tokens of {source.name}").settle()
-    train = Part.whole(entry, "train")
+    entry = Entry(name, write, settings.cache, f"tokens of {source.name}").ensure_present()
+    train = ArraySlice.whole(entry, "train")
     if held_out is None:
         held = int(len(train) * settings.validation_fraction)
         cut = len(train) - held
         splits = {"train": replace(train, stop=cut), "validation": replace(train, start=cut)}
     else:
-        splits = {"train": train, "validation": Part.whole(entry, "validation")}
+        splits = {"train": train, "validation": ArraySlice.whole(entry, "validation")}
     for split, tokens in splits.items():
         if len(tokens) < window:
             raise DataError(
                 f"the {split} text has {len(tokens)} tokens, fewer than one sequence of {sequence_length} takes "
                 f"({window}): give more text, or lower sequence_length"
             )
-    return Tokens(splits, tokenizer, entry.facts["skipped"])
+    return Tokens(splits, tokenizer, entry.metadata["skipped"])
 
 
 def _tokenizer(settings: DataSettings, source: Source, stamps: list[Any]) -> Tokenizer:
     """Load the tokenizer that the settings name. One that is made from the text is made once and then read from the cache."""
     name = settings.tokenizer
-    if not is_made(name):
+    if not is_made_from_text(name):
         return load_tokenizer(name, ())
     write = WriteTokenizer(name, source, settings.max_bytes, settings.on_error == "skip")
-    entry = Entry(fingerprint("tokenizer", stamps, name, tokenizers.__version__), write, settings.cache, f"data.tokenizer {name}").settle()
-    made = restore_tokenizer(name, entry.facts["made"], None)
-    assert made is not None
-    return made
+    entry = Entry(
+        fingerprint("tokenizer", stamps, name, tokenizers.__version__), write, settings.cache, f"data.tokenizer {name}"
+    ).ensure_present()
+    tokenizer = restore_tokenizer(name, entry.metadata["made"], None)
+    assert tokenizer is not None
+    return tokenizer
 
 
 @dataclass(frozen=True)
@@ -271,8 +273,8 @@ class WriteTokenizer:
 
     def __call__(self, writer: Writer) -> None:
         """Store the serialised tokenizer that `restore_tokenizer` reads."""
-        made: Any = load_tokenizer(self.name, joined(self.source.documents(Faults(self.skip)), self.limit))
-        writer.facts["made"] = made.made
+        tokenizer: Any = load_tokenizer(self.name, joined(self.source.documents(Faults(self.skip)), self.limit))
+        writer.metadata["made"] = tokenizer.serialised
 
 
 @dataclass(frozen=True)
@@ -298,11 +300,11 @@ class WriteTokens:
         """Write the tokens ("train", "validation"), where each text starts if texts are packed ("…_texts"), and how much was left out."""
         faults = Faults(self.skip)
         for name, source, limit in (("train", self.source, self.limit), ("validation", self.held_out, None)):
-            if source is not None and not self._write(writer, name, source, faults, limit):
+            if source is not None and not self._write_split(writer, name, source, faults, limit):
                 raise _no_text(source)
-        writer.facts["skipped"] = faults.counts
+        writer.metadata["skipped"] = faults.counts
 
-    def _write(self, writer: Writer, name: str, source: Source, faults: Faults, limit: int | None) -> int:
+    def _write_split(self, writer: Writer, name: str, source: Source, faults: Faults, limit: int | None) -> int:
         """Write the tokens of a source and return their number."""
         count, dtype = 0, smallest_dtype(self.tokenizer.vocabulary)
         texts = source.documents(faults)

@@ -44,26 +44,26 @@ class Tokenizer(Protocol):
         ...
 
 
-def restore_tokenizer(name: str, made: str | None, file: Path | None) -> Tokenizer | None:
+def restore_tokenizer(name: str, serialised: str | None, file: Path | None) -> Tokenizer | None:
     """Return the tokenizer of a run that is resumed; None: it was not stored, and the one that `name` stands for is to be loaded.
 
     Args:
         name: the value of `data.tokenizer`.
-        made: the serialised tokenizer, if it was made from the text.
+        serialised: the serialised tokenizer, if it was made from the text.
         file: the run's copy of a JSON file of the tokenizers library.
     """
-    if name == "characters" and made is not None:
-        return Characters([made])
+    if name == "characters" and serialised is not None:
+        return Characters([serialised])
     if not name.startswith("bpe:") and not name.endswith(".json"):
         return None
-    if name.startswith("bpe:") and made is not None:
-        return TrainedBPE.read(made)
+    if name.startswith("bpe:") and serialised is not None:
+        return TrainedBPE.read(serialised)
     if file is None or not file.is_file():
         return None
     return TrainedBPE.read(file.read_text(encoding="utf-8")) if name.startswith("bpe:") else TokenizersFile(str(file))
 
 
-def is_made(name: str) -> bool:
+def is_made_from_text(name: str) -> bool:
     """True if the tokenizer of this name is made from the text."""
     return name == "characters" or name.startswith("bpe:")
 

@@ -101,7 +101,7 @@ class Characters(_OneByOne):
         return "".join(self.alphabet)
 
     @property
-    def made(self) -> str:
+    def serialised(self) -> str:
         """The alphabet, from which `restore_tokenizer` makes the same tokenizer."""
         return "".join(self.alphabet)
 
@@ -128,7 +128,7 @@ class _Fast:
         """Encode each of several texts, using all CPUs."""
         if any(len(text) > LONG for text in texts):
             return [self.encode(text.encode()) for text in texts]
-        return [np.array(found.ids, np.uint32) for found in self._tokenizer.encode_batch(texts, add_special_tokens=False)]
+        return [np.array(encoding.ids, np.uint32) for encoding in self._tokenizer.encode_batch(texts, add_special_tokens=False)]
 
     def texts(self) -> str:
         """Return the vocabulary as JSON."""
@@ -165,10 +165,10 @@ class TokenizersFile(_Fast):
             raise DataError(
                 f"data.tokenizer {path} is no tokenizer ({error}); give a JSON file written by the tokenizers library"
             ) from None
-        found = ([self._tokenizer.token_to_id(token) for token in style] for style in SPECIAL_STYLES)
-        self.special = next((tuple(ids) for ids in found if None not in ids), None)
+        styles = ([self._tokenizer.token_to_id(token) for token in style] for style in SPECIAL_STYLES)
+        self.special = next((tuple(ids) for ids in styles if None not in ids), None)
         ends = (self._tokenizer.token_to_id(token) for token in ENDS)
-        self.eos: int | None = next((found for found in ends if found is not None), None)
+        self.eos: int | None = next((end for end in ends if end is not None), None)
 
 
 class TrainedBPE(_Fast):
@@ -191,16 +191,16 @@ class TrainedBPE(_Fast):
         super().__init__(tokenizer)
 
     @classmethod
-    def read(cls, made: str) -> "TrainedBPE":
-        """Restore a tokenizer that was trained before, from its `made`."""
+    def read(cls, serialised: str) -> "TrainedBPE":
+        """Restore a tokenizer that was trained before, from its `serialised`."""
         from tokenizers import Tokenizer as Fast
 
         tokenizer = cls.__new__(cls)
-        _Fast.__init__(tokenizer, Fast.from_str(made))
+        _Fast.__init__(tokenizer, Fast.from_str(serialised))
         return tokenizer
 
     @property
-    def made(self) -> str:
+    def serialised(self) -> str:
         """The tokenizer's definition, as JSON, from which `restore_tokenizer` makes the same tokenizer."""
         return self.rules
 
@@ -272,8 +272,8 @@ class Pretrained(_OneByOne):
         ids = (own.pad_token_id, own.cls_token_id, own.sep_token_id, own.mask_token_id)
         self.special = None if None in ids else ids
         self.eos: int | None = own.eos_token_id
-        begun = own("")["input_ids"]
-        self.bos: int | None = begun[0] if begun and begun[0] == own.bos_token_id else None
+        of_nothing = own("")["input_ids"]
+        self.bos: int | None = of_nothing[0] if of_nothing and of_nothing[0] == own.bos_token_id else None
 
     def encode(self, text: bytes) -> np.ndarray:
         """Return the ids of the whole text, without special tokens."""
@@ -317,8 +317,8 @@ def decode_text(text: bytes) -> str:
 
 
 def _joined(parts: Iterable[np.ndarray]) -> np.ndarray:
-    found = [part for part in parts if len(part)]
-    return np.concatenate(found) if found else np.zeros(0, np.uint32)
+    parts = [part for part in parts if len(part)]
+    return np.concatenate(parts) if parts else np.zeros(0, np.uint32)
 
 
 def _codes(text: str) -> np.ndarray:
@@ -328,14 +328,14 @@ def _codes(text: str) -> np.ndarray:
 
 def _lines(pieces: Iterable[str]) -> Iterator[str]:
     """Yield the lines of a text, line ends included."""
-    begun: list[str] = []
+    line_parts: list[str] = []
     for piece in pieces:
         first, *others = piece.split("\n")
-        begun.append(first)
+        line_parts.append(first)
         for line in others:
-            yield "".join(begun) + "\n"
-            begun = [line]
-    if last := "".join(begun):
+            yield "".join(line_parts) + "\n"
+            line_parts = [line]
+    if last := "".join(line_parts):
         yield last
 
 

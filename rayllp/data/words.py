@@ -11,10 +11,10 @@ from torch import Tensor
 
 from rayllp.config import DataSettings
 from rayllp.data.base import IGNORE, Facts, passes
-from rayllp.data.files import Faults, Rows, hold_out, locate, read_lines, refuse_one_class, train_and_held_out
+from rayllp.data.files import Faults, Rows, locate, read_lines, refuse_one_class
 from rayllp.data.hub import Split, name_of, up_to
 from rayllp.data.sampling import Order, select
-from rayllp.data.sources import Table, reads_tables, tables
+from rayllp.data.sources import Table, read_splits
 from rayllp.errors import DataError
 
 PADDING, UNKNOWN, FIRST_WORD = 0, 1, 2
@@ -100,21 +100,16 @@ def load_words(settings: DataSettings, sequence_length: int, seed: int) -> WordB
 
 
 def _read_splits(settings: DataSettings, faults: Faults) -> tuple[list[_Sentence], list[_Sentence]]:
-    if reads_tables(settings):
-        train, held_out = tables(settings)
-        sentences = _read_table(train, settings, faults, settings.max_bytes)
-        if held_out is None:
-            return hold_out(sentences, settings.validation_fraction)
-        return sentences, _read_table(held_out, settings, faults, None)
-    if settings.path is None:
+    if settings.path is None and settings.dataset is None:
         raise DataError(
             "there is no data.path: word classification needs one, a treebank in CoNLL-U (.conllu or .conllu.gz; universaldependencies.org "
             "has them for many languages) or a table with a list of words and one of labels in each row; or data.dataset"
         )
-    label = "upos" if settings.label_field == "label" else settings.label_field
-    if label not in LABEL_COLUMNS:
-        raise DataError(f"data.label_field {label!r} is no label of words: set it to one of {', '.join(LABEL_COLUMNS)}")
-    return train_and_held_out(settings, lambda name, what, limit: _read_sentences(name, what, label, faults, limit))
+    return read_splits(
+        settings,
+        lambda table, limit: _read_table(table, settings, faults, limit),
+        lambda name, what, limit: _read_treebank(name, what, settings, faults, limit),
+    )
 
 
 def _read_table(table: Table, settings: DataSettings, faults: Faults, max_bytes: int | None) -> list[_Sentence]:
@@ -122,8 +117,8 @@ def _read_table(table: Table, settings: DataSettings, faults: Faults, max_bytes:
     split = table.open()
     for setting, column in (("data.text_field", settings.text_field), ("data.label_field", settings.label_field)):
         split.require(setting, column)
-    found = _sentences(split, settings, faults)
-    sentences = list(up_to(max_bytes, found, lambda sentence: sum(len(word.encode()) + 1 for word in sentence.words)))
+    rows = _sentences(split, settings, faults)
+    sentences = list(up_to(max_bytes, rows, lambda sentence: sum(len(word.encode()) + 1 for word in sentence.words)))
     if not sentences:
         limit = "" if max_bytes is None else f" within data.max_bytes={max_bytes}"
         raise DataError(f"{split.source} has no row with words and labels{limit}: give some")
@@ -135,7 +130,7 @@ def _sentences(split: Split, settings: DataSettings, faults: Faults) -> Iterator
     for number, (words, labels) in enumerate(split.rows(settings.text_field, settings.label_field)):
         place = f"{split.source} row {number}"
         if not isinstance(words, list) or not isinstance(labels, list) or len(words) != len(labels) or None in (*words, *labels):
-            faults.report(
+            faults.refuse_or_count(
                 "sentences",
                 f"{place} has no list of words in column {settings.text_field!r}, with as many labels in {settings.label_field!r}",
             )
@@ -143,7 +138,10 @@ def _sentences(split: Split, settings: DataSettings, faults: Faults) -> Iterator
             yield _Sentence([str(word) for word in words], [name_of(label, names) for label in labels], [place] * len(words))
 
 
-def _read_sentences(name: str, what: str, label: str, faults: Faults, max_bytes: int | None) -> list[_Sentence]:
+def _read_treebank(name: str, what: str, settings: DataSettings, faults: Faults, max_bytes: int | None) -> list[_Sentence]:
+    label = "upos" if settings.label_field == "label" else settings.label_field
+    if label not in LABEL_COLUMNS:
+        raise DataError(f"data.label_field {label!r} is no label of words: set it to one of {', '.join(LABEL_COLUMNS)}")
     path = locate(name, what)
     blocks = _blocks(read_lines(path, what, max_bytes))
     sentences = [sentence for block in blocks if (sentence := _parse(path, block, label, faults)) and sentence.words]
@@ -172,7 +170,7 @@ def _parse(path: Path, block: list[tuple[int, str]], label: str, faults: Faults)
         columns = line.split("\t")
         fault = _find_fault(columns, len(sentence.words) + 1, label)
         if fault:
-            faults.report("sentences", f"{path}:{number}: {fault}")
+            faults.refuse_or_count("sentences", f"{path}:{number}: {fault}")
             return None
         if _WORD.fullmatch(columns[0]):
             sentence.words.append(columns[1])
@@ -213,7 +211,7 @@ def _number_labels(sentence: _Sentence, numbers: dict[str, int], faults: Faults)
     """Return the class numbers of a sentence's labels; IGNORE for one that does not occur in training, if faults are skipped."""
     for label, place in zip(sentence.labels, sentence.places, strict=True):
         if label not in numbers:
-            faults.report("labels", f"{place}: label {label!r} is in no training sentence")
+            faults.refuse_or_count("labels", f"{place}: label {label!r} is in no training sentence")
     return [numbers.get(label, IGNORE) for label in sentence.labels]
 
 
