@@ -46,9 +46,8 @@ class Accuracy:
 
     def solver_options(self, config: TrainConfig) -> tuple[SolverOptions, SolverOptions]:
         """Return the solver's options for the forward and for the adjoint solve."""
-        return config.solver_options(self.iterations_forward, self.relaxation), config.solver_options(
-            self.iterations_backward, self.relaxation
-        )
+        forward, adjoint = (config.solver_options(count, self.relaxation) for count in (self.iterations_forward, self.iterations_backward))
+        return forward, adjoint
 
     def probing(self) -> "Accuracy":
         """Return this accuracy with doubled iterations, at least three each, so that there are two residuals to give ρ."""
