@@ -121,7 +121,7 @@ def library(request, tmp_path_factory):
 def test_tokens_are_those_of_the_whole_text(library, text):
     path, made = library
     small = pytest.MonkeyPatch()
-    for name, value in {"PIECE": 64, "OVERLAP": 40, "AGREEING": 8, "PIECES_AT_ONCE": 2}.items():
+    for name, value in {"PART": 64, "OVERLAP": 40, "AGREEING": 8, "PARTS_AT_ONCE": 2}.items():
         small.setattr(encoding, name, value)
     try:
         found = make_tokenizer(str(path), b"").encode(text.encode())
@@ -131,7 +131,7 @@ def test_tokens_are_those_of_the_whole_text(library, text):
 
 
 def test_pieces_are_joined_where_they_agree(monkeypatch):
-    for name, value in {"PIECE": 512, "OVERLAP": 128, "AGREEING": 8}.items():
+    for name, value in {"PART": 512, "OVERLAP": 128, "AGREEING": 8}.items():
         monkeypatch.setattr(encoding, name, value)
     ours = TrainedBPE(320, [TEXT])
 

@@ -121,7 +121,7 @@ def theirs(config, weights):
     model = architecture.model_class(architecture.config).double().train()
     missing, unexpected = model.load_state_dict(weights, strict=False)
     assert not unexpected
-    known = {name for group in architecture.same for name in group} | {"final_logits_bias"}
+    known = {name for group in architecture.aliases for name in group} | {"final_logits_bias"}
     assert set(missing) <= known
     model.tie_weights()
     inputs, targets = data.batch("train", 5, config.batch_size)

@@ -8,11 +8,11 @@ import numpy as np
 
 from rayllp.errors import DataError
 
-PIECE, OVERLAP, AGREEING = 2**18, 2**11, 32
+PART, OVERLAP, AGREEING = 2**18, 2**11, 32
 """How a text is divided: characters per part, characters of context before and after each part, and how many tokens on both sides of a cut
 must agree in the two encodings that meet there.
 """
-PIECES_AT_ONCE = 16
+PARTS_AT_ONCE = 16
 
 
 def encode_pieces(tokenizer: Any, pieces: Iterable[str]) -> Iterator[np.ndarray]:
@@ -22,7 +22,7 @@ def encode_pieces(tokenizer: Any, pieces: Iterable[str]) -> Iterator[np.ndarray]
     joined where their encodings have the same tokens at the same positions; where they do not agree, both parts are encoded again as one.
     """
     parts, left, first = _parts(pieces), None, 0
-    for together in iter(lambda: list(islice(parts, PIECES_AT_ONCE)), []):
+    for together in iter(lambda: list(islice(parts, PARTS_AT_ONCE)), []):
         encodings = tokenizer.encode_batch([part.text for part in together], add_special_tokens=False)
         for part, encoding in zip(together, encodings, strict=True):
             right = _Encoded(part, encoding)
@@ -56,8 +56,8 @@ def _parts(pieces: Iterable[str]) -> Iterator[_Part]:
     text, begin = "", 0
     for piece in pieces:
         text += piece
-        while len(text) - begin > PIECE + max(OVERLAP, PIECE // 2):
-            end = begin + PIECE
+        while len(text) - begin > PART + max(OVERLAP, PART // 2):
+            end = begin + PART
             yield _Part(text[: end + OVERLAP], begin, end)
             text, begin = text[end - OVERLAP :], OVERLAP
     yield _Part(text, begin, len(text))

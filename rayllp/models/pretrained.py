@@ -53,6 +53,7 @@ class PretrainedArchitecture(Architecture):
         model_class: transformers' class of the whole model.
         embed_paths, head_paths, common_paths: full names of the modules of the embedding, of the head, and of those that several layers
             use.
+        aliases: groups of full names that denote the same parameter.
         outputs: names, within a layer, of the projections that write into the residual stream (scaled by model.initialisation=scaled).
         inner: names, within a layer, of the MLP and value projections that model.initialisation=deep scales as well.
     """
@@ -67,7 +68,7 @@ class PretrainedArchitecture(Architecture):
     def __init__(self, config: PreTrainedConfig, layers: int, settings: TrainConfig, facts: Facts, pretrained: str | None = None) -> None:
         self.config, self.layers, self.settings, self.facts = config, layers, settings, facts
         self.model = _outline(self.model_class, config)
-        self.same = _parameters_that_are_one(self.model)
+        self.aliases = _find_aliases(self.model)
         self.stochastic = settings.model.dropout > 0
         self.weights = self._open_weights(pretrained)
         self.paths = self.find_pieces()
@@ -150,8 +151,8 @@ class PretrainedArchitecture(Architecture):
         names = {id(module): name for name, module in piece.named_modules()}
         with torch.no_grad():
             piece.apply(lambda module: initialiser(self.model, names[id(module)])(module))
-        for group in self._groups_within(piece):
-            _make_one(piece, group)
+        for group in self._aliases_within(piece):
+            _tie(piece, group)
         if pretrained:
             self.weights.fill(piece)
         return piece
@@ -175,15 +176,15 @@ class PretrainedArchitecture(Architecture):
 
     def _ties_between(self, first: Iterable[str], last: Iterable[str]) -> Iterable[tuple[str, str]]:
         """Yield, for each parameter that is in two pieces, its name in the first and in the last."""
-        for group in self.same:
+        for group in self.aliases:
             ends = [[name for name in group if is_within(name, paths)] for paths in (first, last)]
             if ends[0] and ends[1]:
                 yield ends[0][0], ends[1][0]
 
-    def _groups_within(self, piece: Piece) -> list[list[str]]:
+    def _aliases_within(self, piece: Piece) -> list[list[str]]:
         """Return the groups of names in a piece that denote the same parameter."""
         names = {name for name, _ in piece.named_parameters(remove_duplicate=False)}
-        return [shared for group in self.same if len(shared := [name for name in group if name in names]) > 1]
+        return [shared for group in self.aliases if len(shared := [name for name in group if name in names]) > 1]
 
     # Loss ---------------------------------------------------------------------------------------------------------------------
 
@@ -234,7 +235,7 @@ def _outline(kind: type[PreTrainedModel], config: PreTrainedConfig) -> PreTraine
         ) from error
 
 
-def _parameters_that_are_one(model: nn.Module) -> list[list[str]]:
+def _find_aliases(model: nn.Module) -> list[list[str]]:
     """Return groups of names that denote the same parameter."""
     groups: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -242,7 +243,7 @@ def _parameters_that_are_one(model: nn.Module) -> list[list[str]]:
     return [names for names in groups.values() if len(names) > 1]
 
 
-def _make_one(piece: Piece, names: list[str]) -> None:
+def _tie(piece: Piece, names: list[str]) -> None:
     """Make all these names of a piece denote the first one's parameter."""
     kept = piece.get_parameter(names[0])
     for name in names[1:]:

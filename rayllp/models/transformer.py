@@ -123,7 +123,7 @@ class Transformer(PretrainedArchitecture):
 
     def _names_of(self, name: str) -> set[str]:
         """Return all names of a parameter."""
-        return next((set(group) for group in self.same if name in group), {name})
+        return next((set(group) for group in self.aliases if name in group), {name})
 
     def embed(self) -> nn.Module:
         """Build the embedding; parameters that the first state does not depend on are frozen."""
@@ -207,7 +207,7 @@ class Transformer(PretrainedArchitecture):
 
     def _refuse_shared(self, paths: list[str]) -> None:
         """Refuse parameters that a layer shares with another layer or with a piece around the layers."""
-        for group in self.same:
+        for group in self.aliases:
             inside = {path for name in group for path in paths if name.startswith(path + ".")}
             if len(inside) > 1 or (inside and any(not name.startswith(tuple(path + "." for path in paths)) for name in group)):
                 raise UncuttableError(f"its layers share a parameter: {group[0]} is {group[1]}")
