@@ -43,7 +43,7 @@ def leave_for_another_host(tmp_path, monkeypatch):
 
 def forbid(monkeypatch):
     """No entry can be made any more."""
-    monkeypatch.setattr(Entry, "_fill", lambda self, part: pytest.fail("made again"))
+    monkeypatch.setattr(Entry, "_write_files", lambda self, folder: pytest.fail("made again"))
 
 
 # The cache --------------------------------------------------------------------------------------------------------------------
