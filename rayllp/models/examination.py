@@ -76,7 +76,7 @@ class _Examination:
         self.visited: list[int] = []
         self.first: list[Tensor] = []
         self.passed: Tensor | None = None
-        self.encoded: Tensor | None = None
+        self.encoder_state: Tensor | None = None
         self.encoder_output: Tensor | None = None
         self.kinds: dict[Any, int] = {}
         self.calls: list[Call] = []  # all calls are kept, so that no two of their tensors can have the same id()
@@ -130,7 +130,7 @@ class _Examination:
             raise UncuttableError(f"layer {index} makes a state of shape {tuple(after.shape)} of one of {tuple(state.shape)}")
         self.passed = after.clone()
         if index == replay.encoder_layers - 1:
-            self.encoded = self.passed.requires_grad_()
+            self.encoder_state = self.passed.requires_grad_()
         return self.passed
 
     def _check_arguments(self, index: int, call: Call) -> None:
@@ -141,7 +141,7 @@ class _Examination:
             for tensor in _tensors_in(value):
                 if not tensor.requires_grad:
                     continue
-                if self.encoded is not None and id(self.encoded) in parameters_behind(tensor):
+                if self.encoder_state is not None and id(self.encoder_state) in parameters_behind(tensor):
                     if self.encoder_output is None or tensor is self.encoder_output:
                         self.encoder_output = tensor
                         self.replay.encoder_output_places |= {place}
