@@ -99,9 +99,9 @@ def test_a_host_without_the_files_gets_small_ones_sent(text, tmp_path, monkeypat
     with pytest.raises(DataError, match=r"text.txt cannot be read"):
         cache.ensure_present(pickle.loads(sent))
     with pytest.raises(DataError, match=f"on {socket.gethostname()}: .*text.txt cannot be read: .*under the same path as the driver"):
-        BlockWorker._settle(None, pickle.loads(sent))
+        BlockWorker._ensure_data(None, pickle.loads(sent))
     there = pickle.loads(with_files)
-    BlockWorker._settle(None, there)
+    BlockWorker._ensure_data(None, there)
     assert torch.equal(there.batch("train", 3, 4)[0], batch[0])
     (tmp_path / "cache of the first host").rename(tmp_path / "cache")
     monkeypatch.setattr(cache, "CARRIED", 10)
