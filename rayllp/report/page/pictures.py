@@ -1,11 +1,11 @@
 """The page's pictures: what Bokeh draws, with its key, what it says in words, and the table behind it."""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from bokeh.embed import json_item
+from bokeh.document import Document
 from bokeh.plotting import figure
 
 from rayllp.report.gantt import COLOURS as SPAN_COLOURS
@@ -40,8 +40,7 @@ class Picture:
         above: what the vertical axis shows.
         summary: the picture in words.
         head, rows: the table behind it.
-        plot: what Bokeh draws.
-        item: the same as its script takes it.
+        plot: what Bokeh draws; its id is that of the place on the page.
     """
 
     title: str
@@ -53,10 +52,15 @@ class Picture:
     plot: figure
     key: str = ""
     above: str = ""
-    item: Any = field(init=False)
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "item", json_item(self.plot, theme=THEME))
+
+def embed(pictures: Iterable[Picture]) -> dict[str, Any]:
+    """All that Bokeh draws, as its script takes it."""
+    document = Document(theme=THEME)
+    with document.models.freeze():  # its models are counted once, not at each of the pictures
+        for picture in pictures:
+            document.add_root(picture.plot)
+    return document.to_json(deferred=False)  # type: ignore[return-value]
 
 
 # Charts ---------------------------------------------------------------------------------------------------------------------------

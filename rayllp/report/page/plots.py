@@ -1,7 +1,7 @@
 """Charts and bars as Bokeh's figures.
 
-Every source has a column `run`, by which the page's script hides runs; what has no source is named after its run instead (`name_of_run`).
-Curves of a chart are one renderer, so that the pointer finds all of them at once.
+All curves of a chart are one renderer, so that the pointer finds all of them at once, and so are all its marks and so on. Each source has a
+column `run`, by which the page's script hides runs.
 """
 
 from collections.abc import Sequence
@@ -9,8 +9,27 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from bokeh.models import BasicTicker, BooleanFilter, BoxAnnotation, CDSView, ColumnDataSource, GlyphRenderer, HoverTool, Label, Node
-from bokeh.models import PrintfTickFormatter, Range1d, Span
+from bokeh.models import (
+    BasicTicker,
+    BooleanFilter,
+    CDSView,
+    ColumnDataSource,
+    Glyph,
+    HBar,
+    HoverTool,
+    Label,
+    MultiLine,
+    Node,
+    Patches,
+    PrintfTickFormatter,
+    Quad,
+    Range1d,
+    Scatter,
+    Span,
+    Text,
+    VSpan,
+    VStrip,
+)
 from bokeh.plotting import figure
 from bokeh.themes import Theme
 
@@ -45,11 +64,6 @@ THEME = Theme(
 def colour_of(chart: Chart, number: int, runs: Sequence[RunRecord]) -> str:
     """A curve's colour: its run's; of one run curves have one each."""
     return COLOURS[(number if len(runs) == 1 else chart.curves[number].run) % len(COLOURS)]
-
-
-def name_of_run(number: int) -> str:
-    """What annotations of a run are called, for the page's script."""
-    return f"run{number}"
 
 
 # Charts ---------------------------------------------------------------------------------------------------------------------------
@@ -91,17 +105,31 @@ def _range(low: float, high: float, below: float, above: float, log: bool = Fals
 
 def _figure(**more: Any) -> figure:
     look = {"sizing_mode": "stretch_width", "output_backend": "svg", "toolbar_location": "above"}
-    plot = figure(tools="box_zoom,pan,wheel_zoom,reset", active_drag="box_zoom", active_scroll=None, **look, **more)
+    plot = figure(tools="box_zoom,pan,reset", active_drag="box_zoom", **look, **more)
     plot.toolbar.update(logo=None, autohide=True)
     return plot
 
 
-def _view() -> CDSView:
-    return CDSView(filter=BooleanFilter())
+class _Rows:
+    """Columns of a source, filled row by row."""
 
+    def __init__(self, *names: str) -> None:
+        self.columns: dict[str, list[Any]] = {name: [] for name in names}
 
-def _hover(plot: figure, renderer: GlyphRenderer, text: str, **more: Any) -> None:
-    plot.add_tools(HoverTool(renderers=[renderer], tooltips=f'<div style="font-size:12px;max-width:min(20rem,45vw);white-space:normal">{text}</div>', visible=False, **more))
+    def add(self, *values: Any) -> None:
+        for column, value in zip(self.columns.values(), values, strict=True):
+            column.append(value)
+
+    def draw(self, plot: figure, glyph: Glyph, text: str = "", **hover: Any) -> None:
+        """With this text under the pointer; nothing where there are no rows."""
+        columns = list(self.columns.values())
+        if not columns[0]:
+            return
+        more = {"view": CDSView(filter=BooleanFilter())} if len(set(self.columns.get("run", ()))) > 1 else {}
+        renderer = plot.add_glyph(ColumnDataSource(self.columns), glyph, **more)
+        if text:
+            box = f'<div style="font-size:12px;max-width:min(20rem,45vw);white-space:normal">{text}</div>'
+            plot.add_tools(HoverTool(renderers=[renderer], tooltips=box, visible=False, **hover))
 
 
 def _curves(plot: figure, chart: Chart, runs: Sequence[RunRecord], size: float) -> None:
@@ -130,13 +158,13 @@ def _curves(plot: figure, chart: Chart, runs: Sequence[RunRecord], size: float) 
             low = chart.log and -np.inf < value <= 0
             text = f"{name}: {write_number(float(value))}"
             beyond.add(float(at), chart.y_range[0 if low else 1], text, curve.run, colour, "inverted_triangle" if low else "triangle")
-    plot.patches("xs", "ys", source=shades.source, view=_view(), fill_color="colour", fill_alpha=0.18, line_color=None)
-    lines = plot.multi_line("xs", "ys", source=curves.source, view=_view(), line_color="colour", line_dash="dash", line_width="width")
-    plot.scatter("x", "y", source=points.source, view=_view(), color="colour", size="size")
-    outside = plot.scatter("x", "y", source=beyond.source, view=_view(), color="colour", marker="marker", size=9)
-    text = '<span style="color:@colour">■</span> @name: <b>$snap_y</b> at $snap_x{0,0.[00]}'
-    _hover(plot, lines, text, mode="vline", line_policy="prev" if _has_steps(chart.curves) else "nearest")
-    _hover(plot, outside, "@text")
+    shades.draw(plot, Patches(xs="xs", ys="ys", fill_color="colour", fill_alpha=0.18, line_color=None))
+    values = '<span style="color:@colour">■</span> @name: <b>$snap_y</b> at $snap_x{0,0.[00]}'
+    policy = "prev" if _has_steps(chart.curves) else "nearest"
+    lines = MultiLine(xs="xs", ys="ys", line_color="colour", line_dash="dash", line_width="width")
+    curves.draw(plot, lines, values, mode="vline", line_policy=policy)
+    points.draw(plot, Scatter(x="x", y="y", fill_color="colour", line_color="colour", size="size"))
+    beyond.draw(plot, Scatter(x="x", y="y", fill_color="colour", line_color="colour", marker="marker", size=9), "@text")
 
 
 def _has_steps(curves: Sequence[Curve]) -> bool:
@@ -144,27 +172,34 @@ def _has_steps(curves: Sequence[Curve]) -> bool:
 
 
 def _marks(plot: figure, chart: Chart, runs: Sequence[RunRecord], size: float) -> None:
-    marks = _Rows("x", "text", "kind", "run", "colour")
+    marks = _Rows("x", "y", "glyph", "text", "kind", "run", "colour")
     for mark in chart.marks:
         colour = MARK_COLOURS[mark.kind] if len(runs) == 1 else COLOURS[mark.run % len(COLOURS)]
-        marks.add(mark.x / size, mark.text, mark.kind, mark.run, colour)
-        place = {"x": mark.x / size, "y": Node.frame.top, "text_align": "center", "text_baseline": "top"}
-        plot.add_layout(Label(text=GLYPHS[mark.kind], text_color=colour, text_font_size="13px", name=name_of_run(mark.run), **place))
-    spans = plot.vspan("x", source=marks.source, view=_view(), line_color="colour", line_dash="dotted", line_alpha=0.8)
-    _hover(plot, spans, '<span style="color:@colour">@kind</span>, @text', attachment="vertical")
+        marks.add(mark.x / size, plot.y_range.end, GLYPHS[mark.kind], mark.text, mark.kind, mark.run, colour)
+    spans = VSpan(x="x", line_color="colour", line_dash="dotted", line_alpha=0.8)
+    marks.draw(plot, spans, '<span style="color:@colour">@kind</span>, @text', attachment="vertical")
+    middle = {"text_align": "center", "text_baseline": "top"}
+    marks.draw(plot, Text(x="x", y="y", text="glyph", text_color="colour", text_font_size={"value": "13px"}, **middle))
 
 
 def _bands(plot: figure, chart: Chart, lanes: Sequence[int], size: float, *, alone: bool) -> None:
     """Serial stretches of one run shade the chart; of several each has a lane at its foot, pale where serial."""
+    bands = _Rows("left", "right", "bottom", "top", "run", "colour", "alpha")
+    upper, lower = chart.y_range[0], plot.y_range.start
     for band in chart.bands:
-        place = {"left": band.begin / size, "right": band.end / size, "line_color": None, "level": "underlay", "name": name_of_run(band.run)}
+        place = [band.begin / size, band.end / size]
         serial = band.mode == "serial"
         if band.run in lanes:
-            foot = [Node(target="frame", symbol="bottom", offset=-LANE * (len(lanes) - lanes.index(band.run)) + n) for n in (0, LANE - 2)]
-            place |= {"fill_color": COLOURS[band.run % len(COLOURS)], "fill_alpha": 0.3 if serial else 1.0}
-            plot.add_layout(BoxAnnotation(top=foot[0], bottom=foot[1], **place))
+            edges = [(lanes.index(band.run) + share) / len(lanes) for share in (0.15, 0.85)]
+            edges = [upper * (lower / upper) ** edge if chart.log else upper + edge * (lower - upper) for edge in edges]
+            bands.add(*place, *edges[::-1], band.run, COLOURS[band.run % len(COLOURS)], 0.3 if serial else 1.0)
         elif alone and serial:
-            plot.add_layout(BoxAnnotation(fill_color=SERIAL, fill_alpha=1, **place))
+            bands.add(*place, 0, 0, band.run, SERIAL, 1.0)
+    look = {"fill_color": "colour", "fill_alpha": "alpha", "line_color": None}
+    if alone:
+        bands.draw(plot, VStrip(x0="left", x1="right", **look))
+    else:
+        bands.draw(plot, Quad(left="left", right="right", bottom="bottom", top="top", **look))
 
 
 # Bars -----------------------------------------------------------------------------------------------------------------------------
@@ -196,27 +231,9 @@ def plot_bars(bars: Sequence[Bar], label: str) -> figure:
     source = _Rows("row", "begin", "end", "name", "colour", "text")
     for bar in bars:
         source.add(bar.row, *_short(np.array([bar.begin, bar.end])), bar.name, bar.colour, bar.text)
-    drawn = plot.hbar("row", left="begin", right="end", height=0.8, source=source.source, color="colour", line_color=None)
-    _hover(plot, drawn, '<span style="color:@colour">■</span> @text', point_policy="follow_mouse")
+    drawn = HBar(y="row", left="begin", right="end", height=0.8, fill_color="colour", line_color=None)
+    source.draw(plot, drawn, '<span style="color:@colour">■</span> @text', point_policy="follow_mouse")
     return plot
-
-
-# Columns --------------------------------------------------------------------------------------------------------------------------
-
-
-class _Rows:
-    """Columns of a source, filled row by row."""
-
-    def __init__(self, *names: str) -> None:
-        self.columns: dict[str, list[Any]] = {name: [] for name in names}
-
-    def add(self, *values: Any) -> None:
-        for column, value in zip(self.columns.values(), values, strict=True):
-            column.append(value)
-
-    @property
-    def source(self) -> ColumnDataSource:
-        return ColumnDataSource(self.columns)
 
 
 def _short(values: Floats) -> list[float]:

@@ -15,7 +15,7 @@ from rayllp.errors import SettingsError
 from rayllp.report.page.charts import COLOURS, write_count, write_number, write_time
 from rayllp.report.page.compare import Comparison, compare
 from rayllp.report.page.figures import build_charts, describe_event, describe_gain, last_loss
-from rayllp.report.page.pictures import Picture, describe_glyphs, picture_chart, picture_memory, picture_split, picture_timeline
+from rayllp.report.page.pictures import Picture, describe_glyphs, embed, picture_chart, picture_memory, picture_split, picture_timeline
 from rayllp.report.page.png import write_pngs
 from rayllp.report.page.records import RunRecord, read_runs
 from rayllp.report.page.workers import memory, step_timelines, time_splits
@@ -82,17 +82,22 @@ def render(runs: Sequence[RunRecord], title: str | None = None, comparison: Comp
         loader=PackageLoader("rayllp.report.page"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters["time"] = write_time
-    environment.policies["json.dumps_kwargs"] = {"sort_keys": False, "separators": (",", ":")}  # Bokeh's references follow what they refer to
-    charts = build_charts(runs)
+    environment.policies["json.dumps_kwargs"] = {
+        "sort_keys": False,
+        "separators": (",", ":"),
+    }  # Bokeh's references follow what they refer to
+    charts, workers = build_charts(runs), [_workers(run) for run in runs]
+    pictures = [picture_chart(chart, runs) for chart in charts]
     return environment.get_template("report.html.jinja").render(
         title=title or ", ".join(run.name for run in runs),
         runs=runs,
         alone=len(runs) == 1,
         colours=COLOURS,
         facts=[_facts(run) for run in runs],
-        pictures=[picture_chart(chart, runs) for chart in charts],
+        pictures=pictures,
         glyphs=describe_glyphs(charts),
-        workers=[_workers(run) for run in runs],
+        workers=workers,
+        drawn=embed([*pictures, *(picture for found in workers for part in found for picture in part)]),
         bokeh=Markup(Resources(mode="inline", components=["bokeh"]).js_raw[0]),
         samples=[(_cut(run.sample), _cut(run.translations)) for run in runs],
         events=[_events(run) for run in runs],
