@@ -33,7 +33,7 @@ from bokeh.models import (
 from bokeh.plotting import figure
 from bokeh.themes import Theme
 
-from rayllp.report.page.charts import COLOURS, Chart, Curve, Floats, write_number
+from rayllp.report.page.charts import COLOURS, Chart, Floats, write_number
 from rayllp.report.page.records import RunRecord
 
 GLYPHS = {"switch": "◆", "fault": "✕", "resize": "▲", "deepen": "▼", "settings": "●"}
@@ -42,7 +42,7 @@ MARK_COLOURS = {"switch": "#6a3fa0", "fault": "#c62828", "resize": "#00796b", "d
 SOFT, SERIAL = "#5a6472", "#e7e3f3"
 MANY = 60
 """Points beyond this are drawn small."""
-HEIGHT, LANE, MARK = 280, 6, 20
+HEIGHT, LANE, MARK = 280, 8, 20
 """Pixels: of a chart, from one lane to the next, and of a mark."""
 
 _FONT = {"text_font": "system-ui, sans-serif", "text_font_size": "12px", "text_color": SOFT, "text_font_style": "normal"}
@@ -139,15 +139,15 @@ def _curves(plot: figure, chart: Chart, runs: Sequence[RunRecord], size: float) 
     for number, curve in enumerate(chart.curves):
         colour, x = colour_of(chart, number, runs), curve.x / size
         name = curve.name if len(runs) == 1 else f"{runs[curve.run].name}, {curve.name}"
-        drawn = np.isfinite(curve.y) & (curve.y > 0 if chart.log else True)
+        drawn = _can_be_drawn(chart, curve.y)
         y = np.where(drawn, curve.y, np.nan)
         if curve.low is not None and curve.high is not None:
             edges = [np.clip(np.nan_to_num(edge, nan=np.inf), plot.y_range.start, plot.y_range.end) for edge in (curve.high, curve.low)]
             outline = np.concatenate([x, x[::-1]]), np.concatenate([edges[0], edges[1][::-1]])
             shades.add(*(_short(part) for part in outline), curve.run, colour)
             for part, edge in (("largest", curve.high), ("least", curve.low)):  # not seen, but the pointer finds them
-                y_edge = np.where(np.isfinite(edge) & (edge > 0 if chart.log else True), edge, np.nan)
-                curves.add(_short(x), _short(y_edge), f"{name}, {part}", curve.run, colour, "solid", 0)
+                seen = _short(np.where(_can_be_drawn(chart, edge), edge, np.nan))
+                curves.add(_short(x), seen, f"{name}, {part}", curve.run, colour, "solid", 0)
         line = (np.repeat(x, 2)[1:], np.repeat(y, 2)[:-1]) if curve.kind == "steps" else (x, y)
         curves.add(*(_short(part) for part in line), name, curve.run, colour, curve.dash, 1.1 if curve.kind == "points" else 1.6)
         if curve.kind == "points" or len(x) == 1:
@@ -160,15 +160,15 @@ def _curves(plot: figure, chart: Chart, runs: Sequence[RunRecord], size: float) 
             beyond.add(float(at), chart.y_range[0 if low else 1], text, curve.run, colour, "inverted_triangle" if low else "triangle")
     shades.draw(plot, Patches(xs="xs", ys="ys", fill_color="colour", fill_alpha=0.18, line_color=None))
     values = '<span style="color:@colour">■</span> @name: <b>$snap_y</b> at $snap_x{0,0.[00]}'
-    policy = "prev" if _has_steps(chart.curves) else "nearest"
+    policy = "prev" if any(curve.kind == "steps" for curve in chart.curves) else "nearest"
     lines = MultiLine(xs="xs", ys="ys", line_color="colour", line_dash="dash", line_width="width")
     curves.draw(plot, lines, values, mode="vline", line_policy=policy)
     points.draw(plot, Scatter(x="x", y="y", fill_color="colour", line_color="colour", size="size"))
     beyond.draw(plot, Scatter(x="x", y="y", fill_color="colour", line_color="colour", marker="marker", size=9), "@text")
 
 
-def _has_steps(curves: Sequence[Curve]) -> bool:
-    return any(curve.kind == "steps" for curve in curves)
+def _can_be_drawn(chart: Chart, values: Floats) -> Floats:
+    return np.isfinite(values) & (values > 0 if chart.log else True)
 
 
 def _marks(plot: figure, chart: Chart, runs: Sequence[RunRecord], size: float) -> None:
