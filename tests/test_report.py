@@ -19,7 +19,7 @@ from rayllp.cli import app
 from rayllp.errors import NotARunError, SettingsError
 from rayllp.report import Journal, read_lines
 from rayllp.report.page import compare, read_run, read_runs, write_report
-from rayllp.report.page.charts import log_ticks, nice_ticks, thin, write_count, write_number, write_time
+from rayllp.report.page.charts import Chart, Curve, thin, write_count, write_number, write_time
 from rayllp.report.page.compare import t_quantile
 from rayllp.report.page.figures import build_charts
 from rayllp.report.page.workers import memory, step_timelines, time_splits
@@ -34,10 +34,14 @@ class Page(HTMLParser):
 
     def __init__(self, text):
         super().__init__()
-        self.open, self.tags, self.texts, self.attributes, self.rows, self.scripts = [], [], {}, [], [], []
+        self.open, self.tags, self.texts, self.attributes, self.rows = [], [], {}, [], []
+        self.scripts, self.titles = [], {}  # the latter by the ids of the pictures' places
         self.feed(text)
         self.close()
         assert not self.open, f"left open: {self.open}"
+        drawn = {root["id"]: root for root in json.loads(self.scripts[0])["roots"]}
+        self.pictures = [(title, drawn.pop(key)) for key, title in self.titles.items()]
+        assert not drawn, "pictures without a place"
 
     def handle_starttag(self, tag, attributes):
         self.tags.append(tag)
@@ -50,6 +54,8 @@ class Page(HTMLParser):
             self.rows[-1].append("")
         if tag == "script":
             self.scripts.append("")
+        if dict(attributes).get("class") == "plot":
+            self.titles[dict(attributes)["id"]] = self.texts["h3"][-1]
 
     def handle_startendtag(self, tag, attributes):
         self.attributes.append((tag, dict(attributes)))
@@ -69,9 +75,38 @@ class Page(HTMLParser):
     def words(self):
         return " ".join(" ".join(part for tag, parts in self.texts.items() if tag not in ("script", "style") for part in parts).split())
 
-    def curves(self, label):
-        """What the script shows under the pointer, of the chart over this."""
-        return next(data["curves"] for data in map(json.loads, self.scripts[:-1]) if data["label"].startswith(label))
+    def models(self, title, kind):
+        """Attributes of Bokeh's models of a kind, in the first picture that is so called."""
+        found = next(root for name, root in self.pictures if name.startswith(title))
+        return [each["attributes"] for each in models(found) if each["name"] == kind]
+
+    def drawn(self, title, glyph, number=0):
+        """Columns of what is drawn by this glyph; number: of several."""
+        renderer = [each for each in self.models(title, "GlyphRenderer") if each["glyph"]["name"] == glyph][number]
+        columns = dict(renderer["data_source"]["attributes"]["data"]["entries"])
+        return {name: plain(column) for name, column in columns.items()}
+
+    def curves(self, title):
+        """A chart's curves by their names: horizontal and vertical values."""
+        found = self.drawn(title, "MultiLine")
+        return {name: (x, y) for name, x, y in zip(found["name"], found["xs"], found["ys"], strict=True)}
+
+
+def models(value):
+    """Bokeh's models in a part of a page's data."""
+    if isinstance(value, dict):
+        if value.get("type") == "object" and "attributes" in value:
+            yield value
+        value = list(value.values())
+    for each in value if isinstance(value, list) else []:
+        yield from models(each)
+
+
+def plain(value):
+    """A column as Python has it."""
+    if isinstance(value, dict):
+        return float(value["value"])
+    return [plain(each) for each in value] if isinstance(value, list) else value
 
 
 def page_of(*runs, **options):
@@ -104,33 +139,43 @@ def test_figures_are_those_of_the_records(page, run):
 
 
 def test_curves_are_those_of_the_records(page, run):
-    training, validation = page.curves("tokens")
+    loss = page.curves("Loss against tokens")
     metrics = read_lines(run.path / "metrics.jsonl")
-    assert training["x"] == list(np.cumsum([m["tokens"] for m in metrics]))
-    assert training["y"] == pytest.approx([m["loss"] for m in metrics], rel=1e-5)
-    assert (validation["x"], validation["y"]) == ([25600, 51200], [2.0, 1.5])
-    assert page.curves("time")[0]["x"][-1] == pytest.approx(sum(m["step_time_s"] for m in metrics))
-    names = {curve["name"]: curve for data in map(json.loads, page.scripts[:-1]) for curve in data["curves"]}
-    assert (names["bias"]["y"], names["noise"]["y"]) == ([0.05], [0.4])
-    assert names["forward"]["x"] == [0, 80, 100]  # of two charts the last: iterations
-    assert names["forward"]["y"] == [2, 0, 0]  # without the probe's four, and 0 where serial
-    assert names["workers"]["y"] == [4, 2, 2]
+    assert list(loss) == ["training", "validation"]
+    assert loss["training"][0] == pytest.approx(list(np.cumsum([m["tokens"] for m in metrics]) / 1e3))
+    assert loss["training"][1] == pytest.approx([m["loss"] for m in metrics], rel=1e-5)
+    assert loss["validation"] == ([25.6, 51.2], [2.0, 1.5])
+    assert page.models("Loss against tokens", "LinearAxis")[1]["axis_label"] == "tokens (images, sentences), k"
+    assert page.curves("Loss against time")["training"][0][-1] == pytest.approx(sum(m["step_time_s"] for m in metrics))
+    assert page.models("Loss against time", "LinearAxis")[1]["axis_label"] == "time of the steps, s"
+    assert {name: y for name, (_, y) in page.curves("Bias").items()} == {"bias": [0.05], "noise": [0.4]}
+    # without the probe's four, and 0 where serial
+    assert page.curves("Iterations in use")["forward"] == ([0, 80, 80, 100, 100], [2, 2, 0, 0, 0])
+    assert page.curves("Workers")["workers"] == ([0, 50, 50, 100, 100], [4, 4, 2, 2, 2])
     assert ["validation", "25,600", "2", ""] in page.rows
     # 2 + 16 + 2 layers, intervals of 4: those that are exact are no points.
-    assert [(names[f"{way}, step 25"]["x"], names[f"{way}, step 25"]["y"]) for way in ("forward", "backward")] == [
-        ([10, 14], [0.2, 0.3]), ([6, 10], [0.4, 0.5])
-    ]  # fmt: skip
+    assert page.curves("Convergence factor by layer") == {
+        "forward, step 25": ([10, 14], [0.2, 0.3]), "backward, step 25": ([6, 10], [0.4, 0.5])
+    }  # fmt: skip
+    dots = page.drawn("Loss against tokens", "Scatter")
+    assert (dots["x"], dots["y"]) == loss["validation"]
+
+
+def test_curves_can_be_told_apart_without_colours(page):
+    found = page.drawn("Convergence factor", "MultiLine")
+    assert (found["name"], found["dash"]) == (["forward", "backward"], ["solid", "dashed"])
+    assert len(set(found["colour"])) == 2
 
 
 def test_marks_bands_and_events_are_those_of_the_run(page):
-    marks = [a for tag, a in page.attributes if tag == "i" and a.get("class", "").startswith("glyph")]
-    loss_tokens = marks[:3]
-    assert [(mark["class"].split()[1], mark["style"]) for mark in loss_tokens] == [
-        ("fault", "left:25.0%"), ("resize", "left:50.0%"), ("switch", "left:80.0%"),
-    ]  # fmt: skip
-    assert "4 workers became 2" in loss_tokens[1]["title"]
-    bands = [a for tag, a in page.attributes if tag == "i" and a.get("class", "").startswith("band")][:2]
-    assert [band["class"] for band in bands] == ["band parallel", "band serial"]
+    marks = page.drawn("Loss against tokens", "VSpan")
+    assert list(zip(marks["kind"], marks["x"], strict=True)) == [("fault", 12.8), ("resize", 25.6), ("switch", 40.96)]
+    assert "4 workers became 2" in marks["text"][1]
+    symbols = page.drawn("Loss against tokens", "Text")
+    assert list(zip(symbols["glyph"], symbols["x"], strict=True)) == [("✕", 12.8), ("▲", 25.6), ("◆", 40.96)]
+    assert [words for words in page.texts["span"] if words in ("switch", "fault", "resize")] == ["switch", "fault", "resize"]
+    band = page.drawn("Loss against tokens", "VStrip")
+    assert (band["left"], band["right"]) == ([40.96], [51.2])
     kinds = [row[1] for row in page.rows if len(row) == 4 and row[1] in ("fault", "restore", "resize", "switch")]
     assert kinds == ["fault", "restore", "resize", "switch"]
     assert any(row[2:] == ["step 25: restored from memory, 3 steps lost", "2.5 s"] for row in page.rows)
@@ -141,7 +186,10 @@ def test_thresholds_are_drawn(run, page):
     charts = {chart.key: chart for chart in build_charts(read_runs([run.path]))}
     assert [(rule.y, rule.text) for rule in charts["rho"].rules] == [(1.0, "threshold 1 (not watched: rule bias)")]
     assert [(rule.y, rule.text) for rule in charts["bias"].rules] == [(0.1, "limit 0.1")]
-    assert "limit 0.1" in page.words
+    assert [span["location"] for span in page.models("Bias", "Span")] == [0.1]
+    assert "limit 0.1" in [label["text"] for label in page.models("Bias", "Label")]
+    assert page.models("Bias", "LogAxis")
+    assert not page.models("Loss against tokens", "LogAxis")
 
 
 def test_workers_times_and_memory(page, run):
@@ -159,6 +207,13 @@ def test_workers_times_and_memory(page, run):
     span = first.workers[3][0]  # of a worker that began 3 ms after the first
     assert span[:2] == pytest.approx((0.003, 0.013))
     assert span[2:] == ("compute", "forward", "coarse solve", 1, 0)
+    bars = page.drawn("Timeline of step 33", "HBar")
+    drawn = list(zip(*(bars[name] for name in ("row", "name", "begin", "end")), strict=True))
+    assert ("3", "forward coarse solve", 3.0, 13.0) in drawn
+    assert len(drawn) == 16  # four workers, four spans each
+    bars = page.drawn("Where a step's time goes: serial", "HBar")
+    assert (bars["name"][:4], bars["end"][:4]) == (["compute", "send", "wait", "other"], pytest.approx([120, 140, 180, 200]))
+    assert page.drawn("Memory by worker", "HBar")["end"] == [1024, 1025]
 
 
 def test_settings_and_sample(page):
@@ -175,8 +230,9 @@ def test_the_page_needs_no_other_and_can_be_heard(page):
     assert "@import" not in "".join(page.texts["style"])
     policy = next(a["content"] for tag, a in page.attributes if a.get("http-equiv") == "Content-Security-Policy")
     assert "default-src 'none'" in policy
-    pictures = [a for _, a in page.attributes if a.get("role") == "img"]
-    assert len(pictures) > 8
+    assert "unsafe-eval" not in policy
+    pictures = [a for _, a in page.attributes if a.get("class") == "plot"]
+    assert len(pictures) == len(page.pictures) > 8
     assert all(len(a["aria-label"]) > 20 for a in pictures)
     assert any("validation: first 2, last 1.5, least 1.5, largest 2" in a["aria-label"] for a in pictures)
     targets = [a["aria-labelledby"] for tag, a in page.attributes if tag == "section"]
@@ -206,12 +262,13 @@ def test_texts_are_escaped(tmp_path):
     page = page_of(run, title=EVIL)
     assert "img" not in page.tags
     assert not any(key.startswith("on") for _, attributes in page.attributes for key in attributes)
-    assert [a.get("type") for tag, a in page.attributes if tag == "script"][-1] is None
-    assert sum(tag == "script" and "type" not in a for tag, a in page.attributes) == 1
+    kinds = [a.get("type") for tag, a in page.attributes if tag == "script"]
+    assert kinds == ["application/json", None, None]  # what Bokeh draws, Bokeh, and the page's own
     assert page.texts["h1"] == [EVIL]
     assert EVIL in page.texts["pre"]
     assert any(EVIL in row[2] for row in page.rows if len(row) == 4)
-    assert all(json.loads(script) for script in page.scripts[:-1])
+    assert any(EVIL in text for text in page.drawn("Loss against tokens", "VSpan")["text"])
+    assert EVIL in page.curves(EVIL)
 
 
 def test_a_long_sample_is_cut_and_the_page_says_so(tmp_path):
@@ -236,10 +293,17 @@ def test_values_that_are_not_finite(tmp_path):
     for step, rho in enumerate((0.1, float("inf"), float("nan"), 0.0)):
         run.metric(probe(step, rho_forward=rho, bias=rho))
     page = page_of(run)
-    forward = next(c for c in page.curves("steps") if c["name"] == "forward")
-    assert forward["y"] == [0.1, None, None, 0]
+    assert page.curves("Convergence factor")["forward"][1] == [0.1, pytest.approx(np.nan, nan_ok=True), pytest.approx(np.nan, nan_ok=True),
+                                                               pytest.approx(np.nan, nan_ok=True)]  # fmt: skip
+    beyond = page.drawn("Convergence factor", "Scatter", 1)  # the first are the points
+    assert list(zip(beyond["x"], beyond["text"], beyond["marker"], strict=True)) == [
+        (1, "forward: ∞", "triangle"), (2, "forward: not finite", "triangle"), (3, "forward: 0", "inverted_triangle"),
+    ]  # fmt: skip
+    (plot,) = page.models("Convergence factor", "Figure")
+    top, bottom = plot["y_range"]["attributes"]["end"], plot["y_range"]["attributes"]["start"]
+    assert top > beyond["y"][0] == beyond["y"][1] > 1.0
+    assert 0.1 > beyond["y"][2] > bottom > 0
     assert "∞" in [row[2] for row in page.rows if len(row) == 4]
-    assert "nan" not in "".join(a.get("d", "") + a.get("style", "") for _, a in page.attributes).lower()
 
 
 @pytest.mark.parametrize(
@@ -311,7 +375,16 @@ def test_paired_gap(tmp_path):
     assert "+0.50 %" in page.words
     assert "95 % t-interval -0.74 to +1.74 % over 3 seeds (the same seeds in both). It holds 0: no difference is shown." in page.words
     assert sum(tag == "input" for tag in page.tags) == 6
-    assert len({curve["run"] for curve in page.curves("tokens")}) == 6
+    curves = page.drawn("Loss against tokens", "MultiLine")
+    assert sorted(set(curves["run"])) == list(range(6))
+    assert len(set(curves["colour"])) == 6
+    assert curves["name"][2:4] == ["serial_1, training", "serial_1, validation"]
+    lanes = page.drawn("Loss against tokens", "Quad")
+    assert lanes["run"] == [run for run in range(6) for _ in ("parallel", "serial")]
+    assert len(set(lanes["colour"])) == len(set(lanes["top"])) == 6
+    assert lanes["alpha"] == [1.0, 0.3] * 6
+    (plot,) = page.models("Loss against tokens", "Figure")
+    assert all(plot["y_range"]["attributes"]["start"] < edge < 2.0 for edge in lanes["bottom"] + lanes["top"])  # below all curves
 
 
 def test_unpaired_gap_and_one_seed(tmp_path):
@@ -395,15 +468,14 @@ def test_a_run_of_20000_steps(tmp_path):
     began = time.process_time()
     text = write_report([run.path]).page.read_text()
     seconds = time.process_time() - began
-    assert len(text.encode()) < 1_500_000  # the bound is 5 MB
+    assert len(text.encode()) < 2_800_000  # 1.3 MB are Bokeh; the bound is 5 MB
     assert seconds < 8
     page = Page(text)
-    training = page.curves("tokens")[0]
-    assert len(training["x"]) == 400
-    assert max(training["high"]) == 40.0  # the spike of one step
-    assert training["x"][-1] < 20_000 * 512
-    assert len(page.curves("steps")) > 0
-    assert page.tags.count("path") < 400
+    loss = page.curves("Loss against tokens")
+    assert [len(x) for x, _ in loss.values()] == [400, 400, 400, 40]
+    assert max(loss["training, largest"][1]) == 40.0  # the spike of one step
+    assert max(page.drawn("Loss against tokens", "Patches")["ys"][0]) == 40.0
+    assert loss["training"][0][-1] < 20_000 * 512 / 1e6
 
 
 # Files, listeners and TensorBoard ------------------------------------------------------------------------------------------------
@@ -522,10 +594,12 @@ def test_the_listener_in_the_docs(monkeypatch, capsys):
 def test_numbers_are_written_for_people():
     assert [write_number(v) for v in (0.0, 1.5, -2.0, 1e-5, 123456.0, float("inf"))] == ["0", "1.5", "−2", "1e−5", "123,456", "∞"]
     assert [write_time(v) for v in (0.25, 2.0, 600.0, 7200.0, 36000.0)] == ["250 ms", "2 s", "10 min", "120 min", "10 h"]
-    assert nice_ticks(0.0, 10.0) == [0, 2, 4, 6, 8, 10]
-    assert nice_ticks(-1.0, 1.0, 5) == [-1, -0.5, 0, 0.5, 1]
-    assert log_ticks(0.9, 1100.0) == [1, 10, 100, 1000]
-    assert [str(tick) for tick in nice_ticks(-0.1, 0.1, 3)] == ["-0.1", "0.0", "0.1"]  # no -0.0
+
+
+@pytest.mark.parametrize(("scale", "end", "unit"), [("time", 600.0, (60.0, "min")), ("count", 2.5e6, (1e6, "M")), ("count", 12, (1.0, ""))])
+def test_units_of_axes(scale, end, unit):
+    curve = Curve(name="loss", run=0, x=np.array([0.0, end]), y=np.ones(2))
+    assert Chart(key="loss", title="", caption="", x_label="", y_label="", curves=(curve,), scale=scale).unit == unit
 
 
 def test_reports_need_no_ray():

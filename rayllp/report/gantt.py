@@ -8,9 +8,10 @@ from rayllp.timeline import Span
 
 COLOURS = {
     "forward coarse solve": "#08519c", "forward relaxation": "#6baed6", "forward restriction": "#9ecae1", "forward last sweep": "#3182bd",
+    "forward correction": "#9ecae1", "adjoint correction": "#fdd0a2",
     "adjoint coarse solve": "#a63603", "adjoint relaxation": "#fdae6b", "adjoint restriction": "#fdd0a2", "adjoint last sweep": "#e6550d",
     "forward": "#3182bd", "adjoint": "#e6550d", "forward microbatch": "#3182bd", "adjoint microbatch": "#e6550d",
-    "enter": "#756bb1", "loss": "#636363", "update": "#31a354", "send": "#dd1c77", "wait": "#eeeeee",
+    "enter": "#756bb1", "loss": "#636363", "update": "#31a354", "send": "#dd1c77", "wait": "#d3d9e0",
 }  # fmt: skip
 """Blue for forward, orange for adjoint, dark for the serial part."""
 

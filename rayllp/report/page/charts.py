@@ -1,4 +1,4 @@
-"""A chart as data: what is drawn, whoever draws it (svg.py for the page, png.py for files)."""
+"""A chart as data: what is drawn, whoever draws it (plots.py for the page, png.py for files)."""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -9,6 +9,10 @@ Floats = np.ndarray
 BUCKETS = 400
 """Of a curve that has more points than twice as many; each keeps its least and largest value."""
 
+COLOURS = ("#0072b2", "#d55e00", "#00865f", "#b8548a", "#9a7400", "#2f9bd6", "#6f4bb8", "#5c5c5c")
+"""Of runs, or of one run's curves, in order; they begin anew with the next. Told apart by the colour-blind (after Okabe and Ito)."""
+COUNTS = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
+
 
 @dataclass(frozen=True, kw_only=True)
 class Curve:
@@ -17,7 +21,7 @@ class Curve:
     Attributes:
         name: what it is, without the run's name.
         run: the run's number on the page, which is its colour.
-        x, y: shape (n,); y may have infinite values or NaN, which are drawn at the chart's upper edge.
+        x, y: shape (n,); y may have infinite values or NaN, which are marked at the chart's upper edge.
         low, high: least and largest value about each x, shape (n,), where a point stands for several; else None.
         kind: "line", "points" (joined by a thin line) or "steps" (constant up to the next x).
         dash: tells apart the curves of one run.
@@ -68,7 +72,7 @@ class Chart:
     Attributes:
         key: its name in file names and links.
         log: a logarithmic vertical axis.
-        scale: how x is written: "plain", "count" (k, M, G) or "time" (x is in seconds).
+        scale: how x is written: "plain", "count" (in k, M, G) or "time" (x is in seconds).
         zero: the vertical axis begins at 0.
         whole: its values are whole numbers.
         lanes: where there are several runs, bands are lanes below the chart, one a run; else they are left out.
@@ -94,6 +98,13 @@ class Chart:
     def __post_init__(self) -> None:
         object.__setattr__(self, "x_range", self._find_x_range())
         object.__setattr__(self, "y_range", self._find_y_range())
+
+    @property
+    def unit(self) -> tuple[float, str]:
+        """So much of x makes one on the axis, and what that is called; the name is empty where x is written as it is."""
+        if self.scale == "time":
+            return time_unit(self.x_range[1])
+        return next((found for found in COUNTS if self.scale == "count" and self.x_range[1] >= found[0]), (1.0, ""))
 
     def _find_x_range(self) -> tuple[float, float]:
         found = np.concatenate([*(curve.x for curve in self.curves), *([band.begin, band.end] for band in self.bands)])
@@ -148,26 +159,6 @@ def thin(x: Floats, y: Floats, buckets: int = BUCKETS) -> Thinned:
     return Thinned(np.add.reduceat(x.astype(float), starts) / sizes, mean, low, high)
 
 
-def nice_ticks(low: float, high: float, most: int = 6) -> list[float]:
-    """Round numbers between two."""
-    raw = (high - low) / max(1, most - 1)
-    unit = 10.0 ** np.floor(np.log10(raw))
-    step = unit * next(factor for factor in (1, 2, 5, 10) if factor * unit >= raw * 0.999)
-    first = np.ceil(low / step - 1e-9)
-    return [float(n * step) + 0.0 for n in np.arange(first, np.floor(high / step + 1e-9) + 1)]  # + 0.0: no −0
-
-
-def log_ticks(low: float, high: float) -> list[float]:
-    """Powers of ten between two, with 2 and 5 between them where they are few."""
-    decades = np.log10(high / low)
-    factors = (1, 2, 5) if decades < 2.5 else (1,)
-    every = max(1, int(np.ceil(decades / 6)))
-    exponents = range(int(np.floor(np.log10(low))), int(np.ceil(np.log10(high))) + 1, every)
-    found = [factor * 10.0**exponent for exponent in exponents for factor in factors]
-    ticks = [tick for tick in found if low <= tick <= high]
-    return ticks if len(ticks) > 1 else nice_ticks(low, high, 4)
-
-
 def write_number(value: float, digits: int = 4) -> str:
     """A number as people read it; – for none."""
     if np.isnan(value):
@@ -183,7 +174,7 @@ def write_number(value: float, digits: int = 4) -> str:
 
 def write_count(value: float) -> str:
     """With k, M, G or T."""
-    for size, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+    for size, letter in COUNTS:
         if abs(value) >= size:
             return f"{value / size:.3g} {letter}"
     return f"{value:g}"

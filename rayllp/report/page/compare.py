@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import Any, Literal
 
+from scipy.special import stdtrit
+
 from rayllp.config import MAY_DIFFER
 from rayllp.errors import SettingsError
 from rayllp.report.page.records import RunRecord
@@ -178,27 +180,9 @@ def _welch(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, float
 
 
 def t_quantile(freedom: int, confidence: float = CONFIDENCE) -> float:
-    """What |t| of Student's distribution stays below with this probability, by bisection of its closed form (Abramowitz, Stegun 26.7.3).
+    """What |t| of Student's distribution stays below with this probability.
 
     Args:
         freedom: degrees of freedom, at least 1.
     """
-    low, high = 0.0, 1e6
-    for _ in range(200):
-        middle = (low + high) / 2
-        low, high = (middle, high) if _t_probability(middle, freedom) < confidence else (low, middle)
-    return high
-
-
-def _t_probability(t: float, freedom: int) -> float:
-    """P(|T| < t)."""
-    angle = math.atan(t / math.sqrt(freedom))
-    sine, cosine = math.sin(angle), math.cos(angle)
-    odd = freedom % 2
-    term = total = cosine if odd else 1.0
-    if odd and freedom == 1:
-        total = 0.0
-    for n in range(3 if odd else 2, freedom, 2):
-        term *= cosine**2 * (n - 1) / n
-        total += term
-    return 2 / math.pi * (angle + sine * total) if odd else sine * total
+    return float(stdtrit(freedom, (1 + confidence) / 2))

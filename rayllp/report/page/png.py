@@ -8,13 +8,11 @@ import numpy as np
 
 from rayllp.errors import SettingsError
 from rayllp.report.gantt import draw_timeline
-from rayllp.report.page.charts import Chart, Curve, time_unit
+from rayllp.report.page.charts import COLOURS, Chart, Curve
 from rayllp.report.page.figures import MARKED
 from rayllp.report.page.records import RunRecord
 from rayllp.report.page.workers import step_timelines
 
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b8860b", "#56b4e9", "#7a5195", "#555555")
-"""Of runs, in order; told apart by the colour-blind (after Okabe and Ito)."""
 DASHES = {"solid": "-", "dashed": "--", "dotted": ":"}
 MARKS = {"switch": "D", "fault": "X", "resize": "^", "deepen": "v", "settings": "o"}
 
@@ -46,7 +44,7 @@ def _write(chart: Chart, runs: Sequence[RunRecord], path: Path) -> Path:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    size, unit = time_unit(chart.x_range[1]) if chart.scale == "time" else (1.0, "")
+    size, unit = chart.unit
     figure, axis = plt.subplots(figsize=(8, 4), layout="constrained")
     if len(runs) == 1:
         for band in chart.bands:

@@ -6,25 +6,25 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from bokeh.resources import Resources
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
 
 from rayllp.config import TrainConfig, to_yaml
 from rayllp.errors import SettingsError
-from rayllp.report.page.charts import write_count, write_number, write_time
+from rayllp.report.page.charts import COLOURS, write_count, write_number, write_time
 from rayllp.report.page.compare import Comparison, compare
 from rayllp.report.page.figures import build_charts, describe_event, describe_gain, last_loss
+from rayllp.report.page.pictures import Picture, describe_glyphs, embed, picture_chart, picture_memory, picture_split, picture_timeline
 from rayllp.report.page.png import write_pngs
 from rayllp.report.page.records import RunRecord, read_runs
-from rayllp.report.page.svg import describe_glyphs, draw, draw_gantt
-from rayllp.report.page.workers import PARTS, memory, step_timelines, time_splits
+from rayllp.report.page.workers import memory, step_timelines, time_splits
 from rayllp.report.rundir import flatten
 
 MOST_EVENTS = 300
 """Lines of the table of events; of more the first and the last."""
 MOST_TEXT = 20_000
 """Characters of a sample; the page says what it leaves out."""
-COLOURS = 8
-"""Of runs; they begin anew with the next."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,26 +81,37 @@ def render(runs: Sequence[RunRecord], title: str | None = None, comparison: Comp
     environment = Environment(
         loader=PackageLoader("rayllp.report.page"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"number": write_number, "count": write_count, "time": write_time, "size": _size}
-    charts = build_charts(runs)
+    environment.filters["time"] = write_time
+    environment.policies["json.dumps_kwargs"] = {
+        "sort_keys": False,
+        "separators": (",", ":"),
+    }  # Bokeh's references follow what they refer to
+    charts, workers = build_charts(runs), [_workers(run) for run in runs]
+    pictures = [picture_chart(chart, runs) for chart in charts]
     return environment.get_template("report.html.jinja").render(
         title=title or ", ".join(run.name for run in runs),
         runs=runs,
         alone=len(runs) == 1,
         colours=COLOURS,
         facts=[_facts(run) for run in runs],
-        drawings=[draw(chart, runs) for chart in charts],
+        pictures=pictures,
         glyphs=describe_glyphs(charts),
-        splits=[time_splits(run) for run in runs],
-        parts=PARTS,
-        gantts=[[draw_gantt(timeline) for timeline in step_timelines(run)] for run in runs],
-        memories=[memory(run) for run in runs],
+        workers=workers,
+        drawn=embed([*pictures, *(picture for found in workers for part in found for picture in part)]),
+        bokeh=Markup(Resources(mode="inline", components=["bokeh"]).js_raw[0]),
         samples=[(_cut(run.sample), _cut(run.translations)) for run in runs],
         events=[_events(run) for run in runs],
         settings=_settings(runs),
         yamls=[to_yaml(run.config) for run in runs],
         comparison=comparison,
     )
+
+
+def _workers(run: RunRecord) -> tuple[list[Picture], list[Picture]]:
+    """Pictures of a run's workers: those that lie side by side, and those as wide as the page."""
+    found, splits = memory(run), [picture_split(split) for split in time_splits(run)]
+    gpus = any(worker.cuda is not None for worker in found)
+    return [*splits, *([picture_memory(found)] if found else [])], [picture_timeline(timeline, gpus) for timeline in step_timelines(run)]
 
 
 def _facts(run: RunRecord) -> dict[str, str]:
@@ -168,8 +179,3 @@ def _cut(text: str) -> str:
 
 def _plain(value: Any) -> str:
     return "–" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
-
-
-def _size(count: float) -> str:
-    """Bytes."""
-    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"
