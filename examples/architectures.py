@@ -140,7 +140,7 @@ def ours(config: TrainConfig, accuracy: Accuracy) -> tuple[dict[str, Any], dict[
         leave = engine.block.leave
         engine.block.leave = lambda state, **options: outputs.append(leave(state, **options)) or outputs[-1]  # type: ignore
         formed = engine.gradients(engine.step_batch(1, accuracy))
-        add_shared_gradients(engine.block, engine.layers, 1)
+        add_shared_gradients(engine.block, engine.layer_channel, 1)
         parameters = engine.block.parameters
         weights = {name: p.detach() for name, p in parameters.items()}
         return {name: p.grad for name, p in parameters.items()}, weights, outputs[0].detach() if outputs else None, formed.loss

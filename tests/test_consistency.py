@@ -31,7 +31,7 @@ def computed(config, accuracy):
     def work(channel):
         engine = make(config, channel)
         formed = engine.gradients(engine.step_batch(5, accuracy))
-        add_shared_gradients(engine.block, engine.layers, 5)
+        add_shared_gradients(engine.block, engine.layer_channel, 5)
         gap = engine.reduce_statistics(5, formed).consistency
         return {name: p.grad for name, p in engine.block.parameters.items()}, gap
 

@@ -16,7 +16,7 @@ from tests.test_imports import ROOMS
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 DESIGN, CONTRIBUTING = DOCS / "design.md", DOCS / "contributing.md"
-TOURS = ("One training step", "A lost worker", "A sweep's trial")
+TOURS = ("One training step", "A bias that is too large", "A lost worker", "A sweep's trial")
 HOOKS = load("hooks")
 
 

@@ -84,7 +84,7 @@ def gradients(config, accuracy):
     def work(channel):
         engine = make_engine(config, channel)
         formed = engine.gradients(engine.step_batch(3, accuracy))
-        add_shared_gradients(engine.block, engine.layers, 3)
+        add_shared_gradients(engine.block, engine.layer_channel, 3)
         return {name: p.grad.clone() for name, p in engine.block.parameters.items()}, formed.loss
 
     merged = {}

@@ -76,7 +76,7 @@ def ours(config, accuracy):
         leave = engine.block.leave
         engine.block.leave = lambda state, **options: outputs.append(leave(state, **options)) or outputs[-1]
         formed = engine.gradients(engine.step_batch(5, accuracy))
-        add_shared_gradients(engine.block, engine.layers, 5)
+        add_shared_gradients(engine.block, engine.layer_channel, 5)
         parameters = engine.block.parameters
         return (
             {name: p.grad for name, p in parameters.items()},

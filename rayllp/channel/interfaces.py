@@ -67,7 +67,7 @@ def wish_of_user(variable: str) -> str | None:
 
 
 def _check_own_wishes() -> None:
-    """Refuse interfaces that the user has set and this host does not have."""
+    """Refuse network interfaces that GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME names and this host does not have."""
     there = sorted(psutil.net_if_addrs())
     gloo, nccl = wish_of_user("GLOO_SOCKET_IFNAME"), wish_of_user("NCCL_SOCKET_IFNAME")
     if gloo is not None and not set(gloo.split(",")) <= set(there):

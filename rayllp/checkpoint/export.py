@@ -31,7 +31,7 @@ from rayllp.data.special import SpecialTokens
 from rayllp.data.tokenizer import SENTENCEPIECE_ENDINGS, make_tokenizer
 from rayllp.errors import CheckpointError, DataError, SettingsError
 from rayllp.hf_config import count_layers, read_config, transformers_config, with_layers
-from rayllp.models import adapter, build_architecture, refuse_unnamed_code
+from rayllp.models import architecture_class, build_architecture, refuse_unnamed_code
 from rayllp.models.lora import NAME, save_adapter, stored_name
 from rayllp.models.outline import outline
 from rayllp.models.scaled import model_class, write_scaled
@@ -148,7 +148,7 @@ def _export_adapters(run: Path, config: TrainConfig, checkpoint: Path, to: Path)
             raise SettingsError(f"{run} has other layers than {settings.from_pretrained}, which takes no adapters of theirs: add --merge")
     kind = model_class(stored_config["architectures"][0])
     model_config = kind.config_class.from_dict(stored_config)
-    layer = outline(kind, model_config).get_submodule(adapter(config).layer_paths(model_config, settings.layers)[0])
+    layer = outline(kind, model_config).get_submodule(architecture_class(config).layer_paths(model_config, settings.layers)[0])
     stored = {name: tensor for name, tensor in _find_tensors(checkpoint).items() if stored_name(name)}
     with _appearing(to) as folder:
         tensors = {name: tensor.read() for name, tensor in stored.items()}
@@ -201,7 +201,7 @@ def _read_stored_config(run: Path, config: TrainConfig) -> dict[str, Any]:
         made_anew = build_architecture(bare, load_data(bare).facts).transformers_config()
         assert made_anew is not None
         return made_anew
-    return stored if stored.get("architectures") else {**stored, "architectures": [adapter(config).model_class.__name__]}
+    return stored if stored.get("architectures") else {**stored, "architectures": [architecture_class(config).model_class.__name__]}
 
 
 def _is_scaled(config: TrainConfig) -> bool:
@@ -332,7 +332,7 @@ def _options(config: TrainConfig) -> dict[str, Any]:
 
 def _steps(config: TrainConfig, model_config: PreTrainedConfig) -> dict[str, Any]:
     """Return the step sizes and buffers, for which transformers' configuration has no place."""
-    paths = adapter(config).layer_paths(model_config, config.model.layers)
+    paths = architecture_class(config).layer_paths(model_config, config.model.layers)
     steps = {"step": {"middle": config.middle_step, "buffer": config.step.buffer}, "buffers": config.buffers.model_dump()}
     return {"step_sizes": list(config.step_sizes), "layers": paths, "steps": steps}
 

@@ -79,7 +79,7 @@ def write(path: Folder, content: bytes) -> None:
 
 
 def check_writable(folder: Folder) -> None:
-    """Write and remove a small file.
+    """Refuse a folder that cannot be written, by writing a small file there and removing it. A folder that is missing is made.
 
     Raises:
         SettingsError: the folder cannot be written.

@@ -1,8 +1,9 @@
 """States of blocks in host memory, and copies of them on other workers, from which a run recovers lost workers without a disk.
 
-Every worker keeps its last two states, and copies of the last two of another worker. Copies are exchanged in the background, by a process
-group of their own. Each exchange ends with a small all-reduce, after which all workers have that step and the older one can be dropped. So
-whenever a worker is lost, there is a step that all survivors have, and of which another worker holds the lost one's copy.
+Every worker keeps its last state, and a copy of another worker's; while newer ones are exchanged, the older ones too. The exchange runs
+in the background, by a process group of its own, and ends with a small all-reduce, after which all workers have that step and the older
+one can be dropped. So whenever a worker is lost, there is a step that all survivors have, and of which another worker holds the lost
+one's copy.
 
 With replicas every block is on several workers, and nothing is copied. If the optimizer's state is sharded over the replicas, each worker
 copies its share to another replica.

@@ -186,7 +186,7 @@ class RayGroup(ElasticGroup):
             if not ready:
                 # By now the others have given up waiting for messages: those that have not answered hang.
                 late = f"{len(pending)} of {len(references)} workers did not answer within {timeout_s:g} s"
-                raise _lost(self.lost() | self._give_up(_ranks(references, pending)), late)
+                raise _lost(self.find_lost() | self._give_up(_ranks(references, pending)), late)
             try:
                 ray.get(ready)
             except (RayTaskError, RayActorError) as error:
@@ -195,7 +195,7 @@ class RayGroup(ElasticGroup):
 
     def _raise(self, error: Exception, references: dict[int, Any]) -> None:
         """Raise the cause of a failed call: the loss of workers, or else the error of the worker that failed first."""
-        lost = self.lost()
+        lost = self.find_lost()
         if lost:
             for reference in references.values():  # fetch all results, or Ray prints the errors of the others
                 with contextlib.suppress(Exception):
@@ -220,7 +220,7 @@ class RayGroup(ElasticGroup):
             raise cause
         raise ClusterError(f"a worker failed: {type(cause).__name__}: {cause}") from error
 
-    def lost(self) -> frozenset[int]:
+    def find_lost(self) -> frozenset[int]:
         """Return the ranks of workers that are dead or do not answer a ping within `hang_timeout_s`; the latter are killed."""
         references = {rank: worker.ping.remote() for rank, worker in enumerate(self.workers)}
         ray.wait(list(references.values()), num_returns=len(references), timeout=self.config.hang_timeout_s)

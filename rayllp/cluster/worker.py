@@ -272,7 +272,7 @@ class BlockWorker:
     @leaves_on_failure
     def time_messages(self, sizes: list[int]) -> list[Link]:
         """Measure the time of messages of these sizes (in bytes) to the next worker."""
-        return time_messages(self._engine.layers, sizes, self._engine.device)
+        return time_messages(self._engine.layer_channel, sizes, self._engine.device)
 
     # Recovery -------------------------------------------------------------------------------------------------------------------
 

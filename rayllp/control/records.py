@@ -8,7 +8,7 @@ from rayllp.mgrit import SolverOptions
 
 @dataclass(frozen=True, kw_only=True)
 class Accuracy:
-    """How accurately a step is solved. Serial means exact: a microbatched pipeline over the blocks, or plain autograd on one worker.
+    """How accurately a step is solved. Serial means exact: by a pipeline over the blocks, with layers in turn, or on one worker.
 
     Attributes:
         serial: True for an exact step.

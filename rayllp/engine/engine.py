@@ -1,7 +1,7 @@
 """One training step of one worker, from its batch to the optimizer's update.
 
-There is no barrier inside a solve. The only collective of a step on the layer group is a small all-reduce at its end, which carries the
-gradient norm, the loss and the residuals together.
+MGRIT's solves have no barrier; windows have an all-gather after each window and sweep. One small all-reduce at the end of the step carries
+the gradient norm, the loss and the residuals together.
 """
 
 import time
@@ -77,7 +77,7 @@ class Engine:
 
     def _join(self, layer_channel: Channel, data_channel: Channel) -> None:
         """Make everything that talks to other workers."""
-        self.layers, self.replicas = layer_channel, data_channel
+        self.layer_channel, self.replicas = layer_channel, data_channel
         self._sums.close()
         self._sums = ReplicaSums(self.block, data_channel)
         self.group = LayerGroup(self.block, layer_channel)
@@ -121,13 +121,13 @@ class Engine:
         batch = self.step_batch(step, accuracy)
         probing = Probing(self.gradients, plan, self.replicas.size) if plan else None
         self._sums.begin(step, None if probing else self._kind(batch))
-        # Forward solve, loss, adjoint solve: see `LayerParallelGradients`.
+        # Forward solve, loss, adjoint solve: `WindowGradients`, `LayerParallelGradients`, or exactly.
         formed = probing.form(batch) if probing else self.gradients(batch)
         with self.group.span("gradients", "wait"):
             self._sums.finish(formed.loss)
-            add_shared_gradients(self.block, self.layers, step)
+            add_shared_gradients(self.block, self.layer_channel, step)
             if accuracy.smoothness:
-                add_smoothness_gradient(self.block, self.layers, accuracy.smoothness, step)
+                add_smoothness_gradient(self.block, self.layer_channel, accuracy.smoothness, step)
         with self.group.span("statistics", "wait"):
             found = self.reduce_statistics(step, formed, probing)
         lr = learning_rate(self.config.optimizer, step, self.config.steps)
@@ -136,7 +136,7 @@ class Engine:
             with self.group.span("update"):
                 self.update(step, found.norm, lr)
         self.optimizer.zero_grad()
-        self.layers.finish()
+        self.layer_channel.finish()
         self.replicas.finish()
         return StepStats(
             step=step,

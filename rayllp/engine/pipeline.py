@@ -124,6 +124,8 @@ class PlainAutograd:
 def count_microbatches(batch: int, workers: int, wanted: int | None, *, fewest: bool = False) -> int:
     """Return the number of microbatches for `batch` sequences: as `wanted`, or else the batch's largest divisor up to 4 a worker.
 
+    One worker has nothing to overlap, and always takes one.
+
     Args:
         fewest: take the smallest divisor that keeps all workers busy instead, if there is one.
     """

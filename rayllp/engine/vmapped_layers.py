@@ -105,7 +105,7 @@ class Stacks:
         """Return a stack that holds all of these layers."""
         found = self._of.get(layers[0])
         if found is None or not set(layers) <= set(found.layers) or not found.holds():
-            # Together with all layers that they shared a stack with. Otherwise two overlapping sets would replace each other at every step.
+            # Stack them with all layers that they shared a stack with: two overlapping sets would replace each other at every step.
             wanted = set(layers).union(*(self._of[n].layers for n in layers if n in self._of))
             found = Stack.of({n: self.modules[n] for n in sorted(wanted)})
             self._of.update(dict.fromkeys(found.layers, found))

@@ -215,7 +215,7 @@ class Grid:
             self.values[run.start] = self.arrive(run.start, self.receive(run.start, phase))
 
     def _sweep_run(self, step: Step, phase: str, run: range, *, to_the_end: bool, keep: bool) -> State | None:
-        """Sweep one run.
+        """Take the steps of one run, a worker's stretch of an interval, and send the result on where the interval goes on elsewhere.
 
         Returns: the state after the run's last step, if `to_the_end` or if the interval continues on the next worker; otherwise None.
         """

@@ -36,7 +36,7 @@ class Level:
 
     @property
     def size(self) -> int:
-        """The number of steps on this level, which is also the number of points."""
+        """The number of steps on this level, which is also the number of points: the state after the last step is no point."""
         return len(self.layers)
 
     @cached_property

@@ -71,7 +71,7 @@ def build_architecture(config: TrainConfig, facts: Facts, stored_config: Mapping
         CheckpointError: the checkpoint of model.from_pretrained does not fit.
     """
     check_family(config)
-    return adapter(config).from_settings(config, facts, stored_config)
+    return architecture_class(config).from_settings(config, facts, stored_config)
 
 
 def check_network(config: TrainConfig, facts: Facts, stored_config: Mapping[str, Any] | None = None) -> None:
@@ -130,7 +130,7 @@ def _check_kinds(config: TrainConfig, architecture: Architecture) -> None:
                 )
 
 
-def adapter(config: TrainConfig) -> Any:
+def architecture_class(config: TrainConfig) -> Any:
     """Import and return the adapter class of `config.model.family`."""
     homes = {**FAMILIES, **(SENTENCES if config.model.head == "sentences" else {}), ANY_ARCHITECTURE: TRANSFORMER}
     module, _, name = homes.get(config.model.family, config.model.family).partition(":")
@@ -174,6 +174,6 @@ def check_family(config: TrainConfig) -> None:
 
 
 __all__ = [
-    "FAMILIES", "Architecture", "LayerStack", "adapter", "build_architecture", "check_batched", "check_family", "check_muon",
+    "FAMILIES", "Architecture", "LayerStack", "architecture_class", "build_architecture", "check_batched", "check_family", "check_muon",
     "check_network", "families", "refuse_unnamed_code", "register",
 ]  # fmt: skip

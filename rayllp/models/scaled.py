@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from rayllp.errors import CheckpointError
 from rayllp.hf_config import SCALED
-from rayllp.models import step_sizes
+from rayllp.models import modeling_rayllp
 from rayllp.models.weights import find
 
 CODE = "modeling_rayllp.py"
@@ -43,7 +43,7 @@ class ScaledModel:
         path = find(str(folder))
         name = _read_config(path)["transformers_config"]["architectures"][0]
         model_class(name)
-        config, model = step_sizes.classes(name)
+        config, model = modeling_rayllp.classes(name)
         try:
             return model.from_pretrained(path, config=config.from_pretrained(path), **kwargs)
         except (AttributeError, ValueError) as error:
@@ -62,8 +62,8 @@ def write_scaled(folder: Path, kept: Mapping[str, Any], task: str) -> None:
     inner = json.loads(path.read_text(encoding="utf-8"))
     module = CODE.removesuffix(".py")
     auto_map = {"AutoConfig": f"{module}.ScaledConfig", AUTO[task]: f"{module}.ScaledModel"}
-    path.write_text(step_sizes.outer(inner, {**kept, "auto_map": auto_map}), encoding="utf-8")
-    code = Path(step_sizes.__file__).read_text(encoding="utf-8")
+    path.write_text(modeling_rayllp.outer(inner, {**kept, "auto_map": auto_map}), encoding="utf-8")
+    code = Path(modeling_rayllp.__file__).read_text(encoding="utf-8")
     named = f'ScaledConfig, ScaledModel = classes("{inner["architectures"][0]}", __name__)\n'
     (folder / CODE).write_text(f"{code}\n\n{named}", encoding="utf-8")
 

@@ -25,7 +25,7 @@ class Resizing:
         self._last_check = time.monotonic()  # when the cluster was last checked for free resources
 
     def adapt(self, step: int) -> None:
-        """Adapt the workers to the cluster between two chunks of steps."""
+        """Move layers off nodes that are about to shut down, then take in workers for which the cluster has room."""
         self.leave_draining_nodes(step)
         self.grow(step)
 

@@ -293,7 +293,7 @@ def _iterations(runs: Sequence[RunRecord]) -> Chart | None:
 
 
 def _in_use(run: RunRecord, name: str) -> tuple[Floats, Floats]:
-    """Where the iterations of plain steps change, and to what; ends with the last step."""
+    """Return x and y of a staircase: the steps at which the number of iterations changes, and the new number. Probes are left out."""
     plain = [metric for metric in run.metrics if not is_probe(metric)]
     points: list[tuple[float, float]] = []
     for value, group in groupby(plain, key=lambda metric: metric[name] or 0):
