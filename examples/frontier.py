@@ -95,6 +95,7 @@ TASKS = {
         (12,),
         ("adaptive.consistency=null", "microbatches=null"),
         rates=(2e-3,),
+        steps=600,
         buffers=0,
     ),
     "teacher": Task(
@@ -404,6 +405,20 @@ def row_of(runs: list[dict[str, Any]], results: list[dict[str, Any]]) -> Row:
     )
 
 
+def accounted(result: dict[str, Any], results: list[dict[str, Any]]) -> dict[str, Any]:
+    """A result with what it is worth beside exact training of the same seed: workers, gap in %, speed-up, depth kept in %."""
+    row = row_of([result], [r for r in results if r["task"] == result["task"]])
+    figures = {
+        "serial_loss": exact_losses([r for r in results if r["task"] == row.task], row.middle).get(result["seed"]),
+        "gap": row.gaps,
+        "depth_kept": row.kept,
+    }
+    figures = {name: value[0] if isinstance(value, tuple) and value else value or None for name, value in figures.items()}
+    layers = {"layers": row.middle + TASKS[row.task].buffers, "workers": row.workers, "speedup": row.speedup}
+    short = {name: float(f"{value:.5g}") if isinstance(value, float) else value for name, value in {**layers, **figures}.items()}
+    return {**result, **short}
+
+
 def exact_losses(results: list[dict[str, Any]], middle: int) -> dict[int, float]:
     """By seed, of exact training at its best learning rate."""
     lr = best_rate(results, "serial", middle)
@@ -458,8 +473,12 @@ def draw(found: list[Row], picture: Path) -> None:
     import matplotlib.pyplot as plt
 
     names = [name for name in TASKS if sum(row.task == name for row in found) > 1]
-    figure, axes = plt.subplots(1, len(names), figsize=(5.2 * len(names), 3.8), layout="constrained", squeeze=False)
-    for name, axis in zip(names, axes[0], strict=True):
+    across = min(3, len(names))
+    down = -(-len(names) // across)
+    figure, axes = plt.subplots(down, across, figsize=(5.2 * across, 3.8 * down), layout="constrained", squeeze=False)
+    for spare in axes.flat[len(names) :]:
+        spare.set_axis_off()
+    for name, axis in zip(names, axes.flat, strict=False):
         for way in WAYS:
             mine = sorted((row for row in found if (row.task, row.way) == (name, way)), key=lambda row: row.middle)
             if not mine:
@@ -480,7 +499,10 @@ BEGIN, END = "<!-- tables: made by `python examples/frontier.py report` -->\n", 
 
 
 def report(arguments: argparse.Namespace) -> None:
-    found = rows(load(arguments.results))
+    results = load(arguments.results)
+    found = rows(results)
+    for result in results:
+        keep(arguments.results, accounted(result, results))
     page = arguments.docs / "frontier.md"
     made = "\n\n".join(f"**{task.title}**\n\n{table(found, name)}" for name, task in TASKS.items() if any(r.task == name for r in found))
     before, _, rest = page.read_text(encoding="utf-8").partition(BEGIN)
