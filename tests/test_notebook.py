@@ -57,6 +57,7 @@ def test_a_checkpoint_and_answers_become_a_checkpoint(ray_cluster, monkeypatch, 
     changes = {
         '"checkpoint"': repr(str(tmp_path / "checkpoint")), '"answers.jsonl"': repr(str(tmp_path / "answers.jsonl")),
         '"finetuned"': repr(str(tmp_path / "finetuned")), "STEPS, WORKERS = 30, 2": "STEPS, WORKERS = 60, 2", '"lr": 1e-4': '"lr": 1e-2',
+        '"workers": WORKERS,': '"workers": WORKERS, "spare_workers": False,',
         "rayllp.train(config)": f"rayllp.train(config, output={str(tmp_path / 'run')!r})",
         '"sequence_length": 128': '"sequence_length": 24',
     }  # fmt: skip
