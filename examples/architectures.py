@@ -71,6 +71,7 @@ SPECIAL = {
     "bigbird_pegasus": {"attention_type": "original_full"},
     "big_bird": {"attention_type": "original_full"},
     "esmc": {"num_key_value_heads": 4},
+    "led": {"attention_window": 10},
     "perceiver": {
         "num_self_attends_per_block": 6,
         "num_blocks": 1,

@@ -1,6 +1,7 @@
 """T5's relative position bias: the first layer of a list holds the table, and passes the bias it computes to all other layers."""
 
 import copy
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -34,7 +35,10 @@ class SharedBias:
         if len(places) != 1 or len(tables) != 1:
             return None
         attention = f"{paths[0]}.{tables[0]}".rpartition(".")[0]
-        return cls(attention, places.pop()) if hasattr(model.get_submodule(attention), "compute_bias") else None
+        compute = getattr(model.get_submodule(attention), "compute_bias", None)
+        # LongT5's attention within blocks has a bias of a block's length, which is not what is meant here.
+        of_lengths = compute is not None and {"query_length", "key_length", "device"} <= inspect.signature(compute).parameters.keys()
+        return cls(attention, places.pop()) if of_lengths else None
 
     @property
     def table(self) -> str:
