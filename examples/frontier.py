@@ -407,9 +407,10 @@ def row_of(runs: list[dict[str, Any]], results: list[dict[str, Any]]) -> Row:
 
 def accounted(result: dict[str, Any], results: list[dict[str, Any]]) -> dict[str, Any]:
     """A result with what it is worth beside exact training of the same seed: workers, gap in %, speed-up, depth kept in %."""
-    row = row_of([result], [r for r in results if r["task"] == result["task"]])
+    mine = [r for r in results if r["task"] == result["task"]]
+    row = row_of([result], mine)
     figures = {
-        "serial_loss": exact_losses([r for r in results if r["task"] == row.task], row.middle).get(result["seed"]),
+        "serial_loss": exact_losses(mine, row.middle).get(result["seed"]),
         "gap": row.gaps,
         "depth_kept": row.kept,
     }

@@ -25,8 +25,6 @@ LAYERS = ("num_hidden_layers", "n_layer")
 """Names that configurations have for the number of layers."""
 LISTED = ("layer_types", "mlp_layer_types")
 """Entries that are lists with an item for each layer."""
-SCALED = "rayllp_scaled"
-"""The model_type of an exported model whose layers have step sizes. Its config.json holds transformers' own configuration inside."""
 
 
 def read_config(source: str) -> dict[str, Any]:

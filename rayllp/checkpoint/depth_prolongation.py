@@ -22,6 +22,7 @@ from torch import Tensor
 from rayllp.checkpoint.location import Folder
 from rayllp.config import TrainConfig
 from rayllp.errors import CheckpointError
+from rayllp.hf_config import layer_sources
 
 POWERS = {
     "weight": 0, "step": 0, "ema": 0, "exp_avg": 1, "exp_avg_sq": 2, "max_exp_avg_sq": 2, "momentum_buffer": 1, "row_var": 2, "col_var": 2,
@@ -75,9 +76,8 @@ class Prolongation:
 
     def source(self, layer: int) -> int:
         """Return the layer of the shallow network that this layer of the deep one is made from."""
-        if self.is_middle(layer):
-            return self.open + (layer - self.open) // self.factor
-        return layer if layer < self.open else layer - (self.factor - 1) * self.middle
+        ends = self.open + self.close
+        return layer_sources(self.factor * self.middle + ends, self.middle + ends, self.open, self.close)[layer]
 
     def piece(self, name: str, read: Callable[[str], Mapping[str, Tensor]], prefix: Callable[[int], str]) -> dict[str, Tensor]:
         """Return the state of the deep network's piece `name`.

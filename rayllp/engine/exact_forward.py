@@ -20,10 +20,12 @@ class ExactForward:
 
     Attributes:
         group: this worker's layers, and the channel to the other workers.
+        remembers: True if generation can have this worker's layers remember past tokens; None until that was tested.
     """
 
     def __init__(self, group: LayerGroup) -> None:
         self.group = group
+        self.remembers: bool | None = None
         self._hierarchy, self._options = group.config.hierarchy(1), group.config.solver_options(1)
         cyclic = group.config.placement == "cyclic" and group.channel.size > 1
         self._placement = Placement.cyclic(group.config.middle_layers, group.channel.size) if cyclic else None

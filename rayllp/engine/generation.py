@@ -60,10 +60,13 @@ class Decoder:
 
     def _all_remember(self, prompts: Tensor) -> bool:
         """Return True if the memory of past tokens works on all workers' layers."""
-        count = min(TRIED, self.group.config.sequence_length)
-        tokens = prompts[:1].repeat(1, count)[:, :count]
-        fails = 0 if remembers(self.group.block, lambda tokens: self.inputs(tokens, torch.zeros(1, dtype=torch.int64)), tokens) else 1
-        return not self.group.channel.all_reduce(torch.tensor([fails], device=self.group.device), self._tag("memory")).item()
+        if self.exact_forward.remembers is None:  # tested once for this worker's layers: evaluations generate in many small parts
+            count = min(TRIED, self.group.config.sequence_length)
+            tokens = prompts[:1].repeat(1, count)[:, :count]
+            row = torch.zeros(1, dtype=torch.int64)
+            self.exact_forward.remembers = remembers(self.group.block, lambda tokens: self.inputs(tokens, row), tokens)
+        fails = torch.tensor([not self.exact_forward.remembers], dtype=torch.int64, device=self.group.device)
+        return not self.group.channel.all_reduce(fails, self._tag("memory")).item()
 
     def evaluate(self, tokens: Tensor, row: Tensor) -> Tensor:
         """Return the network's outputs for these tokens, on the last worker, after telling all workers to compute them.
@@ -166,10 +169,10 @@ def remembers(block: Block, inputs_of: Callable[[Tensor], Inputs], tokens: Tenso
         if block.embed is not None:
             wanted.append(tensors(architecture.enter(block.embed, whole, context))[-1][:, -1:])
         try:
-            advanced(_last(state, slice(None, -1)), architecture.context(shorter, block.dtype, past))
+            advanced(_at(state, slice(None, -1)), architecture.context(shorter, block.dtype, past))
             past.end(torch.cat([torch.zeros_like(tokens[:, :1]), tokens[:, :-1]], 1))
             context = architecture.context(whole, block.dtype, past)
-            found = advanced(_last(state, slice(-1, None)), context)
+            found = advanced(_at(state, slice(-1, None)), context)
             if block.embed is not None:
                 found.append(tensors(architecture.enter(block.embed, whole, context))[-1])
         except Exception:  # layers with another kind of memory may fail with any error
@@ -177,7 +180,8 @@ def remembers(block: Block, inputs_of: Callable[[Tensor], Inputs], tokens: Tenso
     return all(a.shape == b.shape and (a - b).norm() <= ALIKE * b.norm() for a, b in zip(found, wanted, strict=True))
 
 
-def _last(state: State, positions: slice) -> State:
+def _at(state: State, positions: slice) -> State:
+    """Return the state at these positions; of an encoder–decoder, the decoder's."""
     *others, last = tensors(state)
     return like(state, (*others, last[:, positions]))
 

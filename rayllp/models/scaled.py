@@ -13,7 +13,6 @@ import transformers
 from transformers import PreTrainedModel
 
 from rayllp.errors import CheckpointError
-from rayllp.hf_config import SCALED
 from rayllp.models import modeling_rayllp
 from rayllp.models.weights import find
 
@@ -73,7 +72,7 @@ def loader(folder: Path) -> tuple[str, str]:
     if not (folder / "config.json").is_file():
         return "peft.AutoPeftModel", ""
     values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    if values["model_type"] == SCALED:
+    if values["model_type"] == modeling_rayllp.MODEL_TYPE:
         return f"transformers.{next(name for name in values['auto_map'] if name != 'AutoConfig')}", ", trust_remote_code=True"
     return f"transformers.{values['architectures'][0]}", ""
 
@@ -95,7 +94,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
         values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{folder} has no config.json that can be read ({error}): give a folder written by `rayllp export`") from None
-    if values.get("model_type") != SCALED:
+    if values.get("model_type") != modeling_rayllp.MODEL_TYPE:
         raise CheckpointError(
             f"{folder} is a plain transformers model of type {values.get('model_type')}, without step sizes: load it by AutoModel"
         )

@@ -69,16 +69,7 @@ def tune(
         raise SettingsError("a sweep file or --resume DIRECTORY is needed")
     else:
         sweep = sweep if isinstance(sweep, Sweep) else load_sweep(sweep)
-    # Data that all trials share are loaded here, once. If they are faulty, the sweep fails before anything else is done.
-    data: Any = None
-    record: DataRecord | None = None
-    if sweep.shares_data or sweep.objective.cluster is not None:
-        known = read_data_json(folder) if resume is not None else None
-        data, record, _ = load_recorded(sweep.config({}), known or DataRecord())
-    if sweep.shares_data:
-        sweep.know(data.facts)
-        if (sweep.begins_with_base or sweep.objective.cluster is not None) and (why := sweep.problem({})) is not None:
-            raise SettingsError(f"the sweep's base config: {why}")
+    data, record = _load_shared_data(sweep, None if resume is None else folder)
     searcher = build_searcher(sweep)
     if isinstance(searcher, GridSearch) and not searcher.points:
         raise SettingsError(f"no trial is feasible: {_first(searcher)}")
@@ -99,6 +90,20 @@ def tune(
             raise SettingsError(f"no trial is feasible: {_first(searcher)}")
         write_results(sweep, results, folder, searcher.infeasible, console)
         return results
+
+
+def _load_shared_data(sweep: Sweep, resumed: Path | None) -> tuple[Any, DataRecord | None]:
+    """Load the data that all trials share, once. If they or the base config are faulty, the sweep fails before anything else is done."""
+    data: Any = None
+    record: DataRecord | None = None
+    if sweep.shares_data or sweep.objective.cluster is not None:
+        known = read_data_json(resumed) if resumed is not None else None
+        data, record, _ = load_recorded(sweep.config({}), known or DataRecord())
+    if sweep.shares_data:
+        sweep.know(data.facts)
+        if (sweep.begins_with_base or sweep.objective.cluster is not None) and (why := sweep.problem({})) is not None:
+            raise SettingsError(f"the sweep's base config: {why}")
+    return data, record
 
 
 def _fit(sweep: Sweep, folder: Path, searcher: FeasibleSearch | GridSearch, data: Any, *, resumed: bool, console: Console) -> ResultGrid:
