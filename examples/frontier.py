@@ -18,7 +18,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
 from statistics import mean, stdev
@@ -27,6 +27,7 @@ from typing import Any
 from rayllp.config import TrainConfig, load_config, make_config
 from rayllp.config.run import EXACT_FROM_WINDOWS, SWEEPS
 from rayllp.control import Controller, Probe
+from rayllp.mgrit.windows import windows_in_words
 from rayllp.plan import Costs, predict_step
 
 HERE = Path(__file__).parent
@@ -35,6 +36,8 @@ COSTS = Costs(
     forward=LAYER_MS, record=LAYER_MS, input_gradient=LAYER_MS, full_gradient=2 * LAYER_MS, message=MESSAGE_MS
 )  # fmt: skip
 STEPS = 2000
+COUPLINGS = "couplings"
+"""Name by which probes are counted that measure couplings, too."""
 
 
 @dataclass(frozen=True)
@@ -80,19 +83,19 @@ TASKS = {
         steps=1000,
     ),
     "standard": Task(
-        "GPT-2, Shakespeare, 16 layers, Δt = 1, no buffers",
+        "GPT-2, Shakespeare, N layers, Δt = 1, no buffers",
         "gpt2_shakespeare",
         {"data.path": "tinyshakespeare/input.txt.gz"},
-        (4, 16),
+        (4, 16, 64),
         ("step.middle=1", "buffers.open=0", "buffers.close=0"),
         seeds=(0, 1, 2),
         buffers=0,
     ),
     "translation": Task(
-        "Multi30k, German to English, 6 + 6 layers, Δt = 1, no buffers",
+        "Multi30k, German to English, N / 2 + N / 2 layers, Δt = 1, no buffers",
         "mt_multi30k",
         {"data.path": "multi30k"},
-        (12,),
+        (6, 12, 24),
         ("adaptive.consistency=null", "microbatches=null"),
         rates=(2e-3,),
         steps=600,
@@ -197,6 +200,7 @@ def train(key: Key, data: Path, keep_at: tuple[float, ...] = (), start: Path | N
     engine = Engine(model, config, batches, alone, alone, torch.device("cpu"))
     controller = Controller(config)
     curve, plain, probes, biases = [], Counter[str](), Counter[str](), []
+    windows: dict[str, tuple[int, ...]] = {}  # of the solves that have them cut
     kept = {round(share * steps) for share in keep_at}
     first = 0
     if start is not None:
@@ -218,21 +222,28 @@ def train(key: Key, data: Path, keep_at: tuple[float, ...] = (), start: Path | N
         stats = engine.train_step(step, accuracy, plan)
         if not math.isfinite(stats.loss):
             raise SystemExit(f"{key}: the loss is not finite at step {step}")
+        judged = accuracy if plan is None else plan.candidate
+        solve = judged.name
+        if not judged.serial and judged.windows != config.windows:
+            solve += f", windows of {windows_in_words(judged.windows)}"
+            windows[solve] = judged.windows
         if plan is None:
-            plain[accuracy.name] += 1
+            plain[solve] += 1
         else:
-            probes[f"{plan.candidate.name} in {'exact' if accuracy.serial else 'parallel'}"] += 1
+            probes[f"{solve} in {'exact' if accuracy.serial else 'parallel'}"] += 1
+            probes[COUPLINGS] += plan.couplings
             bias = stats.bias
             probe = Probe(
                 rho_forward=stats.rho_forward, rho_backward=stats.rho_backward,
-                bias=bias.relative if bias else None, noise=bias.noise if bias else None,
+                bias=bias.relative if bias else None, noise=bias.noise if bias else None, couplings=stats.couplings,
             )  # fmt: skip
             controller.observe(step, probe)
-            biases.append((step, plan.candidate.name, rounded(probe.bias), rounded(probe.noise)))
+            biases.append((step, solve, rounded(probe.bias), rounded(probe.noise)))
         if (step + 1) % config.eval.every == 0 or step + 1 == steps:
             curve.append((step + 1, float(f"{engine.evaluate(config.eval.batches)['loss']:.6g}")))
             print(key, curve[-1], controller.rung, flush=True)
-    found = {"loss": curve[-1][1], "curve": curve, "solves": dict(plain), "probes": dict(probes), "biases": biases}
+    probes = +probes  # without what was not done
+    found = {"loss": curve[-1][1], "curve": curve, "solves": dict(plain), "probes": dict(probes), "biases": biases, "windows": windows}
     return dict(zip(("task", "way", "middle", "seed", "lr", "steps"), key, strict=True)) | found
 
 
@@ -321,15 +332,19 @@ def total_ms(result: dict[str, Any], *, exact_gains: bool = True) -> float:
         return sum(result["solves"].values()) * serial_ms(task, result["middle"])
     config = config_of(task, result["middle"], way.workers, way.rungs)
     rungs = {rung.name: rung for rung in Controller(config).rungs}
+    for name, lengths in result.get("windows", {}).items():
+        rungs[name] = replace(rungs[name.partition(",")[0]], windows=tuple(lengths))
 
     def step(name: str) -> float:
         if name == "serial" and not exact_gains:
             return serial_ms(task, result["middle"])
         return predict_step(config, rungs[name], COSTS)
 
+    probes = dict(result["probes"])
     total = sum(count * step(name) for name, count in result["solves"].items())
-    for probe, count in result["probes"].items():
-        name, _, kind = probe.partition(" in ")
+    total += probes.pop(COUPLINGS, 0) * step("serial")  # an exact step without parameters' gradients
+    for probe, count in probes.items():
+        name, _, kind = probe.rpartition(" in ")
         doubled = predict_step(config, rungs[name].probing(), COSTS)
         # The better gradient is formed in two halves of the batch, each of which takes as long as the whole.
         total += count * (step(name) + 2 * (step("serial") if kind == "exact" else doubled))
@@ -385,8 +400,9 @@ def row_of(runs: list[dict[str, Any]], results: list[dict[str, Any]]) -> Row:
     ]
     shares: Counter[str] = Counter()
     for r in runs:
-        shares.update({key: count / steps / len(runs) for key, count in r["solves"].items()})
-        shares["probes"] += sum(r["probes"].values()) / steps / len(runs)
+        for solve, count in r["solves"].items():
+            shares[solve.partition(",")[0] + (" cut" if "," in solve else "")] += count / steps / len(runs)
+        shares["probes"] += sum(count for kind, count in r["probes"].items() if kind != COUPLINGS) / steps / len(runs)
     ms, strict = (mean(total_ms(r, exact_gains=gains) for r in runs) for gains in (True, False))
     alone = steps * serial_ms(task, middle)
     return Row(

@@ -200,7 +200,7 @@ def changed(config, **changes):
     """The same settings with others, as `with_workers` keeps what follows from their number."""
     values = config.model_dump()
     values["adaptive"] |= {"consistency": config.consistency, "steer": config.steers} | changes.pop("adaptive", {})
-    values["mgrit"] |= {"window": config.window if config.placement == "cyclic" else None} | changes.pop("mgrit", {})
+    values["mgrit"] |= {"window": config.longest_window if config.placement == "cyclic" else None} | changes.pop("mgrit", {})
     values["mesh"] |= {"placement": config.placement} | changes.pop("mesh", {})
     return TrainConfig.model_validate(values | changes)
 
@@ -219,7 +219,7 @@ def alone(config):
 
 def enough(config):
     """As many iterations as make the solve exact, and the exact training that it then is; None where nothing runs in parallel."""
-    most = config.window if config.placement == "cyclic" else len(config.coarse_lengths) + 1
+    most = config.longest_window if config.placement == "cyclic" else len(config.coarse_lengths) + 1
     plain = {"dtype": "float64", "adaptive": {"consistency": 0.0, "smoothness": 0.0, "steer": None, "probe_every": 0, "ladder": None}}
     plain["adaptive"] |= {"lipschitz_every": 0, "switch_at": None}
     solve = {"iterations": {"forward": most, "backward": most}, "tolerance": None}

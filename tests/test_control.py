@@ -1,7 +1,8 @@
 """The controller on made-up probes, and what real probes measure."""
 
+import json
 import math
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -251,11 +252,73 @@ def test_nothing_is_trained_by_a_rung_before_a_probe_has_found_it_accurate():
     control = open_controller()
     assert "a gradient bias of 0.02 beside a noise of 0.5" in control.observe(0, GOOD).reason
     assert [control.accuracy_at(step).name for step in (1, 4, 5)] == ["serial", "serial", "1+1"]  # the first ones are timed
-    assert control.observe(49, BAD).trying == "2+1"
+    assert control.observe(49, BAD).trying == "1+1"  # with couplings, which say whether shorter windows are the remedy
+    assert control.probe(50).couplings
+    control.observe(50, BAD)
     assert control.accuracy_at(50).serial
-    assert control.probe(50).candidate.name == "2+1"
-    control.observe(50, GOOD)
-    assert control.accuracy_at(51).name == "2+1"
+    assert control.probe(51).candidate.name == "2+1"
+    control.observe(51, GOOD)
+    assert control.accuracy_at(52).name == "2+1"
+
+
+STEEP = (0.9, 0.5, 0.2, *[0.001] * 12)
+"""Couplings of 16 layers of which the first few depend strongly on each other."""
+
+
+def test_windows_are_cut_where_layers_depend_strongly_on_each_other():
+    control = open_controller()
+    control.observe(0, GOOD)
+    assert control.accuracy_at(5).windows == (8, 8)
+    assert not control.probe(9).couplings  # they cost an exact step, so they are measured when something is wrong
+    assert "the next step measures whether shorter windows" in control.observe(9, BAD).reason
+    assert control.probe(10).couplings
+    decision = control.observe(10, replace(BAD, couplings=STEEP))
+    assert decision.trained == "exact, trying 1+1"
+    assert decision.reason.endswith("1+1 in windows of 1 (3 times), 8, 5 layers")
+    assert control.accuracy_at(11).serial
+    assert control.probe(11).candidate.windows == (1, 1, 1, 8, 5)
+    resumed = open_controller()
+    resumed.restore(json.loads(json.dumps(control.state())))
+    for each in (control, resumed):
+        each.observe(11, replace(GOOD, couplings=STEEP))
+        assert (each.accuracy_at(12).name, each.accuracy_at(12).windows) == ("1+1", (1, 1, 1, 8, 5))
+    # Another fault that a cut does not mend raises the rung, whose windows may be longer.
+    control.observe(49, replace(BAD, couplings=(0.9, 0.5, 0.2, 0.2, *[0.001] * 11)))
+    assert control.accuracy_at(50).serial
+    control.observe(50, replace(BAD, couplings=STEEP))
+    assert control.rung == "2+1"
+    control.observe(51, replace(BAD, couplings=STEEP))
+    assert control.rung == "2+2"
+    assert control.chosen.windows == (1, 1, 8, 6)
+
+
+def test_windows_become_longer_again_once_a_probe_has_found_them_accurate():
+    control = open_controller()
+    control.observe(0, replace(BAD, couplings=STEEP))
+    control.observe(1, GOOD)
+    assert control.observe(49, replace(GOOD, couplings=tuple(0.8 * c for c in STEEP))) is None  # too little gained
+    decision = control.observe(99, replace(GOOD, couplings=(0.001,) * 15))
+    assert decision.reason == "layers depend less on each other; 1+1 in windows of 8 layers"
+    assert control.accuracy_at(100).serial
+    control.observe(100, GOOD)
+    assert control.accuracy_at(101).windows == (8, 8)
+
+
+@pytest.mark.parametrize("changes", [{"adaptive": {"cut_windows": False}}, {"mgrit": {"window": (1, 1, 6, 8)}}])
+def test_windows_are_not_cut_where_the_user_has_said_what_they_are(changes):
+    control = open_controller(**changes)
+    given = control.chosen.windows
+    assert not control.probe(0).couplings
+    control.observe(0, replace(BAD, couplings=STEEP))
+    assert (control.rung, control.chosen.windows) == ("2+1", given)
+
+
+def test_a_run_that_has_become_deeper_forgets_where_windows_were_cut():
+    control = open_controller()
+    control.observe(0, replace(BAD, couplings=STEEP))
+    deeper = open_controller(model={"layers": 36})
+    deeper.restore(control.state())
+    assert deeper.chosen.windows == (8, 8, 8, 8)
 
 
 def test_windows_are_probed_more_often_while_the_learning_rate_warms_up():

@@ -1,5 +1,7 @@
 """Training steps by windows, and exact ones with layers in turn: against autograd, and against themselves on other numbers of workers."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -7,6 +9,7 @@ from rayllp.channel import LocalChannel, run_workers
 from rayllp.channel.torch_dist import TorchChannel
 from rayllp.control import Accuracy, Controller, ProbePlan
 from rayllp.errors import SettingsError
+from rayllp.mgrit.windows import equal_windows
 from rayllp.plan import Costs, predict
 from rayllp.timeline import Timeline
 from tests.conftest import make_engine, run_processes, tiny
@@ -15,9 +18,9 @@ from tests.test_families import CASES, config_of, ours
 SERIAL = Accuracy(serial=True, levels_forward=1, levels_backward=1, iterations_forward=1, iterations_backward=1)
 
 
-def sweeps(forward, backward, window=4):
+def sweeps(forward, backward, windows=(4, 4)):
     return Accuracy(
-        serial=False, levels_forward=2, levels_backward=2, iterations_forward=forward, iterations_backward=backward, window=window
+        serial=False, levels_forward=2, levels_backward=2, iterations_forward=forward, iterations_backward=backward, windows=windows
     )
 
 
@@ -143,8 +146,9 @@ def test_every_family(family, head):
     """Two and three workers, dropout: as many sweeps as layers, and layers in turn, are the exact gradient on one worker."""
     options = {"mesh": {"placement": "cyclic"}, "model": {"dropout": 0.1}}
     wanted, _, _, wanted_loss = ours(config_of(family, head, **options), SERIAL)
-    for workers, accuracy in ((2, sweeps(3, 3, 3)), (3, SERIAL)):
-        got, _, _, loss = ours(config_of(family, head, workers=workers, **options), accuracy)
+    for workers, accuracy in ((2, sweeps(3, 3)), (3, SERIAL)):
+        config = config_of(family, head, workers=workers, **options)
+        got, _, _, loss = ours(config, replace(accuracy, windows=equal_windows(config.middle_layers, 3)))
         torch.testing.assert_close(loss, wanted_loss, rtol=1e-10, atol=1e-12)
         for name, gradient in wanted.items():
             torch.testing.assert_close(got[name], gradient, rtol=1e-8, atol=1e-11)
@@ -153,7 +157,7 @@ def test_every_family(family, head):
 def test_a_step_takes_what_the_planner_says():
     """Work by worker and kind, counted on a timeline, against the schedule on logical clocks."""
     config = cyclic(4, model={"layers": 20})
-    accuracy = sweeps(2, 2)
+    accuracy = sweeps(2, 2, (4, 4, 4, 4))
 
     def work(channel):
         engine = make_engine(config, channel)
@@ -184,6 +188,6 @@ def test_the_controller_of_a_cyclic_run_hands_out_windows():
     config = tiny(mode="adaptive", workers=4, adaptive={"rule": "bias", "probe_every": 10})
     assert config.placement == "cyclic"
     control = Controller(config)
-    assert [(rung.name, rung.window, rung.serial) for rung in control.rungs] == [
-        ("1+1", 4, False), ("2+1", 4, False), ("2+2", 4, False), ("3+3", 4, False), ("serial", 4, True),
+    assert [(rung.name, rung.windows, rung.serial) for rung in control.rungs] == [
+        ("1+1", (4, 4), False), ("2+1", (4, 4), False), ("2+2", (4, 4), False), ("3+3", (4, 4), False), ("serial", (4, 4), True),
     ]  # fmt: skip

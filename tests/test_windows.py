@@ -7,7 +7,7 @@ from rayllp.channel import LocalChannel, run_workers
 from rayllp.channel.base import MessageTag, StateSpec
 from rayllp.errors import SettingsError
 from rayllp.mgrit import Propagator, Status
-from rayllp.mgrit.windows import Placement, WindowSolver, solve_in_order
+from rayllp.mgrit.windows import Placement, WindowSolver, equal_windows, solve_in_order
 
 N, WIDTH = 16, 5
 TAG = MessageTag(0, "forward")
@@ -56,7 +56,8 @@ def solve(workers, window, sweeps, make=None, *, adjoint=False, source=0, begin=
     def work(channel):
         propagator = make() if make else Layers(matrices)
         initial = (start() if begin is None else begin) if channel.rank == source else None
-        solver = WindowSolver(placement, window, sweeps, propagator, channel, StateSpec.of(start()), TAG, adjoint=adjoint)
+        windows = equal_windows(N, window) if isinstance(window, int) else window
+        solver = WindowSolver(placement, windows, sweeps, propagator, channel, StateSpec.of(start()), TAG, adjoint=adjoint)
         return solver.solve(initial, source), propagator
 
     found = run_workers(workers, work)
@@ -151,7 +152,7 @@ def test_changes_of_the_size_of_rounding_are_converged():
     matrices, placement = weights(), Placement.cyclic(N, 4)
 
     def work(channel, rounding):
-        solver = WindowSolver(placement, N, 8, Rounded(matrices), channel, StateSpec.of(start()), TAG, rounding=rounding)
+        solver = WindowSolver(placement, (N,), 8, Rounded(matrices), channel, StateSpec.of(start()), TAG, rounding=rounding)
         result = solver.solve(start() if channel.rank == 0 else None, 0)
         return result.measured(channel.all_reduce(result.shares, TAG))
 
@@ -187,5 +188,11 @@ def test_in_order_is_the_serial_solve(workers):
 def test_what_cannot_be_is_refused_in_words():
     with pytest.raises(SettingsError, match="3 middle layers on 4 workers"):
         Placement.cyclic(3, 4)
-    with pytest.raises(SettingsError, match="windows of 0 layers and 1 sweeps"):
-        WindowSolver(Placement.cyclic(4, 1), 0, 1, Layers(weights()), LocalChannel.alone(), StateSpec.of(start()), TAG)
+    for windows, sweeps, words in (
+        ((4, 0), 1, "windows of 4, 0 layers: each must have at least 1, all together 4"),
+        ((3,), 1, "windows of 3 layers: each must"),
+        ((), 1, "no window"),
+        ((4,), 0, "0 sweeps"),
+    ):
+        with pytest.raises(SettingsError, match=words):
+            WindowSolver(Placement.cyclic(4, 1), windows, sweeps, Layers(weights()), LocalChannel.alone(), StateSpec.of(start()), TAG)

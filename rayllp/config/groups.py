@@ -3,7 +3,7 @@
 import re
 from typing import Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, PositiveInt, field_validator, model_validator
 
 from rayllp.config.base import Settings
 
@@ -43,8 +43,10 @@ class MGRITSettings(Settings):
     coarsening: int | tuple[int, ...] = Field(4, description="c_f, one for all levels or a list, one a coarse level")
     levels: ByDirection = Field(ByDirection(), description="1 is the serial solve")
     iterations: Iterations = Field(Iterations(), description="fixed, or the cap where mgrit.tolerance is set")
-    window: int | None = Field(
-        None, ge=1, description="layers that are solved at once where mesh.placement is cyclic; default as many as workers"
+    window: PositiveInt | tuple[PositiveInt, ...] | None = Field(
+        None,
+        description="layers that are solved at once where mesh.placement is cyclic, at most; or a list of all windows' lengths; default as "
+        "many as workers",
     )
     relaxation: RelaxationSettings = Field(RelaxationSettings(), description="F or FCF")
     cycle: Literal["V", "F"] = Field("V", description="V- or F-cycles")
@@ -87,6 +89,9 @@ class AdaptiveSettings(Settings):
     )
     exact_every: int = Field(
         0, ge=0, description="every so many probes the bias is taken against the exact gradient, by any rule; 0: never"
+    )
+    cut_windows: bool | None = Field(
+        None, description="shorten windows where layers depend strongly on each other; default: where windows are judged by the bias"
     )
     lipschitz_every: int = Field(
         0, ge=0, description="every so many probes each layer's Lipschitz constant is estimated, for `rayllp suggest-buffers`; 0: never"

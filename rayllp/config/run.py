@@ -22,7 +22,7 @@ from rayllp.config.groups import (
 from rayllp.config.network import BufferSettings, ModelSettings, NestedSettings, StepSettings
 from rayllp.errors import SettingsError
 from rayllp.mgrit import Hierarchy, SolverOptions, build_hierarchy, split_evenly
-from rayllp.mgrit.windows import Placement
+from rayllp.mgrit.windows import Placement, equal_windows
 
 TIMED_STEP = 3
 """Number of the exact step, among the first ones of a run, whose timeline is recorded."""
@@ -135,7 +135,7 @@ class RunSettings(Settings):
         values["adaptive"] |= {"consistency": self.consistency, "steer": self.steers}
         values["mesh"]["placement"] = self.placement
         if self.placement == "cyclic":
-            values["mgrit"]["window"] = self.window
+            values["mgrit"]["window"] = self.mgrit.window or self.longest_window
         step = self.layer_workers if self.mesh.data > 1 else 1
         most = min(count, self.workers.max)
         for size in range(most - most % step, self.workers.min - 1, -step):
@@ -201,9 +201,20 @@ class RunSettings(Settings):
         return judged_by_bias and untouched and self.solver == "mgrit" and self.mesh.blocks is None
 
     @property
-    def window(self) -> int:
-        """Number of layers that a window solve evaluates at once."""
-        return self.mgrit.window or self.layer_workers
+    def longest_window(self) -> int:
+        """Largest number of layers that a window solve evaluates at once."""
+        return max(self.windows) if isinstance(self.mgrit.window, tuple) else self.mgrit.window or self.layer_workers
+
+    @property
+    def windows(self) -> tuple[int, ...]:
+        """Lengths of the windows, as long as no probe has found that some of them have to be shorter."""
+        return self.mgrit.window if isinstance(self.mgrit.window, tuple) else equal_windows(self.middle_layers, self.longest_window)
+
+    @property
+    def cuts_windows(self) -> bool:
+        """True if the controller shortens windows where layers depend strongly on each other."""
+        possible = self.mode == "adaptive" and self.placement == "cyclic" and self.adaptive.rule != "convergence"
+        return possible and not isinstance(self.mgrit.window, tuple) and self.adaptive.cut_windows is not False
 
     @property
     def drops_slow_rungs(self) -> bool:
@@ -231,7 +242,7 @@ class RunSettings(Settings):
         if self.adaptive.ladder is not None:
             return tuple(_read_rung(rung) for rung in self.adaptive.ladder)
         if self.placement == "cyclic" and self.mode == "adaptive":
-            return tuple((forward, backward, None) for forward, backward in SWEEPS if min(forward, backward) < self.window)
+            return tuple((forward, backward, None) for forward, backward in SWEEPS if min(forward, backward) < self.longest_window)
         forward, backward = self.mgrit.iterations.forward, self.mgrit.iterations.backward
         if self.placement == "cyclic":
             return ((forward, backward, None),)

@@ -4,6 +4,7 @@ Every rule that needs neither data nor a cluster is checked here. Names of setti
 """
 
 from collections.abc import Mapping
+from itertools import accumulate
 from typing import Any
 
 from pydantic import model_validator
@@ -84,6 +85,7 @@ class TrainConfig(RunSettings):
 
     def _check_cyclic(self) -> None:
         """Refuse what windows cannot do, and without a cyclic placement what only they can."""
+        self._check_windows()
         if self.placement == "blocks":
             if self.mgrit.window is not None:
                 raise ValueError(
@@ -107,6 +109,21 @@ class TrainConfig(RunSettings):
         for reason, holds in refused.items():
             if holds:
                 raise ValueError(f"mesh.placement: cyclic: {reason}; or set mesh.placement: blocks")
+
+    def _check_windows(self) -> None:
+        """Refuse lengths of windows that do not make up the network, and cutting windows where no probe tells how."""
+        lengths, N = self.mgrit.window, self.middle_layers
+        if isinstance(lengths, tuple) and sum(lengths) != N:
+            kept = [length for length, total in zip(lengths, accumulate(lengths), strict=True) if total < N]
+            nearest = ", ".join(map(str, [*kept, N - sum(kept)]))
+            raise ValueError(
+                f"mgrit.window {list(lengths)} has {sum(lengths)} layers, and there are {N} middle layers: [{nearest}] would do"
+            )
+        if self.adaptive.cut_windows and not self.cuts_windows:
+            raise ValueError(
+                "adaptive.cut_windows is for windows of mode adaptive whose probes measure the gradient's bias: set mode: adaptive, "
+                "mesh.placement: cyclic and adaptive.rule: bias, and mgrit.window to one number, or leave adaptive.cut_windows out"
+            )
 
     def _check_torchbraid(self) -> None:
         """Refuse what TorchBraid cannot do; it would go on with wrong numbers, or wait for ever."""

@@ -14,8 +14,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
-from rayllp.config import Relaxation, TrainConfig
+from rayllp.config import TrainConfig
+from rayllp.control.ladder import Ladder
 from rayllp.control.records import Accuracy, Decision, Probe, ProbePlan
+from rayllp.mgrit.windows import windows_in_words
 
 RAISE, LOWER = 4.0, 2.0
 """Factors by which a probe changes the weight of the consistency penalty. Raising is faster than lowering, since a bias that is already
@@ -39,6 +41,8 @@ CLEARLY, DOUBTED = 1.1, 15
 """A rung whose steps take more than CLEARLY times as long as exact ones is left at once. One that is too slow by less has DOUBTED steps to
 become faster.
 """
+LONGER, CHEAPER = 1.5, 0.9
+"""Windows are made longer if those that couplings LONGER times as large would allow take at most CHEAPER of the time of a step."""
 LOOK_AGAIN = 10
 """A ladder that was too slow is tried again after this many regular intervals between probes."""
 TAKE_BACK = 0.95
@@ -62,6 +66,8 @@ class _State:
     slow_until: int | None = None  # every rung was too slow; the step at which the ladder is tried again
     slow: str = ""  # the name of the rung that was too slow
     doubted_from: int | None = None  # the step since which the rung has been a little too slow
+    couplings: tuple[float, ...] | None = None  # those by which windows are cut; None: they have not been cut
+    recut: bool = False  # windows have been cut for this rung, and no probe has judged it since
 
 
 class Controller:
@@ -69,15 +75,16 @@ class Controller:
 
     def __init__(self, config: TrainConfig) -> None:
         self.config, self.settings = config, config.adaptive
-        self.rungs = [*(_rung(config, *rung) for rung in config.ladder), _serial(config)]
+        self._ladder = Ladder(config)
+        self.rungs = self._ladder.rungs
         self._state = _State(weight=config.consistency, verified=not self._verifies)
         if config.mode == "serial" or len(self.rungs) == 1:
-            self._state.rung, self._state.final = len(self.rungs) - 1, True
+            self._state.rung, self._state.final = self._ladder.last, True
 
     @property
     def serial(self) -> bool:
         """True if the current rung is the last one, whose steps are exact."""
-        return self._state.rung == len(self.rungs) - 1
+        return self._state.rung == self._ladder.last
 
     @property
     def rung(self) -> str:
@@ -106,7 +113,7 @@ class Controller:
         # A run that has switched to serial drops the penalties. With mode=serial they stay: they prepare a network for parallel training.
         kept = not self.serial or self.config.mode == "serial"
         weights = (self._state.weight, self.settings.smoothness) if kept else (0.0, 0.0)
-        return replace(self.rungs[self._state.rung], consistency=weights[0], smoothness=weights[1])
+        return replace(self._ladder.cut(self._state.rung, self._state.couplings), consistency=weights[0], smoothness=weights[1])
 
     def accuracy_at(self, step: int) -> Accuracy:
         """Return the accuracy of step `step`, if nothing is decided before it."""
@@ -137,11 +144,12 @@ class Controller:
         probes = (step + 1) // every
         exact, lipschitz = (bool(n) and probes % n == 0 for n in (self.settings.exact_every, self.settings.lipschitz_every))
         return ProbePlan(
-            candidate=replace(self.rungs[index], consistency=self.accuracy.consistency),
+            candidate=replace(self._ladder.cut(index, self._state.couplings), consistency=self.accuracy.consistency),
             bias=exact or self.settings.rule != "convergence",
             exact=exact,
             rho=not self._is_unverified or self.settings.rule != "bias",
             lipschitz=lipschitz,
+            couplings=self.config.cuts_windows and (self._is_unverified or self._state.couplings is not None),
         )
 
     def _is_early(self, step: int) -> bool:
@@ -168,14 +176,14 @@ class Controller:
         if self._state.final:
             return None
         was_serial, self._state.left = self.serial, self.rung
-        self._state.rung, self._state.final = len(self.rungs) - 1, True
+        self._state.rung, self._state.final = self._ladder.last, True
         return None if was_serial else self._decision(step, f"adaptive.switch_at {self.config.switch_at}")
 
     def _take_back_switch(self, step: int) -> Decision | None:
         """Undo the switch to serial if it lies ahead again, since the run was made longer or given a later switch."""
         if self._state.left is None:
             return None
-        self._state.rung, self._state.final, self._state.left = self._rung_of(self._state.left), False, None
+        self._state.rung, self._state.final, self._state.left = self._ladder.index(self._state.left), False, None
         self._choose_unverified(step - 1)
         return None if self.serial else self._decision(step, "adaptive.switch_at is ahead again")
 
@@ -202,7 +210,7 @@ class Controller:
         if step < state.doubted_from + DOUBTED and here <= CLEARLY * exact:
             return None
         state.slow, state.doubted_from = self.rung, None
-        state.slow_until, state.rung = step + LOOK_AGAIN * self.settings.probe_every, len(self.rungs) - 1
+        state.slow_until, state.rung = step + LOOK_AGAIN * self.settings.probe_every, self._ladder.last
         return self._decision(step, f"a step by {state.slow} takes {here:.3g} s, an exact one {exact:.3g} s")
 
     def _look_again(self, step: int, exact: float | None, slow: float | None) -> Decision | None:
@@ -225,14 +233,21 @@ class Controller:
             return self._consider_return(step, probe, fault)
         if fault is None:
             self._steer(probe)
+            self._state.recut = False
             if self._is_unverified:
                 self._state.verified, self._state.above = True, None
                 return self._decision(step, _found_accurate(probe))
-            return self._consider_descent(step, probe)
+            return self._lengthen(step, probe) or self._consider_descent(step, probe)
         self._state.calm = 0
         if self._state.above is not None:  # the last step down went too far
             self._state.rung, self._state.verified, self._state.above = self._state.above, True, None
             return self._decision(step, fault)
+        if self.config.cuts_windows and probe.couplings is None and not self._is_unverified:
+            self._choose_unverified(step)
+            return self._decision(step, f"{fault}; the next step measures whether shorter windows are the remedy")
+        if self._shorten(probe):
+            self._choose_unverified(step)
+            return self._decision(step, f"{fault}; {self._windows_in_words}")
         if not self._is_hopeless(probe) and self._steer(probe):
             return self._distrust(step, fault)
         return self._raise(step, probe, fault)
@@ -242,6 +257,39 @@ class Controller:
         was_in_use = not self._is_unverified
         self._state.verified, self._state.probe_at = not self._verifies, step + RETRY
         return self._decision(step, f"{fault}; the penalty's weight is raised") if was_in_use and self._verifies else None
+
+    # Windows --------------------------------------------------------------------------------------------------------------------
+
+    def _shorten(self, probe: Probe) -> bool:
+        """Cut the windows by the probe's couplings. Returns True if that may be the remedy, and costs no more than the next rung does.
+
+        It is tried once in a row: if it did not help, the fault is of another kind.
+        """
+        state, couplings = self._state, probe.couplings
+        if couplings is None or not self.config.cuts_windows:
+            return False
+        before, tried = self._ladder.cost(state.rung, state.couplings), state.recut
+        now, dearer = (self._ladder.cost(index, couplings) for index in (state.rung, state.rung + 1))
+        state.couplings, state.recut = couplings, not tried and before < now < dearer
+        return state.recut
+
+    def _lengthen(self, step: int, probe: Probe) -> Decision | None:
+        """Make windows longer where couplings are so much weaker now that it pays. They are used once a probe has found them accurate."""
+        state = self._state
+        if probe.couplings is None or state.couplings is None:
+            return None
+        couplings = tuple(LONGER * coupling for coupling in probe.couplings)
+        if self._ladder.cost(state.rung, couplings) > CHEAPER * self._ladder.cost(state.rung, state.couplings):
+            return None
+        state.couplings = couplings
+        self._choose_unverified(step)
+        return self._decision(step, f"layers depend less on each other; {self._windows_in_words}")
+
+    @property
+    def _windows_in_words(self) -> str:
+        return f"{self.rung} in windows of {windows_in_words(self.chosen.windows)} layers"
+
+    # The ladder ------------------------------------------------------------------------------------------------------------------
 
     def _fault(self, probe: Probe) -> str | None:
         """Return what is wrong with the probe by the rule that is set (adaptive.rule), in words; None if nothing is."""
@@ -266,7 +314,7 @@ class Controller:
 
     def _raise(self, step: int, probe: Probe, fault: str) -> Decision:
         """Move to the next rung, or to the last one if the probe is hopeless."""
-        last = len(self.rungs) - 1
+        last = self._ladder.last
         self._state.rung = last if self._is_hopeless(probe) else self._state.rung + 1
         self._choose_unverified(step)
         if self.serial:
@@ -349,34 +397,13 @@ class Controller:
         if self.config.mode != "adaptive":
             return
         kept = {field.name: state[field.name] for field in fields(_State) if field.name in state}  # earlier versions had fewer fields
-        self._state = _State(**{**kept, "rung": self._rung_of(state["name"])})
+        if kept.get("couplings") is not None:
+            fits = self.config.cuts_windows and len(kept["couplings"]) == self.config.middle_layers - 1  # not if layers were added since
+            kept["couplings"] = tuple(kept["couplings"]) if fits else None
+        self._state = _State(**{**kept, "rung": self._ladder.index(state["name"])})
         initial = self.config.consistency
         if not self.config.steers or state.get("consistency", initial) != initial:
             self._state.weight = initial
-
-    def _rung_of(self, name: str) -> int:
-        """Return the index of the rung with this name, or 0 if the ladder has no such rung."""
-        return next((index for index, rung in enumerate(self.rungs) if rung.name == name), 0)
-
-
-def _rung(config: TrainConfig, forward: int, backward: int, relaxation: Relaxation | None) -> Accuracy:
-    """Return the accuracy of a rung, from its iterations and relaxation."""
-    levels = config.mgrit.levels
-    return Accuracy(
-        serial=False,
-        levels_forward=1 if forward == 0 else config.rung_levels,
-        levels_backward=levels.backward,
-        iterations_forward=max(1, forward),
-        iterations_backward=backward,
-        relaxation=relaxation,
-        window=config.window if config.placement == "cyclic" else 0,
-    )
-
-
-def _serial(config: TrainConfig) -> Accuracy:
-    """Return the accuracy of exact steps."""
-    first = config.ladder[0] if config.ladder else (1, 1, None)
-    return replace(_rung(config, *first), serial=True)
 
 
 def _found_accurate(probe: Probe) -> str:

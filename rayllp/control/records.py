@@ -16,7 +16,7 @@ class Accuracy:
         iterations_forward, iterations_backward: number of iterations of each.
         consistency, smoothness: weights of the two penalties.
         relaxation: relaxation on the finest level; None: mgrit.relaxation.fine.
-        window: on a cyclic placement, number of layers solved at once; iterations are then Picard sweeps, without levels. 0: MGRIT.
+        windows: on a cyclic placement, lengths of the windows; iterations are then Picard sweeps, without levels. Empty: MGRIT.
     """
 
     serial: bool
@@ -27,7 +27,7 @@ class Accuracy:
     consistency: float = 0.0
     smoothness: float = 0.0
     relaxation: Relaxation | None = None
-    window: int = 0
+    windows: tuple[int, ...] = ()
 
     @property
     def mode(self) -> str:
@@ -65,6 +65,7 @@ class ProbePlan:
         exact: take the exact gradient for the better one, rather than that of doubled iterations.
         rho: measure convergence factors even if the step is exact; doubled iterations are then run in addition.
         lipschitz: estimate each layer's Lipschitz constant.
+        couplings: measure how strongly each layer depends on the one before it, which says how long windows can be.
     """
 
     candidate: Accuracy
@@ -72,6 +73,7 @@ class ProbePlan:
     exact: bool = False
     rho: bool = True
     lipschitz: bool = False
+    couplings: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,12 +84,14 @@ class Probe:
         rho_forward, rho_backward: convergence factors of the forward and of the adjoint solve.
         bias: norm of the gradient's error over the gradient's norm.
         noise: standard deviation of the gradient over the choice of the batch, over the gradient's norm.
+        couplings: those of the second middle layer to the last one, the larger one of forward and adjoint.
     """
 
     rho_forward: float | None = None
     rho_backward: float | None = None
     bias: float | None = None
     noise: float | None = None
+    couplings: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True)

@@ -151,6 +151,7 @@ class Engine:
             factors_forward=found.forward.factors if found.forward else (),
             factors_backward=tuple(level[::-1] for level in found.backward.factors) if found.backward else (),
             bias=found.bias,
+            couplings=found.couplings,
             advice_forward=found.forward.status.value if found.forward else "",
             advice_backward=found.backward.status.value if found.backward else "",
             fault=fault,

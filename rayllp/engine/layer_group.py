@@ -1,5 +1,6 @@
 """One worker's end of its layer group: its block of layers, the channel to the other blocks, and how they solve together."""
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 
@@ -86,7 +87,7 @@ class LayerGroup:
         self,
         placement: Placement,
         propagator: Propagator,
-        window: int,
+        windows: Sequence[int],
         sweeps: int,
         spec: StateSpec,
         tag: MessageTag,
@@ -99,7 +100,7 @@ class LayerGroup:
             channel, propagator = TimedChannel(channel, self.timeline), TimedPropagator(propagator, self.timeline, tag.solve)
             on_phase = self.timeline.begin_solve(tag.solve)
         return WindowSolver(
-            placement, window, sweeps, propagator, channel, spec, tag, adjoint=adjoint, rounding=self.config.rounding, on_phase=on_phase
+            placement, windows, sweeps, propagator, channel, spec, tag, adjoint=adjoint, rounding=self.config.rounding, on_phase=on_phase
         )
 
     def span(self, solve: str, kind: str = "compute") -> AbstractContextManager[None]:

@@ -17,7 +17,10 @@ from rayllp.engine.gradients import Gradients
 from rayllp.engine.layer_group import LayerGroup
 from rayllp.engine.lipschitz import estimate_layers
 from rayllp.engine.step_gradients import StepGradients
+from rayllp.engine.window_gradients import WindowGradients
 
+COUPLED = 4
+"""Couplings are measured on one in so many samples of the batch: only their order of magnitude matters."""
 SUMS = 5
 """Sums kept for each block: squared error, squared better gradient, its product with the gradient in use, the latter squared, and the
 squared difference of the halves.
@@ -52,6 +55,7 @@ class Probing:
         sums: this worker's sums (see SUMS); None if the bias is not measured.
         has_halves: True if the better gradient was formed in halves.
         lipschitz: constants of this worker's layers, by index in the whole network; None if the plan does not ask for them.
+        couplings: squared couplings of this worker's layers, see `WindowGradients.couplings`; None if the plan does not ask for them.
     """
 
     gradients: Gradients
@@ -60,6 +64,7 @@ class Probing:
     sums: Tensor | None = None
     has_halves: bool = False
     lipschitz: dict[int, float] | None = None
+    couplings: Tensor | None = None
 
     @property
     def group(self) -> LayerGroup:
@@ -70,6 +75,8 @@ class Probing:
         """Form the better gradient in `.grad`. Returns its loss, and the solves that give ρ."""
         block, accuracy = self.group.block, batch.accuracy
         block.watched = {} if self.plan.lipschitz else None
+        if self.plan.couplings:
+            self.couplings = self._measure_couplings(batch)
         used = self._used_gradient(batch) if self.plan.bias else None
         doubled = self.plan.candidate.probing()
         probed, better = None, doubled
@@ -89,6 +96,13 @@ class Probing:
         if probed is None:
             return formed
         return replace(formed, forward=probed.forward or formed.forward, backward=probed.backward or formed.backward)
+
+    def _measure_couplings(self, batch: StepBatch) -> Tensor:
+        """Return the squared couplings of this worker's layers, measured on a part of the batch."""
+        assert isinstance(self.gradients.parallel, WindowGradients)
+        found = self.gradients.parallel.couplings(batch.part(slice(0, -(-len(batch.samples) // COUPLED))))
+        self.gradients.forget()
+        return found
 
     def _used_gradient(self, batch: StepBatch) -> list[Tensor]:
         """Return the gradients that the accuracy in question forms for the middle layers."""
@@ -165,7 +179,7 @@ def _exactly(accuracy: Accuracy) -> Accuracy:
 
     On blocks that is MGRIT with one level, since the pipeline is built for whole batches.
     """
-    return replace(accuracy, serial=True) if accuracy.window else replace(accuracy, levels_forward=1, levels_backward=1)
+    return replace(accuracy, serial=True) if accuracy.windows else replace(accuracy, levels_forward=1, levels_backward=1)
 
 
 def _bias(sums: Tensor) -> tuple[float, float]:

@@ -35,6 +35,8 @@ class StepStats:
         consistency: the consistency penalty R over this replica's samples, without its weight; None if the penalty is off.
         bias: bias of the gradient in use, if a probe has measured it.
         advice_forward, advice_backward: how each solve went, with advice; empty if there was none.
+        couplings: how strongly each middle layer but the first depends on the one before it, if a probe has measured it: the larger one of
+            forward and adjoint, see `mgrit/couplings.py`.
         fault: the first place where something was not finite, as this worker sees it: (stage, order, text), see `diagnose`. The smallest
             over all workers is the first one of the network. None if all was finite.
         lipschitz: constants of this worker's own layers, by index, if a probe has estimated them.
@@ -53,6 +55,7 @@ class StepStats:
     factors_backward: Factors
     consistency: float | None
     bias: Bias | None
+    couplings: tuple[float, ...] | None
     advice_forward: str
     advice_backward: str
     fault: tuple[int, int, str] | None = None
@@ -70,6 +73,7 @@ class ReducedStatistics:
         consistency: the consistency penalty R, without its weight; None if the penalty is off.
         forward, backward: results of the solves, with residuals; None if nothing was solved iteratively.
         bias: bias of the gradient in use, if a probe has measured it.
+        couplings: as in `StepStats`.
     """
 
     norm: float
@@ -78,6 +82,7 @@ class ReducedStatistics:
     forward: MGRITResult | None
     backward: MGRITResult | None
     bias: Bias | None
+    couplings: tuple[float, ...] | None
 
     @property
     def is_finite(self) -> bool:
@@ -109,6 +114,8 @@ def reduce_statistics(
             sums.add(name, result.shares)
     if probing is not None:
         sums.add("probe", probing.table())
+        if probing.couplings is not None:
+            sums.add("couplings", probing.couplings)
     sums.reduce(group.channel, MessageTag(step, "gradients", "norm, loss and residuals"))
     measured = {name: None if result is None else result.measured(sums[name]) for name, result in solves.items()}
     return ReducedStatistics(
@@ -118,7 +125,13 @@ def reduce_statistics(
         forward=measured["forward"],
         backward=measured["backward"],
         bias=probing.read(sums["probe"]) if probing is not None else None,
+        couplings=_larger(sums["couplings"]) if probing is not None and probing.couplings is not None else None,
     )
+
+
+def _larger(squares: Tensor) -> tuple[float, ...]:
+    """Return the larger one of both directions' couplings, of all layers but the first, from their squares of shape (2, layers)."""
+    return tuple(squares.amax(0).sqrt()[1:].tolist())
 
 
 def _squared_norms(counted: Sequence[tuple[int, nn.Parameter]], pieces: int, device: torch.device) -> Tensor:

@@ -1,15 +1,17 @@
 """Gradients by windows, where neighbouring layers are on different workers and are solved together (`rayllp/mgrit/windows.py`)."""
 
 import torch
+from torch import Tensor
 
-from rayllp.channel.base import MessageTag
+from rayllp.channel.base import MessageTag, StateSpec
 from rayllp.engine.batch import StepBatch
 from rayllp.engine.consistency import Consistency
 from rayllp.engine.layer_group import LayerGroup
 from rayllp.engine.step_gradients import StepGradients, add_embedding_gradients, in_parts, loss_and_seed
 from rayllp.engine.trajectory import AdjointPropagator, ForwardPropagator, Trajectory
+from rayllp.mgrit.couplings import solve_with_couplings
 from rayllp.mgrit.windows import Placement
-from rayllp.state import detach
+from rayllp.state import State, detach
 
 
 class WindowGradients:
@@ -27,7 +29,7 @@ class WindowGradients:
         group, block, accuracy = self.group, self.group.block, batch.accuracy
         block.begin(batch.step, batch.samples, batch.inputs, training=True)
         spec, last = group.spec(batch.inputs), group.channel.size - 1
-        messages = "windows", accuracy.window, accuracy.iterations_forward, accuracy.iterations_backward
+        messages = "windows", accuracy.windows, accuracy.iterations_forward, accuracy.iterations_backward
         with group.channel.program((messages, spec)):
             with group.span("enter"):
                 entered = block.enter(batch.inputs) if block.first else None
@@ -36,7 +38,7 @@ class WindowGradients:
             tag = MessageTag(batch.step, "forward")
             u0 = None if entered is None else detach(entered)
             solver = group.window_solver(
-                self.placement, ForwardPropagator(trajectory), accuracy.window, accuracy.iterations_forward, spec, tag
+                self.placement, ForwardPropagator(trajectory), accuracy.windows, accuracy.iterations_forward, spec, tag
             )
             forward = solver.solve(u0, source=0)
             with group.span("loss"):
@@ -45,8 +47,40 @@ class WindowGradients:
                     loss, seed = loss_and_seed(block, forward.output, batch.targets, batch.scale)
             tag = MessageTag(batch.step, "adjoint")
             solver = group.window_solver(
-                self.placement, AdjointPropagator(trajectory), accuracy.window, accuracy.iterations_backward, spec, tag, adjoint=True
+                self.placement, AdjointPropagator(trajectory), accuracy.windows, accuracy.iterations_backward, spec, tag, adjoint=True
             )
             backward = solver.solve(seed, source=last)
         add_embedding_gradients(group, entered, backward.output)
         return StepGradients(loss, forward, backward, penalty)
+
+    def couplings(self, batch: StepBatch) -> Tensor:
+        """Measure the couplings of the layers (see `mgrit/couplings.py`), in the forward and in the adjoint solve.
+
+        Gradients may be left in `.grad`, and mean nothing.
+
+        Returns: the squares, zeros for other workers' layers; shape (2, middle layers), float64. Each stands at the later layer of the two,
+            in the adjoint too.
+        """
+        group, block = self.group, self.group.block
+        block.begin(batch.step, batch.samples, batch.inputs, training=True)
+        spec, last = group.spec(batch.inputs), group.channel.size - 1
+        trajectory = Trajectory(block, frozenset(), recompute=False)
+        tag = MessageTag(batch.step, "forward")
+        u0 = detach(block.enter(batch.inputs)) if block.first else None
+        output, forward = solve_with_couplings(self.placement, ForwardPropagator(trajectory), group.channel, u0, 0, spec, tag)
+        output = self._on_last(output, spec, tag)
+        seed = loss_and_seed(block, output, batch.targets, batch.scale)[1] if block.last else None
+        tag = MessageTag(batch.step, "adjoint")
+        _, adjoint = solve_with_couplings(self.placement, AdjointPropagator(trajectory), group.channel, seed, last, spec, tag, adjoint=True)
+        group.channel.finish()
+        return torch.stack([forward, adjoint.roll(1)])
+
+    def _on_last(self, output: State | None, spec: StateSpec, tag: MessageTag) -> State | None:
+        """Hand the state after the last middle layer to the last worker, which has the head."""
+        channel, owner, last = self.group.channel, self.placement.owners[-1], self.group.channel.size - 1
+        if owner == last:
+            return output
+        if channel.rank == owner:
+            assert output is not None
+            channel.send(output, last, tag.at("in order", 0))
+        return channel.receive(spec, owner, tag.at("in order", 0)) if channel.rank == last else None

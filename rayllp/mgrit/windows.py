@@ -12,12 +12,16 @@ layer at the state that the last sweep has found for it (Picard iteration, also 
 the identity as the coarse operator). After k sweeps the first k layers of each window are exact; after as many sweeps as layers the whole
 window is.
 
+Windows may be of any lengths. A window of one layer is exact, and several of them in a row are a chain: states go from owner to owner, and
+no worker waits for the gradients of their parameters. `couplings.py` tells where windows have to be short.
+
 The adjoint is the same solve from the other end, with the transposed steps. With one sweep in both directions, the gradient is the exact
 gradient of the network whose windows are evaluated in this way. That is why training with a single sweep is stable.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, groupby
 
 import torch
 from torch import Tensor
@@ -59,9 +63,32 @@ class Placement:
         """Return the layers that worker `rank` owns, in ascending order."""
         return tuple(layer for layer, owner in enumerate(self.owners) if owner == rank)
 
-    def windows(self, length: int) -> list[range]:
-        """Return the network's layers cut into windows of `length` layers; the last one may be shorter."""
-        return [range(start, min(start + length, len(self.owners))) for start in range(0, len(self.owners), length)]
+    def windows(self, lengths: Sequence[int]) -> list[range]:
+        """Return the network's layers cut into windows of these lengths.
+
+        Raises:
+            SettingsError: a window without layers, or lengths that do not add up to the number of layers.
+        """
+        if min(lengths, default=0) < 1 or sum(lengths) != len(self.owners):
+            given = ", ".join(map(str, lengths)) or "no window"
+            raise SettingsError(f"windows of {given} layers: each must have at least 1, all together {len(self.owners)}")
+        return [range(stop - length, stop) for length, stop in zip(lengths, accumulate(lengths), strict=True)]
+
+
+def equal_windows(layers: int, length: int) -> tuple[int, ...]:
+    """Return the lengths of windows of `length` layers; the last one is shorter if `length` does not divide the number of layers."""
+    return tuple(min(length, layers - start) for start in range(0, layers, length))
+
+
+def windows_in_words(lengths: Sequence[int]) -> str:
+    """Return lengths of windows in short words, such as "1 (4 times), 3, 8 (7 times)".
+
+    Equal ones, of which the last may be shorter, are one number.
+    """
+    if lengths == equal_windows(sum(lengths), lengths[0]):
+        return str(lengths[0])
+    runs = [(length, len(list(run))) for length, run in groupby(lengths)]
+    return ", ".join(str(length) if count == 1 else f"{length} ({count} times)" for length, count in runs)
 
 
 class WindowSolver:
@@ -69,8 +96,8 @@ class WindowSolver:
 
     Args:
         placement: which worker owns which layer.
-        window: number of layers in a window, c.
-        sweeps: number of Picard sweeps in each window, at least 1; more than `window` change nothing.
+        windows: number of layers in each window, in the order of the network.
+        sweeps: number of Picard sweeps in each window, at least 1; a window takes no more of them than it has layers.
         propagator: the steps of this worker's layers.
         channel: the channel to the other workers.
         spec: shapes and dtypes of a state.
@@ -80,13 +107,13 @@ class WindowSolver:
         on_phase: called with the name of each sweep and level 0 as the sweep begins.
 
     Raises:
-        SettingsError: no layer in a window, or no sweep.
+        SettingsError: no sweep, or windows that do not make up the network.
     """
 
     def __init__(
         self,
         placement: Placement,
-        window: int,
+        windows: Sequence[int],
         sweeps: int,
         propagator: Propagator,
         channel: Channel,
@@ -97,14 +124,17 @@ class WindowSolver:
         rounding: float = 0.0,
         on_phase: Callable[[str, int], None] | None = None,
     ) -> None:
-        if window < 1 or sweeps < 1:
-            raise SettingsError(f"windows of {window} layers and {sweeps} sweeps: both must be at least 1")
+        if sweeps < 1:
+            raise SettingsError(f"{sweeps} sweeps: there must be at least 1")
         self.placement, self.propagator, self.channel, self.spec, self.tag = placement, propagator, channel, spec, tag
-        self.sweeps, self.rounding = min(sweeps, window), rounding
+        self.sweeps, self.rounding = min(sweeps, max(windows, default=1)), rounding
         self._enter = on_phase or (lambda phase, level: None)
-        windows = placement.windows(window)
-        self.windows: list[Sequence[int]] = [layers[::-1] for layers in reversed(windows)] if adjoint else list(windows)
-        self._longest = max(len(layers) for layers in windows)
+        cut = placement.windows(windows)
+        self.windows: list[Sequence[int]] = [layers[::-1] for layers in reversed(cut)] if adjoint else list(cut)
+        self._longest = max(windows)
+        # Where several workers are in turn, the next one waits for the adjoint only: parameter gradients of a chain are formed at the end.
+        self._defers = adjoint and channel.size > 1
+        self._deferred: list[tuple[int, State]] = []
         # By sweep: how far it has moved the inputs of the layers owned here, as a squared norm. This takes the place of a residual.
         self._changes = torch.zeros(self.sweeps - 1, dtype=torch.float64, device=spec.device)
         # The part of the first change that rounding error alone would cause.
@@ -113,8 +143,13 @@ class WindowSolver:
     def solve(self, initial: State | None, source: int) -> MGRITResult:
         """Solve from state `initial`, which worker `source` has. Every worker gets the result's output."""
         state = self._broadcast(initial, source)
-        for layers in self.windows:
-            state = self._solve_window(layers, state)
+        for is_chain, windows in groupby(self.windows, key=lambda layers: len(layers) == 1):
+            if is_chain:
+                state = self._solve_chain([layer for (layer,) in windows], state)
+            else:
+                for layers in windows:
+                    state = self._solve_window(layers, state)
+        self._form_deferred()
         exact = self.sweeps >= self._longest
         return MGRITResult(
             output=state,
@@ -132,13 +167,40 @@ class WindowSolver:
         """Return the state after these layers, which are given in the order in which they are taken."""
         mine = [layer for layer in layers if self.placement.owners[layer] == self.channel.rank]
         inputs = dict.fromkeys(mine, start)
-        for sweep in range(self.sweeps - 1):
+        for sweep in range(min(self.sweeps, len(layers)) - 1):
             self._enter("relaxation", 0)
             found = {layer: subtract(self.propagator.step(layer, inputs[layer]), inputs[layer]) for layer in mine}
             inputs = self._next_inputs(layers, start, self._gather(layers, found, f"sweep {sweep}"), inputs, sweep)
         self._enter("last sweep", 0)
         found = {layer: subtract(self.propagator.last_step(layer, inputs[layer], None), inputs[layer]) for layer in mine}
         return self._end(layers, start, found)
+
+    def _solve_chain(self, layers: Sequence[int], start: State) -> State:
+        """Return the state after these layers, which are taken one after the other, each by the worker that owns it."""
+        self._enter("last sweep", 0)
+        rank, owners, tag = self.channel.rank, [self.placement.owners[layer] for layer in layers], self.tag.at("chain", 0)
+        ends_solve, state = layers[-1] == self.windows[-1][-1], start
+        for place, layer in enumerate(layers):
+            if owners[place] != rank:
+                continue
+            if place and owners[place - 1] != rank:
+                state = self.channel.receive(self.spec, owners[place - 1], tag)
+            if self._defers and not (ends_solve and place == len(layers) - 1):
+                self._deferred.append((layer, state))
+                state = self.propagator.step(layer, state)
+            else:
+                state = self.propagator.last_step(layer, state, None)
+            if place + 1 < len(layers) and owners[place + 1] != rank:
+                self.channel.send(state, owners[place + 1], tag)
+        if ends_solve and owners[-1] != rank:
+            self._form_deferred()  # while the others go on to the end
+        return self._broadcast(state if owners[-1] == rank else None, owners[-1])
+
+    def _form_deferred(self) -> None:
+        """Take the last sweep of the layers for which only `step` was called, since other workers waited for it."""
+        for layer, state in self._deferred:
+            self.propagator.last_step(layer, state, None)
+        self._deferred.clear()
 
     def _next_inputs(
         self, layers: Sequence[int], start: State, increments: Sequence[State], before: dict[int, State], sweep: int

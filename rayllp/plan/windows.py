@@ -46,11 +46,28 @@ def window_step(config: TrainConfig, accuracy: Accuracy, costs: Costs, clocks: C
     """Run a step by windows on the clocks, without the update."""
     workers = config.layer_workers
     placement = Placement.cyclic(config.middle_layers, workers)
-    windows = placement.windows(accuracy.window)
+    windows = placement.windows(accuracy.windows)
     all_gather_s, all_reduce_s = costs.all_gather_s(workers), costs.all_reduce_s(workers)
+    deferred = [0] * workers
+    arrival = 0.0  # when the state after a chain of windows of one layer has reached the next worker
+
+    def chain(layer: int, seconds: float, solve: str) -> float:
+        """Run a window of one layer, and return when the next worker has the state."""
+        owner = placement.owners[layer]
+        clocks.wait_until(owner, arrival, solve)
+        clocks.spend(owner, seconds, solve, "last sweep", layer=layer)
+        return clocks.now[owner] + (costs.message if workers > 1 else 0.0)
 
     def sweep(window: range, sweeps: int, inner_s: float, final_s: float, solve: str) -> None:
         """Run the sweeps of one window: each layer takes `inner_s` in all sweeps but the last, in which it takes `final_s`."""
+        nonlocal arrival
+        if len(window) == 1:
+            defers = solve == "adjoint" and workers > 1 and window[0] > 0
+            deferred[placement.owners[window[0]]] += defers
+            arrival = chain(window[0], inner_s if defers else final_s, solve)
+            return
+        for rank in range(workers):
+            clocks.wait_until(rank, arrival, solve)
         count = min(sweeps, len(window))
         for number in range(1, count + 1):
             is_last = number == count
@@ -63,11 +80,14 @@ def window_step(config: TrainConfig, accuracy: Accuracy, costs: Costs, clocks: C
     clocks.meet(costs.message, "forward")
     for window in windows:
         sweep(window, accuracy.iterations_forward, costs.forward, costs.record, "forward")
+    clocks.wait_until(workers - 1, arrival, "forward")
     clocks.spend(workers - 1, config.buffers.close * (costs.record + costs.full_gradient) + costs.leave, "loss")
     clocks.meet(costs.message, "adjoint")
     for window in reversed(windows):
         sweep(window, accuracy.iterations_backward, costs.input_gradient, costs.full_gradient, "adjoint")
     clocks.spend(0, config.buffers.open * costs.full_gradient + costs.enter_gradient, "enter")
+    for rank, count in enumerate(deferred):
+        clocks.spend(rank, count * costs.full_gradient, "adjoint", "last sweep")
 
 
 def in_order_step(config: TrainConfig, microbatches: int, costs: Costs, clocks: Clocks) -> None:

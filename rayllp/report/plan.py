@@ -49,7 +49,7 @@ def _biases_of(run: Path) -> list[tuple[Solve, float]]:
             bias = math.inf if math.isnan(float(metric["bias"])) else float(metric["bias"])
             levels = config.mgrit.levels
             if config.placement == "cyclic":
-                biases.append((WindowSolve(config.window, *iterations), bias))
+                biases.append((WindowSolve(config.longest_window, *iterations), bias))
             elif levels.forward == levels.backward:
                 biases.append((MGRITSolve(config.fine_coarsening, levels.forward, *iterations), bias))
         before = metric

@@ -96,9 +96,14 @@ class StepTimes:
         if name == "serial" and computed is not None:
             self._one_worker = computed
 
-    def forget_speed(self) -> None:
-        """Forget how long steps take, since the number of workers has changed."""
-        self._recent.clear()
+    def forget_speed(self, but: str | None = None) -> None:
+        """Forget how long steps take, since the number of workers or how layers are solved has changed.
+
+        Args:
+            but: the solve whose steps still take as long.
+        """
+        for name in set(self._recent) - {but}:
+            del self._recent[name]
         self._before = ""
 
     @property

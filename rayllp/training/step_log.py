@@ -166,7 +166,11 @@ class StepLog:
         rho = {"rho_forward": stats.rho_forward, "rho_backward": stats.rho_backward}
         bias, noise = (None, None) if stats.bias is None else (stats.bias.relative, stats.bias.noise)
         advice = {"forward": stats.advice_forward, "backward": stats.advice_backward}
-        decision = self.controller.observe(stats.step, Probe(**rho, bias=bias, noise=noise))
+        windows = self.controller.chosen.windows
+        decision = self.controller.observe(stats.step, Probe(**rho, bias=bias, noise=noise, couplings=stats.couplings))
+        if self.controller.chosen.windows not in (windows, ()):
+            self.times.forget_speed(but="serial")
+            self._journal.event(stats.step, "windows", rung=self.controller.rung, lengths=list(self.controller.chosen.windows))
         self._announce(decision, advice=advice, **rho, bias=bias, noise=noise)
 
     def _announce(self, decision: Decision | None, **details: Any) -> None:
