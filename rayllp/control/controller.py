@@ -261,7 +261,7 @@ class Controller:
     # Windows --------------------------------------------------------------------------------------------------------------------
 
     def _shorten(self, probe: Probe) -> bool:
-        """Cut the windows by the probe's couplings. Returns True if that may be the remedy, and costs no more than the next rung does.
+        """Cut the windows by the probe's couplings. Returns True if that may be the remedy, and costs no more than a higher rung does.
 
         It is tried once in a row: if it did not help, the fault is of another kind.
         """
@@ -269,8 +269,8 @@ class Controller:
         if couplings is None or not self.config.cuts_windows:
             return False
         before, tried = self._ladder.cost(state.rung, state.couplings), state.recut
-        now, dearer = (self._ladder.cost(index, couplings) for index in (state.rung, state.rung + 1))
-        state.couplings, state.recut = couplings, not tried and before < now < dearer
+        now, above = (self._ladder.cost(index, couplings) for index in (state.rung, self._ladder.above(state.rung, couplings)))
+        state.couplings, state.recut = couplings, not tried and before < now < above
         return state.recut
 
     def _lengthen(self, step: int, probe: Probe) -> Decision | None:
@@ -315,7 +315,7 @@ class Controller:
     def _raise(self, step: int, probe: Probe, fault: str) -> Decision:
         """Move to the next rung, or to the last one if the probe is hopeless."""
         last = self._ladder.last
-        self._state.rung = last if self._is_hopeless(probe) else self._state.rung + 1
+        self._state.rung = last if self._is_hopeless(probe) else self._ladder.above(self._state.rung, self._state.couplings)
         self._choose_unverified(step)
         if self.serial:
             self._state.flips += 1

@@ -39,6 +39,12 @@ class Ladder:
             return exact_step_cost(self.config.middle_layers, workers)
         return window_step_cost(rung.windows, rung.iterations_forward, rung.iterations_backward, workers)
 
+    def above(self, index: int, couplings: Couplings) -> int:
+        """Return the index of the next rung. Where windows are cut, it is the cheapest one: more sweeps allow longer windows."""
+        if couplings is None or index + 1 >= self.last:
+            return index + 1
+        return min(range(index + 1, self.last), key=lambda other: self.cost(other, couplings))
+
     def index(self, name: str) -> int:
         """Return the index of the rung with this name, or 0 if there is none."""
         return next((index for index, rung in enumerate(self.rungs) if rung.name == name), 0)
