@@ -316,9 +316,12 @@ def test_windows_are_not_cut_where_the_user_has_said_what_they_are(changes):
 def test_a_run_that_has_become_deeper_forgets_where_windows_were_cut():
     control = open_controller()
     control.observe(0, replace(BAD, couplings=STEEP))
+    control.observe(1, GOOD)
+    assert not control.accuracy_at(5).serial
     deeper = open_controller(model={"layers": 36})
     deeper.restore(control.state())
     assert deeper.chosen.windows == (8, 8, 8, 8)
+    assert deeper.accuracy_at(5).serial  # until a probe has found these accurate
 
 
 def test_windows_are_probed_more_often_while_the_learning_rate_warms_up():

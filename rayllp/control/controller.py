@@ -398,8 +398,9 @@ class Controller:
             return
         kept = {field.name: state[field.name] for field in fields(_State) if field.name in state}  # earlier versions had fewer fields
         if kept.get("couplings") is not None:
-            fits = self.config.cuts_windows and len(kept["couplings"]) == self.config.middle_layers - 1  # not if layers were added since
-            kept["couplings"] = tuple(kept["couplings"]) if fits else None
+            kept["couplings"] = tuple(kept["couplings"])
+            if not self.config.cuts_windows or len(kept["couplings"]) != self.config.middle_layers - 1:  # layers were added since
+                kept |= {"couplings": None, "verified": not self._verifies}
         self._state = _State(**{**kept, "rung": self._ladder.index(state["name"])})
         initial = self.config.consistency
         if not self.config.steers or state.get("consistency", initial) != initial:

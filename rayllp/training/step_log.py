@@ -170,12 +170,13 @@ class StepLog:
         decision = self.controller.observe(stats.step, Probe(**rho, bias=bias, noise=noise, couplings=stats.couplings))
         if self.controller.chosen.windows not in (windows, ()):
             self.times.forget_speed(but="serial")
-            self._journal.event(stats.step, "windows", rung=self.controller.rung, lengths=list(self.controller.chosen.windows))
         self._announce(decision, advice=advice, **rho, bias=bias, noise=noise)
 
     def _announce(self, decision: Decision | None, **details: Any) -> None:
         if decision:
             self.last_reason = decision.reason
+            if self.config.placement == "cyclic":
+                details["windows"] = list(self.controller.chosen.windows)
             self._journal.event(
                 decision.step, "switch", to=decision.mode, rung=decision.rung, trying=decision.trying, reason=decision.reason, **details
             )
