@@ -9,12 +9,12 @@ every change of rung, steps are exact until a probe of the current rung is good.
 be wrong. With the default ladder, the controller also leaves a rung whose steps are no faster than exact ones.
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from rayllp.config import TrainConfig
+from rayllp.control.judgement import fault_in, found_accurate, is_hopeless
 from rayllp.control.ladder import Ladder
 from rayllp.control.records import Accuracy, Decision, Probe, ProbePlan
 from rayllp.mgrit.windows import windows_in_words
@@ -25,8 +25,6 @@ there costs more than a weight that is too large.
 """
 LEAST, MOST = 0.5, 5.66
 """Bounds of that weight, as multiples of the weight that was set. A larger weight would cost more than the next rung does."""
-HOPELESS = 2.0
-"""If ρ is above this many thresholds, more iterations only diverge further, so the rungs in between are skipped."""
 RETRY = 10
 """Steps from raising the penalty's weight after a fault to the next probe. The penalty needs some steps to change the layers."""
 TIMED = 5
@@ -228,7 +226,7 @@ class Controller:
         """Take in what a probe has found. Returns a decision if the rung changes, or is used from now on."""
         if self.config.mode != "adaptive" or self._state.final:
             return None
-        fault = self._fault(probe)
+        fault = fault_in(probe, self.config)
         if self.serial:
             return self._consider_return(step, probe, fault)
         if fault is None:
@@ -236,7 +234,7 @@ class Controller:
             self._state.recut = False
             if self._is_unverified:
                 self._state.verified, self._state.above = True, None
-                return self._decision(step, _found_accurate(probe))
+                return self._decision(step, found_accurate(probe))
             return self._lengthen(step, probe) or self._consider_descent(step, probe)
         self._state.calm = 0
         if self._state.above is not None:  # the last step down went too far
@@ -248,7 +246,7 @@ class Controller:
         if self._shorten(probe):
             self._choose_unverified(step)
             return self._decision(step, f"{fault}; {self._windows_in_words}")
-        if not self._is_hopeless(probe) and self._steer(probe):
+        if not is_hopeless(probe, self.config) and self._steer(probe):
             return self._distrust(step, fault)
         return self._raise(step, probe, fault)
 
@@ -291,31 +289,10 @@ class Controller:
 
     # The ladder ------------------------------------------------------------------------------------------------------------------
 
-    def _fault(self, probe: Probe) -> str | None:
-        """Return what is wrong with the probe by the rule that is set (adaptive.rule), in words; None if nothing is."""
-        settings = self.settings
-        if settings.rule in ("convergence", "both"):
-            for name, rho in (("forward", probe.rho_forward), ("backward", probe.rho_backward)):
-                if rho is not None and not rho <= settings.threshold:  # NaN counts as too large
-                    return f"{name} convergence factor {_shown(rho)} passed adaptive.threshold {settings.threshold:g}"
-        if settings.rule in ("bias", "both") and probe.bias is not None and not probe.bias <= settings.bias_limit:
-            noise = probe.noise
-            if noise is None or not probe.bias <= self.config.bias_to_noise * noise:
-                beside = "" if noise is None else f", {_shown(probe.bias / noise if noise else math.inf)} of its noise"
-                return f"gradient bias {_shown(probe.bias)} passed adaptive.bias_limit {settings.bias_limit:g}{beside}"
-        return None
-
-    def _is_hopeless(self, probe: Probe) -> bool:
-        """Return True if the probe is so bad that no rung of the ladder would be accurate."""
-        if self.settings.rule == "bias":
-            return probe.bias is not None and not math.isfinite(probe.bias)
-        found = [rho for rho in (probe.rho_forward, probe.rho_backward) if rho is not None]
-        return any(not rho <= HOPELESS * self.settings.threshold for rho in found)
-
     def _raise(self, step: int, probe: Probe, fault: str) -> Decision:
         """Move to the next rung, or to the last one if the probe is hopeless."""
         last = self._ladder.last
-        self._state.rung = last if self._is_hopeless(probe) else self._ladder.above(self._state.rung, self._state.couplings)
+        self._state.rung = last if is_hopeless(probe, self.config) else self._ladder.above(self._state.rung, self._state.couplings)
         self._choose_unverified(step)
         if self.serial:
             self._state.flips += 1
@@ -405,15 +382,3 @@ class Controller:
         initial = self.config.consistency
         if not self.config.steers or state.get("consistency", initial) != initial:
             self._state.weight = initial
-
-
-def _found_accurate(probe: Probe) -> str:
-    """Return the reason for using a rung, in words."""
-    if probe.bias is None:
-        return "a probe has found nothing against it"
-    beside = "" if probe.noise is None else f" beside a noise of {_shown(probe.noise)}"
-    return f"a probe has found a gradient bias of {_shown(probe.bias)}{beside}"
-
-
-def _shown(value: float) -> str:
-    return f"{value:.3g}" if math.isfinite(value) else "not finite"

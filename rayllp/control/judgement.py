@@ -1,0 +1,44 @@
+"""What the controller makes of a probe, by the rule that is set (`adaptive.rule`)."""
+
+import math
+
+from rayllp.config import TrainConfig
+from rayllp.control.records import Probe
+
+HOPELESS = 2.0
+"""If ρ is above this many thresholds, more iterations only diverge further, so the rungs in between are skipped."""
+
+
+def fault_in(probe: Probe, config: TrainConfig) -> str | None:
+    """Return what is wrong with the solve that a probe has judged, in words; None if nothing is."""
+    settings = config.adaptive
+    if settings.rule in ("convergence", "both"):
+        for name, rho in (("forward", probe.rho_forward), ("backward", probe.rho_backward)):
+            if rho is not None and not rho <= settings.threshold:  # NaN counts as too large
+                return f"{name} convergence factor {_shown(rho)} passed adaptive.threshold {settings.threshold:g}"
+    if settings.rule in ("bias", "both") and probe.bias is not None and not probe.bias <= settings.bias_limit:
+        noise = probe.noise
+        if noise is None or not probe.bias <= config.bias_to_noise * noise:
+            beside = "" if noise is None else f", {_shown(probe.bias / noise if noise else math.inf)} of its noise"
+            return f"gradient bias {_shown(probe.bias)} passed adaptive.bias_limit {settings.bias_limit:g}{beside}"
+    return None
+
+
+def is_hopeless(probe: Probe, config: TrainConfig) -> bool:
+    """Return True if the probe is so bad that no rung of the ladder would be accurate."""
+    if config.adaptive.rule == "bias":
+        return probe.bias is not None and not math.isfinite(probe.bias)
+    found = [rho for rho in (probe.rho_forward, probe.rho_backward) if rho is not None]
+    return any(not rho <= HOPELESS * config.adaptive.threshold for rho in found)
+
+
+def found_accurate(probe: Probe) -> str:
+    """Return the reason for using a rung that a probe has found accurate, in words."""
+    if probe.bias is None:
+        return "a probe has found nothing against it"
+    beside = "" if probe.noise is None else f" beside a noise of {_shown(probe.noise)}"
+    return f"a probe has found a gradient bias of {_shown(probe.bias)}{beside}"
+
+
+def _shown(value: float) -> str:
+    return f"{value:.3g}" if math.isfinite(value) else "not finite"
