@@ -21,7 +21,7 @@ from rayllp.data.cache import Entry, Writer, cache_folder
 from rayllp.data.masked import load_masked
 from rayllp.data.record import DataRecord
 from rayllp.data.sampling import Order, count_before, interleave, permute
-from rayllp.data.text import load_text
+from rayllp.data.text import load_text, read_text
 from rayllp.errors import DataError
 from tests.conftest import one_pass, tiny
 
@@ -247,6 +247,32 @@ def test_broken_and_empty_tables_are_refused(tmp_path):
     _jsonl(tmp_path / "empty.jsonl", ["", ""])
     with pytest.raises(DataError, match="the train text has 1 tokens"):
         load_text(DataSettings(path=str(tmp_path / "empty.jsonl")), 16, 0)
+
+
+@pytest.mark.parametrize("at", ["a{}", "folder"])
+@pytest.mark.parametrize(
+    ("ending", "content", "rows"),
+    [
+        (".tsv", 'text\tn\n"Yes, he said.\t1\nNo."\t2\n"\t3\n', ['"Yes, he said.', 'No."', '"']),
+        (".csv", 'text,n\n"Yes, he said.",1\nNA,2\nnull,\nNone,4\n', ["Yes, he said.", "NA", "null", "None"]),
+    ],
+)
+def test_quotation_marks_in_tsv_and_words_for_nothing_are_text(at, ending, content, rows, tmp_path):
+    path = tmp_path / at.format(ending)
+    written = path if path.suffix else path / f"train{ending}"
+    written.parent.mkdir(exist_ok=True)
+    written.write_text(content, encoding="utf-8")
+    assert read_text(DataSettings(path=str(path))).decode() == "\n".join(rows)
+
+
+@pytest.mark.parametrize("place", [1, 2])
+def test_a_line_with_more_columns_than_are_named_is_refused(place, tmp_path):
+    """Where it is the first, pandas would take its first column for row names, and shift all others."""
+    lines = ["one,1", "two,2"]
+    lines.insert(place - 1, "more,than,two")
+    (tmp_path / "a.csv").write_text("\n".join(["text,n", *lines]), encoding="utf-8")
+    with pytest.raises(DataError, match=r"a.csv, split train, (has a line with more columns than its|cannot be read: .* line 3, saw 3)"):
+        read_text(DataSettings(path=str(tmp_path / "a.csv")))
 
 
 # Texts by themselves ------------------------------------------------------------------------------------------------------------

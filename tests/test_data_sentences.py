@@ -131,6 +131,11 @@ def test_the_last_sentences_are_held_out(tmp_path):
 def test_lines_beyond_max_bytes_are_not_read(tmp_path):
     batches = load(tmp_path, TRAIN, HELD_OUT, max_bytes=len(TRAIN) - 1)
     assert (len(batches.sequences["train"]), len(batches.sequences["validation"])) == (2, 3)
+    (tmp_path / "damaged.tsv").write_bytes(TRAIN.encode() + b"\xff\n")
+    settings = {"path": str(tmp_path / "damaged.tsv"), "max_bytes": len(TRAIN)}
+    assert len(load(tmp_path, None, HELD_OUT, **settings).sequences["train"]) == 3
+    with pytest.raises(DataError, match=r"damaged.tsv:5: not UTF-8"):
+        load(tmp_path, None, HELD_OUT, path=settings["path"])
 
 
 def test_characters_read_their_alphabet_off_the_training_text(tmp_path):

@@ -223,22 +223,20 @@ class WriteAnswers:
         limit = settings.max_bytes if table is self.train else None
         split = table.open()
         if settings.messages_field is not None:
-            split.require("data.messages_field", settings.messages_field)
+            split.require({"data.messages_field": settings.messages_field})
             chat = ChatTemplate.of(self.tokenizer, self.template, split.source)
-            for number, (messages,) in enumerate(up_to(limit, split.rows(settings.messages_field), bytes_in)):
-                place = f"{split.source} row {number}"
+            for place, (messages,) in up_to(limit, split.rows(settings.messages_field), _bytes_in_row):
                 if fault := fault_of(messages):
                     faults.refuse_or_count("rows", f"{place}: column {settings.messages_field!r} {fault}")
                     continue
                 yield _Sample(*chat.encode(messages, place), place)
             return
         assert settings.answer_field is not None
-        fields = (settings.text_field, settings.answer_field)
-        for setting, column in zip(("data.text_field", "data.answer_field"), fields, strict=True):
-            split.require(setting, column)
-        kept = up_to(limit, split.rows(*fields), bytes_in)
-        rows = ((f"{split.source} row {number}", row) for number, row in enumerate(kept))
-        whole = (row for row in rows if _is_text(*row, fields, faults))
+        fields = {"data.text_field": settings.text_field, "data.answer_field": settings.answer_field}
+        split.require(fields)
+        columns = tuple(fields.values())
+        rows = up_to(limit, split.rows(*columns), _bytes_in_row)
+        whole = ((place, values) for place, values in rows if _is_text(place, values, columns, faults))
         for some in iter(lambda: list(islice(whole, AT_ONCE)), []):
             yield from self._pairs(some)
 
@@ -260,6 +258,10 @@ def _is_text(place: str, texts: tuple[Any, ...], fields: tuple[str, ...], faults
             faults.refuse_or_count("rows", f"{place}: column {column!r} holds {kind}, not text")
             return False
     return True
+
+
+def _bytes_in_row(row: tuple[str, tuple[Any, ...]]) -> int:
+    return bytes_in(row[1])
 
 
 def bytes_in(value: Any) -> int:

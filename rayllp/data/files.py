@@ -1,11 +1,15 @@
 """What several loaders share: reading files, counting faults in them, and packing sequences of different lengths."""
 
+import codecs
 import gzip
 import zlib
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import chain
 from pathlib import Path
-from typing import TypeVar
+from typing import BinaryIO, TypeVar, cast
 
 import numpy as np
 
@@ -31,68 +35,105 @@ def locate(name: str, what: str) -> Path:
     return path
 
 
+def plain_or_gz(path: Path) -> Path | None:
+    """Return a file's path, or that of its .gz; None if there is neither."""
+    return next((each for each in (path, path.with_name(f"{path.name}.gz")) if each.is_file()), None)
+
+
+@contextmanager
+def opened(what: str, path: Path) -> Iterator[BinaryIO]:
+    """Open a file for reading bytes, uncompressed if it is a .gz.
+
+    Raises:
+        DataError: the file cannot be read, now or while it is open; `what` is the setting that named it.
+    """
+    try:
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            yield cast(BinaryIO, file)
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{what} {path} cannot be read: {error}; give a file, or a whole .gz of one") from None
+
+
+def read_file(what: str, path: Path) -> bytes:
+    """Return the content of a file, uncompressed if it is a .gz; see `opened` for errors."""
+    with opened(what, path) as file:
+        return file.read()
+
+
 def read_lines(path: Path, what: str, max_bytes: int | None = None) -> list[str]:
     """Return the lines of a UTF-8 text file (or .gz), without line ends.
 
     Args:
         path: the file.
         what: the setting that named it, for errors.
-        max_bytes: lines that end beyond this are left out.
+        max_bytes: lines that end beyond this are not read.
 
     Raises:
         DataError: the file is missing, unreadable, not UTF-8, or empty; or `path` is a folder.
     """
-    content = _read_bytes(path, what)
-    if max_bytes is not None and len(content) > max_bytes:
-        content = content[: content.rfind(b"\n", 0, max_bytes) + 1]
-        if not content:
-            raise DataError(f"{what} {path}: the first line is longer than data.max_bytes={max_bytes}; raise it")
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line, why = not_utf8(content, error)
-        raise DataError(f"{what} {path}:{line}: {why}; save the file as UTF-8") from None
-    if "\n" not in text:  # the line ends of old Macs
-        text = text.replace("\r", "\n")
-    # splitlines would also split at U+2028, form feeds and the like, which belong to the text, and so shift the line numbers of errors.
-    lines = [line.removesuffix("\r") for line in text.split("\n")]
-    if not text.strip():
-        raise DataError(f"{what} {path} is empty: give a file with some lines")
-    return lines if lines[-1] else lines[:-1]
-
-
-def read_file(what: str, path: Path) -> bytes:
-    """Return the content of a file, uncompressed if it is a .gz.
-
-    Raises:
-        DataError: the file cannot be read; `what` is the setting that named it.
-    """
-    return b"".join(blocks(what, path))
-
-
-def blocks(what: str, path: Path) -> Iterator[bytes]:
-    """Yield the content of a file (uncompressed if it is a .gz) in blocks, and an empty block at its end.
-
-    Raises:
-        DataError: the file cannot be read; `what` is the setting that named it.
-    """
-    try:
-        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
-            while True:
-                block = file.read(BLOCK)
-                yield block
-                if not block:
-                    return
-    except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{what} {path} cannot be read: {error}; give a file, or a whole .gz of one") from None
-
-
-def _read_bytes(path: Path, what: str) -> bytes:
     if not path.exists():
         raise DataError(f"{what} {path}: no such file; give a text file or a .gz of one")
-    if not path.is_file():
+    if path.is_dir():
         raise DataError(f"{what} {path} is a folder: give one text file in it, or a .gz of one")
-    return read_file(what, path)
+    lines, size, ended = list[str](), 0, True
+    with opened(what, path) as file:
+        # Bytes are split at \n alone. Text would also be split at a lone \r, by splitlines at U+2028, form feeds and the like as well: they
+        # belong to the text, and would shift the line numbers of errors.
+        for line in file:
+            size += len(line)
+            if max_bytes is not None and size > max_bytes:
+                break
+            ended = line.endswith(b"\n")
+            try:
+                lines.append(line.decode("utf-8" if lines else "utf-8-sig").removesuffix("\n").removesuffix("\r"))
+            except UnicodeDecodeError as error:
+                raise DataError(f"{what} {path}:{len(lines) + 1}: {not_utf8(error)[1]}; save the file as UTF-8") from None
+    if size and not lines:
+        raise DataError(f"{what} {path}: the first line is longer than data.max_bytes={max_bytes}; raise it")
+    if len(lines) == 1 and not ended:  # the line ends of old Macs
+        lines = lines[0].split("\r")
+    if not any(line.strip() for line in lines):
+        raise DataError(f"{what} {path} is empty: give a file with some lines")
+    return lines
+
+
+class NoTextError(ValueError):
+    """A file is not text. The message says why, and is written to follow the file's path."""
+
+
+def read_text_file(what: str, path: Path) -> Iterator[str]:
+    """Yield the content of a UTF-8 file (or .gz) in pieces, without its byte order mark.
+
+    Raises:
+        NoTextError: it is not text; the message gives the line.
+        DataError: it cannot be read.
+    """
+    decoder, line = codecs.getincrementaldecoder("utf-8-sig")(), 1
+    with opened(what, path) as file:
+        for number, block in enumerate(chain(iter(partial(file.read, BLOCK), b""), [b""])):
+            if number == 0 and block.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+                raise NoTextError(" is UTF-16: save it as UTF-8")
+            if (zero := block.find(0)) >= 0:
+                at = line + block.count(b"\n", 0, zero)
+                raise NoTextError(f":{at} holds a byte 0: it is no text, damaged, or UTF-16; mend it and save it as UTF-8")
+            try:
+                text = decoder.decode(block, final=not block)
+            except UnicodeDecodeError as error:
+                within, why = not_utf8(error)
+                raise NoTextError(f":{line + within - 1}: {why}; save the file as UTF-8") from None
+            line += text.count("\n")
+            if text:
+                yield text
+
+
+def not_utf8(error: UnicodeDecodeError) -> tuple[int, str]:
+    """Return the number of the line where a text is not UTF-8, and what is wrong there."""
+    return error.object.count(b"\n", 0, error.start) + 1, f"not UTF-8 ({error.reason} {error.object[error.start]:#04x})"
+
+
+def bytes_of(texts: Iterable[str]) -> int:
+    """Return the size of some texts in UTF-8, each with a line end."""
+    return sum(len(text.encode()) + 1 for text in texts)
 
 
 def hold_out(samples: list[Sample], fraction: float) -> tuple[list[Sample], list[Sample]]:
@@ -120,11 +161,6 @@ def count_kept(count: int, fraction: float, source: str, unit: str, otherwise: s
     if count < 2:
         raise DataError(f"{source} has {count} {unit} to train on and to hold out from: give more{otherwise}")
     return count - max(1, int(count * fraction))
-
-
-def not_utf8(content: bytes, error: UnicodeDecodeError) -> tuple[int, str]:
-    """Return the number of the line where a text is not UTF-8, and what is wrong there."""
-    return content.count(b"\n", 0, error.start) + 1, f"not UTF-8 ({error.reason} {content[error.start]:#04x})"
 
 
 def refuse_one_class(labels: Iterable[str], source: str) -> None:

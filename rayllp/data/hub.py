@@ -1,5 +1,7 @@
 """Access to the datasets library: data sets by name, folders written by save_to_disk, and files of tables."""
 
+import csv
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +18,10 @@ TABLES = {
     "json": (".json", ".jsonl", ".ndjson"), "csv": (".csv", ".tsv"), "parquet": (".parquet",), "arrow": (".arrow",),
 }  # fmt: skip
 """Builders of the datasets library that read tables, with the file endings they read; a compression ending may follow."""
+CSV = {"keep_default_na": False, "na_values": [""], "index_col": False}
+"""How csv is read: NA, null and None are texts like any other, and the first column is one of the data even where lines are too long."""
+TSV = {**CSV, "sep": "\t", "quoting": csv.QUOTE_NONE}
+"""How tsv is read: as `formats.read_tsv` does, a quotation mark is text, as in GLUE's files."""
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".lz4")
 ROWS_AT_ONCE = 1000
 """Rows read per batch: one at a time, each row takes the library ten times as long."""
@@ -48,30 +54,42 @@ class Split:
         feature = (self.loaded.features or {}).get(column)
         return tuple(getattr(getattr(feature, "feature", feature), "names", None) or ())  # a list column has them at its elements
 
-    def require(self, setting: str, column: str) -> None:
-        """Refuse a column that does not exist.
+    def require(self, columns: Mapping[str, str]) -> None:
+        """Refuse columns that do not exist.
+
+        Args:
+            columns: names of columns, each by the setting that names it.
 
         Raises:
             DataError: names the setting and the existing columns.
         """
-        columns = self.columns
-        if not columns:
+        existing = self.columns
+        if not existing:
             raise DataError(f"{self.source} has no rows: give some")
-        if column not in columns:
-            raise DataError(f"{self.source} has no column {column!r}: set {setting} to one of {columns}")
+        for setting, column in columns.items():
+            if column not in existing:
+                raise DataError(f"{self.source} has no column {column!r}: set {setting} to one of {existing}")
 
-    def rows(self, *columns: str, at_once: int = ROWS_AT_ONCE) -> Iterator[tuple[Any, ...]]:
-        """Yield each row's values in these columns.
+    def rows(self, *columns: str, label: str | None = None, at_once: int = ROWS_AT_ONCE) -> Iterator[tuple[str, tuple[Any, ...]]]:
+        """Yield each row's place, for errors, and its values in these columns.
 
         Args:
             columns: names of the columns.
+            label: one more column, whose class numbers are replaced by the names of the classes where the data set has them.
             at_once: rows that are read together; use few where values are large or slow to decode.
 
         Raises:
             DataError: a row cannot be read.
         """
-        for some in self._guarded(self.loaded.select_columns(list(columns)).iter(batch_size=at_once)):
-            yield from zip(*(some[column] for column in columns), strict=True)
+        number, chosen = 0, [*columns] if label is None else [*columns, label]
+        names = () if label is None else self.labels(label)
+        for some in self._guarded(self.loaded.select_columns(chosen).iter(batch_size=at_once)):
+            values = [some[column] for column in chosen]
+            if names:
+                values[-1] = _name(values[-1], names)
+            for row in zip(*values, strict=True):
+                yield f"{self.source} row {number}", row
+                number += 1
 
     def texts(self, setting: str, column: str, faults: Faults) -> Iterator[str]:
         """Yield the texts of a column.
@@ -79,13 +97,12 @@ class Split:
         Raises:
             DataError: there is no such column, or it holds something other than text; or a row is empty and faults are not skipped.
         """
-        self.require(setting, column)
-        for number, (text,) in enumerate(self.rows(column)):
+        self.require({setting: column})
+        for place, (text,) in self.rows(column):
             if isinstance(text, str):
                 yield text
                 continue
-            kind = "nothing" if text is None else type(text).__name__
-            where = f"{self.source} row {number}: column {column!r} holds {kind}, not text"
+            where = f"{place}: column {column!r} holds {'nothing' if text is None else type(text).__name__}, not text"
             if text is not None:
                 raise DataError(f"{where}: set {setting} to a column of strings")
             faults.refuse_or_count("rows", where)
@@ -94,7 +111,11 @@ class Split:
         """Turn any error while rows are read into a DataError that names the data set."""
         while True:
             try:
-                row = next(rows, None)
+                with warnings.catch_warnings():
+                    warnings.filterwarnings("error", message="Length of header or names does not match")  # pandas would drop cells
+                    row = next(rows, None)
+            except Warning:
+                raise DataError(f"{self.source} has a line with more columns than its first line names: mend one of the two") from None
             except Exception as error:  # the library raises whatever its files, decoders and connections raise
                 cause = error.__cause__ or error
                 raise DataError(f"{self.source} cannot be read: {type(error).__name__}: {error or cause}") from None
@@ -142,9 +163,11 @@ def named(settings: DataSettings) -> str:
     return f"data.dataset {settings.dataset}" if settings.dataset else f"data.path {settings.path}"
 
 
-def name_of(label: Any, names: tuple[str, ...]) -> str:
-    """Return a label's class name where the data set has class names, else the label as text. The library's -1 stands for "no label"."""
-    return names[label] if names and isinstance(label, int) and 0 <= label < len(names) else str(label)
+def _name(label: Any, names: tuple[str, ...]) -> Any:
+    """Return the class name of a class number, or of each in a list; other values, such as the library's -1 for "no label", as they are."""
+    if isinstance(label, list):
+        return [_name(each, names) for each in label]
+    return names[label] if isinstance(label, int) and 0 <= label < len(names) else label
 
 
 def up_to(limit: int | None, items: Iterable[Item], size: Callable[[Item], int]) -> Iterator[Item]:
@@ -163,10 +186,25 @@ def up_to(limit: int | None, items: Iterable[Item], size: Callable[[Item], int])
 
 def builder_of(path: Path) -> str | None:
     """Return the name of the builder that reads a file, by the file's ending; None if it is not a table."""
+    name = _plain_name(path)
+    return next((builder for builder, endings in TABLES.items() if name.endswith(endings)), None)
+
+
+def _plain_name(path: Path) -> str:
+    """Return a file's name in small letters, without the ending of a compressed one."""
     name = path.name.lower()
     for ending in COMPRESSED:
         name = name.removesuffix(ending)
-    return next((builder for builder, endings in TABLES.items() if name.endswith(endings)), None)
+    return name
+
+
+def _options(place: Path) -> dict[str, Any]:
+    """Return the options of the builder that reads a file, or the files of a folder."""
+    names = {_plain_name(path) for path in ([place] if place.is_file() else visible_files(place))}
+    for ending, options in ((".csv", CSV), (".tsv", TSV)):
+        if names and all(name.endswith(ending) for name in names):
+            return options
+    return {}
 
 
 def is_table(path: Path) -> bool:
@@ -189,7 +227,7 @@ def stamp_of(settings: DataSettings) -> Any:
     """Return plain values that identify the content of a data set: those of its files, or the library's hash."""
     setting, name, place = _place(settings)
     if place.exists():
-        return stamp(visible_files(place) if place.is_dir() else [place])
+        return [stamp(visible_files(place) if place.is_dir() else [place]), *_options(place).items()]
     with _in_words(f"{setting} {name}", place):
         return _make_builder(settings).hash
 
@@ -244,7 +282,7 @@ def _make_builder(settings: DataSettings) -> Any:
 
     _, name, place = _place(settings)
     if place.is_file():
-        kind = builder_of(place) or "text"
-        options = {"sep": "\t"} if kind == "csv" and ".tsv" in place.name.lower() else {}
-        return datasets.load_dataset_builder(kind, data_files={"train": str(place)}, **options)
-    return datasets.load_dataset_builder(str(place) if place.is_dir() else name, settings.subset)
+        return datasets.load_dataset_builder(builder_of(place) or "text", data_files={"train": str(place)}, **_options(place))
+    if place.is_dir():
+        return datasets.load_dataset_builder(str(place), settings.subset, **_options(place))
+    return datasets.load_dataset_builder(name, settings.subset)

@@ -1,6 +1,5 @@
 """Image classification: MNIST's files, a data set of the datasets library, or the digits that come with scikit-learn."""
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,8 +11,9 @@ from torch import Tensor
 from rayllp.config import DataSettings
 from rayllp.data.base import IGNORE, Facts, passes
 from rayllp.data.decoded import DecodedImages
-from rayllp.data.files import Faults, count_kept, locate, read_file, refuse_one_class
-from rayllp.data.hub import Split, is_table, load_named, load_split, name_of, named, up_to
+from rayllp.data.files import Faults, count_kept, locate, plain_or_gz, refuse_one_class
+from rayllp.data.formats import IDX_IMAGES, IDX_LABELS, MNIST_FILES, read_idx
+from rayllp.data.hub import Split, is_table, load_named, load_split, named, up_to
 from rayllp.data.sampling import Order, select
 from rayllp.errors import DataError
 
@@ -24,9 +24,6 @@ MEASURED = 2000
 """Number of images from which mean and standard deviation are estimated where they are not in memory."""
 Pixels = np.ndarray | DecodedImages
 IMAGE_COLUMNS = ("image", "img")
-IDX_IMAGES, IDX_LABELS = 0x0803, 0x0801
-"""The first four bytes of an idx file: unsigned bytes, in three dimensions or in one."""
-MNIST_FILES = "MNIST's files (train*-images-idx3-ubyte, train*-labels-idx1-ubyte, t10k-images-…, t10k-labels-…, plain or .gz)"
 
 
 @dataclass(frozen=True)
@@ -185,38 +182,18 @@ def _read_idx_pair(folder: Path, prefix: str) -> _Images:
     if len(stems) != 1:
         fault = f"has several ({', '.join(stems)})" if stems else "has none"
         raise DataError(f"data.path {folder} {fault} for {prefix}*-images-idx3-ubyte: give a folder with {MNIST_FILES}, one set of them")
-    path = _plain_or_gz(folder / stems[0])
-    pixels = _read_idx(path, IDX_IMAGES)
-    labels = _read_idx(_plain_or_gz(folder / stems[0].replace("images-idx3", "labels-idx1")), IDX_LABELS)
+    paths = []
+    for name in (stems[0], stems[0].replace("images-idx3", "labels-idx1")):
+        path = plain_or_gz(folder / name)
+        if path is None:
+            raise DataError(f"data.path {folder / name}: no such file, nor a .gz of it; give a folder with {MNIST_FILES}")
+        paths.append(path)
+    pixels, labels = read_idx(paths[0], IDX_IMAGES), read_idx(paths[1], IDX_LABELS)
     if len(pixels) != len(labels):
-        raise DataError(f"data.path {path} has {len(pixels)} images, but there are {len(labels)} labels: give files that belong together")
-    return _Images(f"data.path {path}", pixels[:, None], [str(label) for label in labels])
-
-
-def _plain_or_gz(path: Path) -> Path:
-    for candidate in (path, path.with_name(f"{path.name}.gz")):
-        if candidate.is_file():
-            return candidate
-    raise DataError(f"data.path {path}: no such file, nor a .gz of it; give a folder with {MNIST_FILES}")
-
-
-def _read_idx(path: Path, magic: int) -> np.ndarray:
-    """Read an idx file of unsigned bytes."""
-    content = read_file("data.path", path)
-    dimensions = magic & 0xFF
-    start = 4 + 4 * dimensions
-    if len(content) < start or int.from_bytes(content[:4], "big") != magic:
-        kind = "images" if magic == IDX_IMAGES else "labels"
         raise DataError(
-            f"data.path {path} begins with 0x{content[:4].hex()}, not with an idx file of {kind}' 0x{magic:08x}: give MNIST's files"
+            f"data.path {paths[0]} has {len(pixels)} images, but there are {len(labels)} labels: give files that belong together"
         )
-    shape = tuple(int(size) for size in np.frombuffer(content, ">u4", dimensions, 4))
-    if len(content) - start != math.prod(shape) or not math.prod(shape):
-        raise DataError(
-            f"data.path {path} names {' × '.join(map(str, shape))} bytes in its header, but {len(content) - start} follow: "
-            "it is empty, cut short or altered; fetch it anew"
-        )
-    return np.frombuffer(content, np.uint8, offset=start).reshape(shape)
+    return _Images(f"data.path {paths[0]}", pixels[:, None], [str(label) for label in labels])
 
 
 def _read_dataset(settings: DataSettings, faults: Faults) -> tuple[_Images, _Images, tuple[str, ...]]:
@@ -261,39 +238,31 @@ def _bytes_of(split: Split) -> int:
 def _leave_in_files(split: Split, settings: DataSettings, faults: Faults) -> _Images:
     """Read the labels alone; the images are decoded when a batch asks for them."""
     column = _image_column(split)
-    split.require("data.label_field", settings.label_field)
+    split.require({"data.label_field": settings.label_field})
     first = _to_pixels(split.loaded[0][column], f"{split.source} row 0")
     shape = (3, *first.shape[1:])  # three channels even if the first image is grey, since others may not be
-    names = split.labels(settings.label_field)
-    labels = [label for (label,) in split.rows(settings.label_field)]
-    kept = [
-        number
-        for number, label in enumerate(labels)
-        if not _is_missing(label, settings.label_field, f"{split.source} row {number}", faults)
-    ]
+    kept, labels = list[int](), list[str]()
+    for number, (place, (label,)) in enumerate(split.rows(label=settings.label_field)):
+        if not _is_missing(label, settings.label_field, place, faults):
+            kept.append(number)
+            labels.append(str(label))
     decoded = DecodedImages(split.loaded, column, _to_pixels, split.source, np.array(kept, np.int64), shape)
-    return _Images(split.source, decoded, [name_of(labels[number], names) for number in kept])
+    return _Images(split.source, decoded, labels)
 
 
 def _read_split(split: Split, settings: DataSettings, faults: Faults) -> tuple[list[np.ndarray], list[str]]:
     """Decode the images of a split into memory, up to data.max_bytes."""
     column = _image_column(split)
-    split.require("data.label_field", settings.label_field)
-    names = split.labels(settings.label_field)
-    rows = (
-        (f"{split.source} row {number}", image, label)
-        for number, (image, label) in enumerate(split.rows(column, settings.label_field, at_once=1))
-    )
-    whole = (
-        (place, image, label)
-        for place, image, label in rows
+    split.require({"data.label_field": settings.label_field})
+    decoded = (
+        (_to_pixels(image, place), str(label))
+        for place, (image, label) in split.rows(column, label=settings.label_field, at_once=1)
         if not _is_missing(image, column, place, faults) and not _is_missing(label, settings.label_field, place, faults)
     )
-    decoded = ((_to_pixels(image, place), label) for place, image, label in whole)
     kept = list(up_to(settings.max_bytes, decoded, lambda item: item[0].nbytes))
     if not kept:
         raise DataError(f"{split.source} has no image within data.max_bytes={settings.max_bytes}: choose another split or raise it")
-    return [image for image, _ in kept], [name_of(label, names) for _, label in kept]
+    return [image for image, _ in kept], [label for _, label in kept]
 
 
 def _is_missing(value: Any, column: str, place: str, faults: Faults) -> bool:

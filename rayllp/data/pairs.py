@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rayllp.config import DataSettings
 from rayllp.data.base import IGNORE, Facts, passes
-from rayllp.data.files import Faults, Rows, hold_out, locate, read_lines
+from rayllp.data.files import Faults, Rows, bytes_of, hold_out, locate, plain_or_gz, read_lines
 from rayllp.data.hub import Split, load_split, up_to
 from rayllp.data.sampling import Order, select
 from rayllp.data.sources import reads_tables, tables
@@ -216,24 +216,20 @@ def _read_folder(settings: DataSettings) -> dict[str, list[_Pair]]:
     folder = locate(settings.path, "data.path")
     if not folder.is_dir():
         raise DataError(f"data.path {folder} is no folder: give one with {files}")
-    validation = next((name for name in VALIDATION_NAMES if _find(folder, f"{name}.{source}")), None)
+    validation = next((name for name in VALIDATION_NAMES if plain_or_gz(folder / f"{name}.{source}")), None)
     if validation is None:
         tried = ", ".join(f"{name}.{source}" for name in VALIDATION_NAMES)
         raise DataError(f"data.path {folder} has no validation file ({tried}): give a folder with {files}")
     names = {path.name.removesuffix(".gz").removesuffix(f".{source}") for path in folder.glob(f"test*.{source}*")}
-    tests = sorted(name for name in names if _find(folder, f"{name}.{source}"))
+    tests = sorted(name for name in names if plain_or_gz(folder / f"{name}.{source}"))
     stems = {"train": "train", "validation": validation} | {name: name for name in tests}
     return {split: _read_files(folder, stem, settings) for split, stem in stems.items()}
-
-
-def _find(folder: Path, name: str) -> Path | None:
-    return next((path for path in (folder / name, folder / f"{name}.gz") if path.is_file()), None)
 
 
 def _read_files(folder: Path, stem: str, settings: DataSettings) -> list[_Pair]:
     paths = []
     for language in (settings.source, settings.target):
-        path = _find(folder, f"{stem}.{language}")
+        path = plain_or_gz(folder / f"{stem}.{language}")
         if path is None:
             raise DataError(f"data.path {folder} has no {stem}.{language}, nor a .gz of it: add it, or set data.source and data.target")
         paths.append(path)
@@ -249,7 +245,7 @@ def _read_files(folder: Path, stem: str, settings: DataSettings) -> list[_Pair]:
 
 def _limit(pairs: Iterable[_Pair], settings: DataSettings, where: str) -> list[_Pair]:
     """Return the first pairs, up to data.max_bytes of both languages, line ends included."""
-    kept = list(up_to(settings.max_bytes, pairs, lambda pair: len(pair.source.encode()) + len(pair.target.encode()) + 2))
+    kept = list(up_to(settings.max_bytes, pairs, lambda pair: bytes_of((pair.source, pair.target))))
     if not kept:
         raise DataError(f"{where} has no pair within data.max_bytes={settings.max_bytes}: raise it, or give lines")
     return kept
@@ -270,15 +266,15 @@ def _read_dataset(settings: DataSettings, faults: Faults) -> dict[str, list[_Pai
 def _read_split(split: Split, settings: DataSettings, faults: Faults) -> list[_Pair]:
     languages = (settings.source, settings.target)
     if TRANSLATION in split.columns:
-        rows = (translation for (translation,) in split.rows(TRANSLATION))
+        rows = ((place, translation) for place, (translation,) in split.rows(TRANSLATION))
     elif set(languages) <= set(split.columns):
-        rows = (dict(zip(languages, texts, strict=True)) for texts in split.rows(*languages))
+        rows = ((place, dict(zip(languages, texts, strict=True))) for place, texts in split.rows(*languages))
     else:
         raise DataError(
             f"{split.source} has columns {split.columns}, neither {TRANSLATION} nor {languages[0]} and {languages[1]}: "
             "set data.source and data.target, or choose another data set"
         )
-    pairs = (_pick(texts, languages, f"{split.source} row {number}", faults) for number, texts in enumerate(rows))
+    pairs = (_pick(texts, languages, place, faults) for place, texts in rows)
     return _limit((pair for pair in pairs if pair is not None), settings, split.source)
 
 

@@ -1,9 +1,9 @@
 """Sentence classification: one label for each sentence or pair of sentences, from a tab-separated file or a table."""
 
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,26 +11,16 @@ from torch import Tensor
 
 from rayllp.config import DataSettings
 from rayllp.data.base import IGNORE, Facts, passes
-from rayllp.data.files import Faults, Rows, locate, read_lines, refuse_one_class
-from rayllp.data.hub import Split, name_of, up_to
+from rayllp.data.files import Faults, Rows, bytes_of, refuse_one_class
+from rayllp.data.formats import read_tsv
 from rayllp.data.sampling import Order, select
-from rayllp.data.sources import Table, read_splits
+from rayllp.data.sources import Table, read_samples, read_splits
 from rayllp.data.special import SpecialTokens
 from rayllp.data.tokenizer import Tokenizer, make_tokenizer
 from rayllp.errors import DataError
 
 FREQUENT = 10
 """A label that occurs only once is taken for a mistake if labels occur at least so many times on average."""
-
-
-@dataclass(frozen=True)
-class _Columns:
-    """Numbers of the columns of a tab-separated file; `header` is 1 if its first line names them, else 0."""
-
-    texts: tuple[int, ...]
-    label: int
-    width: int
-    header: int
 
 
 @dataclass(frozen=True)
@@ -94,14 +84,14 @@ def load_sentences(settings: DataSettings, sequence_length: int, seed: int, toke
     """
     _check_room(settings, sequence_length)
     faults = Faults(settings.on_error == "skip")
-    train, validation = _read_splits(settings, faults)
-    train = _leave_out_single(train, settings, faults)
+    read = _read_splits(settings, faults)
+    train = read["train"] = _leave_out_single(read["train"], settings, faults)
     classes = tuple(sorted({example.label for example in train}))
     numbers = {name: number for number, name in enumerate(classes)}
     tokenizer = tokenizer or make_tokenizer(settings.tokenizer, "\n".join(text for example in train for text in example.texts).encode())
     sequences: dict[str, Rows] = {}
     labels: dict[str, np.ndarray] = {}
-    for split, examples in (("train", train), ("validation", validation)):
+    for split, examples in read.items():
         known = [example for example in examples if _has_label(example, numbers, faults)]
         encoded = [(_encode(example, tokenizer, sequence_length, settings.on_long, faults), numbers[example.label]) for example in known]
         kept = [(sequence, number) for sequence, number in encoded if sequence is not None]
@@ -139,102 +129,40 @@ def _check_room(settings: DataSettings, sequence_length: int) -> None:
         raise DataError(f"sequence_length {sequence_length} leaves no room for text between cls and sep: set at least {needed}")
 
 
-def _read_splits(settings: DataSettings, faults: Faults) -> tuple[list[_Example], list[_Example]]:
+def _read_splits(settings: DataSettings, faults: Faults) -> dict[str, list[_Example]]:
     if settings.path is None and settings.dataset is None:
         raise DataError(
             "there is no data.path: sentence classification needs one, a tab-separated file (.tsv or .tsv.gz) such as GLUE's or a table, "
             "or data.dataset"
         )
-    return read_splits(
-        settings,
-        lambda table, limit: _read_table(table, settings, faults, limit),
-        lambda name, what, limit: _read_examples(name, what, settings, faults, limit),
-    )
+    fields = {"data.text_field": settings.text_field, "data.pair_field": settings.pair_field, "data.label_field": settings.label_field}
+    columns = {setting: column for setting, column in fields.items() if column is not None}
+
+    def read_table(table: Table, limit: int | None) -> list[_Example]:
+        make = partial(_of_row, columns=tuple(columns.values()), faults=faults)
+        return read_samples(table, columns, make, lambda example: bytes_of(example.texts), limit, "a text and a label")
+
+    def read_file(name: str, what: str, limit: int | None) -> list[_Example]:
+        examples = [_Example(tuple(texts), label, place) for place, (*texts, label) in read_tsv(name, what, columns, faults, limit)]
+        if not examples:
+            left_out = f" ({faults.counts['lines']} lines were left out as broken)" if "lines" in faults.counts else ""
+            raise DataError(f"{what} {name} has no sentences{left_out}: give lines of text and label with a tab between")
+        return examples
+
+    return read_splits(settings, read_table, read_file)
 
 
-def _read_table(table: Table, settings: DataSettings, faults: Faults, max_bytes: int | None) -> list[_Example]:
-    """Read the rows of a table that have texts and a label, up to `max_bytes` of text."""
-    split = table.open()
-    texts = {"data.text_field": settings.text_field, "data.pair_field": settings.pair_field}
-    columns = {setting: column for setting, column in texts.items() if column is not None} | {"data.label_field": settings.label_field}
-    for setting, column in columns.items():
-        split.require(setting, column)
-    rows = _examples(split, settings, columns, faults)
-    examples = list(up_to(max_bytes, rows, lambda example: sum(len(text.encode()) + 1 for text in example.texts)))
-    if not examples:
-        limit = "" if max_bytes is None else f" within data.max_bytes={max_bytes}"
-        raise DataError(f"{split.source} has no row with a text and a label{limit}: give some")
-    return examples
-
-
-def _examples(split: Split, settings: DataSettings, columns: dict[str, str], faults: Faults) -> Iterator[_Example]:
-    names = split.labels(settings.label_field)
-    for number, (*texts, label) in enumerate(split.rows(*columns.values())):
-        place = f"{split.source} row {number}"
-        empty = [column for column, value in zip(columns.values(), (*texts, label), strict=True) if value is None or value == ""]
-        if empty:
-            faults.refuse_or_count("rows", f"{place} has nothing in column {empty[0]!r}")
-            continue
-        other = next((value for value in texts if not isinstance(value, str)), None)
-        if other is not None:
-            raise DataError(f"{place}: a text is a {type(other).__name__}: set data.text_field and data.pair_field to columns of strings")
-        yield _Example(tuple(texts), name_of(label, names), place)
-
-
-def _read_examples(name: str, what: str, settings: DataSettings, faults: Faults, max_bytes: int | None) -> list[_Example]:
-    path = locate(name, what)
-    lines = read_lines(path, what, max_bytes)
-    columns = _find_columns(settings, lines[0].split("\t"), path)
-    examples = []
-    for number, line in enumerate(lines[columns.header :], columns.header + 1):
-        if not line:
-            continue
-        # No quoting: in GLUE's files a quotation mark belongs to the text.
-        cells = line.split("\t")
-        fault = _find_fault(cells, columns)
-        if fault:
-            faults.refuse_or_count("lines", f"{path}:{number}: {fault}")
-        else:
-            examples.append(_Example(tuple(cells[column] for column in columns.texts), cells[columns.label], f"{path}:{number}"))
-    if not examples:
-        left_out = f" ({faults.counts['lines']} lines were left out as broken)" if "lines" in faults.counts else ""
-        raise DataError(f"{what} {path} has no sentences{left_out}: give lines of text and label with a tab between")
-    return examples
-
-
-def _find_columns(settings: DataSettings, first: list[str], path: Path) -> _Columns:
-    """Find the columns by their names in the first line, or by number where `data.text_field` is a number."""
-    fields = {"text_field": settings.text_field, "label_field": settings.label_field}
-    if settings.pair_field is not None:
-        fields["pair_field"] = settings.pair_field
-    named = not settings.text_field.isdecimal()
-    numbers = {setting: _find_column(setting, name, first, path, named) for setting, name in fields.items()}
-    label = numbers.pop("label_field")
-    return _Columns(tuple(numbers.values()), label, len(first), int(named))
-
-
-def _find_column(setting: str, name: str, first: list[str], path: Path, named: bool) -> int:
-    if named:
-        if name not in first:
-            raise DataError(
-                f"data.{setting} {name!r} is no column of {path}, whose first line names {first}: "
-                "set it to one of them, or all fields to numbers from 0 if that line is a sentence"
-            )
-        return first.index(name)
-    if not name.isdecimal():
-        raise DataError(f"data.{setting} {name!r}: data.text_field is a number, so {path} has no column names; give a number here too")
-    if int(name) >= len(first):
-        raise DataError(f"data.{setting} {name}: {path}:1 has {len(first)} columns between tabs; give a number below that")
-    return int(name)
-
-
-def _find_fault(cells: list[str], columns: _Columns) -> str | None:
-    """Return what is wrong with a line; None if nothing is."""
-    if len(cells) != columns.width:
-        return f"{len(cells)} columns between tabs, the first line has {columns.width}"
-    if not all(cells[column].strip() for column in (*columns.texts, columns.label)):
-        return "a sentence or the label is empty"
-    return None
+def _of_row(place: str, values: tuple[Any, ...], columns: tuple[str, ...], faults: Faults) -> _Example | None:
+    """Return the example in a row of a table; None if a value is missing and faults are skipped."""
+    empty = next((column for column, value in zip(columns, values, strict=True) if value is None or value == ""), None)
+    if empty is not None:
+        faults.refuse_or_count("rows", f"{place} has nothing in column {empty!r}")
+        return None
+    *texts, label = values
+    other = next((text for text in texts if not isinstance(text, str)), None)
+    if other is not None:
+        raise DataError(f"{place}: a text is a {type(other).__name__}: set data.text_field and data.pair_field to columns of strings")
+    return _Example(tuple(texts), str(label), place)
 
 
 def _has_label(example: _Example, numbers: dict[str, int], faults: Faults) -> bool:

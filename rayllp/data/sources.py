@@ -1,16 +1,15 @@
 """Where text comes from: files, folders, tables, data sets. It is read in pieces, so it may be larger than memory."""
 
-import codecs
 import sysconfig
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 from rayllp.config import DataSettings
 from rayllp.data.cache import stamp
-from rayllp.data.files import Faults, Sample, blocks, hold_out, locate, not_utf8
-from rayllp.data.hub import Split, is_table, load_named, load_splits, stamp_of, visible_files
+from rayllp.data.files import Faults, NoTextError, Sample, hold_out, locate, read_text_file
+from rayllp.data.hub import Split, is_table, load_named, load_splits, stamp_of, up_to, visible_files
 from rayllp.errors import DataError
 
 DEFAULT_TEXT_BYTES = 4_000_000
@@ -194,7 +193,7 @@ def read_splits(
     settings: DataSettings,
     read_table: Callable[[Table, int | None], list[Sample]],
     read_file: Callable[[str, str, int | None], list[Sample]],
-) -> tuple[list[Sample], list[Sample]]:
+) -> dict[str, list[Sample]]:
     """Return training and held-out samples. Where there is no held-out table or file, the end of the training samples is held out.
 
     Args:
@@ -211,7 +210,41 @@ def read_splits(
         train = read_file(settings.path, "data.path", settings.max_bytes)
         name = settings.validation_path
         validation = None if name is None else read_file(name, "data.validation_path", None)
-    return hold_out(train, settings.validation_fraction) if validation is None else (train, validation)
+    if validation is None:
+        train, validation = hold_out(train, settings.validation_fraction)
+    return {"train": train, "validation": validation}
+
+
+def read_samples(
+    table: Table,
+    columns: Mapping[str, str],
+    make: Callable[[str, tuple[Any, ...]], Sample | None],
+    size: Callable[[Sample], int],
+    limit: int | None,
+    wanted: str,
+) -> list[Sample]:
+    """Return the samples in a table's rows.
+
+    Args:
+        table: the table.
+        columns: names of the columns to read, each by the setting that names it; the last one holds labels.
+        make: (place of a row, its values in these columns) -> sample; None: the row is left out.
+        size: sample -> bytes of text in it.
+        limit: size of all samples from which on no more are read; None: read all.
+        wanted: what a row should hold, for errors.
+
+    Raises:
+        DataError: a column does not exist, or there is no sample.
+    """
+    split = table.open()
+    split.require(columns)
+    *texts, label = columns.values()
+    made = (make(place, values) for place, values in split.rows(*texts, label=label))
+    samples = list(up_to(limit, (sample for sample in made if sample is not None), size))
+    if not samples:
+        within = "" if limit is None else f" within data.max_bytes={limit}"
+        raise DataError(f"{split.source} has no row with {wanted}{within}: give some")
+    return samples
 
 
 def reads_tables(settings: DataSettings) -> bool:
@@ -293,37 +326,3 @@ def cut(text: bytes, limit: int) -> bytes:
     """Return the first `limit` bytes, or a few less where that would split a character."""
     # In UTF-8, up to three bytes of the form 10xxxxxx follow a character's first byte.
     return text[: next((end for end in range(limit, max(limit - 4, 0), -1) if text[end] & 0xC0 != 0x80), limit)]
-
-
-class NoTextError(ValueError):
-    """A file is not text. The message says why, and is written to follow the file's path."""
-
-
-def read_text_file(what: str, path: Path) -> Iterator[str]:
-    """Yield the content of a UTF-8 file (or .gz) in pieces, without its byte order mark.
-
-    Raises:
-        NoTextError: it is not text; the message gives the line.
-        DataError: it cannot be read.
-    """
-    rest, line, first = b"", 1, True
-    for block in blocks(what, path):
-        content = rest + block
-        if first:
-            if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-                raise NoTextError(" is UTF-16: save it as UTF-8")
-            content, first = content.removeprefix(codecs.BOM_UTF8), False
-        zero = content.find(0)
-        if zero >= 0:
-            at = line + content.count(b"\n", 0, zero)
-            raise NoTextError(f":{at} holds a byte 0: it is no text, damaged, or UTF-16; mend it and save it as UTF-8")
-        try:
-            text, rest = content.decode(), b""
-        except UnicodeDecodeError as error:
-            if not block or error.end < len(content) or error.reason != "unexpected end of data":
-                within, why = not_utf8(content, error)
-                raise NoTextError(f":{line + within - 1}: {why}; save the file as UTF-8") from None
-            text, rest = content[: error.start].decode(), content[error.start :]
-        line += text.count("\n")
-        if text:
-            yield text

@@ -312,7 +312,7 @@ def decode_text(text: bytes) -> str:
     try:
         return text.decode()
     except UnicodeDecodeError as error:
-        line, why = not_utf8(text, error)
+        line, why = not_utf8(error)
         raise DataError(f"line {line}: {why}; save the text as UTF-8") from None
 
 
