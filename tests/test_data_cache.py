@@ -271,7 +271,7 @@ def test_a_line_with_more_columns_than_are_named_is_refused(place, tmp_path):
     lines = ["one,1", "two,2"]
     lines.insert(place - 1, "more,than,two")
     (tmp_path / "a.csv").write_text("\n".join(["text,n", *lines]), encoding="utf-8")
-    with pytest.raises(DataError, match=r"a.csv, split train, (has a line with more columns than its|cannot be read: .* line 3, saw 3)"):
+    with pytest.raises(DataError, match=r"a.csv, split train, (has lines with more columns than its|cannot be read: .* line 3, saw 3)"):
         read_text(DataSettings(path=str(tmp_path / "a.csv")))
 
 

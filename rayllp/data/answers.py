@@ -225,7 +225,7 @@ class WriteAnswers:
         if settings.messages_field is not None:
             split.require({"data.messages_field": settings.messages_field})
             chat = ChatTemplate.of(self.tokenizer, self.template, split.source)
-            for place, (messages,) in up_to(limit, split.rows(settings.messages_field), _bytes_in_row):
+            for place, (messages,) in up_to(limit, split.placed_rows(settings.messages_field), _bytes_in_row):
                 if fault := fault_of(messages):
                     faults.refuse_or_count("rows", f"{place}: column {settings.messages_field!r} {fault}")
                     continue
@@ -235,7 +235,7 @@ class WriteAnswers:
         fields = {"data.text_field": settings.text_field, "data.answer_field": settings.answer_field}
         split.require(fields)
         columns = tuple(fields.values())
-        rows = up_to(limit, split.rows(*columns), _bytes_in_row)
+        rows = up_to(limit, split.placed_rows(*columns), _bytes_in_row)
         whole = ((place, values) for place, values in rows if _is_text(place, values, columns, faults))
         for some in iter(lambda: list(islice(whole, AT_ONCE)), []):
             yield from self._pairs(some)

@@ -1,10 +1,10 @@
 """Access to the datasets library: data sets by name, folders written by save_to_disk, and files of tables."""
 
 import csv
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,10 +18,12 @@ TABLES = {
     "json": (".json", ".jsonl", ".ndjson"), "csv": (".csv", ".tsv"), "parquet": (".parquet",), "arrow": (".arrow",),
 }  # fmt: skip
 """Builders of the datasets library that read tables, with the file endings they read; a compression ending may follow."""
-CSV = {"keep_default_na": False, "na_values": [""], "index_col": False}
-"""How csv is read: NA, null and None are texts like any other, and the first column is one of the data even where lines are too long."""
+CSV = {"keep_default_na": False, "na_values": [""]}
+"""How files of csv are read: NA, null and None are texts like any other."""
 TSV = {**CSV, "sep": "\t", "quoting": csv.QUOTE_NONE}
-"""How tsv is read: as `formats.read_tsv` does, a quotation mark is text, as in GLUE's files."""
+"""How files of tsv are read: a quotation mark is text, as in GLUE's files and in `formats.read_tsv`."""
+ROW_NAMES = "__index_level_0__"
+"""What the library calls the first column of a csv file whose lines have one more than its first line names."""
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".lz4")
 ROWS_AT_ONCE = 1000
 """Rows read per batch: one at a time, each row takes the library ten times as long."""
@@ -43,11 +45,16 @@ class Split:
 
     @property
     def columns(self) -> list[str]:
-        """Names of the columns."""
-        if self.loaded.features is not None:
-            return list(self.loaded.features)
+        """Names of the columns.
+
+        Raises:
+            DataError: lines of a csv have more columns than the first line names, so that all names would be those of the next column.
+        """
         # Some streams know their columns only from the rows themselves.
-        return list(next(self._guarded(iter(self.loaded)), {}))
+        columns = list(self.loaded.features or next(self._guarded(iter(self.loaded)), {}))
+        if ROW_NAMES in columns and self.loaded.info.builder_name == "csv":
+            raise DataError(f"{self.source} has lines with more columns than its first line names: name all of them, or mend the lines")
+        return columns
 
     def labels(self, column: str) -> tuple[str, ...]:
         """Return the class names of a column; empty where the data set does not name them."""
@@ -70,8 +77,8 @@ class Split:
             if column not in existing:
                 raise DataError(f"{self.source} has no column {column!r}: set {setting} to one of {existing}")
 
-    def rows(self, *columns: str, label: str | None = None, at_once: int = ROWS_AT_ONCE) -> Iterator[tuple[str, tuple[Any, ...]]]:
-        """Yield each row's place, for errors, and its values in these columns.
+    def rows(self, *columns: str, label: str | None = None, at_once: int = ROWS_AT_ONCE) -> Iterator[tuple[Any, ...]]:
+        """Yield each row's values in these columns.
 
         Args:
             columns: names of the columns.
@@ -81,15 +88,18 @@ class Split:
         Raises:
             DataError: a row cannot be read.
         """
-        number, chosen = 0, [*columns] if label is None else [*columns, label]
+        chosen = [*columns] if label is None else [*columns, label]
         names = () if label is None else self.labels(label)
         for some in self._guarded(self.loaded.select_columns(chosen).iter(batch_size=at_once)):
             values = [some[column] for column in chosen]
             if names:
                 values[-1] = _name(values[-1], names)
-            for row in zip(*values, strict=True):
-                yield f"{self.source} row {number}", row
-                number += 1
+            yield from zip(*values, strict=True)
+
+    def placed_rows(self, *columns: str, label: str | None = None, at_once: int = ROWS_AT_ONCE) -> Iterator[tuple[str, tuple[Any, ...]]]:
+        """Yield each row's place, for errors, and its values; see `rows`."""
+        for number, values in enumerate(self.rows(*columns, label=label, at_once=at_once)):
+            yield f"{self.source} row {number}", values
 
     def texts(self, setting: str, column: str, faults: Faults) -> Iterator[str]:
         """Yield the texts of a column.
@@ -98,11 +108,11 @@ class Split:
             DataError: there is no such column, or it holds something other than text; or a row is empty and faults are not skipped.
         """
         self.require({setting: column})
-        for place, (text,) in self.rows(column):
+        for number, (text,) in enumerate(self.rows(column)):
             if isinstance(text, str):
                 yield text
                 continue
-            where = f"{place}: column {column!r} holds {'nothing' if text is None else type(text).__name__}, not text"
+            where = f"{self.source} row {number}: column {column!r} holds {'nothing' if text is None else type(text).__name__}, not text"
             if text is not None:
                 raise DataError(f"{where}: set {setting} to a column of strings")
             faults.refuse_or_count("rows", where)
@@ -111,11 +121,7 @@ class Split:
         """Turn any error while rows are read into a DataError that names the data set."""
         while True:
             try:
-                with warnings.catch_warnings():
-                    warnings.filterwarnings("error", message="Length of header or names does not match")  # pandas would drop cells
-                    row = next(rows, None)
-            except Warning:
-                raise DataError(f"{self.source} has a line with more columns than its first line names: mend one of the two") from None
+                row = next(rows, None)
             except Exception as error:  # the library raises whatever its files, decoders and connections raise
                 cause = error.__cause__ or error
                 raise DataError(f"{self.source} cannot be read: {type(error).__name__}: {error or cause}") from None
@@ -186,25 +192,10 @@ def up_to(limit: int | None, items: Iterable[Item], size: Callable[[Item], int])
 
 def builder_of(path: Path) -> str | None:
     """Return the name of the builder that reads a file, by the file's ending; None if it is not a table."""
-    name = _plain_name(path)
-    return next((builder for builder, endings in TABLES.items() if name.endswith(endings)), None)
-
-
-def _plain_name(path: Path) -> str:
-    """Return a file's name in small letters, without the ending of a compressed one."""
     name = path.name.lower()
     for ending in COMPRESSED:
         name = name.removesuffix(ending)
-    return name
-
-
-def _options(place: Path) -> dict[str, Any]:
-    """Return the options of the builder that reads a file, or the files of a folder."""
-    names = {_plain_name(path) for path in ([place] if place.is_file() else visible_files(place))}
-    for ending, options in ((".csv", CSV), (".tsv", TSV)):
-        if names and all(name.endswith(ending) for name in names):
-            return options
-    return {}
+    return next((builder for builder, endings in TABLES.items() if name.endswith(endings)), None)
 
 
 def is_table(path: Path) -> bool:
@@ -227,7 +218,8 @@ def stamp_of(settings: DataSettings) -> Any:
     """Return plain values that identify the content of a data set: those of its files, or the library's hash."""
     setting, name, place = _place(settings)
     if place.exists():
-        return [stamp(visible_files(place) if place.is_dir() else [place]), *_options(place).items()]
+        files = visible_files(place) if place.is_dir() else [place]
+        return [*stamp(files), *([TSV] if any(builder_of(file) == "csv" for file in files) else [])]
     with _in_words(f"{setting} {name}", place):
         return _make_builder(settings).hash
 
@@ -281,8 +273,13 @@ def _make_builder(settings: DataSettings) -> Any:
     import datasets  # importing takes a second, and plain text does not need it
 
     _, name, place = _place(settings)
-    if place.is_file():
-        return datasets.load_dataset_builder(builder_of(place) or "text", data_files={"train": str(place)}, **_options(place))
+    if not place.exists():
+        return datasets.load_dataset_builder(name, settings.subset)
     if place.is_dir():
-        return datasets.load_dataset_builder(str(place), settings.subset, **_options(place))
-    return datasets.load_dataset_builder(name, settings.subset)
+        load = partial(datasets.load_dataset_builder, str(place), settings.subset)
+    else:
+        load = partial(datasets.load_dataset_builder, builder_of(place) or "text", data_files={"train": str(place)})
+    builder = load()
+    if builder.name != "csv":
+        return builder
+    return load(**(TSV if builder.config.sep == "\t" or ".tsv" in place.name.lower() else CSV))

@@ -242,7 +242,7 @@ def _leave_in_files(split: Split, settings: DataSettings, faults: Faults) -> _Im
     first = _to_pixels(split.loaded[0][column], f"{split.source} row 0")
     shape = (3, *first.shape[1:])  # three channels even if the first image is grey, since others may not be
     kept, labels = list[int](), list[str]()
-    for number, (place, (label,)) in enumerate(split.rows(label=settings.label_field)):
+    for number, (place, (label,)) in enumerate(split.placed_rows(label=settings.label_field)):
         if not _is_missing(label, settings.label_field, place, faults):
             kept.append(number)
             labels.append(str(label))
@@ -256,7 +256,7 @@ def _read_split(split: Split, settings: DataSettings, faults: Faults) -> tuple[l
     split.require({"data.label_field": settings.label_field})
     decoded = (
         (_to_pixels(image, place), str(label))
-        for place, (image, label) in split.rows(column, label=settings.label_field, at_once=1)
+        for place, (image, label) in split.placed_rows(column, label=settings.label_field, at_once=1)
         if not _is_missing(image, column, place, faults) and not _is_missing(label, settings.label_field, place, faults)
     )
     kept = list(up_to(settings.max_bytes, decoded, lambda item: item[0].nbytes))

@@ -266,9 +266,9 @@ def _read_dataset(settings: DataSettings, faults: Faults) -> dict[str, list[_Pai
 def _read_split(split: Split, settings: DataSettings, faults: Faults) -> list[_Pair]:
     languages = (settings.source, settings.target)
     if TRANSLATION in split.columns:
-        rows = ((place, translation) for place, (translation,) in split.rows(TRANSLATION))
+        rows = ((place, translation) for place, (translation,) in split.placed_rows(TRANSLATION))
     elif set(languages) <= set(split.columns):
-        rows = ((place, dict(zip(languages, texts, strict=True))) for place, texts in split.rows(*languages))
+        rows = ((place, dict(zip(languages, texts, strict=True))) for place, texts in split.placed_rows(*languages))
     else:
         raise DataError(
             f"{split.source} has columns {split.columns}, neither {TRANSLATION} nor {languages[0]} and {languages[1]}: "

@@ -239,7 +239,7 @@ def read_samples(
     split = table.open()
     split.require(columns)
     *texts, label = columns.values()
-    made = (make(place, values) for place, values in split.rows(*texts, label=label))
+    made = (make(place, values) for place, values in split.placed_rows(*texts, label=label))
     samples = list(up_to(limit, (sample for sample in made if sample is not None), size))
     if not samples:
         within = "" if limit is None else f" within data.max_bytes={limit}"
