@@ -226,6 +226,16 @@ def test_broken_and_empty_tables_are_refused(tmp_path):
     (tmp_path / "broken.jsonl").write_text('{"text": "a"}\n{"text": \n', encoding="utf-8")
     with pytest.raises(DataError, match=r"data.path .*broken.jsonl, split train, cannot be read"):
         load_text(DataSettings(path=str(tmp_path / "broken.jsonl")), 16, 0)
+    for name, content in (
+        ("a.csv", "text\none\ncafé\n"),
+        ("a.tsv", "text\none\ncafé\n"),
+        ("a.jsonl", '{"text": "one"}\n\n{"text": "café"}\n'),
+    ):
+        (tmp_path / name).write_text(content, encoding="latin-1")
+        with pytest.raises(
+            DataError, match=rf"{name}, split train, cannot be read: {name}:3: not UTF-8 \(.*0xe9\); save the file as UTF-8"
+        ):
+            load_text(DataSettings(path=str(tmp_path / name)), 16, 0)
     _jsonl(tmp_path / "null.jsonl", ["a" * 200, None, "b" * 200])
     with pytest.raises(DataError, match="row 1: column 'text' holds nothing, not text; mend it"):
         load_text(DataSettings(path=str(tmp_path / "null.jsonl")), 16, 0)

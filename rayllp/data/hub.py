@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from rayllp.config import DataSettings
 from rayllp.data.cache import stamp
-from rayllp.data.files import Faults, locate
+from rayllp.data.files import Faults, NoTextError, locate, read_text_file
 from rayllp.errors import DataError
 
 Item = TypeVar("Item")
@@ -38,10 +38,12 @@ class Split:
     Attributes:
         source: names data set and split, for errors.
         loaded: the object of the datasets library.
+        place: where it lies, if it is a file or folder.
     """
 
     source: str
     loaded: Any
+    place: Path
 
     @property
     def columns(self) -> list[str]:
@@ -123,11 +125,21 @@ class Split:
             try:
                 row = next(rows, None)
             except Exception as error:  # the library raises whatever its files, decoders and connections raise
-                cause = error.__cause__ or error
-                raise DataError(f"{self.source} cannot be read: {type(error).__name__}: {error or cause}") from None
+                raise DataError(f"{self.source} cannot be read: {self._reason(error)}") from None
             if row is None:
                 return
             yield row
+
+    def _reason(self, error: Exception) -> str:
+        """Return why rows cannot be read. The library does not name the line of a text file that is not UTF-8."""
+        cause = error.__cause__ or error
+        if isinstance(cause, UnicodeDecodeError) and self.place.is_file() and self.place.suffix not in COMPRESSED[1:]:
+            try:
+                for _ in read_text_file("", self.place):
+                    pass
+            except NoTextError as fault:
+                return f"{self.place.name}{fault}"
+        return f"{type(error).__name__}: {error or cause}"
 
 
 def load_split(settings: DataSettings, *names: str, stream: bool = False, what: str | None = None) -> Split | None:
@@ -145,7 +157,7 @@ def load_split(settings: DataSettings, *names: str, stream: bool = False, what: 
     splits = load_splits(settings, stream=stream, what=what)
     for name in names:
         if name in splits:
-            return Split(f"{what or named(settings)}, split {name},", splits[name])
+            return Split(f"{what or named(settings)}, split {name},", splits[name], _place(settings)[2])
     return None
 
 
