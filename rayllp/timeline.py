@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from rayllp.channel.base import Channel, ChannelAround, Coming, Leaving, MessageTag, StateSpec
+from rayllp.channel.base import Channel, ChannelWrapper, MessageTag, Receives, Sends, StateSpec
 from rayllp.mgrit.propagator import Propagator
 from rayllp.state import State
 
@@ -168,7 +168,7 @@ class TimedPropagator(Propagator):
         return after
 
 
-class TimedChannel(ChannelAround):
+class TimedChannel(ChannelWrapper):
     """A channel whose messages are recorded as spans."""
 
     def __init__(self, inner: Channel, timeline: Timeline) -> None:
@@ -186,9 +186,9 @@ class TimedChannel(ChannelAround):
         self.timeline.add(begin, "wait")
         return state
 
-    def exchange(self, leaving: Leaving, coming: Coming, tag: MessageTag) -> list[State]:
+    def exchange(self, sends: Sends, receives: Receives, tag: MessageTag) -> list[State]:
         begin = self.timeline.clock()
-        found = self.inner.exchange(leaving, coming, tag)
+        found = self.inner.exchange(sends, receives, tag)
         self.timeline.add(begin, "wait")
         return found
 

@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from rayllp.channel.base import Coming, Leaving, MessageTag, StateSpec, schedules_differ
+from rayllp.channel.base import MessageTag, Receives, Sends, StateSpec, unexpected_message
 from rayllp.errors import ChannelError
 from rayllp.state import State, combine
 
@@ -137,7 +137,7 @@ class Group:
             if match is None:
                 continue
             if match.tag != part.tag:
-                self.world.failure = self.world.failure or str(schedules_differ(match.tag, part.tag, part.peer, rank))
+                self.world.failure = self.world.failure or str(unexpected_message(match.tag, part.tag, part.peer, rank))
                 return False
             match.found = detach_copy(part.given)
             part.done = match.done = moved = True
@@ -171,7 +171,7 @@ def detach_copy(state: State) -> State:
 class StrictChannel:
     """One worker's end."""
 
-    sends_wait = True
+    synchronous_sends = True
 
     def __init__(self, group: Group, rank: int) -> None:
         self._group, self.rank, self.size = group, rank, len(group.ranks)
@@ -187,12 +187,12 @@ class StrictChannel:
         self._wait(parts)
         return part.found
 
-    def exchange(self, leaving: Leaving, coming: Coming, tag: MessageTag) -> list[State]:
-        sends = [Part("send", destination, tag, state) for state, destination in leaving]
-        receives = [Part("receive", source, tag) for _, source in coming]
-        if sends or receives:
-            self._wait(self._group.issue(self.rank, [*sends, *receives]))
-        return [part.found for part in receives]
+    def exchange(self, sends: Sends, receives: Receives, tag: MessageTag) -> list[State]:
+        outgoing = [Part("send", destination, tag, state) for state, destination in sends]
+        incoming = [Part("receive", source, tag) for _, source in receives]
+        if outgoing or incoming:
+            self._wait(self._group.issue(self.rank, [*outgoing, *incoming]))
+        return [part.found for part in incoming]
 
     def arrived(self, spec: StateSpec, source: int) -> bool:
         return False
@@ -216,7 +216,7 @@ class StrictChannel:
         found: list[Tensor] = self._together("all_to_all", list(parts), tag)
         return found
 
-    def program(self, key: Hashable | None) -> AbstractContextManager[None]:
+    def prepost_receives(self, key: Hashable | None) -> AbstractContextManager[None]:
         return nullcontext()
 
     def finish(self) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from rayllp.channel import MessageTag, StateSpec, run_workers
-from rayllp.channel.interfaces import hang_up_on
+from rayllp.channel.interfaces import close_connections_to
 from rayllp.errors import ChannelError
 from tests.conftest import run_mpi_processes, run_processes
 
@@ -166,10 +166,10 @@ def test_a_message_that_was_not_waited_for_is_an_error_with_both_names():
 
 
 def lateness(channel):
-    """Whether a state was said to be there before it was sent and after, and what was then received; in a program new and known."""
+    """Whether a state was said to be there before it was sent and after, and what was then received; in a sequence new and known."""
     found, state = [], torch.full((3, 5), 7.0)
     for _ in range(2):
-        with channel.program("late"):
+        with channel.prepost_receives("late"):
             if channel.rank == 0:
                 before = channel.arrived(StateSpec.of(state), 1)
                 channel.send(torch.zeros(1), 1, TAG)
@@ -193,37 +193,37 @@ def test_a_channel_says_what_has_arrived(workers):
     assert all(torch.equal(state, torch.full((3, 5), 7.0)) for _, _, state, _ in found)
 
 
-def programs(channel):
-    """Two programs in turn, of other shapes and other neighbours; what each worker heard, and how often it had asked ahead of time."""
-    heard, asked = [], 0
+def sequences(channel):
+    """Two sequences in turn, of other shapes and other neighbours; what each worker received, and how many receives were posted early."""
+    received, posted = [], 0
     right, left = (channel.rank + 1) % channel.size, (channel.rank - 1) % channel.size
     for step in range(4):
         for key, sources, size in (("a", (left, left, right), 3), ("b", (right, left), 5)):
-            with channel.program((key, size)):
+            with channel.prepost_receives((key, size)):
                 for n, source in enumerate(sources):  # everybody does the same: who sends to me is whom I send to, the other way round
                     destination = right if source == left else left
                     channel.send(torch.full((size,), float(100 * step + 10 * n + channel.rank)), destination, TAG)
-                asked += len(getattr(channel, "_posted", ()))
-                heard += [float(channel.receive(StateSpec.of(torch.zeros(size)), source, TAG)[-1]) for source in sources]
-        with channel.program(None):  # nothing is known of this one
+                posted += len(getattr(channel, "_posted", ()))
+                received += [float(channel.receive(StateSpec.of(torch.zeros(size)), source, TAG)[-1]) for source in sources]
+        with channel.prepost_receives(None):  # nothing is known of this one
             channel.send(torch.zeros(step + 1), right, TAG)
-            heard.append(float(len(channel.receive(StateSpec.of(torch.zeros(step + 1)), left, TAG))))
+            received.append(float(len(channel.receive(StateSpec.of(torch.zeros(step + 1)), left, TAG))))
     channel.finish()
-    return heard, asked
+    return received, posted
 
 
 @pytest.mark.parametrize("size", [2, 3, 4])
-def test_programs_change_no_message(workers, size):
-    for rank, (heard, asked) in enumerate(workers(size, programs)):
+def test_preposted_receives_change_no_message(workers, size):
+    for rank, (received, posted) in enumerate(workers(size, sequences)):
         right, left = (rank + 1) % size, (rank - 1) % size
         sources = (left, left, right, right, left)
         places = (0, 1, 2, 0, 1)
         expected = []
         for step in range(4):
             expected += [100.0 * step + 10 * n + source for n, source in zip(places, sources, strict=True)] + [step + 1.0]
-        assert heard == expected
-        # From the second time on, in both programs, the next message of each sender.
-        assert asked == (0 if workers is over_threads else 3 * 2 * len({left, right}))
+        assert received == expected
+        # From the second time on, in both sequences, the next message of each sender.
+        assert posted == (0 if workers is over_threads else 3 * 2 * len({left, right}))
 
 
 def one_waits_in_vain(channel):
@@ -270,7 +270,7 @@ def one_falls_silent(channel):
         subprocess.Popen(["sh", "-c", f"sleep 6; kill -CONT {os.getpid()}"])
         os.kill(os.getpid(), signal.SIGSTOP)
         return None
-    threading.Timer(0.5, hang_up_on, [["127.0.0.1"]]).start()
+    threading.Timer(0.5, close_connections_to, [["127.0.0.1"]]).start()
     began = time.monotonic()
     with pytest.raises(ChannelError) as caught:
         channel.receive(StateSpec.of(torch.zeros(2)), 1, TAG)

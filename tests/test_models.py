@@ -8,7 +8,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from rayllp.channel import LocalChannel, run_workers
-from rayllp.channel.base import ChannelAround
+from rayllp.channel.base import ChannelWrapper
 from rayllp.data import Facts
 from rayllp.engine import Engine
 from rayllp.engine.generation import continue_text, remembers, translate
@@ -139,7 +139,7 @@ def test_every_kind_of_dropout_is_frozen_within_a_step_in_a_users_module():
 # Generation and evaluation ----------------------------------------------------------------------------------------------------------
 
 
-class Held(ChannelAround):
+class Held(ChannelWrapper):
     """Counts messages that a channel may still hold: those sent since it was last asked to finish."""
 
     now, most = 0, 0

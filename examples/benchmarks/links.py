@@ -29,19 +29,19 @@ from rayllp.bench.emulated import Emulation
 from rayllp.bench.step import bench_step
 from rayllp.channel.mpi import MPIWorld
 from rayllp.channel.pmi import ProcessManager, Rendezvous
+from rayllp.channel.process_channel import Posted, ProcessChannel
 from rayllp.channel.timing import time_messages
 from rayllp.channel.torch_dist import TorchChannel
-from rayllp.channel.wired import Posted, WiredChannel
 
 SIZES = {"32 KiB": 32 * 1024, "512 KiB": 512 * 1024, "8 MiB": 8 * 1024**2}
 GROUP = "links"
 
 
-class RayCollective(WiredChannel):
+class RayCollective(ProcessChannel):
     """Two workers of one of Ray's collective groups, as far as this measurement goes."""
 
     def __init__(self) -> None:
-        super().__init__(dist.get_rank(), dist.get_world_size(), 60.0, group=None, on_host=True, asks_ahead=False)
+        super().__init__(dist.get_rank(), dist.get_world_size(), 60.0, group=None, on_host=True, preposts=False)
         self._outbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
         threading.Thread(target=self._send_all, daemon=True).start()
 
@@ -51,27 +51,27 @@ class RayCollective(WiredChannel):
         while True:
             collective.send(*self._outbox.get(), GROUP)
 
-    def _begin_send(self, buffer: torch.Tensor, destination: int) -> None:
+    def _isend(self, buffer: torch.Tensor, destination: int) -> None:
         self._outbox.put((buffer, destination))
 
-    def _begin_receive(self, buffer: torch.Tensor, source: int) -> Any:
+    def _irecv(self, buffer: torch.Tensor, source: int) -> Any:
         return buffer, source
 
-    def _await(self, work: Any) -> None:
+    def _wait(self, work: Any) -> None:
         from ray.util import collective
 
         collective.recv(*work, GROUP)
 
-    def _is_there(self, posted: Posted) -> bool:
+    def _has_arrived(self, posted: Posted) -> bool:
         raise NotImplementedError("nothing is computed while a message is awaited")
 
-    def _gather(self, buffer: torch.Tensor) -> list[torch.Tensor]:
+    def _all_gather(self, buffer: torch.Tensor) -> list[torch.Tensor]:
         raise NotImplementedError("messages between two workers alone are timed")
 
-    def _exchange(self, parts: torch.Tensor) -> torch.Tensor:
+    def _all_to_all(self, parts: torch.Tensor) -> torch.Tensor:
         raise NotImplementedError("messages between two workers alone are timed")
 
-    def _begin_sum(self, tensor: torch.Tensor) -> Callable[[], None]:
+    def _begin_all_reduce(self, tensor: torch.Tensor) -> Callable[[], None]:
         raise NotImplementedError("messages between two workers alone are timed")
 
     def finish(self) -> None:

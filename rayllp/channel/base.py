@@ -59,9 +59,9 @@ class StateSpec:
         return self.build([torch.zeros(shape, dtype=dtype, device=self.device) for shape, dtype in parts])
 
 
-Leaving = Sequence[tuple[State, int]]
+Sends = Sequence[tuple[State, int]]
 """States to send, each with the rank of its receiver."""
-Coming = Sequence[tuple[StateSpec, int]]
+Receives = Sequence[tuple[StateSpec, int]]
 """Specs of states to receive, each with the rank of its sender."""
 
 
@@ -83,14 +83,14 @@ class Channel(Protocol):
     Attributes:
         rank: this worker's rank in the group.
         size: number of workers in the group.
-        sends_wait: True if a send ends only once its receiver has come to the matching receive, and two workers carry out what they issue
-            to each other in the order of issue, as NCCL does. Two workers that both send before they receive would wait for each other for
-            ever: see `exchange`.
+        synchronous_sends: True if a send ends only once its receiver has come to the matching receive, and two workers carry out what they
+            issue to each other in the order of issue, as NCCL does. Two workers that both send before they receive would wait for each
+            other for ever: see `exchange`.
     """
 
     rank: int
     size: int
-    sends_wait: bool
+    synchronous_sends: bool
 
     def send(self, state: State, destination: int, tag: MessageTag) -> None:
         """Send `state`, and return at once. The state must not be changed afterwards."""
@@ -104,13 +104,13 @@ class Channel(Protocol):
         """
         ...
 
-    def exchange(self, leaving: Leaving, coming: Coming, tag: MessageTag) -> list[State]:
+    def exchange(self, sends: Sends, receives: Receives, tag: MessageTag) -> list[State]:
         """Send states to other workers and receive states from others at the same time.
 
         For workers that send to each other before either receives. With NCCL, which carries out messages in the order of issue, each of
         them would wait for the other if they used `send` and `receive`.
 
-        Returns: the received states, in the order of `coming`.
+        Returns: the received states, in the order of `receives`.
         """
         ...
 
@@ -153,10 +153,10 @@ class Channel(Protocol):
         """
         ...
 
-    def program(self, key: Hashable | None) -> AbstractContextManager[None]:
-        """Return a context in which the same messages are received in the same order as the last time with this key.
+    def prepost_receives(self, key: Hashable | None) -> AbstractContextManager[None]:
+        """Return a context in which the same messages are received, in the same order, as the last time with this key.
 
-        A channel may use that to begin receives ahead of time.
+        So a channel may post each receive before the message is needed, as MPI's persistent requests do.
 
         Args:
             key: names the sequence of messages. None: nothing is known of the messages inside.
@@ -176,12 +176,12 @@ class Channel(Protocol):
         ...
 
 
-class ChannelAround:
+class ChannelWrapper:
     """A channel that passes every call on to another one. Base of channels that add something, which override what they must."""
 
     def __init__(self, inner: Channel) -> None:
         self.inner = inner
-        self.rank, self.size, self.sends_wait = inner.rank, inner.size, inner.sends_wait
+        self.rank, self.size, self.synchronous_sends = inner.rank, inner.size, inner.synchronous_sends
 
     def send(self, state: State, destination: int, tag: MessageTag) -> None:
         self.inner.send(state, destination, tag)
@@ -189,8 +189,8 @@ class ChannelAround:
     def receive(self, spec: StateSpec, source: int, tag: MessageTag) -> State:
         return self.inner.receive(spec, source, tag)
 
-    def exchange(self, leaving: Leaving, coming: Coming, tag: MessageTag) -> list[State]:
-        return self.inner.exchange(leaving, coming, tag)
+    def exchange(self, sends: Sends, receives: Receives, tag: MessageTag) -> list[State]:
+        return self.inner.exchange(sends, receives, tag)
 
     def arrived(self, spec: StateSpec, source: int) -> bool:
         return self.inner.arrived(spec, source)
@@ -207,8 +207,8 @@ class ChannelAround:
     def all_to_all(self, parts: Sequence[Tensor], tag: MessageTag) -> list[Tensor]:
         return self.inner.all_to_all(parts, tag)
 
-    def program(self, key: Hashable | None) -> AbstractContextManager[None]:
-        return self.inner.program(key)
+    def prepost_receives(self, key: Hashable | None) -> AbstractContextManager[None]:
+        return self.inner.prepost_receives(key)
 
     def finish(self) -> None:
         self.inner.finish()
@@ -217,24 +217,24 @@ class ChannelAround:
         self.inner.close()
 
 
-def exchange_one_by_one(channel: Channel, leaving: Leaving, coming: Coming, tag: MessageTag) -> list[State]:
+def exchange_one_by_one(channel: Channel, sends: Sends, receives: Receives, tag: MessageTag) -> list[State]:
     """Do `Channel.exchange` as sends followed by receives, on a channel where a send does not wait for its receiver."""
-    for state, destination in leaving:
+    for state, destination in sends:
         channel.send(state, destination, tag)
-    return [channel.receive(spec, source, tag) for spec, source in coming]
+    return [channel.receive(spec, source, tag) for spec, source in receives]
 
 
-def schedules_differ(tag: MessageTag, sent: MessageTag, receiver: int, sender: int) -> ChannelError:
+def unexpected_message(tag: MessageTag, sent: MessageTag, receiver: int, sender: int) -> ChannelError:
     """Return the error for a message other than the one that was expected."""
     return ChannelError(f"worker {receiver} waits for {tag} from worker {sender}, which sent {sent}: the schedules differ")
 
 
-def failure(tag: MessageTag, source: int, destination: int, reason: str) -> ChannelError:
+def receive_failed(tag: MessageTag, source: int, destination: int, reason: str) -> ChannelError:
     """Return the error for a message that did not arrive."""
     return ChannelError(f"{tag}: worker {destination} received nothing from worker {source}: {reason}")
 
 
-def too_late(tag: MessageTag, source: int, destination: int, limit_s: float, details: str = "") -> MessageTimeoutError:
+def timed_out(tag: MessageTag, source: int, destination: int, limit_s: float, details: str = "") -> MessageTimeoutError:
     """Return the error for a message that did not arrive within the time limit of `limit_s` seconds."""
     reason = f"time limit of {limit_s:g} s passed{details}"
     return MessageTimeoutError(f"{tag}: worker {destination} received nothing from worker {source}: {reason}")

@@ -16,7 +16,7 @@ import psutil
 from rayllp.errors import ClusterError
 
 LOOPBACK = "127.0.0.1"
-KNOCK_S = 3.0
+CONNECT_S = 3.0
 """Longest wait for a connection to another host, in seconds."""
 VARIABLES = {"GLOO_SOCKET_IFNAME": "{}", "NCCL_SOCKET_IFNAME": "={}", "FI_TCP_IFACE": "{}", "UCX_NET_DEVICES": "{}"}
 """Environment variables that make Gloo, NCCL, and MPI's libfabric and UCX use just one interface, with the form of their values."""
@@ -24,7 +24,7 @@ ON_ONE_HOST = {"UCX_NET_DEVICES"}
 """Variables to set only where all workers are on one host: between hosts UCX would leave InfiniBand unused."""
 
 _ours: dict[str, str] = {}
-"""Values that this process set itself, for an earlier process group. They do not count as the user's wish."""
+"""Values that this process set itself, for an earlier process group. They do not count as the user's settings."""
 
 
 def use_interface_of(address: str) -> None:
@@ -36,10 +36,10 @@ def use_interface_of(address: str) -> None:
     Raises:
         ClusterError: the user's own GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME fits no interface of this host.
     """
-    _check_own_wishes()
+    _check_user_settings()
     name = interface_of(address)
     for variable, form in VARIABLES.items():
-        if wish_of_user(variable) is not None:
+        if user_setting(variable) is not None:
             continue
         os.environ.pop(variable, None)
         if name is not None and (address == LOOPBACK or variable not in ON_ONE_HOST):
@@ -54,28 +54,28 @@ def interface_of(address: str) -> str | None:
 
 def addresses() -> list[str]:
     """Return this host's IPv4 addresses that other hosts may reach. Where the user has chosen interfaces for Gloo, only theirs."""
-    wanted = wish_of_user("GLOO_SOCKET_IFNAME")
-    names = psutil.net_if_addrs() if wanted is None else wanted.split(",")
+    chosen = user_setting("GLOO_SOCKET_IFNAME")
+    names = psutil.net_if_addrs() if chosen is None else chosen.split(",")
     found = [each.address for name in names for each in psutil.net_if_addrs().get(name, ()) if each.family == socket.AF_INET]
     return [address for address in found if not address.startswith("127.")]
 
 
-def wish_of_user(variable: str) -> str | None:
-    """Return what the user's own environment sets this variable to; None if it does not."""
+def user_setting(variable: str) -> str | None:
+    """Return the value that the user has set this environment variable to; None if the user has not."""
     value = os.environ.get(variable)
     return None if not value or value == _ours.get(variable) else value
 
 
-def _check_own_wishes() -> None:
+def _check_user_settings() -> None:
     """Refuse network interfaces that GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME names and this host does not have."""
     there = sorted(psutil.net_if_addrs())
-    gloo, nccl = wish_of_user("GLOO_SOCKET_IFNAME"), wish_of_user("NCCL_SOCKET_IFNAME")
+    gloo, nccl = user_setting("GLOO_SOCKET_IFNAME"), user_setting("NCCL_SOCKET_IFNAME")
     if gloo is not None and not set(gloo.split(",")) <= set(there):
         raise _no_such_interface("GLOO_SOCKET_IFNAME", gloo, there)
     # NCCL takes prefixes of names. With "=" in front they are whole names, with "^" the interfaces are excluded.
     if nccl is not None and not nccl.startswith("^"):
         exact, wanted = nccl.startswith("="), nccl.lstrip("=").split(",")
-        if not any(name == wish or (not exact and name.startswith(wish)) for name in there for wish in wanted):
+        if not any(name == each or (not exact and name.startswith(each)) for name in there for each in wanted):
             raise _no_such_interface("NCCL_SOCKET_IFNAME", nccl, there)
 
 
@@ -86,15 +86,15 @@ def _no_such_interface(variable: str, value: str, there: Sequence[str]) -> Clust
     )
 
 
-def hang_up_on(gone: Collection[str]) -> int:
-    """Shut down this process's TCP connections to hosts that are gone, and return how many there were.
+def close_connections_to(hosts: Collection[str]) -> int:
+    """Shut down this process's TCP connections to hosts that are gone, given by address; return how many there were.
 
     A host that was cut off sends nothing more, not even the end of its connections. Without this, whoever waits for a message from it would
     wait until its own time limit.
     """
     closed = 0
     for connection in psutil.Process().net_connections(kind="tcp"):
-        if connection.raddr and connection.raddr.ip in gone and connection.fd >= 0:
+        if connection.raddr and connection.raddr.ip in hosts and connection.fd >= 0:
             with contextlib.suppress(OSError), socket.socket(fileno=os.dup(connection.fd)) as twin:
                 twin.shutdown(socket.SHUT_RDWR)  # acts on the connection, so also on the other descriptor of it
                 closed += 1
@@ -105,60 +105,60 @@ def hang_up_on(gone: Collection[str]) -> int:
 
 
 @dataclass(frozen=True)
-class Door:
-    """A port that is open for a moment, so that other hosts can try whether they reach this one."""
+class Endpoint:
+    """Where a process listens."""
 
     address: str
     port: int
 
 
 @contextlib.contextmanager
-def open_doors(places: Sequence[str]) -> Iterator[list[Door]]:
-    """Open a port on each of these addresses of this host, for as long as the context lasts."""
+def open_listeners(local_addresses: Sequence[str]) -> Iterator[list[Endpoint]]:
+    """Listen on each of these addresses of this host for as long as the context lasts, so that other hosts can try to connect."""
     with contextlib.ExitStack() as stack:
-        listeners = [stack.enter_context(socket.create_server((address, 0))) for address in places]
-        yield [Door(*listener.getsockname()[:2]) for listener in listeners]
+        listeners = [stack.enter_context(socket.create_server((address, 0))) for address in local_addresses]
+        yield [Endpoint(*listener.getsockname()[:2]) for listener in listeners]
 
 
-class Reached(NamedTuple):
-    """Whether a host reaches another one.
+class ConnectAttempt(NamedTuple):
+    """An attempt to connect to an endpoint.
 
     Attributes:
-        own: the own address that the connection came from; None if there was none.
-        why_not: the reason why there was none.
+        local_address: this host's address on the connection; None if the endpoint could not be reached.
+        error: the reason why it could not.
     """
 
-    own: str | None
-    why_not: str = ""
+    local_address: str | None
+    error: str = ""
 
 
-def knock(door: Door, timeout_s: float = KNOCK_S) -> Reached:
-    """Try to connect to another host's open port."""
+def try_connect(endpoint: Endpoint, timeout_s: float = CONNECT_S) -> ConnectAttempt:
+    """Try to connect to an endpoint, and hang up again."""
     try:
-        with socket.create_connection((door.address, door.port), timeout_s) as connection:
-            return Reached(str(connection.getsockname()[0]))
+        with socket.create_connection((endpoint.address, endpoint.port), timeout_s) as connection:
+            return ConnectAttempt(str(connection.getsockname()[0]))
     except TimeoutError:
-        return Reached(None, f"no answer within {timeout_s:g} s")
+        return ConnectAttempt(None, f"no answer within {timeout_s:g} s")
     except OSError as error:
-        return Reached(None, error.strerror or str(error))
+        return ConnectAttempt(None, error.strerror or str(error))
 
 
-def explain(unreached: Sequence[tuple[str, Door, str]], error: str) -> str:
+def explain_unreachable(unreachable: Sequence[tuple[str, Endpoint, str]], error: str) -> str:
     """Return a message that says why workers could not be connected, and what to do.
 
     Args:
-        unreached: for each pair of hosts that failed: the name of the one, the door of the other, and the reason.
+        unreachable: for each pair of hosts that failed: the name of the one, the endpoint of the other, and the reason.
         error: what the library said that failed to connect them.
     """
-    if not unreached:
+    if not unreachable:
         return (
             f"the workers could not be connected ({error}), though all hosts reach each other at their addresses in the cluster. If "
             "GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME is set on a host, unset it, or name the interface that the hosts share"
         )
-    host, door, why = unreached[0]
-    more = f" ({len(unreached) - 1} more such pairs)" if len(unreached) > 1 else ""
+    host, endpoint, why = unreachable[0]
+    more = f" ({len(unreachable) - 1} more such pairs)" if len(unreachable) > 1 else ""
     return (
-        f"the workers could not be connected: {host} does not reach {door.address}: {why}{more}. A firewall lets no connection to port "
-        f"{door.port} through, or the hosts share another network: open TCP between all nodes on all ports, or start Ray on each with "
+        f"the workers could not be connected: {host} does not reach {endpoint.address}: {why}{more}. A firewall lets no connection to port "
+        f"{endpoint.port} through, or the hosts share another network: open TCP between all nodes on all ports, or start Ray on each with "
         "--node-ip-address, its address in the network that they share"
     )

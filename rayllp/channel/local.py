@@ -11,12 +11,12 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from rayllp.channel.base import Coming, Leaving, MessageTag, StateSpec, exchange_one_by_one, schedules_differ, too_late
+from rayllp.channel.base import MessageTag, Receives, Sends, StateSpec, exchange_one_by_one, timed_out, unexpected_message
 from rayllp.errors import ChannelError
 from rayllp.state import State, detach
 
 T = TypeVar("T")
-LOOK_S = 0.2
+POLL_S = 0.2
 """Seconds between two checks whether another thread has failed."""
 
 
@@ -32,7 +32,7 @@ class _Queues(dict[tuple[int, int], Any]):
             return self.setdefault(pair, queue.SimpleQueue())
 
 
-class _Hub:
+class _Shared:
     """What the channels of all threads share."""
 
     def __init__(self, size: int, timeout_s: float) -> None:
@@ -48,16 +48,16 @@ class _Hub:
 class LocalChannel:
     """One thread's channel to the other threads."""
 
-    sends_wait = False
+    synchronous_sends = False
 
-    def __init__(self, hub: _Hub, rank: int) -> None:
-        self._hub, self.rank, self.size = hub, rank, hub.size
+    def __init__(self, shared: _Shared, rank: int) -> None:
+        self._shared, self.rank, self.size = shared, rank, shared.size
 
     @staticmethod
     def group(size: int, timeout_s: float = 30.0) -> list["LocalChannel"]:
         """Return the channels of `size` workers, in order of rank."""
-        hub = _Hub(size, timeout_s)
-        return [LocalChannel(hub, rank) for rank in range(size)]
+        shared = _Shared(size, timeout_s)
+        return [LocalChannel(shared, rank) for rank in range(size)]
 
     @staticmethod
     def alone() -> "LocalChannel":
@@ -65,95 +65,95 @@ class LocalChannel:
         return LocalChannel.group(1)[0]
 
     def send(self, state: State, destination: int, tag: MessageTag) -> None:
-        self._hub.queues[self.rank, destination].put((tag, detach(state)))
+        self._shared.queues[self.rank, destination].put((tag, detach(state)))
 
     def receive(self, spec: StateSpec, source: int, tag: MessageTag) -> State:
         try:
-            sent, state = self._hub.queues[source, self.rank].get(timeout=self._hub.timeout_s)
+            sent, state = self._shared.queues[source, self.rank].get(timeout=self._shared.timeout_s)
         except queue.Empty:
-            raise too_late(tag, source, self.rank, self._hub.timeout_s) from None
+            raise timed_out(tag, source, self.rank, self._shared.timeout_s) from None
         if sent != tag:
-            raise schedules_differ(tag, sent, self.rank, source)
+            raise unexpected_message(tag, sent, self.rank, source)
         return state
 
-    def exchange(self, leaving: Leaving, coming: Coming, tag: MessageTag) -> list[State]:
-        return exchange_one_by_one(self, leaving, coming, tag)
+    def exchange(self, sends: Sends, receives: Receives, tag: MessageTag) -> list[State]:
+        return exchange_one_by_one(self, sends, receives, tag)
 
     def arrived(self, spec: StateSpec, source: int) -> bool:
-        return not self._hub.queues[source, self.rank].empty()
+        return not self._shared.queues[source, self.rank].empty()
 
     def all_reduce(self, tensor: Tensor, tag: MessageTag) -> Tensor:
-        hub = self._hub
-        hub.slots[self.rank] = tensor.clone()
-        self._meet(tag)
-        total = torch.stack([slot for slot in hub.slots if slot is not None]).sum(0)
-        self._meet(tag)
+        shared = self._shared
+        shared.slots[self.rank] = tensor.clone()
+        self._barrier(tag)
+        total = torch.stack([slot for slot in shared.slots if slot is not None]).sum(0)
+        self._barrier(tag)
         return tensor.copy_(total)
 
     def begin_all_reduce(self, tensor: Tensor, tag: MessageTag) -> "_LocalReduction":
         given = tensor.clone()
         for other in range(self.size):
             if other != self.rank:
-                self._hub.sums[self.rank, other].put((tag, given))
-        return _LocalReduction(self._hub, self.rank, tensor, tag)
+                self._shared.sums[self.rank, other].put((tag, given))
+        return _LocalReduction(self._shared, self.rank, tensor, tag)
 
     def all_gather(self, state: State, spec: StateSpec, tag: MessageTag) -> list[State]:
-        hub = self._hub
-        hub.states[self.rank] = detach(state)
-        self._meet(tag)
-        found = [other for other in hub.states if other is not None]
-        self._meet(tag)
+        shared = self._shared
+        shared.states[self.rank] = detach(state)
+        self._barrier(tag)
+        found = [other for other in shared.states if other is not None]
+        self._barrier(tag)
         return found
 
     def all_to_all(self, parts: Sequence[Tensor], tag: MessageTag) -> list[Tensor]:
-        hub = self._hub
-        hub.parts[self.rank] = [part.clone() for part in parts]
-        self._meet(tag)
-        found = [theirs[self.rank] for theirs in hub.parts]
-        self._meet(tag)
+        shared = self._shared
+        shared.parts[self.rank] = [part.clone() for part in parts]
+        self._barrier(tag)
+        found = [theirs[self.rank] for theirs in shared.parts]
+        self._barrier(tag)
         return found
 
-    def _meet(self, tag: MessageTag) -> None:
+    def _barrier(self, tag: MessageTag) -> None:
         """Wait until all workers have come to this point of a collective."""
         try:
-            self._hub.barrier.wait(self._hub.timeout_s)
+            self._shared.barrier.wait(self._shared.timeout_s)
         except threading.BrokenBarrierError:
             raise ChannelError(
-                f"{tag}: worker {self.rank} waited {self._hub.timeout_s:g} s for all {self.size} workers to meet in a collective"
+                f"{tag}: worker {self.rank} waited {self._shared.timeout_s:g} s for all {self.size} workers to meet in a collective"
             ) from None
 
-    def program(self, key: Hashable | None) -> AbstractContextManager[None]:
+    def prepost_receives(self, key: Hashable | None) -> AbstractContextManager[None]:
         return nullcontext()
 
     def finish(self) -> None:
         pass
 
     def close(self) -> None:
-        self._hub.barrier.abort()
+        self._shared.barrier.abort()
 
 
 class _LocalReduction:
     """An all-reduce that is under way; this worker's share has been handed to the others."""
 
-    def __init__(self, hub: _Hub, rank: int, tensor: Tensor, tag: MessageTag) -> None:
-        self._hub, self._rank, self._tensor, self._tag = hub, rank, tensor, tag
+    def __init__(self, shared: _Shared, rank: int, tensor: Tensor, tag: MessageTag) -> None:
+        self._shared, self._rank, self._tensor, self._tag = shared, rank, tensor, tag
 
     def wait(self) -> Tensor:
-        shares = [self._tensor if other == self._rank else self._share(other) for other in range(self._hub.size)]
+        shares = [self._tensor if other == self._rank else self._share(other) for other in range(self._shared.size)]
         return self._tensor.copy_(torch.stack(shares).sum(0))
 
     def _share(self, other: int) -> Tensor:
         """Wait for another worker's share of the sum."""
-        deadline = time.monotonic() + self._hub.timeout_s
-        while not self._hub.barrier.broken and time.monotonic() < deadline:
+        deadline = time.monotonic() + self._shared.timeout_s
+        while not self._shared.barrier.broken and time.monotonic() < deadline:
             try:
-                sent, share = self._hub.sums[other, self._rank].get(timeout=LOOK_S)
+                sent, share = self._shared.sums[other, self._rank].get(timeout=POLL_S)
             except queue.Empty:
                 continue
             if sent != self._tag:
-                raise schedules_differ(self._tag, sent, self._rank, other)
+                raise unexpected_message(self._tag, sent, self._rank, other)
             return share
-        raise too_late(self._tag, other, self._rank, self._hub.timeout_s)
+        raise timed_out(self._tag, other, self._rank, self._shared.timeout_s)
 
 
 def run_workers(size: int, work: Callable[[LocalChannel], T], timeout_s: float = 30.0) -> list[T]:

@@ -21,19 +21,19 @@ import torch.distributed as dist
 from torch import Tensor
 
 from rayllp.channel.pmi import Lifeline, Rendezvous
-from rayllp.channel.wired import Posted, WiredChannel
+from rayllp.channel.process_channel import Posted, ProcessChannel
 from rayllp.errors import ChannelError, ClusterError, SettingsError
 
 SPIN_S = 200e-6
 """For this many seconds a wait polls without pause; a message that a neighbour has just sent arrives within that time."""
-RARELY = 1 / 32
+PAUSE_SHARE = 1 / 32
 """After that, a wait pauses for this share of the time waited so far, so that others can use the core. It is late by no more than that
 share.
 """
-SHORTEST_S, LONGEST_S = 20e-6, 250e-6
+MIN_PAUSE_S, MAX_PAUSE_S = 20e-6, 250e-6
 """Bounds of that pause, in seconds."""
-PUSH_S = 100e-6
-"""Pause between two attempts to get messages on their way that have not left, while this worker computes; in seconds."""
+PROGRESS_S = 100e-6
+"""Pause between two calls by which MPI makes progress on messages that have not left, while this worker computes; in seconds."""
 TAG = 7
 """The MPI tag of all messages."""
 
@@ -109,7 +109,7 @@ class MPIWorld:
                 "(pip install 'rayllp[mpi]' has it), or start all by the launcher of that MPI: mpiexec … rayllp train … --launcher mpi"
             )
         with lifeline.fatal():
-            leave_no_names(comm)
+            unlink_shared_memory(comm)
         return MPIWorld(comm, lifeline)
 
     def channel(self, colour: int, timeout_s: float, group: dist.ProcessGroup | None = None) -> "MPIChannel":
@@ -126,7 +126,7 @@ class MPIWorld:
             self.lifeline.cut()
 
 
-class MPIChannel(WiredChannel):
+class MPIChannel(ProcessChannel):
     """A channel over the communicator `comm`, which nobody else may use for collectives in the meantime.
 
     CPU tensors are sent from and received into their own memory. So are CUDA tensors if the MPI library says that it can do that; otherwise
@@ -146,28 +146,28 @@ class MPIChannel(WiredChannel):
         lifeline: Lifeline | None = None,
         group: dist.ProcessGroup | None = None,
     ) -> None:
-        super().__init__(comm.Get_rank(), comm.Get_size(), timeout_s, group=group, on_host=not is_cuda_aware(), asks_ahead=True)
+        super().__init__(comm.Get_rank(), comm.Get_size(), timeout_s, group=group, on_host=not is_cuda_aware(), preposts=True)
         self.comm, self._lifeline, self._mpi = comm, lifeline, load_mpi()
         self._sent: list[tuple[Any, Tensor]] = []
         self._lock = threading.Lock()
-        self._unsent, self._closed = threading.Event(), False
-        self._pusher: threading.Thread | None = None
+        self._has_unsent, self._closed = threading.Event(), False
+        self._progress_thread: threading.Thread | None = None
 
-    def _begin_send(self, buffer: Tensor, destination: int) -> None:
-        request = self.comm.Isend(self._memory(buffer), destination, TAG)
+    def _isend(self, buffer: Tensor, destination: int) -> None:
+        request = self.comm.Isend(self._mpi_buffer(buffer), destination, TAG)
         if request.Test():
             return
         with self._lock:
             self._sent.append((request, buffer))
-        self._push_in_background()
+        self._start_progress()
 
-    def _begin_receive(self, buffer: Tensor, source: int) -> Any:
-        return self.comm.Irecv(self._memory(buffer), source, TAG)
+    def _irecv(self, buffer: Tensor, source: int) -> Any:
+        return self.comm.Irecv(self._mpi_buffer(buffer), source, TAG)
 
-    def _is_there(self, posted: Posted) -> bool:
+    def _has_arrived(self, posted: Posted) -> bool:
         return bool(posted.work.Test())
 
-    def _memory(self, buffer: Tensor) -> Any:
+    def _mpi_buffer(self, buffer: Tensor) -> Any:
         """Return a flat tensor in the form in which mpi4py takes a buffer."""
         raw = buffer.view(torch.uint8)
         if raw.is_cuda:
@@ -175,7 +175,7 @@ class MPIChannel(WiredChannel):
             return [raw, self._mpi.BYTE]
         return [raw.numpy(), self._mpi.BYTE]
 
-    def _await(self, work: Any) -> None:
+    def _wait(self, work: Any) -> None:
         """Poll until the request is done."""
         if work.Test():
             return
@@ -191,7 +191,7 @@ class MPIChannel(WiredChannel):
                 looked = waited
                 if self._lifeline is not None and not self._lifeline.holds():
                     raise RuntimeError("a worker is gone")
-            time.sleep(min(LONGEST_S, max(SHORTEST_S, waited * RARELY)))
+            time.sleep(min(MAX_PAUSE_S, max(MIN_PAUSE_S, waited * PAUSE_SHARE)))
 
     def fatal_losses(self) -> AbstractContextManager[None]:
         """Return a context in which the loss of a worker ends this process: for other libraries' calls to MPI, which have no time limit."""
@@ -199,40 +199,40 @@ class MPIChannel(WiredChannel):
 
     # Messages that have not left yet --------------------------------------------------------------------------------------------
 
-    def _push_in_background(self) -> None:
-        """Have a background thread move messages on. A long one may need its sender's help to leave, even while the sender computes."""
+    def _start_progress(self) -> None:
+        """Have a background thread make progress. A long message may need its sender's help to leave, even while the sender computes."""
         if self._mpi.Query_thread() < self._mpi.THREAD_MULTIPLE:
             return
-        if self._pusher is None:
-            self._pusher = threading.Thread(target=self._push, name="mpi sends", daemon=True)
-            self._pusher.start()
-        self._unsent.set()
+        if self._progress_thread is None:
+            self._progress_thread = threading.Thread(target=self._progress, name="mpi progress", daemon=True)
+            self._progress_thread.start()
+        self._has_unsent.set()
 
-    def _push(self) -> None:
+    def _progress(self) -> None:
         """Test messages that have not left until they have, which makes MPI move them on. Runs in the background thread."""
         while True:
-            self._unsent.wait()
+            self._has_unsent.wait()
             if self._closed:
                 return
             with self._lock:
                 self._sent = [(request, buffer) for request, buffer in self._sent if not request.Test()]
                 if not self._sent:
-                    self._unsent.clear()
-            time.sleep(PUSH_S)
+                    self._has_unsent.clear()
+            time.sleep(PROGRESS_S)
 
     # Collectives ----------------------------------------------------------------------------------------------------------------
 
-    def _gather(self, buffer: Tensor) -> list[Tensor]:
+    def _all_gather(self, buffer: Tensor) -> list[Tensor]:
         found = buffer.new_empty(self.size, len(buffer))
-        self._await(self.comm.Iallgather(self._memory(buffer), self._memory(found.view(-1))))
+        self._wait(self.comm.Iallgather(self._mpi_buffer(buffer), self._mpi_buffer(found.view(-1))))
         return list(found.unbind())
 
-    def _exchange(self, parts: Tensor) -> Tensor:
+    def _all_to_all(self, parts: Tensor) -> Tensor:
         found = torch.empty_like(parts)
-        self._await(self.comm.Ialltoall(self._memory(parts.view(-1)), self._memory(found.view(-1))))
+        self._wait(self.comm.Ialltoall(self._mpi_buffer(parts.view(-1)), self._mpi_buffer(found.view(-1))))
         return found
 
-    def _begin_sum(self, tensor: Tensor) -> Callable[[], None]:
+    def _begin_all_reduce(self, tensor: Tensor) -> Callable[[], None]:
         wide = tensor.detach().to(device="cpu", dtype=torch.float32 if tensor.dtype in (torch.bfloat16, torch.float16) else None)
         values = wide.contiguous().numpy()
         # A reduction to rank 0, then a broadcast: MPI_Allreduce need not give all ranks the same bits.
@@ -240,8 +240,8 @@ class MPIChannel(WiredChannel):
         work = self.comm.Ireduce(mine, values if self.rank == 0 else None, self._mpi.SUM, 0)
 
         def end() -> None:
-            self._await(work)
-            self._await(self.comm.Ibcast(values, 0))
+            self._wait(work)
+            self._wait(self.comm.Ibcast(values, 0))
             found = torch.from_numpy(values).view(tensor.shape)
             if found.data_ptr() != tensor.data_ptr():
                 tensor.copy_(found)
@@ -251,17 +251,17 @@ class MPIChannel(WiredChannel):
     def finish(self) -> None:
         with self._lock:
             sent, self._sent = self._sent, []
-            self._unsent.clear()
+            self._has_unsent.clear()
         for request, _ in sent:
             try:
-                self._await(request)
+                self._wait(request)
             except RuntimeError as error:
                 raise ChannelError(f"worker {self.rank}: a message was not taken by its receiver: {error}") from error
         self._unchecked.check()
 
     def close(self) -> None:
         self._closed = True
-        self._unsent.set()
+        self._has_unsent.set()
         with self._lock:
             self._sent.clear()
         self._posted.clear()
@@ -271,7 +271,7 @@ def _fatal_losses(lifeline: Lifeline | None) -> AbstractContextManager[None]:
     return nullcontext() if lifeline is None else lifeline.fatal()
 
 
-def leave_no_names(comm: Any) -> None:
+def unlink_shared_memory(comm: Any) -> None:
     """Unlink the files of the memory that MPICH shares on a node, once all workers have mapped it.
 
     A worker that is killed later then leaves no such file behind.

@@ -13,13 +13,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rayllp.channel.base import MessageTag, StateSpec, schedules_differ
+from rayllp.channel.base import MessageTag, StateSpec, unexpected_message
 from rayllp.errors import ChannelError
 from rayllp.state import State, tensors
 
 HEADER = struct.Struct("<4siiIQ20s20s")
-"""Mark, step, level, checksum of shapes and dtypes, number of bytes that follow, solve, phase. Its 64 bytes keep what follows aligned."""
-MARK = b"llp1"
+"""Magic number, step, level, checksum of shapes and dtypes, number of bytes that follow, solve, phase. Its 64 bytes keep those aligned."""
+MAGIC = b"llp1"
 ALIGNED = 16
 """The length of a message is a multiple of this many bytes."""
 
@@ -27,41 +27,41 @@ ALIGNED = 16
 def pack(state: State, tag: MessageTag) -> Tensor:
     """Return the message of a state: uint8, shape (bytes,), on the state's device."""
     spec = StateSpec.of(state)
-    message = room_for(spec, spec.device)
-    _begin(message, spec, tag)
-    _fill(message, state, spec)
+    message = empty_message(spec, spec.device)
+    _write_header(message, spec, tag)
+    _write_state(message, state, spec)
     return message
 
 
 def pack_rows(parts: Sequence[Tensor], tag: MessageTag) -> Tensor:
     """Return the messages of tensors of one shape and dtype, one a row: uint8, shape (messages, bytes)."""
     spec = StateSpec.of(parts[0])
-    messages = room_for(spec, spec.device, len(parts))
-    _begin(messages, spec, tag)
+    messages = empty_message(spec, spec.device, len(parts))
+    _write_header(messages, spec, tag)
     for message, part in zip(messages, parts, strict=True):
-        _fill(message, part, spec)
+        _write_state(message, part, spec)
     return messages
 
 
-def _begin(messages: Tensor, spec: StateSpec, tag: MessageTag) -> None:
+def _write_header(messages: Tensor, spec: StateSpec, tag: MessageTag) -> None:
     """Write the header and the padding at the end into one message, or into all rows of several."""
     head = torch.from_numpy(np.frombuffer(bytearray(header(spec, tag)), dtype=np.uint8))
     messages[..., : HEADER.size] = head.to(spec.device, non_blocking=True)
-    messages[..., _places(spec)[-1].stop :] = 0
+    messages[..., _byte_ranges(spec)[-1].stop :] = 0
 
 
-def _fill(message: Tensor, state: State, spec: StateSpec) -> None:
-    for room, part in zip(_views(message, spec), tensors(state), strict=True):
-        room.copy_(part.detach())
+def _write_state(message: Tensor, state: State, spec: StateSpec) -> None:
+    for view, part in zip(_views(message, spec), tensors(state), strict=True):
+        view.copy_(part.detach())
 
 
-def room_for(spec: StateSpec, device: torch.device, *messages: int) -> Tensor:
+def empty_message(spec: StateSpec, device: torch.device, *messages: int) -> Tensor:
     """Return an empty buffer for a message of this spec, of shape (bytes,).
 
     Args:
         messages: a number of messages, for a buffer of shape (messages, bytes). Each row is aligned for any dtype.
     """
-    size = -(-_places(spec)[-1].stop // ALIGNED) * ALIGNED
+    size = -(-_byte_ranges(spec)[-1].stop // ALIGNED) * ALIGNED
     return torch.empty(*messages, size, dtype=torch.uint8, device=device)
 
 
@@ -72,17 +72,17 @@ def unpack(message: Tensor, spec: StateSpec) -> State:
 
 def header(spec: StateSpec, tag: MessageTag) -> bytes:
     """Return the header of a message with this spec and tag."""
-    return HEADER.pack(MARK, tag.step, tag.level, *_kind(spec), tag.solve.encode()[:20], tag.phase.encode()[:20])
+    return HEADER.pack(MAGIC, tag.step, tag.level, *_body(spec), tag.solve.encode()[:20], tag.phase.encode()[:20])
 
 
 @lru_cache(maxsize=1024)
-def _kind(spec: StateSpec) -> tuple[int, int]:
+def _body(spec: StateSpec) -> tuple[int, int]:
     """Return a checksum of shapes and dtypes, and the number of bytes after the header."""
-    return zlib.crc32(repr((*map(tuple, spec.shapes), *spec.dtypes)).encode()), _places(spec)[-1].stop - HEADER.size
+    return zlib.crc32(repr((*map(tuple, spec.shapes), *spec.dtypes)).encode()), _byte_ranges(spec)[-1].stop - HEADER.size
 
 
 @lru_cache(maxsize=1024)
-def _places(spec: StateSpec) -> tuple[slice, ...]:
+def _byte_ranges(spec: StateSpec) -> tuple[slice, ...]:
     """Return the range of a message's bytes that holds each tensor. Each begins at a multiple of its dtype's size."""
     found, end = [], HEADER.size
     for shape, dtype in zip(spec.shapes, spec.dtypes, strict=True):
@@ -92,13 +92,13 @@ def _places(spec: StateSpec) -> tuple[slice, ...]:
     return tuple(found)
 
 
-def beginning(message: Tensor) -> bytes:
+def header_of(message: Tensor) -> bytes:
     """Return the header of a message that is in main memory."""
     found: bytes = message[: HEADER.size].numpy().tobytes()
     return found
 
 
-def check(found: bytes, spec: StateSpec, tag: MessageTag, receiver: int, sender: int) -> None:
+def check_header(found: bytes, spec: StateSpec, tag: MessageTag, receiver: int, sender: int) -> None:
     """Check that a message is the one that was expected.
 
     Args:
@@ -111,26 +111,26 @@ def check(found: bytes, spec: StateSpec, tag: MessageTag, receiver: int, sender:
     """
     if found == header(spec, tag):
         return
-    mark, step, level, kind, size, solve, phase = HEADER.unpack(found)
+    magic, step, level, checksum, size, solve, phase = HEADER.unpack(found)
     waits = f"worker {receiver} waits for {tag} from worker {sender}"
-    if mark != MARK:
+    if magic != MAGIC:
         raise ChannelError(
             f"{waits}, and what came is no message of a state, or was cut short: the versions of rayllp differ, or the schedules"
         )
     sent = MessageTag(step, solve.rstrip(b"\0").decode(errors="replace"), phase.rstrip(b"\0").decode(errors="replace"), level)
-    own_kind, own_size = _kind(spec)
-    if own_kind != kind:
+    own_checksum, own_size = _body(spec)
+    if own_checksum != checksum:
         shapes = ", ".join(f"{tuple(shape)} {dtype}" for shape, dtype in zip(spec.shapes, spec.dtypes, strict=True))
         raise ChannelError(f"{waits}, of {shapes} ({own_size} bytes); that one sent {sent}, of another shape or dtype ({size} bytes)")
-    raise schedules_differ(tag, sent, receiver, sender)
+    raise unexpected_message(tag, sent, receiver, sender)
 
 
 def _views(message: Tensor, spec: StateSpec) -> list[Tensor]:
     """Return each tensor of a message's state as a view of the message."""
-    return [message[place].view(dtype).view(shape) for place, shape, dtype in zip(_places(spec), spec.shapes, spec.dtypes, strict=True)]
+    return [message[span].view(dtype).view(shape) for span, shape, dtype in zip(_byte_ranges(spec), spec.shapes, spec.dtypes, strict=True)]
 
 
-class Unchecked:
+class UncheckedHeaders:
     """Headers of messages on a GPU that are yet to be checked. They are checked once a step, since each check waits for the GPU."""
 
     def __init__(self) -> None:
@@ -152,4 +152,4 @@ class Unchecked:
         found, expected = torch.stack(self._found).cpu(), self._expected
         self._found, self._expected = [], []
         for message, wanted in zip(found, expected, strict=True):
-            check(beginning(message), *wanted)
+            check_header(header_of(message), *wanted)

@@ -8,36 +8,36 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from rayllp.channel.base import Coming, Leaving, MessageTag
-from rayllp.channel.packing import room_for
-from rayllp.channel.wired import Posted, WiredChannel
+from rayllp.channel.base import MessageTag, Receives, Sends
+from rayllp.channel.packing import empty_message
+from rayllp.channel.process_channel import Posted, ProcessChannel
 from rayllp.errors import ChannelError
 from rayllp.state import State
 
-GATHERED = 1
-"""The tag of messages within collectives. All others, some of whose receives begin ahead of time, have tag 0."""
+COLLECTIVE = 1
+"""The tag of messages within collectives. All others, some of whose receives are posted ahead of time, have tag 0."""
 UNWRITTEN = np.frombuffer(bytes.fromhex("9e3779b97f4a7c15"), dtype=np.uint8)
 """The last bytes of a receive buffer until its message is there. Gloo writes from front to back, and cannot be asked without waiting.
 A message that happens to end with these bytes is not noticed before `receive`.
 """
 
 
-class TorchChannel(WiredChannel):
+class TorchChannel(ProcessChannel):
     """A channel over the process group `group` (the default group if None).
 
-    Gloo moves CPU memory, so states on a GPU are staged through the host. NCCL moves them directly. Its receives are not begun ahead of
+    Gloo moves CPU memory, so states on a GPU are staged through the host. NCCL moves them directly. Its receives are not posted ahead of
     time, since they would wait in the stream that computes.
     """
 
     def __init__(self, group: dist.ProcessGroup | None = None, timeout_s: float = 300.0) -> None:
         mine: dist.ProcessGroup = group if group is not None else dist.group.WORLD  # type: ignore[assignment]
         host = dist.get_backend(mine) != "nccl"
-        super().__init__(dist.get_rank(mine), dist.get_world_size(mine), timeout_s, group=mine, on_host=host, asks_ahead=host)
-        self.sends_wait = not host
+        super().__init__(dist.get_rank(mine), dist.get_world_size(mine), timeout_s, group=mine, on_host=host, preposts=host)
+        self.synchronous_sends = not host
         self._mine = mine
         self._sent: list[tuple[dist.Work, Tensor]] = []
 
-    def _begin_send(self, buffer: Tensor, destination: int) -> None:
+    def _isend(self, buffer: Tensor, destination: int) -> None:
         if not self._on_host:  # Gloo does not tell whether a message has left; its messages are kept until `finish`
             self._sent = [(work, sent) for work, sent in self._sent if not work.is_completed()]
         # For Gloo, what dist.isend calls: its checks would take longer than the message.
@@ -45,33 +45,35 @@ class TorchChannel(WiredChannel):
         if work is not None:
             self._sent.append((work, buffer))
 
-    def _begin_receive(self, buffer: Tensor, source: int) -> dist.Work | None:
+    def _irecv(self, buffer: Tensor, source: int) -> dist.Work | None:
         if not self._on_host:
             return dist.irecv(buffer, group=self._mine, group_src=source)
         end = _end(buffer)
         end[:] = UNWRITTEN[: len(end)]
         return self._mine.recv([buffer], source, 0)
 
-    def _is_there(self, posted: Posted) -> bool:
+    def _has_arrived(self, posted: Posted) -> bool:
         end = _end(posted.buffer)
         return not np.array_equal(end, UNWRITTEN[: len(end)])
 
-    def _await(self, work: dist.Work | None) -> None:
+    def _wait(self, work: dist.Work | None) -> None:
         if work is not None:
             # NCCL's wait orders the stream and returns at once. Its watchdog enforces the time limit of the process group.
             work.wait(timedelta(seconds=self.timeout_s)) if self._on_host else work.wait()
 
-    def exchange(self, leaving: Leaving, coming: Coming, tag: MessageTag) -> list[State]:
-        if self._on_host or not (leaving or coming):
-            return super().exchange(leaving, coming, tag)
-        rooms = [(room_for(spec, spec.device), spec, source) for spec, source in coming]
-        sends = [dist.P2POp(dist.isend, self._message(state, tag), group=self._mine, group_peer=peer) for state, peer in leaving]
-        receives = [dist.P2POp(dist.irecv, room, group=self._mine, group_peer=source) for room, _, source in rooms]
-        for work in dist.batch_isend_irecv([*sends, *receives]):
+    def exchange(self, sends: Sends, receives: Receives, tag: MessageTag) -> list[State]:
+        if self._on_host or not (sends or receives):
+            return super().exchange(sends, receives, tag)
+        buffers = [empty_message(spec, spec.device) for spec, _ in receives]
+        isends = [dist.P2POp(dist.isend, self._message(state, tag), group=self._mine, group_peer=peer) for state, peer in sends]
+        irecvs = [
+            dist.P2POp(dist.irecv, buffer, group=self._mine, group_peer=peer) for buffer, (_, peer) in zip(buffers, receives, strict=True)
+        ]
+        for work in dist.batch_isend_irecv([*isends, *irecvs]):
             work.wait()
-        return [self._open(room, spec, source, tag) for room, spec, source in rooms]
+        return [self._open(buffer, spec, source, tag) for buffer, (spec, source) in zip(buffers, receives, strict=True)]
 
-    def _gather(self, buffer: Tensor) -> list[Tensor]:
+    def _all_gather(self, buffer: Tensor) -> list[Tensor]:
         if not self._on_host:
             found = list(buffer.new_empty(self.size, len(buffer)).unbind())
             dist.all_gather(found, buffer, group=self._mine)
@@ -85,32 +87,32 @@ class TorchChannel(WiredChannel):
         have = 1
         while have < size:
             count = min(have, size - have)
-            coming = self._mine.recv([parts[have : have + count]], (rank + have) % size, GATHERED)
-            leaving = self._mine.send([parts[:count]], (rank - have) % size, GATHERED)
-            for work in (coming, leaving):
+            receive = self._mine.recv([parts[have : have + count]], (rank + have) % size, COLLECTIVE)
+            send = self._mine.send([parts[:count]], (rank - have) % size, COLLECTIVE)
+            for work in (receive, send):
                 work.wait(timedelta(seconds=self.timeout_s))
             have += count
         return [parts[(other - rank) % size] for other in range(size)]
 
-    def _exchange(self, parts: Tensor) -> Tensor:
+    def _all_to_all(self, parts: Tensor) -> Tensor:
         found = torch.empty_like(parts)
         if not self._on_host:
             dist.all_to_all_single(found, parts, group=self._mine)
             return found
         others = [(self.rank + step) % self.size for step in range(1, self.size)]
-        coming = [self._mine.recv([found[other]], other, GATHERED) for other in others]
-        leaving = [self._mine.send([parts[other]], other, GATHERED) for other in others]
+        receives = [self._mine.recv([found[other]], other, COLLECTIVE) for other in others]
+        sends = [self._mine.send([parts[other]], other, COLLECTIVE) for other in others]
         found[self.rank] = parts[self.rank]
-        for work in (*coming, *leaving):
+        for work in (*receives, *sends):
             work.wait(timedelta(seconds=self.timeout_s))
         return found
 
-    def _begin_sum(self, tensor: Tensor) -> Callable[[], None]:
+    def _begin_all_reduce(self, tensor: Tensor) -> Callable[[], None]:
         buffer = tensor if not self._on_host else tensor.cpu()
         work = dist.all_reduce(buffer, group=self._mine, async_op=True)
 
         def end() -> None:
-            self._await(work)
+            self._wait(work)
             if buffer is not tensor:
                 tensor.copy_(buffer)
 

@@ -16,15 +16,15 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from rich.console import Console
 from rich.table import Table
 
-from rayllp.channel.interfaces import LOOPBACK, Door, Reached, explain, knock, use_interface_of
+from rayllp.channel.interfaces import LOOPBACK, ConnectAttempt, Endpoint, explain_unreachable, try_connect, use_interface_of
 from rayllp.channel.timing import Link as TimedLink
 from rayllp.channel.timing import time_messages
 from rayllp.channel.torch_dist import TorchChannel
 from rayllp.checkpoint import locate
 from rayllp.checkpoint.shared import Mark, leave_mark
-from rayllp.cluster.hosts import find_unreached
+from rayllp.cluster.hosts import find_unreachable
 from rayllp.cluster.placement import WorkerLocation
-from rayllp.cluster.process_groups import meet
+from rayllp.cluster.process_groups import make_store
 from rayllp.errors import ClusterError
 
 PACKAGES = ("ray", "torch", "transformers", "safetensors", "rayllp")
@@ -256,8 +256,8 @@ class _End:
         self._listener = socket.create_server((host, 0))
         return int(self._listener.getsockname()[1])
 
-    def reach(self, doors: list[Door]) -> list[Reached]:
-        return [knock(door) for door in doors]
+    def try_connections(self, endpoints: list[Endpoint]) -> list[ConnectAttempt]:
+        return [try_connect(endpoint) for endpoint in endpoints]
 
     def measure(self, rank: int, own: str, at: tuple[str, int], backend: str) -> TimedLink | None:
         """Measure the times of a small and of a large message; return them on rank 0."""
@@ -266,7 +266,7 @@ class _End:
 
         use_interface_of(own)
         limit = timedelta(seconds=LINK_S)
-        store = meet(at, 2, limit, self._listener if rank == 0 else None)
+        store = make_store(at, 2, limit, self._listener if rank == 0 else None)
         dist.init_process_group(backend, store=store, rank=rank, world_size=2, timeout=limit)
         device = torch.device("cuda", 0) if backend == "nccl" else torch.device("cpu")
         # Rank 0 gets the times, each half a round trip; rank 1 gets none.
@@ -289,9 +289,9 @@ def _measure_link(one: Node, other: Node, backend: str) -> Link:
         return ray.get(getattr(ends[rank], method).remote(*arguments), timeout=ANSWER_S)
 
     try:
-        unreached = find_unreached(locations, lambda rank, host: int(ask(rank, "listen", host)), ask)
-        if unreached:
-            raise ClusterError(explain(unreached, ""))
+        unreachable = find_unreachable(locations, lambda rank, host: int(ask(rank, "listen", host)), ask)
+        if unreachable:
+            raise ClusterError(explain_unreachable(unreachable, ""))
         at = locations[0].address, ask(0, "listen", locations[0].address)
         measured = [end.measure.remote(rank, locations[rank].address, at, backend) for rank, end in enumerate(ends)]
         try:

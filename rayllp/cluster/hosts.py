@@ -5,7 +5,7 @@ from typing import Any
 
 import ray
 
-from rayllp.channel.interfaces import Door
+from rayllp.channel.interfaces import Endpoint
 from rayllp.checkpoint import Folder
 from rayllp.checkpoint.shared import leave_mark
 from rayllp.cluster.placement import WorkerLocation
@@ -47,19 +47,21 @@ def _not_shared(location: WorkerLocation, folder: str, why: str) -> ClusterError
     )
 
 
-def find_unreached(locations: Sequence[WorkerLocation], listen: Callable[[int, str], int], ask: Ask) -> list[tuple[str, Door, str]]:
-    """Return which hosts cannot connect to which others, as (host, port that it tried, reason); one worker per host is tried.
+def find_unreachable(locations: Sequence[WorkerLocation], listen: Callable[[int, str], int], ask: Ask) -> list[tuple[str, Endpoint, str]]:
+    """Return which hosts cannot connect to which others, as (host, endpoint that it tried, reason); one worker per host is tried.
 
     Args:
         locations: the workers' locations, by rank.
         listen: has a worker open a port at an address.
     """
     rank_on_node = {location.node: rank for rank, location in reversed(list(enumerate(locations)))}
-    doors = {rank: Door(locations[rank].address, listen(rank, locations[rank].address)) for rank in sorted(rank_on_node.values())}
-    unreached = []
-    for rank in doors:
-        others = [door for other, door in doors.items() if other != rank]
+    endpoints = {rank: Endpoint(locations[rank].address, listen(rank, locations[rank].address)) for rank in sorted(rank_on_node.values())}
+    unreachable = []
+    for rank in endpoints:
+        others = [endpoint for other, endpoint in endpoints.items() if other != rank]
         host = f"{locations[rank].host} ({locations[rank].address})"
-        reached = ask(rank, "reach", others)
-        unreached += [(host, door, each.why_not) for door, each in zip(others, reached, strict=True) if each.own is None]
-    return unreached
+        attempts = ask(rank, "try_connections", others)
+        unreachable += [
+            (host, tried, attempt.error) for tried, attempt in zip(others, attempts, strict=True) if attempt.local_address is None
+        ]
+    return unreachable

@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 import ray
 from rich.console import Console
 
-from rayllp.channel.interfaces import Door, knock
+from rayllp.channel.interfaces import Endpoint, try_connect
 from rayllp.cluster.cpus import usable_cpus
 from rayllp.errors import ClusterError, SettingsError
 from rayllp.report.progress import tell
@@ -121,10 +121,10 @@ def check_address(address: str) -> str | None:
             "the cluster's machines with HOST:PORT of its head, or as a job (docs/cluster.md)"
         )
     host, port = _host_and_port(address)
-    reached = knock(Door(host, port), ANSWER_S)
-    if reached.own is None:
-        raise ClusterError(f"{ADDRESS}={address}: no cluster answers there ({reached.why_not}). {_ADVICE}")
-    return reached.own
+    attempt = try_connect(Endpoint(host, port), ANSWER_S)
+    if attempt.local_address is None:
+        raise ClusterError(f"{ADDRESS}={address}: no cluster answers there ({attempt.error}). {_ADVICE}")
+    return attempt.local_address
 
 
 def _host_and_port(address: str) -> tuple[str, int]:

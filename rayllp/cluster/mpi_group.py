@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from rayllp.channel.interfaces import LOOPBACK, Door, Reached, addresses, explain, open_doors
-from rayllp.channel.mpi import MPIWorld, leave_no_names, load_mpi
+from rayllp.channel.interfaces import LOOPBACK, ConnectAttempt, Endpoint, addresses, explain_unreachable, open_listeners
+from rayllp.channel.mpi import MPIWorld, load_mpi, unlink_shared_memory
 from rayllp.cluster.cpus import bound_to, usable_cpus
 from rayllp.cluster.placement import WorkerLocation, threads_of
 from rayllp.cluster.worker import BlockWorker
@@ -67,7 +67,7 @@ def launched() -> Launched:
     MPI = load_mpi()
     if not MPI.Is_initialized():
         MPI.Init_thread(MPI.THREAD_MULTIPLE)
-    leave_no_names(MPI.COMM_WORLD)
+    unlink_shared_memory(MPI.COMM_WORLD)
     node = MPI.COMM_WORLD.Split_type(MPI.COMM_TYPE_SHARED)
     # The launcher may have bound each process to CPUs of its own. Otherwise processes with common CPUs share them.
     sharing = sum(not bound.isdisjoint(bound_to()) for bound in node.allgather(bound_to()))
@@ -151,23 +151,23 @@ class LaunchedWorker(BlockWorker):
         super().__init__(rank, config, threads_of(process.cpus))
         self._process = process
         self.membership.mpi = MPIWorld(process.comm)
-        self._address, self._reached = LOOPBACK, list[Reached]()
+        self._address, self._attempts = LOOPBACK, list[ConnectAttempt]()
 
     def location(self) -> WorkerLocation:
         """Return this host, and its address on the network that all hosts share; before `use_address` that is the loopback address."""
         name = socket.gethostname()
         return WorkerLocation(name, self._address, name)
 
-    def reach(self, doors: list[Door]) -> list[Reached]:
-        """Try to connect to these ports, and remember the results for `use_address`."""
-        self._reached = super().reach(doors)
-        return self._reached
+    def try_connections(self, endpoints: list[Endpoint]) -> list[ConnectAttempt]:
+        """Try to connect to these endpoints, and remember the results for `use_address`."""
+        self._attempts = super().try_connections(endpoints)
+        return self._attempts
 
     def use_address(self, number: int) -> None:
-        """Use this host's address on the way to port `number` of the last call of `reach`."""
-        own = self._reached[number].own
-        assert own is not None, "a door that all reached"
-        self._address = own
+        """Use this host's address on the way to endpoint `number` of the last call of `try_connections`."""
+        address = self._attempts[number].local_address
+        assert address is not None, "an endpoint that all reached"
+        self._address = address
 
     def leave(self, failure: Exception | None = None) -> None:
         """End all processes of the run: the others wait for what this one has failed to do."""
@@ -287,17 +287,17 @@ class LaunchedGroup(WorkerGroup):
         Raises:
             RendezvousError: no address can be reached by all.
         """
-        with open_doors(addresses()) as doors:
-            answers = self.call("reach", doors)
-        shared = [number for number in range(len(doors)) if all(reached[number].own is not None for reached in answers)]
+        with open_listeners(addresses()) as endpoints:
+            answers = self.call("try_connections", endpoints)
+        shared = [number for number in range(len(endpoints)) if all(tried[number].local_address is not None for tried in answers)]
         if not shared:
-            unreached = [
-                (f"process {rank}", door, each.why_not)
-                for rank, reached in enumerate(answers)
-                for door, each in zip(doors, reached, strict=True)
-                if each.own is None
+            unreachable = [
+                (f"process {rank}", endpoint, attempt.error)
+                for rank, tried in enumerate(answers)
+                for endpoint, attempt in zip(endpoints, tried, strict=True)
+                if attempt.local_address is None
             ]
-            raise RendezvousError(explain(unreached, f"{socket.gethostname()} has no address that all processes reach"))
+            raise RendezvousError(explain_unreachable(unreachable, f"{socket.gethostname()} has no address that all processes reach"))
         self.call("use_address", shared[0])
 
     def rebuild(self, config: TrainConfig, network: Network) -> list[WorkerShare]:

@@ -9,7 +9,7 @@ import ray
 import torch
 from ray.util.placement_group import PlacementGroup, placement_group_table
 
-from rayllp.channel.interfaces import Door, knock
+from rayllp.channel.interfaces import Endpoint, try_connect
 from rayllp.config import TrainConfig
 from rayllp.errors import ClusterError
 
@@ -87,7 +87,7 @@ def draining() -> dict[str, float]:
 
 def _answers(host: str, port: int) -> bool:
     """True if something listens on this port."""
-    return knock(Door(host, port), PING_S).own is not None
+    return try_connect(Endpoint(host, port), PING_S).local_address is not None
 
 
 def threads_of(cpus: int) -> int:

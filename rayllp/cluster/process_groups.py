@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import TCPStore
 
 from rayllp.channel.base import Channel
-from rayllp.channel.interfaces import hang_up_on, use_interface_of
+from rayllp.channel.interfaces import close_connections_to, use_interface_of
 from rayllp.channel.local import LocalChannel
 from rayllp.channel.mpi import MPIWorld
 from rayllp.channel.pmi import Rendezvous
@@ -71,7 +71,7 @@ class Membership:
     def _join(self, config: TrainConfig, rank: int, at: tuple[str, int], backend: str, device: str) -> None:
         timeout, listener = _limit(config), self._listener
         self._listener = None
-        store = meet(at, config.world, timeout, listener if rank == 0 else None)
+        store = make_store(at, config.world, timeout, listener if rank == 0 else None)
         if rank > 0 and listener is not None:  # it was opened to test which hosts connect to this one, or when this worker had rank 0
             listener.close()
         dist.init_process_group(backend, store=store, rank=rank, world_size=config.world, timeout=timeout)
@@ -104,15 +104,15 @@ class Membership:
         _set_limit(self._copies, "cpu", limit_s)
         return TorchChannel(self._copies, limit_s)
 
-    def break_off(self, gone: Collection[str]) -> None:
+    def abort_connections(self, hosts: Collection[str]) -> None:
         """End this worker's waiting for hosts that are gone. Must be called from a thread other than the one that waits.
 
         NCCL's operations end neither when a connection is lost nor after a time limit, so its communicators are aborted.
 
         Args:
-            gone: addresses of the hosts.
+            hosts: their addresses.
         """
-        hang_up_on(gone)
+        close_connections_to(hosts)
         if dist.is_initialized() and dist.get_backend() == "nccl":
             dist.distributed_c10d._abort_process_group()
 
@@ -125,7 +125,7 @@ class Membership:
             dist.destroy_process_group()
 
 
-def meet(at: tuple[str, int], world: int, timeout: timedelta, listener: socket.socket | None) -> TCPStore:
+def make_store(at: tuple[str, int], world: int, timeout: timedelta, listener: socket.socket | None) -> TCPStore:
     """Return the store by which workers exchange their addresses.
 
     Args:

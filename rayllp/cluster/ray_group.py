@@ -13,7 +13,7 @@ from typing import Any, Self
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
-from rayllp.channel.interfaces import LOOPBACK, explain
+from rayllp.channel.interfaces import LOOPBACK, explain_unreachable
 from rayllp.channel.pmi import ProcessManager, Rendezvous
 from rayllp.checkpoint import Folder
 from rayllp.checkpoint.location import checkpoint_folder
@@ -21,7 +21,7 @@ from rayllp.checkpoint.memory import CopyPlacement, Inventory, Source
 from rayllp.checkpoint.states import StateLayout
 from rayllp.cluster.actor_names import run_name
 from rayllp.cluster.actor_pool import START_TIMEOUT_S, ActorPool
-from rayllp.cluster.hosts import check_storage, find_unreached
+from rayllp.cluster.hosts import check_storage, find_unreachable
 from rayllp.cluster.placement import Slot, capacity, draining
 from rayllp.config import TrainConfig
 from rayllp.data import Batches
@@ -127,7 +127,8 @@ class RayGroup(ElasticGroup):
                 return
             except RendezvousError as error:
                 if attempt == RENDEZVOUS_TRIES or not self.keeps_processes:
-                    raise RendezvousError(explain(find_unreached(locations, self._listen, self._ask), str(error))) from None
+                    unreachable = find_unreachable(locations, self._listen, self._ask)
+                    raise RendezvousError(explain_unreachable(unreachable, str(error))) from None
                 self.call("leave", timeout_s=START_TIMEOUT_S)
 
     def _ask(self, rank: int, method: str, *arguments: Any) -> Any:
@@ -200,7 +201,7 @@ class RayGroup(ElasticGroup):
             for reference in references.values():  # fetch all results, or Ray prints the errors of the others
                 with contextlib.suppress(Exception):
                     ray.get(reference, timeout=0)
-            self._break_off(lost)
+            self._abort_connections(lost)
             raise _lost(lost) from error
         # No worker died. The first error may come from a neighbour of the worker that really failed, so wait for the others' errors.
         _, pending = ray.wait(list(references.values()), num_returns=len(references), timeout=self.config.hang_timeout_s)
@@ -237,13 +238,13 @@ class RayGroup(ElasticGroup):
         self.pool.dismiss(self.workers[rank] for rank in ranks)
         return ranks
 
-    def _break_off(self, lost: frozenset[int]) -> None:
+    def _abort_connections(self, lost: frozenset[int]) -> None:
         """Stop survivors from waiting for lost workers, if they would not notice the loss: when a host is gone, or on GPUs."""
         survivors = self.survivors(lost)
         addresses = dict(enumerate(self._addresses))  # empty before the workers were first connected
         gone = {addresses.get(rank, "") for rank in lost} - {addresses.get(rank, "") for rank in survivors}
         if gone or self.device == "cuda":
-            calls = [self.workers[rank].break_off.remote(sorted(gone)) for rank in survivors]
+            calls = [self.workers[rank].abort_connections.remote(sorted(gone)) for rank in survivors]
             ray.wait(calls, num_returns=len(calls), timeout=self.config.hang_timeout_s)
 
     @property

@@ -15,7 +15,7 @@ import ray
 import torch
 
 from rayllp.channel.base import Channel
-from rayllp.channel.interfaces import LOOPBACK, Door, Reached, knock
+from rayllp.channel.interfaces import LOOPBACK, ConnectAttempt, Endpoint, try_connect
 from rayllp.channel.pmi import Rendezvous
 from rayllp.channel.timing import Link, time_messages
 from rayllp.checkpoint import PieceWriter, Prolongation, load_pieces, locate
@@ -113,9 +113,9 @@ class BlockWorker:
         """Open the rendezvous port on the network interface with the address `host` only; return the port."""
         return self.membership.listen(host)
 
-    def reach(self, doors: list[Door]) -> list[Reached]:
-        """Try to connect to these ports; return the result for each."""
-        return [knock(door) for door in doors]
+    def try_connections(self, endpoints: list[Endpoint]) -> list[ConnectAttempt]:
+        """Try to connect to these endpoints; return the result for each."""
+        return [try_connect(endpoint) for endpoint in endpoints]
 
     def look(self, mark: Mark) -> str:
         """Check that this host sees a file that the driver's host wrote; see `Mark.look`."""
@@ -317,9 +317,9 @@ class BlockWorker:
         return self.rank
 
     @ray.method(concurrency_group=LIVENESS)  # type: ignore[untyped-decorator]
-    def break_off(self, gone: list[str]) -> None:
+    def abort_connections(self, hosts: list[str]) -> None:
         """Make the main thread fail if it waits for hosts with these addresses, which are gone."""
-        self.membership.break_off(gone)
+        self.membership.abort_connections(hosts)
 
     @leaves_on_failure
     def evaluate(self, batches: int, done: int, most: int) -> tuple[int, int, dict[str, float] | None]:

@@ -72,7 +72,7 @@ class LayerParallelGradients:
         solves = group.solves(batch.accuracy)
         block.begin(step, batch.samples, batch.inputs, training=True)
         spec = group.spec(batch.inputs)
-        with group.channel.program((solves.accuracy, spec) if solves.has_fixed_messages else None):
+        with group.channel.prepost_receives((solves.accuracy, spec) if solves.has_fixed_messages else None):
             with group.span("enter"):
                 entered = block.enter(batch.inputs) if block.first else None
             trajectory = Trajectory(block, solves.c_points, block.config.mgrit.recompute)

@@ -67,9 +67,9 @@ class InOrderGradients:
         samples = len(batch.samples)
         # As few as keep all workers busy: each layer costs two messages a microbatch, and more of them would shorten no idle time here.
         count = min(samples, count_microbatches(samples, channel.size, group.config.microbatches, fewest=True))
-        if channel.sends_wait and self._sends_back(channel.size):
+        if channel.synchronous_sends and self._sends_back(channel.size):
             count = 1  # otherwise two workers would each have a microbatch to send to the other before they receive one
-        with group.channel.program(("in order", count, group.spec(batch.inputs))):
+        with group.channel.prepost_receives(("in order", count, group.spec(batch.inputs))):
             microbatches = [self._begin(batch.part(rows)) for rows in slices(samples, count)]
             self._forward(microbatches, channel, batch.step)
             losses = [self._loss(microbatch) for microbatch in microbatches] if self.block.last else []

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from rayllp.channel.base import Channel
-from rayllp.channel.wired import WiredChannel
+from rayllp.channel.process_channel import ProcessChannel
 from rayllp.data.base import Inputs
 from rayllp.engine.batch import StepBatch
 from rayllp.engine.block import Block, Moment
@@ -93,7 +93,7 @@ def exact_method(block: Block, layers: Channel, inputs: Inputs, batch: int) -> "
     """
     if layers.size == 1:
         return PlainAutograd(block)
-    group = layers.group if isinstance(layers, WiredChannel) else None
+    group = layers.group if isinstance(layers, ProcessChannel) else None
     parts = block.config.accumulate
     microbatches = parts * count_microbatches(batch // parts, layers.size, block.config.microbatches)
     return None if group is None or microbatches < layers.size else Pipeline(block, group, inputs, microbatches)

@@ -30,7 +30,7 @@ class WindowGradients:
         block.begin(batch.step, batch.samples, batch.inputs, training=True)
         spec, last = group.spec(batch.inputs), group.channel.size - 1
         messages = "windows", accuracy.windows, accuracy.iterations_forward, accuracy.iterations_backward
-        with group.channel.program((messages, spec)):
+        with group.channel.prepost_receives((messages, spec)):
             with group.span("enter"):
                 entered = block.enter(batch.inputs) if block.first else None
             recompute = block.config.mgrit.recompute

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rayllp.channel.base import Coming, Leaving, MessageTag, Reduction, StateSpec
+from rayllp.channel.base import MessageTag, Receives, Reduction, Sends, StateSpec
 from rayllp.config import TrainConfig
 from rayllp.control import Accuracy
 from rayllp.engine.step_solves import StepSolves
@@ -54,7 +54,7 @@ class Work(NamedTuple):
 class _Recorder(Propagator):
     """The propagator and the channel of one worker, which record what the solver asks of them."""
 
-    sends_wait = False
+    synchronous_sends = False
 
     def __init__(self, rank: int, size: int, first: int, solve: str, c_points: frozenset[int]) -> None:
         self.rank, self.size, self._first, self._solve, self._c_points = rank, size, first, solve, c_points
@@ -106,7 +106,7 @@ class _Recorder(Propagator):
     def begin_all_reduce(self, tensor: Tensor, tag: MessageTag) -> Reduction:
         raise NotImplementedError("solves sum nothing in the background")
 
-    def exchange(self, leaving: Leaving, coming: Coming, tag: MessageTag) -> list[State]:
+    def exchange(self, sends: Sends, receives: Receives, tag: MessageTag) -> list[State]:
         raise NotImplementedError("solves exchange nothing")
 
     def all_gather(self, state: State, spec: StateSpec, tag: MessageTag) -> list[State]:
@@ -115,7 +115,7 @@ class _Recorder(Propagator):
     def all_to_all(self, parts: Sequence[Tensor], tag: MessageTag) -> list[Tensor]:
         raise NotImplementedError("MGRIT on blocks gathers nothing")
 
-    def program(self, key: Hashable | None) -> AbstractContextManager[None]:
+    def prepost_receives(self, key: Hashable | None) -> AbstractContextManager[None]:
         return nullcontext()
 
     def finish(self) -> None:

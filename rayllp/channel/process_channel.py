@@ -15,13 +15,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from rayllp.channel.base import Coming, Leaving, MessageTag, Reduction, StateSpec, exchange_one_by_one, failure, too_late
-from rayllp.channel.packing import Unchecked, beginning, check, pack, pack_rows, room_for, unpack
+from rayllp.channel.base import MessageTag, Receives, Reduction, Sends, StateSpec, exchange_one_by_one, receive_failed, timed_out
+from rayllp.channel.packing import UncheckedHeaders, check_header, empty_message, header_of, pack, pack_rows, unpack
 from rayllp.errors import ChannelError
 from rayllp.state import State, tensors
 
-PROGRAMS = 64
-"""How many programs (`Channel.program`) a channel remembers."""
+MAX_SEQUENCES = 64
+"""How many sequences of messages (`Channel.prepost_receives`) a channel remembers."""
 
 
 class Expected(NamedTuple):
@@ -32,7 +32,7 @@ class Expected(NamedTuple):
 
 
 class Posted(NamedTuple):
-    """A receive that has begun, and the buffer for its message."""
+    """A receive that has been posted, and the buffer for its message."""
 
     expected: Expected
     work: Any
@@ -40,7 +40,7 @@ class Posted(NamedTuple):
 
 
 @dataclass(frozen=True)
-class WiredReduction:
+class ProcessReduction:
     """An all-reduce that is under way.
 
     Attributes:
@@ -68,11 +68,12 @@ def failing_as(name: str) -> Iterator[None]:
         raise ChannelError(f"{name}: {error}") from error
 
 
-class WiredChannel(ABC):
+class ProcessChannel(ABC):
     """Base of the channels between processes. A state of several tensors travels as one message.
 
-    In a program (`Channel.program`) that has run before, the next receive from each worker is begun ahead of time, while this worker
-    computes: Gloo sends a message only once its receiver has begun to receive, and MPI then puts the message straight into its buffer.
+    In a sequence of messages that it knows (`Channel.prepost_receives`), the next receive from each worker is posted ahead of time, while
+    this worker computes: Gloo sends a message only once its receiver has posted the receive, and MPI then puts the message straight into
+    its buffer.
 
     Args:
         rank: this worker's rank.
@@ -80,29 +81,29 @@ class WiredChannel(ABC):
         timeout_s: time limit of every wait, in seconds.
         group: torch's process group of the same workers, for libraries that need one.
         on_host: send from and receive into CPU memory; states on a GPU are staged through it.
-        asks_ahead: begin receives ahead of time.
+        preposts: post receives ahead of time.
     """
 
-    def __init__(self, rank: int, size: int, timeout_s: float, *, group: dist.ProcessGroup | None, on_host: bool, asks_ahead: bool) -> None:
+    def __init__(self, rank: int, size: int, timeout_s: float, *, group: dist.ProcessGroup | None, on_host: bool, preposts: bool) -> None:
         self.rank, self.size, self.timeout_s, self.group = rank, size, timeout_s, group
-        self._on_host, self._asks_ahead = on_host, asks_ahead
-        self.sends_wait = False
-        self._programs: dict[Hashable, list[Expected]] = {}
-        self._heard: list[Expected] | None = None  # what the current program has received; None outside of one
-        self._ahead: dict[int, deque[Expected]] = {}  # by sender: receives of the current program that have not begun
+        self._on_host, self._preposts = on_host, preposts
+        self.synchronous_sends = False
+        self._sequences: dict[Hashable, list[Expected]] = {}
+        self._received: list[Expected] | None = None  # in the current sequence; None outside of one
+        self._unposted: dict[int, deque[Expected]] = {}  # by sender: receives of the current sequence that are not posted yet
         self._posted: dict[int, Posted] = {}
-        self._unchecked = Unchecked()
+        self._unchecked = UncheckedHeaders()
 
     @abstractmethod
-    def _begin_send(self, buffer: Tensor, destination: int) -> None:
+    def _isend(self, buffer: Tensor, destination: int) -> None:
         """Send a message of shape (bytes,), and return at once."""
 
     @abstractmethod
-    def _begin_receive(self, buffer: Tensor, source: int) -> Any:
-        """Begin to receive the next message from `source`. Returns what `_await` is to wait for."""
+    def _irecv(self, buffer: Tensor, source: int) -> Any:
+        """Post a receive of the next message from `source`. Returns what `_wait` is to wait for."""
 
     @abstractmethod
-    def _await(self, work: Any) -> None:
+    def _wait(self, work: Any) -> None:
         """Wait until a message has arrived.
 
         Raises:
@@ -110,11 +111,11 @@ class WiredChannel(ABC):
         """
 
     @abstractmethod
-    def _is_there(self, posted: Posted) -> bool:
-        """Return True if the receive's message has arrived."""
+    def _has_arrived(self, posted: Posted) -> bool:
+        """Return True if the message of a posted receive has arrived."""
 
     def send(self, state: State, destination: int, tag: MessageTag) -> None:
-        self._begin_send(self._message(state, tag), destination)
+        self._isend(self._message(state, tag), destination)
 
     def receive(self, spec: StateSpec, source: int, tag: MessageTag) -> State:
         expected = Expected(spec, source)
@@ -126,15 +127,15 @@ class WiredChannel(ABC):
         started = time.monotonic()
         try:
             _, work, buffer = posted or self._post(expected)
-            self._await(work)
-            self._ask_ahead(source)
+            self._wait(work)
+            self._post_next(source)
         except RuntimeError as error:
             details = f" ({str(error).splitlines()[0]})"
             if time.monotonic() - started >= self.timeout_s:
-                raise too_late(tag, source, self.rank, self.timeout_s, details) from error
-            raise failure(tag, source, self.rank, f"the connection was lost{details}") from error
-        if self._heard is not None:
-            self._heard.append(expected)
+                raise timed_out(tag, source, self.rank, self.timeout_s, details) from error
+            raise receive_failed(tag, source, self.rank, f"the connection was lost{details}") from error
+        if self._received is not None:
+            self._received.append(expected)
         return self._open(buffer, spec, source, tag)
 
     def _message(self, state: State, tag: MessageTag) -> Tensor:
@@ -149,16 +150,16 @@ class WiredChannel(ABC):
             ChannelError: it is not the message that was expected. For messages on a GPU `finish` raises this.
         """
         if self._on_host:
-            check(beginning(message), spec, tag, self.rank, source)
+            check_header(header_of(message), spec, tag, self.rank, source)
         else:
             self._unchecked.add(message, spec, tag, self.rank, source)
         return unpack(message.to(spec.device), spec)
 
-    def exchange(self, leaving: Leaving, coming: Coming, tag: MessageTag) -> list[State]:
-        return exchange_one_by_one(self, leaving, coming, tag)
+    def exchange(self, sends: Sends, receives: Receives, tag: MessageTag) -> list[State]:
+        return exchange_one_by_one(self, sends, receives, tag)
 
     @abstractmethod
-    def _gather(self, buffer: Tensor) -> list[Tensor]:
+    def _all_gather(self, buffer: Tensor) -> list[Tensor]:
         """Return every worker's flat buffer, in order of rank. All have the same length.
 
         Raises:
@@ -170,11 +171,11 @@ class WiredChannel(ABC):
             return [state]
         message = self._message(state, tag)
         with failing_as(f"{tag}: all-gather over {self.size} workers failed on worker {self.rank}"):
-            found = self._gather(message)
+            found = self._all_gather(message)
         return [state if rank == self.rank else self._open(part, spec, rank, tag) for rank, part in enumerate(found)]
 
     @abstractmethod
-    def _exchange(self, parts: Tensor) -> Tensor:
+    def _all_to_all(self, parts: Tensor) -> Tensor:
         """Send row j to worker j, and return what the workers have sent to this one: a row for each, in order of rank.
 
         Raises:
@@ -186,7 +187,7 @@ class WiredChannel(ABC):
             return list(parts)
         whole = pack_rows(parts, tag)
         with failing_as(f"{tag}: all-to-all over {self.size} workers failed on worker {self.rank}"):
-            found = self._exchange(whole.cpu() if self._on_host else whole)
+            found = self._all_to_all(whole.cpu() if self._on_host else whole)
         spec = StateSpec.of(parts[0])
         return [part for rank, row in enumerate(found) for part in tensors(self._open(row, spec, rank, tag))]
 
@@ -196,10 +197,10 @@ class WiredChannel(ABC):
     def begin_all_reduce(self, tensor: Tensor, tag: MessageTag) -> Reduction:
         name = f"{tag}: all-reduce over {self.size} workers failed on worker {self.rank}"
         with failing_as(name):
-            return WiredReduction(tensor, name, self._begin_sum(tensor) if self.size > 1 else lambda: None)
+            return ProcessReduction(tensor, name, self._begin_all_reduce(tensor) if self.size > 1 else lambda: None)
 
     @abstractmethod
-    def _begin_sum(self, tensor: Tensor) -> Callable[[], None]:
+    def _begin_all_reduce(self, tensor: Tensor) -> Callable[[], None]:
         """Begin to sum a tensor over all workers in place. Returns a function that waits for the sum.
 
         Raises:
@@ -215,43 +216,43 @@ class WiredChannel(ABC):
         """See `Channel.close`."""
 
     def arrived(self, spec: StateSpec, source: int) -> bool:
-        if not self._asks_ahead:
+        if not self._preposts:
             return False
         if source not in self._posted:
             try:
                 self._posted[source] = self._post(Expected(spec, source))
             except RuntimeError:  # `receive` will fail in the same way, with an error that names the message
                 return True
-        return self._is_there(self._posted[source])
+        return self._has_arrived(self._posted[source])
 
     def _post(self, expected: Expected) -> Posted:
-        """Allocate a buffer for a message, and begin to receive it."""
+        """Allocate a buffer for a message, and post its receive."""
         spec, source = expected
-        room = room_for(spec, torch.device("cpu") if self._on_host else spec.device)
-        return Posted(expected, self._begin_receive(room, source), room)
+        buffer = empty_message(spec, torch.device("cpu") if self._on_host else spec.device)
+        return Posted(expected, self._irecv(buffer, source), buffer)
 
     @contextmanager
-    def program(self, key: Hashable | None) -> Iterator[None]:
+    def prepost_receives(self, key: Hashable | None) -> Iterator[None]:
         if key is None:
             yield
             return
-        known = self._programs.get(key, []) if self._asks_ahead else []
+        known = self._sequences.get(key, []) if self._preposts else []
         for expected in known:
-            self._ahead.setdefault(expected.source, deque()).append(expected)
-        self._heard = []
-        for source in list(self._ahead):
-            self._ask_ahead(source)
+            self._unposted.setdefault(expected.source, deque()).append(expected)
+        self._received = []
+        for source in list(self._unposted):
+            self._post_next(source)
         yield
-        if key not in self._programs and len(self._programs) >= PROGRAMS:
-            self._programs.clear()
-        self._programs[key], self._heard = self._heard, None
-        if self._ahead or self._posted:
+        if key not in self._sequences and len(self._sequences) >= MAX_SEQUENCES:
+            self._sequences.clear()
+        self._sequences[key], self._received = self._received, None
+        if self._unposted or self._posted:
             raise ChannelError(f"worker {self.rank}: fewer messages came than the last time, in a step of the same kind")
 
-    def _ask_ahead(self, source: int) -> None:
-        """Begin the next receive from this worker that the current program will need."""
-        waiting = self._ahead.get(source)
-        if waiting:
-            self._posted[source] = self._post(waiting.popleft())
-            if not waiting:
-                del self._ahead[source]
+    def _post_next(self, source: int) -> None:
+        """Post the next receive from this worker that the current sequence will need."""
+        unposted = self._unposted.get(source)
+        if unposted:
+            self._posted[source] = self._post(unposted.popleft())
+            if not unposted:
+                del self._unposted[source]
