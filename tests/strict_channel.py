@@ -12,16 +12,15 @@ https://docs.nvidia.com/deeplearning/nccl/user-guide/docs/usage/p2p.html
 
 import threading
 from collections import defaultdict, deque
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from rayllp.channel.base import MessageTag, Receives, Sends, StateSpec, unexpected_message
+from rayllp.channel.base import Channel, MessageTag, Receives, Sends, StateSpec, unexpected_message
 from rayllp.errors import ChannelError
 from rayllp.state import State, combine
 
@@ -168,7 +167,7 @@ def detach_copy(state: State) -> State:
     return combine(lambda part: part.detach().clone(), state)
 
 
-class StrictChannel:
+class StrictChannel(Channel):
     """One worker's end."""
 
     synchronous_sends = True
@@ -194,16 +193,10 @@ class StrictChannel:
             self._wait(self._group.issue(self.rank, [*outgoing, *incoming]))
         return [part.found for part in incoming]
 
-    def arrived(self, spec: StateSpec, source: int) -> bool:
-        return False
-
     def _together(self, kind: str, given: Any, tag: MessageTag) -> Any:
         (part,) = parts = self._group.issue(self.rank, [Part(kind, None, tag, given)])
         self._wait(parts)
         return part.found
-
-    def all_reduce(self, tensor: Tensor, tag: MessageTag) -> Tensor:
-        return self.begin_all_reduce(tensor, tag).wait()
 
     def begin_all_reduce(self, tensor: Tensor, tag: MessageTag) -> "StrictReduction":
         return StrictReduction(self, tensor, self._group.issue(self.rank, [Part("all_reduce", None, tag, tensor.clone())]))
@@ -216,16 +209,10 @@ class StrictChannel:
         found: list[Tensor] = self._together("all_to_all", list(parts), tag)
         return found
 
-    def prepost_receives(self, key: Hashable | None) -> AbstractContextManager[None]:
-        return nullcontext()
-
     def finish(self) -> None:
         with self._group.world.condition:
             parts = [part for line in self._group.lines[self.rank].values() for issued in line for part in issued]
         self._wait(parts)
-
-    def close(self) -> None:
-        pass
 
 
 @dataclass

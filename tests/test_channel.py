@@ -9,7 +9,7 @@ import time
 import pytest
 import torch
 
-from rayllp.channel import MessageTag, StateSpec, run_workers
+from rayllp.channel import LocalChannel, MessageTag, StateSpec, run_workers
 from rayllp.channel.interfaces import close_connections_to
 from rayllp.errors import ChannelError
 from tests.conftest import run_mpi_processes, run_processes
@@ -138,6 +138,28 @@ def test_what_is_exchanged(workers, size):
     for rank, found in enumerate(workers(size, exchanging)):
         left, right = (rank - 1) % size, (rank + 1) % size
         assert found == [3 * left, 4 * left + 2, 3 * right, 4 * right + 2]
+
+
+def broadcasting(channel):
+    """A state of two tensors from the last worker, then one from the first; what the others give is ignored."""
+    pair = (torch.full((3,), channel.rank, dtype=torch.bfloat16), torch.full((2, 2), channel.rank + 0.5, dtype=torch.float64))
+    first = channel.broadcast(pair if channel.rank == channel.size - 1 else None, StateSpec.of(pair), channel.size - 1, TAG)
+    numbers = torch.tensor([channel.rank, 7])
+    second = channel.broadcast(numbers, StateSpec.of(numbers), 0, TAG)
+    empty = channel.broadcast(numbers[:0], StateSpec.of(numbers[:0]), 0, TAG)
+    channel.finish()
+    return [part.tolist() for part in first], second.tolist(), empty.tolist()
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_a_broadcast_gives_all_what_its_source_has(workers, size):
+    last = float(size - 1)
+    assert workers(size, broadcasting) == [([[last] * 3, [[last + 0.5] * 2] * 2], [0, 7], [])] * size
+
+
+def test_a_source_without_a_state_is_an_error():
+    with pytest.raises(ChannelError, match="step 7, forward relaxation, level 1: worker 0 is to broadcast a state, and has none"):
+        LocalChannel.alone().broadcast(None, StateSpec.of(torch.zeros(1)), 0, TAG)
 
 
 def summing(channel):

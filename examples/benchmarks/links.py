@@ -74,12 +74,6 @@ class RayCollective(ProcessChannel):
     def _begin_all_reduce(self, tensor: torch.Tensor) -> Callable[[], None]:
         raise NotImplementedError("messages between two workers alone are timed")
 
-    def finish(self) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
-
 
 @ray.remote(num_cpus=1)
 class Neighbour:

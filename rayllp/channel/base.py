@@ -1,7 +1,8 @@
 """The interface by which workers exchange messages, and the tag that every message carries."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Hashable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -77,7 +78,7 @@ class Reduction(Protocol):
         ...
 
 
-class Channel(Protocol):
+class Channel(ABC):
     """Messages between the workers of one group. Messages from one worker to another arrive in the order in which they were sent.
 
     Attributes:
@@ -90,19 +91,19 @@ class Channel(Protocol):
 
     rank: int
     size: int
-    synchronous_sends: bool
+    synchronous_sends: bool = False
 
+    @abstractmethod
     def send(self, state: State, destination: int, tag: MessageTag) -> None:
         """Send `state`, and return at once. The state must not be changed afterwards."""
-        ...
 
+    @abstractmethod
     def receive(self, spec: StateSpec, source: int, tag: MessageTag) -> State:
         """Wait for the next state from `source`, and return it.
 
         Raises:
             ChannelError: the state did not come within the time limit, or the sender is gone.
         """
-        ...
 
     def exchange(self, sends: Sends, receives: Receives, tag: MessageTag) -> list[State]:
         """Send states to other workers and receive states from others at the same time.
@@ -112,11 +113,32 @@ class Channel(Protocol):
 
         Returns: the received states, in the order of `receives`.
         """
-        ...
+        for state, destination in sends:
+            self.send(state, destination, tag)
+        return [self.receive(spec, source, tag) for spec, source in receives]
+
+    def broadcast(self, state: State | None, spec: StateSpec, source: int, tag: MessageTag) -> State:
+        """Return the state of worker `source`, on every worker. It is sent to each of the others in turn.
+
+        Args:
+            state: the state to send, on `source`; the other workers' is ignored.
+            spec: shapes and dtypes of the state.
+
+        Raises:
+            ChannelError: the source has no state, or the state did not come within the time limit, or the source is gone.
+        """
+        if self.rank != source:
+            return self.receive(spec, source, tag)
+        if state is None:
+            raise ChannelError(f"{tag}: worker {source} is to broadcast a state, and has none")
+        for other in range(self.size):
+            if other != source:
+                self.send(state, other, tag)
+        return state
 
     def arrived(self, spec: StateSpec, source: int) -> bool:
         """Return True if the next state from `source` has arrived, so that `receive` would not wait. False where a channel cannot tell."""
-        ...
+        return False
 
     def all_reduce(self, tensor: Tensor, tag: MessageTag) -> Tensor:
         """Sum `tensor` over all workers in place, and return it. All workers get the same bits.
@@ -124,24 +146,25 @@ class Channel(Protocol):
         Raises:
             ChannelError: a worker did not take part within the time limit, or is gone.
         """
-        ...
+        return self.begin_all_reduce(tensor, tag).wait()
 
+    @abstractmethod
     def begin_all_reduce(self, tensor: Tensor, tag: MessageTag) -> Reduction:
         """Begin to sum `tensor` over all workers in place, and return at once.
 
         The tensor must be left alone until the sum has been waited for. Several such sums may be under way. All workers have to begin them,
         and to wait for them, in the same order.
         """
-        ...
 
+    @abstractmethod
     def all_gather(self, state: State, spec: StateSpec, tag: MessageTag) -> list[State]:
         """Return every worker's `state`, in order of rank. All have the same spec; this worker's own state is not copied.
 
         Raises:
             ChannelError: a state did not come within the time limit, or a worker is gone.
         """
-        ...
 
+    @abstractmethod
     def all_to_all(self, parts: Sequence[Tensor], tag: MessageTag) -> list[Tensor]:
         """Send part j to worker j, and return the parts that the workers have sent to this one, in order of rank.
 
@@ -151,7 +174,6 @@ class Channel(Protocol):
         Raises:
             ChannelError: a part did not come within the time limit, or a worker is gone.
         """
-        ...
 
     def prepost_receives(self, key: Hashable | None) -> AbstractContextManager[None]:
         """Return a context in which the same messages are received, in the same order, as the last time with this key.
@@ -161,23 +183,24 @@ class Channel(Protocol):
         Args:
             key: names the sequence of messages. None: nothing is known of the messages inside.
         """
-        ...
+        return nullcontext()
 
-    def finish(self) -> None:
+    def finish(self) -> None:  # noqa: B027  (a channel that keeps nothing has nothing to wait for)
         """Wait until everything that was sent has left, so that its memory can be used again.
 
         A channel may hold on to all that was sent until then. A worker that keeps sending calls this where the receivers are known to have
         received most of it.
         """
-        ...
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027  (nor anything to close)
         """Give up the connection to the other workers."""
-        ...
 
 
-class ChannelWrapper:
-    """A channel that passes every call on to another one. Base of channels that add something, which override what they must."""
+class ChannelWrapper(Channel):
+    """A channel that passes every call on to another one. Base of channels that add something, which override what they must.
+
+    A broadcast consists of this channel's own sends and receives, so that what these add holds for it, too.
+    """
 
     def __init__(self, inner: Channel) -> None:
         self.inner = inner
@@ -215,13 +238,6 @@ class ChannelWrapper:
 
     def close(self) -> None:
         self.inner.close()
-
-
-def exchange_one_by_one(channel: Channel, sends: Sends, receives: Receives, tag: MessageTag) -> list[State]:
-    """Do `Channel.exchange` as sends followed by receives, on a channel where a send does not wait for its receiver."""
-    for state, destination in sends:
-        channel.send(state, destination, tag)
-    return [channel.receive(spec, source, tag) for spec, source in receives]
 
 
 def unexpected_message(tag: MessageTag, sent: MessageTag, receiver: int, sender: int) -> ChannelError:

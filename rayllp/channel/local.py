@@ -3,15 +3,14 @@
 import queue
 import threading
 import time
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from rayllp.channel.base import MessageTag, Receives, Sends, StateSpec, exchange_one_by_one, timed_out, unexpected_message
+from rayllp.channel.base import Channel, MessageTag, StateSpec, timed_out, unexpected_message
 from rayllp.errors import ChannelError
 from rayllp.state import State, detach
 
@@ -45,10 +44,8 @@ class _Shared:
         self.parts: list[list[Tensor]] = [[] for _ in range(size)]
 
 
-class LocalChannel:
+class LocalChannel(Channel):
     """One thread's channel to the other threads."""
-
-    synchronous_sends = False
 
     def __init__(self, shared: _Shared, rank: int) -> None:
         self._shared, self.rank, self.size = shared, rank, shared.size
@@ -75,9 +72,6 @@ class LocalChannel:
         if sent != tag:
             raise unexpected_message(tag, sent, self.rank, source)
         return state
-
-    def exchange(self, sends: Sends, receives: Receives, tag: MessageTag) -> list[State]:
-        return exchange_one_by_one(self, sends, receives, tag)
 
     def arrived(self, spec: StateSpec, source: int) -> bool:
         return not self._shared.queues[source, self.rank].empty()
@@ -121,12 +115,6 @@ class LocalChannel:
             raise ChannelError(
                 f"{tag}: worker {self.rank} waited {self._shared.timeout_s:g} s for all {self.size} workers to meet in a collective"
             ) from None
-
-    def prepost_receives(self, key: Hashable | None) -> AbstractContextManager[None]:
-        return nullcontext()
-
-    def finish(self) -> None:
-        pass
 
     def close(self) -> None:
         self._shared.barrier.abort()

@@ -4,7 +4,7 @@ A state travels as one message with a header (`packing.py`), and its receive may
 """
 
 import time
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from rayllp.channel.base import MessageTag, Receives, Reduction, Sends, StateSpec, exchange_one_by_one, receive_failed, timed_out
+from rayllp.channel.base import Channel, MessageTag, Reduction, StateSpec, receive_failed, timed_out
 from rayllp.channel.packing import UncheckedHeaders, check_header, empty_message, header_of, pack, pack_rows, unpack
 from rayllp.errors import ChannelError
 from rayllp.state import State, tensors
@@ -68,7 +68,7 @@ def failing_as(name: str) -> Iterator[None]:
         raise ChannelError(f"{name}: {error}") from error
 
 
-class ProcessChannel(ABC):
+class ProcessChannel(Channel):
     """Base of the channels between processes. A state of several tensors travels as one message.
 
     In a sequence of messages that it knows (`Channel.prepost_receives`), the next receive from each worker is posted ahead of time, while
@@ -87,7 +87,6 @@ class ProcessChannel(ABC):
     def __init__(self, rank: int, size: int, timeout_s: float, *, group: dist.ProcessGroup | None, on_host: bool, preposts: bool) -> None:
         self.rank, self.size, self.timeout_s, self.group = rank, size, timeout_s, group
         self._on_host, self._preposts = on_host, preposts
-        self.synchronous_sends = False
         self._sequences: dict[Hashable, list[Expected]] = {}
         self._received: list[Expected] | None = None  # in the current sequence; None outside of one
         self._unposted: dict[int, deque[Expected]] = {}  # by sender: receives of the current sequence that are not posted yet
@@ -155,9 +154,6 @@ class ProcessChannel(ABC):
             self._unchecked.add(message, spec, tag, self.rank, source)
         return unpack(message.to(spec.device), spec)
 
-    def exchange(self, sends: Sends, receives: Receives, tag: MessageTag) -> list[State]:
-        return exchange_one_by_one(self, sends, receives, tag)
-
     @abstractmethod
     def _all_gather(self, buffer: Tensor) -> list[Tensor]:
         """Return every worker's flat buffer, in order of rank. All have the same length.
@@ -191,9 +187,6 @@ class ProcessChannel(ABC):
         spec = StateSpec.of(parts[0])
         return [part for rank, row in enumerate(found) for part in tensors(self._open(row, spec, rank, tag))]
 
-    def all_reduce(self, tensor: Tensor, tag: MessageTag) -> Tensor:
-        return self.begin_all_reduce(tensor, tag).wait()
-
     def begin_all_reduce(self, tensor: Tensor, tag: MessageTag) -> Reduction:
         name = f"{tag}: all-reduce over {self.size} workers failed on worker {self.rank}"
         with failing_as(name):
@@ -206,14 +199,6 @@ class ProcessChannel(ABC):
         Raises:
             RuntimeError: the time limit has passed, or a worker is gone. The returned function raises it, too.
         """
-
-    @abstractmethod
-    def finish(self) -> None:
-        """See `Channel.finish`."""
-
-    @abstractmethod
-    def close(self) -> None:
-        """See `Channel.close`."""
 
     def arrived(self, spec: StateSpec, source: int) -> bool:
         if not self._preposts:

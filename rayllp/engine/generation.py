@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, GenerationMixin, GPT2Config, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
-from rayllp.channel.base import MessageTag
+from rayllp.channel.base import MessageTag, StateSpec
 from rayllp.data.base import Inputs
 from rayllp.engine.block import Block
 from rayllp.engine.exact_forward import ExactForward
@@ -108,13 +108,17 @@ class Decoder:
     def broadcast(self, table: Tensor | None) -> Tensor:
         """Return the last worker's table of integers, on every worker. All others pass None."""
         self.requests += 1
-        shape = torch.zeros(2, dtype=torch.int64) if table is None else torch.tensor(table.shape)
-        shape = self.group.channel.all_reduce(shape.to(self.group.device), self._tag("shape"))
-        self.group.channel.finish()  # all workers are done with the previous request, so its states need not be kept
-        content = torch.zeros(tuple(shape.tolist()), dtype=torch.int64) if table is None else table
-        if content.numel() == 0:
-            return content
-        return self.group.channel.all_reduce(content.to(self.group.device).contiguous(), self._tag("tokens")).cpu()
+        shape = self._broadcast(None if table is None else torch.tensor(table.shape), (2,), "shape")
+        return self._broadcast(table, tuple(shape.tolist()), "tokens")
+
+    def _broadcast(self, numbers: Tensor | None, shape: tuple[int, ...], phase: str) -> Tensor:
+        """Return the last worker's integers of this shape, on every worker."""
+        channel, device = self.group.channel, self.group.device
+        spec = StateSpec((torch.Size(shape),), (torch.int64,), device)
+        found = channel.broadcast(None if numbers is None else numbers.to(device), spec, channel.size - 1, self._tag(phase))
+        channel.finish()  # all workers are done with the previous request, so its states need not be kept
+        assert isinstance(found, Tensor)
+        return found.cpu()
 
     def _tag(self, phase: str) -> MessageTag:
         return MessageTag(self.requests, "generation", phase)

@@ -142,7 +142,7 @@ class WindowSolver:
 
     def solve(self, initial: State | None, source: int) -> MGRITResult:
         """Solve from state `initial`, which worker `source` has. Every worker gets the result's output."""
-        state = self._broadcast(initial, source)
+        state = self.channel.broadcast(initial, self.spec, source, self.tag.at("broadcast", 0))
         for is_chain, windows in groupby(self.windows, key=lambda layers: len(layers) == 1):
             if is_chain:
                 state = self._solve_chain([layer for (layer,) in windows], state)
@@ -194,7 +194,7 @@ class WindowSolver:
                 self.channel.send(state, owners[place + 1], tag)
         if ends_solve and owners[-1] != rank:
             self._form_deferred()  # while the others go on to the end
-        return self._broadcast(state if owners[-1] == rank else None, owners[-1])
+        return self.channel.broadcast(state if owners[-1] == rank else None, self.spec, owners[-1], self.tag.at("broadcast", 0))
 
     def _form_deferred(self) -> None:
         """Take the last sweep of the layers for which only `step` was called, since other workers waited for it."""
@@ -228,18 +228,6 @@ class WindowSolver:
         return inputs
 
     # Messages -----------------------------------------------------------------------------------------------------------------
-
-    def _broadcast(self, state: State | None, source: int) -> State:
-        """Return the state of worker `source`, on every worker."""
-        tag = self.tag.at("broadcast", 0)
-        if self.channel.rank != source:
-            return self.channel.receive(self.spec, source, tag)
-        if state is None:
-            raise SettingsError(f"worker {source} is to begin the {self.tag.solve} solve and has no initial state")
-        for other in range(self.channel.size):
-            if other != source:
-                self.channel.send(state, other, tag)
-        return state
 
     def _end(self, layers: Sequence[int], start: State, mine: dict[int, State]) -> State:
         """Return the state after the window: its first state plus all increments, added in the order of the layers.

@@ -8,7 +8,6 @@ while a worker waits.
 
 from collections import defaultdict, deque
 from collections.abc import Hashable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import pairwise
@@ -17,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rayllp.channel.base import MessageTag, Receives, Reduction, Sends, StateSpec
+from rayllp.channel.base import Channel, MessageTag, Reduction, StateSpec
 from rayllp.config import TrainConfig
 from rayllp.control import Accuracy
 from rayllp.engine.step_solves import StepSolves
@@ -51,10 +50,8 @@ class Work(NamedTuple):
     peer: int = 0
 
 
-class _Recorder(Propagator):
+class _Recorder(Propagator, Channel):
     """The propagator and the channel of one worker, which record what the solver asks of them."""
-
-    synchronous_sends = False
 
     def __init__(self, rank: int, size: int, first: int, solve: str, c_points: frozenset[int]) -> None:
         self.rank, self.size, self._first, self._solve, self._c_points = rank, size, first, solve, c_points
@@ -106,23 +103,11 @@ class _Recorder(Propagator):
     def begin_all_reduce(self, tensor: Tensor, tag: MessageTag) -> Reduction:
         raise NotImplementedError("solves sum nothing in the background")
 
-    def exchange(self, sends: Sends, receives: Receives, tag: MessageTag) -> list[State]:
-        raise NotImplementedError("solves exchange nothing")
-
     def all_gather(self, state: State, spec: StateSpec, tag: MessageTag) -> list[State]:
         raise NotImplementedError("MGRIT on blocks gathers nothing")
 
     def all_to_all(self, parts: Sequence[Tensor], tag: MessageTag) -> list[Tensor]:
         raise NotImplementedError("MGRIT on blocks gathers nothing")
-
-    def prepost_receives(self, key: Hashable | None) -> AbstractContextManager[None]:
-        return nullcontext()
-
-    def finish(self) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
 
 
 def _spend(work: Work, first: int, costs: Mapping[str, float], now: float, spans: list[Span] | None) -> float:
