@@ -5,6 +5,7 @@ import torch
 
 from rayllp.channel import LocalChannel, MessageTag, StateSpec, run_workers
 from rayllp.checkpoint.memory import HeldStates
+from rayllp.engine.generation import continue_text
 from rayllp.errors import ChannelError
 from tests.conftest import make_engine, tiny, train_engine
 from tests.strict_channel import run_strictly
@@ -74,6 +75,17 @@ def test_every_family(family, head, accuracy):
     def work(channel):
         engine = make(config, channel)
         return [engine.train_step(step, accuracy).loss for step in range(2)]
+
+    assert run_strictly(3, work) == run_workers(3, work)
+
+
+@pytest.mark.parametrize("placement", ["blocks", "cyclic"])
+def test_generation(placement):
+    """The last worker broadcasts each request to the others, which then send states to each other."""
+    config = config_of("gpt2", workers=3, mesh={"placement": placement})
+
+    def work(channel):
+        return continue_text(make(config, channel).exact_forward, [1, 2, 3], 4)
 
     assert run_strictly(3, work) == run_workers(3, work)
 
