@@ -87,7 +87,7 @@ def say(meeting, *lines):
         return answers
 
 
-def test_the_manager_lets_in_who_has_a_key_and_closes_its_door_when_all_are_there():
+def test_the_manager_lets_in_who_has_a_key_and_stops_listening_when_all_are_there():
     manager = ProcessManager("127.0.0.1", ["a", "a", "b"])
     meeting = manager.rendezvous
     assert len({*meeting.keys}) == 3
@@ -120,16 +120,16 @@ def test_the_manager_lets_in_who_has_a_key_and_closes_its_door_when_all_are_ther
             socket.create_connection((meeting.host, meeting.port), timeout=5).close()
         except ConnectionRefusedError:
             break
-        except ConnectionError:  # the door was closed in this one's face
+        except ConnectionError:  # the listener was closed before this one was accepted
             continue
         time.sleep(0.01)
     else:
         pytest.fail("the manager still listens")
-    assert all(lifeline.holds() for lifeline in lifelines)
+    assert all(lifeline.is_intact() for lifeline in lifelines)
     members[1].shutdown(socket.SHUT_RDWR)  # as if its process had died
-    while time.monotonic() < deadline and any(lifeline.holds() for lifeline in lifelines):
+    while time.monotonic() < deadline and any(lifeline.is_intact() for lifeline in lifelines):
         time.sleep(0.01)
-    assert not any(lifeline.holds() for lifeline in lifelines)
+    assert not any(lifeline.is_intact() for lifeline in lifelines)
     manager.close()
 
 

@@ -74,12 +74,22 @@ class MPIWorld:
     """This process's membership in an MPI world. A process can be in one world only in its life.
 
     Args:
-        comm: the communicator of the whole world.
         lifeline: the lifeline to the other workers. None if MPI's own launcher has started them: it ends all processes when one is lost.
+
+    Attributes:
+        comm: the communicator of the whole world.
+
+    Raises:
+        SettingsError: mpi4py or MPI is missing.
     """
 
-    def __init__(self, comm: Any, lifeline: Lifeline | None = None) -> None:
-        self.comm, self.lifeline = comm, lifeline
+    def __init__(self, lifeline: Lifeline | None = None) -> None:
+        MPI = load_mpi()
+        with _exit_on_loss(lifeline):
+            if not MPI.Is_initialized():
+                MPI.Init_thread(MPI.THREAD_MULTIPLE)
+            _unlink_shared_memory(MPI.COMM_WORLD)
+        self.comm, self.lifeline = MPI.COMM_WORLD, lifeline
 
     @staticmethod
     def join(rendezvous: Rendezvous, rank: int, timeout_s: float) -> "MPIWorld":
@@ -90,40 +100,35 @@ class MPIWorld:
         Raises:
             ClusterError: this process was in a world before, or its MPI does not speak PMI-1.
         """
-        MPI, world = load_mpi(), len(rendezvous.keys)
-        if MPI.Is_initialized():
+        if load_mpi().Is_initialized():
             raise ClusterError("this process was in an MPI world before; MPI lets a process be in one only: start a new one")
-        lifeline, found = Lifeline(rendezvous, rank, timeout_s), rendezvous.environment(rank)
-        os.environ.update(found)
+        size, variables = len(rendezvous.keys), rendezvous.environment(rank)
+        os.environ.update(variables)
         try:
-            with lifeline.fatal():
-                MPI.Init_thread(MPI.THREAD_MULTIPLE)
+            world = MPIWorld(Lifeline(rendezvous, rank, timeout_s))
         finally:
-            for name in found:
+            for name in variables:
                 del os.environ[name]
-        comm = MPI.COMM_WORLD
-        if (comm.Get_rank(), comm.Get_size()) != (rank, world):
-            library = MPI.Get_library_version().splitlines()[0]
+        if (world.comm.Get_rank(), world.comm.Get_size()) != (rank, size):
+            made, library = world.comm.Get_size(), load_mpi().Get_library_version().splitlines()[0]
             raise ClusterError(
-                f"channel: mpi made a world of {comm.Get_size()}, not {world}: {library} does not speak PMI-1. Use MPICH or one of its kin "
+                f"channel: mpi made a world of {made}, not {size}: {library} does not speak PMI-1. Use MPICH or one of its kin "
                 "(pip install 'rayllp[mpi]' has it), or start all by the launcher of that MPI: mpiexec … rayllp train … --launcher mpi"
             )
-        with lifeline.fatal():
-            unlink_shared_memory(comm)
-        return MPIWorld(comm, lifeline)
+        return world
 
     def channel(self, colour: int, timeout_s: float, group: dist.ProcessGroup | None = None) -> "MPIChannel":
         """Return a channel between all workers that pass the same colour.
 
         Every worker of the world has to call it, and it waits for all of them.
         """
-        with _fatal_losses(self.lifeline):
+        with _exit_on_loss(self.lifeline):
             return MPIChannel(self.comm.Split(colour), timeout_s, self.lifeline, group)
 
     def leave(self) -> None:
         """Tell the other workers that this one has left the world."""
         if self.lifeline is not None:
-            self.lifeline.cut()
+            self.lifeline.close()
 
 
 class MPIChannel(ProcessChannel):
@@ -189,13 +194,13 @@ class MPIChannel(ProcessChannel):
                 raise RuntimeError(f"MPI request not done after {waited:.3g} s")
             if waited - looked > 0.01:
                 looked = waited
-                if self._lifeline is not None and not self._lifeline.holds():
+                if self._lifeline is not None and not self._lifeline.is_intact():
                     raise RuntimeError("a worker is gone")
             time.sleep(min(MAX_PAUSE_S, max(MIN_PAUSE_S, waited * PAUSE_SHARE)))
 
-    def fatal_losses(self) -> AbstractContextManager[None]:
+    def exit_on_loss(self) -> AbstractContextManager[None]:
         """Return a context in which the loss of a worker ends this process: for other libraries' calls to MPI, which have no time limit."""
-        return _fatal_losses(self._lifeline)
+        return _exit_on_loss(self._lifeline)
 
     # Messages that have not left yet --------------------------------------------------------------------------------------------
 
@@ -267,11 +272,11 @@ class MPIChannel(ProcessChannel):
         self._posted.clear()
 
 
-def _fatal_losses(lifeline: Lifeline | None) -> AbstractContextManager[None]:
-    return nullcontext() if lifeline is None else lifeline.fatal()
+def _exit_on_loss(lifeline: Lifeline | None) -> AbstractContextManager[None]:
+    return nullcontext() if lifeline is None else lifeline.exit_on_loss()
 
 
-def unlink_shared_memory(comm: Any) -> None:
+def _unlink_shared_memory(comm: Any) -> None:
     """Unlink the files of the memory that MPICH shares on a node, once all workers have mapped it.
 
     A worker that is killed later then leaves no such file behind.

@@ -8,16 +8,16 @@ gone.
 A process is let in only with its own secret key. Once all are in, the manager accepts no more connections.
 """
 
+import asyncio
 import fcntl
 import os
 import secrets
-import selectors
 import signal
 import socket
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import groupby
 
 KEY_BITS = 31
@@ -43,14 +43,15 @@ class Rendezvous:
 class _Client:
     """A connection to the manager: an MPI library's, or a lifeline."""
 
-    connection: socket.socket
-    rank: int | None = None
-    lifeline: bool = False
-    ended: bool = False  # whether the library has finalised, so that the end of the connection is no loss
-    unread: bytes = b""
+    writer: asyncio.StreamWriter
+    rank: int | None = None  # None until the client has shown its key
+    is_lifeline: bool = False
+    has_finalized: bool = False  # the end of the connection is no loss then
+
+    def reply(self, text: str) -> None:
+        self.writer.write(text.encode() + b"\n")
 
 
-@dataclass
 class ProcessManager:
     """Serves the processes of one MPI world in a thread of its own, until it is closed or a process is lost.
 
@@ -62,83 +63,62 @@ class ProcessManager:
         rendezvous: what a process needs to join.
     """
 
-    host: str
-    nodes: Sequence[object]
-    rendezvous: Rendezvous = field(init=False)
-
-    def __post_init__(self) -> None:
-        self._listener = socket.create_server((self.host, 0))
-        keys = tuple(secrets.randbits(KEY_BITS) for _ in self.nodes)
-        self.rendezvous = Rendezvous(self.host, int(self._listener.getsockname()[1]), keys)
-        self._name = f"rayllp_{secrets.token_hex(8)}"  # MPICH derives the name of its shared memory from it
+    def __init__(self, host: str, nodes: Sequence[object]) -> None:
+        listener = socket.create_server((host, 0))
+        keys = tuple(secrets.randbits(KEY_BITS) for _ in nodes)
+        self.rendezvous = Rendezvous(host, int(listener.getsockname()[1]), keys)
+        self._size = len(nodes)
         self._clients: list[_Client] = []
-        self._waiting: list[_Client] = []  # clients that have reached the barrier
-        self._values = {"PMI_process_mapping": _mapping(self.nodes)}
-        self._selector = selectors.DefaultSelector()
-        self._selector.register(self._listener, selectors.EVENT_READ)
-        self._wake, self._woken = socket.socketpair()
-        self._selector.register(self._woken, selectors.EVENT_READ)
-        self._thread = threading.Thread(target=self._serve, name="process manager", daemon=True)
+        self._in_barrier: list[_Client] = []
+        self._values = {"PMI_process_mapping": _process_mapping(nodes)}
+        self._constants = {  # answers that are the same for all processes, by command
+            "init": "cmd=response_to_init pmi_version=1 pmi_subversion=1 rc=0",
+            "get_maxes": "cmd=maxes kvsname_max=256 keylen_max=64 vallen_max=4096 rc=0",
+            "get_appnum": "cmd=appnum appnum=0 rc=0",
+            "get_universe_size": f"cmd=universe_size size={self._size} rc=0",
+            # MPICH derives the name of its shared memory from this one
+            "get_my_kvsname": f"cmd=my_kvsname kvsname=rayllp_{secrets.token_hex(8)} rc=0",
+        }
+        self._loop, self._is_over = asyncio.new_event_loop(), asyncio.Event()
+        self._thread = threading.Thread(target=self._run, args=(listener,), name="process manager", daemon=True)
         self._thread.start()
 
     def close(self) -> None:
         """Stop serving. All lifelines end."""
-        with suppress(OSError):
-            self._wake.send(b"x")
+        with suppress(RuntimeError):  # the thread has ended already: a process was lost
+            self._loop.call_soon_threadsafe(self._is_over.set)
         self._thread.join(5)
 
-    # The serving thread ---------------------------------------------------------------------------------------------------------
+    # In the serving thread ------------------------------------------------------------------------------------------------------
 
-    def _serve(self) -> None:
-        """Accept connections and answer requests, until the manager is closed or a process is lost. All connections are closed then."""
-        try:
-            while True:
-                for key, _ in self._selector.select():
-                    if key.fileobj is self._woken:
-                        return
-                    if key.fileobj is self._listener:
-                        self._accept()
-                    elif not self._hear(key.data):
-                        return
-        finally:
-            for each in (*(client.connection for client in self._clients), self._listener, self._woken, self._wake):
-                each.close()
-            self._selector.close()
+    def _run(self, listener: socket.socket) -> None:
+        with asyncio.Runner(loop_factory=lambda: self._loop) as runner:
+            runner.run(self._serve(listener))
 
-    def _accept(self) -> None:
-        """Accept one connection."""
-        try:
-            connection, _ = self._listener.accept()
-        except OSError:  # the listener has just been closed, or the client has gone again
-            return
-        connection.settimeout(10)
-        client = _Client(connection)
+    async def _serve(self, listener: socket.socket) -> None:
+        """Serve until the manager is closed or a process is lost; then close all connections."""
+        self._server = await asyncio.start_server(self._handle, sock=listener, limit=LONGEST_LINE)
+        await self._is_over.wait()
+        self._server.close()
+        for client in self._clients:
+            client.writer.transport.abort()
+        while self._clients:  # each leaves when it sees that its connection is closed
+            await asyncio.sleep(0)
+
+    async def _handle(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Answer one client, line by line, until it hangs up, or says what it must not."""
+        client = _Client(writer)
         self._clients.append(client)
-        self._selector.register(connection, selectors.EVENT_READ, client)
-
-    def _hear(self, client: _Client) -> bool:
-        """Read and answer what a client has sent. Returns False if a process of the world is gone."""
         try:
-            heard = client.connection.recv(4096)
-        except OSError:
-            heard = b""
-        if not heard or len(client.unread) > LONGEST_LINE:
-            return self._end(client)
-        *lines, client.unread = (client.unread + heard).split(b"\n")
-        try:
-            for line in lines:
-                self._answer(client, line.decode())
-        except (OSError, ValueError, KeyError, IndexError):  # a malformed message, or a broken connection
-            return self._end(client)
-        return True
-
-    def _end(self, client: _Client) -> bool:
-        """Drop a connection. Returns False if that means that a process of the world is gone."""
-        self._clients.remove(client)
-        with suppress(KeyError, ValueError):
-            self._selector.unregister(client.connection)
-        client.connection.close()
-        return client.rank is None or client.ended
+            while line := await reader.readline():
+                self._answer(client, line.decode().removesuffix("\n"))
+        except (OSError, ValueError, KeyError, IndexError):  # a broken connection, or a malformed message
+            pass
+        finally:
+            self._clients.remove(client)
+            writer.close()
+            if client.rank is not None and not client.has_finalized:
+                self._is_over.set()
 
     def _answer(self, client: _Client, line: str) -> None:
         """Answer one line of PMI-1.
@@ -150,58 +130,42 @@ class ProcessManager:
         words = dict(part.split("=", 1) for part in line.split(" ") if "=" in part)
         command = words["cmd"]
         if command in ("initack", "lifeline"):
-            self._enter(client, int(words["pmiid"]), lifeline=command == "lifeline")
+            self._admit(client, int(words["pmiid"]), is_lifeline=command == "lifeline")
         elif client.rank is None:
             raise ValueError(f"{command} before a key was shown")
         elif command == "put":
             self._values[words["key"]] = line.split(" value=", 1)[1]
-            _say(client, "cmd=put_result rc=0 msg=success")
+            client.reply("cmd=put_result rc=0 msg=success")
         elif command == "get":
             value = self._values.get(words["key"])
             found = "rc=-1 msg=key_not_found value=unknown" if value is None else f"rc=0 msg=success value={value}"
-            _say(client, f"cmd=get_result {found}")
+            client.reply(f"cmd=get_result {found}")
         elif command == "barrier_in":
-            self._waiting.append(client)
-            if len(self._waiting) == len(self.nodes):
-                waiting, self._waiting = self._waiting, []
-                for each in waiting:
-                    _say(each, "cmd=barrier_out rc=0")
+            self._in_barrier.append(client)
+            if len(self._in_barrier) == self._size:
+                for each in self._in_barrier:
+                    each.reply("cmd=barrier_out rc=0")
+                self._in_barrier = []
         elif command == "finalize":
-            client.ended = True
-            _say(client, "cmd=finalize_ack rc=0")
+            client.has_finalized = True
+            client.reply("cmd=finalize_ack rc=0")
         else:
-            _say(client, self._constants[command])
+            client.reply(self._constants[command])
 
-    @property
-    def _constants(self) -> dict[str, str]:
-        """Answers that are the same for all processes, by command."""
-        return {
-            "init": "cmd=response_to_init pmi_version=1 pmi_subversion=1 rc=0",
-            "get_maxes": "cmd=maxes kvsname_max=256 keylen_max=64 vallen_max=4096 rc=0",
-            "get_appnum": "cmd=appnum appnum=0 rc=0",
-            "get_universe_size": f"cmd=universe_size size={len(self.nodes)} rc=0",
-            "get_my_kvsname": f"cmd=my_kvsname kvsname={self._name} rc=0",
-        }
-
-    def _enter(self, client: _Client, key: int, *, lifeline: bool) -> None:
+    def _admit(self, client: _Client, key: int, *, is_lifeline: bool) -> None:
         """Let a client in with its key. The listener is closed once all libraries and all lifelines are connected."""
         rank = self.rendezvous.keys.index(key)
-        if client.rank is not None or any(each.rank == rank and each.lifeline == lifeline for each in self._clients):
+        if client.rank is not None or any(each.rank == rank and each.is_lifeline == is_lifeline for each in self._clients):
             raise ValueError("this rank is there already")
-        client.rank, client.lifeline = rank, lifeline
-        if not lifeline:
-            for answer in ("cmd=initack rc=0", f"cmd=set size={len(self.nodes)}", f"cmd=set rank={rank}", "cmd=set debug=0"):
-                _say(client, answer)
-        if sum(each.rank is not None for each in self._clients) == 2 * len(self.nodes):
-            self._selector.unregister(self._listener)
-            self._listener.close()
+        client.rank, client.is_lifeline = rank, is_lifeline
+        if not is_lifeline:
+            for answer in ("cmd=initack rc=0", f"cmd=set size={self._size}", f"cmd=set rank={rank}", "cmd=set debug=0"):
+                client.reply(answer)
+        if sum(each.rank is not None for each in self._clients) == 2 * self._size:
+            self._server.close()
 
 
-def _say(client: _Client, text: str) -> None:
-    client.connection.sendall(text.encode() + b"\n")
-
-
-def _mapping(nodes: Sequence[object]) -> str:
+def _process_mapping(nodes: Sequence[object]) -> str:
     """Return which ranks share a node, in MPICH's notation: blocks of (first node, number of nodes, ranks on each)."""
     number = {node: n for n, node in enumerate(dict.fromkeys(nodes))}
     blocks = [f"({number[node]},1,{len(list(ranks))})" for node, ranks in groupby(nodes)]
@@ -220,7 +184,7 @@ class Lifeline:
         self._connection.sendall(f"cmd=lifeline pmiid={rendezvous.keys[rank]}\n".encode())
         self._connection.setblocking(False)
 
-    def holds(self) -> bool:
+    def is_intact(self) -> bool:
         """Return True if every worker is still there, as far as this one knows."""
         try:
             return self._connection.recv(1) != b""
@@ -230,7 +194,7 @@ class Lifeline:
             return False
 
     @contextmanager
-    def fatal(self) -> Iterator[None]:
+    def exit_on_loss(self) -> Iterator[None]:
         """Within this context, the loss of a worker ends this process at once: for calls to MPI that nothing else can interrupt.
 
         The process is ended by a signal (SIGIO, whose default action is that), since such calls may hold the GIL.
@@ -239,12 +203,12 @@ class Lifeline:
         fcntl.fcntl(self._connection, fcntl.F_SETOWN, os.getpid())
         fcntl.fcntl(self._connection, fcntl.F_SETFL, flags | os.O_ASYNC)
         try:
-            if not self.holds():
+            if not self.is_intact():
                 os.kill(os.getpid(), signal.SIGIO)
             yield
         finally:
             fcntl.fcntl(self._connection, fcntl.F_SETFL, flags)
 
-    def cut(self) -> None:
+    def close(self) -> None:
         """Leave the group: the lifelines of all other workers end, too."""
         self._connection.close()

@@ -14,15 +14,14 @@ import sys
 import time
 import traceback
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 
-from rayllp.channel.interfaces import LOOPBACK, ConnectAttempt, Endpoint, addresses, explain_unreachable, open_listeners
-from rayllp.channel.mpi import MPIWorld, load_mpi, unlink_shared_memory
+from rayllp.channel.interfaces import LOOPBACK, addresses, explain_unreachable, open_listeners
+from rayllp.channel.mpi import MPIWorld, load_mpi
 from rayllp.cluster.cpus import bound_to, usable_cpus
 from rayllp.cluster.placement import WorkerLocation, threads_of
 from rayllp.cluster.worker import BlockWorker
@@ -36,42 +35,11 @@ from rayllp.training.prepare import open_run, prepare
 from rayllp.training.result import BuildContext, Network, TrainResult
 from rayllp.training.worker_group import WorkerGroup, WorkerShare
 
-TAG = 11
 PAUSE_S = 5e-4
-"""Pause between two polls for a message to or from the driver: MPI's own blocking receive would keep a core busy."""
-STOP = "stop"
+"""Pause between two polls for a call from rank 0, or for its answers: MPI's own waits would keep a core busy."""
 
-
-@dataclass(frozen=True)
-class Launched:
-    """This process among those that the MPI launcher started.
-
-    Attributes:
-        comm: communicator of all processes.
-        local_rank, local_size: this process's rank among those on its node, and their number.
-        cpus: number of CPUs that this process may use.
-    """
-
-    comm: Any
-    local_rank: int
-    local_size: int
-    cpus: int = 1
-
-
-def launched() -> Launched:
-    """Initialise MPI and describe this process. All processes call it.
-
-    Raises:
-        SettingsError: mpi4py or MPI is missing.
-    """
-    MPI = load_mpi()
-    if not MPI.Is_initialized():
-        MPI.Init_thread(MPI.THREAD_MULTIPLE)
-    unlink_shared_memory(MPI.COMM_WORLD)
-    node = MPI.COMM_WORLD.Split_type(MPI.COMM_TYPE_SHARED)
-    # The launcher may have bound each process to CPUs of its own. Otherwise processes with common CPUs share them.
-    sharing = sum(not bound.isdisjoint(bound_to()) for bound in node.allgather(bound_to()))
-    return Launched(MPI.COMM_WORLD.Dup(), node.Get_rank(), node.Get_size(), max(1, usable_cpus() // sharing))
+Call = tuple[str, tuple[Any, ...]]
+"""A method of `MPIWorker` and its arguments."""
 
 
 def train_launched(
@@ -84,30 +52,28 @@ def train_launched(
     Returns: the result on rank 0, None on the others.
 
     Raises:
-        SettingsError: on rank 0: `config.workers` is a range, or not the number of processes.
+        SettingsError: mpi4py or MPI is missing; on rank 0: `config.workers` is a range, or not the number of processes.
         RayllpError: on rank 0: as raised by `rayllp.train`.
     """
-    process = launched()
-    comm = process.comm
-    if comm.Get_rank() > 0:
+    process = MPIProcess()
+    if process.rank > 0:
         for number in ASKING:  # the launcher, or a job manager, sends signals to all ranks; rank 0 decides what to do
             signal.signal(number, signal.SIG_IGN)
-        _serve(process)
+        process.serve()
         load_mpi().Finalize()
         return None
-    others = _OtherProcesses(comm)
     try:
-        prepared = prepare(sized(config, comm.Get_size()) if resume is None else config, output, resume)
+        prepared = prepare(sized(config, process.size) if resume is None else config, output, resume)
         config = prepared.config
-        check_size(config, comm.Get_size())
+        check_size(config, process.size)
         device = _device(config, process)
         with open_run(prepared, output, console) as (run, holds):
-            group = LaunchedGroup(config, device, process, others)
+            group = MPIWorkerGroup(config, device, process)
             result = Driver(config, run, group, None, None, prepared.loaded, console, holds).train(prepared.resume_from)
     except BaseException as error:
-        others.abandon(error)
+        process.abandon(error)
         raise
-    others.stop()
+    process.stop()
     load_mpi().Finalize()
     return result
 
@@ -132,7 +98,7 @@ def check_size(config: TrainConfig, size: int) -> None:
         raise SettingsError(f"{size} processes were launched for workers={config.world}: make them equal, or leave workers out")
 
 
-def _device(config: TrainConfig, process: Launched) -> str:
+def _device(config: TrainConfig, process: "MPIProcess") -> str:
     """Return "cpu" or "cuda" as the settings say; "auto" means GPUs if there is one for each process of this node."""
     enough = torch.cuda.is_available() and torch.cuda.device_count() >= process.local_size
     if config.device == "cuda" and not enough:
@@ -142,38 +108,33 @@ def _device(config: TrainConfig, process: Launched) -> str:
     return "cuda" if enough and config.device != "cpu" else "cpu"
 
 
-class LaunchedWorker(BlockWorker):
+class MPIWorker(BlockWorker):
     """A worker in a process that an MPI launcher started."""
 
-    def __init__(self, rank: int, config: TrainConfig, process: Launched, device: str) -> None:
+    def __init__(self, process: "MPIProcess", config: TrainConfig, device: str) -> None:
         if device == "cuda":  # as in Ray's workers, each process sees one GPU
             os.environ["CUDA_VISIBLE_DEVICES"] = _visible(process.local_rank)
-        super().__init__(rank, config, threads_of(process.cpus))
-        self._process = process
-        self.membership.mpi = MPIWorld(process.comm)
-        self._address, self._attempts = LOOPBACK, list[ConnectAttempt]()
+        super().__init__(process.rank, config, threads_of(process.cpus))
+        self.membership.mpi, self._address = process.world, LOOPBACK
 
     def location(self) -> WorkerLocation:
         """Return this host, and its address on the network that all hosts share; before `use_address` that is the loopback address."""
         name = socket.gethostname()
         return WorkerLocation(name, self._address, name)
 
-    def try_connections(self, endpoints: list[Endpoint]) -> list[ConnectAttempt]:
-        """Try to connect to these endpoints, and remember the results for `use_address`."""
-        self._attempts = super().try_connections(endpoints)
-        return self._attempts
+    def use_address(self, by_rank: Sequence[str]) -> None:
+        """Use this host's own one of these addresses."""
+        self._address = by_rank[self.rank]
 
-    def use_address(self, number: int) -> None:
-        """Use this host's address on the way to endpoint `number` of the last call of `try_connections`."""
-        address = self._attempts[number].local_address
-        assert address is not None, "an endpoint that all reached"
-        self._address = address
+    def reconfigure_in_place(self, config: TrainConfig) -> None:
+        """Give up this worker's layers and take new settings."""
+        self.reconfigure(config, self.rank)
 
     def leave(self, failure: Exception | None = None) -> None:
         """End all processes of the run: the others wait for what this one has failed to do."""
         if failure is not None:
             print(f"worker {self.rank}:", *traceback.format_exception_only(failure), sep="\n", file=sys.stderr, flush=True)
-        self._process.comm.Abort(1)
+        load_mpi().COMM_WORLD.Abort(1)
 
 
 def _visible(rank: int) -> str:
@@ -182,105 +143,129 @@ def _visible(rank: int) -> str:
     return devices.split(",")[rank] if devices and "," in devices else devices or str(rank)
 
 
-# Calls ----------------------------------------------------------------------------------------------------------------------------
-
-
-def _serve(process: Launched) -> None:
-    """Do what rank 0 asks for until it says stop."""
-    worker: LaunchedWorker | None = None
-    while True:
-        method, arguments = _hear(process.comm, 0)
-        if method == STOP:
-            return
-        try:
-            if method == "begin":
-                rank, config, device = arguments
-                worker, answer = LaunchedWorker(rank, config, process, device), None
-            else:
-                answer = getattr(worker, method)(*arguments)
-            outcome = True, answer
-        except Exception as error:
-            outcome = False, error if _travels(error) else ClusterError(f"{type(error).__name__}: {error}")
-        process.comm.send(outcome, 0, TAG)
-
-
-def _hear(comm: Any, source: int) -> Any:
-    while not comm.Iprobe(source, TAG):
-        time.sleep(PAUSE_S)
-    return comm.recv(source=source, tag=TAG)
-
-
-def _travels(error: Exception) -> bool:
-    try:
-        return type(pickle.loads(pickle.dumps(error))) is type(error)
-    except Exception:
-        return False
-
-
-class _OtherProcesses:
-    """Rank 0's connection to the other processes.
+class MPIProcess:
+    """This process among those that the MPI launcher started. Each has one worker, whose methods rank 0 has all of them call at once.
 
     Attributes:
-        busy: ranks that have been asked something and have not answered yet.
+        world: the MPI world of these processes.
+        rank, size: this process's rank, and the number of processes.
+        local_rank, local_size: the same among the processes of its node.
+        cpus: number of CPUs that this process may use.
+        worker: this process's worker, once `make_worker` was called.
+
+    Raises:
+        SettingsError: mpi4py or MPI is missing.
     """
 
-    def __init__(self, comm: Any) -> None:
-        self.comm, self.busy = comm, set[int]()
+    def __init__(self) -> None:
+        self.world = MPIWorld()
+        self._comm = self.world.comm.Dup()  # for calls and their answers
+        self.rank, self.size = self._comm.Get_rank(), self._comm.Get_size()
+        node = self._comm.Split_type(load_mpi().COMM_TYPE_SHARED)
+        self.local_rank, self.local_size = node.Get_rank(), node.Get_size()
+        # The launcher may have bound each process to CPUs of its own. Otherwise processes with common CPUs share them.
+        sharing = sum(not bound.isdisjoint(bound_to()) for bound in node.allgather(bound_to()))
+        self.cpus = max(1, usable_cpus() // sharing)
+        self.worker: MPIWorker | None = None
+        self._in_call = False
 
-    def ask(self, rank: int, method: str, *arguments: Any) -> None:
-        self.busy.add(rank)
-        self.comm.send((method, arguments), rank, TAG)
+    def make_worker(self, config: TrainConfig, device: str) -> None:
+        """Make this process's worker."""
+        self.worker = MPIWorker(self, config, device)
 
-    def answer(self, rank: int) -> tuple[bool, Any]:
-        outcome: tuple[bool, Any] = _hear(self.comm, rank)
-        self.busy.discard(rank)
-        return outcome
+    def call(self, method: str, *arguments: Any) -> list[Any]:
+        """On rank 0: call a method of the worker, or `make_worker`, in all processes. Returns the answers by rank, or raises a failure."""
+        self._in_call = True
+        self._broadcast((method, arguments))
+        outcomes = self._gather(self._run(method, arguments))
+        self._in_call = False
+        for rank, (worked, answer) in enumerate(outcomes):
+            if not worked:
+                if isinstance(answer, RayllpError):
+                    raise answer
+                raise ClusterError(f"worker {rank} failed: {type(answer).__name__}: {answer}") from answer
+        return [answer for _, answer in outcomes]
 
     def stop(self) -> None:
-        for rank in range(1, self.comm.Get_size()):
-            self.comm.send((STOP, ()), rank, TAG)
+        """On rank 0: end `serve` in the other processes."""
+        self._broadcast(None)
+
+    def serve(self) -> None:
+        """On the other ranks: do what rank 0 calls until it stops."""
+        while (call := self._broadcast(None)) is not None:
+            worked, answer = self._run(*call)
+            if not worked and not _is_picklable(answer):
+                answer = ClusterError(f"{type(answer).__name__}: {answer}")
+            self._gather((worked, answer))
 
     def abandon(self, error: BaseException) -> None:
-        """End the other processes because training failed: tell them to stop, or abort MPI if any of them is still busy."""
-        if not self.busy:
+        """On rank 0: end the other processes because training failed: tell them to stop, or abort MPI if they are in a call."""
+        if not self._in_call:
             self.stop()
             return
         text = f"{type(error).__name__}: {error}" if isinstance(error, RayllpError) else "".join(traceback.format_exception(error))
         if isinstance(error, KeyboardInterrupt):
             text = "stopped"
         Console(stderr=True, highlight=False, soft_wrap=True).print(text, markup=False, style="red")
-        self.comm.Abort(2)
+        self._comm.Abort(2)
+
+    def _run(self, method: str, arguments: tuple[Any, ...]) -> tuple[bool, Any]:
+        """Call a method; return True and its answer, or False and its error."""
+        try:
+            return True, getattr(self if method == "make_worker" else self.worker, method)(*arguments)
+        except Exception as error:
+            return False, error
+
+    def _broadcast(self, call: Call | None) -> Call | None:
+        """Return rank 0's call, or None if it stops."""
+        self._barrier()
+        return self._comm.bcast(call, 0)
+
+    def _gather(self, outcome: tuple[bool, Any]) -> list[tuple[bool, Any]]:
+        """Return all outcomes on rank 0, and nothing on the others."""
+        self._barrier()
+        return self._comm.gather(outcome, 0) or []
+
+    def _barrier(self) -> None:
+        """Wait for all processes, with pauses."""
+        request = self._comm.Ibarrier()
+        while not request.Test():
+            time.sleep(PAUSE_S)
 
 
-class LaunchedGroup(WorkerGroup):
+def _is_picklable(error: Exception) -> bool:
+    try:
+        return type(pickle.loads(pickle.dumps(error))) is type(error)
+    except Exception:
+        return False
+
+
+class MPIWorkerGroup(WorkerGroup):
     """All workers of a run whose processes an MPI launcher started.
 
     If a worker fails in a call in which workers exchange messages, all processes end.
     """
 
-    def __init__(self, config: TrainConfig, device: str, process: Launched, others: _OtherProcesses) -> None:
+    def __init__(self, config: TrainConfig, device: str, process: MPIProcess) -> None:
         self.config, self.device = config, device
-        self._process, self._others = process, others
-        self._mine: LaunchedWorker | None = None
+        self._process = process
         self._batches: Batches | None = None
 
     def start(self, network: Network, batches: Batches) -> list[WorkerShare]:
         """Have each process, including this one, make its worker, and connect them. They stay connected until the run ends."""
-        other_ranks = range(1, self.config.world)
-        for rank in other_ranks:
-            self._others.ask(rank, "begin", rank, self.config, self.device)
-        self._mine, self._batches = LaunchedWorker(0, self.config, self._process, self.device), batches
-        _unpack({rank: self._others.answer(rank) for rank in other_ranks})
-        if self._process.local_size < self._process.comm.Get_size():
-            self._find_addresses()
+        self.call("make_worker", self.config, self.device)
+        host = LOOPBACK
+        self._batches = batches
+        if self._process.local_size < self._process.size:
+            host = self._find_addresses()
             self._batches = with_files(batches)
-        host = self._mine.location().address
-        port = self._mine.listen(host)
+        assert self._process.worker is not None
+        port = self._process.worker.listen(host)
         self.call("connect", host, port, "nccl" if self.device == "cuda" else "gloo", self.device, 1)
         return self._build(network)
 
-    def _find_addresses(self) -> None:
-        """Tell each process its address in the network that all hosts share.
+    def _find_addresses(self) -> str:
+        """Tell each process its address in the network that all hosts share; return that of this host.
 
         That network is found by trying this host's addresses; the first one that all processes can connect to is used.
 
@@ -288,22 +273,22 @@ class LaunchedGroup(WorkerGroup):
             RendezvousError: no address can be reached by all.
         """
         with open_listeners(addresses()) as endpoints:
-            answers = self.call("try_connections", endpoints)
-        shared = [number for number in range(len(endpoints)) if all(tried[number].local_address is not None for tried in answers)]
-        if not shared:
-            unreachable = [
-                (f"process {rank}", endpoint, attempt.error)
-                for rank, tried in enumerate(answers)
-                for endpoint, attempt in zip(endpoints, tried, strict=True)
-                if attempt.local_address is None
-            ]
-            raise RendezvousError(explain_unreachable(unreachable, f"{socket.gethostname()} has no address that all processes reach"))
-        self.call("use_address", shared[0])
+            attempts = self.call("try_connections", endpoints)
+        for endpoint, by_rank in zip(endpoints, zip(*attempts, strict=True), strict=True):
+            if all(attempt.local_address for attempt in by_rank):
+                self.call("use_address", [attempt.local_address for attempt in by_rank])
+                return endpoint.address
+        unreachable = [
+            (f"process {rank}", endpoint, attempt.error)
+            for rank, of_rank in enumerate(attempts)
+            for endpoint, attempt in zip(endpoints, of_rank, strict=True)
+            if attempt.local_address is None
+        ]
+        raise RendezvousError(explain_unreachable(unreachable, f"{socket.gethostname()} has no address that all processes reach"))
 
     def rebuild(self, config: TrainConfig, network: Network) -> list[WorkerShare]:
         self.config = config
-        for rank in range(config.world):
-            self._call_some([rank], "reconfigure", config, rank)
+        self.call("reconfigure_in_place", config)
         return self._build(network)
 
     def _build(self, network: Network) -> list[WorkerShare]:
@@ -311,30 +296,7 @@ class LaunchedGroup(WorkerGroup):
 
     def call(self, method: str, *arguments: Any, timeout_s: float | None = None) -> list[Any]:
         """Call a method on all workers. `timeout_s` is ignored, since messages between workers have a time limit of their own."""
-        return self._call_some(range(self.config.world), method, *arguments)
-
-    def _call_some(self, ranks: Sequence[int], method: str, *arguments: Any) -> list[Any]:
-        for rank in ranks:
-            if rank > 0:
-                self._others.ask(rank, method, *arguments)
-        answers: dict[int, tuple[bool, Any]] = {}
-        if 0 in ranks:
-            try:
-                answers[0] = True, getattr(self._mine, method)(*arguments)
-            except Exception as error:
-                answers[0] = False, error
-        answers |= {rank: self._others.answer(rank) for rank in ranks if rank > 0}
-        return _unpack(answers)
+        return self._process.call(method, *arguments)
 
     def shutdown(self) -> None:
         """Do nothing: the processes belong to the launcher and end with the program."""
-
-
-def _unpack(answers: dict[int, tuple[bool, Any]]) -> list[Any]:
-    """Return the answers, or raise the first worker's failure."""
-    for rank, (worked, answer) in answers.items():
-        if not worked:
-            if isinstance(answer, RayllpError):
-                raise answer
-            raise ClusterError(f"worker {rank} failed: {type(answer).__name__}: {answer}") from answer
-    return [answer for _, answer in answers.values()]

@@ -129,7 +129,7 @@ class TorchBraidSolver:
     def _surfaced(self, what: str) -> Iterator[None]:
         """Raise what goes wrong inside. The loss of a worker meanwhile ends this process, since XBraid's waits have no time limit."""
         self._noticing.noticed.clear()
-        with self.channel.fatal_losses():
+        with self.channel.exit_on_loss():
             yield
         if self._noticing.noticed:
             raise ChannelError(f"TorchBraid's {what} solve failed: {self._noticing.noticed[0]!r}") from self._noticing.noticed[0]
