@@ -172,9 +172,11 @@ def chaos(
     limit: Annotated[str | None, typer.Option("--for", help="how long; default until the run ends")] = None,
 ) -> None:
     """Kill random workers of a run, to see how it and the cluster recover. Ctrl-C ends this; the run goes on."""
-    from rayllp.cluster.chaos import inject_failures, parse_duration
+    from rayllp.cluster.chaos import inject_failures
+    from rayllp.quantities import DURATIONS, quantity
 
-    inject_failures(run, parse_duration(mtbf, "--mtbf"), seed, None if limit is None else parse_duration(limit, "--for"), typer.echo)
+    limit_s = None if limit is None else quantity(limit, "--for", DURATIONS)
+    inject_failures(run, quantity(mtbf, "--mtbf", DURATIONS), seed, limit_s, typer.echo)
 
 
 @app.command()

@@ -4,10 +4,15 @@ import math
 
 from rayllp.errors import SettingsError
 
-SCALES = {"us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0, "GB/s": 1e9, "MB/s": 1e6, "Gb/s": 1.25e8, "GB": 1e9, "GiB": 2**30, "MB": 1e6}
+SCALES = {
+    "us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0,
+    "GB/s": 1e9, "MB/s": 1e6, "Gb/s": 1.25e8, "GB": 1e9, "GiB": 2**30, "MB": 1e6,
+}  # fmt: skip
 """Each unit in seconds, bytes or bytes a second."""
 TIMES = "us µs ms s"
-"""The units of times."""
+"""The units of times within a training step."""
+DURATIONS = "s m h"
+"""The units of longer times."""
 
 
 def quantity(text: str, option: str, units: str, *, zero: bool = False) -> float:
@@ -22,6 +27,7 @@ def quantity(text: str, option: str, units: str, *, zero: bool = False) -> float
     Raises:
         SettingsError: the text is no such number.
     """
+    text = text.strip()
     for unit in sorted(units.split(), key=len, reverse=True):
         if text.endswith(unit):
             try:

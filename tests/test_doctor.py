@@ -9,9 +9,10 @@ from rich.console import Console
 from rayllp.cluster.doctor import Diagnosis, Node, _compare, _shared_place, examine, show
 
 NODE = Node(
-    id="a", address="10.0.0.1", host="one", python="3.12.1", packages={"ray": "2.60.0", "torch": "2.13.0", "transformers": "5.20.0",
+    id="a", address="10.0.0.1", host="one", versions={"Python": "3.12.1", "ray": "2.60.0", "torch": "2.13.0", "transformers": "5.20.0",
     "safetensors": "0.6", "rayllp": "0.1.0"}, cpus=8.0, gpus=[], nccl="–", clock_skew_s=0.01, shared="ok",
 )  # fmt: skip
+ONLY_RAY = {name: version if name in ("Python", "ray") else "–" for name, version in NODE.versions.items()}
 
 
 def faults_of(*nodes):
@@ -27,9 +28,9 @@ def test_nodes_that_agree_have_no_fault():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"python": "3.11.7"}, "python differs (one 3.12.1, two 3.11.7): install the same"),
-        ({"packages": {**NODE.packages, "torch": "2.12.0"}}, "torch differs (one 2.13.0, two 2.12.0)"),
-        ({"packages": {"ray": "2.60.0"}}, "two lacks torch, transformers, safetensors"),
+        ({"versions": {**NODE.versions, "Python": "3.11.7"}}, "Python differs (one 3.12.1, two 3.11.7): install the same"),
+        ({"versions": {**NODE.versions, "torch": "2.12.0"}}, "torch differs (one 2.13.0, two 2.12.0)"),
+        ({"versions": ONLY_RAY}, "two lacks torch, transformers, safetensors"),
         ({"clock_skew_s": -3.2}, "the clock of two is -3.2 s off"),
         ({"shared": "FileNotFoundError"}, "two cannot use the shared path (FileNotFoundError)"),
     ],
@@ -54,7 +55,7 @@ def test_no_node():
 def test_nothing_is_cut_off_where_there_are_80_columns():
     """As in a log, or a terminal of the usual width."""
     console = Console(width=80, file=io.StringIO())
-    old = replace(NODE, host="old", address="10.0.0.3", gpus=["NVIDIA H200"] * 8, packages={"ray": "2.60.0"})
+    old = replace(NODE, host="old", address="10.0.0.3", gpus=["NVIDIA H200"] * 8, versions=ONLY_RAY)
     show(Diagnosis(nodes=[NODE, replace(NODE, host="two", address="10.0.0.2"), old]), console)
     text = console.file.getvalue()
     assert "one, two: Python 3.12.1, ray 2.60.0, torch 2.13.0, transformers 5.20.0, safetensors 0.6, rayllp 0.1.0, NCCL –\n" in text

@@ -5,21 +5,20 @@ import json
 import logging
 import os
 import random
-import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import ray
 from ray.util import list_named_actors, placement_group_table
 
 from rayllp.cluster.actor_names import NAMESPACE, is_group, number_of, run_name
 from rayllp.config import check_run
-from rayllp.errors import ClusterError, SettingsError
+from rayllp.errors import ClusterError
 
-UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0}
 POLL_S = 0.5
 ANSWER_S = 10.0
 """How long to wait for an answer of the cluster. Ray itself waits a minute for a cluster that is gone, and then ends the process."""
@@ -49,22 +48,6 @@ class PlannedKill(NamedTuple):
     pick: float
 
 
-def parse_duration(text: str, option: str) -> float:
-    """Return the seconds in a duration such as 20s, 15m or 1.5h.
-
-    Args:
-        option: the command-line option that the text was given for; errors name it.
-
-    Raises:
-        SettingsError: the text is not a duration.
-    """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)([smh])", text.strip(), re.ASCII)
-    seconds = float(match[1]) * UNITS[match[2]] if match else 0.0
-    if not 0 < seconds < float("inf"):
-        raise SettingsError(f"{option} {text!r}: a duration is a number over 0 and a unit, s, m or h: write such as 20s, 15m or 1.5h")
-    return seconds
-
-
 def planned_kills(mtbf_s: float, seed: int) -> Iterator[PlannedKill]:
     """Yield kills without end. The times between them are exponentially distributed, as for independent failures."""
     generator = random.Random(seed)
@@ -75,18 +58,6 @@ def planned_kills(mtbf_s: float, seed: int) -> Iterator[PlannedKill]:
 def choose_victim(living: Sequence[Worker], pick: float) -> Worker:
     """Return the worker to kill. It does not depend on the order in which Ray lists them."""
     return sorted(living)[int(pick * len(living))]
-
-
-class Target(Protocol):
-    """The workers of a run, as far as they can be listed and killed."""
-
-    def alive(self) -> bool:
-        """True if the run is still there, even if it has no worker at the moment."""
-
-    def living(self) -> list[Worker]: ...
-
-    def kill(self, worker: Worker) -> bool:
-        """Kill a worker; return False if it was already dead."""
 
 
 class TrainingWatch:
@@ -147,21 +118,21 @@ class RayTarget:
 
 def _answer(question: Callable[[], T]) -> T | None:
     """Ask the cluster something; return its answer, or None if there is none in time."""
-    answers: list[T] = []
-    errors: list[Exception] = []
+    answer: Future[T] = Future()
 
     def ask() -> None:
         try:
-            answers.append(question())
+            answer.set_result(question())
         except Exception as error:
-            errors.append(error)
+            answer.set_exception(error)
 
-    thread = threading.Thread(target=ask, daemon=True)  # a daemon: waiting for a lost cluster must not keep this process alive
-    thread.start()
-    thread.join(ANSWER_S)
-    if errors:
-        raise ClusterError(f"the Ray cluster failed to answer: {type(errors[0]).__name__}: {errors[0]}") from errors[0]
-    return answers[0] if answers else None
+    threading.Thread(target=ask, daemon=True).start()  # a daemon: waiting for a lost cluster must not keep this process alive
+    try:
+        return answer.result(ANSWER_S)
+    except TimeoutError:
+        return None
+    except Exception as error:
+        raise ClusterError(f"the Ray cluster failed to answer: {type(error).__name__}: {error}") from error
 
 
 @contextlib.contextmanager
@@ -266,7 +237,7 @@ def inject_failures(run: Path, mtbf_s: float, seed: int = 0, limit_s: float | No
 
 
 def kill_as_planned(
-    target: Target, plan: Iterator[PlannedKill], limit_s: float | None, has_trained: Callable[[], bool], record: Callable[[Worker], None]
+    target: RayTarget, plan: Iterator[PlannedKill], limit_s: float | None, has_trained: Callable[[], bool], record: Callable[[Worker], None]
 ) -> str:
     """Kill workers according to a plan that starts with the run's next step; return why it ended.
 

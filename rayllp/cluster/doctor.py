@@ -8,13 +8,14 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from rayllp.channel.interfaces import LOOPBACK, ConnectAttempt, Endpoint, explain_unreachable, try_connect, use_interface_of
 from rayllp.channel.timing import Link as TimedLink
@@ -28,6 +29,7 @@ from rayllp.cluster.process_groups import make_store
 from rayllp.errors import ClusterError
 
 PACKAGES = ("ray", "torch", "transformers", "safetensors", "rayllp")
+MISSING = "–"
 SIZES = {"32 KiB": 32 * 1024, "8 MiB": 8 * 1024**2}
 SKEW_S = 1.0
 ANSWER_S = 120.0
@@ -39,13 +41,16 @@ LINK_S = 20.0
 
 @dataclass(frozen=True)
 class Node:
-    """A node of the cluster, as a process on it describes it."""
+    """A node of the cluster, as a process on it describes it.
+
+    Attributes:
+        versions: of Python and `PACKAGES`; "–" for a package that is missing.
+    """
 
     id: str
     address: str
     host: str
-    python: str
-    packages: dict[str, str]
+    versions: dict[str, str]
     cpus: float
     gpus: list[str]
     nccl: str
@@ -106,28 +111,26 @@ def examine(path: str | None = None) -> Diagnosis:
 
 def show(diagnosis: Diagnosis, console: Console) -> None:
     """Print the nodes and links as tables that fit 80 columns, then what to fix."""
-    table = Table(title="nodes")
-    for name in ("host", "address", "CPUs", "GPUs", "clock, s", "shared path"):
-        table.add_column(name, overflow="fold")
+    say = partial(console.print, highlight=False, soft_wrap=True, markup=False)
+    headers = "host", "address", "CPUs", "GPUs", "clock, s", "shared path"
+    table = Table(*(Column(header, overflow="fold") for header in headers), title="nodes")
     alike: dict[str, list[str]] = {}  # hosts by their versions, which are many and mostly the same
     for node in diagnosis.nodes:
         gpus = ", ".join(f"{count} × {name}" for name, count in Counter(node.gpus).items()) or "–"
         table.add_row(node.host, node.address, f"{node.cpus:g}", gpus, f"{node.clock_skew_s:+.3f}", node.shared)
-        versions = {"Python": node.python, **{name: node.packages.get(name, "–") for name in PACKAGES}, "NCCL": node.nccl}
+        versions = node.versions | {"NCCL": node.nccl}
         alike.setdefault(", ".join(f"{name} {value}" for name, value in versions.items()), []).append(node.host)
     console.print(table)
     for versions_of, hosts in alike.items():
-        console.print(f"{', '.join(hosts)}: {versions_of}", highlight=False, soft_wrap=True, markup=False)
-    links = Table(title="links between neighbours")
-    for name in ("from", "to", "backend", "round trip 32 KiB, µs", "bandwidth 8 MiB, GB/s"):
-        links.add_column(name)
+        say(f"{', '.join(hosts)}: {versions_of}")
+    links = Table("from", "to", "backend", "round trip 32 KiB, µs", "bandwidth 8 MiB, GB/s", title="links between neighbours")
     for link in diagnosis.links:
         links.add_row(*link.nodes, link.backend, f"{link.latency_s * 1e6:.0f}", f"{link.bandwidth_gb_s:.2f}")
     console.print(links)
     for note in diagnosis.notes:
-        console.print(f"note: {note}", highlight=False, soft_wrap=True, markup=False)
+        say(f"note: {note}")
     for fault in diagnosis.faults:
-        console.print(f"to mend: {fault}", style="red", highlight=False, soft_wrap=True, markup=False)
+        say(f"to mend: {fault}", style="red")
     if not diagnosis.faults:
         console.print("nothing to mend", style="green")
 
@@ -151,13 +154,13 @@ def _describe_node(mark: Mark | None) -> dict[str, Any]:
     import platform
 
     now = time.time()
-    packages = {}
+    versions = {"Python": platform.python_version(), **dict.fromkeys(PACKAGES, MISSING)}
     for name in PACKAGES:
         with contextlib.suppress(PackageNotFoundError):
-            packages[name] = version(name)
+            versions[name] = version(name)
     gpus, nccl = _gpus()
     return {
-        "time": now, "host": socket.gethostname(), "python": platform.python_version(), "packages": packages, "gpus": gpus, "nccl": nccl,
+        "time": now, "host": socket.gethostname(), "versions": versions, "gpus": gpus, "nccl": nccl,
         "shared": "–" if mark is None else mark.look(), "niceness": os.nice(0), "wait_policy": os.environ.get("OMP_WAIT_POLICY", ""),
     }  # fmt: skip
 
@@ -182,29 +185,26 @@ def _gpus() -> tuple[list[str], str]:
 
 @contextlib.contextmanager
 def _shared_place(path: str | None, diagnosis: Diagnosis) -> Iterator[Mark | None]:
-    if path is None:
-        diagnosis.notes.append("shared storage was not tried: give --path, the folder or URL that runs are to be written to")
-        yield None
-        return
+    mark = None
     with contextlib.ExitStack() as stack:
-        try:
-            mark = stack.enter_context(leave_mark(locate(path)))
-        except Exception as error:  # each fsspec implementation raises errors of its own
-            diagnosis.faults.append(f"{path} cannot be written here ({type(error).__name__}: {error}): choose another place for runs")
-            yield None
-            return
+        if path is None:
+            diagnosis.notes.append("shared storage was not tried: give --path, the folder or URL that runs are to be written to")
+        else:
+            try:
+                mark = stack.enter_context(leave_mark(locate(path)))
+            except Exception as error:  # each fsspec implementation raises errors of its own
+                diagnosis.faults.append(f"{path} cannot be written here ({type(error).__name__}: {error}): choose another place for runs")
         yield mark
 
 
 def _compare(diagnosis: Diagnosis) -> None:
     """Add faults for what the nodes disagree in or lack."""
-    for name in ("python", *PACKAGES):
-        has = [(node.host, node.python if name == "python" else node.packages.get(name, "none")) for node in diagnosis.nodes]
-        if len({kind for _, kind in has}) > 1:
-            where = ", ".join(f"{host} {kind}" for host, kind in has)
+    for name in ("Python", *PACKAGES):
+        if len({node.versions[name] for node in diagnosis.nodes}) > 1:
+            where = ", ".join(f"{node.host} {node.versions[name]}" for node in diagnosis.nodes)
             diagnosis.faults.append(f"{name} differs ({where}): install the same version on every node")
     for node in diagnosis.nodes:
-        missing = [name for name in PACKAGES if name not in node.packages and name != "rayllp"]
+        missing = [name for name in PACKAGES if node.versions[name] == MISSING and name != "rayllp"]
         if missing:
             diagnosis.faults.append(f"{node.host} lacks {', '.join(missing)}: install rayllp there, or give a runtime environment with it")
         if abs(node.clock_skew_s) > SKEW_S:
