@@ -12,8 +12,8 @@ import yaml
 
 from rayllp.channel import MessageTag, StateSpec
 from rayllp.channel.pmi import Lifeline, ProcessManager
-from rayllp.cluster.mpi_group import check_size, sized
-from rayllp.errors import ChannelError, SettingsError
+from rayllp.cluster.mpi_group import MPIProcess, check_size, sized
+from rayllp.errors import ChannelError, ClusterError, DataError, RayllpError, SettingsError
 from tests.conftest import losses_over_threads, make_engine, merge, run_mpi_processes, run_processes, tiny, train_engine
 from tests.test_recovery import drive, read, undisturbed, weights
 
@@ -180,6 +180,46 @@ def test_processes_of_mpis_launcher_train_without_ray(tmp_path):
     assert "after 6 steps (exact forward)" in said
     found = [m["loss"] for m in read(tmp_path / "run" / "metrics.jsonl")]
     assert found == losses_over_threads(tiny(steps=6, workers=2), 6)
+
+
+class Answering:
+    """Stands where a process's worker is."""
+
+    def __init__(self, rank):
+        self.rank = rank
+
+    def add(self, number):
+        return self.rank + number
+
+    def fail(self, rank, *, is_picklable=True):
+        if self.rank == rank:
+            raise DataError("no such file") if is_picklable else type("Local", (Exception,), {})("lost")
+        return None
+
+    def fail_unpicklably(self, rank):
+        return self.fail(rank, is_picklable=False)
+
+
+def _calls(world):
+    process = MPIProcess()
+    process.worker = Answering(process.rank)
+    if process.rank > 0:
+        process.serve()
+        return None
+    found = [process.call("add", 5)]
+    for method, rank in (("fail", 1), ("fail_unpicklably", 1), ("fail", 0)):
+        with pytest.raises(RayllpError) as caught:
+            process.call(method, rank)
+        found.append((type(caught.value), str(caught.value)))
+    found.append(process.call("add", 6))  # after failures it goes on
+    process.stop()
+    return found
+
+
+def test_rank_0_calls_all_processes_and_gets_their_answers_or_the_first_failure():
+    found = run_mpi_processes(2, _calls)
+    failures = [(DataError, "no such file"), (ClusterError, "worker 1 failed: Local: lost"), (DataError, "no such file")]
+    assert found == [[[5, 6], *failures, [6, 7]], None]
 
 
 def test_the_settings_must_fit_the_processes():

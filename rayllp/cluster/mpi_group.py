@@ -195,7 +195,7 @@ class MPIProcess:
         while (call := self._broadcast(None)) is not None:
             worked, answer = self._run(*call)
             if not worked and not _is_picklable(answer):
-                answer = ClusterError(f"{type(answer).__name__}: {answer}")
+                answer = ClusterError(f"worker {self.rank} failed: {type(answer).__name__}: {answer}")
             self._gather((worked, answer))
 
     def abandon(self, error: BaseException) -> None:
