@@ -62,14 +62,14 @@ class Membership:
         try:
             self._join(config, rank, at, backend, device)
             if mpi is not None:
-                self.mpi = MPIWorld.join(mpi, rank, _limit(config).total_seconds())
+                self.mpi = MPIWorld.join(mpi, rank, _connect_timeout(config).total_seconds())
         except RayllpError:
             raise
         except (RuntimeError, OSError) as error:
             raise RendezvousError(f"worker {rank} on {socket.gethostname()}: {str(error).splitlines()[0]}") from None
 
     def _join(self, config: TrainConfig, rank: int, at: tuple[str, int], backend: str, device: str) -> None:
-        timeout, listener = _limit(config), self._listener
+        timeout, listener = _connect_timeout(config), self._listener
         self._listener = None
         store = make_store(at, config.world, timeout, listener if rank == 0 else None)
         if rank > 0 and listener is not None:  # it was opened to test which hosts connect to this one, or when this worker had rank 0
@@ -77,10 +77,10 @@ class Membership:
         dist.init_process_group(backend, store=store, rank=rank, world_size=config.world, timeout=timeout)
         D, P = config.mesh.data, config.layer_workers
         replicas = [[replica * P + block for block in range(P)] for replica in range(D)]
-        self._layers = _make(replicas, rank, timeout)
-        self._replicas = _make([list(ranks) for ranks in zip(*replicas, strict=True)], rank, timeout) if D > 1 else None
+        self._layers = _new_group(replicas, rank, timeout)
+        self._replicas = _new_group([list(ranks) for ranks in zip(*replicas, strict=True)], rank, timeout) if D > 1 else None
         for group in filter(None, (dist.group.WORLD, self._layers, self._replicas)):
-            _set_limit(group, device, config.receive_timeout_s)
+            _set_timeout(group, device, config.receive_timeout_s)
         if config.world > 1 and (D == 1 or config.shards_optimizer):  # else another replica has the same state already
             self._copies = dist.new_group(backend="gloo", timeout=timeout)
 
@@ -101,7 +101,7 @@ class Membership:
         """
         if self._copies is None:
             return None
-        _set_limit(self._copies, "cpu", limit_s)
+        _set_timeout(self._copies, "cpu", limit_s)
         return TorchChannel(self._copies, limit_s)
 
     def abort_connections(self, hosts: Collection[str]) -> None:
@@ -138,7 +138,7 @@ def make_store(at: tuple[str, int], world: int, timeout: timedelta, listener: so
     return TCPStore(*at, world, True, timeout, master_listen_fd=listener.detach())
 
 
-def _limit(config: TrainConfig) -> timedelta:
+def _connect_timeout(config: TrainConfig) -> timedelta:
     """Return the time limit for connecting.
 
     A worker that is lost meanwhile is noticed only by this limit. It is shorter than `hang_timeout_s`, so that those who wait report the
@@ -147,12 +147,12 @@ def _limit(config: TrainConfig) -> timedelta:
     return timedelta(seconds=min(config.receive_timeout_s, config.hang_timeout_s / 2))
 
 
-def _make(groups: list[list[int]], rank: int, timeout: timedelta) -> dist.ProcessGroup:
+def _new_group(groups: list[list[int]], rank: int, timeout: timedelta) -> dist.ProcessGroup:
     """Create process groups of these ranks; return the one that this worker is in. torch requires every worker to create all groups."""
     created = [dist.new_group(ranks, timeout=timeout) for ranks in groups]
     return next(group for group, ranks in zip(created, groups, strict=True) if rank in ranks)
 
 
-def _set_limit(group: dist.ProcessGroup, device: str, seconds: float) -> None:
+def _set_timeout(group: dist.ProcessGroup, device: str, seconds: float) -> None:
     """Set the time limit of the group's operations, which differs from the one for creating it."""
     group._get_backend(torch.device(device))._set_default_timeout(timedelta(seconds=seconds))
