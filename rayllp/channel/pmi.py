@@ -1,10 +1,11 @@
 """A process manager for MPI, by which processes that something else has started (Ray's actors) become one MPI world.
 
 It speaks PMI-1, the wire protocol by which MPICH and its kin (Intel MPI, MVAPICH, Cray MPICH) learn their ranks and each other's addresses:
-lines of text over TCP, of which an MPI library uses ten kinds. (MPI's own way for processes that were started otherwise, a singleton each
-that accepts and connects, fails in MPICH 5.0: it takes two singletons for the same process.) MPI itself does not notice that a process is lost: a receive from it waits
-for ever. So each worker also keeps a connection to the manager, its lifeline. The manager closes all of them as soon as one process is
-gone.
+lines of text over TCP, of which an MPI library uses ten kinds. (MPI's own way for processes that were started otherwise, in which each
+initialises alone and then accepts or connects, fails in MPICH 5.0.)
+
+MPI itself does not notice that a process is lost: a receive from it waits for ever. So each worker also keeps a connection to the manager,
+its lifeline. The manager closes all of them as soon as one process is gone.
 
 A process is let in only with its own secret key. Once all are in, the manager accepts no more connections.
 """
