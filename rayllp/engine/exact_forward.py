@@ -69,4 +69,4 @@ class ExactForward:
             return solve_in_order(self._placement, propagator, self.group.channel, entered, spec, tag)
         problem = Problem(self._hierarchy, propagator, spec)
         solver = MGRITSolver(problem, self._options, Communicator(self.group.channel, tag))
-        return solver.solve(entered, reduce_residuals=False).output
+        return solver.solve(entered).output

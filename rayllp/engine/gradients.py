@@ -89,7 +89,7 @@ class LayerParallelGradients:
             problem = Problem(solves.adjoint, AdjointPropagator(trajectory, penalty), spec)
             backward = group.solve(problem, solves.adjoint_options, MessageTag(step, "adjoint"), seed, while_waiting=deferred)
         add_embedding_gradients(group, entered, backward.output)
-        return StepGradients(loss, forward, backward, penalty)
+        return StepGradients(loss, forward.residuals, backward.residuals, penalty)
 
 
 class ExactGradients:

@@ -11,7 +11,7 @@ from rayllp.engine.block import Block
 from rayllp.engine.consistency import Consistency
 from rayllp.engine.layer_group import LayerGroup
 from rayllp.engine.pipeline import slices
-from rayllp.mgrit import MGRITResult
+from rayllp.mgrit import ResidualShares
 from rayllp.state import State, like, tensors
 
 
@@ -21,13 +21,13 @@ class StepGradients:
 
     Attributes:
         loss: the scaled loss on the last worker; 0 elsewhere.
-        forward, backward: results of the solves of the batch's last part; None if nothing was solved iteratively.
+        forward, backward: this worker's share of the residuals of the batch's last part; None if nothing was solved iteratively.
         penalty: the consistency penalty, with its value; None if its weight is 0.
     """
 
     loss: Tensor
-    forward: MGRITResult | None = None
-    backward: MGRITResult | None = None
+    forward: ResidualShares | None = None
+    backward: ResidualShares | None = None
     penalty: Consistency | None = None
 
 

@@ -51,7 +51,7 @@ class WindowGradients:
             )
             backward = solver.solve(seed, source=last)
         add_embedding_gradients(group, entered, backward.output)
-        return StepGradients(loss, forward, backward, penalty)
+        return StepGradients(loss, forward.residuals, backward.residuals, penalty)
 
     def couplings(self, batch: StepBatch) -> Tensor:
         """Measure the couplings of the layers (see `mgrit/couplings.py`), in the forward and in the adjoint solve.
