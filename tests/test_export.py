@@ -203,11 +203,11 @@ def test_a_scaled_model_is_saved_as_one_and_captures_scaled_states(tmp_path):
     tokens = torch.arange(8)[None]
     outputs = model(tokens, output_hidden_states=True)
     assert torch.equal(outputs.logits, again(tokens).logits)
-    engine.block.begin(0, (0,), tokens, training=False)
-    state = engine.block.enter(tokens)
-    torch.testing.assert_close(outputs.hidden_states[1], engine.block.layer(0, outputs.hidden_states[0]), rtol=1e-12, atol=1e-12)
+    bound = engine.block.bind(0, (0,), tokens, training=False)
+    state = bound.enter(tokens)
+    torch.testing.assert_close(outputs.hidden_states[1], bound.layer(0, outputs.hidden_states[0]), rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(outputs.hidden_states[1], state, rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(outputs.hidden_states[2], engine.block.layer(1, state), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(outputs.hidden_states[2], bound.layer(1, state), rtol=1e-12, atol=1e-12)
     with pytest.raises(ValueError, match="trust_remote_code"):
         transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model")
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from rayllp.engine.batch import StepBatch
-from rayllp.engine.block import Block
+from rayllp.engine.block import Block, BoundBlock
 from rayllp.engine.consistency import Consistency
 from rayllp.engine.layer_group import LayerGroup
 from rayllp.engine.pipeline import slices
@@ -46,18 +46,18 @@ def in_parts(
     return replace(found, loss=total)
 
 
-def loss_and_seed(block: Block, output: State | None, targets: Tensor, scale: float) -> tuple[Tensor, State]:
+def loss_and_seed(bound: BoundBlock, output: State | None, targets: Tensor, scale: float) -> tuple[Tensor, State]:
     """Return the loss times `scale`, and its gradient λ_N at the last middle layer's output. Adds gradients of closing buffers and head.
 
     Args:
-        block: the last worker's layers.
+        bound: the last worker's layers, bound to the samples.
         output: the state after the last middle layer.
         targets: the batch's targets.
         scale: factor on the summed loss.
     """
     assert output is not None
     leaves = tuple(part.detach().requires_grad_() for part in tensors(output))
-    loss = block.architecture.training_loss(block.leave(like(output, leaves)), targets) * scale
+    loss = bound.block.architecture.training_loss(bound.leave(like(output, leaves)), targets) * scale
     loss.backward()
     seed = tuple(torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves)
     return loss.detach(), like(output, seed)
