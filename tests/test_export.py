@@ -3,6 +3,7 @@
 import json
 import shutil
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -511,7 +512,7 @@ def test_import_refuses(tmp_path):
 
 @pytest.mark.parametrize(("layers", "sources"), [(5, (0, 2, 4, 5, 7)), (14, (0, *[n for n in range(1, 7) for _ in "ab"], 7))])
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
-def test_layers_are_taken_out_of_a_checkpoint_or_become_several(family, layers, sources, tmp_path):
+def test_layers_are_taken_out_of_a_checkpoint_or_become_several(family, layers, sources, tmp_path, monkeypatch):
     trained(config_of(family), tmp_path / "run")  # 1 + 6 + 1 layers
     folder = export(tmp_path / "run", tmp_path / "model")
     there = tensors_of(folder)
@@ -519,6 +520,12 @@ def test_layers_are_taken_out_of_a_checkpoint_or_become_several(family, layers, 
     buffers = {"open": 1, "close": 1}
     assert make_config({"model": changes, "buffers": buffers}).middle_step == (0.5 if layers == 14 else 1.0)
     config = config_of(family, workers=2, model=changes, mode="serial")
+    alone = config_of(family, model=changes, mode="serial")
+    read_text, read = Path.read_text, []
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "read_text", lambda path, *args, **options: read.append(path.name) or read_text(path, *args, **options))
+        make(alone, LocalChannel.alone())
+    assert read.count("config.json") == 1
     run, _ = trained(config, tmp_path / "deeper", steps=0)
     found = tensors_of(export(run.path, tmp_path / "exported"))
     layer = "transformer.h" if family == "gpt2" else "model.layers"

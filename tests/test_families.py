@@ -104,7 +104,7 @@ class PieceByPiece(FrozenRandomness):
         }  # fmt: skip
         self.piece = "embed"
         for n in range(architecture.layers):
-            layer = model.get_submodule(architecture.path_of(n))
+            layer = model.get_submodule(architecture.paths[n])
             layer.register_forward_pre_hook(lambda *_, n=n: self.go(n))
             layer.register_forward_hook(lambda *_, n=n: self.go("head" if n == architecture.layers - 1 else "embed"))
 

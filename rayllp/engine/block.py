@@ -76,13 +76,13 @@ class Block:
         """Yield the name ("embed", "layer_00003", "common", "head"), the prefix of parameter names, and the module of each owned piece."""
         architecture = self.architecture
         if self.embed is not None:
-            yield "embed", architecture.embed_prefix(), self.embed
+            yield "embed", architecture.prefix("embed"), self.embed
         for n, module in self.layers.items():
-            yield f"layer_{n:05d}", architecture.layer_prefix(n), module
+            yield f"layer_{n:05d}", architecture.prefix(n), module
         if self.common is not None:
-            yield "common", architecture.common_prefix(), self.common
+            yield "common", architecture.prefix("common"), self.common
         if self.head is not None:
-            yield "head", architecture.head_prefix(), self.head
+            yield "head", architecture.prefix("head"), self.head
 
     def _named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         for _, prefix, module in self.pieces():
@@ -98,12 +98,12 @@ class Block:
             return
         if self.embed is None:
             embedding = self.architecture.build_embed(self.config.seed).to(self.dtype)
-            names = {self.architecture.embed_prefix() + name: value for name, value in embedding.named_parameters()}
+            names = {self.architecture.prefix("embed") + name: value for name, value in embedding.named_parameters()}
             for name, tied in self.architecture.tied:
                 self.parameters[tied].data.copy_(names[name].data)
             return
         for name, tied in self.architecture.tied:
-            path, _, leaf = tied.removeprefix(self.architecture.head_prefix()).rpartition(".")
+            path, _, leaf = tied.removeprefix(self.architecture.prefix("head")).rpartition(".")
             assert self.head is not None
             setattr(self.head.get_submodule(path), leaf, self.parameters[name])
             del self.parameters[tied]
@@ -130,7 +130,7 @@ class Block:
     @property
     def common_parameters(self) -> dict[str, nn.Parameter]:
         """Parameters that every worker holds, by name. Their gradients are summed over workers."""
-        prefix = self.architecture.common_prefix()
+        prefix = self.architecture.prefix("common")
         return {prefix + name: parameter for name, parameter in self.common.named_parameters()} if self.common is not None else {}
 
     def is_counted_elsewhere(self, name: str) -> bool:
