@@ -138,9 +138,10 @@ def ours(config: TrainConfig, accuracy: Accuracy) -> tuple[dict[str, Any], dict[
         data = Random(config.model.task)
         engine = Engine(build_architecture(config, data.facts), config, data, channel, LocalChannel.alone(), torch.device("cpu"))
         outputs: list[Tensor] = []
-        leave = engine.block.leave
-        engine.block.leave = lambda state, **options: outputs.append(leave(state, **options)) or outputs[-1]  # type: ignore
-        formed = engine.gradients(engine.step_batch(1, accuracy))
+        batch, architecture = engine.step_batch(1, accuracy), engine.block.architecture
+        leave = architecture.leave
+        architecture.leave = lambda *given: outputs.append(leave(*given)) or outputs[-1]  # type: ignore
+        formed = engine.gradients(batch)
         add_shared_gradients(engine.block, engine.layer_channel, 1)
         parameters = engine.block.parameters
         weights = {name: p.detach() for name, p in parameters.items()}

@@ -44,20 +44,20 @@ def defined(config, *, constant):
     engine = make(config, LocalChannel.alone())
     block = engine.block
     inputs, targets, samples, terms = engine.my_batch("train", 5)
-    block.begin(5, samples, inputs, training=True)
-    state, penalty = block.enter(inputs), 0.0
+    bound = block.bind(5, samples, inputs, training=True)
+    state, penalty = bound.enter(inputs), 0.0
     for start in range(1, 10, C):
         c = tuple(part.detach() if constant else part for part in tensors(state))
         end = first = c if len(c) > 1 else c[0]
         for n in range(start, start + C):
-            end = block.layer(n, end)
+            end = bound.layer(n, end)
             first = end if n == start else first
         gaps = [e - (x + C * (f - x)) for e, f, x in zip(tensors(end), tensors(first), c, strict=True)]
         norm = sum(x.detach().flatten(1).square().sum(1) for x in c)
         penalty = penalty + (sum(gap.flatten(1).square().sum(1) for gap in gaps) / norm).mean()
         for n in range(start, start + C):
-            state = block.layer(n, state)
-    loss = block.architecture.training_loss(block.leave(state), targets) / terms
+            state = bound.layer(n, state)
+    loss = block.architecture.training_loss(bound.leave(state), targets) / terms
     (loss + MU * penalty).backward()
     return {name: p.grad for name, p in block.parameters.items()}, penalty.item()
 
@@ -128,10 +128,11 @@ def test_it_costs_no_layer_evaluation():
 
     def count(accuracy):
         engine = make(settings(), LocalChannel.alone())
-        layer = engine.block.layer
-        engine.block.layer = lambda *arguments: calls.append(1) or layer(*arguments)
+        batch, architecture = engine.step_batch(5, accuracy), engine.block.architecture
+        advance = architecture.advance
+        architecture.advance = lambda *arguments: calls.append(1) or advance(*arguments)
         calls.clear()
-        engine.gradients(engine.step_batch(5, accuracy))
+        engine.gradients(batch)
         return len(calls)
 
     assert count(replace(ENOUGH, consistency=MU)) == count(ENOUGH) > 9

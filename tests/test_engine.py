@@ -234,6 +234,23 @@ def test_only_the_own_block_is_built():
     assert run_workers(3, work) == [([0, 1, 2, 3, 4], True, False), ([5, 6, 7], False, False), ([8, 9, 10, 11], False, True)]
 
 
+def test_samples_and_steps_that_a_block_is_bound_to_do_not_get_mixed_up():
+    block = make_engine(tiny(model={"dropout": 0.1})).block
+    state = torch.randn(2, 16, 16, dtype=torch.float64)
+
+    def bind(step, first, training):
+        return block.bind(step, (first, first + 1), torch.zeros(2, 16, dtype=torch.int64), training=training)
+
+    ways = [(step, first, training) for step in (3, 4) for first in (0, 2) for training in (True, False)]
+    alone = [bind(*way).layer(5, state) for way in ways]
+    bound = [bind(*way) for way in ways]
+    turns = [[each.layer(5, state) for each in bound] for _ in range(2)]
+    for found in turns:
+        assert all(torch.equal(one, other) for one, other in zip(found, alone, strict=True))
+    trained = [after for after, (*_, training) in zip(alone, ways, strict=True) if training]
+    assert not any(torch.equal(one, other) for one, other in pairwise(trained))
+
+
 def test_weights_do_not_depend_on_the_workers():
     config = tiny(workers=1)
     wanted = {name: p.data for name, p in make_engine(config).block.parameters.items()}

@@ -3,6 +3,7 @@
 import json
 import shutil
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -203,11 +204,11 @@ def test_a_scaled_model_is_saved_as_one_and_captures_scaled_states(tmp_path):
     tokens = torch.arange(8)[None]
     outputs = model(tokens, output_hidden_states=True)
     assert torch.equal(outputs.logits, again(tokens).logits)
-    engine.block.begin(0, (0,), tokens, training=False)
-    state = engine.block.enter(tokens)
-    torch.testing.assert_close(outputs.hidden_states[1], engine.block.layer(0, outputs.hidden_states[0]), rtol=1e-12, atol=1e-12)
+    bound = engine.block.bind(0, (0,), tokens, training=False)
+    state = bound.enter(tokens)
+    torch.testing.assert_close(outputs.hidden_states[1], bound.layer(0, outputs.hidden_states[0]), rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(outputs.hidden_states[1], state, rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(outputs.hidden_states[2], engine.block.layer(1, state), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(outputs.hidden_states[2], bound.layer(1, state), rtol=1e-12, atol=1e-12)
     with pytest.raises(ValueError, match="trust_remote_code"):
         transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model")
 
@@ -511,7 +512,7 @@ def test_import_refuses(tmp_path):
 
 @pytest.mark.parametrize(("layers", "sources"), [(5, (0, 2, 4, 5, 7)), (14, (0, *[n for n in range(1, 7) for _ in "ab"], 7))])
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
-def test_layers_are_taken_out_of_a_checkpoint_or_become_several(family, layers, sources, tmp_path):
+def test_layers_are_taken_out_of_a_checkpoint_or_become_several(family, layers, sources, tmp_path, monkeypatch):
     trained(config_of(family), tmp_path / "run")  # 1 + 6 + 1 layers
     folder = export(tmp_path / "run", tmp_path / "model")
     there = tensors_of(folder)
@@ -519,6 +520,12 @@ def test_layers_are_taken_out_of_a_checkpoint_or_become_several(family, layers, 
     buffers = {"open": 1, "close": 1}
     assert make_config({"model": changes, "buffers": buffers}).middle_step == (0.5 if layers == 14 else 1.0)
     config = config_of(family, workers=2, model=changes, mode="serial")
+    alone = config_of(family, model=changes, mode="serial")
+    read_text, read = Path.read_text, []
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "read_text", lambda path, *args, **options: read.append(path.name) or read_text(path, *args, **options))
+        make(alone, LocalChannel.alone())
+    assert read.count("config.json") == 1
     run, _ = trained(config, tmp_path / "deeper", steps=0)
     found = tensors_of(export(run.path, tmp_path / "exported"))
     layer = "transformer.h" if family == "gpt2" else "model.layers"

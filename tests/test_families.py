@@ -73,9 +73,10 @@ def ours(config, accuracy):
     def work(channel):
         engine = make(config, channel)
         outputs = []
-        leave = engine.block.leave
-        engine.block.leave = lambda state, **options: outputs.append(leave(state, **options)) or outputs[-1]
-        formed = engine.gradients(engine.step_batch(5, accuracy))
+        batch, architecture = engine.step_batch(5, accuracy), engine.block.architecture
+        leave = architecture.leave
+        architecture.leave = lambda *given: outputs.append(leave(*given)) or outputs[-1]
+        formed = engine.gradients(batch)
         add_shared_gradients(engine.block, engine.layer_channel, 5)
         parameters = engine.block.parameters
         return (
@@ -103,7 +104,7 @@ class PieceByPiece(FrozenRandomness):
         }  # fmt: skip
         self.piece = "embed"
         for n in range(architecture.layers):
-            layer = model.get_submodule(architecture.path_of(n))
+            layer = model.get_submodule(architecture.paths[n])
             layer.register_forward_pre_hook(lambda *_, n=n: self.go(n))
             layer.register_forward_hook(lambda *_, n=n: self.go("head" if n == architecture.layers - 1 else "embed"))
 

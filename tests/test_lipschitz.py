@@ -44,22 +44,22 @@ def test_of_a_gpt2_layer_it_is_the_dense_jacobians():
     inputs, *_ = engine.my_batch("train", 0)
     block = engine.block
     block.watched = {}
-    block.begin(0, range(4), inputs, training=True)
-    state = block.enter(inputs)
-    block.layer(2, state.detach())
+    bound = block.bind(0, range(4), inputs, training=True)
+    state = bound.enter(inputs)
+    bound.layer(2, state.detach())
     for parameter in block.layers[2].parameters():
         parameter.data *= 2
-    block.begin(0, (0,), inputs[:1], training=True)
-    wanted = dense(partial(block.increment, 2), state[:1].detach())
+    bound = block.bind(0, (0,), inputs[:1], training=True)
+    wanted = dense(partial(bound.increment, 2), state[:1].detach())
     for dtype in ("float64", "float32", "bfloat16"):
         mine = make_engine(tiny(sequence_length=8, dtype=dtype)).block
         mine.layers[2].load_state_dict(block.layers[2].state_dict())
-        mine.begin(0, (0,), inputs[:1], training=True)
-        found = lipschitz_constant(partial(mine.increment, 2), block.watched[2].to(mine.dtype), seed=0, iterations=MANY)
+        increment = partial(mine.bind(0, (0,), inputs[:1], training=True).increment, 2)
+        found = lipschitz_constant(increment, block.watched[2].to(mine.dtype), seed=0, iterations=MANY)
         assert found == pytest.approx(wanted, rel=0.01)
     # The increment is what `layer` adds, over Δt.
-    after = block.layer(2, state[:1])
-    torch.testing.assert_close(after - state[:1], block.increment(2, state[:1]) * tiny().middle_step)
+    after = bound.layer(2, state[:1])
+    torch.testing.assert_close(after - state[:1], bound.increment(2, state[:1]) * tiny().middle_step)
 
 
 def test_a_layer_that_moves_nothing_has_none():
@@ -115,8 +115,7 @@ def test_a_replica_without_the_first_sequence_has_none():
     engine = make_engine(tiny())
     inputs, *_ = engine.my_batch("train", 0)
     engine.block.watched = {}
-    engine.block.begin(0, range(4, 8), inputs, training=True)
-    engine.block.enter(inputs)
+    engine.block.bind(0, range(4, 8), inputs, training=True).enter(inputs)
     assert estimate_layers(engine.block, 0, inputs) == {}
 
 

@@ -85,18 +85,20 @@ def both_solves(channel, layers, blocks, method, adjoint_method, levels=2, adjoi
     adjoint = Adjoint(forward)
     communicator = Communicator(channel, MessageTag(0, "adjoint"))
     back = MGRITSolver(Problem(backward_hierarchy, adjoint, spec), adjoint_method, communicator).solve(lam)
-    return result, back, adjoint.gradients, {n: g[0] for n, g in forward.graphs.items()}
+    how = [solution.residuals.sum_over(channel, MessageTag(0, "residuals")) for solution in (result, back)]
+    return result, back, adjoint.gradients, {n: g[0] for n, g in forward.graphs.items()}, how
 
 
 def solve_alone(hierarchy, options, propagator, layers):
-    """A forward solve on one worker."""
+    """A forward solve on one worker, and how it went."""
     problem = Problem(hierarchy, propagator, StateSpec.of(layers.state))
-    return MGRITSolver(problem, options, Communicator(LocalChannel.alone())).solve(layers.state)
+    solution = MGRITSolver(problem, options, Communicator(LocalChannel.alone())).solve(layers.state)
+    return solution, solution.residuals.sum_over(LocalChannel.alone(), MessageTag(0, "residuals"))
 
 
 def gather(outcomes):
     states, gradients, output = {}, {}, None
-    for result, _, mine, inputs in outcomes:
+    for result, _, mine, inputs, _ in outcomes:
         gradients |= mine
         states |= inputs
         output = result.output if result.output is not None else output
@@ -145,7 +147,7 @@ def _check_independent(layers, count, method, levels, c):
             len(blocks), lambda channel, blocks=blocks: both_solves(channel, layers, blocks, method, method, levels, levels, c)
         )
         _, gradients, output = gather(outcomes)
-        measured = outcomes[0][0].residuals, outcomes[0][1].residuals
+        measured = [how.residuals for how in outcomes[0][-1]]
         if reference is None:
             reference = gradients, output, measured
         torch.testing.assert_close(output, reference[1], rtol=1e-10, atol=1e-10)
@@ -173,7 +175,7 @@ def test_forward_and_backward_are_configured_separately():
     serial, two = SolverOptions(iterations=1), SolverOptions(iterations=4)
     outcomes = run_workers(2, lambda channel: both_solves(channel, layers, (8, 8), serial, two, levels=1))
     _, got, output = gather(outcomes)
-    assert outcomes[0][0].status is Status.EXACT
+    assert outcomes[0][-1][0].status is Status.EXACT
     torch.testing.assert_close(output, states[-1], rtol=1e-12, atol=1e-12)
     for n in range(16):
         torch.testing.assert_close(got[n], gradients[n], rtol=1e-10, atol=1e-10)
@@ -218,7 +220,7 @@ def test_the_identity_evaluates_no_layer_on_the_coarse_grid():
 
     hierarchy = build_hierarchy(blocks=(16,), levels=2, coarsening=4)
     method = SolverOptions(iterations=2, relaxation=("F",), coarse_step_weight=0)
-    result = solve_alone(hierarchy, method, Counting(layers), layers)
+    result, _ = solve_alone(hierarchy, method, Counting(layers), layers)
     # F-relaxation of four intervals, and the steps into the three C-points: all fine.
     assert Counting.calls == 4 * 3
     assert result.iterations == 2
@@ -227,13 +229,13 @@ def test_the_identity_evaluates_no_layer_on_the_coarse_grid():
 def test_a_tolerance_stops_early_and_a_cap_holds():
     layers = Layers(32)
     hierarchy = build_hierarchy(blocks=(32,), levels=2, coarsening=4)
-    loose = solve_alone(hierarchy, SolverOptions(iterations=7, tolerance=1e-3), Forward(layers), layers)
+    loose, how = solve_alone(hierarchy, SolverOptions(iterations=7, tolerance=1e-3), Forward(layers), layers)
     assert loose.iterations < 7
-    assert loose.status is Status.CONVERGED
-    strict = solve_alone(hierarchy, SolverOptions(iterations=3, tolerance=1e-30), Forward(layers), layers)
+    assert how.status is Status.CONVERGED
+    strict, how = solve_alone(hierarchy, SolverOptions(iterations=3, tolerance=1e-30), Forward(layers), layers)
     assert strict.iterations == 3
-    assert strict.status is Status.CONVERGING
-    assert 0 < strict.convergence_factor < 0.5
+    assert how.status is Status.CONVERGING
+    assert 0 < how.convergence_factor < 0.5
 
 
 def test_statuses_advise():
@@ -256,13 +258,13 @@ def test_what_is_left_of_rounding_counts_as_converged_not_as_a_factor(kind, roun
     """Ratios of residuals that are nothing but rounding are near 1, whatever the method does."""
     layers, single, hierarchy = Layers(64), Layers(64), build_hierarchy(blocks=(64,), levels=2, coarsening=4)
     single.weights, single.state = [weight.detach().float() for weight in single.weights], single.state.float()
-    found = solve_alone(hierarchy, SolverOptions(iterations=iterations, relaxation=("F",), rounding=rounding), kind(single), single)
+    _, found = solve_alone(hierarchy, SolverOptions(iterations=iterations, relaxation=("F",), rounding=rounding), kind(single), single)
     assert found.residuals[-1] / found.residuals[-2] > 0.3  # what was taken for the convergence factor
     assert found.convergence_factor < 0.1
     assert found.status is Status.CONVERGED
     assert min(found.residuals) <= found.floor < found.residuals[0] / 10
     assert all(factor is None or factor < 0.3 for factor in found.factors[0])
-    exact = solve_alone(hierarchy, SolverOptions(iterations=4), Forward(layers), layers)
+    _, exact = solve_alone(hierarchy, SolverOptions(iterations=4), Forward(layers), layers)
     assert exact.floor < 1e-3 * min(exact.residuals)  # in double precision nothing changes
     assert exact.convergence_factor == exact.residuals[-1] / exact.residuals[-2]
 
@@ -286,16 +288,16 @@ def test_factors_of_points_are_those_of_each_points_residuals(kind):
             workers,
             lambda channel, workers=workers: both_solves(channel, layers, split_evenly(40, workers), method, method, 3, 3, (4, 2)),
         )
-        assert len({(forward.factors, back.factors) for forward, back, *_ in outcomes}) == 1  # all workers know all
-        found[workers] = outcomes[0][:2]
+        assert len({(forward.factors, back.factors) for *_, (forward, back) in outcomes}) == 1  # all workers know all
+        found[workers] = outcomes[0][-1]
         for each in (0, 1):
             # What belongs to the points adds up to the whole, and is where its worker says.
-            whole = sum(outcome[each].squared_residuals for outcome in outcomes)
-            points = [sum(outcome[each].point_residuals[level] for outcome in outcomes) for level in (0, 1)]
+            whole = sum(outcome[each].residuals.squared for outcome in outcomes)
+            points = [sum(outcome[each].residuals.points[level] for outcome in outcomes) for level in (0, 1)]
             assert [tuple(table.shape) for table in points] == [(2, 9), (2, 4)]
             torch.testing.assert_close(points[0].sum(1), whole)
             for level, table in enumerate(points):
-                factors = [None if factor is None else pytest.approx(factor, rel=1e-9) for factor in outcomes[0][each].factors[level]]
+                factors = [None if factor is None else pytest.approx(factor, rel=1e-9) for factor in found[workers][each].factors[level]]
                 ratios = (table[1] / table[0]).sqrt().tolist()
                 assert [None if factor is None else ratio for factor, ratio in zip(factors, ratios, strict=True)] == factors
     for alone, together in zip(found[1], found[3], strict=True):
@@ -306,8 +308,8 @@ def test_factors_of_points_are_those_of_each_points_residuals(kind):
             assert [factor for factor in one if factor] == pytest.approx([factor for factor in other if factor], rel=1e-9)
         # They are what ρ is made of: it lies between the least and the largest.
         assert min(filter(None, alone.factors[0])) < alone.convergence_factor < max(filter(None, alone.factors[0]))
-    few = solve_alone(build_hierarchy(blocks=(40,), levels=2, coarsening=4), SolverOptions(iterations=2), Forward(layers), layers)
-    assert (len(few.residuals), few.point_residuals, few.factors) == (1, (), ())
+    few, how = solve_alone(build_hierarchy(blocks=(40,), levels=2, coarsening=4), SolverOptions(iterations=2), Forward(layers), layers)
+    assert (len(how.residuals), few.residuals.points, how.factors) == (1, (), ())
 
 
 @pytest.mark.parametrize(("kind", "measured", "informative"), [("F", 6, 5), ("FCF", 6, 2)])
@@ -315,7 +317,7 @@ def test_residuals_that_are_zero_by_construction_do_not_count(kind, measured, in
     layers = Layers(24)
     hierarchy = build_hierarchy(blocks=(24,), levels=2, coarsening=4)
     method = SolverOptions(iterations=7, relaxation=(kind,))
-    result = solve_alone(hierarchy, method, Forward(layers), layers)
+    _, result = solve_alone(hierarchy, method, Forward(layers), layers)
     assert len(result.residuals) == measured
     assert all(r > 1e-12 for r in result.residuals[:informative])
     assert all(r < 1e-14 for r in result.residuals[informative:])

@@ -14,6 +14,7 @@ from rayllp.channel.torch_dist import TorchChannel
 from rayllp.checkpoint.memory import CopyPlacement, HeldStates, Inventory, Source, copy_offset
 from rayllp.checkpoint.states import split_state
 from rayllp.cluster.ray_group import RayGroup
+from rayllp.engine.block import BoundBlock
 from rayllp.errors import ClusterError
 from rayllp.report import RunDirectory
 from rayllp.training.driver import Driver
@@ -169,29 +170,41 @@ def fail_at(worker, step, phase):
     """The worker process ends itself in `phase` of `step`, as a killed one would; with phase "hang" it goes on without end."""
 
     def install(self):
-        engine = self.engine
+        engine, begun = self.engine, -1
 
         def end(*_):
             while phase == "hang":
                 time.sleep(0.1)
             os._exit(1)
 
+        class Ending(BoundBlock):
+            layer = end
+
         if phase in ("forward", "hang"):
-            inner = engine.block.layer
+            inner = engine.block.bind
 
-            def layer(index, state):
-                return end() if engine.block.moment.step == step and engine.block.moment.training else inner(index, state)
+            def bind(at, *samples, training, **past):
+                bound = inner(at, *samples, training=training, **past)
+                return Ending(**vars(bound)) if training and at == step else bound
 
-            engine.block.layer = layer
+            engine.block.bind = bind
         elif phase == "adjoint":
             parameter = next(iter(engine.block.layers[engine.block.middle[0]].parameters()))
-            parameter.register_hook(lambda gradient: end() if engine.block.moment.step == step else None)
+            parameter.register_hook(lambda gradient: end() if begun == step else None)
+            inner_batch = engine.step_batch
+
+            def step_batch(at, accuracy):
+                nonlocal begun
+                begun = at
+                return inner_batch(at, accuracy)
+
+            engine.step_batch = step_batch
         else:
             inner_update = engine.update
 
-            def update(step_, norm, lr):
-                inner_update(step_, norm, lr)  # the others may have done theirs, or not
-                if engine.block.moment.step == step:
+            def update(at, norm, lr):
+                inner_update(at, norm, lr)  # the others may have done theirs, or not
+                if at == step:
                     end()
 
             engine.update = update

@@ -16,7 +16,8 @@ from rayllp.errors import CheckpointError, ClusterError, SettingsError
 from rayllp.report import RunDirectory
 from rayllp.tuning.pictures import pareto_front
 from rayllp.tuning.reporter import WORST, Reporter
-from rayllp.tuning.results import _write_csv, rows_of
+from rayllp.tuning.results import _page, _write_csv, rows_of
+from rayllp.tuning.run import _create
 from rayllp.tuning.searchers import build_searcher
 from rayllp.tuning.sweep import Objective, load_sweep, make_sweep
 from tests.test_train import living_actors, placement_groups, read, wait_until
@@ -204,6 +205,34 @@ def test_what_was_not_measured_has_no_number_in_the_table(tmp_path):
     loss = Reporter(Objective())
     loss.step(metric(0, mode="serial"))
     assert (loss.report()["bias"], loss.report()["validation_loss"]) == (None, WORST)
+
+
+def test_the_page_shows_every_trial_and_escapes_what_it_is_given(tmp_path):
+    sweep = sweep_of(name="a<b", space={"mgrit.coarsening": {"choice": [2, 16]}})
+    results = [
+        SimpleNamespace(config={"settings": {"mgrit.coarsening": 2}}, metrics={"trial_id": "x", "validation_loss": 1.23456}, error=None),
+        SimpleNamespace(config={"settings": {}}, metrics={}, path="trial_y", error="no <memory>"),
+    ]
+    rows = rows_of(sweep, results)
+    (tmp_path / "a.png").write_bytes(b"picture")
+    page = _page(sweep, rows, rows[0], [("Bias & time", tmp_path / "a.png")], [({"mgrit.coarsening": 16}, "no <C>-point")])
+    assert '<tr class="best"><td>x</td><td>done</td><td>2</td><td>1.235</td><td>–</td>' in page
+    assert "<tr><td>y</td><td>failed</td><td></td><td>–</td>" in page
+    assert "Refused without starting: 1" in page
+    assert "<td>no &lt;C&gt;-point</td>" in page
+    assert '<img alt="Bias &amp; time" src="data:image/png;base64,cGljdHVyZQ==">' in page
+    assert page.count("a<b") == 0 < page.count("a&lt;b")
+
+
+def test_a_sweeps_place_is_refused_as_a_runs_is(tmp_path):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine.txt").touch()
+    sweep = sweep_of(space={"mgrit.coarsening": {"choice": [2, 16]}})
+    with pytest.raises(SettingsError, match="full holds other files: choose another with --output, or go on with it by --resume"):
+        _create(tmp_path / "full", sweep, None)
+    with pytest.raises(SettingsError, match=r"mine\.txt/sweep cannot be written: .*mine\.txt is a file"):
+        _create(tmp_path / "full" / "mine.txt" / "sweep", sweep, None)
+    assert (_create(tmp_path / "new", sweep, None) / "sweep.json").is_file()
 
 
 def test_a_trial_that_goes_on_reports_as_if_it_had_not_stopped():

@@ -86,12 +86,12 @@ def test_one_sweep_each_way_is_the_exact_gradient_of_the_network_of_windows(wind
     config = cyclic(1)
     engine = make_engine(config)
     batch, block = engine.step_batch(3, SERIAL), engine.block
-    block.begin(3, batch.samples, batch.inputs, training=True)
-    state, middle = block.enter(batch.inputs), list(block.middle)
+    bound = block.bind(3, batch.samples, batch.inputs, training=True)
+    state, middle = bound.enter(batch.inputs), list(block.middle)
     for length in windows:
-        state = state + sum(block.layer(n, state) - state for n in middle[:length])
+        state = state + sum(bound.layer(n, state) - state for n in middle[:length])
         middle = middle[length:]
-    (block.architecture.training_loss(block.leave(state), batch.targets) * batch.scale).backward()
+    (block.architecture.training_loss(bound.leave(state), batch.targets) * batch.scale).backward()
     wanted = {name: p.grad for name, p in block.parameters.items()}
     _, found = gradients(config, sweeps(1, 1, windows))
     for name, gradient in wanted.items():

@@ -73,7 +73,7 @@ def test_as_many_sweeps_as_layers_are_exact(window):
     torch.testing.assert_close(output, states[-1], rtol=1e-13, atol=1e-13)
     for layer, state in inputs.items():
         torch.testing.assert_close(state, states[layer], rtol=1e-13, atol=1e-13)
-    assert found[0][0].exact
+    assert found[0][0].residuals.exact
 
 
 def test_the_bits_do_not_depend_on_the_number_of_workers():
@@ -154,7 +154,7 @@ def test_changes_of_the_size_of_rounding_are_converged():
     def work(channel, rounding):
         solver = WindowSolver(placement, (N,), 8, Rounded(matrices), channel, StateSpec.of(start()), TAG, rounding=rounding)
         result = solver.solve(start() if channel.rank == 0 else None, 0)
-        return result.measured(channel.all_reduce(result.shares, TAG))
+        return result.residuals.sum_over(channel, TAG)
 
     (plain, *_), (found, *others) = (run_workers(4, lambda channel, r=r: work(channel, r)) for r in (0.0, 2.0**-8))
     assert found.convergence_factor == 0
@@ -165,8 +165,8 @@ def test_changes_of_the_size_of_rounding_are_converged():
 
 def test_changes_between_sweeps_shrink_and_give_a_factor():
     _, _, found = solve(4, 8, 4)
-    changes = sum(result.shares for result, _ in found)
-    result = found[0][0].measured(changes)
+    shares = [solution.residuals for solution, _ in found]
+    result = shares[0].convergence(sum(share.flat for share in shares))
     assert len(result.residuals) == 3
     assert result.convergence_factor == pytest.approx(result.residuals[2] / result.residuals[1])
     assert 0 < result.convergence_factor < 0.3

@@ -74,9 +74,9 @@ def bench_layers(config: TrainConfig, data: Any, device: str = "cpu") -> LayerBe
     engine = engine_alone(config, data, device)
     costs, block = costs_of(engine, message_s=0.0), engine.block
     inputs, _, samples, _ = engine.my_batch("train", 0)
-    block.begin(0, samples, inputs, training=True)
+    bound = block.bind(0, samples, inputs, training=True)
     with torch.no_grad():
-        state = block.enter(inputs)
+        state = bound.enter(inputs)
     layer = block.middle[0]
     weights = {parameter.untyped_storage().data_ptr() for parameter in block.parameters.values()}
     kept: dict[int, int] = {}
@@ -89,7 +89,7 @@ def bench_layers(config: TrainConfig, data: Any, device: str = "cpu") -> LayerBe
 
     leaves = tuple(part.detach().requires_grad_(part.is_floating_point()) for part in tensors(state))
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        outputs = block.layer(layer, leaves[0] if isinstance(state, Tensor) else leaves)
+        outputs = bound.layer(layer, leaves[0] if isinstance(state, Tensor) else leaves)
     for part in (*leaves, *tensors(outputs)):
         kept.pop(part.untyped_storage().data_ptr(), None)
     return LayerBench(

@@ -12,6 +12,7 @@ from typing import Any
 
 import tokenizers
 import torch
+from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tokenizers.processors import TemplateProcessing
@@ -22,7 +23,7 @@ from transformers.pytorch_utils import Conv1D
 from rayllp.checkpoint.depth_prolongation import LAYER
 from rayllp.checkpoint.location import Folder, at_hand, checkpoint_folder
 from rayllp.checkpoint.run_metadata import MODEL_JSON, TOKENIZER_JSON, read_model_json
-from rayllp.checkpoint.store import check_content, checkpoints, read_manifest
+from rayllp.checkpoint.store import check_content, find_checkpoint, read_manifest
 from rayllp.config import TrainConfig, load_run_config
 from rayllp.config.nested import stage_of_depth
 from rayllp.config.network import LoRASettings
@@ -35,9 +36,9 @@ from rayllp.models import architecture_class, build_architecture, refuse_unnamed
 from rayllp.models.lora import NAME, save_adapter, stored_name
 from rayllp.models.outline import outline
 from rayllp.models.scaled import model_class, write_scaled
-from rayllp.models.weights import INDEX, SINGLE, names_of_tied
+from rayllp.models.weights import INDEX, names_of_tied
 
-SHARD_BYTES = 4 * 1024**3
+SHARD, SHARD_BYTES = "model{suffix}.safetensors", 4 * 1024**3
 DTYPES = {"F32": torch.float32, "F64": torch.float64}
 # mBART has this embedding even if its sides do not share theirs. Neither side reads it then, and no piece of a checkpoint contains it.
 STAND_INS = {"model.shared.weight": "model.encoder.embed_tokens.weight"}
@@ -162,13 +163,7 @@ def _open_run(run: Path, step: int | None, family: str | None) -> tuple[TrainCon
     """Return the run's settings and the folder of the checkpoint."""
     config = load_run_config(run)
     refuse_unnamed_code(config, run, family)
-    by_step = {path.name.removeprefix("step_"): path for path in checkpoints(checkpoint_folder(run, config.checkpoint.path))}
-    if not by_step:
-        raise CheckpointError(f"{run} has no complete checkpoint to export: let the run end, stop it by Ctrl-C, or set checkpoint.every")
-    chosen = list(by_step)[-1] if step is None else str(step)
-    if chosen not in by_step:
-        raise CheckpointError(f"{run} has no checkpoint of step {step}: give --step one of {', '.join(by_step)}")
-    return config, by_step[chosen]
+    return config, find_checkpoint(run, checkpoint_folder(run, config.checkpoint.path), step)
 
 
 def _find_tensors(checkpoint: Path) -> dict[str, _StoredTensor]:
@@ -364,28 +359,15 @@ def _appearing(to: Path) -> Iterator[Path]:
 
 def _write_tensors(tensors: Mapping[str, _StoredTensor], folder: Path) -> None:
     """Write the tensors to one file, or to several of SHARD_BYTES each with an index. Only one file's tensors are in memory at a time."""
-    shards = _split_into_shards(tensors)
-    total = len(shards)
-    names = [SINGLE] if total == 1 else [f"model-{n:05d}-of-{total:05d}.safetensors" for n in range(1, total + 1)]
-    for file, shard in zip(names, shards, strict=True):
-        save_file({name: tensor.read() for name, tensor in shard.items()}, folder / file, metadata={"format": "pt"})
+    split = split_state_dict_into_shards_factory(
+        dict(tensors), get_storage_size=lambda tensor: tensor.bytes, filename_pattern=SHARD, max_shard_size=SHARD_BYTES
+    )
+    for file, names in split.filename_to_tensors.items():
+        save_file({name: tensors[name].read() for name in names}, folder / file, metadata={"format": "pt"})
         (folder / file).chmod(folder.stat().st_mode & 0o666)  # safetensors makes the file readable for its owner only
-    if total > 1:
-        size = sum(tensor.bytes for tensor in tensors.values())
-        table = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
-        (folder / INDEX).write_text(json.dumps({"metadata": {"total_size": size}, "weight_map": table}, indent=2) + "\n", encoding="utf-8")
-
-
-def _split_into_shards(tensors: Mapping[str, _StoredTensor]) -> list[dict[str, _StoredTensor]]:
-    shards: list[dict[str, _StoredTensor]] = [{}]
-    size = 0
-    for name, tensor in tensors.items():
-        if shards[-1] and size + tensor.bytes > SHARD_BYTES:
-            shards.append({})
-            size = 0
-        shards[-1][name] = tensor
-        size += tensor.bytes
-    return shards
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 def _write_configs(config: TrainConfig, kind: type[PreTrainedModel], model_config: PreTrainedConfig, folder: Path) -> None:

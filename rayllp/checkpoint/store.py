@@ -154,6 +154,26 @@ def checkpoints(root: Folder) -> list[Folder]:
     return sorted(complete, key=step_of)
 
 
+def find_checkpoint(run: Path, folder: Folder, step: int | None) -> Folder:
+    """Return the checkpoint of a step, or the latest.
+
+    Args:
+        run: the run, for errors.
+        folder: the folder of its checkpoints.
+        step: step of the checkpoint; None: the latest.
+
+    Raises:
+        CheckpointError: there is no complete checkpoint, or none of this step.
+    """
+    by_step = {step_of(path): path for path in checkpoints(folder)}
+    if not by_step:
+        raise CheckpointError(f"{run} has no complete checkpoint to export: let the run end, stop it by Ctrl-C, or set checkpoint.every")
+    chosen = list(by_step)[-1] if step is None else step
+    if chosen not in by_step:
+        raise CheckpointError(f"{run} has no checkpoint of step {step}: give --step one of {', '.join(map(str, by_step))}")
+    return by_step[chosen]
+
+
 def step_of(checkpoint: Folder) -> int:
     """Return the number of steps in the name of a checkpoint's folder."""
     return int(checkpoint.name.removeprefix("step_"))
@@ -216,7 +236,7 @@ def load_pieces(engine: Engine, folder: Folder, prolongation: Prolongation | Non
         piece = piece if source == name else "embed"
         if piece not in cache:
             read = partial(_read_piece, folder, files or {})
-            prefix = engine.block.architecture.layer_prefix
+            prefix = engine.block.architecture.prefix
             cache[piece] = read(piece) if prolongation is None else prolongation.piece(piece, read, prefix)
         _load_parameter(engine, cache[piece], source, parameter, folder)
 

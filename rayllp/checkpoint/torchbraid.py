@@ -22,7 +22,7 @@ from safetensors.torch import load
 from torch import Tensor, nn
 
 from rayllp.checkpoint.location import Folder, checkpoint_folder
-from rayllp.checkpoint.store import checkpoints
+from rayllp.checkpoint.store import find_checkpoint
 from rayllp.config import load_run_config, torchbraid_blocks
 from rayllp.errors import CheckpointError
 from rayllp.models.stack import LayerStack
@@ -150,11 +150,8 @@ class TorchBraidWeights:
         Raises:
             CheckpointError: there is no such checkpoint, or it is of another model.
         """
-        complete: list[Folder] = checkpoints(checkpoint_folder(Path(run), load_run_config(Path(run)).checkpoint.path))
-        wanted = complete[-1:] if step is None else [path for path in complete if path.name == f"step_{step}"]
-        if not wanted:
-            raise CheckpointError(f"{run} has no complete checkpoint{'' if step is None else f' after {step} steps'}")
-        (folder,) = wanted
+        run = Path(run)
+        folder = find_checkpoint(run, checkpoint_folder(run, load_run_config(run).checkpoint.path), step)
         files: list[Folder] = sorted(folder.glob("*.safetensors"), key=str)
         pieces = {path.stem: _weights(path.read_bytes()) for path in files}
         layers = [

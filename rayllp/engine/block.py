@@ -1,43 +1,24 @@
-"""One worker's part of the network: its layers, and the embedding or head if it is first or last."""
+"""One worker's part of the network: its layers, and the embedding or head if it is first or last; and how these are called."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, vmap
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from rayllp.config import TrainConfig
 from rayllp.data.base import Inputs
 from rayllp.engine.check_draws import check_draws
-from rayllp.engine.vmapped_layers import Stacks
+from rayllp.engine.vmapped_layers import Stacks, advance_together
 from rayllp.models import check_batched
 from rayllp.models.base import Architecture, decayed_weights, hidden_matrices
 from rayllp.models.randomness import FrozenRandomness
-from rayllp.state import State, combine, interpolate, subtract, tensors
+from rayllp.state import State, combine, interpolate, subtract
 
 PARAMETER_DTYPES = {"float32": torch.float32, "bfloat16": torch.float32, "float64": torch.float64}
 """The parameters' dtype, by the setting `dtype`: with bfloat16 only the computation is in bfloat16, by autocast."""
-
-
-@dataclass(frozen=True)
-class Moment:
-    """The step and samples that calls of layers belong to.
-
-    Attributes:
-        step: number of the training step, which keys random numbers.
-        samples: positions of the samples in the global batch, which key random numbers, too.
-        context: what the architecture makes of the samples' inputs, such as masks.
-        training: whether the pieces run in training mode.
-    """
-
-    step: int = 0
-    samples: tuple[int, ...] = (0,)
-    context: Any = None
-    training: bool = False
 
 
 class Block:
@@ -49,6 +30,8 @@ class Block:
         draws: True if pieces draw random numbers in training, which are then frozen within a step.
         watched: None, or a dict that collects the last input of each layer for the first sample of the global batch.
         stacks: stacked weights of middle layers, for calls of several layers at once.
+        callable: the layers as they are called: compiled, if the settings ask for it.
+        advance_together: the function that calls several layers at once, compiled likewise.
     """
 
     def __init__(self, architecture: Architecture, config: TrainConfig, rank: int, device: torch.device) -> None:
@@ -68,12 +51,12 @@ class Block:
         self._tie()
         for name, parameter in self.parameters.items():
             parameter.requires_grad_(parameter.requires_grad and config.model.trains(name))
-        self.moment = Moment()
         self.watched: dict[int, State] | None = None
         self.stacks = Stacks(self.layers)
         self._templates: dict[int, dict[str, Tensor]] = {}
-        self._callable: Mapping[int, nn.Module] = self.layers
-        self._side_by_side = _side_by_side
+        self.callable: Mapping[int, nn.Module] = self.layers
+        self.advance_together = advance_together
+        self._trains = False
         check_batched(config, architecture)
         # Compiled layers that draw are refused, since `FrozenRandomness` cannot be compiled.
         self.draws = architecture.stochastic is not False and not config.compile
@@ -86,20 +69,20 @@ class Block:
     def _compile(self) -> None:
         # A donated buffer serves one backward pass. Here relaxation, coarse solve and last sweep go through the same graph.
         torch._functorch.config.donated_buffer = False
-        self._callable = {n: cast(nn.Module, torch.compile(module)) for n, module in self.layers.items()}
-        self._side_by_side = torch.compile(_side_by_side)
+        self.callable = {n: cast(nn.Module, torch.compile(module)) for n, module in self.layers.items()}
+        self.advance_together = torch.compile(advance_together)
 
     def pieces(self) -> Iterator[tuple[str, str, nn.Module]]:
         """Yield the name ("embed", "layer_00003", "common", "head"), the prefix of parameter names, and the module of each owned piece."""
         architecture = self.architecture
         if self.embed is not None:
-            yield "embed", architecture.embed_prefix(), self.embed
+            yield "embed", architecture.prefix("embed"), self.embed
         for n, module in self.layers.items():
-            yield f"layer_{n:05d}", architecture.layer_prefix(n), module
+            yield f"layer_{n:05d}", architecture.prefix(n), module
         if self.common is not None:
-            yield "common", architecture.common_prefix(), self.common
+            yield "common", architecture.prefix("common"), self.common
         if self.head is not None:
-            yield "head", architecture.head_prefix(), self.head
+            yield "head", architecture.prefix("head"), self.head
 
     def _named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         for _, prefix, module in self.pieces():
@@ -115,12 +98,12 @@ class Block:
             return
         if self.embed is None:
             embedding = self.architecture.build_embed(self.config.seed).to(self.dtype)
-            names = {self.architecture.embed_prefix() + name: value for name, value in embedding.named_parameters()}
+            names = {self.architecture.prefix("embed") + name: value for name, value in embedding.named_parameters()}
             for name, tied in self.architecture.tied:
                 self.parameters[tied].data.copy_(names[name].data)
             return
         for name, tied in self.architecture.tied:
-            path, _, leaf = tied.removeprefix(self.architecture.head_prefix()).rpartition(".")
+            path, _, leaf = tied.removeprefix(self.architecture.prefix("head")).rpartition(".")
             assert self.head is not None
             setattr(self.head.get_submodule(path), leaf, self.parameters[name])
             del self.parameters[tied]
@@ -147,7 +130,7 @@ class Block:
     @property
     def common_parameters(self) -> dict[str, nn.Parameter]:
         """Parameters that every worker holds, by name. Their gradients are summed over workers."""
-        prefix = self.architecture.common_prefix()
+        prefix = self.architecture.prefix("common")
         return {prefix + name: parameter for name, parameter in self.common.named_parameters()} if self.common is not None else {}
 
     def is_counted_elsewhere(self, name: str) -> bool:
@@ -204,8 +187,8 @@ class Block:
 
     # Calls of the pieces ------------------------------------------------------------------------------------------------------
 
-    def begin(self, step: int, samples: Iterable[int], inputs: Inputs, *, training: bool, past: Any = None) -> Moment:
-        """Begin to compute with these inputs; all following calls of layers belong to them.
+    def bind(self, step: int, samples: Iterable[int], inputs: Inputs, *, training: bool, past: Any = None) -> "BoundBlock":
+        """Return the block as it is called for these samples in this step.
 
         Args:
             step: number of the training step.
@@ -213,29 +196,25 @@ class Block:
             inputs: the samples' inputs.
             training: whether the pieces run in training mode.
             past: in generation, the architecture's memory of the tokens before these (`Architecture.past`).
-
-        Returns: the moment, for `resume`.
         """
         remembered = {} if past is None else {"past": past}
-        moment = Moment(step, tuple(samples), self.architecture.context(inputs, self.dtype, **remembered), training)
-        self.resume(moment)
-        return moment
+        return BoundBlock(self, step, tuple(samples), self.architecture.context(inputs, self.dtype, **remembered), training)
 
-    def resume(self, moment: Moment) -> None:
-        """Return to a moment that `begin` returned, to compute with its inputs again."""
-        if moment.training != self.moment.training:
+    def train(self, training: bool) -> None:
+        """Put all pieces into training mode, or into evaluation mode. `BoundBlock` does so itself."""
+        if training != self._trains:
             for _, _, module in self.pieces():
-                module.train(moment.training)
-        self.moment = moment
+                module.train(training)
+            self._trains = training
 
     @contextmanager
     def uncompiled(self) -> Iterator[None]:
         """Run layers without torch.compile inside. In generation every new length would cause a compilation."""
-        kept, self._callable = self._callable, self.layers
+        kept, self.callable = self.callable, self.layers
         try:
             yield
         finally:
-            self._callable = kept
+            self.callable = kept
 
     def check_draws(self, inputs: Inputs) -> None:
         """Run the pieces once, on a sample of these inputs, to find what random numbers they draw in training.
@@ -250,28 +229,49 @@ class Block:
         check_batched(self.config, self.architecture, drawing)
         self.draws = self.draws or drawing is not None
 
+
+@dataclass(frozen=True, eq=False)
+class BoundBlock:
+    """A block bound to certain samples of a certain step: its pieces are called with the masks and the dropout that belong to these.
+
+    Attributes:
+        block: the pieces.
+        step: number of the training step, which keys random numbers.
+        samples: positions of the samples in the global batch, which key random numbers, too.
+        context: what the architecture makes of the samples' inputs, such as masks.
+        training: whether the pieces run in training mode.
+    """
+
+    block: Block
+    step: int
+    samples: tuple[int, ...]
+    context: Any
+    training: bool
+
     @contextmanager
     def _context(self, piece: object, *, autocast: bool = True) -> Iterator[None]:
+        block = self.block
+        block.train(self.training)
         with ExitStack() as stack:
-            if self.config.dtype == "bfloat16" and autocast:
-                stack.enter_context(torch.autocast(self.device.type, torch.bfloat16))
-            if self.moment.training and self.draws:
-                stack.enter_context(FrozenRandomness((self.config.seed, self.moment.step, piece), self.moment.samples))
+            if block.config.dtype == "bfloat16" and autocast:
+                stack.enter_context(torch.autocast(block.device.type, torch.bfloat16))
+            if self.training and block.draws:
+                stack.enter_context(FrozenRandomness((block.config.seed, self.step, piece), self.samples))
             yield
 
     def layer(self, index: int, state: State) -> State:
         """Return x + Δt·(block(x) − x) for layer `index`; just block(x) if Δt = 1."""
-        return self.run_layer(index, self._callable[index], state)
+        return self.run_layer(index, self.block.callable[index], state)
 
     def run_layer(self, index: int, module: nn.Module, state: State) -> State:
         """Return what `layer` returns, with `module` as the layer, which may be another worker's."""
-        size = self.config.step_sizes[index]
+        block, size = self.block, self.block.config.step_sizes[index]
         self._watch(index, state)
         with self._context(index):
-            after = self.architecture.advance(index, module, state, self.moment.context, self.common)
+            after = block.architecture.advance(index, module, state, self.context, block.common)
         return after if size == 1 else interpolate(state, after, size)
 
-    def side_by_side(self, indices: Sequence[int], state: State, weights: Mapping[str, Tensor]) -> State:
+    def layers_together(self, indices: Sequence[int], state: State, weights: Mapping[str, Tensor]) -> State:
         """Return what `layer` returns for several middle layers, in one call.
 
         Args:
@@ -279,35 +279,37 @@ class Block:
             state: one state for each layer; dimension 0 is the layers.
             weights: stacked weights of exactly these layers (`Stack.weights`).
         """
-        first = indices[0]
+        block, first = self.block, indices[0]
         for place, index in enumerate(indices):
             self._watch(index, combine(lambda part, place=place: part[place], state))
         with self._context(first):
-            after = self._side_by_side(
-                self.architecture.advance, first, self.layers[first], dict(weights), state, self.moment.context, self.common
+            after = block.advance_together(
+                block.architecture.advance, first, block.layers[first], dict(weights), state, self.context, block.common
             )
-        size = self.config.step_sizes[first]
+        size = block.config.step_sizes[first]
         return after if size == 1 else interpolate(state, after, size)
 
     def _watch(self, index: int, state: State) -> None:
-        if self.watched is not None and self.moment.samples[0] == 0:
-            self.watched[index] = combine(lambda part: part[:1].detach().clone(), state)
+        if self.block.watched is not None and self.samples[0] == 0:
+            self.block.watched[index] = combine(lambda part: part[:1].detach().clone(), state)
 
     def increment(self, index: int, state: State) -> State:
         """Return block(x) − x, a layer's increment for Δt = 1.
 
         It is computed in the weights' own precision, without autocast, since differences of it are taken.
         """
+        block = self.block
         with self._context(index, autocast=False):
-            after = self.architecture.advance(index, self.layers[index], state, self.moment.context, self.common)
+            after = block.architecture.advance(index, block.layers[index], state, self.context, block.common)
         return subtract(after, state)
 
     def enter(self, inputs: Inputs) -> State:
         """Return the state before the first middle layer: embedding, then opening buffers."""
-        assert self.embed is not None
+        block = self.block
+        assert block.embed is not None
         with self._context("embed"):
-            state = self.architecture.enter(self.embed, inputs, self.moment.context)
-        for n in self.open:
+            state = block.architecture.enter(block.embed, inputs, self.context)
+        for n in block.open:
             state = self.layer(n, state)
         return state
 
@@ -317,34 +319,11 @@ class Block:
         Args:
             last_only: return the output at the last position only.
         """
-        assert self.head is not None
-        for n in self.close:
+        block = self.block
+        assert block.head is not None
+        for n in block.close:
             state = self.layer(n, state)
         if last_only:
-            state = self.architecture.last_position(state)
+            state = block.architecture.last_position(state)
         with self._context("head"):
-            return self.architecture.leave(self.head, state, self.moment.context)
-
-
-def _side_by_side(
-    advance: Callable[[int, nn.Module, State, Any, nn.Module | None], State],
-    index: int,
-    module: nn.Module,
-    weights: dict[str, Tensor],
-    state: State,
-    context: Any,
-    common: nn.Module | None,
-) -> State:
-    """Return `advance` for several layers, which share a module and have weights and a state each."""
-
-    def one(weights: dict[str, Tensor], state: State) -> State:
-        def layer(*args: Any, **kwargs: Any) -> Any:
-            return functional_call(module, weights, args, kwargs)
-
-        return advance(index, cast(nn.Module, layer), state, context, common)
-
-    # Of the fused attentions only flash attention on the GPU works under vmap. The CPU's would be called layer by layer, and the
-    # backward pass of the memory-efficient one refuses the results of its forward pass.
-    on_gpu = tensors(state)[0].device.type == "cuda"
-    with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.MATH] if on_gpu else [SDPBackend.MATH]):
-        return vmap(one)(weights, state)
+            return block.architecture.leave(block.head, state, self.context)

@@ -45,9 +45,9 @@ def diagnose(forward: ExactForward, batch: StepBatch) -> tuple[int, int, str] | 
 def _fault_of_forward(forward: ExactForward, batch: StepBatch) -> tuple[int, int, str] | None:
     block, config = forward.group.block, forward.group.config
     with torch.no_grad():
-        block.begin(batch.step, batch.samples, batch.inputs, training=True)
-        entered = block.enter(batch.inputs) if block.first else None
-        checking = _Checking(forward.trajectory())
+        bound = block.bind(batch.step, batch.samples, batch.inputs, training=True)
+        entered = bound.enter(batch.inputs) if block.first else None
+        checking = _Checking(forward.trajectory(bound))
         # All workers take part in the solve, whatever they find, since others wait for their messages.
         output = forward.propagate(checking, entered, forward.group.spec(batch.inputs), MessageTag(batch.step, "diagnosis"))
         if entered is not None and not is_finite(entered):
@@ -56,7 +56,7 @@ def _fault_of_forward(forward: ExactForward, batch: StepBatch) -> tuple[int, int
             layer = checking.fault + config.buffers.open
             return 0, layer, f"layer {layer}: its output is not finite"
         if output is not None:
-            outputs = block.leave(output)
+            outputs = bound.leave(output)
             if not is_finite(outputs):
                 return 0, config.model.layers, "head or closing buffers: their output is not finite"
             if not is_finite(block.architecture.loss(outputs, batch.targets)):

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from rayllp.channel.base import MessageTag, StateSpec
 from rayllp.data.base import Inputs
+from rayllp.engine.block import BoundBlock
 from rayllp.engine.layer_group import LayerGroup
 from rayllp.engine.trajectory import ExactPropagator, Trajectory
 from rayllp.mgrit import Communicator, MGRITSolver, Problem
@@ -41,18 +42,19 @@ class ExactForward:
         """
         block = self.group.block
         with torch.no_grad():
-            block.begin(tag.step, range(tensors(inputs)[0].shape[0]), inputs, training=False, past=past)
-            entered = block.enter(inputs) if block.first else None
+            bound = block.bind(tag.step, range(tensors(inputs)[0].shape[0]), inputs, training=False, past=past)
+            entered = bound.enter(inputs) if block.first else None
             spec = self.group.spec(inputs)
             if past is not None:
                 *others, shape = spec.shapes
                 spec = replace(spec, shapes=(*others, torch.Size((shape[0], shape[1] - past.known, *shape[2:]))))
-            output = self.propagate(ExactPropagator(self.trajectory()), entered, spec, tag)
-            return block.leave(output, last_only=last_only) if output is not None else None
+            output = self.propagate(ExactPropagator(self.trajectory(bound)), entered, spec, tag)
+            return bound.leave(output, last_only=last_only) if output is not None else None
 
-    def trajectory(self) -> Trajectory:
+    @staticmethod
+    def trajectory(bound: BoundBlock) -> Trajectory:
         """Return the trajectory of one exact forward, which records nothing."""
-        return Trajectory(self.group.block, frozenset((0,)), recompute=True)
+        return Trajectory(bound, frozenset((0,)), recompute=True)
 
     def propagate(self, propagator: ExactPropagator, entered: State | None, spec: StateSpec, tag: MessageTag) -> State | None:
         """Take a state through all middle layers.
@@ -69,4 +71,4 @@ class ExactForward:
             return solve_in_order(self._placement, propagator, self.group.channel, entered, spec, tag)
         problem = Problem(self._hierarchy, propagator, spec)
         solver = MGRITSolver(problem, self._options, Communicator(self.group.channel, tag))
-        return solver.solve(entered, reduce_residuals=False).output
+        return solver.solve(entered).output

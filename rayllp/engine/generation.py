@@ -166,8 +166,8 @@ def remembers(block: Block, inputs_of: Callable[[Tensor], Inputs], tokens: Tenso
         return [tensors(architecture.advance(n, block.layers[n], state, context, common))[-1][:, -1:] for n in layers]
 
     with torch.no_grad():
-        block.begin(0, range(1), whole, training=False)
-        spec, context = architecture.state_spec(whole, block.dtype, block.device), block.moment.context
+        block.train(False)
+        spec, context = architecture.state_spec(whole, block.dtype, block.device), architecture.context(whole, block.dtype)
         state = like(spec.zeros(), tuple(torch.randn(s, generator=generator).to(block.device, block.dtype) for s in spec.shapes))
         wanted = advanced(state, context)
         if block.embed is not None:

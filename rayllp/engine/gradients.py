@@ -70,12 +70,12 @@ class LayerParallelGradients:
     def _form_part(self, batch: StepBatch, penalty: Consistency | None) -> StepGradients:
         group, block, step = self.group, self.group.block, batch.step
         solves = group.solves(batch.accuracy)
-        block.begin(step, batch.samples, batch.inputs, training=True)
+        bound = block.bind(step, batch.samples, batch.inputs, training=True)
         spec = group.spec(batch.inputs)
         with group.channel.prepost_receives((solves.accuracy, spec) if solves.has_fixed_messages else None):
             with group.span("enter"):
-                entered = block.enter(batch.inputs) if block.first else None
-            trajectory = Trajectory(block, solves.c_points, block.config.mgrit.recompute)
+                entered = bound.enter(batch.inputs) if block.first else None
+            trajectory = Trajectory(bound, solves.c_points, block.config.mgrit.recompute)
             deferred = trajectory.deferred
             # Forward solve. Its last sweep records graphs, apart from those of the runs that it defers.
             problem = Problem(solves.forward, ForwardPropagator(trajectory), spec)
@@ -84,12 +84,12 @@ class LayerParallelGradients:
             with group.span("loss"):
                 loss, seed = torch.zeros((), device=group.device), None
                 if block.last:
-                    loss, seed = loss_and_seed(block, forward.output, batch.targets, batch.scale)
+                    loss, seed = loss_and_seed(bound, forward.output, batch.targets, batch.scale)
             # Adjoint solve, from λ_N. Its last sweep forms parameter gradients. While it waits for messages, deferred runs are recorded.
             problem = Problem(solves.adjoint, AdjointPropagator(trajectory, penalty), spec)
             backward = group.solve(problem, solves.adjoint_options, MessageTag(step, "adjoint"), seed, while_waiting=deferred)
         add_embedding_gradients(group, entered, backward.output)
-        return StepGradients(loss, forward, backward, penalty)
+        return StepGradients(loss, forward.residuals, backward.residuals, penalty)
 
 
 class ExactGradients:
@@ -131,16 +131,16 @@ class TorchBraidGradients:
 
     def _form_part(self, batch: StepBatch, penalty: Consistency | None) -> StepGradients:
         group, block = self.group, self.group.block
-        block.begin(batch.step, batch.samples, batch.inputs, training=True)
+        bound = block.bind(batch.step, batch.samples, batch.inputs, training=True)
         if self._solver is None:
             self._solver = TorchBraidSolver(block, group.channel, group.config)
         spec = group.spec(batch.inputs)
-        entered = block.enter(batch.inputs) if block.first else None
+        entered = bound.enter(batch.inputs) if block.first else None
         empty = torch.empty(spec.shapes[0], dtype=spec.dtypes[0], device=group.device)
-        output = self._solver.forward(None if entered is None else detach(entered), empty, batch.accuracy)
+        output = self._solver.forward(bound, None if entered is None else detach(entered), empty, batch.accuracy)
         loss, seed = torch.zeros((), device=group.device), None
         if block.last:
-            loss, seed = loss_and_seed(block, output, batch.targets, batch.scale)
+            loss, seed = loss_and_seed(bound, output, batch.targets, batch.scale)
         add_embedding_gradients(group, entered, self._solver.adjoint(seed))
         return StepGradients(loss, penalty=penalty)
 

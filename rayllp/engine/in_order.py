@@ -17,7 +17,7 @@ from torch import Tensor
 
 from rayllp.channel.base import Channel, MessageTag, StateSpec
 from rayllp.engine.batch import StepBatch
-from rayllp.engine.block import Block, Moment
+from rayllp.engine.block import Block, BoundBlock
 from rayllp.engine.consistency import Consistency
 from rayllp.engine.layer_group import LayerGroup
 from rayllp.engine.pipeline import count_microbatches, slices
@@ -34,7 +34,7 @@ class _Microbatch:
 
     Attributes:
         batch: its samples.
-        moment: what the block resumes in order to compute with this microbatch.
+        bound: this worker's layers, bound to these samples.
         spec: shapes and dtypes of its state.
         entered: the state before the first middle layer, with its graph, on the first worker.
         state: what one layer hands to the next on this worker: the state after a layer, or the adjoint at its input.
@@ -42,7 +42,7 @@ class _Microbatch:
     """
 
     batch: StepBatch
-    moment: Moment
+    bound: BoundBlock
     spec: StateSpec
     entered: State | None = None
     state: State | None = None
@@ -75,7 +75,6 @@ class InOrderGradients:
             losses = [self._loss(microbatch) for microbatch in microbatches] if self.block.last else []
             self._adjoint(microbatches, channel, batch.step)
         for microbatch in microbatches:
-            self.block.resume(microbatch.moment)
             add_embedding_gradients(group, microbatch.entered, microbatch.state)
         loss = torch.stack(losses).sum() if losses else torch.zeros((), device=self.block.device)
         return StepGradients(loss, penalty=penalty)
@@ -85,8 +84,8 @@ class InOrderGradients:
         return workers == 2 or self.placement.owners[-1] == 0
 
     def _begin(self, batch: StepBatch) -> _Microbatch:
-        moment = self.block.begin(batch.step, batch.samples, batch.inputs, training=True)
-        return _Microbatch(batch, moment, self.group.spec(batch.inputs))
+        bound = self.block.bind(batch.step, batch.samples, batch.inputs, training=True)
+        return _Microbatch(batch, bound, self.group.spec(batch.inputs))
 
     # Forward ------------------------------------------------------------------------------------------------------------------
 
@@ -98,10 +97,9 @@ class InOrderGradients:
             source = owners[layer - 1] if layer else 0
             target = owners[layer + 1] if layer < final else channel.size - 1
             for microbatch in microbatches:
-                self.block.resume(microbatch.moment)
                 if layer == 0:
                     with self.group.span("enter"):
-                        microbatch.entered = self.block.enter(microbatch.batch.inputs)
+                        microbatch.entered = microbatch.bound.enter(microbatch.batch.inputs)
                     state = detach(microbatch.entered)
                 elif source == rank:
                     assert microbatch.state is not None
@@ -120,7 +118,7 @@ class InOrderGradients:
     def _record(self, microbatch: _Microbatch, layer: int, state: State) -> State:
         """Return the state after a layer, and keep the layer's graph, or with recomputation only its input."""
         with self.group.span("forward"):
-            graph = record_graph(self.block, self._index(layer), state)
+            graph = record_graph(microbatch.bound, self._index(layer), state)
         after = like(state, tuple(part.detach() for part in graph.outputs))
         microbatch.graphs[layer] = Graph(graph.inputs, ()) if self.block.config.mgrit.recompute else graph
         return after
@@ -131,10 +129,9 @@ class InOrderGradients:
 
     def _loss(self, microbatch: _Microbatch) -> Tensor:
         """Return the loss of one microbatch. Its gradient at the last middle layer's output takes the place of the microbatch's state."""
-        self.block.resume(microbatch.moment)
         with self.group.span("loss"):
             batch = microbatch.batch
-            loss, microbatch.state = loss_and_seed(self.block, microbatch.state, batch.targets, batch.scale)
+            loss, microbatch.state = loss_and_seed(microbatch.bound, microbatch.state, batch.targets, batch.scale)
         return loss
 
     # Adjoint ------------------------------------------------------------------------------------------------------------------
@@ -160,7 +157,6 @@ class InOrderGradients:
                     while not channel.arrived(microbatch.spec, source) and later.advance():
                         pass
                     lam = channel.receive(microbatch.spec, source, tag)
-                self.block.resume(microbatch.moment)
                 before = self._pull(microbatch, layer, lam, later if waits else None)
                 if target == rank:
                     microbatch.state = before
@@ -177,7 +173,7 @@ class InOrderGradients:
         graph = microbatch.graphs.pop(layer)
         with self.group.span("adjoint"):
             if not graph.outputs:
-                graph = record_graph(self.block, self._index(layer), like(lam, graph.inputs))
+                graph = record_graph(microbatch.bound, self._index(layer), like(lam, graph.inputs))
             leaves = self.block.leaves(self._index(layer))
             if later is None:
                 torch.autograd.backward(graph.outputs, tensors(lam), inputs=[*graph.inputs, *leaves])

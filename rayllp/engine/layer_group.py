@@ -11,7 +11,7 @@ from rayllp.control import Accuracy
 from rayllp.data.base import Inputs
 from rayllp.engine.block import Block
 from rayllp.engine.step_solves import StepSolves, without_penalties
-from rayllp.mgrit import Communicator, DeferredSweeps, MGRITResult, MGRITSolver, Problem, Propagator, SolverOptions
+from rayllp.mgrit import Communicator, DeferredSweeps, MGRITSolver, Problem, Propagator, Solution, SolverOptions
 from rayllp.mgrit.windows import Placement, WindowSolver
 from rayllp.state import State, tensors
 from rayllp.timeline import TimedChannel, TimedPropagator, Timeline, span_on
@@ -61,8 +61,8 @@ class LayerGroup:
         *,
         defer_to: DeferredSweeps | None = None,
         while_waiting: DeferredSweeps | None = None,
-    ) -> MGRITResult:
-        """Solve by MGRIT on all workers of the group. The result's residuals are this worker's share.
+    ) -> Solution:
+        """Solve by MGRIT on all workers of the group.
 
         Args:
             problem: the equations to solve.
@@ -81,7 +81,7 @@ class LayerGroup:
             problem = replace(problem, propagator=TimedPropagator(problem.propagator, self.timeline, tag.solve))
             on_phase = self.timeline.begin_solve(tag.solve)
         solver = MGRITSolver(problem, options, Communicator(channel, tag, while_waiting), on_phase)
-        return solver.solve(u0, defer_to=defer_to, reduce_residuals=False)
+        return solver.solve(u0, defer_to=defer_to)
 
     def window_solver(
         self,

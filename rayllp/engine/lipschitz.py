@@ -81,9 +81,9 @@ def estimate_layers(block: Block, step: int, inputs: Inputs) -> dict[int, float]
     """
     if not block.watched:  # the sequence is on another replica
         return {}
-    block.begin(step, (0,), combine(lambda part: part[:1], inputs), training=True)
+    bound = block.bind(step, (0,), combine(lambda part: part[:1], inputs), training=True)
     seeds = {n: key(block.config.seed, "lipschitz", n) for n in block.watched}
-    return {n: lipschitz_constant(partial(block.increment, n), state, seeds[n]) for n, state in sorted(block.watched.items())}
+    return {n: lipschitz_constant(partial(bound.increment, n), state, seeds[n]) for n, state in sorted(block.watched.items())}
 
 
 def _norm(state: State) -> float:

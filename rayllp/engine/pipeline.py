@@ -16,7 +16,7 @@ from rayllp.channel.base import Channel
 from rayllp.channel.process_channel import ProcessChannel
 from rayllp.data.base import Inputs
 from rayllp.engine.batch import StepBatch
-from rayllp.engine.block import Block, Moment
+from rayllp.engine.block import Block, BoundBlock
 from rayllp.engine.consistency import Consistency, PenaltyHooks
 from rayllp.errors import SettingsError
 from rayllp.state import State, combine, tensors
@@ -24,29 +24,36 @@ from rayllp.timeline import Timeline, span_on
 
 
 class StageModule(nn.Module):
-    """A worker's block as one pipeline stage: takes inputs or a state, returns a state or outputs."""
+    """A worker's block as one pipeline stage: takes inputs or a state, returns a state or outputs.
+
+    Attributes:
+        microbatches: the block, bound to the samples of each microbatch in the order in which their forwards begin.
+        penalty: the consistency penalty; None if its weight is 0.
+    """
 
     def __init__(self, block: Block) -> None:
         super().__init__()
         self.block = block
         self.pieces = nn.ModuleList(module for _, _, module in block.pieces())
-        self.begin: Callable[[], None] = lambda: None  # called before each microbatch's forward
+        self.microbatches: Iterator[BoundBlock] = iter(())
         self.penalty: Consistency | None = None
 
     def forward(self, *parts: Tensor) -> State:
+        """Run the next microbatch through this worker's block."""
+        return self.run(next(self.microbatches), parts[0] if len(parts) == 1 else parts)
+
+    def run(self, bound: BoundBlock, state: State | Inputs) -> State:
         """Run a microbatch through this worker's block, with embedding and head if it owns them."""
-        self.begin()
         block = self.block
-        state: State = parts[0] if len(parts) == 1 else parts
         if block.first:
-            state = block.enter(state)
+            state = bound.enter(state)
         recompute = block.config.mgrit.recompute and torch.is_grad_enabled()
         for layers, hooks in self._intervals() if recompute or self.penalty else ((block.middle, None),):
             if recompute:
-                state = checkpoint(self._run, state, layers, hooks, block.moment, use_reentrant=False, preserve_rng_state=False)
+                state = checkpoint(self._run, bound, state, layers, hooks, use_reentrant=False, preserve_rng_state=False)
             else:
-                state = self._run(state, layers, hooks)
-        return block.leave(state) if block.last else state
+                state = self._run(bound, state, layers, hooks)
+        return bound.leave(state) if block.last else state
 
     def _intervals(self) -> Iterator[tuple[Sequence[int], PenaltyHooks | None]]:
         """Yield the block's middle layers in intervals, with hooks for the penalty if there is one.
@@ -61,16 +68,15 @@ class StageModule(nn.Module):
         for start in range(middle[0], middle[-1] + 1, c):
             yield range(start, min(start + c, middle[-1] + 1)), None
 
-    def _run(self, state: State, layers: Sequence[int], hooks: PenaltyHooks | None, moment: Moment | None = None) -> State:
-        if moment is not None:  # another microbatch's forward may have run before this recomputation
-            self.block.resume(moment)
+    @staticmethod
+    def _run(bound: BoundBlock, state: State, layers: Sequence[int], hooks: PenaltyHooks | None) -> State:
         if hooks is None:
             for n in layers:
-                state = self.block.layer(n, state)
+                state = bound.layer(n, state)
             return state
-        state = hooks.first(self.block.layer(layers[0], hooks.begin(state)))
+        state = hooks.first(bound.layer(layers[0], hooks.begin(state)))
         for n in layers[1:]:
-            state = self.block.layer(n, state)
+            state = bound.layer(n, state)
         return hooks.end(state)
 
 
@@ -112,9 +118,11 @@ class PlainAutograd:
         total = torch.zeros((), device=block.device, dtype=block.dtype)
         for rows in slices(len(batch.samples), block.config.accumulate):
             part = batch.part(rows)
-            block.begin(part.step, part.samples, part.inputs, training=True)
+            bound = block.bind(part.step, part.samples, part.inputs, training=True)
             with span_on(self.timeline, "forward"):
-                loss = block.architecture.training_loss(self.module(*tensors(part.inputs)), part.targets) * part.scale
+                outputs = self.module.run(bound, part.inputs)
+                assert isinstance(outputs, Tensor)
+                loss = block.architecture.training_loss(outputs, part.targets) * part.scale
             with span_on(self.timeline, "adjoint"):
                 loss.backward()
             total += loss.detach()
@@ -168,8 +176,8 @@ class Pipeline:
         outputs: tuple[Tensor, ...] = state
         if block.last:
             with torch.no_grad():
-                block.begin(0, range(self.part), small, training=False)
-                outputs = (block.leave(spec.zeros()).to("meta").requires_grad_(),)
+                bound = block.bind(0, range(self.part), small, training=False)
+                outputs = (bound.leave(spec.zeros()).to("meta").requires_grad_(),)
         stage = PipelineStage(
             self.module, rank, size, block.device,
             input_args=entering if block.first else state, output_args=outputs,
@@ -201,17 +209,9 @@ class Pipeline:
 
     def step(self, batch: StepBatch, penalty: Consistency | None) -> Tensor:
         """Add the gradients of scale × summed loss to `.grad`. Returns the scaled loss on the last worker, 0 elsewhere."""
-        self.scale, count = batch.scale, 0
-        self.module.penalty = penalty
-
-        def begin() -> None:
-            nonlocal count
-            mine = slice(count * self.part, (count + 1) * self.part)
-            part = batch.part(mine)
-            self.block.begin(part.step, part.samples, part.inputs, training=True)
-            count += 1
-
-        self.module.begin = begin
+        self.scale, self.module.penalty = batch.scale, penalty
+        parts = (batch.part(rows) for rows in slices(len(batch.samples), self.microbatches))
+        self.module.microbatches = (self.block.bind(part.step, part.samples, part.inputs, training=True) for part in parts)
         losses: list[Tensor] = []
         first, began = (len(self.timeline.spans), self.timeline.clock()) if self.timeline else (0, 0.0)
         self.schedule.step(

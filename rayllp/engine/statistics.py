@@ -11,7 +11,7 @@ from rayllp.engine.all_reduce import PackedAllReduce
 from rayllp.engine.layer_group import LayerGroup
 from rayllp.engine.probe import Bias, Probing
 from rayllp.engine.step_gradients import StepGradients
-from rayllp.mgrit import MGRITResult
+from rayllp.mgrit import Convergence
 
 OTHER_PIECES = 3
 """Pieces of the network besides the layers: embedding, what several layers use, head."""
@@ -71,7 +71,7 @@ class ReducedStatistics:
         norm: norm of the gradient.
         loss: mean over the loss terms.
         consistency: the consistency penalty R, without its weight; None if the penalty is off.
-        forward, backward: results of the solves, with residuals; None if nothing was solved iteratively.
+        forward, backward: how the solves went; None if nothing was solved iteratively.
         bias: bias of the gradient in use, if a probe has measured it.
         couplings: as in `StepStats`.
     """
@@ -79,8 +79,8 @@ class ReducedStatistics:
     norm: float
     loss: float
     consistency: float | None
-    forward: MGRITResult | None
-    backward: MGRITResult | None
+    forward: Convergence | None
+    backward: Convergence | None
     bias: Bias | None
     couplings: tuple[float, ...] | None
 
@@ -109,15 +109,15 @@ def reduce_statistics(
     if formed.penalty is not None:
         sums.add("consistency", formed.penalty.value)
     solves = {"forward": formed.forward, "backward": formed.backward}
-    for name, result in solves.items():
-        if result is not None:
-            sums.add(name, result.shares)
+    for name, shares in solves.items():
+        if shares is not None:
+            sums.add(name, shares.flat)
     if probing is not None:
         sums.add("probe", probing.table())
         if probing.couplings is not None:
             sums.add("couplings", probing.couplings)
     sums.reduce(group.channel, MessageTag(step, "gradients", "norm, loss and residuals"))
-    measured = {name: None if result is None else result.measured(sums[name]) for name, result in solves.items()}
+    measured = {name: None if shares is None else shares.convergence(sums[name]) for name, shares in solves.items()}
     return ReducedStatistics(
         norm=float(sums["norms"].sum()) ** 0.5,
         loss=float(sums["loss"]),

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 from rayllp.engine.batch import StepBatch
-from rayllp.engine.block import Block
+from rayllp.engine.block import Block, BoundBlock
 from rayllp.engine.consistency import Consistency
 from rayllp.engine.layer_group import LayerGroup
 from rayllp.engine.pipeline import slices
-from rayllp.mgrit import MGRITResult
+from rayllp.mgrit import ResidualShares
 from rayllp.state import State, like, tensors
 
 
@@ -21,13 +21,13 @@ class StepGradients:
 
     Attributes:
         loss: the scaled loss on the last worker; 0 elsewhere.
-        forward, backward: results of the solves of the batch's last part; None if nothing was solved iteratively.
+        forward, backward: this worker's share of the residuals of the batch's last part; None if nothing was solved iteratively.
         penalty: the consistency penalty, with its value; None if its weight is 0.
     """
 
     loss: Tensor
-    forward: MGRITResult | None = None
-    backward: MGRITResult | None = None
+    forward: ResidualShares | None = None
+    backward: ResidualShares | None = None
     penalty: Consistency | None = None
 
 
@@ -46,18 +46,18 @@ def in_parts(
     return replace(found, loss=total)
 
 
-def loss_and_seed(block: Block, output: State | None, targets: Tensor, scale: float) -> tuple[Tensor, State]:
+def loss_and_seed(bound: BoundBlock, output: State | None, targets: Tensor, scale: float) -> tuple[Tensor, State]:
     """Return the loss times `scale`, and its gradient λ_N at the last middle layer's output. Adds gradients of closing buffers and head.
 
     Args:
-        block: the last worker's layers.
+        bound: the last worker's layers, bound to the samples.
         output: the state after the last middle layer.
         targets: the batch's targets.
         scale: factor on the summed loss.
     """
     assert output is not None
     leaves = tuple(part.detach().requires_grad_() for part in tensors(output))
-    loss = block.architecture.training_loss(block.leave(like(output, leaves)), targets) * scale
+    loss = bound.block.architecture.training_loss(bound.leave(like(output, leaves)), targets) * scale
     loss.backward()
     seed = tuple(torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves)
     return loss.detach(), like(output, seed)

@@ -7,7 +7,7 @@ only the two apps that XBraid drives are used, forward and backward, as `LayerPa
 
 import sys
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from importlib.util import find_spec
@@ -20,7 +20,7 @@ from rayllp.channel.base import Channel
 from rayllp.channel.mpi import MPIChannel
 from rayllp.config import TrainConfig
 from rayllp.control import Accuracy
-from rayllp.engine.block import Block
+from rayllp.engine.block import Block, BoundBlock
 from rayllp.errors import ChannelError, SettingsError
 from rayllp.state import State, interpolate
 
@@ -40,10 +40,9 @@ def check_installed(config: TrainConfig) -> None:
 class _Step(nn.Module):
     """A layer in the form that TorchBraid calls: a step over `dt` layers, x + dt·(Φ(x) − x)."""
 
-    def __init__(self, block: Block, index: int, layer: nn.Module) -> None:
+    def __init__(self, layer: nn.Module, run: Callable[[Tensor], State]) -> None:
         super().__init__()
-        self.layer = layer
-        self._run = partial(block.run_layer, index, layer)
+        self.layer, self._run = layer, run
 
     def forward(self, x: Tensor, dt: float) -> Tensor:
         after = self._run(x)
@@ -123,7 +122,7 @@ class TorchBraidSolver:
         if mine is None:
             layer = self.block.architecture.build_layer(self.block.config.seed, index)
             mine = layer.to(device=self.block.device, dtype=self.block.dtype)
-        return _Step(self.block, index, mine)
+        return _Step(mine, lambda x: self.bound.run_layer(index, mine, x))
 
     @contextmanager
     def _surfaced(self, what: str) -> Iterator[None]:
@@ -134,17 +133,18 @@ class TorchBraidSolver:
         if self._noticing.noticed:
             raise ChannelError(f"TorchBraid's {what} solve failed: {self._noticing.noticed[0]!r}") from self._noticing.noticed[0]
 
-    def forward(self, initial: State | None, like: Tensor, accuracy: Accuracy) -> Tensor | None:
+    def forward(self, bound: BoundBlock, initial: State | None, like: Tensor, accuracy: Accuracy) -> Tensor | None:
         """Do the forward solve.
 
         Args:
+            bound: this worker's layers, bound to the samples; the adjoint solve uses them, too.
             initial: the state before the first step, on the first worker.
             like: a tensor of a state's shape and dtype.
             accuracy: says how many iterations to do.
 
         Returns: the state after the last step, on the last worker; None elsewhere.
         """
-        solver = self.solver
+        solver, self.bound = self.solver, bound
         solver.setFwdMaxIters(accuracy.iterations_forward)
         solver.setBwdMaxIters(accuracy.iterations_backward)
         app = solver.fwd_app

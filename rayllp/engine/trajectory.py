@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from rayllp.engine.block import Block
+from rayllp.engine.block import Block, BoundBlock
 from rayllp.engine.consistency import Consistency
 from rayllp.engine.memory import return_freed_memory
 from rayllp.engine.vmapped_layers import Stack, stack_states, unstack_states
@@ -54,7 +54,7 @@ class Trajectory:
     """What the last forward sweep leaves on one worker. Layers are counted from the first middle layer.
 
     Args:
-        block: this worker's layers.
+        bound: this worker's layers, bound to the samples.
         c_points: layers that begin coarse intervals, from which recomputation starts.
         recompute: keep only the states at C-points.
         graphs: recorded graphs by layer.
@@ -64,7 +64,7 @@ class Trajectory:
         deferred: runs of the last sweep that have not been recorded yet.
     """
 
-    block: Block
+    bound: BoundBlock
     c_points: frozenset[int]
     recompute: bool
     graphs: dict[int, Graph] = field(default_factory=dict)
@@ -73,9 +73,14 @@ class Trajectory:
     checkpoints: dict[int, State] = field(default_factory=dict)
     deferred: DeferredSweeps = field(default_factory=DeferredSweeps)
 
+    @property
+    def block(self) -> Block:
+        """This worker's layers."""
+        return self.bound.block
+
     def run(self, layer: int, state: State) -> State:
         """Return the state after one middle layer."""
-        return self.block.layer(self.index(layer), state)
+        return self.bound.layer(self.index(layer), state)
 
     def index(self, layer: int) -> int:
         """Return the layer's number in the whole network."""
@@ -86,7 +91,7 @@ class Trajectory:
         indices = [self.index(layer) for layer in layers]
         weights = self.block.stacks.containing(indices).weights(indices)
         with torch.no_grad():
-            return unstack_states(self.block.side_by_side(indices, stack_states(states), weights))
+            return unstack_states(self.bound.layers_together(indices, stack_states(states), weights))
 
     def record_together(self, layers: Sequence[int], states: Sequence[State]) -> list[State]:
         """Return the states after several middle layers in the last forward sweep, in one call, and keep its graph."""
@@ -96,7 +101,7 @@ class Trajectory:
             whole = stack_states(states)
         inputs = tuple(part.requires_grad_() for part in tensors(whole))
         with torch.enable_grad():
-            outputs = tensors(self.block.side_by_side(indices, like(whole, inputs), stack.weights(indices)))
+            outputs = tensors(self.bound.layers_together(indices, like(whole, inputs), stack.weights(indices)))
         graph = BatchedGraph(tuple(layers), stack, inputs, outputs)
         after = unstack_states(like(whole, tuple(part.detach() for part in outputs)))
         for layer, before, state in zip(layers, states, after, strict=True):
@@ -168,10 +173,10 @@ class Trajectory:
             state = like(state, tuple(part.detach() for part in graph.outputs))
 
     def _graph(self, layer: int, state: State) -> Graph:
-        return record_graph(self.block, self.index(layer), state)
+        return record_graph(self.bound, self.index(layer), state)
 
 
-def record_graph(block: Block, index: int, state: State) -> Graph:
+def record_graph(bound: BoundBlock, index: int, state: State) -> Graph:
     """Take one layer's step from a state, and return its graph.
 
     Args:
@@ -179,7 +184,7 @@ def record_graph(block: Block, index: int, state: State) -> Graph:
     """
     inputs = tuple(part.detach().requires_grad_() for part in tensors(state))
     with torch.enable_grad():
-        return Graph(inputs, tensors(block.layer(index, like(state, inputs))))
+        return Graph(inputs, tensors(bound.layer(index, like(state, inputs))))
 
 
 class ForwardPropagator(Propagator):

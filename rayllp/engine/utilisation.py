@@ -44,13 +44,13 @@ def count_flops(group: LayerGroup, inputs: Inputs) -> float:
     block = group.block
     one = combine(lambda part: part[:1], inputs)
     spec = group.spec(one)
-    block.begin(0, (0,), one, training=False)
+    bound = block.bind(0, (0,), one, training=False)
     # torch does not count the CPU's fused attention.
     attention = sdpa_kernel(SDPBackend.MATH) if group.device.type == "cpu" else nullcontext()
     with torch.no_grad(), attention, FlopCounterMode(display=False) as counter:
-        state = block.enter(one) if block.first else spec.zeros()
+        state = bound.enter(one) if block.first else spec.zeros()
         for index in block.middle:
-            state = block.run_layer(index, block.layers[index], state)
+            state = bound.run_layer(index, block.layers[index], state)
         if block.last:
-            block.leave(state)
+            bound.leave(state)
     return 3.0 * counter.get_total_flops()

@@ -8,11 +8,14 @@ The weights of such layers lie in one tensor with one more dimension. The module
 checkpoints and calls of a single layer need not know about it.
 """
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from rayllp.errors import SettingsError
 from rayllp.state import State, combine, tensors
@@ -110,6 +113,30 @@ class Stacks:
             found = Stack.of({n: self.modules[n] for n in sorted(wanted)})
             self._of.update(dict.fromkeys(found.layers, found))
         return found
+
+
+def advance_together(
+    advance: Callable[[int, nn.Module, State, Any, nn.Module | None], State],
+    index: int,
+    module: nn.Module,
+    weights: dict[str, Tensor],
+    state: State,
+    context: Any,
+    common: nn.Module | None,
+) -> State:
+    """Return `advance` for several layers, which share a module and have weights and a state each."""
+
+    def one(weights: dict[str, Tensor], state: State) -> State:
+        def layer(*args: Any, **kwargs: Any) -> Any:
+            return functional_call(module, weights, args, kwargs)
+
+        return advance(index, cast(nn.Module, layer), state, context, common)
+
+    # Of the fused attentions only flash attention on the GPU works under vmap. The CPU's would be called layer by layer, and the
+    # backward pass of the memory-efficient one refuses the results of its forward pass.
+    on_gpu = tensors(state)[0].device.type == "cuda"
+    with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.MATH] if on_gpu else [SDPBackend.MATH]):
+        return vmap(one)(weights, state)
 
 
 def stack_states(states: Sequence[State]) -> State:

@@ -27,14 +27,14 @@ class WindowGradients:
 
     def _form_part(self, batch: StepBatch, penalty: Consistency | None) -> StepGradients:
         group, block, accuracy = self.group, self.group.block, batch.accuracy
-        block.begin(batch.step, batch.samples, batch.inputs, training=True)
+        bound = block.bind(batch.step, batch.samples, batch.inputs, training=True)
         spec, last = group.spec(batch.inputs), group.channel.size - 1
         messages = "windows", accuracy.windows, accuracy.iterations_forward, accuracy.iterations_backward
         with group.channel.prepost_receives((messages, spec)):
             with group.span("enter"):
-                entered = block.enter(batch.inputs) if block.first else None
+                entered = bound.enter(batch.inputs) if block.first else None
             recompute = block.config.mgrit.recompute
-            trajectory = Trajectory(block, frozenset(self.placement.owned(group.channel.rank)) if recompute else frozenset(), recompute)
+            trajectory = Trajectory(bound, frozenset(self.placement.owned(group.channel.rank)) if recompute else frozenset(), recompute)
             tag = MessageTag(batch.step, "forward")
             u0 = None if entered is None else detach(entered)
             solver = group.window_solver(
@@ -44,14 +44,14 @@ class WindowGradients:
             with group.span("loss"):
                 loss, seed = torch.zeros((), device=group.device), None
                 if block.last:
-                    loss, seed = loss_and_seed(block, forward.output, batch.targets, batch.scale)
+                    loss, seed = loss_and_seed(bound, forward.output, batch.targets, batch.scale)
             tag = MessageTag(batch.step, "adjoint")
             solver = group.window_solver(
                 self.placement, AdjointPropagator(trajectory), accuracy.windows, accuracy.iterations_backward, spec, tag, adjoint=True
             )
             backward = solver.solve(seed, source=last)
         add_embedding_gradients(group, entered, backward.output)
-        return StepGradients(loss, forward, backward, penalty)
+        return StepGradients(loss, forward.residuals, backward.residuals, penalty)
 
     def couplings(self, batch: StepBatch) -> Tensor:
         """Measure the couplings of the layers (see `mgrit/couplings.py`), in the forward and in the adjoint solve.
@@ -62,14 +62,14 @@ class WindowGradients:
             in the adjoint too.
         """
         group, block = self.group, self.group.block
-        block.begin(batch.step, batch.samples, batch.inputs, training=True)
+        bound = block.bind(batch.step, batch.samples, batch.inputs, training=True)
         spec, last = group.spec(batch.inputs), group.channel.size - 1
-        trajectory = Trajectory(block, frozenset(), recompute=False)
+        trajectory = Trajectory(bound, frozenset(), recompute=False)
         tag = MessageTag(batch.step, "forward")
-        u0 = detach(block.enter(batch.inputs)) if block.first else None
+        u0 = detach(bound.enter(batch.inputs)) if block.first else None
         output, forward = solve_with_couplings(self.placement, ForwardPropagator(trajectory), group.channel, u0, 0, spec, tag)
         output = self._on_last(output, spec, tag)
-        seed = loss_and_seed(block, output, batch.targets, batch.scale)[1] if block.last else None
+        seed = loss_and_seed(bound, output, batch.targets, batch.scale)[1] if block.last else None
         tag = MessageTag(batch.step, "adjoint")
         _, adjoint = solve_with_couplings(self.placement, AdjointPropagator(trajectory), group.channel, seed, last, spec, tag, adjoint=True)
         group.channel.finish()

@@ -8,24 +8,26 @@ from rayllp.mgrit.deferred import DeferredRun, DeferredSweeps
 from rayllp.mgrit.hierarchy import Hierarchy, Level, build_hierarchy, split_evenly
 from rayllp.mgrit.options import SolverOptions
 from rayllp.mgrit.propagator import CoarseOperator, Identity, Propagator, Rediscretised, coarse_operator
-from rayllp.mgrit.result import MGRITResult, Status, convergence_factor, judge
+from rayllp.mgrit.result import Convergence, ResidualShares, Solution, Status, convergence_factor, judge
 from rayllp.mgrit.solver import MGRITSolver, PhaseListener, Problem
 from rayllp.state import State
 
 __all__ = [
     "CoarseOperator",
     "Communicator",
+    "Convergence",
     "DeferredRun",
     "DeferredSweeps",
     "Hierarchy",
     "Identity",
     "Level",
-    "MGRITResult",
     "MGRITSolver",
     "PhaseListener",
     "Problem",
     "Propagator",
     "Rediscretised",
+    "ResidualShares",
+    "Solution",
     "SolverOptions",
     "State",
     "Status",

@@ -1,12 +1,13 @@
-"""The result of a solve: states, residual norms, convergence factor, and a status whose text is advice."""
+"""What a solve leaves: each worker's states and share of the residuals, and over all workers the convergence factor and advice."""
 
 import enum
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from rayllp.channel.base import Channel, MessageTag
 from rayllp.state import State, squared_norm, tensors
 
 ROUNDING = 1e-10
@@ -36,77 +37,104 @@ class Status(enum.Enum):
 
 
 @dataclass(frozen=True, kw_only=True)
-class MGRITResult:
-    """Result of one solve on one worker.
+class Convergence:
+    """How a solve went, over all its workers.
 
     Attributes:
-        output: the state after the last step, on the worker that owns it; None elsewhere.
-        states: values at this worker's fine points, by point in time order: always those of C-points and block inputs, of F-points if kept.
-        iterations: number of iterations done, counted as XBraid and arXiv:2601.09026 count them.
-        squared_residuals: this worker's share of the squared residual norm of each measured iteration: float64, shape (measured,).
-        point_residuals: for each level but the coarsest, this worker's squared residuals at all C-points but the first: float64, shape
-            (measured, points), zero where another worker owns the point. Empty if fewer than two iterations are measured.
-        squared_floor: this worker's share of the squared norm of a residual that is rounding error only: a float64 scalar.
-        residuals: residual norms over all workers. Filled by `measured`, empty until then.
-        factors: for each level and C-point but the first, the ratio of the last two informative residuals there. Filled by `measured`. None
-            where the state is exact by then. On coarse levels the problem itself changes from one iteration to the next.
+        residuals: the residual norm of each measured iteration.
+        convergence_factor: ρ = ‖r^{k+1}‖ / ‖r^k‖ of the last two informative residuals (arXiv:2601.09026, section 3.2.3). None with fewer
+            than two of them; 0 once only rounding error is left.
+        factors: for each level and C-point but the first, the ratio of the last two informative residuals there. None where the state is
+            exact by then. On coarse levels the problem itself changes from one iteration to the next.
+        floor: norm of a residual that is rounding error only.
         status: how the solve went, with advice.
-        tolerance: the residual norm at which iterations were to stop; None if none was set.
-        exact: True if nothing was approximated: one level, or as many iterations as coarse intervals.
+    """
+
+    residuals: tuple[float, ...]
+    convergence_factor: float | None
+    factors: tuple[tuple[float | None, ...], ...]
+    floor: float
+    status: Status
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResidualShares:
+    """One worker's share of a solve's residuals. It says nothing about convergence before it is added to the other workers' shares.
+
+    Attributes:
+        squared: the squared residual norm of each measured iteration: float64, shape (measured,).
+        squared_floor: the squared norm of a residual that is rounding error only: a float64 scalar.
+        points: for each level but the coarsest, the squared residuals at all C-points but the first, zero where another worker owns the
+            point: float64, shape (measured, points). Empty if fewer than two iterations are measured.
         informative: how many residuals, from the first, tell something about convergence. Later ones are zero by construction, since
             each iteration makes further intervals exact.
-        floor: norm, over all workers, of a residual that is rounding error only. Filled by `measured`.
+        exact: True if nothing was approximated: one level, or as many iterations as coarse intervals. The same on all workers.
+        tolerance: the residual norm at which iterations were to stop; None if none was set. The same on all workers.
+    """
+
+    squared: Tensor
+    squared_floor: Tensor
+    points: tuple[Tensor, ...] = ()
+    informative: int = 0
+    exact: bool = False
+    tolerance: float | None = None
+
+    @property
+    def flat(self) -> Tensor:
+        """All that is to be added up, as one flat float64 tensor. It has the same shape on all workers."""
+        return torch.cat([part.flatten() for part in self._parts])
+
+    @property
+    def _parts(self) -> list[Tensor]:
+        floor = [self.squared_floor] if len(self.squared) > 1 else []  # no ratio of residuals, no need to know which of them are rounding
+        return [self.squared, *self.points, *floor]
+
+    def sum_over(self, channel: Channel, tag: MessageTag) -> Convergence:
+        """Add the shares of all workers of the channel, all of which call this. No message is sent if no iteration was measured.
+
+        Raises:
+            ChannelError: a worker did not take part within the time limit.
+        """
+        return self.convergence(channel.all_reduce(self.flat, tag) if len(self.squared) else self.flat)
+
+    def convergence(self, total: Tensor) -> Convergence:
+        """Return how the solve went.
+
+        Args:
+            total: the sum of all workers' `flat`.
+        """
+        squared, *others = total.split([part.numel() for part in self._parts])
+        residuals = tuple(math.sqrt(value) if value >= 0 else math.nan for value in squared.tolist())
+        floor = math.sqrt(float(others.pop())) if len(squared) > 1 else 0.0
+        informative = min(self.informative, _above(residuals, floor) + 1)
+        last = min(len(residuals), informative)
+        tables = [summed.view(table.shape) for summed, table in zip(others, self.points, strict=True)]
+        rho = convergence_factor(residuals[:informative], floor)
+        return Convergence(
+            residuals=residuals,
+            convergence_factor=rho,
+            factors=tuple(_factors(table[last - 2], table[last - 1], floor) for table in tables) if last > 1 else (),
+            floor=floor,
+            status=judge(residuals, rho, tolerance=self.tolerance, exact=self.exact, floor=floor),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Solution:
+    """What one solve leaves on one worker.
+
+    Attributes:
+        output: the state after the last step, on the worker that owns it (in windows on every worker); None elsewhere.
+        states: values at this worker's fine points, by point in time order: always those of C-points and block inputs, of F-points if
+            kept. Windows have none.
+        iterations: number of iterations done, counted as XBraid and arXiv:2601.09026 count them; in windows the number of sweeps.
+        residuals: this worker's share of the residuals.
     """
 
     output: State | None
     states: dict[int, State]
     iterations: int
-    squared_residuals: Tensor
-    point_residuals: tuple[Tensor, ...] = ()
-    squared_floor: Tensor | None = None
-    residuals: tuple[float, ...] = ()
-    factors: tuple[tuple[float | None, ...], ...] = ()
-    status: Status = Status.UNMEASURED
-    tolerance: float | None = None
-    exact: bool = False
-    informative: int = 0
-    floor: float = 0.0
-
-    @property
-    def convergence_factor(self) -> float | None:
-        """ρ = ‖r^{k+1}‖ / ‖r^k‖ of the last two informative residuals (arXiv:2601.09026, section 3.2.3).
-
-        None with fewer than two of them; 0 once only rounding error is left.
-        """
-        return convergence_factor(self.residuals[: self.informative], self.floor)
-
-    @property
-    def shares(self) -> Tensor:
-        """This worker's share of what `measured` takes: a flat float64 tensor, to be summed over all workers."""
-        floor = [self.squared_floor.view(1)] if self._has_floor and self.squared_floor is not None else []
-        return torch.cat([self.squared_residuals, *(table.flatten() for table in self.point_residuals), *floor])
-
-    @property
-    def _has_floor(self) -> bool:
-        return self.squared_floor is not None and len(self.squared_residuals) > 1
-
-    def measured(self, shares: Tensor) -> "MGRITResult":
-        """Return this result with norms, factors and status filled in.
-
-        Args:
-            shares: the sum of all workers' `shares`.
-        """
-        sizes = [len(self.squared_residuals), *(table.numel() for table in self.point_residuals)]
-        squared, *points, rounding = shares.split([*sizes, int(self._has_floor)])
-        residuals = tuple(math.sqrt(value) if value >= 0 else math.nan for value in squared.tolist())
-        floor = math.sqrt(float(rounding.sum()))
-        result = replace(self, residuals=residuals, floor=floor, informative=min(self.informative, _above(residuals, floor) + 1))
-        last = min(len(squared), result.informative)
-        tables = [summed.view(table.shape) for summed, table in zip(points, self.point_residuals, strict=True)]
-        factors = tuple(_factors(table[last - 2], table[last - 1], floor) for table in tables) if last > 1 else ()
-        rho = result.convergence_factor
-        status = judge(residuals, rho, tolerance=self.tolerance, exact=self.exact, floor=floor)
-        return replace(result, factors=factors, status=status)
+    residuals: ResidualShares
 
 
 def squared_rounding(state: State, increment: State, rounding: float) -> Tensor:
@@ -173,8 +201,3 @@ def judge(
     if rho is None:
         return Status.UNMEASURED
     return Status.CONVERGING if rho < 0.9 else Status.STALLED
-
-
-def no_residuals() -> Tensor:
-    """Return the residuals of a solve that measured none: an empty float64 tensor."""
-    return torch.zeros(0, dtype=torch.float64)

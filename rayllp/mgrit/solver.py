@@ -18,7 +18,7 @@ from rayllp.mgrit.grid import Grid
 from rayllp.mgrit.hierarchy import Hierarchy
 from rayllp.mgrit.options import SolverOptions
 from rayllp.mgrit.propagator import EvaluationCache, Propagator, coarse_operator
-from rayllp.mgrit.result import MGRITResult, Status, no_residuals, squared_rounding
+from rayllp.mgrit.result import ResidualShares, Solution, squared_rounding
 from rayllp.state import State, squared_norm, subtract
 
 PhaseListener = Callable[[str, int], None]
@@ -67,15 +67,13 @@ class MGRITSolver:
         self.done = 0
         self.enter = on_phase or (lambda phase, level: None)
 
-    def solve(self, u0: State | None, *, defer_to: DeferredSweeps | None = None, reduce_residuals: bool = True) -> MGRITResult:
-        """Solve for all u_n; each worker computes those that it owns.
+    def solve(self, u0: State | None, *, defer_to: DeferredSweeps | None = None) -> Solution:
+        """Solve for all u_n; each worker computes those that it owns, and keeps its share of the residuals (see `ResidualShares`).
 
         Args:
             u0: the state before the first step, on the worker that takes that step; ignored on all others.
             defer_to: collects the runs of the last sweep that no other worker waits for. The caller has to see that they are evaluated
                 later. None: nothing is deferred.
-            reduce_residuals: sum the residuals over all workers now. False leaves that to the caller (`MGRITResult.measured`), who can then
-                send one message a step instead of one a solve.
 
         Raises:
             SettingsError: no initial state on the worker that owns the first step.
@@ -93,11 +91,8 @@ class MGRITSolver:
                 self.done += 1
         self.enter("last sweep", 0)
         output = self.grids[0].last_sweep(self.options.keep_states, defer_to)
-        result = self.result(output, max(self.done, 1))
-        if not reduce_residuals:
-            return result
-        shares = result.shares
-        return result.measured(self.communicator.sum(shares, "residual") if len(shares) else shares)
+        iterations = max(self.done, 1)
+        return Solution(output=output, states=self.grids[0].values, iterations=iterations, residuals=self.residual_shares(iterations))
 
     # The cycle ----------------------------------------------------------------------------------------------------------------
 
@@ -247,23 +242,16 @@ class MGRITSolver:
         square = self.squared_residual(self.done - 1).clone()
         return float(self.communicator.sum(square, "residual")) <= self.options.tolerance**2
 
-    def result(self, output: State | None, iterations: int) -> MGRITResult:
-        """Return the result as this worker sees it: its residuals are this worker's share only."""
-        fine = self.grids[0].level
-        exact = len(self.grids) == 1 or iterations >= len(fine.c_points)
+    def residual_shares(self, iterations: int) -> ResidualShares:
+        """Return this worker's share of the residuals that so many iterations have left."""
         squares = [self.squared_residual(iteration) for iteration in self.residuals[0]] if self.residuals else []
-        status = Status.EXACT if exact else Status.UNMEASURED
-        return MGRITResult(
-            output=output,
-            states=self.grids[0].values,
-            iterations=iterations,
-            squared_residuals=torch.stack(squares) if squares else no_residuals(),
-            point_residuals=self.point_residuals(),
+        return ResidualShares(
+            squared=torch.stack(squares) if squares else torch.zeros(0, dtype=torch.float64),
             squared_floor=self.squared_floor,
-            status=status,
-            tolerance=self.options.tolerance,
-            exact=exact,
+            points=self.point_residuals(),
             informative=self.informative_residuals(),
+            exact=len(self.grids) == 1 or iterations >= len(self.grids[0].level.c_points),
+            tolerance=self.options.tolerance,
         )
 
     def informative_residuals(self) -> int:

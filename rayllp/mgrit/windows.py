@@ -29,7 +29,7 @@ from torch import Tensor
 from rayllp.channel.base import Channel, MessageTag, StateSpec
 from rayllp.errors import SettingsError
 from rayllp.mgrit.propagator import Propagator
-from rayllp.mgrit.result import MGRITResult, Status, no_residuals, squared_rounding
+from rayllp.mgrit.result import ResidualShares, Solution, squared_rounding
 from rayllp.state import State, add, like, squared_norm, subtract, tensors
 
 IN_PIECES_BYTES = 4 * 2**20
@@ -140,8 +140,8 @@ class WindowSolver:
         # The part of the first change that rounding error alone would cause.
         self._squared_floor = torch.zeros((), dtype=torch.float64, device=spec.device)
 
-    def solve(self, initial: State | None, source: int) -> MGRITResult:
-        """Solve from state `initial`, which worker `source` has. Every worker gets the result's output."""
+    def solve(self, initial: State | None, source: int) -> Solution:
+        """Solve from state `initial`, which worker `source` has. Every worker gets the output."""
         state = self.channel.broadcast(initial, self.spec, source, self.tag.at("broadcast", 0))
         for is_chain, windows in groupby(self.windows, key=lambda layers: len(layers) == 1):
             if is_chain:
@@ -150,18 +150,14 @@ class WindowSolver:
                 for layers in windows:
                     state = self._solve_window(layers, state)
         self._form_deferred()
-        exact = self.sweeps >= self._longest
-        return MGRITResult(
-            output=state,
-            states={},
-            iterations=self.sweeps,
-            squared_residuals=self._changes if len(self._changes) else no_residuals(),
+        shares = ResidualShares(
+            squared=self._changes,
             squared_floor=self._squared_floor,
-            status=Status.EXACT if exact else Status.UNMEASURED,
-            exact=exact,
             # The inputs of the first k layers are exact after k − 1 sweeps, so only the first c − 1 changes can differ from zero.
             informative=self._longest - 1,
+            exact=self.sweeps >= self._longest,
         )
+        return Solution(output=state, states={}, iterations=self.sweeps, residuals=shares)
 
     def _solve_window(self, layers: Sequence[int], start: State) -> State:
         """Return the state after these layers, which are given in the order in which they are taken."""

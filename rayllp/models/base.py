@@ -135,23 +135,13 @@ class Architecture(ABC):
     def state_spec(self, inputs: Inputs, dtype: torch.dtype, device: torch.device) -> StateSpec:
         """Return the shapes and dtypes of the state that `enter` makes from these inputs."""
 
-    # Names --------------------------------------------------------------------------------------------------------------------
+    def prefix(self, piece: int | str) -> str:
+        """Return the prefix of the names of a piece's parameters.
 
-    def embed_prefix(self) -> str:
-        """Return the prefix of the embedding's parameter names."""
-        return "embed."
-
-    def layer_prefix(self, index: int) -> str:
-        """Return the prefix of a layer's parameter names."""
-        return f"layers.{index}."
-
-    def head_prefix(self) -> str:
-        """Return the prefix of the head's parameter names."""
-        return "head."
-
-    def common_prefix(self) -> str:
-        """Return the prefix of the shared parameters' names."""
-        return "common."
+        Args:
+            piece: "embed", "common" or "head", or the number of a layer.
+        """
+        return f"layers.{piece}." if isinstance(piece, int) else f"{piece}."
 
     # Each piece is initialised under a key of (seed, piece), so that its weights depend neither on the worker nor on what else it builds.
 

@@ -12,7 +12,7 @@ from rayllp.config import TrainConfig
 from rayllp.config.network import Task
 from rayllp.data.base import Facts
 from rayllp.errors import CheckpointError, SettingsError
-from rayllp.hf_config import count_layers, layer_sources, read_config, transformers_config, with_sources
+from rayllp.hf_config import count_layers, layer_sources, with_sources
 from rayllp.models.post_ln import STORED_POST_LN, refuse_post_ln
 
 CLASSES: dict[Task, Mapping[str, Any]] = {
@@ -79,19 +79,21 @@ def check_model_type(stored: str, ours: str, source: str) -> None:
     )
 
 
-def configuration(settings: TrainConfig, facts: Facts, stored_config: Mapping[str, Any] | None) -> PreTrainedConfig:
+def configuration(
+    settings: TrainConfig, facts: Facts, resumed: Mapping[str, Any] | None, pretrained: Mapping[str, Any] | None
+) -> PreTrainedConfig:
     """Return transformers' configuration of the model.
 
-    It is that of a resumed run (`stored_config`), or that of the checkpoint to start from, or a new one of the settings' sizes.
+    Args:
+        resumed: the configuration of a run that is resumed.
+        pretrained: the configuration of the checkpoint to start from. Without either, a new one of the settings' sizes is made.
 
     Raises:
         SettingsError: there is no such model type, or it lacks a field.
-        CheckpointError: the checkpoint's configuration cannot be read, or is of another model type than the settings'.
+        CheckpointError: the stored configuration is of another model type than the settings'.
     """
     model = settings.model
-    stored = stored_config
-    if stored is None and model.from_pretrained:
-        stored = transformers_config(read_config(model.from_pretrained))
+    stored = pretrained if resumed is None else resumed
     if stored is None:
         assert model.architecture is not None
         check_type(model.architecture)
@@ -100,7 +102,7 @@ def configuration(settings: TrainConfig, facts: Facts, stored_config: Mapping[st
     check_type(model_type)
     if model.architecture not in (None, model_type):
         raise CheckpointError(f"model.from_pretrained is a {model_type}, and model.architecture is {model.architecture}: leave it out")
-    sizes = stored if stored_config is not None else at_depth(stored, settings)
+    sizes = stored if resumed is not None else at_depth(stored, settings)
     config = CONFIG_MAPPING[model_type].from_dict({**sizes, **model.config_overrides})
     _check_vocabulary(config, settings, facts)
     return _adapted(config, settings, facts)

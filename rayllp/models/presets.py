@@ -26,7 +26,6 @@ from transformers import (
 from rayllp.config import TrainConfig
 from rayllp.data.base import Facts
 from rayllp.errors import CheckpointError, SettingsError
-from rayllp.hf_config import read_config, transformers_config
 from rayllp.models.model_types import at_depth, check_model_type, is_table_of, labels_of
 from rayllp.models.transformer import Transformer
 
@@ -40,23 +39,15 @@ class Preset(Transformer):
     """Base of the presets. A subclass sets `model_class` and overrides `config_of`."""
 
     @classmethod
-    def from_settings(cls, settings: TrainConfig, facts: Facts, stored_config: Mapping[str, Any] | None = None) -> "Preset":
-        """Return the adapter for these settings and data; `stored_config` is the configuration of a run that is resumed."""
-        config, source = cls.config_of(settings, facts), settings.model.from_pretrained
-        if stored_config is not None:
-            config, source = _with_ours(type(config).from_dict(dict(stored_config)), config), None
-        elif source is not None:
-            config = cls._as_pretrained(config, source, settings)
-        cls.check_sizes(config, settings)
-        config._attn_implementation = "sdpa"
-        return cls(config, settings.model.layers, settings, facts, source)
-
-    @classmethod
-    def _as_pretrained(cls, config: PreTrainedConfig, source: str, settings: TrainConfig) -> PreTrainedConfig:
-        """Return the checkpoint's configuration, with vocabulary, class names, token ids and dropout of this run."""
-        stored = transformers_config(read_config(source))
-        check_model_type(str(stored.get("model_type", "")), config.model_type, source)
-        return _with_ours(type(config).from_dict(at_depth(stored, settings)), config)
+    def configuration(
+        cls, settings: TrainConfig, facts: Facts, resumed: Mapping[str, Any] | None, pretrained: Mapping[str, Any] | None
+    ) -> PreTrainedConfig:
+        """Return a stored configuration with vocabulary, class names, token ids and dropout of this run; a new one if none is stored."""
+        config = cls.config_of(settings, facts)
+        if pretrained is not None:
+            check_model_type(str(pretrained.get("model_type", "")), config.model_type, str(settings.model.from_pretrained))
+        stored = resumed if pretrained is None else at_depth(pretrained, settings)
+        return config if stored is None else _with_ours(type(config).from_dict(dict(stored)), config)
 
     @classmethod
     def check_sizes(cls, config: PreTrainedConfig, settings: TrainConfig) -> None:

@@ -8,7 +8,7 @@ import copy
 import json
 import math
 from abc import abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -20,7 +20,7 @@ from transformers.activations import NewGELUActivation
 from rayllp.config import TrainConfig
 from rayllp.data.base import IGNORE, Facts
 from rayllp.errors import SettingsError
-from rayllp.hf_config import LISTED, count_layers, layer_sources, read_config, transformers_config, with_layers
+from rayllp.hf_config import LISTED, count_layers, layer_sources, with_layers
 from rayllp.models.base import Architecture
 from rayllp.models.layer_lists import layer_paths
 from rayllp.models.lora import add_adapters, check_targets
@@ -49,6 +49,12 @@ class Piece(nn.Module):
 class PretrainedArchitecture(Architecture):
     """A model of transformers, divided into pieces; what calls them is in `transformer.py`.
 
+    Args:
+        config: transformers' configuration of the model.
+        settings: the settings of the run.
+        facts: what the data set says of itself.
+        pretrained: the configuration of the checkpoint whose weights the model starts from (model.from_pretrained); None if from none.
+
     Attributes:
         model_class: transformers' class of the whole model.
         embed_paths, head_paths, common_paths: full names of the modules of the embedding, of the head, and of those that several layers
@@ -65,8 +71,11 @@ class PretrainedArchitecture(Architecture):
     outputs: tuple[str, ...] = ()
     inner: tuple[str, ...] = ()
 
-    def __init__(self, config: PreTrainedConfig, layers: int, settings: TrainConfig, facts: Facts, pretrained: str | None = None) -> None:
-        self.config, self.layers, self.settings, self.facts = config, layers, settings, facts
+    def __init__(self, config: PreTrainedConfig, settings: TrainConfig, facts: Facts, pretrained: Mapping[str, Any] | None = None) -> None:
+        self.config, self.layers, self.settings, self.facts = config, settings.model.layers, settings, facts
+        config._attn_implementation = "sdpa" if self.model_class._supports_sdpa else "eager"
+        if settings.dtype == "float64":
+            config._experts_implementation = "eager"  # the grouped implementation does not support float64
         self.model = _outline(self.model_class, config)
         self.aliases = _find_aliases(self.model)
         self.stochastic = settings.model.dropout > 0
@@ -75,10 +84,15 @@ class PretrainedArchitecture(Architecture):
         self.tied = tuple(self._ties_between(self.embed_paths, self.head_paths))
         self._check_trained()
 
-    def _open_weights(self, source: str | None) -> PretrainedWeights:
-        """Open a checkpoint, which may have fewer or more layers than this model; its layers are then assigned to the model's."""
-        stored = {} if source is None else transformers_config(read_config(source))
-        stored_layers, buffers = count_layers(stored), self.settings.buffers
+    def _open_weights(self, stored: Mapping[str, Any] | None) -> PretrainedWeights:
+        """Open a checkpoint, which may have fewer or more layers than this model; its layers are then assigned to the model's.
+
+        Args:
+            stored: the checkpoint's configuration; None: there is no checkpoint.
+        """
+        if stored is None:
+            return PretrainedWeights.open(None, self.model)
+        source, stored_layers, buffers = self.settings.model.from_pretrained, count_layers(stored), self.settings.buffers
         if stored_layers in (None, self.layers):
             return PretrainedWeights.open(source, self.model)
         sources = layer_sources(self.layers, stored_layers, buffers.open, buffers.close)
@@ -114,10 +128,6 @@ class PretrainedArchitecture(Architecture):
 
     # Pieces -------------------------------------------------------------------------------------------------------------------
 
-    def path_of(self, index: int) -> str:
-        """Return the full name of a layer's module."""
-        return self.paths[index]
-
     def embed(self) -> nn.Module:
         """Build the embedding from copies of its modules."""
         return self.make(self.embed_paths)
@@ -127,8 +137,8 @@ class PretrainedArchitecture(Architecture):
 
         Unless a checkpoint has the layer, its weights are rescaled by `model.initialisation`.
         """
-        piece = self.make((self.path_of(index),))
-        path, lora = self.path_of(index), self.settings.model.lora
+        path, lora = self.paths[index], self.settings.model.lora
+        piece = self.make((path,))
         if not self.weights.has(path):
             self.rescale(piece[path])
         if lora is not None:
@@ -206,23 +216,9 @@ class PretrainedArchitecture(Architecture):
         """Return the number of targets that are not IGNORE."""
         return int((targets != IGNORE).sum())
 
-    # Names: pieces carry full names already -----------------------------------------------------------------------------------
-
-    def embed_prefix(self) -> str:
-        """Return an empty prefix, since a piece's parameters carry full names."""
-        return ""
-
-    def layer_prefix(self, index: int) -> str:
-        """Return the layer's path in the whole model."""
-        return self.path_of(index) + "."
-
-    def head_prefix(self) -> str:
-        """Return an empty prefix, since a piece's parameters carry full names."""
-        return ""
-
-    def common_prefix(self) -> str:
-        """Return an empty prefix, since a piece's parameters carry full names."""
-        return ""
+    def prefix(self, piece: int | str) -> str:
+        """Return a layer's path in the whole model; an empty prefix for other pieces, whose parameters carry full names already."""
+        return f"{self.paths[piece]}." if isinstance(piece, int) else ""
 
 
 def _outline(kind: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:

@@ -19,6 +19,7 @@ from rayllp.channel.base import StateSpec
 from rayllp.config import TrainConfig
 from rayllp.data.base import Facts, Inputs
 from rayllp.errors import SettingsError
+from rayllp.hf_config import read_config, transformers_config
 from rayllp.models import model_types
 from rayllp.models.examination import examine
 from rayllp.models.layer_lists import layer_paths
@@ -176,10 +177,10 @@ class Transformer(PretrainedArchitecture):
 
     def layer(self, index: int) -> nn.Module:
         """Build a layer; a table that all layers of a list read is left out, since every worker has it (`common`)."""
-        layer = super().layer(index)
+        layer, prefix = super().layer(index), self.prefix(index)
         for _, bias in self.biases:
-            if bias.table.startswith(self.path_of(index) + "."):
-                del layer.get_submodule(bias.attention.removeprefix(self.path_of(index) + "."))._modules[TABLE]
+            if bias.table.startswith(prefix):
+                del layer.get_submodule(bias.attention.removeprefix(prefix))._modules[TABLE]
         return layer
 
     def _cover(self, names: Iterable[str], elsewhere: tuple[str, ...]) -> tuple[str, ...]:
@@ -217,14 +218,18 @@ class Transformer(PretrainedArchitecture):
     @classmethod
     def from_settings(cls, settings: TrainConfig, facts: Facts, stored_config: Mapping[str, Any] | None = None) -> "Transformer":
         """Return the adapter for these settings and data; `stored_config` is the configuration of a run that is resumed."""
-        source = settings.model.from_pretrained if stored_config is None else None
-        config = model_types.configuration(settings, facts, stored_config)
+        source = settings.model.from_pretrained if stored_config is None else None  # a resumed run has weights of its own
+        pretrained = None if source is None else transformers_config(read_config(source))
+        config = cls.configuration(settings, facts, stored_config, pretrained)
         cls.check_sizes(config, settings)
-        kind = model_types.model_class(config.model_type, settings.model.task)
-        config._attn_implementation = "sdpa" if kind._supports_sdpa else "eager"
-        if settings.dtype == "float64":
-            config._experts_implementation = "eager"  # the grouped implementation does not support float64
-        return cls(config, settings.model.layers, settings, facts, source)
+        return cls(config, settings, facts, pretrained)
+
+    @classmethod
+    def configuration(
+        cls, settings: TrainConfig, facts: Facts, resumed: Mapping[str, Any] | None, pretrained: Mapping[str, Any] | None
+    ) -> PreTrainedConfig:
+        """Return transformers' configuration of the model: that of a resumed run, or of the checkpoint to start from, or a new one."""
+        return model_types.configuration(settings, facts, resumed, pretrained)
 
     @classmethod
     def positions(cls, config: PreTrainedConfig) -> float:

@@ -54,9 +54,8 @@ def costs_of(engine: Engine, *, message_s: float, rounds: int = ROUNDS) -> Costs
     """Return the costs of a training step's parts, measured on an engine that is the only worker."""
     block = engine.block
     inputs, _, samples, _ = engine.my_batch("train", 0)
-    block.begin(0, samples, inputs, training=True)
     with torch.no_grad():
-        parts = parts_of_step(engine, block.enter(inputs))
+        parts = parts_of_step(engine, block.bind(0, samples, inputs, training=True).enter(inputs))
     times = [[_clocked(work) for work in parts] for _ in range(1 + rounds)][1:]
     once = Parts(*(median(column) for column in zip(*times, strict=True)))
     count, owned = len(block.middle), len(block.layers)
@@ -85,25 +84,24 @@ class Parts(NamedTuple, Generic[T]):
 def parts_of_step(engine: Engine, state: State) -> Parts[Callable[[], None]]:
     """Return functions that do the parts of a training step on this worker, to be timed in this order.
 
-    The worker's block has to have begun the batch of step 0.
-
     Args:
         engine: the worker.
         state: input of every layer, used as the seed of its gradients as well.
     """
     block, layers = engine.block, list(engine.block.middle)
-    inputs, targets, _, terms = engine.my_batch("train", 0)
+    inputs, targets, samples, terms = engine.my_batch("train", 0)
+    bound = block.bind(0, samples, inputs, training=True)
     recorded: list[tuple[tuple[Tensor, ...], tuple[Tensor, ...], list[nn.Parameter]]] = []
 
     def forward() -> None:
         with torch.no_grad():
             for n in layers:
-                block.layer(n, state)
+                bound.layer(n, state)
 
     def record() -> None:
         for n in layers:
             leaves = tuple(part.detach().requires_grad_(part.is_floating_point()) for part in tensors(state))
-            recorded.append((leaves, tensors(block.layer(n, like(state, leaves))), list(block.layers[n].parameters())))
+            recorded.append((leaves, tensors(bound.layer(n, like(state, leaves))), list(block.layers[n].parameters())))
 
     def input_gradients() -> None:
         for leaves, outputs, _ in recorded:
@@ -116,11 +114,11 @@ def parts_of_step(engine: Engine, state: State) -> Parts[Callable[[], None]]:
 
     def enter() -> None:
         if block.first:
-            block.enter(inputs)
+            bound.enter(inputs)
 
     def leave() -> None:
         if block.last:
-            loss_and_seed(block, state, targets, 1 / max(1, terms))
+            loss_and_seed(bound, state, targets, 1 / max(1, terms))
 
     def update() -> None:
         engine.optimizer.step(engine.config.optimizer.lr)

@@ -252,7 +252,7 @@ def _record(hierarchy: Hierarchy, options: SolverOptions, workers: int, name: st
             solver = MGRITSolver(
                 Problem(hierarchy, recorder, spec), options, Communicator(recorder, MessageTag(0, name)), on_phase=recorder.enter
             )
-            solver.solve(initial, defer_to=deferred if name == "forward" else None, reduce_residuals=False)
+            solver.solve(initial, defer_to=deferred if name == "forward" else None)
             by_signature[signature] = recorder.collect(), tuple(recorder.collect(run) for run in deferred.runs)
         by_worker.append(by_signature[signature])
     work, deferred_work = zip(*by_worker, strict=True)

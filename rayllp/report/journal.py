@@ -1,6 +1,5 @@
 """The journal passes on what happens in a run: to the files of the run directory, TensorBoard, listeners, and the user's terminal."""
 
-import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -11,7 +10,7 @@ from rich.console import Console
 
 from rayllp.config import TrainConfig
 from rayllp.report.progress import ProgressDisplay
-from rayllp.report.rundir import RunDirectory, flatten
+from rayllp.report.rundir import RunDirectory, as_hparams, flatten
 
 SCALARS = "loss grad_norm lr tokens_per_s mfu rho_forward rho_backward bias cosine noise consistency consistency_weight".split()
 """Names of the metrics of a step that TensorBoard shows, if they were measured."""
@@ -124,8 +123,7 @@ class Journal:
         """Record the end of the run in TensorBoard: settings and results of the last evaluation (HParams), and a sample of text."""
         if sample:
             self._draw(lambda board: board.add_text("sample", _as_code(sample), step))
-        flat = flatten(config.model_dump(mode="json"))
-        settings = {name: value if isinstance(value, bool | int | float | str) else json.dumps(value) for name, value in flat.items()}
+        settings = as_hparams(flatten(config.model_dump(mode="json")))
         results = {f"hparam/{name}": value for name, value in metrics.items()}
         if results:
             self._draw(lambda board: board.add_hparams(settings, results, run_name=".", global_step=step))

@@ -48,21 +48,21 @@ class RunDirectory:
         Raises:
             SettingsError: it is not empty, or cannot be written.
         """
-        path = cls.find_place(output, config)
-        with _refusing(path):
+        path = cls.find_place(output, config.name)
+        with refusing(path):
             path.mkdir(parents=True, exist_ok=True)
             (path / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
         return cls(path, config)
 
     @staticmethod
-    def find_place(output: str | Path | None, config: TrainConfig) -> Path:
-        """Return where `create` would create a directory, without creating it.
+    def find_place(output: str | Path | None, name: str) -> Path:
+        """Return where the directory of a new run or sweep of this name is to be, without creating it: `output`, or runs/<date>_<name>.
 
         Raises:
-            SettingsError: `create` would fail, as far as that can be seen.
+            SettingsError: it could not be created, as far as that can be seen.
         """
-        path = Path(output) if output else Path("runs") / f"{date.today().isoformat()}_{config.name}"
-        with _refusing(path):
+        path = Path(output) if output else Path("runs") / f"{date.today().isoformat()}_{name}"
+        with refusing(path):
             path = path if output else unused(path)
             if path.exists() and not path.is_dir():
                 raise SettingsError(f"output {path} is a file: choose a directory with --output")
@@ -252,7 +252,12 @@ def _replace(path: Path, text: str) -> None:
 
 
 @contextmanager
-def _refusing(path: Path) -> Iterator[None]:
+def refusing(path: Path) -> Iterator[None]:
+    """Say that an output directory cannot be written where that fails inside this context.
+
+    Raises:
+        SettingsError: writing has failed.
+    """
     try:
         yield
     except OSError as error:
@@ -288,3 +293,8 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     for name, value in values.items():
         found |= flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
     return found
+
+
+def as_hparams(values: Mapping[str, Any]) -> dict[str, bool | int | float | str]:
+    """Return settings in the form that TensorBoard's HParams take: single values as they are, others as JSON."""
+    return {name: value if isinstance(value, bool | int | float | str) else json.dumps(value) for name, value in values.items()}

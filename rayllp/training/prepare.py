@@ -75,7 +75,7 @@ def prepare(
         elif config.checkpoint.path is not None:  # the run directory may have been lost, but not its checkpoints
             resume_from = _find_own(config.checkpoint.path, config)
     if run is None:
-        RunDirectory.find_place(output, config)
+        RunDirectory.find_place(output, config.name)
     if config.checkpoint.path is not None:
         check_writable(locate(config.checkpoint.path))
     loaded = validate(config, model, batches, run, resume_from)

@@ -2,17 +2,17 @@
 
 import base64
 import csv
-import html
-import io
 import json
 from pathlib import Path
 from typing import Any
 
+from jinja2 import Environment, PackageLoader, StrictUndefined
 from ray.tune import ResultGrid
 from rich.console import Console
 from rich.table import Table
 
 from rayllp.config import to_yaml
+from rayllp.report.rundir import as_hparams
 from rayllp.tuning.pictures import complete_rows, draw_all, pareto_front
 from rayllp.tuning.reporter import WORST
 from rayllp.tuning.sweep import Sweep
@@ -109,12 +109,9 @@ def _write_hparams(rows: list[Row], sweep: Sweep, folder: Path) -> None:
 
     with SummaryWriter(str(folder)) as board:
         for row in rows:
-            chosen = {
-                name: value if isinstance(value, int | float | str | bool) else json.dumps(value) for name, value in row["settings"].items()
-            }
             results = {f"hparam/{name}": row[name] for name in (*sweep.objective.metrics, "validation_loss") if row.get(name) is not None}
             if results:
-                board.add_hparams(chosen, results, run_name=f"trial_{row['trial']}")
+                board.add_hparams(as_hparams(row["settings"]), results, run_name=f"trial_{row['trial']}")
 
 
 def _say(sweep: Sweep, rows: list[Row], best: Row | None, folder: Path, infeasible: list[Any], console: Console) -> None:
@@ -143,34 +140,17 @@ def _say(sweep: Sweep, rows: list[Row], best: Row | None, folder: Path, infeasib
 
 
 def _page(sweep: Sweep, rows: list[Row], best: Row | None, pictures: list[tuple[str, Path]], infeasible: list[tuple[Any, str]]) -> str:
-    """Return an HTML page that includes its pictures and needs no other file."""
-    metrics = sweep.objective.metrics
-    out = io.StringIO()
-    title = html.escape(f"Sweep {sweep.name}")
-    out.write(
-        f"<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'><title>{title}</title><style>"
-        "body{font:15px/1.5 system-ui,sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem}img{max-width:100%}"
-        "table{border-collapse:collapse;display:block;overflow-x:auto}"
-        "td,th{padding:.2rem .6rem;border-bottom:1px solid #ddd;text-align:left}"
-        "tr.best{background:#e8f5e9}</style>"
+    """Return an HTML page that includes its pictures and needs no other file. Whatever comes from settings and errors is escaped."""
+    environment = Environment(
+        loader=PackageLoader("rayllp.tuning"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    out.write(f"<h1>{title}</h1><p>Objective: {sweep.objective.kind} ({', '.join(metrics)}, small is good); {len(rows)} trials.</p>")
-    for caption, path in pictures:
-        data = base64.b64encode(path.read_bytes()).decode()
-        out.write(f"<h2>{html.escape(caption)}</h2><img alt='{html.escape(caption)}' src='data:image/png;base64,{data}'>")
-    names = list(sweep.space)
-    heads = ["trial", "state", *names, *dict.fromkeys((*metrics, "validation_loss", "step_time", "bias", "parallel_share", "switched_at"))]
-    out.write("<h2>Trials</h2><table><tr>" + "".join(f"<th>{html.escape(name)}" for name in heads))
-    for row in rows:
-        out.write(f"<tr{' class=best' if row is best else ''}>")
-        for name in heads:
-            value = row["settings"].get(name, "") if name in names else row.get(name)
-            shown = "–" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
-            out.write(f"<td>{html.escape(shown)}")
-    out.write("</table>")
-    if infeasible:
-        out.write(f"<h2>Refused without starting: {len(infeasible)}</h2><table><tr><th>settings<th>why")
-        for chosen, why in infeasible[:50]:
-            out.write(f"<tr><td>{html.escape(json.dumps(chosen))}<td>{html.escape(why)}")
-        out.write("</table>")
-    return out.getvalue() + "\n"
+    environment.filters["cell"] = lambda value: "–" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+    measured = dict.fromkeys((*sweep.objective.metrics, "validation_loss", "step_time", "bias", "parallel_share", "switched_at"))
+    return environment.get_template("sweep.html.jinja").render(
+        sweep=sweep,
+        rows=rows,
+        best=best,
+        heads=["trial", "state", *sweep.space, *measured],
+        pictures=[(caption, base64.b64encode(path.read_bytes()).decode()) for caption, path in pictures],
+        infeasible=[(json.dumps(chosen), why) for chosen, why in infeasible],
+    )

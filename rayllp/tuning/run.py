@@ -5,7 +5,6 @@ import math
 import os
 import shutil
 import stat
-from datetime import date
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,9 +23,10 @@ from rayllp.data.record import DataRecord, load_recorded
 from rayllp.errors import ClusterError, SettingsError
 from rayllp.models import FAMILIES
 from rayllp.plan.measure import measure_costs
-from rayllp.report import unused
+from rayllp.report import RunDirectory
 from rayllp.report.progress import tell
 from rayllp.report.run_lock import hold
+from rayllp.report.rundir import refusing
 from rayllp.tuning.results import write_results
 from rayllp.tuning.searchers import FeasibleSearch, GridSearch, build_searcher
 from rayllp.tuning.sweep import Sweep, load_sweep, make_sweep
@@ -231,16 +231,12 @@ def _check_room(sweep: Sweep, device: str) -> None:
 
 
 def _create(output: str | Path | None, sweep: Sweep, record: DataRecord | None) -> Path:
-    path = Path(output) if output else unused(Path("runs") / f"{date.today().isoformat()}_{sweep.name}")
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise SettingsError(f"output {path} is not empty: choose another with --output, or go on with a sweep by --resume {path}")
-    try:
+    path = RunDirectory.find_place(output, sweep.name)
+    with refusing(path):
         path.mkdir(parents=True, exist_ok=True)
         stored = {"sweep": sweep.model_dump(mode="json"), "base": sweep.values({}), "folder": str(path.absolute())}
         (path / SWEEP).write_text(json.dumps(stored, indent=1) + "\n", encoding="utf-8")
         write_data_json(path, record)
-    except OSError as error:
-        raise SettingsError(f"output {path} cannot be written: {error.strerror}; choose another with --output") from None
     return path.absolute()
 
 
