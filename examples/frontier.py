@@ -48,7 +48,7 @@ class Task:
         middle: N, and the depths it is compared with; the last one is N.
         settings: for all of its runs.
         seeds: of its runs.
-        rates: learning rates, the same for every depth and way.
+        rates: learning rates, the same for every depth and way; none: no more of it is run.
         steps: of each run.
         buffers: layers outside the middle.
         module: in this folder, whose `student` and `Lessons` are trained; none: what the config names.
@@ -73,8 +73,15 @@ TASKS = {
         {"data.path": "tinyshakespeare/input.txt.gz"},
         (4, 8, 16, 32, 64),
     ),
+    "earlier": Task(
+        "The same, by batches and evaluation of earlier code",
+        "gpt2_shakespeare",
+        {},
+        (4, 8, 16, 32, 64),
+        rates=(),
+    ),
     "muon": Task(
-        "GPT-2, Shakespeare, 2 + N + 2 layers, Δt = 1/N, Muon, half the steps",
+        "GPT-2, Shakespeare, 2 + N + 2 layers, Δt = 1/N, Muon, half the steps, earlier code",
         "gpt2_shakespeare",
         {"data.path": "tinyshakespeare/input.txt.gz"},
         (4, 16, 64),
