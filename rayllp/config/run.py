@@ -278,7 +278,7 @@ class RunSettings(Settings):
         """
         if self.adaptive.bias_to_noise is not None:
             return self.adaptive.bias_to_noise
-        return 0.5 if self.placement == "cyclic" else 0.4
+        return 0.6 if self.placement == "cyclic" else 0.4
 
     @property
     def steers(self) -> bool:
