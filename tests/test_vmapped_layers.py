@@ -9,7 +9,7 @@ from torch import nn
 
 from rayllp.channel import LocalChannel, run_workers
 from rayllp.control import Accuracy
-from rayllp.engine.block import Block
+from rayllp.engine.block import Block, BoundBlock
 from rayllp.engine.reduce_gradients import add_shared_gradients
 from rayllp.errors import SettingsError
 from rayllp.models import LayerStack, build_architecture, check_batched
@@ -68,9 +68,9 @@ def test_with_penalty_and_accumulation():
 
 def test_one_call_for_all_intervals(monkeypatch):
     calls = []
-    single, together = Block.layer, Block.side_by_side
-    monkeypatch.setattr(Block, "layer", lambda block, n, state: calls.append((n,)) or single(block, n, state))
-    monkeypatch.setattr(Block, "side_by_side", lambda block, ns, state, w: calls.append(tuple(ns)) or together(block, ns, state, w))
+    single, together = BoundBlock.layer, BoundBlock.layers_together
+    monkeypatch.setattr(BoundBlock, "layer", lambda block, n, state: calls.append((n,)) or single(block, n, state))
+    monkeypatch.setattr(BoundBlock, "layers_together", lambda block, ns, state, w: calls.append(tuple(ns)) or together(block, ns, state, w))
     gradients(settings(batched=True), ONE)
     # Buffers 0 and 17; C-points 1, 5, 9, 13, whose steps the coarse solve takes and the sweep need not take again (the last one's it does).
     assert calls == [(0,), (1,), (5,), (9,), (13,), (2, 6, 10, 14), (3, 7, 11, 15), (4, 8, 12, 16), (17,)]
