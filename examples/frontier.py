@@ -238,7 +238,8 @@ def train(key: Key, data: Path, keep_at: tuple[float, ...] = (), start: Path | N
             plain[solve] += 1
         else:
             probes[f"{solve} in {'exact' if accuracy.serial else 'parallel'}"] += 1
-            probes[COUPLINGS] += plan.couplings
+            if plan.couplings:
+                probes[COUPLINGS] += 1
             bias = stats.bias
             probe = Probe(
                 rho_forward=stats.rho_forward, rho_backward=stats.rho_backward,
@@ -249,7 +250,6 @@ def train(key: Key, data: Path, keep_at: tuple[float, ...] = (), start: Path | N
         if (step + 1) % config.eval.every == 0 or step + 1 == steps:
             curve.append((step + 1, float(f"{engine.evaluate(config.eval.batches)['loss']:.6g}")))
             print(key, curve[-1], controller.rung, flush=True)
-    probes = +probes  # without what was not done
     found = {"loss": curve[-1][1], "curve": curve, "solves": dict(plain), "probes": dict(probes), "biases": biases, "windows": windows}
     return dict(zip(("task", "way", "middle", "seed", "lr", "steps"), key, strict=True)) | found
 

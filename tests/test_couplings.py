@@ -30,12 +30,14 @@ def serial():
 def measured(workers, adjoint=False):
     states, seed = serial(), torch.randn(3, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     placement, first = Placement.cyclic(N, workers), seed if adjoint else start()
-    source = workers - 1 if adjoint else 0
+    source, destination = (workers - 1, 0) if adjoint else (0, workers - 1)
 
     def work(channel):
         propagator = Steep(states if adjoint else None)
         initial = first if channel.rank == source else None
-        return solve_with_couplings(placement, propagator, channel, initial, source, StateSpec.of(first), TAG, adjoint=adjoint)
+        return solve_with_couplings(
+            placement, propagator, channel, initial, StateSpec.of(first), TAG, source=source, destination=destination, adjoint=adjoint
+        )
 
     found = run_workers(workers, work)
     (output,) = [output for output, _ in found if output is not None]

@@ -203,7 +203,8 @@ class RunSettings(Settings):
     @property
     def longest_window(self) -> int:
         """Largest number of layers that a window solve evaluates at once."""
-        return max(self.windows) if isinstance(self.mgrit.window, tuple) else self.mgrit.window or self.layer_workers
+        given = self.mgrit.window
+        return max(given) if isinstance(given, tuple) else given or self.layer_workers
 
     @property
     def windows(self) -> tuple[int, ...]:

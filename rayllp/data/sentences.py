@@ -130,11 +130,6 @@ def _check_room(settings: DataSettings, sequence_length: int) -> None:
 
 
 def _read_splits(settings: DataSettings, faults: Faults) -> dict[str, list[_Example]]:
-    if settings.path is None and settings.dataset is None:
-        raise DataError(
-            "there is no data.path: sentence classification needs one, a tab-separated file (.tsv or .tsv.gz) such as GLUE's or a table, "
-            "or data.dataset"
-        )
     fields = {"data.text_field": settings.text_field, "data.pair_field": settings.pair_field, "data.label_field": settings.label_field}
     columns = {setting: column for setting, column in fields.items() if column is not None}
 
@@ -149,7 +144,8 @@ def _read_splits(settings: DataSettings, faults: Faults) -> dict[str, list[_Exam
             raise DataError(f"{what} {name} has no sentences{left_out}: give lines of text and label with a tab between")
         return examples
 
-    return read_splits(settings, read_table, read_file)
+    needed = "sentence classification needs one, a tab-separated file (.tsv or .tsv.gz) such as GLUE's or a table, or data.dataset"
+    return read_splits(settings, read_table, read_file, needed)
 
 
 def _of_row(place: str, values: tuple[Any, ...], columns: tuple[str, ...], faults: Faults) -> _Example | None:

@@ -193,6 +193,7 @@ def read_splits(
     settings: DataSettings,
     read_table: Callable[[Table, int | None], list[Sample]],
     read_file: Callable[[str, str, int | None], list[Sample]],
+    needed: str,
 ) -> dict[str, list[Sample]]:
     """Return training and held-out samples. Where there is no held-out table or file, the end of the training samples is held out.
 
@@ -200,7 +201,13 @@ def read_splits(
         settings: name the tables or files.
         read_table: (table, number of bytes to read at most) -> samples.
         read_file: (path, the setting that names it, number of bytes to read at most) -> samples.
+        needed: what data.path should be, for the error if neither it nor data.dataset is set.
+
+    Raises:
+        DataError: neither is set, or the data cannot be read.
     """
+    if settings.path is None and settings.dataset is None:
+        raise DataError(f"there is no data.path: {needed}")
     if reads_tables(settings):
         train_table, held_out = tables(settings)
         train = read_table(train_table, settings.max_bytes)

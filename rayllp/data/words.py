@@ -88,11 +88,6 @@ def load_words(settings: DataSettings, sequence_length: int, seed: int) -> WordB
 
 
 def _read_splits(settings: DataSettings, faults: Faults) -> dict[str, list[_Sentence]]:
-    if settings.path is None and settings.dataset is None:
-        raise DataError(
-            "there is no data.path: word classification needs one, a treebank in CoNLL-U (.conllu or .conllu.gz; universaldependencies.org "
-            "has them for many languages) or a table with a list of words and one of labels in each row; or data.dataset"
-        )
     columns = {"data.text_field": settings.text_field, "data.label_field": settings.label_field}
 
     def read_table(table: Table, limit: int | None) -> list[_Sentence]:
@@ -109,7 +104,11 @@ def _read_splits(settings: DataSettings, faults: Faults) -> dict[str, list[_Sent
             raise DataError(f"{what} {name} has no sentence with words{left_out}: give a treebank in CoNLL-U")
         return sentences
 
-    return read_splits(settings, read_table, read_file)
+    needed = (
+        "word classification needs one, a treebank in CoNLL-U (.conllu or .conllu.gz; universaldependencies.org has them for many "
+        "languages) or a table with a list of words and one of labels in each row; or data.dataset"
+    )
+    return read_splits(settings, read_table, read_file, needed)
 
 
 def _of_row(place: str, values: tuple[Any, ...], columns: tuple[str, ...], faults: Faults) -> _Sentence | None:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from rayllp.channel.base import MessageTag, StateSpec
+from rayllp.channel.base import MessageTag
 from rayllp.engine.batch import StepBatch
 from rayllp.engine.consistency import Consistency
 from rayllp.engine.layer_group import LayerGroup
@@ -11,7 +11,7 @@ from rayllp.engine.step_gradients import StepGradients, add_embedding_gradients,
 from rayllp.engine.trajectory import AdjointPropagator, ForwardPropagator, Trajectory
 from rayllp.mgrit.couplings import solve_with_couplings
 from rayllp.mgrit.windows import Placement
-from rayllp.state import State, detach
+from rayllp.state import detach
 
 
 class WindowGradients:
@@ -67,20 +67,13 @@ class WindowGradients:
         trajectory = Trajectory(bound, frozenset(), recompute=False)
         tag = MessageTag(batch.step, "forward")
         u0 = detach(bound.enter(batch.inputs)) if block.first else None
-        output, forward = solve_with_couplings(self.placement, ForwardPropagator(trajectory), group.channel, u0, 0, spec, tag)
-        output = self._on_last(output, spec, tag)
+        output, forward = solve_with_couplings(
+            self.placement, ForwardPropagator(trajectory), group.channel, u0, spec, tag, source=0, destination=last
+        )
         seed = loss_and_seed(bound, output, batch.targets, batch.scale)[1] if block.last else None
         tag = MessageTag(batch.step, "adjoint")
-        _, adjoint = solve_with_couplings(self.placement, AdjointPropagator(trajectory), group.channel, seed, last, spec, tag, adjoint=True)
+        _, adjoint = solve_with_couplings(
+            self.placement, AdjointPropagator(trajectory), group.channel, seed, spec, tag, source=last, destination=0, adjoint=True
+        )
         group.channel.finish()
         return torch.stack([forward, adjoint.roll(1)])
-
-    def _on_last(self, output: State | None, spec: StateSpec, tag: MessageTag) -> State | None:
-        """Hand the state after the last middle layer to the last worker, which has the head."""
-        channel, owner, last = self.group.channel, self.placement.owners[-1], self.group.channel.size - 1
-        if owner == last:
-            return output
-        if channel.rank == owner:
-            assert output is not None
-            channel.send(output, last, tag.at("in order", 0))
-        return channel.receive(spec, owner, tag.at("in order", 0)) if channel.rank == last else None

@@ -71,10 +71,11 @@ def solve_with_couplings(
     propagator: Propagator,
     channel: Channel,
     initial: State | None,
-    source: int,
     spec: StateSpec,
     tag: MessageTag,
     *,
+    source: int,
+    destination: int,
     adjoint: bool = False,
 ) -> tuple[State | None, Tensor]:
     """Solve exactly, layer after layer and from worker to worker, and measure the couplings on the way.
@@ -83,39 +84,44 @@ def solve_with_couplings(
 
     Args:
         initial: the first state, on worker `source`.
+        destination: the worker that is to get the last state.
         adjoint: solve from the last layer to the first. The forward leaves graphs (`last_step`); the adjoint forms no parameter gradients.
 
-    Returns: the last state, on the worker that owns the last layer of the solve, and None on the others; and the squared couplings by
-        layer, in the order of the network: float64, zeros for other workers' layers and for the first one of the solve.
+    Returns: the last state, on worker `destination`, and None on the others; and the squared couplings by layer, in the order of the
+        network: float64, zeros for other workers' layers and for the first one of the solve.
     """
-    rank, owners = channel.rank, placement.owners
-    order = range(len(owners))[::-1] if adjoint else range(len(owners))
-    squared = torch.zeros(len(owners), dtype=torch.float64, device=spec.device)
+    rank, in_order, early = channel.rank, tag.at("in order", 0), tag.at("a layer early", 0)
+    order = range(len(placement.owners))[::-1] if adjoint else range(len(placement.owners))
+    # Who has the state before the first layer, after each layer but the last, and at the end.
+    workers = [source, *(placement.owners[layer] for layer in order), destination]
+    squared = torch.zeros(len(order), dtype=torch.float64, device=spec.device)
     take = propagator.step if adjoint else (lambda layer, state: propagator.last_step(layer, state, None))
+
     state = initial
     before: State | None = None
-    for place, layer in enumerate(order):
-        here, behind = owners[layer], source if place == 0 else owners[order[place - 1]]
-        if here != rank:
-            if behind == rank and place == 0:
-                assert state is not None
-                channel.send(state, here, tag.at("in order", 0))
-            continue
-        early = None
-        if place:
-            before = before if behind == rank else channel.receive(spec, behind, tag.at("before", 0))
-            assert before is not None
-            early = subtract(propagator.step(layer, before), before)
-        state = state if behind == rank else channel.receive(spec, behind, tag.at("in order", 0))
+    if rank == source != workers[1]:
         assert state is not None
-        target = rank if place + 1 == len(order) else owners[order[place + 1]]
-        if target != rank:
-            channel.send(state, target, tag.at("before", 0))
+        channel.send(state, workers[1], in_order)
+    for place, layer in enumerate(order):
+        behind, here, ahead = workers[place : place + 3]
+        if here != rank:
+            continue
+        increment = None
+        if place:
+            before = before if behind == rank else channel.receive(spec, behind, early)
+            assert before is not None
+            increment = subtract(propagator.step(layer, before), before)
+        state = state if behind == rank else channel.receive(spec, behind, in_order)
+        assert state is not None
+        if ahead != rank and place + 1 < len(order):
+            channel.send(state, ahead, early)
         after = take(layer, state)
-        if early is not None:
-            change = squared_norm(subtract(subtract(after, state), early))
+        if increment is not None:
+            change = squared_norm(subtract(subtract(after, state), increment))
             squared[layer] = change / squared_norm(state).clamp_min(torch.finfo(torch.float64).tiny)
-        if target != rank:
-            channel.send(after, target, tag.at("in order", 0))
+        if ahead != rank:
+            channel.send(after, ahead, in_order)
         state, before = after, state
-    return (state if owners[order[-1]] == rank else None), squared
+    if rank == destination != workers[-2]:
+        state = channel.receive(spec, workers[-2], in_order)
+    return (state if rank == destination else None), squared

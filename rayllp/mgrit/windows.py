@@ -127,11 +127,11 @@ class WindowSolver:
         if sweeps < 1:
             raise SettingsError(f"{sweeps} sweeps: there must be at least 1")
         self.placement, self.propagator, self.channel, self.spec, self.tag = placement, propagator, channel, spec, tag
-        self.sweeps, self.rounding = min(sweeps, max(windows, default=1)), rounding
         self._enter = on_phase or (lambda phase, level: None)
         cut = placement.windows(windows)
         self.windows: list[Sequence[int]] = [layers[::-1] for layers in reversed(cut)] if adjoint else list(cut)
         self._longest = max(windows)
+        self.sweeps, self.rounding = min(sweeps, self._longest), rounding
         # Where several workers are in turn, the next one waits for the adjoint only: parameter gradients of a chain are formed at the end.
         self._defers = adjoint and channel.size > 1
         self._deferred: list[tuple[int, State]] = []

@@ -51,20 +51,16 @@ def window_step(config: TrainConfig, accuracy: Accuracy, costs: Costs, clocks: C
     deferred = [0] * workers
     arrival = 0.0  # when the state after a chain of windows of one layer has reached the next worker
 
-    def chain(layer: int, seconds: float, solve: str) -> float:
-        """Run a window of one layer, and return when the next worker has the state."""
-        owner = placement.owners[layer]
-        clocks.wait_until(owner, arrival, solve)
-        clocks.spend(owner, seconds, solve, "last sweep", layer=layer)
-        return clocks.now[owner] + (costs.message if workers > 1 else 0.0)
-
     def sweep(window: range, sweeps: int, inner_s: float, final_s: float, solve: str) -> None:
         """Run the sweeps of one window: each layer takes `inner_s` in all sweeps but the last, in which it takes `final_s`."""
         nonlocal arrival
         if len(window) == 1:
-            defers = solve == "adjoint" and workers > 1 and window[0] > 0
-            deferred[placement.owners[window[0]]] += defers
-            arrival = chain(window[0], inner_s if defers else final_s, solve)
+            layer, owner = window[0], placement.owners[window[0]]
+            defers = solve == "adjoint" and workers > 1 and layer > 0
+            deferred[owner] += defers
+            clocks.wait_until(owner, arrival, solve)
+            clocks.spend(owner, inner_s if defers else final_s, solve, "last sweep", layer=layer)
+            arrival = clocks.now[owner] + (costs.message if workers > 1 else 0.0)
             return
         for rank in range(workers):
             clocks.wait_until(rank, arrival, solve)

@@ -168,7 +168,7 @@ class StepLog:
         advice = {"forward": stats.advice_forward, "backward": stats.advice_backward}
         windows = self.controller.chosen.windows
         decision = self.controller.observe(stats.step, Probe(**rho, bias=bias, noise=noise, couplings=stats.couplings))
-        if self.controller.chosen.windows not in (windows, ()):
+        if self.controller.chosen.windows != windows:
             self.times.forget_speed(but="serial")
         self._announce(decision, advice=advice, **rho, bias=bias, noise=noise)
 
