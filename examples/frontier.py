@@ -24,7 +24,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from rayllp.config import TrainConfig, load_config, make_config
+from rayllp.config import TrainConfig, load_config
 from rayllp.config.run import EXACT_FROM_WINDOWS, SWEEPS
 from rayllp.control import Controller, Probe
 from rayllp.mgrit.windows import windows_in_words
@@ -41,6 +41,74 @@ COUPLINGS = "couplings"
 
 
 @dataclass(frozen=True)
+class Way:
+    """How a network is trained.
+
+    Attributes:
+        workers: that it is meant for. 1: exact training on one device.
+        rungs: of the ladder; none: exact training.
+        interval: layers from one C-point to the next, by MGRIT of two levels; 0: windows of as many layers as there are workers.
+        settings: besides.
+        quarter: with a quarter of the task's largest network, where what changes one thing at a time is compared.
+    """
+
+    workers: int
+    rungs: tuple[str, ...] = ()
+    settings: tuple[str, ...] = ()
+    interval: int = 0
+    quarter: bool = False
+
+    def overrides(self) -> list[str]:
+        """Settings of one process that solves as so many workers do."""
+        if not self.rungs:
+            return ["mode=serial", "mesh.placement=cyclic", *self.settings]
+        intervals = [f"mgrit.coarsening={self.interval}"]
+        windows = [f"mgrit.window={self.workers}", "mesh.placement=cyclic"]
+        solver = intervals if self.interval else windows
+        return ["mode=adaptive", f"adaptive.ladder=[{','.join(self.rungs)}]", *solver, *self.settings]
+
+
+DEFAULT = tuple(f"{forward}+{backward}" for forward, backward in SWEEPS)
+WINDOWS = ("adaptive.consistency=null", f"adaptive.switch_at={EXACT_FROM_WINDOWS}")
+FIXED = ("adaptive.rule=bias", "adaptive.bias_to_noise=1e9", "adaptive.probe_every=500", "adaptive.consistency=null")
+TAILS = (0.8, 0.9, 0.95, 0.98, 1.0)
+
+
+def tail(share: float) -> str:
+    return f"1+1, exact from {share:g}"
+
+
+def ablation(rung: str, *settings: str) -> Way:
+    """One solve by intervals of four layers throughout, whatever probes say."""
+    return Way(4, (rung,), (*FIXED, "adaptive.switch_at=1.0", *settings), interval=4, quarter=True)
+
+
+PAPER = (
+    "adaptive.rule=convergence",
+    "adaptive.return_below=null",
+    "adaptive.switch_at=1.0",
+    "adaptive.consistency=null",
+    "adaptive.probe_every=50",
+)
+WAYS = {
+    "serial": Way(1),
+    "adaptive": Way(8, DEFAULT, WINDOWS),
+    "adaptive 16": Way(16, DEFAULT, WINDOWS),
+    **{tail(share): Way(8, ("1+1",), (*FIXED, f"adaptive.switch_at={share}")) for share in TAILS},
+    "intervals of 2": Way(8, ("1+1", "2+1", "2+2"), interval=2, quarter=True),
+    "the paper's switch": Way(8, ("1+1",), PAPER, interval=4),
+    "1+1": ablation("1+1"),
+    "1+1, μ = 1": ablation("1+1", "adaptive.consistency=1"),
+    "1+1, μ = 10": ablation("1+1", "adaptive.consistency=10"),
+    "1+1, smoothness 1e-4": ablation("1+1", "adaptive.smoothness=1e-4"),
+    "1+1, ω = 0.5": ablation("1+1", "mgrit.coarse_step_weight=0.5"),
+    "2+2": ablation("2+2"),
+    "2+2, μ = 1": ablation("2+2", "adaptive.consistency=1"),
+    "2+2, FCF": ablation("2+2", "mgrit.relaxation.fine=FCF"),
+}
+
+
+@dataclass(frozen=True)
 class Task:
     """A config of this folder, the files it reads below DATA, and networks of how many middle layers are trained on it.
 
@@ -52,6 +120,7 @@ class Task:
         steps: of each run.
         buffers: layers outside the middle.
         module: in this folder, whose `student` and `Lessons` are trained; none: what the config names.
+        ways: that it is trained by.
     """
 
     title: str
@@ -64,6 +133,7 @@ class Task:
     steps: int = STEPS
     buffers: int = 4
     module: str | None = None
+    ways: tuple[str, ...] = ("serial", "adaptive", "adaptive 16")
 
 
 TASKS = {
@@ -72,16 +142,11 @@ TASKS = {
         "gpt2_shakespeare",
         {"data.path": "tinyshakespeare/input.txt.gz"},
         (4, 8, 16, 32, 64),
-    ),
-    "earlier": Task(
-        "The same, by batches and evaluation of earlier code",
-        "gpt2_shakespeare",
-        {},
-        (4, 8, 16, 32, 64),
-        rates=(),
+        seeds=(0, 1, 2),
+        ways=tuple(WAYS),
     ),
     "muon": Task(
-        "GPT-2, Shakespeare, 2 + N + 2 layers, Δt = 1/N, Muon, half the steps, earlier code",
+        "GPT-2, Shakespeare, 2 + N + 2 layers, Δt = 1/N, Muon, half the steps",
         "gpt2_shakespeare",
         {"data.path": "tinyshakespeare/input.txt.gz"},
         (4, 16, 64),
@@ -118,43 +183,6 @@ TASKS = {
         buffers=0,
         module="deep_teacher",
     ),
-}
-
-
-@dataclass(frozen=True)
-class Way:
-    """How a network is trained.
-
-    Attributes:
-        workers: that it is meant for; windows are of as many layers. 1: exact training on one device.
-        settings: besides those of `windows`.
-        exact_from: share of the steps after which they are exact.
-        rungs: of the ladder; none: exact training.
-    """
-
-    workers: int
-    rungs: tuple[str, ...] = ()
-    exact_from: float = 1.0
-    settings: tuple[str, ...] = ()
-
-    def overrides(self) -> list[str]:
-        """Settings of one process that solves as so many workers do."""
-        if not self.rungs:
-            return ["mode=serial", "mesh.placement=cyclic", *self.settings]
-        windows = [f"mgrit.window={self.workers}", "mesh.placement=cyclic", f"adaptive.ladder=[{','.join(self.rungs)}]"]
-        adaptive = ["mode=adaptive", f"adaptive.switch_at={self.exact_from}", "adaptive.consistency=null"]
-        return [*windows, *adaptive, *self.settings]
-
-
-DEFAULT = tuple(f"{forward}+{backward}" for forward, backward in SWEEPS)
-FIXED = ("adaptive.bias_to_noise=1e9", "adaptive.probe_every=500")
-TAILS = (0.8, 0.9, 0.95, 0.98, 1.0)
-WAYS = {
-    "serial": Way(1),
-    "adaptive": Way(8, DEFAULT, EXACT_FROM_WINDOWS),
-    "adaptive 16": Way(16, DEFAULT, EXACT_FROM_WINDOWS),
-    **{f"1+1, exact from {share:g}": Way(8, ("1+1",), share, FIXED) for share in TAILS},
-    **{f"2+2, exact from {share:g}": Way(8, ("2+2",), share, FIXED) for share in (0.9, 1.0)},
 }
 
 
@@ -231,7 +259,7 @@ def train(key: Key, data: Path, keep_at: tuple[float, ...] = (), start: Path | N
             raise SystemExit(f"{key}: the loss is not finite at step {step}")
         judged = accuracy if plan is None else plan.candidate
         solve = judged.name
-        if not judged.serial and judged.windows != config.windows:
+        if judged.windows and judged.windows != config.windows:
             solve += f", windows of {windows_in_words(judged.windows)}"
             windows[solve] = judged.windows
         if plan is None:
@@ -267,12 +295,13 @@ def key_of(result: dict[str, Any]) -> Key:
 
 
 def wanted(arguments: argparse.Namespace) -> Iterator[Key]:
-    """Exact training at every depth, the other ways at the largest."""
+    """Exact training at every depth, the other ways at the largest, or at a quarter of it."""
     for name in arguments.tasks:
         task = TASKS[name]
         for seed in task.seeds if arguments.seeds is None else arguments.seeds:
-            for way in arguments.ways:
-                for middle in arguments.middle or (task.middle if way == "serial" else task.middle[-1:]):
+            for way in arguments.ways or task.ways:
+                deepest = task.middle[-1] // (4 if WAYS[way].quarter else 1)
+                for middle in arguments.middle or (task.middle if way == "serial" else (deepest,)):
                     yield from ((name, way, middle, seed, lr, arguments.steps or task.steps) for lr in arguments.lr or task.rates)
 
 
@@ -294,10 +323,10 @@ def tails(arguments: argparse.Namespace) -> None:
     for seed in arguments.seeds or (0,):
         for lr in arguments.lr or TASKS[name].rates:
             middle = TASKS[name].middle[-1]
-            whole = name, "1+1, exact from 1", middle, seed, lr, steps
+            whole = name, tail(1.0), middle, seed, lr, steps
             keep(arguments.results, train(whole, data, keep_at=TAILS[:-1]))
             for share in TAILS[:-1]:
-                key = name, f"1+1, exact from {share:g}", middle, seed, lr, steps
+                key = name, tail(share), middle, seed, lr, steps
                 result = train(key, data, start=branch_file(key, round(share * steps)))
                 keep(arguments.results, result)
                 print(" ".join(map(str, key)), f"loss {result['loss']:.4f}", flush=True)
@@ -313,14 +342,10 @@ def keep(results: Path, result: dict[str, Any]) -> None:
 # What it takes ----------------------------------------------------------------------------------------------------------------
 
 
-def config_of(task: Task, middle: int, workers: int, rungs: tuple[str, ...]) -> TrainConfig:
-    """The network's shape on so many workers, for predictions."""
-    base = load_config(HERE / f"{task.config}.yaml").model_dump(mode="json")
-    base["model"]["layers"] = middle + task.buffers
-    ends = task.buffers // 2
-    base |= {"workers": workers, "mode": "parallel", "mgrit": {}, "adaptive": {"ladder": rungs}, "buffers": {"open": ends, "close": ends}}
-    base["mesh"] = {"placement": "cyclic"}
-    return make_config(base)
+def config_of(task: Task, middle: int, way: Way) -> TrainConfig:
+    """The network's shape on the way's workers, for predictions."""
+    shape = [f"model.layers={middle + task.buffers}", f"workers={way.workers}"]
+    return load_config(HERE / f"{task.config}.yaml", [*shape, *task.settings, *way.overrides()])
 
 
 def serial_ms(task: Task, middle: int) -> float:
@@ -337,7 +362,7 @@ def total_ms(result: dict[str, Any], *, exact_gains: bool = True) -> float:
     task, way = TASKS[result["task"]], WAYS[result["way"]]
     if way.workers == 1:
         return sum(result["solves"].values()) * serial_ms(task, result["middle"])
-    config = config_of(task, result["middle"], way.workers, way.rungs)
+    config = config_of(task, result["middle"], way)
     rungs = {rung.name: rung for rung in Controller(config).rungs}
     for name, lengths in result.get("windows", {}).items():
         rungs[name] = replace(rungs[name.partition(",")[0]], windows=tuple(lengths))
@@ -541,7 +566,7 @@ def main() -> None:
     runs = commands.add_parser("run", help="train what the results do not have yet")
     runs.add_argument("--data", type=Path, required=True)
     runs.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
-    runs.add_argument("--ways", nargs="+", default=list(WAYS), choices=list(WAYS))
+    runs.add_argument("--ways", nargs="+", choices=list(WAYS), help="default the task's")
     runs.add_argument("--middle", nargs="+", type=int, help="depths; default the task's for exact training, its largest for other ways")
     runs.add_argument("--lr", nargs="+", type=float, help="learning rates; default the task's")
     runs.add_argument("--seeds", nargs="+", type=int)

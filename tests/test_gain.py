@@ -1,10 +1,15 @@
 """What a run says that it has gained."""
 
+import io
+
 import pytest
+from rich.console import Console
 
 import rayllp
-from rayllp.report import read_lines
+from rayllp.control import Decision
+from rayllp.report import Journal, RunDirectory, read_lines
 from rayllp.training.gain import StepTimes
+from rayllp.training.step_log import StepLog
 from tests.conftest import tiny
 
 
@@ -21,7 +26,7 @@ def test_seconds_by_solve_beside_exact_steps():
     assert gain.speedup == pytest.approx(16 / 12.5)
     assert gain.speedup_over_one == pytest.approx(48 / 12.5)
     assert gain.sentence(None) == (
-        "trained 5 s in 1 probes, 5 s in 5 exact steps, 2.5 s in 10 steps by 1+1; 1.28 times as fast as exact training on these workers, "
+        "trained 5 s in 1 probe, 5 s in 5 exact steps, 2.5 s in 10 steps by 1+1; 1.28 times as fast as exact training on these workers, "
         "3.84 times as fast as one worker"
     )
 
@@ -44,6 +49,21 @@ def test_the_first_step_of_a_kind_tells_nothing():
     for seconds in (9.0, 1.0, 1.0, 1.0):
         times.take("serial", seconds)
     assert times.step_s == {"serial": 1.0}
+
+
+def test_the_exact_steps_at_the_end_of_a_run_are_no_reason(tmp_path):
+    config = tiny(mode="adaptive", steps=20, adaptive={"switch_at": 0.5})
+    run = RunDirectory(tmp_path, config)
+    with Journal.open(run, 20, 0, Console(file=io.StringIO()), tensorboard=False) as journal:
+        step_log = StepLog(run, journal, config)
+        step_log._announce(Decision(3, "serial", "a bias of 0.9", "serial"))
+        assert step_log.why_exact == "a bias of 0.9"
+        step_log._announce(Decision(5, "parallel", "a bias of 0.1", "1+1"))
+        assert step_log.why_exact is None
+        step_log.begin(10)
+        assert step_log.controller.serial
+        assert step_log.why_exact is None
+    assert [event["reason"] for event in read_lines(tmp_path / "events.jsonl")][-1] == "adaptive.switch_at 0.5"
 
 
 @pytest.mark.usefixtures("ray_cluster")

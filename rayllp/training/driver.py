@@ -199,7 +199,7 @@ class Driver:
         step_log = self.state.step_log
         gain = step_log.times.gain
         if gain.steps and self.run_config.mode == "adaptive":
-            self.journal.gain(step, gain.as_dict(), gain.sentence(step_log.last_reason if step_log.controller.serial else None))
+            self.journal.gain(step, gain.as_dict(), gain.sentence(step_log.why_exact))
 
     def _train_stages(self, step: int) -> int:
         """Train the remaining stages of nested iteration, or the one stage of a run without it; return the steps done."""

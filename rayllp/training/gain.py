@@ -54,9 +54,9 @@ class Gain:
         """Return a sentence for the user.
 
         Args:
-            why_exact: the controller's reason for exact steps, if it ended in serial mode.
+            why_exact: the controller's reason for exact steps, if it chose them.
         """
-        spent = ", ".join(f"{seconds:.3g} s in {self.steps[name]} {_kind(name)}" for name, seconds in self.seconds.items())
+        spent = ", ".join(f"{seconds:.3g} s in {_steps(name, self.steps[name])}" for name, seconds in self.seconds.items())
         if self.speedup is None:
             return f"trained {spent}; no exact step was timed to compare with"
         one = "" if self.speedup_over_one is None else f", {self.speedup_over_one:.2f} times as fast as one worker"
@@ -66,8 +66,11 @@ class Gain:
         return f"trained {spent}; {self.speedup:.2f} times as fast as exact training on these workers{one}"
 
 
-def _kind(name: str) -> str:
-    return {"serial": "exact steps", "probes": "probes"}.get(name, f"steps by {name}")
+def _steps(name: str, count: int) -> str:
+    """Return so many steps of a solve, in words."""
+    kind = {"serial": "exact step", "probes": "probe"}.get(name, "step")
+    by = "" if name in ("serial", "probes") else f" by {name}"
+    return f"{count} {kind}{'' if count == 1 else 's'}{by}"
 
 
 class StepTimes:

@@ -39,7 +39,7 @@ class StepLog:
         first_step: the step at which the current workers began.
         step_s: seconds per step in the last chunk.
         times: wall times of steps by solve.
-        last_reason: why the controller last changed the accuracy; None if it has not.
+        why_exact: why the controller has chosen exact steps; None if it has not, or if only the settings ask for them, at the end.
     """
 
     def __init__(self, run: RunDirectory, journal: Journal, config: TrainConfig) -> None:
@@ -55,7 +55,7 @@ class StepLog:
     def enter(self, config: TrainConfig) -> None:
         """Train with other settings from now on; they get a new controller."""
         self.config, self.controller = config, Controller(config)
-        self.last_reason: str | None = None
+        self.why_exact: str | None = None
 
     def start_at(self, step: int) -> None:
         """Go on after `step` steps with workers whose speed is not known."""
@@ -174,7 +174,8 @@ class StepLog:
 
     def _announce(self, decision: Decision | None, **details: Any) -> None:
         if decision:
-            self.last_reason = decision.reason
+            if self.config.switch_step is None or decision.step < self.config.switch_step:
+                self.why_exact = decision.reason if decision.mode == "serial" else None
             if self.config.placement == "cyclic":
                 details["windows"] = list(self.controller.chosen.windows)
             self._journal.event(
