@@ -173,6 +173,39 @@ TASKS = {
         steps=600,
         buffers=0,
     ),
+    "words": Task(
+        "Word classification, UD English-GUM, N layers, Δt = 1/N, no buffers",
+        "mc_gum",
+        {
+            "data.path": "ud_english_gum/en_gum-ud-train.slim.conllu.gz",
+            "data.validation_path": "ud_english_gum/en_gum-ud-dev.slim.conllu.gz",
+        },
+        (16, 64),
+        ("microbatches=null",),
+        rates=(2e-3,),
+        steps=800,
+        buffers=0,
+    ),
+    "bert": Task(
+        "BERT, Shakespeare, N layers, Δt = 1/N, no buffers",
+        "bert_shakespeare",
+        {"data.path": "tinyshakespeare/input.txt.gz"},
+        (16, 64),
+        ("microbatches=null",),
+        rates=(2e-3,),
+        steps=600,
+        buffers=0,
+    ),
+    "vit": Task(
+        "ViT, MNIST, N layers, Δt = 1/N, no buffers",
+        "vit_mnist",
+        {"data.path": "mnist"},
+        (8, 32),
+        ("microbatches=null", "model.patch_size=7"),
+        rates=(2e-3,),
+        steps=1000,
+        buffers=0,
+    ),
     "teacher": Task(
         "Imitating a random network of 64 layers, Δt = 4/N",
         "deep_teacher",
@@ -276,9 +309,18 @@ def train(key: Key, data: Path, keep_at: tuple[float, ...] = (), start: Path | N
             controller.observe(step, probe)
             biases.append((step, solve, rounded(probe.bias), rounded(probe.noise)))
         if (step + 1) % config.eval.every == 0 or step + 1 == steps:
-            curve.append((step + 1, float(f"{engine.evaluate(config.eval.batches)['loss']:.6g}")))
+            metrics = {name_: float(f"{value:.6g}") for name_, value in engine.evaluate(config.eval.batches).items()}
+            curve.append((step + 1, metrics["loss"]))
             print(key, curve[-1], controller.rung, flush=True)
-    found = {"loss": curve[-1][1], "curve": curve, "solves": dict(plain), "probes": dict(probes), "biases": biases, "windows": windows}
+    found = {
+        "loss": curve[-1][1],
+        "metrics": metrics,
+        "curve": curve,
+        "solves": dict(plain),
+        "probes": dict(probes),
+        "biases": biases,
+        "windows": windows,
+    }
     return dict(zip(("task", "way", "middle", "seed", "lr", "steps"), key, strict=True)) | found
 
 
