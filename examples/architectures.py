@@ -125,9 +125,9 @@ def config_of(task: str, kind: str, workers: int, mode: str) -> TrainConfig:
             "architecture": kind, "head": task, "layers": 6, "width": 32, "heads": 4, "kv_heads": 2, "feed_forward": 64, "patch_size": 8,
             "config_overrides": {**{name: value for name, value in SMALL.items() if name in known}, **SPECIAL.get(kind, {})},
         },
-        "buffers": {"open": 0, "close": 0}, "step": {"middle": 1.0}, "mgrit": {"coarsening": 2}, "sequence_length": LENGTH,
+        "buffers": {"open": 0, "close": 0}, "step": {"middle": 1.0}, "sequence_length": LENGTH,
         "batch_size": 4, "steps": 2, "dtype": "float64", "mode": mode, "workers": workers, "microbatches": 1,
-        "adaptive": {"probe_every": 0, "consistency": 0}, "mesh": {"placement": "blocks"},
+        "solver": "mgrit", "mgrit": {"coarsening": 2}, "adaptive": {"probe_every": 0, "consistency": 0},
     })  # fmt: skip
 
 

@@ -53,7 +53,7 @@ def measure(layers: int, h: float, forward: int, backward: int) -> tuple[Tensor,
             "model": {"layers": layers},
             "buffers": {"open": 0, "close": 0},
             "step": {"middle": h},
-            "mgrit": {"relaxation": {"fine": "F"}},
+            "solver": "mgrit",
             "mode": "parallel",
         }
     )

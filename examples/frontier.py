@@ -25,7 +25,7 @@ from statistics import mean, stdev
 from typing import Any
 
 from rayllp.config import TrainConfig, load_config
-from rayllp.config.run import EXACT_FROM_WINDOWS, SWEEPS
+from rayllp.config.run import SWEEPS
 from rayllp.control import Controller, Probe
 from rayllp.mgrit.windows import windows_in_words
 from rayllp.plan import Costs, predict_step
@@ -61,16 +61,15 @@ class Way:
     def overrides(self) -> list[str]:
         """Settings of one process that solves as so many workers do."""
         if not self.rungs:
-            return ["mode=serial", "mesh.placement=cyclic", *self.settings]
-        intervals = [f"mgrit.coarsening={self.interval}"]
-        windows = [f"mgrit.window={self.workers}", "mesh.placement=cyclic"]
+            return ["mode=adaptive", "adaptive.switch_at=0", *self.settings]
+        intervals = ["solver=mgrit", f"mgrit.coarsening={self.interval}"]
+        windows = [f"windows.length={self.workers}"]
         solver = intervals if self.interval else windows
         return ["mode=adaptive", f"adaptive.ladder=[{','.join(self.rungs)}]", *solver, *self.settings]
 
 
 DEFAULT = tuple(f"{forward}+{backward}" for forward, backward in SWEEPS)
-WINDOWS = ("adaptive.consistency=null", f"adaptive.switch_at={EXACT_FROM_WINDOWS}")
-FIXED = ("adaptive.rule=bias", "adaptive.bias_to_noise=1e9", "adaptive.probe_every=500", "adaptive.consistency=null")
+FIXED = ("adaptive.bias_to_noise=1e9", "adaptive.probe_every=500")
 TAILS = (0.8, 0.9, 0.95, 0.98, 1.0)
 
 
@@ -80,20 +79,19 @@ def tail(share: float) -> str:
 
 def ablation(rung: str, *settings: str) -> Way:
     """One solve by intervals of four layers throughout, whatever probes say."""
-    return Way(4, (rung,), (*FIXED, "adaptive.switch_at=1.0", *settings), interval=4, quarter=True)
+    return Way(4, (rung,), (*FIXED, "adaptive.switch_at=1.0", "adaptive.consistency=0", *settings), interval=4, quarter=True)
 
 
 PAPER = (
     "adaptive.rule=convergence",
     "adaptive.return_below=null",
     "adaptive.switch_at=1.0",
-    "adaptive.consistency=null",
     "adaptive.probe_every=50",
 )
 WAYS = {
     "serial": Way(1),
-    "adaptive": Way(8, DEFAULT, WINDOWS),
-    "adaptive 16": Way(16, DEFAULT, WINDOWS),
+    "adaptive": Way(8, DEFAULT),
+    "adaptive 16": Way(16, DEFAULT),
     **{tail(share): Way(8, ("1+1",), (*FIXED, f"adaptive.switch_at={share}")) for share in TAILS},
     "intervals of 2": Way(8, ("1+1", "2+1", "2+2"), interval=2, quarter=True),
     "the paper's switch": Way(8, ("1+1",), PAPER, interval=4),
@@ -168,7 +166,6 @@ TASKS = {
         "mt_multi30k",
         {"data.path": "multi30k"},
         (6, 12, 24),
-        ("adaptive.consistency=null", "microbatches=null"),
         rates=(2e-3,),
         steps=600,
         buffers=0,
@@ -181,7 +178,6 @@ TASKS = {
             "data.validation_path": "ud_english_gum/en_gum-ud-dev.slim.conllu.gz",
         },
         (16, 64),
-        ("microbatches=null",),
         rates=(2e-3,),
         steps=800,
         buffers=0,
@@ -191,7 +187,6 @@ TASKS = {
         "bert_shakespeare",
         {"data.path": "tinyshakespeare/input.txt.gz"},
         (16, 64),
-        ("microbatches=null",),
         rates=(2e-3,),
         steps=600,
         buffers=0,
@@ -201,7 +196,7 @@ TASKS = {
         "vit_mnist",
         {"data.path": "mnist"},
         (8, 32),
-        ("microbatches=null", "model.patch_size=7"),
+        ("model.patch_size=7",),
         rates=(2e-3,),
         steps=1000,
         buffers=0,
@@ -292,7 +287,7 @@ def train(key: Key, data: Path, keep_at: tuple[float, ...] = (), start: Path | N
             raise SystemExit(f"{key}: the loss is not finite at step {step}")
         judged = accuracy if plan is None else plan.candidate
         solve = judged.name
-        if judged.windows and judged.windows != config.windows:
+        if judged.windows and judged.windows != config.window_lengths:
             solve += f", windows of {windows_in_words(judged.windows)}"
             windows[solve] = judged.windows
         if plan is None:

@@ -50,10 +50,15 @@ def tiny(**changes):
         "checkpoint": {"best": False},
         "adaptive": {"probe_every": 0, "rule": "convergence", "switch_at": 1.0},
         "mode": "parallel",
+        "solver": "mgrit",
         "workers": 1,
         "spare_workers": False,  # a spare is a process more, which imports for seconds: only where it is what is tested
     }
     return make_config(merge(base, changes))
+
+
+IN_TURN = {"mode": "adaptive", "solver": "windows", "adaptive": {"switch_at": 0}}
+"""Settings of exact steps by layers in turn."""
 
 
 def make_engine(config, layer_channel=None, data_channel=None):

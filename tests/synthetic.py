@@ -87,7 +87,13 @@ def small_run(path, *, losses=(2.0, 1.5), steps=100, sample="", **settings):
 
 def long_run(path, steps=20_000, workers=8, **settings):
     """A run as long as real ones are, with everything that one can have: what a page of it weighs is what is wanted."""
-    config = {"steps": steps, "workers": workers, "model": {"layers": 68, "width": 64, "heads": 4}, "mgrit": {"coarsening": 8}}
+    config = {
+        "steps": steps,
+        "workers": workers,
+        "model": {"layers": 68, "width": 64, "heads": 4},
+        "solver": "mgrit",
+        "mgrit": {"coarsening": 8},
+    }
     run = begin_run(path, **merge(config, settings))
     noise, serial_from, lines = np.random.default_rng(0), steps * 4 // 5, []
     serial = {"mode": "serial", "iterations_forward": None, "iterations_backward": None}

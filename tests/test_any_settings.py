@@ -65,8 +65,8 @@ mgrit = group(
     iterations=group(forward=maybe(1, 2, 3), backward=maybe(1, 2, 3)),
     relaxation=group(fine=maybe("F", "FCF"), coarse=maybe("F", "FCF")), cycle=maybe("V", "F"), coarse_step_weight=maybe(0.0, 0.5),
     initial_guess=maybe("coarse", "constant"), tolerance=pick(*[OUT] * 4, 1e-2, 1e-8), batched=pick(*[OUT] * 3, True),
-    recompute=maybe(False, True), window=pick(*[OUT] * 4, 2, 3, 5),
 )  # fmt: skip
+windows = group(length=pick(OUT, 2, 3, 5), sweeps=group(forward=maybe(1, 2, 3), backward=maybe(1, 2, 3)), cut=maybe(False))
 adaptive = group(
     probe_every=pick(0, 1, 2), rule=maybe("convergence", "bias", "both"), threshold=maybe(0.4), bias_limit=maybe(1e-4),
     bias_to_noise=maybe(0.0), exact_every=maybe(1), lipschitz_every=pick(OUT, OUT, 1), return_below=maybe(None), patience=maybe(1),
@@ -79,12 +79,13 @@ optimizer = group(
     sharded=maybe(True), schedule=maybe("linear", "constant", "wsd"), ema=maybe(0.5), momentum=maybe(0.0),
 )  # fmt: skip
 mesh = group(
-    data=pick(OUT, OUT, 1, 2, 3), layer=pick(*[OUT] * 4, 2), blocks=pick(*[OUT] * 6, [3, 4], [1, 5]), placement=maybe("blocks", "cyclic")
+    data=pick(OUT, OUT, 1, 2, 3), layer=pick(*[OUT] * 4, 2), blocks=pick(*[OUT] * 6, [3, 4], [1, 5])
 )  # fmt: skip
 untouched = st.just({})
 runs = group(
     model=model, middle=st.integers(2, 10), careful=pick(*[True] * 5, False),
-    buffers=group(open=pick(0, 1, 2), close=pick(0, 1, 2)), mgrit=mgrit | mgrit | untouched, adaptive=adaptive | adaptive | untouched,
+    buffers=group(open=pick(0, 1, 2), close=pick(0, 1, 2)), solver=pick(OUT, "windows", "mgrit", "mgrit"), mgrit=mgrit | mgrit | untouched,
+    windows=windows | untouched, recompute=maybe(False, True), adaptive=adaptive | adaptive | untouched,
     optimizer=optimizer, mesh=mesh, mode=maybe("parallel", "serial", "adaptive"), dtype=pick(*["float64"] * 6, *TOLERANCE),
     workers=pick(OUT, 1, 2, 2, 3, 4, {"min": 1, "max": 3}), step=group(middle=maybe("2/N", 0.1, 1.0), buffer=maybe(0.5)),
     batch_size=pick(1, 2, 2, 3), accumulate=maybe(2), microbatches=pick(OUT, OUT, 1, 2), seed=pick(0, 1),
@@ -99,15 +100,16 @@ def tidied(run):
         del run["model"]["kv_heads"]
     if run["optimizer"].get("name") != "muon":
         run["optimizer"].pop("muon_lr", None)
-    if run["mgrit"].get("recompute"):
+    if run.get("recompute"):
         run["mgrit"].pop("batched", None)
+    run["windows" if run.get("solver") == "mgrit" else "mgrit"] = {}
     if run.get("adaptive", {}).get("probe_every") == 0:
         run["adaptive"] = {name: value for name, value in run["adaptive"].items() if name != "lipschitz_every"}
     if "blocks" in run["mesh"]:
         run["middle"], run["workers"] = sum(run["mesh"]["blocks"]), len(run["mesh"]["blocks"])
     run["batch_size"] *= run["mesh"].get("data", 1) * run.get("accumulate", 1) * run.get("microbatches", 1)
     if isinstance(run.get("workers"), dict):
-        run["mesh"] = {name: value for name, value in run["mesh"].items() if name == "placement"}
+        run["mesh"] = {}
     elif "workers" in run:
         run["workers"] = min(run["workers"], run["middle"]) * run["mesh"].get("data", 1)
         run["mesh"].pop("layer", None)
@@ -200,12 +202,14 @@ def changed(config, **changes):
     """The same settings with others, as `with_workers` keeps what follows from their number."""
     values = config.model_dump()
     values["adaptive"] |= {"consistency": config.consistency, "steer": config.steers} | changes.pop("adaptive", {})
-    values["mgrit"] |= {"window": config.longest_window if config.placement == "cyclic" else None} | changes.pop("mgrit", {})
-    values["mesh"] |= {"placement": config.placement} | changes.pop("mesh", {})
+    if config.solver == "windows":
+        values["windows"]["length"] = values["windows"]["length"] or config.longest_window
+    for group in ("mesh", "mgrit", "windows"):
+        values[group] |= changes.pop(group, {})
     return TrainConfig.model_validate(values | changes)
 
 
-ALONE = {"workers": 1, "mesh": {"data": 1, "layer": None, "blocks": None}, "mgrit": {"recompute": False, "batched": False}}
+ALONE = {"workers": 1, "mesh": {"data": 1, "layer": None, "blocks": None}, "mgrit": {"batched": False}, "recompute": False}
 
 
 def alone(config):
@@ -219,12 +223,13 @@ def alone(config):
 
 def enough(config):
     """As many iterations as make the solve exact, and the exact training that it then is; None where nothing runs in parallel."""
-    most = config.longest_window if config.placement == "cyclic" else len(config.coarse_lengths) + 1
+    most = config.longest_window if config.solver == "windows" else len(config.coarse_lengths) + 1
     plain = {"dtype": "float64", "adaptive": {"consistency": 0.0, "smoothness": 0.0, "steer": None, "probe_every": 0, "ladder": None}}
     plain["adaptive"] |= {"lipschitz_every": 0, "switch_at": None}
-    solve = {"iterations": {"forward": most, "backward": most}, "tolerance": None}
+    counts = {"forward": most, "backward": most}
+    solve = {"windows": {"sweeps": counts}} if config.solver == "windows" else {"mgrit": {"iterations": counts, "tolerance": None}}
     try:
-        return [changed(config, mode=mode, mgrit=solve, **plain) for mode in ("parallel", "serial")]
+        return [changed(config, mode=mode, **solve, **plain) for mode in ("parallel", "serial")]
     except ValidationError:  # where all is exact, levels may be too coarse for anything else
         return None
 

@@ -65,7 +65,7 @@ def defined(config, *, constant):
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("family", ["gpt2", "mt"])
 def test_a_parallel_step_adds_the_gradient_with_c_points_constant(family, recompute):
-    options = {"family": family, "model": {"dropout": 0.1}, "mgrit": {"recompute": recompute}}
+    options = {"family": family, "model": {"dropout": 0.1}, "recompute": recompute}
     wanted, value = defined(settings(**options), constant=True)
     assert value > 1e-6
     without, _ = computed(settings(**options), ENOUGH)
@@ -84,7 +84,7 @@ def test_a_parallel_step_adds_the_gradient_with_c_points_constant(family, recomp
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("family", ["gpt2", "mt"])
 def test_a_serial_step_adds_the_gradient_with_c_points_variable(family, recompute):
-    options = {"family": family, "mgrit": {"recompute": recompute}}
+    options = {"family": family, "recompute": recompute}
     wanted, value = defined(settings(**options), constant=False)
     exact = replace(ENOUGH, levels_forward=1, levels_backward=1, consistency=MU)
     for workers, accuracy in ((1, replace(SERIAL, consistency=MU)), (1, exact), (3, exact)):
@@ -105,7 +105,7 @@ def over_gloo(rank, size, config, accuracy):
 @pytest.mark.parametrize("recompute", [False, True])
 def test_the_pipeline_adds_it_too_whatever_the_microbatches(recompute):
     accuracy = replace(SERIAL, consistency=MU)
-    options = {"mode": "serial", "mgrit": {"recompute": recompute}}
+    options = {"mode": "serial", "recompute": recompute}
     ((losses, gaps, _),) = run_processes(1, over_gloo, settings(**options), accuracy)
     for rank_losses, rank_gaps, piped in run_processes(3, over_gloo, settings(workers=3, **options), accuracy):
         assert piped
@@ -116,7 +116,7 @@ def test_the_pipeline_adds_it_too_whatever_the_microbatches(recompute):
 def test_accumulation_and_few_iterations_do_not_change_it():
     few = replace(ENOUGH, iterations_forward=1, iterations_backward=1, consistency=MU)
     wanted, value = computed(settings(), few)
-    for options in ({"accumulate": 2}, {"workers": 3}, {"workers": 3, "accumulate": 2, "mgrit": {"recompute": True}}):
+    for options in ({"accumulate": 2}, {"workers": 3}, {"workers": 3, "accumulate": 2, "recompute": True}):
         got, gap = computed(settings(**options), few)
         assert gap == pytest.approx(value, rel=1e-9)
         for name, gradient in wanted.items():
@@ -151,9 +151,9 @@ def test_training_with_it_lowers_the_gap():
 
 def test_intervals_that_workers_share_are_refused():
     with pytest.raises(SettingsError, match=r"blocks \(8, 8\) cut intervals of 5: set mesh.blocks to multiples of 5"):
-        make_config({"mgrit": {"coarsening": 5}, "mesh": {"blocks": [8, 8]}, "adaptive": {"consistency": 1.0}})
-    assert make_config({"mgrit": {"coarsening": 5}, "adaptive": {"consistency": 1.0}}).blocks == (10, 6)
-    assert make_config({"mgrit": {"coarsening": 5}, "mode": "parallel"}).blocks == (8, 8)
+        make_config({"solver": "mgrit", "mgrit": {"coarsening": 5}, "mesh": {"blocks": [8, 8]}, "adaptive": {"consistency": 1.0}})
+    assert make_config({"solver": "mgrit", "mgrit": {"coarsening": 5}, "adaptive": {"consistency": 1.0}}).blocks == (10, 6)
+    assert make_config({"solver": "mgrit", "mgrit": {"coarsening": 5}, "mode": "parallel"}).blocks == (8, 8)
 
 
 @pytest.mark.parametrize("begin", [0.0, 1e-30])

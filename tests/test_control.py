@@ -19,7 +19,7 @@ from tests.test_engine import FEW, SERIAL
 def controller(mode="adaptive", iterations=(2, 1), **adaptive):
     base = {"rule": "convergence", "probe_every": 10, "ladder": ["2+1", "3+2"], "patience": 2, "max_flips": 4, "switch_at": 1.0}
     mgrit = {"iterations": {"forward": iterations[0], "backward": iterations[1]}}
-    return Controller(make_config({"mode": mode, "mgrit": mgrit, "adaptive": {**base, **adaptive}}))
+    return Controller(make_config({"mode": mode, "solver": "mgrit", "mgrit": mgrit, "adaptive": {**base, **adaptive}}))
 
 
 def feed(control, rhos, start=0):
@@ -128,9 +128,9 @@ def test_settings_changed_before_a_resumption_have_the_last_word():
 
 
 def test_a_run_that_is_made_longer_comes_back_from_the_switch_at_its_old_end():
-    ended = Controller(make_config({"steps": 250, "mesh": {"placement": "blocks"}}))
+    ended = Controller(make_config({"steps": 250, "solver": "mgrit"}))
     assert ended.begin(200).rung == "serial"
-    longer = Controller(make_config({"steps": 500, "mesh": {"placement": "blocks"}}))
+    longer = Controller(make_config({"steps": 500, "solver": "mgrit"}))
     longer.restore(ended.state())
     decision = longer.begin(250)  # its own switch is at 400
     assert (decision.trying, decision.reason) == ("2+1", "adaptive.switch_at is ahead again")
@@ -142,20 +142,20 @@ def test_a_run_that_is_made_longer_comes_back_from_the_switch_at_its_old_end():
     feed(faulty, [3.0])
     old = {name: value for name, value in ended.state().items() if name not in ("left", "consistency")}
     for state in (faulty.state(), old):
-        same = Controller(make_config({"steps": 500, "mesh": {"placement": "blocks"}}))
+        same = Controller(make_config({"steps": 500, "solver": "mgrit"}))
         same.restore(state)
         assert same.begin(250) is None
         assert same.serial
 
 
 def test_a_penalty_that_was_set_anew_is_not_the_one_that_was_steered():
-    steered = Controller(make_config({"mesh": {"placement": "blocks"}}))
+    steered = Controller(make_config({"solver": "mgrit"}))
     for n in range(3):
         steered.observe(n, Probe(bias=0.01))
     assert steered.accuracy.consistency == 0.15
     # Five workers for four intervals: there is no penalty by default, whose intervals they would cut.
     for changes, weight in (({}, 0.15), ({"adaptive": {"consistency": 2}}, 2), ({"adaptive": {"consistency": 0}}, 0), ({"workers": 5}, 0)):
-        resumed = Controller(make_config({"mesh": {"placement": "blocks"}} | changes))
+        resumed = Controller(make_config({"solver": "mgrit"} | changes))
         resumed.restore(steered.state())
         assert resumed.accuracy.consistency == weight
 
@@ -198,14 +198,14 @@ def test_only_the_adaptive_mode_has_a_last_exact_part_by_itself():
 
 
 def test_the_penalty_is_on_where_its_effect_is_watched():
-    assert make_config({"mesh": {"placement": "blocks"}}).consistency == 0.3
-    assert make_config({"mesh": {"placement": "blocks"}}).steers
+    assert make_config({"solver": "mgrit"}).consistency == 0.3
+    assert make_config({"solver": "mgrit"}).steers
     assert make_config({}).consistency == 0  # windows need none
     for values in ({"mode": "parallel"}, {"mode": "serial"}, {"adaptive": {"rule": "convergence"}}, {"adaptive": {"consistency": 0}}):
-        config = make_config(values)
+        config = make_config({"solver": "mgrit"} | values)
         assert config.consistency == 0
         assert not config.steers
-    assert not make_config({"adaptive": {"rule": "convergence", "consistency": 1}}).steers
+    assert not make_config({"solver": "mgrit", "adaptive": {"rule": "convergence", "consistency": 1}}).steers
 
 
 def test_by_the_bias_only_what_is_not_finite_goes_straight_to_serial():
@@ -218,11 +218,11 @@ def test_parallel_mode_never_changes():
 
 
 def test_default_ladders():
-    assert make_config({"mesh": {"placement": "blocks"}}).ladder == ((2, 1, None), (3, 1, None), (3, 2, None))
+    assert make_config({"solver": "mgrit"}).ladder == ((2, 1, None), (3, 1, None), (3, 2, None))
     assert make_config({"workers": 4}).ladder == ((1, 1, None), (2, 1, None), (2, 2, None), (3, 3, None))
     assert make_config({"workers": 2}).ladder == ((1, 1, None), (2, 1, None))  # two sweeps of two layers are exact
     assert make_config({"workers": 1}).ladder == ()
-    assert make_config({"mgrit": {"levels": {"forward": 1}}}).ladder == ((0, 1, None), (0, 2, None))
+    assert make_config({"solver": "mgrit", "mgrit": {"levels": {"forward": 1}}}).ladder == ((0, 1, None), (0, 2, None))
     rungs = controller(ladder=["1+1", "2+2 FCF", "0+2"]).rungs
     assert [rung.name for rung in rungs] == ["1+1", "2+2 FCF", "0+2", "serial"]
     assert [rung.solver_options(make_config({}))[1].relaxation[0] for rung in rungs[:3]] == ["F", "FCF", "F"]
@@ -304,7 +304,7 @@ def test_windows_become_longer_again_once_a_probe_has_found_them_accurate():
     assert control.accuracy_at(101).windows == (8, 8)
 
 
-@pytest.mark.parametrize("changes", [{"adaptive": {"cut_windows": False}}, {"mgrit": {"window": (1, 1, 6, 8)}}])
+@pytest.mark.parametrize("changes", [{"windows": {"cut": False}}, {"windows": {"length": (1, 1, 6, 8)}}])
 def test_windows_are_not_cut_where_the_user_has_said_what_they_are(changes):
     control = open_controller(**changes)
     given = control.chosen.windows
@@ -376,7 +376,7 @@ def test_a_ladder_that_is_much_slower_is_left_at_once_and_taken_back_if_exact_st
 
 
 def test_a_ladder_of_ones_own_is_heeded_whatever_its_times():
-    own = open_controller(mesh={"placement": "cyclic"}, adaptive={"probe_every": 50, "ladder": ["1+1"]})
+    own = open_controller(solver="windows", adaptive={"probe_every": 50, "ladder": ["1+1"]})
     own.observe(0, GOOD)
     assert own.begin(20, {"serial": 1.0, "1+1": 3.0}) is None
     assert own.accuracy_at(1).name == "1+1"

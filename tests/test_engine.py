@@ -101,7 +101,7 @@ FEW = Accuracy(serial=False, levels_forward=2, levels_backward=2, iterations_for
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 def test_enough_iterations_equal_serial(recompute, dropout):
-    options = {"model": {"layers": 12, "dropout": dropout}, "mgrit": {"recompute": recompute, "coarsening": 3}, "step": {"middle": 0.3}}
+    options = {"model": {"layers": 12, "dropout": dropout}, "mgrit": {"coarsening": 3}, "recompute": recompute, "step": {"middle": 0.3}}
     wanted = gradients(tiny(**options), SERIAL)
     for workers in (1, 2, 3, 5):
         got = gradients(tiny(**options, workers=workers), ENOUGH)
@@ -115,7 +115,7 @@ def test_few_iterations_do_not_depend_on_workers_recomputation_or_accumulation()
     wanted = gradients(tiny(), FEW)
     exact = gradients(tiny(), SERIAL)
     assert any((wanted[name] - exact[name]).norm() > 1e-6 * exact[name].norm() for name in wanted)
-    for options in ({"workers": 2}, {"workers": 3, "mgrit": {"recompute": True}}, {"workers": 2, "accumulate": 2}, {"workers": 8}):
+    for options in ({"workers": 2}, {"workers": 3, "recompute": True}, {"workers": 2, "accumulate": 2}, {"workers": 8}):
         got = gradients(tiny(**options), FEW)
         for name, gradient in wanted.items():
             torch.testing.assert_close(got[name], gradient, rtol=1e-9, atol=1e-12)
@@ -124,8 +124,8 @@ def test_few_iterations_do_not_depend_on_workers_recomputation_or_accumulation()
 PUT_OFF = {
     "intervals that workers share": {"mgrit": {"coarsening": 5}},
     "one that three share": {"mgrit": {"coarsening": 9}},
-    "recomputation": {"mgrit": {"coarsening": 2, "recompute": True}},
-    "recomputation of shared ones": {"mgrit": {"coarsening": 5, "recompute": True}},
+    "recomputation": {"mgrit": {"coarsening": 2}, "recompute": True},
+    "recomputation of shared ones": {"mgrit": {"coarsening": 5}, "recompute": True},
     "the penalty": {"mgrit": {"coarsening": 2}, "adaptive": {"consistency": 1.0}},
     "three levels": {"mgrit": {"coarsening": 2, "levels": {"forward": 3, "backward": 3}}},
     "an exact adjoint": {"mgrit": {"coarsening": 2, "levels": {"forward": 2, "backward": 1}}},
@@ -149,14 +149,14 @@ def test_when_what_was_put_off_is_done_changes_no_bit(case, iterations, monkeypa
         got = gradients(config, accuracy)
         assert all(torch.equal(got[name], gradient) for name, gradient in wanted.items())
     assert asked
-    assert bool(steps) != ("recompute" in PUT_OFF[case]["mgrit"])
+    assert bool(steps) != ("recompute" in PUT_OFF[case])
 
 
 def test_recomputation_makes_a_graph_that_was_put_off_once():
     """Two workers, 16 layers, c_f = 4, 1 + 1 iterations: without recomputation 16 forwards, with it the coarse steps' besides."""
     counts = {}
     for recompute in (False, True):
-        config = tiny(model={"layers": 16}, buffers={"open": 0, "close": 0}, workers=2, mgrit={"coarsening": 4, "recompute": recompute})
+        config = tiny(model={"layers": 16}, buffers={"open": 0, "close": 0}, workers=2, mgrit={"coarsening": 4}, recompute=recompute)
 
         def work(channel, config=config):
             engine, calls = make_engine(config, channel), []

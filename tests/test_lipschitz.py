@@ -95,7 +95,7 @@ def test_estimates_do_not_depend_on_the_workers():
     assert all(value > 0 for value in wanted)
     for changes, accuracy in (
         ({"workers": 2}, ENOUGH),
-        ({"workers": 3, "mgrit": {"recompute": True}, "accumulate": 2}, ENOUGH),
+        ({"workers": 3, "recompute": True, "accumulate": 2}, ENOUGH),
         ({}, SERIAL),
     ):
         found, same_norm = estimates(tiny(**merge(options, changes)), accuracy)
@@ -132,7 +132,7 @@ def test_probes_estimate_as_often_as_is_set():
 
 
 def suggest(profile, *, factor=2.0, **settings):
-    config = make_config(merge({"model": {"layers": len(profile)}, "workers": 2, "mgrit": {"coarsening": 4}}, settings))
+    config = make_config(merge({"model": {"layers": len(profile)}, "workers": 2, "solver": "mgrit", "mgrit": {"coarsening": 4}}, settings))
     return suggest_buffers([profile], config, factor=factor)
 
 
@@ -188,7 +188,7 @@ def test_a_steep_middle_gives_no_buffer_back():
 
 def test_where_nothing_is_left_the_runs_own_stay():
     profile = [32.0, 16.0, 8.0, 4.0, 1.0, 1.0, 4.0, 8.0, 16.0, 32.0]
-    found = suggest(profile, buffers={"open": 1, "close": 1}, mesh={"placement": "blocks"}, factor=1.0)
+    found = suggest(profile, buffers={"open": 1, "close": 1}, solver="mgrit", factor=1.0)
     assert numbers(found) == (1, 8, 1)
     assert "leaves no middle" in found.reasons[3]
 

@@ -154,11 +154,11 @@ class Held(ChannelWrapper):
         self.now = 0
 
 
-@pytest.mark.parametrize("placement", ["blocks", "cyclic"])
-def test_evaluation_and_generation_hold_two_states_at_most_however_long_they_go_on(placement):
+@pytest.mark.parametrize("solver", ["mgrit", "windows"])
+def test_evaluation_and_generation_hold_two_states_at_most_however_long_they_go_on(solver):
     def work(channel):
         held = Held(channel)
-        engine = make(config_of("gpt2", workers=3, mesh={"placement": placement}), held)
+        engine = make(config_of("gpt2", workers=3, solver=solver), held)
         engine.evaluate(5)
         evaluated, held.most = held.most, 0
         continue_text(engine.exact_forward, [1, 2, 3], 5)

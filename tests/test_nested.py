@@ -72,14 +72,18 @@ def test_the_stage_of_a_step_and_of_a_depth():
 
 
 def test_blocks_that_are_set_are_divided():
-    config = make_config({"mesh": {"blocks": [12, 4]}, "nested": TWICE})
+    config = make_config({"solver": "mgrit", "mesh": {"blocks": [12, 4]}, "nested": TWICE})
     assert [stage.config.blocks for stage in stages(config)] == [(3, 1), (6, 2), (12, 4)]
 
 
 def test_a_stage_too_shallow_for_its_levels_has_fewer_or_is_serial():
     levels = {"levels": {"forward": 1, "backward": 3}, "coarsening": 4}
     adaptive = {"consistency": 1.0, "steer": True, "rule": "bias"}
-    found = stages(make_config({"model": {"layers": 68}, "mgrit": levels, "adaptive": adaptive, "nested": {**TWICE, "factors": [4, 4]}}))
+    found = stages(
+        make_config(
+            {"solver": "mgrit", "model": {"layers": 68}, "mgrit": levels, "adaptive": adaptive, "nested": {**TWICE, "factors": [4, 4]}}
+        )
+    )
     assert [stage.config.mode for stage in found] == ["serial", "adaptive", "adaptive"]
     assert [stage.config.mgrit.levels.backward for stage in found] == [1, 2, 3]
     assert [stage.config.adaptive.consistency for stage in found] == [0.0, 1.0, 1.0]
@@ -101,8 +105,8 @@ def test_a_stage_too_shallow_for_its_levels_has_fewer_or_is_serial():
         ({"nested": {"factors": [2, 3], "at": [8, 9]}}, r"16 middle layers do not divide by nested.factors 2 × 3 = 6: use .*=16 or 22"),
         ({"nested": {"factors": [32], "at": [9]}}, r"16 middle layers do not divide by nested.factors 32: use model.layers=36,"),
         ({"workers": 8, "nested": TWICE}, r"stage 1 of 3, with 4 middle layers: 8 layer-parallel workers .* use at most 4 .*; or lower"),
-        ({"mesh": {"blocks": [10, 6]}, "nested": TWICE}, r"mesh.blocks \(10, 6\) .* every block must be a multiple of 4"),
-        ({"workers": 4, "adaptive": {"consistency": 1.0}, "nested": TWICE}, r"stage 2 of 3, .* blocks \(2, 2, 2, 2\) cut intervals"),
+        ({"solver": "mgrit", "mesh": {"blocks": [10, 6]}, "nested": TWICE}, r"mesh.blocks \(10, 6\) .* every block must be a multiple of 4"),
+        ({"solver": "mgrit", "workers": 4, "adaptive": {"consistency": 1.0}, "nested": TWICE}, r"stage 2 of 3, .* blocks \(2, 2, 2, 2\) cut intervals"),
         ({"model": PRETRAINED, "nested": TWICE}, r"nested with model.from_pretrained: .* leave one of them out"),
         ({"model": {"family": "mt"}, "nested": TWICE}, r"nested with model.family=mt: .* leave nested out"),
     ],

@@ -95,7 +95,7 @@ def test_muon_learns_and_its_rate_is_in_the_ratio_of_the_peaks():
 
 @pytest.mark.parametrize(
     "changes",
-    [{"mode": "serial"}, {"mgrit": {"coarsening": 2}}, {"mesh": {"placement": "cyclic"}, "mgrit": {"window": 4}}],
+    [{"mode": "serial"}, {"mgrit": {"coarsening": 2}}, {"solver": "windows", "windows": {"length": 4}}],
     ids=["serial", "MGRIT", "windows"],
 )
 def test_losses_do_not_depend_on_the_number_of_workers(changes):

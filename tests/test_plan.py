@@ -19,6 +19,7 @@ def config_of(workers, **mgrit):
         {
             "workers": workers,
             "mode": "parallel",
+            "solver": "mgrit",
             "model": {"layers": 16},
             "buffers": {"open": 0, "close": 0},
             "mgrit": {"coarsening": 4, "iterations": {"forward": 1, "backward": 1}, **mgrit},
@@ -106,7 +107,9 @@ def test_workers_that_are_alike_do_alike(name, monkeypatch):
 
 
 def test_thousands_of_workers_take_seconds():
-    config = make_config({"model": {"layers": 4096}, "workers": 4096, "mode": "parallel", "buffers": {"open": 0, "close": 0}})
+    config = make_config(
+        {"model": {"layers": 4096}, "workers": 4096, "mode": "parallel", "solver": "mgrit", "buffers": {"open": 0, "close": 0}}
+    )
     costs = Costs(forward=1.0, record=1.0, input_gradient=1.0, full_gradient=2.0, message=0.1)
     started = time.process_time()
     step_s = predict_step(config, Controller(config).chosen, costs)

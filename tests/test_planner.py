@@ -56,7 +56,7 @@ def test_latency_bound_layers_want_layer_parallelism_and_others_do_not():
     # The same where gradients are too large to be exchanged: the pipeline, whose microbatches take their share, if there are enough.
     heavy = make_plan(config(batch=64), layers(small=0.0, per_sample=1e-3, parameter_bytes=1e9), Device(bandwidth=1e9), 8)
     assert (heavy.best.kind, heavy.best.layer_workers) == ("in_order", 8)
-    assert "use layers in turn (mode=serial, mesh.placement=cyclic) here" in heavy.advice
+    assert "use layers in turn (mode=adaptive, adaptive.switch_at=0) here" in heavy.advice
 
 
 def test_costs_between_and_beyond_what_was_measured():
@@ -70,7 +70,7 @@ def test_costs_between_and_beyond_what_was_measured():
 
 def test_a_ladder_or_a_tolerance_changes_no_prediction():
     changes = {"adaptive": {"ladder": ["3+3"]}, "mgrit": {"tolerance": 1e-3}}
-    plain = config().model_dump(mode="json")
+    plain = config().model_dump(mode="json") | {"solver": "mgrit"}
     other = make_config({**plain, **{name: {**plain[name], **values} for name, values in changes.items()}})
     solves = [MGRITSolve(4, 2, 1, 1), MGRITSolve(4, 3, 3, 3)]
     found = [make_plan(some, layers(), FREE, 8, solves=solves).options for some in (config(), other)]
@@ -86,7 +86,10 @@ def test_a_pipeline_takes_microbatches_and_stages_less_one():
 
 @pytest.mark.parametrize("weight", [1.0, 0.0])
 def test_what_is_not_tried_is_not_faster(weight):
-    some, model = make_config({**config(48, 8).model_dump(mode="json"), "mgrit": {"coarse_step_weight": weight}}), layers(2e-3, 1e-3)
+    some, model = (
+        make_config({**config(48, 8).model_dump(mode="json"), "solver": "mgrit", "mgrit": {"coarse_step_weight": weight}}),
+        layers(2e-3, 1e-3),
+    )
     biases = {solve: 0.9 for solve in mgrit_solves(48) if solve.forward == 1 and solve.coarsening > 2}
     biases |= dict.fromkeys([WindowSolve(length, *sweeps) for length in (2, 4, 8, 16) for sweeps in SWEEPS], 0.9)
     quick = make_plan(some, model, Device(), 16, biases=biases)
@@ -142,7 +145,7 @@ def test_gradients_are_summed_behind_the_adjoint():
 
 def test_spans_fill_a_predicted_step():
     """Whatever a worker does, it does one thing at a time, from the step's beginning to its end."""
-    some = make_config({"model": {"layers": 24}, "workers": 5, "mode": "parallel", "mgrit": {"coarsening": 3}})
+    some = make_config({"model": {"layers": 24}, "workers": 5, "mode": "parallel", "solver": "mgrit", "mgrit": {"coarsening": 3}})
     costs = Costs(forward=2, record=3, input_gradient=2, full_gradient=5, enter=1, leave=4, update=0.5, message=0.25)
     found = predict(some, Controller(some).chosen, costs)
     for spans in found.spans:
@@ -163,7 +166,7 @@ def test_what_is_no_quantity_is_refused(text):
 
 
 def test_biases_come_from_runs_and_sweeps(tmp_path):
-    some = make_config({"mode": "parallel", "mgrit": {"coarsening": 2, "iterations": {"forward": 1, "backward": 1}}})
+    some = make_config({"mode": "parallel", "solver": "mgrit", "mgrit": {"coarsening": 2, "iterations": {"forward": 1, "backward": 1}}})
     run = tmp_path / "sweep" / "trials" / "one"
     run.mkdir(parents=True)
     (run / "config.yaml").write_text(json.dumps(some.model_dump(mode="json")))

@@ -65,7 +65,7 @@ def test_nobody_has_to_read_it(error, terminal):
         ({"batch_size": 4, "accumulate": 2}, None),
         ({"microbatches": 4}, None),
         ({"microbatches": 2, "mode": "parallel"}, None),
-        ({"microbatches": 2, "mesh": {"placement": "cyclic"}}, None),
+        ({"microbatches": 2, "solver": "windows"}, None),
         ({"batch_size": 1, "workers": 1}, None),
     ],
 )

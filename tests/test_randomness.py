@@ -191,7 +191,7 @@ def test_what_a_block_draws_is_the_same_in_every_sweep(name):
     one, other = gradients(model, SERIAL, times=2)
     for parameter, gradient in one.items():
         assert torch.equal(gradient, other[parameter]), parameter
-    recomputed = {"mgrit": {"coarsening": 2, "recompute": True}, "workers": 2}
+    recomputed = {"mgrit": {"coarsening": 2}, "recompute": True, "workers": 2}
     for found in (gradients(model, ENOUGH, **recomputed)[0], gradients(model, SERIAL, accumulate=2)[0]):
         for parameter, gradient in one.items():
             torch.testing.assert_close(found[parameter], gradient, rtol=1e-9, atol=1e-11)

@@ -253,10 +253,10 @@ def weights(run):
     "kind", [pytest.param("serial", marks=pytest.mark.study), "parallel", pytest.param("windows", marks=pytest.mark.study)]
 )
 def test_a_run_whose_workers_are_killed_ends_bit_equal(kind, tmp_path):
-    mode, placement = ("parallel", "cyclic") if kind == "windows" else (kind, "blocks")
+    mode, solver = ("parallel", "windows") if kind == "windows" else (kind, "mgrit")
     config = tiny(
         workers=3, steps=24, dtype="float32", mode=mode, snapshot_every=1, adaptive={"probe_every": 6}, model={"dropout": 0.1},
-        spare_workers=True, mesh={"placement": placement},
+        spare_workers=True, solver=solver,
     )  # fmt: skip
     whole = run_processes(3, undisturbed, config)
     # The last worker's loss in the forward leaves the first one waiting for the one between.

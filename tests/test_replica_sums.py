@@ -6,21 +6,22 @@ import torch
 from rayllp.channel import run_workers
 from rayllp.engine import replica_sums
 from rayllp.engine.replica_sums import ReplicaSums
-from tests.conftest import train_engine
+from tests.conftest import IN_TURN, train_engine
 from tests.test_sharding import MUON, mesh, over_mesh
 
 WAYS = {
     "layer-parallel": {},
     "three levels, recomputed": {
         "model": {"layers": 8},
-        "mgrit": {"levels": {"forward": 3, "backward": 3}, "recompute": True},
+        "mgrit": {"levels": {"forward": 3, "backward": 3}},
+        "recompute": True,
         "accumulate": 2,
     },
     "penalty": {"adaptive": {"consistency": 1.0}},
     "smoothness": {"adaptive": {"smoothness": 1e-3}},
     "stacked layers": {"mgrit": {"batched": True}},
-    "windows": {"mesh": {"placement": "cyclic"}},
-    "in turn": {"mesh": {"placement": "cyclic"}, "mode": "serial"},
+    "windows": {"solver": "windows"},
+    "in turn": IN_TURN,
     "exact": {"mode": "serial", "optimizer": MUON},
     "sharded": {"optimizer": {"sharded": True}},
     "frozen": {"model": {"train": ["transformer.ln_f.*"]}, "optimizer": {"sharded": True}},  # the first worker trains nothing

@@ -20,7 +20,7 @@ FIXED_NAMES = (
     "model.family model.layers model.width model.heads model.dropout data.path data.dataset data.tokenizer sequence_length "
     "batch_size steps seed dtype workers mesh.data mesh.layer device channel mode mgrit.coarsening mgrit.levels.forward "
     "mgrit.levels.backward mgrit.iterations.forward mgrit.iterations.backward mgrit.relaxation.fine mgrit.relaxation.coarse "
-    "mgrit.cycle mgrit.coarse_step_weight mgrit.recompute buffers.open buffers.close step.middle step.buffer "
+    "mgrit.cycle mgrit.coarse_step_weight buffers.open buffers.close step.middle step.buffer "
     "adaptive.probe_every adaptive.threshold optimizer.lr optimizer.warmup optimizer.weight_decay optimizer.clip eval.every "
     "checkpoint.every checkpoint.keep "
 ).split()
@@ -54,11 +54,29 @@ FIXED_NAMES = (
 )
 def test_bad_settings_are_refused_in_words(override, message):
     with pytest.raises(SettingsError, match=message):
+        load_config(None, ["solver=mgrit", override] if override.startswith("mgrit") else [override])
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        (
+            "mgrit.coarsening=8",
+            "mgrit.coarsening is of solver: mgrit, and solver is windows: set solver: mgrit, or leave mgrit.coarsening out",
+        ),
+        ("mesh.placement=cyclic", "mesh.placement is now solver: windows takes layers in turn, mgrit blocks of neighbouring ones"),
+        ("mgrit.window=4", "mgrit.window is now windows.length"),
+        ("mgrit.recompute=true", "mgrit.recompute is now recompute"),
+        ("adaptive.cut_windows=false", "adaptive.cut_windows is now windows.cut"),
+    ],
+)
+def test_settings_of_earlier_versions_and_of_another_solver_are_refused(override, message):
+    with pytest.raises(SettingsError, match=message):
         load_config(None, [override])
 
 
 def test_levels_that_a_ladder_alone_asks_for_are_refused_too():
-    serial = {"model": {"layers": 8}, "mgrit": {"levels": {"forward": 1, "backward": 1}}}  # four middle layers are one interval
+    serial = {"solver": "mgrit", "model": {"layers": 8}, "mgrit": {"levels": {"forward": 1, "backward": 1}}}
     for ladder in (None, ["0+1"]):
         make_config({**serial, "adaptive": {"ladder": ladder}})
     with pytest.raises(SettingsError, match=r"coarsening \[4\] of 4 layers leaves one coarse step"):
@@ -87,7 +105,9 @@ def test_the_documents_have_the_tables_of_the_code():
 
 
 def test_a_config_survives_yaml(tmp_path):
-    config = load_config(None, ["mgrit.coarsening=[4, 2]", "mgrit.levels.forward=3", "optimizer.lr=1e-4", "step.middle=1/N"])
+    config = load_config(
+        None, ["solver=mgrit", "mgrit.coarsening=[4, 2]", "mgrit.levels.forward=3", "optimizer.lr=1e-4", "step.middle=1/N"]
+    )
     (tmp_path / "config.yaml").write_text(to_yaml(config))
     assert load_config(tmp_path / "config.yaml") == config
     assert config.optimizer.lr == 1e-4
@@ -109,7 +129,7 @@ def test_files_that_are_no_settings(tmp_path):
 
 
 def test_a_group_that_a_file_leaves_empty_can_be_set(tmp_path):
-    (tmp_path / "config.yaml").write_text("mgrit:\n")
+    (tmp_path / "config.yaml").write_text("solver: mgrit\nmgrit:\n")
     assert load_config(tmp_path / "config.yaml", ["mgrit.coarsening=8"]).mgrit.coarsening == 8
 
 

@@ -62,7 +62,7 @@ CASES = {
     "adamw": (2, 2, ADAMW, {}),
     "muon": (3, 1, MUON, {}),
     "stacked layers": (2, 2, ADAMW, {"mgrit": {"batched": True}}),
-    "windows": (2, 2, MUON, {"mesh": {"placement": "cyclic"}}),
+    "windows": (2, 2, MUON, {"solver": "windows"}),
     "sgd": (2, 1, SGD, {}),
     "adafactor, stacked": (2, 2, ADAFACTOR, {"mgrit": {"batched": True}}),
 }

@@ -7,7 +7,7 @@ from rayllp.channel import LocalChannel, MessageTag, StateSpec, run_workers
 from rayllp.checkpoint.memory import HeldStates
 from rayllp.engine.generation import continue_text
 from rayllp.errors import ChannelError
-from tests.conftest import make_engine, tiny, train_engine
+from tests.conftest import IN_TURN, make_engine, tiny, train_engine
 from tests.strict_channel import run_strictly
 from tests.test_families import CASES, ENOUGH, SERIAL, config_of, make
 
@@ -45,9 +45,9 @@ WAYS = {
     "serial": {"mode": "serial", "microbatches": 1},
     "pipeline": {"mode": "serial", "microbatches": 4},
     "parallel": {},
-    "windows": {"mgrit": {"window": 4, "iterations": {"forward": 2, "backward": 2}}, "mesh": {"placement": "cyclic"}},
-    "in turn": {"mode": "serial", "mesh": {"placement": "cyclic"}},
-    "in turn, to the first worker": {"mode": "serial", "mesh": {"placement": "cyclic"}, "model": {"layers": 11}},
+    "windows": {"solver": "windows", "windows": {"length": 4, "sweeps": {"forward": 2, "backward": 2}}},
+    "in turn": IN_TURN,
+    "in turn, to the first worker": {**IN_TURN, "model": {"layers": 11}},
     "adaptive": {"mode": "adaptive", "adaptive": {"rule": "bias", "probe_every": 2}},
     "smooth": {"adaptive": {"smoothness": 1e-3}},
 }
@@ -79,10 +79,10 @@ def test_every_family(family, head, accuracy):
     assert run_strictly(3, work) == run_workers(3, work)
 
 
-@pytest.mark.parametrize("placement", ["blocks", "cyclic"])
-def test_generation(placement):
+@pytest.mark.parametrize("solver", ["mgrit", "windows"])
+def test_generation(solver):
     """The last worker broadcasts each request to the others, which then send states to each other."""
-    config = config_of("gpt2", workers=3, mesh={"placement": placement})
+    config = config_of("gpt2", workers=3, solver=solver)
 
     def work(channel):
         return continue_text(make(config, channel).exact_forward, [1, 2, 3], 4)

@@ -18,6 +18,7 @@ pytestmark = pytest.mark.usefixtures("kept_workers")
 BASE = {
     "model": {"layers": 8, "width": 16, "heads": 2},
     "buffers": {"open": 0, "close": 0},
+    "solver": "mgrit",
     "mgrit": {"coarsening": 2},
     "workers": 2,
     "mode": "parallel",
@@ -121,7 +122,7 @@ def test_pretraining_is_exported_and_fine_tuned(tmp_path):
         "data": {
             "path": str(tmp_path / "train.tsv"), "text_field": "0", "label_field": "1", "tokenizer": str(run / "tokenizer.json"),
         },
-        "sequence_length": 16, "steps": 80, "workers": 2, "mgrit": {"coarsening": 2}, "optimizer": {"lr": 0.01, "warmup": 2},
+        "sequence_length": 16, "steps": 80, "workers": 2, "optimizer": {"lr": 0.01, "warmup": 2},
         "eval": {"every": 0},
     }  # fmt: skip
     config = make_config(tuning)

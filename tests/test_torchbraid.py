@@ -160,7 +160,7 @@ def test_where_it_is_missing_a_run_is_refused_with_advice():
         ({"mgrit": {"coarse_step_weight": 0.5}}, "has one coarse operator"),
         ({"mgrit": {"coarsening": [4, 2]}}, r"keeps layers by one coarsening factor, not \(4, 2\)"),
         ({"mgrit": {"tolerance": 1e-3}}, "has no tolerance here"),
-        ({"mgrit": {"recompute": True}}, "keeps every graph"),
+        ({"recompute": True}, "keeps every graph"),
         ({"adaptive": {"probe_every": 5}}, "measures no convergence factor for probes: set adaptive.probe_every: 0"),
         ({"adaptive": {"consistency": 0.3}}, "knows no consistency penalty"),
     ],

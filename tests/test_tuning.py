@@ -23,7 +23,7 @@ from rayllp.tuning.sweep import Objective, load_sweep, make_sweep
 from tests.test_train import living_actors, placement_groups, read, wait_until
 
 SMALL = {
-    "model.layers": 12, "model.width": 16, "model.heads": 2, "sequence_length": 16, "batch_size": 4, "workers": 1, "steps": 12,
+    "solver": "mgrit", "model.layers": 12, "model.width": 16, "model.heads": 2, "sequence_length": 16, "batch_size": 4, "workers": 1, "steps": 12,
     "mode": "parallel", "eval.every": 4, "eval.batches": 2, "eval.sample": 0, "adaptive.probe_every": 4,
 }  # fmt: skip
 SPACE = {"mgrit.coarsening": {"choice": [2, 4]}, "mgrit.iterations.forward": {"int": [1, 2]}}
@@ -70,7 +70,9 @@ def test_what_cannot_work_is_refused_in_words(changes, message):
 
 def test_files_and_their_base(tmp_path):
     (tmp_path / "base.yaml").write_text(yaml.safe_dump({"model": {"layers": 16}, "batch_size": 2}))
-    (tmp_path / "sweep.yaml").write_text(yaml.safe_dump({"base": "base.yaml", "settings": {"batch_size": 4}, "space": SPACE}))
+    (tmp_path / "sweep.yaml").write_text(
+        yaml.safe_dump({"base": "base.yaml", "settings": {"batch_size": 4, "solver": "mgrit"}, "space": SPACE})
+    )
     sweep = load_sweep(tmp_path / "sweep.yaml", ["trials=3", "settings.optimizer.lr=1e-2", "objective.steps=7"])
     config = sweep.config({"mgrit.coarsening": 2})
     assert (config.model.layers, config.batch_size, config.optimizer.lr, config.mgrit.coarsening, config.steps) == (16, 4, 0.01, 2, 7)

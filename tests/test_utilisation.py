@@ -30,7 +30,7 @@ def test_operations_are_those_of_the_formula():
     attention = layers * 2 * length**2 * width
     (found,) = counted(config)
     assert found == pytest.approx(3 * 2 * (products + attention), rel=0.01)
-    for changes in ({"workers": 3}, {"workers": 2, "mesh": {"placement": "cyclic"}}):
+    for changes in ({"workers": 3}, {"workers": 2, "solver": "windows"}):
         assert sum(counted(tiny(**changes))) == found
 
 

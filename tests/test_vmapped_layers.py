@@ -79,7 +79,7 @@ def test_one_call_for_all_intervals(monkeypatch):
 def test_probes_training_and_weights_go_on_as_ever():
     """Optimizer steps, probes with their bias, a way back to serial: with the parameters as views of stacks."""
     adaptive = {"probe_every": 3, "rule": "bias", "switch_at": 8, "lipschitz_every": 2}
-    changes = {"mode": "adaptive", "mesh": {"placement": "blocks"}, "adaptive": adaptive}
+    changes = {"mode": "adaptive", "solver": "mgrit", "adaptive": adaptive}
     one, other = (list(train_engine(make_engine(settings(batched=b, **changes)), 10)) for b in (True, False))
     assert [s.loss for s in one] == pytest.approx([s.loss for s in other], rel=1e-9)
     assert [s.bias.relative for s in one if s.bias] == pytest.approx([s.bias.relative for s in other if s.bias], rel=1e-6)
@@ -108,7 +108,7 @@ def test_a_parameter_that_was_given_another_tensor_is_stacked_anew():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"mgrit": {"recompute": True}}, "choose one"),
+        ({"recompute": True}, "choose one"),
         ({"model": {"dropout": 0.1}}, "set model.dropout=0 or mgrit.batched=false"),
     ],
 )

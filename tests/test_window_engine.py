@@ -25,7 +25,7 @@ def sweeps(forward, backward, windows=(4, 4)):
 
 
 def cyclic(workers, **changes):
-    changes.setdefault("mesh", {"placement": "cyclic"})
+    changes.setdefault("solver", "windows")
     return tiny(workers=workers, **changes)
 
 
@@ -54,16 +54,14 @@ def assert_same(found, wanted, tolerance=0.0):
         torch.testing.assert_close(found[1][name], gradient, rtol=tolerance, atol=tolerance * float(gradient.abs().max()), msg=name)
 
 
-@pytest.mark.parametrize("changes", [{}, {"model": {"dropout": 0.1}}, {"mgrit": {"recompute": True}}, {"accumulate": 2}])
+@pytest.mark.parametrize("changes", [{}, {"model": {"dropout": 0.1}}, {"recompute": True}, {"accumulate": 2}])
 @pytest.mark.parametrize("workers", [2, 4])
 def test_as_many_sweeps_as_layers_are_exact(workers, changes):
     wanted = on_workers(1, SERIAL, **changes)
     assert_same(on_workers(workers, sweeps(4, 4), **changes), wanted, 1e-9)
 
 
-@pytest.mark.parametrize(
-    "changes", [{}, {"microbatches": 1}, {"microbatches": 2}, {"model": {"dropout": 0.1}}, {"mgrit": {"recompute": True}}]
-)
+@pytest.mark.parametrize("changes", [{}, {"microbatches": 1}, {"microbatches": 2}, {"model": {"dropout": 0.1}}, {"recompute": True}])
 @pytest.mark.parametrize("workers", [2, 3, 4])
 def test_exact_steps_with_layers_in_turn(workers, changes):
     assert_same(on_workers(workers, SERIAL, **changes), on_workers(1, SERIAL, **changes), 1e-9)
@@ -171,7 +169,7 @@ def test_a_probe_tells_rho_bias_and_noise_and_trains_by_the_better_gradient():
 @pytest.mark.parametrize(("family", "head"), CASES)
 def test_every_family(family, head):
     """Two and three workers, dropout: as many sweeps as layers, and layers in turn, are the exact gradient on one worker."""
-    options = {"mesh": {"placement": "cyclic"}, "model": {"dropout": 0.1}}
+    options = {"solver": "windows", "model": {"dropout": 0.1}}
     wanted, _, _, wanted_loss = ours(config_of(family, head, **options), SERIAL)
     for workers, accuracy in ((2, sweeps(3, 3)), (3, SERIAL)):
         config = config_of(family, head, workers=workers, **options)
@@ -203,18 +201,18 @@ def test_what_windows_cannot_do_is_refused_in_words():
     for changes, words in (
         ({"adaptive": {"consistency": 1.0}}, "consistency is for coarse steps"),
         ({"adaptive": {"smoothness": 1.0}}, "wants neighbouring layers on one worker"),
-        ({"mesh": {"placement": "cyclic", "blocks": (4, 4)}}, "mesh.blocks shares out neighbouring layers"),
-        ({"mgrit": {"tolerance": 1e-3}}, "not sweeps of a window"),
+        ({"mesh": {"blocks": (4, 4)}}, "mesh.blocks shares out neighbouring layers"),
+        ({"mgrit": {"tolerance": 1e-3}}, "mgrit.tolerance is of solver: mgrit, and solver is windows: set solver: mgrit, or leave"),
+        ({"mgrit": {"levels": {"forward": 3}}}, "mgrit.levels.forward is of solver: mgrit"),
         ({"adaptive": {"ladder": ["0+1"]}}, "windows take sweeps, such as 2\\+1"),
-        ({"mesh": {"placement": "blocks"}, "mgrit": {"window": 4}}, "leave one of them out"),
+        ({"solver": "mgrit", "windows": {"length": 4}}, "windows.length is of solver: windows, and solver is mgrit"),
     ):
         with pytest.raises(SettingsError, match=words):
             cyclic(2, **changes)
 
 
 def test_the_controller_of_a_cyclic_run_hands_out_windows():
-    config = tiny(mode="adaptive", workers=4, adaptive={"rule": "bias", "probe_every": 10})
-    assert config.placement == "cyclic"
+    config = cyclic(4, mode="adaptive", adaptive={"rule": "bias", "probe_every": 10})
     control = Controller(config)
     assert [(rung.name, rung.windows, rung.serial) for rung in control.rungs] == [
         ("1+1", (4, 4), False), ("2+1", (4, 4), False), ("2+2", (4, 4), False), ("3+3", (4, 4), False), ("serial", (4, 4), True),

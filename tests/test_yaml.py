@@ -49,7 +49,7 @@ def from_file(folder: Path, text: str) -> TrainConfig:
         ("name=2024-10-05", "name", "2024-10-05"), ("data.source=no", "data.source", "no"), ("seed=010", "seed", 10),
         ("optimizer.lr=1e-2", "optimizer.lr", 0.01), ("steps=1e1", "steps", 10), ("step.middle=1e-2", "step.middle", 0.01),
         ("step.middle=1/N", "step.middle", "1/N"), ("data.streaming=yes", "data.streaming", True), ("compile=true", "compile", True),
-        ("adaptive.ladder=[2+1, 2+1 FCF]", "adaptive.ladder", ("2+1", "2+1 FCF")), ("mgrit.coarsening=[4, 2]", "mgrit.coarsening", (4, 2)),
+        ("adaptive.ladder=[2+1, 3+1]", "adaptive.ladder", ("2+1", "3+1")), ("windows.length=[4, 12]", "windows.length", (4, 12)),
     ],
 )  # fmt: skip
 def test_a_value_is_read_by_its_settings_type(tmp_path, override, name, wanted):

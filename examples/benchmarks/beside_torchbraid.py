@@ -61,7 +61,8 @@ class Case(NamedTuple):
 def real() -> Case:
     mgrit = {"coarsening": 8, "iterations": {"forward": 1, "backward": 1}}
     base = {
-        "workers": 2, "mode": "parallel", "mgrit": mgrit, "model": {"layers": 64, "width": 128, "heads": 4}, "step": {"middle": "1/N"},
+        "workers": 2, "mode": "parallel", "solver": "mgrit", "mgrit": mgrit,
+        "model": {"layers": 64, "width": 128, "heads": 4}, "step": {"middle": "1/N"},
         "sequence_length": 64, **QUIET,
     }  # fmt: skip
     return Case("real", real_settings(**base), real_settings(**base, channel="mpi", solver="torchbraid"), True)

@@ -93,7 +93,7 @@ def settings(row: Row, **changes: Any) -> TrainConfig:
     }  # fmt: skip
     base = {
         "model": {"layers": row.layers, "width": WIDTH, "heads": 4}, "buffers": {"open": 0, "close": 0}, "workers": row.workers,
-        "mode": "parallel", "mgrit": mgrit, "sequence_length": TIME, "batch_size": BATCH, "step": {"middle": 1.0},
+        "mode": "parallel", "solver": "mgrit", "mgrit": mgrit, "sequence_length": TIME, "batch_size": BATCH, "step": {"middle": 1.0},
     }  # fmt: skip
     return rayllp.make_config({**base, **changes})
 

@@ -38,7 +38,7 @@ SERIAL: dict[str, Any] = {"mode": "serial"}
 
 def parallel(forward: int, backward: int, *, batched: bool = False) -> dict[str, Any]:
     mgrit = {"coarsening": 8, "iterations": {"forward": forward, "backward": backward}, "batched": batched}
-    return {"mode": "parallel", "mgrit": mgrit}
+    return {"mode": "parallel", "solver": "mgrit", "mgrit": mgrit}
 
 
 WAYS: dict[str, dict[str, Any]] = {

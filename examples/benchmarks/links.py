@@ -115,7 +115,7 @@ def links(rounds: int) -> None:
 def steps(count: int) -> None:
     base = {
         "model": {"layers": 32, "width": 128, "heads": 4}, "buffers": {"open": 0, "close": 0}, "workers": 2, "mode": "parallel",
-        "mgrit": {"coarsening": 4, "iterations": {"forward": 1, "backward": 1}}, "sequence_length": 16, "batch_size": 4,
+        "solver": "mgrit", "mgrit": {"coarsening": 4, "iterations": {"forward": 1, "backward": 1}}, "sequence_length": 16, "batch_size": 4,
         "step": {"middle": 1.0}, "adaptive": {"probe_every": 0},
     }  # fmt: skip
     times: dict[str, list[float]] = {"gloo": [], "mpi": []}

@@ -29,7 +29,7 @@ def measure(recompute: bool) -> None:
     config = rayllp.make_config(
         {
             "workers": 1, "mode": "parallel", "model": {"layers": 64, "width": 128, "heads": 4}, "buffers": {"open": 0, "close": 0},
-            "mgrit": {"coarsening": 8, "iterations": {"forward": 1, "backward": 1}, "recompute": recompute},
+            "solver": "mgrit", "mgrit": {"coarsening": 8, "iterations": {"forward": 1, "backward": 1}}, "recompute": recompute,
             "sequence_length": 128, "batch_size": 16,
         }
     )  # fmt: skip

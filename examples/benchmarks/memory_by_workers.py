@@ -31,7 +31,7 @@ def settings(workers: int, layers: int) -> TrainConfig:
     return rayllp.make_config(
         {
             "workers": workers, "mode": "parallel", "model": {"layers": layers, "width": 128, "heads": 4},
-            "buffers": {"open": 0, "close": 0}, "mgrit": {"coarsening": 4}, "sequence_length": 128, "batch_size": 8,
+            "buffers": {"open": 0, "close": 0}, "solver": "mgrit", "mgrit": {"coarsening": 4}, "sequence_length": 128, "batch_size": 8,
         }
     )  # fmt: skip
 

@@ -51,12 +51,12 @@ def main() -> None:
             for splits in (False, True):
                 times = Emulation.parse(text)
                 parts = {} if splits else {"microbatches": 1}
-                exact, _ = seconds(config(arguments, mode="serial", mesh={"placement": "cyclic"}, **parts), times, splits)
+                exact, _ = seconds(config(arguments, adaptive={"switch_at": 0}, **parts), times, splits)
                 adaptive, counts = seconds(config(arguments, **parts), times, splits)
                 fixed = {}
                 for sweeps in ((1, 1), (2, 1)):
                     iterations = {"forward": sweeps[0], "backward": sweeps[1]}
-                    solve = {"mode": "parallel", "mesh": {"placement": "cyclic"}, "mgrit": {"iterations": iterations}}
+                    solve = {"mode": "parallel", "windows": {"sweeps": iterations}}
                     solve["adaptive"] = {"probe_every": 0}
                     fixed["{}+{}".format(*sweeps)] = seconds(config(arguments, **solve, **parts), times, splits)[0]
                 shown = ", ".join(f"{name} {value:.1f} s" for name, value in fixed.items())

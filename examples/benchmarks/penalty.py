@@ -30,6 +30,7 @@ def settings(width: int, **adaptive: object) -> TrainConfig:
             "workers": 1,
             "sequence_length": 64,
             "batch_size": 8,
+            "solver": "mgrit",
             "mgrit": {"iterations": {"forward": 1, "backward": 1}},
             "adaptive": adaptive,
         }

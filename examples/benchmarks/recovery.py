@@ -89,7 +89,7 @@ def settings(workers: int, steps: int, snapshot_every: int | None) -> TrainConfi
     return rayllp.make_config(
         {
             "workers": workers, "steps": steps, "mode": "parallel", "model": {"layers": 4 * workers + 4, "width": 64, "heads": 4},
-            "sequence_length": 64, "batch_size": 4 * workers, "mgrit": {"coarsening": 4}, "adaptive": {"probe_every": 0},
+            "sequence_length": 64, "batch_size": 4 * workers, "solver": "mgrit", "mgrit": {"coarsening": 4}, "adaptive": {"probe_every": 0},
             "eval": {"every": 0, "batches": 1, "final_batches": 1, "sample": 0}, "checkpoint": {"every": 0, "best": False},
             "snapshot_every": snapshot_every, "max_failures": 1_000_000, "device": "cpu",
         }

@@ -178,7 +178,13 @@ def two_workers_process(rank: int, folder: str, config: TrainConfig, rounds: int
 def two_workers(rounds: int) -> None:
     mgrit = {"coarsening": 8, "iterations": {"forward": 1, "backward": 1}}
     config = settings(
-        workers=2, mode="parallel", mgrit=mgrit, model={"layers": 64, "width": 128, "heads": 4}, step={"middle": "1/N"}, sequence_length=64
+        workers=2,
+        mode="parallel",
+        solver="mgrit",
+        mgrit=mgrit,
+        model={"layers": 64, "width": 128, "heads": 4},
+        step={"middle": "1/N"},
+        sequence_length=64,
     )
     context = multiprocessing.get_context("spawn")
     outcome = context.Queue()

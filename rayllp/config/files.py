@@ -10,6 +10,14 @@ from rayllp.config.parse import Kinds, kind_in, parse_value, parse_yaml, to_text
 from rayllp.config.train import TrainConfig
 from rayllp.errors import NotARunError, SettingsError
 
+MOVED = {
+    "mesh.placement": "solver: windows takes layers in turn, mgrit blocks of neighbouring ones",
+    "mgrit.window": "windows.length",
+    "mgrit.recompute": "recompute",
+    "adaptive.cut_windows": "windows.cut",
+}
+"""Settings of earlier versions, and what has taken their place."""
+
 
 def make_config(values: Mapping[str, Any], *, source: str = "settings") -> TrainConfig:
     """Return a checked config from nested values.
@@ -133,6 +141,8 @@ def _explain(fault: Any, values: Mapping[str, Any]) -> str:
     import difflib
 
     name = ".".join(str(part) for part in fault["loc"] if not str(part).startswith(("tuple", "literal", "function", "constrained")))
+    if name in MOVED:
+        return f"{name} is now {MOVED[name]}"
     if fault["type"] == "extra_forbidden":
         close = difflib.get_close_matches(name, setting_names(), n=1, cutoff=0.6)
         tail = [known for known in setting_names() if known.split(".")[-1] == name.split(".")[-1]]

@@ -27,6 +27,13 @@ class Iterations(ByDirection):
     backward: int = Field(1, ge=1, description="adjoint solve")
 
 
+class Sweeps(ByDirection):
+    """Numbers of sweeps of a window."""
+
+    forward: int = Field(2, ge=1, description="forward solve")
+    backward: int = Field(1, ge=1, description="adjoint solve")
+
+
 class RelaxationSettings(Settings):
     """Kind of relaxation on each level."""
 
@@ -35,19 +42,11 @@ class RelaxationSettings(Settings):
 
 
 class MGRITSettings(Settings):
-    """How the layers are solved in parallel mode (arXiv:2601.09026, section 3.2).
-
-    With a cyclic placement, iterations are sweeps of a window; levels, coarsening, relaxation, cycle and coarse operator mean nothing.
-    """
+    """How `solver: mgrit` solves the layers (arXiv:2601.09026, section 3.2)."""
 
     coarsening: int | tuple[int, ...] = Field(4, description="c_f, one for all levels or a list, one a coarse level")
     levels: ByDirection = Field(ByDirection(), description="1 is the serial solve")
     iterations: Iterations = Field(Iterations(), description="fixed, or the cap where mgrit.tolerance is set")
-    window: PositiveInt | tuple[PositiveInt, ...] | None = Field(
-        None,
-        description="layers that are solved at once where mesh.placement is cyclic, at most; or a list of all windows' lengths; default as "
-        "many as workers",
-    )
     relaxation: RelaxationSettings = Field(RelaxationSettings(), description="F or FCF")
     cycle: Literal["V", "F"] = Field("V", description="V- or F-cycles")
     coarse_step_weight: float = Field(1.0, ge=0, description="ω: 1 rediscretises (the paper's), 0 is the identity")
@@ -56,13 +55,6 @@ class MGRITSettings(Settings):
     batched: bool = Field(
         False, description="sweep a worker's intervals side by side, a layer of each in one call: for small layers on a GPU (docs/speed.md)"
     )
-    recompute: bool = Field(False, description="keep C-point states only and recompute an interval's graph in its adjoint")
-
-    @model_validator(mode="after")
-    def _graphs_of_all_or_of_one(self) -> "MGRITSettings":
-        if self.batched and self.recompute:
-            raise ValueError("mgrit.batched keeps the graphs of all intervals at once, mgrit.recompute of one: choose one")
-        return self
 
     @field_validator("coarsening")
     @classmethod
@@ -71,6 +63,18 @@ class MGRITSettings(Settings):
         if not factors or any(factor < 2 for factor in factors):
             raise ValueError(f"coarsening {value}: every factor must be at least 2")
         return value
+
+
+class WindowSettings(Settings):
+    """How `solver: windows` solves the layers (docs/method.md)."""
+
+    length: PositiveInt | tuple[PositiveInt, ...] | None = Field(
+        None, description="layers that are solved at once, at most; or a list of all windows' lengths; default as many as workers"
+    )
+    sweeps: Sweeps = Field(Sweeps(), description="of a window, in mode parallel; in mode adaptive the controller chooses")
+    cut: bool = Field(
+        True, description="shorten windows where layers depend strongly on each other, if length is no list and the bias is what judges"
+    )
 
 
 class AdaptiveSettings(Settings):
@@ -90,14 +94,12 @@ class AdaptiveSettings(Settings):
     exact_every: int = Field(
         0, ge=0, description="every so many probes the bias is taken against the exact gradient, by any rule; 0: never"
     )
-    cut_windows: bool | None = Field(
-        None, description="shorten windows where layers depend strongly on each other; default: where windows are judged by the bias"
-    )
     lipschitz_every: int = Field(
         0, ge=0, description="every so many probes each layer's Lipschitz constant is estimated, for `rayllp suggest-buffers`; 0: never"
     )
     ladder: tuple[str, ...] | None = Field(
-        None, description='rungs from cheap to dear, "F+B" iterations or "F+B FCF" (0: serial forward); serial follows; default from mgrit'
+        None,
+        description='rungs from cheap to dear: "F+B" iterations or sweeps, for MGRIT also "F+B FCF" (0: serial forward); then serial',
     )
     return_below: float | None = Field(0.3, gt=0, description="a probe whose every ρ is below this is calm; none: no way back")
     patience: int = Field(3, ge=1, description="calm probes in a row after which a rung is gone down")
@@ -105,7 +107,7 @@ class AdaptiveSettings(Settings):
     consistency: float | None = Field(
         None,
         ge=0,
-        description="weight μ of the consistency penalty until a switch to serial; default 0.3 in mode adaptive with rule bias or both "
+        description="weight μ of MGRIT's consistency penalty until a switch to serial; default 0.3 in mode adaptive with rule bias or both "
         "(where no worker has less than an interval), else 0",
     )
     smoothness: float = Field(0.0, ge=0, description="weight of Σ ‖θ_{n+1} − θ_n‖² / Δt over middle layers; none after a switch to serial")
@@ -251,11 +253,6 @@ class MeshSettings(Settings):
     layer: int | None = Field(None, ge=1, description="blocks of layers; default workers / data")
     blocks: tuple[int, ...] | None = Field(
         None, description="middle layers of each worker; default even, cut at C-points where that is free"
-    )
-    placement: Literal["blocks", "cyclic"] | None = Field(
-        None,
-        description="blocks: neighbouring layers on one worker, solved by MGRIT; cyclic: on different ones, solved in windows; "
-        "default cyclic in mode adaptive where mgrit and adaptive.ladder are left as they are, else blocks",
     )
 
 

@@ -122,7 +122,7 @@ def _shallow(config: S, divisor: int, name: str) -> tuple[S, str]:
         values["step"]["middle"] *= divisor
     if config.mesh.blocks:
         values["mesh"]["blocks"] = [block // divisor for block in config.mesh.blocks]
-    if divisor == 1:
+    if divisor == 1 or config.solver == "windows":
         return _validated(config, values, name, N), ""
     # The consistency penalty needs a coarse grid, which a stage of few layers does not have.
     gridless = {"adaptive": {"consistency": 0.0, "steer": False}}

@@ -10,6 +10,7 @@ from rayllp.config.data import DataSettings
 from rayllp.config.groups import (
     RUNG,
     AdaptiveSettings,
+    ByDirection,
     CheckpointSettings,
     EvalSettings,
     MeshSettings,
@@ -17,6 +18,7 @@ from rayllp.config.groups import (
     OptimizerSettings,
     ProfileSettings,
     Relaxation,
+    WindowSettings,
     WorkerRange,
 )
 from rayllp.config.network import BufferSettings, ModelSettings, NestedSettings, StepSettings
@@ -37,7 +39,7 @@ EXACT_FROM_WINDOWS = 0.95
 
 MAY_DIFFER = set(
     "name workers resize_check_s mesh device channel receive_timeout_s hang_timeout_s snapshot_every spare_workers max_failures eval "
-    "checkpoint microbatches timeline_every log_to profile".split()
+    "checkpoint recompute microbatches timeline_every log_to profile".split()
 )
 """Settings that may change when a run is resumed from its checkpoints, without making it another kind of run."""
 
@@ -64,10 +66,16 @@ class RunSettings(Settings):
     )
     resize_check_s: float = Field(10.0, gt=0, description="seconds between looks for room for more workers, below workers.max")
     mesh: MeshSettings = MeshSettings()
-    solver: Literal["mgrit", "torchbraid"] = Field(
-        "mgrit", description="of parallel mode; torchbraid: that package's, where it is installed (docs/torchbraid.md)"
+    solver: Literal["windows", "mgrit", "torchbraid"] = Field(
+        "windows",
+        description="windows: layers in turn on all workers; mgrit: neighbouring layers on one worker, several levels "
+        "(arXiv:2601.09026); torchbraid: that package's, where it is installed (docs/torchbraid.md)",
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: GPUs where the cluster has enough of them")
+    recompute: bool = Field(
+        False,
+        description="keep states only (of MGRIT those at C-points) and recompute graphs in the adjoint: less memory, more time",
+    )
     compile: bool = Field(False, description="torch.compile of the layers; the first steps then take a minute")
     channel: Literal["auto", "gloo", "nccl", "mpi"] = Field(
         "auto", description="auto: nccl on GPUs, gloo on CPUs; mpi: mpi4py's, for a tuned MPI (docs/cluster.md)"
@@ -92,6 +100,7 @@ class RunSettings(Settings):
     mode: Literal["parallel", "serial", "adaptive"] = Field(
         "adaptive", description="adaptive: as parallel as the gradient's bias allows, exact at the end"
     )
+    windows: WindowSettings = WindowSettings()
     mgrit: MGRITSettings = MGRITSettings()
     buffers: BufferSettings = BufferSettings()
     step: StepSettings = StepSettings()
@@ -133,9 +142,8 @@ class RunSettings(Settings):
         values, failure = self.model_dump(), "the range ends above that"
         # The number of workers may change nothing but the time, so what defaults from it is fixed here.
         values["adaptive"] |= {"consistency": self.consistency, "steer": self.steers}
-        values["mesh"]["placement"] = self.placement
-        if self.placement == "cyclic":
-            values["mgrit"]["window"] = self.mgrit.window or self.longest_window
+        if self.solver == "windows":
+            values["windows"]["length"] = self.windows.length or self.longest_window
         step = self.layer_workers if self.mesh.data > 1 else 1
         most = min(count, self.workers.max)
         for size in range(most - most % step, self.workers.min - 1, -step):
@@ -187,40 +195,35 @@ class RunSettings(Settings):
     @property
     def placement(self) -> Literal["blocks", "cyclic"]:
         """How middle layers are assigned: neighbouring ones to one worker (blocks), or layer n to worker n mod P (cyclic)."""
-        if self.mesh.placement is not None:
-            return self.mesh.placement
-        return "cyclic" if self.mgrit.window is not None or self._uses_default_solver else "blocks"
+        return "cyclic" if self.solver == "windows" and self.mode != "serial" else "blocks"
 
     @property
-    def _uses_default_solver(self) -> bool:
-        """True if the settings do not say how layers are solved; the fastest way that is accurate enough is then used."""
-        adaptive = self.adaptive
-        penalised = bool(adaptive.consistency or adaptive.smoothness or adaptive.steer)
-        judged_by_bias = self.mode == "adaptive" and adaptive.rule == "bias" and adaptive.ladder is None and not penalised
-        untouched = self.mgrit.model_copy(update={"recompute": False}) == MGRITSettings()
-        return judged_by_bias and untouched and self.solver == "mgrit" and self.mesh.blocks is None
+    def iterations(self) -> ByDirection:
+        """Iterations of the solver, or sweeps of windows, in mode parallel."""
+        return self.windows.sweeps if self.solver == "windows" else self.mgrit.iterations
 
     @property
     def longest_window(self) -> int:
         """Largest number of layers that a window solve evaluates at once."""
-        given = self.mgrit.window
+        given = self.windows.length
         return max(given) if isinstance(given, tuple) else given or self.layer_workers
 
     @property
-    def windows(self) -> tuple[int, ...]:
+    def window_lengths(self) -> tuple[int, ...]:
         """Lengths of the windows, as long as no probe has found that some of them have to be shorter."""
-        return self.mgrit.window if isinstance(self.mgrit.window, tuple) else equal_windows(self.middle_layers, self.longest_window)
+        given = self.windows.length
+        return given if isinstance(given, tuple) else equal_windows(self.middle_layers, self.longest_window)
 
     @property
     def cuts_windows(self) -> bool:
         """True if the controller shortens windows where layers depend strongly on each other."""
-        possible = self.mode == "adaptive" and self.placement == "cyclic" and self.adaptive.rule != "convergence"
-        return possible and not isinstance(self.mgrit.window, tuple) and self.adaptive.cut_windows is not False
+        judged = self.mode == "adaptive" and self.solver == "windows" and self.adaptive.rule != "convergence"
+        return judged and self.windows.cut and not isinstance(self.windows.length, tuple)
 
     @property
     def drops_slow_rungs(self) -> bool:
         """True if the controller gives up solves that are no faster than an exact step; not if the user has set the ladder."""
-        return self.mode == "adaptive" and self.placement == "cyclic" and self.adaptive.ladder is None
+        return self.mode == "adaptive" and self.solver == "windows" and self.adaptive.ladder is None
 
     def layers_of(self, rank: int) -> tuple[int, ...]:
         """Return the middle layers of a worker of the layer group in ascending order, counted from the first middle layer."""
@@ -242,10 +245,10 @@ class RunSettings(Settings):
         """
         if self.adaptive.ladder is not None:
             return tuple(_read_rung(rung) for rung in self.adaptive.ladder)
-        if self.placement == "cyclic" and self.mode == "adaptive":
+        if self.solver == "windows" and self.mode == "adaptive":
             return tuple((forward, backward, None) for forward, backward in SWEEPS if min(forward, backward) < self.longest_window)
-        forward, backward = self.mgrit.iterations.forward, self.mgrit.iterations.backward
-        if self.placement == "cyclic":
+        forward, backward = self.iterations.forward, self.iterations.backward
+        if self.solver == "windows":
             return ((forward, backward, None),)
         if self.mgrit.levels.forward == 1:
             return (0, backward, None), (0, backward + 1, None)
@@ -263,7 +266,7 @@ class RunSettings(Settings):
         """Weight of the consistency penalty at the start of training."""
         if self.adaptive.consistency is not None:
             return self.adaptive.consistency
-        if self.placement == "cyclic":  # a window's error does not come from differing weights
+        if self.solver == "windows":  # a window's error does not come from differing weights
             return 0.0
         watched = self.mode == "adaptive" and self.adaptive.rule != "convergence"
         if not watched or self.layer_workers > len(self.coarse_lengths) or (self.mesh.blocks and not self.has_whole_intervals):
@@ -279,7 +282,7 @@ class RunSettings(Settings):
         """
         if self.adaptive.bias_to_noise is not None:
             return self.adaptive.bias_to_noise
-        return 0.6 if self.placement == "cyclic" else 0.4
+        return 0.6 if self.solver == "windows" else 0.4
 
     @property
     def steers(self) -> bool:
@@ -301,7 +304,7 @@ class RunSettings(Settings):
         at = self.adaptive.switch_at
         if at is not None or self.mode != "adaptive":
             return at
-        return EXACT_FROM_WINDOWS if self.placement == "cyclic" else EXACT_FROM
+        return EXACT_FROM_WINDOWS if self.solver == "windows" else EXACT_FROM
 
     @property
     def switch_step(self) -> int | None:

@@ -9,11 +9,21 @@ from typing import Any
 
 from pydantic import model_validator
 
+from rayllp.config.base import Settings
 from rayllp.config.groups import WorkerRange
 from rayllp.config.nested import stages
 from rayllp.config.run import RunSettings
 from rayllp.errors import SettingsError
 from rayllp.hf_config import with_pretrained_sizes
+
+
+def _changed(group: str, settings: Settings) -> str | None:
+    """Return the name of the first setting of a group that is not its default; None if there is none."""
+    for name, value in settings:
+        default = type(settings).model_fields[name].default
+        if value != default:
+            return _changed(f"{group}.{name}", value) if isinstance(value, Settings) else f"{group}.{name}"
+    return None
 
 
 class TrainConfig(RunSettings):
@@ -34,12 +44,12 @@ class TrainConfig(RunSettings):
         if any(not 0 <= step < self.steps for step in self.profile.steps):
             raise ValueError(f"profile.steps {list(self.profile.steps)}: a run of {self.steps} steps has steps 0 to {self.steps - 1}")
         self._check_torchbraid()
+        self._check_solver()
         self._check_consistency()
-        self._check_cyclic()
         try:
             climbs = any(forward for forward, _, _ in self.ladder)
             solved = {self.mgrit.levels.forward, self.mgrit.levels.backward, *([self.rung_levels] if climbs else [])}
-            for levels in () if self.placement == "cyclic" or self.mode == "serial" else solved:
+            for levels in () if self.solver == "windows" or self.mode == "serial" else solved:
                 self.hierarchy(levels)
             stages(self)
         except SettingsError as error:
@@ -83,46 +93,39 @@ class TrainConfig(RunSettings):
                 f"set mesh.blocks to multiples of {c} (the last may be any), or workers, buffers or mgrit.coarsening so that they are"
             )
 
-    def _check_cyclic(self) -> None:
-        """Refuse what windows cannot do, and without a cyclic placement what only they can."""
-        self._check_windows()
-        if self.placement == "blocks":
-            if self.mgrit.window is not None:
-                raise ValueError(
-                    f"mgrit.window={self.mgrit.window} is of a cyclic placement, and mesh.placement is blocks: leave one of them out"
-                )
+    def _check_solver(self) -> None:
+        """Refuse settings of another solver, and what windows cannot do."""
+        if self.recompute and self.mgrit.batched:
+            raise ValueError("mgrit.batched keeps the graphs of all intervals at once, recompute of one: choose one")
+        windows = self.solver == "windows"
+        foreign = _changed("mgrit", self.mgrit) if windows else _changed("windows", self.windows)
+        if foreign:
+            other = foreign.partition(".")[0]
+            raise ValueError(f"{foreign} is of solver: {other}, and solver is {self.solver}: set solver: {other}, or leave {foreign} out")
+        if not windows:
             return
-        adaptive, mgrit = self.adaptive, self.mgrit
+        self._check_windows()
+        adaptive = self.adaptive
         refused = {
-            "mesh.blocks shares out neighbouring layers: leave it out": self.mesh.blocks is not None,
-            "solver: torchbraid keeps neighbouring layers together: set solver: mgrit": self.solver == "torchbraid",
-            "adaptive.consistency is for coarse steps by an interval's first layer, which windows do not take: leave it out": (
-                bool(adaptive.consistency)
-            ),
-            "adaptive.smoothness wants neighbouring layers on one worker: leave it out": adaptive.smoothness > 0,
-            "mgrit.batched sweeps the intervals of a block: leave it out": mgrit.batched,
-            "mgrit.tolerance ends iterations of MGRIT, not sweeps of a window: leave it out": mgrit.tolerance is not None,
+            "mesh.blocks shares out neighbouring layers, and windows take layers in turn": self.mode != "serial" and bool(self.mesh.blocks),
+            "adaptive.consistency is for coarse steps by an interval's first layer, which windows do not take": bool(adaptive.consistency),
+            "adaptive.smoothness wants neighbouring layers on one worker, and windows take layers in turn": adaptive.smoothness > 0,
             "a rung with a serial forward or FCF-relaxation is MGRIT's; windows take sweeps, such as 2+1": (
                 any(forward == 0 or relaxation is not None for forward, _, relaxation in self.ladder)
             ),
-        }
+        }  # fmt: skip
         for reason, holds in refused.items():
             if holds:
-                raise ValueError(f"mesh.placement: cyclic: {reason}; or set mesh.placement: blocks")
+                raise ValueError(f"{reason}: leave it out, or set solver: mgrit")
 
     def _check_windows(self) -> None:
-        """Refuse lengths of windows that do not make up the network, and cutting windows where no probe tells how."""
-        lengths, N = self.mgrit.window, self.middle_layers
+        """Refuse lengths of windows that do not make up the network."""
+        lengths, N = self.windows.length, self.middle_layers
         if isinstance(lengths, tuple) and sum(lengths) != N:
             kept = [length for length, total in zip(lengths, accumulate(lengths), strict=True) if total < N]
             nearest = ", ".join(map(str, [*kept, N - sum(kept)]))
             raise ValueError(
-                f"mgrit.window {list(lengths)} has {sum(lengths)} layers, and there are {N} middle layers: [{nearest}] would do"
-            )
-        if self.adaptive.cut_windows and not self.cuts_windows:
-            raise ValueError(
-                "adaptive.cut_windows is for windows of mode adaptive whose probes measure the gradient's bias: set mode: adaptive, "
-                "mesh.placement: cyclic and adaptive.rule: bias, and mgrit.window to one number, or leave adaptive.cut_windows out"
+                f"windows.length {list(lengths)} has {sum(lengths)} layers, and there are {N} middle layers: [{nearest}] would do"
             )
 
     def _check_torchbraid(self) -> None:
@@ -146,9 +149,7 @@ class TrainConfig(RunSettings):
             "has one coarse operator: set mgrit.coarse_step_weight: 1": mgrit.coarse_step_weight != 1,
             f"keeps layers by one coarsening factor, not {factors}: set mgrit.coarsening to a number": len(set(factors)) > 1,
             "has no tolerance here: leave mgrit.tolerance out": mgrit.tolerance is not None,
-            "keeps every graph, and sweeps interval after interval: leave mgrit.recompute and mgrit.batched out": (
-                mgrit.recompute or mgrit.batched
-            ),
+            "keeps every graph, and sweeps interval after interval: leave recompute and mgrit.batched out": self.recompute or mgrit.batched,
             "measures no convergence factor for probes: set adaptive.probe_every: 0": self.adaptive.probe_every > 0,
             "knows no consistency penalty: leave adaptive.consistency out": self.consistency > 0,
         }

@@ -152,7 +152,7 @@ class Controller:
 
     def _is_early(self, step: int) -> bool:
         """Return True if the step is an additional, early probe of windows (`EARLY`)."""
-        return self._verifies and self.config.placement == "cyclic" and step + 1 in EARLY and step + 1 < self.settings.probe_every
+        return self._verifies and self.config.solver == "windows" and step + 1 in EARLY and step + 1 < self.settings.probe_every
 
     @property
     def _may_return(self) -> bool:

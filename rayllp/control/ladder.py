@@ -60,7 +60,7 @@ def _rung(config: TrainConfig, forward: int, backward: int, relaxation: Relaxati
         iterations_forward=max(1, forward),
         iterations_backward=backward,
         relaxation=relaxation,
-        windows=config.windows if config.placement == "cyclic" else (),
+        windows=config.window_lengths if config.solver == "windows" else (),
     )
 
 

@@ -159,7 +159,7 @@ class _Trial:
         except UnkeyedDrawError:
             raise self._refusal(
                 f"{self.drawn[0]} draws again in the backward pass, by other numbers: take activation checkpointing out of the layer, and "
-                "set mgrit.recompute=true instead"
+                "set recompute=true instead"
             ) from None
 
     # Names in errors ----------------------------------------------------------------------------------------------------------------

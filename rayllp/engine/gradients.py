@@ -75,7 +75,7 @@ class LayerParallelGradients:
         with group.channel.prepost_receives((solves.accuracy, spec) if solves.has_fixed_messages else None):
             with group.span("enter"):
                 entered = bound.enter(batch.inputs) if block.first else None
-            trajectory = Trajectory(bound, solves.c_points, block.config.mgrit.recompute)
+            trajectory = Trajectory(bound, solves.c_points, block.config.recompute)
             deferred = trajectory.deferred
             # Forward solve. Its last sweep records graphs, apart from those of the runs that it defers.
             problem = Problem(solves.forward, ForwardPropagator(trajectory), spec)

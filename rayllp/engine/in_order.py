@@ -120,7 +120,7 @@ class InOrderGradients:
         with self.group.span("forward"):
             graph = record_graph(microbatch.bound, self._index(layer), state)
         after = like(state, tuple(part.detach() for part in graph.outputs))
-        microbatch.graphs[layer] = Graph(graph.inputs, ()) if self.block.config.mgrit.recompute else graph
+        microbatch.graphs[layer] = Graph(graph.inputs, ()) if self.block.config.recompute else graph
         return after
 
     def _index(self, layer: int) -> int:

@@ -47,7 +47,7 @@ class StageModule(nn.Module):
         block = self.block
         if block.first:
             state = bound.enter(state)
-        recompute = block.config.mgrit.recompute and torch.is_grad_enabled()
+        recompute = block.config.recompute and torch.is_grad_enabled()
         for layers, hooks in self._intervals() if recompute or self.penalty else ((block.middle, None),):
             if recompute:
                 state = checkpoint(self._run, bound, state, layers, hooks, use_reentrant=False, preserve_rng_state=False)

@@ -33,7 +33,7 @@ class WindowGradients:
         with group.channel.prepost_receives((messages, spec)):
             with group.span("enter"):
                 entered = bound.enter(batch.inputs) if block.first else None
-            recompute = block.config.mgrit.recompute
+            recompute = block.config.recompute
             trajectory = Trajectory(bound, frozenset(self.placement.owned(group.channel.rank)) if recompute else frozenset(), recompute)
             tag = MessageTag(batch.step, "forward")
             u0 = None if entered is None else detach(entered)

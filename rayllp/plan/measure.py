@@ -41,8 +41,9 @@ def engine_alone(config: TrainConfig, data: Batches, device: str = "cpu") -> Eng
     middle = min(LAYERS, config.middle_layers)
     whole["model"]["layers"] = middle + config.buffers.open + config.buffers.close
     whole["model"]["encoder_layers"] = None  # for mt: half of the few layers
-    whole["mgrit"]["levels"] = {"forward": 1, "backward": 1}  # layers are called one by one, and may be too few for a coarse interval
-    whole["mgrit"]["window"] = None
+    whole["windows"] = {}  # layers are called one by one, and may be too few for windows of given lengths, or for a coarse interval
+    if config.solver == "mgrit":
+        whole["mgrit"]["levels"] = {"forward": 1, "backward": 1}
     alone = {"workers": 1, "mesh": {"data": 1}, "batch_size": config.replica_batch, "nested": {}, "mode": "serial"}
     small = TrainConfig.model_validate(whole | alone)
     architecture = build_architecture(small, data.facts)  # type: ignore[attr-defined]  # a data set of ours

@@ -273,7 +273,7 @@ class MeshPlanner:
         costs = replace(self.costs, all_gather=all_gather_s, all_reduce=all_reduce_s)
         step_s = predict_step(config, Controller(config).chosen, costs) + self._replicas_s(owned, owned * costs.full_gradient)
         interval = solve.coarsening if isinstance(solve, MGRITSolve) else 1
-        graphs = interval if config.mgrit.recompute else owned
+        graphs = interval if config.recompute else owned
         memory = owned * (self._weight_bytes + state_bytes) + self.batch * graphs * self.model.graph_bytes
         return self._option("layer", step_s, memory, solve=solve, bias=bias)
 
@@ -282,13 +282,14 @@ class MeshPlanner:
         values = self.config.model_dump(mode="json")
         values |= {"workers": self.layer_workers, "mode": "parallel", "mesh": {"data": 1}, "batch_size": self.batch, "microbatches": None}
         values["adaptive"]["ladder"] = None
-        values["mgrit"] |= {"window": None, "iterations": {"forward": solve.forward, "backward": solve.backward}}
+        iterations = {"forward": solve.forward, "backward": solve.backward}
         if isinstance(solve, WindowSolve):
-            values["mesh"]["placement"] = "cyclic"
-            values["mgrit"]["window"] = solve.length
+            values |= {"solver": "windows", "mgrit": {}, "windows": {"length": solve.length, "sweeps": iterations}}
             values["adaptive"] |= {"consistency": None, "smoothness": 0.0}
         else:
-            values["mgrit"] |= {"coarsening": solve.coarsening, "levels": {"forward": solve.levels, "backward": solve.levels}}
+            levels = {"forward": solve.levels, "backward": solve.levels}
+            values |= {"solver": "mgrit", "windows": {}}
+            values["mgrit"] |= {"iterations": iterations, "coarsening": solve.coarsening, "levels": levels}
         try:
             return TrainConfig.model_validate(values | {"accumulate": 1})
         except ValueError:

@@ -104,8 +104,7 @@ def _meshes(config: TrainConfig, devices: int) -> Iterator[tuple[int, int]]:
 def _advise(best: Option | None, exact: Option | None, serial_s: float, devices: int) -> str:
     if best is None:
         return (
-            "nothing fits into the devices' memory: more devices, a smaller batch, mgrit.recompute=true, or with replicas "
-            "optimizer.sharded=true"
+            "nothing fits into the devices' memory: more devices, a smaller batch, recompute=true, or with replicas optimizer.sharded=true"
         )
 
     def praise(option: Option) -> str:
@@ -113,7 +112,7 @@ def _advise(best: Option | None, exact: Option | None, serial_s: float, devices:
 
     if best.solve is None:
         way = {
-            "in_order": "layers in turn (mode=serial, mesh.placement=cyclic)", "pipeline": "the pipeline (mode=serial)",
+            "in_order": "layers in turn (mode=adaptive, adaptive.switch_at=0)", "pipeline": "the pipeline (mode=serial)",
             "data": "plain data parallelism",
         }[best.kind]  # fmt: skip
         return f"use {way} here: {praise(best)}. It is exact, and no layer-parallel setting that is known to be accurate enough is faster"

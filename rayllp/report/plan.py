@@ -39,8 +39,7 @@ def _biases_of(run: Path) -> list[tuple[Solve, float]]:
     biases: list[tuple[Solve, float]] = []
     if any(rung.startswith("0+") for rung in config.adaptive.ladder or ()):
         return []  # the metrics do not distinguish a serial forward solve from one iteration
-    first = config.mgrit.iterations
-    iterations = first.forward, first.backward
+    iterations = config.iterations.forward, config.iterations.backward
     for metric in read_lines(run / "metrics.jsonl"):
         # A step with a probe records doubled iterations. What the probe judges are those of the last step without one.
         if metric["bias"] is None and metric["rho_backward"] is None:
@@ -48,7 +47,7 @@ def _biases_of(run: Path) -> list[tuple[Solve, float]]:
         elif metric["bias"] is not None and metric["mode"] == "parallel" and (before is None or before["mode"] == "parallel"):
             bias = math.inf if math.isnan(float(metric["bias"])) else float(metric["bias"])
             levels = config.mgrit.levels
-            if config.placement == "cyclic":
+            if config.solver == "windows":
                 biases.append((WindowSolve(config.longest_window, *iterations), bias))
             elif levels.forward == levels.backward:
                 biases.append((MGRITSolve(config.fine_coarsening, levels.forward, *iterations), bias))

@@ -13,8 +13,9 @@ from rayllp.config import TrainConfig
 
 WORTH_KNOWING = (
     "model.family model.layers model.width data.path data.dataset data.tokenizer sequence_length batch_size steps workers mesh.data mode "
-    "mgrit.coarsening mgrit.levels.forward mgrit.levels.backward mgrit.iterations.forward mgrit.iterations.backward "
-    "mgrit.coarse_step_weight mgrit.recompute buffers.open buffers.close step.middle "
+    "solver windows.length recompute mgrit.coarsening mgrit.levels.forward mgrit.levels.backward "
+    "mgrit.iterations.forward mgrit.iterations.backward "
+    "mgrit.coarse_step_weight buffers.open buffers.close step.middle "
     "adaptive.rule adaptive.probe_every adaptive.consistency adaptive.switch_at optimizer.name optimizer.lr"
 ).split()
 BEGIN, END = "<!-- settings: ", "<!-- end of settings -->"

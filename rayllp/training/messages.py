@@ -43,7 +43,7 @@ def describe_layout(config: TrainConfig) -> str:
     """Return which layers each worker has, in words."""
     replicas = f" × {config.mesh.data} replicas" if config.mesh.data > 1 else ""
     if config.placement == "cyclic":
-        return f"{config.layer_workers} workers take layers in turn, windows of {windows_in_words(config.windows)}{replicas}"
+        return f"{config.layer_workers} workers take layers in turn, windows of {windows_in_words(config.window_lengths)}{replicas}"
     return f"{config.layer_workers} blocks {listed(config.blocks, '/')}{replicas}"
 
 
@@ -83,7 +83,7 @@ def where_not_finite(faults: Iterable[tuple[int, int, str] | None]) -> str:
     first = min((fault for fault in faults if fault is not None), default=None)
     if first is not None:
         return first[2]
-    return "the approximate solve alone (exact forward and gradients are finite): raise mgrit.iterations or use mode=serial"
+    return "the approximate solve alone (exact forward and gradients are finite): raise its number of iterations, or set mode: serial"
 
 
 def listed(numbers: Iterable[int], between: str = ", ") -> str:

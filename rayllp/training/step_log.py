@@ -176,7 +176,7 @@ class StepLog:
         if decision:
             if self.config.switch_step is None or decision.step < self.config.switch_step:
                 self.why_exact = decision.reason if decision.mode == "serial" else None
-            if self.config.placement == "cyclic":
+            if self.config.solver == "windows":
                 details["windows"] = list(self.controller.chosen.windows)
             self._journal.event(
                 decision.step, "switch", to=decision.mode, rung=decision.rung, trying=decision.trying, reason=decision.reason, **details
