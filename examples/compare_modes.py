@@ -2,7 +2,7 @@
 
     python examples/compare_modes.py examples/gpt2_shakespeare.yaml --set data.path=input.txt --output runs/compare
     python examples/compare_modes.py examples/gpt2_shakespeare.yaml --set data.path=input.txt --set steps=1500 \
-        --set mgrit.iterations.forward=1 --set adaptive.rule=bias --output runs/penalty \
+        --set solver=mgrit --set mgrit.iterations.forward=1 --set adaptive.rule=bias --output runs/penalty \
         --run serial:mode=serial --run plain:mode=parallel --run penalty:mode=parallel,adaptive.consistency=10 --run adaptive:mode=adaptive
 
 Prints validation losses side by side (all measured with the exact forward), the gap of each to the first, and what probes found, and draws

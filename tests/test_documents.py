@@ -62,7 +62,7 @@ WAYS = (
         r"rayllp train .*s3://", SHELL, "tests/test_train.py does so by default",
         instead=((r"s3://bucket/run", "file://$PWD/bucket/run"),), adds=SHORT,
     ),
-    Way(r"rayllp train .*coarsning"),
+    Way(r"rayllp train .*lenght"),
     Way(r"rayllp train .*sweep/best", SHELL, "takes what the sweep wrote", adds=SHORT),
     Way(r"rayllp train .*workers=\{", SHELL, "a run whose workers vary has processes of its own", adds=SHORT),
     Way(r"rayllp train --output", adds=SHORT + " --set data.max_bytes=100000"),

@@ -34,6 +34,7 @@ PRETRAINED = {
     "layers": 20, "width": 64, "heads": 4, "feed_forward": None, "kv_heads": None, "patch_size": 4, "encoder_layers": None,
     "from_pretrained": "folder",
 }  # fmt: skip
+MGRIT = {"solver": "mgrit"}
 TWICE = {"factors": [2, 2], "at": [100, 200]}
 
 
@@ -105,8 +106,8 @@ def test_a_stage_too_shallow_for_its_levels_has_fewer_or_is_serial():
         ({"nested": {"factors": [2, 3], "at": [8, 9]}}, r"16 middle layers do not divide by nested.factors 2 × 3 = 6: use .*=16 or 22"),
         ({"nested": {"factors": [32], "at": [9]}}, r"16 middle layers do not divide by nested.factors 32: use model.layers=36,"),
         ({"workers": 8, "nested": TWICE}, r"stage 1 of 3, with 4 middle layers: 8 layer-parallel workers .* use at most 4 .*; or lower"),
-        ({"solver": "mgrit", "mesh": {"blocks": [10, 6]}, "nested": TWICE}, r"mesh.blocks \(10, 6\) .* every block must be a multiple of 4"),
-        ({"solver": "mgrit", "workers": 4, "adaptive": {"consistency": 1.0}, "nested": TWICE}, r"stage 2 of 3, .* blocks \(2, 2, 2, 2\) cut intervals"),
+        ({**MGRIT, "mesh": {"blocks": [10, 6]}, "nested": TWICE}, r"mesh.blocks \(10, 6\) .* every block must be a multiple of 4"),
+        ({**MGRIT, "workers": 4, "adaptive": {"consistency": 1}, "nested": TWICE}, r"stage 2 of 3, .* blocks \(2, 2, 2, 2\) cut intervals"),
         ({"model": PRETRAINED, "nested": TWICE}, r"nested with model.from_pretrained: .* leave one of them out"),
         ({"model": {"family": "mt"}, "nested": TWICE}, r"nested with model.family=mt: .* leave nested out"),
     ],

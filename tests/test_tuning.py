@@ -23,7 +23,8 @@ from rayllp.tuning.sweep import Objective, load_sweep, make_sweep
 from tests.test_train import living_actors, placement_groups, read, wait_until
 
 SMALL = {
-    "solver": "mgrit", "model.layers": 12, "model.width": 16, "model.heads": 2, "sequence_length": 16, "batch_size": 4, "workers": 1, "steps": 12,
+    "solver": "mgrit",
+    "model.layers": 12, "model.width": 16, "model.heads": 2, "sequence_length": 16, "batch_size": 4, "workers": 1, "steps": 12,
     "mode": "parallel", "eval.every": 4, "eval.batches": 2, "eval.sample": 0, "adaptive.probe_every": 4,
 }  # fmt: skip
 SPACE = {"mgrit.coarsening": {"choice": [2, 4]}, "mgrit.iterations.forward": {"int": [1, 2]}}
