@@ -281,7 +281,7 @@ def train(key: Key, data: Path, keep_at: tuple[float, ...] = (), start: Path | N
             moments = {name_: engine.optimizer.state_of(p) for name_, p in engine.block.parameters.items()}
             torch.save(state | {"optimizer": moments}, branch_file(key, step))
         controller.begin(step)
-        accuracy, plan = controller.accuracy_at(step), controller.probe(step)
+        accuracy, plan = controller.accuracy_at(step), controller.plan_probe(step)
         stats = engine.train_step(step, accuracy, plan)
         if not math.isfinite(stats.loss):
             raise SystemExit(f"{key}: the loss is not finite at step {step}")
@@ -414,7 +414,7 @@ def total_ms(result: dict[str, Any], *, exact_gains: bool = True) -> float:
     total += probes.pop(COUPLINGS, 0) * step("serial")  # an exact step without parameters' gradients
     for probe, count in probes.items():
         name, _, kind = probe.rpartition(" in ")
-        doubled = predict_step(config, rungs[name].probing(), COSTS)
+        doubled = predict_step(config, rungs[name].doubled(), COSTS)
         # The better gradient is formed in two halves of the batch, each of which takes as long as the whole.
         total += count * (step(name) + 2 * (step("serial") if kind == "exact" else doubled))
     return total

@@ -72,7 +72,7 @@ def train_engine(engine, steps, first=0):
     controller = Controller(engine.config)
     stats = []
     for step in range(first, first + steps):
-        plan = controller.probe(step)
+        plan = controller.plan_probe(step)
         stats.append(engine.train_step(step, controller.accuracy, plan))
         if plan is not None:
             found, bias = stats[-1], stats[-1].bias

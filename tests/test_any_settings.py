@@ -189,7 +189,7 @@ def train(config, *, strictly=False):
 
 def step_of(engine, controller, step):
     controller.begin(step)
-    plan = controller.probe(step)
+    plan = controller.plan_probe(step)
     found = engine.train_step(step, controller.accuracy, plan)
     assert found.fault is None
     if plan is not None:

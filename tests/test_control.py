@@ -65,7 +65,7 @@ def test_oscillation_ends_at_the_cap_of_flips():
     rungs = feed(control, [3.0, 0.1] * 10)
     assert rungs[:4] == ["serial", "2+1", "serial", "2+1"]
     assert set(rungs[4:]) == {"serial"}
-    assert control.probe(999) is None
+    assert control.plan_probe(999) is None
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
@@ -134,7 +134,7 @@ def test_a_run_that_is_made_longer_comes_back_from_the_switch_at_its_old_end():
     longer.restore(ended.state())
     decision = longer.begin(250)  # its own switch is at 400
     assert (decision.trying, decision.reason) == ("2+1", "adaptive.switch_at is ahead again")
-    assert longer.probe(299) is not None
+    assert longer.plan_probe(299) is not None
     assert longer.begin(251) is None
     assert longer.begin(400).rung == "serial"
     # One that a fault has switched stays so, and so does one of an earlier version, which did not keep what the switch left.
@@ -162,14 +162,14 @@ def test_a_penalty_that_was_set_anew_is_not_the_one_that_was_steered():
 
 def test_probes_are_planned():
     control = controller(rule="both", exact_every=2)
-    assert [step for step in range(3) if control.probe(step)] == [0, 1, 2]  # until one is good
+    assert [step for step in range(3) if control.plan_probe(step)] == [0, 1, 2]  # until one is good
     control.observe(0, Probe(rho_forward=0.1, bias=0.01))
-    assert [step for step in range(40) if control.probe(step)] == [0, 9, 19, 29, 39]
-    assert [control.probe(step).exact for step in (9, 19, 29, 39)] == [False, True, False, True]
+    assert [step for step in range(40) if control.plan_probe(step)] == [0, 9, 19, 29, 39]
+    assert [control.plan_probe(step).exact for step in (9, 19, 29, 39)] == [False, True, False, True]
     feed(control, [3.0])
-    assert control.probe(19).candidate.name == "3+2"  # the rung to come back to
-    assert controller(mode="serial").probe(9) is None
-    assert controller(return_below=None, ladder=["2+1"]).probe(9).bias is False
+    assert control.plan_probe(19).candidate.name == "3+2"  # the rung to come back to
+    assert controller(mode="serial").plan_probe(9) is None
+    assert controller(return_below=None, ladder=["2+1"]).plan_probe(9).bias is False
 
 
 @pytest.mark.parametrize(("at", "reason"), [(200, "200"), (0.8, "0.8"), (None, "0.8")])
@@ -178,15 +178,15 @@ def test_a_switch_at_a_step_is_final(at, reason):
     assert control.begin(199) is None
     assert control.begin(200).reason == f"adaptive.switch_at {reason}"
     assert feed(control, [0.01] * 5) == ["serial"] * 5
-    assert control.probe(209) is None
+    assert control.plan_probe(209) is None
 
 
 def test_a_switch_that_has_come_by_itself_is_made_final_in_silence():
     control = controller(switch_at=200)
     feed(control, [3.0])
-    assert control.probe(109) is not None
+    assert control.plan_probe(109) is not None
     assert control.begin(200) is None
-    assert control.probe(209) is None
+    assert control.plan_probe(209) is None
 
 
 def test_only_the_adaptive_mode_has_a_last_exact_part_by_itself():
@@ -241,22 +241,22 @@ def open_controller(workers=8, **values):
 def test_nothing_is_trained_by_a_rung_before_a_probe_has_found_it_accurate():
     control = open_controller()
     assert control.accuracy_at(0).serial
-    assert control.probe(0).candidate.name == "1+1"
+    assert control.plan_probe(0).candidate.name == "1+1"
     for step, rung in enumerate(("2+1", "2+2", "3+3", "serial")):
         decision = control.observe(step, BAD)
         assert rung in (decision.trying, decision.rung)
         assert decision.trained == ("exact" if rung == "serial" else f"exact, trying {rung}")
         assert control.accuracy_at(step + 1).serial
-    assert control.probe(4) is None  # exact: it looks again at the next regular probe
-    assert control.probe(49).candidate.name == "3+3"
+    assert control.plan_probe(4) is None  # exact: it looks again at the next regular probe
+    assert control.plan_probe(49).candidate.name == "3+3"
     control = open_controller()
     assert "a gradient bias of 0.02 beside a noise of 0.5" in control.observe(0, GOOD).reason
     assert [control.accuracy_at(step).name for step in (1, 4, 5)] == ["serial", "serial", "1+1"]  # the first ones are timed
     assert control.observe(49, BAD).trying == "1+1"  # with couplings, which say whether shorter windows are the remedy
-    assert control.probe(50).couplings
+    assert control.plan_probe(50).couplings
     control.observe(50, BAD)
     assert control.accuracy_at(50).serial
-    assert control.probe(51).candidate.name == "2+1"
+    assert control.plan_probe(51).candidate.name == "2+1"
     control.observe(51, GOOD)
     assert control.accuracy_at(52).name == "2+1"
 
@@ -269,14 +269,14 @@ def test_windows_are_cut_where_layers_depend_strongly_on_each_other():
     control = open_controller()
     control.observe(0, GOOD)
     assert control.accuracy_at(5).windows == (8, 8)
-    assert not control.probe(9).couplings  # they cost an exact step, so they are measured when something is wrong
+    assert not control.plan_probe(9).couplings  # they cost an exact step, so they are measured when something is wrong
     assert "the next step measures whether shorter windows" in control.observe(9, BAD).reason
-    assert control.probe(10).couplings
+    assert control.plan_probe(10).couplings
     decision = control.observe(10, replace(BAD, couplings=STEEP))
     assert decision.trained == "exact, trying 1+1"
     assert decision.reason.endswith("1+1 in windows of 1 (3 times), 8, 5 layers")
     assert control.accuracy_at(11).serial
-    assert control.probe(11).candidate.windows == (1, 1, 1, 8, 5)
+    assert control.plan_probe(11).candidate.windows == (1, 1, 1, 8, 5)
     resumed = open_controller()
     resumed.restore(json.loads(json.dumps(control.state())))
     for each in (control, resumed):
@@ -308,7 +308,7 @@ def test_windows_become_longer_again_once_a_probe_has_found_them_accurate():
 def test_windows_are_not_cut_where_the_user_has_said_what_they_are(changes):
     control = open_controller(**changes)
     given = control.chosen.windows
-    assert not control.probe(0).couplings
+    assert not control.plan_probe(0).couplings
     control.observe(0, replace(BAD, couplings=STEEP))
     assert (control.rung, control.chosen.windows) == ("2+1", given)
 
@@ -327,10 +327,10 @@ def test_a_run_that_has_become_deeper_forgets_where_windows_were_cut():
 def test_windows_are_probed_more_often_while_the_learning_rate_warms_up():
     control = open_controller(adaptive={"probe_every": 50})
     control.observe(0, GOOD)
-    assert [step for step in range(1, 160) if control.probe(step)] == [9, 19, 39, 49, 99, 149]
+    assert [step for step in range(1, 160) if control.plan_probe(step)] == [9, 19, 39, 49, 99, 149]
     blocks = controller(rule="bias", consistency=0, probe_every=50)
     blocks.observe(0, GOOD)
-    assert [step for step in range(1, 160) if blocks.probe(step)] == [49, 99, 149]
+    assert [step for step in range(1, 160) if blocks.plan_probe(step)] == [49, 99, 149]
 
 
 def test_a_step_down_is_probed_before_it_is_used_and_taken_back_if_it_is_too_coarse():
@@ -355,13 +355,13 @@ def test_a_ladder_that_is_no_faster_than_exact_steps_is_left_and_looked_at_again
         assert control.begin(step, {"serial": 1.0, "1+1": 0.99}) is None
     decision = control.begin(20, {"serial": 1.0, "1+1": 0.99})
     assert (decision.rung, decision.reason) == ("serial", "a step by 1+1 takes 0.99 s, an exact one 1 s")
-    assert control.probe(49) is None  # a probe would cost time for nothing
+    assert control.plan_probe(49) is None  # a probe would cost time for nothing
     resumed = open_controller()
     resumed.restore(control.state())
     for each in (control, resumed):
         assert each.begin(519, {"serial": 1.0, "1+1": 0.99}) is None
         assert "looking again" in each.begin(520, {"serial": 1.0, "1+1": 0.99}).reason
-        assert each.probe(520).candidate.name == "1+1"
+        assert each.plan_probe(520).candidate.name == "1+1"
     control.time_anew(520)  # on another number of workers
     assert control.accuracy_at(524).serial
 
@@ -385,7 +385,7 @@ def test_a_ladder_of_ones_own_is_heeded_whatever_its_times():
 def test_one_worker_trains_exactly():
     control = open_controller(workers=1)
     assert control.serial
-    assert control.probe(0) is None
+    assert control.plan_probe(0) is None
 
 
 @pytest.mark.parametrize(
@@ -415,9 +415,9 @@ def middle_gradient(engine, accuracy, rows=slice(None)):
 def test_bias_cosine_and_noise_are_what_they_say():
     config = tiny(step={"middle": 1.0}, mgrit={"coarsening": 4})
     engine = make_engine(config)
-    used, better = middle_gradient(engine, FEW), middle_gradient(engine, FEW.probing())
+    used, better = middle_gradient(engine, FEW), middle_gradient(engine, FEW.doubled())
     gap = middle_gradient(engine, FEW, slice(0, 2)) * 0
-    halves = [middle_gradient(engine, FEW.probing(), rows) for rows in (slice(0, 2), slice(2, 4))]
+    halves = [middle_gradient(engine, FEW.doubled(), rows) for rows in (slice(0, 2), slice(2, 4))]
     gap = halves[0] - halves[1]
     for workers in (1, 2, 3):
 

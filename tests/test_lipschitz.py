@@ -121,9 +121,9 @@ def test_a_replica_without_the_first_sequence_has_none():
 
 def test_probes_estimate_as_often_as_is_set():
     control = Controller(make_config({"mode": "parallel", "adaptive": {"probe_every": 10, "lipschitz_every": 2}}))
-    assert [step for step in range(60) if (plan := control.probe(step)) and plan.lipschitz] == [0, 19, 39, 59]
+    assert [step for step in range(60) if (plan := control.plan_probe(step)) and plan.lipschitz] == [0, 19, 39, 59]
     control = Controller(make_config({"mode": "parallel", "adaptive": {"probe_every": 10}}))
-    assert not any(plan.lipschitz for step in range(60) if (plan := control.probe(step)))
+    assert not any(plan.lipschitz for step in range(60) if (plan := control.plan_probe(step)))
     with pytest.raises(SettingsError, match="lipschitz_every 1 counts probes, of which probe_every=0 makes none"):
         make_config({"adaptive": {"probe_every": 0, "lipschitz_every": 1}})
 
@@ -223,7 +223,7 @@ def run_directory(path, config, steps):
     """What the driver would have written of a run of these steps, on this thread."""
     run, engine, control = RunDirectory.create(path, config), make_engine(config), Controller(config)
     for step in range(steps):
-        plan = control.probe(step)
+        plan = control.plan_probe(step)
         stats = engine.train_step(step, control.accuracy, plan)
         run.metric({"step": step, "loss": stats.loss, "lipschitz": stats.lipschitz and [stats.lipschitz[n] for n in range(12)]})
     return run

@@ -72,7 +72,7 @@ def main() -> None:
         for rule, exact in (("convergence", 0), ("bias", 0), ("bias", 1)):
             control = Controller(settings(width, rule=rule, exact_every=exact))
             every = control.settings.probe_every
-            _, middle, _ = ratio(engine, ((plain,), (plain, control.probe(every - 1))), max(8, arguments.rounds // 4))
+            _, middle, _ = ratio(engine, ((plain,), (plain, control.plan_probe(every - 1))), max(8, arguments.rounds // 4))
             cost = (middle - 1) / every
             print(f"  a probe, rule {rule}{', exact' if exact else ''}: {middle:.2f} steps; every {every} steps {cost:.1%} of the time")
 

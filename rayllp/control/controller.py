@@ -10,41 +10,31 @@ be wrong. With the default ladder, the controller also leaves a rung whose steps
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from copy import deepcopy
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 from rayllp.config import TrainConfig
 from rayllp.control.judgement import fault_in, found_accurate, is_hopeless
 from rayllp.control.ladder import Ladder
+from rayllp.control.pace import Pace
 from rayllp.control.records import Accuracy, Decision, Probe, ProbePlan
 from rayllp.mgrit.windows import windows_in_words
 
-RAISE, LOWER = 4.0, 2.0
+PENALTY_UP, PENALTY_DOWN = 4.0, 2.0
 """Factors by which a probe changes the weight of the consistency penalty. Raising is faster than lowering, since a bias that is already
 there costs more than a weight that is too large.
 """
-LEAST, MOST = 0.5, 5.66
+PENALTY_LEAST, PENALTY_MOST = 0.5, 5.66
 """Bounds of that weight, as multiples of the weight that was set. A larger weight would cost more than the next rung does."""
-RETRY = 10
+RETRY_STEPS = 10
 """Steps from raising the penalty's weight after a fault to the next probe. The penalty needs some steps to change the layers."""
-TIMED = 5
-"""Number of exact steps at the start that are timed, where step times count. The first is a probe, and the second may be slow."""
-GAIN = 0.98
-"""A layer-parallel step that takes more than this share of an exact step's time is not worth its bias."""
-EARLY = (10, 20, 40, 80)
+EARLY_PROBES = (10, 20, 40, 80)
 """Numbers of steps after which windows are probed in addition. While the learning rate warms up, a bias can grow from nothing to harmful
 in fewer steps than lie between two regular probes.
 """
-CLEARLY, DOUBTED = 1.1, 15
-"""A rung whose steps take more than CLEARLY times as long as exact ones is left at once. One that is too slow by less has DOUBTED steps to
-become faster.
-"""
-LONGER, CHEAPER = 1.5, 0.9
-"""Windows are made longer if those that couplings LONGER times as large would allow take at most CHEAPER of the time of a step."""
-LOOK_AGAIN = 10
-"""A ladder that was too slow is tried again after this many regular intervals between probes."""
-TAKE_BACK = 0.95
-"""It is tried again at once if its steps took at most this share of the time that exact steps then turn out to take."""
+COUPLING_MARGIN, WORTHWHILE_RATIO = 1.5, 0.9
+"""Windows are made longer if those that couplings COUPLING_MARGIN times as large would allow take at most WORTHWHILE_RATIO of the time."""
 
 
 @dataclass
@@ -60,12 +50,9 @@ class _State:
     verified: bool = True  # whether a probe has found the rung accurate since it was chosen
     probe_at: int = 0  # the step of the next probe, while the rung is not verified
     above: int | None = None  # the rung before a step down, to return to if the lower one is not accurate
-    timed_from: int = 0  # the step from which exact steps are timed
-    slow_until: int | None = None  # every rung was too slow; the step at which the ladder is tried again
-    slow: str = ""  # the name of the rung that was too slow
-    doubted_from: int | None = None  # the step since which the rung has been a little too slow
     couplings: tuple[float, ...] | None = None  # those by which windows are cut; None: they have not been cut
-    recut: bool = False  # windows have been cut for this rung, and no probe has judged it since
+    recut: bool = False  # windows were just cut, and no probe has judged the result yet: they are not cut twice in a row
+    pace: Pace = field(default_factory=Pace)
 
 
 class Controller:
@@ -119,17 +106,17 @@ class Controller:
 
     def _is_being_timed(self, step: int) -> bool:
         """Return True if the step is exact in order to be timed."""
-        return self.config.drops_slow_rungs and not self._state.final and step < self._state.timed_from + TIMED
+        return self.config.drops_slow_rungs and not self._state.final and self._state.pace.is_timing(step)
 
     # Probes -------------------------------------------------------------------------------------------------------------------
 
-    def probe(self, step: int) -> ProbePlan | None:
+    def plan_probe(self, step: int) -> ProbePlan | None:
         """Return what step `step` is to measure, or None if it is no probe.
 
         Every `probe_every`-th step is a probe, and so is the first, so that a run shows ρ early.
         """
         every = self.settings.probe_every
-        if not every or self._state.final or self._state.slow_until is not None:
+        if not every or self._state.final or self._state.pace.pause_ends is not None:
             return None
         if self._is_unverified:
             if step < self._state.probe_at:
@@ -151,8 +138,8 @@ class Controller:
         )
 
     def _is_early(self, step: int) -> bool:
-        """Return True if the step is an additional, early probe of windows (`EARLY`)."""
-        return self._verifies and self.config.solver == "windows" and step + 1 in EARLY and step + 1 < self.settings.probe_every
+        """Return True if the step is an additional, early probe of windows (`EARLY_PROBES`)."""
+        return self._verifies and self.config.solver == "windows" and step + 1 in EARLY_PROBES and step + 1 < self.settings.probe_every
 
     @property
     def _may_return(self) -> bool:
@@ -187,56 +174,43 @@ class Controller:
 
     def time_anew(self, step: int) -> None:
         """Measure step times again from this step on: they change with a restart, and with the number of workers."""
-        self._state.timed_from = step
-        if self._state.slow_until is not None:
-            self._state.slow_until = step
+        self._state.pace.time_anew(step)
 
     def _heed_times(self, step: int, seconds: Mapping[str, float]) -> Decision | None:
         """Leave the ladder if the current rung is no faster than an exact step; the rungs above it are slower still."""
-        state, exact = self._state, seconds.get("serial")
+        state, pace, exact = self._state, self._state.pace, seconds.get("serial")
         if not self.config.drops_slow_rungs or state.final:
             return None
-        if state.slow_until is not None:
-            return self._look_again(step, exact, seconds.get(state.slow))
+        if pace.pause_ends is not None:
+            if not pace.ends_pause(step, exact, seconds.get(pace.slow)):
+                return None
+            state.rung, state.verified, state.probe_at = 0, False, step
+            return self._decision(step, "looking again whether layer-parallel steps are faster")
         here = seconds.get(self.rung)
-        if self.serial or self._is_unverified or exact is None or here is None:
+        if self.serial or self._is_unverified or exact is None or here is None or not pace.is_too_slow(step, here, exact):
             return None
-        if here <= GAIN * exact:
-            state.doubted_from = None
-            return None
-        state.doubted_from = step if state.doubted_from is None else state.doubted_from
-        if step < state.doubted_from + DOUBTED and here <= CLEARLY * exact:
-            return None
-        state.slow, state.doubted_from = self.rung, None
-        state.slow_until, state.rung = step + LOOK_AGAIN * self.settings.probe_every, self._ladder.last
-        return self._decision(step, f"a step by {state.slow} takes {here:.3g} s, an exact one {exact:.3g} s")
-
-    def _look_again(self, step: int, exact: float | None, slow: float | None) -> Decision | None:
-        """Return to the first rung, if its time has come or if exact steps turn out slower than the rung that was left for them."""
-        state = self._state
-        assert state.slow_until is not None
-        left = state.slow_until - LOOK_AGAIN * self.settings.probe_every
-        slower = exact is not None and slow is not None and slow <= TAKE_BACK * exact and step >= left + DOUBTED
-        if step < state.slow_until and not slower:
-            return None
-        state.slow_until, state.rung, state.verified, state.probe_at, state.timed_from = None, 0, False, step, step
-        return self._decision(step, "looking again whether layer-parallel steps are faster")
+        pace.pause(step, self.rung, self.settings.probe_every)
+        state.rung = self._ladder.last
+        return self._decision(step, f"a step by {pace.slow} takes {here:.3g} s, an exact one {exact:.3g} s")
 
     def observe(self, step: int, probe: Probe) -> Decision | None:
         """Take in what a probe has found. Returns a decision if the rung changes, or is used from now on."""
         if self.config.mode != "adaptive" or self._state.final:
             return None
         fault = fault_in(probe, self.config)
-        if self.serial:
-            return self._consider_return(step, probe, fault)
-        if fault is None:
+        if fault is not None:
+            self._state.calm = 0
+            return None if self.serial else self._mend(step, probe, fault)
+        if not self.serial:
             self._steer(probe)
             self._state.recut = False
             if self._is_unverified:
                 self._state.verified, self._state.above = True, None
                 return self._decision(step, found_accurate(probe))
-            return self._lengthen(step, probe) or self._consider_descent(step, probe)
-        self._state.calm = 0
+        return self._lengthen(step, probe) or self._descend(step, probe)
+
+    def _mend(self, step: int, probe: Probe, fault: str) -> Decision | None:
+        """Take the first remedy for a fault that applies."""
         if self._state.above is not None:  # the last step down went too far
             self._state.rung, self._state.verified, self._state.above = self._state.above, True, None
             return self._decision(step, fault)
@@ -253,7 +227,7 @@ class Controller:
     def _distrust(self, step: int, fault: str) -> Decision | None:
         """Use exact steps until a probe finds the same rung accurate, under the larger penalty."""
         was_in_use = not self._is_unverified
-        self._state.verified, self._state.probe_at = not self._verifies, step + RETRY
+        self._state.verified, self._state.probe_at = not self._verifies, step + RETRY_STEPS
         return self._decision(step, f"{fault}; the penalty's weight is raised") if was_in_use and self._verifies else None
 
     # Windows --------------------------------------------------------------------------------------------------------------------
@@ -274,10 +248,10 @@ class Controller:
     def _lengthen(self, step: int, probe: Probe) -> Decision | None:
         """Make windows longer where couplings are so much weaker now that it pays. They are used once a probe has found them accurate."""
         state = self._state
-        if probe.couplings is None or state.couplings is None:
+        if self.serial or probe.couplings is None or state.couplings is None:
             return None
-        couplings = tuple(LONGER * coupling for coupling in probe.couplings)
-        if self._ladder.cost(state.rung, couplings) > CHEAPER * self._ladder.cost(state.rung, state.couplings):
+        couplings = tuple(COUPLING_MARGIN * coupling for coupling in probe.couplings)
+        if self._ladder.cost(state.rung, couplings) > WORTHWHILE_RATIO * self._ladder.cost(state.rung, state.couplings):
             return None
         state.couplings = couplings
         self._choose_unverified(step)
@@ -311,30 +285,18 @@ class Controller:
             return False
         return self.settings.rule == "convergence" or probe.bias is None or probe.bias < 0.5 * self.settings.bias_limit
 
-    def _consider_descent(self, step: int, probe: Probe) -> Decision | None:
-        """Move one rung down after enough good probes in a row, unless no change of rung is left."""
-        if self._state.rung == 0 or self._state.flips >= self.settings.max_flips:
+    def _descend(self, step: int, probe: Probe) -> Decision | None:
+        """Move one rung down, or return from serial training, after `patience` good probes in a row."""
+        state = self._state
+        if state.rung == 0 or (not self.serial and state.flips >= self.settings.max_flips):
             return None
-        return self._descend_if_calm(step, probe)
-
-    def _consider_return(self, step: int, probe: Probe, fault: str | None) -> Decision | None:
-        """Return from serial training to the ladder after enough good probes in a row."""
-        if fault is not None:
-            self._state.calm = 0
+        state.calm = state.calm + 1 if self._is_calm(probe) else 0
+        if state.calm < self.settings.patience:
             return None
-        return self._descend_if_calm(step, probe)
-
-    def _descend_if_calm(self, step: int, probe: Probe) -> Decision | None:
-        """Count good probes in a row, and move one rung down once there are `patience` of them."""
-        self._state.calm = self._state.calm + 1 if self._is_calm(probe) else 0
-        if self._state.calm < self.settings.patience:
-            return None
-        before = None if self.serial else self._state.rung
-        self._state.calm = 0
-        self._state.rung -= 1
-        self._state.flips += 1
+        before = None if self.serial else state.rung
+        state.calm, state.rung, state.flips = 0, state.rung - 1, state.flips + 1
         self._choose_unverified(step)
-        self._state.above = before if self._verifies else None
+        state.above = before if self._verifies else None
         return self._decision(step, f"{self.settings.patience} probes below adaptive.return_below {self.settings.return_below:g}")
 
     def _decision(self, step: int, reason: str) -> Decision:
@@ -350,18 +312,18 @@ class Controller:
             return False
         before = self._state.weight
         if not bias <= settings.bias_target:
-            self._state.weight = min(initial * MOST, before * RAISE)
+            self._state.weight = min(initial * PENALTY_MOST, before * PENALTY_UP)
         elif bias < settings.bias_target / 4:
-            self._state.weight = max(initial * LEAST, before / LOWER)
+            self._state.weight = max(initial * PENALTY_LEAST, before / PENALTY_DOWN)
         return self._state.weight > 1.01 * before
 
     def mark(self) -> "_State":
         """Return a copy of the controller's state, for `rewind`."""
-        return replace(self._state)
+        return deepcopy(self._state)
 
     def rewind(self, mark: "_State") -> None:
         """Restore the state of `mark`, because the steps after it are done again."""
-        self._state = replace(mark)
+        self._state = deepcopy(mark)
 
     # Checkpoints ----------------------------------------------------------------------------------------------------------------
 
@@ -378,7 +340,7 @@ class Controller:
             kept["couplings"] = tuple(kept["couplings"])
             if not self.config.cuts_windows or len(kept["couplings"]) != self.config.middle_layers - 1:  # layers were added since
                 kept |= {"couplings": None, "verified": not self._verifies}
-        self._state = _State(**{**kept, "rung": self._ladder.index(state["name"])})
+        self._state = _State(**{**kept, "rung": self._ladder.index(state["name"]), "pace": Pace(**kept.get("pace", {}))})
         initial = self.config.consistency
         if not self.config.steers or state.get("consistency", initial) != initial:
             self._state.weight = initial

@@ -49,7 +49,7 @@ class Accuracy:
         forward, adjoint = (config.solver_options(count, self.relaxation) for count in (self.iterations_forward, self.iterations_backward))
         return forward, adjoint
 
-    def probing(self) -> "Accuracy":
+    def doubled(self) -> "Accuracy":
         """Return this accuracy with doubled iterations, at least three each, so that there are two residuals to give ρ."""
         forward, backward = max(3, 2 * self.iterations_forward), max(3, 2 * self.iterations_backward)
         return replace(self, iterations_forward=forward, iterations_backward=backward)

@@ -78,7 +78,7 @@ class Probing:
         if self.plan.couplings:
             self.couplings = self._measure_couplings(batch)
         used = self._used_gradient(batch) if self.plan.bias else None
-        doubled = self.plan.candidate.probing()
+        doubled = self.plan.candidate.doubled()
         probed, better = None, doubled
         if accuracy.serial or self.plan.exact:
             if self.plan.rho:  # doubled iterations are run for ρ only, and the step's gradient is the exact one

@@ -70,7 +70,7 @@ class StepLog:
         """Return the next steps: about a second's worth, ending at the next probe, evaluation, checkpoint, change of accuracy, or `end`."""
         config, chunk = self.config, []
         for n in range(step, min(end, step + max(1, min(MAX_CHUNK, int(CHUNK_S / self.step_s))))):
-            probe = self.controller.probe(n)
+            probe = self.controller.plan_probe(n)
             accuracy = self.controller.accuracy_at(n)
             chunk.append((n, accuracy, probe))
             due = [every for every in (config.eval.every, config.checkpoint.every) if every and (n + 1) % every == 0]
@@ -186,7 +186,7 @@ class StepLog:
     def _metric(self, stats: StepStats, accuracy: Accuracy, plan: ProbePlan | None) -> dict[str, Any]:
         probed = None if plan is None else plan.candidate.name
         if plan is not None and not accuracy.serial:
-            accuracy = accuracy.probing()
+            accuracy = accuracy.doubled()
         bias: dict[str, Any] = {} if stats.bias is None else asdict(stats.bias)
         return {
             "step": stats.step, "loss": stats.loss, "mode": accuracy.mode, "solve": accuracy.name,
