@@ -56,7 +56,7 @@ def test_a_tour_has_at_most_ten_stops_and_each_is_a_function(title):
 
 
 def test_the_rooms_are_those_that_the_imports_keep_to():
-    assert re.findall(r"^\| `(\w+)` \|", section("The rooms"), re.MULTILINE) == [room for room in ROOMS if not room.startswith("__")]
+    assert re.findall(r"^\| `(\w+)` \|", section("The packages"), re.MULTILINE) == [room for room in ROOMS if not room.startswith("__")]
 
 
 # The site ------------------------------------------------------------------------------------------------------------------------

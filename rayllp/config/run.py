@@ -31,7 +31,7 @@ TIMED_STEP = 3
 SWEEPS = ((1, 1), (2, 1), (2, 2), (3, 3))
 """Forward and backward sweeps of the default ladder for windows. One sweep more costs at least a fifth of a step and gains one order."""
 CONSISTENCY = 0.3
-"""Default weight of the consistency penalty in mode adaptive; examples/fidelity.py found it sufficient to start with."""
+"""Default weight of the consistency penalty in mode adaptive; probes move it from there."""
 EXACT_FROM = 0.8
 """Share of the steps after which mode adaptive trains exactly, which removes the effects of biased gradients."""
 EXACT_FROM_WINDOWS = 0.95
