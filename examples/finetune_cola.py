@@ -52,7 +52,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--set", action="append", default=[], dest="overrides", help="of the pretrainings, such as steps=200")
     parser.add_argument("--tune-set", action="append", default=[], help="of the fine-tunings")
-    parser.add_argument("--modes", nargs="+", choices=("serial", "parallel"), default=("serial", "parallel"))
+    parser.add_argument("--modes", nargs="+", choices=("serial", "adaptive", "parallel"), default=("serial", "adaptive"))
     arguments = parser.parse_args()
     output, data = arguments.output.absolute(), arguments.data.absolute()
     output.mkdir(parents=True)
