@@ -54,7 +54,7 @@ def test_initialisations_scale_what_they_name(family):
     def layer(kind):
         config = config_of(family, model={"initialisation": kind})
         architecture = build_architecture(config, RandomBatches(family, "auto").facts)
-        return architecture, architecture.build_layer(0, 2)
+        return architecture, architecture.build(2, 0)
 
     architecture, default = layer("default")
     for kind, factor, names in (

@@ -34,7 +34,7 @@ from rayllp.errors import CheckpointError, DataError, SettingsError
 from rayllp.hf_config import TASKS, count_layers, read_config, transformers_config, with_layers
 from rayllp.models import build_architecture, model_types, refuse_unnamed_code
 from rayllp.models.lora import NAME, save_adapter, stored_name
-from rayllp.models.outline import outline
+from rayllp.models.meta_device import build_on_meta
 from rayllp.models.scaled import model_class, write_scaled
 from rayllp.models.weights import INDEX, names_of_tied
 
@@ -145,7 +145,7 @@ def _export_adapters(run: Path, config: TrainConfig, checkpoint: Path, to: Path)
             raise SettingsError(f"{run} has other layers than {settings.from_pretrained}, which takes no adapters of theirs: add --merge")
     kind = model_class(stored_config["architectures"][0])
     model_config = kind.config_class.from_dict(stored_config)
-    layer = outline(kind, model_config).get_submodule(model_types.layer_names(model_config)[0])
+    layer = build_on_meta(kind, model_config).get_submodule(model_types.layer_names(model_config)[0])
     stored = {name: tensor for name, tensor in _find_tensors(checkpoint).items() if stored_name(name)}
     with _appearing(to) as folder:
         tensors = {name: tensor.read() for name, tensor in stored.items()}

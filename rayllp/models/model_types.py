@@ -16,7 +16,7 @@ from rayllp.errors import CheckpointError, SettingsError
 from rayllp.hf_config import SIZES, TASKS, count_layers, layer_sources, sizes_in, with_sources
 from rayllp.models.families import Family
 from rayllp.models.layer_lists import layer_paths
-from rayllp.models.outline import outline
+from rayllp.models.meta_device import build_on_meta
 
 CLASSES: dict[Task, Mapping[str, Any]] = {task: getattr(auto, TASKS[task].classes) for task in get_args(Task)}
 """Class names by model type, for each task."""
@@ -48,7 +48,7 @@ def layer_names(config: PreTrainedConfig) -> list[str]:
     """Return the full names of a stored model's layers in order; they are the same for all tasks of a model."""
     kind = getattr(transformers, (config.architectures or [""])[0], None)
     kind = kind or next(model_class(config.model_type, task) for task, classes in CLASSES.items() if config.model_type in classes)
-    return layer_paths(outline(kind, config))[0]
+    return layer_paths(build_on_meta(kind, config))[0]
 
 
 def check_type(model_type: str) -> None:

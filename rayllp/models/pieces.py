@@ -16,8 +16,8 @@ from transformers.activations import NewGELUActivation
 from rayllp.config.network import ModelSettings
 from rayllp.errors import SettingsError
 from rayllp.models.lora import check_targets
-from rayllp.models.outline import initialiser, without_values
-from rayllp.models.replay import UncuttableError
+from rayllp.models.meta_device import allocate_empty, initialiser
+from rayllp.models.replay import UnsupportedModelError
 
 
 class Piece(nn.Module):
@@ -52,7 +52,7 @@ def build_piece(model: PreTrainedModel, paths: Sequence[str], bare: frozenset[st
         modules[path]._modules.clear()
     piece = Piece(modules)
     _use_one_operation_gelu(piece)
-    without_values(piece)
+    allocate_empty(piece)
     names = {id(module): name for name, module in piece.named_modules()}
     with torch.no_grad():
         piece.apply(lambda module: initialiser(model, names[id(module)])(module))
@@ -87,7 +87,7 @@ def cover(model: nn.Module, names: Iterable[str], elsewhere: Collection[str]) ->
         elsewhere: modules of other pieces, which are not looked into.
 
     Raises:
-        UncuttableError: a parameter is in no module but the whole model.
+        UnsupportedModelError: a parameter is in no module but the whole model.
     """
     wanted, covered, bare = set(names), list[str](), set[str]()
 
@@ -101,7 +101,7 @@ def cover(model: nn.Module, names: Iterable[str], elsewhere: Collection[str]) ->
         own = {f"{path}.{name}".lstrip(".") for name, p in module._parameters.items() if p is not None}
         if own & wanted:
             if not path:
-                raise UncuttableError(f"the parameters {sorted(own & wanted)} are in no module but the whole model")
+                raise UnsupportedModelError(f"the parameters {sorted(own & wanted)} are in no module but the whole model")
             covered.append(path)
             bare.add(path)
         for name, child in module.named_children():
@@ -116,7 +116,7 @@ def refuse_shared(aliases: Iterable[Sequence[str]], layers: Sequence[str]) -> No
     for group in aliases:
         owners = {next((path for path in layers if is_within(name, (path,))), None) for name in group}
         if len(owners) > 1:
-            raise UncuttableError(f"its layers share a parameter: {group[0]} is {group[1]}")
+            raise UnsupportedModelError(f"its layers share a parameter: {group[0]} is {group[1]}")
 
 
 def check_trained(model: nn.Module, pieces: Iterable[str], layers: Iterable[str], settings: ModelSettings) -> None:

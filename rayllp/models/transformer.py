@@ -15,7 +15,7 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig
 
 from rayllp.channel.base import StateSpec
 from rayllp.config import TrainConfig
@@ -26,14 +26,14 @@ from rayllp.models import model_types
 from rayllp.models.base import Architecture
 from rayllp.models.examination import examine
 from rayllp.models.families import Family
+from rayllp.models.generation_cache import GenerationCache
 from rayllp.models.layer_lists import layer_paths
 from rayllp.models.lora import add_adapters
+from rayllp.models.meta_device import build_on_meta
 from rayllp.models.metrics import Metric, metric_of
-from rayllp.models.outline import outline
-from rayllp.models.past import Past
 from rayllp.models.pieces import Piece, build_piece, check_trained, cover, find_aliases, find_ties, is_within, refuse_shared
 from rayllp.models.randomness import seeded
-from rayllp.models.replay import Call, EncoderOutput, ExtraOutput, Replay, UncuttableError, state_of
+from rayllp.models.replay import Call, EncoderOutput, ExtraOutput, Replay, UnsupportedModelError, state_of
 from rayllp.models.shared_bias import TABLE, SharedBias
 from rayllp.models.weights import open_weights
 from rayllp.state import State, like, tensors
@@ -49,7 +49,7 @@ class Context:
 
     inputs: Inputs
     calls: list[Call]
-    past: Past | None = None
+    past: GenerationCache | None = None
 
 
 class Transformer(Architecture):
@@ -71,7 +71,7 @@ class Transformer(Architecture):
         aliases: groups of full names that denote the same parameter.
 
     Raises:
-        UncuttableError: the model cannot be cut into layers; the message says why.
+        UnsupportedModelError: the model cannot be cut into layers; the message says why.
     """
 
     family = Family()
@@ -90,7 +90,7 @@ class Transformer(Architecture):
         config._attn_implementation = "sdpa" if self.model_class._supports_sdpa else "eager"
         if settings.dtype == "float64":
             config._experts_implementation = "eager"  # the grouped implementation does not support float64
-        self.model = _outline(self.model_class, config)
+        self.model = build_on_meta(self.model_class, config)
         self.aliases = find_aliases(self.model)
         self.stochastic = True if settings.model.dropout > 0 else None  # None: find out, as types may draw more than dropout
         self.weights = open_weights(self.model, pretrained, settings)
@@ -132,12 +132,12 @@ class Transformer(Architecture):
         name = f"{self.config.model_type} ({type(self.model).__name__})"
         try:
             return self._examine()
-        except UncuttableError as error:
-            raise UncuttableError(f"model {name} cannot be cut into layers: {error}; choose another model.architecture") from None
+        except UnsupportedModelError as error:
+            raise UnsupportedModelError(f"model {name} cannot be cut into layers: {error}; choose another model.architecture") from None
         except SettingsError:
             raise
         except Exception as error:  # a model that needs other inputs may raise anything
-            raise UncuttableError(
+            raise UnsupportedModelError(
                 f"model {name} could not be run on {self.settings.model.task} inputs ({type(error).__name__}: {error}): choose another "
                 "model.architecture or model.head"
             ) from error
@@ -145,32 +145,32 @@ class Transformer(Architecture):
     def _examine(self) -> list[str]:
         paths, self.encoder_layers = layer_paths(self.model)
         if len(paths) != self.layers:
-            raise UncuttableError(f"its list has {len(paths)} layers, and model.layers is {self.layers}")
+            raise UnsupportedModelError(f"its list has {len(paths)} layers, and model.layers is {self.layers}")
         self.replay = Replay(self.model, paths, self.encoder_layers, self.arguments)
         with seeded("examine"):
-            self.examined = examined = examine(self.replay, self._some_inputs(), lambda n: self._trial_layer(paths[n]), torch.float32)
+            self.analysis = analysis = examine(self.replay, self._some_inputs(), lambda n: self._trial_layer(paths[n]), torch.float32)
         self.biases = self._shared_biases(paths)
-        if not examined.residual:
+        if not analysis.residual:
             self._refuse_steps()
-        both = examined.embed & examined.head
+        both = analysis.embed & analysis.head
         if both:
-            raise UncuttableError(f"its embedding and its head both read {', '.join(sorted(both))}")
+            raise UnsupportedModelError(f"its embedding and its head both read {', '.join(sorted(both))}")
         refuse_shared(self.aliases, paths)
         self.common_paths = (
-            *(self.replay.encoder_output_modules if examined.encoder_output else ()),
+            *(self.replay.encoder_output_modules if analysis.encoder_output else ()),
             *(bias.table for _, bias in self.biases),
         )
         # Parameters that nothing depends on, or that are not trained, go with a piece too, so that exports have them.
         elsewhere = (*paths, *self.common_paths)
         rest = {name for name, _ in self.model.named_parameters() if not is_within(name, elsewhere)}
-        rest = {name for name in rest if not self._names_of(name) & (examined.embed | examined.head)}
-        owners = {name.rpartition(".")[0] for name in examined.embed}
+        rest = {name for name in rest if not self._names_of(name) & (analysis.embed | analysis.head)}
+        owners = {name.rpartition(".")[0] for name in analysis.embed}
         beside = {name for name in rest if name.rpartition(".")[0] in owners}
-        self.embed_paths, bare_embed = cover(self.model, examined.embed | beside, elsewhere)
-        self.head_paths, bare_head = cover(self.model, examined.head | (rest - beside), elsewhere)
+        self.embed_paths, bare_embed = cover(self.model, analysis.embed | beside, elsewhere)
+        self.head_paths, bare_head = cover(self.model, analysis.head | (rest - beside), elsewhere)
         self.bare = bare_embed | bare_head
         if split := set(self.embed_paths) & set(self.head_paths):
-            raise UncuttableError(f"its embedding and its head both read parameters of {', '.join(sorted(split))}")
+            raise UnsupportedModelError(f"its embedding and its head both read parameters of {', '.join(sorted(split))}")
         return paths
 
     def _names_of(self, name: str) -> set[str]:
@@ -179,13 +179,13 @@ class Transformer(Architecture):
 
     def _shared_biases(self, paths: list[str]) -> list[tuple[range, SharedBias]]:
         """Return the bias that the layers of each list share, with the range of these layers' numbers."""
-        calls, biases = self.examined.extra_arguments, []
+        calls, biases = self.analysis.extra_arguments, []
         for part in (range(self.encoder_layers), range(self.encoder_layers, len(paths))):
             if not any(isinstance(value, ExtraOutput) for n in part for _, value in calls[n].values()):
                 continue
             bias = SharedBias.find(self.model, [paths[n] for n in part], [calls[n] for n in part])
             if bias is None:
-                raise UncuttableError("a layer reads what an earlier one makes beside the state")
+                raise UnsupportedModelError("a layer reads what an earlier one makes beside the state")
             biases.append((part, bias))
         return biases
 
@@ -209,7 +209,7 @@ class Transformer(Architecture):
 
     def embed(self) -> nn.Module:
         """Build the embedding; parameters that the first state does not depend on are frozen."""
-        return self._frozen_but(self._build_filled(self.embed_paths), self.examined.embed)
+        return self._frozen_but(self._build_filled(self.embed_paths), self.analysis.embed)
 
     def layer(self, index: int) -> nn.Module:
         """Build a layer, with adapters if LoRA is set; its weights are rescaled by `model.initialisation` unless a checkpoint has it.
@@ -229,7 +229,7 @@ class Transformer(Architecture):
 
     def head(self) -> nn.Module:
         """Build the head; parameters that the outputs do not depend on are frozen."""
-        return self._frozen_but(self._build_filled(self.head_paths), self.examined.head)
+        return self._frozen_but(self._build_filled(self.head_paths), self.analysis.head)
 
     def common(self) -> nn.Module | None:
         """Build the modules that several layers use; None if there are none."""
@@ -290,7 +290,7 @@ class Transformer(Architecture):
 
     # Calls ----------------------------------------------------------------------------------------------------------------------
 
-    def arguments(self, inputs: Inputs, past: Past | None = None) -> dict[str, Any]:
+    def arguments(self, inputs: Inputs, past: GenerationCache | None = None) -> dict[str, Any]:
         """Return the model's keyword arguments for a batch; with a cache of generation, only the tokens that it does not hold."""
         parts, pad = tensors(inputs), self.facts.pad
         if self.settings.model.task == "images":
@@ -330,21 +330,21 @@ class Transformer(Architecture):
             ids[ids == self.facts.pad] = (self.facts.pad + 1) % self.facts.vocabulary
         if self.settings.data.documents == "packed":
             if "position_ids" not in self._takes:
-                raise UncuttableError("it takes no positions, and data.documents=packed begins them anew with every text")
+                raise UnsupportedModelError("it takes no positions, and data.documents=packed begins them anew with every text")
             return ids, torch.arange(length).expand_as(ids)
         return (ids, ids) if self.encoder_layers else ids
 
     def kind(self, index: int) -> Hashable:
         """Return the layer's kind: equal for layers that the model calls alike and whose modules are alike."""
-        number = self.examined.kinds[index]
+        number = self.analysis.kinds[index]
         if not self.encoder_layers:
             return number
         half, first = ("encoder", 0) if index < self.encoder_layers else ("decoder", self.encoder_layers)
-        return half if number == self.examined.kinds[first] else f"{half} of another kind, {number},"
+        return half if number == self.analysis.kinds[first] else f"{half} of another kind, {number},"
 
-    def past(self) -> Past | None:
+    def past(self) -> GenerationCache | None:
         """Return an empty cache of keys and values; None if the model takes no cache."""
-        return None if self._cache_argument is None else Past(has_encoder=bool(self.encoder_layers))
+        return None if self._cache_argument is None else GenerationCache(has_encoder=bool(self.encoder_layers))
 
     def state_spec(self, inputs: Inputs, dtype: torch.dtype, device: torch.device) -> StateSpec:
         """Return the shapes that the model's own forward makes from these inputs."""
@@ -352,7 +352,7 @@ class Transformer(Architecture):
             states = self.replay.first_state(inputs, {}, dtype, training=False)
         return StateSpec(tuple(state.shape for state in states), (dtype,) * len(states), device, bare=len(states) == 1)
 
-    def context(self, inputs: Inputs, dtype: torch.dtype, past: Past | None = None) -> Context:
+    def context(self, inputs: Inputs, dtype: torch.dtype, past: GenerationCache | None = None) -> Context:
         """Find out how each layer is called for these inputs."""
         return Context(inputs, self.replay.calls(inputs, dtype, past), past)
 
@@ -396,13 +396,3 @@ class Transformer(Architecture):
             return inputs
         last = [part[:, -state.shape[1] :] for part in tensors(inputs)]
         return like(inputs, (tensors(inputs)[0], *last[1:]) if self.encoder_layers else tuple(last))
-
-
-def _outline(kind: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
-    try:
-        return outline(kind, config)
-    except Exception as error:  # sizes that contradict each other fail wherever a model first uses them
-        raise SettingsError(
-            f"transformers cannot make a {kind.__name__} of these sizes ({type(error).__name__}: {error}): set model.config_overrides, or "
-            "start from a checkpoint (model.from_pretrained)"
-        ) from error

@@ -18,7 +18,7 @@ from rayllp.config import TrainConfig
 from rayllp.errors import CheckpointError
 from rayllp.hf_config import LISTED, count_layers, layer_sources, with_layers
 from rayllp.models.layer_lists import layer_paths
-from rayllp.models.outline import outline
+from rayllp.models.meta_device import build_on_meta
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
@@ -201,7 +201,7 @@ def open_weights(model: PreTrainedModel, stored: Mapping[str, Any] | None, setti
         return PretrainedWeights.open(source, model)
     sources = layer_sources(layers, stored_layers, buffers.open, buffers.close)
     whole = {name: stored[name] for name in LISTED if name in stored}
-    there = outline(type(model), type(model.config).from_dict({**with_layers(model.config.to_dict(), stored_layers), **whole}))
+    there = build_on_meta(type(model), type(model.config).from_dict({**with_layers(model.config.to_dict(), stored_layers), **whole}))
     weights, paths = PretrainedWeights.open(source, there), layer_paths(there)[0]
     weights.moved = {path: paths[n] for path, n in zip(layer_paths(model)[0], sources, strict=True)}
     return weights
