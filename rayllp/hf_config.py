@@ -17,7 +17,7 @@ SIZES = {
     "encoder_layers": ("encoder_layers",),
 }
 """Names that transformers' configurations have for our settings of the model."""
-LAYERS = ("num_hidden_layers", "n_layer")
+LAYERS = ("num_hidden_layers", "n_layer", "n_layers")
 """Names that configurations have for the number of layers."""
 LISTED = ("layer_types", "mlp_layer_types")
 """Entries that are lists with an item for each layer."""

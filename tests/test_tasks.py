@@ -79,13 +79,13 @@ def test_words_are_learned_the_best_checkpoint_stays_and_a_switch_comes_at_its_s
 def test_a_family_of_the_users_own_trains_on_ray_and_is_exported(tmp_path):
     (tmp_path / "text.txt").write_text("the dog sat on the mat\n" * 200)
     config = config_of(
-        model={"family": "tests.test_models:Qwen2"}, data={"path": str(tmp_path / "text.txt")}, steps=3, eval={"sample": 0}
+        model={"family": "tests.test_models:QWEN2"}, data={"path": str(tmp_path / "text.txt")}, steps=3, eval={"sample": 0}
     )  # fmt: skip
     run = rayllp.train(config, output=tmp_path / "run").directory
-    folder = export(run, tmp_path / "model", family="tests.test_models:Qwen2")  # named anew: a run's own settings import no code
+    folder = export(run, tmp_path / "model", family="tests.test_models:QWEN2")  # named anew: a run's own settings import no code
     assert type(load_scaled(folder)).__name__ == "Qwen2ForCausalLM"
-    with pytest.raises(SettingsError, match=r"'tests.test_models:Qwen3'.* this process can import"):
-        rayllp.train(config_of(model={"family": "tests.test_models:Qwen3"}))
+    with pytest.raises(SettingsError, match=r"'tests.test_models:QWEN3'.* this process can import"):
+        rayllp.train(config_of(model={"family": "tests.test_models:QWEN3"}))
 
 
 def test_a_translation_run_ends_with_bleu(tmp_path):
