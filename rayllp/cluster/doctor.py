@@ -160,7 +160,8 @@ def _describe_node(mark: Mark | None) -> dict[str, Any]:
     gpus, nccl = _gpus()
     return {
         "time": now, "host": socket.gethostname(), "versions": versions, "gpus": gpus, "nccl": nccl,
-        "shared": "–" if mark is None else mark.look(), "niceness": os.nice(0), "wait_policy": os.environ.get("OMP_WAIT_POLICY", ""),
+        "shared": MISSING if mark is None else mark.check_visible(), "niceness": os.nice(0),
+        "wait_policy": os.environ.get("OMP_WAIT_POLICY", ""),
     }  # fmt: skip
 
 
