@@ -2,29 +2,67 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rayllp.errors import CheckpointError, SettingsError
 
-# Names that transformers' configurations have for our settings.
-NAMES = {
-    "width": ("hidden_size", "n_embd", "d_model"),
+SIZES = {
+    "width": ("hidden_size", "d_model", "n_embd", "dim"),
     "heads": ("num_attention_heads", "n_head", "n_heads", "num_heads", "encoder_attention_heads"),
-    "feed_forward": ("intermediate_size", "n_inner", "encoder_ffn_dim", "d_ff", "ffn_dim"),
+    "feed_forward": ("intermediate_size", "n_inner", "ffn_dim", "d_ff", "ffn_hidden_size", "hidden_dim", "encoder_ffn_dim"),
     "kv_heads": ("num_key_value_heads",),
     "patch_size": ("patch_size",),
     "encoder_layers": ("encoder_layers",),
 }
-TASKS = {
-    "ForCausalLM": "causal", "LMHeadModel": "causal", "ForMaskedLM": "masked", "ForTokenClassification": "words",
-    "ForSequenceClassification": "sentences", "ForImageClassification": "images", "ForConditionalGeneration": "translation",
-}  # fmt: skip
-"""The value of model.head for a stored model, by the ending of its class's name."""
-LAYERS = ("num_hidden_layers", "n_layer")
+"""Names that transformers' configurations have for our settings of the model."""
+LAYERS = ("num_hidden_layers", "n_layer", "n_layers")
 """Names that configurations have for the number of layers."""
 LISTED = ("layer_types", "mlp_layer_types")
 """Entries that are lists with an item for each layer."""
+
+
+@dataclass(frozen=True)
+class TaskNames:
+    """What transformers and peft call a task, and how its data use a tokenizer.
+
+    Attributes:
+        auto: transformers' auto class.
+        classes: the table of transformers.models.auto.modeling_auto that has the classes of all model types.
+        endings: how the names of these classes end.
+        peft: peft's task type; None if it has none.
+        tokenizer: True if the data are text that a tokenizer has read.
+        framed: True if the data put special tokens around each sentence.
+    """
+
+    auto: str
+    classes: str
+    endings: tuple[str, ...]
+    peft: str | None = None
+    tokenizer: bool = True
+    framed: bool = False
+
+
+TASKS = {
+    "causal": TaskNames("AutoModelForCausalLM", "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", ("ForCausalLM", "LMHeadModel"), "CAUSAL_LM"),
+    "masked": TaskNames("AutoModelForMaskedLM", "MODEL_FOR_MASKED_LM_MAPPING_NAMES", ("ForMaskedLM",), framed=True),
+    "words": TaskNames(
+        "AutoModelForTokenClassification", "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES", ("ForTokenClassification",), "TOKEN_CLS",
+        tokenizer=False,
+    ),
+    "sentences": TaskNames(
+        "AutoModelForSequenceClassification", "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES", ("ForSequenceClassification",), "SEQ_CLS",
+        framed=True,
+    ),
+    "images": TaskNames(
+        "AutoModelForImageClassification", "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES", ("ForImageClassification",), tokenizer=False
+    ),
+    "translation": TaskNames(
+        "AutoModelForSeq2SeqLM", "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES", ("ForConditionalGeneration",), "SEQ_2_SEQ_LM", framed=True
+    ),
+}  # fmt: skip
+"""By the values of model.head."""
 
 
 def read_config(source: str) -> dict[str, Any]:
@@ -109,6 +147,14 @@ def with_sources(config: Mapping[str, Any], sources: Sequence[int]) -> dict[str,
     return {**config, **listed, **{name: len(sources) for name in LAYERS if name in config}}
 
 
+def sizes_in(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the sizes that a transformers configuration has, by the names of our settings of the model."""
+    found = {ours: next((config[name] for name in names if config.get(name) is not None), None) for ours, names in SIZES.items()}
+    if config.get("num_decoder_layers"):  # T5's
+        found["encoder_layers"] = config["num_layers"]
+    return {name: size for name, size in {**found, "layers": count_layers(config)}.items() if size is not None}
+
+
 def with_layers(config: Mapping[str, Any], layers: int) -> dict[str, Any]:
     """Return a transformers configuration with `layers` layers. The number is set under the name that the configuration has for it."""
     listed = {name for name in LISTED if config.get(name) is not None and len(config[name]) != layers}  # derived if it is missing
@@ -125,23 +171,20 @@ def _kind_of(config: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, s
         return {}
     found = {"architecture": str(config.get("model_type", ""))}
     stored = str((config.get("architectures") or [""])[0])
-    return found | next(({"head": task} for ending, task in TASKS.items() if stored.endswith(ending)), {})
+    return found | next(({"head": task} for task, names in TASKS.items() if stored.endswith(names.endings)), {})
 
 
 def with_pretrained_sizes(values: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return `values` with the sizes, Δt and buffers of model.from_pretrained wherever the user has set none."""
     model = values.get("model")
     source = model.get("from_pretrained") if isinstance(model, Mapping) else None
-    if not source or not isinstance(model, Mapping) or {"layers", "width", "heads", *NAMES} <= set(model):
+    if not source or not isinstance(model, Mapping) or {"layers", "width", "heads", *SIZES} <= set(model):
         return values  # a run's own config.yaml has all of them, and its checkpoint may be gone
     stored = read_config(str(source))
     config = transformers_config(stored)
-    found = {ours: next((config[name] for name in names if config.get(name) is not None), None) for ours, names in NAMES.items()}
-    layers = count_layers(config)
-    sizes = {name: size for name, size in {**found, "layers": layers}.items() if size is not None}
+    sizes = sizes_in(config)
+    layers = sizes.get("layers")
     steps = stored.get("steps") or {"step": {"middle": 1.0, "buffer": 1.0}, "buffers": {"open": 0, "close": 0}}
-    if config.get("num_decoder_layers"):  # T5's
-        sizes["encoder_layers"] = config["num_layers"]
     sizes |= _kind_of(config, model)
     given = {group: dict(values.get(group) or {}) for group in ("step", "buffers")}
     merged = {group: {**steps[group], **given[group]} for group in given}

@@ -123,7 +123,7 @@ def _process(work, rank, size, folder, outcomes, heard, arguments):
 def run_processes(size, work, *arguments):
     """Run `work(rank, size, *arguments)` in `size` Gloo processes; results by rank."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["rayllp.engine", "rayllp.models.presets", "rayllp.channel.torch_dist"])
+    context.set_forkserver_preload(["rayllp.engine", "rayllp.models.transformer", "rayllp.channel.torch_dist"])
     outcomes, heard, results = context.Queue(), context.Event(), {}
     with tempfile.TemporaryDirectory() as folder:
         processes = [

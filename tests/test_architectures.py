@@ -119,6 +119,23 @@ def test_a_model_that_cannot_be_cut_is_refused_with_the_reason(kind, reason):
         build_architecture(config_of("causal", kind, 1, "serial"), Random("causal").facts)
 
 
+def test_a_checkpoint_says_its_sizes_by_whatever_names_its_type_has(tmp_path):
+    transformers.DistilBertConfig(dim=24, n_heads=2, hidden_dim=40, n_layers=3, architectures=["DistilBertForMaskedLM"]).save_pretrained(
+        tmp_path
+    )
+    model = make_config({"model": {"from_pretrained": str(tmp_path)}, "mode": "serial", "buffers": {"open": 0, "close": 0}}).model
+    assert (model.architecture, model.head) == ("distilbert", "masked")
+    assert (model.layers, model.width, model.heads, model.feed_forward) == (3, 24, 2, 40)
+
+
+def test_a_size_that_contradicts_the_checkpoint_is_refused(tmp_path):
+    architecture = build_architecture(config_of("causal", "llama", 1, "serial"), Random("causal").facts)
+    architecture.model_class(architecture.config).save_pretrained(tmp_path)
+    config = make_config({"model": {"from_pretrained": str(tmp_path), "width": 64}, "workers": 1, "mode": "serial"})
+    with pytest.raises(CheckpointError, match=r"has width 32, but model.width is 64: leave the setting out"):
+        build_architecture(config, Random("causal").facts)
+
+
 def test_sizes_that_a_type_cannot_have():
     with pytest.raises(SettingsError, match=r"cannot make a configuration of mamba2"):
         build_architecture(tiny(model={"architecture": "mamba2"}), Random("causal").facts)

@@ -26,7 +26,7 @@ from rayllp.engine import Engine
 from rayllp.errors import CheckpointError, DataError, SettingsError
 from rayllp.hf_config import with_layers
 from rayllp.models import build_architecture, weights
-from rayllp.models.scaled import ScaledModel
+from rayllp.models.scaled import load_scaled
 from rayllp.models.weights import PretrainedWeights
 from rayllp.report import RunDirectory
 from rayllp.training import prepare
@@ -68,9 +68,8 @@ def trained(config, path, steps=1):
 
 
 def load(family, head, folder, scaled=False):
-    kind = ScaledModel if scaled else AUTO[head if head == "sentences" else family]
-    options = {"output_loading_info": True}
-    model, info = kind.from_pretrained(folder, **options)
+    load_model = load_scaled if scaled else AUTO[head if head == "sentences" else family].from_pretrained
+    model, info = load_model(folder, output_loading_info=True)
     assert not any(info[name] for name in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
     return model.eval()
 
@@ -551,7 +550,7 @@ def test_layers_that_a_checkpoints_do_not_make_are_refused(tmp_path):
 def test_a_checkpoint_of_another_kind_of_model_is_refused(tmp_path):
     trained(config_of("gpt2"), tmp_path / "run")
     folder = export(tmp_path / "run", tmp_path / "model")
-    with pytest.raises(SettingsError, match=r"is a gpt2, but the family's model is a llama: set model.family"):
+    with pytest.raises(SettingsError, match=r"is a gpt2, and model.family llama is a llama: leave that out"):
         make(config_of("llama", model={"from_pretrained": str(folder)}), LocalChannel.alone())
 
 
@@ -617,12 +616,12 @@ def test_scaled_model_refuses(tmp_path):
     trained(config_of("gpt2"), tmp_path / "run")
     plain = export(tmp_path / "run", tmp_path / "plain")
     with pytest.raises(CheckpointError, match="plain transformers model of type gpt2, without step sizes"):
-        ScaledModel.from_pretrained(plain)
+        load_scaled(plain)
     (plain / "config.json").unlink()
     with pytest.raises(CheckpointError, match=r"no config\.json that can be read"):
-        ScaledModel.from_pretrained(plain)
+        load_scaled(plain)
     with pytest.raises(CheckpointError, match="neither a folder"):
-        ScaledModel.from_pretrained(tmp_path / "nowhere")
+        load_scaled(tmp_path / "nowhere")
     trained(config_of("gpt2", step={"middle": 0.5}), tmp_path / "half")
     scaled = export(tmp_path / "half", tmp_path / "scaled")
     values = json.loads((scaled / "config.json").read_text())
@@ -633,7 +632,7 @@ def test_scaled_model_refuses(tmp_path):
     ):
         (scaled / "config.json").write_text(json.dumps(values | change))
         with pytest.raises(CheckpointError, match=message):
-            ScaledModel.from_pretrained(scaled)
+            load_scaled(scaled)
 
 
 def test_nothing_pretrained_has_nothing():

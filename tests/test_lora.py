@@ -88,7 +88,7 @@ def test_what_matches_nothing_is_refused_with_what_there_is():
     with pytest.raises(SettingsError, match=r"model.train has 'h.\*', which matches no parameter: there are model.embed_tokens.weight"):
         build_architecture(with_model("qwen3", train=["h.*"]), facts)
     with pytest.raises(CheckpointError, match=r"no adapter_model.safetensors there"):
-        build_architecture(with_model("qwen3", lora={"from_pretrained": "nowhere"}), facts).build_layer(0, 0)
+        build_architecture(with_model("qwen3", lora={"from_pretrained": "nowhere"}), facts).build(0, 0)
 
 
 def test_adapters_out_merged_or_not_and_in_again(tmp_path):

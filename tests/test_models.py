@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from rayllp.channel import LocalChannel, run_workers
 from rayllp.channel.base import ChannelWrapper
@@ -13,36 +13,33 @@ from rayllp.data import Facts
 from rayllp.engine import Engine
 from rayllp.engine.generation import continue_text, remembers, translate
 from rayllp.errors import CheckpointError
-from rayllp.models import FAMILIES, LayerStack, build_architecture, register
+from rayllp.models import FAMILIES, Family, LayerStack, build_architecture, register
 from rayllp.models.metrics import Confusion
-from rayllp.models.presets import Llama
 from rayllp.state import tensors
 from tests.conftest import tiny
 from tests.test_engine import ENOUGH, SERIAL
 from tests.test_families import PAD, RandomBatches, config_of, make, ours, theirs
 
-
-class Qwen2(Llama):
-    """A family that rayllp does not know: Llama with biased projections, from transformers' own modules."""
-
-    model_class = Qwen2ForCausalLM
-
-    @classmethod
-    def config_of(cls, settings, facts):
-        values = Llama.config_of(settings, facts).to_dict()
-        names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
-        return Qwen2Config(**{name: values[name] for name in (*names, "max_position_embeddings", "tie_word_embeddings")})
+QWEN2 = Family(
+    "qwen2",
+    residual_outputs=("self_attn.o_proj", "mlp.down_proj"),
+    inner=("self_attn.v_proj", "mlp.up_proj"),
+    fields={"rms_norm_eps": 0.01},
+)
+"""A family that rayllp does not know: Llama with biased projections."""
 
 
-def test_a_family_added_from_outside_is_trained_like_the_others():
-    register("qwen2", f"{__name__}:Qwen2")
+@pytest.mark.parametrize("named", ["registered", "by module"])
+def test_a_family_added_from_outside_is_trained_like_the_others(named):
+    register("qwen2", QWEN2)
     try:
-        config = config_of("qwen2", workers=2)
+        config = config_of("qwen2" if named == "registered" else f"{__name__}:QWEN2", workers=2)
         gradients, weights, outputs, loss = ours(config, ENOUGH)
         model, wanted_outputs, wanted_loss = theirs(config, weights)
     finally:
         del FAMILIES["qwen2"]
     assert "model.layers.3.self_attn.q_proj.bias" in gradients
+    assert (model.config.max_position_embeddings, model.config.rms_norm_eps) == (10, 0.01)
     torch.testing.assert_close(outputs, wanted_outputs, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(loss, wanted_loss, rtol=1e-9, atol=1e-9)
     for name, parameter in model.named_parameters():
@@ -57,18 +54,18 @@ def test_initialisations_scale_what_they_name(family):
     def layer(kind):
         config = config_of(family, model={"initialisation": kind})
         architecture = build_architecture(config, RandomBatches(family, "auto").facts)
-        return architecture, architecture.build_layer(0, 2)
+        return architecture, architecture.build(2, 0)
 
     architecture, default = layer("default")
     for kind, factor, names in (
-        ("deep", math.sqrt(math.log(16)), (*architecture.outputs, *architecture.inner)),
-        ("scaled", 1 / 4, architecture.outputs),
+        ("deep", math.sqrt(math.log(16)), (*architecture.family.residual_outputs, *architecture.family.inner)),
+        ("scaled", 1 / 4, architecture.family.residual_outputs),
     ):
         changed = layer(kind)[1]
         if (family, kind) == ("gpt2", "scaled"):  # transformers' own is that already
             factor = 1
         for name in names:
-            torch.testing.assert_close(architecture.weight_of(changed, name), architecture.weight_of(default, name) * factor)
+            torch.testing.assert_close(architecture.scaled_weight(changed, name), architecture.scaled_weight(default, name) * factor)
         same = [n for n, p in default.named_parameters() if torch.equal(p, changed.get_parameter(n))]
         assert len(same) >= 4
 
@@ -304,7 +301,5 @@ def test_a_table_that_is_filled_up_keeps_its_size(tmp_path):
     assert built.transformers_config()["vocab_size"] == 128
     again = build_architecture(config, Facts(vocabulary=100), built.transformers_config())  # a run that goes on
     assert again.transformers_config()["vocab_size"] == 128
-    with pytest.raises(
-        CheckpointError, match=r"model.embed_tokens.weight is \(128, 8\) there and \(60, 8\) in this model: .*data.tokenizer"
-    ):
+    with pytest.raises(CheckpointError, match=r"has 60 tokens, and the embedding of model.from_pretrained 128 rows: .*set data.tokenizer"):
         build_architecture(config, Facts(vocabulary=60))

@@ -23,7 +23,7 @@ from rayllp.config.nested import stage_at, stage_of_depth, stages
 from rayllp.control import Accuracy
 from rayllp.engine import Engine
 from rayllp.errors import CheckpointError, SettingsError
-from rayllp.models.scaled import ScaledModel
+from rayllp.models.scaled import load_scaled
 from rayllp.report import RunDirectory
 from rayllp.report.buffers import show_suggestion
 from rayllp.training.prepare import validate
@@ -326,7 +326,7 @@ def test_an_interrupted_run_goes_on_in_its_stage_to_the_same_weights(deepened, s
 @pytest.mark.parametrize(("step", "layers", "size"), [(4, 6, 0.5), (8, 8, 0.25), (12, 12, 0.125)])
 def test_an_export_has_the_depth_of_its_checkpoint(deepened, step, layers, size, tmp_path):
     config, run = deepened
-    model = ScaledModel.from_pretrained(export(run, tmp_path / "model", step)).eval()
+    model = load_scaled(export(run, tmp_path / "model", step)).eval()
     assert model.config.n_layer == layers
     assert model.config.scaled["step_sizes"] == [1.0, 1.0, *[size] * (layers - 4), 1.0, 1.0]
     engine = make_engine(stage_of_depth(config, layers).config.model_copy(update={"workers": 1}))

@@ -10,7 +10,7 @@ from rayllp.checkpoint import checkpoints
 from rayllp.checkpoint.export import export
 from rayllp.config import make_config
 from rayllp.errors import SettingsError
-from rayllp.models.scaled import ScaledModel
+from rayllp.models.scaled import load_scaled
 from tests.conftest import merge
 
 pytestmark = pytest.mark.usefixtures("kept_workers")
@@ -79,13 +79,13 @@ def test_words_are_learned_the_best_checkpoint_stays_and_a_switch_comes_at_its_s
 def test_a_family_of_the_users_own_trains_on_ray_and_is_exported(tmp_path):
     (tmp_path / "text.txt").write_text("the dog sat on the mat\n" * 200)
     config = config_of(
-        model={"family": "tests.test_models:Qwen2"}, data={"path": str(tmp_path / "text.txt")}, steps=3, eval={"sample": 0}
+        model={"family": "tests.test_models:QWEN2"}, data={"path": str(tmp_path / "text.txt")}, steps=3, eval={"sample": 0}
     )  # fmt: skip
     run = rayllp.train(config, output=tmp_path / "run").directory
-    folder = export(run, tmp_path / "model", family="tests.test_models:Qwen2")  # named anew: a run's own settings import no code
-    assert type(ScaledModel.from_pretrained(folder)).__name__ == "Qwen2ForCausalLM"
-    with pytest.raises(SettingsError, match=r"'tests.test_models:Qwen3'.* this process can import"):
-        rayllp.train(config_of(model={"family": "tests.test_models:Qwen3"}))
+    folder = export(run, tmp_path / "model", family="tests.test_models:QWEN2")  # named anew: a run's own settings import no code
+    assert type(load_scaled(folder)).__name__ == "Qwen2ForCausalLM"
+    with pytest.raises(SettingsError, match=r"'tests.test_models:QWEN3'.* this process can import"):
+        rayllp.train(config_of(model={"family": "tests.test_models:QWEN3"}))
 
 
 def test_a_translation_run_ends_with_bleu(tmp_path):
@@ -116,7 +116,7 @@ def test_pretraining_is_exported_and_fine_tuned(tmp_path):
     folder = export(run, tmp_path / "model")
     with pytest.raises(ValueError, match="trust_remote_code"):
         AutoModelForMaskedLM.from_pretrained(folder)
-    assert ScaledModel.from_pretrained(folder).config.num_hidden_layers == 8
+    assert load_scaled(folder).config.num_hidden_layers == 8
     tuning = {
         "model": {"family": "bert", "head": "sentences", "from_pretrained": str(folder)},
         "data": {
@@ -129,8 +129,8 @@ def test_pretraining_is_exported_and_fine_tuned(tmp_path):
     assert (config.model.layers, config.model.width, config.middle_step, config.buffers.open) == (8, 16, 1 / 8, 0)
     result = rayllp.train(config, output=tmp_path / "tuned")
     assert result.metrics["matthews"] > 0.9
-    with pytest.raises(SettingsError, match=r"is a roberta-prelayernorm, but the family's model is a vit"):
+    with pytest.raises(SettingsError, match=r"is a roberta-prelayernorm, and model.family vit is a vit"):
         rayllp.train(make_config(merge(tuning, {"model": {"head": "auto", "family": "vit"}, "data": {"path": None}})))
     (folder / "config.json").write_text(json.dumps({"model_type": "roberta"}))
-    with pytest.raises(SettingsError, match=r"roberta is post-LN.*model.family=bert"):
+    with pytest.raises(SettingsError, match=r"is a roberta, and model.family bert is a roberta-prelayernorm"):
         rayllp.train(make_config(merge(tuning, {"model": {"layers": 8, "width": 16, "heads": 2}})))

@@ -93,7 +93,7 @@ def theirs(config: TrainConfig, folder: Path, threads: int) -> None:
 
             architecture = build_architecture(config, data.facts)
             for n in range(architecture.layers):
-                stored = {architecture.prefix(n) + name: p for name, p in architecture.build_layer(config.seed, n).named_parameters()}
+                stored = {architecture.prefix(n) + name: p for name, p in architecture.build(n, config.seed).named_parameters()}
                 for name, parameter in model.named_parameters():
                     ours_ = stored.get(name.removeprefix("base_model.model."))
                     if ours_ is not None and "lora_" in name:

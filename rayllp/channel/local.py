@@ -39,9 +39,7 @@ class _Shared:
         self.queues = _Queues()
         self.sums = _Queues()
         self.barrier = threading.Barrier(size)
-        self.slots: list[Tensor | None] = [None] * size
-        self.states: list[State | None] = [None] * size
-        self.parts: list[list[Tensor]] = [[] for _ in range(size)]
+        self.slots: list[Any] = [None] * size
 
 
 class LocalChannel(Channel):
@@ -76,14 +74,6 @@ class LocalChannel(Channel):
     def arrived(self, spec: StateSpec, source: int) -> bool:
         return not self._shared.queues[source, self.rank].empty()
 
-    def all_reduce(self, tensor: Tensor, tag: MessageTag) -> Tensor:
-        shared = self._shared
-        shared.slots[self.rank] = tensor.clone()
-        self._barrier(tag)
-        total = torch.stack([slot for slot in shared.slots if slot is not None]).sum(0)
-        self._barrier(tag)
-        return tensor.copy_(total)
-
     def begin_all_reduce(self, tensor: Tensor, tag: MessageTag) -> "_LocalReduction":
         given = tensor.clone()
         for other in range(self.size):
@@ -92,18 +82,17 @@ class LocalChannel(Channel):
         return _LocalReduction(self._shared, self.rank, tensor, tag)
 
     def all_gather(self, state: State, spec: StateSpec, tag: MessageTag) -> list[State]:
-        shared = self._shared
-        shared.states[self.rank] = detach(state)
-        self._barrier(tag)
-        found = [other for other in shared.states if other is not None]
-        self._barrier(tag)
-        return found
+        return self._share(detach(state), tag)
 
     def all_to_all(self, parts: Sequence[Tensor], tag: MessageTag) -> list[Tensor]:
+        return [theirs[self.rank] for theirs in self._share([part.clone() for part in parts], tag)]
+
+    def _share(self, value: T, tag: MessageTag) -> list[T]:
+        """Return what every worker gives to this collective, in order of rank."""
         shared = self._shared
-        shared.parts[self.rank] = [part.clone() for part in parts]
+        shared.slots[self.rank] = value
         self._barrier(tag)
-        found = [theirs[self.rank] for theirs in shared.parts]
+        found = list(shared.slots)
         self._barrier(tag)
         return found
 

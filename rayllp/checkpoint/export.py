@@ -31,10 +31,10 @@ from rayllp.data import load_data
 from rayllp.data.special import SpecialTokens
 from rayllp.data.tokenizer import SENTENCEPIECE_ENDINGS, make_tokenizer
 from rayllp.errors import CheckpointError, DataError, SettingsError
-from rayllp.hf_config import count_layers, read_config, transformers_config, with_layers
-from rayllp.models import architecture_class, build_architecture, refuse_unnamed_code
+from rayllp.hf_config import TASKS, count_layers, read_config, transformers_config, with_layers
+from rayllp.models import build_architecture, model_types, refuse_unnamed_code
 from rayllp.models.lora import NAME, save_adapter, stored_name
-from rayllp.models.outline import outline
+from rayllp.models.meta_device import build_on_meta
 from rayllp.models.scaled import model_class, write_scaled
 from rayllp.models.weights import INDEX, names_of_tied
 
@@ -43,10 +43,6 @@ DTYPES = {"F32": torch.float32, "F64": torch.float64}
 # mBART has this embedding even if its sides do not share theirs. Neither side reads it then, and no piece of a checkpoint contains it.
 STAND_INS = {"model.shared.weight": "model.encoder.embed_tokens.weight"}
 BASE = ".base_layer.weight"
-PEFT_TASKS = {"causal": "CAUSAL_LM", "translation": "SEQ_2_SEQ_LM", "words": "TOKEN_CLS", "sentences": "SEQ_CLS"}
-WITHOUT_TEXT = ("words", "images")
-FRAMED = ("masked", "sentences", "translation")
-"""Tasks whose data put special tokens around each sentence."""
 
 
 @dataclass(frozen=True)
@@ -149,11 +145,11 @@ def _export_adapters(run: Path, config: TrainConfig, checkpoint: Path, to: Path)
             raise SettingsError(f"{run} has other layers than {settings.from_pretrained}, which takes no adapters of theirs: add --merge")
     kind = model_class(stored_config["architectures"][0])
     model_config = kind.config_class.from_dict(stored_config)
-    layer = outline(kind, model_config).get_submodule(architecture_class(config).layer_paths(model_config, settings.layers)[0])
+    layer = build_on_meta(kind, model_config).get_submodule(model_types.layer_names(model_config)[0])
     stored = {name: tensor for name, tensor in _find_tensors(checkpoint).items() if stored_name(name)}
     with _appearing(to) as folder:
         tensors = {name: tensor.read() for name, tensor in stored.items()}
-        save_adapter(folder, tensors, settings.lora, layer, settings.from_pretrained, PEFT_TASKS.get(settings.task))
+        save_adapter(folder, tensors, settings.lora, layer, settings.from_pretrained, TASKS[settings.task].peft)
 
 
 # Reading the run ----------------------------------------------------------------------------------------------------------------
@@ -196,7 +192,9 @@ def _read_stored_config(run: Path, config: TrainConfig) -> dict[str, Any]:
         made_anew = build_architecture(bare, load_data(bare).facts).transformers_config()
         assert made_anew is not None
         return made_anew
-    return stored if stored.get("architectures") else {**stored, "architectures": [architecture_class(config).model_class.__name__]}
+    if not stored.get("architectures"):
+        stored = {**stored, "architectures": [model_types.model_class(stored["model_type"], config.model.task).__name__]}
+    return stored
 
 
 def _is_scaled(config: TrainConfig) -> bool:
@@ -263,7 +261,7 @@ def _make_tokenizer(run: Path, config: TrainConfig) -> PreTrainedTokenizerBase |
     There is none for bytes, characters and sentencepiece, and none with a warning if the tokenizer is gone.
     """
     name = config.data.tokenizer
-    if config.model.task in WITHOUT_TEXT or name in ("bytes", "characters") or name.endswith(SENTENCEPIECE_ENDINGS):
+    if not TASKS[config.model.task].tokenizer or name in ("bytes", "characters") or name.endswith(SENTENCEPIECE_ENDINGS):
         return None
     try:
         tokenizer = _load_tokenizer(run, config)
@@ -272,7 +270,7 @@ def _make_tokenizer(run: Path, config: TrainConfig) -> PreTrainedTokenizerBase |
         return None
     inner = tokenizer._tokenizer
     backend = inner if isinstance(inner, tokenizers.Tokenizer) else getattr(inner, "backend_tokenizer", None)
-    if config.model.task in FRAMED and isinstance(backend, tokenizers.Tokenizer):
+    if TASKS[config.model.task].framed and isinstance(backend, tokenizers.Tokenizer):
         return _framed(SpecialTokens.of(tokenizer), backend, config)
     return PreTrainedTokenizerFast(tokenizer_object=inner, **_options(config)) if inner is backend else inner
 
@@ -327,9 +325,8 @@ def _options(config: TrainConfig) -> dict[str, Any]:
 
 def _steps(config: TrainConfig, model_config: PreTrainedConfig) -> dict[str, Any]:
     """Return the step sizes and buffers, for which transformers' configuration has no place."""
-    paths = architecture_class(config).layer_paths(model_config, config.model.layers)
     steps = {"step": {"middle": config.middle_step, "buffer": config.step.buffer}, "buffers": config.buffers.model_dump()}
-    return {"step_sizes": list(config.step_sizes), "layers": paths, "steps": steps}
+    return {"step_sizes": list(config.step_sizes), "layers": model_types.layer_names(model_config), "steps": steps}
 
 
 # Writing ------------------------------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ class Mark:
     folder: str
     token: str
 
-    def look(self) -> str:
+    def check_visible(self) -> str:
         """Look for the mark from another host, and leave an answer; return "ok", or a few words about what went wrong."""
         folder = locate(self.folder)
         try:

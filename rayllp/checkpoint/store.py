@@ -7,7 +7,6 @@ nothing is ever unpickled here.
 
 import hashlib
 import json
-import os
 import re
 import threading
 from collections.abc import Mapping, Sequence
@@ -17,7 +16,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load, load_file, save, save_file
+from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from rayllp.channel.base import MessageTag, StateSpec
@@ -109,14 +108,9 @@ class PieceWriter:
 
 def _write_piece(path: Folder, tensors: dict[str, Tensor]) -> dict[str, Any]:
     """Write a file; return its size and checksum."""
-    if not isinstance(path, Path):
-        content = save(tensors)
-        write(path, content)
-        return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-    save_file(tensors, path)
-    with path.open("rb+") as file:
-        os.fsync(file.fileno())
-    return {"bytes": path.stat().st_size, "sha256": _checksum(path)}
+    content = save(tensors)
+    write(path, content)
+    return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
 
 
 def commit(folder: Folder, step: int, files: Mapping[str, Any], extra: Mapping[str, Any], keep: int, best: int | None = None) -> Folder:
@@ -208,8 +202,16 @@ def check_content(path: Folder, files: Mapping[str, Any]) -> None:
     Raises:
         DamagedCheckpointError: the file is missing or altered.
     """
+    checksum = ""
+    if path.is_file():
+        with path.open("rb") as file:
+            checksum = hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
+    _compare(path, checksum, files)
+
+
+def _compare(path: Folder, checksum: str, files: Mapping[str, Any]) -> None:
     facts = files.get(path.name)
-    if facts is not None and (not path.is_file() or _checksum(path) != facts["sha256"]):
+    if facts is not None and checksum != facts["sha256"]:
         raise DamagedCheckpointError(f"{path} is altered (its checksum differs from the manifest's); use an earlier checkpoint")
 
 
@@ -243,9 +245,10 @@ def load_pieces(engine: Engine, folder: Folder, prolongation: Prolongation | Non
 
 def _read_piece(folder: Folder, files: Mapping[str, Any], piece: str) -> dict[str, Tensor]:
     path = folder / f"{piece}.safetensors"
-    check_content(path, files)
     try:
-        return load_file(path) if isinstance(path, Path) else load(path.read_bytes())
+        content = path.read_bytes()
+        _compare(path, hashlib.sha256(content).hexdigest(), files)
+        return load(content)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{folder}: cannot read {piece}.safetensors ({error}); it is of another model or damaged") from None
 
@@ -310,8 +313,3 @@ def _states_at(writer: int, engine: Engine, names: Sequence[str]) -> dict[str, d
     owned = {name: engine.block.parameters[name] for name in names}
     ranges = {name: range(p.numel() if p.requires_grad else 0) for name, p in owned.items()}  # a frozen parameter has no state
     return {name: join_optimizer_state(parts[name], ranges[name], counted=optimizer.counts_steps(p)) for name, p in owned.items()}
-
-
-def _checksum(path: Folder) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]

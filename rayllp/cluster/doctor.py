@@ -18,8 +18,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from rayllp.channel.interfaces import LOOPBACK, ConnectAttempt, Endpoint, explain_unreachable, try_connect, use_interface_of
-from rayllp.channel.timing import Link as TimedLink
-from rayllp.channel.timing import time_messages
+from rayllp.channel.timing import Link, time_messages
 from rayllp.channel.torch_dist import TorchChannel
 from rayllp.checkpoint import locate
 from rayllp.checkpoint.shared import Mark, leave_mark
@@ -61,7 +60,7 @@ class Node:
 
 
 @dataclass(frozen=True)
-class Link:
+class NodeLink:
     """The link between two nodes, or two processes on one: round-trip time of 32 KiB messages, and bandwidth of 8 MiB messages."""
 
     nodes: tuple[str, str]
@@ -75,7 +74,7 @@ class Diagnosis:
     """The result of an examination: `faults` say what to fix, `notes` what to know."""
 
     nodes: list[Node] = field(default_factory=list)
-    links: list[Link] = field(default_factory=list)
+    links: list[NodeLink] = field(default_factory=list)
     faults: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -161,7 +160,8 @@ def _describe_node(mark: Mark | None) -> dict[str, Any]:
     gpus, nccl = _gpus()
     return {
         "time": now, "host": socket.gethostname(), "versions": versions, "gpus": gpus, "nccl": nccl,
-        "shared": "–" if mark is None else mark.look(), "niceness": os.nice(0), "wait_policy": os.environ.get("OMP_WAIT_POLICY", ""),
+        "shared": MISSING if mark is None else mark.check_visible(), "niceness": os.nice(0),
+        "wait_policy": os.environ.get("OMP_WAIT_POLICY", ""),
     }  # fmt: skip
 
 
@@ -259,7 +259,7 @@ class _End:
     def try_connections(self, endpoints: list[Endpoint]) -> list[ConnectAttempt]:
         return [try_connect(endpoint) for endpoint in endpoints]
 
-    def measure(self, rank: int, own: str, at: tuple[str, int], backend: str) -> TimedLink | None:
+    def measure(self, rank: int, own: str, at: tuple[str, int], backend: str) -> Link | None:
         """Measure the times of a small and of a large message; return them on rank 0."""
         import torch
         import torch.distributed as dist
@@ -275,7 +275,7 @@ class _End:
         return links[0] if links else None
 
 
-def _measure_link(one: Node, other: Node, backend: str) -> Link:
+def _measure_link(one: Node, other: Node, backend: str) -> NodeLink:
     gpus = 1 if backend == "nccl" else 0
     ends = [
         ray.remote(_End)
@@ -301,7 +301,7 @@ def _measure_link(one: Node, other: Node, backend: str) -> Link:
     finally:
         for end in ends:
             ray.kill(end)
-    return Link((one.host, other.host), backend, 2 * timed_links[0].seconds[SIZES["32 KiB"]], timed_links[0].bandwidth_gb_s)
+    return NodeLink((one.host, other.host), backend, 2 * timed_links[0].seconds[SIZES["32 KiB"]], timed_links[0].bandwidth_gb_s)
 
 
 def run_doctor(path: str | None, console: Console) -> bool:

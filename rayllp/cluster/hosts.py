@@ -31,7 +31,7 @@ def check_storage(storage: Folder | None, locations: Sequence[WorkerLocation], s
         return set()
     with leave_mark(storage) as mark:
         for rank in unchecked.values():
-            outcome = ask(rank, "look", mark)
+            outcome = ask(rank, "check_visible", mark)
             if outcome != "ok":
                 raise _not_shared(locations[rank], mark.folder, outcome)
         if mark.answers() < len(unchecked):

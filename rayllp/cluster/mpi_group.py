@@ -115,7 +115,7 @@ class MPIWorker(BlockWorker):
         if device == "cuda":  # as in Ray's workers, each process sees one GPU
             os.environ["CUDA_VISIBLE_DEVICES"] = _visible(process.local_rank)
         super().__init__(process.rank, config, threads_of(process.cpus))
-        self.membership.mpi, self._address = process.world, LOOPBACK
+        self.connections.mpi, self._address = process.world, LOOPBACK
 
     def location(self) -> WorkerLocation:
         """Return this host, and its address on the network that all hosts share; before `use_address` that is the loopback address."""

@@ -18,8 +18,8 @@ from rayllp.config import TrainConfig
 from rayllp.errors import RayllpError, RendezvousError
 
 
-class Membership:
-    """The membership of one worker in a set of workers. It can leave, and join another set.
+class Connections:
+    """One worker's connections to a set of workers. It can leave, and join another set.
 
     Attributes:
         mpi: the MPI world of this process, which it cannot leave as long as it lives; None without MPI.

@@ -24,7 +24,7 @@ from rayllp.checkpoint.shared import Mark
 from rayllp.checkpoint.states import StateLayout
 from rayllp.cluster.cpus import usable_cpus
 from rayllp.cluster.placement import WorkerLocation
-from rayllp.cluster.process_groups import Membership
+from rayllp.cluster.process_groups import Connections
 from rayllp.config import TrainConfig
 from rayllp.control import Accuracy, ProbePlan
 from rayllp.data import Batches
@@ -87,7 +87,7 @@ class BlockWorker:
         keep_freed_memory()
         self.rank, self.config = rank, config
         self.engine: Engine | None = None
-        self.membership = Membership()
+        self.connections = Connections()
         self.held_states: HeldStates | None = None
         self._writer = PieceWriter()
         self._offset = 1
@@ -111,15 +111,15 @@ class BlockWorker:
 
     def listen(self, host: str) -> int:
         """Open the rendezvous port on the network interface with the address `host` only; return the port."""
-        return self.membership.listen(host)
+        return self.connections.listen(host)
 
     def try_connections(self, endpoints: list[Endpoint]) -> list[ConnectAttempt]:
         """Try to connect to these endpoints; return the result for each."""
         return [try_connect(endpoint) for endpoint in endpoints]
 
-    def look(self, mark: Mark) -> str:
-        """Check that this host sees a file that the driver's host wrote; see `Mark.look`."""
-        return mark.look()
+    def check_visible(self, mark: Mark) -> str:
+        """Check that this host sees a file that the driver's host wrote; see `Mark.check_visible`."""
+        return mark.check_visible()
 
     def connect(
         self, host: str, port: int, backend: str, device: str, offset: int, rendezvous: Rendezvous | None = None, sharing: int = 0
@@ -140,7 +140,7 @@ class BlockWorker:
             self.share_node(sharing)
         own = LOOPBACK if host == LOOPBACK else self.location().address
         try:
-            self.membership.join(self.config, self.rank, own, (host, port), backend, device, rendezvous)
+            self.connections.join(self.config, self.rank, own, (host, port), backend, device, rendezvous)
         except Exception as error:
             self.leave(error)
             raise
@@ -155,13 +155,13 @@ class BlockWorker:
         Args:
             failure: the error because of which it leaves; None if the driver asked it to.
         """
-        if not self.membership.is_joined:
+        if not self.connections.is_joined:
             return
         if self.held_states is not None:
             self.held_states.close()
         if self.engine is not None:
             self.engine.disconnect()
-        self.membership.leave()
+        self.connections.leave()
         gc.collect()  # a connection is closed when the last reference to it is gone
 
     def build(self, architecture: Architecture | None, batches: Batches, device: str, context: BuildContext) -> WorkerShare:
@@ -195,10 +195,10 @@ class BlockWorker:
 
     def _channels(self) -> tuple[Channel, Channel]:
         """Return the channels to the other blocks of this replica, and to the same block of the other replicas."""
-        return self.membership.channels(self.config, self.rank)
+        return self.connections.channels(self.config, self.rank)
 
     def _hold_states(self) -> None:
-        self.held_states = HeldStates(self._engine, self.membership.copies, self.held_states, self._offset)
+        self.held_states = HeldStates(self._engine, self.connections.copies, self.held_states, self._offset)
 
     def reconfigure(self, config: TrainConfig, rank: int, threads: int | None = None) -> None:
         """Give up this worker's layers, and take new settings, a new rank and, if given, another number of threads."""
@@ -217,7 +217,7 @@ class BlockWorker:
             ChannelError: this process is in an MPI world, and cannot join another one.
         """
         self.leave()
-        if self.membership.mpi is not None:
+        if self.connections.mpi is not None:
             raise ChannelError("a process can be in one MPI world only")
         self.reconfigure(self.config, -1)
         self._writer, self._step_reports = PieceWriter(), deque(maxlen=REMEMBERED)
@@ -319,7 +319,7 @@ class BlockWorker:
     @ray.method(concurrency_group=LIVENESS)  # type: ignore[untyped-decorator]
     def abort_connections(self, hosts: list[str]) -> None:
         """Make the main thread fail if it waits for hosts with these addresses, which are gone."""
-        self.membership.abort_connections(hosts)
+        self.connections.abort_connections(hosts)
 
     @leaves_on_failure
     def evaluate(self, batches: int, done: int, most: int) -> tuple[int, int, dict[str, float] | None]:

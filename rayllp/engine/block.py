@@ -42,10 +42,10 @@ class Block:
         self.open = range(config.buffers.open) if self.first else range(0)
         self.close = range(config.model.layers - config.buffers.close, config.model.layers) if self.last else range(0)
         seed = config.seed
-        self.embed = self._place(architecture.build_embed(seed)) if self.first else None
-        self.layers = {n: self._place(architecture.build_layer(seed, n)) for n in (*self.open, *self.middle, *self.close)}
-        self.head = self._place(architecture.build_head(seed)) if self.last else None
-        common = architecture.build_common(seed)
+        self.embed = self._place(architecture.build("embed", seed)) if self.first else None
+        self.layers = {n: self._place(architecture.build(n, seed)) for n in (*self.open, *self.middle, *self.close)}
+        self.head = self._place(architecture.build("head", seed)) if self.last else None
+        common = architecture.build("common", seed)
         self.common = None if common is None else self._place(common)
         self.parameters = dict(self._named_parameters())
         self._tie()
@@ -97,7 +97,7 @@ class Block:
         if not self.last or not self.architecture.tied:
             return
         if self.embed is None:
-            embedding = self.architecture.build_embed(self.config.seed).to(self.dtype)
+            embedding = self.architecture.build("embed", self.config.seed).to(self.dtype)
             names = {self.architecture.prefix("embed") + name: value for name, value in embedding.named_parameters()}
             for name, tied in self.architecture.tied:
                 self.parameters[tied].data.copy_(names[name].data)
@@ -180,7 +180,7 @@ class Block:
         Their values mean nothing. The layer may be another worker's.
         """
         if index not in self._templates:
-            layer = self.architecture.build_layer(self.config.seed, index)
+            layer = self.architecture.build(index, self.config.seed)
             empty = {name: torch.empty(p.shape, dtype=self.dtype, device=self.device) for name, p in layer.named_parameters()}
             self._templates[index] = empty
         return self._templates[index]

@@ -120,7 +120,7 @@ class TorchBraidSolver:
         """
         mine = self.block.layers.get(index)
         if mine is None:
-            layer = self.block.architecture.build_layer(self.block.config.seed, index)
+            layer = self.block.architecture.build(index, self.block.config.seed)
             mine = layer.to(device=self.block.device, dtype=self.block.dtype)
         return _Step(mine, lambda x: self.bound.run_layer(index, mine, x))
 

@@ -1,9 +1,7 @@
 """The networks that are trained: any transformer of the transformers library, and a user's own LayerStack."""
 
-import gc
 import importlib
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from importlib.util import find_spec
 from typing import Any
 
@@ -12,21 +10,8 @@ from rayllp.config.network import ANY_ARCHITECTURE
 from rayllp.data.base import Facts
 from rayllp.errors import DataError, SettingsError
 from rayllp.models.base import Architecture, hidden_matrices
-from rayllp.models.post_ln import refuse_post_ln
+from rayllp.models.families import FAMILIES, Family
 from rayllp.models.stack import LayerStack
-
-# The adapter class of each family. Adapters are imported when they are needed, since transformers takes seconds to import.
-FAMILIES = {
-    "gpt2": "rayllp.models.presets:GPT2",
-    "llama": "rayllp.models.presets:Llama",
-    "bert": "rayllp.models.presets:BERT",
-    "mc": "rayllp.models.presets:Words",
-    "vit": "rayllp.models.presets:ViT",
-    "mt": "rayllp.models.presets:MT",
-}
-TRANSFORMER = "rayllp.models.transformer:Transformer"
-"""The adapter of any other model type (model.architecture); model.head chooses its task."""
-SENTENCES = {"bert": "rayllp.models.presets:Sentences"}
 
 
 def refuse_unnamed_code(config: TrainConfig, folder: object, named: str | None = None) -> None:
@@ -53,13 +38,18 @@ def families() -> tuple[str, ...]:
     return tuple(FAMILIES)
 
 
-def register(family: str, home: str) -> None:
-    """Add a family; `home` is the "module:Class" of its adapter."""
-    FAMILIES[family] = home
+def register(name: str, family: Family | str) -> None:
+    """Add a family, in this process and in the workers of its runs.
+
+    Args:
+        name: its name, for model.family.
+        family: what it is; or the "module:NAME" of a `Family`, or of an `Architecture` class with `from_settings` as `Transformer` has it.
+    """
+    FAMILIES[name] = family
 
 
 def build_architecture(config: TrainConfig, facts: Facts, stored_config: Mapping[str, Any] | None = None) -> Architecture:
-    """Return the adapter of `config.model.family`, built for data with these facts.
+    """Return the network of `config.model.family`, built for data with these facts.
 
     Args:
         config: the settings of the run.
@@ -71,7 +61,12 @@ def build_architecture(config: TrainConfig, facts: Facts, stored_config: Mapping
         CheckpointError: the checkpoint of model.from_pretrained does not fit.
     """
     check_family(config)
-    return architecture_class(config).from_settings(config, facts, stored_config)
+    family = _load(config.model.family)
+    if not isinstance(family, Family):
+        return family.from_settings(config, facts, stored_config)
+    from rayllp.models.transformer import Transformer  # not earlier, since transformers takes seconds to import
+
+    return Transformer.from_settings(config, facts, stored_config, family)
 
 
 def check_network(config: TrainConfig, facts: Facts, stored_config: Mapping[str, Any] | None = None) -> None:
@@ -130,29 +125,18 @@ def _check_kinds(config: TrainConfig, architecture: Architecture) -> None:
                 )
 
 
-def architecture_class(config: TrainConfig) -> Any:
-    """Import and return the adapter class of `config.model.family`."""
-    homes = {**FAMILIES, **(SENTENCES if config.model.head == "sentences" else {}), ANY_ARCHITECTURE: TRANSFORMER}
-    module, _, name = homes.get(config.model.family, config.model.family).partition(":")
+def _load(name: str) -> Any:
+    """Return the family of this name, or the class in its place; import it if it is a "module:NAME"."""
+    found = Family() if name == ANY_ARCHITECTURE else FAMILIES.get(name, name)
+    if isinstance(found, Family):
+        return found
+    module, _, attribute = found.partition(":")
     try:
-        with _no_collections():
-            return getattr(importlib.import_module(module), name)
+        return getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
         raise SettingsError(
-            f'model.family {config.model.family!r}: {error}; give the "module:Class" of an adapter that this process can import'
+            f'model.family {name!r}: {error}; give the "module:NAME" of a family or an adapter that this process can import'
         ) from None
-
-
-@contextmanager
-def _no_collections() -> Iterator[None]:
-    """Switch off the garbage collector while modules are imported: it finds nothing, and takes 0.5 of the 4 s that transformers needs."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 def check_family(config: TrainConfig) -> None:
@@ -162,18 +146,20 @@ def check_family(config: TrainConfig) -> None:
         if config.model.architecture is None and config.model.from_pretrained is None:
             raise SettingsError("model.family=transformers without a model type: set model.architecture, or model.from_pretrained")
         return
-    refuse_post_ln(family, f"model.family {family!r}")
     if family not in FAMILIES and ":" not in family:
         raise SettingsError(
-            f'model.family {family!r} is not known: choose from {", ".join(families())}, or give "module:Class" of your own'
+            f'model.family {family!r} is not known: choose from {", ".join(families())}, or give "module:NAME" of your own; model types '
+            "of transformers are for model.architecture"
         )
+    heads = {name: known.heads for name, known in FAMILIES.items() if isinstance(known, Family)}
     head = config.model.head
-    if head != "auto" and not (head == "sentences" and family in SENTENCES):
-        other = f"model.family {' or '.join(SENTENCES)}, or with " if head == "sentences" else ""
+    if head != "auto" and head not in heads.get(family, ()):
+        others = [name for name in heads if head in heads[name]]
+        other = f"model.family {' or '.join(others)}, or with " if others else ""
         raise SettingsError(f"model.head={head} goes with {other}model.architecture; got family {family}")
 
 
 __all__ = [
-    "FAMILIES", "Architecture", "LayerStack", "architecture_class", "build_architecture", "check_batched", "check_family", "check_muon",
+    "FAMILIES", "Architecture", "Family", "LayerStack", "build_architecture", "check_batched", "check_family", "check_muon",
     "check_network", "families", "refuse_unnamed_code", "register",
 ]  # fmt: skip

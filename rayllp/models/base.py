@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Hashable
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
@@ -143,27 +143,20 @@ class Architecture(ABC):
         """
         return f"layers.{piece}." if isinstance(piece, int) else f"{piece}."
 
-    # Each piece is initialised under a key of (seed, piece), so that its weights depend neither on the worker nor on what else it builds.
+    @overload
+    def build(self, piece: Literal["embed", "head"] | int, seed: int) -> nn.Module: ...
+    @overload
+    def build(self, piece: Literal["common"], seed: int) -> nn.Module | None: ...
+    def build(self, piece: str | int, seed: int) -> nn.Module | None:
+        """Build a piece, initialised under the key (seed, piece): its weights depend neither on the worker nor on what else that builds.
 
-    def build_embed(self, seed: int) -> nn.Module:
-        """Build the embedding, initialised under its key."""
-        with seeded(seed, "initialise", "embed"):
-            return self.embed()
-
-    def build_layer(self, seed: int, index: int) -> nn.Module:
-        """Build a layer, initialised under the key of (seed, index): its weights are the same on any worker."""
-        with seeded(seed, "initialise", "layer", index):
-            return self.layer(index)
-
-    def build_head(self, seed: int) -> nn.Module:
-        """Build the head, initialised under its key."""
-        with seeded(seed, "initialise", "head"):
-            return self.head()
-
-    def build_common(self, seed: int) -> nn.Module | None:
-        """Build the parameters that several layers share, initialised under their key; None if there are none."""
-        with seeded(seed, "initialise", "common"):
-            return self.common()
+        Args:
+            piece: "embed", "common" or "head", or the number of a layer.
+            seed: the run's seed.
+        """
+        key = ("layer", piece) if isinstance(piece, int) else (piece,)
+        with seeded(seed, "initialise", *key):
+            return self.layer(piece) if isinstance(piece, int) else getattr(self, piece)()
 
 
 __all__ = ["Architecture", "State", "decayed_weights", "hidden_matrices"]

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache
 
-from rayllp.models.replay import Call, EndOfForward, ExtraOutput, Replay, UncuttableError, logits_of, state_of
+from rayllp.models.replay import Call, EndOfForward, ExtraOutput, Replay, UnsupportedModelError, logits_of, state_of
 
 LARGE, NOT_RESIDUAL = 1e4, 0.5
 """Size of a test state, and the relative change of it from which a layer is not residual: x + F(norm(x)) changes a large x little."""
 
 
 @dataclass(frozen=True)
-class Examined:
+class ModelAnalysis:
     """What one run of a model has shown.
 
     Attributes:
@@ -36,7 +36,7 @@ class Examined:
     extra_arguments: tuple[Call, ...]
 
 
-def examine(replay: Replay, inputs: Any, build: Callable[[int], nn.Module], dtype: torch.dtype) -> Examined:
+def examine(replay: Replay, inputs: Any, build: Callable[[int], nn.Module], dtype: torch.dtype) -> ModelAnalysis:
     """Run the model once, with a real layer of each kind; afterwards `replay` knows how many values each layer returns.
 
     Args:
@@ -46,7 +46,7 @@ def examine(replay: Replay, inputs: Any, build: Callable[[int], nn.Module], dtyp
         dtype: dtype of parameters and states.
 
     Raises:
-        UncuttableError: the layers are not called one after the other, or need something that another worker does not have.
+        UnsupportedModelError: the layers are not called one after the other, or need something that another worker does not have.
     """
     return _Examination(replay, inputs, build, dtype).run()
 
@@ -84,7 +84,7 @@ class _Examination:
         self.returned_by_kind: dict[int, tuple[int | None, Tensor]] = {}
         self.residual = True
 
-    def run(self) -> Examined:
+    def run(self) -> ModelAnalysis:
         """Run the model and return what was found."""
         replay = self.replay
         replay.move(self.dtype, torch.device("cpu"))
@@ -98,13 +98,13 @@ class _Examination:
             for parameter in outside.values():
                 parameter.requires_grad_(False)
         if self.visited != list(range(len(replay.layers))):
-            raise UncuttableError(f"its forward calls layers {self.visited}, not each of {len(replay.layers)} once and in order")
+            raise UnsupportedModelError(f"its forward calls layers {self.visited}, not each of {len(replay.layers)} once and in order")
         embed = self._names(outside, *self.first)
         encoder_output = self._names(outside, self.encoder_output) if self.encoder_output is not None else frozenset()
         if self.encoder_output is not None:
             replay.encoder_output_modules = self._encoder_output_modules()
         extra_arguments = tuple(call.replaced(_only_extra_outputs) for call in self.calls)
-        return Examined(embed, self._names(outside, outputs), encoder_output, tuple(self.kind_of), self.residual, extra_arguments)
+        return ModelAnalysis(embed, self._names(outside, outputs), encoder_output, tuple(self.kind_of), self.residual, extra_arguments)
 
     def _names(self, outside: Mapping[str, nn.Parameter], *tensors: Tensor) -> frozenset[str]:
         """Return the names of those parameters outside the layers that these tensors were computed from."""
@@ -119,7 +119,7 @@ class _Examination:
         if index in (0, replay.encoder_layers):
             self.first.append(state)
         elif state is not self.passed:
-            raise UncuttableError(f"it changes the state between layers {index - 1} and {index}")
+            raise UnsupportedModelError(f"it changes the state between layers {index - 1} and {index}")
         self._check_arguments(index, call)
         kind = self._kind(index, call)
         self.kind_of.append(kind)
@@ -127,7 +127,7 @@ class _Examination:
             self.returned_by_kind[kind] = self._call(index, call, state.detach())
         replay.num_returned[index], after = self.returned_by_kind[kind]
         if after.shape != state.shape:
-            raise UncuttableError(f"layer {index} makes a state of shape {tuple(after.shape)} of one of {tuple(state.shape)}")
+            raise UnsupportedModelError(f"layer {index} makes a state of shape {tuple(after.shape)} of one of {tuple(state.shape)}")
         self.passed = after.clone()
         if index == replay.encoder_layers - 1:
             self.encoder_state = self.passed.requires_grad_()
@@ -137,7 +137,7 @@ class _Examination:
         """Refuse arguments that another worker could not compute, and note which one is the encoder's result."""
         for place, value in call.values():
             if isinstance(value, Cache):
-                raise UncuttableError(f"layer {index} is given a cache, which would remember one sweep in the next")
+                raise UnsupportedModelError(f"layer {index} is given a cache, which would remember one sweep in the next")
             for tensor in _tensors_in(value):
                 if not tensor.requires_grad:
                     continue
@@ -146,8 +146,8 @@ class _Examination:
                         self.encoder_output = tensor
                         self.replay.encoder_output_places |= {place}
                         continue
-                    raise UncuttableError(f"layer {index} reads more of the encoder than its last states ({place})")
-                raise UncuttableError(f"layer {index} is given {_word(place)}, which parameters outside the layers have made")
+                    raise UnsupportedModelError(f"layer {index} reads more of the encoder than its last states ({place})")
+                raise UnsupportedModelError(f"layer {index} is given {_word(place)}, which parameters outside the layers have made")
 
     def _kind(self, index: int, call: Call) -> int:
         """Return the number of a layer's kind, from its class, its parameters' shapes and its arguments."""
@@ -185,7 +185,7 @@ class _Examination:
             if index == replay.encoder_layers:
                 read = {id(value) for place, value in call.values() if place in replay.encoder_output_places}
                 if read != {id(reached[-1])}:
-                    raise UncuttableError("between encoder and decoder there is more than modules called one after the other")
+                    raise UnsupportedModelError("between encoder and decoder there is more than modules called one after the other")
                 raise EndOfForward
             return state
 

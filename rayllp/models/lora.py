@@ -71,7 +71,7 @@ def _targets(layer: nn.Module, settings: LoRASettings) -> list[str]:
 def _peft_config(settings: LoRASettings, targets: list[str], layer: nn.Module) -> Any:
     from peft import LoraConfig
 
-    transposed = any(isinstance(layer.get_submodule(name), Conv1D) for name in _targets(layer, settings))
+    transposed = any(isinstance(layer.get_submodule(name), Conv1D) for name in targets)
     return LoraConfig(
         r=settings.rank, lora_alpha=settings.alpha, lora_dropout=settings.dropout, target_modules=targets, fan_in_fan_out=transposed
     )
@@ -121,7 +121,9 @@ def save_adapter(
         base: the model that the adapters belong to (`model.from_pretrained`).
         task: peft's name for the model's task, such as CAUSAL_LM.
     """
-    config = _peft_config(settings, sorted({_leaf(name) for name in _targets(layer, settings)}), layer)
+    targets = _targets(layer, settings)
+    config = _peft_config(settings, targets, layer)
+    config.target_modules = {_leaf(name) for name in targets}
     config.base_model_name_or_path, config.task_type, config.inference_mode = base, task, True
     config.save_pretrained(folder)
     save_file({stored_name(name) or name: value for name, value in tensors.items()}, folder / ADAPTER, metadata={"format": "pt"})

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rayllp.config.network import Task
 from rayllp.data.base import IGNORE
 
 
@@ -95,3 +96,18 @@ class Confusion:
             "f1": float(f1_score(truth, predicted, labels=labels, average="macro", sample_weight=weights, zero_division=0)),
             "matthews": float(matthews_corrcoef(truth, predicted, sample_weight=weights)) if len({*truth, *predicted}) > 1 else 0.0,
         }
+
+
+def metric_of(task: Task, classes: int) -> Metric:
+    """Return what an evaluation of a task reports beside the loss, for so many classes."""
+    match task:
+        case "masked":
+            return Accuracy("masked_accuracy")
+        case "words":
+            return Accuracy("word_accuracy")
+        case "sentences":
+            return Confusion(classes)
+        case "images":
+            return Accuracy()
+        case _:
+            return Perplexity()

@@ -1,8 +1,9 @@
 """transformers' model types: build their configurations from our settings, and look up their classes by task."""
 
 import difflib
+import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, get_args
 
 import transformers
 from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
@@ -12,25 +13,16 @@ from rayllp.config import TrainConfig
 from rayllp.config.network import Task
 from rayllp.data.base import Facts
 from rayllp.errors import CheckpointError, SettingsError
-from rayllp.hf_config import count_layers, layer_sources, with_sources
-from rayllp.models.post_ln import STORED_POST_LN, refuse_post_ln
+from rayllp.hf_config import SIZES, TASKS, count_layers, layer_sources, sizes_in, with_sources
+from rayllp.models.families import Family
+from rayllp.models.layer_lists import layer_paths
+from rayllp.models.meta_device import build_on_meta
 
-CLASSES: dict[Task, Mapping[str, Any]] = {
-    "causal": auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-    "masked": auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
-    "words": auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
-    "sentences": auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
-    "images": auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
-    "translation": auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
-}
+CLASSES: dict[Task, Mapping[str, Any]] = {task: getattr(auto, TASKS[task].classes) for task in get_args(Task)}
 """Class names by model type, for each task."""
-SIZES = {
-    "hidden_size": ("hidden_size", "d_model", "n_embd", "dim"),
-    "num_attention_heads": ("num_attention_heads", "n_head", "n_heads", "num_heads"),
-    "intermediate_size": ("intermediate_size", "n_inner", "ffn_dim", "d_ff", "ffn_hidden_size", "hidden_dim"),
-}
 MOST_UNUSED = 64
-"""An embedding may have this many rows without a token, or a twentieth of its rows if that is more; else it is another tokenizer's."""
+"""An embedding may have this many rows without a token, or a twentieth of its rows if that is more, since many are padded to a multiple
+that suits the hardware. With more, it is another tokenizer's."""
 OUTSIDE = ("use_cache", "output_router_logits")
 """Fields that have to be off: caches are for generation only, and router losses need the outputs of all layers at once."""
 
@@ -52,10 +44,11 @@ def model_class(model_type: str, task: Task) -> type[PreTrainedModel]:
     return getattr(transformers, name if isinstance(name, str) else name[0])
 
 
-def any_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
-    """Return the class that a stored configuration names, else the first that its type has for any task."""
-    named = getattr(transformers, (config.architectures or [""])[0], None)
-    return named or next(model_class(config.model_type, task) for task, classes in CLASSES.items() if config.model_type in classes)
+def layer_names(config: PreTrainedConfig) -> list[str]:
+    """Return the full names of a stored model's layers in order; they are the same for all tasks of a model."""
+    kind = getattr(transformers, (config.architectures or [""])[0], None)
+    kind = kind or next(model_class(config.model_type, task) for task, classes in CLASSES.items() if config.model_type in classes)
+    return layer_paths(build_on_meta(kind, config))[0]
 
 
 def check_type(model_type: str) -> None:
@@ -68,44 +61,41 @@ def check_type(model_type: str) -> None:
         )
 
 
-def check_model_type(stored: str, ours: str, source: str) -> None:
-    """Refuse a checkpoint of another model type than the family's."""
-    if stored == ours:
-        return
-    refuse_post_ln(stored, f"model.from_pretrained {source}: {stored}", STORED_POST_LN)
-    raise SettingsError(
-        f"model.from_pretrained {source} is a {stored or 'model of no type'}, but the family's model is a {ours}: set model.family to "
-        "match, or add an adapter for it (docs/families.md)"
-    )
-
-
 def configuration(
-    settings: TrainConfig, facts: Facts, resumed: Mapping[str, Any] | None, pretrained: Mapping[str, Any] | None
+    settings: TrainConfig, facts: Facts, resumed: Mapping[str, Any] | None, pretrained: Mapping[str, Any] | None, family: Family
 ) -> PreTrainedConfig:
     """Return transformers' configuration of the model.
 
     Args:
         resumed: the configuration of a run that is resumed.
         pretrained: the configuration of the checkpoint to start from. Without either, a new one of the settings' sizes is made.
+        family: the model type, and what a new model of it differs in from the type's defaults.
 
     Raises:
-        SettingsError: there is no such model type, or it lacks a field.
-        CheckpointError: the stored configuration is of another model type than the settings'.
+        SettingsError: there is no such model type, it lacks a field, it has fewer positions than a sequence, or is not the checkpoint's.
+        CheckpointError: the stored configuration is of other sizes than the settings', or of another tokenizer.
     """
-    model = settings.model
+    model, wanted = settings.model, family.model_type or settings.model.architecture
     stored = pretrained if resumed is None else resumed
     if stored is None:
-        assert model.architecture is not None
-        check_type(model.architecture)
-        return _new(settings, facts)
+        assert wanted is not None
+        check_type(wanted)
+        return _new(wanted, settings, facts, family)
     model_type = str(stored.get("model_type", ""))
     check_type(model_type)
-    if model.architecture not in (None, model_type):
-        raise CheckpointError(f"model.from_pretrained is a {model_type}, and model.architecture is {model.architecture}: leave it out")
-    sizes = stored if resumed is not None else at_depth(stored, settings)
-    config = CONFIG_MAPPING[model_type].from_dict({**sizes, **model.config_overrides})
+    if wanted not in (None, model_type):
+        named = f"model.architecture is {wanted}" if model.architecture else f"model.family {model.family} is a {wanted}"
+        raise SettingsError(
+            f"model.from_pretrained {model.from_pretrained} is a {model_type}, and {named}: leave that out, so that the checkpoint decides"
+        )
+    if resumed is None:
+        stored = at_depth(stored, settings)
+        _check_sizes(stored, settings)
+    config = CONFIG_MAPPING[model_type].from_dict({**stored, **model.config_overrides})
     _check_vocabulary(config, settings, facts)
-    return _adapted(config, settings, facts)
+    config = _adapted(config, settings, facts, family)
+    _check_positions(config, settings, family.unused_positions(facts.pad))
+    return config
 
 
 def at_depth(stored: Mapping[str, Any], settings: TrainConfig) -> dict[str, Any]:
@@ -120,11 +110,6 @@ def at_depth(stored: Mapping[str, Any], settings: TrainConfig) -> dict[str, Any]
     return with_sources(stored, layer_sources(layers, stored_layers, settings.buffers.open, settings.buffers.close))
 
 
-def is_table_of(rows: int, tokens: int) -> bool:
-    """True if an embedding of so many rows may belong to a tokenizer; many are padded to a multiple that suits the hardware."""
-    return 0 <= rows - tokens < max(MOST_UNUSED, rows // 20)
-
-
 def labels_of(facts: Facts) -> dict[str, Any]:
     """Return transformers' configuration fields for the class names; empty if there are none."""
     if not facts.classes:
@@ -135,45 +120,67 @@ def labels_of(facts: Facts) -> dict[str, Any]:
 def _check_vocabulary(config: PreTrainedConfig, settings: TrainConfig, facts: Facts) -> None:
     """Refuse a tokenizer that does not belong to the checkpoint: ids beyond its embedding, or far too few for it."""
     rows, tokens = getattr(config.get_text_config(), "vocab_size", 0), facts.vocabulary
-    if rows and tokens and not is_table_of(rows, tokens):
+    if rows and tokens and not 0 <= rows - tokens < max(MOST_UNUSED, rows // 20):
         raise CheckpointError(
             f"data.tokenizer={settings.data.tokenizer} has {tokens} tokens, and the embedding of model.from_pretrained {rows} rows: it is "
             "another model's; set data.tokenizer to the checkpoint's own (the same folder or name)"
         )
 
 
-def _new(settings: TrainConfig, facts: Facts) -> PreTrainedConfig:
+def _check_sizes(stored: Mapping[str, Any], settings: TrainConfig) -> None:
+    """Refuse sizes that contradict the checkpoint's."""
+    for name, size in sizes_in(stored).items():
+        wanted = getattr(settings.model, name)
+        if name in ("layers", "width", "heads") and wanted != size:
+            raise CheckpointError(f"the checkpoint has {name} {size}, but model.{name} is {wanted}: leave the setting out, or match it")
+
+
+def _check_positions(config: PreTrainedConfig, settings: TrainConfig, unused: int) -> None:
+    """Refuse sequences that are longer than a stored model's table of positions."""
+    room = getattr(config, "max_position_embeddings", math.inf) - unused
+    if settings.model.task != "images" and settings.sequence_length > room:
+        raise SettingsError(f"sequence_length {settings.sequence_length} is more than the {room} positions of the checkpoint: lower it")
+
+
+def _new(model_type: str, settings: TrainConfig, facts: Facts, family: Family) -> PreTrainedConfig:
     """Return a new configuration of the settings' sizes."""
-    model = settings.model
-    kind = CONFIG_MAPPING[str(model.architecture)]
+    model, kind = settings.model, CONFIG_MAPPING[model_type]
     if settings.model.task == "images" and "vision_config" in kind.sub_configs:  # CLIP and the like: only the vision half is trained
-        vision = _sizes(settings, facts, kind.sub_configs["vision_config"]())
-        return _adapted(_build(kind, {"vision_config": vision, **model.config_overrides}), settings, facts)
+        vision = _sizes(settings, facts, kind.sub_configs["vision_config"](), family)
+        return _adapted(_build(kind, {"vision_config": vision, **model.config_overrides}), settings, facts, family)
     plain = _build(kind, {})
     known = set(vars(plain)) | set(kind.attribute_map)
-    if not known & set(SIZES["hidden_size"]):
-        text = f"{model.architecture}_text"
+    if not known & set(SIZES["width"]):
+        text = f"{model_type}_text"
         raise SettingsError(
-            f"model.architecture {model.architecture} is made of several networks ({', '.join(kind.sub_configs)}), whose sizes are not "
+            f"model.architecture {model_type} is made of several networks ({', '.join(kind.sub_configs)}), whose sizes are not "
             "settings: " + (f"choose {text}, or " if text in CONFIG_MAPPING else "") + "start from a checkpoint (model.from_pretrained)"
         )
-    sizes = _sizes(settings, facts, plain)
-    return _adapted(_build(kind, {**sizes, **_tokens(facts, plain), **model.config_overrides}), settings, facts)
+    sizes = _sizes(settings, facts, plain, family)
+    fields = {**sizes, **_tokens(facts, plain), **family.fields, **model.config_overrides}
+    return _adapted(_build(kind, fields), settings, facts, family)
 
 
-def _sizes(settings: TrainConfig, facts: Facts, plain: PreTrainedConfig) -> dict[str, Any]:
+def _sizes(settings: TrainConfig, facts: Facts, plain: PreTrainedConfig, family: Family) -> dict[str, Any]:
     """Return the settings' sizes under the field names that this kind of configuration uses."""
     model, known = settings.model, set(vars(plain)) | set(type(plain).attribute_map)
+    inner = model.feed_forward or int(model.width * family.feed_forward)
     wanted = {
-        "hidden_size": model.width, "num_attention_heads": model.heads, "num_key_value_heads": model.kv_heads or model.heads,
-        "head_dim": model.width // model.heads, "intermediate_size": model.feed_forward or 4 * model.width,
-        "tie_word_embeddings": model.tie_embeddings, **_layers(plain, settings),
+        "width": model.width, "heads": model.heads, "kv_heads": model.kv_heads or model.heads, "feed_forward": inner,
+        "head_dim": model.width // model.heads, "tie_word_embeddings": model.tie_embeddings, **_layers(plain, settings, inner),
     }  # fmt: skip
-    sizes: dict[str, Any] = {next((n for n in SIZES.get(name, (name,)) if n in known), name): value for name, value in wanted.items()}
-    if settings.model.task != "images" and settings.sequence_length > getattr(plain, "max_position_embeddings", settings.sequence_length):
-        sizes["max_position_embeddings"] = settings.sequence_length
+    names = {ours: SIZES.get(ours, (ours,)) for ours in wanted}
+    sizes: dict[str, Any] = {next((n for n in names[ours] if n in known), names[ours][0]): value for ours, value in wanted.items()}
+    positions = settings.sequence_length + family.unused_positions(facts.pad)
+    # A family's table of positions is as long as its sequences; another type's is its own, unless sequences are longer.
+    if model.task != "images" and (family.model_type or positions > getattr(plain, "max_position_embeddings", positions)):
+        sizes["max_position_embeddings"] = positions
     if facts.image is not None:
         channels, height, width = facts.image
+        if family.model_type and (height % model.patch_size or width % model.patch_size):
+            raise SettingsError(
+                f"images of {height} × {width} pixels do not divide into patches of {model.patch_size}: set model.patch_size to a divisor"
+            )
         square = height if height == width else (height, width)
         sizes |= {"image_size": square, "num_channels": channels, "patch_size": model.patch_size}
     if "qk_rope_head_dim" in known:
@@ -181,10 +188,9 @@ def _sizes(settings: TrainConfig, facts: Facts, plain: PreTrainedConfig) -> dict
     return {name: value for name, value in sizes.items() if name in known}
 
 
-def _layers(plain: PreTrainedConfig, settings: TrainConfig) -> dict[str, int]:
-    """Return the fields for the number of layers, whose names depend on the model type."""
-    model = settings.model
-    heads, inner = model.heads, model.feed_forward or 4 * model.width
+def _layers(plain: PreTrainedConfig, settings: TrainConfig, inner: int) -> dict[str, int]:
+    """Return the fields for the number of layers, whose names depend on the model type; `inner` is the inner size of MLPs."""
+    model, heads = settings.model, settings.model.heads
     if model.task != "translation" and "decoder_layers" in vars(plain):
         return {"decoder_layers": model.layers, "decoder_attention_heads": heads, "decoder_ffn_dim": inner}
     if not plain.is_encoder_decoder:
@@ -213,11 +219,11 @@ def _tokens(facts: Facts, plain: PreTrainedConfig) -> dict[str, int | None]:
     return {name: value for name, value in fields.items() if name in vars(plain)}
 
 
-def _adapted(config: PreTrainedConfig, settings: TrainConfig, facts: Facts) -> PreTrainedConfig:
+def _adapted(config: PreTrainedConfig, settings: TrainConfig, facts: Facts, family: Family) -> PreTrainedConfig:
     """Set the fields that the run decides rather than the checkpoint: class names, token ids, dropout."""
     for name, value in vars(config).items():
         if "drop" in name and isinstance(value, float):
-            setattr(config, name, 0.0 if "layer" in name else settings.model.dropout)
+            setattr(config, name, 0.0 if "layer" in name or name in family.undropped else settings.model.dropout)
     for name in OUTSIDE:
         if hasattr(config, name):
             setattr(config, name, False)
@@ -225,6 +231,8 @@ def _adapted(config: PreTrainedConfig, settings: TrainConfig, facts: Facts) -> P
         config.pad_token_id = facts.pad
     if settings.model.task == "translation":
         config.decoder_start_token_id, config.bos_token_id, config.eos_token_id = facts.bos, facts.bos, facts.eos
+        if hasattr(config, "forced_eos_token_id"):
+            config.forced_eos_token_id = facts.eos
     for name, value in labels_of(facts).items():
         setattr(config, name, value)
     return config

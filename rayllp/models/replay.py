@@ -16,14 +16,14 @@ from torch.func import functional_call
 from transformers import PreTrainedModel
 
 from rayllp.errors import SettingsError
-from rayllp.models.outline import fill_buffers, initialiser
-from rayllp.models.past import Past
+from rayllp.models.generation_cache import GenerationCache
+from rayllp.models.meta_device import fill_buffers, initialiser
 
 STATE = "hidden_states"
 """Name that transformers' layers give to the state where it is not their first argument."""
 
 
-class UncuttableError(SettingsError):
+class UnsupportedModelError(SettingsError):
     """A model's forward is not of the form: inputs, then one layer after the other, then outputs."""
 
 
@@ -59,13 +59,13 @@ class Call:
         """Separate a layer's arguments into the call and the state.
 
         Raises:
-            UncuttableError: no argument is the state.
+            UnsupportedModelError: no argument is the state.
         """
         if args and isinstance(args[0], Tensor):
             return cls(args[1:], dict(kwargs), named=False), args[0]
         if isinstance(kwargs.get(STATE), Tensor):
             return cls(args, {name: value for name, value in kwargs.items() if name != STATE}, named=True), kwargs[STATE]
-        raise UncuttableError(f"its layers take no {STATE}: they are called with {sorted(kwargs)}")
+        raise UnsupportedModelError(f"its layers take no {STATE}: they are called with {sorted(kwargs)}")
 
     def on(self, layer: Callable[..., Any], state: Tensor) -> Any:
         """Call a layer with these arguments and the given state."""
@@ -103,7 +103,11 @@ class Replay:
     """
 
     def __init__(
-        self, model: PreTrainedModel, paths: Sequence[str], encoder_layers: int, arguments: Callable[[Any, Past | None], dict[str, Any]]
+        self,
+        model: PreTrainedModel,
+        paths: Sequence[str],
+        encoder_layers: int,
+        arguments: Callable[[Any, GenerationCache | None], dict[str, Any]],
     ) -> None:
         self.paths, self.encoder_layers, self.arguments = tuple(paths), encoder_layers, arguments
         self.model = copy.deepcopy(model).eval()
@@ -122,7 +126,7 @@ class Replay:
 
     # Running ------------------------------------------------------------------------------------------------------------------
 
-    def calls(self, inputs: Any, dtype: torch.dtype, past: Past | None = None) -> list[Call]:
+    def calls(self, inputs: Any, dtype: torch.dtype, past: GenerationCache | None = None) -> list[Call]:
         """Return how each layer is called for these inputs: masks, positions and whatever else depends on the batch alone."""
         calls: list[Call] = []
 
@@ -137,7 +141,7 @@ class Replay:
         return calls
 
     def first_state(
-        self, inputs: Any, parameters: Mapping[str, Tensor], dtype: torch.dtype, *, training: bool, past: Past | None = None
+        self, inputs: Any, parameters: Mapping[str, Tensor], dtype: torch.dtype, *, training: bool, past: GenerationCache | None = None
     ) -> tuple[Tensor, ...]:
         """Return the state before the first layer; with an encoder, the states before its first layer and before the decoder's."""
         first: list[Tensor] = []
@@ -172,7 +176,7 @@ class Replay:
         dtype: torch.dtype,
         *,
         training: bool,
-        past: Past | None = None,
+        past: GenerationCache | None = None,
     ) -> Any:
         """Run the model's forward and return its result; None if it was ended early.
 
@@ -270,9 +274,9 @@ def logits_of(returned: Any) -> Tensor:
     """Return the logits of what a model returns.
 
     Raises:
-        UncuttableError: there are none.
+        UnsupportedModelError: there are none.
     """
     logits = getattr(returned, "logits", None)
     if not isinstance(logits, Tensor):
-        raise UncuttableError(f"its forward returns {type(returned).__name__} without logits")
+        raise UnsupportedModelError(f"its forward returns {type(returned).__name__} without logits")
     return logits

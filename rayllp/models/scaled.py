@@ -13,40 +13,35 @@ import transformers
 from transformers import PreTrainedModel
 
 from rayllp.errors import CheckpointError
+from rayllp.hf_config import TASKS
 from rayllp.models import modeling_rayllp
 from rayllp.models.weights import find
 
 CODE = "modeling_rayllp.py"
 """The file in an export that holds this code."""
-AUTO = {
-    "causal": "AutoModelForCausalLM", "masked": "AutoModelForMaskedLM", "words": "AutoModelForTokenClassification",
-    "sentences": "AutoModelForSequenceClassification", "images": "AutoModelForImageClassification", "translation": "AutoModelForSeq2SeqLM",
-}  # fmt: skip
-"""transformers' auto class for each task."""
 
 
-class ScaledModel:
-    """Loader of what `rayllp export` writes for step sizes other than 1, which runs no code from the folder."""
+def load_scaled(folder: str | Path, **kwargs: Any) -> PreTrainedModel:
+    """Load a model with step sizes, without running code of its folder, as AutoModel would.
 
-    @staticmethod
-    def from_pretrained(folder: str | Path, **kwargs: Any) -> PreTrainedModel:
-        """Load the model: an instance of the transformers class that was trained, with the same parameter names, generation and saving.
+    Args:
+        folder: written by `rayllp export`, or by `save_pretrained` of a model that this function returned.
+        kwargs: passed to the transformers class's own from_pretrained.
 
-        Args:
-            folder: written by `rayllp export`, or by `save_pretrained` of a model that this function returned.
-            kwargs: passed to the transformers class's own from_pretrained.
+    Returns:
+        An instance of the transformers class that was trained, with the same parameter names, generation and saving.
 
-        Raises:
-            CheckpointError: there is no such folder, or its model has no step sizes.
-        """
-        path = find(str(folder))
-        name = _read_config(path)["transformers_config"]["architectures"][0]
-        model_class(name)
-        config, model = modeling_rayllp.classes(name)
-        try:
-            return model.from_pretrained(path, config=config.from_pretrained(path), **kwargs)
-        except (AttributeError, ValueError) as error:
-            raise CheckpointError(f"{path}: its config.json does not fit its model ({error}); export again") from None
+    Raises:
+        CheckpointError: there is no such folder, or its model has no step sizes.
+    """
+    path = find(str(folder))
+    name = _read_config(path)["transformers_config"]["architectures"][0]
+    model_class(name)
+    config, model = modeling_rayllp.classes(name)
+    try:
+        return model.from_pretrained(path, config=config.from_pretrained(path), **kwargs)
+    except (AttributeError, ValueError) as error:
+        raise CheckpointError(f"{path}: its config.json does not fit its model ({error}); export again") from None
 
 
 def write_scaled(folder: Path, kept: Mapping[str, Any], task: str) -> None:
@@ -60,7 +55,7 @@ def write_scaled(folder: Path, kept: Mapping[str, Any], task: str) -> None:
     path = folder / "config.json"
     inner = json.loads(path.read_text(encoding="utf-8"))
     module = CODE.removesuffix(".py")
-    auto_map = {"AutoConfig": f"{module}.ScaledConfig", AUTO[task]: f"{module}.ScaledModel"}
+    auto_map = {"AutoConfig": f"{module}.ScaledConfig", TASKS[task].auto: f"{module}.ScaledModel"}
     path.write_text(modeling_rayllp.outer(inner, {**kept, "auto_map": auto_map}), encoding="utf-8")
     code = Path(modeling_rayllp.__file__).read_text(encoding="utf-8")
     named = f'ScaledConfig, ScaledModel = classes("{inner["architectures"][0]}", __name__)\n'

@@ -14,7 +14,7 @@ from rayllp.models.metrics import Metric, NoMetric
 from rayllp.models.randomness import seeded
 from rayllp.state import combine, tensors
 
-Piece = nn.Module | Callable[[], nn.Module]
+ModuleOrBuilder = nn.Module | Callable[[], nn.Module]
 
 
 class LayerStack(Architecture):
@@ -37,9 +37,9 @@ class LayerStack(Architecture):
     def __init__(
         self,
         *,
-        embed: Piece,
-        layers: Sequence[Piece],
-        head: Piece,
+        embed: ModuleOrBuilder,
+        layers: Sequence[ModuleOrBuilder],
+        head: ModuleOrBuilder,
         loss: Callable[[Tensor, Tensor], Tensor],
         count: Callable[[Tensor], int] = Tensor.numel,
         metric: Metric | None = None,
@@ -89,5 +89,5 @@ class LayerStack(Architecture):
         return StateSpec(shapes, tuple(part.dtype for part in parts), device, isinstance(state, Tensor))
 
 
-def _build(piece: Piece) -> nn.Module:
+def _build(piece: ModuleOrBuilder) -> nn.Module:
     return copy.deepcopy(piece) if isinstance(piece, nn.Module) else piece()

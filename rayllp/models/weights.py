@@ -5,7 +5,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -14,7 +14,11 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
+from rayllp.config import TrainConfig
 from rayllp.errors import CheckpointError
+from rayllp.hf_config import LISTED, count_layers, layer_sources, with_layers
+from rayllp.models.layer_lists import layer_paths
+from rayllp.models.meta_device import build_on_meta
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
@@ -180,6 +184,27 @@ class PretrainedWeights:
         self._check_shape(name, tuple(value.shape), tuple(parameter.shape))
         # Copy, since the value is a view of the file.
         parameter.data = value.to(torch.promote_types(value.dtype, parameter.dtype), copy=True)
+
+
+def open_weights(model: PreTrainedModel, stored: Mapping[str, Any] | None, settings: TrainConfig) -> PretrainedWeights:
+    """Open the checkpoint that a run starts from, which may have fewer or more layers than the model.
+
+    Args:
+        model: the model, without weights.
+        stored: the checkpoint's configuration; None: there is no checkpoint.
+        settings: the run's.
+    """
+    if stored is None:
+        return PretrainedWeights.open(None, model)
+    source, layers, stored_layers, buffers = settings.model.from_pretrained, settings.model.layers, count_layers(stored), settings.buffers
+    if stored_layers in (None, layers):
+        return PretrainedWeights.open(source, model)
+    sources = layer_sources(layers, stored_layers, buffers.open, buffers.close)
+    whole = {name: stored[name] for name in LISTED if name in stored}
+    there = build_on_meta(type(model), type(model.config).from_dict({**with_layers(model.config.to_dict(), stored_layers), **whole}))
+    weights, paths = PretrainedWeights.open(source, there), layer_paths(there)[0]
+    weights.moved = {path: paths[n] for path, n in zip(layer_paths(model)[0], sources, strict=True)}
+    return weights
 
 
 def find(source: str) -> Path:

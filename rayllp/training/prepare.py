@@ -173,12 +173,10 @@ def _drawing(config: TrainConfig, model: Architecture, batches: Batches | None) 
     dtype, seed = PARAMETER_DTYPES[config.dtype], config.seed
     try:
         inputs = batches.batch("train", 0, config.batch_size)[0]
-        pieces: dict[int | str, nn.Module] = {
-            "embed": model.build_embed(seed),
-            **{n: model.build_layer(seed, n) for n in layers},
-            "head": model.build_head(seed),
-        }
-        common = model.build_common(seed)
+        pieces: dict[int | str, nn.Module] = {"embed": model.build("embed", seed)}
+        pieces |= {n: model.build(n, seed) for n in layers}
+        pieces["head"] = model.build("head", seed)
+        common = model.build("common", seed)
         placed = {piece: module.to(dtype) for piece, module in pieces.items()}
         return check_draws(model, placed, None if common is None else common.to(dtype), inputs, dtype)
     except RayllpError:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, Self
 from rayllp.config import TrainConfig
 from rayllp.data.record import DataRecord
 from rayllp.hf_config import with_layers
-from rayllp.models import FAMILIES, Architecture, LayerStack
+from rayllp.models import FAMILIES, Architecture, Family, LayerStack
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,12 +84,12 @@ class BuildContext:
     """What a worker needs, besides settings and data, to build the model that the settings name.
 
     Attributes:
-        families: maps each model family to the location of its adapter; includes those that the user's program has registered.
+        families: the model families by name; includes those that the user's program has registered.
         stored_config: the transformers configuration that a resumed run has stored.
         working_directory: the driver's working directory, where relative paths start. Ray's worker processes may start in another one.
     """
 
-    families: dict[str, str] = field(default_factory=dict)
+    families: dict[str, Family | str] = field(default_factory=dict)
     stored_config: dict[str, Any] | None = None
     working_directory: str = field(default_factory=os.getcwd)
 
@@ -101,7 +101,7 @@ class BuildContext:
 
     @classmethod
     def of(cls, network: Network) -> Self:
-        """Return the context for this network. One of the user's own needs no adapter, so it gets no families."""
+        """Return the context for this network. One of the user's own needs none, so it gets no families."""
         return cls({} if network.architecture is not None else dict(FAMILIES), network.stored_config)
 
 

@@ -67,7 +67,7 @@ def train_trial(
         output: the sweep's directory.
         data: the data set, if all trials share it; else None.
         costs: measured costs of a layer, if step times are predicted; else None.
-        families: maps each model family to the location of its adapter.
+        families: the model families by name.
     """
     # Tune has changed to a folder of its own. On a node without the driver's folder, paths in the sweep have to be absolute.
     with contextlib.suppress(OSError):

@@ -9,6 +9,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._device import _device_constructors
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from rayllp.errors import SettingsError
 from rayllp.models.randomness import seeded
 
 LARGE = 1 << 16
@@ -26,16 +27,25 @@ class _LargeOnMeta(TorchFunctionMode):
         return function(*args, **kwargs) if isinstance(created, Tensor) and created.numel() < LARGE else created
 
 
-def outline(kind: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
+def build_on_meta(kind: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
     """Build the model of this configuration without weights.
 
     Small tensors are kept because constructors compute values, such as scales and positions, that no initialisation rule computes again.
+
+    Raises:
+        SettingsError: there is no such model.
     """
-    with seeded("outline"), _LargeOnMeta():
-        return kind(config)
+    try:
+        with seeded("outline"), _LargeOnMeta():
+            return kind(config)
+    except Exception as error:  # sizes that contradict each other fail wherever a model first uses them
+        raise SettingsError(
+            f"transformers cannot make a {kind.__name__} of these sizes ({type(error).__name__}: {error}): set model.config_overrides, or "
+            "start from a checkpoint (model.from_pretrained)"
+        ) from error
 
 
-def without_values(module: nn.Module) -> None:
+def allocate_empty(module: nn.Module) -> None:
     """Allocate everything that is on the meta device, and replace every parameter, so that transformers takes them for not initialised."""
     for owner in module.modules():
         for name, parameter in owner._parameters.items():

@@ -17,7 +17,7 @@ class _Keys(DynamicCache):
         return self.known + query_length, 0
 
 
-class Past:
+class GenerationCache:
     """The cache for several sequences. Between forwards, sequences may change places or continue from one another, as in beam search.
 
     Args:
