@@ -249,7 +249,7 @@ def schedule() -> Drawing:
     """Who does what when in one step, by the planner's logical clocks."""
     settings = {
         "model": {"layers": 32}, "workers": WORKERS, "mode": "parallel", "buffers": {"open": 0, "close": 0},
-        "mgrit": {"coarsening": COARSENING, "iterations": {"forward": 1, "backward": 1}},
+        "solver": "mgrit", "mgrit": {"coarsening": COARSENING, "iterations": {"forward": 1, "backward": 1}},
     }  # fmt: skip
     config = make_config(settings)
     costs = Costs(forward=1.0, record=1.0, input_gradient=1.0, full_gradient=2.0)
