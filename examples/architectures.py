@@ -24,7 +24,7 @@ from torch import Tensor
 from rayllp.channel import LocalChannel, run_workers
 from rayllp.config import TrainConfig, make_config
 from rayllp.control import Accuracy
-from rayllp.data import IGNORE, Facts
+from rayllp.data import IGNORE, DatasetFacts
 from rayllp.engine import Engine
 from rayllp.engine.reduce_gradients import add_shared_gradients
 from rayllp.errors import SettingsError
@@ -93,9 +93,9 @@ class Random:
         self.task = task
 
     @property
-    def facts(self) -> Facts:
+    def facts(self) -> DatasetFacts:
         padded = self.task in ("masked", "translation")
-        return Facts(
+        return DatasetFacts(
             vocabulary=VOCABULARY,
             classes=LABELS if self.task == "images" else (),
             pad=PAD if padded else None,

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from rayllp.config import DataSettings
 from rayllp.data.base import IGNORE
 from rayllp.data.sentences import load_sentences
-from rayllp.data.special import SpecialTokens
+from rayllp.data.special_tokens import SpecialTokens
 from rayllp.data.tokenizer import make_tokenizer
 from rayllp.data.tokenizer_kinds import Bytes
 from rayllp.errors import DataError

@@ -5,7 +5,7 @@ import torch
 
 from rayllp.channel import LocalChannel, run_workers
 from rayllp.control import Accuracy
-from rayllp.data import IGNORE, Facts
+from rayllp.data import IGNORE, DatasetFacts
 from rayllp.engine import Engine
 from rayllp.engine.pipeline import Pipeline
 from rayllp.engine.reduce_gradients import add_shared_gradients
@@ -29,7 +29,7 @@ class RandomBatches:
     @property
     def facts(self):
         padded = self.head == "sentences" or self.family in ("bert", "mc", "mt")
-        return Facts(
+        return DatasetFacts(
             vocabulary=VOCABULARY, classes=CLASSES, pad=PAD if padded else None, bos=21, eos=22, image=(2, 8, 12)
         )  # fmt: skip
 

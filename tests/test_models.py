@@ -9,7 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCau
 
 from rayllp.channel import LocalChannel, run_workers
 from rayllp.channel.base import ChannelWrapper
-from rayllp.data import Facts
+from rayllp.data import DatasetFacts
 from rayllp.engine import Engine
 from rayllp.engine.generation import continue_text, remembers, translate
 from rayllp.errors import CheckpointError
@@ -299,12 +299,12 @@ def test_a_table_that_is_filled_up_keeps_its_size(tmp_path):
     saved.save_pretrained(tmp_path)
     model = {"family": "llama", "from_pretrained": str(tmp_path), "layers": 4, "width": 8}
     config = tiny(model=model, buffers={"open": 0, "close": 0}, mgrit={"coarsening": 2})
-    built = build_architecture(config, Facts(vocabulary=100))
+    built = build_architecture(config, DatasetFacts(vocabulary=100))
     assert torch.equal(built.embed()["model.embed_tokens"].weight, saved.model.embed_tokens.weight)
     assert built.transformers_config()["vocab_size"] == 128
-    again = build_architecture(config, Facts(vocabulary=100), built.transformers_config())  # a run that goes on
+    again = build_architecture(config, DatasetFacts(vocabulary=100), built.transformers_config())  # a run that goes on
     assert again.transformers_config()["vocab_size"] == 128
     with pytest.raises(
         CheckpointError, match=r"model.embed_tokens.weight is \(128, 8\) there and \(60, 8\) in this model: .*data.tokenizer"
     ):
-        build_architecture(config, Facts(vocabulary=60))
+        build_architecture(config, DatasetFacts(vocabulary=60))

@@ -28,7 +28,7 @@ from rayllp.config import TrainConfig, load_run_config
 from rayllp.config.nested import stage_of_depth
 from rayllp.config.network import LoRASettings
 from rayllp.data import load_data
-from rayllp.data.special import SpecialTokens
+from rayllp.data.special_tokens import SpecialTokens
 from rayllp.data.tokenizer import SENTENCEPIECE_ENDINGS, make_tokenizer
 from rayllp.errors import CheckpointError, DataError, SettingsError
 from rayllp.hf_config import count_layers, read_config, transformers_config, with_layers

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from rayllp.config import DataSettings
-from rayllp.data.base import IGNORE, Facts, Inputs, passes
-from rayllp.data.cache import Entry, Writer, fingerprint
-from rayllp.data.files import Faults, count_kept, locate
-from rayllp.data.hub import up_to
-from rayllp.data.sampling import Order, select
+from rayllp.data.base import IGNORE, DatasetFacts, Inputs, passes
+from rayllp.data.cache import CacheEntry, CacheWriter, fingerprint
+from rayllp.data.datasets_io import up_to
+from rayllp.data.files import BadRows, count_kept, local_path
+from rayllp.data.sampling import SampleOrder, select
 from rayllp.data.sources import Table, held_out_table, training_table
 from rayllp.data.tokenizer import Tokenizer, identity, is_made_from_text, load_tokenizer, smallest_dtype
 from rayllp.data.tokenizer_kinds import Pretrained
@@ -41,20 +41,20 @@ class AnswerBatches:
         skipped: how many rows were left out or cut, by cause.
     """
 
-    entry: Entry
+    entry: CacheEntry
     spans: dict[str, tuple[str, int, int]]
     sequence_length: int
-    order: Order
+    order: SampleOrder
     tokenizer: Tokenizer
     packed: bool
     skipped: dict[str, int]
 
     @property
-    def entries(self) -> tuple[Entry, ...]:
+    def entries(self) -> tuple[CacheEntry, ...]:
         """Cache entries whose files a host needs."""
         return (self.entry,)
 
-    def with_entries(self, change: Callable[[Entry], Entry]) -> Self:
+    def with_entries(self, change: Callable[[CacheEntry], CacheEntry]) -> Self:
         """Return a copy in which the cache entry is replaced by `change(entry)`."""
         return replace(self, entry=change(self.entry))
 
@@ -65,12 +65,12 @@ class AnswerBatches:
         return {split: [*span, *(self.entry.checksum(span[0] + each) for each in arrays)] for split, span in self.spans.items()}
 
     @property
-    def facts(self) -> Facts:
+    def facts(self) -> DatasetFacts:
         """Size of the vocabulary.
 
         There is no padding id: sequences are filled up at their end, which causal attention hides from all tokens before it.
         """
-        return Facts(vocabulary=self.tokenizer.vocabulary)
+        return DatasetFacts(vocabulary=self.tokenizer.vocabulary)
 
     def batch(self, split: str, step: int, size: int) -> tuple[Inputs, Tensor]:
         """Return token ids (with their positions, where samples are packed) and the next token's id where it belongs to an answer.
@@ -122,7 +122,7 @@ def load_answers(settings: DataSettings, sequence_length: int, seed: int, tokeni
     options = [write.template, settings.messages_field, settings.text_field, settings.answer_field, settings.documents, settings.on_long]
     stamps = [train.stamp(), held_out and held_out.stamp(), settings.on_error, settings.max_bytes, sequence_length, options]
     key = fingerprint("answers", stamps, *identity(tokenizer))
-    entry = Entry(key, write, settings.cache, f"samples of {train.name}").ensure_present()
+    entry = CacheEntry(key, write, settings.cache, f"samples of {train.name}").ensure_present()
     count = len(entry.array("train_sequences")) - 1
     if held_out is not None:
         spans = {"train": ("train", 0, count), "validation": ("validation", 0, len(entry.array("validation_sequences")) - 1)}
@@ -130,14 +130,14 @@ def load_answers(settings: DataSettings, sequence_length: int, seed: int, tokeni
         kept = count_kept(count, settings.validation_fraction, train.name, "sequence", ", or set data.validation_path")
         spans = {"train": ("train", 0, kept), "validation": ("train", kept, count)}
     packed = settings.documents == "packed"
-    return AnswerBatches(entry, spans, sequence_length, Order(seed, settings.sampling), tokenizer, packed, entry.metadata["skipped"])
+    return AnswerBatches(entry, spans, sequence_length, SampleOrder(seed, settings.sampling), tokenizer, packed, entry.metadata["skipped"])
 
 
 def read_template(settings: DataSettings) -> str | None:
     """Return the chat template that the settings name; None: use the tokenizer's own."""
     if settings.chat_template is None:
         return None
-    path = locate(settings.chat_template, "data.chat_template")
+    path = local_path(settings.chat_template, "data.chat_template")
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -164,18 +164,18 @@ class WriteAnswers:
     length: int
     template: str | None
 
-    def __call__(self, writer: Writer) -> None:
+    def __call__(self, writer: CacheWriter) -> None:
         """Write the arrays that `AnswerBatches` reads."""
-        faults = Faults(self.settings.on_error == "skip")
+        bad_rows = BadRows(self.settings.on_error == "skip")
         for name, table in (("train", self.train), ("validation", self.held_out)):
             if table is None:
                 continue
-            if not self._write_split(writer, name, self._fitting(self._samples(table, faults), faults)):
-                left_out = f" ({faults.counts} were left out)" if faults.counts else ""
+            if not self._write_split(writer, name, self._fitting(self._samples(table, bad_rows), bad_rows)):
+                left_out = f" ({bad_rows.counts} were left out)" if bad_rows.counts else ""
                 raise DataError(f"{table.name} has no sample with an answer{left_out}: give some, or raise sequence_length={self.length}")
-        writer.metadata["skipped"] = faults.counts
+        writer.metadata["skipped"] = bad_rows.counts
 
-    def _write_split(self, writer: Writer, name: str, samples: Iterator[_Sample]) -> int:
+    def _write_split(self, writer: CacheWriter, name: str, samples: Iterator[_Sample]) -> int:
         """Write a split's arrays and return the number of its samples."""
         dtype, packed = smallest_dtype(self.tokenizer.vocabulary), self.settings.documents == "packed"
         writer.append(f"{name}_samples", np.zeros(1, np.int64))
@@ -197,7 +197,7 @@ class WriteAnswers:
         writer.append(f"{name}_sequences", np.array([count], np.int64))
         return count
 
-    def _fitting(self, samples: Iterable[_Sample], faults: Faults) -> Iterator[_Sample]:
+    def _fitting(self, samples: Iterable[_Sample], bad_rows: BadRows) -> Iterator[_Sample]:
         """Yield the samples that have something to predict and fit in a sequence, cutting long ones if the settings say so."""
         room, long = self.length + 1, self.settings.on_long
         for sample in samples:
@@ -208,16 +208,16 @@ class WriteAnswers:
                         f"{sample.place} has {size} tokens, more than sequence_length={self.length} and the last target: raise it, or set "
                         "data.on_long to cut or skip"
                     )
-                faults.count_skipped("long samples" if long == "skip" else "ends of long samples")
+                bad_rows.count_skipped("long samples" if long == "skip" else "ends of long samples")
                 if long == "skip":
                     continue
                 sample = _Sample(sample.ids[:room], sample.answers[:room], sample.place)
             if not sample.answers[1:].any():
-                faults.count_skipped("samples without an answer" if size <= room else "samples whose answer is beyond sequence_length")
+                bad_rows.count_skipped("samples without an answer" if size <= room else "samples whose answer is beyond sequence_length")
                 continue
             yield sample
 
-    def _samples(self, table: Table, faults: Faults) -> Iterator[_Sample]:
+    def _samples(self, table: Table, bad_rows: BadRows) -> Iterator[_Sample]:
         """Yield a table's rows as samples; broken rows are refused or counted. Of the training table at most `data.max_bytes` are read."""
         settings = self.settings
         limit = settings.max_bytes if table is self.train else None
@@ -227,7 +227,7 @@ class WriteAnswers:
             chat = ChatTemplate.of(self.tokenizer, self.template, split.source)
             for place, (messages,) in up_to(limit, split.placed_rows(settings.messages_field), _bytes_in_row):
                 if fault := fault_of(messages):
-                    faults.refuse_or_count("rows", f"{place}: column {settings.messages_field!r} {fault}")
+                    bad_rows.refuse_or_count("rows", f"{place}: column {settings.messages_field!r} {fault}")
                     continue
                 yield _Sample(*chat.encode(messages, place), place)
             return
@@ -236,7 +236,7 @@ class WriteAnswers:
         split.require(fields)
         columns = tuple(fields.values())
         rows = up_to(limit, split.placed_rows(*columns), _bytes_in_row)
-        whole = ((place, values) for place, values in rows if _is_text(place, values, columns, faults))
+        whole = ((place, values) for place, values in rows if _is_text(place, values, columns, bad_rows))
         for some in iter(lambda: list(islice(whole, AT_ONCE)), []):
             yield from self._pairs(some)
 
@@ -250,12 +250,12 @@ class WriteAnswers:
             yield _Sample(np.array([*first, *last], np.int64), np.repeat([False, True], (len(first), len(last))), place)
 
 
-def _is_text(place: str, texts: tuple[Any, ...], fields: tuple[str, ...], faults: Faults) -> bool:
+def _is_text(place: str, texts: tuple[Any, ...], fields: tuple[str, ...], bad_rows: BadRows) -> bool:
     """True if all columns of a row hold text; otherwise the row is refused or counted."""
     for text, column in zip(texts, fields, strict=True):
         if not isinstance(text, str):
             kind = "nothing" if text is None else type(text).__name__
-            faults.refuse_or_count("rows", f"{place}: column {column!r} holds {kind}, not text")
+            bad_rows.refuse_or_count("rows", f"{place}: column {column!r} holds {kind}, not text")
             return False
     return True
 

@@ -1,4 +1,4 @@
-"""The interface between data and the workers that train on it: `Batches`, and the `Facts` from which a model is sized."""
+"""The interface between data and the workers that train on it: `Batches`, and the `DatasetFacts` from which a model is sized."""
 
 from dataclasses import dataclass
 from typing import Protocol
@@ -15,7 +15,7 @@ Inputs = State
 
 
 @dataclass(frozen=True, kw_only=True)
-class Facts:
+class DatasetFacts:
     """What a model that is built for a data set has to know about it.
 
     Attributes:

@@ -53,7 +53,7 @@ def stamp(paths: Sequence[Path]) -> list[Any]:
     return values
 
 
-class Writer:
+class CacheWriter:
     """Writes a new entry. Each array is appended to, from its first value to its last.
 
     Attributes:
@@ -87,12 +87,12 @@ class Writer:
         (self.folder / ENTRY).write_text(json.dumps(values) + "\n", encoding="utf-8")
 
 
-Write = Callable[[Writer], None]
+Write = Callable[[CacheWriter], None]
 """Function that writes an entry's arrays and metadata. It is sent to other hosts and has to write the same there."""
 
 
 @dataclass(frozen=True)
-class Entry:
+class CacheEntry:
     """A cache entry, referred to by its name, so that it can be sent to any host.
 
     Attributes:
@@ -124,7 +124,7 @@ class Entry:
             return Path(self.driver_cache) / self.key
         return cache_folder(self.cache) / self.key
 
-    def ensure_present(self) -> "Entry":
+    def ensure_present(self) -> "CacheEntry":
         """Write the entry on this host if it is missing, and check that its content is the expected one.
 
         Returns:
@@ -145,7 +145,7 @@ class Entry:
             return self
         return replace(self, content_fingerprint=content, driver_cache=str(self.folder.parent.absolute()))
 
-    def with_files(self) -> "Entry":
+    def with_files(self) -> "CacheEntry":
         """Return a copy that carries the content of the files, if they are small enough to be sent."""
         files = [path for path in self.folder.iterdir() if path.is_file()]
         if sum(path.stat().st_size for path in files) > CARRIED:
@@ -187,7 +187,7 @@ class Entry:
             for name, content in self.carried.items():
                 (folder / name).write_bytes(content)
             return
-        writer = Writer(folder, self.description)
+        writer = CacheWriter(folder, self.description)
         self.write(writer)
         writer.finish()
 
@@ -254,13 +254,13 @@ class ArraySlice:
     It can be sliced, indexed, and converted to an array.
     """
 
-    entry: Entry
+    entry: CacheEntry
     name: str
     start: int
     stop: int
 
     @classmethod
-    def whole(cls, entry: Entry, name: str) -> "ArraySlice":
+    def whole(cls, entry: CacheEntry, name: str) -> "ArraySlice":
         """Return a reference to a whole array."""
         return cls(entry, name, 0, len(entry.array(name)))
 
@@ -288,7 +288,7 @@ def ensure_present(batches: Any) -> None:
     """Make sure that this host has the cache entries of a data set; does nothing for data in memory.
 
     Raises:
-        DataError: see `Entry.ensure_present`.
+        DataError: see `CacheEntry.ensure_present`.
     """
     for entry in getattr(batches, "entries", ()):
         entry.ensure_present()
@@ -297,4 +297,4 @@ def ensure_present(batches: Any) -> None:
 def with_files(batches: Any) -> Any:
     """Return a data set whose small cache entries carry their files, for hosts that lack the data they are made from."""
     with_entries = getattr(batches, "with_entries", None)
-    return batches if with_entries is None else with_entries(Entry.with_files)
+    return batches if with_entries is None else with_entries(CacheEntry.with_files)

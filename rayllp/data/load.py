@@ -3,7 +3,7 @@
 from typing import Any, Protocol
 
 from rayllp.config import TrainConfig
-from rayllp.data.base import Batches, Facts
+from rayllp.data.base import Batches, DatasetFacts
 from rayllp.data.tokenizer import Tokenizer
 
 
@@ -11,7 +11,7 @@ class DataSet(Batches, Protocol):
     """Batches that also describe themselves to the model that is built for them."""
 
     @property
-    def facts(self) -> Facts:
+    def facts(self) -> DatasetFacts:
         """What the model has to know about the data: vocabulary, classes, padding, image size."""
         ...
 

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from rayllp.config import DataSettings
-from rayllp.data.base import IGNORE, Facts
-from rayllp.data.sampling import Order
-from rayllp.data.special import SpecialTokens
+from rayllp.data.base import IGNORE, DatasetFacts
+from rayllp.data.sampling import SampleOrder
+from rayllp.data.special_tokens import SpecialTokens
 from rayllp.data.text import StreamBatches, load_tokens
 from rayllp.data.tokenizer import Tokenizer
 from rayllp.errors import DataError
@@ -42,9 +42,9 @@ class MaskedBatches(StreamBatches):
         return SpecialTokens.of(self.tokenizer)
 
     @property
-    def facts(self) -> Facts:
+    def facts(self) -> DatasetFacts:
         """Size of the vocabulary, special tokens included, and the padding id."""
-        return Facts(vocabulary=self.special.vocabulary, pad=self.special.pad)
+        return DatasetFacts(vocabulary=self.special.vocabulary, pad=self.special.pad)
 
     def batch(self, split: str, step: int, size: int) -> tuple[Tensor, Tensor]:
         """Return token ids, and the original ids at the masked places (IGNORE elsewhere), both of shape (size, sequence_length)."""
@@ -95,5 +95,5 @@ def load_masked(settings: DataSettings, sequence_length: int, seed: int, tokeniz
     if settings.documents == "packed":
         raise DataError("data.documents=packed is for models that predict the next token: leave it out for model.family=bert")
     tokens = load_tokens(settings, sequence_length, sequence_length - 2, tokenizer)
-    order = Order(seed, settings.sampling)
+    order = SampleOrder(seed, settings.sampling)
     return MaskedBatches(tokens.splits, sequence_length, order, tokens.tokenizer, settings.mask_fraction, tokens.skipped)

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from rayllp.config import TrainConfig
-from rayllp.data.base import Facts, Inputs, passes
-from rayllp.data.cache import Entry
-from rayllp.data.sampling import Order, in_order, interleave
+from rayllp.data.base import DatasetFacts, Inputs, passes
+from rayllp.data.cache import CacheEntry
+from rayllp.data.sampling import SampleOrder, in_order, interleave
 from rayllp.data.tokenizer import Tokenizer
 from rayllp.errors import DataError
 from rayllp.state import combine
@@ -37,9 +37,9 @@ class Mixture:
         return {name: value for name, value in self.__dict__.items() if name != "held_out"}
 
     @property
-    def facts(self) -> Facts:
+    def facts(self) -> DatasetFacts:
         """What the model has to know about the data, which is the same for all sets."""
-        facts: Facts = self.sets[0].facts
+        facts: DatasetFacts = self.sets[0].facts
         return facts
 
     @property
@@ -63,11 +63,11 @@ class Mixture:
         return any(getattr(each, "is_stream", False) for each in self.sets)
 
     @property
-    def entries(self) -> tuple[Entry, ...]:
+    def entries(self) -> tuple[CacheEntry, ...]:
         """Cache entries whose files a host needs."""
         return tuple(entry for each in self.sets for entry in each.entries)
 
-    def with_entries(self, change: Callable[[Entry], Entry]) -> Self:
+    def with_entries(self, change: Callable[[CacheEntry], CacheEntry]) -> Self:
         """Return a copy in which each cache entry is replaced by `change(entry)`."""
         return replace(self, sets=tuple(each.with_entries(change) for each in self.sets))
 
@@ -124,5 +124,5 @@ def load_mixture(config: TrainConfig, load: Callable[[TrainConfig, Tokenizer | N
         if not hasattr(data_set, "with_entries"):
             raise DataError(f"data.sets mixes texts or answers, and model.family={config.model.family} reads neither: give one set")
         tokenizer = tokenizer or data_set.tokenizer
-        sets.append(replace(data_set, order=Order(config.seed, data.sampling, number, weights)))
+        sets.append(replace(data_set, order=SampleOrder(config.seed, data.sampling, number, weights)))
     return Mixture(tuple(sets), weights)

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from rayllp.config import DataSettings
-from rayllp.data.base import IGNORE, Facts, passes
-from rayllp.data.files import Faults, Rows, bytes_of, hold_out, locate, plain_or_gz, read_lines
-from rayllp.data.hub import Split, load_split, up_to
-from rayllp.data.sampling import Order, select
+from rayllp.data.base import IGNORE, DatasetFacts, passes
+from rayllp.data.datasets_io import Split, load_split, up_to
+from rayllp.data.files import BadRows, RaggedArray, bytes_of, hold_out, local_path, plain_or_gz, read_lines
+from rayllp.data.sampling import SampleOrder, select
 from rayllp.data.sources import reads_tables, tables
-from rayllp.data.special import SpecialTokens
+from rayllp.data.special_tokens import SpecialTokens
 from rayllp.data.tokenizer import Tokenizer, make_tokenizer
 from rayllp.errors import DataError
 
@@ -38,7 +38,7 @@ class _Side:
     """One language of a split: its lines, and their ids, each ended by eos."""
 
     lines: list[str]
-    ids: Rows
+    ids: RaggedArray
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class PairBatches:
 
     sides: dict[str, tuple[_Side, _Side]]
     sequence_length: int
-    order: Order
+    order: SampleOrder
     tokenizer: Tokenizer
     skipped: dict[str, int]
 
@@ -65,10 +65,10 @@ class PairBatches:
         return SpecialTokens.of(self.tokenizer)
 
     @property
-    def facts(self) -> Facts:
+    def facts(self) -> DatasetFacts:
         """Size of the vocabulary, and the ids of padding, bos and eos."""
         special = self.special
-        return Facts(vocabulary=special.vocabulary, pad=special.pad, bos=special.cls, eos=special.sep)
+        return DatasetFacts(vocabulary=special.vocabulary, pad=special.pad, bos=special.cls, eos=special.sep)
 
     @property
     def splits(self) -> tuple[str, ...]:
@@ -117,7 +117,7 @@ class PairBatches:
             DataError: the tokenizer has no token for a character.
         """
         try:
-            rows = Rows.of(_truncate(_encode(self.special, line), self.sequence_length) for line in lines)
+            rows = RaggedArray.of(_truncate(_encode(self.special, line), self.sequence_length) for line in lines)
         except KeyError as error:
             raise DataError(f"{_unknown(error)}: leave it out of the line") from None
         return torch.from_numpy(rows.padded(np.arange(len(lines)), self.sequence_length, self.special.pad))
@@ -136,7 +136,7 @@ def load_pairs(settings: DataSettings, sequence_length: int, seed: int, tokenize
 
     Raises:
         DataError: files are missing or broken, the two languages have different numbers of lines, or no pair is left; a character is not in
-            the tokenizer's alphabet and faults are not skipped.
+            the tokenizer's alphabet and bad rows are not skipped.
     """
     from_table = reads_tables(settings)
     if settings.validation_path and not from_table:
@@ -144,34 +144,34 @@ def load_pairs(settings: DataSettings, sequence_length: int, seed: int, tokenize
             f"data.validation_path {settings.validation_path} is not read for translation: leave it out; held out are "
             f"{VALIDATION_NAMES[0]}.{settings.source} and {VALIDATION_NAMES[0]}.{settings.target} in data.path, or the data set's own split"
         )
-    faults = Faults(settings.on_error == "skip")
-    skipped = faults.counts
-    read = _read_dataset(settings, faults) if from_table else _read_folder(settings)
-    kept = {split: _leave_out_empty(pairs, faults) for split, pairs in read.items()}
+    bad_rows = BadRows(settings.on_error == "skip")
+    skipped = bad_rows.counts
+    read = _read_dataset(settings, bad_rows) if from_table else _read_folder(settings)
+    kept = {split: _leave_out_empty(pairs, bad_rows) for split, pairs in read.items()}
     lines = [pair.source for pair in kept["train"]] + [pair.target for pair in kept["train"]]
     tokenizer = tokenizer or make_tokenizer(settings.tokenizer, "\n".join(lines).encode())
     special = SpecialTokens.of(tokenizer)
     sides: dict[str, tuple[_Side, _Side]] = {}
     for split, pairs in kept.items():
-        sides[split] = _encode_pairs(pairs, special, sequence_length, split == "train", faults)
+        sides[split] = _encode_pairs(pairs, special, sequence_length, split == "train", bad_rows)
         if not sides[split][0].lines:
             raise DataError(
                 f"no pair of split {split} is left, {skipped} were left out: give more or shorter lines, or raise "
                 f"sequence_length={sequence_length}"
             )
-    return PairBatches(sides, sequence_length, Order(seed, settings.sampling), tokenizer, skipped)
+    return PairBatches(sides, sequence_length, SampleOrder(seed, settings.sampling), tokenizer, skipped)
 
 
 # Tokens -----------------------------------------------------------------------------------------------------------------------
 
 
-def _leave_out_empty(pairs: list[_Pair], faults: Faults) -> list[_Pair]:
+def _leave_out_empty(pairs: list[_Pair], bad_rows: BadRows) -> list[_Pair]:
     kept = [pair for pair in pairs if pair.source.strip() and pair.target.strip()]
-    faults.count_skipped("empty lines", len(pairs) - len(kept))
+    bad_rows.count_skipped("empty lines", len(pairs) - len(kept))
     return kept
 
 
-def _encode_pairs(pairs: list[_Pair], special: SpecialTokens, length: int, training: bool, faults: Faults) -> tuple[_Side, _Side]:
+def _encode_pairs(pairs: list[_Pair], special: SpecialTokens, length: int, training: bool, bad_rows: BadRows) -> tuple[_Side, _Side]:
     """Tokenise both languages of a split; training pairs that are too long are left out."""
     kept: list[_Pair] = []
     encoded: list[tuple[np.ndarray, np.ndarray]] = []
@@ -179,15 +179,15 @@ def _encode_pairs(pairs: list[_Pair], special: SpecialTokens, length: int, train
         try:
             source, target = (_encode(special, line) for line in (pair.source, pair.target))
         except KeyError as error:
-            faults.refuse_or_count("characters", f"{pair.place}: {_unknown(error)}")
+            bad_rows.refuse_or_count("characters", f"{pair.place}: {_unknown(error)}")
             continue
         if training and max(len(source), len(target)) > length:
-            faults.count_skipped("long pairs")
+            bad_rows.count_skipped("long pairs")
             continue
         kept.append(pair)
         encoded.append((_truncate(source, length), _truncate(target, length)))
-    sources = _Side([pair.source for pair in kept], Rows.of(source for source, _ in encoded))
-    return sources, _Side([pair.target for pair in kept], Rows.of(target for _, target in encoded))
+    sources = _Side([pair.source for pair in kept], RaggedArray.of(source for source, _ in encoded))
+    return sources, _Side([pair.target for pair in kept], RaggedArray.of(target for _, target in encoded))
 
 
 def _encode(special: SpecialTokens, line: str) -> np.ndarray:
@@ -213,7 +213,7 @@ def _read_folder(settings: DataSettings) -> dict[str, list[_Pair]]:
     files = f"train.{source}, train.{target}, val.{source} and val.{target} (plain or .gz)"
     if settings.path is None:
         raise DataError(f"translation needs data.path, a folder with {files} or a table, or data.dataset with a column translation")
-    folder = locate(settings.path, "data.path")
+    folder = local_path(settings.path, "data.path")
     if not folder.is_dir():
         raise DataError(f"data.path {folder} is no folder: give one with {files}")
     validation = next((name for name in VALIDATION_NAMES if plain_or_gz(folder / f"{name}.{source}")), None)
@@ -251,19 +251,19 @@ def _limit(pairs: Iterable[_Pair], settings: DataSettings, where: str) -> list[_
     return kept
 
 
-def _read_dataset(settings: DataSettings, faults: Faults) -> dict[str, list[_Pair]]:
+def _read_dataset(settings: DataSettings, bad_rows: BadRows) -> dict[str, list[_Pair]]:
     """Read the pairs of each split from a data set or table."""
     train, held_out = tables(settings)
-    pairs = {"train": _read_split(train.open(), settings, faults)}
+    pairs = {"train": _read_split(train.open(), settings, bad_rows)}
     if held_out is None:
         pairs = dict(zip(("train", "validation"), hold_out(pairs["train"], settings.validation_fraction), strict=True))
     else:
-        pairs["validation"] = _read_split(held_out.open(), settings, faults)
+        pairs["validation"] = _read_split(held_out.open(), settings, bad_rows)
     test = load_split(train.settings, "test", stream=True) if held_out is None or held_out.split != "test" else None
-    return pairs | ({"test": _read_split(test, settings, faults)} if test else {})
+    return pairs | ({"test": _read_split(test, settings, bad_rows)} if test else {})
 
 
-def _read_split(split: Split, settings: DataSettings, faults: Faults) -> list[_Pair]:
+def _read_split(split: Split, settings: DataSettings, bad_rows: BadRows) -> list[_Pair]:
     languages = (settings.source, settings.target)
     if TRANSLATION in split.columns:
         rows = ((place, translation) for place, (translation,) in split.placed_rows(TRANSLATION))
@@ -274,14 +274,14 @@ def _read_split(split: Split, settings: DataSettings, faults: Faults) -> list[_P
             f"{split.source} has columns {split.columns}, neither {TRANSLATION} nor {languages[0]} and {languages[1]}: "
             "set data.source and data.target, or choose another data set"
         )
-    pairs = (_pick(texts, languages, place, faults) for place, texts in rows)
+    pairs = (_pick(texts, languages, place, bad_rows) for place, texts in rows)
     return _limit((pair for pair in pairs if pair is not None), settings, split.source)
 
 
-def _pick(texts: Any, languages: tuple[str, str], place: str, faults: Faults) -> _Pair | None:
-    """Return the pair of texts in a row; None where one is missing and faults are skipped."""
+def _pick(texts: Any, languages: tuple[str, str], place: str, bad_rows: BadRows) -> _Pair | None:
+    """Return the pair of texts in a row; None where one is missing and bad rows are skipped."""
     if texts is None or (isinstance(texts, dict) and any(texts.get(language, "") is None for language in languages)):
-        faults.refuse_or_count("rows", f"{place} has nothing in {languages[0]} or {languages[1]}")
+        bad_rows.refuse_or_count("rows", f"{place} has nothing in {languages[0]} or {languages[1]}")
         return None
     holds = sorted(texts) if isinstance(texts, dict) else f"a {type(texts).__name__}"
     source, target = (texts.get(language) if isinstance(texts, dict) else None for language in languages)

@@ -10,7 +10,7 @@ import numpy as np
 
 from rayllp.config import TrainConfig
 from rayllp.data.cache import ArraySlice, ensure_present
-from rayllp.data.decoded import DecodedImages
+from rayllp.data.lazy_images import LazyImages
 from rayllp.data.load import load_data
 from rayllp.data.tokenizer import Tokenizer, restore_tokenizer
 from rayllp.errors import DataError
@@ -153,7 +153,7 @@ def _feed(digest: Any, value: Any) -> None:
         digest.update(np.ascontiguousarray(value).data)
     elif isinstance(value, ArraySlice):
         _feed(digest, value.checksum)
-    elif isinstance(value, DecodedImages):  # hash the datasets library's fingerprint instead of the pixels, which may be larger than memory
+    elif isinstance(value, LazyImages):  # hash the datasets library's fingerprint instead of the pixels, which may be larger than memory
         _feed(digest, [str(getattr(value.rows, "_fingerprint", "")), value.column, value.numbers])
     elif isinstance(value, Mapping):
         _feed(digest, list(value.items()))

@@ -8,8 +8,8 @@ from typing import Any, Protocol
 
 from rayllp.config import DataSettings
 from rayllp.data.cache import stamp
-from rayllp.data.files import Faults, NoTextError, Sample, hold_out, locate, read_text_file
-from rayllp.data.hub import Split, is_table, load_named, load_splits, stamp_of, up_to, visible_files
+from rayllp.data.datasets_io import Split, is_table, load_named, load_splits, stamp_of, up_to, visible_files
+from rayllp.data.files import BadRows, NoTextError, Sample, hold_out, local_path, read_text_file
 from rayllp.errors import DataError
 
 DEFAULT_TEXT_BYTES = 4_000_000
@@ -32,7 +32,7 @@ class Source(Protocol):
         """Return plain values that identify the content."""
         ...
 
-    def documents(self, faults: Faults) -> Iterator[Document]:
+    def documents(self, bad_rows: BadRows) -> Iterator[Document]:
         """Yield the texts; each has to be read to its end before the next one.
 
         Raises:
@@ -59,10 +59,10 @@ class Files:
         """Return the files' names, sizes and times, and for small files a hash of the content."""
         return stamp(self.paths)
 
-    def documents(self, faults: Faults) -> Iterator[Document]:
+    def documents(self, bad_rows: BadRows) -> Iterator[Document]:
         """Yield each file as one text."""
         for path in self.paths:
-            if self.folder and faults.skip and not self._is_text(path, faults):
+            if self.folder and bad_rows.skip and not self._is_text(path, bad_rows):
                 continue
             yield self._read(path)
 
@@ -74,13 +74,13 @@ class Files:
             end = "; mend it, or leave it out by data.on_error=skip" if self.folder else ""
             raise DataError(message + end) from None
 
-    def _is_text(self, path: Path, faults: Faults) -> bool:
+    def _is_text(self, path: Path, bad_rows: BadRows) -> bool:
         """True if a file is text to its end; otherwise it is counted as left out."""
         try:
             for _ in read_text_file(self.name.partition(" ")[0], path):
                 pass
         except NoTextError as error:
-            faults.refuse_or_count("files", f"{path}{error}")
+            bad_rows.refuse_or_count("files", f"{path}{error}")
             return False
         return True
 
@@ -125,9 +125,9 @@ class Column:
         """Return the table's stamp and the column's name."""
         return [self.table.stamp(), self.field]
 
-    def documents(self, faults: Faults) -> Iterator[Document]:
+    def documents(self, bad_rows: BadRows) -> Iterator[Document]:
         """Yield each row as one text."""
-        for text in self.table.open().texts("data.text_field", self.field, faults):
+        for text in self.table.open().texts("data.text_field", self.field, bad_rows):
             yield (text,)
 
 
@@ -258,7 +258,7 @@ def reads_tables(settings: DataSettings) -> bool:
     """True if labelled rows are read by the datasets library: from a data set, or from a table with named columns (not .tsv)."""
     if settings.dataset:
         return True
-    path = None if settings.path is None else locate(settings.path, "data.path")
+    path = None if settings.path is None else local_path(settings.path, "data.path")
     return path is not None and path.exists() and ".tsv" not in path.name and is_table(path)
 
 
@@ -290,7 +290,7 @@ def _files(setting: str, name: str) -> Files:
 
 
 def _existing(setting: str, name: str) -> Path:
-    path = locate(name, setting)
+    path = local_path(name, setting)
     if not path.exists():
         raise DataError(f"{setting} {path}: no such file or folder; give a text file, a .gz of one, or a folder of them")
     return path

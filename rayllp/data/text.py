@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from rayllp.config import DataSettings
-from rayllp.data.base import IGNORE, Facts, Inputs, passes
-from rayllp.data.cache import ArraySlice, Entry, Writer, fingerprint
-from rayllp.data.files import Faults
-from rayllp.data.hub import up_to
-from rayllp.data.sampling import Order, in_order
+from rayllp.data.base import IGNORE, DatasetFacts, Inputs, passes
+from rayllp.data.cache import ArraySlice, CacheEntry, CacheWriter, fingerprint
+from rayllp.data.datasets_io import up_to
+from rayllp.data.files import BadRows
+from rayllp.data.sampling import SampleOrder, in_order
 from rayllp.data.sources import Source, held_out_text, joined, training_text
 from rayllp.data.tokenizer import Tokenizer, identity, is_made_from_text, load_tokenizer, restore_tokenizer, smallest_dtype
 from rayllp.errors import DataError
@@ -26,18 +26,18 @@ GATHERED = 2**20
 """Short texts are gathered up to so many characters, then tokenised together."""
 
 
-def read_text(settings: DataSettings, faults: Faults | None = None) -> bytes:
+def read_text(settings: DataSettings, bad_rows: BadRows | None = None) -> bytes:
     """Return all text that the settings name, in UTF-8, up to `data.max_bytes`.
 
     Args:
         settings: say where the text is.
-        faults: counts what is left out of folders and data sets.
+        bad_rows: counts what is left out of folders and data sets.
 
     Raises:
         DataError: the text is missing, unreadable, empty, or not text.
     """
     source = training_text(settings)
-    text = "".join(joined(source.documents(faults or Faults(settings.on_error == "skip")), settings.max_bytes)).encode()
+    text = "".join(joined(source.documents(bad_rows or BadRows(settings.on_error == "skip")), settings.max_bytes)).encode()
     if not text:
         raise _no_text(source)
     return text
@@ -67,7 +67,7 @@ class StreamBatches:
 
     tokens: dict[str, ArraySlice]
     sequence_length: int
-    order: Order
+    order: SampleOrder
     tokenizer: Tokenizer
 
     def __getstate__(self) -> dict[str, Any]:
@@ -89,11 +89,11 @@ class StreamBatches:
         return True
 
     @property
-    def entries(self) -> tuple[Entry, ...]:
+    def entries(self) -> tuple[CacheEntry, ...]:
         """Cache entries whose files a host needs."""
         return (self.tokens["train"].entry,)
 
-    def with_entries(self, change: Callable[[Entry], Entry]) -> Self:
+    def with_entries(self, change: Callable[[CacheEntry], CacheEntry]) -> Self:
         """Return a copy in which the cache entry is replaced by `change(entry)`."""
         entry = change(self.entries[0])
         return replace(self, tokens={split: replace(part, entry=entry) for split, part in self.tokens.items()})
@@ -156,9 +156,9 @@ class TextBatches(StreamBatches):
         return self.sequence_length
 
     @property
-    def facts(self) -> Facts:
+    def facts(self) -> DatasetFacts:
         """Size of the vocabulary. There is no padding: all sequences have the same length."""
-        return Facts(vocabulary=self.tokenizer.vocabulary)
+        return DatasetFacts(vocabulary=self.tokenizer.vocabulary)
 
     def batch(self, split: str, step: int, size: int) -> tuple[Inputs, Tensor]:
         """Return input and target ids, both of shape (size, sequence_length); where texts are packed, inputs are (ids, positions)."""
@@ -209,7 +209,7 @@ def load_text(settings: DataSettings, sequence_length: int, seed: int, tokenizer
         DataError: see `load_tokens`.
     """
     tokens = load_tokens(settings, sequence_length, sequence_length + 1, tokenizer)
-    order = Order(seed, settings.sampling)
+    order = SampleOrder(seed, settings.sampling)
     return TextBatches(tokens.splits, sequence_length, order, tokens.tokenizer, tokens.skipped, settings.documents == "packed")
 
 
@@ -231,7 +231,7 @@ def load_tokens(settings: DataSettings, sequence_length: int, window: int, token
     packed = settings.documents == "packed"
     write = WriteTokens(source, held_out, tokenizer, settings.max_bytes, settings.on_error == "skip", packed)
     name = fingerprint("tokens", stamps, held_out and held_out.stamp(), packed, *identity(tokenizer))
-    entry = Entry(name, write, settings.cache, f"tokens of {source.name}").ensure_present()
+    entry = CacheEntry(name, write, settings.cache, f"tokens of {source.name}").ensure_present()
     train = ArraySlice.whole(entry, "train")
     if held_out is None:
         held = int(len(train) * settings.validation_fraction)
@@ -254,7 +254,7 @@ def _tokenizer(settings: DataSettings, source: Source, stamps: list[Any]) -> Tok
     if not is_made_from_text(name):
         return load_tokenizer(name, ())
     write = WriteTokenizer(name, source, settings.max_bytes, settings.on_error == "skip")
-    entry = Entry(
+    entry = CacheEntry(
         fingerprint("tokenizer", stamps, name, tokenizers.__version__), write, settings.cache, f"data.tokenizer {name}"
     ).ensure_present()
     tokenizer = restore_tokenizer(name, entry.metadata["made"], None)
@@ -271,9 +271,9 @@ class WriteTokenizer:
     limit: int | None
     skip: bool
 
-    def __call__(self, writer: Writer) -> None:
+    def __call__(self, writer: CacheWriter) -> None:
         """Store the serialised tokenizer that `restore_tokenizer` reads."""
-        tokenizer: Any = load_tokenizer(self.name, joined(self.source.documents(Faults(self.skip)), self.limit))
+        tokenizer: Any = load_tokenizer(self.name, joined(self.source.documents(BadRows(self.skip)), self.limit))
         writer.metadata["made"] = tokenizer.serialised
 
 
@@ -296,18 +296,18 @@ class WriteTokens:
     skip: bool
     packed: bool
 
-    def __call__(self, writer: Writer) -> None:
+    def __call__(self, writer: CacheWriter) -> None:
         """Write the tokens ("train", "validation"), where each text starts if texts are packed ("…_texts"), and how much was left out."""
-        faults = Faults(self.skip)
+        bad_rows = BadRows(self.skip)
         for name, source, limit in (("train", self.source, self.limit), ("validation", self.held_out, None)):
-            if source is not None and not self._write_split(writer, name, source, faults, limit):
+            if source is not None and not self._write_split(writer, name, source, bad_rows, limit):
                 raise _no_text(source)
-        writer.metadata["skipped"] = faults.counts
+        writer.metadata["skipped"] = bad_rows.counts
 
-    def _write_split(self, writer: Writer, name: str, source: Source, faults: Faults, limit: int | None) -> int:
+    def _write_split(self, writer: CacheWriter, name: str, source: Source, bad_rows: BadRows, limit: int | None) -> int:
         """Write the tokens of a source and return their number."""
         count, dtype = 0, smallest_dtype(self.tokenizer.vocabulary)
-        texts = source.documents(faults)
+        texts = source.documents(bad_rows)
         try:
             if not self.packed:
                 for ids in self.tokenizer.stream("".join(some) for some in _together(joined(texts, limit))):

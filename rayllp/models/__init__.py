@@ -9,7 +9,7 @@ from typing import Any
 
 from rayllp.config import TrainConfig
 from rayllp.config.network import ANY_ARCHITECTURE
-from rayllp.data.base import Facts
+from rayllp.data.base import DatasetFacts
 from rayllp.errors import DataError, SettingsError
 from rayllp.models.base import Architecture, hidden_matrices
 from rayllp.models.post_ln import refuse_post_ln
@@ -58,7 +58,7 @@ def register(family: str, home: str) -> None:
     FAMILIES[family] = home
 
 
-def build_architecture(config: TrainConfig, facts: Facts, stored_config: Mapping[str, Any] | None = None) -> Architecture:
+def build_architecture(config: TrainConfig, facts: DatasetFacts, stored_config: Mapping[str, Any] | None = None) -> Architecture:
     """Return the adapter of `config.model.family`, built for data with these facts.
 
     Args:
@@ -74,7 +74,7 @@ def build_architecture(config: TrainConfig, facts: Facts, stored_config: Mapping
     return architecture_class(config).from_settings(config, facts, stored_config)
 
 
-def check_network(config: TrainConfig, facts: Facts, stored_config: Mapping[str, Any] | None = None) -> None:
+def check_network(config: TrainConfig, facts: DatasetFacts, stored_config: Mapping[str, Any] | None = None) -> None:
     """Refuse settings from which no network can be built for data with these facts, or whose metric could not be computed.
 
     Raises:

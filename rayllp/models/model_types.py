@@ -10,7 +10,7 @@ from transformers.models.auto import modeling_auto as auto
 
 from rayllp.config import TrainConfig
 from rayllp.config.network import Task
-from rayllp.data.base import Facts
+from rayllp.data.base import DatasetFacts
 from rayllp.errors import CheckpointError, SettingsError
 from rayllp.hf_config import count_layers, layer_sources, with_sources
 from rayllp.models.post_ln import STORED_POST_LN, refuse_post_ln
@@ -80,7 +80,7 @@ def check_model_type(stored: str, ours: str, source: str) -> None:
 
 
 def configuration(
-    settings: TrainConfig, facts: Facts, resumed: Mapping[str, Any] | None, pretrained: Mapping[str, Any] | None
+    settings: TrainConfig, facts: DatasetFacts, resumed: Mapping[str, Any] | None, pretrained: Mapping[str, Any] | None
 ) -> PreTrainedConfig:
     """Return transformers' configuration of the model.
 
@@ -125,14 +125,14 @@ def is_table_of(rows: int, tokens: int) -> bool:
     return 0 <= rows - tokens < max(MOST_UNUSED, rows // 20)
 
 
-def labels_of(facts: Facts) -> dict[str, Any]:
+def labels_of(facts: DatasetFacts) -> dict[str, Any]:
     """Return transformers' configuration fields for the class names; empty if there are none."""
     if not facts.classes:
         return {}
     return {"id2label": dict(enumerate(facts.classes)), "label2id": {name: i for i, name in enumerate(facts.classes)}}
 
 
-def _check_vocabulary(config: PreTrainedConfig, settings: TrainConfig, facts: Facts) -> None:
+def _check_vocabulary(config: PreTrainedConfig, settings: TrainConfig, facts: DatasetFacts) -> None:
     """Refuse a tokenizer that does not belong to the checkpoint: ids beyond its embedding, or far too few for it."""
     rows, tokens = getattr(config.get_text_config(), "vocab_size", 0), facts.vocabulary
     if rows and tokens and not is_table_of(rows, tokens):
@@ -142,7 +142,7 @@ def _check_vocabulary(config: PreTrainedConfig, settings: TrainConfig, facts: Fa
         )
 
 
-def _new(settings: TrainConfig, facts: Facts) -> PreTrainedConfig:
+def _new(settings: TrainConfig, facts: DatasetFacts) -> PreTrainedConfig:
     """Return a new configuration of the settings' sizes."""
     model = settings.model
     kind = CONFIG_MAPPING[str(model.architecture)]
@@ -161,7 +161,7 @@ def _new(settings: TrainConfig, facts: Facts) -> PreTrainedConfig:
     return _adapted(_build(kind, {**sizes, **_tokens(facts, plain), **model.config_overrides}), settings, facts)
 
 
-def _sizes(settings: TrainConfig, facts: Facts, plain: PreTrainedConfig) -> dict[str, Any]:
+def _sizes(settings: TrainConfig, facts: DatasetFacts, plain: PreTrainedConfig) -> dict[str, Any]:
     """Return the settings' sizes under the field names that this kind of configuration uses."""
     model, known = settings.model, set(vars(plain)) | set(type(plain).attribute_map)
     wanted = {
@@ -199,7 +199,7 @@ def _layers(plain: PreTrainedConfig, settings: TrainConfig) -> dict[str, int]:
     return {"num_layers": encoder, "num_decoder_layers": decoder, "d_kv": model.width // heads}
 
 
-def _tokens(facts: Facts, plain: PreTrainedConfig) -> dict[str, int | None]:
+def _tokens(facts: DatasetFacts, plain: PreTrainedConfig) -> dict[str, int | None]:
     """Return the data's token ids as configuration fields. Defaults that lie beyond the vocabulary are replaced."""
     if not facts.vocabulary:
         return {}
@@ -213,7 +213,7 @@ def _tokens(facts: Facts, plain: PreTrainedConfig) -> dict[str, int | None]:
     return {name: value for name, value in fields.items() if name in vars(plain)}
 
 
-def _adapted(config: PreTrainedConfig, settings: TrainConfig, facts: Facts) -> PreTrainedConfig:
+def _adapted(config: PreTrainedConfig, settings: TrainConfig, facts: DatasetFacts) -> PreTrainedConfig:
     """Set the fields that the run decides rather than the checkpoint: class names, token ids, dropout."""
     for name, value in vars(config).items():
         if "drop" in name and isinstance(value, float):

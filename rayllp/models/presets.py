@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from rayllp.config import TrainConfig
-from rayllp.data.base import Facts
+from rayllp.data.base import DatasetFacts
 from rayllp.errors import CheckpointError, SettingsError
 from rayllp.models.model_types import at_depth, check_model_type, is_table_of, labels_of
 from rayllp.models.transformer import Transformer
@@ -40,7 +40,7 @@ class Preset(Transformer):
 
     @classmethod
     def configuration(
-        cls, settings: TrainConfig, facts: Facts, resumed: Mapping[str, Any] | None, pretrained: Mapping[str, Any] | None
+        cls, settings: TrainConfig, facts: DatasetFacts, resumed: Mapping[str, Any] | None, pretrained: Mapping[str, Any] | None
     ) -> PreTrainedConfig:
         """Return a stored configuration with vocabulary, class names, token ids and dropout of this run; a new one if none is stored."""
         config = cls.config_of(settings, facts)
@@ -67,7 +67,7 @@ class Preset(Transformer):
         return int(config.num_hidden_layers)
 
     @classmethod
-    def config_of(cls, settings: TrainConfig, facts: Facts) -> PreTrainedConfig:
+    def config_of(cls, settings: TrainConfig, facts: DatasetFacts) -> PreTrainedConfig:
         """Return transformers' configuration for these settings and data."""
         raise NotImplementedError
 
@@ -80,7 +80,7 @@ class GPT2(Preset):
     inner = ("attn.c_attn", "mlp.c_fc")
 
     @classmethod
-    def config_of(cls, settings: TrainConfig, facts: Facts) -> GPT2Config:
+    def config_of(cls, settings: TrainConfig, facts: DatasetFacts) -> GPT2Config:
         """Return GPT-2's configuration for these settings."""
         model = settings.model
         return GPT2Config(
@@ -108,7 +108,7 @@ class Llama(Preset):
     inner = ("self_attn.v_proj", "mlp.up_proj", "mlp.gate_proj")
 
     @classmethod
-    def config_of(cls, settings: TrainConfig, facts: Facts) -> LlamaConfig:
+    def config_of(cls, settings: TrainConfig, facts: DatasetFacts) -> LlamaConfig:
         """Return Llama's configuration for these settings."""
         model = settings.model
         return LlamaConfig(
@@ -126,7 +126,7 @@ class Encoder(Preset):
     inner = ("attention.self.value", "intermediate.dense")
 
     @classmethod
-    def config_of(cls, settings: TrainConfig, facts: Facts) -> RobertaPreLayerNormConfig:
+    def config_of(cls, settings: TrainConfig, facts: DatasetFacts) -> RobertaPreLayerNormConfig:
         """Return RoBERTa-PreLayerNorm's configuration for these settings."""
         model, pad = settings.model, facts.pad or 0
         return RobertaPreLayerNormConfig(
@@ -169,7 +169,7 @@ class ViT(Preset):
     inner = ("attention.v_proj", "mlp.fc1")
 
     @classmethod
-    def config_of(cls, settings: TrainConfig, facts: Facts) -> ViTConfig:
+    def config_of(cls, settings: TrainConfig, facts: DatasetFacts) -> ViTConfig:
         """Return ViT's configuration for these settings and images.
 
         Raises:
@@ -203,7 +203,7 @@ class MT(Preset):
     inner = ("self_attn.v_proj", "fc1")
 
     @classmethod
-    def config_of(cls, settings: TrainConfig, facts: Facts) -> MBartConfig:
+    def config_of(cls, settings: TrainConfig, facts: DatasetFacts) -> MBartConfig:
         """Return mBART's configuration for these settings."""
         model = settings.model
         encoder = model.encoder_layers or model.layers // 2

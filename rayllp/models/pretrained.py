@@ -18,7 +18,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.activations import NewGELUActivation
 
 from rayllp.config import TrainConfig
-from rayllp.data.base import IGNORE, Facts
+from rayllp.data.base import IGNORE, DatasetFacts
 from rayllp.errors import SettingsError
 from rayllp.hf_config import LISTED, count_layers, layer_sources, with_layers
 from rayllp.models.base import Architecture
@@ -71,7 +71,9 @@ class PretrainedArchitecture(Architecture):
     outputs: tuple[str, ...] = ()
     inner: tuple[str, ...] = ()
 
-    def __init__(self, config: PreTrainedConfig, settings: TrainConfig, facts: Facts, pretrained: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self, config: PreTrainedConfig, settings: TrainConfig, facts: DatasetFacts, pretrained: Mapping[str, Any] | None = None
+    ) -> None:
         self.config, self.layers, self.settings, self.facts = config, settings.model.layers, settings, facts
         config._attn_implementation = "sdpa" if self.model_class._supports_sdpa else "eager"
         if settings.dtype == "float64":

@@ -17,7 +17,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from rayllp.channel.base import StateSpec
 from rayllp.config import TrainConfig
-from rayllp.data.base import Facts, Inputs
+from rayllp.data.base import DatasetFacts, Inputs
 from rayllp.errors import SettingsError
 from rayllp.hf_config import read_config, transformers_config
 from rayllp.models import model_types
@@ -216,7 +216,7 @@ class Transformer(PretrainedArchitecture):
     # Settings -------------------------------------------------------------------------------------------------------------------
 
     @classmethod
-    def from_settings(cls, settings: TrainConfig, facts: Facts, stored_config: Mapping[str, Any] | None = None) -> "Transformer":
+    def from_settings(cls, settings: TrainConfig, facts: DatasetFacts, stored_config: Mapping[str, Any] | None = None) -> "Transformer":
         """Return the adapter for these settings and data; `stored_config` is the configuration of a run that is resumed."""
         source = settings.model.from_pretrained if stored_config is None else None  # a resumed run has weights of its own
         pretrained = None if source is None else transformers_config(read_config(source))
@@ -226,7 +226,7 @@ class Transformer(PretrainedArchitecture):
 
     @classmethod
     def configuration(
-        cls, settings: TrainConfig, facts: Facts, resumed: Mapping[str, Any] | None, pretrained: Mapping[str, Any] | None
+        cls, settings: TrainConfig, facts: DatasetFacts, resumed: Mapping[str, Any] | None, pretrained: Mapping[str, Any] | None
     ) -> PreTrainedConfig:
         """Return transformers' configuration of the model: that of a resumed run, or of the checkpoint to start from, or a new one."""
         return model_types.configuration(settings, facts, resumed, pretrained)

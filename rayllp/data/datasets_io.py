@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from rayllp.config import DataSettings
 from rayllp.data.cache import stamp
-from rayllp.data.files import Faults, NoTextError, locate, read_text_file
+from rayllp.data.files import BadRows, NoTextError, local_path, read_text_file
 from rayllp.errors import DataError
 
 Item = TypeVar("Item")
@@ -103,11 +103,11 @@ class Split:
         for number, values in enumerate(self.rows(*columns, label=label, at_once=at_once)):
             yield f"{self.source} row {number}", values
 
-    def texts(self, setting: str, column: str, faults: Faults) -> Iterator[str]:
+    def texts(self, setting: str, column: str, bad_rows: BadRows) -> Iterator[str]:
         """Yield the texts of a column.
 
         Raises:
-            DataError: there is no such column, or it holds something other than text; or a row is empty and faults are not skipped.
+            DataError: there is no such column, or it holds something other than text; or a row is empty and bad rows are not skipped.
         """
         self.require({setting: column})
         for number, (text,) in enumerate(self.rows(column)):
@@ -117,7 +117,7 @@ class Split:
             where = f"{self.source} row {number}: column {column!r} holds {'nothing' if text is None else type(text).__name__}, not text"
             if text is not None:
                 raise DataError(f"{where}: set {setting} to a column of strings")
-            faults.refuse_or_count("rows", where)
+            bad_rows.refuse_or_count("rows", where)
 
     def _guarded(self, rows: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         """Turn any error while rows are read into a DataError that names the data set."""
@@ -262,7 +262,7 @@ def load_splits(settings: DataSettings, *, stream: bool, what: str | None = None
 def _place(settings: DataSettings) -> tuple[str, str, Path]:
     """Return the setting that names the data set, its value, and that value as a path."""
     setting, name = ("data.dataset", settings.dataset) if settings.dataset else ("data.path", settings.path)
-    return setting, str(name), locate(str(name), setting)
+    return setting, str(name), local_path(str(name), setting)
 
 
 @contextmanager
