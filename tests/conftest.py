@@ -83,7 +83,7 @@ def train_engine(engine, steps, first=0):
 
 def one_pass(batches, split, size):
     """All rows of a pass."""
-    parts = [batches.batch(split, step, size) for step in range(batches.batches(split, size))]
+    parts = [batches.batch(split, step, size) for step in range(-(-batches.count(split) // size))]
     return torch.cat([inputs for inputs, _ in parts]), torch.cat([targets for _, targets in parts])
 
 

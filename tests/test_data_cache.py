@@ -79,25 +79,25 @@ def test_a_data_set_travels_without_its_tokens_and_is_made_where_it_arrives(text
     with monkeypatch.context() as patch:
         forbid(patch)
         here = pickle.loads(sent)
-        cache.ensure_present(here)
+        here.ensure_present()
         assert torch.equal(here.batch("train", 3, 4)[0], batch[0])
     with monkeypatch.context() as patch:
         patch.setenv("RAYLLP_CACHE", str(tmp_path / "another process of this host"))
         assert pickle.loads(sent).tokens["train"].entry.folder == data.tokens["train"].entry.folder
     leave_for_another_host(tmp_path, monkeypatch)
     there = pickle.loads(sent)
-    cache.ensure_present(there)
+    there.ensure_present()
     assert there.tokens["train"].entry.folder.is_relative_to(tmp_path / "another host")
     assert torch.equal(there.batch("train", 3, 4)[0], batch[0])
 
 
 def test_a_host_without_the_files_gets_small_ones_sent(text, tmp_path, monkeypatch):
     data = load_text(text, 16, 0)
-    sent, with_files, batch = pickle.dumps(data), pickle.dumps(cache.with_files(data)), data.batch("train", 3, 4)
+    sent, with_files, batch = pickle.dumps(data), pickle.dumps(data.with_files()), data.batch("train", 3, 4)
     (tmp_path / "text.txt").rename(tmp_path / "elsewhere.txt")
     leave_for_another_host(tmp_path, monkeypatch)
     with pytest.raises(DataError, match=r"text.txt cannot be read"):
-        cache.ensure_present(pickle.loads(sent))
+        pickle.loads(sent).ensure_present()
     with pytest.raises(DataError, match=f"on {socket.gethostname()}: .*text.txt cannot be read: .*under the same path as the driver"):
         BlockWorker._ensure_data(None, pickle.loads(sent))
     there = pickle.loads(with_files)
@@ -105,7 +105,7 @@ def test_a_host_without_the_files_gets_small_ones_sent(text, tmp_path, monkeypat
     assert torch.equal(there.batch("train", 3, 4)[0], batch[0])
     (tmp_path / "cache of the first host").rename(tmp_path / "cache")
     monkeypatch.setattr(cache, "CARRIED", 10)
-    assert cache.with_files(data).entries[0].carried is None
+    assert data.with_files().entries[0].carried is None
 
 
 def test_a_host_with_other_files_is_refused(text, tmp_path, monkeypatch):
@@ -113,7 +113,7 @@ def test_a_host_with_other_files_is_refused(text, tmp_path, monkeypatch):
     (tmp_path / "text.txt").write_text("something else " * 100, encoding="utf-8")
     leave_for_another_host(tmp_path, monkeypatch)
     with pytest.raises(DataError, match="this host has other data there than the driver's"):
-        cache.ensure_present(pickle.loads(sent))
+        pickle.loads(sent).ensure_present()
 
 
 def _make_slowly(folder, barrier, made):
@@ -390,7 +390,7 @@ def test_a_mixture_takes_each_sets_samples_once_an_epoch_and_its_share_of_evalua
     (tmp_path / "b.txt").write_text("b" * 600 + "c" * 41, encoding="utf-8")
     changed = DataRecord.of(config, load_data(config))
     assert (changed.splits["train"] == record.splits["train"], changed.splits["validation"] == record.splits["validation"]) == (True, False)
-    assert pickle.loads(pickle.dumps(cache.with_files(data))).facts == data.facts
+    assert pickle.loads(pickle.dumps(data.with_files())).facts == data.facts
     with pytest.raises(DataError, match=r"data.sets, number 2: data.path .*none.txt: no such file"):
         load_data(tiny(data={"sets": [sets[0], {"path": str(tmp_path / "none.txt")}]}))
     (tmp_path / "a.conllu").write_text("".join(f"1\tw{n}\tw\tX{n % 2}" + "\t_" * 6 + "\n\n" for n in range(9)), encoding="utf-8")

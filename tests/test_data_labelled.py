@@ -74,7 +74,7 @@ def test_no_row_is_read_beyond_max_bytes(tmp_path):
     answers = {"prompt": ["2+2=", "3+3=", "4+4="], "answer": ["4", "6", None]}
     datasets.Dataset.from_dict(answers).to_json(tmp_path / "b.jsonl")
     asked = DataSettings(path=str(tmp_path / "b.jsonl"), tokenizer="bytes", text_field="prompt", answer_field="answer", max_bytes=10)
-    assert load_answers(asked, 12, 0).batches("train", 1) == 1
+    assert load_answers(asked, 12, 0).count("train") == 1
 
 
 def test_words_have_a_label_each(tmp_path):

@@ -9,7 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCau
 
 from rayllp.channel import LocalChannel, run_workers
 from rayllp.channel.base import ChannelWrapper
-from rayllp.data import DatasetFacts
+from rayllp.data import Batches, DatasetFacts
 from rayllp.engine import Engine
 from rayllp.engine.generation import continue_text, remembers, translate
 from rayllp.errors import CheckpointError
@@ -106,7 +106,7 @@ class Wild(nn.Module):
         return x + y * keep / 0.8
 
 
-class Vectors:
+class Vectors(Batches):
     def batch(self, split, step, size):
         g = torch.Generator().manual_seed(step)
         return torch.randn(size, 5, 8, generator=g, dtype=torch.float64), torch.randn(size, 5, 8, generator=g, dtype=torch.float64)

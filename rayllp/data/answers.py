@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from rayllp.config import DataSettings
-from rayllp.data.base import IGNORE, DatasetFacts, Inputs, passes
+from rayllp.data.base import IGNORE, Dataset, DatasetFacts, Inputs
 from rayllp.data.cache import CacheEntry, CacheWriter, fingerprint
 from rayllp.data.datasets_io import up_to
 from rayllp.data.files import BadRows, count_kept, local_path
-from rayllp.data.sampling import SampleOrder, select
+from rayllp.data.sampling import SampleOrder
 from rayllp.data.sources import Table, held_out_table, training_table
-from rayllp.data.tokenizer import Tokenizer, identity, is_made_from_text, load_tokenizer, smallest_dtype
-from rayllp.data.tokenizer_kinds import Pretrained
+from rayllp.data.tokenizer import identity, is_made_from_text, load_tokenizer, smallest_dtype
+from rayllp.data.tokenizer_kinds import Pretrained, Tokenizer
 from rayllp.errors import DataError
 
 ASSISTANT = "assistant"
@@ -25,8 +25,8 @@ AT_ONCE = 1000
 """Rows that are tokenised together."""
 
 
-@dataclass(frozen=True)
-class AnswerBatches:
+@dataclass(frozen=True, kw_only=True)
+class AnswerBatches(Dataset):
     """Tokenised conversations or prompt–answer pairs. Only tokens of answers are targets; all others are IGNORE.
 
     Attributes:
@@ -35,19 +35,15 @@ class AnswerBatches:
             element for the end.
         spans: of each split, the name of its arrays, its first sequence, and the end of its sequences (exclusive).
         sequence_length: tokens in a sequence.
-        order: the order in which training takes its sequences.
         tokenizer: the tokenizer of all texts.
         packed: several samples may share a sequence; positions start at 0 in each.
-        skipped: how many rows were left out or cut, by cause.
     """
 
     entry: CacheEntry
     spans: dict[str, tuple[str, int, int]]
     sequence_length: int
-    order: SampleOrder
     tokenizer: Tokenizer
     packed: bool
-    skipped: dict[str, int]
 
     @property
     def entries(self) -> tuple[CacheEntry, ...]:
@@ -58,11 +54,11 @@ class AnswerBatches:
         """Return a copy in which the cache entry is replaced by `change(entry)`."""
         return replace(self, entry=change(self.entry))
 
-    @property
-    def checksums(self) -> dict[str, list[Any]]:
-        """For each split, values that change whenever its samples do."""
-        arrays = ("", "_answers", "_samples", "_sequences")
-        return {split: [*span, *(self.entry.checksum(span[0] + each) for each in arrays)] for split, span in self.spans.items()}
+    def content(self, split: str) -> list[Any]:
+        """Return a split's place in the cache entry, and the checksums of the arrays there."""
+        span = self.spans[split]
+        checksums = [self.entry.checksum(span[0] + each) for each in ("", "_answers", "_samples", "_sequences")]
+        return [["", [*span, *checksums]], ["spans", span]]
 
     @property
     def facts(self) -> DatasetFacts:
@@ -77,8 +73,8 @@ class AnswerBatches:
 
         All have shape (size, sequence_length); targets elsewhere are IGNORE.
         """
-        name, first, last = self.spans[split]
-        chosen = select(self.order, split, step, last - first, size)
+        name, first, _ = self.spans[split]
+        chosen = self.chosen(split, step, size)
         ids, positions, targets = (np.full((size, self.sequence_length), fill, np.int64) for fill in (0, 0, IGNORE))
         for row, number in enumerate(chosen):
             if number >= 0:
@@ -98,10 +94,10 @@ class AnswerBatches:
             targets[row] = np.where(answers[begin + 1 : end], tokens[begin + 1 : end].astype(np.int64), IGNORE)
             start = row.stop
 
-    def batches(self, split: str, size: int) -> int:
-        """Return the number of batches in one pass through a split."""
+    def count(self, split: str) -> int:
+        """Return the number of sequences in a split."""
         _, first, last = self.spans[split]
-        return passes(last - first, size)
+        return last - first
 
 
 def load_answers(settings: DataSettings, sequence_length: int, seed: int, tokenizer: Tokenizer | None = None) -> AnswerBatches:
@@ -129,8 +125,10 @@ def load_answers(settings: DataSettings, sequence_length: int, seed: int, tokeni
     else:
         kept = count_kept(count, settings.validation_fraction, train.name, "sequence", ", or set data.validation_path")
         spans = {"train": ("train", 0, kept), "validation": ("train", kept, count)}
-    packed = settings.documents == "packed"
-    return AnswerBatches(entry, spans, sequence_length, SampleOrder(seed, settings.sampling), tokenizer, packed, entry.metadata["skipped"])
+    return AnswerBatches(
+        entry=entry, spans=spans, sequence_length=sequence_length, order=SampleOrder(seed, settings.sampling), tokenizer=tokenizer,
+        packed=settings.documents == "packed", skipped=entry.metadata["skipped"],
+    )  # fmt: skip
 
 
 def read_template(settings: DataSettings) -> str | None:
@@ -242,7 +240,7 @@ class WriteAnswers:
 
     def _pairs(self, rows: list[tuple[str, tuple[Any, ...]]]) -> Iterator[_Sample]:
         """Join prompts with their answers, between the bos and eos of the tokenizer's model where it has them."""
-        begin, end = getattr(self.tokenizer, "bos", None), getattr(self.tokenizer, "eos", None)
+        begin, end = self.tokenizer.bos, self.tokenizer.eos
         prompts, answers = (self.tokenizer.encode_all([texts[side] for _, texts in rows]) for side in (0, 1))
         for (place, _), prompt, answer in zip(rows, prompts, answers, strict=True):
             first = [*([] if begin is None else [begin]), *prompt]

@@ -282,19 +282,3 @@ class ArraySlice:
     def checksum(self) -> str:
         """A checksum of these values."""
         return self.entry.checksum_of(self.name, self.start, self.stop)
-
-
-def ensure_present(batches: Any) -> None:
-    """Make sure that this host has the cache entries of a data set; does nothing for data in memory.
-
-    Raises:
-        DataError: see `CacheEntry.ensure_present`.
-    """
-    for entry in getattr(batches, "entries", ()):
-        entry.ensure_present()
-
-
-def with_files(batches: Any) -> Any:
-    """Return a data set whose small cache entries carry their files, for hosts that lack the data they are made from."""
-    with_entries = getattr(batches, "with_entries", None)
-    return batches if with_entries is None else with_entries(CacheEntry.with_files)

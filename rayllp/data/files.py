@@ -227,6 +227,11 @@ class RaggedArray:
     def __len__(self) -> int:
         return len(self.bounds) - 1
 
+    @property
+    def parts(self) -> list[np.ndarray]:
+        """The two arrays that hold it."""
+        return [self.values, self.bounds]
+
     def padded(self, indices: np.ndarray, length: int, fill: int) -> np.ndarray:
         """Return the sequences at `indices`, int64 of shape (indices, length), padded with `fill`; index -1 gives a row of `fill` alone."""
         block = np.full((len(indices), length), fill, np.int64)

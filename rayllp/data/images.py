@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from rayllp.config import DataSettings
-from rayllp.data.base import IGNORE, DatasetFacts, passes
+from rayllp.data.base import IGNORE, Dataset, DatasetFacts
 from rayllp.data.datasets_io import Split, is_table, load_named, load_split, named, up_to
 from rayllp.data.files import BadRows, count_kept, local_path, plain_or_gz, refuse_one_class
 from rayllp.data.formats import IDX_IMAGES, IDX_LABELS, MNIST_FILES, read_idx
 from rayllp.data.lazy_images import LazyImages
-from rayllp.data.sampling import SampleOrder, select
+from rayllp.data.sampling import SampleOrder
 from rayllp.errors import DataError
 
 DIGITS_HELD_OUT = 0.2
@@ -35,26 +35,20 @@ class _Images:
     labels: list[str]
 
 
-@dataclass(frozen=True)
-class ImageBatches:
+@dataclass(frozen=True, kw_only=True)
+class ImageBatches(Dataset):
     """Images and their class numbers.
 
     Attributes:
         pixels: of each split, uint8 of shape (images, C, H, W).
         labels: of each split, class numbers.
-        order: the order in which training takes its samples.
-        classes: names of the labels.
         mean, std: mean and standard deviation of each channel over the training images, shape (C, 1, 1).
-        skipped: how many images were left out (data.on_error=skip).
     """
 
     pixels: dict[str, Pixels]
     labels: dict[str, np.ndarray]
-    order: SampleOrder
-    classes: tuple[str, ...]
     mean: np.ndarray
     std: np.ndarray
-    skipped: dict[str, int]
 
     @property
     def facts(self) -> DatasetFacts:
@@ -64,15 +58,20 @@ class ImageBatches:
 
     def batch(self, split: str, step: int, size: int) -> tuple[Tensor, Tensor]:
         """Return pixels of shape (size, C, H, W), standardised by the training images' mean and std, and class numbers of shape (size,)."""
-        indices = select(self.order, split, step, len(self.labels[split]), size)
+        indices = self.chosen(split, step, size)
         inputs = (self.pixels[split][indices].astype(np.float32) - self.mean) / self.std
         inputs[indices < 0] = 0
         targets = np.where(indices < 0, IGNORE, self.labels[split][indices])
         return torch.from_numpy(inputs), torch.from_numpy(targets)
 
-    def batches(self, split: str, size: int) -> int:
-        """Return the number of batches in one pass through a split."""
-        return passes(len(self.labels[split]), size)
+    def count(self, split: str) -> int:
+        """Return the number of images in a split."""
+        return len(self.labels[split])
+
+    def content(self, split: str) -> list[Any]:
+        """Return a split's pixels, or of images that stay in their files what identifies those, and its class numbers."""
+        pixels = self.pixels[split]
+        return [["pixels", pixels.identity if isinstance(pixels, LazyImages) else pixels], ["labels", self.labels[split]]]
 
 
 def load_images(settings: DataSettings, seed: int) -> ImageBatches:
@@ -101,7 +100,10 @@ def load_images(settings: DataSettings, seed: int) -> ImageBatches:
     validation_pixels, validation_labels = _number_labels(validation, classes, bad_rows)
     mean, std = _measure(train_pixels)
     pixels, labels = {"train": train_pixels, "validation": validation_pixels}, {"train": train_labels, "validation": validation_labels}
-    return ImageBatches(pixels, labels, SampleOrder(seed, settings.sampling), classes, mean, std, bad_rows.counts)
+    return ImageBatches(
+        pixels=pixels, labels=labels, order=SampleOrder(seed, settings.sampling), classes=classes, mean=mean, std=std,
+        skipped=bad_rows.counts,
+    )  # fmt: skip
 
 
 def _find_classes(labels: list[str]) -> tuple[str, ...]:

@@ -37,6 +37,11 @@ class LazyImages:
     def __len__(self) -> int:
         return len(self.numbers)
 
+    @property
+    def identity(self) -> list[Any]:
+        """What identifies the images: the datasets library's fingerprint instead of the pixels, which may be larger than memory."""
+        return [str(getattr(self.rows, "_fingerprint", "")), self.column, self.numbers]
+
     def narrowed(self, chosen: Any) -> "LazyImages":
         """Return some of the images (chosen by a slice or a mask), still in their files."""
         return LazyImages(self.rows, self.column, self.decode, self.source, self.numbers[chosen], self.image)

@@ -1,22 +1,11 @@
 """Choose the loader for a run's data by the task of its model."""
 
-from typing import Any, Protocol
-
 from rayllp.config import TrainConfig
-from rayllp.data.base import Batches, DatasetFacts
-from rayllp.data.tokenizer import Tokenizer
+from rayllp.data.base import Dataset
+from rayllp.data.tokenizer_kinds import Tokenizer
 
 
-class DataSet(Batches, Protocol):
-    """Batches that also describe themselves to the model that is built for them."""
-
-    @property
-    def facts(self) -> DatasetFacts:
-        """What the model has to know about the data: vocabulary, classes, padding, image size."""
-        ...
-
-
-def load_data(config: TrainConfig, tokenizer: Tokenizer | None = None) -> Any:
+def load_data(config: TrainConfig, tokenizer: Tokenizer | None = None) -> Dataset:
     """Load the data set of `config.data`, in the format that the model's task reads.
 
     Args:

@@ -1,6 +1,6 @@
 """Masked-language modelling on the token stream of a text."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -11,7 +11,7 @@ from rayllp.data.base import IGNORE, DatasetFacts
 from rayllp.data.sampling import SampleOrder
 from rayllp.data.special_tokens import SpecialTokens
 from rayllp.data.text import StreamBatches, load_tokens
-from rayllp.data.tokenizer import Tokenizer
+from rayllp.data.tokenizer_kinds import Tokenizer
 from rayllp.errors import DataError
 from rayllp.keys import key
 
@@ -19,17 +19,15 @@ MASKED, RANDOM = 0.8, 0.1
 """Share of the tokens to be predicted that is replaced by the mask, and by a random token (as in BERT); the rest stays as it is."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class MaskedBatches(StreamBatches):
     """Windows of a token stream, framed by cls and sep, in which some tokens are to be predicted; in a held-out window always the same.
 
     Attributes:
         mask_fraction: share of a window's tokens that is to be predicted; at least one token is.
-        skipped: how many files and rows were left out (data.on_error=skip).
     """
 
     mask_fraction: float
-    skipped: dict[str, int] = field(default_factory=dict)
 
     @property
     def length(self) -> int:
@@ -95,5 +93,7 @@ def load_masked(settings: DataSettings, sequence_length: int, seed: int, tokeniz
     if settings.documents == "packed":
         raise DataError("data.documents=packed is for models that predict the next token: leave it out for model.family=bert")
     tokens = load_tokens(settings, sequence_length, sequence_length - 2, tokenizer)
-    order = SampleOrder(seed, settings.sampling)
-    return MaskedBatches(tokens.splits, sequence_length, order, tokens.tokenizer, settings.mask_fraction, tokens.skipped)
+    return MaskedBatches(
+        tokens=tokens.splits, sequence_length=sequence_length, order=SampleOrder(seed, settings.sampling), tokenizer=tokens.tokenizer,
+        skipped=tokens.skipped, mask_fraction=settings.mask_fraction,
+    )  # fmt: skip

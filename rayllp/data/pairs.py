@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 
 from rayllp.config import DataSettings
-from rayllp.data.base import IGNORE, DatasetFacts, passes
+from rayllp.data.base import IGNORE, Dataset, DatasetFacts
 from rayllp.data.datasets_io import Split, load_split, up_to
 from rayllp.data.files import BadRows, RaggedArray, bytes_of, hold_out, local_path, plain_or_gz, read_lines
-from rayllp.data.sampling import SampleOrder, select
+from rayllp.data.sampling import SampleOrder
 from rayllp.data.sources import reads_tables, tables
 from rayllp.data.special_tokens import SpecialTokens
-from rayllp.data.tokenizer import Tokenizer, make_tokenizer
+from rayllp.data.tokenizer import make_tokenizer
+from rayllp.data.tokenizer_kinds import Tokenizer
 from rayllp.errors import DataError
 
 VALIDATION_NAMES = ("val", "valid", "dev", "validation")
@@ -41,23 +42,19 @@ class _Side:
     ids: RaggedArray
 
 
-@dataclass(frozen=True)
-class PairBatches:
+@dataclass(frozen=True, kw_only=True)
+class PairBatches(Dataset):
     """Lines and their translations, as ids of one vocabulary; targets are the translations.
 
     Attributes:
         sides: of each split, source and target language. Splits are train, validation, and any test sets by name.
         sequence_length: largest number of tokens in a line, eos included.
-        order: the order in which training takes its samples.
         tokenizer: the tokenizer of both languages.
-        skipped: how many pairs were left out, by cause.
     """
 
     sides: dict[str, tuple[_Side, _Side]]
     sequence_length: int
-    order: SampleOrder
     tokenizer: Tokenizer
-    skipped: dict[str, int]
 
     @property
     def special(self) -> SpecialTokens:
@@ -82,7 +79,7 @@ class PairBatches:
         """
         source, target = self.sides[split]
         special = self.special
-        indices = select(self.order, split, step, len(source.ids), size)
+        indices = self.chosen(split, step, size)
         source_BS = source.ids.padded(indices, self.sequence_length, special.pad)
         # Attention needs at least one token that is not padding, so rows beyond the end hold sep.
         source_BS[indices < 0, 0] = special.sep
@@ -98,9 +95,13 @@ class PairBatches:
         shifted_BT[:, 1:] = np.where((before_BT == IGNORE) | (before_BT == special.sep), special.pad, before_BT)
         return shifted_BT
 
-    def batches(self, split: str, size: int) -> int:
-        """Return the number of batches in one pass through a split."""
-        return passes(len(self.sides[split][0].ids), size)
+    def count(self, split: str) -> int:
+        """Return the number of pairs in a split."""
+        return len(self.sides[split][0].ids)
+
+    def content(self, split: str) -> list[Any]:
+        """Return the lines and ids of both languages of a split."""
+        return [["sides", [[side.lines, side.ids.parts] for side in self.sides[split]]]]
 
     def sources(self, split: str) -> list[str]:
         """Return the lines of the source language, as they were read."""
@@ -159,7 +160,8 @@ def load_pairs(settings: DataSettings, sequence_length: int, seed: int, tokenize
                 f"no pair of split {split} is left, {skipped} were left out: give more or shorter lines, or raise "
                 f"sequence_length={sequence_length}"
             )
-    return PairBatches(sides, sequence_length, SampleOrder(seed, settings.sampling), tokenizer, skipped)
+    order = SampleOrder(seed, settings.sampling)
+    return PairBatches(sides=sides, sequence_length=sequence_length, order=order, tokenizer=tokenizer, skipped=skipped)
 
 
 # Tokens -----------------------------------------------------------------------------------------------------------------------

@@ -63,11 +63,6 @@ def in_order(step: int, count: int, size: int) -> np.ndarray:
     return np.where(indices < count, indices, -1)
 
 
-def select(order: SampleOrder, split: str, step: int, count: int, size: int) -> np.ndarray:
-    """Return the indices of a batch's samples: by `order` for the split train, one after the other for any other split."""
-    return order.take(step, count, size) if split == "train" else in_order(step, count, size)
-
-
 def permute(numbers: np.ndarray, count: int, seed: int) -> np.ndarray:
     """Apply a random permutation of the numbers below `count`, chosen by the seed, to some of them.
 

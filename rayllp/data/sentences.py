@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 
 from rayllp.config import DataSettings
-from rayllp.data.base import IGNORE, DatasetFacts, passes
+from rayllp.data.base import IGNORE, Dataset, DatasetFacts
 from rayllp.data.files import BadRows, RaggedArray, bytes_of, refuse_one_class
 from rayllp.data.formats import read_tsv
-from rayllp.data.sampling import SampleOrder, select
+from rayllp.data.sampling import SampleOrder
 from rayllp.data.sources import Table, read_samples, read_splits
 from rayllp.data.special_tokens import SpecialTokens
-from rayllp.data.tokenizer import Tokenizer, make_tokenizer
+from rayllp.data.tokenizer import make_tokenizer
+from rayllp.data.tokenizer_kinds import Tokenizer
 from rayllp.errors import DataError
 
 FREQUENT = 10
@@ -32,27 +33,21 @@ class _Example:
     place: str
 
 
-@dataclass(frozen=True)
-class SentenceBatches:
+@dataclass(frozen=True, kw_only=True)
+class SentenceBatches(Dataset):
     """Sentences as token ids: cls, tokens, sep, and for a pair the second sentence and another sep. Targets are class numbers.
 
     Attributes:
         sequences: of each split, token ids.
         labels: of each split, class numbers.
         sequence_length: largest number of tokens in a sequence.
-        order: the order in which training takes its samples.
         tokenizer: the tokenizer of the sentences.
-        classes: names of the labels.
-        skipped: how many lines, labels and characters were left out (data.on_error=skip).
     """
 
     sequences: dict[str, RaggedArray]
     labels: dict[str, np.ndarray]
     sequence_length: int
-    order: SampleOrder
     tokenizer: Tokenizer
-    classes: tuple[str, ...]
-    skipped: dict[str, int]
 
     @property
     def facts(self) -> DatasetFacts:
@@ -63,16 +58,20 @@ class SentenceBatches:
     def batch(self, split: str, step: int, size: int) -> tuple[Tensor, Tensor]:
         """Return token ids of shape (size, sequence_length) and class numbers of shape (size,)."""
         special = SpecialTokens.of(self.tokenizer)
-        indices = select(self.order, split, step, len(self.sequences[split]), size)
+        indices = self.chosen(split, step, size)
         inputs = self.sequences[split].padded(indices, self.sequence_length, special.pad)
         # Attention needs at least one token that is not padding, so rows beyond the end hold cls and sep.
         inputs[indices < 0, :2] = special.cls, special.sep
         targets = np.where(indices < 0, IGNORE, self.labels[split][indices])
         return torch.from_numpy(inputs), torch.from_numpy(targets)
 
-    def batches(self, split: str, size: int) -> int:
-        """Return the number of batches in one pass through a split."""
-        return passes(len(self.sequences[split]), size)
+    def count(self, split: str) -> int:
+        """Return the number of sentences, or pairs of them, in a split."""
+        return len(self.sequences[split])
+
+    def content(self, split: str) -> list[Any]:
+        """Return a split's token ids and class numbers."""
+        return [["sequences", self.sequences[split].parts], ["labels", self.labels[split]]]
 
 
 def load_sentences(settings: DataSettings, sequence_length: int, seed: int, tokenizer: Tokenizer | None = None) -> SentenceBatches:
@@ -101,7 +100,10 @@ def load_sentences(settings: DataSettings, sequence_length: int, seed: int, toke
             )
         sequences[split] = RaggedArray.of(sequence for sequence, _ in kept)
         labels[split] = np.array([number for _, number in kept], np.int64)
-    return SentenceBatches(sequences, labels, sequence_length, SampleOrder(seed, settings.sampling), tokenizer, classes, bad_rows.counts)
+    return SentenceBatches(
+        sequences=sequences, labels=labels, sequence_length=sequence_length, order=SampleOrder(seed, settings.sampling),
+        tokenizer=tokenizer, classes=classes, skipped=bad_rows.counts,
+    )  # fmt: skip
 
 
 def _leave_out_single(train: list[_Example], settings: DataSettings, bad_rows: BadRows) -> list[_Example]:

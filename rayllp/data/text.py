@@ -1,7 +1,7 @@
 """Next-token prediction on windows of a token stream. The text is tokenised once, into files of the cache (`cache.py`)."""
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Self
 
@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 
 from rayllp.config import DataSettings
-from rayllp.data.base import IGNORE, DatasetFacts, Inputs, passes
+from rayllp.data.base import IGNORE, Dataset, DatasetFacts, Inputs
 from rayllp.data.cache import ArraySlice, CacheEntry, CacheWriter, fingerprint
 from rayllp.data.datasets_io import up_to
 from rayllp.data.files import BadRows
 from rayllp.data.sampling import SampleOrder, in_order
 from rayllp.data.sources import Source, held_out_text, joined, training_text
-from rayllp.data.tokenizer import Tokenizer, identity, is_made_from_text, load_tokenizer, restore_tokenizer, smallest_dtype
+from rayllp.data.tokenizer import identity, is_made_from_text, load_tokenizer, restore_tokenizer, smallest_dtype
+from rayllp.data.tokenizer_kinds import Tokenizer
 from rayllp.errors import DataError
 from rayllp.keys import key
 
@@ -50,8 +51,8 @@ def _no_text(source: Source) -> DataError:
 # Batches ----------------------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class StreamBatches:
+@dataclass(frozen=True, kw_only=True)
+class StreamBatches(Dataset):
     """Windows of a token stream: in training each one once per epoch, in evaluations always the same ones.
 
     Windows lie side by side, so that each token is predicted once per epoch; what is left over at the end is not used. Every training epoch
@@ -61,13 +62,11 @@ class StreamBatches:
     Attributes:
         tokens: of each split, its token ids end to end.
         sequence_length: tokens in a sequence, special ones included.
-        order: the order in which training takes its windows.
         tokenizer: the tokenizer of the text.
     """
 
     tokens: dict[str, ArraySlice]
     sequence_length: int
-    order: SampleOrder
     tokenizer: Tokenizer
 
     def __getstate__(self) -> dict[str, Any]:
@@ -111,7 +110,7 @@ class StreamBatches:
         room = len(self.tokens[split]) - self.length + 1
         if self.order.sampling == "replacement":
             return self.order.take(step, room, size)
-        count = max(1, room // self.stride)
+        count = self.count(split)
         numbers, epochs = self.order.samples_at(self.order.positions(step, size), count)
         rest, order = room - (count - 1) * self.stride, self.order
         offsets = {epoch: key(order.seed, "offset", order.number, int(epoch)) % rest for epoch in np.unique(epochs)}
@@ -122,9 +121,14 @@ class StreamBatches:
         stream = self.tokens[split].values
         return np.stack([stream[start : start + self.length] for start in np.maximum(starts, 0)]).astype(np.int64), starts >= 0
 
-    def batches(self, split: str, size: int) -> int:
-        """Return the number of batches in one pass through the held-out windows."""
-        return passes(len(self.held_out), size)
+    def count(self, split: str) -> int:
+        """Return the number of windows in an epoch, or held out."""
+        room = len(self.tokens[split]) - self.length + 1
+        return max(1, room // self.stride) if split == "train" else len(self.held_out)
+
+    def content(self, split: str) -> list[Any]:
+        """Return the checksum of a split's tokens."""
+        return [["tokens", self.tokens[split].checksum]]
 
 
 def spread(count: int) -> np.ndarray:
@@ -132,17 +136,15 @@ def spread(count: int) -> np.ndarray:
     return np.argsort(np.argsort(np.arange(count) * GOLDEN_RATIO % 1, kind="stable"), kind="stable")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TextBatches(StreamBatches):
     """Windows of a token stream for causal language models; targets are the inputs shifted by one.
 
     Attributes:
-        skipped: how many files and rows were left out (data.on_error=skip).
         packed: treat each text on its own: positions start at 0 in each, and the last token of a text does not predict the next text's
             first.
     """
 
-    skipped: dict[str, int] = field(default_factory=dict)
     packed: bool = False
 
     @property
@@ -209,8 +211,10 @@ def load_text(settings: DataSettings, sequence_length: int, seed: int, tokenizer
         DataError: see `load_tokens`.
     """
     tokens = load_tokens(settings, sequence_length, sequence_length + 1, tokenizer)
-    order = SampleOrder(seed, settings.sampling)
-    return TextBatches(tokens.splits, sequence_length, order, tokens.tokenizer, tokens.skipped, settings.documents == "packed")
+    return TextBatches(
+        tokens=tokens.splits, sequence_length=sequence_length, order=SampleOrder(seed, settings.sampling), tokenizer=tokens.tokenizer,
+        skipped=tokens.skipped, packed=settings.documents == "packed",
+    )  # fmt: skip
 
 
 def load_tokens(settings: DataSettings, sequence_length: int, window: int, tokenizer: Tokenizer | None) -> Tokens:
@@ -273,7 +277,7 @@ class WriteTokenizer:
 
     def __call__(self, writer: CacheWriter) -> None:
         """Store the serialised tokenizer that `restore_tokenizer` reads."""
-        tokenizer: Any = load_tokenizer(self.name, joined(self.source.documents(BadRows(self.skip)), self.limit))
+        tokenizer = load_tokenizer(self.name, joined(self.source.documents(BadRows(self.skip)), self.limit))
         writer.metadata["made"] = tokenizer.serialised
 
 
@@ -328,7 +332,7 @@ class WriteTokens:
 
     def _encode(self, texts: list[str]) -> list[np.ndarray]:
         """Return the ids of each text, followed by the tokenizer's eos if it has one."""
-        end = getattr(self.tokenizer, "eos", None)
+        end = self.tokenizer.eos
         rows = self.tokenizer.encode_all(texts)
         return rows if end is None else [np.append(ids, end).astype(np.int64) for ids in rows]
 

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from rayllp.config import DataSettings
-from rayllp.data.base import IGNORE, DatasetFacts, passes
+from rayllp.data.base import IGNORE, Dataset, DatasetFacts, checksum
 from rayllp.data.files import BadRows, RaggedArray, bytes_of, refuse_one_class
 from rayllp.data.formats import LABEL_COLUMNS, LabelledWord, read_conllu
-from rayllp.data.sampling import SampleOrder, select
+from rayllp.data.sampling import SampleOrder
 from rayllp.data.sources import Table, read_samples, read_splits
 from rayllp.errors import DataError
 
@@ -21,27 +21,21 @@ PADDING, UNKNOWN, FIRST_WORD = 0, 1, 2
 _Sentence = list[LabelledWord]
 
 
-@dataclass(frozen=True)
-class WordBatches:
+@dataclass(frozen=True, kw_only=True)
+class WordBatches(Dataset):
     """Sentences as word ids; targets are the words' labels.
 
     Attributes:
         words: of each split, the word ids of each sentence, or of each piece of one that is too long.
         labels: of each split, the class numbers of these words.
         sequence_length: largest number of words in a piece.
-        order: the order in which training takes its samples.
         index: id of each word of the vocabulary.
-        classes: names of the labels.
-        skipped: how many sentences and labels were left out (data.on_error=skip).
     """
 
     words: dict[str, RaggedArray]
     labels: dict[str, RaggedArray]
     sequence_length: int
-    order: SampleOrder
     index: dict[str, int]
-    classes: tuple[str, ...]
-    skipped: dict[str, int]
 
     @property
     def facts(self) -> DatasetFacts:
@@ -50,16 +44,25 @@ class WordBatches:
 
     def batch(self, split: str, step: int, size: int) -> tuple[Tensor, Tensor]:
         """Return word ids and class numbers, both of shape (size, sequence_length)."""
-        indices = select(self.order, split, step, len(self.words[split]), size)
+        indices = self.chosen(split, step, size)
         inputs = self.words[split].padded(indices, self.sequence_length, PADDING)
         # Attention needs at least one token that is not padding, so rows beyond the end hold an unknown word.
         inputs[indices < 0, 0] = UNKNOWN
         targets = self.labels[split].padded(indices, self.sequence_length, IGNORE)
         return torch.from_numpy(inputs), torch.from_numpy(targets)
 
-    def batches(self, split: str, size: int) -> int:
-        """Return the number of batches in one pass through a split."""
-        return passes(len(self.words[split]), size)
+    def count(self, split: str) -> int:
+        """Return the number of sentences, or pieces of them, in a split."""
+        return len(self.words[split])
+
+    def content(self, split: str) -> list[Any]:
+        """Return a split's word ids and class numbers."""
+        return [["words", self.words[split].parts], ["labels", self.labels[split].parts]]
+
+    @property
+    def meaning(self) -> str:
+        """A checksum of what word ids and class numbers stand for."""
+        return checksum([None, list(self.index.items()), self.classes])
 
 
 def load_words(settings: DataSettings, sequence_length: int, seed: int) -> WordBatches:
@@ -84,7 +87,10 @@ def load_words(settings: DataSettings, sequence_length: int, seed: int) -> WordB
         ids = [[index.get(word.word, UNKNOWN) for word in sentence] for sentence in sentences]
         targets = [_number_labels(sentence, numbers, bad_rows) for sentence in sentences]
         words[split], labels[split] = RaggedArray.of(_cut(ids, sequence_length)), RaggedArray.of(_cut(targets, sequence_length))
-    return WordBatches(words, labels, sequence_length, SampleOrder(seed, settings.sampling), index, classes, bad_rows.counts)
+    return WordBatches(
+        words=words, labels=labels, sequence_length=sequence_length, order=SampleOrder(seed, settings.sampling), index=index,
+        classes=classes, skipped=bad_rows.counts,
+    )  # fmt: skip
 
 
 def _read_splits(settings: DataSettings, bad_rows: BadRows) -> dict[str, list[_Sentence]]:
