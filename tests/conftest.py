@@ -14,9 +14,11 @@ import pytest
 import torch
 
 from rayllp.channel import LocalChannel, run_workers
-from rayllp.config import make_config
+from rayllp.config import DataSettings, make_config
 from rayllp.control import Controller, Probe
 from rayllp.data import load_data
+from rayllp.data.files import BadRows
+from rayllp.data.sources import joined, texts
 from rayllp.engine import Engine
 from rayllp.engine.pipeline import Pipeline
 from rayllp.models import build_architecture
@@ -35,6 +37,12 @@ def merge(base, changes):
     for name, value in changes.items():
         merged[name] = merge(merged[name], value) if isinstance(value, dict) and isinstance(merged.get(name), dict) else value
     return merged
+
+
+def read_text(settings: DataSettings) -> bytes:
+    """The training text that the settings name, as it goes to the tokenizer."""
+    source, _ = texts(settings)
+    return "".join(joined(source.documents(BadRows(settings.on_error == "skip")), source.max_bytes)).encode()
 
 
 def tiny(**changes):

@@ -21,9 +21,9 @@ from rayllp.data.cache import CacheEntry, CacheWriter, cache_folder
 from rayllp.data.masked import load_masked
 from rayllp.data.record import DataRecord
 from rayllp.data.sampling import SampleOrder, count_before, interleave, permute
-from rayllp.data.text import load_text, read_text
+from rayllp.data.text import load_text
 from rayllp.errors import DataError
-from tests.conftest import one_pass, tiny
+from tests.conftest import one_pass, read_text, tiny
 
 LINES = [f"line {number} of {number % 7} things" for number in range(200)]
 

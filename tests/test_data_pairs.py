@@ -182,7 +182,7 @@ def be_long(folder):
     [
         (lose_a_line, "train.de has 2 lines, .*train.en has 1: "),
         (lose_the_target, "has no train.en, nor a .gz of it: add it, or set data.source and data.target"),
-        (lose_validation, r"has no validation file \(val.de, valid.de, dev.de, validation.de\)"),
+        (lose_validation, r"has no validation file \(validation.de, valid.de, val.de, dev.de\)"),
         (break_utf8, "val.en:2: not UTF-8"),
         (be_empty, "val.en is empty"),
         (be_long, r"no pair of split train is left, {'long pairs': 1} were left out: .*raise sequence_length=32"),

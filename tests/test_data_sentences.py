@@ -243,7 +243,7 @@ def test_columns_that_are_not_there(tmp_path, settings, message):
     ("settings", "message"),
     [
         ({}, "there is no data.path: sentence classification needs one, a tab-separated file"),
-        ({"path": "none.tsv"}, "data.path none.tsv: no such file; give a text file or a .gz of one"),
+        ({"path": "none.tsv"}, "data.path none.tsv: no such file or folder; give a text file"),
     ],
 )
 def test_settings_that_name_no_file(settings, message):
@@ -254,9 +254,9 @@ def test_settings_that_name_no_file(settings, message):
 def test_files_that_hold_no_sentences(tmp_path):
     with pytest.raises(DataError, match=r"data.path .*path.tsv is empty: give a file with some lines"):
         load(tmp_path, "")
-    with pytest.raises(DataError, match=r"data.validation_path .*path.tsv has no sentences: give lines of text and label"):
+    with pytest.raises(DataError, match=r"data.validation_path .*path.tsv has no row with a text and a label: give some"):
         load(tmp_path, TRAIN, "text\tlabel\n")
-    with pytest.raises(DataError, match=r"has no sentences .1 lines were left out as broken.: give lines"):
+    with pytest.raises(DataError, match=r"has no row with a text and a label .{'lines': 1} were left out.: give some"):
         load(tmp_path, "text\tlabel\nthe dog\n", on_error="skip")
     (tmp_path / "latin.tsv").write_bytes(b"text\tlabel\ncaf\xe9\tgood\n")
     with pytest.raises(DataError, match=r"latin.tsv:2: not UTF-8 .*0xe9"):

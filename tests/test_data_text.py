@@ -14,10 +14,11 @@ from rayllp.config import DataSettings
 from rayllp.data import encoding
 from rayllp.data.masked import load_masked
 from rayllp.data.pairs import load_pairs
-from rayllp.data.text import load_text, read_text
+from rayllp.data.text import load_text
 from rayllp.data.tokenizer import make_tokenizer, restore_tokenizer
 from rayllp.data.tokenizer_kinds import Characters, TrainedBPE
 from rayllp.errors import DataError
+from tests.conftest import read_text
 
 TEXT = "".join(f"Line {number}, of  {number % 7}\tthings.\n" + "    indented\n\n" * (number % 5 == 0) for number in range(300))
 

@@ -15,7 +15,7 @@ from rayllp.data.cache import CacheEntry, CacheWriter, fingerprint
 from rayllp.data.datasets_io import up_to
 from rayllp.data.files import BadRows, count_kept, local_path
 from rayllp.data.sampling import SampleOrder
-from rayllp.data.sources import Table, held_out_table, training_table
+from rayllp.data.sources import Table, tables
 from rayllp.data.tokenizer import identity, is_made_from_text, load_tokenizer, smallest_dtype
 from rayllp.data.tokenizer_kinds import Pretrained, Tokenizer
 from rayllp.errors import DataError
@@ -107,7 +107,7 @@ def load_answers(settings: DataSettings, sequence_length: int, seed: int, tokeni
         DataError: there is no table, or it lacks these columns; a row is broken and broken rows are not skipped; the tokenizer has no chat
             template; a sample is longer than `sequence_length` and `data.on_long` refuses that; no sample has an answer.
     """
-    train, held_out = training_table(settings), held_out_table(settings)
+    train, held_out = tables(settings)
     if is_made_from_text(settings.tokenizer) and tokenizer is None:
         raise DataError(
             f"data.tokenizer={settings.tokenizer} is made from a text, and answers are no text: give bytes, a tokenizers JSON, or a "
@@ -216,14 +216,13 @@ class WriteAnswers:
             yield sample
 
     def _samples(self, table: Table, bad_rows: BadRows) -> Iterator[_Sample]:
-        """Yield a table's rows as samples; broken rows are refused or counted. Of the training table at most `data.max_bytes` are read."""
-        settings = self.settings
-        limit = settings.max_bytes if table is self.train else None
+        """Yield a table's rows as samples; broken rows are refused or counted."""
+        settings, limit = self.settings, table.max_bytes
         split = table.open()
         if settings.messages_field is not None:
             split.require({"data.messages_field": settings.messages_field})
             chat = ChatTemplate.of(self.tokenizer, self.template, split.source)
-            for place, (messages,) in up_to(limit, split.placed_rows(settings.messages_field), _bytes_in_row):
+            for place, (messages,) in up_to(limit, split.rows(settings.messages_field), _bytes_in_row):
                 if fault := fault_of(messages):
                     bad_rows.refuse_or_count("rows", f"{place}: column {settings.messages_field!r} {fault}")
                     continue
@@ -233,7 +232,7 @@ class WriteAnswers:
         fields = {"data.text_field": settings.text_field, "data.answer_field": settings.answer_field}
         split.require(fields)
         columns = tuple(fields.values())
-        rows = up_to(limit, split.placed_rows(*columns), _bytes_in_row)
+        rows = up_to(limit, split.rows(*columns), _bytes_in_row)
         whole = ((place, values) for place, values in rows if _is_text(place, values, columns, bad_rows))
         for some in iter(lambda: list(islice(whole, AT_ONCE)), []):
             yield from self._pairs(some)

@@ -47,7 +47,12 @@ class Batches(ABC):
 
     Each worker holds one. A batch depends on the arguments alone, so that resuming a run or changing its number of workers takes no more
     than the step.
+
+    Attributes:
+        is_stream: True if a held-out split may be too long for a full pass at the end of training.
     """
+
+    is_stream: bool = False
 
     @abstractmethod
     def batch(self, split: str, step: int, size: int) -> tuple[Inputs, Tensor]:
@@ -60,11 +65,6 @@ class Batches(ABC):
     def count(self, split: str) -> int | None:
         """Return the number of samples in one pass through a split; None: it has no end, and an evaluation takes whole batches of it."""
         return None
-
-    @property
-    def is_stream(self) -> bool:
-        """True if a held-out split may be too long for a full pass in every evaluation."""
-        return False
 
     @property
     def facts(self) -> DatasetFacts:

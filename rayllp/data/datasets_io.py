@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,6 +15,8 @@ from rayllp.data.files import BadRows, NoTextError, local_path, read_text_file
 from rayllp.errors import DataError
 
 Item = TypeVar("Item")
+HELD_OUT_SPLITS = ("validation", "valid", "val", "dev", "test")
+"""Names under which data may hold out some themselves, the most likely one first."""
 TABLES = {
     "json": (".json", ".jsonl", ".ndjson"), "csv": (".csv", ".tsv"), "parquet": (".parquet",), "arrow": (".arrow",),
 }  # fmt: skip
@@ -79,8 +82,8 @@ class Split:
             if column not in existing:
                 raise DataError(f"{self.source} has no column {column!r}: set {setting} to one of {existing}")
 
-    def rows(self, *columns: str, label: str | None = None, at_once: int = ROWS_AT_ONCE) -> Iterator[tuple[Any, ...]]:
-        """Yield each row's values in these columns.
+    def rows(self, *columns: str, label: str | None = None, at_once: int = ROWS_AT_ONCE) -> Iterator[tuple[str, tuple[Any, ...]]]:
+        """Yield each row's place, for errors, and its values in these columns.
 
         Args:
             columns: names of the columns.
@@ -92,16 +95,13 @@ class Split:
         """
         chosen = [*columns] if label is None else [*columns, label]
         names = () if label is None else self.labels(label)
+        number = count()
         for some in self._guarded(self.loaded.select_columns(chosen).iter(batch_size=at_once)):
             values = [some[column] for column in chosen]
             if names:
                 values[-1] = _name(values[-1], names)
-            yield from zip(*values, strict=True)
-
-    def placed_rows(self, *columns: str, label: str | None = None, at_once: int = ROWS_AT_ONCE) -> Iterator[tuple[str, tuple[Any, ...]]]:
-        """Yield each row's place, for errors, and its values; see `rows`."""
-        for number, values in enumerate(self.rows(*columns, label=label, at_once=at_once)):
-            yield f"{self.source} row {number}", values
+            for row in zip(*values, strict=True):
+                yield f"{self.source} row {next(number)}", row
 
     def texts(self, setting: str, column: str, bad_rows: BadRows) -> Iterator[str]:
         """Yield the texts of a column.
@@ -110,11 +110,11 @@ class Split:
             DataError: there is no such column, or it holds something other than text; or a row is empty and bad rows are not skipped.
         """
         self.require({setting: column})
-        for number, (text,) in enumerate(self.rows(column)):
+        for place, (text,) in self.rows(column):
             if isinstance(text, str):
                 yield text
                 continue
-            where = f"{self.source} row {number}: column {column!r} holds {'nothing' if text is None else type(text).__name__}, not text"
+            where = f"{place}: column {column!r} holds {'nothing' if text is None else type(text).__name__}, not text"
             if text is not None:
                 raise DataError(f"{where}: set {setting} to a column of strings")
             bad_rows.refuse_or_count("rows", where)
@@ -174,6 +174,14 @@ def load_named(settings: DataSettings, setting: str, name: str, *, stream: bool 
             f"{what or named(settings)} has no split {name}, but {names}: set {setting}, or choose another data set or data.subset"
         )
     return split
+
+
+def own_held_out(settings: DataSettings, training: str, *, stream: bool = True) -> str | None:
+    """Return the name of the split that a data set holds out itself, beside the one to train on; None if it has none."""
+    if _place(settings)[2].is_file():
+        return None
+    splits = load_splits(settings, stream=stream)
+    return next((name for name in HELD_OUT_SPLITS if name in splits and name != training), None)
 
 
 def named(settings: DataSettings) -> str:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rayllp.config import DataSettings
 from rayllp.data.base import IGNORE, Dataset, DatasetFacts
-from rayllp.data.datasets_io import Split, is_table, load_named, load_split, named, up_to
+from rayllp.data.datasets_io import Split, is_table, load_named, named, own_held_out, up_to
 from rayllp.data.files import BadRows, count_kept, local_path, plain_or_gz, refuse_one_class
 from rayllp.data.formats import IDX_IMAGES, IDX_LABELS, MNIST_FILES, read_idx
 from rayllp.data.lazy_images import LazyImages
@@ -200,11 +200,9 @@ def _read_idx_pair(folder: Path, prefix: str) -> _Images:
 
 def _read_dataset(settings: DataSettings, bad_rows: BadRows) -> tuple[_Images, _Images, tuple[str, ...]]:
     """Read training and validation images by the datasets library, and the class names where the data set has them."""
-    if settings.validation_split:
-        held_out: Split | None = load_named(settings, "data.validation_split", settings.validation_split)
-    else:
-        held_out = load_split(settings, "validation", "test")
-    splits = [split for split in (load_named(settings, "data.split", settings.split), held_out) if split]
+    splits = [load_named(settings, "data.split", settings.split)]
+    if held_out := settings.validation_split or own_held_out(settings, settings.split, stream=False):
+        splits.append(load_named(settings, "data.validation_split", held_out))
     if not settings.streaming and settings.max_bytes is None and _bytes_of(splits[0]) > HELD_IN_MEMORY:
         sets = [_leave_in_files(split, settings, bad_rows) for split in splits]
         train, validation = sets if len(sets) > 1 else _hold_out(sets[0], settings.validation_fraction)
@@ -244,7 +242,7 @@ def _leave_in_files(split: Split, settings: DataSettings, bad_rows: BadRows) -> 
     first = _to_pixels(split.loaded[0][column], f"{split.source} row 0")
     shape = (3, *first.shape[1:])  # three channels even if the first image is grey, since others may not be
     kept, labels = list[int](), list[str]()
-    for number, (place, (label,)) in enumerate(split.placed_rows(label=settings.label_field)):
+    for number, (place, (label,)) in enumerate(split.rows(label=settings.label_field)):
         if not _is_missing(label, settings.label_field, place, bad_rows):
             kept.append(number)
             labels.append(str(label))
@@ -258,7 +256,7 @@ def _read_split(split: Split, settings: DataSettings, bad_rows: BadRows) -> tupl
     split.require({"data.label_field": settings.label_field})
     decoded = (
         (_to_pixels(image, place), str(label))
-        for place, (image, label) in split.placed_rows(column, label=settings.label_field, at_once=1)
+        for place, (image, label) in split.rows(column, label=settings.label_field, at_once=1)
         if not _is_missing(image, column, place, bad_rows) and not _is_missing(label, settings.label_field, place, bad_rows)
     )
     kept = list(up_to(settings.max_bytes, decoded, lambda item: item[0].nbytes))

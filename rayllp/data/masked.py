@@ -8,9 +8,8 @@ from torch import Tensor
 
 from rayllp.config import DataSettings
 from rayllp.data.base import IGNORE, DatasetFacts
-from rayllp.data.sampling import SampleOrder
 from rayllp.data.special_tokens import SpecialTokens
-from rayllp.data.text import StreamBatches, load_tokens
+from rayllp.data.text import StreamBatches, load_stream
 from rayllp.data.tokenizer_kinds import Tokenizer
 from rayllp.errors import DataError
 from rayllp.keys import key
@@ -92,8 +91,5 @@ def load_masked(settings: DataSettings, sequence_length: int, seed: int, tokeniz
         raise DataError(f"sequence_length {sequence_length} leaves no room for text between cls and sep: set at least 3")
     if settings.documents == "packed":
         raise DataError("data.documents=packed is for models that predict the next token: leave it out for model.family=bert")
-    tokens = load_tokens(settings, sequence_length, sequence_length - 2, tokenizer)
-    return MaskedBatches(
-        tokens=tokens.splits, sequence_length=sequence_length, order=SampleOrder(seed, settings.sampling), tokenizer=tokens.tokenizer,
-        skipped=tokens.skipped, mask_fraction=settings.mask_fraction,
-    )  # fmt: skip
+    fields = load_stream(settings, sequence_length, sequence_length - 2, seed, tokenizer)
+    return MaskedBatches(**fields, mask_fraction=settings.mask_fraction)

@@ -32,6 +32,7 @@ class Mixture(Dataset):
     """
 
     sets: tuple[Dataset, ...]
+    is_stream: bool
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "held_out"}
@@ -40,11 +41,6 @@ class Mixture(Dataset):
     def facts(self) -> DatasetFacts:
         """What the model has to know about the data, which is the same for all sets."""
         return self.sets[0].facts
-
-    @property
-    def is_stream(self) -> bool:
-        """True if a held-out split may be too long for a full pass in every evaluation."""
-        return any(each.is_stream for each in self.sets)
 
     @property
     def entries(self) -> tuple[CacheEntry, ...]:
@@ -114,4 +110,6 @@ def load_mixture(config: TrainConfig, load: Callable[[TrainConfig, Tokenizer | N
         tokenizer = tokenizer or data_set.tokenizer
         sets.append(replace(data_set, order=replace(order, number=number)))
     skipped: dict[str, int] = sum((Counter(each.skipped) for each in sets), Counter())
-    return Mixture(sets=tuple(sets), order=order, tokenizer=tokenizer, skipped=dict(skipped))
+    return Mixture(
+        sets=tuple(sets), is_stream=any(each.is_stream for each in sets), order=order, tokenizer=tokenizer, skipped=dict(skipped)
+    )

@@ -11,16 +11,17 @@ from torch import Tensor
 
 from rayllp.config import DataSettings
 from rayllp.data.base import IGNORE, Dataset, DatasetFacts
-from rayllp.data.datasets_io import Split, load_split, up_to
+from rayllp.data.datasets_io import HELD_OUT_SPLITS, Split, is_table, load_split, up_to
 from rayllp.data.files import BadRows, RaggedArray, bytes_of, hold_out, local_path, plain_or_gz, read_lines
 from rayllp.data.sampling import SampleOrder
-from rayllp.data.sources import reads_tables, tables
+from rayllp.data.sources import tables
 from rayllp.data.special_tokens import SpecialTokens
 from rayllp.data.tokenizer import make_tokenizer
 from rayllp.data.tokenizer_kinds import Tokenizer
 from rayllp.errors import DataError
 
-VALIDATION_NAMES = ("val", "valid", "dev", "validation")
+VALIDATION_NAMES = HELD_OUT_SPLITS[:-1]
+"""What the files of a held-out set may be called. Those of test sets are read as well, for later."""
 TRANSLATION = "translation"
 """Column that data sets of translations have; it maps each language to a text."""
 
@@ -139,11 +140,12 @@ def load_pairs(settings: DataSettings, sequence_length: int, seed: int, tokenize
         DataError: files are missing or broken, the two languages have different numbers of lines, or no pair is left; a character is not in
             the tokenizer's alphabet and bad rows are not skipped.
     """
-    from_table = reads_tables(settings)
+    path = None if settings.path is None else local_path(settings.path, "data.path")
+    from_table = bool(settings.dataset) or (path is not None and path.exists() and is_table(path))
     if settings.validation_path and not from_table:
         raise DataError(
             f"data.validation_path {settings.validation_path} is not read for translation: leave it out; held out are "
-            f"{VALIDATION_NAMES[0]}.{settings.source} and {VALIDATION_NAMES[0]}.{settings.target} in data.path, or the data set's own split"
+            f"val.{settings.source} and val.{settings.target} in data.path, or the data set's own split"
         )
     bad_rows = BadRows(settings.on_error == "skip")
     skipped = bad_rows.counts
@@ -268,9 +270,9 @@ def _read_dataset(settings: DataSettings, bad_rows: BadRows) -> dict[str, list[_
 def _read_split(split: Split, settings: DataSettings, bad_rows: BadRows) -> list[_Pair]:
     languages = (settings.source, settings.target)
     if TRANSLATION in split.columns:
-        rows = ((place, translation) for place, (translation,) in split.placed_rows(TRANSLATION))
+        rows = ((place, translation) for place, (translation,) in split.rows(TRANSLATION))
     elif set(languages) <= set(split.columns):
-        rows = ((place, dict(zip(languages, texts, strict=True))) for place, texts in split.placed_rows(*languages))
+        rows = ((place, dict(zip(languages, texts, strict=True))) for place, texts in split.rows(*languages))
     else:
         raise DataError(
             f"{split.source} has columns {split.columns}, neither {TRANSLATION} nor {languages[0]} and {languages[1]}: "

@@ -12,9 +12,8 @@ from torch import Tensor
 from rayllp.config import DataSettings
 from rayllp.data.base import IGNORE, Dataset, DatasetFacts
 from rayllp.data.files import BadRows, RaggedArray, bytes_of, refuse_one_class
-from rayllp.data.formats import read_tsv
 from rayllp.data.sampling import SampleOrder
-from rayllp.data.sources import Table, read_samples, read_splits
+from rayllp.data.sources import Files, Table, read_samples, read_splits
 from rayllp.data.special_tokens import SpecialTokens
 from rayllp.data.tokenizer import make_tokenizer
 from rayllp.data.tokenizer_kinds import Tokenizer
@@ -135,19 +134,13 @@ def _read_splits(settings: DataSettings, bad_rows: BadRows) -> dict[str, list[_E
     fields = {"data.text_field": settings.text_field, "data.pair_field": settings.pair_field, "data.label_field": settings.label_field}
     columns = {setting: column for setting, column in fields.items() if column is not None}
 
-    def read_table(table: Table, limit: int | None) -> list[_Example]:
-        make = partial(_of_row, columns=tuple(columns.values()), bad_rows=bad_rows)
-        return read_samples(table, columns, make, lambda example: bytes_of(example.texts), limit, "a text and a label")
+    make = partial(_of_row, columns=tuple(columns.values()), bad_rows=bad_rows)
 
-    def read_file(name: str, what: str, limit: int | None) -> list[_Example]:
-        examples = [_Example(tuple(texts), label, place) for place, (*texts, label) in read_tsv(name, what, columns, bad_rows, limit)]
-        if not examples:
-            left_out = f" ({bad_rows.counts['lines']} lines were left out as broken)" if "lines" in bad_rows.counts else ""
-            raise DataError(f"{what} {name} has no sentences{left_out}: give lines of text and label with a tab between")
-        return examples
+    def read(source: Table | Files) -> list[_Example]:
+        return read_samples(source, columns, make, lambda example: bytes_of(example.texts), "a text and a label", bad_rows)
 
     needed = "sentence classification needs one, a tab-separated file (.tsv or .tsv.gz) such as GLUE's or a table, or data.dataset"
-    return read_splits(settings, read_table, read_file, needed)
+    return read_splits(settings, read, needed)
 
 
 def _of_row(place: str, values: tuple[Any, ...], columns: tuple[str, ...], bad_rows: BadRows) -> _Example | None:

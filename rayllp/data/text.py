@@ -16,7 +16,7 @@ from rayllp.data.cache import ArraySlice, CacheEntry, CacheWriter, fingerprint
 from rayllp.data.datasets_io import up_to
 from rayllp.data.files import BadRows
 from rayllp.data.sampling import SampleOrder, in_order
-from rayllp.data.sources import Source, held_out_text, joined, training_text
+from rayllp.data.sources import Source, joined, texts
 from rayllp.data.tokenizer import identity, is_made_from_text, load_tokenizer, restore_tokenizer, smallest_dtype
 from rayllp.data.tokenizer_kinds import Tokenizer
 from rayllp.errors import DataError
@@ -25,27 +25,6 @@ from rayllp.keys import key
 GOLDEN_RATIO = (5**0.5 - 1) / 2
 GATHERED = 2**20
 """Short texts are gathered up to so many characters, then tokenised together."""
-
-
-def read_text(settings: DataSettings, bad_rows: BadRows | None = None) -> bytes:
-    """Return all text that the settings name, in UTF-8, up to `data.max_bytes`.
-
-    Args:
-        settings: say where the text is.
-        bad_rows: counts what is left out of folders and data sets.
-
-    Raises:
-        DataError: the text is missing, unreadable, empty, or not text.
-    """
-    source = training_text(settings)
-    text = "".join(joined(source.documents(bad_rows or BadRows(settings.on_error == "skip")), settings.max_bytes)).encode()
-    if not text:
-        raise _no_text(source)
-    return text
-
-
-def _no_text(source: Source) -> DataError:
-    return DataError(f"{source.name} holds no text: give a file or folder with some")
 
 
 # Batches ----------------------------------------------------------------------------------------------------------------------
@@ -68,6 +47,7 @@ class StreamBatches(Dataset):
     tokens: dict[str, ArraySlice]
     sequence_length: int
     tokenizer: Tokenizer
+    is_stream = True
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "held_out"}
@@ -81,11 +61,6 @@ class StreamBatches(Dataset):
     def stride(self) -> int:
         """Distance between the starts of neighbouring windows, in tokens: the number of tokens that a window predicts."""
         return self.length
-
-    @property
-    def is_stream(self) -> bool:
-        """True: the held-out split may be too long for a full pass in every evaluation."""
-        return True
 
     @property
     def entries(self) -> tuple[CacheEntry, ...]:
@@ -189,57 +164,40 @@ class TextBatches(StreamBatches):
 # Tokens -----------------------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Tokens:
-    """A tokenised text.
-
-    Attributes:
-        splits: the tokens of each split.
-        tokenizer: the tokenizer that made them.
-        skipped: how many files and rows were left out.
-    """
-
-    splits: dict[str, ArraySlice]
-    tokenizer: Tokenizer
-    skipped: dict[str, int]
-
-
 def load_text(settings: DataSettings, sequence_length: int, seed: int, tokenizer: Tokenizer | None = None) -> TextBatches:
     """Read a text, tokenise it, and split it.
 
     Raises:
-        DataError: see `load_tokens`.
+        DataError: see `load_stream`.
     """
-    tokens = load_tokens(settings, sequence_length, sequence_length + 1, tokenizer)
-    return TextBatches(
-        tokens=tokens.splits, sequence_length=sequence_length, order=SampleOrder(seed, settings.sampling), tokenizer=tokens.tokenizer,
-        skipped=tokens.skipped, packed=settings.documents == "packed",
-    )  # fmt: skip
+    packed = settings.documents == "packed"
+    return TextBatches(**load_stream(settings, sequence_length, sequence_length + 1, seed, tokenizer), packed=packed)
 
 
-def load_tokens(settings: DataSettings, sequence_length: int, window: int, tokenizer: Tokenizer | None) -> Tokens:
-    """Return a text's tokens by split, with the tokenizer. Held out is a file or split of its own, or else the end of the text.
+def load_stream(settings: DataSettings, sequence_length: int, window: int, seed: int, tokenizer: Tokenizer | None) -> dict[str, Any]:
+    """Return the fields of `StreamBatches`: a text's tokens by split, and so on.
 
     Args:
-        settings: say where the text is.
-        sequence_length: tokens in a sequence, for errors.
+        settings: say where the text is. Held out is a file or split of its own, or else the end of the text.
+        sequence_length: tokens in a sequence.
         window: tokens that each split needs at least: one sequence and its targets.
+        seed: determines the order of samples.
         tokenizer: the tokenizer of a run that is resumed; None: the one that the settings name.
 
     Raises:
-        DataError: see `read_text`; or either split is shorter than a window, or the tokenizer cannot encode the held-out text.
+        DataError: the text is missing, unreadable, empty, or not text; or either split is shorter than a window, or the tokenizer cannot
+            encode the held-out text.
     """
-    source, held_out = training_text(settings), held_out_text(settings)
+    source, held_out = texts(settings)
     stamps = [source.stamp(), settings.max_bytes, settings.on_error]
     tokenizer = tokenizer or _tokenizer(settings, source, stamps)
     packed = settings.documents == "packed"
-    write = WriteTokens(source, held_out, tokenizer, settings.max_bytes, settings.on_error == "skip", packed)
+    write = WriteTokens(source, held_out, tokenizer, settings.on_error == "skip", packed)
     name = fingerprint("tokens", stamps, held_out and held_out.stamp(), packed, *identity(tokenizer))
     entry = CacheEntry(name, write, settings.cache, f"tokens of {source.name}").ensure_present()
     train = ArraySlice.whole(entry, "train")
     if held_out is None:
-        held = int(len(train) * settings.validation_fraction)
-        cut = len(train) - held
+        cut = len(train) - int(len(train) * settings.validation_fraction)
         splits = {"train": replace(train, stop=cut), "validation": replace(train, start=cut)}
     else:
         splits = {"train": train, "validation": ArraySlice.whole(entry, "validation")}
@@ -249,7 +207,8 @@ def load_tokens(settings: DataSettings, sequence_length: int, window: int, token
                 f"the {split} text has {len(tokens)} tokens, fewer than one sequence of {sequence_length} takes "
                 f"({window}): give more text, or lower sequence_length"
             )
-    return Tokens(splits, tokenizer, entry.metadata["skipped"])
+    order, skipped = SampleOrder(seed, settings.sampling), entry.metadata["skipped"]
+    return {"tokens": splits, "sequence_length": sequence_length, "order": order, "tokenizer": tokenizer, "skipped": skipped}
 
 
 def _tokenizer(settings: DataSettings, source: Source, stamps: list[Any]) -> Tokenizer:
@@ -257,7 +216,7 @@ def _tokenizer(settings: DataSettings, source: Source, stamps: list[Any]) -> Tok
     name = settings.tokenizer
     if not is_made_from_text(name):
         return load_tokenizer(name, ())
-    write = WriteTokenizer(name, source, settings.max_bytes, settings.on_error == "skip")
+    write = WriteTokenizer(name, source, settings.on_error == "skip")
     entry = CacheEntry(
         fingerprint("tokenizer", stamps, name, tokenizers.__version__), write, settings.cache, f"data.tokenizer {name}"
     ).ensure_present()
@@ -272,12 +231,11 @@ class WriteTokenizer:
 
     name: str
     source: Source
-    limit: int | None
     skip: bool
 
     def __call__(self, writer: CacheWriter) -> None:
         """Store the serialised tokenizer that `restore_tokenizer` reads."""
-        tokenizer = load_tokenizer(self.name, joined(self.source.documents(BadRows(self.skip)), self.limit))
+        tokenizer = load_tokenizer(self.name, joined(self.source.documents(BadRows(self.skip)), self.source.max_bytes))
         writer.metadata["made"] = tokenizer.serialised
 
 
@@ -288,7 +246,6 @@ class WriteTokens:
     Attributes:
         source, held_out: the texts; without the latter, the end of the former is held out.
         tokenizer: the tokenizer of both.
-        limit: how many bytes of `source` are read.
         skip: leave out and count what is broken.
         packed: tokenise each text on its own and record where it starts.
     """
@@ -296,29 +253,28 @@ class WriteTokens:
     source: Source
     held_out: Source | None
     tokenizer: Tokenizer
-    limit: int | None
     skip: bool
     packed: bool
 
     def __call__(self, writer: CacheWriter) -> None:
         """Write the tokens ("train", "validation"), where each text starts if texts are packed ("…_texts"), and how much was left out."""
         bad_rows = BadRows(self.skip)
-        for name, source, limit in (("train", self.source, self.limit), ("validation", self.held_out, None)):
-            if source is not None and not self._write_split(writer, name, source, bad_rows, limit):
-                raise _no_text(source)
+        for name, source in (("train", self.source), ("validation", self.held_out)):
+            if source is not None and not self._write_split(writer, name, source, bad_rows):
+                raise DataError(f"{source.name} holds no text: give a file or folder with some")
         writer.metadata["skipped"] = bad_rows.counts
 
-    def _write_split(self, writer: CacheWriter, name: str, source: Source, bad_rows: BadRows, limit: int | None) -> int:
+    def _write_split(self, writer: CacheWriter, name: str, source: Source, bad_rows: BadRows) -> int:
         """Write the tokens of a source and return their number."""
         count, dtype = 0, smallest_dtype(self.tokenizer.vocabulary)
-        texts = source.documents(bad_rows)
+        documents, limit = source.documents(bad_rows), source.max_bytes
         try:
             if not self.packed:
-                for ids in self.tokenizer.stream("".join(some) for some in _together(joined(texts, limit))):
+                for ids in self.tokenizer.stream("".join(some) for some in _together(joined(documents, limit))):
                     writer.append(name, ids.astype(dtype))
                     count += len(ids)
                 return count
-            for some in _together(up_to(limit, map("".join, texts), lambda text: len(text.encode()))):
+            for some in _together(up_to(limit, map("".join, documents), lambda text: len(text.encode()))):
                 rows = [ids for ids in self._encode(some) if len(ids)]
                 writer.append(f"{name}_texts", count + np.cumsum([0, *(len(ids) for ids in rows)])[:-1])
                 writer.append(name, np.concatenate([np.zeros(0, dtype), *rows]).astype(dtype))

@@ -14,7 +14,7 @@ from rayllp.data.base import IGNORE, Dataset, DatasetFacts, checksum
 from rayllp.data.files import BadRows, RaggedArray, bytes_of, refuse_one_class
 from rayllp.data.formats import LABEL_COLUMNS, LabelledWord, read_conllu
 from rayllp.data.sampling import SampleOrder
-from rayllp.data.sources import Table, read_samples, read_splits
+from rayllp.data.sources import Files, Table, is_tsv, read_samples, read_splits
 from rayllp.errors import DataError
 
 PADDING, UNKNOWN, FIRST_WORD = 0, 1, 2
@@ -96,25 +96,30 @@ def load_words(settings: DataSettings, sequence_length: int, seed: int) -> WordB
 def _read_splits(settings: DataSettings, bad_rows: BadRows) -> dict[str, list[_Sentence]]:
     columns = {"data.text_field": settings.text_field, "data.label_field": settings.label_field}
 
-    def read_table(table: Table, limit: int | None) -> list[_Sentence]:
-        make = partial(_of_row, columns=tuple(columns.values()), bad_rows=bad_rows)
-        return read_samples(table, columns, make, lambda sentence: bytes_of(word.word for word in sentence), limit, "words and labels")
+    make = partial(_of_row, columns=tuple(columns.values()), bad_rows=bad_rows)
 
-    def read_file(name: str, what: str, limit: int | None) -> list[_Sentence]:
+    def read(source: Table | Files) -> list[_Sentence]:
+        if isinstance(source, Table) and not is_tsv(source):  # cells of a tsv hold no lists, but a treebank may be called so
+            return read_samples(source, columns, make, _bytes, "words and labels", bad_rows)
         label = "upos" if settings.label_field == "label" else settings.label_field
         if label not in LABEL_COLUMNS:
             raise DataError(f"data.label_field {label!r} is no label of words: set it to one of {', '.join(LABEL_COLUMNS)}")
-        sentences = list(read_conllu(name, what, label, bad_rows, limit))
+        assert source.path is not None
+        sentences = list(read_conllu(source.path, source.setting, label, bad_rows, source.max_bytes))
         if not sentences:
             left_out = f" ({bad_rows.counts['sentences']} were left out as broken)" if "sentences" in bad_rows.counts else ""
-            raise DataError(f"{what} {name} has no sentence with words{left_out}: give a treebank in CoNLL-U")
+            raise DataError(f"{source.name} has no sentence with words{left_out}: give a treebank in CoNLL-U")
         return sentences
 
     needed = (
         "word classification needs one, a treebank in CoNLL-U (.conllu or .conllu.gz; universaldependencies.org has them for many "
         "languages) or a table with a list of words and one of labels in each row; or data.dataset"
     )
-    return read_splits(settings, read_table, read_file, needed)
+    return read_splits(settings, read, needed)
+
+
+def _bytes(sentence: _Sentence) -> int:
+    return bytes_of(word.word for word in sentence)
 
 
 def _of_row(place: str, values: tuple[Any, ...], columns: tuple[str, ...], bad_rows: BadRows) -> _Sentence | None:
