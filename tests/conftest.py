@@ -18,7 +18,7 @@ from rayllp.config import DataSettings, make_config
 from rayllp.control import Controller, Probe
 from rayllp.data import load_data
 from rayllp.data.files import BadRows
-from rayllp.data.sources import joined, texts
+from rayllp.data.sources import joined, sources
 from rayllp.engine import Engine
 from rayllp.engine.pipeline import Pipeline
 from rayllp.models import build_architecture
@@ -41,7 +41,7 @@ def merge(base, changes):
 
 def read_text(settings: DataSettings) -> bytes:
     """The training text that the settings name, as it goes to the tokenizer."""
-    source, _ = texts(settings)
+    source, _ = sources(settings)
     return "".join(joined(source.documents(BadRows(settings.on_error == "skip")), source.max_bytes)).encode()
 
 

@@ -56,7 +56,7 @@ def test_other_data_under_the_same_name_are_refused_or_told(tmp_path, tokenizer)
         accepted = prepared.loaded
     assert accepted.changed == ("train", "validation")
     # The same text has the same ids: nothing was trained anew.
-    assert np.array_equal(accepted.data.tokenizer.encode(TEXT.encode()), data.tokenizer.encode(TEXT.encode()))
+    assert np.array_equal(accepted.data.tokenizer.encode(TEXT), data.tokenizer.encode(TEXT))
     assert load_run_config(tmp_path / "run").data.on_change == "accept"
 
 

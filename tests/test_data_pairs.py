@@ -12,7 +12,7 @@ import torch
 from rayllp.config import DataSettings
 from rayllp.data.base import IGNORE
 from rayllp.data.pairs import load_pairs
-from rayllp.data.tokenizer import make_tokenizer
+from rayllp.data.tokenizer import load_tokenizer
 from rayllp.errors import DataError
 
 DATA = Path(os.environ.get("RAYLLP_DATA", ""))
@@ -260,46 +260,46 @@ TEXT = "Der Zug fährt ab.\nThe train leaves – 🚂.\r\n\n  Tab\there, \u2028 
 
 
 def test_bpe_gives_back_any_text():
-    tokenizer = make_tokenizer("bpe:300", TEXT.encode())
+    tokenizer = load_tokenizer("bpe:300", [TEXT])
     assert tokenizer.vocabulary == 300
     for text in (TEXT, "Nie gesehen: 漢字 ﷽ \x00", ""):
-        encoded = tokenizer.encode(text.encode())
+        encoded = tokenizer.encode(text)
         assert tokenizer.decode(encoded.tolist()) == text
         assert encoded.size == 0 or encoded.max() < 300
-    assert len(tokenizer.encode(TEXT.encode())) < len(TEXT.encode()) / 1.5
+    assert len(tokenizer.encode(TEXT)) < len(TEXT.encode()) / 1.5
 
 
 def test_bpe_gives_the_same_ids_in_every_process():
     program = (
-        "import sys; from rayllp.data.tokenizer import make_tokenizer; text = sys.stdin.buffer.read();"
-        "print(make_tokenizer('bpe:300', text).encode(text).tolist())"
+        "import sys; from rayllp.data.tokenizer import load_tokenizer; text = sys.stdin.buffer.read().decode();"
+        "print(load_tokenizer('bpe:300', [text]).encode(text).tolist())"
     )
     outputs = {
         subprocess.run([sys.executable, "-c", program], input=TEXT.encode(), capture_output=True, check=True).stdout for _ in range(2)
     }
-    assert outputs == {f"{make_tokenizer('bpe:300', TEXT.encode()).encode(TEXT.encode()).tolist()}\n".encode()}
+    assert outputs == {f"{load_tokenizer('bpe:300', [TEXT]).encode(TEXT).tolist()}\n".encode()}
 
 
 def test_bpe_of_a_short_text_is_smaller_than_asked_for():
-    assert 256 <= make_tokenizer("bpe:5000", b"ab ab").vocabulary < 300
+    assert 256 <= load_tokenizer("bpe:5000", ["ab ab"]).vocabulary < 300
 
 
 @pytest.mark.parametrize("name", ["bpe:256", "bpe:", "bpe:many", "bpe:-300", "bpe:8_000"])
 def test_a_bpe_size_that_cannot_be_is_refused_in_words(name):
     with pytest.raises(DataError, match=f"data.tokenizer '{name}': SIZE of bpe:SIZE must be a number of at least 257"):
-        make_tokenizer(name, b"text")
+        load_tokenizer(name, ["text"])
 
 
 def test_tokenizer_files_that_cannot_be_read_are_refused_in_words(tmp_path, monkeypatch):
     (tmp_path / "broken.json").write_text("{}")
     with pytest.raises(DataError, match=r"broken.json is no tokenizer"):
-        make_tokenizer(str(tmp_path / "broken.json"), b"")
+        load_tokenizer(str(tmp_path / "broken.json"))
     with pytest.raises(DataError, match=r"none.spm.gz: no such file; give a model file of sentencepiece"):
-        make_tokenizer(str(tmp_path / "none.spm.gz"), b"")
+        load_tokenizer(str(tmp_path / "none.spm.gz"))
     monkeypatch.setitem(sys.modules, "sentencepiece", None)
     (tmp_path / "some.model").write_text("")
     with pytest.raises(DataError, match=r"needs the sentencepiece package: pip install 'rayllp\[translation\]'"):
-        make_tokenizer(str(tmp_path / "some.model"), b"")
+        load_tokenizer(str(tmp_path / "some.model"))
 
 
 def test_a_broken_sentencepiece_model_is_refused_in_words(tmp_path):
@@ -307,7 +307,7 @@ def test_a_broken_sentencepiece_model_is_refused_in_words(tmp_path):
     for name in ("broken.model", "broken.spm.gz"):
         (tmp_path / name).write_bytes(b"no model")
         with pytest.raises(DataError, match=f"{name} cannot be read"):
-            make_tokenizer(str(tmp_path / name), b"")
+            load_tokenizer(str(tmp_path / name))
 
 
 # Real sets ------------------------------------------------------------------------------------------------------------------------

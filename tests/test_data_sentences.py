@@ -13,7 +13,7 @@ from rayllp.config import DataSettings
 from rayllp.data.base import IGNORE
 from rayllp.data.sentences import load_sentences
 from rayllp.data.special_tokens import SpecialTokens
-from rayllp.data.tokenizer import make_tokenizer
+from rayllp.data.tokenizer import load_tokenizer
 from rayllp.data.tokenizer_kinds import Bytes
 from rayllp.errors import DataError
 from tests.conftest import one_pass
@@ -41,14 +41,14 @@ def shown(rows):
 def test_special_tokens_come_first_unless_the_tokenizer_has_its_own(tmp_path):
     special = SpecialTokens.of(Bytes())
     assert (special.pad, special.cls, special.sep, special.mask, special.offset, special.vocabulary) == (0, 1, 2, 3, 4, 260)
-    assert special.encode(b"a").tolist() == [101]
+    assert special.encode("a").tolist() == [101]
     assert special.decode([1, 101, 2, 0]) == "a"
     tokenizer = Tokenizer(models.WordLevel({"dog": 0, "[PAD]": 1, "cat": 2, "[MASK]": 3, "[SEP]": 4, "[CLS]": 5}, unk_token="dog"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.save(str(tmp_path / "own.json"))
-    own = SpecialTokens.of(make_tokenizer(str(tmp_path / "own.json"), b""))
+    own = SpecialTokens.of(load_tokenizer(str(tmp_path / "own.json")))
     assert (own.pad, own.cls, own.sep, own.mask, own.offset, own.vocabulary) == (1, 5, 4, 3, 0, 6)
-    assert own.encode(b"cat dog").tolist() == [2, 0]
+    assert own.encode("cat dog").tolist() == [2, 0]
 
 
 def test_rows_classes_and_facts(tmp_path):

@@ -113,10 +113,10 @@ def load_answers(settings: DataSettings, sequence_length: int, seed: int, tokeni
             f"data.tokenizer={settings.tokenizer} is made from a text, and answers are no text: give bytes, a tokenizers JSON, or a "
             "transformers name or folder"
         )
-    tokenizer = tokenizer or load_tokenizer(settings.tokenizer, ())
+    tokenizer = tokenizer or load_tokenizer(settings.tokenizer)
     write = WriteAnswers(train, held_out, tokenizer, settings, sequence_length, read_template(settings))
     options = [write.template, settings.messages_field, settings.text_field, settings.answer_field, settings.documents, settings.on_long]
-    stamps = [train.stamp(), held_out and held_out.stamp(), settings.on_error, settings.max_bytes, sequence_length, options]
+    stamps = [train.rows_stamp(), held_out and held_out.rows_stamp(), settings.on_error, settings.max_bytes, sequence_length, options]
     key = fingerprint("answers", stamps, *identity(tokenizer))
     entry = CacheEntry(key, write, settings.cache, f"samples of {train.name}").ensure_present()
     count = len(entry.array("train_sequences")) - 1

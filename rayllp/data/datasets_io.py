@@ -142,38 +142,22 @@ class Split:
         return f"{type(error).__name__}: {error or cause}"
 
 
-def load_split(settings: DataSettings, *names: str, stream: bool = False, what: str | None = None) -> Split | None:
-    """Return the first of these splits that the data set has; None if it has none. A folder saved from a single split has just train.
+def load_split(settings: DataSettings, setting: str, name: str, *, stream: bool = False, what: str | None = None) -> Split:
+    """Return one split. A folder saved from a single split has just train.
 
     Args:
         settings: name the data set.
-        names: names of splits.
+        setting, name: the split, and the setting that names it.
         stream: the rows are read just once, in order, so local files need not be copied into the library's cache.
         what: the data set, for errors, where a setting other than data.dataset and data.path names it.
 
     Raises:
-        DataError: the data set cannot be loaded, or is streamed without data.max_bytes.
+        DataError: the data set cannot be loaded, is streamed without data.max_bytes, or has no such split.
     """
-    splits = load_splits(settings, stream=stream, what=what)
-    for name in names:
-        if name in splits:
-            return Split(f"{what or named(settings)}, split {name},", splits[name], _place(settings)[2])
-    return None
-
-
-def load_named(settings: DataSettings, setting: str, name: str, *, stream: bool = False, what: str | None = None) -> Split:
-    """Return the split that a setting names.
-
-    Raises:
-        DataError: there is no such split (the message lists those there are); see also `load_split`.
-    """
-    split = load_split(settings, name, stream=stream, what=what)
-    if split is None:
-        names = ", ".join(load_splits(settings, stream=True))
-        raise DataError(
-            f"{what or named(settings)} has no split {name}, but {names}: set {setting}, or choose another data set or data.subset"
-        )
-    return split
+    splits, what = load_splits(settings, stream=stream, what=what), what or named(settings)
+    if name not in splits:
+        raise DataError(f"{what} has no split {name}, but {', '.join(splits)}: set {setting}, or choose another data set or data.subset")
+    return Split(f"{what}, split {name},", splits[name], _place(settings)[2])
 
 
 def own_held_out(settings: DataSettings, training: str, *, stream: bool = True) -> str | None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rayllp.config import DataSettings
 from rayllp.data.base import IGNORE, Dataset, DatasetFacts
-from rayllp.data.datasets_io import Split, is_table, load_named, named, own_held_out, up_to
+from rayllp.data.datasets_io import Split, is_table, load_split, named, own_held_out, up_to
 from rayllp.data.files import BadRows, count_kept, local_path, plain_or_gz, refuse_one_class
 from rayllp.data.formats import IDX_IMAGES, IDX_LABELS, MNIST_FILES, read_idx
 from rayllp.data.lazy_images import LazyImages
@@ -200,13 +200,19 @@ def _read_idx_pair(folder: Path, prefix: str) -> _Images:
 
 def _read_dataset(settings: DataSettings, bad_rows: BadRows) -> tuple[_Images, _Images, tuple[str, ...]]:
     """Read training and validation images by the datasets library, and the class names where the data set has them."""
-    splits = [load_named(settings, "data.split", settings.split)]
+    splits = [load_split(settings, "data.split", settings.split)]
     if held_out := settings.validation_split or own_held_out(settings, settings.split, stream=False):
-        splits.append(load_named(settings, "data.validation_split", held_out))
+        splits.append(load_split(settings, "data.validation_split", held_out))
     if not settings.streaming and settings.max_bytes is None and _bytes_of(splits[0]) > HELD_IN_MEMORY:
         sets = [_leave_in_files(split, settings, bad_rows) for split in splits]
-        train, validation = sets if len(sets) > 1 else _hold_out(sets[0], settings.validation_fraction)
-        return train, validation, splits[0].labels(settings.label_field)
+    else:
+        sets = _decode(splits, settings, bad_rows)
+    train, validation = sets if len(sets) > 1 else _hold_out(sets[0], settings.validation_fraction)
+    return train, validation, splits[0].labels(settings.label_field)
+
+
+def _decode(splits: list[Split], settings: DataSettings, bad_rows: BadRows) -> list[_Images]:
+    """Decode the images of all splits into memory."""
     read = [_read_split(split, settings, bad_rows) for split in splits]
     sizes = {image.shape[1:] for images, _ in read for image in images}
     if len(sizes) > 1:
@@ -214,12 +220,10 @@ def _read_dataset(settings: DataSettings, bad_rows: BadRows) -> tuple[_Images, _
         raise DataError(f"{named(settings)} has images of {len(sizes)} sizes ({met} pixels, width × height): resize them to one")
     # Most sets of colour photographs have a few grey ones; give all of them as many channels.
     shape = (max(image.shape[0] for images, _ in read for image in images), *sizes.pop())
-    sets = [
+    return [
         _Images(split.source, np.stack([np.broadcast_to(image, shape) for image in images]), labels)
         for split, (images, labels) in zip(splits, read, strict=True)
     ]
-    train, validation = sets if len(sets) > 1 else _hold_out(sets[0], settings.validation_fraction)
-    return train, validation, splits[0].labels(settings.label_field)
 
 
 def _image_column(split: Split) -> str:

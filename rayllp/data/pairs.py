@@ -11,12 +11,12 @@ from torch import Tensor
 
 from rayllp.config import DataSettings
 from rayllp.data.base import IGNORE, Dataset, DatasetFacts
-from rayllp.data.datasets_io import HELD_OUT_SPLITS, Split, is_table, load_split, up_to
+from rayllp.data.datasets_io import HELD_OUT_SPLITS, Split, is_table, load_split, load_splits, up_to
 from rayllp.data.files import BadRows, RaggedArray, bytes_of, hold_out, local_path, plain_or_gz, read_lines
 from rayllp.data.sampling import SampleOrder
 from rayllp.data.sources import tables
 from rayllp.data.special_tokens import SpecialTokens
-from rayllp.data.tokenizer import make_tokenizer
+from rayllp.data.tokenizer import load_tokenizer
 from rayllp.data.tokenizer_kinds import Tokenizer
 from rayllp.errors import DataError
 
@@ -152,7 +152,7 @@ def load_pairs(settings: DataSettings, sequence_length: int, seed: int, tokenize
     read = _read_dataset(settings, bad_rows) if from_table else _read_folder(settings)
     kept = {split: _leave_out_empty(pairs, bad_rows) for split, pairs in read.items()}
     lines = [pair.source for pair in kept["train"]] + [pair.target for pair in kept["train"]]
-    tokenizer = tokenizer or make_tokenizer(settings.tokenizer, "\n".join(lines).encode())
+    tokenizer = tokenizer or load_tokenizer(settings.tokenizer, ["\n".join(lines)])
     special = SpecialTokens.of(tokenizer)
     sides: dict[str, tuple[_Side, _Side]] = {}
     for split, pairs in kept.items():
@@ -196,7 +196,7 @@ def _encode_pairs(pairs: list[_Pair], special: SpecialTokens, length: int, train
 
 def _encode(special: SpecialTokens, line: str) -> np.ndarray:
     """Return a line's ids, followed by eos."""
-    return np.append(special.encode(line.encode()), special.sep).astype(np.int32)
+    return np.append(special.encode(line), special.sep).astype(np.int32)
 
 
 def _truncate(ids: np.ndarray, length: int) -> np.ndarray:
@@ -263,8 +263,9 @@ def _read_dataset(settings: DataSettings, bad_rows: BadRows) -> dict[str, list[_
         pairs = dict(zip(("train", "validation"), hold_out(pairs["train"], settings.validation_fraction), strict=True))
     else:
         pairs["validation"] = _read_split(held_out.open(), settings, bad_rows)
-    test = load_split(train.settings, "test", stream=True) if held_out is None or held_out.split != "test" else None
-    return pairs | ({"test": _read_split(test, settings, bad_rows)} if test else {})
+    if (held_out is None or held_out.split != "test") and "test" in load_splits(train.settings, stream=True):
+        pairs["test"] = _read_split(load_split(train.settings, "data.split", "test", stream=True), settings, bad_rows)
+    return pairs
 
 
 def _read_split(split: Split, settings: DataSettings, bad_rows: BadRows) -> list[_Pair]:

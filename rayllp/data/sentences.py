@@ -15,7 +15,7 @@ from rayllp.data.files import BadRows, RaggedArray, bytes_of, refuse_one_class
 from rayllp.data.sampling import SampleOrder
 from rayllp.data.sources import Files, Table, read_samples, read_splits
 from rayllp.data.special_tokens import SpecialTokens
-from rayllp.data.tokenizer import make_tokenizer
+from rayllp.data.tokenizer import load_tokenizer
 from rayllp.data.tokenizer_kinds import Tokenizer
 from rayllp.errors import DataError
 
@@ -86,7 +86,7 @@ def load_sentences(settings: DataSettings, sequence_length: int, seed: int, toke
     train = read["train"] = _leave_out_single(read["train"], settings, bad_rows)
     classes = tuple(sorted({example.label for example in train}))
     numbers = {name: number for number, name in enumerate(classes)}
-    tokenizer = tokenizer or make_tokenizer(settings.tokenizer, "\n".join(text for example in train for text in example.texts).encode())
+    tokenizer = tokenizer or load_tokenizer(settings.tokenizer, ["\n".join(text for example in train for text in example.texts)])
     sequences: dict[str, RaggedArray] = {}
     labels: dict[str, np.ndarray] = {}
     for split, examples in read.items():
@@ -171,7 +171,7 @@ def _encode(example: _Example, tokenizer: Tokenizer, length: int, on_long: str, 
     """Return cls, tokens, sep (tokens, sep) in at most `length` ids; None if the example is left out."""
     special = SpecialTokens.of(tokenizer)
     try:
-        texts = [special.encode(text.encode()) for text in example.texts]
+        texts = [special.encode(text) for text in example.texts]
     except KeyError as error:
         # An alphabet that is read off the training text lacks characters that occur only in the held-out text.
         fault = f"{error.args[0]!r} is in no training sentence, so data.tokenizer=characters has no token for it (bytes has)"

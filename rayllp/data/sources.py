@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from rayllp.config import DataSettings
 from rayllp.data.cache import stamp
-from rayllp.data.datasets_io import Split, is_table, load_named, own_held_out, stamp_of, up_to, visible_files
+from rayllp.data.datasets_io import Split, is_table, load_split, own_held_out, stamp_of, up_to, visible_files
 from rayllp.data.files import BadRows, NoTextError, Sample, hold_out, local_path, read_text_file
 from rayllp.data.formats import read_tsv
 from rayllp.errors import DataError
@@ -124,55 +124,35 @@ class Table:
         """The file or folder, if it is one."""
         return None if self.settings.path is None else local_path(self.settings.path, self.setting)
 
-    def stamp(self) -> Any:
-        """Return plain values that identify the content: those of its files, or the library's hash of the data set."""
+    def rows_stamp(self) -> list[Any]:
+        """Return plain values that identify the rows: those of its files, or the library's hash of the data set."""
         return [stamp_of(self.settings), self.settings.subset, self.split, *([self.max_bytes] if self.settings.streaming else [])]
+
+    def stamp(self) -> Any:
+        """Return plain values that identify the texts: the rows' and the column's name."""
+        return [self.rows_stamp(), self.settings.text_field]
+
+    def documents(self, bad_rows: BadRows) -> Iterator[Document]:
+        """Yield the text of each row, from the column `data.text_field`."""
+        return ((text,) for text in self.open().texts("data.text_field", self.settings.text_field, bad_rows))
 
     def open(self) -> Split:
         """Open the split for reading its rows in order."""
         what = None if self.settings.dataset else self.name
-        return load_named(self.settings, self.split_setting, self.split, stream=True, what=what)
-
-
-@dataclass(frozen=True)
-class Column:
-    """The texts in one column of a table (`data.text_field`)."""
-
-    table: Table
-    field: str
-
-    @property
-    def name(self) -> str:
-        """The table's name."""
-        return self.table.name
-
-    @property
-    def max_bytes(self) -> int | None:
-        """How much of it is read at most."""
-        return self.table.max_bytes
-
-    def stamp(self) -> Any:
-        """Return the table's stamp and the column's name."""
-        return [self.table.stamp(), self.field]
-
-    def documents(self, bad_rows: BadRows) -> Iterator[Document]:
-        """Yield each row as one text."""
-        for text in self.table.open().texts("data.text_field", self.field, bad_rows):
-            yield (text,)
+        return load_split(self.settings, self.split_setting, self.split, stream=True, what=what)
 
 
 # Training and held-out data ---------------------------------------------------------------------------------------------------
 
 
-def texts(settings: DataSettings) -> tuple[Source, Source | None]:
-    """Return the training and the held-out text; None: the end of the former is held out.
+def sources(settings: DataSettings) -> tuple[Table | Files, Table | Files | None]:
+    """Return what to train on and what is held out; None: the end of the former.
 
     Raises:
         DataError: there is no such file.
     """
     train = _training(settings)
-    held_out = _held_out(settings, train)
-    return _as_text(train, settings), None if held_out is None else _as_text(held_out, settings)
+    return train, _held_out(settings, train)
 
 
 def tables(settings: DataSettings) -> tuple[Table, Table | None]:
@@ -181,10 +161,9 @@ def tables(settings: DataSettings) -> tuple[Table, Table | None]:
     Raises:
         DataError: there is no such file, or it is not a table.
     """
-    train = _training(settings)
+    train, held_out = sources(settings)
     if not isinstance(train, Table):
         raise DataError(f"data.path {settings.path or '(none)'} is no table: give one ({TABLE_KINDS}), or data.dataset")
-    held_out = _held_out(settings, train)
     if isinstance(held_out, Files):
         raise DataError(f"{held_out.name} is no table: give one ({TABLE_KINDS})")
     return train, held_out
@@ -203,8 +182,7 @@ def read_splits(settings: DataSettings, read: Callable[[Table | Files], list[Sam
     """
     if settings.path is None and settings.dataset is None:
         raise DataError(f"there is no data.path: {needed}")
-    source = _training(settings)
-    held_out = _held_out(settings, source)
+    source, held_out = sources(settings)
     train = read(source)
     train, validation = hold_out(train, settings.validation_fraction) if held_out is None else (train, read(held_out))
     return {"train": train, "validation": validation}
@@ -295,10 +273,6 @@ def _at(setting: str, name: str, settings: DataSettings, split: str, max_bytes: 
         settings = settings.model_copy(update={"path": name, "dataset": None, "streaming": False})
         return Table(setting, settings, "data.split", split, max_bytes)
     return Files(setting, path, tuple(visible_files(path)) if path.is_dir() else (path,), max_bytes)
-
-
-def _as_text(source: Table | Files, settings: DataSettings) -> Source:
-    return Column(source, settings.text_field) if isinstance(source, Table) else source
 
 
 def _standard_library() -> Iterator[Path]:

@@ -42,7 +42,7 @@ class SpecialTokens:
         offset = 0 if own else RESERVED
         return cls(tokenizer, pad, begin, sep, mask, offset, size + offset)
 
-    def encode(self, text: bytes) -> np.ndarray:
+    def encode(self, text: str) -> np.ndarray:
         """Return the ids of a text, int64, without any special token."""
         return self.tokenizer.encode(text).astype(np.int64) + self.offset
 

@@ -16,7 +16,7 @@ from rayllp.data.cache import ArraySlice, CacheEntry, CacheWriter, fingerprint
 from rayllp.data.datasets_io import up_to
 from rayllp.data.files import BadRows
 from rayllp.data.sampling import SampleOrder, in_order
-from rayllp.data.sources import Source, joined, texts
+from rayllp.data.sources import Source, joined, sources
 from rayllp.data.tokenizer import identity, is_made_from_text, load_tokenizer, restore_tokenizer, smallest_dtype
 from rayllp.data.tokenizer_kinds import Tokenizer
 from rayllp.errors import DataError
@@ -188,7 +188,7 @@ def load_stream(settings: DataSettings, sequence_length: int, window: int, seed:
         DataError: the text is missing, unreadable, empty, or not text; or either split is shorter than a window, or the tokenizer cannot
             encode the held-out text.
     """
-    source, held_out = texts(settings)
+    source, held_out = sources(settings)
     stamps = [source.stamp(), settings.max_bytes, settings.on_error]
     tokenizer = tokenizer or _tokenizer(settings, source, stamps)
     packed = settings.documents == "packed"
@@ -215,7 +215,7 @@ def _tokenizer(settings: DataSettings, source: Source, stamps: list[Any]) -> Tok
     """Load the tokenizer that the settings name. One that is made from the text is made once and then read from the cache."""
     name = settings.tokenizer
     if not is_made_from_text(name):
-        return load_tokenizer(name, ())
+        return load_tokenizer(name)
     write = WriteTokenizer(name, source, settings.on_error == "skip")
     entry = CacheEntry(
         fingerprint("tokenizer", stamps, name, tokenizers.__version__), write, settings.cache, f"data.tokenizer {name}"

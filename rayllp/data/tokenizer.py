@@ -8,16 +8,7 @@ from typing import Any
 import numpy as np
 import tokenizers
 
-from rayllp.data.tokenizer_kinds import (
-    Bytes,
-    Characters,
-    Pretrained,
-    SentencePiece,
-    Tokenizer,
-    TokenizersFile,
-    TrainedBPE,
-    decode_text,
-)  # fmt: skip
+from rayllp.data.tokenizer_kinds import Bytes, Characters, Pretrained, SentencePiece, Tokenizer, TokenizersFile, TrainedBPE
 from rayllp.errors import DataError
 
 SMALLEST_BPE = 257
@@ -48,11 +39,6 @@ def is_made_from_text(name: str) -> bool:
     return name == "characters" or name.startswith("bpe:")
 
 
-def make_tokenizer(name: str, text: bytes) -> Tokenizer:
-    """Load a tokenizer as `load_tokenizer` does, from a text in memory."""
-    return load_tokenizer(name, (decode_text(part) for part in (text,)))
-
-
 def identity(tokenizer: Tokenizer) -> list[Any]:
     """Return plain values that determine the tokens of a text: the tokenizer's rules, and the version of the library that applies them."""
     return [tokenizer.rules, tokenizers.__version__]
@@ -63,7 +49,7 @@ def smallest_dtype(vocabulary: int) -> np.dtype:
     return np.min_scalar_type(max(0, vocabulary - 1))
 
 
-def load_tokenizer(name: str, pieces: Iterable[str]) -> Tokenizer:
+def load_tokenizer(name: str, pieces: Iterable[str] = ()) -> Tokenizer:
     """Load the tokenizer that `data.tokenizer` names; `characters` and `bpe:SIZE` are made from the text, which comes in pieces.
 
     Raises:

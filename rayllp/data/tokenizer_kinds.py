@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 
 from rayllp.data.encoding import encode_pieces
-from rayllp.data.files import not_utf8
 from rayllp.errors import DataError
 
 ENDS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[EOS]", "[SEP]")
@@ -42,10 +41,6 @@ class Tokenizer(ABC):
     eos: int | None = None
 
     @abstractmethod
-    def encode(self, text: bytes) -> np.ndarray:
-        """Return the token ids of a text, one-dimensional and without special tokens."""
-
-    @abstractmethod
     def stream(self, pieces: Iterable[str]) -> Iterator[np.ndarray]:
         """Yield the token ids of a text that comes in pieces of any length; they are those of the whole text."""
 
@@ -57,9 +52,13 @@ class Tokenizer(ABC):
     def texts(self) -> str:
         """Return a string that says what each token id stands for; tokenizers that disagree on any id have different ones."""
 
+    def encode(self, text: str) -> np.ndarray:
+        """Return the token ids of a text, one-dimensional and without special tokens."""
+        return _joined(self.stream([text]))
+
     def encode_all(self, texts: list[str]) -> list[np.ndarray]:
         """Return the token ids of each of several texts."""
-        return [self.encode(text.encode()) for text in texts]
+        return [self.encode(text) for text in texts]
 
     @property
     def rules(self) -> str:
@@ -80,10 +79,6 @@ class Bytes(Tokenizer):
     """One token per byte: works on any text, with nothing to download."""
 
     vocabulary = 256
-
-    def encode(self, text: bytes) -> np.ndarray:
-        """Return the bytes themselves."""
-        return np.frombuffer(text, np.uint8)
 
     def stream(self, pieces: Iterable[str]) -> Iterator[np.ndarray]:
         """Yield the bytes of each piece."""
@@ -113,16 +108,12 @@ class Characters(Tokenizer):
     def __reduce__(self) -> tuple[Any, ...]:
         return Characters, (["".join(self.alphabet)],)
 
-    def encode(self, text: bytes) -> np.ndarray:
-        """Return each character's index in the alphabet.
+    def stream(self, pieces: Iterable[str]) -> Iterator[np.ndarray]:
+        """Yield each character's index in the alphabet.
 
         Raises:
             KeyError: a character is not in the alphabet.
         """
-        return self._encode(decode_text(text))
-
-    def stream(self, pieces: Iterable[str]) -> Iterator[np.ndarray]:
-        """Encode a text that comes in pieces; see `encode` for errors."""
         return map(self._encode, pieces)
 
     def _encode(self, text: str) -> np.ndarray:
@@ -155,10 +146,6 @@ class _Fast(Tokenizer):
         tokenizer.no_padding()
         self.vocabulary = _ids_end(tokenizer.get_vocab())
 
-    def encode(self, text: bytes) -> np.ndarray:
-        """Return the ids that the library gives to the whole text, without special tokens."""
-        return _joined(self.stream([decode_text(text)]))
-
     def stream(self, pieces: Iterable[str]) -> Iterator[np.ndarray]:
         """Yield the ids of a text that comes in pieces, using all CPUs."""
         return encode_pieces(self._tokenizer, pieces)
@@ -166,7 +153,7 @@ class _Fast(Tokenizer):
     def encode_all(self, texts: list[str]) -> list[np.ndarray]:
         """Encode each of several texts, using all CPUs."""
         if any(len(text) > LONG for text in texts):
-            return [self.encode(text.encode()) for text in texts]
+            return super().encode_all(texts)
         return [np.array(encoding.ids, np.uint32) for encoding in self._tokenizer.encode_batch(texts, add_special_tokens=False)]
 
     def texts(self) -> str:
@@ -256,10 +243,10 @@ class SentencePiece(Tokenizer):
             raise DataError(f"data.tokenizer {path} cannot be read ({error}); give a model file of sentencepiece or a .gz of one") from None
         self.vocabulary: int = self._processor.get_piece_size()
 
-    def encode(self, text: bytes) -> np.ndarray:
+    def encode(self, text: str) -> np.ndarray:
         """Encode line by line, as the model was trained."""
         # Passing a list would start a pool of threads at every call, which is fifteen times slower for a single line.
-        return _joined(np.array(self._processor.encode(line, out_type=int), np.uint32) for line in decode_text(text).split("\n"))
+        return _joined(np.array(self._processor.encode(line, out_type=int), np.uint32) for line in text.split("\n"))
 
     def stream(self, pieces: Iterable[str]) -> Iterator[np.ndarray]:
         """Yield the ids of a text that comes in pieces, using all CPUs."""
@@ -304,10 +291,6 @@ class Pretrained(Tokenizer):
         of_nothing = own("")["input_ids"]
         self.bos = of_nothing[0] if of_nothing and of_nothing[0] == own.bos_token_id else None
 
-    def encode(self, text: bytes) -> np.ndarray:
-        """Return the ids of the whole text, without special tokens."""
-        return _joined(self.stream([decode_text(text)]))
-
     def stream(self, pieces: Iterable[str]) -> Iterator[np.ndarray]:
         """Yield the ids of a text that comes in pieces. A tokenizer that is written in Python gets the whole text at once."""
         if self._fast is not None:
@@ -330,19 +313,6 @@ class Pretrained(Tokenizer):
     def decode(self, tokens: list[int]) -> str:
         """Return the text, decoded by transformers."""
         return self._tokenizer.decode(tokens)
-
-
-def decode_text(text: bytes) -> str:
-    """Decode UTF-8.
-
-    Raises:
-        DataError: the text is not UTF-8; the message gives the line.
-    """
-    try:
-        return text.decode()
-    except UnicodeDecodeError as error:
-        line, why = not_utf8(error)
-        raise DataError(f"line {line}: {why}; save the text as UTF-8") from None
 
 
 def _joined(parts: Iterable[np.ndarray]) -> np.ndarray:
