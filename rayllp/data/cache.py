@@ -11,7 +11,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -158,7 +158,8 @@ class CacheEntry:
         The files are written to a temporary folder, which is renamed at the end, so that an entry is either complete or absent.
         """
         try:
-            with self._lock():
+            self.folder.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(self.folder.with_suffix(".lock")):
                 if (self.folder / ENTRY).is_file():  # another process has written it while this one waited for the lock
                     return
                 temporary = self.folder.with_suffix(".part")
@@ -174,12 +175,6 @@ class CacheEntry:
                 f"{self.description} cannot be kept in {self.folder.parent}: {error}; set data.cache to a folder with room that can be "
                 "written"
             ) from None
-
-    @contextlib.contextmanager
-    def _lock(self) -> Iterator[None]:
-        self.folder.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(self.folder.with_suffix(".lock")):
-            yield
 
     def _write_files(self, folder: Path) -> None:
         """Write the entry's files into a folder: those that it carries, or else those that `write` makes."""
@@ -221,19 +216,15 @@ class CacheEntry:
             self._maps[name] = np.memmap(path, dtype, "r", shape=(count,)) if count else np.zeros(0, dtype)
         return self._maps[name]
 
-    def checksum(self, name: str) -> str:
-        """Return a checksum of an array."""
-        return " ".join(map(str, self._manifest["arrays"].get(name, ("<u1", 0, ""))))
-
-    def checksum_of(self, name: str, start: int, stop: int) -> str:
-        """Return a checksum of values `start` to `stop` of an array.
+    def checksum(self, name: str, start: int = 0, stop: int | None = None) -> str:
+        """Return a checksum of values `start` to `stop` of an array; by default of all.
 
         It is stored beside the array, since reading the values takes about a second per GB.
         """
-        dtype, count, _ = self._manifest["arrays"].get(name, ("<u1", 0, ""))
+        dtype, count, digest_of_all = self._manifest["arrays"].get(name, ("<u1", 0, ""))
+        if stop is None or (start, stop) == (0, count):
+            return f"{dtype} {count} {digest_of_all}"
         stored = self.folder / f"{name}-{start}-{stop}.sha256"
-        if (start, stop) == (0, count):
-            return self.checksum(name)
         if stored.is_file():
             return stored.read_text(encoding="utf-8")
         digest, values = hashlib.sha256(), self.array(name)
@@ -281,4 +272,4 @@ class ArraySlice:
     @property
     def checksum(self) -> str:
         """A checksum of these values."""
-        return self.entry.checksum_of(self.name, self.start, self.stop)
+        return self.entry.checksum(self.name, self.start, self.stop)
