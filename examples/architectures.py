@@ -24,7 +24,7 @@ from torch import Tensor
 from rayllp.channel import LocalChannel, run_workers
 from rayllp.config import TrainConfig, make_config
 from rayllp.control import Accuracy
-from rayllp.data import IGNORE, Facts
+from rayllp.data import IGNORE, Batches, DatasetFacts
 from rayllp.engine import Engine
 from rayllp.engine.reduce_gradients import add_shared_gradients
 from rayllp.errors import SettingsError
@@ -86,16 +86,16 @@ SPECIAL = {
 """By type, what it needs besides."""
 
 
-class Random:
+class Random(Batches):
     """Random tokens or images, padded where the task knows any padding."""
 
     def __init__(self, task: str) -> None:
         self.task = task
 
     @property
-    def facts(self) -> Facts:
+    def facts(self) -> DatasetFacts:
         padded = self.task in ("masked", "translation")
-        return Facts(
+        return DatasetFacts(
             vocabulary=VOCABULARY,
             classes=LABELS if self.task == "images" else (),
             pad=PAD if padded else None,

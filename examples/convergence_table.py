@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import rayllp
 from rayllp.channel import LocalChannel
 from rayllp.control import Accuracy
+from rayllp.data import Batches
 from rayllp.engine import Engine
 from rayllp.models import LayerStack
 
@@ -36,7 +37,7 @@ class GPTBlock(nn.Module):
         return x_BTD + a + self.f2(nn.functional.gelu(self.f1(self.l2(x_BTD + a))))
 
 
-class NormalInput:
+class NormalInput(Batches):
     """The one batch, and the weights of the loss: standard normal numbers."""
 
     def batch(self, split: str, step: int, size: int) -> tuple[Tensor, Tensor]:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 import rayllp
 from rayllp.config import TrainConfig
+from rayllp.data import Batches
 
 CONFIG = Path(__file__).with_suffix(".yaml")
 WIDTH = 8
@@ -63,7 +64,7 @@ def answer(x: Tensor) -> Tensor:
     return x
 
 
-class Lessons:
+class Lessons(Batches):
     """Batches of vectors and what the teacher makes of them, as functions of seed, split and step."""
 
     def __init__(self, config: TrainConfig) -> None:

@@ -15,7 +15,7 @@ import ray
 
 import rayllp
 from rayllp.checkpoint.export import export
-from rayllp.data.tokenizer import make_tokenizer
+from rayllp.data.tokenizer import load_tokenizer
 
 HERE = Path(__file__).parent
 COLUMNS = ("data.dataset=null", "data.subset=null", "data.text_field=0", "data.label_field=1")
@@ -58,7 +58,7 @@ def main() -> None:
     output.mkdir(parents=True)
     text, tokenizer = output / "text.txt", output / "tokenizer.json"
     write_text(data, text)
-    make_tokenizer("bpe:1000", text.read_bytes()).save(tokenizer)
+    load_tokenizer("bpe:1000", [text.read_text(encoding="utf-8")]).save(tokenizer)
     ray.init(address="local", num_cpus=2, include_dashboard=False)
     print("| pretraining | its held-out loss | accuracy | Matthews correlation |\n|---|---|---|---|")
     for mode in arguments.modes:

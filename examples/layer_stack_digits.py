@@ -14,6 +14,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 import rayllp
+from rayllp.data import Batches
 
 CHANNELS, LAYERS = 16, 32
 
@@ -29,7 +30,7 @@ class Residual(nn.Module):
         return x_BCHW + self.conv(torch.relu(self.norm(x_BCHW)))
 
 
-class Digits:
+class Digits(Batches):
     """1,797 images of 8 × 8; the last 360 are held out. A batch depends on the seed and the step alone."""
 
     def __init__(self, seed: int = 0) -> None:

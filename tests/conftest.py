@@ -14,9 +14,11 @@ import pytest
 import torch
 
 from rayllp.channel import LocalChannel, run_workers
-from rayllp.config import make_config
+from rayllp.config import DataSettings, make_config
 from rayllp.control import Controller, Probe
 from rayllp.data import load_data
+from rayllp.data.files import BadRows
+from rayllp.data.sources import joined, sources
 from rayllp.engine import Engine
 from rayllp.engine.pipeline import Pipeline
 from rayllp.models import build_architecture
@@ -35,6 +37,12 @@ def merge(base, changes):
     for name, value in changes.items():
         merged[name] = merge(merged[name], value) if isinstance(value, dict) and isinstance(merged.get(name), dict) else value
     return merged
+
+
+def read_text(settings: DataSettings) -> bytes:
+    """The training text that the settings name, as it goes to the tokenizer."""
+    source, _ = sources(settings)
+    return "".join(joined(source.documents(BadRows(settings.on_error == "skip")), source.max_bytes)).encode()
 
 
 def tiny(**changes):
@@ -83,7 +91,7 @@ def train_engine(engine, steps, first=0):
 
 def one_pass(batches, split, size):
     """All rows of a pass."""
-    parts = [batches.batch(split, step, size) for step in range(batches.batches(split, size))]
+    parts = [batches.batch(split, step, size) for step in range(-(-batches.count(split) // size))]
     return torch.cat([inputs for inputs, _ in parts]), torch.cat([targets for _, targets in parts])
 
 

@@ -11,7 +11,7 @@ from rayllp.channel.base import MessageTag
 from rayllp.checkpoint.export import export
 from rayllp.checkpoint.run_metadata import write_model_json
 from rayllp.config import load_run_config, make_config
-from rayllp.data import Facts
+from rayllp.data import DatasetFacts
 from rayllp.engine import Engine
 from rayllp.errors import CheckpointError, SettingsError
 from rayllp.models import build_architecture, check_family, check_network
@@ -176,5 +176,5 @@ def test_a_tokenizer_of_another_model_is_refused(tokens, tmp_path):
     architecture.model_class(architecture.config).save_pretrained(tmp_path)
     config = make_config({"model": {"from_pretrained": str(tmp_path)}, "workers": 1, "mode": "serial"})
     with pytest.raises(CheckpointError, match=rf"has {tokens} tokens, and the embedding of model.from_pretrained 96 rows"):
-        build_architecture(config, Facts(vocabulary=tokens))
-    build_architecture(config, Facts(vocabulary=96))
+        build_architecture(config, DatasetFacts(vocabulary=tokens))
+    build_architecture(config, DatasetFacts(vocabulary=96))

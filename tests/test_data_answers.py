@@ -140,10 +140,10 @@ def test_samples_that_are_too_long_are_cut_skipped_or_refused_and_counted(tmp_pa
 def test_packed_samples_share_sequences_and_keep_their_positions(tmp_path):
     rows = [("a" * (1 + n % 5), chr(ord("b") + n % 20) * (1 + n % 3)) for n in range(60)]
     apart, packed = (load_answers(pairs(tmp_path, rows, documents=kind), 16, 0) for kind in ("joined", "packed"))
-    assert packed.batches("train", 1) < 0.4 * apart.batches("train", 1)
+    assert packed.count("train") < 0.4 * apart.count("train")
 
     def answers(data, split):
-        inputs_targets = [data.batch(split, step, 1) for step in range(data.batches(split, 1))]
+        inputs_targets = [data.batch(split, step, 1) for step in range(data.count(split))]
         return "".join(bytes(targets[targets != IGNORE].tolist()).decode() for _, targets in inputs_targets)
 
     # In order, beginning with the held-out ones, which are the last.
@@ -171,7 +171,7 @@ def test_a_text_in_a_packed_row_is_seen_as_if_it_were_alone(tmp_path, family):
         config = tiny(model=model, data=data | {"documents": documents}, mode="serial")
         engine = make_engine(config)
         found[documents] = engine.evaluate(0)["loss"]
-        assert engine.batches.batches("validation", 1) == (40 if documents == "joined" else 14)
+        assert engine.batches.count("validation") == (40 if documents == "joined" else 14)
     assert found["packed"] == pytest.approx(found["joined"], rel=1e-10)
 
 

@@ -17,13 +17,13 @@ from rayllp.cluster.worker import BlockWorker
 from rayllp.config import DataSettings
 from rayllp.data import cache, load_data
 from rayllp.data.base import IGNORE
-from rayllp.data.cache import Entry, Writer, cache_folder
+from rayllp.data.cache import CacheEntry, CacheWriter, cache_folder
 from rayllp.data.masked import load_masked
 from rayllp.data.record import DataRecord
-from rayllp.data.sampling import Order, count_before, interleave, permute
-from rayllp.data.text import load_text, read_text
+from rayllp.data.sampling import SampleOrder, count_before, interleave, permute
+from rayllp.data.text import load_text
 from rayllp.errors import DataError
-from tests.conftest import one_pass, tiny
+from tests.conftest import one_pass, read_text, tiny
 
 LINES = [f"line {number} of {number % 7} things" for number in range(200)]
 
@@ -43,7 +43,7 @@ def leave_for_another_host(tmp_path, monkeypatch):
 
 def forbid(monkeypatch):
     """No entry can be made any more."""
-    monkeypatch.setattr(Entry, "_write_files", lambda self, folder: pytest.fail("made again"))
+    monkeypatch.setattr(CacheEntry, "_write_files", lambda self, folder: pytest.fail("made again"))
 
 
 # The cache --------------------------------------------------------------------------------------------------------------------
@@ -79,25 +79,25 @@ def test_a_data_set_travels_without_its_tokens_and_is_made_where_it_arrives(text
     with monkeypatch.context() as patch:
         forbid(patch)
         here = pickle.loads(sent)
-        cache.ensure_present(here)
+        here.ensure_present()
         assert torch.equal(here.batch("train", 3, 4)[0], batch[0])
     with monkeypatch.context() as patch:
         patch.setenv("RAYLLP_CACHE", str(tmp_path / "another process of this host"))
         assert pickle.loads(sent).tokens["train"].entry.folder == data.tokens["train"].entry.folder
     leave_for_another_host(tmp_path, monkeypatch)
     there = pickle.loads(sent)
-    cache.ensure_present(there)
+    there.ensure_present()
     assert there.tokens["train"].entry.folder.is_relative_to(tmp_path / "another host")
     assert torch.equal(there.batch("train", 3, 4)[0], batch[0])
 
 
 def test_a_host_without_the_files_gets_small_ones_sent(text, tmp_path, monkeypatch):
     data = load_text(text, 16, 0)
-    sent, with_files, batch = pickle.dumps(data), pickle.dumps(cache.with_files(data)), data.batch("train", 3, 4)
+    sent, with_files, batch = pickle.dumps(data), pickle.dumps(data.with_files()), data.batch("train", 3, 4)
     (tmp_path / "text.txt").rename(tmp_path / "elsewhere.txt")
     leave_for_another_host(tmp_path, monkeypatch)
     with pytest.raises(DataError, match=r"text.txt cannot be read"):
-        cache.ensure_present(pickle.loads(sent))
+        pickle.loads(sent).ensure_present()
     with pytest.raises(DataError, match=f"on {socket.gethostname()}: .*text.txt cannot be read: .*under the same path as the driver"):
         BlockWorker._ensure_data(None, pickle.loads(sent))
     there = pickle.loads(with_files)
@@ -105,7 +105,7 @@ def test_a_host_without_the_files_gets_small_ones_sent(text, tmp_path, monkeypat
     assert torch.equal(there.batch("train", 3, 4)[0], batch[0])
     (tmp_path / "cache of the first host").rename(tmp_path / "cache")
     monkeypatch.setattr(cache, "CARRIED", 10)
-    assert cache.with_files(data).entries[0].carried is None
+    assert data.with_files().entries[0].carried is None
 
 
 def test_a_host_with_other_files_is_refused(text, tmp_path, monkeypatch):
@@ -113,7 +113,7 @@ def test_a_host_with_other_files_is_refused(text, tmp_path, monkeypatch):
     (tmp_path / "text.txt").write_text("something else " * 100, encoding="utf-8")
     leave_for_another_host(tmp_path, monkeypatch)
     with pytest.raises(DataError, match="this host has other data there than the driver's"):
-        cache.ensure_present(pickle.loads(sent))
+        pickle.loads(sent).ensure_present()
 
 
 def _make_slowly(folder, barrier, made):
@@ -121,7 +121,7 @@ def _make_slowly(folder, barrier, made):
         made.put(1)
         writer.append("numbers", np.arange(1000))
 
-    entry = Entry("a" * 32, make, folder)
+    entry = CacheEntry("a" * 32, make, folder)
     barrier.wait(10)
     entry.ensure_present()
     assert entry.array("numbers").sum() == 499_500
@@ -140,22 +140,22 @@ def test_one_process_makes_it_while_others_wait(tmp_path):
 
 
 def test_what_fails_or_is_damaged_leaves_nothing_that_looks_whole(tmp_path):
-    def fail(writer: Writer):
+    def fail(writer: CacheWriter):
         writer.append("numbers", np.arange(10))
         raise DataError("no")
 
-    entry = Entry("b" * 32, fail, str(tmp_path))
+    entry = CacheEntry("b" * 32, fail, str(tmp_path))
     with pytest.raises(DataError, match="no"):
         entry.ensure_present()
     assert {path.suffix for path in tmp_path.iterdir()} <= {".lock"}
-    entry = Entry("b" * 32, lambda writer: writer.append("numbers", np.arange(10)), str(tmp_path)).ensure_present()
+    entry = CacheEntry("b" * 32, lambda writer: writer.append("numbers", np.arange(10)), str(tmp_path)).ensure_present()
     with (entry.folder / "numbers.bin").open("ab") as file:
         file.write(b"more")
     with pytest.raises(DataError, match=r"numbers.bin is damaged or gone: remove .*, and it is made anew"):
         entry.array("numbers")
     (tmp_path / "file").write_text("")
     with pytest.raises(DataError, match=r"set data.cache to a folder with room that can be written"):
-        Entry("c" * 32, lambda writer: None, str(tmp_path / "file")).ensure_present()
+        CacheEntry("c" * 32, lambda writer: None, str(tmp_path / "file")).ensure_present()
 
 
 def test_where_the_cache_is(tmp_path, monkeypatch):
@@ -334,7 +334,7 @@ def test_permutations_are_even_and_differ_by_seed():
 
 
 def test_an_epoch_takes_each_sample_once_whatever_the_size_of_a_batch():
-    order, count = Order(3), 50
+    order, count = SampleOrder(3), 50
     one = np.concatenate([order.take(step, count, 1) for step in range(150)])
     for size in (4, 7):
         many = np.concatenate([order.take(step, count, size) for step in range(-(-150 // size))])[:150]
@@ -342,8 +342,8 @@ def test_an_epoch_takes_each_sample_once_whatever_the_size_of_a_batch():
     for epoch in range(3):
         assert np.array_equal(np.sort(one[epoch * count :][:count]), np.arange(count))
     assert not np.array_equal(one[:count], one[count : 2 * count])
-    assert not np.array_equal(Order(4).take(0, count, 50), one[:count])
-    drawn = np.concatenate([Order(3, "replacement").take(step, count, 5) for step in range(10)])
+    assert not np.array_equal(SampleOrder(4).take(0, count, 50), one[:count])
+    drawn = np.concatenate([SampleOrder(3, "replacement").take(step, count, 5) for step in range(10)])
     assert len(set(drawn.tolist())) < count
 
 
@@ -390,7 +390,7 @@ def test_a_mixture_takes_each_sets_samples_once_an_epoch_and_its_share_of_evalua
     (tmp_path / "b.txt").write_text("b" * 600 + "c" * 41, encoding="utf-8")
     changed = DataRecord.of(config, load_data(config))
     assert (changed.splits["train"] == record.splits["train"], changed.splits["validation"] == record.splits["validation"]) == (True, False)
-    assert pickle.loads(pickle.dumps(cache.with_files(data))).facts == data.facts
+    assert pickle.loads(pickle.dumps(data.with_files())).facts == data.facts
     with pytest.raises(DataError, match=r"data.sets, number 2: data.path .*none.txt: no such file"):
         load_data(tiny(data={"sets": [sets[0], {"path": str(tmp_path / "none.txt")}]}))
     (tmp_path / "a.conllu").write_text("".join(f"1\tw{n}\tw\tX{n % 2}" + "\t_" * 6 + "\n\n" for n in range(9)), encoding="utf-8")

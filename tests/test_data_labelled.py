@@ -4,12 +4,14 @@ import datasets
 import numpy as np
 import pytest
 from datasets import ClassLabel, Features, Sequence, Value
+from PIL import Image
 
 from rayllp.config import DataSettings
 from rayllp.data.answers import load_answers
 from rayllp.data.images import load_images
 from rayllp.data.pairs import load_pairs
 from rayllp.data.sentences import load_sentences
+from rayllp.data.text import load_text
 from rayllp.data.words import load_words
 from rayllp.errors import DataError
 
@@ -46,6 +48,41 @@ def test_sentences_have_their_labels_by_name(tmp_path):
             load_sentences(settings.model_copy(update=changes), 16, 0)
 
 
+def of_every_task(count, start=0):
+    """Rows with columns for all tasks."""
+    numbers = range(start, start + count)
+    return {
+        "text": [f"thing {n} of them" for n in numbers], "label": [str(n % 2) for n in numbers], "answer": [f"no {n}" for n in numbers],
+        "words": [["thing", str(n)] for n in numbers], "tags": [["A", "B"] for _ in numbers], "de": [f"Ding {n}" for n in numbers],
+        "en": [f"thing {n}" for n in numbers], "image": [Image.new("L", (4, 4), n % 256) for n in numbers],
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("own", ["validation", "valid", "val", "dev", "test"])
+def test_a_split_that_a_set_holds_out_itself_is_held_out_in_every_task(tmp_path, own):
+    held_out = of_every_task(7, 100)
+    settings = DataSettings(dataset=saved(tmp_path / "set", of_every_task(30), **{own: held_out}))
+
+    def load_all(settings):
+        words = settings.model_copy(update={"text_field": "words", "label_field": "tags"})
+        answers = load_answers(settings.model_copy(update={"answer_field": "answer"}), 32, 0)
+        listed = load_sentences(settings, 32, 0), load_words(words, 32, 0), load_pairs(settings, 32, 0), load_images(settings, 0), answers
+        return load_text(settings, 16, 0), listed
+
+    text, listed = load_all(settings)
+    assert bytes(text.tokens["validation"].values).decode() == "\n".join(held_out["text"])
+    assert [(data.count("train"), data.count("validation")) for data in listed] == [(30, 7)] * 5
+    # What is trained on is never held out as a whole: the set named train is left aside, and the end of the other one held out.
+    _, listed = load_all(settings.model_copy(update={"split": own, "validation_fraction": 0.3}))
+    assert [(data.count("train"), data.count("validation")) for data in listed] == [(5, 2)] * 5
+
+
+def test_no_more_is_read_of_a_streams_held_out_split_than_to_train_on(tmp_path):
+    settings = DataSettings(dataset=saved(tmp_path / "set", of_every_task(30), test=of_every_task(7, 100)), max_bytes=40)
+    lengths = [len(load_text(settings.model_copy(update={"streaming": each}), 16, 0).tokens["validation"]) for each in (True, False)]
+    assert lengths == [40, len("\n".join(of_every_task(7, 100)["text"]))]
+
+
 def test_sentences_of_a_table_with_one_null(tmp_path):
     rows = sentences(12)
     rows["sentence"][3] = None
@@ -74,7 +111,7 @@ def test_no_row_is_read_beyond_max_bytes(tmp_path):
     answers = {"prompt": ["2+2=", "3+3=", "4+4="], "answer": ["4", "6", None]}
     datasets.Dataset.from_dict(answers).to_json(tmp_path / "b.jsonl")
     asked = DataSettings(path=str(tmp_path / "b.jsonl"), tokenizer="bytes", text_field="prompt", answer_field="answer", max_bytes=10)
-    assert load_answers(asked, 12, 0).batches("train", 1) == 1
+    assert load_answers(asked, 12, 0).count("train") == 1
 
 
 def test_words_have_a_label_each(tmp_path):

@@ -11,8 +11,9 @@ import torch
 from rayllp.config import DataSettings
 from rayllp.data.base import IGNORE
 from rayllp.data.masked import load_masked
-from rayllp.data.text import load_text, read_text
+from rayllp.data.text import load_text
 from rayllp.errors import DataError
+from tests.conftest import read_text
 
 SHAKESPEARE = Path(os.environ.get("RAYLLP_DATA", "")) / "tinyshakespeare"
 needs_shakespeare = pytest.mark.skipif(not os.environ.get("RAYLLP_DATA"), reason="RAYLLP_DATA names no folder with tinyshakespeare/")

@@ -12,8 +12,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from rayllp.config import DataSettings
 from rayllp.data.base import IGNORE
 from rayllp.data.sentences import load_sentences
-from rayllp.data.special import SpecialTokens
-from rayllp.data.tokenizer import make_tokenizer
+from rayllp.data.special_tokens import SpecialTokens
+from rayllp.data.tokenizer import load_tokenizer
 from rayllp.data.tokenizer_kinds import Bytes
 from rayllp.errors import DataError
 from tests.conftest import one_pass
@@ -41,14 +41,14 @@ def shown(rows):
 def test_special_tokens_come_first_unless_the_tokenizer_has_its_own(tmp_path):
     special = SpecialTokens.of(Bytes())
     assert (special.pad, special.cls, special.sep, special.mask, special.offset, special.vocabulary) == (0, 1, 2, 3, 4, 260)
-    assert special.encode(b"a").tolist() == [101]
+    assert special.encode("a").tolist() == [101]
     assert special.decode([1, 101, 2, 0]) == "a"
     tokenizer = Tokenizer(models.WordLevel({"dog": 0, "[PAD]": 1, "cat": 2, "[MASK]": 3, "[SEP]": 4, "[CLS]": 5}, unk_token="dog"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.save(str(tmp_path / "own.json"))
-    own = SpecialTokens.of(make_tokenizer(str(tmp_path / "own.json"), b""))
+    own = SpecialTokens.of(load_tokenizer(str(tmp_path / "own.json")))
     assert (own.pad, own.cls, own.sep, own.mask, own.offset, own.vocabulary) == (1, 5, 4, 3, 0, 6)
-    assert own.encode(b"cat dog").tolist() == [2, 0]
+    assert own.encode("cat dog").tolist() == [2, 0]
 
 
 def test_rows_classes_and_facts(tmp_path):
@@ -243,7 +243,7 @@ def test_columns_that_are_not_there(tmp_path, settings, message):
     ("settings", "message"),
     [
         ({}, "there is no data.path: sentence classification needs one, a tab-separated file"),
-        ({"path": "none.tsv"}, "data.path none.tsv: no such file; give a text file or a .gz of one"),
+        ({"path": "none.tsv"}, "data.path none.tsv: no such file or folder; give a text file"),
     ],
 )
 def test_settings_that_name_no_file(settings, message):
@@ -254,9 +254,9 @@ def test_settings_that_name_no_file(settings, message):
 def test_files_that_hold_no_sentences(tmp_path):
     with pytest.raises(DataError, match=r"data.path .*path.tsv is empty: give a file with some lines"):
         load(tmp_path, "")
-    with pytest.raises(DataError, match=r"data.validation_path .*path.tsv has no sentences: give lines of text and label"):
+    with pytest.raises(DataError, match=r"data.validation_path .*path.tsv has no row with a text and a label: give some"):
         load(tmp_path, TRAIN, "text\tlabel\n")
-    with pytest.raises(DataError, match=r"has no sentences .1 lines were left out as broken.: give lines"):
+    with pytest.raises(DataError, match=r"has no row with a text and a label .{'lines': 1} were left out.: give some"):
         load(tmp_path, "text\tlabel\nthe dog\n", on_error="skip")
     (tmp_path / "latin.tsv").write_bytes(b"text\tlabel\ncaf\xe9\tgood\n")
     with pytest.raises(DataError, match=r"latin.tsv:2: not UTF-8 .*0xe9"):

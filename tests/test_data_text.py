@@ -14,10 +14,11 @@ from rayllp.config import DataSettings
 from rayllp.data import encoding
 from rayllp.data.masked import load_masked
 from rayllp.data.pairs import load_pairs
-from rayllp.data.text import load_text, read_text
-from rayllp.data.tokenizer import make_tokenizer, restore_tokenizer
+from rayllp.data.text import load_text
+from rayllp.data.tokenizer import load_tokenizer, restore_tokenizer
 from rayllp.data.tokenizer_kinds import Characters, TrainedBPE
 from rayllp.errors import DataError
+from tests.conftest import read_text
 
 TEXT = "".join(f"Line {number}, of  {number % 7}\tthings.\n" + "    indented\n\n" * (number % 5 == 0) for number in range(300))
 
@@ -124,7 +125,7 @@ def test_tokens_are_those_of_the_whole_text(library, text):
     for name, value in {"PART": 64, "OVERLAP": 40, "AGREEING": 8, "PARTS_AT_ONCE": 2}.items():
         small.setattr(encoding, name, value)
     try:
-        found = make_tokenizer(str(path), b"").encode(text.encode())
+        found = load_tokenizer(str(path)).encode(text)
     finally:
         small.undo()
     assert np.array_equal(found, made.encode(text, add_special_tokens=False).ids)
@@ -141,12 +142,6 @@ def test_pieces_are_joined_where_they_agree(monkeypatch):
         encode_batch = staticmethod(ours._tokenizer.encode_batch)
 
     assert np.array_equal(np.concatenate(list(encoding.encode_pieces(Counting(), [TEXT]))), ours._tokenizer.encode(TEXT).ids)
-
-
-@pytest.mark.parametrize("name", ["characters", "bpe:300"])
-def test_bytes_that_are_no_text_are_refused(name):
-    with pytest.raises(DataError, match=r"line 2: not UTF-8 \(.*0xff\)"):
-        make_tokenizer(name, b"a\n\xff")
 
 
 def test_ids_may_have_holes(tmp_path):
@@ -168,14 +163,14 @@ def test_ids_may_have_holes(tmp_path):
 def test_what_is_nearly_a_name_of_ours_is_not_looked_for_elsewhere(name, message, monkeypatch):
     monkeypatch.setattr("socket.socket.connect", None)
     with pytest.raises(DataError, match=message):
-        make_tokenizer(name, b"text")
+        load_tokenizer(name, ["text"])
 
 
 def test_a_folder_that_hides_a_models_name_is_named(tmp_path, monkeypatch):
     (tmp_path / "gpt2").mkdir()
     monkeypatch.chdir(tmp_path)
     with pytest.raises(DataError, match="'gpt2' is a folder here, and has no tokenizer of transformers"):
-        make_tokenizer("gpt2", b"text")
+        load_tokenizer("gpt2", ["text"])
 
 
 def test_the_tokenizer_of_a_folder_with_code_is_read_without_running_or_asking(tmp_path, monkeypatch):
@@ -189,17 +184,17 @@ def test_the_tokenizer_of_a_folder_with_code_is_read_without_running_or_asking(t
     (tmp_path / "code.py").write_text("raise SystemExit('this was run')\n")
     asked = []
     monkeypatch.setattr("builtins.input", lambda prompt: asked.append(prompt) or "n")
-    tokenizer = make_tokenizer(str(tmp_path), b"text")
+    tokenizer = load_tokenizer(str(tmp_path), ["text"])
     assert not asked
-    assert tokenizer.encode(b"Line of things.").tolist() == made("Line of things.", add_special_tokens=False)["input_ids"]
+    assert tokenizer.encode("Line of things.").tolist() == made("Line of things.", add_special_tokens=False)["input_ids"]
 
 
 def test_a_tokenizer_made_from_a_text_comes_back(tmp_path):
     for name in ("characters", "bpe:300"):
-        made = make_tokenizer(name, TEXT.encode())
+        made = load_tokenizer(name, [TEXT])
         back = restore_tokenizer(name, json.loads(json.dumps(made.serialised)), None)
         assert back.texts() == made.texts()
-        assert np.array_equal(back.encode(TEXT.encode()), made.encode(TEXT.encode()))
+        assert np.array_equal(back.encode(TEXT), made.encode(TEXT))
     made.save(tmp_path / "tokenizer.json")
     assert restore_tokenizer("bpe:300", None, tmp_path / "tokenizer.json").texts() == made.texts()
     assert restore_tokenizer("bytes", None, tmp_path / "tokenizer.json") is None

@@ -6,9 +6,10 @@ import torch
 
 from rayllp.channel import LocalChannel, run_workers
 from rayllp.config import EVALUATED, DataSettings
-from rayllp.data.base import IGNORE
+from rayllp.data.base import IGNORE, Batches
 from rayllp.data.masked import load_masked
 from rayllp.data.text import load_text, spread
+from rayllp.errors import SettingsError
 from tests.conftest import make_engine, tiny
 
 TEXT = "".join(f"line {number} of {number % 7} things\n" for number in range(150))
@@ -88,7 +89,7 @@ def test_every_held_out_token_is_predicted_once(files):
     windows = (len(held_out) - 1) // 16
     inputs, targets = data.batch("validation", 0, windows + 3)
     assert (targets[windows:] == IGNORE).all()
-    assert data.batches("validation", 4) == -(-windows // 4)
+    assert data.count("validation") == windows
     starts = np.argsort(data.held_out)
     assert torch.equal(inputs[starts].flatten(), torch.tensor(held_out[: windows * 16].astype(np.int64)))
     assert torch.equal(targets[starts].flatten(), torch.tensor(held_out[1 : windows * 16 + 1].astype(np.int64)))
@@ -110,3 +111,33 @@ def test_every_beginning_of_the_order_is_spread(count):
     for size in {min(size, count) for size in (1, 8, 64)}:
         gaps = np.diff([0, *sorted(order[:size]), count])
         assert gaps.max() <= 3 * count / size + 1
+
+
+class Endless:
+    """Batches of a user's own that derive from nothing."""
+
+    def batch(self, split, step, size):
+        return torch.full((size, 1, 8, 8), float(step)), torch.zeros(size, dtype=torch.int64)
+
+
+class Eleven(Batches):
+    """The same, with an end."""
+
+    batch = Endless.batch
+
+    def count(self, split):
+        return 11
+
+
+@pytest.mark.parametrize(("batches", "wanted", "sizes"), [(Endless(), 3, [4, 4, 4]), (Eleven(), 0, [4, 4, 3]), (Eleven(), 1, [4, 4])])
+def test_an_evaluation_on_a_users_batches_ends_where_they_do(files, batches, wanted, sizes):
+    shares = make_engine(small("images", files, batch_size=4))._shares
+    shares.batches = Batches.of(batches)
+    assert [int((targets != IGNORE).sum()) for _, targets in shares.held_out(wanted)] == sizes
+    assert shares.batches.entries == ()
+    assert shares.batches.with_files() is shares.batches
+
+
+def test_what_has_no_batches_is_refused():
+    with pytest.raises(SettingsError, match=r"a dict without a method batch\(split, step, size\).*derive from rayllp.data.Batches"):
+        Batches.of({})

@@ -335,12 +335,12 @@ def test_a_trained_tokenizer_comes_along(family, text, tmp_path):
     tokenizer = transformers.AutoTokenizer.from_pretrained(export(run.path, tmp_path / "model"))
     words = "the cat ate."
     special = engine.batches.special if family == "bert" else engine.batches.tokenizer
-    ids = special.encode(words.encode()).tolist()
+    ids = special.encode(words).tolist()
     assert tokenizer(words, add_special_tokens=False)["input_ids"] == ids
     assert tokenizer.decode(ids) == words
     if family == "bert":
         assert tokenizer(words)["input_ids"] == [special.cls, *ids, special.sep]
-        assert tokenizer(words, "that")["input_ids"] == [special.cls, *ids, special.sep, *special.encode(b"that"), special.sep]
+        assert tokenizer(words, "that")["input_ids"] == [special.cls, *ids, special.sep, *special.encode("that"), special.sep]
         assert (tokenizer.pad_token_id, tokenizer.mask_token_id) == (special.pad, special.mask)
         assert len(tokenizer) == special.vocabulary
     # The text gone: what the run directory kept serves.
@@ -389,7 +389,7 @@ def test_unigram_pieces_move_behind_the_special_tokens(text, tmp_path):
     tokenizer = transformers.AutoTokenizer.from_pretrained(export(run.path, tmp_path / "model"))
     special = engine.batches.special
     for words in ("the cat", "a hat", "\u03c1"):
-        assert tokenizer(words)["input_ids"] == [special.cls, *special.encode(words.encode()), special.sep]
+        assert tokenizer(words)["input_ids"] == [special.cls, *special.encode(words), special.sep]
 
 
 def test_bytes_and_characters_have_no_tokenizer_files(text, tmp_path):

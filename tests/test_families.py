@@ -5,7 +5,7 @@ import torch
 
 from rayllp.channel import LocalChannel, run_workers
 from rayllp.control import Accuracy
-from rayllp.data import IGNORE, Facts
+from rayllp.data import IGNORE, Batches, DatasetFacts
 from rayllp.engine import Engine
 from rayllp.engine.pipeline import Pipeline
 from rayllp.engine.reduce_gradients import add_shared_gradients
@@ -20,7 +20,7 @@ ENOUGH = Accuracy(serial=False, levels_forward=2, levels_backward=2, iterations_
 SERIAL = Accuracy(serial=True, levels_forward=1, levels_backward=1, iterations_forward=1, iterations_backward=1)
 
 
-class RandomBatches:
+class RandomBatches(Batches):
     """Random inputs and targets of a family's form, with padding where the family knows any."""
 
     def __init__(self, family, head, length=10):
@@ -29,7 +29,7 @@ class RandomBatches:
     @property
     def facts(self):
         padded = self.head == "sentences" or self.family in ("bert", "mc", "mt")
-        return Facts(
+        return DatasetFacts(
             vocabulary=VOCABULARY, classes=CLASSES, pad=PAD if padded else None, bos=21, eos=22, image=(2, 8, 12)
         )  # fmt: skip
 

@@ -9,7 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from rayllp.channel import LocalChannel, run_workers
 from rayllp.channel.base import ChannelWrapper
-from rayllp.data import Facts
+from rayllp.data import Batches, DatasetFacts
 from rayllp.engine import Engine
 from rayllp.engine.generation import continue_text, remembers, translate
 from rayllp.errors import CheckpointError
@@ -103,7 +103,7 @@ class Wild(nn.Module):
         return x + y * keep / 0.8
 
 
-class Vectors:
+class Vectors(Batches):
     def batch(self, split, step, size):
         g = torch.Generator().manual_seed(step)
         return torch.randn(size, 5, 8, generator=g, dtype=torch.float64), torch.randn(size, 5, 8, generator=g, dtype=torch.float64)
@@ -296,10 +296,10 @@ def test_a_table_that_is_filled_up_keeps_its_size(tmp_path):
     saved.save_pretrained(tmp_path)
     model = {"family": "llama", "from_pretrained": str(tmp_path), "layers": 4, "width": 8}
     config = tiny(model=model, buffers={"open": 0, "close": 0}, mgrit={"coarsening": 2})
-    built = build_architecture(config, Facts(vocabulary=100))
+    built = build_architecture(config, DatasetFacts(vocabulary=100))
     assert torch.equal(built.embed()["model.embed_tokens"].weight, saved.model.embed_tokens.weight)
     assert built.transformers_config()["vocab_size"] == 128
-    again = build_architecture(config, Facts(vocabulary=100), built.transformers_config())  # a run that goes on
+    again = build_architecture(config, DatasetFacts(vocabulary=100), built.transformers_config())  # a run that goes on
     assert again.transformers_config()["vocab_size"] == 128
     with pytest.raises(CheckpointError, match=r"has 60 tokens, and the embedding of model.from_pretrained 128 rows: .*set data.tokenizer"):
-        build_architecture(config, Facts(vocabulary=60))
+        build_architecture(config, DatasetFacts(vocabulary=60))

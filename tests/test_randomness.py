@@ -11,6 +11,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from rayllp.channel import LocalChannel, run_workers
+from rayllp.data import Batches
 from rayllp.engine import Engine
 from rayllp.errors import SettingsError
 from rayllp.models import LayerStack
@@ -147,7 +148,7 @@ BLOCKS = {
 }  # fmt: skip
 
 
-class Vectors:
+class Vectors(Batches):
     def batch(self, split, step, size):
         g = torch.Generator().manual_seed(step)
         return torch.randn(size, TIME, WIDTH, generator=g, dtype=torch.float64), torch.randn(

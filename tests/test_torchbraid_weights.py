@@ -8,6 +8,7 @@ from torch import nn
 
 from rayllp.channel import LocalChannel, MessageTag
 from rayllp.checkpoint.torchbraid import TorchBraidWeights
+from rayllp.data import Batches
 from rayllp.engine import Engine
 from rayllp.errors import CheckpointError
 from tests.conftest import run_mpi_processes, tiny
@@ -78,7 +79,7 @@ def rank_states(parts, counts=(5, 3)):
     return states
 
 
-class Points:
+class Points(Batches):
     def batch(self, split, step, size):
         generator = torch.Generator().manual_seed(step)
         return torch.randn(size, 3, generator=generator), torch.zeros(size, 2)

@@ -11,7 +11,7 @@ import yaml
 
 import rayllp
 from rayllp.checkpoint import MANIFEST, checkpoints, step_of
-from rayllp.data import Facts
+from rayllp.data import DatasetFacts
 from rayllp.errors import CheckpointError, ClusterError, SettingsError
 from rayllp.report import RunDirectory
 from rayllp.tuning.pictures import pareto_front
@@ -132,7 +132,7 @@ def test_what_does_not_go_together_never_becomes_a_trial():
 def test_a_network_that_does_not_fit_the_data_never_becomes_a_trial():
     sweep = sweep_of(settings={**SMALL, "model.family": "vit"}, space={"model.patch_size": {"choice": [4, 5]}}, searcher="grid")
     assert len(suggestions(sweep)[0]) == 2
-    sweep.know(Facts(vocabulary=0, classes=("a", "b"), image=(1, 28, 28)))
+    sweep.know(DatasetFacts(vocabulary=0, classes=("a", "b"), image=(1, 28, 28)))
     found, search = suggestions(sweep)
     assert found == [{"model.patch_size": 4}]
     assert "patch" in search.infeasible[0][1]

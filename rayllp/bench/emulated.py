@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from rayllp.config import TrainConfig
-from rayllp.data.base import Inputs
+from rayllp.data.base import Batches, Inputs
 from rayllp.errors import SettingsError
 from rayllp.models import LayerStack
 from rayllp.plan import Costs
@@ -136,7 +136,7 @@ class EmulatedLayer(nn.Module):
         return z  # type: ignore[no-any-return]
 
 
-class RandomBatches:
+class RandomBatches(Batches):
     """Random first states and targets of the settings' shapes."""
 
     def __init__(self, config: TrainConfig) -> None:

@@ -28,8 +28,8 @@ from rayllp.config import TrainConfig, load_run_config
 from rayllp.config.nested import stage_of_depth
 from rayllp.config.network import LoRASettings
 from rayllp.data import load_data
-from rayllp.data.special import SpecialTokens
-from rayllp.data.tokenizer import SENTENCEPIECE_ENDINGS, make_tokenizer
+from rayllp.data.special_tokens import SpecialTokens
+from rayllp.data.tokenizer import SENTENCEPIECE_ENDINGS, load_tokenizer
 from rayllp.errors import CheckpointError, DataError, SettingsError
 from rayllp.hf_config import TASKS, count_layers, read_config, transformers_config, with_layers
 from rayllp.models import build_architecture, model_types, refuse_unnamed_code
@@ -278,9 +278,9 @@ def _make_tokenizer(run: Path, config: TrainConfig) -> PreTrainedTokenizerBase |
 def _load_tokenizer(run: Path, config: TrainConfig) -> Any:
     stored, name = run / TOKENIZER_JSON, config.data.tokenizer
     if stored.is_file():
-        return make_tokenizer(str(stored), b"")
+        return load_tokenizer(str(stored))
     # A tokenizer that is trained on the text is trained again.
-    return load_data(config).tokenizer if name.startswith("bpe:") else make_tokenizer(name, b"")
+    return load_data(config).tokenizer if name.startswith("bpe:") else load_tokenizer(name)
 
 
 def _framed(special: SpecialTokens, backend: tokenizers.Tokenizer, config: TrainConfig) -> PreTrainedTokenizerFast:

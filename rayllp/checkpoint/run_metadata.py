@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from rayllp.data import Batches, Dataset
 from rayllp.data.record import DataRecord
 from rayllp.errors import CheckpointError
 
@@ -61,8 +62,7 @@ def _read(path: Path, without: str) -> dict[str, Any] | None:
         raise CheckpointError(f"{path} cannot be read ({error}): remove it, and {without}") from None
 
 
-def write_tokenizer_json(run_dir: Path, batches: object) -> None:
-    """Store the tokenizer if it is one of the tokenizers library, such as one that was trained on the text."""
-    tokenizer: Any = getattr(batches, "tokenizer", None)
-    if hasattr(tokenizer, "save"):
-        tokenizer.save(run_dir / TOKENIZER_JSON)
+def write_tokenizer_json(run_dir: Path, batches: Batches | None) -> None:
+    """Store the data set's tokenizer if it is one of the tokenizers library, such as one that was trained on the text."""
+    if isinstance(batches, Dataset) and batches.tokenizer is not None:
+        batches.tokenizer.save(run_dir / TOKENIZER_JSON)

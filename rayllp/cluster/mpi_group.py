@@ -27,7 +27,6 @@ from rayllp.cluster.placement import WorkerLocation, threads_of
 from rayllp.cluster.worker import BlockWorker
 from rayllp.config import TrainConfig, make_config
 from rayllp.data import Batches
-from rayllp.data.cache import with_files
 from rayllp.errors import ClusterError, RayllpError, RendezvousError, SettingsError
 from rayllp.training.driver import Driver
 from rayllp.training.interrupt import ASKING
@@ -258,7 +257,7 @@ class MPIWorkerGroup(WorkerGroup):
         self._batches = batches
         if self._process.local_size < self._process.size:
             host = self._find_addresses()
-            self._batches = with_files(batches)
+            self._batches = batches.with_files()
         assert self._process.worker is not None
         port = self._process.worker.listen(host)
         self.call("connect", host, port, "nccl" if self.device == "cuda" else "gloo", self.device, 1)

@@ -25,7 +25,6 @@ from rayllp.cluster.hosts import check_storage, find_unreachable
 from rayllp.cluster.placement import Slot, capacity, draining
 from rayllp.config import TrainConfig
 from rayllp.data import Batches
-from rayllp.data.cache import with_files
 from rayllp.errors import ClusterError, MessageTimeoutError, RayllpError, RendezvousError, WorkerLostError
 from rayllp.training.result import BuildContext, Network
 from rayllp.training.worker_group import ElasticGroup, StepReport, WorkerShare
@@ -105,7 +104,7 @@ class RayGroup(ElasticGroup):
         """Reference to the batches in Ray's object store. If a worker is on another host, small data files are sent along."""
         far = not self._is_all_on_this_host
         if far not in self._shared:
-            self._shared[far] = ray.put(with_files(self._batches) if far else self._batches)
+            self._shared[far] = ray.put(self._batches.with_files() if far else self._batches)
         return self._shared[far]
 
     def _connect(self, *, keep_copies: bool = False) -> None:

@@ -40,7 +40,7 @@ def train(
         resume: directory of a run to resume, with its own settings unless `config` is given. These may have another number of workers, and
             other values of whatever does not change the network.
         model: a LayerStack of your own in place of config.model; needs `batches`.
-        batches: the source of inputs and targets in place of config.data.
+        batches: the source of inputs and targets in place of config.data (see `rayllp.data.Batches`).
         console: where to show progress; default: standard error. It is a bar on a terminal, and plain lines elsewhere.
         listeners: are called with each step, event and evaluation as it happens (see `Listener`).
 
@@ -51,6 +51,7 @@ def train(
         HeldError: another process trains in that directory.
         Stopped: Ctrl-C, SIGTERM or a closed terminal before the first step. It is a KeyboardInterrupt.
     """
+    batches = None if batches is None else Batches.of(batches)
     prepared = prepare(config, output, resume, model, batches)
     config = prepared.config
     with stopping(), open_run(prepared, output, console) as (run, holds), join_cluster(config.fewest_workers, console):

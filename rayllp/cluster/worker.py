@@ -27,8 +27,7 @@ from rayllp.cluster.placement import WorkerLocation
 from rayllp.cluster.process_groups import Connections
 from rayllp.config import TrainConfig
 from rayllp.control import Accuracy, ProbePlan
-from rayllp.data import Batches
-from rayllp.data.cache import ensure_present
+from rayllp.data import Batches, PairBatches
 from rayllp.engine import Engine, StepStats
 from rayllp.engine.memory import keep_freed_memory, peak_memory
 from rayllp.engine.profiling import profiled
@@ -98,7 +97,7 @@ class BlockWorker:
         context.apply()
         self._ensure_data(batches)
         if architecture is None:
-            build_architecture(self.config, batches.facts, context.stored_config)  # type: ignore[attr-defined]
+            build_architecture(self.config, batches.facts, context.stored_config)
         return self.location().node
 
     def location(self) -> WorkerLocation:
@@ -171,8 +170,7 @@ class BlockWorker:
         self._ensure_data(batches)
         where = torch.device("cuda", 0) if device == "cuda" else torch.device("cpu")
         if architecture is None:
-            facts = batches.facts  # type: ignore[attr-defined]  # a data set of ours, as the settings name the model
-            architecture = build_architecture(config, facts, context.stored_config)
+            architecture = build_architecture(config, batches.facts, context.stored_config)
         self.engine = Engine(architecture, config, batches, *self._channels(), where)
         self._hold_states()
         parameters = sum(p.numel() for p in self.engine.block.parameters.values())
@@ -186,7 +184,7 @@ class BlockWorker:
     def _ensure_data(self, batches: Batches) -> None:
         """Make sure that this host has the tokens of the data, before other workers wait for this one in a step."""
         try:
-            ensure_present(batches)
+            batches.ensure_present()
         except DataError as error:
             raise DataError(
                 f"on {socket.gethostname()}: {error}. A host needs the data's files under the same path as the driver, where they are more "
@@ -347,9 +345,10 @@ class BlockWorker:
         from rayllp.engine.generation import translate
 
         data = self._engine.batches
-        sources = data.encode_source(data.sources("validation")[first:stop])  # type: ignore[attr-defined]
+        assert isinstance(data, PairBatches)
+        sources = data.encode_source(data.sources("validation")[first:stop])
         with self._engine.averaged():
-            return [data.decode(tokens) for tokens in translate(self._engine.exact_forward, sources, beams)]  # type: ignore[attr-defined]
+            return [data.decode(tokens) for tokens in translate(self._engine.exact_forward, sources, beams)]
 
     @leaves_on_failure
     def begin_save(self, folder: str) -> None:

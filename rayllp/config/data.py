@@ -7,22 +7,33 @@ from pydantic import ConfigDict, Field, model_validator
 from rayllp.config.base import Settings
 
 
-class SetSettings(Settings):
-    """Settings of one of several data sets that are mixed (`data.sets`), as far as they differ from `data`."""
+class SourceSettings(Settings):
+    """Where a data set is, and which of its columns are read."""
 
     model_config = ConfigDict(coerce_numbers_to_str=True)
 
+    path: str | None = Field(
+        None, description="file or folder (.gz allowed): text, or tables (json, csv, parquet, arrow, save_to_disk); none: an embedded set"
+    )
+    validation_path: str | None = Field(None, description="held-out file; none: as data.validation_split says")
+    dataset: str | None = Field(None, description="a Hugging Face `datasets` name or a folder written by save_to_disk")
+    subset: str | None = Field(None, description="the data set's configuration name")
+    split: str = Field("train", description="the data set's split to train on")
+    validation_split: str | None = Field(
+        None, description="its held-out split; none: its own (validation, valid, val, dev or test), else the end of data.split or data.path"
+    )
+    max_bytes: int | None = Field(None, ge=1, description="text, pairs or lines beyond this size are not read")
+    text_field: str = Field("text", description="column that holds the text (a number for a file without column names)")
+    messages_field: str | None = Field(
+        None, description="fine-tuning: column of conversations, lists of {role, content}; loss on the assistant's messages alone"
+    )
+    answer_field: str | None = Field(None, description="fine-tuning: column of the answer to data.text_field; loss on it alone")
+
+
+class SetSettings(SourceSettings):
+    """Settings of one of several data sets that are mixed (`data.sets`), as far as they differ from `data`."""
+
     weight: float = Field(1.0, gt=0, description="how often its samples are taken, beside the others' weights")
-    path: str | None = Field(None, description="as data.path")
-    validation_path: str | None = Field(None, description="as data.validation_path")
-    dataset: str | None = Field(None, description="as data.dataset")
-    subset: str | None = Field(None, description="as data.subset")
-    split: str = Field("train", description="as data.split")
-    validation_split: str | None = Field(None, description="as data.validation_split")
-    max_bytes: int | None = Field(None, ge=1, description="as data.max_bytes")
-    text_field: str = Field("text", description="as data.text_field")
-    messages_field: str | None = Field(None, description="as data.messages_field")
-    answer_field: str | None = Field(None, description="as data.answer_field")
 
     @model_validator(mode="after")
     def _one_source(self) -> "SetSettings":
@@ -31,29 +42,13 @@ class SetSettings(Settings):
         return self
 
 
-class DataSettings(Settings):
+class DataSettings(SourceSettings):
     """What is trained on. The format that is read follows from model.family and model.head (docs/families.md)."""
 
-    model_config = ConfigDict(coerce_numbers_to_str=True)
-
-    path: str | None = Field(
-        None, description="file or folder (.gz allowed): text, or tables (json, csv, parquet, arrow, save_to_disk); none: an embedded set"
-    )
-    validation_path: str | None = Field(None, description="held-out file; none: a part of data.path, or the set's own split")
-    dataset: str | None = Field(None, description="a Hugging Face `datasets` name or a folder written by save_to_disk")
-    subset: str | None = Field(None, description="the data set's configuration name")
-    split: str = Field("train", description="the data set's split to train on")
-    validation_split: str | None = Field(None, description="its held-out split; none: a part of data.split, or by the kind of data")
     sets: tuple[SetSettings, ...] = Field(
         (), description="several texts, mixed: each {path or dataset, weight, and what else differs: split, text_field, answer_field, …}"
     )
     streaming: bool = Field(False, description="read a `datasets` name as a stream, up to data.max_bytes, instead of downloading it whole")
-    max_bytes: int | None = Field(None, ge=1, description="text, pairs or lines beyond this size are not read")
-    text_field: str = Field("text", description="column that holds the text (a number for a file without column names)")
-    messages_field: str | None = Field(
-        None, description="fine-tuning: column of conversations, lists of {role, content}; loss on the assistant's messages alone"
-    )
-    answer_field: str | None = Field(None, description="fine-tuning: column of the answer to data.text_field; loss on it alone")
     chat_template: str | None = Field(None, description="a file with a Jinja template for conversations; none: the tokenizer's own")
     on_long: Literal["cut", "skip", "refuse"] = Field(
         "cut", description="an answer or sentence longer than sequence_length: cut, leave out (both counted), or stop"
@@ -65,7 +60,7 @@ class DataSettings(Settings):
     tokenizer: str = Field(
         "bytes", description="bytes, characters, bpe:SIZE (trained on the text), a tokenizers JSON, a transformers name or folder"
     )
-    validation_fraction: float = Field(0.1, gt=0, lt=1, description="the text's end held out for evaluation")
+    validation_fraction: float = Field(0.1, gt=0, lt=1, description="share of the end that is held out where no file or split is")
     sampling: Literal["epochs", "replacement"] = Field(
         "epochs", description="epochs: every sample once before any comes again, each epoch in another order; replacement: drawn from all"
     )

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from rayllp.config import DataSettings
-from rayllp.data.base import IGNORE, Facts, Inputs, passes
-from rayllp.data.cache import Entry, Writer, fingerprint
-from rayllp.data.files import Faults, count_kept, locate
-from rayllp.data.hub import up_to
-from rayllp.data.sampling import Order, select
-from rayllp.data.sources import Table, held_out_table, training_table
-from rayllp.data.tokenizer import Tokenizer, identity, is_made_from_text, load_tokenizer, smallest_dtype
-from rayllp.data.tokenizer_kinds import Pretrained
+from rayllp.data.base import IGNORE, Dataset, DatasetFacts, Inputs
+from rayllp.data.cache import CacheEntry, CacheWriter, fingerprint
+from rayllp.data.datasets_io import up_to
+from rayllp.data.files import BadRows, count_kept, local_path
+from rayllp.data.sampling import SampleOrder
+from rayllp.data.sources import Table, tables
+from rayllp.data.tokenizer import identity, is_made_from_text, load_tokenizer, smallest_dtype
+from rayllp.data.tokenizer_kinds import Pretrained, Tokenizer
 from rayllp.errors import DataError
 
 ASSISTANT = "assistant"
@@ -25,8 +25,8 @@ AT_ONCE = 1000
 """Rows that are tokenised together."""
 
 
-@dataclass(frozen=True)
-class AnswerBatches:
+@dataclass(frozen=True, kw_only=True)
+class AnswerBatches(Dataset):
     """Tokenised conversations or prompt–answer pairs. Only tokens of answers are targets; all others are IGNORE.
 
     Attributes:
@@ -35,50 +35,46 @@ class AnswerBatches:
             element for the end.
         spans: of each split, the name of its arrays, its first sequence, and the end of its sequences (exclusive).
         sequence_length: tokens in a sequence.
-        order: the order in which training takes its sequences.
         tokenizer: the tokenizer of all texts.
         packed: several samples may share a sequence; positions start at 0 in each.
-        skipped: how many rows were left out or cut, by cause.
     """
 
-    entry: Entry
+    entry: CacheEntry
     spans: dict[str, tuple[str, int, int]]
     sequence_length: int
-    order: Order
     tokenizer: Tokenizer
     packed: bool
-    skipped: dict[str, int]
 
     @property
-    def entries(self) -> tuple[Entry, ...]:
+    def entries(self) -> tuple[CacheEntry, ...]:
         """Cache entries whose files a host needs."""
         return (self.entry,)
 
-    def with_entries(self, change: Callable[[Entry], Entry]) -> Self:
+    def with_entries(self, change: Callable[[CacheEntry], CacheEntry]) -> Self:
         """Return a copy in which the cache entry is replaced by `change(entry)`."""
         return replace(self, entry=change(self.entry))
 
-    @property
-    def checksums(self) -> dict[str, list[Any]]:
-        """For each split, values that change whenever its samples do."""
-        arrays = ("", "_answers", "_samples", "_sequences")
-        return {split: [*span, *(self.entry.checksum(span[0] + each) for each in arrays)] for split, span in self.spans.items()}
+    def content(self, split: str) -> list[Any]:
+        """Return a split's place in the cache entry, and the checksums of the arrays there."""
+        span = self.spans[split]
+        checksums = [self.entry.checksum(span[0] + each) for each in ("", "_answers", "_samples", "_sequences")]
+        return [["", [*span, *checksums]], ["spans", span]]
 
     @property
-    def facts(self) -> Facts:
+    def facts(self) -> DatasetFacts:
         """Size of the vocabulary.
 
         There is no padding id: sequences are filled up at their end, which causal attention hides from all tokens before it.
         """
-        return Facts(vocabulary=self.tokenizer.vocabulary)
+        return DatasetFacts(vocabulary=self.tokenizer.vocabulary)
 
     def batch(self, split: str, step: int, size: int) -> tuple[Inputs, Tensor]:
         """Return token ids (with their positions, where samples are packed) and the next token's id where it belongs to an answer.
 
         All have shape (size, sequence_length); targets elsewhere are IGNORE.
         """
-        name, first, last = self.spans[split]
-        chosen = select(self.order, split, step, last - first, size)
+        name, first, _ = self.spans[split]
+        chosen = self.chosen(split, step, size)
         ids, positions, targets = (np.full((size, self.sequence_length), fill, np.int64) for fill in (0, 0, IGNORE))
         for row, number in enumerate(chosen):
             if number >= 0:
@@ -98,10 +94,10 @@ class AnswerBatches:
             targets[row] = np.where(answers[begin + 1 : end], tokens[begin + 1 : end].astype(np.int64), IGNORE)
             start = row.stop
 
-    def batches(self, split: str, size: int) -> int:
-        """Return the number of batches in one pass through a split."""
+    def count(self, split: str) -> int:
+        """Return the number of sequences in a split."""
         _, first, last = self.spans[split]
-        return passes(last - first, size)
+        return last - first
 
 
 def load_answers(settings: DataSettings, sequence_length: int, seed: int, tokenizer: Tokenizer | None = None) -> AnswerBatches:
@@ -111,33 +107,35 @@ def load_answers(settings: DataSettings, sequence_length: int, seed: int, tokeni
         DataError: there is no table, or it lacks these columns; a row is broken and broken rows are not skipped; the tokenizer has no chat
             template; a sample is longer than `sequence_length` and `data.on_long` refuses that; no sample has an answer.
     """
-    train, held_out = training_table(settings), held_out_table(settings)
+    train, held_out = tables(settings)
     if is_made_from_text(settings.tokenizer) and tokenizer is None:
         raise DataError(
             f"data.tokenizer={settings.tokenizer} is made from a text, and answers are no text: give bytes, a tokenizers JSON, or a "
             "transformers name or folder"
         )
-    tokenizer = tokenizer or load_tokenizer(settings.tokenizer, ())
+    tokenizer = tokenizer or load_tokenizer(settings.tokenizer)
     write = WriteAnswers(train, held_out, tokenizer, settings, sequence_length, read_template(settings))
     options = [write.template, settings.messages_field, settings.text_field, settings.answer_field, settings.documents, settings.on_long]
-    stamps = [train.stamp(), held_out and held_out.stamp(), settings.on_error, settings.max_bytes, sequence_length, options]
+    stamps = [train.rows_stamp(), held_out and held_out.rows_stamp(), settings.on_error, settings.max_bytes, sequence_length, options]
     key = fingerprint("answers", stamps, *identity(tokenizer))
-    entry = Entry(key, write, settings.cache, f"samples of {train.name}").ensure_present()
+    entry = CacheEntry(key, write, settings.cache, f"samples of {train.name}").ensure_present()
     count = len(entry.array("train_sequences")) - 1
     if held_out is not None:
         spans = {"train": ("train", 0, count), "validation": ("validation", 0, len(entry.array("validation_sequences")) - 1)}
     else:
         kept = count_kept(count, settings.validation_fraction, train.name, "sequence", ", or set data.validation_path")
         spans = {"train": ("train", 0, kept), "validation": ("train", kept, count)}
-    packed = settings.documents == "packed"
-    return AnswerBatches(entry, spans, sequence_length, Order(seed, settings.sampling), tokenizer, packed, entry.metadata["skipped"])
+    return AnswerBatches(
+        entry=entry, spans=spans, sequence_length=sequence_length, order=SampleOrder(seed, settings.sampling), tokenizer=tokenizer,
+        packed=settings.documents == "packed", skipped=entry.metadata["skipped"],
+    )  # fmt: skip
 
 
 def read_template(settings: DataSettings) -> str | None:
     """Return the chat template that the settings name; None: use the tokenizer's own."""
     if settings.chat_template is None:
         return None
-    path = locate(settings.chat_template, "data.chat_template")
+    path = local_path(settings.chat_template, "data.chat_template")
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -164,18 +162,18 @@ class WriteAnswers:
     length: int
     template: str | None
 
-    def __call__(self, writer: Writer) -> None:
+    def __call__(self, writer: CacheWriter) -> None:
         """Write the arrays that `AnswerBatches` reads."""
-        faults = Faults(self.settings.on_error == "skip")
+        bad_rows = BadRows(self.settings.on_error == "skip")
         for name, table in (("train", self.train), ("validation", self.held_out)):
             if table is None:
                 continue
-            if not self._write_split(writer, name, self._fitting(self._samples(table, faults), faults)):
-                left_out = f" ({faults.counts} were left out)" if faults.counts else ""
+            if not self._write_split(writer, name, self._fitting(self._samples(table, bad_rows), bad_rows)):
+                left_out = f" ({bad_rows.counts} were left out)" if bad_rows.counts else ""
                 raise DataError(f"{table.name} has no sample with an answer{left_out}: give some, or raise sequence_length={self.length}")
-        writer.metadata["skipped"] = faults.counts
+        writer.metadata["skipped"] = bad_rows.counts
 
-    def _write_split(self, writer: Writer, name: str, samples: Iterator[_Sample]) -> int:
+    def _write_split(self, writer: CacheWriter, name: str, samples: Iterator[_Sample]) -> int:
         """Write a split's arrays and return the number of its samples."""
         dtype, packed = smallest_dtype(self.tokenizer.vocabulary), self.settings.documents == "packed"
         writer.append(f"{name}_samples", np.zeros(1, np.int64))
@@ -197,7 +195,7 @@ class WriteAnswers:
         writer.append(f"{name}_sequences", np.array([count], np.int64))
         return count
 
-    def _fitting(self, samples: Iterable[_Sample], faults: Faults) -> Iterator[_Sample]:
+    def _fitting(self, samples: Iterable[_Sample], bad_rows: BadRows) -> Iterator[_Sample]:
         """Yield the samples that have something to predict and fit in a sequence, cutting long ones if the settings say so."""
         room, long = self.length + 1, self.settings.on_long
         for sample in samples:
@@ -208,26 +206,25 @@ class WriteAnswers:
                         f"{sample.place} has {size} tokens, more than sequence_length={self.length} and the last target: raise it, or set "
                         "data.on_long to cut or skip"
                     )
-                faults.count_skipped("long samples" if long == "skip" else "ends of long samples")
+                bad_rows.count_skipped("long samples" if long == "skip" else "ends of long samples")
                 if long == "skip":
                     continue
                 sample = _Sample(sample.ids[:room], sample.answers[:room], sample.place)
             if not sample.answers[1:].any():
-                faults.count_skipped("samples without an answer" if size <= room else "samples whose answer is beyond sequence_length")
+                bad_rows.count_skipped("samples without an answer" if size <= room else "samples whose answer is beyond sequence_length")
                 continue
             yield sample
 
-    def _samples(self, table: Table, faults: Faults) -> Iterator[_Sample]:
-        """Yield a table's rows as samples; broken rows are refused or counted. Of the training table at most `data.max_bytes` are read."""
-        settings = self.settings
-        limit = settings.max_bytes if table is self.train else None
+    def _samples(self, table: Table, bad_rows: BadRows) -> Iterator[_Sample]:
+        """Yield a table's rows as samples; broken rows are refused or counted."""
+        settings, limit = self.settings, table.max_bytes
         split = table.open()
         if settings.messages_field is not None:
             split.require({"data.messages_field": settings.messages_field})
             chat = ChatTemplate.of(self.tokenizer, self.template, split.source)
-            for place, (messages,) in up_to(limit, split.placed_rows(settings.messages_field), _bytes_in_row):
+            for place, (messages,) in up_to(limit, split.rows(settings.messages_field), _bytes_in_row):
                 if fault := fault_of(messages):
-                    faults.refuse_or_count("rows", f"{place}: column {settings.messages_field!r} {fault}")
+                    bad_rows.refuse_or_count("rows", f"{place}: column {settings.messages_field!r} {fault}")
                     continue
                 yield _Sample(*chat.encode(messages, place), place)
             return
@@ -235,14 +232,14 @@ class WriteAnswers:
         fields = {"data.text_field": settings.text_field, "data.answer_field": settings.answer_field}
         split.require(fields)
         columns = tuple(fields.values())
-        rows = up_to(limit, split.placed_rows(*columns), _bytes_in_row)
-        whole = ((place, values) for place, values in rows if _is_text(place, values, columns, faults))
+        rows = up_to(limit, split.rows(*columns), _bytes_in_row)
+        whole = ((place, values) for place, values in rows if _is_text(place, values, columns, bad_rows))
         for some in iter(lambda: list(islice(whole, AT_ONCE)), []):
             yield from self._pairs(some)
 
     def _pairs(self, rows: list[tuple[str, tuple[Any, ...]]]) -> Iterator[_Sample]:
         """Join prompts with their answers, between the bos and eos of the tokenizer's model where it has them."""
-        begin, end = getattr(self.tokenizer, "bos", None), getattr(self.tokenizer, "eos", None)
+        begin, end = self.tokenizer.bos, self.tokenizer.eos
         prompts, answers = (self.tokenizer.encode_all([texts[side] for _, texts in rows]) for side in (0, 1))
         for (place, _), prompt, answer in zip(rows, prompts, answers, strict=True):
             first = [*([] if begin is None else [begin]), *prompt]
@@ -250,12 +247,12 @@ class WriteAnswers:
             yield _Sample(np.array([*first, *last], np.int64), np.repeat([False, True], (len(first), len(last))), place)
 
 
-def _is_text(place: str, texts: tuple[Any, ...], fields: tuple[str, ...], faults: Faults) -> bool:
+def _is_text(place: str, texts: tuple[Any, ...], fields: tuple[str, ...], bad_rows: BadRows) -> bool:
     """True if all columns of a row hold text; otherwise the row is refused or counted."""
     for text, column in zip(texts, fields, strict=True):
         if not isinstance(text, str):
             kind = "nothing" if text is None else type(text).__name__
-            faults.refuse_or_count("rows", f"{place}: column {column!r} holds {kind}, not text")
+            bad_rows.refuse_or_count("rows", f"{place}: column {column!r} holds {kind}, not text")
             return False
     return True
 

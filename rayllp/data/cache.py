@@ -11,7 +11,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -53,7 +53,7 @@ def stamp(paths: Sequence[Path]) -> list[Any]:
     return values
 
 
-class Writer:
+class CacheWriter:
     """Writes a new entry. Each array is appended to, from its first value to its last.
 
     Attributes:
@@ -87,12 +87,12 @@ class Writer:
         (self.folder / ENTRY).write_text(json.dumps(values) + "\n", encoding="utf-8")
 
 
-Write = Callable[[Writer], None]
+Write = Callable[[CacheWriter], None]
 """Function that writes an entry's arrays and metadata. It is sent to other hosts and has to write the same there."""
 
 
 @dataclass(frozen=True)
-class Entry:
+class CacheEntry:
     """A cache entry, referred to by its name, so that it can be sent to any host.
 
     Attributes:
@@ -124,7 +124,7 @@ class Entry:
             return Path(self.driver_cache) / self.key
         return cache_folder(self.cache) / self.key
 
-    def ensure_present(self) -> "Entry":
+    def ensure_present(self) -> "CacheEntry":
         """Write the entry on this host if it is missing, and check that its content is the expected one.
 
         Returns:
@@ -145,7 +145,7 @@ class Entry:
             return self
         return replace(self, content_fingerprint=content, driver_cache=str(self.folder.parent.absolute()))
 
-    def with_files(self) -> "Entry":
+    def with_files(self) -> "CacheEntry":
         """Return a copy that carries the content of the files, if they are small enough to be sent."""
         files = [path for path in self.folder.iterdir() if path.is_file()]
         if sum(path.stat().st_size for path in files) > CARRIED:
@@ -158,7 +158,8 @@ class Entry:
         The files are written to a temporary folder, which is renamed at the end, so that an entry is either complete or absent.
         """
         try:
-            with self._lock():
+            self.folder.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(self.folder.with_suffix(".lock")):
                 if (self.folder / ENTRY).is_file():  # another process has written it while this one waited for the lock
                     return
                 temporary = self.folder.with_suffix(".part")
@@ -175,19 +176,13 @@ class Entry:
                 "written"
             ) from None
 
-    @contextlib.contextmanager
-    def _lock(self) -> Iterator[None]:
-        self.folder.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(self.folder.with_suffix(".lock")):
-            yield
-
     def _write_files(self, folder: Path) -> None:
         """Write the entry's files into a folder: those that it carries, or else those that `write` makes."""
         if self.carried is not None:
             for name, content in self.carried.items():
                 (folder / name).write_bytes(content)
             return
-        writer = Writer(folder, self.description)
+        writer = CacheWriter(folder, self.description)
         self.write(writer)
         writer.finish()
 
@@ -221,19 +216,15 @@ class Entry:
             self._maps[name] = np.memmap(path, dtype, "r", shape=(count,)) if count else np.zeros(0, dtype)
         return self._maps[name]
 
-    def checksum(self, name: str) -> str:
-        """Return a checksum of an array."""
-        return " ".join(map(str, self._manifest["arrays"].get(name, ("<u1", 0, ""))))
-
-    def checksum_of(self, name: str, start: int, stop: int) -> str:
-        """Return a checksum of values `start` to `stop` of an array.
+    def checksum(self, name: str, start: int = 0, stop: int | None = None) -> str:
+        """Return a checksum of values `start` to `stop` of an array; by default of all.
 
         It is stored beside the array, since reading the values takes about a second per GB.
         """
-        dtype, count, _ = self._manifest["arrays"].get(name, ("<u1", 0, ""))
+        dtype, count, digest_of_all = self._manifest["arrays"].get(name, ("<u1", 0, ""))
+        if stop is None or (start, stop) == (0, count):
+            return f"{dtype} {count} {digest_of_all}"
         stored = self.folder / f"{name}-{start}-{stop}.sha256"
-        if (start, stop) == (0, count):
-            return self.checksum(name)
         if stored.is_file():
             return stored.read_text(encoding="utf-8")
         digest, values = hashlib.sha256(), self.array(name)
@@ -254,13 +245,13 @@ class ArraySlice:
     It can be sliced, indexed, and converted to an array.
     """
 
-    entry: Entry
+    entry: CacheEntry
     name: str
     start: int
     stop: int
 
     @classmethod
-    def whole(cls, entry: Entry, name: str) -> "ArraySlice":
+    def whole(cls, entry: CacheEntry, name: str) -> "ArraySlice":
         """Return a reference to a whole array."""
         return cls(entry, name, 0, len(entry.array(name)))
 
@@ -281,20 +272,4 @@ class ArraySlice:
     @property
     def checksum(self) -> str:
         """A checksum of these values."""
-        return self.entry.checksum_of(self.name, self.start, self.stop)
-
-
-def ensure_present(batches: Any) -> None:
-    """Make sure that this host has the cache entries of a data set; does nothing for data in memory.
-
-    Raises:
-        DataError: see `Entry.ensure_present`.
-    """
-    for entry in getattr(batches, "entries", ()):
-        entry.ensure_present()
-
-
-def with_files(batches: Any) -> Any:
-    """Return a data set whose small cache entries carry their files, for hosts that lack the data they are made from."""
-    with_entries = getattr(batches, "with_entries", None)
-    return batches if with_entries is None else with_entries(Entry.with_files)
+        return self.entry.checksum(self.name, self.start, self.stop)

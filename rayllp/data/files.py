@@ -1,4 +1,4 @@
-"""What several loaders share: reading files, counting faults in them, and packing sequences of different lengths."""
+"""What several loaders share: reading files, counting bad rows in them, and packing sequences of different lengths."""
 
 import codecs
 import gzip
@@ -21,7 +21,7 @@ BLOCK = 2**20
 """Bytes that are read at a time."""
 
 
-def locate(name: str, what: str) -> Path:
+def local_path(name: str, what: str) -> Path:
     """Return the path that a setting names, with ~ expanded.
 
     Raises:
@@ -178,7 +178,7 @@ def refuse_one_class(labels: Iterable[str], source: str) -> None:
 
 
 @dataclass
-class Faults:
+class BadRows:
     """Counts broken lines, unseen labels and the like, or refuses the first of them.
 
     Attributes:
@@ -193,7 +193,7 @@ class Faults:
         """Refuse a faulty item, or count it as left out.
 
         Raises:
-            DataError: faults are refused.
+            DataError: bad rows are refused.
         """
         if not self.skip:
             raise DataError(f"{message}; mend it, or leave it out by data.on_error=skip")
@@ -206,7 +206,7 @@ class Faults:
 
 
 @dataclass(frozen=True)
-class Rows:
+class RaggedArray:
     """Integer sequences of different lengths, end to end in one array: faster to send to a worker than many small arrays.
 
     Attributes:
@@ -218,14 +218,19 @@ class Rows:
     bounds: np.ndarray
 
     @staticmethod
-    def of(sequences: Iterable[Iterable[int]]) -> "Rows":
+    def of(sequences: Iterable[Iterable[int]]) -> "RaggedArray":
         """Pack sequences."""
         arrays = [np.asarray(sequence, np.int32) for sequence in sequences]
         bounds = np.cumsum([0, *(len(array) for array in arrays)])
-        return Rows(np.concatenate([np.zeros(0, np.int32), *arrays]), bounds)
+        return RaggedArray(np.concatenate([np.zeros(0, np.int32), *arrays]), bounds)
 
     def __len__(self) -> int:
         return len(self.bounds) - 1
+
+    @property
+    def parts(self) -> list[np.ndarray]:
+        """The two arrays that hold it."""
+        return [self.values, self.bounds]
 
     def padded(self, indices: np.ndarray, length: int, fill: int) -> np.ndarray:
         """Return the sequences at `indices`, int64 of shape (indices, length), padded with `fill`; index -1 gives a row of `fill` alone."""

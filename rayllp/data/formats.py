@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from rayllp.data.files import Faults, locate, read_file, read_lines
+from rayllp.data.files import BadRows, read_file, read_lines
 from rayllp.errors import DataError
 
 COLUMNS = 10
@@ -29,20 +29,19 @@ MNIST_FILES = "MNIST's files (train*-images-idx3-ubyte, train*-labels-idx1-ubyte
 
 
 def read_tsv(
-    name: str, what: str, columns: Mapping[str, str], faults: Faults, max_bytes: int | None
+    path: Path, what: str, columns: Mapping[str, str], bad_rows: BadRows, max_bytes: int | None
 ) -> Iterator[tuple[str, tuple[str, ...]]]:
     """Yield the place (file:line) and the chosen cells of each line. Quotation marks are text, as in GLUE's files.
 
     Args:
-        name, what: the file (or .gz), and the setting that names it.
+        path, what: the file (or .gz), and the setting that names it.
         columns: the columns to read, each by the setting that chooses it: names in the first line, or numbers if the first one is a number.
-        faults: refuses or counts lines that have too few or too many columns, or nothing in one to be read.
+        bad_rows: refuses or counts lines that have too few or too many columns, or nothing in one to be read.
         max_bytes: lines that end beyond this are not read.
 
     Raises:
-        DataError: the file cannot be read, or has no such columns; or a line is broken and faults are not skipped.
+        DataError: the file cannot be read, or has no such columns; or a line is broken and bad rows are not skipped.
     """
-    path = locate(name, what)
     lines = read_lines(path, what, max_bytes)
     first = lines[0].split("\t")
     header = int(not next(iter(columns.values())).isdecimal())
@@ -58,7 +57,7 @@ def read_tsv(
         else:
             yield f"{path}:{number}", tuple(cells[column] for column in numbers)
             continue
-        faults.refuse_or_count("lines", f"{path}:{number}: {fault}")
+        bad_rows.refuse_or_count("lines", f"{path}:{number}: {fault}")
 
 
 def _find_column(setting: str, name: str, first: list[str], path: Path, named: bool) -> int:
@@ -87,19 +86,18 @@ class LabelledWord(NamedTuple):
     place: str
 
 
-def read_conllu(name: str, what: str, label: str, faults: Faults, max_bytes: int | None) -> Iterator[list[LabelledWord]]:
+def read_conllu(path: Path, what: str, label: str, bad_rows: BadRows, max_bytes: int | None) -> Iterator[list[LabelledWord]]:
     """Yield the words of each sentence; multiword tokens and empty nodes are none.
 
     Args:
-        name, what: the file (or .gz), and the setting that names it.
+        path, what: the file (or .gz), and the setting that names it.
         label: the column that holds the labels, a key of LABEL_COLUMNS.
-        faults: refuses or counts sentences with a broken line.
+        bad_rows: refuses or counts sentences with a broken line.
         max_bytes: lines that end beyond this are not read.
 
     Raises:
-        DataError: the file cannot be read; or a line is broken and faults are not skipped.
+        DataError: the file cannot be read; or a line is broken and bad rows are not skipped.
     """
-    path = locate(name, what)
     sentence, whole = list[LabelledWord](), True
     for number, line in enumerate([*read_lines(path, what, max_bytes), ""], 1):
         if not line.strip():
@@ -109,7 +107,7 @@ def read_conllu(name: str, what: str, label: str, faults: Faults, max_bytes: int
         elif whole and not line.startswith("#"):
             columns = line.split("\t")
             if fault := _find_fault(columns, len(sentence) + 1, label):
-                faults.refuse_or_count("sentences", f"{path}:{number}: {fault}")
+                bad_rows.refuse_or_count("sentences", f"{path}:{number}: {fault}")
                 whole = False
             elif _WORD.fullmatch(columns[0]):
                 sentence.append(LabelledWord(columns[1], columns[LABEL_COLUMNS[label]], f"{path}:{number}"))

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from rayllp.config import DataSettings
-from rayllp.data.base import IGNORE, Facts, passes
-from rayllp.data.decoded import DecodedImages
-from rayllp.data.files import Faults, count_kept, locate, plain_or_gz, refuse_one_class
+from rayllp.data.base import IGNORE, Dataset, DatasetFacts
+from rayllp.data.datasets_io import Split, is_table, load_split, named, own_held_out, up_to
+from rayllp.data.files import BadRows, count_kept, local_path, plain_or_gz, refuse_one_class
 from rayllp.data.formats import IDX_IMAGES, IDX_LABELS, MNIST_FILES, read_idx
-from rayllp.data.hub import Split, is_table, load_named, load_split, named, up_to
-from rayllp.data.sampling import Order, select
+from rayllp.data.lazy_images import LazyImages
+from rayllp.data.sampling import SampleOrder
 from rayllp.errors import DataError
 
 DIGITS_HELD_OUT = 0.2
@@ -22,7 +22,7 @@ HELD_IN_MEMORY = 2**31
 """Size of the pixels, in bytes, up to which a data set is decoded once and kept in memory; a larger one is decoded image by image."""
 MEASURED = 2000
 """Number of images from which mean and standard deviation are estimated where they are not in memory."""
-Pixels = np.ndarray | DecodedImages
+Pixels = np.ndarray | LazyImages
 IMAGE_COLUMNS = ("image", "img")
 
 
@@ -35,44 +35,43 @@ class _Images:
     labels: list[str]
 
 
-@dataclass(frozen=True)
-class ImageBatches:
+@dataclass(frozen=True, kw_only=True)
+class ImageBatches(Dataset):
     """Images and their class numbers.
 
     Attributes:
         pixels: of each split, uint8 of shape (images, C, H, W).
         labels: of each split, class numbers.
-        order: the order in which training takes its samples.
-        classes: names of the labels.
         mean, std: mean and standard deviation of each channel over the training images, shape (C, 1, 1).
-        skipped: how many images were left out (data.on_error=skip).
     """
 
     pixels: dict[str, Pixels]
     labels: dict[str, np.ndarray]
-    order: Order
-    classes: tuple[str, ...]
     mean: np.ndarray
     std: np.ndarray
-    skipped: dict[str, int]
 
     @property
-    def facts(self) -> Facts:
+    def facts(self) -> DatasetFacts:
         """The class names, and the images' channels, height and width."""
         channels, height, width = self.pixels["train"].shape[1:]
-        return Facts(classes=self.classes, image=(channels, height, width))
+        return DatasetFacts(classes=self.classes, image=(channels, height, width))
 
     def batch(self, split: str, step: int, size: int) -> tuple[Tensor, Tensor]:
         """Return pixels of shape (size, C, H, W), standardised by the training images' mean and std, and class numbers of shape (size,)."""
-        indices = select(self.order, split, step, len(self.labels[split]), size)
+        indices = self.chosen(split, step, size)
         inputs = (self.pixels[split][indices].astype(np.float32) - self.mean) / self.std
         inputs[indices < 0] = 0
         targets = np.where(indices < 0, IGNORE, self.labels[split][indices])
         return torch.from_numpy(inputs), torch.from_numpy(targets)
 
-    def batches(self, split: str, size: int) -> int:
-        """Return the number of batches in one pass through a split."""
-        return passes(len(self.labels[split]), size)
+    def count(self, split: str) -> int:
+        """Return the number of images in a split."""
+        return len(self.labels[split])
+
+    def content(self, split: str) -> list[Any]:
+        """Return a split's pixels, or of images that stay in their files what identifies those, and its class numbers."""
+        pixels = self.pixels[split]
+        return [["pixels", pixels.identity if isinstance(pixels, LazyImages) else pixels], ["labels", self.labels[split]]]
 
 
 def load_images(settings: DataSettings, seed: int) -> ImageBatches:
@@ -80,7 +79,7 @@ def load_images(settings: DataSettings, seed: int) -> ImageBatches:
 
     Raises:
         DataError: files are missing or broken, images differ in size, or a package is missing; a held-out label does not occur in training
-            and faults are not skipped.
+            and bad rows are not skipped.
     """
     if settings.validation_path:
         raise DataError(
@@ -88,20 +87,23 @@ def load_images(settings: DataSettings, seed: int) -> ImageBatches:
             "data.path or the data set's own split"
         )
     classes: tuple[str, ...] = ()
-    faults = Faults(settings.on_error == "skip")
-    if settings.dataset or (settings.path and _has_no_idx(locate(settings.path, "data.path"))):
-        train, validation, classes = _read_dataset(settings, faults)
+    bad_rows = BadRows(settings.on_error == "skip")
+    if settings.dataset or (settings.path and _has_no_idx(local_path(settings.path, "data.path"))):
+        train, validation, classes = _read_dataset(settings, bad_rows)
     elif settings.path:
-        train, validation = _read_folder(locate(settings.path, "data.path"))
+        train, validation = _read_folder(local_path(settings.path, "data.path"))
     else:
         train, validation = _hold_out(_read_digits(), DIGITS_HELD_OUT)
     classes = classes or _find_classes(train.labels)
     refuse_one_class(train.labels, train.source)
-    train_pixels, train_labels = _number_labels(train, classes, faults)
-    validation_pixels, validation_labels = _number_labels(validation, classes, faults)
+    train_pixels, train_labels = _number_labels(train, classes, bad_rows)
+    validation_pixels, validation_labels = _number_labels(validation, classes, bad_rows)
     mean, std = _measure(train_pixels)
     pixels, labels = {"train": train_pixels, "validation": validation_pixels}, {"train": train_labels, "validation": validation_labels}
-    return ImageBatches(pixels, labels, Order(seed, settings.sampling), classes, mean, std, faults.counts)
+    return ImageBatches(
+        pixels=pixels, labels=labels, order=SampleOrder(seed, settings.sampling), classes=classes, mean=mean, std=std,
+        skipped=bad_rows.counts,
+    )  # fmt: skip
 
 
 def _find_classes(labels: list[str]) -> tuple[str, ...]:
@@ -110,12 +112,12 @@ def _find_classes(labels: list[str]) -> tuple[str, ...]:
     return tuple(sorted(distinct, key=int) if all(label.isdecimal() for label in distinct) else sorted(distinct))
 
 
-def _number_labels(images: _Images, classes: tuple[str, ...], faults: Faults) -> tuple[Pixels, np.ndarray]:
+def _number_labels(images: _Images, classes: tuple[str, ...], bad_rows: BadRows) -> tuple[Pixels, np.ndarray]:
     """Return pixels and class numbers of the images whose label is a class."""
     numbers = {name: number for number, name in enumerate(classes)}
     for place, label in enumerate(images.labels):
         if label not in numbers:
-            faults.refuse_or_count("labels", f"{images.source} image {place}: label {label!r} is none of the {len(classes)} classes")
+            bad_rows.refuse_or_count("labels", f"{images.source} image {place}: label {label!r} is none of the {len(classes)} classes")
     kept = np.array([label in numbers for label in images.labels])
     if not kept.any():
         raise DataError(f"{images.source} has no image with a label that is known: give some, or set data.on_error=refuse to see why")
@@ -196,30 +198,32 @@ def _read_idx_pair(folder: Path, prefix: str) -> _Images:
     return _Images(f"data.path {paths[0]}", pixels[:, None], [str(label) for label in labels])
 
 
-def _read_dataset(settings: DataSettings, faults: Faults) -> tuple[_Images, _Images, tuple[str, ...]]:
+def _read_dataset(settings: DataSettings, bad_rows: BadRows) -> tuple[_Images, _Images, tuple[str, ...]]:
     """Read training and validation images by the datasets library, and the class names where the data set has them."""
-    if settings.validation_split:
-        held_out: Split | None = load_named(settings, "data.validation_split", settings.validation_split)
-    else:
-        held_out = load_split(settings, "validation", "test")
-    splits = [split for split in (load_named(settings, "data.split", settings.split), held_out) if split]
+    splits = [load_split(settings, "data.split", settings.split)]
+    if held_out := settings.validation_split or own_held_out(settings, settings.split, stream=False):
+        splits.append(load_split(settings, "data.validation_split", held_out))
     if not settings.streaming and settings.max_bytes is None and _bytes_of(splits[0]) > HELD_IN_MEMORY:
-        sets = [_leave_in_files(split, settings, faults) for split in splits]
-        train, validation = sets if len(sets) > 1 else _hold_out(sets[0], settings.validation_fraction)
-        return train, validation, splits[0].labels(settings.label_field)
-    read = [_read_split(split, settings, faults) for split in splits]
+        sets = [_leave_in_files(split, settings, bad_rows) for split in splits]
+    else:
+        sets = _decode(splits, settings, bad_rows)
+    train, validation = sets if len(sets) > 1 else _hold_out(sets[0], settings.validation_fraction)
+    return train, validation, splits[0].labels(settings.label_field)
+
+
+def _decode(splits: list[Split], settings: DataSettings, bad_rows: BadRows) -> list[_Images]:
+    """Decode the images of all splits into memory."""
+    read = [_read_split(split, settings, bad_rows) for split in splits]
     sizes = {image.shape[1:] for images, _ in read for image in images}
     if len(sizes) > 1:
         met = ", ".join(f"{width} × {height}" for height, width in sorted(sizes)[:4])
         raise DataError(f"{named(settings)} has images of {len(sizes)} sizes ({met} pixels, width × height): resize them to one")
     # Most sets of colour photographs have a few grey ones; give all of them as many channels.
     shape = (max(image.shape[0] for images, _ in read for image in images), *sizes.pop())
-    sets = [
+    return [
         _Images(split.source, np.stack([np.broadcast_to(image, shape) for image in images]), labels)
         for split, (images, labels) in zip(splits, read, strict=True)
     ]
-    train, validation = sets if len(sets) > 1 else _hold_out(sets[0], settings.validation_fraction)
-    return train, validation, splits[0].labels(settings.label_field)
 
 
 def _image_column(split: Split) -> str:
@@ -235,29 +239,29 @@ def _bytes_of(split: Split) -> int:
     return len(split.loaded) * _to_pixels(split.loaded[0][column], f"{split.source} row 0").nbytes if len(split.loaded) else 0
 
 
-def _leave_in_files(split: Split, settings: DataSettings, faults: Faults) -> _Images:
+def _leave_in_files(split: Split, settings: DataSettings, bad_rows: BadRows) -> _Images:
     """Read the labels alone; the images are decoded when a batch asks for them."""
     column = _image_column(split)
     split.require({"data.label_field": settings.label_field})
     first = _to_pixels(split.loaded[0][column], f"{split.source} row 0")
     shape = (3, *first.shape[1:])  # three channels even if the first image is grey, since others may not be
     kept, labels = list[int](), list[str]()
-    for number, (place, (label,)) in enumerate(split.placed_rows(label=settings.label_field)):
-        if not _is_missing(label, settings.label_field, place, faults):
+    for number, (place, (label,)) in enumerate(split.rows(label=settings.label_field)):
+        if not _is_missing(label, settings.label_field, place, bad_rows):
             kept.append(number)
             labels.append(str(label))
-    decoded = DecodedImages(split.loaded, column, _to_pixels, split.source, np.array(kept, np.int64), shape)
+    decoded = LazyImages(split.loaded, column, _to_pixels, split.source, np.array(kept, np.int64), shape)
     return _Images(split.source, decoded, labels)
 
 
-def _read_split(split: Split, settings: DataSettings, faults: Faults) -> tuple[list[np.ndarray], list[str]]:
+def _read_split(split: Split, settings: DataSettings, bad_rows: BadRows) -> tuple[list[np.ndarray], list[str]]:
     """Decode the images of a split into memory, up to data.max_bytes."""
     column = _image_column(split)
     split.require({"data.label_field": settings.label_field})
     decoded = (
         (_to_pixels(image, place), str(label))
-        for place, (image, label) in split.placed_rows(column, label=settings.label_field, at_once=1)
-        if not _is_missing(image, column, place, faults) and not _is_missing(label, settings.label_field, place, faults)
+        for place, (image, label) in split.rows(column, label=settings.label_field, at_once=1)
+        if not _is_missing(image, column, place, bad_rows) and not _is_missing(label, settings.label_field, place, bad_rows)
     )
     kept = list(up_to(settings.max_bytes, decoded, lambda item: item[0].nbytes))
     if not kept:
@@ -265,9 +269,9 @@ def _read_split(split: Split, settings: DataSettings, faults: Faults) -> tuple[l
     return [image for image, _ in kept], [label for _, label in kept]
 
 
-def _is_missing(value: Any, column: str, place: str, faults: Faults) -> bool:
+def _is_missing(value: Any, column: str, place: str, bad_rows: BadRows) -> bool:
     if value is None:
-        faults.refuse_or_count("rows", f"{place} has nothing in column {column!r}")
+        bad_rows.refuse_or_count("rows", f"{place} has nothing in column {column!r}")
     return value is None
 
 

@@ -1,22 +1,19 @@
 """Choose the loader for a run's data by the task of its model."""
 
-from typing import Any, Protocol
-
 from rayllp.config import TrainConfig
-from rayllp.data.base import Batches, Facts
-from rayllp.data.tokenizer import Tokenizer
+from rayllp.data.answers import load_answers
+from rayllp.data.base import Dataset
+from rayllp.data.images import load_images
+from rayllp.data.masked import load_masked
+from rayllp.data.mixture import load_mixture
+from rayllp.data.pairs import load_pairs
+from rayllp.data.sentences import load_sentences
+from rayllp.data.text import load_text
+from rayllp.data.tokenizer_kinds import Tokenizer
+from rayllp.data.words import load_words
 
 
-class DataSet(Batches, Protocol):
-    """Batches that also describe themselves to the model that is built for them."""
-
-    @property
-    def facts(self) -> Facts:
-        """What the model has to know about the data: vocabulary, classes, padding, image size."""
-        ...
-
-
-def load_data(config: TrainConfig, tokenizer: Tokenizer | None = None) -> Any:
+def load_data(config: TrainConfig, tokenizer: Tokenizer | None = None) -> Dataset:
     """Load the data set of `config.data`, in the format that the model's task reads.
 
     Args:
@@ -28,35 +25,19 @@ def load_data(config: TrainConfig, tokenizer: Tokenizer | None = None) -> Any:
     """
     data, length, seed = config.data, config.sequence_length, config.seed
     if data.sets:
-        from rayllp.data.mixture import load_mixture
-
         return load_mixture(config, load_data, tokenizer)
     match config.model.task:
         case "sentences":
-            from rayllp.data.sentences import load_sentences
-
             return load_sentences(data, length, seed, tokenizer)
         case "masked":
-            from rayllp.data.masked import load_masked
-
             return load_masked(data, length, seed, tokenizer)
         case "words":
-            from rayllp.data.words import load_words
-
             return load_words(data, length, seed)
         case "images":
-            from rayllp.data.images import load_images
-
             return load_images(data, seed)
         case "translation":
-            from rayllp.data.pairs import load_pairs
-
             return load_pairs(data, length, seed, tokenizer)
         case _ if data.messages_field is not None or data.answer_field is not None:
-            from rayllp.data.answers import load_answers
-
             return load_answers(data, length, seed, tokenizer)
         case _:
-            from rayllp.data.text import load_text
-
             return load_text(data, length, seed, tokenizer)

@@ -1,17 +1,16 @@
 """Masked-language modelling on the token stream of a text."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from rayllp.config import DataSettings
-from rayllp.data.base import IGNORE, Facts
-from rayllp.data.sampling import Order
-from rayllp.data.special import SpecialTokens
-from rayllp.data.text import StreamBatches, load_tokens
-from rayllp.data.tokenizer import Tokenizer
+from rayllp.data.base import IGNORE, DatasetFacts
+from rayllp.data.special_tokens import SpecialTokens
+from rayllp.data.text import StreamBatches, load_stream
+from rayllp.data.tokenizer_kinds import Tokenizer
 from rayllp.errors import DataError
 from rayllp.keys import key
 
@@ -19,17 +18,15 @@ MASKED, RANDOM = 0.8, 0.1
 """Share of the tokens to be predicted that is replaced by the mask, and by a random token (as in BERT); the rest stays as it is."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class MaskedBatches(StreamBatches):
     """Windows of a token stream, framed by cls and sep, in which some tokens are to be predicted; in a held-out window always the same.
 
     Attributes:
         mask_fraction: share of a window's tokens that is to be predicted; at least one token is.
-        skipped: how many files and rows were left out (data.on_error=skip).
     """
 
     mask_fraction: float
-    skipped: dict[str, int] = field(default_factory=dict)
 
     @property
     def length(self) -> int:
@@ -42,9 +39,9 @@ class MaskedBatches(StreamBatches):
         return SpecialTokens.of(self.tokenizer)
 
     @property
-    def facts(self) -> Facts:
+    def facts(self) -> DatasetFacts:
         """Size of the vocabulary, special tokens included, and the padding id."""
-        return Facts(vocabulary=self.special.vocabulary, pad=self.special.pad)
+        return DatasetFacts(vocabulary=self.special.vocabulary, pad=self.special.pad)
 
     def batch(self, split: str, step: int, size: int) -> tuple[Tensor, Tensor]:
         """Return token ids, and the original ids at the masked places (IGNORE elsewhere), both of shape (size, sequence_length)."""
@@ -94,6 +91,5 @@ def load_masked(settings: DataSettings, sequence_length: int, seed: int, tokeniz
         raise DataError(f"sequence_length {sequence_length} leaves no room for text between cls and sep: set at least 3")
     if settings.documents == "packed":
         raise DataError("data.documents=packed is for models that predict the next token: leave it out for model.family=bert")
-    tokens = load_tokens(settings, sequence_length, sequence_length - 2, tokenizer)
-    order = Order(seed, settings.sampling)
-    return MaskedBatches(tokens.splits, sequence_length, order, tokens.tokenizer, settings.mask_fraction, tokens.skipped)
+    fields = load_stream(settings, sequence_length, sequence_length - 2, seed, tokenizer)
+    return MaskedBatches(**fields, mask_fraction=settings.mask_fraction)

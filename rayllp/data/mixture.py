@@ -1,5 +1,6 @@
 """Several data sets mixed into one by weights (`data.sets`)."""
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -10,16 +11,16 @@ import torch
 from torch import Tensor
 
 from rayllp.config import TrainConfig
-from rayllp.data.base import Facts, Inputs, passes
-from rayllp.data.cache import Entry
-from rayllp.data.sampling import Order, in_order, interleave
-from rayllp.data.tokenizer import Tokenizer
+from rayllp.data.base import Dataset, DatasetFacts, Inputs
+from rayllp.data.cache import CacheEntry
+from rayllp.data.sampling import SampleOrder, in_order, interleave
+from rayllp.data.tokenizer_kinds import Tokenizer
 from rayllp.errors import DataError
 from rayllp.state import combine
 
 
-@dataclass(frozen=True)
-class Mixture:
+@dataclass(frozen=True, kw_only=True)
+class Mixture(Dataset):
     """Samples of several data sets: for training mixed by their weights, held-out ones interleaved evenly.
 
     Each set has epochs of its own, so a small one with a large weight starts over more often. Held-out samples are ordered so that any
@@ -27,54 +28,41 @@ class Mixture:
 
     Attributes:
         sets: the data sets; they share one tokenizer and the shape of a sample.
-        weights: how often samples of each set are taken, relative to each other.
+        order: its weights say how often samples of each set are taken.
     """
 
-    sets: tuple[Any, ...]
-    weights: tuple[float, ...]
+    sets: tuple[Dataset, ...]
+    is_stream: bool
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "held_out"}
 
     @property
-    def facts(self) -> Facts:
+    def facts(self) -> DatasetFacts:
         """What the model has to know about the data, which is the same for all sets."""
-        facts: Facts = self.sets[0].facts
-        return facts
+        return self.sets[0].facts
 
     @property
-    def tokenizer(self) -> Tokenizer:
-        """The tokenizer that all sets share."""
-        tokenizer: Tokenizer = self.sets[0].tokenizer
-        return tokenizer
-
-    @property
-    def skipped(self) -> dict[str, int]:
-        """How many rows or files of all sets were left out, by cause."""
-        counts: dict[str, int] = {}
-        for each in self.sets:
-            for kind, number in each.skipped.items():
-                counts[kind] = counts.get(kind, 0) + number
-        return counts
-
-    @property
-    def is_stream(self) -> bool:
-        """True if a held-out split may be too long for a full pass in every evaluation."""
-        return any(getattr(each, "is_stream", False) for each in self.sets)
-
-    @property
-    def entries(self) -> tuple[Entry, ...]:
+    def entries(self) -> tuple[CacheEntry, ...]:
         """Cache entries whose files a host needs."""
         return tuple(entry for each in self.sets for entry in each.entries)
 
-    def with_entries(self, change: Callable[[Entry], Entry]) -> Self:
+    def with_entries(self, change: Callable[[CacheEntry], CacheEntry]) -> Self:
         """Return a copy in which each cache entry is replaced by `change(entry)`."""
         return replace(self, sets=tuple(each.with_entries(change) for each in self.sets))
+
+    def count(self, split: str) -> int:
+        """Return the number of samples in a split of all sets."""
+        return sum(each.count(split) for each in self.sets)
+
+    def content(self, split: str) -> list[Any]:
+        """Return what each set holds of a split."""
+        return [each.content(split) for each in self.sets]
 
     @cached_property
     def held_out(self) -> tuple[np.ndarray, np.ndarray]:
         """For each held-out sample, in the order of evaluation, the number of its set and its index in that set."""
-        counts = [each.batches("validation", 1) for each in self.sets]
+        counts = [each.count("validation") for each in self.sets]
         sets = np.repeat(np.arange(len(counts)), counts)
         numbers = np.concatenate([np.arange(count) for count in counts])
         order = np.argsort((numbers + 0.5) / np.array(counts)[sets], kind="stable")
@@ -83,7 +71,7 @@ class Mixture:
     def batch(self, split: str, step: int, size: int) -> tuple[Inputs, Tensor]:
         """Return inputs and targets of a step's batch, with samples of all sets stacked along dimension 0."""
         if split == "train":
-            sets = interleave(np.arange(step * size, (step + 1) * size), self.weights)
+            sets = interleave(np.arange(step * size, (step + 1) * size), self.order.weights)
             batches = {number: self.sets[number].batch(split, step, size) for number in np.unique(sets)}
             rows = [(batches[number], slice(place, place + 1)) for place, number in enumerate(sets)]
         else:
@@ -91,17 +79,13 @@ class Mixture:
             rows = []
             for place in in_order(step, len(sets), size):
                 # A set's index beyond its last sample gives a row whose targets are all IGNORE.
-                chosen, number = (sets[place], numbers[place]) if place >= 0 else (0, self.sets[0].batches(split, 1))
+                chosen, number = (sets[place], numbers[place]) if place >= 0 else (0, self.sets[0].count(split))
                 rows.append((self.sets[chosen].batch(split, int(number), 1), slice(0, 1)))
         inputs = combine(lambda *parts: torch.cat(parts), *(combine(lambda part, at=at: part[at], batch[0]) for batch, at in rows))
         return inputs, torch.cat([targets[at] for (_, targets), at in rows])
 
-    def batches(self, split: str, size: int) -> int:
-        """Return the number of batches in one pass through a split of all sets."""
-        return passes(sum(each.batches(split, 1) for each in self.sets), size)
 
-
-def load_mixture(config: TrainConfig, load: Callable[[TrainConfig, Tokenizer | None], Any], tokenizer: Tokenizer | None) -> Mixture:
+def load_mixture(config: TrainConfig, load: Callable[[TrainConfig, Tokenizer | None], Dataset], tokenizer: Tokenizer | None) -> Mixture:
     """Load each of `data.sets` as if it were alone, with one tokenizer for all.
 
     Args:
@@ -113,16 +97,19 @@ def load_mixture(config: TrainConfig, load: Callable[[TrainConfig, Tokenizer | N
     Raises:
         DataError: a set cannot be loaded, or is of a kind that cannot be mixed.
     """
-    sets: list[Any] = []
-    weights = tuple(each.weight for each in config.data.sets)
+    sets: list[Dataset] = []
+    order = SampleOrder(config.seed, config.data.sampling, weights=tuple(each.weight for each in config.data.sets))
     for number, each in enumerate(config.data.sets):
         data = config.data.model_copy(update={"sets": (), **each.model_dump(exclude_unset=True, exclude={"weight"})})
         try:
             data_set = load(config.model_copy(update={"data": data}), tokenizer)
         except DataError as error:
             raise DataError(f"data.sets, number {number + 1}: {error}") from None
-        if not hasattr(data_set, "with_entries"):
+        if not data_set.entries:
             raise DataError(f"data.sets mixes texts or answers, and model.family={config.model.family} reads neither: give one set")
         tokenizer = tokenizer or data_set.tokenizer
-        sets.append(replace(data_set, order=Order(config.seed, data.sampling, number, weights)))
-    return Mixture(tuple(sets), weights)
+        sets.append(replace(data_set, order=replace(order, number=number)))
+    skipped: dict[str, int] = sum((Counter(each.skipped) for each in sets), Counter())
+    return Mixture(
+        sets=tuple(sets), is_stream=any(each.is_stream for each in sets), order=order, tokenizer=tokenizer, skipped=dict(skipped)
+    )

@@ -10,16 +10,18 @@ import torch
 from torch import Tensor
 
 from rayllp.config import DataSettings
-from rayllp.data.base import IGNORE, Facts, passes
-from rayllp.data.files import Faults, Rows, bytes_of, hold_out, locate, plain_or_gz, read_lines
-from rayllp.data.hub import Split, load_split, up_to
-from rayllp.data.sampling import Order, select
-from rayllp.data.sources import reads_tables, tables
-from rayllp.data.special import SpecialTokens
-from rayllp.data.tokenizer import Tokenizer, make_tokenizer
+from rayllp.data.base import IGNORE, Dataset, DatasetFacts
+from rayllp.data.datasets_io import HELD_OUT_SPLITS, Split, is_table, load_split, load_splits, up_to
+from rayllp.data.files import BadRows, RaggedArray, bytes_of, hold_out, local_path, plain_or_gz, read_lines
+from rayllp.data.sampling import SampleOrder
+from rayllp.data.sources import tables
+from rayllp.data.special_tokens import SpecialTokens
+from rayllp.data.tokenizer import load_tokenizer
+from rayllp.data.tokenizer_kinds import Tokenizer
 from rayllp.errors import DataError
 
-VALIDATION_NAMES = ("val", "valid", "dev", "validation")
+VALIDATION_NAMES = HELD_OUT_SPLITS[:-1]
+"""What the files of a held-out set may be called. Those of test sets are read as well, for later."""
 TRANSLATION = "translation"
 """Column that data sets of translations have; it maps each language to a text."""
 
@@ -38,26 +40,22 @@ class _Side:
     """One language of a split: its lines, and their ids, each ended by eos."""
 
     lines: list[str]
-    ids: Rows
+    ids: RaggedArray
 
 
-@dataclass(frozen=True)
-class PairBatches:
+@dataclass(frozen=True, kw_only=True)
+class PairBatches(Dataset):
     """Lines and their translations, as ids of one vocabulary; targets are the translations.
 
     Attributes:
         sides: of each split, source and target language. Splits are train, validation, and any test sets by name.
         sequence_length: largest number of tokens in a line, eos included.
-        order: the order in which training takes its samples.
         tokenizer: the tokenizer of both languages.
-        skipped: how many pairs were left out, by cause.
     """
 
     sides: dict[str, tuple[_Side, _Side]]
     sequence_length: int
-    order: Order
     tokenizer: Tokenizer
-    skipped: dict[str, int]
 
     @property
     def special(self) -> SpecialTokens:
@@ -65,10 +63,10 @@ class PairBatches:
         return SpecialTokens.of(self.tokenizer)
 
     @property
-    def facts(self) -> Facts:
+    def facts(self) -> DatasetFacts:
         """Size of the vocabulary, and the ids of padding, bos and eos."""
         special = self.special
-        return Facts(vocabulary=special.vocabulary, pad=special.pad, bos=special.cls, eos=special.sep)
+        return DatasetFacts(vocabulary=special.vocabulary, pad=special.pad, bos=special.cls, eos=special.sep)
 
     @property
     def splits(self) -> tuple[str, ...]:
@@ -82,7 +80,7 @@ class PairBatches:
         """
         source, target = self.sides[split]
         special = self.special
-        indices = select(self.order, split, step, len(source.ids), size)
+        indices = self.chosen(split, step, size)
         source_BS = source.ids.padded(indices, self.sequence_length, special.pad)
         # Attention needs at least one token that is not padding, so rows beyond the end hold sep.
         source_BS[indices < 0, 0] = special.sep
@@ -98,9 +96,13 @@ class PairBatches:
         shifted_BT[:, 1:] = np.where((before_BT == IGNORE) | (before_BT == special.sep), special.pad, before_BT)
         return shifted_BT
 
-    def batches(self, split: str, size: int) -> int:
-        """Return the number of batches in one pass through a split."""
-        return passes(len(self.sides[split][0].ids), size)
+    def count(self, split: str) -> int:
+        """Return the number of pairs in a split."""
+        return len(self.sides[split][0].ids)
+
+    def content(self, split: str) -> list[Any]:
+        """Return the lines and ids of both languages of a split."""
+        return [["sides", [[side.lines, side.ids.parts] for side in self.sides[split]]]]
 
     def sources(self, split: str) -> list[str]:
         """Return the lines of the source language, as they were read."""
@@ -117,7 +119,7 @@ class PairBatches:
             DataError: the tokenizer has no token for a character.
         """
         try:
-            rows = Rows.of(_truncate(_encode(self.special, line), self.sequence_length) for line in lines)
+            rows = RaggedArray.of(_truncate(_encode(self.special, line), self.sequence_length) for line in lines)
         except KeyError as error:
             raise DataError(f"{_unknown(error)}: leave it out of the line") from None
         return torch.from_numpy(rows.padded(np.arange(len(lines)), self.sequence_length, self.special.pad))
@@ -136,42 +138,44 @@ def load_pairs(settings: DataSettings, sequence_length: int, seed: int, tokenize
 
     Raises:
         DataError: files are missing or broken, the two languages have different numbers of lines, or no pair is left; a character is not in
-            the tokenizer's alphabet and faults are not skipped.
+            the tokenizer's alphabet and bad rows are not skipped.
     """
-    from_table = reads_tables(settings)
+    path = None if settings.path is None else local_path(settings.path, "data.path")
+    from_table = bool(settings.dataset) or (path is not None and path.exists() and is_table(path))
     if settings.validation_path and not from_table:
         raise DataError(
             f"data.validation_path {settings.validation_path} is not read for translation: leave it out; held out are "
-            f"{VALIDATION_NAMES[0]}.{settings.source} and {VALIDATION_NAMES[0]}.{settings.target} in data.path, or the data set's own split"
+            f"val.{settings.source} and val.{settings.target} in data.path, or the data set's own split"
         )
-    faults = Faults(settings.on_error == "skip")
-    skipped = faults.counts
-    read = _read_dataset(settings, faults) if from_table else _read_folder(settings)
-    kept = {split: _leave_out_empty(pairs, faults) for split, pairs in read.items()}
+    bad_rows = BadRows(settings.on_error == "skip")
+    skipped = bad_rows.counts
+    read = _read_dataset(settings, bad_rows) if from_table else _read_folder(settings)
+    kept = {split: _leave_out_empty(pairs, bad_rows) for split, pairs in read.items()}
     lines = [pair.source for pair in kept["train"]] + [pair.target for pair in kept["train"]]
-    tokenizer = tokenizer or make_tokenizer(settings.tokenizer, "\n".join(lines).encode())
+    tokenizer = tokenizer or load_tokenizer(settings.tokenizer, ["\n".join(lines)])
     special = SpecialTokens.of(tokenizer)
     sides: dict[str, tuple[_Side, _Side]] = {}
     for split, pairs in kept.items():
-        sides[split] = _encode_pairs(pairs, special, sequence_length, split == "train", faults)
+        sides[split] = _encode_pairs(pairs, special, sequence_length, split == "train", bad_rows)
         if not sides[split][0].lines:
             raise DataError(
                 f"no pair of split {split} is left, {skipped} were left out: give more or shorter lines, or raise "
                 f"sequence_length={sequence_length}"
             )
-    return PairBatches(sides, sequence_length, Order(seed, settings.sampling), tokenizer, skipped)
+    order = SampleOrder(seed, settings.sampling)
+    return PairBatches(sides=sides, sequence_length=sequence_length, order=order, tokenizer=tokenizer, skipped=skipped)
 
 
 # Tokens -----------------------------------------------------------------------------------------------------------------------
 
 
-def _leave_out_empty(pairs: list[_Pair], faults: Faults) -> list[_Pair]:
+def _leave_out_empty(pairs: list[_Pair], bad_rows: BadRows) -> list[_Pair]:
     kept = [pair for pair in pairs if pair.source.strip() and pair.target.strip()]
-    faults.count_skipped("empty lines", len(pairs) - len(kept))
+    bad_rows.count_skipped("empty lines", len(pairs) - len(kept))
     return kept
 
 
-def _encode_pairs(pairs: list[_Pair], special: SpecialTokens, length: int, training: bool, faults: Faults) -> tuple[_Side, _Side]:
+def _encode_pairs(pairs: list[_Pair], special: SpecialTokens, length: int, training: bool, bad_rows: BadRows) -> tuple[_Side, _Side]:
     """Tokenise both languages of a split; training pairs that are too long are left out."""
     kept: list[_Pair] = []
     encoded: list[tuple[np.ndarray, np.ndarray]] = []
@@ -179,20 +183,20 @@ def _encode_pairs(pairs: list[_Pair], special: SpecialTokens, length: int, train
         try:
             source, target = (_encode(special, line) for line in (pair.source, pair.target))
         except KeyError as error:
-            faults.refuse_or_count("characters", f"{pair.place}: {_unknown(error)}")
+            bad_rows.refuse_or_count("characters", f"{pair.place}: {_unknown(error)}")
             continue
         if training and max(len(source), len(target)) > length:
-            faults.count_skipped("long pairs")
+            bad_rows.count_skipped("long pairs")
             continue
         kept.append(pair)
         encoded.append((_truncate(source, length), _truncate(target, length)))
-    sources = _Side([pair.source for pair in kept], Rows.of(source for source, _ in encoded))
-    return sources, _Side([pair.target for pair in kept], Rows.of(target for _, target in encoded))
+    sources = _Side([pair.source for pair in kept], RaggedArray.of(source for source, _ in encoded))
+    return sources, _Side([pair.target for pair in kept], RaggedArray.of(target for _, target in encoded))
 
 
 def _encode(special: SpecialTokens, line: str) -> np.ndarray:
     """Return a line's ids, followed by eos."""
-    return np.append(special.encode(line.encode()), special.sep).astype(np.int32)
+    return np.append(special.encode(line), special.sep).astype(np.int32)
 
 
 def _truncate(ids: np.ndarray, length: int) -> np.ndarray:
@@ -213,7 +217,7 @@ def _read_folder(settings: DataSettings) -> dict[str, list[_Pair]]:
     files = f"train.{source}, train.{target}, val.{source} and val.{target} (plain or .gz)"
     if settings.path is None:
         raise DataError(f"translation needs data.path, a folder with {files} or a table, or data.dataset with a column translation")
-    folder = locate(settings.path, "data.path")
+    folder = local_path(settings.path, "data.path")
     if not folder.is_dir():
         raise DataError(f"data.path {folder} is no folder: give one with {files}")
     validation = next((name for name in VALIDATION_NAMES if plain_or_gz(folder / f"{name}.{source}")), None)
@@ -251,37 +255,38 @@ def _limit(pairs: Iterable[_Pair], settings: DataSettings, where: str) -> list[_
     return kept
 
 
-def _read_dataset(settings: DataSettings, faults: Faults) -> dict[str, list[_Pair]]:
+def _read_dataset(settings: DataSettings, bad_rows: BadRows) -> dict[str, list[_Pair]]:
     """Read the pairs of each split from a data set or table."""
     train, held_out = tables(settings)
-    pairs = {"train": _read_split(train.open(), settings, faults)}
+    pairs = {"train": _read_split(train.open(), settings, bad_rows)}
     if held_out is None:
         pairs = dict(zip(("train", "validation"), hold_out(pairs["train"], settings.validation_fraction), strict=True))
     else:
-        pairs["validation"] = _read_split(held_out.open(), settings, faults)
-    test = load_split(train.settings, "test", stream=True) if held_out is None or held_out.split != "test" else None
-    return pairs | ({"test": _read_split(test, settings, faults)} if test else {})
+        pairs["validation"] = _read_split(held_out.open(), settings, bad_rows)
+    if (held_out is None or held_out.split != "test") and "test" in load_splits(train.settings, stream=True):
+        pairs["test"] = _read_split(load_split(train.settings, "data.split", "test", stream=True), settings, bad_rows)
+    return pairs
 
 
-def _read_split(split: Split, settings: DataSettings, faults: Faults) -> list[_Pair]:
+def _read_split(split: Split, settings: DataSettings, bad_rows: BadRows) -> list[_Pair]:
     languages = (settings.source, settings.target)
     if TRANSLATION in split.columns:
-        rows = ((place, translation) for place, (translation,) in split.placed_rows(TRANSLATION))
+        rows = ((place, translation) for place, (translation,) in split.rows(TRANSLATION))
     elif set(languages) <= set(split.columns):
-        rows = ((place, dict(zip(languages, texts, strict=True))) for place, texts in split.placed_rows(*languages))
+        rows = ((place, dict(zip(languages, texts, strict=True))) for place, texts in split.rows(*languages))
     else:
         raise DataError(
             f"{split.source} has columns {split.columns}, neither {TRANSLATION} nor {languages[0]} and {languages[1]}: "
             "set data.source and data.target, or choose another data set"
         )
-    pairs = (_pick(texts, languages, place, faults) for place, texts in rows)
+    pairs = (_pick(texts, languages, place, bad_rows) for place, texts in rows)
     return _limit((pair for pair in pairs if pair is not None), settings, split.source)
 
 
-def _pick(texts: Any, languages: tuple[str, str], place: str, faults: Faults) -> _Pair | None:
-    """Return the pair of texts in a row; None where one is missing and faults are skipped."""
+def _pick(texts: Any, languages: tuple[str, str], place: str, bad_rows: BadRows) -> _Pair | None:
+    """Return the pair of texts in a row; None where one is missing and bad rows are skipped."""
     if texts is None or (isinstance(texts, dict) and any(texts.get(language, "") is None for language in languages)):
-        faults.refuse_or_count("rows", f"{place} has nothing in {languages[0]} or {languages[1]}")
+        bad_rows.refuse_or_count("rows", f"{place} has nothing in {languages[0]} or {languages[1]}")
         return None
     holds = sorted(texts) if isinstance(texts, dict) else f"a {type(texts).__name__}"
     source, target = (texts.get(language) if isinstance(texts, dict) else None for language in languages)

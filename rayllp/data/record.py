@@ -1,18 +1,15 @@
 """What a run stores about its data: checksums that show whether they have changed, and any tokenizer that was trained on them."""
 
-import hashlib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from rayllp.config import TrainConfig
-from rayllp.data.cache import ArraySlice, ensure_present
-from rayllp.data.decoded import DecodedImages
+from rayllp.data.base import Dataset
 from rayllp.data.load import load_data
-from rayllp.data.tokenizer import Tokenizer, restore_tokenizer
+from rayllp.data.tokenizer import restore_tokenizer
+from rayllp.data.tokenizer_kinds import Tokenizer
 from rayllp.errors import DataError
 
 NOT_OF_THE_DATA = ("on_change", "on_error", "cache", "sampling")
@@ -36,13 +33,10 @@ class DataRecord:
     tokenizer: str | None = None
 
     @classmethod
-    def of(cls, config: TrainConfig, data: Any) -> "DataRecord":
+    def of(cls, config: TrainConfig, data: Dataset) -> "DataRecord":
         """Return the record of a data set that was loaded by these settings."""
-        tokenizer: Any = getattr(data, "tokenizer", None)
-        tokens = tokenizer.texts() if tokenizer is not None else None
-        meaning = [tokens, getattr(data, "index", None), getattr(data, "classes", ())]
-        splits = {split: checksum(content) for split, content in _splits(data).items()}
-        return cls(_settings(config), splits, checksum(meaning), getattr(tokenizer, "serialised", None))
+        serialised = None if data.tokenizer is None else data.tokenizer.serialised
+        return cls(_settings(config), {split: data.fingerprint(split) for split in data.splits}, data.meaning, serialised)
 
     @classmethod
     def read(cls, values: Mapping[str, Any]) -> "DataRecord":
@@ -95,8 +89,8 @@ class DataRecord:
 
 
 def load_recorded(
-    config: TrainConfig, stored: DataRecord, file: Path | None = None, data: Any = None
-) -> tuple[Any, DataRecord, tuple[str, ...]]:
+    config: TrainConfig, stored: DataRecord, file: Path | None = None, data: Dataset | None = None
+) -> tuple[Dataset, DataRecord, tuple[str, ...]]:
     """Load the data of a run, with the tokenizer that the run began with, and compare them with its record.
 
     Args:
@@ -114,54 +108,12 @@ def load_recorded(
     if data is None:
         data = load_data(config, stored.kept_tokenizer(config, file))
     else:
-        ensure_present(data)  # the data set may come from another host, whose cached files this one lacks
+        data.ensure_present()  # the data set may come from another host, whose cached files this one lacks
     record = DataRecord.of(config, data)
     return data, record, stored.changes(config, record)
-
-
-def checksum(value: Any) -> str:
-    """Return the SHA-256 of arrays, texts, and containers of them."""
-    digest = hashlib.sha256()
-    _feed(digest, value)
-    return digest.hexdigest()
 
 
 def _settings(config: TrainConfig) -> dict[str, Any]:
     """Return the settings that determine the data: those that must be equal for unchanged data to be expected."""
     data = {name: value for name, value in config.data.model_dump(mode="json").items() if name not in NOT_OF_THE_DATA}
     return {"data": data, "sequence_length": config.sequence_length, "task": config.model.task}
-
-
-def _splits(data: Any) -> dict[str, list[Any]]:
-    """Return, for each split, all that a data set holds of it, with the names of its fields."""
-    if (sets := getattr(data, "sets", None)) is not None:
-        parts = [_splits(data_set) for data_set in sets]
-        return {split: [part.get(split) for part in parts] for split in parts[0]}
-    content: dict[str, list[Any]] = {split: [["", checksums]] for split, checksums in getattr(data, "checksums", {}).items()}
-    for each in fields(data):
-        value = getattr(data, each.name)
-        if isinstance(value, dict) and "train" in value:
-            for split, part in value.items():
-                content.setdefault(split, []).append([each.name, part])
-    return content
-
-
-def _feed(digest: Any, value: Any) -> None:
-    """Feed a value into a digest, containers element by element."""
-    if isinstance(value, np.ndarray):
-        digest.update(f"{value.dtype}{value.shape}".encode())
-        digest.update(np.ascontiguousarray(value).data)
-    elif isinstance(value, ArraySlice):
-        _feed(digest, value.checksum)
-    elif isinstance(value, DecodedImages):  # hash the datasets library's fingerprint instead of the pixels, which may be larger than memory
-        _feed(digest, [str(getattr(value.rows, "_fingerprint", "")), value.column, value.numbers])
-    elif isinstance(value, Mapping):
-        _feed(digest, list(value.items()))
-    elif isinstance(value, list | tuple):
-        digest.update(f"{len(value)} of".encode())
-        for part in value:
-            _feed(digest, part)
-    elif is_dataclass(value):
-        _feed(digest, [getattr(value, each.name) for each in fields(value)])
-    else:
-        digest.update(f"{type(value).__name__} {value!r};".encode("utf-8", "surrogatepass"))

@@ -15,7 +15,7 @@ LEAST_SHARE = 2**20
 
 
 @dataclass(frozen=True)
-class Order:
+class SampleOrder:
     """The order in which training takes its samples.
 
     Attributes:
@@ -61,11 +61,6 @@ def in_order(step: int, count: int, size: int) -> np.ndarray:
     """Return the indices of batch `step` of one pass, in order, through `count` samples; -1 in places beyond the end."""
     indices = np.arange(step * size, (step + 1) * size)
     return np.where(indices < count, indices, -1)
-
-
-def select(order: Order, split: str, step: int, count: int, size: int) -> np.ndarray:
-    """Return the indices of a batch's samples: by `order` for the split train, one after the other for any other split."""
-    return order.take(step, count, size) if split == "train" else in_order(step, count, size)
 
 
 def permute(numbers: np.ndarray, count: int, seed: int) -> np.ndarray:

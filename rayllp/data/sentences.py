@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from rayllp.config import DataSettings
-from rayllp.data.base import IGNORE, Facts, passes
-from rayllp.data.files import Faults, Rows, bytes_of, refuse_one_class
-from rayllp.data.formats import read_tsv
-from rayllp.data.sampling import Order, select
-from rayllp.data.sources import Table, read_samples, read_splits
-from rayllp.data.special import SpecialTokens
-from rayllp.data.tokenizer import Tokenizer, make_tokenizer
+from rayllp.data.base import IGNORE, Dataset, DatasetFacts
+from rayllp.data.files import BadRows, RaggedArray, bytes_of, refuse_one_class
+from rayllp.data.sampling import SampleOrder
+from rayllp.data.sources import Files, Table, read_samples, read_splits
+from rayllp.data.special_tokens import SpecialTokens
+from rayllp.data.tokenizer import load_tokenizer
+from rayllp.data.tokenizer_kinds import Tokenizer
 from rayllp.errors import DataError
 
 FREQUENT = 10
@@ -32,47 +32,45 @@ class _Example:
     place: str
 
 
-@dataclass(frozen=True)
-class SentenceBatches:
+@dataclass(frozen=True, kw_only=True)
+class SentenceBatches(Dataset):
     """Sentences as token ids: cls, tokens, sep, and for a pair the second sentence and another sep. Targets are class numbers.
 
     Attributes:
         sequences: of each split, token ids.
         labels: of each split, class numbers.
         sequence_length: largest number of tokens in a sequence.
-        order: the order in which training takes its samples.
         tokenizer: the tokenizer of the sentences.
-        classes: names of the labels.
-        skipped: how many lines, labels and characters were left out (data.on_error=skip).
     """
 
-    sequences: dict[str, Rows]
+    sequences: dict[str, RaggedArray]
     labels: dict[str, np.ndarray]
     sequence_length: int
-    order: Order
     tokenizer: Tokenizer
-    classes: tuple[str, ...]
-    skipped: dict[str, int]
 
     @property
-    def facts(self) -> Facts:
+    def facts(self) -> DatasetFacts:
         """Size of the vocabulary, the class names, and the padding id."""
         special = SpecialTokens.of(self.tokenizer)
-        return Facts(vocabulary=special.vocabulary, classes=self.classes, pad=special.pad)
+        return DatasetFacts(vocabulary=special.vocabulary, classes=self.classes, pad=special.pad)
 
     def batch(self, split: str, step: int, size: int) -> tuple[Tensor, Tensor]:
         """Return token ids of shape (size, sequence_length) and class numbers of shape (size,)."""
         special = SpecialTokens.of(self.tokenizer)
-        indices = select(self.order, split, step, len(self.sequences[split]), size)
+        indices = self.chosen(split, step, size)
         inputs = self.sequences[split].padded(indices, self.sequence_length, special.pad)
         # Attention needs at least one token that is not padding, so rows beyond the end hold cls and sep.
         inputs[indices < 0, :2] = special.cls, special.sep
         targets = np.where(indices < 0, IGNORE, self.labels[split][indices])
         return torch.from_numpy(inputs), torch.from_numpy(targets)
 
-    def batches(self, split: str, size: int) -> int:
-        """Return the number of batches in one pass through a split."""
-        return passes(len(self.sequences[split]), size)
+    def count(self, split: str) -> int:
+        """Return the number of sentences, or pairs of them, in a split."""
+        return len(self.sequences[split])
+
+    def content(self, split: str) -> list[Any]:
+        """Return a split's token ids and class numbers."""
+        return [["sequences", self.sequences[split].parts], ["labels", self.labels[split]]]
 
 
 def load_sentences(settings: DataSettings, sequence_length: int, seed: int, tokenizer: Tokenizer | None = None) -> SentenceBatches:
@@ -80,31 +78,34 @@ def load_sentences(settings: DataSettings, sequence_length: int, seed: int, toke
 
     Raises:
         DataError: there is no file, it cannot be read, or it lacks the columns; sequence_length leaves no room for text; a line is broken,
-            or a held-out label does not occur in training, and faults are not skipped.
+            or a held-out label does not occur in training, and bad rows are not skipped.
     """
     _check_room(settings, sequence_length)
-    faults = Faults(settings.on_error == "skip")
-    read = _read_splits(settings, faults)
-    train = read["train"] = _leave_out_single(read["train"], settings, faults)
+    bad_rows = BadRows(settings.on_error == "skip")
+    read = _read_splits(settings, bad_rows)
+    train = read["train"] = _leave_out_single(read["train"], settings, bad_rows)
     classes = tuple(sorted({example.label for example in train}))
     numbers = {name: number for number, name in enumerate(classes)}
-    tokenizer = tokenizer or make_tokenizer(settings.tokenizer, "\n".join(text for example in train for text in example.texts).encode())
-    sequences: dict[str, Rows] = {}
+    tokenizer = tokenizer or load_tokenizer(settings.tokenizer, ["\n".join(text for example in train for text in example.texts)])
+    sequences: dict[str, RaggedArray] = {}
     labels: dict[str, np.ndarray] = {}
     for split, examples in read.items():
-        known = [example for example in examples if _has_label(example, numbers, faults)]
-        encoded = [(_encode(example, tokenizer, sequence_length, settings.on_long, faults), numbers[example.label]) for example in known]
+        known = [example for example in examples if _has_label(example, numbers, bad_rows)]
+        encoded = [(_encode(example, tokenizer, sequence_length, settings.on_long, bad_rows), numbers[example.label]) for example in known]
         kept = [(sequence, number) for sequence, number in encoded if sequence is not None]
         if not kept:
             raise DataError(
-                f"no {split} sentence is left, {faults.counts} were left out: give more, or set data.on_error=refuse to see why"
+                f"no {split} sentence is left, {bad_rows.counts} were left out: give more, or set data.on_error=refuse to see why"
             )
-        sequences[split] = Rows.of(sequence for sequence, _ in kept)
+        sequences[split] = RaggedArray.of(sequence for sequence, _ in kept)
         labels[split] = np.array([number for _, number in kept], np.int64)
-    return SentenceBatches(sequences, labels, sequence_length, Order(seed, settings.sampling), tokenizer, classes, faults.counts)
+    return SentenceBatches(
+        sequences=sequences, labels=labels, sequence_length=sequence_length, order=SampleOrder(seed, settings.sampling),
+        tokenizer=tokenizer, classes=classes, skipped=bad_rows.counts,
+    )  # fmt: skip
 
 
-def _leave_out_single(train: list[_Example], settings: DataSettings, faults: Faults) -> list[_Example]:
+def _leave_out_single(train: list[_Example], settings: DataSettings, bad_rows: BadRows) -> list[_Example]:
     """Leave out labels that occur once where others are frequent: they are mistakes, or a header line that was read as a sentence."""
     counts = Counter(example.label for example in train)
     refuse_one_class(counts, f"data.path {settings.path}")
@@ -118,7 +119,7 @@ def _leave_out_single(train: list[_Example], settings: DataSettings, faults: Fau
         if example.place.endswith(":1"):
             hint = "; if this line names the columns, set data.text_field and data.label_field to names in it instead of numbers"
         fault = f"label {example.label!r} is on this line alone, where others have {len(train) // len(counts)} lines each"
-        faults.refuse_or_count("labels", f"{example.place}: {fault}{hint}")
+        bad_rows.refuse_or_count("labels", f"{example.place}: {fault}{hint}")
     refuse_one_class((example.label for example in kept), f"data.path {settings.path}")
     return kept
 
@@ -129,30 +130,24 @@ def _check_room(settings: DataSettings, sequence_length: int) -> None:
         raise DataError(f"sequence_length {sequence_length} leaves no room for text between cls and sep: set at least {needed}")
 
 
-def _read_splits(settings: DataSettings, faults: Faults) -> dict[str, list[_Example]]:
+def _read_splits(settings: DataSettings, bad_rows: BadRows) -> dict[str, list[_Example]]:
     fields = {"data.text_field": settings.text_field, "data.pair_field": settings.pair_field, "data.label_field": settings.label_field}
     columns = {setting: column for setting, column in fields.items() if column is not None}
 
-    def read_table(table: Table, limit: int | None) -> list[_Example]:
-        make = partial(_of_row, columns=tuple(columns.values()), faults=faults)
-        return read_samples(table, columns, make, lambda example: bytes_of(example.texts), limit, "a text and a label")
+    make = partial(_of_row, columns=tuple(columns.values()), bad_rows=bad_rows)
 
-    def read_file(name: str, what: str, limit: int | None) -> list[_Example]:
-        examples = [_Example(tuple(texts), label, place) for place, (*texts, label) in read_tsv(name, what, columns, faults, limit)]
-        if not examples:
-            left_out = f" ({faults.counts['lines']} lines were left out as broken)" if "lines" in faults.counts else ""
-            raise DataError(f"{what} {name} has no sentences{left_out}: give lines of text and label with a tab between")
-        return examples
+    def read(source: Table | Files) -> list[_Example]:
+        return read_samples(source, columns, make, lambda example: bytes_of(example.texts), "a text and a label", bad_rows)
 
     needed = "sentence classification needs one, a tab-separated file (.tsv or .tsv.gz) such as GLUE's or a table, or data.dataset"
-    return read_splits(settings, read_table, read_file, needed)
+    return read_splits(settings, read, needed)
 
 
-def _of_row(place: str, values: tuple[Any, ...], columns: tuple[str, ...], faults: Faults) -> _Example | None:
-    """Return the example in a row of a table; None if a value is missing and faults are skipped."""
+def _of_row(place: str, values: tuple[Any, ...], columns: tuple[str, ...], bad_rows: BadRows) -> _Example | None:
+    """Return the example in a row of a table; None if a value is missing and bad rows are skipped."""
     empty = next((column for column, value in zip(columns, values, strict=True) if value is None or value == ""), None)
     if empty is not None:
-        faults.refuse_or_count("rows", f"{place} has nothing in column {empty!r}")
+        bad_rows.refuse_or_count("rows", f"{place} has nothing in column {empty!r}")
         return None
     *texts, label = values
     other = next((text for text in texts if not isinstance(text, str)), None)
@@ -161,10 +156,10 @@ def _of_row(place: str, values: tuple[Any, ...], columns: tuple[str, ...], fault
     return _Example(tuple(texts), str(label), place)
 
 
-def _has_label(example: _Example, numbers: dict[str, int], faults: Faults) -> bool:
+def _has_label(example: _Example, numbers: dict[str, int], bad_rows: BadRows) -> bool:
     """True if an example's label occurs in training; otherwise the example is refused or counted."""
     if example.label not in numbers:
-        faults.refuse_or_count("labels", f"{example.place}: label {example.label!r} is none of training's {_listed(numbers)}")
+        bad_rows.refuse_or_count("labels", f"{example.place}: label {example.label!r} is none of training's {_listed(numbers)}")
     return example.label in numbers
 
 
@@ -172,15 +167,15 @@ def _listed(names: dict[str, int], most: int = 12) -> str:
     return ", ".join(list(names)[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
-def _encode(example: _Example, tokenizer: Tokenizer, length: int, on_long: str, faults: Faults) -> list[int] | None:
+def _encode(example: _Example, tokenizer: Tokenizer, length: int, on_long: str, bad_rows: BadRows) -> list[int] | None:
     """Return cls, tokens, sep (tokens, sep) in at most `length` ids; None if the example is left out."""
     special = SpecialTokens.of(tokenizer)
     try:
-        texts = [special.encode(text.encode()) for text in example.texts]
+        texts = [special.encode(text) for text in example.texts]
     except KeyError as error:
         # An alphabet that is read off the training text lacks characters that occur only in the held-out text.
         fault = f"{error.args[0]!r} is in no training sentence, so data.tokenizer=characters has no token for it (bytes has)"
-        faults.refuse_or_count("characters", f"{example.place}: {fault}")
+        bad_rows.refuse_or_count("characters", f"{example.place}: {fault}")
         return None
     size = 1 + sum(len(text) + 1 for text in texts)
     if size > length:
@@ -188,7 +183,7 @@ def _encode(example: _Example, tokenizer: Tokenizer, length: int, on_long: str, 
             raise DataError(
                 f"{example.place} has {size} tokens, more than sequence_length={length}: raise it, or set data.on_long to cut or skip"
             )
-        faults.count_skipped("long sentences" if on_long == "skip" else "ends of long sentences")
+        bad_rows.count_skipped("long sentences" if on_long == "skip" else "ends of long sentences")
         if on_long == "skip":
             return None
     sequence = [special.cls]

@@ -1,7 +1,7 @@
 """Next-token prediction on windows of a token stream. The text is tokenised once, into files of the cache (`cache.py`)."""
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Self
 
@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 
 from rayllp.config import DataSettings
-from rayllp.data.base import IGNORE, Facts, Inputs, passes
-from rayllp.data.cache import ArraySlice, Entry, Writer, fingerprint
-from rayllp.data.files import Faults
-from rayllp.data.hub import up_to
-from rayllp.data.sampling import Order, in_order
-from rayllp.data.sources import Source, held_out_text, joined, training_text
-from rayllp.data.tokenizer import Tokenizer, identity, is_made_from_text, load_tokenizer, restore_tokenizer, smallest_dtype
+from rayllp.data.base import IGNORE, Dataset, DatasetFacts, Inputs
+from rayllp.data.cache import ArraySlice, CacheEntry, CacheWriter, fingerprint
+from rayllp.data.datasets_io import up_to
+from rayllp.data.files import BadRows
+from rayllp.data.sampling import SampleOrder, in_order
+from rayllp.data.sources import Source, joined, sources
+from rayllp.data.tokenizer import identity, is_made_from_text, load_tokenizer, restore_tokenizer, smallest_dtype
+from rayllp.data.tokenizer_kinds import Tokenizer
 from rayllp.errors import DataError
 from rayllp.keys import key
 
@@ -26,32 +27,11 @@ GATHERED = 2**20
 """Short texts are gathered up to so many characters, then tokenised together."""
 
 
-def read_text(settings: DataSettings, faults: Faults | None = None) -> bytes:
-    """Return all text that the settings name, in UTF-8, up to `data.max_bytes`.
-
-    Args:
-        settings: say where the text is.
-        faults: counts what is left out of folders and data sets.
-
-    Raises:
-        DataError: the text is missing, unreadable, empty, or not text.
-    """
-    source = training_text(settings)
-    text = "".join(joined(source.documents(faults or Faults(settings.on_error == "skip")), settings.max_bytes)).encode()
-    if not text:
-        raise _no_text(source)
-    return text
-
-
-def _no_text(source: Source) -> DataError:
-    return DataError(f"{source.name} holds no text: give a file or folder with some")
-
-
 # Batches ----------------------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class StreamBatches:
+@dataclass(frozen=True, kw_only=True)
+class StreamBatches(Dataset):
     """Windows of a token stream: in training each one once per epoch, in evaluations always the same ones.
 
     Windows lie side by side, so that each token is predicted once per epoch; what is left over at the end is not used. Every training epoch
@@ -61,14 +41,13 @@ class StreamBatches:
     Attributes:
         tokens: of each split, its token ids end to end.
         sequence_length: tokens in a sequence, special ones included.
-        order: the order in which training takes its windows.
         tokenizer: the tokenizer of the text.
     """
 
     tokens: dict[str, ArraySlice]
     sequence_length: int
-    order: Order
     tokenizer: Tokenizer
+    is_stream = True
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "held_out"}
@@ -84,16 +63,11 @@ class StreamBatches:
         return self.length
 
     @property
-    def is_stream(self) -> bool:
-        """True: the held-out split may be too long for a full pass in every evaluation."""
-        return True
-
-    @property
-    def entries(self) -> tuple[Entry, ...]:
+    def entries(self) -> tuple[CacheEntry, ...]:
         """Cache entries whose files a host needs."""
         return (self.tokens["train"].entry,)
 
-    def with_entries(self, change: Callable[[Entry], Entry]) -> Self:
+    def with_entries(self, change: Callable[[CacheEntry], CacheEntry]) -> Self:
         """Return a copy in which the cache entry is replaced by `change(entry)`."""
         entry = change(self.entries[0])
         return replace(self, tokens={split: replace(part, entry=entry) for split, part in self.tokens.items()})
@@ -111,7 +85,7 @@ class StreamBatches:
         room = len(self.tokens[split]) - self.length + 1
         if self.order.sampling == "replacement":
             return self.order.take(step, room, size)
-        count = max(1, room // self.stride)
+        count = self.count(split)
         numbers, epochs = self.order.samples_at(self.order.positions(step, size), count)
         rest, order = room - (count - 1) * self.stride, self.order
         offsets = {epoch: key(order.seed, "offset", order.number, int(epoch)) % rest for epoch in np.unique(epochs)}
@@ -122,9 +96,14 @@ class StreamBatches:
         stream = self.tokens[split].values
         return np.stack([stream[start : start + self.length] for start in np.maximum(starts, 0)]).astype(np.int64), starts >= 0
 
-    def batches(self, split: str, size: int) -> int:
-        """Return the number of batches in one pass through the held-out windows."""
-        return passes(len(self.held_out), size)
+    def count(self, split: str) -> int:
+        """Return the number of windows in an epoch, or held out."""
+        room = len(self.tokens[split]) - self.length + 1
+        return max(1, room // self.stride) if split == "train" else len(self.held_out)
+
+    def content(self, split: str) -> list[Any]:
+        """Return the checksum of a split's tokens."""
+        return [["tokens", self.tokens[split].checksum]]
 
 
 def spread(count: int) -> np.ndarray:
@@ -132,17 +111,15 @@ def spread(count: int) -> np.ndarray:
     return np.argsort(np.argsort(np.arange(count) * GOLDEN_RATIO % 1, kind="stable"), kind="stable")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TextBatches(StreamBatches):
     """Windows of a token stream for causal language models; targets are the inputs shifted by one.
 
     Attributes:
-        skipped: how many files and rows were left out (data.on_error=skip).
         packed: treat each text on its own: positions start at 0 in each, and the last token of a text does not predict the next text's
             first.
     """
 
-    skipped: dict[str, int] = field(default_factory=dict)
     packed: bool = False
 
     @property
@@ -156,9 +133,9 @@ class TextBatches(StreamBatches):
         return self.sequence_length
 
     @property
-    def facts(self) -> Facts:
+    def facts(self) -> DatasetFacts:
         """Size of the vocabulary. There is no padding: all sequences have the same length."""
-        return Facts(vocabulary=self.tokenizer.vocabulary)
+        return DatasetFacts(vocabulary=self.tokenizer.vocabulary)
 
     def batch(self, split: str, step: int, size: int) -> tuple[Inputs, Tensor]:
         """Return input and target ids, both of shape (size, sequence_length); where texts are packed, inputs are (ids, positions)."""
@@ -187,55 +164,40 @@ class TextBatches(StreamBatches):
 # Tokens -----------------------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Tokens:
-    """A tokenised text.
-
-    Attributes:
-        splits: the tokens of each split.
-        tokenizer: the tokenizer that made them.
-        skipped: how many files and rows were left out.
-    """
-
-    splits: dict[str, ArraySlice]
-    tokenizer: Tokenizer
-    skipped: dict[str, int]
-
-
 def load_text(settings: DataSettings, sequence_length: int, seed: int, tokenizer: Tokenizer | None = None) -> TextBatches:
     """Read a text, tokenise it, and split it.
 
     Raises:
-        DataError: see `load_tokens`.
+        DataError: see `load_stream`.
     """
-    tokens = load_tokens(settings, sequence_length, sequence_length + 1, tokenizer)
-    order = Order(seed, settings.sampling)
-    return TextBatches(tokens.splits, sequence_length, order, tokens.tokenizer, tokens.skipped, settings.documents == "packed")
+    packed = settings.documents == "packed"
+    return TextBatches(**load_stream(settings, sequence_length, sequence_length + 1, seed, tokenizer), packed=packed)
 
 
-def load_tokens(settings: DataSettings, sequence_length: int, window: int, tokenizer: Tokenizer | None) -> Tokens:
-    """Return a text's tokens by split, with the tokenizer. Held out is a file or split of its own, or else the end of the text.
+def load_stream(settings: DataSettings, sequence_length: int, window: int, seed: int, tokenizer: Tokenizer | None) -> dict[str, Any]:
+    """Return the fields of `StreamBatches`: a text's tokens by split, and so on.
 
     Args:
-        settings: say where the text is.
-        sequence_length: tokens in a sequence, for errors.
+        settings: say where the text is. Held out is a file or split of its own, or else the end of the text.
+        sequence_length: tokens in a sequence.
         window: tokens that each split needs at least: one sequence and its targets.
+        seed: determines the order of samples.
         tokenizer: the tokenizer of a run that is resumed; None: the one that the settings name.
 
     Raises:
-        DataError: see `read_text`; or either split is shorter than a window, or the tokenizer cannot encode the held-out text.
+        DataError: the text is missing, unreadable, empty, or not text; or either split is shorter than a window, or the tokenizer cannot
+            encode the held-out text.
     """
-    source, held_out = training_text(settings), held_out_text(settings)
+    source, held_out = sources(settings)
     stamps = [source.stamp(), settings.max_bytes, settings.on_error]
     tokenizer = tokenizer or _tokenizer(settings, source, stamps)
     packed = settings.documents == "packed"
-    write = WriteTokens(source, held_out, tokenizer, settings.max_bytes, settings.on_error == "skip", packed)
+    write = WriteTokens(source, held_out, tokenizer, settings.on_error == "skip", packed)
     name = fingerprint("tokens", stamps, held_out and held_out.stamp(), packed, *identity(tokenizer))
-    entry = Entry(name, write, settings.cache, f"tokens of {source.name}").ensure_present()
+    entry = CacheEntry(name, write, settings.cache, f"tokens of {source.name}").ensure_present()
     train = ArraySlice.whole(entry, "train")
     if held_out is None:
-        held = int(len(train) * settings.validation_fraction)
-        cut = len(train) - held
+        cut = len(train) - int(len(train) * settings.validation_fraction)
         splits = {"train": replace(train, stop=cut), "validation": replace(train, start=cut)}
     else:
         splits = {"train": train, "validation": ArraySlice.whole(entry, "validation")}
@@ -245,16 +207,17 @@ def load_tokens(settings: DataSettings, sequence_length: int, window: int, token
                 f"the {split} text has {len(tokens)} tokens, fewer than one sequence of {sequence_length} takes "
                 f"({window}): give more text, or lower sequence_length"
             )
-    return Tokens(splits, tokenizer, entry.metadata["skipped"])
+    order, skipped = SampleOrder(seed, settings.sampling), entry.metadata["skipped"]
+    return {"tokens": splits, "sequence_length": sequence_length, "order": order, "tokenizer": tokenizer, "skipped": skipped}
 
 
 def _tokenizer(settings: DataSettings, source: Source, stamps: list[Any]) -> Tokenizer:
     """Load the tokenizer that the settings name. One that is made from the text is made once and then read from the cache."""
     name = settings.tokenizer
     if not is_made_from_text(name):
-        return load_tokenizer(name, ())
-    write = WriteTokenizer(name, source, settings.max_bytes, settings.on_error == "skip")
-    entry = Entry(
+        return load_tokenizer(name)
+    write = WriteTokenizer(name, source, settings.on_error == "skip")
+    entry = CacheEntry(
         fingerprint("tokenizer", stamps, name, tokenizers.__version__), write, settings.cache, f"data.tokenizer {name}"
     ).ensure_present()
     tokenizer = restore_tokenizer(name, entry.metadata["made"], None)
@@ -268,12 +231,11 @@ class WriteTokenizer:
 
     name: str
     source: Source
-    limit: int | None
     skip: bool
 
-    def __call__(self, writer: Writer) -> None:
+    def __call__(self, writer: CacheWriter) -> None:
         """Store the serialised tokenizer that `restore_tokenizer` reads."""
-        tokenizer: Any = load_tokenizer(self.name, joined(self.source.documents(Faults(self.skip)), self.limit))
+        tokenizer = load_tokenizer(self.name, joined(self.source.documents(BadRows(self.skip)), self.source.max_bytes))
         writer.metadata["made"] = tokenizer.serialised
 
 
@@ -284,7 +246,6 @@ class WriteTokens:
     Attributes:
         source, held_out: the texts; without the latter, the end of the former is held out.
         tokenizer: the tokenizer of both.
-        limit: how many bytes of `source` are read.
         skip: leave out and count what is broken.
         packed: tokenise each text on its own and record where it starts.
     """
@@ -292,29 +253,28 @@ class WriteTokens:
     source: Source
     held_out: Source | None
     tokenizer: Tokenizer
-    limit: int | None
     skip: bool
     packed: bool
 
-    def __call__(self, writer: Writer) -> None:
+    def __call__(self, writer: CacheWriter) -> None:
         """Write the tokens ("train", "validation"), where each text starts if texts are packed ("…_texts"), and how much was left out."""
-        faults = Faults(self.skip)
-        for name, source, limit in (("train", self.source, self.limit), ("validation", self.held_out, None)):
-            if source is not None and not self._write_split(writer, name, source, faults, limit):
-                raise _no_text(source)
-        writer.metadata["skipped"] = faults.counts
+        bad_rows = BadRows(self.skip)
+        for name, source in (("train", self.source), ("validation", self.held_out)):
+            if source is not None and not self._write_split(writer, name, source, bad_rows):
+                raise DataError(f"{source.name} holds no text: give a file or folder with some")
+        writer.metadata["skipped"] = bad_rows.counts
 
-    def _write_split(self, writer: Writer, name: str, source: Source, faults: Faults, limit: int | None) -> int:
+    def _write_split(self, writer: CacheWriter, name: str, source: Source, bad_rows: BadRows) -> int:
         """Write the tokens of a source and return their number."""
         count, dtype = 0, smallest_dtype(self.tokenizer.vocabulary)
-        texts = source.documents(faults)
+        documents, limit = source.documents(bad_rows), source.max_bytes
         try:
             if not self.packed:
-                for ids in self.tokenizer.stream("".join(some) for some in _together(joined(texts, limit))):
+                for ids in self.tokenizer.stream("".join(some) for some in _together(joined(documents, limit))):
                     writer.append(name, ids.astype(dtype))
                     count += len(ids)
                 return count
-            for some in _together(up_to(limit, map("".join, texts), lambda text: len(text.encode()))):
+            for some in _together(up_to(limit, map("".join, documents), lambda text: len(text.encode()))):
                 rows = [ids for ids in self._encode(some) if len(ids)]
                 writer.append(f"{name}_texts", count + np.cumsum([0, *(len(ids) for ids in rows)])[:-1])
                 writer.append(name, np.concatenate([np.zeros(0, dtype), *rows]).astype(dtype))
@@ -328,7 +288,7 @@ class WriteTokens:
 
     def _encode(self, texts: list[str]) -> list[np.ndarray]:
         """Return the ids of each text, followed by the tokenizer's eos if it has one."""
-        end = getattr(self.tokenizer, "eos", None)
+        end = self.tokenizer.eos
         rows = self.tokenizer.encode_all(texts)
         return rows if end is None else [np.append(ids, end).astype(np.int64) for ids in rows]
 

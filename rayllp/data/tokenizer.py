@@ -1,47 +1,18 @@
 """Text to token ids and back: load the tokenizer that `data.tokenizer` names."""
 
 import difflib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import tokenizers
 
-from rayllp.data.tokenizer_kinds import Bytes, Characters, Pretrained, SentencePiece, TokenizersFile, TrainedBPE, decode_text
+from rayllp.data.tokenizer_kinds import Bytes, Characters, Pretrained, SentencePiece, Tokenizer, TokenizersFile, TrainedBPE
 from rayllp.errors import DataError
 
 SMALLEST_BPE = 257
 SENTENCEPIECE_ENDINGS = (".model", ".spm", ".model.gz", ".spm.gz")
-
-
-class Tokenizer(Protocol):
-    """What training needs of a tokenizer."""
-
-    @property
-    def vocabulary(self) -> int:
-        """Size of the vocabulary; every token id is below it."""
-        ...
-
-    def encode(self, text: bytes) -> np.ndarray:
-        """Return the token ids of a text, one-dimensional."""
-        ...
-
-    def stream(self, pieces: Iterable[str]) -> Iterator[np.ndarray]:
-        """Yield the token ids of a text that comes in pieces of any length; they are those of the whole text."""
-        ...
-
-    def encode_all(self, texts: list[str]) -> list[np.ndarray]:
-        """Return the token ids of each of several texts."""
-        ...
-
-    def decode(self, tokens: list[int]) -> str:
-        """Return the text of some tokens."""
-        ...
-
-    def texts(self) -> str:
-        """Return a string that says what each token id stands for; tokenizers that disagree on any id have different ones."""
-        ...
 
 
 def restore_tokenizer(name: str, serialised: str | None, file: Path | None) -> Tokenizer | None:
@@ -68,14 +39,9 @@ def is_made_from_text(name: str) -> bool:
     return name == "characters" or name.startswith("bpe:")
 
 
-def make_tokenizer(name: str, text: bytes) -> Tokenizer:
-    """Load a tokenizer as `load_tokenizer` does, from a text in memory."""
-    return load_tokenizer(name, (decode_text(part) for part in (text,)))
-
-
 def identity(tokenizer: Tokenizer) -> list[Any]:
     """Return plain values that determine the tokens of a text: the tokenizer's rules, and the version of the library that applies them."""
-    return [getattr(tokenizer, "rules", None) or tokenizer.texts(), tokenizers.__version__]
+    return [tokenizer.rules, tokenizers.__version__]
 
 
 def smallest_dtype(vocabulary: int) -> np.dtype:
@@ -83,7 +49,7 @@ def smallest_dtype(vocabulary: int) -> np.dtype:
     return np.min_scalar_type(max(0, vocabulary - 1))
 
 
-def load_tokenizer(name: str, pieces: Iterable[str]) -> Tokenizer:
+def load_tokenizer(name: str, pieces: Iterable[str] = ()) -> Tokenizer:
     """Load the tokenizer that `data.tokenizer` names; `characters` and `bpe:SIZE` are made from the text, which comes in pieces.
 
     Raises:

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 
 from rayllp.data.encoding import encode_pieces
-from rayllp.data.files import not_utf8
 from rayllp.errors import DataError
 
 ENDS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[EOS]", "[SEP]")
@@ -26,25 +25,60 @@ TRAINED_ON = 2**29
 SPECIAL_STYLES = (("[PAD]", "[CLS]", "[SEP]", "[MASK]"), ("<pad>", "<s>", "</s>", "<mask>"))
 
 
-class _OneByOne(ABC):
-    """Base of tokenizers that encode several texts one after the other."""
+class Tokenizer(ABC):
+    """What training needs of a tokenizer.
+
+    Attributes:
+        vocabulary: size of the vocabulary; every token id is below it.
+        special: its ids of pad, cls, sep and mask; None if it lacks any of them.
+        bos: id of the token that it puts before every text; None if it puts none there.
+        eos: id of the token that ends a text; None if there is none.
+    """
+
+    vocabulary: int
+    special: tuple[int, int, int, int] | None = None
+    bos: int | None = None
+    eos: int | None = None
 
     @abstractmethod
-    def encode(self, text: bytes) -> np.ndarray: ...
+    def stream(self, pieces: Iterable[str]) -> Iterator[np.ndarray]:
+        """Yield the token ids of a text that comes in pieces of any length; they are those of the whole text."""
+
+    @abstractmethod
+    def decode(self, tokens: list[int]) -> str:
+        """Return the text of some tokens."""
+
+    @abstractmethod
+    def texts(self) -> str:
+        """Return a string that says what each token id stands for; tokenizers that disagree on any id have different ones."""
+
+    def encode(self, text: str) -> np.ndarray:
+        """Return the token ids of a text, one-dimensional and without special tokens."""
+        return _joined(self.stream([text]))
 
     def encode_all(self, texts: list[str]) -> list[np.ndarray]:
-        """Encode each of several texts."""
-        return [self.encode(text.encode()) for text in texts]
+        """Return the token ids of each of several texts."""
+        return [self.encode(text) for text in texts]
+
+    @property
+    def rules(self) -> str:
+        """All that determines the tokens of a text."""
+        return self.texts()
+
+    @property
+    def serialised(self) -> str | None:
+        """What `restore_tokenizer` makes the same tokenizer from, if it was made from a text; else None."""
+        return None
+
+    def save(self, path: Path) -> bool:
+        """Write the JSON file that `data.tokenizer` takes. Returns False if it is no tokenizer of the tokenizers library, and has none."""
+        return False
 
 
-class Bytes(_OneByOne):
+class Bytes(Tokenizer):
     """One token per byte: works on any text, with nothing to download."""
 
     vocabulary = 256
-
-    def encode(self, text: bytes) -> np.ndarray:
-        """Return the bytes themselves."""
-        return np.frombuffer(text, np.uint8)
 
     def stream(self, pieces: Iterable[str]) -> Iterator[np.ndarray]:
         """Yield the bytes of each piece."""
@@ -59,7 +93,7 @@ class Bytes(_OneByOne):
         return "bytes"
 
 
-class Characters(_OneByOne):
+class Characters(Tokenizer):
     """One token per distinct character of the given text."""
 
     def __init__(self, pieces: Iterable[str]) -> None:
@@ -74,16 +108,12 @@ class Characters(_OneByOne):
     def __reduce__(self) -> tuple[Any, ...]:
         return Characters, (["".join(self.alphabet)],)
 
-    def encode(self, text: bytes) -> np.ndarray:
-        """Return each character's index in the alphabet.
+    def stream(self, pieces: Iterable[str]) -> Iterator[np.ndarray]:
+        """Yield each character's index in the alphabet.
 
         Raises:
             KeyError: a character is not in the alphabet.
         """
-        return self._encode(decode_text(text))
-
-    def stream(self, pieces: Iterable[str]) -> Iterator[np.ndarray]:
-        """Encode a text that comes in pieces; see `encode` for errors."""
         return map(self._encode, pieces)
 
     def _encode(self, text: str) -> np.ndarray:
@@ -106,7 +136,7 @@ class Characters(_OneByOne):
         return "".join(self.alphabet)
 
 
-class _Fast:
+class _Fast(Tokenizer):
     """A tokenizer of the tokenizers library."""
 
     def __init__(self, tokenizer: Any) -> None:
@@ -116,10 +146,6 @@ class _Fast:
         tokenizer.no_padding()
         self.vocabulary = _ids_end(tokenizer.get_vocab())
 
-    def encode(self, text: bytes) -> np.ndarray:
-        """Return the ids that the library gives to the whole text, without special tokens."""
-        return _joined(self.stream([decode_text(text)]))
-
     def stream(self, pieces: Iterable[str]) -> Iterator[np.ndarray]:
         """Yield the ids of a text that comes in pieces, using all CPUs."""
         return encode_pieces(self._tokenizer, pieces)
@@ -127,7 +153,7 @@ class _Fast:
     def encode_all(self, texts: list[str]) -> list[np.ndarray]:
         """Encode each of several texts, using all CPUs."""
         if any(len(text) > LONG for text in texts):
-            return [self.encode(text.encode()) for text in texts]
+            return super().encode_all(texts)
         return [np.array(encoding.ids, np.uint32) for encoding in self._tokenizer.encode_batch(texts, add_special_tokens=False)]
 
     def texts(self) -> str:
@@ -143,18 +169,14 @@ class _Fast:
         """Return the text, decoded by the library."""
         return self._tokenizer.decode(tokens)
 
-    def save(self, path: Path) -> None:
+    def save(self, path: Path) -> bool:
         """Write the JSON file that `data.tokenizer` takes."""
         self._tokenizer.save(str(path))
+        return True
 
 
 class TokenizersFile(_Fast):
-    """A JSON file of the tokenizers library.
-
-    Attributes:
-        special: its ids of pad, cls, sep and mask; None if it lacks any of them.
-        eos: id of the token that ends a text, found by its usual names; None if there is none.
-    """
+    """A JSON file of the tokenizers library. Its special tokens and eos are found by their usual names."""
 
     def __init__(self, path: str) -> None:
         from tokenizers import Tokenizer as Fast
@@ -168,7 +190,7 @@ class TokenizersFile(_Fast):
         styles = ([self._tokenizer.token_to_id(token) for token in style] for style in SPECIAL_STYLES)
         self.special = next((tuple(ids) for ids in styles if None not in ids), None)
         ends = (self._tokenizer.token_to_id(token) for token in ENDS)
-        self.eos: int | None = next((end for end in ends if end is not None), None)
+        self.eos = next((end for end in ends if end is not None), None)
 
 
 class TrainedBPE(_Fast):
@@ -205,7 +227,7 @@ class TrainedBPE(_Fast):
         return self.rules
 
 
-class SentencePiece(_OneByOne):
+class SentencePiece(Tokenizer):
     """A model file of sentencepiece (or .gz). Line ends are lost, since sentencepiece treats them as spaces."""
 
     def __init__(self, path: str) -> None:
@@ -221,10 +243,10 @@ class SentencePiece(_OneByOne):
             raise DataError(f"data.tokenizer {path} cannot be read ({error}); give a model file of sentencepiece or a .gz of one") from None
         self.vocabulary: int = self._processor.get_piece_size()
 
-    def encode(self, text: bytes) -> np.ndarray:
+    def encode(self, text: str) -> np.ndarray:
         """Encode line by line, as the model was trained."""
         # Passing a list would start a pool of threads at every call, which is fifteen times slower for a single line.
-        return _joined(np.array(self._processor.encode(line, out_type=int), np.uint32) for line in decode_text(text).split("\n"))
+        return _joined(np.array(self._processor.encode(line, out_type=int), np.uint32) for line in text.split("\n"))
 
     def stream(self, pieces: Iterable[str]) -> Iterator[np.ndarray]:
         """Yield the ids of a text that comes in pieces, using all CPUs."""
@@ -241,14 +263,8 @@ class SentencePiece(_OneByOne):
         return self._processor.decode(tokens)
 
 
-class Pretrained(_OneByOne):
-    """A tokenizer of transformers, by name or folder.
-
-    Attributes:
-        special: its ids of pad, cls, sep and mask; None if it lacks any of them.
-        bos: id of the token that it puts before every text; None if it puts none there.
-        eos: id of the token that ends a text; None if it has none.
-    """
+class Pretrained(Tokenizer):
+    """A tokenizer of transformers, by name or folder."""
 
     def __init__(self, name: str) -> None:
         from transformers import AutoTokenizer
@@ -271,13 +287,9 @@ class Pretrained(_OneByOne):
         self._fast = _Fast(backend) if hasattr(backend, "encode_batch") else None
         ids = (own.pad_token_id, own.cls_token_id, own.sep_token_id, own.mask_token_id)
         self.special = None if None in ids else ids
-        self.eos: int | None = own.eos_token_id
+        self.eos = own.eos_token_id
         of_nothing = own("")["input_ids"]
-        self.bos: int | None = of_nothing[0] if of_nothing and of_nothing[0] == own.bos_token_id else None
-
-    def encode(self, text: bytes) -> np.ndarray:
-        """Return the ids of the whole text, without special tokens."""
-        return _joined(self.stream([decode_text(text)]))
+        self.bos = of_nothing[0] if of_nothing and of_nothing[0] == own.bos_token_id else None
 
     def stream(self, pieces: Iterable[str]) -> Iterator[np.ndarray]:
         """Yield the ids of a text that comes in pieces. A tokenizer that is written in Python gets the whole text at once."""
@@ -301,19 +313,6 @@ class Pretrained(_OneByOne):
     def decode(self, tokens: list[int]) -> str:
         """Return the text, decoded by transformers."""
         return self._tokenizer.decode(tokens)
-
-
-def decode_text(text: bytes) -> str:
-    """Decode UTF-8.
-
-    Raises:
-        DataError: the text is not UTF-8; the message gives the line.
-    """
-    try:
-        return text.decode()
-    except UnicodeDecodeError as error:
-        line, why = not_utf8(error)
-        raise DataError(f"line {line}: {why}; save the text as UTF-8") from None
 
 
 def _joined(parts: Iterable[np.ndarray]) -> np.ndarray:

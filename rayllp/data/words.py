@@ -10,56 +10,59 @@ import torch
 from torch import Tensor
 
 from rayllp.config import DataSettings
-from rayllp.data.base import IGNORE, Facts, passes
-from rayllp.data.files import Faults, Rows, bytes_of, refuse_one_class
+from rayllp.data.base import IGNORE, Dataset, DatasetFacts, checksum
+from rayllp.data.files import BadRows, RaggedArray, bytes_of, refuse_one_class
 from rayllp.data.formats import LABEL_COLUMNS, LabelledWord, read_conllu
-from rayllp.data.sampling import Order, select
-from rayllp.data.sources import Table, read_samples, read_splits
+from rayllp.data.sampling import SampleOrder
+from rayllp.data.sources import Files, Table, is_tsv, read_samples, read_splits
 from rayllp.errors import DataError
 
 PADDING, UNKNOWN, FIRST_WORD = 0, 1, 2
 _Sentence = list[LabelledWord]
 
 
-@dataclass(frozen=True)
-class WordBatches:
+@dataclass(frozen=True, kw_only=True)
+class WordBatches(Dataset):
     """Sentences as word ids; targets are the words' labels.
 
     Attributes:
         words: of each split, the word ids of each sentence, or of each piece of one that is too long.
         labels: of each split, the class numbers of these words.
         sequence_length: largest number of words in a piece.
-        order: the order in which training takes its samples.
         index: id of each word of the vocabulary.
-        classes: names of the labels.
-        skipped: how many sentences and labels were left out (data.on_error=skip).
     """
 
-    words: dict[str, Rows]
-    labels: dict[str, Rows]
+    words: dict[str, RaggedArray]
+    labels: dict[str, RaggedArray]
     sequence_length: int
-    order: Order
     index: dict[str, int]
-    classes: tuple[str, ...]
-    skipped: dict[str, int]
 
     @property
-    def facts(self) -> Facts:
+    def facts(self) -> DatasetFacts:
         """Size of the vocabulary, the class names, and the padding id."""
-        return Facts(vocabulary=FIRST_WORD + len(self.index), classes=self.classes, pad=PADDING)
+        return DatasetFacts(vocabulary=FIRST_WORD + len(self.index), classes=self.classes, pad=PADDING)
 
     def batch(self, split: str, step: int, size: int) -> tuple[Tensor, Tensor]:
         """Return word ids and class numbers, both of shape (size, sequence_length)."""
-        indices = select(self.order, split, step, len(self.words[split]), size)
+        indices = self.chosen(split, step, size)
         inputs = self.words[split].padded(indices, self.sequence_length, PADDING)
         # Attention needs at least one token that is not padding, so rows beyond the end hold an unknown word.
         inputs[indices < 0, 0] = UNKNOWN
         targets = self.labels[split].padded(indices, self.sequence_length, IGNORE)
         return torch.from_numpy(inputs), torch.from_numpy(targets)
 
-    def batches(self, split: str, size: int) -> int:
-        """Return the number of batches in one pass through a split."""
-        return passes(len(self.words[split]), size)
+    def count(self, split: str) -> int:
+        """Return the number of sentences, or pieces of them, in a split."""
+        return len(self.words[split])
+
+    def content(self, split: str) -> list[Any]:
+        """Return a split's word ids and class numbers."""
+        return [["words", self.words[split].parts], ["labels", self.labels[split].parts]]
+
+    @property
+    def meaning(self) -> str:
+        """A checksum of what word ids and class numbers stand for."""
+        return checksum([None, list(self.index.items()), self.classes])
 
 
 def load_words(settings: DataSettings, sequence_length: int, seed: int) -> WordBatches:
@@ -70,53 +73,61 @@ def load_words(settings: DataSettings, sequence_length: int, seed: int) -> WordB
 
     Raises:
         DataError: there is no file, it cannot be read, or it has no sentences; a line is broken, or a held-out label does not occur in
-            training, and faults are not skipped.
+            training, and bad rows are not skipped.
     """
-    faults = Faults(settings.on_error == "skip")
-    read = _read_splits(settings, faults)
+    bad_rows = BadRows(settings.on_error == "skip")
+    read = _read_splits(settings, bad_rows)
     index = _number_words(read["train"], settings.min_count)
     classes = tuple(sorted({word.label for sentence in read["train"] for word in sentence}))
     refuse_one_class(classes, f"data.path {settings.path}")
     numbers = {name: number for number, name in enumerate(classes)}
-    words: dict[str, Rows] = {}
-    labels: dict[str, Rows] = {}
+    words: dict[str, RaggedArray] = {}
+    labels: dict[str, RaggedArray] = {}
     for split, sentences in read.items():
         ids = [[index.get(word.word, UNKNOWN) for word in sentence] for sentence in sentences]
-        targets = [_number_labels(sentence, numbers, faults) for sentence in sentences]
-        words[split], labels[split] = Rows.of(_cut(ids, sequence_length)), Rows.of(_cut(targets, sequence_length))
-    return WordBatches(words, labels, sequence_length, Order(seed, settings.sampling), index, classes, faults.counts)
+        targets = [_number_labels(sentence, numbers, bad_rows) for sentence in sentences]
+        words[split], labels[split] = RaggedArray.of(_cut(ids, sequence_length)), RaggedArray.of(_cut(targets, sequence_length))
+    return WordBatches(
+        words=words, labels=labels, sequence_length=sequence_length, order=SampleOrder(seed, settings.sampling), index=index,
+        classes=classes, skipped=bad_rows.counts,
+    )  # fmt: skip
 
 
-def _read_splits(settings: DataSettings, faults: Faults) -> dict[str, list[_Sentence]]:
+def _read_splits(settings: DataSettings, bad_rows: BadRows) -> dict[str, list[_Sentence]]:
     columns = {"data.text_field": settings.text_field, "data.label_field": settings.label_field}
 
-    def read_table(table: Table, limit: int | None) -> list[_Sentence]:
-        make = partial(_of_row, columns=tuple(columns.values()), faults=faults)
-        return read_samples(table, columns, make, lambda sentence: bytes_of(word.word for word in sentence), limit, "words and labels")
+    make = partial(_of_row, columns=tuple(columns.values()), bad_rows=bad_rows)
 
-    def read_file(name: str, what: str, limit: int | None) -> list[_Sentence]:
+    def read(source: Table | Files) -> list[_Sentence]:
+        if isinstance(source, Table) and not is_tsv(source):  # cells of a tsv hold no lists, but a treebank may be called so
+            return read_samples(source, columns, make, _bytes, "words and labels", bad_rows)
         label = "upos" if settings.label_field == "label" else settings.label_field
         if label not in LABEL_COLUMNS:
             raise DataError(f"data.label_field {label!r} is no label of words: set it to one of {', '.join(LABEL_COLUMNS)}")
-        sentences = list(read_conllu(name, what, label, faults, limit))
+        assert source.path is not None
+        sentences = list(read_conllu(source.path, source.setting, label, bad_rows, source.max_bytes))
         if not sentences:
-            left_out = f" ({faults.counts['sentences']} were left out as broken)" if "sentences" in faults.counts else ""
-            raise DataError(f"{what} {name} has no sentence with words{left_out}: give a treebank in CoNLL-U")
+            left_out = f" ({bad_rows.counts['sentences']} were left out as broken)" if "sentences" in bad_rows.counts else ""
+            raise DataError(f"{source.name} has no sentence with words{left_out}: give a treebank in CoNLL-U")
         return sentences
 
     needed = (
         "word classification needs one, a treebank in CoNLL-U (.conllu or .conllu.gz; universaldependencies.org has them for many "
         "languages) or a table with a list of words and one of labels in each row; or data.dataset"
     )
-    return read_splits(settings, read_table, read_file, needed)
+    return read_splits(settings, read, needed)
 
 
-def _of_row(place: str, values: tuple[Any, ...], columns: tuple[str, ...], faults: Faults) -> _Sentence | None:
-    """Return the sentence in a row of a table; None if it has no words, or is broken and faults are skipped."""
+def _bytes(sentence: _Sentence) -> int:
+    return bytes_of(word.word for word in sentence)
+
+
+def _of_row(place: str, values: tuple[Any, ...], columns: tuple[str, ...], bad_rows: BadRows) -> _Sentence | None:
+    """Return the sentence in a row of a table; None if it has no words, or is broken and bad rows are skipped."""
     words, labels = values
     if not isinstance(words, list) or not isinstance(labels, list) or len(words) != len(labels) or None in (*words, *labels):
         fault = f"{place} has no list of words in column {columns[0]!r}, with as many labels in {columns[1]!r}"
-        faults.refuse_or_count("sentences", fault)
+        bad_rows.refuse_or_count("sentences", fault)
         return None
     return [LabelledWord(str(word), str(label), place) for word, label in zip(words, labels, strict=True)] or None
 
@@ -130,11 +141,11 @@ def _number_words(sentences: list[_Sentence], min_count: int) -> dict[str, int]:
     return {word: number for number, word in enumerate(kept, FIRST_WORD)}
 
 
-def _number_labels(sentence: _Sentence, numbers: dict[str, int], faults: Faults) -> list[int]:
-    """Return the class numbers of a sentence's labels; IGNORE for one that does not occur in training, if faults are skipped."""
+def _number_labels(sentence: _Sentence, numbers: dict[str, int], bad_rows: BadRows) -> list[int]:
+    """Return the class numbers of a sentence's labels; IGNORE for one that does not occur in training, if bad rows are skipped."""
     for word in sentence:
         if word.label not in numbers:
-            faults.refuse_or_count("labels", f"{word.place}: label {word.label!r} is in no training sentence")
+            bad_rows.refuse_or_count("labels", f"{word.place}: label {word.label!r} is in no training sentence")
     return [numbers.get(word.label, IGNORE) for word in sentence]
 
 

@@ -97,9 +97,9 @@ class ReplicaBatches:
     def _pass(self, wanted: int) -> tuple[int, int, int]:
         """Return an evaluation's number of batches, samples of each (over all replicas), and samples that count in total."""
         size, replicas = self.config.batch_size, self.config.mesh.data
-        finite = getattr(self.batches, "batches", None)
-        if finite is None:
+        available = self.batches.count("validation")
+        if available is None:
             return wanted or 1, size, (wanted or 1) * size
-        samples = wanted * EVALUATED if wanted else int(finite("validation", 1))
+        samples = wanted * EVALUATED if wanted else available
         size = min(size, -(-samples // replicas) * replicas)
-        return min(int(finite("validation", size)), -(-samples // size)), size, samples
+        return -(-min(samples, available) // size), size, samples

@@ -7,7 +7,7 @@ from typing import Any
 
 from rayllp.config import TrainConfig
 from rayllp.config.network import ANY_ARCHITECTURE
-from rayllp.data.base import Facts
+from rayllp.data.base import DatasetFacts
 from rayllp.errors import DataError, SettingsError
 from rayllp.models.base import Architecture, hidden_matrices
 from rayllp.models.families import FAMILIES, Family
@@ -48,7 +48,7 @@ def register(name: str, family: Family | str) -> None:
     FAMILIES[name] = family
 
 
-def build_architecture(config: TrainConfig, facts: Facts, stored_config: Mapping[str, Any] | None = None) -> Architecture:
+def build_architecture(config: TrainConfig, facts: DatasetFacts, stored_config: Mapping[str, Any] | None = None) -> Architecture:
     """Return the network of `config.model.family`, built for data with these facts.
 
     Args:
@@ -69,7 +69,7 @@ def build_architecture(config: TrainConfig, facts: Facts, stored_config: Mapping
     return Transformer.from_settings(config, facts, stored_config, family)
 
 
-def check_network(config: TrainConfig, facts: Facts, stored_config: Mapping[str, Any] | None = None) -> None:
+def check_network(config: TrainConfig, facts: DatasetFacts, stored_config: Mapping[str, Any] | None = None) -> None:
     """Refuse settings from which no network can be built for data with these facts, or whose metric could not be computed.
 
     Raises:

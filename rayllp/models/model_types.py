@@ -11,7 +11,7 @@ from transformers.models.auto import modeling_auto as auto
 
 from rayllp.config import TrainConfig
 from rayllp.config.network import Task
-from rayllp.data.base import Facts
+from rayllp.data.base import DatasetFacts
 from rayllp.errors import CheckpointError, SettingsError
 from rayllp.hf_config import SIZES, TASKS, count_layers, layer_sources, sizes_in, with_sources
 from rayllp.models.families import Family
@@ -62,7 +62,7 @@ def check_type(model_type: str) -> None:
 
 
 def configuration(
-    settings: TrainConfig, facts: Facts, resumed: Mapping[str, Any] | None, pretrained: Mapping[str, Any] | None, family: Family
+    settings: TrainConfig, facts: DatasetFacts, resumed: Mapping[str, Any] | None, pretrained: Mapping[str, Any] | None, family: Family
 ) -> PreTrainedConfig:
     """Return transformers' configuration of the model.
 
@@ -110,14 +110,14 @@ def at_depth(stored: Mapping[str, Any], settings: TrainConfig) -> dict[str, Any]
     return with_sources(stored, layer_sources(layers, stored_layers, settings.buffers.open, settings.buffers.close))
 
 
-def labels_of(facts: Facts) -> dict[str, Any]:
+def labels_of(facts: DatasetFacts) -> dict[str, Any]:
     """Return transformers' configuration fields for the class names; empty if there are none."""
     if not facts.classes:
         return {}
     return {"id2label": dict(enumerate(facts.classes)), "label2id": {name: i for i, name in enumerate(facts.classes)}}
 
 
-def _check_vocabulary(config: PreTrainedConfig, settings: TrainConfig, facts: Facts) -> None:
+def _check_vocabulary(config: PreTrainedConfig, settings: TrainConfig, facts: DatasetFacts) -> None:
     """Refuse a tokenizer that does not belong to the checkpoint: ids beyond its embedding, or far too few for it."""
     rows, tokens = getattr(config.get_text_config(), "vocab_size", 0), facts.vocabulary
     if rows and tokens and not 0 <= rows - tokens < max(MOST_UNUSED, rows // 20):
@@ -142,7 +142,7 @@ def _check_positions(config: PreTrainedConfig, settings: TrainConfig, unused: in
         raise SettingsError(f"sequence_length {settings.sequence_length} is more than the {room} positions of the checkpoint: lower it")
 
 
-def _new(model_type: str, settings: TrainConfig, facts: Facts, family: Family) -> PreTrainedConfig:
+def _new(model_type: str, settings: TrainConfig, facts: DatasetFacts, family: Family) -> PreTrainedConfig:
     """Return a new configuration of the settings' sizes."""
     model, kind = settings.model, CONFIG_MAPPING[model_type]
     if settings.model.task == "images" and "vision_config" in kind.sub_configs:  # CLIP and the like: only the vision half is trained
@@ -161,7 +161,7 @@ def _new(model_type: str, settings: TrainConfig, facts: Facts, family: Family) -
     return _adapted(_build(kind, fields), settings, facts, family)
 
 
-def _sizes(settings: TrainConfig, facts: Facts, plain: PreTrainedConfig, family: Family) -> dict[str, Any]:
+def _sizes(settings: TrainConfig, facts: DatasetFacts, plain: PreTrainedConfig, family: Family) -> dict[str, Any]:
     """Return the settings' sizes under the field names that this kind of configuration uses."""
     model, known = settings.model, set(vars(plain)) | set(type(plain).attribute_map)
     inner = model.feed_forward or int(model.width * family.feed_forward)
@@ -205,7 +205,7 @@ def _layers(plain: PreTrainedConfig, settings: TrainConfig, inner: int) -> dict[
     return {"num_layers": encoder, "num_decoder_layers": decoder, "d_kv": model.width // heads}
 
 
-def _tokens(facts: Facts, plain: PreTrainedConfig) -> dict[str, int | None]:
+def _tokens(facts: DatasetFacts, plain: PreTrainedConfig) -> dict[str, int | None]:
     """Return the data's token ids as configuration fields. Defaults that lie beyond the vocabulary are replaced."""
     if not facts.vocabulary:
         return {}
@@ -219,7 +219,7 @@ def _tokens(facts: Facts, plain: PreTrainedConfig) -> dict[str, int | None]:
     return {name: value for name, value in fields.items() if name in vars(plain)}
 
 
-def _adapted(config: PreTrainedConfig, settings: TrainConfig, facts: Facts, family: Family) -> PreTrainedConfig:
+def _adapted(config: PreTrainedConfig, settings: TrainConfig, facts: DatasetFacts, family: Family) -> PreTrainedConfig:
     """Set the fields that the run decides rather than the checkpoint: class names, token ids, dropout."""
     for name, value in vars(config).items():
         if "drop" in name and isinstance(value, float):

@@ -19,7 +19,7 @@ from transformers import PreTrainedConfig
 
 from rayllp.channel.base import StateSpec
 from rayllp.config import TrainConfig
-from rayllp.data.base import IGNORE, Facts, Inputs
+from rayllp.data.base import IGNORE, DatasetFacts, Inputs
 from rayllp.errors import SettingsError
 from rayllp.hf_config import read_config, transformers_config
 from rayllp.models import model_types
@@ -80,7 +80,7 @@ class Transformer(Architecture):
         self,
         config: PreTrainedConfig,
         settings: TrainConfig,
-        facts: Facts,
+        facts: DatasetFacts,
         pretrained: Mapping[str, Any] | None = None,
         family: Family | None = None,
     ) -> None:
@@ -101,7 +101,7 @@ class Transformer(Architecture):
 
     @classmethod
     def from_settings(
-        cls, settings: TrainConfig, facts: Facts, stored_config: Mapping[str, Any] | None = None, family: Family | None = None
+        cls, settings: TrainConfig, facts: DatasetFacts, stored_config: Mapping[str, Any] | None = None, family: Family | None = None
     ) -> Self:
         """Return the adapter for these settings and data.
 

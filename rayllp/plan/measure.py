@@ -46,7 +46,7 @@ def engine_alone(config: TrainConfig, data: Batches, device: str = "cpu") -> Eng
         whole["mgrit"]["levels"] = {"forward": 1, "backward": 1}
     alone = {"workers": 1, "mesh": {"data": 1}, "batch_size": config.replica_batch, "nested": {}, "mode": "serial"}
     small = TrainConfig.model_validate(whole | alone)
-    architecture = build_architecture(small, data.facts)  # type: ignore[attr-defined]  # a data set of ours
+    architecture = build_architecture(small, data.facts)
     channel = LocalChannel.alone()
     return Engine(architecture, small, data, channel, channel, torch.device(device))
 

@@ -114,7 +114,9 @@ class Driver:
         self.journal.rewind(step)
         while True:
             try:
-                shares = self.workers.start(self.state.network(), self.batches or self.data)
+                batches = self.batches or self.data
+                assert batches is not None  # `prepare` has loaded the data set unless there are batches
+                shares = self.workers.start(self.state.network(), batches)
                 if newest is not None:
                     step = self.state.restore_from_newest(candidates, newest, built=True)
                 break
@@ -147,7 +149,7 @@ class Driver:
         config = self.state.current_config
         network = config.model.family if self.model is None else type(self.model).__name__
         parameters = sum(share["parameters"] for share in shares) // config.mesh.data
-        left_out = getattr(self.data, "skipped", {})
+        left_out = {} if self.data is None else self.data.skipped
         line = describe_run(config, network, parameters, self.workers.device, self.run.path, left_out)
         return f"{line}; {describe_stage(self.state.stage, self.run_config)}" if self.run_config.nested.factors else line
 

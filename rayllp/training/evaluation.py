@@ -5,10 +5,9 @@ They are done in parts of about a second, so that progress is shown and the run 
 
 import time
 from collections.abc import Callable
-from typing import Any
 
 from rayllp.config import EvalSettings
-from rayllp.data import Batches, TextBatches
+from rayllp.data import Batches, Dataset, PairBatches, TextBatches
 from rayllp.report import Journal, RunDirectory
 from rayllp.training.checkpointing import Checkpointer
 from rayllp.training.worker_group import WorkerGroup
@@ -32,7 +31,7 @@ class Evaluator:
     """
 
     def __init__(
-        self, run: RunDirectory, workers: WorkerGroup, checkpointer: Checkpointer, settings: EvalSettings, data: Any,
+        self, run: RunDirectory, workers: WorkerGroup, checkpointer: Checkpointer, settings: EvalSettings, data: Dataset | None,
         batches: Batches | None, stopped: Callable[[], bool] = bool,
     ) -> None:  # fmt: skip
         self.run, self.workers, self.checkpointer, self.settings = run, workers, checkpointer, settings
@@ -56,9 +55,11 @@ class Evaluator:
         """
         settings, sample = self.settings, ""
         # A stream of text may be very long, so by default it is not evaluated to its end.
-        finite = hasattr(self.batches or self.data, "batches") and not getattr(self.data, "is_stream", False)
-        batches = settings.final_batches or (0 if finite else settings.batches)
-        metrics = self._measure(step, journal, batches, settings.final_translate)
+        batches = self.batches or self.data
+        assert batches is not None
+        finite = batches.count("validation") is not None and not batches.is_stream
+        wanted = settings.final_batches or (0 if finite else settings.batches)
+        metrics = self._measure(step, journal, wanted, settings.final_translate)
         if metrics and isinstance(self.data, TextBatches) and settings.sample:
             prompt = [int(token) for token in self.data.tokens["validation"][:16]]
             journal.progress("sample", 0, settings.sample)
@@ -72,7 +73,7 @@ class Evaluator:
         metrics = self._losses(journal, batches)
         if metrics is None:
             return {}
-        bleu = self._bleu(journal, translations) if translations and hasattr(self.data, "references") else None
+        bleu = self._bleu(self.data, journal, translations) if translations and isinstance(self.data, PairBatches) else None
         if self._stopped():
             return {}
         if bleu is not None:
@@ -93,10 +94,10 @@ class Evaluator:
             journal.progress("evaluation", done, size)
         return metrics
 
-    def _bleu(self, journal: Journal, sentences: int) -> float | None:
+    def _bleu(self, data: PairBatches, journal: Journal, sentences: int) -> float | None:
         from sacrebleu import corpus_bleu
 
-        references = self.data.references("validation")[:sentences]
+        references = data.references("validation")[:sentences]
         translations: list[str] = []
         while len(translations) < len(references):
             if self._stopped():

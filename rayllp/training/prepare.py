@@ -15,7 +15,7 @@ from rayllp.channel.mpi import check_mpi
 from rayllp.checkpoint import MANIFEST, Folder, check_writable, checkpoints, locate
 from rayllp.checkpoint.run_metadata import TOKENIZER_JSON, read_data_json, read_model_json
 from rayllp.config import MAY_DIFFER, TrainConfig, load_run_config
-from rayllp.data import Batches
+from rayllp.data import Batches, Dataset
 from rayllp.data.record import DataRecord, load_recorded
 from rayllp.engine.block import PARAMETER_DTYPES
 from rayllp.engine.check_draws import check_draws
@@ -139,11 +139,12 @@ def validate(
         return None
     check_family(config)
     loaded = load_known(config, run, resume_from)
+    assert loaded.data is not None
     check_network(config, loaded.data.facts, loaded.stored_config)
     return loaded
 
 
-def load_known(config: TrainConfig, run: RunDirectory | None, resume_from: Sequence[Folder] = (), data: Any = None) -> Loaded:
+def load_known(config: TrainConfig, run: RunDirectory | None, resume_from: Sequence[Folder] = (), data: Dataset | None = None) -> Loaded:
     """Load a run's data set and configuration, with the tokenizer that the run began with.
 
     Args:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 from rayllp.config import TrainConfig
+from rayllp.data import Dataset
 from rayllp.data.record import DataRecord
 from rayllp.hf_config import with_layers
 from rayllp.models import FAMILIES, Architecture, Family, LayerStack
@@ -41,13 +42,13 @@ class Loaded(NamedTuple):
     """What was loaded because the settings name it.
 
     Attributes:
-        data: the data set.
+        data: the data set; None if the data are the user's own.
         stored_config: the transformers configuration that a resumed run has stored.
         record: describes the data, so that a resumed run can recognise them.
         changed: splits of the data that differ from those that the run began with.
     """
 
-    data: Any
+    data: Dataset | None
     stored_config: dict[str, Any] | None
     record: DataRecord | None = None
     changed: tuple[str, ...] = ()

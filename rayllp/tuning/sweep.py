@@ -8,7 +8,7 @@ from typing import Any, Literal
 from pydantic import Field, PrivateAttr, ValidationError, model_validator
 
 from rayllp.config import Settings, TrainConfig, kind_in, kind_of_setting, make_config, read_yaml, set_value, setting_names
-from rayllp.data.base import Facts
+from rayllp.data.base import DatasetFacts
 from rayllp.errors import CheckpointError, DataError, SettingsError
 from rayllp.models import check_network
 from rayllp.tuning.space import Space
@@ -93,7 +93,7 @@ class Sweep(Settings):
 
     _base: dict[str, Any] = PrivateAttr(default_factory=dict)
     _space: Space = PrivateAttr()
-    _facts: Facts | None = PrivateAttr(None)
+    _facts: DatasetFacts | None = PrivateAttr(None)
 
     @property
     def parameters(self) -> Space:
@@ -160,7 +160,7 @@ class Sweep(Settings):
             return None
         return make_config(config.model_dump(mode="json") | {"workers": cluster.workers, "mesh": {"data": 1}}, source="on the cluster")
 
-    def know(self, facts: Facts) -> None:
+    def know(self, facts: DatasetFacts) -> None:
         """Tell the sweep what is known of the data of all trials, so that `problem` can also check that networks fit them."""
         self._facts = facts
 

@@ -10,7 +10,7 @@ from rayllp.errors import DataError
 
 
 @dataclass(frozen=True)
-class DecodedImages:
+class LazyImages:
     """A stand-in for a uint8 array of pixels of shape (images, C, H, W), decoded on access.
 
     Attributes:
@@ -37,9 +37,14 @@ class DecodedImages:
     def __len__(self) -> int:
         return len(self.numbers)
 
-    def narrowed(self, chosen: Any) -> "DecodedImages":
+    @property
+    def identity(self) -> list[Any]:
+        """What identifies the images: the datasets library's fingerprint instead of the pixels, which may be larger than memory."""
+        return [str(getattr(self.rows, "_fingerprint", "")), self.column, self.numbers]
+
+    def narrowed(self, chosen: Any) -> "LazyImages":
         """Return some of the images (chosen by a slice or a mask), still in their files."""
-        return DecodedImages(self.rows, self.column, self.decode, self.source, self.numbers[chosen], self.image)
+        return LazyImages(self.rows, self.column, self.decode, self.source, self.numbers[chosen], self.image)
 
     def __getitem__(self, chosen: Any) -> Any:
         """Decode the images at these indices into one array; a slice or a mask returns `narrowed` instead.

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rayllp.data.tokenizer import Tokenizer
+from rayllp.data.tokenizer_kinds import Tokenizer
 
 RESERVED = 4
 
@@ -37,12 +37,12 @@ class SpecialTokens:
     @classmethod
     def of(cls, tokenizer: Tokenizer) -> "SpecialTokens":
         """Return the special tokens that go with a tokenizer."""
-        own, size = getattr(tokenizer, "special", None), tokenizer.vocabulary
+        own, size = tokenizer.special, tokenizer.vocabulary
         pad, begin, sep, mask = own or range(RESERVED)
         offset = 0 if own else RESERVED
         return cls(tokenizer, pad, begin, sep, mask, offset, size + offset)
 
-    def encode(self, text: bytes) -> np.ndarray:
+    def encode(self, text: str) -> np.ndarray:
         """Return the ids of a text, int64, without any special token."""
         return self.tokenizer.encode(text).astype(np.int64) + self.offset
 

@@ -5,15 +5,18 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any, TypeVar
 
 from rayllp.config import DataSettings
 from rayllp.data.cache import stamp
-from rayllp.data.files import Faults, NoTextError, locate, read_text_file
+from rayllp.data.files import BadRows, NoTextError, local_path, read_text_file
 from rayllp.errors import DataError
 
 Item = TypeVar("Item")
+HELD_OUT_SPLITS = ("validation", "valid", "val", "dev", "test")
+"""Names under which data may hold out some themselves, the most likely one first."""
 TABLES = {
     "json": (".json", ".jsonl", ".ndjson"), "csv": (".csv", ".tsv"), "parquet": (".parquet",), "arrow": (".arrow",),
 }  # fmt: skip
@@ -79,8 +82,8 @@ class Split:
             if column not in existing:
                 raise DataError(f"{self.source} has no column {column!r}: set {setting} to one of {existing}")
 
-    def rows(self, *columns: str, label: str | None = None, at_once: int = ROWS_AT_ONCE) -> Iterator[tuple[Any, ...]]:
-        """Yield each row's values in these columns.
+    def rows(self, *columns: str, label: str | None = None, at_once: int = ROWS_AT_ONCE) -> Iterator[tuple[str, tuple[Any, ...]]]:
+        """Yield each row's place, for errors, and its values in these columns.
 
         Args:
             columns: names of the columns.
@@ -92,32 +95,29 @@ class Split:
         """
         chosen = [*columns] if label is None else [*columns, label]
         names = () if label is None else self.labels(label)
+        number = count()
         for some in self._guarded(self.loaded.select_columns(chosen).iter(batch_size=at_once)):
             values = [some[column] for column in chosen]
             if names:
                 values[-1] = _name(values[-1], names)
-            yield from zip(*values, strict=True)
+            for row in zip(*values, strict=True):
+                yield f"{self.source} row {next(number)}", row
 
-    def placed_rows(self, *columns: str, label: str | None = None, at_once: int = ROWS_AT_ONCE) -> Iterator[tuple[str, tuple[Any, ...]]]:
-        """Yield each row's place, for errors, and its values; see `rows`."""
-        for number, values in enumerate(self.rows(*columns, label=label, at_once=at_once)):
-            yield f"{self.source} row {number}", values
-
-    def texts(self, setting: str, column: str, faults: Faults) -> Iterator[str]:
+    def texts(self, setting: str, column: str, bad_rows: BadRows) -> Iterator[str]:
         """Yield the texts of a column.
 
         Raises:
-            DataError: there is no such column, or it holds something other than text; or a row is empty and faults are not skipped.
+            DataError: there is no such column, or it holds something other than text; or a row is empty and bad rows are not skipped.
         """
         self.require({setting: column})
-        for number, (text,) in enumerate(self.rows(column)):
+        for place, (text,) in self.rows(column):
             if isinstance(text, str):
                 yield text
                 continue
-            where = f"{self.source} row {number}: column {column!r} holds {'nothing' if text is None else type(text).__name__}, not text"
+            where = f"{place}: column {column!r} holds {'nothing' if text is None else type(text).__name__}, not text"
             if text is not None:
                 raise DataError(f"{where}: set {setting} to a column of strings")
-            faults.refuse_or_count("rows", where)
+            bad_rows.refuse_or_count("rows", where)
 
     def _guarded(self, rows: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         """Turn any error while rows are read into a DataError that names the data set."""
@@ -142,38 +142,30 @@ class Split:
         return f"{type(error).__name__}: {error or cause}"
 
 
-def load_split(settings: DataSettings, *names: str, stream: bool = False, what: str | None = None) -> Split | None:
-    """Return the first of these splits that the data set has; None if it has none. A folder saved from a single split has just train.
+def load_split(settings: DataSettings, setting: str, name: str, *, stream: bool = False, what: str | None = None) -> Split:
+    """Return one split. A folder saved from a single split has just train.
 
     Args:
         settings: name the data set.
-        names: names of splits.
+        setting, name: the split, and the setting that names it.
         stream: the rows are read just once, in order, so local files need not be copied into the library's cache.
         what: the data set, for errors, where a setting other than data.dataset and data.path names it.
 
     Raises:
-        DataError: the data set cannot be loaded, or is streamed without data.max_bytes.
+        DataError: the data set cannot be loaded, is streamed without data.max_bytes, or has no such split.
     """
-    splits = load_splits(settings, stream=stream, what=what)
-    for name in names:
-        if name in splits:
-            return Split(f"{what or named(settings)}, split {name},", splits[name], _place(settings)[2])
-    return None
+    splits, what = load_splits(settings, stream=stream, what=what), what or named(settings)
+    if name not in splits:
+        raise DataError(f"{what} has no split {name}, but {', '.join(splits)}: set {setting}, or choose another data set or data.subset")
+    return Split(f"{what}, split {name},", splits[name], _place(settings)[2])
 
 
-def load_named(settings: DataSettings, setting: str, name: str, *, stream: bool = False, what: str | None = None) -> Split:
-    """Return the split that a setting names.
-
-    Raises:
-        DataError: there is no such split (the message lists those there are); see also `load_split`.
-    """
-    split = load_split(settings, name, stream=stream, what=what)
-    if split is None:
-        names = ", ".join(load_splits(settings, stream=True))
-        raise DataError(
-            f"{what or named(settings)} has no split {name}, but {names}: set {setting}, or choose another data set or data.subset"
-        )
-    return split
+def own_held_out(settings: DataSettings, training: str, *, stream: bool = True) -> str | None:
+    """Return the name of the split that a data set holds out itself, beside the one to train on; None if it has none."""
+    if _place(settings)[2].is_file():
+        return None
+    splits = load_splits(settings, stream=stream)
+    return next((name for name in HELD_OUT_SPLITS if name in splits and name != training), None)
 
 
 def named(settings: DataSettings) -> str:
@@ -262,7 +254,7 @@ def load_splits(settings: DataSettings, *, stream: bool, what: str | None = None
 def _place(settings: DataSettings) -> tuple[str, str, Path]:
     """Return the setting that names the data set, its value, and that value as a path."""
     setting, name = ("data.dataset", settings.dataset) if settings.dataset else ("data.path", settings.path)
-    return setting, str(name), locate(str(name), setting)
+    return setting, str(name), local_path(str(name), setting)
 
 
 @contextmanager
