@@ -199,3 +199,5 @@ def test_what_cannot_be_is_refused_in_words():
         problem = WindowProblem(Placement.cyclic(4, 1), windows, Layers(weights()), StateSpec.of(start()))
         with pytest.raises(SettingsError, match=words):
             WindowSolver(problem, WindowOptions(sweeps=sweeps), Communicator(LocalChannel.alone(), TAG))
+    with pytest.raises(SettingsError, match="worker 0 is to begin the solve and has no initial state"):
+        solve_in_order((0, 0), Layers(weights()), Communicator(LocalChannel.alone(), TAG), None, StateSpec.of(start()))

@@ -165,9 +165,9 @@ class RecomputingPropagator(ForwardPropagator):
         """Return the graph of a layer. It is recorded now, with those of the layers from the last kept state on, in place of all others."""
         if layer not in self.graphs:
             self.graphs.clear()
-            if layer not in self._kept and self.bound.block.device.type == "cpu":  # else perhaps for a coarse step, of this layer only
-                return_freed_memory()
             start = max(n for n in self._kept if n <= layer)
+            if start < layer and self.bound.block.device.type == "cpu":  # more than the one layer that a coarse step needs
+                return_freed_memory()
             state = self._kept[start]
             for n in range(start, layer + 1):
                 self.graphs[n], state = record_graph(self.bound, n, state)

@@ -96,7 +96,7 @@ class MGRITSolver:
         """Do one V-cycle or F-cycle from level `depth` down.
 
         With one iteration and a coarse initial guess, no cycle is done at all: `propagate_coarsely` and the last sweep are the whole solve.
-        Nor does `mode: adaptive` come here by default: its default solver is `WindowSolver` (`windows.py`).
+        Nor does the default of `mode: adaptive` come here, `solver: windows`: that is `WindowSolver` (`windows.py`).
         """
         if depth == len(self.grids) - 1:
             self.solve_coarsest()
