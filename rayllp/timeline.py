@@ -109,9 +109,9 @@ class Timeline:
     def begin_solve(self, solve: str) -> Callable[[str, int], None]:
         """Assign what follows to this solve. Returns the function to be called with phase and level as each phase begins."""
         self.solve = solve
-        return self._enter
+        return self._begin_phase
 
-    def _enter(self, phase: str, level: int) -> None:
+    def _begin_phase(self, phase: str, level: int) -> None:
         self.phase, self.level = phase, level
 
     def add(self, begin: float, kind: str, layer: int | None = None, phase: tuple[str, str, int] | None = None) -> None:

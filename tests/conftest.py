@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from rayllp.channel import LocalChannel, run_workers
+from rayllp.channel import LocalChannel, MessageTag, run_workers
 from rayllp.config import DataSettings, make_config
 from rayllp.control import Controller, Probe
 from rayllp.data import load_data
@@ -74,6 +74,12 @@ def make_engine(config, layer_channel=None, data_channel=None):
     architecture = build_architecture(config, data.facts)
     layer_channel, data_channel = layer_channel or LocalChannel.alone(), data_channel or LocalChannel.alone()
     return Engine(architecture, config, data, layer_channel, data_channel, torch.device("cpu"))
+
+
+def how_it_went(solution, channel):
+    """How a solve converged, over all workers of the channel, each of which calls this."""
+    shares = solution.residuals
+    return shares.convergence(channel.all_reduce(shares.flat, MessageTag(0, "residuals")))
 
 
 def train_engine(engine, steps, first=0):

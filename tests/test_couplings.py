@@ -5,8 +5,9 @@ import torch
 
 from rayllp.channel import run_workers
 from rayllp.channel.base import StateSpec
-from rayllp.mgrit.couplings import choose_windows, exact_step_cost, solve_with_couplings, window_step_cost
-from rayllp.mgrit.windows import Placement, windows_in_words
+from rayllp.mgrit import Communicator
+from rayllp.mgrit.couplings import solve_with_couplings
+from rayllp.mgrit.windows import Placement, cut_windows, exact_step_cost, window_step_cost, windows_in_words
 from tests.test_windows import TAG, Layers, N, solve, start, weights
 
 
@@ -36,7 +37,14 @@ def measured(workers, adjoint=False):
         propagator = Steep(states if adjoint else None)
         initial = first if channel.rank == source else None
         return solve_with_couplings(
-            placement, propagator, channel, initial, StateSpec.of(first), TAG, source=source, destination=destination, adjoint=adjoint
+            placement.owners,
+            propagator,
+            Communicator(channel, TAG),
+            initial,
+            StateSpec.of(first),
+            source=source,
+            destination=destination,
+            adjoint=adjoint,
         )
 
     found = run_workers(workers, work)
@@ -70,7 +78,7 @@ def test_a_coupling_is_what_a_layer_loses_if_it_is_evaluated_a_layer_too_early(w
 def test_windows_cut_by_couplings_are_more_accurate_than_as_many_of_equal_length():
     couplings = measured(1)[1][1:].tolist()
     exact = serial()[-1]
-    windows = choose_windows(couplings, 8, 1)
+    windows = cut_windows(couplings, 8, 1)
     assert windows[:2] == (1, 1)
     assert max(windows) == 8
     equal = [N // len(windows) + (n < N % len(windows)) for n in range(len(windows))]
@@ -79,12 +87,12 @@ def test_windows_cut_by_couplings_are_more_accurate_than_as_many_of_equal_length
 
 
 def test_windows_are_as_long_as_their_error_allows():
-    assert choose_windows([0.0] * 15, 8, 1) == (8, 8)
-    assert choose_windows([0.0] * 15, 5, 1) == (5, 5, 5, 1)
-    assert choose_windows([1.0] * 3, 4, 1) == (1, 1, 1, 1)
-    assert choose_windows([0.09, 0.09, 0.001], 4, 1) == (2, 2)  # the third layer of a window would be wrong by two couplings
-    assert choose_windows([0.09, 0.09, 0.001], 4, 2) == (4,)  # 0.27² / 2 is less than 0.1
-    assert choose_windows([float("nan"), float("inf"), 0.001], 4, 1) == (1, 1, 2)
+    assert cut_windows([0.0] * 15, 8, 1) == (8, 8)
+    assert cut_windows([0.0] * 15, 5, 1) == (5, 5, 5, 1)
+    assert cut_windows([1.0] * 3, 4, 1) == (1, 1, 1, 1)
+    assert cut_windows([0.09, 0.09, 0.001], 4, 1) == (2, 2)  # the third layer of a window would be wrong by two couplings
+    assert cut_windows([0.09, 0.09, 0.001], 4, 2) == (4,)  # 0.27² / 2 is less than 0.1
+    assert cut_windows([float("nan"), float("inf"), 0.001], 4, 1) == (1, 1, 2)
 
 
 def test_what_a_step_costs():

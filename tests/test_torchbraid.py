@@ -12,9 +12,9 @@ import torch
 
 from rayllp.config import make_config
 from rayllp.control import Controller
-from rayllp.engine import engine as engine_module
+from rayllp.engine import gradients as gradients_module
+from rayllp.engine.propagators import AdjointPropagator, record_graph
 from rayllp.engine.torchbraid_solver import check_installed
-from rayllp.engine.trajectory import AdjointPropagator
 from rayllp.errors import ChannelError, SettingsError
 from rayllp.state import like, tensors
 from tests.conftest import make_engine, merge, run_mpi_processes, tiny
@@ -86,16 +86,15 @@ class Theirs(AdjointPropagator):
     """Coarse adjoint steps linearised where TorchBraid does: at C-points after the last sweep; for one worker and one adjoint iteration."""
 
     def step(self, layer, state):
-        graphs, trajectory = self.trajectory.graphs, self.trajectory
         if layer == 0:
             return super().step(layer, state)
-        graph = trajectory._graph(layer, like(state, tuple(part.detach() for part in graphs[layer - 1].outputs)))
+        graph, _ = record_graph(self.forward.bound, layer, like(state, self.forward.graphs[layer - 1].outputs))
         return like(state, torch.autograd.grad(graph.outputs, graph.inputs, tensors(state)))
 
 
 def compare_linearised(world, ways):
     before = [gradients for *_, gradients in compare(world, ways)]
-    engine_module.AdjointPropagator = Theirs
+    gradients_module.AdjointPropagator = Theirs
     return list(zip(before, (gradients for *_, gradients in compare(world, ways)), strict=True))
 
 
@@ -127,7 +126,7 @@ def test_training_with_dropout_buffers_and_accumulation():
 
 def broken(world, config):
     engine = make_engine(config, world.channel(0, 60.0))
-    engine.block.layers[engine.block.middle.start + 3].forward = None  # cannot be called
+    engine.block.layers[engine.block.middle[3]].forward = None  # cannot be called
     with pytest.raises(ChannelError) as caught:
         engine.train_step(0, Controller(config).chosen)
     return str(caught.value)

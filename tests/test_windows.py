@@ -6,8 +6,10 @@ import torch
 from rayllp.channel import LocalChannel, run_workers
 from rayllp.channel.base import MessageTag, StateSpec
 from rayllp.errors import SettingsError
-from rayllp.mgrit import Propagator, Status
-from rayllp.mgrit.windows import Placement, WindowSolver, equal_windows, solve_in_order
+from rayllp.mgrit import Communicator, Propagator, Status
+from rayllp.mgrit.relay import solve_in_order
+from rayllp.mgrit.windows import Placement, WindowOptions, WindowProblem, WindowSolver, equal_windows
+from tests.conftest import how_it_went
 
 N, WIDTH = 16, 5
 TAG = MessageTag(0, "forward")
@@ -57,8 +59,8 @@ def solve(workers, window, sweeps, make=None, *, adjoint=False, source=0, begin=
         propagator = make() if make else Layers(matrices)
         initial = (start() if begin is None else begin) if channel.rank == source else None
         windows = equal_windows(N, window) if isinstance(window, int) else window
-        solver = WindowSolver(placement, windows, sweeps, propagator, channel, StateSpec.of(start()), TAG, adjoint=adjoint)
-        return solver.solve(initial, source), propagator
+        problem = WindowProblem(placement, windows, propagator, StateSpec.of(start()), adjoint)
+        return WindowSolver(problem, WindowOptions(sweeps=sweeps), Communicator(channel, TAG)).solve(initial, source), propagator
 
     found = run_workers(workers, work)
     inputs = {layer: state for _, propagator in found for layer, state in propagator.last.items()}
@@ -152,9 +154,9 @@ def test_changes_of_the_size_of_rounding_are_converged():
     matrices, placement = weights(), Placement.cyclic(N, 4)
 
     def work(channel, rounding):
-        solver = WindowSolver(placement, (N,), 8, Rounded(matrices), channel, StateSpec.of(start()), TAG, rounding=rounding)
-        result = solver.solve(start() if channel.rank == 0 else None, 0)
-        return result.residuals.sum_over(channel, TAG)
+        problem = WindowProblem(placement, (N,), Rounded(matrices), StateSpec.of(start()))
+        solver = WindowSolver(problem, WindowOptions(sweeps=8, rounding=rounding), Communicator(channel, TAG))
+        return how_it_went(solver.solve(start() if channel.rank == 0 else None, 0), channel)
 
     (plain, *_), (found, *others) = (run_workers(4, lambda channel, r=r: work(channel, r)) for r in (0.0, 2.0**-8))
     assert found.convergence_factor == 0
@@ -178,7 +180,7 @@ def test_in_order_is_the_serial_solve(workers):
 
     def work(channel):
         initial = start() if channel.rank == 0 else None
-        return solve_in_order(placement, Layers(matrices), channel, initial, StateSpec.of(start()), TAG)
+        return solve_in_order(placement.owners, Layers(matrices), Communicator(channel, TAG), initial, StateSpec.of(start()))
 
     *others, output = run_workers(workers, work)
     assert all(other is None for other in others)
@@ -194,5 +196,8 @@ def test_what_cannot_be_is_refused_in_words():
         ((), 1, "no window"),
         ((4,), 0, "0 sweeps"),
     ):
+        problem = WindowProblem(Placement.cyclic(4, 1), windows, Layers(weights()), StateSpec.of(start()))
         with pytest.raises(SettingsError, match=words):
-            WindowSolver(Placement.cyclic(4, 1), windows, sweeps, Layers(weights()), LocalChannel.alone(), StateSpec.of(start()), TAG)
+            WindowSolver(problem, WindowOptions(sweeps=sweeps), Communicator(LocalChannel.alone(), TAG))
+    with pytest.raises(SettingsError, match="worker 0 is to begin the solve and has no initial state"):
+        solve_in_order((0, 0), Layers(weights()), Communicator(LocalChannel.alone(), TAG), None, StateSpec.of(start()))

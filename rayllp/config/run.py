@@ -347,7 +347,6 @@ class RunSettings(Settings):
             initial_guess=settings.initial_guess,
             tolerance=settings.tolerance,
             rounding=self.rounding,
-            keep_states=False,
             # If one direction has a single level, it has no intervals, and needs the graphs of single layers from the other direction.
             batched=settings.batched and min(settings.levels.forward, settings.levels.backward) > 1,
         )

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from rayllp.config import Relaxation, TrainConfig
 from rayllp.control.records import Accuracy
-from rayllp.mgrit.couplings import choose_windows, exact_step_cost, window_step_cost
+from rayllp.mgrit.windows import cut_windows, exact_step_cost, window_step_cost
 
 Couplings = tuple[float, ...] | None
 
@@ -27,7 +27,7 @@ class Ladder:
         if rung.serial or couplings is None:
             return rung
         sweeps = min(rung.iterations_forward, rung.iterations_backward)
-        return replace(rung, windows=choose_windows(couplings, self.config.longest_window, sweeps))
+        return replace(rung, windows=cut_windows(couplings, self.config.longest_window, sweeps))
 
     def cost(self, index: int, couplings: Couplings) -> float:
         """Return the time of a step in evaluations of a layer. It serves to choose windows before steps by them can be timed.

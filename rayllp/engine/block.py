@@ -26,7 +26,9 @@ class Block:
 
     Attributes:
         layers: the owned layers by index in the whole network, with the buffers of the first and last worker.
-        middle: indices of the owned middle layers, ascending. They are consecutive if the placement is in blocks.
+        solved: the owned middle layers as solvers count them, from the first middle layer on, ascending. They are consecutive if the
+            placement is in blocks.
+        middle: the same layers' indices in the whole network.
         draws: True if pieces draw random numbers in training, which are then frozen within a step.
         watched: None, or a dict that collects the last input of each layer for the first sample of the global batch.
         stacks: stacked weights of middle layers, for calls of several layers at once.
@@ -38,7 +40,8 @@ class Block:
         self.architecture, self.config, self.device = architecture, config, device
         self.dtype = PARAMETER_DTYPES[config.dtype]
         self.first, self.last = rank == 0, rank == config.layer_workers - 1
-        self.middle = tuple(config.buffers.open + layer for layer in config.layers_of(rank))
+        self.solved = tuple(config.layers_of(rank))
+        self.middle = tuple(map(self.index, self.solved))
         self.open = range(config.buffers.open) if self.first else range(0)
         self.close = range(config.model.layers - config.buffers.close, config.model.layers) if self.last else range(0)
         seed = config.seed
@@ -62,6 +65,10 @@ class Block:
         self.draws = architecture.stochastic is not False and not config.compile
         if config.compile:
             self._compile()
+
+    def index(self, layer: int) -> int:
+        """Return the index in the whole network of a middle layer that is counted as solvers do, from the first middle layer on."""
+        return layer + self.config.buffers.open
 
     def _place(self, module: nn.Module) -> nn.Module:
         return module.to(device=self.device, dtype=self.dtype).eval()
@@ -259,15 +266,16 @@ class BoundBlock:
                 stack.enter_context(FrozenRandomness((block.config.seed, self.step, piece), self.samples))
             yield
 
-    def layer(self, index: int, state: State) -> State:
-        """Return x + Δt·(block(x) − x) for layer `index`; just block(x) if Δt = 1."""
-        return self.run_layer(index, self.block.callable[index], state)
+    def layer(self, index: int, state: State, module: nn.Module | None = None) -> State:
+        """Return x + Δt·(block(x) − x) for layer `index`; just block(x) if Δt = 1.
 
-    def run_layer(self, index: int, module: nn.Module, state: State) -> State:
-        """Return what `layer` returns, with `module` as the layer, which may be another worker's."""
+        Args:
+            module: called as the layer, in place of this worker's own.
+        """
         block, size = self.block, self.block.config.step_sizes[index]
         self._watch(index, state)
         with self._context(index):
+            module = block.callable[index] if module is None else module
             after = block.architecture.advance(index, module, state, self.context, block.common)
         return after if size == 1 else interpolate(state, after, size)
 

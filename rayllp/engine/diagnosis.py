@@ -4,16 +4,17 @@ import torch
 
 from rayllp.channel.base import MessageTag
 from rayllp.engine.batch import StepBatch
+from rayllp.engine.block import BoundBlock
 from rayllp.engine.exact_forward import ExactForward
-from rayllp.engine.trajectory import ExactPropagator, Trajectory
+from rayllp.engine.propagators import ExactPropagator
 from rayllp.state import State, tensors
 
 
 class _Checking(ExactPropagator):
     """The exact forward, which keeps the first layer whose output is not finite."""
 
-    def __init__(self, trajectory: Trajectory) -> None:
-        super().__init__(trajectory)
+    def __init__(self, bound: BoundBlock) -> None:
+        super().__init__(bound)
         self.fault: int | None = None
 
     def step(self, layer: int, state: State) -> State:
@@ -47,13 +48,13 @@ def _fault_of_forward(forward: ExactForward, batch: StepBatch) -> tuple[int, int
     with torch.no_grad():
         bound = block.bind(batch.step, batch.samples, batch.inputs, training=True)
         entered = bound.enter(batch.inputs) if block.first else None
-        checking = _Checking(forward.trajectory(bound))
+        checking = _Checking(bound)
         # All workers take part in the solve, whatever they find, since others wait for their messages.
         output = forward.propagate(checking, entered, forward.group.spec(batch.inputs), MessageTag(batch.step, "diagnosis"))
         if entered is not None and not is_finite(entered):
             return 0, -1, "embedding or opening buffers: their output is not finite"
         if checking.fault is not None:
-            layer = checking.fault + config.buffers.open
+            layer = block.index(checking.fault)
             return 0, layer, f"layer {layer}: its output is not finite"
         if output is not None:
             outputs = bound.leave(output)

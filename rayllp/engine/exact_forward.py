@@ -8,11 +8,11 @@ from torch import Tensor
 
 from rayllp.channel.base import MessageTag, StateSpec
 from rayllp.data.base import Inputs
-from rayllp.engine.block import BoundBlock
 from rayllp.engine.layer_group import LayerGroup
-from rayllp.engine.trajectory import ExactPropagator, Trajectory
+from rayllp.engine.propagators import ExactPropagator
 from rayllp.mgrit import Communicator, MGRITSolver, Problem
-from rayllp.mgrit.windows import Placement, solve_in_order
+from rayllp.mgrit.relay import solve_in_order
+from rayllp.mgrit.windows import Placement
 from rayllp.state import State, tensors
 
 
@@ -48,13 +48,8 @@ class ExactForward:
             if past is not None:
                 *others, shape = spec.shapes
                 spec = replace(spec, shapes=(*others, torch.Size((shape[0], shape[1] - past.known, *shape[2:]))))
-            output = self.propagate(ExactPropagator(self.trajectory(bound)), entered, spec, tag)
+            output = self.propagate(ExactPropagator(bound), entered, spec, tag)
             return bound.leave(output, last_only=last_only) if output is not None else None
-
-    @staticmethod
-    def trajectory(bound: BoundBlock) -> Trajectory:
-        """Return the trajectory of one exact forward, which records nothing."""
-        return Trajectory(bound, frozenset((0,)), recompute=True)
 
     def propagate(self, propagator: ExactPropagator, entered: State | None, spec: StateSpec, tag: MessageTag) -> State | None:
         """Take a state through all middle layers.
@@ -67,8 +62,7 @@ class ExactForward:
 
         Returns: the state after the last middle layer, on the last worker; None on all others.
         """
+        communicator = Communicator(self.group.channel, tag)
         if self._placement is not None:
-            return solve_in_order(self._placement, propagator, self.group.channel, entered, spec, tag)
-        problem = Problem(self._hierarchy, propagator, spec)
-        solver = MGRITSolver(problem, self._options, Communicator(self.group.channel, tag))
-        return solver.solve(entered).output
+            return solve_in_order(self._placement.owners, propagator, communicator, entered, spec)
+        return MGRITSolver(Problem(self._hierarchy, propagator, spec), self._options, communicator).solve(entered).output

@@ -15,10 +15,10 @@ from rayllp.engine.consistency import Consistency, Interval
 from rayllp.engine.in_order import InOrderGradients
 from rayllp.engine.layer_group import LayerGroup
 from rayllp.engine.pipeline import Pipeline, PlainAutograd, exact_method
+from rayllp.engine.propagators import AdjointPropagator, ForwardPropagator, RecomputingPropagator
 from rayllp.engine.step_gradients import StepGradients, add_embedding_gradients, in_parts, loss_and_seed
 from rayllp.engine.step_solves import StepSolves
 from rayllp.engine.torchbraid_solver import TorchBraidSolver
-from rayllp.engine.trajectory import AdjointPropagator, ForwardPropagator, Trajectory
 from rayllp.engine.window_gradients import WindowGradients
 from rayllp.mgrit import Problem
 from rayllp.state import detach
@@ -75,19 +75,19 @@ class LayerParallelGradients:
         with group.channel.prepost_receives((solves.accuracy, spec) if solves.has_fixed_messages else None):
             with group.span("enter"):
                 entered = bound.enter(batch.inputs) if block.first else None
-            trajectory = Trajectory(bound, solves.c_points, block.config.recompute)
-            deferred = trajectory.deferred
+            propagator = (RecomputingPropagator if block.config.recompute else ForwardPropagator)(bound, solves.c_points)
+            deferred = propagator.deferred
             # Forward solve. Its last sweep records graphs, apart from those of the runs that it defers.
-            problem = Problem(solves.forward, ForwardPropagator(trajectory), spec)
+            problem = Problem(solves.forward, propagator, spec)
             u0 = None if entered is None else detach(entered)
-            forward = group.solve(problem, solves.forward_options, MessageTag(step, "forward"), u0, defer_to=deferred)
+            forward = group.solve_by_mgrit(problem, solves.forward_options, MessageTag(step, "forward"), u0, defer_to=deferred)
             with group.span("loss"):
                 loss, seed = torch.zeros((), device=group.device), None
                 if block.last:
                     loss, seed = loss_and_seed(bound, forward.output, batch.targets, batch.scale)
             # Adjoint solve, from λ_N. Its last sweep forms parameter gradients. While it waits for messages, deferred runs are recorded.
-            problem = Problem(solves.adjoint, AdjointPropagator(trajectory, penalty), spec)
-            backward = group.solve(problem, solves.adjoint_options, MessageTag(step, "adjoint"), seed, while_waiting=deferred)
+            problem = Problem(solves.adjoint, AdjointPropagator(propagator, penalty), spec)
+            backward = group.solve_by_mgrit(problem, solves.adjoint_options, MessageTag(step, "adjoint"), seed, while_waiting=deferred)
         add_embedding_gradients(group, entered, backward.output)
         return StepGradients(loss, forward.residuals, backward.residuals, penalty)
 
@@ -153,8 +153,7 @@ def make_penalty(block: Block, solves: StepSolves, weight: float) -> Consistency
         solves: how the step is solved, which says where the intervals are.
         weight: the penalty's weight μ.
     """
-    start = block.middle[0] - block.config.buffers.open
-    stop, c = start + len(block.middle), solves.interval
+    start, stop, c = block.solved[0], block.solved[-1] + 1, solves.interval
     intervals = {n: Interval(n, min(n + c, stop), solves.forward_options.coarse_step_weight) for n in range(start, stop, c)}
     value = torch.zeros((), dtype=torch.float64, device=block.device)
     return Consistency(weight / block.config.batch_size, intervals, value)

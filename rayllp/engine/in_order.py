@@ -21,8 +21,8 @@ from rayllp.engine.block import Block, BoundBlock
 from rayllp.engine.consistency import Consistency
 from rayllp.engine.layer_group import LayerGroup
 from rayllp.engine.pipeline import count_microbatches, slices
+from rayllp.engine.propagators import Graph, input_gradients, record_graph
 from rayllp.engine.step_gradients import StepGradients, add_embedding_gradients, in_parts, loss_and_seed
-from rayllp.engine.trajectory import Graph, input_gradients, record_graph
 from rayllp.mgrit.windows import Placement
 from rayllp.state import State, detach, like, tensors
 from rayllp.timeline import TimedChannel
@@ -118,14 +118,9 @@ class InOrderGradients:
     def _record(self, microbatch: _Microbatch, layer: int, state: State) -> State:
         """Return the state after a layer, and keep the layer's graph, or with recomputation only its input."""
         with self.group.span("forward"):
-            graph = record_graph(microbatch.bound, self._index(layer), state)
-        after = like(state, tuple(part.detach() for part in graph.outputs))
+            graph, after = record_graph(microbatch.bound, layer, state)
         microbatch.graphs[layer] = Graph(graph.inputs, ()) if self.block.config.recompute else graph
         return after
-
-    def _index(self, layer: int) -> int:
-        """Return the layer's number in the whole network."""
-        return layer + self.block.config.buffers.open
 
     def _loss(self, microbatch: _Microbatch) -> Tensor:
         """Return the loss of one microbatch. Its gradient at the last middle layer's output takes the place of the microbatch's state."""
@@ -173,8 +168,8 @@ class InOrderGradients:
         graph = microbatch.graphs.pop(layer)
         with self.group.span("adjoint"):
             if not graph.outputs:
-                graph = record_graph(microbatch.bound, self._index(layer), like(lam, graph.inputs))
-            leaves = self.block.leaves(self._index(layer))
+                graph, _ = record_graph(microbatch.bound, layer, like(lam, graph.inputs))
+            leaves = self.block.leaves(self.block.index(layer))
             if later is None:
                 torch.autograd.backward(graph.outputs, tensors(lam), inputs=[*graph.inputs, *leaves])
                 return like(lam, input_gradients(graph.inputs))

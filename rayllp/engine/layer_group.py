@@ -1,8 +1,8 @@
 """One worker's end of its layer group: its block of layers, the channel to the other blocks, and how they solve together."""
 
-from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from typing import TypeVar
 
 import torch
 
@@ -11,10 +11,12 @@ from rayllp.control import Accuracy
 from rayllp.data.base import Inputs
 from rayllp.engine.block import Block
 from rayllp.engine.step_solves import StepSolves, without_penalties
-from rayllp.mgrit import Communicator, DeferredSweeps, MGRITSolver, Problem, Propagator, Solution, SolverOptions
-from rayllp.mgrit.windows import Placement, WindowSolver
+from rayllp.mgrit import Communicator, DeferredSweeps, MGRITSolver, PhaseListener, Problem, Solution, SolverOptions
+from rayllp.mgrit.windows import WindowOptions, WindowProblem, WindowSolver
 from rayllp.state import State, tensors
 from rayllp.timeline import TimedChannel, TimedPropagator, Timeline, span_on
+
+AnyProblem = TypeVar("AnyProblem", Problem, WindowProblem)
 
 
 class LayerGroup:
@@ -52,7 +54,7 @@ class LayerGroup:
             self._specs[shapes] = self.block.architecture.state_spec(inputs, self.block.dtype, self.device)
         return self._specs[shapes]
 
-    def solve(
+    def solve_by_mgrit(
         self,
         problem: Problem,
         options: SolverOptions,
@@ -75,33 +77,36 @@ class LayerGroup:
         Raises:
             ChannelError: a message did not arrive in time.
         """
-        channel, on_phase = self.channel, None
-        if self.timeline is not None:
-            channel = TimedChannel(channel, self.timeline)
-            problem = replace(problem, propagator=TimedPropagator(problem.propagator, self.timeline, tag.solve))
-            on_phase = self.timeline.begin_solve(tag.solve)
-        solver = MGRITSolver(problem, options, Communicator(channel, tag, while_waiting), on_phase)
-        return solver.solve(u0, defer_to=defer_to)
+        problem, communicator, on_phase = self._timed(problem, tag, while_waiting)
+        return MGRITSolver(problem, options, communicator, on_phase).solve(u0, defer_to=defer_to)
 
-    def window_solver(
-        self,
-        placement: Placement,
-        propagator: Propagator,
-        windows: Sequence[int],
-        sweeps: int,
-        spec: StateSpec,
-        tag: MessageTag,
-        *,
-        adjoint: bool = False,
-    ) -> WindowSolver:
-        """Return a solver by windows (see `WindowSolver`) that records its spans if there is a timeline."""
-        channel, on_phase = self.channel, None
-        if self.timeline is not None:
-            channel, propagator = TimedChannel(channel, self.timeline), TimedPropagator(propagator, self.timeline, tag.solve)
-            on_phase = self.timeline.begin_solve(tag.solve)
-        return WindowSolver(
-            placement, windows, sweeps, propagator, channel, spec, tag, adjoint=adjoint, rounding=self.config.rounding, on_phase=on_phase
-        )
+    def solve_by_windows(
+        self, problem: WindowProblem, options: WindowOptions, tag: MessageTag, initial: State | None, *, source: int
+    ) -> Solution:
+        """Solve by windows on all workers of the group.
+
+        Args:
+            problem: the equations to solve.
+            options: how to solve them.
+            tag: names the solve in errors.
+            initial: the state that the solve begins with, on worker `source`.
+            source: rank of the worker that has it.
+
+        Raises:
+            ChannelError: a message did not arrive in time.
+        """
+        problem, communicator, on_phase = self._timed(problem, tag)
+        return WindowSolver(problem, options, communicator, on_phase).solve(initial, source)
+
+    def _timed(
+        self, problem: AnyProblem, tag: MessageTag, while_waiting: DeferredSweeps | None = None
+    ) -> tuple[AnyProblem, Communicator, PhaseListener | None]:
+        """Return what a solver takes, with its spans recorded if there is a timeline."""
+        if self.timeline is None:
+            return problem, Communicator(self.channel, tag, while_waiting), None
+        problem = replace(problem, propagator=TimedPropagator(problem.propagator, self.timeline, tag.solve))
+        communicator = Communicator(TimedChannel(self.channel, self.timeline), tag, while_waiting)
+        return problem, communicator, self.timeline.begin_solve(tag.solve)
 
     def span(self, solve: str, kind: str = "compute") -> AbstractContextManager[None]:
         """Return a context whose content is recorded as one span on the timeline, if there is one."""

@@ -60,10 +60,10 @@ class StageModule(nn.Module):
 
         The intervals are the penalty's, or else c_f layers each, from the block's first middle layer on.
         """
-        middle, c, offset = self.block.middle, self.block.config.fine_coarsening, self.block.config.buffers.open
+        block, middle, c = self.block, self.block.middle, self.block.config.fine_coarsening
         if self.penalty is not None:
             for start, interval in self.penalty.intervals.items():
-                yield range(start + offset, interval.stop + offset), self.penalty.hooks(start)
+                yield range(block.index(start), block.index(interval.stop)), self.penalty.hooks(start)
             return
         for start in range(middle[0], middle[-1] + 1, c):
             yield range(start, min(start + c, middle[-1] + 1)), None

@@ -96,7 +96,7 @@ class TorchBraidSolver:
         self._noticing = _Noticing()
         for module in (odenet_apps, torchbraid_app):
             module.traceback = self._noticing
-        steps = [partial(self._step, config.buffers.open + n) for n in range(N)]
+        steps = [partial(self._step, block.index(n)) for n in range(N)]
         levels, c = config.mgrit.levels, config.mgrit.coarsening
         self.solver = LayerParallel(
             channel.comm.Dup(), steps, [1] * N, float(N), max_fwd_levels=levels.forward, max_bwd_levels=levels.backward, max_iters=1
@@ -111,7 +111,6 @@ class TorchBraidSolver:
         for app in (solver.fwd_app, solver.bwd_app):
             app.setDevice(block.device)
             app.trainNetwork()
-        self.residuals: tuple[float, float] = (0.0, 0.0)
 
     def _step(self, index: int) -> _Step:
         """Return layer `index`: this worker's own, or memory for a neighbour's layer.
@@ -122,7 +121,7 @@ class TorchBraidSolver:
         if mine is None:
             layer = self.block.architecture.build(index, self.block.config.seed)
             mine = layer.to(device=self.block.device, dtype=self.block.dtype)
-        return _Step(mine, lambda x: self.bound.run_layer(index, mine, x))
+        return _Step(mine, lambda x: self.bound.layer(index, x, mine))
 
     @contextmanager
     def _surfaced(self, what: str) -> Iterator[None]:

@@ -50,7 +50,7 @@ def count_flops(group: LayerGroup, inputs: Inputs) -> float:
     with torch.no_grad(), attention, FlopCounterMode(display=False) as counter:
         state = bound.enter(one) if block.first else spec.zeros()
         for index in block.middle:
-            state = bound.run_layer(index, block.layers[index], state)
+            state = bound.layer(index, state, block.layers[index])
         if block.last:
             bound.leave(state)
     return 3.0 * counter.get_total_flops()

@@ -1,5 +1,7 @@
 """Gradients by windows, where neighbouring layers are on different workers and are solved together (`rayllp/mgrit/windows.py`)."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -7,10 +9,11 @@ from rayllp.channel.base import MessageTag
 from rayllp.engine.batch import StepBatch
 from rayllp.engine.consistency import Consistency
 from rayllp.engine.layer_group import LayerGroup
+from rayllp.engine.propagators import AdjointPropagator, ForwardPropagator, RecomputingPropagator
 from rayllp.engine.step_gradients import StepGradients, add_embedding_gradients, in_parts, loss_and_seed
-from rayllp.engine.trajectory import AdjointPropagator, ForwardPropagator, Trajectory
+from rayllp.mgrit import Communicator
 from rayllp.mgrit.couplings import solve_with_couplings
-from rayllp.mgrit.windows import Placement
+from rayllp.mgrit.windows import Placement, WindowOptions, WindowProblem
 from rayllp.state import detach
 
 
@@ -34,22 +37,20 @@ class WindowGradients:
             with group.span("enter"):
                 entered = bound.enter(batch.inputs) if block.first else None
             recompute = block.config.recompute
-            trajectory = Trajectory(bound, frozenset(self.placement.owned(group.channel.rank)) if recompute else frozenset(), recompute)
-            tag = MessageTag(batch.step, "forward")
+            propagator = RecomputingPropagator(bound, checkpoints={*block.solved}) if recompute else ForwardPropagator(bound)
+            # Forward solve. Its last sweep records graphs.
+            problem = WindowProblem(self.placement, accuracy.windows, propagator, spec)
+            options = WindowOptions(sweeps=accuracy.iterations_forward, rounding=group.config.rounding)
             u0 = None if entered is None else detach(entered)
-            solver = group.window_solver(
-                self.placement, ForwardPropagator(trajectory), accuracy.windows, accuracy.iterations_forward, spec, tag
-            )
-            forward = solver.solve(u0, source=0)
+            forward = group.solve_by_windows(problem, options, MessageTag(batch.step, "forward"), u0, source=0)
             with group.span("loss"):
                 loss, seed = torch.zeros((), device=group.device), None
                 if block.last:
                     loss, seed = loss_and_seed(bound, forward.output, batch.targets, batch.scale)
-            tag = MessageTag(batch.step, "adjoint")
-            solver = group.window_solver(
-                self.placement, AdjointPropagator(trajectory), accuracy.windows, accuracy.iterations_backward, spec, tag, adjoint=True
-            )
-            backward = solver.solve(seed, source=last)
+            # Adjoint solve, from λ_N. Its last sweep forms parameter gradients.
+            problem = WindowProblem(self.placement, accuracy.windows, AdjointPropagator(propagator), spec, adjoint=True)
+            options = replace(options, sweeps=accuracy.iterations_backward)
+            backward = group.solve_by_windows(problem, options, MessageTag(batch.step, "adjoint"), seed, source=last)
         add_embedding_gradients(group, entered, backward.output)
         return StepGradients(loss, forward.residuals, backward.residuals, penalty)
 
@@ -64,16 +65,14 @@ class WindowGradients:
         group, block = self.group, self.group.block
         bound = block.bind(batch.step, batch.samples, batch.inputs, training=True)
         spec, last = group.spec(batch.inputs), group.channel.size - 1
-        trajectory = Trajectory(bound, frozenset(), recompute=False)
-        tag = MessageTag(batch.step, "forward")
+        propagator = ForwardPropagator(bound)
         u0 = detach(bound.enter(batch.inputs)) if block.first else None
-        output, forward = solve_with_couplings(
-            self.placement, ForwardPropagator(trajectory), group.channel, u0, spec, tag, source=0, destination=last
-        )
+        communicator = Communicator(group.channel, MessageTag(batch.step, "forward"))
+        output, forward = solve_with_couplings(self.placement.owners, propagator, communicator, u0, spec, source=0, destination=last)
         seed = loss_and_seed(bound, output, batch.targets, batch.scale)[1] if block.last else None
-        tag = MessageTag(batch.step, "adjoint")
+        communicator = Communicator(group.channel, MessageTag(batch.step, "adjoint"))
         _, adjoint = solve_with_couplings(
-            self.placement, AdjointPropagator(trajectory), group.channel, seed, spec, tag, source=last, destination=0, adjoint=True
+            self.placement.owners, AdjointPropagator(propagator), communicator, seed, spec, source=last, destination=0, adjoint=True
         )
         group.channel.finish()
         return torch.stack([forward, adjoint.roll(1)])

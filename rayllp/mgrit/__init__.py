@@ -3,13 +3,13 @@
 This package knows no model, no Ray and no torch.distributed: a model appears here as a `Propagator`, the other workers as a `Channel`.
 """
 
-from rayllp.mgrit.communicator import Communicator
+from rayllp.mgrit.communicator import Communicator, PhaseListener
 from rayllp.mgrit.deferred import DeferredRun, DeferredSweeps
 from rayllp.mgrit.hierarchy import Hierarchy, Level, build_hierarchy, split_evenly
 from rayllp.mgrit.options import SolverOptions
 from rayllp.mgrit.propagator import CoarseOperator, Identity, Propagator, Rediscretised, coarse_operator
 from rayllp.mgrit.result import Convergence, ResidualShares, Solution, Status, convergence_factor, judge
-from rayllp.mgrit.solver import MGRITSolver, PhaseListener, Problem
+from rayllp.mgrit.solver import MGRITSolver, Problem
 from rayllp.state import State
 
 __all__ = [

@@ -1,5 +1,6 @@
 """Messages between the workers of one solve, and the deferred work that a worker does while it waits for them."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -8,8 +9,8 @@ from rayllp.channel.base import Channel, MessageTag, StateSpec
 from rayllp.mgrit.deferred import DeferredSweeps
 from rayllp.state import State
 
-FORWARD = MessageTag(step=0, solve="forward")
-"""The tag of a forward solve outside of training."""
+PhaseListener = Callable[[str, int], None]
+"""Called with the name and the level of each phase of a solve as it begins."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,7 @@ class Communicator:
     """
 
     channel: Channel
-    tag: MessageTag = FORWARD
+    tag: MessageTag
     while_waiting: DeferredSweeps | None = None
 
     @property

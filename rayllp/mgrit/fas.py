@@ -30,10 +30,10 @@ class FASRightHandSide:
     coarse_steps: dict[int, State] = field(default_factory=dict)
     fine_arrivals: dict[int, State] = field(default_factory=dict)
 
-    def leave(self, k: int, state: State) -> State:
+    def subtract_coarse(self, k: int, state: State) -> State:
         """Return the result of step k minus Φ_c(u_k), as it is handed to point k + 1. Without τ the result is returned unchanged."""
         return subtract(state, self.coarse_steps[k]) if k in self.coarse_steps else state
 
-    def arrive(self, k: int, state: State) -> State:
+    def add_fine(self, k: int, state: State) -> State:
         """Return the new value of point k: what step k − 1 has handed over, plus w_k. Without τ that is returned unchanged."""
         return add(state, self.fine_arrivals[k]) if k in self.fine_arrivals else state

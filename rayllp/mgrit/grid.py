@@ -5,6 +5,7 @@ one coarse interval that a worker owns: consecutive points, of which only the fi
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from rayllp.channel.base import StateSpec
 from rayllp.mgrit.communicator import Communicator
@@ -13,9 +14,6 @@ from rayllp.mgrit.fas import FASRightHandSide
 from rayllp.mgrit.hierarchy import Level
 from rayllp.mgrit.propagator import CoarseOperator, EvaluationCache
 from rayllp.state import State
-
-Step = Callable[[int], State]
-Steps = Callable[[Sequence[int]], list[State]]
 
 
 class Grid:
@@ -61,36 +59,29 @@ class Grid:
         """Return Φ_j(state): a layer's step on the finest level, the coarse operator on all others."""
         layer = self.level.layers[j]
         if self.depth == 0:
-            # Only these can be asked for again: coarse levels evaluate the layers at C-points, from the same states.
-            step = self.cache.cached_step if j in self.level.is_c_point else self.cache.step
-            return step(layer, state)
-        return self.operator(lambda x: self.cache.cached_step(layer, x), state, self.level.ratios[j])
+            # Only a step from a C-point can be asked for again, by a coarse level. In the adjoint solve a coarse level's layer is that of
+            # an interval's last F-point. Steps from there must not be cached: they would push out what the coarse level still needs.
+            source = self.cache if j in self.level.is_c_point else self.cache.propagator
+            return source.step(layer, state)
+        return self.operator(partial(self.cache.step, layer), state, self.level.ratios[j])
 
-    def advance(self, j: int) -> State:
-        """Take step j from u_j. What it returns is handed to the owner of point j + 1, which turns it into u_{j+1} by `arrive`."""
-        return self.tau.leave(j, self.apply(j, self.values[j]))
+    def advance(self, j: int, *, last: bool = False) -> State:
+        """Take step j from u_j. What it returns is handed to the owner of point j + 1, where `tau.add_fine` makes it u_{j+1}.
 
-    def advance_all(self, points: Sequence[int]) -> list[State]:
+        Args:
+            last: take it in the last sweep, where the propagator records the layer's graph or forms its parameter gradients.
+        """
+        if last:
+            return self.cache.last_step(self.level.layers[j], self.values[j])
+        return self.tau.subtract_coarse(j, self.apply(j, self.values[j]))
+
+    def advance_all(self, points: Sequence[int], *, last: bool = False) -> list[State]:
         """Take the steps of several points, in one call if the level is batched and none of their evaluations may be cached."""
         layers = [self.level.layers[j] for j in points]
         if not self.batched or len(points) < 2 or self.cache.may_hold(layers):
-            return [self.advance(j) for j in points]
-        return self.cache.steps(layers, [self.values[j] for j in points])
-
-    def last_advance(self, j: int) -> State:
-        """Take step j from u_j in the last sweep, where the propagator records the layer's graph or forms its parameter gradients."""
-        return self.cache.last_step(self.level.layers[j], self.values[j])
-
-    def last_advance_all(self, points: Sequence[int]) -> list[State]:
-        """Take the steps of several points in the last sweep, in one call if none of their evaluations may be cached."""
-        layers = [self.level.layers[j] for j in points]
-        if self.cache.may_hold(layers):
-            return [self.last_advance(j) for j in points]
-        return self.cache.last_steps(layers, [self.values[j] for j in points])
-
-    def arrive(self, j: int, state: State) -> State:
-        """Return u_j, given what step j − 1 has handed over. Adds the FAS right-hand side where this level has one."""
-        return self.tau.arrive(j, state)
+            return [self.advance(j, last=last) for j in points]
+        steps = self.cache.propagator.last_steps if last else self.cache.propagator.steps
+        return steps(layers, [self.values[j] for j in points])
 
     def send(self, state: State, j: int, phase: str) -> None:
         """Send the result of step j − 1 to the owner of point j."""
@@ -109,8 +100,7 @@ class Grid:
             but_last: leave out the last interval. There is no C-point after it, so nothing depends on its F-points during an iteration.
         """
         last = self.level.c_points[-1] if but_last else self.level.size
-        runs = [run for run in self.runs if run.start < last]
-        self._sweep(self.advance, self.advance_all, "relaxation", runs, to_the_end=False)
+        self._sweep([run for run in self.runs if run.start < last])
 
     def c_relax(self) -> None:
         """C-relaxation: compute new values at all C-points, from the F-points before them."""
@@ -123,12 +113,12 @@ class Grid:
             self.send(self.advance(self.points.stop - 1), self.points.stop, phase)
         inner = [run.start for run in self.runs[1:]]
         for point, state in zip(inner, self.advance_all([point - 1 for point in inner]), strict=True):
-            arrived[point] = self.arrive(point, state)
+            arrived[point] = self.tau.add_fine(point, state)
         if self.points and self.points.start > 0 and self.points.start in c_points:
-            arrived[self.points.start] = self.arrive(self.points.start, self.receive(self.points.start, phase))
+            arrived[self.points.start] = self.tau.add_fine(self.points.start, self.receive(self.points.start, phase))
         return arrived
 
-    def solve(self, step: Step | None = None, phase: str = "coarse solve") -> None:
+    def solve(self, step: Callable[[int], State] | None = None, phase: str = "coarse solve") -> None:
         """Solve this level serially: all points in order, starting from point 0. Each worker waits for the one before it.
 
         Args:
@@ -139,17 +129,16 @@ class Grid:
         for j in self.points:
             if j > 0:
                 state = step(j - 1) if j - 1 in self.points else self.receive(j, phase)
-                self.values[j] = self.arrive(j, state)
+                self.values[j] = self.tau.add_fine(j, state)
         if self.points and self.points.stop < self.level.size:
             self.send(step(self.points.stop - 1), self.points.stop, phase)
 
-    def last_sweep(self, keep: bool = True, defer_to: DeferredSweeps | None = None) -> State | None:
+    def last_sweep(self, defer_to: DeferredSweeps | None = None) -> State | None:
         """Do the last F-relaxation, in which the propagator records graphs (forward) or forms parameter gradients (adjoint).
 
-        It takes the last step of every interval, too.
+        It takes the last step of every interval, too. Each value is dropped once the next one is computed.
 
         Args:
-            keep: keep the values at F-points. If False, each is dropped once the next one is computed.
             defer_to: collects the runs whose last step leads neither to another worker nor out of the last layer, instead of sweeping them
                 now. Intervals that are swept side by side are never deferred. None: nothing is deferred.
 
@@ -159,13 +148,13 @@ class Grid:
         if defer_to is None or self.whole_intervals(self.runs):
             deferrable = []
         now = [run for run in self.runs if run not in deferrable]
-        output = self._sweep(self.last_advance, self.last_advance_all, "last sweep", now, to_the_end=True, keep=keep)
+        output = self._sweep(now, last=True)
         for run in deferrable:
             assert defer_to is not None
-            self._defer(run, defer_to, keep)
+            self._defer(run, defer_to)
         return output
 
-    def _defer(self, run: range, defer_to: DeferredSweeps, keep: bool) -> None:
+    def _defer(self, run: range, defer_to: DeferredSweeps) -> None:
         """Defer a run's last sweep, or drop it if the propagator never needs it.
 
         The run's first value is received now, since messages from one worker have to be received in the order in which they were sent.
@@ -175,12 +164,11 @@ class Grid:
 
         def evaluate(layer: int) -> None:
             j = run.start + layer - first
-            if j == run[-1]:
-                self.last_advance(j)
-            else:
-                self._step_within(self.last_advance, run, j, keep)
+            state = self.advance(j, last=True)
+            if j != run[-1]:
+                self._set_next(j, state, last=True)
 
-        if self.cache.defer(first, self.values[run.start]):
+        if self.cache.propagator.defer(first, self.values[run.start]):
             defer_to.add(DeferredRun(range(first, first + len(run)), evaluate))
 
     def whole_intervals(self, runs: Sequence[range]) -> list[range]:
@@ -190,16 +178,15 @@ class Grid:
         """
         return self.level.alike(runs) if self.batched else []
 
-    def _sweep(self, step: Step, steps: Steps, phase: str, runs: list[range], *, to_the_end: bool, keep: bool = True) -> State | None:
-        """Sweep these runs. Returns the state after the level's last step, on the worker that takes it and only if `to_the_end`."""
+    def _sweep(self, runs: list[range], *, last: bool = False) -> State | None:
+        """Sweep these runs. Returns the state after the level's last step, on the worker that takes it and only in the last sweep."""
         # The last run goes first: its end is what the next worker waits for. The first run, which may have to wait, goes last.
         output, whole = None, self.whole_intervals(runs)
         for run in reversed(runs):
             if run not in whole:
-                self._await_start(run, phase)
-                state = self._sweep_run(step, phase, run, to_the_end=to_the_end, keep=keep)
+                state = self._sweep_run(run, last=last)
             elif run is whole[-1]:
-                state = self._sweep_together(steps, whole, to_the_end, keep)
+                state = self._sweep_together(whole, last=last)
             else:
                 continue
             output = state if run.stop == self.level.size else output
@@ -212,39 +199,38 @@ class Grid:
     def _await_start(self, run: range, phase: str) -> None:
         """Receive the run's first value, if its interval began on the worker before."""
         if run.start not in self.level.is_c_point:
-            self.values[run.start] = self.arrive(run.start, self.receive(run.start, phase))
+            self.values[run.start] = self.tau.add_fine(run.start, self.receive(run.start, phase))
 
-    def _sweep_run(self, step: Step, phase: str, run: range, *, to_the_end: bool, keep: bool) -> State | None:
+    def _sweep_run(self, run: range, *, last: bool) -> State | None:
         """Take the steps of one run, a worker's stretch of an interval, and send the result on where the interval goes on elsewhere.
 
-        Returns: the state after the run's last step, if `to_the_end` or if the interval continues on the next worker; otherwise None.
+        Returns: the state after the run's last step, in the last sweep or if the interval continues on the next worker; otherwise None.
         """
+        phase = "last sweep" if last else "relaxation"
+        self._await_start(run, phase)
         for j in run[:-1]:
-            self._step_within(step, run, j, keep)
+            self._set_next(j, self.advance(j, last=last), last=last)
         leads_on = self._leads_on(run)
-        if not (leads_on or to_the_end):
+        if not (leads_on or last):
             return None
-        state = step(run[-1])
+        state = self.advance(run[-1], last=last)
         if leads_on:
             self.send(state, run.stop, phase)
         return state
 
-    def _step_within(self, step: Step, run: range, j: int, keep: bool) -> None:
-        """Take step j, which leads from one point of the run to the next."""
-        self.values[j + 1] = self.arrive(j + 1, step(j))
-        if not keep and j > run.start:
+    def _set_next(self, j: int, state: State, *, last: bool) -> None:
+        """Make what step j returned the value of the next point. In the last sweep, which needs no value twice, the one at j is dropped."""
+        self.values[j + 1] = self.tau.add_fine(j + 1, state)
+        if last:
             del self.values[j]
 
-    def _sweep_together(self, steps: Steps, runs: list[range], to_the_end: bool, keep: bool) -> State | None:
+    def _sweep_together(self, runs: list[range], *, last: bool) -> State | None:
         """Sweep whole intervals of equal length side by side, one step of each in a call.
 
-        Returns: the state after the last step of the last interval, if `to_the_end`; otherwise None.
+        Returns: the state after the last step of the last interval, in the last sweep; otherwise None.
         """
-        length = len(runs[0])
-        for i in range(length - 1):
+        for i in range(len(runs[0]) - 1):
             points = [run[i] for run in runs]
-            for j, state in zip(points, steps(points), strict=True):
-                self.values[j + 1] = self.arrive(j + 1, state)
-                if not keep and i > 0:
-                    del self.values[j]
-        return steps([run[-1] for run in runs])[-1] if to_the_end else None
+            for j, state in zip(points, self.advance_all(points, last=last), strict=True):
+                self._set_next(j, state, last=last)
+        return self.advance_all([run[-1] for run in runs], last=True)[-1] if last else None

@@ -12,7 +12,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from itertools import accumulate, groupby, pairwise
+from itertools import groupby, pairwise
 from typing import NamedTuple
 
 from rayllp.errors import SettingsError
@@ -25,7 +25,7 @@ class Level:
     Attributes:
         layers: by step, the layer whose operator the step evaluates.
         owners: by step, the worker that owns this layer, and with it the point where the step begins.
-        ratios: by step, its length over the step size of its layer (1 on the finest level).
+        ratios: by step, its length over that of a fine step: the number of layers that it goes over (1 on the finest level).
         c_points: the points that begin coarse intervals, of which the first is 0. On the coarsest level only point 0.
     """
 
@@ -142,54 +142,41 @@ def split_evenly(layers: int, workers: int) -> tuple[int, ...]:
     return tuple(layers // workers + (p < layers % workers) for p in range(workers))
 
 
-def build_hierarchy(
-    *,
-    blocks: Sequence[int],
-    levels: int,
-    coarsening: int | Sequence[int],
-    step_sizes: Sequence[float] | None = None,
-) -> Hierarchy:
+def build_hierarchy(*, blocks: Sequence[int], levels: int, coarsening: int | Sequence[int]) -> Hierarchy:
     """Build the forward hierarchy over `sum(blocks)` layers.
 
     Args:
         blocks: number of layers of each worker, in the order of the layers; zeros are allowed.
         levels: number of levels, 1 for the serial solve.
         coarsening: the coarsening factor c_f, one for all levels or one for each coarse level.
-        step_sizes: Δt of each layer (all 1 if None); only their ratios matter.
 
     Raises:
         SettingsError: fewer than one layer or level, a factor below 2, or a level that would be left with one step.
     """
     factors = (coarsening,) * (levels - 1) if isinstance(coarsening, int) else tuple(coarsening)[: levels - 1]
-    return _build(tuple(blocks), levels, factors, None if step_sizes is None else tuple(step_sizes))
+    return _build(tuple(blocks), levels, factors)
 
 
 @lru_cache(maxsize=64)  # checking settings builds a hierarchy, and the planner asks for the same one many times
-def _build(blocks: tuple[int, ...], levels: int, factors: tuple[int, ...], step_sizes: tuple[float, ...] | None) -> Hierarchy:
+def _build(blocks: tuple[int, ...], levels: int, factors: tuple[int, ...]) -> Hierarchy:
     """Do what `build_hierarchy` does, with hashable arguments as the cache needs them."""
     layers = sum(blocks)
-    sizes = list(step_sizes) if step_sizes is not None else [1.0] * layers
-    _check(layers, blocks, levels, factors, sizes)
+    _check(layers, blocks, levels, factors)
 
-    layer_of, length, built = list(range(layers)), sizes, []
     owner_of_layer = [rank for rank, block in enumerate(blocks) for _ in range(block)]
+    firsts, built = range(layers), []  # the first layer that each step goes over
     for level in range(levels):
-        points = len(layer_of)
-        factor = factors[level] if level < levels - 1 else points
-        c_points = tuple(range(0, points, factor))
+        factor = factors[level] if level < levels - 1 else len(firsts)
         built.append(
             Level(
-                layers=tuple(layer_of),
-                owners=tuple(owner_of_layer[n] for n in layer_of),
-                ratios=tuple(dt / sizes[n] for dt, n in zip(length, layer_of, strict=True)),
-                c_points=c_points,
+                layers=tuple(firsts),
+                owners=tuple(owner_of_layer[n] for n in firsts),
+                ratios=tuple(float(after - first) for first, after in pairwise((*firsts, layers))),
+                c_points=tuple(range(0, len(firsts), factor)),
             )
         )
-        cumulative = [0.0, *accumulate(length)]
-        ends = (*c_points[1:], points)
-        length = [cumulative[end] - cumulative[start] for start, end in zip(c_points, ends, strict=True)]
-        layer_of = [layer_of[start] for start in c_points]
-        if level < levels - 1 and len(layer_of) < 2:
+        firsts = firsts[::factor]
+        if level < levels - 1 and len(firsts) < 2:
             raise SettingsError(
                 f"coarsening {list(factors[: level + 1])} of {layers} layers leaves one coarse step on level {level + 1}, so nothing "
                 f"would run in parallel: use a smaller mgrit.coarsening, fewer mgrit.levels than {levels}, or more layers"
@@ -197,7 +184,7 @@ def _build(blocks: tuple[int, ...], levels: int, factors: tuple[int, ...], step_
     return Hierarchy(tuple(built))
 
 
-def _check(layers: int, blocks: Sequence[int], levels: int, factors: Sequence[int], sizes: list[float]) -> None:
+def _check(layers: int, blocks: Sequence[int], levels: int, factors: Sequence[int]) -> None:
     """Refuse arguments from which no hierarchy can be built."""
     if layers < 1 or any(block < 0 for block in blocks):
         raise SettingsError(f"blocks {tuple(blocks)}: need at least one layer and no negative block")
@@ -207,5 +194,3 @@ def _check(layers: int, blocks: Sequence[int], levels: int, factors: Sequence[in
         raise SettingsError(f"coarsening {list(factors)} names {len(factors)} factors, but {levels} levels need {levels - 1}")
     if any(factor < 2 for factor in factors):
         raise SettingsError(f"coarsening {list(factors)}: every factor must be at least 2")
-    if len(sizes) != layers or any(size <= 0 for size in sizes):
-        raise SettingsError(f"step sizes must be {layers} positive numbers, one a layer; got {sizes}")

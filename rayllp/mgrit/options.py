@@ -20,7 +20,6 @@ class SolverOptions:
         initial_guess: "coarse" solves the coarsest level first (XBraid's skipped down-cycle); "constant" sets all C-points to u_0.
         rounding: relative rounding error of a layer's increment, where it is computed in a lower precision than the state's; otherwise 0.
         tolerance: stop once the residual norm is at or below it, at the cost of one all-reduce an iteration. None: do all iterations.
-        keep_states: return the values at F-points too. A propagator that records graphs or checkpoints has no use for them.
         batched: sweep a worker's intervals on the finest level side by side, one layer of each in a call.
 
     Raises:
@@ -34,7 +33,6 @@ class SolverOptions:
     initial_guess: Literal["coarse", "constant"] = "coarse"
     rounding: float = 0.0
     tolerance: float | None = None
-    keep_states: bool = True
     batched: bool = False
 
     @property

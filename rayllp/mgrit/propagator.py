@@ -42,56 +42,39 @@ class Propagator(Protocol):
 
 
 class EvaluationCache:
-    """A propagator with a cache, so that no layer is evaluated twice from the same state.
+    """Steps of a propagator, cached so that no layer is evaluated twice from the same state.
 
     The coarse step and the fine step from a C-point need the same Φ(x), and so do the FAS right-hand side and the sweep before it.
     Two states count as the same if they are the same object, which is safe because states are never changed in place.
 
     Args:
-        inner: the propagator that evaluates layers.
+        propagator: evaluates layers.
         layers: the layers that coarse levels evaluate. Only their evaluations are cached.
     """
 
-    def __init__(self, inner: Propagator, layers: frozenset[int]) -> None:
-        self.inner, self.layers = inner, layers
+    def __init__(self, propagator: Propagator, layers: frozenset[int]) -> None:
+        self.propagator, self.layers = propagator, layers
         # Two entries a layer: the FAS right-hand side needs an evaluation from before the relaxation that came in between.
         self._known: dict[int, deque[tuple[State, State]]] = {}
 
     def step(self, layer: int, state: State) -> State:
-        """Take one layer's step. Bypasses the cache."""
-        return self.inner.step(layer, state)
-
-    def cached_step(self, layer: int, state: State) -> State:
         """Take one layer's step, or return its cached result for this state."""
-        if layer not in self.layers:
-            return self.inner.step(layer, state)
         known = self._look_up(layer, state)
         if known is None:
-            known = self.inner.step(layer, state)
-            self._known.setdefault(layer, deque(maxlen=2)).append((state, known))
+            known = self.propagator.step(layer, state)
+            if layer in self.layers:
+                self._known.setdefault(layer, deque(maxlen=2)).append((state, known))
         return known
-
-    def may_hold(self, layers: Iterable[int]) -> bool:
-        """True if any of these layers' evaluations may be cached."""
-        return not self.layers.isdisjoint(layers)
-
-    def steps(self, layers: Sequence[int], states: Sequence[State]) -> list[State]:
-        """Take one step of each layer, in one call if the propagator can. Bypasses the cache: coarse levels never evaluate these layers."""
-        return self.inner.steps(layers, states)
 
     def last_step(self, layer: int, state: State) -> State:
         """Take one layer's step in the last sweep. Passes the cached result on to the propagator, and drops the layer's entries."""
         known = self._look_up(layer, state)
         self._known.pop(layer, None)
-        return self.inner.last_step(layer, state, known)
+        return self.propagator.last_step(layer, state, known)
 
-    def last_steps(self, layers: Sequence[int], states: Sequence[State]) -> list[State]:
-        """Take one step of each layer in the last sweep. Bypasses the cache: coarse levels never evaluate these layers."""
-        return self.inner.last_steps(layers, states)
-
-    def defer(self, layer: int, state: State) -> bool:
-        """Tell the propagator that a run's last sweep is deferred. Returns False if it will never need that sweep."""
-        return self.inner.defer(layer, state)
+    def may_hold(self, layers: Iterable[int]) -> bool:
+        """True if any of these layers' evaluations may be cached."""
+        return not self.layers.isdisjoint(layers)
 
     def _look_up(self, layer: int, state: State) -> State | None:
         return next((after for before, after in self._known.get(layer, ()) if before is state), None)

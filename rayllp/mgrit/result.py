@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rayllp.channel.base import Channel, MessageTag
 from rayllp.state import State, squared_norm, tensors
 
 ROUNDING = 1e-10
@@ -89,14 +88,6 @@ class ResidualShares:
         floor = [self.squared_floor] if len(self.squared) > 1 else []  # no ratio of residuals, no need to know which of them are rounding
         return [self.squared, *self.points, *floor]
 
-    def sum_over(self, channel: Channel, tag: MessageTag) -> Convergence:
-        """Add the shares of all workers of the channel, all of which call this. No message is sent if no iteration was measured.
-
-        Raises:
-            ChannelError: a worker did not take part within the time limit.
-        """
-        return self.convergence(channel.all_reduce(self.flat, tag) if len(self.squared) else self.flat)
-
     def convergence(self, total: Tensor) -> Convergence:
         """Return how the solve went.
 
@@ -125,15 +116,10 @@ class Solution:
 
     Attributes:
         output: the state after the last step, on the worker that owns it (in windows on every worker); None elsewhere.
-        states: values at this worker's fine points, by point in time order: always those of C-points and block inputs, of F-points if
-            kept. Windows have none.
-        iterations: number of iterations done, counted as XBraid and arXiv:2601.09026 count them; in windows the number of sweeps.
         residuals: this worker's share of the residuals.
     """
 
     output: State | None
-    states: dict[int, State]
-    iterations: int
     residuals: ResidualShares
 
 

@@ -4,7 +4,6 @@ Iterations are counted as XBraid and the paper count them. With a skipped down-c
 coarse propagation and the last sweep; each further one adds a relaxation, a restriction and a coarse solve before that sweep.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from rayllp.channel.base import StateSpec
 from rayllp.errors import SettingsError
-from rayllp.mgrit.communicator import Communicator
+from rayllp.mgrit.communicator import Communicator, PhaseListener
 from rayllp.mgrit.deferred import DeferredSweeps
 from rayllp.mgrit.grid import Grid
 from rayllp.mgrit.hierarchy import Hierarchy
@@ -20,8 +19,6 @@ from rayllp.mgrit.options import SolverOptions
 from rayllp.mgrit.propagator import EvaluationCache, Propagator, coarse_operator
 from rayllp.mgrit.result import ResidualShares, Solution, squared_rounding
 from rayllp.state import State, squared_norm, subtract
-
-PhaseListener = Callable[[str, int], None]
 
 
 @dataclass(frozen=True)
@@ -65,7 +62,7 @@ class MGRITSolver:
         # This worker's share of the squared residual that rounding error alone would cause.
         self.squared_floor = torch.zeros((), dtype=torch.float64, device=self.spec.device)
         self.done = 0
-        self.enter = on_phase or (lambda phase, level: None)
+        self.on_phase = on_phase or (lambda phase, level: None)
 
     def solve(self, u0: State | None, *, defer_to: DeferredSweeps | None = None) -> Solution:
         """Solve for all u_n; each worker computes those that it owns, and keeps its share of the residuals (see `ResidualShares`).
@@ -89,15 +86,18 @@ class MGRITSolver:
             while self.done < self.options.iterations and not self.is_converged():
                 self.cycle(0, self.options.cycle)
                 self.done += 1
-        self.enter("last sweep", 0)
-        output = self.grids[0].last_sweep(self.options.keep_states, defer_to)
-        iterations = max(self.done, 1)
-        return Solution(output=output, states=self.grids[0].values, iterations=iterations, residuals=self.residual_shares(iterations))
+        self.on_phase("last sweep", 0)
+        output = self.grids[0].last_sweep(defer_to)
+        return Solution(output=output, residuals=self.residual_shares())
 
     # The cycle ----------------------------------------------------------------------------------------------------------------
 
     def cycle(self, depth: int, kind: str) -> None:
-        """Do one V- or F-cycle from level `depth` down."""
+        """Do one V-cycle or F-cycle from level `depth` down.
+
+        With one iteration and a coarse initial guess, no cycle is done at all: `propagate_coarsely` and the last sweep are the whole solve.
+        Nor does the default of `mode: adaptive` come here, `solver: windows`: that is `WindowSolver` (`windows.py`).
+        """
         if depth == len(self.grids) - 1:
             self.solve_coarsest()
             return
@@ -116,13 +116,13 @@ class MGRITSolver:
 
     def solve_coarsest(self) -> None:
         """Solve the coarsest level serially."""
-        self.enter("coarse solve", len(self.grids) - 1)
+        self.on_phase("coarse solve", len(self.grids) - 1)
         self.grids[-1].solve()
 
     def finish_level(self, depth: int, kind: str) -> None:
         """Relax a coarse level's F-points from its corrected C-points; in an F-cycle, add a V-cycle. The finest level needs neither."""
         if depth > 0:
-            self.enter("relaxation", depth)
+            self.on_phase("relaxation", depth)
             self.grids[depth].f_relax()
             if kind == "F":
                 self.cycle(depth, "V")
@@ -130,7 +130,7 @@ class MGRITSolver:
     def relax(self, depth: int) -> None:
         """Do F- or FCF-relaxation. The last interval is left out: nothing starts from its F-points before they are computed again."""
         grid = self.grids[depth]
-        self.enter("relaxation", depth)
+        self.on_phase("relaxation", depth)
         grid.f_relax(but_last=True)
         if self.options.relaxation_on(depth) == "FCF":
             grid.c_relax()
@@ -138,7 +138,7 @@ class MGRITSolver:
 
     def restrict(self, depth: int) -> None:
         """Measure the residual at the C-points, inject the values there into the coarse level, and compute its FAS right-hand side."""
-        self.enter("restriction", depth)
+        self.on_phase("restriction", depth)
         fine, coarse = self.grids[depth], self.grids[depth + 1]
         arrived = fine.arrivals("restriction")
         if depth == 0 or self.options.measured_iterations > 1:
@@ -155,7 +155,7 @@ class MGRITSolver:
 
     def correct(self, depth: int) -> None:
         """Inject the coarse level's solution into the C-points."""
-        self.enter("correction", depth)
+        self.on_phase("correction", depth)
         fine, coarse = self.grids[depth], self.grids[depth + 1]
         for k, point, owner, coarse_owner in self.transfers[depth]:
             mine = (coarse.values[k],) if k in coarse.points else ()
@@ -242,15 +242,15 @@ class MGRITSolver:
         square = self.squared_residual(self.done - 1).clone()
         return float(self.communicator.sum(square, "residual")) <= self.options.tolerance**2
 
-    def residual_shares(self, iterations: int) -> ResidualShares:
-        """Return this worker's share of the residuals that so many iterations have left."""
+    def residual_shares(self) -> ResidualShares:
+        """Return this worker's share of the residuals that the iterations have left."""
         squares = [self.squared_residual(iteration) for iteration in self.residuals[0]] if self.residuals else []
         return ResidualShares(
             squared=torch.stack(squares) if squares else torch.zeros(0, dtype=torch.float64),
             squared_floor=self.squared_floor,
             points=self.point_residuals(),
             informative=self.informative_residuals(),
-            exact=len(self.grids) == 1 or iterations >= len(self.grids[0].level.c_points),
+            exact=len(self.grids) == 1 or self.done >= len(self.grids[0].level.c_points),
             tolerance=self.options.tolerance,
         )
 

@@ -13,22 +13,26 @@ the identity as the coarse operator). After k sweeps the first k layers of each 
 window is.
 
 Windows may be of any lengths. A window of one layer is exact, and several of them in a row are a chain: states go from owner to owner, and
-no worker waits for the gradients of their parameters. `couplings.py` tells where windows have to be short.
+no worker waits for the gradients of their parameters. Where windows have to be short, `cut_windows` finds from the layers' couplings, which
+`couplings.py` measures.
 
 The adjoint is the same solve from the other end, with the transposed steps. With one sweep in both directions, the gradient is the exact
 gradient of the network whose windows are evaluated in this way. That is why training with a single sweep is stable.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, groupby
+from math import factorial
 
 import torch
 from torch import Tensor
 
-from rayllp.channel.base import Channel, MessageTag, StateSpec
+from rayllp.channel.base import StateSpec
 from rayllp.errors import SettingsError
+from rayllp.mgrit.communicator import Communicator, PhaseListener
 from rayllp.mgrit.propagator import Propagator
+from rayllp.mgrit.relay import relay
 from rayllp.mgrit.result import ResidualShares, Solution, squared_rounding
 from rayllp.state import State, add, like, squared_norm, subtract, tensors
 
@@ -36,6 +40,9 @@ IN_PIECES_BYTES = 4 * 2**20
 """If the sum at a window's end would send a worker more bytes than this, it is done in pieces, which sends fewer bytes in more messages.
 Below it, the number of messages decides.
 """
+
+WINDOW_ERROR = 0.1
+"""The relative error that a window is to have after its sweeps."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +87,28 @@ def equal_windows(layers: int, length: int) -> tuple[int, ...]:
     return tuple(min(length, layers - start) for start in range(0, layers, length))
 
 
+def cut_windows(couplings: Sequence[float], longest: int, sweeps: int) -> tuple[int, ...]:
+    """Return the lengths of as few windows as possible of which none has a larger error than `WINDOW_ERROR` after these sweeps.
+
+    The error after k sweeps is estimated as E^k / k!, where E is the error after the first one.
+
+    Args:
+        couplings: those of the second layer to the last one (`couplings.py`). What is not finite ends a window.
+        longest: the largest number of layers in a window.
+        sweeps: number of sweeps in each window.
+    """
+    limit = (factorial(sweeps) * WINDOW_ERROR) ** (1 / sweeps)
+    lengths, error = [1], 0.0
+    for coupling in couplings:
+        error += lengths[-1] * coupling
+        if lengths[-1] < longest and error <= limit:
+            lengths[-1] += 1
+        else:
+            lengths.append(1)
+            error = 0.0
+    return tuple(lengths)
+
+
 def windows_in_words(lengths: Sequence[int]) -> str:
     """Return lengths of windows in short words, such as "1 (4 times), 3, 8 (7 times)".
 
@@ -91,54 +120,93 @@ def windows_in_words(lengths: Sequence[int]) -> str:
     return ", ".join(str(length) if count == 1 else f"{length} ({count} times)" for length, count in runs)
 
 
-class WindowSolver:
-    """One solve over all layers, forward or adjoint. Every worker of the channel makes a solver with the same arguments and calls `solve`.
+def window_step_cost(windows: Sequence[int], forward: int, backward: int, workers: int) -> float:
+    """Return the time of a step by windows, in forward evaluations of a layer, if messages cost nothing.
 
     Args:
-        placement: which worker owns which layer.
-        windows: number of layers in each window, in the order of the network.
-        sweeps: number of Picard sweeps in each window, at least 1; a window takes no more of them than it has layers.
-        propagator: the steps of this worker's layers.
-        channel: the channel to the other workers.
+        windows: lengths of the windows, none longer than there are workers.
+        forward, backward: number of sweeps.
+        workers: number of workers.
+    """
+    chained = sum(length == 1 for length in windows)
+    sweeps = sum(min(forward, length) + min(backward, length) + 1 for length in windows if length > 1)
+    return sweeps + 2 * chained + 2 * chained / workers
+
+
+def exact_step_cost(layers: int, workers: int) -> float:
+    """Return the time of an exact step with layers in turn, whose batch is not split, in forward evaluations of a layer."""
+    return 2 * layers + 2 * layers / workers
+
+
+@dataclass(frozen=True)
+class WindowProblem:
+    """u_{n+1} = Φ_n(u_n) over all layers, as one worker sees it, and the windows in which it is solved.
+
+    Attributes:
+        placement: which worker owns which layer; the same on every worker.
+        windows: number of layers in each window, in the order of the network; the same on every worker.
+        propagator: Φ_n of this worker's layers.
         spec: shapes and dtypes of a state.
-        tag: names this solve in errors.
-        adjoint: solve λ_n = (∂Φ_n/∂x)ᵀ λ_{n+1} from the last layer to the first, instead of u_{n+1} = Φ_n(u_n).
+        adjoint: solve λ_n = (∂Φ_n/∂x)ᵀ λ_{n+1} instead, from the last layer to the first.
+    """
+
+    placement: Placement
+    windows: Sequence[int]
+    propagator: Propagator
+    spec: StateSpec
+    adjoint: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class WindowOptions:
+    """Everything about a solve by windows but the problem itself.
+
+    Attributes:
+        sweeps: number of Picard sweeps in each window, at least 1; a window takes no more of them than it has layers.
         rounding: relative rounding error of a layer's increment, where it is computed in a lower precision than the state's; otherwise 0.
+
+    Raises:
+        SettingsError: no sweep.
+    """
+
+    sweeps: int = 1
+    rounding: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.sweeps < 1:
+            raise SettingsError(f"{self.sweeps} sweeps: there must be at least 1")
+
+
+class WindowSolver:
+    """One solve on one worker. Every worker of the channel makes a solver with the same windows and options, and calls `solve` once.
+
+    Args:
+        problem: the equations to solve, as this worker sees them.
+        options: sweeps and rounding.
+        communicator: for messages to the other workers.
         on_phase: called with the name of each sweep and level 0 as the sweep begins.
 
     Raises:
-        SettingsError: no sweep, or windows that do not make up the network.
+        SettingsError: windows that do not make up the network.
     """
 
     def __init__(
-        self,
-        placement: Placement,
-        windows: Sequence[int],
-        sweeps: int,
-        propagator: Propagator,
-        channel: Channel,
-        spec: StateSpec,
-        tag: MessageTag,
-        *,
-        adjoint: bool = False,
-        rounding: float = 0.0,
-        on_phase: Callable[[str, int], None] | None = None,
+        self, problem: WindowProblem, options: WindowOptions, communicator: Communicator, on_phase: PhaseListener | None = None
     ) -> None:
-        if sweeps < 1:
-            raise SettingsError(f"{sweeps} sweeps: there must be at least 1")
-        self.placement, self.propagator, self.channel, self.spec, self.tag = placement, propagator, channel, spec, tag
-        self._enter = on_phase or (lambda phase, level: None)
-        cut = placement.windows(windows)
-        self.windows: list[Sequence[int]] = [layers[::-1] for layers in reversed(cut)] if adjoint else list(cut)
-        self._longest = max(windows)
-        self.sweeps, self.rounding = min(sweeps, self._longest), rounding
+        self.placement, self.propagator, self.spec = problem.placement, problem.propagator, problem.spec
+        self.communicator, self.channel, self.tag = communicator, communicator.channel, communicator.tag
+        self.on_phase = on_phase or (lambda phase, level: None)
+        cut = problem.placement.windows(problem.windows)
+        self.windows: list[Sequence[int]] = [layers[::-1] for layers in reversed(cut)] if problem.adjoint else list(cut)
+        self._longest = max(problem.windows)
+        self.sweeps, self.rounding = min(options.sweeps, self._longest), options.rounding
         # Where several workers are in turn, the next one waits for the adjoint only: parameter gradients of a chain are formed at the end.
-        self._defers = adjoint and channel.size > 1
+        self._defers = problem.adjoint and self.channel.size > 1
         self._deferred: list[tuple[int, State]] = []
         # By sweep: how far it has moved the inputs of the layers owned here, as a squared norm. This takes the place of a residual.
-        self._changes = torch.zeros(self.sweeps - 1, dtype=torch.float64, device=spec.device)
+        self._changes = torch.zeros(self.sweeps - 1, dtype=torch.float64, device=self.spec.device)
         # The part of the first change that rounding error alone would cause.
-        self._squared_floor = torch.zeros((), dtype=torch.float64, device=spec.device)
+        self._squared_floor = torch.zeros((), dtype=torch.float64, device=self.spec.device)
 
     def solve(self, initial: State | None, source: int) -> Solution:
         """Solve from state `initial`, which worker `source` has. Every worker gets the output."""
@@ -157,40 +225,36 @@ class WindowSolver:
             informative=self._longest - 1,
             exact=self.sweeps >= self._longest,
         )
-        return Solution(output=state, states={}, iterations=self.sweeps, residuals=shares)
+        return Solution(output=state, residuals=shares)
 
     def _solve_window(self, layers: Sequence[int], start: State) -> State:
         """Return the state after these layers, which are given in the order in which they are taken."""
         mine = [layer for layer in layers if self.placement.owners[layer] == self.channel.rank]
         inputs = dict.fromkeys(mine, start)
         for sweep in range(min(self.sweeps, len(layers)) - 1):
-            self._enter("relaxation", 0)
+            self.on_phase("relaxation", 0)
             found = {layer: subtract(self.propagator.step(layer, inputs[layer]), inputs[layer]) for layer in mine}
             inputs = self._next_inputs(layers, start, self._gather(layers, found, f"sweep {sweep}"), inputs, sweep)
-        self._enter("last sweep", 0)
+        self.on_phase("last sweep", 0)
         found = {layer: subtract(self.propagator.last_step(layer, inputs[layer], None), inputs[layer]) for layer in mine}
         return self._end(layers, start, found)
 
     def _solve_chain(self, layers: Sequence[int], start: State) -> State:
         """Return the state after these layers, which are taken one after the other, each by the worker that owns it."""
-        self._enter("last sweep", 0)
-        rank, owners, tag = self.channel.rank, [self.placement.owners[layer] for layer in layers], self.tag.at("chain", 0)
-        ends_solve, state = layers[-1] == self.windows[-1][-1], start
-        for place, layer in enumerate(layers):
-            if owners[place] != rank:
-                continue
-            if place and owners[place - 1] != rank:
-                state = self.channel.receive(self.spec, owners[place - 1], tag)
-            if self._defers and not (ends_solve and place == len(layers) - 1):
-                self._deferred.append((layer, state))
-                state = self.propagator.step(layer, state)
-            else:
-                state = self.propagator.last_step(layer, state, None)
-            if place + 1 < len(layers) and owners[place + 1] != rank:
-                self.channel.send(state, owners[place + 1], tag)
-        if ends_solve and owners[-1] != rank:
+        self.on_phase("last sweep", 0)
+        owners, end = [self.placement.owners[layer] for layer in layers], self.windows[-1][-1]
+
+        def take(place: int, state: State) -> State:
+            layer = layers[place]
+            if not self._defers or layer == end:
+                return self.propagator.last_step(layer, state, None)
+            self._deferred.append((layer, state))
+            return self.propagator.step(layer, state)
+
+        state = relay(self.communicator, owners, take, start, self.spec, "chain", source=owners[0], destination=owners[-1])
+        if layers[-1] == end and owners[-1] != self.channel.rank:
             self._form_deferred()  # while the others go on to the end
-        return self.channel.broadcast(state if owners[-1] == rank else None, self.spec, owners[-1], self.tag.at("broadcast", 0))
+        return self.channel.broadcast(state, self.spec, owners[-1], self.tag.at("broadcast", 0))
 
     def _form_deferred(self) -> None:
         """Take the last sweep of the layers for which only `step` was called, since other workers waited for it."""
@@ -282,35 +346,3 @@ def _pieces(tensor: Tensor, count: int, length: int) -> Tensor:
     """Return a tensor's numbers as `count` rows of `length`, filled up with zeros at the end; shape (count, length)."""
     flat = tensor.detach().reshape(-1)
     return torch.nn.functional.pad(flat, (0, count * length - len(flat))).view(count, length)
-
-
-def solve_in_order(
-    placement: Placement, propagator: Propagator, channel: Channel, initial: State | None, spec: StateSpec, tag: MessageTag
-) -> State | None:
-    """Do the exact forward solve, layer after layer and from worker to worker.
-
-    Args:
-        initial: the state before the first layer, on the first worker.
-
-    Returns: the state after the last layer, on the last worker of the channel; None elsewhere.
-
-    Raises:
-        SettingsError: no initial state on the first worker.
-    """
-    rank, owners, last = channel.rank, placement.owners, len(placement.owners) - 1
-    arriving = tag.at("in order", 0)
-    state = initial
-    for layer in placement.owned(rank):
-        source = 0 if layer == 0 else owners[layer - 1]
-        if source != rank:
-            state = channel.receive(spec, source, arriving)
-            channel.finish()  # does not wait: the state just received was computed from all that this worker has sent
-        if state is None:
-            raise SettingsError("the first worker is to begin the solve and has no initial state")
-        state = propagator.step(layer, state)
-        target = channel.size - 1 if layer == last else owners[layer + 1]
-        if target != rank:
-            channel.send(state, target, arriving)
-    if rank != channel.size - 1:
-        return None
-    return state if owners[last] == rank else channel.receive(spec, owners[last], arriving)
