@@ -112,7 +112,7 @@ def cyclic(workers, layers, costs, windows=(), microbatches=1):
         {
             "workers": workers,
             "mode": "parallel",
-            "mesh": {"placement": "cyclic"},
+            "solver": "windows",
             "model": {"layers": layers},
             "buffers": {"open": 0, "close": 0},
         }
