@@ -7,7 +7,8 @@ small batches leave idle, whose layer takes 0.5 ms and 0.1 ms a sequence forward
 A gradient takes twice a forward.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 
 from rayllp.config import make_config
@@ -16,8 +17,11 @@ from rayllp.plan import Costs, Device, LayerModel, MGRITSolve, Option, Plan, Sol
 PAGE = Path(__file__).parent / "pays.md"
 BEGIN, END = "<!-- tables: made by `python docs/pays.py`, checked by the tests -->\n", "<!-- end of tables -->"
 DEVICES = 8
-CHEAPEST = [MGRITSolve(c, levels, 1, 1) for c in (2, 4, 8, 16) for levels in (2, 3, 4)]
-WINDOWS = {sweeps: [WindowSolve(length, *sweeps) for length in (2, 4, 8)] for sweeps in ((1, 1), (2, 2))}
+SWEEPS = ((1, 1), (2, 2))
+SOLVES: list[Solve] = [
+    *(MGRITSolve(c, levels, 1, 1) for c in (2, 4, 8, 16) for levels in (2, 3, 4)),
+    *(WindowSolve(length, *sweeps) for length in (2, 4, 8) for sweeps in SWEEPS),
+]
 
 
 def costs(forward: float) -> Costs:
@@ -36,12 +40,18 @@ def shortest(solve: Solve) -> int:
     return solve.length if isinstance(solve, WindowSolve) else solve.coarsening ** (solve.levels - 1)
 
 
-def planned(measured: dict[int, Costs], layers: int, batch: int, solves: Sequence[Solve]) -> Plan:
+def planned(measured: dict[int, Costs], layers: int, batch: int) -> Plan:
     """All meshes of eight devices, and of fewer."""
     config = make_config({"model": {"layers": layers}, "buffers": {"open": 0, "close": 0}, "batch_size": batch, "workers": 1})
     model = LayerModel(measured=measured, parameter_bytes=28e6, state_bytes=2e6, graph_bytes=6e7)
-    deep_enough = [solve for solve in solves if layers > shortest(solve)]
+    deep_enough = [solve for solve in SOLVES if layers > shortest(solve)]
     return make_plan(config, model, Device(), DEVICES, solves=deep_enough)
+
+
+def is_by_windows(option: Option, sweeps: tuple[int, int]) -> bool:
+    """True if the option is by windows with so many sweeps forward and backward."""
+    solve = option.solve
+    return isinstance(solve, WindowSolve) and (solve.forward, solve.backward) == sweeps
 
 
 def cell(plan: Plan, wanted: Callable[[Option], bool]) -> tuple[float, str]:
@@ -61,10 +71,9 @@ def table(measured: dict[int, Costs]) -> Iterable[str]:
     yield "|---|---|---|---|---|---|"
     for layers in (16, 64, 256):
         for batch in (1, 8, 64):
-            cheapest = planned(measured, layers, batch, CHEAPEST)
-            cells = [cell(cheapest, lambda option: option.solve is None)]
-            for solves in (CHEAPEST, *WINDOWS.values()):
-                cells.append(cell(planned(measured, layers, batch, solves), lambda option: option.solve is not None))
+            plan = planned(measured, layers, batch)
+            cells = [cell(plan, lambda option: option.solve is None), cell(plan, lambda option: isinstance(option.solve, MGRITSolve))]
+            cells += [cell(plan, partial(is_by_windows, sweeps=sweeps)) for sweeps in SWEEPS]
             best = max(factor for factor, _ in cells)
             words = (f"**{factor:.1f}** ({way})" if factor == best else f"{factor:.1f} ({way})" for factor, way in cells)
             yield f"| {layers} | {batch} | " + " | ".join(words) + " |"

@@ -17,7 +17,7 @@ def like(state: State, parts: tuple[Tensor, ...]) -> State:
     """Return these tensors in the form of `state`: a bare tensor if `state` is one, otherwise a tuple."""
     if isinstance(state, Tensor):
         return parts[0]
-    return parts or type(state)()  # the planner has an empty state of its own type (`plan/schedule.py`)
+    return parts or type(state)()  # the planner has an empty state of its own type (`plan/recording.py`)
 
 
 def combine(function: Callable[..., Tensor], first: State, *others: State) -> State:

@@ -7,7 +7,9 @@ import rayllp
 from rayllp.channel import run_workers
 from rayllp.checkpoint import load_pieces
 from rayllp.checkpoint.store import PieceWriter
+from rayllp.config import OptimizerSettings
 from rayllp.engine import muon
+from rayllp.engine.optimizer import averages_per_weight
 from rayllp.errors import CheckpointError, SettingsError
 from rayllp.models.base import hidden_matrices
 from rayllp.plan import Device, make_plan
@@ -156,3 +158,14 @@ def test_the_planner_counts_one_moment():
     plans = [make_plan(tiny(batch_size=16, optimizer={"name": name}), model, Device(), 2) for name in ("adamw", "muon")]
     adamw, with_muon = (plan.best.memory for plan in plans)
     assert adamw == pytest.approx(with_muon * 4 / 3)
+
+
+@pytest.mark.parametrize(
+    ("settings", "count"),
+    [
+        ({}, 2), ({"ema": 0.9}, 3), ({"name": "muon"}, 1), ({"name": "sgd"}, 0), ({"name": "sgd", "momentum": 0.9}, 1),
+        ({"name": "adafactor"}, 0),
+    ],
+)  # fmt: skip
+def test_averages_of_a_weight(settings, count):
+    assert averages_per_weight(OptimizerSettings(**{"momentum": 0.0, **settings})) == count

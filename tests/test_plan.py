@@ -11,7 +11,7 @@ from rayllp.config import make_config
 from rayllp.control import Controller
 from rayllp.errors import SettingsError
 from rayllp.mgrit import SolverOptions, build_hierarchy, split_evenly
-from rayllp.plan import Costs, predict, predict_step, schedule
+from rayllp.plan import Costs, predict, predict_step, recording
 
 
 def config_of(workers, **mgrit):
@@ -98,12 +98,71 @@ def test_workers_that_are_alike_do_alike(name, monkeypatch):
         )  # fmt: skip
         c_points = frozenset(range(0, forward.levels[0].size, random.choice([2, 4])))
         arguments = hierarchy, options, max(hierarchy.levels[0].owners) + 1, name, c_points
-        found = schedule._record.__wrapped__(*arguments)
+        found = recording._record_cycles.__wrapped__(*arguments)
         with monkeypatch.context() as patch:
-            patch.setattr(schedule._Alike, "signature", lambda _, rank, first: rank)
-            assert found == schedule._record.__wrapped__(*arguments)
+            patch.setattr(recording._Alike, "signature", lambda _, rank, first: rank)
+            assert found == recording._record_cycles.__wrapped__(*arguments)
         saved += len(found.workers) - len({id(work) for work in found.workers})
     assert saved > 150
+
+
+def cyclic(workers, layers, costs, windows=(), microbatches=1):
+    """The seconds of a step by windows, 1+1, or of an exact one with layers in turn."""
+    config = make_config(
+        {
+            "workers": workers,
+            "mode": "parallel",
+            "solver": "windows",
+            "model": {"layers": layers},
+            "buffers": {"open": 0, "close": 0},
+        }
+    )
+    accuracy = replace(Controller(config).chosen, windows=windows, serial=not windows, iterations_forward=1, iterations_backward=1)
+    return predict_step(config, accuracy, costs, microbatches=microbatches)
+
+
+SLOW_MESSAGES = Costs(forward=1.0, record=1.0, input_gradient=1.0, full_gradient=2.0, message=0.5)
+
+
+def test_windows_that_are_longer_than_there_are_workers_gather_once_a_layer():
+    # A broadcast, two layers each and two gathers; back the same with gradients.
+    assert cyclic(2, 4, SLOW_MESSAGES, (4,)) == pytest.approx((0.5 + 2 + 2 * 0.5) + (0.5 + 4 + 2 * 0.5))
+    # Where sums in pieces are faster: an all-reduce for the first layer, half of one for the next.
+    in_pieces = replace(SLOW_MESSAGES, all_gather=0.5, all_reduce=0.4)
+    assert cyclic(2, 4, in_pieces, (4,)) == pytest.approx((0.5 + 2 + 0.6) + (0.5 + 4 + 0.6))
+
+
+def test_a_chain_waits_for_the_messages_of_the_others_alone():
+    # Forward to the second worker; back from it, which forms its parameters' gradient after its message; the first forms its own at once,
+    # and the last state goes to all.
+    assert cyclic(2, 2, SLOW_MESSAGES, (1, 1)) == pytest.approx((1 + 0.5 + 1) + (1 + 0.5 + 2 + 0.5))
+
+
+def test_exact_steps_with_layers_in_turn():
+    # A whole batch: each worker forms the gradients that it has put off while it waits, but there are more than fit in.
+    assert cyclic(2, 4, replace(SLOW_MESSAGES, message=0.0)) == pytest.approx(4 + 5 + 2)
+    # As many microbatches as workers: these are busy but for messages, of which each round has two.
+    assert cyclic(2, 4, SLOW_MESSAGES, microbatches=2) == pytest.approx(18)
+    assert cyclic(1, 4, SLOW_MESSAGES, microbatches=3) == pytest.approx(3 * 4 * 3)
+
+
+def test_workers_that_are_alike_with_layers_in_turn_do_alike(monkeypatch):
+    random, saved, of_all = Random(2), 0, recording._of_all
+    for _ in range(40):
+        workers = random.randint(1, 9)
+        windows = tuple(random.choice([1, 1, 2, 3, workers, 2 * workers]) for _ in range(random.randint(1, 8)))
+        layers = max(sum(windows), workers)
+        windows += (1,) * (layers - sum(windows))
+        for record, arguments in (
+            (recording._record_windows, (layers, workers, windows, random.randint(1, 3), random.choice(["forward", "adjoint"]))),
+            (recording.in_order_schedule, (layers, workers, random.randint(1, 10))),
+        ):
+            found = record.__wrapped__(*arguments)
+            with monkeypatch.context() as patch:
+                patch.setattr(recording, "_of_all", lambda record, first, signatures: of_all(record, first, range(len(signatures))))
+                assert found == record.__wrapped__(*arguments)
+            saved += len(found.workers) - len({id(work) for work in found.workers})
+    assert saved > 50
 
 
 def test_thousands_of_workers_take_seconds():

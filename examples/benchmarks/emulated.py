@@ -43,7 +43,8 @@ from rayllp.control import Controller
 from rayllp.engine import Engine
 from rayllp.plan import Costs, predict_step
 from rayllp.plan.measure import costs_of
-from rayllp.plan.schedule import schedules_of
+from rayllp.plan.recording import schedules_of
+from rayllp.plan.schedule import Clocks
 from rayllp.training.result import Network
 
 LAYER = Emulation.parse("10ms")
@@ -112,15 +113,15 @@ def processes(most: Row) -> Iterator[ActorPool]:
 
 def with_barrier(config: TrainConfig) -> float:
     """The ideal step if no worker began the backward solve before all had ended the forward one."""
-    kinds, clocks = LAYER.costs().kinds, [0.0] * config.layer_workers
+    seconds, clocks = LAYER.costs().kinds(config.layer_workers), Clocks(config.layer_workers)
     forward, adjoint = schedules_of(config, Controller(config).chosen)
-    forward.replay(kinds, 0.0, clocks)
+    forward.replay(seconds, clocks)
     for rank, deferred in enumerate(forward.deferred_work()):
         while work := deferred.pop():
-            clocks[rank] += kinds[work.kind]
-    clocks = [max(clocks)] * len(clocks)
-    adjoint.replay(kinds, 0.0, clocks)
-    return max(clocks)
+            clocks.spend(rank, seconds[work.kind], work.solve)
+    clocks.meet("forward")
+    adjoint.replay(seconds, clocks)
+    return max(clocks.now)
 
 
 def rows(arguments: argparse.Namespace) -> None:

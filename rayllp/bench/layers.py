@@ -69,7 +69,7 @@ def device_here(config: TrainConfig) -> str:
     return "cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu"
 
 
-def bench_layers(config: TrainConfig, data: Any, device: str = "cpu") -> LayerBench:
+def bench_layers(config: TrainConfig, data: Any, device: str) -> LayerBench:
     """Measure a layer of this model in this process."""
     engine = engine_alone(config, data, device)
     costs, block = costs_of(engine, message_s=0.0), engine.block
@@ -128,7 +128,7 @@ def read_layers(path: Path) -> LayerBench:
         raise SettingsError(f"{path} has no layer's costs ({error}): write them with `rayllp bench layers --json {path}`") from None
 
 
-def measure_layers(config: TrainConfig, data: Any, device: str = "cpu", limit_s: float = MEASURE_S) -> list[LayerBench]:
+def measure_layers(config: TrainConfig, data: Any, device: str, limit_s: float = MEASURE_S) -> list[LayerBench]:
     """Measure a layer at batches of 1, 2, 4, … up to the config's, or until one measurement takes longer than `limit_s`."""
     benches: list[LayerBench] = []
     batch = 1

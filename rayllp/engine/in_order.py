@@ -6,18 +6,21 @@ there are layers. With as many microbatches as workers all workers are busy, exc
 With fewer microbatches (a batch that cannot be split, at the extreme) a step takes as long as the states' way forward through the layers
 plus the adjoint's way back. So an adjoint step then forms only the input gradient, which the previous layer's worker waits for. Nobody
 waits for the parameters' gradients, so they are formed while this worker itself waits.
+
+`InOrderStep` has the order of all this and knows no layers: the planner runs it without any (`plan/recording.py`).
 """
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from rayllp.channel.base import Channel, MessageTag, StateSpec
 from rayllp.engine.batch import StepBatch
-from rayllp.engine.block import Block, BoundBlock
+from rayllp.engine.block import BoundBlock
 from rayllp.engine.consistency import Consistency
 from rayllp.engine.layer_group import LayerGroup
 from rayllp.engine.pipeline import count_microbatches, slices
@@ -28,38 +31,106 @@ from rayllp.state import State, detach, like, tensors
 from rayllp.timeline import TimedChannel
 
 
+class InOrderWork(Protocol):
+    """What a worker does with its layers in an exact step. Microbatches are counted from 0, layers from the first middle layer."""
+
+    def enter(self, number: int) -> State:
+        """Return microbatch `number`'s state before the first middle layer; on the first worker."""
+        ...
+
+    def record(self, number: int, layer: int, state: State) -> State:
+        """Return the state after a layer, and keep the layer's graph."""
+        ...
+
+    def loss(self, number: int, state: State) -> State:
+        """Return λ at the last middle layer's output, from the state there; on the last worker."""
+        ...
+
+    def pull(self, number: int, layer: int, lam: State, *, defer: bool) -> State:
+        """Return λ at a layer's input from λ at its output. Forms the gradients of the layer's parameters too, or defers that."""
+        ...
+
+    def advance(self) -> bool:
+        """Form the deferred parameter gradients of one layer. Returns False if none is left."""
+        ...
+
+
 @dataclass
-class _Microbatch:
-    """One microbatch of a step.
+class InOrderStep:
+    """One worker's part in an exact step with layers in turn. Every worker of the channel takes its part at the same time.
 
     Attributes:
-        batch: its samples.
-        bound: this worker's layers, bound to these samples.
-        spec: shapes and dtypes of its state.
-        entered: the state before the first middle layer, with its graph, on the first worker.
-        state: what one layer hands to the next on this worker: the state after a layer, or the adjoint at its input.
-        graphs: graphs of this worker's layers. With recomputation they have no outputs until they are recorded again.
+        work: what this worker does with its layers.
+        placement: which worker owns which layer; the first worker owns the first one.
+        channel: the channel to the other workers.
+        spec: shapes and dtypes of a microbatch's state.
+        step: number of the training step, named in errors.
+        microbatches: number of microbatches.
+        states: by microbatch, what one layer hands to the next on this worker, and an end of the network to its layer: a state or a λ.
     """
 
-    batch: StepBatch
-    bound: BoundBlock
+    work: InOrderWork
+    placement: Placement
+    channel: Channel
     spec: StateSpec
-    entered: State | None = None
-    state: State | None = None
-    graphs: dict[int, Graph] = field(default_factory=dict)
+    step: int
+    microbatches: int
+    states: dict[int, State] = field(default_factory=dict)
+
+    def take(self) -> None:
+        """Take the step. On the first worker, `states` are each microbatch's λ before the first middle layer afterwards."""
+        first, last, layers = 0, self.channel.size - 1, range(len(self.placement.owners))
+        self._pass(layers, first, last, self._record, MessageTag(self.step, "forward", "in order"))
+        if self.channel.rank == last:
+            for number in range(self.microbatches):
+                self.states[number] = self.work.loss(number, self.states[number])
+        self._pass(layers[::-1], last, first, self._pull, MessageTag(self.step, "adjoint", "in order"))
+        while self.work.advance():
+            pass
+
+    def _record(self, number: int, layer: int, state: State | None) -> State:
+        return self.work.record(number, layer, self.work.enter(number) if state is None else state)
+
+    def _pull(self, number: int, layer: int, lam: State | None) -> State:
+        assert lam is not None
+        # With as many microbatches as workers, none waits in the midst of a step.
+        return self.work.pull(number, layer, lam, defer=self.microbatches < self.channel.size)
+
+    def _pass(self, layers: range, begin: int, end: int, take: Callable[[int, int, State | None], State], tag: MessageTag) -> None:
+        """Pass all microbatches from worker `begin` through all layers to worker `end`, and take those layers that this worker owns."""
+        rank, numbers = self.channel.rank, range(self.microbatches)
+        route = [begin, *(self.placement.owners[layer] for layer in layers), end]
+        if rank == begin != route[1]:
+            for number in numbers:
+                self.channel.send(self.states[number], route[1], tag)
+        for layer, behind, here, ahead in zip(layers, route, route[1:], route[2:], strict=False):
+            for number in numbers if here == rank else ():
+                after = take(number, layer, self.states.get(number) if behind == rank else self._receive(behind, tag))
+                if ahead == rank:
+                    self.states[number] = after
+                else:
+                    self.channel.send(after, ahead, tag)
+        if rank == end != route[-2]:
+            for number in numbers:
+                self.states[number] = self._receive(route[-2], tag)
+
+    def _receive(self, source: int, tag: MessageTag) -> State:
+        """Receive the next state from a worker. While it has not arrived, form deferred gradients, of which the forward has none."""
+        while tag.solve == "adjoint" and not self.channel.arrived(self.spec, source) and self.work.advance():
+            pass
+        return self.channel.receive(self.spec, source, tag)
 
 
 class InOrderGradients:
     """Exact gradients on a cyclic placement."""
 
     def __init__(self, group: LayerGroup) -> None:
-        self.group, self.block = group, group.block
+        self.group = group
         self.placement = Placement.cyclic(group.config.middle_layers, group.config.layer_workers)
-        self._layers = self.placement.owned(group.channel.rank)
 
     def form(self, batch: StepBatch, penalty: Consistency | None) -> StepGradients:
         """Form the gradients of the batch, in as many parts as gradient accumulation asks for."""
-        return in_parts(self._form_part, batch, penalty, self.block)
+        return in_parts(self._form_part, batch, penalty, self.group.block)
 
     def _form_part(self, batch: StepBatch, penalty: Consistency | None) -> StepGradients:
         group = self.group
@@ -70,131 +141,92 @@ class InOrderGradients:
         if channel.synchronous_sends and self._sends_back(channel.size):
             count = 1  # otherwise two workers would each have a microbatch to send to the other before they receive one
         with group.channel.prepost_receives(("in order", count, group.spec(batch.inputs))):
-            microbatches = [self._begin(batch.part(rows)) for rows in slices(samples, count)]
-            self._forward(microbatches, channel, batch.step)
-            losses = [self._loss(microbatch) for microbatch in microbatches] if self.block.last else []
-            self._adjoint(microbatches, channel, batch.step)
-        for microbatch in microbatches:
-            add_embedding_gradients(group, microbatch.entered, microbatch.state)
-        loss = torch.stack(losses).sum() if losses else torch.zeros((), device=self.block.device)
+            work = _Layers(group, [batch.part(rows) for rows in slices(samples, count)])
+            step = InOrderStep(work, self.placement, channel, work.spec, batch.step, count)
+            step.take()
+        for number, entered in work.entered.items():
+            add_embedding_gradients(group, entered, step.states[number])
+        loss = torch.stack(work.losses).sum() if work.losses else torch.zeros((), device=group.device)
         return StepGradients(loss, penalty=penalty)
 
     def _sends_back(self, workers: int) -> bool:
         """Return True if the last worker, which has the head, sends states to the worker that it receives the last middle layer's from."""
         return workers == 2 or self.placement.owners[-1] == 0
 
-    def _begin(self, batch: StepBatch) -> _Microbatch:
-        bound = self.block.bind(batch.step, batch.samples, batch.inputs, training=True)
-        return _Microbatch(batch, bound, self.group.spec(batch.inputs))
 
-    # Forward ------------------------------------------------------------------------------------------------------------------
+@dataclass
+class _Deferred:
+    """Parameter gradients of a layer that no worker waits for: its graph, λ at its output, and its trained parameters."""
 
-    def _forward(self, microbatches: Sequence[_Microbatch], channel: Channel, step: int) -> None:
-        """Take all microbatches through this worker's layers, one layer after the other, and record the graphs."""
-        rank, owners, tag = channel.rank, self.placement.owners, MessageTag(step, "forward", "in order")
-        final = len(owners) - 1
-        for layer in self._layers:
-            source = owners[layer - 1] if layer else 0
-            target = owners[layer + 1] if layer < final else channel.size - 1
-            for microbatch in microbatches:
-                if layer == 0:
-                    with self.group.span("enter"):
-                        microbatch.entered = microbatch.bound.enter(microbatch.batch.inputs)
-                    state = detach(microbatch.entered)
-                elif source == rank:
-                    assert microbatch.state is not None
-                    state = microbatch.state
-                else:
-                    state = channel.receive(microbatch.spec, source, tag)
-                after = self._record(microbatch, layer, state)
-                if target == rank:
-                    microbatch.state = after
-                else:
-                    channel.send(after, target, tag)
-        if self.block.last and owners[final] != rank:
-            for microbatch in microbatches:
-                microbatch.state = channel.receive(microbatch.spec, owners[final], tag)
+    graph: Graph
+    lam: tuple[Tensor, ...]
+    leaves: list[torch.nn.Parameter]
 
-    def _record(self, microbatch: _Microbatch, layer: int, state: State) -> State:
-        """Return the state after a layer, and keep the layer's graph, or with recomputation only its input."""
-        with self.group.span("forward"):
-            graph, after = record_graph(microbatch.bound, layer, state)
-        microbatch.graphs[layer] = Graph(graph.inputs, ()) if self.block.config.recompute else graph
+
+class _Layers(InOrderWork):
+    """This worker's layers at work on the microbatches of one step.
+
+    Args:
+        group: this worker's end of the layer group.
+        batches: the microbatches, all of the same size.
+
+    Attributes:
+        spec: shapes and dtypes of a microbatch's state.
+        entered: on the first worker, each microbatch's state before the first middle layer, with its graph.
+        losses: on the last worker, each microbatch's loss.
+    """
+
+    def __init__(self, group: LayerGroup, batches: Sequence[StepBatch]) -> None:
+        self._group, self._batches = group, batches
+        self._bound: list[BoundBlock] = [group.block.bind(batch.step, batch.samples, batch.inputs, training=True) for batch in batches]
+        self.spec = group.spec(batches[0].inputs)
+        self.entered: dict[int, State] = {}
+        self.losses: list[Tensor] = []
+        # By microbatch and layer. With recomputation graphs have no outputs until they are recorded again.
+        self._graphs: dict[tuple[int, int], Graph] = {}
+        self._deferred: deque[_Deferred] = deque()
+
+    def enter(self, number: int) -> State:
+        """Take embedding and opening buffers, and keep their graph."""
+        with self._group.span("enter"):
+            self.entered[number] = entered = self._bound[number].enter(self._batches[number].inputs)
+        return detach(entered)
+
+    def record(self, number: int, layer: int, state: State) -> State:
+        """Take a layer's step, and keep its graph, or with recomputation only its input."""
+        with self._group.span("forward"):
+            graph, after = record_graph(self._bound[number], layer, state)
+        self._graphs[number, layer] = Graph(graph.inputs, ()) if self._group.config.recompute else graph
         return after
 
-    def _loss(self, microbatch: _Microbatch) -> Tensor:
-        """Return the loss of one microbatch. Its gradient at the last middle layer's output takes the place of the microbatch's state."""
-        with self.group.span("loss"):
-            batch = microbatch.batch
-            loss, microbatch.state = loss_and_seed(microbatch.bound, microbatch.state, batch.targets, batch.scale)
-        return loss
+    def loss(self, number: int, state: State) -> State:
+        """Compute a microbatch's loss, and the gradients of closing buffers and head."""
+        with self._group.span("loss"):
+            batch = self._batches[number]
+            loss, seed = loss_and_seed(self._bound[number], state, batch.targets, batch.scale)
+        self.losses.append(loss)
+        return seed
 
-    # Adjoint ------------------------------------------------------------------------------------------------------------------
-
-    def _adjoint(self, microbatches: Sequence[_Microbatch], channel: Channel, step: int) -> None:
-        """Take the adjoints of all microbatches back through this worker's layers, and form the gradients of these layers' parameters."""
-        rank, owners, tag = channel.rank, self.placement.owners, MessageTag(step, "adjoint", "in order")
-        final = len(owners) - 1
-        if self.block.last and owners[final] != rank:
-            for microbatch in microbatches:
-                assert microbatch.state is not None
-                channel.send(microbatch.state, owners[final], tag)
-        later = _DeferredParameterGradients(self.block, self.group)
-        waits = len(microbatches) < channel.size
-        for layer in reversed(self._layers):
-            source = owners[layer + 1] if layer < final else channel.size - 1
-            target = owners[layer - 1] if layer else 0
-            for microbatch in microbatches:
-                if source == rank:
-                    assert microbatch.state is not None
-                    lam = microbatch.state
-                else:
-                    while not channel.arrived(microbatch.spec, source) and later.advance():
-                        pass
-                    lam = channel.receive(microbatch.spec, source, tag)
-                before = self._pull(microbatch, layer, lam, later if waits else None)
-                if target == rank:
-                    microbatch.state = before
-                else:
-                    channel.send(before, target, tag)
-        while later.advance():
-            pass
-
-    def _pull(self, microbatch: _Microbatch, layer: int, lam: State, later: "_DeferredParameterGradients | None") -> State:
-        """Return λ at a layer's input from λ at its output.
-
-        The gradients of the layer's parameters are formed now, or by `later` if that is given.
-        """
-        graph = microbatch.graphs.pop(layer)
-        with self.group.span("adjoint"):
+    def pull(self, number: int, layer: int, lam: State, *, defer: bool) -> State:
+        """Read a layer's graph and drop it."""
+        graph = self._graphs.pop((number, layer))
+        with self._group.span("adjoint"):
             if not graph.outputs:
-                graph, _ = record_graph(microbatch.bound, layer, like(lam, graph.inputs))
-            leaves = self.block.leaves(self.block.index(layer))
-            if later is None:
+                graph, _ = record_graph(self._bound[number], layer, like(lam, graph.inputs))
+            leaves = self._group.block.leaves(self._group.block.index(layer))
+            if not defer:
                 torch.autograd.backward(graph.outputs, tensors(lam), inputs=[*graph.inputs, *leaves])
                 return like(lam, input_gradients(graph.inputs))
             found = torch.autograd.grad(graph.outputs, graph.inputs, tensors(lam), retain_graph=True, materialize_grads=True)
-            later.add(graph, tensors(lam), leaves)
+            self._deferred.append(_Deferred(graph, tensors(lam), leaves))
         return like(lam, found)
 
-
-class _DeferredParameterGradients:
-    """Parameter gradients that no worker waits for, to be formed in the order in which they were deferred."""
-
-    def __init__(self, block: Block, group: LayerGroup) -> None:
-        self._block, self._group = block, group
-        self._left: deque[tuple[Graph, tuple[Tensor, ...], list[torch.nn.Parameter]]] = deque()
-
-    def add(self, graph: Graph, lam: tuple[Tensor, ...], leaves: list[torch.nn.Parameter]) -> None:
-        """Defer the parameter gradients of one layer, with λ at its output."""
-        self._left.append((graph, lam, leaves))
-
     def advance(self) -> bool:
-        """Form the parameter gradients of one layer. Returns False if none is left."""
-        if not self._left:
+        """Form parameter gradients in the order in which they were deferred."""
+        if not self._deferred:
             return False
-        graph, lam, leaves = self._left.popleft()
-        if leaves:
+        deferred = self._deferred.popleft()
+        if deferred.leaves:
             with self._group.span("adjoint"):
-                torch.autograd.backward(graph.outputs, lam, inputs=leaves)
+                torch.autograd.backward(deferred.graph.outputs, deferred.lam, inputs=deferred.leaves)
         return True

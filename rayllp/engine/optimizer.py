@@ -30,6 +30,23 @@ EMA = "ema"
 """The name under which the moving average of a parameter's values is stored, next to the averages of its gradients."""
 
 
+def averages_per_weight(settings: OptimizerSettings) -> int:
+    """Return how many values are kept for each weight of a layer's matrices besides itself; Adafactor's factors are not counted."""
+    matrix = (2, 2)
+    kept = _averages_of(Muon if settings.name == "muon" else KINDS[settings.name], matrix, settings)
+    return sum(shape == matrix for shape in kept.values())
+
+
+def _averages_of(kind: type, shape: tuple[int, ...], settings: OptimizerSettings) -> dict[str, tuple[int, ...]]:
+    """Return names and shapes of the averages that an optimizer of this kind keeps for a parameter of this shape."""
+    found = dict.fromkeys(MOMENTS[kind], shape)
+    if kind is torch.optim.SGD and not settings.momentum:
+        found = {}
+    if kind is torch.optim.Adafactor and len(shape) > 1:
+        found = {"row_var": (*shape[:-1], 1), "col_var": (*shape[:-2], 1, shape[-1])}
+    return found if settings.ema is None else {**found, EMA: shape}
+
+
 class Optimizer:
     """Updates a worker's parameters, by one optimizer for all or by Muon for its layers' matrices and AdamW for the rest.
 
@@ -151,15 +168,8 @@ class Optimizer:
 
     def moments_of(self, parameter: nn.Parameter) -> dict[str, tuple[int, ...]]:
         """Return names and shapes of the averages that are kept for a parameter once a step is done; none for a frozen one."""
-        kind, shape = self._kinds.get(self._names[parameter]), tuple(parameter.shape)
-        if kind is None:
-            return {}
-        found = dict.fromkeys(MOMENTS[kind], shape)
-        if kind is torch.optim.SGD and not self._settings.momentum:
-            found = {}
-        if kind is torch.optim.Adafactor and len(shape) > 1:
-            found = {"row_var": (*shape[:-1], 1), "col_var": (*shape[:-2], 1, shape[-1])}
-        return found if self._settings.ema is None else {**found, EMA: shape}
+        kind = self._kinds.get(self._names[parameter])
+        return {} if kind is None else _averages_of(kind, tuple(parameter.shape), self._settings)
 
     def counts_steps(self, parameter: nn.Parameter) -> bool:
         """Return True if the parameter's state also has "step", the number of steps done."""

@@ -36,6 +36,8 @@ from rayllp.mgrit.relay import relay
 from rayllp.mgrit.result import ResidualShares, Solution, squared_rounding
 from rayllp.state import State, add, like, squared_norm, subtract, tensors
 
+WINDOW_END = "window's end"
+"""The phase of the messages by which the increments of a window are summed."""
 IN_PIECES_BYTES = 4 * 2**20
 """If the sum at a window's end would send a worker more bytes than this, it is done in pieces, which sends fewer bytes in more messages.
 Below it, the number of messages decides.
@@ -299,13 +301,13 @@ class WindowSolver:
         if size > 1 and (size - 1) * sum(part.nbytes for part in tensors(start)) > IN_PIECES_BYTES:
             return self._end_in_pieces(layers, start, mine)
         state = start
-        for increment in self._gather(layers, mine, "window's end"):
+        for increment in self._gather(layers, mine, WINDOW_END):
             state = add(state, increment)
         return state
 
     def _end_in_pieces(self, layers: Sequence[int], start: State, mine: dict[int, State]) -> State:
         """Return the state after the window, where each worker sums one piece of it."""
-        rank, size, tag = self.channel.rank, self.channel.size, self.tag.at("window's end", 0)
+        rank, size, tag = self.channel.rank, self.channel.size, self.tag.at(WINDOW_END, 0)
         owners = [self.placement.owners[layer] for layer in layers]
         most, ends = max(owners.count(worker) for worker in set(owners)), []
         own = [*mine.values(), *[self.spec.zeros()] * (most - len(mine))]

@@ -40,16 +40,35 @@ class Costs:
             return 0.0
         return self.message * math.ceil(math.log2(workers)) if self.all_gather is None else self.all_gather
 
-    def all_reduce_s(self, workers: int) -> float:
-        """Return the seconds of an all-reduce of a state among this many workers."""
-        all_gather_s = self.all_gather_s(workers)
-        return all_gather_s if workers == 1 or self.all_reduce is None else min(self.all_reduce, all_gather_s)
+    def kinds(self, workers: int, open_layers: int = 0, close_layers: int = 0) -> dict[str, float]:
+        """Return the seconds by kind of work or message, as schedules name the kinds.
 
-    @property
-    def kinds(self) -> dict[str, float]:
-        """Seconds by kind of work on a layer, as schedules name the kinds."""
-        names = ("forward", "record", "input_gradient", "full_gradient")
-        return {name: getattr(self, name) for name in names}
+        Buffer layers count where the embedding and the head do. A deferred gradient of a layer's parameters alone takes as long as one with
+        the input's gradient, which is computed once more on the way.
+
+        At a window's end states are summed by an all-gather or, where that is faster, in pieces: an all-to-all and an all-gather of pieces,
+        which together take as long as an all-reduce. For a further state of each worker the all-to-all is as much longer.
+
+        Args:
+            workers: number of workers.
+            open_layers, close_layers: numbers of buffer layers at the beginning and at the end.
+        """
+        all_gather = self.all_gather_s(workers)
+        all_reduce = math.inf if self.all_reduce is None else self.all_reduce
+        return {
+            "forward": self.forward,
+            "record": self.record,
+            "input_gradient": self.input_gradient,
+            "full_gradient": self.full_gradient,
+            "parameter_gradient": self.full_gradient,
+            "enter": self.enter + open_layers * self.record,
+            "enter_gradient": open_layers * self.full_gradient + self.enter_gradient,
+            "loss": close_layers * (self.record + self.full_gradient) + self.leave,
+            "message": self.message,
+            "all_gather": all_gather,
+            "sum": min(all_gather, all_reduce),
+            "further_sum": min(all_gather, all_reduce / 2),
+        }
 
 
 FREE = Costs(forward=0, record=0, input_gradient=0, full_gradient=0)

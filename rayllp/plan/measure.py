@@ -22,7 +22,7 @@ LAYERS = 4
 ROUNDS = 7
 
 
-def measure_costs(config: TrainConfig, data: Batches, *, message_s: float, device: str = "cpu", rounds: int = ROUNDS) -> Costs:
+def measure_costs(config: TrainConfig, data: Batches, *, message_s: float, device: str, rounds: int = ROUNDS) -> Costs:
     """Measure a training step's parts with these settings, on one worker in this process, and return the medians of all rounds.
 
     Args:
@@ -35,7 +35,7 @@ def measure_costs(config: TrainConfig, data: Batches, *, message_s: float, devic
     return costs_of(engine_alone(config, data, device), message_s=message_s, rounds=rounds)
 
 
-def engine_alone(config: TrainConfig, data: Batches, device: str = "cpu") -> Engine:
+def engine_alone(config: TrainConfig, data: Batches, device: str) -> Engine:
     """Return one worker in this process, with a network like `config`'s but with few middle layers: enough to time one."""
     whole = config.model_dump(mode="json")
     middle = min(LAYERS, config.middle_layers)

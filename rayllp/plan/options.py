@@ -1,8 +1,7 @@
 """The ways to train on one mesh of replicas and layer-parallel workers, with predicted times and memory.
 
-Layer-parallel steps are predicted by running the cycle on simulated clocks (`prediction.py`). The schedules of exact training are simple
-enough for formulas: 1F1B's critical path is (microbatches + stages - 1) times a stage's forward and gradient; with layers in turn, a stage
-is a single layer.
+Steps by windows and MGRIT, and exact ones with layers in turn, are predicted by running them on simulated clocks (`prediction.py`). 1F1B is
+torch's own, and simple enough for a formula: its critical path is (microbatches + stages - 1) times a stage's forward and gradient.
 """
 
 import math
@@ -15,12 +14,13 @@ from typing import Any, Literal
 from rayllp.config import TrainConfig
 from rayllp.config.run import SWEEPS
 from rayllp.control import Controller
+from rayllp.engine.optimizer import averages_per_weight
 from rayllp.engine.replica_sums import BUCKET_BYTES
 from rayllp.plan.costs import Costs, Device, LayerModel
-from rayllp.plan.prediction import predict_step
+from rayllp.plan.prediction import layers_owned, predict_step
 
-MOMENTS = {"adamw": 2, "muon": 1, "sgd": 1, "adafactor": 0}
-"""Moving averages per weight, by optimizer. Neglected are AdamW's two for norms and biases beside Muon, and Adafactor's factors."""
+MOST_MICROBATCHES = 4
+"""Largest number of microbatches a worker that is tried with layers in turn."""
 COARSENINGS = (2, 4, 8, 16)
 LEVELS = (2, 3, 4)
 ITERATIONS = ((1, 1), (2, 1), (2, 2), (3, 3))
@@ -185,8 +185,9 @@ class MeshPlanner:
         pipelines = [self._pipeline(count) for count in counts if count >= self.layer_workers]
         if pipelines:
             yield min(pipelines, key=attrgetter("step_s"))
-        if self.layer_workers <= self.config.middle_layers:
-            yield min(map(self._in_order, counts), key=attrgetter("step_s"))
+        in_turn = self._replica_config(WindowSolve(self.layer_workers, 1, 1))
+        if in_turn is not None:
+            yield self._best_in_order(in_turn, [count for count in counts if count <= MOST_MICROBATCHES * self.layer_workers])
 
     def _data_parallel(self) -> Option:
         costs, layers = self.costs, self.config.model.layers
@@ -206,22 +207,20 @@ class MeshPlanner:
         memory = owned * (self._weight_bytes + graphs * self.model.graph_bytes)
         return self._option("pipeline", step_s, memory, microbatches=microbatches)
 
-    def _in_order(self, microbatches: int) -> Option:
-        """Return layers in turn on a cyclic placement. With a microbatch per worker, all are busy but for one round of single layers."""
-        config, buffers, workers = self.config, self.config.buffers, self.layer_workers
-        costs = self.model.at(self.batch / microbatches, self.device)
-        middle, ends = math.ceil(config.middle_layers / workers), max(buffers.open, buffers.close)
-        layer_s = costs.record + costs.full_gradient
-        if microbatches >= workers:
-            busy_s = (middle + ends) * layer_s + max(costs.enter + costs.enter_gradient, costs.leave)
-            step_s = microbatches * busy_s + (workers - 1) * (layer_s + 2 * costs.message)
-        else:
-            chain_s = config.middle_layers * (costs.record + costs.input_gradient + 2 * costs.message)
-            ends_s = (buffers.open + buffers.close) * layer_s + costs.enter + costs.enter_gradient + costs.leave
-            # Microbatches follow each other at a layer's distance; parameter gradients, except the first layer's, are computed in waits.
-            step_s = chain_s + ends_s + (microbatches - 1) * layer_s + microbatches * costs.full_gradient
-        owned = middle + ends
-        step_s += owned * costs.update + self._replicas_s(owned, owned * microbatches * costs.full_gradient)
+    def _best_in_order(self, config: TrainConfig, counts: Sequence[int]) -> Option:
+        """Return layers in turn with the best of these numbers of microbatches, the first of which is 1."""
+        best, owned = self._in_order(config, counts[0]), max(layers_owned(config))
+        for count in counts[1:]:
+            costs = self.model.at(self.batch / count, self.device)
+            if count * owned * (costs.record + costs.full_gradient) < best.step_s:  # what the busiest worker has to do in any case
+                best = min(best, self._in_order(config, count), key=attrgetter("step_s"))
+        return best
+
+    def _in_order(self, config: TrainConfig, microbatches: int) -> Option:
+        """Return layers in turn on a cyclic placement, with these settings of a replica."""
+        costs, owned = self.model.at(self.batch / microbatches, self.device), max(layers_owned(config))
+        step_s = predict_step(config, replace(Controller(config).chosen, serial=True), costs, microbatches=microbatches)
+        step_s += self._replicas_s(owned, owned * microbatches * costs.full_gradient)
         memory = owned * (self._weight_bytes + self.batch * self.model.graph_bytes)
         return self._option("in_order", step_s, memory, microbatches=microbatches)
 
@@ -265,9 +264,7 @@ class MeshPlanner:
         config, workers = self._replica_config(solve), self.layer_workers
         if config is None:
             return None
-        ends = {0: config.buffers.open}
-        ends[workers - 1] = ends.get(workers - 1, 0) + config.buffers.close
-        owned = max(len(config.layers_of(rank)) + ends.get(rank, 0) for rank in range(workers))
+        owned = max(layers_owned(config))
         state_bytes = self.batch * self.model.state_bytes
         all_gather_s, all_reduce_s = self.device.all_gather_s(state_bytes, workers), self.device.all_reduce_s(state_bytes, workers)
         costs = replace(self.costs, all_gather=all_gather_s, all_reduce=all_reduce_s)
@@ -301,8 +298,9 @@ class MeshPlanner:
     def _weight_bytes(self) -> float:
         """Bytes of a layer's weights and gradients, and of the part of its optimizer state that one worker keeps."""
         settings = self.config.optimizer
-        moments = MOMENTS[settings.name] - (settings.name == "sgd" and not settings.momentum) + (settings.ema is not None)
-        kept = moments / self.replicas if settings.sharded else moments
+        # Neglected are what Muon keeps of norms and biases more than of matrices, and Adafactor's factors.
+        averages = averages_per_weight(settings)
+        kept = averages / self.replicas if settings.sharded else averages
         return self.model.parameter_bytes + (1 + kept) * self.model.trained_bytes
 
     def _replicas_s(self, layers: int, adjoint_s: float) -> float:

@@ -1,16 +1,18 @@
-"""Predict the time of a step by running the cycle that trains on simulated clocks.
+"""Predict the time of a step by running the code that trains on simulated clocks.
 
-There is no formula for the schedule here: `schedule.py` runs the cycle to find out, so predictions cannot disagree with the code.
+There is no formula for the schedule here: `recording.py` runs the solvers to find out, so predictions cannot disagree with the code.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rayllp.config import TrainConfig
 from rayllp.control import Accuracy
+from rayllp.mgrit.windows import Placement
 from rayllp.plan.costs import Costs
-from rayllp.plan.schedule import schedules_of
-from rayllp.plan.windows import Clocks, in_order_step, window_step
+from rayllp.plan.recording import in_order_schedule, schedules_of
+from rayllp.plan.schedule import Clocks
 from rayllp.timeline import Span
 
 
@@ -27,55 +29,56 @@ class Prediction:
     spans: tuple[tuple[Span, ...], ...]
 
 
-def predict_step(config: TrainConfig, accuracy: Accuracy, costs: Costs) -> float:
-    """Return the length in seconds of a layer-parallel step's critical path, until the last worker has finished its update."""
-    return _step(config, accuracy, costs, None)
+def predict_step(config: TrainConfig, accuracy: Accuracy, costs: Costs, *, microbatches: int = 1) -> float:
+    """Return the length in seconds of a step's critical path, until the last worker has finished its update.
+
+    Recomputation, gradient accumulation and replicas are not included.
+
+    Args:
+        config: the settings.
+        accuracy: how the step is solved.
+        costs: those of a batch; for an exact step with layers in turn, those of a microbatch.
+        microbatches: number of microbatches of an exact step with layers in turn.
+    """
+    return _step(config, accuracy, costs, microbatches, None)
 
 
 def predict(config: TrainConfig, accuracy: Accuracy, costs: Costs) -> Prediction:
-    """Predict one layer-parallel step. Recomputation, gradient accumulation and replicas are not included."""
+    """Predict one step like `predict_step`, of a batch that is not divided into microbatches, and what each worker does in it."""
     spans: list[list[Span]] = [[] for _ in range(config.layer_workers)]
-    step_s = _step(config, accuracy, costs, spans)
-    return Prediction(step_s, tuple(tuple(span for span in own if span.seconds) for own in spans))
+    step_s = _step(config, accuracy, costs, 1, spans)
+    return Prediction(step_s, tuple(map(tuple, spans)))
 
 
-def _step(config: TrainConfig, accuracy: Accuracy, costs: Costs, spans: Sequence[list[Span]] | None) -> float:
+def _step(config: TrainConfig, accuracy: Accuracy, costs: Costs, microbatches: int, spans: Sequence[list[Span]] | None) -> float:
     """Return the seconds of a step, and append what each worker does to `spans`, if given."""
-    if config.placement == "cyclic":
-        return _cyclic_step(config, accuracy, costs, spans)
-    workers, buffers, blocks = config.layer_workers, config.buffers, config.blocks
-    clocks = [0.0] * workers
-
-    def spend(rank: int, solve: str, seconds: float, kind: str = "compute") -> None:
-        if spans is not None:
-            spans[rank].append(Span(clocks[rank], clocks[rank] + seconds, kind, solve))
-        clocks[rank] += seconds
-
-    forward, adjoint = schedules_of(config, accuracy)
-    spend(0, "enter", costs.enter + buffers.open * costs.record)
-    forward.replay(costs.kinds, costs.message, clocks, spans)
-    spend(workers - 1, "loss", buffers.close * (costs.record + costs.full_gradient) + costs.leave)
-    adjoint.replay(costs.kinds, costs.message, clocks, spans, forward.deferred_work())
-    spend(0, "enter", buffers.open * costs.full_gradient + costs.enter_gradient)
-    # The gradient norm is taken over all workers, so no worker updates before all have their gradients.
-    together = max(clocks)
-    for rank in range(workers):
-        spend(rank, "statistics", together - clocks[rank], "wait")
-        owned = blocks[rank] + (rank == 0) * buffers.open + (rank == workers - 1) * buffers.close
-        spend(rank, "update", owned * costs.update)
-    return max(clocks)
-
-
-def _cyclic_step(config: TrainConfig, accuracy: Accuracy, costs: Costs, spans: Sequence[list[Span]] | None) -> float:
-    """Return the seconds of a step on a cyclic placement. An exact step is predicted for a batch that is not divided into microbatches."""
-    clocks, workers = Clocks(config.layer_workers, spans), config.layer_workers
-    if accuracy.serial:
-        in_order_step(config, 1, costs, clocks)
+    workers, buffers = config.layer_workers, config.buffers
+    seconds, clocks = costs.kinds(workers, buffers.open, buffers.close), Clocks(workers, spans)
+    if config.placement == "cyclic" and accuracy.serial:
+        in_order_schedule(config.middle_layers, workers, microbatches).replay(seconds, clocks)
     else:
-        window_step(config, accuracy, costs, clocks)
-    clocks.meet(0.0, "statistics")
-    ends = {0: config.buffers.open}
-    ends[workers - 1] = ends.get(workers - 1, 0) + config.buffers.close
-    for rank in range(workers):
-        clocks.spend(rank, (len(config.layers_of(rank)) + ends.get(rank, 0)) * costs.update, "update")
+        forward, adjoint = schedules_of(config, accuracy)
+        clocks.spend(0, seconds["enter"], "enter")
+        forward.replay(seconds, clocks)
+        clocks.spend(workers - 1, seconds["loss"], "loss")
+        adjoint.replay(seconds, clocks, forward.deferred_work())
+        microbatches = 1
+    clocks.spend(0, microbatches * seconds["enter_gradient"], "enter")
+    # The gradient norm is taken over all workers, so no worker updates before all have their gradients.
+    clocks.meet("statistics")
+    for rank, layers in enumerate(layers_owned(config)):
+        clocks.spend(rank, layers * costs.update, "update")
     return max(clocks.now)
+
+
+def layers_owned(config: TrainConfig) -> list[int]:
+    """Return the number of layers of each worker of the layer group, buffer layers included."""
+    workers = config.layer_workers
+    if config.placement == "cyclic":
+        counts = Counter(Placement.cyclic(config.middle_layers, workers).owners)
+        owned = [counts[rank] for rank in range(workers)]
+    else:
+        owned = list(config.blocks)
+    owned[0] += config.buffers.open
+    owned[-1] += config.buffers.close
+    return owned

@@ -1,45 +1,31 @@
-"""Find out what each worker does in a step, in which order, by running the actual solver once per worker, without layers and messages.
+"""What each worker does in a step in which order, and the replay of that on simulated clocks.
 
-A worker's order of work does not depend on any values, so its solver can run alone: every message it receives is an empty state that is
-there at once. Workers whose parts of the hierarchy look alike do the same, so that only one of them is run. `Schedule.replay` then gives
-each piece of work its time and lets receivers wait for senders. Work that the forward solve defers is replayed during the adjoint solve,
-while a worker waits.
+In a replay each piece of work takes its time, and receivers wait for senders. Deferred work is done as in training: while a worker waits.
 """
 
 from collections import defaultdict, deque
-from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import lru_cache
-from itertools import pairwise
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
-import torch
-from torch import Tensor
-
-from rayllp.channel.base import Channel, MessageTag, Reduction, StateSpec
-from rayllp.config import TrainConfig
-from rayllp.control import Accuracy
-from rayllp.engine.step_solves import StepSolves
-from rayllp.mgrit import Communicator, DeferredRun, DeferredSweeps, Hierarchy, Level, MGRITSolver, Problem, Propagator, SolverOptions
-from rayllp.state import State
 from rayllp.timeline import Span
 
-
-class Nothing(tuple[Tensor, ...]):
-    """A state without tensors. Each one is a separate object, as real states are."""
-
-    __slots__ = ()
+ENDS = ("enter", "loss")
+"""Kinds of work at the ends of the network, which belong to no middle layer."""
+MEETINGS = ("all_gather", "sum", "further_sum")
+"""Kinds of messages in which all workers take part at once."""
 
 
 class Work(NamedTuple):
     """A piece of work of one worker.
 
     Attributes:
-        kind: forward, record, input_gradient or full_gradient (see `Costs`), or send or receive.
-        solve: forward or adjoint.
+        kind: a part of a step (see `Costs.kinds`), of which parameter_gradient is deferred where it stands; or a message: send, receive,
+            broadcast, or one of `MEETINGS`; or finish, which does all that is deferred.
+        solve: forward or adjoint; enter or loss for these two parts.
         phase, level: of the cycle, as in `Span`.
-        layer: the layer, counted from the worker's first one in the order of the solve; 0 for messages.
-        peer: sender or receiver, counted from the worker itself; 0 for work on a layer.
+        layer: the layer, counted from the worker's first one; 0 for messages and for the ends of the network.
+        peer: sender or receiver, counted from the worker itself, round all workers; of a broadcast its source, counted from the first one.
     """
 
     kind: str
@@ -50,98 +36,73 @@ class Work(NamedTuple):
     peer: int = 0
 
 
-class _Recorder(Propagator, Channel):
-    """The propagator and the channel of one worker, which record what the solver asks of them."""
-
-    def __init__(self, rank: int, size: int, first: int, solve: str, c_points: frozenset[int]) -> None:
-        self.rank, self.size, self._first, self._solve, self._c_points = rank, size, first, solve, c_points
-        self._phase, self._level = "", 0
-        self.done: list[Work] = []
-
-    def enter(self, phase: str, level: int) -> None:
-        self._phase, self._level = phase, level
-
-    def _work(self, kind: str, layer: int) -> None:
-        self.done.append(Work(kind, self._solve, self._phase, self._level, layer=layer - self._first))
-
-    def _message(self, kind: str, peer: int) -> None:
-        self.done.append(Work(kind, self._solve, self._phase, self._level, peer=peer - self.rank))
-
-    def collect(self, run: DeferredRun | None = None) -> tuple[Work, ...]:
-        """Return the work recorded since the last call; with a deferred run, the work of that run."""
-        while run is not None and run.advance():
-            pass
-        done, self.done = tuple(self.done), []
-        return done
-
-    # As a propagator. The forward solve keeps the graph of C-points, so the last sweep need not evaluate them again.
-
-    def step(self, layer: int, state: State) -> State:
-        self._work("input_gradient" if self._solve == "adjoint" else "record" if layer in self._c_points else "forward", layer)
-        return Nothing()
-
-    def last_step(self, layer: int, state: State, known: State | None) -> State:
-        if self._solve == "adjoint" or known is None:
-            self._work("full_gradient" if self._solve == "adjoint" else "record", layer)
-        return Nothing()
-
-    # As a channel
-
-    def send(self, state: State, destination: int, tag: MessageTag) -> None:
-        self._message("send", destination)
-
-    def receive(self, spec: StateSpec, source: int, tag: MessageTag) -> State:
-        self._message("receive", source)
-        return Nothing()
-
-    def arrived(self, spec: StateSpec, source: int) -> bool:
-        return True
-
-    def all_reduce(self, tensor: Tensor, tag: MessageTag) -> Tensor:
-        return tensor
-
-    def begin_all_reduce(self, tensor: Tensor, tag: MessageTag) -> Reduction:
-        raise NotImplementedError("solves sum nothing in the background")
-
-    def all_gather(self, state: State, spec: StateSpec, tag: MessageTag) -> list[State]:
-        raise NotImplementedError("MGRIT on blocks gathers nothing")
-
-    def all_to_all(self, parts: Sequence[Tensor], tag: MessageTag) -> list[Tensor]:
-        raise NotImplementedError("MGRIT on blocks gathers nothing")
-
-
-def _spend(work: Work, first: int, costs: Mapping[str, float], now: float, spans: list[Span] | None) -> float:
-    """Return the time when a piece of work on a layer is finished, and record its span."""
-    then = now + costs[work.kind]
-    if spans is not None:
-        spans.append(Span(now, then, "compute", work.solve, work.phase, work.level, first + work.layer))
-    return then
-
-
 RunWork = tuple[Work, ...]
 """The work of one run of layers, in order."""
 
 
+class Clocks:
+    """Each worker's simulated time, and what it did when.
+
+    Args:
+        workers: number of workers.
+        spans: for each worker, a list to which its spans are appended; None: they are not needed.
+
+    Attributes:
+        now: each worker's time.
+    """
+
+    def __init__(self, workers: int, spans: Sequence[list[Span]] | None = None) -> None:
+        self.now = [0.0] * workers
+        self._spans = spans
+
+    def spend(self, rank: int, seconds: float, solve: str, phase: str = "", level: int = 0, layer: int | None = None) -> None:
+        """Let a worker be busy for some seconds."""
+        begin = self.now[rank]
+        end = self.now[rank] = begin + seconds
+        if self._spans is not None and seconds:
+            self._spans[rank].append(Span(begin, end, "compute", solve, phase, level, layer))
+
+    def wait_until(self, rank: int, moment: float, solve: str, phase: str = "", level: int = 0) -> None:
+        """Let a worker wait until this moment, unless it has passed."""
+        begin = self.now[rank]
+        if moment > begin:
+            self.now[rank] = moment
+            if self._spans is not None:
+                self._spans[rank].append(Span(begin, moment, "wait", solve, phase, level))
+
+    def meet(self, solve: str) -> None:
+        """Let all workers wait for the last one."""
+        together = max(self.now)
+        for rank in range(len(self.now)):
+            self.wait_until(rank, together, solve)
+
+
 class DeferredWork:
-    """The work that a worker has deferred: the last sweep of some runs of its forward solve, with layers counted from `first`."""
+    """The work that a worker has deferred, with layers counted from `first`.
+
+    Attributes:
+        runs: the last sweep of some runs of its forward solve, whose graphs the adjoint needs.
+        gradients: gradients of parameters, for which nobody waits.
+    """
 
     def __init__(self, runs: Sequence[RunWork], first: int) -> None:
         self.first = first
-        self._runs = deque(deque(run) for run in runs)
+        self.runs = deque(deque(run) for run in runs)
+        self.gradients: deque[Work] = deque()
 
     def pop(self) -> Work | None:
         """Remove and return the work of the next layer; None if nothing is left."""
-        while self._runs:
-            if self._runs[0]:
-                return self._runs[0].popleft()
-            self._runs.popleft()
-        return None
+        while self.runs:
+            if self.runs[0]:
+                return self.runs[0].popleft()
+            self.runs.popleft()
+        return self.gradients.popleft() if self.gradients else None
 
     def pop_until(self, layer: int) -> list[Work]:
         """Remove and return what is left of the run that contains this layer, up to the layer."""
-        while self._runs and not self._runs[0]:
-            self._runs.popleft()
-        for run in self._runs:
+        while self.runs and not self.runs[0]:
+            self.runs.popleft()
+        for run in self.runs:
             if run and run[0].layer <= layer - self.first <= run[-1].layer:
                 count = sum(work.layer <= layer - self.first for work in run)
                 return [run.popleft() for _ in range(count)]
@@ -150,7 +111,7 @@ class DeferredWork:
 
 @dataclass(frozen=True)
 class Schedule:
-    """The schedule of one solve.
+    """The schedule of one solve, or of a step.
 
     Attributes:
         workers: each worker's work in order.
@@ -158,7 +119,7 @@ class Schedule:
         deferred: the work that each worker defers, by runs.
     """
 
-    workers: tuple[tuple[Work, ...], ...]
+    workers: tuple[RunWork, ...]
     first_layers: tuple[int, ...]
     deferred: tuple[tuple[RunWork, ...], ...]
 
@@ -166,135 +127,112 @@ class Schedule:
         """Return the work that each worker has deferred at the end of this solve."""
         return [DeferredWork(runs, first) for runs, first in zip(self.deferred, self.first_layers, strict=True)]
 
-    def replay(
-        self,
-        costs: Mapping[str, float],
-        message_s: float,
-        clocks: list[float],
-        spans: Sequence[list[Span]] | None = None,
-        deferred: Sequence[DeferredWork] | None = None,
-    ) -> None:
-        """Run the schedule on simulated clocks, advancing `clocks` in place.
+    def replay(self, seconds: Mapping[str, float], clocks: Clocks, deferred: Sequence[DeferredWork] | None = None) -> None:
+        """Run the schedule on simulated clocks.
 
         Args:
-            costs: seconds by kind of work.
-            message_s: seconds from sending to arrival; sending itself takes no time.
-            clocks: each worker's time.
-            spans: for each worker, a list to which its spans are appended; None: they are not needed.
+            seconds: by kind of work (see `Costs.kinds`). Sending takes no time; a message's is that from sending to arrival.
+            clocks: the workers' clocks, which are advanced.
             deferred: the work deferred by an earlier solve; it is done while a message is awaited, or when a layer's graph is needed.
         """
-        arrivals: dict[tuple[int, int], deque[float]] = defaultdict(deque)
-        positions = [0] * len(self.workers)
-        ready = deque(range(len(self.workers)))
-        waiting: dict[tuple[int, int], int] = {}
-        while ready:
-            rank = ready.popleft()
-            work, position, now = self.workers[rank], positions[rank], clocks[rank]
-            own_spans, first = None if spans is None else spans[rank], self.first_layers[rank]
-            own_deferred = None if deferred is None else deferred[rank]
-            while position < len(work):
-                kind, solve, phase, level, layer, peer = work[position]
-                if kind == "send":
-                    link = rank, rank + peer
-                    arrivals[link].append(now + message_s)
-                    if link in waiting:
-                        ready.append(waiting.pop(link))
-                elif kind == "receive":
-                    link = rank + peer, rank
-                    queue = arrivals[link]
-                    if not queue:
-                        waiting[link] = rank
-                        break
-                    arrival = queue.popleft()
-                    while arrival > now and own_deferred is not None and (deferred_work := own_deferred.pop()) is not None:
-                        now = _spend(deferred_work, own_deferred.first, costs, now, own_spans)
-                    if arrival > now:
-                        if own_spans is not None:
-                            own_spans.append(Span(now, arrival, "wait", solve, phase, level))
-                        now = arrival
-                else:
-                    if own_deferred is not None:
-                        for deferred_work in own_deferred.pop_until(first + layer):
-                            now = _spend(deferred_work, own_deferred.first, costs, now, own_spans)
-                    now = _spend(work[position], first, costs, now, own_spans)
-                position += 1
-            positions[rank], clocks[rank] = position, now
-        stuck = [rank for rank, position in enumerate(positions) if position < len(self.workers[rank])]
+        _Replay(self, seconds, clocks, deferred or [DeferredWork((), first) for first in self.first_layers]).run()
+
+
+class _Replay:
+    """One replay of a schedule (see `Schedule.replay`)."""
+
+    def __init__(self, schedule: Schedule, seconds: Mapping[str, float], clocks: Clocks, deferred: Sequence[DeferredWork]) -> None:
+        self._schedule, self._seconds, self._clocks, self._deferred = schedule, seconds, clocks, deferred
+        self._size = len(schedule.workers)
+        self._places = [0] * self._size  # of the work that each worker is at
+        self._ready = deque(range(self._size))
+        # By sender and receiver: when messages arrive, and whether the receiver waits for one.
+        self._arrivals: dict[tuple[int, int], deque[float]] = defaultdict(deque)
+        self._awaited: set[tuple[int, int]] = set()
+        self._meeting: list[int] = []  # workers that have come to an exchange of all with all
+
+    def run(self) -> None:
+        """Run it to the end."""
+        places, workers = self._places, self._schedule.workers
+        while self._ready:
+            rank = self._ready.popleft()
+            work = workers[rank]
+            while places[rank] < len(work) and self._do(rank, work[places[rank]]):
+                places[rank] += 1
+        stuck = [rank for rank, place in enumerate(places) if place < len(workers[rank])]
         assert not stuck, f"workers {stuck} wait for ever: the schedules differ"
 
+    def _do(self, rank: int, work: Work) -> bool:
+        """Do a piece of work. Returns False if the worker has to wait for another one first, and will come to the same work again."""
+        kind = work.kind
+        if kind == "send":
+            self._send(rank, (rank + work.peer) % self._size)
+        elif kind == "receive":
+            return self._receive(rank, (rank + work.peer) % self._size, work)
+        elif kind == "broadcast":
+            if rank != work.peer:
+                return self._receive(rank, work.peer, work)
+            for other in range(self._size):
+                if other != rank:
+                    self._send(rank, other)
+        elif kind in MEETINGS:
+            return self._meet(rank, work)
+        elif kind == "parameter_gradient":
+            self._deferred[rank].gradients.append(work)
+        elif kind == "finish":
+            while self._do_deferred(rank):
+                pass
+        elif kind in ENDS:
+            self._clocks.spend(rank, self._seconds[kind], work.solve)
+        else:
+            deferred, layer = self._deferred[rank], self._schedule.first_layers[rank] + work.layer
+            for needed in deferred.pop_until(layer) if deferred.runs else ():
+                self._spend(rank, needed, deferred.first + needed.layer)
+            self._spend(rank, work, layer)
+        return True
 
-def schedules_of(config: TrainConfig, accuracy: Accuracy) -> tuple[Schedule, Schedule]:
-    """Return the forward and the adjoint schedule of a layer-parallel step."""
-    solves, workers = StepSolves.of(accuracy, config), config.layer_workers
-    # If a tolerance may end the iterations early, the largest number of them is predicted.
-    forward, adjoint = (replace(options, tolerance=None) for options in (solves.forward_options, solves.adjoint_options))
-    return (
-        _record(solves.forward, forward, workers, "forward", solves.c_points),
-        _record(solves.adjoint, adjoint, workers, "adjoint", solves.c_points),
-    )
+    def _spend(self, rank: int, work: Work, layer: int) -> None:
+        """Let the worker's clock go on by what a piece of work on a layer takes."""
+        self._clocks.spend(rank, self._seconds[work.kind], work.solve, work.phase, work.level, layer)
 
+    def _do_deferred(self, rank: int) -> bool:
+        """Do the next piece of deferred work. Returns False if none is left."""
+        deferred = self._deferred[rank]
+        work = deferred.pop()
+        if work is not None:
+            self._spend(rank, work, deferred.first + work.layer)
+        return work is not None
 
-@lru_cache(maxsize=1024)
-def _record(hierarchy: Hierarchy, options: SolverOptions, workers: int, name: str, c_points: frozenset[int]) -> Schedule:
-    """Run the solver once for each kind of worker and return the schedule of all workers."""
-    spec = StateSpec((), (), torch.device("cpu"), bare=False)
-    fine, alike = hierarchy.levels[0], _Alike(hierarchy, c_points)
-    by_worker: list[tuple[RunWork, tuple[RunWork, ...]]] = []
-    first_layers: list[int] = []
-    by_signature: dict[Hashable, tuple[RunWork, tuple[RunWork, ...]]] = {}
-    for rank in range(workers):
-        owned = fine.local(rank)
-        first_layers.append(fine.layers[owned.start] if owned else 0)
-        signature = alike.signature(rank, first_layers[-1])
-        if signature not in by_signature:
-            recorder, deferred = _Recorder(rank, workers, first_layers[-1], name, c_points), DeferredSweeps()
-            initial = Nothing() if rank == fine.owners[0] else None
-            solver = MGRITSolver(
-                Problem(hierarchy, recorder, spec), options, Communicator(recorder, MessageTag(0, name)), on_phase=recorder.enter
-            )
-            solver.solve(initial, defer_to=deferred if name == "forward" else None)
-            by_signature[signature] = recorder.collect(), tuple(recorder.collect(run) for run in deferred.runs)
-        by_worker.append(by_signature[signature])
-    work, deferred_work = zip(*by_worker, strict=True)
-    return Schedule(work, tuple(first_layers), deferred_work)
+    def _send(self, rank: int, destination: int) -> None:
+        """Send a message. Its receiver goes on if it waits for it."""
+        link = rank, destination
+        self._arrivals[link].append(self._clocks.now[rank] + self._seconds["message"])
+        if link in self._awaited:
+            self._awaited.remove(link)
+            self._ready.append(destination)
 
+    def _receive(self, rank: int, source: int, work: Work) -> bool:
+        """Receive a message. Returns False if it has not been sent yet."""
+        link = source, rank
+        if not self._arrivals[link]:
+            self._awaited.add(link)
+            return False
+        arrival = self._arrivals[link].popleft()
+        while arrival > self._clocks.now[rank] and self._do_deferred(rank):
+            pass
+        self._clocks.wait_until(rank, arrival, work.solve, work.phase, work.level)
+        return True
 
-class _Alike:
-    """Tells which workers do the same, by all that a worker's cycle reads of a hierarchy, with layers and workers counted from its own."""
-
-    def __init__(self, hierarchy: Hierarchy, c_points: frozenset[int]) -> None:
-        self._hierarchy, self._c_points = hierarchy, c_points
-        first = [level.owners[0] for level in hierarchy.levels]
-        self._initial = list(pairwise(first))  # sender and receiver of the initial state, from level to level
-
-    def signature(self, rank: int, first: int) -> Hashable:
-        """Return a value that is equal for workers which do the same."""
-        levels = [self._level(level, rank, first) for level in self._hierarchy.levels]
-        moves = [
-            tuple(
-                (fine.layers[move.point] - first, coarse.layers[move.coarse] - first, move.owner - rank, move.coarse_owner - rank)
-                for move in transfers.get(rank, ())
-            )
-            for transfers, fine, coarse in zip(self._hierarchy.transfers, self._hierarchy.levels, self._hierarchy.levels[1:], strict=False)
-        ]
-        initial = [(a - rank, b - rank) if rank in (a, b) else None for a, b in self._initial]
-        return tuple(levels), tuple(moves), tuple(initial)
-
-    def _level(self, level: Level, rank: int, first: int) -> Hashable:
-        """Return all that a worker's cycle reads of one level; None if it has no points there."""
-        points = level.local(rank)
-        if not points:
-            return None
-        start, stop, last = points.start, points.stop, level.c_points[-1]
-        layers = level.layers[start:stop]
-        return (
-            start == 0,
-            stop == level.size,
-            start in level.is_c_point,
-            stop in level.is_c_point,
-            tuple((len(run), run.start < last) for run in level.runs(rank)),
-            tuple((layer - first, layer in self._c_points) for layer in layers),
-            level.ratios[start:stop],
-            level.owners[start - 1] - rank if start else None,
-            level.owners[stop] - rank if stop < level.size else None,
-        )
+    def _meet(self, rank: int, work: Work) -> bool:
+        """Exchange messages with all workers, which ends for all at the same time. Returns False if others have not come to it yet."""
+        self._meeting.append(rank)
+        if len(self._meeting) < self._size:
+            return False
+        end = max(self._clocks.now) + self._seconds[work.kind]
+        for other in self._meeting:
+            self._clocks.wait_until(other, end, work.solve, work.phase, work.level)
+            if other != rank:
+                self._places[other] += 1
+                self._ready.append(other)
+        self._meeting.clear()
+        return True

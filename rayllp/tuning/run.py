@@ -111,7 +111,7 @@ def _fit(sweep: Sweep, folder: Path, searcher: FeasibleSearch | GridSearch, data
     device = choose_device(base)
     _check_room(sweep, device)
     cluster = sweep.objective.cluster
-    costs = None if cluster is None else measure_costs(base, data, message_s=cluster.message_s)
+    costs = None if cluster is None else measure_costs(base, data, message_s=cluster.message_s, device=device)
     arguments = {
         "sweep": sweep,
         "working_directory": os.getcwd(),
