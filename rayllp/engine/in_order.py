@@ -20,8 +20,8 @@ from rayllp.engine.batch import StepBatch
 from rayllp.engine.block import Block, BoundBlock
 from rayllp.engine.consistency import Consistency
 from rayllp.engine.layer_group import LayerGroup
-from rayllp.engine.pipeline import count_microbatches, slices
-from rayllp.engine.step_gradients import StepGradients, add_embedding_gradients, in_parts, loss_and_seed
+from rayllp.engine.pipeline import count_microbatches
+from rayllp.engine.step_gradients import StepGradients, add_embedding_gradients, loss_and_seed
 from rayllp.engine.trajectory import Graph, input_gradients, record_graph
 from rayllp.mgrit.windows import Placement
 from rayllp.state import State, detach, like, tensors
@@ -58,10 +58,7 @@ class InOrderGradients:
         self._layers = self.placement.owned(group.channel.rank)
 
     def form(self, batch: StepBatch, penalty: Consistency | None) -> StepGradients:
-        """Form the gradients of the batch, in as many parts as gradient accumulation asks for."""
-        return in_parts(self._form_part, batch, penalty, self.block)
-
-    def _form_part(self, batch: StepBatch, penalty: Consistency | None) -> StepGradients:
+        """Add the gradients of these samples to `.grad`."""
         group = self.group
         channel: Channel = group.channel if group.timeline is None else TimedChannel(group.channel, group.timeline)
         samples = len(batch.samples)
@@ -70,7 +67,7 @@ class InOrderGradients:
         if channel.synchronous_sends and self._sends_back(channel.size):
             count = 1  # otherwise two workers would each have a microbatch to send to the other before they receive one
         with group.channel.prepost_receives(("in order", count, group.spec(batch.inputs))):
-            microbatches = [self._begin(batch.part(rows)) for rows in slices(samples, count)]
+            microbatches = [_Microbatch(part, self.block.bind(part), group.spec(part.inputs)) for part in batch.parts(count)]
             self._forward(microbatches, channel, batch.step)
             losses = [self._loss(microbatch) for microbatch in microbatches] if self.block.last else []
             self._adjoint(microbatches, channel, batch.step)
@@ -82,10 +79,6 @@ class InOrderGradients:
     def _sends_back(self, workers: int) -> bool:
         """Return True if the last worker, which has the head, sends states to the worker that it receives the last middle layer's from."""
         return workers == 2 or self.placement.owners[-1] == 0
-
-    def _begin(self, batch: StepBatch) -> _Microbatch:
-        bound = self.block.bind(batch.step, batch.samples, batch.inputs, training=True)
-        return _Microbatch(batch, bound, self.group.spec(batch.inputs))
 
     # Forward ------------------------------------------------------------------------------------------------------------------
 
@@ -130,8 +123,7 @@ class InOrderGradients:
     def _loss(self, microbatch: _Microbatch) -> Tensor:
         """Return the loss of one microbatch. Its gradient at the last middle layer's output takes the place of the microbatch's state."""
         with self.group.span("loss"):
-            batch = microbatch.batch
-            loss, microbatch.state = loss_and_seed(microbatch.bound, microbatch.state, batch.targets, batch.scale)
+            loss, microbatch.state = loss_and_seed(microbatch.bound, microbatch.state, microbatch.batch)
         return loss
 
     # Adjoint ------------------------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from rayllp.channel.base import MessageTag
 from rayllp.engine.batch import StepBatch
 from rayllp.engine.consistency import Consistency
 from rayllp.engine.layer_group import LayerGroup
-from rayllp.engine.step_gradients import StepGradients, add_embedding_gradients, in_parts, loss_and_seed
+from rayllp.engine.step_gradients import StepGradients, add_embedding_gradients, loss_and_seed
 from rayllp.engine.trajectory import AdjointPropagator, ForwardPropagator, Trajectory
 from rayllp.mgrit.couplings import solve_with_couplings
 from rayllp.mgrit.windows import Placement
@@ -22,12 +22,9 @@ class WindowGradients:
         self.placement = Placement.cyclic(group.config.middle_layers, group.config.layer_workers)
 
     def form(self, batch: StepBatch, penalty: Consistency | None) -> StepGradients:
-        """Form the gradients of the batch, in as many parts as gradient accumulation asks for."""
-        return in_parts(self._form_part, batch, penalty, self.group.block)
-
-    def _form_part(self, batch: StepBatch, penalty: Consistency | None) -> StepGradients:
+        """Add the gradients of these samples to `.grad`."""
         group, block, accuracy = self.group, self.group.block, batch.accuracy
-        bound = block.bind(batch.step, batch.samples, batch.inputs, training=True)
+        bound = block.bind(batch)
         spec, last = group.spec(batch.inputs), group.channel.size - 1
         messages = "windows", accuracy.windows, accuracy.iterations_forward, accuracy.iterations_backward
         with group.channel.prepost_receives((messages, spec)):
@@ -42,16 +39,14 @@ class WindowGradients:
             )
             forward = solver.solve(u0, source=0)
             with group.span("loss"):
-                loss, seed = torch.zeros((), device=group.device), None
-                if block.last:
-                    loss, seed = loss_and_seed(bound, forward.output, batch.targets, batch.scale)
+                loss, seed = loss_and_seed(bound, forward.output, batch)
             tag = MessageTag(batch.step, "adjoint")
             solver = group.window_solver(
                 self.placement, AdjointPropagator(trajectory), accuracy.windows, accuracy.iterations_backward, spec, tag, adjoint=True
             )
-            backward = solver.solve(seed, source=last)
-        add_embedding_gradients(group, entered, backward.output)
-        return StepGradients(loss, forward.residuals, backward.residuals, penalty)
+            adjoint = solver.solve(seed, source=last)
+        add_embedding_gradients(group, entered, adjoint.output)
+        return StepGradients(loss, forward.residuals, adjoint.residuals, penalty)
 
     def couplings(self, batch: StepBatch) -> Tensor:
         """Measure the couplings of the layers (see `mgrit/couplings.py`), in the forward and in the adjoint solve.
@@ -62,7 +57,7 @@ class WindowGradients:
             in the adjoint too.
         """
         group, block = self.group, self.group.block
-        bound = block.bind(batch.step, batch.samples, batch.inputs, training=True)
+        bound = block.bind(batch)
         spec, last = group.spec(batch.inputs), group.channel.size - 1
         trajectory = Trajectory(bound, frozenset(), recompute=False)
         tag = MessageTag(batch.step, "forward")
@@ -70,7 +65,7 @@ class WindowGradients:
         output, forward = solve_with_couplings(
             self.placement, ForwardPropagator(trajectory), group.channel, u0, spec, tag, source=0, destination=last
         )
-        seed = loss_and_seed(bound, output, batch.targets, batch.scale)[1] if block.last else None
+        _, seed = loss_and_seed(bound, output, batch)
         tag = MessageTag(batch.step, "adjoint")
         _, adjoint = solve_with_couplings(
             self.placement, AdjointPropagator(trajectory), group.channel, seed, spec, tag, source=last, destination=0, adjoint=True
