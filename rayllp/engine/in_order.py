@@ -8,7 +8,6 @@ plus the adjoint's way back. So an adjoint step then forms only the input gradie
 waits for the parameters' gradients, so they are formed while this worker itself waits.
 """
 
-from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -17,12 +16,13 @@ from torch import Tensor
 
 from rayllp.channel.base import Channel, MessageTag, StateSpec
 from rayllp.engine.batch import StepBatch
-from rayllp.engine.block import Block, BoundBlock
+from rayllp.engine.block import BoundBlock
 from rayllp.engine.consistency import Consistency
 from rayllp.engine.layer_group import LayerGroup
 from rayllp.engine.pipeline import count_microbatches
 from rayllp.engine.step_gradients import StepGradients, add_embedding_gradients, loss_and_seed
 from rayllp.engine.trajectory import Graph, input_gradients, record_graph
+from rayllp.mgrit import Communicator, DeferredRun, DeferredSweeps
 from rayllp.mgrit.windows import Placement
 from rayllp.state import State, detach, like, tensors
 from rayllp.timeline import TimedChannel
@@ -130,14 +130,13 @@ class InOrderGradients:
 
     def _adjoint(self, microbatches: Sequence[_Microbatch], channel: Channel, step: int) -> None:
         """Take the adjoints of all microbatches back through this worker's layers, and form the gradients of these layers' parameters."""
-        rank, owners, tag = channel.rank, self.placement.owners, MessageTag(step, "adjoint", "in order")
-        final = len(owners) - 1
+        rank, owners, final = channel.rank, self.placement.owners, len(self.placement.owners) - 1
+        later = DeferredSweeps() if len(microbatches) < channel.size else None
+        communicator = Communicator(channel, MessageTag(step, "adjoint"), while_waiting=later)
         if self.block.last and owners[final] != rank:
             for microbatch in microbatches:
                 assert microbatch.state is not None
-                channel.send(microbatch.state, owners[final], tag)
-        later = _DeferredParameterGradients(self.block, self.group)
-        waits = len(microbatches) < channel.size
+                communicator.send(microbatch.state, owners[final], "in order", 0)
         for layer in reversed(self._layers):
             source = owners[layer + 1] if layer < final else channel.size - 1
             target = owners[layer - 1] if layer else 0
@@ -146,21 +145,19 @@ class InOrderGradients:
                     assert microbatch.state is not None
                     lam = microbatch.state
                 else:
-                    while not channel.arrived(microbatch.spec, source) and later.advance():
-                        pass
-                    lam = channel.receive(microbatch.spec, source, tag)
-                before = self._pull(microbatch, layer, lam, later if waits else None)
+                    lam = communicator.receive(microbatch.spec, source, "in order", 0)
+                before = self._pull(microbatch, layer, lam, later)
                 if target == rank:
                     microbatch.state = before
                 else:
-                    channel.send(before, target, tag)
-        while later.advance():
+                    communicator.send(before, target, "in order", 0)
+        while later is not None and later.advance():
             pass
 
-    def _pull(self, microbatch: _Microbatch, layer: int, lam: State, later: "_DeferredParameterGradients | None") -> State:
+    def _pull(self, microbatch: _Microbatch, layer: int, lam: State, later: DeferredSweeps | None) -> State:
         """Return λ at a layer's input from λ at its output.
 
-        The gradients of the layer's parameters are formed now, or by `later` if that is given.
+        The gradients of the layer's parameters are formed now, or added to `later` if that is given.
         """
         graph = microbatch.graphs.pop(layer)
         with self.group.span("adjoint"):
@@ -171,27 +168,11 @@ class InOrderGradients:
                 torch.autograd.backward(graph.outputs, tensors(lam), inputs=[*graph.inputs, *leaves])
                 return like(lam, input_gradients(graph.inputs))
             found = torch.autograd.grad(graph.outputs, graph.inputs, tensors(lam), retain_graph=True, materialize_grads=True)
-            later.add(graph, tensors(lam), leaves)
-        return like(lam, found)
 
+        def form_gradients(_: int) -> None:
+            with self.group.span("adjoint"):
+                torch.autograd.backward(graph.outputs, tensors(lam), inputs=leaves)
 
-class _DeferredParameterGradients:
-    """Parameter gradients that no worker waits for, to be formed in the order in which they were deferred."""
-
-    def __init__(self, block: Block, group: LayerGroup) -> None:
-        self._block, self._group = block, group
-        self._left: deque[tuple[Graph, tuple[Tensor, ...], list[torch.nn.Parameter]]] = deque()
-
-    def add(self, graph: Graph, lam: tuple[Tensor, ...], leaves: list[torch.nn.Parameter]) -> None:
-        """Defer the parameter gradients of one layer, with λ at its output."""
-        self._left.append((graph, lam, leaves))
-
-    def advance(self) -> bool:
-        """Form the parameter gradients of one layer. Returns False if none is left."""
-        if not self._left:
-            return False
-        graph, lam, leaves = self._left.popleft()
         if leaves:
-            with self._group.span("adjoint"):
-                torch.autograd.backward(graph.outputs, lam, inputs=leaves)
-        return True
+            later.add(DeferredRun(range(layer, layer + 1), form_gradients))
+        return like(lam, found)
