@@ -49,7 +49,7 @@ class Engine:
 
     Attributes:
         block: this worker's layers.
-        layers, replicas: the two channels.
+        layer_channel, replicas: the two channels.
         group: this worker's end of its layer group.
         gradients: forms a step's gradients from a `StepBatch`.
         exact_forward: computes the exact network's outputs from inputs and a tag.

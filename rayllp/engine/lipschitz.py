@@ -22,13 +22,13 @@ from rayllp.engine.block import Block
 from rayllp.keys import key
 from rayllp.state import State, combine, like, squared_norm, subtract, tensors
 
-ITERATIONS = 8
+POWER_ITERATIONS = 8
 """Number of power iterations."""
-DIFFERENCE = 1e-3
+DIFFERENCE_ARM = 1e-3
 """Half the distance between the two points of the central difference, relative to the state's norm."""
 
 
-def lipschitz_constant(f: Callable[[State], State], state: State, seed: int, iterations: int = ITERATIONS) -> float:
+def lipschitz_constant(f: Callable[[State], State], state: State, seed: int, iterations: int = POWER_ITERATIONS) -> float:
     """Return a lower estimate of the largest singular value of f's Jacobian at `state`.
 
     Args:
@@ -44,7 +44,7 @@ def lipschitz_constant(f: Callable[[State], State], state: State, seed: int, ite
     if not moving:
         return 0.0
     at = combine(Tensor.detach, like(state, inputs))
-    arm = DIFFERENCE * (_norm(at) or 1.0)
+    arm = DIFFERENCE_ARM * (_norm(at) or 1.0)
 
     def transposed(u: State) -> State:
         seeds = [tensors(u)[n] for n in moving]
