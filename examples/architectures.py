@@ -26,6 +26,7 @@ from rayllp.config import TrainConfig, make_config
 from rayllp.control import Accuracy
 from rayllp.data import IGNORE, Batches, DatasetFacts
 from rayllp.engine import Engine
+from rayllp.engine.batch import EXACT
 from rayllp.engine.reduce_gradients import add_shared_gradients
 from rayllp.errors import SettingsError
 from rayllp.models import build_architecture
@@ -38,7 +39,6 @@ TITLES = {
     "translation": "Encoder–decoders",
 }
 VOCABULARY, PAD, IMAGE, LABELS, LENGTH, LIMIT_S = 96, 95, (3, 32, 32), ("a", "b", "c"), 10, 300
-EXACT = Accuracy(serial=True, levels_forward=1, levels_backward=1, iterations_forward=1, iterations_backward=1)
 ENOUGH = Accuracy(serial=False, levels_forward=2, levels_backward=2, iterations_forward=4, iterations_backward=4)
 TOLERANCE, TOLERANCE_IN_FLOAT32 = 1e-9, 1e-6
 """The second where a type computes norms or outputs in float32 whatever its dtype: several workers or iterations then round elsewhere."""

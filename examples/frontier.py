@@ -26,7 +26,7 @@ from typing import Any
 
 from rayllp.config import TrainConfig, load_config
 from rayllp.config.run import SWEEPS
-from rayllp.control import Controller, Probe
+from rayllp.control import Controller
 from rayllp.mgrit.windows import windows_in_words
 from rayllp.plan import Costs, predict_step
 
@@ -297,13 +297,9 @@ def train(key: Key, data: Path, keep_at: tuple[float, ...] = (), start: Path | N
             probes[f"{solve} in {'exact' if accuracy.serial else 'parallel'}"] += 1
             if plan.couplings:
                 probes[COUPLINGS] += 1
-            bias = stats.bias
-            probe = Probe(
-                rho_forward=stats.rho_forward, rho_backward=stats.rho_backward,
-                bias=bias.relative if bias else None, noise=bias.noise if bias else None, couplings=stats.couplings,
-            )  # fmt: skip
-            controller.observe(step, probe)
-            biases.append((step, solve, rounded(probe.bias), rounded(probe.noise)))
+            found = stats.findings
+            controller.observe(step, found)
+            biases.append((step, solve, rounded(found.bias), rounded(found.noise)))
         if (step + 1) % config.eval.every == 0 or step + 1 == steps:
             metrics = {name_: float(f"{value:.6g}") for name_, value in engine.evaluate(config.eval.batches).items()}
             curve.append((step + 1, metrics["loss"]))

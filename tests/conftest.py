@@ -15,7 +15,7 @@ import torch
 
 from rayllp.channel import LocalChannel, MessageTag, run_workers
 from rayllp.config import DataSettings, make_config
-from rayllp.control import Controller, Probe
+from rayllp.control import Controller
 from rayllp.data import load_data
 from rayllp.data.files import BadRows
 from rayllp.data.sources import joined, sources
@@ -89,9 +89,7 @@ def train_engine(engine, steps, first=0):
         plan = controller.plan_probe(step)
         stats.append(engine.train_step(step, controller.accuracy, plan))
         if plan is not None:
-            found, bias = stats[-1], stats[-1].bias
-            bias, noise = (None, None) if bias is None else (bias.relative, bias.noise)
-            controller.observe(step, Probe(rho_forward=found.rho_forward, rho_backward=found.rho_backward, bias=bias, noise=noise))
+            controller.observe(step, stats[-1].findings)
     return stats
 
 
@@ -116,7 +114,7 @@ def losses_over_gloo(rank, size, config, steps):
 
     engine = make_engine(config, TorchChannel(timeout_s=60))
     losses = [stats.loss for stats in train_engine(engine, steps)]
-    return losses, isinstance(engine.gradients.exact.method, Pipeline)
+    return losses, isinstance(engine.gradients.exact, Pipeline)
 
 
 def _process(work, rank, size, folder, outcomes, heard, arguments):

@@ -20,7 +20,7 @@ from pydantic import ValidationError
 from rayllp.channel import LocalChannel, run_workers
 from rayllp.config import TrainConfig, kind_in, make_config, setting_names, to_yaml
 from rayllp.config.parse import parse_yaml
-from rayllp.control import Controller, Probe
+from rayllp.control import Controller
 from rayllp.engine import Engine, replica_sums, sharding
 from rayllp.errors import RayllpError
 from rayllp.models import build_architecture, check_muon, check_network
@@ -193,8 +193,7 @@ def step_of(engine, controller, step):
     found = engine.train_step(step, controller.accuracy, plan)
     assert found.fault is None
     if plan is not None:
-        bias, noise = (None, None) if found.bias is None else (found.bias.relative, found.bias.noise)
-        controller.observe(step, Probe(rho_forward=found.rho_forward, rho_backward=found.rho_backward, bias=bias, noise=noise))
+        controller.observe(step, found.findings)
     return found.loss
 
 

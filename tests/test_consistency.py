@@ -30,9 +30,10 @@ def computed(config, accuracy):
 
     def work(channel):
         engine = make(config, channel)
-        formed = engine.gradients(engine.step_batch(5, accuracy))
+        batch = engine.step_batch(5, accuracy)
+        formed = engine.gradients(batch)
         add_shared_gradients(engine.block, engine.layer_channel, 5)
-        gap = engine.reduce_statistics(5, formed).consistency
+        gap = engine.reduce_statistics(batch, formed).consistency
         return {name: p.grad for name, p in engine.block.parameters.items()}, gap
 
     outcomes = run_workers(config.layer_workers, work)
@@ -43,9 +44,9 @@ def defined(config, *, constant):
     """The same by the definition: loss + μ·R; C_k constant in R, or variable in the numerator."""
     engine = make(config, LocalChannel.alone())
     block = engine.block
-    inputs, targets, samples, terms = engine.my_batch("train", 5)
-    bound = block.bind(5, samples, inputs, training=True)
-    state, penalty = bound.enter(inputs), 0.0
+    batch = engine.step_batch(5)
+    bound = block.bind(batch)
+    state, penalty = bound.enter(batch.inputs), 0.0
     for start in range(1, 10, C):
         c = tuple(part.detach() if constant else part for part in tensors(state))
         end = first = c if len(c) > 1 else c[0]
@@ -57,7 +58,7 @@ def defined(config, *, constant):
         penalty = penalty + (sum(gap.flatten(1).square().sum(1) for gap in gaps) / norm).mean()
         for n in range(start, start + C):
             state = bound.layer(n, state)
-    loss = block.architecture.training_loss(bound.leave(state), targets) / terms
+    loss = block.architecture.training_loss(bound.leave(state), batch.targets) * batch.scale
     (loss + MU * penalty).backward()
     return {name: p.grad for name, p in block.parameters.items()}, penalty.item()
 
@@ -99,7 +100,7 @@ def over_gloo(rank, size, config, accuracy):
 
     engine = make(config, TorchChannel(timeout_s=60))
     stats = [engine.train_step(step, accuracy) for step in range(3)]
-    return [s.loss for s in stats], [s.consistency for s in stats], isinstance(engine.gradients.exact.method, Pipeline)
+    return [s.loss for s in stats], [s.consistency for s in stats], isinstance(engine.gradients.exact, Pipeline)
 
 
 @pytest.mark.parametrize("recompute", [False, True])

@@ -10,7 +10,7 @@ import torch
 from rayllp.channel import LocalChannel, run_workers
 from rayllp.config import make_config
 from rayllp.control import Controller, Probe, ProbePlan
-from rayllp.engine.probe import _bias
+from rayllp.engine.probe import relative_and_cosine
 from rayllp.errors import SettingsError
 from tests.conftest import make_engine, tiny, train_engine
 from tests.test_engine import FEW, SERIAL
@@ -453,8 +453,8 @@ def test_a_probe_against_the_exact_gradient_and_one_in_serial_training():
     for parallel, serial, same in run_workers(2, work):
         assert parallel.bias.relative == pytest.approx(wanted, rel=1e-9)
         assert serial.bias.relative == pytest.approx(wanted, rel=1e-9)
-        assert 0 < serial.rho_forward < 1
-        assert serial.rho_forward == pytest.approx(parallel.rho_forward, rel=1e-9)
+        assert 0 < serial.findings.rho_forward < 1
+        assert serial.findings.rho_forward == pytest.approx(parallel.findings.rho_forward, rel=1e-9)
         assert same  # a probe leaves the step of serial training exact
 
 
@@ -462,13 +462,13 @@ def test_rho_without_bias_costs_no_second_gradient():
     config = tiny(adaptive={"probe_every": 2}, mgrit={"coarsening": 2}, model={"layers": 20})
     stats = train_engine(make_engine(config, LocalChannel.alone()), 4)
     assert [s.bias for s in stats] == [None] * 4
-    assert [s.rho_forward is not None for s in stats] == [True, True, False, True]
+    assert [s.findings.rho_forward is not None for s in stats] == [True, True, False, True]
     assert asdict(stats[0])["bias"] is None
 
 
 def test_bias_of_gradients_that_are_zero_is_a_number():
     """A block of frozen layers has none."""
-    assert _bias(torch.zeros(5, dtype=torch.float64)) == (0.0, 1.0)
-    assert _bias(torch.tensor([4.0, 0.0, 0.0, 4.0, 0.0])) == (math.inf, 0.0)
-    assert _bias(torch.tensor([4.0, 4.0, 0.0, 0.0, 0.0])) == (1.0, 0.0)
-    assert _bias(torch.tensor([1.0, 4.0, 4.0, 4.0, 0.0])) == (0.5, 1.0)
+    assert relative_and_cosine(torch.zeros(5, dtype=torch.float64)) == (0.0, 1.0)
+    assert relative_and_cosine(torch.tensor([4.0, 0.0, 0.0, 4.0, 0.0])) == (math.inf, 0.0)
+    assert relative_and_cosine(torch.tensor([4.0, 4.0, 0.0, 0.0, 0.0])) == (1.0, 0.0)
+    assert relative_and_cosine(torch.tensor([1.0, 4.0, 4.0, 4.0, 0.0])) == (0.5, 1.0)

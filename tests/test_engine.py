@@ -12,7 +12,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from rayllp.channel import LocalChannel, run_workers
 from rayllp.channel.torch_dist import TorchChannel
-from rayllp.control import Accuracy, Controller, Probe
+from rayllp.control import Accuracy, Controller
+from rayllp.engine.batch import StepBatch
 from rayllp.engine.layer_group import LayerGroup
 from rayllp.engine.reduce_gradients import add_shared_gradients
 from rayllp.engine.schedule import learning_rate
@@ -160,7 +161,7 @@ def test_recomputation_makes_a_graph_that_was_put_off_once():
 
         def work(channel, config=config):
             engine, calls = make_engine(config, channel), []
-            engine.step_batch(0, FEW)  # looks once at what the layers draw
+            engine.check_first_batch(engine.step_batch(0, FEW))
             for layer in engine.block.layers.values():
                 layer.register_forward_hook(lambda *_: calls.append(1))
             engine.train_step(0, FEW)
@@ -195,12 +196,12 @@ def test_residuals_at_bfloat16s_rounding_are_converged():
     stats = {}
     for dtype in ("float32", "bfloat16"):
         stats[dtype] = make_engine(tiny(dtype=dtype, **options)).train_step(0, six)
-        assert stats[dtype].rho_forward < 0.1
-        assert stats[dtype].rho_backward < 0.1
+        found = stats[dtype].findings
+        assert found.rho_forward < 0.1
+        assert found.rho_backward < 0.1
         config = tiny(dtype=dtype, **options, mode="adaptive", adaptive={"rule": "convergence", "switch_at": 1.0, "probe_every": 5})
-        found = Probe(rho_forward=stats[dtype].rho_forward, rho_backward=stats[dtype].rho_backward)
         assert Controller(config)._is_calm(found)
-    assert stats["bfloat16"].advice_forward == stats["bfloat16"].advice_backward == Status.CONVERGED.value
+    assert stats["bfloat16"].forward.status is stats["bfloat16"].adjoint.status is Status.CONVERGED
 
 
 def test_bfloat16_autocast_trains():
@@ -217,11 +218,11 @@ def test_a_probe_measures_both_convergence_factors():
         return train_engine(make_engine(config, channel), 6)
 
     stats = run_workers(2, work)[0]
-    probed = [s.step for s in stats if s.rho_forward is not None]
+    probed = [s.step for s in stats if s.findings.rho_forward is not None]
     assert probed == [0, 4]
-    assert 0 < stats[4].rho_forward < 0.5
-    assert 0 < stats[4].rho_backward < 0.5
-    assert "converging" in stats[4].advice_forward
+    assert 0 < stats[4].findings.rho_forward < 0.5
+    assert 0 < stats[4].findings.rho_backward < 0.5
+    assert stats[4].forward.status is Status.CONVERGING
 
 
 def test_only_the_own_block_is_built():
@@ -236,10 +237,12 @@ def test_only_the_own_block_is_built():
 
 def test_samples_and_steps_that_a_block_is_bound_to_do_not_get_mixed_up():
     block = make_engine(tiny(model={"dropout": 0.1})).block
-    state = torch.randn(2, 16, 16, dtype=torch.float64)
+    state, inputs = torch.randn(2, 16, 16, dtype=torch.float64), torch.zeros(2, 16, dtype=torch.int64)
 
     def bind(step, first, training):
-        return block.bind(step, (first, first + 1), torch.zeros(2, 16, dtype=torch.int64), training=training)
+        if not training:
+            return block.bind_for_evaluation(inputs)
+        return block.bind(StepBatch(step, SERIAL, inputs, inputs, (first, first + 1), 1.0))
 
     ways = [(step, first, training) for step in (3, 4) for first in (0, 2) for training in (True, False)]
     alone = [bind(*way).layer(5, state) for way in ways]

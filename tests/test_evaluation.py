@@ -73,10 +73,10 @@ def test_losses_do_not_depend_on_batch_size_replicas_and_workers(files, kind):
 def test_eval_batches_counts_samples(files):
     config = small("text", files, batch_size=5)
     engine = make_engine(config)
-    targets = [targets for _, targets in engine._shares.held_out(3)]
+    targets = [batch.targets for batch in engine._shares.held_out(3)]
     assert sum(int((part[:, 0] != IGNORE).sum()) for part in targets) == 3 * EVALUATED
     assert all(len(part) == 5 for part in targets)
-    assert [len(part) for _, part in make_engine(small("text", files, batch_size=64))._shares.held_out(1)] == [EVALUATED]
+    assert [len(batch.targets) for batch in make_engine(small("text", files, batch_size=64))._shares.held_out(1)] == [EVALUATED]
 
 
 def text(files, seed=0, length=16):

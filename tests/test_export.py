@@ -203,7 +203,7 @@ def test_a_scaled_model_is_saved_as_one_and_captures_scaled_states(tmp_path):
     tokens = torch.arange(8)[None]
     outputs = model(tokens, output_hidden_states=True)
     assert torch.equal(outputs.logits, again(tokens).logits)
-    bound = engine.block.bind(0, (0,), tokens, training=False)
+    bound = engine.block.bind_for_evaluation(tokens)
     state = bound.enter(tokens)
     torch.testing.assert_close(outputs.hidden_states[1], bound.layer(0, outputs.hidden_states[0]), rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(outputs.hidden_states[1], state, rtol=1e-12, atol=1e-12)
@@ -569,7 +569,7 @@ def test_what_a_checkpoints_configuration_says_beyond_sizes_is_kept(family, chan
     theirs = plan.model_class(type(plan.config).from_dict(values)).double().eval()
     theirs.save_pretrained(tmp_path / "pre")
     engine = make(config_of(family, model={"from_pretrained": str(tmp_path / "pre")}), LocalChannel.alone())
-    (inputs, *_) = engine.my_batch("validation", 0)
+    inputs = engine.step_batch(0, split="validation").inputs
     mask = {"attention_mask": inputs != engine.block.architecture.facts.pad} if family == "bert" else {}
     torch.testing.assert_close(engine.exact_forward(inputs, MessageTag(0, "test")), theirs(inputs, **mask).logits, rtol=1e-9, atol=1e-9)
 

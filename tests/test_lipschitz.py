@@ -1,7 +1,7 @@
 """Lipschitz estimates against dense Jacobians and over workers; the suggested buffers on made-up profiles; the command."""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 
 import pytest
@@ -41,21 +41,22 @@ def test_of_a_linear_layer_it_is_the_largest_singular_value():
 
 def test_of_a_gpt2_layer_it_is_the_dense_jacobians():
     engine = make_engine(tiny(sequence_length=8))
-    inputs, *_ = engine.my_batch("train", 0)
-    block = engine.block
-    block.watched = {}
-    bound = block.bind(0, range(4), inputs, training=True)
-    state = bound.enter(inputs)
-    bound.layer(2, state.detach())
+    batch, block = engine.step_batch(0), engine.block
+    with block.recorded_inputs() as states:
+        bound = block.bind(batch)
+        state = bound.enter(batch.inputs)
+        bound.layer(2, state.detach())
+    bound.layer(2, 2 * state.detach())  # no longer recorded
+    first = batch.part(slice(0, 1))
     for parameter in block.layers[2].parameters():
         parameter.data *= 2
-    bound = block.bind(0, (0,), inputs[:1], training=True)
+    bound = block.bind(first)
     wanted = dense(partial(bound.increment, 2), state[:1].detach())
     for dtype in ("float64", "float32", "bfloat16"):
         mine = make_engine(tiny(sequence_length=8, dtype=dtype)).block
         mine.layers[2].load_state_dict(block.layers[2].state_dict())
-        increment = partial(mine.bind(0, (0,), inputs[:1], training=True).increment, 2)
-        found = lipschitz_constant(increment, block.watched[2].to(mine.dtype), seed=0, iterations=MANY)
+        increment = partial(mine.bind(first).increment, 2)
+        found = lipschitz_constant(increment, states[2].to(mine.dtype), seed=0, iterations=MANY)
         assert found == pytest.approx(wanted, rel=0.01)
     # The increment is what `layer` adds, over Δt.
     after = bound.layer(2, state[:1])
@@ -75,7 +76,6 @@ def estimates(config, accuracy=ENOUGH, make=make_engine):
     def work(channel):
         engine = make(config, channel)
         stats = engine.train_step(2, accuracy, plan)
-        assert engine.block.watched is None
         assert set(stats.lipschitz) == set(engine.block.layers)
         return asdict(stats)
 
@@ -113,10 +113,10 @@ def test_an_encoder_decoder_has_them_too():
 
 def test_a_replica_without_the_first_sequence_has_none():
     engine = make_engine(tiny())
-    inputs, *_ = engine.my_batch("train", 0)
-    engine.block.watched = {}
-    engine.block.bind(0, range(4, 8), inputs, training=True).enter(inputs)
-    assert estimate_layers(engine.block, 0, inputs) == {}
+    batch = replace(engine.step_batch(0), samples=tuple(range(4, 8)))
+    with engine.block.recorded_inputs() as states:
+        engine.block.bind(batch).enter(batch.inputs)
+    assert estimate_layers(engine.block, batch, states) == {}
 
 
 def test_probes_estimate_as_often_as_is_set():

@@ -253,7 +253,7 @@ def test_the_deep_gpt2_is_the_shallow_one_up_to_the_step_squared_a_layer(tmp_pat
     gaps = []
     for n, step in enumerate((0.02, 0.01, 0.005)):
         shallow, (deep,) = shallow_and_deep(tmp_path / str(n), step)
-        inputs, *_ = shallow.my_batch("validation", 0)
+        inputs = shallow.step_batch(0, split="validation").inputs
         outputs = [engine.exact_forward(inputs, MessageTag(0, "test")) for engine in (shallow, deep)]
         gaps.append(float((outputs[0] - outputs[1]).norm() / outputs[0].norm()))
     assert 0 < gaps[0] < 1e-2
@@ -331,7 +331,7 @@ def test_an_export_has_the_depth_of_its_checkpoint(deepened, step, layers, size,
     assert model.config.scaled["step_sizes"] == [1.0, 1.0, *[size] * (layers - 4), 1.0, 1.0]
     engine = make_engine(stage_of_depth(config, layers).config.model_copy(update={"workers": 1}))
     load_pieces(engine, run / "checkpoints" / f"step_{step}")
-    inputs, *_ = engine.my_batch("validation", 0)
+    inputs = engine.step_batch(0, split="validation").inputs
     with torch.no_grad():
         torch.testing.assert_close(model(inputs).logits, engine.exact_forward(inputs, MessageTag(0, "test")), rtol=1e-10, atol=1e-10)
 

@@ -266,7 +266,7 @@ def test_what_cannot_be_keyed_is_refused_by_name_before_training(name):
     with pytest.raises(SettingsError, match=rf"layer \d draws random numbers .*{words}"):
         validate(config, model, Vectors())  # before a cluster is started
     with pytest.raises(SettingsError, match=words):
-        Engine(model, config, Vectors(), LocalChannel.alone(), LocalChannel.alone(), torch.device("cpu")).step_batch(0, SERIAL)
+        Engine(model, config, Vectors(), LocalChannel.alone(), LocalChannel.alone(), torch.device("cpu")).train_step(0, SERIAL)
 
 
 def test_a_network_is_seen_to_draw_whatever_its_modules_call_it():
@@ -278,7 +278,7 @@ def test_a_network_is_seen_to_draw_whatever_its_modules_call_it():
     with pytest.raises(SettingsError, match=r"mgrit.batched=true and dropout.*layer 4: inner \(DropPath\), by bernoulli_"):
         validate(config, model, Vectors())
     with pytest.raises(SettingsError, match=r"layer 4: inner \(DropPath\)"):
-        Engine(model, config, Vectors(), LocalChannel.alone(), LocalChannel.alone(), torch.device("cpu")).step_batch(0, SERIAL)
+        Engine(model, config, Vectors(), LocalChannel.alone(), LocalChannel.alone(), torch.device("cpu")).train_step(0, SERIAL)
     calm = LayerStack(embed=nn.Identity(), layers=layers[:4] + layers[:2], head=nn.Identity(), loss=lambda y, t: (y - t).square().sum())
     validate(config, calm, Vectors())
 
@@ -302,7 +302,7 @@ def test_the_check_leaves_a_layer_as_it_was():
     block = Residual(nn.Sequential(nn.Dropout(0.2), nn.Flatten(0, 1), nn.BatchNorm1d(WIDTH), nn.Unflatten(0, (-1, TIME))))
     engine = Engine(stack(lambda: block), settings(), Vectors(), LocalChannel.alone(), LocalChannel.alone(), torch.device("cpu"))
     before = {name: value.clone() for name, value in engine.block.layers[0].state_dict().items()}
-    engine.step_batch(0, SERIAL)
+    engine.check_first_batch(engine.step_batch(0, SERIAL))
     layer = engine.block.layers[0]
     assert all(torch.equal(value, before[name]) for name, value in layer.state_dict().items())
     assert not layer.training

@@ -236,7 +236,7 @@ def undisturbed(rank, size, config):
     """The same run as one of `size` Gloo processes, without Ray or faults: for `run_processes`."""
     engine = make_engine(config, TorchChannel(timeout_s=60))
     stats = train_engine(engine, config.steps)
-    return [(step.loss, step.rho_forward) for step in stats], {
+    return [(step.loss, step.findings.rho_forward) for step in stats], {
         name: p.detach().numpy().copy() for name, p in engine.block.parameters.items()
     }
 

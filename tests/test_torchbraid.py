@@ -38,10 +38,10 @@ def settings(workers, c, levels, iterations, relaxation, **changes):
 def solved(channel, config):
     """Loss, gradients, and the last input of each of this worker's layers."""
     engine = make_engine(config, channel)
-    engine.block.watched = {}
-    loss = engine.gradients(engine.step_batch(3, Controller(config).chosen)).loss
+    with engine.block.recorded_inputs() as states:
+        loss = engine.gradients(engine.step_batch(3, Controller(config).chosen)).loss
     gradients = {name: p.grad.clone() for name, p in engine.block.parameters.items() if p.grad is not None}
-    return float(loss), dict(engine.block.watched), gradients
+    return float(loss), states, gradients
 
 
 def apart(one, other, names):

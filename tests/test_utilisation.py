@@ -20,7 +20,7 @@ from tests.test_progress import STEP
 def counted(config):
     """Of each worker; one after the other, since which attention is used is the process's."""
     engines = [make_engine(config, channel) for channel in LocalChannel.group(config.layer_workers)]
-    return [count_flops(engine.group, engine.my_batch("train", 0)[0]) for engine in engines]
+    return [count_flops(engine.group, engine.step_batch(0).inputs) for engine in engines]
 
 
 def test_operations_are_those_of_the_formula():

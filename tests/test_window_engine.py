@@ -84,7 +84,7 @@ def test_one_sweep_each_way_is_the_exact_gradient_of_the_network_of_windows(wind
     config = cyclic(1)
     engine = make_engine(config)
     batch, block = engine.step_batch(3, SERIAL), engine.block
-    bound = block.bind(3, batch.samples, batch.inputs, training=True)
+    bound = block.bind(batch)
     state, middle = bound.enter(batch.inputs), list(block.middle)
     for length in windows:
         state = state + sum(bound.layer(n, state) - state for n in middle[:length])
@@ -161,8 +161,8 @@ def test_a_probe_tells_rho_bias_and_noise_and_trains_by_the_better_gradient():
         assert used.bias.noise == pytest.approx(noise, rel=1e-9)
         assert used.bias.relative == pytest.approx(exact.bias.relative, rel=1e-3)  # three sweeps against exact
         assert exact.bias.noise is not None
-        assert 0 < used.rho_forward < 0.2
-        assert 0 < used.rho_backward < 0.2
+        assert 0 < used.findings.rho_forward < 0.2
+        assert 0 < used.findings.rho_backward < 0.2
         assert same
 
 

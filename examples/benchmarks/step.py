@@ -128,8 +128,8 @@ def clocked(works: Sequence[Callable[[], object]], repeats: int = 7) -> list[flo
 def measure_costs(engine: Engine, channel: TorchChannel) -> Costs:
     """Times of this worker's own layers, while the other worker measures too."""
     block = engine.block
-    inputs, *_ = engine.my_batch("train", 0)
-    own = clocked(parts_of_step(engine, torch.randn(engine.group.spec(inputs).shapes[0], dtype=block.dtype)))
+    spec = engine.group.spec(engine.step_batch(0).inputs)
+    own = clocked(parts_of_step(engine, torch.randn(spec.shapes[0], dtype=block.dtype)))
     everyone = torch.tensor(own, dtype=torch.float64)
     dist.all_reduce(everyone)
     once, count = Parts(*everyone.tolist()), len(block.middle) * channel.size

@@ -73,10 +73,10 @@ def bench_layers(config: TrainConfig, data: Any, device: str) -> LayerBench:
     """Measure a layer of this model in this process."""
     engine = engine_alone(config, data, device)
     costs, block = costs_of(engine, message_s=0.0), engine.block
-    inputs, _, samples, _ = engine.my_batch("train", 0)
-    bound = block.bind(0, samples, inputs, training=True)
+    batch = engine.step_batch(0)
+    bound = block.bind(batch)
     with torch.no_grad():
-        state = bound.enter(inputs)
+        state = bound.enter(batch.inputs)
     layer = block.middle[0]
     weights = {parameter.untyped_storage().data_ptr() for parameter in block.parameters.values()}
     kept: dict[int, int] = {}

@@ -23,8 +23,5 @@ class PackedAllReduce:
         split = total.split([part.numel() for part in self._parts.values()])
         self._parts = {name: summed.view(part.shape) for (name, part), summed in zip(self._parts.items(), split, strict=True)}
 
-    def __contains__(self, name: str) -> bool:
-        return name in self._parts
-
     def __getitem__(self, name: str) -> Tensor:
         return self._parts[name]

@@ -1,4 +1,4 @@
-"""A replica's share of a training step's batch, with the accuracy at which the step is solved."""
+"""A replica's share of a batch, with the accuracy at which a training step solves it."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -12,13 +12,16 @@ from rayllp.data.base import IGNORE, Batches, Inputs
 from rayllp.models.base import Architecture
 from rayllp.state import combine
 
+EXACT = Accuracy(serial=True, levels_forward=1, levels_backward=1, iterations_forward=1, iterations_backward=1)
+"""The accuracy of a batch that is evaluated or measured, through the exact network."""
+
 
 @dataclass(frozen=True)
 class StepBatch:
-    """The samples from which one replica forms gradients in one training step.
+    """The samples from which one replica forms gradients in one training step, or which it evaluates.
 
     Attributes:
-        step: number of the training step.
+        step: number of the training step, or of the batch in an evaluation.
         accuracy: how accurately forward and adjoint are solved.
         inputs, targets: those of this replica's samples; dimension 0 is the samples.
         samples: positions of these samples in the global batch.
@@ -36,6 +39,11 @@ class StepBatch:
         """Return some of the samples, with the same scale, so that the parts' losses and gradients add up to those of the whole."""
         inputs = combine(lambda whole: whole[rows], self.inputs)
         return replace(self, inputs=inputs, targets=self.targets[rows], samples=self.samples[rows])
+
+    def parts(self, count: int) -> Iterator["StepBatch"]:
+        """Yield the samples in `count` parts of equal size."""
+        size = len(self.samples) // count
+        yield from (self.part(slice(start, start + size)) for start in range(0, len(self.samples), size))
 
     def solved_by(self, accuracy: Accuracy) -> "StepBatch":
         """Return the same samples, to be solved with another accuracy."""
@@ -57,12 +65,12 @@ class ReplicaBatches:
         self.batches, self.architecture, self.config = batches, architecture, config
         self.replica, self.device = replica, device
 
-    def share(self, split: str, step: int) -> tuple[Inputs, Tensor, tuple[int, ...], int]:
-        """Return this replica's inputs and targets, their positions in the global batch, and the global number of loss terms."""
-        return self._share(split, step, self.config.batch_size)
+    def step_batch(self, step: int, accuracy: Accuracy = EXACT, *, split: str = "train") -> StepBatch:
+        """Return this replica's batch of a training step, to be solved with this accuracy; or the batch of another split."""
+        return self._share(split, step, self.config.batch_size, accuracy)
 
-    def _share(self, split: str, step: int, size: int, last: int | None = None) -> tuple[Inputs, Tensor, tuple[int, ...], int]:
-        """Return what `share` returns, for a global batch of `size` samples of which those from position `last` on do not count."""
+    def _share(self, split: str, step: int, size: int, accuracy: Accuracy = EXACT, *, last: int | None = None) -> StepBatch:
+        """Return this replica's share of a global batch of `size` samples, of which those from position `last` on do not count."""
         inputs, targets = self.batches.batch(split, step, size)
         if last is not None and last < size:
             targets[last:] = IGNORE
@@ -70,19 +78,15 @@ class ReplicaBatches:
         each = size // self.config.mesh.data
         mine = slice(self.replica * each, (self.replica + 1) * each)
         inputs = combine(lambda part: part[mine].to(self.device), inputs)
-        return inputs, targets[mine].to(self.device), tuple(range(mine.start, mine.stop)), terms
-
-    def for_step(self, step: int, accuracy: Accuracy) -> StepBatch:
-        """Return this replica's batch of a training step."""
-        inputs, targets, samples, terms = self.share("train", step)
-        return StepBatch(step, accuracy, inputs, targets, samples, 1 / max(1, terms))
+        samples = tuple(range(mine.start, mine.stop))
+        return StepBatch(step, accuracy, inputs, targets[mine].to(self.device), samples, 1 / max(1, terms))
 
     def held_out_size(self, wanted: int) -> int:
         """Return the number of batches that `held_out` yields."""
         return self._pass(wanted)[0]
 
-    def held_out(self, wanted: int) -> Iterator[tuple[Inputs, Tensor]]:
-        """Yield this replica's inputs and targets of an evaluation, batch by batch.
+    def held_out(self, wanted: int) -> Iterator[StepBatch]:
+        """Yield this replica's batches of an evaluation.
 
         Which samples these are does not depend on the batch size.
 
@@ -92,7 +96,7 @@ class ReplicaBatches:
         """
         count, size, samples = self._pass(wanted)
         for index in range(count):
-            yield self._share("validation", index, size, last=samples - index * size)[:2]
+            yield self._share("validation", index, size, last=samples - index * size)
 
     def _pass(self, wanted: int) -> tuple[int, int, int]:
         """Return an evaluation's number of batches, samples of each (over all replicas), and samples that count in total."""

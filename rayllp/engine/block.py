@@ -1,6 +1,6 @@
 """One worker's part of the network: its layers, and the embedding or head if it is first or last; and how these are called."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from rayllp.config import TrainConfig
 from rayllp.data.base import Inputs
+from rayllp.engine.batch import StepBatch
 from rayllp.engine.check_draws import check_draws
 from rayllp.engine.vmapped_layers import Stacks, advance_together
 from rayllp.models import check_batched
@@ -30,7 +31,6 @@ class Block:
             placement is in blocks.
         middle: the same layers' indices in the whole network.
         draws: True if pieces draw random numbers in training, which are then frozen within a step.
-        watched: None, or a dict that collects the last input of each layer for the first sample of the global batch.
         stacks: stacked weights of middle layers, for calls of several layers at once.
         callable: the layers as they are called: compiled, if the settings ask for it.
         advance_together: the function that calls several layers at once, compiled likewise.
@@ -54,7 +54,7 @@ class Block:
         self._tie()
         for name, parameter in self.parameters.items():
             parameter.requires_grad_(parameter.requires_grad and config.model.trains(name))
-        self.watched: dict[int, State] | None = None
+        self._recorded: dict[int, State] | None = None
         self.stacks = Stacks(self.layers)
         self._templates: dict[int, dict[str, Tensor]] = {}
         self.callable: Mapping[int, nn.Module] = self.layers
@@ -121,18 +121,13 @@ class Block:
         return {name: parameter for name, parameter in self.parameters.items() if parameter.requires_grad}
 
     @property
-    def shared(self) -> list[str]:
+    def tied(self) -> list[str]:
         """Names of this worker's tied parameters whose other copy is on another worker: the embedding's on the first worker, the head's on
         the last.
         """
         if self.first == self.last:
             return []
         return [pair[1] if self.last else pair[0] for pair in self.architecture.tied]
-
-    @property
-    def shared_trained(self) -> list[str]:
-        """Names of those of the `shared` parameters that are not frozen."""
-        return [name for name in self.shared if self.parameters[name].requires_grad]
 
     @property
     def common_parameters(self) -> dict[str, nn.Parameter]:
@@ -142,7 +137,7 @@ class Block:
 
     def is_counted_elsewhere(self, name: str) -> bool:
         """Return True if another worker's copy of this parameter counts in norms and checkpoints, and this one does not."""
-        return (self.last and name in self.shared) or (not self.first and name in self.common_parameters)
+        return (self.last and name in self.tied) or (not self.first and name in self.common_parameters)
 
     def owned(self) -> Iterator[tuple[str, str, nn.Parameter]]:
         """Yield piece, full name and value of every parameter. A parameter that two pieces share is yielded with the first."""
@@ -194,18 +189,29 @@ class Block:
 
     # Calls of the pieces ------------------------------------------------------------------------------------------------------
 
-    def bind(self, step: int, samples: Iterable[int], inputs: Inputs, *, training: bool, past: Any = None) -> "BoundBlock":
-        """Return the block as it is called for these samples in this step.
+    def bind(self, batch: StepBatch) -> "BoundBlock":
+        """Return the block as a training step calls it for these samples: in training mode, with the dropout that belongs to them."""
+        return BoundBlock(self, batch.step, batch.samples, self.architecture.context(batch.inputs, self.dtype), training=True)
+
+    def bind_for_evaluation(self, inputs: Inputs, *, past: Any = None) -> "BoundBlock":
+        """Return the block as it is called for samples with these inputs in evaluation mode.
 
         Args:
-            step: number of the training step.
-            samples: positions of the samples in the global batch.
             inputs: the samples' inputs.
-            training: whether the pieces run in training mode.
             past: in generation, the architecture's memory of the tokens before these (`Architecture.past`).
         """
         remembered = {} if past is None else {"past": past}
-        return BoundBlock(self, step, tuple(samples), self.architecture.context(inputs, self.dtype, **remembered), training)
+        return BoundBlock(self, 0, (), self.architecture.context(inputs, self.dtype, **remembered), training=False)
+
+    @contextmanager
+    def recorded_inputs(self) -> Iterator[dict[int, State]]:
+        """Record inside, for each layer, the last input of the first sample of the global batch. Yields them by layer."""
+        found: dict[int, State] = {}
+        self._recorded = found
+        try:
+            yield found
+        finally:
+            self._recorded = None
 
     def train(self, training: bool) -> None:
         """Put all pieces into training mode, or into evaluation mode. `BoundBlock` does so itself."""
@@ -244,7 +250,7 @@ class BoundBlock:
     Attributes:
         block: the pieces.
         step: number of the training step, which keys random numbers.
-        samples: positions of the samples in the global batch, which key random numbers, too.
+        samples: positions of the samples in the global batch, which key random numbers, too; in evaluation none.
         context: what the architecture makes of the samples' inputs, such as masks.
         training: whether the pieces run in training mode.
     """
@@ -273,7 +279,7 @@ class BoundBlock:
             module: called as the layer, in place of this worker's own.
         """
         block, size = self.block, self.block.config.step_sizes[index]
-        self._watch(index, state)
+        self._record(index, state)
         with self._context(index):
             module = block.callable[index] if module is None else module
             after = block.architecture.advance(index, module, state, self.context, block.common)
@@ -289,7 +295,7 @@ class BoundBlock:
         """
         block, first = self.block, indices[0]
         for place, index in enumerate(indices):
-            self._watch(index, combine(lambda part, place=place: part[place], state))
+            self._record(index, combine(lambda part, place=place: part[place], state))
         with self._context(first):
             after = block.advance_together(
                 block.architecture.advance, first, block.layers[first], dict(weights), state, self.context, block.common
@@ -297,9 +303,10 @@ class BoundBlock:
         size = block.config.step_sizes[first]
         return after if size == 1 else interpolate(state, after, size)
 
-    def _watch(self, index: int, state: State) -> None:
-        if self.block.watched is not None and self.samples[0] == 0:
-            self.block.watched[index] = combine(lambda part: part[:1].detach().clone(), state)
+    def _record(self, index: int, state: State) -> None:
+        recorded = self.block._recorded
+        if recorded is not None and self.samples[:1] == (0,):
+            recorded[index] = combine(lambda part: part[:1].detach().clone(), state)
 
     def increment(self, index: int, state: State) -> State:
         """Return block(x) − x, a layer's increment for Δt = 1.

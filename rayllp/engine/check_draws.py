@@ -22,11 +22,11 @@ from rayllp.models.base import Architecture
 from rayllp.models.randomness import FrozenRandomness, UnkeyedDrawError, seeded
 from rayllp.state import State, combine, squared_norm, subtract, tensors
 
-ROUNDING = {torch.float64: 1e-10, torch.float32: 1e-5}
+TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-5}
 """How far a sample's state may differ when others are in the batch, relative to its norm. Rounding depends on the size of a product."""
-AUTOCAST_ROUNDING = 0.03
+AUTOCAST_TOLERANCE = 0.03
 """The same limit where pieces run under autocast."""
-PART = 0.05
+DRAW_TOLERANCE = 0.05
 """How far it may differ in any case, relative to the difference that other random numbers make."""
 
 
@@ -73,7 +73,7 @@ def check_draws(
         name = f"layer {piece}" if isinstance(piece, int) else f"the {piece}"
         # `seeded` holds the lock on the default generator, so that other workers' threads do not draw from it meanwhile.
         with seeded("check draws"), _training(module), autocast or nullcontext():
-            found = _Trial(name, module, call, state, one, AUTOCAST_ROUNDING if autocast else ROUNDING[dtype]).run()
+            found = _Trial(name, module, call, state, one, AUTOCAST_TOLERANCE if autocast else TOLERANCES[dtype]).run()
         first = first or found
     return first
 
@@ -134,7 +134,7 @@ class _Trial:
         """
         with torch.no_grad():
             again, other, twice = self._call()[0], self._call((1,))[0], self._call((0, 0))[0]
-        most = max(PART * _distance(other, alone), self.rounding * float(squared_norm(alone)) ** 0.5)
+        most = max(DRAW_TOLERANCE * _distance(other, alone), self.rounding * float(squared_norm(alone)) ** 0.5)
         rows = [combine(lambda part, row=row: part[row : row + 1], twice) for row in (0, 1)]
         if any(not _distance(state, alone) <= most for state in (again, *rows)):
             raise self._refusal(

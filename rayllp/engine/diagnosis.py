@@ -46,7 +46,7 @@ def diagnose(forward: ExactForward, batch: StepBatch) -> tuple[int, int, str] | 
 def _fault_of_forward(forward: ExactForward, batch: StepBatch) -> tuple[int, int, str] | None:
     block, config = forward.group.block, forward.group.config
     with torch.no_grad():
-        bound = block.bind(batch.step, batch.samples, batch.inputs, training=True)
+        bound = block.bind(batch)
         entered = bound.enter(batch.inputs) if block.first else None
         checking = _Checking(bound)
         # All workers take part in the solve, whatever they find, since others wait for their messages.

@@ -7,16 +7,16 @@ the gradient norm, the loss and the residuals together.
 import time
 from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
-from torch import Tensor
 
-from rayllp.channel.base import Channel, StateSpec
+from rayllp.channel.base import Channel
 from rayllp.channel.local import LocalChannel
 from rayllp.config import TrainConfig
 from rayllp.control import Accuracy, ProbePlan
 from rayllp.data.base import Batches, Inputs
-from rayllp.engine.batch import ReplicaBatches, StepBatch
+from rayllp.engine.batch import EXACT, ReplicaBatches, StepBatch
 from rayllp.engine.block import Block
 from rayllp.engine.diagnosis import diagnose
 from rayllp.engine.evaluation import Evaluation
@@ -27,9 +27,8 @@ from rayllp.engine.optimizer import Optimizer, scale_gradients
 from rayllp.engine.probe import Probing
 from rayllp.engine.reduce_gradients import add_shared_gradients
 from rayllp.engine.replica_sums import ReplicaSums
-from rayllp.engine.schedule import learning_rate
 from rayllp.engine.smoothness import add_smoothness_gradient
-from rayllp.engine.statistics import ReducedStatistics, StepStats, reduce_statistics
+from rayllp.engine.statistics import StepStats, reduce_statistics
 from rayllp.engine.step_gradients import StepGradients
 from rayllp.engine.step_solves import without_penalties
 from rayllp.engine.utilisation import count_flops, peak_flops
@@ -50,7 +49,7 @@ class Engine:
 
     Attributes:
         block: this worker's layers.
-        layers, replicas: the two channels.
+        layer_channel, replicas: the two channels.
         group: this worker's end of its layer group.
         gradients: forms a step's gradients from a `StepBatch`.
         exact_forward: computes the exact network's outputs from inputs and a tag.
@@ -70,15 +69,13 @@ class Engine:
         self._counted = list(self.block.counted())
         shards = (data_channel.rank, data_channel.size) if config.shards_optimizer else (0, 1)
         self.optimizer = Optimizer(self.block, config.optimizer, *shards)
-        self._draws_are_checked = False
-        self._sums = ReplicaSums(self.block, LocalChannel.alone())
+        self._is_checked = False
         self._work: tuple[float, float] | None = None
         self._join(layer_channel, data_channel)
 
     def _join(self, layer_channel: Channel, data_channel: Channel) -> None:
         """Make everything that talks to other workers."""
         self.layer_channel, self.replicas = layer_channel, data_channel
-        self._sums.close()
         self._sums = ReplicaSums(self.block, data_channel)
         self.group = LayerGroup(self.block, layer_channel)
         self.gradients = Gradients(self.group)
@@ -88,10 +85,12 @@ class Engine:
     def disconnect(self) -> None:
         """Leave the other workers; the layers stay here."""
         alone = LocalChannel.alone()
+        self._sums.close()
         self._join(alone, alone)
 
     def reconnect(self, layer_channel: Channel, data_channel: Channel) -> None:
         """Continue among other workers, with the same block. Gradients of a step that was cut short are dropped."""
+        self._sums.close()
         self._join(layer_channel, data_channel)
         self.optimizer.zero_grad()
 
@@ -119,9 +118,10 @@ class Engine:
         """
         started = time.perf_counter()
         batch = self.step_batch(step, accuracy)
+        self.check_first_batch(batch)
         probing = Probing(self.gradients, plan, self.replicas.size) if plan else None
         self._sums.begin(step, None if probing else self._kind(batch))
-        # Forward solve, loss, adjoint solve: `WindowGradients`, `LayerParallelGradients`, or exactly.
+        # Forward solve, loss, adjoint solve; read `WindowGradients.form` or `LayerParallelGradients.form` for all three.
         formed = probing.form(batch) if probing else self.gradients(batch)
         with self.group.span("gradients", "wait"):
             self._sums.finish(formed.loss)
@@ -129,61 +129,43 @@ class Engine:
             if accuracy.smoothness:
                 add_smoothness_gradient(self.block, self.layer_channel, accuracy.smoothness, step)
         with self.group.span("statistics", "wait"):
-            found = self.reduce_statistics(step, formed, probing)
-        lr = learning_rate(self.config.optimizer, step, self.config.steps)
-        fault = None if found.is_finite else diagnose(self.exact_forward, batch)
-        if found.is_finite:
+            stats = self.reduce_statistics(batch, formed, probing)
+        fault = None if stats.is_finite else diagnose(self.exact_forward, batch)
+        if stats.is_finite:
             with self.group.span("update"):
-                self.update(step, found.norm, lr)
+                self.update(step, stats.grad_norm, stats.lr)
         self.optimizer.zero_grad()
         self.layer_channel.finish()
         self.replicas.finish()
-        return StepStats(
-            step=step,
-            loss=found.loss,
-            grad_norm=found.norm,
-            lr=lr,
-            time_s=time.perf_counter() - started,
-            tokens=self.config.batch_size * _positions(self.group.spec(batch.inputs)),
-            rho_forward=found.forward.convergence_factor if found.forward else None,
-            rho_backward=found.backward.convergence_factor if found.backward else None,
-            consistency=found.consistency,
-            factors_forward=found.forward.factors if found.forward else (),
-            factors_backward=tuple(level[::-1] for level in found.backward.factors) if found.backward else (),
-            bias=found.bias,
-            couplings=found.couplings,
-            advice_forward=found.forward.status.value if found.forward else "",
-            advice_backward=found.backward.status.value if found.backward else "",
-            fault=fault,
-            lipschitz=probing.lipschitz if probing else None,
-            work=self._work,
-        )
+        return replace(stats, time_s=time.perf_counter() - started, fault=fault, work=self._work)
 
     def _kind(self, batch: StepBatch) -> Hashable:
         """Return a key that is equal for steps which form their gradients in the same way."""
         accuracy = batch.accuracy
         return without_penalties(accuracy), bool(accuracy.consistency), self.group.spec(batch.inputs)
 
-    def step_batch(self, step: int, accuracy: Accuracy) -> StepBatch:
-        """Return this replica's batch of a training step, to be solved with this accuracy.
+    def step_batch(self, step: int, accuracy: Accuracy = EXACT, *, split: str = "train") -> StepBatch:
+        """Return this replica's batch of a training step, to be solved with this accuracy; or the batch of another split."""
+        return self._shares.step_batch(step, accuracy, split=split)
+
+    def check_first_batch(self, batch: StepBatch) -> None:
+        """Look at what the layers draw and how many operations they do, once, with the first batch that is to be trained on.
 
         Raises:
-            SettingsError: on the first call, if layers draw random numbers that cannot be frozen within a step.
+            SettingsError: layers draw random numbers that cannot be frozen within a step.
         """
-        batch = self._shares.for_step(step, accuracy)
-        if not self._draws_are_checked:
+        if not self._is_checked:
             self.block.check_draws(batch.inputs)
             self._work = self._measure_work(batch.inputs)
-            self._draws_are_checked = True
-        return batch
+            self._is_checked = True
 
     def _measure_work(self, inputs: Inputs) -> tuple[float, float] | None:
         peak = peak_flops(self.device, self.config.dtype)
         return None if peak is None else (self.config.replica_batch * count_flops(self.group, inputs), peak)
 
-    def reduce_statistics(self, step: int, formed: StepGradients, probing: Probing | None = None) -> ReducedStatistics:
+    def reduce_statistics(self, batch: StepBatch, formed: StepGradients, probing: Probing | None = None) -> StepStats:
         """Return the step's numbers over the whole layer group, by one all-reduce."""
-        return reduce_statistics(self.group, step, formed, self._counted, probing)
+        return reduce_statistics(self.group, batch, formed, self._counted, probing)
 
     def update(self, step: int, norm: float, lr: float) -> None:
         """Clip the gradients, and take the optimizer's step.
@@ -202,10 +184,6 @@ class Engine:
         self.optimizer.gather(self.replicas, step)
 
     # Outside of training steps ------------------------------------------------------------------------------------------------
-
-    def my_batch(self, split: str, step: int) -> tuple[Inputs, Tensor, tuple[int, ...], int]:
-        """Return this replica's inputs and targets, their positions in the global batch, and the global number of loss terms."""
-        return self._shares.share(split, step)
 
     def evaluate(self, batches: int) -> dict[str, float]:
         """Return the mean loss and the architecture's metrics on held-out batches, through the exact forward whatever the mode.
@@ -239,11 +217,3 @@ class Engine:
         self.optimizer.swap_average()
         self.optimizer.gather(self.replicas, 0)
         self.replicas.finish()
-
-
-def _positions(spec: StateSpec) -> int:
-    """Return the number of tokens (or patches) of one sample: the time dimensions of all (batch, time, width) tensors of a state.
-
-    Any other tensor counts as one.
-    """
-    return sum(shape[1] if len(shape) == 3 else 1 for shape in spec.shapes)

@@ -35,14 +35,14 @@ class Evaluation:
         group, stop = self._forward.group, min(self.size, self.done + most)
         architecture = group.block.architecture
         for index in range(self.done, stop):
-            inputs, targets = next(self._ahead)
-            outputs = self._forward(inputs, MessageTag(index, "evaluation"))
+            batch = next(self._ahead)
+            outputs = self._forward(batch.inputs, MessageTag(index, "evaluation"))
             group.channel.finish()  # otherwise the sent states of all batches would be kept until the last one
             if outputs is not None:
                 with torch.no_grad():
-                    loss = architecture.loss(outputs, targets).double().cpu().view(1)
-                    count = torch.tensor([float(architecture.count(targets))], dtype=torch.float64)
-                    self._total += torch.cat([loss, count, architecture.metric.tally(outputs, targets)])
+                    loss = architecture.loss(outputs, batch.targets).double().cpu().view(1)
+                    count = torch.tensor([float(architecture.count(batch.targets))], dtype=torch.float64)
+                    self._total += torch.cat([loss, count, architecture.metric.tally(outputs, batch.targets)])
         self.done = stop
         return self._figures() if stop == self.size else None
 

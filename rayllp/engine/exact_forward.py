@@ -13,7 +13,7 @@ from rayllp.engine.propagators import ExactPropagator
 from rayllp.mgrit import Communicator, MGRITSolver, Problem
 from rayllp.mgrit.relay import solve_in_order
 from rayllp.mgrit.windows import Placement
-from rayllp.state import State, tensors
+from rayllp.state import State
 
 
 class ExactForward:
@@ -42,7 +42,7 @@ class ExactForward:
         """
         block = self.group.block
         with torch.no_grad():
-            bound = block.bind(tag.step, range(tensors(inputs)[0].shape[0]), inputs, training=False, past=past)
+            bound = block.bind_for_evaluation(inputs, past=past)
             entered = bound.enter(inputs) if block.first else None
             spec = self.group.spec(inputs)
             if past is not None:

@@ -20,8 +20,10 @@ from rayllp.engine.exact_forward import ExactForward
 from rayllp.models.randomness import seeded
 from rayllp.state import State, like, tensors
 
-TRIED, ALIKE = 4, 1e-3
-"""Number of tokens on which the layers' memory is tested, and by how much the results may differ, relative to their norm."""
+MEMORY_TEST_TOKENS = 4
+"""Number of tokens on which the layers' memory of past tokens is tested."""
+MEMORY_TOLERANCE = 1e-3
+"""By how much results with and without the memory may differ, relative to their norm."""
 
 
 class Decoder:
@@ -61,7 +63,7 @@ class Decoder:
     def _all_remember(self, prompts: Tensor) -> bool:
         """Return True if the memory of past tokens works on all workers' layers."""
         if self.exact_forward.remembers is None:  # tested once for this worker's layers: evaluations generate in many small parts
-            count = min(TRIED, self.group.config.sequence_length)
+            count = min(MEMORY_TEST_TOKENS, self.group.config.sequence_length)
             tokens = prompts[:1].repeat(1, count)[:, :count]
             row = torch.zeros(1, dtype=torch.int64)
             self.exact_forward.remembers = remembers(self.group.block, lambda tokens: self.inputs(tokens, row), tokens)
@@ -181,7 +183,7 @@ def remembers(block: Block, inputs_of: Callable[[Tensor], Inputs], tokens: Tenso
                 found.append(tensors(architecture.enter(block.embed, whole, context))[-1])
         except Exception:  # layers with another kind of memory may fail with any error
             return False
-    return all(a.shape == b.shape and (a - b).norm() <= ALIKE * b.norm() for a, b in zip(found, wanted, strict=True))
+    return all(a.shape == b.shape and (a - b).norm() <= MEMORY_TOLERANCE * b.norm() for a, b in zip(found, wanted, strict=True))
 
 
 def _at(state: State, positions: slice) -> State:

@@ -9,14 +9,15 @@ from dataclasses import replace
 import torch
 
 from rayllp.channel.base import MessageTag
+from rayllp.channel.process_channel import ProcessChannel
 from rayllp.engine.batch import StepBatch
 from rayllp.engine.block import Block
 from rayllp.engine.consistency import Consistency, Interval
 from rayllp.engine.in_order import InOrderGradients
 from rayllp.engine.layer_group import LayerGroup
-from rayllp.engine.pipeline import Pipeline, PlainAutograd, exact_method
+from rayllp.engine.pipeline import Pipeline, PlainAutograd, count_microbatches
 from rayllp.engine.propagators import AdjointPropagator, ForwardPropagator, RecomputingPropagator
-from rayllp.engine.step_gradients import StepGradients, add_embedding_gradients, in_parts, loss_and_seed
+from rayllp.engine.step_gradients import StepGradients, add_embedding_gradients, loss_and_seed
 from rayllp.engine.step_solves import StepSolves
 from rayllp.engine.torchbraid_solver import TorchBraidSolver
 from rayllp.engine.window_gradients import WindowGradients
@@ -34,22 +35,33 @@ class Gradients:
 
     def __init__(self, group: LayerGroup) -> None:
         self.group = group
-        cyclic = group.config.placement == "cyclic"
-        self.exact: ExactGradients | InOrderGradients
-        self.exact = InOrderGradients(group) if cyclic and group.channel.size > 1 else ExactGradients(group)
         self.parallel: LayerParallelGradients | WindowGradients | TorchBraidGradients
-        if cyclic:
+        if group.config.placement == "cyclic":
             self.parallel = WindowGradients(group)
         elif group.config.solver == "torchbraid":
             self.parallel = TorchBraidGradients(group)
         else:
             self.parallel = LayerParallelGradients(group)
+        self.exact = exact_gradients(group)
 
     def __call__(self, batch: StepBatch) -> StepGradients:
-        """Add the gradients of this replica's batch to `.grad`. All workers of the layer group call it."""
+        """Add the gradients of this replica's batch to `.grad`, part by part of gradient accumulation.
+
+        All workers of the layer group call it.
+
+        Returns: the outcome with the sum of all parts' losses, and the last part's residuals.
+        """
         accuracy, block = batch.accuracy, self.group.block
         penalty = make_penalty(block, self.group.solves(accuracy), accuracy.consistency) if accuracy.consistency else None
-        return self.exact.form(batch, penalty) if accuracy.serial else self.parallel.form(batch, penalty)
+        method = self.exact if accuracy.serial else self.parallel
+        # The pipeline runs the microbatches of all parts in one schedule.
+        count = 1 if isinstance(method, Pipeline) else block.config.accumulate
+        total, found = torch.zeros((), device=block.device, dtype=block.dtype), None
+        for part in batch.parts(count):
+            found = method.form(part, penalty)
+            total += found.loss
+        assert found is not None
+        return replace(found, loss=total)
 
     def forget(self) -> None:
         """Drop all gradients in `.grad`."""
@@ -64,13 +76,10 @@ class LayerParallelGradients:
         self.group = group
 
     def form(self, batch: StepBatch, penalty: Consistency | None) -> StepGradients:
-        """Form the gradients of the batch, in as many parts as gradient accumulation asks for."""
-        return in_parts(self._form_part, batch, penalty, self.group.block)
-
-    def _form_part(self, batch: StepBatch, penalty: Consistency | None) -> StepGradients:
+        """Add the gradients of these samples to `.grad`."""
         group, block, step = self.group, self.group.block, batch.step
         solves = group.solves(batch.accuracy)
-        bound = block.bind(step, batch.samples, batch.inputs, training=True)
+        bound = block.bind(batch)
         spec = group.spec(batch.inputs)
         with group.channel.prepost_receives((solves.accuracy, spec) if solves.has_fixed_messages else None):
             with group.span("enter"):
@@ -82,36 +91,14 @@ class LayerParallelGradients:
             u0 = None if entered is None else detach(entered)
             forward = group.solve_by_mgrit(problem, solves.forward_options, MessageTag(step, "forward"), u0, defer_to=deferred)
             with group.span("loss"):
-                loss, seed = torch.zeros((), device=group.device), None
-                if block.last:
-                    loss, seed = loss_and_seed(bound, forward.output, batch.targets, batch.scale)
+                loss, seed = loss_and_seed(bound, forward.output, batch)
             # Adjoint solve, from λ_N. Its last sweep forms parameter gradients. While it waits for messages, deferred runs are recorded.
             problem = Problem(solves.adjoint, AdjointPropagator(propagator, penalty), spec)
-            backward = group.solve_by_mgrit(problem, solves.adjoint_options, MessageTag(step, "adjoint"), seed, while_waiting=deferred)
-        add_embedding_gradients(group, entered, backward.output)
-        return StepGradients(loss, forward.residuals, backward.residuals, penalty)
-
-
-class ExactGradients:
-    """Exact gradients: plain autograd on one worker, torch's 1F1B pipeline on several, and MGRIT on one level where neither is possible.
-
-    Attributes:
-        method: plain autograd or the pipeline. None before the first step, and where neither is possible.
-    """
-
-    def __init__(self, group: LayerGroup) -> None:
-        self.group = group
-        self.method: PlainAutograd | Pipeline | None = None
-        self._fallback = LayerParallelGradients(group)
-
-    def form(self, batch: StepBatch, penalty: Consistency | None) -> StepGradients:
-        """Form the exact gradients of the batch."""
-        group = self.group
-        self.method = self.method or exact_method(group.block, group.channel, batch.inputs, len(batch.samples))
-        if self.method is None:
-            return replace(self._fallback.form(batch, penalty), forward=None, backward=None)
-        self.method.timeline = group.timeline
-        return StepGradients(self.method.step(batch, penalty), penalty=penalty)
+            adjoint = group.solve_by_mgrit(problem, solves.adjoint_options, MessageTag(step, "adjoint"), seed, while_waiting=deferred)
+        add_embedding_gradients(group, entered, adjoint.output)
+        if batch.accuracy.serial:  # on one level there are no residuals
+            return StepGradients(loss, penalty=penalty)
+        return StepGradients(loss, forward.residuals, adjoint.residuals, penalty)
 
 
 class TorchBraidGradients:
@@ -122,27 +109,40 @@ class TorchBraidGradients:
         self._solver: TorchBraidSolver | None = None
 
     def form(self, batch: StepBatch, penalty: Consistency | None) -> StepGradients:
-        """Form the gradients of the batch, in as many parts as gradient accumulation asks for.
+        """Add the gradients of these samples to `.grad`.
 
         Raises:
             SettingsError: TorchBraid is missing, or cannot solve this network.
         """
-        return in_parts(self._form_part, batch, penalty, self.group.block)
-
-    def _form_part(self, batch: StepBatch, penalty: Consistency | None) -> StepGradients:
         group, block = self.group, self.group.block
-        bound = block.bind(batch.step, batch.samples, batch.inputs, training=True)
+        bound = block.bind(batch)
         if self._solver is None:
             self._solver = TorchBraidSolver(block, group.channel, group.config)
         spec = group.spec(batch.inputs)
         entered = bound.enter(batch.inputs) if block.first else None
         empty = torch.empty(spec.shapes[0], dtype=spec.dtypes[0], device=group.device)
         output = self._solver.forward(bound, None if entered is None else detach(entered), empty, batch.accuracy)
-        loss, seed = torch.zeros((), device=group.device), None
-        if block.last:
-            loss, seed = loss_and_seed(bound, output, batch.targets, batch.scale)
+        loss, seed = loss_and_seed(bound, output, batch)
         add_embedding_gradients(group, entered, self._solver.adjoint(seed))
         return StepGradients(loss, penalty=penalty)
+
+
+def exact_gradients(group: LayerGroup) -> PlainAutograd | InOrderGradients | Pipeline | LayerParallelGradients:
+    """Return what forms exact gradients on this worker.
+
+    One worker runs plain autograd. Several ones take layers in turn, or on blocks run torch's 1F1B pipeline. MGRIT on one level takes the
+    pipeline's place where the channel has no process group, or where a batch has too few microbatches to keep all workers busy.
+    """
+    config, channel = group.config, group.channel
+    if channel.size == 1:
+        return PlainAutograd(group)
+    if config.placement == "cyclic":
+        return InOrderGradients(group)
+    processes = channel.group if isinstance(channel, ProcessChannel) else None
+    microbatches = config.accumulate * count_microbatches(config.replica_batch // config.accumulate, channel.size, config.microbatches)
+    if processes is None or microbatches < channel.size:
+        return LayerParallelGradients(group)
+    return Pipeline(group, processes, microbatches)
 
 
 def make_penalty(block: Block, solves: StepSolves, weight: float) -> Consistency:

@@ -23,9 +23,9 @@ from rayllp.engine.batch import StepBatch
 from rayllp.engine.block import BoundBlock
 from rayllp.engine.consistency import Consistency
 from rayllp.engine.layer_group import LayerGroup
-from rayllp.engine.pipeline import count_microbatches, slices
+from rayllp.engine.pipeline import count_microbatches
 from rayllp.engine.propagators import Graph, input_gradients, record_graph
-from rayllp.engine.step_gradients import StepGradients, add_embedding_gradients, in_parts, loss_and_seed
+from rayllp.engine.step_gradients import StepGradients, add_embedding_gradients, loss_and_seed
 from rayllp.mgrit.windows import Placement
 from rayllp.state import State, detach, like, tensors
 from rayllp.timeline import TimedChannel
@@ -129,10 +129,7 @@ class InOrderGradients:
         self.placement = Placement.cyclic(group.config.middle_layers, group.config.layer_workers)
 
     def form(self, batch: StepBatch, penalty: Consistency | None) -> StepGradients:
-        """Form the gradients of the batch, in as many parts as gradient accumulation asks for."""
-        return in_parts(self._form_part, batch, penalty, self.group.block)
-
-    def _form_part(self, batch: StepBatch, penalty: Consistency | None) -> StepGradients:
+        """Add the gradients of these samples to `.grad`."""
         group = self.group
         channel: Channel = group.channel if group.timeline is None else TimedChannel(group.channel, group.timeline)
         samples = len(batch.samples)
@@ -141,7 +138,7 @@ class InOrderGradients:
         if channel.synchronous_sends and self._sends_back(channel.size):
             count = 1  # otherwise two workers would each have a microbatch to send to the other before they receive one
         with group.channel.prepost_receives(("in order", count, group.spec(batch.inputs))):
-            work = _Layers(group, [batch.part(rows) for rows in slices(samples, count)])
+            work = _Layers(group, list(batch.parts(count)))
             step = InOrderStep(work, self.placement, channel, work.spec, batch.step, count)
             step.take()
         for number, entered in work.entered.items():
@@ -178,7 +175,7 @@ class _Layers(InOrderWork):
 
     def __init__(self, group: LayerGroup, batches: Sequence[StepBatch]) -> None:
         self._group, self._batches = group, batches
-        self._bound: list[BoundBlock] = [group.block.bind(batch.step, batch.samples, batch.inputs, training=True) for batch in batches]
+        self._bound: list[BoundBlock] = [group.block.bind(batch) for batch in batches]
         self.spec = group.spec(batches[0].inputs)
         self.entered: dict[int, State] = {}
         self.losses: list[Tensor] = []
@@ -202,8 +199,8 @@ class _Layers(InOrderWork):
     def loss(self, number: int, state: State) -> State:
         """Compute a microbatch's loss, and the gradients of closing buffers and head."""
         with self._group.span("loss"):
-            batch = self._batches[number]
-            loss, seed = loss_and_seed(self._bound[number], state, batch.targets, batch.scale)
+            loss, seed = loss_and_seed(self._bound[number], state, self._batches[number])
+        assert seed is not None
         self.losses.append(loss)
         return seed
 

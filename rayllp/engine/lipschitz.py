@@ -11,24 +11,24 @@ one. The estimate is ‖Jᵀu‖ for the last unit vector u, so the error of the
 The estimate never exceeds σ; more iterations bring it closer.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from rayllp.data.base import Inputs
+from rayllp.engine.batch import StepBatch
 from rayllp.engine.block import Block
 from rayllp.keys import key
 from rayllp.state import State, combine, like, squared_norm, subtract, tensors
 
-ITERATIONS = 8
+POWER_ITERATIONS = 8
 """Number of power iterations."""
-DIFFERENCE = 1e-3
+DIFFERENCE_ARM = 1e-3
 """Half the distance between the two points of the central difference, relative to the state's norm."""
 
 
-def lipschitz_constant(f: Callable[[State], State], state: State, seed: int, iterations: int = ITERATIONS) -> float:
+def lipschitz_constant(f: Callable[[State], State], state: State, seed: int, iterations: int = POWER_ITERATIONS) -> float:
     """Return a lower estimate of the largest singular value of f's Jacobian at `state`.
 
     Args:
@@ -44,7 +44,7 @@ def lipschitz_constant(f: Callable[[State], State], state: State, seed: int, ite
     if not moving:
         return 0.0
     at = combine(Tensor.detach, like(state, inputs))
-    arm = DIFFERENCE * (_norm(at) or 1.0)
+    arm = DIFFERENCE_ARM * (_norm(at) or 1.0)
 
     def transposed(u: State) -> State:
         seeds = [tensors(u)[n] for n in moving]
@@ -71,19 +71,19 @@ def lipschitz_constant(f: Callable[[State], State], state: State, seed: int, ite
     return estimate
 
 
-def estimate_layers(block: Block, step: int, inputs: Inputs) -> dict[int, float]:
-    """Return the constants of this worker's layers, by index in the whole network, at the states in `block.watched`.
+def estimate_layers(block: Block, batch: StepBatch, states: Mapping[int, State]) -> dict[int, float]:
+    """Return the constants of this worker's layers, by index in the whole network.
 
     Args:
         block: this worker's layers.
-        step: the training step, which keys the dropout masks: they are those of the step itself.
-        inputs: inputs of the step's batch; the first sequence is used.
+        batch: the step's batch, whose first sample's dropout the layers have, as in the step itself.
+        states: inputs of the layers for that sample (`Block.recorded_inputs`); none where another replica has the sample.
     """
-    if not block.watched:  # the sequence is on another replica
+    if not states:
         return {}
-    bound = block.bind(step, (0,), combine(lambda part: part[:1], inputs), training=True)
-    seeds = {n: key(block.config.seed, "lipschitz", n) for n in block.watched}
-    return {n: lipschitz_constant(partial(bound.increment, n), state, seeds[n]) for n, state in sorted(block.watched.items())}
+    bound = block.bind(batch.part(slice(0, 1)))
+    seeds = {n: key(block.config.seed, "lipschitz", n) for n in states}
+    return {n: lipschitz_constant(partial(bound.increment, n), state, seeds[n]) for n, state in sorted(states.items())}
 
 
 def _norm(state: State) -> float:

@@ -1,7 +1,7 @@
 """Exact gradients in serial mode, over the same blocks of layers.
 
 Several workers run the 1F1B schedule of torch.distributed.pipelining over microbatches, so that no layer moves when training switches from
-parallel to serial. One worker runs plain autograd. Where neither is possible, the caller solves exactly by MGRIT on one level.
+parallel to serial. One worker runs plain autograd.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -12,15 +12,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from rayllp.channel.base import Channel
-from rayllp.channel.process_channel import ProcessChannel
 from rayllp.data.base import Inputs
 from rayllp.engine.batch import StepBatch
 from rayllp.engine.block import Block, BoundBlock
 from rayllp.engine.consistency import Consistency, PenaltyHooks
-from rayllp.errors import SettingsError
+from rayllp.engine.layer_group import LayerGroup
+from rayllp.engine.step_gradients import StepGradients
 from rayllp.state import State, combine, tensors
-from rayllp.timeline import Timeline, span_on
 
 
 class StageModule(nn.Module):
@@ -80,53 +78,23 @@ class StageModule(nn.Module):
         return hooks.end(state)
 
 
-def slices(batch: int, parts: int) -> Iterator[slice]:
-    """Yield the slices that cut a batch into equal parts."""
-    size = batch // parts
-    yield from (slice(start, start + size) for start in range(0, batch, size))
-
-
-def exact_method(block: Block, layers: Channel, inputs: Inputs, batch: int) -> "PlainAutograd | Pipeline | None":
-    """Return what forms exact gradients on this worker: plain autograd if it holds all layers, else the 1F1B pipeline.
-
-    Args:
-        block: this worker's layers.
-        layers: the channel of the layer group.
-        inputs: inputs of a batch, for their shapes.
-        batch: number of samples in a batch.
-
-    Returns: None if the channel has no process group, or if the batch cannot be cut into enough microbatches.
-    """
-    if layers.size == 1:
-        return PlainAutograd(block)
-    group = layers.group if isinstance(layers, ProcessChannel) else None
-    parts = block.config.accumulate
-    microbatches = parts * count_microbatches(batch // parts, layers.size, block.config.microbatches)
-    return None if group is None or microbatches < layers.size else Pipeline(block, group, inputs, microbatches)
-
-
 class PlainAutograd:
     """Exact gradients where the whole network is on one worker."""
 
-    def __init__(self, block: Block) -> None:
-        self.block, self.module = block, StageModule(block)
-        self.timeline: Timeline | None = None
+    def __init__(self, group: LayerGroup) -> None:
+        self.group, self.module = group, StageModule(group.block)
 
-    def step(self, batch: StepBatch, penalty: Consistency | None) -> Tensor:
-        """Add the gradients of scale × summed loss to `.grad`, part by part of gradient accumulation. Returns the scaled loss."""
-        block, self.module.penalty = self.block, penalty
-        total = torch.zeros((), device=block.device, dtype=block.dtype)
-        for rows in slices(len(batch.samples), block.config.accumulate):
-            part = batch.part(rows)
-            bound = block.bind(part.step, part.samples, part.inputs, training=True)
-            with span_on(self.timeline, "forward"):
-                outputs = self.module.run(bound, part.inputs)
-                assert isinstance(outputs, Tensor)
-                loss = block.architecture.training_loss(outputs, part.targets) * part.scale
-            with span_on(self.timeline, "adjoint"):
-                loss.backward()
-            total += loss.detach()
-        return total
+    def form(self, batch: StepBatch, penalty: Consistency | None) -> StepGradients:
+        """Add the gradients of these samples to `.grad`."""
+        block, self.module.penalty = self.group.block, penalty
+        bound = block.bind(batch)
+        with self.group.span("forward"):
+            outputs = self.module.run(bound, batch.inputs)
+            assert isinstance(outputs, Tensor)
+            loss = block.architecture.training_loss(outputs, batch.targets) * batch.scale
+        with self.group.span("adjoint"):
+            loss.backward()
+        return StepGradients(loss.detach(), penalty=penalty)
 
 
 def count_microbatches(batch: int, workers: int, wanted: int | None, *, fewest: bool = False) -> int:
@@ -146,29 +114,50 @@ def count_microbatches(batch: int, workers: int, wanted: int | None, *, fewest: 
 
 
 class Pipeline:
-    """One worker's end of the 1F1B schedule. It is built once, and runs every training step in serial mode.
+    """One worker's end of torch's 1F1B schedule, over the microbatches of a whole batch.
+
+    The schedule is built for the first batch. All others have its shapes.
 
     Args:
-        block: this worker's layers.
-        group: the process group of the workers.
-        inputs: inputs of a batch, for their shapes.
-        microbatches: number of microbatches.
-
-    Raises:
-        SettingsError: fewer microbatches than workers (the caller then solves exactly without microbatches).
+        group: this worker's end of the layer group.
+        processes: the process group of the workers.
+        microbatches: number of microbatches, at least as many as workers.
     """
 
-    def __init__(self, block: Block, group: dist.ProcessGroup, inputs: Inputs, microbatches: int) -> None:
+    def __init__(self, group: LayerGroup, processes: dist.ProcessGroup, microbatches: int) -> None:
+        self.group, self.module, self.microbatches = group, StageModule(group.block), microbatches
+        self._processes = processes
+        self._schedule: Any = None
+        self._scale = 1.0
+
+    def form(self, batch: StepBatch, penalty: Consistency | None) -> StepGradients:
+        """Add the gradients of the batch to `.grad`."""
+        block, timeline = self.group.block, self.group.timeline
+        if self._schedule is None:
+            self._schedule = self._build(batch.inputs)
+        self._scale, self.module.penalty = batch.scale, penalty
+        self.module.microbatches = map(block.bind, batch.parts(self.microbatches))
+        losses: list[Tensor] = []
+        first, began = (len(timeline.spans), timeline.clock()) if timeline is not None else (0, 0.0)
+        self._schedule.step(
+            *(tensors(batch.inputs) if block.first else ()),
+            target=batch.targets if block.last else None,
+            losses=losses if block.last else None,
+            return_outputs=False,
+        )
+        if timeline is not None:
+            timeline.fill(first, began)
+        loss = torch.stack([loss.detach() for loss in losses]).sum() if losses else torch.zeros((), device=block.device)
+        return StepGradients(loss, penalty=penalty)
+
+    def _build(self, inputs: Inputs) -> Any:
+        """Return the schedule for batches with inputs of these shapes."""
         from torch.distributed.pipelining import PipelineStage, Schedule1F1B  # takes a second, so only where it is needed
 
-        rank, size = dist.get_rank(group), dist.get_world_size(group)
-        if microbatches < size:
-            raise SettingsError(f"1F1B needs at least {size} microbatches for {size} workers; got {microbatches}")
-        self.block, self.microbatches = block, microbatches
-        self.module = StageModule(block)
-        self.part = tensors(inputs)[0].shape[0] // microbatches
-        small = combine(lambda part: part[: self.part], inputs)
-        spec = block.architecture.state_spec(small, block.dtype, block.device)
+        block, rank, size = self.group.block, dist.get_rank(self._processes), dist.get_world_size(self._processes)
+        samples = tensors(inputs)[0].shape[0] // self.microbatches
+        small = combine(lambda part: part[:samples], inputs)
+        spec = self.group.spec(small)
         like = list(zip(spec.shapes, spec.dtypes, strict=True))
         # torch's stages send gradients back only for tensors that have requires_grad here.
         state = tuple(torch.empty(s, dtype=d, device="meta", requires_grad=d.is_floating_point) for s, d in like)
@@ -176,50 +165,31 @@ class Pipeline:
         outputs: tuple[Tensor, ...] = state
         if block.last:
             with torch.no_grad():
-                bound = block.bind(0, range(self.part), small, training=False)
-                outputs = (bound.leave(spec.zeros()).to("meta").requires_grad_(),)
+                outputs = (block.bind_for_evaluation(small).leave(spec.zeros()).to("meta").requires_grad_(),)
         stage = PipelineStage(
             self.module, rank, size, block.device,
             input_args=entering if block.first else state, output_args=outputs,
             input_grads=(None,) * len(entering) if block.first else state, output_grads=None if block.last else outputs,
-            group=group,
+            group=self._processes,
         )  # fmt: skip
-        self.timeline: Timeline | None = None
         for solve, name in (("forward", "forward_one_chunk"), ("adjoint", "backward_one_chunk")):
             setattr(stage, name, self._timed(getattr(stage, name), solve))
-        self.schedule = Schedule1F1B(stage, microbatches, loss_fn=self._loss, scale_grads=False)
-        self.scale = 1.0
+        return Schedule1F1B(stage, self.microbatches, loss_fn=self._loss, scale_grads=False)
 
     def _loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        return self.block.architecture.training_loss(outputs, targets) * self.scale
+        return self.group.block.architecture.training_loss(outputs, targets) * self._scale
 
     def _timed(self, method: Callable[..., Any], solve: str) -> Callable[..., Any]:
         """Return the stage's forward or backward of one microbatch, recorded as a span if there is a timeline."""
 
         def timed(*arguments: Any, **named: Any) -> Any:
-            if self.timeline is None:
+            timeline = self.group.timeline
+            if timeline is None:
                 return method(*arguments, **named)
-            self.timeline.begin_solve(solve)("microbatch", 0)
-            begin = self.timeline.clock()
+            timeline.begin_solve(solve)("microbatch", 0)
+            begin = timeline.clock()
             result = method(*arguments, **named)
-            self.timeline.add(begin, "compute")
+            timeline.add(begin, "compute")
             return result
 
         return timed
-
-    def step(self, batch: StepBatch, penalty: Consistency | None) -> Tensor:
-        """Add the gradients of scale × summed loss to `.grad`. Returns the scaled loss on the last worker, 0 elsewhere."""
-        self.scale, self.module.penalty = batch.scale, penalty
-        parts = (batch.part(rows) for rows in slices(len(batch.samples), self.microbatches))
-        self.module.microbatches = (self.block.bind(part.step, part.samples, part.inputs, training=True) for part in parts)
-        losses: list[Tensor] = []
-        first, began = (len(self.timeline.spans), self.timeline.clock()) if self.timeline else (0, 0.0)
-        self.schedule.step(
-            *(tensors(batch.inputs) if self.block.first else ()),
-            target=batch.targets if self.block.last else None,
-            losses=losses if self.block.last else None,
-            return_outputs=False,
-        )
-        if self.timeline is not None:
-            self.timeline.fill(first, began)
-        return torch.stack([loss.detach() for loss in losses]).sum() if losses else torch.zeros((), device=self.block.device)

@@ -19,11 +19,11 @@ from rayllp.engine.lipschitz import estimate_layers
 from rayllp.engine.step_gradients import StepGradients
 from rayllp.engine.window_gradients import WindowGradients
 
-COUPLED = 4
+SAMPLES_PER_COUPLING = 4
 """Couplings are measured on one in so many samples of the batch: only their order of magnitude matters."""
-SUMS = 5
-"""Sums kept for each block: squared error, squared better gradient, its product with the gradient in use, the latter squared, and the
-squared difference of the halves.
+BIAS_SUMS = 5
+"""Number of sums kept for each block: squared error, squared better gradient, its product with the gradient in use, the latter squared, and
+the squared difference of the halves.
 """
 
 
@@ -52,7 +52,7 @@ class Probing:
         gradients: forms the gradients.
         plan: what to measure.
         replicas: number of replicas.
-        sums: this worker's sums (see SUMS); None if the bias is not measured.
+        sums: this worker's sums (see BIAS_SUMS); None if the bias is not measured.
         has_halves: True if the better gradient was formed in halves.
         lipschitz: constants of this worker's layers, by index in the whole network; None if the plan does not ask for them.
         couplings: squared couplings of this worker's layers, see `WindowGradients.couplings`; None if the plan does not ask for them.
@@ -73,8 +73,15 @@ class Probing:
 
     def form(self, batch: StepBatch) -> StepGradients:
         """Form the better gradient in `.grad`. Returns its loss, and the solves that give ρ."""
-        block, accuracy = self.group.block, batch.accuracy
-        block.watched = {} if self.plan.lipschitz else None
+        if not self.plan.lipschitz:
+            return self._form(batch)
+        with self.group.block.recorded_inputs() as states:
+            formed = self._form(batch)
+        self.lipschitz = estimate_layers(self.group.block, batch, states)
+        return formed
+
+    def _form(self, batch: StepBatch) -> StepGradients:
+        accuracy = batch.accuracy
         if self.plan.couplings:
             self.couplings = self._measure_couplings(batch)
         used = self._used_gradient(batch) if self.plan.bias else None
@@ -90,17 +97,14 @@ class Probing:
         formed, first = self._in_halves(batch.solved_by(better), halves)
         if used is not None:
             self.sums = self._compare(used, first)
-        if self.plan.lipschitz:
-            self.lipschitz = estimate_layers(block, batch.step, batch.inputs)
-            block.watched = None
         if probed is None:
             return formed
-        return replace(formed, forward=probed.forward or formed.forward, backward=probed.backward or formed.backward)
+        return replace(formed, forward=probed.forward or formed.forward, adjoint=probed.adjoint or formed.adjoint)
 
     def _measure_couplings(self, batch: StepBatch) -> Tensor:
         """Return the squared couplings of this worker's layers, measured on a part of the batch."""
         assert isinstance(self.gradients.parallel, WindowGradients)
-        found = self.gradients.parallel.couplings(batch.part(slice(0, -(-len(batch.samples) // COUPLED))))
+        found = self.gradients.parallel.couplings(batch.part(slice(0, -(-len(batch.samples) // SAMPLES_PER_COUPLING))))
         self.gradients.forget()
         return found
 
@@ -138,7 +142,7 @@ class Probing:
     def _compare(self, used: list[Tensor], first: list[Tensor]) -> Tensor:
         """Return this worker's sums for bias and noise."""
         better = self._middle()
-        sums = torch.zeros(SUMS, dtype=torch.float64, device=self.group.device)
+        sums = torch.zeros(BIAS_SUMS, dtype=torch.float64, device=self.group.device)
         for index, gradient in enumerate(better):
             g, u = gradient.double(), used[index].double()
             parts = [(u - g).square().sum(), g.square().sum(), (u * g).sum(), u.square().sum()]
@@ -155,11 +159,11 @@ class Probing:
     # Sums over workers ------------------------------------------------------------------------------------------------------------
 
     def table(self) -> Tensor:
-        """Return this worker's sums in its row of a table, to be added to the other workers' tables; shape (workers, SUMS).
+        """Return this worker's sums in its row of a table, to be added to the other workers' tables; shape (workers, BIAS_SUMS).
 
         The table has no rows if the bias is not measured.
         """
-        table = torch.zeros((self.group.channel.size, SUMS), dtype=torch.float64, device=self.group.device)
+        table = torch.zeros((self.group.channel.size, BIAS_SUMS), dtype=torch.float64, device=self.group.device)
         if self.sums is not None:
             table[self.group.channel.rank] = self.sums
         return table if self.plan.bias else table[:0]
@@ -169,9 +173,9 @@ class Probing:
         if not self.plan.bias:
             return None
         total = table.sum(0)
-        relative, cosine = _bias(total)
+        relative, cosine = relative_and_cosine(total)
         noise = float((total[4] / total[1]).sqrt()) / self.replicas**0.5 if self.has_halves and total[1] > 0 else None
-        return Bias(relative, cosine, noise, tuple(_bias(row) for row in table))
+        return Bias(relative, cosine, noise, tuple(relative_and_cosine(row) for row in table))
 
 
 def _exactly(accuracy: Accuracy) -> Accuracy:
@@ -182,8 +186,8 @@ def _exactly(accuracy: Accuracy) -> Accuracy:
     return replace(accuracy, serial=True) if accuracy.windows else replace(accuracy, levels_forward=1, levels_backward=1)
 
 
-def _bias(sums: Tensor) -> tuple[float, float]:
-    """Return relative bias and cosine.
+def relative_and_cosine(sums: Tensor) -> tuple[float, float]:
+    """Return relative bias and cosine, from the sums of a block or of all (BIAS_SUMS).
 
     Two zero gradients (of frozen layers) count as equal. If only the better gradient is zero, the bias is infinite.
     """

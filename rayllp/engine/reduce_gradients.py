@@ -16,8 +16,8 @@ def add_shared_gradients(block: Block, layers: Channel, step: int) -> None:
     Tied parameters: the first and the last worker add each other's gradient, so that both copies stay equal. Parameters that several layers
     use: every worker gets the sum of all workers' gradients.
     """
-    if names := block.shared_trained:
-        _add_tied_gradients([block.parameters[name] for name in names], layers, layers.size - 1 if block.first else 0, step)
+    if tied := [parameter for name in block.tied if (parameter := block.parameters[name]).requires_grad]:
+        _add_tied_gradients(tied, layers, layers.size - 1 if block.first else 0, step)
     _add_common_gradients(block, layers, step)
 
 
@@ -34,7 +34,7 @@ def _add_tied_gradients(tied: Sequence[nn.Parameter], layers: Channel, other: in
 
 
 def _add_common_gradients(block: Block, layers: Channel, step: int) -> None:
-    common = [p for p in block.common_parameters.values() if p.requires_grad]
+    common = block.common_leaves
     if not common or layers.size == 1:
         return
     flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in common])

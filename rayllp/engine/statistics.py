@@ -1,21 +1,24 @@
-"""The numbers of a step: reduced over the layer group in one message, and as the step reports them."""
+"""The numbers of a step: measured over the layer group with one message, and as the step reports them."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
-from rayllp.channel.base import MessageTag
+from rayllp.channel.base import MessageTag, StateSpec
+from rayllp.control import Probe
 from rayllp.engine.all_reduce import PackedAllReduce
+from rayllp.engine.batch import StepBatch
 from rayllp.engine.layer_group import LayerGroup
 from rayllp.engine.probe import Bias, Probing
+from rayllp.engine.schedule import learning_rate
 from rayllp.engine.step_gradients import StepGradients
 from rayllp.mgrit import Convergence
 
 OTHER_PIECES = 3
 """Pieces of the network besides the layers: embedding, what several layers use, head."""
-Factors = tuple[tuple[float | None, ...], ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,19 +30,16 @@ class StepStats:
         loss: mean over the loss terms of the global batch.
         grad_norm: norm of the whole network's gradient, before clipping.
         lr: learning rate.
-        time_s: seconds that the step took on this worker.
         tokens: number of tokens (or patches) in the global batch.
-        rho_forward, rho_backward: convergence factors; None unless at least two residuals were measured.
-        factors_forward, factors_backward: convergence factors by level and boundary between coarse intervals, in order of the layers; no
-            levels if they were not measured.
         consistency: the consistency penalty R over this replica's samples, without its weight; None if the penalty is off.
+        forward, adjoint: how the two solves went, with factors in the order of the layers; None if nothing was solved iteratively.
         bias: bias of the gradient in use, if a probe has measured it.
-        advice_forward, advice_backward: how each solve went, with advice; empty if there was none.
         couplings: how strongly each middle layer but the first depends on the one before it, if a probe has measured it: the larger one of
             forward and adjoint, see `mgrit/couplings.py`.
+        lipschitz: constants of this worker's own layers, by index, if a probe has estimated them.
+        time_s: seconds that the step took on this worker; 0 before its end.
         fault: the first place where something was not finite, as this worker sees it: (stage, order, text), see `diagnose`. The smallest
             over all workers is the first one of the network. None if all was finite.
-        lipschitz: constants of this worker's own layers, by index, if a probe has estimated them.
         work: floating-point operations of this worker's pieces in the step, and its device's peak in a second; None if not known.
     """
 
@@ -47,68 +47,54 @@ class StepStats:
     loss: float
     grad_norm: float
     lr: float
-    time_s: float
     tokens: int
-    rho_forward: float | None
-    rho_backward: float | None
-    factors_forward: Factors
-    factors_backward: Factors
-    consistency: float | None
-    bias: Bias | None
-    couplings: tuple[float, ...] | None
-    advice_forward: str
-    advice_backward: str
-    fault: tuple[int, int, str] | None = None
-    lipschitz: dict[int, float] | None = None
-    work: tuple[float, float] | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class ReducedStatistics:
-    """A step's numbers over the whole layer group, equal on all its workers.
-
-    Attributes:
-        norm: norm of the gradient.
-        loss: mean over the loss terms.
-        consistency: the consistency penalty R, without its weight; None if the penalty is off.
-        forward, backward: how the solves went; None if nothing was solved iteratively.
-        bias: bias of the gradient in use, if a probe has measured it.
-        couplings: as in `StepStats`.
-    """
-
-    norm: float
-    loss: float
     consistency: float | None
     forward: Convergence | None
-    backward: Convergence | None
+    adjoint: Convergence | None
     bias: Bias | None
     couplings: tuple[float, ...] | None
+    lipschitz: Mapping[int, float] | None
+    time_s: float = 0.0
+    fault: tuple[int, int, str] | None = None
+    work: tuple[float, float] | None = None
 
     @property
     def is_finite(self) -> bool:
-        """True if the weights may be changed: loss and gradient are finite."""
-        return bool(torch.isfinite(torch.tensor([self.norm, self.loss])).all())
+        """True if loss and gradient are finite. If not, the weights are not changed."""
+        return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
+
+    @property
+    def findings(self) -> Probe:
+        """What a probing step has found, as the controller takes it."""
+        return Probe(
+            rho_forward=self.forward.convergence_factor if self.forward else None,
+            rho_backward=self.adjoint.convergence_factor if self.adjoint else None,
+            bias=self.bias.relative if self.bias else None,
+            noise=self.bias.noise if self.bias else None,
+            couplings=self.couplings,
+        )
 
 
 def reduce_statistics(
-    group: LayerGroup, step: int, formed: StepGradients, counted: Sequence[tuple[int, nn.Parameter]], probing: Probing | None = None
-) -> ReducedStatistics:
+    group: LayerGroup, batch: StepBatch, formed: StepGradients, counted: Sequence[tuple[int, nn.Parameter]], probing: Probing | None = None
+) -> StepStats:
     """Return gradient norm, loss, penalty, residuals and bias of the whole layer group, by one all-reduce.
 
     Args:
         group: this worker's end of the layer group.
-        step: number of the step.
+        batch: the step's batch.
         formed: the outcome of forming the gradients.
         counted: this worker's parameters that count in the norm, each after the number of its piece (`Block.counted`).
         probing: the probe, if the step is one.
     """
+    config, step = group.config, batch.step
     zero = torch.zeros((), dtype=torch.float64, device=group.device)
     sums = PackedAllReduce(group.device)
-    sums.add("norms", _squared_norms(counted, group.config.model.layers + OTHER_PIECES, group.device))
+    sums.add("norms", _squared_norms(counted, config.model.layers + OTHER_PIECES, group.device))
     sums.add("loss", formed.loss if group.block.last else zero)
     if formed.penalty is not None:
         sums.add("consistency", formed.penalty.value)
-    solves = {"forward": formed.forward, "backward": formed.backward}
+    solves = {"forward": formed.forward, "adjoint": formed.adjoint}
     for name, shares in solves.items():
         if shares is not None:
             sums.add(name, shares.flat)
@@ -118,15 +104,32 @@ def reduce_statistics(
             sums.add("couplings", probing.couplings)
     sums.reduce(group.channel, MessageTag(step, "gradients", "norm, loss and residuals"))
     measured = {name: None if shares is None else shares.convergence(sums[name]) for name, shares in solves.items()}
-    return ReducedStatistics(
-        norm=float(sums["norms"].sum()) ** 0.5,
+    return StepStats(
+        step=step,
         loss=float(sums["loss"]),
-        consistency=float(sums["consistency"]) / group.config.replica_batch if formed.penalty is not None else None,
+        grad_norm=float(sums["norms"].sum()) ** 0.5,
+        lr=learning_rate(config.optimizer, step, config.steps),
+        tokens=config.batch_size * _positions(group.spec(batch.inputs)),
+        consistency=float(sums["consistency"]) / config.replica_batch if formed.penalty is not None else None,
         forward=measured["forward"],
-        backward=measured["backward"],
+        adjoint=_in_order_of_layers(measured["adjoint"]),
         bias=probing.read(sums["probe"]) if probing is not None else None,
         couplings=_larger(sums["couplings"]) if probing is not None and probing.couplings is not None else None,
+        lipschitz=probing.lipschitz if probing is not None else None,
     )
+
+
+def _positions(spec: StateSpec) -> int:
+    """Return the number of tokens (or patches) of one sample: the time dimensions of all (batch, time, width) tensors of a state.
+
+    Any other tensor counts as one.
+    """
+    return sum(shape[1] if len(shape) == 3 else 1 for shape in spec.shapes)
+
+
+def _in_order_of_layers(adjoint: Convergence | None) -> Convergence | None:
+    """Return an adjoint solve's convergence, whose factors begin at the last layer, with factors that begin at the first one."""
+    return None if adjoint is None else replace(adjoint, factors=tuple(level[::-1] for level in adjoint.factors))
 
 
 def _larger(squares: Tensor) -> tuple[float, ...]:

@@ -1,16 +1,14 @@
 """The outcome of forming a step's gradients, and what all ways of forming them do at the two ends of the network."""
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from rayllp.engine.batch import StepBatch
-from rayllp.engine.block import Block, BoundBlock
+from rayllp.engine.block import BoundBlock
 from rayllp.engine.consistency import Consistency
 from rayllp.engine.layer_group import LayerGroup
-from rayllp.engine.pipeline import slices
 from rayllp.mgrit import ResidualShares
 from rayllp.state import State, like, tensors
 
@@ -21,60 +19,49 @@ class StepGradients:
 
     Attributes:
         loss: the scaled loss on the last worker; 0 elsewhere.
-        forward, backward: this worker's share of the residuals of the batch's last part; None if nothing was solved iteratively.
+        forward, adjoint: this worker's share of the residuals of the two solves; None if nothing was solved iteratively.
         penalty: the consistency penalty, with its value; None if its weight is 0.
     """
 
     loss: Tensor
     forward: ResidualShares | None = None
-    backward: ResidualShares | None = None
+    adjoint: ResidualShares | None = None
     penalty: Consistency | None = None
 
 
-def in_parts(
-    form: Callable[[StepBatch, Consistency | None], StepGradients], batch: StepBatch, penalty: Consistency | None, block: Block
-) -> StepGradients:
-    """Form gradients in as many parts of the batch as gradient accumulation asks for.
+def loss_and_seed(bound: BoundBlock, output: State | None, batch: StepBatch) -> tuple[Tensor, State | None]:
+    """Return the batch's scaled loss, and its gradient λ_N at the last middle layer's output. Adds gradients of closing buffers and head.
 
-    Returns: the outcome with the sum of all losses and the last part's solves.
-    """
-    total, found = torch.zeros((), device=block.device, dtype=block.dtype), None
-    for rows in slices(len(batch.samples), block.config.accumulate):
-        found = form(batch.part(rows), penalty)
-        total += found.loss
-    assert found is not None
-    return replace(found, loss=total)
-
-
-def loss_and_seed(bound: BoundBlock, output: State | None, targets: Tensor, scale: float) -> tuple[Tensor, State]:
-    """Return the loss times `scale`, and its gradient λ_N at the last middle layer's output. Adds gradients of closing buffers and head.
+    Workers other than the last one get 0 and None.
 
     Args:
-        bound: the last worker's layers, bound to the samples.
-        output: the state after the last middle layer.
-        targets: the batch's targets.
-        scale: factor on the summed loss.
+        bound: this worker's layers, bound to the samples.
+        output: the state after the last middle layer, on the last worker.
+        batch: the samples.
     """
+    block = bound.block
+    if not block.last:
+        return torch.zeros((), device=block.device), None
     assert output is not None
     leaves = tuple(part.detach().requires_grad_() for part in tensors(output))
-    loss = bound.block.architecture.training_loss(bound.leave(like(output, leaves)), targets) * scale
+    loss = block.architecture.training_loss(bound.leave(like(output, leaves)), batch.targets) * batch.scale
     loss.backward()
     seed = tuple(torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves)
     return loss.detach(), like(output, seed)
 
 
-def add_embedding_gradients(group: LayerGroup, entered: State | None, adjoint: State | None) -> None:
+def add_embedding_gradients(group: LayerGroup, entered: State | None, lam: State | None) -> None:
     """Add the gradients of embedding and opening buffers, on the first worker. Does nothing on others.
 
     Args:
         group: this worker's end of the layer group.
         entered: the state before the first middle layer, with its graph.
-        adjoint: λ_0, the loss's gradient at this state.
+        lam: λ_0, the loss's gradient at this state.
     """
-    if entered is None or adjoint is None:
+    if entered is None or lam is None:
         return
     # An embedding without parameters has no graph.
-    seeds = [(state, lam) for state, lam in zip(tensors(entered), tensors(adjoint), strict=True) if state.requires_grad]
+    seeds = [(state, seed) for state, seed in zip(tensors(entered), tensors(lam), strict=True) if state.requires_grad]
     if seeds:
         with group.span("enter"):
-            torch.autograd.backward([state for state, _ in seeds], [lam for _, lam in seeds])
+            torch.autograd.backward([state for state, _ in seeds], [seed for _, seed in seeds])

@@ -44,7 +44,7 @@ def count_flops(group: LayerGroup, inputs: Inputs) -> float:
     block = group.block
     one = combine(lambda part: part[:1], inputs)
     spec = group.spec(one)
-    bound = block.bind(0, (0,), one, training=False)
+    bound = block.bind_for_evaluation(one)
     # torch does not count the CPU's fused attention.
     attention = sdpa_kernel(SDPBackend.MATH) if group.device.type == "cpu" else nullcontext()
     with torch.no_grad(), attention, FlopCounterMode(display=False) as counter:

@@ -10,7 +10,7 @@ from rayllp.engine.batch import StepBatch
 from rayllp.engine.consistency import Consistency
 from rayllp.engine.layer_group import LayerGroup
 from rayllp.engine.propagators import AdjointPropagator, ForwardPropagator, RecomputingPropagator
-from rayllp.engine.step_gradients import StepGradients, add_embedding_gradients, in_parts, loss_and_seed
+from rayllp.engine.step_gradients import StepGradients, add_embedding_gradients, loss_and_seed
 from rayllp.mgrit import Communicator
 from rayllp.mgrit.couplings import solve_with_couplings
 from rayllp.mgrit.windows import Placement, WindowOptions, WindowProblem
@@ -25,12 +25,9 @@ class WindowGradients:
         self.placement = Placement.cyclic(group.config.middle_layers, group.config.layer_workers)
 
     def form(self, batch: StepBatch, penalty: Consistency | None) -> StepGradients:
-        """Form the gradients of the batch, in as many parts as gradient accumulation asks for."""
-        return in_parts(self._form_part, batch, penalty, self.group.block)
-
-    def _form_part(self, batch: StepBatch, penalty: Consistency | None) -> StepGradients:
+        """Add the gradients of these samples to `.grad`."""
         group, block, accuracy = self.group, self.group.block, batch.accuracy
-        bound = block.bind(batch.step, batch.samples, batch.inputs, training=True)
+        bound = block.bind(batch)
         spec, last = group.spec(batch.inputs), group.channel.size - 1
         messages = "windows", accuracy.windows, accuracy.iterations_forward, accuracy.iterations_backward
         with group.channel.prepost_receives((messages, spec)):
@@ -44,15 +41,13 @@ class WindowGradients:
             u0 = None if entered is None else detach(entered)
             forward = group.solve_by_windows(problem, options, MessageTag(batch.step, "forward"), u0, source=0)
             with group.span("loss"):
-                loss, seed = torch.zeros((), device=group.device), None
-                if block.last:
-                    loss, seed = loss_and_seed(bound, forward.output, batch.targets, batch.scale)
+                loss, seed = loss_and_seed(bound, forward.output, batch)
             # Adjoint solve, from λ_N. Its last sweep forms parameter gradients.
             problem = WindowProblem(self.placement, accuracy.windows, AdjointPropagator(propagator), spec, adjoint=True)
             options = replace(options, sweeps=accuracy.iterations_backward)
-            backward = group.solve_by_windows(problem, options, MessageTag(batch.step, "adjoint"), seed, source=last)
-        add_embedding_gradients(group, entered, backward.output)
-        return StepGradients(loss, forward.residuals, backward.residuals, penalty)
+            adjoint = group.solve_by_windows(problem, options, MessageTag(batch.step, "adjoint"), seed, source=last)
+        add_embedding_gradients(group, entered, adjoint.output)
+        return StepGradients(loss, forward.residuals, adjoint.residuals, penalty)
 
     def couplings(self, batch: StepBatch) -> Tensor:
         """Measure the couplings of the layers (see `mgrit/couplings.py`), in the forward and in the adjoint solve.
@@ -63,13 +58,13 @@ class WindowGradients:
             in the adjoint too.
         """
         group, block = self.group, self.group.block
-        bound = block.bind(batch.step, batch.samples, batch.inputs, training=True)
+        bound = block.bind(batch)
         spec, last = group.spec(batch.inputs), group.channel.size - 1
         propagator = ForwardPropagator(bound)
         u0 = detach(bound.enter(batch.inputs)) if block.first else None
         communicator = Communicator(group.channel, MessageTag(batch.step, "forward"))
         output, forward = solve_with_couplings(self.placement.owners, propagator, communicator, u0, spec, source=0, destination=last)
-        seed = loss_and_seed(bound, output, batch.targets, batch.scale)[1] if block.last else None
+        _, seed = loss_and_seed(bound, output, batch)
         communicator = Communicator(group.channel, MessageTag(batch.step, "adjoint"))
         _, adjoint = solve_with_couplings(
             self.placement.owners, AdjointPropagator(propagator), communicator, seed, spec, source=last, destination=0, adjoint=True

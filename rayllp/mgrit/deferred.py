@@ -1,9 +1,11 @@
-"""Sweeps that a worker defers because no other worker waits for them.
+"""Work on layers that a worker defers because no other worker waits for it.
 
 Only the end of the last interval of a forward solve's last sweep is needed at once: it leads to the loss, and from there into the adjoint's
 coarse solve, which reads graphs at C-points only. So a worker defers the last sweep of its other intervals. The adjoint solve evaluates
 their layers while it would otherwise wait for messages (`Communicator.receive`). Layers that are left by the time it asks for their graphs
 are evaluated then (`DeferredSweeps.reach`).
+
+An exact step with layers in turn defers gradients of parameters in the same way, layer by layer (`engine/in_order.py`).
 """
 
 from collections import deque
@@ -13,11 +15,11 @@ from dataclasses import dataclass, field
 
 @dataclass
 class DeferredRun:
-    """The deferred last sweep through consecutive layers, done one layer at a time.
+    """Deferred work on consecutive layers, such as a last sweep through them, done one layer at a time.
 
     Attributes:
         layers: the layers in the order in which they are evaluated.
-        evaluate: takes the last sweep's step of one layer. It is called once for each layer, in order.
+        evaluate: does the work on one layer, such as its step of the last sweep. It is called once for each layer, in order.
         done: how many of the layers have been evaluated.
     """
 

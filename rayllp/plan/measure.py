@@ -54,9 +54,9 @@ def engine_alone(config: TrainConfig, data: Batches, device: str) -> Engine:
 def costs_of(engine: Engine, *, message_s: float, rounds: int = ROUNDS) -> Costs:
     """Return the costs of a training step's parts, measured on an engine that is the only worker."""
     block = engine.block
-    inputs, _, samples, _ = engine.my_batch("train", 0)
+    batch = engine.step_batch(0)
     with torch.no_grad():
-        parts = parts_of_step(engine, block.bind(0, samples, inputs, training=True).enter(inputs))
+        parts = parts_of_step(engine, block.bind(batch).enter(batch.inputs))
     times = [[_clocked(work) for work in parts] for _ in range(1 + rounds)][1:]
     once = Parts(*(median(column) for column in zip(*times, strict=True)))
     count, owned = len(block.middle), len(block.layers)
@@ -90,8 +90,8 @@ def parts_of_step(engine: Engine, state: State) -> Parts[Callable[[], None]]:
         state: input of every layer, used as the seed of its gradients as well.
     """
     block, layers = engine.block, list(engine.block.middle)
-    inputs, targets, samples, terms = engine.my_batch("train", 0)
-    bound = block.bind(0, samples, inputs, training=True)
+    batch = engine.step_batch(0)
+    bound = block.bind(batch)
     recorded: list[tuple[tuple[Tensor, ...], tuple[Tensor, ...], list[nn.Parameter]]] = []
 
     def forward() -> None:
@@ -115,11 +115,10 @@ def parts_of_step(engine: Engine, state: State) -> Parts[Callable[[], None]]:
 
     def enter() -> None:
         if block.first:
-            bound.enter(inputs)
+            bound.enter(batch.inputs)
 
     def leave() -> None:
-        if block.last:
-            loss_and_seed(bound, state, targets, 1 / max(1, terms))
+        loss_and_seed(bound, state, batch)
 
     def update() -> None:
         engine.optimizer.step(engine.config.optimizer.lr)

@@ -19,7 +19,7 @@ from rayllp.control import Accuracy
 from rayllp.engine.in_order import InOrderStep, InOrderWork
 from rayllp.engine.step_solves import StepSolves
 from rayllp.mgrit import Communicator, DeferredRun, DeferredSweeps, Hierarchy, Level, MGRITSolver, Problem, Propagator, SolverOptions
-from rayllp.mgrit.windows import WINDOW_END, Placement, WindowSolver
+from rayllp.mgrit.windows import WINDOW_END, Placement, WindowOptions, WindowProblem, WindowSolver
 from rayllp.plan.schedule import RunWork, Schedule, Work
 from rayllp.state import State
 

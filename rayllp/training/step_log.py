@@ -3,12 +3,12 @@
 import time
 from collections import Counter
 from collections.abc import Hashable, Sequence
-from dataclasses import asdict
 from typing import Any
 
 from rayllp.config import TrainConfig
-from rayllp.control import Accuracy, Controller, Decision, Probe, ProbePlan
+from rayllp.control import Accuracy, Controller, Decision, ProbePlan
 from rayllp.engine import StepStats
+from rayllp.mgrit import Convergence
 from rayllp.report import Journal, RunDirectory
 from rayllp.timeline import sum_kinds
 from rayllp.training.failure_budget import RAREST
@@ -16,13 +16,14 @@ from rayllp.training.gain import StepTimes
 from rayllp.training.worker_group import StepReport
 
 CHUNK_S = 1.0
-MAX_CHUNK = 50
-"""A chunk lasts about `CHUNK_S` seconds and has at most `MAX_CHUNK` steps."""
-DRAWN = 3
+"""How long a chunk is to last, in seconds."""
+MAX_CHUNK_STEPS = 50
+"""The largest number of steps in a chunk."""
+STEPS_WITH_SPANS = 3
 """Timed steps of each kind (mode, iterations, workers) whose spans are all stored. It is several, since the first may be slow."""
-SLOW = 20.0
+HANG_FACTOR = 20.0
 """A chunk is taken to hang after this many times its expected duration, plus the time limits of the settings."""
-FIRST_S = 1800.0
+FIRST_CHUNK_EXTRA_S = 1800.0
 """Extra time for the first chunk of new workers, whose speed is not known, and which may have to compile."""
 
 Chunk = list[tuple[int, Accuracy, ProbePlan | None]]
@@ -69,7 +70,7 @@ class StepLog:
     def next_chunk(self, step: int, end: int) -> Chunk:
         """Return the next steps: about a second's worth, ending at the next probe, evaluation, checkpoint, change of accuracy, or `end`."""
         config, chunk = self.config, []
-        for n in range(step, min(end, step + max(1, min(MAX_CHUNK, int(CHUNK_S / self.step_s))))):
+        for n in range(step, min(end, step + max(1, min(MAX_CHUNK_STEPS, int(CHUNK_S / self.step_s))))):
             probe = self.controller.plan_probe(n)
             accuracy = self.controller.accuracy_at(n)
             chunk.append((n, accuracy, probe))
@@ -86,8 +87,8 @@ class StepLog:
     def expect(self, chunk: Chunk) -> float:
         """Note that the workers are about to do this chunk; return the seconds after which a worker that has not answered must hang."""
         self._chunk, self._began = chunk, time.perf_counter()
-        first = FIRST_S if self.step == self.first_step else 0.0
-        return first + SLOW * self.step_s * len(chunk) + self.config.receive_timeout_s + self.config.hang_timeout_s
+        first = FIRST_CHUNK_EXTRA_S if self.step == self.first_step else 0.0
+        return first + HANG_FACTOR * self.step_s * len(chunk) + self.config.receive_timeout_s + self.config.hang_timeout_s
 
     def note_time(self) -> None:
         """Note that all workers have done the chunk, and how long its steps took."""
@@ -135,13 +136,13 @@ class StepLog:
         kind = {name: metric[name] for name in ("mode", "iterations_forward", "iterations_backward")}
         key = (*kind.values(), self.config.world, self.config.model.layers)
         self._drawn[key] += 1
-        self._run.timeline(metric["step"], kind, timed, spans=self._drawn[key] <= DRAWN)
+        self._run.timeline(metric["step"], kind, timed, spans=self._drawn[key] <= STEPS_WITH_SPANS)
 
     # Going back -------------------------------------------------------------------------------------------------------------------
 
     def remember(self, step: int) -> None:
         """Remember the controller's state before `step`. States older than any step that a run can go back to are dropped."""
-        self._marks = {known: mark for known, mark in self._marks.items() if known >= step - 2 * RAREST - MAX_CHUNK}
+        self._marks = {known: mark for known, mark in self._marks.items() if known >= step - 2 * RAREST - MAX_CHUNK_STEPS}
         self._marks[step] = self.controller.mark()
 
     def rewind_with_controller(self, step: int) -> None:
@@ -163,14 +164,13 @@ class StepLog:
     # The controller -----------------------------------------------------------------------------------------------------------------
 
     def _observe(self, stats: StepStats) -> None:
-        rho = {"rho_forward": stats.rho_forward, "rho_backward": stats.rho_backward}
-        bias, noise = (None, None) if stats.bias is None else (stats.bias.relative, stats.bias.noise)
-        advice = {"forward": stats.advice_forward, "backward": stats.advice_backward}
-        windows = self.controller.chosen.windows
-        decision = self.controller.observe(stats.step, Probe(**rho, bias=bias, noise=noise, couplings=stats.couplings))
+        found, windows = stats.findings, self.controller.chosen.windows
+        decision = self.controller.observe(stats.step, found)
         if self.controller.chosen.windows != windows:
             self.times.forget_speed(but="serial")
-        self._announce(decision, advice=advice, **rho, bias=bias, noise=noise)
+        advice = {way: solve.status.value if solve else "" for way, solve in _solves(stats).items()}
+        measured = {name: getattr(found, name) for name in ("rho_forward", "rho_backward", "bias", "noise")}
+        self._announce(decision, advice=advice, **measured)
 
     def _announce(self, decision: Decision | None, **details: Any) -> None:
         if decision:
@@ -187,15 +187,16 @@ class StepLog:
         probed = None if plan is None else plan.candidate.name
         if plan is not None and not accuracy.serial:
             accuracy = accuracy.doubled()
-        bias: dict[str, Any] = {} if stats.bias is None else asdict(stats.bias)
+        found, bias = stats.findings, stats.bias
         return {
             "step": stats.step, "loss": stats.loss, "mode": accuracy.mode, "solve": accuracy.name,
             "probed": probed,
             "iterations_forward": None if accuracy.serial else accuracy.iterations_forward,
             "iterations_backward": None if accuracy.serial else accuracy.iterations_backward,
-            "rho_forward": stats.rho_forward, "rho_backward": stats.rho_backward,
+            "rho_forward": found.rho_forward, "rho_backward": found.rho_backward,
             "rho_by_point": None if plan is None else _rho_by_point(stats),
-            "bias": bias.get("relative"), "cosine": bias.get("cosine"), "noise": bias.get("noise"), "bias_by_block": bias.get("by_block"),
+            "bias": found.bias, "cosine": bias.cosine if bias else None, "noise": found.noise,
+            "bias_by_block": bias.by_block if bias else None,
             "bias_against": ("exact" if plan.exact or accuracy.serial else "doubled") if plan is not None and bias else None,
             "consistency": stats.consistency, "consistency_weight": accuracy.consistency or None,
             "lipschitz": None, "grad_norm": stats.grad_norm,
@@ -206,13 +207,17 @@ class StepLog:
 
 def _rho_by_point(stats: StepStats) -> dict[str, list[list[float | None]]] | None:
     """Return convergence factors by direction, level and boundary between coarse intervals; None where they were not measured."""
-    factors = {"forward": stats.factors_forward, "backward": stats.factors_backward}
     rounded = {
-        direction: [[None if factor is None else float(f"{factor:.4g}") for factor in level] for level in levels]
-        for direction, levels in factors.items()
-        if levels
+        way: [[None if factor is None else float(f"{factor:.4g}") for factor in level] for level in solve.factors]
+        for way, solve in _solves(stats).items()
+        if solve and solve.factors
     }
     return rounded or None
+
+
+def _solves(stats: StepStats) -> dict[str, Convergence | None]:
+    """Return how the two solves went, by the direction as files name it."""
+    return {"forward": stats.forward, "backward": stats.adjoint}
 
 
 def _computed(reports: Sequence[StepReport]) -> float | None:

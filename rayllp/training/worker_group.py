@@ -1,6 +1,5 @@
 """The interface through which a run uses its workers, whether Ray or an MPI launcher started their processes."""
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -55,7 +54,7 @@ class StepReport:
     @property
     def is_finite(self) -> bool:
         """True if loss and gradient are finite. If not, the weights have not been changed."""
-        return math.isfinite(self.stats.loss) and math.isfinite(self.stats.grad_norm)
+        return self.stats.is_finite
 
 
 class WorkerGroup(ABC):
