@@ -24,8 +24,8 @@ def test_a_missing_package_is_refused_before_any_actor(monkeypatch, tmp_path, th
     if there:
         (tmp_path / "not_a_package_at_all").mkdir()
     with pytest.raises(SettingsError, match=r"log_to has wandb, and the package .* is not installed here: pip install 'rayllp\[wandb\]'"):
-        validate(tiny(log_to=["tensorboard", "wandb"]), None, None)
-    assert validate(tiny(), None, None) is not None
+        validate(tiny(log_to=["tensorboard", "wandb"]))
+    assert validate(tiny()).data_set is not None
 
 
 def test_a_service_that_is_not_known_is_refused():

@@ -22,7 +22,7 @@ from rayllp.errors import SettingsError
 from rayllp.plan import Device, make_plan
 from rayllp.report.gantt import draw_timeline, write_trace
 from rayllp.report.plan import measured_biases, show_plan
-from rayllp.training.result import Network
+from rayllp.training.inputs import Network
 
 
 def run_step(
@@ -69,7 +69,7 @@ def run_links(config: TrainConfig, file: Path | None, console: Console) -> None:
     with join_cluster(config.world):
         group = RayGroup(config, ActorPool(config.world, choose_device(config)))
         try:
-            group.start(Network(emulated_stack(config, instant)), RandomBatches(config))
+            group.start(config, Network(emulated_stack(config, instant)), RandomBatches(config))
             timed: list[Link] = [link for links in group.call("time_messages", sorted({1024, state, LARGE})) for link in links]
         finally:
             group.shutdown()

@@ -18,7 +18,7 @@ from rayllp.models import Architecture
 from rayllp.plan import predict
 from rayllp.plan.measure import measure_costs
 from rayllp.timeline import Span, TimedStep, sum_phases
-from rayllp.training.result import Network
+from rayllp.training.inputs import Network
 
 WARM_STEPS = 3
 
@@ -83,7 +83,7 @@ def bench_step(
     accuracy = Controller(config).chosen
     group = RayGroup(config, pool or ActorPool(config.world, device))
     try:
-        group.start(Network(architecture), batches)
+        group.start(config, Network(architecture), batches)
         group.call("time_steps", [(step, accuracy) for step in range(warm)])
         timed = group.call("time_steps", [(step, accuracy) for step in range(warm, warm + steps)])
     finally:

@@ -29,10 +29,11 @@ from rayllp.config import TrainConfig, make_config
 from rayllp.data import Batches
 from rayllp.data.cache import with_files
 from rayllp.errors import ClusterError, RayllpError, RendezvousError, SettingsError
-from rayllp.training.driver import Driver
+from rayllp.training.driver import train_session
+from rayllp.training.inputs import BuildContext, Network
 from rayllp.training.interrupt import ASKING
 from rayllp.training.prepare import open_run, prepare
-from rayllp.training.result import BuildContext, Network, TrainResult
+from rayllp.training.result import TrainResult
 from rayllp.training.worker_group import WorkerGroup, WorkerShare
 
 PAUSE_S = 5e-4
@@ -69,7 +70,7 @@ def train_launched(
         device = _device(config, process)
         with open_run(prepared, output, console) as (run, holds):
             group = MPIWorkerGroup(config, device, process)
-            result = Driver(config, run, group, None, None, prepared.loaded, console, holds).train(prepared.resume_from)
+            result = train_session(config, run, group, prepared.inputs, prepared.resume_from, console=console, listeners=holds)
     except BaseException as error:
         process.abandon(error)
         raise
@@ -251,8 +252,13 @@ class MPIWorkerGroup(WorkerGroup):
         self._process = process
         self._batches: Batches | None = None
 
-    def start(self, network: Network, batches: Batches) -> list[WorkerShare]:
+    @property
+    def is_started(self) -> bool:
+        return self._batches is not None
+
+    def start(self, config: TrainConfig, network: Network, batches: Batches) -> list[WorkerShare]:
         """Have each process, including this one, make its worker, and connect them. They stay connected until the run ends."""
+        self.config = config
         self.call("make_worker", self.config, self.device)
         host = LOOPBACK
         self._batches = batches
@@ -292,7 +298,7 @@ class MPIWorkerGroup(WorkerGroup):
         return self._build(network)
 
     def _build(self, network: Network) -> list[WorkerShare]:
-        return self.call("build", network.architecture, self._batches, self.device, BuildContext.of(network))
+        return self.call("build", BuildContext.of(network), self._batches, self.device)
 
     def call(self, method: str, *arguments: Any, timeout_s: float | None = None) -> list[Any]:
         """Call a method on all workers. `timeout_s` is ignored, since messages between workers have a time limit of their own."""

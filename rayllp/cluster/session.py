@@ -16,7 +16,7 @@ from rayllp.data import Batches
 from rayllp.errors import SettingsError
 from rayllp.models import Architecture
 from rayllp.report import Listener
-from rayllp.training.driver import Driver
+from rayllp.training.driver import train_session
 from rayllp.training.interrupt import stopping
 from rayllp.training.prepare import open_run, prepare
 from rayllp.training.result import TrainResult
@@ -58,7 +58,7 @@ def train(
         pool = _kept_workers.pool(config, device) if _kept_workers is not None else None
         workers = RayGroup.for_run(config, run.path, device, pool)
         all_listeners: list[Listener] = [*holds, ClusterMetrics(run.path.name), *listeners]
-        return Driver(config, run, workers, model, batches, prepared.loaded, console, all_listeners).train(prepared.resume_from)
+        return train_session(config, run, workers, prepared.inputs, prepared.resume_from, console=console, listeners=all_listeners)
 
 
 # Several runs with the same processes ---------------------------------------------------------------------------------------------
