@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 
 from rayllp.config import TrainConfig, load_config, load_run_config
-from rayllp.errors import DataError, HeldError, RayllpError, SettingsError
+from rayllp.errors import DataError, LockedError, RayllpError, SettingsError
 from rayllp.version import __version__
 
 FAILED, REFUSED, SIGNALLED = 1, 2, 128
@@ -283,7 +283,7 @@ def _stoppable(what: str) -> Iterator[None]:
 
 def exit_code(error: RayllpError) -> int:
     """Return REFUSED if the command has to be changed before anything can be done, otherwise FAILED."""
-    return REFUSED if isinstance(error, SettingsError | DataError | HeldError) else FAILED
+    return REFUSED if isinstance(error, SettingsError | DataError | LockedError) else FAILED
 
 
 def main() -> None:

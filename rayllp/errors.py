@@ -53,5 +53,5 @@ class NotARunError(SettingsError, CheckpointError):
     """A directory was given that holds no run. It is the wrong argument, and there is nothing to resume."""
 
 
-class HeldError(RayllpError, RuntimeError):
+class LockedError(RayllpError, RuntimeError):
     """Another process writes to the directory of a run or sweep, or has taken it over."""

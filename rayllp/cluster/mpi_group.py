@@ -68,9 +68,9 @@ def train_launched(
         config = prepared.config
         check_size(config, process.size)
         device = _device(config, process)
-        with open_run(prepared, output, console) as (run, holds):
+        with open_run(prepared, output, console) as (run, locks):
             group = MPIWorkerGroup(config, device, process)
-            result = train_session(config, run, group, prepared.inputs, prepared.resume_from, console=console, listeners=holds)
+            result = train_session(config, run, group, prepared.inputs, prepared.resume_from, console=console, locks=locks)
     except BaseException as error:
         process.abandon(error)
         raise

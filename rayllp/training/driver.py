@@ -12,6 +12,7 @@ from rayllp.errors import RayllpError
 from rayllp.report import Journal, Listener, RunDirectory
 from rayllp.report.loggers import opened_loggers
 from rayllp.report.progress import tell
+from rayllp.report.run_lock import RunLock
 from rayllp.training.checkpointing import Checkpointer
 from rayllp.training.evaluation import Evaluator
 from rayllp.training.inputs import TrainingInputs, at_full_depth
@@ -27,7 +28,8 @@ from rayllp.training.worker_group import ElasticGroup, WorkerGroup
 
 def train_session(
     config: TrainConfig, run: RunDirectory, workers: WorkerGroup, inputs: TrainingInputs, resume_from: Sequence[Folder] = (),
-    *, console: Console | None = None, listeners: Sequence[Listener] = (), make_driver: "Callable[..., Driver] | None" = None,
+    *, console: Console | None = None, listeners: Sequence[Listener] = (), locks: Sequence[RunLock] = (),
+    make_driver: "Callable[..., Driver] | None" = None,
 ) -> TrainResult:  # fmt: skip
     """Train to the last step, or until the user stops the run: one session of a run. The workers are shut down at the end.
 
@@ -36,7 +38,8 @@ def train_session(
         inputs: the network and the data.
         resume_from: checkpoints, oldest first; the newest complete one is used.
         console: where to show progress; default: standard error.
-        listeners: are called with each step, event and evaluation.
+        listeners: are told what happens.
+        locks: must be kept, or the run ends: those on the directories that it writes to.
         make_driver: makes the driver; takes the arguments of `Driver`, which is the default.
     """
     console = console or Console(stderr=True)
@@ -45,11 +48,11 @@ def train_session(
     run.mend()
     try:
         with (
-            opened_loggers(config, run, partial(tell, console)) as loggers,
-            Journal.open(run, config.steps, begin, console, [*listeners, *loggers], tensorboard="tensorboard" in config.log_to) as journal,
+            opened_loggers(config, run, partial(tell, console), begin) as loggers,
+            Journal.open(run, config.steps, begin, console, [*listeners, *loggers]) as journal,
             stopping(partial(tell, console, asked)) as signals,
         ):
-            result = (make_driver or Driver)(config, run, workers, inputs, journal, signals).train(resume_from)
+            result = (make_driver or Driver)(config, run, workers, inputs, journal, signals, locks).train(resume_from)
     except BaseException:
         run.discard_if_unused()
         raise
@@ -68,6 +71,7 @@ class Driver:
         inputs: the network and the data.
         journal: is told what happens.
         signals: tells whether the user has asked for the run to end.
+        locks: as for `train_session`.
 
     Attributes:
         state: what the workers train and how far they are.
@@ -76,14 +80,14 @@ class Driver:
 
     def __init__(
         self, run_config: TrainConfig, run: RunDirectory, workers: WorkerGroup, inputs: TrainingInputs, journal: Journal,
-        signals: Stopping,
+        signals: Stopping, locks: Sequence[RunLock] = (),
     ) -> None:  # fmt: skip
         self.run_config, self.run, self.workers, self.inputs = run_config, run, workers, inputs
         self.journal, self.signals = journal, signals
         self.ends = self.stopped_early = False
         self.checkpointer = Checkpointer(run, workers, journal, run_config, inputs.record)
         self.evaluator = Evaluator(run, workers, self.checkpointer, journal, run_config.eval, inputs, lambda: self.stop)
-        self.state = RunState(run_config, run, workers, self.checkpointer, journal, inputs)
+        self.state = RunState(run_config, run, workers, self.checkpointer, journal, inputs, locks)
         self.resizing: Resizing | None = None
         self.recovery: Recovery | None = None
         if isinstance(workers, ElasticGroup):
@@ -119,6 +123,7 @@ class Driver:
                     raise
                 self.recovery.start_anew(step_of(candidates[-1]) if candidates else 0, error)
         step = self.state.step_log.step
+        self.state.check_locks()
         write_model_json(self.run.path, at_full_depth(self.state.shares[0]["network"], self.run_config))
         write_tokenizer_json(self.run.path, self.inputs.data_set)
         write_data_json(self.run.path, self.inputs.record)
@@ -174,7 +179,7 @@ class Driver:
         final, sample = ({}, "") if self.stop else self._evaluate_at_the_end(step)
         self.state.save(step)
         self._say_gain(step)
-        self.journal.finish(self.run_config, final, sample, step)
+        self.journal.end(step, final, sample)
         return step, final, sample
 
     def _evaluate_at_the_end(self, step: int) -> tuple[dict[str, float], str]:
@@ -196,13 +201,12 @@ class Driver:
         step_log = self.state.step_log
         gain = step_log.times.gain
         if gain.steps and self.run_config.mode == "adaptive":
-            self.journal.gain(step, gain.as_dict(), gain.sentence(step_log.why_exact))
+            self.journal.event(step, "gain", **gain.as_dict())
+            self.journal.say(gain.sentence(step_log.why_exact))
 
     def _train_stages(self, step: int) -> int:
         """Train the remaining stages of nested iteration, or the one stage of a run without it; return the steps done."""
         while True:
-            if self.run_config.nested.factors:
-                self.journal.scalar("train/layers", self.state.current_config.model.layers, step)
             step = self._loop(step)
             if self.stop or self.stopped_early or step >= self.run_config.steps:
                 return step
@@ -220,6 +224,7 @@ class Driver:
             chunk = self._next_chunk(step)
             reports = self.workers.call("run", chunk, state.copies.every, timeout_s=step_log.expect(chunk))
             step_log.note_time()
+            state.check_locks()
             step = state.record(reports)
             if self.recovery is not None:
                 self.recovery.prepare()

@@ -25,7 +25,7 @@ from rayllp.models import Architecture, LayerStack, check_batched, check_family,
 from rayllp.report import RunDirectory
 from rayllp.report.loggers import check_loggers
 from rayllp.report.progress import tell
-from rayllp.report.run_lock import Hold, hold
+from rayllp.report.run_lock import RunLock, lock_directory
 from rayllp.training.inputs import Network, TrainingInputs, at_full_depth
 
 
@@ -83,25 +83,25 @@ def prepare(
 
 
 @contextlib.contextmanager
-def open_run(prepared: Prepared, output: str | Path | None, console: Console | None) -> Iterator[tuple[RunDirectory, list[Hold]]]:
+def open_run(prepared: Prepared, output: str | Path | None, console: Console | None) -> Iterator[tuple[RunDirectory, list[RunLock]]]:
     """Open the run's directory for this process alone. It is created if needed, and removed again if nothing was recorded in it.
 
     Yields the run, and the locks that are held: on the directory, and on the place of its checkpoints if that is elsewhere.
 
     Raises:
-        HeldError: another process trains in that directory, or writes its checkpoints to the same place.
+        LockedError: another process trains in that directory, or writes its checkpoints to the same place.
         SettingsError: the directory cannot be written.
     """
     run = prepared.run or RunDirectory.create(output, prepared.config)
     say = partial(tell, console or Console(stderr=True))
-    with hold(run.path, say) as run_hold, contextlib.ExitStack() as stack:
+    with lock_directory(run.path, say) as run_lock, contextlib.ExitStack() as stack:
         try:
-            holds = [run_hold]
+            locks = [run_lock]
             if prepared.config.checkpoint.path is not None and run.checkpoints.absolute() != run.path.absolute():
-                holds.append(stack.enter_context(hold(run.checkpoints, say)))
+                locks.append(stack.enter_context(lock_directory(run.checkpoints, say)))
             if prepared.before is not None:
                 run.change_settings(prepared.before, prepared.config)
-            yield run, holds
+            yield run, locks
         except BaseException:
             run.discard_if_unused()
             raise
@@ -201,7 +201,7 @@ def _reopen(path: Path, config: TrainConfig | None) -> tuple[RunDirectory, Train
     Raises:
         SettingsError: the settings have another optimizer.
         CheckpointError: there is no complete checkpoint.
-        HeldError: there is none, and another process trains in that directory.
+        LockedError: there is none, and another process trains in that directory.
     """
     before = load_run_config(path)
     if config is None:
@@ -213,7 +213,7 @@ def _reopen(path: Path, config: TrainConfig | None) -> tuple[RunDirectory, Train
         )
     complete = checkpoints(RunDirectory(path, before).checkpoints)
     if not complete:
-        with hold(path, partial(tell, Console(stderr=True))):  # if the run is in progress, raise that error instead
+        with lock_directory(path, partial(tell, Console(stderr=True))):  # if the run is in progress, raise that error instead
             pass
         raise CheckpointError(f"{path} has no complete checkpoint to resume from: start it anew, by its settings and --output {path}")
     return RunDirectory(path, config or before), before, complete

@@ -99,6 +99,5 @@ class Resizing:
         counts = [len(config.layers_of(rank)) for rank in range(config.layer_workers)]
         sizes = {"workers_before": before.world, "workers": config.world, "blocks": counts, "replicas": config.mesh.data}
         journal.event(step, "resize", **sizes, seconds=seconds)
-        journal.scalar("train/workers", config.world, step)
         journal.say(f"step {step}: {before.world} workers became {config.world}: {describe_layout(config)}")
         return step, source

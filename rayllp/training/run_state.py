@@ -8,6 +8,7 @@ from rayllp.config import TrainConfig
 from rayllp.config.nested import stage_at
 from rayllp.errors import DamagedCheckpointError, NonFiniteError
 from rayllp.report import Journal, RunDirectory
+from rayllp.report.run_lock import RunLock
 from rayllp.training.checkpointing import Checkpointer
 from rayllp.training.failure_budget import CopyInterval
 from rayllp.training.inputs import Network, TrainingInputs
@@ -21,6 +22,7 @@ class RunState:
 
     Args:
         inputs: the network and the data.
+        locks: those of the directories that the run writes to.
 
     Attributes:
         run_config: settings of the whole run.
@@ -33,10 +35,10 @@ class RunState:
 
     def __init__(
         self, run_config: TrainConfig, run: RunDirectory, workers: WorkerGroup, checkpointer: Checkpointer, journal: Journal,
-        inputs: TrainingInputs,
+        inputs: TrainingInputs, locks: Sequence[RunLock] = (),
     ) -> None:  # fmt: skip
         self.run_config, self.run, self.workers, self.checkpointer, self.journal = run_config, run, workers, checkpointer, journal
-        self._inputs = inputs
+        self._inputs, self._locks = inputs, locks
         self._size = workers.config.world
         self.stage = stage_at(run_config, 0)
         self.shares: list[WorkerShare] = []
@@ -87,11 +89,22 @@ class RunState:
 
     def save(self, step: int) -> Folder:
         """Save a checkpoint; it is complete when this returns."""
+        self.check_locks()
         return self.checkpointer.save(step, self._describe())
 
     def begin_save(self, step: int) -> None:
         """Start a checkpoint that is written while training goes on."""
+        self.check_locks()
         self.checkpointer.begin(step, self._describe())
+
+    def check_locks(self) -> None:
+        """Check that no other process has taken over a directory of this run, before anything is written to it.
+
+        Raises:
+            LockedError: another process has.
+        """
+        for lock in self._locks:
+            lock.check()
 
     def _describe(self) -> dict[str, Any]:
         """Return what a checkpoint's manifest says of this state."""

@@ -160,7 +160,6 @@ class StepLog:
         self.step = step
 
     def _forget(self, step: int) -> None:
-        self._run.truncate(step)
         self._journal.rewind(step)
         self._drawn.clear()
 

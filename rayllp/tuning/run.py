@@ -25,7 +25,7 @@ from rayllp.models import FAMILIES
 from rayllp.plan.measure import measure_costs
 from rayllp.report import RunDirectory
 from rayllp.report.progress import tell
-from rayllp.report.run_lock import hold
+from rayllp.report.run_lock import lock_directory
 from rayllp.report.rundir import refusing
 from rayllp.tuning.results import write_results
 from rayllp.tuning.searchers import FeasibleSearch, GridSearch, build_searcher
@@ -77,7 +77,7 @@ def tune(
         folder = _create(output, sweep, record)
     # If a cluster is started on this machine, it gets enough CPUs for as many trials as are to run at a time.
     with (
-        hold(folder, partial(tell, console)),
+        lock_directory(folder, partial(tell, console)),
         join_cluster((sweep.concurrent or 1) * (sweep.config({}).world + math.ceil(sweep.driver_cpus)), console),
     ):
         try:
