@@ -51,6 +51,7 @@ def sweep_of(**changes):
         ({"space": {"mgrit.coarsening": {"choices": [4]}}}, "write one of"),
         ({"space": {"buffers.open": {"int": [0, 1], "when": {"mode": "serial"}}}}, "a condition is on a setting that stands before it"),
         ({"space": {"mgrit.levels.backward": {"same": "mgrit.levels.forward"}}}, "not in the space before it"),
+        ({"space": {**SPACE, "buffers.open": {"same": "mgrit.coarsening", "when": {"mode": "serial"}}}}, "takes nothing beside `same`"),
         ({"space": {"optimizer.lr": {"float": [1, 2], "when": "mode"}}}, "when 'mode': write the other setting and what it must be"),
         ({"base": "nowhere.yaml"}, r"base nowhere\.yaml does not exist"),
         ({"trails": 3}, "unknown entry trails"),
@@ -132,7 +133,7 @@ def test_what_does_not_go_together_never_becomes_a_trial():
 def test_a_network_that_does_not_fit_the_data_never_becomes_a_trial():
     sweep = sweep_of(settings={**SMALL, "model.family": "vit"}, space={"model.patch_size": {"choice": [4, 5]}}, searcher="grid")
     assert len(suggestions(sweep)[0]) == 2
-    sweep.know(Facts(vocabulary=0, classes=("a", "b"), image=(1, 28, 28)))
+    sweep = sweep.with_facts(Facts(vocabulary=0, classes=("a", "b"), image=(1, 28, 28)))
     found, search = suggestions(sweep)
     assert found == [{"model.patch_size": 4}]
     assert "patch" in search.infeasible[0][1]
