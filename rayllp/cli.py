@@ -76,18 +76,15 @@ def train(
             from rayllp.cluster.session import train as run_training
 
             result = run_training(settings, output=output, resume=resume)
-    from rayllp.report.progress import unread
+    from rayllp.report.progress import tell
 
     if result.stopped:
         raise typer.Exit(SIGNALLED + (result.signal or signal.SIGINT))
-    out = Console(highlight=False, soft_wrap=True)
     others = "".join(f", {name} {value:.4f}" for name, value in result.metrics.items())
-    with unread():
-        out.print(
-            f"validation loss {result.validation_loss:.4f}{others} after {result.steps} steps (exact forward); see {result.directory}"
-        )
-        if result.sample:
-            out.print("sample:", result.sample, sep="\n", markup=False)
+    out = Console()
+    tell(out, f"validation loss {result.validation_loss:.4f}{others} after {result.steps} steps (exact forward); see {result.directory}")
+    if result.sample:
+        tell(out, f"sample:\n{result.sample}")
 
 
 @app.command()
@@ -161,7 +158,7 @@ def suggest_buffers(
     """Suggest how many layers to make buffers at each end, from each layer's Lipschitz constant."""
     from rayllp.report.buffers import show_suggestion
 
-    show_suggestion(run, factor, Console(highlight=False, soft_wrap=True))
+    show_suggestion(run, factor, Console(highlight=False))
 
 
 @app.command()
@@ -277,8 +274,13 @@ def _stoppable(what: str) -> Iterator[None]:
         yield
     except KeyboardInterrupt as stopped:
         number = getattr(stopped, "number", signal.SIGINT)
-        Console(stderr=True, highlight=False, soft_wrap=True).print(f"stopped by {signal.Signals(number).name}: {what}", markup=False)
+        _complain(f"stopped by {signal.Signals(number).name}: {what}")
         raise typer.Exit(SIGNALLED + number) from None
+
+
+def _complain(text: str, style: str | None = None) -> None:
+    # As `report.progress.tell` does, whose import would take longer than most commands need to find out that they cannot work.
+    Console(stderr=True).print(text, highlight=False, soft_wrap=True, markup=False, style=style)
 
 
 def exit_code(error: RayllpError) -> int:
@@ -294,7 +296,7 @@ def main() -> None:
     try:
         app()
     except RayllpError as error:
-        Console(stderr=True, highlight=False, soft_wrap=True).print(f"{type(error).__name__}: {error}", markup=False, style="red")
+        _complain(f"{type(error).__name__}: {error}", style="red")
         sys.exit(exit_code(error))
     except KeyboardInterrupt:
         sys.exit(SIGNALLED + signal.SIGINT)

@@ -11,7 +11,7 @@ from rayllp.errors import SettingsError
 from rayllp.report import Journal, RunDirectory
 from rayllp.report import loggers as module
 from rayllp.report.loggers import Service, opened_loggers
-from rayllp.report.rundir import changed_settings
+from rayllp.report.run_directory import changed_settings
 from rayllp.training.prepare import validate
 from tests.conftest import tiny
 from tests.synthetic import metric

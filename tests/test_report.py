@@ -202,7 +202,7 @@ def test_workers_times_and_memory(page, run):
     assert ["0", "60.00", "10.00", "20.00", "10.00"] in page.rows
     assert ["adjoint last sweep", "50.00", "50.00", "50.00", "50.00"] in page.rows
     assert [worker.resident for worker in memory(record)] == [2**30, 2**30 + 2**20]
-    assert "1.00 GiB" in page.words
+    assert "1 GiB" in page.words
     first = step_timelines(record)[0]
     assert first.seconds == pytest.approx(0.103)
     span = first.workers[3][0]  # of a worker that began 3 ms after the first
@@ -620,7 +620,7 @@ def test_reports_need_no_ray():
                     found = [str(node.module), *(f"{node.module}.{alias.name}" for alias in node.names)]
                 assert not any(each.split(".")[0] == "ray" for each in found), name
                 waiting += [each for each in found if each.startswith("rayllp.") and _is_module(root, each)]
-    assert "rayllp.report.rundir" in seen
+    assert "rayllp.report.run_directory" in seen
     assert "rayllp.timeline" in seen
 
 

@@ -29,6 +29,7 @@ from rayllp.config import TrainConfig, make_config
 from rayllp.data import Batches
 from rayllp.data.cache import with_files
 from rayllp.errors import ClusterError, RayllpError, RendezvousError, SettingsError
+from rayllp.report.progress import tell
 from rayllp.training.driver import train_session
 from rayllp.training.inputs import BuildContext, Network
 from rayllp.training.interrupt import ASKING
@@ -207,7 +208,7 @@ class MPIProcess:
         text = f"{type(error).__name__}: {error}" if isinstance(error, RayllpError) else "".join(traceback.format_exception(error))
         if isinstance(error, KeyboardInterrupt):
             text = "stopped"
-        Console(stderr=True, highlight=False, soft_wrap=True).print(text, markup=False, style="red")
+        tell(Console(stderr=True), text, style="red")
         self._comm.Abort(2)
 
     def _run(self, method: str, arguments: tuple[Any, ...]) -> tuple[bool, Any]:

@@ -266,7 +266,7 @@ class BlockWorker:
             seconds = timeline.clock() - begin
         finally:
             engine.timeline = None
-        spans = tuple(span._replace(begin=span.begin - begin, end=span.end - begin) for span in timeline.spans)
+        spans = tuple(span.shifted(-begin) for span in timeline.spans)
         return done, TimedStep(started, seconds, spans)
 
     @leaves_on_failure

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 from rayllp.config import TrainConfig
 from rayllp.errors import SettingsError
 from rayllp.report.journal import SCALARS, Listener
-from rayllp.report.rundir import RunDirectory, changed_settings, flatten
+from rayllp.report.run_directory import RunDirectory, changed_settings, flatten
 from rayllp.report.tensorboard import TensorBoard
 
 KNOWN = "loggers.json"

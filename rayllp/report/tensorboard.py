@@ -10,7 +10,7 @@ import torch
 from rayllp.config import TrainConfig
 from rayllp.config.nested import stage_at
 from rayllp.report.journal import SCALARS, Listener
-from rayllp.report.rundir import RunDirectory, as_hparams, flatten
+from rayllp.report.run_directory import RunDirectory, as_hparams, flatten
 
 EVENT_SCALARS = {
     "gain": {"speedup": "gain/speedup", "speedup_over_one": "gain/speedup_over_one"},

@@ -25,8 +25,8 @@ from rayllp.models import FAMILIES
 from rayllp.plan.measure import measure_costs
 from rayllp.report import RunDirectory
 from rayllp.report.progress import tell
+from rayllp.report.run_directory import refusing
 from rayllp.report.run_lock import lock_directory
-from rayllp.report.rundir import refusing
 from rayllp.tuning.results import write_results
 from rayllp.tuning.searchers import FeasibleSearch, GridSearch, build_searcher
 from rayllp.tuning.sweep import Sweep, load_sweep, make_sweep
@@ -114,7 +114,7 @@ def _fit(sweep: Sweep, folder: Path, searcher: FeasibleSearch | GridSearch, data
         return tuner.fit()
     count = len(searcher.points) if isinstance(searcher, GridSearch) else sweep.trials
     each = _describe(_resources(sweep, device, sweep.base_config.world))
-    console.print(f"sweep {sweep.name}: up to {count} trials, {each} each; directory {folder}", highlight=False)
+    tell(console, f"sweep {sweep.name}: up to {count} trials, {each} each; directory {folder}")
     # Population based training takes no searcher: its population is the first points that our searcher suggests.
     population = _population(searcher, count) if sweep.scheduler == "pbt" else None
     run_config = ray_tune.RunConfig(

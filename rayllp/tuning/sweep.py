@@ -10,7 +10,7 @@ from pydantic import Field, PrivateAttr, ValidationError, model_validator
 
 from rayllp.config import Settings, TrainConfig, kind_in, kind_of_setting, make_config, read_yaml, set_value, setting_names
 from rayllp.data.base import Facts
-from rayllp.errors import CheckpointError, DataError, SettingsError
+from rayllp.errors import CheckpointError, DataError, SettingsError, fault_text, nearest_name
 from rayllp.models import check_network
 from rayllp.tuning.space import Space
 
@@ -290,13 +290,11 @@ def _kind_in_sweep(path: tuple[str, ...]) -> Any:
 
 
 def _check_name(name: str) -> None:
-    import difflib
-
     known = setting_names()
     if name in known or any(name.startswith(f"{whole}.") for whole in known):
         return
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5) or [k for k in known if k.split(".")[-1] == name.split(".")[-1]]
-    hint = f"; did you mean {close[0]}?" if close else "; `rayllp settings` lists them all"
+    meant = nearest_name(name, known, cutoff=0.5)
+    hint = f"; did you mean {meant}?" if meant else "; `rayllp settings` lists them all"
     raise SettingsError(f"unknown setting {name}{hint}")
 
 
@@ -319,5 +317,4 @@ def _explain(fault: Any) -> str:
     name = ".".join(map(str, fault["loc"]))
     if fault["type"] == "extra_forbidden":
         return f"unknown entry {name} (a sweep has {', '.join(Sweep.model_fields)}; a training setting goes into `settings` or `space`)"
-    message = fault["msg"].removeprefix("Value error, ")
-    return f"{name}: {message}" if name else message
+    return f"{name}: {fault_text(fault)}" if name else fault_text(fault)

@@ -8,13 +8,11 @@ import numpy as np
 
 from rayllp.errors import SettingsError
 from rayllp.report.gantt import draw_timeline
-from rayllp.report.page.charts import COLOURS, Chart, Curve
-from rayllp.report.page.figures import MARKED
+from rayllp.report.page.charts import COLOURS, MARK_KINDS, Chart, Curve
 from rayllp.report.page.records import RunRecord
 from rayllp.report.page.workers import step_timelines
 
 DASHES = {"solid": "-", "dashed": "--", "dotted": ":"}
-MARKS = {"switch": "D", "fault": "X", "resize": "^", "deepen": "v", "settings": "o"}
 
 
 def write_pngs(charts: Sequence[Chart], runs: Sequence[RunRecord], folder: Path) -> list[Path]:
@@ -58,7 +56,8 @@ def _write(chart: Chart, runs: Sequence[RunRecord], path: Path) -> Path:
     for mark in chart.marks:
         colour = "#444444" if len(runs) == 1 else COLOURS[mark.run % len(COLOURS)]
         axis.axvline(mark.x / size, color=colour, lw=0.5, alpha=0.5)
-        style = {"marker": MARKS[mark.kind], "ms": 6, "color": colour, "ls": "", "label": MARKED[mark.kind]}
+        kind = MARK_KINDS[mark.kind]
+        style = {"marker": kind.marker, "ms": 6, "color": colour, "ls": "", "label": kind.name}
         axis.plot([mark.x / size], [1.0], transform=axis.get_xaxis_transform(), clip_on=False, **style)
     axis.set(xlabel=f"{chart.x_label}{unit and f', {unit}'}", ylabel=chart.y_label, title=chart.title, ylim=chart.y_range)
     axis.set_xlim(chart.x_range[0] / size, chart.x_range[1] / size)

@@ -1,4 +1,4 @@
-"""The files that a run writes to its directory. Other tools read them, so their names do not change (README, "What a run writes")."""
+"""The files that a run writes to its directory. Other tools read them, so names do not change (docs/trainer.md, "What a run writes")."""
 
 import json
 import math
