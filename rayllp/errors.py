@@ -1,4 +1,4 @@
-"""Every error that rayllp raises on purpose, and parts of their messages. These say what was given, the rule it broke, and what to change."""
+"""Every error that rayllp raises on purpose, and helpers for messages, which say what was given, the rule it broke, and what to change."""
 
 import difflib
 from collections.abc import Collection, Mapping
@@ -68,7 +68,8 @@ def nearest_name(name: str, known: Collection[str], cutoff: float = 0.6) -> str 
         cutoff: how much alike the spelling must be, from 0 to 1 (the same).
     """
     alike = difflib.get_close_matches(name, known, n=1, cutoff=cutoff)
-    return next((other for other in (*alike, *known) if other in alike or other.split(".")[-1] == name.split(".")[-1]), None)
+    same_end = [other for other in known if other.split(".")[-1] == name.split(".")[-1]]
+    return next(iter(alike + same_end), None)
 
 
 def fault_text(fault: Mapping[str, Any]) -> str:
