@@ -197,7 +197,7 @@ def test_what_was_not_measured_has_no_number_in_the_table(tmp_path):
     sweep = sweep_of(space={"optimizer.lr": {"choice": [1e-3, 1e-4]}}, objective={"kind": "pareto"}, scheduler="none")
     reporter, exact = Reporter(sweep.objective), Reporter(sweep.objective)
     reporter.on_step(metric(0))
-    exact.step(metric(0, mode="serial"))
+    exact.on_step(metric(0, mode="serial"))
     reports = [Reporter(sweep.objective).report(diverged=True), reporter.report(), exact.report()]
     assert [(found["step_time"], found["bias"]) for found in reports] == [(WORST, WORST), (0.5, WORST), (0.5, 0.0)]
     results = [SimpleNamespace(config={}, metrics=found, path=str(tmp_path / f"trial_{n}"), error=None) for n, found in enumerate(reports)]
@@ -207,7 +207,7 @@ def test_what_was_not_measured_has_no_number_in_the_table(tmp_path):
         assert [row[name] for name in ("validation_loss", "largest_rho", "seconds_to_target", "switched_at")] == [""] * 4
     assert [(row["step_time"], row["bias"], row["time_total_s"]) for row in rows] == [("", "", ""), ("0.5", "", ""), ("0.5", "0.0", "")]
     loss = Reporter(Objective())
-    loss.step(metric(0, mode="serial"))
+    loss.on_step(metric(0, mode="serial"))
     assert (loss.report()["bias"], loss.report()["validation_loss"]) == (None, WORST)
 
 
