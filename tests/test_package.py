@@ -31,7 +31,6 @@ def test_the_command_line_and_the_package_say_the_same_version():
 def test_type_checkers_see_the_names_that_the_package_has():
     (block,) = (node for node in ast.parse(Path(rayllp.__file__).read_text(encoding="utf-8")).body if isinstance(node, ast.If))
     assert {alias.asname: node.module for node in block.body for alias in node.names} == rayllp._HOMES
-    assert all(hasattr(rayllp, name) for name in rayllp.__all__)
 
 
 @pytest.fixture(scope="module")
