@@ -9,43 +9,33 @@ from typing import TYPE_CHECKING, Any
 from rayllp.version import __version__
 
 if TYPE_CHECKING:
-    from rayllp.checkpoint.export import export
-    from rayllp.cluster.session import keep_workers, train
-    from rayllp.cluster.trainer import LayerParallelTrainer
-    from rayllp.config import TrainConfig, load_config, make_config
-    from rayllp.models.stack import LayerStack
-    from rayllp.report.journal import Listener
-    from rayllp.training.result import TrainResult
-    from rayllp.tuning.run import tune
-
-__all__ = [
-    "LayerParallelTrainer",
-    "LayerStack",
-    "Listener",
-    "TrainConfig",
-    "TrainResult",
-    "__version__",
-    "export",
-    "keep_workers",
-    "load_config",
-    "make_config",
-    "train",
-    "tune",
-]
+    from rayllp.checkpoint.export import export as export
+    from rayllp.cluster.session import keep_workers as keep_workers
+    from rayllp.cluster.session import train as train
+    from rayllp.cluster.trainer import LayerParallelTrainer as LayerParallelTrainer
+    from rayllp.config import TrainConfig as TrainConfig
+    from rayllp.config import load_config as load_config
+    from rayllp.config import make_config as make_config
+    from rayllp.models.stack import LayerStack as LayerStack
+    from rayllp.report.journal import Listener as Listener
+    from rayllp.training.result import TrainResult as TrainResult
+    from rayllp.tuning.run import tune as tune
 
 _HOMES = {
-    "export": "rayllp.checkpoint.export",
-    "keep_workers": "rayllp.cluster.session",
-    "train": "rayllp.cluster.session",
     "LayerParallelTrainer": "rayllp.cluster.trainer",
-    "TrainResult": "rayllp.training.result",
-    "TrainConfig": "rayllp.config",
-    "load_config": "rayllp.config",
-    "make_config": "rayllp.config",
     "LayerStack": "rayllp.models.stack",
     "Listener": "rayllp.report.journal",
+    "TrainConfig": "rayllp.config",
+    "TrainResult": "rayllp.training.result",
+    "export": "rayllp.checkpoint.export",
+    "keep_workers": "rayllp.cluster.session",
+    "load_config": "rayllp.config",
+    "make_config": "rayllp.config",
+    "train": "rayllp.cluster.session",
     "tune": "rayllp.tuning.run",
 }
+"""By public name, the module that it is imported from. Type checkers read the imports above."""
+__all__ = ["__version__", *_HOMES]
 
 
 def __getattr__(name: str) -> Any:

@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 
 from rayllp.config import TrainConfig, load_config, load_run_config
-from rayllp.errors import DataError, HeldError, RayllpError, SettingsError
+from rayllp.errors import DataError, LockedError, RayllpError, SettingsError
 from rayllp.version import __version__
 
 FAILED, REFUSED, SIGNALLED = 1, 2, 128
@@ -76,18 +76,15 @@ def train(
             from rayllp.cluster.session import train as run_training
 
             result = run_training(settings, output=output, resume=resume)
-    from rayllp.report.progress import unread
+    from rayllp.report.progress import tell
 
     if result.stopped:
         raise typer.Exit(SIGNALLED + (result.signal or signal.SIGINT))
-    out = Console(highlight=False, soft_wrap=True)
     others = "".join(f", {name} {value:.4f}" for name, value in result.metrics.items())
-    with unread():
-        out.print(
-            f"validation loss {result.validation_loss:.4f}{others} after {result.steps} steps (exact forward); see {result.directory}"
-        )
-        if result.sample:
-            out.print("sample:", result.sample, sep="\n", markup=False)
+    out = Console()
+    tell(out, f"validation loss {result.validation_loss:.4f}{others} after {result.steps} steps (exact forward); see {result.directory}")
+    if result.sample:
+        tell(out, f"sample:\n{result.sample}")
 
 
 @app.command()
@@ -161,7 +158,7 @@ def suggest_buffers(
     """Suggest how many layers to make buffers at each end, from each layer's Lipschitz constant."""
     from rayllp.report.buffers import show_suggestion
 
-    show_suggestion(run, factor, Console(highlight=False, soft_wrap=True))
+    show_suggestion(run, factor, Console(highlight=False))
 
 
 @app.command()
@@ -277,13 +274,18 @@ def _stoppable(what: str) -> Iterator[None]:
         yield
     except KeyboardInterrupt as stopped:
         number = getattr(stopped, "number", signal.SIGINT)
-        Console(stderr=True, highlight=False, soft_wrap=True).print(f"stopped by {signal.Signals(number).name}: {what}", markup=False)
+        _complain(f"stopped by {signal.Signals(number).name}: {what}")
         raise typer.Exit(SIGNALLED + number) from None
+
+
+def _complain(text: str, style: str | None = None) -> None:
+    # As `report.progress.tell` does, whose import would take longer than most commands need to find out that they cannot work.
+    Console(stderr=True).print(text, highlight=False, soft_wrap=True, markup=False, style=style)
 
 
 def exit_code(error: RayllpError) -> int:
     """Return REFUSED if the command has to be changed before anything can be done, otherwise FAILED."""
-    return REFUSED if isinstance(error, SettingsError | DataError | HeldError) else FAILED
+    return REFUSED if isinstance(error, SettingsError | DataError | LockedError) else FAILED
 
 
 def main() -> None:
@@ -294,7 +296,7 @@ def main() -> None:
     try:
         app()
     except RayllpError as error:
-        Console(stderr=True, highlight=False, soft_wrap=True).print(f"{type(error).__name__}: {error}", markup=False, style="red")
+        _complain(f"{type(error).__name__}: {error}", style="red")
         sys.exit(exit_code(error))
     except KeyboardInterrupt:
         sys.exit(SIGNALLED + signal.SIGINT)

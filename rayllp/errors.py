@@ -1,4 +1,8 @@
-"""Every error that rayllp raises on purpose. Each message says what was given, the rule it broke, and what to change."""
+"""Every error that rayllp raises on purpose, and helpers for messages, which say what was given, the rule it broke, and what to change."""
+
+import difflib
+from collections.abc import Collection, Mapping
+from typing import Any
 
 
 class RayllpError(Exception):
@@ -53,5 +57,21 @@ class NotARunError(SettingsError, CheckpointError):
     """A directory was given that holds no run. It is the wrong argument, and there is nothing to resume."""
 
 
-class HeldError(RayllpError, RuntimeError):
+class LockedError(RayllpError, RuntimeError):
     """Another process writes to the directory of a run or sweep, or has taken it over."""
+
+
+def nearest_name(name: str, known: Collection[str], cutoff: float = 0.6) -> str | None:
+    """Return the known dotted name that was probably meant: one that is spelt alike, or that ends in the same part; None if there is none.
+
+    Args:
+        cutoff: how much alike the spelling must be, from 0 to 1 (the same).
+    """
+    alike = difflib.get_close_matches(name, known, n=1, cutoff=cutoff)
+    same_end = [other for other in known if other.split(".")[-1] == name.split(".")[-1]]
+    return next(iter(alike + same_end), None)
+
+
+def fault_text(fault: Mapping[str, Any]) -> str:
+    """Return what pydantic says of a fault, without what it puts before words of our own."""
+    return str(fault["msg"]).removeprefix("Value error, ")

@@ -1,4 +1,4 @@
-"""Numbers with units, as the command line accepts them."""
+"""Numbers with units, as the command line accepts and shows them."""
 
 import math
 
@@ -41,3 +41,9 @@ def quantity(text: str, option: str, units: str, *, zero: bool = False) -> float
         f"{option} {text}: write a number {'of at least' if zero else 'above'} 0 and a unit ({units.replace(' ', ', ')}), such as "
         f"20{units.split()[0]}"
     )
+
+
+def write_size(count: float) -> str:
+    """Return a number of bytes in the unit that suits it, such as "1.5 GiB"."""
+    size, unit = next(((size, unit) for size, unit in ((2**30, "GiB"), (2**20, "MiB")) if count >= size), (2**10, "KiB"))
+    return f"{count / size:.4g} {unit}"

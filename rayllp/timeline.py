@@ -39,6 +39,10 @@ class Span(NamedTuple):
     def seconds(self) -> float:
         return self.end - self.begin
 
+    def shifted(self, seconds: float) -> "Span":
+        """Return the span on a clock that is ahead by so many seconds."""
+        return self._replace(begin=self.begin + seconds, end=self.end + seconds)
+
     @property
     def name(self) -> str:
         """The name under which sums and charts count the span: solve and phase for computation, otherwise its kind."""

@@ -189,6 +189,25 @@ def _in_mpi_world(rank, size, rendezvous, work, *arguments):
     return work(_worlds[-1], *arguments)
 
 
+def train_by(kind, config, run, workers=None, resume_from=(), console=None, **attributes):
+    """Train on Ray's actors, or these workers, with a driver of this kind that has these attributes; return the result and the driver."""
+    from rayllp.cluster.ray_group import RayGroup
+    from rayllp.training.driver import train_session
+    from rayllp.training.prepare import validate
+
+    made = []
+
+    def make(*arguments):
+        driver = kind(*arguments)
+        vars(driver).update(attributes)
+        made.append(driver)
+        return driver
+
+    workers = workers or RayGroup.for_run(config, run.path, "cpu")
+    result = train_session(config, run, workers, validate(config), resume_from, console=console, make_driver=make)
+    return result, made[0]
+
+
 @pytest.fixture(scope="session")
 def ray_cluster():
     """One local cluster for the whole suite; for each of the processes that share it (`make test`), one of its own."""

@@ -12,9 +12,8 @@ from rayllp.cluster.actor_pool import ActorPool
 from rayllp.cluster.ray_group import RayGroup
 from rayllp.report import RunDirectory
 from rayllp.training.driver import Driver
-from rayllp.training.prepare import validate
-from rayllp.training.result import BuildContext
-from tests.conftest import losses_over_threads, tiny
+from rayllp.training.inputs import BuildContext, Network
+from tests.conftest import losses_over_threads, tiny, train_by
 from tests.test_train import living_actors, losses, placement_groups, read, wait_until
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
@@ -31,9 +30,7 @@ class Watched(Driver):
 
 def train(config, path, pool):
     workers = RayGroup.for_run(config, path, "cpu", pool)
-    driver = Watched(config, RunDirectory.create(path, config), workers, None, None, validate(config, None, None), Console(quiet=True))
-    driver.train()
-    return driver
+    return train_by(Watched, config, RunDirectory.create(path, config), workers, console=Console(quiet=True))[1]
 
 
 def test_the_next_run_takes_the_same_processes_and_nothing_else_of_the_last(tmp_path):
@@ -71,7 +68,7 @@ def test_a_spare_that_fails_while_it_warms_is_as_if_there_were_none():
     logging.getLogger("ray._private.worker").addHandler(listener)
     try:
         for end in (lambda: pool.take_spare(node), pool.dismiss_idle):
-            pool.keep_spares([node], config, None, "no batches", BuildContext())
+            pool.keep_spares([node], config, BuildContext(Network(None)), "no batches")
             ready = pool._spares[node].ready
             assert ray.wait([ready], timeout=120)[0]
             del ready

@@ -19,13 +19,11 @@ from rayllp.cluster.chaos import (
     kill_as_planned,
     planned_kills,
 )
-from rayllp.cluster.ray_group import RayGroup
 from rayllp.errors import ClusterError, SettingsError
 from rayllp.quantities import DURATIONS, quantity
 from rayllp.report import RunDirectory
 from rayllp.training.driver import Driver
-from rayllp.training.prepare import validate
-from tests.conftest import tiny
+from tests.conftest import tiny, train_by
 from tests.test_train import read, wait_until
 
 # When and whom -----------------------------------------------------------------------------------------------------------------
@@ -150,10 +148,8 @@ class Patient(Driver):
 
 
 def train(run, config, over, outcome):
-    driver = Patient(config, run, RayGroup.for_run(config, run.path, "cpu"), None, None, validate(config, None, None))
-    driver.chaos_is_over = over
     try:
-        outcome.append(driver.train())
+        outcome.append(train_by(Patient, config, run, chaos_is_over=over)[0])
     except Exception as error:
         outcome.append(error)
 

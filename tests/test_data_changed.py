@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,8 +17,10 @@ from rayllp.data.record import DataRecord
 from rayllp.errors import DataError
 from rayllp.report import Journal, RunDirectory, read_lines
 from rayllp.training.driver import Driver
+from rayllp.training.interrupt import Stopping
 from rayllp.training.prepare import open_run, prepare
 from tests.conftest import merge, tiny
+from tests.test_evaluation_parts import Here
 
 TEXT = "".join(f"line {number} of {number % 7} things\n" for number in range(150))
 GROWN = TEXT + "".join(f"there are {number} zebras more\n" for number in range(150))
@@ -30,12 +33,12 @@ def begin(folder, tokenizer="bpe:300", **changes):
     config = tiny(**merge({"data": data, "checkpoint": {"path": str(folder / "kept")}}, changes))
     prepared = prepare(config, folder / "run")
     run = RunDirectory.create(folder / "run", config)
-    write_tokenizer_json(run.path, prepared.loaded.data)
-    write_data_json(run.path, prepared.loaded.record)
+    write_tokenizer_json(run.path, prepared.inputs.data_set)
+    write_data_json(run.path, prepared.inputs.record)
     (folder / "kept" / "step_1").mkdir(parents=True)
-    kept = {"format": 2, "step": 1, "files": {}, "config": config.model_dump(mode="json"), "data": prepared.loaded.record.as_dict()}
+    kept = {"format": 2, "step": 1, "files": {}, "config": config.model_dump(mode="json"), "data": prepared.inputs.record.as_dict()}
     (folder / "kept" / "step_1" / MANIFEST).write_text(json.dumps(kept), encoding="utf-8")
-    return config, prepared.loaded.data
+    return config, prepared.inputs.data_set
 
 
 def with_data(config, **changes):
@@ -45,7 +48,7 @@ def with_data(config, **changes):
 @pytest.mark.parametrize("tokenizer", ["bpe:300", "characters", "bytes"])
 def test_other_data_under_the_same_name_are_refused_or_told(tmp_path, tokenizer):
     config, data = begin(tmp_path, tokenizer)
-    again = prepare(None, resume=tmp_path / "run").loaded
+    again = prepare(None, resume=tmp_path / "run").inputs
     assert again.changed == ()
     assert again.record == DataRecord.of(config, data)
     (tmp_path / "text.txt").write_text(GROWN if tokenizer != "characters" else TEXT + TEXT, encoding="utf-8")
@@ -53,10 +56,10 @@ def test_other_data_under_the_same_name_are_refused_or_told(tmp_path, tokenizer)
         prepare(None, resume=tmp_path / "run")
     prepared = prepare(with_data(config, on_change="accept"), resume=tmp_path / "run")
     with open_run(prepared, None, None):
-        accepted = prepared.loaded
+        accepted = prepared.inputs
     assert accepted.changed == ("train", "validation")
     # The same text has the same ids: nothing was trained anew.
-    assert np.array_equal(accepted.data.tokenizer.encode(TEXT), data.tokenizer.encode(TEXT))
+    assert np.array_equal(accepted.data_set.tokenizer.encode(TEXT), data.tokenizer.encode(TEXT))
     assert load_run_config(tmp_path / "run").data.on_change == "accept"
 
 
@@ -66,8 +69,8 @@ def test_a_checkpoint_alone_knows_the_data_too(tmp_path):
     (tmp_path / "text.txt").write_text(GROWN, encoding="utf-8")
     with pytest.raises(DataError, match="not those that the run began with"):
         prepare(config)
-    loaded = prepare(with_data(config, on_change="accept")).loaded
-    assert loaded.data.tokenizer.texts() == data.tokenizer.texts()
+    inputs = prepare(with_data(config, on_change="accept")).inputs
+    assert inputs.data_set.tokenizer.texts() == data.tokenizer.texts()
     assert load_data(config).tokenizer.texts() != data.tokenizer.texts()
 
 
@@ -75,9 +78,9 @@ def test_other_data_that_the_settings_name_are_told(tmp_path):
     config, _ = begin(tmp_path)
     (tmp_path / "other.txt").write_text(GROWN, encoding="utf-8")
     other = with_data(config, path=str(tmp_path / "other.txt"))
-    assert prepare(other, resume=tmp_path / "run").loaded.changed == ("train", "validation")
+    assert prepare(other, resume=tmp_path / "run").inputs.changed == ("train", "validation")
     (tmp_path / "copy.txt").write_text(TEXT, encoding="utf-8")
-    assert prepare(with_data(config, path=str(tmp_path / "copy.txt")), resume=tmp_path / "run").loaded.changed == ()
+    assert prepare(with_data(config, path=str(tmp_path / "copy.txt")), resume=tmp_path / "run").inputs.changed == ()
 
 
 def test_another_tokenizer_of_as_many_tokens_is_refused(tmp_path):
@@ -98,7 +101,7 @@ def test_a_tokenizers_file_that_is_gone_is_the_runs_own(tmp_path):
     (tmp_path / "second").mkdir()
     _, data = begin(tmp_path / "second", str(tmp_path / "t.json"))
     (tmp_path / "t.json").unlink()
-    assert prepare(None, resume=tmp_path / "second" / "run").loaded.data.tokenizer.texts() == data.tokenizer.texts()
+    assert prepare(None, resume=tmp_path / "second" / "run").inputs.data_set.tokenizer.texts() == data.tokenizer.texts()
 
 
 def test_a_run_from_before_there_were_records_goes_on(tmp_path):
@@ -109,9 +112,9 @@ def test_a_run_from_before_there_were_records_goes_on(tmp_path):
     del kept["data"]
     manifest.write_text(json.dumps(kept), encoding="utf-8")
     (tmp_path / "text.txt").write_text(GROWN, encoding="utf-8")
-    loaded = prepare(None, resume=tmp_path / "run").loaded
-    assert loaded.changed == ()
-    assert loaded.data.tokenizer.texts() == data.tokenizer.texts()
+    inputs = prepare(None, resume=tmp_path / "run").inputs
+    assert inputs.changed == ()
+    assert inputs.data_set.tokenizer.texts() == data.tokenizer.texts()
 
 
 def test_labels_and_words_that_would_have_other_numbers_are_refused(tmp_path):
@@ -138,9 +141,9 @@ def test_a_change_is_told_and_the_best_evaluation_forgotten(tmp_path):
     run = RunDirectory(tmp_path / "run", config)
     for changed, best in ((("train",), {"step": 1, "loss": 2.0, "batches": 2}), (("train", "validation"), None)):
         run.write_best({"step": 1, "loss": 2.0, "batches": 2})
-        loaded = prepare(None, resume=run.path).loaded._replace(changed=changed)
-        driver = Driver(config, run, None, None, None, loaded, Console(quiet=True))
-        with Journal.open(run, config.steps, 1, driver.console, ()) as driver.journal:
+        inputs = replace(prepare(None, resume=run.path).inputs, changed=changed)
+        with Journal.open(run, config.steps, 1, Console(quiet=True)) as journal:
+            driver = Driver(config, run, Here(config), inputs, journal, Stopping(None))
             driver._say_changes(1)
         assert run.read_best() == driver.checkpointer.best == best
     told = [(event["kind"], event["changed"]) for event in read_lines(run.path / "events.jsonl")]

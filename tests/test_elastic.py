@@ -13,8 +13,7 @@ from rayllp.cluster.ray_group import RayGroup
 from rayllp.errors import ClusterError, SettingsError
 from rayllp.report import RunDirectory
 from rayllp.training.driver import Driver
-from rayllp.training.prepare import validate
-from tests.conftest import losses_over_threads, make_engine, tiny, train_engine
+from tests.conftest import losses_over_threads, make_engine, tiny, train_by, train_engine
 from tests.test_recovery import Faulty
 from tests.test_train import living_actors, read
 
@@ -116,7 +115,6 @@ def test_a_run_grows_into_room_that_comes_free(tmp_path):
     tenant = Tenant.remote()
     ray.get(tenant.ping.remote(), timeout=60)
     run = RunDirectory.create(tmp_path / "run", config)
-    driver = Patient(config, run, RayGroup.for_run(config, run.path, "cpu"), None, None, validate(config, None, None))
 
     trained = []
 
@@ -128,7 +126,7 @@ def test_a_run_grows_into_room_that_comes_free(tmp_path):
         ray.kill(tenant)
 
     threading.Thread(target=leave, daemon=True).start()
-    driver.train()
+    train_by(Patient, config, run)
     assert trained == [True]  # beside the tenant, on the workers that there was room for
     resizes = [e for e in read(run.path / "events.jsonl") if e["kind"] == "resize"]
     assert (resizes[0]["workers_before"], resizes[-1]["workers"]) == (2, 4)
@@ -178,9 +176,7 @@ def test_replicas_that_are_lost_come_back(tmp_path):
     settings = {"model": {"dropout": 0.1}, "steps": 24, "optimizer": {"sharded": True}}
     config = tiny(workers={"min": 2, "max": 4}, mesh={"data": 2}, snapshot_every=1, resize_check_s=0.2, **settings)
     run = RunDirectory.create(tmp_path / "run", config)
-    driver = Growing(config, run, Shrinking.for_run(config, run.path, "cpu"), None, None, validate(config, None, None))
-    driver.pending = [(1, 7, "adjoint"), (2, 20, "optimizer")]
-    driver.train()
+    train_by(Growing, config, run, Shrinking.for_run(config, run.path, "cpu"), pending=[(1, 7, "adjoint"), (2, 20, "optimizer")])
     events = read(run.path / "events.jsonl")
     resizes = [(e["workers_before"], e["workers"], e["replicas"]) for e in events if e["kind"] == "resize"]
     assert resizes == [(4, 2, 1), (2, 4, 2)]

@@ -18,11 +18,9 @@ import torch
 
 import rayllp
 from rayllp.checkpoint import checkpoints, read_manifest, step_of
-from rayllp.cluster.ray_group import RayGroup
 from rayllp.report import RunDirectory
 from rayllp.training.driver import Driver
-from rayllp.training.prepare import validate
-from tests.conftest import tiny
+from tests.conftest import tiny, train_by
 from tests.test_recovery import drive, weights
 from tests.test_train import read
 
@@ -58,7 +56,7 @@ class Halting(Driver):
 
     def _between_chunks(self, step):
         super()._between_chunks(step)
-        self.stop = self.stop or step >= self.until
+        self.ends = step >= self.until
 
     def _next_chunk(self, step):
         return super()._next_chunk(step)[: max(1, self.until - step)]
@@ -76,9 +74,7 @@ def sit(mode, path):
     run = RunDirectory.create(path / "run", tiny(**settings, **SITTINGS[0]))
     for number, sitting in enumerate(SITTINGS, 1):
         config = tiny(**settings, **sitting)
-        driver = Halting(config, run, RayGroup.for_run(config, run.path, "cpu"), None, None, validate(config, None, None))
-        driver.until = 20 * number
-        driver.train(checkpoints(run.checkpoints))
+        train_by(Halting, config, run, resume_from=checkpoints(run.checkpoints), until=20 * number)
     ray.shutdown()
 
 

@@ -12,6 +12,7 @@ from rayllp.errors import CheckpointError
 from rayllp.report import Journal, RunDirectory, read_lines
 from rayllp.training.checkpointing import Checkpointer
 from rayllp.training.evaluation import Evaluator
+from rayllp.training.inputs import Network, TrainingInputs
 from rayllp.training.worker_group import WorkerGroup
 from tests.conftest import make_engine, tiny
 
@@ -42,7 +43,9 @@ class Here(WorkerGroup):
         self.calls.append((method, *arguments))
         return [getattr(self.worker, method)(*arguments)]
 
-    def start(self, network, batches):
+    is_started = False
+
+    def start(self, config, network, batches):
         raise NotImplementedError
 
     def rebuild(self, config, network):
@@ -55,11 +58,11 @@ class Here(WorkerGroup):
 def evaluate(tmp_path, stop_after):
     config = tiny(eval={"batches": 40}, checkpoint={"best": True})
     run, workers = RunDirectory.create(tmp_path / "run", config), Here(config)
-    checkpointer = Checkpointer(run, workers, config)
-    data = workers.worker.engine.batches
-    evaluator = Evaluator(run, workers, checkpointer, config.eval, data, None, lambda: len(workers.calls) >= stop_after)
+    inputs = TrainingInputs(Network(None), workers.worker.engine.batches)
     with Journal.open(run, config.steps, 0, Console(file=io.StringIO())) as journal:
-        evaluator.evaluate(3, journal)
+        checkpointer = Checkpointer(run, workers, journal, config)
+        evaluator = Evaluator(run, workers, checkpointer, journal, config.eval, inputs, lambda: len(workers.calls) >= stop_after)
+        evaluator.evaluate(3)
     return run, workers, checkpointer, evaluator
 
 
@@ -85,28 +88,28 @@ def test_a_run_that_is_stopped_gives_up_its_evaluation_and_records_nothing_of_it
 def test_a_checkpoint_comes_by_time_where_none_comes_by_steps(tmp_path, monkeypatch, minutes, wanted):
     config = tiny(checkpoint={"minutes": minutes})
     run, workers = RunDirectory.create(tmp_path / "run", config), Here(config)
-    checkpointer, began = Checkpointer(run, workers, config), time.monotonic()
     found = []
     with Journal.open(run, config.steps, 0, Console(file=io.StringIO())) as journal:
+        checkpointer, began = Checkpointer(run, workers, journal, config), time.monotonic()
         for passed in (599, 601, 1100):
             monkeypatch.setattr(time, "monotonic", lambda passed=passed: began + passed)
             found.append(checkpointer.is_wanted(passed))
             if found[-1]:
-                checkpointer.save(passed, {}, journal)
+                checkpointer.save(passed, {})
     assert found == wanted
 
 
 def test_the_best_is_the_best_while_its_checkpoint_is_being_written(tmp_path):
     config = tiny(checkpoint={"best": True})
     run, workers = RunDirectory.create(tmp_path / "run", config), Here(config)
-    checkpointer = Checkpointer(run, workers, config)
     with Journal.open(run, config.steps, 0, Console(file=io.StringIO())) as journal:
+        checkpointer = Checkpointer(run, workers, journal, config)
         checkpointer.note_loss(2, 3.0, 1)
         checkpointer.note_loss(2, 3.5, 1)
-        checkpointer.begin(2, {}, journal)
+        checkpointer.begin(2, {})
         checkpointer.note_loss(4, 3.0, 1)  # before anybody has looked whether all is written
         assert not checkpointer.is_wanted(4)
-        checkpointer.finish(journal)
+        checkpointer.finish()
     assert run.read_best() == checkpointer.best == {"step": 2, "loss": 3.0, "batches": 1}
 
 
@@ -118,4 +121,4 @@ def test_a_last_checkpoint_that_cannot_be_written_says_why(tmp_path):
         Journal.open(run, config.steps, 0, Console(file=io.StringIO())) as journal,
         pytest.raises(CheckpointError, match=r"step 4: its checkpoint cannot be written below .*: .*(exists|directory).* Make room"),
     ):
-        Checkpointer(run, workers, config).save(4, {}, journal)
+        Checkpointer(run, workers, journal, config).save(4, {})

@@ -8,15 +8,13 @@ import time
 
 import psutil
 import pytest
-import torch
+import ray
 
 from rayllp.cluster.joining import PATIENT
-from rayllp.cluster.ray_group import RayGroup
 from rayllp.errors import ClusterError, NonFiniteError
 from rayllp.report import RunDirectory
 from rayllp.training.driver import Driver
-from rayllp.training.prepare import validate
-from tests.conftest import tiny
+from tests.conftest import tiny, train_by
 from tests.test_train import living_actors, placement_groups, read, wait_until
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
@@ -35,14 +33,18 @@ class Sabotaged(Driver):
 
 
 def drive(kind, config, path):
-    loaded, workers = validate(config, None, None), RayGroup.for_run(config, path, "cpu")
-    return kind(config, RunDirectory.create(path, config), workers, None, None, loaded).train()
+    return train_by(kind, config, RunDirectory.create(path, config))[0]
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_step_and_names_the_layer(tmp_path):
     class Poisoned(Sabotaged):
         def act(self):
-            self.workers.call("set_parameter", "transformer.h.7.ln_2.weight", torch.full((16,), float("inf")))
+            def poison(worker):
+                weight = worker.engine.block.parameters.get("transformer.h.7.ln_2.weight")
+                if weight is not None:  # another worker has this layer
+                    weight.data.fill_(float("inf"))
+
+            ray.get([worker.__ray_call__.remote(poison) for worker in self.workers.workers])
 
     with pytest.raises(NonFiniteError, match=r"step 3: .*layer 7: its output is not finite.*step_3"):
         drive(Poisoned, tiny(workers=2, steps=6, max_failures=0), tmp_path / "run")
@@ -55,8 +57,6 @@ def test_a_loss_that_is_not_finite_stops_before_the_step_and_names_the_layer(tmp
 def test_a_lost_worker_ends_the_run_at_once_and_leaves_nothing(tmp_path):
     class Murdered(Sabotaged):
         def act(self):
-            import ray
-
             ray.kill(self.workers.workers[1], no_restart=True)
             self.since = time.monotonic()
 

@@ -54,7 +54,7 @@ def test_the_first_step_of_a_kind_tells_nothing():
 def test_the_exact_steps_at_the_end_of_a_run_are_no_reason(tmp_path):
     config = tiny(mode="adaptive", steps=20, adaptive={"switch_at": 0.5})
     run = RunDirectory(tmp_path, config)
-    with Journal.open(run, 20, 0, Console(file=io.StringIO()), tensorboard=False) as journal:
+    with Journal.open(run, 20, 0, Console(file=io.StringIO())) as journal:
         step_log = StepLog(run, journal, config)
         step_log._announce(Decision(3, "serial", "a bias of 0.9", "serial"))
         assert step_log.why_exact == "a bias of 0.9"

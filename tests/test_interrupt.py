@@ -8,7 +8,7 @@ import pytest
 import typer
 
 from rayllp.cli import FAILED, REFUSED, _stoppable, exit_code
-from rayllp.errors import CheckpointError, ClusterError, DataError, HeldError, NonFiniteError, NotARunError, SettingsError
+from rayllp.errors import CheckpointError, ClusterError, DataError, LockedError, NonFiniteError, NotARunError, SettingsError
 from rayllp.training import interrupt
 from rayllp.training.interrupt import ASKING, Stopped, interrupting, stopping
 
@@ -99,7 +99,7 @@ def test_a_sweep_is_interrupted_by_any_of_them(number):
 
 
 def test_exit_codes_say_what_happened(capsys):
-    refused = (SettingsError("x"), DataError("x"), HeldError("x"), NotARunError("x"))
+    refused = (SettingsError("x"), DataError("x"), LockedError("x"), NotARunError("x"))
     failed = (ClusterError("x"), NonFiniteError("x"), CheckpointError("x"))
     assert [exit_code(error) for error in (*refused, *failed)] == [REFUSED] * 4 + [FAILED] * 3
     with pytest.raises(typer.Exit) as raised, _stoppable("nothing was done"):

@@ -17,7 +17,7 @@ from rayllp.cluster.cpus import cgroup_quota, usable_cpus
 from rayllp.cluster.joining import FILES, PATIENT, _deaf_to_hangups, _environment, _explain, _joined, _raise_file_limit, check_address
 from rayllp.cluster.worker import BlockWorker
 from rayllp.errors import ClusterError, SettingsError
-from rayllp.training.result import BuildContext, Network
+from rayllp.training.inputs import BuildContext, Network
 from tests.conftest import tiny
 
 

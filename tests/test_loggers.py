@@ -8,9 +8,10 @@ from rich.console import Console
 
 from rayllp.config import load_config, make_config
 from rayllp.errors import SettingsError
-from rayllp.report import Journal, RunDirectory, loggers
+from rayllp.report import Journal, RunDirectory
+from rayllp.report import loggers as module
 from rayllp.report.loggers import Service, opened_loggers
-from rayllp.report.rundir import changed_settings
+from rayllp.report.run_directory import changed_settings
 from rayllp.training.prepare import validate
 from tests.conftest import tiny
 from tests.synthetic import metric
@@ -18,14 +19,14 @@ from tests.synthetic import metric
 
 @pytest.mark.parametrize("there", [False, True], ids=["nothing", "a folder of that name"])
 def test_a_missing_package_is_refused_before_any_actor(monkeypatch, tmp_path, there):
-    monkeypatch.setattr(loggers, "PACKAGES", {"wandb": "not_a_package_at_all"})
+    monkeypatch.setattr(module, "PACKAGES", {"wandb": "not_a_package_at_all"})
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     if there:
         (tmp_path / "not_a_package_at_all").mkdir()
     with pytest.raises(SettingsError, match=r"log_to has wandb, and the package .* is not installed here: pip install 'rayllp\[wandb\]'"):
-        validate(tiny(log_to=["tensorboard", "wandb"]), None, None)
-    assert validate(tiny(), None, None) is not None
+        validate(tiny(log_to=["tensorboard", "wandb"]))
+    assert validate(tiny()).data_set is not None
 
 
 def test_a_service_that_is_not_known_is_refused():
@@ -36,8 +37,9 @@ def test_a_service_that_is_not_known_is_refused():
 
 def test_tensorboard_can_be_left_out(tmp_path):
     for name, drawn in (("a", True), ("b", False)):
-        run = RunDirectory.create(tmp_path / name, tiny())
-        with Journal.open(run, 3, 0, Console(file=io.StringIO()), tensorboard=drawn) as journal:
+        config = tiny(log_to=["tensorboard"] if drawn else [])
+        run = RunDirectory.create(tmp_path / name, config)
+        with opened_loggers(config, run, print) as loggers, Journal.open(run, 3, 0, Console(file=io.StringIO()), loggers) as journal:
             journal.step(metric(0))
         assert (run.path / "tensorboard").exists() is drawn
 
@@ -61,13 +63,13 @@ class Failing(Service):
 
 
 def test_a_service_that_fails_costs_a_warning(tmp_path, monkeypatch):
-    monkeypatch.setattr(loggers, "Wandb", Failing)
+    monkeypatch.setattr(module, "Wandb", Failing)
     heard = []
     config = tiny(log_to=["wandb"])
     with opened_loggers(config, RunDirectory.create(tmp_path / "run", config), heard.append) as (service,):
         for step in range(3):
-            service.step(metric(step))
-        service.evaluation(3, {"loss": 1.0})
+            service.on_step(metric(step))
+        service.on_evaluation(3, {"loss": 1.0})
     assert service.told == [(0, 4.0)]
     assert heard == ["WARNING: wandb failed (no route to host): it is told no more, and training goes on"]
 
@@ -89,8 +91,8 @@ def two_sittings(path, name):
     for steps in ((0, 1), (1, 2)):  # the second is done again
         with opened_loggers(config, run, heard.append) as (service,):
             for step in steps:
-                service.step(metric(step, loss=4.0 - step))
-            service.evaluation(steps[-1] + 1, {"loss": 2.5})
+                service.on_step(metric(step, loss=4.0 - step))
+            service.on_evaluation(steps[-1] + 1, {"loss": 2.5})
     assert heard == []
     return json.loads((run.path / "loggers.json").read_text())[name]
 

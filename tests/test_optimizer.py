@@ -150,7 +150,7 @@ def test_a_network_without_matrices():
 
     with pytest.raises(SettingsError, match="no layer of this network has one"):
         validate(tiny(**MUON), stack(lambda: torch.nn.Conv2d(4, 4, 3, padding=1)), object())
-    assert validate(tiny(**MUON), stack(lambda: torch.nn.Linear(4, 4, bias=False)), object()) is None
+    assert validate(tiny(**MUON), stack(lambda: torch.nn.Linear(4, 4, bias=False)), object()).data_set is None
 
 
 def test_the_planner_counts_one_moment():

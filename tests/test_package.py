@@ -1,5 +1,6 @@
 """What is released: the wheel and the source distribution, as they are built, hold what they need and say what they are."""
 
+import ast
 import email
 import re
 import shutil
@@ -25,6 +26,11 @@ def test_the_command_line_and_the_package_say_the_same_version():
     assert (result.exit_code, result.output) == (0, f"rayllp {rayllp.__version__}\n")
     assert re.fullmatch(r"\d+\.\d+\.\d+", rayllp.__version__)
     assert f"\n## {rayllp.__version__}" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+
+
+def test_type_checkers_see_the_names_that_the_package_has():
+    (block,) = (node for node in ast.parse(Path(rayllp.__file__).read_text(encoding="utf-8")).body if isinstance(node, ast.If))
+    assert {alias.asname: node.module for node in block.body for alias in node.names} == rayllp._HOMES
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from rayllp.config import load_config
 from rayllp.errors import SettingsError
 from rayllp.report import RunDirectory, read_lines
 from rayllp.report.page.figures import describe_event
-from rayllp.training.driver import Driver
+from rayllp.training.driver import train_session
 from rayllp.training.prepare import prepare
 from tests.conftest import tiny
 from tests.test_evaluation_parts import Here
@@ -20,7 +20,7 @@ WAITING = {"steps": 20, "eval": {"every": 2, "batches": 1, "patience": 2}, "snap
 class Alone(Here):
     """The one worker of a run."""
 
-    def start(self, network, batches):
+    def start(self, config, network, batches):
         return [
             {"network": self.worker.engine.block.architecture.transformers_config(), "rank": 0, "layers": [], "parameters": 0, "pid": 0}
         ]
@@ -30,8 +30,8 @@ def run_of(path, **changes):
     config = tiny(**WAITING, **changes)
     prepared = prepare(config, path)
     run, out = prepared.run or RunDirectory.create(path, config), io.StringIO()
-    driver = Driver(config, run, Alone(config), None, None, prepared.loaded, Console(file=out, width=200))
-    return run, driver.train(prepared.resume_from), out.getvalue()
+    result = train_session(config, run, Alone(config), prepared.inputs, prepared.resume_from, console=Console(file=out, width=200))
+    return run, result, out.getvalue()
 
 
 def test_a_run_ends_when_evaluations_become_no_better(tmp_path):

@@ -13,14 +13,12 @@ from rayllp.channel import run_workers
 from rayllp.channel.torch_dist import TorchChannel
 from rayllp.checkpoint.memory import CopyPlacement, HeldStates, Inventory, Source, copy_offset
 from rayllp.checkpoint.states import split_state
-from rayllp.cluster.ray_group import RayGroup
 from rayllp.engine.block import BoundBlock
 from rayllp.errors import ClusterError
 from rayllp.report import RunDirectory
 from rayllp.training.driver import Driver
 from rayllp.training.failure_budget import FailureBudget, choose_interval
-from rayllp.training.prepare import validate
-from tests.conftest import make_engine, run_processes, tiny, train_engine
+from tests.conftest import make_engine, run_processes, tiny, train_by, train_engine
 from tests.test_train import read
 
 # States in memory --------------------------------------------------------------------------------------------------------------
@@ -226,10 +224,7 @@ class Faulty(Driver):
 
 def drive(config, path, faults=()):
     run = RunDirectory.create(path, config)
-    driver = Faulty(config, run, RayGroup.for_run(config, run.path, "cpu"), None, None, validate(config, None, None))
-    driver.pending = list(faults)
-    result = driver.train()
-    return result, driver
+    return train_by(Faulty, config, run, pending=list(faults))
 
 
 def undisturbed(rank, size, config):

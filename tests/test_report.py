@@ -18,6 +18,7 @@ import rayllp
 from rayllp.cli import app
 from rayllp.errors import NotARunError, SettingsError
 from rayllp.report import Journal, read_lines
+from rayllp.report.loggers import opened_loggers
 from rayllp.report.page import compare, read_run, read_runs, write_report
 from rayllp.report.page.charts import Chart, Curve, thin, write_count, write_number, write_time
 from rayllp.report.page.compare import t_quantile
@@ -201,7 +202,7 @@ def test_workers_times_and_memory(page, run):
     assert ["0", "60.00", "10.00", "20.00", "10.00"] in page.rows
     assert ["adjoint last sweep", "50.00", "50.00", "50.00", "50.00"] in page.rows
     assert [worker.resident for worker in memory(record)] == [2**30, 2**30 + 2**20]
-    assert "1.00 GiB" in page.words
+    assert "1 GiB" in page.words
     first = step_timelines(record)[0]
     assert first.seconds == pytest.approx(0.103)
     span = first.workers[3][0]  # of a worker that began 3 ms after the first
@@ -524,7 +525,7 @@ class Heard(rayllp.Listener):
     def __init__(self):
         self.losses = []
 
-    def step(self, metric):
+    def on_step(self, metric):
         self.losses.append(metric["loss"])
 
 
@@ -538,12 +539,12 @@ def files_in_order(monkeypatch):
 def test_listeners_and_tensorboard(tmp_path):
     run, heard = begin_run(tmp_path / "run", steps=3), Heard()
     config = rayllp.load_config(run.path / "config.yaml")
-    with Journal.open(run, 3, 0, Console(file=StringIO()), [heard]) as journal:
+    with opened_loggers(config, run, print) as loggers, Journal.open(run, 3, 0, Console(file=StringIO()), [heard, *loggers]) as journal:
         journal.step(metric(0, loss=4.0))
         journal.step(probe(1, loss=3.0, lipschitz=[1.0, 2.0, float("nan")]))
         journal.event(1, "fault", reason="worker 0 was lost")
         journal.evaluation(2, {"loss": 2.5})
-        journal.finish(config, {"loss": 2.5, "perplexity": 12.0}, "O <b>Romeo</b>\n# no heading", 2)
+        journal.end(2, {"loss": 2.5, "perplexity": 12.0}, "O <b>Romeo</b>\n# no heading")
     assert heard.losses == [4.0, 3.0]
     board = EventAccumulator(str(run.path / "tensorboard"), size_guidance={"histograms": 0}).Reload()
     assert [event.value for event in board.Scalars("train/loss")] == [4.0, 3.0]
@@ -559,7 +560,8 @@ def test_listeners_and_tensorboard(tmp_path):
 @pytest.mark.usefixtures("files_in_order")
 def test_tensorboard_shows_each_step_once_after_a_fault_and_a_resume(tmp_path):
     run = begin_run(tmp_path / "run", steps=3)
-    with Journal.open(run, 9, 0, Console(file=StringIO())) as journal:
+    config = rayllp.load_config(run.path / "config.yaml")
+    with opened_loggers(config, run, print) as loggers, Journal.open(run, 9, 0, Console(file=StringIO()), loggers) as journal:
         for step in range(5):
             journal.step(metric(step, loss=4.0))
             if step == 2:
@@ -567,7 +569,8 @@ def test_tensorboard_shows_each_step_once_after_a_fault_and_a_resume(tmp_path):
         journal.rewind(3)  # a worker was lost: back to a copy after three steps
         for step in (3, 4, 5):
             journal.step(metric(step, loss=3.0))
-    with Journal.open(run, 9, 5, Console(file=StringIO())) as journal:  # from a checkpoint after five
+    # From a checkpoint after five:
+    with opened_loggers(config, run, print, 5) as loggers, Journal.open(run, 9, 5, Console(file=StringIO()), loggers) as journal:
         journal.step(metric(5, loss=2.0))
     board = EventAccumulator(str(run.path / "tensorboard")).Reload()
     found = [(event.step, event.value) for event in board.Scalars("train/loss")]
@@ -581,9 +584,9 @@ def test_the_listener_in_the_docs(monkeypatch, capsys):
 
     def train(config, *, listeners):
         for listener in listeners:
-            listener.step(probe(7, loss=3.5))
-            listener.event(7, "fault", {"reason": "worker 0 was lost"})
-            listener.evaluation(8, {"loss": 2.5})
+            listener.on_step(probe(7, loss=3.5))
+            listener.on_event(7, "fault", {"reason": "worker 0 was lost"})
+            listener.on_evaluation(8, {"loss": 2.5})
 
     monkeypatch.setattr(rayllp, "train", train, raising=False)
     monkeypatch.chdir(Path(__file__).parent.parent)
@@ -617,7 +620,7 @@ def test_reports_need_no_ray():
                     found = [str(node.module), *(f"{node.module}.{alias.name}" for alias in node.names)]
                 assert not any(each.split(".")[0] == "ray" for each in found), name
                 waiting += [each for each in found if each.startswith("rayllp.") and _is_module(root, each)]
-    assert "rayllp.report.rundir" in seen
+    assert "rayllp.report.run_directory" in seen
     assert "rayllp.timeline" in seen
 
 

@@ -1,4 +1,4 @@
-"""One driver at a time in a run's directory: who holds it, and whether that one is still there."""
+"""One driver at a time in a run's directory: who has its lock, and whether that one is still there."""
 
 import json
 import os
@@ -9,30 +9,33 @@ import time
 from dataclasses import asdict, replace
 
 import pytest
+from rich.console import Console
 
 from rayllp.checkpoint import locate
-from rayllp.errors import HeldError, SettingsError
+from rayllp.errors import LockedError, SettingsError
 from rayllp.report import RunDirectory
 from rayllp.report import run_lock as module
-from rayllp.report.run_lock import HOLDER, LOCK, Holder, hold, is_alive, read_holder
-from rayllp.training.prepare import Prepared, open_run, prepare
+from rayllp.report.run_lock import LOCK_FILE, OWNER_FILE, LockOwner, is_alive, lock_directory, read_owner
+from rayllp.training.driver import Driver, train_session
+from rayllp.training.prepare import Prepared, open_run, prepare, validate
 from rayllp.tuning.trial import apart
 from tests.conftest import tiny
+from tests.test_patience import Alone
 
 
-def hold_in_a_process(folder):
-    """The number of a process that holds a directory until it is killed. A fork: imports would take seconds."""
+def lock_in_a_process(folder):
+    """The number of a process that locks a directory until it is killed. A fork: imports would take seconds."""
     there, tell = os.pipe()
     pid = os.fork()
     if pid == 0:
         try:
-            with hold(folder, print):
-                os.write(tell, b"held")
+            with lock_directory(folder, print):
+                os.write(tell, b"lock")
                 signal.pause()
         finally:
             os._exit(1)
     os.close(tell)
-    assert os.read(there, 4) == b"held"
+    assert os.read(there, 4) == b"lock"
     os.close(there)
     return pid
 
@@ -48,9 +51,9 @@ def wait_until(holds):
         time.sleep(0.01)
 
 
-def leave_behind(folder, holder):
+def leave_behind(folder, owner):
     """What a driver that ended suddenly has left."""
-    (folder / HOLDER).write_text(json.dumps(asdict(holder)))
+    (folder / OWNER_FILE).write_text(json.dumps(asdict(owner)))
 
 
 def ended():
@@ -67,15 +70,15 @@ def test_a_second_driver_is_refused_and_changes_nothing(tmp_path):
     second = Prepared(run, tiny(steps=8), [], None, before=config)
     with open_run(first, None, None):
         before = (run.path / "config.yaml").read_text()
-        with pytest.raises(HeldError, match=rf"run is in use by process {os.getpid()} on .*, since 20"), open_run(second, None, None):
+        with pytest.raises(LockedError, match=rf"run is in use by process {os.getpid()} on .*, since 20"), open_run(second, None, None):
             pass
-        with pytest.raises(HeldError, match="run is in use by"):
+        with pytest.raises(LockedError, match="run is in use by"):
             prepare(None, resume=run.path)
         assert (run.path / "config.yaml").read_text() == before
         assert not (run.path / "events.jsonl").exists()
     with open_run(second, None, None):
         assert (run.path / "config.yaml").read_text() != before
-    assert not (run.path / HOLDER).exists()
+    assert not (run.path / OWNER_FILE).exists()
 
 
 @pytest.mark.parametrize("url", [False, True])
@@ -84,17 +87,17 @@ def test_two_runs_do_not_write_checkpoints_to_one_place(tmp_path, url):
     locate(place).mkdir()
     config = tiny(checkpoint={"path": place})
     prepared = Prepared(None, config, [], None)
-    with open_run(prepared, tmp_path / "one", None) as (_, holds):
-        assert [held.directory for held in holds] == [tmp_path / "one", locate(place)]
+    with open_run(prepared, tmp_path / "one", None) as (_, locks):
+        assert [lock.directory for lock in locks] == [tmp_path / "one", locate(place)]
         in_use = rf"{tmp_path.name}.* is in use by process {os.getpid()} on "
-        with pytest.raises(HeldError, match=in_use), open_run(prepared, tmp_path / "other", None):
+        with pytest.raises(LockedError, match=in_use), open_run(prepared, tmp_path / "other", None):
             pass
         assert not (tmp_path / "other").exists()
     with open_run(prepared, tmp_path / "other", None):
         pass
     same = tiny(checkpoint={"path": str(tmp_path / "third")})
-    with open_run(Prepared(None, same, [], None), tmp_path / "third", None) as (_, holds):
-        assert len(holds) == 1
+    with open_run(Prepared(None, same, [], None), tmp_path / "third", None) as (_, locks):
+        assert len(locks) == 1
 
 
 def test_trials_of_a_sweep_have_places_of_their_own():
@@ -103,26 +106,26 @@ def test_trials_of_a_sweep_have_places_of_their_own():
         assert apart(tiny(checkpoint={"path": place}), "a1").checkpoint.path == "s3://bucket/sweep/a1"
 
 
-def test_a_holder_behind_a_url_lives_while_it_writes(tmp_path, monkeypatch):
+def test_an_owner_behind_a_url_lives_while_it_writes(tmp_path, monkeypatch):
     """The file is written anew for each sign of life, which another machine waits for."""
     monkeypatch.setattr(module, "SILENT_S", 0.5)
     monkeypatch.setattr(module, "BEAT_S", 0.05)
     place, said = locate(f"memory://{tmp_path.name}"), []
     place.mkdir()
-    with hold(place, silent) as held:
-        held.me = replace(held.me, machine="another boot", pid=1)
-        wait_until(lambda: read_holder(place)[0].machine == "another boot")
-        with pytest.raises(HeldError, match="process 1 on"), hold(place, said.append):
+    with lock_directory(place, silent) as lock:
+        lock.me = replace(lock.me, machine="another boot", pid=1)
+        wait_until(lambda: read_owner(place)[0].machine == "another boot")
+        with pytest.raises(LockedError, match="process 1 on"), lock_directory(place, said.append):
             pass
-        (place / HOLDER).write_text(json.dumps(asdict(Holder())))  # of one that began in the same moment
-        wait_until(lambda: held._taken_by is not None)
-        with pytest.raises(HeldError, match="was taken over"):
-            held.check()
-    (place / HOLDER).write_text(json.dumps(asdict(Holder(machine="another boot"))))
-    with hold(place, said.append):  # it gives no sign of life
+        (place / OWNER_FILE).write_text(json.dumps(asdict(LockOwner())))  # of one that began in the same moment
+        wait_until(lambda: lock._taken_by is not None)
+        with pytest.raises(LockedError, match="was taken over"):
+            lock.check()
+    (place / OWNER_FILE).write_text(json.dumps(asdict(LockOwner(machine="another boot"))))
+    with lock_directory(place, said.append):  # it gives no sign of life
         pass
     assert len(said) == 2
-    assert not (place / HOLDER).exists()
+    assert not (place / OWNER_FILE).exists()
 
 
 def test_a_run_that_never_began_leaves_nothing(tmp_path):
@@ -131,77 +134,94 @@ def test_a_run_that_never_began_leaves_nothing(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_driver_that_was_killed_holds_nothing(tmp_path):
-    pid = hold_in_a_process(tmp_path)
+def test_a_driver_that_was_killed_locks_nothing(tmp_path):
+    pid = lock_in_a_process(tmp_path)
     try:
-        with pytest.raises(HeldError, match=f"process {pid} "), hold(tmp_path, silent):
+        with pytest.raises(LockedError, match=f"process {pid} "), lock_directory(tmp_path, silent):
             pass
         os.kill(pid, signal.SIGSTOP)  # a suspended laptop is not gone
-        with pytest.raises(HeldError), hold(tmp_path, silent):
+        with pytest.raises(LockedError), lock_directory(tmp_path, silent):
             pass
     finally:
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
-    assert read_holder(tmp_path)[0].pid == pid
-    with hold(tmp_path, silent):
-        assert read_holder(tmp_path)[0].pid == os.getpid()
+    assert read_owner(tmp_path)[0].pid == pid
+    with lock_directory(tmp_path, silent):
+        assert read_owner(tmp_path)[0].pid == os.getpid()
 
 
 @pytest.mark.parametrize("locked", [True, False])
 def test_where_there_are_no_locks_the_process_counts(tmp_path, locked):
     for pid, there in ((ended(), False), (os.getpid(), not locked)):
-        leave_behind(tmp_path, Holder(pid=pid))
-        assert is_alive(tmp_path, read_holder(tmp_path), locked=locked, say=silent) is there
+        leave_behind(tmp_path, LockOwner(pid=pid))
+        assert is_alive(tmp_path, read_owner(tmp_path), locked=locked, say=silent) is there
 
 
-def test_a_holder_on_another_machine_lives_while_it_gives_signs_of_life(tmp_path, monkeypatch):
+def test_an_owner_on_another_machine_lives_while_it_gives_signs_of_life(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "SILENT_S", 0.5)
-    other = Holder(host="elsewhere", machine="another boot", pid=1)
+    other = LockOwner(host="elsewhere", machine="another boot", pid=1)
     leave_behind(tmp_path, other)
     said, over = [], threading.Event()
 
     def beat():
         while not over.wait(0.05):
-            os.utime(tmp_path / HOLDER)
+            os.utime(tmp_path / OWNER_FILE)
 
     heart = threading.Thread(target=beat)
     heart.start()
     try:
-        with pytest.raises(HeldError, match="process 1 on elsewhere"), hold(tmp_path, said.append):
+        with pytest.raises(LockedError, match="process 1 on elsewhere"), lock_directory(tmp_path, said.append):
             pass
     finally:
         over.set()
         heart.join()
     assert "waiting up to 0.5 s for a sign of life" in said[0]
     started = time.monotonic()
-    with hold(tmp_path, said.append):  # it is silent now
+    with lock_directory(tmp_path, said.append):  # it is silent now
         assert 0.3 < time.monotonic() - started < 5
     leave_behind(tmp_path, other)
-    os.utime(tmp_path / HOLDER, (0, 0))
-    with hold(tmp_path, silent):  # and has been for long
+    os.utime(tmp_path / OWNER_FILE, (0, 0))
+    with lock_directory(tmp_path, silent):  # and has been for long
         pass
 
 
 def test_who_was_taken_for_gone_ends(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "BEAT_S", 0.02)
-    with hold(tmp_path, silent) as held:
-        held.check()
-        first = read_holder(tmp_path)[1]
+    with lock_directory(tmp_path, silent) as lock:
+        lock.check()
+        first = read_owner(tmp_path)[1]
         deadline = time.monotonic() + 5
-        while read_holder(tmp_path)[1] == first and time.monotonic() < deadline:
+        while read_owner(tmp_path)[1] == first and time.monotonic() < deadline:
             time.sleep(0.02)
-        assert read_holder(tmp_path)[1] > first
-        other = replace(Holder(), host="elsewhere", token="another")
+        assert read_owner(tmp_path)[1] > first
+        other = replace(LockOwner(), host="elsewhere", token="another")
         (tmp_path / "new").write_text(json.dumps(asdict(other)))
-        os.replace(tmp_path / "new", tmp_path / HOLDER)
-        held._heart.join(5)
-        with pytest.raises(HeldError, match=r"was taken over by process .* on elsewhere"):
-            held.step({})
-    assert read_holder(tmp_path)[0].token == "another"  # which is the other's to remove
+        os.replace(tmp_path / "new", tmp_path / OWNER_FILE)
+        lock._heart.join(5)
+        with pytest.raises(LockedError, match=r"was taken over by process .* on elsewhere"):
+            lock.check()
+    assert read_owner(tmp_path)[0].token == "another"  # which is the other's to remove
 
 
 def test_a_directory_that_cannot_be_written(tmp_path):
-    (tmp_path / LOCK).mkdir()
-    (tmp_path / HOLDER).mkdir()
-    with pytest.raises(SettingsError, match="cannot be written"), hold(tmp_path, silent):
+    (tmp_path / LOCK_FILE).mkdir()
+    (tmp_path / OWNER_FILE).mkdir()
+    with pytest.raises(SettingsError, match="cannot be written"), lock_directory(tmp_path, silent):
         pass
+
+
+def test_a_run_that_was_taken_over_writes_nothing_more(tmp_path):
+    config = tiny(steps=4, checkpoint={"every": 2})
+    run = RunDirectory.create(tmp_path / "run", config)
+    with lock_directory(run.path, silent) as lock:
+
+        class TakenOver(Driver):
+            def _next_chunk(self, step):
+                (run.path / OWNER_FILE).write_text(json.dumps(asdict(LockOwner(token="another"))))
+                lock._look()
+                return super()._next_chunk(step)
+
+        with pytest.raises(LockedError, match="was taken over by process"):
+            train_session(config, run, Alone(config), validate(config), console=Console(quiet=True), locks=[lock], make_driver=TakenOver)
+    assert not (run.path / "metrics.jsonl").exists()
+    assert not list(run.checkpoints.glob("*"))

@@ -201,7 +201,7 @@ def test_names_are_parts_of_paths():
 
 def test_a_loss_that_is_not_finite_is_never_the_best(tmp_path):
     config = make_config({"checkpoint": {"best": True}})
-    checkpointer = Checkpointer(RunDirectory.create(tmp_path / "run", config), None, config)
+    checkpointer = Checkpointer(RunDirectory.create(tmp_path / "run", config), None, None, config)
     checkpointer.note_loss(1, float("nan"), 4)
     assert not checkpointer.is_wanted(1)
     checkpointer.note_loss(2, 3.0, 4)

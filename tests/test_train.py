@@ -50,10 +50,10 @@ class Heard(rayllp.Listener):
     def __init__(self):
         self.steps, self.kinds = [], set()
 
-    def step(self, metric):
+    def on_step(self, metric):
         self.steps.append(metric["step"])
 
-    def event(self, step, kind, details):
+    def on_event(self, step, kind, details):
         self.kinds.add(kind)
 
 

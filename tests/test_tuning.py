@@ -51,6 +51,7 @@ def sweep_of(**changes):
         ({"space": {"mgrit.coarsening": {"choices": [4]}}}, "write one of"),
         ({"space": {"buffers.open": {"int": [0, 1], "when": {"mode": "serial"}}}}, "a condition is on a setting that stands before it"),
         ({"space": {"mgrit.levels.backward": {"same": "mgrit.levels.forward"}}}, "not in the space before it"),
+        ({"space": {**SPACE, "buffers.open": {"same": "mgrit.coarsening", "when": {"mode": "serial"}}}}, "takes nothing beside `same`"),
         ({"space": {"optimizer.lr": {"float": [1, 2], "when": "mode"}}}, "when 'mode': write the other setting and what it must be"),
         ({"base": "nowhere.yaml"}, r"base nowhere\.yaml does not exist"),
         ({"trails": 3}, "unknown entry trails"),
@@ -132,7 +133,7 @@ def test_what_does_not_go_together_never_becomes_a_trial():
 def test_a_network_that_does_not_fit_the_data_never_becomes_a_trial():
     sweep = sweep_of(settings={**SMALL, "model.family": "vit"}, space={"model.patch_size": {"choice": [4, 5]}}, searcher="grid")
     assert len(suggestions(sweep)[0]) == 2
-    sweep.know(DatasetFacts(vocabulary=0, classes=("a", "b"), image=(1, 28, 28)))
+    sweep = sweep.with_facts(DatasetFacts(vocabulary=0, classes=("a", "b"), image=(1, 28, 28)))
     found, search = suggestions(sweep)
     assert found == [{"model.patch_size": 4}]
     assert "patch" in search.infeasible[0][1]
@@ -179,12 +180,12 @@ def test_a_report_has_every_number_and_the_worst_where_there_is_none():
     reporter = Reporter(Objective(kind="time_to_loss", target=2.0))
     assert reporter.report()["seconds_to_target"] == WORST
     for step in range(6):
-        reporter.step(metric(step, step_time_s=9.0 if step < 3 else 0.5, bias=0.1 * step if step == 5 else None, rho_backward=0.3))
-    reporter.evaluation(6, {"loss": 2.5, "perplexity": 12.0})
+        reporter.on_step(metric(step, step_time_s=9.0 if step < 3 else 0.5, bias=0.1 * step if step == 5 else None, rho_backward=0.3))
+    reporter.on_evaluation(6, {"loss": 2.5, "perplexity": 12.0})
     assert not reporter.is_exhausted
-    reporter.event(6, "switch", {"rung": "serial"})
-    reporter.step(metric(6, mode="serial"))
-    reporter.evaluation(7, {"loss": 1.9, "perplexity": 6.7})
+    reporter.on_event(6, "switch", {"rung": "serial"})
+    reporter.on_step(metric(6, mode="serial"))
+    reporter.on_evaluation(7, {"loss": 1.9, "perplexity": 6.7})
     assert reporter.is_exhausted
     found = reporter.report()
     assert found["seconds_to_target"] == pytest.approx(27 + 4 * 0.5)
@@ -195,8 +196,8 @@ def test_a_report_has_every_number_and_the_worst_where_there_is_none():
 def test_what_was_not_measured_has_no_number_in_the_table(tmp_path):
     sweep = sweep_of(space={"optimizer.lr": {"choice": [1e-3, 1e-4]}}, objective={"kind": "pareto"}, scheduler="none")
     reporter, exact = Reporter(sweep.objective), Reporter(sweep.objective)
-    reporter.step(metric(0))
-    exact.step(metric(0, mode="serial"))
+    reporter.on_step(metric(0))
+    exact.on_step(metric(0, mode="serial"))
     reports = [Reporter(sweep.objective).report(diverged=True), reporter.report(), exact.report()]
     assert [(found["step_time"], found["bias"]) for found in reports] == [(WORST, WORST), (0.5, WORST), (0.5, 0.0)]
     results = [SimpleNamespace(config={}, metrics=found, path=str(tmp_path / f"trial_{n}"), error=None) for n, found in enumerate(reports)]
@@ -206,7 +207,7 @@ def test_what_was_not_measured_has_no_number_in_the_table(tmp_path):
         assert [row[name] for name in ("validation_loss", "largest_rho", "seconds_to_target", "switched_at")] == [""] * 4
     assert [(row["step_time"], row["bias"], row["time_total_s"]) for row in rows] == [("", "", ""), ("0.5", "", ""), ("0.5", "0.0", "")]
     loss = Reporter(Objective())
-    loss.step(metric(0, mode="serial"))
+    loss.on_step(metric(0, mode="serial"))
     assert (loss.report()["bias"], loss.report()["validation_loss"]) == (None, WORST)
 
 
@@ -242,10 +243,10 @@ def test_a_trial_that_goes_on_reports_as_if_it_had_not_stopped():
     def done(reporter, start, stop):
         for step in range(start, stop):
             if step == 4:
-                reporter.event(4, "switch", {"rung": "2+2"})
-            reporter.step(metric(step, bias=0.1 if step == 2 else None))
+                reporter.on_event(4, "switch", {"rung": "2+2"})
+            reporter.on_step(metric(step, bias=0.1 if step == 2 else None))
             if step % 3 == 2:
-                reporter.evaluation(step + 1, {"loss": 2.1 - step / 10, "perplexity": 8.0})
+                reporter.on_evaluation(step + 1, {"loss": 2.1 - step / 10, "perplexity": 8.0})
 
     objective = Objective(kind="time_to_loss", target=1.9)
     whole, again = Reporter(objective), Reporter(objective)
@@ -263,7 +264,7 @@ def test_what_is_over_the_bound_is_worse_the_more_it_is():
     reports = []
     for bias in (0.1, 0.3, 0.6):
         reporter = Reporter(Objective(kind="step_time", bias=0.2))
-        reporter.step(metric(0, bias=bias))
+        reporter.on_step(metric(0, bias=bias))
         reports.append(reporter.report()["constrained_step_time"])
     assert reports[0] == 0.5
     assert 1e3 < reports[1] < reports[2] < WORST
@@ -274,7 +275,7 @@ def test_a_budget_in_seconds():
     reporter = Reporter(Objective(seconds=1.4))
     steps = 0
     while not reporter.is_exhausted:
-        reporter.step(metric(steps))
+        reporter.on_step(metric(steps))
         steps += 1
     assert steps == 3
 

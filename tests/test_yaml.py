@@ -120,7 +120,7 @@ def test_a_sweep_is_read_by_the_settings_types_too(tmp_path):
     sweep = load_sweep(tmp_path / "sweep.yaml", ["settings.data.target=off", "trials=010", "name=1:30"])
     assert (sweep.name, sweep.trials) == ("1:30", 10)
     assert sweep.settings == {"data.source": "no", "data.path": "0123", "optimizer.lr": 1e-3, "seed": 10, "data.target": "off"}
-    by_name = {parameter.name: parameter for parameter in sweep.parameters.parameters}
+    by_name = {parameter.name: parameter for parameter in sweep.search_space.varying}
     assert by_name["data.text_field"].values == ("0123", "no")
     assert by_name["optimizer.warmup"].values == (10, 10.0)
     assert by_name["data.label_field"].when == (("data.text_field", ("0123",)),)

@@ -56,7 +56,7 @@ def ours(config: TrainConfig, folder: Path) -> dict[str, Any]:
     peaks: dict[int, float] = {}
 
     class Watch(rayllp.Listener):
-        def step(self, metric: Any) -> None:
+        def on_step(self, metric: Any) -> None:
             for process in workers():
                 peaks[process] = peak_mib(process)
 

@@ -18,16 +18,19 @@ import ray
 import rayllp
 from rayllp.cluster.ray_group import RayGroup
 from rayllp.report import RunDirectory
-from rayllp.training.driver import Driver
+from rayllp.training.driver import Driver, train_session
 from rayllp.training.prepare import validate
 
 
 class TakingTurns(Driver):
     """Copies and checkpoints in every second block of steps."""
 
-    block: int
-    times: dict[bool, list[float]]
     chosen = 0
+
+    def __init__(self, block: int, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.block = block
+        self.times: dict[bool, list[float]] = {True: [], False: []}
 
     def _between_chunks(self, step: int) -> None:
         super()._between_chunks(step)
@@ -67,9 +70,14 @@ def main() -> None:
     config = rayllp.load_config(None, settings)
     run = RunDirectory.create((arguments.output or Path(tempfile.mkdtemp(prefix="copies_"))) / "run", config)
     ray.init(address="local", num_cpus=max(2, arguments.workers), include_dashboard=False, logging_level="ERROR")
-    driver = TakingTurns(config, run, RayGroup.for_run(config, run.path, "cpu"), None, None, validate(config, None, None))
-    driver.block, driver.times = arguments.block, {True: [], False: []}
-    driver.train()
+    drivers: list[TakingTurns] = []
+
+    def make_driver(*given: Any) -> TakingTurns:
+        drivers.append(TakingTurns(arguments.block, *given))
+        return drivers[0]
+
+    train_session(config, run, RayGroup.for_run(config, run.path, "cpu"), validate(config), make_driver=make_driver)
+    (driver,) = drivers
     ray.shutdown()
     on, off = driver.times[True], driver.times[False]
     count = min(len(on), len(off))

@@ -45,7 +45,7 @@ from rayllp.plan import Costs, predict_step
 from rayllp.plan.measure import costs_of
 from rayllp.plan.recording import schedules_of
 from rayllp.plan.schedule import Clocks
-from rayllp.training.result import Network
+from rayllp.training.inputs import Network
 
 LAYER = Emulation.parse("10ms")
 BATCH, TIME, WIDTH = 8, 16, 128
@@ -150,7 +150,7 @@ def message_s(pool: ActorPool, most: Row) -> float:
     """A state's way to the neighbour, of the slowest link."""
     config = settings(most)
     group = RayGroup(config, pool)
-    group.start(Network(emulated_stack(config, Emulation(0, 0, 0))), RandomBatches(config))
+    group.start(config, Network(emulated_stack(config, Emulation(0, 0, 0))), RandomBatches(config))
     links: list[Link] = [link for mine in group.call("time_messages", [4 * BATCH * TIME * WIDTH]) for link in mine]
     group.shutdown()
     return max(next(iter(link.seconds.values())) for link in links)

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,11 @@ from rayllp.cluster.ray_group import RayGroup
 from rayllp.config import TrainConfig
 from rayllp.errors import SettingsError
 from rayllp.plan import Device, make_plan
+from rayllp.quantities import write_size
 from rayllp.report.gantt import draw_timeline, write_trace
 from rayllp.report.plan import measured_biases, show_plan
-from rayllp.training.result import Network
+from rayllp.report.progress import tell
+from rayllp.training.inputs import Network
 
 
 def run_step(
@@ -42,7 +45,7 @@ def run_step(
 
 def run_layers(config: TrainConfig, file: Path | None, console: Console) -> None:
     """Run `rayllp bench layers`."""
-    config, data = data_for_timing(config, console.print)
+    config, data = data_for_timing(config, partial(tell, console))
     bench = bench_layers(config, data, device_here(config))
     table = Table(title=f"{config.model.family}: a layer, batch {config.replica_batch}")
     for name in ("part", "ms"):
@@ -52,7 +55,7 @@ def run_layers(config: TrainConfig, file: Path | None, console: Console) -> None
             table.add_row(name.replace("_", " "), f"{1e3 * seconds:.3f}")
     console.print(table)
     sizes = {"weights": bench.parameter_bytes, "graph": bench.graph_bytes, "state": bench.state_bytes}
-    console.print(", ".join(f"{name} {size / 2**20:.2f} MiB" for name, size in sizes.items()), highlight=False)
+    tell(console, ", ".join(f"{name} {write_size(size)}" for name, size in sizes.items()))
     _write(file, bench.as_dict())
 
 
@@ -69,12 +72,12 @@ def run_links(config: TrainConfig, file: Path | None, console: Console) -> None:
     with join_cluster(config.world):
         group = RayGroup(config, ActorPool(config.world, choose_device(config)))
         try:
-            group.start(Network(emulated_stack(config, instant)), RandomBatches(config))
+            group.start(config, Network(emulated_stack(config, instant)), RandomBatches(config))
             timed: list[Link] = [link for links in group.call("time_messages", sorted({1024, state, LARGE})) for link in links]
         finally:
             group.shutdown()
     table = Table(title="from a worker to the next, half a round trip")
-    for name in ("workers", *(_bytes(size) + ", µs" for size in timed[0].seconds), "GB/s"):
+    for name in ("workers", *(write_size(size) + ", µs" for size in timed[0].seconds), "GB/s"):
         table.add_column(name, justify="right")
     for link in timed:
         times = (f"{1e6 * seconds:.0f}" for seconds in link.seconds.values())
@@ -92,15 +95,11 @@ def run_plan(
     if costs:
         layers = [read_layers(path) for path in costs]
     else:
-        config, data = data_for_timing(config, Console(stderr=True, highlight=False, soft_wrap=True).print)
+        config, data = data_for_timing(config, partial(tell, Console(stderr=True)))
         layers = measure_layers(config, data, device_here(config))
     plan = make_plan(config, layer_model(layers), device, devices, biases=biases, bias_limit=bias)
     show_plan(plan, device, console)
     _write(file, plan.as_dict())
-
-
-def _bytes(size: int) -> str:
-    return f"{size / 2**20:.3g} MiB" if size >= 2**20 else f"{size / 2**10:.3g} KiB"
 
 
 def _write(file: Path | None, figures: Any) -> None:

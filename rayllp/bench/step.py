@@ -17,8 +17,9 @@ from rayllp.data import Batches, load_data
 from rayllp.models import Architecture
 from rayllp.plan import predict
 from rayllp.plan.measure import measure_costs
+from rayllp.report.progress import tell
 from rayllp.timeline import Span, TimedStep, sum_phases
-from rayllp.training.result import Network
+from rayllp.training.inputs import Network
 
 WARM_STEPS = 3
 
@@ -83,7 +84,7 @@ def bench_step(
     accuracy = Controller(config).chosen
     group = RayGroup(config, pool or ActorPool(config.world, device))
     try:
-        group.start(Network(architecture), batches)
+        group.start(config, Network(architecture), batches)
         group.call("time_steps", [(step, accuracy) for step in range(warm)])
         timed = group.call("time_steps", [(step, accuracy) for step in range(warm, warm + steps)])
     finally:
@@ -108,14 +109,9 @@ def _summary(config: TrainConfig, timed: Sequence[list[TimedStep]], serial_s: fl
         serial_s=serial_s,
         ideal_s=ideal_s,
         phases=tuple(_phases([step.spans for step in worker]) for worker in timed),
-        spans=tuple(_shifted(worker[middle].spans, worker[middle].started - began) for worker in timed),
+        spans=tuple(tuple(span.shifted(worker[middle].started - began) for span in worker[middle].spans) for worker in timed),
         steps=len(times),
     )
-
-
-def _shifted(spans: Sequence[Span], seconds: float) -> tuple[Span, ...]:
-    """Return spans moved by some seconds."""
-    return tuple(span._replace(begin=span.begin + seconds, end=span.end + seconds) for span in spans)
 
 
 def _phases(steps: Sequence[Sequence[Span]]) -> dict[str, float]:
@@ -139,4 +135,4 @@ def show_step(config: TrainConfig, bench: StepBench, console: Console) -> None:
     parts.append(f"serial on one worker {1e3 * bench.serial_s:.1f}, speed-up {bench.serial_s / bench.step_s:.2f}")
     if bench.ideal_s is not None:
         parts.append(f"ideal {1e3 * bench.ideal_s:.1f}, time over ideal {bench.step_s / bench.ideal_s:.3f}")
-    console.print("; ".join(parts), highlight=False, soft_wrap=True)
+    tell(console, "; ".join(parts))

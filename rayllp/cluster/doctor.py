@@ -26,6 +26,7 @@ from rayllp.cluster.hosts import find_unreachable
 from rayllp.cluster.placement import WorkerLocation
 from rayllp.cluster.process_groups import make_store
 from rayllp.errors import ClusterError
+from rayllp.report.progress import tell
 
 PACKAGES = ("ray", "torch", "transformers", "safetensors", "rayllp")
 MISSING = "–"
@@ -110,7 +111,7 @@ def examine(path: str | None = None) -> Diagnosis:
 
 def show(diagnosis: Diagnosis, console: Console) -> None:
     """Print the nodes and links as tables that fit 80 columns, then what to fix."""
-    say = partial(console.print, highlight=False, soft_wrap=True, markup=False)
+    say = partial(tell, console)
     headers = "host", "address", "CPUs", "GPUs", "clock, s", "shared path"
     table = Table(*(Column(header, overflow="fold") for header in headers), title="nodes")
     alike: dict[str, list[str]] = {}  # hosts by their versions, which are many and mostly the same
@@ -309,9 +310,7 @@ def run_doctor(path: str | None, console: Console) -> bool:
     from rayllp.cluster.joining import join_cluster
 
     if not ray.is_initialized() and not os.environ.get("RAY_ADDRESS"):
-        console.print(
-            "RAY_ADDRESS is not set: looking at a cluster of this machine's own, as `rayllp train` would start it", soft_wrap=True
-        )
+        tell(console, "RAY_ADDRESS is not set: looking at a cluster of this machine's own, as `rayllp train` would start it")
     with join_cluster(1, console):
         diagnosis = examine(path)
     show(diagnosis, console)

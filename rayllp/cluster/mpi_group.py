@@ -28,10 +28,12 @@ from rayllp.cluster.worker import BlockWorker
 from rayllp.config import TrainConfig, make_config
 from rayllp.data import Batches
 from rayllp.errors import ClusterError, RayllpError, RendezvousError, SettingsError
-from rayllp.training.driver import Driver
+from rayllp.report.progress import tell
+from rayllp.training.driver import train_session
+from rayllp.training.inputs import BuildContext, Network
 from rayllp.training.interrupt import ASKING
 from rayllp.training.prepare import open_run, prepare
-from rayllp.training.result import BuildContext, Network, TrainResult
+from rayllp.training.result import TrainResult
 from rayllp.training.worker_group import WorkerGroup, WorkerShare
 
 PAUSE_S = 5e-4
@@ -66,9 +68,9 @@ def train_launched(
         config = prepared.config
         check_size(config, process.size)
         device = _device(config, process)
-        with open_run(prepared, output, console) as (run, holds):
+        with open_run(prepared, output, console) as (run, locks):
             group = MPIWorkerGroup(config, device, process)
-            result = Driver(config, run, group, None, None, prepared.loaded, console, holds).train(prepared.resume_from)
+            result = train_session(config, run, group, prepared.inputs, prepared.resume_from, console=console, locks=locks)
     except BaseException as error:
         process.abandon(error)
         raise
@@ -205,7 +207,7 @@ class MPIProcess:
         text = f"{type(error).__name__}: {error}" if isinstance(error, RayllpError) else "".join(traceback.format_exception(error))
         if isinstance(error, KeyboardInterrupt):
             text = "stopped"
-        Console(stderr=True, highlight=False, soft_wrap=True).print(text, markup=False, style="red")
+        tell(Console(stderr=True), text, style="red")
         self._comm.Abort(2)
 
     def _run(self, method: str, arguments: tuple[Any, ...]) -> tuple[bool, Any]:
@@ -250,8 +252,13 @@ class MPIWorkerGroup(WorkerGroup):
         self._process = process
         self._batches: Batches | None = None
 
-    def start(self, network: Network, batches: Batches) -> list[WorkerShare]:
+    @property
+    def is_started(self) -> bool:
+        return self._batches is not None
+
+    def start(self, config: TrainConfig, network: Network, batches: Batches) -> list[WorkerShare]:
         """Have each process, including this one, make its worker, and connect them. They stay connected until the run ends."""
+        self.config = config
         self.call("make_worker", self.config, self.device)
         host = LOOPBACK
         self._batches = batches
@@ -291,7 +298,7 @@ class MPIWorkerGroup(WorkerGroup):
         return self._build(network)
 
     def _build(self, network: Network) -> list[WorkerShare]:
-        return self.call("build", network.architecture, self._batches, self.device, BuildContext.of(network))
+        return self.call("build", BuildContext.of(network), self._batches, self.device)
 
     def call(self, method: str, *arguments: Any, timeout_s: float | None = None) -> list[Any]:
         """Call a method on all workers. `timeout_s` is ignored, since messages between workers have a time limit of their own."""

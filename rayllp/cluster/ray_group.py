@@ -26,7 +26,7 @@ from rayllp.cluster.placement import Slot, capacity, draining
 from rayllp.config import TrainConfig
 from rayllp.data import Batches
 from rayllp.errors import ClusterError, MessageTimeoutError, RayllpError, RendezvousError, WorkerLostError
-from rayllp.training.result import BuildContext, Network
+from rayllp.training.inputs import BuildContext, Network
 from rayllp.training.worker_group import ElasticGroup, StepReport, WorkerShare
 
 BROKEN = ("ChannelError", "MessageTimeoutError", "RuntimeError", "DistBackendError")
@@ -85,8 +85,13 @@ class RayGroup(ElasticGroup):
         storage = checkpoint_folder(run, config.checkpoint.path)
         return cls(fitting, pool or ActorPool(fitting.world, device, name=run_name(run)), storage)
 
-    def start(self, network: Network, batches: Batches) -> list[WorkerShare]:
+    @property
+    def is_started(self) -> bool:
+        return bool(self.workers)
+
+    def start(self, config: TrainConfig, network: Network, batches: Batches) -> list[WorkerShare]:
         """Start the workers, as `WorkerGroup.start` says. Data in memory pass through Ray's object store, once for all workers."""
+        self.config = config
         self.pool.wait_for_room()
         self._slots = self.pool.slots[: self.config.world]
         self.workers = [self.pool.start_actor(slot, rank, self.config) for rank, slot in enumerate(self._slots)]
@@ -163,8 +168,7 @@ class RayGroup(ElasticGroup):
 
     def _build(self, ranks: Iterable[int]) -> list[WorkerShare]:
         # no time limit: reading pretrained weights may take long, and a worker that dies is noticed anyway
-        context = BuildContext.of(self._network)
-        shares: list[WorkerShare] = self.call_some(ranks, "build", self._network.architecture, self._sent, self.device, context)
+        shares: list[WorkerShare] = self.call_some(ranks, "build", BuildContext.of(self._network), self._sent, self.device)
         self._layouts |= {share["rank"]: share["layout"] for share in shares}
         return shares
 
@@ -265,7 +269,7 @@ class RayGroup(ElasticGroup):
     def keep_spares(self) -> None:
         """Start spare processes. There are none with MPI, where a loss means new processes for all workers."""
         if self.config.spare_workers and self.config.max_failures and self.keeps_processes:
-            self.pool.keep_spares(self._nodes, self.config, self._network.architecture, self._sent, BuildContext.of(self._network))
+            self.pool.keep_spares(self._nodes, self.config, BuildContext.of(self._network), self._sent)
 
     def survivors(self, lost: Collection[int]) -> list[int]:
         """Return the ranks of the workers that are not lost."""

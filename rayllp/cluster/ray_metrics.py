@@ -5,6 +5,8 @@ from typing import Any
 
 from ray.util.metrics import Gauge
 
+from rayllp.report import Listener
+
 GAUGES = {
     "loss": "training loss",
     "validation_loss": "of the last evaluation, exact forward",
@@ -20,7 +22,7 @@ GAUGES = {
 }
 
 
-class ClusterMetrics:
+class ClusterMetrics(Listener):
     """A listener that sets gauges to the values of the last step and evaluation."""
 
     def __init__(self, run: str) -> None:
@@ -29,7 +31,7 @@ class ClusterMetrics:
         for gauge in self._gauges.values():
             gauge.set_default_tags({"run": tag})
 
-    def step(self, metric: Mapping[str, Any]) -> None:
+    def on_step(self, metric: Mapping[str, Any]) -> None:
         """Set the gauges to what a step measured."""
         same = "loss rho_forward rho_backward bias step_time_s tokens_per_s mfu workers"
         values = {name: metric[name] for name in same.split()}
@@ -41,9 +43,6 @@ class ClusterMetrics:
             if value is not None:
                 self._gauges[name].set(float(value))
 
-    def event(self, step: int, kind: str, details: Mapping[str, Any]) -> None:
-        """Do nothing: no gauge shows events."""
-
-    def evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
+    def on_evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
         """Set the gauge of the validation loss."""
         self._gauges["validation_loss"].set(metrics["loss"])

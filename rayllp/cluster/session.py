@@ -16,7 +16,7 @@ from rayllp.data import Batches
 from rayllp.errors import SettingsError
 from rayllp.models import Architecture
 from rayllp.report import Listener
-from rayllp.training.driver import Driver
+from rayllp.training.driver import train_session
 from rayllp.training.interrupt import stopping
 from rayllp.training.prepare import open_run, prepare
 from rayllp.training.result import TrainResult
@@ -48,18 +48,18 @@ def train(
         SettingsError, DataError, ClusterError: training could not start; nothing is left behind.
         NonFiniteError: the loss or a gradient is not finite; the last good state is saved first.
         CheckpointError: there is nothing to resume, or the run directory could not be written to the end.
-        HeldError: another process trains in that directory.
+        LockedError: another process trains in that directory.
         Stopped: Ctrl-C, SIGTERM or a closed terminal before the first step. It is a KeyboardInterrupt.
     """
     batches = None if batches is None else Batches.of(batches)
     prepared = prepare(config, output, resume, model, batches)
     config = prepared.config
-    with stopping(), open_run(prepared, output, console) as (run, holds), join_cluster(config.fewest_workers, console):
+    with stopping(), open_run(prepared, output, console) as (run, locks), join_cluster(config.fewest_workers, console):
         device = choose_device(config)
         pool = _kept_workers.pool(config, device) if _kept_workers is not None else None
         workers = RayGroup.for_run(config, run.path, device, pool)
-        all_listeners: list[Listener] = [*holds, ClusterMetrics(run.path.name), *listeners]
-        return Driver(config, run, workers, model, batches, prepared.loaded, console, all_listeners).train(prepared.resume_from)
+        told = [ClusterMetrics(run.path.name), *listeners]
+        return train_session(config, run, workers, prepared.inputs, prepared.resume_from, console=console, listeners=told, locks=locks)
 
 
 # Several runs with the same processes ---------------------------------------------------------------------------------------------

@@ -32,9 +32,9 @@ from rayllp.engine import Engine, StepStats
 from rayllp.engine.memory import keep_freed_memory, peak_memory
 from rayllp.engine.profiling import profiled
 from rayllp.errors import ChannelError, DataError, RayllpError
-from rayllp.models import Architecture, build_architecture
+from rayllp.models import build_architecture
 from rayllp.timeline import TimedStep, Timeline
-from rayllp.training.result import BuildContext
+from rayllp.training.inputs import BuildContext
 from rayllp.training.worker_group import StepReport, WorkerShare
 
 REMEMBERED = 512
@@ -92,12 +92,12 @@ class BlockWorker:
         self._offset = 1
         self._step_reports: deque[StepReport] = deque(maxlen=REMEMBERED)
 
-    def warm(self, architecture: Architecture | None, batches: Batches, context: BuildContext) -> str:
+    def warm(self, context: BuildContext, batches: Batches) -> str:
         """Import and load what `build` will need, without building: a spare does this in advance. Returns this worker's node."""
         context.apply()
         self._ensure_data(batches)
-        if architecture is None:
-            build_architecture(self.config, batches.facts, context.stored_config)
+        if context.network.architecture is None:
+            build_architecture(self.config, batches.facts, context.network.stored_config)
         return self.location().node
 
     def location(self) -> WorkerLocation:
@@ -163,14 +163,14 @@ class BlockWorker:
         self.connections.leave()
         gc.collect()  # a connection is closed when the last reference to it is gone
 
-    def build(self, architecture: Architecture | None, batches: Batches, device: str, context: BuildContext) -> WorkerShare:
-        """Build this worker's layers; return its share of the network. Without an architecture, settings and context name the model."""
-        config = self.config
+    def build(self, context: BuildContext, batches: Batches, device: str) -> WorkerShare:
+        """Build this worker's layers; return its share of the network. Without an architecture, the settings name the model."""
+        config, (architecture, stored_config) = self.config, context.network
         context.apply()
         self._ensure_data(batches)
         where = torch.device("cuda", 0) if device == "cuda" else torch.device("cpu")
         if architecture is None:
-            architecture = build_architecture(config, batches.facts, context.stored_config)
+            architecture = build_architecture(config, batches.facts, stored_config)
         self.engine = Engine(architecture, config, batches, *self._channels(), where)
         self._hold_states()
         parameters = sum(p.numel() for p in self.engine.block.parameters.values())
@@ -264,7 +264,7 @@ class BlockWorker:
             seconds = timeline.clock() - begin
         finally:
             engine.timeline = None
-        spans = tuple(span._replace(begin=span.begin - begin, end=span.end - begin) for span in timeline.spans)
+        spans = tuple(span.shifted(-begin) for span in timeline.spans)
         return done, TimedStep(started, seconds, spans)
 
     @leaves_on_failure
@@ -371,13 +371,6 @@ class BlockWorker:
     def parameters(self) -> dict[str, torch.Tensor]:
         """Return copies of this worker's parameters on the CPU, by full name."""
         return {name: p.detach().cpu().clone() for name, p in self._engine.block.parameters.items()}
-
-    def set_parameter(self, name: str, value: torch.Tensor) -> bool:
-        """Overwrite a parameter if this worker owns it; return whether it does."""
-        parameter = self._engine.block.parameters.get(name)
-        if parameter is not None:
-            parameter.data.copy_(value)
-        return parameter is not None
 
     @property
     def _held_states(self) -> HeldStates:

@@ -2,6 +2,6 @@
 
 from rayllp.report.journal import Journal, Listener
 from rayllp.report.progress import ProgressDisplay
-from rayllp.report.rundir import RunDirectory, read_lines
+from rayllp.report.run_directory import RunDirectory, read_lines
 
 __all__ = ["Journal", "Listener", "ProgressDisplay", "RunDirectory", "read_lines"]

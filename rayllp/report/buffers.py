@@ -9,7 +9,8 @@ from rayllp.config import TrainConfig, load_run_config
 from rayllp.config.nested import stage_of_depth
 from rayllp.errors import SettingsError
 from rayllp.plan.buffers import LAST, BufferSuggestion, suggest_buffers
-from rayllp.report.rundir import RunDirectory
+from rayllp.report.progress import tell
+from rayllp.report.run_directory import RunDirectory
 
 BAR_WIDTH = 32
 
@@ -36,15 +37,15 @@ def show_suggestion(run: Path, factor: float, out: Console) -> BufferSuggestion:
     suggestion = suggest_buffers(estimates, config, factor=factor)
     out.print(suggestion_table(suggestion, config))
     for reason in suggestion.reasons:
-        out.print(f"- {reason}", markup=False)
+        tell(out, f"- {reason}")
     now = f"{config.buffers.open} + {config.middle_layers} + {config.buffers.close}"
     seen = f"the last {min(LAST, len(estimates))} of {len(estimates)} estimates"
     if (suggestion.open, suggestion.close) == (config.buffers.open, config.buffers.close):
-        out.print(f"From {seen}: {now} layers, as the run has them.")
+        tell(out, f"From {seen}: {now} layers, as the run has them.")
         return suggestion
-    out.print(f"From {seen}: {suggestion.open} + {suggestion.middle} + {suggestion.close} layers; the run has {now}. For a new run:")
+    tell(out, f"From {seen}: {suggestion.open} + {suggestion.middle} + {suggestion.close} layers; the run has {now}. For a new run:")
     blocks = " --set mesh.blocks=null" if config.mesh.blocks else ""
-    out.print(f"  --set buffers.open={suggestion.open} --set buffers.close={suggestion.close}{blocks}", markup=False)
+    tell(out, f"  --set buffers.open={suggestion.open} --set buffers.close={suggestion.close}{blocks}")
     return suggestion
 
 

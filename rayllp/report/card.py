@@ -14,7 +14,7 @@ from rayllp.checkpoint import checkpoints, step_of
 from rayllp.config import TrainConfig, load_run_config, to_text
 from rayllp.config.nested import stage_at
 from rayllp.models.scaled import loader
-from rayllp.report.rundir import RunDirectory, changed_settings, read_lines
+from rayllp.report.run_directory import RunDirectory, changed_settings, read_lines
 
 PLACES = ("data.path", "data.validation_path", "data.dataset", "data.tokenizer", "model.from_pretrained", "checkpoint.path")
 """Settings that may be local paths, of which a card shows only the last part."""

@@ -1,6 +1,6 @@
-"""Logging to Weights & Biases and MLflow (the setting `log_to`): the settings, and the curves that TensorBoard gets as well.
+"""What the setting `log_to` names: TensorBoard; and Weights & Biases and MLflow, which get the settings, and the same curves.
 
-A resumed run continues the same run of the service, whose identifier is stored in RUN/loggers.json. If a service fails during training, the
+A resumed run continues the same run of a service, whose identifier is stored in RUN/loggers.json. If a service fails during training, the
 user is warned, and training goes on without it.
 """
 
@@ -14,7 +14,8 @@ from typing import Any, ClassVar
 from rayllp.config import TrainConfig
 from rayllp.errors import SettingsError
 from rayllp.report.journal import SCALARS, Listener
-from rayllp.report.rundir import RunDirectory, changed_settings, flatten
+from rayllp.report.run_directory import RunDirectory, changed_settings, flatten
+from rayllp.report.tensorboard import TensorBoard
 
 KNOWN = "loggers.json"
 PACKAGES = {"wandb": "wandb", "mlflow": "mlflow"}
@@ -38,11 +39,12 @@ def check_loggers(config: TrainConfig) -> None:
 
 
 @contextmanager
-def opened_loggers(config: TrainConfig, run: RunDirectory, say: Callable[[str], None]) -> Iterator[list[Listener]]:
-    """Open the services of `log_to` for one session of a run, and close them at the end; yields them as listeners.
+def opened_loggers(config: TrainConfig, run: RunDirectory, say: Callable[[str], None], first_step: int = 0) -> Iterator[list[Listener]]:
+    """Open the loggers of `log_to` for one session of a run, and close them at the end; yields them as listeners.
 
     Args:
         say: shows the user a line of text.
+        first_step: number of steps that are done already.
 
     Raises:
         SettingsError: a service cannot be started.
@@ -50,16 +52,22 @@ def opened_loggers(config: TrainConfig, run: RunDirectory, say: Callable[[str], 
     path = run.path / KNOWN
     known: dict[str, str] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     with ExitStack() as stack:
-        services: list[Listener] = []
+        loggers: list[Listener] = []
+        if "tensorboard" in config.log_to:
+            board = TensorBoard(config, run, first_step)
+            stack.callback(board.close)
+            loggers.append(board)
+        begun = False
         for kind in (Wandb, MLflow):
             if kind.name in config.log_to:
                 service = kind(config, run, known.get(kind.name), say)
                 stack.callback(service.close)
                 known[kind.name] = service.id
-                services.append(service)
-        if services:
+                loggers.append(service)
+                begun = True
+        if begun:
             run.write_text(KNOWN, json.dumps(known) + "\n")
-        yield services
+        yield loggers
 
 
 class Service(Listener):
@@ -90,15 +98,12 @@ class Service(Listener):
         """Finish at the end of the session."""
         raise NotImplementedError
 
-    def step(self, metric: Mapping[str, Any]) -> None:
-        """Log what TensorBoard shows of a step."""
+    def on_step(self, metric: Mapping[str, Any]) -> None:
+        """Log the curves of a step."""
         values = {f"train/{name}": metric[name] for name in SCALARS if metric[name] is not None}
         self._try(lambda: self.log({**values, "train/serial": float(metric["mode"] == "serial")}, metric["step"]))
 
-    def event(self, step: int, kind: str, details: Mapping[str, Any]) -> None:
-        """Do nothing: events are in RUN/events.jsonl."""
-
-    def evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
+    def on_evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
         """Log the validation loss and metrics."""
         self._try(lambda: self.log({f"validation/{name}": value for name, value in metrics.items()}, step))
 

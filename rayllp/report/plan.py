@@ -10,7 +10,8 @@ from rich.table import Table
 from rayllp.config import load_run_config
 from rayllp.errors import SettingsError
 from rayllp.plan import Device, MGRITSolve, Option, Plan, Solve, WindowSolve
-from rayllp.report.rundir import read_lines
+from rayllp.report.progress import tell
+from rayllp.report.run_directory import read_lines
 
 
 def measured_biases(folders: Sequence[Path]) -> dict[Solve, float]:
@@ -70,7 +71,7 @@ def show_plan(plan: Plan, device: Device, console: Console) -> None:
         )
         table.add_row(str(option.devices), option.text, *numbers, bias, style="bold" if option in (plan.best, plan.exact) else None)
     console.print(table)
-    console.print(plan.advice, highlight=False, soft_wrap=True)
+    tell(console, plan.advice)
 
 
 def _fastest(plan: Plan) -> list[Option]:

@@ -80,10 +80,10 @@ class ProgressDisplay:
         tell(self.console, text)
 
 
-def tell(console: Console, text: str) -> None:
-    """Print a line without interpreting markup. It is dropped if the output is closed."""
+def tell(console: Console, text: str, style: str | None = None) -> None:
+    """Print a line as it is: not wrapped, and without interpreting markup. It is dropped if the output is closed."""
     with unread():
-        console.print(text, highlight=False, soft_wrap=True, markup=False)
+        console.print(text, highlight=False, soft_wrap=True, markup=False, style=style)
 
 
 @contextmanager

@@ -7,24 +7,23 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 from filelock import BaseFileLock, FileLock, Timeout
 
 from rayllp.checkpoint.location import Folder
-from rayllp.errors import HeldError, SettingsError
+from rayllp.errors import LockedError, SettingsError
 
-LOCK, HOLDER = ".driver.lock", "driver.json"
-"""The lock file, which the system unlocks when its process ends; and a file that names the holder, whose modification time shows that the
-holder was alive then.
+LOCK_FILE, OWNER_FILE = ".driver.lock", "driver.json"
+"""The lock file, which the system unlocks when its process ends; and a file that names the owner, whose modification time shows that the
+owner was alive then.
 """
 BEAT_S = 5.0
 SILENT_S = 30.0
-"""A holder on another machine, where file locks may have no effect, is taken to be gone after no sign of life for this many seconds."""
+"""An owner on another machine, where file locks may have no effect, is taken to be gone after no sign of life for this many seconds."""
 
 
 def _machine() -> str:
@@ -36,7 +35,7 @@ def _machine() -> str:
 
 
 @dataclass(frozen=True)
-class Holder:
+class LockOwner:
     """The process that writes to a directory; content of `driver.json`.
 
     Attributes:
@@ -44,7 +43,7 @@ class Holder:
         pid: its process id.
         since: when it began, in seconds since 1970.
         machine: see `_machine`.
-        token: distinguishes this hold from all others.
+        token: distinguishes this lock from all others.
         beats: number of signs of life; counted only on object storage, where the file is rewritten for each.
     """
 
@@ -59,30 +58,30 @@ class Holder:
         return f"process {self.pid} on {self.host}, since {datetime.fromtimestamp(self.since, UTC):%Y-%m-%d %H:%M:%S} UTC"
 
 
-class Hold:
-    """A directory that this process holds. As a listener of the run it ends the run if the hold was lost.
+class RunLock:
+    """A lock of this process on a directory.
 
     Args:
         lock: the acquired file lock; None if the file system has no locks.
     """
 
     def __init__(self, directory: Folder, lock: BaseFileLock | None) -> None:
-        self.directory, self.me = directory, Holder()
+        self.directory, self.me = directory, LockOwner()
         self._lock, self._over = lock, threading.Event()
-        self._taken_by: Holder | None = None
+        self._taken_by: LockOwner | None = None
         self._write()
-        self._heart = threading.Thread(target=self._beat, name="hold of a run directory", daemon=True)
+        self._heart = threading.Thread(target=self._beat, name="lock of a run directory", daemon=True)
         self._heart.start()
 
     def _write(self) -> None:
-        """Write the file that names the holder. Readers find the old file or the new one, never a part of it."""
+        """Write the file that names the owner. Readers find the old file or the new one, never a part of it."""
         text = json.dumps(asdict(self.me)) + "\n"
         if isinstance(self.directory, Path):
-            beside = self.directory / f".{HOLDER}.{self.me.token}"
+            beside = self.directory / f".{OWNER_FILE}.{self.me.token}"
             beside.write_text(text, encoding="utf-8")
-            os.replace(beside, self.directory / HOLDER)
+            os.replace(beside, self.directory / OWNER_FILE)
         else:
-            (self.directory / HOLDER).write_text(text, encoding="utf-8")
+            (self.directory / OWNER_FILE).write_text(text, encoding="utf-8")
 
     def _beat(self) -> None:
         """Give signs of life in a loop. Locally this changes only the file's time, which works even if the disk is full."""
@@ -90,89 +89,77 @@ class Hold:
             with contextlib.suppress(Exception):  # it may work the next time
                 self._look()
                 if isinstance(self.directory, Path):
-                    os.utime(self.directory / HOLDER)
+                    os.utime(self.directory / OWNER_FILE)
                 elif not self._over.is_set():
                     self.me = replace(self.me, beats=self.me.beats + 1)
                     self._write()
 
     def _look(self) -> None:
-        holder = read_holder(self.directory)
-        if holder is not None and holder[0].token != self.me.token:
-            self._taken_by = holder[0]
+        owner = read_owner(self.directory)
+        if owner is not None and owner[0].token != self.me.token:
+            self._taken_by = owner[0]
             self._over.set()
 
     def check(self) -> None:
-        """Check that this process still holds the directory.
+        """Check that this process still has the lock.
 
         Raises:
-            HeldError: another process has taken it over, believing this one to be gone.
+            LockedError: another process has taken it over, believing this one to be gone.
         """
         if self._taken_by is not None:
-            raise HeldError(
+            raise LockedError(
                 f"{self.directory} was taken over by {self._taken_by}, while this process was not heard of for {SILENT_S:g} s, or as both "
                 "began; it ends here, without writing to it again"
             )
-
-    def step(self, metric: Mapping[str, Any]) -> None:
-        """Check that the directory is still held; see `check`."""
-        self.check()
-
-    def event(self, step: int, kind: str, details: Mapping[str, Any]) -> None:
-        """Check that the directory is still held; see `check`."""
-        self.check()
-
-    def evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Check that the directory is still held; see `check`."""
-        self.check()
 
     def release(self) -> None:
         """Release the directory."""
         self._over.set()
         self._heart.join()
         with contextlib.suppress(Exception):
-            holder = read_holder(self.directory)
-            if holder is not None and holder[0].token == self.me.token:
-                (self.directory / HOLDER).unlink()
+            owner = read_owner(self.directory)
+            if owner is not None and owner[0].token == self.me.token:
+                (self.directory / OWNER_FILE).unlink()
         if self._lock is not None:
             self._lock.release()
 
 
 @contextlib.contextmanager
-def hold(directory: Folder, say: Callable[[str], None]) -> Iterator[Hold]:
+def lock_directory(directory: Folder, say: Callable[[str], None]) -> Iterator[RunLock]:
     """Make this process the only one that writes to `directory` inside this context.
 
     A file lock excludes other processes on this machine, and is released whenever this process ends. Machines that share the directory may
-    not share its locks, and object storage has none: there it counts whether the holder gives signs of life.
+    not share its locks, and object storage has none: there it counts whether the owner gives signs of life.
 
     Args:
-        say: is called with a line for the user before waiting for a sign of life of another holder.
+        say: is called with a line for the user before waiting for a sign of life of another owner.
 
     Raises:
-        HeldError: another process holds the directory; the message says which.
+        LockedError: another process has the lock; the message says which.
         SettingsError: the directory cannot be written.
     """
-    held = _acquire(directory, say)
+    lock = _acquire(directory, say)
     try:
-        yield held
+        yield lock
     finally:
-        held.release()
+        lock.release()
 
 
-def _acquire(directory: Folder, say: Callable[[str], None]) -> Hold:
+def _acquire(directory: Folder, say: Callable[[str], None]) -> RunLock:
     lock: BaseFileLock | None = None
     try:
         if isinstance(directory, Path):
-            lock = FileLock(directory / LOCK, timeout=0)
+            lock = FileLock(directory / LOCK_FILE, timeout=0)
             lock.acquire()
     except Timeout:
-        raise _refusal(directory, read_holder(directory)) from None
+        raise _refusal(directory, read_owner(directory)) from None
     except (OSError, NotImplementedError):  # this file system has no locks
         lock = None
     try:
-        holder = read_holder(directory)
-        if holder is not None and is_alive(directory, holder, locked=lock is not None, say=say):
-            raise _refusal(directory, holder)
-        return Hold(directory, lock)
+        owner = read_owner(directory)
+        if owner is not None and is_alive(directory, owner, locked=lock is not None, say=say):
+            raise _refusal(directory, owner)
+        return RunLock(directory, lock)
     except BaseException as error:
         if lock is not None:
             lock.release()
@@ -181,25 +168,25 @@ def _acquire(directory: Folder, say: Callable[[str], None]) -> Hold:
         raise
 
 
-def is_alive(directory: Folder, seen: tuple[Holder, float], *, locked: bool, say: Callable[[str], None]) -> bool:
-    """Return whether the process that the directory names as its holder is alive. May wait up to `SILENT_S` seconds.
+def is_alive(directory: Folder, seen: tuple[LockOwner, float], *, locked: bool, say: Callable[[str], None]) -> bool:
+    """Return whether the process that the directory names as its owner is alive. May wait up to `SILENT_S` seconds.
 
     Args:
-        seen: the holder and the time of its last sign of life, as `read_holder` returned them.
+        seen: the owner and the time of its last sign of life, as `read_owner` returned them.
         locked: True if this process has the file lock, so that no other process on this machine can have it.
     """
-    holder, heard = seen
-    if holder.machine == _machine():
-        return not locked and _runs(holder.pid)
+    owner, heard = seen
+    if owner.machine == _machine():
+        return not locked and _runs(owner.pid)
     if isinstance(directory, Path):
-        (directory / LOCK).touch()  # to compare two times of the file system's clock, as this machine's may differ
-        if (directory / LOCK).stat().st_mtime - heard >= SILENT_S:
+        (directory / LOCK_FILE).touch()  # to compare two times of the file system's clock, as this machine's may differ
+        if (directory / LOCK_FILE).stat().st_mtime - heard >= SILENT_S:
             return False
-    say(f"{directory} is held by {holder}: waiting up to {SILENT_S:g} s for a sign of life")
+    say(f"{directory} is in use by {owner}: waiting up to {SILENT_S:g} s for a sign of life")
     deadline = time.monotonic() + SILENT_S
     while time.monotonic() < deadline:
         time.sleep(min(1.0, SILENT_S / 10))
-        now = read_holder(directory)
+        now = read_owner(directory)
         if now is None:
             return False
         if now != seen:
@@ -207,17 +194,17 @@ def is_alive(directory: Folder, seen: tuple[Holder, float], *, locked: bool, say
     return False
 
 
-def read_holder(directory: Folder) -> tuple[Holder, float] | None:
-    """Return the holder of a directory and the time of its last sign of life; None if there is no holder.
+def read_owner(directory: Folder) -> tuple[LockOwner, float] | None:
+    """Return the owner of a directory and the time of its last sign of life; None if there is no owner.
 
     The time is that of the file system's clock, and 0 on object storage.
     """
     try:
         if not isinstance(directory, Path):
             directory.fs.invalidate_cache()  # other processes may have written there
-            return Holder(**json.loads((directory / HOLDER).read_text(encoding="utf-8"))), 0.0
-        with (directory / HOLDER).open() as file:  # network file systems check for changes when a file is opened
-            return Holder(**json.load(file)), os.fstat(file.fileno()).st_mtime
+            return LockOwner(**json.loads((directory / OWNER_FILE).read_text(encoding="utf-8"))), 0.0
+        with (directory / OWNER_FILE).open() as file:  # network file systems check for changes when a file is opened
+            return LockOwner(**json.load(file)), os.fstat(file.fileno()).st_mtime
     except (OSError, ValueError, TypeError):
         return None
 
@@ -232,8 +219,8 @@ def _runs(pid: int) -> bool:
     return True
 
 
-def _refusal(directory: Folder, holder: tuple[Holder, float] | None) -> HeldError:
-    who = "another process" if holder is None else str(holder[0])
-    return HeldError(
+def _refusal(directory: Folder, owner: tuple[LockOwner, float] | None) -> LockedError:
+    who = "another process" if owner is None else str(owner[0])
+    return LockedError(
         f"{directory} is in use by {who}: wait for its end or stop it (Ctrl-C leaves a checkpoint), or choose another directory"
     )

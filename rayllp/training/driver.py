@@ -1,6 +1,6 @@
 """The driver of a run: it starts the workers, calls them once per chunk of steps, and does between chunks what is due."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 from rich.console import Console
@@ -8,128 +8,128 @@ from rich.console import Console
 from rayllp.checkpoint import Folder, step_of
 from rayllp.checkpoint.run_metadata import write_data_json, write_model_json, write_tokenizer_json
 from rayllp.config import TrainConfig
-from rayllp.data import Batches
 from rayllp.errors import RayllpError
-from rayllp.models import Architecture
 from rayllp.report import Journal, Listener, RunDirectory
 from rayllp.report.loggers import opened_loggers
 from rayllp.report.progress import tell
+from rayllp.report.run_lock import RunLock
 from rayllp.training.checkpointing import Checkpointer
 from rayllp.training.evaluation import Evaluator
-from rayllp.training.interrupt import stopping
+from rayllp.training.inputs import TrainingInputs, at_full_depth
+from rayllp.training.interrupt import Stopping, stopping
 from rayllp.training.messages import describe_other_length, describe_run, describe_stage, note_without_pipeline
 from rayllp.training.recovery import FAULTS, Recovery
 from rayllp.training.resizing import Resizing
-from rayllp.training.result import Loaded, Network, TrainResult, at_full_depth
+from rayllp.training.result import TrainResult
 from rayllp.training.run_state import RunState
 from rayllp.training.step_log import Chunk
-from rayllp.training.worker_group import ElasticGroup, WorkerGroup, WorkerShare
+from rayllp.training.worker_group import ElasticGroup, WorkerGroup
+
+
+def train_session(
+    config: TrainConfig, run: RunDirectory, workers: WorkerGroup, inputs: TrainingInputs, resume_from: Sequence[Folder] = (),
+    *, console: Console | None = None, listeners: Sequence[Listener] = (), locks: Sequence[RunLock] = (),
+    make_driver: "Callable[..., Driver] | None" = None,
+) -> TrainResult:  # fmt: skip
+    """Train to the last step, or until the user stops the run: one session of a run. The workers are shut down at the end.
+
+    Args:
+        config: the settings of the whole run.
+        inputs: the network and the data.
+        resume_from: checkpoints, oldest first; the newest complete one is used.
+        console: where to show progress; default: standard error.
+        listeners: are told what happens.
+        locks: must be kept, or the run ends: those on the directories that it writes to.
+        make_driver: makes the driver; takes the arguments of `Driver`, which is the default.
+    """
+    console = console or Console(stderr=True)
+    begin = step_of(resume_from[-1]) if resume_from else 0
+    asked = "stopping after this chunk of steps, with a checkpoint; again to stop at once"
+    run.mend()
+    try:
+        with (
+            opened_loggers(config, run, partial(tell, console), begin) as loggers,
+            Journal.open(run, config.steps, begin, console, [*listeners, *loggers]) as journal,
+            stopping(partial(tell, console, asked)) as signals,
+        ):
+            result = (make_driver or Driver)(config, run, workers, inputs, journal, signals, locks).train(resume_from)
+    except BaseException:
+        run.discard_if_unused()
+        raise
+    finally:
+        workers.shutdown()
+    if result.stopped:
+        tell(console, f"stopped after step {result.steps}; go on with: rayllp train --resume {run.path}")
+    return result
 
 
 class Driver:
     """Runs one session of a run, from its start or resumption to its end.
 
     Args:
-        model: a network of the user's own; None: the one that the settings name.
-        batches: the data of the user's own network; None: `loaded` has the data set.
-        loaded: what `prepare` has loaded for a network and data that the settings name.
-        listeners: are called with each step, event and evaluation.
+        run_config: the settings of the whole run; with nested iteration, `state.current_config` has those of the current stage.
+        inputs: the network and the data.
+        journal: is told what happens.
+        signals: tells whether the user has asked for the run to end.
+        locks: as for `train_session`.
 
     Attributes:
-        run_config: the settings of the whole run; with nested iteration, `state.current_config` has those of the current stage.
         state: what the workers train and how far they are.
         resizing, recovery: None if the workers are not elastic; the first failure then ends the run.
     """
 
     def __init__(
-        self, config: TrainConfig, run: RunDirectory, workers: WorkerGroup, model: Architecture | None, batches: Batches | None,
-        loaded: Loaded | None, console: Console | None = None, listeners: Sequence[Listener] = (),
+        self, run_config: TrainConfig, run: RunDirectory, workers: WorkerGroup, inputs: TrainingInputs, journal: Journal,
+        signals: Stopping, locks: Sequence[RunLock] = (),
     ) -> None:  # fmt: skip
-        self.run_config, self.run, self.workers = config, run, workers
-        self.loaded = loaded or Loaded(None, None)
-        self.data = self.loaded.data
-        self.model, self.batches = model, batches
-        self.listeners = listeners
-        self.console = console or Console(stderr=True)
-        self.stop = self.stopped_early = False
-        self.checkpointer = Checkpointer(run, workers, config, self.loaded.record)
-        self.evaluator = Evaluator(run, workers, self.checkpointer, config.eval, self.data, batches, lambda: self.stop)
+        self.run_config, self.run, self.workers, self.inputs = run_config, run, workers, inputs
+        self.journal, self.signals = journal, signals
+        self.ends = self.stopped_early = False
+        self.checkpointer = Checkpointer(run, workers, journal, run_config, inputs.record)
+        self.evaluator = Evaluator(run, workers, self.checkpointer, journal, run_config.eval, inputs, lambda: self.stop)
+        self.state = RunState(run_config, run, workers, self.checkpointer, journal, inputs, locks)
         self.resizing: Resizing | None = None
         self.recovery: Recovery | None = None
+        if isinstance(workers, ElasticGroup):
+            self.resizing = Resizing(self.state, workers)
+            self.recovery = Recovery(self.state, workers, self.resizing)
+
+    @property
+    def stop(self) -> bool:
+        """True if the run is to end after the current chunk, with a checkpoint: by a signal, or because `ends` was set."""
+        return self.ends or self.signals.number is not None
 
     def train(self, resume_from: Sequence[Folder] = ()) -> TrainResult:
-        """Train to the last step, or until the user stops the run.
-
-        Args:
-            resume_from: checkpoints, oldest first; the newest complete one is used.
-        """
-        sample = ""
-        final: dict[str, float] = {}
-        begin = step_of(resume_from[-1]) if resume_from else 0
-        self.run.mend()
-        try:
-            tensorboard = "tensorboard" in self.run_config.log_to
-            with (
-                opened_loggers(self.run_config, self.run, partial(tell, self.console)) as loggers,
-                Journal.open(
-                    self.run, self.run_config.steps, begin, self.console, [*self.listeners, *loggers], tensorboard=tensorboard
-                ) as self.journal,
-                stopping(self._stop) as self.signals,
-            ):
-                self.state = RunState(
-                    self.run_config, self.run, self.workers, self.checkpointer, self.journal, Network(self.model, self.loaded.stored_config)
-                )
-                if isinstance(self.workers, ElasticGroup):
-                    self.resizing = Resizing(self.state, self.workers)
-                    self.recovery = Recovery(self.state, self.workers, self.resizing)
-                with self.signals.at_once():  # an interrupted start leaves nothing behind
-                    step = self._begin(list(resume_from))
-                step, final, sample = self._train_through_faults(step)
-        except BaseException:
-            self.run.discard_if_unused()
-            raise
-        finally:
-            self.workers.shutdown()
-        if self.stop:
-            tell(self.console, f"stopped after step {step}; go on with: rayllp train --resume {self.run.path}")
+        """Train to the last step, or until the run is stopped; takes the checkpoints of `train_session`."""
+        with self.signals.at_once():  # an interrupted start leaves nothing behind
+            step = self._begin(list(resume_from))
+        step, final, sample = self._train_through_faults(step)
         loss = final.pop("loss", None)
         return TrainResult(
             directory=self.run.path, steps=step, validation_loss=loss, metrics=final, sample=sample, stopped=self.stop,
             signal=self.signals.number, stopped_early=self.stopped_early,
         )  # fmt: skip
 
-    def _stop(self) -> None:
-        """Ask for the run to end after the current chunk."""
-        self.stop = True
-        tell(self.console, "stopping after this chunk of steps, with a checkpoint; again to stop at once")
-
     # The start ------------------------------------------------------------------------------------------------------------------
 
     def _begin(self, candidates: list[Folder]) -> int:
-        """Start the workers, load the newest complete one of these checkpoints, and return how many steps are done."""
-        newest = self.checkpointer.read_newest(candidates, self.journal) if candidates else None
-        step = step_of(newest[0]) if newest is not None else 0
-        self.state.enter_stage(step)
-        self.run.truncate(step)  # even without a checkpoint there may be records of steps, which will be done again
-        self.journal.rewind(step)
+        """Start the workers, load the newest undamaged one of these checkpoints, and return how many steps are done."""
         while True:
             try:
-                batches = self.batches or self.data
-                assert batches is not None  # `prepare` has loaded the data set unless there are batches
-                shares = self.workers.start(self.state.network(), batches)
-                if newest is not None:
-                    step = self.state.restore_from_newest(candidates, newest, built=True)
+                manifest = self.state.restore(candidates)
                 break
             except FAULTS as error:
                 if self.recovery is None:
                     raise
-                self.recovery.start_anew(step, error)
-        write_model_json(self.run.path, at_full_depth(shares[0]["network"], self.run_config))
-        write_tokenizer_json(self.run.path, self.data)
-        write_data_json(self.run.path, self.loaded.record)
+                self.recovery.start_anew(step_of(candidates[-1]) if candidates else 0, error)
+        step = self.state.step_log.step
+        self.state.check_locks()
+        write_model_json(self.run.path, at_full_depth(self.state.shares[0]["network"], self.run_config))
+        write_tokenizer_json(self.run.path, self.inputs.data_set)
+        write_data_json(self.run.path, self.inputs.record)
         self._say_changes(step)
-        self.journal.say(self._describe(shares))
-        before = newest[1].get("config", {}).get("steps") if newest is not None else None
+        self.journal.say(self._describe())
+        before = manifest.get("config", {}).get("steps") if manifest is not None else None
         if before not in (None, self.run_config.steps):
             self.journal.say(describe_other_length(self.run_config, before, step))
         if note := note_without_pipeline(self.state.current_config):
@@ -138,18 +138,18 @@ class Driver:
 
     def _say_changes(self, step: int) -> None:
         """Report if the data differ from those that the run began with. Losses on different validation data cannot be compared."""
-        changed = self.loaded.changed
+        changed = self.inputs.changed
         if changed:
             self.journal.event(step, "data", changed=list(changed))
             self.journal.say(f"step {step}: WARNING: the data have changed since the run began: {', '.join(changed)}")
         if "validation" in changed:
             self.checkpointer.forget_best()
 
-    def _describe(self, shares: list[WorkerShare]) -> str:
-        config = self.state.current_config
-        network = config.model.family if self.model is None else type(self.model).__name__
-        parameters = sum(share["parameters"] for share in shares) // config.mesh.data
-        left_out = {} if self.data is None else self.data.skipped
+    def _describe(self) -> str:
+        config, model, data = self.state.current_config, self.inputs.network.architecture, self.inputs.data_set
+        network = config.model.family if model is None else type(model).__name__
+        parameters = sum(share["parameters"] for share in self.state.shares) // config.mesh.data
+        left_out = {} if data is None else data.skipped
         line = describe_run(config, network, parameters, self.workers.device, self.run.path, left_out)
         return f"{line}; {describe_stage(self.state.stage, self.run_config)}" if self.run_config.nested.factors else line
 
@@ -179,7 +179,7 @@ class Driver:
         final, sample = ({}, "") if self.stop else self._evaluate_at_the_end(step)
         self.state.save(step)
         self._say_gain(step)
-        self.journal.finish(self.run_config, final, sample, step)
+        self.journal.end(step, final, sample)
         return step, final, sample
 
     def _evaluate_at_the_end(self, step: int) -> tuple[dict[str, float], str]:
@@ -188,12 +188,12 @@ class Driver:
         Interrupting it at once is safe with elastic workers: the state is saved, and they need not finish their call.
         """
         if not isinstance(self.workers, ElasticGroup):
-            return self.evaluator.finish(step, self.journal)
+            return self.evaluator.finish(step)
         try:
             with self.signals.at_once():
-                return self.evaluator.finish(step, self.journal)
+                return self.evaluator.finish(step)
         except KeyboardInterrupt:
-            self.stop = True
+            self.ends = True
             return {}, ""
 
     def _say_gain(self, step: int) -> None:
@@ -201,13 +201,12 @@ class Driver:
         step_log = self.state.step_log
         gain = step_log.times.gain
         if gain.steps and self.run_config.mode == "adaptive":
-            self.journal.gain(step, gain.as_dict(), gain.sentence(step_log.why_exact))
+            self.journal.event(step, "gain", **gain.as_dict())
+            self.journal.say(gain.sentence(step_log.why_exact))
 
     def _train_stages(self, step: int) -> int:
         """Train the remaining stages of nested iteration, or the one stage of a run without it; return the steps done."""
         while True:
-            if self.run_config.nested.factors:
-                self.journal.scalar("train/layers", self.state.current_config.model.layers, step)
             step = self._loop(step)
             if self.stop or self.stopped_early or step >= self.run_config.steps:
                 return step
@@ -222,28 +221,30 @@ class Driver:
                 state.handled_step = step
             if step >= state.stage.end or self.stop or self.stopped_early:
                 return step
-            if self.resizing is not None:
-                self.resizing.adapt(step)
-            step_log.begin(step)
             chunk = self._next_chunk(step)
             reports = self.workers.call("run", chunk, state.copies.every, timeout_s=step_log.expect(chunk))
             step_log.note_time()
+            state.check_locks()
             step = state.record(reports)
             if self.recovery is not None:
                 self.recovery.prepare()
 
     def _next_chunk(self, step: int) -> Chunk:
+        """Let the number of workers and the controller change; return the steps that come next."""
+        if self.resizing is not None:
+            self.resizing.adapt(step)
+        self.state.step_log.begin(step)
         return self.state.step_log.next_chunk(step, self.state.stage.end)
 
     def _between_chunks(self, step: int) -> None:
         """Evaluate and save if either is due after this chunk. After the last step, `_train_to_the_end` does both."""
         if step < self.run_config.steps:
             if self.evaluator.is_due(step):
-                self.evaluator.evaluate(step, self.journal)
+                self.evaluator.evaluate(step)
                 self._lose_patience(step)
             if self.checkpointer.is_wanted(step):
                 self.state.begin_save(step)
-        self.checkpointer.poll(self.journal)
+        self.checkpointer.poll()
 
     def _lose_patience(self, step: int) -> None:
         """Stop early if the last `eval.patience` evaluations were no better than the best one before."""

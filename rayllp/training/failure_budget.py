@@ -8,13 +8,13 @@ from rayllp.config import TrainConfig
 from rayllp.errors import ClusterError
 
 HOUR_S = 3600.0
-SAME_STEP = 3
+MOST_FAILURES_AT_ONE_STEP = 3
 """After this many failures at one step, with no step done between them, the step itself is taken to be the cause."""
-BACK_OFF_S, LONGEST_S = 0.5, 30.0
-"""Seconds to wait after failures that follow each other: the wait doubles each time, up to `LONGEST_S`."""
-COST = 0.03
+BASE_WAIT_S, LONGEST_WAIT_S = 0.5, 30.0
+"""Seconds to wait after failures that follow each other: the wait doubles each time, up to `LONGEST_WAIT_S`."""
+MOST_COPY_SHARE = 0.03
 """Largest share of the training time that keeping states may take."""
-RAREST = 100
+LONGEST_COPY_INTERVAL = 100
 """Most steps between kept states."""
 
 
@@ -43,12 +43,12 @@ class FailureBudget:
         self._count(now_s, what)
         self._at_step = self._at_step + 1 if step == self._step else 1
         self._step = step
-        if self._at_step >= SAME_STEP:
+        if self._at_step >= MOST_FAILURES_AT_ONE_STEP:
             raise ClusterError(
                 f"{what}; that is fault {self._at_step} at step {step} with no step done between: look at that step's batch, and at the "
                 "memory of the workers' nodes"
             )
-        return 0.0 if self._at_step == 1 else min(LONGEST_S, BACK_OFF_S * 2**self._at_step)
+        return 0.0 if self._at_step == 1 else min(LONGEST_WAIT_S, BASE_WAIT_S * 2**self._at_step)
 
     def spend_again(self, attempt: int, now_s: float, what: str) -> float:
         """Count another failure during recovery, whose `attempt`-th attempt has failed. Returns the seconds to wait.
@@ -59,7 +59,7 @@ class FailureBudget:
             ClusterError: there were too many failures within an hour.
         """
         self._count(now_s, what)
-        return min(LONGEST_S, BACK_OFF_S * 2.0**attempt)
+        return min(LONGEST_WAIT_S, BASE_WAIT_S * 2.0**attempt)
 
     def _count(self, now_s: float, what: str) -> None:
         while self._times and self._times[0] <= now_s - HOUR_S:
@@ -102,7 +102,7 @@ class CopyInterval:
 
 
 def choose_interval(step_s: float, take_s: float, exchange_s: float, *, on_cpu: bool) -> int:
-    """Return the number of steps between states kept in memory that limits their cost to the share `COST` of the training time.
+    """Return the number of steps between states kept in memory that limits their cost to the share `MOST_COPY_SHARE` of the training time.
 
     Args:
         step_s: seconds of a training step.
@@ -112,4 +112,4 @@ def choose_interval(step_s: float, take_s: float, exchange_s: float, *, on_cpu: 
         on_cpu: True if workers compute on CPUs.
     """
     cost = take_s + (exchange_s if on_cpu else 0.0)
-    return max(1, min(RAREST, max(math.ceil(cost / (COST * step_s)), math.ceil(exchange_s / step_s))))
+    return max(1, min(LONGEST_COPY_INTERVAL, max(math.ceil(cost / (MOST_COPY_SHARE * step_s)), math.ceil(exchange_s / step_s))))

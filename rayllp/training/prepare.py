@@ -25,8 +25,8 @@ from rayllp.models import Architecture, LayerStack, check_batched, check_family,
 from rayllp.report import RunDirectory
 from rayllp.report.loggers import check_loggers
 from rayllp.report.progress import tell
-from rayllp.report.run_lock import Hold, hold
-from rayllp.training.result import Loaded, at_full_depth
+from rayllp.report.run_lock import RunLock, lock_directory
+from rayllp.training.inputs import Network, TrainingInputs, at_full_depth
 
 
 class Prepared(NamedTuple):
@@ -36,14 +36,14 @@ class Prepared(NamedTuple):
         run: the directory of the run that is resumed; None for a new run, whose directory does not exist yet.
         config: the settings to train with.
         resume_from: complete checkpoints, oldest first.
-        loaded: the data set and configuration that the settings name; None for a network and batches of the user's own.
+        inputs: the network and the data.
         before: the settings that a resumed run had, if `config` differs from them.
     """
 
     run: RunDirectory | None
     config: TrainConfig
     resume_from: list[Folder]
-    loaded: Loaded | None
+    inputs: TrainingInputs
     before: TrainConfig | None = None
 
 
@@ -78,30 +78,30 @@ def prepare(
         RunDirectory.find_place(output, config.name)
     if config.checkpoint.path is not None:
         check_writable(locate(config.checkpoint.path))
-    loaded = validate(config, model, batches, run, resume_from)
-    return Prepared(run, config, resume_from, loaded, before if before != config else None)
+    inputs = validate(config, model, batches, run, resume_from)
+    return Prepared(run, config, resume_from, inputs, before if before != config else None)
 
 
 @contextlib.contextmanager
-def open_run(prepared: Prepared, output: str | Path | None, console: Console | None) -> Iterator[tuple[RunDirectory, list[Hold]]]:
+def open_run(prepared: Prepared, output: str | Path | None, console: Console | None) -> Iterator[tuple[RunDirectory, list[RunLock]]]:
     """Open the run's directory for this process alone. It is created if needed, and removed again if nothing was recorded in it.
 
     Yields the run, and the locks that are held: on the directory, and on the place of its checkpoints if that is elsewhere.
 
     Raises:
-        HeldError: another process trains in that directory, or writes its checkpoints to the same place.
+        LockedError: another process trains in that directory, or writes its checkpoints to the same place.
         SettingsError: the directory cannot be written.
     """
     run = prepared.run or RunDirectory.create(output, prepared.config)
     say = partial(tell, console or Console(stderr=True))
-    with hold(run.path, say) as run_hold, contextlib.ExitStack() as stack:
+    with lock_directory(run.path, say) as run_lock, contextlib.ExitStack() as stack:
         try:
-            holds = [run_hold]
+            locks = [run_lock]
             if prepared.config.checkpoint.path is not None and run.checkpoints.absolute() != run.path.absolute():
-                holds.append(stack.enter_context(hold(run.checkpoints, say)))
+                locks.append(stack.enter_context(lock_directory(run.checkpoints, say)))
             if prepared.before is not None:
                 run.change_settings(prepared.before, prepared.config)
-            yield run, holds
+            yield run, locks
         except BaseException:
             run.discard_if_unused()
             raise
@@ -109,12 +109,12 @@ def open_run(prepared: Prepared, output: str | Path | None, console: Console | N
 
 def validate(
     config: TrainConfig,
-    model: Architecture | None,
-    batches: Batches | None,
+    model: Architecture | None = None,
+    batches: Batches | None = None,
     run: RunDirectory | None = None,
     resume_from: Sequence[Folder] = (),
-) -> Loaded | None:
-    """Check what can be checked without a cluster, and load what the settings name; return None for a network of the user's own.
+) -> TrainingInputs:
+    """Check what can be checked without a cluster, and load what the settings name.
 
     Args:
         run, resume_from: the resumed run and its checkpoints, if there are any.
@@ -129,22 +129,23 @@ def validate(
     check_loggers(config)
     if (model is None) != (batches is None):
         raise SettingsError("model and batches belong together: give both, or neither")
-    if model is not None:
+    if model is not None and batches is not None:
         if model.layers != config.model.layers:
             raise SettingsError(f"the model has {model.layers} layers but model.layers is {config.model.layers}: make them equal")
         if config.nested.factors and not isinstance(model, LayerStack):
             raise SettingsError(f"nested needs a LayerStack, to make shallower ones of it; got a {type(model).__name__}: leave nested out")
         check_muon(config, model)
         check_batched(config, model, _drawing(config, model, batches))
-        return None
+        return TrainingInputs(Network(model), batches)
     check_family(config)
-    loaded = load_known(config, run, resume_from)
-    assert loaded.data is not None
-    check_network(config, loaded.data.facts, loaded.stored_config)
-    return loaded
+    inputs = load_inputs(config, run, resume_from)
+    check_network(config, inputs.batches.facts, inputs.network.stored_config)
+    return inputs
 
 
-def load_known(config: TrainConfig, run: RunDirectory | None, resume_from: Sequence[Folder] = (), data: Dataset | None = None) -> Loaded:
+def load_inputs(
+    config: TrainConfig, run: RunDirectory | None, resume_from: Sequence[Folder] = (), data: Dataset | None = None
+) -> TrainingInputs:
     """Load a run's data set and configuration, with the tokenizer that the run began with.
 
     Args:
@@ -158,10 +159,10 @@ def load_known(config: TrainConfig, run: RunDirectory | None, resume_from: Seque
     if known is None:
         known = DataRecord.read(_newest_manifest(resume_from).get("data") or {})
     data, record, changed = load_recorded(config, known, run.path / TOKENIZER_JSON if run is not None else None, data)
-    return Loaded(data, read_stored_config(config, run), record, changed)
+    return TrainingInputs(Network(None, read_stored_config(config, run)), data, record, changed)
 
 
-def _drawing(config: TrainConfig, model: Architecture, batches: Batches | None) -> str | None:
+def _drawing(config: TrainConfig, model: Architecture, batches: Batches) -> str | None:
     """Return a part of the user's network that draws random numbers (by dropout, say), or None if none was found.
 
     Only parts that are likely to differ are tried: embedding, head, and the first and last middle layers.
@@ -169,7 +170,6 @@ def _drawing(config: TrainConfig, model: Architecture, batches: Batches | None) 
     Raises:
         SettingsError: a part draws random numbers in a way that cannot be repeated.
     """
-    assert batches is not None
     layers = {config.buffers.open, config.model.layers - config.buffers.close - 1}
     dtype, seed = PARAMETER_DTYPES[config.dtype], config.seed
     try:
@@ -203,7 +203,7 @@ def _reopen(path: Path, config: TrainConfig | None) -> tuple[RunDirectory, Train
     Raises:
         SettingsError: the settings have another optimizer.
         CheckpointError: there is no complete checkpoint.
-        HeldError: there is none, and another process trains in that directory.
+        LockedError: there is none, and another process trains in that directory.
     """
     before = load_run_config(path)
     if config is None:
@@ -215,7 +215,7 @@ def _reopen(path: Path, config: TrainConfig | None) -> tuple[RunDirectory, Train
         )
     complete = checkpoints(RunDirectory(path, before).checkpoints)
     if not complete:
-        with hold(path, partial(tell, Console(stderr=True))):  # if the run is in progress, raise that error instead
+        with lock_directory(path, partial(tell, Console(stderr=True))):  # if the run is in progress, raise that error instead
             pass
         raise CheckpointError(f"{path} has no complete checkpoint to resume from: start it anew, by its settings and --output {path}")
     return RunDirectory(path, config or before), before, complete

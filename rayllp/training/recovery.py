@@ -74,7 +74,6 @@ class Recovery:
                 error, lost = another, _ranks_of(another) | (frozenset() if self.workers.is_halfway else lost)
         seconds = time.monotonic() - began
         journal.event(step, "restore", source=source, ranks=sorted(lost), seconds=round(seconds, 3), steps_lost=reached - step)
-        journal.scalar("recovery/seconds", seconds, step)
         journal.say(f"step {step}: going on from {source} after {seconds:.1f} s; {reached - step} steps are done again")
         return step
 

@@ -12,7 +12,7 @@ from rayllp.training.messages import describe_layout, listed
 from rayllp.training.run_state import RunState
 from rayllp.training.worker_group import ElasticGroup
 
-MOVE_S = 10.0
+LATEST_MOVE_S = 10.0
 """This long before a node shuts down its layers move, even if there are fewer workers to take them."""
 
 
@@ -61,9 +61,9 @@ class Resizing:
         self.workers.start_standbys(size_now + len(draining))
         remaining = size_now - len(draining) + min(self.workers.count_standbys(), len(draining))
         size = state.at_size(remaining).world
-        if size > remaining or (size < size_now and left_s > MOVE_S):
+        if size > remaining or (size < size_now and left_s > LATEST_MOVE_S):
             return  # too few workers would be left, or more of them may be ready before the node shuts down
-        state.checkpointer.finish(journal)
+        state.checkpointer.finish()
         self._resize_between_steps(step, size, draining)
 
     def _resize_between_steps(self, step: int, size: int, leaving: frozenset[int] = frozenset()) -> None:
@@ -99,6 +99,5 @@ class Resizing:
         counts = [len(config.layers_of(rank)) for rank in range(config.layer_workers)]
         sizes = {"workers_before": before.world, "workers": config.world, "blocks": counts, "replicas": config.mesh.data}
         journal.event(step, "resize", **sizes, seconds=seconds)
-        journal.scalar("train/workers", config.world, step)
         journal.say(f"step {step}: {before.world} workers became {config.world}: {describe_layout(config)}")
         return step, source

@@ -3,29 +3,31 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from rayllp.checkpoint import Folder, checkpoints, count_layers, read_manifest, step_of
+from rayllp.checkpoint import Folder, Prolongation, checkpoints, count_layers, read_manifest, step_of
 from rayllp.config import TrainConfig
 from rayllp.config.nested import stage_at
 from rayllp.errors import DamagedCheckpointError, NonFiniteError
 from rayllp.report import Journal, RunDirectory
+from rayllp.report.run_lock import RunLock
 from rayllp.training.checkpointing import Checkpointer
 from rayllp.training.failure_budget import CopyInterval
+from rayllp.training.inputs import Network, TrainingInputs
 from rayllp.training.messages import describe_stage, where_not_finite
-from rayllp.training.result import Network
 from rayllp.training.step_log import StepLog
-from rayllp.training.worker_group import ElasticGroup, StepReport, WorkerGroup
+from rayllp.training.worker_group import ElasticGroup, StepReport, WorkerGroup, WorkerShare
 
 
 class RunState:
     """Keeps settings, workers' states, records and checkpoints consistent during one session of a run.
 
     Args:
-        network: the network at the run's full depth.
+        inputs: the network and the data.
+        locks: those of the directories that the run writes to.
 
     Attributes:
         run_config: settings of the whole run.
         stage: the current stage of nested iteration; without nested iteration there is one stage.
-        current_config: settings of that stage, for the current number of workers.
+        shares: each worker's share of the network, when the layers of the stage were built; empty before the workers start.
         step_log: records of the steps, and the controller.
         handled_step: the last step after which evaluation and checkpoint, if due, were done.
         copies: how often workers keep their states in memory.
@@ -33,16 +35,21 @@ class RunState:
 
     def __init__(
         self, run_config: TrainConfig, run: RunDirectory, workers: WorkerGroup, checkpointer: Checkpointer, journal: Journal,
-        network: Network,
+        inputs: TrainingInputs, locks: Sequence[RunLock] = (),
     ) -> None:  # fmt: skip
         self.run_config, self.run, self.workers, self.checkpointer, self.journal = run_config, run, workers, checkpointer, journal
-        self._network = network
+        self._inputs, self._locks = inputs, locks
         self._size = workers.config.world
         self.stage = stage_at(run_config, 0)
-        self.current_config = self.at_size(self._size)
-        self.step_log = StepLog(run, journal, self.current_config)
+        self.shares: list[WorkerShare] = []
+        self.step_log = StepLog(run, journal, self.at_size(self._size))
         self.handled_step = 0
         self.copies = self._choose_copies()
+
+    @property
+    def current_config(self) -> TrainConfig:
+        """Settings of the current stage, for the current number of workers."""
+        return self.step_log.config
 
     def start_at(self, step: int) -> None:
         """Go on after `step` steps, whose state the workers have. They keep it, so that the next step can already be recovered from."""
@@ -82,54 +89,77 @@ class RunState:
 
     def save(self, step: int) -> Folder:
         """Save a checkpoint; it is complete when this returns."""
-        return self.checkpointer.save(step, self.step_log.controller.state(), self.journal)
+        self.check_locks()
+        return self.checkpointer.save(step, self._describe())
 
     def begin_save(self, step: int) -> None:
         """Start a checkpoint that is written while training goes on."""
-        self.checkpointer.begin(step, self.step_log.controller.state(), self.journal)
+        self.check_locks()
+        self.checkpointer.begin(step, self._describe())
 
-    def _restore_from(self, folder: Folder, manifest: dict[str, Any]) -> int:
-        """Load a checkpoint into the workers and reset the records to its step; return the steps done."""
-        self._load(folder, manifest)
-        step = self.handled_step = int(manifest["step"])
-        self.checkpointer.note_loaded(step)
-        self.step_log.rewind_records(step)
-        self.journal.event(step, "restore", path=str(folder))
-        return step
+    def check_locks(self) -> None:
+        """Check that no other process has taken over a directory of this run, before anything is written to it.
 
-    def restore_from_newest(self, candidates: Sequence[Folder], newest: tuple[Folder, dict[str, Any]], *, built: bool) -> int:
-        """Load the newest of these checkpoints that is undamaged; return the steps done.
+        Raises:
+            LockedError: another process has.
+        """
+        for lock in self._locks:
+            lock.check()
+
+    def _describe(self) -> dict[str, Any]:
+        """Return what a checkpoint's manifest says of this state."""
+        return {"controller": self.step_log.controller.state(), "model": self.current_config.model.model_dump(mode="json")}
+
+    def restore(self, candidates: Sequence[Folder]) -> dict[str, Any] | None:
+        """Give the workers the state of the newest of these checkpoints that is undamaged, or of the run's start if there are none.
+
+        The workers get the layers of the stage that it belongs to; they are started if they have not been. Damaged checkpoints are
+        reported and skipped.
 
         Args:
             candidates: the checkpoints, oldest first.
-            newest: the checkpoint to try first, and its manifest, as returned by `Checkpointer.read_newest`.
-            built: True if the workers have the layers of the stage that this checkpoint belongs to.
+
+        Returns: the manifest of the checkpoint; None at the start.
 
         Raises:
             CheckpointError: all are damaged; the message is about the newest.
         """
-        first: DamagedCheckpointError | None = None
-        while True:
-            folder, manifest = newest
-            if not built:
-                self._rebuild(step_of(folder))
+        failures: list[DamagedCheckpointError] = []
+        for folder in reversed(candidates):
             try:
-                return self._restore_from(folder, manifest)
+                manifest = read_manifest(folder)
+                self.build(step_of(folder))
+                self._load(folder, manifest)
             except DamagedCheckpointError as error:
-                self.checkpointer.report_damaged(folder, error, self.journal)
-                first, candidates, built = first or error, candidates[: candidates.index(folder)], False
-                if not candidates:
-                    raise first from None
-                newest = self.checkpointer.read_newest(list(candidates), self.journal)
+                self.checkpointer.report_damaged(folder, error)
+                failures.append(error)
+                continue
+            step = int(manifest["step"])
+            self.checkpointer.note_loaded(step)
+            self._rewind_records(step)
+            self.journal.event(step, "restore", path=str(folder))
+            return manifest
+        if failures:
+            raise failures[0]
+        self.build(0)
+        self._rewind_records(0)
+        return None
 
     def _load(self, folder: Folder, manifest: dict[str, Any]) -> None:
         """Load a checkpoint of this stage's network, or of the shallower network of the stage before."""
-        prolongation, config = self.checkpointer.load(folder, manifest, nested=bool(self.run_config.nested.factors)), self.current_config
+        config, prolongation = self.current_config, None
+        if self.run_config.nested.factors:
+            prolongation = Prolongation.between(count_layers(manifest), config, folder)
+        self.workers.call("load", str(folder.absolute()), manifest["files"], prolongation)
         if prolongation is None:
             self.step_log.controller.restore(manifest["controller"])
         else:
             sizes = {"middle_layers": config.middle_layers, "step_size": config.middle_step}
             self.journal.event(manifest["step"], "deepen", layers_before=count_layers(manifest), layers=config.model.layers, **sizes)
+
+    def _rewind_records(self, step: int) -> None:
+        self.handled_step = step
+        self.step_log.rewind_records(step)
 
     # Earlier states -------------------------------------------------------------------------------------------------------------
 
@@ -147,39 +177,34 @@ class RunState:
 
     def restore_from_checkpoint_or_start(self) -> tuple[int, str]:
         """Go back to the last checkpoint, or to the start if there is none; return the step and "checkpoint" or "the start"."""
-        candidates = checkpoints(self.run.checkpoints)
-        if candidates:
-            newest = self.checkpointer.read_newest(candidates, self.journal)
-            return self.restore_from_newest(candidates, newest, built=False), "checkpoint"
-        self._rebuild(0)
-        self.step_log.rewind_records(0)
-        self.handled_step = 0
-        return 0, "the start"
+        manifest = self.restore(checkpoints(self.run.checkpoints))
+        return (0, "the start") if manifest is None else (int(manifest["step"]), "checkpoint")
 
     # Other settings: the next stage, or another number of workers -----------------------------------------------------------------
 
-    def enter_stage(self, step: int) -> None:
-        """Use the settings of the stage that contains `step`, with a new controller, since what it has learnt holds for another network."""
+    def build(self, step: int) -> None:
+        """Give the workers the layers of the stage that contains `step`; start them if they have not been, or were dismissed.
+
+        The stage gets a new controller, since what the old one has learnt holds for another network.
+        """
         self.stage = stage_at(self.run_config, step)
-        self.current_config = self.workers.config = self.checkpointer.config = self.at_size(self._size)
-        self.step_log.enter(self.current_config)
+        self.step_log.enter(self.at_size(self._size))
+        if self.workers.is_started:
+            self.shares = self.workers.rebuild(self.current_config, self.network())
+        else:
+            self.shares = self.workers.start(self.current_config, self.network(), self._inputs.batches)
 
     def deepen(self, step: int) -> None:
         """Start the next stage on the same workers: build its deeper network, and initialise it from a checkpoint of the current one."""
         folder = self.save(step)
-        self._rebuild(step)
+        self.build(step)
         self._load(folder, read_manifest(folder))
         self.start_at(step)
         self.journal.say(f"step {step}: {describe_stage(self.stage, self.run_config)}")
 
-    def _rebuild(self, step: int) -> None:
-        """Give the same workers the layers of the stage that contains `step`."""
-        self.enter_stage(step)
-        self.workers.rebuild(self.current_config, self.network())
-
     def network(self) -> Network:
         """Return the network at the stage's depth."""
-        return self._network.at_stage(self.current_config, self.run_config)
+        return self._inputs.network.at_stage(self.current_config, self.run_config)
 
     def at_size(self, size: int) -> TrainConfig:
         """Return the stage's settings for at most `size` workers."""
@@ -188,8 +213,7 @@ class RunState:
     def set_size(self, size: int) -> None:
         """Use the settings for another number of workers; `reshape` redistributes the layers accordingly."""
         self._size = size
-        self.current_config = self.checkpointer.config = self.step_log.config = self.at_size(size)
-        self.step_log.first_step = self.step_log.step
+        self.step_log.resize(self.at_size(size))
         self.copies = self._choose_copies()
 
     def _choose_copies(self) -> CopyInterval:

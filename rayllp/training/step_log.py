@@ -11,7 +11,7 @@ from rayllp.engine import StepStats
 from rayllp.mgrit import Convergence
 from rayllp.report import Journal, RunDirectory
 from rayllp.timeline import sum_kinds
-from rayllp.training.failure_budget import RAREST
+from rayllp.training.failure_budget import LONGEST_COPY_INTERVAL
 from rayllp.training.gain import StepTimes
 from rayllp.training.worker_group import StepReport
 
@@ -57,6 +57,10 @@ class StepLog:
         """Train with other settings from now on; they get a new controller."""
         self.config, self.controller = config, Controller(config)
         self.why_exact: str | None = None
+
+    def resize(self, config: TrainConfig) -> None:
+        """Train with another number of workers from now on; the controller stays."""
+        self.config, self.first_step = config, self.step
 
     def start_at(self, step: int) -> None:
         """Go on after `step` steps with workers whose speed is not known."""
@@ -142,7 +146,8 @@ class StepLog:
 
     def remember(self, step: int) -> None:
         """Remember the controller's state before `step`. States older than any step that a run can go back to are dropped."""
-        self._marks = {known: mark for known, mark in self._marks.items() if known >= step - 2 * RAREST - MAX_CHUNK_STEPS}
+        oldest = step - 2 * LONGEST_COPY_INTERVAL - MAX_CHUNK_STEPS
+        self._marks = {known: mark for known, mark in self._marks.items() if known >= oldest}
         self._marks[step] = self.controller.mark()
 
     def rewind_with_controller(self, step: int) -> None:
@@ -157,7 +162,6 @@ class StepLog:
         self.step = step
 
     def _forget(self, step: int) -> None:
-        self._run.truncate(step)
         self._journal.rewind(step)
         self._drawn.clear()
 

@@ -10,7 +10,7 @@ from rayllp.config import TrainConfig
 from rayllp.data import Batches
 from rayllp.engine import StepStats
 from rayllp.timeline import TimedStep
-from rayllp.training.result import Network
+from rayllp.training.inputs import Network
 
 
 class WorkerShare(TypedDict):
@@ -61,18 +61,24 @@ class WorkerGroup(ABC):
     """All workers of a run. Calls go to all of them at once.
 
     Attributes:
-        config: settings of the network whose layers the workers have, or will have after `start`.
+        config: settings of the network whose layers the workers have.
         device: "cpu" or "cuda".
     """
 
     config: TrainConfig
     device: str
 
+    @property
     @abstractmethod
-    def start(self, network: Network, batches: Batches) -> list[WorkerShare]:
+    def is_started(self) -> bool:
+        """True from `start`, if it succeeded, until the processes end."""
+
+    @abstractmethod
+    def start(self, config: TrainConfig, network: Network, batches: Batches) -> list[WorkerShare]:
         """Start and connect all workers, and have each build its layers.
 
         Args:
+            config: the settings, with the number of workers that the group was made for.
             network: the network that they build, at the depth of `config`.
             batches: the data set; it is loaded once, by the driver.
 

@@ -76,7 +76,7 @@ def _pareto(plt: Any, rows: list[Row], sweep: Sweep, folder: Path) -> Any:
     base = next((row for row in complete if not row["settings"]), None)
     if base is not None:
         axis.scatter(*place(base), s=110, facecolors="none", edgecolors="black", label="base config", zorder=3)
-    names = _short([parameter.name for parameter in sweep.parameters.parameters if parameter.kind != "same"])
+    names = _short([parameter.name for parameter in sweep.search_space.varying])
     lines = []
     for number, row in enumerate(front[:MOST_NAMED], 1):
         axis.annotate(str(number), place(row), fontsize=8, xytext=(5, 4), textcoords="offset points")
@@ -103,7 +103,7 @@ def _short(names: Sequence[str]) -> dict[str, str]:
 def _coordinates(plt: Any, rows: list[Row], sweep: Sweep, folder: Path) -> Any:
     metric = sweep.objective.metrics[0]
     complete = complete_rows(rows, metric)
-    names = [parameter.name for parameter in sweep.parameters.parameters if parameter.kind != "same"]
+    names = [parameter.name for parameter in sweep.search_space.varying]
     if len(complete) < 2 or not names:
         return None
     base = sweep.base_values()
@@ -156,7 +156,7 @@ def _importance(plt: Any, rows: list[Row], sweep: Sweep, folder: Path) -> Any:
     except ImportError:
         return None
     base = sweep.base_values()
-    parameters = [parameter for parameter in sweep.parameters.parameters if parameter.kind != "same"]
+    parameters = sweep.search_space.varying
     study = optuna.create_study()
     for row in usable:
         values = base | row["settings"]

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from statistics import fmean
 from typing import Any
 
+from rayllp.report import Listener
 from rayllp.tuning.sweep import Objective
 
 WORST = 1e6
@@ -11,7 +12,7 @@ WORST = 1e6
 WARM_STEPS = 3
 
 
-class Reporter:
+class Reporter(Listener):
     """A listener of a run that collects the values of a trial's reports.
 
     Args:
@@ -41,15 +42,15 @@ class Reporter:
         """
         waiting = list(evaluations)
         for metric in metrics:
-            self.step(metric)
+            self.on_step(metric)
             while waiting and waiting[0]["step"] <= self.steps:
                 evaluation = waiting.pop(0)
-                self.evaluation(evaluation["step"], {name: value for name, value in evaluation.items() if name not in ("step", "split")})
+                self.on_evaluation(evaluation["step"], {name: value for name, value in evaluation.items() if name not in ("step", "split")})
         for event in events:
-            self.event(event["step"], event["kind"], event)
+            self.on_event(event["step"], event["kind"], event)
         self._warm = WARM_STEPS  # the first steps of each session are slow
 
-    def step(self, metric: Mapping[str, Any]) -> None:
+    def on_step(self, metric: Mapping[str, Any]) -> None:
         """Add a training step."""
         self.steps = metric["step"] + 1
         self.tokens += metric["tokens"]
@@ -67,13 +68,13 @@ class Reporter:
                 self.rho[name] = metric[name]
                 self.largest_rho = max(self.largest_rho or 0.0, metric[name])
 
-    def event(self, step: int, kind: str, details: Mapping[str, Any]) -> None:
+    def on_event(self, step: int, kind: str, details: Mapping[str, Any]) -> None:
         """Remember switches of the controller; other events do not count."""
         if kind == "switch":
             self.rung = details["rung"]
             self.switches.append((step, details["rung"]))
 
-    def evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
+    def on_evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
         """Remember the results of an evaluation, and the time if the target is reached."""
         self.metrics = dict(metrics)
         target = self.objective.target

@@ -12,7 +12,8 @@ from rich.console import Console
 from rich.table import Table
 
 from rayllp.config import to_yaml
-from rayllp.report.rundir import as_hparams
+from rayllp.report.progress import tell
+from rayllp.report.run_directory import as_hparams
 from rayllp.tuning.pictures import complete_rows, draw_all, pareto_front
 from rayllp.tuning.reporter import WORST
 from rayllp.tuning.sweep import Sweep
@@ -131,12 +132,9 @@ def _say(sweep: Sweep, rows: list[Row], best: Row | None, folder: Path, infeasib
     console.print(table)
     failed = [row for row in rows if row["state"] == "failed"]
     if failed:
-        console.print(
-            f"{len(failed)} of {len(rows)} trials failed; {failed[0]['trial']}: {failed[0]['error']}", highlight=False, soft_wrap=True,
-            markup=False, style="red",
-        )  # fmt: skip
+        tell(console, f"{len(failed)} of {len(rows)} trials failed; {failed[0]['trial']}: {failed[0]['error']}", style="red")
     last = f"train it: rayllp train {folder / 'best.yaml'}; " if best is not None else "no trial came to an end; "
-    console.print(f"{last}pictures: {folder / 'index.html'}", highlight=False, soft_wrap=True)
+    tell(console, f"{last}pictures: {folder / 'index.html'}")
 
 
 def _page(sweep: Sweep, rows: list[Row], best: Row | None, pictures: list[tuple[str, Path]], infeasible: list[tuple[Any, str]]) -> str:

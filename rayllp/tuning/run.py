@@ -25,8 +25,8 @@ from rayllp.models import FAMILIES
 from rayllp.plan.measure import measure_costs
 from rayllp.report import RunDirectory
 from rayllp.report.progress import tell
-from rayllp.report.run_lock import hold
-from rayllp.report.rundir import refusing
+from rayllp.report.run_directory import refusing
+from rayllp.report.run_lock import lock_directory
 from rayllp.tuning.results import write_results
 from rayllp.tuning.searchers import FeasibleSearch, GridSearch, build_searcher
 from rayllp.tuning.sweep import Sweep, load_sweep, make_sweep
@@ -70,6 +70,10 @@ def tune(
     else:
         sweep = sweep if isinstance(sweep, Sweep) else load_sweep(sweep)
     data, record = _load_shared_data(sweep, None if resume is None else folder)
+    if sweep.shares_data:
+        sweep = sweep.with_facts(data.facts)
+        if (sweep.begins_with_base or sweep.objective.cluster is not None) and (why := sweep.problem({})) is not None:
+            raise SettingsError(f"the sweep's base config: {why}")
     searcher = build_searcher(sweep)
     if isinstance(searcher, GridSearch) and not searcher.points:
         raise SettingsError(f"no trial is feasible: {_first(searcher)}")
@@ -77,8 +81,8 @@ def tune(
         folder = _create(output, sweep, record)
     # If a cluster is started on this machine, it gets enough CPUs for as many trials as are to run at a time.
     with (
-        hold(folder, partial(tell, console)),
-        join_cluster((sweep.concurrent or 1) * (sweep.config({}).world + math.ceil(sweep.driver_cpus)), console),
+        lock_directory(folder, partial(tell, console)),
+        join_cluster((sweep.concurrent or 1) * (sweep.base_config.world + math.ceil(sweep.driver_cpus)), console),
     ):
         try:
             results = _fit(sweep, folder, searcher, data, resumed=resume is not None, console=console)
@@ -93,77 +97,85 @@ def tune(
 
 
 def _load_shared_data(sweep: Sweep, resumed: Path | None) -> tuple[Any, DataRecord | None]:
-    """Load the data that all trials share, once. If they or the base config are faulty, the sweep fails before anything else is done."""
-    data: Any = None
-    record: DataRecord | None = None
-    if sweep.shares_data or sweep.objective.cluster is not None:
-        known = read_data_json(resumed) if resumed is not None else None
-        data, record, _ = load_recorded(sweep.config({}), known or DataRecord())
-    if sweep.shares_data:
-        sweep.know(data.facts)
-        if (sweep.begins_with_base or sweep.objective.cluster is not None) and (why := sweep.problem({})) is not None:
-            raise SettingsError(f"the sweep's base config: {why}")
+    """Load the data that all trials share, or that are needed for predictions, once; return them and their record."""
+    if not sweep.shares_data and sweep.objective.cluster is None:
+        return None, None
+    known = read_data_json(resumed) if resumed is not None else None
+    data, record, _ = load_recorded(sweep.base_config, known or DataRecord())
     return data, record
 
 
 def _fit(sweep: Sweep, folder: Path, searcher: FeasibleSearch | GridSearch, data: Any, *, resumed: bool, console: Console) -> ResultGrid:
-    base = sweep.config({})
-    device = choose_device(base)
+    device = choose_device(sweep.base_config)
     _check_room(sweep, device)
+    trainable = _trainable(sweep, folder, data, device)
+    if resumed:
+        tuner = ray_tune.Tuner.restore(str(folder / EXPERIMENT), trainable, resume_unfinished=True, resume_errored=True)
+        return tuner.fit()
+    count = len(searcher.points) if isinstance(searcher, GridSearch) else sweep.trials
+    each = _describe(_resources(sweep, device, sweep.base_config.world))
+    tell(console, f"sweep {sweep.name}: up to {count} trials, {each} each; directory {folder}")
+    # Population based training takes no searcher: its population is the first points that our searcher suggests.
+    population = _population(searcher, count) if sweep.scheduler == "pbt" else None
+    run_config = ray_tune.RunConfig(
+        name=EXPERIMENT,
+        storage_path=str(folder),
+        failure_config=ray_tune.FailureConfig(max_failures=sweep.max_failures),
+        verbose=1,
+    )
+    tuner = ray_tune.Tuner(
+        trainable,
+        param_space=None if population is None else {"settings": ray_tune.grid_search(population)},
+        tune_config=_tune_config(sweep, device, searcher if population is None else None, count),
+        run_config=run_config,
+    )
+    return tuner.fit()
+
+
+def _trainable(sweep: Sweep, folder: Path, data: Any, device: str) -> Any:
+    """Return what Tune runs as a trial, with its arguments and resources."""
     cluster = sweep.objective.cluster
-    costs = None if cluster is None else measure_costs(base, data, message_s=cluster.message_s, device=device)
     arguments = {
         "sweep": sweep,
         "working_directory": os.getcwd(),
         "output": str(folder),
         "data": data if sweep.shares_data else None,
-        "costs": costs,
+        "costs": None if cluster is None else measure_costs(sweep.base_config, data, message_s=cluster.message_s, device=device),
         "families": dict(FAMILIES),
     }
-    resources = partial(_resources, sweep, device)
-    trainable = ray_tune.with_resources(
-        ray_tune.with_parameters(train_trial, **arguments), lambda config: resources(sweep.config(config["settings"]).world)
+    return ray_tune.with_resources(
+        ray_tune.with_parameters(train_trial, **arguments),
+        lambda config: _resources(sweep, device, sweep.config(config["settings"]).world),
     )
-    if resumed:
-        tuner = ray_tune.Tuner.restore(str(folder / EXPERIMENT), trainable, resume_unfinished=True, resume_errored=True)
-        return tuner.fit()
-    scheduler = SwitchingScheduler(_scheduler(sweep), sweep, resources)
+
+
+def _tune_config(sweep: Sweep, device: str, searcher: FeasibleSearch | GridSearch | None, count: int) -> ray_tune.TuneConfig:
+    """Return how Tune searches.
+
+    Args:
+        searcher: suggests `count` trials; None: they are a population, whose members all train at the same time.
+    """
     single = len(sweep.objective.metrics) == 1
-    grid = len(searcher.points) if isinstance(searcher, GridSearch) else sweep.trials
-    console.print(f"sweep {sweep.name}: up to {grid} trials, {_describe(resources(base.world))} each; directory {folder}", highlight=False)
-    # Population based training takes no searcher: its population is the first points that our searcher suggests.
-    population = _population(searcher, grid) if sweep.scheduler == "pbt" else None
-    tuner = ray_tune.Tuner(
-        trainable,
-        param_space=None if population is None else {"settings": ray_tune.grid_search(population)},
-        tune_config=ray_tune.TuneConfig(
-            metric=sweep.objective.metrics[0] if single else None,
-            mode="min" if single else None,
-            search_alg=searcher if population is None else None,
-            scheduler=scheduler,
-            num_samples=grid if population is None else 1,
-            max_concurrent_trials=sweep.concurrent if population is None else None,  # all members of a population train at the same time
-            time_budget_s=sweep.time_budget_s,
-            reuse_actors=True,
-            trial_dirname_creator=lambda trial: f"trial_{trial.trial_id}",
-        ),
-        run_config=ray_tune.RunConfig(
-            name=EXPERIMENT,
-            storage_path=str(folder),
-            failure_config=ray_tune.FailureConfig(max_failures=sweep.max_failures),
-            verbose=1,
-        ),
+    return ray_tune.TuneConfig(
+        metric=sweep.objective.metrics[0] if single else None,
+        mode="min" if single else None,
+        search_alg=searcher,
+        scheduler=SwitchingScheduler(_scheduler(sweep), sweep, partial(_resources, sweep, device)),
+        num_samples=1 if searcher is None else count,
+        max_concurrent_trials=None if searcher is None else sweep.concurrent,
+        time_budget_s=sweep.time_budget_s,
+        reuse_actors=True,
+        trial_dirname_creator=lambda trial: f"trial_{trial.trial_id}",
     )
-    return tuner.fit()
 
 
 def _scheduler(sweep: Sweep) -> TrialScheduler | None:
-    base = sweep.config({})
+    base = sweep.base_config
     if sweep.scheduler == "asha":
         every = base.eval.every or base.steps
         return ASHAScheduler(time_attr="step", max_t=base.steps + 1, grace_period=min(base.steps, sweep.grace * every), reduction_factor=2)
     if sweep.scheduler == "pbt":
-        mutations = {parameter.name: _mutation(parameter) for parameter in sweep.parameters.varying({})}
+        mutations = {parameter.name: _mutation(parameter) for parameter in sweep.search_space.active({})}
         return PopulationBasedTraining(
             time_attr="step",
             perturbation_interval=max(1, sweep.grace * (base.eval.every or base.steps)),
@@ -189,7 +201,7 @@ def _mutation(parameter: Any) -> Any:
 
 def _valid(sweep: Sweep, explored: dict[str, Any]) -> dict[str, Any]:
     """Return a trial's config as changed by population based training, made valid: settings go back to the base config until it is."""
-    settings = sweep.parameters.complete(explored["settings"])
+    settings = sweep.search_space.complete(explored["settings"])
     while sweep.problem(settings) is not None and settings:
         settings.popitem()  # the last one goes back to the value of the base config
     return {**explored, "settings": settings}
@@ -216,7 +228,7 @@ def _check_room(sweep: Sweep, device: str) -> None:
         ClusterError: there is such a trial.
     """
     resources_of_cluster = ray.cluster_resources()
-    for workers in {sweep.config({}).world, *(value for value in sweep.parameters.all_values("workers") if isinstance(value, int))}:
+    for workers in {sweep.base_config.world, *(value for value in sweep.search_space.all_values("workers") if isinstance(value, int))}:
         resources = _resources(sweep, device, workers)
         needed = resources.required_resources
         if any(resources_of_cluster.get(name, 0) < amount for name, amount in needed.items()):

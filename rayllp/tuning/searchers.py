@@ -31,7 +31,7 @@ def build_searcher(sweep: Sweep) -> "FeasibleSearch | GridSearch":
     # Both NSGA-II and TPE can find a Pareto front; TPE needs fewer trials.
     kinds = {"optuna": optuna.samplers.TPESampler, "random": optuna.samplers.RandomSampler}
     inner = OptunaSearch(
-        space=sweep.parameters,
+        space=sweep.search_space,
         metric=metrics if len(metrics) > 1 else metrics[0],
         mode=["min"] * len(metrics) if len(metrics) > 1 else "min",
         sampler=kinds[sweep.searcher](seed=sweep.seed),
@@ -84,17 +84,17 @@ class FeasibleSearch(_Search):
         if self.given >= self.sweep.trials:
             return Searcher.FINISHED
         if not self.given and self.sweep.begins_with_base:
-            return self._give(trial_id, self._default(trial_id))
+            return self._give(self._default(trial_id))
         for attempt in range(MOST_INFEASIBLE):
             name = f"{trial_id}.{attempt}"
             suggestion = self.inner.suggest(name)
             if suggestion is None or suggestion == Searcher.FINISHED:
                 return suggestion
-            chosen = self.sweep.parameters.decode(suggestion)
+            chosen = self.sweep.search_space.decode(suggestion)
             why = self.sweep.problem(chosen)
             if why is None and self._is_new(chosen):
                 self._names[trial_id] = name
-                return self._give(trial_id, chosen)
+                return self._give(chosen)
             if why is not None:
                 self.infeasible.append((chosen, why))
             self.inner.on_trial_complete(name, error=True)
@@ -108,14 +108,14 @@ class FeasibleSearch(_Search):
         self._keys.add(key)
         return True
 
-    def _give(self, trial_id: str, chosen: dict[str, Any]) -> dict[str, Any]:
+    def _give(self, chosen: dict[str, Any]) -> dict[str, Any]:
         self.given += 1
         return {"settings": chosen}
 
     def _default(self, trial_id: str) -> dict[str, Any]:
         """Return the choices of the base config, which are none, and let Optuna know of that trial if it is a point of the space."""
         self._is_new({})
-        point = self.sweep.parameters.encode(self.sweep.base_values())
+        point = self.sweep.search_space.encode(self.sweep.base_values())
         if point is not None:
             self.inner._ot_study.enqueue_trial(point)
             self._names[trial_id] = f"{trial_id}.default"
@@ -140,7 +140,7 @@ class GridSearch(_Search):
     def __init__(self, sweep: Sweep) -> None:
         super().__init__(sweep)
         self.points: list[dict[str, Any]] = []
-        for chosen in sweep.parameters.grid():
+        for chosen in sweep.search_space.grid():
             why = sweep.problem(chosen)
             if why is None:
                 self.points.append(chosen)

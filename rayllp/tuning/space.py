@@ -9,7 +9,7 @@ from typing import Any
 
 from rayllp.errors import SettingsError
 
-KINDS = ("choice", "int", "float", "log", "same")
+KINDS = ("choice", "int", "float", "log")
 FORMS = "{choice: [a, b]}, {int: [low, high]}, {float: [low, high]}, {log: [low, high]} or {same: other.setting}"
 
 
@@ -19,8 +19,8 @@ class Parameter:
 
     Attributes:
         name: dotted name of the setting.
-        kind: "choice", "int", "float" (uniform), "log" (its logarithm is uniform), or "same" (equal to another setting).
-        values: the values of a choice; the two ends of a range; for "same" the name of the other setting.
+        kind: "choice", "int", "float" (uniform) or "log" (its logarithm is uniform).
+        values: the values of a choice; the two ends of a range.
         when: pairs of another setting's name and the values it must have for this one to vary. Otherwise this one keeps the value of the
             base config.
     """
@@ -68,55 +68,65 @@ class Parameter:
 
 @dataclass(frozen=True)
 class Space:
-    """All settings that vary, in the order of the sweep file. A condition can only refer to settings before its own."""
+    """All settings that differ between trials. A condition, or an alias, can only refer to settings before its own in the sweep file.
 
-    parameters: tuple[Parameter, ...]
+    Attributes:
+        varying: the settings that vary, in the order of the file.
+        aliases: maps each setting that is always the same as another one to that one.
+    """
+
+    varying: tuple[Parameter, ...]
+    aliases: dict[str, str]
 
     @classmethod
-    def parse(cls, written: Mapping[str, Any], source: str) -> "Space":
+    def parse(cls, written: Mapping[str, Any]) -> "Space":
         """Parse the `space` of a sweep file.
 
         Raises:
             SettingsError: it is empty, or an entry has none of the FORMS.
         """
         if not written:
-            raise SettingsError(
-                f"{source}: space is empty: name a setting and what it may be, such as mgrit.coarsening: {{choice: [4, 8]}}"
-            )
-        parameters: list[Parameter] = []
+            raise SettingsError("space is empty: name a setting and what it may be, such as mgrit.coarsening: {choice: [4, 8]}")
+        varying: list[Parameter] = []
+        aliases: dict[str, str] = {}
+        before: list[str] = []
         for name, rule in written.items():
-            parameters.append(_parameter(name, rule, [parameter.name for parameter in parameters], source))
-        return cls(tuple(parameters))
+            if isinstance(rule, dict) and "same" in rule:
+                aliases[name] = _alias(name, rule, before)
+            else:
+                varying.append(_parameter(name, rule, before))
+            before.append(name)
+        return cls(tuple(varying), aliases)
 
     def complete(self, values: Mapping[str, Any]) -> dict[str, Any]:
         """Return the values with those added that are the same as another setting's."""
         completed = dict(values)
-        for parameter in self.parameters:
-            if parameter.kind == "same" and parameter.values[0] in completed:
-                completed[parameter.name] = completed[parameter.values[0]]
+        for name, other in self.aliases.items():
+            if other in completed:
+                completed[name] = completed[other]
         return completed
 
     def __call__(self, trial: Any) -> None:
         """Suggest all values to an Optuna trial: this is Optuna's define-by-run function."""
         values: dict[str, Any] = {}
-        for parameter in self.varying(values):
+        for parameter in self.active(values):
             values[parameter.name] = parameter.suggest(trial)
 
-    def varying(self, values: Mapping[str, Any]) -> Iterator[Parameter]:
-        """Yield the parameters that vary. `values` must be filled meanwhile, since conditions look at the values of earlier parameters."""
-        for parameter in self.parameters:
-            if parameter.kind != "same" and all(values.get(name) in allowed for name, allowed in parameter.when):
+    def active(self, values: Mapping[str, Any]) -> Iterator[Parameter]:
+        """Yield the parameters whose conditions hold. `values` must be filled meanwhile, since conditions look at earlier parameters."""
+        for parameter in self.varying:
+            if all(values.get(name) in allowed for name, allowed in parameter.when):
                 yield parameter
 
     def decode(self, suggested: Mapping[str, Any]) -> dict[str, Any]:
         """Return the settings for Optuna's suggestions."""
-        known = {parameter.name: parameter for parameter in self.parameters}
+        known = {parameter.name: parameter for parameter in self.varying}
         return self.complete({name: known[name].decode(value) for name, value in suggested.items()})
 
     def encode(self, values: Mapping[str, Any]) -> dict[str, Any] | None:
         """Return the suggestions of Optuna that give these settings; None if they are not in the space."""
         point: dict[str, Any] = {}
-        for parameter in self.varying(values):
+        for parameter in self.active(values):
             if not parameter.has(values.get(parameter.name)):
                 return None
             point[parameter.name] = parameter.encode(values[parameter.name])
@@ -125,22 +135,31 @@ class Space:
     def grid(self) -> list[dict[str, Any]]:
         """Return all combinations, each once."""
         choices: list[dict[str, Any]] = []
-        axes = [(parameter.name, parameter.all()) for parameter in self.parameters if parameter.kind != "same"]
+        axes = [(parameter.name, parameter.all()) for parameter in self.varying]
         for values in itertools.product(*(axis for _, axis in axes)):
             chosen = dict(zip((name for name, _ in axes), values, strict=True))
-            varying = {parameter.name for parameter in self.varying(chosen)}
-            settings = self.complete({name: value for name, value in chosen.items() if name in varying})
+            active = {parameter.name for parameter in self.active(chosen)}
+            settings = self.complete({name: value for name, value in chosen.items() if name in active})
             if settings not in choices:
                 choices.append(settings)
         return choices
 
     def all_values(self, name: str) -> list[Any]:
         """Return the values of a choice or the two ends of a range; empty if the setting does not vary."""
-        return [value for parameter in self.parameters if parameter.name == name and parameter.kind != "same" for value in parameter.values]
+        return [value for parameter in self.varying if parameter.name == name for value in parameter.values]
 
 
-def _parameter(name: str, rule: Any, before: list[str], source: str) -> Parameter:
-    where = f"{source}: space: {name}"
+def _alias(name: str, rule: dict[str, Any], before: list[str]) -> str:
+    other = rule["same"]
+    if len(rule) != 1:
+        raise SettingsError(f"space: {name} is {rule!r}: a setting that is the same as another one takes nothing beside `same`")
+    if other not in before:
+        raise SettingsError(f"space: {name} is the same as {other}, which is not in the space before it")
+    return str(other)
+
+
+def _parameter(name: str, rule: Any, before: list[str]) -> Parameter:
+    where = f"space: {name}"
     if not isinstance(rule, dict):
         raise SettingsError(f"{where} is {rule!r}: write {FORMS}; a fixed value goes into `settings`")
     rule = dict(rule)
@@ -150,10 +169,6 @@ def _parameter(name: str, rule: Any, before: list[str], source: str) -> Paramete
     if len(rule) != 1 or next(iter(rule)) not in KINDS:
         raise SettingsError(f"{where} is {rule!r}: write one of {FORMS}, and `when` beside it if it does not always matter")
     ((kind, values),) = rule.items()
-    if kind == "same":
-        if values not in before:
-            raise SettingsError(f"{where} is the same as {values}, which is not in the space before it")
-        return Parameter(name, kind, (values,))
     if not isinstance(values, list) or not values:
         raise SettingsError(f"{where}: {kind} {values!r} is empty or no list: write {FORMS}")
     if kind != "choice":

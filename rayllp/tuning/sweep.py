@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Iterable, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -9,7 +10,7 @@ from pydantic import Field, PrivateAttr, ValidationError, model_validator
 
 from rayllp.config import Settings, TrainConfig, kind_in, kind_of_setting, make_config, read_yaml, set_value, setting_names
 from rayllp.data.base import DatasetFacts
-from rayllp.errors import CheckpointError, DataError, SettingsError
+from rayllp.errors import CheckpointError, DataError, SettingsError, fault_text, nearest_name
 from rayllp.models import check_network
 from rayllp.tuning.space import Space
 
@@ -91,14 +92,29 @@ class Sweep(Settings):
     on_serial: Literal["keep", "shrink"] = Field("keep", description="shrink: a trial in serial mode for good goes on with serial_workers")
     serial_workers: int = Field(1, ge=1, description="workers of a trial in serial mode, with on_serial: shrink")
 
-    _base: dict[str, Any] = PrivateAttr(default_factory=dict)
-    _space: Space = PrivateAttr()
+    _base: dict[str, Any] = PrivateAttr()
     _facts: DatasetFacts | None = PrivateAttr(None)
 
-    @property
-    def parameters(self) -> Space:
-        """The settings that vary."""
-        return self._space
+    def model_post_init(self, context: Any) -> None:
+        """Read the base config, and check it and the space.
+
+        Args:
+            context: the folder where the relative path `base` starts; None: the working directory.
+        """
+        self._base = _read_base(self.base, Path(context or "."))
+        for name in (*self.settings, *self.space):
+            _check_name(name)
+        _check(self)
+
+    @cached_property
+    def search_space(self) -> Space:
+        """The settings that vary, and how."""
+        return Space.parse(self.space)
+
+    @cached_property
+    def base_config(self) -> TrainConfig:
+        """The settings of a trial that changes nothing."""
+        return self.config({})
 
     @property
     def begins_with_base(self) -> bool:
@@ -146,8 +162,8 @@ class Sweep(Settings):
 
     def base_values(self) -> dict[str, Any]:
         """Return the base config's values of the settings that vary, by dotted name."""
-        base = self.config({}).model_dump(mode="json")
-        return {parameter.name: _get(base, parameter.name) for parameter in self._space.parameters}
+        base = self.base_config.model_dump(mode="json")
+        return {name: _get(base, name) for name in self.space}
 
     def enlarged(self, config: TrainConfig) -> TrainConfig | None:
         """Return a trial's settings on the cluster for which step times are predicted; None if they are measured instead.
@@ -160,9 +176,11 @@ class Sweep(Settings):
             return None
         return make_config(config.model_dump(mode="json") | {"workers": cluster.workers, "mesh": {"data": 1}}, source="on the cluster")
 
-    def know(self, facts: DatasetFacts) -> None:
-        """Tell the sweep what is known of the data of all trials, so that `problem` can also check that networks fit them."""
-        self._facts = facts
+    def with_facts(self, facts: DatasetFacts) -> "Sweep":
+        """Return this sweep with what is known of the data of all trials, so that `problem` also checks that networks fit them."""
+        sweep = self.model_copy()
+        sweep._facts = facts
+        return sweep
 
     def problem(self, chosen: Mapping[str, Any]) -> str | None:
         """Return why these choices cannot be a trial; None if they can."""
@@ -205,45 +223,35 @@ def make_sweep(values: Mapping[str, Any], folder: str | Path = ".", *, source: s
         SettingsError: something is wrong; the message says what to change.
     """
     try:
-        sweep = Sweep.model_validate(dict(values))
+        return Sweep.model_validate(dict(values), context=folder)
     except ValidationError as error:
         raise SettingsError(f"{source}: " + "; ".join(_explain(fault) for fault in error.errors())) from None
-    sweep._base = _read_base(sweep.base, Path(folder))
-    for name in (*sweep.settings, *sweep.space):
-        _check_name(name, source)
-    sweep._space = Space.parse(sweep.space, source)
-    _check(sweep, source)
-    return sweep
 
 
-def _check(sweep: Sweep, source: str) -> None:
-    base = sweep.config({})  # raises an error if the base config itself is invalid
+def _check(sweep: Sweep) -> None:
+    base, space = sweep.base_config, sweep.search_space  # both raise an error if they are invalid
     objective, names = sweep.objective, set(sweep.space)
-    if not isinstance(base.workers, int | None) or any(isinstance(value, dict) for value in sweep.parameters.all_values("workers")):
-        raise SettingsError(
-            f"{source}: a trial's workers live in its own placement group, so their number is fixed: give workers as a number"
-        )
+    if not isinstance(base.workers, int | None) or any(isinstance(value, dict) for value in space.all_values("workers")):
+        raise SettingsError("a trial's workers live in its own placement group, so their number is fixed: give workers as a number")
     if objective.needs_bias and not base.adaptive.probe_every and "adaptive.probe_every" not in names:
-        raise SettingsError(
-            f"{source}: objective {objective.kind} needs the gradient's bias, which probes measure: set adaptive.probe_every"
-        )
+        raise SettingsError(f"objective {objective.kind} needs the gradient's bias, which probes measure: set adaptive.probe_every")
     if objective.kind == "pareto" and sweep.scheduler != "none":
-        raise SettingsError(f"{source}: scheduler {sweep.scheduler} compares one number a trial, and pareto has two: use scheduler: none")
+        raise SettingsError(f"scheduler {sweep.scheduler} compares one number a trial, and pareto has two: use scheduler: none")
     if objective.kind == "pareto" and sweep.searcher != "optuna":
-        raise SettingsError(f"{source}: searcher {sweep.searcher} looks for one number, and pareto has two: use searcher: optuna")
+        raise SettingsError(f"searcher {sweep.searcher} looks for one number, and pareto has two: use searcher: optuna")
     if sweep.scheduler == "asha" and not base.eval.every and "eval.every" not in names:
-        raise SettingsError(f"{source}: asha compares trials on the way, by their evaluations: set eval.every, or use scheduler: none")
+        raise SettingsError("asha compares trials on the way, by their evaluations: set eval.every, or use scheduler: none")
     if sweep.scheduler == "pbt" and sweep.searcher == "grid":
-        raise SettingsError(f"{source}: pbt changes settings on the way, a grid has its own: use another of the two")
+        raise SettingsError("pbt changes settings on the way, a grid has its own: use another of the two")
     if objective.cluster is not None:
         varied = sorted(name for name in names if name.startswith(COSTS))
         if varied:
             raise SettingsError(
-                f"{source}: objective.cluster predicts with one set of layer costs, but {', '.join(varied)} changes them: leave it out of "
+                f"objective.cluster predicts with one set of layer costs, but {', '.join(varied)} changes them: leave it out of "
                 "the space, or leave out objective.cluster"
             )
     if sweep.searcher == "grid":
-        sweep.parameters.grid()  # raises an error if the grid would be infinite
+        space.grid()  # raises an error if the grid would be infinite
 
 
 def _read_base(base: str | None, folder: Path) -> dict[str, Any]:
@@ -281,15 +289,13 @@ def _kind_in_sweep(path: tuple[str, ...]) -> Any:
     return kind_in(Sweep, path)
 
 
-def _check_name(name: str, source: str) -> None:
-    import difflib
-
+def _check_name(name: str) -> None:
     known = setting_names()
     if name in known or any(name.startswith(f"{whole}.") for whole in known):
         return
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5) or [k for k in known if k.split(".")[-1] == name.split(".")[-1]]
-    hint = f"; did you mean {close[0]}?" if close else "; `rayllp settings` lists them all"
-    raise SettingsError(f"{source}: unknown setting {name}{hint}")
+    meant = nearest_name(name, known, cutoff=0.5)
+    hint = f"; did you mean {meant}?" if meant else "; `rayllp settings` lists them all"
+    raise SettingsError(f"unknown setting {name}{hint}")
 
 
 def _get(values: Any, name: str) -> Any:
@@ -311,4 +317,4 @@ def _explain(fault: Any) -> str:
     name = ".".join(map(str, fault["loc"]))
     if fault["type"] == "extra_forbidden":
         return f"unknown entry {name} (a sweep has {', '.join(Sweep.model_fields)}; a training setting goes into `settings` or `space`)"
-    return f"{name}: {fault['msg'].removeprefix('Value error, ')}"
+    return f"{name}: {fault_text(fault)}" if name else fault_text(fault)

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,8 @@ from rayllp.errors import CheckpointError, NonFiniteError
 from rayllp.models import FAMILIES
 from rayllp.plan import Costs, predict_step
 from rayllp.report import RunDirectory, read_lines
-from rayllp.training.driver import Driver
-from rayllp.training.prepare import load_known, validate
+from rayllp.training.driver import Driver, train_session
+from rayllp.training.prepare import load_inputs, validate
 from rayllp.tuning.reporter import Reporter
 from rayllp.tuning.sweep import Sweep
 
@@ -38,21 +39,23 @@ _pool: ActorPool | None = None
 class TrialDriver(Driver):
     """Trains a trial: it reports to Tune, and ends when the trial's budget is used up.
 
-    Attributes:
+    Args:
         reporter: collects what is reported.
     """
 
-    reporter: Reporter
+    def __init__(self, reporter: Reporter, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.reporter = reporter
 
     def _between_chunks(self, step: int) -> None:
         super()._between_chunks(step)
         over = self.reporter.is_exhausted
         if over and self.evaluator.last != step:
-            self.evaluator.evaluate(step, self.journal)
+            self.evaluator.evaluate(step)
         if self.evaluator.last == step and step < self.run_config.steps:
             # Tune may end this process in report(), so the checkpoint that it would resume from must be complete before.
             report(self.reporter.report(), self.state.save(step), self.run)
-        self.stop = self.stop or over
+        self.ends = self.ends or over
 
 
 def train_trial(
@@ -87,12 +90,13 @@ def train_trial(
         return
     pool = _pool_for(config, get_current_placement_group(), 1 if sweep.driver_cpus else 0)
     # What the sweep has checked is not checked again: the check alone would import transformers, which takes seconds.
-    loaded = load_known(config, run, resume_from, data) if data is not None else validate(config, None, None, run, resume_from)
+    inputs = load_inputs(config, run, resume_from, data) if data is not None else validate(config, run=run, resume_from=resume_from)
     workers = RayGroup.for_run(config, run.path, pool.device, pool)
-    driver = TrialDriver(config, run, workers, None, None, loaded, Console(quiet=True), [reporter])
-    driver.reporter = reporter
     try:
-        driver.train(resume_from)
+        train_session(
+            config, run, workers, inputs, resume_from, console=Console(quiet=True), listeners=[reporter],
+            make_driver=partial(TrialDriver, reporter),
+        )  # fmt: skip
     except NonFiniteError as error:
         (path / "diverged.txt").write_text(f"{error}\n", encoding="utf-8")
         tune.report(reporter.report(diverged=True))

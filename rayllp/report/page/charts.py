@@ -37,9 +37,36 @@ class Curve:
     dash: Literal["solid", "dashed", "dotted"] = "solid"
 
 
+@dataclass(frozen=True)
+class MarkKind:
+    """How a kind of event is marked.
+
+    Attributes:
+        name: its name in the key.
+        glyph: its sign on the page.
+        marker: matplotlib's name of that sign.
+        colour: the sign's colour on the page of one run; of several runs each mark has its run's.
+    """
+
+    name: str
+    glyph: str
+    marker: str
+    colour: str
+
+
+MARK_KINDS = {
+    "switch": MarkKind("switch", "◆", "D", "#6a3fa0"),
+    "fault": MarkKind("fault", "✕", "X", "#c62828"),
+    "resize": MarkKind("resize", "▲", "^", "#00796b"),
+    "deepen": MarkKind("deepening", "▼", "v", "#1b1f24"),
+    "settings": MarkKind("other settings", "●", "o", "#1b1f24"),
+}
+"""By kind of event in events.jsonl; other kinds are not marked."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Mark:
-    """Something that happened at one x; kind as in events.jsonl."""
+    """Something that happened at one x; `kind` is one of `MARK_KINDS`."""
 
     x: float
     run: int

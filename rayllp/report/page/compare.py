@@ -11,7 +11,7 @@ from scipy.special import stdtrit
 from rayllp.config import MAY_DIFFER
 from rayllp.errors import SettingsError
 from rayllp.report.page.records import RunRecord
-from rayllp.report.rundir import flatten
+from rayllp.report.run_directory import flatten
 
 CONFIDENCE = 0.95
 INDIFFERENT = MAY_DIFFER | {"seed"}

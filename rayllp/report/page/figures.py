@@ -7,11 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from rayllp.report.page.charts import Band, Chart, Curve, Floats, Mark, Rule, thin
+from rayllp.report.page.charts import MARK_KINDS, Band, Chart, Curve, Floats, Mark, Rule, thin
 from rayllp.report.page.records import RunRecord
-
-MARKED = {"switch": "switch", "fault": "fault", "resize": "resize", "deepen": "deepening", "settings": "other settings"}
-"""Events that charts mark, and what they are called."""
 
 STEP_TIME = "Peaks: probes, which run several solves, and the first steps of new workers or of a new mode."
 
@@ -66,7 +63,7 @@ def _chart(runs: Sequence[RunRecord], key: str, title: str, curves: Sequence[Cur
         return None
     marks, bands = [], []
     for number, run in enumerate(runs):
-        kept = run.events_of(*MARKED)
+        kept = run.events_of(*MARK_KINDS)
         places = place(run, np.array([max(0, event["step"]) for event in kept], dtype=float))
         marks += [
             Mark(x=float(x), run=number, kind=event["kind"], text=f"{run.name}: {describe_event(event)}")

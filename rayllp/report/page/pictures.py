@@ -8,10 +8,10 @@ import numpy as np
 from bokeh.document import Document
 from bokeh.plotting import figure
 
+from rayllp.quantities import write_size
 from rayllp.report.gantt import COLOURS as SPAN_COLOURS
-from rayllp.report.page.charts import Chart, write_number, write_time
-from rayllp.report.page.figures import MARKED
-from rayllp.report.page.plots import GLYPHS, MARK_COLOURS, SOFT, THEME, Bar, colour_of, plot_bars, plot_chart
+from rayllp.report.page.charts import MARK_KINDS, Chart, write_number, write_time
+from rayllp.report.page.plots import SOFT, THEME, Bar, colour_of, plot_bars, plot_chart
 from rayllp.report.page.records import RunRecord
 from rayllp.report.page.workers import PARTS, StepTimeline, TimeSplit, WorkerMemory
 
@@ -112,7 +112,7 @@ def _rows(chart: Chart, runs: Sequence[RunRecord]) -> Iterator[list[str]]:
 def describe_glyphs(charts: Sequence[Chart]) -> list[tuple[str, str, str]]:
     """Glyph, name and colour of the marks that there are."""
     kinds = {mark.kind for chart in charts for mark in chart.marks}
-    return [(GLYPHS[kind], name, MARK_COLOURS[kind]) for kind, name in MARKED.items() if kind in kinds]
+    return [(look.glyph, look.name, look.colour) for kind, look in MARK_KINDS.items() if kind in kinds]
 
 
 # Workers --------------------------------------------------------------------------------------------------------------------------
@@ -184,8 +184,3 @@ def picture_timeline(timeline: StepTimeline, gpus: bool) -> Picture:
         plot=plot_bars(bars, "ms"),
         above="worker",
     )
-
-
-def write_size(count: float) -> str:
-    """Bytes."""
-    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"

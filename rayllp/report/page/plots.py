@@ -33,12 +33,9 @@ from bokeh.models import (
 from bokeh.plotting import figure
 from bokeh.themes import Theme
 
-from rayllp.report.page.charts import COLOURS, Chart, Floats, write_number
+from rayllp.report.page.charts import COLOURS, MARK_KINDS, Chart, Floats, write_number
 from rayllp.report.page.records import RunRecord
 
-GLYPHS = {"switch": "◆", "fault": "✕", "resize": "▲", "deepen": "▼", "settings": "●"}
-MARK_COLOURS = {"switch": "#6a3fa0", "fault": "#c62828", "resize": "#00796b", "deepen": "#1b1f24", "settings": "#1b1f24"}
-"""Of one run's marks; of several each has its run's colour."""
 SOFT, SERIAL = "#5a6472", "#e7e3f3"
 MANY = 60
 """Points beyond this are drawn small."""
@@ -174,8 +171,9 @@ def _can_be_drawn(chart: Chart, values: Floats) -> Floats:
 def _marks(plot: figure, chart: Chart, runs: Sequence[RunRecord], size: float) -> None:
     marks = _Rows("x", "y", "glyph", "text", "kind", "run", "colour")
     for mark in chart.marks:
-        colour = MARK_COLOURS[mark.kind] if len(runs) == 1 else COLOURS[mark.run % len(COLOURS)]
-        marks.add(mark.x / size, plot.y_range.end, GLYPHS[mark.kind], mark.text, mark.kind, mark.run, colour)
+        kind = MARK_KINDS[mark.kind]
+        colour = kind.colour if len(runs) == 1 else COLOURS[mark.run % len(COLOURS)]
+        marks.add(mark.x / size, plot.y_range.end, kind.glyph, mark.text, mark.kind, mark.run, colour)
     spans = VSpan(x="x", line_color="colour", line_dash="dotted", line_alpha=0.8)
     marks.draw(plot, spans, '<span style="color:@colour">@kind</span>, @text', attachment="vertical")
     middle = {"text_align": "center", "text_baseline": "top"}

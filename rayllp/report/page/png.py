@@ -8,13 +8,12 @@ import numpy as np
 
 from rayllp.errors import SettingsError
 from rayllp.report.gantt import draw_timeline
-from rayllp.report.page.charts import COLOURS, Chart, Curve
-from rayllp.report.page.figures import MARKED
+from rayllp.report.page.charts import COLOURS, MARK_KINDS, Chart, Curve
+from rayllp.report.page.plots import colour_of
 from rayllp.report.page.records import RunRecord
 from rayllp.report.page.workers import step_timelines
 
 DASHES = {"solid": "-", "dashed": "--", "dotted": ":"}
-MARKS = {"switch": "D", "fault": "X", "resize": "^", "deepen": "v", "settings": "o"}
 
 
 def write_pngs(charts: Sequence[Chart], runs: Sequence[RunRecord], folder: Path) -> list[Path]:
@@ -51,14 +50,15 @@ def _write(chart: Chart, runs: Sequence[RunRecord], path: Path) -> Path:
             if band.mode == "serial":
                 axis.axvspan(band.begin / size, band.end / size, color="#888888", alpha=0.15, lw=0, label="serial")
     for number, curve in enumerate(chart.curves):
-        _draw(axis, curve, runs, size, COLOURS[(number if len(runs) == 1 else curve.run) % len(COLOURS)])
+        _draw(axis, curve, runs, size, colour_of(chart, number, runs))
     for rule in chart.rules:
         axis.axhline(rule.y, color="#888888", lw=0.8, ls="-.")
         axis.annotate(rule.text, (1, rule.y), xycoords=("axes fraction", "data"), fontsize=7, ha="right", va="bottom")
     for mark in chart.marks:
-        colour = "#444444" if len(runs) == 1 else COLOURS[mark.run % len(COLOURS)]
+        kind = MARK_KINDS[mark.kind]
+        colour = kind.colour if len(runs) == 1 else COLOURS[mark.run % len(COLOURS)]
         axis.axvline(mark.x / size, color=colour, lw=0.5, alpha=0.5)
-        style = {"marker": MARKS[mark.kind], "ms": 6, "color": colour, "ls": "", "label": MARKED[mark.kind]}
+        style = {"marker": kind.marker, "ms": 6, "color": colour, "ls": "", "label": kind.name}
         axis.plot([mark.x / size], [1.0], transform=axis.get_xaxis_transform(), clip_on=False, **style)
     axis.set(xlabel=f"{chart.x_label}{unit and f', {unit}'}", ylabel=chart.y_label, title=chart.title, ylim=chart.y_range)
     axis.set_xlim(chart.x_range[0] / size, chart.x_range[1] / size)

@@ -12,7 +12,7 @@ import numpy as np
 
 from rayllp.config import TrainConfig, load_run_config
 from rayllp.errors import SettingsError
-from rayllp.report.rundir import read_lines
+from rayllp.report.run_directory import read_lines
 
 Line = dict[str, Any]
 Floats = np.ndarray

@@ -1,6 +1,5 @@
 """What timed steps say of workers: where their time goes, who does what when, and memory."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
@@ -85,14 +84,9 @@ def step_timelines(run: RunRecord) -> list[StepTimeline]:
 
 def _timeline(kind: str, line: dict[str, Any]) -> StepTimeline:
     begins = [worker["began"] for worker in line["workers"]]
-    spans = [_shifted(rows, began) for rows, began in zip(line["spans"], begins, strict=True)]
+    spans = [tuple(Span(*row).shifted(began) for row in rows) for rows, began in zip(line["spans"], begins, strict=True)]
     ends = [began + worker["seconds"] for began, worker in zip(begins, line["workers"], strict=True)]
     return StepTimeline(kind=kind, step=line["step"], seconds=max(ends), workers=tuple(spans))
-
-
-def _shifted(rows: Sequence[Sequence[Any]], seconds: float) -> tuple[Span, ...]:
-    spans = (Span(*row) for row in rows)
-    return tuple(span._replace(begin=span.begin + seconds, end=span.end + seconds) for span in spans)
 
 
 def memory(run: RunRecord) -> list[WorkerMemory]:

@@ -19,7 +19,7 @@ from rayllp.report.page.pictures import Picture, describe_glyphs, embed, picture
 from rayllp.report.page.png import write_pngs
 from rayllp.report.page.records import RunRecord, read_runs
 from rayllp.report.page.workers import memory, step_timelines, time_splits
-from rayllp.report.rundir import flatten
+from rayllp.report.run_directory import flatten
 
 MOST_EVENTS = 300
 """Lines of the table of events; of more the first and the last."""

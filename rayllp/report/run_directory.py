@@ -1,4 +1,4 @@
-"""The files that a run writes to its directory. Other tools read them, so their names do not change (README, "What a run writes")."""
+"""The files that a run writes to its directory. Other tools read them, so names do not change (docs/trainer.md, "What a run writes")."""
 
 import json
 import math
@@ -16,10 +16,10 @@ from typing import Any
 from rayllp.checkpoint.location import Folder, checkpoint_folder
 from rayllp.config import EvalSettings, TrainConfig, to_yaml
 from rayllp.errors import SettingsError
-from rayllp.report.run_lock import HOLDER, LOCK
+from rayllp.report.run_lock import LOCK_FILE, OWNER_FILE
 from rayllp.timeline import TimedStep, sum_kinds, sum_phases
 
-UNUSED = {"config.yaml", "tensorboard", "loggers.json", "wandb", LOCK, HOLDER}
+UNUSED = {"config.yaml", "tensorboard", "loggers.json", "wandb", LOCK_FILE, OWNER_FILE}
 """The files that a run directory has before anything was recorded."""
 
 
