@@ -49,14 +49,12 @@ class Way:
         rungs: of the ladder; none: exact training.
         interval: layers from one C-point to the next, by MGRIT of two levels; 0: windows of as many layers as there are workers.
         settings: besides.
-        quarter: with a quarter of the task's largest network, where what changes one thing at a time is compared.
     """
 
     workers: int
     rungs: tuple[str, ...] = ()
     settings: tuple[str, ...] = ()
     interval: int = 0
-    quarter: bool = False
 
     def overrides(self) -> list[str]:
         """Settings of one process that solves as so many workers do."""
@@ -79,7 +77,7 @@ def tail(share: float) -> str:
 
 def ablation(rung: str, *settings: str) -> Way:
     """One solve by intervals of four layers throughout, whatever probes say."""
-    return Way(4, (rung,), (*FIXED, "adaptive.switch_at=1.0", "adaptive.consistency=0", *settings), interval=4, quarter=True)
+    return Way(4, (rung,), (*FIXED, "adaptive.exact_every=1", "adaptive.switch_at=1.0", "adaptive.consistency=0", *settings), interval=4)
 
 
 PAPER = (
@@ -88,13 +86,8 @@ PAPER = (
     "adaptive.switch_at=1.0",
     "adaptive.probe_every=50",
 )
-WAYS = {
-    "serial": Way(1),
-    "serial, other rounding": Way(1, settings=("accumulate=2",)),
-    "adaptive": Way(8, DEFAULT),
-    "adaptive 16": Way(16, DEFAULT),
-    **{tail(share): Way(8, ("1+1",), (*FIXED, f"adaptive.switch_at={share}")) for share in TAILS},
-    "intervals of 2": Way(8, ("1+1", "2+1", "2+2"), interval=2, quarter=True),
+INTERVALS = {
+    "intervals of 2": Way(8, ("1+1", "2+1", "2+2"), interval=2),
     "the paper's switch": Way(8, ("1+1",), PAPER, interval=4),
     "1+1": ablation("1+1"),
     "1+1, μ = 1": ablation("1+1", "adaptive.consistency=1"),
@@ -104,6 +97,15 @@ WAYS = {
     "2+2": ablation("2+2"),
     "2+2, μ = 1": ablation("2+2", "adaptive.consistency=1"),
     "2+2, FCF": ablation("2+2", "mgrit.relaxation.fine=FCF"),
+}
+"""Ways by MGRIT. All but the first two take one solve throughout, and change one thing at a time."""
+WAYS = {
+    "serial": Way(1),
+    "serial, other rounding": Way(1, settings=("accumulate=2",)),
+    "adaptive": Way(8, DEFAULT),
+    "adaptive 16": Way(16, DEFAULT),
+    **{tail(share): Way(8, ("1+1",), (*FIXED, f"adaptive.switch_at={share}")) for share in TAILS},
+    **INTERVALS,
 }
 
 
@@ -142,7 +144,16 @@ TASKS = {
         {"data.path": "tinyshakespeare/input.txt.gz"},
         (4, 8, 16, 32, 64),
         seeds=(0, 1, 2),
-        ways=tuple(WAYS),
+        ways=("serial", "serial, other rounding", "adaptive", "adaptive 16", *map(tail, TAILS)),
+    ),
+    "intervals": Task(
+        "GPT-2, Shakespeare, 2 + 16 + 2 layers, half the steps: MGRIT on intervals of four layers, or two",
+        "gpt2_shakespeare",
+        {"data.path": "tinyshakespeare/input.txt.gz"},
+        (16,),
+        rates=(4e-3,),
+        steps=1000,
+        ways=("serial", *INTERVALS),
     ),
     "muon": Task(
         "GPT-2, Shakespeare, 2 + N + 2 layers, Δt = 1/N, Muon, half the steps",
@@ -329,13 +340,12 @@ def key_of(result: dict[str, Any]) -> Key:
 
 
 def wanted(arguments: argparse.Namespace) -> Iterator[Key]:
-    """Exact training at every depth, the other ways at the largest, or at a quarter of it."""
+    """Exact training at every depth, the other ways at the largest."""
     for name in arguments.tasks:
         task = TASKS[name]
         for seed in task.seeds if arguments.seeds is None else arguments.seeds:
             for way in arguments.ways or task.ways:
-                deepest = task.middle[-1] // (4 if WAYS[way].quarter else 1)
-                for middle in arguments.middle or (task.middle if way == "serial" else (deepest,)):
+                for middle in arguments.middle or (task.middle if way == "serial" else task.middle[-1:]):
                     yield from ((name, way, middle, seed, lr, arguments.steps or task.steps) for lr in arguments.lr or task.rates)
 
 
@@ -532,7 +542,7 @@ def table(found: list[Row], task: str) -> str:
     heads = "way | middle layers | workers | loss | gap, % | depth kept, % | hours | speed-up | steps by solve"
     lines = ["| " + heads + " |", "|---" * 9 + "|"]
     for row in found:
-        if row.task == task and not WAYS[row.way].quarter:
+        if row.task == task:
             shares = ", ".join(f"{share:.0%} {name}" for name, share in sorted(row.shares.items()) if share >= 0.005)
             serial = row.way == "serial"
             speed = "1" if serial else f"{row.speedup:.2f} ({row.strict:.2f})"
@@ -546,14 +556,13 @@ def table(found: list[Row], task: str) -> str:
 
 def ablations(results: list[dict[str, Any]]) -> str:
     """The table of what MGRIT on intervals loses, one thing changed at a time; biases are those that probes found on the way."""
-    heads = "| way | loss | gap, % | bias of the gradient, and its noise, at steps 499, 999, 1499 | steps by solve |"
+    heads = "| way | loss | gap, % | bias of the gradient, and its noise, at step 499 | steps by solve |"
     lines = [heads, "|---|---|---|---|---|"]
     for result in sorted(results, key=lambda r: list(WAYS).index(r["way"])):
-        if result["task"] != "shakespeare" or not WAYS[result["way"]].quarter:
+        if result["task"] != "intervals":
             continue
-        row = row_of([result], [r for r in results if r["task"] == "shakespeare"])
-        found = {step: f"{bias:.2g} ({noise:.2g})" for step, _, bias, noise in result["biases"]}
-        biases = ", ".join(found.get(step, "–") for step in (499, 999, 1499))
+        row = row_of([result], [r for r in results if r["task"] == "intervals"])
+        biases = next((f"{bias:.2g} ({noise:.2g})" for step, _, bias, noise in result["biases"] if step == 499 and bias is not None), "")
         shares = ", ".join(f"{share:.0%} {name}" for name, share in sorted(row.shares.items()) if share >= 0.005)
         lines.append(f"| {row.way} | {row.losses[0]:.4f} | {spread(row.gaps, 2, sign=True)} | {biases} | {shares} |")
     return "\n".join(lines)
@@ -570,7 +579,7 @@ def draw(found: list[Row], picture: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    names = [name for name in TASKS if sum(row.task == name for row in found) > 1]
+    names = [name for name in TASKS if name != "intervals" and sum(row.task == name for row in found) > 1]
     across = min(3, len(names))
     down = -(-len(names) // across)
     figure, axes = plt.subplots(down, across, figsize=(5.2 * across, 3.8 * down), layout="constrained", squeeze=False)
@@ -602,8 +611,10 @@ def report(arguments: argparse.Namespace) -> None:
     for result in results:
         keep(arguments.results, accounted(result, results))
     page = arguments.docs / "frontier.md"
-    made = "\n\n".join(f"**{task.title}**\n\n{table(found, name)}" for name, task in TASKS.items() if any(r.task == name for r in found))
-    made += f"\n\n**GPT-2, Shakespeare, 2 + 16 + 2 layers: MGRIT on intervals of four layers (or two)**\n\n{ablations(results)}"
+    tables = {
+        name: ablations(results) if name == "intervals" else table(found, name) for name in TASKS if any(r.task == name for r in found)
+    }
+    made = "\n\n".join(f"**{TASKS[name].title}**\n\n{rows}" for name, rows in tables.items())
     before, _, rest = page.read_text(encoding="utf-8").partition(BEGIN)
     page.write_text(f"{before}{BEGIN}\n{made}\n\n{END}{rest.partition(END)[2]}", encoding="utf-8")
     draw(found, arguments.docs / "images" / "frontier.png")

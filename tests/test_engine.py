@@ -140,8 +140,8 @@ def test_when_what_was_put_off_is_done_changes_no_bit(case, iterations, monkeypa
     accuracy = replace(Controller(config).chosen, iterations_forward=iterations, iterations_backward=iterations)
     asked, steps = [], []
     with monkeypatch.context() as patch:
-        solve = LayerGroup.solve
-        patch.setattr(LayerGroup, "solve", lambda self, *arguments, **_: solve(self, *arguments))
+        solve = LayerGroup.solve_by_mgrit
+        patch.setattr(LayerGroup, "solve_by_mgrit", lambda self, *arguments, **_: solve(self, *arguments))
         wanted = gradients(config, accuracy)  # nothing is put off
     advance = DeferredRun.advance
     monkeypatch.setattr(DeferredRun, "advance", lambda self: advance(self) and (steps.append(self), True)[1])

@@ -133,7 +133,7 @@ class Eleven(Batches):
 def test_an_evaluation_on_a_users_batches_ends_where_they_do(files, batches, wanted, sizes):
     shares = make_engine(small("images", files, batch_size=4))._shares
     shares.batches = Batches.of(batches)
-    assert [int((targets != IGNORE).sum()) for _, targets in shares.held_out(wanted)] == sizes
+    assert [int((batch.targets != IGNORE).sum()) for batch in shares.held_out(wanted)] == sizes
     assert shares.batches.entries == ()
     assert shares.batches.with_files() is shares.batches
 

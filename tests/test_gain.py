@@ -68,8 +68,8 @@ def test_the_exact_steps_at_the_end_of_a_run_are_no_reason(tmp_path):
 
 @pytest.mark.usefixtures("ray_cluster")
 def test_an_adaptive_run_records_its_gain(tmp_path):
-    config = tiny(mode="adaptive", workers=2, steps=24, dtype="float32", adaptive={"rule": "bias", "probe_every": 8, "switch_at": None})
-    assert config.placement == "cyclic"
+    adaptive = {"rule": "bias", "probe_every": 8, "switch_at": None}
+    config = tiny(mode="adaptive", solver="windows", workers=2, steps=24, dtype="float32", adaptive=adaptive)
     run = rayllp.train(config, output=tmp_path / "run").directory
     (gain,) = [event for event in read_lines(run / "events.jsonl") if event["kind"] == "gain"]
     metrics = list(read_lines(run / "metrics.jsonl"))

@@ -8,7 +8,7 @@ from rich.console import Console
 from rayllp.report import progress
 from rayllp.report.progress import ProgressDisplay
 from rayllp.training.messages import note_without_pipeline
-from tests.conftest import tiny
+from tests.conftest import IN_TURN, tiny
 
 STEP = {"step": 0, "loss": 1.0, "mode": "serial", "tokens_per_s": 80.0, "mfu": None, "rho_forward": None, "rho_backward": None}
 
@@ -65,7 +65,7 @@ def test_nobody_has_to_read_it(error, terminal):
         ({"batch_size": 4, "accumulate": 2}, None),
         ({"microbatches": 4}, None),
         ({"microbatches": 2, "mode": "parallel"}, None),
-        ({"microbatches": 2, "solver": "windows"}, None),
+        ({"microbatches": 2, **IN_TURN}, None),
         ({"batch_size": 1, "workers": 1}, None),
     ],
 )

@@ -181,9 +181,9 @@ def fail_at(worker, step, phase):
         if phase in ("forward", "hang"):
             inner = engine.block.bind
 
-            def bind(at, *samples, training, **past):
-                bound = inner(at, *samples, training=training, **past)
-                return Ending(**vars(bound)) if training and at == step else bound
+            def bind(batch):
+                bound = inner(batch)
+                return Ending(**vars(bound)) if batch.step == step else bound
 
             engine.block.bind = bind
         elif phase == "adjoint":
@@ -191,10 +191,10 @@ def fail_at(worker, step, phase):
             parameter.register_hook(lambda gradient: end() if begun == step else None)
             inner_batch = engine.step_batch
 
-            def step_batch(at, accuracy):
+            def step_batch(at, *arguments, **named):
                 nonlocal begun
                 begun = at
-                return inner_batch(at, accuracy)
+                return inner_batch(at, *arguments, **named)
 
             engine.step_batch = step_batch
         else:

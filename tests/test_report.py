@@ -410,8 +410,8 @@ def test_unpaired_gap_and_one_seed(tmp_path):
 
 def test_kinds_are_told_apart_and_disagreement_is_said(tmp_path):
     serial = runs_of(tmp_path / "a", "serial", (2.0,))
-    fine = runs_of(tmp_path / "b", "adaptive", (2.0,), mgrit={"coarsening": 2})
-    coarse = runs_of(tmp_path / "c", "adaptive", (2.1,), mgrit={"coarsening": 4}, optimizer={"lr": 1e-2})
+    fine = runs_of(tmp_path / "b", "adaptive", (2.0,), solver="mgrit", mgrit={"coarsening": 2})
+    coarse = runs_of(tmp_path / "c", "adaptive", (2.1,), solver="mgrit", mgrit={"coarsening": 4}, optimizer={"lr": 1e-2})
     found = compare(read_runs([run.path for run in (*serial, *fine, *coarse)]), "serial").gaps
     assert [gap.kind for gap in found] == [
         "adaptive, mgrit.coarsening 2, optimizer.lr 0.001", "adaptive, mgrit.coarsening 4, optimizer.lr 0.01",
