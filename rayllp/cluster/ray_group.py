@@ -306,14 +306,10 @@ class RayGroup(ElasticGroup):
         """
         layouts, references = [], []
         for source in sources:
-            layouts.append(self._layout(source))
+            layout = self._layouts[source.owner]
+            layouts.append(layout if source.has_weights else layout.without_weights)
             references.append(self.workers[source.holder].give_state.remote(step, source.is_copy, source.has_weights))
         return [layouts, *references]
-
-    def _layout(self, source: Source) -> StateLayout:
-        """Return the layout of a state, as its source gives it."""
-        layout = self._layouts[source.owner]
-        return layout if source.has_weights else layout.without_weights
 
     # Another number of workers ---------------------------------------------------------------------------------------------------
 
