@@ -12,11 +12,11 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from rayllp.channel import LocalChannel, run_workers
 from rayllp.channel.torch_dist import TorchChannel
+from rayllp.config.schedule import learning_rate
 from rayllp.control import Accuracy, Controller
 from rayllp.engine.batch import StepBatch
 from rayllp.engine.layer_group import LayerGroup
 from rayllp.engine.reduce_gradients import add_shared_gradients
-from rayllp.engine.schedule import learning_rate
 from rayllp.mgrit import Status
 from rayllp.mgrit.deferred import DeferredRun
 from rayllp.timeline import TimedStep, Timeline, sum_kinds

@@ -6,7 +6,7 @@ from torch import nn
 from transformers import get_scheduler
 
 from rayllp.config import make_config
-from rayllp.engine.schedule import learning_rate
+from rayllp.config.schedule import learning_rate
 from rayllp.errors import SettingsError
 from rayllp.models.base import decayed_weights, hidden_matrices
 from rayllp.training.messages import describe_other_length

@@ -89,7 +89,9 @@ class AdaptiveSettings(Settings):
     threshold: float = Field(1.0, gt=0, description="a probe's ρ, forward or backward, beyond this is a fault")
     bias_limit: float = Field(0.1, gt=0, description="a relative bias of the gradient beyond this is a fault …")
     bias_to_noise: float | None = Field(
-        None, ge=0, description="… unless it is below this share of the gradient's own noise; default 0.4, of windows 0.6"
+        None,
+        ge=0,
+        description="… unless it is below this share of the gradient's own noise; default 0.4, windows 0.6; falls with √lr",
     )
     exact_every: int = Field(
         0, ge=0, description="every so many probes the bias is taken against the exact gradient, by any rule; 0: never"

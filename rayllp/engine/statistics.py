@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from rayllp.channel.base import MessageTag, StateSpec
+from rayllp.config.schedule import learning_rate
 from rayllp.control import Probe
 from rayllp.engine.all_reduce import PackedAllReduce
 from rayllp.engine.batch import StepBatch
 from rayllp.engine.layer_group import LayerGroup
 from rayllp.engine.probe import Bias, Probing
-from rayllp.engine.schedule import learning_rate
 from rayllp.engine.step_gradients import StepGradients
 from rayllp.mgrit import Convergence
 

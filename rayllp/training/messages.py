@@ -5,8 +5,8 @@ from pathlib import Path
 
 from rayllp.config import TrainConfig
 from rayllp.config.nested import Stage
+from rayllp.config.schedule import learning_rate
 from rayllp.engine.pipeline import count_microbatches
-from rayllp.engine.schedule import learning_rate
 from rayllp.mgrit.windows import windows_in_words
 
 
