@@ -99,12 +99,17 @@ INTERVALS = {
     "2+2, FCF": ablation("2+2", "mgrit.relaxation.fine=FCF"),
 }
 """Ways by MGRIT. All but the first two take one solve throughout, and change one thing at a time."""
+LATE = {
+    f"1+1, 2+2 from 0.8, exact from {share:g}": Way(8, ("2+2", "1+1"), (*FIXED, f"adaptive.switch_at={share}")) for share in (0.9, 0.95)
+}
+"""Ways that go on from a state of 1+1 (`tails`) with a more accurate solve. The ladder begins with it, and nothing moves along it."""
 WAYS = {
     "serial": Way(1),
     "serial, other rounding": Way(1, settings=("accumulate=2",)),
     "adaptive": Way(8, DEFAULT),
     "adaptive 16": Way(16, DEFAULT),
     **{tail(share): Way(8, ("1+1",), (*FIXED, f"adaptive.switch_at={share}")) for share in TAILS},
+    **LATE,
     **INTERVALS,
 }
 
@@ -361,7 +366,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def tails(arguments: argparse.Namespace) -> None:
-    """1+1 to the end, and from states on its way the same with an exact end."""
+    """1+1 to the end, and from states on its way the same with an exact end, or a more accurate one."""
     data, (name,) = arguments.data.absolute(), arguments.tasks
     steps = arguments.steps or TASKS[name].steps
     for seed in arguments.seeds or (0,):
@@ -369,8 +374,8 @@ def tails(arguments: argparse.Namespace) -> None:
             middle = TASKS[name].middle[-1]
             whole = name, tail(1.0), middle, seed, lr, steps
             keep(arguments.results, train(whole, data, keep_at=TAILS[:-1]))
-            for share in TAILS[:-1]:
-                key = name, tail(share), middle, seed, lr, steps
+            for way, share in [*((tail(share), share) for share in TAILS[:-1]), *((way, TAILS[0]) for way in LATE)]:
+                key = name, way, middle, seed, lr, steps
                 result = train(key, data, start=branch_file(key, round(share * steps)))
                 keep(arguments.results, result)
                 print(" ".join(map(str, key)), f"loss {result['loss']:.4f}", flush=True)
@@ -627,14 +632,14 @@ def main() -> None:
     runs = commands.add_parser("run", help="train what the results do not have yet")
     runs.add_argument("--data", type=Path, required=True)
     runs.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
-    runs.add_argument("--ways", nargs="+", choices=list(WAYS), help="default the task's")
+    runs.add_argument("--ways", nargs="+", choices=[way for way in WAYS if way not in LATE], help="default the task's")
     runs.add_argument("--middle", nargs="+", type=int, help="depths; default the task's for exact training, its largest for other ways")
     runs.add_argument("--lr", nargs="+", type=float, help="learning rates; default the task's")
     runs.add_argument("--seeds", nargs="+", type=int)
     runs.add_argument("--steps", type=int, help="default the task's")
     runs.add_argument("--jobs", type=int, default=1)
     runs.set_defaults(action=run)
-    ends = commands.add_parser("tails", help="1+1 with exact ends of several lengths")
+    ends = commands.add_parser("tails", help="1+1 with exact ends of several lengths, and with more accurate ones")
     ends.add_argument("--data", type=Path, required=True)
     ends.add_argument("--tasks", nargs=1, default=["shakespeare"], choices=list(TASKS))
     ends.add_argument("--lr", nargs="+", type=float)
