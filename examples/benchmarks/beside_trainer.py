@@ -78,7 +78,7 @@ def theirs(config: TrainConfig, folder: Path, threads: int) -> None:
 
     from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
-    from rayllp.engine.schedule import learning_rate
+    from rayllp.config.schedule import learning_rate
 
     torch.set_num_threads(threads)
     data = load_data(config)

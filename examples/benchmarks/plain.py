@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from rayllp.config import TrainConfig
-from rayllp.engine.schedule import learning_rate
+from rayllp.config.schedule import learning_rate
 
 
 def plain_gpt2(config: TrainConfig, vocabulary: int) -> GPT2LMHeadModel:
