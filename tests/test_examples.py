@@ -1,5 +1,6 @@
 """The figures that the documents quote from an example, made by that example; and what its data are fetched by."""
 
+import ast
 import importlib.util
 import itertools
 import re
@@ -74,6 +75,17 @@ def test_the_deep_teacher_gives_each_step_a_lesson_of_its_own():
     assert torch.equal(others.batch("validation", 5, 16)[0], lessons.batch("validation", 5, 16)[0])
     assert float(teacher.error(targets, targets)) == 0
     assert float(targets.var(0).mean()) == pytest.approx(1, rel=0.5)
+
+
+@pytest.mark.parametrize("program", sorted(EXAMPLES.rglob("*.py")), ids=lambda program: program.stem)
+def test_what_an_example_takes_from_rayllp_is_there(program):
+    for node in ast.walk(ast.parse(program.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "rayllp":
+            module = importlib.import_module(node.module)
+            for name in node.names:
+                assert hasattr(module, name.name) or importlib.util.find_spec(f"{node.module}.{name.name}"), (
+                    f"{node.module} has no {name.name}"
+                )
 
 
 # Configs: what a reader has to fetch ---------------------------------------------------------------------------------------------
