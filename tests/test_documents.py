@@ -291,7 +291,8 @@ def test_the_figures_of_the_readme_are_those_of_the_frontier():
     found = {(row[0], int(row[1])): row[3:] for row in cells(frontier.partition("\n**")[0])}  # loss, gap, depth kept, hours, speed-up, …
     deep, shallow = (found["serial", middle] for middle in (64, 16))
     wanted = [(1.0, "")]
-    wanted.append((round(float(found["adaptive", 64][4].split()[0]), 1), f"{float(found['adaptive', 64][1]):+.1f} %".replace("-", "−")))
+    gap, speedup = (float(found["adaptive", 64][column].split()[0]) for column in (1, 4))
+    wanted.append((round(speedup, 1), f"{gap:+.1f} %".replace("-", "−")))
     losses = [float(row[0].split()[0]) for row in (deep, shallow)]
     wanted.append((round(float(deep[3]) / float(shallow[3]), 1), f"{100 * (losses[1] / losses[0] - 1):+.1f} %"))
     table = (ROOT / "README.md").read_text().partition("| GPT-2, 2 + 64 + 2")

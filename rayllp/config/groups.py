@@ -91,7 +91,7 @@ class AdaptiveSettings(Settings):
     bias_to_noise: float | None = Field(
         None,
         ge=0,
-        description="… unless it is below this share of the gradient's own noise; default 0.4, windows 0.6; falls with √lr",
+        description="… unless it is below this share of the gradient's own noise; default 0.4, of windows 0.6",
     )
     exact_every: int = Field(
         0, ge=0, description="every so many probes the bias is taken against the exact gradient, by any rule; 0: never"

@@ -197,7 +197,7 @@ class Controller:
         """Take in what a probe has found. Returns a decision if the rung changes, or is used from now on."""
         if self.config.mode != "adaptive" or self._state.final:
             return None
-        fault = fault_in(probe, self.config, step)
+        fault = fault_in(probe, self.config)
         if fault is not None:
             self._state.calm = 0
             return None if self.serial else self._mend(step, probe, fault)

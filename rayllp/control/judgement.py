@@ -3,26 +3,14 @@
 import math
 
 from rayllp.config import TrainConfig
-from rayllp.config.schedule import learning_rate
 from rayllp.control.records import Probe
 
 HOPELESS = 2.0
 """If ρ is above this many thresholds, more iterations only diverge further, so the rungs in between are skipped."""
 
 
-def noise_share(config: TrainConfig, step: int) -> float:
-    """Return the share of the gradient's noise below which a bias is tolerated at this step.
-
-    After warm-up it falls with the square root of the learning rate. The smaller the optimizer's steps are, the more of them average
-    the noise out; the bias, which points the same way in all of them, stays (docs/frontier.md).
-    """
-    optimizer = config.optimizer
-    decayed = learning_rate(optimizer, step, config.steps) / optimizer.lr if step >= optimizer.warmup else 1.0
-    return config.bias_to_noise * math.sqrt(decayed)
-
-
-def fault_in(probe: Probe, config: TrainConfig, step: int) -> str | None:
-    """Return what is wrong with the solve that a probe has judged at this step, in words; None if nothing is."""
+def fault_in(probe: Probe, config: TrainConfig) -> str | None:
+    """Return what is wrong with the solve that a probe has judged, in words; None if nothing is."""
     settings = config.adaptive
     if settings.rule in ("convergence", "both"):
         for name, rho in (("forward", probe.rho_forward), ("backward", probe.rho_backward)):
@@ -30,7 +18,7 @@ def fault_in(probe: Probe, config: TrainConfig, step: int) -> str | None:
                 return f"{name} convergence factor {_shown(rho)} passed adaptive.threshold {settings.threshold:g}"
     if settings.rule in ("bias", "both") and probe.bias is not None and not probe.bias <= settings.bias_limit:
         noise = probe.noise
-        if noise is None or not probe.bias <= noise_share(config, step) * noise:
+        if noise is None or not probe.bias <= config.bias_to_noise * noise:
             beside = "" if noise is None else f", {_shown(probe.bias / noise if noise else math.inf)} of its noise"
             return f"gradient bias {_shown(probe.bias)} passed adaptive.bias_limit {settings.bias_limit:g}{beside}"
     return None
