@@ -36,6 +36,7 @@ COSTS = Costs(
     forward=LAYER_MS, record=LAYER_MS, input_gradient=LAYER_MS, full_gradient=2 * LAYER_MS, message=MESSAGE_MS
 )  # fmt: skip
 STEPS = 2000
+SHAKESPEARE = {"data.path": "tinyshakespeare/input.txt.gz"}
 COUPLINGS = "couplings"
 """Name by which probes are counted that measure couplings, too."""
 
@@ -146,7 +147,7 @@ TASKS = {
     "shakespeare": Task(
         "GPT-2, Shakespeare, 2 + N + 2 layers, Δt = 1/N",
         "gpt2_shakespeare",
-        {"data.path": "tinyshakespeare/input.txt.gz"},
+        SHAKESPEARE,
         (4, 8, 16, 32, 64),
         seeds=(0, 1, 2),
         ways=("serial", "serial, other rounding", "adaptive", "adaptive 16", *map(tail, TAILS)),
@@ -154,7 +155,7 @@ TASKS = {
     "intervals": Task(
         "GPT-2, Shakespeare, 2 + 16 + 2 layers, half the steps: MGRIT on intervals of four layers, or two",
         "gpt2_shakespeare",
-        {"data.path": "tinyshakespeare/input.txt.gz"},
+        SHAKESPEARE,
         (16,),
         rates=(4e-3,),
         steps=1000,
@@ -163,7 +164,7 @@ TASKS = {
     "muon": Task(
         "GPT-2, Shakespeare, 2 + N + 2 layers, Δt = 1/N, Muon, half the steps",
         "gpt2_shakespeare",
-        {"data.path": "tinyshakespeare/input.txt.gz"},
+        SHAKESPEARE,
         (4, 16, 64),
         ("optimizer.name=muon",),
         rates=(1e-2,),
@@ -172,7 +173,7 @@ TASKS = {
     "standard": Task(
         "GPT-2, Shakespeare, N layers, Δt = 1, no buffers",
         "gpt2_shakespeare",
-        {"data.path": "tinyshakespeare/input.txt.gz"},
+        SHAKESPEARE,
         (4, 16, 64),
         ("step.middle=1", "buffers.open=0", "buffers.close=0"),
         seeds=(0, 1, 2),
@@ -202,7 +203,7 @@ TASKS = {
     "bert": Task(
         "BERT, Shakespeare, N layers, Δt = 1/N, no buffers",
         "bert_shakespeare",
-        {"data.path": "tinyshakespeare/input.txt.gz"},
+        SHAKESPEARE,
         (16, 64),
         rates=(2e-3,),
         steps=600,
@@ -449,6 +450,11 @@ class Row:
     strict: float
     shares: dict[str, float]
 
+    @property
+    def solves(self) -> str:
+        """Share of the steps by solve, in words."""
+        return ", ".join(f"{share:.0%} {name}" for name, share in sorted(self.shares.items()) if share >= 0.005)
+
 
 def rows(results: list[dict[str, Any]]) -> list[Row]:
     """What the tables and the picture show."""
@@ -548,12 +554,11 @@ def table(found: list[Row], task: str) -> str:
     lines = ["| " + heads + " |", "|---" * 9 + "|"]
     for row in found:
         if row.task == task:
-            shares = ", ".join(f"{share:.0%} {name}" for name, share in sorted(row.shares.items()) if share >= 0.005)
             serial = row.way == "serial"
             speed = "1" if serial else f"{row.speedup:.2f} ({row.strict:.2f})"
             cells = [
                 row.way, str(row.middle), str(row.workers), spread(row.losses, 4), "" if serial else spread(row.gaps, 2, sign=True),
-                spread(row.kept, 0) if row.kept and not serial else "", f"{row.hours:.3f}", speed, "" if serial else shares,
+                spread(row.kept, 0) if row.kept and not serial else "", f"{row.hours:.3f}", speed, "" if serial else row.solves,
             ]  # fmt: skip
             lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -568,8 +573,7 @@ def ablations(results: list[dict[str, Any]]) -> str:
             continue
         row = row_of([result], [r for r in results if r["task"] == "intervals"])
         biases = next((f"{bias:.2g} ({noise:.2g})" for step, _, bias, noise in result["biases"] if step == 499 and bias is not None), "")
-        shares = ", ".join(f"{share:.0%} {name}" for name, share in sorted(row.shares.items()) if share >= 0.005)
-        lines.append(f"| {row.way} | {row.losses[0]:.4f} | {spread(row.gaps, 2, sign=True)} | {biases} | {shares} |")
+        lines.append(f"| {row.way} | {row.losses[0]:.4f} | {spread(row.gaps, 2, sign=True)} | {biases} | {row.solves} |")
     return "\n".join(lines)
 
 

@@ -8,7 +8,7 @@ from pydantic import BaseModel, ValidationError
 
 from rayllp.config.parse import Kinds, kind_in, parse_value, parse_yaml, to_text
 from rayllp.config.train import TrainConfig
-from rayllp.errors import NotARunError, SettingsError
+from rayllp.errors import NotARunError, SettingsError, fault_text, nearest_name
 
 MOVED = {
     "mesh.placement": "solver: windows takes layers in turn, mgrit blocks of neighbouring ones",
@@ -138,17 +138,13 @@ def setting_names(model: type[BaseModel] = TrainConfig, prefix: str = "") -> lis
 
 def _explain(fault: Any, values: Mapping[str, Any]) -> str:
     """Return one fault that pydantic found as a sentence for the user, with a similar name if the setting is unknown."""
-    import difflib
-
     name = ".".join(str(part) for part in fault["loc"] if not str(part).startswith(("tuple", "literal", "function", "constrained")))
     if name in MOVED:
         return f"{name} is now {MOVED[name]}"
     if fault["type"] == "extra_forbidden":
-        close = difflib.get_close_matches(name, setting_names(), n=1, cutoff=0.6)
-        tail = [known for known in setting_names() if known.split(".")[-1] == name.split(".")[-1]]
-        hint = close or tail
-        return f"unknown setting {name}" + (f"; did you mean {hint[0]}?" if hint else "; `rayllp settings` lists them all")
-    message = fault["msg"].removeprefix("Value error, ")
+        meant = nearest_name(name, setting_names())
+        return f"unknown setting {name}" + (f"; did you mean {meant}?" if meant else "; `rayllp settings` lists them all")
+    message = fault_text(fault)
     given = f" (given: {fault['input']!r})" if name and not isinstance(fault["input"], dict | BaseModel) else ""
     return f"{name}: {message}{given}" if name else message
 

@@ -21,14 +21,7 @@ class ByDirection(Settings):
 
 
 class Iterations(ByDirection):
-    """Numbers of iterations, counted as XBraid counts them (docs/method.md)."""
-
-    forward: int = Field(2, ge=1, description="forward solve")
-    backward: int = Field(1, ge=1, description="adjoint solve")
-
-
-class Sweeps(ByDirection):
-    """Numbers of sweeps of a window."""
+    """Numbers of iterations of MGRIT, counted as XBraid counts them (docs/method.md), or of sweeps of windows."""
 
     forward: int = Field(2, ge=1, description="forward solve")
     backward: int = Field(1, ge=1, description="adjoint solve")
@@ -71,7 +64,7 @@ class WindowSettings(Settings):
     length: PositiveInt | tuple[PositiveInt, ...] | None = Field(
         None, description="layers that are solved at once, at most; or a list of all windows' lengths; default as many as workers"
     )
-    sweeps: Sweeps = Field(Sweeps(), description="of a window, in mode parallel; in mode adaptive the controller chooses")
+    sweeps: Iterations = Field(Iterations(), description="of a window, in mode parallel; in mode adaptive the controller chooses")
     cut: bool = Field(
         True, description="shorten windows where layers depend strongly on each other, if length is no list and the bias is what judges"
     )

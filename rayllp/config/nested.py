@@ -14,7 +14,7 @@ from typing import Any, Generic, TypeVar
 from pydantic import ValidationError
 
 from rayllp.config.run import RunSettings
-from rayllp.errors import CheckpointError, SettingsError
+from rayllp.errors import CheckpointError, SettingsError, fault_text
 
 S = TypeVar("S", bound=RunSettings)
 
@@ -152,7 +152,7 @@ def _validated(config: S, values: dict[str, Any], name: str, layers: int) -> S:
     try:
         return type(config).model_validate(values)
     except ValidationError as error:
-        message = error.errors()[0]["msg"].removeprefix("Value error, ")
+        message = fault_text(error.errors()[0])
         raise SettingsError(f"nested, {name}, with {layers} middle layers: {message}; or lower nested.factors") from None
 
 

@@ -22,7 +22,7 @@ from rayllp.config.groups import (
     WorkerRange,
 )
 from rayllp.config.network import BufferSettings, ModelSettings, NestedSettings, StepSettings
-from rayllp.errors import SettingsError
+from rayllp.errors import SettingsError, fault_text
 from rayllp.mgrit import Hierarchy, SolverOptions, build_hierarchy, split_evenly
 from rayllp.mgrit.windows import Placement, equal_windows
 
@@ -152,7 +152,7 @@ class RunSettings(Settings):
             try:
                 return type(self).model_validate(values | {"workers": size})
             except ValidationError as error:
-                failure = error.errors()[0]["msg"].removeprefix("Value error, ")
+                failure = fault_text(error.errors()[0])
         raise SettingsError(f"workers {self.workers.min} to {min(count, self.workers.max)} do not serve: {failure}; change workers.min")
 
     @property

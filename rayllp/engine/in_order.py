@@ -26,9 +26,13 @@ from rayllp.engine.layer_group import LayerGroup
 from rayllp.engine.pipeline import count_microbatches
 from rayllp.engine.propagators import Graph, input_gradients, record_graph
 from rayllp.engine.step_gradients import StepGradients, add_embedding_gradients, loss_and_seed
+from rayllp.mgrit import Communicator
 from rayllp.mgrit.windows import Placement
 from rayllp.state import State, detach, like, tensors
 from rayllp.timeline import TimedChannel
+
+TakeLayer = Callable[[int, int, State | None], State]
+"""From a microbatch's number, a layer, and the state or λ that it is given (None: the network begins there), to what it hands on."""
 
 
 class InOrderWork(Protocol):
@@ -80,11 +84,13 @@ class InOrderStep:
     def take(self) -> None:
         """Take the step. On the first worker, `states` are each microbatch's λ before the first middle layer afterwards."""
         first, last, layers = 0, self.channel.size - 1, range(len(self.placement.owners))
-        self._pass(layers, first, last, self._record, MessageTag(self.step, "forward", "in order"))
+        forward = Communicator(self.channel, MessageTag(self.step, "forward"))
+        self._pass(layers, first, last, self._record, forward)
         if self.channel.rank == last:
             for number in range(self.microbatches):
                 self.states[number] = self.work.loss(number, self.states[number])
-        self._pass(layers[::-1], last, first, self._pull, MessageTag(self.step, "adjoint", "in order"))
+        adjoint = Communicator(self.channel, MessageTag(self.step, "adjoint"), while_waiting=self.work)
+        self._pass(layers[::-1], last, first, self._pull, adjoint)
         while self.work.advance():
             pass
 
@@ -96,29 +102,27 @@ class InOrderStep:
         # With as many microbatches as workers, none waits in the midst of a step.
         return self.work.pull(number, layer, lam, defer=self.microbatches < self.channel.size)
 
-    def _pass(self, layers: range, begin: int, end: int, take: Callable[[int, int, State | None], State], tag: MessageTag) -> None:
+    def _pass(self, layers: range, begin: int, end: int, take: TakeLayer, communicator: Communicator) -> None:
         """Pass all microbatches from worker `begin` through all layers to worker `end`, and take those layers that this worker owns."""
+
+        def receive(source: int) -> State:
+            return communicator.receive(self.spec, source, "in order", 0)
+
         rank, numbers = self.channel.rank, range(self.microbatches)
         route = [begin, *(self.placement.owners[layer] for layer in layers), end]
         if rank == begin != route[1]:
             for number in numbers:
-                self.channel.send(self.states[number], route[1], tag)
+                communicator.send(self.states[number], route[1], "in order", 0)
         for layer, behind, here, ahead in zip(layers, route, route[1:], route[2:], strict=False):
             for number in numbers if here == rank else ():
-                after = take(number, layer, self.states.get(number) if behind == rank else self._receive(behind, tag))
+                after = take(number, layer, self.states.get(number) if behind == rank else receive(behind))
                 if ahead == rank:
                     self.states[number] = after
                 else:
-                    self.channel.send(after, ahead, tag)
+                    communicator.send(after, ahead, "in order", 0)
         if rank == end != route[-2]:
             for number in numbers:
-                self.states[number] = self._receive(route[-2], tag)
-
-    def _receive(self, source: int, tag: MessageTag) -> State:
-        """Receive the next state from a worker. While it has not arrived, form deferred gradients, of which the forward has none."""
-        while tag.solve == "adjoint" and not self.channel.arrived(self.spec, source) and self.work.advance():
-            pass
-        return self.channel.receive(self.spec, source, tag)
+                self.states[number] = receive(route[-2])
 
 
 class InOrderGradients:

@@ -2,15 +2,23 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 from torch import Tensor
 
 from rayllp.channel.base import Channel, MessageTag, StateSpec
-from rayllp.mgrit.deferred import DeferredSweeps
 from rayllp.state import State
 
 PhaseListener = Callable[[str, int], None]
 """Called with the name and the level of each phase of a solve as it begins."""
+
+
+class DeferredWork(Protocol):
+    """Work that no other worker waits for, such as `DeferredSweeps`."""
+
+    def advance(self) -> bool:
+        """Do the next piece of it. Returns False if nothing is left."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -20,12 +28,12 @@ class Communicator:
     Attributes:
         channel: the channel to the other workers; `LocalChannel.alone()` for one worker.
         tag: the training step and the solve that messages belong to; named in errors.
-        while_waiting: layers that an earlier solve has deferred; they are evaluated while this solve would wait for a message.
+        while_waiting: deferred work, such as layers of an earlier solve; it is done while this solve would wait for a message.
     """
 
     channel: Channel
     tag: MessageTag
-    while_waiting: DeferredSweeps | None = None
+    while_waiting: DeferredWork | None = None
 
     @property
     def rank(self) -> int:
@@ -37,9 +45,9 @@ class Communicator:
         self.channel.send(state, destination, self.tag.at(phase, level))
 
     def receive(self, spec: StateSpec, source: int, phase: str, level: int) -> State:
-        """Receive the next state from `source`. While it has not arrived, evaluate deferred layers, one at a time.
+        """Receive the next state from `source`. While it has not arrived, do deferred work, piece by piece.
 
-        The arrival of messages thus decides in which order a worker evaluates layers. The values do not depend on that order.
+        The arrival of messages thus decides in which order a worker does its work. The values do not depend on that order.
 
         Args:
             spec: shapes and dtypes of the state.
