@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from rayllp.config import TrainConfig
-from rayllp.config.nested import stage_at
+from rayllp.config.nested import Stage, stage_at
 from rayllp.report.journal import SCALARS, Listener
 from rayllp.report.run_directory import RunDirectory, as_hparams, flatten
 
@@ -31,7 +31,7 @@ class TensorBoard(Listener):
         self._config, self._run = config, run
         self._again_from: int | None = first_step
         self._board: Any = None
-        self._layers: int | None = None
+        self._stage: Stage | None = None  # of nested iteration: the one whose depth was added last
 
     def on_step(self, metric: Mapping[str, Any]) -> None:
         """Add the step's scalars, and histograms of what it has measured by layer, point or worker."""
@@ -64,7 +64,7 @@ class TensorBoard(Listener):
     def on_rewind(self, step: int) -> None:
         """Discard what was written of the steps from this one on, as they will be done again."""
         self.close()
-        self._again_from, self._layers = step, None
+        self._again_from, self._stage = step, None
 
     def on_end(self, step: int, metrics: Mapping[str, float], sample: str) -> None:
         """Add the sample, and the settings beside the results of the last evaluation."""
@@ -84,10 +84,9 @@ class TensorBoard(Listener):
 
     def _show_depth(self, step: int) -> None:
         """Add the number of layers where a stage of nested iteration begins, or the session does."""
-        layers = stage_at(self._config, step).config.model.layers
-        if layers != self._layers:
-            self._layers = layers
-            self._scalar("train/layers", layers, step)
+        if self._stage is None or step >= self._stage.end:
+            self._stage = stage_at(self._config, step)
+            self._scalar("train/layers", self._stage.config.model.layers, step)
 
     def _scalar(self, name: str, value: float, step: int) -> None:
         self._draw(lambda board: board.add_scalar(name, value, step))
