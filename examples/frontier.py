@@ -316,7 +316,7 @@ def train(key: Key, data: Path, keep_at: tuple[float, ...] = (), start: Path | N
                 probes[COUPLINGS] += 1
             found = stats.findings
             controller.observe(step, found)
-            biases.append((step, solve, rounded(found.bias), rounded(found.noise)))
+            biases.append((step, solve, rounded(found.bias), rounded(found.noise), rounded(found.loss_gap)))
         if (step + 1) % config.eval.every == 0 or step + 1 == steps:
             metrics = {name_: float(f"{value:.6g}") for name_, value in engine.evaluate(config.eval.batches).items()}
             curve.append((step + 1, metrics["loss"]))

@@ -346,6 +346,26 @@ def test_a_step_down_is_probed_before_it_is_used_and_taken_back_if_it_is_too_coa
     assert control.accuracy_at(151).name == "2+1"
 
 
+def test_towards_the_end_a_solve_whose_loss_is_off_is_left_for_a_more_accurate_one():
+    """Until then the network that is solved may be a slightly different one; at the end it is the exact one that is wanted."""
+    control = open_controller()
+    off = replace(GOOD, loss_gap=-0.003, rho_forward=0.1)
+    assert control.observe(0, off).rung == "1+1"
+    for step in (749, 799):
+        assert control.observe(step, off) is None
+    assert control.plan_probe(800).candidate.name == "1+1"  # besides the regular ones
+    assert "loss off by 0.3 % passed adaptive.loss_gap_limit 0.1 %" in control.observe(800, off).reason
+    control.observe(801, replace(off, couplings=(0.001,) * 15))
+    assert control.accuracy_at(802).serial
+    assert control.observe(802, replace(off, loss_gap=0.0004)).rung == "2+1"
+    for step in (849, 899, 949):  # calm, but what lies below was not accurate enough
+        assert control.observe(step, replace(off, loss_gap=0.0004, bias=0.001)) is None
+    never = open_controller(adaptive={"probe_every": 50, "loss_gap_from": 1.0})
+    never.observe(0, off)
+    assert never.plan_probe(800) is None
+    assert never.observe(849, off) is None
+
+
 def test_a_ladder_that_is_no_faster_than_exact_steps_is_left_and_looked_at_again():
     control = open_controller()
     control.observe(0, GOOD)
@@ -416,7 +436,8 @@ def test_bias_cosine_and_noise_are_what_they_say():
     config = tiny(step={"middle": 1.0}, mgrit={"coarsening": 4})
     engine = make_engine(config)
     used, better = middle_gradient(engine, FEW), middle_gradient(engine, FEW.doubled())
-    gap = middle_gradient(engine, FEW, slice(0, 2)) * 0
+    loss, better_loss = (float(engine.gradients(engine.step_batch(3, accuracy)).loss) for accuracy in (FEW, FEW.doubled()))
+    engine.optimizer.zero_grad()
     halves = [middle_gradient(engine, FEW.doubled(), rows) for rows in (slice(0, 2), slice(2, 4))]
     gap = halves[0] - halves[1]
     for workers in (1, 2, 3):
@@ -429,6 +450,7 @@ def test_bias_cosine_and_noise_are_what_they_say():
             assert stats.bias.relative == pytest.approx(((used - better).norm() / better.norm()).item(), rel=1e-9)
             assert stats.bias.cosine == pytest.approx(torch.nn.functional.cosine_similarity(used, better, 0).item(), rel=1e-9)
             assert stats.bias.noise == pytest.approx((gap.norm() / better.norm()).item(), rel=1e-9)
+            assert stats.bias.loss_gap == pytest.approx((loss - better_loss) / better_loss, rel=1e-6)
             assert len(stats.bias.by_block) == workers
             # Two coarse intervals: a second iteration makes the first exact, so there is one residual that says something.
             assert stats.bias.relative > 0.01

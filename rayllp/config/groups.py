@@ -3,7 +3,7 @@
 import re
 from typing import Literal
 
-from pydantic import Field, PositiveInt, field_validator, model_validator
+from pydantic import Field, PositiveInt, ValidationInfo, field_validator, model_validator
 
 from rayllp.config.base import Settings
 
@@ -86,6 +86,12 @@ class AdaptiveSettings(Settings):
         ge=0,
         description="… unless it is below this share of the gradient's own noise; default 0.4, of windows 0.6",
     )
+    loss_gap_limit: float = Field(
+        0.001, gt=0, description="a relative difference between the loss of the solve in use and the exact loss beyond this is a fault …"
+    )
+    loss_gap_from: int | float = Field(
+        0.8, ge=0, description="… from this step (or share of the steps) on, by the rules that see the bias; 1.0: never"
+    )
     exact_every: int = Field(
         0, ge=0, description="every so many probes the bias is taken against the exact gradient, by any rule; 0: never"
     )
@@ -114,12 +120,12 @@ class AdaptiveSettings(Settings):
         None, ge=0, description="serial from this step (or share of the steps) on; default 0.8 in mode adaptive (windows 0.95); 1.0: never"
     )
 
-    @field_validator("switch_at")
+    @field_validator("switch_at", "loss_gap_from")
     @classmethod
-    def _step_or_share(cls, value: int | float | None) -> int | float | None:
+    def _step_or_share(cls, value: int | float | None, info: ValidationInfo) -> int | float | None:
         if isinstance(value, float) and value > 1:
             if not value.is_integer():
-                raise ValueError(f"switch_at {value}: give a step, or a share of the steps from 0 to 1")
+                raise ValueError(f"{info.field_name} {value}: give a step, or a share of the steps from 0 to 1")
             return int(value)
         return value
 

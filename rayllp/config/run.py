@@ -309,7 +309,15 @@ class RunSettings(Settings):
     @property
     def switch_step(self) -> int | None:
         """`switch_at` as a step."""
-        return round(self.switch_at * self.steps) if isinstance(self.switch_at, float) else self.switch_at
+        return None if self.switch_at is None else self._as_step(self.switch_at)
+
+    @property
+    def loss_gap_step(self) -> int:
+        """`adaptive.loss_gap_from` as a step."""
+        return self._as_step(self.adaptive.loss_gap_from)
+
+    def _as_step(self, step_or_share: int | float) -> int:
+        return round(step_or_share * self.steps) if isinstance(step_or_share, float) else step_or_share
 
     @property
     def needs_whole_intervals(self) -> bool:

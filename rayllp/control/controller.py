@@ -121,7 +121,7 @@ class Controller:
         if self._is_unverified:
             if step < self._state.probe_at:
                 return None
-        elif step != 0 and (step + 1) % every and not self._is_early(step):
+        elif step != 0 and (step + 1) % every and not self._is_additional(step):
             return None
         if self.serial and not self._may_return:
             return None
@@ -137,9 +137,10 @@ class Controller:
             couplings=self.config.cuts_windows and (self._is_unverified or self._state.couplings is not None),
         )
 
-    def _is_early(self, step: int) -> bool:
-        """Return True if the step is an additional, early probe of windows (`EARLY_PROBES`)."""
-        return self._verifies and self.config.solver == "windows" and step + 1 in EARLY_PROBES and step + 1 < self.settings.probe_every
+    def _is_additional(self, step: int) -> bool:
+        """Return True if the step is a probe besides the regular ones: an early one of windows, or the first that judges the loss, too."""
+        is_early = self.config.solver == "windows" and step + 1 in EARLY_PROBES and step + 1 < self.settings.probe_every
+        return self._verifies and (is_early or step == self.config.loss_gap_step)
 
     @property
     def _may_return(self) -> bool:
@@ -197,7 +198,7 @@ class Controller:
         """Take in what a probe has found. Returns a decision if the rung changes, or is used from now on."""
         if self.config.mode != "adaptive" or self._state.final:
             return None
-        fault = fault_in(probe, self.config)
+        fault = fault_in(probe, self.config, step)
         if fault is not None:
             self._state.calm = 0
             return None if self.serial else self._mend(step, probe, fault)
@@ -288,7 +289,8 @@ class Controller:
     def _descend(self, step: int, probe: Probe) -> Decision | None:
         """Move one rung down, or return from serial training, after `patience` good probes in a row."""
         state = self._state
-        if state.rung == 0 or (not self.serial and state.flips >= self.settings.max_flips):
+        is_late = self._verifies and step >= self.config.loss_gap_step
+        if state.rung == 0 or (not self.serial and (is_late or state.flips >= self.settings.max_flips)):
             return None
         state.calm = state.calm + 1 if self._is_calm(probe) else 0
         if state.calm < self.settings.patience:

@@ -9,18 +9,22 @@ HOPELESS = 2.0
 """If ρ is above this many thresholds, more iterations only diverge further, so the rungs in between are skipped."""
 
 
-def fault_in(probe: Probe, config: TrainConfig) -> str | None:
+def fault_in(probe: Probe, config: TrainConfig, step: int) -> str | None:
     """Return what is wrong with the solve that a probe has judged, in words; None if nothing is."""
     settings = config.adaptive
     if settings.rule in ("convergence", "both"):
         for name, rho in (("forward", probe.rho_forward), ("backward", probe.rho_backward)):
             if rho is not None and not rho <= settings.threshold:  # NaN counts as too large
                 return f"{name} convergence factor {_shown(rho)} passed adaptive.threshold {settings.threshold:g}"
-    if settings.rule in ("bias", "both") and probe.bias is not None and not probe.bias <= settings.bias_limit:
-        noise = probe.noise
-        if noise is None or not probe.bias <= config.bias_to_noise * noise:
-            beside = "" if noise is None else f", {_shown(probe.bias / noise if noise else math.inf)} of its noise"
-            return f"gradient bias {_shown(probe.bias)} passed adaptive.bias_limit {settings.bias_limit:g}{beside}"
+    if settings.rule == "convergence" or probe.bias is None:
+        return None
+    noise = probe.noise
+    if not probe.bias <= settings.bias_limit and (noise is None or not probe.bias <= config.bias_to_noise * noise):
+        beside = "" if noise is None else f", {_shown(probe.bias / noise if noise else math.inf)} of its noise"
+        return f"gradient bias {_shown(probe.bias)} passed adaptive.bias_limit {settings.bias_limit:g}{beside}"
+    gap = probe.loss_gap
+    if step >= config.loss_gap_step and gap is not None and not abs(gap) <= settings.loss_gap_limit:
+        return f"loss off by {_shown(100 * abs(gap))} % passed adaptive.loss_gap_limit {100 * settings.loss_gap_limit:g} %"
     return None
 
 

@@ -84,6 +84,7 @@ class Probe:
         rho_forward, rho_backward: convergence factors of the forward and of the adjoint solve.
         bias: norm of the gradient's error over the gradient's norm.
         noise: standard deviation of the gradient over the choice of the batch, over the gradient's norm.
+        loss_gap: relative difference of the loss by the solve in use from that of the same batch by a better solve.
         couplings: those of the second middle layer to the last one, the larger one of forward and adjoint.
     """
 
@@ -91,6 +92,7 @@ class Probe:
     rho_backward: float | None = None
     bias: float | None = None
     noise: float | None = None
+    loss_gap: float | None = None
     couplings: tuple[float, ...] | None = None
 
 

@@ -21,9 +21,9 @@ from rayllp.engine.window_gradients import WindowGradients
 
 SAMPLES_PER_COUPLING = 4
 """Couplings are measured on one in so many samples of the batch: only their order of magnitude matters."""
-BIAS_SUMS = 5
-"""Number of sums kept for each block: squared error, squared better gradient, its product with the gradient in use, the latter squared, and
-the squared difference of the halves.
+BIAS_SUMS = 7
+"""Number of sums kept for each block: squared error, squared better gradient, its product with the gradient in use, the latter squared, the
+squared difference of the halves; and, on the worker that has the head, the loss of the solve in use and that of the better one.
 """
 
 
@@ -35,12 +35,14 @@ class Bias:
         relative: norm of the error over the norm of the better gradient.
         cosine: cosine of the angle between the two gradients.
         noise: one standard deviation over the norm of the better gradient; None if the batch was not halved.
+        loss_gap: difference of the loss by the solve in use from that by the better one, over the latter. Both are of the same batch.
         by_block: relative bias and cosine of each worker's block.
     """
 
     relative: float
     cosine: float
     noise: float | None
+    loss_gap: float
     by_block: tuple[tuple[float, float], ...]
 
 
@@ -84,7 +86,7 @@ class Probing:
         accuracy = batch.accuracy
         if self.plan.couplings:
             self.couplings = self._measure_couplings(batch)
-        used = self._used_gradient(batch) if self.plan.bias else None
+        used, loss = self._used_gradient(batch) if self.plan.bias else (None, None)
         doubled = self.plan.candidate.doubled()
         probed, better = None, doubled
         if accuracy.serial or self.plan.exact:
@@ -95,8 +97,8 @@ class Probing:
         halves = self._halves(better, len(batch.samples)) if used is not None else ()
         self.has_halves = bool(halves)
         formed, first = self._in_halves(batch.solved_by(better), halves)
-        if used is not None:
-            self.sums = self._compare(used, first)
+        if used is not None and loss is not None:
+            self.sums = torch.cat([self._compare(used, first), torch.stack([loss, formed.loss]).double()])
         if probed is None:
             return formed
         return replace(formed, forward=probed.forward or formed.forward, adjoint=probed.adjoint or formed.adjoint)
@@ -108,12 +110,12 @@ class Probing:
         self.gradients.forget()
         return found
 
-    def _used_gradient(self, batch: StepBatch) -> list[Tensor]:
-        """Return the gradients that the accuracy in question forms for the middle layers."""
-        self.gradients(batch.solved_by(self.plan.candidate))
+    def _used_gradient(self, batch: StepBatch) -> tuple[list[Tensor], Tensor]:
+        """Return the gradients that the accuracy in question forms for the middle layers, and its loss."""
+        loss = self.gradients(batch.solved_by(self.plan.candidate)).loss
         used = [gradient.clone() for gradient in self._middle()]
         self.gradients.forget()
-        return used
+        return used, loss
 
     def _halves(self, accuracy: Accuracy, samples: int) -> tuple[slice, ...]:
         """Return the two halves of the batch. None if it cannot be halved, or if the pipeline was built for the whole batch."""
@@ -140,9 +142,9 @@ class Probing:
         return replace(other, loss=torch.stack([one.loss, other.loss]).sum()), first
 
     def _compare(self, used: list[Tensor], first: list[Tensor]) -> Tensor:
-        """Return this worker's sums for bias and noise."""
+        """Return this worker's sums for bias and noise: BIAS_SUMS without the losses."""
         better = self._middle()
-        sums = torch.zeros(BIAS_SUMS, dtype=torch.float64, device=self.group.device)
+        sums = torch.zeros(BIAS_SUMS - 2, dtype=torch.float64, device=self.group.device)
         for index, gradient in enumerate(better):
             g, u = gradient.double(), used[index].double()
             parts = [(u - g).square().sum(), g.square().sum(), (u * g).sum(), u.square().sum()]
@@ -175,7 +177,9 @@ class Probing:
         total = table.sum(0)
         relative, cosine = relative_and_cosine(total)
         noise = float((total[4] / total[1]).sqrt()) / self.replicas**0.5 if self.has_halves and total[1] > 0 else None
-        return Bias(relative, cosine, noise, tuple(relative_and_cosine(row) for row in table))
+        loss, better = total[5:].tolist()
+        gap = (loss - better) / abs(better) if better else 0.0 if loss == better else math.inf
+        return Bias(relative, cosine, noise, gap, tuple(relative_and_cosine(row) for row in table))
 
 
 def _exactly(accuracy: Accuracy) -> Accuracy:

@@ -71,6 +71,7 @@ class StepStats:
             rho_backward=self.adjoint.convergence_factor if self.adjoint else None,
             bias=self.bias.relative if self.bias else None,
             noise=self.bias.noise if self.bias else None,
+            loss_gap=self.bias.loss_gap if self.bias else None,
             couplings=self.couplings,
         )
 

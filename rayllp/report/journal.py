@@ -9,7 +9,7 @@ from rich.console import Console
 from rayllp.report.progress import ProgressDisplay
 from rayllp.report.run_directory import RunDirectory
 
-SCALARS = "loss grad_norm lr tokens_per_s mfu rho_forward rho_backward bias cosine noise consistency consistency_weight".split()
+SCALARS = "loss grad_norm lr tokens_per_s mfu rho_forward rho_backward bias cosine noise loss_gap consistency consistency_weight".split()
 """Names of the metrics of a step that loggers show as curves, if they were measured."""
 
 

@@ -173,7 +173,7 @@ class StepLog:
         if self.controller.chosen.windows != windows:
             self.times.forget_speed(but="serial")
         advice = {way: solve.status.value if solve else "" for way, solve in _solves(stats).items()}
-        measured = {name: getattr(found, name) for name in ("rho_forward", "rho_backward", "bias", "noise")}
+        measured = {name: getattr(found, name) for name in ("rho_forward", "rho_backward", "bias", "noise", "loss_gap")}
         self._announce(decision, advice=advice, **measured)
 
     def _announce(self, decision: Decision | None, **details: Any) -> None:
@@ -200,6 +200,7 @@ class StepLog:
             "rho_forward": found.rho_forward, "rho_backward": found.rho_backward,
             "rho_by_point": None if plan is None else _rho_by_point(stats),
             "bias": found.bias, "cosine": bias.cosine if bias else None, "noise": found.noise,
+            "loss_gap": found.loss_gap,
             "bias_by_block": bias.by_block if bias else None,
             "bias_against": ("exact" if plan.exact or accuracy.serial else "doubled") if plan is not None and bias else None,
             "consistency": stats.consistency, "consistency_weight": accuracy.consistency or None,
