@@ -1,4 +1,4 @@
-"""Finds the place in the network where a step stopped being finite."""
+"""Finds the first place in the network where a training step yields NaN or infinity."""
 
 import torch
 
@@ -11,7 +11,7 @@ from rayllp.state import State, tensors
 
 
 class _Checking(ExactPropagator):
-    """The exact forward, which keeps the first layer whose output is not finite."""
+    """Takes the steps of the exact forward, and keeps the number of the first layer whose output is not finite."""
 
     def __init__(self, bound: BoundBlock) -> None:
         super().__init__(bound)

@@ -34,7 +34,7 @@ class Decoder:
         sources: the source sentences of an encoder–decoder, shape (sentences, time); None for a decoder alone.
 
     Attributes:
-        requests: number of tables that were broadcast so far, which numbers messages.
+        requests: number of tables broadcast so far, by which messages are numbered.
         past: the memory of the tokens that layers have been through; None if every request is computed from scratch.
     """
 
@@ -47,7 +47,7 @@ class Decoder:
     def generate(self, prompts: Tensor, options: GenerationConfig) -> list[list[int]]:
         """Return the continuations of prompts of shape (sentences, time), prompts included, on every worker."""
         with self.group.block.uncompiled():
-            # All workers agree on this first: sampling then holds the process's random generator, which workers that are threads share.
+            # All workers agree on this before sampling, which locks the process's random generator: workers that are threads share that.
             self.past = self.group.block.architecture.past() if self._all_remember(prompts) else None
             if self.group.block.last:
                 with torch.no_grad(), seeded(self.group.config.seed, "generation"):
@@ -104,7 +104,7 @@ class Decoder:
     # Messages between workers -------------------------------------------------------------------------------------------------
 
     def request(self, table: Tensor | None) -> None:
-        """Tell all workers the next request, of shape (rows, 1 + time), or with None that there are no more."""
+        """Send all workers the next request, a table of shape (rows, 1 + time); None tells them that there are no more."""
         self.broadcast(torch.zeros((0, 0), dtype=torch.int64) if table is None else table)
 
     def broadcast(self, table: Tensor | None) -> Tensor:

@@ -98,7 +98,7 @@ class PlainAutograd:
 
 
 def count_microbatches(batch: int, workers: int, wanted: int | None, *, fewest: bool = False) -> int:
-    """Return the number of microbatches for `batch` sequences: as `wanted`, or else the batch's largest divisor up to 4 a worker.
+    """Return the number of microbatches for `batch` sequences: `wanted` if given, else the batch's largest divisor up to 4 per worker.
 
     One worker has nothing to overlap, and always takes one.
 

@@ -20,7 +20,7 @@ from rayllp.engine.step_gradients import StepGradients
 from rayllp.engine.window_gradients import WindowGradients
 
 SAMPLES_PER_COUPLING = 4
-"""Couplings are measured on one in so many samples of the batch: only their order of magnitude matters."""
+"""Couplings are measured on one in this many samples of the batch: only their order of magnitude matters."""
 BIAS_SUMS = 5
 """Number of sums kept for each block: squared error, squared better gradient, its product with the gradient in use, the latter squared, and
 the squared difference of the halves.
@@ -34,7 +34,8 @@ class Bias:
     Attributes:
         relative: norm of the error over the norm of the better gradient.
         cosine: cosine of the angle between the two gradients.
-        noise: one standard deviation over the norm of the better gradient; None if the batch was not halved.
+        noise: one standard deviation of the gradient over the choice of the batch, over the better gradient's norm; None if the batch was
+            not halved.
         by_block: relative bias and cosine of each worker's block.
     """
 
@@ -109,14 +110,14 @@ class Probing:
         return found
 
     def _used_gradient(self, batch: StepBatch) -> list[Tensor]:
-        """Return the gradients that the accuracy in question forms for the middle layers."""
+        """Return the middle layers' gradients as the candidate accuracy forms them."""
         self.gradients(batch.solved_by(self.plan.candidate))
         used = [gradient.clone() for gradient in self._middle()]
         self.gradients.forget()
         return used
 
     def _halves(self, accuracy: Accuracy, samples: int) -> tuple[slice, ...]:
-        """Return the two halves of the batch. None if it cannot be halved, or if the pipeline was built for the whole batch."""
+        """Return the two halves of the batch. Empty if it cannot be halved, or if the pipeline was built for the whole batch."""
         built_for_all = accuracy.serial and self.group.config.placement == "blocks"
         if built_for_all or samples % (2 * self.group.config.accumulate):
             return ()

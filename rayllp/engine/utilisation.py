@@ -23,11 +23,11 @@ PEAKS = {
     "L4": (121e12, 30.3e12),
     "A10": (125e12, 31.2e12),
 }
-"""Operations a second that the maker promises, without sparsity, by a part of the GPU's name: in bfloat16, and in float32 without TF32."""
+"""Operations per second in the maker's data sheet, without sparsity, by a part of the GPU's name: (bfloat16, float32 without TF32)."""
 
 
 def peak_flops(device: torch.device, dtype: str) -> float | None:
-    """Return the operations a second that the device could do in this dtype of the settings; None if that is not known, as on CPUs."""
+    """Return the operations per second that the device can do at most in this dtype of the settings; None if not known, as on CPUs."""
     if device.type != "cuda" or dtype not in ("bfloat16", "float32"):
         return None
     name = torch.cuda.get_device_name(device)
