@@ -43,7 +43,7 @@ def register(name: str, family: Family | str) -> None:
 
     Args:
         name: its name, for model.family.
-        family: what it is; or the "module:NAME" of a `Family`, or of an `Architecture` class with `from_settings` as `Transformer` has it.
+        family: the family itself; or the "module:NAME" of one, or of an `Architecture` class with a `from_settings` like `Transformer`'s.
     """
     FAMILIES[name] = family
 

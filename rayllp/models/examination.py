@@ -12,7 +12,7 @@ from transformers import Cache
 from rayllp.models.replay import Call, EndOfForward, ExtraOutput, Replay, UnsupportedModelError, logits_of, state_of
 
 LARGE, NOT_RESIDUAL = 1e4, 0.5
-"""Size of a test state, and the relative change of it from which a layer is not residual: x + F(norm(x)) changes a large x little."""
+"""Size of a test state, and the relative change in it from which a layer is not residual: x + F(norm(x)) changes a large x little."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ def examine(replay: Replay, inputs: Any, build: Callable[[int], nn.Module], dtyp
     Args:
         replay: the model's forward with stand-ins for its layers.
         inputs: the inputs of a few samples.
-        build: builds the layer of a number, with weights.
+        build: builds layer number n, with weights.
         dtype: dtype of parameters and states.
 
     Raises:

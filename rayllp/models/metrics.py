@@ -99,7 +99,7 @@ class Confusion:
 
 
 def metric_of(task: Task, classes: int) -> Metric:
-    """Return what an evaluation of a task reports beside the loss, for so many classes."""
+    """Return the metric of a task, with this number of classes: what an evaluation reports beside the loss."""
     match task:
         case "masked":
             return Accuracy("masked_accuracy")

@@ -103,7 +103,7 @@ class Transformer(Architecture):
     def from_settings(
         cls, settings: TrainConfig, facts: DatasetFacts, stored_config: Mapping[str, Any] | None = None, family: Family | None = None
     ) -> Self:
-        """Return the adapter for these settings and data.
+        """Return the network for these settings and data.
 
         Args:
             settings: the settings of the run.
@@ -260,7 +260,7 @@ class Transformer(Architecture):
             self.scaled_weight(layer, name).data.mul_(factor)
 
     def scaled_weight(self, layer: nn.Module, name: str) -> Tensor:
-        """Return what model.initialisation scales of the layer's module `name`: its weight, or the part of it that makes values."""
+        """Return what model.initialisation scales in a layer's module `name`: its weight, or the weight's columns that make values."""
         weight = layer.get_submodule(name).get_parameter("weight")
         return weight[:, -self.settings.model.width :] if name in self.family.joint else weight
 
