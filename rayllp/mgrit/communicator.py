@@ -41,7 +41,7 @@ class Communicator:
         return self.channel.rank
 
     def send(self, state: State, destination: int, phase: str, level: int) -> None:
-        """Send a state to `destination`. Returns at once; `phase` and `level` name the message in errors."""
+        """Send a state to `destination`, without waiting. `phase` and `level` name the message in errors."""
         self.channel.send(state, destination, self.tag.at(phase, level))
 
     def receive(self, spec: StateSpec, source: int, phase: str, level: int) -> State:
