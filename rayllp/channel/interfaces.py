@@ -1,4 +1,4 @@
-"""Choice of the network interface that workers talk over, the one with their node's address in the cluster; and which hosts reach others.
+"""Chooses the network interface that workers talk over (the one with their node's address), and tests whether hosts reach each other.
 
 Left to themselves, libraries use the address that the host's own name resolves to (127.0.1.1 on stock Debian and Ubuntu), or the first
 interface that is up, which may lead nowhere.

@@ -27,7 +27,7 @@ from rayllp.errors import ChannelError, ClusterError, SettingsError
 SPIN_S = 200e-6
 """For this many seconds a wait polls without pause; a message that a neighbour has just sent arrives within that time."""
 PAUSE_SHARE = 1 / 32
-"""After that, a wait pauses for this share of the time waited so far, so that others can use the core. It ends late by no more."""
+"""After that, a wait pauses for this share of the time waited so far, which frees the core. So it ends late by at most this share."""
 MIN_PAUSE_S, MAX_PAUSE_S = 20e-6, 250e-6
 """Bounds of that pause, in seconds."""
 PROGRESS_S = 100e-6
@@ -203,7 +203,7 @@ class MPIChannel(ProcessChannel):
     # Messages that have not left yet --------------------------------------------------------------------------------------------
 
     def _start_progress(self) -> None:
-        """Let a background thread call MPI while this worker computes: a long message may need such calls of its sender's to leave."""
+        """Let a background thread call MPI while this worker computes: without such calls, a long message may not leave."""
         if self._mpi.Query_thread() < self._mpi.THREAD_MULTIPLE:
             return
         if self._progress_thread is None:

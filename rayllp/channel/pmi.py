@@ -199,7 +199,7 @@ class Lifeline:
     def exit_on_loss(self) -> Iterator[None]:
         """Within this context, the loss of a worker ends this process at once: for calls to MPI that nothing else can interrupt.
 
-        The process is ended by a signal (SIGIO, whose default action is that), since such calls may hold the GIL.
+        A signal ends the process (SIGIO, by its default action), since such calls may hold the GIL.
         """
         flags = fcntl.fcntl(self._connection, fcntl.F_GETFL)
         fcntl.fcntl(self._connection, fcntl.F_SETOWN, os.getpid())

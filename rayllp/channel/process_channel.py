@@ -61,7 +61,7 @@ class ProcessReduction:
 
 @contextmanager
 def failing_as(name: str) -> Iterator[None]:
-    """Turn a RuntimeError inside into a ChannelError that begins with `name`."""
+    """Within this context, turn a RuntimeError into a ChannelError that begins with `name`."""
     try:
         yield
     except RuntimeError as error:
