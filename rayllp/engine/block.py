@@ -33,7 +33,7 @@ class Block:
         draws: True if pieces draw random numbers in training, which are then frozen within a step.
         stacks: stacked weights of middle layers, for calls of several layers at once.
         callable: the layers as they are called: compiled, if the settings ask for it.
-        advance_together: the function that calls several layers at once, compiled likewise.
+        advance_together: the function that calls several layers at once, compiled if the layers are.
     """
 
     def __init__(self, architecture: Architecture, config: TrainConfig, rank: int, device: torch.device) -> None:
@@ -161,7 +161,7 @@ class Block:
 
     @property
     def matrices(self) -> list[nn.Parameter]:
-        """Trainable weight matrices of this worker's layers, buffers included."""
+        """Trainable weight matrices of this worker's layers, buffer layers included."""
         return [matrix for layer in self.layers.values() for matrix in hidden_matrices(layer) if matrix.requires_grad]
 
     @property
@@ -193,7 +193,7 @@ class Block:
 
         Args:
             inputs: the samples' inputs.
-            past: in generation, the architecture's memory of the tokens before these (`Architecture.past`).
+            past: in generation, the architecture's cache of the tokens before these (`Architecture.past`).
         """
         remembered = {} if past is None else {"past": past}
         return BoundBlock(self, 0, (), self.architecture.context(inputs, self.dtype, **remembered), training=False)
@@ -314,7 +314,7 @@ class BoundBlock:
         return subtract(after, state)
 
     def enter(self, inputs: Inputs) -> State:
-        """Return the state before the first middle layer: embedding, then opening buffers."""
+        """Return the state before the first middle layer: embedding, then opening buffer layers."""
         block = self.block
         assert block.embed is not None
         with self._context("embed"):
@@ -324,7 +324,7 @@ class BoundBlock:
         return state
 
     def leave(self, state: State, *, last_only: bool = False) -> Tensor:
-        """Return the outputs from the state after the last middle layer: closing buffers, then head.
+        """Return the outputs from the state after the last middle layer: closing buffer layers, then head.
 
         Args:
             last_only: return the output at the last position only.

@@ -25,7 +25,7 @@ class _Checking(ExactPropagator):
 
 
 def diagnose(forward: ExactForward, batch: StepBatch) -> tuple[int, int, str] | None:
-    """Find the first place on this worker where the step's exact forward, and then its gradients, stop being finite.
+    """Find the first place on this worker where the step's exact forward, or else its gradients, are no longer finite.
 
     All workers of the layer group call this together.
 

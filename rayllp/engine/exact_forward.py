@@ -21,7 +21,7 @@ class ExactForward:
 
     Attributes:
         group: this worker's layers, and the channel to the other workers.
-        remembers: True if this worker's layers can remember past tokens in generation; None until that is tested.
+        remembers: True if this worker's layers can use a cache of past tokens in generation; None until that is tested.
     """
 
     def __init__(self, group: LayerGroup) -> None:
@@ -38,7 +38,7 @@ class ExactForward:
             inputs: the network's inputs.
             tag: names the forward in errors.
             last_only: return the output at the last position only.
-            past: in generation, the architecture's memory of the inputs' first tokens. The forward then takes only the other tokens.
+            past: in generation, the architecture's cache of the inputs' first tokens. The forward then takes only the other tokens.
         """
         block = self.group.block
         with torch.no_grad():

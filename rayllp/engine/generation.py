@@ -21,9 +21,9 @@ from rayllp.models.randomness import seeded
 from rayllp.state import State, like, tensors
 
 MEMORY_TEST_TOKENS = 4
-"""Number of tokens on which the layers' memory of past tokens is tested."""
+"""Number of tokens on which the layers' cache of past tokens is tested."""
 MEMORY_TOLERANCE = 1e-3
-"""By how much results with and without the memory may differ, relative to their norm."""
+"""By how much results with and without the cache may differ, relative to their norm."""
 
 
 class Decoder:
@@ -35,7 +35,7 @@ class Decoder:
 
     Attributes:
         requests: number of tables broadcast so far, by which messages are numbered.
-        past: the memory of the tokens that layers have been through; None if every request is computed from scratch.
+        past: the cache of the tokens that layers have been through; None if every request is computed from scratch.
     """
 
     def __init__(self, exact_forward: ExactForward, sources: Tensor | None = None) -> None:
@@ -61,7 +61,7 @@ class Decoder:
         return self.broadcast(answer).tolist()
 
     def _all_remember(self, prompts: Tensor) -> bool:
-        """Return True if the memory of past tokens works on all workers' layers."""
+        """Return True if the cache of past tokens works on all workers' layers."""
         if self.exact_forward.remembers is None:  # tested once for this worker's layers: evaluations generate in many small parts
             count = min(MEMORY_TEST_TOKENS, self.group.config.sequence_length)
             tokens = prompts[:1].repeat(1, count)[:, :count]
@@ -148,9 +148,9 @@ class _RemoteModel(PreTrainedModel, GenerationMixin):
 
 
 def remembers(block: Block, inputs_of: Callable[[Tensor], Inputs], tokens: Tensor) -> bool:
-    """Test whether this worker's pieces can use a memory of past tokens.
+    """Test whether this worker's pieces can use a cache of past tokens.
 
-    They can if they compute the same for the last token with the memory as from all tokens. Each kind of layer is tested once.
+    They can if they compute the same for the last token with the cache as from all tokens. Each kind of layer is tested once.
 
     Args:
         block: this worker's pieces.
@@ -181,7 +181,7 @@ def remembers(block: Block, inputs_of: Callable[[Tensor], Inputs], tokens: Tenso
             found = advanced(_at(state, slice(-1, None)), context)
             if block.embed is not None:
                 found.append(tensors(architecture.enter(block.embed, whole, context))[-1])
-        except Exception:  # layers with another kind of memory may fail with any error
+        except Exception:  # layers with another kind of cache may fail with any error
             return False
     return all(a.shape == b.shape and (a - b).norm() <= MEMORY_TOLERANCE * b.norm() for a, b in zip(found, wanted, strict=True))
 

@@ -99,7 +99,7 @@ class InOrderStep:
 
     def _pull(self, number: int, layer: int, lam: State | None) -> State:
         assert lam is not None
-        # With as many microbatches as workers, none waits in the midst of a step.
+        # With as many microbatches as workers, no worker waits in the middle of a step.
         return self.work.pull(number, layer, lam, defer=self.microbatches < self.channel.size)
 
     def _pass(self, layers: range, begin: int, end: int, take: TakeLayer, communicator: Communicator) -> None:
@@ -188,7 +188,7 @@ class _Layers(InOrderWork):
         self._deferred: deque[_Deferred] = deque()
 
     def enter(self, number: int) -> State:
-        """Take embedding and opening buffers, and keep their graph."""
+        """Take embedding and opening buffer layers, and keep their graph."""
         with self._group.span("enter"):
             self.entered[number] = entered = self._bound[number].enter(self._batches[number].inputs)
         return detach(entered)
@@ -201,7 +201,7 @@ class _Layers(InOrderWork):
         return after
 
     def loss(self, number: int, state: State) -> State:
-        """Compute a microbatch's loss, and the gradients of closing buffers and head."""
+        """Compute a microbatch's loss, and the gradients of closing buffer layers and head."""
         with self._group.span("loss"):
             loss, seed = loss_and_seed(self._bound[number], state, self._batches[number])
         assert seed is not None

@@ -3,7 +3,7 @@
 A layer is x -> x + Δt·f(x) with f(x) = block(x) − x. The constant is the largest singular value σ of f's Jacobian J = ∂f/∂x for one
 sequence. A coarse step uses f at its C-point for a whole interval of c_f layers. Meanwhile the state moves by up to c_f·Δt·‖f‖, and f
 changes by up to σ times that. So MGRIT's error grows with c_f·Δt·σ, which must be small for its iterations to contract. Δt is left out of
-the estimate: even for a buffer, whose Δt is 1, σ then tells what the layer would do as a middle layer.
+the estimate: even for a buffer layer, whose Δt is 1, σ then tells what the layer would do as a middle layer.
 
 The method is power iteration on JᵀJ. Jᵀu is the layer's vector-Jacobian product. Jv is a central difference of two forwards, since
 PyTorch's fused attention has neither a forward-mode nor a second derivative, and a user's layer may use any kernel that has a first one.

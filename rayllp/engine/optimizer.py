@@ -137,7 +137,7 @@ class Optimizer:
         return parameter if len(part) == parameter.numel() else nn.Parameter(parameter.data.view(-1)[part.start : part.stop])
 
     def _aim_views(self) -> list[nn.Parameter]:
-        """Point the views at the parameters' present memory and gradients, and return them.
+        """Point the views at the parameters' current memory and gradients, and return them.
 
         This is needed in every step, since gradients are new tensors, and `Stack` may have moved a parameter in memory.
         """
@@ -194,7 +194,7 @@ class Optimizer:
         Args:
             parameter: one of this worker's parameters.
             state: the state of the whole parameter, or of the part that this worker keeps. If the settings ask for an average of the
-                parameter's values and the state has none, the average begins with the present value.
+                parameter's values and the state has none, the average begins with the current value.
         """
         name = self._names[parameter]
         leaf, part = self._leaves.get(name), self._own.get(name, range(0))

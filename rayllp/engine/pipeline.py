@@ -1,4 +1,4 @@
-"""Exact gradients in serial mode, over the same blocks of layers.
+"""Exact gradients in serial mode, over the blocks of layers that parallel solves have, too.
 
 Several workers run the 1F1B schedule of torch.distributed.pipelining over microbatches, so that no layer moves when training switches from
 parallel to serial. One worker runs plain autograd.

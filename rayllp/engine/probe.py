@@ -124,7 +124,7 @@ class Probing:
         return slice(0, samples // 2), slice(samples // 2, samples)
 
     def _in_halves(self, batch: StepBatch, halves: tuple[slice, ...]) -> tuple[StepGradients, list[Tensor]]:
-        """Form gradients half by half, or at once if there are no halves.
+        """Form gradients half by half, or of the whole batch if there are no halves.
 
         Returns: the outcome with the last half's solves, and the first half's gradients (empty if there are no halves).
         """

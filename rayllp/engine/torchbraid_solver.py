@@ -125,7 +125,10 @@ class TorchBraidSolver:
 
     @contextmanager
     def _surfaced(self, what: str) -> Iterator[None]:
-        """Raise what TorchBraid swallows inside as a ChannelError. The loss of a worker ends this process: XBraid waits without limit."""
+        """Turn an exception that TorchBraid swallows in this context into a ChannelError.
+
+        If a worker is lost meanwhile, this process ends, since XBraid's waits have no time limit.
+        """
         self._noticing.noticed.clear()
         with self.channel.exit_on_loss():
             yield

@@ -151,7 +151,7 @@ def unstack_states(state: State) -> list[State]:
 
 
 def kind(module: nn.Module) -> Hashable:
-    """Return a key that is equal for layers which differ only in their weights, and so may be called at once."""
+    """Return a key that is equal for layers which differ only in their weights, and so may be evaluated in one call."""
     parameters = [(name, p.shape, p.dtype, p.requires_grad) for name, p in module.named_parameters()]
     plain = [
         (path, name, value)
