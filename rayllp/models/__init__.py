@@ -53,7 +53,7 @@ def build_architecture(config: TrainConfig, facts: DatasetFacts, stored_config: 
 
     Args:
         config: the settings of the run.
-        facts: what the data set says of itself.
+        facts: what the data set says about itself.
         stored_config: transformers' configuration of a run that is resumed (RUN/model.json); its weights come from the run's checkpoint.
 
     Raises:

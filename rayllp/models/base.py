@@ -44,7 +44,7 @@ class Architecture(ABC):
     tied: tuple[tuple[str, str], ...] = ()
     """Tied parameters: pairs of the full names that one parameter has in the embedding and in the head."""
     metric: Metric = NoMetric()
-    """What an evaluation reports beside the loss."""
+    """What an evaluation reports besides the loss."""
 
     @property
     def tied_to(self) -> dict[str, str]:
@@ -79,7 +79,7 @@ class Architecture(ABC):
     # How they are called ------------------------------------------------------------------------------------------------------
 
     def context(self, inputs: Inputs, dtype: torch.dtype, past: Any = None) -> Any:
-        """Compute what layers need beside the state, such as masks and position tables.
+        """Compute what layers need besides the state, such as masks and position tables.
 
         Every worker computes it from the batch, so it need not be sent.
 

@@ -25,7 +25,7 @@ class ModelAnalysis:
         encoder_output: names of the parameters between the encoder's last state and what the decoder reads of it; empty without an encoder.
         kinds: the kind of each layer; equal for layers that differ only in their weights.
         residual: True if every kind of layer changes a large state by much less than its size, as x + F(norm(x)) does.
-        extra_arguments: how each layer was called; of the arguments, only those that other layers return beside the state are kept.
+        extra_arguments: how each layer was called; of the arguments, only those that other layers return besides the state are kept.
     """
 
     embed: frozenset[str]

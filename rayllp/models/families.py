@@ -17,9 +17,9 @@ class Family:
         residual_outputs: names, within a layer, of the projections that write into the residual stream. model.initialisation=scaled divides
             them, `deep` multiplies them.
         inner: names of the MLP and value projections, which `deep` multiplies as well.
-        joint: those of `inner` that make queries, keys and values at once; only their columns for the values are multiplied.
+        joint: those of `inner` that make queries, keys and values in one; only their columns for the values are multiplied.
         scaled: True if transformers' own initialisation divides the residual outputs by √(2L) already.
-        heads: what model.head may choose beside the family's own task.
+        heads: what model.head may choose besides the family's own task.
         feed_forward: the inner size of an MLP, over the width, where model.feed_forward is not set.
         positions_after_pad: True if positions are counted from the padding id on, as RoBERTa counts them.
         undropped: dropout rates of the configuration that model.dropout does not set; they are 0.
