@@ -1,4 +1,4 @@
-"""Reading a shallow network's checkpoint as that of a deeper network, in which each middle layer becomes several (arXiv:1912.08974).
+"""Reads a shallow network's checkpoint as that of a deeper network, in which each middle layer becomes several (arXiv:1912.08974).
 
 This is the piecewise constant prolongation in the depth direction. It works piece by piece, and a worker reads only the layers from which
 its own layers are made.

@@ -79,7 +79,7 @@ class HeldStates:
         """Keep the current state, after `step` steps; its copy is sent in the background.
 
         Raises:
-            ChannelError: the last copy could not be exchanged, because a worker is gone.
+            ChannelError: the previous state's copy could not be exchanged, because a worker is gone.
         """
         self._idle.wait()
         if self._failure is not None:
