@@ -1,5 +1,6 @@
 """One training step against bare transformers, and against itself on other meshes."""
 
+import math
 import platform
 import subprocess
 import sys
@@ -280,6 +281,25 @@ def test_the_step_with_a_bad_weight_is_not_taken_and_the_layer_is_named():
     outcomes = run_workers(2, work)
     assert all(same for _, same in outcomes)
     assert min(stats.fault for stats, _ in outcomes if stats.fault)[2] == "layer 5: its output is not finite"
+
+
+@pytest.mark.parametrize("solver", ["mgrit", "windows"])
+def test_the_gradient_that_is_named_is_the_first_that_the_adjoint_comes_to(solver):
+    """Whoever owns its layer: on a cyclic placement the last worker does not have the last layers alone."""
+
+    def work(channel):
+        block = (engine := make_engine(tiny(workers=2, solver=solver), channel)).block
+        for layer in (3, 8):
+            if layer in block.layers:
+                block.layers[layer].mlp.c_fc.weight.register_hook(lambda gradient: gradient * math.nan)
+        return layers_with(block), engine.train_step(0, Controller(block.config).chosen).fault
+
+    def layers_with(block):
+        return sorted({3, 8} & set(block.layers))
+
+    outcomes = run_workers(2, work)
+    assert sorted(layers for layers, _ in outcomes) == [[3], [8]]
+    assert "h.8.mlp.c_fc.weight: its gradient is not finite" in min(fault for _, fault in outcomes if fault)[2]
 
 
 def timed_over_gloo(rank, size, config):

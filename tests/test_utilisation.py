@@ -38,7 +38,9 @@ def test_peaks(monkeypatch):
     cuda = torch.device("cuda")
     for name, dtype, peak in (
         ("NVIDIA H100 80GB HBM3", "bfloat16", 989e12), ("NVIDIA H100 PCIe", "bfloat16", 756e12), ("NVIDIA H200", "float32", 67e12),
-        ("NVIDIA A100-SXM4-40GB", "bfloat16", 312e12), ("Some other", "bfloat16", None), ("NVIDIA H100", "float64", None),
+        ("NVIDIA A100-SXM4-40GB", "bfloat16", 312e12), ("Some other", "bfloat16", None), ("NVIDIA L40", "bfloat16", None),
+        ("NVIDIA RTX A1000", "float32", None), ("NVIDIA GH200 480GB", "float32", 67e12), ("NVIDIA H100 NVL", "bfloat16", 835e12),
+        ("NVIDIA H100", "float64", None),
     ):  # fmt: skip
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
         assert peak_flops(cuda, dtype) == peak

@@ -1,4 +1,4 @@
-"""Messages between workers: one small interface (`Channel`) and several implementations, which one test suite checks."""
+"""Messages between workers: one small interface (`Channel`), implemented for threads, torch.distributed and MPI."""
 
 from rayllp.channel.base import Channel, MessageTag, StateSpec
 from rayllp.channel.local import LocalChannel, run_workers

@@ -15,9 +15,9 @@ from rayllp.state import State, tensors
 
 @dataclass(frozen=True)
 class MessageTag:
-    """What a message is: training step, solve ("forward", "adjoint", …), phase of the cycle, level.
+    """Identifies a message by training step, solve ("forward", "adjoint", …), phase of the cycle and level.
 
-    Errors name it, and a receiver refuses a message with another tag than it expects.
+    Errors name it, and a receiver refuses a message whose tag is not the one that it expects.
     """
 
     step: int
@@ -35,7 +35,7 @@ class MessageTag:
 
 @dataclass(frozen=True)
 class StateSpec:
-    """Shapes and dtypes of a state's tensors, by which a receiver allocates them."""
+    """Shapes, dtypes and device of a state's tensors, from which a receiver allocates them."""
 
     shapes: tuple[torch.Size, ...]
     dtypes: tuple[torch.dtype, ...]
@@ -70,7 +70,7 @@ class Reduction(Protocol):
     """An all-reduce that is under way."""
 
     def wait(self) -> Tensor:
-        """Wait for the sum, and return the tensor that was given, which holds it now.
+        """Wait for the sum, and return the given tensor, which now holds it.
 
         Raises:
             ChannelError: a worker did not take part within the time limit, or is gone.
@@ -84,9 +84,9 @@ class Channel(ABC):
     Attributes:
         rank: this worker's rank in the group.
         size: number of workers in the group.
-        synchronous_sends: True if a send ends only once its receiver has come to the matching receive, and two workers carry out what they
-            issue to each other in the order of issue, as NCCL does. Two workers that both send before they receive would wait for each
-            other for ever: see `exchange`.
+        synchronous_sends: True if, as with NCCL, a send completes only once its receiver has come to the matching receive, and two workers
+            carry out their messages to each other in the order of issue. Two workers that both send before they receive would then
+            deadlock: see `exchange`.
     """
 
     rank: int
@@ -108,8 +108,7 @@ class Channel(ABC):
     def exchange(self, sends: Sends, receives: Receives, tag: MessageTag) -> list[State]:
         """Send states to other workers and receive states from others at the same time.
 
-        For workers that send to each other before either receives. With NCCL, which carries out messages in the order of issue, each of
-        them would wait for the other if they used `send` and `receive`.
+        For workers that send to each other before either receives: with `send` and `receive` they would deadlock if sends are synchronous.
 
         Returns: the received states, in the order of `receives`.
         """
@@ -118,10 +117,10 @@ class Channel(ABC):
         return [self.receive(spec, source, tag) for spec, source in receives]
 
     def broadcast(self, state: State | None, spec: StateSpec, source: int, tag: MessageTag) -> State:
-        """Return the state of worker `source`, on every worker. It is sent to each of the others in turn.
+        """Return the state of worker `source` on every worker. `source` sends it to each of the others in turn.
 
         Args:
-            state: the state to send, on `source`; the other workers' is ignored.
+            state: the state to send, on `source`; ignored on the other workers.
             spec: shapes and dtypes of the state.
 
         Raises:
@@ -152,8 +151,8 @@ class Channel(ABC):
     def begin_all_reduce(self, tensor: Tensor, tag: MessageTag) -> Reduction:
         """Begin to sum `tensor` over all workers in place, and return at once.
 
-        The tensor must be left alone until the sum has been waited for. Several such sums may be under way. All workers have to begin them,
-        and to wait for them, in the same order.
+        The tensor must not be used before `wait` has returned. Several sums may be under way at once; all workers have to begin them, and
+        to wait for them, in the same order.
         """
 
     @abstractmethod
@@ -176,9 +175,9 @@ class Channel(ABC):
         """
 
     def prepost_receives(self, key: Hashable | None) -> AbstractContextManager[None]:
-        """Return a context in which the same messages are received, in the same order, as the last time with this key.
+        """Return a context in which the same messages are received, in the same order, as in the last context with this key.
 
-        So a channel may post each receive before the message is needed, as MPI's persistent requests do.
+        The channel knows what comes next, so it may post each receive before the message is needed.
 
         Args:
             key: names the sequence of messages. None: nothing is known of the messages inside.
@@ -197,9 +196,9 @@ class Channel(ABC):
 
 
 class ChannelWrapper(Channel):
-    """A channel that passes every call on to another one. Base of channels that add something, which override what they must.
+    """A channel that passes every call on to another one. Base class of channels that add something to some of the calls.
 
-    A broadcast consists of this channel's own sends and receives, so that what these add holds for it, too.
+    A broadcast is not passed on: it consists of this channel's own sends and receives, so what a subclass adds to these applies to it, too.
     """
 
     def __init__(self, inner: Channel) -> None:

@@ -1,4 +1,4 @@
-"""The network interface that workers talk over: the one with their node's address in the cluster.
+"""Chooses the network interface that workers talk over (the one with their node's address), and tests whether hosts reach each other.
 
 Left to themselves, libraries use the address that the host's own name resolves to (127.0.1.1 on stock Debian and Ubuntu), or the first
 interface that is up, which may lead nowhere.
@@ -24,14 +24,14 @@ ON_ONE_HOST = {"UCX_NET_DEVICES"}
 """Variables to set only where all workers are on one host: between hosts UCX would leave InfiniBand unused."""
 
 _ours: dict[str, str] = {}
-"""Values that this process set itself, for an earlier process group. They do not count as the user's settings."""
+"""Values of these variables that this process has set itself, which do not count as the user's settings."""
 
 
 def use_interface_of(address: str) -> None:
     """Make the process groups that this process joins from now on use the interface with this address. No other code sets these variables.
 
-    A variable that the user has set stays as it is. Where no interface has the address (behind a translating gateway, for instance), the
-    libraries are left to themselves.
+    A variable that the user has set stays as it is. Where no interface has the address (behind NAT, for instance), the libraries are left
+    to themselves.
 
     Raises:
         ClusterError: the user's own GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME fits no interface of this host.
@@ -67,7 +67,7 @@ def user_setting(variable: str) -> str | None:
 
 
 def _check_user_settings() -> None:
-    """Refuse network interfaces that GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME names and this host does not have."""
+    """Refuse a GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME of the user's that fits no interface of this host."""
     there = sorted(psutil.net_if_addrs())
     gloo, nccl = user_setting("GLOO_SOCKET_IFNAME"), user_setting("NCCL_SOCKET_IFNAME")
     if gloo is not None and not set(gloo.split(",")) <= set(there):
@@ -89,14 +89,13 @@ def _no_such_interface(variable: str, value: str, there: Sequence[str]) -> Clust
 def close_connections_to(hosts: Collection[str]) -> int:
     """Shut down this process's TCP connections to hosts that are gone, given by address; return how many there were.
 
-    A host that was cut off sends nothing more, not even the end of its connections. Without this, whoever waits for a message from it would
-    wait until its own time limit.
+    A host that was cut off does not even close its connections, so whoever waits for a message from it would wait until its time limit.
     """
     closed = 0
     for connection in psutil.Process().net_connections(kind="tcp"):
         if connection.raddr and connection.raddr.ip in hosts and connection.fd >= 0:
             with contextlib.suppress(OSError), socket.socket(fileno=os.dup(connection.fd)) as twin:
-                twin.shutdown(socket.SHUT_RDWR)  # acts on the connection, so also on the other descriptor of it
+                twin.shutdown(socket.SHUT_RDWR)  # acts on the connection itself, whichever descriptor it is called on
                 closed += 1
     return closed
 
@@ -106,7 +105,7 @@ def close_connections_to(hosts: Collection[str]) -> int:
 
 @dataclass(frozen=True)
 class Endpoint:
-    """Where a process listens."""
+    """The address and port that a process listens on."""
 
     address: str
     port: int
@@ -148,7 +147,7 @@ def explain_unreachable(unreachable: Sequence[tuple[str, Endpoint, str]], error:
 
     Args:
         unreachable: for each pair of hosts that failed: the name of the one, the endpoint of the other, and the reason.
-        error: what the library said that failed to connect them.
+        error: the message of the library that failed to connect them.
     """
     if not unreachable:
         return (

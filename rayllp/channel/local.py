@@ -20,7 +20,7 @@ POLL_S = 0.2
 
 
 class _Queues(dict[tuple[int, int], Any]):
-    """Queues by (sender, receiver). They are made when first asked for, since few of many workers talk to each other."""
+    """Queues by (sender, receiver), each made on first use: of many workers, few pairs talk to each other."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -88,7 +88,7 @@ class LocalChannel(Channel):
         return [theirs[self.rank] for theirs in self._share([part.clone() for part in parts], tag)]
 
     def _share(self, value: T, tag: MessageTag) -> list[T]:
-        """Return what every worker gives to this collective, in order of rank."""
+        """Return the value that each worker brings to this collective, in order of rank."""
         shared = self._shared
         shared.slots[self.rank] = value
         self._barrier(tag)
@@ -136,7 +136,7 @@ class _LocalReduction:
 def run_workers(size: int, work: Callable[[LocalChannel], T], timeout_s: float = 30.0) -> list[T]:
     """Run `work` in `size` threads, each with its own channel, and return the results in order of rank.
 
-    If threads fail, one of their errors is raised: not a ChannelError if there is another, since the loss of one worker fails all others.
+    If threads fail, one of their errors is raised, a ChannelError only if there is no other: when one worker fails, all others get one.
     """
     channels = LocalChannel.group(size, timeout_s)
 

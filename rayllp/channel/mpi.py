@@ -27,13 +27,11 @@ from rayllp.errors import ChannelError, ClusterError, SettingsError
 SPIN_S = 200e-6
 """For this many seconds a wait polls without pause; a message that a neighbour has just sent arrives within that time."""
 PAUSE_SHARE = 1 / 32
-"""After that, a wait pauses for this share of the time waited so far, so that others can use the core. It is late by no more than that
-share.
-"""
+"""After that, a wait pauses for this share of the time waited so far, which frees the core. So it ends late by at most this share."""
 MIN_PAUSE_S, MAX_PAUSE_S = 20e-6, 250e-6
 """Bounds of that pause, in seconds."""
 PROGRESS_S = 100e-6
-"""Pause between two calls by which MPI makes progress on messages that have not left, while this worker computes; in seconds."""
+"""Seconds between two calls that let MPI make progress on messages that have not left, while this worker computes."""
 TAG = 7
 """The MPI tag of all messages."""
 
@@ -71,7 +69,7 @@ def _missing(why: str = "") -> SettingsError:
 
 
 class MPIWorld:
-    """This process's membership in an MPI world. A process can be in one world only in its life.
+    """This process's membership in an MPI world. A process can be in only one world in its lifetime.
 
     Args:
         lifeline: the lifeline to the other workers. None if MPI's own launcher has started them: it ends all processes when one is lost.
@@ -132,7 +130,7 @@ class MPIWorld:
 
 
 class MPIChannel(ProcessChannel):
-    """A channel over the communicator `comm`, which nobody else may use for collectives in the meantime.
+    """A channel over the communicator `comm`, which nothing else may use for collectives at the same time.
 
     CPU tensors are sent from and received into their own memory. So are CUDA tensors if the MPI library says that it can do that; otherwise
     they are staged through main memory.
@@ -205,7 +203,7 @@ class MPIChannel(ProcessChannel):
     # Messages that have not left yet --------------------------------------------------------------------------------------------
 
     def _start_progress(self) -> None:
-        """Have a background thread make progress. A long message may need its sender's help to leave, even while the sender computes."""
+        """Let a background thread call MPI while this worker computes: without such calls, a long message may not leave."""
         if self._mpi.Query_thread() < self._mpi.THREAD_MULTIPLE:
             return
         if self._progress_thread is None:
@@ -214,7 +212,7 @@ class MPIChannel(ProcessChannel):
         self._has_unsent.set()
 
     def _progress(self) -> None:
-        """Test messages that have not left until they have, which makes MPI move them on. Runs in the background thread."""
+        """Test messages until they have left; each test lets MPI move them on. Runs in the background thread."""
         while True:
             self._has_unsent.wait()
             if self._closed:
@@ -295,7 +293,7 @@ def _unlink_shared_memory(comm: Any) -> None:
 def is_cuda_aware() -> bool:
     """Return True if this MPI library says that it can send and receive CUDA tensors.
 
-    It is asked in the standard's way (MPI 4.1: memory kinds), then in the older one of MPICH and Open MPI. No answer means no.
+    Asks in the standard's way (MPI 4.1: memory kinds), then in the older one of MPICH and Open MPI. No answer means no.
     """
     if not torch.cuda.is_available():
         return False

@@ -1,7 +1,7 @@
-"""A state as one flat message of bytes, with a header that says what the message is.
+"""Packs a state into one flat message of bytes, with a header that says what the message is.
 
 A receiver that expects another message raises an error that names both. Without the header, a message of another phase, shape or dtype
-that happens to fit into the receive buffer would be taken for numbers.
+that happens to fit into the receive buffer would be taken for the expected one.
 """
 
 import struct
@@ -18,7 +18,7 @@ from rayllp.errors import ChannelError
 from rayllp.state import State, tensors
 
 HEADER = struct.Struct("<4siiIQ20s20s")
-"""Magic number, step, level, checksum of shapes and dtypes, number of bytes that follow, solve, phase. Its 64 bytes keep those aligned."""
+"""Magic number, step, level, checksum of shapes and dtypes, number of bytes that follow, solve, phase. 64 bytes keep the rest aligned."""
 MAGIC = b"llp1"
 ALIGNED = 16
 """The length of a message is a multiple of this many bytes."""
@@ -34,7 +34,7 @@ def pack(state: State, tag: MessageTag) -> Tensor:
 
 
 def pack_rows(parts: Sequence[Tensor], tag: MessageTag) -> Tensor:
-    """Return the messages of tensors of one shape and dtype, one a row: uint8, shape (messages, bytes)."""
+    """Return the messages of tensors of one shape and dtype, one per row: uint8, shape (messages, bytes)."""
     spec = StateSpec.of(parts[0])
     messages = empty_message(spec, spec.device, len(parts))
     _write_header(messages, spec, tag)
@@ -56,7 +56,7 @@ def _write_state(message: Tensor, state: State, spec: StateSpec) -> None:
 
 
 def empty_message(spec: StateSpec, device: torch.device, *messages: int) -> Tensor:
-    """Return an empty buffer for a message of this spec, of shape (bytes,).
+    """Return an uninitialised buffer for a message of this spec, of shape (bytes,).
 
     Args:
         messages: a number of messages, for a buffer of shape (messages, bytes). Each row is aligned for any dtype.

@@ -1,11 +1,11 @@
-"""A process manager for MPI, by which processes that something else has started (Ray's actors) become one MPI world.
+"""A process manager for MPI: it lets processes that something else has started (Ray's actors) form one MPI world.
 
 It speaks PMI-1, the wire protocol by which MPICH and its kin (Intel MPI, MVAPICH, Cray MPICH) learn their ranks and each other's addresses:
-lines of text over TCP, of which an MPI library uses ten kinds. (MPI's own way for processes that were started otherwise, in which each
-initialises alone and then accepts or connects, fails in MPICH 5.0.)
+lines of text over TCP, of which an MPI library uses ten kinds. (MPI's own way for such processes, in which each initialises alone and then
+calls MPI_Comm_accept or MPI_Comm_connect, fails in MPICH 5.0.)
 
 MPI itself does not notice that a process is lost: a receive from it waits for ever. So each worker also keeps a connection to the manager,
-its lifeline. The manager closes all of them as soon as one process is gone.
+its lifeline. The manager closes all lifelines as soon as one process is gone.
 
 A process is let in only with its own secret key. Once all are in, the manager accepts no more connections.
 """
@@ -48,7 +48,7 @@ class _Client:
     writer: asyncio.StreamWriter
     rank: int | None = None  # None until the client has shown its key
     is_lifeline: bool = False
-    has_finalized: bool = False  # the end of the connection is no loss then
+    has_finalized: bool = False  # if so, the end of the connection is no loss
 
     def reply(self, text: str) -> None:
         self.writer.write(text.encode() + b"\n")
@@ -108,7 +108,7 @@ class ProcessManager:
             await asyncio.sleep(0)
 
     async def _handle(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """Answer one client, line by line, until it hangs up, or says what it must not."""
+        """Answer one client, line by line, until it hangs up or breaks the protocol."""
         client = _Client(writer)
         self._clients.append(client)
         try:
@@ -199,7 +199,7 @@ class Lifeline:
     def exit_on_loss(self) -> Iterator[None]:
         """Within this context, the loss of a worker ends this process at once: for calls to MPI that nothing else can interrupt.
 
-        The process is ended by a signal (SIGIO, whose default action is that), since such calls may hold the GIL.
+        A signal ends the process (SIGIO, by its default action), since such calls may hold the GIL.
         """
         flags = fcntl.fcntl(self._connection, fcntl.F_GETFL)
         fcntl.fcntl(self._connection, fcntl.F_SETOWN, os.getpid())

@@ -1,6 +1,6 @@
-"""What all channels between processes have in common.
+"""The base class of channels between processes (`torch_dist.py`, `mpi.py`).
 
-A state travels as one message with a header (`packing.py`), and its receive may begin before it is needed.
+A state travels as one message with a header (`packing.py`), and its receive may be posted before the state is needed.
 """
 
 import time
@@ -45,7 +45,7 @@ class ProcessReduction:
 
     Attributes:
         tensor: the tensor that is summed in place.
-        name: what this is called in errors.
+        name: names the all-reduce in errors.
         end: waits for the sum.
     """
 
@@ -61,7 +61,7 @@ class ProcessReduction:
 
 @contextmanager
 def failing_as(name: str) -> Iterator[None]:
-    """Turn a RuntimeError inside into a ChannelError that begins with `name`."""
+    """Within this context, turn a RuntimeError into a ChannelError that begins with `name`."""
     try:
         yield
     except RuntimeError as error:
@@ -99,7 +99,7 @@ class ProcessChannel(Channel):
 
     @abstractmethod
     def _irecv(self, buffer: Tensor, source: int) -> Any:
-        """Post a receive of the next message from `source`. Returns what `_wait` is to wait for."""
+        """Post a receive of the next message from `source`. Returns a handle for `_wait`."""
 
     @abstractmethod
     def _wait(self, work: Any) -> None:
@@ -235,7 +235,7 @@ class ProcessChannel(Channel):
             raise ChannelError(f"worker {self.rank}: fewer messages came than the last time, in a step of the same kind")
 
     def _post_next(self, source: int) -> None:
-        """Post the next receive from this worker that the current sequence will need."""
+        """Post the current sequence's next receive from worker `source`, if one is left."""
         unposted = self._unposted.get(source)
         if unposted:
             self._posted[source] = self._post(unposted.popleft())

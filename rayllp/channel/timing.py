@@ -10,6 +10,7 @@ import torch
 from rayllp.channel.base import Channel, MessageTag, StateSpec
 
 LARGE = 8 * 1024**2
+"""Size in bytes of a message that is large enough to measure bandwidth."""
 
 
 @dataclass(frozen=True)

@@ -10,14 +10,14 @@ from torch import Tensor
 
 from rayllp.channel.base import MessageTag, Receives, Sends
 from rayllp.channel.packing import empty_message
-from rayllp.channel.process_channel import Posted, ProcessChannel
+from rayllp.channel.process_channel import Posted, ProcessChannel, failing_as
 from rayllp.errors import ChannelError
 from rayllp.state import State
 
 COLLECTIVE = 1
 """The tag of messages within collectives. All others, some of whose receives are posted ahead of time, have tag 0."""
 UNWRITTEN = np.frombuffer(bytes.fromhex("9e3779b97f4a7c15"), dtype=np.uint8)
-"""The last bytes of a receive buffer until its message is there. Gloo writes from front to back, and cannot be asked without waiting.
+"""A receive buffer ends with these bytes until its message has arrived. Gloo writes from front to back, and offers no test without waiting.
 A message that happens to end with these bytes is not noticed before `receive`.
 """
 
@@ -26,7 +26,7 @@ class TorchChannel(ProcessChannel):
     """A channel over the process group `group` (the default group if None).
 
     Gloo moves CPU memory, so states on a GPU are staged through the host. NCCL moves them directly. Its receives are not posted ahead of
-    time, since they would wait in the stream that computes.
+    time, since they would hold up the stream that computes. `timeout_s`, in seconds, limits each wait on Gloo; NCCL has the group's limit.
     """
 
     def __init__(self, group: dist.ProcessGroup | None = None, timeout_s: float = 300.0) -> None:
@@ -69,8 +69,9 @@ class TorchChannel(ProcessChannel):
         irecvs = [
             dist.P2POp(dist.irecv, buffer, group=self._mine, group_peer=peer) for buffer, (_, peer) in zip(buffers, receives, strict=True)
         ]
-        for work in dist.batch_isend_irecv([*isends, *irecvs]):
-            work.wait()
+        with failing_as(f"{tag}: exchange with neighbours failed on worker {self.rank}"):
+            for work in dist.batch_isend_irecv([*isends, *irecvs]):
+                work.wait()
         return [self._open(buffer, spec, source, tag) for buffer, (spec, source) in zip(buffers, receives, strict=True)]
 
     def _all_gather(self, buffer: Tensor) -> list[Tensor]:

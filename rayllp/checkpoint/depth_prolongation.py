@@ -1,14 +1,14 @@
-"""Reading a shallow network's checkpoint as that of a deeper network, in which each middle layer becomes several (arXiv:1912.08974).
+"""Reads a shallow network's checkpoint as that of a deeper network, in which each middle layer becomes several (arXiv:1912.08974).
 
-This is the piecewise constant prolongation in the depth direction. It works piece by piece, and a worker reads only those layers that its
-own ones are made from.
+This is the piecewise constant prolongation in the depth direction. It works piece by piece, and a worker reads only the layers from which
+its own layers are made.
 
 **Weights** are copied: `factor` steps of Δt / factor with the same weights follow the same ODE over the same time.
 
 **AdamW's moments** are scaled. With the layer x + Δt·(block(x) − x) the gradient is proportional to Δt, and the gradients of a layer's
 copies add up to about its own. So each copy gets 1 / factor of the first moment and 1 / factor² of the second, which is what averages of
-its own gradients would have been. AdamW's update m / √v stays the same, and new gradients get the weight in it that they had. The step
-count, by which AdamW corrects the bias of its averages, is copied. Embedding, buffer layers and head keep their state as it is.
+its own gradients would have been. AdamW's update m / √v stays the same, and new gradients keep their weight in it. The step count, by which
+AdamW corrects the bias of its averages, is copied. Embedding, buffer layers and head keep their state as it is.
 
 **Muon's and SGD's momentum** is a first moment; Muon's update does not depend on its size. **Adafactor's** factors are second moments. The
 **average of the weights** is copied, like the weights.
@@ -30,7 +30,7 @@ POWERS = {
 }  # fmt: skip
 """For each part of a parameter's state, the power of Δt that it is proportional to."""
 LAYER = "layer_"
-"""Prefix of the names of the layers' pieces; the number of the layer follows, with five digits."""
+"""Prefix of the names of layers' pieces; the layer's number follows, in five digits."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -40,14 +40,14 @@ from rayllp.models.weights import INDEX, names_of_tied
 
 SHARD, SHARD_BYTES = "model{suffix}.safetensors", 4 * 1024**3
 DTYPES = {"F32": torch.float32, "F64": torch.float64}
-# mBART has this embedding even if its sides do not share theirs. Neither side reads it then, and no piece of a checkpoint contains it.
+# mBART has a shared embedding even if encoder and decoder have one each. Neither reads it then, and no piece of a checkpoint contains it.
 STAND_INS = {"model.shared.weight": "model.encoder.embed_tokens.weight"}
 BASE = ".base_layer.weight"
 
 
 @dataclass(frozen=True)
 class _StoredTensor:
-    """Where a checkpoint has a parameter's value.
+    """The place of a parameter's value in a checkpoint.
 
     Attributes:
         file: the safetensors file.
@@ -88,7 +88,7 @@ class _Adapter:
 
 
 def export(run: Path, to: Path, step: int | None = None, family: str | None = None, *, merge: bool = False) -> Path:
-    """Write a run's model to the folder `to` in transformers' format. If step sizes differ from 1, the code that loads it is added.
+    """Write a run's model to the folder `to` in transformers' format. If step sizes differ from 1, add the code that loads the model.
 
     Args:
         run: the run directory.
@@ -99,7 +99,7 @@ def export(run: Path, to: Path, step: int | None = None, family: str | None = No
 
     Raises:
         CheckpointError: there is no run or no such checkpoint, or it is not of a transformers model.
-        SettingsError: `to` is not empty or cannot be written.
+        SettingsError: `to` is not empty or cannot be written, or the run's adapters are of no use without `merge`.
         DataError: the run directory has no model.json, and the data by which the model could be built again are gone.
     """
     run, to = Path(run), Path(to).absolute()
@@ -175,7 +175,7 @@ def _find_tensors(checkpoint: Path) -> dict[str, _StoredTensor]:
                 key = f"ema/{name}" if f"ema/{name}" in keys else f"weight/{name}"
                 part = file.get_slice(key)
                 stored[name] = _StoredTensor(path, key, tuple(part.get_shape()), part.get_dtype())
-    # This is the prefix of a LayerStack's parameters; adapters of transformers models have others.
+    # Parameters of a LayerStack begin like this; those of transformers' models do not.
     if any(name.startswith("layers.0.") for name in stored):
         raise CheckpointError(
             f"{checkpoint} is of a LayerStack, whose modules only your own program can build: load its safetensors (one file a piece) there"
@@ -202,7 +202,7 @@ def _is_scaled(config: TrainConfig) -> bool:
 
 
 def _with_adapters(stored: Mapping[str, _StoredTensor], model: nn.Module, settings: LoRASettings) -> dict[str, _StoredTensor]:
-    """Return where the model's own parameters are, with adapters attached to those that have one."""
+    """Return the place of each of the model's own parameters, with its LoRA adapter where it has one."""
     tensors = {}
     for name, tensor in stored.items():
         path = name.removesuffix(BASE)
@@ -218,7 +218,7 @@ def _with_adapters(stored: Mapping[str, _StoredTensor], model: nn.Module, settin
 def _match(
     kind: type[PreTrainedModel], config: PreTrainedConfig, stored: Mapping[str, _StoredTensor], checkpoint: Path, lora: LoRASettings | None
 ) -> dict[str, _StoredTensor]:
-    """Return where each parameter of the model is, by the name under which transformers saves it.
+    """Return the place of each parameter of the model, by the name under which transformers saves it.
 
     Raises:
         CheckpointError: the model's parameters are not those of the checkpoint.
@@ -244,7 +244,7 @@ def _match(
 
 
 def _let_generate(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase | None) -> None:
-    """Set what generation reads in the configuration and training has left out or changed."""
+    """Set those options in the configuration that generation reads, and that training has left out or changed."""
     config.use_cache = True
     if not config.is_encoder_decoder:
         # A stream of text has no token at its beginning or end; the ids in the run's configuration are those of ordinary tokens.
@@ -258,7 +258,7 @@ def _let_generate(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase |
 def _make_tokenizer(run: Path, config: TrainConfig) -> PreTrainedTokenizerBase | None:
     """Return the run's tokenizer in transformers' form.
 
-    There is none for bytes, characters and sentencepiece, and none with a warning if the tokenizer is gone.
+    None for bytes, characters and sentencepiece; None, with a warning, if the tokenizer is gone.
     """
     name = config.data.tokenizer
     if not TASKS[config.model.task].tokenizer or name in ("bytes", "characters") or name.endswith(SENTENCEPIECE_ENDINGS):

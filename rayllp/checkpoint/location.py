@@ -79,7 +79,7 @@ def write(path: Folder, content: bytes) -> None:
 
 
 def check_writable(folder: Folder) -> None:
-    """Refuse a folder that cannot be written, by writing a small file there and removing it. A folder that is missing is made.
+    """Refuse a folder that cannot be written, by writing a small file there and removing it. A missing folder is created.
 
     Raises:
         SettingsError: the folder cannot be written.

@@ -1,9 +1,9 @@
 """States of blocks in host memory, and copies of them on other workers, from which a run recovers lost workers without a disk.
 
-Every worker keeps its last state, and a copy of another worker's; while newer ones are exchanged, the older ones too. The exchange runs
-in the background, by a process group of its own, and ends with a small all-reduce, after which all workers have that step and the older
-one can be dropped. So whenever a worker is lost, there is a step that all survivors have, and of which another worker holds the lost
-one's copy.
+Every worker keeps its own last state and a copy of another worker's last state; while newer ones are exchanged, it keeps the older ones,
+too. The exchange runs in the background, over a process group of its own. It ends with a small all-reduce, after which all workers have the
+new states and can drop the old ones. So whenever a worker is lost, there is a step of which all survivors have their own states and one of
+them has a copy of the lost worker's.
 
 With replicas every block is on several workers, and nothing is copied. If the optimizer's state is sharded over the replicas, each worker
 copies its share to another replica.
@@ -27,14 +27,14 @@ from rayllp.engine import Engine
 from rayllp.errors import ChannelError
 
 KEPT = 2
-"""States that a worker keeps if it exchanges no copies."""
+"""Number of states that a worker keeps if it exchanges no copies."""
 PATIENCE_S, SLOWEST_BYTES_S = 30.0, 10e6
 """Time limit of an exchange: 30 s, plus the time that the largest state takes over a link of 10 MB/s. Lost workers are noticed earlier."""
 
 
 @dataclass
 class Inventory:
-    """The steps whose states a worker holds: its own ones, and the copies of another worker's."""
+    """The steps of which a worker holds its own state, and those of which it holds a copy of another worker's."""
 
     own: tuple[int, ...]
     neighbours: tuple[int, ...]
@@ -47,7 +47,7 @@ class HeldStates:
         engine: the engine whose block's states are kept.
         connect: returns a channel to all workers, given the time limit of its messages in seconds; nothing else uses this channel. It
             returns None if another replica has the same states, so that no copies are needed.
-        predecessor: this object from before the workers were connected anew; its states are taken over.
+        predecessor: the worker's HeldStates from before the workers were connected anew; its states are taken over.
         offset: copies go from rank r to rank r + offset.
 
     Attributes:
@@ -79,7 +79,7 @@ class HeldStates:
         """Keep the current state, after `step` steps; its copy is sent in the background.
 
         Raises:
-            ChannelError: the last copy could not be exchanged, because a worker is gone.
+            ChannelError: the previous state's copy could not be exchanged, because a worker is gone.
         """
         self._idle.wait()
         if self._failure is not None:
@@ -106,7 +106,7 @@ class HeldStates:
         self.state.restore(self._own[step])
 
     def give(self, step: int, *, neighbour: bool, weights: bool = True) -> Tensor:
-        """Return a state after `step` steps: the copy of another worker's, or this worker's own, which may be without its weights."""
+        """Return the state after `step` steps: the copy of another worker's, or this worker's own, with or without its weights."""
         if neighbour:
             return self._neighbours[step]
         state = self._own[step]
@@ -200,7 +200,7 @@ class CopyPlacement:
 
     @staticmethod
     def of(config: TrainConfig, nodes: Sequence[str]) -> "CopyPlacement":
-        """Return the arrangement of copies for a run.
+        """Return the placement of copies for a run.
 
         Args:
             nodes: the workers' nodes, by rank.
@@ -244,7 +244,7 @@ class CopyPlacement:
 
 
 def copy_offset(nodes: Sequence[str], stride: int = 1) -> int:
-    """Return by how many ranks copies are shifted, so that no state is on one node with its copy.
+    """Return by how many ranks copies are shifted, so that no state is on the same node as its copy.
 
     Args:
         nodes: the workers' nodes, by rank.

@@ -63,6 +63,6 @@ def _read(path: Path, without: str) -> dict[str, Any] | None:
 
 
 def write_tokenizer_json(run_dir: Path, batches: Batches | None) -> None:
-    """Store the data set's tokenizer if it is one of the tokenizers library, such as one that was trained on the text."""
+    """Store the data set's tokenizer if it is of the library tokenizers, as one that was trained on the text is."""
     if isinstance(batches, Dataset) and batches.tokenizer is not None:
         batches.tokenizer.save(run_dir / TOKENIZER_JSON)

@@ -1,6 +1,6 @@
 """The state of a block as one flat tensor: all weights, then all moments of the optimizer, then a step count for each parameter.
 
-Moments are what the optimizer keeps of a parameter, such as AdamW's averages of gradients. If the optimizer's state is sharded over the
+Moments are what the optimizer keeps for a parameter, such as AdamW's averages of gradients. If the optimizer's state is sharded over the
 replicas, a worker's state has the moments of its share only; those of a whole parameter are joined from the states of all replicas.
 """
 
@@ -17,7 +17,7 @@ from rayllp.errors import ClusterError
 
 
 class ParameterLayout(NamedTuple):
-    """What a state contains of one parameter.
+    """The layout of one parameter's part of a state.
 
     Attributes:
         name, shape: those of the parameter.
@@ -86,7 +86,7 @@ class StateLayout(NamedTuple):
 
 
 class ParameterState(NamedTuple):
-    """What a state contains of one parameter, as flat tensors.
+    """One parameter's part of a state, as flat tensors.
 
     Attributes:
         layout: describes the parameter.
@@ -182,11 +182,11 @@ class BlockState:
         return slice(self.layout.weights if self.engine.optimizer.is_sharded else 0, self.size)
 
     def new_buffer(self) -> Tensor:
-        """Return an empty state in host memory, pinned if the block is on a GPU."""
+        """Return an uninitialised state, shape (size,), in host memory, pinned if the block is on a GPU."""
         return torch.empty(self.size, dtype=self.dtype, pin_memory=self.engine.device.type == "cuda")
 
     def copy_into(self, buffer: Tensor) -> None:
-        """Copy the block's state into this tensor, which `new_buffer` has made."""
+        """Copy the block's state into `buffer`, a tensor like those of `new_buffer`."""
         targets, sources = [], []
         for parameter, (layout, weights, moments) in zip(self.parameters, _split(buffer, self.layout), strict=True):
             state = self.engine.optimizer.state_of(parameter)
@@ -210,7 +210,7 @@ class BlockState:
         self.restore_from([(self.layout, state)])
 
     def restore_from(self, states: Sequence[tuple[StateLayout, Tensor]]) -> None:
-        """Set the block to what it was, from states of workers among which layers or moments were distributed differently.
+        """Restore the block from the states of workers over which layers or moments were distributed differently.
 
         Args:
             states: the workers' states, each with its layout.
@@ -238,11 +238,7 @@ class BlockState:
 
 
 def states_by_name(states: Iterable[tuple[StateLayout, Tensor]]) -> dict[str, list[ParameterState]]:
-    """Return what these states contain, by the name of the parameter.
-
-    Args:
-        states: each with its layout.
-    """
+    """Return the parts of these states, each state given with its layout, by the name of the parameter."""
     parts: dict[str, list[ParameterState]] = {}
     for part in chain.from_iterable(split_state(state, layout) for layout, state in states):
         parts.setdefault(part.layout.name, []).append(part)

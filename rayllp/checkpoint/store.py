@@ -174,7 +174,7 @@ def step_of(checkpoint: Folder) -> int:
 
 
 def read_manifest(folder: Folder) -> dict[str, Any]:
-    """Return the manifest, after checking that all its files exist in the right size. Their content is checked when they are read.
+    """Return the manifest, after checking that all its files exist and have the right size. Their content is checked when they are read.
 
     Raises:
         DamagedCheckpointError: the manifest or a file is missing, or a file has another size.
@@ -272,7 +272,7 @@ def _load_parameter(engine: Engine, stored: Mapping[str, Tensor], name: str, par
 
 
 def _saved(engine: Engine) -> dict[str, list[str]]:
-    """Return the parameter names of each piece, without those of which another worker saves its copy."""
+    """Return the names of the parameters in each piece, without those whose copies another worker saves."""
     pieces: dict[str, list[str]] = {}
     for piece, name, _ in engine.block.owned():
         if not engine.block.is_counted_elsewhere(name):
@@ -293,7 +293,7 @@ def _piece(engine: Engine, names: Sequence[str], states: Mapping[str, Mapping[st
 
 
 def _states_at(writer: int, engine: Engine, names: Sequence[str]) -> dict[str, dict[str, Tensor]]:
-    """Return the optimizer's state of these parameters on the replica that writes them. With sharding, all others send their shares."""
+    """Return the optimizer's state of these parameters on replica `writer`. If it is sharded, all others send that replica their shares."""
     optimizer, replicas = engine.optimizer, engine.replicas
     if not optimizer.is_sharded:
         return {name: optimizer.state_of(engine.block.parameters[name]) for name in names}

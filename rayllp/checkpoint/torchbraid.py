@@ -31,7 +31,7 @@ State = dict[str, Tensor]
 PARALLEL, SERIAL = "parallel_nn.", "serial_nn."
 LAYERS = "local_layers."
 WRAPPERS = ("model_state", "model_state_dict", "state_dict")
-"""Keys under which TorchBraid's scripts store a state_dict beside other things."""
+"""Keys under which TorchBraid's scripts store a state_dict among other things."""
 
 
 class Step(nn.Module):
@@ -169,7 +169,7 @@ class TorchBraidWeights:
         return TorchBraidWeights(ends, layers)
 
     def states(self, workers: int | None = None) -> list[State]:
-        """Return a state_dict for each rank, with layers distributed as by TorchBraid.
+        """Return a state_dict for each rank, with layers distributed as TorchBraid distributes them.
 
         Args:
             workers: number of ranks; None: return one state_dict, that of a SerialNet.

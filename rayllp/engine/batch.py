@@ -13,7 +13,7 @@ from rayllp.models.base import Architecture
 from rayllp.state import combine
 
 EXACT = Accuracy(serial=True, levels_forward=1, levels_backward=1, iterations_forward=1, iterations_backward=1)
-"""The accuracy of a batch that is evaluated or measured, through the exact network."""
+"""The accuracy of the exact network, for batches that are evaluated or measured."""
 
 
 @dataclass(frozen=True)
@@ -91,8 +91,8 @@ class ReplicaBatches:
         Which samples these are does not depend on the batch size.
 
         Args:
-            wanted: how many times EVALUATED samples to take, at most one pass over the data; 0: one pass. For batches of the user's own
-                that have no end, the number of batches of batch_size samples.
+            wanted: the amount of data, in units of EVALUATED samples, at most one pass; 0: one pass. For endless batches of the user's
+                own, the number of batches of batch_size samples.
         """
         count, size, samples = self._pass(wanted)
         for index in range(count):

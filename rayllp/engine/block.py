@@ -23,17 +23,17 @@ PARAMETER_DTYPES = {"float32": torch.float32, "bfloat16": torch.float32, "float6
 
 
 class Block:
-    """The pieces of the network that worker `rank` of the layer group owns. No others are ever built.
+    """The pieces of the network that worker `rank` of the layer group owns. It keeps no others in memory.
 
     Attributes:
-        layers: the owned layers by index in the whole network, with the buffers of the first and last worker.
-        solved: the owned middle layers as solvers count them, from the first middle layer on, ascending. They are consecutive if the
+        layers: the owned layers, buffer layers included, by index in the whole network.
+        solved: the owned middle layers, ascending, counted from the first middle layer as solvers do. They are consecutive if the
             placement is in blocks.
         middle: the same layers' indices in the whole network.
         draws: True if pieces draw random numbers in training, which are then frozen within a step.
         stacks: stacked weights of middle layers, for calls of several layers at once.
         callable: the layers as they are called: compiled, if the settings ask for it.
-        advance_together: the function that calls several layers at once, compiled likewise.
+        advance_together: the function that calls several layers at once, compiled if the layers are.
     """
 
     def __init__(self, architecture: Architecture, config: TrainConfig, rank: int, device: torch.device) -> None:
@@ -67,7 +67,7 @@ class Block:
             self._compile()
 
     def index(self, layer: int) -> int:
-        """Return the index in the whole network of a middle layer that is counted as solvers do, from the first middle layer on."""
+        """Return the index in the whole network of middle layer number `layer`, counted from the first one as solvers do."""
         return layer + self.config.buffers.open
 
     def _place(self, module: nn.Module) -> nn.Module:
@@ -122,9 +122,7 @@ class Block:
 
     @property
     def tied(self) -> list[str]:
-        """Names of this worker's tied parameters whose other copy is on another worker: the embedding's on the first worker, the head's on
-        the last.
-        """
+        """Names of this worker's parameters that are tied to another worker's: the embedding's on the first, the head's on the last."""
         if self.first == self.last:
             return []
         return [pair[1] if self.last else pair[0] for pair in self.architecture.tied]
@@ -147,15 +145,17 @@ class Block:
                     yield piece, prefix + own, self.parameters[prefix + own]
 
     def counted(self) -> Iterator[tuple[int, nn.Parameter]]:
-        """Yield the parameters that count in norms, in the network's order, each after the number of its piece.
-
-        The pieces are numbered as in the whole network: the embedding is 0, layer n is n + 1, then come the common piece and the head.
-        """
-        layers = self.config.model.layers
-        places = {"embed": 0, "common": layers + 1, "head": layers + 2, **{f"layer_{n:05d}": n + 1 for n in self.layers}}
+        """Yield the parameters that count in norms, in the network's order, each as (number of its piece, parameter)."""
+        places = self.places
         for piece, name, parameter in self.owned():
             if not self.is_counted_elsewhere(name):
                 yield places[piece], parameter
+
+    @property
+    def places(self) -> dict[str, int]:
+        """Numbers of the pieces in the whole network: embedding 0, layer n is n + 1, then the common piece and the head."""
+        layers = self.config.model.layers
+        return {"embed": 0, "common": layers + 1, "head": layers + 2, **{f"layer_{n:05d}": n + 1 for n in self.layers}}
 
     def leaves(self, index: int) -> list[nn.Parameter]:
         """Return the trainable parameters that layer `index` uses, the common ones included."""
@@ -163,7 +163,7 @@ class Block:
 
     @property
     def matrices(self) -> list[nn.Parameter]:
-        """Trainable weight matrices of this worker's layers, buffers included."""
+        """Trainable weight matrices of this worker's layers, buffer layers included."""
         return [matrix for layer in self.layers.values() for matrix in hidden_matrices(layer) if matrix.requires_grad]
 
     @property
@@ -177,10 +177,7 @@ class Block:
         return [] if self.common is None else [p for p in self.common.parameters() if p.requires_grad]
 
     def template(self, index: int) -> dict[str, Tensor]:
-        """Return tensors with the names and shapes of a layer's parameters.
-
-        Their values mean nothing. The layer may be another worker's.
-        """
+        """Return uninitialised tensors with the names and shapes of a layer's parameters. The layer may be another worker's."""
         if index not in self._templates:
             layer = self.architecture.build(index, self.config.seed)
             empty = {name: torch.empty(p.shape, dtype=self.dtype, device=self.device) for name, p in layer.named_parameters()}
@@ -198,14 +195,14 @@ class Block:
 
         Args:
             inputs: the samples' inputs.
-            past: in generation, the architecture's memory of the tokens before these (`Architecture.past`).
+            past: in generation, the architecture's cache of the tokens before these (`Architecture.past`).
         """
         remembered = {} if past is None else {"past": past}
         return BoundBlock(self, 0, (), self.architecture.context(inputs, self.dtype, **remembered), training=False)
 
     @contextmanager
     def recorded_inputs(self) -> Iterator[dict[int, State]]:
-        """Record inside, for each layer, the last input of the first sample of the global batch. Yields them by layer."""
+        """Within this context, record each layer's latest input for the global batch's first sample. Yields the inputs by layer."""
         found: dict[int, State] = {}
         self._recorded = found
         try:
@@ -222,7 +219,7 @@ class Block:
 
     @contextmanager
     def uncompiled(self) -> Iterator[None]:
-        """Run layers without torch.compile inside. In generation every new length would cause a compilation."""
+        """Within this context, run layers without torch.compile: in generation, every new length would cause a compilation."""
         kept, self.callable = self.callable, self.layers
         try:
             yield
@@ -233,7 +230,7 @@ class Block:
         """Run the pieces once, on a sample of these inputs, to find what random numbers they draw in training.
 
         Raises:
-            SettingsError: numbers that are no function of seed, step, layer and sample, or any numbers where none can be frozen.
+            SettingsError: a piece draws numbers that are no function of seed, step, layer and sample, or any where none can be frozen.
         """
         pieces = {"embed": self.embed, **self.layers, "head": self.head}
         owned = {piece: module for piece, module in pieces.items() if module is not None}
@@ -245,7 +242,7 @@ class Block:
 
 @dataclass(frozen=True, eq=False)
 class BoundBlock:
-    """A block bound to certain samples of a certain step: its pieces are called with the masks and the dropout that belong to these.
+    """A block bound to certain samples of a step: its pieces are called with the masks and the dropout of these samples.
 
     Attributes:
         block: the pieces.
@@ -290,7 +287,7 @@ class BoundBlock:
 
         Args:
             indices: the layers.
-            state: one state for each layer; dimension 0 is the layers.
+            state: the states of the layers, stacked along dimension 0.
             weights: stacked weights of exactly these layers (`Stack.weights`).
         """
         block, first = self.block, indices[0]
@@ -311,7 +308,7 @@ class BoundBlock:
     def increment(self, index: int, state: State) -> State:
         """Return block(x) − x, a layer's increment for Δt = 1.
 
-        It is computed in the weights' own precision, without autocast, since differences of it are taken.
+        Computed in the weights' own precision, without autocast, since callers take differences of increments.
         """
         block = self.block
         with self._context(index, autocast=False):
@@ -319,7 +316,7 @@ class BoundBlock:
         return subtract(after, state)
 
     def enter(self, inputs: Inputs) -> State:
-        """Return the state before the first middle layer: embedding, then opening buffers."""
+        """Return the state before the first middle layer: embedding, then opening buffer layers."""
         block = self.block
         assert block.embed is not None
         with self._context("embed"):
@@ -329,7 +326,7 @@ class BoundBlock:
         return state
 
     def leave(self, state: State, *, last_only: bool = False) -> Tensor:
-        """Return the outputs from the state after the last middle layer: closing buffers, then head.
+        """Return the outputs from the state after the last middle layer: closing buffer layers, then head.
 
         Args:
             last_only: return the output at the last position only.

@@ -23,7 +23,7 @@ from rayllp.models.randomness import FrozenRandomness, UnkeyedDrawError, seeded
 from rayllp.state import State, combine, squared_norm, subtract, tensors
 
 TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-5}
-"""How far a sample's state may differ when others are in the batch, relative to its norm. Rounding depends on the size of a product."""
+"""How far a sample's state may differ, relative to its norm, when others are in the batch: rounding depends on a matrix product's size."""
 AUTOCAST_TOLERANCE = 0.03
 """The same limit where pieces run under autocast."""
 DRAW_TOLERANCE = 0.05
@@ -98,7 +98,7 @@ class _Trial:
             with torch.no_grad():
                 alone, moved = self._call()
             if moved:
-                moved &= self._call()[1] & self._call()[1]  # a single time it may have been another thread
+                moved &= self._call()[1] & self._call()[1]  # once, it may have been another thread
             if moved:
                 raise self._refusal(f"it draws from {' and '.join(sorted(moved))}: draw by PyTorch's operators")
             if not self.drawn:

@@ -1,10 +1,10 @@
 """The consistency penalty, which teaches the layers of a coarse interval to do what the coarse step over it predicts.
 
 R = Σ_k mean_b ‖Φ_fine(C_k) − Φ_c(C_k)‖² / ‖C_k‖² over coarse intervals k and samples b. Here Φ_fine goes through an interval's layers, and
-Φ_c(C) = C + ω·c_f·(Φ(C) − C) is its coarse step. All that R needs is there when the adjoint arrives at the interval: C, the output of the
+Φ_c(C) = C + ω·c_f·(Φ(C) − C) is its coarse step. All that R needs is at hand when the adjoint arrives at the interval: C, the output of the
 C-point's layer, and the interval's end. So R costs no layer evaluation and no message. Its gradient enters as *seeds*, which are added to
 the adjoint as it passes through the interval. In a solve of several levels the last adjoint sweep of an interval ends at its C-point, so R
-changes the interval's own layers only. In an exact solve the seeds travel on, as the gradient of R with C variable in the numerator.
+changes the interval's own layers only. In an exact solve the seeds travel on to earlier layers: C counts as variable in R's numerator.
 """
 
 from collections.abc import Mapping, Sequence
@@ -49,7 +49,7 @@ class Consistency:
     Args:
         weight: μ over the number of samples in the global batch, so that parts and replicas add up to the mean.
         intervals: this worker's coarse intervals, by first layer. Layers are counted from the first middle layer.
-        value: this worker's share of R, times the number of samples: a float64 scalar that is added to interval by interval.
+        value: this worker's share of R, times the number of samples: a float64 scalar, to which each interval adds its part.
     """
 
     weight: float

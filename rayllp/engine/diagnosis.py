@@ -1,4 +1,4 @@
-"""Finds the place in the network where a step stopped being finite."""
+"""Finds the first place in the network where a training step yields NaN or infinity."""
 
 import torch
 
@@ -11,7 +11,7 @@ from rayllp.state import State, tensors
 
 
 class _Checking(ExactPropagator):
-    """The exact forward, which keeps the first layer whose output is not finite."""
+    """Takes the steps of the exact forward, and keeps the number of the first layer whose output is not finite."""
 
     def __init__(self, bound: BoundBlock) -> None:
         super().__init__(bound)
@@ -25,7 +25,7 @@ class _Checking(ExactPropagator):
 
 
 def diagnose(forward: ExactForward, batch: StepBatch) -> tuple[int, int, str] | None:
-    """Find the first place on this worker where the step's exact forward, and then its gradients, stop being finite.
+    """Find the first place on this worker where the step's exact forward, or else its gradients, are no longer finite.
 
     All workers of the layer group call this together.
 
@@ -35,11 +35,10 @@ def diagnose(forward: ExactForward, batch: StepBatch) -> tuple[int, int, str] | 
     fault = _fault_of_forward(forward, batch)
     if fault is not None:
         return fault
-    group = forward.group
-    for order, (name, parameter) in enumerate(reversed(group.block.parameters.items())):
+    block = forward.group.block
+    for piece, name, parameter in reversed(list(block.owned())):
         if parameter.grad is not None and not is_finite(parameter.grad):
-            order += 10_000_000 * (group.channel.size - group.channel.rank)
-            return 1, order, f"{name}: its gradient is not finite, the forward is"
+            return 1, -block.places[piece], f"{name}: its gradient is not finite, the forward is"
     return None
 
 

@@ -74,7 +74,7 @@ class Engine:
         self._join(layer_channel, data_channel)
 
     def _join(self, layer_channel: Channel, data_channel: Channel) -> None:
-        """Make everything that talks to other workers."""
+        """Create all objects that communicate with other workers."""
         self.layer_channel, self.replicas = layer_channel, data_channel
         self._sums = ReplicaSums(self.block, data_channel)
         self.group = LayerGroup(self.block, layer_channel)
@@ -149,7 +149,7 @@ class Engine:
         return self._shares.step_batch(step, accuracy, split=split)
 
     def check_first_batch(self, batch: StepBatch) -> None:
-        """Look at what the layers draw and how many operations they do, once, with the first batch that is to be trained on.
+        """Check what random numbers the layers draw, and count their operations: once, with the first batch to be trained on.
 
         Raises:
             SettingsError: layers draw random numbers that cannot be frozen within a step.
@@ -170,7 +170,7 @@ class Engine:
     def update(self, step: int, norm: float, lr: float) -> None:
         """Clip the gradients, and take the optimizer's step.
 
-        If replicas share the optimizer's state, each of them updates its share of the parameters and then receives the others' shares.
+        If the optimizer's state is sharded over replicas, each updates its share of the parameters and then receives the others' shares.
 
         Args:
             step: number of the step.
@@ -189,7 +189,7 @@ class Engine:
         """Return the mean loss and the architecture's metrics on held-out batches, through the exact forward whatever the mode.
 
         Args:
-            batches: how many times EVALUATED samples to take, the same ones for every batch size. 0, or more than one pass: one pass.
+            batches: the amount of data, in units of EVALUATED samples, at most one pass; 0: one pass. Does not depend on the batch size.
         """
         evaluation = self.evaluation(batches)
         with self.averaged():

@@ -8,7 +8,7 @@ from rayllp.engine.exact_forward import ExactForward
 
 
 class Evaluation:
-    """Mean loss and the architecture's metrics on held-out batches. It may be done in parts of any size, the same ones on all workers.
+    """Computes mean loss and the architecture's metrics on held-out batches, in parts of any size that are the same on all workers.
 
     Args:
         forward: the exact network.

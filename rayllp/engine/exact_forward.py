@@ -1,4 +1,4 @@
-"""The exact forward of the network whatever the training mode, for evaluation, generation and diagnosis."""
+"""The exact forward pass of the network, whatever the training mode, for evaluation, generation and diagnosis."""
 
 from dataclasses import replace
 from typing import Any
@@ -21,7 +21,7 @@ class ExactForward:
 
     Attributes:
         group: this worker's layers, and the channel to the other workers.
-        remembers: True if generation can have this worker's layers remember past tokens; None until that was tested.
+        remembers: True if this worker's layers can use a cache of past tokens in generation; None until that is tested.
     """
 
     def __init__(self, group: LayerGroup) -> None:
@@ -38,7 +38,7 @@ class ExactForward:
             inputs: the network's inputs.
             tag: names the forward in errors.
             last_only: return the output at the last position only.
-            past: in generation, the architecture's memory of the inputs' first tokens. The forward then takes only the other tokens.
+            past: in generation, the architecture's cache of the inputs' first tokens. The forward then takes only the other tokens.
         """
         block = self.group.block
         with torch.no_grad():

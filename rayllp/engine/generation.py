@@ -21,9 +21,9 @@ from rayllp.models.randomness import seeded
 from rayllp.state import State, like, tensors
 
 MEMORY_TEST_TOKENS = 4
-"""Number of tokens on which the layers' memory of past tokens is tested."""
+"""Number of tokens on which the layers' cache of past tokens is tested."""
 MEMORY_TOLERANCE = 1e-3
-"""By how much results with and without the memory may differ, relative to their norm."""
+"""By how much results with and without the cache may differ, relative to their norm."""
 
 
 class Decoder:
@@ -34,8 +34,8 @@ class Decoder:
         sources: the source sentences of an encoder–decoder, shape (sentences, time); None for a decoder alone.
 
     Attributes:
-        requests: number of tables that were broadcast so far, which numbers messages.
-        past: the memory of the tokens that layers have been through; None if every request is computed from scratch.
+        requests: number of tables broadcast so far, by which messages are numbered.
+        past: the cache of the tokens that layers have been through; None if every request is computed from scratch.
     """
 
     def __init__(self, exact_forward: ExactForward, sources: Tensor | None = None) -> None:
@@ -47,7 +47,7 @@ class Decoder:
     def generate(self, prompts: Tensor, options: GenerationConfig) -> list[list[int]]:
         """Return the continuations of prompts of shape (sentences, time), prompts included, on every worker."""
         with self.group.block.uncompiled():
-            # All workers agree on this first: sampling then holds the process's random generator, which workers that are threads share.
+            # All workers agree on this before sampling, which locks the process's random generator: workers that are threads share that.
             self.past = self.group.block.architecture.past() if self._all_remember(prompts) else None
             if self.group.block.last:
                 with torch.no_grad(), seeded(self.group.config.seed, "generation"):
@@ -61,7 +61,7 @@ class Decoder:
         return self.broadcast(answer).tolist()
 
     def _all_remember(self, prompts: Tensor) -> bool:
-        """Return True if the memory of past tokens works on all workers' layers."""
+        """Return True if the cache of past tokens works on all workers' layers."""
         if self.exact_forward.remembers is None:  # tested once for this worker's layers: evaluations generate in many small parts
             count = min(MEMORY_TEST_TOKENS, self.group.config.sequence_length)
             tokens = prompts[:1].repeat(1, count)[:, :count]
@@ -104,7 +104,7 @@ class Decoder:
     # Messages between workers -------------------------------------------------------------------------------------------------
 
     def request(self, table: Tensor | None) -> None:
-        """Tell all workers the next request, of shape (rows, 1 + time), or with None that there are no more."""
+        """Send all workers the next request, a table of shape (rows, 1 + time); None tells them that there are no more."""
         self.broadcast(torch.zeros((0, 0), dtype=torch.int64) if table is None else table)
 
     def broadcast(self, table: Tensor | None) -> Tensor:
@@ -148,9 +148,9 @@ class _RemoteModel(PreTrainedModel, GenerationMixin):
 
 
 def remembers(block: Block, inputs_of: Callable[[Tensor], Inputs], tokens: Tensor) -> bool:
-    """Test whether this worker's pieces can use a memory of past tokens.
+    """Test whether this worker's pieces can use a cache of past tokens.
 
-    They can if they compute the same for the last token with the memory as from all tokens. Each kind of layer is tested once.
+    They can if they compute the same for the last token with the cache as from all tokens. Each kind of layer is tested once.
 
     Args:
         block: this worker's pieces.
@@ -181,7 +181,7 @@ def remembers(block: Block, inputs_of: Callable[[Tensor], Inputs], tokens: Tenso
             found = advanced(_at(state, slice(-1, None)), context)
             if block.embed is not None:
                 found.append(tensors(architecture.enter(block.embed, whole, context))[-1])
-        except Exception:  # layers with another kind of memory may fail with any error
+        except Exception:  # layers with another kind of cache may fail with any error
             return False
     return all(a.shape == b.shape and (a - b).norm() <= MEMORY_TOLERANCE * b.norm() for a, b in zip(found, wanted, strict=True))
 

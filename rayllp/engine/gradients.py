@@ -128,10 +128,11 @@ class TorchBraidGradients:
 
 
 def exact_gradients(group: LayerGroup) -> PlainAutograd | InOrderGradients | Pipeline | LayerParallelGradients:
-    """Return what forms exact gradients on this worker.
+    """Return the object that forms exact gradients on this worker.
 
-    One worker runs plain autograd. Several ones take layers in turn, or on blocks run torch's 1F1B pipeline. MGRIT on one level takes the
-    pipeline's place where the channel has no process group, or where a batch has too few microbatches to keep all workers busy.
+    A single worker runs plain autograd. Several workers pass states from layer to layer on a cyclic placement, and run torch's 1F1B
+    pipeline on blocks. MGRIT on one level takes the pipeline's place where the channel has no process group, or where a batch has too few
+    microbatches to keep all workers busy.
     """
     config, channel = group.config, group.channel
     if channel.size == 1:

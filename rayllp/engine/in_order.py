@@ -7,7 +7,7 @@ With fewer microbatches (a batch that cannot be split, at the extreme) a step ta
 plus the adjoint's way back. So an adjoint step then forms only the input gradient, which the previous layer's worker waits for. Nobody
 waits for the parameters' gradients, so they are formed while this worker itself waits.
 
-`InOrderStep` has the order of all this and knows no layers: the planner runs it without any (`plan/recording.py`).
+`InOrderStep` holds the order of all this and knows no layers, so the planner can run it without any (`plan/recording.py`).
 """
 
 from collections import deque
@@ -32,7 +32,7 @@ from rayllp.state import State, detach, like, tensors
 from rayllp.timeline import TimedChannel
 
 TakeLayer = Callable[[int, int, State | None], State]
-"""From a microbatch's number, a layer, and the state or λ that it is given (None: the network begins there), to what it hands on."""
+"""Takes a microbatch's number, a layer and its state or λ (None: the network begins there); returns the state or λ after the layer."""
 
 
 class InOrderWork(Protocol):
@@ -61,7 +61,7 @@ class InOrderWork(Protocol):
 
 @dataclass
 class InOrderStep:
-    """One worker's part in an exact step with layers in turn. Every worker of the channel takes its part at the same time.
+    """One worker's part in an exact step on a cyclic placement. Every worker of the channel takes its part at the same time.
 
     Attributes:
         work: what this worker does with its layers.
@@ -70,7 +70,7 @@ class InOrderStep:
         spec: shapes and dtypes of a microbatch's state.
         step: number of the training step, named in errors.
         microbatches: number of microbatches.
-        states: by microbatch, what one layer hands to the next on this worker, and an end of the network to its layer: a state or a λ.
+        states: by microbatch, the latest state or λ that stays on this worker, between two layers or at an end of the network.
     """
 
     work: InOrderWork
@@ -99,7 +99,7 @@ class InOrderStep:
 
     def _pull(self, number: int, layer: int, lam: State | None) -> State:
         assert lam is not None
-        # With as many microbatches as workers, none waits in the midst of a step.
+        # With as many microbatches as workers, no worker waits in the middle of a step.
         return self.work.pull(number, layer, lam, defer=self.microbatches < self.channel.size)
 
     def _pass(self, layers: range, begin: int, end: int, take: TakeLayer, communicator: Communicator) -> None:
@@ -137,7 +137,7 @@ class InOrderGradients:
         group = self.group
         channel: Channel = group.channel if group.timeline is None else TimedChannel(group.channel, group.timeline)
         samples = len(batch.samples)
-        # As few as keep all workers busy: each layer costs two messages a microbatch, and more of them would shorten no idle time here.
+        # As few as keep all workers busy: each layer costs two messages per microbatch, and more microbatches shorten no idle time here.
         count = min(samples, count_microbatches(samples, channel.size, group.config.microbatches, fewest=True))
         if channel.synchronous_sends and self._sends_back(channel.size):
             count = 1  # otherwise two workers would each have a microbatch to send to the other before they receive one
@@ -151,7 +151,7 @@ class InOrderGradients:
         return StepGradients(loss, penalty=penalty)
 
     def _sends_back(self, workers: int) -> bool:
-        """Return True if the last worker, which has the head, sends states to the worker that it receives the last middle layer's from."""
+        """Return True if the worker that sends the last middle layer's output to the last worker also receives states from that one."""
         return workers == 2 or self.placement.owners[-1] == 0
 
 
@@ -188,7 +188,7 @@ class _Layers(InOrderWork):
         self._deferred: deque[_Deferred] = deque()
 
     def enter(self, number: int) -> State:
-        """Take embedding and opening buffers, and keep their graph."""
+        """Take embedding and opening buffer layers, and keep their graph."""
         with self._group.span("enter"):
             self.entered[number] = entered = self._bound[number].enter(self._batches[number].inputs)
         return detach(entered)
@@ -201,7 +201,7 @@ class _Layers(InOrderWork):
         return after
 
     def loss(self, number: int, state: State) -> State:
-        """Compute a microbatch's loss, and the gradients of closing buffers and head."""
+        """Compute a microbatch's loss, and the gradients of closing buffer layers and head."""
         with self._group.span("loss"):
             loss, seed = loss_and_seed(self._bound[number], state, self._batches[number])
         assert seed is not None

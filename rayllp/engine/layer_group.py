@@ -20,7 +20,7 @@ AnyProblem = TypeVar("AnyProblem", Problem, WindowProblem)
 
 
 class LayerGroup:
-    """What all parts of a step on one worker use in common.
+    """What all parts of a step on one worker share: its layers, its channel, and the group's solves.
 
     Attributes:
         block: this worker's layers.
@@ -101,7 +101,7 @@ class LayerGroup:
     def _timed(
         self, problem: AnyProblem, tag: MessageTag, while_waiting: DeferredSweeps | None = None
     ) -> tuple[AnyProblem, Communicator, PhaseListener | None]:
-        """Return what a solver takes, with its spans recorded if there is a timeline."""
+        """Return the problem, communicator and phase listener for a solver; they record its spans if there is a timeline."""
         if self.timeline is None:
             return problem, Communicator(self.channel, tag, while_waiting), None
         problem = replace(problem, propagator=TimedPropagator(problem.propagator, self.timeline, tag.solve))

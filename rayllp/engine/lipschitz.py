@@ -1,14 +1,14 @@
 """An estimate of each layer's Lipschitz constant at the state that the layer gets in a probing step.
 
-A layer is x -> x + Δt·f(x) with f(x) = block(x) − x. Estimated is the largest singular value σ of f's Jacobian J = ∂f/∂x for one
+A layer is x -> x + Δt·f(x) with f(x) = block(x) − x. The constant is the largest singular value σ of f's Jacobian J = ∂f/∂x for one
 sequence. A coarse step uses f at its C-point for a whole interval of c_f layers. Meanwhile the state moves by up to c_f·Δt·‖f‖, and f
 changes by up to σ times that. So MGRIT's error grows with c_f·Δt·σ, which must be small for its iterations to contract. Δt is left out of
-the estimate: even for a buffer, whose Δt is 1, σ then tells what the layer would do as a middle layer.
+the estimate: even for a buffer layer, whose Δt is 1, σ then tells what the layer would do as a middle layer.
 
 The method is power iteration on JᵀJ. Jᵀu is the layer's vector-Jacobian product. Jv is a central difference of two forwards, since
-PyTorch's fused attention has neither a forward-mode nor a second derivative, and an adapter's layer may use any kernel that has a first
-one. The estimate is ‖Jᵀu‖ for the last unit vector u, so the error of the difference enters only through u's direction, and thus squared.
-The estimate never exceeds σ; more iterations bring it closer.
+PyTorch's fused attention has neither a forward-mode nor a second derivative, and a user's layer may use any kernel that has a first one.
+The estimate is ‖Jᵀu‖ for the last unit vector u, so the error of the difference enters only through u's direction, and thus squared. The
+estimate never exceeds σ; more iterations bring it closer.
 """
 
 from collections.abc import Callable, Mapping
@@ -76,7 +76,7 @@ def estimate_layers(block: Block, batch: StepBatch, states: Mapping[int, State])
 
     Args:
         block: this worker's layers.
-        batch: the step's batch, whose first sample's dropout the layers have, as in the step itself.
+        batch: the step's batch. The layers run with the dropout of its first sample, as in the step itself.
         states: inputs of the layers for that sample (`Block.recorded_inputs`); none where another replica has the sample.
     """
     if not states:

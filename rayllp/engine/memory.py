@@ -39,9 +39,9 @@ def keep_freed_memory() -> None:
 def return_freed_memory() -> None:
     """Make glibc return the pages of freed tensors to the system. Does nothing without glibc.
 
-    By default glibc keeps them in a heap that gradients, allocated between the graphs of one interval and the next, fragment. Recomputation
-    from C-points alone lowered the peak of a 64-layer block 1.7 times, with this call once an interval 3 times or more
-    (examples/benchmarks/memory.py). Mapping every large tensor by itself (M_MMAP_THRESHOLD) gives 4 times, but doubles the step's time.
+    By default glibc keeps them in its heap, which is fragmented by the gradients that are allocated between the graphs of one interval and
+    the next. Recomputation from C-points alone lowered the peak of a 64-layer block 1.7 times; with this call once per interval, 3 times or
+    more (examples/benchmarks/memory.py). Mapping each large tensor by itself (M_MMAP_THRESHOLD) gives 4 times, but doubles the step's time.
     """
     library = _glibc()
     if library is not None:

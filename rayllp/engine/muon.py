@@ -1,7 +1,7 @@
-"""Muon with Newton–Schulz iterations that take all matrices of one shape in one call.
+"""The optimizer Muon, with Newton–Schulz iterations that take all matrices of one shape in one call.
 
-torch's own takes matrix after matrix, in about 80 small operations a transformer layer. In narrow layers these take longer than the
-arithmetic, all the more on a GPU, where each is a kernel launch.
+torch's Muon takes one matrix after the other, in about 80 small operations per transformer layer. In narrow layers their overhead exceeds
+the arithmetic, all the more on a GPU, where each is a kernel launch.
 """
 
 from collections.abc import Iterator, Sequence

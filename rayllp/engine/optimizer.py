@@ -31,7 +31,7 @@ EMA = "ema"
 
 
 def averages_per_weight(settings: OptimizerSettings) -> int:
-    """Return how many values are kept for each weight of a layer's matrices besides itself; Adafactor's factors are not counted."""
+    """Return how many values are kept for each weight of a layer's matrices, besides the weight; Adafactor's factors do not count."""
     matrix = (2, 2)
     kept = _averages_of(Muon if settings.name == "muon" else KINDS[settings.name], matrix, settings)
     return sum(shape == matrix for shape in kept.values())
@@ -60,8 +60,8 @@ class Optimizer:
         replica, replicas: this worker's number, and the number of workers, among those that shard the state.
 
     Attributes:
-        replica: this worker's number among them.
-        shares: for each of them, the parts of parameters whose state it keeps.
+        replica: this worker's number among those that shard the state.
+        shares: for each of these workers, the parts of parameters whose state it keeps.
     """
 
     def __init__(self, block: Block, settings: OptimizerSettings, replica: int = 0, replicas: int = 1) -> None:
@@ -100,7 +100,7 @@ class Optimizer:
         """Update all parameters that have a gradient, and their moving average. If the state is sharded, only this worker's share of them.
 
         Args:
-            lr: AdamW's learning rate in this step. Muon's is in the same ratio to it as the two peak learning rates.
+            lr: the learning rate in this step; with Muon, that of AdamW. Muon's follows from it by the ratio of the peak learning rates.
             done: number of steps before this one.
         """
         views = self._aim_views()
@@ -132,12 +132,12 @@ class Optimizer:
             average.copy_(kept)
 
     def _leaf(self, name: str) -> nn.Parameter:
-        """Return the parameter itself if its whole state is kept here, otherwise a view of the part of which it is."""
+        """Return the parameter itself if its whole state is kept here, otherwise a view of the part whose state is."""
         parameter, part = self._parameters[name], self._own[name]
         return parameter if len(part) == parameter.numel() else nn.Parameter(parameter.data.view(-1)[part.start : part.stop])
 
     def _aim_views(self) -> list[nn.Parameter]:
-        """Point the views at the parameters' present memory and gradients, and return them.
+        """Point the views at the parameters' current memory and gradients, and return them.
 
         This is needed in every step, since gradients are new tensors, and `Stack` may have moved a parameter in memory.
         """
@@ -194,7 +194,7 @@ class Optimizer:
         Args:
             parameter: one of this worker's parameters.
             state: the state of the whole parameter, or of the part that this worker keeps. If the settings ask for an average of the
-                parameter's values and the state has none, the average begins with the present value.
+                parameter's values and the state has none, the average begins with the current value.
         """
         name = self._names[parameter]
         leaf, part = self._leaves.get(name), self._own.get(name, range(0))

@@ -1,4 +1,4 @@
-"""Exact gradients in serial mode, over the same blocks of layers.
+"""Exact gradients in serial mode, over the blocks of layers that parallel solves have, too.
 
 Several workers run the 1F1B schedule of torch.distributed.pipelining over microbatches, so that no layer moves when training switches from
 parallel to serial. One worker runs plain autograd.
@@ -98,7 +98,7 @@ class PlainAutograd:
 
 
 def count_microbatches(batch: int, workers: int, wanted: int | None, *, fewest: bool = False) -> int:
-    """Return the number of microbatches for `batch` sequences: as `wanted`, or else the batch's largest divisor up to 4 a worker.
+    """Return the number of microbatches for `batch` sequences: `wanted` if given, else the batch's largest divisor up to 4 per worker.
 
     One worker has nothing to overlap, and always takes one.
 

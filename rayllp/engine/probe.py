@@ -20,7 +20,7 @@ from rayllp.engine.step_gradients import StepGradients
 from rayllp.engine.window_gradients import WindowGradients
 
 SAMPLES_PER_COUPLING = 4
-"""Couplings are measured on one in so many samples of the batch: only their order of magnitude matters."""
+"""Couplings are measured on one in this many samples of the batch: only their order of magnitude matters."""
 BIAS_SUMS = 7
 """Number of sums kept for each block: squared error, squared better gradient, its product with the gradient in use, the latter squared, the
 squared difference of the halves; and, on the worker that has the head, the loss of the solve in use and that of the better one.
@@ -34,8 +34,9 @@ class Bias:
     Attributes:
         relative: norm of the error over the norm of the better gradient.
         cosine: cosine of the angle between the two gradients.
-        noise: one standard deviation over the norm of the better gradient; None if the batch was not halved.
-        loss_gap: difference of the loss by the solve in use from that by the better one, over the latter. Both are of the same batch.
+        noise: one standard deviation of the gradient over the choice of the batch, over the better gradient's norm; None if the batch was
+            not halved.
+        loss_gap: relative difference between the losses of the solve in use and of the better one, on the same batch.
         by_block: relative bias and cosine of each worker's block.
     """
 
@@ -111,21 +112,21 @@ class Probing:
         return found
 
     def _used_gradient(self, batch: StepBatch) -> tuple[list[Tensor], Tensor]:
-        """Return the gradients that the accuracy in question forms for the middle layers, and its loss."""
+        """Return the middle layers' gradients as the candidate accuracy forms them, and the loss."""
         loss = self.gradients(batch.solved_by(self.plan.candidate)).loss
         used = [gradient.clone() for gradient in self._middle()]
         self.gradients.forget()
         return used, loss
 
     def _halves(self, accuracy: Accuracy, samples: int) -> tuple[slice, ...]:
-        """Return the two halves of the batch. None if it cannot be halved, or if the pipeline was built for the whole batch."""
+        """Return the two halves of the batch. Empty if it cannot be halved, or if the pipeline was built for the whole batch."""
         built_for_all = accuracy.serial and self.group.config.placement == "blocks"
         if built_for_all or samples % (2 * self.group.config.accumulate):
             return ()
         return slice(0, samples // 2), slice(samples // 2, samples)
 
     def _in_halves(self, batch: StepBatch, halves: tuple[slice, ...]) -> tuple[StepGradients, list[Tensor]]:
-        """Form gradients half by half, or at once if there are no halves.
+        """Form gradients half by half, or of the whole batch if there are no halves.
 
         Returns: the outcome with the last half's solves, and the first half's gradients (empty if there are no halves).
         """

@@ -10,7 +10,7 @@ import torch
 
 @contextmanager
 def profiled(device: torch.device, *, wanted: bool = True) -> Iterator[list[bytes]]:
-    """Profile what happens inside, in this thread and in those that it starts work on, if `wanted`.
+    """Within this context, profile this thread and those that it starts work on, if `wanted`.
 
     Yields: a list to which the trace is appended at the end, in the format of chrome://tracing and ui.perfetto.dev, gzipped.
     """

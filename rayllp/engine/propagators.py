@@ -94,7 +94,7 @@ class ForwardPropagator(ExactPropagator):
         self.graphs: dict[int, Graph] = {}
         self.batched: dict[int, BatchedGraph] = {}
         self.deferred = DeferredSweeps()
-        self._ahead: dict[int, tuple[Graph, State]] = {}  # of C-points' last steps: the graph, and the state after the step
+        self._ahead: dict[int, tuple[Graph, State]] = {}  # by C-point: graph and result of its latest step
 
     def step(self, layer: int, state: State) -> State:
         """Take one layer's step in a relaxation or a coarse solve."""
@@ -162,7 +162,7 @@ class RecomputingPropagator(ForwardPropagator):
         return False
 
     def graph(self, layer: int) -> Graph:
-        """Return the graph of a layer. It is recorded now, with those of the layers from the last kept state on, in place of all others."""
+        """Return the graph of a layer. If missing, record all graphs from the last kept state to this layer, in place of the others."""
         if layer not in self.graphs:
             self.graphs.clear()
             start = max(n for n in self._kept if n <= layer)

@@ -63,7 +63,7 @@ class ReplicaSums:
             hook.remove()
 
     def begin(self, step: int, kind: Hashable | None) -> None:
-        """Take note that gradients are formed from now on.
+        """Begin a step, whose gradients are formed from now on.
 
         Args:
             step: number of the step.
@@ -135,7 +135,7 @@ class ReplicaSums:
     def _put_back(self) -> Tensor:
         """Wait for all buckets, and set `.grad` to their sums. Late gradients are kept in `_late`.
 
-        Returns: the numbers behind the last bucket's gradients.
+        Returns: the numbers that follow the last bucket's gradients.
         """
         rest = torch.empty(0)
         self._late = {}

@@ -1,6 +1,6 @@
 """The optimizer's state sharded over replicas: each keeps the state of some parameters and updates these (ZeRO stage 1, arXiv:1910.02054).
 
-AdamW works element by element, so its parameters may be cut anywhere to make shares equal. Muon needs whole matrices.
+AdamW works element by element, so its parameters may be cut anywhere to make shares equal. Muon and Adafactor need whole matrices.
 """
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from rayllp.channel.base import Channel, MessageTag, StateSpec
 
 ALIGNED = 16
-"""Parameters are cut at multiples of this many numbers. Vector instructions then treat each number as without a cut, to the last bit."""
+"""Parameters are cut at multiples of this many numbers, so that vector instructions give the same results as without a cut, bit for bit."""
 CALL_NUMBERS = 2**19
 """The most numbers of each replica in one all-gather, which needs memory for as many from every replica."""
 
@@ -27,7 +27,7 @@ def share_out(parameters: Mapping[str, nn.Parameter], whole: Collection[str], re
 
     Args:
         parameters: the parameters by name.
-        whole: names of parameters that must not be cut: Muon's.
+        whole: names of parameters that must not be cut: Muon's matrices, or all of Adafactor's.
         replicas: number of replicas.
     """
     sizes = {name: p.numel() for name, p in parameters.items()}
@@ -55,7 +55,7 @@ def share_out(parameters: Mapping[str, nn.Parameter], whole: Collection[str], re
 
 
 def _ends(loads: Sequence[int], numbers: int) -> list[int]:
-    """Return up to which of `numbers` numbers, of all parameters that may be cut, one after the other, each replica's share goes.
+    """Return where each replica's share ends in the `numbers` numbers of all parameters that may be cut, one parameter after the other.
 
     A replica with more of Muon's numbers gets fewer others. Muon keeps one average for each number, AdamW two.
     """

@@ -31,7 +31,7 @@ def add_smoothness_gradient(block: Block, channel: Channel, weight: float, step:
 
 
 def _borders(block: Block, channel: Channel, mine: dict[int, dict[str, nn.Parameter]], step: int) -> dict[int, Weights]:
-    """Return the present weights of the layers just before this worker's first and just after its last, received from the neighbours."""
+    """Return the current weights of the layers just before this worker's first and just after its last, received from the neighbours."""
     tag, rank = MessageTag(step, "gradients", "border layers' weights"), channel.rank
     sides = [(-1, block.middle[0])] if rank > 0 else []
     sides += [(1, block.middle[-1])] if rank < channel.size - 1 else []

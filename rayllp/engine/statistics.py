@@ -1,4 +1,4 @@
-"""The numbers of a step: measured over the layer group with one message, and as the step reports them."""
+"""The statistics of a training step, summed over the layer group by one all-reduce."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -18,7 +18,7 @@ from rayllp.engine.step_gradients import StepGradients
 from rayllp.mgrit import Convergence
 
 OTHER_PIECES = 3
-"""Pieces of the network besides the layers: embedding, what several layers use, head."""
+"""Pieces of the network besides the layers: embedding, the common piece that several layers use, head."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +85,7 @@ def reduce_statistics(
         group: this worker's end of the layer group.
         batch: the step's batch.
         formed: the outcome of forming the gradients.
-        counted: this worker's parameters that count in the norm, each after the number of its piece (`Block.counted`).
+        counted: this worker's parameters that count in the norm, each as (number of its piece, parameter) (`Block.counted`).
         probing: the probe, if the step is one.
     """
     config, step = group.config, batch.step
@@ -129,7 +129,7 @@ def _positions(spec: StateSpec) -> int:
 
 
 def _in_order_of_layers(adjoint: Convergence | None) -> Convergence | None:
-    """Return an adjoint solve's convergence, whose factors begin at the last layer, with factors that begin at the first one."""
+    """Return an adjoint solve's convergence with its factors in the order of the layers: the solve has them last layer first."""
     return None if adjoint is None else replace(adjoint, factors=tuple(level[::-1] for level in adjoint.factors))
 
 

@@ -30,9 +30,9 @@ class StepGradients:
 
 
 def loss_and_seed(bound: BoundBlock, output: State | None, batch: StepBatch) -> tuple[Tensor, State | None]:
-    """Return the batch's scaled loss, and its gradient λ_N at the last middle layer's output. Adds gradients of closing buffers and head.
+    """Return the batch's scaled loss, and its gradient λ_N at the last middle layer's output. Workers other than the last get 0 and None.
 
-    Workers other than the last one get 0 and None.
+    Adds the gradients of closing buffer layers and head to `.grad`.
 
     Args:
         bound: this worker's layers, bound to the samples.
@@ -51,7 +51,7 @@ def loss_and_seed(bound: BoundBlock, output: State | None, batch: StepBatch) -> 
 
 
 def add_embedding_gradients(group: LayerGroup, entered: State | None, lam: State | None) -> None:
-    """Add the gradients of embedding and opening buffers, on the first worker. Does nothing on others.
+    """Add the gradients of embedding and opening buffer layers, on the first worker. Does nothing on others.
 
     Args:
         group: this worker's end of the layer group.

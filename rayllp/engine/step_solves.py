@@ -1,6 +1,6 @@
-"""Hierarchies and solver options that follow from a step's accuracy. This is the only place where they do.
+"""Derives the hierarchies and solver options of a training step from its accuracy.
 
-The engine and the planner (`plan/schedule.py`) both take a step's solves from here.
+The engine and the planner (`plan/schedule.py`) both take a step's solves from here, and from nowhere else.
 """
 
 from dataclasses import dataclass, replace

@@ -1,8 +1,8 @@
 """TorchBraid's solver in place of rayllp's, with the same layers, weights, batches and optimizer: for comparisons, and for its users.
 
-TorchBraid (github.com/Multilevel-NN/torchbraid) wraps XBraid. It is installed as its README says, and imported only on use. Of TorchBraid
-only the two apps that XBraid drives are used, forward and backward, as `LayerParallel` sets them up. What that module does around them
-(it moves the output to rank 0 and back) is left out, since here the last worker has the head.
+TorchBraid (github.com/Multilevel-NN/torchbraid) wraps XBraid. It is installed as its README says, and imported only on use. Only the two
+apps that XBraid drives are used, forward and backward, as TorchBraid's `LayerParallel` sets them up. What that module does around them (it
+moves the output to rank 0 and back) is left out, since here the last worker has the head.
 """
 
 import sys
@@ -52,7 +52,7 @@ class _Step(nn.Module):
 
 
 class _Noticing(types.SimpleNamespace):
-    """Stands in for `traceback` in TorchBraid's modules, which print exceptions and continue with wrong numbers. Here they are kept."""
+    """Replaces `traceback` in TorchBraid's modules, which print exceptions and continue with wrong numbers, to keep the exceptions."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -125,7 +125,10 @@ class TorchBraidSolver:
 
     @contextmanager
     def _surfaced(self, what: str) -> Iterator[None]:
-        """Raise what goes wrong inside. The loss of a worker meanwhile ends this process, since XBraid's waits have no time limit."""
+        """Turn an exception that TorchBraid swallows in this context into a ChannelError.
+
+        If a worker is lost meanwhile, this process ends, since XBraid's waits have no time limit.
+        """
         self._noticing.noticed.clear()
         with self.channel.exit_on_loss():
             yield

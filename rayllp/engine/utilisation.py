@@ -3,6 +3,7 @@
 Only the model's own forward and backward pass count. Sweeps over the coarse grid, probes and recomputation count as time, not as work.
 """
 
+import re
 from contextlib import nullcontext
 
 import torch
@@ -15,23 +16,25 @@ from rayllp.state import combine
 
 PEAKS = {
     "B200": (2250e12, 80e12),
+    "GH200": (989e12, 67e12),
     "H200": (989e12, 67e12),
     "H100 PCIe": (756e12, 51e12),
+    "H100 NVL": (835e12, 60e12),
     "H100": (989e12, 67e12),
     "A100": (312e12, 19.5e12),
     "L40S": (362e12, 91.6e12),
     "L4": (121e12, 30.3e12),
     "A10": (125e12, 31.2e12),
 }
-"""Operations a second that the maker promises, without sparsity, by a part of the GPU's name: in bfloat16, and in float32 without TF32."""
+"""Operations per second in the maker's data sheet, without sparsity, by words of the GPU's name: (bfloat16, float32 without TF32)."""
 
 
 def peak_flops(device: torch.device, dtype: str) -> float | None:
-    """Return the operations a second that the device could do in this dtype of the settings; None if that is not known, as on CPUs."""
+    """Return the operations per second that the device can do at most in this dtype of the settings; None if not known, as on CPUs."""
     if device.type != "cuda" or dtype not in ("bfloat16", "float32"):
         return None
     name = torch.cuda.get_device_name(device)
-    return next((peaks[dtype == "float32"] for part, peaks in PEAKS.items() if part in name), None)
+    return next((peaks[dtype == "float32"] for words, peaks in PEAKS.items() if re.search(rf"\b{words}\b", name)), None)
 
 
 def count_flops(group: LayerGroup, inputs: Inputs) -> float:

@@ -4,8 +4,8 @@ On a GPU a small layer takes as long as the launches of its kernels, so several 
 coarse intervals depend on each other only through the coarse solve, so its sweeps may take the first layer of each interval in one call,
 then the second of each, and so on.
 
-The weights of such layers lie in one tensor with one more dimension. The modules' own parameters are views of its rows, so optimizer,
-checkpoints and calls of a single layer need not know about it.
+Each weight of such layers is stacked in one tensor with one more dimension. The modules' own parameters are views of its rows, so
+optimizer, checkpoints and calls of a single layer need not know about it.
 """
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -124,7 +124,7 @@ def advance_together(
     context: Any,
     common: nn.Module | None,
 ) -> State:
-    """Return `advance` for several layers, which share a module and have weights and a state each."""
+    """Return what `advance` returns for several layers, in one call of `module`. Dimension 0 of weights and state is the layers."""
 
     def one(weights: dict[str, Tensor], state: State) -> State:
         def layer(*args: Any, **kwargs: Any) -> Any:
@@ -151,7 +151,7 @@ def unstack_states(state: State) -> list[State]:
 
 
 def kind(module: nn.Module) -> Hashable:
-    """Return a key that is equal for layers which differ only in their weights, and so may be called at once."""
+    """Return a key that is equal for layers which differ only in their weights, and so may be evaluated in one call."""
     parameters = [(name, p.shape, p.dtype, p.requires_grad) for name, p in module.named_parameters()]
     plain = [
         (path, name, value)

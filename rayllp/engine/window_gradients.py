@@ -52,10 +52,10 @@ class WindowGradients:
     def couplings(self, batch: StepBatch) -> Tensor:
         """Measure the couplings of the layers (see `mgrit/couplings.py`), in the forward and in the adjoint solve.
 
-        Gradients may be left in `.grad`, and mean nothing.
+        May leave meaningless gradients in `.grad`.
 
-        Returns: the squares, zeros for other workers' layers; shape (2, middle layers), float64. Each stands at the later layer of the two,
-            in the adjoint too.
+        Returns: the squared couplings, forward and adjoint: float64, shape (2, middle layers), zeros for other workers' layers. Each stands
+            at the later one of its two layers, in the adjoint, too.
         """
         group, block = self.group, self.group.block
         bound = block.bind(batch)

@@ -10,14 +10,14 @@ from rayllp.channel.base import Channel, MessageTag, StateSpec
 from rayllp.state import State
 
 PhaseListener = Callable[[str, int], None]
-"""Called with the name and the level of each phase of a solve as it begins."""
+"""Called as each phase of a solve begins, with the phase's name and level."""
 
 
 class DeferredWork(Protocol):
     """Work that no other worker waits for, such as `DeferredSweeps`."""
 
     def advance(self) -> bool:
-        """Do the next piece of it. Returns False if nothing is left."""
+        """Do the next piece of work. Returns False if none is left."""
         ...
 
 
@@ -28,7 +28,7 @@ class Communicator:
     Attributes:
         channel: the channel to the other workers; `LocalChannel.alone()` for one worker.
         tag: the training step and the solve that messages belong to; named in errors.
-        while_waiting: deferred work, such as layers of an earlier solve; it is done while this solve would wait for a message.
+        while_waiting: deferred work, such as layers of an earlier solve, to do while this solve would otherwise wait for a message.
     """
 
     channel: Channel
@@ -41,13 +41,13 @@ class Communicator:
         return self.channel.rank
 
     def send(self, state: State, destination: int, phase: str, level: int) -> None:
-        """Send a state to `destination`. Returns at once; `phase` and `level` name the message in errors."""
+        """Send a state to `destination`, without waiting. `phase` and `level` name the message in errors."""
         self.channel.send(state, destination, self.tag.at(phase, level))
 
     def receive(self, spec: StateSpec, source: int, phase: str, level: int) -> State:
-        """Receive the next state from `source`. While it has not arrived, do deferred work, piece by piece.
+        """Receive the next state from `source`. Until it arrives, do deferred work, piece by piece.
 
-        The arrival of messages thus decides in which order a worker does its work. The values do not depend on that order.
+        So the order in which a worker does its work depends on when messages arrive; the values do not.
 
         Args:
             spec: shapes and dtypes of the state.
@@ -61,7 +61,7 @@ class Communicator:
         return self.channel.receive(spec, source, self.tag.at(phase, level))
 
     def sum(self, tensor: Tensor, what: str) -> Tensor:
-        """Sum `tensor` over all workers in place, and return it.
+        """Sum `tensor` over all workers in place, and return it; `what` names the sum in errors.
 
         Raises:
             ChannelError: a worker did not take part within the time limit.

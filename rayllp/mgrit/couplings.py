@@ -1,15 +1,14 @@
 """How strongly each layer depends on the one before it, and where windows therefore have to be short.
 
-In a window's first sweep, a layer is evaluated at the window's first state and not at the state that the layers before it lead to. What
-this costs is the change of the layer's increment between the two. The coupling of layer n is that change over one layer, relative to the
+In a window's first sweep, each layer is evaluated at the window's first state instead of at its true input. The error is the difference
+between the layer's increments at these two states. The coupling of layer n is that difference for states one layer apart, relative to the
 state, on the exact trajectory:
 
     κ_n = ‖d_n(u_n) − d_n(u_{n−1})‖ / ‖u_n‖,   d_n(x) = Φ_n(x) − x
 
 To first order, a layer that is evaluated m layers too early is wrong by the sum of m couplings, and each of them is about as large as κ_n.
-A window's error is the sum over its layers, so windows of equal error follow from the couplings alone: they are the error control that
-solvers of differential equations have for their step size, with a layer as the smallest step (`cut_windows` in `windows.py`). The adjoint
-has couplings of its own.
+A window's error is the sum over its layers, so the couplings alone tell where to cut the network into windows of equal error (`cut_windows`
+in `windows.py`), much as an ODE solver chooses its step size by an error estimate. The adjoint has couplings of its own.
 """
 
 from collections.abc import Sequence
@@ -37,20 +36,21 @@ def solve_with_couplings(
 ) -> tuple[State | None, Tensor]:
     """Solve exactly, layer after layer and from worker to worker, and measure the couplings on the way.
 
-    Each worker passes a layer's first state on before it takes the layer, so the next worker evaluates its layer there in the meantime.
+    Each worker sends a layer's input on before it evaluates the layer, so that the next worker can evaluate its own layer there meanwhile.
 
     Args:
-        owners: for each layer, the worker that owns it; as `Placement.cyclic` has them.
+        owners: for each layer, the rank of the worker that owns it (`Placement.owners`).
         propagator: the steps of this worker's layers.
         communicator: for messages to the other workers.
         initial: the first state, on worker `source`.
         spec: shapes and dtypes of a state.
         source: the worker that has the first state.
         destination: the worker that is to get the last state.
-        adjoint: solve from the last layer to the first. The forward leaves graphs (`last_step`); the adjoint forms no parameter gradients.
+        adjoint: solve from the last layer to the first. The forward solve records graphs (`last_step`), the adjoint forms no parameter
+            gradients.
 
-    Returns: the last state, on worker `destination`, and None on the others; and the squared couplings by layer, in the order of the
-        network: float64, zeros for other workers' layers and for the first one of the solve.
+    Returns: the last state on worker `destination`, None elsewhere; and the squared couplings in the order of the network, float64 of shape
+        (layers,), zero for other workers' layers and for the solve's first layer.
     """
     rank, in_order, early = communicator.rank, "in order", "a layer early"
     order = range(len(owners))[:: -1 if adjoint else 1]

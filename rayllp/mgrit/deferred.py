@@ -1,11 +1,11 @@
 """Work on layers that a worker defers because no other worker waits for it.
 
-Only the end of the last interval of a forward solve's last sweep is needed at once: it leads to the loss, and from there into the adjoint's
-coarse solve, which reads graphs at C-points only. So a worker defers the last sweep of its other intervals. The adjoint solve evaluates
-their layers while it would otherwise wait for messages (`Communicator.receive`). Layers that are left by the time it asks for their graphs
+Of a forward solve's last sweep, only the end of the last interval is needed at once: it yields the loss, with which the adjoint's coarse
+solve begins, and that solve reads graphs at C-points only. So a worker defers the last sweep of its other intervals. The adjoint solve
+evaluates their layers while it would otherwise wait for messages (`Communicator.receive`). Layers that are left when it needs their graphs
 are evaluated then (`DeferredSweeps.reach`).
 
-An exact step with layers in turn defers gradients of parameters in the same way, layer by layer (`engine/in_order.py`).
+An exact step on a cyclic placement defers parameter gradients in the same way, layer by layer (`engine/in_order.py`).
 """
 
 from collections import deque
@@ -60,7 +60,7 @@ class DeferredSweeps:
         return False
 
     def reach(self, layer: int) -> None:
-        """Evaluate the run that contains `layer` up to that layer. Does nothing if the layer was never deferred or is done."""
+        """Evaluate the run that contains `layer`, up to that layer. Does nothing if the layer was not deferred or is evaluated already."""
         for run in self.runs:
             if layer in run.layers:
                 run.reach(layer)

@@ -9,8 +9,8 @@ there to C-point k + 1. The fine residual at C-point k + 1 is w_{k+1} − u_{k+1
 finest level, and before the first restriction, τ = 0. The algorithm is that of arXiv:2601.09026, section 3.2.
 
 The two terms of τ are known to different workers where a coarse step crosses from one to the next: the owner of step k knows Φ_c(u_k), and
-the owner of point k + 1 knows w_{k+1}. So they are stored apart. The first is subtracted before a step's result is sent, the second is
-added where the result arrives, and τ needs no message of its own.
+the owner of point k + 1 knows w_{k+1}. So they are stored separately: the first is subtracted before a step's result is sent, the second
+is added where the result arrives, and τ needs no message of its own.
 """
 
 from dataclasses import dataclass, field
@@ -31,9 +31,9 @@ class FASRightHandSide:
     fine_arrivals: dict[int, State] = field(default_factory=dict)
 
     def subtract_coarse(self, k: int, state: State) -> State:
-        """Return the result of step k minus Φ_c(u_k), as it is handed to point k + 1. Without τ the result is returned unchanged."""
+        """Return `state`, the result of step k, minus Φ_c(u_k), as it is sent to point k + 1. Without τ, return `state` unchanged."""
         return subtract(state, self.coarse_steps[k]) if k in self.coarse_steps else state
 
     def add_fine(self, k: int, state: State) -> State:
-        """Return the new value of point k: what step k − 1 has handed over, plus w_k. Without τ that is returned unchanged."""
+        """Return the new value of point k: `state`, as received from step k − 1, plus w_k. Without τ, return `state` unchanged."""
         return add(state, self.fine_arrivals[k]) if k in self.fine_arrivals else state

@@ -26,7 +26,7 @@ class Grid:
         operator: makes a coarse step out of a layer's fine step; not used on the finest level.
         communicator: for messages to the other workers.
         spec: shapes and dtypes of a state.
-        batched: sweep whole intervals side by side, one layer of each in a call. Only for the finest level.
+        batched: sweep whole intervals side by side, one layer of each in one call; only on the finest level.
 
     Attributes:
         values: u_j by point j, for the points that this worker owns.
@@ -59,17 +59,17 @@ class Grid:
         """Return Φ_j(state): a layer's step on the finest level, the coarse operator on all others."""
         layer = self.level.layers[j]
         if self.depth == 0:
-            # Only a step from a C-point can be asked for again, by a coarse level. In the adjoint solve a coarse level's layer is that of
-            # an interval's last F-point. Steps from there must not be cached: they would push out what the coarse level still needs.
+            # A coarse level asks again only for steps from C-points, so no others are cached. In the adjoint solve the layer of a coarse
+            # step is also that of its interval's last F-point: a step cached from there would evict what the coarse level still needs.
             source = self.cache if j in self.level.is_c_point else self.cache.propagator
             return source.step(layer, state)
         return self.operator(partial(self.cache.step, layer), state, self.level.ratios[j])
 
     def advance(self, j: int, *, last: bool = False) -> State:
-        """Take step j from u_j. What it returns is handed to the owner of point j + 1, where `tau.add_fine` makes it u_{j+1}.
+        """Take step j from u_j. The owner of point j + 1 makes the result u_{j+1} by `tau.add_fine`.
 
         Args:
-            last: take it in the last sweep, where the propagator records the layer's graph or forms its parameter gradients.
+            last: this is the last sweep, in which the propagator records the layer's graph or forms its parameter gradients.
         """
         if last:
             return self.cache.last_step(self.level.layers[j], self.values[j])
@@ -107,7 +107,7 @@ class Grid:
         self.values.update(self.arrivals("C-relaxation"))
 
     def arrivals(self, phase: str) -> dict[int, State]:
-        """Return the value that the step before each owned C-point arrives at, τ included. Point 0 is left out, and no u_j is changed."""
+        """Return, for each owned C-point but point 0, the value at which the step before it arrives, τ included. Changes no u_j."""
         c_points, arrived = self.level.is_c_point, {}
         if self.points and self.points.stop in c_points:
             self.send(self.advance(self.points.stop - 1), self.points.stop, phase)
@@ -136,11 +136,11 @@ class Grid:
     def last_sweep(self, defer_to: DeferredSweeps | None = None) -> State | None:
         """Do the last F-relaxation, in which the propagator records graphs (forward) or forms parameter gradients (adjoint).
 
-        It takes the last step of every interval, too. Each value is dropped once the next one is computed.
+        Unlike the other sweeps, it takes the last step of every interval, too. Each value is dropped once the next one is computed.
 
         Args:
             defer_to: collects the runs whose last step leads neither to another worker nor out of the last layer, instead of sweeping them
-                now. Intervals that are swept side by side are never deferred. None: nothing is deferred.
+                now. Nothing is deferred if it is None, or if intervals are swept side by side.
 
         Returns: the state after the level's last step, on the worker that takes it; None elsewhere.
         """
@@ -172,10 +172,7 @@ class Grid:
             defer_to.add(DeferredRun(range(first, first + len(run)), evaluate))
 
     def whole_intervals(self, runs: Sequence[range]) -> list[range]:
-        """Return those of the runs that are swept side by side: the longest whole intervals, if there are at least two.
-
-        None are if the level is not batched.
-        """
+        """Return the runs to sweep side by side: on a batched level, the longest whole intervals if there are at least two; else none."""
         return self.level.alike(runs) if self.batched else []
 
     def _sweep(self, runs: list[range], *, last: bool = False) -> State | None:
@@ -197,12 +194,12 @@ class Grid:
         return run.stop < self.level.size and run.stop not in self.level.is_c_point
 
     def _await_start(self, run: range, phase: str) -> None:
-        """Receive the run's first value, if its interval began on the worker before."""
+        """Receive the run's first value if its interval began on the previous worker."""
         if run.start not in self.level.is_c_point:
             self.values[run.start] = self.tau.add_fine(run.start, self.receive(run.start, phase))
 
     def _sweep_run(self, run: range, *, last: bool) -> State | None:
-        """Take the steps of one run, a worker's stretch of an interval, and send the result on where the interval goes on elsewhere.
+        """Take the steps of one run, and send the result on if the run's interval continues on the next worker.
 
         Returns: the state after the run's last step, in the last sweep or if the interval continues on the next worker; otherwise None.
         """
@@ -219,13 +216,13 @@ class Grid:
         return state
 
     def _set_next(self, j: int, state: State, *, last: bool) -> None:
-        """Make what step j returned the value of the next point. In the last sweep, which needs no value twice, the one at j is dropped."""
+        """Set the value of point j + 1 from the result of step j. The last sweep drops u_j, which nothing reads again."""
         self.values[j + 1] = self.tau.add_fine(j + 1, state)
         if last:
             del self.values[j]
 
     def _sweep_together(self, runs: list[range], *, last: bool) -> State | None:
-        """Sweep whole intervals of equal length side by side, one step of each in a call.
+        """Sweep whole intervals of equal length side by side, one step of each in one call.
 
         Returns: the state after the last step of the last interval, in the last sweep; otherwise None.
         """

@@ -58,7 +58,7 @@ class Level:
         return self._owned.get(rank, range(0))
 
     def runs(self, rank: int) -> list[range]:
-        """Return the points that worker `rank` owns, cut before each C-point: one range for each coarse interval that it has a part of."""
+        """Return the points that worker `rank` owns, cut before each C-point: one range for each coarse interval that it owns part of."""
         points = self.local(rank)
         inside = self.c_points[bisect_right(self.c_points, points.start) : bisect_left(self.c_points, points.stop)]
         cuts = [points.start, *inside, points.stop]
@@ -159,7 +159,7 @@ def build_hierarchy(*, blocks: Sequence[int], levels: int, coarsening: int | Seq
 
 @lru_cache(maxsize=64)  # checking settings builds a hierarchy, and the planner asks for the same one many times
 def _build(blocks: tuple[int, ...], levels: int, factors: tuple[int, ...]) -> Hierarchy:
-    """Do what `build_hierarchy` does, with hashable arguments as the cache needs them."""
+    """Build the hierarchy for `build_hierarchy`, from arguments that are hashable, as `lru_cache` needs them."""
     layers = sum(blocks)
     _check(layers, blocks, levels, factors)
 

@@ -19,8 +19,8 @@ class SolverOptions:
         coarse_step_weight: ω of the coarse operator (`Rediscretised`): 1 is the operator of arXiv:2601.09026, 0 the identity.
         initial_guess: "coarse" solves the coarsest level first (XBraid's skipped down-cycle); "constant" sets all C-points to u_0.
         rounding: relative rounding error of a layer's increment, where it is computed in a lower precision than the state's; otherwise 0.
-        tolerance: stop once the residual norm is at or below it, at the cost of one all-reduce an iteration. None: do all iterations.
-        batched: sweep a worker's intervals on the finest level side by side, one layer of each in a call.
+        tolerance: the residual norm at which to stop, checked by one all-reduce per iteration. None: do all iterations.
+        batched: sweep a worker's intervals on the finest level side by side, one layer of each in one call.
 
     Raises:
         SettingsError: no iteration, or a relaxation that is neither F nor FCF.
@@ -37,7 +37,7 @@ class SolverOptions:
 
     @property
     def measured_iterations(self) -> int:
-        """The largest number of iterations that yield a residual. A coarse initial guess counts as an iteration but measures none."""
+        """The largest number of iterations that yield a residual. A coarse initial guess counts as an iteration but yields none."""
         return self.iterations - (self.initial_guess == "coarse")
 
     def relaxation_on(self, depth: int) -> Relaxation:

@@ -26,18 +26,18 @@ class Propagator(Protocol):
         ...
 
     def defer(self, layer: int, state: State) -> bool:
-        """Take note that the last sweep of a run, which begins at this layer with this state, is deferred.
+        """Note that the last sweep of the run which begins at this layer, with this state, is deferred.
 
         Returns: False if the propagator will never need that sweep.
         """
         return True
 
     def steps(self, layers: Sequence[int], states: Sequence[State]) -> list[State]:
-        """Take `step` of several layers, each from its own state. Subclasses that can evaluate several layers in one call override this."""
+        """Take the steps of several layers, each from its own state. Subclasses that evaluate several layers in one call override this."""
         return [self.step(layer, state) for layer, state in zip(layers, states, strict=True)]
 
     def last_steps(self, layers: Sequence[int], states: Sequence[State]) -> list[State]:
-        """Take `last_step` of several layers, each from its own state, with `known` None for each."""
+        """Take the last steps of several layers, each from its own state and without a cached result."""
         return [self.last_step(layer, state, None) for layer, state in zip(layers, states, strict=True)]
 
 
@@ -54,7 +54,7 @@ class EvaluationCache:
 
     def __init__(self, propagator: Propagator, layers: frozenset[int]) -> None:
         self.propagator, self.layers = propagator, layers
-        # Two entries a layer: the FAS right-hand side needs an evaluation from before the relaxation that came in between.
+        # Two entries per layer: the FAS right-hand side needs an evaluation that was made before the latest relaxation.
         self._known: dict[int, deque[tuple[State, State]]] = {}
 
     def step(self, layer: int, state: State) -> State:

@@ -10,7 +10,7 @@ from rayllp.state import State
 
 
 def own_steps(owners: Sequence[int], rank: int, *, source: int, destination: int) -> Iterator[tuple[int, int, int]]:
-    """Yield the steps that worker `rank` takes, in order: each one's place, the worker that the state comes from, and where it goes next.
+    """Yield the steps that worker `rank` takes, in order: each one's index, the rank its state comes from and the rank its result goes to.
 
     Args:
         owners: for each step, the worker that takes it.
@@ -32,12 +32,12 @@ def relay(
     source: int,
     destination: int,
 ) -> State | None:
-    """Take a state through steps, each on the worker that owns it.
+    """Pass a state through all steps, each taken by the worker that owns it.
 
     Args:
         communicator: for messages to the other workers.
         owners: for each step, the worker that takes it.
-        take: takes the step at a place, from a state.
+        take: takes one of this worker's steps: given its index and the state before it, returns the state after it.
         initial: the first state, on worker `source`.
         spec: shapes and dtypes of a state.
         phase: names the messages in errors.
@@ -73,7 +73,7 @@ def solve_in_order(
     """Do the exact forward solve over all layers, from the first worker to the last.
 
     Args:
-        owners: for each layer, the worker that owns it; as `Placement.cyclic` has them.
+        owners: for each layer, the rank of the worker that owns it (`Placement.owners`).
         propagator: the steps of this worker's layers.
         communicator: for messages to the other workers.
         initial: the state before the first layer, on the first worker.

@@ -1,4 +1,4 @@
-"""What a solve leaves: each worker's states and share of the residuals, and over all workers the convergence factor and advice."""
+"""The result of a solve: each worker's output and share of the residuals; over all workers, the convergence factor and a status."""
 
 import enum
 import math
@@ -37,7 +37,7 @@ class Status(enum.Enum):
 
 @dataclass(frozen=True, kw_only=True)
 class Convergence:
-    """How a solve went, over all its workers.
+    """How a solve converged, over all its workers.
 
     Attributes:
         residuals: the residual norm of each measured iteration.
@@ -58,14 +58,14 @@ class Convergence:
 
 @dataclass(frozen=True, kw_only=True)
 class ResidualShares:
-    """One worker's share of a solve's residuals. It says nothing about convergence before it is added to the other workers' shares.
+    """One worker's share of a solve's residuals. Only the sum over all workers says anything about convergence.
 
     Attributes:
         squared: the squared residual norm of each measured iteration: float64, shape (measured,).
         squared_floor: the squared norm of a residual that is rounding error only: a float64 scalar.
         points: for each level but the coarsest, the squared residuals at all C-points but the first, zero where another worker owns the
             point: float64, shape (measured, points). Empty if fewer than two iterations are measured.
-        informative: how many residuals, from the first, tell something about convergence. Later ones are zero by construction, since
+        informative: how many residuals, from the first, say something about convergence. Later ones are zero by construction, since
             each iteration makes further intervals exact.
         exact: True if nothing was approximated: one level, or as many iterations as coarse intervals. The same on all workers.
         tolerance: the residual norm at which iterations were to stop; None if none was set. The same on all workers.
@@ -80,12 +80,12 @@ class ResidualShares:
 
     @property
     def flat(self) -> Tensor:
-        """All that is to be added up, as one flat float64 tensor. It has the same shape on all workers."""
+        """All values to sum over the workers, as one flat float64 tensor, whose shape is the same on all workers."""
         return torch.cat([part.flatten() for part in self._parts])
 
     @property
     def _parts(self) -> list[Tensor]:
-        floor = [self.squared_floor] if len(self.squared) > 1 else []  # no ratio of residuals, no need to know which of them are rounding
+        floor = [self.squared_floor] if len(self.squared) > 1 else []  # only a ratio of two residuals needs it
         return [self.squared, *self.points, *floor]
 
     def convergence(self, total: Tensor) -> Convergence:
@@ -112,10 +112,10 @@ class ResidualShares:
 
 @dataclass(frozen=True, kw_only=True)
 class Solution:
-    """What one solve leaves on one worker.
+    """The result of one solve on one worker.
 
     Attributes:
-        output: the state after the last step, on the worker that owns it (in windows on every worker); None elsewhere.
+        output: the state after the last step, on the worker that takes that step (with windows, on every worker); None elsewhere.
         residuals: this worker's share of the residuals.
     """
 
@@ -158,10 +158,7 @@ def _above(residuals: tuple[float, ...], floor: float) -> int:
 
 
 def _factors(former: Tensor, last: Tensor, floor: float) -> tuple[float | None, ...]:
-    """Return the convergence factor at each point, from its squared residuals before and after an iteration.
-
-    It is None where these are rounding error.
-    """
+    """Return the convergence factor at each point from its squared residuals before and after an iteration; None for rounding error."""
     inexact = torch.minimum(former, last) > max(ROUNDING * float(former.max()), floor**2 / len(former))
     return tuple(ratio if there else None for ratio, there in zip((last / former).sqrt().tolist(), inexact.tolist(), strict=True))
 

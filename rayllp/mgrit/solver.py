@@ -65,12 +65,12 @@ class MGRITSolver:
         self.on_phase = on_phase or (lambda phase, level: None)
 
     def solve(self, u0: State | None, *, defer_to: DeferredSweeps | None = None) -> Solution:
-        """Solve for all u_n; each worker computes those that it owns, and keeps its share of the residuals (see `ResidualShares`).
+        """Solve for all u_n. Each worker computes those that it owns, and returns its share of the residuals.
 
         Args:
             u0: the state before the first step, on the worker that takes that step; ignored on all others.
-            defer_to: collects the runs of the last sweep that no other worker waits for. The caller has to see that they are evaluated
-                later. None: nothing is deferred.
+            defer_to: collects the runs of the last sweep that no other worker waits for; the caller must have them evaluated later.
+                None: nothing is deferred.
 
         Raises:
             SettingsError: no initial state on the worker that owns the first step.
@@ -96,7 +96,6 @@ class MGRITSolver:
         """Do one V-cycle or F-cycle from level `depth` down.
 
         With one iteration and a coarse initial guess, no cycle is done at all: `propagate_coarsely` and the last sweep are the whole solve.
-        Nor does the default of `mode: adaptive` come here, `solver: windows`: that is `WindowSolver` (`windows.py`).
         """
         if depth == len(self.grids) - 1:
             self.solve_coarsest()
@@ -165,10 +164,10 @@ class MGRITSolver:
     # Parts of the cycle -------------------------------------------------------------------------------------------------------
 
     def move(self, states: tuple[State, ...], sender: int, receiver: int, count: int, phase: str, depth: int) -> tuple[State, ...]:
-        """Move `count` states from worker `sender` to worker `receiver`. Returns them there, and nothing on every other worker.
+        """Move `count` states from worker `sender` to worker `receiver`. Returns them there, and an empty tuple elsewhere.
 
-        In a forward solve the two are one worker. In an adjoint solve they differ for an interval that crosses workers: the C-point
-        belongs to the worker of the interval's last layer, its coarse step to that of the interval's first layer.
+        In a forward solve the two are the same. In an adjoint solve they differ for an interval that crosses workers: the C-point belongs
+        to the worker of the interval's last layer, its coarse step to the worker of the interval's first layer.
         """
         rank = self.communicator.rank
         if sender == receiver:

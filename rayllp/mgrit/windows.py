@@ -8,13 +8,13 @@ the sum over all of its c layers, each evaluated at the window's first state C:
 Weights that differ between layers cause no error; what remains is of second order in the window's length. The step costs as many
 evaluations as the window has layers, but these are independent: with layer n on worker n mod P, a window of P layers takes the time of one
 layer. Every worker evaluates only layers that it owns, so none is idle and no layer is evaluated twice. A further sweep evaluates each
-layer at the state that the last sweep has found for it (Picard iteration, also called waveform relaxation; it is MGRIT on the window with
+layer at the state that the sweep before has found for it (Picard iteration, also called waveform relaxation; it is MGRIT on the window with
 the identity as the coarse operator). After k sweeps the first k layers of each window are exact; after as many sweeps as layers the whole
 window is.
 
-Windows may be of any lengths. A window of one layer is exact, and several of them in a row are a chain: states go from owner to owner, and
-no worker waits for the gradients of their parameters. Where windows have to be short, `cut_windows` finds from the layers' couplings, which
-`couplings.py` measures.
+Windows may have any lengths. A window of one layer is exact, and several of these in a row form a chain: states go from owner to owner, and
+no worker waits for the gradients of their parameters. `cut_windows` finds where windows have to be short, from the couplings of the layers
+(`couplings.py`).
 
 The adjoint is the same solve from the other end, with the transposed steps. With one sweep in both directions, the gradient is the exact
 gradient of the network whose windows are evaluated in this way. That is why training with a single sweep is stable.
@@ -39,12 +39,12 @@ from rayllp.state import State, add, like, squared_norm, subtract, tensors
 WINDOW_END = "window's end"
 """The phase of the messages by which the increments of a window are summed."""
 IN_PIECES_BYTES = 4 * 2**20
-"""If the sum at a window's end would send a worker more bytes than this, it is done in pieces, which sends fewer bytes in more messages.
-Below it, the number of messages decides.
+"""If each worker would receive more bytes than this for the sum at a window's end, the sum is done in pieces: fewer bytes, more messages.
+Below this size, the number of messages decides how long it takes.
 """
 
 WINDOW_ERROR = 0.1
-"""The relative error that a window is to have after its sweeps."""
+"""The largest relative error that a window may have after its sweeps, as estimated by `cut_windows`."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ def cut_windows(couplings: Sequence[float], longest: int, sweeps: int) -> tuple[
     The error after k sweeps is estimated as E^k / k!, where E is the error after the first one.
 
     Args:
-        couplings: those of the second layer to the last one (`couplings.py`). What is not finite ends a window.
+        couplings: κ of the second layer to the last (`couplings.py`). A layer whose κ is not finite begins a new window.
         longest: the largest number of layers in a window.
         sweeps: number of sweeps in each window.
     """
@@ -112,9 +112,9 @@ def cut_windows(couplings: Sequence[float], longest: int, sweeps: int) -> tuple[
 
 
 def windows_in_words(lengths: Sequence[int]) -> str:
-    """Return lengths of windows in short words, such as "1 (4 times), 3, 8 (7 times)".
+    """Return the lengths of windows as a short text, such as "1 (4 times), 3, 8 (7 times)".
 
-    Equal ones, of which the last may be shorter, are one number.
+    If all are equal, but for a shorter last one, the text is that one number.
     """
     if lengths == equal_windows(sum(lengths), lengths[0]):
         return str(lengths[0])
@@ -123,11 +123,11 @@ def windows_in_words(lengths: Sequence[int]) -> str:
 
 
 def window_step_cost(windows: Sequence[int], forward: int, backward: int, workers: int) -> float:
-    """Return the time of a step by windows, in forward evaluations of a layer, if messages cost nothing.
+    """Return the time of a training step by windows, in forward evaluations of a layer, if messages cost nothing.
 
     Args:
         windows: lengths of the windows, none longer than there are workers.
-        forward, backward: number of sweeps.
+        forward, backward: number of sweeps in each direction.
         workers: number of workers.
     """
     chained = sum(length == 1 for length in windows)
@@ -136,7 +136,7 @@ def window_step_cost(windows: Sequence[int], forward: int, backward: int, worker
 
 
 def exact_step_cost(layers: int, workers: int) -> float:
-    """Return the time of an exact step with layers in turn, whose batch is not split, in forward evaluations of a layer."""
+    """Return the time of an exact step on a cyclic placement, with the batch not split, in forward evaluations of a layer."""
     return 2 * layers + 2 * layers / workers
 
 
@@ -202,10 +202,10 @@ class WindowSolver:
         self.windows: list[Sequence[int]] = [layers[::-1] for layers in reversed(cut)] if problem.adjoint else list(cut)
         self._longest = max(problem.windows)
         self.sweeps, self.rounding = min(options.sweeps, self._longest), options.rounding
-        # Where several workers are in turn, the next one waits for the adjoint only: parameter gradients of a chain are formed at the end.
+        # In a chain the next worker waits for the adjoint state alone, so parameter gradients are deferred.
         self._defers = problem.adjoint and self.channel.size > 1
         self._deferred: list[tuple[int, State]] = []
-        # By sweep: how far it has moved the inputs of the layers owned here, as a squared norm. This takes the place of a residual.
+        # For each sweep, the squared norm of the change in the inputs of the layers owned here. It takes the place of a residual.
         self._changes = torch.zeros(self.sweeps - 1, dtype=torch.float64, device=self.spec.device)
         # The part of the first change that rounding error alone would cause.
         self._squared_floor = torch.zeros((), dtype=torch.float64, device=self.spec.device)
@@ -223,7 +223,7 @@ class WindowSolver:
         shares = ResidualShares(
             squared=self._changes,
             squared_floor=self._squared_floor,
-            # The inputs of the first k layers are exact after k − 1 sweeps, so only the first c − 1 changes can differ from zero.
+            # The inputs of a window's first k layers are exact after k − 1 sweeps, so later changes are zero by construction.
             informative=self._longest - 1,
             exact=self.sweeps >= self._longest,
         )
@@ -272,8 +272,8 @@ class WindowSolver:
         Also adds the squared change of these inputs to `_changes`, and in the first sweep its rounding error to `_squared_floor`.
 
         Args:
-            increments: the increments that the last sweep has found, of all layers of the window in order.
-            before: the last sweep's inputs of this worker's layers.
+            increments: the increments that sweep `sweep` has found, of all layers of the window in order.
+            before: that sweep's inputs of this worker's layers.
         """
         state, inputs = start, {}
         # Needed only if there will be two changes, whose ratio is ρ unless both are of the size of rounding error.
@@ -314,7 +314,7 @@ class WindowSolver:
         for place, first in enumerate(tensors(start)):
             length = -(-first.numel() // size)
             rows = [_pieces(tensors(increment)[place], size, length) for increment in own]
-            # From every worker, the piece that this worker sums, of each increment that the worker has.
+            # From each worker: this worker's piece of every increment that the sender owns.
             given = self.channel.all_to_all([torch.cat([row[worker] for row in rows]) for worker in range(size)], tag)
             piece, taken = _pieces(first, size, length)[rank], dict.fromkeys(owners, 0)
             for owner in owners:
@@ -345,6 +345,6 @@ class WindowSolver:
 
 
 def _pieces(tensor: Tensor, count: int, length: int) -> Tensor:
-    """Return a tensor's numbers as `count` rows of `length`, filled up with zeros at the end; shape (count, length)."""
+    """Return a tensor's numbers as `count` rows of `length`, padded with zeros at the end; shape (count, length)."""
     flat = tensor.detach().reshape(-1)
     return torch.nn.functional.pad(flat, (0, count * length - len(flat))).view(count, length)

@@ -43,7 +43,7 @@ def register(name: str, family: Family | str) -> None:
 
     Args:
         name: its name, for model.family.
-        family: what it is; or the "module:NAME" of a `Family`, or of an `Architecture` class with `from_settings` as `Transformer` has it.
+        family: the family itself; or the "module:NAME" of one, or of an `Architecture` class with a `from_settings` like `Transformer`'s.
     """
     FAMILIES[name] = family
 
@@ -53,7 +53,7 @@ def build_architecture(config: TrainConfig, facts: DatasetFacts, stored_config: 
 
     Args:
         config: the settings of the run.
-        facts: what the data set says of itself.
+        facts: what the data set says about itself.
         stored_config: transformers' configuration of a run that is resumed (RUN/model.json); its weights come from the run's checkpoint.
 
     Raises:

@@ -44,7 +44,7 @@ class Architecture(ABC):
     tied: tuple[tuple[str, str], ...] = ()
     """Tied parameters: pairs of the full names that one parameter has in the embedding and in the head."""
     metric: Metric = NoMetric()
-    """What an evaluation reports beside the loss."""
+    """What an evaluation reports besides the loss."""
 
     @property
     def tied_to(self) -> dict[str, str]:
@@ -79,7 +79,7 @@ class Architecture(ABC):
     # How they are called ------------------------------------------------------------------------------------------------------
 
     def context(self, inputs: Inputs, dtype: torch.dtype, past: Any = None) -> Any:
-        """Compute what layers need beside the state, such as masks and position tables.
+        """Compute what layers need besides the state, such as masks and position tables.
 
         Every worker computes it from the batch, so it need not be sent.
 
@@ -124,7 +124,7 @@ class Architecture(ABC):
         """Return the loss summed (not averaged) over its `count` terms."""
 
     def training_loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Return the loss that is minimised, where it differs from the one that is reported (label smoothing)."""
+        """Return the summed loss that training minimises. It differs from the reported `loss` if there is label smoothing."""
         return self.loss(outputs, targets)
 
     @abstractmethod
@@ -148,7 +148,7 @@ class Architecture(ABC):
     @overload
     def build(self, piece: Literal["common"], seed: int) -> nn.Module | None: ...
     def build(self, piece: str | int, seed: int) -> nn.Module | None:
-        """Build a piece, initialised under the key (seed, piece): its weights depend neither on the worker nor on what else that builds.
+        """Build a piece, initialised under the key (seed, piece): its weights depend neither on the worker nor on what else is built.
 
         Args:
             piece: "embed", "common" or "head", or the number of a layer.

@@ -12,7 +12,7 @@ from transformers import Cache
 from rayllp.models.replay import Call, EndOfForward, ExtraOutput, Replay, UnsupportedModelError, logits_of, state_of
 
 LARGE, NOT_RESIDUAL = 1e4, 0.5
-"""Size of a test state, and the relative change of it from which a layer is not residual: x + F(norm(x)) changes a large x little."""
+"""Size of a test state, and the relative change in it from which a layer is not residual: x + F(norm(x)) changes a large x little."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class ModelAnalysis:
         encoder_output: names of the parameters between the encoder's last state and what the decoder reads of it; empty without an encoder.
         kinds: the kind of each layer; equal for layers that differ only in their weights.
         residual: True if every kind of layer changes a large state by much less than its size, as x + F(norm(x)) does.
-        extra_arguments: how each layer was called; of the arguments, only those that other layers return beside the state are kept.
+        extra_arguments: how each layer was called; of the arguments, only those that other layers return besides the state are kept.
     """
 
     embed: frozenset[str]
@@ -42,7 +42,7 @@ def examine(replay: Replay, inputs: Any, build: Callable[[int], nn.Module], dtyp
     Args:
         replay: the model's forward with stand-ins for its layers.
         inputs: the inputs of a few samples.
-        build: builds the layer of a number, with weights.
+        build: builds layer number n, with weights.
         dtype: dtype of parameters and states.
 
     Raises:

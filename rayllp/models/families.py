@@ -10,16 +10,16 @@ from rayllp.config.network import Task
 
 @dataclass(frozen=True)
 class Family:
-    """A model type of transformers, and what a new model of it differs in from the type's defaults.
+    """A model type of transformers, and how a new model of it differs from the type's defaults.
 
     Attributes:
         model_type: transformers' name of the type; None: what model.architecture or the checkpoint says.
         residual_outputs: names, within a layer, of the projections that write into the residual stream. model.initialisation=scaled divides
             them, `deep` multiplies them.
         inner: names of the MLP and value projections, which `deep` multiplies as well.
-        joint: those of `inner` that make queries, keys and values at once, of which only the values' columns are meant.
+        joint: those of `inner` that make queries, keys and values in one; only their columns for the values are multiplied.
         scaled: True if transformers' own initialisation divides the residual outputs by √(2L) already.
-        heads: what model.head may choose beside the family's own task.
+        heads: what model.head may choose besides the family's own task.
         feed_forward: the inner size of an MLP, over the width, where model.feed_forward is not set.
         positions_after_pad: True if positions are counted from the padding id on, as RoBERTa counts them.
         undropped: dropout rates of the configuration that model.dropout does not set; they are 0.
@@ -38,7 +38,7 @@ class Family:
     fields: Mapping[str, Any] = field(default_factory=dict)
 
     def unused_positions(self, pad: int | None) -> int:
-        """Return how many positions of the table no token has, for this padding id."""
+        """Return how many rows of the position table no token uses, given the padding id."""
         return (pad or 0) + 1 if self.positions_after_pad else 0
 
 

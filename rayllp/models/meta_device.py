@@ -46,7 +46,7 @@ def build_on_meta(kind: type[PreTrainedModel], config: PreTrainedConfig) -> PreT
 
 
 def allocate_empty(module: nn.Module) -> None:
-    """Allocate everything that is on the meta device, and replace every parameter, so that transformers takes them for not initialised."""
+    """Allocate everything that is on the meta device, and replace every parameter, so that transformers takes them for uninitialised."""
     for owner in module.modules():
         for name, parameter in owner._parameters.items():
             if parameter is not None:

@@ -1,4 +1,4 @@
-"""What an evaluation reports beside the loss. Metrics are computed from tallies, which can be summed over batches, replicas and workers."""
+"""Metrics: what an evaluation reports besides the loss. They are computed from tallies, which add up over batches, replicas and workers."""
 
 import math
 from typing import Protocol
@@ -99,7 +99,7 @@ class Confusion:
 
 
 def metric_of(task: Task, classes: int) -> Metric:
-    """Return what an evaluation of a task reports beside the loss, for so many classes."""
+    """Return the metric of a task, with this number of classes: what an evaluation reports besides the loss."""
     match task:
         case "masked":
             return Accuracy("masked_accuracy")

@@ -68,8 +68,8 @@ def configuration(
 
     Args:
         resumed: the configuration of a run that is resumed.
-        pretrained: the configuration of the checkpoint to start from. Without either, a new one of the settings' sizes is made.
-        family: the model type, and what a new model of it differs in from the type's defaults.
+        pretrained: the configuration of the checkpoint to start from. If both are None, a new one of the settings' sizes is made.
+        family: the model type, and how a new model of it differs from the type's defaults.
 
     Raises:
         SettingsError: there is no such model type, it lacks a field, it has fewer positions than a sequence, or is not the checkpoint's.

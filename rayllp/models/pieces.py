@@ -1,4 +1,4 @@
-"""Pieces of a transformers model: groups of its modules, under their full names, that are built and placed by themselves.
+"""Pieces of a transformers model: groups of its modules, under their full names, each built and placed on its own.
 
 The whole model exists only on the meta device, as a plan without weights. A piece is copied out of it, allocated, and initialised by the
 model's own rules or from a checkpoint; nothing else is ever allocated.

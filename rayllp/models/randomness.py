@@ -120,7 +120,7 @@ def _coin(frozen: FrozenRandomness, name: str, op: Any, tensor: Tensor, p: float
 
 
 def _native_dropout(frozen: FrozenRandomness, name: str, op: Any, tensor: Tensor, p: float, train: bool | None) -> tuple[Tensor, Tensor]:
-    """Kernel of what nn.Dropout calls on a GPU."""
+    """Kernel of native_dropout, which nn.Dropout calls on a GPU."""
     keep = _coin(frozen, name, op, torch.empty(tensor.shape, dtype=torch.bool, device=tensor.device), 1 - p)
     return tensor * keep.to(tensor.dtype).mul_(1 / (1 - p) if p < 1 else 0.0), keep
 
@@ -172,7 +172,7 @@ _WITH_GENERATOR = {
 
 
 def _handler(op: Any) -> Callable[..., Any]:
-    """Return the function that draws for an operator by key."""
+    """Return the function that draws an operator's random numbers by key."""
     name, overload = op._schema.name.removeprefix("aten::"), op._overloadname
     if overload.endswith("out"):
         return _refuse

@@ -29,7 +29,7 @@ class UnsupportedModelError(SettingsError):
 
 @dataclass(frozen=True)
 class ExtraOutput:
-    """Placeholder, in a call, for a value that an earlier layer returned beside the state: value number `place` of layer `layer`."""
+    """Placeholder, in a call, for a value that an earlier layer returned besides the state: value number `place` of layer `layer`."""
 
     layer: int
     place: int

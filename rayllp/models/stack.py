@@ -27,7 +27,7 @@ class LayerStack(Architecture):
         head: state -> outputs. A module, or a function that builds one.
         loss: (outputs, targets) -> loss, summed over the targets' terms.
         count: number of terms in the loss of some targets; by default the number of their elements.
-        metric: what an evaluation reports beside the loss, such as `rayllp.models.metrics.Accuracy()`.
+        metric: what an evaluation reports besides the loss, such as `rayllp.models.metrics.Accuracy()`.
         stochastic: whether the modules draw random numbers in training (dropout, drop-path). None: found out by running them once.
 
     Raises:

@@ -45,7 +45,7 @@ SAMPLES, TOKENS = 2, 8
 
 @dataclass(frozen=True)
 class Context:
-    """What layers need beside the state: how the model calls each of them for the batch's inputs, and the cache of generation."""
+    """What layers need besides the state: how the model calls each of them for the batch's inputs, and the cache of generation."""
 
     inputs: Inputs
     calls: list[Call]
@@ -58,7 +58,7 @@ class Transformer(Architecture):
     Args:
         config: transformers' configuration of the model.
         settings: the settings of the run.
-        facts: what the data set says of itself.
+        facts: what the data set says about itself.
         pretrained: the configuration of the checkpoint whose weights the model starts from (model.from_pretrained); None if from none.
         family: what is known of the model type; None: the class's own.
 
@@ -103,11 +103,11 @@ class Transformer(Architecture):
     def from_settings(
         cls, settings: TrainConfig, facts: DatasetFacts, stored_config: Mapping[str, Any] | None = None, family: Family | None = None
     ) -> Self:
-        """Return the adapter for these settings and data.
+        """Return the network for these settings and data.
 
         Args:
             settings: the settings of the run.
-            facts: what the data set says of itself.
+            facts: what the data set says about itself.
             stored_config: transformers' configuration of a run that is resumed.
             family: what is known of the model type; None: the class's own.
         """
@@ -118,7 +118,7 @@ class Transformer(Architecture):
 
     @cached_property
     def metric(self) -> Metric:  # type: ignore[override]
-        """What an evaluation of the task reports beside the loss; a family may set another metric."""
+        """What an evaluation of the task reports besides the loss; a family may set another metric."""
         return metric_of(self.settings.model.task, len(self.facts.classes))
 
     def transformers_config(self) -> dict[str, Any]:
@@ -260,7 +260,7 @@ class Transformer(Architecture):
             self.scaled_weight(layer, name).data.mul_(factor)
 
     def scaled_weight(self, layer: nn.Module, name: str) -> Tensor:
-        """Return what model.initialisation scales of the layer's module `name`: its weight, or the part of it that makes values."""
+        """Return what model.initialisation scales in a layer's module `name`: its weight, or the weight's columns that make values."""
         weight = layer.get_submodule(name).get_parameter("weight")
         return weight[:, -self.settings.model.width :] if name in self.family.joint else weight
 

@@ -32,7 +32,7 @@ class Place(NamedTuple):
 
 
 class Converted(NamedTuple):
-    """A parameter that transformers makes from other tensors when it loads a model, such as all experts in one from one tensor each.
+    """Parameters that transformers makes from other tensors when it loads a model, such as one of all experts from one tensor for each.
 
     Attributes:
         converter: transformers' rule.
@@ -66,7 +66,7 @@ class PretrainedWeights:
     Attributes:
         converted: parameters that are made from several tensors, or cut out of one, by full name in the checkpoint's model.
         model: the checkpoint's model, without weights; None if nothing is loaded.
-        moved: if the model has another number of layers: the checkpoint's layer for each layer of the model, both by full name.
+        moved: for each layer of the model, the checkpoint's layer that it is read from, both by full name; empty if the depths agree.
     """
 
     def __init__(self, places: Mapping[str, Place], prefix: str, source: str = "", tied: Mapping[str, list[str]] | None = None) -> None:
