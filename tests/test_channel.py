@@ -182,7 +182,7 @@ def test_a_message_that_was_not_waited_for_is_an_error_with_both_names():
         phase, dtype, shape = over(2, misunderstandings)[1]
         waits = "worker 1 waits for step 7, forward relaxation, level 1 from worker 0"
         assert phase == f"{waits}, which sent step 7, forward correction, level 0: the schedules differ"
-        assert f"{waits}, of (4,) torch.float32 (16 bytes); that one sent step 7, forward relaxation, level 1, of another" in dtype
+        assert f"{waits}, of (4,) torch.float32 (16 bytes); what came is step 7, forward relaxation, level 1, of another" in dtype
         assert "of another shape or dtype (8 bytes)" in dtype
         assert "of another shape or dtype (16 bytes)" in shape
 

@@ -121,7 +121,7 @@ def check_header(found: bytes, spec: StateSpec, tag: MessageTag, receiver: int, 
     own_checksum, own_size = _body(spec)
     if own_checksum != checksum:
         shapes = ", ".join(f"{tuple(shape)} {dtype}" for shape, dtype in zip(spec.shapes, spec.dtypes, strict=True))
-        raise ChannelError(f"{waits}, of {shapes} ({own_size} bytes); that one sent {sent}, of another shape or dtype ({size} bytes)")
+        raise ChannelError(f"{waits}, of {shapes} ({own_size} bytes); what came is {sent}, of another shape or dtype ({size} bytes)")
     raise unexpected_message(tag, sent, receiver, sender)
 
 

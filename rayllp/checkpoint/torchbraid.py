@@ -180,7 +180,7 @@ class TorchBraidWeights:
         if workers is None:
             return [self.ends | {f"{SERIAL}{n}.layer.layer.{name}": value for n, name, value in _numbered(self.layers)}]
         if len(self.layers) % workers:
-            raise CheckpointError(f"TorchBraid wants as many layers on each rank, and {len(self.layers)} on {workers} are not")
+            raise CheckpointError(f"TorchBraid needs the same number of layers on each rank: {len(self.layers)} do not divide by {workers}")
         states, start = [], 0
         for rank, count in enumerate(torchbraid_blocks(len(self.layers), workers)):
             own = _numbered(self.layers[start : start + count])

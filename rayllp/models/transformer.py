@@ -185,7 +185,7 @@ class Transformer(Architecture):
                 continue
             bias = SharedBias.find(self.model, [paths[n] for n in part], [calls[n] for n in part])
             if bias is None:
-                raise UnsupportedModelError("a layer reads what an earlier one makes beside the state")
+                raise UnsupportedModelError("a layer reads what an earlier one makes besides the state")
             biases.append((part, bias))
         return biases
 
