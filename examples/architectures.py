@@ -267,12 +267,16 @@ def write(results: Path, docs: Path) -> None:
 
 PAGE = """# Which model types train
 
-Made by `python examples/architectures.py` with transformers {version}: every type, as a tiny random network of six layers, beside
-transformers' own forward and backward in float64. "trains": outputs, loss and every gradient of exact steps on 1, 2 and 3 workers are the
-model's own, and those of enough MGRIT iterations on 2 workers too; the columns give the largest difference, relative to the larger of 1
-and the tensor's largest element. "(float32 within)": the type computes norms or outputs in float32 whatever its dtype, so that several
-workers and iterations, which add in another order, differ by that rounding. "refused": said in words before training; "not
-constructible": by the sizes of this script, a checkpoint may do; "fails": by transformers, or by the inputs made up here."""
+Made by `python examples/architectures.py` with transformers {version}. It compares every type, as a tiny random network of six layers, with transformers'
+own forward and backward pass in float64. The columns "exact steps" and "iterations" give the largest difference, relative to the larger of 1 and the
+tensor's largest element. Outcomes are:
+
+- **trains**: outputs, loss and every gradient equal the model's own, for exact steps on 1, 2 and 3 workers and for enough MGRIT iterations on 2 workers;
+- **trains (float32 within)**: the same up to float32 rounding, as the type computes norms or outputs in float32 whatever its dtype, and several workers
+  and iterations add in another order;
+- **refused**: with a reason, before training;
+- **not constructible**: not with the sizes that this script sets; a checkpoint may work;
+- **fails**: in transformers, or on the inputs that this script makes up."""
 
 
 def main() -> None:
