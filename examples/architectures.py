@@ -267,13 +267,14 @@ def write(results: Path, docs: Path) -> None:
 
 PAGE = """# Which model types train
 
-Made by `python examples/architectures.py` with transformers {version}. It compares every type, as a tiny random network of six layers, with transformers'
-own forward and backward pass in float64. The columns "exact steps" and "iterations" give the largest difference, relative to the larger of 1 and the
-tensor's largest element. Outcomes are:
+Made by `python examples/architectures.py` with transformers {version}. It compares every type, as a tiny random network of six layers, with
+transformers' own forward and backward pass in float64. The columns "exact steps" and "iterations" give the largest difference, relative
+to the larger of 1 and the tensor's largest element. Outcomes are:
 
-- **trains**: outputs, loss and every gradient equal the model's own, for exact steps on 1, 2 and 3 workers and for enough MGRIT iterations on 2 workers;
-- **trains (float32 within)**: the same up to float32 rounding, as the type computes norms or outputs in float32 whatever its dtype, and several workers
-  and iterations add in another order;
+- **trains**: outputs, loss and every gradient equal the model's own, for exact steps on 1, 2 and 3 workers and for enough MGRIT
+  iterations on 2 workers;
+- **trains (float32 within)**: the same up to float32 rounding, as the type computes norms or outputs in float32 whatever its dtype, and
+  several workers and iterations add in another order;
 - **refused**: with a reason, before training;
 - **not constructible**: not with the sizes that this script sets; a checkpoint may work;
 - **fails**: in transformers, or on the inputs that this script makes up."""

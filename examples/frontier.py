@@ -572,7 +572,8 @@ def ablations(results: list[dict[str, Any]]) -> str:
         if result["task"] != "intervals":
             continue
         row = row_of([result], [r for r in results if r["task"] == "intervals"])
-        biases = next((f"{bias:.2g} ({noise:.2g})" for step, _, bias, noise, *_ in result["biases"] if step == 499 and bias is not None), "")
+        found = [(bias, noise) for step, _, bias, noise, *_ in result["biases"] if step == 499 and bias is not None]
+        biases = next((f"{bias:.2g} ({noise:.2g})" for bias, noise in found), "")
         lines.append(f"| {row.way} | {row.losses[0]:.4f} | {spread(row.gaps, 2, sign=True)} | {biases} | {row.solves} |")
     return "\n".join(lines)
 
