@@ -35,7 +35,7 @@ CONSISTENCY = 0.3
 EXACT_FROM = 0.8
 """Share of the steps after which mode adaptive trains exactly, which removes the effects of biased gradients."""
 EXACT_FROM_WINDOWS = 0.95
-"""The same share for windows, whose bias does less harm: exact ends of 2 to 20 % lead to the same loss (docs/frontier.md)."""
+"""The same share for windows, whose solve is accurate enough for the end before that (adaptive.loss_gap_from)."""
 
 MAY_DIFFER = set(
     "name workers resize_check_s mesh device channel receive_timeout_s hang_timeout_s snapshot_every spare_workers max_failures eval "

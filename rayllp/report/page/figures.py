@@ -29,6 +29,7 @@ def build_charts(runs: Sequence[RunRecord]) -> list[Chart]:
             runs, "cosine", "Direction of the gradient", "Cosine between the gradient in use and the better one; 1: the same direction.",
             "cosine", {"cosine": "cosine"},
         ),
+        _loss_gap(runs),
         _iterations(runs),
         _penalty(runs),
         _dense(runs, "step_time", "Time of a step", STEP_TIME, "seconds", "step_time_s", log=True),
@@ -236,6 +237,16 @@ def _bias(runs: Sequence[RunRecord]) -> Chart | None:
     )
     names = {"bias": "bias", "noise": "noise"}
     return _of_probes(runs, "bias", "Bias of the gradient", caption, "relative to the gradient", names, rules=rules, log=True)
+
+
+def _loss_gap(runs: Sequence[RunRecord]) -> Chart | None:
+    limits = _values([run for run in runs if run.config.adaptive.rule != "convergence"], lambda run: run.config.adaptive.loss_gap_limit)
+    rules = tuple(Rule(y=sign * value, text=f"limit towards the end {sign * value:g}") for value in limits for sign in (1, -1))
+    caption = (
+        "How far the loss of the solve in use is off on the same batch. Layer-parallel steps train the network as it is solved, so this is "
+        "what the run would lose if it ended here."
+    )
+    return _of_probes(runs, "loss_gap", "Loss of the solve", caption, "relative to the loss", {"loss_gap": "difference"}, rules=rules)
 
 
 def _penalty(runs: Sequence[RunRecord]) -> Chart | None:
