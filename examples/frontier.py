@@ -68,7 +68,7 @@ class Way:
 
 
 DEFAULT = tuple(f"{forward}+{backward}" for forward, backward in SWEEPS)
-FIXED = ("adaptive.bias_to_noise=1e9", "adaptive.probe_every=500")
+FIXED = ("adaptive.bias_to_noise=1e9", "adaptive.late_from=1.0", "adaptive.probe_every=500")
 TAILS = (0.8, 0.9, 0.95, 0.98, 1.0)
 
 

@@ -22,7 +22,8 @@ def metric(step, **changes):
     """A line of metrics.jsonl: a layer-parallel step."""
     plain = {
         "step": step, "loss": 4.0, "mode": "parallel", "iterations_forward": 2, "iterations_backward": 1, "rho_forward": None,
-        "rho_backward": None, "rho_by_point": None, "bias": None, "cosine": None, "noise": None, "bias_by_block": None,
+        "rho_backward": None, "rho_by_point": None, "bias": None, "cosine": None, "noise": None, "loss_gap": None,
+        "bias_by_block": None,
         "bias_against": None, "consistency": None, "consistency_weight": 0.3, "lipschitz": None, "grad_norm": 1.0, "lr": 1e-3,
         "step_time_s": 0.1, "tokens": 512, "tokens_per_s": 5120.0, "mfu": None, "workers": WORKERS,
     }  # fmt: skip
@@ -31,7 +32,7 @@ def metric(step, **changes):
 
 def probe(step, **changes):
     """The same of a probe."""
-    found = {"rho_forward": 0.25, "rho_backward": 0.5, "bias": 0.05, "cosine": 0.99, "noise": 0.4}
+    found = {"rho_forward": 0.25, "rho_backward": 0.5, "bias": 0.05, "cosine": 0.99, "noise": 0.4, "loss_gap": -0.002}
     found |= {"bias_by_block": [[0.05, 0.99]] * WORKERS}
     found |= {"rho_by_point": {"forward": [[None, 0.2, 0.3], [0.6]], "backward": [[0.4, 0.5, None], [0.7]]}}
     return metric(step, **({"iterations_forward": 4, "iterations_backward": 3} | found | changes))

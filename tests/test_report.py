@@ -150,6 +150,7 @@ def test_curves_are_those_of_the_records(page, run):
     assert page.curves("Loss against time")["training"][0][-1] == pytest.approx(sum(m["step_time_s"] for m in metrics))
     assert page.models("Loss against time", "LinearAxis")[1]["axis_label"] == "time of the steps, s"
     assert {name: y for name, (_, y) in page.curves("Bias").items()} == {"bias": [0.05], "noise": [0.4]}
+    assert {name: y for name, (_, y) in page.curves("Loss of the solve").items()} == {"difference": [-0.002]}
     # without the probe's four, and 0 where serial
     assert page.curves("Iterations in use")["forward"] == ([0, 80, 80, 100, 100], [2, 2, 0, 0, 0])
     assert page.curves("Workers")["workers"] == ([0, 50, 50, 100, 100], [4, 4, 2, 2, 2])

@@ -86,11 +86,9 @@ class AdaptiveSettings(Settings):
         ge=0,
         description="… unless it is below this share of the gradient's own noise; default 0.4, of windows 0.6",
     )
-    loss_gap_limit: float = Field(
-        0.001, gt=0, description="a relative difference between the loss of the solve in use and the exact loss beyond this is a fault …"
-    )
-    loss_gap_from: int | float = Field(
-        0.8, ge=0, description="… from this step (or share of the steps) on, by the rules that see the bias; 1.0: never"
+    late_bias_to_noise: float = Field(0.25, ge=0, description="the same share, if it is smaller, from adaptive.late_from on")
+    late_from: int | float = Field(
+        0.8, ge=0, description="step (or share of the steps) from which less bias is tolerated, and no rung is gone down; 1.0: never"
     )
     exact_every: int = Field(
         0, ge=0, description="every so many probes the bias is taken against the exact gradient, by any rule; 0: never"
@@ -120,7 +118,7 @@ class AdaptiveSettings(Settings):
         None, ge=0, description="serial from this step (or share of the steps) on; default 0.8 in mode adaptive (windows 0.95); 1.0: never"
     )
 
-    @field_validator("switch_at", "loss_gap_from")
+    @field_validator("switch_at", "late_from")
     @classmethod
     def _step_or_share(cls, value: int | float | None, info: ValidationInfo) -> int | float | None:
         if isinstance(value, float) and value > 1:

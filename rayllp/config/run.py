@@ -35,7 +35,7 @@ CONSISTENCY = 0.3
 EXACT_FROM = 0.8
 """Share of the steps after which mode adaptive trains exactly, which removes the effects of biased gradients."""
 EXACT_FROM_WINDOWS = 0.95
-"""The same share for windows, whose solve is accurate enough for the end before that (adaptive.loss_gap_from)."""
+"""The same share for windows, which are solved more accurately before that (adaptive.late_from)."""
 
 MAY_DIFFER = set(
     "name workers resize_check_s mesh device channel receive_timeout_s hang_timeout_s snapshot_every spare_workers max_failures eval "
@@ -273,16 +273,15 @@ class RunSettings(Settings):
             return 0.0
         return CONSISTENCY
 
-    @property
-    def bias_to_noise(self) -> float:
-        """Share of the gradient's noise below which bias is tolerated.
+    def bias_to_noise(self, step: int) -> float:
+        """Return the share of the gradient's noise below which bias is tolerated at a step.
 
         It is larger for windows: one sweep in both directions gives the exact gradient of a slightly different network, and training by it
-        is stable.
+        is stable. Towards the end it is smaller: a small learning rate averages the noise out, and the bias stays.
         """
-        if self.adaptive.bias_to_noise is not None:
-            return self.adaptive.bias_to_noise
-        return 0.6 if self.solver == "windows" else 0.4
+        given = self.adaptive.bias_to_noise
+        share = given if given is not None else 0.6 if self.solver == "windows" else 0.4
+        return min(share, self.adaptive.late_bias_to_noise) if step >= self.late_step else share
 
     @property
     def steers(self) -> bool:
@@ -312,9 +311,9 @@ class RunSettings(Settings):
         return None if self.switch_at is None else self._as_step(self.switch_at)
 
     @property
-    def loss_gap_step(self) -> int:
-        """`adaptive.loss_gap_from` as a step."""
-        return self._as_step(self.adaptive.loss_gap_from)
+    def late_step(self) -> int:
+        """`adaptive.late_from` as a step."""
+        return self._as_step(self.adaptive.late_from)
 
     def _as_step(self, step_or_share: int | float) -> int:
         return round(step_or_share * self.steps) if isinstance(step_or_share, float) else step_or_share

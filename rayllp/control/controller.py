@@ -138,9 +138,9 @@ class Controller:
         )
 
     def _is_additional(self, step: int) -> bool:
-        """Return True if the step is a probe besides the regular ones: an early one of windows, or the first that judges the loss, too."""
+        """Return True if the step is a probe besides the regular ones: an early one of windows, or the first late one."""
         is_early = self.config.solver == "windows" and step + 1 in EARLY_PROBES and step + 1 < self.settings.probe_every
-        return self._verifies and (is_early or step == self.config.loss_gap_step)
+        return self._verifies and (is_early or step == self.config.late_step)
 
     @property
     def _may_return(self) -> bool:
@@ -289,7 +289,7 @@ class Controller:
     def _descend(self, step: int, probe: Probe) -> Decision | None:
         """Move one rung down, or return from serial training, after `patience` good probes in a row."""
         state = self._state
-        is_late = self._verifies and step >= self.config.loss_gap_step
+        is_late = self._verifies and step >= self.config.late_step
         if state.rung == 0 or (not self.serial and (is_late or state.flips >= self.settings.max_flips)):
             return None
         state.calm = state.calm + 1 if self._is_calm(probe) else 0

@@ -18,13 +18,10 @@ def fault_in(probe: Probe, config: TrainConfig, step: int) -> str | None:
                 return f"{name} convergence factor {_shown(rho)} passed adaptive.threshold {settings.threshold:g}"
     if settings.rule == "convergence" or probe.bias is None:
         return None
-    noise = probe.noise
-    if not probe.bias <= settings.bias_limit and (noise is None or not probe.bias <= config.bias_to_noise * noise):
-        beside = "" if noise is None else f", {_shown(probe.bias / noise if noise else math.inf)} of its noise"
+    noise, share = probe.noise, config.bias_to_noise(step)
+    if not probe.bias <= settings.bias_limit and (noise is None or not probe.bias <= share * noise):
+        beside = "" if noise is None else f", {_shown(probe.bias / noise if noise else math.inf)} of its noise (tolerated: {share:g})"
         return f"gradient bias {_shown(probe.bias)} passed adaptive.bias_limit {settings.bias_limit:g}{beside}"
-    gap = probe.loss_gap
-    if step >= config.loss_gap_step and gap is not None and not abs(gap) <= settings.loss_gap_limit:
-        return f"loss off by {_shown(100 * abs(gap))} % passed adaptive.loss_gap_limit {100 * settings.loss_gap_limit:g} %"
     return None
 
 

@@ -240,13 +240,11 @@ def _bias(runs: Sequence[RunRecord]) -> Chart | None:
 
 
 def _loss_gap(runs: Sequence[RunRecord]) -> Chart | None:
-    limits = _values([run for run in runs if run.config.adaptive.rule != "convergence"], lambda run: run.config.adaptive.loss_gap_limit)
-    rules = tuple(Rule(y=sign * value, text=f"limit towards the end {sign * value:g}") for value in limits for sign in (1, -1))
     caption = (
         "How far the loss of the solve in use is off on the same batch. Layer-parallel steps train the network as it is solved, so this is "
         "what the run would lose if it ended here."
     )
-    return _of_probes(runs, "loss_gap", "Loss of the solve", caption, "relative to the loss", {"loss_gap": "difference"}, rules=rules)
+    return _of_probes(runs, "loss_gap", "Loss of the solve", caption, "relative to the loss", {"loss_gap": "difference"})
 
 
 def _penalty(runs: Sequence[RunRecord]) -> Chart | None:
