@@ -34,7 +34,7 @@ _HOMES = {
     "train": "rayllp.cluster.session",
     "tune": "rayllp.tuning.run",
 }
-"""By public name, the module that it is imported from. Type checkers read the imports above."""
+"""The module that each public name is imported from. Type checkers read the imports above instead."""
 __all__ = ["__version__", *_HOMES]
 
 

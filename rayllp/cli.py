@@ -115,9 +115,9 @@ def tune(
 def export(
     run: Annotated[Path, typer.Argument(help="run directory")],
     to: Annotated[Path, typer.Option(help="folder to write, new or empty")],
-    step: Annotated[int | None, typer.Option(help="the checkpoint after so many steps; default the latest")] = None,
+    step: Annotated[int | None, typer.Option(help="export the checkpoint after this many steps; default: the latest")] = None,
     family: Annotated[str | None, typer.Option(help="the run's model.family, where it names code (module:Class) that you trust")] = None,
-    merge: Annotated[bool, typer.Option("--merge", help="of a run with model.lora the whole model, not the adapters alone")] = False,
+    merge: Annotated[bool, typer.Option("--merge", help="for a run with model.lora: write the whole model, not only the adapters")] = False,
 ) -> None:
     """Write a run's model in transformers' format, or its adapters in peft's, for from_pretrained."""
     from rayllp.checkpoint.export import export as export_model
@@ -132,13 +132,15 @@ def export(
 
 @app.command()
 def report(
-    runs: Annotated[list[Path], typer.Argument(help="run directories; several lie over one another")],
+    runs: Annotated[list[Path], typer.Argument(help="run directories; several are drawn over one another")],
     compare: Annotated[
         str | None, typer.Option(help="serial, parallel or adaptive: state how far the others' losses are from that mode's, in %")
     ] = None,
-    output: Annotated[Path | None, typer.Option(help="HTML file; default report.html in the run's directory, of several here")] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="HTML file; default: report.html in the run's directory; for several runs, in the current one")
+    ] = None,
     png: Annotated[Path | None, typer.Option(help="write the charts as PNG files to this folder too")] = None,
-    title: Annotated[str | None, typer.Option(help="of the page; default the runs' names")] = None,
+    title: Annotated[str | None, typer.Option(help="title of the page; default: the runs' names")] = None,
 ) -> None:
     """Write one HTML page about runs: loss, ρ, bias, time and memory by worker, events, sample, settings. Needs no cluster."""
     from rayllp.report.page import write_report
@@ -152,8 +154,8 @@ def report(
 
 @app.command()
 def suggest_buffers(
-    run: Annotated[Path, typer.Argument(help="run directory, of a run with adaptive.lipschitz_every")],
-    factor: Annotated[float, typer.Option(help="a layer is steep beyond so many medians of the middle")] = 2.0,
+    run: Annotated[Path, typer.Argument(help="directory of a run with adaptive.lipschitz_every")],
+    factor: Annotated[float, typer.Option(help="a layer is steep beyond this many times the middle layers' median")] = 2.0,
 ) -> None:
     """Suggest how many layers to make buffers at each end, from each layer's Lipschitz constant."""
     from rayllp.report.buffers import show_suggestion
@@ -163,10 +165,10 @@ def suggest_buffers(
 
 @app.command()
 def chaos(
-    run: Annotated[Path, typer.Argument(help="run directory, of a run that is training now")],
+    run: Annotated[Path, typer.Argument(help="directory of a run that is training now")],
     mtbf: Annotated[str, typer.Option(help="mean time between kills, such as 20s, 15m or 1h")],
-    seed: Annotated[int, typer.Option(help="of the times and of the choice of workers")] = 0,
-    limit: Annotated[str | None, typer.Option("--for", help="how long; default until the run ends")] = None,
+    seed: Annotated[int, typer.Option(help="seed of the times and of the choice of workers")] = 0,
+    limit: Annotated[str | None, typer.Option("--for", help="stop after this time, such as 5m; default: when the run ends")] = None,
 ) -> None:
     """Kill random workers of a run, to see how it and the cluster recover. Ctrl-C ends this; the run goes on."""
     from rayllp.cluster.chaos import inject_failures
@@ -178,7 +180,7 @@ def chaos(
 
 @app.command()
 def doctor(
-    path: Annotated[str | None, typer.Option(help="folder or URL that runs are to be written to: every node tries to")] = None,
+    path: Annotated[str | None, typer.Option(help="folder or URL where runs will be written; every node tries to write there")] = None,
 ) -> None:
     """Check a cluster (versions, GPUs, links between neighbours, shared storage, clocks), and say what to fix."""
     from rayllp.cluster.doctor import run_doctor
@@ -199,9 +201,10 @@ def bench_step(
     config: Config = None,
     overrides: Overrides = None,
     emulate: Annotated[
-        str | None, typer.Option(help="layers that take 10ms each for forward, input and weight gradient, or 10ms,8ms,6ms; not the model's")
+        str | None,
+        typer.Option(help="time stand-ins for the layers: 10ms each for forward, input gradient and weight gradient, or 10ms,8ms,6ms"),
     ] = None,
-    steps: Annotated[int, typer.Option(min=1, help="that are timed")] = 10,
+    steps: Annotated[int, typer.Option(min=1, help="number of steps to time")] = 10,
     json: Json = None,
     trace: Annotated[Path | None, typer.Option(help="write the timeline to this file, for ui.perfetto.dev or chrome://tracing")] = None,
     picture: Annotated[Path | None, typer.Option(help="write the timeline to this .png or .svg")] = None,
@@ -214,7 +217,7 @@ def bench_step(
 
 @bench.command("layers")
 def bench_layers(config: Config = None, overrides: Overrides = None, json: Json = None) -> None:
-    """Time a layer: seconds of its forward, input gradient and full gradient; and its bytes."""
+    """Time a layer: seconds of its forward, input gradient and full gradient. Also shows its size in bytes."""
     from rayllp.bench.command import run_layers
 
     run_layers(load_config(config, overrides or []), json, Console(highlight=False))
@@ -222,7 +225,7 @@ def bench_layers(config: Config = None, overrides: Overrides = None, json: Json 
 
 @bench.command("links")
 def bench_links(config: Config = None, overrides: Overrides = None, json: Json = None) -> None:
-    """Time the transfer of a state from worker to worker: seconds, and bandwidth."""
+    """Time the transfer of a state from one worker to the next: seconds and bandwidth."""
     from rayllp.bench.command import run_links
 
     run_links(load_config(config, overrides or []), json, Console(highlight=False))
@@ -232,17 +235,17 @@ def bench_links(config: Config = None, overrides: Overrides = None, json: Json =
 def plan(
     config: Config = None,
     overrides: Overrides = None,
-    devices: Annotated[int, typer.Option(min=1, help="how many there are")] = 8,
-    batch: Annotated[int | None, typer.Option(min=1, help="sequences a step; default the config's")] = None,
+    devices: Annotated[int, typer.Option(min=1, help="number of devices")] = 8,
+    batch: Annotated[int | None, typer.Option(min=1, help="sequences per step; default: the config's")] = None,
     costs: Annotated[
         list[Path] | None,
         typer.Option(help="what `rayllp bench layers --json` wrote on such a device, one a batch; default: measured here"),
     ] = None,
-    latency: Annotated[str, typer.Option(help="of a message to the neighbour")] = "20us",
-    bandwidth: Annotated[str, typer.Option(help="between neighbours")] = "10GB/s",
-    memory: Annotated[str | None, typer.Option(help="of a device, such as 80GB; default: enough")] = None,
+    latency: Annotated[str, typer.Option(help="latency of a message between neighbours")] = "20us",
+    bandwidth: Annotated[str, typer.Option(help="bandwidth between neighbours")] = "10GB/s",
+    memory: Annotated[str | None, typer.Option(help="memory of a device, such as 80GB; default: no limit")] = None,
     run: Annotated[list[Path] | None, typer.Option(help="a run or a sweep whose probes measured biases; repeatable")] = None,
-    bias: Annotated[float, typer.Option(help="the largest that is accurate enough")] = 0.2,
+    bias: Annotated[float, typer.Option(help="largest bias that counts as accurate enough")] = 0.2,
     json: Json = None,
 ) -> None:
     """Predict the speed of every data × layer mesh (layer-parallel, pipeline, data-parallel), and recommend one."""
@@ -279,7 +282,7 @@ def _stoppable(what: str) -> Iterator[None]:
 
 
 def _complain(text: str, style: str | None = None) -> None:
-    # As `report.progress.tell` does, whose import would take longer than most commands need to find out that they cannot work.
+    # Prints as `report.progress.tell` does; importing that would take longer than most commands need to find out that they cannot work.
     Console(stderr=True).print(text, highlight=False, soft_wrap=True, markup=False, style=style)
 
 

@@ -1,4 +1,4 @@
-"""Every error that rayllp raises on purpose, and helpers for messages, which say what was given, the rule it broke, and what to change."""
+"""Every error that rayllp raises on purpose. A message says what was given, which rule that broke, and what to change."""
 
 import difflib
 from collections.abc import Collection, Mapping
@@ -73,5 +73,5 @@ def nearest_name(name: str, known: Collection[str], cutoff: float = 0.6) -> str 
 
 
 def fault_text(fault: Mapping[str, Any]) -> str:
-    """Return what pydantic says of a fault, without what it puts before words of our own."""
+    """Return pydantic's message for a validation error, without the prefix that it adds to messages of our own."""
     return str(fault["msg"]).removeprefix("Value error, ")

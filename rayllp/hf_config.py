@@ -16,11 +16,11 @@ SIZES = {
     "patch_size": ("patch_size",),
     "encoder_layers": ("encoder_layers",),
 }
-"""Names that transformers' configurations have for our settings of the model."""
+"""For each of our model settings, the names that transformers' configurations use for it."""
 LAYERS = ("num_hidden_layers", "n_layer", "n_layers")
-"""Names that configurations have for the number of layers."""
+"""Names that these configurations use for the number of layers."""
 LISTED = ("layer_types", "mlp_layer_types")
-"""Entries that are lists with an item for each layer."""
+"""Entries of these configurations that are lists with one item for each layer."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ TASKS = {
         "AutoModelForSeq2SeqLM", "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES", ("ForConditionalGeneration",), "SEQ_2_SEQ_LM", framed=True
     ),
 }  # fmt: skip
-"""By the values of model.head."""
+"""The tasks, by the value of model.head that selects them."""
 
 
 def read_config(source: str) -> dict[str, Any]:
@@ -94,7 +94,7 @@ def read_config(source: str) -> dict[str, Any]:
 
 
 def transformers_config(stored: Mapping[str, Any]) -> dict[str, Any]:
-    """Return transformers' own part of a config.json."""
+    """Return the transformers configuration in a config.json: its entry transformers_config, or all of it if there is none."""
     return dict(stored.get("transformers_config", stored))
 
 
@@ -116,7 +116,7 @@ def layer_sources(here: int, there: int, open_: int = 0, close: int = 0) -> tupl
     if middle < 1 or wanted % middle:
         nearest = ", ".join(str(there + factor * middle) for factor in (1, 2, 3)) if middle > 0 else "fewer buffers"
         raise SettingsError(
-            f"model.layers={here} and a checkpoint of {there} layers, {max(middle, 0)} of which are no buffers and could become several: "
+            f"model.layers={here} and a checkpoint of {there} layers, {max(middle, 0)} of which are not buffers and could be repeated: "
             f"set model.layers to {there} or fewer, or to {nearest}"
         )
     middles = (open_ + n // (wanted // middle) for n in range(wanted))
@@ -133,15 +133,15 @@ def count_layers(config: Mapping[str, Any]) -> int | None:
 
 
 def with_sources(config: Mapping[str, Any], sources: Sequence[int]) -> dict[str, Any]:
-    """Return a transformers configuration for the layers `sources` of the given one.
+    """Return the transformers configuration of a model whose layers are those numbered `sources` in the given configuration's model.
 
     Raises:
         SettingsError: the model is an encoder–decoder, or its configuration has no known name for the number of layers.
     """
     if config.get("is_encoder_decoder") or not any(name in config for name in LAYERS):
         raise SettingsError(
-            f"model.layers={len(sources)} and a checkpoint of {count_layers(config)} layers: of an encoder–decoder all are taken; leave "
-            "model.layers out"
+            f"model.layers={len(sources)} and a checkpoint of {count_layers(config)} layers: an encoder–decoder keeps all its layers; "
+            "leave model.layers out"
         )
     listed = {name: [config[name][source] for source in sources] for name in LISTED if config.get(name) is not None}
     return {**config, **listed, **{name: len(sources) for name in LAYERS if name in config}}
@@ -157,7 +157,7 @@ def sizes_in(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def with_layers(config: Mapping[str, Any], layers: int) -> dict[str, Any]:
     """Return a transformers configuration with `layers` layers. The number is set under the name that the configuration has for it."""
-    listed = {name for name in LISTED if config.get(name) is not None and len(config[name]) != layers}  # derived if it is missing
+    listed = {name for name in LISTED if config.get(name) is not None and len(config[name]) != layers}  # transformers derives it
     kept = {name: value for name, value in config.items() if name not in listed}
     return {**kept, **{name: layers for name in LAYERS if name in config}}
 
@@ -190,7 +190,7 @@ def with_pretrained_sizes(values: Mapping[str, Any]) -> Mapping[str, Any]:
     merged = {group: {**steps[group], **given[group]} for group in given}
     wanted = model.get("layers")
     if isinstance(wanted, int) and layers and wanted > layers and "middle" not in given["step"]:
-        # A layer that is repeated takes as many steps, which together cover the same time.
+        # A layer that is repeated k times takes k steps, each of a k-th of the original time.
         sources = layer_sources(wanted, layers, merged["buffers"]["open"], merged["buffers"]["close"])
         merged["step"]["middle"] /= sources.count(sources[merged["buffers"]["open"]])
     return {**values, **merged, "model": {**sizes, **dict(model)}}

@@ -20,12 +20,12 @@ def quantity(text: str, option: str, units: str, *, zero: bool = False) -> float
 
     Args:
         text: what was given, such as "20us".
-        option: the command line's option that it was given for, to be named in the error.
+        option: the command-line option it was given for, to be named in the error.
         units: the units that are allowed, separated by spaces.
         zero: allow 0.
 
     Raises:
-        SettingsError: the text is no such number.
+        SettingsError: the text is not a positive number (or 0, if that is allowed) with one of these units.
     """
     text = text.strip()
     for unit in sorted(units.split(), key=len, reverse=True):

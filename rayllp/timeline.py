@@ -1,4 +1,4 @@
-"""Timelines: what a worker does when in a step, as spans on a real clock or, in predictions, on a logical one."""
+"""Timelines: what a worker does at which time within a step, as spans on a real clock or, in predictions, on a logical one."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -12,7 +12,7 @@ from rayllp.mgrit.propagator import Propagator
 from rayllp.state import State
 
 KINDS = ("compute", "send", "wait")
-"""What a span may be."""
+"""The kinds of spans."""
 
 
 class Span(NamedTuple):
@@ -40,7 +40,7 @@ class Span(NamedTuple):
         return self.end - self.begin
 
     def shifted(self, seconds: float) -> "Span":
-        """Return the span on a clock that is ahead by so many seconds."""
+        """Return the span as a clock shows it that is ahead by this many seconds."""
         return self._replace(begin=self.begin + seconds, end=self.end + seconds)
 
     @property
@@ -53,9 +53,9 @@ class TimedStep(NamedTuple):
     """One worker's step.
 
     Attributes:
-        started: when it began, by the node's clock.
+        started: when it began, by the node's clock, in seconds since the epoch.
         seconds: how long it took.
-        spans: its spans, with times counted from its beginning.
+        spans: its spans, with times in seconds from its beginning.
     """
 
     started: float
@@ -103,7 +103,7 @@ class Timeline:
 
         Args:
             first: number of the first span to consider.
-            begin: when they began. The last gap ends now.
+            begin: time at which the first gap may begin. The last gap ends now.
         """
         for span in [*self.spans[first:], Span(now := self.clock(), now, "", "")]:
             if span.begin > begin:
@@ -111,7 +111,7 @@ class Timeline:
             begin = max(begin, span.end)
 
     def begin_solve(self, solve: str) -> Callable[[str, int], None]:
-        """Assign what follows to this solve. Returns the function to be called with phase and level as each phase begins."""
+        """Assign the spans that follow to this solve. Returns a function to call with phase and level whenever a phase begins."""
         self.solve = solve
         return self._begin_phase
 

@@ -1,4 +1,4 @@
-"""What tests share: tiny settings, workers as threads or as processes over Gloo, one local Ray cluster."""
+"""Helpers and fixtures that tests share: tiny settings, workers as threads or as processes over Gloo, one local Ray cluster."""
 
 import contextlib
 import multiprocessing
@@ -40,13 +40,13 @@ def merge(base, changes):
 
 
 def read_text(settings: DataSettings) -> bytes:
-    """The training text that the settings name, as it goes to the tokenizer."""
+    """Return the training text that the settings name, in bytes, as the tokenizer gets it."""
     source, _ = sources(settings)
     return "".join(joined(source.documents(BadRows(settings.on_error == "skip")), source.max_bytes)).encode()
 
 
 def tiny(**changes):
-    """A small GPT-2 in float64."""
+    """Return settings of a small GPT-2 in float64, with these changes."""
     base = {
         "model": {"layers": 12, "width": 16, "heads": 2},
         "buffers": {"open": 2, "close": 2},
@@ -77,7 +77,7 @@ def make_engine(config, layer_channel=None, data_channel=None):
 
 
 def how_it_went(solution, channel):
-    """How a solve converged, over all workers of the channel, each of which calls this."""
+    """Return how a solve converged, over all workers of the channel; each of them has to call this."""
     shares = solution.residuals
     return shares.convergence(channel.all_reduce(shares.flat, MessageTag(0, "residuals")))
 
@@ -94,13 +94,13 @@ def train_engine(engine, steps, first=0):
 
 
 def one_pass(batches, split, size):
-    """All rows of a pass."""
+    """Return the inputs and targets of one pass through a split, all batches joined."""
     parts = [batches.batch(split, step, size) for step in range(-(-batches.count(split) // size))]
     return torch.cat([inputs for inputs, _ in parts]), torch.cat([targets for _, targets in parts])
 
 
 def losses_over_threads(config, steps):
-    """Losses of `steps` steps with the layer group as threads (one replica)."""
+    """Return the losses of `steps` steps, with the workers of the layer group as threads (one replica)."""
 
     def work(channel):
         return [stats.loss for stats in train_engine(make_engine(config, channel), steps)]
@@ -109,7 +109,7 @@ def losses_over_threads(config, steps):
 
 
 def losses_over_gloo(rank, size, config, steps):
-    """The same as one Gloo process; for `run_processes`."""
+    """Return losses of this Gloo process, and whether exact steps use the pipeline; for `run_processes`."""
     from rayllp.channel.torch_dist import TorchChannel
 
     engine = make_engine(config, TorchChannel(timeout_s=60))
@@ -133,7 +133,7 @@ def _process(work, rank, size, folder, outcomes, heard, arguments):
 
 
 def run_processes(size, work, *arguments):
-    """Run `work(rank, size, *arguments)` in `size` Gloo processes; results by rank."""
+    """Run `work(rank, size, *arguments)` in `size` Gloo processes; return the results by rank."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["rayllp.engine", "rayllp.models.transformer", "rayllp.channel.torch_dist"])
     outcomes, heard, results = context.Queue(), context.Event(), {}
@@ -168,7 +168,7 @@ def run_processes(size, work, *arguments):
 
 
 def run_mpi_processes(size, work, *arguments):
-    """The same, where the processes also become an MPI world, without MPI's launcher, as Ray's actors do: `work(world, *arguments)`."""
+    """Like `run_processes`, for `work(world, *arguments)`: the processes form an MPI world without MPI's launcher, as Ray's actors do."""
     from rayllp.channel.pmi import ProcessManager
 
     manager = ProcessManager("127.0.0.1", ["here"] * size)
@@ -179,7 +179,7 @@ def run_mpi_processes(size, work, *arguments):
 
 
 _worlds = []
-"""Of this process: they last as long as it does. One that ends tells the others that a worker is gone, though they may still be at work."""
+"""The MPI worlds of this process, kept until it ends: ending one tells the others that a worker is gone, while they may be at work."""
 
 
 def _in_mpi_world(rank, size, rendezvous, work, *arguments):
@@ -190,7 +190,7 @@ def _in_mpi_world(rank, size, rendezvous, work, *arguments):
 
 
 def train_by(kind, config, run, workers=None, resume_from=(), console=None, **attributes):
-    """Train on Ray's actors, or these workers, with a driver of this kind that has these attributes; return the result and the driver."""
+    """Train with a driver of class `kind` with these attributes, on Ray actors or the given workers; return the result and the driver."""
     from rayllp.cluster.ray_group import RayGroup
     from rayllp.training.driver import train_session
     from rayllp.training.prepare import validate
@@ -210,7 +210,7 @@ def train_by(kind, config, run, workers=None, resume_from=(), console=None, **at
 
 @pytest.fixture(scope="session")
 def ray_cluster():
-    """One local cluster for the whole suite; for each of the processes that share it (`make test`), one of its own."""
+    """One local Ray cluster for the whole suite; with `make test`, one for each of the processes that share the suite."""
     import ray
 
     ray.init(address="local", num_cpus=4, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
@@ -219,14 +219,14 @@ def ray_cluster():
 
 
 def pytest_collection_modifyitems(items):
-    """Modules that use `kept_workers` come last, since these keep all CPUs from the first of them to the end."""
+    """Run modules that use `kept_workers` last, since that fixture holds all CPUs from its first use to the end."""
     keeping = {item.path for item in items if "kept_workers" in item.fixturenames}
     items.sort(key=lambda item: item.path in keeping)
 
 
 @pytest.fixture(scope="session")
 def kept_workers(ray_cluster):
-    """Trainings share their processes, whose start is most of such a short run's time."""
+    """Let trainings share their worker processes, whose start takes most of the time of such short runs."""
     from rayllp import keep_workers
 
     with keep_workers(4):

@@ -1,6 +1,6 @@
-"""Two hosts on one machine: a network namespace each, joined by a cable (veth), with names, files and processes of their own.
+"""Two hosts on one machine: each is a network namespace with a name, files and processes of its own; a cable (veth) joins them.
 
-Needs root, iproute2 and util-linux. What a host has is gone when its processes are.
+Needs root, iproute2 and util-linux. Nothing of a host is left once its processes have ended.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ RAY_PORT = 6379
 
 
 def why_not() -> str | None:
-    """What is missing here for hosts of one's own."""
+    """Return why hosts cannot be made here; None if they can."""
     if os.geteuid() != 0:
         return "network namespaces need root"
     for tool in ("ip", "unshare", "nsenter"):
@@ -47,9 +47,9 @@ class Host:
     Its name resolves to 127.0.1.1, as on stock Debian and Ubuntu; a second interface leads nowhere.
 
     Attributes:
-        address: on the cable.
+        address: its address on the cable.
         shared: a folder that both hosts see.
-        own: a folder of which each host has another one, for temporary files and the home.
+        own: the host's own folder, for temporary files and the home directory.
     """
 
     def __init__(self, number: int, base: Path) -> None:
@@ -77,7 +77,7 @@ class Host:
         return self._holder.pid
 
     def command(self, *command: str) -> list[str]:
-        """The same command, on this host."""
+        """Return the command that runs the given one on this host."""
         return ["nsenter", "-t", str(self.pid), "--net", "--mount", "--uts", f"--wd={ROOT}", *command]
 
     def environment(self, **variables: str) -> dict[str, str]:
@@ -98,7 +98,7 @@ class Host:
         return done
 
     def write(self, path: str, text: str) -> None:
-        """Make a file on this host."""
+        """Write a file on this host."""
         subprocess.run(self.command("tee", path), input=text, text=True, check=True, stdout=subprocess.DEVNULL, timeout=30)
 
     def start(self, *command: str, **variables: str) -> subprocess.Popen[str]:
@@ -107,14 +107,14 @@ class Host:
         )  # fmt: skip
 
     def rayllp(self, *arguments: str, timeout_s: float = 400, check: bool = True, **variables: str) -> subprocess.CompletedProcess[str]:
-        """`rayllp …` on this host, in the cluster of both."""
+        """Run `rayllp …` on this host, in the cluster of both hosts."""
         return self.run(PYTHON, "-m", "rayllp", *arguments, timeout_s=timeout_s, check=check, **_cluster(), **variables)
 
     def start_rayllp(self, *arguments: str, **variables: str) -> subprocess.Popen[str]:
         return self.start(PYTHON, "-m", "rayllp", *arguments, **_cluster(), **variables)
 
     def ray(self, *arguments: str, timeout_s: float = 120, **variables: str) -> None:
-        """`ray …`, from Python, since an environment's scripts may be elsewhere."""
+        """Run `ray …` on this host, by Python, since the environment's scripts may not be on its path."""
         self.run(PYTHON, "-c", "from ray.scripts.scripts import main; main()", *arguments, timeout_s=timeout_s, **variables)
 
     def ip(self, *arguments: str) -> None:
@@ -128,15 +128,15 @@ class Host:
         self.ray("start", *place, *here, *options, **variables)
 
     def cut(self) -> None:
-        """Pull the cable out: whoever talks to this host hears nothing, not even that it is gone."""
+        """Pull out the cable: whoever talks to this host gets no answer, not even that it is gone."""
         self.ip("link", "set", "cable", "down")
 
     def mend(self) -> None:
-        """Plug it in again."""
+        """Plug in the cable again."""
         self.ip("link", "set", "cable", "up")
 
     def processes(self) -> list[int]:
-        """All in this host's network, but the one that holds it."""
+        """Return all processes in this host's network, except the one that holds it."""
         mine, found = os.stat(f"/proc/{self.pid}/ns/net").st_ino, []
         for entry in Path("/proc").iterdir():
             with contextlib.suppress(OSError):
@@ -145,7 +145,7 @@ class Host:
         return found
 
     def leave(self) -> None:
-        """All its processes end at once, as where the power is cut."""
+        """End all processes of this host at once, as a power failure would."""
         for _ in range(50):
             found = self.processes()
             if not found:

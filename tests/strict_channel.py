@@ -1,4 +1,4 @@
-"""Workers as threads whose messages keep NCCL's rules, so that what would hang between GPUs is found without any.
+"""Workers as threads whose messages keep NCCL's rules, so that tests without GPUs find what would hang between GPUs.
 
 What a worker issues to one communicator is carried out in that order, one after the other: a send ends when its receiver has come to the
 matching receive. What is issued together (`exchange`) proceeds together. A receive waits, since what is computed next needs it; a send does
@@ -29,7 +29,7 @@ T = TypeVar("T")
 
 @dataclass(eq=False)
 class Part:
-    """One message of what was issued together; of a collective operation, this worker's part of it."""
+    """One of the messages that were issued together, or this worker's part of a collective operation."""
 
     kind: str  # "send", "receive", or the operation's name
     peer: int | None
@@ -45,7 +45,7 @@ class Part:
 
 @dataclass
 class World:
-    """All groups of channels of one test, so that it is known when nobody can go on."""
+    """All groups of channels of one test. It sees when no worker can go on."""
 
     size: int
     pairs: bool = True  # as torch has it; else one communicator for everything
@@ -55,13 +55,13 @@ class World:
     failure: str | None = None
 
     def group(self, ranks: Sequence[int]) -> list["StrictChannel"]:
-        """Channels between these workers, in this order."""
+        """Return channels between these workers, in this order."""
         made = Group(self, tuple(ranks), [defaultdict(deque) for _ in ranks])
         self.groups.append(made)
         return [StrictChannel(made, rank) for rank in range(len(ranks))]
 
     def wait(self, worker: int, parts: Sequence[Part]) -> None:
-        """Until these are done."""
+        """Wait until these operations are done."""
         with self.condition:
             while not all(part.done for part in parts):
                 if self.failure is None:
@@ -89,7 +89,7 @@ class World:
             self.condition.notify_all()
 
     def end(self, worker: int, failure: BaseException | None = None) -> None:
-        """This worker issues nothing any more."""
+        """Note that this worker issues nothing any more."""
         with self.condition:
             self.stuck.add(worker)
             if failure is not None and self.failure is None:
@@ -100,7 +100,7 @@ class World:
 
 @dataclass
 class Group:
-    """What the channels of one communicator share: what each worker has issued and is not done."""
+    """What the channels of one communicator share: for each worker, the operations that it has issued and that are not done."""
 
     world: World
     ranks: tuple[int, ...]
@@ -126,7 +126,7 @@ class Group:
                 self.world.condition.notify_all()
 
     def _meet(self, rank: int, peer: int | None) -> bool:
-        """Sends at the head of one worker's line to receives at the head of another's."""
+        """Match sends at the head of one worker's queue with receives at the head of another's."""
         moved = False
         for part in _head(self.lines[rank][peer]):
             if part.kind != "send" or part.done:
@@ -143,7 +143,7 @@ class Group:
         return moved
 
     def _gather(self) -> bool:
-        """A collective operation that all have come to."""
+        """Carry out a collective operation that all workers have come to."""
         heads = [head[0] if len(head := _head(lines[None])) == 1 else None for lines in self.lines]
         first = heads[0]
         if first is None or first.kind in ("send", "receive") or any(head is None or head.kind != first.kind for head in heads):
@@ -168,7 +168,7 @@ def detach_copy(state: State) -> State:
 
 
 class StrictChannel(Channel):
-    """One worker's end."""
+    """One worker's end of a communicator."""
 
     synchronous_sends = True
 
@@ -217,7 +217,7 @@ class StrictChannel(Channel):
 
 @dataclass
 class StrictReduction:
-    """A sum that was issued."""
+    """An all-reduce that was issued in the background."""
 
     channel: StrictChannel
     tensor: Tensor
@@ -229,7 +229,7 @@ class StrictReduction:
 
 
 def run_strictly(size: int, work: Callable[[StrictChannel], T], *, pairs: bool = True) -> list[T]:
-    """`run_workers` with these rules; a message that nobody takes is an error.
+    """Run workers as `run_workers` does, with NCCL's rules; a message that nobody receives is an error.
 
     Args:
         pairs: False: one communicator for everything.

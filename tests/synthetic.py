@@ -1,4 +1,4 @@
-"""Run directories as training writes them, without training: by the classes that it writes them with, from made-up figures.
+"""Run directories like those that training writes, without training: written by the same classes, from made-up figures.
 
 python -m tests.synthetic DIRECTORY STEPS     # such a run to try `rayllp report` on
 """
@@ -19,7 +19,7 @@ WORKERS = 4
 
 
 def metric(step, **changes):
-    """A line of metrics.jsonl: a layer-parallel step."""
+    """Return a line of metrics.jsonl for a layer-parallel step."""
     plain = {
         "step": step, "loss": 4.0, "mode": "parallel", "iterations_forward": 2, "iterations_backward": 1, "rho_forward": None,
         "rho_backward": None, "rho_by_point": None, "bias": None, "cosine": None, "noise": None, "loss_gap": None,
@@ -31,7 +31,7 @@ def metric(step, **changes):
 
 
 def probe(step, **changes):
-    """The same of a probe."""
+    """Return a line of metrics.jsonl for a probe."""
     found = {"rho_forward": 0.25, "rho_backward": 0.5, "bias": 0.05, "cosine": 0.99, "noise": 0.4, "loss_gap": -0.002}
     found |= {"bias_by_block": [[0.05, 0.99]] * WORKERS}
     found |= {"rho_by_point": {"forward": [[None, 0.2, 0.3], [0.6]], "backward": [[0.4, 0.5, None], [0.7]]}}
@@ -39,7 +39,7 @@ def probe(step, **changes):
 
 
 def timed_step(began=0.0, scale=1.0):
-    """A worker's step of 0.1 s: 60 ms of compute, 10 of sending, 20 of waiting."""
+    """Return a worker's timed step of 0.1 s: 60 ms of computing, 10 ms of sending, 20 ms of waiting."""
     spans = (
         Span(0.0, 0.01, "compute", "forward", "coarse solve", 1, 0),
         Span(0.01, 0.02, "send", "forward", "coarse solve", 1),
@@ -50,16 +50,16 @@ def timed_step(began=0.0, scale=1.0):
 
 
 def begin_run(path, **settings):
-    """A run directory with its settings and nothing else."""
+    """Create a run directory that holds its settings and nothing else."""
     base = {"steps": 100, "workers": WORKERS, "model": {"layers": 20, "width": 16, "heads": 2}}
     return RunDirectory.create(path, make_config(merge(base, settings)))
 
 
 def small_run(path, *, losses=(2.0, 1.5), steps=100, sample="", **settings):
-    """A run with evaluations in its middle and at its end, a probe, a switch, a fault, a resize and two timed steps.
+    """Write a run with evaluations in its middle and at its end, a probe, a switch, a fault, a resize and two timed steps.
 
     Args:
-        losses: of the evaluations.
+        losses: validation losses of the evaluations.
     """
     run = begin_run(path, steps=steps, **settings)
     serial_from = steps * 4 // 5
@@ -87,7 +87,7 @@ def small_run(path, *, losses=(2.0, 1.5), steps=100, sample="", **settings):
 
 
 def long_run(path, steps=20_000, workers=8, **settings):
-    """A run as long as real ones are, with everything that one can have: what a page of it weighs is what is wanted."""
+    """Write a run as long as real ones, with everything that a run can have, to measure the size of its page."""
     config = {
         "steps": steps,
         "workers": workers,
@@ -129,7 +129,7 @@ def long_run(path, steps=20_000, workers=8, **settings):
 
 
 def _busy(rank, count):
-    """A step of so many spans."""
+    """Return a timed step with this many spans."""
     length = 0.04 / count
     solves = ["forward"] * (count // 2) + ["adjoint"] * (count // 2)
     spans = [Span(length * n, length * (n + 0.8), "compute", solve, "last sweep", 0, n) for n, solve in enumerate(solves)]

@@ -1,4 +1,4 @@
-"""Worker processes that outlive a run, for the next one in the same placement group."""
+"""Worker processes that outlive a run and serve the next one in the same placement group."""
 
 import gc
 import logging
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.usefixtures("ray_cluster")
 
 
 class Watched(Driver):
-    """Notes the processes that the workers are."""
+    """Notes the process ids of the workers."""
 
     def _begin(self, found):
         step = super()._begin(found)

@@ -1,4 +1,4 @@
-"""Any settings are refused in words or train, and how the work is shared out does not change the losses.
+"""Settings drawn at random are either refused with a message or train, and how the work is shared out does not change the losses.
 
 A few seconds of it belong to the suite. For longer:
 
@@ -94,7 +94,7 @@ runs = group(
 
 
 def tidied(run):
-    """Without what contradicts itself on the face of it, which most examples would."""
+    """Return the settings without obvious contradictions, which most random examples would have."""
     run = {**run, "model": dict(run["model"]), "optimizer": dict(run["optimizer"]), "mgrit": dict(run["mgrit"]), "mesh": dict(run["mesh"])}
     if run["model"]["heads"] % run["model"].get("kv_heads", 1):
         del run["model"]["kv_heads"]
@@ -134,7 +134,7 @@ def data_of(config):
 
 @pytest.fixture(autouse=True, scope="module")
 def small_messages():
-    """Gradients of replicas in many buckets, and shares of parameters in many calls, as in large networks."""
+    """Divide gradients of replicas into many buckets, and shares of parameters into many calls, as happens in large networks."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(replica_sums, "BUCKET_BYTES", 1024)
         patch.setattr(sharding, "CALL_NUMBERS", 256)
@@ -142,7 +142,7 @@ def small_messages():
 
 
 def accepted(run):
-    """The settings, or why `rayllp train` refuses them before it starts a worker; but for data and what is installed."""
+    """Return the settings and "", or None and why `rayllp train` refuses them before it starts a worker. Packages are not checked."""
     try:
         config = config_of(run)
         data = data_of(config)
@@ -154,7 +154,7 @@ def accepted(run):
 
 
 def train(config, *, strictly=False):
-    """Losses of the steps, and of an evaluation at the end, of all workers, which are threads.
+    """Return the losses of the steps and of an evaluation at the end, by worker; the workers are threads.
 
     Args:
         strictly: their messages keep NCCL's rules.
@@ -198,7 +198,7 @@ def step_of(engine, controller, step):
 
 
 def changed(config, **changes):
-    """The same settings with others, as `with_workers` keeps what follows from their number."""
+    """Return the settings with these changes. Like `with_workers`, keep the values that were derived from the number of workers."""
     values = config.model_dump()
     values["adaptive"] |= {"consistency": config.consistency, "steer": config.steers} | changes.pop("adaptive", {})
     if config.solver == "windows":
@@ -212,7 +212,7 @@ ALONE = {"workers": 1, "mesh": {"data": 1, "layer": None, "blocks": None}, "mgri
 
 
 def alone(config):
-    """On one worker, in one piece, by the plainest way; None where a part of the batch decides how it is solved."""
+    """Return the settings for one worker and the whole batch at once; None where a part of the batch decides how it is solved."""
     # Probes see the noise between halves of a part, and a tolerance is compared with a part's residual.
     by_parts = (config.mode == "adaptive" and config.adaptive.probe_every > 0) or config.mgrit.tolerance is not None
     if by_parts:
@@ -221,7 +221,7 @@ def alone(config):
 
 
 def enough(config):
-    """As many iterations as make the solve exact, and the exact training that it then is; None where nothing runs in parallel."""
+    """Return settings with enough iterations for an exact solve, and those of exact training; None where nothing runs in parallel."""
     most = config.longest_window if config.solver == "windows" else len(config.coarse_lengths) + 1
     plain = {"dtype": "float64", "adaptive": {"consistency": 0.0, "smoothness": 0.0, "steer": None, "probe_every": 0, "ladder": None}}
     plain["adaptive"] |= {"lipschitz_every": 0, "switch_at": None}
@@ -238,7 +238,7 @@ def close(found, wanted, tolerance):
 
 
 def try_out(run, outcomes):
-    """Refused in words, or trained, with all that is promised of it."""
+    """Check that these settings are refused with a message, or train and keep all promises."""
     outcomes["tried"] += 1
     config, why = accepted(run)
     if config is None:

@@ -1,4 +1,4 @@
-"""Any model type of transformers: trained as transformers computes it, from its checkpoints and back, or refused in words."""
+"""Any model type of transformers: trained as transformers computes it, from its checkpoints and back, or refused with a message."""
 
 import pytest
 import torch
@@ -31,7 +31,7 @@ AUTO = {
 
 @pytest.mark.parametrize(("task", "kind"), TYPES)
 def test_on_any_number_of_workers_as_transformers(task, kind):
-    """Outputs, loss and every gradient, exactly on 1 to 3 workers, and by enough iterations on 2."""
+    """Compares outputs, loss and every gradient: exact steps on 1 to 3 workers, and enough iterations on 2."""
     result = architectures.check(task, kind)
     assert result["outcome"] == "trains" if kind != "t5" else result["outcome"].startswith("trains"), result  # T5's norms are in float32
     assert result["parallel"], result

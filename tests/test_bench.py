@@ -57,7 +57,7 @@ def test_what_is_no_time_is_refused(text):
 
 
 def test_a_step_s_timeline_is_the_predicted_one(monkeypatch):
-    """The same work in the same order on each worker, measured and on logical clocks. Where the order depends on when messages arrive,
+    """Each worker does the same work in the same order, measured and on logical clocks. Where the order depends on when messages arrive,
     here they are always late, on logical clocks because they take long.
     """
     monkeypatch.setattr(LocalChannel, "arrived", lambda *_: False)

@@ -1,4 +1,4 @@
-"""One suite over every channel: ordering, shapes, tuples, sums, time limits, lost peers."""
+"""One suite that every kind of channel has to pass: ordering, shapes, tuples, sums, time limits, lost peers."""
 
 import os
 import signal
@@ -40,7 +40,7 @@ def over_mpi(size, work):
 
 
 def of_odd_lengths(channel):
-    """States whose bytes are no multiple of what their first tensor is made of."""
+    """Send states whose number of bytes is no multiple of their first tensor's item size."""
     state = (torch.full((2, 2), channel.rank + 0.5, dtype=torch.float64), torch.full((3,), channel.rank, dtype=torch.uint8))
     found = [tuple(part.clone() for part in each) for each in channel.all_gather(state, StateSpec.of(state), TAG)]
     channel.finish()
@@ -48,7 +48,7 @@ def of_odd_lengths(channel):
 
 
 def exchanging(channel):
-    """With both neighbours at once, two tensors of two dtypes; with nobody."""
+    """Exchange with both neighbours at once, two tensors of two dtypes; and with nobody."""
     left, right = (channel.rank - 1) % channel.size, (channel.rank + 1) % channel.size
     mine = (torch.full((3,), channel.rank, dtype=torch.bfloat16), torch.full((2, 2), channel.rank + 0.5, dtype=torch.float64))
     spec = StateSpec.of(mine)
@@ -59,7 +59,7 @@ def exchanging(channel):
 
 
 def misunderstandings(channel):
-    """A message of another phase, of another dtype, of another shape, each where a good one was waited for."""
+    """Send a message of another phase, of another dtype and of another shape, each where a correct one is waited for."""
     said = []
     for sent, tag in ((torch.zeros(4), TAG.at("correction", 0)), (torch.zeros(4, dtype=torch.bfloat16), TAG), (torch.zeros(2, 2), TAG)):
         if channel.rank == 0:
@@ -102,7 +102,7 @@ def test_states_arrive_whole_and_in_order(workers, size):
 
 
 def gathering(channel):
-    """All states, of one tensor and of two; a row of each worker; between them a message, which takes nothing of theirs."""
+    """Gather states of one tensor and of two, then a row of each worker; a message sent in between must not be mixed up with them."""
     bare = torch.full((2, 3), float(channel.rank), dtype=torch.float64)
     pair = (torch.full((4,), channel.rank, dtype=torch.float32), torch.full((2, 2), channel.rank + 0.5, dtype=torch.float64))
     right, left = (channel.rank + 1) % channel.size, (channel.rank - 1) % channel.size
@@ -141,7 +141,7 @@ def test_what_is_exchanged(workers, size):
 
 
 def broadcasting(channel):
-    """A state of two tensors from the last worker, then one from the first; what the others give is ignored."""
+    """Broadcast a state of two tensors from the last worker, then one from the first; what the others give is ignored."""
     pair = (torch.full((3,), channel.rank, dtype=torch.bfloat16), torch.full((2, 2), channel.rank + 0.5, dtype=torch.float64))
     first = channel.broadcast(pair if channel.rank == channel.size - 1 else None, StateSpec.of(pair), channel.size - 1, TAG)
     numbers = torch.tensor([channel.rank, 7])
@@ -163,7 +163,7 @@ def test_a_source_without_a_state_is_an_error():
 
 
 def summing(channel):
-    """Several sums at once, and one after them."""
+    """Run several all-reduces at once, and one after them."""
     parts = [torch.full((3,), 10.0**n * (channel.rank + 1)) for n in range(3)]
     begun = [channel.begin_all_reduce(part, TAG.at(f"part {n}", 0)) for n, part in enumerate(parts)]
     sums = [each.wait() for each in begun]
@@ -188,7 +188,7 @@ def test_a_message_that_was_not_waited_for_is_an_error_with_both_names():
 
 
 def lateness(channel):
-    """Whether a state was said to be there before it was sent and after, and what was then received; in a sequence new and known."""
+    """Return whether a state was said to be there before it was sent and after, and what was received; in a new and a known sequence."""
     found, state = [], torch.full((3, 5), 7.0)
     for _ in range(2):
         with channel.prepost_receives("late"):
@@ -216,7 +216,7 @@ def test_a_channel_says_what_has_arrived(workers):
 
 
 def sequences(channel):
-    """Two sequences in turn, of other shapes and other neighbours; what each worker received, and how many receives were posted early."""
+    """Alternate two sequences of other shapes and neighbours; return what each worker received, and how many receives were posted early."""
     received, posted = [], 0
     right, left = (channel.rank + 1) % channel.size, (channel.rank - 1) % channel.size
     for step in range(4):
@@ -287,7 +287,7 @@ def test_schedules_that_differ_are_noticed():
 
 
 def one_falls_silent(channel):
-    """A process that is stopped is as silent as a host that is cut off."""
+    """Stop one process, which makes it as silent as a host that is cut off."""
     if channel.rank == 1:
         subprocess.Popen(["sh", "-c", f"sleep 6; kill -CONT {os.getpid()}"])
         os.kill(os.getpid(), signal.SIGSTOP)

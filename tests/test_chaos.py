@@ -1,4 +1,4 @@
-"""Chaos: when it strikes and whom, and a real run that it strikes."""
+"""`rayllp chaos`: when it kills which worker, and a real run whose workers it kills."""
 
 import itertools
 import statistics
@@ -70,7 +70,7 @@ def test_names_are_one_runs_alone(tmp_path, monkeypatch):
 
 
 class Fake:
-    """Three workers, one of which another kills first; the run ends after so many looks at it."""
+    """A made-up run with three workers, one of which dies by other hands first; the run ends after it was looked at this many times."""
 
     def __init__(self, looks=1000):
         self.looks, self.workers = looks, [Worker(rank, f"run/worker_{rank}.0") for rank in range(3)]
@@ -101,7 +101,7 @@ def test_strikes_until_the_time_is_over(clock):
     plan = iter([(2.0, 0.99), (3.0, 0.0), (100.0, 0.5)])
     # The second falls on worker 0, which is always dead already: it is tried again, and time goes by.
     ending = kill_as_planned(Fake(), plan, 7.0, lambda: next(waiting, True), lambda worker: struck.append((clock[0], worker.number)))
-    assert ending == "the time is over"
+    assert ending == "the time is up"
     # 5 s until a step is done, the first kill 2 s later; nobody is there for two looks of half a second.
     assert struck == [(pytest.approx(8.0, abs=0.01), 2)]
     assert clock[0] == pytest.approx(12.0, abs=0.5)
@@ -137,7 +137,7 @@ STEPS = 40
 
 
 class Patient(Driver):
-    """Goes on slowly until chaos is over: at whatever speed this machine trains, the first kill meets it before its end."""
+    """Trains slowly until the kills are over, so that the first one comes before the run's end on any machine."""
 
     def _next_chunk(self, step):
         chunk = super()._next_chunk(step)
@@ -164,7 +164,7 @@ class Bystander:
 def test_a_run_survives_chaos_and_others_do_not_see_it(tmp_path):
     config = tiny(workers=2, steps=STEPS, dtype="float32", snapshot_every=1, spare_workers=False)
     run = RunDirectory.create(tmp_path / "run", config)
-    with pytest.raises(ClusterError, match=r"no worker of .*run is alive .* go on with it by rayllp train --resume"):
+    with pytest.raises(ClusterError, match=r"no worker of .*run is alive .* resume it with rayllp train --resume"):
         inject_failures(run.path, 1.0)
     # Of another run, whose name begins as this one's does; and one that has this run's name elsewhere.
     other = worker_name(run_name(tmp_path / "run2"), 0)

@@ -1,4 +1,4 @@
-"""The consistency penalty against its definition written out with autograd, on every path that forms it."""
+"""Compares the consistency penalty with its definition, written out with autograd, on every path that forms it."""
 
 from dataclasses import replace
 
@@ -26,7 +26,7 @@ def settings(**changes):
 
 
 def computed(config, accuracy):
-    """Gradients merged over the workers, and R."""
+    """Return the gradients merged over the workers, and R."""
 
     def work(channel):
         engine = make(config, channel)
@@ -41,7 +41,7 @@ def computed(config, accuracy):
 
 
 def defined(config, *, constant):
-    """The same by the definition: loss + μ·R; C_k constant in R, or variable in the numerator."""
+    """Return the same by the definition, loss + μ·R, with C_k constant in R or variable in the numerator."""
     engine = make(config, LocalChannel.alone())
     block = engine.block
     batch = engine.step_batch(5)
@@ -159,7 +159,7 @@ def test_intervals_that_workers_share_are_refused():
 
 @pytest.mark.parametrize("begin", [0.0, 1e-30])
 def test_a_state_that_is_zero_has_a_finite_penalty(begin):
-    """The first sample's C is zero, or next to nothing; the third's end is, too."""
+    """C of the first sample is zero or nearly zero, and so is the end of the third."""
     penalty = Consistency(1.0, {0: Interval(0, 2, 1.0)}, torch.zeros((), dtype=torch.float64))
     states = {name: torch.ones(3, 4, 2) for name in ("begin", "first", "end")}
     states["begin"][0] = begin

@@ -1,4 +1,4 @@
-"""What is written for those who change the code: the tour leads to functions that there are, and its examples work."""
+"""The documents for those who change the code: the tour links to functions that exist, and the examples work."""
 
 import contextlib
 import io
@@ -24,7 +24,7 @@ HOOKS = load("hooks")
 
 
 def missing_names(markdown: str) -> list[str]:
-    """Names that a text links to in source files which do not define them."""
+    """Return the names that a text links to in source files which do not define them."""
     found = [(name, ROOT / path) for tick, name, path in HOOKS.SOURCE_LINK.findall(markdown) if tick]
     return [f"{name} in {path.name}" for name, path in found if name not in HOOKS.definitions(path.read_text())]
 
@@ -41,7 +41,7 @@ def test_a_name_that_is_gone_is_found():
 
 
 def section(title: str) -> str:
-    """Of the tour, up to the next heading."""
+    """Return a section of the tour, up to the next heading."""
     found = re.search(rf"^## {title}\n(.*?)(?=^## )", DESIGN.read_text(), re.MULTILINE | re.DOTALL)
     assert found
     return found.group(1)
@@ -82,7 +82,7 @@ def blocks(language: str) -> list[str]:
 
 @pytest.fixture
 def commands():
-    """The command line as it was before: an example adds to it."""
+    """Restore the command line afterwards, since an example adds a command to it."""
     before = list(app.registered_commands)
     yield
     app.registered_commands[:] = before

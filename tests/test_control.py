@@ -1,4 +1,4 @@
-"""The controller on made-up probes, and what real probes measure."""
+"""The controller's decisions on made-up probes, and what real probes measure."""
 
 import json
 import math
@@ -23,7 +23,7 @@ def controller(mode="adaptive", iterations=(2, 1), **adaptive):
 
 
 def feed(control, rhos, start=0):
-    """Feed forward ρ, probe by probe; the rung after each."""
+    """Feed the controller the forward ρ of one probe after the other; return the rung after each."""
     rungs = []
     for n, rho in enumerate(rhos, start):
         probe = rho if isinstance(rho, Probe) else Probe(rho_forward=rho, rho_backward=0.1 * rho)
@@ -55,7 +55,7 @@ def test_recovery_comes_back_rung_by_rung_after_patience():
 
 
 def test_between_the_limits_nothing_swings():
-    """ρ around the threshold: up once, and down only once it has been well below for a while."""
+    """With ρ around the threshold the rung goes up once, and down only after ρ has been well below for a while."""
     control = controller(patience=2)
     assert feed(control, [1.05, 0.98, 0.99, 0.97, 0.98, 0.99]) == ["3+2"] * 6
 
@@ -491,7 +491,7 @@ def test_rho_without_bias_costs_no_second_gradient():
 
 
 def test_bias_of_gradients_that_are_zero_is_a_number():
-    """A block of frozen layers has none."""
+    """A block of frozen layers has a gradient of zero."""
     assert relative_and_cosine(torch.zeros(5, dtype=torch.float64)) == (0.0, 1.0)
     assert relative_and_cosine(torch.tensor([4.0, 0.0, 0.0, 4.0, 0.0])) == (math.inf, 0.0)
     assert relative_and_cosine(torch.tensor([4.0, 4.0, 0.0, 0.0, 0.0])) == (1.0, 0.0)

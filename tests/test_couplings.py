@@ -1,4 +1,4 @@
-"""Couplings of layers, and the windows that follow from them."""
+"""Couplings between layers, and the windows that are cut by them."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from tests.test_windows import TAG, Layers, N, solve, start, weights
 
 
 class Steep(Layers):
-    """Layers of which the first three take steps that are ten times as long."""
+    """Layers of which the first three have a step size ten times as large."""
 
     def __init__(self, states=None):
         super().__init__(weights(), states)

@@ -29,7 +29,7 @@ LAST_ALONE = CHATML.replace("{{ m['content'] }}", "{% if loop.last %}<think></th
 
 
 def save_tokenizer(folder, template=CHATML):
-    """One token a byte, and the marks of a chat."""
+    """Save a tokenizer with one token per byte, and tokens for the marks of a chat."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     made = Tokenizer(models.BPE({token: number for number, token in enumerate(alphabet)}, []))
     made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
@@ -56,7 +56,7 @@ def conversations(tmp_path, rows, template=CHATML, **changes):
 
 
 def told(data, row_ids, row_targets):
-    """What a row says, and what of it is to be predicted."""
+    """Return a row's text, and the part of it that is to be predicted."""
     counted = row_targets != IGNORE
     return data.tokenizer.decode(row_ids.tolist()), data.tokenizer.decode(row_targets[counted].tolist())
 
@@ -79,7 +79,7 @@ def test_the_assistants_messages_alone_are_predicted(tmp_path, template):
 
 def test_templates_that_cannot_be_told_apart_or_are_missing_are_refused(tmp_path):
     with pytest.raises(
-        DataError, match=r"chats.jsonl, split train, row 0: the chat template writes message 1 otherwise once others follow"
+        DataError, match=r"chats.jsonl, split train, row 0: the chat template writes message 1 differently once others follow"
     ):
         load_answers(conversations(tmp_path, [chat("a", "b", "c", "d")], LAST_ALONE), 80, 0)
     settings = conversations(tmp_path, [chat("a", "b"), chat("c", "d")], None)
@@ -96,7 +96,7 @@ def test_broken_conversations_are_refused_by_row_or_skipped(tmp_path):
     whole = [chat("a", "b"), chat("c", "d")]
     for broken, message in (
         (None, "row 2: column 'messages' holds nothing, not a list"), (chat("alone"), "row 2: .* has no message of role assistant"),
-        ([{"role": "user", "content": None}], "row 2: .* has a message that is no {role: text, content: text}"),
+        ([{"role": "user", "content": None}], "row 2: .* has a message that is not {role: text, content: text}"),
     ):  # fmt: skip
         settings = conversations(tmp_path, [*whole, broken])
         with pytest.raises(DataError, match=message):

@@ -36,13 +36,13 @@ def text(tmp_path, monkeypatch):
 
 
 def leave_for_another_host(tmp_path, monkeypatch):
-    """The cache of this one is not there."""
+    """Make this process look like one on another host, without this host's cache."""
     (tmp_path / "cache").rename(tmp_path / "cache of the first host")
     monkeypatch.setenv("RAYLLP_CACHE", str(tmp_path / "another host"))
 
 
 def forbid(monkeypatch):
-    """No entry can be made any more."""
+    """Make it an error to create another cache entry."""
     monkeypatch.setattr(CacheEntry, "_write_files", lambda self, folder: pytest.fail("made again"))
 
 
@@ -98,7 +98,7 @@ def test_a_host_without_the_files_gets_small_ones_sent(text, tmp_path, monkeypat
     leave_for_another_host(tmp_path, monkeypatch)
     with pytest.raises(DataError, match=r"text.txt cannot be read"):
         pickle.loads(sent).ensure_present()
-    with pytest.raises(DataError, match=f"on {socket.gethostname()}: .*text.txt cannot be read: .*under the same path as the driver"):
+    with pytest.raises(DataError, match=f"on {socket.gethostname()}: .*text.txt cannot be read: .*under the same path as on the driver"):
         BlockWorker._ensure_data(None, pickle.loads(sent))
     there = pickle.loads(with_files)
     BlockWorker._ensure_data(None, there)
@@ -112,7 +112,7 @@ def test_a_host_with_other_files_is_refused(text, tmp_path, monkeypatch):
     sent = pickle.dumps(load_text(text, 16, 0))
     (tmp_path / "text.txt").write_text("something else " * 100, encoding="utf-8")
     leave_for_another_host(tmp_path, monkeypatch)
-    with pytest.raises(DataError, match="this host has other data there than the driver's"):
+    with pytest.raises(DataError, match="this host has other data under that name than the driver's host"):
         pickle.loads(sent).ensure_present()
 
 
@@ -151,10 +151,10 @@ def test_what_fails_or_is_damaged_leaves_nothing_that_looks_whole(tmp_path):
     entry = CacheEntry("b" * 32, lambda writer: writer.append("numbers", np.arange(10)), str(tmp_path)).ensure_present()
     with (entry.folder / "numbers.bin").open("ab") as file:
         file.write(b"more")
-    with pytest.raises(DataError, match=r"numbers.bin is damaged or gone: remove .*, and it is made anew"):
+    with pytest.raises(DataError, match=r"numbers.bin is damaged or gone: remove .*, and it will be made again"):
         entry.array("numbers")
     (tmp_path / "file").write_text("")
-    with pytest.raises(DataError, match=r"set data.cache to a folder with room that can be written"):
+    with pytest.raises(DataError, match=r"set data.cache to a writable folder with enough room"):
         CacheEntry("c" * 32, lambda writer: None, str(tmp_path / "file")).ensure_present()
 
 
@@ -237,7 +237,7 @@ def test_broken_and_empty_tables_are_refused(tmp_path):
         ):
             load_text(DataSettings(path=str(tmp_path / name)), 16, 0)
     _jsonl(tmp_path / "null.jsonl", ["a" * 200, None, "b" * 200])
-    with pytest.raises(DataError, match="row 1: column 'text' holds nothing, not text; mend it"):
+    with pytest.raises(DataError, match="row 1: column 'text' holds nothing, not text; fix it"):
         load_text(DataSettings(path=str(tmp_path / "null.jsonl")), 16, 0)
     skipped = load_text(DataSettings(path=str(tmp_path / "null.jsonl"), on_error="skip"), 16, 0)
     assert skipped.skipped == {"rows": 1}
@@ -245,7 +245,7 @@ def test_broken_and_empty_tables_are_refused(tmp_path):
     for name, content, message in (
         ("none.jsonl", "", "none.jsonl is empty: give a table with some rows"),
         ("head.csv", "text\n", "head.csv, split train, has no rows: give some"),
-        ("other.parquet", "PAR1", "other.parquet cannot be read: .*; give a whole table"),
+        ("other.parquet", "PAR1", "other.parquet cannot be read: .*; give an undamaged table"),
     ):
         (tmp_path / name).write_text(content, encoding="utf-8")
         with pytest.raises(DataError, match=f"data.path .*{message}"):
@@ -277,7 +277,7 @@ def test_quotation_marks_in_tsv_and_words_for_nothing_are_text(at, ending, conte
 
 @pytest.mark.parametrize("place", [1, 2])
 def test_a_line_with_more_columns_than_are_named_is_refused(place, tmp_path):
-    """Where it is the first, pandas would take its first column for row names, and shift all others."""
+    """If it is the first line after the header, pandas would take its first column for row names, and shift all others."""
     lines = ["one,1", "two,2"]
     lines.insert(place - 1, "more,than,two")
     (tmp_path / "a.csv").write_text("\n".join(["text,n", *lines]), encoding="utf-8")

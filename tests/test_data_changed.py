@@ -1,4 +1,4 @@
-"""A run that goes on: with its own tokenizer, and on the data that it began with."""
+"""Resumed runs go on with their own tokenizer, and on the data that they began with."""
 
 import json
 import shutil
@@ -27,7 +27,7 @@ GROWN = TEXT + "".join(f"there are {number} zebras more\n" for number in range(1
 
 
 def begin(folder, tokenizer="bpe:300", **changes):
-    """A run with a checkpoint, as a driver leaves them."""
+    """Create a run directory with a checkpoint, as a driver leaves it."""
     (folder / "text.txt").write_text(TEXT, encoding="utf-8")
     data = {"path": str(folder / "text.txt"), "tokenizer": tokenizer}
     config = tiny(**merge({"data": data, "checkpoint": {"path": str(folder / "kept")}}, changes))

@@ -24,7 +24,7 @@ def write_idx(path, array):
 
 
 def write_mnist(folder, train=20, validation=7, size=(6, 4), ending=""):
-    """Images whose every pixel tells their split and place."""
+    """Write images each of whose pixels encodes their split and index."""
     for prefix, count in (("train", train), ("t10k", validation)):
         values = (np.arange(count, dtype=np.uint8) + (100 if prefix == "t10k" else 0))[:, None, None]
         write_idx(folder / f"{prefix}-images-idx3-ubyte{ending}", np.broadcast_to(values, (count, *size)).copy())
@@ -33,7 +33,7 @@ def write_mnist(folder, train=20, validation=7, size=(6, 4), ending=""):
 
 
 def places(images, inputs):
-    """The original value of each image's first pixel."""
+    """Return the original value of each image's first pixel."""
     return (inputs[:, 0, 0, 0].numpy() * images.std.item() + images.mean.item()).round().astype(int)
 
 
@@ -153,14 +153,14 @@ def test_an_unseen_label_can_be_left_out_and_is_counted(tmp_path):
 
 
 def test_paths_that_are_not_there_are_named(tmp_path):
-    with pytest.raises(DataError, match="is no folder: give one with MNIST's files"):
+    with pytest.raises(DataError, match="is not a folder: give one with MNIST's files"):
         load_images(DataSettings(path=str(tmp_path / "none")), 0)
     with pytest.raises(DataError, match=r"data.validation_path x is not read for images"):
         load_images(DataSettings(validation_path="x"), 0)
 
 
 def save_dataset(folder, *, column="image", label="label", modes=("RGB",), sizes=((5, 4),), labels=None, splits=("train", "test")):
-    """A `datasets` folder of 12 images a split, image i of colour i; mode and size go round."""
+    """Write a `datasets` folder with 12 images per split, image i of colour i; modes and sizes repeat in turn."""
     datasets = pytest.importorskip("datasets")
     from PIL import Image
 

@@ -23,7 +23,7 @@ def sentences(count, start=0):
 
 
 def saved(folder, values, features=None, **splits):
-    """A folder as save_to_disk writes it."""
+    """Write a folder with save_to_disk."""
     made = {name: datasets.Dataset.from_dict(rows, features) for name, rows in {"train": values, **splits}.items()}
     datasets.DatasetDict(made).save_to_disk(folder)
     return str(folder)
@@ -49,7 +49,7 @@ def test_sentences_have_their_labels_by_name(tmp_path):
 
 
 def of_every_task(count, start=0):
-    """Rows with columns for all tasks."""
+    """Return rows with columns for all tasks."""
     numbers = range(start, start + count)
     return {
         "text": [f"thing {n} of them" for n in numbers], "label": [str(n % 2) for n in numbers], "answer": [f"no {n}" for n in numbers],
@@ -88,7 +88,7 @@ def test_sentences_of_a_table_with_one_null(tmp_path):
     rows["sentence"][3] = None
     datasets.Dataset.from_dict(rows).to_json(tmp_path / "a.jsonl")
     settings = DataSettings(path=str(tmp_path / "a.jsonl"), text_field="sentence", label_field="verdict", validation_fraction=0.25)
-    with pytest.raises(DataError, match=r"a.jsonl, split train, row 3 has nothing in column 'sentence'; mend it"):
+    with pytest.raises(DataError, match=r"a.jsonl, split train, row 3 has nothing in column 'sentence'; fix it"):
         load_sentences(settings, 16, 0)
     data = load_sentences(settings.model_copy(update={"on_error": "skip"}), 16, 0)
     assert (data.skipped, data.classes) == ({"rows": 1}, ("0", "1"))
@@ -96,7 +96,7 @@ def test_sentences_of_a_table_with_one_null(tmp_path):
 
 
 def test_no_row_is_read_beyond_max_bytes(tmp_path):
-    """A broken row behind the limit is not seen, as the rest of an endless stream is not."""
+    """A broken row beyond the limit is not seen; nor would be the rest of an endless stream."""
     many = sentences(12)
     many["sentence"][9] = None
     datasets.Dataset.from_dict(many).to_json(tmp_path / "a.jsonl")
@@ -123,7 +123,7 @@ def test_words_have_a_label_each(tmp_path):
     assert set(data.index) == {"birds", "fish", "sing", "swim"}
     rows["tags"][1] = [0, 1]
     broken = settings.model_copy(update={"dataset": saved(tmp_path / "broken", rows, features)})
-    with pytest.raises(DataError, match=r"row 1 has no list of words in column 'tokens', with as many labels in 'tags'; mend it"):
+    with pytest.raises(DataError, match=r"row 1 has no list of words in column 'tokens', with as many labels in 'tags'; fix it"):
         load_words(broken, 4, 0)
     assert load_words(broken.model_copy(update={"on_error": "skip"}), 4, 0).skipped == {"sentences": 1}
     with pytest.raises(DataError, match=r"has no column 'text': set data.text_field to one of \['tokens', 'tags'\]"):

@@ -131,7 +131,7 @@ def test_held_out_text_can_be_a_file_of_its_own(tmp_path):
 
 @pytest.fixture
 def rows(tmp_path, monkeypatch):
-    """A folder that the datasets library reads and streams: 50 rows of 10 bytes."""
+    """Write a folder that the datasets library reads and streams: 50 rows of 10 bytes."""
     datasets = pytest.importorskip("datasets")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
     folder = tmp_path / "rows"

@@ -199,7 +199,7 @@ def test_paths_that_do_not_fit_are_refused_in_words(tmp_path):
     (tmp_path / "file").write_text("x")
     for settings, message in (
         (DataSettings(), "translation needs data.path, a folder with train.de, train.en, .* or data.dataset"),
-        (DataSettings(path=str(tmp_path / "file")), "is no folder: give one with train.de"),
+        (DataSettings(path=str(tmp_path / "file")), "is not a folder: give one with train.de"),
         (DataSettings(validation_path="x"), "data.validation_path x is not read for translation"),
     ):
         with pytest.raises(DataError, match=message):
@@ -292,7 +292,7 @@ def test_a_bpe_size_that_cannot_be_is_refused_in_words(name):
 
 def test_tokenizer_files_that_cannot_be_read_are_refused_in_words(tmp_path, monkeypatch):
     (tmp_path / "broken.json").write_text("{}")
-    with pytest.raises(DataError, match=r"broken.json is no tokenizer"):
+    with pytest.raises(DataError, match=r"broken.json is not a tokenizer"):
         load_tokenizer(str(tmp_path / "broken.json"))
     with pytest.raises(DataError, match=r"none.spm.gz: no such file; give a model file of sentencepiece"):
         load_tokenizer(str(tmp_path / "none.spm.gz"))

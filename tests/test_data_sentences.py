@@ -25,7 +25,7 @@ PAIRS = "id\tone\ttwo\tlabel\n0\tabcdef\txy\tyes\n1\tab\tuvwxyz\tno\n2\tabcdef\t
 
 
 def load(tmp_path, train, held_out=None, length=12, **settings):
-    """Write the files, load them."""
+    """Write the files and load them."""
     for name, text in {"path": train, "validation_path": held_out}.items():
         if text is not None:
             (tmp_path / f"{name}.tsv").write_text(text)
@@ -34,7 +34,7 @@ def load(tmp_path, train, held_out=None, length=12, **settings):
 
 
 def shown(rows):
-    """Rows of bytes with special tokens as signs: < cls, | sep, nothing for padding."""
+    """Return rows of byte tokens as text, with special tokens as signs: < for cls, | for sep, nothing for padding."""
     return ["".join({CLS: "<", SEP: "|"}.get(token) or chr(token - FIRST) if token else "" for token in row) for row in rows.tolist()]
 
 
@@ -169,7 +169,7 @@ def test_a_tokenizers_file(tmp_path):
 )
 def test_broken_lines_are_refused_or_skipped(tmp_path, broken, message):
     text = TRAIN + broken + "\n" + "last\tbad\n"
-    with pytest.raises(DataError, match=f"path.tsv:5: {message}; mend it, or leave it out by data.on_error=skip"):
+    with pytest.raises(DataError, match=f"path.tsv:5: {message}; fix it, or leave it out by data.on_error=skip"):
         load(tmp_path, text, HELD_OUT)
     batches = load(tmp_path, text, HELD_OUT, on_error="skip")
     assert batches.skipped == {"lines": 1}
@@ -178,7 +178,7 @@ def test_broken_lines_are_refused_or_skipped(tmp_path, broken, message):
 
 def test_labels_unseen_in_training_are_refused_or_skipped(tmp_path):
     unseen = HELD_OUT + "fair\tdog\n" + "bad\tdog\n"
-    with pytest.raises(DataError, match=r"validation_path.tsv:5: label 'fair' is none of training's bad, good; mend it, or leave"):
+    with pytest.raises(DataError, match=r"validation_path.tsv:5: label 'fair' is none of training's bad, good; fix it, or leave"):
         load(tmp_path, TRAIN, unseen)
     batches = load(tmp_path, TRAIN, unseen, on_error="skip")
     assert batches.skipped == {"labels": 1}
@@ -196,7 +196,7 @@ def test_a_line_of_column_names_and_a_slip_are_no_classes(tmp_path):
         DataError, match=r"path.tsv:1: label 'label' is on this line alone, .*18 lines each; if this line names the columns"
     ):
         load(tmp_path, "text\tlabel\n" + rows, **numbers)
-    with pytest.raises(DataError, match=r"path.tsv:61: label 'godo' is on this line alone, .*each; mend it, or leave it out"):
+    with pytest.raises(DataError, match=r"path.tsv:61: label 'godo' is on this line alone, .*each; fix it, or leave it out"):
         load(tmp_path, rows + "thing\tgodo\n" + rows, **numbers)
     kept = load(tmp_path, rows + "thing\tgodo\n" + rows, **numbers, on_error="skip")
     assert (kept.classes, kept.skipped) == (("bad", "good"), {"labels": 1})
@@ -220,16 +220,16 @@ def test_lines_may_end_as_old_macs_end_them(tmp_path):
 
 def test_of_many_labels_some_are_listed(tmp_path):
     train = "text\tlabel\n" + "".join(f"a\tl{i:02}\n" for i in range(20))
-    with pytest.raises(DataError, match=r"none of training's l00, .*l11 and 8 more; mend"):
+    with pytest.raises(DataError, match=r"none of training's l00, .*l11 and 8 more; fix"):
         load(tmp_path, train, "text\tlabel\na\tx\n")
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"text_field": "sentence"}, r"data.text_field 'sentence' is no column of .*path.tsv, whose first line names \['text', 'label'\]"),
-        ({"label_field": "1"}, r"data.label_field '1' is no column of .*set it to one of them, or all fields to numbers"),
-        ({"pair_field": "text2"}, "data.pair_field 'text2' is no column"),
+        ({"text_field": "sentence"}, r"data.text_field 'sentence' is not a column of .*tsv, whose first line names \['text', 'label'\]"),
+        ({"label_field": "1"}, r"data.label_field '1' is not a column of .*set it to one of them, or all fields to numbers"),
+        ({"pair_field": "text2"}, "data.pair_field 'text2' is not a column"),
         ({"text_field": "0"}, "data.label_field 'label': data.text_field is a number, so .*path.tsv has no column names"),
         ({"text_field": "0", "label_field": "2"}, "data.label_field 2: .*path.tsv:1 has 2 columns between tabs; give a number below"),
     ],

@@ -1,4 +1,4 @@
-"""Text and its tokens: what is no text is refused, and the tokens are those that the library gives to the whole."""
+"""Text and its tokens: what is not text is refused, and the tokens are those that the library gives to the whole text."""
 
 import codecs
 import gzip
@@ -32,8 +32,8 @@ def read(folder, name="", **changes):
     [
         ("a\nbé\n".encode("latin-1"), r"file:2: not UTF-8 \(.* 0xe9\); save the file as UTF-8"),
         ("hello\n".encode("utf-16"), "file is UTF-16: save it as UTF-8"),
-        ("hello\n".encode("utf-16-be"), "file:1 holds a byte 0: it is no text, damaged, or UTF-16"),
-        (b"one\ntwo\0\0\0", "file:2 holds a byte 0"),
+        ("hello\n".encode("utf-16-be"), "file:1 holds a zero byte: it is not text, damaged, or UTF-16"),
+        (b"one\ntwo\0\0\0", "file:2 holds a zero byte"),
     ],
 )
 def test_what_is_no_utf_8_is_refused_with_its_line(tmp_path, content, message):
@@ -69,10 +69,10 @@ def test_a_row_that_holds_nothing_is_refused_or_skipped(tmp_path):
     rows = datasets.Dataset.from_dict({"text": ["one", None, "three"], "de": ["eins", None, "drei"], "en": ["one", "two", "three"]})
     rows.save_to_disk(str(tmp_path / "rows"))
     given_rows = DataSettings(dataset=str(tmp_path / "rows"))
-    with pytest.raises(DataError, match=r"row 1: column 'text' holds nothing, not text; mend it, or leave it out by data.on_error=skip"):
+    with pytest.raises(DataError, match=r"row 1: column 'text' holds nothing, not text; fix it, or leave it out by data.on_error=skip"):
         read_text(given_rows)
     assert read_text(given_rows.model_copy(update={"on_error": "skip"})) == b"one\nthree"
-    with pytest.raises(DataError, match="row 1 has nothing in de or en; mend it"):
+    with pytest.raises(DataError, match="row 1 has nothing in de or en; fix it"):
         load_pairs(given_rows, 8, 0)
     pairs = load_pairs(given_rows.model_copy(update={"on_error": "skip"}), 8, 0)
     assert (pairs.sources("train"), pairs.sources("validation"), pairs.skipped) == (["eins"], ["drei"], {"rows": 1})
@@ -82,7 +82,7 @@ def test_a_row_that_holds_nothing_is_refused_or_skipped(tmp_path):
 
 
 def metaspace():
-    """As Llama's: the first word alone has a space before it, and a text is one word."""
+    """Return a tokenizer like Llama's: a space is put before the first word only, and a text is one word."""
     vocabulary = {token: number for number, token in enumerate(["<unk>", "▁", *map(chr, range(10, 127)), "▁L", "in", "▁Lin", "  ", "\n\n"])}
     made = Tokenizer(models.BPE(vocabulary, [("▁", "L"), ("i", "n"), ("▁L", "in"), (" ", " "), ("\n", "\n")], unk_token="<unk>"))
     made.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
@@ -137,7 +137,7 @@ def test_pieces_are_joined_where_they_agree(monkeypatch):
     ours = TrainedBPE(320, [TEXT])
 
     class Counting:
-        """The library's, without a way to encode a text in one call."""
+        """The library's tokenizer, without the way to encode a text in one call."""
 
         encode_batch = staticmethod(ours._tokenizer.encode_batch)
 
@@ -174,7 +174,7 @@ def test_a_folder_that_hides_a_models_name_is_named(tmp_path, monkeypatch):
 
 
 def test_the_tokenizer_of_a_folder_with_code_is_read_without_running_or_asking(tmp_path, monkeypatch):
-    """Such as `rayllp export` writes where Δt is not 1: transformers would ask on the terminal whether to run the folder's code."""
+    """`rayllp export` writes such a folder where Δt is not 1. transformers would ask on the terminal whether to run its code."""
     from transformers import PreTrainedTokenizerFast
 
     made = PreTrainedTokenizerFast(tokenizer_object=word_pieces(), unk_token="[UNK]")

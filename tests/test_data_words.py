@@ -31,7 +31,7 @@ def conllu(sentences):
 
 
 def load(tmp_path, train, held_out=None, length=4, **settings):
-    """Write the files, load them."""
+    """Write the files and load them."""
     files = {"path": train, "validation_path": held_out}
     for name, text in files.items():
         if text is not None:
@@ -146,7 +146,7 @@ BROKEN = [
 def test_broken_lines_are_refused_or_skipped(tmp_path, broken, message):
     text = conllu(TRAIN) + broken + "\n" + line(2, "ran", "VERB") + "\n\n" + conllu(HELD_OUT)
     number = conllu(TRAIN).count("\n") + 1
-    with pytest.raises(DataError, match=rf"path.conllu:{number}: {message}.*mend it, or leave it out by data.on_error=skip"):
+    with pytest.raises(DataError, match=rf"path.conllu:{number}: {message}.*fix it, or leave it out by data.on_error=skip"):
         load(tmp_path, text, conllu(HELD_OUT))
     batches = load(tmp_path, text, conllu(HELD_OUT), on_error="skip")
     assert batches.skipped == {"sentences": 1}
@@ -156,7 +156,7 @@ def test_broken_lines_are_refused_or_skipped(tmp_path, broken, message):
 
 def test_labels_unseen_in_training_are_refused_or_ignored(tmp_path):
     held_out = conllu([*HELD_OUT, [("oh", "INTJ"), ("stop", "VERB")]])
-    with pytest.raises(DataError, match=r"validation_path.conllu:14: label 'INTJ' is in no training sentence; mend it, or leave it out"):
+    with pytest.raises(DataError, match=r"validation_path.conllu:14: label 'INTJ' is in no training sentence; fix it, or leave it out"):
         load(tmp_path, conllu(TRAIN), held_out)
     batches = load(tmp_path, conllu(TRAIN), held_out, on_error="skip")
     inputs, targets = batches.batch("validation", 3, 1)
@@ -177,7 +177,7 @@ def test_a_label_of_the_part_held_out_alone_is_refused(tmp_path):
         ({"path": "~nobody-of-this-name/x"}, "data.path ~nobody-of-this-name/x: Could not determine home directory"),
         ({"path": "x" * 300}, "data.path x{300}: File name too long; give the path of a file"),
         ({"path": "."}, "data.path . is a folder: give one text file in it"),
-        ({"path": __file__, "label_field": "lemma"}, "data.label_field 'lemma' is no label of words: set it to one of upos, xpos"),
+        ({"path": __file__, "label_field": "lemma"}, "data.label_field 'lemma' is not a label of words: set it to one of upos, xpos"),
     ],
 )
 def test_settings_that_name_no_treebank(settings, message):

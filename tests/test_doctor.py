@@ -1,4 +1,4 @@
-"""What `rayllp doctor` finds: on nodes that are made up, and on the suite's own cluster."""
+"""What `rayllp doctor` finds on made-up nodes, and on the suite's own cluster."""
 
 import io
 from dataclasses import replace
@@ -49,11 +49,11 @@ def test_workers_that_yield_to_everything_are_noted():
 
 
 def test_no_node():
-    assert faults_of() == ["no node answered: is the cluster up? `ray status` says"]
+    assert faults_of() == ["no node answered: is the cluster up? `ray status` tells"]
 
 
 def test_nothing_is_cut_off_where_there_are_80_columns():
-    """As in a log, or a terminal of the usual width."""
+    """80 columns are the width of a log, and of a usual terminal."""
     console = Console(width=80, file=io.StringIO())
     old = replace(NODE, host="old", address="10.0.0.3", gpus=["NVIDIA H200"] * 8, versions=ONLY_RAY)
     show(Diagnosis(nodes=[NODE, replace(NODE, host="two", address="10.0.0.2"), old]), console)
@@ -75,7 +75,7 @@ def test_a_real_cluster(tmp_path):
     assert link.bandwidth_gb_s > 0.01
     console = Console(record=True, width=200, file=open("/dev/null", "w", encoding="utf-8"))  # noqa: SIM115
     show(found, console)
-    assert "nothing to mend" in console.export_text()
+    assert "nothing to fix" in console.export_text()
 
 
 def test_a_path_that_cannot_be_made(tmp_path):

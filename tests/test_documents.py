@@ -30,14 +30,14 @@ HERE, SHELL, NOT = "in this process", "in a shell (study)", "not run here"
 
 
 class Way(NamedTuple):
-    """How a command is tested.
+    """How a command of a document is tested.
 
     Attributes:
-        pattern: of the commands meant; the first way that matches counts.
+        pattern: regular expression for the commands meant; the first way that matches is used.
         where: HERE, SHELL or NOT.
-        why: it is not run in this process, or not at all.
+        why: why it is not run in this process, or not at all.
         instead: what is changed in it (a regular expression, and what takes its place), since as it stands it would take minutes.
-        adds: what is put at its end, for the same reason.
+        adds: what is appended to it, for the same reason.
     """
 
     pattern: str
@@ -79,7 +79,7 @@ WAYS = (
 
 
 class Piece(NamedTuple):
-    """Something in a document that a reader does: a command, a Python block, or a file to write."""
+    """Something that a reader of a document does: run a command or a Python block, or write a file."""
 
     document: str
     kind: str
@@ -97,7 +97,7 @@ class Piece(NamedTuple):
         return text + self.way.adds
 
     def refusal(self) -> str | None:
-        """What the document says it is refused with."""
+        """Return the message with which the document says that it is refused."""
         found = re.search(r"# refused: (.*)", self.text)
         return found.group(1) if found else None
 
@@ -106,7 +106,7 @@ FENCE = re.compile(r"^```(\w+)(?: title=\"([^\"]+)\")?\n(.*?)^```$", re.MULTILIN
 
 
 def pieces(document: str) -> list[Piece]:
-    """In the document's order."""
+    """Return the pieces of a document, in its order."""
     found = []
     for language, title, body in FENCE.findall((ROOT / document).read_text()):
         if language == "yaml" and title:
@@ -126,7 +126,7 @@ EVERYTHING = [piece for document in RUN for piece in pieces(document)]
 
 
 def without_comment(piece: Piece) -> str:
-    """The shortened text; what is added must not stand behind a comment."""
+    """Return a command without its comment, since nothing can be appended behind a comment."""
     if piece.kind != "command" or "\n" in piece.text:
         return piece.shortened()
     return piece._replace(text=re.sub(r"\s+# .*$", "", piece.text)).shortened()
@@ -140,7 +140,7 @@ def name_of(piece: Piece) -> str:
 
 
 def furnish(folder: Path) -> Path:
-    """A checkout's folders, and the files that a reader brings."""
+    """Make a folder with a checkout's folders, and the files that a reader brings."""
     for name in ("examples", "tune_configs"):
         (folder / name).symlink_to(ROOT / name)
     (folder / "input.txt").write_text("To be, or not to be, that is the question:\n" * 400)
@@ -154,7 +154,7 @@ def folder(tmp_path_factory):
 
 
 def once(where: str) -> list[Piece]:
-    """What is run there; of a command that both documents have, the first."""
+    """Return the pieces to run there; of a command that both documents have, only the first."""
     found: dict[str, Piece] = {}
     for piece in EVERYTHING:
         if piece.way.where == where:
@@ -163,7 +163,7 @@ def once(where: str) -> list[Piece]:
 
 
 def absolute(text: str, folder: Path) -> str:
-    """Workers of the suite's cluster were started elsewhere: what they read is named in full."""
+    """Make paths absolute, since the workers of the suite's cluster were started in another folder."""
     text = text.replace("$PWD", str(folder))
     return re.sub(r"(?<=path[=:])( ?)(\w+\.txt)", lambda found: f"{found.group(1)}{folder / found.group(2)}", text)
 
@@ -195,7 +195,7 @@ def test_what_a_document_says_works(piece, folder, monkeypatch):
 @pytest.mark.study
 @pytest.mark.parametrize("document", RUN)
 def test_a_document_from_its_beginning_to_its_end_in_a_shell(document, tmp_path):
-    """Everything that can be run, with clusters of their own, as a reader would; commands are cut short as WAYS says."""
+    """Runs everything that can be run as a reader would, with clusters of their own; commands are shortened as WAYS says."""
     folder = furnish(tmp_path)
     environment = os.environ | {"PYTHONPATH": str(ROOT), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     for piece in pieces(document):
@@ -235,7 +235,7 @@ def test_no_command_hides_from_the_tests(document):
 
 
 def anchors(page: Path) -> set[str]:
-    """Of its headings, as a forge and the site make them."""
+    """Return the anchors of a document's headings, as code forges and the site make them."""
     text = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
     headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
@@ -255,7 +255,7 @@ def test_links_lead_somewhere(page):
 
 def test_the_site_has_every_page_and_no_other():
     class Loader(yaml.SafeLoader):
-        """Reads what is for Python alone as nothing."""
+        """A YAML loader that reads tags for Python as nothing."""
 
     Loader.add_multi_constructor("tag:yaml.org,2002:python/", lambda loader, suffix, node: None)
     config = yaml.load((ROOT / "mkdocs.yml").read_text(), Loader)
@@ -336,7 +336,7 @@ def test_the_public_interface_is_documented():
 
 
 def test_every_function_is_typed():
-    """Parameters and results of all functions, private ones too."""
+    """Covers parameters and results of all functions, private ones too."""
     for path in (ROOT / "rayllp").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):

@@ -1,4 +1,4 @@
-"""The number of workers changes while a run goes on: states pass to other shares of the layers, and training goes on where it was."""
+"""The number of workers changes during a run: states pass to the new owners of the layers, and training goes on where it was."""
 
 import threading
 import time
@@ -87,14 +87,14 @@ STEPS = 60
 
 @ray.remote(num_cpus=2)
 class Tenant:
-    """Takes room in the cluster."""
+    """An actor that takes up resources of the cluster."""
 
     def ping(self):
         return None
 
 
 class Patient(Driver):
-    """Waits at step 20 until it has grown, so that it does on a slow machine too."""
+    """Waits at step 20 until workers were added, so that this happens on a slow machine too."""
 
     def _next_chunk(self, step):
         chunk = super()._next_chunk(step)
@@ -141,7 +141,7 @@ def test_a_run_grows_into_room_that_comes_free(tmp_path):
 
 
 class Shrinking(RayGroup):
-    """The place of the first worker that is lost is lost with it, as with its node."""
+    """A group in which the slot of the first lost worker is lost as well, as if its node had gone."""
 
     replaced = 0
 
@@ -151,7 +151,7 @@ class Shrinking(RayGroup):
 
 
 class Waiting(Driver):
-    """Waits at step 16 until it is whole again."""
+    """Waits at step 16 until all four workers are there again."""
 
     def _next_chunk(self, step):
         chunk = super()._next_chunk(step)
@@ -166,13 +166,13 @@ class Waiting(Driver):
 
 
 class Growing(Faulty, Waiting):
-    """Fails before that, and after it."""
+    """Like `Waiting`, with failures before that step and after it."""
 
 
 @pytest.mark.study
 @pytest.mark.usefixtures("ray_cluster")
 def test_replicas_that_are_lost_come_back(tmp_path):
-    """A replica goes with one of its workers, and comes back; then a worker's share of the optimizer's state comes from its copy."""
+    """A replica is lost with one of its workers, and comes back; then a worker's share of the optimizer state is restored from its copy."""
     settings = {"model": {"dropout": 0.1}, "steps": 24, "optimizer": {"sharded": True}}
     config = tiny(workers={"min": 2, "max": 4}, mesh={"data": 2}, snapshot_every=1, resize_check_s=0.2, **settings)
     run = RunDirectory.create(tmp_path / "run", config)

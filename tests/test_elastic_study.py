@@ -1,4 +1,4 @@
-"""Long runs, started by hand: `make test ARGS="-m study"`. Faults, sittings on other numbers of workers, kills while writing."""
+"""Long runs, started by hand: `make test ARGS="-m study"`. Faults, sessions on different numbers of workers, kills during writes."""
 
 import contextlib
 import json
@@ -67,7 +67,7 @@ SITTINGS = [{"workers": 4}, {"workers": 3}, {"workers": 1}, {"workers": 5}, {"wo
 
 
 def sit(mode, path):
-    """In a process of its own, with a cluster of its own."""
+    """Run one session of a run in a process of its own, with a cluster of its own."""
     ray.init(address="local", num_cpus=5, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
     settings = {**SETTINGS, "mode": mode}
     rayllp.train(tiny(**settings, **SITTINGS[0]), output=path / "whole")
@@ -80,7 +80,7 @@ def sit(mode, path):
 
 @pytest.mark.parametrize("mode", ["serial", "parallel"])
 def test_sittings_on_4_3_1_5_and_2_by_2_workers(mode, tmp_path):
-    """Each goes on from the checkpoint of the one before; losses are those of one sitting."""
+    """Each session goes on from the checkpoint of the one before; the losses are those of a single session."""
     process = multiprocessing.get_context("spawn").Process(target=sit, args=(mode, tmp_path))
     process.start()
     process.join(600)
@@ -96,7 +96,7 @@ KILLS = 20
 
 
 def test_killing_everything_during_a_write_leaves_a_complete_checkpoint(tmp_path):
-    """SIGKILL for the driver, its cluster and all workers while a checkpoint is written; each next start goes on from the newest."""
+    """The driver, its cluster and all workers get SIGKILL while a checkpoint is written; the next session goes on from the newest one."""
     run, log = tmp_path / "run", tmp_path / "log"
     command = [sys.executable, "-m", "rayllp", "train", "--output", str(run)]
     for setting in ("steps=100000", "eval.every=0", "checkpoint.every=2", "checkpoint.keep=3", "model.width=256", "spare_workers=false"):
@@ -132,7 +132,7 @@ def test_killing_everything_during_a_write_leaves_a_complete_checkpoint(tmp_path
 
 
 def test_a_machine_that_was_suspended_goes_on(tmp_path):
-    """Driver, cluster and workers are stopped for a minute, as a laptop that is closed: no fault, and no step is lost."""
+    """Driver, cluster and workers are stopped for a minute, as on a laptop that is closed: there is no fault, and no step is lost."""
     run, log = tmp_path / "run", tmp_path / "log"
     command = [sys.executable, "-m", "rayllp", "train", "--output", str(run), "--set", "steps=1000000", "--set", "eval.every=0"]
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}

@@ -1,4 +1,4 @@
-"""One training step against bare transformers, and against itself on other meshes."""
+"""One training step compared with plain transformers, and with itself on other meshes."""
 
 import math
 import platform
@@ -27,7 +27,7 @@ PLAIN = {"buffers": {"open": 0, "close": 0}, "step": {"middle": 1.0}, "mode": "s
 
 
 def bare_losses(config, steps):
-    """A transformers training loop with none of our engine in it: same weights, batches, AdamW."""
+    """Return the losses of a plain transformers training loop with the same weights, batches and AdamW, without our engine."""
     engine = make_engine(config)
     model = GPT2LMHeadModel(GPT2Config(**engine.block.architecture.config.to_dict(), attn_implementation="sdpa"))
     weights = {name: parameter.data for name, parameter in engine.block.parameters.items()}
@@ -155,7 +155,7 @@ def test_when_what_was_put_off_is_done_changes_no_bit(case, iterations, monkeypa
 
 
 def test_recomputation_makes_a_graph_that_was_put_off_once():
-    """Two workers, 16 layers, c_f = 4, 1 + 1 iterations: without recomputation 16 forwards, with it the coarse steps' besides."""
+    """Two workers, 16 layers, c_f = 4, 1 + 1 iterations: 16 forwards without recomputation; with it, those of the coarse steps too."""
     counts = {}
     for recompute in (False, True):
         config = tiny(model={"layers": 16}, buffers={"open": 0, "close": 0}, workers=2, mgrit={"coarsening": 4}, recompute=recompute)
@@ -191,7 +191,7 @@ def test_replicas_give_the_same_losses():
 
 
 def test_residuals_at_bfloat16s_rounding_are_converged():
-    """GPT-2 with h = 1/N and 6 iterations: of bfloat16's residuals the last ones are rounding, and the ladder may go down all the same."""
+    """GPT-2 with h = 1/N and 6 iterations: in bfloat16 the last residuals are rounding, which must not keep the ladder from going down."""
     six = replace(ENOUGH, iterations_forward=6, iterations_backward=6)
     options = {"model": {"layers": 36}, "step": {"middle": "1/N"}, "mgrit": {"coarsening": 4}}
     stats = {}
@@ -303,7 +303,7 @@ def test_the_gradient_that_is_named_is_the_first_that_the_adjoint_comes_to(solve
 
 
 def timed_over_gloo(rank, size, config):
-    """Losses of two steps without a timeline and of two with one, and the last one's spans."""
+    """Return the losses of two steps without a timeline and of two with one, and the last step's spans."""
     engine = make_engine(config, TorchChannel(timeout_s=60))
     stats = train_engine(engine, 2)
     engine.timeline = Timeline()
@@ -371,7 +371,7 @@ def test_pages_of_freed_tensors_are_kept():
 
 
 def test_the_last_bit_of_a_loss_does_not_depend_on_who_has_which_layers():
-    """With the microbatches' number set, the gradient's norm included, by which it is clipped."""
+    """That holds with a set number of microbatches, and includes the gradient norm, by which gradients are clipped."""
     size = {"model": {"layers": 12, "width": 96, "heads": 2}, "sequence_length": 64, "batch_size": 16, "microbatches": 8, "mode": "serial"}
     two, four = (run_processes(workers, losses_over_gloo, tiny(workers=workers, **size), 13)[0] for workers in (2, 4))
     assert two == four

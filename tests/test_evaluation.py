@@ -1,4 +1,4 @@
-"""What an evaluation measures: the same held-out samples whatever the batch size, the replicas, the workers and the seed."""
+"""Evaluations: they use the same held-out samples whatever the batch size, the number of replicas and workers, and the seed."""
 
 import numpy as np
 import pytest
@@ -17,7 +17,7 @@ TEXT = "".join(f"line {number} of {number % 7} things\n" for number in range(150
 
 @pytest.fixture
 def files(tmp_path):
-    """A file of each kind of data."""
+    """Write a file of each kind of data."""
     (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
     rows = [f"{'good' if number % 3 else 'bad'} thing {number}\t{int(number % 3 > 0)}" for number in range(120)]
     (tmp_path / "rows.tsv").write_text("text\tlabel\n" + "\n".join(rows) + "\n", encoding="utf-8")
@@ -50,7 +50,7 @@ def small(kind, files, **changes):
 
 
 def evaluate(config):
-    """Of 16 samples, and of all."""
+    """Return the losses over 16 samples, and over all."""
 
     def on_worker(channel):
         alone = LocalChannel.alone()
@@ -114,14 +114,14 @@ def test_every_beginning_of_the_order_is_spread(count):
 
 
 class Endless:
-    """Batches of a user's own that derive from nothing."""
+    """A user's own batches, which derive from no class of ours and have no end."""
 
     def batch(self, split, step, size):
         return torch.full((size, 1, 8, 8), float(step)), torch.zeros(size, dtype=torch.int64)
 
 
 class Eleven(Batches):
-    """The same, with an end."""
+    """The same batches, with an end."""
 
     batch = Endless.batch
 

@@ -1,4 +1,4 @@
-"""Evaluations in parts: the same figures, and the run can be stopped in between; checkpoints by time. Without Ray."""
+"""Evaluations in parts give the same figures, and a run can be stopped between two parts; checkpoints by time. Without Ray."""
 
 import io
 import time
@@ -30,7 +30,7 @@ def test_parts_of_an_evaluation_make_the_same_figures(workers):
 
 
 class Here(WorkerGroup):
-    """One worker, in this process."""
+    """A group of one worker, in this process."""
 
     device = "cpu"
 
@@ -52,7 +52,7 @@ class Here(WorkerGroup):
         raise NotImplementedError
 
     def shutdown(self):
-        """Nothing."""
+        """Do nothing."""
 
 
 def evaluate(tmp_path, stop_after):

@@ -1,4 +1,4 @@
-"""The figures that the documents quote from an example, made by that example; and what its data are fetched by."""
+"""The figures that the documents quote from an example, computed by that example; and the commands that fetch examples' data."""
 
 import ast
 import importlib.util
@@ -31,7 +31,7 @@ def load(name):
     [(1 / 32, (1.6e-2, 1.7e-4), (1.7e-2, 1.2e-2, 1.6e-4)), (1.0, (0.50, 0.17), (0.50, 0.42, 0.17))],
 )
 def test_32_gpt_blocks_are_as_accurate_as_the_table_says(h, states, gradients):
-    """c_f = 4, L = 2, F-relaxation: state error after 1 and 2 forward iterations, gradient error at 1+1, 2+1, 2+2 (docs/method.md)."""
+    """c_f = 4, 2 levels, F-relaxation: state errors after 1 and 2 forward iterations, gradient errors at 1+1, 2+1, 2+2 (docs/method.md)."""
     table = load("convergence_table")
     exact_state, exact_gradient, _ = table.measure(32, h, 0, 0)
     for iterations, state, gradient in (((1, 1), states[0], gradients[0]), ((2, 1), states[1], gradients[1]), ((2, 2), None, gradients[2])):
@@ -98,7 +98,7 @@ def data_of(config):
 
 
 def expanded(url):
-    """All that curl makes of {a,b} in a URL."""
+    """Return all URLs that curl makes of one with {a,b} in it."""
     parts = re.split(r"\{([^}]*)\}", url)
     choices = [part.split(",") if n % 2 else [part] for n, part in enumerate(parts)]
     return ["".join(chosen) for chosen in itertools.product(*choices)]
@@ -107,7 +107,7 @@ def expanded(url):
 @pytest.mark.skipif(shutil.which("curl") is None, reason="curl is what the examples fetch their data with")
 @pytest.mark.parametrize("config", [config for config in CONFIGS if "path" in data_of(config)], ids=lambda config: config.stem)
 def test_the_first_line_of_an_example_fetches_its_data(config, tmp_path):
-    """The command itself, from a folder in place of the network."""
+    """Runs the command itself, with a folder in place of the network."""
     (command,) = re.findall(r"curl .*$", config.read_text(encoding="utf-8").splitlines()[0])
     (url,) = re.findall(r"https://[^\s']+", command)
     for one in expanded(url):

@@ -1,4 +1,4 @@
-"""Exports: what transformers loads computes what the run computed, generates, and can be trained again; every refusal."""
+"""Exports: the model that transformers loads computes what the run computed, generates, and can be trained again; all refusals."""
 
 import json
 import shutil
@@ -42,7 +42,7 @@ ONE_ITERATION = Accuracy(serial=False, levels_forward=2, levels_backward=2, iter
 
 
 def save(engines, run, step):
-    """A checkpoint of a layer group's engines."""
+    """Write a checkpoint of a layer group's engines."""
     folder, files = staging(run.checkpoints, step), {}
     for engine in engines:
         writer = PieceWriter()
@@ -52,7 +52,7 @@ def save(engines, run, step):
 
 
 def trained(config, path, steps=1):
-    """A run directory with a checkpoint after `steps` steps, and the engines of its layer group."""
+    """Return a run directory with a checkpoint after `steps` steps, and the engines of its layer group."""
 
     def work(channel):
         engine = make(config, channel)
@@ -84,7 +84,7 @@ def arguments_of(family, head, inputs):
 
 
 def exact(config, inputs):
-    """Outputs of the network that `trained` makes, over its layer group."""
+    """Return the outputs of the network that `trained` made, computed over its layer group."""
 
     def work(channel):
         engine = make(config, channel)
@@ -149,7 +149,7 @@ def test_tied_and_untied_embeddings_and_float32(family, tie, tmp_path):
 
 
 def greedy(engine, prompt, tokens):
-    """The sequence, and the outputs that each of its new tokens was chosen by."""
+    """Return the generated sequence, and the outputs by which each new token was chosen."""
     sequence, outputs = list(prompt), []
     for index in range(tokens):
         outputs.append(engine.exact_forward(torch.tensor([sequence]), MessageTag(index, "generation"))[:, -1])
@@ -543,7 +543,7 @@ def test_layers_that_a_checkpoints_do_not_make_are_refused(tmp_path):
         make(config_of("gpt2", model={"from_pretrained": folder, "layers": 9}), LocalChannel.alone())
     trained(config_of("mt"), tmp_path / "pairs")
     folder = str(export(tmp_path / "pairs", tmp_path / "translates"))
-    with pytest.raises(SettingsError, match=r"of an encoder–decoder all are taken; leave model.layers out"):
+    with pytest.raises(SettingsError, match=r"an encoder–decoder keeps all its layers; leave model.layers out"):
         make(config_of("mt", model={"from_pretrained": folder, "layers": 6, "encoder_layers": 3}), LocalChannel.alone())
 
 

@@ -1,4 +1,4 @@
-"""Runs that end, or go on, when something fails: a loss, a worker, the user, the disk."""
+"""Runs that end, or go on, after a failure: a loss that is not finite, a lost worker, a full disk, or the user's interrupt."""
 
 import os
 import signal
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("ray_cluster")
 
 
 class Sabotaged(Driver):
-    """A driver that does something to its workers before step 3."""
+    """A driver that harms its workers before step 3."""
 
     def act(self):
         raise NotImplementedError

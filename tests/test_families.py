@@ -1,4 +1,4 @@
-"""Every family against transformers' own model: outputs, loss and gradients, on 1 to 3 workers, dropout included."""
+"""Compares every family with transformers' own model: outputs, loss and gradients, on 1 to 3 workers, dropout included."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ SERIAL = Accuracy(serial=True, levels_forward=1, levels_backward=1, iterations_f
 
 
 class RandomBatches(Batches):
-    """Random inputs and targets of a family's form, with padding where the family knows any."""
+    """Random inputs and targets in a family's form, with padding if the family has it."""
 
     def __init__(self, family, head, length=10):
         self.family, self.head, self.length = family, head, length
@@ -69,7 +69,7 @@ def make(config, layer_channel):
 
 
 def ours(config, accuracy):
-    """Outputs, loss and gradients, merged over the layer group's threads."""
+    """Return outputs, loss and gradients of our model, merged over the layer group's threads."""
 
     def work(channel):
         engine = make(config, channel)
@@ -96,7 +96,7 @@ def ours(config, accuracy):
 
 
 class PieceByPiece(FrozenRandomness):
-    """Dropout of a whole transformers model, keyed as if its pieces were run apart."""
+    """Keys the dropout of a whole transformers model as if its pieces were run separately."""
 
     def __init__(self, model, architecture, seed, step, samples):
         super().__init__((), samples)
@@ -117,7 +117,7 @@ class PieceByPiece(FrozenRandomness):
 
 
 def theirs(config, weights):
-    """The same of transformers' own model with these weights."""
+    """Return outputs, loss and gradients of transformers' own model with these weights."""
     data = RandomBatches(config.model.family, config.model.head)
     architecture = build_architecture(config, data.facts)
     model = architecture.model_class(architecture.config).double().train()
@@ -179,7 +179,7 @@ def steps_over_gloo(rank, size, config, accuracy, steps):
 
 @pytest.mark.parametrize("family", ["mt", "mc"])
 def test_serial_mode_pipelines_states_of_two_tensors_and_masks(family):
-    """1F1B over Gloo: masks are made for each microbatch, common parameters move alike."""
+    """1F1B over Gloo: masks are made for each microbatch, and common parameters are updated alike on all workers."""
     options = {"mode": "serial", "model": {"dropout": 0.1}}
     ((one, evaluated, _),) = run_processes(1, steps_over_gloo, config_of(family, **options), SERIAL, 4)
     for workers in (2, 3):

@@ -1,4 +1,4 @@
-"""What a run says that it has gained."""
+"""How much faster a run says that it was than exact training."""
 
 import io
 

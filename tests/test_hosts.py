@@ -1,4 +1,4 @@
-"""Two hosts with networks, names and files of their own (tests/hosts.py): training over both, and what is said where they do not fit.
+"""Two hosts with networks, names and files of their own (tests/hosts.py): training over both, and the errors where they do not fit.
 
 One test belongs to the suite; the others take minutes: `pytest -m hosts tests/test_hosts.py`.
 """
@@ -29,7 +29,7 @@ def pair() -> Iterator[tuple[Host, Host]]:
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[tuple[Host, Host]]:
-    """Two hosts that are one cluster, with a CPU each, so that two workers are on two hosts."""
+    """Two hosts that form one cluster, with one CPU each, so that two workers are on two hosts."""
     with hosts() as (one, other):
         one.join(cpus=1)
         other.join(cpus=1)
@@ -37,7 +37,7 @@ def cluster() -> Iterator[tuple[Host, Host]]:
 
 
 def write(host: Host, **changes: Any) -> list[str]:
-    """A small config on the shared folder: how `rayllp train` is called with it, and a directory of its own."""
+    """Write a small config to the shared folder; return the arguments of `rayllp train` with it, and a directory of its own."""
     settings = tiny(**SETTINGS | changes).model_dump(mode="json", exclude_unset=True)
     name = f"{host.shared}/{time.monotonic_ns()}"
     host.write(f"{name}.yaml", yaml.safe_dump(settings))
@@ -53,7 +53,7 @@ def losses(host: Host, run: str) -> list[float]:
 
 
 def expected(**changes: Any) -> list[float]:
-    """Losses with the same settings where the workers are threads of this process."""
+    """Return the losses with the same settings and workers that are threads of this process."""
     config = tiny(**SETTINGS | changes)
     return losses_over_threads(config, config.steps)
 
@@ -62,7 +62,7 @@ def expected(**changes: Any) -> list[float]:
 
 
 def test_two_hosts_train_one_network(cluster):
-    """Though their names resolve to loopback, and another interface leads nowhere."""
+    """They do although their names resolve to the loopback address, and another interface leads nowhere."""
     one, _ = cluster
     command = write(one)
     one.rayllp(*command)
@@ -105,7 +105,7 @@ def test_states_travel_by_mpi(cluster, mode):
 
 @pytest.mark.hosts
 def test_processes_of_mpis_launcher(pair):
-    """MPICH's `mpiexec` reaches the other host by what stands for ssh here."""
+    """MPICH's `mpiexec` reaches the other host by a stand-in for ssh."""
     one, other = pair
     shell = f"{one.shared}/shell"
     text = f"""#!/bin/sh
@@ -150,7 +150,7 @@ def test_a_job(pair):
 
 
 def follow(host: Host, run: str, step: int, limit_s: float) -> float:
-    """Wait until a run has done so many steps; the seconds."""
+    """Wait until a run has done this many steps; return how many seconds that took."""
     began = time.monotonic()
     while time.monotonic() < began + limit_s:
         found = host.run("sh", "-c", f"tail -n 1 {run}/metrics.jsonl 2>/dev/null", check=False).stdout
@@ -162,7 +162,7 @@ def follow(host: Host, run: str, step: int, limit_s: float) -> float:
 
 @pytest.mark.hosts
 def test_a_host_is_cut_off_for_a_minute(pair):
-    """No connection is reset: there is only silence. The run goes on with what is left, and takes the host back."""
+    """No connection is reset, messages just stop. The run goes on with the other host, and takes this one back later."""
     one, other = pair
     for host in (one, other):
         host.join(cpus=2)
@@ -196,7 +196,7 @@ def test_a_host_is_cut_off_for_a_minute(pair):
 
 @pytest.mark.hosts
 def test_workers_are_killed_on_either_host(cluster):
-    """Ten times: seconds from the kill to the next finished step."""
+    """Measures ten times how many seconds pass from the kill to the next finished step."""
     one, other = cluster
     command = write(one, steps=4000, max_failures=100, spare_workers=True)
     run = command[-1]
@@ -226,7 +226,7 @@ def test_workers_are_killed_on_either_host(cluster):
 
 @pytest.mark.hosts
 def test_a_slow_link(cluster):
-    """Of 80 Mbit/s, whose queue drops what is too much: slower, and right."""
+    """On a link of 80 Mbit/s whose queue drops packets, training is slower, and still right."""
     one, other = cluster
     for host in (one, other):
         host.run("tc", "qdisc", "add", "dev", "cable", "root", "tbf", "rate", "80mbit", "burst", "16kb", "limit", "32kb")
@@ -239,7 +239,7 @@ def test_a_slow_link(cluster):
             host.run("tc", "qdisc", "del", "dev", "cable", "root")
     assert losses(one, command[-1]) == pytest.approx(expected(), rel=1e-12)
     assert found.returncode == 1
-    assert "0.01 GB/s; see that gloo uses the fast interface" in found.stdout
+    assert "0.01 GB/s; make sure that gloo uses the fast interface" in found.stdout
 
 
 # What is said ---------------------------------------------------------------------------------------------------------------------
@@ -248,7 +248,7 @@ def test_a_slow_link(cluster):
 def said(host: Host, *command: str, **variables: str) -> str:
     done = host.rayllp(*command, check=False, **variables)
     assert done.returncode != 0
-    found = [line for line in (done.stdout + done.stderr).splitlines() if line.startswith(("to mend", "ClusterError", "RendezvousError"))]
+    found = [line for line in (done.stdout + done.stderr).splitlines() if line.startswith(("to fix", "ClusterError", "RendezvousError"))]
     print(*found, sep="\n")
     return "\n".join(found)
 
@@ -266,7 +266,7 @@ def test_a_wish_that_fits_no_interface(pair, command):
 @pytest.mark.hosts
 @pytest.mark.parametrize("command", ["train", "doctor"])
 def test_a_firewall(pair, command):
-    """Only Ray's own ports are open, which makes a cluster, but no process group."""
+    """Only Ray's own ports are open: enough for a cluster, but not for a process group."""
     one, other = pair
     fixed = ["--min-worker-port=20000", "--max-worker-port=20099", "--node-manager-port=20100", "--object-manager-port=20101"]
     agents = ["--dashboard-agent-grpc-port=20102", "--dashboard-agent-listen-port=20103", "--metrics-export-port=20104"]
@@ -288,7 +288,7 @@ def test_what_the_doctor_says_of_storage_that_is_not_shared(cluster):
 
 @pytest.mark.hosts
 def test_what_the_doctor_says_of_other_versions_and_clocks(pair):
-    """The other host's Python finds another safetensors, and a clock that is a minute ahead."""
+    """The other host's Python finds another version of safetensors, and a clock that is a minute ahead."""
     one, other = pair
     odd = f"{other.own}/odd"
     facts = f"{odd}/safetensors-0.0.9.dist-info"
@@ -305,7 +305,7 @@ def test_what_the_doctor_says_of_other_versions_and_clocks(pair):
 
 @pytest.mark.hosts
 def test_a_full_disk_on_the_other_host(cluster):
-    """Its part of what is written finds no room."""
+    """There is no room for the other host's part of a checkpoint."""
     one, other = cluster
     one.run("mkdir", "-p", f"{one.shared}/full")
     other.run("sh", "-c", f"mount -t tmpfs -o size=4k,nr_inodes=2 tmpfs {one.shared}/full")

@@ -17,7 +17,7 @@ PACKAGE = Path(__file__).parents[1] / "rayllp"
 
 
 def find_imports(package: Path) -> dict[str, set[str]]:
-    """By module: all modules that it imports, inside functions and under TYPE_CHECKING as well; those of the package by full name."""
+    """Return for each module what it imports, inside functions and under TYPE_CHECKING too; modules of the package have full names."""
     paths = {}
     for path in sorted(package.rglob("*.py")):
         parts = path.relative_to(package.parent).with_suffix("").parts
@@ -40,24 +40,24 @@ def find_imports(package: Path) -> dict[str, set[str]]:
 
 @cache
 def ours() -> dict[str, set[str]]:
-    """Imports of rayllp."""
+    """Return the imports of rayllp."""
     return find_imports(PACKAGE)
 
 
 def room_of(module: str) -> str:
-    """The first part of a name below the package; "__init__" of the package itself."""
+    """Return the first part of a module's name below the package; "__init__" for the package itself."""
     return [*module.split("."), "__init__"][1]
 
 
 def wrong_way(imports: dict[str, set[str]], rooms: list[str]) -> set[tuple[str, str]]:
-    """Imports of a room from one that is above it."""
+    """Return imports by a module from a room that is above its own."""
     package = next(iter(imports)).split(".")[0]
     inner = [(module, other) for module, others in imports.items() for other in others if other.split(".")[0] == package]
     return {(module, other) for module, other in inner if rooms.index(room_of(other)) > rooms.index(room_of(module))}
 
 
 def in_circles(imports: dict[str, set[str]]) -> set[str]:
-    """Modules that import themselves by way of others."""
+    """Return the modules that import themselves by way of others."""
 
     def reached(start: str) -> set[str]:
         seen: set[str] = set()
@@ -95,7 +95,7 @@ def test_the_solver_and_the_engine_know_neither_cluster_nor_ray():
 
 
 def made_up(folder: Path, files: dict[str, str]) -> dict[str, set[str]]:
-    """Imports of a package with these files."""
+    """Return the imports of a package that consists of these files."""
     for name, text in {"__init__.py": "", **files}.items():
         path = folder / "house" / name
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""What a run does when it is asked to end: Ctrl-C, SIGTERM, a closed terminal."""
+"""How a run ends when it is asked to: by Ctrl-C, SIGTERM or a closed terminal."""
 
 import os
 import pty
@@ -83,7 +83,7 @@ def test_a_closed_terminal_is_left_so_that_writing_does_not_fail():
 @pytest.mark.parametrize("number", ASKING)
 def test_a_sweep_is_interrupted_by_any_of_them(number):
     def tune(heed):
-        """As Ray Tune does: it takes SIGINT for itself, gives it back at the first one, and returns."""
+        """Do as Ray Tune does: install a handler of SIGINT, restore the old one at the first signal, and return."""
         original = signal.getsignal(signal.SIGINT)
         signal.signal(signal.SIGINT, lambda number, frame: signal.signal(signal.SIGINT, original))
         if heed:

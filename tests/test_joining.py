@@ -1,4 +1,4 @@
-"""Which cluster a run joins or starts, and what is said where that cannot work."""
+"""Which cluster a run joins or starts, and the errors where that cannot work."""
 
 import math
 import os

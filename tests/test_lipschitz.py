@@ -1,4 +1,4 @@
-"""Lipschitz estimates against dense Jacobians and over workers; the suggested buffers on made-up profiles; the command."""
+"""Lipschitz estimates compared with dense Jacobians, over several workers; the buffers suggested for made-up profiles; the command."""
 
 import json
 from dataclasses import asdict, replace
@@ -25,7 +25,7 @@ MANY = 60
 
 
 def dense(f, x):
-    """The largest singular value of f's Jacobian at x."""
+    """Return the largest singular value of f's Jacobian at x."""
     jacobian = torch.autograd.functional.jacobian(f, x).reshape(x.numel(), x.numel())
     return torch.linalg.svdvals(jacobian)[0].item()
 
@@ -70,7 +70,7 @@ def test_a_layer_that_moves_nothing_has_none():
 
 
 def estimates(config, accuracy=ENOUGH, make=make_engine):
-    """All layers', merged over the layer group's threads, and the gradient norm of the step."""
+    """Return the estimates of all layers, merged over the layer group's threads, and the gradient norm of the step."""
     plan = ProbePlan(candidate=accuracy, lipschitz=True)
 
     def work(channel):
@@ -220,7 +220,7 @@ def test_what_cannot_be_judged_is_refused(estimates, factor, message):
 
 
 def run_directory(path, config, steps):
-    """What the driver would have written of a run of these steps, on this thread."""
+    """Write the run directory that the driver would write for these steps, which run on this thread."""
     run, engine, control = RunDirectory.create(path, config), make_engine(config), Controller(config)
     for step in range(steps):
         plan = control.plan_probe(step)

@@ -45,7 +45,7 @@ def test_tensorboard_can_be_left_out(tmp_path):
 
 
 class Failing(Service):
-    """A service that goes away after its first point."""
+    """A service that fails after its first point."""
 
     name = "wandb"
 
@@ -59,7 +59,7 @@ class Failing(Service):
         self.told.append((step, values["train/loss"]))
 
     def end(self):
-        raise AssertionError("it is told no more")
+        raise AssertionError("nothing more is logged there")
 
 
 def test_a_service_that_fails_costs_a_warning(tmp_path, monkeypatch):
@@ -71,7 +71,7 @@ def test_a_service_that_fails_costs_a_warning(tmp_path, monkeypatch):
             service.on_step(metric(step))
         service.on_evaluation(3, {"loss": 1.0})
     assert service.told == [(0, 4.0)]
-    assert heard == ["WARNING: wandb failed (no route to host): it is told no more, and training goes on"]
+    assert heard == ["WARNING: wandb failed (no route to host): nothing more is logged there, and training goes on"]
 
     def cannot(*_):
         raise OSError("no key")
@@ -85,7 +85,7 @@ def test_a_service_that_fails_costs_a_warning(tmp_path, monkeypatch):
 
 
 def two_sittings(path, name):
-    """A run that is logged, and goes on; what it keeps of the services."""
+    """Log a run and its resumption; return what the run has stored about the services."""
     config = tiny(log_to=[name], steps=3, optimizer={"lr": 0.125})
     run, heard = RunDirectory.create(path / "run", config), []
     for steps in ((0, 1), (1, 2)):  # the second is done again
@@ -126,6 +126,6 @@ def test_wandb(tmp_path, monkeypatch):
 
 
 def test_settings_that_have_no_default_are_among_those_that_differ():
-    """A range of workers is two names, of which the defaults have none."""
+    """A range of workers flattens to two names, which the defaults do not have."""
     changed = changed_settings(make_config({"workers": {"min": 1, "max": 2}, "seed": 3}))
     assert changed == {"workers.min": 1, "workers.max": 2, "seed": 3}

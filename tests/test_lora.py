@@ -1,4 +1,4 @@
-"""Adapters and frozen parameters: gradients are peft's own, frozen ones cost nothing, adapters go in and out as peft keeps them."""
+"""Adapters and frozen parameters: gradients equal peft's, what is frozen costs nothing, adapters are read and written in peft's format."""
 
 import pytest
 import torch
@@ -31,7 +31,7 @@ LORA = {"lora": {"rank": 3, "alpha": 5.0, "targets": ["q_proj", "down_proj"]}}
 
 @pytest.mark.parametrize(("kind", "targets"), [("qwen3", ["q_proj", "down_proj"]), ("gpt2", ["c_attn"])])
 def test_gradients_of_adapters_are_those_of_peft(kind, targets):
-    """On 1 and 2 workers, exactly and by enough iterations; nothing else has a gradient."""
+    """On 1 and 2 workers, by exact steps and by enough iterations; nothing but the adapters has a gradient."""
     change = {"lora": {"rank": 3, "alpha": 5.0, "targets": targets}}
     config = with_model(kind, **change)
     gradients, weights, outputs, _ = ours(config, EXACT)
@@ -92,7 +92,7 @@ def test_what_matches_nothing_is_refused_with_what_there_is():
 
 
 def test_adapters_out_merged_or_not_and_in_again(tmp_path):
-    """What peft and transformers load computes what the run does; adapters go on from where they were."""
+    """The model that peft and transformers load computes what the run does, and adapters that are loaded train on from where they were."""
     small = config_of("causal", "gpt2", 1, "serial")
     architecture = build_architecture(small, Random("causal").facts)
     torch.manual_seed(1)

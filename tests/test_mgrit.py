@@ -1,4 +1,4 @@
-"""The solver against autograd and against itself: exactness, and independence of the number of workers."""
+"""The MGRIT solver compared with autograd and with itself: exactness, and independence of the number of workers."""
 
 import itertools
 
@@ -16,7 +16,7 @@ torch.set_num_threads(1)
 
 
 class Layers:
-    """Small nonlinear residual layers, and both propagators over them."""
+    """Small nonlinear residual layers, with the forward and the adjoint propagator over them."""
 
     def __init__(self, count: int, width: int = 3, parts: int = 1) -> None:
         generator = torch.Generator().manual_seed(count)
@@ -91,7 +91,7 @@ def both_solves(channel, layers, blocks, method, adjoint_method, levels=2, adjoi
 
 
 def solve_alone(hierarchy, options, propagator, layers):
-    """A forward solve on one worker, and how it went."""
+    """Return the result of a forward solve on one worker, and how it converged."""
     problem = Problem(hierarchy, propagator, StateSpec.of(layers.state))
     solution = MGRITSolver(problem, options, Communicator(LocalChannel.alone(), MessageTag(0, "forward"))).solve(layers.state)
     return solution, how_it_went(solution, LocalChannel.alone())
@@ -184,9 +184,9 @@ def test_forward_and_backward_are_configured_separately():
 
 @pytest.mark.parametrize(("iterations", "evaluations"), [(1, 32), (2, 32 + 27), (3, 32 + 2 * 27)])
 def test_no_layer_is_evaluated_twice_from_one_state(iterations, evaluations):
-    """XBraid takes 40, 88, 136 layer evaluations at N = 32, c_f = 4 (F-relaxation, skipped down-cycle).
+    """XBraid needs 40, 88, 136 layer evaluations at N = 32, c_f = 4 (F-relaxation, skipped down-cycle).
 
-    Here the coarse propagation's 7 are the last sweep's first ones of as many intervals. A further iteration takes the other 3 layers of 7
+    Here the coarse solve's 7 serve as the first of 7 intervals in the last sweep. A further iteration takes the other 3 layers of 7
     intervals, and the 6 coarse steps whose start it has moved.
     """
     layers = Layers(32)
@@ -211,7 +211,7 @@ def test_no_layer_is_evaluated_twice_from_one_state(iterations, evaluations):
 
 @pytest.mark.parametrize(("iterations", "evaluations"), [(1, 7), (2, 7 + 34), (3, 7 + 2 * 34)])
 def test_nor_is_any_in_the_adjoint(iterations, evaluations):
-    """Before the last sweep. A further iteration takes the 4 layers of 7 intervals, and the 6 coarse steps whose start it has moved."""
+    """Before the last sweep. A further iteration takes the 4 layers of 7 intervals, and the 6 coarse steps whose start has changed."""
     layers = Layers(32)
     hierarchy, forward = build_hierarchy(blocks=(32,), levels=2, coarsening=4), Forward(layers)
     solve_alone(hierarchy, SolverOptions(), forward, layers)
@@ -259,7 +259,7 @@ def test_statuses_advise():
 
 
 class Rounded(Forward):
-    """Layers whose own part is computed in bfloat16, as under autocast; the state is in float32."""
+    """Layers whose increment is computed in bfloat16, as under autocast; the state is in float32."""
 
     def step(self, n, state):
         return state + (super().step(n, state) - state).bfloat16().float()
@@ -267,7 +267,7 @@ class Rounded(Forward):
 
 @pytest.mark.parametrize(("kind", "rounding", "iterations"), [(Forward, 0.0, 12), (Rounded, 2.0**-8, 8)])
 def test_what_is_left_of_rounding_counts_as_converged_not_as_a_factor(kind, rounding, iterations):
-    """Ratios of residuals that are nothing but rounding are near 1, whatever the method does."""
+    """Ratios of residuals that are mere rounding errors are near 1, whatever the method does."""
     layers, single, hierarchy = Layers(64), Layers(64), build_hierarchy(blocks=(64,), levels=2, coarsening=4)
     single.weights, single.state = [weight.detach().float() for weight in single.weights], single.state.float()
     _, found = solve_alone(hierarchy, SolverOptions(iterations=iterations, relaxation=("F",), rounding=rounding), kind(single), single)

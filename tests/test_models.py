@@ -1,4 +1,4 @@
-"""What families rest on: a family added from outside, initialisation, frozen randomness in any module, generation."""
+"""What all model families share: registering a family, initialisation, frozen randomness in any module, generation."""
 
 import math
 
@@ -181,7 +181,7 @@ def test_sampled_text_does_not_depend_on_the_workers(family):
 
 
 def count_tokens(engine):
-    """Positions that a worker's layers have been through so far, by layer."""
+    """Return a running count, by layer, of the positions that a worker's layers compute from now on."""
     counted = dict.fromkeys(engine.block.layers, 0)
     advance = engine.block.architecture.advance
 
@@ -195,7 +195,7 @@ def count_tokens(engine):
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_each_token_goes_through_the_layers_once(family):
-    """Beyond the context every token moves, and all of them are taken again."""
+    """Beyond the context length every token changes its position, so all of them are computed again."""
 
     def sample(workers, forget):
         def work(channel):
@@ -224,7 +224,7 @@ def test_contexts_of_a_few_tokens(length):
 
 
 def test_layers_that_remember_otherwise_take_all_tokens_again():
-    """A worker whose layers make something else of what they remember has all workers take whole sequences."""
+    """If the layers of one worker cannot go on from cached keys and values, all workers compute whole sequences."""
     (wanted,) = run_workers(1, lambda channel: continue_text(make(config_of("llama"), channel).exact_forward, [1, 2, 3], 5))
 
     def work(channel):

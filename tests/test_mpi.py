@@ -1,4 +1,4 @@
-"""States over MPI: as exact as over anything else, on Ray too, and a lost rank is noticed by all."""
+"""States sent by MPI: training is as exact as over other channels, on Ray too, and all ranks notice when one is lost."""
 
 import socket
 import subprocess
@@ -21,7 +21,7 @@ TAG = MessageTag(3, "forward", "relaxation")
 
 
 def losses_over_mpi(world, *configs):
-    """Of three steps each."""
+    """Return this process's losses of three steps."""
     return [[stats.loss for stats in train_engine(make_engine(config, world.channel(0, 60.0)), 3)] for config in configs]
 
 
@@ -37,7 +37,7 @@ def test_a_step_over_mpi_is_the_step_over_threads(workers):
 
 
 def large(channel):
-    """Messages of 16 MiB both ways at once, each sent before anything is received, while the sender is at something else."""
+    """Send messages of 16 MiB both ways at once, each before anything is received, while the sender does something else."""
     other, count = 1 - channel.rank, 4 * 1024**2
     channel.send(torch.full((count,), float(channel.rank)), other, TAG)
     time.sleep(0.3)
@@ -77,7 +77,7 @@ def test_who_waits_for_a_worker_that_is_gone_is_told_at_once():
 
 
 def say(meeting, *lines):
-    """Answers to these lines, each of which has one; None where the manager hangs up."""
+    """Send these lines to the process manager; return its answer to each, None where it hangs up."""
     with socket.create_connection((meeting.host, meeting.port), timeout=5) as connection, connection.makefile("rw") as file:
         answers = []
         for line in lines:
@@ -155,7 +155,7 @@ def test_a_run_over_mpi_is_that_over_gloo_though_a_rank_is_killed(tmp_path):
 
 
 def mpiexec(count, *arguments):
-    """`rayllp train` in so many processes; exit code and all that was said."""
+    """Run `rayllp train` in this many processes; return the exit code and all output."""
     command = [
         str(Path(sys.executable).with_name("mpiexec")),
         "-n",
@@ -183,7 +183,7 @@ def test_processes_of_mpis_launcher_train_without_ray(tmp_path):
 
 
 class Answering:
-    """Stands where a process's worker is."""
+    """Takes the place of a process's worker."""
 
     def __init__(self, rank):
         self.rank = rank

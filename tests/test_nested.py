@@ -1,4 +1,4 @@
-"""Nested iteration: the schedule, what a deeper network gets of a shallower one, and whole runs through two deepenings."""
+"""Nested iteration: its schedule, what a deeper network takes over from a shallower one, and whole runs that deepen twice."""
 
 import json
 import shutil
@@ -154,7 +154,7 @@ def test_a_copys_state():
 
 
 def deepen(shallow, config, folder, architecture=None, workers=1):
-    """Engines of `config`'s network, by rank, made of the shallow engine's state."""
+    """Return the engines of `config`'s network, by rank, initialised from the shallow engine's state."""
     folder.mkdir(parents=True)
     writer = PieceWriter()
     writer.begin(shallow, folder)
@@ -201,7 +201,7 @@ def test_the_copies_of_a_linear_layer_are_smaller_steps_of_it(tmp_path):
 
 
 def shallow_and_deep(path, step, factor=4, steps=5, workers=1, optimizer="adamw"):
-    """A GPT-2 of 2 + 2 + 2 layers after some steps, and what becomes of it with Δt = `step` in the deep network."""
+    """Return a GPT-2 of 2 + 2 + 2 layers after some steps, and the deeper network made of it, with Δt = `step`."""
     nested = {"factors": [factor], "at": [steps]}
     config = tiny(
         model={"layers": 4 + 2 * factor},
@@ -218,7 +218,7 @@ def shallow_and_deep(path, step, factor=4, steps=5, workers=1, optimizer="adamw"
 
 
 def weights(engine, index):
-    """A layer's, as one vector."""
+    """Return a layer's weights as one vector."""
     return torch.cat([parameter.detach().flatten() for parameter in engine.block.layers[index].parameters()])
 
 
@@ -249,7 +249,7 @@ def test_copies_have_the_weights_and_their_share_of_the_moments(tmp_path):
 
 
 def test_the_deep_gpt2_is_the_shallow_one_up_to_the_step_squared_a_layer(tmp_path):
-    """Two layers' errors of O(Δt²) each: half of Δt, a quarter of the difference."""
+    """Each of two layers has an error of O(Δt²): half of Δt makes a quarter of the difference."""
     gaps = []
     for n, step in enumerate((0.02, 0.01, 0.005)):
         shallow, (deep,) = shallow_and_deep(tmp_path / str(n), step)
@@ -262,7 +262,7 @@ def test_the_deep_gpt2_is_the_shallow_one_up_to_the_step_squared_a_layer(tmp_pat
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon", "adafactor"])
 def test_the_next_optimizer_step_of_each_copy_is_the_layers(tmp_path, optimizer):
-    """So the moments' scales are right: unscaled, the copies' first steps would be another's."""
+    """So the optimizer's moments are scaled rightly: unscaled, the copies' first steps would differ from the layer's."""
     shallow, (deep,) = shallow_and_deep(tmp_path / "a", 0.02, optimizer=optimizer)
     before = {index: weights(shallow, index) for index in (2, 3)}
     for engine in (shallow, deep):
@@ -282,7 +282,7 @@ def read(path):
 
 @pytest.fixture(scope="module")
 def deepened(kept_workers, tmp_path_factory):
-    """2 + 2 + 2 layers to step 4 (too few for MGRIT), 2 + 4 + 2 to step 8, 2 + 8 + 2 to step 12."""
+    """Train 2 + 2 + 2 layers to step 4 (too few for MGRIT), 2 + 4 + 2 to step 8, 2 + 8 + 2 to step 12."""
     config = tiny(
         workers=2, steps=12, mgrit={"coarsening": 2}, nested={"factors": [2, 2], "at": [4, 8]}, checkpoint={"every": 3, "keep": 9},
         eval={"every": 4},
@@ -308,7 +308,7 @@ def test_a_run_deepens_in_one_directory(deepened):
 
 @pytest.mark.parametrize("step", [4, pytest.param(6, marks=pytest.mark.study)])
 def test_an_interrupted_run_goes_on_in_its_stage_to_the_same_weights(deepened, step, tmp_path):
-    """From the last step of a stage, whose checkpoint is still shallow, and from the middle of one."""
+    """It is interrupted at the last step of a stage, whose checkpoint is still shallow, and in the middle of one."""
     config, whole = deepened
     copy = RunDirectory.create(tmp_path / "copy", config)
     for name in ("metrics.jsonl", "evals.jsonl", "events.jsonl", "model.json"):
@@ -345,7 +345,7 @@ def test_buffers_are_suggested_for_the_depth_that_estimates_have_now(tmp_path):
 
 
 class Halves:
-    """Whether the sum of two numbers is positive, as a function of (split, step)."""
+    """Batches whose target is whether the sum of two numbers is positive, as a function of (split, step)."""
 
     def batch(self, split, step, size):
         x = torch.randn(size, 4, generator=torch.Generator().manual_seed(step), dtype=torch.float64)

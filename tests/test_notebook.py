@@ -1,4 +1,4 @@
-"""The notebooks in examples/ run from top to bottom, in kernels of their own, and say what they promise."""
+"""The notebooks in examples/ run from top to bottom, in kernels of their own, and show what they promise."""
 
 import json
 import os
@@ -16,10 +16,10 @@ PATH = Path(__file__).parents[1] / "examples" / "train_and_watch.ipynb"
 
 
 def run_notebook(path, ray_cluster, monkeypatch, *, changes):
-    """Its code cells, once run. It joins the suite's cluster, whose start it would else pay for; by itself it starts one.
+    """Run a notebook and return its code cells. It joins the suite's cluster, to save the time of starting one; by itself it starts one.
 
     Args:
-        changes: by some text of a cell, what to replace it by.
+        changes: texts in its cells, each with its replacement.
     """
     address = ray_cluster.get_runtime_context().gcs_address
     monkeypatch.setenv("RAY_ADDRESS", address)

@@ -1,4 +1,4 @@
-"""Muon for the layers' matrices and AdamW for the rest: against torch's, on any number of workers, and in checkpoints."""
+"""Muon for the layers' matrices and AdamW for the rest: compared with torch's, on any number of workers, and in checkpoints."""
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ SETTINGS = {"lr": 0.02, "weight_decay": 0.1, "momentum": 0.9}
 
 
 def moved(make, shapes, steps=3):
-    """Matrices after some steps, each with its own made-up gradient."""
+    """Return matrices after some steps, each with its own made-up gradient."""
     numbers = torch.Generator().manual_seed(0)
     matrices = [torch.nn.Parameter(torch.randn(shape, generator=numbers)) for shape in shapes]
     optimizer = make(matrices)
@@ -43,14 +43,14 @@ def torchs(matrices):
 
 
 def apart(found, wanted):
-    """The largest difference of a matrix, over how far it has moved."""
+    """Return the largest difference between a matrix and torch's, relative to how far torch's has moved."""
     start = moved(torchs, SHAPES, steps=0)
     return max(float((mine - theirs).norm() / (theirs - before).norm()) for mine, theirs, before in zip(found, wanted, start, strict=True))
 
 
 @pytest.mark.parametrize("limit", [muon.CALL_BYTES, 1000, 1])
 def test_muon_is_torchs(monkeypatch, limit):
-    """However many matrices a call takes; in bfloat16 to the last bit where a product does not depend on how many are formed at once."""
+    """However many matrices a call takes. In bfloat16 to the last bit, where a product does not depend on how many are formed at once."""
     monkeypatch.setattr(muon, "CALL_BYTES", limit)
     wanted = moved(torchs, SHAPES)
     assert apart(moved(lambda matrices: muon.Muon(matrices, precision=torch.bfloat16, **SETTINGS), SHAPES), wanted) < 0.005

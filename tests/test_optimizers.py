@@ -1,4 +1,4 @@
-"""SGD and Adafactor against torch's, and the average of the weights: on any number of workers, in checkpoints, evaluations and exports."""
+"""SGD and Adafactor compared with torch's, and averaged weights: on any number of workers, in checkpoints, evaluations and exports."""
 
 import hashlib
 
@@ -26,7 +26,7 @@ ALL = {"sgd": SGD, "sgd without momentum": PLAIN_SGD, "adafactor": ADAFACTOR, "a
 
 
 def bare(name, parameters):
-    """torch's own with the settings above."""
+    """Return torch's own optimizer with the settings above."""
     groups = [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": 0.1},
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},

@@ -1,4 +1,4 @@
-"""What is released: the wheel and the source distribution, as they are built, hold what they need and say what they are."""
+"""The released wheel and source distribution contain what they need and have the right metadata."""
 
 import ast
 import email
@@ -35,7 +35,7 @@ def test_type_checkers_see_the_names_that_the_package_has():
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
-    """Both distributions, built of a copy by setuptools alone: no network, nothing left behind."""
+    """Build both distributions from a copy, by setuptools alone: no network is used and nothing is left behind."""
     setuptools = pytest.importorskip("setuptools", "77", reason="setuptools before 77 does not read the licence as pyproject.toml gives it")
     copy = tmp_path_factory.mktemp("release") / "rayllp"
     shutil.copytree(ROOT, copy, ignore=LEFT_OUT)

@@ -1,4 +1,4 @@
-"""A run that ends early: its evaluations have become no better. One worker in this process, without Ray."""
+"""Early stopping: a run ends once its evaluations no longer improve. One worker in this process, without Ray."""
 
 import io
 

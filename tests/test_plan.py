@@ -1,4 +1,4 @@
-"""Predictions against schedules counted by hand."""
+"""Predicted step times compared with schedules counted by hand."""
 
 import time
 from dataclasses import replace
@@ -75,7 +75,7 @@ def test_messages_and_serial_solves_count():
 
 
 def hierarchies():
-    """Blocks of all kinds, workers without layers or C-points, short last intervals."""
+    """Yield hierarchies with blocks of all kinds, workers without layers or C-points, and short last intervals."""
     random = Random(0)
     yield build_hierarchy(blocks=(4,) * 32, levels=3, coarsening=4)
     while True:
@@ -107,7 +107,7 @@ def test_workers_that_are_alike_do_alike(name, monkeypatch):
 
 
 def cyclic(workers, layers, costs, windows=(), microbatches=1):
-    """The seconds of a step by windows, 1+1, or of an exact one with layers in turn."""
+    """Return the predicted seconds of a step by windows with 1+1 sweeps, or of an exact step with layers in turn."""
     config = make_config(
         {
             "workers": workers,

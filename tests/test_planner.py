@@ -1,4 +1,4 @@
-"""Which mesh pays: predictions of whole plans, their advice, and the command."""
+"""Which mesh pays: whole plans, their advice, and the command."""
 
 import json
 from dataclasses import replace
@@ -29,7 +29,7 @@ def config(layers=64, batch=16):
 
 
 def layers(small=1e-2, per_sample=0.0, **changes):
-    """A forward takes `small` + `per_sample` a sample, gradients as long each."""
+    """Return a layer model whose forward takes `small` seconds plus `per_sample` for each sample, and each gradient as long."""
 
     def costs(batch):
         seconds = small + per_sample * batch
@@ -144,7 +144,7 @@ def test_gradients_are_summed_behind_the_adjoint():
 
 
 def test_spans_fill_a_predicted_step():
-    """Whatever a worker does, it does one thing at a time, from the step's beginning to its end."""
+    """A worker's spans follow one another without gaps or overlaps, from the step's beginning to its end."""
     some = make_config({"model": {"layers": 24}, "workers": 5, "mode": "parallel", "solver": "mgrit", "mgrit": {"coarsening": 3}})
     costs = Costs(forward=2, record=3, input_gradient=2, full_gradient=5, enter=1, leave=4, update=0.5, message=0.25)
     found = predict(some, Controller(some).chosen, costs)

@@ -1,4 +1,4 @@
-"""`profile.steps`: traces of chosen steps. One worker in this process, without Ray."""
+"""Traces of the steps that `profile.steps` chooses. One worker in this process, without Ray."""
 
 import gzip
 import json

@@ -1,4 +1,4 @@
-"""What a person sees, and that nobody has to look."""
+"""The progress display: what a person sees, and that a run does not need anyone to read it."""
 
 import io
 
@@ -33,7 +33,7 @@ def test_a_second_bar_goes_when_training_goes_on():
 
 
 class Gone(io.StringIO):
-    """A terminal that is closed, or a pipe whose reader goes."""
+    """A terminal that is closed, or a pipe whose reader ends."""
 
     error = None
 

@@ -47,7 +47,7 @@ class SelfAttention(nn.Module):
 
 
 class DropPath(nn.Module):
-    """timm's: whole samples, by bernoulli_ on a tensor of one number a sample."""
+    """timm's DropPath: drops whole samples, by bernoulli_ on a tensor with one number per sample."""
 
     def __init__(self, drop_prob):
         super().__init__()
@@ -61,7 +61,7 @@ class DropPath(nn.Module):
 
 
 class TimmBlock(nn.Module):
-    """timm's transformer block: attn_drop, proj_drop, drop_path."""
+    """timm's transformer block, with attn_drop, proj_drop and drop_path."""
 
     def __init__(self, drop_path=0.3, fused=True):
         super().__init__()
@@ -90,7 +90,7 @@ class TimmBlock(nn.Module):
 
 
 class Windows(nn.Module):
-    """Swin's: attention within windows, which go into dimension 0 beside the samples."""
+    """Swin's attention within windows, which are put into dimension 0 with the samples."""
 
     def __init__(self):
         super().__init__()
@@ -102,7 +102,7 @@ class Windows(nn.Module):
 
 
 class Draws(nn.Module):
-    """What a function draws, in training."""
+    """A module whose random numbers are those that a function draws, in training."""
 
     def __init__(self, draw):
         super().__init__()
@@ -187,7 +187,7 @@ def gradients(model, accuracy, times=1, **changes):
 
 @pytest.mark.parametrize("name", BLOCKS)
 def test_what_a_block_draws_is_the_same_in_every_sweep(name):
-    """Two exact gradients of a step are the same to the last bit; MGRIT's over workers, and accumulated ones, to rounding."""
+    """Two exact gradients of a step are equal to the last bit; gradients by MGRIT over workers, and accumulated ones, up to rounding."""
     model = stack(BLOCKS[name])
     one, other = gradients(model, SERIAL, times=2)
     for parameter, gradient in one.items():
@@ -220,7 +220,7 @@ def test_what_a_block_draws_differs_between_steps_layers_and_samples(name):
 
 
 class TimeFirst(nn.Module):
-    """nn.MultiheadAttention as it is by default, between two transpositions, and dropout of what comes out."""
+    """nn.MultiheadAttention with its default layout (time first), between two transpositions, and dropout of its output."""
 
     def __init__(self):
         super().__init__()
@@ -270,7 +270,7 @@ def test_what_cannot_be_keyed_is_refused_by_name_before_training(name):
 
 
 def test_a_network_is_seen_to_draw_whatever_its_modules_call_it():
-    """timm's first layer has a rate of 0: only the last layers draw. Several layers in one call are refused, and only then."""
+    """The first of timm's layers has a rate of 0: only the last layers draw. Only batched calls of several layers are refused."""
     rates = iter([0.0, 0.0, 0.0, 0.0, 0.2, 0.2])
     layers = [Residual(DropPath(rate)) for rate in rates]
     model = LayerStack(embed=nn.Identity(), layers=layers, head=nn.Identity(), loss=lambda y, t: (y - t).square().sum())
@@ -284,7 +284,7 @@ def test_a_network_is_seen_to_draw_whatever_its_modules_call_it():
 
 
 def test_layers_side_by_side_work_inside_frozen_randomness():
-    """A user's network is run with its draws frozen, whether it draws or not; several layers in one call too."""
+    """A user's network runs with its draws frozen, whether it draws or not, and so do several layers in one call."""
     model = LayerStack(
         embed=nn.Identity(), layers=[partial(TimmBlock, 0.0)] * 6, head=nn.Linear(WIDTH, WIDTH), loss=lambda y, t: (y - t).square().sum()
     )
@@ -311,7 +311,7 @@ def test_the_check_leaves_a_layer_as_it_was():
 
 
 def test_every_operator_of_torch_that_draws_is_known():
-    """A PyTorch that has new ones must be looked at."""
+    """If a new PyTorch has more of them, someone has to look at these."""
     known, composed = set(by_key.DRAWING), {"dropout", "alpha_dropout", "_scaled_dot_product_attention_math"}
     with_generator = {
         schema.name.removeprefix("aten::") for schema in torch._C._jit_get_all_schemas()

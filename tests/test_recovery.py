@@ -1,4 +1,4 @@
-"""Workers are lost, and training goes on: states in memory, the budget of faults, and real workers killed in every phase of a step."""
+"""Recovery from lost workers: states in memory, the failure budget, and real workers that are killed in every phase of a step."""
 
 import os
 import threading
@@ -98,7 +98,7 @@ def test_the_step_to_come_back_to_with_replicas():
 
 
 def test_the_step_to_come_back_to_where_the_optimizers_state_is_shared_out():
-    """A lost worker's weights are on every replica that has its block, its share of the state in one copy."""
+    """A lost worker's weights are on every replica that has its block; its share of the optimizer state is in one copy only."""
     placement, all_of = CopyPlacement(blocks=2, replicas=2, sharded=True, offset=2), Inventory((6, 7), (6, 7))
     held = {0: all_of, 2: Inventory((7,), (7,)), 3: all_of}
     assert placement.sources(1, 7, held) == [Source(3, 3), Source(3, 1, has_weights=False)]
@@ -165,7 +165,7 @@ def test_states_are_kept_as_often_as_three_percent_allow():
 
 
 def fail_at(worker, step, phase):
-    """The worker process ends itself in `phase` of `step`, as a killed one would; with phase "hang" it goes on without end."""
+    """Have the worker process end itself in `phase` of `step`, as if it were killed; with phase "hang" it runs forever."""
 
     def install(self):
         engine, begun = self.engine, -1
@@ -211,7 +211,7 @@ def fail_at(worker, step, phase):
 
 
 class Faulty(Driver):
-    """Workers fail where `pending` says: (rank, step, phase)."""
+    """A driver whose workers fail where `pending` says: (rank, step, phase)."""
 
     def _next_chunk(self, step):
         chunk = super()._next_chunk(step)
@@ -228,7 +228,7 @@ def drive(config, path, faults=()):
 
 
 def undisturbed(rank, size, config):
-    """The same run as one of `size` Gloo processes, without Ray or faults: for `run_processes`."""
+    """Return the same run's result as one of `size` Gloo processes, without Ray or faults; for `run_processes`."""
     engine = make_engine(config, TorchChannel(timeout_s=60))
     stats = train_engine(engine, config.steps)
     return [(step.loss, step.findings.rho_forward) for step in stats], {

@@ -1,4 +1,4 @@
-"""Gradients summed over replicas while others are still being formed: the same bits, no deadlock, nothing lost."""
+"""Gradients are summed over replicas while others are still being formed: the bits are the same, nothing hangs, nothing is lost."""
 
 import pytest
 import torch
@@ -81,14 +81,14 @@ def test_replicas_over_a_strict_channel(way, small_buckets):
 
 
 class Block:
-    """Two parameters and nothing else."""
+    """A block of two parameters and nothing else."""
 
     def __init__(self):
         self.trained = {name: torch.nn.Parameter(torch.ones(3000)) for name in ("first", "second")}
 
 
 def test_what_comes_to_a_gradient_after_it_has_left_is_summed_too(small_buckets):
-    """A network may do other things for other data: one replica's second parameter gets more than the first steps had shown."""
+    """A network may compute differently on other data: one replica's second parameter gets more gradients than in the first steps."""
 
     def work(channel):
         block, found = Block(), []

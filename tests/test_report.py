@@ -1,4 +1,4 @@
-"""`rayllp report`: what the page says is what the run's files have, whatever they hold; and what listeners and TensorBoard are told."""
+"""`rayllp report`: the page shows what the run's files hold, whatever that is; and what listeners and TensorBoard get."""
 
 import ast
 import json
@@ -31,7 +31,7 @@ VOID = set("meta link input br img hr".split())
 
 
 class Page(HTMLParser):
-    """A page's elements, and that every one of them is closed."""
+    """Parses a page into its elements, and checks that every one of them is closed."""
 
     def __init__(self, text):
         super().__init__()
@@ -77,24 +77,24 @@ class Page(HTMLParser):
         return " ".join(" ".join(part for tag, parts in self.texts.items() if tag not in ("script", "style") for part in parts).split())
 
     def models(self, title, kind):
-        """Attributes of Bokeh's models of a kind, in the first picture that is so called."""
+        """Return the attributes of Bokeh's models of a kind, in the first picture whose title begins so."""
         found = next(root for name, root in self.pictures if name.startswith(title))
         return [each["attributes"] for each in models(found) if each["name"] == kind]
 
     def drawn(self, title, glyph, number=0):
-        """Columns of what is drawn by this glyph; number: of several."""
+        """Return the columns of what is drawn with this glyph; `number` selects one of several."""
         renderer = [each for each in self.models(title, "GlyphRenderer") if each["glyph"]["name"] == glyph][number]
         columns = dict(renderer["data_source"]["attributes"]["data"]["entries"])
         return {name: plain(column) for name, column in columns.items()}
 
     def curves(self, title):
-        """A chart's curves by their names: horizontal and vertical values."""
+        """Return a chart's curves by name: their horizontal and vertical values."""
         found = self.drawn(title, "MultiLine")
         return {name: (x, y) for name, x, y in zip(found["name"], found["xs"], found["ys"], strict=True)}
 
 
 def models(value):
-    """Bokeh's models in a part of a page's data."""
+    """Yield Bokeh's models in a part of a page's data."""
     if isinstance(value, dict):
         if value.get("type") == "object" and "attributes" in value:
             yield value
@@ -104,7 +104,7 @@ def models(value):
 
 
 def plain(value):
-    """A column as Python has it."""
+    """Return a column as a Python list."""
     if isinstance(value, dict):
         return float(value["value"])
     return [plain(each) for each in value] if isinstance(value, list) else value
@@ -146,7 +146,7 @@ def test_curves_are_those_of_the_records(page, run):
     assert loss["training"][0] == pytest.approx(list(np.cumsum([m["tokens"] for m in metrics]) / 1e3))
     assert loss["training"][1] == pytest.approx([m["loss"] for m in metrics], rel=1e-5)
     assert loss["validation"] == ([25.6, 51.2], [2.0, 1.5])
-    assert page.models("Loss against tokens", "LinearAxis")[1]["axis_label"] == "tokens (images, sentences), k"
+    assert page.models("Loss against tokens", "LinearAxis")[1]["axis_label"] == "tokens (or patches of images), k"
     assert page.curves("Loss against time")["training"][0][-1] == pytest.approx(sum(m["step_time_s"] for m in metrics))
     assert page.models("Loss against time", "LinearAxis")[1]["axis_label"] == "time of the steps, s"
     assert {name: y for name, (_, y) in page.curves("Bias").items()} == {"bias": [0.05], "noise": [0.4]}
@@ -313,7 +313,7 @@ def test_values_that_are_not_finite(tmp_path):
     [
         (lambda path: None, "is not a run directory .no config.yaml.: give the directory that a run printed"),
         (lambda path: begin_run(path), "has no step in metrics.jsonl, and a report needs at least one: wait for"),
-        (lambda path: _broken(path), "metrics.jsonl, line 2: not JSON .*: remove or mend it"),
+        (lambda path: _broken(path), "metrics.jsonl, line 2: not JSON .*: remove or fix it"),
     ],
 )
 def test_runs_that_are_none(tmp_path, prepare, message):
@@ -375,7 +375,7 @@ def test_paired_gap(tmp_path):
     assert gap.half_width == pytest.approx(4.302653 * np.std(gaps, ddof=1) / np.sqrt(3), rel=1e-5)
     page = page_of(*serial, *adaptive, output=tmp_path / "page.html", baseline="serial")
     assert "+0.50 %" in page.words
-    assert "95 % t-interval -0.74 to +1.74 % over 3 seeds (the same seeds in both). It holds 0: no difference is shown." in page.words
+    assert "95 % t-interval -0.74 to +1.74 % over 3 seeds (the same seeds in both). It includes 0: no difference is shown." in page.words
     assert sum(tag == "input" for tag in page.tags) == 6
     curves = page.drawn("Loss against tokens", "MultiLine")
     assert sorted(set(curves["run"])) == list(range(6))
@@ -521,7 +521,7 @@ def test_sums_of_a_step():
 
 
 class Heard(rayllp.Listener):
-    """Writes one method, and inherits the others."""
+    """Defines one method of `Listener`, and inherits the others."""
 
     def __init__(self):
         self.losses = []
@@ -532,7 +532,7 @@ class Heard(rayllp.Listener):
 
 @pytest.fixture
 def files_in_order(monkeypatch):
-    """TensorBoard reads files of the same second by a number of the process's, as text: the 10th before the 9th."""
+    """Keep files in order. TensorBoard sorts those of the same second by a number as text: the 10th before the 9th."""
     monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(1000))
 
 

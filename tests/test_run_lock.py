@@ -1,4 +1,4 @@
-"""One driver at a time in a run's directory: who has its lock, and whether that one is still there."""
+"""Locks of run directories: only one driver at a time, who that is, and whether it is still alive."""
 
 import json
 import os
@@ -24,7 +24,7 @@ from tests.test_patience import Alone
 
 
 def lock_in_a_process(folder):
-    """The number of a process that locks a directory until it is killed. A fork: imports would take seconds."""
+    """Start a process that locks a directory until it is killed; return its id. It is forked, since imports would take seconds."""
     there, tell = os.pipe()
     pid = os.fork()
     if pid == 0:
@@ -52,12 +52,12 @@ def wait_until(holds):
 
 
 def leave_behind(folder, owner):
-    """What a driver that ended suddenly has left."""
+    """Write the file that a driver leaves behind if it ends suddenly."""
     (folder / OWNER_FILE).write_text(json.dumps(asdict(owner)))
 
 
 def ended():
-    """The number of a process that is gone."""
+    """Return the id of a process that has ended."""
     process = subprocess.Popen(["true"])
     process.wait()
     return process.pid
@@ -107,7 +107,7 @@ def test_trials_of_a_sweep_have_places_of_their_own():
 
 
 def test_an_owner_behind_a_url_lives_while_it_writes(tmp_path, monkeypatch):
-    """The file is written anew for each sign of life, which another machine waits for."""
+    """The file is rewritten for each sign of life, for which another machine waits."""
     monkeypatch.setattr(module, "SILENT_S", 0.5)
     monkeypatch.setattr(module, "BEAT_S", 0.05)
     place, said = locate(f"memory://{tmp_path.name}"), []

@@ -1,4 +1,4 @@
-"""Learning rates against transformers' schedules, and what weight decay is for."""
+"""Learning rates compared with transformers' schedules, and which parameters weight decay applies to."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ def rates(schedule, **changes):
 
 
 def transformers_rates(name, **kwargs):
-    """Of a schedule that reaches its end at the last step; from the end of warm-up on, where all agree."""
+    """Return the rates of a transformers schedule that ends at the last step, from the end of warm-up on, where all agree."""
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))])
     made = get_scheduler(name, optimizer, num_warmup_steps=WARMUP, num_training_steps=STEPS - 1, scheduler_specific_kwargs=kwargs)
     return [made.lr_lambdas[0](step) for step in range(WARMUP, STEPS)]

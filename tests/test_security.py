@@ -1,4 +1,4 @@
-"""What is refused of files that others have written (docs/security.md)."""
+"""What is refused in files that others have written (docs/security.md)."""
 
 import os
 

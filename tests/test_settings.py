@@ -1,4 +1,4 @@
-"""Settings and the command line: what is refused, and in what words."""
+"""Settings and the command line: what is refused, and with which message."""
 
 import io
 from pathlib import Path
@@ -173,7 +173,7 @@ def test_settings_change_in_a_run_whose_last_event_was_cut_off(tmp_path):
 @pytest.mark.parametrize(
     ("output", "message"),
     [
-        ("held", r"held holds another run: choose another with --output, or go on with it by --resume"),
+        ("held", r"held holds another run: choose another with --output, or resume it with --resume"),
         ("full", r"full holds other files"),
         ("file", r"file is a file"),
         ("file/run", r"file/run cannot be written: .*file is a file"),

@@ -1,4 +1,4 @@
-"""The optimizer's state shared out over replicas: the same bits as without, in training, checkpoints and states in memory."""
+"""Optimizer state sharded over replicas: the same bits as without, in training, checkpoints and states in memory."""
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ def mesh(data, layer, optimizer=None, **changes):
 
 
 def over_mesh(config, work, *, strict=False):
-    """`work(engine)` of every worker, replica by replica; strict: over channels with NCCL's rules."""
+    """Return `work(engine)` of every worker, replica by replica; `strict`: over channels that keep NCCL's rules."""
     D, P = config.mesh.data, config.layer_workers
     ranks = [[replica * P + block for block in range(P)] for replica in range(D)]
     world = World(D * P)
@@ -112,7 +112,7 @@ SAVED = {
 
 @pytest.mark.parametrize(("steps", "optimizer", "changes"), SAVED.values(), ids=SAVED)
 def test_a_checkpoint_is_the_same_whatever_shares_there_are(steps, optimizer, changes, tmp_path):
-    """Written by three replicas that share, and by two that do not; each then goes on on another number of replicas."""
+    """Checkpoints are written by three replicas that shard, and by two that do not; each is then loaded by another number of replicas."""
 
     def write(folder):
         folder.mkdir()

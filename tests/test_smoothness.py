@@ -1,4 +1,4 @@
-"""The depth-smoothness penalty against autograd, over workers and between layers that differ."""
+"""The depth-smoothness penalty compared with autograd, over several workers and between layers that differ."""
 
 from dataclasses import replace
 from itertools import pairwise

@@ -1,4 +1,4 @@
-"""Training where messages keep NCCL's rules: nothing hangs, and nothing differs."""
+"""Training over channels that keep NCCL's rules: nothing hangs, and nothing differs."""
 
 import pytest
 import torch
@@ -69,7 +69,7 @@ def test_every_way_trains_as_over_channels_without_these_rules(way, workers):
 @pytest.mark.parametrize("accuracy", [ENOUGH, SERIAL], ids=["parallel", "serial"])
 @pytest.mark.parametrize(("family", "head"), CASES)
 def test_every_family(family, head, accuracy):
-    """Tied embeddings, states of two tensors, masks, parameters that several layers use."""
+    """Covers tied embeddings, states of two tensors, masks, and parameters that several layers use."""
     config = config_of(family, head, workers=3)
 
     def work(channel):
@@ -91,7 +91,7 @@ def test_generation(solver):
 
 
 def test_copies_of_states():
-    """Each worker sends its state to the next one: round the ring, all of them at once."""
+    """Each worker sends its state to the next one, round the ring, and all at once."""
     config = tiny(workers=3)
 
     def work(channel):

@@ -1,4 +1,4 @@
-"""How a sweep ends, for people and for scripts: failed trials, exit codes, a directory that was moved."""
+"""How a sweep ends, as people and scripts see it: failed trials, exit codes, a directory that was moved."""
 
 import io
 import signal
@@ -38,7 +38,7 @@ def test_failed_trials_are_told_with_what_the_first_of_them_said(tmp_path):
 
 
 class Results(list):
-    """Trials by what Ray Tune says became of them."""
+    """Made-up results of Ray Tune, with trials that finished or failed."""
 
     @property
     def num_terminated(self):
@@ -46,7 +46,7 @@ class Results(list):
 
 
 def ended(states, number=None):
-    """What Ray Tune does: it takes SIGINT for itself, gives it back when it is interrupted, and returns in any case."""
+    """Do as Ray Tune does: install a handler of SIGINT, restore the old one when interrupted, and return in any case."""
     original = signal.getsignal(signal.SIGINT)
     signal.signal(signal.SIGINT, lambda number, frame: signal.signal(signal.SIGINT, original))
     if number is not None:

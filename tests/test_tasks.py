@@ -1,4 +1,4 @@
-"""Whole runs of other tasks on a real Ray cluster: their metrics, the best checkpoint, translation, fine-tuning, the step of a switch."""
+"""Whole runs of other tasks on a real Ray cluster: metrics, the best checkpoint, translation, fine-tuning, the step of a mode switch."""
 
 import json
 

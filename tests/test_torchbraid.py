@@ -1,6 +1,6 @@
-"""TorchBraid and ours side by side: same weights, same input. What needs it is skipped where it is not installed.
+"""TorchBraid's solver and ours side by side, with the same weights and input. Tests that need TorchBraid are skipped where it is missing.
 
-The forward solves are one algorithm, and so are the adjoint ones. Between them is one difference: where the coarse adjoint steps are
+The forward solves are the same algorithm, and so are the adjoint ones but for one difference: where the coarse adjoint steps are
 linearised (docs/torchbraid.md).
 """
 
@@ -36,7 +36,7 @@ def settings(workers, c, levels, iterations, relaxation, **changes):
 
 
 def solved(channel, config):
-    """Loss, gradients, and the last input of each of this worker's layers."""
+    """Return the loss, the gradients, and the last input of each of this worker's layers."""
     engine = make_engine(config, channel)
     with engine.block.recorded_inputs() as states:
         loss = engine.gradients(engine.step_batch(3, Controller(config).chosen)).loss
@@ -45,12 +45,12 @@ def solved(channel, config):
 
 
 def apart(one, other, names):
-    """The largest relative difference of tensors of two solutions."""
+    """Return the largest relative difference between tensors of two solutions."""
     return max((float((one[name] - other[name]).norm() / one[name].norm().clamp(min=1e-12)) for name in names), default=0.0)
 
 
 def compare(world, ways):
-    """Of each way of settings: loss of both, and how far states at F-points and gradients are apart, on this worker."""
+    """Return for each set of settings the loss of both, and how far apart states at F-points and gradients are, on this worker."""
     found = []
     for way in ways:
         theirs = tiny(**way, solver="torchbraid")
@@ -83,7 +83,7 @@ def test_the_adjoint_solves_are_one_algorithm(workers):
 
 
 class Theirs(AdjointPropagator):
-    """Coarse adjoint steps linearised where TorchBraid does: at C-points after the last sweep; for one worker and one adjoint iteration."""
+    """Linearises coarse adjoint steps where TorchBraid does, at C-points after the last sweep; for one worker and one adjoint iteration."""
 
     def step(self, layer, state):
         if layer == 0:

@@ -1,4 +1,4 @@
-"""TorchBraid's files read and written: the same modules with the same weights are the same network."""
+"""Reading and writing TorchBraid's files: the same modules with the same weights are the same network."""
 
 from importlib.util import find_spec
 
@@ -37,7 +37,7 @@ class StepLayer(nn.Module):
 
 
 class TwoHalves(StepLayer):
-    """x, dt -> the step itself, whose second half begins where the first one ended: not linear in dt."""
+    """x, dt -> the whole step. Its second half begins where the first one ended, so it is not linear in dt."""
 
     def forward(self, x, dt: float = 1.0):
         x = x + dt * torch.tanh(self.mix(x))
@@ -67,7 +67,7 @@ def theirs(parts, x):
 
 
 def rank_states(parts, counts=(5, 3)):
-    """The state_dicts of a ParallelNet on two ranks, by TorchBraid's names."""
+    """Return the state_dicts of a ParallelNet on two ranks, with TorchBraid's names."""
     opening, steps, closing = parts
     ends = {f"open_nn.{n}": v for n, v in opening.state_dict().items()} | {f"close_nn.{n}": v for n, v in closing.state_dict().items()}
     states, start = [], 0

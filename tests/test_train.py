@@ -1,4 +1,4 @@
-"""Whole runs on a real Ray cluster, with the same processes: what a run writes, meshes, resuming, damaged checkpoints, refusals."""
+"""Whole runs on a real Ray cluster, which share processes: what a run writes, meshes, resuming, damaged checkpoints, refusals."""
 
 import json
 import shutil

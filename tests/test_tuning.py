@@ -1,4 +1,4 @@
-"""Sweeps: what a file may say, which trials are made of it, what they report, and one real sweep on Ray Tune."""
+"""Sweeps: what a sweep file may contain, which trials it makes, what they report, and one real sweep on Ray Tune."""
 
 import csv
 import math
@@ -140,7 +140,7 @@ def test_a_network_that_does_not_fit_the_data_never_becomes_a_trial():
 
 
 def test_a_trials_driver_starts_without_transformers():
-    """Whose import takes as long as all else that it needs, in a process that has no layers."""
+    """Importing transformers takes as long as everything else together, and the driver's process has no layers."""
     code = "import sys, rayllp.tuning.trial as t; assert 'transformers' not in sys.modules and 'torch' in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
@@ -232,7 +232,7 @@ def test_a_sweeps_place_is_refused_as_a_runs_is(tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").touch()
     sweep = sweep_of(space={"mgrit.coarsening": {"choice": [2, 16]}})
-    with pytest.raises(SettingsError, match="full holds other files: choose another with --output, or go on with it by --resume"):
+    with pytest.raises(SettingsError, match="full holds other files: choose another with --output, or resume it with --resume"):
         _create(tmp_path / "full", sweep, None)
     with pytest.raises(SettingsError, match=r"mine\.txt/sweep cannot be written: .*mine\.txt is a file"):
         _create(tmp_path / "full" / "mine.txt" / "sweep", sweep, None)

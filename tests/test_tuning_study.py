@@ -59,7 +59,7 @@ def finished(folder):
 
 
 def going(folder):
-    """Trials with a checkpoint."""
+    """Return the trials that have a checkpoint."""
     return {path.parts[-4] for path in folder.glob("trials/*/checkpoints/step_*/manifest.json")}
 
 
@@ -102,7 +102,7 @@ def test_ctrl_c_and_a_killed_driver(tmp_path):
 
 @pytest.mark.usefixtures("four_cpus")
 def test_trials_switch_are_forced_and_give_workers_back(tmp_path):
-    """Two trials of two workers fill the cluster; a third starts when one has gone serial and shrunk to one worker, and another."""
+    """Two trials of two workers fill the cluster; each time one has gone serial and shrunk to one worker, another trial may start."""
     settings = {
         **SMALL, "workers": 2, "steps": 240, "mode": "adaptive", "step.middle": 1, "buffers.open": 0, "buffers.close": 0,
         "mgrit.iterations.forward": 1, "mgrit.iterations.backward": 1, "adaptive.ladder": ["1+1"], "eval.every": 20,
@@ -142,7 +142,7 @@ def test_trials_switch_are_forced_and_give_workers_back(tmp_path):
 
 @pytest.mark.usefixtures("four_cpus")
 def test_a_population_shares_its_best_weights(tmp_path):
-    """One of two trials hardly learns: it is given the other's weights, and ends where that one does."""
+    """One of two trials hardly learns. It gets the other's weights, and ends as well as that one."""
     settings = {**SMALL, "steps": 24, "optimizer.warmup": 2, "optimizer.lr": 1e-2}
     space = {"optimizer.lr": {"choice": [1e-2, 1e-7]}}
     sweep = make_sweep({"settings": settings, "space": space, "searcher": "random", "scheduler": "pbt", "grace": 1, "trials": 2})
@@ -183,7 +183,7 @@ def two_raylets():
 
 
 def scrape(ray_folder):
-    """What Prometheus would read, at the addresses that Ray writes for it."""
+    """Return what Prometheus would read at the addresses that Ray writes for it."""
     found = json.loads((ray_folder / "prom_metrics_service_discovery.json").read_text())
     pages = []
     for target in {target for group in found for target in group["targets"]}:

@@ -1,4 +1,4 @@
-"""A step's operations, by the model alone, and what is said of them."""
+"""Counts of a step's floating-point operations, which depend on the model alone, and the utilisation computed from them."""
 
 import io
 from dataclasses import replace
@@ -18,7 +18,7 @@ from tests.test_progress import STEP
 
 
 def counted(config):
-    """Of each worker; one after the other, since which attention is used is the process's."""
+    """Return each worker's count. Workers run one after the other, since the choice of attention kernel applies to the whole process."""
     engines = [make_engine(config, channel) for channel in LocalChannel.group(config.layer_workers)]
     return [count_flops(engine.group, engine.step_batch(0).inputs) for engine in engines]
 

@@ -1,4 +1,4 @@
-"""Intervals swept side by side: the same numbers as one after another, in one call of a layer for all of them."""
+"""Sweeps over several intervals at once, with one batched call for all their layers: the same numbers as one interval after the other."""
 
 from contextlib import nullcontext
 from dataclasses import replace
@@ -77,7 +77,7 @@ def test_one_call_for_all_intervals(monkeypatch):
 
 
 def test_probes_training_and_weights_go_on_as_ever():
-    """Optimizer steps, probes with their bias, a way back to serial: with the parameters as views of stacks."""
+    """Optimizer steps, probes with their bias and the return to serial steps work, though parameters are views of stacked tensors."""
     adaptive = {"probe_every": 3, "rule": "bias", "switch_at": 8, "lipschitz_every": 2}
     changes = {"mode": "adaptive", "solver": "mgrit", "adaptive": adaptive}
     one, other = (list(train_engine(make_engine(settings(batched=b, **changes)), 10)) for b in (True, False))

@@ -1,4 +1,4 @@
-"""Training steps by windows, and exact ones with layers in turn: against autograd, and against themselves on other numbers of workers."""
+"""Steps by windows, and exact ones with layers in turn, compared with autograd and with themselves on other numbers of workers."""
 
 from dataclasses import replace
 
@@ -36,7 +36,7 @@ def gradients(config, accuracy, channel=None, step=3):
 
 
 def on_workers(workers, accuracy, **changes):
-    """Loss and gradients of all workers' layers; tied copies added up."""
+    """Return the loss and the gradients of all workers' layers, with those of tied copies added up."""
     config = cyclic(workers, **changes)
     found = run_workers(workers, lambda channel: gradients(config, accuracy, channel))
     total = {}
@@ -168,7 +168,7 @@ def test_a_probe_tells_rho_bias_and_noise_and_trains_by_the_better_gradient():
 
 @pytest.mark.parametrize(("family", "head"), CASES)
 def test_every_family(family, head):
-    """Two and three workers, dropout: as many sweeps as layers, and layers in turn, are the exact gradient on one worker."""
+    """On two and three workers, with dropout, as many sweeps as layers, and layers in turn, give the exact gradient of one worker."""
     options = {"solver": "windows", "model": {"dropout": 0.1}}
     wanted, _, _, wanted_loss = ours(config_of(family, head, **options), SERIAL)
     for workers, accuracy in ((2, sweeps(3, 3)), (3, SERIAL)):
@@ -181,7 +181,7 @@ def test_every_family(family, head):
 
 @pytest.mark.parametrize("windows", [(4, 4, 4, 4), (1, 1, 2, 4, 4, 4)])
 def test_a_step_takes_what_the_planner_says(windows):
-    """Work by worker and kind, counted on a timeline, against the schedule on logical clocks."""
+    """Compares work by worker and kind, counted on a timeline, with the schedule on logical clocks."""
     config = cyclic(4, model={"layers": 20})
     accuracy = sweeps(2, 2, windows)
 

@@ -21,7 +21,7 @@ def weights(scale=1.0):
 
 
 class Layers(Propagator):
-    """x + h·tanh(W x), h = 1/N; or its adjoint at given states."""
+    """Layers x + h·tanh(W x) with h = 1/N; or their adjoints at given states."""
 
     def __init__(self, matrices, states=None):
         self.matrices, self.states = matrices, states
@@ -52,7 +52,7 @@ def serial(matrices):
 
 
 def solve(workers, window, sweeps, make=None, *, adjoint=False, source=0, begin=None):
-    """Output, inputs of the last sweep, and result, of all workers together."""
+    """Return the output, the inputs of the last sweep, and the result, of all workers together."""
     matrices, placement = weights(), Placement.cyclic(N, workers)
 
     def work(channel):
@@ -145,7 +145,7 @@ def test_the_adjoint_is_the_transpose(sweeps):
 
 
 def test_changes_of_the_size_of_rounding_are_converged():
-    """Layers whose own part is computed in bfloat16: after a few sweeps the changes no longer shrink."""
+    """The layers' increments are computed in bfloat16: after a few sweeps the changes no longer shrink."""
 
     class Rounded(Layers):
         def step(self, layer, state):

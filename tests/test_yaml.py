@@ -1,4 +1,4 @@
-"""Settings as text: YAML's rules of version 1.2, by the type of each setting, in files, sweeps and on the command line."""
+"""Settings as text: read by the rules of YAML 1.2 and the type of each setting, in files, in sweeps and on the command line."""
 
 from pathlib import Path
 

@@ -76,7 +76,7 @@ def run_links(config: TrainConfig, file: Path | None, console: Console) -> None:
             timed: list[Link] = [link for links in group.call("time_messages", sorted({1024, state, LARGE})) for link in links]
         finally:
             group.shutdown()
-    table = Table(title="from a worker to the next, half a round trip")
+    table = Table(title="from one worker to the next, half a round trip")
     for name in ("workers", *(write_size(size) + ", µs" for size in timed[0].seconds), "GB/s"):
         table.add_column(name, justify="right")
     for link in timed:

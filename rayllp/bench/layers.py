@@ -47,7 +47,7 @@ class LayerBench:
 
 
 def data_for_timing(config: TrainConfig, say: Callable[[str], None]) -> tuple[TrainConfig, Any]:
-    """Return the settings and their data set. If the data cannot be loaded, both are replaced by those of the embedded data set.
+    """Return the settings and their data set. If the data cannot be loaded, the embedded data set and settings for it take their place.
 
     Raises:
         DataError: the data cannot be loaded, and the family has no embedded data set.
@@ -125,11 +125,11 @@ def read_layers(path: Path) -> LayerBench:
         costs = {name: seconds for name, seconds in values["costs"].items() if seconds is not None}
         return LayerBench(**{**values, "costs": Costs(**costs)})
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise SettingsError(f"{path} has no layer's costs ({error}): write them with `rayllp bench layers --json {path}`") from None
+        raise SettingsError(f"{path} holds no layer's costs ({error}): write them with `rayllp bench layers --json {path}`") from None
 
 
 def measure_layers(config: TrainConfig, data: Any, device: str, limit_s: float = MEASURE_S) -> list[LayerBench]:
-    """Measure a layer at batches of 1, 2, 4, … up to the config's, or until one measurement takes longer than `limit_s`."""
+    """Measure a layer at batches of 1, 2, 4, … up to the config's; after two measurements, stop if the last took longer than `limit_s`."""
     benches: list[LayerBench] = []
     batch = 1
     while batch <= config.batch_size:

@@ -1,4 +1,4 @@
-"""`rayllp bench step`: the time of a training step by phase and worker, compared with its ideal."""
+"""`rayllp bench step`: time a training step by phase and worker, and compare it with its ideal."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -35,7 +35,8 @@ class StepBench:
         serial_s: an exact step on one worker: all layers' forward and backward, one after the other.
         ideal_s: the schedule's critical path without messages and overhead; None in serial mode.
         phases: for each worker, seconds by phase: "forward coarse solve", "adjoint last sweep", …, "wait", "send".
-        spans: for each worker, the spans of the step of median time, counted from when the first worker began it, by the nodes' clocks.
+        spans: for each worker, the spans of the step with the median time, in seconds from when the first worker began it, by the nodes'
+            clocks.
         steps: number of timed steps.
     """
 
@@ -121,7 +122,7 @@ def _phases(steps: Sequence[Sequence[Span]]) -> dict[str, float]:
 
 
 def show_step(config: TrainConfig, bench: StepBench, console: Console) -> None:
-    """Print a table of phases by worker, and a line of totals."""
+    """Print a table of each worker's milliseconds by phase, and a line of totals."""
     names = list(dict.fromkeys(name for phases in bench.phases for name in phases))
     table = Table(title=f"a step's time in ms: {config.layer_workers} workers, median of {bench.steps} steps")
     for name in ("worker", *names):

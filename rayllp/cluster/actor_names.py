@@ -1,4 +1,4 @@
-"""Names that Ray knows a run's workers by. Another process finds the workers from the path of the run directory. Pure computation."""
+"""The names under which Ray knows a run's workers, from which another process that has the run directory's path can find them."""
 
 import os
 import re

@@ -62,7 +62,7 @@ class ActorPool:
         lasting: bool = False,
     ) -> None:
         self.device, self.name, self.lasting = device, name, lasting
-        # Without a placement group from outside, the workers share out all of the cluster's CPUs; in one, each uses those of its bundle.
+        # Without a placement group from outside, the workers share all of the cluster's CPUs; in one, each uses those of its bundle.
         alone = device == "cpu" and group is None
         self._cpus = int(ray.cluster_resources().get("CPU", 1)) if alone else 1
         self._bundle: dict[str, float] = {"CPU": 1.0, "GPU": 1.0} if device == "cuda" else {"CPU": 1.0}

@@ -56,7 +56,7 @@ def planned_kills(mtbf_s: float, seed: int) -> Iterator[PlannedKill]:
 
 
 def choose_victim(living: Sequence[Worker], pick: float) -> Worker:
-    """Return the worker to kill. It does not depend on the order in which Ray lists them."""
+    """Return the worker to kill. The choice does not depend on the order in which Ray lists the workers."""
     return sorted(living)[int(pick * len(living))]
 
 
@@ -192,7 +192,7 @@ def _not_found(run: Path, searched: list[str], refused: list[str]) -> str:
             "authentication, set RAY_AUTH_MODE=token, and have its token in ~/.ray/auth_token or RAY_AUTH_TOKEN"
         )
     return (
-        f"no worker of {run.resolve()} is alive ({where}). Only a run that is training can be tried: go on with it by "
+        f"no worker of {run.resolve()} is alive ({where}). Only a run that is training has workers to kill: resume it with "
         f"rayllp train --resume {run}. If it trains on another machine, run this on a machine of its cluster, with RAY_ADDRESS set, and "
         "give the directory by the path that it has there"
     )
@@ -257,7 +257,7 @@ def kill_as_planned(
         while not killed:
             now = time.monotonic()
             if now >= end:
-                return "the time is over"
+                return "the time is up"
             if not target.alive():
                 return "the run has ended"
             if now < due:

@@ -1,4 +1,4 @@
-"""`rayllp doctor`: examine a cluster's nodes, whether they agree, and the speed of links, and say what to fix before training there."""
+"""`rayllp doctor`: examine a cluster's nodes, how they differ and how fast their links are, and say what to fix before training there."""
 
 import contextlib
 import os
@@ -45,6 +45,9 @@ class Node:
 
     Attributes:
         versions: of Python and `PACKAGES`; "–" for a package that is missing.
+        gpus: the name of each GPU.
+        clock_skew_s: seconds by which its clock is ahead of this host's.
+        shared: "ok", what is wrong with the shared path there, or "–" if no path was given.
     """
 
     id: str
@@ -62,7 +65,7 @@ class Node:
 
 @dataclass(frozen=True)
 class NodeLink:
-    """The link between two nodes, or two processes on one: round-trip time of 32 KiB messages, and bandwidth of 8 MiB messages."""
+    """A link between two nodes, or two processes on one node: round-trip time of 32 KiB messages, and bandwidth of 8 MiB messages."""
 
     nodes: tuple[str, str]
     backend: str
@@ -84,7 +87,7 @@ def examine(path: str | None = None) -> Diagnosis:
     """Examine the cluster that this process has joined.
 
     Args:
-        path: folder or URL that runs are to be written to; every node tries to use it. None: that is not checked.
+        path: folder or URL where runs will be written; every node tries to write there. None: that is not checked.
     """
     diagnosis = Diagnosis()
     alive = [node for node in ray.nodes() if node["Alive"]]
@@ -103,7 +106,7 @@ def examine(path: str | None = None) -> Diagnosis:
             diagnosis.links.append(link)
             if one is not other and link.bandwidth_gb_s < SLOW_GB_S:
                 diagnosis.faults.append(
-                    f"{one.host} to {other.host}: {link.bandwidth_gb_s:.2f} GB/s; see that {backend} uses the fast interface: set "
+                    f"{one.host} to {other.host}: {link.bandwidth_gb_s:.2f} GB/s; make sure that {backend} uses the fast interface: set "
                     f"{'NCCL' if backend == 'nccl' else 'GLOO'}_SOCKET_IFNAME on every node"
                 )
     return diagnosis
@@ -130,9 +133,9 @@ def show(diagnosis: Diagnosis, console: Console) -> None:
     for note in diagnosis.notes:
         say(f"note: {note}")
     for fault in diagnosis.faults:
-        say(f"to mend: {fault}", style="red")
+        say(f"to fix: {fault}", style="red")
     if not diagnosis.faults:
-        console.print("nothing to mend", style="green")
+        console.print("nothing to fix", style="green")
 
 
 # Nodes ------------------------------------------------------------------------------------------------------------------------------
@@ -189,7 +192,7 @@ def _shared_place(path: str | None, diagnosis: Diagnosis) -> Iterator[Mark | Non
     mark = None
     with contextlib.ExitStack() as stack:
         if path is None:
-            diagnosis.notes.append("shared storage was not tried: give --path, the folder or URL that runs are to be written to")
+            diagnosis.notes.append("shared storage was not tried: give --path, the folder or URL where runs will be written")
         else:
             try:
                 mark = stack.enter_context(leave_mark(locate(path)))
@@ -199,7 +202,7 @@ def _shared_place(path: str | None, diagnosis: Diagnosis) -> Iterator[Mark | Non
 
 
 def _compare(diagnosis: Diagnosis) -> None:
-    """Add faults for what the nodes disagree in or lack."""
+    """Add a fault for each thing in which the nodes differ or that one of them lacks."""
     for name in ("Python", *PACKAGES):
         if len({node.versions[name] for node in diagnosis.nodes}) > 1:
             where = ", ".join(f"{node.host} {node.versions[name]}" for node in diagnosis.nodes)
@@ -218,11 +221,11 @@ def _compare(diagnosis: Diagnosis) -> None:
             )
     _note_impatience(diagnosis)
     if not diagnosis.nodes:
-        diagnosis.faults.append("no node answered: is the cluster up? `ray status` says")
+        diagnosis.faults.append("no node answered: is the cluster up? `ray status` tells")
 
 
 def _note_impatience(diagnosis: Diagnosis) -> None:
-    """Note what makes workers slow beside other programs. It is not a fault, as whoever started the cluster may have chosen it."""
+    """Note settings that make workers slow beside other programs. They are no faults: whoever started the cluster may have chosen them."""
     nice = [node for node in diagnosis.nodes if node.niceness > 0]
     if nice:
         hosts = ", ".join(node.host for node in nice)
@@ -298,7 +301,7 @@ def _measure_link(one: Node, other: Node, backend: str) -> NodeLink:
         try:
             timed_links = ray.get(measured, timeout=ANSWER_S)
         except ray.exceptions.GetTimeoutError:
-            raise ClusterError(f"messages of 8 MiB did not pass within {ANSWER_S:g} s: it is very slow, or loses packets") from None
+            raise ClusterError(f"messages of 8 MiB did not pass within {ANSWER_S:g} s: the link is very slow, or loses packets") from None
     finally:
         for end in ends:
             ray.kill(end)

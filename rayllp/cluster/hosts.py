@@ -52,7 +52,7 @@ def find_unreachable(locations: Sequence[WorkerLocation], listen: Callable[[int,
 
     Args:
         locations: the workers' locations, by rank.
-        listen: has a worker open a port at an address.
+        listen: listen(rank, address) has that worker open a port at the address, and returns the port.
     """
     rank_on_node = {location.node: rank for rank, location in reversed(list(enumerate(locations)))}
     endpoints = {rank: Endpoint(locations[rank].address, listen(rank, locations[rank].address)) for rank in sorted(rank_on_node.values())}

@@ -37,7 +37,7 @@ FILES = 1024
 
 @contextlib.contextmanager
 def join_cluster(cpus: int, console: Console | None = None) -> Iterator[None]:
-    """Use the cluster that this process has joined already; else join that of RAY_ADDRESS, or start one here, and leave it at the end.
+    """Use the cluster that this process has joined already. Otherwise join that of RAY_ADDRESS, or start one here, and leave it at the end.
 
     Args:
         cpus: a cluster that is started here offers at least this many CPUs, even if the machine has fewer.
@@ -217,7 +217,7 @@ def _raise_file_limit() -> None:
     elif hard < FILES and hard != resource.RLIM_INFINITY:
         raise ClusterError(
             f"a process may have {hard} files open here (ulimit -Hn), and Ray needs about {FILES}: raise the limit, by `ulimit -n {FILES}` "
-            "in a shell that may, or in the container's or the service's settings"
+            "in a shell that has the right to, or in the container's or the service's settings"
         )
 
 

@@ -2,7 +2,7 @@
 
     mpiexec -n 4 python -m rayllp train CONFIG --launcher mpi
 
-The other ranks do as rank 0 tells them. Nothing is elastic: the launcher ends all processes when one is lost, and running the same command
+The other ranks carry out rank 0's calls. Nothing is elastic: the launcher ends all processes when one is lost, and running the same command
 again resumes from the last checkpoint.
 """
 
@@ -94,7 +94,7 @@ def check_size(config: TrainConfig, size: int) -> None:
         SettingsError: they want another number, or a range.
     """
     if config.fewest_workers != config.world:
-        raise SettingsError("--launcher mpi starts a number of processes: set workers to a number, or leave it out")
+        raise SettingsError("--launcher mpi has a fixed number of processes: set workers to a number, not a range, or leave it out")
     if config.world != size:
         raise SettingsError(f"{size} processes were launched for workers={config.world}: make them equal, or leave workers out")
 
@@ -124,7 +124,7 @@ class MPIWorker(BlockWorker):
         return WorkerLocation(name, self._address, name)
 
     def use_address(self, by_rank: Sequence[str]) -> None:
-        """Use this host's own one of these addresses."""
+        """Use this worker's address from a list of one address per rank."""
         self._address = by_rank[self.rank]
 
     def reconfigure_in_place(self, config: TrainConfig) -> None:
@@ -145,7 +145,7 @@ def _visible(rank: int) -> str:
 
 
 class MPIProcess:
-    """This process among those that the MPI launcher started. Each has one worker, whose methods rank 0 has all of them call at once.
+    """This process among those that the MPI launcher started. Each has one worker; rank 0 has all of them call the same method at once.
 
     Attributes:
         world: the MPI world of these processes.
@@ -175,7 +175,7 @@ class MPIProcess:
         self.worker = MPIWorker(self, config, device)
 
     def call(self, method: str, *arguments: Any) -> list[Any]:
-        """On rank 0: call a method of the worker, or `make_worker`, in all processes. Returns the answers by rank, or raises a failure."""
+        """On rank 0: call a method of the worker, or `make_worker`, in all processes. Returns the answers by rank, or raises an error."""
         self._in_call = True
         self._broadcast((method, arguments))
         outcomes = self._gather(self._run(method, arguments))

@@ -1,4 +1,4 @@
-"""What a cluster has room for, and where in it a worker runs."""
+"""Placement of workers: how many the cluster has room for, on CPUs or GPUs, and where each of them runs."""
 
 import math
 import time
@@ -91,5 +91,5 @@ def _answers(host: str, port: int) -> bool:
 
 
 def threads_of(cpus: int) -> int:
-    """Return the number of threads of a worker that may use `cpus` CPUs: torch's default is the most."""
+    """Return the number of threads of a worker that may use `cpus` CPUs; never more than torch's default."""
     return max(1, min(cpus, torch.get_num_threads()))

@@ -110,7 +110,7 @@ class Connections:
         NCCL's operations end neither when a connection is lost nor after a time limit, so its communicators are aborted.
 
         Args:
-            hosts: their addresses.
+            hosts: IP addresses of those hosts.
         """
         close_connections_to(hosts)
         if dist.is_initialized() and dist.get_backend() == "nccl":
@@ -141,8 +141,8 @@ def make_store(at: tuple[str, int], world: int, timeout: timedelta, listener: so
 def _connect_timeout(config: TrainConfig) -> timedelta:
     """Return the time limit for connecting.
 
-    A worker that is lost meanwhile is noticed only by this limit. It is shorter than `hang_timeout_s`, so that those who wait report the
-    loss before they are taken for lost themselves.
+    A worker that is lost meanwhile is noticed only by this limit. It is shorter than `hang_timeout_s`, so that the workers that wait for it
+    report the loss before they are taken for lost themselves.
     """
     return timedelta(seconds=min(config.receive_timeout_s, config.hang_timeout_s / 2))
 

@@ -9,12 +9,12 @@ from rayllp.report import Listener
 
 GAUGES = {
     "loss": "training loss",
-    "validation_loss": "of the last evaluation, exact forward",
+    "validation_loss": "validation loss at the last evaluation, with the exact forward",
     "rho_forward": "convergence factor of the forward solve at the last probe",
     "rho_backward": "convergence factor of the adjoint solve at the last probe",
     "bias": "relative error of the gradient at the last probe",
     "step_time_s": "seconds of a training step",
-    "tokens_per_s": "tokens (images, sentences) a second",
+    "tokens_per_s": "tokens (for images: patches) per second",
     "mfu": "model FLOPs utilisation, where the devices' peak is known",
     "parallel": "1 in layer-parallel mode, 0 in serial mode",
     "workers": "workers at work",

@@ -184,7 +184,7 @@ def _refuse_others(options: Any, used: set[str], instead: str) -> None:
         value = getattr(options, option.name)
         if option.name not in used and value != getattr(untouched, option.name):
             raise SettingsError(
-                f"{type(options).__name__}({option.name}={value!r}) says nothing in layer-parallel training: leave it out ({instead})"
+                f"{type(options).__name__}({option.name}={value!r}) has no meaning in layer-parallel training: leave it out ({instead})"
             )
 
 

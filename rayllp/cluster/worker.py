@@ -187,8 +187,8 @@ class BlockWorker:
             batches.ensure_present()
         except DataError as error:
             raise DataError(
-                f"on {socket.gethostname()}: {error}. A host needs the data's files under the same path as the driver, where they are more "
-                "than can be sent to it (64 MiB of tokens)"
+                f"on {socket.gethostname()}: {error}. Data too large to be sent to a host (over 64 MiB of tokens) must be there already, "
+                "under the same path as on the driver's host"
             ) from None
 
     def _channels(self) -> tuple[Channel, Channel]:
@@ -280,7 +280,7 @@ class BlockWorker:
         self._held_states.keep(step)
 
     def cost_of_copies(self) -> tuple[float, float]:
-        """Return the seconds that it took to take the last state, and to exchange it in the background."""
+        """Return how long copying the last state took, and exchanging it in the background, in seconds."""
         return self._held_states.seconds
 
     def inventory(self) -> Inventory:
@@ -293,7 +293,7 @@ class BlockWorker:
         self._step_reports = deque((report for report in self._step_reports if report.stats.step < step), maxlen=REMEMBERED)
 
     def give_state(self, step: int, neighbour: bool, weights: bool) -> torch.Tensor:
-        """Return a state after `step` steps: the copy of another worker's (`neighbour`) or this worker's own, with or without weights."""
+        """Return a state after `step` steps, with or without weights: this worker's own, or its copy of another worker's (`neighbour`)."""
         return self._held_states.give(step, neighbour=neighbour, weights=weights)
 
     def restore_from_states(self, layouts: list[StateLayout], *states: torch.Tensor) -> None:
@@ -301,7 +301,7 @@ class BlockWorker:
         self._held_states.state.restore_from(list(zip(layouts, states, strict=True)))
 
     def step_reports(self, start: int, stop: int) -> list[StepReport]:
-        """Return the remembered reports of the steps in [start, stop). Of a step that was done twice, these are the later ones."""
+        """Return the remembered reports of the steps in [start, stop). If a step was done twice, only its later report is returned."""
         by_step = {report.stats.step: report for report in self._step_reports if start <= report.stats.step < stop}
         return [by_step[step] for step in sorted(by_step)]
 

@@ -33,7 +33,7 @@ class AnswerBatches(Dataset):
         entry: the cache entry with the arrays of both splits: tokens ("train"), which of them belong to answers ("train_answers"), where
             each sample starts ("train_samples") and with which sample each sequence starts ("train_sequences"); the last two have a final
             element for the end.
-        spans: of each split, the name of its arrays, its first sequence, and the end of its sequences (exclusive).
+        spans: for each split, the name of its arrays, its first sequence, and the end of its sequences (exclusive).
         sequence_length: tokens in a sequence.
         tokenizer: the tokenizer of all texts.
         packed: several samples may share a sequence; positions start at 0 in each.
@@ -110,7 +110,7 @@ def load_answers(settings: DataSettings, sequence_length: int, seed: int, tokeni
     train, held_out = tables(settings)
     if is_made_from_text(settings.tokenizer) and tokenizer is None:
         raise DataError(
-            f"data.tokenizer={settings.tokenizer} is made from a text, and answers are no text: give bytes, a tokenizers JSON, or a "
+            f"data.tokenizer={settings.tokenizer} is made from a text, not from answers: give bytes, a tokenizers JSON, or a "
             "transformers name or folder"
         )
     tokenizer = tokenizer or load_tokenizer(settings.tokenizer)
@@ -275,9 +275,9 @@ def fault_of(messages: Any) -> str | None:
         return f"holds {'nothing' if not messages else type(messages).__name__}, not a list of messages"
     for message in messages:
         if not isinstance(message, dict) or not isinstance(message.get("role"), str) or not isinstance(message.get("content"), str):
-            return f"has a message that is no {{role: text, content: text}}: {str(message)[:80]}"
+            return f"has a message that is not {{role: text, content: text}}: {str(message)[:80]}"
     if all(message["role"] != ASSISTANT for message in messages):
-        return f"has no message of role {ASSISTANT}, so that there is nothing to predict"
+        return f"has no message of role {ASSISTANT}, so there is nothing to predict"
     return None
 
 
@@ -312,7 +312,7 @@ class ChatTemplate:
         return cls(own, template, "{% generation" in str(known) or "{%- generation" in str(known))
 
     def encode(self, messages: list[dict[str, Any]], place: str) -> tuple[np.ndarray, np.ndarray]:
-        """Return a conversation's token ids and a mask of those that the assistant says.
+        """Return a conversation's token ids and a mask of those in the assistant's turns.
 
         Raises:
             DataError: the template refuses the conversation, or writes a turn differently once others follow, so that it cannot be found.
@@ -328,7 +328,7 @@ class ChatTemplate:
         except DataError:
             raise
         except Exception as error:  # templates raise whatever they like
-            raise DataError(f"{place}: the chat template refuses it: {error}") from None
+            raise DataError(f"{place}: the chat template refuses this conversation: {error}") from None
         encoding = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         begins, ends = np.array(encoding["offset_mapping"], np.int64).reshape(-1, 2).T
         answers = np.zeros(len(begins), bool)
@@ -346,7 +346,7 @@ class ChatTemplate:
         before, behind = self._render(messages[:turn], answering=True), self._render(messages[: turn + 1])
         if not text.startswith(behind) or not behind.startswith(before):
             raise DataError(
-                f"{place}: the chat template writes message {turn} otherwise once others follow, so that its tokens cannot be told: give "
+                f"{place}: the chat template writes message {turn} differently once others follow, so its tokens cannot be found: give "
                 "conversations that end with their only answer, or a template with {% generation %} in data.chat_template"
             )
         return len(before), len(behind)

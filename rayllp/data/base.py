@@ -1,4 +1,4 @@
-"""What workers train on: `Batches`, which a user's own data derive from, and `Dataset`, which the settings name."""
+"""The data that workers train on: `Batches`, the base class for data of your own, and `Dataset`, a data set that the settings name."""
 
 import hashlib
 from abc import ABC, abstractmethod
@@ -95,7 +95,7 @@ class Batches(ABC):
 
     @staticmethod
     def of(batches: object) -> "Batches":
-        """Return a user's batches as `Batches`: an object that merely has a method `batch` gets the defaults of all else.
+        """Return a user's batches as `Batches`: an object that merely has a method `batch` gets the defaults for everything else.
 
         Raises:
             SettingsError: it has no such method.
@@ -112,7 +112,7 @@ class Batches(ABC):
 
 @dataclass(frozen=True)
 class _Plain(Batches):
-    """An object of a user's that has a method `batch` and derives from nothing."""
+    """Wraps a user's object that has a method `batch` but does not derive from `Batches`."""
 
     inner: Any
 
@@ -165,7 +165,7 @@ class Dataset(Batches):
 
 
 def checksum(value: Any) -> str:
-    """Return the SHA-256 of an array, a plain value, or a list of such."""
+    """Return the SHA-256 of an array, a plain value, or a list of these."""
     digest = hashlib.sha256()
     _feed(digest, value)
     return digest.hexdigest()

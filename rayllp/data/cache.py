@@ -1,4 +1,4 @@
-"""A cache of tokenised data in files that all processes of a host map into memory: they need not fit there, nor be sent to workers.
+"""A cache of tokenised data, in files that all processes of a host map: data may exceed main memory, and are not sent to workers.
 
 An entry is a folder of flat arrays, `NAME.bin`, and `entry.json`, which describes them. It is named by a fingerprint of all that it was
 made from, so it never changes once written. A process that needs a missing entry writes it; others on the host wait meanwhile.
@@ -98,7 +98,7 @@ class CacheEntry:
     Attributes:
         key: its fingerprint, which is its folder's name.
         write: writes its content where it is missing.
-        cache: `data.cache`.
+        cache: the value of `data.cache`.
         description: what it is, for messages to the user.
         content_fingerprint: a fingerprint of its content, once that is known: every host that writes it has to get the same.
         carried: content of its files by name, for hosts that cannot write it.
@@ -138,7 +138,7 @@ class CacheEntry:
         content = fingerprint(self._manifest["arrays"])
         if self.content_fingerprint not in (None, content):
             raise DataError(
-                f"{self.description}: this host has other data there than the driver's, under the same name: give all hosts the same "
+                f"{self.description}: this host has other data under that name than the driver's host has: give all hosts the same "
                 f"files, or remove {self.folder} if it is damaged"
             )
         if self.content_fingerprint:
@@ -172,8 +172,8 @@ class CacheEntry:
                     shutil.rmtree(temporary, ignore_errors=True)
         except OSError as error:
             raise DataError(
-                f"{self.description} cannot be kept in {self.folder.parent}: {error}; set data.cache to a folder with room that can be "
-                "written"
+                f"{self.description} cannot be stored in {self.folder.parent}: {error}; set data.cache to a writable folder with enough "
+                "room"
             ) from None
 
     def _write_files(self, folder: Path) -> None:
@@ -212,7 +212,7 @@ class CacheEntry:
             path = self.folder / f"{name}.bin"
             size = path.stat().st_size if path.exists() else 0
             if size != count * np.dtype(dtype).itemsize:
-                raise DataError(f"{path} is damaged or gone: remove {self.folder}, and it is made anew")
+                raise DataError(f"{path} is damaged or gone: remove {self.folder}, and it will be made again")
             self._maps[name] = np.memmap(path, dtype, "r", shape=(count,)) if count else np.zeros(0, dtype)
         return self._maps[name]
 

@@ -16,7 +16,7 @@ from rayllp.errors import DataError
 
 Item = TypeVar("Item")
 HELD_OUT_SPLITS = ("validation", "valid", "val", "dev", "test")
-"""Names under which data may hold out some themselves, the most likely one first."""
+"""Names that a data set's own held-out split may have, the most likely one first."""
 TABLES = {
     "json": (".json", ".jsonl", ".ndjson"), "csv": (".csv", ".tsv"), "parquet": (".parquet",), "arrow": (".arrow",),
 }  # fmt: skip
@@ -58,7 +58,7 @@ class Split:
         # Some streams know their columns only from the rows themselves.
         columns = list(self.loaded.features or next(self._guarded(iter(self.loaded)), {}))
         if ROW_NAMES in columns and self.loaded.info.builder_name == "csv":
-            raise DataError(f"{self.source} has lines with more columns than its first line names: name all of them, or mend the lines")
+            raise DataError(f"{self.source} has lines with more columns than its first line names: name all of them, or fix the lines")
         return columns
 
     def labels(self, column: str) -> tuple[str, ...]:
@@ -161,7 +161,7 @@ def load_split(settings: DataSettings, setting: str, name: str, *, stream: bool 
 
 
 def own_held_out(settings: DataSettings, training: str, *, stream: bool = True) -> str | None:
-    """Return the name of the split that a data set holds out itself, beside the one to train on; None if it has none."""
+    """Return the name of the data set's own held-out split, other than the one to train on; None if it has none."""
     if _place(settings)[2].is_file():
         return None
     splits = load_splits(settings, stream=stream)
@@ -174,14 +174,14 @@ def named(settings: DataSettings) -> str:
 
 
 def _name(label: Any, names: tuple[str, ...]) -> Any:
-    """Return the class name of a class number, or of each in a list; other values, such as the library's -1 for "no label", as they are."""
+    """Return the class name of a class number, or of each in a list. Other values, such as -1 (the library's "no label"), are unchanged."""
     if isinstance(label, list):
         return [_name(each, names) for each in label]
     return names[label] if isinstance(label, int) and 0 <= label < len(names) else label
 
 
 def up_to(limit: int | None, items: Iterable[Item], size: Callable[[Item], int]) -> Iterator[Item]:
-    """Yield items from the first on, as long as their total size is no more than `limit`; None is no limit."""
+    """Yield items from the first on while their total size is at most `limit`; None: yield all."""
     total = 0
     for item in items:
         if limit is not None:
@@ -235,7 +235,7 @@ def load_splits(settings: DataSettings, *, stream: bool, what: str | None = None
     if place.is_file() and not place.stat().st_size:
         raise DataError(f"{what} is empty: give a table with some rows")
     if settings.streaming and settings.max_bytes is None:
-        raise DataError(f"{setting} {name} with data.streaming=true has no end: set data.max_bytes to what is to be read of it")
+        raise DataError(f"{setting} {name} with data.streaming=true has no end: set data.max_bytes to how much of it to read")
     with _in_words(what, place):
         if any((place / file).exists() for file in SAVED):
             import datasets
@@ -264,7 +264,9 @@ def _in_words(what: str, place: Path) -> Iterator[None]:
         yield
     except Exception as error:  # the library raises whatever its files and connections raise
         if place.is_file():
-            raise DataError(f"{what} cannot be read: {type(error).__name__}: {error}; give a whole table, by its ending") from None
+            raise DataError(
+                f"{what} cannot be read: {type(error).__name__}: {error}; give an undamaged table whose ending names its format"
+            ) from None
         hidden = "; for the data set of that name on the hub, call the folder here something else" if place.is_dir() else ""
         raise DataError(
             f"{what} cannot be loaded: {type(error).__name__}: {error}; give the name of a data set that this machine can "

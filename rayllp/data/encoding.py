@@ -87,8 +87,8 @@ def _as_one(tokenizer: Any, left: _Encoded, first: int, right: _Encoded) -> tupl
     few = slice(first, first + AGREEING)
     if token is None or encoding.token_to_chars(token)[0] != start or encoding.ids[token:][:AGREEING] != left.encoding.ids[few]:
         raise DataError(
-            "data.tokenizer gives a text other tokens for what follows thousands of characters later, so that a long one cannot be encoded "
-            "piece by piece: give the text as documents (lines of a .jsonl), or another tokenizer"
+            "with data.tokenizer, a text's tokens depend on what follows thousands of characters later, so a long text cannot be encoded "
+            "piece by piece: give the text as documents (lines of a .jsonl), or use another tokenizer"
         )
     return _Encoded(part, encoding), token
 

@@ -1,4 +1,4 @@
-"""What several loaders share: reading files, counting bad rows in them, and packing sequences of different lengths."""
+"""Helpers of several loaders: reading files, counting bad rows in them, and packing sequences of different lengths into one array."""
 
 import codecs
 import gzip
@@ -77,8 +77,8 @@ def read_lines(path: Path, what: str, max_bytes: int | None = None) -> list[str]
         raise DataError(f"{what} {path} is a folder: give one text file in it, or a .gz of one")
     lines, size, ended = list[str](), 0, True
     with opened(what, path) as file:
-        # Bytes are split at \n alone. Text would also be split at a lone \r, by splitlines at U+2028, form feeds and the like as well: they
-        # belong to the text, and would shift the line numbers of errors.
+        # Bytes are split at \n alone. Text would also be split at a lone \r, and by splitlines at U+2028, form feeds and the like. These
+        # belong to the text, and splitting there would shift the line numbers of errors.
         for line in file:
             size += len(line)
             if max_bytes is not None and size > max_bytes:
@@ -115,7 +115,7 @@ def read_text_file(what: str, path: Path) -> Iterator[str]:
                 raise NoTextError(" is UTF-16: save it as UTF-8")
             if (zero := block.find(0)) >= 0:
                 at = line + block.count(b"\n", 0, zero)
-                raise NoTextError(f":{at} holds a byte 0: it is no text, damaged, or UTF-16; mend it and save it as UTF-8")
+                raise NoTextError(f":{at} holds a zero byte: it is not text, damaged, or UTF-16; fix it and save it as UTF-8")
             try:
                 text = decoder.decode(block, final=not block)
             except UnicodeDecodeError as error:
@@ -151,9 +151,9 @@ def count_kept(count: int, fraction: float, source: str, unit: str, otherwise: s
 
     Args:
         count: number of samples.
-        fraction: of them, to be held out.
+        fraction: share of them to hold out.
         source, unit: where they come from, and what one is, for errors.
-        otherwise: what helps beside giving more.
+        otherwise: end of the error message: what helps besides giving more samples.
 
     Raises:
         DataError: there are fewer than two samples.
@@ -196,7 +196,7 @@ class BadRows:
             DataError: bad rows are refused.
         """
         if not self.skip:
-            raise DataError(f"{message}; mend it, or leave it out by data.on_error=skip")
+            raise DataError(f"{message}; fix it, or leave it out by data.on_error=skip")
         self.count_skipped(kind)
 
     def count_skipped(self, kind: str, number: int = 1) -> None:

@@ -36,7 +36,7 @@ def read_tsv(
     Args:
         path, what: the file (or .gz), and the setting that names it.
         columns: the columns to read, each by the setting that chooses it: names in the first line, or numbers if the first one is a number.
-        bad_rows: refuses or counts lines that have too few or too many columns, or nothing in one to be read.
+        bad_rows: refuses or counts lines that have too few or too many columns, or an empty cell in a column to be read.
         max_bytes: lines that end beyond this are not read.
 
     Raises:
@@ -64,7 +64,7 @@ def _find_column(setting: str, name: str, first: list[str], path: Path, named: b
     if named:
         if name not in first:
             raise DataError(
-                f"{setting} {name!r} is no column of {path}, whose first line names {first}: "
+                f"{setting} {name!r} is not a column of {path}, whose first line names {first}: "
                 "set it to one of them, or all fields to numbers from 0 if that line is a sentence"
             )
         return first.index(name)
@@ -87,7 +87,7 @@ class LabelledWord(NamedTuple):
 
 
 def read_conllu(path: Path, what: str, label: str, bad_rows: BadRows, max_bytes: int | None) -> Iterator[list[LabelledWord]]:
-    """Yield the words of each sentence; multiword tokens and empty nodes are none.
+    """Yield the words of each sentence. Multiword tokens and empty nodes are left out.
 
     Args:
         path, what: the file (or .gz), and the setting that names it.
@@ -157,6 +157,6 @@ def read_idx(path: Path, magic: int) -> np.ndarray:
     if len(content) - start != math.prod(shape) or not math.prod(shape):
         raise DataError(
             f"data.path {path} names {' × '.join(map(str, shape))} bytes in its header, but {len(content) - start} follow: "
-            "it is empty, cut short or altered; fetch it anew"
+            "it is empty, cut short or altered; fetch it again"
         )
     return np.frombuffer(content, np.uint8, offset=start).reshape(shape)

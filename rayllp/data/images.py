@@ -40,8 +40,8 @@ class ImageBatches(Dataset):
     """Images and their class numbers.
 
     Attributes:
-        pixels: of each split, uint8 of shape (images, C, H, W).
-        labels: of each split, class numbers.
+        pixels: for each split, uint8 of shape (images, C, H, W).
+        labels: for each split, class numbers.
         mean, std: mean and standard deviation of each channel over the training images, shape (C, 1, 1).
     """
 
@@ -69,7 +69,7 @@ class ImageBatches(Dataset):
         return len(self.labels[split])
 
     def content(self, split: str) -> list[Any]:
-        """Return a split's pixels, or of images that stay in their files what identifies those, and its class numbers."""
+        """Return a split's pixels (for images that stay in their files, what identifies them) and its class numbers."""
         pixels = self.pixels[split]
         return [["pixels", pixels.identity if isinstance(pixels, LazyImages) else pixels], ["labels", self.labels[split]]]
 
@@ -83,8 +83,8 @@ def load_images(settings: DataSettings, seed: int) -> ImageBatches:
     """
     if settings.validation_path:
         raise DataError(
-            f"data.validation_path {settings.validation_path} is not read for images: leave it out; held out are the t10k files of "
-            "data.path or the data set's own split"
+            f"data.validation_path {settings.validation_path} is not read for images: leave it out; the t10k files of data.path "
+            "or the data set's own split are held out"
         )
     classes: tuple[str, ...] = ()
     bad_rows = BadRows(settings.on_error == "skip")
@@ -120,7 +120,7 @@ def _number_labels(images: _Images, classes: tuple[str, ...], bad_rows: BadRows)
             bad_rows.refuse_or_count("labels", f"{images.source} image {place}: label {label!r} is none of the {len(classes)} classes")
     kept = np.array([label in numbers for label in images.labels])
     if not kept.any():
-        raise DataError(f"{images.source} has no image with a label that is known: give some, or set data.on_error=refuse to see why")
+        raise DataError(f"{images.source} has no image with a known label: give some, or set data.on_error=refuse to see why")
     pixels = images.pixels if kept.all() else images.pixels[kept]
     return pixels, np.array([numbers[label] for label in images.labels if label in numbers], np.int64)
 
@@ -168,7 +168,7 @@ def _has_no_idx(folder: Path) -> bool:
 def _read_folder(folder: Path) -> tuple[_Images, _Images]:
     """Read training and validation images from a folder with MNIST's files."""
     if not folder.is_dir():
-        raise DataError(f"data.path {folder} is no folder: give one with {MNIST_FILES}")
+        raise DataError(f"data.path {folder} is not a folder: give one with {MNIST_FILES}")
     train, validation = _read_idx_pair(folder, "train"), _read_idx_pair(folder, "t10k")
     if train.pixels.shape[1:] != validation.pixels.shape[1:]:
         raise DataError(

@@ -15,12 +15,12 @@ from rayllp.errors import DataError
 from rayllp.keys import key
 
 MASKED, RANDOM = 0.8, 0.1
-"""Share of the tokens to be predicted that is replaced by the mask, and by a random token (as in BERT); the rest stays as it is."""
+"""Shares of the tokens to be predicted that are replaced by the mask and by a random token, as in BERT; the rest stay as they are."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class MaskedBatches(StreamBatches):
-    """Windows of a token stream, framed by cls and sep, in which some tokens are to be predicted; in a held-out window always the same.
+    """Windows of a token stream, between cls and sep, in which some tokens are to be predicted; in a held-out window always the same ones.
 
     Attributes:
         mask_fraction: share of a window's tokens that is to be predicted; at least one token is.

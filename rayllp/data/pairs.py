@@ -21,7 +21,7 @@ from rayllp.data.tokenizer_kinds import Tokenizer
 from rayllp.errors import DataError
 
 VALIDATION_NAMES = HELD_OUT_SPLITS[:-1]
-"""What the files of a held-out set may be called. Those of test sets are read as well, for later."""
+"""Names that the files of the held-out set may have. Test sets are read too, as splits of their own."""
 TRANSLATION = "translation"
 """Column that data sets of translations have; it maps each language to a text."""
 
@@ -48,7 +48,7 @@ class PairBatches(Dataset):
     """Lines and their translations, as ids of one vocabulary; targets are the translations.
 
     Attributes:
-        sides: of each split, source and target language. Splits are train, validation, and any test sets by name.
+        sides: for each split, source and target language. Splits are train, validation, and any test sets by name.
         sequence_length: largest number of tokens in a line, eos included.
         tokenizer: the tokenizer of both languages.
     """
@@ -144,8 +144,8 @@ def load_pairs(settings: DataSettings, sequence_length: int, seed: int, tokenize
     from_table = bool(settings.dataset) or (path is not None and path.exists() and is_table(path))
     if settings.validation_path and not from_table:
         raise DataError(
-            f"data.validation_path {settings.validation_path} is not read for translation: leave it out; held out are "
-            f"val.{settings.source} and val.{settings.target} in data.path, or the data set's own split"
+            f"data.validation_path {settings.validation_path} is not read for translation: leave it out; "
+            f"val.{settings.source} and val.{settings.target} in data.path, or the data set's own split, are held out"
         )
     bad_rows = BadRows(settings.on_error == "skip")
     skipped = bad_rows.counts
@@ -219,7 +219,7 @@ def _read_folder(settings: DataSettings) -> dict[str, list[_Pair]]:
         raise DataError(f"translation needs data.path, a folder with {files} or a table, or data.dataset with a column translation")
     folder = local_path(settings.path, "data.path")
     if not folder.is_dir():
-        raise DataError(f"data.path {folder} is no folder: give one with {files}")
+        raise DataError(f"data.path {folder} is not a folder: give one with {files}")
     validation = next((name for name in VALIDATION_NAMES if plain_or_gz(folder / f"{name}.{source}")), None)
     if validation is None:
         tried = ", ".join(f"{name}.{source}" for name in VALIDATION_NAMES)
@@ -240,8 +240,8 @@ def _read_files(folder: Path, stem: str, settings: DataSettings) -> list[_Pair]:
     sources, targets = (read_lines(path, "data.path") for path in paths)
     if len(sources) != len(targets):
         raise DataError(
-            f"data.path {paths[0]} has {len(sources)} lines, {paths[1]} has {len(targets)}: line by line one must be the other's "
-            "translation; give files that belong together"
+            f"data.path {paths[0]} has {len(sources)} lines, {paths[1]} has {len(targets)}: each line must be the "
+            "translation of the same line in the other; give files that belong together"
         )
     pairs = (_Pair(source, target, f"{paths[0]}:{number}") for number, (source, target) in enumerate(zip(sources, targets, strict=True), 1))
     return _limit(pairs, settings, str(paths[0]))

@@ -82,8 +82,8 @@ class DataRecord:
         changed = tuple(split for split in now.splits if now.splits[split] != self.splits.get(split))
         if changed and config.data.on_change == "refuse" and now.settings == self.settings:
             raise DataError(
-                f"the data are not those that the run began with ({' and '.join(changed)}), though the settings name the same: give it "
-                "those back, or go on with these by data.on_change=accept"
+                f"the data are not those that the run began with ({' and '.join(changed)}), though the settings name the same: restore "
+                "them, or go on with these by data.on_change=accept"
             )
         return changed
 

@@ -20,7 +20,7 @@ from rayllp.data.tokenizer_kinds import Tokenizer
 from rayllp.errors import DataError
 
 FREQUENT = 10
-"""A label that occurs only once is taken for a mistake if labels occur at least so many times on average."""
+"""A label that occurs only once is taken for a mistake if labels occur at least this many times on average."""
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,8 @@ class SentenceBatches(Dataset):
     """Sentences as token ids: cls, tokens, sep, and for a pair the second sentence and another sep. Targets are class numbers.
 
     Attributes:
-        sequences: of each split, token ids.
-        labels: of each split, class numbers.
+        sequences: for each split, token ids.
+        labels: for each split, class numbers.
         sequence_length: largest number of tokens in a sequence.
         tokenizer: the tokenizer of the sentences.
     """
@@ -74,7 +74,7 @@ class SentenceBatches(Dataset):
 
 
 def load_sentences(settings: DataSettings, sequence_length: int, seed: int, tokenizer: Tokenizer | None = None) -> SentenceBatches:
-    """Read sentences, number their labels, and tokenise them; too long a sequence is cut, skipped or refused by `data.on_long`.
+    """Read sentences, number their labels, and tokenise them. `data.on_long` says whether long sequences are cut, skipped or refused.
 
     Raises:
         DataError: there is no file, it cannot be read, or it lacks the columns; sequence_length leaves no room for text; a line is broken,

@@ -83,7 +83,7 @@ class Files:
             if path == self.path:
                 raise DataError(f"{self.name}{error}") from None
             raise DataError(
-                f"{self.name} is read as a folder of texts, and {path}{error}; mend it, or leave it out by data.on_error=skip"
+                f"{self.name} is read as a folder of texts, and {path}{error}; fix it, or leave it out by data.on_error=skip"
             ) from None
 
     def _is_text(self, path: Path, bad_rows: BadRows) -> bool:
@@ -129,7 +129,7 @@ class Table:
         return [stamp_of(self.settings), self.settings.subset, self.split, *([self.max_bytes] if self.settings.streaming else [])]
 
     def stamp(self) -> Any:
-        """Return plain values that identify the texts: the rows' and the column's name."""
+        """Return plain values that identify the texts: those that identify the rows, and the name of the column."""
         return [self.rows_stamp(), self.settings.text_field]
 
     def documents(self, bad_rows: BadRows) -> Iterator[Document]:
@@ -146,7 +146,7 @@ class Table:
 
 
 def sources(settings: DataSettings) -> tuple[Table | Files, Table | Files | None]:
-    """Return what to train on and what is held out; None: the end of the former.
+    """Return what to train on and what is held out; None: the end of the training data is held out.
 
     Raises:
         DataError: there is no such file.
@@ -156,16 +156,16 @@ def sources(settings: DataSettings) -> tuple[Table | Files, Table | Files | None
 
 
 def tables(settings: DataSettings) -> tuple[Table, Table | None]:
-    """Return the training and the held-out table; None: the end of the former is held out.
+    """Return the training and the held-out table; None: the end of the training table is held out.
 
     Raises:
         DataError: there is no such file, or it is not a table.
     """
     train, held_out = sources(settings)
     if not isinstance(train, Table):
-        raise DataError(f"data.path {settings.path or '(none)'} is no table: give one ({TABLE_KINDS}), or data.dataset")
+        raise DataError(f"data.path {settings.path or '(none)'} is not a table: give one ({TABLE_KINDS}), or data.dataset")
     if isinstance(held_out, Files):
-        raise DataError(f"{held_out.name} is no table: give one ({TABLE_KINDS})")
+        raise DataError(f"{held_out.name} is not a table: give one ({TABLE_KINDS})")
     return train, held_out
 
 
@@ -264,7 +264,7 @@ def _at(setting: str, name: str, settings: DataSettings, split: str, max_bytes: 
     """Return the table, file or folder of texts at a path.
 
     Raises:
-        DataError: there is nothing.
+        DataError: the path does not exist.
     """
     path = local_path(name, setting)
     if not path.exists():

@@ -24,7 +24,7 @@ from rayllp.keys import key
 
 GOLDEN_RATIO = (5**0.5 - 1) / 2
 GATHERED = 2**20
-"""Short texts are gathered up to so many characters, then tokenised together."""
+"""Short texts are gathered up to this many characters, then tokenised together."""
 
 
 # Batches ----------------------------------------------------------------------------------------------------------------------
@@ -39,7 +39,7 @@ class StreamBatches(Dataset):
     stream; they depend on neither the seed nor the batch size.
 
     Attributes:
-        tokens: of each split, its token ids end to end.
+        tokens: for each split, its token ids end to end.
         sequence_length: tokens in a sequence, special ones included.
         tokenizer: the tokenizer of the text.
     """
@@ -97,7 +97,7 @@ class StreamBatches(Dataset):
         return np.stack([stream[start : start + self.length] for start in np.maximum(starts, 0)]).astype(np.int64), starts >= 0
 
     def count(self, split: str) -> int:
-        """Return the number of windows in an epoch, or held out."""
+        """Return the number of training windows in an epoch, or of held-out windows."""
         room = len(self.tokens[split]) - self.length + 1
         return max(1, room // self.stride) if split == "train" else len(self.held_out)
 
@@ -165,7 +165,7 @@ class TextBatches(StreamBatches):
 
 
 def load_text(settings: DataSettings, sequence_length: int, seed: int, tokenizer: Tokenizer | None = None) -> TextBatches:
-    """Read a text, tokenise it, and split it.
+    """Read a text, tokenise it, and split it into training and held-out tokens.
 
     Raises:
         DataError: see `load_stream`.
@@ -175,10 +175,10 @@ def load_text(settings: DataSettings, sequence_length: int, seed: int, tokenizer
 
 
 def load_stream(settings: DataSettings, sequence_length: int, window: int, seed: int, tokenizer: Tokenizer | None) -> dict[str, Any]:
-    """Return the fields of `StreamBatches`: a text's tokens by split, and so on.
+    """Read and tokenise a text; return the fields of `StreamBatches`: its tokens by split, and so on.
 
     Args:
-        settings: say where the text is. Held out is a file or split of its own, or else the end of the text.
+        settings: say where the text is, and what is held out: a file or split of its own, or else the end of the text.
         sequence_length: tokens in a sequence.
         window: tokens that each split needs at least: one sequence and its targets.
         seed: determines the order of samples.

@@ -71,7 +71,7 @@ class Tokenizer(ABC):
         return None
 
     def save(self, path: Path) -> bool:
-        """Write the JSON file that `data.tokenizer` takes. Returns False if it is no tokenizer of the tokenizers library, and has none."""
+        """Write the JSON file that `data.tokenizer` takes. Returns False if there is none: only the tokenizers library has such files."""
         return False
 
 
@@ -185,7 +185,7 @@ class TokenizersFile(_Fast):
             super().__init__(Fast.from_file(path))
         except Exception as error:  # the library raises nothing narrower
             raise DataError(
-                f"data.tokenizer {path} is no tokenizer ({error}); give a JSON file written by the tokenizers library"
+                f"data.tokenizer {path} is not a tokenizer ({error}); give a JSON file written by the tokenizers library"
             ) from None
         styles = ([self._tokenizer.token_to_id(token) for token in style] for style in SPECIAL_STYLES)
         self.special = next((tuple(ids) for ids in styles if None not in ids), None)

@@ -26,8 +26,8 @@ class WordBatches(Dataset):
     """Sentences as word ids; targets are the words' labels.
 
     Attributes:
-        words: of each split, the word ids of each sentence, or of each piece of one that is too long.
-        labels: of each split, the class numbers of these words.
+        words: for each split, the word ids of each sentence, or of each piece of one that is too long.
+        labels: for each split, the class numbers of these words.
         sequence_length: largest number of words in a piece.
         index: id of each word of the vocabulary.
     """
@@ -99,11 +99,11 @@ def _read_splits(settings: DataSettings, bad_rows: BadRows) -> dict[str, list[_S
     make = partial(_of_row, columns=tuple(columns.values()), bad_rows=bad_rows)
 
     def read(source: Table | Files) -> list[_Sentence]:
-        if isinstance(source, Table) and not is_tsv(source):  # cells of a tsv hold no lists, but a treebank may be called so
+        if isinstance(source, Table) and not is_tsv(source):  # cells of a .tsv hold no lists, but a treebank may have that ending
             return read_samples(source, columns, make, _bytes, "words and labels", bad_rows)
         label = "upos" if settings.label_field == "label" else settings.label_field
         if label not in LABEL_COLUMNS:
-            raise DataError(f"data.label_field {label!r} is no label of words: set it to one of {', '.join(LABEL_COLUMNS)}")
+            raise DataError(f"data.label_field {label!r} is not a label of words: set it to one of {', '.join(LABEL_COLUMNS)}")
         assert source.path is not None
         sentences = list(read_conllu(source.path, source.setting, label, bad_rows, source.max_bytes))
         if not sentences:

@@ -1,4 +1,4 @@
-"""What the parts of a step cost on a device."""
+"""Costs of the parts of a training step on a device, as measured or assumed; predictions are made from them."""
 
 import math
 from collections.abc import Mapping
@@ -47,7 +47,7 @@ class Costs:
         the input's gradient, which is computed once more on the way.
 
         At a window's end states are summed by an all-gather or, where that is faster, in pieces: an all-to-all and an all-gather of pieces,
-        which together take as long as an all-reduce. For a further state of each worker the all-to-all is as much longer.
+        which together take as long as an all-reduce. A further state of each worker adds one more all-to-all, half of an all-reduce.
 
         Args:
             workers: number of workers.
@@ -127,7 +127,7 @@ class LayerModel:
         return self.parameter_bytes - self.frozen_bytes
 
     def at(self, batch: float, device: Device) -> Costs:
-        """Return costs at a batch size by linear interpolation, or extrapolation beyond the last; with one measurement, in proportion."""
+        """Return costs at a batch size by linear interpolation, or extrapolation beyond the last; of one measurement, in proportion."""
         points = sorted(self.measured if len(self.measured) > 1 else {0, *self.measured})
         upper = next((n for n, size in enumerate(points[1:], 1) if size >= batch), len(points) - 1)
         low, high = points[upper - 1], points[upper]

@@ -1,4 +1,4 @@
-"""Measure on this machine what the parts of a step cost; predictions start from these times."""
+"""Measure on this machine how long the parts of a step take. Predictions start from these times."""
 
 import time
 from collections.abc import Callable
@@ -36,11 +36,11 @@ def measure_costs(config: TrainConfig, data: Batches, *, message_s: float, devic
 
 
 def engine_alone(config: TrainConfig, data: Batches, device: str) -> Engine:
-    """Return one worker in this process, with a network like `config`'s but with few middle layers: enough to time one."""
+    """Return one worker in this process, with a network like `config`'s but only a few middle layers: enough to time one."""
     whole = config.model_dump(mode="json")
     middle = min(LAYERS, config.middle_layers)
     whole["model"]["layers"] = middle + config.buffers.open + config.buffers.close
-    whole["model"]["encoder_layers"] = None  # for mt: half of the few layers
+    whole["model"]["encoder_layers"] = None  # of an encoder–decoder: half of the few layers
     whole["windows"] = {}  # layers are called one by one, and may be too few for windows of given lengths, or for a coarse interval
     if config.solver == "mgrit":
         whole["mgrit"]["levels"] = {"forward": 1, "backward": 1}
@@ -109,7 +109,7 @@ def parts_of_step(engine: Engine, state: State) -> Parts[Callable[[], None]]:
             torch.autograd.grad(outputs, leaves, tensors(state), retain_graph=True, allow_unused=True)
 
     def full_gradients() -> None:
-        while recorded:  # as in a step: from the last layer on, each freeing its graph
+        while recorded:  # as in a step: from the last layer to the first, each freeing its graph
             leaves, outputs, parameters = recorded.pop()
             torch.autograd.backward(outputs, tensors(state), inputs=[*leaves, *parameters])
 

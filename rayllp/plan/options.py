@@ -20,7 +20,7 @@ from rayllp.plan.costs import Costs, Device, LayerModel
 from rayllp.plan.prediction import layers_owned, predict_step
 
 MOST_MICROBATCHES = 4
-"""Largest number of microbatches a worker that is tried with layers in turn."""
+"""Largest number of microbatches per worker that is tried with layers in turn."""
 COARSENINGS = (2, 4, 8, 16)
 LEVELS = (2, 3, 4)
 ITERATIONS = ((1, 1), (2, 1), (2, 2), (3, 3))
@@ -47,7 +47,7 @@ class MGRITSolve:
         return f"c_f {self.coarsening}, {self.levels} levels, {self.forward}+{self.backward} iterations"
 
     def as_list(self) -> list[int]:
-        """Return what a JSON file has."""
+        """Return the values as they are stored in a JSON file."""
         return [self.coarsening, self.levels, self.forward, self.backward]
 
 
@@ -70,7 +70,7 @@ class WindowSolve:
         return f"windows of {self.length}, {self.forward}+{self.backward} sweeps"
 
     def as_list(self) -> list[int]:
-        """Return what a JSON file has; 0 levels stand for windows."""
+        """Return the values as they are stored in a JSON file, where 0 levels stand for windows."""
         return [self.length, 0, self.forward, self.backward]
 
 
@@ -202,7 +202,7 @@ class MeshPlanner:
         ends_s = max(costs.enter + costs.enter_gradient, costs.leave)
         stage_s = owned * (costs.record + costs.full_gradient) + ends_s + 2 * costs.message
         step_s = (microbatches + stages - 1) * stage_s + owned * costs.update
-        step_s += self._replicas_s(owned, owned * costs.full_gradient)  # of the last microbatch
+        step_s += self._replicas_s(owned, owned * costs.full_gradient)  # gradients become final in the last microbatch
         graphs = min(microbatches, stages) * self.batch / microbatches
         memory = owned * (self._weight_bytes + graphs * self.model.graph_bytes)
         return self._option("pipeline", step_s, memory, microbatches=microbatches)
@@ -231,7 +231,7 @@ class MeshPlanner:
     # Layer-parallel ways --------------------------------------------------------------------------------------------------------
 
     def layer_parallel_options(self, solves: Sequence[Solve] | None, biases: Mapping[Solve, float], bias_limit: float) -> list[Option]:
-        """Return the ways by `solves`; None: by windows, and by those of MGRIT that may be the fastest or have a known bias."""
+        """Return a way for each of `solves`; None: for windows, and for those of MGRIT that may be the fastest or have a known bias."""
         windows = [WindowSolve(self.layer_workers, *sweeps) for sweeps in SWEEPS]
         tried = [*windows, *mgrit_solves(self.config.middle_layers)] if solves is None else solves
         options = [self._layer_parallel(solve, biases.get(solve)) for solve in tried if isinstance(solve, WindowSolve)]
@@ -275,7 +275,7 @@ class MeshPlanner:
         return self._option("layer", step_s, memory, solve=solve, bias=bias)
 
     def _replica_config(self, solve: Solve) -> TrainConfig | None:
-        """Return the settings of one replica that is solved so; None if they are not allowed."""
+        """Return the settings of one replica with this solve; None if they are not allowed."""
         values = self.config.model_dump(mode="json")
         values |= {"workers": self.layer_workers, "mode": "parallel", "mesh": {"data": 1}, "batch_size": self.batch, "microbatches": None}
         values["adaptive"]["ladder"] = None
@@ -298,7 +298,7 @@ class MeshPlanner:
     def _weight_bytes(self) -> float:
         """Bytes of a layer's weights and gradients, and of the part of its optimizer state that one worker keeps."""
         settings = self.config.optimizer
-        # Neglected are what Muon keeps of norms and biases more than of matrices, and Adafactor's factors.
+        # This neglects that Muon keeps more for norms and biases than for matrices, and Adafactor's factors.
         averages = averages_per_weight(settings)
         kept = averages / self.replicas if settings.sharded else averages
         return self.model.parameter_bytes + (1 + kept) * self.model.trained_bytes

@@ -10,9 +10,9 @@ from rayllp.plan.costs import Device, LayerModel
 from rayllp.plan.options import MeshPlanner, Option, Solve, serial_step_s
 
 WORTH_IT = 1.05
-"""How many times as fast as the best exact way an approximate one has to be, to be advised."""
+"""An approximate way is advised only if it is more than this many times as fast as the best exact one."""
 SHALLOWER = 4
-"""Layer-parallel training is compared with a network of this many times fewer middle layers on one device."""
+"""Layer-parallel training is compared with a network with this many times fewer middle layers, on one device."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +56,7 @@ def make_plan(
         config: the run's settings.
         model: costs and sizes of a layer.
         device: network and memory of each device.
-        devices: how many there are.
+        devices: number of devices.
         biases: measured biases of the gradient, by solve.
         bias_limit: an approximate way with a larger known bias is not advised.
         solves: which to try on each mesh. By default, windows of as many layers as workers, and those of MGRIT with c_f 2 to 16, 2 to 4
@@ -88,7 +88,7 @@ def make_plan(
         if shallow_s < 1.5 * best.step_s:
             advice += (
                 f". A network of {shallow} layers takes {1e3 * shallow_s:.4g} ms a step on one device: if it reaches the loss you want, "
-                "it is the better buy (docs/frontier.md has both on two tasks)"
+                "train that one instead (docs/frontier.md compares both on two tasks)"
             )
     return Plan(serial_s=serial_s, options=tuple(options), best=best, exact=exact, advice=advice)
 
@@ -104,7 +104,8 @@ def _meshes(config: TrainConfig, devices: int) -> Iterator[tuple[int, int]]:
 def _advise(best: Option | None, exact: Option | None, serial_s: float, devices: int) -> str:
     if best is None:
         return (
-            "nothing fits into the devices' memory: more devices, a smaller batch, recompute=true, or with replicas optimizer.sharded=true"
+            "nothing fits into the devices' memory: use more devices, a smaller batch, recompute=true, or with replicas "
+            "optimizer.sharded=true"
         )
 
     def praise(option: Option) -> str:

@@ -1,4 +1,4 @@
-"""Find out what each worker does in a step, in which order, by running the code that trains once per worker, without layers and messages.
+"""Find out what each worker does in a step, and in which order, by running the training code once per worker, without layers and messages.
 
 That code is `MGRITSolver`, `WindowSolver`, or `InOrderStep` for exact steps with layers in turn. A worker's order of work does not depend
 on any values, so its part can run alone: every message it receives is an empty state that is there at once. Workers that do the same, with
@@ -76,7 +76,7 @@ class _Recorder(Channel):
         return self.other("broadcast", tag.solve, source)  # one record for all workers, so that they are alike
 
     def all_gather(self, state: State, spec: StateSpec, tag: MessageTag) -> list[State]:
-        # At a window's end states are added up. A worker with several layers of the window takes part once for each.
+        # At a window's end states are summed. A worker with several layers of the window takes part once for each of them.
         kind = "all_gather" if tag.phase != WINDOW_END else "further_sum" if tag.level else "sum"
         return [self.other(kind, tag.solve)] * self.size
 
@@ -190,7 +190,7 @@ def _record_windows(layers: int, workers: int, windows: tuple[int, ...], sweeps:
         )
         return recorder.collect(), ()
 
-    # Workers do the same if all their layers are in the same windows. Of a window of a single layer, there is only one.
+    # Workers do the same if all their layers are in the same windows. A window of a single layer is on one worker alone.
     window_of = [number for number, window in enumerate(placement.windows(windows)) for _ in window]
     return _of_all(record, range(workers), [tuple(window_of[rank::workers]) for rank in range(workers)])
 
@@ -206,7 +206,7 @@ def in_order_schedule(layers: int, workers: int, microbatches: int) -> Schedule:
         InOrderStep(_RecordedWork(recorder), placement, recorder, SPEC, 0, microbatches).take()
         return recorder.collect(), ()
 
-    # Those at the ends of the network do more.
+    # Workers at the ends of the network do more than the others.
     ends = {0, placement.owners[-1], workers - 1}
     signatures = [(len(placement.owners[rank::workers]), rank if rank in ends else None) for rank in range(workers)]
     return _of_all(record, range(workers), signatures)

@@ -1,4 +1,4 @@
-"""What each worker does in a step in which order, and the replay of that on simulated clocks.
+"""Schedules: what each worker does in a step, in which order; and their replay on simulated clocks.
 
 In a replay each piece of work takes its time, and receivers wait for senders. Deferred work is done as in training: while a worker waits.
 """
@@ -20,12 +20,12 @@ class Work(NamedTuple):
     """A piece of work of one worker.
 
     Attributes:
-        kind: a part of a step (see `Costs.kinds`), of which parameter_gradient is deferred where it stands; or a message: send, receive,
-            broadcast, or one of `MEETINGS`; or finish, which does all that is deferred.
+        kind: a part of a step (see `Costs.kinds`), where parameter_gradient means that this work is deferred; or a message: send, receive,
+            broadcast, or one of `MEETINGS`; or finish, which does all deferred work.
         solve: forward or adjoint; enter or loss for these two parts.
         phase, level: of the cycle, as in `Span`.
         layer: the layer, counted from the worker's first one; 0 for messages and for the ends of the network.
-        peer: sender or receiver, counted from the worker itself, round all workers; of a broadcast its source, counted from the first one.
+        peer: rank of sender or receiver, minus the worker's own, modulo the number of workers; for a broadcast, the rank of its source.
     """
 
     kind: str
@@ -131,7 +131,7 @@ class Schedule:
         """Run the schedule on simulated clocks.
 
         Args:
-            seconds: by kind of work (see `Costs.kinds`). Sending takes no time; a message's is that from sending to arrival.
+            seconds: by kind of work (see `Costs.kinds`). Sending takes its worker no time; a message's time is from sending to arrival.
             clocks: the workers' clocks, which are advanced.
             deferred: the work deferred by an earlier solve; it is done while a message is awaited, or when a layer's graph is needed.
         """
@@ -144,7 +144,7 @@ class _Replay:
     def __init__(self, schedule: Schedule, seconds: Mapping[str, float], clocks: Clocks, deferred: Sequence[DeferredWork]) -> None:
         self._schedule, self._seconds, self._clocks, self._deferred = schedule, seconds, clocks, deferred
         self._size = len(schedule.workers)
-        self._places = [0] * self._size  # of the work that each worker is at
+        self._places = [0] * self._size  # index of the work that each worker is at
         self._ready = deque(range(self._size))
         # By sender and receiver: when messages arrive, and whether the receiver waits for one.
         self._arrivals: dict[tuple[int, int], deque[float]] = defaultdict(deque)
@@ -192,7 +192,7 @@ class _Replay:
         return True
 
     def _spend(self, rank: int, work: Work, layer: int) -> None:
-        """Let the worker's clock go on by what a piece of work on a layer takes."""
+        """Advance the worker's clock by the time of a piece of work on a layer."""
         self._clocks.spend(rank, self._seconds[work.kind], work.solve, work.phase, work.level, layer)
 
     def _do_deferred(self, rank: int) -> bool:
@@ -204,7 +204,7 @@ class _Replay:
         return work is not None
 
     def _send(self, rank: int, destination: int) -> None:
-        """Send a message. Its receiver goes on if it waits for it."""
+        """Send a message. A receiver that waits for it goes on."""
         link = rank, destination
         self._arrivals[link].append(self._clocks.now[rank] + self._seconds["message"])
         if link in self._awaited:

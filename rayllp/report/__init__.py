@@ -1,4 +1,4 @@
-"""What a run writes to its directory and shows its user."""
+"""Reporting: the files in a run's directory, its progress on the terminal, loggers, and what the commands print."""
 
 from rayllp.report.journal import Journal, Listener
 from rayllp.report.progress import ProgressDisplay

@@ -28,7 +28,7 @@ def show_suggestion(run: Path, factor: float, out: Console) -> BufferSuggestion:
     if not estimates:
         raise SettingsError(
             f"{run} has no Lipschitz estimates (adaptive.lipschitz_every={config.adaptive.lipschitz_every}, adaptive.probe_every="
-            f"{config.adaptive.probe_every}, mode={config.mode}): probes make them, which mode=serial has none of. Train with "
+            f"{config.adaptive.probe_every}, mode={config.mode}): probes make them, and mode=serial has no probes. Train with "
             "--set adaptive.lipschitz_every=1, probe_every above 0, and mode parallel or adaptive"
         )
     if config.nested.factors:  # only estimates at the current depth are used

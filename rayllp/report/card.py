@@ -1,4 +1,4 @@
-"""The model card (README.md) of an export: what was trained, on which data, how, how good it is, and how to load it."""
+"""The model card (README.md) of an exported model: what was trained, on which data and how, how good it is, and how to load it."""
 
 import json
 import math

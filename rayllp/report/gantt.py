@@ -13,11 +13,11 @@ COLOURS = {
     "forward": "#3182bd", "adjoint": "#e6550d", "forward microbatch": "#3182bd", "adjoint microbatch": "#e6550d",
     "enter": "#756bb1", "loss": "#636363", "update": "#31a354", "send": "#dd1c77", "wait": "#d3d9e0",
 }  # fmt: skip
-"""Blue for forward, orange for adjoint, dark for the serial part."""
+"""Colours by `Span.name`: blue for the forward solve, orange for the adjoint one; its coarse solve, which is serial, is dark."""
 
 
 def draw_timeline(workers: Sequence[Sequence[Span]], picture: Path, title: str = "") -> None:
-    """Draw a timeline with one row per worker and time to the right."""
+    """Draw a timeline as a picture file: one row per worker, milliseconds to the right."""
     import matplotlib
 
     matplotlib.use("Agg")

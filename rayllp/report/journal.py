@@ -46,14 +46,14 @@ class Listener:
         """
 
     def on_rewind(self, step: int) -> None:
-        """The steps from this one on come next, whatever was told of them before: a session begins, or the run has gone back.
+        """The steps from this one on come next, and replace any reported before: a session begins, or the run has gone back.
 
         Args:
             step: number of steps done before it.
         """
 
     def on_end(self, step: int, metrics: Mapping[str, float], sample: str) -> None:
-        """The session has ended as it should, after the last step or because it was asked to.
+        """The session has ended without an error: after the last step, or because the run was stopped.
 
         Args:
             step: number of steps done.
@@ -127,7 +127,7 @@ class Journal:
         """Warn the user when the run directory cannot be written, and say when it can be written again."""
         trouble = self._run.trouble
         if trouble is not None and self._trouble is None:
-            self.say(f"WARNING: {self._run.path} cannot be written ({trouble}); training goes on, and what it records waits")
+            self.say(f"WARNING: {self._run.path} cannot be written ({trouble}); training goes on, and records wait in memory")
         elif trouble is None and self._trouble is not None:
-            self.say(f"{self._run.path} can be written again; nothing of the record is missing but points in TensorBoard")
+            self.say(f"{self._run.path} can be written again; no record is lost, except for points in TensorBoard")
         self._trouble = trouble

@@ -1,6 +1,6 @@
-"""What the setting `log_to` names: TensorBoard; and Weights & Biases and MLflow, which get the settings, and the same curves.
+"""The loggers that the setting `log_to` names: TensorBoard, and the services Weights & Biases and MLflow, which get settings and curves.
 
-A resumed run continues the same run of a service, whose identifier is stored in RUN/loggers.json. If a service fails during training, the
+A resumed run continues its run in the service, whose identifier is stored in RUN/loggers.json. If a service fails during training, the
 user is warned, and training goes on without it.
 """
 
@@ -118,7 +118,7 @@ class Service(Listener):
             do()
         except Exception as error:  # packages raise errors of their own
             self._is_open = False
-            self._say(f"WARNING: {self.name} failed ({error}): it is told no more, and training goes on")
+            self._say(f"WARNING: {self.name} failed ({error}): nothing more is logged there, and training goes on")
 
 
 class Wandb(Service):

@@ -51,7 +51,7 @@ class ProgressDisplay:
             self.say(f"step {done}/{self._steps}  {metric['mode']}  {status}")
 
     def beside(self, what: str, done: int, size: int) -> None:
-        """Show the progress of something other than training, by a second bar that stays until the next step or the next such thing."""
+        """Show the progress of something other than training, by a second bar that stays until the next step or the next such bar."""
         if not self._live:
             if self._is_time() and done < size:
                 self.say(f"{what}: {done} of {size}")

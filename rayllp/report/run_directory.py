@@ -26,13 +26,13 @@ UNUSED = {"config.yaml", "tensorboard", "loggers.json", "wandb", LOCK_FILE, OWNE
 class RunDirectory:
     """A run directory: config.yaml, metrics.jsonl, evals.jsonl, events.jsonl, timeline.jsonl, checkpoints/, tensorboard/.
 
-    What cannot be written, because a disk is full or the path is gone, is kept in order, and tried again with the next write.
+    What cannot be written, because a disk is full or the path is gone, is kept in memory, and written in order once that works again.
 
     Args:
         config: settings of the run, which may place checkpoints elsewhere; None: they are in RUN/checkpoints.
 
     Attributes:
-        trouble: why something could not be written yet; None if nothing is waiting.
+        trouble: why something could not be written yet; None if everything was written.
     """
 
     def __init__(self, path: Path, config: TrainConfig | None = None) -> None:
@@ -59,7 +59,7 @@ class RunDirectory:
         """Return where the directory of a new run or sweep of this name is to be, without creating it: `output`, or runs/<date>_<name>.
 
         Raises:
-            SettingsError: it could not be created, as far as that can be seen.
+            SettingsError: it could not be created there: a file or a non-empty directory is in the way, or permissions are missing.
         """
         path = Path(output) if output else Path("runs") / f"{date.today().isoformat()}_{name}"
         with refusing(path):
@@ -69,7 +69,7 @@ class RunDirectory:
             if path.is_dir() and any(path.iterdir()):
                 held = "another run" if (path / "config.yaml").exists() else "other files"
                 raise SettingsError(
-                    f"output directory {path} holds {held}: choose another with --output, or go on with it by --resume {path}"
+                    f"output directory {path} holds {held}: choose another with --output, or resume it with --resume {path}"
                 )
             there = next(parent for parent in (path.absolute(), *path.absolute().parents) if parent.exists())
             if not there.is_dir():
@@ -182,7 +182,7 @@ class RunDirectory:
             shutil.rmtree(self.path)
 
     def mend(self) -> None:
-        """Remove incomplete last lines, which a driver that was killed may leave. The next line would be appended to them."""
+        """Remove incomplete last lines, which a killed driver may leave, and to which the next line would be appended."""
         for name in ("metrics.jsonl", "evals.jsonl", "events.jsonl", "timeline.jsonl"):
             path = self.path / name
             if path.is_file() and not path.read_bytes().endswith(b"\n"):
@@ -253,7 +253,7 @@ def _replace(path: Path, text: str) -> None:
 
 @contextmanager
 def refusing(path: Path) -> Iterator[None]:
-    """Say that an output directory cannot be written where that fails inside this context.
+    """Turn an OSError inside this context into an error which says that the output directory cannot be written.
 
     Raises:
         SettingsError: writing has failed.

@@ -27,7 +27,7 @@ SILENT_S = 30.0
 
 
 def _machine() -> str:
-    """Return an identifier of this boot of this machine, and of the container: process ids can be compared where it is the same."""
+    """Return an identifier of this machine since its last boot, and of the container. Where it is the same, process ids can be compared."""
     try:
         return f"{Path('/proc/sys/kernel/random/boot_id').read_text(encoding='utf-8').strip()}/{os.stat('/proc/self/ns/pid').st_ino}"
     except OSError:
@@ -41,7 +41,7 @@ class LockOwner:
     Attributes:
         host: name of its host.
         pid: its process id.
-        since: when it began, in seconds since 1970.
+        since: when it took the lock, in seconds since 1970.
         machine: see `_machine`.
         token: distinguishes this lock from all others.
         beats: number of signs of life; counted only on object storage, where the file is rewritten for each.
@@ -108,8 +108,8 @@ class RunLock:
         """
         if self._taken_by is not None:
             raise LockedError(
-                f"{self.directory} was taken over by {self._taken_by}, while this process was not heard of for {SILENT_S:g} s, or as both "
-                "began; it ends here, without writing to it again"
+                f"{self.directory} was taken over by {self._taken_by}, because this process gave no sign of life for {SILENT_S:g} s, or "
+                "both began at once; this process ends, and writes nothing there any more"
             )
 
     def release(self) -> None:
@@ -222,5 +222,5 @@ def _runs(pid: int) -> bool:
 def _refusal(directory: Folder, owner: tuple[LockOwner, float] | None) -> LockedError:
     who = "another process" if owner is None else str(owner[0])
     return LockedError(
-        f"{directory} is in use by {who}: wait for its end or stop it (Ctrl-C leaves a checkpoint), or choose another directory"
+        f"{directory} is in use by {who}: wait until it ends or stop it (Ctrl-C leaves a checkpoint), or choose another directory"
     )

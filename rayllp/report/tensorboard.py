@@ -17,21 +17,21 @@ EVENT_SCALARS = {
     "resize": {"workers": "train/workers"},
     "restore": {"seconds": "recovery/seconds"},
 }
-"""By kind of event: fields that are curves, where they have a value, and the names of the curves."""
+"""For each kind of event, the fields that are drawn as curves if they have a value, with the names of the curves."""
 
 
 class TensorBoard(Listener):
     """Writes to RUN/tensorboard. Points are dropped while the run directory cannot be written.
 
     Args:
-        first_step: number of steps that are done already. What the files have from there on is discarded when they are opened.
+        first_step: number of steps that are done already. Points from there on are discarded when the files are opened.
     """
 
     def __init__(self, config: TrainConfig, run: RunDirectory, first_step: int = 0) -> None:
         self._config, self._run = config, run
         self._again_from: int | None = first_step
         self._board: Any = None
-        self._stage: Stage | None = None  # of nested iteration: the one whose depth was added last
+        self._stage: Stage | None = None  # the stage of nested iteration whose depth was added last
 
     def on_step(self, metric: Mapping[str, Any]) -> None:
         """Add the step's scalars, and histograms of what it has measured by layer, point or worker."""
@@ -62,7 +62,7 @@ class TensorBoard(Listener):
             self._scalar(f"validation/{name}", value, step)
 
     def on_rewind(self, step: int) -> None:
-        """Discard what was written of the steps from this one on, as they will be done again."""
+        """Discard the points of the steps from this one on, as they will be done again."""
         self.close()
         self._again_from, self._stage = step, None
 

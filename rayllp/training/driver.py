@@ -1,4 +1,4 @@
-"""The driver of a run: it starts the workers, calls them once per chunk of steps, and does between chunks what is due."""
+"""The driver of a run: it starts the workers, calls them once per chunk of steps, and evaluates, saves and so on between chunks."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -39,7 +39,7 @@ def train_session(
         resume_from: checkpoints, oldest first; the newest complete one is used.
         console: where to show progress; default: standard error.
         listeners: are told what happens.
-        locks: must be kept, or the run ends: those on the directories that it writes to.
+        locks: the locks on the directories that the run writes to; it ends if another process takes one over.
         make_driver: makes the driver; takes the arguments of `Driver`, which is the default.
     """
     console = console or Console(stderr=True)
@@ -100,7 +100,7 @@ class Driver:
         return self.ends or self.signals.number is not None
 
     def train(self, resume_from: Sequence[Folder] = ()) -> TrainResult:
-        """Train to the last step, or until the run is stopped; takes the checkpoints of `train_session`."""
+        """Train to the last step, or until the run is stopped; `resume_from` is as for `train_session`."""
         with self.signals.at_once():  # an interrupted start leaves nothing behind
             step = self._begin(list(resume_from))
         step, final, sample = self._train_through_faults(step)
@@ -197,7 +197,7 @@ class Driver:
             return {}, ""
 
     def _say_gain(self, step: int) -> None:
-        """Report how much faster the layer-parallel steps of this session were than exact ones."""
+        """Report how much faster this session was with layer-parallel steps than with exact ones alone."""
         step_log = self.state.step_log
         gain = step_log.times.gain
         if gain.steps and self.run_config.mode == "adaptive":

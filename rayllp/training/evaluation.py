@@ -43,7 +43,7 @@ class Evaluator:
         return bool(self.settings.every) and step % self.settings.every == 0
 
     def evaluate(self, step: int) -> None:
-        """Evaluate during training."""
+        """Evaluate during training, over `eval.batches` batches, and show the user the result."""
         metrics = self._measure(step, self.settings.batches, self.settings.translate)
         if metrics:
             self._journal.say(f"step {step}: validation " + ", ".join(f"{name} {value:.4f}" for name, value in metrics.items()))

@@ -1,4 +1,4 @@
-"""How many failures a run survives, and how often workers copy their states in memory. Pure computation."""
+"""How many failures a run survives, and how often workers keep copies of their states in memory."""
 
 import math
 from collections import deque
@@ -13,9 +13,9 @@ MOST_FAILURES_AT_ONE_STEP = 3
 BASE_WAIT_S, LONGEST_WAIT_S = 0.5, 30.0
 """Seconds to wait after failures that follow each other: the wait doubles each time, up to `LONGEST_WAIT_S`."""
 MOST_COPY_SHARE = 0.03
-"""Largest share of the training time that keeping states may take."""
+"""Largest share of the training time that keeping states in memory may take."""
 LONGEST_COPY_INTERVAL = 100
-"""Most steps between kept states."""
+"""Largest number of steps between kept states."""
 
 
 class FailureBudget:
@@ -45,7 +45,7 @@ class FailureBudget:
         self._step = step
         if self._at_step >= MOST_FAILURES_AT_ONE_STEP:
             raise ClusterError(
-                f"{what}; that is fault {self._at_step} at step {step} with no step done between: look at that step's batch, and at the "
+                f"{what}; that is failure {self._at_step} at step {step} with no step done between: look at that step's batch, and at the "
                 "memory of the workers' nodes"
             )
         return 0.0 if self._at_step == 1 else min(LONGEST_WAIT_S, BASE_WAIT_S * 2**self._at_step)
@@ -67,7 +67,7 @@ class FailureBudget:
         self._times.append(now_s)
         if len(self._times) > self.most:
             raise ClusterError(
-                f"{what}; that is fault {len(self._times)} within an hour, and max_failures is {self.most}: see events.jsonl"
+                f"{what}; that is failure {len(self._times)} within an hour, and max_failures is {self.most}: see events.jsonl"
             )
 
 

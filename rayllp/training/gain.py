@@ -1,4 +1,4 @@
-"""What a run has gained from layer-parallel training: the time of its steps, compared with exact (serial) ones."""
+"""What a run has gained from layer-parallel training: the time of its steps, compared with that of exact (serial) steps."""
 
 from collections import defaultdict, deque
 from collections.abc import Mapping
@@ -7,7 +7,7 @@ from statistics import median
 from typing import Any
 
 KEPT = 30
-"""A solve's time per step is the median of this many recent steps."""
+"""The time per step of a solve is the median of this many recent steps."""
 FEWEST = 3
 """Fewest timed steps from which a solve's time is known."""
 
@@ -67,7 +67,7 @@ class Gain:
 
 
 def _steps(name: str, count: int) -> str:
-    """Return so many steps of a solve, in words."""
+    """Return a number of steps of a solve in words, such as "12 steps by 1+1"."""
     kind = {"serial": "exact step", "probes": "probe"}.get(name, "step")
     by = "" if name in ("serial", "probes") else f" by {name}"
     return f"{count} {kind}{'' if count == 1 else 's'}{by}"
@@ -103,7 +103,7 @@ class StepTimes:
         """Forget how long steps take, since the number of workers or how layers are solved has changed.
 
         Args:
-            but: the solve whose steps still take as long.
+            but: the solve whose steps take as long as before.
         """
         for name in set(self._recent) - {but}:
             del self._recent[name]

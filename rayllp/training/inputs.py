@@ -1,4 +1,4 @@
-"""What a run trains, and what a worker needs to build its layers of it."""
+"""The inputs of training: a run's network and data, and what a worker needs to build its layers."""
 
 import contextlib
 import os

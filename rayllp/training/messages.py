@@ -1,4 +1,4 @@
-"""The texts that a driver shows its user."""
+"""The texts that the driver of a run shows to the user."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -57,8 +57,8 @@ def note_without_pipeline(config: TrainConfig) -> str | None:
         return None
     cause = f"microbatches={config.microbatches}" if config.microbatches else f"a batch of {sequences} sequences"
     return (
-        f"exact steps go without the pipeline, worker after worker: {cause} makes {microbatches} microbatches for {workers} workers; "
-        f"give at least {workers}, by microbatches or batch_size"
+        f"exact steps run without the pipeline, one worker after the other: {cause} makes {microbatches} microbatches for {workers} "
+        f"workers; give at least {workers}, by microbatches or batch_size"
     )
 
 

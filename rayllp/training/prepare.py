@@ -1,4 +1,4 @@
-"""Preparation of a run before workers start: which run it is, which checkpoints it resumes from, and all checks that need no cluster."""
+"""Prepares a run before workers start: finds its directory and the checkpoints to resume from, and checks all that needs no cluster."""
 
 import contextlib
 import json
@@ -217,7 +217,7 @@ def _reopen(path: Path, config: TrainConfig | None) -> tuple[RunDirectory, Train
     if not complete:
         with lock_directory(path, partial(tell, Console(stderr=True))):  # if the run is in progress, raise that error instead
             pass
-        raise CheckpointError(f"{path} has no complete checkpoint to resume from: start it anew, by its settings and --output {path}")
+        raise CheckpointError(f"{path} has no complete checkpoint to resume from: start it again, with its settings and --output {path}")
     return RunDirectory(path, config or before), before, complete
 
 

@@ -45,7 +45,7 @@ class Recovery:
         """
         wait_s = self.budget.spend(step, time.monotonic(), str(error))
         self.state.journal.event(step, "fault", reason=f"at the start: {error}", ranks=sorted(_ranks_of(error)))
-        self.state.journal.say(f"at the start: {error}; all workers start anew")
+        self.state.journal.say(f"at the start: {error}; all workers are started again")
         self.workers.dismiss()
         time.sleep(wait_s)
 
@@ -74,7 +74,7 @@ class Recovery:
                 error, lost = another, _ranks_of(another) | (frozenset() if self.workers.is_halfway else lost)
         seconds = time.monotonic() - began
         journal.event(step, "restore", source=source, ranks=sorted(lost), seconds=round(seconds, 3), steps_lost=reached - step)
-        journal.say(f"step {step}: going on from {source} after {seconds:.1f} s; {reached - step} steps are done again")
+        journal.say(f"step {step}: going on from {source} after {seconds:.1f} s; steps to repeat: {reached - step}")
         return step
 
     def _fill_up(self, lost: frozenset[int]) -> tuple[int, str]:

@@ -1,4 +1,4 @@
-"""Changes of the number of workers while a run trains.
+"""Changes the number of workers while a run trains.
 
 Workers are added when the cluster has room and moved off nodes that are about to shut down; there are fewer when lost ones cannot be
 replaced. In a run with replicas it is the number of replicas that changes, and layers stay distributed as they are within each replica.
@@ -13,7 +13,7 @@ from rayllp.training.run_state import RunState
 from rayllp.training.worker_group import ElasticGroup
 
 LATEST_MOVE_S = 10.0
-"""This long before a node shuts down its layers move, even if there are fewer workers to take them."""
+"""This many seconds before a node shuts down, its layers move even if fewer workers are left to take them."""
 
 
 class Resizing:
@@ -21,7 +21,7 @@ class Resizing:
 
     def __init__(self, state: RunState, workers: ElasticGroup) -> None:
         self.state, self.workers = state, workers
-        self._warned: frozenset[int] = frozenset()  # ranks whose nodes are known to shut down soon
+        self._warned: frozenset[int] = frozenset()  # ranks on draining nodes that the user was told of
         self._last_check = time.monotonic()  # when the cluster was last checked for free resources
 
     def adapt(self, step: int) -> None:
@@ -42,7 +42,7 @@ class Resizing:
             return
         began = time.monotonic()
         self._resize_between_steps(step, size + standbys)
-        self.state.journal.say(f"step {step}: grown in {time.monotonic() - began:.1f} s")
+        self.state.journal.say(f"step {step}: workers added in {time.monotonic() - began:.1f} s")
 
     def leave_draining_nodes(self, step: int) -> None:
         """Save a checkpoint, and move layers off nodes that are about to shut down, to standby workers elsewhere if there is room."""
@@ -55,7 +55,7 @@ class Resizing:
             self._warned = draining
             seconds_left = round(left_s, 1) if math.isfinite(left_s) else None
             journal.event(step, "fault", reason="the node was told to go", ranks=sorted(draining), seconds_left=seconds_left)
-            journal.say(f"step {step}: workers {listed(sorted(draining))} are on nodes that were told to go; their layers move elsewhere")
+            journal.say(f"step {step}: workers {listed(sorted(draining))} are on nodes that will shut down; their layers move elsewhere")
             state.begin_save(step)
         size_now = self.workers.size
         self.workers.start_standbys(size_now + len(draining))

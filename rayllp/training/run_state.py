@@ -1,4 +1,4 @@
-"""The state of a run: what its workers train, how far they are, and the ways to an earlier state, a checkpoint or the next stage."""
+"""The state of a run: what its workers train and how far they are. It is saved, taken back to an earlier step, or on to the next stage."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -81,7 +81,7 @@ class RunState:
         path = self.save(step)
         self.journal.event(step, "fault", reason="not finite", where=where)
         raise NonFiniteError(
-            f"step {step}: the loss or the gradient is not finite; first at fault: {where}. The optimizer step was not taken; the state "
+            f"step {step}: the loss or the gradient is not finite; where it began: {where}. The optimizer step was not taken; the state "
             f"before it is in {path}. Look at the batch of this step, lower optimizer.lr, or lengthen optimizer.warmup"
         )
 
@@ -183,7 +183,7 @@ class RunState:
     # Other settings: the next stage, or another number of workers -----------------------------------------------------------------
 
     def build(self, step: int) -> None:
-        """Give the workers the layers of the stage that contains `step`; start them if they have not been, or were dismissed.
+        """Give the workers the layers of the stage that contains `step`. Start the workers if they are not running.
 
         The stage gets a new controller, since what the old one has learnt holds for another network.
         """

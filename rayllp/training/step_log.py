@@ -1,4 +1,4 @@
-"""What the steps of a run did: records their statistics, feeds the controller, and can go back to an earlier step."""
+"""The log of a run's steps: it records their statistics, passes probes' findings to the controller, and can go back to an earlier step."""
 
 import time
 from collections import Counter
@@ -16,11 +16,11 @@ from rayllp.training.gain import StepTimes
 from rayllp.training.worker_group import StepReport
 
 CHUNK_S = 1.0
-"""How long a chunk is to last, in seconds."""
+"""Intended duration of a chunk in seconds."""
 MAX_CHUNK_STEPS = 50
 """The largest number of steps in a chunk."""
 STEPS_WITH_SPANS = 3
-"""Timed steps of each kind (mode, iterations, workers) whose spans are all stored. It is several, since the first may be slow."""
+"""Number of timed steps of each kind (mode, iterations, workers) whose spans are stored. It is above 1, since the first may be slow."""
 HANG_FACTOR = 20.0
 """A chunk is taken to hang after this many times its expected duration, plus the time limits of the settings."""
 FIRST_CHUNK_EXTRA_S = 1800.0
@@ -40,7 +40,8 @@ class StepLog:
         first_step: the step at which the current workers began.
         step_s: seconds per step in the last chunk.
         times: wall times of steps by solve.
-        why_exact: why the controller has chosen exact steps; None if it has not, or if only the settings ask for them, at the end.
+        why_exact: why the controller has chosen exact steps; None if it has not, or if they are only those that the settings ask for at the
+            end.
     """
 
     def __init__(self, run: RunDirectory, journal: Journal, config: TrainConfig) -> None:
@@ -99,7 +100,7 @@ class StepLog:
         self.step_s = (time.perf_counter() - self._began) / len(self._chunk)
 
     def record(self, reports: Sequence[list[StepReport]]) -> None:
-        """Record the chunk's steps, up to one whose loss or gradient is not finite, as that was not applied.
+        """Record the chunk's steps up to, but without, one whose loss or gradient is not finite: that one was not applied.
 
         Args:
             reports: for each worker (by rank), its reports of the steps that it has done.
@@ -145,7 +146,7 @@ class StepLog:
     # Going back -------------------------------------------------------------------------------------------------------------------
 
     def remember(self, step: int) -> None:
-        """Remember the controller's state before `step`. States older than any step that a run can go back to are dropped."""
+        """Remember the controller's state before `step`. States too old for a run to go back to are dropped."""
         oldest = step - 2 * LONGEST_COPY_INTERVAL - MAX_CHUNK_STEPS
         self._marks = {known: mark for known, mark in self._marks.items() if known >= oldest}
         self._marks[step] = self.controller.mark()

@@ -18,8 +18,8 @@ class WorkerShare(TypedDict):
 
     Attributes:
         rank: rank of the worker.
-        pid: its process.
-        layers: the layers that it has.
+        pid: its process id.
+        layers: numbers of the layers that it has.
         parameters: number of parameters that it has.
         network: the network's transformers configuration, if it has one; None on all ranks but 0.
         layout: layout of the worker's state.
@@ -90,7 +90,7 @@ class WorkerGroup(ABC):
 
     @abstractmethod
     def rebuild(self, config: TrainConfig, network: Network) -> list[WorkerShare]:
-        """Replace the layers of all workers by those of other settings with the same number of workers.
+        """Replace the layers of all workers by those of other settings, which have the same number of workers.
 
         The network and the result are as for `start`.
         """

@@ -1,4 +1,4 @@
-"""Ray Tune sweeps whose trials train layer-parallel (`rayllp tune`)."""
+"""Sweeps by Ray Tune, whose trials train layer-parallel (`rayllp tune`)."""
 
 from rayllp.tuning.sweep import Objective, Sweep, load_sweep
 

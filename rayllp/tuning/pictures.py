@@ -12,7 +12,7 @@ from rayllp.tuning.sweep import Sweep
 
 Row = dict[str, Any]
 LEAST_BIAS = 1e-4
-"""Smaller biases are drawn at this value, as the axis is logarithmic."""
+"""Smaller biases are drawn at this value, since the axis is logarithmic."""
 MOST_NAMED = 12
 """At most this many points of the Pareto front are labelled with their settings."""
 
@@ -134,7 +134,7 @@ def _scale(values: list[Any]) -> tuple[list[float], list[tuple[float, str]]]:
 
 
 def _ranks(values: list[float]) -> tuple[list[float], list[tuple[float, str]]]:
-    """Return heights and labels, as `_scale` does, by the rank of values. So a few bad trials do not hide how the good ones differ."""
+    """Return heights and labels like `_scale`, but by the values' ranks, so that a few bad trials do not hide how the good ones differ."""
     order = sorted(set(values))
     places = {value: _between(n, 0, len(order) - 1) for n, value in enumerate(order)}
     return [places[value] for value in values], [(places[v], f"{v:.4g}") for v in (order[0], order[len(order) // 2], order[-1])]

@@ -1,4 +1,4 @@
-"""What a trial reports to Tune at each evaluation, collected from the metrics of its run."""
+"""Collects what a trial reports to Ray Tune at each evaluation, from the metrics of its run."""
 
 from collections.abc import Mapping
 from statistics import fmean
@@ -75,7 +75,7 @@ class Reporter(Listener):
             self.switches.append((step, details["rung"]))
 
     def on_evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Remember the results of an evaluation, and the time if the target is reached."""
+        """Remember the results of an evaluation, and after how many seconds of training the target loss was first reached."""
         self.metrics = dict(metrics)
         target = self.objective.target
         if target is not None and self.reached is None and metrics["loss"] <= target:
@@ -115,6 +115,6 @@ class Reporter(Listener):
         return result | {name: WORST if diverged or value is None else value for name, value in wanted.items()}
 
     def _constrained(self, step_time: float, bias: float) -> float:
-        """Return the step time, or if the bias exceeds its bound a penalty, which grows with the bias to show the searcher the way."""
+        """Return the step time, or if the bias exceeds its bound a penalty, which grows with the bias to guide the searcher."""
         bound = self.objective.bias
         return step_time if bound is None or bias <= bound else min(WORST, 1e3 * (1 + bias / bound))

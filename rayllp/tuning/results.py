@@ -1,4 +1,4 @@
-"""The results of a sweep: best.yaml, trials.csv, HParams for TensorBoard, and an HTML page with plots."""
+"""Writes the results of a sweep: best.yaml, trials.csv, HParams for TensorBoard, and an HTML page with plots."""
 
 import base64
 import csv
@@ -75,7 +75,7 @@ def _last_line(text: str) -> str:
 
 
 def best_row(rows: list[Row], sweep: Sweep) -> Row | None:
-    """Return the trial with the smallest objective, or for two objectives the middle one of the Pareto front; None if no trial is done."""
+    """Return the trial with the smallest objective, or for two objectives the middle one of the Pareto front; None if none has finished."""
     metrics = sweep.objective.metrics
     done = complete_rows([row for row in rows if row["state"] == "done"], *metrics)
     if not done:
@@ -133,7 +133,7 @@ def _say(sweep: Sweep, rows: list[Row], best: Row | None, folder: Path, infeasib
     failed = [row for row in rows if row["state"] == "failed"]
     if failed:
         tell(console, f"{len(failed)} of {len(rows)} trials failed; {failed[0]['trial']}: {failed[0]['error']}", style="red")
-    last = f"train it: rayllp train {folder / 'best.yaml'}; " if best is not None else "no trial came to an end; "
+    last = f"train it: rayllp train {folder / 'best.yaml'}; " if best is not None else "no trial has finished; "
     tell(console, f"{last}pictures: {folder / 'index.html'}")
 
 

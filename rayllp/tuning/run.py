@@ -57,7 +57,8 @@ def tune(
         console: where to show progress; default: standard error.
 
     Raises:
-        SettingsError: the sweep, its base config or its space is wrong, no trial is feasible, or the files to resume from may be others'.
+        SettingsError: the sweep, its base config or its space is wrong, no trial is feasible, or another user may have written the files to
+            resume from.
         ClusterError: a trial needs more resources than the cluster has.
     """
     console = console or Console(stderr=True)
@@ -79,7 +80,7 @@ def tune(
         raise SettingsError(f"no trial is feasible: {_first(searcher)}")
     if resume is None:
         folder = _create(output, sweep, record)
-    # If a cluster is started on this machine, it gets enough CPUs for as many trials as are to run at a time.
+    # A cluster that is started on this machine gets enough CPUs for as many trials as are to run at a time.
     with (
         lock_directory(folder, partial(tell, console)),
         join_cluster((sweep.concurrent or 1) * (sweep.base_config.world + math.ceil(sweep.driver_cpus)), console),
@@ -133,7 +134,7 @@ def _fit(sweep: Sweep, folder: Path, searcher: FeasibleSearch | GridSearch, data
 
 
 def _trainable(sweep: Sweep, folder: Path, data: Any, device: str) -> Any:
-    """Return what Tune runs as a trial, with its arguments and resources."""
+    """Return Tune's trainable, which runs a trial, with its arguments and resources."""
     cluster = sweep.objective.cluster
     arguments = {
         "sweep": sweep,
@@ -150,7 +151,7 @@ def _trainable(sweep: Sweep, folder: Path, data: Any, device: str) -> Any:
 
 
 def _tune_config(sweep: Sweep, device: str, searcher: FeasibleSearch | GridSearch | None, count: int) -> ray_tune.TuneConfig:
-    """Return how Tune searches.
+    """Return Tune's settings for the search.
 
     Args:
         searcher: suggests `count` trials; None: they are a population, whose members all train at the same time.
@@ -259,7 +260,7 @@ def _refuse_others_files(folder: Path) -> None:
         SettingsError: a file belongs to another user, or every user can write it.
     """
     if not folder.is_dir():
-        return  # reading the sweep reports it
+        return  # `_read_sweep` reports that
     files = [folder, *(Path(parent) / name for parent, folders, names in os.walk(folder) for name in (*folders, *names))]
     for path in files:
         status = path.lstat()
@@ -267,7 +268,7 @@ def _refuse_others_files(folder: Path) -> None:
         if status.st_uid != os.getuid() or (status.st_mode & stat.S_IWOTH and not stat.S_ISLNK(status.st_mode)):
             raise SettingsError(
                 f"{path} {whose}, and going on with a sweep runs code that its directory holds (Ray Tune's state is pickled): if you trust "
-                f"all of it, make it your own (chown -R, chmod -R o-w) and resume it then; docs/security.md"
+                f"all of it, make it your own (chown -R, chmod -R o-w) and then resume; see docs/security.md"
             )
 
 

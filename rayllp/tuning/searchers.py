@@ -71,7 +71,7 @@ class _Search(Searcher):
 
 
 class FeasibleSearch(_Search):
-    """Suggests what Optuna suggests, but only valid settings; Optuna is told which ones were not."""
+    """Suggests those of Optuna's suggestions that are valid settings; Optuna is told which ones were not."""
 
     def __init__(self, inner: OptunaSearch, sweep: Sweep) -> None:
         super().__init__(sweep)
@@ -80,7 +80,7 @@ class FeasibleSearch(_Search):
         self._keys: set[str] = set()
 
     def suggest(self, trial_id: str) -> Any:
-        """Return the settings of the next trial. The base config comes first; combinations that are invalid or were tried are skipped."""
+        """Return the settings of the next trial. The first may be the base config; what is invalid or was tried before is skipped."""
         if self.given >= self.sweep.trials:
             return Searcher.FINISHED
         if not self.given and self.sweep.begins_with_base:
@@ -113,7 +113,7 @@ class FeasibleSearch(_Search):
         return {"settings": chosen}
 
     def _default(self, trial_id: str) -> dict[str, Any]:
-        """Return the choices of the base config, which are none, and let Optuna know of that trial if it is a point of the space."""
+        """Return the choices of the base config, which are none, and tell Optuna of that trial if it is a point of the space."""
         self._is_new({})
         point = self.sweep.search_space.encode(self.sweep.base_values())
         if point is not None:

@@ -63,7 +63,7 @@ class Parameter:
             return list(self.values)
         if self.kind == "int":
             return list(range(self.values[0], self.values[1] + 1))
-        raise SettingsError(f"space: {self.name} is a range of real numbers, of which a grid has no end: use choice, or another searcher")
+        raise SettingsError(f"space: {self.name} is a range of real numbers, too many for a grid: use choice, or another searcher")
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ class Space:
         return cls(tuple(varying), aliases)
 
     def complete(self, values: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the values with those added that are the same as another setting's."""
+        """Return the values, with those of the aliases added."""
         completed = dict(values)
         for name, other in self.aliases.items():
             if other in completed:
@@ -113,7 +113,7 @@ class Space:
             values[parameter.name] = parameter.suggest(trial)
 
     def active(self, values: Mapping[str, Any]) -> Iterator[Parameter]:
-        """Yield the parameters whose conditions hold. `values` must be filled meanwhile, since conditions look at earlier parameters."""
+        """Yield the parameters whose conditions hold. The caller must add each one's value to `values`, where later conditions look."""
         for parameter in self.varying:
             if all(values.get(name) in allowed for name, allowed in parameter.when):
                 yield parameter

@@ -1,4 +1,4 @@
-"""Sweep files: a base config, which settings vary, the objective, and how to search. All is checked without a cluster."""
+"""Sweep files: a base config, which settings vary, the objective, and how to search. Everything is checked without a cluster."""
 
 import copy
 from collections.abc import Iterable, Mapping
@@ -24,8 +24,8 @@ COSTS = ("model.", "sequence_length", "batch_size", "accumulate", "dtype", "step
 class Cluster(Settings):
     """A cluster, other than that of the trials, for which the time of a step is predicted."""
 
-    workers: int = Field(ge=1, description="blocks of layers")
-    message_s: float = Field(2e-5, ge=0, description="seconds of a state's way to the neighbour")
+    workers: int = Field(ge=1, description="number of workers")
+    message_s: float = Field(2e-5, ge=0, description="seconds that a state takes to the neighbour")
 
 
 class Objective(Settings):
@@ -33,7 +33,7 @@ class Objective(Settings):
 
     kind: Kind = Field("loss", description="loss; time_to_loss; step_time (with bias at most `bias`); pareto (step time against bias)")
     steps: int | None = Field(None, ge=1, description="budget of a trial, optimizer steps; default the base config's")
-    tokens: int | None = Field(None, ge=1, description="budget of a trial, tokens (images, sentences)")
+    tokens: int | None = Field(None, ge=1, description="budget of a trial, tokens (for images: images)")
     seconds: float | None = Field(None, gt=0, description="budget of a trial, seconds of training steps")
     target: float | None = Field(None, description="time_to_loss: the validation loss to reach")
     bias: float | None = Field(None, gt=0, description="step_time: the largest gradient bias that a probe may find")
@@ -80,13 +80,13 @@ class Sweep(Settings):
     objective: Objective = Objective()
     searcher: Literal["optuna", "random", "grid"] = Field("optuna", description="optuna: tree-structured Parzen estimator")
     scheduler: Literal["asha", "none", "pbt"] = Field("asha", description="asha: stop the worse half early; pbt: population based")
-    trials: int = Field(16, ge=1, description="trials in all; a grid has as many as it has")
-    concurrent: int | None = Field(None, ge=1, description="trials at a time; default as many as fit")
-    time_budget_s: float | None = Field(None, gt=0, description="of the whole sweep")
+    trials: int = Field(16, ge=1, description="number of trials; a grid tries all of its points")
+    concurrent: int | None = Field(None, ge=1, description="trials at a time; default: as many as fit")
+    time_budget_s: float | None = Field(None, gt=0, description="time limit of the whole sweep")
     grace: int = Field(2, ge=1, description="evaluations that asha lets every trial do")
-    seed: int = Field(0, ge=0, description="of the searcher")
+    seed: int = Field(0, ge=0, description="seed of the searcher")
     default_first: bool = Field(True, description="the first trial is the base config as it is")
-    driver_cpus: float = Field(0.0, ge=0, description="CPUs that a trial's driver asks for, beside one a worker")
+    driver_cpus: float = Field(0.0, ge=0, description="CPUs that a trial's driver asks for, besides one per worker")
     max_failures: int = Field(2, ge=0, description="times that a trial is restarted from its checkpoint after its driver was lost")
     limits: Limits = Limits()
     on_serial: Literal["keep", "shrink"] = Field("keep", description="shrink: a trial in serial mode for good goes on with serial_workers")
@@ -177,7 +177,7 @@ class Sweep(Settings):
         return make_config(config.model_dump(mode="json") | {"workers": cluster.workers, "mesh": {"data": 1}}, source="on the cluster")
 
     def with_facts(self, facts: DatasetFacts) -> "Sweep":
-        """Return this sweep with what is known of the data of all trials, so that `problem` also checks that networks fit them."""
+        """Return this sweep with the facts of the data that all trials share, so that `problem` also checks that networks fit them."""
         sweep = self.model_copy()
         sweep._facts = facts
         return sweep
@@ -240,9 +240,9 @@ def _check(sweep: Sweep) -> None:
     if objective.kind == "pareto" and sweep.searcher != "optuna":
         raise SettingsError(f"searcher {sweep.searcher} looks for one number, and pareto has two: use searcher: optuna")
     if sweep.scheduler == "asha" and not base.eval.every and "eval.every" not in names:
-        raise SettingsError("asha compares trials on the way, by their evaluations: set eval.every, or use scheduler: none")
+        raise SettingsError("asha compares trials during training, by their evaluations: set eval.every, or use scheduler: none")
     if sweep.scheduler == "pbt" and sweep.searcher == "grid":
-        raise SettingsError("pbt changes settings on the way, a grid has its own: use another of the two")
+        raise SettingsError("scheduler pbt changes settings during training, and searcher grid fixes them: change one of the two")
     if objective.cluster is not None:
         varied = sorted(name for name in names if name.startswith(COSTS))
         if varied:

@@ -1,4 +1,4 @@
-"""A scheduler around another one. It switches trials whose probes look bad to serial mode, and lets serial trials give up workers.
+"""A Tune scheduler that wraps another one. It switches trials whose probes exceed a limit to serial mode, and may shrink serial trials.
 
 Tune has no public call to change a running trial. So, as in Tune's population based training, the trial is paused just after it has
 reported a checkpoint, its config and resources are changed, and it is resumed. All such calls are in this file.

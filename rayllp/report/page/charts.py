@@ -1,4 +1,4 @@
-"""A chart as data: what is drawn, whoever draws it (plots.py for the page, png.py for files)."""
+"""A chart as data, independent of what draws it (plots.py for the page, png.py for PNG files)."""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -7,10 +7,11 @@ import numpy as np
 
 Floats = np.ndarray
 BUCKETS = 400
-"""Of a curve that has more points than twice as many; each keeps its least and largest value."""
+"""A curve with more than twice this many points is reduced to this many buckets, each with its smallest and largest value."""
 
 COLOURS = ("#0072b2", "#d55e00", "#00865f", "#b8548a", "#9a7400", "#2f9bd6", "#6f4bb8", "#5c5c5c")
-"""Of runs, or of one run's curves, in order; they begin anew with the next. Told apart by the colour-blind (after Okabe and Ito)."""
+"""Colours of runs, or of the curves of a single run, in order; reused if there are more. The colour-blind can distinguish them (after Okabe
+and Ito)."""
 COUNTS = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
 
@@ -22,9 +23,9 @@ class Curve:
         name: what it is, without the run's name.
         run: the run's number on the page, which is its colour.
         x, y: shape (n,); y may have infinite values or NaN, which are marked at the chart's upper edge.
-        low, high: least and largest value about each x, shape (n,), where a point stands for several; else None.
+        low, high: smallest and largest value about each x, shape (n,), where a point stands for several; else None.
         kind: "line", "points" (joined by a thin line) or "steps" (constant up to the next x).
-        dash: tells apart the curves of one run.
+        dash: distinguishes the curves of one run.
     """
 
     name: str
@@ -42,10 +43,10 @@ class MarkKind:
     """How a kind of event is marked.
 
     Attributes:
-        name: its name in the key.
-        glyph: its sign on the page.
-        marker: matplotlib's name of that sign.
-        colour: the sign's colour on the page of one run; of several runs each mark has its run's.
+        name: its name in the legend.
+        glyph: its symbol on the page.
+        marker: matplotlib's name of that symbol.
+        colour: the symbol's colour on the page of a single run; among several runs, a mark has its run's colour.
     """
 
     name: str
@@ -61,12 +62,12 @@ MARK_KINDS = {
     "deepen": MarkKind("deepening", "▼", "v", "#1b1f24"),
     "settings": MarkKind("other settings", "●", "o", "#1b1f24"),
 }
-"""By kind of event in events.jsonl; other kinds are not marked."""
+"""How events are marked, by their kind in events.jsonl; other kinds are not marked."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Mark:
-    """Something that happened at one x; `kind` is one of `MARK_KINDS`."""
+    """An event at one x; `kind` is a key of `MARK_KINDS`."""
 
     x: float
     run: int
@@ -86,7 +87,7 @@ class Band:
 
 @dataclass(frozen=True, kw_only=True)
 class Rule:
-    """A horizontal line with a meaning."""
+    """A labelled horizontal line, such as a threshold."""
 
     y: float
     text: str
@@ -98,11 +99,11 @@ class Chart:
 
     Attributes:
         key: its name in file names and links.
-        log: a logarithmic vertical axis.
+        log: True if the vertical axis is logarithmic.
         scale: how x is written: "plain", "count" (in k, M, G) or "time" (x is in seconds).
-        zero: the vertical axis begins at 0.
-        whole: its values are whole numbers.
-        lanes: where there are several runs, bands are lanes below the chart, one a run; else they are left out.
+        zero: True if the vertical axis begins at 0.
+        whole: True if its values are whole numbers.
+        lanes: True to show the bands of several runs as lanes below the chart, one per run; False to leave them out.
     """
 
     key: str
@@ -128,7 +129,7 @@ class Chart:
 
     @property
     def unit(self) -> tuple[float, str]:
-        """So much of x makes one on the axis, and what that is called; the name is empty where x is written as it is."""
+        """The unit of the horizontal axis: its size in units of x, and its name, which is empty where x is written as it is."""
         if self.scale == "time":
             return time_unit(self.x_range[1])
         return next((found for found in COUNTS if self.scale == "count" and self.x_range[1] >= found[0]), (1.0, ""))
@@ -155,7 +156,7 @@ class Chart:
 
 @dataclass(frozen=True)
 class Thinned:
-    """Points that stand for several each; shapes (m,)."""
+    """Points that each stand for several, with the smallest and largest value of these; shapes (m,)."""
 
     x: Floats
     y: Floats
@@ -164,13 +165,13 @@ class Thinned:
 
 
 def thin(x: Floats, y: Floats, buckets: int = BUCKETS) -> Thinned:
-    """At most `buckets` points in the place of many: the mean of each bucket, with its least and largest value, so that no spike is lost.
+    """Reduce a curve to `buckets` points: the mean of each bucket, with its smallest and largest value, so that no spike is lost.
 
     Args:
         x: increasing, shape (n,).
-        y: shape (n,). Values that are not finite stand out: the bucket that has one has it as its largest.
+        y: shape (n,). A bucket with a value that is not finite has infinity as its largest value.
 
-    Returns: x and y themselves, without low and high, where there are no more than twice as many.
+    Returns: the points; x and y themselves, without low and high, if they are no more than twice as many.
     """
     if len(x) <= 2 * buckets:
         return Thinned(x, y, None, None)
@@ -187,7 +188,7 @@ def thin(x: Floats, y: Floats, buckets: int = BUCKETS) -> Thinned:
 
 
 def write_number(value: float, digits: int = 4) -> str:
-    """A number as people read it; – for none."""
+    """Return a number as people read it, with a real minus sign; "not finite" for NaN."""
     if np.isnan(value):
         return "not finite"
     if np.isinf(value):
@@ -200,7 +201,7 @@ def write_number(value: float, digits: int = 4) -> str:
 
 
 def write_count(value: float) -> str:
-    """With k, M, G or T."""
+    """Return a number with three significant digits and k, M, G or T."""
     for size, letter in COUNTS:
         if abs(value) >= size:
             return f"{value / size:.3g} {letter}"
@@ -208,12 +209,12 @@ def write_count(value: float) -> str:
 
 
 def time_unit(seconds: float) -> tuple[float, str]:
-    """Seconds of the unit in which so long a time is best written, and its name."""
+    """Return the unit in which a time of this length is best written: its seconds and its name."""
     return (1.0, "s") if seconds < 300 else (60.0, "min") if seconds < 3 * 3600 else (3600.0, "h")
 
 
 def write_time(seconds: float) -> str:
-    """In its unit."""
+    """Return a time in the unit that suits it, such as "1.5 min"."""
     if seconds < 1:
         return f"{1e3 * seconds:.3g} ms"
     size, unit = time_unit(seconds)

@@ -1,4 +1,4 @@
-"""How far runs end from runs of another mode, with its confidence over seeds."""
+"""Compare the final losses of runs with those of another mode (`rayllp report --compare`), with a confidence interval over seeds."""
 
 import math
 from collections.abc import Sequence
@@ -15,24 +15,24 @@ from rayllp.report.run_directory import flatten
 
 CONFIDENCE = 0.95
 INDIFFERENT = MAY_DIFFER | {"seed"}
-"""Settings that do not make a run another kind."""
+"""Settings in which runs of the same kind may differ."""
 TASK = "model data sequence_length batch_size steps dtype step nested optimizer".split()
-"""Settings in which runs that are compared should agree: the network, its data, and how long it is trained."""
+"""Settings in which compared runs should agree: the network, its data, and how long it is trained."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Gap:
-    """One kind of runs beside the baseline.
+    """How one kind of runs compares with the baseline.
 
     Attributes:
-        kind: what tells it from the other kinds, in words.
-        runs, baseline_runs: names.
-        seeds: how many the confidence is over; 1: there is none.
-        step: steps after which both were evaluated.
+        kind: the settings that distinguish it from the other kinds, in words.
+        runs, baseline_runs: names of the runs that were used.
+        seeds: number of seeds that the interval is over; 1: there is no interval.
+        step: number of steps after which both were evaluated.
         loss, baseline_loss: mean validation loss over seeds.
-        percent: how far above the baseline's (below, where negative).
-        half_width: of the 95 % t-interval about `percent`; None with one seed.
-        way: "paired" (the same seeds: gap of each), "unpaired" (Welch's), "one seed".
+        percent: how far the loss is above the baseline's, in per cent; negative if it is below.
+        half_width: half the width of the 95 % t-interval about `percent`; None with one seed.
+        way: "paired" (the gap of each seed that both have), "unpaired" (Welch's interval) or "one seed".
         differs: settings of the task in which the two do not agree.
     """
 
@@ -49,7 +49,7 @@ class Gap:
     differs: tuple[str, ...]
 
     def sentence(self, baseline: str) -> str:
-        """The result in words."""
+        """Return the result in words; `baseline` is the baseline's name."""
         where = "above" if self.percent >= 0 else "below"
         text = f"{self.kind}: validation loss {self.loss:.4f} after {self.step} steps, {abs(self.percent):.2f} % {where} {baseline}'s "
         text += f"{self.baseline_loss:.4f}"
@@ -59,13 +59,13 @@ class Gap:
         pairs = "the same seeds in both" if self.way == "paired" else "seeds not paired: Welch's interval"
         text += f"; {100 * CONFIDENCE:.0f} % t-interval {low:+.2f} to {high:+.2f} % over {self.seeds} seeds ({pairs})."
         if low <= 0 <= high:
-            return f"{text} It holds 0: no difference is shown."
-        return f"{text} It does not hold 0: the difference is more than that of seeds."
+            return f"{text} It includes 0: no difference is shown."
+        return f"{text} It does not include 0: the difference is larger than that between seeds."
 
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """All kinds beside the baseline."""
+    """The comparison of all kinds of runs with the baseline."""
 
     baseline: str
     gaps: tuple[Gap, ...]
@@ -97,14 +97,14 @@ def _kind(run: RunRecord) -> dict[str, Any]:
 
 
 def _settings(run: RunRecord) -> dict[str, Any]:
-    """But for where the optimizer's state is kept, which changes no number."""
+    """Return a run's settings without `optimizer.sharded`, which changes no number."""
     values = run.config.model_dump(mode="json")
     del values["optimizer"]["sharded"]
     return values
 
 
 def _labels(runs: Sequence[RunRecord]) -> list[str]:
-    """Of each kind its mode, and settings that not all of them share."""
+    """Return a label for each kind: its mode, and the settings in which the kinds differ."""
     kinds = [_kind(run) for run in runs]
     names = [name for name in dict.fromkeys(name for kind in kinds for name in kind) if name != "mode"]
     telling = [name for name in names if len({repr(kind.get(name)) for kind in kinds}) > 1]
@@ -153,7 +153,7 @@ def _differences(one: RunRecord, other: RunRecord) -> list[str]:
 
 
 def _common_step(runs: Sequence[RunRecord]) -> int:
-    """The last step after which all were evaluated."""
+    """Return the last step after which all runs were evaluated."""
     steps = set.intersection(*({int(line["step"]) for line in run.evaluations} for run in runs))
     if not steps:
         last = ", ".join(f"{run.name} {run.evaluations[-1]['step'] if run.evaluations else 'never'}" for run in runs)
@@ -162,7 +162,7 @@ def _common_step(runs: Sequence[RunRecord]) -> int:
 
 
 def _by_seed(runs: Sequence[RunRecord], step: int) -> dict[int, float]:
-    """Validation loss after `step` steps; the mean, where runs have one seed."""
+    """Return the validation loss after `step` steps by seed; the mean, where several runs have the same seed."""
     found: dict[int, list[float]] = {}
     for run in runs:
         found.setdefault(run.config.seed, []).extend(line["loss"] for line in run.evaluations if line["step"] == step)
@@ -170,7 +170,7 @@ def _by_seed(runs: Sequence[RunRecord], step: int) -> dict[int, float]:
 
 
 def _welch(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, float]:
-    """The gap of two means in %, and half its interval; the ratio's error to first order."""
+    """Return the gap between two means in per cent, and half the width of its interval, with the ratio's error to first order."""
     ratio = fmean(ours) / fmean(theirs)
     parts = [stdev(ours) ** 2 / len(ours), (ratio * stdev(theirs)) ** 2 / len(theirs)]
     if sum(parts) == 0:
@@ -180,7 +180,7 @@ def _welch(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, float
 
 
 def t_quantile(freedom: int, confidence: float = CONFIDENCE) -> float:
-    """What |t| of Student's distribution stays below with this probability.
+    """Return the value that |t|, for Student's t-distribution, stays below with probability `confidence`.
 
     Args:
         freedom: degrees of freedom, at least 1.

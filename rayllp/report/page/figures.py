@@ -1,4 +1,4 @@
-"""Which charts runs make."""
+"""Builds the charts of a report from the records of its runs."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -13,13 +13,13 @@ from rayllp.report.page.records import RunRecord
 STEP_TIME = "Peaks: probes, which run several solves, and the first steps of new workers or of a new mode."
 
 Place = Callable[[RunRecord, Floats], Floats]
-"""Where steps done are on a chart's horizontal axis."""
+"""Function that maps numbers of steps done to positions on a chart's horizontal axis."""
 
 
 def build_charts(runs: Sequence[RunRecord]) -> list[Chart]:
-    """All charts that there is something to draw of, in the order of the page."""
+    """Return all charts for which there are data, in the order of the page."""
     charts = [
-        _loss(runs, "loss_tokens", "Loss against tokens", "tokens (images, sentences)", "count", _tokens),
+        _loss(runs, "loss_tokens", "Loss against tokens", "tokens (or patches of images)", "count", _tokens),
         _loss(runs, "loss_time", "Loss against time", "time of the steps", "time", _seconds),
         *_metrics(runs),
         _rho(runs),
@@ -85,7 +85,7 @@ def _thinned(name: str, number: int, x: Floats, y: Floats) -> Curve:
 
 
 def describe_gain(event: dict[str, Any]) -> str:
-    """What a sitting's layer-parallel steps have gained."""
+    """Return in words how much faster a session was than with exact steps alone."""
     speedup, over_one = event["speedup"], event["speedup_over_one"]
     if speedup is None:
         return "no exact step was timed to compare with"
@@ -94,7 +94,7 @@ def describe_gain(event: dict[str, Any]) -> str:
 
 
 def describe_event(event: dict[str, Any]) -> str:
-    """An event in words."""
+    """Return an event in words."""
     step, kind = event["step"], event["kind"]
     if kind == "switch":
         trying = f", trying {event['trying']}" if event.get("trying") else ""
@@ -131,11 +131,11 @@ def _loss(runs: Sequence[RunRecord], key: str, title: str, label: str, scale: An
     log = bool(len(losses)) and float(losses.max()) > 3 * float(np.quantile(losses, 0.99))  # a spike must not flatten all else
     more: dict[str, Any] = {"x_label": label, "y_label": "loss", "scale": scale, "log": log, "lanes": True}
     if scale == "time":
-        caption = "The same. Time is that of the steps: without evaluations, recoveries, and what was lost and done again."
+        caption = "The same losses. Time is that of the steps: without evaluations, recoveries, and steps that were lost and done again."
         return _chart(runs, key, title, curves, place, caption=caption, **more)
     caption = "Training loss as the step's own solve sees it; validation loss (points) always by the exact forward."
     if any(curve.low is not None for curve in curves):
-        caption += " Where a line stands for many steps it is their mean, and the shade about it goes from the least to the largest."
+        caption += " Where a line stands for many steps it is their mean, and the shading about it goes from the smallest to the largest."
     return _chart(runs, key, title, curves, place, caption=caption, **more)
 
 
@@ -146,7 +146,7 @@ def _evaluated(run: RunRecord, number: int, metric: str, name: str, place: Place
 
 
 def _metrics(runs: Sequence[RunRecord]) -> Iterator[Chart | None]:
-    """A chart of each of the task's metrics; perplexity is the loss once more."""
+    """Yield a chart of each of the task's metrics, except perplexity, which only repeats the loss."""
     names = dict.fromkeys(name for run in runs for line in run.evaluations for name in line)
     for name in names:
         if name in ("step", "split", "loss", "perplexity"):
@@ -164,10 +164,10 @@ def _metrics(runs: Sequence[RunRecord]) -> Iterator[Chart | None]:
 
 
 def _probed(runs: Sequence[RunRecord], names: dict[str, str]) -> list[Curve]:
-    """Points of metrics that probes measure.
+    """Return the points of metrics that probes measure.
 
     Args:
-        names: of the metric, and on the chart.
+        names: for each metric, its name on the chart.
     """
     dashes = ("solid", "dashed", "dotted")
     curves = []
@@ -194,13 +194,13 @@ def _rho(runs: Sequence[RunRecord]) -> Chart | None:
     others = [value for value in _values(runs, lambda run: run.config.adaptive.threshold) if value not in watched]
     rules = [Rule(y=value, text=f"threshold {value:g}") for value in watched]
     rules += [Rule(y=value, text=f"threshold {value:g} (not watched: rule bias)") for value in others]
-    caption = "Convergence factor ρ of the forward and the adjoint solve, where probed: the part of the error that an iteration leaves."
+    caption = "Convergence factor ρ of the forward and the adjoint solve, where probed: the share of the error that an iteration leaves."
     names = {"rho_forward": "forward", "rho_backward": "backward"}
     return _of_probes(runs, "rho", "Convergence factor", caption, "ρ", names, rules=tuple(rules), log=True)
 
 
 def _rho_by_point(runs: Sequence[RunRecord]) -> Chart | None:
-    """Of the finest level at the last probe; coarse levels are in TensorBoard."""
+    """Return a chart of ρ by layer, on the finest level at the last probe; coarse levels are in TensorBoard."""
     curves = []
     for number, run in enumerate(runs):
         step, found = next(((m["step"], m["rho_by_point"]) for m in reversed(run.metrics) if m.get("rho_by_point")), (0, {}))
@@ -215,7 +215,7 @@ def _rho_by_point(runs: Sequence[RunRecord]) -> Chart | None:
         return None
     caption = (
         "What an iteration leaves of the residual at each boundary between coarse intervals, at the last probe. Where it is large, "
-        "layers belong into buffers, or intervals are too long."
+        "layers belong in buffers, or intervals are too long."
     )
     return Chart(
         key="rho_by_layer",
@@ -271,7 +271,7 @@ def _lipschitz(runs: Sequence[RunRecord]) -> Chart | None:
     if not curves:
         return None
     caption = (
-        "Largest singular value of each layer's Jacobian, at the first and the last estimate. Steep layers at the ends belong into buffers."
+        "Largest singular value of each layer's Jacobian, at the first and the last estimate. Steep layers at the ends belong in buffers."
     )
     return Chart(
         key="lipschitz", title="Lipschitz constants of the layers", caption=caption, x_label="layer", y_label="constant",
@@ -283,7 +283,7 @@ def _lipschitz(runs: Sequence[RunRecord]) -> Chart | None:
 
 
 def is_probe(metric: dict[str, Any]) -> bool:
-    """Whether a step measured something, with iterations of its own."""
+    """True if a step was a probe, which takes other iterations than the steps about it."""
     return any(metric.get(name) is not None for name in ("bias", "rho_forward", "rho_backward", "lipschitz"))
 
 
@@ -330,6 +330,6 @@ def _workers(runs: Sequence[RunRecord]) -> Chart | None:
 
 
 def last_loss(run: RunRecord) -> float:
-    """Mean training loss of the last twentieth of the steps."""
+    """Return the mean training loss of the last twentieth of the steps."""
     losses = run.column("loss")[-max(1, math.ceil(len(run.metrics) / 20)) :]
     return float(losses.mean())

@@ -1,4 +1,4 @@
-"""The page's pictures: what Bokeh draws, with its key, what it says in words, and the table behind it."""
+"""The page's pictures: what Bokeh draws, with its legend, a summary in words, and a table of its values."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -16,14 +16,14 @@ from rayllp.report.page.records import RunRecord
 from rayllp.report.page.workers import PARTS, StepTimeline, TimeSplit, WorkerMemory
 
 TABLE_ROWS = 24
-"""Of a curve with more points the table has means, over so many stretches of it."""
+"""Rows of a picture's table for one curve. A curve with more points is divided into this many parts, and the table has their means."""
 PART_COLOURS = {"compute": "#3182bd", "send": "#dd1c77", "wait": "#d3d9e0", "other": "#a39bb8"}
 MEMORY_COLOURS = {"main memory": "#5b8db8", "GPU": "#6a9f58"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Key:
-    """What a colour or a line stands for; style is that of a line, "block" of a surface."""
+    """An entry of a legend. `style` is that of a line, or "block" for an area."""
 
     name: str
     colour: str
@@ -39,8 +39,8 @@ class Picture:
         key: its id on the page, unless it is empty.
         above: what the vertical axis shows.
         summary: the picture in words.
-        head, rows: the table behind it.
-        plot: what Bokeh draws; its id is that of the place on the page.
+        head, rows: the table of its values.
+        plot: what Bokeh draws, in the element of the page that has the plot's id.
     """
 
     title: str
@@ -55,9 +55,9 @@ class Picture:
 
 
 def embed(pictures: Iterable[Picture]) -> dict[str, Any]:
-    """All that Bokeh draws, as its script takes it."""
+    """Return all plots as the JSON document that Bokeh's script takes."""
     document = Document(theme=THEME)
-    with document.models.freeze():  # its models are counted once, not at each of the pictures
+    with document.models.freeze():  # otherwise Bokeh would recompute its models after each picture
         for picture in pictures:
             document.add_root(picture.plot)
     return document.to_json(deferred=False)  # type: ignore[return-value]
@@ -67,7 +67,7 @@ def embed(pictures: Iterable[Picture]) -> dict[str, Any]:
 
 
 def picture_chart(chart: Chart, runs: Sequence[RunRecord]) -> Picture:
-    """A chart of these runs."""
+    """Return the picture of a chart of these runs."""
     alone = len(runs) == 1
     keys = [
         Key(name=c.name, style=c.dash, dots=c.kind == "points", colour=colour_of(chart, n, runs) if alone else SOFT)
@@ -110,7 +110,7 @@ def _rows(chart: Chart, runs: Sequence[RunRecord]) -> Iterator[list[str]]:
 
 
 def describe_glyphs(charts: Sequence[Chart]) -> list[tuple[str, str, str]]:
-    """Glyph, name and colour of the marks that there are."""
+    """Return glyph, name and colour of each kind of mark that occurs in these charts."""
     kinds = {mark.kind for chart in charts for mark in chart.marks}
     return [(look.glyph, look.name, look.colour) for kind, look in MARK_KINDS.items() if kind in kinds]
 
@@ -119,7 +119,7 @@ def describe_glyphs(charts: Sequence[Chart]) -> list[tuple[str, str, str]]:
 
 
 def picture_split(split: TimeSplit) -> Picture:
-    """Where the time of one kind of step goes."""
+    """Return a picture of where the time of one kind of step goes, by worker."""
     bars = []
     for rank, worker in enumerate(split.workers):
         ends = np.cumsum([1e3 * worker[part] for part in PARTS])
@@ -139,7 +139,7 @@ def picture_split(split: TimeSplit) -> Picture:
 
 
 def picture_memory(workers: Sequence[WorkerMemory]) -> Picture:
-    """Memory by worker."""
+    """Return a picture of the peak memory of each worker."""
     gpus = any(worker.cuda is not None for worker in workers)
     bars, rows = [], []
     for worker in workers:
@@ -151,7 +151,7 @@ def picture_memory(workers: Sequence[WorkerMemory]) -> Picture:
             bars.append(Bar(row=row, begin=0.0, end=size / 2**20, name=name, colour=MEMORY_COLOURS[name], text=text))
     return Picture(
         title="Memory by worker",
-        caption="The most that each process had taken at the last timed step." + ("" if gpus else " Resident, in main memory."),
+        caption="The most memory that each process had used up to the last timed step." + ("" if gpus else " Resident, in main memory."),
         keys=[Key(name=name, colour=colour) for name, colour in MEMORY_COLOURS.items()] if gpus else [],
         summary="Memory by worker: " + "; ".join(bar.text for bar in bars),
         head=["Worker", "main memory", *(["GPU"] if gpus else [])],
@@ -162,7 +162,7 @@ def picture_memory(workers: Sequence[WorkerMemory]) -> Picture:
 
 
 def picture_timeline(timeline: StepTimeline, gpus: bool) -> Picture:
-    """Who does what when in one step."""
+    """Return a picture of what each worker does when in one step."""
     names = list(dict.fromkeys(span.name for spans in timeline.workers for span in spans))
     bars = [
         Bar(
@@ -175,8 +175,8 @@ def picture_timeline(timeline: StepTimeline, gpus: bool) -> Picture:
     sums = {name: [sum(span.seconds for span in spans if span.name == name) for spans in timeline.workers] for name in names}
     return Picture(
         title=f"Timeline of step {timeline.step}: {timeline.kind}",
-        caption="A row a worker; times by each node's clock."
-        + (" What a GPU does goes on after the host's span that began it." if gpus else ""),
+        caption="One row per worker; times by each node's clock."
+        + (" A GPU's work may go on after the host's span that started it." if gpus else ""),
         keys=[Key(name=name, colour=SPAN_COLOURS.get(name, SOFT)) for name in names],
         summary="Who does what when; the table below has the sums",
         head=["Phase", *(f"worker {rank}" for rank in range(len(timeline.workers)))],

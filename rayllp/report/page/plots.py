@@ -1,7 +1,7 @@
-"""Charts and bars as Bokeh's figures.
+"""Draws charts and bars as Bokeh figures.
 
-All curves of a chart are one renderer, so that the pointer finds all of them at once, and so are all its marks and so on. Each source has a
-column `run`, by which the page's script hides runs.
+All curves of a chart share one renderer, so that the pointer finds all of them at once, and so do all its marks and so on. Each data source
+has a column `run`, by which the page's script hides runs.
 """
 
 from collections.abc import Sequence
@@ -38,9 +38,9 @@ from rayllp.report.page.records import RunRecord
 
 SOFT, SERIAL = "#5a6472", "#e7e3f3"
 MANY = 60
-"""Points beyond this are drawn small."""
+"""The points of a curve with more than this many are drawn small."""
 HEIGHT, LANE, MARK = 280, 8, 20
-"""Pixels: of a chart, from one lane to the next, and of a mark."""
+"""Heights in pixels: of a chart, from one lane to the next, and of a mark."""
 
 _FONT = {"text_font": "system-ui, sans-serif", "text_font_size": "12px", "text_color": SOFT, "text_font_style": "normal"}
 THEME = Theme(
@@ -59,7 +59,7 @@ THEME = Theme(
 
 
 def colour_of(chart: Chart, number: int, runs: Sequence[RunRecord]) -> str:
-    """A curve's colour: its run's; of one run curves have one each."""
+    """Return a curve's colour: that of its run, or one of its own if there is only one run."""
     return COLOURS[(number if len(runs) == 1 else chart.curves[number].run) % len(COLOURS)]
 
 
@@ -67,7 +67,7 @@ def colour_of(chart: Chart, number: int, runs: Sequence[RunRecord]) -> str:
 
 
 def plot_chart(chart: Chart, runs: Sequence[RunRecord]) -> figure:
-    """A chart of these runs: zoomed by dragging, with values under the pointer."""
+    """Return a figure of a chart of these runs. Dragging zooms, and values are shown under the pointer."""
     size, unit = chart.unit
     lanes = sorted({band.run for band in chart.bands}) if chart.lanes and len(runs) > 1 else []
     plot = _figure(
@@ -94,7 +94,7 @@ def plot_chart(chart: Chart, runs: Sequence[RunRecord]) -> figure:
 
 
 def _range(low: float, high: float, below: float, above: float, log: bool = False) -> Range1d:
-    """With these shares of its length more at its ends."""
+    """Return the range from `low` to `high`, extended at its ends by these shares of its length."""
     if log:
         return Range1d(low / (high / low) ** below, high * (high / low) ** above)
     return Range1d(low - below * (high - low), high + above * (high - low))
@@ -108,7 +108,7 @@ def _figure(**more: Any) -> figure:
 
 
 class _Rows:
-    """Columns of a source, filled row by row."""
+    """The columns of a Bokeh data source, filled row by row."""
 
     def __init__(self, *names: str) -> None:
         self.columns: dict[str, list[Any]] = {name: [] for name in names}
@@ -118,7 +118,7 @@ class _Rows:
             column.append(value)
 
     def draw(self, plot: figure, glyph: Glyph, text: str = "", **hover: Any) -> None:
-        """With this text under the pointer; nothing where there are no rows."""
+        """Draw the rows on a figure, with this text under the pointer; draw nothing if there are no rows."""
         columns = list(self.columns.values())
         if not columns[0]:
             return
@@ -142,7 +142,7 @@ def _curves(plot: figure, chart: Chart, runs: Sequence[RunRecord], size: float) 
             edges = [np.clip(np.nan_to_num(edge, nan=np.inf), plot.y_range.start, plot.y_range.end) for edge in (curve.high, curve.low)]
             outline = np.concatenate([x, x[::-1]]), np.concatenate([edges[0], edges[1][::-1]])
             shades.add(*(_short(part) for part in outline), curve.run, colour)
-            for part, edge in (("largest", curve.high), ("least", curve.low)):  # not seen, but the pointer finds them
+            for part, edge in (("largest", curve.high), ("least", curve.low)):  # lines of width 0: not seen, but the pointer finds them
                 seen = _short(np.where(_can_be_drawn(chart, edge), edge, np.nan))
                 curves.add(_short(x), seen, f"{name}, {part}", curve.run, colour, "solid", 0)
         line = (np.repeat(x, 2)[1:], np.repeat(y, 2)[:-1]) if curve.kind == "steps" else (x, y)
@@ -181,7 +181,7 @@ def _marks(plot: figure, chart: Chart, runs: Sequence[RunRecord], size: float) -
 
 
 def _bands(plot: figure, chart: Chart, lanes: Sequence[int], size: float, *, alone: bool) -> None:
-    """Serial stretches of one run shade the chart; of several each has a lane at its foot, pale where serial."""
+    """Shade the chart where a single run is serial; give each of several runs a lane at the chart's foot, pale where it is serial."""
     bands = _Rows("left", "right", "bottom", "top", "run", "colour", "alpha")
     upper, lower = chart.y_range[0], plot.y_range.start
     for band in chart.bands:
@@ -205,11 +205,11 @@ def _bands(plot: figure, chart: Chart, lanes: Sequence[int], size: float, *, alo
 
 @dataclass(frozen=True, kw_only=True)
 class Bar:
-    """From and to a value along a row.
+    """A horizontal bar from one value to another.
 
     Attributes:
-        row: what is written before it.
-        name: what it is of.
+        row: label of its row.
+        name: name of what it shows.
         text: what is shown under the pointer.
     """
 
@@ -222,7 +222,7 @@ class Bar:
 
 
 def plot_bars(bars: Sequence[Bar], label: str) -> figure:
-    """Rows of bars from the top down, to the right."""
+    """Return a figure of bars in rows, the first one at the top; `label` names the horizontal axis."""
     rows = list(dict.fromkeys(bar.row for bar in bars))
     plot = _figure(height=70 + 22 * len(rows), x_range=Range1d(0, max(bar.end for bar in bars)), y_range=rows[::-1], x_axis_label=label)
     plot.ygrid.visible = False
@@ -235,5 +235,5 @@ def plot_bars(bars: Sequence[Bar], label: str) -> figure:
 
 
 def _short(values: Floats) -> list[float]:
-    """Six digits are enough to read."""
+    """Return the values rounded to six significant digits, which keeps the page small."""
     return [float(f"{value:.6g}") for value in values.tolist()]

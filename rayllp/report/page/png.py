@@ -17,7 +17,7 @@ DASHES = {"solid": "-", "dashed": "--", "dotted": ":"}
 
 
 def write_pngs(charts: Sequence[Chart], runs: Sequence[RunRecord], folder: Path) -> list[Path]:
-    """A file a chart, and one a timeline.
+    """Write one file per chart, and one per timeline; return their paths.
 
     Raises:
         SettingsError: the folder cannot be written.

@@ -1,4 +1,4 @@
-"""What run directories hold, as arrays."""
+"""Reads run directories into arrays, for the charts of a report."""
 
 import json
 from collections.abc import Sequence
@@ -16,16 +16,16 @@ from rayllp.report.run_directory import read_lines
 
 Line = dict[str, Any]
 Floats = np.ndarray
-"""One dimension, float64."""
+"""A one-dimensional array of float64."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Phase:
-    """Steps one after the other in one mode.
+    """A stretch of successive steps in one mode.
 
     Attributes:
         mode: "parallel" or "serial".
-        begin, end: steps, the latter not included.
+        begin, end: first step, and the step after the last.
     """
 
     mode: str
@@ -35,13 +35,13 @@ class Phase:
 
 @dataclass(frozen=True, kw_only=True)
 class RunRecord:
-    """One run.
+    """What one run has recorded.
 
     Attributes:
-        name: tells it from the others of the page.
-        metrics, evaluations, events, timelines: lines of its files, steps in order.
-        steps: of each metric, shape (n,).
-        tokens, seconds: so many from the run's beginning to the end of each step, shape (n,). Seconds are those of steps alone: without
+        name: distinguishes it from the other runs of the page.
+        metrics, evaluations, events, timelines: the lines of its files, in order of steps.
+        steps: the step of each line of `metrics`, shape (n,).
+        tokens, seconds: totals from the run's beginning to the end of each step, shape (n,). Seconds are those of steps alone: without
             evaluations, checkpoints, recoveries, and steps that were lost and done again.
         sample: generated text; empty where there is none.
         translations: the held-out sentences' translations; empty where there are none.
@@ -61,27 +61,27 @@ class RunRecord:
     translations: str
 
     def column(self, name: str) -> Floats:
-        """A metric over all steps, NaN where it was not measured; shape (n,)."""
+        """Return a metric over all steps, NaN where it was not measured; shape (n,)."""
         return np.array([np.nan if (value := metric.get(name)) is None else float(value) for metric in self.metrics])
 
     def measured(self, name: str) -> tuple[Floats, Floats]:
-        """Steps where a metric was measured, and its values; it may be infinite or NaN there."""
+        """Return the steps at which a metric was measured, and its values there, which may be infinite or NaN."""
         found = [(metric["step"], metric[name]) for metric in self.metrics if metric.get(name) is not None]
         return np.array([step for step, _ in found], dtype=float), np.array([value for _, value in found], dtype=float)
 
     def total_after(self, totals: Floats, step: float) -> float:
-        """Tokens or seconds after `step` steps."""
+        """Return how many tokens or seconds (`totals` is one of these attributes) a run had after `step` steps."""
         done = int(np.searchsorted(self.steps, step))  # metrics of steps before it
         return float(totals[done - 1]) if done else 0.0
 
     @property
     def done(self) -> int:
-        """Steps done."""
+        """Number of steps done."""
         return int(self.steps[-1]) + 1
 
     @cached_property
     def phases(self) -> list[Phase]:
-        """How the mode changed."""
+        """The phases of the run, in order: how its mode changed."""
         found = []
         for mode, group in groupby(self.metrics, key=lambda metric: metric["mode"]):
             steps = [metric["step"] for metric in group]
@@ -94,15 +94,15 @@ class RunRecord:
         return sum(metric["mode"] == "parallel" for metric in self.metrics) / len(self.metrics)
 
     def events_of(self, *kinds: str) -> list[Line]:
-        """Events of these kinds, as they came."""
+        """Return the events of these kinds, in the order in which they happened."""
         return [event for event in self.events if event["kind"] in kinds]
 
 
 def read_runs(paths: Sequence[Path]) -> list[RunRecord]:
-    """Runs by their directories, with names that differ.
+    """Read several runs from their directories, and give them names that differ.
 
     Raises:
-        SettingsError: none or one twice; otherwise as `read_run`.
+        SettingsError: no directory is given, or one is given twice; otherwise as `read_run`.
     """
     if not paths:
         raise SettingsError("no run given: give the directories of one or more runs")
@@ -114,7 +114,7 @@ def read_runs(paths: Sequence[Path]) -> list[RunRecord]:
 
 
 def read_run(path: Path, name: str | None = None) -> RunRecord:
-    """One run.
+    """Read one run from its directory.
 
     Raises:
         NotARunError: the directory holds no run.
@@ -151,18 +151,18 @@ def _read(path: Path) -> list[Line]:
             try:
                 json.loads(line)
             except json.JSONDecodeError as error:
-                raise SettingsError(f"{path}, line {number}: not JSON ({error.msg}); every line must be: remove or mend it") from None
+                raise SettingsError(f"{path}, line {number}: not JSON ({error.msg}); every line must be: remove or fix it") from None
         raise
 
 
 def _by_step(lines: Sequence[Line]) -> list[Line]:
-    """Steps in order; of a step that was done twice, the last time."""
+    """Return the lines in order of steps; only the last line of a step that was done twice."""
     last = {line["step"]: line for line in lines}
     return [last[step] for step in sorted(last)]
 
 
 def _names(places: Sequence[Path]) -> list[str]:
-    """The shortest ends of paths that tell them apart."""
+    """Return the shortest ends of these paths by which they differ."""
     for parts in range(1, max(len(place.parts) for place in places) + 1):
         names = ["/".join(place.parts[-parts:]) for place in places]
         if len(set(names)) == len(names):

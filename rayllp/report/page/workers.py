@@ -1,4 +1,4 @@
-"""What timed steps say of workers: where their time goes, who does what when, and memory."""
+"""What timed steps show of the workers: where their time goes, what each does when, and their memory."""
 
 from dataclasses import dataclass
 from statistics import median
@@ -12,13 +12,13 @@ PARTS = (*KINDS, "other")
 
 @dataclass(frozen=True, kw_only=True)
 class TimeSplit:
-    """Where the time of one kind of step goes, medians over the timed steps.
+    """Where the time of one kind of step goes: medians over the timed steps.
 
     Attributes:
         kind: mode, iterations and number of workers, in words.
-        steps: that were timed.
-        step_s: of the slowest worker.
-        workers: of each by rank, seconds of compute, send, wait and other.
+        steps: number of timed steps.
+        step_s: seconds of a step on its slowest worker.
+        workers: for each worker (by rank), seconds of compute, send, wait and other.
     """
 
     kind: str
@@ -29,11 +29,11 @@ class TimeSplit:
 
 @dataclass(frozen=True, kw_only=True)
 class StepTimeline:
-    """One step.
+    """The timeline of one step.
 
     Attributes:
-        workers: spans of each by rank, seconds from when the first worker began the step, by the nodes' clocks.
-        seconds: until the last worker had done it.
+        workers: for each worker (by rank), its spans, in seconds from when the first worker began the step, by the nodes' clocks.
+        seconds: time until the last worker had done the step.
     """
 
     kind: str
@@ -44,7 +44,7 @@ class StepTimeline:
 
 @dataclass(frozen=True, kw_only=True)
 class WorkerMemory:
-    """Peaks up to the last timed step, in bytes; cuda is None without a GPU."""
+    """A worker's peak memory up to the last timed step, in bytes; `cuda` is None without a GPU."""
 
     rank: int
     resident: int
@@ -52,14 +52,14 @@ class WorkerMemory:
 
 
 def describe_kind(line: dict[str, Any]) -> str:
-    """What kind of step a line of timeline.jsonl is of."""
+    """Return in words what kind of step a line of timeline.jsonl describes."""
     forward, backward, workers = line["iterations_forward"], line["iterations_backward"], len(line["workers"])
     how = "serial" if line["mode"] == "serial" else f"{forward} forward + {backward} backward iterations"
     return f"{how}, {workers} worker{'' if workers == 1 else 's'}"
 
 
 def time_splits(run: RunRecord) -> list[TimeSplit]:
-    """Of each kind of step that was timed, in the order of their first."""
+    """Return the time split of each kind of step that was timed, in the order in which the kinds first occur."""
     kinds: dict[str, list[dict[str, Any]]] = {}
     for line in run.timelines:
         kinds.setdefault(describe_kind(line), []).append(line)
@@ -77,7 +77,7 @@ def time_splits(run: RunRecord) -> list[TimeSplit]:
 
 
 def step_timelines(run: RunRecord) -> list[StepTimeline]:
-    """Of each kind, the last step whose spans were kept."""
+    """Return the timeline of each kind of step, from the last one whose spans were kept."""
     last = {describe_kind(line): line for line in run.timelines if line.get("spans")}
     return [_timeline(kind, line) for kind, line in last.items()]
 
@@ -90,6 +90,6 @@ def _timeline(kind: str, line: dict[str, Any]) -> StepTimeline:
 
 
 def memory(run: RunRecord) -> list[WorkerMemory]:
-    """Of each worker at the last timed step; of none where there is none."""
+    """Return each worker's memory at the last timed step; empty if no step was timed."""
     workers = run.timelines[-1]["workers"] if run.timelines else []
     return [WorkerMemory(rank=rank, resident=worker["peak_bytes"], cuda=worker["peak_cuda_bytes"]) for rank, worker in enumerate(workers)]

@@ -1,4 +1,4 @@
-"""The page."""
+"""Writes the page of `rayllp report`: one HTML file that needs no other, made from a template, and PNG files beside it."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,9 +22,9 @@ from rayllp.report.page.workers import memory, step_timelines, time_splits
 from rayllp.report.run_directory import flatten
 
 MOST_EVENTS = 300
-"""Lines of the table of events; of more the first and the last."""
+"""Rows of the table of events at most; of a longer one, half of them are the first and half the last events."""
 MOST_TEXT = 20_000
-"""Characters of a sample; the page says what it leaves out."""
+"""Characters of a sample at most; the page says how many it leaves out."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,8 +33,8 @@ class Written:
 
     Attributes:
         page: the HTML file.
-        pictures: PNG files; none unless asked for.
-        comparison: None unless asked for.
+        pictures: the PNG files; empty if none were asked for.
+        comparison: the comparison with a baseline; None if none was asked for.
     """
 
     page: Path
@@ -50,18 +50,18 @@ def write_report(
     title: str | None = None,
     baseline: str | None = None,
 ) -> Written:
-    """Write one page of one or more runs that needs no other file.
+    """Write a report on one or more runs: one HTML page that needs no other file.
 
     Args:
         paths: run directories; a run may still be training.
-        output: the HTML file; default report.html, in the run's directory if it is one, else here.
-        png: a folder for the charts as PNG files.
-        title: of the page; default the runs' names.
-        baseline: "serial", "parallel" or "adaptive": how far the other runs' losses are from that mode's is stated.
+        output: the HTML file; default: report.html, in the run's directory or, for several runs, in the working directory.
+        png: folder to write the charts to as PNG files too.
+        title: title of the page; default: the runs' names.
+        baseline: "serial", "parallel" or "adaptive": compare the other runs' losses with those of the runs in that mode.
 
     Raises:
-        NotARunError, SettingsError: a run that is none, has no step, or cannot be read; runs that cannot be compared; a place that cannot
-            be written. Nothing is written then.
+        NotARunError: a directory holds no run.
+        SettingsError: a run has no step or cannot be read, the runs cannot be compared, or a file cannot be written.
     """
     runs = read_runs(paths)
     comparison = None if baseline is None else compare(runs, baseline)
@@ -77,7 +77,7 @@ def write_report(
 
 
 def render(runs: Sequence[RunRecord], title: str | None = None, comparison: Comparison | None = None) -> str:
-    """The page's text. Whatever comes from runs (names, samples, reasons) is escaped."""
+    """Return the page's HTML. Whatever comes from runs (names, samples, reasons) is escaped."""
     environment = Environment(
         loader=PackageLoader("rayllp.report.page"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
@@ -108,14 +108,14 @@ def render(runs: Sequence[RunRecord], title: str | None = None, comparison: Comp
 
 
 def _workers(run: RunRecord) -> tuple[list[Picture], list[Picture]]:
-    """Pictures of a run's workers: those that lie side by side, and those as wide as the page."""
+    """Return pictures of a run's workers: those that are shown side by side, and those as wide as the page."""
     found, splits = memory(run), [picture_split(split) for split in time_splits(run)]
     gpus = any(worker.cuda is not None for worker in found)
     return [*splits, *([picture_memory(found)] if found else [])], [picture_timeline(timeline, gpus) for timeline in step_timelines(run)]
 
 
 def _facts(run: RunRecord) -> dict[str, str]:
-    """A run in figures."""
+    """Return the main figures of a run, by name."""
     config, last = run.config, run.evaluations[-1] if run.evaluations else None
     facts = {"Mode": config.mode, "Steps": f"{run.done:,} of {config.steps:,}"}
     if last is not None:
@@ -145,7 +145,7 @@ def _one(name: str) -> str:
 
 
 def _events(run: RunRecord) -> dict[str, Any]:
-    """Lines of the table of events, and how many it leaves out. Checkpoints are counted: a run has many, and they all say the same."""
+    """Return the rows of the table of events, and how many it leaves out. Checkpoints are only counted, since a run has many."""
     told = [event for event in run.events if event["kind"] != "checkpoint"]
     begin = run.events[0]["time"] if run.events else 0.0
     rows = [
@@ -164,7 +164,7 @@ def _events(run: RunRecord) -> dict[str, Any]:
 
 
 def _settings(runs: Sequence[RunRecord]) -> list[tuple[str, str, list[str]]]:
-    """Settings of which some run has another value than the default: name, default, each run's."""
+    """Return the settings that are not at their default in some run: name, default, and each run's value."""
     defaults = flatten(TrainConfig().model_dump(mode="json"))
     found = [flatten(run.config.model_dump(mode="json")) for run in runs]
     names = dict.fromkeys(name for values in (defaults, *found) for name in values)
