@@ -394,5 +394,5 @@ def test_a_mixture_takes_each_sets_samples_once_an_epoch_and_its_share_of_evalua
     with pytest.raises(DataError, match=r"data.sets, number 2: data.path .*none.txt: no such file"):
         load_data(tiny(data={"sets": [sets[0], {"path": str(tmp_path / "none.txt")}]}))
     (tmp_path / "a.conllu").write_text("".join(f"1\tw{n}\tw\tX{n % 2}" + "\t_" * 6 + "\n\n" for n in range(9)), encoding="utf-8")
-    with pytest.raises(DataError, match=r"data.sets mixes texts or answers, .* model.family=mc reads neither"):
+    with pytest.raises(DataError, match=r"data.sets mixes texts or answers, .* the task 'words' reads neither"):
         load_data(tiny(model={"family": "mc"}, data={"sets": [{"path": str(tmp_path / "a.conllu")}]}))

@@ -2,8 +2,10 @@
 
 import gzip
 import os
+import re
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -126,6 +128,15 @@ def test_the_last_sentences_are_held_out(tmp_path):
     assert shown(one_pass(batches, "validation", 2)[0]) == ["<a cat|", "<a dog|"]
     with pytest.raises(DataError, match=r"has 1 sample to train on and to hold out from: give more, or set data.validation_path"):
         load(tmp_path, "text\tlabel\nthe dog\tgood\n")
+
+
+def test_errors_name_the_data_set_whichever_setting_names_it(tmp_path):
+    datasets.Dataset.from_dict({"text": ["the dog"], "label": ["good"]}).save_to_disk(tmp_path / "one")
+    with pytest.raises(DataError, match=rf"^data.dataset {re.escape(str(tmp_path / 'one'))} has 1 sample"):
+        load_sentences(DataSettings(dataset=str(tmp_path / "one")), 16, seed=0)
+    datasets.Dataset.from_dict({"text": ["the dog"] * 4, "label": ["good"] * 4}).save_to_disk(tmp_path / "same")
+    with pytest.raises(DataError, match=rf"^data.dataset {re.escape(str(tmp_path / 'same'))}"):
+        load_sentences(DataSettings(dataset=str(tmp_path / "same")), 16, seed=0)
 
 
 def test_lines_beyond_max_bytes_are_not_read(tmp_path):

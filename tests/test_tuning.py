@@ -86,6 +86,21 @@ def test_files_and_their_base(tmp_path):
         load_sweep(tmp_path / "sweep.yaml")
 
 
+@pytest.mark.parametrize(
+    ("space", "shared"),
+    [
+        (SPACE, True),
+        ({"optimizer.lr": {"log": [1e-4, 1e-2]}}, True),
+        ({"model.head": {"choice": ["masked", "sentences"]}}, False),
+        ({"model.from_pretrained": {"choice": ["a", "b"]}}, False),
+        ({"model.architecture": {"choice": ["llama", "bert"]}}, False),
+        ({"sequence_length": {"choice": [16, 32]}}, False),
+    ],
+)
+def test_trials_share_their_data_only_if_nothing_varies_that_decides_it(space, shared):
+    assert sweep_of(space=space).shares_data is shared
+
+
 def test_all_sweeps_that_come_with_it_are_valid():
     from pathlib import Path
 

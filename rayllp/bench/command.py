@@ -47,7 +47,7 @@ def run_layers(config: TrainConfig, file: Path | None, console: Console) -> None
     """Run `rayllp bench layers`."""
     config, data = data_for_timing(config, partial(tell, console))
     bench = bench_layers(config, data, device_here(config))
-    table = Table(title=f"{config.model.family}: a layer, batch {config.replica_batch}")
+    table = Table(title=f"{config.model.architecture or config.model.family}: a layer, batch {config.replica_batch}")
     for name in ("part", "ms"):
         table.add_column(name)
     for name, seconds in bench.as_dict()["costs"].items():

@@ -136,13 +136,18 @@ def bytes_of(texts: Iterable[str]) -> int:
     return sum(len(text.encode()) + 1 for text in texts)
 
 
-def hold_out(samples: list[Sample], fraction: float) -> tuple[list[Sample], list[Sample]]:
+def hold_out(samples: list[Sample], fraction: float, source: str) -> tuple[list[Sample], list[Sample]]:
     """Cut off the last `fraction` of samples, at least one, for validation.
+
+    Args:
+        samples: all samples.
+        fraction: share of them to hold out.
+        source: where they come from, for the error.
 
     Raises:
         DataError: there are fewer than two samples.
     """
-    kept = count_kept(len(samples), fraction, "data.path", "sample", ", or set data.validation_path")
+    kept = count_kept(len(samples), fraction, source, "sample", ", or set data.validation_path")
     return samples[:kept], samples[kept:]
 
 

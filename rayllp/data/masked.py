@@ -90,6 +90,6 @@ def load_masked(settings: DataSettings, sequence_length: int, seed: int, tokeniz
     if sequence_length < 3:
         raise DataError(f"sequence_length {sequence_length} leaves no room for text between cls and sep: set at least 3")
     if settings.documents == "packed":
-        raise DataError("data.documents=packed is for models that predict the next token: leave it out for model.family=bert")
+        raise DataError("data.documents=packed is for models that predict the next token: leave it out where masked tokens are predicted")
     fields = load_stream(settings, sequence_length, sequence_length - 2, seed, tokenizer)
     return MaskedBatches(**fields, mask_fraction=settings.mask_fraction)

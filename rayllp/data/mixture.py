@@ -106,7 +106,7 @@ def load_mixture(config: TrainConfig, load: Callable[[TrainConfig, Tokenizer | N
         except DataError as error:
             raise DataError(f"data.sets, number {number + 1}: {error}") from None
         if not data_set.entries:
-            raise DataError(f"data.sets mixes texts or answers, and model.family={config.model.family} reads neither: give one set")
+            raise DataError(f"data.sets mixes texts or answers, but the task {config.model.task!r} reads neither: give one set")
         tokenizer = tokenizer or data_set.tokenizer
         sets.append(replace(data_set, order=replace(order, number=number)))
     skipped: dict[str, int] = sum((Counter(each.skipped) for each in sets), Counter())

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rayllp.config import DataSettings
 from rayllp.data.base import IGNORE, Dataset, DatasetFacts
-from rayllp.data.datasets_io import HELD_OUT_SPLITS, Split, is_table, load_split, load_splits, up_to
+from rayllp.data.datasets_io import HELD_OUT_SPLITS, Split, is_table, load_split, load_splits, named, up_to
 from rayllp.data.files import BadRows, RaggedArray, bytes_of, hold_out, local_path, plain_or_gz, read_lines
 from rayllp.data.sampling import SampleOrder
 from rayllp.data.sources import tables
@@ -260,7 +260,7 @@ def _read_dataset(settings: DataSettings, bad_rows: BadRows) -> dict[str, list[_
     train, held_out = tables(settings)
     pairs = {"train": _read_split(train.open(), settings, bad_rows)}
     if held_out is None:
-        pairs = dict(zip(("train", "validation"), hold_out(pairs["train"], settings.validation_fraction), strict=True))
+        pairs = dict(zip(("train", "validation"), hold_out(pairs["train"], settings.validation_fraction, named(settings)), strict=True))
     else:
         pairs["validation"] = _read_split(held_out.open(), settings, bad_rows)
     if (held_out is None or held_out.split != "test") and "test" in load_splits(train.settings, stream=True):

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from rayllp.config import DataSettings
 from rayllp.data.base import IGNORE, Dataset, DatasetFacts
+from rayllp.data.datasets_io import named
 from rayllp.data.files import BadRows, RaggedArray, bytes_of, refuse_one_class
 from rayllp.data.sampling import SampleOrder
 from rayllp.data.sources import Files, Table, read_samples, read_splits
@@ -108,7 +109,7 @@ def load_sentences(settings: DataSettings, sequence_length: int, seed: int, toke
 def _leave_out_single(train: list[_Example], settings: DataSettings, bad_rows: BadRows) -> list[_Example]:
     """Leave out labels that occur once where others are frequent: they are mistakes, or a header line that was read as a sentence."""
     counts = Counter(example.label for example in train)
-    refuse_one_class(counts, f"data.path {settings.path}")
+    refuse_one_class(counts, named(settings))
     frequent = len(train) >= FREQUENT * len(counts)
     kept = []
     for example in train:
@@ -120,7 +121,7 @@ def _leave_out_single(train: list[_Example], settings: DataSettings, bad_rows: B
             hint = "; if this line names the columns, set data.text_field and data.label_field to names in it instead of numbers"
         fault = f"label {example.label!r} is on this line alone, where others have {len(train) // len(counts)} lines each"
         bad_rows.refuse_or_count("labels", f"{example.place}: {fault}{hint}")
-    refuse_one_class((example.label for example in kept), f"data.path {settings.path}")
+    refuse_one_class((example.label for example in kept), named(settings))
     return kept
 
 

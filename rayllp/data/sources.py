@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from rayllp.config import DataSettings
 from rayllp.data.cache import stamp
-from rayllp.data.datasets_io import Split, is_table, load_split, own_held_out, stamp_of, up_to, visible_files
+from rayllp.data.datasets_io import Split, is_table, load_split, named, own_held_out, stamp_of, up_to, visible_files
 from rayllp.data.files import BadRows, NoTextError, Sample, hold_out, local_path, read_text_file
 from rayllp.data.formats import read_tsv
 from rayllp.errors import DataError
@@ -184,7 +184,7 @@ def read_splits(settings: DataSettings, read: Callable[[Table | Files], list[Sam
         raise DataError(f"there is no data.path: {needed}")
     source, held_out = sources(settings)
     train = read(source)
-    train, validation = hold_out(train, settings.validation_fraction) if held_out is None else (train, read(held_out))
+    train, validation = hold_out(train, settings.validation_fraction, named(settings)) if held_out is None else (train, read(held_out))
     return {"train": train, "validation": validation}
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from rayllp.config import DataSettings
 from rayllp.data.base import IGNORE, Dataset, DatasetFacts, checksum
+from rayllp.data.datasets_io import named
 from rayllp.data.files import BadRows, RaggedArray, bytes_of, refuse_one_class
 from rayllp.data.formats import LABEL_COLUMNS, LabelledWord, read_conllu
 from rayllp.data.sampling import SampleOrder
@@ -79,7 +80,7 @@ def load_words(settings: DataSettings, sequence_length: int, seed: int) -> WordB
     read = _read_splits(settings, bad_rows)
     index = _number_words(read["train"], settings.min_count)
     classes = tuple(sorted({word.label for sentence in read["train"] for word in sentence}))
-    refuse_one_class(classes, f"data.path {settings.path}")
+    refuse_one_class(classes, named(settings))
     numbers = {name: number for number, name in enumerate(classes)}
     words: dict[str, RaggedArray] = {}
     labels: dict[str, RaggedArray] = {}

@@ -11,7 +11,7 @@ HOUR_S = 3600.0
 MOST_FAILURES_AT_ONE_STEP = 3
 """After this many failures at one step, with no step done between them, the step itself is taken to be the cause."""
 BASE_WAIT_S, LONGEST_WAIT_S = 0.5, 30.0
-"""Seconds to wait after failures that follow each other: the wait doubles each time, up to `LONGEST_WAIT_S`."""
+"""After the n-th failure in a row the wait is BASE_WAIT_S · 2ⁿ seconds, and at most LONGEST_WAIT_S. After a first failure there is none."""
 MOST_COPY_SHARE = 0.03
 """Largest share of the training time that keeping states in memory may take."""
 LONGEST_COPY_INTERVAL = 100

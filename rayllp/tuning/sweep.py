@@ -15,8 +15,8 @@ from rayllp.models import check_network
 from rayllp.tuning.space import Space
 
 Kind = Literal["loss", "time_to_loss", "step_time", "pareto"]
-DATA = ("data.", "sequence_length", "seed", "model.family")
-"""Settings that change the data set."""
+DATA = ("data.", "sequence_length", "seed", "model.family", "model.architecture", "model.head", "model.from_pretrained")
+"""Settings that change the data set. The model decides which kind of data is read, and a checkpoint brings its tokenizer."""
 COSTS = ("model.", "sequence_length", "batch_size", "accumulate", "dtype", "step.buffer")
 """Settings that change the cost of a layer."""
 
@@ -33,7 +33,7 @@ class Objective(Settings):
 
     kind: Kind = Field("loss", description="loss; time_to_loss; step_time (with bias at most `bias`); pareto (step time against bias)")
     steps: int | None = Field(None, ge=1, description="budget of a trial, optimizer steps; default the base config's")
-    tokens: int | None = Field(None, ge=1, description="budget of a trial, tokens (for images: images)")
+    tokens: int | None = Field(None, ge=1, description="budget of a trial, tokens (images count as one, pairs one side)")
     seconds: float | None = Field(None, gt=0, description="budget of a trial, seconds of training steps")
     target: float | None = Field(None, description="time_to_loss: the validation loss to reach")
     bias: float | None = Field(None, gt=0, description="step_time: the largest gradient bias that a probe may find")
