@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from itertools import islice
 from typing import Any, Self
 
 import numpy as np
@@ -13,7 +12,7 @@ from rayllp.config import DataSettings
 from rayllp.data.base import IGNORE, Dataset, DatasetFacts, Inputs
 from rayllp.data.cache import CacheEntry, CacheWriter, fingerprint
 from rayllp.data.datasets_io import up_to
-from rayllp.data.files import BadRows, count_kept, local_path
+from rayllp.data.files import BadRows, chunks, count_kept, local_path
 from rayllp.data.sampling import SampleOrder
 from rayllp.data.sources import Table, tables
 from rayllp.data.tokenizer import identity, is_made_from_text, load_tokenizer, smallest_dtype
@@ -179,7 +178,7 @@ class WriteAnswers:
         writer.append(f"{name}_samples", np.zeros(1, np.int64))
         writer.append(f"{name}_sequences", np.zeros(1, np.int64))
         tokens, count, used = 0, 0, 0
-        for some in iter(lambda: list(islice(samples, AT_ONCE)), []):
+        for some in chunks(samples, AT_ONCE):
             ends, begun = tokens + np.cumsum([len(sample.ids) for sample in some]), []
             for number, sample in enumerate(some, count):
                 taken = len(sample.ids) - 1
@@ -234,7 +233,7 @@ class WriteAnswers:
         columns = tuple(fields.values())
         rows = up_to(limit, split.rows(*columns), _bytes_in_row)
         whole = ((place, values) for place, values in rows if _is_text(place, values, columns, bad_rows))
-        for some in iter(lambda: list(islice(whole, AT_ONCE)), []):
+        for some in chunks(whole, AT_ONCE):
             yield from self._pairs(some)
 
     def _pairs(self, rows: list[tuple[str, tuple[Any, ...]]]) -> Iterator[_Sample]:

@@ -1,11 +1,11 @@
 """Encode a text of any length with a tokenizer of the tokenizers library, part by part, into exactly the tokens of the whole text."""
 
 from collections.abc import Iterable, Iterator
-from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from rayllp.data.files import chunks
 from rayllp.errors import DataError
 
 PART, OVERLAP, AGREEING = 2**18, 2**11, 32
@@ -22,7 +22,7 @@ def encode_pieces(tokenizer: Any, pieces: Iterable[str]) -> Iterator[np.ndarray]
     joined where their encodings have the same tokens at the same positions; where they do not agree, both parts are encoded again as one.
     """
     parts, left, first = _parts(pieces), None, 0
-    for together in iter(lambda: list(islice(parts, PARTS_AT_ONCE)), []):
+    for together in chunks(parts, PARTS_AT_ONCE):
         encodings = tokenizer.encode_batch([part.text for part in together], add_special_tokens=False)
         for part, encoding in zip(together, encodings, strict=True):
             right = _Encoded(part, encoding)

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import BinaryIO, TypeVar, cast
 
@@ -19,6 +19,13 @@ Sample = TypeVar("Sample")
 
 BLOCK = 2**20
 """Bytes that are read at a time."""
+
+
+def chunks(items: Iterable[Sample], size: int) -> Iterator[list[Sample]]:
+    """Yield the items in lists of `size`; the last list may be shorter."""
+    rest = iter(items)
+    while chunk := list(islice(rest, size)):
+        yield chunk
 
 
 def local_path(name: str, what: str) -> Path:

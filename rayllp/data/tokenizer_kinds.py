@@ -5,13 +5,13 @@ import json
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from rayllp.data.encoding import encode_pieces
+from rayllp.data.files import chunks
 from rayllp.errors import DataError
 
 ENDS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[EOS]", "[SEP]")
@@ -251,7 +251,7 @@ class SentencePiece(Tokenizer):
     def stream(self, pieces: Iterable[str]) -> Iterator[np.ndarray]:
         """Yield the ids of a text that comes in pieces, using all CPUs."""
         lines = (line.removesuffix("\n") for line in _lines(pieces))
-        for some in iter(lambda: list(islice(lines, LINES_AT_ONCE)), []):
+        for some in chunks(lines, LINES_AT_ONCE):
             yield _joined(np.array(ids, np.uint32) for ids in self._processor.encode(some, out_type=int))
 
     def texts(self) -> str:

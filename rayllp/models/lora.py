@@ -1,6 +1,5 @@
 """LoRA (arXiv:2106.09685) by peft: low-rank adapters on the linear maps of layers, with everything else frozen."""
 
-import difflib
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from rayllp.config.network import LoRASettings
-from rayllp.errors import CheckpointError, SettingsError
+from rayllp.errors import CheckpointError, SettingsError, nearest_name
 
 ADAPTER = "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -56,10 +55,10 @@ def check_targets(layers: Sequence[nn.Module], settings: LoRASettings) -> None:
     names = sorted({_leaf(name) for layer in layers for name in linear_maps(layer)})
     for target in settings.targets or ():
         if target not in names:
-            near = difflib.get_close_matches(target, names, 1)
+            near = nearest_name(target, names)
             raise SettingsError(
                 f"model.lora.targets has {target!r}, which is no linear map of any layer: choose from {', '.join(names)}"
-                + (f" ({near[0]}?)" if near else "")
+                + (f" ({near}?)" if near else "")
             )
 
 
