@@ -10,7 +10,7 @@ import torch
 from rayllp.channel import LocalChannel, run_workers
 from rayllp.config import make_config
 from rayllp.control import Controller, Probe, ProbePlan
-from rayllp.engine.probe import relative_and_cosine
+from rayllp.engine.probe import Sums
 from rayllp.errors import SettingsError
 from tests.conftest import make_engine, tiny, train_engine
 from tests.test_engine import FEW, SERIAL
@@ -211,6 +211,7 @@ def test_the_penalty_is_on_where_its_effect_is_watched():
 def test_by_the_bias_only_what_is_not_finite_goes_straight_to_serial():
     probes = [Probe(rho_forward=9.0, bias=5.0, noise=1.0), Probe(bias=math.nan)]
     assert feed(controller(rule="bias", consistency=0), probes) == ["3+2", "serial"]
+    assert feed(controller(rule="both", consistency=0), [Probe(rho_forward=0.1, bias=math.nan)]) == ["serial"]
 
 
 def test_parallel_mode_never_changes():
@@ -449,13 +450,13 @@ def test_bias_cosine_and_noise_are_what_they_say():
             return make_engine(config, channel).train_step(3, FEW, ProbePlan(candidate=FEW, bias=True))
 
         for stats in run_workers(workers, work):
-            assert stats.bias.relative == pytest.approx(((used - better).norm() / better.norm()).item(), rel=1e-9)
-            assert stats.bias.cosine == pytest.approx(torch.nn.functional.cosine_similarity(used, better, 0).item(), rel=1e-9)
-            assert stats.bias.noise == pytest.approx((gap.norm() / better.norm()).item(), rel=1e-9)
-            assert stats.bias.loss_gap == pytest.approx((loss - better_loss) / better_loss, rel=1e-6)
-            assert len(stats.bias.by_block) == workers
+            assert stats.comparison.bias == pytest.approx(((used - better).norm() / better.norm()).item(), rel=1e-9)
+            assert stats.comparison.cosine == pytest.approx(torch.nn.functional.cosine_similarity(used, better, 0).item(), rel=1e-9)
+            assert stats.comparison.noise == pytest.approx((gap.norm() / better.norm()).item(), rel=1e-9)
+            assert stats.comparison.loss_gap == pytest.approx((loss - better_loss) / better_loss, rel=1e-6)
+            assert len(stats.comparison.by_block) == workers
             # Two coarse intervals: a second iteration makes the first exact, so there is one residual that says something.
-            assert stats.bias.relative > 0.01
+            assert stats.comparison.bias > 0.01
 
 
 def test_a_probe_against_the_exact_gradient_and_one_in_serial_training():
@@ -475,8 +476,8 @@ def test_a_probe_against_the_exact_gradient_and_one_in_serial_training():
         return parallel, found, same
 
     for parallel, serial, same in run_workers(2, work):
-        assert parallel.bias.relative == pytest.approx(wanted, rel=1e-9)
-        assert serial.bias.relative == pytest.approx(wanted, rel=1e-9)
+        assert parallel.comparison.bias == pytest.approx(wanted, rel=1e-9)
+        assert serial.comparison.bias == pytest.approx(wanted, rel=1e-9)
         assert 0 < serial.findings.rho_forward < 1
         assert serial.findings.rho_forward == pytest.approx(parallel.findings.rho_forward, rel=1e-9)
         assert same  # a probe leaves the step of serial training exact
@@ -485,14 +486,20 @@ def test_a_probe_against_the_exact_gradient_and_one_in_serial_training():
 def test_rho_without_bias_costs_no_second_gradient():
     config = tiny(adaptive={"probe_every": 2}, mgrit={"coarsening": 2}, model={"layers": 20})
     stats = train_engine(make_engine(config, LocalChannel.alone()), 4)
-    assert [s.bias for s in stats] == [None] * 4
+    assert [s.comparison for s in stats] == [None] * 4
     assert [s.findings.rho_forward is not None for s in stats] == [True, True, False, True]
-    assert asdict(stats[0])["bias"] is None
+    assert asdict(stats[0])["comparison"] is None
 
 
 def test_bias_of_gradients_that_are_zero_is_a_number():
-    """A block of frozen layers has a gradient of zero."""
-    assert relative_and_cosine(torch.zeros(5, dtype=torch.float64)) == (0.0, 1.0)
-    assert relative_and_cosine(torch.tensor([4.0, 0.0, 0.0, 4.0, 0.0])) == (math.inf, 0.0)
-    assert relative_and_cosine(torch.tensor([4.0, 4.0, 0.0, 0.0, 0.0])) == (1.0, 0.0)
-    assert relative_and_cosine(torch.tensor([1.0, 4.0, 4.0, 4.0, 0.0])) == (0.5, 1.0)
+    """A block of frozen layers has none."""
+
+    def found(error, better, used, product):
+        sums = Sums(error, better, used, product, 0.0, 0.0, 0.0)
+        return sums.bias, sums.cosine
+
+    assert found(0.0, 0.0, 0.0, 0.0) == (0.0, 1.0)
+    assert found(4.0, 0.0, 4.0, 0.0) == (math.inf, 0.0)
+    assert found(4.0, 4.0, 0.0, 0.0) == (1.0, 0.0)
+    assert found(1.0, 4.0, 4.0, 4.0) == (0.5, 1.0)
+    assert [Sums(0, 0, 0, 0, 0, *losses).loss_gap for losses in ((0.0, 0.0), (1.0, 0.0), (1.5, 2.0))] == [0.0, math.inf, -0.25]

@@ -91,6 +91,7 @@ def test_files_and_their_base(tmp_path):
     [
         (SPACE, True),
         ({"optimizer.lr": {"log": [1e-4, 1e-2]}}, True),
+        ({"model.heads": {"choice": [2, 4]}}, True),
         ({"model.head": {"choice": ["masked", "sentences"]}}, False),
         ({"model.from_pretrained": {"choice": ["a", "b"]}}, False),
         ({"model.architecture": {"choice": ["llama", "bert"]}}, False),

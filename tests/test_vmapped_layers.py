@@ -82,8 +82,8 @@ def test_probes_training_and_weights_go_on_as_ever():
     changes = {"mode": "adaptive", "solver": "mgrit", "adaptive": adaptive}
     one, other = (list(train_engine(make_engine(settings(batched=b, **changes)), 10)) for b in (True, False))
     assert [s.loss for s in one] == pytest.approx([s.loss for s in other], rel=1e-9)
-    assert [s.bias.relative for s in one if s.bias] == pytest.approx([s.bias.relative for s in other if s.bias], rel=1e-6)
-    assert len([s for s in one if s.bias]) > 1
+    assert [s.comparison.bias for s in one if s.comparison] == pytest.approx([s.comparison.bias for s in other if s.comparison], rel=1e-6)
+    assert len([s for s in one if s.comparison]) > 1
     found, wanted = ([s.lipschitz for s in stats if s.lipschitz] for stats in (one, other))
     assert found[0] == pytest.approx(wanted[0], rel=1e-6)
 

@@ -284,7 +284,7 @@ def _load_tokenizer(run: Path, config: TrainConfig) -> Any:
 
 
 def _framed(special: SpecialTokens, backend: tokenizers.Tokenizer, config: TrainConfig) -> PreTrainedTokenizerFast:
-    """Return a tokenizer that frames sentences with special tokens as the run's data did, with the same ids."""
+    """Return a tokenizer that adds the special tokens around sentences as the run's data did, with the same ids."""
     ids = (special.pad, special.cls, special.sep, special.mask)
     if special.offset:
         names = [_unused(name, backend) for name in ("<pad>", "<cls>", "<sep>", "<mask>")]

@@ -174,7 +174,7 @@ def step_of(checkpoint: Folder) -> int:
 
 
 def read_manifest(folder: Folder) -> dict[str, Any]:
-    """Return the manifest, after checking that all its files exist and have the right size. Their content is checked when they are read.
+    """Read a checkpoint's manifest, and check that its files exist and have the right size. Their content is checked when they are read.
 
     Raises:
         DamagedCheckpointError: the manifest or a file is missing, or a file has another size.

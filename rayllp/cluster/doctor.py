@@ -144,7 +144,7 @@ def show(diagnosis: Diagnosis, console: Console) -> None:
 def _ask(node: dict[str, Any], mark: Mark | None) -> Node:
     strategy = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
     describe = ray.remote(num_cpus=0, scheduling_strategy=strategy)(_describe_node)
-    ray.get(describe.remote(None), timeout=ANSWER_S)  # a first call, which starts the process, so that the clock is read without that delay
+    ray.get(describe.remote(None), timeout=ANSWER_S)  # starts the process, so that this does not count as clock skew
     before = time.time()
     answer = ray.get(describe.remote(mark), timeout=ANSWER_S)
     after = time.time()

@@ -117,7 +117,7 @@ class BlockWorker:
         return [try_connect(endpoint) for endpoint in endpoints]
 
     def check_visible(self, mark: Mark) -> str:
-        """Check that this host sees a file that the driver's host wrote; see `Mark.check_visible`."""
+        """Check that this host sees a file that the driver's host wrote. Returns what `Mark.check_visible` does."""
         return mark.check_visible()
 
     def connect(

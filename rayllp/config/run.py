@@ -96,7 +96,7 @@ class RunSettings(Settings):
     log_to: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = Field(
         ("tensorboard",), description="where curves go, besides RUN's own files: any of tensorboard, wandb, mlflow (docs/trainer.md)"
     )
-    max_failures: int = Field(10, ge=0, description="lost workers that a run survives within an hour")
+    max_failures: int = Field(10, ge=0, description="failures that a run survives within an hour: workers or nodes lost")
     mode: Literal["parallel", "serial", "adaptive"] = Field(
         "adaptive", description="adaptive: as parallel as the gradient's bias allows, exact at the end"
     )
@@ -222,7 +222,7 @@ class RunSettings(Settings):
 
     @property
     def drops_slow_rungs(self) -> bool:
-        """True if the controller gives up solves that are no faster than an exact step; not if the user has set the ladder."""
+        """True if the controller gives up rungs that are no faster than exact steps: windows, and the default ladder."""
         return self.mode == "adaptive" and self.solver == "windows" and self.adaptive.ladder is None
 
     def layers_of(self, rank: int) -> tuple[int, ...]:
@@ -239,7 +239,7 @@ class RunSettings(Settings):
 
     @property
     def ladder(self) -> tuple[tuple[int, int, Relaxation | None], ...]:
-        """The controller's rungs from cheap to expensive: forward iterations (0: serial), backward iterations, and relaxation.
+        """The controller's rungs from cheap to expensive: iterations or sweeps forward (0: serial) and backward, and relaxation.
 
         Relaxation None stands for mgrit.relaxation.fine. Exact training follows the last rung.
         """
@@ -289,9 +289,10 @@ class RunSettings(Settings):
         return self.consistency > 0 and self.adaptive.rule != "convergence" and self.adaptive.steer is not False
 
     def records_timeline(self, step: int) -> bool:
-        """Return True if this step's timeline is recorded, unless it is a probe.
+        """Return True if the step's timeline is to be recorded, which it is not if the step is a probe.
 
-        It is the middle one of every `timeline_every` steps, since a run's first step is slow.
+        It is for the middle one of every `timeline_every` steps, since a run's first step is slow, and for one of the exact steps that are
+        timed at the start.
         """
         every = self.timeline_every
         # If exact steps are timed at the start, one timeline tells how long all workers' computation takes together.

@@ -88,7 +88,7 @@ class Controller:
 
     @property
     def accuracy(self) -> Accuracy:
-        """The accuracy of the next step, apart from the exact steps that are timed at the start."""
+        """The accuracy of the next step: exact while the current rung is unverified. Timed steps: see `accuracy_at`."""
         chosen = self.chosen
         return replace(self.rungs[-1], consistency=chosen.consistency, smoothness=chosen.smoothness) if self._is_unverified else chosen
 

@@ -27,8 +27,11 @@ def fault_in(probe: Probe, config: TrainConfig, step: int) -> str | None:
 
 def is_hopeless(probe: Probe, config: TrainConfig) -> bool:
     """Return True if the probe is so bad that no rung of the ladder would be accurate."""
-    if config.adaptive.rule == "bias":
-        return probe.bias is not None and not math.isfinite(probe.bias)
+    rule = config.adaptive.rule
+    if rule != "convergence" and probe.bias is not None and not math.isfinite(probe.bias):
+        return True
+    if rule == "bias":
+        return False
     found = [rho for rho in (probe.rho_forward, probe.rho_backward) if rho is not None]
     return any(not rho <= HOPELESS * config.adaptive.threshold for rho in found)
 

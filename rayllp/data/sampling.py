@@ -108,7 +108,7 @@ def interleave(positions: np.ndarray, weights: tuple[float, ...]) -> np.ndarray:
 def count_before(positions: np.ndarray, weights: tuple[float, ...], number: int) -> np.ndarray:
     """Return how many samples of one set come before each of these positions in the sequence that `interleave` describes."""
     left, rest = np.asarray(positions, np.int64), float(sum(weights))
-    for weight in weights[:number]:  # each set before this one takes its share first
+    for weight in weights[:number]:  # the sets before this one take their share of the positions first
         left = left - left * round(LEAST_SHARE * weight / rest) // LEAST_SHARE
         rest -= weight
     return left if number == len(weights) - 1 else left * round(LEAST_SHARE * weights[number] / rest) // LEAST_SHARE

@@ -287,7 +287,7 @@ class WriteTokens:
             ) from None
 
     def _encode(self, texts: list[str]) -> list[np.ndarray]:
-        """Return the ids of each text, followed by the tokenizer's eos if it has one."""
+        """Return the token ids of each text, followed by the end-of-sequence id if the tokenizer has one."""
         end = self.tokenizer.eos
         rows = self.tokenizer.encode_all(texts)
         return rows if end is None else [np.append(ids, end).astype(np.int64) for ids in rows]

@@ -1,7 +1,7 @@
 """One training step of one worker, from its batch to the optimizer's update.
 
-MGRIT's solves have no barrier; windows have an all-gather after each window and sweep. One small all-reduce at the end of the step carries
-the gradient norm, the loss and the residuals together.
+MGRIT's solves have no barrier unless a tolerance is set; windows gather increments after each window and sweep. One small all-reduce at the
+end of the step carries the gradient norm, the loss and the residuals together.
 """
 
 import time
@@ -121,7 +121,7 @@ class Engine:
         self.check_first_batch(batch)
         probing = Probing(self.gradients, plan, self.replicas.size) if plan else None
         self._sums.begin(step, None if probing else self._kind(batch))
-        # Forward solve, loss, adjoint solve; read `WindowGradients.form` or `LayerParallelGradients.form` for all three.
+        # Forward solve, loss, adjoint solve; read `WindowGradients.form` or `MGRITGradients.form` for all three.
         formed = probing.form(batch) if probing else self.gradients(batch)
         with self.group.span("gradients", "wait"):
             self._sums.finish(formed.loss)

@@ -35,13 +35,13 @@ class Gradients:
 
     def __init__(self, group: LayerGroup) -> None:
         self.group = group
-        self.parallel: LayerParallelGradients | WindowGradients | TorchBraidGradients
+        self.parallel: MGRITGradients | WindowGradients | TorchBraidGradients
         if group.config.placement == "cyclic":
             self.parallel = WindowGradients(group)
         elif group.config.solver == "torchbraid":
             self.parallel = TorchBraidGradients(group)
         else:
-            self.parallel = LayerParallelGradients(group)
+            self.parallel = MGRITGradients(group)
         self.exact = exact_gradients(group)
 
     def __call__(self, batch: StepBatch) -> StepGradients:
@@ -69,7 +69,7 @@ class Gradients:
             parameter.grad = None
 
 
-class LayerParallelGradients:
+class MGRITGradients:
     """Gradients by MGRIT, forward and adjoint. With one level in each the result is exact, computed layer after layer."""
 
     def __init__(self, group: LayerGroup) -> None:
@@ -127,7 +127,7 @@ class TorchBraidGradients:
         return StepGradients(loss, penalty=penalty)
 
 
-def exact_gradients(group: LayerGroup) -> PlainAutograd | InOrderGradients | Pipeline | LayerParallelGradients:
+def exact_gradients(group: LayerGroup) -> PlainAutograd | InOrderGradients | Pipeline | MGRITGradients:
     """Return the object that forms exact gradients on this worker.
 
     A single worker runs plain autograd. Several workers pass states from layer to layer on a cyclic placement, and run torch's 1F1B
@@ -142,7 +142,7 @@ def exact_gradients(group: LayerGroup) -> PlainAutograd | InOrderGradients | Pip
     processes = channel.group if isinstance(channel, ProcessChannel) else None
     microbatches = config.accumulate * count_microbatches(config.replica_batch // config.accumulate, channel.size, config.microbatches)
     if processes is None or microbatches < channel.size:
-        return LayerParallelGradients(group)
+        return MGRITGradients(group)
     return Pipeline(group, processes, microbatches)
 
 

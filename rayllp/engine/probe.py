@@ -7,6 +7,7 @@ the batch. A bias far below the noise changes the weights less than another batc
 
 import math
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,18 +22,55 @@ from rayllp.engine.window_gradients import WindowGradients
 
 SAMPLES_PER_COUPLING = 4
 """Couplings are measured on one in this many samples of the batch: only their order of magnitude matters."""
-BIAS_SUMS = 7
-"""Number of sums kept for each block: squared error, squared better gradient, its product with the gradient in use, the latter squared, the
-squared difference of the halves; and, on the worker that has the head, the loss of the solve in use and that of the better one.
-"""
+
+
+class Sums(NamedTuple):
+    """What two gradients are compared by: sums over the parameters of some middle layers, and two losses.
+
+    Attributes:
+        error: squares of the difference between the gradient in use and the better one.
+        better, used: squares of each.
+        product: their products.
+        halves: squares of the difference between the better gradients of the two halves of the batch.
+        loss, better_loss: losses of the two solves, on the worker that has the head; 0 on others.
+    """
+
+    error: float
+    better: float
+    used: float
+    product: float
+    halves: float
+    loss: float
+    better_loss: float
+
+    @property
+    def bias(self) -> float:
+        """Norm of the error over the norm of the better gradient. Two zero gradients (of frozen layers) count as equal."""
+        if self.better == 0 or self.used == 0:
+            return 0.0 if self.better == self.used else 1.0 if self.better else math.inf
+        return math.sqrt(self.error / self.better)
+
+    @property
+    def cosine(self) -> float:
+        """Cosine of the angle between the two gradients."""
+        if self.better == 0 or self.used == 0:
+            return 1.0 if self.better == self.used else 0.0
+        return self.product / math.sqrt(self.better * self.used)
+
+    @property
+    def loss_gap(self) -> float:
+        """Relative difference between the loss of the solve in use and the better one's."""
+        if self.better_loss == 0:
+            return 0.0 if self.loss == 0 else math.inf
+        return (self.loss - self.better_loss) / abs(self.better_loss)
 
 
 @dataclass(frozen=True)
-class Bias:
-    """How far the gradient in use is off, over all middle layers and for each worker.
+class Comparison:
+    """How far the solve in use is off from a better one, over all middle layers and for each worker.
 
     Attributes:
-        relative: norm of the error over the norm of the better gradient.
+        bias: norm of the gradient's error over the norm of the better gradient.
         cosine: cosine of the angle between the two gradients.
         noise: one standard deviation of the gradient over the choice of the batch, over the better gradient's norm; None if the batch was
             not halved.
@@ -40,7 +78,7 @@ class Bias:
         by_block: relative bias and cosine of each worker's block.
     """
 
-    relative: float
+    bias: float
     cosine: float
     noise: float | None
     loss_gap: float
@@ -55,7 +93,7 @@ class Probing:
         gradients: forms the gradients.
         plan: what to measure.
         replicas: number of replicas.
-        sums: this worker's sums (see BIAS_SUMS); None if the bias is not measured.
+        sums: this worker's `Sums`, in their order; None if the bias is not measured. Shape (sums,), float64.
         has_halves: True if the better gradient was formed in halves.
         lipschitz: constants of this worker's layers, by index in the whole network; None if the plan does not ask for them.
         couplings: squared couplings of this worker's layers, see `WindowGradients.couplings`; None if the plan does not ask for them.
@@ -143,12 +181,12 @@ class Probing:
         return replace(other, loss=torch.stack([one.loss, other.loss]).sum()), first
 
     def _compare(self, used: list[Tensor], first: list[Tensor]) -> Tensor:
-        """Return this worker's sums for bias and noise: BIAS_SUMS without the losses."""
+        """Return this worker's `Sums` without the losses."""
         better = self._middle()
-        sums = torch.zeros(BIAS_SUMS - 2, dtype=torch.float64, device=self.group.device)
+        sums = torch.zeros(len(Sums._fields) - 2, dtype=torch.float64, device=self.group.device)
         for index, gradient in enumerate(better):
             g, u = gradient.double(), used[index].double()
-            parts = [(u - g).square().sum(), g.square().sum(), (u * g).sum(), u.square().sum()]
+            parts = [(u - g).square().sum(), g.square().sum(), u.square().sum(), (u * g).sum()]
             parts.append((2 * first[index].double() - g).square().sum() if first else torch.zeros_like(parts[0]))
             sums += torch.stack(parts)
         return sums
@@ -162,25 +200,23 @@ class Probing:
     # Sums over workers ------------------------------------------------------------------------------------------------------------
 
     def table(self) -> Tensor:
-        """Return this worker's sums in its row of a table, to be added to the other workers' tables; shape (workers, BIAS_SUMS).
+        """Return this worker's sums in its row of a table, to be added to the other workers' tables; shape (workers, sums).
 
         The table has no rows if the bias is not measured.
         """
-        table = torch.zeros((self.group.channel.size, BIAS_SUMS), dtype=torch.float64, device=self.group.device)
+        table = torch.zeros((self.group.channel.size, len(Sums._fields)), dtype=torch.float64, device=self.group.device)
         if self.sums is not None:
             table[self.group.channel.rank] = self.sums
         return table if self.plan.bias else table[:0]
 
-    def read(self, table: Tensor) -> Bias | None:
-        """Return the bias, from the sum of all workers' tables."""
+    def read(self, table: Tensor) -> Comparison | None:
+        """Return how the two solves compare, from the sum of all workers' tables; None if the bias is not measured."""
         if not self.plan.bias:
             return None
-        total = table.sum(0)
-        relative, cosine = relative_and_cosine(total)
-        noise = float((total[4] / total[1]).sqrt()) / self.replicas**0.5 if self.has_halves and total[1] > 0 else None
-        loss, better = total[5:].tolist()
-        gap = (loss - better) / abs(better) if better else 0.0 if loss == better else math.inf
-        return Bias(relative, cosine, noise, gap, tuple(relative_and_cosine(row) for row in table))
+        total, blocks = Sums(*table.sum(0).tolist()), [Sums(*row) for row in table.tolist()]
+        noise = math.sqrt(total.halves / total.better / self.replicas) if self.has_halves and total.better > 0 else None
+        by_block = tuple((block.bias, block.cosine) for block in blocks)
+        return Comparison(bias=total.bias, cosine=total.cosine, noise=noise, loss_gap=total.loss_gap, by_block=by_block)
 
 
 def _exactly(accuracy: Accuracy) -> Accuracy:
@@ -189,14 +225,3 @@ def _exactly(accuracy: Accuracy) -> Accuracy:
     On blocks that is MGRIT with one level, since the pipeline is built for whole batches.
     """
     return replace(accuracy, serial=True) if accuracy.windows else replace(accuracy, levels_forward=1, levels_backward=1)
-
-
-def relative_and_cosine(sums: Tensor) -> tuple[float, float]:
-    """Return relative bias and cosine, from the sums of a block or of all (BIAS_SUMS).
-
-    Two zero gradients (of frozen layers) count as equal. If only the better gradient is zero, the bias is infinite.
-    """
-    error, better, product, used = sums[:4].tolist()
-    if better == 0 or used == 0:
-        return (0.0, 1.0) if better == used else (1.0 if better else math.inf, 0.0)
-    return math.sqrt(error / better), product / math.sqrt(better * used)

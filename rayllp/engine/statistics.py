@@ -13,7 +13,7 @@ from rayllp.control import Probe
 from rayllp.engine.all_reduce import PackedAllReduce
 from rayllp.engine.batch import StepBatch
 from rayllp.engine.layer_group import LayerGroup
-from rayllp.engine.probe import Bias, Probing
+from rayllp.engine.probe import Comparison, Probing
 from rayllp.engine.step_gradients import StepGradients
 from rayllp.mgrit import Convergence
 
@@ -33,7 +33,7 @@ class StepStats:
         tokens: number of tokens (or patches) in the global batch.
         consistency: the consistency penalty R over this replica's samples, without its weight; None if the penalty is off.
         forward, adjoint: how the two solves went, with factors in the order of the layers; None if nothing was solved iteratively.
-        bias: bias of the gradient in use, if a probe has measured it.
+        comparison: how far the gradient and the loss of the solve in use are off, if a probe has measured it.
         couplings: how strongly each middle layer but the first depends on the one before it, if a probe has measured it: the larger one of
             forward and adjoint, see `mgrit/couplings.py`.
         lipschitz: constants of this worker's own layers, by index, if a probe has estimated them.
@@ -51,7 +51,7 @@ class StepStats:
     consistency: float | None
     forward: Convergence | None
     adjoint: Convergence | None
-    bias: Bias | None
+    comparison: Comparison | None
     couplings: tuple[float, ...] | None
     lipschitz: Mapping[int, float] | None
     time_s: float = 0.0
@@ -69,9 +69,9 @@ class StepStats:
         return Probe(
             rho_forward=self.forward.convergence_factor if self.forward else None,
             rho_backward=self.adjoint.convergence_factor if self.adjoint else None,
-            bias=self.bias.relative if self.bias else None,
-            noise=self.bias.noise if self.bias else None,
-            loss_gap=self.bias.loss_gap if self.bias else None,
+            bias=self.comparison.bias if self.comparison else None,
+            noise=self.comparison.noise if self.comparison else None,
+            loss_gap=self.comparison.loss_gap if self.comparison else None,
             couplings=self.couplings,
         )
 
@@ -114,7 +114,7 @@ def reduce_statistics(
         consistency=float(sums["consistency"]) / config.replica_batch if formed.penalty is not None else None,
         forward=measured["forward"],
         adjoint=_in_order_of_layers(measured["adjoint"]),
-        bias=probing.read(sums["probe"]) if probing is not None else None,
+        comparison=probing.read(sums["probe"]) if probing is not None else None,
         couplings=_larger(sums["couplings"]) if probing is not None and probing.couplings is not None else None,
         lipschitz=probing.lipschitz if probing is not None else None,
     )

@@ -151,12 +151,14 @@ def check_family(config: TrainConfig) -> None:
             f'model.family {family!r} is not known: choose from {", ".join(families())}, or give "module:NAME" of your own; model types '
             "of transformers are for model.architecture"
         )
-    heads = {name: known.heads for name, known in FAMILIES.items() if isinstance(known, Family)}
     head = config.model.head
-    if head != "auto" and head not in heads.get(family, ()):
-        others = [name for name in heads if head in heads[name]]
-        other = f"model.family {' or '.join(others)}, or with " if others else ""
-        raise SettingsError(f"model.head={head} goes with {other}model.architecture; got family {family}")
+    if head == "auto":
+        return
+    known = _load(family)
+    if isinstance(known, Family) and head not in known.heads:
+        others = [name for name, other in FAMILIES.items() if isinstance(other, Family) and head in other.heads]
+        with_family = f"model.family {' or '.join(others)}, or with " if others else ""
+        raise SettingsError(f"model.head={head} goes with {with_family}model.architecture; got family {family}, which has no such head")
 
 
 __all__ = [

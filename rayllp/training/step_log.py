@@ -96,7 +96,7 @@ class StepLog:
         return first + HANG_FACTOR * self.step_s * len(chunk) + self.config.receive_timeout_s + self.config.hang_timeout_s
 
     def note_time(self) -> None:
-        """Note that all workers have done the chunk, and how long its steps took."""
+        """Measure the time per step of the chunk that all workers have just done."""
         self.step_s = (time.perf_counter() - self._began) / len(self._chunk)
 
     def record(self, reports: Sequence[list[StepReport]]) -> None:
@@ -192,7 +192,7 @@ class StepLog:
         probed = None if plan is None else plan.candidate.name
         if plan is not None and not accuracy.serial:
             accuracy = accuracy.doubled()
-        found, bias = stats.findings, stats.bias
+        found, compared = stats.findings, stats.comparison
         return {
             "step": stats.step, "loss": stats.loss, "mode": accuracy.mode, "solve": accuracy.name,
             "probed": probed,
@@ -200,10 +200,10 @@ class StepLog:
             "iterations_backward": None if accuracy.serial else accuracy.iterations_backward,
             "rho_forward": found.rho_forward, "rho_backward": found.rho_backward,
             "rho_by_point": None if plan is None else _rho_by_point(stats),
-            "bias": found.bias, "cosine": bias.cosine if bias else None, "noise": found.noise,
+            "bias": found.bias, "cosine": compared.cosine if compared else None, "noise": found.noise,
             "loss_gap": found.loss_gap,
-            "bias_by_block": bias.by_block if bias else None,
-            "bias_against": ("exact" if plan.exact or accuracy.serial else "doubled") if plan is not None and bias else None,
+            "bias_by_block": compared.by_block if compared else None,
+            "bias_against": ("exact" if plan.exact or accuracy.serial else "doubled") if plan is not None and compared else None,
             "consistency": stats.consistency, "consistency_weight": accuracy.consistency or None,
             "lipschitz": None, "grad_norm": stats.grad_norm,
             "lr": stats.lr, "step_time_s": stats.time_s, "tokens": stats.tokens,

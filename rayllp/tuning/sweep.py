@@ -15,8 +15,8 @@ from rayllp.models import check_network
 from rayllp.tuning.space import Space
 
 Kind = Literal["loss", "time_to_loss", "step_time", "pareto"]
-DATA = ("data.", "sequence_length", "seed", "model.family", "model.architecture", "model.head", "model.from_pretrained")
-"""Settings that change the data set. The model decides which kind of data is read, and a checkpoint brings its tokenizer."""
+DATA = {"sequence_length", "seed", "model.family", "model.architecture", "model.head", "model.from_pretrained"}
+"""Settings that change the data set, besides those of `data`. The model decides which kind of data is read, a checkpoint its tokenizer."""
 COSTS = ("model.", "sequence_length", "batch_size", "accumulate", "dtype", "step.buffer")
 """Settings that change the cost of a layer."""
 
@@ -127,7 +127,7 @@ class Sweep(Settings):
     @property
     def shares_data(self) -> bool:
         """True if all trials have the same data set."""
-        return not any(name.startswith(DATA) for name in self.space)
+        return not any(name.startswith("data.") or name in DATA for name in self.space)
 
     def values(self, chosen: Mapping[str, Any]) -> dict[str, Any]:
         """Return the nested settings of a trial.

@@ -94,7 +94,7 @@ def plot_chart(chart: Chart, runs: Sequence[RunRecord]) -> figure:
 
 
 def _range(low: float, high: float, below: float, above: float, log: bool = False) -> Range1d:
-    """Return the range from `low` to `high`, extended at its ends by these shares of its length."""
+    """Return the range from `low` to `high`, padded by the fractions `below` and `above` of its length (if `log`, on that scale)."""
     if log:
         return Range1d(low / (high / low) ** below, high * (high / low) ** above)
     return Range1d(low - below * (high - low), high + above * (high - low))
