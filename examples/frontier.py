@@ -101,7 +101,8 @@ INTERVALS = {
 }
 """Ways by MGRIT. All but the first two take one solve throughout, and change one thing at a time."""
 LATE = {
-    f"1+1, 2+2 from 0.8, exact from {share:g}": Way(8, ("2+2", "1+1"), (*FIXED, f"adaptive.switch_at={share}")) for share in (0.9, 0.95)
+    f"1+1, 2+2 from 0.8, exact from {share:g}": Way(8, ("2+2", "1+1"), (*FIXED, f"adaptive.switch_at={share}"))
+    for share in (0.9, 0.95, 1.0)
 }
 """Ways that go on from a state of 1+1 (`tails`) with a more accurate solve. The ladder begins with it, and nothing moves along it."""
 WAYS = {
@@ -109,6 +110,8 @@ WAYS = {
     "serial, other rounding": Way(1, settings=("accumulate=2",)),
     "adaptive": Way(8, DEFAULT),
     "adaptive 16": Way(16, DEFAULT),
+    "adaptive, exact from 0.8": Way(8, DEFAULT, ("adaptive.switch_at=0.8",)),
+    "2+2, exact from 0.95": Way(8, ("2+2",), (*FIXED, "adaptive.switch_at=0.95")),
     **{tail(share): Way(8, ("1+1",), (*FIXED, f"adaptive.switch_at={share}")) for share in TAILS},
     **LATE,
     **INTERVALS,
@@ -152,7 +155,7 @@ TASKS = {
         SHAKESPEARE,
         (4, 8, 16, 32, 64),
         seeds=(0, 1, 2),
-        ways=("serial", "serial, other rounding", "adaptive", "adaptive 16", *map(tail, TAILS)),
+        ways=("serial", "serial, other rounding", "adaptive", "adaptive, exact from 0.8", "2+2, exact from 0.95", *map(tail, TAILS)),
     ),
     "intervals": Task(
         "GPT-2, Shakespeare, 2 + 16 + 2 layers, half the steps: MGRIT on intervals of four layers, or two",
