@@ -59,7 +59,7 @@ def _one_goes(world):
     channel = world.channel(0, 60.0)
     if channel.rank == 1:
         time.sleep(0.5)  # the others are out of the call that made their channel
-        world.leave()
+        world.disconnect()
         return None, 0.0
     started = time.monotonic()
     with pytest.raises(ChannelError) as caught:

@@ -123,7 +123,7 @@ class MPIWorld:
         with _exit_on_loss(self.lifeline):
             return MPIChannel(self.comm.Split(colour), timeout_s, self.lifeline, group)
 
-    def leave(self) -> None:
+    def disconnect(self) -> None:
         """Tell the other workers that this one has left the world."""
         if self.lifeline is not None:
             self.lifeline.close()

@@ -131,7 +131,7 @@ class MPIWorker(BlockWorker):
         """Give up this worker's layers and take new settings."""
         self.reconfigure(config, self.rank)
 
-    def leave(self, failure: Exception | None = None) -> None:
+    def disconnect(self, failure: Exception | None = None) -> None:
         """End all processes of the run: the others wait for what this one has failed to do."""
         if failure is not None:
             print(f"worker {self.rank}:", *traceback.format_exception_only(failure), sep="\n", file=sys.stderr, flush=True)

@@ -19,7 +19,7 @@ from rayllp.errors import RayllpError, RendezvousError
 
 
 class Connections:
-    """One worker's connections to a set of workers. It can leave, and join another set.
+    """One worker's connections to a set of workers. It can disconnect, and join another set.
 
     Attributes:
         mpi: the MPI world of this process, which it cannot leave as long as it lives; None without MPI.
@@ -116,10 +116,10 @@ class Connections:
         if dist.is_initialized() and dist.get_backend() == "nccl":
             dist.distributed_c10d._abort_process_group()
 
-    def leave(self) -> None:
+    def disconnect(self) -> None:
         """Close all connections, so that workers that wait for this one fail at once."""
         if self.mpi is not None:
-            self.mpi.leave()
+            self.mpi.disconnect()
         self._layers = self._replicas = self._copies = None
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -12,6 +12,7 @@ from typing import Any, Self
 
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+from torch.distributed import DistError
 
 from rayllp.channel.interfaces import LOOPBACK, explain_unreachable
 from rayllp.channel.pmi import ProcessManager, Rendezvous
@@ -25,12 +26,10 @@ from rayllp.cluster.hosts import check_storage, find_unreachable
 from rayllp.cluster.placement import Slot, capacity, draining
 from rayllp.config import TrainConfig
 from rayllp.data import Batches
-from rayllp.errors import ClusterError, MessageTimeoutError, RayllpError, RendezvousError, WorkerLostError
+from rayllp.errors import ChannelError, ClusterError, MessageTimeoutError, RayllpError, RendezvousError, WorkerLostError
 from rayllp.training.inputs import BuildContext, Network
 from rayllp.training.worker_group import ElasticGroup, StepReport, WorkerShare
 
-BROKEN = ("ChannelError", "MessageTimeoutError", "RuntimeError", "DistBackendError")
-"""Names of errors that a worker may raise only because another one has failed."""
 RENDEZVOUS_TRIES = 2
 
 
@@ -133,7 +132,7 @@ class RayGroup(ElasticGroup):
                 if attempt == RENDEZVOUS_TRIES or not self.keeps_processes:
                     unreachable = find_unreachable(locations, self._listen, self._ask)
                     raise RendezvousError(explain_unreachable(unreachable, str(error))) from None
-                self.call("leave", timeout_s=START_TIMEOUT_S)
+                self.call("disconnect", timeout_s=START_TIMEOUT_S)
 
     def _ask(self, rank: int, method: str, *arguments: Any) -> Any:
         """Call a method of one worker and return its answer."""
@@ -219,7 +218,7 @@ class RayGroup(ElasticGroup):
         silent = _ranks(references, pending)
         if silent and any(isinstance(cause, MessageTimeoutError) for cause in causes):  # the silent ones are those that others waited for
             raise _lost(self._give_up(silent), "others waited for their messages in vain") from error
-        cause = next((c for c in causes if type(c).__name__ not in BROKEN), causes[0])
+        cause = next((each for each in causes if not _may_follow(each)), causes[0])
         if isinstance(cause, RayllpError):
             raise cause
         raise ClusterError(f"a worker failed: {type(cause).__name__}: {cause}") from error
@@ -257,7 +256,7 @@ class RayGroup(ElasticGroup):
     # After a loss ---------------------------------------------------------------------------------------------------------------
 
     def replace(self, lost: Collection[int]) -> None:
-        self.call_some(self.survivors(lost), "leave", timeout_s=START_TIMEOUT_S)
+        self.call_some(self.survivors(lost), "disconnect", timeout_s=START_TIMEOUT_S)
         for rank in lost:
             spare = self.pool.take_spare(self._nodes[rank])
             self.workers[rank] = spare or self.pool.start_actor(self._slots[rank], rank, self.config)
@@ -336,7 +335,7 @@ class RayGroup(ElasticGroup):
     ) -> list[WorkerShare]:
         """Redistribute the layers, as `ElasticGroup.reshape` says. States pass through Ray's object store."""
         self._redistribution = plan = self._redistribution or self._collect(lost)
-        self.call_some(self.survivors(lost), "leave", timeout_s=START_TIMEOUT_S)
+        self.call_some(self.survivors(lost), "disconnect", timeout_s=START_TIMEOUT_S)
         self.config, self._network = config, network
         self._fill_slots(config.world, lost, leaving if self.keeps_processes else frozenset(self.survivors(lost)))
         self._reconfigure()
@@ -391,6 +390,11 @@ class RayGroup(ElasticGroup):
 def _ranks(references: dict[int, Any], pending: Collection[Any]) -> frozenset[int]:
     """Return the ranks of the workers whose answers are pending."""
     return frozenset(rank for rank, reference in references.items() if reference in pending)
+
+
+def _may_follow(error: BaseException) -> bool:
+    """Return True if a worker may raise this error only because another one has failed."""
+    return isinstance(error, (ChannelError, DistError)) or type(error) is RuntimeError
 
 
 def _lost(ranks: frozenset[int], why: str = "") -> WorkerLostError:

@@ -46,7 +46,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def leaves_on_failure(method: Callable[P, R]) -> Callable[P, R]:
+def disconnects_on_failure(method: Callable[P, R]) -> Callable[P, R]:
     """Wrap a method that exchanges messages: if it fails, close this worker's connections, so that others do not wait for it."""
 
     @functools.wraps(method)
@@ -64,7 +64,7 @@ def leaves_on_failure(method: Callable[P, R]) -> Callable[P, R]:
             error = error.__cause__ or error.__context__
         worker = arguments[0]
         assert isinstance(worker, BlockWorker)
-        worker.leave(failure)
+        worker.disconnect(failure)
         raise failure
 
     return checked
@@ -141,18 +141,18 @@ class BlockWorker:
         try:
             self.connections.join(self.config, self.rank, own, (host, port), backend, device, rendezvous)
         except Exception as error:
-            self.leave(error)
+            self.disconnect(error)
             raise
         self._offset = offset
         if self.engine is not None:
             self.engine.reconnect(*self._channels())
             self._hold_states()
 
-    def leave(self, failure: Exception | None = None) -> None:
+    def disconnect(self, failure: Exception | None = None) -> None:
         """Close this worker's connections, so that workers that wait for it fail at once. It keeps its layers.
 
         Args:
-            failure: the error because of which it leaves; None if the driver asked it to.
+            failure: the error because of which it disconnects; None if the driver asked it to.
         """
         if not self.connections.is_joined:
             return
@@ -160,7 +160,7 @@ class BlockWorker:
             self.held_states.close()
         if self.engine is not None:
             self.engine.disconnect()
-        self.connections.leave()
+        self.connections.disconnect()
         gc.collect()  # a connection is closed when the last reference to it is gone
 
     def build(self, context: BuildContext, batches: Batches, device: str) -> WorkerShare:
@@ -214,7 +214,7 @@ class BlockWorker:
         Raises:
             ChannelError: this process is in an MPI world, and cannot join another one.
         """
-        self.leave()
+        self.disconnect()
         if self.connections.mpi is not None:
             raise ChannelError("a process can be in one MPI world only")
         self.reconfigure(self.config, -1)
@@ -222,7 +222,7 @@ class BlockWorker:
         if torch.cuda.is_initialized():
             torch.cuda.empty_cache()
 
-    @leaves_on_failure
+    @disconnects_on_failure
     def run(self, steps: list[tuple[int, Accuracy, ProbePlan | None]], snapshot_every: int = 0) -> list[StepReport]:
         """Do a chunk of training steps. It ends early after a step whose loss or gradient is not finite.
 
@@ -250,7 +250,7 @@ class BlockWorker:
                 self.keep(step + 1)
         return reports
 
-    @leaves_on_failure
+    @disconnects_on_failure
     def time_steps(self, steps: list[tuple[int, Accuracy]]) -> list[TimedStep]:
         """Do training steps and return the timeline of each."""
         return [self._timed_step(step, accuracy)[1] for step, accuracy in steps]
@@ -267,14 +267,14 @@ class BlockWorker:
         spans = tuple(span.shifted(-begin) for span in timeline.spans)
         return done, TimedStep(started, seconds, spans)
 
-    @leaves_on_failure
+    @disconnects_on_failure
     def time_messages(self, sizes: list[int]) -> list[Link]:
         """Measure the time of messages of these sizes (in bytes) to the next worker."""
         return time_messages(self._engine.layer_channel, sizes, self._engine.device)
 
     # Recovery -------------------------------------------------------------------------------------------------------------------
 
-    @leaves_on_failure
+    @disconnects_on_failure
     def keep(self, step: int) -> None:
         """Keep the current state, after `step` steps, in this worker's memory and, as a copy, in another worker's."""
         self._held_states.keep(step)
@@ -319,7 +319,7 @@ class BlockWorker:
         """Make the main thread fail if it waits for hosts with these addresses, which are gone."""
         self.connections.abort_connections(hosts)
 
-    @leaves_on_failure
+    @disconnects_on_failure
     def evaluate(self, batches: int, done: int, most: int) -> tuple[int, int, dict[str, float] | None]:
         """Evaluate up to `most` more validation batches of `batches` (0: all), of which `done` are done; 0 starts an evaluation.
 
@@ -331,7 +331,7 @@ class BlockWorker:
             metrics = self._evaluation.advance(most)
         return self._evaluation.done, self._evaluation.size, metrics
 
-    @leaves_on_failure
+    @disconnects_on_failure
     def generate(self, prompt: list[int], tokens: int) -> list[int]:
         """Return `tokens` tokens that continue `prompt`, generated with the exact forward."""
         from rayllp.engine.generation import continue_text  # takes seconds to import, which few runs need
@@ -339,7 +339,7 @@ class BlockWorker:
         with self._engine.averaged():
             return continue_text(self._engine.exact_forward, prompt, tokens)
 
-    @leaves_on_failure
+    @disconnects_on_failure
     def translate(self, first: int, stop: int, beams: int) -> list[str]:
         """Return translations of the validation sentences in [first, stop), with the exact forward and beam search."""
         from rayllp.engine.generation import translate
@@ -350,7 +350,7 @@ class BlockWorker:
         with self._engine.averaged():
             return [data.decode(tokens) for tokens in translate(self._engine.exact_forward, sources, beams)]
 
-    @leaves_on_failure
+    @disconnects_on_failure
     def begin_save(self, folder: str) -> None:
         """Copy this worker's pieces of a checkpoint, and write them in the background."""
         self._writer.begin(self._engine, locate(folder))

@@ -188,7 +188,7 @@ class RunState:
         The stage gets a new controller, since what the old one has learnt holds for another network.
         """
         self.stage = stage_at(self.run_config, step)
-        self.step_log.enter(self.at_size(self._size))
+        self.step_log.begin_stage(self.at_size(self._size))
         if self.workers.is_started:
             self.shares = self.workers.rebuild(self.current_config, self.network())
         else:

@@ -52,9 +52,9 @@ class StepLog:
         self._chunk: Chunk = []
         self._drawn: Counter[Hashable] = Counter()
         self.times = StepTimes()
-        self.enter(config)
+        self.begin_stage(config)
 
-    def enter(self, config: TrainConfig) -> None:
+    def begin_stage(self, config: TrainConfig) -> None:
         """Train with other settings from now on; they get a new controller."""
         self.config, self.controller = config, Controller(config)
         self.why_exact: str | None = None
