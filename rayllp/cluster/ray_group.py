@@ -30,6 +30,8 @@ from rayllp.errors import ChannelError, ClusterError, MessageTimeoutError, Rayll
 from rayllp.training.inputs import BuildContext, Network
 from rayllp.training.worker_group import ElasticGroup, StepReport, WorkerShare
 
+FOLLOWING = ChannelError, DistError
+"""Errors that a worker may raise only because another one has failed. A bare RuntimeError may be one, too."""
 RENDEZVOUS_TRIES = 2
 
 
@@ -218,7 +220,7 @@ class RayGroup(ElasticGroup):
         silent = _ranks(references, pending)
         if silent and any(isinstance(cause, MessageTimeoutError) for cause in causes):  # the silent ones are those that others waited for
             raise _lost(self._give_up(silent), "others waited for their messages in vain") from error
-        cause = next((each for each in causes if not _may_follow(each)), causes[0])
+        cause = next((each for each in causes if not isinstance(each, FOLLOWING) and type(each) is not RuntimeError), causes[0])
         if isinstance(cause, RayllpError):
             raise cause
         raise ClusterError(f"a worker failed: {type(cause).__name__}: {cause}") from error
@@ -390,11 +392,6 @@ class RayGroup(ElasticGroup):
 def _ranks(references: dict[int, Any], pending: Collection[Any]) -> frozenset[int]:
     """Return the ranks of the workers whose answers are pending."""
     return frozenset(rank for rank, reference in references.items() if reference in pending)
-
-
-def _may_follow(error: BaseException) -> bool:
-    """Return True if a worker may raise this error only because another one has failed."""
-    return isinstance(error, (ChannelError, DistError)) or type(error) is RuntimeError
 
 
 def _lost(ranks: frozenset[int], why: str = "") -> WorkerLostError:
