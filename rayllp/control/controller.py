@@ -218,7 +218,7 @@ class Controller:
         if self.config.cuts_windows and probe.couplings is None and not self._is_unverified:
             self._choose_unverified(step)
             return self._decision(step, f"{fault}; the next step measures whether shorter windows are the remedy")
-        if self._shorten(probe):
+        if self._cut_windows(probe):
             self._choose_unverified(step)
             return self._decision(step, f"{fault}; {self._windows_in_words}")
         if not is_hopeless(probe, self.config) and self._steer(probe):
@@ -233,10 +233,11 @@ class Controller:
 
     # Windows --------------------------------------------------------------------------------------------------------------------
 
-    def _shorten(self, probe: Probe) -> bool:
-        """Cut the windows by the probe's couplings. Returns True if that may be the remedy, and costs no more than a higher rung does.
+    def _cut_windows(self, probe: Probe) -> bool:
+        """Cut the windows of all rungs by the probe's couplings, if it has measured them.
 
-        It is tried once in a row: if it did not help, the fault is of another kind.
+        Returns: True if this may be the remedy for a fault: the current rung's windows are shorter than before, and cost less than a higher
+            rung. It is tried once in a row; if it did not help, the fault is of another kind.
         """
         state, couplings = self._state, probe.couplings
         if couplings is None or not self.config.cuts_windows:

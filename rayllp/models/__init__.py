@@ -135,7 +135,7 @@ def _load(name: str) -> Any:
         return getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
         raise SettingsError(
-            f'model.family {name!r}: {error}; give the "module:NAME" of a family or an adapter that this process can import'
+            f'model.family {name!r}: {error}; give the "module:NAME" of a Family or an Architecture class that can be imported'
         ) from None
 
 

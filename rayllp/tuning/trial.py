@@ -19,7 +19,7 @@ from rayllp.cluster.ray_group import RayGroup
 from rayllp.config import TrainConfig, load_run_config
 from rayllp.control import Controller
 from rayllp.errors import CheckpointError, NonFiniteError
-from rayllp.models import FAMILIES
+from rayllp.models import FAMILIES, Family
 from rayllp.plan import Costs, predict_step
 from rayllp.report import RunDirectory, read_lines
 from rayllp.training.driver import Driver, train_session
@@ -59,7 +59,14 @@ class TrialDriver(Driver):
 
 
 def train_trial(
-    choices: dict[str, Any], *, sweep: Sweep, working_directory: str, output: str, data: Any, costs: Costs | None, families: dict[str, str]
+    choices: dict[str, Any],
+    *,
+    sweep: Sweep,
+    working_directory: str,
+    output: str,
+    data: Any,
+    costs: Costs | None,
+    families: dict[str, Family | str],
 ) -> None:
     """Run a trial; this is Tune's trainable.
 
