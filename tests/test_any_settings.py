@@ -71,7 +71,8 @@ adaptive = group(
     probe_every=pick(0, 1, 2), rule=maybe("convergence", "bias", "both"), threshold=maybe(0.4), bias_limit=maybe(1e-4),
     bias_to_noise=maybe(0.0), exact_every=maybe(1), lipschitz_every=pick(OUT, OUT, 1), return_below=maybe(None), patience=maybe(1),
     ladder=pick(*[OUT] * 3, ["1+1", "2+1"], ["0+1"], ["2+2 FCF"]), consistency=pick(OUT, OUT, 0.0, 0.3), smoothness=pick(*[OUT] * 4, 1e-2),
-    steer=pick(*[OUT] * 3, True, False), switch_at=pick(*[OUT] * 3, 0, 2, 0.5, 1.0),
+    steer=pick(*[OUT] * 3, True, False), switch_at=pick(*[OUT] * 3, 0, 2, 0.5, 1.0), late_bias_to_noise=maybe(0.0),
+    late_from=pick(*[OUT] * 3, 0, 2, 0.5, 1.0),
 )  # fmt: skip
 optimizer = group(
     name=maybe("muon", "sgd", "adafactor"), lr=maybe(1e-2), muon_lr=maybe(1e-2), warmup=maybe(0, 2), weight_decay=maybe(0.0),
