@@ -476,9 +476,12 @@ def rows(results: list[dict[str, Any]]) -> list[Row]:
     for name, task in TASKS.items():
         mine = [r for r in results if r["task"] == name]
         for way in WAYS:
+            if way in EXACT and way != "serial":  # in the row of exact training
+                continue
+            ways = EXACT if way == "serial" else (way,)
             for middle in task.middle:
                 lr = best_rate(mine, way, middle)
-                runs = [r for r in mine if (r["way"], r["middle"], r["lr"]) == (way, middle, lr)]
+                runs = [r for r in mine if r["way"] in ways and (r["middle"], r["lr"]) == (middle, lr)]
                 if runs:
                     found.append(row_of(runs, mine))
     return found
