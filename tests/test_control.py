@@ -10,6 +10,7 @@ import torch
 from rayllp.channel import LocalChannel, run_workers
 from rayllp.config import make_config
 from rayllp.control import Controller, Probe, ProbePlan
+from rayllp.control.judgement import tolerated_share
 from rayllp.engine.probe import Sums
 from rayllp.errors import SettingsError
 from tests.conftest import make_engine, tiny, train_engine
@@ -366,7 +367,8 @@ def test_towards_the_end_less_bias_is_tolerated():
     assert never.plan_probe(800) is None
     assert never.observe(849, near) is None
     stricter = open_controller(adaptive={"bias_to_noise": 0.1})
-    assert [stricter.config.bias_to_noise(step) for step in (0, 999)] == [0.1, 0.1]
+    assert [tolerated_share(stricter.config, step) for step in (0, 999)] == [0.1, 0.1]
+    assert [tolerated_share(control.config, step) for step in (799, 800)] == [0.6, 0.25]
 
 
 def test_a_ladder_that_is_no_faster_than_exact_steps_is_left_and_looked_at_again():

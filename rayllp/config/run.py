@@ -273,16 +273,6 @@ class RunSettings(Settings):
             return 0.0
         return CONSISTENCY
 
-    def bias_to_noise(self, step: int) -> float:
-        """Return the share of the gradient's noise below which bias is tolerated at a step.
-
-        It is larger for windows: one sweep in both directions gives the exact gradient of a slightly different network, and training by it
-        is stable. Towards the end it is smaller: a small learning rate averages the noise out, and the bias stays.
-        """
-        given = self.adaptive.bias_to_noise
-        share = given if given is not None else 0.6 if self.solver == "windows" else 0.4
-        return min(share, self.adaptive.late_bias_to_noise) if step >= self.late_step else share
-
     @property
     def steers(self) -> bool:
         """True if probes adjust the weight of the consistency penalty."""

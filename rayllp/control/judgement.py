@@ -7,6 +7,21 @@ from rayllp.control.records import Probe
 
 HOPELESS = 2.0
 """If ρ is above this many thresholds, more iterations only diverge further, so the rungs in between are skipped."""
+TOLERATED_SHARE, TOLERATED_SHARE_OF_WINDOWS = 0.4, 0.6
+"""Shares of the gradient's noise below which bias is tolerated. That of windows is larger: one sweep in both directions gives the exact
+gradient of a slightly different network, and training by it is stable.
+"""
+
+
+def tolerated_share(config: TrainConfig, step: int) -> float:
+    """Return the share of the gradient's noise below which bias is tolerated at a step.
+
+    Towards the end it is smaller: a small learning rate averages the noise out, and the bias stays.
+    """
+    share = config.adaptive.bias_to_noise
+    if share is None:
+        share = TOLERATED_SHARE_OF_WINDOWS if config.solver == "windows" else TOLERATED_SHARE
+    return min(share, config.adaptive.late_bias_to_noise) if step >= config.late_step else share
 
 
 def fault_in(probe: Probe, config: TrainConfig, step: int) -> str | None:
@@ -18,7 +33,7 @@ def fault_in(probe: Probe, config: TrainConfig, step: int) -> str | None:
                 return f"{name} convergence factor {_shown(rho)} passed adaptive.threshold {settings.threshold:g}"
     if settings.rule == "convergence" or probe.bias is None:
         return None
-    noise, share = probe.noise, config.bias_to_noise(step)
+    noise, share = probe.noise, tolerated_share(config, step)
     if not probe.bias <= settings.bias_limit and (noise is None or not probe.bias <= share * noise):
         beside = "" if noise is None else f", {_shown(probe.bias / noise if noise else math.inf)} of its noise (tolerated: {share:g})"
         return f"gradient bias {_shown(probe.bias)} passed adaptive.bias_limit {settings.bias_limit:g}{beside}"
