@@ -133,7 +133,7 @@ def test_what_is_no_network_of_torchbraids_is_refused(tmp_path):
     ranks = rank_states(network(StepLayer))
     with pytest.raises(CheckpointError, match="Sequential is not the module that these weights are of"):
         TorchBraidWeights.of(ranks).stack(embed=nn.Sequential(Open()), step=StepLayer, head=Close(), loss=nn.MSELoss())
-    with pytest.raises(CheckpointError, match="8 on 3 are not"):
+    with pytest.raises(CheckpointError, match="8 do not divide by 3"):
         TorchBraidWeights.of(ranks).states(workers=3)
 
 

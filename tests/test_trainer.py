@@ -38,7 +38,7 @@ def test_rays_options_are_settings(tmp_path):
     ("options", "message"),
     [
         ({"scaling_config": ScalingConfig(num_workers=0)}, "num_workers=0: .*give at least 1"),
-        ({"scaling_config": ScalingConfig(resources_per_worker={"CPU": 2})}, r"ScalingConfig\(resources_per_worker=.*says nothing"),
+        ({"scaling_config": ScalingConfig(resources_per_worker={"CPU": 2})}, r"ScalingConfig\(resources_per_worker=.*has no meaning"),
         ({"scaling_config": ScalingConfig(placement_strategy="SPREAD")}, "placement_strategy='SPREAD'.*leave it out"),
         ({"scaling_config": {"num_workers": 2}}, "scaling_config is a dict: give a ray.train.ScalingConfig"),
         ({"run_config": ray.tune.RunConfig()}, "run_config is a ray.tune.*: give a ray.train.RunConfig"),

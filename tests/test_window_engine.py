@@ -155,12 +155,12 @@ def test_a_probe_tells_rho_bias_and_noise_and_trains_by_the_better_gradient():
         same = [torch.allclose(p, plain.block.parameters[name], rtol=1e-9) for name, p in engine.block.parameters.items()]
         return used, exact, all(same)
 
-    (_, noise) = work(LocalChannel.alone())[0].bias.relative, work(LocalChannel.alone())[0].bias.noise
+    (_, noise) = work(LocalChannel.alone())[0].comparison.bias, work(LocalChannel.alone())[0].comparison.noise
     for used, exact, same in run_workers(2, work):
-        assert 0 < used.bias.relative < 0.1
-        assert used.bias.noise == pytest.approx(noise, rel=1e-9)
-        assert used.bias.relative == pytest.approx(exact.bias.relative, rel=1e-3)  # three sweeps against exact
-        assert exact.bias.noise is not None
+        assert 0 < used.comparison.bias < 0.1
+        assert used.comparison.noise == pytest.approx(noise, rel=1e-9)
+        assert used.comparison.bias == pytest.approx(exact.comparison.bias, rel=1e-3)  # three sweeps against exact
+        assert exact.comparison.noise is not None
         assert 0 < used.findings.rho_forward < 0.2
         assert 0 < used.findings.rho_backward < 0.2
         assert same
