@@ -475,10 +475,7 @@ def rows(results: list[dict[str, Any]]) -> list[Row]:
     found = []
     for name, task in TASKS.items():
         mine = [r for r in results if r["task"] == name]
-        for way in WAYS:
-            if way in EXACT and way != "serial":  # in the row of exact training
-                continue
-            ways = EXACT if way == "serial" else (way,)
+        for way, ways in {"serial": (*EXACT,), **{way: (way,) for way in WAYS if way not in EXACT}}.items():
             for middle in task.middle:
                 lr = best_rate(mine, way, middle)
                 runs = [r for r in mine if r["way"] in ways and (r["middle"], r["lr"]) == (middle, lr)]

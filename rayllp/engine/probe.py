@@ -125,7 +125,7 @@ class Probing:
         accuracy = batch.accuracy
         if self.plan.couplings:
             self.couplings = self._measure_couplings(batch)
-        used, loss = self._used_gradient(batch) if self.plan.bias else (None, None)
+        used = self._used_solve(batch) if self.plan.bias else None
         doubled = self.plan.candidate.doubled()
         probed, better = None, doubled
         if accuracy.serial or self.plan.exact:
@@ -136,8 +136,8 @@ class Probing:
         halves = self._halves(better, len(batch.samples)) if used is not None else ()
         self.has_halves = bool(halves)
         formed, first = self._in_halves(batch.solved_by(better), halves)
-        if used is not None and loss is not None:
-            self.sums = torch.cat([self._compare(used, first), torch.stack([loss, formed.loss]).double()])
+        if used is not None:
+            self.sums = self._compare(*used, first, formed.loss)
         if probed is None:
             return formed
         return replace(formed, forward=probed.forward or formed.forward, adjoint=probed.adjoint or formed.adjoint)
@@ -149,7 +149,7 @@ class Probing:
         self.gradients.forget()
         return found
 
-    def _used_gradient(self, batch: StepBatch) -> tuple[list[Tensor], Tensor]:
+    def _used_solve(self, batch: StepBatch) -> tuple[list[Tensor], Tensor]:
         """Return the middle layers' gradients as the candidate accuracy forms them, and the loss."""
         loss = self.gradients(batch.solved_by(self.plan.candidate)).loss
         used = [gradient.clone() for gradient in self._middle()]
@@ -180,15 +180,22 @@ class Probing:
             other.penalty.add(one.penalty)
         return replace(other, loss=torch.stack([one.loss, other.loss]).sum()), first
 
-    def _compare(self, used: list[Tensor], first: list[Tensor]) -> Tensor:
-        """Return this worker's `Sums` without the losses."""
+    def _compare(self, used: list[Tensor], loss: Tensor, first: list[Tensor], better_loss: Tensor) -> Tensor:
+        """Return this worker's `Sums`; the better gradient is in `.grad`.
+
+        Args:
+            used, loss: gradients and loss of the solve in use.
+            first: the better gradients of the first half of the batch; empty if there are no halves.
+            better_loss: loss of the better solve.
+        """
         better = self._middle()
-        sums = torch.zeros(len(Sums._fields) - 2, dtype=torch.float64, device=self.group.device)
+        sums = torch.zeros(len(Sums._fields), dtype=torch.float64, device=self.group.device)
         for index, gradient in enumerate(better):
             g, u = gradient.double(), used[index].double()
             parts = [(u - g).square().sum(), g.square().sum(), u.square().sum(), (u * g).sum()]
             parts.append((2 * first[index].double() - g).square().sum() if first else torch.zeros_like(parts[0]))
-            sums += torch.stack(parts)
+            sums[:-2] += torch.stack(parts)
+        sums[-2:] = torch.stack([loss, better_loss])
         return sums
 
     def _middle(self) -> list[Tensor]:
