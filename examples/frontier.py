@@ -145,7 +145,7 @@ class Task:
     middle: tuple[int, ...]
     settings: tuple[str, ...] = ()
     seeds: tuple[int, ...] = (0,)
-    rates: tuple[float, ...] = (1e-3, 2e-3, 4e-3)
+    rates: tuple[float, ...] = (4e-3, 8e-3, 1.6e-2)
     steps: int = STEPS
     buffers: int = 4
     module: str | None = None
@@ -171,14 +171,14 @@ TASKS = {
         steps=1000,
         ways=("serial", *INTERVALS),
     ),
-    "muon": Task(
-        "GPT-2, Shakespeare, 2 + N + 2 layers, Δt = 1/N, Muon, half the steps",
+    "narrow": Task(
+        "GPT-2 of width 16, Shakespeare, 2 + N + 2 layers, Δt = 1/N, Muon",
         "gpt2_shakespeare",
         SHAKESPEARE,
         (4, 16, 64),
-        ("optimizer.name=muon",),
-        rates=(1e-2,),
-        steps=1000,
+        ("model.width=16", "model.heads=2", "optimizer.name=muon", "optimizer.min_lr_ratio=0"),
+        seeds=(0, 1, 2, 3),
+        rates=(1e-2, 2e-2, 4e-2),
     ),
     "standard": Task(
         "GPT-2, Shakespeare, N layers, Δt = 1, no buffers",
@@ -458,7 +458,7 @@ class Row:
     lr: float
     losses: tuple[float, ...]
     gaps: tuple[float, ...]
-    kept: tuple[float, ...]
+    kept: float | None
     hours: float
     speedup: float
     strict: float
@@ -494,11 +494,9 @@ def row_of(runs: list[dict[str, Any]], results: list[dict[str, Any]]) -> Row:
     task, middle, steps = TASKS[runs[0]["task"]], runs[0]["middle"], runs[0]["steps"]
     exact, coarse = exact_losses(results, middle), exact_losses(results, task.middle[-1] // 4)
     gaps = [100 * (r["loss"] / exact[r["seed"]] - 1) for r in runs if r["seed"] in exact]
-    kept = [
-        100 * (coarse[r["seed"]] - r["loss"]) / (coarse[r["seed"]] - exact[r["seed"]])
-        for r in runs
-        if middle == task.middle[-1] and coarse.get(r["seed"], 0.0) > exact.get(r["seed"], math.inf)  # else depth gains nothing to keep
-    ]
+    compared = [r for r in runs if middle == task.middle[-1] and r["seed"] in exact and r["seed"] in coarse]
+    gained = sum(coarse[r["seed"]] - exact[r["seed"]] for r in compared)  # by depth
+    kept = 100 * sum(coarse[r["seed"]] - r["loss"] for r in compared) / gained if gained > 0 else None
     shares: Counter[str] = Counter()
     for r in runs:
         for solve, count in r["solves"].items():
@@ -514,7 +512,7 @@ def row_of(runs: list[dict[str, Any]], results: list[dict[str, Any]]) -> Row:
         lr=runs[0]["lr"],
         losses=tuple(r["loss"] for r in runs),
         gaps=tuple(gaps),
-        kept=tuple(kept),
+        kept=kept,
         hours=ms / 3.6e6,
         speedup=alone / ms,
         strict=alone / strict,
@@ -528,10 +526,9 @@ def accounted(result: dict[str, Any], results: list[dict[str, Any]]) -> dict[str
     row = row_of([result], mine)
     figures = {
         "serial_loss": exact_losses(mine, row.middle).get(result["seed"]),
-        "gap": row.gaps,
+        "gap": row.gaps[0] if row.gaps else None,
         "depth_kept": row.kept,
     }
-    figures = {name: value[0] if isinstance(value, tuple) and value else value or None for name, value in figures.items()}
     layers = {"layers": row.middle + TASKS[row.task].buffers, "workers": row.workers, "speedup": row.speedup}
     short = {name: float(f"{value:.5g}") if isinstance(value, float) else value for name, value in {**layers, **figures}.items()}
     return {**result, **short}
@@ -576,7 +573,7 @@ def table(found: list[Row], task: str) -> str:
             speed = "1" if serial else f"{row.speedup:.2f} ({row.strict:.2f})"
             cells = [
                 row.way, str(row.middle), str(row.workers), spread(row.losses, 4), "" if serial else spread(row.gaps, 2, sign=True),
-                spread(row.kept, 0) if row.kept and not serial else "", f"{row.hours:.3f}", speed, "" if serial else row.solves,
+                f"{row.kept:.0f}" if row.kept is not None and not serial else "", f"{row.hours:.3f}", speed, "" if serial else row.solves,
             ]  # fmt: skip
             lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
