@@ -603,6 +603,7 @@ def draw(found: list[Row], picture: Path) -> None:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
     names = [name for name in TASKS if name != "intervals" and sum(row.task == name for row in found) > 1]
     across = min(3, len(names))
@@ -621,8 +622,11 @@ def draw(found: list[Row], picture: Path) -> None:
             axis.plot(*zip(*points, strict=True), "o-", ms=4, lw=1.2, color=COLOURS.get(way, "#7f7f7f"), label=label)
             for row, point in zip(mine, points, strict=True):
                 axis.annotate(str(row.middle), point, textcoords="offset points", xytext=(4, 4), fontsize="x-small")
-        axis.set_title(TASKS[name].title, fontsize="medium")
+        axis.set_title(TASKS[name].title, fontsize="small")
         axis.set(xlabel="hours of training (emulated layers)", ylabel="validation loss", xscale="log")
+        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axis.xaxis.set_minor_formatter(NullFormatter())
         axis.legend(frameon=False, fontsize="small")
     figure.savefig(picture, dpi=130)
 
