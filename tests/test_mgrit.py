@@ -271,7 +271,8 @@ def test_what_is_left_of_rounding_counts_as_converged_not_as_a_factor(kind, roun
     layers, single, hierarchy = Layers(64), Layers(64), build_hierarchy(blocks=(64,), levels=2, coarsening=4)
     single.weights, single.state = [weight.detach().float() for weight in single.weights], single.state.float()
     _, found = solve_alone(hierarchy, SolverOptions(iterations=iterations, relaxation=("F",), rounding=rounding), kind(single), single)
-    assert found.residuals[-1] / found.residuals[-2] > 0.3  # what was taken for the convergence factor
+    # What was taken for the convergence factor. The last residuals may be zero, which depends on the processor.
+    assert max(after / before for before, after in itertools.pairwise(found.residuals) if before and after <= found.floor) > 0.3
     assert found.convergence_factor < 0.1
     assert found.status is Status.CONVERGED
     assert min(found.residuals) <= found.floor < found.residuals[0] / 10
