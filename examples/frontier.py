@@ -116,7 +116,6 @@ WAYS = {
     "adaptive": Way(8, DEFAULT),
     "adaptive 16": Way(16, DEFAULT),
     "adaptive, exact from 0.8": Way(8, DEFAULT, ("adaptive.switch_at=0.8",)),
-    "2+2, exact from 0.95": Way(8, ("2+2",), (*FIXED, "adaptive.switch_at=0.95")),
     **{tail(share): Way(8, ("1+1",), (*FIXED, f"adaptive.switch_at={share}")) for share in TAILS},
     **LATE,
     **INTERVALS,
@@ -131,7 +130,7 @@ class Task:
         middle: N, and the depths it is compared with; the last one is N.
         settings: for all of its runs.
         seeds: of its runs.
-        rates: learning rates, the same for every depth and way; none: no more of it is run.
+        rates: learning rates, the same for every depth and way.
         steps: of each run.
         buffers: layers outside the middle.
         module: in this folder, whose `student` and `Lessons` are trained; none: what the config names.
@@ -475,7 +474,7 @@ def rows(results: list[dict[str, Any]]) -> list[Row]:
     found = []
     for name, task in TASKS.items():
         mine = [r for r in results if r["task"] == name]
-        for way, ways in {"serial": (*EXACT,), **{way: (way,) for way in WAYS if way not in EXACT}}.items():
+        for way, ways in {"serial": tuple(EXACT), **{way: (way,) for way in WAYS if way not in EXACT}}.items():
             for middle in task.middle:
                 lr = best_rate(mine, way, middle)
                 runs = [r for r in mine if r["way"] in ways and (r["middle"], r["lr"]) == (middle, lr)]
@@ -525,12 +524,14 @@ def accounted(result: dict[str, Any], results: list[dict[str, Any]]) -> dict[str
     mine = [r for r in results if r["task"] == result["task"]]
     row = row_of([result], mine)
     figures = {
+        "layers": row.middle + TASKS[row.task].buffers,
+        "workers": row.workers,
+        "speedup": row.speedup,
         "serial_loss": exact_losses(mine, row.middle).get(result["seed"]),
         "gap": row.gaps[0] if row.gaps else None,
         "depth_kept": row.kept,
     }
-    layers = {"layers": row.middle + TASKS[row.task].buffers, "workers": row.workers, "speedup": row.speedup}
-    short = {name: float(f"{value:.5g}") if isinstance(value, float) else value for name, value in {**layers, **figures}.items()}
+    short = {name: float(f"{value:.5g}") if isinstance(value, float) else value for name, value in figures.items()}
     return {**result, **short}
 
 
