@@ -25,7 +25,6 @@ from statistics import mean, stdev
 from typing import Any
 
 from rayllp.config import TrainConfig, load_config
-from rayllp.config.run import SWEEPS
 from rayllp.control import Controller
 from rayllp.mgrit.windows import windows_in_words
 from rayllp.plan import Costs, predict_step
@@ -47,7 +46,7 @@ class Way:
 
     Attributes:
         workers: that it is meant for. 1: exact training on one device.
-        rungs: of the ladder; none: exact training.
+        rungs: of the ladder; none: the default, windows whose lengths and sweeps are fitted.
         interval: layers from one C-point to the next, by MGRIT of two levels; 0: windows of as many layers as there are workers.
         settings: besides.
     """
@@ -59,15 +58,16 @@ class Way:
 
     def overrides(self) -> list[str]:
         """Settings of one process that solves as so many workers do."""
-        if not self.rungs:
+        if self.workers == 1:
             return ["mode=adaptive", "adaptive.switch_at=0", *self.settings]
         intervals = ["solver=mgrit", f"mgrit.coarsening={self.interval}"]
         windows = [f"windows.length={self.workers}"]
-        solver = intervals if self.interval else windows
-        return ["mode=adaptive", f"adaptive.ladder=[{','.join(self.rungs)}]", *solver, *self.settings]
+        ladder = [f"adaptive.ladder=[{','.join(self.rungs)}]"] if self.rungs else []
+        return ["mode=adaptive", *ladder, *(intervals if self.interval else windows), *self.settings]
 
 
-DEFAULT = tuple(f"{forward}+{backward}" for forward, backward in SWEEPS)
+LADDER = ("1+1", "2+1", "2+2", "3+3")
+"""Rungs for windows of equal length."""
 FIXED = ("adaptive.bias_to_noise=1e9", "adaptive.late_from=1.0", "adaptive.probe_every=500")
 TAILS = (0.8, 0.9, 0.95, 0.98, 1.0)
 
@@ -113,9 +113,10 @@ EXACT = {
 """Exact training, and the same again but for rounding: how far apart do two runs end that should be equal?"""
 WAYS = {
     **EXACT,
-    "adaptive": Way(8, DEFAULT),
-    "adaptive 16": Way(16, DEFAULT),
-    "adaptive, exact from 0.8": Way(8, DEFAULT, ("adaptive.switch_at=0.8",)),
+    "adaptive": Way(8),
+    "adaptive 16": Way(16),
+    "ladder": Way(8, LADDER),
+    "ladder 16": Way(16, LADDER),
     **{tail(share): Way(8, ("1+1",), (*FIXED, f"adaptive.switch_at={share}")) for share in TAILS},
     **LATE,
     **INTERVALS,
@@ -293,7 +294,7 @@ def train(key: Key, data: Path, keep_at: tuple[float, ...] = (), start: Path | N
     engine = Engine(model, config, batches, alone, alone, torch.device("cpu"))
     controller = Controller(config)
     curve, plain, probes, biases = [], Counter[str](), Counter[str](), []
-    windows: dict[str, tuple[int, ...]] = {}  # of the solves that have them cut
+    windows: dict[str, list[tuple[int, int, int]]] = {}  # length, sweeps forward and backward of each, where they are fitted
     kept = {round(share * steps) for share in keep_at}
     first = 0
     if start is not None:
@@ -317,9 +318,9 @@ def train(key: Key, data: Path, keep_at: tuple[float, ...] = (), start: Path | N
             raise SystemExit(f"{key}: the loss is not finite at step {step}")
         judged = accuracy if plan is None else plan.candidate
         solve = judged.name
-        if judged.windows and judged.windows != config.window_lengths:
-            solve += f", windows of {windows_in_words(judged.windows)}"
-            windows[solve] = judged.windows
+        if judged.sweeps:
+            solve += f", windows of {windows_in_words(judged.windows, judged.sweeps)}"
+            windows[solve] = [(length, *pair) for length, pair in zip(judged.windows, judged.sweeps, strict=True)]
         if plan is None:
             plain[solve] += 1
         else:
@@ -427,8 +428,10 @@ def total_ms(result: dict[str, Any], *, exact_gains: bool = True) -> float:
         return sum(result["solves"].values()) * serial_ms(task, result["middle"])
     config = config_of(task, result["middle"], way)
     rungs = {rung.name: rung for rung in Controller(config).rungs}
-    for name, lengths in result.get("windows", {}).items():
-        rungs[name] = replace(rungs[name.partition(",")[0]], windows=tuple(lengths))
+    for name, windows in result.get("windows", {}).items():
+        lengths, forward, backward = zip(*windows, strict=True)
+        sweeps = tuple(zip(forward, backward, strict=True))
+        rungs[name] = replace(rungs["1+1"], windows=lengths, sweeps=sweeps)
 
     def step(name: str) -> float:
         if name == "serial" and not exact_gains:

@@ -13,7 +13,10 @@ from rayllp.control import Controller, Probe, ProbePlan
 from rayllp.control.judgement import tolerated_share
 from rayllp.engine.probe import Sums
 from rayllp.errors import SettingsError
+from rayllp.mgrit.fitting import FittedWindows, WindowErrors, exact_step_cost
+from rayllp.mgrit.windows import windows_in_words
 from tests.conftest import make_engine, tiny, train_engine
+from tests.test_couplings import coupled as couplings_of
 from tests.test_engine import FEW, SERIAL
 
 
@@ -221,9 +224,11 @@ def test_parallel_mode_never_changes():
 
 def test_default_ladders():
     assert make_config({"solver": "mgrit"}).ladder == ((2, 1, None), (3, 1, None), (3, 2, None))
-    assert make_config({"workers": 4}).ladder == ((1, 1, None), (2, 1, None), (2, 2, None), (3, 3, None))
-    assert make_config({"workers": 2}).ladder == ((1, 1, None), (2, 1, None))  # two sweeps of two layers are exact
-    assert make_config({"workers": 1}).ladder == ()
+    equal = {"windows": {"fit": False}}
+    assert make_config({"workers": 4, **equal}).ladder == ((1, 1, None), (2, 1, None), (2, 2, None), (3, 3, None))
+    assert make_config({"workers": 2, **equal}).ladder == ((1, 1, None), (2, 1, None))  # two sweeps of two layers are exact
+    assert make_config({"workers": 1, **equal}).ladder == make_config({"workers": 1}).ladder == ()
+    assert make_config({"workers": 4}).ladder == ((1, 1, None),)  # until windows are fitted
     assert make_config({"solver": "mgrit", "mgrit": {"levels": {"forward": 1}}}).ladder == ((0, 1, None), (0, 2, None))
     rungs = controller(ladder=["1+1", "2+2 FCF", "0+2"]).rungs
     assert [rung.name for rung in rungs] == ["1+1", "2+2 FCF", "0+2", "serial"]
@@ -240,8 +245,12 @@ def open_controller(workers=8, **values):
     return Controller(make_config({"workers": workers, "model": {"layers": 20}, "steps": 1000, "adaptive": {"probe_every": 50}, **values}))
 
 
+LADDER = {"windows": {"fit": False}}
+"""Windows of equal length, and rungs of more and more sweeps."""
+
+
 def test_nothing_is_trained_by_a_rung_before_a_probe_has_found_it_accurate():
-    control = open_controller()
+    control = open_controller(**LADDER)
     assert control.accuracy_at(0).serial
     assert control.plan_probe(0).candidate.name == "1+1"
     for step, rung in enumerate(("2+1", "2+2", "3+3", "serial")):
@@ -251,79 +260,160 @@ def test_nothing_is_trained_by_a_rung_before_a_probe_has_found_it_accurate():
         assert control.accuracy_at(step + 1).serial
     assert control.plan_probe(4) is None  # exact: it looks again at the next regular probe
     assert control.plan_probe(49).candidate.name == "3+3"
-    control = open_controller()
+    control = open_controller(**LADDER)
     assert "a gradient bias of 0.02 beside a noise of 0.5" in control.observe(0, GOOD).reason
     assert [control.accuracy_at(step).name for step in (1, 4, 5)] == ["serial", "serial", "1+1"]  # the first ones are timed
-    assert control.observe(49, BAD).trying == "1+1"  # with couplings, which say whether shorter windows are the remedy
-    assert control.plan_probe(50).couplings
-    control.observe(50, BAD)
+    assert control.observe(49, BAD).trying == "2+1"
+    assert not control.plan_probe(50).couplings
     assert control.accuracy_at(50).serial
-    assert control.plan_probe(51).candidate.name == "2+1"
-    control.observe(51, GOOD)
-    assert control.accuracy_at(52).name == "2+1"
+    assert control.plan_probe(50).candidate.name == "2+1"
+    control.observe(50, GOOD)
+    assert control.accuracy_at(51).name == "2+1"
 
 
-STEEP = (0.9, 0.5, 0.2, *[0.001] * 12)
-"""Couplings of 16 layers of which the first few depend strongly on each other."""
+# Fitted windows ---------------------------------------------------------------------------------------------------------------------
 
 
-def test_windows_are_cut_where_layers_depend_strongly_on_each_other():
+def coupled(*first, rest=1e-3):
+    """Couplings of 16 layers of which the first few depend strongly on each other, forward and adjoint."""
+    strong = [*first, *[rest] * (15 - len(first))]
+    return couplings_of(strong, strong)
+
+
+STEEP, FLAT = coupled(0.5, 0.3, 0.1), coupled()
+
+
+def fit_of(control):
+    return control.chosen.windows, control.chosen.sweeps
+
+
+def test_windows_are_fitted_where_layers_depend_strongly_on_each_other():
     control = open_controller()
     control.observe(0, GOOD)
-    assert control.accuracy_at(5).windows == (8, 8)
+    assert (control.accuracy_at(5).windows, control.accuracy_at(5).sweeps) == ((8, 8), ())
     assert not control.plan_probe(9).couplings  # they cost an exact step, so they are measured when something is wrong
-    assert "the next step measures whether shorter windows" in control.observe(9, BAD).reason
+    assert "the next step measures where layers depend strongly on each other" in control.observe(9, BAD).reason
     assert control.plan_probe(10).couplings
     decision = control.observe(10, replace(BAD, couplings=STEEP))
-    assert decision.trained == "exact, trying 1+1"
-    assert decision.reason.endswith("1+1 in windows of 1 (3 times), 8, 5 layers")
+    lengths, sweeps = fit_of(control)
+    assert sum(lengths) == 16
+    assert len(lengths) == len(sweeps)
+    assert sweeps[-1] == (1, 1)
+    assert max(sweeps) > (1, 1)
+    assert decision.trained == f"exact, trying {control.rung}"
+    assert decision.reason.endswith(f"windows of {windows_in_words(lengths, sweeps)} layers")
     assert control.accuracy_at(11).serial
-    assert control.plan_probe(11).candidate.windows == (1, 1, 1, 8, 5)
+    assert (control.plan_probe(11).candidate.windows, control.plan_probe(11).candidate.sweeps) == (lengths, sweeps)
+    assert control.plan_probe(11).couplings
     resumed = open_controller()
     resumed.restore(json.loads(json.dumps(control.state())))
     for each in (control, resumed):
         each.observe(11, replace(GOOD, couplings=STEEP))
-        assert (each.accuracy_at(12).name, each.accuracy_at(12).windows) == ("1+1", (1, 1, 1, 8, 5))
-    # Another fault that a cut does not mend raises the rung, whose windows may be longer.
-    control.observe(49, replace(BAD, couplings=(0.9, 0.5, 0.2, 0.2, *[0.001] * 11)))
-    assert control.accuracy_at(50).serial
-    control.observe(50, replace(BAD, couplings=STEEP))
-    assert control.rung == "2+2"  # cheaper than 2+1, whose windows would be those of one sweep
-    assert control.chosen.windows == (1, 1, 8, 6)
-    control.observe(51, replace(BAD, couplings=STEEP))
-    assert control.rung == "3+3"
+        assert (each.accuracy_at(12).windows, each.accuracy_at(12).sweeps) == (lengths, sweeps)
+        assert not each.accuracy_at(12).serial
+        assert each.accuracy_at(12).name == each.rung
 
 
-def test_windows_become_longer_again_once_a_probe_has_found_them_accurate():
+def estimated(control, couplings):
+    return WindowErrors(couplings, 8).of(FittedWindows(*fit_of(control)))
+
+
+def test_windows_are_fitted_to_a_fifth_of_the_tolerated_bias_as_the_probe_has_measured_it():
+    """A bias of 0.9 where 0.3 is tolerated: fitted windows are to have a fifteenth of the estimated error of those that were judged."""
     control = open_controller()
     control.observe(0, replace(BAD, couplings=STEEP))
-    control.observe(1, GOOD)
-    assert control.observe(49, replace(GOOD, couplings=tuple(0.8 * c for c in STEEP))) is None  # too little gained
-    decision = control.observe(99, replace(GOOD, couplings=(0.001,) * 15))
-    assert decision.reason == "layers depend less on each other; 1+1 in windows of 8 layers"
+    before = WindowErrors(STEEP, 8).of(FittedWindows((8, 8), ((1, 1), (1, 1))))
+    assert estimated(control, STEEP) <= before / 15
+    slack = open_controller()
+    slack.observe(0, replace(BAD, bias=0.31, couplings=STEEP))  # little above the tolerated one
+    assert before / 15 < estimated(slack, STEEP) <= before / 5
+    assert FittedWindows(*fit_of(slack)).cost(8) < FittedWindows(*fit_of(control)).cost(8)
+
+
+def test_windows_that_are_still_inaccurate_are_fitted_to_less_and_in_the_end_steps_are_exact():
+    control, costs = open_controller(), []
+    for step in range(5):
+        decision = control.observe(step, replace(BAD, couplings=STEEP))
+        assert control.accuracy_at(step + 1).serial
+        if not control.serial:
+            costs.append(FittedWindows(*fit_of(control)).cost(8))
+    assert costs == sorted(costs)
+    assert len(costs) >= 2
+    assert costs[-1] <= 0.9 * exact_step_cost(16, 8)
+    assert control.serial
+    assert decision.rung == "serial"
+
+
+def test_exact_steps_are_left_again_once_windows_would_do():
+    control = open_controller()
+    control.observe(0, replace(BAD, bias=math.nan, couplings=STEEP))
+    assert control.serial
+    assert control.plan_probe(49).couplings
+    for step in (49, 99):
+        assert control.observe(step, replace(BAD, couplings=FLAT)) is None
+    assert control.observe(149, replace(BAD, bias=math.inf, couplings=coupled(rest=10.0))) is None  # no windows would do
+    for step in (199, 249):
+        assert control.observe(step, replace(BAD, couplings=FLAT)) is None
+    assert "3 probes say that windows would do; windows of" in control.observe(299, replace(BAD, couplings=FLAT)).reason
+    assert control.accuracy_at(300).serial
+    control.observe(300, replace(GOOD, couplings=FLAT))
+    assert not control.accuracy_at(301).serial
+
+
+def test_cheaper_windows_are_tried_where_they_pay_and_taken_back_if_they_are_inaccurate():
+    control = open_controller()
+    control.observe(0, replace(BAD, couplings=STEEP))
+    control.observe(1, replace(GOOD, couplings=STEEP))
+    fitted = fit_of(control)
+    assert control.observe(49, replace(GOOD, bias=0.14, couplings=STEEP)) is None  # too little to gain
+    decision = control.observe(99, replace(GOOD, couplings=FLAT))
+    assert decision.reason.startswith("less time would do; windows of")
     assert control.accuracy_at(100).serial
-    control.observe(100, GOOD)
-    assert control.accuracy_at(101).windows == (8, 8)
+    assert fit_of(control) != fitted
+    decision = control.observe(100, replace(BAD, couplings=FLAT))
+    assert "back to windows of" in decision.reason
+    assert fit_of(control) == fitted
+    assert not control.accuracy_at(101).serial  # these were found accurate just before
+    for step in (149, 199, 249):
+        assert control.observe(step, replace(GOOD, couplings=FLAT)) is None  # not again at once
+    assert control.observe(299, replace(GOOD, couplings=FLAT)).reason.startswith("less time would do")
+    control.observe(300, replace(GOOD, couplings=FLAT))
+    assert FittedWindows(*fit_of(control)).cost(8) < FittedWindows(*fitted).cost(8)
+    late = open_controller(adaptive={"late_from": 0.05})
+    late.observe(0, replace(BAD, couplings=STEEP))
+    late.observe(1, replace(GOOD, couplings=STEEP))
+    assert late.observe(99, replace(GOOD, couplings=FLAT)) is None
 
 
-@pytest.mark.parametrize("changes", [{"windows": {"cut": False}}, {"windows": {"length": (1, 1, 6, 8)}}])
-def test_windows_are_not_cut_where_the_user_has_said_what_they_are(changes):
+@pytest.mark.parametrize("changes", [LADDER, {"windows": {"length": (1, 1, 6, 8)}}, {"adaptive": {"ladder": ["1+1", "2+1"]}}])
+def test_windows_are_not_fitted_where_the_user_has_said_what_they_are(changes):
     control = open_controller(**changes)
     given = control.chosen.windows
     assert not control.plan_probe(0).couplings
     control.observe(0, replace(BAD, couplings=STEEP))
-    assert (control.rung, control.chosen.windows) == ("2+1", given)
+    assert (control.rung, *fit_of(control)) == ("2+1", given, ())
 
 
-def test_a_run_that_has_become_deeper_forgets_where_windows_were_cut():
+def test_a_run_that_has_become_deeper_forgets_how_windows_were_fitted():
     control = open_controller()
     control.observe(0, replace(BAD, couplings=STEEP))
     control.observe(1, GOOD)
     assert not control.accuracy_at(5).serial
     deeper = open_controller(model={"layers": 36})
     deeper.restore(control.state())
-    assert deeper.chosen.windows == (8, 8, 8, 8)
+    assert fit_of(deeper) == ((8, 8, 8, 8), ())
     assert deeper.accuracy_at(5).serial  # until a probe has found these accurate
+
+
+def test_a_checkpoint_of_a_ladder_does_not_vouch_for_windows_that_are_to_be_fitted():
+    control = open_controller(**LADDER)
+    control.observe(0, BAD)
+    control.observe(1, GOOD)
+    assert control.accuracy_at(5).name == "2+1"
+    fitting = open_controller()
+    fitting.restore(control.state())
+    assert fitting.rung == "1+1"
+    assert fitting.accuracy_at(5).serial
 
 
 def test_windows_are_probed_more_often_while_the_learning_rate_warms_up():
@@ -336,7 +426,7 @@ def test_windows_are_probed_more_often_while_the_learning_rate_warms_up():
 
 
 def test_a_step_down_is_probed_before_it_is_used_and_taken_back_if_it_is_too_coarse():
-    control = open_controller()
+    control = open_controller(**LADDER)
     control.observe(0, BAD)
     control.observe(1, GOOD)
     calm = Probe(rho_forward=0.1, rho_backward=0.1, bias=0.01, noise=0.5)
@@ -350,16 +440,15 @@ def test_a_step_down_is_probed_before_it_is_used_and_taken_back_if_it_is_too_coa
 
 def test_towards_the_end_less_bias_is_tolerated():
     """A small learning rate averages the noise out, and the bias stays."""
-    control = open_controller()
+    control = open_controller(**LADDER)
     near = Probe(rho_forward=0.1, rho_backward=0.1, bias=0.3, noise=1.0)
     assert control.observe(0, near).rung == "1+1"
     assert control.observe(749, near) is None
     assert control.plan_probe(800).candidate.name == "1+1"  # besides the regular ones
     decision = control.observe(800, near)
     assert decision.reason.startswith("gradient bias 0.3 passed adaptive.bias_limit 0.1, 0.3 of its noise (tolerated: 0.25)")
-    control.observe(801, replace(near, couplings=(0.001,) * 15))
-    assert control.accuracy_at(802).serial
-    assert control.observe(802, replace(near, bias=0.2)).rung == "2+1"
+    assert control.accuracy_at(801).serial
+    assert control.observe(801, replace(near, bias=0.2)).rung == "2+1"
     for step in (849, 899, 949):  # calm, but the rung below was not accurate enough
         assert control.observe(step, replace(near, bias=0.01)) is None
     never = open_controller(adaptive={"probe_every": 50, "late_from": 1.0})

@@ -107,6 +107,42 @@ def test_an_error_of_second_order_and_each_sweep_gains_one_more():
     assert errors[4, 1] < 0.2 * float((first_layer - exact).norm())
 
 
+def test_each_window_takes_its_own_number_of_sweeps():
+    exact, uneven = serial(weights())[-1], (4, 1, 7, 4)
+    for sweeps in (1, 2, 3):
+        alike, inputs, _ = solve(3, uneven, sweeps)
+        output, others, _ = solve(3, uneven, (sweeps,) * 4)
+        assert torch.equal(output, alike)
+        assert all(torch.equal(state, inputs[layer]) for layer, state in others.items())
+    first, inputs, found = solve(1, uneven, (2, 1, 7, 4))
+    assert len(found[0][0].residuals.squared) == 6
+    assert not found[0][0].residuals.exact
+    for workers in (2, 3, 4):
+        output, others, found = solve(workers, uneven, (2, 1, 7, 4))
+        assert torch.equal(output, first)
+        assert all(torch.equal(state, inputs[layer]) for layer, state in others.items())
+    calls = [layer for _, propagator in found for layer in propagator.calls]
+    assert [calls.count(layer) for layer in range(N)] == 4 * [2] + [1] + 7 * [7] + 4 * [4]
+    output, _, found = solve(2, uneven, (4, 1, 9, 5))
+    torch.testing.assert_close(output, exact, rtol=1e-13, atol=1e-13)
+    assert found[0][0].residuals.exact
+
+
+def test_sweeps_of_each_window_are_given_in_the_order_of_the_network_in_the_adjoint_too():
+    states = serial(weights())
+    seed = torch.ones(3, WIDTH, dtype=torch.float64)
+    make = lambda: Layers(weights(), states)  # noqa: E731
+    _, _, found = solve(2, (4, 12), (1, 3), make, adjoint=True, source=1, begin=seed)
+    calls = [layer for _, propagator in found for layer in propagator.calls]
+    assert [calls.count(layer) for layer in range(N)] == 4 * [1] + 12 * [3]
+
+
+@pytest.mark.parametrize("sweeps", [0, (1, 0, 1, 1), (1, 1)])
+def test_sweeps_that_are_not_of_these_windows_are_refused(sweeps):
+    with pytest.raises(SettingsError, match=r"0 sweeps|sweeps of 2 windows, and there are 4: give one number for each"):
+        solve(1, 4, sweeps)
+
+
 def test_each_worker_evaluates_its_own_layers_once_a_sweep():
     _, _, found = solve(4, 4, 2)
     for rank, (_, propagator) in enumerate(found):

@@ -14,7 +14,8 @@ MOVED = {
     "mesh.placement": "solver: windows takes layers in turn, mgrit blocks of neighbouring ones",
     "mgrit.window": "windows.length",
     "mgrit.recompute": "recompute",
-    "adaptive.cut_windows": "windows.cut",
+    "adaptive.cut_windows": "windows.fit",
+    "windows.cut": "windows.fit",
 }
 """Settings of earlier versions, and what has taken their place."""
 

@@ -65,8 +65,10 @@ class WindowSettings(Settings):
         None, description="layers that are solved at once, at most; or a list of all windows' lengths; default as many as workers"
     )
     sweeps: Iterations = Field(Iterations(), description="of a window, in mode parallel; in mode adaptive the controller chooses")
-    cut: bool = Field(
-        True, description="shorten windows where layers depend strongly on each other, if length is no list and the bias is what judges"
+    fit: bool = Field(
+        True,
+        description="in mode adaptive, choose each window's length and sweeps by how strongly its layers depend on each other, if length "
+        "is no list, no ladder is given, and bias judges",
     )
 
 

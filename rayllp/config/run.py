@@ -215,10 +215,11 @@ class RunSettings(Settings):
         return given if isinstance(given, tuple) else equal_windows(self.middle_layers, self.longest_window)
 
     @property
-    def cuts_windows(self) -> bool:
-        """True if the controller shortens windows where layers depend strongly on each other."""
+    def fits_windows(self) -> bool:
+        """True if the controller chooses the lengths and sweeps of windows by how strongly layers depend on each other."""
         judged = self.mode == "adaptive" and self.solver == "windows" and self.adaptive.rule != "convergence"
-        return judged and self.windows.cut and not isinstance(self.windows.length, tuple)
+        given = isinstance(self.windows.length, tuple) or self.adaptive.ladder is not None
+        return judged and self.windows.fit and not given
 
     @property
     def drops_slow_rungs(self) -> bool:
@@ -241,10 +242,13 @@ class RunSettings(Settings):
     def ladder(self) -> tuple[tuple[int, int, Relaxation | None], ...]:
         """The controller's rungs from cheap to expensive: iterations or sweeps forward (0: serial) and backward, and relaxation.
 
-        Relaxation None stands for mgrit.relaxation.fine. Exact training follows the last rung.
+        Relaxation None stands for mgrit.relaxation.fine. Exact training follows the last rung. Where windows are fitted, there is one rung
+        besides, whose windows and sweeps change.
         """
         if self.adaptive.ladder is not None:
             return tuple(_read_rung(rung) for rung in self.adaptive.ladder)
+        if self.fits_windows:
+            return ((1, 1, None),) if self.longest_window > 1 else ()
         if self.solver == "windows" and self.mode == "adaptive":
             return tuple((forward, backward, None) for forward, backward in SWEEPS if min(forward, backward) < self.longest_window)
         forward, backward = self.iterations.forward, self.iterations.backward

@@ -7,18 +7,24 @@ penalty is raised, then the rung; several good probes in a row lower the rung.
 Where probes measure the gradient's bias, a rung is used only once a probe has found it accurate: at the start, after a fault and after
 every change of rung, steps are exact until a probe of the current rung is good. So no step is trained on a gradient that was just found to
 be wrong. With the default ladder, the controller also leaves a rung whose steps are no faster than exact ones.
+
+Windows are fitted instead: the ladder has one rung besides exact steps, and each window's length and sweeps follow from couplings that the
+probe has measured (`rayllp/mgrit/fitting.py`), so that the bias should be half of what is tolerated. The same probe tells what the bias is
+for the windows in use, and so how far estimated errors are off.
 """
 
+import math
 from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 from rayllp.config import TrainConfig
-from rayllp.control.judgement import fault_in, found_accurate, is_hopeless
+from rayllp.control.judgement import fault_in, found_accurate, is_hopeless, tolerated_bias
 from rayllp.control.ladder import Ladder
 from rayllp.control.pace import Pace
 from rayllp.control.records import Accuracy, Decision, Probe, ProbePlan
+from rayllp.mgrit.fitting import FittedWindows, WindowErrors, exact_step_cost
 from rayllp.mgrit.windows import windows_in_words
 
 PENALTY_UP, PENALTY_DOWN = 4.0, 2.0
@@ -33,8 +39,12 @@ EARLY_PROBES = (10, 20, 40, 80)
 """Numbers of steps after which windows are probed in addition. While the learning rate warms up, a bias can grow from nothing to harmful
 in fewer steps than lie between two regular probes.
 """
-COUPLING_MARGIN, WORTHWHILE_RATIO = 1.5, 0.9
-"""Windows are made longer if those that couplings COUPLING_MARGIN times as large would allow take at most WORTHWHILE_RATIO of the time."""
+AIMED_SHARE = 0.2
+"""Windows are fitted to have this share of the bias that is tolerated."""
+WORTHWHILE_RATIO = 0.9
+"""Windows that are accurate enough are fitted anew if that takes at most so much of their time, and exact steps are left if windows do."""
+MAX_REFITS = 4
+"""So many times in a row windows are fitted after a fault, each time to half the error. After that, steps are exact."""
 
 
 @dataclass
@@ -50,8 +60,10 @@ class _State:
     verified: bool = True  # whether a probe has found the rung accurate since it was chosen
     probe_at: int = 0  # the step of the next probe, while the rung is not verified
     above: int | None = None  # the rung before a step down, to return to if the lower one is not accurate
-    couplings: tuple[float, ...] | None = None  # those by which windows are cut; None: they have not been cut
-    recut: bool = False  # windows were just cut, and no probe has judged the result yet: they are not cut twice in a row
+    windows: FittedWindows | None = None  # None: all are as long as they may be, and take one sweep each way
+    windows_before: FittedWindows | None = None  # those to return to if cheaper ones are not accurate
+    refits: int = 0  # number of times in a row that windows were fitted after a fault
+    waits: int = 0  # number of good probes before cheaper windows are tried again
     pace: Pace = field(default_factory=Pace)
 
 
@@ -73,8 +85,8 @@ class Controller:
 
     @property
     def rung(self) -> str:
-        """The name of the current rung. Steps use it once it is verified."""
-        return self.rungs[self._state.rung].name
+        """The name of the current rung, or of the solve by fitted windows. Steps use it once it is verified."""
+        return self.chosen.name
 
     @property
     def _verifies(self) -> bool:
@@ -98,7 +110,7 @@ class Controller:
         # A run that has switched to serial drops the penalties. With mode=serial they stay: they prepare a network for parallel training.
         kept = not self.serial or self.config.mode == "serial"
         weights = (self._state.weight, self.settings.smoothness) if kept else (0.0, 0.0)
-        return replace(self._ladder.cut(self._state.rung, self._state.couplings), consistency=weights[0], smoothness=weights[1])
+        return replace(self._ladder.fitted(self._state.rung, self._state.windows), consistency=weights[0], smoothness=weights[1])
 
     def accuracy_at(self, step: int) -> Accuracy:
         """Return the accuracy of step `step`, if nothing is decided before it."""
@@ -129,12 +141,13 @@ class Controller:
         probes = (step + 1) // every
         exact, lipschitz = (bool(n) and probes % n == 0 for n in (self.settings.exact_every, self.settings.lipschitz_every))
         return ProbePlan(
-            candidate=replace(self._ladder.cut(index, self._state.couplings), consistency=self.accuracy.consistency),
+            candidate=replace(self._ladder.fitted(index, self._state.windows), consistency=self.accuracy.consistency),
             bias=exact or self.settings.rule != "convergence",
             exact=exact,
             rho=not self._is_unverified or self.settings.rule != "bias",
             lipschitz=lipschitz,
-            couplings=self.config.cuts_windows and (self._is_unverified or self._state.couplings is not None),
+            # They cost an exact step, so where windows have not been fitted they are measured only once something is wrong.
+            couplings=self.config.fits_windows and (self._is_unverified or self.serial or self._state.windows is not None),
         )
 
     def _is_additional(self, step: int) -> bool:
@@ -187,7 +200,7 @@ class Controller:
                 return None
             state.rung, state.verified, state.probe_at = 0, False, step
             return self._decision(step, "looking again whether layer-parallel steps are faster")
-        here = seconds.get(self.rung)
+        here = seconds.get(self.chosen.name)
         if self.serial or self._is_unverified or exact is None or here is None or not pace.is_too_slow(step, here, exact):
             return None
         pace.pause(step, self.rung, self.settings.probe_every)
@@ -199,28 +212,26 @@ class Controller:
         if self.config.mode != "adaptive" or self._state.final:
             return None
         fault = fault_in(probe, self.config, step)
+        if self.config.fits_windows and self.serial:
+            return self._return_to_windows(step, probe)
         if fault is not None:
             self._state.calm = 0
             return None if self.serial else self._mend(step, probe, fault)
         if not self.serial:
             self._steer(probe)
-            self._state.recut = False
+            self._state.refits = 0
             if self._is_unverified:
-                self._state.verified, self._state.above = True, None
+                self._state.verified, self._state.above, self._state.windows_before = True, None, None
                 return self._decision(step, found_accurate(probe))
-        return self._lengthen(step, probe) or self._descend(step, probe)
+        return self._try_cheaper_windows(step, probe) if self.config.fits_windows else self._descend(step, probe)
 
     def _mend(self, step: int, probe: Probe, fault: str) -> Decision | None:
         """Take the first remedy for a fault that applies."""
         if self._state.above is not None:  # the last step down went too far
             self._state.rung, self._state.verified, self._state.above = self._state.above, True, None
             return self._decision(step, fault)
-        if self.config.cuts_windows and probe.couplings is None and not self._is_unverified:
-            self._choose_unverified(step)
-            return self._decision(step, f"{fault}; the next step measures whether shorter windows are the remedy")
-        if self._cut_windows(probe):
-            self._choose_unverified(step)
-            return self._decision(step, f"{fault}; {self._windows_in_words}")
+        if self.config.fits_windows:
+            return self._mend_windows(step, probe, fault)
         if not is_hopeless(probe, self.config) and self._steer(probe):
             return self._distrust(step, fault)
         return self._raise(step, probe, fault)
@@ -233,42 +244,87 @@ class Controller:
 
     # Windows --------------------------------------------------------------------------------------------------------------------
 
-    def _cut_windows(self, probe: Probe) -> bool:
-        """Cut the windows of all rungs by the probe's couplings, if it has measured them.
-
-        Returns: True if this may be the remedy for a fault: the current rung's windows are shorter than before, and cost less than a higher
-            rung. It is tried once in a row; if it did not help, the fault is of another kind.
-        """
-        state, couplings = self._state, probe.couplings
-        if couplings is None or not self.config.cuts_windows:
-            return False
-        before, tried = self._ladder.cost(state.rung, state.couplings), state.recut
-        now, above = (self._ladder.cost(index, couplings) for index in (state.rung, self._ladder.above(state.rung, couplings)))
-        state.couplings, state.recut = couplings, not tried and before < now < above
-        return state.recut
-
-    def _lengthen(self, step: int, probe: Probe) -> Decision | None:
-        """Make windows longer where couplings are so much weaker now that it pays. They are used once a probe has found them accurate."""
+    def _mend_windows(self, step: int, probe: Probe, fault: str) -> Decision:
+        """Return to the windows before if cheaper ones were tried. Else fit windows, unless exact steps take no longer."""
         state = self._state
-        if self.serial or probe.couplings is None or state.couplings is None:
-            return None
-        couplings = tuple(COUPLING_MARGIN * coupling for coupling in probe.couplings)
-        if self._ladder.cost(state.rung, couplings) > WORTHWHILE_RATIO * self._ladder.cost(state.rung, state.couplings):
-            return None
-        state.couplings = couplings
+        if state.windows_before is not None:
+            state.windows, state.windows_before, state.verified, state.waits = state.windows_before, None, True, self.settings.patience
+            return self._decision(step, f"{fault}; back to {self._windows_in_words}")
+        if probe.couplings is None and not self._is_unverified:
+            self._choose_unverified(step)
+            return self._decision(step, f"{fault}; the next step measures where layers depend strongly on each other")
+        fitted = None if is_hopeless(probe, self.config) or state.refits == MAX_REFITS else self._fit(step, probe)
+        if fitted is None or self._share_of_exact(fitted) > WORTHWHILE_RATIO:
+            return self._raise(step, probe, fault)
+        state.windows, state.refits = fitted, state.refits + 1
         self._choose_unverified(step)
-        return self._decision(step, f"layers depend less on each other; {self._windows_in_words}")
+        return self._decision(step, f"{fault}; {self._windows_in_words}")
+
+    def _try_cheaper_windows(self, step: int, probe: Probe) -> Decision | None:
+        """Fit windows to what layers depend on each other now, if that pays. They are used once a probe has found them accurate."""
+        state = self._state
+        if probe.couplings is None or state.windows is None or self._is_late(step):
+            return None
+        if state.waits:
+            state.waits -= 1
+            return None
+        fitted = self._fit(step, probe)
+        if fitted is None or self._share_of_exact(fitted) > WORTHWHILE_RATIO * self._share_of_exact(state.windows):
+            return None
+        before, state.windows = state.windows, fitted
+        self._choose_unverified(step)
+        state.windows_before = before
+        return self._decision(step, f"less time would do; {self._windows_in_words}")
+
+    def _return_to_windows(self, step: int, probe: Probe) -> Decision | None:
+        """Leave exact steps again, after `patience` probes in a row by which windows would be accurate and faster."""
+        state = self._state
+        fitted = self._fit(step, probe)
+        pays = fitted is not None and self._share_of_exact(fitted) <= WORTHWHILE_RATIO
+        state.calm = state.calm + 1 if pays else 0
+        if state.calm < self.settings.patience:
+            return None
+        state.rung, state.calm, state.refits, state.flips, state.windows = 0, 0, 0, state.flips + 1, fitted
+        self._choose_unverified(step)
+        return self._decision(step, f"{self.settings.patience} probes say that windows would do; {self._windows_in_words}")
+
+    def _fit(self, step: int, probe: Probe) -> FittedWindows | None:
+        """Return windows whose bias should be `AIMED_SHARE` of the tolerated one, by what the probe says of those that it has judged.
+
+        Returns: None if the probe did not measure what that takes.
+        """
+        if probe.couplings is None or probe.bias is None:
+            return None
+        errors, judged = WindowErrors(probe.couplings, self.config.longest_window), self._judged_windows
+        estimated, bias = errors.of(judged), probe.bias
+        limit = AIMED_SHARE * tolerated_bias(probe, self.config, step) * 0.5**self._state.refits
+        # Estimated errors are right in proportion.
+        return errors.fit(limit * estimated / bias if 0 < bias < math.inf and 0 < estimated < math.inf else limit)
+
+    @property
+    def _judged_windows(self) -> FittedWindows:
+        """The windows that a probe judges: those of the only rung besides exact steps."""
+        lengths = self._ladder.rungs[0].windows
+        return self._state.windows or FittedWindows(lengths, ((1, 1),) * len(lengths))
+
+    def _share_of_exact(self, windows: FittedWindows) -> float:
+        """Return the time of a step by these windows over that of an exact step. It serves to choose before steps by them can be timed.
+
+        It is that on as many workers as the longest window has layers, whatever their number is now, so that decisions do not depend on it.
+        """
+        workers = self.config.longest_window
+        return windows.cost(workers) / exact_step_cost(self.config.middle_layers, workers)
 
     @property
     def _windows_in_words(self) -> str:
-        return f"{self.rung} in windows of {windows_in_words(self.chosen.windows)} layers"
+        return f"windows of {windows_in_words(self.chosen.windows, self.chosen.sweeps)} layers"
 
     # The ladder ------------------------------------------------------------------------------------------------------------------
 
     def _raise(self, step: int, probe: Probe, fault: str) -> Decision:
         """Move to the next rung, or to the last one if the probe is hopeless."""
         last = self._ladder.last
-        self._state.rung = last if is_hopeless(probe, self.config) else self._ladder.above(self._state.rung, self._state.couplings)
+        self._state.rung = last if is_hopeless(probe, self.config) else self._state.rung + 1
         self._choose_unverified(step)
         if self.serial:
             self._state.flips += 1
@@ -277,7 +333,8 @@ class Controller:
 
     def _choose_unverified(self, step: int) -> None:
         """Have the next step probe the rung that was just chosen."""
-        self._state.verified, self._state.probe_at, self._state.above = not self._verifies, step + 1, None
+        state = self._state
+        state.verified, state.probe_at, state.above, state.windows_before = not self._verifies, step + 1, None, None
 
     def _is_calm(self, probe: Probe) -> bool:
         """Return True if the probe is well below every limit. The gap between that and a fault keeps the rung from swinging."""
@@ -287,11 +344,14 @@ class Controller:
             return False
         return self.settings.rule == "convergence" or probe.bias is None or probe.bias < 0.5 * self.settings.bias_limit
 
+    def _is_late(self, step: int) -> bool:
+        """Return True if no rung is gone down any more."""
+        return self._verifies and step >= self.config.late_step
+
     def _descend(self, step: int, probe: Probe) -> Decision | None:
         """Move one rung down, or return from serial training, after `patience` good probes in a row."""
         state = self._state
-        is_late = self._verifies and step >= self.config.late_step
-        if state.rung == 0 or (not self.serial and (is_late or state.flips >= self.settings.max_flips)):
+        if state.rung == 0 or (not self.serial and (self._is_late(step) or state.flips >= self.settings.max_flips)):
             return None
         state.calm = state.calm + 1 if self._is_calm(probe) else 0
         if state.calm < self.settings.patience:
@@ -334,15 +394,22 @@ class Controller:
         """Return what a checkpoint keeps of the controller."""
         return {**asdict(self._state), "name": self.rung, "consistency": self.config.consistency}
 
+    def _restored_windows(self, kept: dict[str, Any] | None) -> FittedWindows | None:
+        """Return the windows of a checkpoint; None if it has none, or if they are not this network's, since layers were added."""
+        if kept is None or not self.config.fits_windows or sum(kept["lengths"]) != self.config.middle_layers:
+            return None
+        return FittedWindows(tuple(kept["lengths"]), tuple((forward, backward) for forward, backward in kept["sweeps"]))
+
     def restore(self, state: dict[str, Any]) -> None:
         """Continue from a checkpoint's state. Settings that were changed since then take precedence."""
         if self.config.mode != "adaptive":
             return
         kept = {field.name: state[field.name] for field in fields(_State) if field.name in state}  # earlier versions had fewer fields
-        if kept.get("couplings") is not None:
-            kept["couplings"] = tuple(kept["couplings"])
-            if not self.config.cuts_windows or len(kept["couplings"]) != self.config.middle_layers - 1:  # layers were added since
-                kept |= {"couplings": None, "verified": not self._verifies}
+        for name in ("windows", "windows_before"):
+            kept[name] = self._restored_windows(kept.get(name))
+        known = kept["windows"] is not None or (state.get("windows") is None and state["name"] in [rung.name for rung in self.rungs])
+        if not known:  # layers were added since, or the ladder was another one
+            kept["verified"] = not self._verifies
         self._state = _State(**{**kept, "rung": self._ladder.index(state["name"]), "pace": Pace(**kept.get("pace", {}))})
         initial = self.config.consistency
         if not self.config.steers or state.get("consistency", initial) != initial:

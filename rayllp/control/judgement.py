@@ -24,6 +24,12 @@ def tolerated_share(config: TrainConfig, step: int) -> float:
     return min(share, config.adaptive.late_bias_to_noise) if step >= config.late_step else share
 
 
+def tolerated_bias(probe: Probe, config: TrainConfig, step: int) -> float:
+    """Return the largest bias of the gradient that is no fault."""
+    limit = config.adaptive.bias_limit
+    return limit if probe.noise is None or math.isnan(probe.noise) else max(limit, tolerated_share(config, step) * probe.noise)
+
+
 def fault_in(probe: Probe, config: TrainConfig, step: int) -> str | None:
     """Return what is wrong with the solve that a probe has judged, in words; None if nothing is."""
     settings = config.adaptive

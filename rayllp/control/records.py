@@ -4,6 +4,10 @@ from dataclasses import dataclass, replace
 
 from rayllp.config import Relaxation, TrainConfig
 from rayllp.mgrit import SolverOptions
+from rayllp.mgrit.couplings import Couplings
+
+FITTED = " fitted"
+"""End of the name of a solve whose windows are fitted to the network."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,6 +21,8 @@ class Accuracy:
         consistency, smoothness: weights of the two penalties.
         relaxation: relaxation on the finest level; None: mgrit.relaxation.fine.
         windows: on a cyclic placement, lengths of the windows; iterations are then Picard sweeps, without levels. Empty: MGRIT.
+        sweeps: of each window, forward and backward, where they are fitted to the network; the iterations are then the most of them. Empty:
+            every window takes as many sweeps as there are iterations.
     """
 
     serial: bool
@@ -28,6 +34,7 @@ class Accuracy:
     smoothness: float = 0.0
     relaxation: Relaxation | None = None
     windows: tuple[int, ...] = ()
+    sweeps: tuple[tuple[int, int], ...] = ()
 
     @property
     def mode(self) -> str:
@@ -37,10 +44,13 @@ class Accuracy:
     @property
     def name(self) -> str:
         """The name of this rung in a ladder: "2+1" for iterations forward and adjoint, "0+1" for a serial forward, "2+1 FCF" with a
-        relaxation of its own, "serial".
+        relaxation of its own, "1-3+1-2 fitted" if windows take one to three sweeps forward and one or two backward, "serial".
         """
         if self.serial:
             return "serial"
+        if self.sweeps:
+            longer = [pair for length, pair in zip(self.windows, self.sweeps, strict=True) if length > 1] or [(1, 1)]
+            return "+".join(_range(counts) for counts in zip(*longer, strict=True)) + FITTED
         forward = 0 if self.levels_forward == 1 else self.iterations_forward
         return f"{forward}+{self.iterations_backward}" + (f" {self.relaxation}" if self.relaxation else "")
 
@@ -51,8 +61,23 @@ class Accuracy:
 
     def doubled(self) -> "Accuracy":
         """Return this accuracy with doubled iterations, at least three each, so that there are two residuals to give ρ."""
+        sweeps = tuple((max(3, 2 * forward), max(3, 2 * backward)) for forward, backward in self.sweeps)
         forward, backward = max(3, 2 * self.iterations_forward), max(3, 2 * self.iterations_backward)
-        return replace(self, iterations_forward=forward, iterations_backward=backward)
+        return replace(self, iterations_forward=forward, iterations_backward=backward, sweeps=sweeps)
+
+    @property
+    def window_sweeps(self) -> tuple[int | tuple[int, ...], int | tuple[int, ...]]:
+        """Sweeps of the windows, forward and backward: one number for all, or one for each."""
+        if not self.sweeps:
+            return self.iterations_forward, self.iterations_backward
+        forward, backward = zip(*self.sweeps, strict=True)
+        return forward, backward
+
+
+def _range(counts: tuple[int, ...]) -> str:
+    """Return "2" if all are 2, "1-3" if they are 1 to 3."""
+    least, most = min(counts), max(counts)
+    return str(most) if least == most else f"{least}-{most}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +110,7 @@ class Probe:
         bias: norm of the gradient's error over the gradient's norm.
         noise: standard deviation of the gradient over the choice of the batch, over the gradient's norm.
         loss_gap: relative difference of the loss by the solve in use from that of the same batch by a better solve.
-        couplings: those of the second middle layer to the last one, the larger one of forward and adjoint.
+        couplings: how strongly each middle layer depends on the one before it.
     """
 
     rho_forward: float | None = None
@@ -93,7 +118,7 @@ class Probe:
     bias: float | None = None
     noise: float | None = None
     loss_gap: float | None = None
-    couplings: tuple[float, ...] | None = None
+    couplings: Couplings | None = None
 
 
 @dataclass(frozen=True)

@@ -96,7 +96,7 @@ class Probing:
         sums: this worker's `Sums`, in their order; None if the bias is not measured. Shape (sums,), float64.
         has_halves: True if the better gradient was formed in halves.
         lipschitz: constants of this worker's layers, by index in the whole network; None if the plan does not ask for them.
-        couplings: squared couplings of this worker's layers, see `WindowGradients.couplings`; None if the plan does not ask for them.
+        couplings: squared couplings of this worker's layers (`CouplingTable.squared`); None if the plan does not ask for them.
     """
 
     gradients: Gradients

@@ -16,6 +16,7 @@ from rayllp.engine.layer_group import LayerGroup
 from rayllp.engine.probe import Comparison, Probing
 from rayllp.engine.step_gradients import StepGradients
 from rayllp.mgrit import Convergence
+from rayllp.mgrit.couplings import Couplings
 
 OTHER_PIECES = 3
 """Pieces of the network besides the layers: embedding, the common piece that several layers use, head."""
@@ -34,8 +35,7 @@ class StepStats:
         consistency: the consistency penalty R over this replica's samples, without its weight; None if the penalty is off.
         forward, adjoint: how the two solves went, with factors in the order of the layers; None if nothing was solved iteratively.
         comparison: how far the gradient and the loss of the solve in use are off, if a probe has measured it.
-        couplings: how strongly each middle layer but the first depends on the one before it, if a probe has measured it: the larger one of
-            forward and adjoint, see `mgrit/couplings.py`.
+        couplings: how strongly each middle layer depends on the one before it, if a probe has measured it.
         lipschitz: constants of this worker's own layers, by index, if a probe has estimated them.
         time_s: seconds that the step took on this worker; 0 before its end.
         fault: the first place where something was not finite, as this worker sees it: (stage, order, text), see `diagnose`. The smallest
@@ -52,7 +52,7 @@ class StepStats:
     forward: Convergence | None
     adjoint: Convergence | None
     comparison: Comparison | None
-    couplings: tuple[float, ...] | None
+    couplings: Couplings | None
     lipschitz: Mapping[int, float] | None
     time_s: float = 0.0
     fault: tuple[int, int, str] | None = None
@@ -115,7 +115,7 @@ def reduce_statistics(
         forward=measured["forward"],
         adjoint=_in_order_of_layers(measured["adjoint"]),
         comparison=probing.read(sums["probe"]) if probing is not None else None,
-        couplings=_larger(sums["couplings"]) if probing is not None and probing.couplings is not None else None,
+        couplings=Couplings.read(sums["couplings"]) if probing is not None and probing.couplings is not None else None,
         lipschitz=probing.lipschitz if probing is not None else None,
     )
 
@@ -131,11 +131,6 @@ def _positions(spec: StateSpec) -> int:
 def _in_order_of_layers(adjoint: Convergence | None) -> Convergence | None:
     """Return an adjoint solve's convergence with its factors in the order of the layers: the solve has them last layer first."""
     return None if adjoint is None else replace(adjoint, factors=tuple(level[::-1] for level in adjoint.factors))
-
-
-def _larger(squares: Tensor) -> tuple[float, ...]:
-    """Return the larger one of both directions' couplings, of all layers but the first, from their squares of shape (2, layers)."""
-    return tuple(squares.amax(0).sqrt()[1:].tolist())
 
 
 def _squared_norms(counted: Sequence[tuple[int, nn.Parameter]], pieces: int, device: torch.device) -> Tensor:

@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 
-import torch
 from torch import Tensor
 
 from rayllp.channel.base import MessageTag
@@ -12,7 +11,7 @@ from rayllp.engine.layer_group import LayerGroup
 from rayllp.engine.propagators import AdjointPropagator, ForwardPropagator, RecomputingPropagator
 from rayllp.engine.step_gradients import StepGradients, add_embedding_gradients, loss_and_seed
 from rayllp.mgrit import Communicator
-from rayllp.mgrit.couplings import solve_with_couplings
+from rayllp.mgrit.couplings import CouplingTable, solve_a_layer_early
 from rayllp.mgrit.windows import Placement, WindowOptions, WindowProblem
 from rayllp.state import detach
 
@@ -29,7 +28,8 @@ class WindowGradients:
         group, block, accuracy = self.group, self.group.block, batch.accuracy
         bound = block.bind(batch)
         spec, last = group.spec(batch.inputs), group.channel.size - 1
-        messages = "windows", accuracy.windows, accuracy.iterations_forward, accuracy.iterations_backward
+        sweeps_forward, sweeps_backward = accuracy.window_sweeps
+        messages = "windows", accuracy.windows, sweeps_forward, sweeps_backward
         with group.channel.prepost_receives((messages, spec)):
             with group.span("enter"):
                 entered = bound.enter(batch.inputs) if block.first else None
@@ -37,14 +37,14 @@ class WindowGradients:
             propagator = RecomputingPropagator(bound, checkpoints={*block.solved}) if recompute else ForwardPropagator(bound)
             # Forward solve. Its last sweep records graphs.
             problem = WindowProblem(self.placement, accuracy.windows, propagator, spec)
-            options = WindowOptions(sweeps=accuracy.iterations_forward, rounding=group.config.rounding)
+            options = WindowOptions(sweeps=sweeps_forward, rounding=group.config.rounding)
             u0 = None if entered is None else detach(entered)
             forward = group.solve_by_windows(problem, options, MessageTag(batch.step, "forward"), u0, source=0)
             with group.span("loss"):
                 loss, seed = loss_and_seed(bound, forward.output, batch)
             # Adjoint solve, from λ_N. Its last sweep forms parameter gradients.
             problem = WindowProblem(self.placement, accuracy.windows, AdjointPropagator(propagator), spec, adjoint=True)
-            options = replace(options, sweeps=accuracy.iterations_backward)
+            options = replace(options, sweeps=sweeps_backward)
             adjoint = group.solve_by_windows(problem, options, MessageTag(batch.step, "adjoint"), seed, source=last)
         add_embedding_gradients(group, entered, adjoint.output)
         return StepGradients(loss, forward.residuals, adjoint.residuals, penalty)
@@ -54,20 +54,20 @@ class WindowGradients:
 
         May leave meaningless gradients in `.grad`.
 
-        Returns: the squared couplings, forward and adjoint: float64, shape (2, middle layers), zeros for other workers' layers. Each stands
-            at the later one of its two layers, in the adjoint, too.
+        Returns: see `CouplingTable.squared`.
         """
         group, block = self.group, self.group.block
         bound = block.bind(batch)
         spec, last = group.spec(batch.inputs), group.channel.size - 1
         propagator = ForwardPropagator(bound)
         u0 = detach(bound.enter(batch.inputs)) if block.first else None
+        owners, table = self.placement.owners, CouplingTable(len(self.placement.owners), group.device)
         communicator = Communicator(group.channel, MessageTag(batch.step, "forward"))
-        output, forward = solve_with_couplings(self.placement.owners, propagator, communicator, u0, spec, source=0, destination=last)
+        output = solve_a_layer_early(owners, propagator, communicator, u0, spec, table.visit_forward, source=0, destination=last)
         _, seed = loss_and_seed(bound, output, batch)
         communicator = Communicator(group.channel, MessageTag(batch.step, "adjoint"))
-        _, adjoint = solve_with_couplings(
-            self.placement.owners, AdjointPropagator(propagator), communicator, seed, spec, source=last, destination=0, adjoint=True
+        solve_a_layer_early(
+            owners, AdjointPropagator(propagator), communicator, seed, spec, table.visit_adjoint, source=last, destination=0, adjoint=True
         )
         group.channel.finish()
-        return torch.stack([forward, adjoint.roll(1)])
+        return table.squared

@@ -13,8 +13,8 @@ the identity as the coarse operator). After k sweeps the first k layers of each 
 window is.
 
 Windows may have any lengths. A window of one layer is exact, and several of these in a row form a chain: states go from owner to owner, and
-no worker waits for the gradients of their parameters. `cut_windows` finds where windows have to be short, from the couplings of the layers
-(`couplings.py`).
+no worker waits for the gradients of their parameters. Each window may take as many sweeps as it needs; `fitting.py` chooses lengths and
+sweeps.
 
 The adjoint is the same solve from the other end, with the transposed steps. With one sweep in both directions, the gradient is the exact
 gradient of the network whose windows are evaluated in this way. That is why training with a single sweep is stable.
@@ -23,7 +23,6 @@ gradient of the network whose windows are evaluated in this way. That is why tra
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, groupby
-from math import factorial
 
 import torch
 from torch import Tensor
@@ -42,9 +41,6 @@ IN_PIECES_BYTES = 4 * 2**20
 """If each worker would receive more bytes than this for the sum at a window's end, the sum is done in pieces: fewer bytes, more messages.
 Below this size, the number of messages decides how long it takes.
 """
-
-WINDOW_ERROR = 0.1
-"""The largest relative error that a window may have after its sweeps, as estimated by `cut_windows`."""
 
 
 @dataclass(frozen=True)
@@ -89,55 +85,22 @@ def equal_windows(layers: int, length: int) -> tuple[int, ...]:
     return tuple(min(length, layers - start) for start in range(0, layers, length))
 
 
-def cut_windows(couplings: Sequence[float], longest: int, sweeps: int) -> tuple[int, ...]:
-    """Return the lengths of as few windows as possible of which none has a larger error than `WINDOW_ERROR` after these sweeps.
-
-    The error after k sweeps is estimated as E^k / k!, where E is the error after the first one.
-
-    Args:
-        couplings: κ of the second layer to the last (`couplings.py`). A layer whose κ is not finite begins a new window.
-        longest: the largest number of layers in a window.
-        sweeps: number of sweeps in each window.
-    """
-    limit = (factorial(sweeps) * WINDOW_ERROR) ** (1 / sweeps)
-    lengths, error = [1], 0.0
-    for coupling in couplings:
-        error += lengths[-1] * coupling
-        if lengths[-1] < longest and error <= limit:
-            lengths[-1] += 1
-        else:
-            lengths.append(1)
-            error = 0.0
-    return tuple(lengths)
-
-
-def windows_in_words(lengths: Sequence[int]) -> str:
-    """Return the lengths of windows as a short text, such as "1 (4 times), 3, 8 (7 times)".
+def windows_in_words(lengths: Sequence[int], sweeps: Sequence[tuple[int, int]] = ()) -> str:
+    """Return the lengths of windows as a short text: "1 (4 times), 3, 8 (7 times)", or with sweeps "1, 7 by 3+2, 8 by 1+1 (7 times)".
 
     If all are equal, but for a shorter last one, the text is that one number.
-    """
-    if lengths == equal_windows(sum(lengths), lengths[0]):
-        return str(lengths[0])
-    runs = [(length, len(list(run))) for length, run in groupby(lengths)]
-    return ", ".join(str(length) if count == 1 else f"{length} ({count} times)" for length, count in runs)
-
-
-def window_step_cost(windows: Sequence[int], forward: int, backward: int, workers: int) -> float:
-    """Return the time of a training step by windows, in forward evaluations of a layer, if messages cost nothing.
 
     Args:
-        windows: lengths of the windows, none longer than there are workers.
-        forward, backward: number of sweeps in each direction.
-        workers: number of workers.
+        lengths: number of layers of each window.
+        sweeps: of each window, forward and backward; empty: all take the same, and none are named. A window of one layer takes one each.
     """
-    chained = sum(length == 1 for length in windows)
-    sweeps = sum(min(forward, length) + min(backward, length) + 1 for length in windows if length > 1)
-    return sweeps + 2 * chained + 2 * chained / workers
-
-
-def exact_step_cost(layers: int, workers: int) -> float:
-    """Return the time of an exact step on a cyclic placement, with the batch not split, in forward evaluations of a layer."""
-    return 2 * layers + 2 * layers / workers
+    if not sweeps and lengths == equal_windows(sum(lengths), lengths[0]):
+        return str(lengths[0])
+    each = [str(length) for length in lengths]
+    if sweeps:
+        each = [f"{length} by {f}+{b}" if length > 1 else "1" for length, (f, b) in zip(lengths, sweeps, strict=True)]
+    runs = [(text, len(list(run))) for text, run in groupby(each)]
+    return ", ".join(text if count == 1 else f"{text} ({count} times)" for text, count in runs)
 
 
 @dataclass(frozen=True)
@@ -164,19 +127,33 @@ class WindowOptions:
     """Everything about a solve by windows but the problem itself.
 
     Attributes:
-        sweeps: number of Picard sweeps in each window, at least 1; a window takes no more of them than it has layers.
+        sweeps: number of Picard sweeps in every window, or in each of them in the order of the network; at least 1. A window takes no more
+            of them than it has layers.
         rounding: relative rounding error of a layer's increment, where it is computed in a lower precision than the state's; otherwise 0.
 
     Raises:
         SettingsError: no sweep.
     """
 
-    sweeps: int = 1
+    sweeps: int | tuple[int, ...] = 1
     rounding: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.sweeps < 1:
-            raise SettingsError(f"{self.sweeps} sweeps: there must be at least 1")
+        least = min(self.sweeps, default=1) if isinstance(self.sweeps, tuple) else self.sweeps
+        if least < 1:
+            raise SettingsError(f"{least} sweeps: there must be at least 1")
+
+    def of_each(self, windows: int) -> tuple[int, ...]:
+        """Return the sweeps of each window.
+
+        Raises:
+            SettingsError: sweeps of another number of windows.
+        """
+        if not isinstance(self.sweeps, tuple):
+            return (self.sweeps,) * windows
+        if len(self.sweeps) != windows:
+            raise SettingsError(f"sweeps of {len(self.sweeps)} windows, and there are {windows}: give one number for each, or one for all")
+        return self.sweeps
 
 
 class WindowSolver:
@@ -200,8 +177,11 @@ class WindowSolver:
         self.on_phase = on_phase or (lambda phase, level: None)
         cut = problem.placement.windows(problem.windows)
         self.windows: list[Sequence[int]] = [layers[::-1] for layers in reversed(cut)] if problem.adjoint else list(cut)
-        self._longest = max(problem.windows)
-        self.sweeps, self.rounding = min(options.sweeps, self._longest), options.rounding
+        sweeps = [min(pair) for pair in zip(options.of_each(len(cut)), problem.windows, strict=True)]
+        self._sweeps_of = {layers[0]: count for layers, count in zip(self.windows, sweeps[:: -1 if problem.adjoint else 1], strict=True)}
+        self.sweeps, self.rounding = max(sweeps), options.rounding
+        # Changes are compared from sweep to sweep, so they are those of the windows that take all sweeps.
+        self._longest = max(length for length, count in zip(problem.windows, sweeps, strict=True) if count == self.sweeps)
         # In a chain the next worker waits for the adjoint state alone, so parameter gradients are deferred.
         self._defers = problem.adjoint and self.channel.size > 1
         self._deferred: list[tuple[int, State]] = []
@@ -225,7 +205,7 @@ class WindowSolver:
             squared_floor=self._squared_floor,
             # The inputs of a window's first k layers are exact after k − 1 sweeps, so later changes are zero by construction.
             informative=self._longest - 1,
-            exact=self.sweeps >= self._longest,
+            exact=all(count >= len(layers) for layers, count in zip(self.windows, self._sweeps_of.values(), strict=True)),
         )
         return Solution(output=state, residuals=shares)
 
@@ -233,7 +213,8 @@ class WindowSolver:
         """Return the state after these layers, which are given in the order in which they are taken."""
         mine = [layer for layer in layers if self.placement.owners[layer] == self.channel.rank]
         inputs = dict.fromkeys(mine, start)
-        for sweep in range(min(self.sweeps, len(layers)) - 1):
+        sweeps = self._sweeps_of[layers[0]]
+        for sweep in range(sweeps - 1):
             self.on_phase("relaxation", 0)
             found = {layer: subtract(self.propagator.step(layer, inputs[layer]), inputs[layer]) for layer in mine}
             inputs = self._next_inputs(layers, start, self._gather(layers, found, f"sweep {sweep}"), inputs, sweep)
@@ -269,19 +250,22 @@ class WindowSolver:
     ) -> dict[int, State]:
         """Return the next sweep's inputs of this worker's layers: the window's first state plus the increments of all layers before.
 
-        Also adds the squared change of these inputs to `_changes`, and in the first sweep its rounding error to `_squared_floor`.
+        In a window that takes all sweeps, also adds the squared change of these inputs to `_changes`, and in the first sweep its rounding
+        error to `_squared_floor`.
 
         Args:
             increments: the increments that sweep `sweep` has found, of all layers of the window in order.
             before: that sweep's inputs of this worker's layers.
         """
         state, inputs = start, {}
+        counts = self._sweeps_of[layers[0]] == self.sweeps
         # Needed only if there will be two changes, whose ratio is ρ unless both are of the size of rounding error.
-        rounding = torch.zeros_like(self._squared_floor) if sweep == 0 and len(self._changes) > 1 else None
+        rounding = torch.zeros_like(self._squared_floor) if counts and sweep == 0 and len(self._changes) > 1 else None
         for layer, increment in zip(layers, increments, strict=True):
             if layer in before:
                 inputs[layer] = state
-                self._changes[sweep] += squared_norm(subtract(state, before[layer]))
+                if counts:
+                    self._changes[sweep] += squared_norm(subtract(state, before[layer]))
                 if rounding is not None:
                     self._squared_floor += rounding
             state = add(state, increment)

@@ -146,8 +146,10 @@ def schedules_of(config: TrainConfig, accuracy: Accuracy) -> tuple[Schedule, Sch
     """Return the forward and the adjoint schedule of a step that is solved by windows or MGRIT, or exactly over blocks of layers."""
     workers = config.layer_workers
     if config.placement == "cyclic":
-        sweeps = {"forward": accuracy.iterations_forward, "adjoint": accuracy.iterations_backward}
-        forward, adjoint = (_record_windows(config.middle_layers, workers, accuracy.windows, sweeps[name], name) for name in sweeps)
+        forward, adjoint = (
+            _record_windows(config.middle_layers, workers, accuracy.windows, sweeps, name)
+            for sweeps, name in zip(accuracy.window_sweeps, ("forward", "adjoint"), strict=True)
+        )
         return forward, adjoint
     solves = StepSolves.of(accuracy, config)
     # If a tolerance may end the iterations early, the largest number of them is predicted.
@@ -176,7 +178,7 @@ def _record_cycles(hierarchy: Hierarchy, options: SolverOptions, workers: int, n
 
 
 @lru_cache(maxsize=1024)
-def _record_windows(layers: int, workers: int, windows: tuple[int, ...], sweeps: int, name: str) -> Schedule:
+def _record_windows(layers: int, workers: int, windows: tuple[int, ...], sweeps: int | tuple[int, ...], name: str) -> Schedule:
     """Return the schedule of a solve by windows, of layers in turn."""
     placement, adjoint = Placement.cyclic(layers, workers), name == "adjoint"
     source = workers - 1 if adjoint else 0

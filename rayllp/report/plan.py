@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from rayllp.config import load_run_config
+from rayllp.control.records import FITTED
 from rayllp.errors import SettingsError
 from rayllp.plan import Device, MGRITSolve, Option, Plan, Solve, WindowSolve
 from rayllp.report.progress import tell
@@ -48,7 +49,9 @@ def _biases_of(run: Path) -> list[tuple[Solve, float]]:
         elif metric["bias"] is not None and metric["mode"] == "parallel" and (before is None or before["mode"] == "parallel"):
             bias = math.inf if math.isnan(float(metric["bias"])) else float(metric["bias"])
             levels = config.mgrit.levels
-            if config.solver == "windows":
+            if (metric.get("probed") or "").endswith(FITTED):
+                pass  # windows of several lengths, which are no option of the planner
+            elif config.solver == "windows":
                 biases.append((WindowSolve(config.longest_window, *iterations), bias))
             elif levels.forward == levels.backward:
                 biases.append((MGRITSolve(config.fine_coarsening, levels.forward, *iterations), bias))
