@@ -299,7 +299,7 @@ def test_windows_are_fitted_where_layers_depend_strongly_on_each_other():
     assert sum(lengths) == 16
     assert len(lengths) == len(sweeps)
     assert sweeps[-1] == (1, 1)
-    assert max(sweeps) > (1, 1)
+    assert lengths[0] < 8 or sweeps[0] > (1, 1)
     assert decision.trained == f"exact, trying {control.rung}"
     assert decision.reason.endswith(f"windows of {windows_in_words(lengths, sweeps)} layers")
     assert control.accuracy_at(11).serial
@@ -318,15 +318,15 @@ def estimated(control, couplings):
     return WindowErrors(couplings, 8).of(FittedWindows(*fit_of(control)))
 
 
-def test_windows_are_fitted_to_a_fifth_of_the_tolerated_bias_as_the_probe_has_measured_it():
-    """A bias of 0.9 where 0.3 is tolerated: fitted windows are to have a fifteenth of the estimated error of those that were judged."""
+def test_windows_are_fitted_to_two_fifths_of_the_tolerated_bias_as_the_probe_has_measured_it():
+    """A bias of 0.9 where 0.3 is tolerated: fitted windows are to have 2/15 of the estimated error of those that were judged."""
     control = open_controller()
     control.observe(0, replace(BAD, couplings=STEEP))
     before = WindowErrors(STEEP, 8).of(FittedWindows((8, 8), ((1, 1), (1, 1))))
-    assert estimated(control, STEEP) <= before / 15
+    assert estimated(control, STEEP) <= before * 2 / 15
     slack = open_controller()
     slack.observe(0, replace(BAD, bias=0.31, couplings=STEEP))  # little above the tolerated one
-    assert before / 15 < estimated(slack, STEEP) <= before / 5
+    assert before * 2 / 15 < estimated(slack, STEEP) <= before * 2 / 5
     assert FittedWindows(*fit_of(slack)).cost(8) < FittedWindows(*fit_of(control)).cost(8)
 
 

@@ -39,7 +39,7 @@ EARLY_PROBES = (10, 20, 40, 80)
 """Numbers of steps after which windows are probed in addition. While the learning rate warms up, a bias can grow from nothing to harmful
 in fewer steps than lie between two regular probes.
 """
-AIMED_SHARE = 0.2
+AIMED_SHARE = 0.4
 """Windows are fitted to have this share of the bias that is tolerated."""
 WORTHWHILE_RATIO = 0.9
 """Windows that are accurate enough are fitted anew if that takes at most so much of their time, and exact steps are left if windows do."""
