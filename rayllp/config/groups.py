@@ -117,7 +117,10 @@ class AdaptiveSettings(Settings):
     )
     bias_target: float = Field(0.2, gt=0, description="relative bias that steering aims at")
     switch_at: int | float | None = Field(
-        None, ge=0, description="serial from this step (or share of the steps) on; default 0.8 in mode adaptive (windows 0.95); 1.0: never"
+        None,
+        ge=0,
+        description="serial from this step (or share of the steps) on; default in mode adaptive 0.8 (windows of a ladder 0.95, fitted ones "
+        "never); 1.0: never",
     )
 
     @field_validator("switch_at", "late_from")

@@ -35,7 +35,9 @@ CONSISTENCY = 0.3
 EXACT_FROM = 0.8
 """Share of the steps after which mode adaptive trains exactly, which removes the effects of biased gradients."""
 EXACT_FROM_WINDOWS = 0.95
-"""The same share for windows, which are solved more accurately before that (adaptive.late_from)."""
+"""The same share for windows of a ladder, which are solved more accurately before that (adaptive.late_from). Fitted ones are accurate
+enough to the end.
+"""
 
 MAY_DIFFER = set(
     "name workers resize_check_s mesh device channel receive_timeout_s hang_timeout_s snapshot_every spare_workers max_failures eval "
@@ -296,7 +298,7 @@ class RunSettings(Settings):
     def switch_at(self) -> int | float | None:
         """The step, or share of the steps, from which training is exact whatever probes find; None: there is no such step."""
         at = self.adaptive.switch_at
-        if at is not None or self.mode != "adaptive":
+        if at is not None or self.mode != "adaptive" or self.fits_windows:
             return at
         return EXACT_FROM_WINDOWS if self.solver == "windows" else EXACT_FROM
 
