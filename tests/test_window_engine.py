@@ -24,6 +24,16 @@ def sweeps(forward, backward, windows=(4, 4)):
     )
 
 
+def fitted(*windows):
+    """Windows (length, forward sweeps, backward sweeps), as the controller hands them out."""
+    lengths, forward, backward = zip(*windows, strict=True)
+    pairs = tuple(zip(forward, backward, strict=True))
+    return replace(sweeps(max(forward), max(backward), lengths), sweeps=pairs)
+
+
+FITTED = fitted((1, 1, 1), (3, 3, 2), (2, 1, 1), (2, 2, 1))
+
+
 def cyclic(workers, **changes):
     changes.setdefault("solver", "windows")
     return tiny(workers=workers, **changes)
@@ -77,6 +87,14 @@ def test_the_bits_do_not_depend_on_the_number_of_workers(iterations, windows):
         tied = "transformer.wte.weight"  # a sum over the two ends of the network
         torch.testing.assert_close(found[1].pop(tied), wanted[1][tied], rtol=1e-12, atol=1e-14)
         assert_same(found, (wanted[0], {name: g for name, g in wanted[1].items() if name != tied}))
+
+
+def test_fitted_windows_that_all_take_the_same_are_those_of_a_rung_to_the_bit():
+    assert_same(on_workers(2, fitted((1, 2, 1), (3, 2, 1), (4, 2, 1))), on_workers(2, sweeps(2, 1, (1, 3, 4))))
+    wanted = on_workers(1, FITTED)
+    for workers in (2, 3, 4):
+        assert_same(on_workers(workers, FITTED), wanted)
+    assert_same(on_workers(3, fitted((3, 3, 3), (5, 5, 5))), on_workers(1, SERIAL), 1e-9)
 
 
 @pytest.mark.parametrize("windows", [(4, 4), (1, 1, 2, 4)])
@@ -138,7 +156,7 @@ def step_over_gloo(rank, size, config, accuracy):
     return [engine.train_step(step, accuracy).loss for step in range(3)], engine.evaluate(2)["loss"]
 
 
-@pytest.mark.parametrize("accuracy", [sweeps(2, 1), SERIAL])
+@pytest.mark.parametrize("accuracy", [sweeps(2, 1), FITTED, SERIAL])
 def test_training_over_gloo_and_the_evaluation_are_those_of_one_worker(accuracy):
     engine = make_engine(cyclic(1))
     wanted = [engine.train_step(step, accuracy).loss for step in range(3)], engine.evaluate(2)["loss"]
@@ -183,11 +201,13 @@ def test_every_family(family, head):
             torch.testing.assert_close(got[name], gradient, rtol=1e-8, atol=1e-11)
 
 
-@pytest.mark.parametrize("windows", [(4, 4, 4, 4), (1, 1, 2, 4, 4, 4)])
-def test_a_step_takes_what_the_planner_says(windows):
+@pytest.mark.parametrize(
+    "accuracy",
+    [sweeps(2, 2, (4, 4, 4, 4)), sweeps(2, 2, (1, 1, 2, 4, 4, 4)), fitted((1, 1, 1), (3, 3, 1), (4, 2, 3), (4, 1, 2), (4, 1, 1))],
+)
+def test_a_step_takes_what_the_planner_says(accuracy):
     """Compares work by worker and kind, counted on a timeline, with the schedule on logical clocks."""
     config = cyclic(4, model={"layers": 20})
-    accuracy = sweeps(2, 2, windows)
 
     def work(channel):
         engine = make_engine(config, channel)
