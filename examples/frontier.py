@@ -26,6 +26,7 @@ from typing import Any
 
 from rayllp.config import TrainConfig, load_config
 from rayllp.control import Controller
+from rayllp.control.records import FITTED
 from rayllp.mgrit.windows import windows_in_words
 from rayllp.plan import Costs, predict_step
 
@@ -67,7 +68,9 @@ class Way:
 
 
 LADDER = ("1+1", "2+1", "2+2", "3+3")
-"""Rungs for windows of equal length."""
+"""Rungs for windows of equal length, as they were the default before windows were fitted. Results by them are of an earlier version, which also
+cut windows by an estimate that was coarser.
+"""
 FIXED = ("adaptive.bias_to_noise=1e9", "adaptive.late_from=1.0", "adaptive.probe_every=500")
 TAILS = (0.8, 0.9, 0.95, 0.98, 1.0)
 
@@ -511,7 +514,9 @@ def row_of(runs: list[dict[str, Any]], results: list[dict[str, Any]]) -> Row:
     shares: Counter[str] = Counter()
     for r in runs:
         for solve, count in r["solves"].items():
-            shares[solve.partition(",")[0] + (" cut" if "," in solve else "")] += count / steps / len(runs)
+            name = solve.partition(",")[0]
+            cut = "" if name == solve or name.endswith(FITTED) else " cut"  # as earlier versions did to the windows of a ladder
+            shares[name + cut] += count / steps / len(runs)
         shares["probes"] += sum(count for kind, count in r["probes"].items() if kind != COUPLINGS) / steps / len(runs)
     ms, strict = (mean(total_ms(r, exact_gains=gains) for r in runs) for gains in (True, False))
     alone = steps * serial_ms(task, middle)

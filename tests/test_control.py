@@ -394,7 +394,7 @@ def test_windows_are_not_fitted_where_the_user_has_said_what_they_are(changes):
     assert (control.rung, *fit_of(control)) == ("2+1", given, ())
 
 
-def test_a_run_that_has_become_deeper_forgets_how_windows_were_fitted():
+def test_a_run_with_more_layers_or_fewer_workers_forgets_how_windows_were_fitted():
     control = open_controller()
     control.observe(0, replace(BAD, couplings=STEEP))
     control.observe(1, GOOD)
@@ -403,6 +403,11 @@ def test_a_run_that_has_become_deeper_forgets_how_windows_were_fitted():
     deeper.restore(control.state())
     assert fit_of(deeper) == ((8, 8, 8, 8), ())
     assert deeper.accuracy_at(5).serial  # until a probe has found these accurate
+    fewer = open_controller(workers=4)
+    fewer.restore(control.state())
+    assert fit_of(fewer) == ((4, 4, 4, 4), ())
+    assert fewer.accuracy_at(5).serial
+    assert max(fit_of(control)[0]) > 4
 
 
 def test_a_checkpoint_of_a_ladder_does_not_vouch_for_windows_that_are_to_be_fitted():

@@ -395,8 +395,10 @@ class Controller:
         return {**asdict(self._state), "name": self.rung, "consistency": self.config.consistency}
 
     def _restored_windows(self, kept: dict[str, Any] | None) -> FittedWindows | None:
-        """Return the windows of a checkpoint; None if it has none, or if they are not this network's, since layers were added."""
-        if kept is None or not self.config.fits_windows or sum(kept["lengths"]) != self.config.middle_layers:
+        """Return the windows of a checkpoint; None if it has none, or if layers or workers are others now."""
+        if kept is None or not self.config.fits_windows:
+            return None
+        if sum(kept["lengths"]) != self.config.middle_layers or max(kept["lengths"]) > self.config.longest_window:
             return None
         return FittedWindows(tuple(kept["lengths"]), tuple((forward, backward) for forward, backward in kept["sweeps"]))
 
