@@ -68,8 +68,8 @@ class Way:
 
 
 LADDER = ("1+1", "2+1", "2+2", "3+3")
-"""Rungs for windows of equal length, as they were the default before windows were fitted. Results by them are of an earlier version, which also
-cut windows by an estimate that was coarser.
+"""Rungs for windows of equal length, as they were the default before windows were fitted. Results by them are of an earlier version, which
+also cut windows by an estimate that was coarser.
 """
 FIXED = ("adaptive.bias_to_noise=1e9", "adaptive.late_from=1.0", "adaptive.probe_every=500")
 TAILS = (0.8, 0.9, 0.95, 0.98, 1.0)
