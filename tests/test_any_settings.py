@@ -66,7 +66,7 @@ mgrit = group(
     relaxation=group(fine=maybe("F", "FCF"), coarse=maybe("F", "FCF")), cycle=maybe("V", "F"), coarse_step_weight=maybe(0.0, 0.5),
     initial_guess=maybe("coarse", "constant"), tolerance=pick(*[OUT] * 4, 1e-2, 1e-8), batched=pick(*[OUT] * 3, True),
 )  # fmt: skip
-windows = group(length=pick(OUT, 2, 3, 5), sweeps=group(forward=maybe(1, 2, 3), backward=maybe(1, 2, 3)), cut=maybe(False))
+windows = group(length=pick(OUT, 2, 3, 5), sweeps=group(forward=maybe(1, 2, 3), backward=maybe(1, 2, 3)), fit=maybe(False))
 adaptive = group(
     probe_every=pick(0, 1, 2), rule=maybe("convergence", "bias", "both"), threshold=maybe(0.4), bias_limit=maybe(1e-4),
     bias_to_noise=maybe(0.0), exact_every=maybe(1), lipschitz_every=pick(OUT, OUT, 1), return_below=maybe(None), patience=maybe(1),

@@ -410,6 +410,62 @@ def test_a_run_with_more_layers_or_fewer_workers_forgets_how_windows_were_fitted
     assert max(fit_of(control)[0]) > 4
 
 
+def test_exact_steps_are_left_after_any_number_of_refits():
+    control = open_controller()
+    for step in range(5):
+        control.observe(step, replace(BAD, couplings=coupled(rest=0.05)))
+    assert control.serial
+    for step in (49, 99):
+        assert control.observe(step, replace(GOOD, couplings=coupled(rest=0.05))) is None
+    assert "3 probes say" in control.observe(149, replace(GOOD, couplings=coupled(rest=0.05))).reason
+
+
+def test_windows_that_were_too_slow_are_fitted_anew_after_a_pause():
+    control = open_controller()
+    control.observe(0, replace(BAD, couplings=STEEP))
+    control.observe(1, replace(GOOD, couplings=STEEP))
+    slow = control.rung
+    assert slow.endswith("fitted")
+    assert control.begin(20, {"serial": 1.0, slow: 1.2}).rung == "serial"
+    assert "looking again" in control.begin(520, {"serial": 1.0}).reason
+    assert fit_of(control) == ((8, 8), ())
+    assert control.accuracy_at(520).serial
+    assert control.plan_probe(520).couplings
+
+
+@pytest.mark.parametrize(
+    "changes", [{"adaptive": {"probe_every": 0}}, {"adaptive": {"rule": "both"}}, {"adaptive": {"rule": "convergence"}}]
+)
+def test_windows_are_fitted_only_where_bias_judges_and_is_measured(changes):
+    config = open_controller(**changes).config
+    assert not config.fits_windows
+    assert config.switch_step == 950
+    assert open_controller().config.switch_step is None  # fitted windows are accurate to the end
+
+
+def test_one_worker_stays_exact_whatever_a_checkpoint_says():
+    control = open_controller()
+    control.observe(0, replace(BAD, couplings=STEEP))
+    alone = open_controller(workers=1)
+    alone.restore(control.state())
+    assert [step for step in range(200) if alone.plan_probe(step)] == []
+    assert alone.serial
+
+
+def test_states_of_earlier_versions_are_taken_up():
+    """They have couplings by which windows were cut, a ladder of more rungs, and no lengths of the windows that were verified."""
+    control = open_controller()
+    control.observe(0, GOOD)
+    state = {
+        name: value for name, value in control.state().items() if name not in ("windows", "windows_before", "refits", "waits", "lengths")
+    }
+    for older in ({"couplings": [0.9] * 15, "name": "1+1"}, {"name": "2+1", "rung": 1, "above": 2}):
+        resumed = open_controller()
+        resumed.restore({**state, **older})
+        assert resumed.accuracy_at(10).serial  # until a probe has found windows accurate
+        assert resumed.observe(10, replace(BAD, couplings=STEEP)).trying.endswith("fitted")
+
+
 def test_a_checkpoint_of_a_ladder_does_not_vouch_for_windows_that_are_to_be_fitted():
     control = open_controller(**LADDER)
     control.observe(0, BAD)

@@ -68,7 +68,7 @@ class WindowSettings(Settings):
     fit: bool = Field(
         True,
         description="in mode adaptive, choose each window's length and sweeps by how strongly its layers depend on each other, if length "
-        "is no list, no ladder is given, and bias judges",
+        "is no list, no ladder is given, and rule is bias",
     )
 
 
@@ -102,8 +102,12 @@ class AdaptiveSettings(Settings):
         None,
         description='rungs from cheap to dear: "F+B" iterations or sweeps, for MGRIT also "F+B FCF" (0: serial forward); then serial',
     )
-    return_below: float | None = Field(0.3, gt=0, description="a probe whose every ρ is below this is calm; none: no way back")
-    patience: int = Field(3, ge=1, description="calm probes in a row after which a rung is gone down")
+    return_below: float | None = Field(
+        0.3, gt=0, description="a probe whose every ρ is below this is calm (of fitted windows any); none: no way back"
+    )
+    patience: int = Field(
+        3, ge=1, description="calm probes in a row after which a rung is gone down, or exact steps are left for fitted windows"
+    )
     max_flips: int = Field(6, ge=0, description="switches to serial and steps down, in all, after which there are no more steps down")
     consistency: float | None = Field(
         None,

@@ -99,9 +99,7 @@ class RunSettings(Settings):
         ("tensorboard",), description="where curves go, besides RUN's own files: any of tensorboard, wandb, mlflow (docs/trainer.md)"
     )
     max_failures: int = Field(10, ge=0, description="failures that a run survives within an hour: workers or nodes lost")
-    mode: Literal["parallel", "serial", "adaptive"] = Field(
-        "adaptive", description="adaptive: as parallel as the gradient's bias allows, exact at the end"
-    )
+    mode: Literal["parallel", "serial", "adaptive"] = Field("adaptive", description="adaptive: as parallel as the gradient's bias allows")
     windows: WindowSettings = WindowSettings()
     mgrit: MGRITSettings = MGRITSettings()
     buffers: BufferSettings = BufferSettings()
@@ -219,7 +217,7 @@ class RunSettings(Settings):
     @property
     def fits_windows(self) -> bool:
         """True if the controller chooses the lengths and sweeps of windows by how strongly layers depend on each other."""
-        judged = self.mode == "adaptive" and self.solver == "windows" and self.adaptive.rule != "convergence"
+        judged = self.mode == "adaptive" and self.solver == "windows" and self.adaptive.rule == "bias" and self.adaptive.probe_every > 0
         given = isinstance(self.windows.length, tuple) or self.adaptive.ladder is not None
         return judged and self.windows.fit and not given
 

@@ -9,8 +9,8 @@ every change of rung, steps are exact until a probe of the current rung is good.
 be wrong. With the default ladder, the controller also leaves a rung whose steps are no faster than exact ones.
 
 Windows are fitted instead: the ladder has one rung besides exact steps, and each window's length and sweeps follow from couplings that the
-probe has measured (`rayllp/mgrit/fitting.py`), so that the bias should be half of what is tolerated. The same probe tells what the bias is
-for the windows in use, and so how far estimated errors are off.
+probe has measured (`rayllp/mgrit/fitting.py`), so that the bias should be two fifths of what is tolerated. The same probe tells what the
+bias is for the windows in use, and so how far estimated errors are off.
 """
 
 import math
@@ -146,7 +146,7 @@ class Controller:
             exact=exact,
             rho=not self._is_unverified or self.settings.rule != "bias",
             lipschitz=lipschitz,
-            # They cost an exact step, so where windows have not been fitted they are measured only once something is wrong.
+            # They cost an exact step, so while windows of full length at 1+1 are in use they are not measured.
             couplings=self.config.fits_windows and (self._is_unverified or self.serial or self._state.windows is not None),
         )
 
@@ -191,7 +191,10 @@ class Controller:
         self._state.pace.time_anew(step)
 
     def _heed_times(self, step: int, seconds: Mapping[str, float]) -> Decision | None:
-        """Leave the ladder if the current rung is no faster than an exact step; the rungs above it are slower still."""
+        """Leave the ladder if the current rung is no faster than an exact step. Rungs above it are slower still.
+
+        Windows are fitted anew when it is tried again.
+        """
         state, pace, exact = self._state, self._state.pace, seconds.get("serial")
         if not self.config.drops_slow_rungs or state.final:
             return None
@@ -199,6 +202,7 @@ class Controller:
             if not pace.ends_pause(step, exact, seconds.get(pace.slow)):
                 return None
             state.rung, state.verified, state.probe_at = 0, False, step
+            state.windows = state.windows_before = None  # others may be fast enough by now
             return self._decision(step, "looking again whether layer-parallel steps are faster")
         here = seconds.get(self.chosen.name)
         if self.serial or self._is_unverified or exact is None or here is None or not pace.is_too_slow(step, here, exact):
@@ -280,7 +284,7 @@ class Controller:
         """Leave exact steps again, after `patience` probes in a row by which windows would be accurate and faster."""
         state = self._state
         fitted = self._fit(step, probe)
-        pays = fitted is not None and self._share_of_exact(fitted) <= WORTHWHILE_RATIO
+        pays = fitted is not None and not is_hopeless(probe, self.config) and self._share_of_exact(fitted) <= WORTHWHILE_RATIO
         state.calm = state.calm + 1 if pays else 0
         if state.calm < self.settings.patience:
             return None
@@ -327,6 +331,7 @@ class Controller:
         self._state.rung = last if is_hopeless(probe, self.config) else self._state.rung + 1
         self._choose_unverified(step)
         if self.serial:
+            self._state.refits = 0
             self._state.flips += 1
             self._state.final = not self._may_return
         return self._decision(step, fault)
@@ -392,7 +397,7 @@ class Controller:
 
     def state(self) -> dict[str, Any]:
         """Return what a checkpoint keeps of the controller."""
-        return {**asdict(self._state), "name": self.rung, "consistency": self.config.consistency}
+        return {**asdict(self._state), "name": self.rung, "lengths": self.chosen.windows, "consistency": self.config.consistency}
 
     def _restored_windows(self, kept: dict[str, Any] | None) -> FittedWindows | None:
         """Return the windows of a checkpoint; None if it has none, or if layers or workers are others now."""
@@ -409,10 +414,13 @@ class Controller:
         kept = {field.name: state[field.name] for field in fields(_State) if field.name in state}  # earlier versions had fewer fields
         for name in ("windows", "windows_before"):
             kept[name] = self._restored_windows(kept.get(name))
-        known = kept["windows"] is not None or (state.get("windows") is None and state["name"] in [rung.name for rung in self.rungs])
-        if not known:  # layers were added since, or the ladder was another one
-            kept["verified"] = not self._verifies
+        if self.config.fits_windows:
+            kept["above"] = None  # of a ladder of more rungs
         self._state = _State(**{**kept, "rung": self._ladder.index(state["name"]), "pace": Pace(**kept.get("pace", {}))})
+        if len(self.rungs) == 1:
+            self._state.final = True
+        if self.config.solver == "windows" and (state["name"], tuple(state.get("lengths", ()))) != (self.rung, self.chosen.windows):
+            self._state.verified = not self._verifies  # layers or workers are others now, or windows were chosen in another way
         initial = self.config.consistency
         if not self.config.steers or state.get("consistency", initial) != initial:
             self._state.weight = initial

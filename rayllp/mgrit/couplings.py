@@ -72,7 +72,11 @@ class Coupling:
 
 @dataclass(frozen=True)
 class Couplings:
-    """How strongly layers depend on each other in the forward and in the adjoint solve."""
+    """How strongly layers depend on each other.
+
+    Attributes:
+        forward, adjoint: in the two solves.
+    """
 
     forward: Coupling
     adjoint: Coupling
@@ -86,6 +90,10 @@ class Couplings:
 
 class CouplingTable:
     """What one worker measures during an exact solve and its adjoint.
+
+    Args:
+        layers: number of layers, of all workers.
+        device: of the states.
 
     Attributes:
         squared: squares of the numbers of `Couplings`, a row each; float64 of shape (6, layers), zeros for other workers' layers.
@@ -114,6 +122,8 @@ class CouplingTable:
             before, after: weights of the states before and after the layer; None: they are not weighted.
         """
         reached = self._squared(visit.after, after)
+        if reached <= TINY:  # no sample that was measured has a term of the loss
+            return torch.zeros(3, dtype=torch.float64, device=self.squared.device)
         coupling, increment, response = (
             self._squared(state, after) / reached for state in (visit.change, subtract(visit.after, visit.before), visit.response)
         )
@@ -145,7 +155,7 @@ def solve_a_layer_early(
     """Solve exactly, layer after layer and from worker to worker, and evaluate each layer a layer too early on the way.
 
     Each worker sends a layer's input on before it evaluates the layer, so that the next worker can evaluate its own layer there meanwhile.
-    After it has sent the output on, it sends the output that the early evaluation alone would have given.
+    After it has sent the output on, it sends the output that the early evaluation would have given.
 
     Args:
         owners: for each layer, the rank of the worker that owns it (`Placement.owners`).
@@ -160,6 +170,9 @@ def solve_a_layer_early(
             gradients.
 
     Returns: the last state on worker `destination`, None elsewhere.
+
+    Raises:
+        ChannelError: a message did not arrive in time.
     """
     rank, in_order, early, off = communicator.rank, "in order", "a layer early", "off by the error"
     order = range(len(owners))[:: -1 if adjoint else 1]
@@ -180,6 +193,8 @@ def solve_a_layer_early(
             increment = subtract(propagator.step(layer, before), before)
         state = state if behind == rank else communicator.receive(spec, behind, in_order, 0)
         assert state is not None
+        if place > 1:  # taken before this worker sends: over NCCL, two workers that both send first wait for each other for ever
+            wrong = wrong if behind == rank else communicator.receive(spec, behind, off, 0)
         goes_on = ahead != rank and place + 1 < len(order)
         if goes_on:
             communicator.send(state, ahead, early, 0)
@@ -193,7 +208,6 @@ def solve_a_layer_early(
                 communicator.send(subtract(after, change), ahead, off, 0)
         found = Visit(layer, state, after, change)
         if place > 1:
-            wrong = wrong if behind == rank else communicator.receive(spec, behind, off, 0)
             assert wrong is not None
             response = subtract(own, subtract(propagator.step(layer, wrong), wrong))
             found = Visit(layer, state, after, change, error=subtract(state, wrong), response=response)

@@ -87,7 +87,7 @@ class WindowErrors:
         self._adjoint = (ADJOINT_WEIGHT * adjoint).tolist()
 
     def of(self, solve: FittedWindows) -> float:
-        """Return the estimated error of a solve whose windows are not longer than `longest`."""
+        """Return the estimated error of a solve, none of whose windows may be longer than `longest`."""
         total, begin = 0.0, 0
         for length, (forward, backward) in zip(solve.lengths, solve.sweeps, strict=True):
             total += self._error(begin, length, forward, self._forward, begin) + self._error(

@@ -166,7 +166,7 @@ class WindowSolver:
         on_phase: called with the name of each sweep and level 0 as the sweep begins.
 
     Raises:
-        SettingsError: windows that do not make up the network.
+        SettingsError: windows that do not make up the network, or sweeps of another number of windows.
     """
 
     def __init__(

@@ -20,7 +20,7 @@ CHUNK_S = 1.0
 MAX_CHUNK_STEPS = 50
 """The largest number of steps in a chunk."""
 STEPS_WITH_SPANS = 3
-"""Number of timed steps of each kind (mode, iterations, workers) whose spans are stored. It is above 1, since the first may be slow."""
+"""Number of timed steps of each kind (mode, solve, workers) whose spans are stored. It is above 1, since the first may be slow."""
 HANG_FACTOR = 20.0
 """A chunk is taken to hang after this many times its expected duration, plus the time limits of the settings."""
 FIRST_CHUNK_EXTRA_S = 1800.0
@@ -138,7 +138,7 @@ class StepLog:
         timed = [(each.timed, each.peak_memory) for each in reports if each.timed is not None and each.peak_memory is not None]
         if not timed or len(timed) < self.config.world:  # timelines of lost workers are missing
             return
-        kind = {name: metric[name] for name in ("mode", "iterations_forward", "iterations_backward")}
+        kind = {name: metric[name] for name in ("mode", "solve", "iterations_forward", "iterations_backward")}
         key = (*kind.values(), self.config.world, self.config.model.layers)
         self._drawn[key] += 1
         self._run.timeline(metric["step"], kind, timed, spans=self._drawn[key] <= STEPS_WITH_SPANS)

@@ -294,7 +294,10 @@ def _iterations(runs: Sequence[RunRecord]) -> Chart | None:
             x, y = _in_use(run, f"iterations_{name}")
             if len(x):
                 curves.append(Curve(name=name, run=number, x=x, y=y, kind="steps", dash=dash))  # type: ignore[arg-type]
-    caption = "Of the forward and the adjoint solve; 0 is serial, and exact. Probes, which do more of them, are left out."
+    caption = (
+        "Of the forward and the adjoint solve; 0 is serial, and exact. Of fitted windows it is the most that one takes. "
+        "Probes, which do more of them, are left out."
+    )
     return _chart(runs, "iterations", "Iterations in use", curves, caption=caption, y_label="iterations", zero=True, whole=True)
 
 
