@@ -304,14 +304,24 @@ def test_windows_are_fitted_where_layers_depend_strongly_on_each_other():
     assert decision.reason.endswith(f"windows of {windows_in_words(lengths, sweeps)} layers")
     assert control.accuracy_at(11).serial
     assert (control.plan_probe(11).candidate.windows, control.plan_probe(11).candidate.sweeps) == (lengths, sweeps)
-    assert control.plan_probe(11).couplings
+    assert not control.plan_probe(11).couplings  # those by which windows were just fitted will do
     resumed = open_controller()
     resumed.restore(json.loads(json.dumps(control.state())))
+    assert resumed.observe(11, BAD) == open_controller_at(control).observe(11, BAD)
+    resumed.rewind(control.mark())
     for each in (control, resumed):
-        each.observe(11, replace(GOOD, couplings=STEEP))
+        each.observe(11, GOOD)
+        assert each.plan_probe(49).couplings
         assert (each.accuracy_at(12).windows, each.accuracy_at(12).sweeps) == (lengths, sweeps)
         assert not each.accuracy_at(12).serial
         assert each.accuracy_at(12).name == each.rung
+
+
+def open_controller_at(other):
+    """Another controller in the same state."""
+    control = open_controller()
+    control.rewind(other.mark())
+    return control
 
 
 def estimated(control, couplings):
@@ -333,7 +343,7 @@ def test_windows_are_fitted_to_two_fifths_of_the_tolerated_bias_as_the_probe_has
 def test_windows_that_are_still_inaccurate_are_fitted_to_less_and_in_the_end_steps_are_exact():
     control, costs = open_controller(), []
     for step in range(5):
-        decision = control.observe(step, replace(BAD, couplings=STEEP))
+        decision = control.observe(step, replace(BAD, couplings=None if step else STEEP))  # measured once
         assert control.accuracy_at(step + 1).serial
         if not control.serial:
             costs.append(FittedWindows(*fit_of(control)).cost(8))
@@ -342,6 +352,14 @@ def test_windows_that_are_still_inaccurate_are_fitted_to_less_and_in_the_end_ste
     assert costs[-1] <= 0.9 * exact_step_cost(16, 8)
     assert control.serial
     assert decision.rung == "serial"
+
+
+def test_the_last_step_is_no_probe():
+    control = open_controller()
+    control.observe(0, GOOD)
+    assert control.plan_probe(949)
+    assert control.plan_probe(999) is None
+    assert Controller(make_config({"workers": 8, "model": {"layers": 20}, "steps": 1})).plan_probe(0)  # but the first is
 
 
 def test_exact_steps_are_left_again_once_windows_would_do():

@@ -24,6 +24,7 @@ from rayllp.control.judgement import fault_in, found_accurate, is_hopeless, tole
 from rayllp.control.ladder import Ladder
 from rayllp.control.pace import Pace
 from rayllp.control.records import Accuracy, Decision, Probe, ProbePlan
+from rayllp.mgrit.couplings import Coupling, Couplings
 from rayllp.mgrit.fitting import FittedWindows, WindowErrors, exact_step_cost
 from rayllp.mgrit.windows import windows_in_words
 
@@ -64,6 +65,8 @@ class _State:
     windows_before: FittedWindows | None = None  # those to return to if cheaper ones are not accurate
     refits: int = 0  # number of times in a row that windows were fitted after a fault
     waits: int = 0  # number of good probes before cheaper windows are tried again
+    couplings: Couplings | None = None  # by which windows were fitted that no probe has judged yet
+    asks: bool = False  # whether the next probe is to measure couplings, since something is wrong
     pace: Pace = field(default_factory=Pace)
 
 
@@ -130,6 +133,8 @@ class Controller:
         every = self.settings.probe_every
         if not every or self._state.final or self._state.pace.pause_ends is not None:
             return None
+        if self._verifies and 0 < step == self.config.steps - 1:
+            return None  # it would decide about no step
         if self._is_unverified:
             if step < self._state.probe_at:
                 return None
@@ -146,9 +151,18 @@ class Controller:
             exact=exact,
             rho=not self._is_unverified or self.settings.rule != "bias",
             lipschitz=lipschitz,
-            # They cost an exact step, so while windows of full length at 1+1 are in use they are not measured.
-            couplings=self.config.fits_windows and (self._is_unverified or self.serial or self._state.windows is not None),
+            couplings=self._wants_couplings,
         )
+
+    @property
+    def _wants_couplings(self) -> bool:
+        """True if a probe is to measure couplings, which costs an exact step.
+
+        It does if something is wrong, if cheaper windows may do, or windows instead of exact steps; not if windows were just fitted.
+        """
+        state = self._state
+        in_use = state.windows is not None and state.verified
+        return self.config.fits_windows and (state.asks or self.serial or in_use)
 
     def _is_additional(self, step: int) -> bool:
         """Return True if the step is a probe besides the regular ones: an early one of windows, or the first late one."""
@@ -202,7 +216,8 @@ class Controller:
             if not pace.ends_pause(step, exact, seconds.get(pace.slow)):
                 return None
             state.rung, state.verified, state.probe_at = 0, False, step
-            state.windows = state.windows_before = None  # others may be fast enough by now
+            state.windows = state.windows_before = state.couplings = None  # others may be fast enough by now
+            state.asks = True
             return self._decision(step, "looking again whether layer-parallel steps are faster")
         here = seconds.get(self.chosen.name)
         if self.serial or self._is_unverified or exact is None or here is None or not pace.is_too_slow(step, here, exact):
@@ -225,7 +240,8 @@ class Controller:
             self._steer(probe)
             self._state.refits = 0
             if self._is_unverified:
-                self._state.verified, self._state.above, self._state.windows_before = True, None, None
+                state = self._state
+                state.verified, state.above, state.windows_before, state.couplings, state.asks = True, None, None, None, False
                 return self._decision(step, found_accurate(probe))
         return self._try_cheaper_windows(step, probe) if self.config.fits_windows else self._descend(step, probe)
 
@@ -253,9 +269,11 @@ class Controller:
         state = self._state
         if state.windows_before is not None:
             state.windows, state.windows_before, state.verified, state.waits = state.windows_before, None, True, self.settings.patience
+            state.couplings = None
             return self._decision(step, f"{fault}; back to {self._windows_in_words}")
-        if probe.couplings is None and not self._is_unverified:
+        if probe.couplings is None and state.couplings is None and not state.asks:
             self._choose_unverified(step)
+            state.asks = True
             return self._decision(step, f"{fault}; the next step measures where layers depend strongly on each other")
         fitted = None if is_hopeless(probe, self.config) or state.refits == MAX_REFITS else self._fit(step, probe)
         if fitted is None or self._share_of_exact(fitted) > WORTHWHILE_RATIO:
@@ -297,9 +315,10 @@ class Controller:
 
         Returns: None if the probe did not measure what that takes.
         """
-        if probe.couplings is None or probe.bias is None:
+        self._state.couplings, self._state.asks = probe.couplings or self._state.couplings, False
+        if self._state.couplings is None or probe.bias is None:
             return None
-        errors, judged = WindowErrors(probe.couplings, self.config.longest_window), self._judged_windows
+        errors, judged = WindowErrors(self._state.couplings, self.config.longest_window), self._judged_windows
         estimated, bias = errors.of(judged), probe.bias
         limit = AIMED_SHARE * tolerated_bias(probe, self.config, step) * 0.5**self._state.refits
         # Estimated errors are right in proportion.
@@ -331,7 +350,7 @@ class Controller:
         self._state.rung = last if is_hopeless(probe, self.config) else self._state.rung + 1
         self._choose_unverified(step)
         if self.serial:
-            self._state.refits = 0
+            self._state.refits, self._state.couplings = 0, None
             self._state.flips += 1
             self._state.final = not self._may_return
         return self._decision(step, fault)
@@ -414,6 +433,7 @@ class Controller:
         kept = {field.name: state[field.name] for field in fields(_State) if field.name in state}  # earlier versions had fewer fields
         for name in ("windows", "windows_before"):
             kept[name] = self._restored_windows(kept.get(name))
+        kept["couplings"] = _restored_couplings(kept.get("couplings")) if kept["windows"] else None
         if self.config.fits_windows:
             kept["above"] = None  # of a ladder of more rungs
         self._state = _State(**{**kept, "rung": self._ladder.index(state["name"]), "pace": Pace(**kept.get("pace", {}))})
@@ -424,3 +444,11 @@ class Controller:
         initial = self.config.consistency
         if not self.config.steers or state.get("consistency", initial) != initial:
             self._state.weight = initial
+
+
+def _restored_couplings(kept: Any) -> Couplings | None:
+    """Return the couplings of a checkpoint; None if it has none, or those of an earlier version."""
+    if not isinstance(kept, dict):
+        return None
+    forward, adjoint = (Coupling(**{name: tuple(row) for name, row in kept[way].items()}) for way in ("forward", "adjoint"))
+    return Couplings(forward, adjoint)
