@@ -354,6 +354,15 @@ def test_windows_that_are_still_inaccurate_are_fitted_to_less_and_in_the_end_ste
     assert decision.rung == "serial"
 
 
+def test_as_many_exact_steps_are_timed_however_many_probes_the_start_takes():
+    control = open_controller()
+    control.observe(0, BAD)
+    control.observe(1, replace(BAD, couplings=STEEP))
+    assert control.plan_probe(2)
+    control.observe(2, GOOD)
+    assert [control.accuracy_at(step).serial for step in (3, 6, 7)] == [True, True, False]
+
+
 def test_the_last_step_is_no_probe():
     control = open_controller()
     control.observe(0, GOOD)
@@ -416,15 +425,15 @@ def test_a_run_with_more_layers_or_fewer_workers_forgets_how_windows_were_fitted
     control = open_controller()
     control.observe(0, replace(BAD, couplings=STEEP))
     control.observe(1, GOOD)
-    assert not control.accuracy_at(5).serial
+    assert not control.accuracy_at(10).serial
     deeper = open_controller(model={"layers": 36})
     deeper.restore(control.state())
     assert fit_of(deeper) == ((8, 8, 8, 8), ())
-    assert deeper.accuracy_at(5).serial  # until a probe has found these accurate
+    assert deeper.accuracy_at(10).serial  # until a probe has found these accurate
     fewer = open_controller(workers=4)
     fewer.restore(control.state())
     assert fit_of(fewer) == ((4, 4, 4, 4), ())
-    assert fewer.accuracy_at(5).serial
+    assert fewer.accuracy_at(10).serial
     assert max(fit_of(control)[0]) > 4
 
 
@@ -488,11 +497,11 @@ def test_a_checkpoint_of_a_ladder_does_not_vouch_for_windows_that_are_to_be_fitt
     control = open_controller(**LADDER)
     control.observe(0, BAD)
     control.observe(1, GOOD)
-    assert control.accuracy_at(5).name == "2+1"
+    assert control.accuracy_at(10).name == "2+1"
     fitting = open_controller()
     fitting.restore(control.state())
     assert fitting.rung == "1+1"
-    assert fitting.accuracy_at(5).serial
+    assert fitting.accuracy_at(10).serial
 
 
 def test_windows_are_probed_more_often_while_the_learning_rate_warms_up():

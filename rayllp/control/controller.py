@@ -359,6 +359,7 @@ class Controller:
         """Have the next step probe the rung that was just chosen."""
         state = self._state
         state.verified, state.probe_at, state.above, state.windows_before = not self._verifies, step + 1, None, None
+        state.pace.make_up_for_probe(step)
 
     def _is_calm(self, probe: Probe) -> bool:
         """Return True if the probe is well below every limit. The gap between that and a fault keeps the rung from swinging."""

@@ -38,6 +38,11 @@ class Pace:
         """Return True if the step is exact in order to be timed."""
         return step < self.timed_from + TIMED_STEPS
 
+    def make_up_for_probe(self, step: int) -> None:
+        """Time exact steps for one step longer if the step after this one, which was to be timed, is a probe."""
+        if self.is_timing(step + 1):
+            self.timed_from += 1
+
     def time_anew(self, step: int) -> None:
         """Time exact steps again from this step on, and try the ladder again, if it was left."""
         self.timed_from = step
