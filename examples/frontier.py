@@ -156,6 +156,15 @@ class Task:
     evaluated: int = 0
 
 
+NARROW_TRANSLATION = (
+    "model.width=32",
+    "model.heads=2",
+    "model.feed_forward=64",
+    "optimizer.name=muon",
+    "optimizer.min_lr_ratio=0",
+    "optimizer.warmup=60",
+)
+
 TASKS = {
     "narrow": Task(
         "GPT-2 of width 16, Shakespeare, 2 + N + 2 layers, Δt = 1/N, by Muon",
@@ -198,16 +207,20 @@ TASKS = {
         "mt_multi30k",
         {"data.path": "multi30k"},
         (6, 24),
-        (
-            "model.width=32",
-            "model.heads=2",
-            "model.feed_forward=64",
-            "optimizer.name=muon",
-            "optimizer.min_lr_ratio=0",
-            "optimizer.warmup=60",
-        ),
+        NARROW_TRANSLATION,
         seeds=(0, 1, 2),
         rates=(5e-3, 1e-2, 2e-2),
+        steps=600,
+        buffers=0,
+        evaluated=40,
+    ),
+    "deep translation": Task(
+        "The same with 32 + 32 layers",
+        "mt_multi30k",
+        {"data.path": "multi30k"},
+        (64,),
+        NARROW_TRANSLATION,
+        rates=(1e-2,),
         steps=600,
         buffers=0,
         evaluated=40,

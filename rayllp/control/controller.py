@@ -13,7 +13,6 @@ probe has measured (`rayllp/mgrit/fitting.py`), so that the bias should be two f
 bias is for the windows in use, and so how far estimated errors are off.
 """
 
-import math
 from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -24,8 +23,9 @@ from rayllp.control.judgement import fault_in, found_accurate, is_hopeless, tole
 from rayllp.control.ladder import Ladder
 from rayllp.control.pace import Pace
 from rayllp.control.records import Accuracy, Decision, Probe, ProbePlan
+from rayllp.control.window_fitting import WindowFitting
 from rayllp.mgrit.couplings import Coupling, Couplings
-from rayllp.mgrit.fitting import FittedWindows, WindowErrors, exact_step_cost
+from rayllp.mgrit.fitting import FittedWindows
 from rayllp.mgrit.windows import windows_in_words
 
 PENALTY_UP, PENALTY_DOWN = 4.0, 2.0
@@ -40,8 +40,6 @@ EARLY_PROBES = (10, 20, 40, 80)
 """Numbers of steps after which windows are probed in addition. While the learning rate warms up, a bias can grow from nothing to harmful
 in fewer steps than lie between two regular probes.
 """
-AIMED_SHARE = 0.4
-"""Windows are fitted to have this share of the bias that is tolerated."""
 WORTHWHILE_RATIO = 0.9
 """Windows that are accurate enough are fitted anew if that takes at most so much of their time, and exact steps are left if windows do."""
 MAX_REFITS = 4
@@ -75,7 +73,7 @@ class Controller:
 
     def __init__(self, config: TrainConfig) -> None:
         self.config, self.settings = config, config.adaptive
-        self._ladder = Ladder(config)
+        self._ladder, self._fitting = Ladder(config), WindowFitting(config)
         self.rungs = self._ladder.rungs
         self._state = _State(weight=config.consistency, verified=not self._verifies)
         if config.mode == "serial" or len(self.rungs) == 1:
@@ -268,75 +266,62 @@ class Controller:
         """Return to the windows before if cheaper ones were tried. Else fit windows, unless exact steps take no longer."""
         state = self._state
         if state.windows_before is not None:
-            state.windows, state.windows_before, state.verified, state.waits = state.windows_before, None, True, self.settings.patience
-            state.couplings = None
+            state.windows, state.windows_before, state.couplings = state.windows_before, None, None
+            state.verified, state.waits = True, self.settings.patience
             return self._decision(step, f"{fault}; back to {self._windows_in_words}")
         if probe.couplings is None and state.couplings is None and not state.asks:
             self._choose_unverified(step)
             state.asks = True
             return self._decision(step, f"{fault}; the next step measures where layers depend strongly on each other")
-        fitted = None if is_hopeless(probe, self.config) or state.refits == MAX_REFITS else self._fit(step, probe)
-        if fitted is None or self._share_of_exact(fitted) > WORTHWHILE_RATIO:
+        fitted = None if state.refits == MAX_REFITS else self._fit(step, probe)
+        if fitted is None or self._fitting.share_of_exact(fitted) > WORTHWHILE_RATIO:
             return self._raise(step, probe, fault)
-        state.windows, state.refits = fitted, state.refits + 1
-        self._choose_unverified(step)
-        return self._decision(step, f"{fault}; {self._windows_in_words}")
+        state.refits += 1
+        return self._try_windows(step, fitted, probe, fault)
 
     def _try_cheaper_windows(self, step: int, probe: Probe) -> Decision | None:
-        """Fit windows to what layers depend on each other now, if that pays. They are used once a probe has found them accurate."""
+        """Fit windows to what layers depend on each other now, if that pays."""
         state = self._state
-        if probe.couplings is None or state.windows is None or self._is_late(step):
+        if state.windows is None or self._is_late(step):
             return None
         if state.waits:
             state.waits -= 1
             return None
-        fitted = self._fit(step, probe)
-        if fitted is None or self._share_of_exact(fitted) > WORTHWHILE_RATIO * self._share_of_exact(state.windows):
+        fitted, share_of_exact = self._fit(step, probe), self._fitting.share_of_exact
+        if fitted is None or share_of_exact(fitted) > WORTHWHILE_RATIO * share_of_exact(state.windows):
             return None
-        before, state.windows = state.windows, fitted
-        self._choose_unverified(step)
+        before = state.windows
+        decision = self._try_windows(step, fitted, probe, "less time would do")
         state.windows_before = before
-        return self._decision(step, f"less time would do; {self._windows_in_words}")
+        return decision
 
     def _return_to_windows(self, step: int, probe: Probe) -> Decision | None:
         """Leave exact steps again, after `patience` probes in a row by which windows would be accurate and faster."""
-        state = self._state
-        fitted = self._fit(step, probe)
-        pays = fitted is not None and not is_hopeless(probe, self.config) and self._share_of_exact(fitted) <= WORTHWHILE_RATIO
+        state, fitted = self._state, self._fit(step, probe)
+        pays = fitted is not None and self._fitting.share_of_exact(fitted) <= WORTHWHILE_RATIO
         state.calm = state.calm + 1 if pays else 0
-        if state.calm < self.settings.patience:
+        if fitted is None or state.calm < self.settings.patience:
             return None
-        state.rung, state.calm, state.refits, state.flips, state.windows = 0, 0, 0, state.flips + 1, fitted
-        self._choose_unverified(step)
-        return self._decision(step, f"{self.settings.patience} probes say that windows would do; {self._windows_in_words}")
+        state.rung, state.calm, state.flips = 0, 0, state.flips + 1
+        return self._try_windows(step, fitted, probe, f"{self.settings.patience} probes say that windows would do")
 
     def _fit(self, step: int, probe: Probe) -> FittedWindows | None:
-        """Return windows whose bias should be `AIMED_SHARE` of the tolerated one, by what the probe says of those that it has judged.
+        """Return windows that fit what the probe has found, and to less bias after each fit in a row that was a fault.
 
-        Returns: None if the probe did not measure what that takes.
+        Returns: None if no windows would be accurate, or if the probe did not measure what that takes.
         """
-        self._state.couplings, self._state.asks = probe.couplings or self._state.couplings, False
-        if self._state.couplings is None or probe.bias is None:
+        state, couplings = self._state, probe.couplings or self._state.couplings
+        if couplings is None or probe.bias is None or is_hopeless(probe, self.config):
             return None
-        errors, judged = WindowErrors(self._state.couplings, self.config.longest_window), self._judged_windows
-        estimated, bias = errors.of(judged), probe.bias
-        limit = AIMED_SHARE * tolerated_bias(probe, self.config, step) * 0.5**self._state.refits
-        # Estimated errors are right in proportion.
-        return errors.fit(limit * estimated / bias if 0 < bias < math.inf and 0 < estimated < math.inf else limit)
+        tolerated = tolerated_bias(probe, self.config, step) * 0.5**state.refits
+        return self._fitting.fit(couplings, state.windows or self._fitting.full, probe.bias, tolerated)
 
-    @property
-    def _judged_windows(self) -> FittedWindows:
-        """The windows that a probe judges: those of the only rung besides exact steps."""
-        lengths = self._ladder.rungs[0].windows
-        return self._state.windows or FittedWindows(lengths, ((1, 1),) * len(lengths))
-
-    def _share_of_exact(self, windows: FittedWindows) -> float:
-        """Return the time of a step by these windows over that of an exact step. It serves to choose before steps by them can be timed.
-
-        It is that on as many workers as the longest window has layers, whatever their number is now, so that decisions do not depend on it.
-        """
-        workers = self.config.longest_window
-        return windows.cost(workers) / exact_step_cost(self.config.middle_layers, workers)
+    def _try_windows(self, step: int, fitted: FittedWindows, probe: Probe, reason: str) -> Decision:
+        """Use these windows once a probe has found them accurate."""
+        state = self._state
+        state.windows, state.couplings, state.asks = fitted, probe.couplings or state.couplings, False
+        self._choose_unverified(step)
+        return self._decision(step, f"{reason}; {self._windows_in_words}")
 
     @property
     def _windows_in_words(self) -> str:
@@ -350,7 +335,7 @@ class Controller:
         self._state.rung = last if is_hopeless(probe, self.config) else self._state.rung + 1
         self._choose_unverified(step)
         if self.serial:
-            self._state.refits, self._state.couplings = 0, None
+            self._state.refits, self._state.couplings, self._state.asks = 0, None, False
             self._state.flips += 1
             self._state.final = not self._may_return
         return self._decision(step, fault)
