@@ -215,7 +215,7 @@ TASKS = {
         evaluated=40,
     ),
     "deep translation": Task(
-        "The same with 32 + 32 layers",
+        "Multi30k as above, 32 + 32 layers",
         "mt_multi30k",
         {"data.path": "multi30k"},
         (64,),
@@ -624,7 +624,7 @@ def ablations(results: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-COLOURS = {"serial": "#1f77b4", "adaptive": "#2ca02c", "adaptive 16": "#d62728"}
+COLOURS = {"serial": "#1f77b4", "adaptive": "#2ca02c", "adaptive 16": "#d62728", "ladder": "#98df8a", "ladder 16": "#ff9896"}
 """Of the ways that the legend names; the others are grey: fixed solves with exact ends of several lengths."""
 
 
@@ -649,7 +649,7 @@ def draw(found: list[Row], picture: Path) -> None:
                 continue
             points = [(row.hours, mean(row.losses)) for row in mine]
             workers = WAYS[way].workers
-            label = None if way not in COLOURS else "exact, one device" if workers == 1 else f"adaptive, {workers} workers"
+            label = None if way not in COLOURS else "exact, one device" if workers == 1 else f"{way.split()[0]}, {workers} workers"
             axis.plot(*zip(*points, strict=True), "o-", ms=4, lw=1.2, color=COLOURS.get(way, "#7f7f7f"), label=label)
             for row, point in zip(mine, points, strict=True):
                 axis.annotate(str(row.middle), point, textcoords="offset points", xytext=(4, 4), fontsize="x-small")
