@@ -18,7 +18,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from statistics import mean, stdev
@@ -26,7 +26,9 @@ from typing import Any
 
 from rayllp.config import TrainConfig, load_config
 from rayllp.control import Controller
+from rayllp.control.ladder import Ladder
 from rayllp.control.records import FITTED
+from rayllp.mgrit.fitting import FittedWindows
 from rayllp.mgrit.windows import windows_in_words
 from rayllp.plan import Costs, predict_step
 
@@ -452,11 +454,11 @@ def total_ms(result: dict[str, Any], *, exact_gains: bool = True) -> float:
     if way.workers == 1:
         return sum(result["solves"].values()) * serial_ms(task, result["middle"])
     config = config_of(task, result["middle"], way)
-    rungs = {rung.name: rung for rung in Controller(config).rungs}
+    ladder = Ladder(config)
+    rungs = {rung.name: rung for rung in ladder.rungs}
     for name, windows in result.get("windows", {}).items():
         lengths, forward, backward = zip(*windows, strict=True)
-        sweeps = tuple(zip(forward, backward, strict=True))
-        rungs[name] = replace(rungs["1+1"], windows=lengths, sweeps=sweeps)
+        rungs[name] = ladder.fitted(0, FittedWindows(lengths, tuple(zip(forward, backward, strict=True))))
 
     def step(name: str) -> float:
         if name == "serial" and not exact_gains:

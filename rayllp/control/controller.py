@@ -217,7 +217,7 @@ class Controller:
             state.windows = state.windows_before = state.couplings = None  # others may be fast enough by now
             state.asks = True
             return self._decision(step, "looking again whether layer-parallel steps are faster")
-        here = seconds.get(self.chosen.name)
+        here = seconds.get(self.rung)
         if self.serial or self._is_unverified or exact is None or here is None or not pace.is_too_slow(step, here, exact):
             return None
         pace.pause(step, self.rung, self.settings.probe_every)

@@ -25,9 +25,7 @@ class Ladder:
         if rung.serial or windows is None:
             return rung
         forward, backward = (max(counts) for counts in zip(*windows.sweeps, strict=True))
-        return replace(
-            rung, windows=windows.lengths, sweeps=windows.sweeps, iterations_forward=forward, iterations_backward=backward
-        )  # fmt: skip
+        return replace(rung, windows=windows.lengths, sweeps=windows.sweeps, iterations_forward=forward, iterations_backward=backward)
 
     def index(self, name: str) -> int:
         """Return the index of the rung with this name, or 0 if there is none."""

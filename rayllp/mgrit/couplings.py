@@ -32,8 +32,6 @@ from rayllp.mgrit.propagator import Propagator
 from rayllp.mgrit.relay import own_steps
 from rayllp.state import State, squared_norm, subtract, tensors
 
-TINY = 1e-300
-
 
 @dataclass(frozen=True)
 class Visit:
@@ -122,22 +120,25 @@ class CouplingTable:
             before, after: weights of the states before and after the layer; None: they are not weighted.
         """
         reached = self._squared(visit.after, after)
-        if reached <= TINY:  # no sample that was measured has a term of the loss
-            return torch.zeros(3, dtype=torch.float64, device=self.squared.device)
         coupling, increment, response = (
-            self._squared(state, after) / reached for state in (visit.change, subtract(visit.after, visit.before), visit.response)
+            _ratio(self._squared(state, after), reached) for state in (visit.change, subtract(visit.after, visit.before), visit.response)
         )
-        error = self._squared(visit.error, before) / self._squared(visit.before, before)
-        return torch.stack([coupling, increment, response / error.clamp_min(TINY)])
+        error = _ratio(self._squared(visit.error, before), self._squared(visit.before, before))
+        return torch.stack([coupling, increment, _ratio(response, error)])
 
     def _squared(self, state: State | None, weight: State | None) -> Tensor:
-        """Return the squared norm of a state, multiplied by a weight element by element if there is one; 0 for None, else not 0."""
+        """Return the squared norm of a state, multiplied by a weight element by element if there is one; 0 for None."""
         if state is None:
             return torch.zeros((), dtype=torch.float64, device=self.squared.device)
         if weight is None:
-            return squared_norm(state).double().clamp_min(TINY)
+            return squared_norm(state).double()
         pairs = zip(tensors(state), tensors(weight), strict=True)
-        return torch.stack([(part.double() * other.double()).square().sum() for part, other in pairs]).sum().clamp_min(TINY)
+        return torch.stack([(part.double() * other.double()).square().sum() for part, other in pairs]).sum()
+
+
+def _ratio(part: Tensor, whole: Tensor) -> Tensor:
+    """Return part / whole, or 0 if the whole is 0: no sample that was measured has a term of the loss, or two layers are independent."""
+    return torch.where(whole == 0, 0.0, part / whole)
 
 
 def solve_a_layer_early(
@@ -179,40 +180,38 @@ def solve_a_layer_early(
     owners = [owners[layer] for layer in order]
     take = propagator.step if adjoint else (lambda layer, state: propagator.last_step(layer, state, None))
 
+    def increment(layer: int, state: State) -> State:
+        return subtract(propagator.step(layer, state), state)
+
+    def taken(own: State | None, behind: int, phase: str) -> State:
+        state = own if behind == rank else communicator.receive(spec, behind, phase, 0)
+        assert state is not None
+        return state
+
     state = initial
     before: State | None = None  # the input of the layer before
     wrong: State | None = None  # the input, if the layer before was evaluated a layer too early
     if rank == source != owners[0]:
-        assert state is not None
-        communicator.send(state, owners[0], in_order, 0)
+        communicator.send(taken(initial, rank, in_order), owners[0], in_order, 0)
     for place, behind, ahead in own_steps(owners, rank, source=source, destination=destination):
-        layer, increment, change = order[place], None, None
-        if place:
-            before = before if behind == rank else communicator.receive(spec, behind, early, 0)
-            assert before is not None
-            increment = subtract(propagator.step(layer, before), before)
-        state = state if behind == rank else communicator.receive(spec, behind, in_order, 0)
-        assert state is not None
-        if place > 1:  # taken before this worker sends: over NCCL, two workers that both send first wait for each other for ever
-            wrong = wrong if behind == rank else communicator.receive(spec, behind, off, 0)
-        goes_on = ahead != rank and place + 1 < len(order)
+        layer, goes_on = order[place], ahead != rank and place + 1 < len(order)
+        evaluated_early = increment(layer, taken(before, behind, early)) if place else None
+        state = taken(state, behind, in_order)
+        # Received before this worker sends: over NCCL, two workers that both send first wait for each other for ever.
+        wrong = taken(wrong, behind, off) if place > 1 else None
         if goes_on:
             communicator.send(state, ahead, early, 0)
         after = take(layer, state)
         if ahead != rank:
             communicator.send(after, ahead, in_order, 0)
         own = subtract(after, state)
-        if increment is not None:
-            change = subtract(own, increment)
-            if goes_on:
-                communicator.send(subtract(after, change), ahead, off, 0)
-        found = Visit(layer, state, after, change)
-        if place > 1:
-            assert wrong is not None
-            response = subtract(own, subtract(propagator.step(layer, wrong), wrong))
-            found = Visit(layer, state, after, change, error=subtract(state, wrong), response=response)
-        visit(found)
-        state, before, wrong = after, state, None if change is None else subtract(after, change)
+        change = None if evaluated_early is None else subtract(own, evaluated_early)
+        next_wrong = None if change is None else subtract(after, change)
+        if goes_on and next_wrong is not None:
+            communicator.send(next_wrong, ahead, off, 0)
+        error, response = (None, None) if wrong is None else (subtract(state, wrong), subtract(own, increment(layer, wrong)))
+        visit(Visit(layer, state, after, change, error, response))
+        state, before, wrong = after, state, next_wrong
     if rank == destination != owners[-1]:
         state = communicator.receive(spec, owners[-1], in_order, 0)
     return state if rank == destination else None

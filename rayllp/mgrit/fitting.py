@@ -90,15 +90,11 @@ class WindowErrors:
         """Return the estimated error of a solve, none of whose windows may be longer than `longest`."""
         total, begin = 0.0, 0
         for length, (forward, backward) in zip(solve.lengths, solve.sweeps, strict=True):
-            total += self._error(begin, length, forward, self._forward, begin) + self._error(
-                begin, length, backward, self._adjoint, self.layers - begin - length
-            )
-            begin += length
+            end = begin + length
+            for errors, sweeps in ((self._forward[begin], forward), (self._adjoint[self.layers - end], backward)):
+                total += 0.0 if sweeps >= length else errors[length - 1][min(sweeps, MOST_SWEEPS) - 1]
+            begin = end
         return total
-
-    @staticmethod
-    def _error(begin: int, length: int, sweeps: int, table: list[list[list[float]]], row: int) -> float:
-        return 0.0 if sweeps >= length else table[row][length - 1][min(sweeps, MOST_SWEEPS) - 1]
 
     def fit(self, limit: float) -> FittedWindows:
         """Return the fastest solve found whose estimated error is at most `limit`; windows of one layer, which are exact, if none is."""
@@ -118,13 +114,15 @@ class WindowErrors:
     def _best(self, price: float) -> FittedWindows:
         """Return the solve of the least time + price · error."""
         best: list[tuple[float, int, tuple[int, int]]] = [(0.0, 0, (0, 0))]  # of the layers before each: value, last window, its sweeps
-        choices = [[_cheapest(errors, length, price) for length, errors in enumerate(row, 1)] for row in self._forward]
-        adjoint = [[_cheapest(errors, length, price) for length, errors in enumerate(row, 1)] for row in self._adjoint]
+        forward_choices, adjoint_choices = (
+            [[_cheapest(errors, length, price) for length, errors in enumerate(row, 1)] for row in table]
+            for table in (self._forward, self._adjoint)
+        )
         for end in range(1, self.layers + 1):
             candidates = [(best[end - 1][0] + _chained_cost(self.longest), 1, (1, 1))]
             for length in range(2, min(self.longest, end) + 1):
-                ahead, forward = choices[end - length][length - 1]
-                back, backward = adjoint[self.layers - end][length - 1]
+                ahead, forward = forward_choices[end - length][length - 1]
+                back, backward = adjoint_choices[self.layers - end][length - 1]
                 candidates.append((best[end - length][0] + ahead + back + 1, length, (forward, backward)))
             best.append(min(candidates))
         lengths, sweeps, end = [], [], self.layers
@@ -138,11 +136,13 @@ class WindowErrors:
 
 def _cheapest(errors: Sequence[float], length: int, price: float) -> tuple[float, int]:
     """Return the least sweeps + price · error of one direction of a window, and its number of sweeps."""
-    return min((count + price * (0.0 if count >= length else error), count) for count, error in enumerate(errors[:length], 1))
+    return min((count + price * error, count) for count, error in enumerate(errors[:length], 1))
 
 
 def _errors(coupling: Coupling, longest: int, direction: int) -> Tensor:
     """Return the error of each window's end after each number of sweeps; shape (layers, longest, MOST_SWEEPS).
+
+    It is 0 after as many sweeps as the window has layers.
 
     Args:
         coupling: of all layers.
