@@ -457,6 +457,8 @@ def total_ms(result: dict[str, Any], *, exact_gains: bool = True) -> float:
     ladder = Ladder(config)
     rungs = {rung.name: rung for rung in ladder.rungs}
     for name, windows in result.get("windows", {}).items():
+        if sum(length for length, *_ in windows) == result["middle"]:  # of a version whose windows had no buffers
+            windows = [*[(1, 1, 1)] * config.buffers.open, *windows, *[(1, 1, 1)] * config.buffers.close]
         lengths, forward, backward = zip(*windows, strict=True)
         rungs[name] = ladder.fitted(0, FittedWindows(lengths, tuple(zip(forward, backward, strict=True))))
 

@@ -79,7 +79,9 @@ class AdaptiveSettings(Settings):
         "bias", description="what a probe is judged by: the gradient's bias, ρ (convergence, the paper's rule), or both"
     )
     probe_every: int = Field(
-        150, ge=0, description="steps between probes (doubled iterations, at least 3; 1.9 % of the time at 150); 0: never"
+        150,
+        ge=0,
+        description="steps between probes (doubled iterations, at least 3); of fitted windows about: 10 to twice as many; 0: never",
     )
     threshold: float = Field(1.0, gt=0, description="a probe's ρ, forward or backward, beyond this is a fault")
     bias_limit: float = Field(0.1, gt=0, description="a relative bias of the gradient beyond this is a fault …")

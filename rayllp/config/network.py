@@ -94,10 +94,14 @@ class ModelSettings(Settings):
 
 
 class BufferSettings(Settings):
-    """Buffer layers: layers at both ends, outside the parallel solve, run serially with their own Δt (arXiv:2601.09026, appendix B)."""
+    """Buffer layers: layers at both ends with their own Δt, solved exactly (arXiv:2601.09026, appendix B).
 
-    open: int = Field(2, ge=0, description="layers before the middle, on the first worker")
-    close: int = Field(2, ge=0, description="layers after it, on the last")
+    By MGRIT they are outside the parallel solve, on the first and the last worker. By windows they are part of it, as windows of one layer,
+    unless probes find that longer ones would do.
+    """
+
+    open: int = Field(2, ge=0, description="layers before the middle; by MGRIT on the first worker, outside the solve")
+    close: int = Field(2, ge=0, description="layers after it; by MGRIT on the last worker")
 
 
 class StepSettings(Settings):

@@ -157,8 +157,17 @@ class RunSettings(Settings):
 
     @property
     def middle_layers(self) -> int:
-        """Number of layers in the parallel solve, N."""
+        """Number of layers between the buffers, N."""
         return self.model.layers - self.buffers.open - self.buffers.close
+
+    @property
+    def solved_layers(self) -> range:
+        """The layers of the parallel solve, by index in the whole network: the middle ones, or all if workers take layers in turn.
+
+        A window of one layer is as exact as a buffer, and there no worker waits for the gradients of its parameters.
+        """
+        buffers, layers = self.buffers, self.model.layers
+        return range(layers) if self.placement == "cyclic" else range(buffers.open, layers - buffers.close)
 
     @property
     def middle_step(self) -> float:
@@ -210,9 +219,10 @@ class RunSettings(Settings):
 
     @property
     def window_lengths(self) -> tuple[int, ...]:
-        """Lengths of the windows, as long as no probe has found that some of them have to be shorter."""
-        given = self.windows.length
-        return given if isinstance(given, tuple) else equal_windows(self.middle_layers, self.longest_window)
+        """Lengths of the windows, as long as none are fitted. Buffer layers are windows of one layer."""
+        given, buffers = self.windows.length, self.buffers
+        middle = given if isinstance(given, tuple) else equal_windows(self.middle_layers, self.longest_window)
+        return (1,) * buffers.open + middle + (1,) * buffers.close
 
     @property
     def fits_windows(self) -> bool:
@@ -227,9 +237,9 @@ class RunSettings(Settings):
         return self.mode == "adaptive" and self.solver == "windows" and self.adaptive.ladder is None
 
     def layers_of(self, rank: int) -> tuple[int, ...]:
-        """Return the middle layers of a worker of the layer group in ascending order, counted from the first middle layer."""
+        """Return the layers of the solve that a worker of the layer group owns, ascending, counted from the solve's first."""
         if self.placement == "cyclic":
-            return Placement.cyclic(self.middle_layers, self.layer_workers).owned(rank)
+            return Placement.cyclic(len(self.solved_layers), self.layer_workers).owned(rank)
         start = sum(self.blocks[:rank])
         return tuple(range(start, start + self.blocks[rank]))
 

@@ -8,9 +8,8 @@ Where probes measure the gradient's bias, a rung is used only once a probe has f
 every change of rung, steps are exact until a probe of the current rung is good. So no step is trained on a gradient that was just found to
 be wrong. With the default ladder, the controller also leaves a rung whose steps are no faster than exact ones.
 
-Windows are fitted instead: the ladder has one rung besides exact steps, and each window's length and sweeps follow from couplings that the
-probe has measured (`rayllp/mgrit/fitting.py`), so that the bias should be two fifths of what is tolerated. The same probe tells what the
-bias is for the windows in use, and so how far estimated errors are off.
+Where windows are fitted, the ladder has one rung besides exact steps, whose windows change (`window_choice.py`), and how fast their bias
+grows decides when they are probed (`probe_times.py`).
 """
 
 from collections.abc import Mapping
@@ -22,11 +21,9 @@ from rayllp.config import TrainConfig
 from rayllp.control.judgement import fault_in, found_accurate, is_hopeless, tolerated_bias
 from rayllp.control.ladder import Ladder
 from rayllp.control.pace import Pace
+from rayllp.control.probe_times import ProbeTimes
 from rayllp.control.records import Accuracy, Decision, Probe, ProbePlan
-from rayllp.control.window_fitting import WindowFitting
-from rayllp.mgrit.couplings import Coupling, Couplings
-from rayllp.mgrit.fitting import FittedWindows
-from rayllp.mgrit.windows import windows_in_words
+from rayllp.control.window_choice import Move, WindowChoice, WindowState
 
 PENALTY_UP, PENALTY_DOWN = 4.0, 2.0
 """Factors by which a probe changes the weight of the consistency penalty. Raising is faster than lowering, since a bias that is already
@@ -37,13 +34,9 @@ PENALTY_LEAST, PENALTY_MOST = 0.5, 5.66
 RETRY_STEPS = 10
 """Steps from raising the penalty's weight after a fault to the next probe. The penalty needs some steps to change the layers."""
 EARLY_PROBES = (10, 20, 40, 80)
-"""Numbers of steps after which windows are probed in addition. While the learning rate warms up, a bias can grow from nothing to harmful
-in fewer steps than lie between two regular probes.
+"""Numbers of steps after which windows that are not fitted are probed in addition. While the learning rate warms up, a bias can grow from
+nothing to harmful in fewer steps than lie between two regular probes.
 """
-WORTHWHILE_RATIO = 0.9
-"""Windows that are accurate enough are fitted anew if that takes at most so much of their time, and exact steps are left if windows do."""
-MAX_REFITS = 4
-"""So many times in a row windows are fitted after a fault, each time to half the error. After that, steps are exact."""
 
 
 @dataclass
@@ -59,13 +52,8 @@ class _State:
     verified: bool = True  # whether a probe has found the rung accurate since it was chosen
     probe_at: int = 0  # the step of the next probe, while the rung is not verified
     above: int | None = None  # the rung before a step down, to return to if the lower one is not accurate
-    windows: FittedWindows | None = None  # None: all are as long as they may be, and take one sweep each way
-    windows_before: FittedWindows | None = None  # those to return to if cheaper ones are not accurate
-    refits: int = 0  # number of times in a row that windows were fitted after a fault
-    waits: int = 0  # number of good probes before cheaper windows are tried again
-    couplings: Couplings | None = None  # by which windows were fitted that no probe has judged yet
-    asks: bool = False  # whether the next probe is to measure couplings, since something is wrong
     pace: Pace = field(default_factory=Pace)
+    times: ProbeTimes = field(default_factory=ProbeTimes)
 
 
 class Controller:
@@ -73,7 +61,7 @@ class Controller:
 
     def __init__(self, config: TrainConfig) -> None:
         self.config, self.settings = config, config.adaptive
-        self._ladder, self._fitting = Ladder(config), WindowFitting(config)
+        self._ladder, self._windows = Ladder(config), WindowChoice(config)
         self.rungs = self._ladder.rungs
         self._state = _State(weight=config.consistency, verified=not self._verifies)
         if config.mode == "serial" or len(self.rungs) == 1:
@@ -111,7 +99,7 @@ class Controller:
         # A run that has switched to serial drops the penalties. With mode=serial they stay: they prepare a network for parallel training.
         kept = not self.serial or self.config.mode == "serial"
         weights = (self._state.weight, self.settings.smoothness) if kept else (0.0, 0.0)
-        return replace(self._ladder.fitted(self._state.rung, self._state.windows), consistency=weights[0], smoothness=weights[1])
+        return replace(self._ladder.fitted(self._state.rung, self._windows.state.windows), consistency=weights[0], smoothness=weights[1])
 
     def accuracy_at(self, step: int) -> Accuracy:
         """Return the accuracy of step `step`, if nothing is decided before it."""
@@ -124,48 +112,45 @@ class Controller:
     # Probes -------------------------------------------------------------------------------------------------------------------
 
     def plan_probe(self, step: int) -> ProbePlan | None:
-        """Return what step `step` is to measure, or None if it is no probe.
-
-        Every `probe_every`-th step is a probe, and so is the first, so that a run shows ρ early.
-        """
-        every = self.settings.probe_every
-        if not every or self._state.final or self._state.pace.pause_ends is not None:
+        """Return what step `step` is to measure, or None if it is no probe."""
+        state, settings = self._state, self.settings
+        every = settings.probe_every
+        if not every or state.final or state.pace.pause_ends is not None or not self._is_due(step):
             return None
         if self._verifies and 0 < step == self.config.steps - 1:
             return None  # it would decide about no step
-        if self._is_unverified:
-            if step < self._state.probe_at:
-                return None
-        elif step != 0 and (step + 1) % every and not self._is_additional(step):
-            return None
         if self.serial and not self._may_return:
             return None
-        index = self._state.rung - 1 if self.serial else self._state.rung
-        probes = (step + 1) // every
-        exact, lipschitz = (bool(n) and probes % n == 0 for n in (self.settings.exact_every, self.settings.lipschitz_every))
+        index = state.rung - 1 if self.serial else state.rung
+        probes = state.times.count if self.config.fits_windows else (step + 1) // every
+        exact, lipschitz = (bool(n) and probes % n == 0 for n in (settings.exact_every, settings.lipschitz_every))
         return ProbePlan(
-            candidate=replace(self._ladder.fitted(index, self._state.windows), consistency=self.accuracy.consistency),
-            bias=exact or self.settings.rule != "convergence",
+            candidate=replace(self._ladder.fitted(index, self._windows.state.windows), consistency=self.accuracy.consistency),
+            bias=exact or settings.rule != "convergence",
             exact=exact,
-            rho=not self._is_unverified or self.settings.rule != "bias",
+            rho=not self._is_unverified or settings.rule != "bias",
             lipschitz=lipschitz,
-            couplings=self._wants_couplings,
+            couplings=self.config.fits_windows and self._wants_couplings(step),
         )
 
-    @property
-    def _wants_couplings(self) -> bool:
-        """True if a probe is to measure couplings, which costs an exact step.
+    def _wants_couplings(self, step: int) -> bool:
+        """Return True if a probe at this step is to measure couplings. In exact training they tell whether windows would do."""
+        expected = self._state.times.expected_share(step) if self._state.verified else None
+        return self.serial or self._windows.wants_couplings(expected)
 
-        It does if something is wrong, if cheaper windows may do, or windows instead of exact steps; not if windows were just fitted.
+    def _is_due(self, step: int) -> bool:
+        """Return True if the step is to be a probe: every `probe_every`-th one, or where windows are fitted, as their bias demands.
+
+        So is the first, so that a run shows ρ early, and the first after a change that no probe has judged.
         """
-        state = self._state
-        in_use = state.windows is not None and state.verified
-        return self.config.fits_windows and (state.asks or self.serial or in_use)
-
-    def _is_additional(self, step: int) -> bool:
-        """Return True if the step is a probe besides the regular ones: an early one of windows, or the first late one."""
-        is_early = self.config.solver == "windows" and step + 1 in EARLY_PROBES and step + 1 < self.settings.probe_every
-        return self._verifies and (is_early or step == self.config.late_step)
+        if self._is_unverified:
+            return step >= self._state.probe_at
+        if step == 0 or (self._verifies and step == self.config.late_step):
+            return True
+        if self.config.fits_windows and not self.serial:
+            return self._state.times.is_due(step)
+        is_early = self._verifies and self.config.solver == "windows" and step + 1 in EARLY_PROBES and step + 1 < self.settings.probe_every
+        return is_early or (step + 1) % self.settings.probe_every == 0
 
     @property
     def _may_return(self) -> bool:
@@ -214,8 +199,7 @@ class Controller:
             if not pace.ends_pause(step, exact, seconds.get(pace.slow)):
                 return None
             state.rung, state.verified, state.probe_at = 0, False, step
-            state.windows = state.windows_before = state.couplings = None  # others may be fast enough by now
-            state.asks = True
+            self._windows.begin_anew()  # others may be fast enough by now
             return self._decision(step, "looking again whether layer-parallel steps are faster")
         here = seconds.get(self.rung)
         if self.serial or self._is_unverified or exact is None or here is None or not pace.is_too_slow(step, here, exact):
@@ -230,18 +214,27 @@ class Controller:
             return None
         fault = fault_in(probe, self.config, step)
         if self.config.fits_windows and self.serial:
-            return self._return_to_windows(step, probe)
+            return self._replace_exact_steps(step, probe)
+        self._note_bias(step, probe, fault)
         if fault is not None:
             self._state.calm = 0
             return None if self.serial else self._mend(step, probe, fault)
         if not self.serial:
             self._steer(probe)
-            self._state.refits = 0
             if self._is_unverified:
-                state = self._state
-                state.verified, state.above, state.windows_before, state.couplings, state.asks = True, None, None, None, False
+                self._state.verified, self._state.above = True, None
+                self._windows.accept()
                 return self._decision(step, found_accurate(probe))
-        return self._try_cheaper_windows(step, probe) if self.config.fits_windows else self._descend(step, probe)
+        if not self.config.fits_windows:
+            return self._descend(step, probe)
+        return self._follow(step, None if self._is_late(step) else self._windows.cheapen(step, probe))
+
+    def _note_bias(self, step: int, probe: Probe, fault: str | None) -> None:
+        """Remember the bias of windows that are in use, or will be from now on: it decides when they are probed again."""
+        if not self.config.fits_windows or probe.bias is None or (fault is not None and self._is_unverified):
+            return
+        tolerated, same = tolerated_bias(probe, self.config, step), not self._is_unverified
+        self._state.times.judge(step, probe.bias, tolerated, same=same, probe_every=self.settings.probe_every)
 
     def _mend(self, step: int, probe: Probe, fault: str) -> Decision | None:
         """Take the first remedy for a fault that applies."""
@@ -249,83 +242,33 @@ class Controller:
             self._state.rung, self._state.verified, self._state.above = self._state.above, True, None
             return self._decision(step, fault)
         if self.config.fits_windows:
-            return self._mend_windows(step, probe, fault)
+            return self._follow(step, self._windows.mend(step, probe, fault)) or self._raise(step, probe, fault)
         if not is_hopeless(probe, self.config) and self._steer(probe):
             return self._distrust(step, fault)
         return self._raise(step, probe, fault)
+
+    def _replace_exact_steps(self, step: int, probe: Probe) -> Decision | None:
+        """Leave exact steps for windows, if these would do."""
+        move = self._windows.replace_exact_steps(step, probe)
+        if move is not None:
+            self._state.rung, self._state.flips = 0, self._state.flips + 1
+        return self._follow(step, move)
+
+    def _follow(self, step: int, move: Move | None) -> Decision | None:
+        """Return the decision to use other windows, if any; they are used once a probe has found them accurate."""
+        if move is None:
+            return None
+        if move.verified:
+            self._state.verified = True
+        else:
+            self._choose_unverified(step)
+        return self._decision(step, move.reason)
 
     def _distrust(self, step: int, fault: str) -> Decision | None:
         """Use exact steps until a probe finds the same rung accurate, under the larger penalty."""
         was_in_use = not self._is_unverified
         self._state.verified, self._state.probe_at = not self._verifies, step + RETRY_STEPS
         return self._decision(step, f"{fault}; the penalty's weight is raised") if was_in_use and self._verifies else None
-
-    # Windows --------------------------------------------------------------------------------------------------------------------
-
-    def _mend_windows(self, step: int, probe: Probe, fault: str) -> Decision:
-        """Return to the windows before if cheaper ones were tried. Else fit windows, unless exact steps take no longer."""
-        state = self._state
-        if state.windows_before is not None:
-            state.windows, state.windows_before, state.couplings = state.windows_before, None, None
-            state.verified, state.waits = True, self.settings.patience
-            return self._decision(step, f"{fault}; back to {self._windows_in_words}")
-        if probe.couplings is None and state.couplings is None and not state.asks:
-            self._choose_unverified(step)
-            state.asks = True
-            return self._decision(step, f"{fault}; the next step measures where layers depend strongly on each other")
-        fitted = None if state.refits == MAX_REFITS else self._fit(step, probe)
-        if fitted is None or self._fitting.share_of_exact(fitted) > WORTHWHILE_RATIO:
-            return self._raise(step, probe, fault)
-        state.refits += 1
-        return self._try_windows(step, fitted, probe, fault)
-
-    def _try_cheaper_windows(self, step: int, probe: Probe) -> Decision | None:
-        """Fit windows to what layers depend on each other now, if that pays."""
-        state = self._state
-        if state.windows is None or self._is_late(step):
-            return None
-        if state.waits:
-            state.waits -= 1
-            return None
-        fitted, share_of_exact = self._fit(step, probe), self._fitting.share_of_exact
-        if fitted is None or share_of_exact(fitted) > WORTHWHILE_RATIO * share_of_exact(state.windows):
-            return None
-        before = state.windows
-        decision = self._try_windows(step, fitted, probe, "less time would do")
-        state.windows_before = before
-        return decision
-
-    def _return_to_windows(self, step: int, probe: Probe) -> Decision | None:
-        """Leave exact steps again, after `patience` probes in a row by which windows would be accurate and faster."""
-        state, fitted = self._state, self._fit(step, probe)
-        pays = fitted is not None and self._fitting.share_of_exact(fitted) <= WORTHWHILE_RATIO
-        state.calm = state.calm + 1 if pays else 0
-        if fitted is None or state.calm < self.settings.patience:
-            return None
-        state.rung, state.calm, state.flips = 0, 0, state.flips + 1
-        return self._try_windows(step, fitted, probe, f"{self.settings.patience} probes say that windows would do")
-
-    def _fit(self, step: int, probe: Probe) -> FittedWindows | None:
-        """Return windows that fit what the probe has found, and to less bias after each fit in a row that was a fault.
-
-        Returns: None if no windows would be accurate, or if the probe did not measure what that takes.
-        """
-        state, couplings = self._state, probe.couplings or self._state.couplings
-        if couplings is None or probe.bias is None or is_hopeless(probe, self.config):
-            return None
-        tolerated = tolerated_bias(probe, self.config, step) * 0.5**state.refits
-        return self._fitting.fit(couplings, state.windows or self._fitting.full, probe.bias, tolerated)
-
-    def _try_windows(self, step: int, fitted: FittedWindows, probe: Probe, reason: str) -> Decision:
-        """Use these windows once a probe has found them accurate."""
-        state = self._state
-        state.windows, state.couplings, state.asks = fitted, probe.couplings or state.couplings, False
-        self._choose_unverified(step)
-        return self._decision(step, f"{reason}; {self._windows_in_words}")
-
-    @property
-    def _windows_in_words(self) -> str:
-        return f"windows of {windows_in_words(self.chosen.windows, self.chosen.sweeps)} layers"
 
     # The ladder ------------------------------------------------------------------------------------------------------------------
 
@@ -335,7 +278,7 @@ class Controller:
         self._state.rung = last if is_hopeless(probe, self.config) else self._state.rung + 1
         self._choose_unverified(step)
         if self.serial:
-            self._state.refits, self._state.couplings, self._state.asks = 0, None, False
+            self._windows.give_up()
             self._state.flips += 1
             self._state.final = not self._may_return
         return self._decision(step, fault)
@@ -343,7 +286,7 @@ class Controller:
     def _choose_unverified(self, step: int) -> None:
         """Have the next step probe the rung that was just chosen."""
         state = self._state
-        state.verified, state.probe_at, state.above, state.windows_before = not self._verifies, step + 1, None, None
+        state.verified, state.probe_at, state.above = not self._verifies, step + 1, None
         state.pace.make_up_for_probe(step)
 
     def _is_calm(self, probe: Probe) -> bool:
@@ -390,39 +333,31 @@ class Controller:
             self._state.weight = max(initial * PENALTY_LEAST, before / PENALTY_DOWN)
         return self._state.weight > 1.01 * before
 
-    def mark(self) -> "_State":
+    def mark(self) -> tuple[_State, WindowState]:
         """Return a copy of the controller's state, for `rewind`."""
-        return deepcopy(self._state)
+        return deepcopy((self._state, self._windows.state))
 
-    def rewind(self, mark: "_State") -> None:
+    def rewind(self, mark: tuple[_State, WindowState]) -> None:
         """Restore the state of `mark`, because the steps after it are done again."""
-        self._state = deepcopy(mark)
+        self._state, self._windows.state = deepcopy(mark)
 
     # Checkpoints ----------------------------------------------------------------------------------------------------------------
 
     def state(self) -> dict[str, Any]:
         """Return what a checkpoint keeps of the controller."""
-        return {**asdict(self._state), "name": self.rung, "lengths": self.chosen.windows, "consistency": self.config.consistency}
-
-    def _restored_windows(self, kept: dict[str, Any] | None) -> FittedWindows | None:
-        """Return the windows of a checkpoint; None if it has none, or if layers or workers are others now."""
-        if kept is None or not self.config.fits_windows:
-            return None
-        if sum(kept["lengths"]) != self.config.middle_layers or max(kept["lengths"]) > self.config.longest_window:
-            return None
-        return FittedWindows(tuple(kept["lengths"]), tuple((forward, backward) for forward, backward in kept["sweeps"]))
+        more = {"name": self.rung, "lengths": self.chosen.windows, "consistency": self.config.consistency}
+        return {**asdict(self._state), "windows": asdict(self._windows.state), **more}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Continue from a checkpoint's state. Settings that were changed since then take precedence."""
         if self.config.mode != "adaptive":
             return
         kept = {field.name: state[field.name] for field in fields(_State) if field.name in state}  # earlier versions had fewer fields
-        for name in ("windows", "windows_before"):
-            kept[name] = self._restored_windows(kept.get(name))
-        kept["couplings"] = _restored_couplings(kept.get("couplings")) if kept["windows"] else None
+        pace, times = Pace(**kept.get("pace", {})), ProbeTimes(**kept.get("times", {}))
+        self._state = _State(**{**kept, "rung": self._ladder.index(state["name"]), "pace": pace, "times": times})
+        self._windows.restore(state.get("windows") or {})
         if self.config.fits_windows:
-            kept["above"] = None  # of a ladder of more rungs
-        self._state = _State(**{**kept, "rung": self._ladder.index(state["name"]), "pace": Pace(**kept.get("pace", {}))})
+            self._state.above = None  # of a ladder of more rungs
         if len(self.rungs) == 1:
             self._state.final = True
         if self.config.solver == "windows" and (state["name"], tuple(state.get("lengths", ()))) != (self.rung, self.chosen.windows):
@@ -430,11 +365,3 @@ class Controller:
         initial = self.config.consistency
         if not self.config.steers or state.get("consistency", initial) != initial:
             self._state.weight = initial
-
-
-def _restored_couplings(kept: Any) -> Couplings | None:
-    """Return the couplings of a checkpoint; None if it has none, or those of an earlier version."""
-    if not isinstance(kept, dict):
-        return None
-    forward, adjoint = (Coupling(**{name: tuple(row) for name, row in kept[way].items()}) for way in ("forward", "adjoint"))
-    return Couplings(forward, adjoint)

@@ -27,9 +27,11 @@ class Block:
 
     Attributes:
         layers: the owned layers, buffer layers included, by index in the whole network.
-        solved: the owned middle layers, ascending, counted from the first middle layer as solvers do. They are consecutive if the
-            placement is in blocks.
-        middle: the same layers' indices in the whole network.
+        solved: the owned layers of the solve (`TrainConfig.solved_layers`), ascending, counted from its first as solvers do. They are
+            consecutive if the placement is in blocks.
+        indices: the same layers' indices in the whole network.
+        middle: those of them that are no buffers.
+        open, close: owned layers before and after the solve.
         draws: True if pieces draw random numbers in training, which are then frozen within a step.
         stacks: stacked weights of middle layers, for calls of several layers at once.
         callable: the layers as they are called: compiled, if the settings ask for it.
@@ -41,12 +43,14 @@ class Block:
         self.dtype = PARAMETER_DTYPES[config.dtype]
         self.first, self.last = rank == 0, rank == config.layer_workers - 1
         self.solved = tuple(config.layers_of(rank))
-        self.middle = tuple(map(self.index, self.solved))
-        self.open = range(config.buffers.open) if self.first else range(0)
-        self.close = range(config.model.layers - config.buffers.close, config.model.layers) if self.last else range(0)
+        self.indices = tuple(map(self.index, self.solved))
+        between = range(config.buffers.open, config.model.layers - config.buffers.close)
+        self.middle = tuple(n for n in self.indices if n in between)
+        self.open = range(config.solved_layers.start) if self.first else range(0)
+        self.close = range(config.solved_layers.stop, config.model.layers) if self.last else range(0)
         seed = config.seed
         self.embed = self._place(architecture.build("embed", seed)) if self.first else None
-        self.layers = {n: self._place(architecture.build(n, seed)) for n in (*self.open, *self.middle, *self.close)}
+        self.layers = {n: self._place(architecture.build(n, seed)) for n in (*self.open, *self.indices, *self.close)}
         self.head = self._place(architecture.build("head", seed)) if self.last else None
         common = architecture.build("common", seed)
         self.common = None if common is None else self._place(common)
@@ -67,8 +71,8 @@ class Block:
             self._compile()
 
     def index(self, layer: int) -> int:
-        """Return the index in the whole network of middle layer number `layer`, counted from the first one as solvers do."""
-        return layer + self.config.buffers.open
+        """Return the index in the whole network of a layer of the solve, counted from the solve's first."""
+        return layer + self.config.solved_layers.start
 
     def _place(self, module: nn.Module) -> nn.Module:
         return module.to(device=self.device, dtype=self.dtype).eval()

@@ -28,8 +28,8 @@ class ExactForward:
         self.group = group
         self.remembers: bool | None = None
         self._hierarchy, self._options = group.config.hierarchy(1), group.config.solver_options(1)
-        cyclic = group.config.placement == "cyclic" and group.channel.size > 1
-        self._placement = Placement.cyclic(group.config.middle_layers, group.channel.size) if cyclic else None
+        cyclic = group.config.placement == "cyclic"
+        self._placement = Placement.cyclic(len(group.config.solved_layers), group.channel.size) if cyclic else None
 
     def __call__(self, inputs: Inputs, tag: MessageTag, *, last_only: bool = False, past: Any = None) -> Tensor | None:
         """Return the network's outputs, without dropout, on the last worker; None on all others.
@@ -52,15 +52,15 @@ class ExactForward:
             return bound.leave(output, last_only=last_only) if output is not None else None
 
     def propagate(self, propagator: ExactPropagator, entered: State | None, spec: StateSpec, tag: MessageTag) -> State | None:
-        """Take a state through all middle layers.
+        """Take a state through all layers of the solve.
 
         Args:
             propagator: the steps of this worker's layers.
-            entered: the state before the first middle layer, on the first worker.
+            entered: the state before the first of them, on the first worker.
             spec: shapes and dtypes of a state.
             tag: names the forward in errors.
 
-        Returns: the state after the last middle layer, on the last worker; None on all others.
+        Returns: the state after the last of them, on the last worker; None on all others.
         """
         communicator = Communicator(self.group.channel, tag)
         if self._placement is not None:

@@ -46,7 +46,7 @@ class StageModule(nn.Module):
         if block.first:
             state = bound.enter(state)
         recompute = block.config.recompute and torch.is_grad_enabled()
-        for layers, hooks in self._intervals() if recompute or self.penalty else ((block.middle, None),):
+        for layers, hooks in self._intervals() if recompute or self.penalty else ((block.indices, None),):
             if recompute:
                 state = checkpoint(self._run, bound, state, layers, hooks, use_reentrant=False, preserve_rng_state=False)
             else:
@@ -54,17 +54,17 @@ class StageModule(nn.Module):
         return bound.leave(state) if block.last else state
 
     def _intervals(self) -> Iterator[tuple[Sequence[int], PenaltyHooks | None]]:
-        """Yield the block's middle layers in intervals, with hooks for the penalty if there is one.
+        """Yield the block's layers of the solve in intervals, with hooks for the penalty if there is one.
 
-        The intervals are the penalty's, or else c_f layers each, from the block's first middle layer on.
+        The intervals are the penalty's, or else c_f layers each, from the block's first of these layers on.
         """
-        block, middle, c = self.block, self.block.middle, self.block.config.fine_coarsening
+        block, indices, c = self.block, self.block.indices, self.block.config.fine_coarsening
         if self.penalty is not None:
             for start, interval in self.penalty.intervals.items():
                 yield range(block.index(start), block.index(interval.stop)), self.penalty.hooks(start)
             return
-        for start in range(middle[0], middle[-1] + 1, c):
-            yield range(start, min(start + c, middle[-1] + 1)), None
+        for start in range(indices[0], indices[-1] + 1, c):
+            yield range(start, min(start + c, indices[-1] + 1)), None
 
     @staticmethod
     def _run(bound: BoundBlock, state: State, layers: Sequence[int], hooks: PenaltyHooks | None) -> State:

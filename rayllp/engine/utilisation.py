@@ -52,7 +52,7 @@ def count_flops(group: LayerGroup, inputs: Inputs) -> float:
     attention = sdpa_kernel(SDPBackend.MATH) if group.device.type == "cpu" else nullcontext()
     with torch.no_grad(), attention, FlopCounterMode(display=False) as counter:
         state = bound.enter(one) if block.first else spec.zeros()
-        for index in block.middle:
+        for index in block.indices:
             state = bound.layer(index, state, block.layers[index])
         if block.last:
             bound.leave(state)

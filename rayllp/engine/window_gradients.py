@@ -21,7 +21,7 @@ class WindowGradients:
 
     def __init__(self, group: LayerGroup) -> None:
         self.group = group
-        self.placement = Placement.cyclic(group.config.middle_layers, group.config.layer_workers)
+        self.placement = Placement.cyclic(len(group.config.solved_layers), group.config.layer_workers)
 
     def form(self, batch: StepBatch, penalty: Consistency | None) -> StepGradients:
         """Add the gradients of these samples to `.grad`."""

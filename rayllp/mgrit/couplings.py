@@ -20,7 +20,7 @@ weighted by it, element by element, ‖λ_{n+1} ∘ x‖ (goal-oriented error es
 All are relative to the same norm of the state.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -84,6 +84,12 @@ class Couplings:
         """Return the couplings from `CouplingTable.squared`, summed over all workers."""
         rows = [tuple(row) for row in table.sqrt().tolist()]
         return Couplings(Coupling(*rows[:3]), Coupling(*rows[3:]))
+
+    @staticmethod
+    def restored(kept: Mapping[str, Mapping[str, Sequence[float]]]) -> "Couplings":
+        """Return couplings from their dict (`dataclasses.asdict`), whose tuples may have become lists."""
+        forward, adjoint = (Coupling(**{name: tuple(row) for name, row in kept[way].items()}) for way in ("forward", "adjoint"))
+        return Couplings(forward, adjoint)
 
 
 class CouplingTable:

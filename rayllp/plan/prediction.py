@@ -52,10 +52,10 @@ def predict(config: TrainConfig, accuracy: Accuracy, costs: Costs) -> Prediction
 
 def _step(config: TrainConfig, accuracy: Accuracy, costs: Costs, microbatches: int, spans: Sequence[list[Span]] | None) -> float:
     """Return the seconds of a step, and append what each worker does to `spans`, if given."""
-    workers, buffers = config.layer_workers, config.buffers
-    seconds, clocks = costs.kinds(workers, buffers.open, buffers.close), Clocks(workers, spans)
+    workers, solved = config.layer_workers, config.solved_layers
+    seconds, clocks = costs.kinds(workers, solved.start, config.model.layers - solved.stop), Clocks(workers, spans)
     if config.placement == "cyclic" and accuracy.serial:
-        in_order_schedule(config.middle_layers, workers, microbatches).replay(seconds, clocks)
+        in_order_schedule(len(solved), workers, microbatches).replay(seconds, clocks)
     else:
         forward, adjoint = schedules_of(config, accuracy)
         clocks.spend(0, seconds["enter"], "enter")
@@ -75,10 +75,9 @@ def layers_owned(config: TrainConfig) -> list[int]:
     """Return the number of layers of each worker of the layer group, buffer layers included."""
     workers = config.layer_workers
     if config.placement == "cyclic":
-        counts = Counter(Placement.cyclic(config.middle_layers, workers).owners)
-        owned = [counts[rank] for rank in range(workers)]
-    else:
-        owned = list(config.blocks)
+        counts = Counter(Placement.cyclic(len(config.solved_layers), workers).owners)
+        return [counts[rank] for rank in range(workers)]
+    owned = list(config.blocks)
     owned[0] += config.buffers.open
     owned[-1] += config.buffers.close
     return owned

@@ -147,7 +147,7 @@ def schedules_of(config: TrainConfig, accuracy: Accuracy) -> tuple[Schedule, Sch
     workers = config.layer_workers
     if config.placement == "cyclic":
         forward, adjoint = (
-            _record_windows(config.middle_layers, workers, accuracy.windows, sweeps, name)
+            _record_windows(len(config.solved_layers), workers, accuracy.windows, sweeps, name)
             for sweeps, name in zip(accuracy.window_sweeps, ("forward", "adjoint"), strict=True)
         )
         return forward, adjoint
