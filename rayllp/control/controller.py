@@ -12,6 +12,7 @@ Where windows are fitted, the ladder has one rung besides exact steps, whose win
 grows decides when they are probed (`probe_times.py`).
 """
 
+import math
 from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -135,8 +136,14 @@ class Controller:
 
     def _wants_couplings(self, step: int) -> bool:
         """Return True if a probe at this step is to measure couplings. In exact training they tell whether windows would do."""
-        expected = self._state.times.expected_share(step) if self._state.verified else None
-        return self.serial or self._windows.wants_couplings(expected)
+        return self.serial or self._windows.wants_couplings(
+            math.inf if self._is_unverified else self._state.times.expected_share(step), self._aim
+        )
+
+    @property
+    def _aim(self) -> float:
+        """The share of the tolerated bias that windows are fitted to have."""
+        return self._state.times.aim(self.settings.probe_every)
 
     def _is_due(self, step: int) -> bool:
         """Return True if the step is to be a probe: every `probe_every`-th one, or where windows are fitted, as their bias demands.
@@ -227,7 +234,7 @@ class Controller:
                 return self._decision(step, found_accurate(probe))
         if not self.config.fits_windows:
             return self._descend(step, probe)
-        return self._follow(step, None if self._is_late(step) else self._windows.cheapen(step, probe))
+        return self._follow(step, None if self._is_late(step) else self._windows.cheapen(step, probe, self._aim))
 
     def _note_bias(self, step: int, probe: Probe, fault: str | None) -> None:
         """Remember the bias of windows that are in use, or will be from now on: it decides when they are probed again."""
@@ -242,14 +249,15 @@ class Controller:
             self._state.rung, self._state.verified, self._state.above = self._state.above, True, None
             return self._decision(step, fault)
         if self.config.fits_windows:
-            return self._follow(step, self._windows.mend(step, probe, fault)) or self._raise(step, probe, fault)
+            move = self._windows.mend(step, probe, fault, self._aim, in_use=not self._is_unverified)
+            return self._follow(step, move) or self._raise(step, probe, fault)
         if not is_hopeless(probe, self.config) and self._steer(probe):
             return self._distrust(step, fault)
         return self._raise(step, probe, fault)
 
     def _replace_exact_steps(self, step: int, probe: Probe) -> Decision | None:
         """Leave exact steps for windows, if these would do."""
-        move = self._windows.replace_exact_steps(step, probe)
+        move = self._windows.replace_exact_steps(step, probe, self._aim)
         if move is not None:
             self._state.rung, self._state.flips = 0, self._state.flips + 1
         return self._follow(step, move)

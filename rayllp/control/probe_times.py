@@ -1,4 +1,4 @@
-"""When windows in use are probed next: as late as they should still be accurate, if their bias goes on growing as it has."""
+"""How fast the bias of windows in use grows: when they are to be probed next, and how little bias others are to have at first."""
 
 import math
 from dataclasses import dataclass
@@ -7,6 +7,8 @@ FACTORS = (2.0, 1.0, 0.5, 0.25)
 """From one probe to the next, the interval changes by one of these."""
 LEAST_INTERVAL = 10
 """Smallest number of steps between two probes."""
+AIMED_SHARE, LEAST_AIM = 0.6, 0.2
+"""Windows are fitted to have this share of the tolerated bias a quarter of `adaptive.probe_every` steps on, but no less than the other now."""
 CHANCE = 1.5
 """Two probes of the same windows may differ by this factor though nothing has changed, since each sees one batch."""
 MOST_INTERVALS = 2
@@ -37,9 +39,13 @@ class ProbeTimes:
         """Return True if windows in use are to be probed at a step."""
         return step >= self.at + self.interval
 
-    def expected_share(self, step: int) -> float | None:
-        """Return the share of the tolerated bias that a probe is expected to find at a step; None if it is not known."""
-        return None if self.bias is None else self._share(step - self.at)
+    def expected_share(self, step: int) -> float:
+        """Return the share of the tolerated bias that a probe is expected to find at a step."""
+        return self._share(step - self.at)
+
+    def aim(self, probe_every: int) -> float:
+        """Return the share of the tolerated bias that windows are to have when they are fitted: the less, the faster it grows."""
+        return max(LEAST_AIM, AIMED_SHARE * math.exp(-self.growth * probe_every / 4))
 
     def judge(self, step: int, bias: float, tolerated: float, *, same: bool, probe_every: int) -> None:
         """Take in what a probe has found for windows in use, or for others that are used from now on.

@@ -1,8 +1,9 @@
 """Which windows a run is solved by: fitted to what probes measure, replaced by cheaper ones that would do, given up if none is accurate.
 
-Windows begin as long as they may be, with one sweep each way. After a fault a probe measures couplings, by which windows are fitted
-(`rayllp/mgrit/fitting.py`) so that the bias should be two fifths of what is tolerated. The bias that the same probe has found for the
-windows in use tells how far estimated errors are off. If fitted windows turn out to be inaccurate, others are fitted to half the error.
+Windows begin as long as they may be, with one sweep each way. After a fault the next step judges them again, and measures couplings, by
+which others are fitted (`rayllp/mgrit/fitting.py`) so that the bias should be a certain share of what is tolerated. The bias that the same
+probe has found for the windows in use tells how far estimated errors are off. If fitted windows turn out to be inaccurate, others are
+fitted to half the error.
 """
 
 import math
@@ -15,10 +16,6 @@ from rayllp.mgrit.couplings import Couplings
 from rayllp.mgrit.fitting import FittedWindows, WindowErrors, exact_step_cost
 from rayllp.mgrit.windows import windows_in_words
 
-AIMED_SHARE = 0.4
-"""Windows are fitted to have this share of the bias that is tolerated."""
-DOUBTFUL_SHARE = 0.8
-"""A probe that is expected to find at least this share of the tolerated bias also measures what fitting others takes."""
 WORTHWHILE_RATIO = 0.9
 """Windows that are accurate enough are replaced if others take at most so much of their time, and exact steps are left if windows do."""
 MAX_REFITS = 4
@@ -80,27 +77,35 @@ class WindowChoice:
 
     # What probes are to measure ---------------------------------------------------------------------------------------------------
 
-    def wants_couplings(self, expected: float | None) -> bool:
-        """Return True if a probe is to measure couplings, which takes as long as an exact step.
+    def wants_couplings(self, expected: float, aim: float) -> bool:
+        """Return True if a probe is to measure couplings, which takes as long as an exact step: after a fault, or if less time may do.
 
         Args:
-            expected: the share of the tolerated bias that it is expected to find for windows in use; None: they are none or not in use.
+            expected: the share of the tolerated bias that it is expected to find.
+            aim: the share that windows are fitted to have.
         """
-        in_use = self.state.windows is not None and expected is not None
-        return self.state.asks or (in_use and not AIMED_SHARE <= expected < DOUBTFUL_SHARE)  # type: ignore[operator]
+        return self.state.asks or (self.state.windows is not None and expected < aim)
 
     # Changes ------------------------------------------------------------------------------------------------------------------------
 
-    def mend(self, step: int, probe: Probe, fault: str) -> Move | None:
-        """Return to the windows before if cheaper ones were tried. Else fit others; None if exact steps would take no longer."""
+    def mend(self, step: int, probe: Probe, fault: str, aim: float, *, in_use: bool) -> Move | None:
+        """Return to the windows before if cheaper ones were tried. Else fit others; None if exact steps would take no longer.
+
+        Windows in use are judged once more before, since a bias differs from batch to batch.
+
+        Args:
+            step, probe, fault: the probe's step, what it has found, and what is wrong in words.
+            aim: the share of the tolerated bias that others are to have.
+            in_use: whether the windows have been in use until now.
+        """
         state = self.state
         if state.before is not None:
             state.windows, state.before, state.couplings, state.waits = state.before, None, None, self.config.adaptive.patience
             return Move(f"{fault}; back to {self._in_words}", verified=True)
-        if probe.couplings is None and state.couplings is None and not state.asks:
+        if in_use or (probe.couplings is None and state.couplings is None and not state.asks):
             state.asks = True
             return Move(f"{fault}; the next step measures where layers depend strongly on each other")
-        fitted = None if state.refits == MAX_REFITS else self._fit(step, probe)
+        fitted = None if state.refits == MAX_REFITS else self._fit(step, probe, aim)
         if fitted is None or self._share_of_exact(fitted) > WORTHWHILE_RATIO:
             return None
         state.refits += 1
@@ -118,7 +123,7 @@ class WindowChoice:
         """Begin as at the start of a run, and measure couplings at once."""
         self.state = WindowState(asks=True)
 
-    def cheapen(self, step: int, probe: Probe) -> Move | None:
+    def cheapen(self, step: int, probe: Probe, aim: float) -> Move | None:
         """Fit windows to what layers depend on each other now, if that pays."""
         state, before = self.state, self.state.windows
         if before is None:
@@ -126,16 +131,16 @@ class WindowChoice:
         if state.waits:
             state.waits -= 1
             return None
-        fitted = self._fit(step, probe)
+        fitted = self._fit(step, probe, aim)
         if fitted is None or self._share_of_exact(fitted) > WORTHWHILE_RATIO * self._share_of_exact(before):
             return None
         move = self._try(fitted, probe, "less time would do")
         state.before = before
         return move
 
-    def replace_exact_steps(self, step: int, probe: Probe) -> Move | None:
+    def replace_exact_steps(self, step: int, probe: Probe, aim: float) -> Move | None:
         """Leave exact steps again, after `patience` probes in a row by which windows would be accurate and faster."""
-        state, fitted, patience = self.state, self._fit(step, probe), self.config.adaptive.patience
+        state, fitted, patience = self.state, self._fit(step, probe, aim), self.config.adaptive.patience
         pays = fitted is not None and self._share_of_exact(fitted) <= WORTHWHILE_RATIO
         state.calm = state.calm + 1 if pays else 0
         if fitted is None or state.calm < patience:
@@ -155,8 +160,8 @@ class WindowChoice:
 
     # Fitting ------------------------------------------------------------------------------------------------------------------------
 
-    def _fit(self, step: int, probe: Probe) -> FittedWindows | None:
-        """Return the fastest windows found whose bias should be `AIMED_SHARE` of the tolerated one, or half as much after each refit.
+    def _fit(self, step: int, probe: Probe, aim: float) -> FittedWindows | None:
+        """Return the fastest windows found whose bias should have the share `aim` of the tolerated one, or half as much after each refit.
 
         Returns: None if no windows would be accurate, or if the probe did not measure what that takes.
         """
@@ -164,7 +169,7 @@ class WindowChoice:
         if couplings is None or bias is None or is_hopeless(probe, self.config):
             return None
         errors = WindowErrors(couplings, self.config.longest_window)
-        limit = AIMED_SHARE * tolerated_bias(probe, self.config, step) * 0.5**self.state.refits
+        limit = aim * tolerated_bias(probe, self.config, step) * 0.5**self.state.refits
         estimated = errors.of(self.chosen)  # right in proportion only; the bias that was measured for the same windows gives the scale
         return errors.fit(limit * estimated / bias if 0 < bias < math.inf and 0 < estimated < math.inf else limit)
 
