@@ -28,8 +28,7 @@ from rayllp.config import TrainConfig, load_config
 from rayllp.control import Controller
 from rayllp.control.ladder import Ladder
 from rayllp.control.records import FITTED
-from rayllp.mgrit.fitting import FittedWindows
-from rayllp.mgrit.windows import windows_in_words
+from rayllp.mgrit.windows import Windows
 from rayllp.plan import Costs, predict_step
 
 HERE = Path(__file__).parent
@@ -345,9 +344,9 @@ def train(key: Key, data: Path, keep_at: tuple[float, ...] = (), start: Path | N
             raise SystemExit(f"{key}: the loss is not finite at step {step}")
         judged = accuracy if plan is None else plan.candidate
         solve = judged.name
-        if judged.sweeps:
-            solve += f", windows of {windows_in_words(judged.windows, judged.sweeps)}"
-            windows[solve] = [(length, *pair) for length, pair in zip(judged.windows, judged.sweeps, strict=True)]
+        if judged.fitted and judged.windows:
+            solve += f", windows of {judged.windows}"
+            windows[solve] = [(length, *pair) for length, pair in zip(judged.windows.lengths, judged.windows.sweeps, strict=True)]
         if plan is None:
             plain[solve] += 1
         else:
@@ -460,7 +459,7 @@ def total_ms(result: dict[str, Any], *, exact_gains: bool = True) -> float:
         if sum(length for length, *_ in windows) == result["middle"]:  # of a version whose windows had no buffers
             windows = [*[(1, 1, 1)] * config.buffers.open, *windows, *[(1, 1, 1)] * config.buffers.close]
         lengths, forward, backward = zip(*windows, strict=True)
-        rungs[name] = ladder.fitted(0, FittedWindows(lengths, tuple(zip(forward, backward, strict=True))))
+        rungs[name] = ladder.fitted(0, Windows(lengths, tuple(zip(forward, backward, strict=True))))
 
     def step(name: str) -> float:
         if name == "serial" and not exact_gains:

@@ -13,8 +13,8 @@ from rayllp.control import Controller, Probe, ProbePlan
 from rayllp.control.judgement import tolerated_share
 from rayllp.engine.probe import Sums
 from rayllp.errors import SettingsError
-from rayllp.mgrit.fitting import FittedWindows, WindowErrors, exact_step_cost
-from rayllp.mgrit.windows import windows_in_words
+from rayllp.mgrit.fitting import WindowErrors, exact_step_cost, step_cost
+from rayllp.mgrit.windows import Windows
 from tests.conftest import make_engine, tiny, train_engine
 from tests.test_couplings import coupled as couplings_of
 from tests.test_engine import FEW, SERIAL
@@ -283,27 +283,28 @@ def coupled(*first, rest=1e-3):
 STEEP, FLAT = coupled(0.5, 0.3, 0.1), coupled()
 
 
-def fit_of(control):
-    return control.chosen.windows, control.chosen.sweeps
+EQUAL = Windows.alike((1, 1, 8, 8, 1, 1))
+"""How windows begin, of eight workers and 2 + 16 + 2 layers."""
 
 
 def test_windows_are_fitted_where_layers_depend_strongly_on_each_other():
     control = open_controller()
     control.observe(0, GOOD)
-    assert (control.accuracy_at(5).windows, control.accuracy_at(5).sweeps) == ((1, 1, 8, 8, 1, 1), ())  # buffers have windows of their own
+    assert control.accuracy_at(5).windows == EQUAL  # buffers have windows of their own
     assert not control.plan_probe(10).couplings  # they cost an exact step, so they are measured when something is wrong
     assert "the next step measures where layers depend strongly on each other" in control.observe(9, BAD).reason
     assert control.plan_probe(10).couplings
     decision = control.observe(10, replace(BAD, couplings=STEEP))
-    lengths, sweeps = fit_of(control)
+    windows = control.chosen.windows
+    lengths, sweeps = windows.lengths, windows.sweeps
     assert sum(lengths) == 20  # buffers are fitted, too
     assert len(lengths) == len(sweeps)
     assert sweeps[-1] == (1, 1)
     assert lengths[0] < 8 or sweeps[0] > (1, 1)
     assert decision.trained == f"exact, trying {control.rung}"
-    assert decision.reason.endswith(f"windows of {windows_in_words(lengths, sweeps)} layers")
+    assert decision.reason.endswith(f"windows of {windows} layers")
     assert control.accuracy_at(11).serial
-    assert (control.plan_probe(11).candidate.windows, control.plan_probe(11).candidate.sweeps) == (lengths, sweeps)
+    assert control.plan_probe(11).candidate.windows == windows
     assert not control.plan_probe(11).couplings  # those by which windows were just fitted will do
     resumed = open_controller()
     resumed.restore(json.loads(json.dumps(control.state())))
@@ -311,7 +312,7 @@ def test_windows_are_fitted_where_layers_depend_strongly_on_each_other():
     resumed.rewind(control.mark())
     for each in (control, resumed):
         each.observe(11, GOOD)
-        assert (each.accuracy_at(12).windows, each.accuracy_at(12).sweeps) == (lengths, sweeps)
+        assert each.accuracy_at(12).windows == windows
         assert not each.accuracy_at(12).serial
         assert each.accuracy_at(12).name == each.rung
 
@@ -324,19 +325,19 @@ def open_controller_at(other):
 
 
 def estimated(control, couplings):
-    return WindowErrors(couplings, 8).of(FittedWindows(*fit_of(control)))
+    return WindowErrors(couplings, 8).of(control.chosen.windows)
 
 
 def test_windows_are_fitted_to_a_share_of_the_tolerated_bias_as_the_probe_has_measured_it():
     """A bias of 0.9 where 0.3 is tolerated: fitted windows are to have 0.6 / 3 of the estimated error of those that were judged."""
     control = open_controller()
     control.observe(0, replace(BAD, couplings=STEEP))
-    before = WindowErrors(STEEP, 8).of(FittedWindows((1, 1, 8, 8, 1, 1), ((1, 1),) * 6))
+    before = WindowErrors(STEEP, 8).of(EQUAL)
     assert estimated(control, STEEP) <= before * 0.2
     slack = open_controller()
     slack.observe(0, replace(BAD, bias=0.31, couplings=STEEP))  # little above the tolerated one
     assert before * 0.2 < estimated(slack, STEEP) <= before * 0.6
-    assert FittedWindows(*fit_of(slack)).cost(8) < FittedWindows(*fit_of(control)).cost(8)
+    assert step_cost(slack.chosen.windows, 8) < step_cost(control.chosen.windows, 8)
 
 
 def test_the_faster_the_bias_grows_the_less_of_it_fitted_windows_are_to_have():
@@ -355,15 +356,15 @@ def test_a_fault_of_windows_in_use_is_judged_once_more():
     control = open_controller()
     control.observe(0, replace(BAD, couplings=STEEP))
     control.observe(1, GOOD)
-    fitted = fit_of(control)
+    fitted = control.chosen.windows
     for step, again in ((50, GOOD), (100, BAD)):
         decision = control.observe(step, replace(BAD, couplings=FLAT))
         assert "the next step measures where layers depend strongly on each other" in decision.reason
         assert control.accuracy_at(step + 1).serial
         assert control.plan_probe(step + 1).couplings
-        assert fit_of(control) == fitted
+        assert control.chosen.windows == fitted
         control.observe(step + 1, replace(again, couplings=STEEP))
-        assert (fit_of(control) == fitted) == (again is GOOD)
+        assert (control.chosen.windows == fitted) == (again is GOOD)
         assert control.accuracy_at(step + 2).serial == (again is BAD)
 
 
@@ -373,7 +374,7 @@ def test_windows_that_are_still_inaccurate_are_fitted_to_less_and_in_the_end_ste
         decision = control.observe(step, replace(BAD, couplings=None if step else STEEP))  # measured once
         assert control.accuracy_at(step + 1).serial
         if not control.serial:
-            costs.append(FittedWindows(*fit_of(control)).cost(8))
+            costs.append(step_cost(control.chosen.windows, 8))
     assert costs == sorted(costs)
     assert len(costs) >= 2
     assert costs[-1] <= 0.9 * exact_step_cost(20, 8)
@@ -418,21 +419,21 @@ def test_cheaper_windows_are_tried_where_they_pay_and_taken_back_if_they_are_ina
     control = open_controller()
     control.observe(0, replace(BAD, couplings=STEEP))
     control.observe(1, replace(GOOD, couplings=STEEP))
-    fitted = fit_of(control)
+    fitted = control.chosen.windows
     assert control.observe(49, replace(GOOD, bias=0.14, couplings=STEEP)) is None  # too little to gain
     decision = control.observe(99, replace(GOOD, couplings=FLAT))
     assert decision.reason.startswith("less time would do; windows of")
     assert control.accuracy_at(100).serial
-    assert fit_of(control) != fitted
+    assert control.chosen.windows != fitted
     decision = control.observe(100, replace(BAD, couplings=FLAT))
     assert "back to windows of" in decision.reason
-    assert fit_of(control) == fitted
+    assert control.chosen.windows == fitted
     assert not control.accuracy_at(101).serial  # these were found accurate just before
     for step in (149, 199, 249):
         assert control.observe(step, replace(GOOD, couplings=FLAT)) is None  # not again at once
     assert control.observe(299, replace(GOOD, couplings=FLAT)).reason.startswith("less time would do")
     control.observe(300, replace(GOOD, couplings=FLAT))
-    assert FittedWindows(*fit_of(control)).cost(8) < FittedWindows(*fitted).cost(8)
+    assert step_cost(control.chosen.windows, 8) < step_cost(fitted, 8)
     late = open_controller(adaptive={"late_from": 0.05})
     late.observe(0, replace(BAD, couplings=STEEP))
     late.observe(1, replace(GOOD, couplings=STEEP))
@@ -445,7 +446,7 @@ def test_windows_are_not_fitted_where_the_user_has_said_what_they_are(changes):
     given = control.chosen.windows
     assert not control.plan_probe(0).couplings
     control.observe(0, replace(BAD, couplings=STEEP))
-    assert (control.rung, *fit_of(control)) == ("2+1", given, ())
+    assert (control.rung, control.chosen.windows) == ("2+1", Windows.alike(given.lengths, 2, 1))
 
 
 def test_a_run_with_more_layers_or_fewer_workers_forgets_how_windows_were_fitted():
@@ -455,13 +456,13 @@ def test_a_run_with_more_layers_or_fewer_workers_forgets_how_windows_were_fitted
     assert not control.accuracy_at(10).serial
     deeper = open_controller(model={"layers": 36})
     deeper.restore(control.state())
-    assert fit_of(deeper) == ((1, 1, 8, 8, 8, 8, 1, 1), ())
+    assert deeper.chosen.windows == Windows.alike((1, 1, 8, 8, 8, 8, 1, 1))
     assert deeper.accuracy_at(10).serial  # until a probe has found these accurate
     fewer = open_controller(workers=4)
     fewer.restore(control.state())
-    assert fit_of(fewer) == ((1, 1, 4, 4, 4, 4, 1, 1), ())
+    assert fewer.chosen.windows == Windows.alike((1, 1, 4, 4, 4, 4, 1, 1))
     assert fewer.accuracy_at(10).serial
-    assert max(fit_of(control)[0]) > 4
+    assert max(control.chosen.windows.lengths) > 4
 
 
 def test_exact_steps_are_left_after_any_number_of_refits():
@@ -482,7 +483,7 @@ def test_windows_that_were_too_slow_are_fitted_anew_after_a_pause():
     assert slow.endswith("fitted")
     assert control.begin(20, {"serial": 1.0, slow: 1.2}).rung == "serial"
     assert "looking again" in control.begin(520, {"serial": 1.0}).reason
-    assert fit_of(control) == ((1, 1, 8, 8, 1, 1), ())
+    assert control.chosen.windows == EQUAL
     assert control.accuracy_at(520).serial
     assert control.plan_probe(520).couplings
 

@@ -7,8 +7,8 @@ from rayllp.channel import run_workers
 from rayllp.channel.base import StateSpec
 from rayllp.mgrit import Communicator
 from rayllp.mgrit.couplings import Coupling, Couplings, CouplingTable, Visit, solve_a_layer_early
-from rayllp.mgrit.fitting import FittedWindows, WindowErrors, exact_step_cost
-from rayllp.mgrit.windows import Placement, windows_in_words
+from rayllp.mgrit.fitting import WindowErrors, exact_step_cost, step_cost
+from rayllp.mgrit.windows import Placement, Windows, lengths_in_words
 from tests.test_windows import TAG, Layers, N, solve, start, weights
 
 
@@ -112,7 +112,7 @@ def test_estimated_errors_are_right_in_proportion():
     for lengths in ((8, 8), (4,) * 4, (1, 1, 6, 8), (2, 6, 8), (3, 5, 5, 3)):
         for sweeps in (1, 2, 3):
             # The adjoint's estimate is that of exact sweeps, so that the sum is the forward estimate alone.
-            fitted = FittedWindows(lengths, ((sweeps, 8),) * len(lengths))
+            fitted = Windows.alike(lengths, sweeps, 8)
             true = true_error(fitted, states)
             if true > 1e-5:
                 ratios.append(errors.of(fitted) / true)
@@ -122,11 +122,12 @@ def test_estimated_errors_are_right_in_proportion():
 
 def test_fitted_windows_beat_equal_ones_that_take_as_long():
     states, errors = serial(), WindowErrors(measured(1)[2], 8)
-    for equal in (FittedWindows((8, 8), ((2, 2), (2, 2))), FittedWindows((4,) * 4, ((1, 1),) * 4), FittedWindows((8, 8), ((3, 3), (3, 3)))):
+    for equal in (Windows.alike((8, 8), 2, 2), Windows.alike((4,) * 4), Windows.alike((8, 8), 3, 3)):
         fitted = min(
-            (errors.fit(10**-exponent) for exponent in range(6)), key=lambda found: (found.cost(8) > equal.cost(8), errors.of(found))
+            (errors.fit(10**-exponent) for exponent in range(6)),
+            key=lambda found: (step_cost(found, 8) > step_cost(equal, 8), errors.of(found)),
         )
-        assert fitted.cost(8) <= equal.cost(8)
+        assert step_cost(fitted, 8) <= step_cost(equal, 8)
         assert true_error(fitted, states) < true_error(equal, states)
 
 
@@ -145,16 +146,16 @@ def flat(coupling):
 
 def test_windows_are_as_long_and_take_as_few_sweeps_as_the_limit_allows():
     lax = WindowErrors(flat(1e-6), 8).fit(0.1)
-    assert lax == FittedWindows((8, 8), ((1, 1), (1, 1)))
+    assert lax == Windows.alike((8, 8))
     assert WindowErrors(flat(1e-6), 5).fit(0.1).lengths == (5, 5, 5, 1)
     strong = WindowErrors(flat(0.1), 8)
-    before = lax.cost(8)
+    before = step_cost(lax, 8)
     for limit in (10.0, 1.0, 0.1, 0.01, 1e-4):
         fitted = strong.fit(limit)
         assert strong.of(fitted) <= limit
-        assert before <= fitted.cost(8) <= exact_step_cost(16, 8)
-        before = fitted.cost(8)
-    assert strong.fit(0.0).cost(8) <= exact_step_cost(16, 8)
+        assert before <= step_cost(fitted, 8) <= exact_step_cost(16, 8)
+        before = step_cost(fitted, 8)
+    assert step_cost(strong.fit(0.0), 8) <= exact_step_cost(16, 8)
     assert strong.of(strong.fit(0.0)) == 0.0
     steep = coupled([1.0, 0.5, *[1e-4] * 13], [0.0] * 15)
     fitted = WindowErrors(steep, 8).fit(0.1)
@@ -168,21 +169,21 @@ def test_what_is_not_finite_is_in_a_window_of_its_own_or_solved_exactly(value):
     errors = WindowErrors(couplings, 8)
     fitted = errors.fit(0.1)
     assert errors.of(fitted) <= 0.1
-    assert fitted.cost(8) < exact_step_cost(16, 8)
+    assert step_cost(fitted, 8) < exact_step_cost(16, 8)
 
 
 def test_what_a_step_costs():
     def cost(lengths, forward, backward):
-        return FittedWindows(lengths, ((forward, backward),) * len(lengths)).cost(4)
+        return step_cost(Windows.alike(lengths, forward, backward), 4)
 
     assert cost((4, 4), 1, 1) == 6  # two evaluations with graphs, two adjoint steps of two evaluations each
     assert cost((4, 4), 2, 2) == 10
     assert cost((1, 1, 2, 4), 2, 2) == 2 * 2 + 1 + 2 * 5
-    assert FittedWindows((1, 3, 4), ((1, 1), (3, 2), (1, 1))).cost(4) == 2.5 + 6 + 3
+    assert step_cost(Windows((1, 3, 4), ((1, 1), (3, 2), (1, 1))), 4) == 2.5 + 6 + 3
     assert exact_step_cost(8, 4) == 20
 
 
 def test_windows_in_words():
-    assert windows_in_words((8, 8, 8)) == windows_in_words((8, 8, 3)) == "8"
-    assert windows_in_words((1, 1, 1, 3, 8, 8)) == "1 (3 times), 3, 8 (2 times)"
-    assert windows_in_words((1, 1, 7, 8, 8), ((1, 1), (1, 1), (3, 2), (1, 1), (1, 1))) == "1 (2 times), 7 by 3+2, 8 by 1+1 (2 times)"
+    assert lengths_in_words((8, 8, 8)) == lengths_in_words((8, 8, 3)) == "8"
+    assert lengths_in_words((1, 1, 1, 3, 8, 8)) == "1 (3 times), 3, 8 (2 times)"
+    assert str(Windows((1, 1, 7, 8, 8), ((1, 1), (1, 1), (3, 2), (1, 1), (1, 1)))) == "1 (2 times), 7 by 3+2, 8 by 1+1 (2 times)"

@@ -11,6 +11,7 @@ from rayllp.config import make_config
 from rayllp.control import Controller
 from rayllp.errors import SettingsError
 from rayllp.mgrit import SolverOptions, build_hierarchy, split_evenly
+from rayllp.mgrit.windows import Windows
 from rayllp.plan import Costs, predict, predict_step, recording
 
 
@@ -117,7 +118,7 @@ def cyclic(workers, layers, costs, windows=(), microbatches=1):
             "buffers": {"open": 0, "close": 0},
         }
     )
-    accuracy = replace(Controller(config).chosen, windows=windows, serial=not windows, iterations_forward=1, iterations_backward=1)
+    accuracy = replace(Controller(config).chosen, windows=Windows.alike(windows), serial=not windows)
     return predict_step(config, accuracy, costs, microbatches=microbatches)
 
 
@@ -154,7 +155,10 @@ def test_workers_that_are_alike_with_layers_in_turn_do_alike(monkeypatch):
         layers = max(sum(windows), workers)
         windows += (1,) * (layers - sum(windows))
         for record, arguments in (
-            (recording._record_windows, (layers, workers, windows, random.randint(1, 3), random.choice(["forward", "adjoint"]))),
+            (
+                recording._record_windows,
+                (layers, workers, windows, (random.randint(1, 3),) * len(windows), random.choice(["forward", "adjoint"])),
+            ),
             (recording.in_order_schedule, (layers, workers, random.randint(1, 10))),
         ):
             found = record.__wrapped__(*arguments)

@@ -9,7 +9,7 @@ from rayllp.channel import LocalChannel, run_workers
 from rayllp.channel.torch_dist import TorchChannel
 from rayllp.control import Accuracy, Controller, ProbePlan
 from rayllp.errors import SettingsError
-from rayllp.mgrit.windows import equal_windows
+from rayllp.mgrit.windows import Windows, equal_windows
 from rayllp.plan import Costs, predict
 from rayllp.timeline import Timeline
 from tests.conftest import make_engine, run_processes, tiny
@@ -20,16 +20,15 @@ SERIAL = Accuracy(serial=True, levels_forward=1, levels_backward=1, iterations_f
 
 def sweeps(forward, backward, windows=(1, 1, 4, 4, 1, 1)):
     """Every window takes so many sweeps. The network has 2 + 8 + 2 layers."""
-    return Accuracy(
-        serial=False, levels_forward=2, levels_backward=2, iterations_forward=forward, iterations_backward=backward, windows=windows
-    )
+    iterations = {"iterations_forward": forward, "iterations_backward": backward}
+    return Accuracy(serial=False, levels_forward=2, levels_backward=2, **iterations, windows=Windows.alike(windows, forward, backward))
 
 
 def fitted(*windows):
     """Windows (length, forward sweeps, backward sweeps), as the controller hands them out."""
     lengths, forward, backward = zip(*windows, strict=True)
     pairs = tuple(zip(forward, backward, strict=True))
-    return replace(sweeps(max(forward), max(backward), lengths), sweeps=pairs)
+    return replace(sweeps(max(forward), max(backward)), windows=Windows(lengths, pairs), fitted=True)
 
 
 FITTED = fitted((1, 1, 1), (4, 3, 2), (2, 1, 1), (2, 2, 1), (3, 1, 1))
@@ -197,7 +196,7 @@ def test_every_family(family, head):
     wanted, _, _, wanted_loss = ours(config_of(family, head, **options), SERIAL)
     for workers, accuracy in ((2, sweeps(3, 3)), (3, SERIAL)):
         config = config_of(family, head, workers=workers, **options)
-        got, _, _, loss = ours(config, replace(accuracy, windows=equal_windows(len(config.solved_layers), 3)))
+        got, _, _, loss = ours(config, replace(accuracy, windows=Windows.alike(equal_windows(len(config.solved_layers), 3), 3, 3)))
         torch.testing.assert_close(loss, wanted_loss, rtol=1e-10, atol=1e-12)
         for name, gradient in wanted.items():
             torch.testing.assert_close(got[name], gradient, rtol=1e-8, atol=1e-11)
@@ -240,6 +239,6 @@ def test_what_windows_cannot_do_is_refused_in_words():
 def test_the_controller_of_a_cyclic_run_hands_out_windows():
     config = cyclic(4, mode="adaptive", adaptive={"rule": "bias", "probe_every": 10}, windows={"fit": False})
     control = Controller(config)
-    assert [(rung.name, rung.windows, rung.serial) for rung in control.rungs] == [
+    assert [(rung.name, rung.windows.lengths, rung.serial) for rung in control.rungs] == [
         (name, (1, 1, 4, 4, 1, 1), name == "serial") for name in ("1+1", "2+1", "2+2", "3+3", "serial")
     ]

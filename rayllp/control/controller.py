@@ -349,11 +349,17 @@ class Controller:
         """Restore the state of `mark`, because the steps after it are done again."""
         self._state, self._windows.state = deepcopy(mark)
 
+    @property
+    def _lengths(self) -> tuple[int, ...]:
+        """Lengths of the chosen windows; none for MGRIT."""
+        windows = self.chosen.windows
+        return () if windows is None else windows.lengths
+
     # Checkpoints ----------------------------------------------------------------------------------------------------------------
 
     def state(self) -> dict[str, Any]:
         """Return what a checkpoint keeps of the controller."""
-        more = {"name": self.rung, "lengths": self.chosen.windows, "consistency": self.config.consistency}
+        more = {"name": self.rung, "lengths": self._lengths, "consistency": self.config.consistency}
         return {**asdict(self._state), "windows": asdict(self._windows.state), **more}
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -368,7 +374,7 @@ class Controller:
             self._state.above = None  # of a ladder of more rungs
         if len(self.rungs) == 1:
             self._state.final = True
-        if self.config.solver == "windows" and (state["name"], tuple(state.get("lengths", ()))) != (self.rung, self.chosen.windows):
+        if self.config.solver == "windows" and (state["name"], tuple(state.get("lengths", ()))) != (self.rung, self._lengths):
             self._state.verified = not self._verifies  # layers or workers are others now, or windows were chosen in another way
         initial = self.config.consistency
         if not self.config.steers or state.get("consistency", initial) != initial:

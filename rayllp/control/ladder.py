@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from rayllp.config import Relaxation, TrainConfig
 from rayllp.control.records import Accuracy
-from rayllp.mgrit.fitting import FittedWindows
+from rayllp.mgrit.windows import Windows
 
 
 class Ladder:
@@ -19,13 +19,13 @@ class Ladder:
         self.rungs = [*(_rung(config, *rung) for rung in config.ladder), _serial(config)]
         self.last = len(self.rungs) - 1
 
-    def fitted(self, index: int, windows: FittedWindows | None) -> Accuracy:
+    def fitted(self, index: int, windows: Windows | None) -> Accuracy:
         """Return a rung with these windows; None: those of all windows' full length."""
         rung = self.rungs[index]
         if rung.serial or windows is None:
             return rung
-        forward, backward = (max(counts) for counts in zip(*windows.sweeps, strict=True))
-        return replace(rung, windows=windows.lengths, sweeps=windows.sweeps, iterations_forward=forward, iterations_backward=backward)
+        forward, backward = max(windows.forward), max(windows.backward)
+        return replace(rung, windows=windows, fitted=True, iterations_forward=forward, iterations_backward=backward)
 
     def index(self, name: str) -> int:
         """Return the index of the rung with this name, or 0 if there is none."""
@@ -42,7 +42,7 @@ def _rung(config: TrainConfig, forward: int, backward: int, relaxation: Relaxati
         iterations_forward=max(1, forward),
         iterations_backward=backward,
         relaxation=relaxation,
-        windows=config.window_lengths if config.solver == "windows" else (),
+        windows=Windows.alike(config.window_lengths, forward, backward) if config.solver == "windows" else None,
     )
 
 

@@ -8,7 +8,9 @@ FACTORS = (2.0, 1.0, 0.5, 0.25)
 LEAST_INTERVAL = 10
 """Smallest number of steps between two probes."""
 AIMED_SHARE, LEAST_AIM = 0.6, 0.2
-"""Windows are fitted to have this share of the tolerated bias a quarter of `adaptive.probe_every` steps on, but no less than the other now."""
+"""Windows are fitted to have the first share of the tolerated bias a quarter of `adaptive.probe_every` steps on, but at once no less than
+the second.
+"""
 CHANCE = 1.5
 """Two probes of the same windows may differ by this factor though nothing has changed, since each sees one batch."""
 MOST_INTERVALS = 2

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from rayllp.config import Relaxation, TrainConfig
 from rayllp.mgrit import SolverOptions
 from rayllp.mgrit.couplings import Couplings
+from rayllp.mgrit.windows import Windows
 
 FITTED = " fitted"
 """End of the name of a solve whose windows are fitted to the network."""
@@ -20,9 +21,8 @@ class Accuracy:
         iterations_forward, iterations_backward: number of iterations of each.
         consistency, smoothness: weights of the two penalties.
         relaxation: relaxation on the finest level; None: mgrit.relaxation.fine.
-        windows: on a cyclic placement, lengths of the windows; iterations are then Picard sweeps, without levels. Empty: MGRIT.
-        sweeps: of each window, forward and backward, where they are fitted to the network; the iterations are then the most of them. Empty:
-            every window takes as many sweeps as there are iterations.
+        windows: on a cyclic placement, the windows; the iterations are then the most sweeps of any. None: MGRIT.
+        fitted: whether the windows are fitted to the network, so that iterations do not tell what they are.
     """
 
     serial: bool
@@ -33,8 +33,8 @@ class Accuracy:
     consistency: float = 0.0
     smoothness: float = 0.0
     relaxation: Relaxation | None = None
-    windows: tuple[int, ...] = ()
-    sweeps: tuple[tuple[int, int], ...] = ()
+    windows: Windows | None = None
+    fitted: bool = False
 
     @property
     def mode(self) -> str:
@@ -48,8 +48,8 @@ class Accuracy:
         """
         if self.serial:
             return "serial"
-        if self.sweeps:
-            longer = [pair for length, pair in zip(self.windows, self.sweeps, strict=True) if length > 1] or [(1, 1)]
+        if self.fitted and self.windows:
+            longer = [pair for length, pair in zip(self.windows.lengths, self.windows.sweeps, strict=True) if length > 1] or [(1, 1)]
             return "+".join(_range(counts) for counts in zip(*longer, strict=True)) + FITTED
         forward = 0 if self.levels_forward == 1 else self.iterations_forward
         return f"{forward}+{self.iterations_backward}" + (f" {self.relaxation}" if self.relaxation else "")
@@ -61,17 +61,13 @@ class Accuracy:
 
     def doubled(self) -> "Accuracy":
         """Return this accuracy with doubled iterations, at least three each, so that there are two residuals to give ρ."""
-        sweeps = tuple((max(3, 2 * forward), max(3, 2 * backward)) for forward, backward in self.sweeps)
-        forward, backward = max(3, 2 * self.iterations_forward), max(3, 2 * self.iterations_backward)
-        return replace(self, iterations_forward=forward, iterations_backward=backward, sweeps=sweeps)
+        forward, backward = _doubled(self.iterations_forward), _doubled(self.iterations_backward)
+        windows = self.windows and replace(self.windows, sweeps=tuple((_doubled(f), _doubled(b)) for f, b in self.windows.sweeps))
+        return replace(self, iterations_forward=forward, iterations_backward=backward, windows=windows)
 
-    @property
-    def window_sweeps(self) -> tuple[int | tuple[int, ...], int | tuple[int, ...]]:
-        """Sweeps of the windows, forward and backward: one number for all, or one for each."""
-        if not self.sweeps:
-            return self.iterations_forward, self.iterations_backward
-        forward, backward = zip(*self.sweeps, strict=True)
-        return forward, backward
+
+def _doubled(count: int) -> int:
+    return max(3, 2 * count)
 
 
 def _range(counts: tuple[int, ...]) -> str:

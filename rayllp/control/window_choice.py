@@ -13,8 +13,8 @@ from rayllp.config import TrainConfig
 from rayllp.control.judgement import is_hopeless, tolerated_bias
 from rayllp.control.records import Probe
 from rayllp.mgrit.couplings import Couplings
-from rayllp.mgrit.fitting import FittedWindows, WindowErrors, exact_step_cost
-from rayllp.mgrit.windows import windows_in_words
+from rayllp.mgrit.fitting import WindowErrors, exact_step_cost, step_cost
+from rayllp.mgrit.windows import Windows
 
 WORTHWHILE_RATIO = 0.9
 """Windows that are accurate enough are replaced if others take at most so much of their time, and exact steps are left if windows do."""
@@ -36,8 +36,8 @@ class WindowState:
         asks: whether the next probe is to measure couplings, since something is wrong.
     """
 
-    windows: FittedWindows | None = None
-    before: FittedWindows | None = None
+    windows: Windows | None = None
+    before: Windows | None = None
     refits: int = 0
     waits: int = 0
     calm: int = 0
@@ -67,11 +67,10 @@ class WindowChoice:
 
     def __init__(self, config: TrainConfig) -> None:
         self.config, self.state = config, WindowState()
-        lengths = config.window_lengths
-        self._full = FittedWindows(lengths, ((1, 1),) * len(lengths))
+        self._full = Windows.alike(config.window_lengths)
 
     @property
-    def chosen(self) -> FittedWindows:
+    def chosen(self) -> Windows:
         """The windows in use, or to be probed."""
         return self.state.windows or self._full
 
@@ -148,7 +147,7 @@ class WindowChoice:
         state.calm = 0
         return self._try(fitted, probe, f"{patience} probes say that windows would do")
 
-    def _try(self, fitted: FittedWindows, probe: Probe, reason: str) -> Move:
+    def _try(self, fitted: Windows, probe: Probe, reason: str) -> Move:
         """Choose these windows, to be used once a probe has found them accurate."""
         state = self.state
         state.windows, state.couplings, state.asks, state.before = fitted, probe.couplings or state.couplings, False, None
@@ -156,11 +155,11 @@ class WindowChoice:
 
     @property
     def _in_words(self) -> str:
-        return f"windows of {windows_in_words(self.chosen.lengths, self.chosen.sweeps)} layers"
+        return f"windows of {self.chosen} layers"
 
     # Fitting ------------------------------------------------------------------------------------------------------------------------
 
-    def _fit(self, step: int, probe: Probe, aim: float) -> FittedWindows | None:
+    def _fit(self, step: int, probe: Probe, aim: float) -> Windows | None:
         """Return the fastest windows found whose bias should have the share `aim` of the tolerated one, or half as much after each refit.
 
         Returns: None if no windows would be accurate, or if the probe did not measure what that takes.
@@ -173,13 +172,13 @@ class WindowChoice:
         estimated = errors.of(self.chosen)  # right in proportion only; the bias that was measured for the same windows gives the scale
         return errors.fit(limit * estimated / bias if 0 < bias < math.inf and 0 < estimated < math.inf else limit)
 
-    def _share_of_exact(self, windows: FittedWindows) -> float:
+    def _share_of_exact(self, windows: Windows) -> float:
         """Return the time of a step by these windows over that of an exact step. It serves to choose before steps by them can be timed.
 
         It is that on as many workers as the longest window has layers, whatever their number is now, so that decisions do not depend on it.
         """
         workers = self.config.longest_window
-        return windows.cost(workers) / exact_step_cost(len(self.config.solved_layers), workers)
+        return step_cost(windows, workers) / exact_step_cost(len(self.config.solved_layers), workers)
 
     # Checkpoints --------------------------------------------------------------------------------------------------------------------
 
@@ -192,13 +191,13 @@ class WindowChoice:
         couplings = _restored_couplings(kept.get("couplings")) if windows is not None else None
         self.state = WindowState(windows, before, couplings=couplings, **numbers)  # type: ignore[arg-type]
 
-    def _restored_windows(self, kept: object) -> FittedWindows | None:
+    def _restored_windows(self, kept: object) -> Windows | None:
         """Return the windows of a checkpoint; None if it has none, or if layers or workers are others now."""
         if not isinstance(kept, dict):
             return None
         if sum(kept["lengths"]) != len(self.config.solved_layers) or max(kept["lengths"]) > self.config.longest_window:
             return None
-        return FittedWindows(tuple(kept["lengths"]), tuple((forward, backward) for forward, backward in kept["sweeps"]))
+        return Windows(tuple(kept["lengths"]), tuple((forward, backward) for forward, backward in kept["sweeps"]))
 
 
 def _restored_couplings(kept: object) -> Couplings | None:

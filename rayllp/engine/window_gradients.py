@@ -25,26 +25,25 @@ class WindowGradients:
 
     def form(self, batch: StepBatch, penalty: Consistency | None) -> StepGradients:
         """Add the gradients of these samples to `.grad`."""
-        group, block, accuracy = self.group, self.group.block, batch.accuracy
+        group, block, windows = self.group, self.group.block, batch.accuracy.windows
+        assert windows is not None
         bound = block.bind(batch)
         spec, last = group.spec(batch.inputs), group.channel.size - 1
-        sweeps_forward, sweeps_backward = accuracy.window_sweeps
-        messages = "windows", accuracy.windows, sweeps_forward, sweeps_backward
-        with group.channel.prepost_receives((messages, spec)):
+        with group.channel.prepost_receives((windows, spec)):
             with group.span("enter"):
                 entered = bound.enter(batch.inputs) if block.first else None
             recompute = block.config.recompute
             propagator = RecomputingPropagator(bound, checkpoints={*block.solved}) if recompute else ForwardPropagator(bound)
             # Forward solve. Its last sweep records graphs.
-            problem = WindowProblem(self.placement, accuracy.windows, propagator, spec)
-            options = WindowOptions(sweeps=sweeps_forward, rounding=group.config.rounding)
+            problem = WindowProblem(self.placement, windows.lengths, propagator, spec)
+            options = WindowOptions(sweeps=windows.forward, rounding=group.config.rounding)
             u0 = None if entered is None else detach(entered)
             forward = group.solve_by_windows(problem, options, MessageTag(batch.step, "forward"), u0, source=0)
             with group.span("loss"):
                 loss, seed = loss_and_seed(bound, forward.output, batch)
             # Adjoint solve, from λ_N. Its last sweep forms parameter gradients.
-            problem = WindowProblem(self.placement, accuracy.windows, AdjointPropagator(propagator), spec, adjoint=True)
-            options = replace(options, sweeps=sweeps_backward)
+            problem = WindowProblem(self.placement, windows.lengths, AdjointPropagator(propagator), spec, adjoint=True)
+            options = replace(options, sweeps=windows.backward)
             adjoint = group.solve_by_windows(problem, options, MessageTag(batch.step, "adjoint"), seed, source=last)
         add_embedding_gradients(group, entered, adjoint.output)
         return StepGradients(loss, forward.residuals, adjoint.residuals, penalty)

@@ -17,12 +17,12 @@ time + μ · error, for the least μ whose error is below the limit.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from rayllp.mgrit.couplings import Coupling, Couplings
+from rayllp.mgrit.windows import Windows
 
 MOST_SWEEPS = 4
 """Windows take at most so many sweeps each way. One that wants more is better cut in two."""
@@ -35,28 +35,17 @@ HALVINGS = 24
 HUGE = 1e30
 
 
-@dataclass(frozen=True)
-class FittedWindows:
-    """A solve by windows.
+def step_cost(windows: Windows, workers: int) -> float:
+    """Return the time of a training step by windows in forward evaluations of a layer, if messages cost nothing.
 
-    Attributes:
-        lengths: number of layers of each window, in the order of the network.
-        sweeps: of each window, forward and backward.
+    Args:
+        windows: none may be longer than there are workers.
+        workers: number of workers.
     """
-
-    lengths: tuple[int, ...]
-    sweeps: tuple[tuple[int, int], ...]
-
-    def cost(self, workers: int) -> float:
-        """Return the time of a training step in forward evaluations of a layer, if messages cost nothing.
-
-        Args:
-            workers: number of workers; no window may be longer than that.
-        """
-        chained = sum(length == 1 for length in self.lengths)
-        pairs = zip(self.lengths, self.sweeps, strict=True)
-        sweeps = sum(min(forward, length) + min(backward, length) + 1 for length, (forward, backward) in pairs if length > 1)
-        return sweeps + chained * _chained_cost(workers)
+    chained = sum(length == 1 for length in windows.lengths)
+    pairs = zip(windows.lengths, windows.sweeps, strict=True)
+    sweeps = sum(min(forward, length) + min(backward, length) + 1 for length, (forward, backward) in pairs if length > 1)
+    return sweeps + chained * _chained_cost(workers)
 
 
 def exact_step_cost(layers: int, workers: int) -> float:
@@ -86,7 +75,7 @@ class WindowErrors:
         self._forward = (FORWARD_WEIGHT * forward).tolist()
         self._adjoint = (ADJOINT_WEIGHT * adjoint).tolist()
 
-    def of(self, solve: FittedWindows) -> float:
+    def of(self, solve: Windows) -> float:
         """Return the estimated error of a solve, none of whose windows may be longer than `longest`."""
         total, begin = 0.0, 0
         for length, (forward, backward) in zip(solve.lengths, solve.sweeps, strict=True):
@@ -96,12 +85,12 @@ class WindowErrors:
             begin = end
         return total
 
-    def fit(self, limit: float) -> FittedWindows:
+    def fit(self, limit: float) -> Windows:
         """Return the fastest solve found whose estimated error is at most `limit`; windows of one layer, which are exact, if none is."""
         lax = self._best(0.0)
         if self.of(lax) <= limit:
             return lax
-        low, high, found = -30.0, 60.0, FittedWindows((1,) * self.layers, ((1, 1),) * self.layers)
+        low, high, found = -30.0, 60.0, Windows.alike((1,) * self.layers)
         for _ in range(HALVINGS):
             middle = (low + high) / 2
             solve = self._best(math.exp(middle))
@@ -111,7 +100,7 @@ class WindowErrors:
                 low = middle
         return found
 
-    def _best(self, price: float) -> FittedWindows:
+    def _best(self, price: float) -> Windows:
         """Return the solve of the least time + price · error."""
         best: list[tuple[float, int, tuple[int, int]]] = [(0.0, 0, (0, 0))]  # of the layers before each: value, last window, its sweeps
         forward_choices, adjoint_choices = (
@@ -131,7 +120,7 @@ class WindowErrors:
             lengths.append(length)
             sweeps.append(pair)
             end -= length
-        return FittedWindows(tuple(lengths[::-1]), tuple(sweeps[::-1]))
+        return Windows(tuple(lengths[::-1]), tuple(sweeps[::-1]))
 
 
 def _cheapest(errors: Sequence[float], length: int, price: float) -> tuple[float, int]:

@@ -20,7 +20,7 @@ The adjoint is the same solve from the other end, with the transposed steps. Wit
 gradient of the network whose windows are evaluated in this way. That is why training with a single sweep is stable.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, groupby
 
@@ -85,22 +85,48 @@ def equal_windows(layers: int, length: int) -> tuple[int, ...]:
     return tuple(min(length, layers - start) for start in range(0, layers, length))
 
 
-def windows_in_words(lengths: Sequence[int], sweeps: Sequence[tuple[int, int]] = ()) -> str:
-    """Return the lengths of windows as a short text: "1 (4 times), 3, 8 (7 times)", or with sweeps "1, 7 by 3+2, 8 by 1+1 (7 times)".
+def lengths_in_words(lengths: Sequence[int]) -> str:
+    """Return the lengths of windows as a short text: "1 (4 times), 3, 8 (7 times)", or "8" if all but a shorter last one are equal."""
+    return str(lengths[0]) if lengths == equal_windows(sum(lengths), lengths[0]) else _repeated(map(str, lengths))
 
-    If all are equal, but for a shorter last one, the text is that one number.
 
-    Args:
-        lengths: number of layers of each window.
-        sweeps: of each window, forward and backward; empty: all take the same, and none are named. A window of one layer takes one each.
-    """
-    if not sweeps and lengths == equal_windows(sum(lengths), lengths[0]):
-        return str(lengths[0])
-    each = [str(length) for length in lengths]
-    if sweeps:
-        each = [f"{length} by {f}+{b}" if length > 1 else "1" for length, (f, b) in zip(lengths, sweeps, strict=True)]
-    runs = [(text, len(list(run))) for text, run in groupby(each)]
+def _repeated(texts: Iterable[str]) -> str:
+    """Return the texts with commas between them; the same several times in a row as "1 (4 times)"."""
+    runs = [(text, len(list(run))) for text, run in groupby(texts)]
     return ", ".join(text if count == 1 else f"{text} ({count} times)" for text, count in runs)
+
+
+@dataclass(frozen=True)
+class Windows:
+    """The windows of a network, in its order, and how accurately each is solved.
+
+    Attributes:
+        lengths: number of layers of each.
+        sweeps: of each, forward and backward. No more are taken than it has layers.
+    """
+
+    lengths: tuple[int, ...]
+    sweeps: tuple[tuple[int, int], ...]
+
+    @staticmethod
+    def alike(lengths: tuple[int, ...], forward: int = 1, backward: int = 1) -> "Windows":
+        """Return windows that all take the same sweeps."""
+        return Windows(lengths, ((forward, backward),) * len(lengths))
+
+    @property
+    def forward(self) -> tuple[int, ...]:
+        """Forward sweeps of each window."""
+        return tuple(forward for forward, _ in self.sweeps)
+
+    @property
+    def backward(self) -> tuple[int, ...]:
+        """Sweeps of each window in the adjoint solve."""
+        return tuple(backward for _, backward in self.sweeps)
+
+    def __str__(self) -> str:
+        """The windows as a short text: "1, 7 by 3+2, 8 by 1+1 (7 times)". A window of one layer takes one sweep each way."""
+        pairs = zip(self.lengths, self.sweeps, strict=True)
+        return _repeated("1" if length == 1 else f"{length} by {forward}+{backward}" for length, (forward, backward) in pairs)
 
 
 @dataclass(frozen=True)

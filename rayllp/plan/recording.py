@@ -146,11 +146,10 @@ def schedules_of(config: TrainConfig, accuracy: Accuracy) -> tuple[Schedule, Sch
     """Return the forward and the adjoint schedule of a step that is solved by windows or MGRIT, or exactly over blocks of layers."""
     workers = config.layer_workers
     if config.placement == "cyclic":
-        forward, adjoint = (
-            _record_windows(len(config.solved_layers), workers, accuracy.windows, sweeps, name)
-            for sweeps, name in zip(accuracy.window_sweeps, ("forward", "adjoint"), strict=True)
-        )
-        return forward, adjoint
+        layers, windows = len(config.solved_layers), accuracy.windows
+        assert windows is not None
+        forward = _record_windows(layers, workers, windows.lengths, windows.forward, "forward")
+        return forward, _record_windows(layers, workers, windows.lengths, windows.backward, "adjoint")
     solves = StepSolves.of(accuracy, config)
     # If a tolerance may end the iterations early, the largest number of them is predicted.
     options = [replace(options, tolerance=None) for options in (solves.forward_options, solves.adjoint_options)]
@@ -178,7 +177,7 @@ def _record_cycles(hierarchy: Hierarchy, options: SolverOptions, workers: int, n
 
 
 @lru_cache(maxsize=1024)
-def _record_windows(layers: int, workers: int, windows: tuple[int, ...], sweeps: int | tuple[int, ...], name: str) -> Schedule:
+def _record_windows(layers: int, workers: int, windows: tuple[int, ...], sweeps: tuple[int, ...], name: str) -> Schedule:
     """Return the schedule of a solve by windows, of layers in turn."""
     placement, adjoint = Placement.cyclic(layers, workers), name == "adjoint"
     source = workers - 1 if adjoint else 0

@@ -7,7 +7,7 @@ from rayllp.config import TrainConfig
 from rayllp.config.nested import Stage
 from rayllp.config.schedule import learning_rate
 from rayllp.engine.pipeline import count_microbatches
-from rayllp.mgrit.windows import windows_in_words
+from rayllp.mgrit.windows import lengths_in_words
 
 
 def describe_run(config: TrainConfig, network: str, parameters: int, device: str, run: Path, left_out: Mapping[str, int]) -> str:
@@ -43,7 +43,7 @@ def describe_layout(config: TrainConfig) -> str:
     """Return which layers each worker has, in words."""
     replicas = f" × {config.mesh.data} replicas" if config.mesh.data > 1 else ""
     if config.placement == "cyclic":
-        return f"{config.layer_workers} workers take layers in turn, windows of {windows_in_words(config.window_lengths)}{replicas}"
+        return f"{config.layer_workers} workers take layers in turn, windows of {lengths_in_words(config.window_lengths)}{replicas}"
     return f"{config.layer_workers} blocks {listed(config.blocks, '/')}{replicas}"
 
 

@@ -171,7 +171,7 @@ class StepLog:
     def _observe(self, stats: StepStats) -> None:
         found, before = stats.findings, self.controller.chosen
         decision = self.controller.observe(stats.step, found)
-        if (before.windows, before.sweeps) != (self.controller.chosen.windows, self.controller.chosen.sweeps):
+        if before.windows != self.controller.chosen.windows:
             self.times.forget_speed(but="serial")
         advice = {way: solve.status.value if solve else "" for way, solve in _solves(stats).items()}
         measured = {name: getattr(found, name) for name in ("rho_forward", "rho_backward", "bias", "noise", "loss_gap")}
@@ -181,8 +181,9 @@ class StepLog:
         if decision:
             if self.config.switch_step is None or decision.step < self.config.switch_step:
                 self.why_exact = decision.reason if decision.mode == "serial" else None
-            if self.config.solver == "windows":
-                details["windows"], details["sweeps"] = list(self.controller.chosen.windows), list(self.controller.chosen.sweeps)
+            windows = self.controller.chosen.windows
+            if windows is not None:
+                details["windows"], details["sweeps"] = list(windows.lengths), list(windows.sweeps)
             self._journal.event(
                 decision.step, "switch", to=decision.mode, rung=decision.rung, trying=decision.trying, reason=decision.reason, **details
             )
