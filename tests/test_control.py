@@ -11,7 +11,7 @@ from rayllp.channel import LocalChannel, run_workers
 from rayllp.config import make_config
 from rayllp.control import Controller, Probe, ProbePlan
 from rayllp.control.judgement import tolerated_share
-from rayllp.engine.probe import Sums
+from rayllp.engine.probe import Comparison, Sums
 from rayllp.errors import SettingsError
 from rayllp.mgrit.fitting import WindowErrors, exact_step_cost, step_cost
 from rayllp.mgrit.windows import Windows
@@ -671,21 +671,27 @@ def test_settings_that_cannot_work(adaptive, message):
 # What probes measure --------------------------------------------------------------------------------------------------------------
 
 
-def middle_gradient(engine, accuracy, rows=slice(None)):
+def layer_gradients(engine, accuracy, rows=slice(None)):
     engine.gradients(engine.step_batch(3, accuracy).part(rows))
-    found = torch.cat([p.grad.flatten() for n in engine.block.middle for p in engine.block.layers[n].parameters()])
+    found = [torch.cat([p.grad.flatten() for p in engine.block.layers[n].parameters()]) for n in engine.block.indices]
     engine.optimizer.zero_grad()
     return found
+
+
+def relative_error(found, wanted):
+    """Return the root mean square over layers of the relative error of these gradients."""
+    return math.sqrt(sum(float((f - w).norm() / w.norm()) ** 2 for f, w in zip(found, wanted, strict=True)) / len(wanted))
 
 
 def test_bias_cosine_and_noise_are_what_they_say():
     config = tiny(step={"middle": 1.0}, mgrit={"coarsening": 4})
     engine = make_engine(config)
-    used, better = middle_gradient(engine, FEW), middle_gradient(engine, FEW.doubled())
+    used, better = layer_gradients(engine, FEW), layer_gradients(engine, FEW.doubled())
     loss, better_loss = (float(engine.gradients(engine.step_batch(3, accuracy)).loss) for accuracy in (FEW, FEW.doubled()))
     engine.optimizer.zero_grad()
-    halves = [middle_gradient(engine, FEW.doubled(), rows) for rows in (slice(0, 2), slice(2, 4))]
-    gap = halves[0] - halves[1]
+    halves = [layer_gradients(engine, FEW.doubled(), rows) for rows in (slice(0, 2), slice(2, 4))]
+    noise = relative_error([2 * half for half in halves[0]], better)
+    cosines = [float(torch.nn.functional.cosine_similarity(u, b, 0)) for u, b in zip(used, better, strict=True)]
     for workers in (1, 2, 3):
 
         def work(channel):
@@ -693,11 +699,11 @@ def test_bias_cosine_and_noise_are_what_they_say():
             return make_engine(config, channel).train_step(3, FEW, ProbePlan(candidate=FEW, bias=True))
 
         for stats in run_workers(workers, work):
-            assert stats.comparison.bias == pytest.approx(((used - better).norm() / better.norm()).item(), rel=1e-9)
-            assert stats.comparison.cosine == pytest.approx(torch.nn.functional.cosine_similarity(used, better, 0).item(), rel=1e-9)
-            assert stats.comparison.noise == pytest.approx((gap.norm() / better.norm()).item(), rel=1e-9)
+            assert stats.comparison.bias == pytest.approx(relative_error(used, better), rel=1e-9)
+            assert stats.comparison.cosine == pytest.approx(sum(cosines) / len(cosines), rel=1e-9)
+            assert stats.comparison.noise == pytest.approx(noise, rel=1e-9)
             assert stats.comparison.loss_gap == pytest.approx((loss - better_loss) / better_loss, rel=1e-6)
-            assert len(stats.comparison.by_block) == workers
+            assert [cosine for _, cosine in stats.comparison.by_layer] == pytest.approx(cosines, rel=1e-9)
             # Two coarse intervals: a second iteration makes the first exact, so there is one residual that says something.
             assert stats.comparison.bias > 0.01
 
@@ -705,8 +711,8 @@ def test_bias_cosine_and_noise_are_what_they_say():
 def test_a_probe_against_the_exact_gradient_and_one_in_serial_training():
     config = tiny(step={"middle": 1.0}, mgrit={"coarsening": 2}, workers=2, optimizer={"clip": 0})
     engine = make_engine(tiny(step={"middle": 1.0}, mgrit={"coarsening": 2}))
-    used, exact = middle_gradient(engine, FEW), middle_gradient(engine, SERIAL)
-    wanted = ((used - exact).norm() / exact.norm()).item()
+    used, exact = layer_gradients(engine, FEW), layer_gradients(engine, SERIAL)
+    wanted = relative_error(used, exact)
 
     def work(channel):
         plan = ProbePlan(candidate=FEW, bias=True, exact=True)
@@ -734,15 +740,32 @@ def test_rho_without_bias_costs_no_second_gradient():
     assert asdict(stats[0])["comparison"] is None
 
 
+def compared(*layers, losses=(1.0, 1.0)):
+    """Compare gradients whose squared error, squared norms, product and squared difference of halves are these, layer by layer."""
+    return Comparison.of(Sums(*torch.tensor(layers, dtype=torch.float64).T), *losses, replicas=1)
+
+
 def test_bias_of_gradients_that_are_zero_is_a_number():
-    """A block of frozen layers has none."""
+    """Frozen layers have none."""
+    frozen = (0.0, 0.0, 0.0, 0.0, 0.0)
+    for sums, bias, cosine in (
+        (frozen, 0.0, 1.0),
+        ((4.0, 0.0, 4.0, 0.0, 0.0), math.inf, 0.0),
+        ((4.0, 4.0, 0.0, 0.0, 0.0), 1.0, 0.0),
+        ((1.0, 4.0, 4.0, 4.0, 0.0), 0.5, 1.0),
+    ):
+        found = compared(sums)
+        assert (found.bias, found.cosine) == (bias, cosine)
+        assert compared(frozen, sums).bias == bias  # the mean is over trained layers
+    assert compared(frozen).noise is None
+    gaps = [compared(frozen, losses=losses).loss_gap for losses in ((0.0, 0.0), (1.0, 0.0), (1.5, 2.0))]
+    assert gaps == [0.0, math.inf, -0.25]
 
-    def found(error, better, used, product):
-        sums = Sums(error, better, used, product, 0.0, 0.0, 0.0)
-        return sums.bias, sums.cosine
 
-    assert found(0.0, 0.0, 0.0, 0.0) == (0.0, 1.0)
-    assert found(4.0, 0.0, 4.0, 0.0) == (math.inf, 0.0)
-    assert found(4.0, 4.0, 0.0, 0.0) == (1.0, 0.0)
-    assert found(1.0, 4.0, 4.0, 4.0) == (0.5, 1.0)
-    assert [Sums(0, 0, 0, 0, 0, *losses).loss_gap for losses in ((0.0, 0.0), (1.0, 0.0), (1.5, 2.0))] == [0.0, math.inf, -0.25]
+def test_each_layer_counts_alike_however_large_its_gradient_is():
+    """Optimizers scale each weight's step by the size of its own gradient."""
+    right, wrong = (0.01, 100.0, 100.0, 100.0, 64.0), (0.01, 0.01, 0.01, 0.005, 0.0036)
+    found = compared(right, wrong)
+    assert found.bias == pytest.approx(math.sqrt((0.01**2 + 1) / 2))
+    assert found.noise == pytest.approx(math.sqrt((0.8**2 + 0.6**2) / 2))
+    assert found.by_layer[1] == pytest.approx((1.0, 0.5))

@@ -187,7 +187,7 @@ def fail_at(worker, step, phase):
 
             engine.block.bind = bind
         elif phase == "adjoint":
-            parameter = next(iter(engine.block.layers[engine.block.middle[0]].parameters()))
+            parameter = next(iter(engine.block.layers[engine.block.indices[0]].parameters()))
             parameter.register_hook(lambda gradient: end() if begun == step else None)
             inner_batch = engine.step_batch
 

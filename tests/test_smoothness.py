@@ -29,7 +29,7 @@ def test_its_gradient_is_autograds_on_any_number_of_workers(family):
     options = {"optimizer": {"clip": 0, "warmup": 0}, "step": {"middle": 0.3}}
     engine = make(config_of(family, **options), LocalChannel.alone())
     engine.gradients(engine.step_batch(2, SERIAL))
-    layers = [dict(engine.block.layers[n].named_parameters()) for n in engine.block.middle]
+    layers = [dict(engine.block.layers[n].named_parameters()) for n in engine.block.indices]
     penalty = sum(
         (b[name] - a[name]).square().sum() / 0.3 for a, b in pairwise(layers) for name in a
         if name in b and a[name].shape == b[name].shape
@@ -48,7 +48,7 @@ def test_it_draws_neighbouring_layers_together():
         engine = make(config, LocalChannel.alone())
         for step in range(10):
             engine.train_step(step, replace(ENOUGH, smoothness=weight))
-        layers = [dict(engine.block.layers[n].named_parameters()) for n in engine.block.middle]
+        layers = [dict(engine.block.layers[n].named_parameters()) for n in engine.block.indices]
         return sum((b[name] - a[name]).square().sum().item() for a, b in pairwise(layers) for name in a)
 
     assert distance(WEIGHT) < 0.9 * distance(0.0)

@@ -126,7 +126,7 @@ def test_training_with_dropout_buffers_and_accumulation():
 
 def broken(world, config):
     engine = make_engine(config, world.channel(0, 60.0))
-    engine.block.layers[engine.block.middle[3]].forward = None  # cannot be called
+    engine.block.layers[engine.block.indices[3]].forward = None  # cannot be called
     with pytest.raises(ChannelError) as caught:
         engine.train_step(0, Controller(config).chosen)
     return str(caught.value)

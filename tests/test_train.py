@@ -90,7 +90,7 @@ def test_a_run_writes_what_the_design_names(parallel_run):
     assert set(metrics[0]) == {
         "step", "loss", "mode", "solve", "probed", "iterations_forward", "iterations_backward", "rho_forward", "rho_backward",
             "rho_by_point", "bias",
-        "cosine", "noise", "loss_gap", "bias_by_block", "bias_against", "consistency", "consistency_weight", "lipschitz", "grad_norm", "lr",
+        "cosine", "noise", "loss_gap", "bias_by_layer", "bias_against", "consistency", "consistency_weight", "lipschitz", "grad_norm", "lr",
         "step_time_s", "tokens", "tokens_per_s", "mfu", "workers",
     }  # fmt: skip
     assert {m["mode"] for m in metrics} == {"parallel"}

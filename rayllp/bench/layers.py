@@ -77,7 +77,7 @@ def bench_layers(config: TrainConfig, data: Any, device: str) -> LayerBench:
     bound = block.bind(batch)
     with torch.no_grad():
         state = bound.enter(batch.inputs)
-    layer = block.middle[0]
+    layer = block.indices[0]
     weights = {parameter.untyped_storage().data_ptr() for parameter in block.parameters.values()}
     kept: dict[int, int] = {}
 

@@ -30,7 +30,6 @@ class Block:
         solved: the owned layers of the solve (`TrainConfig.solved_layers`), ascending, counted from its first as solvers do. They are
             consecutive if the placement is in blocks.
         indices: the same layers' indices in the whole network.
-        middle: those of them that are no buffers.
         open, close: owned layers before and after the solve.
         draws: True if pieces draw random numbers in training, which are then frozen within a step.
         stacks: stacked weights of middle layers, for calls of several layers at once.
@@ -44,8 +43,6 @@ class Block:
         self.first, self.last = rank == 0, rank == config.layer_workers - 1
         self.solved = tuple(config.layers_of(rank))
         self.indices = tuple(map(self.index, self.solved))
-        between = range(config.buffers.open, config.model.layers - config.buffers.close)
-        self.middle = tuple(n for n in self.indices if n in between)
         self.open = range(config.solved_layers.start) if self.first else range(0)
         self.close = range(config.solved_layers.stop, config.model.layers) if self.last else range(0)
         seed = config.seed

@@ -1,11 +1,16 @@
 """Measurements of a probing step: convergence factors, the bias and the noise of the gradient, and each layer's Lipschitz constant.
 
-The bias compares the gradient in use with a better one (of doubled iterations, or exact), over the middle layers' parameters. For the
-noise, the better gradient is formed in two halves of the batch; their difference is one standard deviation of their sum over the choice of
-the batch. A bias far below the noise changes the weights less than another batch would.
+The bias compares the gradient in use with a better one (of doubled iterations, or exact), layer by layer of the solve. For the noise, the
+better gradient is formed in two halves of the batch; their difference is one standard deviation of their sum over the choice of the batch.
+A bias far below the noise changes the weights less than another batch would.
+
+Each layer counts alike, by the error of its gradient over its gradient, since optimizers scale each weight's step (AdamW) or each matrix's
+(Muon) by the size of its own gradient. One norm over all layers would be that of the few with the largest gradients, as the first ones of
+a deep network with Δt = 1, and others could be trained by nothing but error.
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -25,64 +30,86 @@ SAMPLES_PER_COUPLING = 4
 
 
 class Sums(NamedTuple):
-    """What two gradients are compared by: sums over the parameters of some middle layers, and two losses.
+    """What two gradients are compared by: sums over the parameters of each layer, all of shape (layers,), in float64.
 
     Attributes:
         error: squares of the difference between the gradient in use and the better one.
         better, used: squares of each.
         product: their products.
         halves: squares of the difference between the better gradients of the two halves of the batch.
-        loss, better_loss: losses of the two solves, on the worker that has the head; 0 on others.
     """
 
-    error: float
-    better: float
-    used: float
-    product: float
-    halves: float
-    loss: float
-    better_loss: float
+    error: Tensor
+    better: Tensor
+    used: Tensor
+    product: Tensor
+    halves: Tensor
 
     @property
-    def bias(self) -> float:
-        """Norm of the error over the norm of the better gradient. Two zero gradients (of frozen layers) count as equal."""
-        if self.better == 0 or self.used == 0:
-            return 0.0 if self.better == self.used else 1.0 if self.better else math.inf
-        return math.sqrt(self.error / self.better)
+    def biases(self) -> Tensor:
+        """Norm of each layer's error over the norm of its better gradient. Two zero gradients (of frozen layers) count as equal."""
+        return torch.where((self.better == 0) & (self.used == 0), 0.0, (self.error / self.better).sqrt())
 
     @property
-    def cosine(self) -> float:
-        """Cosine of the angle between the two gradients."""
-        if self.better == 0 or self.used == 0:
-            return 1.0 if self.better == self.used else 0.0
-        return self.product / math.sqrt(self.better * self.used)
+    def cosines(self) -> Tensor:
+        """Cosine of the angle between each layer's two gradients."""
+        alone = (self.better == 0) | (self.used == 0)
+        return torch.where(alone, (self.better == self.used).double(), self.product / (self.better * self.used).sqrt())
 
     @property
-    def loss_gap(self) -> float:
-        """Relative difference between the loss of the solve in use and the better one's."""
-        if self.better_loss == 0:
-            return 0.0 if self.loss == 0 else math.inf
-        return (self.loss - self.better_loss) / abs(self.better_loss)
+    def noises(self) -> Tensor:
+        """Norm of the difference between the better gradients of two halves of the batch, over that of their sum."""
+        return torch.where(self.better == 0, 0.0, (self.halves / self.better).sqrt())
+
+    def mean_of(self, values: Tensor) -> float:
+        """Return the root mean square of such numbers over all layers that are trained."""
+        trained = (self.better > 0) | (self.used > 0)
+        return math.sqrt(float(torch.where(trained, values, 0.0).square().sum() / trained.sum().clamp_min(1)))
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """How far the solve in use is off from a better one, over all middle layers and for each worker.
+    """How far the solve in use is off from a better one.
 
     Attributes:
-        bias: norm of the gradient's error over the norm of the better gradient.
-        cosine: cosine of the angle between the two gradients.
-        noise: one standard deviation of the gradient over the choice of the batch, over the better gradient's norm; None if the batch was
-            not halved.
+        bias: norm of a layer's error over the norm of its better gradient, as the root mean square over the layers.
+        cosine: mean cosine of the angle between a layer's two gradients.
+        noise: one standard deviation of a layer's gradient over the choice of the batch, over its norm, as the root mean square over the
+            layers; None if the batch was not halved.
         loss_gap: relative difference between the losses of the solve in use and of the better one, on the same batch.
-        by_block: relative bias and cosine of each worker's block.
+        by_layer: relative bias and cosine of each layer of the solve.
     """
 
     bias: float
     cosine: float
     noise: float | None
     loss_gap: float
-    by_block: tuple[tuple[float, float], ...]
+    by_layer: tuple[tuple[float, float], ...]
+
+    @staticmethod
+    def of(sums: Sums, loss: float, better_loss: float, replicas: int) -> "Comparison":
+        """Return what the sums over all workers say.
+
+        Args:
+            sums: of the gradients.
+            loss, better_loss: losses of the two solves.
+            replicas: number of replicas, each of which has halved its batch; 0 if none has.
+        """
+        biases, cosines = sums.biases, sums.cosines
+        return Comparison(
+            bias=sums.mean_of(biases),
+            cosine=float(cosines.mean()),
+            noise=sums.mean_of(sums.noises) / math.sqrt(replicas) if replicas and float(sums.better.sum()) > 0 else None,
+            loss_gap=_gap(loss, better_loss),
+            by_layer=tuple(zip(biases.tolist(), cosines.tolist(), strict=True)),
+        )
+
+
+def _gap(loss: float, better: float) -> float:
+    """Return the relative difference between a loss and a better one."""
+    if better == 0:
+        return 0.0 if loss == 0 else math.inf
+    return (loss - better) / abs(better)
 
 
 @dataclass
@@ -93,7 +120,8 @@ class Probing:
         gradients: forms the gradients.
         plan: what to measure.
         replicas: number of replicas.
-        sums: this worker's `Sums`, in their order; None if the bias is not measured. Shape (sums,), float64.
+        sums: the `Sums` of this worker's layers, a row for each layer of the solve, and a last row that begins with the losses of the two
+            solves; zeros for what other workers have. Shape (layers + 1, sums), float64; None if the bias is not measured.
         has_halves: True if the better gradient was formed in halves.
         lipschitz: constants of this worker's layers, by index in the whole network; None if the plan does not ask for them.
         couplings: squared couplings of this worker's layers (`CouplingTable.squared`); None if the plan does not ask for them.
@@ -150,9 +178,9 @@ class Probing:
         return found
 
     def _used_solve(self, batch: StepBatch) -> tuple[list[Tensor], Tensor]:
-        """Return the middle layers' gradients as the candidate accuracy forms them, and the loss."""
+        """Return the layers' gradients as the candidate accuracy forms them, and the loss."""
         loss = self.gradients(batch.solved_by(self.plan.candidate)).loss
-        used = [gradient.clone() for gradient in self._middle()]
+        used = self._copies()
         self.gradients.forget()
         return used, loss
 
@@ -174,56 +202,56 @@ class Probing:
         first: list[Tensor] = []
         for half in halves:
             found.append(self.gradients(batch.part(half)))
-            first = first or [gradient.clone() for gradient in self._middle()]
+            first = first or self._copies()
         one, other = found
         if one.penalty is not None and other.penalty is not None:
             other.penalty.add(one.penalty)
         return replace(other, loss=torch.stack([one.loss, other.loss]).sum()), first
 
     def _compare(self, used: list[Tensor], loss: Tensor, first: list[Tensor], better_loss: Tensor) -> Tensor:
-        """Return this worker's `Sums`; the better gradient is in `.grad`.
+        """Return this worker's `sums`; the better gradient is in `.grad`.
 
         Args:
             used, loss: gradients and loss of the solve in use.
             first: the better gradients of the first half of the batch; empty if there are no halves.
             better_loss: loss of the better solve.
         """
-        better = self._middle()
-        sums = torch.zeros(len(Sums._fields), dtype=torch.float64, device=self.group.device)
-        for index, gradient in enumerate(better):
+        sums = self._no_sums()
+        for index, (layer, gradient) in enumerate(self._gradients()):
             g, u = gradient.double(), used[index].double()
             parts = [(u - g).square().sum(), g.square().sum(), u.square().sum(), (u * g).sum()]
             parts.append((2 * first[index].double() - g).square().sum() if first else torch.zeros_like(parts[0]))
-            sums[:-2] += torch.stack(parts)
-        sums[-2:] = torch.stack([loss, better_loss])
+            sums[layer] += torch.stack(parts)
+        sums[-1, :2] = torch.stack([loss, better_loss])
         return sums
 
-    def _middle(self) -> list[Tensor]:
-        """Return the gradients of the middle layers' parameters, zeros where there is none."""
+    def _no_sums(self) -> Tensor:
+        shape = len(self.group.config.solved_layers) + 1, len(Sums._fields)
+        return torch.zeros(shape, dtype=torch.float64, device=self.group.device)
+
+    def _gradients(self) -> Iterator[tuple[int, Tensor]]:
+        """Yield the gradients of this worker's layers of the solve, each with its layer's number; zeros where there is none."""
         block = self.group.block
-        parameters = (parameter for n in block.middle for parameter in block.layers[n].parameters())
-        return [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        for number, index in zip(block.solved, block.indices, strict=True):
+            for p in block.layers[index].parameters():
+                yield number, torch.zeros_like(p) if p.grad is None else p.grad
+
+    def _copies(self) -> list[Tensor]:
+        """Return copies of these gradients."""
+        return [gradient.clone() for _, gradient in self._gradients()]
 
     # Sums over workers ------------------------------------------------------------------------------------------------------------
 
     def table(self) -> Tensor:
-        """Return this worker's sums in its row of a table, to be added to the other workers' tables; shape (workers, sums).
-
-        The table has no rows if the bias is not measured.
-        """
-        table = torch.zeros((self.group.channel.size, len(Sums._fields)), dtype=torch.float64, device=self.group.device)
-        if self.sums is not None:
-            table[self.group.channel.rank] = self.sums
-        return table if self.plan.bias else table[:0]
+        """Return this worker's `sums`, to be added to those of other workers. It has no rows if the bias is not measured."""
+        return self._no_sums()[:0] if self.sums is None else self.sums
 
     def read(self, table: Tensor) -> Comparison | None:
         """Return how the two solves compare, from the sum of all workers' tables; None if the bias is not measured."""
         if not self.plan.bias:
             return None
-        total, blocks = Sums(*table.sum(0).tolist()), [Sums(*row) for row in table.tolist()]
-        noise = math.sqrt(total.halves / total.better / self.replicas) if self.has_halves and total.better > 0 else None
-        by_block = tuple((block.bias, block.cosine) for block in blocks)
-        return Comparison(bias=total.bias, cosine=total.cosine, noise=noise, loss_gap=total.loss_gap, by_block=by_block)
+        loss, better_loss = table[-1, :2].tolist()
+        return Comparison.of(Sums(*table[:-1].T), loss, better_loss, self.replicas if self.has_halves else 0)
 
 
 def _exactly(accuracy: Accuracy) -> Accuracy:

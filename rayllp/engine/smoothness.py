@@ -18,7 +18,7 @@ def add_smoothness_gradient(block: Block, channel: Channel, weight: float, step:
 
     Parameters that differ in name or shape from those of the neighbouring layer (an encoder's last, a decoder's first) are left out.
     """
-    mine = {n: dict(block.layers[n].named_parameters()) for n in block.middle}
+    mine = {n: dict(block.layers[n].named_parameters()) for n in block.indices}
     scale = 2 * weight / block.config.middle_step
     around = {**_borders(block, channel, mine, step), **{n: _values(parameters) for n, parameters in mine.items()}}
     for n, parameters in mine.items():
@@ -33,8 +33,8 @@ def add_smoothness_gradient(block: Block, channel: Channel, weight: float, step:
 def _borders(block: Block, channel: Channel, mine: dict[int, dict[str, nn.Parameter]], step: int) -> dict[int, Weights]:
     """Return the current weights of the layers just before this worker's first and just after its last, received from the neighbours."""
     tag, rank = MessageTag(step, "gradients", "border layers' weights"), channel.rank
-    sides = [(-1, block.middle[0])] if rank > 0 else []
-    sides += [(1, block.middle[-1])] if rank < channel.size - 1 else []
+    sides = [(-1, block.indices[0])] if rank > 0 else []
+    sides += [(1, block.indices[-1])] if rank < channel.size - 1 else []
     # Copies are sent, since the optimizer changes the weights while the messages may still be on their way.
     leaving = [(tuple(value.clone() for value in _values(mine[layer]).values()), rank + side) for side, layer in sides]
     templates = [block.template(layer + side) for side, layer in sides]

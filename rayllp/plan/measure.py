@@ -59,7 +59,7 @@ def costs_of(engine: Engine, *, message_s: float, rounds: int = ROUNDS) -> Costs
         parts = parts_of_step(engine, block.bind(batch).enter(batch.inputs))
     times = [[_clocked(work) for work in parts] for _ in range(1 + rounds)][1:]
     once = Parts(*(median(column) for column in zip(*times, strict=True)))
-    count, owned = len(block.middle), len(block.layers)
+    count, owned = len(block.indices), len(block.layers)
     # `enter` and `leave` include the buffer layers, which a prediction counts as layers.
     enter = max(0.0, once.enter - once.record / count * len(block.open))
     leave = max(0.0, once.leave - (once.record + once.full_gradient) / count * len(block.close))
@@ -89,7 +89,7 @@ def parts_of_step(engine: Engine, state: State) -> Parts[Callable[[], None]]:
         engine: the worker.
         state: input of every layer, used as the seed of its gradients as well.
     """
-    block, layers = engine.block, list(engine.block.middle)
+    block, layers = engine.block, list(engine.block.indices)
     batch = engine.step_batch(0)
     bound = block.bind(batch)
     recorded: list[tuple[tuple[Tensor, ...], tuple[Tensor, ...], list[nn.Parameter]]] = []

@@ -46,7 +46,7 @@ class TensorBoard(Listener):
         for direction, levels in (metric["rho_by_point"] or {}).items():
             for level, factors in enumerate(levels):
                 self._histogram(f"rho_{direction}/level_{level}", [factor for factor in factors if factor is not None], step)
-        self._histogram("blocks/bias", [bias for bias, _ in metric["bias_by_block"] or ()], step)
+        self._histogram("layers/bias", [bias for bias, _ in metric["bias_by_layer"] or ()], step)
         if self._config.nested.factors:
             self._show_depth(step)
 

@@ -203,7 +203,7 @@ class StepLog:
             "rho_by_point": None if plan is None else _rho_by_point(stats),
             "bias": found.bias, "cosine": compared.cosine if compared else None, "noise": found.noise,
             "loss_gap": found.loss_gap,
-            "bias_by_block": compared.by_block if compared else None,
+            "bias_by_layer": compared.by_layer if compared else None,
             "bias_against": ("exact" if plan.exact or accuracy.serial else "doubled") if plan is not None and compared else None,
             "consistency": stats.consistency, "consistency_weight": accuracy.consistency or None,
             "lipschitz": None, "grad_norm": stats.grad_norm,
