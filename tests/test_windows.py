@@ -224,7 +224,7 @@ def test_in_order_is_the_serial_solve(workers):
 
 
 def test_what_cannot_be_is_refused_in_words():
-    with pytest.raises(SettingsError, match="3 middle layers on 4 workers"):
+    with pytest.raises(SettingsError, match="3 layers on 4 workers"):
         Placement.cyclic(3, 4)
     for windows, sweeps, words in (
         ((4, 0), 1, "windows of 4, 0 layers: each must have at least 1, all together 4"),

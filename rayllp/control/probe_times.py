@@ -7,7 +7,7 @@ FACTORS = (2.0, 1.0, 0.5, 0.25)
 """From one probe to the next, the interval changes by one of these."""
 LEAST_INTERVAL = 10
 """Smallest number of steps between two probes."""
-AIMED_SHARE, LEAST_AIM = 0.6, 0.2
+AIMED_SHARE, LEAST_AIM = 0.5, 0.2
 """Windows are fitted to have the first share of the tolerated bias a quarter of `adaptive.probe_every` steps on, but at once no less than
 the second.
 """

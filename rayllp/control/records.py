@@ -106,7 +106,7 @@ class Probe:
         bias: norm of the gradient's error over the gradient's norm.
         noise: standard deviation of the gradient over the choice of the batch, over the gradient's norm.
         loss_gap: relative difference of the loss by the solve in use from that of the same batch by a better solve.
-        couplings: how strongly each middle layer depends on the one before it.
+        couplings: how strongly each layer depends on the one before it.
     """
 
     rho_forward: float | None = None

@@ -32,7 +32,7 @@ class Block:
         indices: the same layers' indices in the whole network.
         open, close: owned layers before and after the solve.
         draws: True if pieces draw random numbers in training, which are then frozen within a step.
-        stacks: stacked weights of middle layers, for calls of several layers at once.
+        stacks: stacked weights of layers, for calls of several layers at once.
         callable: the layers as they are called: compiled, if the settings ask for it.
         advance_together: the function that calls several layers at once, compiled if the layers are.
     """
@@ -317,7 +317,7 @@ class BoundBlock:
         return subtract(after, state)
 
     def enter(self, inputs: Inputs) -> State:
-        """Return the state before the first middle layer: embedding, then opening buffer layers."""
+        """Return the state before the first layer of the solve: embedding, then by MGRIT the opening buffer layers."""
         block = self.block
         assert block.embed is not None
         with self._context("embed"):
@@ -327,7 +327,7 @@ class BoundBlock:
         return state
 
     def leave(self, state: State, *, last_only: bool = False) -> Tensor:
-        """Return the outputs from the state after the last middle layer: closing buffer layers, then head.
+        """Return the outputs from the state after the last layer of the solve: by MGRIT the closing buffer layers, then the head.
 
         Args:
             last_only: return the output at the last position only.

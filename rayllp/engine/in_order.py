@@ -36,10 +36,10 @@ TakeLayer = Callable[[int, int, State | None], State]
 
 
 class InOrderWork(Protocol):
-    """What a worker does with its layers in an exact step. Microbatches are counted from 0, layers from the first middle layer."""
+    """What a worker does with its layers in an exact step. Microbatches are counted from 0, layers from the first of the solve."""
 
     def enter(self, number: int) -> State:
-        """Return microbatch `number`'s state before the first middle layer; on the first worker."""
+        """Return microbatch `number`'s state before the first layer of the solve; on the first worker."""
         ...
 
     def record(self, number: int, layer: int, state: State) -> State:
@@ -47,7 +47,7 @@ class InOrderWork(Protocol):
         ...
 
     def loss(self, number: int, state: State) -> State:
-        """Return λ at the last middle layer's output, from the state there; on the last worker."""
+        """Return λ at the output of the last layer of the solve, from the state there; on the last worker."""
         ...
 
     def pull(self, number: int, layer: int, lam: State, *, defer: bool) -> State:
@@ -82,7 +82,7 @@ class InOrderStep:
     states: dict[int, State] = field(default_factory=dict)
 
     def take(self) -> None:
-        """Take the step. On the first worker, `states` are each microbatch's λ before the first middle layer afterwards."""
+        """Take the step. On the first worker, `states` are each microbatch's λ before the first layer of the solve afterwards."""
         first, last, layers = 0, self.channel.size - 1, range(len(self.placement.owners))
         forward = Communicator(self.channel, MessageTag(self.step, "forward"))
         self._pass(layers, first, last, self._record, forward)
@@ -151,7 +151,7 @@ class InOrderGradients:
         return StepGradients(loss, penalty=penalty)
 
     def _sends_back(self, workers: int) -> bool:
-        """Return True if the worker that sends the last middle layer's output to the last worker also receives states from that one."""
+        """Return True if the worker that sends the output of the last layer of the solve to the last worker also receives states from that one."""
         return workers == 2 or self.placement.owners[-1] == 0
 
 
@@ -173,7 +173,7 @@ class _Layers(InOrderWork):
 
     Attributes:
         spec: shapes and dtypes of a microbatch's state.
-        entered: on the first worker, each microbatch's state before the first middle layer, with its graph.
+        entered: on the first worker, each microbatch's state before the first layer of the solve, with its graph.
         losses: on the last worker, each microbatch's loss.
     """
 

@@ -35,7 +35,7 @@ class StepStats:
         consistency: the consistency penalty R over this replica's samples, without its weight; None if the penalty is off.
         forward, adjoint: how the two solves went, with factors in the order of the layers; None if nothing was solved iteratively.
         comparison: how far the gradient and the loss of the solve in use are off, if a probe has measured it.
-        couplings: how strongly each middle layer depends on the one before it, if a probe has measured it.
+        couplings: how strongly each layer depends on the one before it, if a probe has measured it.
         lipschitz: constants of this worker's own layers, by index, if a probe has estimated them.
         time_s: seconds that the step took on this worker; 0 before its end.
         fault: the first place where something was not finite, as this worker sees it: (stage, order, text), see `diagnose`. The smallest

@@ -30,13 +30,13 @@ class StepGradients:
 
 
 def loss_and_seed(bound: BoundBlock, output: State | None, batch: StepBatch) -> tuple[Tensor, State | None]:
-    """Return the batch's scaled loss, and its gradient λ_N at the last middle layer's output. Workers other than the last get 0 and None.
+    """Return the batch's scaled loss, and its gradient λ_N at the solve's output. Workers other than the last get 0 and None.
 
-    Adds the gradients of closing buffer layers and head to `.grad`.
+    Adds the gradients of closing buffer layers (by MGRIT) and head to `.grad`.
 
     Args:
         bound: this worker's layers, bound to the samples.
-        output: the state after the last middle layer, on the last worker.
+        output: the state after the last layer of the solve, on the last worker.
         batch: the samples.
     """
     block = bound.block
@@ -51,11 +51,11 @@ def loss_and_seed(bound: BoundBlock, output: State | None, batch: StepBatch) -> 
 
 
 def add_embedding_gradients(group: LayerGroup, entered: State | None, lam: State | None) -> None:
-    """Add the gradients of embedding and opening buffer layers, on the first worker. Does nothing on others.
+    """Add the gradients of embedding and opening buffer layers (by MGRIT), on the first worker. Does nothing on others.
 
     Args:
         group: this worker's end of the layer group.
-        entered: the state before the first middle layer, with its graph.
+        entered: the state before the first layer of the solve, with its graph.
         lam: λ_0, the loss's gradient at this state.
     """
     if entered is None or lam is None:

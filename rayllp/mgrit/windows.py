@@ -61,7 +61,7 @@ class Placement:
             SettingsError: fewer layers than workers, or no worker.
         """
         if not 1 <= workers <= layers:
-            raise SettingsError(f"{layers} middle layers on {workers} workers: each worker needs at least one layer")
+            raise SettingsError(f"{layers} layers on {workers} workers: each worker needs at least one layer")
         return Placement(tuple(layer % workers for layer in range(layers)))
 
     def owned(self, rank: int) -> tuple[int, ...]:
