@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 
 FACTORS = (2.0, 1.0, 0.5, 0.25)
-"""From one probe to the next, the interval changes by one of these."""
+"""From one probe of the same windows to the next, the interval changes by one of these."""
 LEAST_INTERVAL = 10
 """Smallest number of steps between two probes."""
 AIMED_SHARE, LEAST_AIM = 0.5, 0.2
@@ -62,7 +62,8 @@ class ProbeTimes:
             self.growth = max(math.log(bias / self.bias / CHANCE) / (step - self.at), self.growth / 2)
         self.count, self.at, self.bias, self.tolerated = self.count + 1, step, bias, tolerated
         most = max(LEAST_INTERVAL, MOST_INTERVALS * probe_every)
-        intervals = [min(max(round(factor * self.interval), LEAST_INTERVAL), most) for factor in FACTORS]
+        factors = FACTORS if same else FACTORS[1:]  # how the bias of other windows grows is not known yet
+        intervals = [min(max(round(factor * self.interval), LEAST_INTERVAL), most) for factor in factors]
         self.interval = next((interval for interval in intervals if self._share(interval) <= 1), intervals[-1])
 
     def _share(self, steps: int) -> float:

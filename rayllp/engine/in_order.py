@@ -151,7 +151,7 @@ class InOrderGradients:
         return StepGradients(loss, penalty=penalty)
 
     def _sends_back(self, workers: int) -> bool:
-        """Return True if the worker that sends the output of the last layer of the solve to the last worker also receives states from that one."""
+        """Return True if the worker that sends the solve's output to the last worker also receives states from that one."""
         return workers == 2 or self.placement.owners[-1] == 0
 
 
