@@ -148,6 +148,7 @@ def test_windows_are_as_long_and_take_as_few_sweeps_as_the_limit_allows():
     lax = WindowErrors(flat(1e-6), 8).fit(0.1)
     assert lax == Windows.alike((8, 8))
     assert WindowErrors(flat(1e-6), 5).fit(0.1).lengths == (5, 5, 5, 1)
+    assert WindowErrors(flat(1e-6), 8, apart=(1, 3)).fit(0.1).lengths == (1, 8, 4, 1, 1, 1)
     strong = WindowErrors(flat(0.1), 8)
     before = step_cost(lax, 8)
     for limit in (10.0, 1.0, 0.1, 0.01, 1e-4):

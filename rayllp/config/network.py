@@ -96,8 +96,7 @@ class ModelSettings(Settings):
 class BufferSettings(Settings):
     """Buffer layers: layers at both ends with their own Δt, solved exactly (arXiv:2601.09026, appendix B).
 
-    By MGRIT they are outside the parallel solve, on the first and the last worker. By windows they are part of it, as windows of one layer,
-    unless probes find that longer ones would do.
+    By MGRIT they are outside the parallel solve, on the first and the last worker. By windows they are part of it, as windows of one layer.
     """
 
     open: int = Field(2, ge=0, description="layers before the middle; by MGRIT on the first worker, outside the solve")

@@ -8,8 +8,8 @@ Where probes measure the gradient's bias, a rung is used only once a probe has f
 every change of rung, steps are exact until a probe of the current rung is good. So no step is trained on a gradient that was just found to
 be wrong. With the default ladder, the controller also leaves a rung whose steps are no faster than exact ones.
 
-Where windows are fitted, the ladder has one rung besides exact steps, whose windows change (`window_choice.py`), and how fast their bias
-grows decides when they are probed (`probe_times.py`).
+Where windows are fitted, the ladder has one rung besides exact steps, whose windows change (`window_choice.py`), and the trend of their
+bias decides when they are probed (`bias_trend.py`).
 """
 
 import math
@@ -19,10 +19,10 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 from rayllp.config import TrainConfig
-from rayllp.control.judgement import fault_in, found_accurate, is_hopeless, tolerated_bias
+from rayllp.control.bias_trend import BiasTrend
+from rayllp.control.judgement import fault_in, found_accurate, is_hopeless
 from rayllp.control.ladder import Ladder
 from rayllp.control.pace import Pace
-from rayllp.control.probe_times import ProbeTimes
 from rayllp.control.records import Accuracy, Decision, Probe, ProbePlan
 from rayllp.control.window_choice import Move, WindowChoice, WindowState
 
@@ -54,7 +54,7 @@ class _State:
     probe_at: int = 0  # the step of the next probe, while the rung is not verified
     above: int | None = None  # the rung before a step down, to return to if the lower one is not accurate
     pace: Pace = field(default_factory=Pace)
-    times: ProbeTimes = field(default_factory=ProbeTimes)
+    trend: BiasTrend = field(default_factory=BiasTrend)
 
 
 class Controller:
@@ -123,7 +123,7 @@ class Controller:
         if self.serial and not self._may_return:
             return None
         index = state.rung - 1 if self.serial else state.rung
-        probes = state.times.count if self.config.fits_windows else (step + 1) // every
+        probes = state.trend.count if self.config.fits_windows else (step + 1) // every
         exact, lipschitz = (bool(n) and probes % n == 0 for n in (settings.exact_every, settings.lipschitz_every))
         return ProbePlan(
             candidate=replace(self._ladder.fitted(index, self._windows.state.windows), consistency=self.accuracy.consistency),
@@ -136,14 +136,9 @@ class Controller:
 
     def _wants_couplings(self, step: int) -> bool:
         """Return True if a probe at this step is to measure couplings. In exact training they tell whether windows would do."""
-        return self.serial or self._windows.wants_couplings(
-            math.inf if self._is_unverified else self._state.times.expected_share(step), self._aim
-        )
-
-    @property
-    def _aim(self) -> float:
-        """The share of the tolerated bias that windows are fitted to have."""
-        return self._state.times.aim(self.settings.probe_every)
+        trend = self._state.trend
+        expected = math.inf if self._is_unverified else trend.share(step, self.config)
+        return self.serial or self._windows.wants_couplings(expected, trend.aim(self.config))
 
     def _is_due(self, step: int) -> bool:
         """Return True if the step is to be a probe: every `probe_every`-th one, or where windows are fitted, as their bias demands.
@@ -155,7 +150,7 @@ class Controller:
         if step == 0 or (self._verifies and step == self.config.late_step):
             return True
         if self.config.fits_windows and not self.serial:
-            return self._state.times.is_due(step)
+            return self._state.trend.is_due(step)
         is_early = self._verifies and self.config.solver == "windows" and step + 1 in EARLY_PROBES and step + 1 < self.settings.probe_every
         return is_early or (step + 1) % self.settings.probe_every == 0
 
@@ -220,63 +215,69 @@ class Controller:
         if self.config.mode != "adaptive" or self._state.final:
             return None
         fault = fault_in(probe, self.config, step)
-        if self.config.fits_windows and self.serial:
-            return self._replace_exact_steps(step, probe)
-        self._note_bias(step, probe, fault)
+        if self.config.fits_windows:
+            return self._observe_windows(step, probe, fault)
         if fault is not None:
             self._state.calm = 0
             return None if self.serial else self._mend(step, probe, fault)
         if not self.serial:
             self._steer(probe)
             if self._is_unverified:
-                self._state.verified, self._state.above = True, None
-                self._windows.accept()
-                return self._decision(step, found_accurate(probe))
-        if not self.config.fits_windows:
-            return self._descend(step, probe)
-        return self._follow(step, None if self._is_late(step) else self._windows.cheapen(step, probe, self._aim))
+                return self._accept(step, probe)
+        return self._descend(step, probe)
 
-    def _note_bias(self, step: int, probe: Probe, fault: str | None) -> None:
-        """Remember the bias of windows that are in use, or will be from now on: it decides when they are probed again."""
-        if not self.config.fits_windows or probe.bias is None or (fault is not None and self._is_unverified):
-            return
-        tolerated, same = tolerated_bias(probe, self.config, step), not self._is_unverified
-        self._state.times.judge(step, probe.bias, tolerated, same=same, probe_every=self.settings.probe_every)
+    def _accept(self, step: int, probe: Probe) -> Decision:
+        """Use the current rung from now on."""
+        self._state.verified, self._state.above = True, None
+        return self._decision(step, found_accurate(probe))
 
     def _mend(self, step: int, probe: Probe, fault: str) -> Decision | None:
         """Take the first remedy for a fault that applies."""
         if self._state.above is not None:  # the last step down went too far
             self._state.rung, self._state.verified, self._state.above = self._state.above, True, None
             return self._decision(step, fault)
-        if self.config.fits_windows:
-            move = self._windows.mend(step, probe, fault, self._aim, in_use=not self._is_unverified)
-            return self._follow(step, move) or self._raise(step, probe, fault)
         if not is_hopeless(probe, self.config) and self._steer(probe):
             return self._distrust(step, fault)
         return self._raise(step, probe, fault)
-
-    def _replace_exact_steps(self, step: int, probe: Probe) -> Decision | None:
-        """Leave exact steps for windows, if these would do."""
-        move = self._windows.replace_exact_steps(step, probe, self._aim)
-        if move is not None:
-            self._state.rung, self._state.flips = 0, self._state.flips + 1
-        return self._follow(step, move)
-
-    def _follow(self, step: int, move: Move | None) -> Decision | None:
-        """Return the decision to use other windows, if any; they are used once a probe has found them accurate."""
-        if move is None:
-            return None
-        if move.verified:
-            self._state.verified = True
-        else:
-            self._choose_unverified(step)
-        return self._decision(step, move.reason)
 
     def _distrust(self, step: int, fault: str) -> Decision | None:
         """Use exact steps until a probe finds the same rung accurate, under the larger penalty."""
         was_in_use = not self._is_unverified
         self._state.verified, self._state.probe_at = not self._verifies, step + RETRY_STEPS
         return self._decision(step, f"{fault}; the penalty's weight is raised") if was_in_use and self._verifies else None
+
+    # Windows that are fitted --------------------------------------------------------------------------------------------------------
+
+    def _observe_windows(self, step: int, probe: Probe, fault: str | None) -> Decision | None:
+        """Take in what a probe has found about windows."""
+        state, trend, windows, config = self._state, self._state.trend, self._windows, self.config
+        if self.serial:
+            move = windows.replace_exact_steps(step, probe, trend.aim(config))
+            if move is not None:
+                state.rung, state.flips = 0, state.flips + 1
+            return self._follow(step, move)
+        in_use = not self._is_unverified
+        typical = trend.take(step, probe, in_use=in_use)
+        if fault is not None:
+            move = windows.mend(step, typical, fault, trend.aim(config), in_use=in_use)
+            return self._follow(step, move) or self._raise(step, probe, fault)
+        trend.plan(step, config, in_use=in_use)
+        if not in_use:
+            windows.accept()
+            return self._accept(step, probe)
+        return self._follow(step, None if self._is_late(step) else windows.cheapen(step, typical, trend.aim(config)))
+
+    def _follow(self, step: int, move: Move | None) -> Decision | None:
+        """Return the decision to use other windows, if any; they are used once a probe has found them accurate."""
+        if move is None:
+            return None
+        if move.others:
+            self._state.trend.forget()
+        if move.verified:
+            self._state.verified = True
+        else:
+            self._choose_unverified(step)
+        return self._decision(step, move.reason)
 
     # The ladder ------------------------------------------------------------------------------------------------------------------
 
@@ -367,8 +368,8 @@ class Controller:
         if self.config.mode != "adaptive":
             return
         kept = {field.name: state[field.name] for field in fields(_State) if field.name in state}  # earlier versions had fewer fields
-        pace, times = Pace(**kept.get("pace", {})), ProbeTimes(**kept.get("times", {}))
-        self._state = _State(**{**kept, "rung": self._ladder.index(state["name"]), "pace": pace, "times": times})
+        pace, trend = Pace(**kept.get("pace", {})), BiasTrend(**kept.get("trend", {}))
+        self._state = _State(**{**kept, "rung": self._ladder.index(state["name"]), "pace": pace, "trend": trend})
         self._windows.restore(state.get("windows") or {})
         if self.config.fits_windows:
             self._state.above = None  # of a ladder of more rungs

@@ -51,10 +51,12 @@ class Move:
 
     Attributes:
         reason: why, in words.
+        others: whether the windows are others now.
         verified: whether a probe has found these windows accurate. If not, the next step is to be a probe.
     """
 
     reason: str
+    others: bool = True
     verified: bool = False
 
 
@@ -93,7 +95,8 @@ class WindowChoice:
         Windows in use are judged once more before, since a bias differs from batch to batch.
 
         Args:
-            step, probe, fault: the probe's step, what it has found, and what is wrong in words.
+            step, fault: the probe's step, and what is wrong in words.
+            probe: what it has found, with the typical bias and noise of these windows.
             aim: the share of the tolerated bias that others are to have.
             in_use: whether the windows have been in use until now.
         """
@@ -103,7 +106,7 @@ class WindowChoice:
             return Move(f"{fault}; back to {self._in_words}", verified=True)
         if in_use or (probe.couplings is None and state.couplings is None and not state.asks):
             state.asks = True
-            return Move(f"{fault}; the next step measures where layers depend strongly on each other")
+            return Move(f"{fault}; the next step measures where layers depend strongly on each other", others=False)
         fitted = None if state.refits == MAX_REFITS else self._fit(step, probe, aim)
         if fitted is None or self._share_of_exact(fitted) > WORTHWHILE_RATIO:
             return None
@@ -167,7 +170,8 @@ class WindowChoice:
         couplings, bias = probe.couplings or self.state.couplings, probe.bias
         if couplings is None or bias is None or is_hopeless(probe, self.config):
             return None
-        errors = WindowErrors(couplings, self.config.longest_window)
+        buffers = self.config.buffers
+        errors = WindowErrors(couplings, self.config.longest_window, (buffers.open, buffers.close))
         limit = aim * tolerated_bias(probe, self.config, step) * 0.5**self.state.refits
         estimated = errors.of(self.chosen)  # right in proportion only; the bias that was measured for the same windows gives the scale
         return errors.fit(limit * estimated / bias if 0 < bias < math.inf and 0 < estimated < math.inf else limit)

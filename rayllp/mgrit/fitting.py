@@ -64,10 +64,12 @@ class WindowErrors:
     Args:
         couplings: of its layers.
         longest: the largest number of layers in a window.
+        apart: numbers of layers at the beginning and at the end that are always windows of their own.
     """
 
-    def __init__(self, couplings: Couplings, longest: int) -> None:
+    def __init__(self, couplings: Couplings, longest: int, apart: tuple[int, int] = (0, 0)) -> None:
         self.layers = len(couplings.forward.couplings)
+        self._first, self._stop = apart[0], self.layers - apart[1]
         self.longest = min(longest, self.layers)
         forward = _errors(couplings.forward, self.longest, 1)
         adjoint = _errors(couplings.adjoint, self.longest, -1)
@@ -109,7 +111,7 @@ class WindowErrors:
         )
         for end in range(1, self.layers + 1):
             candidates = [(best[end - 1][0] + _chained_cost(self.longest), 1, (1, 1))]
-            for length in range(2, min(self.longest, end) + 1):
+            for length in range(2, min(self.longest, end - self._first) + 1) if end <= self._stop else ():
                 ahead, forward = forward_choices[end - length][length - 1]
                 back, backward = adjoint_choices[self.layers - end][length - 1]
                 candidates.append((best[end - length][0] + ahead + back + 1, length, (forward, backward)))
