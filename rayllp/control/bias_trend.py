@@ -17,7 +17,7 @@ LEAST_INTERVAL = 10
 """Smallest number of steps between two probes."""
 MOST_INTERVALS = 2
 """The largest is this many times `adaptive.probe_every`."""
-AIMED_SHARE, LEAST_AIM = 0.5, 0.2
+AIMED_SHARE, LEAST_AIM = 0.4, 0.2
 """Windows are fitted to have the first share of the tolerated bias a quarter of `adaptive.probe_every` steps on, but at once no less than
 the second.
 """
