@@ -152,7 +152,7 @@ class Held(ChannelWrapper):
 
 
 @pytest.mark.parametrize("solver", ["mgrit", "windows"])
-def test_evaluation_and_generation_hold_two_states_at_most_however_long_they_go_on(solver):
+def test_evaluation_and_generation_hold_few_messages_however_long_they_go_on(solver):
     def work(channel):
         held = Held(channel)
         engine = make(config_of("gpt2", workers=3, solver=solver), held)
@@ -163,7 +163,7 @@ def test_evaluation_and_generation_hold_two_states_at_most_however_long_they_go_
 
     evaluated, generated, left = zip(*run_workers(3, work), strict=True)
     assert 1 <= max(evaluated) <= 2
-    assert 1 <= max(generated) <= 2
+    assert 1 <= max(generated) <= 3  # a state, and a token for each of two workers
     assert not any(left)
 
 
