@@ -456,7 +456,9 @@ def test_a_run_with_more_layers_or_fewer_workers_forgets_how_windows_were_fitted
     control.observe(1, GOOD)
     assert not control.accuracy_at(10).serial
     deeper = open_controller(model={"layers": 36})
+    assert control.state()["trend"]["bias"] == GOOD.bias
     deeper.restore(control.state())
+    assert deeper.state()["trend"]["bias"] is None
     assert deeper.chosen.windows == Windows.alike((1, 1, 8, 8, 8, 8, 1, 1))
     assert deeper.accuracy_at(10).serial  # until a probe has found these accurate
     fewer = open_controller(workers=4)
@@ -484,6 +486,7 @@ def test_windows_that_were_too_slow_are_fitted_anew_after_a_pause():
     assert slow.endswith("fitted")
     assert control.begin(20, {"serial": 1.0, slow: 1.2}).rung == "serial"
     assert "looking again" in control.begin(520, {"serial": 1.0}).reason
+    assert control.state()["trend"]["bias"] is None
     assert control.chosen.windows == EQUAL
     assert control.accuracy_at(520).serial
     assert control.plan_probe(520).couplings
@@ -566,6 +569,21 @@ def test_fitted_windows_are_probed_as_their_bias_demands():
     control.observe(151, replace(BAD, couplings=STEEP))
     control.observe(152, replace(GOOD, bias=0.1))
     assert next(step for step in range(153, 300) if control.plan_probe(step)) <= 152 + 20
+
+
+def test_windows_are_fitted_by_their_typical_bias():
+    """Probes of the same windows find 0.2 and then 0.6: others are fitted as if it were their geometric mean."""
+    noisy = Probe(bias=0.2, noise=0.5)
+    control = open_controller()
+    control.observe(0, replace(BAD, couplings=STEEP))
+    control.observe(1, noisy)
+    control.observe(50, replace(noisy, bias=0.6))
+    trend = control.state()["trend"]
+    assert 0.3 < trend["bias"] < 0.5
+    assert trend["noise"] == pytest.approx(0.5)
+    control.observe(51, replace(noisy, bias=0.6, noise=1.0, couplings=STEEP))  # in place of what 0.6 of the noise allows: 0.6
+    assert control.accuracy_at(52).windows  # the same, since the second probe found nothing wrong
+    assert control.state()["trend"]["noise"] == pytest.approx(0.5**0.5 * 1.0**0.5)
 
 
 def test_probes_of_windows_in_use_measure_couplings_where_less_time_may_do():

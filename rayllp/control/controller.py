@@ -202,6 +202,7 @@ class Controller:
                 return None
             state.rung, state.verified, state.probe_at = 0, False, step
             self._windows.begin_anew()  # others may be fast enough by now
+            state.trend.forget()
             return self._decision(step, "looking again whether layer-parallel steps are faster")
         here = seconds.get(self.rung)
         if self.serial or self._is_unverified or exact is None or here is None or not pace.is_too_slow(step, here, exact):
@@ -377,6 +378,7 @@ class Controller:
             self._state.final = True
         if self.config.solver == "windows" and (state["name"], tuple(state.get("lengths", ()))) != (self.rung, self._lengths):
             self._state.verified = not self._verifies  # layers or workers are others now, or windows were chosen in another way
+            self._state.trend.forget()
         initial = self.config.consistency
         if not self.config.steers or state.get("consistency", initial) != initial:
             self._state.weight = initial
