@@ -699,8 +699,9 @@ def layer_gradients(engine, accuracy, rows=slice(None)):
 
 
 def relative_error(found, wanted):
-    """Return the root mean square over layers of the relative error of these gradients."""
-    return math.sqrt(sum(float((f - w).norm() / w.norm()) ** 2 for f, w in zip(found, wanted, strict=True)) / len(wanted))
+    """Return the root mean square over layers of the relative error of these gradients, weighted by their norms."""
+    pairs = list(zip(found, wanted, strict=True))
+    return math.sqrt(sum(float((f - w).norm() ** 2 / w.norm()) for f, w in pairs) / sum(float(w.norm()) for _, w in pairs))
 
 
 def test_bias_cosine_and_noise_are_what_they_say():
@@ -776,16 +777,29 @@ def test_bias_of_gradients_that_are_zero_is_a_number():
     ):
         found = compared(sums)
         assert (found.bias, found.cosine) == (bias, cosine)
-        assert compared(frozen, sums).bias == bias  # the mean is over trained layers
+        assert compared(frozen, sums).bias == bias
     assert compared(frozen).noise is None
     gaps = [compared(frozen, losses=losses).loss_gap for losses in ((0.0, 0.0), (1.0, 0.0), (1.5, 2.0))]
     assert gaps == [0.0, math.inf, -0.25]
 
 
-def test_each_layer_counts_alike_however_large_its_gradient_is():
-    """Optimizers scale each weight's step by the size of its own gradient."""
-    right, wrong = (0.01, 100.0, 100.0, 100.0, 64.0), (0.01, 0.01, 0.01, 0.005, 0.0036)
+def test_a_layer_counts_by_the_norm_of_its_gradient():
+    """Optimizers scale each weight's step by the size of its own gradient, so a step lowers the loss by the sum of norms."""
+    right, wrong = (0.01, 100.0, 100.0, 100.0, 64.0), (1.0, 1.0, 1.0, 0.5, 0.36)  # norms of 10 and 1
     found = compared(right, wrong)
-    assert found.bias == pytest.approx(math.sqrt((0.01**2 + 1) / 2))
-    assert found.noise == pytest.approx(math.sqrt((0.8**2 + 0.6**2) / 2))
+    assert found.bias == pytest.approx(math.sqrt((10 * 0.01**2 + 1) / 11))
+    assert found.noise == pytest.approx(math.sqrt((10 * 0.8**2 + 0.6**2) / 11))
     assert found.by_layer[1] == pytest.approx((1.0, 0.5))
+
+
+def test_the_bias_is_that_of_the_middle_layers():
+    """Buffers are solved exactly, and have the largest gradients of all."""
+    config = tiny(solver="windows", workers=2)
+
+    def work(channel):
+        accuracy = Controller(config).chosen
+        return make_engine(config, channel).train_step(0, accuracy, ProbePlan(candidate=accuracy, bias=True)).comparison
+
+    for found in run_workers(2, work):
+        assert len(found.by_layer) == config.middle_layers == 8
+        assert all(bias > 0 for bias, _ in found.by_layer)

@@ -1,12 +1,13 @@
 """Measurements of a probing step: convergence factors, the bias and the noise of the gradient, and each layer's Lipschitz constant.
 
-The bias compares the gradient in use with a better one (of doubled iterations, or exact), layer by layer of the solve. For the noise, the
-better gradient is formed in two halves of the batch; their difference is one standard deviation of their sum over the choice of the batch.
-A bias far below the noise changes the weights less than another batch would.
+The bias compares the gradient in use with a better one (of doubled iterations, or exact), for each middle layer. For the noise, the better
+gradient is formed in two halves of the batch; their difference is one standard deviation of their sum over the choice of the batch. A bias
+far below the noise changes the weights less than another batch would.
 
-Each layer counts alike, by the error of its gradient over its gradient, since optimizers scale each weight's step (AdamW) or each matrix's
-(Muon) by the size of its own gradient. One norm over all layers would be that of the few with the largest gradients, as the first ones of
-a deep network with Δt = 1, and others could be trained by nothing but error.
+Optimizers scale each weight's step (AdamW) or each matrix's (Muon) by the size of its own gradient. So to first order a step lowers the
+loss by an amount in proportion to Σ ‖g_l‖ over the layers, and a layer whose gradient is wrong loses its part of that. Hence the error of
+each layer is taken relative to its own gradient, and layers are weighted by ‖g_l‖. (One norm over all layers would weight them by ‖g_l‖²: a
+few with large gradients would count alone, as the first ones of a deep network with Δt = 1, and all others could be trained by error.)
 """
 
 import math
@@ -48,7 +49,7 @@ class Sums(NamedTuple):
     @property
     def biases(self) -> Tensor:
         """Norm of each layer's error over the norm of its better gradient. Two zero gradients (of frozen layers) count as equal."""
-        return torch.where((self.better == 0) & (self.used == 0), 0.0, (self.error / self.better).sqrt())
+        return torch.where(self.error == 0, 0.0, (self.error / self.better).sqrt())
 
     @property
     def cosines(self) -> Tensor:
@@ -62,9 +63,11 @@ class Sums(NamedTuple):
         return torch.where(self.better == 0, 0.0, (self.halves / self.better).sqrt())
 
     def mean_of(self, values: Tensor) -> float:
-        """Return the root mean square of such numbers over all layers that are trained."""
-        trained = (self.better > 0) | (self.used > 0)
-        return math.sqrt(float(torch.where(trained, values, 0.0).square().sum() / trained.sum().clamp_min(1)))
+        """Return the root mean square of such numbers over the layers, weighted by the norms of the better gradients."""
+        weights = self.better.sqrt()
+        if not weights.any():
+            return float(values.max())
+        return math.sqrt(float(torch.where(weights == 0, 0.0, weights * values.square()).sum() / weights.sum()))
 
 
 @dataclass(frozen=True)
@@ -72,12 +75,12 @@ class Comparison:
     """How far the solve in use is off from a better one.
 
     Attributes:
-        bias: norm of a layer's error over the norm of its better gradient, as the root mean square over the layers.
+        bias: norm of a layer's error over the norm of its better gradient, as the root mean square over the layers, weighted by the latter.
         cosine: mean cosine of the angle between a layer's two gradients.
-        noise: one standard deviation of a layer's gradient over the choice of the batch, over its norm, as the root mean square over the
-            layers; None if the batch was not halved.
+        noise: one standard deviation of a layer's gradient over the choice of the batch, over its norm, as the same mean; None if the batch
+            was not halved.
         loss_gap: relative difference between the losses of the solve in use and of the better one, on the same batch.
-        by_layer: relative bias and cosine of each layer of the solve.
+        by_layer: relative bias and cosine of each middle layer.
     """
 
     bias: float
@@ -120,8 +123,8 @@ class Probing:
         gradients: forms the gradients.
         plan: what to measure.
         replicas: number of replicas.
-        sums: the `Sums` of this worker's layers, a row for each layer of the solve, and a last row that begins with the losses of the two
-            solves; zeros for what other workers have. Shape (layers + 1, sums), float64; None if the bias is not measured.
+        sums: the `Sums` of this worker's layers, a row for each middle layer, and a last row that begins with the losses of the two solves;
+            zeros for what other workers have. Shape (layers + 1, sums), float64; None if the bias is not measured.
         has_halves: True if the better gradient was formed in halves.
         lipschitz: constants of this worker's layers, by index in the whole network; None if the plan does not ask for them.
         couplings: squared couplings of this worker's layers (`CouplingTable.squared`); None if the plan does not ask for them.
@@ -226,15 +229,17 @@ class Probing:
         return sums
 
     def _no_sums(self) -> Tensor:
-        shape = len(self.group.config.solved_layers) + 1, len(Sums._fields)
+        shape = self.group.config.middle_layers + 1, len(Sums._fields)
         return torch.zeros(shape, dtype=torch.float64, device=self.group.device)
 
     def _gradients(self) -> Iterator[tuple[int, Tensor]]:
-        """Yield the gradients of this worker's layers of the solve, each with its layer's number; zeros where there is none."""
-        block = self.group.block
-        for number, index in zip(block.solved, block.indices, strict=True):
-            for p in block.layers[index].parameters():
-                yield number, torch.zeros_like(p) if p.grad is None else p.grad
+        """Yield the gradients of this worker's middle layers, each with its layer's number among these; zeros where there is none."""
+        block, config = self.group.block, self.group.config
+        for index in block.indices:
+            number = index - config.buffers.open
+            if number in range(config.middle_layers):  # buffers are solved exactly
+                for p in block.layers[index].parameters():
+                    yield number, torch.zeros_like(p) if p.grad is None else p.grad
 
     def _copies(self) -> list[Tensor]:
         """Return copies of these gradients."""
