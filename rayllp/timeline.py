@@ -24,7 +24,7 @@ class Span(NamedTuple):
         solve: "forward" or "adjoint"; for other parts of a step "enter", "loss", "gradients" (shared ones), "statistics" or "update".
         phase: phase of the cycle, such as "coarse solve" or "last sweep"; "microbatch" in the exact steps' pipeline; otherwise empty.
         level: level of the cycle, 0 for the finest.
-        layer: number of the layer, counted from the first middle layer; None if the span belongs to no layer.
+        layer: number of the layer, counted from the first of the solve; None if the span belongs to no layer.
     """
 
     begin: float

@@ -343,13 +343,13 @@ def test_windows_are_fitted_to_a_share_of_the_tolerated_bias_as_the_probe_has_me
 
 def test_the_faster_the_bias_grows_the_less_of_it_fitted_windows_are_to_have():
     """With the same couplings and the same bias in the end."""
-    estimates = []
-    for before in (0.7, 0.1):
+    estimates, bad, alike = [], Probe(bias=0.7, noise=1.0), coupled(rest=0.05)
+    for before in (0.5, 0.1):
         control = open_controller()
-        control.observe(0, replace(GOOD, bias=before, noise=2.0))
-        control.observe(10, replace(BAD, noise=1.0))
-        control.observe(11, replace(BAD, noise=1.0, couplings=STEEP))
-        estimates.append(estimated(control, STEEP))
+        control.observe(0, replace(bad, bias=before))
+        control.observe(10, bad)
+        control.observe(11, replace(bad, couplings=alike))
+        estimates.append(estimated(control, alike))
     assert estimates[1] < estimates[0]
 
 
@@ -569,6 +569,42 @@ def test_fitted_windows_are_probed_as_their_bias_demands():
     control.observe(151, replace(BAD, couplings=STEEP))
     control.observe(152, replace(GOOD, bias=0.1))
     assert next(step for step in range(153, 300) if control.plan_probe(step)) <= 152 + 20
+
+
+def test_a_second_look_does_not_count_growth_twice():
+    """A bias that has grown from 0.05 to 1 in 150 steps is about 1 in the next step, too."""
+    control = open_controller()
+    control.observe(0, Probe(bias=0.05, noise=0.5))
+    control.observe(150, Probe(bias=1.0, noise=0.5))
+    control._state.trend.take(151, Probe(bias=1.0, noise=0.5), in_use=False)
+    assert 0.5 < control.state()["trend"]["bias"] < 1.1
+
+
+def test_windows_begin_anew_where_they_have_not_been_in_use_for_a_while():
+    """Neither growth nor intervals of windows before tell anything."""
+    control = open_controller()
+    probed(control, lambda step: 0.01, 600)
+    assert control.state()["trend"]["interval"] == 100
+    control.observe(600, replace(GOOD, bias=math.nan))
+    assert control.serial
+    for step in (649, 699, 749):
+        control.observe(step, replace(BAD, couplings=FLAT))
+    control.observe(750, replace(GOOD, bias=0.2))
+    assert control.state()["trend"]["interval"] == 10
+
+
+def test_couplings_are_not_measured_where_nothing_can_come_of_them():
+    control = open_controller(adaptive={"late_from": 0.1})
+    control.observe(0, replace(BAD, couplings=STEEP))
+    control.observe(1, GOOD)
+    assert control.plan_probe(99).couplings
+    assert not control.plan_probe(100).couplings  # late: cheaper windows are not tried any more
+    control = open_controller()
+    control.observe(0, replace(BAD, couplings=STEEP))
+    control.observe(1, GOOD)
+    control.observe(50, replace(GOOD, couplings=FLAT))
+    control.observe(51, replace(BAD, couplings=FLAT))  # the cheaper ones are refused, and not tried again at once
+    assert not control.plan_probe(99).couplings
 
 
 def test_windows_are_fitted_by_their_typical_bias():

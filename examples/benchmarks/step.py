@@ -132,7 +132,7 @@ def measure_costs(engine: Engine, channel: TorchChannel) -> Costs:
     own = clocked(parts_of_step(engine, torch.randn(spec.shapes[0], dtype=block.dtype)))
     everyone = torch.tensor(own, dtype=torch.float64)
     dist.all_reduce(everyone)
-    once, count = Parts(*everyone.tolist()), len(block.middle) * channel.size
+    once, count = Parts(*everyone.tolist()), len(block.indices) * channel.size
     # Only one worker enters, and one leaves: the sums are theirs.
     return Costs(
         forward=once.forward / count, record=once.record / count, input_gradient=once.input_gradient / count,

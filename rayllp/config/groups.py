@@ -62,7 +62,8 @@ class WindowSettings(Settings):
     """How `solver: windows` solves the layers (docs/method.md)."""
 
     length: PositiveInt | tuple[PositiveInt, ...] | None = Field(
-        None, description="layers that are solved at once, at most; or a list of all windows' lengths; default as many as workers"
+        None,
+        description="layers that are solved at once, at most; or a list of the windows' lengths between buffers; default as many as workers",
     )
     sweeps: Iterations = Field(Iterations(), description="of a window, in mode parallel; in mode adaptive the controller chooses")
     fit: bool = Field(

@@ -203,7 +203,7 @@ class RunSettings(Settings):
 
     @property
     def placement(self) -> Literal["blocks", "cyclic"]:
-        """How middle layers are assigned: neighbouring ones to one worker (blocks), or layer n to worker n mod P (cyclic)."""
+        """How the layers of the solve are assigned: neighbouring ones to one worker (blocks), or layer n to worker n mod P (cyclic)."""
         return "cyclic" if self.solver == "windows" and self.mode != "serial" else "blocks"
 
     @property

@@ -33,9 +33,9 @@ class BiasTrend:
         bias, noise: typical ones, as probes of these windows have found them; None if none has.
         latest: bias that the latest probe of these windows has found.
         growth: how fast the bias grows: the change of its logarithm in a step, as far as it is not chance.
-        count: number of probes of windows in use.
-        at: step of the last of them.
-        interval: number of steps to the next.
+        count: number of probes.
+        at: step of the last one.
+        interval: number of steps from there to the next, while the windows are in use.
     """
 
     bias: float | None = None
@@ -50,6 +50,11 @@ class BiasTrend:
         """Forget what these windows are like, since others are chosen. How fast the bias grows is remembered."""
         self.bias = self.noise = self.latest = None
 
+    def begin_anew(self) -> None:
+        """Forget all, since windows have not been in use for a while."""
+        self.forget()
+        self.growth, self.interval = 0.0, LEAST_INTERVAL // 2
+
     def take(self, step: int, probe: Probe, *, in_use: bool) -> Probe:
         """Take in what a probe has found. Returns it with the typical bias and noise in place of its own.
 
@@ -60,27 +65,26 @@ class BiasTrend:
         """
         if probe.bias is None:
             return probe
-        if in_use and self.latest and 0 < probe.bias < math.inf and step > self.at:
+        if in_use and self.latest and 0 < self.latest < math.inf and 0 < probe.bias < math.inf and step > self.at:
             self.growth = max(math.log(probe.bias / self.latest / CHANCE) / (step - self.at), self.growth / 2)
         expected = self.bias and self.bias * self._grown(step)
         self.bias, self.noise, self.latest = _mean(expected, probe.bias), _mean(self.noise, probe.noise), probe.bias
+        self.at = step
         return replace(probe, bias=self.bias, noise=self.noise)
 
     # The next probe -----------------------------------------------------------------------------------------------------------------
 
-    def plan(self, step: int, config: TrainConfig, *, in_use: bool) -> None:
+    def plan(self, config: TrainConfig, *, in_use: bool) -> None:
         """Choose when windows are probed again that have just been probed: the longest interval after which they should still be accurate.
 
         Args:
-            step: the step of the probe.
             config: says which bias is tolerated, and bounds the intervals.
             in_use: whether they have been in use since the last probe. How the bias of others grows is not known yet.
         """
-        self.at, self.count = step, self.count + 1
         most = max(LEAST_INTERVAL, MOST_INTERVALS * config.adaptive.probe_every)
         factors = FACTORS if in_use else FACTORS[1:]
         intervals = [min(max(round(factor * self.interval), LEAST_INTERVAL), most) for factor in factors]
-        self.interval = next((interval for interval in intervals if self.share(step + interval, config) <= 1), intervals[-1])
+        self.interval = next((interval for interval in intervals if self.share(self.at + interval, config) <= 1), intervals[-1])
 
     def is_due(self, step: int) -> bool:
         """Return True if windows in use are to be probed at a step."""

@@ -137,7 +137,7 @@ class Controller:
     def _wants_couplings(self, step: int) -> bool:
         """Return True if a probe at this step is to measure couplings. In exact training they tell whether windows would do."""
         trend = self._state.trend
-        expected = math.inf if self._is_unverified else trend.share(step, self.config)
+        expected = math.inf if self._is_unverified or self._is_late(step) else trend.share(step, self.config)
         return self.serial or self._windows.wants_couplings(expected, trend.aim(self.config))
 
     def _is_due(self, step: int) -> bool:
@@ -202,7 +202,7 @@ class Controller:
                 return None
             state.rung, state.verified, state.probe_at = 0, False, step
             self._windows.begin_anew()  # others may be fast enough by now
-            state.trend.forget()
+            state.trend.begin_anew()
             return self._decision(step, "looking again whether layer-parallel steps are faster")
         here = seconds.get(self.rung)
         if self.serial or self._is_unverified or exact is None or here is None or not pace.is_too_slow(step, here, exact):
@@ -252,17 +252,19 @@ class Controller:
     def _observe_windows(self, step: int, probe: Probe, fault: str | None) -> Decision | None:
         """Take in what a probe has found about windows."""
         state, trend, windows, config = self._state, self._state.trend, self._windows, self.config
+        trend.count += 1
         if self.serial:
             move = windows.replace_exact_steps(step, probe, trend.aim(config))
             if move is not None:
                 state.rung, state.flips = 0, state.flips + 1
+                trend.begin_anew()
             return self._follow(step, move)
         in_use = not self._is_unverified
         typical = trend.take(step, probe, in_use=in_use)
         if fault is not None:
             move = windows.mend(step, typical, fault, trend.aim(config), in_use=in_use)
             return self._follow(step, move) or self._raise(step, probe, fault)
-        trend.plan(step, config, in_use=in_use)
+        trend.plan(config, in_use=in_use)
         if not in_use:
             windows.accept()
             return self._accept(step, probe)
@@ -272,7 +274,7 @@ class Controller:
         """Return the decision to use other windows, if any; they are used once a probe has found them accurate."""
         if move is None:
             return None
-        if move.others:
+        if move.changed:
             self._state.trend.forget()
         if move.verified:
             self._state.verified = True
@@ -378,7 +380,7 @@ class Controller:
             self._state.final = True
         if self.config.solver == "windows" and (state["name"], tuple(state.get("lengths", ()))) != (self.rung, self._lengths):
             self._state.verified = not self._verifies  # layers or workers are others now, or windows were chosen in another way
-            self._state.trend.forget()
+            self._state.trend.begin_anew()
         initial = self.config.consistency
         if not self.config.steers or state.get("consistency", initial) != initial:
             self._state.weight = initial

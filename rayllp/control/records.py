@@ -103,8 +103,8 @@ class Probe:
 
     Attributes:
         rho_forward, rho_backward: convergence factors of the forward and of the adjoint solve.
-        bias: norm of the gradient's error over the gradient's norm.
-        noise: standard deviation of the gradient over the choice of the batch, over the gradient's norm.
+        bias: norm of the gradient's error over the gradient's norm, a mean over layers (`engine/probe.py`).
+        noise: standard deviation of the gradient over the choice of the batch, over the gradient's norm, as the same mean.
         loss_gap: relative difference of the loss by the solve in use from that of the same batch by a better solve.
         couplings: how strongly each layer depends on the one before it.
     """

@@ -51,12 +51,12 @@ class Move:
 
     Attributes:
         reason: why, in words.
-        others: whether the windows are others now.
+        changed: whether the windows are others now.
         verified: whether a probe has found these windows accurate. If not, the next step is to be a probe.
     """
 
     reason: str
-    others: bool = True
+    changed: bool = True
     verified: bool = False
 
 
@@ -85,7 +85,8 @@ class WindowChoice:
             expected: the share of the tolerated bias that it is expected to find.
             aim: the share that windows are fitted to have.
         """
-        return self.state.asks or (self.state.windows is not None and expected < aim)
+        state = self.state
+        return state.asks or (state.windows is not None and not state.waits and expected < aim)
 
     # Changes ------------------------------------------------------------------------------------------------------------------------
 
@@ -104,9 +105,11 @@ class WindowChoice:
         if state.before is not None:
             state.windows, state.before, state.couplings, state.waits = state.before, None, None, self.config.adaptive.patience
             return Move(f"{fault}; back to {self._in_words}", verified=True)
+        if is_hopeless(probe, self.config):
+            return None
         if in_use or (probe.couplings is None and state.couplings is None and not state.asks):
             state.asks = True
-            return Move(f"{fault}; the next step measures where layers depend strongly on each other", others=False)
+            return Move(f"{fault}; the next step measures where layers depend strongly on each other", changed=False)
         fitted = None if state.refits == MAX_REFITS else self._fit(step, probe, aim)
         if fitted is None or self._share_of_exact(fitted) > WORTHWHILE_RATIO:
             return None
@@ -189,6 +192,8 @@ class WindowChoice:
     def restore(self, kept: dict[str, object]) -> None:
         """Continue from a checkpoint's `WindowState`, as a dict of its fields; earlier versions had others, or fewer."""
         if not self.config.fits_windows:
+            return
+        if kept.get("windows") is not None and self._restored_windows(kept["windows"]) is None:
             return
         numbers = {name: kept[name] for name in ("refits", "waits", "calm", "asks") if name in kept}
         windows, before = (self._restored_windows(kept.get(name)) for name in ("windows", "before"))

@@ -237,7 +237,7 @@ class Probing:
         block, config = self.group.block, self.group.config
         for index in block.indices:
             number = index - config.buffers.open
-            if number in range(config.middle_layers):  # buffers are solved exactly
+            if number in range(config.middle_layers):  # buffers are exact but for their states, and their gradients are the largest
                 for p in block.layers[index].parameters():
                     yield number, torch.zeros_like(p) if p.grad is None else p.grad
 

@@ -5,7 +5,7 @@ Runs of that sweep that no other worker waits for are deferred: they are recorde
 of their graphs. With recomputation only the states at the beginning of each interval (and of the block) are kept. An interval's graphs are
 then recorded when the adjoint arrives there (for deferred runs this is the first time), and only one interval's graphs exist at a time.
 
-Layers are counted as solvers count them, from the first middle layer (`Block.index` converts).
+Layers are counted as solvers count them, from the first of the solve (`Block.index` converts).
 """
 
 from collections.abc import Sequence, Set

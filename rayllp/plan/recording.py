@@ -198,7 +198,7 @@ def _record_windows(layers: int, workers: int, windows: tuple[int, ...], sweeps:
 
 @lru_cache(maxsize=64)
 def in_order_schedule(layers: int, workers: int, microbatches: int) -> Schedule:
-    """Return the schedule of an exact step with layers in turn, from embedding to the gradient of the first middle layer."""
+    """Return the schedule of an exact step with layers in turn, from embedding to the gradient at the first layer of the solve."""
     placement = Placement.cyclic(layers, workers)
 
     def record(rank: int) -> tuple[RunWork, tuple[RunWork, ...]]:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 from rayllp.timeline import Span
 
 ENDS = ("enter", "loss")
-"""Kinds of work at the ends of the network, which belong to no middle layer."""
+"""Kinds of work at the ends of the network, which belong to no layer of the solve."""
 MEETINGS = ("all_gather", "sum", "further_sum")
 """Kinds of messages in which all workers take part at once."""
 
