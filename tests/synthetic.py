@@ -33,7 +33,7 @@ def metric(step, **changes):
 def probe(step, **changes):
     """Return a line of metrics.jsonl for a probe."""
     found = {"rho_forward": 0.25, "rho_backward": 0.5, "bias": 0.05, "cosine": 0.99, "noise": 0.4, "loss_gap": -0.002}
-    found |= {"bias_by_layer": [[0.05, 0.99]] * WORKERS}
+    found |= {"bias_by_layer": [[0.05, 0.99]] * 64}
     found |= {"rho_by_point": {"forward": [[None, 0.2, 0.3], [0.6]], "backward": [[0.4, 0.5, None], [0.7]]}}
     return metric(step, **({"iterations_forward": 4, "iterations_backward": 3} | found | changes))
 
@@ -107,7 +107,7 @@ def long_run(path, steps=20_000, workers=8, **settings):
             growth = 10 ** (2 * share - 1.5)
             found = {"rho_forward": growth, "rho_backward": 2 * growth, "bias": growth, "noise": 0.5 + share}
             found |= {"rho_by_point": {way: [[growth] * 7] for way in ("forward", "backward")}}
-            found |= {"lipschitz": (1 + noise.random(68)).tolist(), "bias_by_layer": [[growth, 0.99]] * workers}
+            found |= {"lipschitz": (1 + noise.random(68)).tolist(), "bias_by_layer": [[growth, 0.99]] * 64}
             lines.append(probe(step, **values, **found))
         else:
             lines.append(metric(step, **values, **(serial if step >= serial_from else {})))

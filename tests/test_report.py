@@ -552,7 +552,7 @@ def test_listeners_and_tensorboard(tmp_path):
     assert (board.Histograms("layers/lipschitz")[0].histogram_value.num, board.Histograms("layers/lipschitz")[0].step) == (2, 1)
     histograms = {f"rho_{way}/level_{level}": count for way in ("forward", "backward") for level, count in ((0, 2), (1, 1))}
     assert {name: board.Histograms(name)[0].histogram_value.num for name in histograms} == histograms
-    assert board.Histograms("layers/bias")[0].histogram_value.num == 4
+    assert board.Histograms("layers/bias")[0].histogram_value.num == 64
     assert board.Tensors("sample/text_summary")[0].tensor_proto.string_val[0].decode() == "    O <b>Romeo</b>\n    # no heading\n"
     assert board.Scalars("hparam/perplexity")[0].value == 12.0
     assert "hparams" in board.SummaryMetadata("_hparams_/experiment").plugin_data.plugin_name

@@ -63,7 +63,7 @@ class WindowSettings(Settings):
 
     length: PositiveInt | tuple[PositiveInt, ...] | None = Field(
         None,
-        description="layers that are solved at once, at most; or a list of the windows' lengths between buffers; default as many as workers",
+        description="layers that are solved at once, at most; or a list of the windows' lengths between buffers; default one a worker",
     )
     sweeps: Iterations = Field(Iterations(), description="of a window, in mode parallel; in mode adaptive the controller chooses")
     fit: bool = Field(
