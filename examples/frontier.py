@@ -70,7 +70,8 @@ class Way:
 
 LADDER = ("1+1", "2+1", "2+2", "3+3")
 """Rungs for windows of equal length, as they were the default before windows were fitted. Results by them are of an earlier version, which
-also cut windows by an estimate that was coarser.
+also cut windows by an estimate that was coarser. Results called "one norm" are of a version that fitted windows as today's does, but judged
+the gradient by one norm over all layers, and probed every 150 steps.
 """
 FIXED = ("adaptive.bias_to_noise=1e9", "adaptive.late_from=1.0", "adaptive.probe_every=500")
 TAILS = (0.8, 0.9, 0.95, 0.98, 1.0)
@@ -119,6 +120,8 @@ WAYS = {
     **EXACT,
     "adaptive": Way(8),
     "adaptive 16": Way(16),
+    "one norm": Way(8),
+    "one norm 16": Way(16),
     "ladder": Way(8, LADDER),
     "ladder 16": Way(16, LADDER),
     **{tail(share): Way(8, ("1+1",), (*FIXED, f"adaptive.switch_at={share}")) for share in TAILS},
@@ -627,7 +630,10 @@ def ablations(results: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-COLOURS = {"serial": "#1f77b4", "adaptive": "#2ca02c", "adaptive 16": "#d62728", "ladder": "#98df8a", "ladder 16": "#ff9896"}
+COLOURS = {
+    "serial": "#1f77b4", "adaptive": "#2ca02c", "adaptive 16": "#d62728", "one norm": "#bcbd22", "one norm 16": "#ff7f0e",
+    "ladder": "#98df8a", "ladder 16": "#ff9896",
+}  # fmt: skip
 """Of the ways that the legend names; the others are grey: fixed solves with exact ends of several lengths."""
 
 
@@ -652,7 +658,7 @@ def draw(found: list[Row], picture: Path) -> None:
                 continue
             points = [(row.hours, mean(row.losses)) for row in mine]
             workers = WAYS[way].workers
-            label = None if way not in COLOURS else "exact, one device" if workers == 1 else f"{way.split()[0]}, {workers} workers"
+            label = None if way not in COLOURS else "exact, one device" if workers == 1 else f"{way.removesuffix(' 16')}, {workers} workers"
             axis.plot(*zip(*points, strict=True), "o-", ms=4, lw=1.2, color=COLOURS.get(way, "#7f7f7f"), label=label)
             for row, point in zip(mine, points, strict=True):
                 axis.annotate(str(row.middle), point, textcoords="offset points", xytext=(4, 4), fontsize="x-small")

@@ -555,20 +555,21 @@ def probed(control, biases, until=1000):
 
 
 def test_fitted_windows_are_probed_as_their_bias_demands():
-    """A bias of 0.3 is tolerated. `probe_every` is 50, so there are never more than 100 steps between two probes."""
-    assert probed(open_controller(), lambda step: 0.01) == [0, 10, 30, 70, 150, 250, 350, 450, 550, 650, 750, 800, 900]
+    """A bias of 0.3 is tolerated. There are never more than `probe_every` steps between two probes."""
+    rarely = open_controller(adaptive={"probe_every": 150})
+    assert probed(rarely, lambda step: 0.01) == [0, 10, 25, 47, 80, 130, 205, 317, 467, 617, 767, 800, 950]
+    assert probed(open_controller(), lambda step: 0.01, 300) == [0, 10, 25, 47, 80, 130, 180, 230, 280]
     # It doubles every 60 steps: as it comes near to what is tolerated, the interval becomes shorter.
-    assert probed(open_controller(), lambda step: 0.01 * 2 ** (step / 60), 301) == [0, 10, 30, 70, 150, 250, 300]
+    assert probed(open_controller(), lambda step: 0.01 * 2 ** (step / 60), 306) == [0, 10, 25, 47, 80, 130, 180, 230, 280, 305]
     # It changes from probe to probe, but does not grow.
-    assert probed(open_controller(), lambda step: 0.25 if step % 20 else 0.2, 301) == [0, 10, 30, 70, 150, 250]
+    assert probed(open_controller(), lambda step: 0.25 if step % 20 else 0.2, 300) == [0, 10, 25, 47, 80, 130, 180, 230, 280]
     # Where it has grown fast before, the next windows are probed soon.
     control = open_controller()
-    steps = probed(control, lambda step: 0.01 if step <= 70 else 0.6, 151)
-    assert steps[-2:] == [70, 150]
-    assert not control.accuracy_at(151).serial or control.plan_probe(151)
-    control.observe(151, replace(BAD, couplings=STEEP))
-    control.observe(152, replace(GOOD, bias=0.1))
-    assert next(step for step in range(153, 300) if control.plan_probe(step)) <= 152 + 20
+    steps = probed(control, lambda step: 0.01 if step <= 80 else 0.6, 131)
+    assert steps[-2:] == [80, 130]
+    control.observe(131, replace(BAD, couplings=STEEP))
+    control.observe(132, replace(GOOD, bias=0.1))
+    assert next(step for step in range(133, 300) if control.plan_probe(step)) <= 132 + 20
 
 
 def test_a_second_look_does_not_count_growth_twice():
@@ -584,7 +585,7 @@ def test_windows_begin_anew_where_they_have_not_been_in_use_for_a_while():
     """Neither growth nor intervals of windows before tell anything."""
     control = open_controller()
     probed(control, lambda step: 0.01, 600)
-    assert control.state()["trend"]["interval"] == 100
+    assert control.state()["trend"]["interval"] == 50
     control.observe(600, replace(GOOD, bias=math.nan))
     assert control.serial
     for step in (649, 699, 749):

@@ -82,7 +82,7 @@ class AdaptiveSettings(Settings):
     probe_every: int = Field(
         150,
         ge=0,
-        description="steps between probes (doubled iterations, at least 3); of fitted windows about: 10 to twice as many; 0: never",
+        description="steps between probes (doubled iterations, at least 3); of fitted windows at most, at least 10; 0: never",
     )
     threshold: float = Field(1.0, gt=0, description="a probe's ρ, forward or backward, beyond this is a fault")
     bias_limit: float = Field(0.1, gt=0, description="a relative bias of the gradient beyond this is a fault …")

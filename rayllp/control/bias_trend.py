@@ -11,12 +11,12 @@ from rayllp.config import TrainConfig
 from rayllp.control.judgement import tolerated_bias
 from rayllp.control.records import Probe
 
-FACTORS = (2.0, 1.0, 0.5, 0.25)
-"""From one probe of the same windows to the next, the interval changes by one of these."""
+FACTORS = (1.5, 1.0, 0.5, 0.25)
+"""From one probe of the same windows to the next, the interval changes by one of these. It is not doubled: a bias that was small for long
+may grow tenfold in less than half of the steps done, and windows that are in use meanwhile leave a network of stronger couplings.
+"""
 LEAST_INTERVAL = 10
-"""Smallest number of steps between two probes."""
-MOST_INTERVALS = 2
-"""The largest is this many times `adaptive.probe_every`."""
+"""Smallest number of steps between two probes; the largest is `adaptive.probe_every`."""
 AIMED_SHARE, LEAST_AIM = 0.4, 0.2
 """Windows are fitted to have the first share of the tolerated bias a quarter of `adaptive.probe_every` steps on, but at once no less than
 the second.
@@ -81,7 +81,7 @@ class BiasTrend:
             config: says which bias is tolerated, and bounds the intervals.
             in_use: whether they have been in use since the last probe. How the bias of others grows is not known yet.
         """
-        most = max(LEAST_INTERVAL, MOST_INTERVALS * config.adaptive.probe_every)
+        most = max(LEAST_INTERVAL, config.adaptive.probe_every)
         factors = FACTORS if in_use else FACTORS[1:]
         intervals = [min(max(round(factor * self.interval), LEAST_INTERVAL), most) for factor in factors]
         self.interval = next((interval for interval in intervals if self.share(self.at + interval, config) <= 1), intervals[-1])
