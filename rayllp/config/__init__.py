@@ -1,6 +1,7 @@
 """The settings of a run: immutable, and checked when they are made."""
 
 from rayllp.config.base import Settings
+from rayllp.config.blocks import default_blocks, torchbraid_blocks
 from rayllp.config.data import DataSettings
 from rayllp.config.files import (
     check_run,
@@ -15,7 +16,7 @@ from rayllp.config.files import (
 )
 from rayllp.config.groups import EVALUATED, EvalSettings, OptimizerSettings, Relaxation, WorkerRange
 from rayllp.config.parse import kind_in, to_text
-from rayllp.config.run import MAY_DIFFER, default_blocks, torchbraid_blocks
+from rayllp.config.run import MAY_DIFFER
 from rayllp.config.train import TrainConfig
 
 __all__ = [

@@ -6,6 +6,7 @@ from typing import Literal, Self
 from pydantic import Field, PositiveInt, ValidationError
 
 from rayllp.config.base import Settings
+from rayllp.config.blocks import default_blocks, torchbraid_blocks
 from rayllp.config.data import DataSettings
 from rayllp.config.groups import (
     RUNG,
@@ -23,7 +24,7 @@ from rayllp.config.groups import (
 )
 from rayllp.config.network import BufferSettings, ModelSettings, NestedSettings, StepSettings
 from rayllp.errors import SettingsError, fault_text
-from rayllp.mgrit import Hierarchy, SolverOptions, build_hierarchy, split_evenly
+from rayllp.mgrit import Hierarchy, SolverOptions, build_hierarchy
 from rayllp.mgrit.windows import Placement, equal_windows
 
 TIMED_STEP = 3
@@ -207,6 +208,11 @@ class RunSettings(Settings):
         return "cyclic" if self.solver == "windows" and self.mode != "serial" else "blocks"
 
     @property
+    def cyclic_placement(self) -> Placement:
+        """Which worker has which layer of the solve, where they take layers in turn."""
+        return Placement.cyclic(len(self.solved_layers), self.layer_workers)
+
+    @property
     def iterations(self) -> ByDirection:
         """Iterations of the solver, or sweeps of windows, in mode parallel."""
         return self.windows.sweeps if self.solver == "windows" else self.mgrit.iterations
@@ -239,7 +245,7 @@ class RunSettings(Settings):
     def layers_of(self, rank: int) -> tuple[int, ...]:
         """Return the layers of the solve that a worker of the layer group owns, ascending, counted from the solve's first."""
         if self.placement == "cyclic":
-            return Placement.cyclic(len(self.solved_layers), self.layer_workers).owned(rank)
+            return self.cyclic_placement.owned(rank)
         start = sum(self.blocks[:rank])
         return tuple(range(start, start + self.blocks[rank]))
 
@@ -369,37 +375,3 @@ def _read_rung(rung: str) -> tuple[int, int, Relaxation | None]:
     assert match is not None
     forward, backward, relaxation = match.groups()
     return int(forward), int(backward), relaxation  # type: ignore[return-value]
-
-
-def torchbraid_blocks(layers: int, workers: int) -> tuple[int, ...]:
-    """Return TorchBraid's blocks.
-
-    It divides the N + 1 points evenly and gives the first worker one more; the last point begins no layer.
-    """
-    if workers == 1:
-        return (layers,)
-    even = layers // workers
-    return (even + 1, *(even,) * (workers - 2), even - 1)
-
-
-def default_blocks(layers: int, workers: int, coarsening: int, *, whole_intervals: bool = False) -> tuple[int, ...]:
-    """Return blocks that end at C-points if the largest is then no larger than in an even division, else an even division.
-
-    A block that begins at a C-point can start its sweep without waiting for its neighbour.
-
-    Args:
-        layers: number of middle layers.
-        workers: number of blocks.
-        coarsening: coarsening factor c_f.
-        whole_intervals: cut at C-points in any case, provided there are as many intervals as workers.
-    """
-    even = split_evenly(layers, workers)
-    intervals = -(-layers // coarsening)
-    if intervals < workers:
-        return even
-    ends, done = [], 0
-    for share in split_evenly(intervals, workers):
-        done += share
-        ends.append(min(done * coarsening, layers))
-    aligned = tuple(end - start for start, end in zip([0, *ends], ends, strict=False))
-    return aligned if whole_intervals or max(aligned) <= max(even) else even

@@ -17,6 +17,8 @@ may grow tenfold in less than half of the steps done, and windows that are in us
 """
 LEAST_INTERVAL = 10
 """Smallest number of steps between two probes; the largest is `adaptive.probe_every`."""
+UNUSED_INTERVAL = LEAST_INTERVAL // 2
+"""Interval of windows that have not been in use yet, from which the first one follows."""
 AIMED_SHARE, LEAST_AIM = 0.4, 0.2
 """Windows are fitted to have the first share of the tolerated bias a quarter of `adaptive.probe_every` steps on, but at once no less than
 the second.
@@ -44,7 +46,7 @@ class BiasTrend:
     growth: float = 0.0
     count: int = 0
     at: int = 0
-    interval: int = LEAST_INTERVAL // 2
+    interval: int = UNUSED_INTERVAL
 
     def forget(self) -> None:
         """Forget what these windows are like, since others are chosen. How fast the bias grows is remembered."""
@@ -53,7 +55,7 @@ class BiasTrend:
     def begin_anew(self) -> None:
         """Forget all, since windows have not been in use for a while."""
         self.forget()
-        self.growth, self.interval = 0.0, LEAST_INTERVAL // 2
+        self.growth, self.interval = 0.0, UNUSED_INTERVAL
 
     def take(self, step: int, probe: Probe, *, in_use: bool) -> Probe:
         """Take in what a probe has found. Returns it with the typical bias and noise in place of its own.

@@ -260,15 +260,15 @@ class Controller:
                 trend.begin_anew()
             return self._follow(step, move)
         in_use = not self._is_unverified
-        typical = trend.take(step, probe, in_use=in_use)
+        typical, aim = trend.take(step, probe, in_use=in_use), trend.aim(config)
         if fault is not None:
-            move = windows.mend(step, typical, fault, trend.aim(config), in_use=in_use)
+            move = windows.mend(step, typical, fault, aim, in_use=in_use)
             return self._follow(step, move) or self._raise(step, probe, fault)
         trend.plan(config, in_use=in_use)
         if not in_use:
             windows.accept()
             return self._accept(step, probe)
-        return self._follow(step, None if self._is_late(step) else windows.cheapen(step, typical, trend.aim(config)))
+        return self._follow(step, None if self._is_late(step) else windows.cheapen(step, typical, aim))
 
     def _follow(self, step: int, move: Move | None) -> Decision | None:
         """Return the decision to use other windows, if any; they are used once a probe has found them accurate."""

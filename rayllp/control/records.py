@@ -49,7 +49,7 @@ class Accuracy:
         if self.serial:
             return "serial"
         if self.fitted and self.windows:
-            longer = [pair for length, pair in zip(self.windows.lengths, self.windows.sweeps, strict=True) if length > 1] or [(1, 1)]
+            longer = [(forward, backward) for length, forward, backward in self.windows if length > 1] or [(1, 1)]
             return "+".join(_range(counts) for counts in zip(*longer, strict=True)) + FITTED
         forward = 0 if self.levels_forward == 1 else self.iterations_forward
         return f"{forward}+{self.iterations_backward}" + (f" {self.relaxation}" if self.relaxation else "")

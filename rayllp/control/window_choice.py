@@ -7,7 +7,8 @@ fitted to half the error.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 from rayllp.config import TrainConfig
 from rayllp.control.judgement import is_hopeless, tolerated_bias
@@ -189,26 +190,19 @@ class WindowChoice:
 
     # Checkpoints --------------------------------------------------------------------------------------------------------------------
 
-    def restore(self, kept: dict[str, object]) -> None:
-        """Continue from a checkpoint's `WindowState`, as a dict of its fields; earlier versions had others, or fewer."""
-        if not self.config.fits_windows:
-            return
-        if kept.get("windows") is not None and self._restored_windows(kept["windows"]) is None:
-            return
-        numbers = {name: kept[name] for name in ("refits", "waits", "calm", "asks") if name in kept}
+    def restore(self, kept: dict[str, Any]) -> None:
+        """Continue from a checkpoint's `WindowState`, as a dict of its fields; those of earlier versions had others."""
         windows, before = (self._restored_windows(kept.get(name)) for name in ("windows", "before"))
-        couplings = _restored_couplings(kept.get("couplings")) if windows is not None else None
-        self.state = WindowState(windows, before, couplings=couplings, **numbers)  # type: ignore[arg-type]
+        dropped = kept.get("windows") is not None and windows is None
+        if dropped or not self.config.fits_windows:
+            return
+        known = {field.name: kept[field.name] for field in fields(WindowState) if field.name in kept}
+        couplings = known.get("couplings")
+        found = {"windows": windows, "before": before, "couplings": None if couplings is None else Couplings.restored(couplings)}
+        self.state = WindowState(**{**known, **found})
 
-    def _restored_windows(self, kept: object) -> Windows | None:
+    def _restored_windows(self, kept: dict[str, Any] | None) -> Windows | None:
         """Return the windows of a checkpoint; None if it has none, or if layers or workers are others now."""
-        if not isinstance(kept, dict):
-            return None
-        if sum(kept["lengths"]) != len(self.config.solved_layers) or max(kept["lengths"]) > self.config.longest_window:
+        if kept is None or sum(kept["lengths"]) != len(self.config.solved_layers) or max(kept["lengths"]) > self.config.longest_window:
             return None
         return Windows(tuple(kept["lengths"]), tuple((forward, backward) for forward, backward in kept["sweeps"]))
-
-
-def _restored_couplings(kept: object) -> Couplings | None:
-    """Return the couplings of a checkpoint; None if it has none, or those of an earlier version."""
-    return Couplings.restored(kept) if isinstance(kept, dict) else None

@@ -12,7 +12,6 @@ from rayllp.engine.layer_group import LayerGroup
 from rayllp.engine.propagators import ExactPropagator
 from rayllp.mgrit import Communicator, MGRITSolver, Problem
 from rayllp.mgrit.relay import solve_in_order
-from rayllp.mgrit.windows import Placement
 from rayllp.state import State
 
 
@@ -28,8 +27,7 @@ class ExactForward:
         self.group = group
         self.remembers: bool | None = None
         self._hierarchy, self._options = group.config.hierarchy(1), group.config.solver_options(1)
-        cyclic = group.config.placement == "cyclic"
-        self._placement = Placement.cyclic(len(group.config.solved_layers), group.channel.size) if cyclic else None
+        self._placement = group.config.cyclic_placement if group.config.placement == "cyclic" else None
 
     def __call__(self, inputs: Inputs, tag: MessageTag, *, last_only: bool = False, past: Any = None) -> Tensor | None:
         """Return the network's outputs, without dropout, on the last worker; None on all others.

@@ -130,7 +130,7 @@ class InOrderGradients:
 
     def __init__(self, group: LayerGroup) -> None:
         self.group = group
-        self.placement = Placement.cyclic(len(group.config.solved_layers), group.config.layer_workers)
+        self.placement = group.config.cyclic_placement
 
     def form(self, batch: StepBatch, penalty: Consistency | None) -> StepGradients:
         """Add the gradients of these samples to `.grad`."""

@@ -60,7 +60,7 @@ class Sums(NamedTuple):
     @property
     def noises(self) -> Tensor:
         """Norm of the difference between the better gradients of two halves of the batch, over that of their sum."""
-        return torch.where(self.better == 0, 0.0, (self.halves / self.better).sqrt())
+        return (self.halves / self.better).sqrt()
 
     def mean_of(self, values: Tensor) -> float:
         """Return the root mean square of such numbers over the layers, weighted by the norms of the better gradients."""

@@ -12,7 +12,7 @@ from rayllp.engine.propagators import AdjointPropagator, ForwardPropagator, Reco
 from rayllp.engine.step_gradients import StepGradients, add_embedding_gradients, loss_and_seed
 from rayllp.mgrit import Communicator
 from rayllp.mgrit.couplings import CouplingTable, solve_a_layer_early
-from rayllp.mgrit.windows import Placement, WindowOptions, WindowProblem
+from rayllp.mgrit.windows import WindowOptions, WindowProblem
 from rayllp.state import detach
 
 
@@ -21,7 +21,7 @@ class WindowGradients:
 
     def __init__(self, group: LayerGroup) -> None:
         self.group = group
-        self.placement = Placement.cyclic(len(group.config.solved_layers), group.config.layer_workers)
+        self.placement = group.config.cyclic_placement
 
     def form(self, batch: StepBatch, penalty: Consistency | None) -> StepGradients:
         """Add the gradients of these samples to `.grad`."""

@@ -43,8 +43,7 @@ def step_cost(windows: Windows, workers: int) -> float:
         workers: number of workers.
     """
     chained = sum(length == 1 for length in windows.lengths)
-    pairs = zip(windows.lengths, windows.sweeps, strict=True)
-    sweeps = sum(min(forward, length) + min(backward, length) + 1 for length, (forward, backward) in pairs if length > 1)
+    sweeps = sum(min(forward, length) + min(backward, length) + 1 for length, forward, backward in windows if length > 1)
     return sweeps + chained * _chained_cost(workers)
 
 
@@ -80,7 +79,7 @@ class WindowErrors:
     def of(self, solve: Windows) -> float:
         """Return the estimated error of a solve, none of whose windows may be longer than `longest`."""
         total, begin = 0.0, 0
-        for length, (forward, backward) in zip(solve.lengths, solve.sweeps, strict=True):
+        for length, forward, backward in solve:
             end = begin + length
             for errors, sweeps in ((self._forward[begin], forward), (self._adjoint[self.layers - end], backward)):
                 total += 0.0 if sweeps >= length else errors[length - 1][min(sweeps, MOST_SWEEPS) - 1]
@@ -116,13 +115,12 @@ class WindowErrors:
                 back, backward = adjoint_choices[self.layers - end][length - 1]
                 candidates.append((best[end - length][0] + ahead + back + 1, length, (forward, backward)))
             best.append(min(candidates))
-        lengths, sweeps, end = [], [], self.layers
+        found, end = [], self.layers
         while end:
-            _, length, pair = best[end]
-            lengths.append(length)
-            sweeps.append(pair)
+            _, length, (forward, backward) = best[end]
+            found.append((length, forward, backward))
             end -= length
-        return Windows(tuple(lengths[::-1]), tuple(sweeps[::-1]))
+        return Windows.of(reversed(found))
 
 
 def _cheapest(errors: Sequence[float], length: int, price: float) -> tuple[float, int]:

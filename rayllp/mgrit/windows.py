@@ -20,7 +20,7 @@ The adjoint is the same solve from the other end, with the transposed steps. Wit
 gradient of the network whose windows are evaluated in this way. That is why training with a single sweep is stable.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, groupby
 
@@ -113,6 +113,16 @@ class Windows:
         """Return windows that all take the same sweeps."""
         return Windows(lengths, ((forward, backward),) * len(lengths))
 
+    @staticmethod
+    def of(windows: Iterable[tuple[int, int, int]]) -> "Windows":
+        """Return these windows, each given by its length, forward and backward sweeps."""
+        lengths, forward, backward = zip(*windows, strict=True)
+        return Windows(lengths, tuple(zip(forward, backward, strict=True)))
+
+    def __iter__(self) -> Iterator[tuple[int, int, int]]:
+        """Yield length, forward and backward sweeps of each window."""
+        return zip(self.lengths, self.forward, self.backward, strict=True)
+
     @property
     def forward(self) -> tuple[int, ...]:
         """Forward sweeps of each window."""
@@ -125,8 +135,7 @@ class Windows:
 
     def __str__(self) -> str:
         """The windows as a short text: "1, 7 by 3+2, 8 by 1+1 (7 times)". A window of one layer takes one sweep each way."""
-        pairs = zip(self.lengths, self.sweeps, strict=True)
-        return _repeated("1" if length == 1 else f"{length} by {forward}+{backward}" for length, (forward, backward) in pairs)
+        return _repeated("1" if length == 1 else f"{length} by {forward}+{backward}" for length, forward, backward in self)
 
 
 @dataclass(frozen=True)

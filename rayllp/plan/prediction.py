@@ -3,13 +3,11 @@
 There is no formula for the schedule here: `recording.py` runs the solvers to find out, so predictions cannot disagree with the code.
 """
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rayllp.config import TrainConfig
 from rayllp.control import Accuracy
-from rayllp.mgrit.windows import Placement
 from rayllp.plan.costs import Costs
 from rayllp.plan.recording import in_order_schedule, schedules_of
 from rayllp.plan.schedule import Clocks
@@ -73,11 +71,7 @@ def _step(config: TrainConfig, accuracy: Accuracy, costs: Costs, microbatches: i
 
 def layers_owned(config: TrainConfig) -> list[int]:
     """Return the number of layers of each worker of the layer group, buffer layers included."""
-    workers = config.layer_workers
-    if config.placement == "cyclic":
-        counts = Counter(Placement.cyclic(len(config.solved_layers), workers).owners)
-        return [counts[rank] for rank in range(workers)]
-    owned = list(config.blocks)
-    owned[0] += config.buffers.open
-    owned[-1] += config.buffers.close
+    owned = [len(config.layers_of(rank)) for rank in range(config.layer_workers)]
+    owned[0] += config.solved_layers.start
+    owned[-1] += config.model.layers - config.solved_layers.stop
     return owned
