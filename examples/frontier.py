@@ -18,16 +18,17 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
 from rayllp.config import TrainConfig, load_config
-from rayllp.control import Controller
+from rayllp.control import Accuracy, Controller
 from rayllp.control.ladder import Ladder
-from rayllp.control.records import FITTED
+from rayllp.control.records import ROLLING
+from rayllp.engine import Engine, StepStats
 from rayllp.mgrit.windows import Windows
 from rayllp.plan import Costs, predict_step
 
@@ -39,7 +40,7 @@ COSTS = Costs(
 STEPS = 2000
 SHAKESPEARE = {"data.path": "tinyshakespeare/input.txt.gz"}
 COUPLINGS = "couplings"
-"""Name by which probes are counted that measure couplings, too."""
+"""Name by which an earlier version counted probes that measured couplings, too."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class Way:
 
     Attributes:
         workers: that it is meant for. 1: exact training on one device.
-        rungs: of the ladder; none: the default, windows whose lengths and sweeps are fitted.
+        rungs: of the ladder; none: the default, a rolling window.
         interval: layers from one C-point to the next, by MGRIT of two levels; 0: windows of as many layers as there are workers.
         settings: besides.
     """
@@ -69,9 +70,9 @@ class Way:
 
 
 LADDER = ("1+1", "2+1", "2+2", "3+3")
-"""Rungs for windows of equal length, as they were the default before windows were fitted. Results by them are of an earlier version, which
-also cut windows by an estimate that was coarser. Results called "one norm" are of a version that fitted windows as today's does, but judged
-the gradient by one norm over all layers, and probed every 150 steps.
+"""Rungs for windows of equal length, as they were the default at first; results by them are of a version that also cut windows in two where
+layers depended strongly on each other. Results called "fitted" are of a later one, which fitted lengths and sweeps of windows to how
+strongly layers depend on each other, as probes measured it.
 """
 FIXED = ("adaptive.bias_to_noise=1e9", "adaptive.late_from=1.0", "adaptive.probe_every=500")
 TAILS = (0.8, 0.9, 0.95, 0.98, 1.0)
@@ -116,7 +117,7 @@ EXACT = {
     "serial, two halves": Way(1, settings=("accumulate=2",)),
 }
 """Exact training, and the same again but for rounding: how far apart do two runs end that should be equal?"""
-EARLIER = {"one norm": Way(8), "one norm 16": Way(16)}
+EARLIER = {"fitted": Way(8), "fitted 16": Way(16)}
 """Results of an earlier version of the default, which today's code cannot repeat (see `LADDER`)."""
 WAYS = {
     **EXACT,
@@ -308,7 +309,6 @@ def train(key: Key, data: Path, keep_at: tuple[float, ...] = (), start: Path | N
 
     from rayllp.channel import LocalChannel
     from rayllp.data import load_data
-    from rayllp.engine import Engine
     from rayllp.models import build_architecture
 
     torch.set_num_threads(1)
@@ -324,7 +324,6 @@ def train(key: Key, data: Path, keep_at: tuple[float, ...] = (), start: Path | N
     engine = Engine(model, config, batches, alone, alone, torch.device("cpu"))
     controller = Controller(config)
     curve, plain, probes, biases = [], Counter[str](), Counter[str](), []
-    windows: dict[str, list[tuple[int, int, int]]] = {}  # length, sweeps forward and backward of each, where they are fitted
     kept = {round(share * steps) for share in keep_at}
     first = 0
     if start is not None:
@@ -346,20 +345,14 @@ def train(key: Key, data: Path, keep_at: tuple[float, ...] = (), start: Path | N
         stats = engine.train_step(step, accuracy, plan)
         if not math.isfinite(stats.loss):
             raise SystemExit(f"{key}: the loss is not finite at step {step}")
-        judged = accuracy if plan is None else plan.candidate
-        solve = judged.name
-        if judged.fitted and judged.windows:
-            solve += f", windows of {judged.windows}"
-            windows[solve] = list(judged.windows)
         if plan is None:
-            plain[solve] += 1
+            plain[counted(accuracy, sweeps_of(stats))] += 1
         else:
-            probes[f"{solve} in {'exact' if accuracy.serial else 'parallel'}"] += 1
-            if plan.couplings:
-                probes[COUPLINGS] += 1
             found = stats.findings
+            better = "exact" if accuracy.serial else counted(accuracy.doubled(), sweeps_of(stats))
+            probes[f"{counted(plan.candidate, found.sweeps)} by {better}"] += 1
+            biases.append((step, shown(plan.candidate), rounded(found.bias), rounded(found.noise), rounded(found.loss_gap)))
             controller.observe(step, found)
-            biases.append((step, solve, rounded(found.bias), rounded(found.noise), rounded(found.loss_gap)))
         if (step + 1) % config.eval.every == 0 or step + 1 == steps:
             count = TASKS[name].evaluated if step + 1 == steps else config.eval.batches
             metrics = {name_: float(f"{value:.6g}") for name_, value in engine.evaluate(count).items()}
@@ -372,9 +365,23 @@ def train(key: Key, data: Path, keep_at: tuple[float, ...] = (), start: Path | N
         "solves": dict(plain),
         "probes": dict(probes),
         "biases": biases,
-        "windows": windows,
     }
     return dict(zip(("task", "way", "middle", "seed", "lr", "steps"), key, strict=True)) | found
+
+
+def counted(accuracy: Accuracy, sweeps: tuple[int, int] | None) -> str:
+    """A solve's name with what its time depends on: "rolling 12+10" for a rolling window's sweeps forward and backward."""
+    return accuracy.name if sweeps is None else f"{accuracy.name} {sweeps[0]}+{sweeps[1]}"
+
+
+def shown(accuracy: Accuracy) -> str:
+    """A solve's name with a rolling window's tolerance."""
+    return accuracy.name if accuracy.tolerance is None else f"{accuracy.name} {accuracy.tolerance:.2g}"
+
+
+def sweeps_of(stats: StepStats) -> tuple[int, int] | None:
+    forward, adjoint = (None if solve is None else solve.sweeps for solve in (stats.forward, stats.adjoint))
+    return None if forward is None or adjoint is None else (forward, adjoint)
 
 
 def rounded(value: float | None) -> float | None:
@@ -459,24 +466,27 @@ def total_ms(result: dict[str, Any], *, exact_gains: bool = True) -> float:
     config = config_of(task, result["middle"], way)
     ladder = Ladder(config)
     rungs = {rung.name: rung for rung in ladder.rungs}
-    for name, windows in result.get("windows", {}).items():
-        if sum(length for length, *_ in windows) == result["middle"]:  # of a version whose windows had no buffers
+    for name, windows in result.get("windows", {}).items():  # of a version that fitted them
+        if sum(length for length, *_ in windows) == result["middle"]:  # or of one whose windows had no buffers
             windows = [*[(1, 1, 1)] * config.buffers.open, *windows, *[(1, 1, 1)] * config.buffers.close]
-        rungs[name] = ladder.fitted(0, Windows.of(windows))
+        rungs[name] = replace(ladder.rungs[0], tolerance=None, windows=Windows.of(windows))
 
     def step(name: str) -> float:
-        if name == "serial" and not exact_gains:
+        if name in ("serial", "exact") and not exact_gains:
             return serial_ms(task, result["middle"])
-        return predict_step(config, rungs[name], COSTS)
+        if name.startswith(ROLLING):
+            forward, _, backward = name.removeprefix(ROLLING).partition("+")
+            return predict_step(config, rungs[ROLLING], COSTS, sweeps=(int(forward), int(backward)))
+        return predict_step(config, rungs["serial" if name == "exact" else name], COSTS)
 
     probes = dict(result["probes"])
     total = sum(count * step(name) for name, count in result["solves"].items())
     total += probes.pop(COUPLINGS, 0) * step("serial")  # an exact step without parameters' gradients
     for probe, count in probes.items():
-        name, _, kind = probe.rpartition(" in ")
-        doubled = predict_step(config, rungs[name].doubled(), COSTS)
+        name, _, better = probe.rpartition(" by " if " in " not in probe else " in ")
+        doubled = predict_step(config, rungs[name].doubled(), COSTS) if better == "parallel" else step(better)
         # The better gradient is formed in two halves of the batch, each of which takes as long as the whole.
-        total += count * (step(name) + 2 * (step("serial") if kind == "exact" else doubled))
+        total += count * (step(name) + 2 * doubled)
     return total
 
 
@@ -530,12 +540,19 @@ def row_of(runs: list[dict[str, Any]], results: list[dict[str, Any]]) -> Row:
     compared = [r for r in runs if middle == task.middle[-1] and r["seed"] in exact and r["seed"] in coarse]
     gained = sum(coarse[r["seed"]] - exact[r["seed"]] for r in compared)  # by depth
     kept = 100 * sum(coarse[r["seed"]] - r["loss"] for r in compared) / gained if gained > 0 else None
-    shares: Counter[str] = Counter()
+    shares, sweeps = Counter[str](), Counter[str]()
     for r in runs:
         for solve, count in r["solves"].items():
             name = solve.partition(",")[0]
-            cut = "" if name == solve or name.endswith(FITTED) else " cut"  # as earlier versions did to the windows of a ladder
+            if name.startswith(ROLLING):
+                for way_, number in zip(("forward", "adjoint"), name.removeprefix(ROLLING).split("+"), strict=True):
+                    sweeps[way_] += count * int(number)
+                name = ROLLING
+            cut = "" if name in (solve, ROLLING) or name.endswith(" fitted") else " cut"  # as the first version did to a ladder's
             shares[name + cut] += count / steps / len(runs)
+    if sweeps:
+        taken = shares.pop(ROLLING)
+        shares[f"{ROLLING}, {' + '.join(f'{sweeps[w] / taken / steps / len(runs):.1f}' for w in sweeps)} sweeps"] = taken
         shares["probes"] += sum(count for kind, count in r["probes"].items() if kind != COUPLINGS) / steps / len(runs)
     ms, strict = (mean(total_ms(r, exact_gains=gains) for r in runs) for gains in (True, False))
     alone = steps * serial_ms(task, middle)

@@ -159,6 +159,17 @@ class TimedPropagator(Propagator):
         self.timeline.add(begin, "compute", layer, (self.solve, "last sweep", 0))
         return after
 
+    def tentative_step(self, layer: int, state: State) -> State:
+        begin = self.timeline.clock()
+        after = self.inner.tentative_step(layer, state)
+        self.timeline.add(begin, "compute", layer)
+        return after
+
+    def settle(self, layer: int) -> None:
+        begin = self.timeline.clock()
+        self.inner.settle(layer)
+        self.timeline.add(begin, "compute", layer)
+
     def steps(self, layers: Sequence[int], states: Sequence[State]) -> list[State]:
         begin = self.timeline.clock()
         after = self.inner.steps(layers, states)

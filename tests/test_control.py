@@ -13,10 +13,8 @@ from rayllp.control import Controller, Probe, ProbePlan
 from rayllp.control.judgement import tolerated_share
 from rayllp.engine.probe import Comparison, Sums
 from rayllp.errors import SettingsError
-from rayllp.mgrit.fitting import WindowErrors, exact_step_cost, step_cost
 from rayllp.mgrit.windows import Windows
 from tests.conftest import make_engine, tiny, train_engine
-from tests.test_couplings import coupled as couplings_of
 from tests.test_engine import FEW, SERIAL
 
 
@@ -224,11 +222,11 @@ def test_parallel_mode_never_changes():
 
 def test_default_ladders():
     assert make_config({"solver": "mgrit"}).ladder == ((2, 1, None), (3, 1, None), (3, 2, None))
-    equal = {"windows": {"fit": False}}
+    equal = {"windows": {"rolling": False}}
     assert make_config({"workers": 4, **equal}).ladder == ((1, 1, None), (2, 1, None), (2, 2, None), (3, 3, None))
     assert make_config({"workers": 2, **equal}).ladder == ((1, 1, None), (2, 1, None))  # two sweeps of two layers are exact
     assert make_config({"workers": 1, **equal}).ladder == make_config({"workers": 1}).ladder == ()
-    assert make_config({"workers": 4}).ladder == ((1, 1, None),)  # until windows are fitted
+    assert make_config({"workers": 4}).ladder == ((1, 1, None),)  # a rolling window
     assert make_config({"solver": "mgrit", "mgrit": {"levels": {"forward": 1}}}).ladder == ((0, 1, None), (0, 2, None))
     rungs = controller(ladder=["1+1", "2+2 FCF", "0+2"]).rungs
     assert [rung.name for rung in rungs] == ["1+1", "2+2 FCF", "0+2", "serial"]
@@ -245,7 +243,7 @@ def open_controller(workers=8, **values):
     return Controller(make_config({"workers": workers, "model": {"layers": 20}, "steps": 1000, "adaptive": {"probe_every": 50}, **values}))
 
 
-LADDER = {"windows": {"fit": False}}
+LADDER = {"windows": {"rolling": False}}
 """Windows of equal length, and rungs of more and more sweeps."""
 
 
@@ -264,58 +262,42 @@ def test_nothing_is_trained_by_a_rung_before_a_probe_has_found_it_accurate():
     assert "a gradient bias of 0.02 beside a noise of 0.5" in control.observe(0, GOOD).reason
     assert [control.accuracy_at(step).name for step in (1, 4, 5)] == ["serial", "serial", "1+1"]  # the first ones are timed
     assert control.observe(49, BAD).trying == "2+1"
-    assert not control.plan_probe(50).couplings
     assert control.accuracy_at(50).serial
     assert control.plan_probe(50).candidate.name == "2+1"
     control.observe(50, GOOD)
     assert control.accuracy_at(51).name == "2+1"
 
 
-# Fitted windows ---------------------------------------------------------------------------------------------------------------------
+# A rolling window -------------------------------------------------------------------------------------------------------------------
 
 
-def coupled(*first, rest=1e-3):
-    """Couplings of 2 + 16 + 2 layers of which the first few depend strongly on each other, forward and adjoint."""
-    strong = [*first, *[rest] * (19 - len(first))]
-    return couplings_of(strong, strong)
+def rolled(bias=GOOD.bias, noise=GOOD.noise, sweeps=(5, 4)):
+    """What a probe finds about a rolling window. Of 20 layers on 8 workers an exact step takes 40 + 3 evaluations of a layer."""
+    return Probe(bias=bias, noise=noise, sweeps=sweeps)
 
 
-STEEP, FLAT = coupled(0.5, 0.5, 0.5, 0.3, 0.1), coupled()
-
-
-EQUAL = Windows.alike((1, 1, 8, 8, 1, 1))
-"""How windows begin, of eight workers and 2 + 16 + 2 layers."""
-
-
-def test_windows_are_fitted_where_layers_depend_strongly_on_each_other():
+def test_a_fault_makes_the_tolerance_smaller_and_the_next_step_judges_that():
+    """A bias of 0.9 where 0.3 is tolerated and half of that aimed at."""
     control = open_controller()
-    control.observe(0, GOOD)
-    assert control.accuracy_at(5).windows == EQUAL  # buffers have windows of their own
-    assert not control.plan_probe(10).couplings  # they cost an exact step, so they are measured when something is wrong
-    assert "the next step measures where layers depend strongly on each other" in control.observe(9, BAD).reason
-    assert control.plan_probe(10).couplings
-    decision = control.observe(10, replace(BAD, couplings=STEEP))
-    windows = control.chosen.windows
-    lengths, sweeps = windows.lengths, windows.sweeps
-    assert sum(lengths) == 20
-    assert lengths[:2] == lengths[-2:] == (1, 1)  # buffers stay apart
-    assert len(lengths) == len(sweeps)
-    assert sweeps[-3] == (1, 1)
-    assert lengths[2] < 8 or sweeps[2] > (1, 1)
-    assert decision.trained == f"exact, trying {control.rung}"
-    assert decision.reason.endswith(f"windows of {windows} layers")
-    assert control.accuracy_at(11).serial
-    assert control.plan_probe(11).candidate.windows == windows
-    assert not control.plan_probe(11).couplings  # those by which windows were just fitted will do
+    assert control.plan_probe(0).candidate.tolerance == 0.1
+    decision = control.observe(0, rolled(0.9))
+    expected = 0.1 * (0.5 * 0.3 / 0.9) ** 1.25
+    assert control.plan_probe(1).candidate.tolerance == pytest.approx(expected)
+    assert decision.reason.endswith(f"0.9 of its noise (tolerated: 0.6); tolerance {expected:.2g}".replace("0.9 of", "1.8 of"))
+    assert decision.trained == "exact, trying rolling"
+    assert control.accuracy_at(1).serial
     resumed = open_controller()
     resumed.restore(json.loads(json.dumps(control.state())))
-    assert resumed.observe(11, BAD) == open_controller_at(control).observe(11, BAD)
+    assert resumed.observe(1, rolled(0.7)) == open_controller_at(control).observe(1, rolled(0.7))
     resumed.rewind(control.mark())
     for each in (control, resumed):
-        each.observe(11, GOOD)
-        assert each.accuracy_at(12).windows == windows
-        assert not each.accuracy_at(12).serial
-        assert each.accuracy_at(12).name == each.rung
+        each.observe(1, rolled(0.15))
+        assert each.accuracy_at(10).tolerance == pytest.approx(expected)
+        assert not each.accuracy_at(10).serial
+        assert each.accuracy_at(10).name == each.rung == "rolling"
+    control.observe(50, rolled(0.31))  # little above what is tolerated: the tolerance is halved at least, and judged before it is used
+    assert control.accuracy_at(51).serial
+    assert expected / 16 <= control.plan_probe(51).candidate.tolerance <= expected / 2
 
 
 def open_controller_at(other):
@@ -325,70 +307,116 @@ def open_controller_at(other):
     return control
 
 
-def estimated(control, couplings):
-    return WindowErrors(couplings, 8).of(control.chosen.windows)
+def test_good_probes_move_the_tolerance_towards_the_bias_that_is_aimed_at():
+    """It is half of 0.3; the bias grows with the tolerance to the power of 0.8."""
+    control, tolerances = open_controller(), []
+    for step in range(0, 400, 50):
+        control.observe(step, rolled(0.6 * control.chosen.tolerance**0.8))
+        tolerances.append(control.chosen.tolerance)
+        assert not control.accuracy_at(step + 5).serial
+    assert tolerances[0] == 0.15  # the largest
+    assert tolerances[-1] == pytest.approx((0.5 * 0.3 / 0.6) ** 1.25, rel=0.25)
+    assert control.observe(400, rolled(0.6 * control.chosen.tolerance**0.8)) is None  # no change is no decision
+    wide = open_controller()
+    for step in range(0, 300, 50):
+        wide.observe(step, rolled(1e-6))
+    assert wide.chosen.tolerance == 0.15
 
 
-def test_windows_are_fitted_to_a_share_of_the_tolerated_bias_as_the_probe_has_measured_it():
-    """A bias of 0.9 where 0.3 is tolerated: fitted windows are to have 0.4 / 3 of the estimated error of those that were judged."""
-    control = open_controller()
-    control.observe(0, replace(BAD, couplings=STEEP))
-    before = WindowErrors(STEEP, 8).of(EQUAL)
-    assert estimated(control, STEEP) <= before / 7.5
-    slack = open_controller()
-    slack.observe(0, replace(BAD, bias=0.31, couplings=STEEP))  # little above the tolerated one
-    assert before / 7.5 < estimated(slack, STEEP) <= before / 2.5
-    assert step_cost(slack.chosen.windows, 8) < step_cost(control.chosen.windows, 8)
-
-
-def test_the_faster_the_bias_grows_the_less_of_it_fitted_windows_are_to_have():
-    """With the same couplings and the same bias in the end."""
-    estimates, bad, alike = [], Probe(bias=0.7, noise=1.0), coupled(rest=0.05)
-    for before in (0.5, 0.1):
+def test_the_faster_the_bias_grows_the_less_of_it_is_aimed_at():
+    found = []
+    for before in (0.2, 0.02):
         control = open_controller()
-        control.observe(0, replace(bad, bias=before))
-        control.observe(10, bad)
-        control.observe(11, replace(bad, couplings=alike))
-        estimates.append(estimated(control, alike))
-    assert estimates[1] < estimates[0]
+        control.observe(0, rolled(before))
+        control._choice.state.tolerance = 0.1
+        control.observe(20, rolled(0.2))
+        found.append(control.chosen.tolerance)
+    assert found[1] < found[0]
 
 
-def test_a_fault_of_windows_in_use_is_judged_once_more():
-    control = open_controller()
-    control.observe(0, replace(BAD, couplings=STEEP))
-    control.observe(1, GOOD)
-    fitted = control.chosen.windows
-    for step, again in ((50, GOOD), (100, BAD)):
-        decision = control.observe(step, replace(BAD, couplings=FLAT))
-        assert "the next step measures where layers depend strongly on each other" in decision.reason
-        assert control.accuracy_at(step + 1).serial
-        assert control.plan_probe(step + 1).couplings
-        assert control.chosen.windows == fitted
-        control.observe(step + 1, replace(again, couplings=STEEP))
-        assert (control.chosen.windows == fitted) == (again is GOOD)
-        assert control.accuracy_at(step + 2).serial == (again is BAD)
-
-
-def test_windows_that_are_still_inaccurate_are_fitted_to_less_and_in_the_end_steps_are_exact():
-    control, costs = open_controller(), []
+def test_a_window_that_stays_inaccurate_or_takes_as_long_as_exact_steps_is_given_up():
+    control, tolerances = open_controller(), []
     for step in range(5):
-        decision = control.observe(step, replace(BAD, couplings=None if step else STEEP))  # measured once
+        decision = control.observe(step, rolled(0.9))
         assert control.accuracy_at(step + 1).serial
-        if not control.serial:
-            costs.append(step_cost(control.chosen.windows, 8))
-    assert costs == sorted(costs)
-    assert len(costs) >= 2
-    assert costs[-1] <= 0.9 * exact_step_cost(20, 8)
+        tolerances.append(control._choice.tolerance)
     assert control.serial
     assert decision.rung == "serial"
+    assert tolerances == sorted(tolerances, reverse=True)
+    assert tolerances[-1] == 1e-4
+    slow = open_controller()
+    assert slow.observe(0, rolled(0.9, sweeps=(18, 15))).trying == "rolling"  # 36 of 43
+    assert slow.observe(1, rolled(0.9, sweeps=(20, 17))).rung == "serial"  # 40 of 43
+    broken = open_controller()
+    assert broken.observe(0, rolled(math.nan)).rung == "serial"
+
+
+def test_exact_steps_are_left_again_once_a_rolling_window_would_do():
+    control = open_controller()
+    control.observe(0, rolled(math.nan))
+    assert control.serial
+    before = control.plan_probe(49).candidate.tolerance
+    assert control.observe(49, rolled(0.9)) is None
+    assert control.plan_probe(99).candidate.tolerance < before  # meanwhile the tolerance follows what probes find
+    assert control.observe(99, rolled(0.1)) is None
+    assert control.observe(149, rolled(0.1, sweeps=(20, 20))) is None  # accurate, but no faster
+    for step in (199, 249):
+        assert control.observe(step, rolled(0.1)) is None
+    assert "3 probes say that a tolerance of" in control.observe(299, rolled(0.1)).reason
+    assert control.accuracy_at(300).serial
+    control.observe(300, rolled(0.1))
+    assert not control.accuracy_at(301).serial
+
+
+def test_the_given_tolerance_is_where_a_run_begins_and_of_a_fixed_one_where_it_stays():
+    assert open_controller(windows={"tolerance": 0.02}).plan_probe(0).candidate.tolerance == 0.02
+    fixed = open_controller(mode="parallel", windows={"tolerance": 0.02})
+    assert fixed.accuracy_at(0).tolerance == 0.02
+    assert fixed.observe(49, rolled(0.9)) is None
+    assert fixed.plan_probe(49).candidate.doubled().tolerance == pytest.approx(0.02 / 8)
+    assert open_controller(mode="parallel").accuracy_at(0).windows == Windows.alike((1, 1, 8, 8, 1, 1), 2, 1)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"windows": {"rolling": False}}, {"windows": {"length": (8, 8)}}, {"adaptive": {"ladder": ["1+1"]}}, {"adaptive": {"rule": "both"}}],
+)
+def test_a_tolerance_of_windows_that_do_not_roll_is_refused(changes):
+    windows = {**changes.get("windows", {}), "tolerance": 0.02}
+    with pytest.raises(SettingsError, match=r"windows\.tolerance 0\.02 is of a rolling window, and here windows have fixed lengths"):
+        open_controller(**{**changes, "windows": windows})
+
+
+@pytest.mark.parametrize("changes", [LADDER, {"windows": {"length": (1, 1, 6, 8)}}, {"adaptive": {"ladder": ["1+1", "2+1"]}}])
+def test_windows_do_not_roll_where_the_user_has_said_what_they_are(changes):
+    control = open_controller(**changes)
+    given = control.chosen.windows
+    control.observe(0, BAD)
+    assert (control.rung, control.chosen.windows) == ("2+1", Windows.alike(given.lengths, 2, 1))
+
+
+def test_another_number_of_layers_is_judged_before_it_is_used_and_another_number_of_workers_is_not():
+    control = open_controller(windows={"length": 8})
+    control.observe(0, rolled(0.9))
+    control.observe(1, rolled())
+    tolerance = control.chosen.tolerance
+    deeper = open_controller(model={"layers": 36}, windows={"length": 8})
+    deeper.restore(control.state())
+    assert deeper.state()["trend"]["bias"] is None
+    assert deeper.chosen.tolerance == tolerance
+    assert deeper.accuracy_at(10).serial
+    fewer = open_controller(workers=4, windows={"length": 8})
+    fewer.restore(control.state())
+    assert fewer.accuracy_at(10) == control.accuracy_at(10)
+    assert not fewer.accuracy_at(10).serial
 
 
 def test_as_many_exact_steps_are_timed_however_many_probes_the_start_takes():
     control = open_controller()
-    control.observe(0, BAD)
-    control.observe(1, replace(BAD, couplings=STEEP))
+    control.observe(0, rolled(0.9))
+    control.observe(1, rolled(0.9))
     assert control.plan_probe(2)
-    control.observe(2, GOOD)
+    control.observe(2, rolled())
     assert [control.accuracy_at(step).serial for step in (3, 6, 7)] == [True, True, False]
 
 
@@ -400,111 +428,29 @@ def test_the_last_step_is_no_probe():
     assert Controller(make_config({"workers": 8, "model": {"layers": 20}, "steps": 1})).plan_probe(0)  # but the first is
 
 
-def test_exact_steps_are_left_again_once_windows_would_do():
+def test_a_window_that_was_too_slow_is_tried_again_after_a_pause():
     control = open_controller()
-    control.observe(0, replace(BAD, bias=math.nan, couplings=STEEP))
-    assert control.serial
-    assert control.plan_probe(49).couplings
-    for step in (49, 99):
-        assert control.observe(step, replace(BAD, couplings=FLAT)) is None
-    assert control.observe(149, replace(BAD, bias=math.inf, couplings=coupled(rest=10.0))) is None  # no windows would do
-    for step in (199, 249):
-        assert control.observe(step, replace(BAD, couplings=FLAT)) is None
-    assert "3 probes say that windows would do; windows of" in control.observe(299, replace(BAD, couplings=FLAT)).reason
-    assert control.accuracy_at(300).serial
-    control.observe(300, replace(GOOD, couplings=FLAT))
-    assert not control.accuracy_at(301).serial
-
-
-def test_cheaper_windows_are_tried_where_they_pay_and_taken_back_if_they_are_inaccurate():
-    control = open_controller()
-    control.observe(0, replace(BAD, couplings=STEEP))
-    control.observe(1, replace(GOOD, couplings=STEEP))
-    fitted = control.chosen.windows
-    assert control.observe(49, replace(GOOD, bias=0.14, couplings=STEEP)) is None  # too little to gain
-    decision = control.observe(99, replace(GOOD, couplings=FLAT))
-    assert decision.reason.startswith("less time would do; windows of")
-    assert control.accuracy_at(100).serial
-    assert control.chosen.windows != fitted
-    decision = control.observe(100, replace(BAD, couplings=FLAT))
-    assert "back to windows of" in decision.reason
-    assert control.chosen.windows == fitted
-    assert not control.accuracy_at(101).serial  # these were found accurate just before
-    for step in (149, 199, 249):
-        assert control.observe(step, replace(GOOD, couplings=FLAT)) is None  # not again at once
-    assert control.observe(299, replace(GOOD, couplings=FLAT)).reason.startswith("less time would do")
-    control.observe(300, replace(GOOD, couplings=FLAT))
-    assert step_cost(control.chosen.windows, 8) < step_cost(fitted, 8)
-    late = open_controller(adaptive={"late_from": 0.05})
-    late.observe(0, replace(BAD, couplings=STEEP))
-    late.observe(1, replace(GOOD, couplings=STEEP))
-    assert late.observe(99, replace(GOOD, couplings=FLAT)) is None
-
-
-@pytest.mark.parametrize("changes", [LADDER, {"windows": {"length": (1, 1, 6, 8)}}, {"adaptive": {"ladder": ["1+1", "2+1"]}}])
-def test_windows_are_not_fitted_where_the_user_has_said_what_they_are(changes):
-    control = open_controller(**changes)
-    given = control.chosen.windows
-    assert not control.plan_probe(0).couplings
-    control.observe(0, replace(BAD, couplings=STEEP))
-    assert (control.rung, control.chosen.windows) == ("2+1", Windows.alike(given.lengths, 2, 1))
-
-
-def test_a_run_with_more_layers_or_fewer_workers_forgets_how_windows_were_fitted():
-    control = open_controller()
-    control.observe(0, replace(BAD, couplings=STEEP))
-    control.observe(1, GOOD)
-    assert not control.accuracy_at(10).serial
-    deeper = open_controller(model={"layers": 36})
-    assert control.state()["trend"]["bias"] == GOOD.bias
-    deeper.restore(control.state())
-    assert deeper.state()["trend"]["bias"] is None
-    assert deeper.chosen.windows == Windows.alike((1, 1, 8, 8, 8, 8, 1, 1))
-    assert deeper.accuracy_at(10).serial  # until a probe has found these accurate
-    fewer = open_controller(workers=4)
-    fewer.restore(control.state())
-    assert fewer.chosen.windows == Windows.alike((1, 1, 4, 4, 4, 4, 1, 1))
-    assert fewer.accuracy_at(10).serial
-    assert max(control.chosen.windows.lengths) > 4
-
-
-def test_exact_steps_are_left_after_any_number_of_refits():
-    control = open_controller()
-    for step in range(5):
-        control.observe(step, replace(BAD, couplings=coupled(rest=0.05)))
-    assert control.serial
-    for step in (49, 99):
-        assert control.observe(step, replace(GOOD, couplings=coupled(rest=0.05))) is None
-    assert "3 probes say" in control.observe(149, replace(GOOD, couplings=coupled(rest=0.05))).reason
-
-
-def test_windows_that_were_too_slow_are_fitted_anew_after_a_pause():
-    control = open_controller()
-    control.observe(0, replace(BAD, couplings=STEEP))
-    control.observe(1, replace(GOOD, couplings=STEEP))
-    slow = control.rung
-    assert slow.endswith("fitted")
-    assert control.begin(20, {"serial": 1.0, slow: 1.2}).rung == "serial"
+    control.observe(0, rolled())
+    assert control.begin(20, {"serial": 1.0, "rolling": 1.2}).rung == "serial"
     assert "looking again" in control.begin(520, {"serial": 1.0}).reason
     assert control.state()["trend"]["bias"] is None
-    assert control.chosen.windows == EQUAL
     assert control.accuracy_at(520).serial
-    assert control.plan_probe(520).couplings
+    assert control.plan_probe(520)
 
 
 @pytest.mark.parametrize(
     "changes", [{"adaptive": {"probe_every": 0}}, {"adaptive": {"rule": "both"}}, {"adaptive": {"rule": "convergence"}}]
 )
-def test_windows_are_fitted_only_where_bias_judges_and_is_measured(changes):
+def test_windows_roll_only_where_bias_judges_and_is_measured(changes):
     config = open_controller(**changes).config
-    assert not config.fits_windows
+    assert not config.rolls
     assert config.switch_step == 950
-    assert open_controller().config.switch_step is None  # fitted windows are accurate to the end
+    assert open_controller().config.switch_step is None  # a rolling window is accurate to the end
 
 
 def test_one_worker_stays_exact_whatever_a_checkpoint_says():
     control = open_controller()
-    control.observe(0, replace(BAD, couplings=STEEP))
+    control.observe(0, rolled())
     alone = open_controller(workers=1)
     alone.restore(control.state())
     assert [step for step in range(200) if alone.plan_probe(step)] == []
@@ -512,27 +458,27 @@ def test_one_worker_stays_exact_whatever_a_checkpoint_says():
 
 
 def test_states_of_earlier_versions_are_taken_up():
-    """They have couplings by which windows were cut, a ladder of more rungs, and no lengths of the windows that were verified."""
+    """They have windows that were fitted or cut, a ladder of more rungs, and neither a tolerance nor the number of layers."""
     control = open_controller()
-    control.observe(0, GOOD)
-    state = {name: value for name, value in control.state().items() if name not in ("windows", "trend", "lengths")}
-    flat = {"windows": {"lengths": [8, 8], "sweeps": [[2, 1], [1, 1]]}, "refits": 1}
+    control.observe(0, rolled())
+    state = {name: value for name, value in control.state().items() if name not in ("choice", "trend", "layers")}
+    flat = {"windows": {"windows": {"lengths": [8, 8], "sweeps": [[2, 1], [1, 1]]}, "refits": 1}}
     for older in ({"couplings": [0.9] * 15, "name": "1+1"}, {"name": "2+1", "rung": 1, "above": 2}, {**flat, "name": "1-2+1 fitted"}):
         resumed = open_controller()
         resumed.restore({**state, **older})
-        assert resumed.accuracy_at(10).serial  # until a probe has found windows accurate
-        assert resumed.observe(10, replace(BAD, couplings=STEEP)).trying.endswith("fitted")
+        assert resumed.accuracy_at(10).serial  # until a probe has found the window accurate
+        assert resumed.observe(10, rolled(0.9)).trying == "rolling"
 
 
-def test_a_checkpoint_of_a_ladder_does_not_vouch_for_windows_that_are_to_be_fitted():
+def test_a_checkpoint_of_a_ladder_does_not_vouch_for_a_rolling_window():
     control = open_controller(**LADDER)
     control.observe(0, BAD)
     control.observe(1, GOOD)
     assert control.accuracy_at(10).name == "2+1"
-    fitting = open_controller()
-    fitting.restore(control.state())
-    assert fitting.rung == "1+1"
-    assert fitting.accuracy_at(10).serial
+    rolling = open_controller()
+    rolling.restore(control.state())
+    assert rolling.rung == "rolling"
+    assert rolling.accuracy_at(10).serial
 
 
 def test_windows_are_probed_more_often_while_the_learning_rate_warms_up():
@@ -554,22 +500,19 @@ def probed(control, biases, until=1000):
     return steps
 
 
-def test_fitted_windows_are_probed_as_their_bias_demands():
+def test_a_rolling_window_is_probed_as_its_bias_demands():
     """A bias of 0.3 is tolerated. There are never more than `probe_every` steps between two probes."""
     rarely = open_controller(adaptive={"probe_every": 150})
-    assert probed(rarely, lambda step: 0.01) == [0, 10, 25, 47, 80, 130, 205, 317, 467, 617, 767, 800, 950]
-    assert probed(open_controller(), lambda step: 0.01, 300) == [0, 10, 25, 47, 80, 130, 180, 230, 280]
-    # It doubles every 60 steps: as it comes near to what is tolerated, the interval becomes shorter.
-    assert probed(open_controller(), lambda step: 0.01 * 2 ** (step / 60), 306) == [0, 10, 25, 47, 80, 130, 180, 230, 280, 305]
+    assert probed(rarely, lambda step: 0.1) == [0, 10, 25, 47, 80, 130, 205, 317, 467, 617, 767, 800, 950]
+    assert probed(open_controller(), lambda step: 0.1, 300) == [0, 10, 25, 47, 80, 130, 180, 230, 280]
     # It changes from probe to probe, but does not grow.
-    assert probed(open_controller(), lambda step: 0.25 if step % 20 else 0.2, 300) == [0, 10, 25, 47, 80, 130, 180, 230, 280]
-    # Where it has grown fast before, the next windows are probed soon.
+    assert probed(open_controller(), lambda step: 0.15 if step % 20 else 0.1, 300) == [0, 10, 25, 47, 80, 130, 180, 230, 280]
+    # Where it has grown fast before, the next tolerance is probed soon.
     control = open_controller()
-    steps = probed(control, lambda step: 0.01 if step <= 80 else 0.6, 131)
+    steps = probed(control, lambda step: 0.1 if step <= 80 else 2.0, 131)
     assert steps[-2:] == [80, 130]
-    control.observe(131, replace(BAD, couplings=STEEP))
-    control.observe(132, replace(GOOD, bias=0.1))
-    assert next(step for step in range(133, 300) if control.plan_probe(step)) <= 132 + 20
+    control.observe(131, rolled(0.1))
+    assert next(step for step in range(132, 300) if control.plan_probe(step)) <= 131 + 25
 
 
 def test_a_second_look_does_not_count_growth_twice():
@@ -581,57 +524,33 @@ def test_a_second_look_does_not_count_growth_twice():
     assert 0.5 < control.state()["trend"]["bias"] < 1.1
 
 
-def test_windows_begin_anew_where_they_have_not_been_in_use_for_a_while():
-    """Neither growth nor intervals of windows before tell anything."""
+def test_the_trend_begins_anew_where_the_window_has_not_been_in_use_for_a_while():
+    """Neither growth nor intervals of before tell anything."""
     control = open_controller()
-    probed(control, lambda step: 0.01, 600)
+    probed(control, lambda step: 0.1, 600)
     assert control.state()["trend"]["interval"] == 50
-    control.observe(600, replace(GOOD, bias=math.nan))
+    control.observe(600, rolled(math.nan))
     assert control.serial
     for step in (649, 699, 749):
-        control.observe(step, replace(BAD, couplings=FLAT))
-    control.observe(750, replace(GOOD, bias=0.2))
+        control.observe(step, rolled(0.1))
+    control.observe(750, rolled(0.2))
     assert control.state()["trend"]["interval"] == 10
 
 
-def test_couplings_are_not_measured_where_nothing_can_come_of_them():
-    control = open_controller(adaptive={"late_from": 0.1})
-    control.observe(0, replace(BAD, couplings=STEEP))
-    control.observe(1, GOOD)
-    assert control.plan_probe(99).couplings
-    assert not control.plan_probe(100).couplings  # late: cheaper windows are not tried any more
+def test_the_tolerance_follows_the_typical_bias():
+    """Probes find 0.15 and then 0.21: the typical bias is their geometric mean, and scaled with the tolerance from then on."""
     control = open_controller()
-    control.observe(0, replace(BAD, couplings=STEEP))
-    control.observe(1, GOOD)
-    control.observe(50, replace(GOOD, couplings=FLAT))
-    control.observe(51, replace(BAD, couplings=FLAT))  # the cheaper ones are refused, and not tried again at once
-    assert not control.plan_probe(99).couplings
-
-
-def test_windows_are_fitted_by_their_typical_bias():
-    """Probes of the same windows find 0.2 and then 0.6: others are fitted as if it were their geometric mean."""
-    noisy = Probe(bias=0.2, noise=0.5)
-    control = open_controller()
-    control.observe(0, replace(BAD, couplings=STEEP))
-    control.observe(1, noisy)
-    control.observe(50, replace(noisy, bias=0.6))
-    trend = control.state()["trend"]
-    assert 0.3 < trend["bias"] < 0.5
-    assert trend["noise"] == pytest.approx(0.5)
-    fitted = control.chosen.windows
-    control.observe(51, replace(noisy, bias=0.6, noise=2.0, couplings=STEEP))
-    assert control.chosen.windows == fitted  # the second probe has found nothing wrong
-    assert control.state()["trend"]["noise"] == pytest.approx(1.0)
-
-
-def test_probes_of_windows_in_use_measure_couplings_where_less_time_may_do():
-    """Windows are fitted to have a bias of two fifths of 0.3."""
-    for bias, wanted in ((0.05, True), (0.11, True), (0.13, False)):
-        control = open_controller()
-        control.observe(0, replace(BAD, couplings=STEEP))
-        control.observe(1, replace(GOOD, bias=bias))
-        step = next(step for step in range(2, 200) if control.plan_probe(step))
-        assert control.plan_probe(step).couplings == wanted
+    control.observe(0, rolled(0.15))
+    assert control.chosen.tolerance == 0.1
+    typical = math.sqrt(0.15 * 0.21)
+    control.observe(50, rolled(0.21))  # within what two probes may differ by, so nothing has grown
+    assert control.chosen.tolerance == 0.1  # a change by less than a quarter
+    control.observe(100, rolled(0.21))
+    typical = math.sqrt(typical * 0.21)
+    factor = control.chosen.tolerance / 0.1
+    assert factor == pytest.approx((0.15 / typical) ** 1.25)
+    assert control.state()["trend"]["bias"] == pytest.approx(0.15)
+    assert control.state()["trend"]["noise"] == pytest.approx(0.5)
 
 
 def test_a_step_down_is_probed_before_it_is_used_and_taken_back_if_it_is_too_coarse():
@@ -673,18 +592,18 @@ def test_a_ladder_that_is_no_faster_than_exact_steps_is_left_and_looked_at_again
     control = open_controller()
     control.observe(0, GOOD)
     assert control.begin(10, {"serial": 1.0}) is None
-    assert control.begin(10, {"serial": 1.0, "1+1": 0.5}) is None
+    assert control.begin(10, {"serial": 1.0, "rolling": 0.5}) is None
     for step in (5, 12, 19):  # too slow by so little may be chance
-        assert control.begin(step, {"serial": 1.0, "1+1": 0.99}) is None
-    decision = control.begin(20, {"serial": 1.0, "1+1": 0.99})
-    assert (decision.rung, decision.reason) == ("serial", "a step by 1+1 takes 0.99 s, an exact one 1 s")
+        assert control.begin(step, {"serial": 1.0, "rolling": 0.99}) is None
+    decision = control.begin(20, {"serial": 1.0, "rolling": 0.99})
+    assert (decision.rung, decision.reason) == ("serial", "a step by rolling takes 0.99 s, an exact one 1 s")
     assert control.plan_probe(49) is None  # a probe would cost time for nothing
     resumed = open_controller()
     resumed.restore(control.state())
     for each in (control, resumed):
-        assert each.begin(519, {"serial": 1.0, "1+1": 0.99}) is None
-        assert "looking again" in each.begin(520, {"serial": 1.0, "1+1": 0.99}).reason
-        assert each.plan_probe(520).candidate.name == "1+1"
+        assert each.begin(519, {"serial": 1.0, "rolling": 0.99}) is None
+        assert "looking again" in each.begin(520, {"serial": 1.0, "rolling": 0.99}).reason
+        assert each.plan_probe(520).candidate.name == "rolling"
     control.time_anew(520)  # on another number of workers
     assert control.accuracy_at(524).serial
 
@@ -692,10 +611,10 @@ def test_a_ladder_that_is_no_faster_than_exact_steps_is_left_and_looked_at_again
 def test_a_ladder_that_is_much_slower_is_left_at_once_and_taken_back_if_exact_steps_are_slower_still():
     control = open_controller()
     control.observe(0, GOOD)
-    assert control.begin(10, {"serial": 1.0, "1+1": 1.2}).rung == "serial"
-    assert control.begin(40, {"serial": 1.25, "1+1": 1.2}) is None
-    assert control.begin(24, {"serial": 1.4, "1+1": 1.2}) is None  # a few steps tell little
-    assert "looking again" in control.begin(40, {"serial": 1.4, "1+1": 1.2}).reason
+    assert control.begin(10, {"serial": 1.0, "rolling": 1.2}).rung == "serial"
+    assert control.begin(40, {"serial": 1.25, "rolling": 1.2}) is None
+    assert control.begin(24, {"serial": 1.4, "rolling": 1.2}) is None  # a few steps tell little
+    assert "looking again" in control.begin(40, {"serial": 1.4, "rolling": 1.2}).reason
 
 
 def test_a_ladder_of_ones_own_is_heeded_whatever_its_times():

@@ -77,5 +77,5 @@ def test_an_adaptive_run_records_its_gain(tmp_path):
     assert sum(gain["seconds_by_solve"].values()) == pytest.approx(sum(metric["step_time_s"] for metric in metrics), abs=0.05)
     assert gain["exact_step_s"] > 0
     assert gain["one_worker_step_s"] > 0
-    assert metrics[0]["probed"] == "1+1"
+    assert metrics[0]["probed"] == "rolling"
     assert [metric["solve"] for metric in metrics[1:5]] == ["serial"] * 4

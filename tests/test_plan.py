@@ -139,9 +139,24 @@ def test_a_chain_waits_for_the_messages_of_the_others_alone():
     assert cyclic(2, 2, SLOW_MESSAGES, (1, 1)) == pytest.approx((1 + 0.5 + 1) + (1 + 0.5 + 2 + 0.5))
 
 
+def test_a_rolling_window_takes_its_sweeps_and_the_gradients_of_its_parameters():
+    config = make_config({"workers": 4, "model": {"layers": 12}, "mode": "adaptive"})
+    accuracy = Controller(config).chosen
+    assert accuracy.tolerance
+    costs = replace(SLOW_MESSAGES, all_gather=0.25)
+    for forward, backward in ((3, 3), (5, 4), (12, 12)):
+        # Messages: two broadcasts, and a gather each sweep. The last layers leave workers idle, which then form gradients.
+        step_s = predict_step(config, accuracy, costs, sweeps=(forward, backward))
+        least = 2 * 0.5 + (forward + backward) * 1.25
+        assert least < step_s <= least + 3
+    assert predict_step(config, accuracy, costs) == predict_step(config, accuracy, costs, sweeps=(3, 3))  # as few as there can be
+    free = replace(SLOW_MESSAGES, message=0.0)
+    assert predict_step(config, accuracy, free, sweeps=(3, 3)) == pytest.approx(3 + 3 + 3)
+
+
 def test_exact_steps_with_layers_in_turn():
-    # A whole batch: each worker forms the gradients that it has put off while it waits, but there are more than fit in.
-    assert cyclic(2, 4, replace(SLOW_MESSAGES, message=0.0)) == pytest.approx(4 + 5 + 2)
+    # A whole batch: each worker forms the gradients that it has put off while it waits, but for those of its last layer.
+    assert cyclic(2, 4, replace(SLOW_MESSAGES, message=0.0)) == pytest.approx(4 + 4 + 1)
     # As many microbatches as workers: these are busy but for messages, of which each round has two.
     assert cyclic(2, 4, SLOW_MESSAGES, microbatches=2) == pytest.approx(18)
     assert cyclic(1, 4, SLOW_MESSAGES, microbatches=3) == pytest.approx(3 * 4 * 3)

@@ -177,10 +177,10 @@ def test_biases_come_from_runs_and_sweeps(tmp_path):
     assert measured_biases([tmp_path / "sweep"]) == measured_biases([run]) == {MGRITSolve(2, 2, 1, 1): 0.4, MGRITSolve(2, 2, 2, 2): 0.1}
     windows = make_config({"mode": "adaptive", "workers": 4})
     (run / "config.yaml").write_text(json.dumps(windows.model_dump(mode="json")))
-    for line, probed in zip(lines[1::2], ("1+1", "1+1 fitted", "1-2+1 fitted"), strict=True):
+    for line, probed in zip(lines[1::2], ("1+1", "rolling", "rolling"), strict=True):
         line["probed"] = probed
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert measured_biases([run]) == {WindowSolve(4, 1, 1): 0.2}  # fitted windows are no option of the planner
+    assert measured_biases([run]) == {WindowSolve(4, 1, 1): 0.2}  # a rolling window is no option of the planner
     with pytest.raises(SettingsError, match="neither a run's directory nor a sweep's"):
         measured_biases([tmp_path])
 

@@ -67,8 +67,8 @@ def test_bad_settings_are_refused_in_words(override, message):
         ("mesh.placement=cyclic", "mesh.placement is now solver: windows takes layers in turn, mgrit blocks of neighbouring ones"),
         ("mgrit.window=4", "mgrit.window is now windows.length"),
         ("mgrit.recompute=true", "mgrit.recompute is now recompute"),
-        ("adaptive.cut_windows=false", "adaptive.cut_windows is now windows.fit"),
-        ("windows.cut=false", "windows.cut is now windows.fit"),
+        ("adaptive.cut_windows=false", "adaptive.cut_windows is now windows.rolling"),
+        ("windows.cut=false", "windows.cut is now windows.rolling"),
     ],
 )
 def test_settings_of_earlier_versions_and_of_another_solver_are_refused(override, message):

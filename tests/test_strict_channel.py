@@ -49,7 +49,7 @@ WAYS = {
     "in turn": IN_TURN,
     "in turn, to the first worker": {**IN_TURN, "model": {"layers": 11}},
     "adaptive": {"mode": "adaptive", "adaptive": {"rule": "bias", "probe_every": 2}},
-    "fitted windows": {"mode": "adaptive", "solver": "windows", "adaptive": {"rule": "bias", "probe_every": 2}},
+    "a rolling window": {"mode": "adaptive", "solver": "windows", "adaptive": {"rule": "bias", "probe_every": 2}},
     "smooth": {"adaptive": {"smoothness": 1e-3}},
 }
 

@@ -89,7 +89,7 @@ def test_a_run_writes_what_the_design_names(parallel_run):
     assert [m["step"] for m in metrics] == list(range(12))
     assert set(metrics[0]) == {
         "step", "loss", "mode", "solve", "probed", "iterations_forward", "iterations_backward", "rho_forward", "rho_backward",
-            "rho_by_point", "bias",
+            "rho_by_point", "bias", "tolerance",
         "cosine", "noise", "loss_gap", "bias_by_layer", "bias_against", "consistency", "consistency_weight", "lipschitz", "grad_norm", "lr",
         "step_time_s", "tokens", "tokens_per_s", "mfu", "workers",
     }  # fmt: skip

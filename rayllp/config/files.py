@@ -14,8 +14,9 @@ MOVED = {
     "mesh.placement": "solver: windows takes layers in turn, mgrit blocks of neighbouring ones",
     "mgrit.window": "windows.length",
     "mgrit.recompute": "recompute",
-    "adaptive.cut_windows": "windows.fit",
-    "windows.cut": "windows.fit",
+    "adaptive.cut_windows": "windows.rolling",
+    "windows.cut": "windows.rolling",
+    "windows.fit": "windows.rolling",
 }
 """Settings of earlier versions, and what has taken their place."""
 

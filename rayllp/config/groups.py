@@ -65,11 +65,17 @@ class WindowSettings(Settings):
         None,
         description="layers that are solved at once, at most; or a list of the windows' lengths between buffers; default one a worker",
     )
-    sweeps: Iterations = Field(Iterations(), description="of a window, in mode parallel; in mode adaptive the controller chooses")
-    fit: bool = Field(
+    sweeps: Iterations = Field(Iterations(), description="of a window of fixed length, in mode parallel")
+    rolling: bool = Field(
         True,
-        description="in mode adaptive, choose each window's length and sweeps by how strongly its layers depend on each other, if length "
-        "is no list, no ladder is given, and rule is bias",
+        description="in mode adaptive, a window rolls on over the layers as they converge, if length is no list, no ladder is given, and "
+        "rule is bias; probes move its tolerance",
+    )
+    tolerance: float | None = Field(
+        None,
+        gt=0,
+        description="of a rolling window: largest relative change of a layer's input that its last sweep leaves unheeded (of an adjoint "
+        "state four times as much); in mode parallel fixed, in mode adaptive at the start (default 0.1)",
     )
 
 
@@ -82,7 +88,7 @@ class AdaptiveSettings(Settings):
     probe_every: int = Field(
         150,
         ge=0,
-        description="steps between probes (doubled iterations, at least 3); of fitted windows at most, at least 10; 0: never",
+        description="steps between probes (doubled iterations, at least 3); of a rolling window at most, at least 10; 0: never",
     )
     threshold: float = Field(1.0, gt=0, description="a probe's ρ, forward or backward, beyond this is a fault")
     bias_limit: float = Field(0.1, gt=0, description="a relative bias of the gradient beyond this is a fault …")
@@ -106,10 +112,10 @@ class AdaptiveSettings(Settings):
         description='rungs from cheap to dear: "F+B" iterations or sweeps, for MGRIT also "F+B FCF" (0: serial forward); then serial',
     )
     return_below: float | None = Field(
-        0.3, gt=0, description="a probe whose every ρ is below this is calm (of fitted windows any); none: no way back"
+        0.3, gt=0, description="a probe whose every ρ is below this is calm (of a rolling window any); none: no way back"
     )
     patience: int = Field(
-        3, ge=1, description="calm probes in a row after which a rung is gone down, or exact steps are left for fitted windows"
+        3, ge=1, description="calm probes in a row after which a rung is gone down, or exact steps are left for a rolling window"
     )
     max_flips: int = Field(6, ge=0, description="switches to serial and steps down, in all, after which there are no more steps down")
     consistency: float | None = Field(
@@ -126,8 +132,8 @@ class AdaptiveSettings(Settings):
     switch_at: int | float | None = Field(
         None,
         ge=0,
-        description="serial from this step (or share of the steps) on; default in mode adaptive 0.8 (windows of a ladder 0.95, fitted ones "
-        "never); 1.0: never",
+        description="serial from this step (or share of the steps) on; default in mode adaptive 0.8 (windows of a ladder 0.95, a rolling "
+        "one never); 1.0: never",
     )
 
     @field_validator("switch_at", "late_from")

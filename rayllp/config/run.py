@@ -36,7 +36,7 @@ CONSISTENCY = 0.3
 EXACT_FROM = 0.8
 """Share of the steps after which mode adaptive trains exactly, which removes the effects of biased gradients."""
 EXACT_FROM_WINDOWS = 0.95
-"""The same share for windows of a ladder, which are solved more accurately before that (adaptive.late_from). Fitted ones are accurate
+"""The same share for windows of a ladder, which are solved more accurately before that (adaptive.late_from). A rolling one is accurate
 enough to the end.
 """
 
@@ -225,17 +225,23 @@ class RunSettings(Settings):
 
     @property
     def window_lengths(self) -> tuple[int, ...]:
-        """Lengths of the windows, as long as none are fitted. Buffer layers are windows of one layer."""
+        """Lengths of windows that do not roll. Buffer layers are windows of one layer."""
         given, buffers = self.windows.length, self.buffers
         middle = given if isinstance(given, tuple) else equal_windows(self.middle_layers, self.longest_window)
         return (1,) * buffers.open + middle + (1,) * buffers.close
 
     @property
-    def fits_windows(self) -> bool:
-        """True if the controller chooses the lengths and sweeps of windows by how strongly layers depend on each other."""
+    def rolls(self) -> bool:
+        """True if layer-parallel steps are solved by a rolling window (`rayllp/mgrit/rolling.py`)."""
+        given = self.mode == "parallel" and self.solver == "windows" and self.windows.tolerance is not None
+        return given or self.chooses_tolerance
+
+    @property
+    def chooses_tolerance(self) -> bool:
+        """True if the controller chooses the tolerance of a rolling window."""
         judged = self.mode == "adaptive" and self.solver == "windows" and self.adaptive.rule == "bias" and self.adaptive.probe_every > 0
         given = isinstance(self.windows.length, tuple) or self.adaptive.ladder is not None
-        return judged and self.windows.fit and not given
+        return judged and self.windows.rolling and not given
 
     @property
     def drops_slow_rungs(self) -> bool:
@@ -258,12 +264,12 @@ class RunSettings(Settings):
     def ladder(self) -> tuple[tuple[int, int, Relaxation | None], ...]:
         """The controller's rungs from cheap to expensive: iterations or sweeps forward (0: serial) and backward, and relaxation.
 
-        Relaxation None stands for mgrit.relaxation.fine. Exact training follows the last rung. Where windows are fitted, there is one rung
-        besides, whose windows and sweeps change.
+        Relaxation None stands for mgrit.relaxation.fine. Exact training follows the last rung. A rolling window is the one rung besides,
+        whose numbers of sweeps mean nothing.
         """
         if self.adaptive.ladder is not None:
             return tuple(_read_rung(rung) for rung in self.adaptive.ladder)
-        if self.fits_windows:
+        if self.chooses_tolerance:
             return ((1, 1, None),) if self.longest_window > 1 else ()
         if self.solver == "windows" and self.mode == "adaptive":
             return tuple((forward, backward, None) for forward, backward in SWEEPS if min(forward, backward) < self.longest_window)
@@ -312,7 +318,7 @@ class RunSettings(Settings):
     def switch_at(self) -> int | float | None:
         """The step, or share of the steps, from which training is exact whatever probes find; None: there is no such step."""
         at = self.adaptive.switch_at
-        if at is not None or self.mode != "adaptive" or self.fits_windows:
+        if at is not None or self.mode != "adaptive" or self.chooses_tolerance:
             return at
         return EXACT_FROM_WINDOWS if self.solver == "windows" else EXACT_FROM
 

@@ -119,8 +119,13 @@ class TrainConfig(RunSettings):
                 raise ValueError(f"{reason}: leave it out, or set solver: mgrit")
 
     def _check_windows(self) -> None:
-        """Refuse lengths of windows that do not make up the network."""
+        """Refuse lengths of windows that do not make up the network, and a tolerance of windows that do not roll."""
         lengths, N = self.windows.length, self.middle_layers
+        if self.windows.tolerance is not None and self.mode != "serial" and (isinstance(lengths, tuple) or not self.rolls):
+            raise ValueError(
+                f"windows.tolerance {self.windows.tolerance:g} is of a rolling window, and here windows have fixed lengths: leave it out, "
+                "or leave out adaptive.ladder and a list as windows.length, with windows.rolling: true and adaptive.rule: bias"
+            )
         if isinstance(lengths, tuple) and sum(lengths) != N:
             kept = [length for length, total in zip(lengths, accumulate(lengths), strict=True) if total < N]
             nearest = ", ".join(map(str, [*kept, N - sum(kept)]))

@@ -1,7 +1,7 @@
-"""What probes say together about the windows in use: their typical bias, how fast it grows, and so when the next probe is due.
+"""What probes say together about a rolling window: its typical bias, how fast that grows, and so when the next probe is due.
 
-A probe sees one batch, and two probes of the same windows may differ by half. It decides alone whether steps are trained (`judgement.py`),
-but what it takes to fit other windows, and when to look again, follows from all probes of these windows, the latest of which counts most.
+A probe sees one batch, and two probes of the same solve may differ by half. It decides alone whether steps are trained (`judgement.py`),
+but how the tolerance is to change, and when to look again, follows from all probes, the latest of which counts most.
 """
 
 import math
@@ -12,32 +12,32 @@ from rayllp.control.judgement import tolerated_bias
 from rayllp.control.records import Probe
 
 FACTORS = (1.5, 1.0, 0.5, 0.25)
-"""From one probe of the same windows to the next, the interval changes by one of these. It is not doubled: a bias that was small for long
-may grow tenfold in less than half of the steps done, and windows that are in use meanwhile leave a network of stronger couplings.
+"""From one probe to the next, the interval changes by one of these. It is not doubled: a bias that was small for long may grow tenfold in
+less than half of the steps done, and training by it meanwhile leaves a network that is harder to solve.
 """
 LEAST_INTERVAL = 10
 """Smallest number of steps between two probes; the largest is `adaptive.probe_every`."""
 UNUSED_INTERVAL = LEAST_INTERVAL // 2
-"""Interval of windows that have not been in use yet, from which the first one follows."""
-AIMED_SHARE, LEAST_AIM = 0.4, 0.2
-"""Windows are fitted to have the first share of the tolerated bias a quarter of `adaptive.probe_every` steps on, but at once no less than
+"""Interval before a solve has been in use, from which the first one follows."""
+AIMED_SHARE, LEAST_AIM = 0.5, 0.3
+"""The tolerance is to cause the first share of the tolerated bias a quarter of `adaptive.probe_every` steps on, but at once no less than
 the second.
 """
 CHANCE = 1.5
-"""Two probes of the same windows may differ by this factor though nothing has changed."""
+"""Two probes of the same solve may differ by this factor though nothing has changed."""
 
 
 @dataclass
 class BiasTrend:
-    """The part of the controller's state that concerns the bias of windows.
+    """The part of the controller's state that concerns the bias of a rolling window.
 
     Attributes:
-        bias, noise: typical ones, as probes of these windows have found them; None if none has.
-        latest: bias that the latest probe of these windows has found.
+        bias, noise: typical ones, as probes have found them; None if none has.
+        latest: bias that the latest probe has found. This and the typical bias are those to be expected of the tolerance in use.
         growth: how fast the bias grows: the change of its logarithm in a step, as far as it is not chance.
         count: number of probes.
         at: step of the last one.
-        interval: number of steps from there to the next, while the windows are in use.
+        interval: number of steps from there to the next, while the window is in use.
     """
 
     bias: float | None = None
@@ -49,11 +49,15 @@ class BiasTrend:
     interval: int = UNUSED_INTERVAL
 
     def forget(self) -> None:
-        """Forget what these windows are like, since others are chosen. How fast the bias grows is remembered."""
+        """Forget how large the bias is, since the tolerance was wrong. How fast the bias grows is remembered."""
         self.bias = self.noise = self.latest = None
 
+    def expect(self, factor: float) -> None:
+        """Expect the bias to change by this factor, with the tolerance."""
+        self.bias, self.latest = (value and value * factor for value in (self.bias, self.latest))
+
     def begin_anew(self) -> None:
-        """Forget all, since windows have not been in use for a while."""
+        """Forget all, since the window has not been in use for a while."""
         self.forget()
         self.growth, self.interval = 0.0, UNUSED_INTERVAL
 
@@ -63,7 +67,7 @@ class BiasTrend:
         Args:
             step: the probe's step.
             probe: what it has found.
-            in_use: whether the windows have been in use since the last probe.
+            in_use: whether the window has been in use since the last probe.
         """
         if probe.bias is None:
             return probe
@@ -77,11 +81,11 @@ class BiasTrend:
     # The next probe -----------------------------------------------------------------------------------------------------------------
 
     def plan(self, config: TrainConfig, *, in_use: bool) -> None:
-        """Choose when windows are probed again that have just been probed: the longest interval after which they should still be accurate.
+        """Choose the step of the next probe: after the longest interval at whose end the solve should still be accurate.
 
         Args:
             config: says which bias is tolerated, and bounds the intervals.
-            in_use: whether they have been in use since the last probe. How the bias of others grows is not known yet.
+            in_use: whether the window has been in use since the last probe. If not, how its bias grows is not known yet.
         """
         most = max(LEAST_INTERVAL, config.adaptive.probe_every)
         factors = FACTORS if in_use else FACTORS[1:]
@@ -89,7 +93,7 @@ class BiasTrend:
         self.interval = next((interval for interval in intervals if self.share(self.at + interval, config) <= 1), intervals[-1])
 
     def is_due(self, step: int) -> bool:
-        """Return True if windows in use are to be probed at a step."""
+        """Return True if a window in use is to be probed at a step."""
         return step >= self.at + self.interval
 
     def share(self, step: int, config: TrainConfig) -> float:
@@ -104,7 +108,7 @@ class BiasTrend:
         return math.exp(min(self.growth * (step - self.at), 100.0))
 
     def aim(self, config: TrainConfig) -> float:
-        """Return the share of the tolerated bias that windows are to have when they are fitted: the less, the faster it grows."""
+        """Return the share of the tolerated bias that the tolerance is to cause: the less, the faster the bias grows."""
         return max(LEAST_AIM, AIMED_SHARE * math.exp(-self.growth * config.adaptive.probe_every / 4))
 
 

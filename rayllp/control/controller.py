@@ -8,11 +8,10 @@ Where probes measure the gradient's bias, a rung is used only once a probe has f
 every change of rung, steps are exact until a probe of the current rung is good. So no step is trained on a gradient that was just found to
 be wrong. With the default ladder, the controller also leaves a rung whose steps are no faster than exact ones.
 
-Where windows are fitted, the ladder has one rung besides exact steps, whose windows change (`window_choice.py`), and the trend of their
-bias decides when they are probed (`bias_trend.py`).
+With a rolling window, the ladder has one rung besides exact steps, whose tolerance changes (`tolerance_choice.py`), and the trend of its
+bias decides when it is probed (`bias_trend.py`).
 """
 
-import math
 from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -24,7 +23,7 @@ from rayllp.control.judgement import fault_in, found_accurate, is_hopeless
 from rayllp.control.ladder import Ladder
 from rayllp.control.pace import Pace
 from rayllp.control.records import Accuracy, Decision, Probe, ProbePlan
-from rayllp.control.window_choice import Move, WindowChoice, WindowState
+from rayllp.control.tolerance_choice import ToleranceChoice, ToleranceState, bias_factor
 
 PENALTY_UP, PENALTY_DOWN = 4.0, 2.0
 """Factors by which a probe changes the weight of the consistency penalty. Raising is faster than lowering, since a bias that is already
@@ -35,7 +34,7 @@ PENALTY_LEAST, PENALTY_MOST = 0.5, 5.66
 RETRY_STEPS = 10
 """Steps from raising the penalty's weight after a fault to the next probe. The penalty needs some steps to change the layers."""
 EARLY_PROBES = (10, 20, 40, 80)
-"""Numbers of steps after which windows that are not fitted are probed in addition. While the learning rate warms up, a bias can grow from
+"""Numbers of steps after which windows of fixed lengths are probed in addition. While the learning rate warms up, a bias can grow from
 nothing to harmful in fewer steps than lie between two regular probes.
 """
 
@@ -62,7 +61,7 @@ class Controller:
 
     def __init__(self, config: TrainConfig) -> None:
         self.config, self.settings = config, config.adaptive
-        self._ladder, self._windows = Ladder(config), WindowChoice(config)
+        self._ladder, self._choice = Ladder(config), ToleranceChoice(config)
         self.rungs = self._ladder.rungs
         self._state = _State(weight=config.consistency, verified=not self._verifies)
         if config.mode == "serial" or len(self.rungs) == 1:
@@ -75,7 +74,7 @@ class Controller:
 
     @property
     def rung(self) -> str:
-        """The name of the current rung, or of the solve by fitted windows. Steps use it once it is verified."""
+        """The name of the current rung. Steps use it once it is verified."""
         return self.chosen.name
 
     @property
@@ -100,7 +99,7 @@ class Controller:
         # A run that has switched to serial drops the penalties. With mode=serial they stay: they prepare a network for parallel training.
         kept = not self.serial or self.config.mode == "serial"
         weights = (self._state.weight, self.settings.smoothness) if kept else (0.0, 0.0)
-        return replace(self._ladder.fitted(self._state.rung, self._windows.state.windows), consistency=weights[0], smoothness=weights[1])
+        return replace(self._ladder.at(self._state.rung, self._choice.tolerance), consistency=weights[0], smoothness=weights[1])
 
     def accuracy_at(self, step: int) -> Accuracy:
         """Return the accuracy of step `step`, if nothing is decided before it."""
@@ -123,25 +122,18 @@ class Controller:
         if self.serial and not self._may_return:
             return None
         index = state.rung - 1 if self.serial else state.rung
-        probes = state.trend.count if self.config.fits_windows else (step + 1) // every
+        probes = state.trend.count if self.config.chooses_tolerance else (step + 1) // every
         exact, lipschitz = (bool(n) and probes % n == 0 for n in (settings.exact_every, settings.lipschitz_every))
         return ProbePlan(
-            candidate=replace(self._ladder.fitted(index, self._windows.state.windows), consistency=self.accuracy.consistency),
+            candidate=replace(self._ladder.at(index, self._choice.tolerance), consistency=self.accuracy.consistency),
             bias=exact or settings.rule != "convergence",
             exact=exact,
             rho=not self._is_unverified or settings.rule != "bias",
             lipschitz=lipschitz,
-            couplings=self.config.fits_windows and self._wants_couplings(step),
         )
 
-    def _wants_couplings(self, step: int) -> bool:
-        """Return True if a probe at this step is to measure couplings. In exact training they tell whether windows would do."""
-        trend = self._state.trend
-        expected = math.inf if self._is_unverified or self._is_late(step) else trend.share(step, self.config)
-        return self.serial or self._windows.wants_couplings(expected, trend.aim(self.config))
-
     def _is_due(self, step: int) -> bool:
-        """Return True if the step is to be a probe: every `probe_every`-th one, or where windows are fitted, as their bias demands.
+        """Return True if the step is to be a probe: every `probe_every`-th one, or of a rolling window, as its bias demands.
 
         So is the first, so that a run shows ρ early, and the first after a change that no probe has judged.
         """
@@ -149,7 +141,7 @@ class Controller:
             return step >= self._state.probe_at
         if step == 0 or (self._verifies and step == self.config.late_step):
             return True
-        if self.config.fits_windows and not self.serial:
+        if self.config.chooses_tolerance and not self.serial:
             return self._state.trend.is_due(step)
         is_early = self._verifies and self.config.solver == "windows" and step + 1 in EARLY_PROBES and step + 1 < self.settings.probe_every
         return is_early or (step + 1) % self.settings.probe_every == 0
@@ -190,10 +182,7 @@ class Controller:
         self._state.pace.time_anew(step)
 
     def _heed_times(self, step: int, seconds: Mapping[str, float]) -> Decision | None:
-        """Leave the ladder if the current rung is no faster than an exact step. Rungs above it are slower still.
-
-        Windows are fitted anew when it is tried again.
-        """
+        """Leave the ladder if the current rung is no faster than an exact step. Rungs above it are slower still."""
         state, pace, exact = self._state, self._state.pace, seconds.get("serial")
         if not self.config.drops_slow_rungs or state.final:
             return None
@@ -201,7 +190,6 @@ class Controller:
             if not pace.ends_pause(step, exact, seconds.get(pace.slow)):
                 return None
             state.rung, state.verified, state.probe_at = 0, False, step
-            self._windows.begin_anew()  # others may be fast enough by now
             state.trend.begin_anew()
             return self._decision(step, "looking again whether layer-parallel steps are faster")
         here = seconds.get(self.rung)
@@ -216,8 +204,8 @@ class Controller:
         if self.config.mode != "adaptive" or self._state.final:
             return None
         fault = fault_in(probe, self.config, step)
-        if self.config.fits_windows:
-            return self._observe_windows(step, probe, fault)
+        if self.config.chooses_tolerance:
+            return self._observe_rolling(step, probe, fault)
         if fault is not None:
             self._state.calm = 0
             return None if self.serial else self._mend(step, probe, fault)
@@ -247,40 +235,36 @@ class Controller:
         self._state.verified, self._state.probe_at = not self._verifies, step + RETRY_STEPS
         return self._decision(step, f"{fault}; the penalty's weight is raised") if was_in_use and self._verifies else None
 
-    # Windows that are fitted --------------------------------------------------------------------------------------------------------
+    # A rolling window ---------------------------------------------------------------------------------------------------------------
 
-    def _observe_windows(self, step: int, probe: Probe, fault: str | None) -> Decision | None:
-        """Take in what a probe has found about windows."""
-        state, trend, windows, config = self._state, self._state.trend, self._windows, self.config
+    def _observe_rolling(self, step: int, probe: Probe, fault: str | None) -> Decision | None:
+        """Take in what a probe has found about a rolling window."""
+        state, trend, choice, config = self._state, self._state.trend, self._choice, self.config
         trend.count += 1
         if self.serial:
-            move = windows.replace_exact_steps(step, probe, trend.aim(config))
-            if move is not None:
-                state.rung, state.flips = 0, state.flips + 1
-                trend.begin_anew()
-            return self._follow(step, move)
+            if not choice.replaces_exact_steps(step, probe, fault, trend.aim(config)):
+                return None
+            state.rung, state.flips = 0, state.flips + 1
+            trend.begin_anew()
+            self._choose_unverified(step)
+            return self._decision(step, f"{self.settings.patience} probes say that a tolerance of {choice.tolerance:.2g} would do")
         in_use = not self._is_unverified
-        typical, aim = trend.take(step, probe, in_use=in_use), trend.aim(config)
+        typical = trend.take(step, probe, in_use=in_use)
         if fault is not None:
-            move = windows.mend(step, typical, fault, aim, in_use=in_use)
-            return self._follow(step, move) or self._raise(step, probe, fault)
+            move = choice.mend(step, replace(typical, bias=probe.bias), fault, trend.aim(config))
+            if move is None:
+                return self._raise(step, probe, fault)
+            trend.forget()
+            self._choose_unverified(step)
+            return self._decision(step, move.reason)
+        choice.accept()
+        move = choice.adapt(step, typical, trend.aim(config))
+        if move is not None:
+            trend.expect(bias_factor(move))
         trend.plan(config, in_use=in_use)
         if not in_use:
-            windows.accept()
             return self._accept(step, probe)
-        return self._follow(step, None if self._is_late(step) else windows.cheapen(step, typical, aim))
-
-    def _follow(self, step: int, move: Move | None) -> Decision | None:
-        """Return the decision to use other windows, if any; they are used once a probe has found them accurate."""
-        if move is None:
-            return None
-        if move.changed:
-            self._state.trend.forget()
-        if move.verified:
-            self._state.verified = True
-        else:
-            self._choose_unverified(step)
-        return self._decision(step, move.reason)
+        return None if move is None else self._decision(step, move.reason)
 
     # The ladder ------------------------------------------------------------------------------------------------------------------
 
@@ -290,7 +274,7 @@ class Controller:
         self._state.rung = last if is_hopeless(probe, self.config) else self._state.rung + 1
         self._choose_unverified(step)
         if self.serial:
-            self._windows.give_up()
+            self._choice.accept()
             self._state.flips += 1
             self._state.final = not self._may_return
         return self._decision(step, fault)
@@ -345,17 +329,17 @@ class Controller:
             self._state.weight = max(initial * PENALTY_LEAST, before / PENALTY_DOWN)
         return self._state.weight > 1.01 * before
 
-    def mark(self) -> tuple[_State, WindowState]:
+    def mark(self) -> tuple[_State, ToleranceState]:
         """Return a copy of the controller's state, for `rewind`."""
-        return deepcopy((self._state, self._windows.state))
+        return deepcopy((self._state, self._choice.state))
 
-    def rewind(self, mark: tuple[_State, WindowState]) -> None:
+    def rewind(self, mark: tuple[_State, ToleranceState]) -> None:
         """Restore the state of `mark`, because the steps after it are done again."""
-        self._state, self._windows.state = deepcopy(mark)
+        self._state, self._choice.state = deepcopy(mark)
 
     @property
     def _lengths(self) -> tuple[int, ...]:
-        """Lengths of the chosen windows; none for MGRIT."""
+        """Lengths of windows, if they are fixed; none for MGRIT."""
         windows = self.chosen.windows
         return () if windows is None else windows.lengths
 
@@ -363,8 +347,9 @@ class Controller:
 
     def state(self) -> dict[str, Any]:
         """Return what a checkpoint keeps of the controller."""
-        more = {"name": self.rung, "lengths": self._lengths, "consistency": self.config.consistency}
-        return {**asdict(self._state), "windows": asdict(self._windows.state), **more}
+        layers = len(self.config.solved_layers)
+        more = {"name": self.rung, "lengths": self._lengths, "layers": layers, "consistency": self.config.consistency}
+        return {**asdict(self._state), "choice": asdict(self._choice.state), **more}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Continue from a checkpoint's state. Settings that were changed since then take precedence."""
@@ -373,12 +358,13 @@ class Controller:
         kept = {field.name: state[field.name] for field in fields(_State) if field.name in state}  # earlier versions had fewer fields
         pace, trend = Pace(**kept.get("pace", {})), BiasTrend(**kept.get("trend", {}))
         self._state = _State(**{**kept, "rung": self._ladder.index(state["name"]), "pace": pace, "trend": trend})
-        self._windows.restore(state.get("windows") or {})
-        if self.config.fits_windows:
+        self._choice.restore(state.get("choice") or asdict(self._choice.state))
+        if self.config.chooses_tolerance:
             self._state.above = None  # of a ladder of more rungs
         if len(self.rungs) == 1:
             self._state.final = True
-        if self.config.solver == "windows" and (state["name"], tuple(state.get("lengths", ()))) != (self.rung, self._lengths):
+        was = state["name"], tuple(state.get("lengths", ())), state.get("layers")
+        if self.config.solver == "windows" and was != (self.rung, self._lengths, len(self.config.solved_layers)):
             self._state.verified = not self._verifies  # layers or workers are others now, or windows were chosen in another way
             self._state.trend.begin_anew()
         initial = self.config.consistency

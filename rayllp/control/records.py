@@ -4,11 +4,12 @@ from dataclasses import dataclass, replace
 
 from rayllp.config import Relaxation, TrainConfig
 from rayllp.mgrit import SolverOptions
-from rayllp.mgrit.couplings import Couplings
 from rayllp.mgrit.windows import Windows
 
-FITTED = " fitted"
-"""End of the name of a solve whose windows are fitted to the network."""
+ROLLING = "rolling"
+"""Name of a solve by a rolling window, whatever its tolerance."""
+FINER = 8.0
+"""A rolling window is judged by one with so many times less tolerance."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,8 +22,8 @@ class Accuracy:
         iterations_forward, iterations_backward: number of iterations of each.
         consistency, smoothness: weights of the two penalties.
         relaxation: relaxation on the finest level; None: mgrit.relaxation.fine.
-        windows: on a cyclic placement, the windows; the iterations are then the most sweeps of any. None: MGRIT.
-        fitted: whether the windows are fitted to the network, so that iterations do not tell what they are.
+        windows: on a cyclic placement, windows of fixed lengths; the iterations are then the most sweeps of any.
+        tolerance: on a cyclic placement, of a rolling window. If there are neither windows nor a tolerance, the solve is by MGRIT.
     """
 
     serial: bool
@@ -34,7 +35,7 @@ class Accuracy:
     smoothness: float = 0.0
     relaxation: Relaxation | None = None
     windows: Windows | None = None
-    fitted: bool = False
+    tolerance: float | None = None
 
     @property
     def mode(self) -> str:
@@ -44,13 +45,12 @@ class Accuracy:
     @property
     def name(self) -> str:
         """The name of this rung in a ladder: "2+1" for iterations forward and adjoint, "0+1" for a serial forward, "2+1 FCF" with a
-        relaxation of its own, "1-3+1-2 fitted" if windows take one to three sweeps forward and one or two backward, "serial".
+        relaxation of its own, "rolling" for a rolling window, "serial".
         """
         if self.serial:
             return "serial"
-        if self.fitted and self.windows:
-            longer = [(forward, backward) for length, forward, backward in self.windows if length > 1] or [(1, 1)]
-            return "+".join(_range(counts) for counts in zip(*longer, strict=True)) + FITTED
+        if self.tolerance is not None:
+            return ROLLING
         forward = 0 if self.levels_forward == 1 else self.iterations_forward
         return f"{forward}+{self.iterations_backward}" + (f" {self.relaxation}" if self.relaxation else "")
 
@@ -60,7 +60,9 @@ class Accuracy:
         return forward, adjoint
 
     def doubled(self) -> "Accuracy":
-        """Return this accuracy with doubled iterations, at least three each, so that there are two residuals to give ρ."""
+        """Return a better one: with less tolerance, or doubled iterations, at least three each, so that there are two residuals for ρ."""
+        if self.tolerance is not None:
+            return replace(self, tolerance=self.tolerance / FINER)
         forward, backward = _doubled(self.iterations_forward), _doubled(self.iterations_backward)
         windows = self.windows and replace(self.windows, sweeps=tuple((_doubled(f), _doubled(b)) for f, b in self.windows.sweeps))
         return replace(self, iterations_forward=forward, iterations_backward=backward, windows=windows)
@@ -68,12 +70,6 @@ class Accuracy:
 
 def _doubled(count: int) -> int:
     return max(3, 2 * count)
-
-
-def _range(counts: tuple[int, ...]) -> str:
-    """Return "2" if all are 2, "1-3" if they are 1 to 3."""
-    least, most = min(counts), max(counts)
-    return str(most) if least == most else f"{least}-{most}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +82,6 @@ class ProbePlan:
         exact: take the exact gradient for the better one, rather than that of doubled iterations.
         rho: measure convergence factors even if the step is exact; doubled iterations are then run in addition.
         lipschitz: estimate each layer's Lipschitz constant.
-        couplings: measure how strongly each layer depends on the one before it, which says how long windows can be.
     """
 
     candidate: Accuracy
@@ -94,7 +89,6 @@ class ProbePlan:
     exact: bool = False
     rho: bool = True
     lipschitz: bool = False
-    couplings: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,7 +100,7 @@ class Probe:
         bias: norm of the gradient's error over the gradient's norm, a mean over layers (`engine/probe.py`).
         noise: standard deviation of the gradient over the choice of the batch, over the gradient's norm, as the same mean.
         loss_gap: relative difference of the loss by the solve in use from that of the same batch by a better solve.
-        couplings: how strongly each layer depends on the one before it.
+        sweeps: sweeps forward and backward of the solve that was judged, if that is by a rolling window.
     """
 
     rho_forward: float | None = None
@@ -114,7 +108,7 @@ class Probe:
     bias: float | None = None
     noise: float | None = None
     loss_gap: float | None = None
-    couplings: Couplings | None = None
+    sweeps: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)

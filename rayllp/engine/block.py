@@ -1,7 +1,7 @@
 """One worker's part of the network: its layers, and the embedding or head if it is first or last; and how these are called."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -12,6 +12,7 @@ from rayllp.config import TrainConfig
 from rayllp.data.base import Inputs
 from rayllp.engine.batch import StepBatch
 from rayllp.engine.check_draws import check_draws
+from rayllp.engine.deferred_gradients import DeferredGradients, Parts, recorded_parts
 from rayllp.engine.vmapped_layers import Stacks, advance_together
 from rayllp.models import check_batched
 from rayllp.models.base import Architecture, decayed_weights, hidden_matrices
@@ -58,6 +59,7 @@ class Block:
         self._recorded: dict[int, State] | None = None
         self.stacks = Stacks(self.layers)
         self._templates: dict[int, dict[str, Tensor]] = {}
+        self._splits: dict[int, bool] = {}  # by layer: whether its modules tell which parameters they use; tried out the first time
         self.callable: Mapping[int, nn.Module] = self.layers
         self.advance_together = advance_together
         self._trains = False
@@ -161,6 +163,18 @@ class Block:
     def leaves(self, index: int) -> list[nn.Parameter]:
         """Return the trainable parameters that layer `index` uses, the common ones included."""
         return [*(p for p in self.layers[index].parameters() if p.requires_grad), *self.common_leaves]
+
+    def recorded_parts(self, index: int) -> AbstractContextManager[Parts | None]:
+        """Return a context in which the parts of layer `index` are recorded, if its parameters' gradients can be formed from them."""
+        if self.config.compile or not self._splits.get(index, True):
+            return nullcontext()
+        return recorded_parts(self.layers[index], self.leaves(index))
+
+    def form(self, index: int, gradients: DeferredGradients) -> None:
+        """Add the gradients of layer `index`'s parameters to `.grad`."""
+        agrees = gradients.form(checked=index in self._splits)
+        if gradients.parts is not None:
+            self._splits.setdefault(index, agrees)
 
     @property
     def matrices(self) -> list[nn.Parameter]:

@@ -30,7 +30,7 @@ from rayllp.engine.replica_sums import ReplicaSums
 from rayllp.engine.smoothness import add_smoothness_gradient
 from rayllp.engine.statistics import StepStats, reduce_statistics
 from rayllp.engine.step_gradients import StepGradients
-from rayllp.engine.step_solves import without_penalties
+from rayllp.engine.step_solves import kind_of
 from rayllp.engine.utilisation import count_flops, peak_flops
 from rayllp.models.base import Architecture
 from rayllp.timeline import Timeline
@@ -142,7 +142,7 @@ class Engine:
     def _kind(self, batch: StepBatch) -> Hashable:
         """Return a key that is equal for steps which form their gradients in the same way."""
         accuracy = batch.accuracy
-        return without_penalties(accuracy), bool(accuracy.consistency), self.group.spec(batch.inputs)
+        return kind_of(accuracy), bool(accuracy.consistency), self.group.spec(batch.inputs)
 
     def step_batch(self, step: int, accuracy: Accuracy = EXACT, *, split: str = "train") -> StepBatch:
         """Return this replica's batch of a training step, to be solved with this accuracy; or the batch of another split."""

@@ -22,9 +22,10 @@ from rayllp.channel.base import Channel, MessageTag, StateSpec
 from rayllp.engine.batch import StepBatch
 from rayllp.engine.block import BoundBlock
 from rayllp.engine.consistency import Consistency
+from rayllp.engine.deferred_gradients import DeferredGradients
 from rayllp.engine.layer_group import LayerGroup
 from rayllp.engine.pipeline import count_microbatches
-from rayllp.engine.propagators import Graph, input_gradients, record_graph
+from rayllp.engine.propagators import Graph, input_gradients, pull_through, record_graph
 from rayllp.engine.step_gradients import StepGradients, add_embedding_gradients, loss_and_seed
 from rayllp.mgrit import Communicator
 from rayllp.mgrit.windows import Placement
@@ -142,7 +143,7 @@ class InOrderGradients:
         if channel.synchronous_sends and self._sends_back(channel.size):
             count = 1  # otherwise two workers would each have a microbatch to send to the other before they receive one
         with group.channel.prepost_receives(("in order", count, group.spec(batch.inputs))):
-            work = _Layers(group, list(batch.parts(count)))
+            work = _Layers(group, list(batch.parts(count)), splits=count < channel.size)
             step = InOrderStep(work, self.placement, channel, work.spec, batch.step, count)
             step.take()
         for number, entered in work.entered.items():
@@ -155,21 +156,13 @@ class InOrderGradients:
         return workers == 2 or self.placement.owners[-1] == 0
 
 
-@dataclass
-class _Deferred:
-    """Parameter gradients of a layer that no worker waits for: its graph, λ at its output, and its trained parameters."""
-
-    graph: Graph
-    lam: tuple[Tensor, ...]
-    leaves: list[torch.nn.Parameter]
-
-
 class _Layers(InOrderWork):
     """This worker's layers at work on the microbatches of one step.
 
     Args:
         group: this worker's end of the layer group.
         batches: the microbatches, all of the same size.
+        splits: parameter gradients are deferred.
 
     Attributes:
         spec: shapes and dtypes of a microbatch's state.
@@ -177,15 +170,15 @@ class _Layers(InOrderWork):
         losses: on the last worker, each microbatch's loss.
     """
 
-    def __init__(self, group: LayerGroup, batches: Sequence[StepBatch]) -> None:
-        self._group, self._batches = group, batches
+    def __init__(self, group: LayerGroup, batches: Sequence[StepBatch], *, splits: bool) -> None:
+        self._group, self._batches, self._splits = group, batches, splits
         self._bound: list[BoundBlock] = [group.block.bind(batch) for batch in batches]
         self.spec = group.spec(batches[0].inputs)
         self.entered: dict[int, State] = {}
         self.losses: list[Tensor] = []
         # By microbatch and layer. With recomputation graphs have no outputs until they are recorded again.
         self._graphs: dict[tuple[int, int], Graph] = {}
-        self._deferred: deque[_Deferred] = deque()
+        self._deferred: deque[tuple[int, DeferredGradients]] = deque()  # by index of the layer
 
     def enter(self, number: int) -> State:
         """Take embedding and opening buffer layers, and keep their graph."""
@@ -196,7 +189,7 @@ class _Layers(InOrderWork):
     def record(self, number: int, layer: int, state: State) -> State:
         """Take a layer's step, and keep its graph, or with recomputation only its input."""
         with self._group.span("forward"):
-            graph, after = record_graph(self._bound[number], layer, state)
+            graph, after = record_graph(self._bound[number], layer, state, splits=self._splits)
         self._graphs[number, layer] = Graph(graph.inputs, ()) if self._group.config.recompute else graph
         return after
 
@@ -213,21 +206,20 @@ class _Layers(InOrderWork):
         graph = self._graphs.pop((number, layer))
         with self._group.span("adjoint"):
             if not graph.outputs:
-                graph, _ = record_graph(self._bound[number], layer, like(lam, graph.inputs))
-            leaves = self._group.block.leaves(self._group.block.index(layer))
+                graph, _ = record_graph(self._bound[number], layer, like(lam, graph.inputs), splits=defer)
+            index = self._group.block.index(layer)
+            leaves = self._group.block.leaves(index)
             if not defer:
                 torch.autograd.backward(graph.outputs, tensors(lam), inputs=[*graph.inputs, *leaves])
                 return like(lam, input_gradients(graph.inputs))
-            found = torch.autograd.grad(graph.outputs, graph.inputs, tensors(lam), retain_graph=True, materialize_grads=True)
-            self._deferred.append(_Deferred(graph, tensors(lam), leaves))
-        return like(lam, found)
+            found, gradients = pull_through(graph, lam, leaves)
+            self._deferred.append((index, gradients))
+        return found
 
     def advance(self) -> bool:
         """Form parameter gradients in the order in which they were deferred."""
         if not self._deferred:
             return False
-        deferred = self._deferred.popleft()
-        if deferred.leaves:
-            with self._group.span("adjoint"):
-                torch.autograd.backward(deferred.graph.outputs, deferred.lam, inputs=deferred.leaves)
+        with self._group.span("adjoint"):
+            self._group.block.form(*self._deferred.popleft())
         return True

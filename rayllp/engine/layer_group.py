@@ -10,13 +10,14 @@ from rayllp.channel.base import Channel, MessageTag, StateSpec
 from rayllp.control import Accuracy
 from rayllp.data.base import Inputs
 from rayllp.engine.block import Block
-from rayllp.engine.step_solves import StepSolves, without_penalties
+from rayllp.engine.step_solves import StepSolves, kind_of
 from rayllp.mgrit import Communicator, DeferredSweeps, MGRITSolver, PhaseListener, Problem, Solution, SolverOptions
+from rayllp.mgrit.rolling import RollingOptions, RollingProblem, RollingSolver
 from rayllp.mgrit.windows import WindowOptions, WindowProblem, WindowSolver
 from rayllp.state import State, tensors
 from rayllp.timeline import TimedChannel, TimedPropagator, Timeline, span_on
 
-AnyProblem = TypeVar("AnyProblem", Problem, WindowProblem)
+AnyProblem = TypeVar("AnyProblem", Problem, WindowProblem, RollingProblem)
 
 
 class LayerGroup:
@@ -42,7 +43,7 @@ class LayerGroup:
 
     def solves(self, accuracy: Accuracy) -> StepSolves:
         """Return hierarchies and options for a step of this accuracy."""
-        key = without_penalties(accuracy)
+        key = kind_of(accuracy)
         if key not in self._solves:
             self._solves[key] = StepSolves.of(accuracy, self.config)
         return self._solves[key]
@@ -97,6 +98,13 @@ class LayerGroup:
         """
         problem, communicator, on_phase = self._timed(problem, tag)
         return WindowSolver(problem, options, communicator, on_phase).solve(initial, source)
+
+    def solve_by_rolling(
+        self, problem: RollingProblem, options: RollingOptions, tag: MessageTag, initial: State | None, *, source: int
+    ) -> Solution:
+        """Solve by a rolling window on all workers of the group. Arguments and errors are those of `solve_by_windows`."""
+        problem, communicator, on_phase = self._timed(problem, tag)
+        return RollingSolver(problem, options, communicator, on_phase).solve(initial, source)
 
     def _timed(
         self, problem: AnyProblem, tag: MessageTag, while_waiting: DeferredSweeps | None = None

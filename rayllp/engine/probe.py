@@ -24,10 +24,6 @@ from rayllp.engine.gradients import Gradients
 from rayllp.engine.layer_group import LayerGroup
 from rayllp.engine.lipschitz import estimate_layers
 from rayllp.engine.step_gradients import StepGradients
-from rayllp.engine.window_gradients import WindowGradients
-
-SAMPLES_PER_COUPLING = 4
-"""Couplings are measured on one in this many samples of the batch: only their order of magnitude matters."""
 
 
 class Sums(NamedTuple):
@@ -127,7 +123,7 @@ class Probing:
             zeros for what other workers have. Shape (layers + 1, sums), float64; None if the bias is not measured.
         has_halves: True if the better gradient was formed in halves.
         lipschitz: constants of this worker's layers, by index in the whole network; None if the plan does not ask for them.
-        couplings: squared couplings of this worker's layers (`CouplingTable.squared`); None if the plan does not ask for them.
+        sweeps: sweeps forward and backward of the solve in use, if that is by a rolling window.
     """
 
     gradients: Gradients
@@ -136,7 +132,7 @@ class Probing:
     sums: Tensor | None = None
     has_halves: bool = False
     lipschitz: dict[int, float] | None = None
-    couplings: Tensor | None = None
+    sweeps: tuple[int, int] | None = None
 
     @property
     def group(self) -> LayerGroup:
@@ -154,16 +150,16 @@ class Probing:
 
     def _form(self, batch: StepBatch) -> StepGradients:
         accuracy = batch.accuracy
-        if self.plan.couplings:
-            self.couplings = self._measure_couplings(batch)
         used = self._used_solve(batch) if self.plan.bias else None
         doubled = self.plan.candidate.doubled()
         probed, better = None, doubled
         if accuracy.serial or self.plan.exact:
-            if self.plan.rho:  # doubled iterations are run for ρ only, and the step's gradient is the exact one
+            if (
+                self.plan.rho and doubled.tolerance is None
+            ):  # doubled iterations are run for ρ only, and the step's gradient is the exact one
                 probed = self.gradients(batch.solved_by(doubled))
                 self.gradients.forget()
-            better = accuracy if accuracy.serial else _exactly(doubled)
+            better = accuracy if accuracy.serial else self._exactly(doubled)
         halves = self._halves(better, len(batch.samples)) if used is not None else ()
         self.has_halves = bool(halves)
         formed, first = self._in_halves(batch.solved_by(better), halves)
@@ -173,19 +169,15 @@ class Probing:
             return formed
         return replace(formed, forward=probed.forward or formed.forward, adjoint=probed.adjoint or formed.adjoint)
 
-    def _measure_couplings(self, batch: StepBatch) -> Tensor:
-        """Return the squared couplings of this worker's layers, measured on a part of the batch."""
-        assert isinstance(self.gradients.parallel, WindowGradients)
-        found = self.gradients.parallel.couplings(batch.part(slice(0, -(-len(batch.samples) // SAMPLES_PER_COUPLING))))
-        self.gradients.forget()
-        return found
-
     def _used_solve(self, batch: StepBatch) -> tuple[list[Tensor], Tensor]:
         """Return the layers' gradients as the candidate accuracy forms them, and the loss."""
-        loss = self.gradients(batch.solved_by(self.plan.candidate)).loss
+        formed = self.gradients(batch.solved_by(self.plan.candidate))
+        sweeps = [None if shares is None else shares.sweeps for shares in (formed.forward, formed.adjoint)]
+        if sweeps[0] is not None and sweeps[1] is not None:
+            self.sweeps = sweeps[0], sweeps[1]
         used = self._copies()
         self.gradients.forget()
-        return used, loss
+        return used, formed.loss
 
     def _halves(self, accuracy: Accuracy, samples: int) -> tuple[slice, ...]:
         """Return the two halves of the batch. Empty if it cannot be halved, or if the pipeline was built for the whole batch."""
@@ -245,6 +237,14 @@ class Probing:
         """Return copies of these gradients."""
         return [gradient.clone() for _, gradient in self._gradients()]
 
+    def _exactly(self, accuracy: Accuracy) -> Accuracy:
+        """Return the accuracy of an exact step whose batch can be halved.
+
+        On blocks that is MGRIT with one level, since the pipeline is built for whole batches.
+        """
+        cyclic = self.group.config.placement == "cyclic"
+        return replace(accuracy, serial=True) if cyclic else replace(accuracy, levels_forward=1, levels_backward=1)
+
     # Sums over workers ------------------------------------------------------------------------------------------------------------
 
     def table(self) -> Tensor:
@@ -257,11 +257,3 @@ class Probing:
             return None
         loss, better_loss = table[-1, :2].tolist()
         return Comparison.of(Sums(*table[:-1].T), loss, better_loss, self.replicas if self.has_halves else 0)
-
-
-def _exactly(accuracy: Accuracy) -> Accuracy:
-    """Return the accuracy of an exact step whose batch can be halved.
-
-    On blocks that is MGRIT with one level, since the pipeline is built for whole batches.
-    """
-    return replace(accuracy, serial=True) if accuracy.windows else replace(accuracy, levels_forward=1, levels_backward=1)

@@ -9,13 +9,15 @@ Layers are counted as solvers count them, from the first of the solve (`Block.in
 """
 
 from collections.abc import Sequence, Set
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rayllp.engine.block import BoundBlock
 from rayllp.engine.consistency import Consistency
+from rayllp.engine.deferred_gradients import DeferredGradients, Parts, gradients_at
 from rayllp.engine.memory import return_freed_memory
 from rayllp.engine.vmapped_layers import Stack, stack_states, unstack_states
 from rayllp.mgrit import DeferredSweeps, Propagator
@@ -24,18 +26,35 @@ from rayllp.state import State, combine, detach, like, tensors
 
 @dataclass
 class Graph:
-    """The autograd graph of one layer's step, between its inputs and outputs."""
+    """The autograd graph of one layer's step, between its inputs and outputs.
+
+    Attributes:
+        parts: the layer's modules, if the gradients of its parameters are to be formed after that of its input.
+    """
 
     inputs: tuple[Tensor, ...]
     outputs: tuple[Tensor, ...]
+    parts: Parts | None = None
 
 
-def record_graph(bound: BoundBlock, layer: int, state: State) -> tuple[Graph, State]:
-    """Take one layer's step from a state. Returns its graph, and the state after it without a graph."""
+def record_graph(bound: BoundBlock, layer: int, state: State, *, splits: bool = False) -> tuple[Graph, State]:
+    """Take one layer's step from a state. Returns its graph, and the state after it without a graph.
+
+    Args:
+        splits: the gradients of the layer's parameters are to be formed after that of its input.
+    """
     inputs = tuple(part.detach().requires_grad_() for part in tensors(state))
-    with torch.enable_grad():
-        outputs = tensors(bound.layer(bound.block.index(layer), like(state, inputs)))
-    return Graph(inputs, outputs), like(state, tuple(part.detach() for part in outputs))
+    index = bound.block.index(layer)
+    recorded = bound.block.recorded_parts(index) if splits else nullcontext()
+    with torch.enable_grad(), recorded as parts:
+        outputs = tensors(bound.layer(index, like(state, inputs)))
+    return Graph(inputs, outputs, parts), like(state, tuple(part.detach() for part in outputs))
+
+
+def pull_through(graph: Graph, lam: State, leaves: list[nn.Parameter]) -> tuple[State, DeferredGradients]:
+    """Return the gradient at a layer's input from that at its output, and what is left to do for the gradients of its parameters."""
+    at_inputs, at_parts = gradients_at(graph.outputs, graph.inputs, tensors(lam), graph.parts)
+    return like(lam, at_inputs), DeferredGradients(graph.outputs, tensors(lam), leaves, graph.parts, at_parts)
 
 
 @dataclass
@@ -81,6 +100,7 @@ class ForwardPropagator(ExactPropagator):
     Args:
         bound: this worker's layers, bound to the samples.
         c_points: the layers whose step the last sweep may take again from the same state, so that `step` records their graphs at once.
+        splits: the adjoint forms the gradients of a layer's parameters after that of its input.
 
     Attributes:
         graphs: recorded graphs by layer, except the `batched` ones.
@@ -88,9 +108,9 @@ class ForwardPropagator(ExactPropagator):
         deferred: runs of the last sweep that have not been recorded yet.
     """
 
-    def __init__(self, bound: BoundBlock, c_points: Set[int] = frozenset()) -> None:
+    def __init__(self, bound: BoundBlock, c_points: Set[int] = frozenset(), *, splits: bool = False) -> None:
         super().__init__(bound)
-        self.c_points = c_points
+        self.c_points, self.splits = c_points, splits
         self.graphs: dict[int, Graph] = {}
         self.batched: dict[int, BatchedGraph] = {}
         self.deferred = DeferredSweeps()
@@ -107,7 +127,7 @@ class ForwardPropagator(ExactPropagator):
         """Take one layer's step, and keep its graph."""
         recorded = self._ahead.pop(layer, None)
         if recorded is None or recorded[1] is not known:
-            recorded = record_graph(self.bound, layer, state)
+            recorded = record_graph(self.bound, layer, state, splits=self.splits)
         self.graphs[layer], after = recorded
         return after
 
@@ -143,10 +163,11 @@ class RecomputingPropagator(ForwardPropagator):
     Args:
         bound: this worker's layers, bound to the samples.
         checkpoints: the layers whose input the last sweep keeps. That of the block's first layer is kept in any case.
+        splits: see `ForwardPropagator`.
     """
 
-    def __init__(self, bound: BoundBlock, checkpoints: Set[int]) -> None:
-        super().__init__(bound)
+    def __init__(self, bound: BoundBlock, checkpoints: Set[int], *, splits: bool = False) -> None:
+        super().__init__(bound, splits=splits)
         self.checkpoints = checkpoints | {bound.block.solved[0]}
         self._kept: dict[int, State] = {}
 
@@ -170,7 +191,7 @@ class RecomputingPropagator(ForwardPropagator):
                 return_freed_memory()
             state = self._kept[start]
             for n in range(start, layer + 1):
-                self.graphs[n], state = record_graph(self.bound, n, state)
+                self.graphs[n], state = record_graph(self.bound, n, state, splits=self.splits)
         return self.graphs[layer]
 
 
@@ -184,6 +205,7 @@ class AdjointPropagator(Propagator):
 
     def __init__(self, forward: ForwardPropagator, penalty: Consistency | None = None) -> None:
         self.forward, self.block, self.penalty = forward, forward.bound.block, penalty
+        self._left: dict[int, DeferredGradients] = {}  # by layer: what its latest tentative step has left to do
 
     def step(self, layer: int, state: State) -> State:
         """Return the input gradient of one layer, through its recorded graph."""
@@ -225,6 +247,17 @@ class AdjointPropagator(Propagator):
         del self.forward.graphs[layer]
         state = like(state, input_gradients(graph.inputs))
         return state if penalty is None else penalty.out_of(layer, state)
+
+    def tentative_step(self, layer: int, state: State) -> State:
+        """Return the input gradient of one layer, and keep what it takes to form the gradients of its parameters."""
+        leaves = self.block.leaves(self.block.index(layer))
+        found, self._left[layer] = pull_through(self.forward.graph(layer), state, leaves)
+        return found
+
+    def settle(self, layer: int) -> None:
+        """Form the gradients of a layer's parameters, from its latest tentative step."""
+        self.block.form(self.block.index(layer), self._left.pop(layer))
+        self.forward.graphs.pop(layer, None)
 
     def _with_end_seed(self, layer: int, lam: State, end: State) -> State:
         """Return λ with the penalty's seed added, if there is a penalty and this layer, with output `end`, is the last of an interval."""

@@ -16,7 +16,6 @@ from rayllp.engine.layer_group import LayerGroup
 from rayllp.engine.probe import Comparison, Probing
 from rayllp.engine.step_gradients import StepGradients
 from rayllp.mgrit import Convergence
-from rayllp.mgrit.couplings import Couplings
 
 OTHER_PIECES = 3
 """Pieces of the network besides the layers: embedding, the common piece that several layers use, head."""
@@ -35,7 +34,7 @@ class StepStats:
         consistency: the consistency penalty R over this replica's samples, without its weight; None if the penalty is off.
         forward, adjoint: how the two solves went, with factors in the order of the layers; None if nothing was solved iteratively.
         comparison: how far the gradient and the loss of the solve in use are off, if a probe has measured it.
-        couplings: how strongly each layer depends on the one before it, if a probe has measured it.
+        judged_sweeps: sweeps forward and backward of the solve that a probe has judged, if that is by a rolling window.
         lipschitz: constants of this worker's own layers, by index, if a probe has estimated them.
         time_s: seconds that the step took on this worker; 0 before its end.
         fault: the first place where something was not finite, as this worker sees it: (stage, order, text), see `diagnose`. The smallest
@@ -52,7 +51,7 @@ class StepStats:
     forward: Convergence | None
     adjoint: Convergence | None
     comparison: Comparison | None
-    couplings: Couplings | None
+    judged_sweeps: tuple[int, int] | None
     lipschitz: Mapping[int, float] | None
     time_s: float = 0.0
     fault: tuple[int, int, str] | None = None
@@ -72,7 +71,7 @@ class StepStats:
             bias=self.comparison.bias if self.comparison else None,
             noise=self.comparison.noise if self.comparison else None,
             loss_gap=self.comparison.loss_gap if self.comparison else None,
-            couplings=self.couplings,
+            sweeps=self.judged_sweeps,
         )
 
 
@@ -101,8 +100,6 @@ def reduce_statistics(
             sums.add(name, shares.flat)
     if probing is not None:
         sums.add("probe", probing.table())
-        if probing.couplings is not None:
-            sums.add("couplings", probing.couplings)
     sums.reduce(group.channel, MessageTag(step, "gradients", "norm, loss and residuals"))
     measured = {name: None if shares is None else shares.convergence(sums[name]) for name, shares in solves.items()}
     return StepStats(
@@ -115,7 +112,7 @@ def reduce_statistics(
         forward=measured["forward"],
         adjoint=_in_order_of_layers(measured["adjoint"]),
         comparison=probing.read(sums["probe"]) if probing is not None else None,
-        couplings=Couplings.read(sums["couplings"]) if probing is not None and probing.couplings is not None else None,
+        judged_sweeps=probing.sweeps if probing is not None else None,
         lipschitz=probing.lipschitz if probing is not None else None,
     )
 

@@ -15,7 +15,7 @@ class StepSolves:
     """How forward and adjoint of one training step are solved.
 
     Attributes:
-        accuracy: the accuracy that they follow from, without the penalties' weights.
+        accuracy: the accuracy that they follow from (`kind_of`).
         forward, adjoint: the hierarchies; the adjoint's is mirrored already.
         forward_options, adjoint_options: the solver's options.
         interval: number of layers in a coarse interval on the finest level.
@@ -36,7 +36,7 @@ class StepSolves:
         levels = (1, 1) if accuracy.serial else (accuracy.levels_forward, accuracy.levels_backward)
         options = accuracy.solver_options(config)
         return StepSolves(
-            accuracy=without_penalties(accuracy),
+            accuracy=kind_of(accuracy),
             forward=config.hierarchy(levels[0]),
             adjoint=config.hierarchy(levels[1]).adjoint(),
             forward_options=options[0],
@@ -59,6 +59,6 @@ class StepSolves:
         return self.forward_options.tolerance is None and self.adjoint_options.tolerance is None
 
 
-def without_penalties(accuracy: Accuracy) -> Accuracy:
-    """Return an accuracy without the penalties' weights: equal for steps that are solved in the same way."""
-    return replace(accuracy, consistency=0.0, smoothness=0.0)
+def kind_of(accuracy: Accuracy) -> Accuracy:
+    """Return an accuracy without what changes often, weights of penalties and tolerance: equal for steps that do the same kind of work."""
+    return replace(accuracy, consistency=0.0, smoothness=0.0, tolerance=None if accuracy.tolerance is None else 1.0)

@@ -25,6 +25,17 @@ class Propagator(Protocol):
         """
         ...
 
+    def tentative_step(self, layer: int, state: State) -> State:
+        """Take the fine step of one layer in a sweep that may turn out to be its last. `settle` tells that it was.
+
+        Forward this records the layer's graph, in place of an earlier one.
+        """
+        return self.last_step(layer, state, None)
+
+    def settle(self, layer: int) -> None:
+        """Note that the latest tentative step of this layer was its last. The adjoint adds the layer's parameter gradients."""
+        return
+
     def defer(self, layer: int, state: State) -> bool:
         """Note that the last sweep of the run which begins at this layer, with this state, is deferred.
 

@@ -47,6 +47,7 @@ class Convergence:
             exact by then. On coarse levels the problem itself changes from one iteration to the next.
         floor: norm of a residual that is rounding error only.
         status: how the solve went, with advice.
+        sweeps: with a rolling window, number of sweeps; otherwise None.
     """
 
     residuals: tuple[float, ...]
@@ -54,6 +55,7 @@ class Convergence:
     factors: tuple[tuple[float | None, ...], ...]
     floor: float
     status: Status
+    sweeps: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +71,8 @@ class ResidualShares:
             each iteration makes further intervals exact.
         exact: True if nothing was approximated: one level, or as many iterations as coarse intervals. The same on all workers.
         tolerance: the residual norm at which iterations were to stop; None if none was set. The same on all workers.
+        converged: True if iterations went on until all changes were within a tolerance. The same on all workers.
+        sweeps: with a rolling window, number of sweeps; otherwise None. The same on all workers.
     """
 
     squared: Tensor
@@ -77,6 +81,8 @@ class ResidualShares:
     informative: int = 0
     exact: bool = False
     tolerance: float | None = None
+    converged: bool = False
+    sweeps: int | None = None
 
     @property
     def flat(self) -> Tensor:
@@ -106,7 +112,8 @@ class ResidualShares:
             convergence_factor=rho,
             factors=tuple(_factors(table[last - 2], table[last - 1], floor) for table in tables) if last > 1 else (),
             floor=floor,
-            status=judge(residuals, rho, tolerance=self.tolerance, exact=self.exact, floor=floor),
+            status=judge(residuals, rho, tolerance=self.tolerance, exact=self.exact, converged=self.converged, floor=floor),
+            sweeps=self.sweeps,
         )
 
 
@@ -164,17 +171,26 @@ def _factors(former: Tensor, last: Tensor, floor: float) -> tuple[float | None, 
 
 
 def judge(
-    residuals: tuple[float, ...], rho: float | None, *, tolerance: float | None = None, exact: bool = False, floor: float = 0.0
+    residuals: tuple[float, ...],
+    rho: float | None,
+    *,
+    tolerance: float | None = None,
+    exact: bool = False,
+    converged: bool = False,
+    floor: float = 0.0,
 ) -> Status:
     """Return the status that follows from residual norms and their convergence factor.
 
     Args:
         tolerance: residual norm at which the solve counts as converged.
         exact: True if the solve approximated nothing.
+        converged: True if it went on until all changes were within a tolerance.
         floor: norm of a residual that is rounding error only.
     """
     if any(not math.isfinite(r) for r in residuals):
         return Status.NOT_FINITE
+    if converged:  # changes may grow at first
+        return Status.EXACT if exact else Status.CONVERGED
     if rho is not None and rho > 1:
         return Status.DIVERGING
     if exact:

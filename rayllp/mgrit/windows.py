@@ -27,7 +27,7 @@ from itertools import accumulate, groupby
 import torch
 from torch import Tensor
 
-from rayllp.channel.base import StateSpec
+from rayllp.channel.base import Channel, MessageTag, StateSpec
 from rayllp.errors import SettingsError
 from rayllp.mgrit.communicator import Communicator, PhaseListener
 from rayllp.mgrit.propagator import Propagator
@@ -345,22 +345,38 @@ class WindowSolver:
         return like(start, tuple(ends))
 
     def _gather(self, layers: Sequence[int], mine: dict[int, State], phase: str) -> list[State]:
-        """Return the increments of all these layers, in order. Summed in that order they give the same bits for any number of workers.
+        return gather(self.channel, self.placement, self.spec, layers, mine, self.tag, phase)
 
-        A worker with fewer of these layers than others also sends zeros, since all workers take part in every all-gather.
-        """
-        if self.channel.size == 1:
-            return [mine[layer] for layer in layers]
-        owners = [self.placement.owners[layer] for layer in layers]
-        most = max(owners.count(rank) for rank in set(owners))
-        own = [*mine.values(), *[self.spec.zeros()] * (most - len(mine))]
-        gathered = [self.channel.all_gather(increment, self.spec, self.tag.at(phase, place)) for place, increment in enumerate(own)]
-        taken = dict.fromkeys(owners, 0)
-        increments = []
-        for owner in owners:
-            increments.append(gathered[taken[owner]][owner])
-            taken[owner] += 1
-        return increments
+
+def gather(
+    channel: Channel, placement: Placement, spec: StateSpec, layers: Sequence[int], mine: dict[int, State], tag: MessageTag, phase: str
+) -> list[State]:
+    """Return the increments of all these layers, in order. Summed in that order they give the same bits for any number of workers.
+
+    A worker with fewer of these layers than others also sends zeros, since all workers take part in every all-gather.
+
+    Args:
+        placement: which worker owns which layer.
+        spec: shapes and dtypes of an increment.
+        layers: the layers, in the order in which a solve takes them.
+        mine: the increments of those that this worker owns, in the same order.
+        tag, phase: name the messages in errors.
+
+    Raises:
+        ChannelError: an increment did not come within the time limit, or a worker is gone.
+    """
+    if channel.size == 1:
+        return [mine[layer] for layer in layers]
+    owners = [placement.owners[layer] for layer in layers]
+    most = max(owners.count(rank) for rank in set(owners))
+    own = [*mine.values(), *[spec.zeros()] * (most - len(mine))]
+    gathered = [channel.all_gather(increment, spec, tag.at(phase, place)) for place, increment in enumerate(own)]
+    taken = dict.fromkeys(owners, 0)
+    increments = []
+    for owner in owners:
+        increments.append(gathered[taken[owner]][owner])
+        taken[owner] += 1
+    return increments
 
 
 def _pieces(tensor: Tensor, count: int, length: int) -> Tensor:

@@ -43,8 +43,8 @@ class Costs:
     def kinds(self, workers: int, open_layers: int = 0, close_layers: int = 0) -> dict[str, float]:
         """Return the seconds by kind of work or message, as schedules name the kinds.
 
-        Buffer layers count where the embedding and the head do. A deferred gradient of a layer's parameters alone takes as long as one with
-        the input's gradient, which is computed once more on the way.
+        Buffer layers count where the embedding and the head do. A deferred gradient of a layer's parameters alone takes as long as they add
+        to the input's gradient (`rayllp/engine/deferred_gradients.py`).
 
         At a window's end states are summed by an all-gather or, where that is faster, in pieces: an all-to-all and an all-gather of pieces,
         which together take as long as an all-reduce. A further state of each worker adds one more all-to-all, half of an all-reduce.
@@ -60,7 +60,8 @@ class Costs:
             "record": self.record,
             "input_gradient": self.input_gradient,
             "full_gradient": self.full_gradient,
-            "parameter_gradient": self.full_gradient,
+            "parameter_gradient": self.full_gradient - self.input_gradient,
+            "settle": self.full_gradient - self.input_gradient,
             "enter": self.enter + open_layers * self.record,
             "enter_gradient": open_layers * self.full_gradient + self.enter_gradient,
             "loss": close_layers * (self.record + self.full_gradient) + self.leave,

@@ -27,7 +27,9 @@ class Prediction:
     spans: tuple[tuple[Span, ...], ...]
 
 
-def predict_step(config: TrainConfig, accuracy: Accuracy, costs: Costs, *, microbatches: int = 1) -> float:
+def predict_step(
+    config: TrainConfig, accuracy: Accuracy, costs: Costs, *, microbatches: int = 1, sweeps: tuple[float, float] | None = None
+) -> float:
     """Return the length in seconds of a step's critical path, until the last worker has finished its update.
 
     Recomputation, gradient accumulation and replicas are not included.
@@ -37,25 +39,33 @@ def predict_step(config: TrainConfig, accuracy: Accuracy, costs: Costs, *, micro
         accuracy: how the step is solved.
         costs: those of a batch; for an exact step with layers in turn, those of a microbatch.
         microbatches: number of microbatches of an exact step with layers in turn.
+        sweeps: of a rolling window, forward and adjoint, as a run has counted them; None: as few as there can be.
     """
-    return _step(config, accuracy, costs, microbatches, None)
+    return _step(config, accuracy, costs, microbatches, None, sweeps)
 
 
-def predict(config: TrainConfig, accuracy: Accuracy, costs: Costs) -> Prediction:
+def predict(config: TrainConfig, accuracy: Accuracy, costs: Costs, *, sweeps: tuple[float, float] | None = None) -> Prediction:
     """Predict one step like `predict_step`, of a batch that is not divided into microbatches, and what each worker does in it."""
     spans: list[list[Span]] = [[] for _ in range(config.layer_workers)]
-    step_s = _step(config, accuracy, costs, 1, spans)
+    step_s = _step(config, accuracy, costs, 1, spans, sweeps)
     return Prediction(step_s, tuple(map(tuple, spans)))
 
 
-def _step(config: TrainConfig, accuracy: Accuracy, costs: Costs, microbatches: int, spans: Sequence[list[Span]] | None) -> float:
+def _step(
+    config: TrainConfig,
+    accuracy: Accuracy,
+    costs: Costs,
+    microbatches: int,
+    spans: Sequence[list[Span]] | None,
+    sweeps: tuple[float, float] | None,
+) -> float:
     """Return the seconds of a step, and append what each worker does to `spans`, if given."""
     workers, solved = config.layer_workers, config.solved_layers
     seconds, clocks = costs.kinds(workers, solved.start, config.model.layers - solved.stop), Clocks(workers, spans)
     if config.placement == "cyclic" and accuracy.serial:
         in_order_schedule(len(solved), workers, microbatches).replay(seconds, clocks)
     else:
-        forward, adjoint = schedules_of(config, accuracy)
+        forward, adjoint = schedules_of(config, accuracy, sweeps)
         clocks.spend(0, seconds["enter"], "enter")
         forward.replay(seconds, clocks)
         clocks.spend(workers - 1, seconds["loss"], "loss")

@@ -5,10 +5,11 @@ on any values, so its part can run alone: every message it receives is an empty 
 layers and workers counted from their own, are run once. `Schedule.replay` then gives each piece of work its time.
 """
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import replace
 from functools import lru_cache
-from itertools import pairwise
+from itertools import chain, pairwise, repeat
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from rayllp.control import Accuracy
 from rayllp.engine.in_order import InOrderStep, InOrderWork
 from rayllp.engine.step_solves import StepSolves
 from rayllp.mgrit import Communicator, DeferredRun, DeferredSweeps, Hierarchy, Level, MGRITSolver, Problem, Propagator, SolverOptions
+from rayllp.mgrit.rolling import RollingOptions, RollingProblem, RollingSolver
 from rayllp.mgrit.windows import WINDOW_END, Placement, WindowOptions, WindowProblem, WindowSolver
 from rayllp.plan.schedule import RunWork, Schedule, Work
 from rayllp.state import State
@@ -114,6 +116,13 @@ class _RecordedLayers(Propagator):
             return self._recorder.work("full_gradient", self._solve, layer)
         return self._recorder.work("record", self._solve, layer) if known is None else Nothing()
 
+    def tentative_step(self, layer: int, state: State) -> State:
+        return self._recorder.work("record" if self._solve == "forward" else "input_gradient", self._solve, layer)
+
+    def settle(self, layer: int) -> None:
+        if self._solve == "adjoint":
+            self._recorder.work("settle", self._solve, layer)
+
 
 class _RecordedWork(InOrderWork):
     """The work of an exact step with layers in turn, which is recorded."""
@@ -142,9 +151,31 @@ class _RecordedWork(InOrderWork):
         return False
 
 
-def schedules_of(config: TrainConfig, accuracy: Accuracy) -> tuple[Schedule, Schedule]:
-    """Return the forward and the adjoint schedule of a step that is solved by windows or MGRIT, or exactly over blocks of layers."""
+class _RecordedRolling(RollingSolver):
+    """A rolling window that rolls on by given numbers of layers, in turn and as far as there are any."""
+
+    strides: Iterator[int]
+
+    def stride(self, window: dict[int, Any], states: Sequence[State]) -> int:
+        return min(next(self.strides), len(window))
+
+    def _note_change(self, *_: object) -> None:
+        """There are no changes."""
+
+
+def schedules_of(config: TrainConfig, accuracy: Accuracy, sweeps: tuple[float, float] | None = None) -> tuple[Schedule, Schedule]:
+    """Return the forward and the adjoint schedule of a step that is solved by windows or MGRIT, or exactly over blocks of layers.
+
+    Args:
+        config, accuracy: how the step is solved.
+        sweeps: of a rolling window, forward and adjoint; None: as few as there can be. How many there are depends on the network.
+    """
     workers = config.layer_workers
+    if accuracy.tolerance is not None:
+        layers, length = len(config.solved_layers), config.longest_window
+        counts = (1, 1) if sweeps is None else (round(sweeps[0]), round(sweeps[1]))
+        recorded = [_record_rolling(layers, workers, length, *each) for each in zip(counts, ("forward", "adjoint"), strict=True)]
+        return recorded[0], recorded[1]
     if config.placement == "cyclic":
         layers, windows = len(config.solved_layers), accuracy.windows
         assert windows is not None
@@ -194,6 +225,31 @@ def _record_windows(layers: int, workers: int, windows: tuple[int, ...], sweeps:
     # Workers do the same if all their layers are in the same windows. A window of a single layer is on one worker alone.
     window_of = [number for number, window in enumerate(placement.windows(windows)) for _ in window]
     return _of_all(record, range(workers), [tuple(window_of[rank::workers]) for rank in range(workers)])
+
+
+@lru_cache(maxsize=1024)
+def _record_rolling(layers: int, workers: int, length: int, sweeps: int, name: str) -> Schedule:
+    """Return the schedule of a solve by a rolling window, of layers in turn, with strides as equal as this number of sweeps allows.
+
+    It takes more sweeps if the window is too short for so few.
+    """
+    source = workers - 1 if name == "adjoint" else 0
+
+    def record(rank: int) -> tuple[RunWork, tuple[RunWork, ...]]:
+        recorder = _Recorder(rank, workers, rank)
+        problem = RollingProblem(Placement.cyclic(layers, workers), length, _RecordedLayers(recorder, name), SPEC, name == "adjoint")
+        solver = _RecordedRolling(problem, RollingOptions(tolerance=1.0), Communicator(recorder, MessageTag(0, name)), recorder.enter)
+        solver.strides = chain((len(part) for part in _equal_parts(layers, sweeps)), repeat(length))
+        solver.solve(Nothing() if rank == source else None, source)
+        return recorder.collect(), ()
+
+    return _of_all(record, range(workers), list(range(workers)))
+
+
+def _equal_parts(count: int, parts: int) -> list[range]:
+    """Return `count` numbers in so many parts, whose lengths differ by at most one."""
+    cuts = [count * part // parts for part in range(parts + 1)]
+    return [range(*pair) for pair in pairwise(cuts)]
 
 
 @lru_cache(maxsize=64)

@@ -20,8 +20,8 @@ class Work(NamedTuple):
     """A piece of work of one worker.
 
     Attributes:
-        kind: a part of a step (see `Costs.kinds`), where parameter_gradient means that this work is deferred; or a message: send, receive,
-            broadcast, or one of `MEETINGS`; or finish, which does all deferred work.
+        kind: a part of a step (see `Costs.kinds`), where parameter_gradient means that this work is deferred, and settle the same work done
+            now; or a message: send, receive, broadcast, or one of `MEETINGS`; or finish, which does all deferred work.
         solve: forward or adjoint; enter or loss for these two parts.
         phase, level: of the cycle, as in `Span`.
         layer: the layer, counted from the worker's first one; 0 for messages and for the ends of the network.

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from rayllp.config import load_run_config
-from rayllp.control.records import FITTED
+from rayllp.control.records import ROLLING
 from rayllp.errors import SettingsError
 from rayllp.plan import Device, MGRITSolve, Option, Plan, Solve, WindowSolve
 from rayllp.report.progress import tell
@@ -49,8 +49,8 @@ def _biases_of(run: Path) -> list[tuple[Solve, float]]:
         elif metric["bias"] is not None and metric["mode"] == "parallel" and (before is None or before["mode"] == "parallel"):
             bias = math.inf if math.isnan(float(metric["bias"])) else float(metric["bias"])
             levels = config.mgrit.levels
-            if (metric.get("probed") or "").endswith(FITTED):
-                pass  # windows of several lengths, which are no option of the planner
+            if metric.get("probed") == ROLLING:
+                pass  # whose sweeps differ from step to step, and which is no option of the planner
             elif config.solver == "windows":
                 biases.append((WindowSolve(config.longest_window, *iterations), bias))
             elif levels.forward == levels.backward:

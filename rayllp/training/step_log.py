@@ -7,6 +7,7 @@ from typing import Any
 
 from rayllp.config import TrainConfig
 from rayllp.control import Accuracy, Controller, Decision, ProbePlan
+from rayllp.control.records import ROLLING
 from rayllp.engine import StepStats
 from rayllp.mgrit import Convergence
 from rayllp.report import Journal, RunDirectory
@@ -139,6 +140,8 @@ class StepLog:
         if not timed or len(timed) < self.config.world:  # timelines of lost workers are missing
             return
         kind = {name: metric[name] for name in ("mode", "solve", "iterations_forward", "iterations_backward")}
+        if kind["solve"] == ROLLING:  # whose sweeps differ from step to step
+            kind |= {"iterations_forward": None, "iterations_backward": None}
         key = (*kind.values(), self.config.world, self.config.model.layers)
         self._drawn[key] += 1
         self._run.timeline(metric["step"], kind, timed, spans=self._drawn[key] <= STEPS_WITH_SPANS)
@@ -171,7 +174,7 @@ class StepLog:
     def _observe(self, stats: StepStats) -> None:
         found, before = stats.findings, self.controller.chosen
         decision = self.controller.observe(stats.step, found)
-        if before.windows != self.controller.chosen.windows:
+        if before.tolerance != self.controller.chosen.tolerance:
             self.times.forget_speed(but="serial")
         advice = {way: solve.status.value if solve else "" for way, solve in _solves(stats).items()}
         measured = {name: getattr(found, name) for name in ("rho_forward", "rho_backward", "bias", "noise", "loss_gap")}
@@ -181,9 +184,7 @@ class StepLog:
         if decision:
             if self.config.switch_step is None or decision.step < self.config.switch_step:
                 self.why_exact = decision.reason if decision.mode == "serial" else None
-            windows = self.controller.chosen.windows
-            if windows is not None:
-                details["windows"], details["sweeps"] = list(windows.lengths), list(windows.sweeps)
+            details["tolerance"] = self.controller.chosen.tolerance
             self._journal.event(
                 decision.step, "switch", to=decision.mode, rung=decision.rung, trying=decision.trying, reason=decision.reason, **details
             )
@@ -194,15 +195,17 @@ class StepLog:
         if plan is not None and not accuracy.serial:
             accuracy = accuracy.doubled()
         found, compared = stats.findings, stats.comparison
+        watched = plan is not None or accuracy.tolerance is None  # a rolling window yields ρ in every step, which is of interest in probes
         return {
             "step": stats.step, "loss": stats.loss, "mode": accuracy.mode, "solve": accuracy.name,
             "probed": probed,
-            "iterations_forward": None if accuracy.serial else accuracy.iterations_forward,
-            "iterations_backward": None if accuracy.serial else accuracy.iterations_backward,
-            "rho_forward": found.rho_forward, "rho_backward": found.rho_backward,
+            "iterations_forward": _iterations(accuracy, accuracy.iterations_forward, stats.forward),
+            "iterations_backward": _iterations(accuracy, accuracy.iterations_backward, stats.adjoint),
+            "rho_forward": found.rho_forward if watched else None, "rho_backward": found.rho_backward if watched else None,
             "rho_by_point": None if plan is None else _rho_by_point(stats),
             "bias": found.bias, "cosine": compared.cosine if compared else None, "noise": found.noise,
             "loss_gap": found.loss_gap,
+            "tolerance": accuracy.tolerance,
             "bias_by_layer": compared.by_layer if compared else None,
             "bias_against": ("exact" if plan.exact or accuracy.serial else "doubled") if plan is not None and compared else None,
             "consistency": stats.consistency, "consistency_weight": accuracy.consistency or None,
@@ -210,6 +213,13 @@ class StepLog:
             "lr": stats.lr, "step_time_s": stats.time_s, "tokens": stats.tokens,
             "tokens_per_s": stats.tokens / max(stats.time_s, 1e-9), "mfu": None, "workers": self.config.world,
         }  # fmt: skip
+
+
+def _iterations(accuracy: Accuracy, count: int, solve: Convergence | None) -> int | None:
+    """Return the number of iterations in one direction, of a rolling window that of its sweeps; None for an exact step."""
+    if accuracy.serial:
+        return None
+    return count if solve is None or solve.sweeps is None else solve.sweeps
 
 
 def _rho_by_point(stats: StepStats) -> dict[str, list[list[float | None]]] | None:

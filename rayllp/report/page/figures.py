@@ -295,7 +295,7 @@ def _iterations(runs: Sequence[RunRecord]) -> Chart | None:
             if len(x):
                 curves.append(Curve(name=name, run=number, x=x, y=y, kind="steps", dash=dash))  # type: ignore[arg-type]
     caption = (
-        "Of the forward and the adjoint solve; 0 is serial, and exact. Of fitted windows it is the most that one takes. "
+        "Of the forward and the adjoint solve; 0 is serial, and exact. Of a rolling window it is the number of sweeps. "
         "Probes, which do more of them, are left out."
     )
     return _chart(runs, "iterations", "Iterations in use", curves, caption=caption, y_label="iterations", zero=True, whole=True)

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
-from rayllp.control.records import FITTED
+from rayllp.control.records import ROLLING
 from rayllp.report.page.records import RunRecord
 from rayllp.timeline import KINDS, Span
 
@@ -56,8 +56,8 @@ def describe_kind(line: dict[str, Any]) -> str:
     """Return in words what kind of step a line of timeline.jsonl describes."""
     forward, backward, workers = line["iterations_forward"], line["iterations_backward"], len(line["workers"])
     how = "serial" if line["mode"] == "serial" else f"{forward} forward + {backward} backward iterations"
-    if line.get("solve", "").endswith(FITTED):
-        how = f"fitted windows, {line['solve'].removesuffix(FITTED)} sweeps"
+    if line.get("solve") == ROLLING:
+        how = "rolling window"
     return f"{how}, {workers} worker{'' if workers == 1 else 's'}"
 
 
