@@ -10,7 +10,9 @@ from rayllp.channel.base import StateSpec
 from rayllp.errors import SettingsError
 from rayllp.mgrit import Communicator, Status
 from rayllp.mgrit.rolling import RollingOptions, RollingProblem, RollingSolver
+from rayllp.mgrit.shares import Pieces, shares_of
 from rayllp.mgrit.windows import Placement
+from rayllp.state import combine, squared_norm, tensors
 from tests.conftest import how_it_went
 from tests.test_windows import TAG, Layers, N, serial, start, weights
 
@@ -135,6 +137,45 @@ def test_the_bits_do_not_depend_on_the_number_of_workers(tolerance):
     assert all(torch.equal(output, found[0][0]) for output, *_ in found)
     assert {went.sweeps for *_, went in found} == {found[0][4].sweeps}
     assert len({went.convergence_factor for *_, went in found if went.convergence_factor}) <= 2  # sums in another order
+
+
+@pytest.mark.parametrize("workers", [2, 3, 5, 7])
+@pytest.mark.parametrize("length", [3, 6, 16])
+def test_large_states_are_added_up_in_pieces_to_the_same_bits(workers, length, monkeypatch):
+    wanted = solve(1, length, 0.03, scale=4.0)
+    monkeypatch.setattr("rayllp.mgrit.shares.IN_PIECES_BYTES", 0)
+    output, last, settled, _, went = solve(workers, length, 0.03, scale=4.0)
+    assert torch.equal(output, wanted[0])
+    assert all(torch.equal(state, wanted[1][layer]) for layer, state in last.items())
+    assert settled == wanted[2]
+    assert went.sweeps == wanted[4].sweeps
+    assert went.convergence_factor == pytest.approx(wanted[4].convergence_factor, rel=1e-9)
+
+
+@pytest.mark.parametrize("shapes", [[(3, 2, 5)], [(7,), (2, 4)], [()], [(1, 3), (0, 4)]])
+def test_any_state_can_be_cut_into_pieces(shapes, monkeypatch):
+    """Of several tensors of several types, without dimensions, or with fewer rows than there are workers."""
+    monkeypatch.setattr("rayllp.mgrit.shares.IN_PIECES_BYTES", 0)
+    dtypes = [torch.float32, torch.bfloat16]
+    parts = [torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype) for shape, dtype in zip(shapes, dtypes, strict=False)]
+    state = parts[0] if len(parts) == 1 else tuple(parts)
+
+    def work(channel):
+        shares = shares_of(Communicator(channel, TAG), Placement.cyclic(4, 3), StateSpec.of(state))
+        mine = {layer: combine(lambda part, layer=layer: part * (layer + 1), state) for layer in range(4) if layer % 3 == channel.rank}
+        increments = shares.of_increments(range(4), mine, "one")
+        states = [shares.rows(state), *increments]
+        norms = [squared_norm(each).view(1) for each in states[:-1]]
+        return isinstance(shares, Pieces), shares.of_states(range(4), states, norms, "two")
+
+    for rank, (in_pieces, (inputs, last, sums)) in enumerate(run_workers(3, work)):
+        assert in_pieces
+        assert all(torch.equal(*pair) for pair in zip(tensors(last), [part * 4 for part in parts], strict=True))
+        assert [each is not None for each in inputs] == [layer % 3 == rank for layer in range(4)]
+        if rank == 0:  # the states before layers 0 and 3
+            assert all(torch.equal(*pair) for pair in zip(tensors(inputs[0]), parts, strict=True))
+            assert all(torch.equal(*pair) for pair in zip(tensors(inputs[3]), [part * 3 for part in parts], strict=True))
+        assert sums[0][0] == pytest.approx(float(squared_norm(state)), rel=1e-6)
 
 
 def test_the_adjoint_goes_from_the_last_layer_to_the_first():

@@ -25,7 +25,9 @@ The adjoint is the same solve from the other end. What changes in λ is a relati
 damped by the layers' normalisation, so the adjoint's tolerance is ADJOINT_TOLERANCE times as large: of four ratios that one gave the most
 accurate gradients in a given time, on four trained networks.
 
-All workers come to the same decisions, since each has all increments and does the same arithmetic with them.
+The arithmetic of a sweep, sums, secants and norms, is done by every worker for all rows of the states, after one all-gather of increments;
+or, where states are large, by each worker for its share of the rows, with an exchange of these before and after (`shares.py`). Either way
+all workers come to the same decisions.
 """
 
 from collections import deque
@@ -40,7 +42,8 @@ from rayllp.errors import SettingsError
 from rayllp.mgrit.communicator import Communicator, PhaseListener
 from rayllp.mgrit.propagator import Propagator
 from rayllp.mgrit.result import ResidualShares, Solution, squared_rounding
-from rayllp.mgrit.windows import Placement, gather
+from rayllp.mgrit.shares import EXCHANGE, shares_of
+from rayllp.mgrit.windows import Placement
 from rayllp.state import State, add, combine, squared_norm, subtract
 
 ADJOINT_TOLERANCE = 4.0
@@ -102,14 +105,16 @@ class _Place:
     """A layer of the window. Layers are counted in the order in which the solve takes them.
 
     Attributes:
-        state: its input as it is known so far.
-        before: input and increment of its latest evaluation; None if there is none.
+        input: its input as it is known so far, on the worker that owns it; elsewhere it may be None.
+        rows: this worker's share of the input's rows.
+        before: the same of input and increment at its latest evaluation; None if there is none.
         changes: squared norms of what sweeps have changed in its input, first one first.
     """
 
-    state: State
+    input: State | None
+    rows: State
     before: tuple[State, State] | None = None
-    changes: tuple[Tensor, ...] = ()
+    changes: tuple[float, ...] = ()
 
 
 class RollingSolver:
@@ -131,94 +136,104 @@ class RollingSolver:
         self.on_phase = on_phase or (lambda phase, level: None)
         layers = range(len(problem.placement.owners))
         self._order: Sequence[int] = layers[::-1] if problem.adjoint else layers
+        self._share = shares_of(communicator, problem.placement, problem.spec)
         self._settled: deque[int] = deque()  # this worker's layers with work left that no other worker waits for
         self.sweeps = 0
-        # Squared norms of this worker's layers' first and second changes, of layers with both, and the part of rounding in the first.
-        self._changes = torch.zeros(2, dtype=torch.float64, device=self.spec.device)
-        self._squared_floor = torch.zeros((), dtype=torch.float64, device=self.spec.device)
-        self._measured = False
+        # Squared norms of the first and second changes of all layers with both, and the part of rounding in the first, summed over layers.
+        self._changes, self._squared_floor, self._measured = [0.0, 0.0], 0.0, False
 
     def solve(self, initial: State | None, source: int) -> Solution:
         """Solve from state `initial`, which worker `source` has. Every worker gets the output."""
-        state = self.channel.broadcast(initial, self.spec, source, self.tag.at("broadcast", 0))
+        entering = self.channel.broadcast(initial, self.spec, source, self.tag.at("broadcast", 0))
         window: dict[int, _Place] = {}
-        front, entering, strides = 0, state, 0
+        front, strides = 0, 0
         while front < len(self._order):
-            stop = min(front + self.length, len(self._order))
-            for place in range(front, stop):
-                window.setdefault(place, _Place(entering))
-            states = self._sweep(window)
-            stride = self.stride(window, states)
+            for place in range(front, min(front + self.length, len(self._order))):
+                window.setdefault(place, _Place(entering, self._share.rows(entering)))
+            stride, entering = self._sweep(window)
             strides += stride > 1
             for place in range(front, front + stride):
                 self._settle(place, window.pop(place))
-            for place, known in window.items():
-                known.state = states[place - front]
             front += stride
-            entering = states[-1]
         while self._settle_one():
             pass
-        shares = ResidualShares(
-            squared=self._changes if self._measured else self._changes[:0],
-            squared_floor=self._squared_floor,
-            informative=2,
-            exact=not strides or not self.options.tolerance,
-            converged=True,
-            sweeps=self.sweeps,
-        )
-        return Solution(output=entering, residuals=shares)
+        return Solution(output=entering, residuals=self._residuals(exact=not strides or not self.options.tolerance))
 
-    def _sweep(self, window: dict[int, _Place]) -> list[State]:
-        """Evaluate all layers of the window. Returns their new inputs, and the state after the window."""
+    def _sweep(self, window: dict[int, _Place]) -> tuple[int, State]:
+        """Evaluate all layers of the window, and give them new inputs. Returns by how many layers it rolls on, and the state behind it."""
         self.on_phase("sweep", 0)
         layers = [self._order[place] for place in window]
         mine = {
-            self._order[place]: subtract(self.propagator.tentative_step(self._order[place], known.state), known.state)
+            self._order[place]: self._increment(self._order[place], known.input)
             for place, known in window.items()
             if self._owner(place) == self.channel.rank
         }
         if not mine:  # at the network's ends, while other workers evaluate theirs
             self._settle_one()
         # The first place is part of the tag, so workers that have come to different decisions do not go on.
-        phase = f"sweep {self.sweeps} from {min(window)}"
-        increments = gather(self.channel, self.placement, self.spec, layers, mine, self.tag, phase)
+        phase = f"{EXCHANGE} {self.sweeps} from {min(window)}"
+        increments = self._share.of_increments(layers, mine, phase)
         self.sweeps += 1
-        states = [next(iter(window.values())).state]
-        for (place, known), increment in zip(window.items(), increments, strict=True):
-            state, response = states[-1], increment
+        states = self._add_up(list(window.values()), increments)
+        norms = [self._squares(known, *each) for known, *each in zip(window.values(), states, increments, strict=False)]
+        inputs, entering, squares = self._share.of_states(layers, states, norms, phase)
+        stride = self.stride([tuple(row) for row in squares])
+        for (place, known), rows, new, (change, _, rounding) in zip(window.items(), states, inputs, squares, strict=False):
+            if place > min(window):
+                self._note_change(known, change, rounding)
+            known.input, known.rows = new, rows
+        return stride, entering
+
+    def _increment(self, layer: int, state: State | None) -> State:
+        assert state is not None
+        return subtract(self.propagator.tentative_step(layer, state), state)
+
+    def _add_up(self, window: Sequence[_Place], increments: Sequence[State]) -> list[State]:
+        """Return the new inputs of the window's layers, and the state behind it: of all these, this worker's share of the rows."""
+        states = [window[0].rows]
+        for known, increment in zip(window, increments, strict=True):
+            response = increment
             if known.before is not None and len(states) > 1:
-                error, step = subtract(state, known.state), subtract(known.state, known.before[0])
+                error, step = subtract(states[-1], known.rows), subtract(known.rows, known.before[0])
                 response = combine(_with_secant, increment, subtract(increment, known.before[1]), error, step)
-            states.append(add(state, response))
-            known.before = known.state, increment
-            if len(states) > 2:
-                self._note_change(place, known, states[-2], increment)
+            states.append(add(states[-1], response))
+            known.before = known.rows, increment
         return states
 
-    def stride(self, window: dict[int, _Place], states: Sequence[State]) -> int:
+    def _squares(self, known: _Place, state: State, increment: State) -> Tensor:
+        """Return squared norms of this worker's rows: of the change of a layer's input, of the new input, and of its rounding error."""
+        change = subtract(state, known.rows)
+        return torch.stack([squared_norm(change), squared_norm(state), squared_rounding(state, increment, self.options.rounding)])
+
+    def stride(self, squares: Sequence[tuple[float, ...]]) -> int:
         """Return by how many layers the window rolls on.
 
         Args:
-            window: the places of the window, with the inputs at which they were evaluated.
-            states: their new inputs.
+            squares: squared norms of the change of each layer's input, and of the input.
         """
-        _, *later = window.values()
-        if not later:
-            return 1
-        changes = torch.stack([known.changes[-1] for known in later])
-        limits = torch.stack([squared_norm(state) for state in states[1 : len(window)]]) * self.options.tolerance**2
-        small = (changes <= limits).tolist()
+        small = [change <= self.options.tolerance**2 * norm for change, norm, *_ in squares[1:]]
         return 1 + next((place for place, holds in enumerate(small) if not holds), len(small))
 
-    def _note_change(self, place: int, known: _Place, state: State, increment: State) -> None:
+    def _note_change(self, known: _Place, change: float, rounding: float) -> None:
         """Note what the latest sweep changes in a layer's input, and add its first two changes to `_changes` once there are both."""
-        known.changes = (*known.changes, squared_norm(subtract(state, known.state)))
-        if len(known.changes) != 2:
-            return
-        self._measured = True
-        if self._owner(place) == self.channel.rank:
-            self._changes += torch.stack(known.changes)
-            self._squared_floor += squared_rounding(state, increment, self.options.rounding)
+        known.changes = (*known.changes, change)
+        if len(known.changes) == 2:
+            self._measured = True
+            self._changes = [total + own for total, own in zip(self._changes, known.changes, strict=True)]
+            self._squared_floor += rounding
+
+    def _residuals(self, *, exact: bool) -> ResidualShares:
+        """Return how the solve went; all of it on the first worker, since every worker knows it."""
+        mine = self.channel.rank == 0
+        found = torch.tensor([*self._changes, self._squared_floor], dtype=torch.float64, device=self.spec.device) * mine
+        return ResidualShares(
+            squared=found[:2] if self._measured else found[:0],
+            squared_floor=found[2],
+            informative=2,
+            exact=exact,
+            converged=True,
+            sweeps=self.sweeps,
+        )
 
     # Work that no other worker waits for ----------------------------------------------------------------------------------------------
 

@@ -47,7 +47,8 @@ class Costs:
         to the input's gradient (`rayllp/engine/deferred_gradients.py`).
 
         At a window's end states are summed by an all-gather or, where that is faster, in pieces: an all-to-all and an all-gather of pieces,
-        which together take as long as an all-reduce. A further state of each worker adds one more all-to-all, half of an all-reduce.
+        which together take as long as an all-reduce. A further state of each worker adds one more all-to-all, half of an all-reduce. A
+        sweep of a rolling window takes an all-gather, or all-to-alls of one state and of two.
 
         Args:
             workers: number of workers.
@@ -69,6 +70,7 @@ class Costs:
             "all_gather": all_gather,
             "sum": min(all_gather, all_reduce),
             "further_sum": min(all_gather, all_reduce / 2),
+            "exchange": min(all_gather, all_reduce * 3 / 2),
         }
 
 

@@ -9,7 +9,6 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from itertools import chain, pairwise, repeat
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +20,7 @@ from rayllp.engine.in_order import InOrderStep, InOrderWork
 from rayllp.engine.step_solves import StepSolves
 from rayllp.mgrit import Communicator, DeferredRun, DeferredSweeps, Hierarchy, Level, MGRITSolver, Problem, Propagator, SolverOptions
 from rayllp.mgrit.rolling import RollingOptions, RollingProblem, RollingSolver
+from rayllp.mgrit.shares import EXCHANGE
 from rayllp.mgrit.windows import WINDOW_END, Placement, WindowOptions, WindowProblem, WindowSolver
 from rayllp.plan.schedule import RunWork, Schedule, Work
 from rayllp.state import State
@@ -80,6 +80,8 @@ class _Recorder(Channel):
     def all_gather(self, state: State, spec: StateSpec, tag: MessageTag) -> list[State]:
         # At a window's end states are summed. A worker with several layers of the window takes part once for each of them.
         kind = "all_gather" if tag.phase != WINDOW_END else "further_sum" if tag.level else "sum"
+        if tag.phase.startswith(EXCHANGE):
+            kind = "exchange"
         return [self.other(kind, tag.solve)] * self.size
 
     def arrived(self, spec: StateSpec, source: int) -> bool:
@@ -156,11 +158,8 @@ class _RecordedRolling(RollingSolver):
 
     strides: Iterator[int]
 
-    def stride(self, window: dict[int, Any], states: Sequence[State]) -> int:
-        return min(next(self.strides), len(window))
-
-    def _note_change(self, *_: object) -> None:
-        """There are no changes."""
+    def stride(self, squares: Sequence[tuple[float, ...]]) -> int:
+        return min(next(self.strides), len(squares))
 
 
 def schedules_of(config: TrainConfig, accuracy: Accuracy, sweeps: tuple[float, float] | None = None) -> tuple[Schedule, Schedule]:

@@ -12,7 +12,7 @@ from rayllp.timeline import Span
 
 ENDS = ("enter", "loss")
 """Kinds of work at the ends of the network, which belong to no layer of the solve."""
-MEETINGS = ("all_gather", "sum", "further_sum")
+MEETINGS = ("all_gather", "sum", "further_sum", "exchange")
 """Kinds of messages in which all workers take part at once."""
 
 

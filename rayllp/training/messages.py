@@ -43,10 +43,8 @@ def describe_layout(config: TrainConfig) -> str:
     """Return which layers each worker has, in words."""
     replicas = f" × {config.mesh.data} replicas" if config.mesh.data > 1 else ""
     if config.placement == "cyclic":
-        windows = (
-            f"a rolling window of {config.longest_window}" if config.rolls else f"windows of {lengths_in_words(config.window_lengths)}"
-        )
-        return f"{config.layer_workers} workers take layers in turn, {windows}{replicas}"
+        rolling, fixed = f"a rolling window of {config.longest_window}", f"windows of {lengths_in_words(config.window_lengths)}"
+        return f"{config.layer_workers} workers take layers in turn, {rolling if config.rolls else fixed}{replicas}"
     return f"{config.layer_workers} blocks {listed(config.blocks, '/')}{replicas}"
 
 

@@ -1,0 +1,172 @@
+"""Who does the arithmetic of a window's sweep: every worker for all rows of the states, or each for its share of them.
+
+A row is what a state has along its last dimension: the values of one token. What is added up and compared between layers is so row by row.
+"""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from rayllp.channel.base import StateSpec
+from rayllp.mgrit.communicator import Communicator
+from rayllp.mgrit.windows import IN_PIECES_BYTES, Placement, gather
+from rayllp.state import State, combine, like, tensors
+
+EXCHANGE = "exchange"
+"""Begins the phase of a sweep's messages."""
+
+
+class Shares(Protocol):
+    """One worker's part in the arithmetic of sweeps. All workers call `of_increments`, then `of_states`, for each sweep."""
+
+    def rows(self, state: State) -> State:
+        """Return this worker's rows of a state."""
+        ...
+
+    def of_increments(self, layers: Sequence[int], mine: dict[int, State], phase: str) -> list[State]:
+        """Return this worker's rows of the increments of all layers, in order.
+
+        Args:
+            layers: the window's layers.
+            mine: the increments of those that this worker owns, in the same order.
+            phase: names the messages in errors.
+        """
+        ...
+
+    def of_states(
+        self, layers: Sequence[int], states: Sequence[State], norms: Sequence[Tensor], phase: str
+    ) -> tuple[list[State | None], State, list[list[float]]]:
+        """Return the states of this worker's layers, the state after all layers, and sums over all rows.
+
+        Args:
+            layers: the window's layers.
+            states: this worker's rows of the state before each layer, and after the last.
+            norms: for each layer numbers that are sums over this worker's rows; float64.
+            phase: names the messages in errors.
+
+        Returns: the states in the order of the layers, None for other workers' layers; the state after the last; the summed norms.
+        """
+        ...
+
+
+def shares_of(communicator: Communicator, placement: Placement, spec: StateSpec) -> Shares:
+    """Return the way that takes less time: for small states the number of messages counts, for large ones that of bytes."""
+    size = communicator.channel.size
+    state_bytes = sum(shape.numel() * dtype.itemsize for shape, dtype in zip(spec.shapes, spec.dtypes, strict=True))
+    return (Pieces if size > 1 and (size - 1) * state_bytes > IN_PIECES_BYTES else Whole)(communicator, placement, spec)
+
+
+class Whole(Shares):
+    """Every worker does all of it, after one all-gather of increments."""
+
+    def __init__(self, communicator: Communicator, placement: Placement, spec: StateSpec) -> None:
+        self._channel, self._tag, self._placement, self._spec = communicator.channel, communicator.tag, placement, spec
+
+    def rows(self, state: State) -> State:
+        return state
+
+    def of_increments(self, layers: Sequence[int], mine: dict[int, State], phase: str) -> list[State]:
+        return gather(self._channel, self._placement, self._spec, layers, mine, self._tag, phase)
+
+    def of_states(
+        self, layers: Sequence[int], states: Sequence[State], norms: Sequence[Tensor], phase: str
+    ) -> tuple[list[State | None], State, list[list[float]]]:
+        return [*states[:-1]], states[-1], torch.stack(list(norms)).tolist()
+
+
+class Pieces(Shares):
+    """Each of P workers does the arithmetic of 1/P of the rows.
+
+    A worker then sends about three states in a sweep, by two exchanges of all with all, instead of P − 1 by one. The sums of norms are
+    taken in order of rank, so they have the same bits on all workers.
+    """
+
+    def __init__(self, communicator: Communicator, placement: Placement, spec: StateSpec) -> None:
+        self._channel, self._tag, self._placement, self._spec = communicator.channel, communicator.tag, placement, spec
+        self._rank, self._size = self._channel.rank, self._channel.size
+        self._cuts = [_Cut(shape, dtype, self._size) for shape, dtype in zip(spec.shapes, spec.dtypes, strict=True)]
+
+    def rows(self, state: State) -> State:
+        return like(state, tuple(cut.pieces(part)[self._rank] for cut, part in zip(self._cuts, tensors(state), strict=True)))
+
+    def of_increments(self, layers: Sequence[int], mine: dict[int, State], phase: str) -> list[State]:
+        owners, most = self._owners(layers)
+        own = [*mine.values(), *[self._spec.zeros()] * (most - len(mine))]
+        cut = [[cut.pieces(part) for cut, part in zip(self._cuts, tensors(state), strict=True)] for state in own]
+        leaving = [[pieces[worker] for state in cut for pieces in state] for worker in range(self._size)]
+        given = self._exchange(leaving, f"{phase}, increments")
+        taken, found = dict.fromkeys(owners, 0), []
+        for owner in owners:
+            first = taken[owner] * len(self._cuts)
+            found.append(self._spec.build(given[owner][first : first + len(self._cuts)]))
+            taken[owner] += 1
+        return found
+
+    def of_states(
+        self, layers: Sequence[int], states: Sequence[State], norms: Sequence[Tensor], phase: str
+    ) -> tuple[list[State | None], State, list[list[float]]]:
+        owners, most = self._owners(layers)
+        table, last = torch.stack(list(norms)), states[-1]
+        leaving = []
+        for worker in range(self._size):
+            theirs = [state for state, owner in zip(states, owners, strict=False) if owner == worker]
+            theirs += [combine(torch.zeros_like, last)] * (most - len(theirs))
+            leaving.append([table, *(part for state in (last, *theirs) for part in tensors(state))])
+        given = self._exchange(leaving, f"{phase}, states")
+        # From each worker: its table, then its rows of the last state and of this worker's states.
+        sums = torch.stack([parts[0] for parts in given]).sum(0).tolist()
+        count = len(self._cuts)
+        whole = [self._joined([parts[first : first + count] for parts in given]) for first in range(1, 1 + (1 + most) * count, count)]
+        own = iter(whole[1:])
+        return [next(own) if owner == self._rank else None for owner in owners], whole[0], sums
+
+    def _owners(self, layers: Sequence[int]) -> tuple[list[int], int]:
+        """Return the owner of each layer, and how many a worker owns at most."""
+        owners = [self._placement.owners[layer] for layer in layers]
+        return owners, max(owners.count(worker) for worker in set(owners))
+
+    def _joined(self, rows: Sequence[Sequence[Tensor]]) -> State:
+        """Return the state whose rows the workers have sent, in order of rank."""
+        return self._spec.build([cut.joined([parts[place] for parts in rows]) for place, cut in enumerate(self._cuts)])
+
+    def _exchange(self, parts: Sequence[Sequence[Tensor]], phase: str) -> list[list[Tensor]]:
+        """Send tensors to each worker, and return those that each has sent here. All lists are alike but for their values."""
+        found = self._channel.all_to_all([torch.cat([_bytes(part) for part in each]) for each in parts], self._tag.at(phase, 0))
+        likes = parts[self._rank]
+        sizes = [part.numel() * part.dtype.itemsize for part in likes]
+        # A copy of each, since a tensor of a wider type may not begin at any byte.
+        return [
+            [piece.clone().view(part.dtype).view(part.shape) for piece, part in zip(message.split(sizes), likes, strict=True)]
+            for message in found
+        ]
+
+
+class _Cut:
+    """How a tensor of a state is cut into rows, and these into a piece for each worker.
+
+    Args:
+        shape, dtype: of the tensor.
+        workers: number of pieces.
+    """
+
+    def __init__(self, shape: torch.Size, dtype: torch.dtype, workers: int) -> None:
+        self._shape, self._workers = shape, workers
+        self._width = shape[-1] if shape else 1
+        self._rows = shape.numel() // self._width if self._width else 0
+        self._length = -(-self._rows // workers)
+
+    def pieces(self, tensor: Tensor) -> Tensor:
+        """Return the pieces, the last ones with zeros in place of missing rows; shape (workers, rows, width)."""
+        flat = tensor.detach().reshape(self._rows, self._width)
+        missing = self._length * self._workers - self._rows
+        return torch.nn.functional.pad(flat, (0, 0, 0, missing)).view(self._workers, self._length, self._width)
+
+    def joined(self, pieces: Sequence[Tensor]) -> Tensor:
+        """Return the tensor from its pieces."""
+        return torch.cat(list(pieces))[: self._rows].view(self._shape)
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().view(-1).view(torch.uint8)
