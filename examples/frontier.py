@@ -648,7 +648,7 @@ def ablations(results: list[dict[str, Any]]) -> str:
 
 
 COLOURS = {
-    "serial": "#1f77b4", "adaptive": "#2ca02c", "adaptive 16": "#d62728", "one norm": "#bcbd22", "one norm 16": "#ff7f0e",
+    "serial": "#1f77b4", "adaptive": "#2ca02c", "adaptive 16": "#d62728", "fitted": "#bcbd22", "fitted 16": "#ff7f0e",
     "ladder": "#98df8a", "ladder 16": "#ff9896",
 }  # fmt: skip
 """Of the ways that the legend names; the others are grey: fixed solves with exact ends of several lengths."""

@@ -347,6 +347,9 @@ def test_a_window_that_stays_inaccurate_or_takes_as_long_as_exact_steps_is_given
     slow = open_controller()
     assert slow.observe(0, rolled(0.9, sweeps=(18, 15))).trying == "rolling"  # 36 of 43
     assert slow.observe(1, rolled(0.9, sweeps=(20, 17))).rung == "serial"  # 40 of 43
+    accurate = open_controller()
+    assert "20 + 19 sweeps take 0.98 of an exact step's time" in accurate.observe(0, rolled(0.1, sweeps=(20, 19))).reason
+    assert accurate.serial
     broken = open_controller()
     assert broken.observe(0, rolled(math.nan)).rung == "serial"
 

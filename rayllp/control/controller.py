@@ -257,6 +257,9 @@ class Controller:
             trend.forget()
             self._choose_unverified(step)
             return self._decision(step, move.reason)
+        overrun = choice.overrun(probe)
+        if overrun is not None:
+            return self._raise(step, probe, overrun)
         choice.accept()
         move = choice.adapt(step, typical, trend.aim(config))
         if move is not None:

@@ -83,7 +83,7 @@ class ToleranceChoice:
         """
         self.state.refusals += 1
         given_up = self.state.refusals > MOST_REFUSALS or self.tolerance <= LEAST
-        if given_up or is_hopeless(probe, self.config) or self._costs_too_much(probe):
+        if given_up or is_hopeless(probe, self.config) or self.overrun(probe):
             return None
         return self._move(_bounded(self._wanted(step, probe, aim), FAULT_DOWN, FAULT_UP), fault)
 
@@ -103,7 +103,7 @@ class ToleranceChoice:
         """Adapt the tolerance to a probe in exact training. Returns True after `patience` probes in a row by which it would do."""
         state, patience = self.state, self.config.adaptive.patience
         self._move(_bounded(self._wanted(step, probe, aim), DOWN, UP), "")
-        state.calm = state.calm + 1 if fault is None and not self._costs_too_much(probe) else 0
+        state.calm = state.calm + 1 if fault is None and not self.overrun(probe) else 0
         if state.calm < patience:
             return False
         state.calm = state.refusals = 0
@@ -120,17 +120,20 @@ class ToleranceChoice:
         self.state.tolerance = _bounded(before * factor, LEAST, MOST)
         return Move(self.tolerance / before, f"{reason}; tolerance {self.tolerance:.2g}")
 
-    def _costs_too_much(self, probe: Probe) -> bool:
-        """Return True if the sweeps that the probe has seen take about as long as an exact step, or longer.
+    def overrun(self, probe: Probe) -> str | None:
+        """Return in words that the sweeps which a probe has seen take about as long as an exact step, or longer; None if they do not.
 
         It is the time on as many workers as the window has layers, whatever their number is now, so that decisions do not depend on it.
         Parameter gradients are formed side by side, and a layer's forward and its input gradient take one unit each.
         """
         if probe.sweeps is None:
-            return False
+            return None
         layers = len(self.config.solved_layers)
         owned = math.ceil(layers / self.config.longest_window)
-        return sum(probe.sweeps) + owned > WORTHWHILE_SHARE * (2 * layers + owned)
+        share = (sum(probe.sweeps) + owned) / (2 * layers + owned)
+        if share <= WORTHWHILE_SHARE:
+            return None
+        return f"{probe.sweeps[0]} + {probe.sweeps[1]} sweeps take {share:.2f} of an exact step's time"
 
     # Checkpoints --------------------------------------------------------------------------------------------------------------------
 
