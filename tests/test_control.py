@@ -348,15 +348,19 @@ def test_a_window_that_stays_inaccurate_or_takes_as_long_as_exact_steps_is_given
     assert slow.observe(0, rolled(0.9, sweeps=(18, 15))).trying == "rolling"  # 36 of 43
     assert slow.observe(1, rolled(0.9, sweeps=(20, 17))).rung == "serial"  # 40 of 43
     accurate = open_controller()
-    assert "20 + 19 sweeps take 0.98 of an exact step's time" in accurate.observe(0, rolled(0.1, sweeps=(20, 19))).reason
+    assert "20 + 19 sweeps take 0.98 of an exact step's time" in accurate.observe(0, rolled(0.15, sweeps=(20, 19))).reason
     assert accurate.serial
+    towards = open_controller(windows={"tolerance": 1e-3})
+    assert "the bias allows more" not in towards.observe(0, rolled(1e-3, sweeps=(20, 19))).reason
+    assert not towards.serial  # a larger tolerance will take fewer
     broken = open_controller()
-    assert broken.observe(0, rolled(math.nan)).rung == "serial"
+    assert broken.observe(0, rolled(math.nan)).trying == "rolling"
+    assert broken.chosen.tolerance == pytest.approx(0.1 / 16)
 
 
 def test_exact_steps_are_left_again_once_a_rolling_window_would_do():
     control = open_controller()
-    control.observe(0, rolled(math.nan))
+    control.observe(0, rolled(0.9, sweeps=(20, 19)))
     assert control.serial
     before = control.plan_probe(49).candidate.tolerance
     assert control.observe(49, rolled(0.9)) is None
@@ -369,6 +373,38 @@ def test_exact_steps_are_left_again_once_a_rolling_window_would_do():
     assert control.accuracy_at(300).serial
     control.observe(300, rolled(0.1))
     assert not control.accuracy_at(301).serial
+
+
+def test_one_batch_that_is_out_of_line_makes_the_tolerance_little_smaller():
+    control = open_controller()
+    probed(control, lambda step: 0.15, 400)
+    before = control.chosen.tolerance
+    control.observe(400, rolled(0.15 * 4))
+    assert before / 8 < control.plan_probe(401).candidate.tolerance <= before / 2
+    control.observe(401, rolled(0.04, sweeps=(20, 19)))
+    assert not control.accuracy_at(402).serial  # it will be larger again
+
+
+def test_a_switch_that_is_undone_does_not_count_the_steps_between_as_growth():
+    control = open_controller(adaptive={"switch_at": 200})
+    control.observe(0, rolled(0.01))
+    control.observe(50, rolled(0.05))
+    assert control.begin(200).rung == "serial"
+    longer = open_controller(adaptive={"switch_at": 900})
+    longer.restore(json.loads(json.dumps(control.state())))
+    assert "ahead again" in longer.begin(850).reason
+    longer.observe(850, rolled(0.1))
+    assert longer.state()["trend"]["bias"] == pytest.approx(0.1, rel=0.5)
+
+
+def test_a_run_of_one_worker_rolls_once_it_has_more():
+    alone = open_controller(workers=1)
+    more = open_controller()
+    more.restore(alone.state())
+    assert more.accuracy_at(10).serial
+    assert more.plan_probe(10)
+    more.observe(10, rolled())
+    assert not more.accuracy_at(20).serial
 
 
 def test_the_given_tolerance_is_where_a_run_begins_and_of_a_fixed_one_where_it_stays():
@@ -412,6 +448,9 @@ def test_another_number_of_layers_is_judged_before_it_is_used_and_another_number
     fewer.restore(control.state())
     assert fewer.accuracy_at(10) == control.accuracy_at(10)
     assert not fewer.accuracy_at(10).serial
+    shorter = open_controller(workers=4)  # with a window of 4
+    shorter.restore(control.state())
+    assert shorter.accuracy_at(10).serial
 
 
 def test_as_many_exact_steps_are_timed_however_many_probes_the_start_takes():
@@ -532,7 +571,7 @@ def test_the_trend_begins_anew_where_the_window_has_not_been_in_use_for_a_while(
     control = open_controller()
     probed(control, lambda step: 0.1, 600)
     assert control.state()["trend"]["interval"] == 50
-    control.observe(600, rolled(math.nan))
+    control.observe(600, rolled(0.9, sweeps=(20, 19)))
     assert control.serial
     for step in (649, 699, 749):
         control.observe(step, rolled(0.1))

@@ -40,6 +40,17 @@ class Scaled(Layer):
         return x + self.scale * (super().forward(x) - x)
 
 
+class Upstream(Layer):
+    """Its own parameter comes before its modules, as in layers with scales for attention and feed-forward."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale, self.again = nn.Parameter(torch.full((WIDTH,), 0.5)), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x):
+        return self.again(x + self.scale * (super().forward(x * self.scale) - x))
+
+
 class Twice(Layer):
     def forward(self, x):
         return super().forward(super().forward(x))
@@ -89,7 +100,7 @@ class Frozen(Layer):
         self.up.weight.requires_grad_(False)
 
 
-def both_ways(make, *, checked=False, before=None):
+def both_ways(make, *, known_right=False, before=None):
     """Return the gradients of input and parameters in one pass and in two, whether the two agreed, and the parts."""
     torch.manual_seed(0)
     layer, x, lam = make().double(), torch.randn(4, 3, WIDTH, dtype=torch.float64, requires_grad=True), torch.randn(4, 3, WIDTH).double()
@@ -100,15 +111,15 @@ def both_ways(make, *, checked=False, before=None):
     at_inputs, at_parts = gradients_at(outputs, (x,), (lam,), parts)
     for leaf in leaves:
         leaf.grad = None if before is None else torch.full_like(leaf, before)
-    agrees = DeferredGradients(outputs, (lam,), leaves, parts, at_parts).form(checked)
+    agrees = DeferredGradients(outputs, (lam,), leaves, parts, at_parts).form(known_right=known_right)
     return wanted, (*at_inputs, *(leaf.grad for leaf in leaves)), agrees, parts
 
 
 @pytest.mark.parametrize(
     ("make", "told", "agrees"),
     [
-        (Layer, 3, True), (InPlace, 3, False), (Scaled, 4, True), (Twice, 0, True), (Shared, 1, True), (Around, 3, False),
-        (Several, 3, True), (Frozen, 3, True),
+        (Layer, 3, True), (InPlace, 3, False), (Scaled, 4, True), (Upstream, 5, True), (Twice, 0, True), (Shared, 1, True),
+        (Around, 3, False), (Several, 3, True), (Frozen, 3, True),
     ],
 )  # fmt: skip
 def test_two_parts_give_the_gradients_of_one_pass(make, told, agrees):
@@ -126,11 +137,17 @@ def test_once_it_is_known_to_be_right_nothing_is_formed_twice(monkeypatch):
     calls = []
     whole = torch.autograd.grad
     monkeypatch.setattr(torch.autograd, "grad", lambda *args, **kwargs: calls.append(args) or whole(*args, **kwargs))
-    wanted, found, agreed, _ = both_ways(Layer, checked=True)
+    wanted, found, agreed, _ = both_ways(Upstream, known_right=True)
     assert len(calls) == 2  # the expected gradients, and those of the input
     assert agreed
     for one, other in zip(wanted, found, strict=True):
         torch.testing.assert_close(other, one)
+
+
+def test_gradients_that_are_not_finite_tell_nothing():
+    for value, finite in ((1.0, True), (torch.nan, False)):
+        lam = (torch.full((2,), value), torch.ones(3))
+        assert DeferredGradients((), lam, [], None, ()).is_finite == finite
 
 
 def test_hooks_are_gone_afterwards_also_if_the_layer_fails():

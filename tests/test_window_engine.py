@@ -8,6 +8,7 @@ import torch
 from rayllp.channel import LocalChannel, run_workers
 from rayllp.channel.torch_dist import TorchChannel
 from rayllp.control import Accuracy, Controller, ProbePlan
+from rayllp.engine.propagators import AdjointPropagator
 from rayllp.errors import SettingsError
 from rayllp.mgrit.windows import Windows, equal_windows
 from rayllp.plan import Costs, predict
@@ -135,6 +136,23 @@ def test_windows_of_one_layer_are_exact():
     assert_same(on_workers(2, sweeps(1, 1, (1,) * 12)), on_workers(1, SERIAL), 1e-9)
 
 
+@pytest.mark.parametrize("microbatches", [1, 2, 4])
+def test_exact_steps_of_layers_whose_backward_pass_cannot_be_cut_in_two(microbatches):
+    """An activation that changes a module's output in place; what the first microbatch shows holds for the others, recorded before."""
+
+    def work(channel):
+        engine = make_engine(cyclic(channel.size, microbatches=microbatches if channel.size > 1 else None), channel)
+        for layer in engine.block.layers.values():
+            layer.mlp.act = torch.nn.ReLU(inplace=True)
+        engine.gradients(engine.step_batch(3, SERIAL))
+        return {name: p.grad for name, p in engine.block.parameters.items() if "transformer.h." in name}
+
+    (wanted,) = run_workers(1, work)
+    for found in run_workers(4, work):
+        for name, gradient in found.items():
+            torch.testing.assert_close(gradient, wanted[name], rtol=1e-9, atol=1e-12, msg=name)
+
+
 # A rolling window -------------------------------------------------------------------------------------------------------------------
 
 
@@ -161,6 +179,24 @@ def test_less_tolerance_is_a_more_accurate_gradient():
         errors.append(float((found - exact).norm() / exact.norm()))
     assert errors == sorted(errors, reverse=True)
     assert errors[-1] < 0.1 * errors[0]
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_rolling_window_keeps_few_graphs_once_the_adjoint_is_under_way(recompute, monkeypatch):
+    """Parameter gradients are formed every P layers, on all workers at once. With recomputation that bounds the graphs, too."""
+    most, left = [], []
+    tentative = AdjointPropagator.tentative_step
+
+    def watched(self, layer, state):
+        found = tentative(self, layer, state)
+        most.append(len(self.forward.graphs))
+        left.append(len(self._left))
+        return found
+
+    monkeypatch.setattr(AdjointPropagator, "tentative_step", watched)
+    on_workers(4, rolling(1.0), recompute=recompute, model={"layers": 24})
+    assert max(left) <= 3
+    assert max(most) <= (3 if recompute else 6)
 
 
 def test_a_probe_of_a_rolling_window_tells_its_sweeps_and_compares_it_with_less_tolerance():

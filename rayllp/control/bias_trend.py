@@ -18,11 +18,13 @@ less than half of the steps done, and training by it meanwhile leaves a network 
 LEAST_INTERVAL = 10
 """Smallest number of steps between two probes; the largest is `adaptive.probe_every`."""
 UNUSED_INTERVAL = LEAST_INTERVAL // 2
-"""Interval before a solve has been in use, from which the first one follows."""
+"""The interval from which the first one follows, while a solve has not been in use."""
 AIMED_SHARE, LEAST_AIM = 0.5, 0.3
 """The tolerance is to cause the first share of the tolerated bias a quarter of `adaptive.probe_every` steps on, but at once no less than
 the second.
 """
+MOST_GROWTH = 30.0
+"""A bias is not expected to grow by more than this factor from one probe to the next."""
 CHANCE = 1.5
 """Two probes of the same solve may differ by this factor though nothing has changed."""
 
@@ -105,7 +107,7 @@ class BiasTrend:
 
     def _grown(self, step: int) -> float:
         """Return by what factor the bias should have grown since the last probe."""
-        return math.exp(min(self.growth * (step - self.at), 100.0))
+        return min(math.exp(min(self.growth * (step - self.at), 100.0)), MOST_GROWTH)
 
     def aim(self, config: TrainConfig) -> float:
         """Return the share of the tolerated bias that the tolerance is to cause: the less, the faster the bias grows."""

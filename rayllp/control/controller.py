@@ -23,7 +23,7 @@ from rayllp.control.judgement import fault_in, found_accurate, is_hopeless
 from rayllp.control.ladder import Ladder
 from rayllp.control.pace import Pace
 from rayllp.control.records import Accuracy, Decision, Probe, ProbePlan
-from rayllp.control.tolerance_choice import ToleranceChoice, ToleranceState, bias_factor
+from rayllp.control.tolerance_choice import UP, ToleranceChoice, ToleranceState, bias_factor
 
 PENALTY_UP, PENALTY_DOWN = 4.0, 2.0
 """Factors by which a probe changes the weight of the consistency penalty. Raising is faster than lowering, since a bias that is already
@@ -175,6 +175,7 @@ class Controller:
             return None
         self._state.rung, self._state.final, self._state.left = self._ladder.index(self._state.left), False, None
         self._choose_unverified(step - 1)
+        self._state.trend.begin_anew()
         return None if self.serial else self._decision(step, "adaptive.switch_at is ahead again")
 
     def time_anew(self, step: int) -> None:
@@ -251,20 +252,20 @@ class Controller:
         in_use = not self._is_unverified
         typical = trend.take(step, probe, in_use=in_use)
         if fault is not None:
-            move = choice.mend(step, replace(typical, bias=probe.bias), fault, trend.aim(config))
+            move = choice.mend(step, typical, fault, trend.aim(config))
             if move is None:
                 return self._raise(step, probe, fault)
             trend.forget()
             self._choose_unverified(step)
             return self._decision(step, move.reason)
-        overrun = choice.overrun(probe)
-        if overrun is not None:
-            return self._raise(step, probe, overrun)
         choice.accept()
-        move = choice.adapt(step, typical, trend.aim(config))
+        move, overrun = choice.adapt(step, typical, trend.aim(config)), choice.overrun(probe)
+        if overrun is not None and (move is None or move.factor < 1):
+            return self._raise(step, probe, overrun)
         if move is not None:
             trend.expect(bias_factor(move))
-        trend.plan(config, in_use=in_use)
+        # An interval is not made longer while the tolerance has a long way to go.
+        trend.plan(config, in_use=in_use and (move is None or move.factor < UP))
         if not in_use:
             return self._accept(step, probe)
         return None if move is None else self._decision(step, move.reason)
@@ -342,16 +343,17 @@ class Controller:
 
     @property
     def _lengths(self) -> tuple[int, ...]:
-        """Lengths of windows, if they are fixed; none for MGRIT."""
-        windows = self.chosen.windows
+        """Lengths of fixed windows; of a rolling one its length and the number of layers; none for MGRIT."""
+        windows, config = self.chosen.windows, self.config
+        if config.rolls:
+            return config.longest_window, len(config.solved_layers)
         return () if windows is None else windows.lengths
 
     # Checkpoints ----------------------------------------------------------------------------------------------------------------
 
     def state(self) -> dict[str, Any]:
         """Return what a checkpoint keeps of the controller."""
-        layers = len(self.config.solved_layers)
-        more = {"name": self.rung, "lengths": self._lengths, "layers": layers, "consistency": self.config.consistency}
+        more = {"name": self.rung, "lengths": self._lengths, "consistency": self.config.consistency, "rungs": len(self.rungs)}
         return {**asdict(self._state), "choice": asdict(self._choice.state), **more}
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -366,8 +368,9 @@ class Controller:
             self._state.above = None  # of a ladder of more rungs
         if len(self.rungs) == 1:
             self._state.final = True
-        was = state["name"], tuple(state.get("lengths", ())), state.get("layers")
-        if self.config.solver == "windows" and was != (self.rung, self._lengths, len(self.config.solved_layers)):
+        if state.get("rungs") == 1 < len(self.rungs):  # of one worker, which trains exactly
+            self._state.rung, self._state.final = 0, False
+        if self.config.solver == "windows" and (state["name"], tuple(state.get("lengths", ()))) != (self.rung, self._lengths):
             self._state.verified = not self._verifies  # layers or workers are others now, or windows were chosen in another way
             self._state.trend.begin_anew()
         initial = self.config.consistency

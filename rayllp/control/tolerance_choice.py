@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from rayllp.config import TrainConfig
-from rayllp.control.judgement import is_hopeless, tolerated_bias
+from rayllp.control.judgement import tolerated_bias
 from rayllp.control.records import Probe
 
 FIRST, LEAST, MOST = 0.1, 1e-4, 0.15
@@ -66,7 +66,7 @@ class ToleranceChoice:
 
     def __init__(self, config: TrainConfig) -> None:
         self.config = config
-        self.state = ToleranceState(config.windows.tolerance or FIRST)
+        self.state = ToleranceState(_bounded(config.windows.tolerance or FIRST, LEAST, MOST))
 
     @property
     def tolerance(self) -> float:
@@ -82,8 +82,7 @@ class ToleranceChoice:
             aim: the share of the tolerated bias that is aimed at.
         """
         self.state.refusals += 1
-        given_up = self.state.refusals > MOST_REFUSALS or self.tolerance <= LEAST
-        if given_up or is_hopeless(probe, self.config) or self.overrun(probe):
+        if self.state.refusals > MOST_REFUSALS or self.tolerance <= LEAST or self.overrun(probe):
             return None
         return self._move(_bounded(self._wanted(step, probe, aim), FAULT_DOWN, FAULT_UP), fault)
 
@@ -110,7 +109,7 @@ class ToleranceChoice:
         return True
 
     def _wanted(self, step: int, probe: Probe, aim: float) -> float:
-        """Return the factor by which the tolerance should change for the bias that is aimed at."""
+        """Return the factor by which the tolerance should change for the bias that is aimed at; 0 if the bias is not finite."""
         if probe.bias is None or not math.isfinite(probe.bias):
             return 0.0
         return (aim * tolerated_bias(probe, self.config, step) / probe.bias) ** (1 / ORDER) if probe.bias else math.inf

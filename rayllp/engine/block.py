@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -172,9 +172,12 @@ class Block:
 
     def form(self, index: int, gradients: DeferredGradients) -> None:
         """Add the gradients of layer `index`'s parameters to `.grad`."""
-        agrees = gradients.form(checked=index in self._splits)
-        if gradients.parts is not None:
-            self._splits.setdefault(index, agrees)
+        if self._splits.get(index) is False:
+            gradients = replace(gradients, parts=None)  # recorded before another microbatch has shown that they are wrong
+        known = index in self._splits
+        agrees = gradients.form(known_right=known)
+        if not known and gradients.parts is not None and gradients.is_finite:
+            self._splits[index] = agrees
 
     @property
     def matrices(self) -> list[nn.Parameter]:

@@ -89,29 +89,24 @@ class DeferredGradients:
     parts: Parts | None
     at_parts: Gradients
 
-    def form(self, checked: bool) -> bool:
+    def form(self, *, known_right: bool) -> bool:
         """Add them to `.grad`.
 
         Args:
-            checked: whether forming the gradients by parts is known to be right for this layer.
+            known_right: whether forming the gradients by parts is known to be right for this layer. If not, it is tried out.
 
         Returns: False if they turned out to differ from those of a whole backward pass, which are then taken.
         """
-        if not self.leaves:
+        if self.parts is None or not self.leaves:
+            if self.leaves:
+                torch.autograd.backward(self.outputs, self.lam, inputs=self.leaves)
             return True
-        if self.parts is None:
-            torch.autograd.backward(self.outputs, self.lam, inputs=self.leaves)
+        if known_right:
+            self._form_by_parts(self.parts)
             return True
-        if not checked:
-            whole = torch.autograd.grad(self.outputs, self.leaves, self.lam, retain_graph=True, materialize_grads=True)
-            before = [None if p.grad is None else p.grad.clone() for p in self.leaves]
-        if self.parts.missed:
-            torch.autograd.backward(self.outputs, self.lam, inputs=self.parts.missed, retain_graph=True)
-        for edge, gradient, parameters in zip(self.parts.edges, self.at_parts, self.parts.parameters, strict=True):
-            if gradient is not None:
-                torch.autograd.backward([edge], [gradient], inputs=parameters)
-        if checked:
-            return True
+        whole = torch.autograd.grad(self.outputs, self.leaves, self.lam, retain_graph=True, materialize_grads=True)
+        before = [None if p.grad is None else p.grad.clone() for p in self.leaves]
+        self._form_by_parts(self.parts)
         agrees = True
         for parameter, right, earlier in zip(self.leaves, whole, before, strict=True):
             formed = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
@@ -121,6 +116,19 @@ class DeferredGradients:
             for parameter, right, earlier in zip(self.leaves, whole, before, strict=True):
                 parameter.grad = right.clone() if earlier is None else earlier + right
         return agrees
+
+    def _form_by_parts(self, parts: Parts) -> None:
+        # Graphs are kept: a module's own parameter may lie before its submodules.
+        if parts.missed:
+            torch.autograd.backward(self.outputs, self.lam, inputs=parts.missed, retain_graph=True)
+        for edge, gradient, parameters in zip(parts.edges, self.at_parts, parts.parameters, strict=True):
+            if gradient is not None:
+                torch.autograd.backward([edge], [gradient], inputs=parameters, retain_graph=True)
+
+    @property
+    def is_finite(self) -> bool:
+        """True if the gradients at the layer's outputs are finite. If not, trying out tells nothing."""
+        return all(bool(part.isfinite().all()) for part in self.lam)
 
 
 def gradients_at(

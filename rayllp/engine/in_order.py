@@ -189,7 +189,7 @@ class _Layers(InOrderWork):
     def record(self, number: int, layer: int, state: State) -> State:
         """Take a layer's step, and keep its graph, or with recomputation only its input."""
         with self._group.span("forward"):
-            graph, after = record_graph(self._bound[number], layer, state, splits=self._splits)
+            graph, after = record_graph(self._bound[number], layer, state, splits=self._splits and not self._group.config.recompute)
         self._graphs[number, layer] = Graph(graph.inputs, ()) if self._group.config.recompute else graph
         return after
 

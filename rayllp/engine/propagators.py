@@ -185,7 +185,8 @@ class RecomputingPropagator(ForwardPropagator):
     def graph(self, layer: int) -> Graph:
         """Return the graph of a layer. If missing, record all graphs from the last kept state to this layer, in place of the others."""
         if layer not in self.graphs:
-            self.graphs.clear()
+            if not self.splits:  # else `settle` drops each of them
+                self.graphs.clear()
             start = max(n for n in self._kept if n <= layer)
             if start < layer and self.bound.block.device.type == "cpu":  # more than the one layer that a coarse step needs
                 return_freed_memory()

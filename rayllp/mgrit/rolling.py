@@ -108,7 +108,7 @@ class _Place:
         input: its input as it is known so far, on the worker that owns it; elsewhere it may be None.
         rows: this worker's share of the input's rows.
         before: the same of input and increment at its latest evaluation; None if there is none.
-        changes: squared norms of what sweeps have changed in its input, first one first.
+        changes: squared norms of what the first two sweeps have changed in its input.
     """
 
     input: State | None
@@ -148,13 +148,18 @@ class RollingSolver:
         window: dict[int, _Place] = {}
         front, strides = 0, 0
         while front < len(self._order):
+            rows = self._share.rows(entering)
             for place in range(front, min(front + self.length, len(self._order))):
-                window.setdefault(place, _Place(entering, self._share.rows(entering)))
+                if place not in window:
+                    window[place] = _Place(entering, rows)
             stride, entering = self._sweep(window)
             strides += stride > 1
             for place in range(front, front + stride):
                 self._settle(place, window.pop(place))
             front += stride
+            # Once the window has passed P layers, each worker has one more to settle; so no worker waits for another.
+            for _ in range(front // self.channel.size - (front - stride) // self.channel.size):
+                self._settle_one()
         while self._settle_one():
             pass
         return Solution(output=entering, residuals=self._residuals(exact=not strides or not self.options.tolerance))
@@ -168,14 +173,14 @@ class RollingSolver:
             for place, known in window.items()
             if self._owner(place) == self.channel.rank
         }
-        if not mine:  # at the network's ends, while other workers evaluate theirs
+        if not mine:  # while other workers evaluate theirs
             self._settle_one()
-        # The first place is part of the tag, so workers that have come to different decisions do not go on.
-        phase = f"{EXCHANGE} {self.sweeps} from {min(window)}"
+        # The first place is part of the tag, so workers that have come to different decisions do not go on. A tag is short.
+        phase = f"{EXCHANGE} {self.sweeps}@{min(window)}"
         increments = self._share.of_increments(layers, mine, phase)
         self.sweeps += 1
         states = self._add_up(list(window.values()), increments)
-        norms = [self._squares(known, *each) for known, *each in zip(window.values(), states, increments, strict=False)]
+        norms = self._squares(list(window.values()), states, increments)
         inputs, entering, squares = self._share.of_states(layers, states, norms, phase)
         stride = self.stride([tuple(row) for row in squares])
         for (place, known), rows, new, (change, _, rounding) in zip(window.items(), states, inputs, squares, strict=False):
@@ -200,10 +205,13 @@ class RollingSolver:
             known.before = known.rows, increment
         return states
 
-    def _squares(self, known: _Place, state: State, increment: State) -> Tensor:
-        """Return squared norms of this worker's rows: of the change of a layer's input, of the new input, and of its rounding error."""
-        change = subtract(state, known.rows)
-        return torch.stack([squared_norm(change), squared_norm(state), squared_rounding(state, increment, self.options.rounding)])
+    def _squares(self, window: Sequence[_Place], states: Sequence[State], increments: Sequence[State]) -> list[Tensor]:
+        """Return for each layer squared norms of this worker's rows: of its input's change, of the input, and of the input's rounding."""
+        found, rounding = [], torch.zeros((), dtype=torch.float64, device=self.spec.device)
+        for known, state, after, increment in zip(window, states, states[1:], increments, strict=False):
+            found.append(torch.stack([squared_norm(subtract(state, known.rows)), squared_norm(state), rounding]))
+            rounding = rounding + squared_rounding(after, increment, self.options.rounding)
+        return found
 
     def stride(self, squares: Sequence[tuple[float, ...]]) -> int:
         """Return by how many layers the window rolls on.
@@ -216,6 +224,8 @@ class RollingSolver:
 
     def _note_change(self, known: _Place, change: float, rounding: float) -> None:
         """Note what the latest sweep changes in a layer's input, and add its first two changes to `_changes` once there are both."""
+        if len(known.changes) == 2:
+            return
         known.changes = (*known.changes, change)
         if len(known.changes) == 2:
             self._measured = True

@@ -89,14 +89,14 @@ class Pieces(Shares):
         self._cuts = [_Cut(shape, dtype, self._size) for shape, dtype in zip(spec.shapes, spec.dtypes, strict=True)]
 
     def rows(self, state: State) -> State:
-        return like(state, tuple(cut.pieces(part)[self._rank] for cut, part in zip(self._cuts, tensors(state), strict=True)))
+        return like(state, tuple(cut.piece(part, self._rank) for cut, part in zip(self._cuts, tensors(state), strict=True)))
 
     def of_increments(self, layers: Sequence[int], mine: dict[int, State], phase: str) -> list[State]:
         owners, most = self._owners(layers)
         own = [*mine.values(), *[self._spec.zeros()] * (most - len(mine))]
         cut = [[cut.pieces(part) for cut, part in zip(self._cuts, tensors(state), strict=True)] for state in own]
         leaving = [[pieces[worker] for state in cut for pieces in state] for worker in range(self._size)]
-        given = self._exchange(leaving, f"{phase}, increments")
+        given = self._exchange(leaving, f"{phase}i")
         taken, found = dict.fromkeys(owners, 0), []
         for owner in owners:
             first = taken[owner] * len(self._cuts)
@@ -114,7 +114,7 @@ class Pieces(Shares):
             theirs = [state for state, owner in zip(states, owners, strict=False) if owner == worker]
             theirs += [combine(torch.zeros_like, last)] * (most - len(theirs))
             leaving.append([table, *(part for state in (last, *theirs) for part in tensors(state))])
-        given = self._exchange(leaving, f"{phase}, states")
+        given = self._exchange(leaving, f"{phase}s")
         # From each worker: its table, then its rows of the last state and of this worker's states.
         sums = torch.stack([parts[0] for parts in given]).sum(0).tolist()
         count = len(self._cuts)
@@ -162,6 +162,11 @@ class _Cut:
         flat = tensor.detach().reshape(self._rows, self._width)
         missing = self._length * self._workers - self._rows
         return torch.nn.functional.pad(flat, (0, 0, 0, missing)).view(self._workers, self._length, self._width)
+
+    def piece(self, tensor: Tensor, worker: int) -> Tensor:
+        """Return a copy of one worker's piece; shape (rows, width)."""
+        rows = tensor.detach().reshape(self._rows, self._width)[worker * self._length : (worker + 1) * self._length]
+        return torch.nn.functional.pad(rows, (0, 0, 0, self._length - len(rows))).clone()
 
     def joined(self, pieces: Sequence[Tensor]) -> Tensor:
         """Return the tensor from its pieces."""

@@ -13,8 +13,8 @@ the identity as the coarse operator). After k sweeps the first k layers of each 
 window is.
 
 Windows may have any lengths. A window of one layer is exact, and several of these in a row form a chain: states go from owner to owner, and
-no worker waits for the gradients of their parameters. Each window may take as many sweeps as it needs; `fitting.py` chooses lengths and
-sweeps.
+no worker waits for the gradients of their parameters. Each window may take a number of sweeps of its own. In a rolling window
+(`rolling.py`) neither lengths nor sweeps have to be chosen.
 
 The adjoint is the same solve from the other end, with the transposed steps. With one sweep in both directions, the gradient is the exact
 gradient of the network whose windows are evaluated in this way. That is why training with a single sweep is stable.

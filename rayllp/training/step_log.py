@@ -205,7 +205,7 @@ class StepLog:
             "rho_by_point": None if plan is None else _rho_by_point(stats),
             "bias": found.bias, "cosine": compared.cosine if compared else None, "noise": found.noise,
             "loss_gap": found.loss_gap,
-            "tolerance": accuracy.tolerance,
+            "tolerance": accuracy.tolerance if plan is None else plan.candidate.tolerance,
             "bias_by_layer": compared.by_layer if compared else None,
             "bias_against": ("exact" if plan.exact or accuracy.serial else "doubled") if plan is not None and compared else None,
             "consistency": stats.consistency, "consistency_weight": accuracy.consistency or None,
