@@ -34,8 +34,8 @@ PENALTY_LEAST, PENALTY_MOST = 0.5, 5.66
 RETRY_STEPS = 10
 """Steps from raising the penalty's weight after a fault to the next probe. The penalty needs some steps to change the layers."""
 EARLY_PROBES = (10, 20, 40, 80)
-"""Numbers of steps after which windows of fixed lengths are probed in addition. While the learning rate warms up, a bias can grow from
-nothing to harmful in fewer steps than lie between two regular probes.
+"""Numbers of steps after which windows are probed in addition, unless a rolling one is in use. While the learning rate warms up, a bias can
+grow from nothing to harmful in fewer steps than lie between two regular probes.
 """
 
 

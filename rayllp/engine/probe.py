@@ -154,9 +154,8 @@ class Probing:
         doubled = self.plan.candidate.doubled()
         probed, better = None, doubled
         if accuracy.serial or self.plan.exact:
-            if (
-                self.plan.rho and doubled.tolerance is None
-            ):  # doubled iterations are run for ρ only, and the step's gradient is the exact one
+            # Doubled iterations are run for ρ only, and the step's gradient is the exact one. A rolling window tells ρ without them.
+            if self.plan.rho and doubled.tolerance is None:
                 probed = self.gradients(batch.solved_by(doubled))
                 self.gradients.forget()
             better = accuracy if accuracy.serial else self._exactly(doubled)

@@ -1,8 +1,9 @@
 """Find out what each worker does in a step, and in which order, by running the training code once per worker, without layers and messages.
 
-That code is `MGRITSolver`, `WindowSolver`, or `InOrderStep` for exact steps with layers in turn. A worker's order of work does not depend
-on any values, so its part can run alone: every message it receives is an empty state that is there at once. Workers that do the same, with
-layers and workers counted from their own, are run once. `Schedule.replay` then gives each piece of work its time.
+That code is `MGRITSolver`, `WindowSolver`, `RollingSolver`, or `InOrderStep` for exact steps with layers in turn. A worker's order of work
+does not depend on any values (how far a window rolls on does, and is given here), so its part can run alone: every message it receives is
+an empty state that is there at once. Workers that do the same, with layers and workers counted from their own, are run once.
+`Schedule.replay` then gives each piece of work its time.
 """
 
 from collections.abc import Callable, Hashable, Iterator, Sequence
