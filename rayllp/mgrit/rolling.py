@@ -44,7 +44,7 @@ from rayllp.mgrit.propagator import Propagator
 from rayllp.mgrit.result import ResidualShares, Solution, squared_rounding
 from rayllp.mgrit.shares import EXCHANGE, shares_of
 from rayllp.mgrit.windows import Placement
-from rayllp.state import State, add, combine, squared_norm, subtract
+from rayllp.state import State, add, combine, subtract, tensors
 
 ADJOINT_TOLERANCE = 4.0
 """The adjoint's tolerance over that of the forward solve."""
@@ -209,7 +209,7 @@ class RollingSolver:
         """Return for each layer squared norms of this worker's rows: of its input's change, of the input, and of the input's rounding."""
         found, rounding = [], torch.zeros((), dtype=torch.float64, device=self.spec.device)
         for known, state, after, increment in zip(window, states, states[1:], increments, strict=False):
-            found.append(torch.stack([squared_norm(subtract(state, known.rows)), squared_norm(state), rounding]))
+            found.append(torch.stack([_square(subtract(state, known.rows)), _square(state), rounding]))
             rounding = rounding + squared_rounding(after, increment, self.options.rounding)
         return found
 
@@ -262,6 +262,13 @@ class RollingSolver:
 
     def _owner(self, place: int) -> int:
         return self.placement.owners[self._order[place]]
+
+
+def _square(state: State) -> Tensor:
+    """Return a squared norm as a float64 scalar. It is summed in single precision at least, without a copy in double precision."""
+    zero = torch.zeros((), dtype=torch.float64)
+    parts = [torch.linalg.vector_norm(part, dtype=torch.promote_types(part.dtype, torch.float32)) for part in tensors(state)]
+    return torch.stack([part.double().square() for part in parts]).sum() if parts else zero
 
 
 def _with_secant(increment: Tensor, response: Tensor, error: Tensor, step: Tensor) -> Tensor:
