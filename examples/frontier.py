@@ -118,7 +118,7 @@ EXACT = {
 }
 """Exact training, and the same again but for rounding: how far apart do two runs end that should be equal?"""
 EARLIER = {"fitted": Way(8), "fitted 16": Way(16)}
-LESS = ("adaptive.bias_to_noise=0.2", "adaptive.late_bias_to_noise=0.2")
+LESS, MORE = ("adaptive.bias_to_noise=0.2", "adaptive.late_bias_to_noise=0.2"), ("adaptive.bias_to_noise=0.6",)
 """Results of an earlier version of the default, which today's code cannot repeat (see `LADDER`)."""
 WAYS = {
     **EXACT,
@@ -126,6 +126,7 @@ WAYS = {
     "adaptive 16": Way(16),
     **EARLIER,
     "adaptive, less bias": Way(8, settings=LESS),
+    "adaptive, more bias": Way(8, settings=MORE),
     "ladder": Way(8, LADDER),
     "ladder 16": Way(16, LADDER),
     **{tail(share): Way(8, ("1+1",), (*FIXED, f"adaptive.switch_at={share}")) for share in TAILS},

@@ -95,7 +95,7 @@ class AdaptiveSettings(Settings):
     bias_to_noise: float | None = Field(
         None,
         ge=0,
-        description="… unless it is below this share of the gradient's own noise; default 0.4, of windows 0.6",
+        description="… unless it is below this share of the gradient's own noise; default 0.4, of windows 0.6, of a rolling one 0.3",
     )
     late_bias_to_noise: float = Field(0.25, ge=0, description="the same share, if it is smaller, from adaptive.late_from on")
     late_from: int | float = Field(
