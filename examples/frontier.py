@@ -469,7 +469,9 @@ def total_ms(result: dict[str, Any], *, exact_gains: bool = True) -> float:
     config = config_of(task, result["middle"], way)
     ladder = Ladder(config)
     rungs = {rung.name: rung for rung in ladder.rungs}
-    for name, windows in result.get("windows", {}).items():  # of a version that fitted them
+    # Of a version that fitted windows, and began with 1+1.
+    rungs.setdefault("1+1", replace(ladder.rungs[0], tolerance=None, windows=Windows.alike(config.window_lengths)))
+    for name, windows in result.get("windows", {}).items():
         if sum(length for length, *_ in windows) == result["middle"]:  # or of one whose windows had no buffers
             windows = [*[(1, 1, 1)] * config.buffers.open, *windows, *[(1, 1, 1)] * config.buffers.close]
         rungs[name] = replace(ladder.rungs[0], tolerance=None, windows=Windows.of(windows))
