@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from rayllp.engine.deferred_gradients import DeferredGradients, gradients_at, recorded_parts
+from rayllp.engine.deferred_gradients import DeferredGradients, LayerModules, gradients_at
 
 WIDTH = 6
 
@@ -106,7 +106,7 @@ def both_ways(make, *, known_right=False, before=None):
     layer, x, lam = make().double(), torch.randn(4, 3, WIDTH, dtype=torch.float64, requires_grad=True), torch.randn(4, 3, WIDTH).double()
     leaves = [p for p in layer.parameters() if p.requires_grad]
     wanted = torch.autograd.grad(layer(x), [x, *leaves], lam)
-    with recorded_parts(layer, leaves) as parts:
+    with LayerModules(layer, leaves).recorded() as parts:
         outputs = (layer(x),)
     at_inputs, at_parts = gradients_at(outputs, (x,), (lam,), parts)
     for leaf in leaves:
@@ -152,6 +152,6 @@ def test_gradients_that_are_not_finite_tell_nothing():
 
 def test_hooks_are_gone_afterwards_also_if_the_layer_fails():
     layer = Layer()
-    with pytest.raises(RuntimeError), recorded_parts(layer, list(layer.parameters())):
+    with pytest.raises(RuntimeError), LayerModules(layer, list(layer.parameters())).recorded():
         layer(torch.randn(WIDTH + 1))
     assert not any(module._forward_hooks for module in layer.modules())

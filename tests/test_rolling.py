@@ -9,9 +9,9 @@ from rayllp.channel import run_workers
 from rayllp.channel.base import StateSpec
 from rayllp.errors import SettingsError
 from rayllp.mgrit import Communicator, Status
+from rayllp.mgrit.placement import Placement
 from rayllp.mgrit.rolling import RollingOptions, RollingProblem, RollingSolver
 from rayllp.mgrit.shares import Pieces, shares_of
-from rayllp.mgrit.windows import Placement
 from rayllp.state import combine, squared_norm, tensors
 from tests.conftest import how_it_went
 from tests.test_windows import TAG, Layers, N, serial, start, weights

@@ -7,8 +7,9 @@ from rayllp.channel import LocalChannel, run_workers
 from rayllp.channel.base import MessageTag, StateSpec
 from rayllp.errors import SettingsError
 from rayllp.mgrit import Communicator, Propagator, Status
+from rayllp.mgrit.placement import Placement
 from rayllp.mgrit.relay import solve_in_order
-from rayllp.mgrit.windows import Placement, WindowOptions, WindowProblem, WindowSolver, equal_windows
+from rayllp.mgrit.windows import WindowOptions, WindowProblem, WindowSolver, equal_windows
 from tests.conftest import how_it_went
 
 N, WIDTH = 16, 5
@@ -89,7 +90,7 @@ def test_the_bits_do_not_depend_on_the_number_of_workers():
 @pytest.mark.parametrize("workers", [2, 3, 4, 7])
 def test_large_states_are_added_up_in_pieces_to_the_same_bits(workers, monkeypatch):
     wanted = solve(workers, 5, 2)[0]
-    monkeypatch.setattr("rayllp.mgrit.windows.IN_PIECES_BYTES", 0)
+    monkeypatch.setattr("rayllp.mgrit.shares.IN_PIECES_BYTES", 0)
     assert torch.equal(solve(workers, 5, 2)[0], wanted)
 
 

@@ -25,7 +25,8 @@ from rayllp.config.groups import (
 from rayllp.config.network import BufferSettings, ModelSettings, NestedSettings, StepSettings
 from rayllp.errors import SettingsError, fault_text
 from rayllp.mgrit import Hierarchy, SolverOptions, build_hierarchy
-from rayllp.mgrit.windows import Placement, equal_windows
+from rayllp.mgrit.placement import Placement
+from rayllp.mgrit.windows import equal_windows
 
 TIMED_STEP = 3
 """Number of the exact step, among the first ones of a run, whose timeline is recorded."""

@@ -363,7 +363,8 @@ class Controller:
         kept = {field.name: state[field.name] for field in fields(_State) if field.name in state}  # earlier versions had fewer fields
         pace, trend = Pace(**kept.get("pace", {})), BiasTrend(**kept.get("trend", {}))
         self._state = _State(**{**kept, "rung": self._ladder.index(state["name"]), "pace": pace, "trend": trend})
-        self._choice.restore(state.get("choice") or asdict(self._choice.state))
+        if "choice" in state:
+            self._choice.restore(state["choice"])
         if self.config.chooses_tolerance:
             self._state.above = None  # of a ladder of more rungs
         if len(self.rungs) == 1:

@@ -84,7 +84,8 @@ class ToleranceChoice:
         self.state.refusals += 1
         if self.state.refusals > MOST_REFUSALS or self.tolerance <= LEAST or self.overrun(probe):
             return None
-        return self._move(_bounded(self._wanted(step, probe, aim), FAULT_DOWN, FAULT_UP), fault)
+        factor = self._scale(_bounded(self._wanted(step, probe, aim), FAULT_DOWN, FAULT_UP))
+        return Move(factor, f"{fault}; {self._in_words}")
 
     def accept(self) -> None:
         """Note that a probe has found the tolerance small enough."""
@@ -92,16 +93,16 @@ class ToleranceChoice:
 
     def adapt(self, step: int, probe: Probe, aim: float) -> Move | None:
         """Move the tolerance towards the bias that is aimed at, after a probe that has found it small enough."""
-        factor = _bounded(self._wanted(step, probe, aim), DOWN, UP)
-        factor = _bounded(self.tolerance * factor, LEAST, MOST) / self.tolerance
-        if 1 / UNCHANGED < factor < UNCHANGED:
+        wanted = _bounded(self.tolerance * _bounded(self._wanted(step, probe, aim), DOWN, UP), LEAST, MOST) / self.tolerance
+        if 1 / UNCHANGED < wanted < UNCHANGED:
             return None
-        return self._move(factor, "the bias allows more" if factor > 1 else "the bias comes near what is tolerated")
+        factor, reason = self._scale(wanted), "the bias allows more" if wanted > 1 else "the bias comes near what is tolerated"
+        return Move(factor, f"{reason}; {self._in_words}")
 
     def replaces_exact_steps(self, step: int, probe: Probe, fault: str | None, aim: float) -> bool:
         """Adapt the tolerance to a probe in exact training. Returns True after `patience` probes in a row by which it would do."""
         state, patience = self.state, self.config.adaptive.patience
-        self._move(_bounded(self._wanted(step, probe, aim), DOWN, UP), "")
+        self._scale(_bounded(self._wanted(step, probe, aim), DOWN, UP))
         state.calm = state.calm + 1 if fault is None and not self.overrun(probe) else 0
         if state.calm < patience:
             return False
@@ -114,10 +115,15 @@ class ToleranceChoice:
             return 0.0
         return (aim * tolerated_bias(probe, self.config, step) / probe.bias) ** (1 / ORDER) if probe.bias else math.inf
 
-    def _move(self, factor: float, reason: str) -> Move:
+    def _scale(self, factor: float) -> float:
+        """Change the tolerance by a factor, within its bounds. Returns by which it has changed."""
         before = self.tolerance
         self.state.tolerance = _bounded(before * factor, LEAST, MOST)
-        return Move(self.tolerance / before, f"{reason}; tolerance {self.tolerance:.2g}")
+        return self.tolerance / before
+
+    @property
+    def _in_words(self) -> str:
+        return f"tolerance {self.tolerance:.2g}"
 
     def overrun(self, probe: Probe) -> str | None:
         """Return in words that the sweeps which a probe has seen take about as long as an exact step, or longer; None if they do not.

@@ -12,7 +12,7 @@ from rayllp.config import TrainConfig
 from rayllp.data.base import Inputs
 from rayllp.engine.batch import StepBatch
 from rayllp.engine.check_draws import check_draws
-from rayllp.engine.deferred_gradients import DeferredGradients, Parts, recorded_parts
+from rayllp.engine.deferred_gradients import DeferredGradients, LayerModules, Parts
 from rayllp.engine.vmapped_layers import Stacks, advance_together
 from rayllp.models import check_batched
 from rayllp.models.base import Architecture, decayed_weights, hidden_matrices
@@ -60,6 +60,7 @@ class Block:
         self.stacks = Stacks(self.layers)
         self._templates: dict[int, dict[str, Tensor]] = {}
         self._splits: dict[int, bool] = {}  # by layer: whether its modules tell which parameters they use; tried out the first time
+        self._modules: dict[int, LayerModules] = {}
         self.callable: Mapping[int, nn.Module] = self.layers
         self.advance_together = advance_together
         self._trains = False
@@ -168,15 +169,17 @@ class Block:
         """Return a context in which the parts of layer `index` are recorded, if its parameters' gradients can be formed from them."""
         if self.config.compile or not self._splits.get(index, True):
             return nullcontext()
-        return recorded_parts(self.layers[index], self.leaves(index))
+        if index not in self._modules:
+            self._modules[index] = LayerModules(self.layers[index], self.leaves(index))
+        return self._modules[index].recorded()
 
     def form(self, index: int, gradients: DeferredGradients) -> None:
         """Add the gradients of layer `index`'s parameters to `.grad`."""
-        if self._splits.get(index) is False:
+        known = self._splits.get(index)
+        if known is False:
             gradients = replace(gradients, parts=None)  # recorded before another microbatch has shown that they are wrong
-        known = index in self._splits
-        agrees = gradients.form(known_right=known)
-        if not known and gradients.parts is not None and gradients.is_finite:
+        agrees = gradients.form(known_right=known is True)
+        if known is None and gradients.parts is not None and gradients.is_finite:
             self._splits[index] = agrees
 
     @property

@@ -40,35 +40,39 @@ class Parts:
     missed: list[nn.Parameter] = field(default_factory=list)
 
 
-@contextmanager
-def recorded_parts(layer: nn.Module, leaves: Sequence[nn.Parameter]) -> Iterator[Parts]:
-    """Within this context, in which the layer is called once, record its parts.
+class LayerModules:
+    """The modules of a layer from whose outputs the gradients of its parameters can be formed.
 
     Args:
         layer: the layer.
         leaves: the trainable parameters that it uses, some of which may not be its own.
     """
-    parts, calls, outputs = Parts(), Counter[nn.Module](), dict[nn.Module, Any]()
 
-    def keep(module: nn.Module, _: Any, output: Any) -> None:
-        calls[module] += 1
-        outputs[module] = get_gradient_edge(output) if isinstance(output, Tensor) and output.requires_grad else None
+    def __init__(self, layer: nn.Module, leaves: Sequence[nn.Parameter]) -> None:
+        owned = {module: [p for p in module.parameters(recurse=False) if p.requires_grad] for module in layer.modules()}
+        users = Counter(p for parameters in owned.values() for p in parameters)
+        self._owned = {module: own for module, own in owned.items() if own and all(users[p] == 1 for p in own)}
+        self._leaves = leaves
 
-    owned = {module: [p for p in module.parameters(recurse=False) if p.requires_grad] for module in layer.modules()}
-    owned = {module: parameters for module, parameters in owned.items() if parameters}
-    handles = [module.register_forward_hook(keep) for module in owned]
-    try:
-        yield parts
-    finally:
-        for handle in handles:
-            handle.remove()
-    users = Counter(id(p) for parameters in owned.values() for p in parameters)
-    for module, parameters in owned.items():
-        if calls[module] == 1 and outputs[module] is not None and all(users[id(p)] == 1 for p in parameters):
-            parts.edges.append(outputs[module])
-            parts.parameters.append(parameters)
-    found = {id(p) for parameters in parts.parameters for p in parameters}
-    parts.missed = [p for p in leaves if id(p) not in found]
+    @contextmanager
+    def recorded(self) -> Iterator[Parts]:
+        """Within this context, in which the layer is called once, record its parts."""
+        parts, calls, outputs = Parts(), Counter[nn.Module](), dict[nn.Module, Any]()
+
+        def keep(module: nn.Module, _: Any, output: Any) -> None:
+            calls[module] += 1
+            outputs[module] = get_gradient_edge(output) if isinstance(output, Tensor) and output.requires_grad else None
+
+        handles = [module.register_forward_hook(keep) for module in self._owned]
+        try:
+            yield parts
+        finally:
+            for handle in handles:
+                handle.remove()
+        told = {module: own for module, own in self._owned.items() if calls[module] == 1 and outputs[module] is not None}
+        parts.edges, parts.parameters = [outputs[module] for module in told], list(told.values())
+        found = {p for own in told.values() for p in own}
+        parts.missed = [p for p in self._leaves if p not in found]
 
 
 @dataclass
@@ -97,9 +101,10 @@ class DeferredGradients:
 
         Returns: False if they turned out to differ from those of a whole backward pass, which are then taken.
         """
-        if self.parts is None or not self.leaves:
-            if self.leaves:
-                torch.autograd.backward(self.outputs, self.lam, inputs=self.leaves)
+        if not self.leaves:
+            return True
+        if self.parts is None:
+            torch.autograd.backward(self.outputs, self.lam, inputs=self.leaves)
             return True
         if known_right:
             self._form_by_parts(self.parts)
@@ -132,7 +137,7 @@ class DeferredGradients:
 
 
 def gradients_at(
-    outputs: tuple[Tensor, ...], inputs: tuple[Tensor, ...], lam: tuple[Tensor, ...], parts: Parts | None
+    outputs: tuple[Tensor, ...], inputs: tuple[Tensor, ...], lam: tuple[Tensor, ...], parts: Parts | None = None
 ) -> tuple[tuple[Tensor, ...], Gradients]:
     """Return the gradients of a layer's inputs, and those at its parts, from the gradient `lam` at its outputs. The graph is kept."""
     edges = [] if parts is None else parts.edges

@@ -28,7 +28,7 @@ from rayllp.engine.pipeline import count_microbatches
 from rayllp.engine.propagators import Graph, input_gradients, pull_through, record_graph
 from rayllp.engine.step_gradients import StepGradients, add_embedding_gradients, loss_and_seed
 from rayllp.mgrit import Communicator
-from rayllp.mgrit.windows import Placement
+from rayllp.mgrit.placement import Placement
 from rayllp.state import State, detach, like, tensors
 from rayllp.timeline import TimedChannel
 

@@ -171,9 +171,7 @@ class Probing:
     def _used_solve(self, batch: StepBatch) -> tuple[list[Tensor], Tensor]:
         """Return the layers' gradients as the candidate accuracy forms them, and the loss."""
         formed = self.gradients(batch.solved_by(self.plan.candidate))
-        sweeps = [None if shares is None else shares.sweeps for shares in (formed.forward, formed.adjoint)]
-        if sweeps[0] is not None and sweeps[1] is not None:
-            self.sweeps = sweeps[0], sweeps[1]
+        self.sweeps = formed.sweeps
         used = self._copies()
         self.gradients.forget()
         return used, formed.loss

@@ -213,8 +213,7 @@ class AdjointPropagator(Propagator):
         if layer in self.forward.batched:  # the sweep takes none of the other layers in this graph
             return self.steps((layer,), (state,))[0]
         graph = self.forward.graph(layer)
-        gradients = torch.autograd.grad(graph.outputs, graph.inputs, tensors(state), retain_graph=True, materialize_grads=True)
-        return like(state, gradients)
+        return like(state, gradients_at(graph.outputs, graph.inputs, tensors(state))[0])
 
     def steps(self, layers: Sequence[int], states: Sequence[State]) -> list[State]:
         """Return the input gradients of one layer of each interval, through the graph that they share."""

@@ -28,6 +28,12 @@ class StepGradients:
     adjoint: ResidualShares | None = None
     penalty: Consistency | None = None
 
+    @property
+    def sweeps(self) -> tuple[int, int] | None:
+        """Sweeps forward and backward, if both solves were by a rolling window."""
+        forward, adjoint = (None if shares is None else shares.sweeps for shares in (self.forward, self.adjoint))
+        return None if forward is None or adjoint is None else (forward, adjoint)
+
 
 def loss_and_seed(bound: BoundBlock, output: State | None, batch: StepBatch) -> tuple[Tensor, State | None]:
     """Return the batch's scaled loss, and its gradient λ_N at the solve's output. Workers other than the last get 0 and None.

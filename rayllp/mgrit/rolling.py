@@ -40,10 +40,10 @@ from torch import Tensor
 from rayllp.channel.base import StateSpec
 from rayllp.errors import SettingsError
 from rayllp.mgrit.communicator import Communicator, PhaseListener
+from rayllp.mgrit.placement import Placement
 from rayllp.mgrit.propagator import Propagator
 from rayllp.mgrit.result import ResidualShares, Solution, squared_rounding
 from rayllp.mgrit.shares import EXCHANGE, shares_of
-from rayllp.mgrit.windows import Placement
 from rayllp.state import State, add, combine, subtract, tensors
 
 ADJOINT_TOLERANCE = 4.0
@@ -108,13 +108,15 @@ class _Place:
         input: its input as it is known so far, on the worker that owns it; elsewhere it may be None.
         rows: this worker's share of the input's rows.
         before: the same of input and increment at its latest evaluation; None if there is none.
-        changes: squared norms of what the first two sweeps have changed in its input.
+        sweeps: number of sweeps that have changed its input.
+        first_change: squared norm of what the first of them has changed in it.
     """
 
     input: State | None
     rows: State
     before: tuple[State, State] | None = None
-    changes: tuple[float, ...] = ()
+    sweeps: int = 0
+    first_change: float = 0.0
 
 
 class RollingSolver:
@@ -139,8 +141,8 @@ class RollingSolver:
         self._share = shares_of(communicator, problem.placement, problem.spec)
         self._settled: deque[int] = deque()  # this worker's layers with work left that no other worker waits for
         self.sweeps = 0
-        # Squared norms of the first and second changes of all layers with both, and the part of rounding in the first, summed over layers.
-        self._changes, self._squared_floor, self._measured = [0.0, 0.0], 0.0, False
+        # Of each layer that was swept twice before the window came to it: squared norms of both changes, and the rounding in the second.
+        self._changes: list[tuple[float, float, float]] = []
 
     def solve(self, initial: State | None, source: int) -> Solution:
         """Solve from state `initial`, which worker `source` has. Every worker gets the output."""
@@ -155,7 +157,9 @@ class RollingSolver:
             stride, entering = self._sweep(window)
             strides += stride > 1
             for place in range(front, front + stride):
-                self._settle(place, window.pop(place))
+                del window[place]
+                if self._owner(place) == self.channel.rank:
+                    self._settled.append(self._order[place])
             front += stride
             # Once the window has passed P layers, each worker has one more to settle; so no worker waits for another.
             for _ in range(front // self.channel.size - (front - stride) // self.channel.size):
@@ -167,7 +171,7 @@ class RollingSolver:
     def _sweep(self, window: dict[int, _Place]) -> tuple[int, State]:
         """Evaluate all layers of the window, and give them new inputs. Returns by how many layers it rolls on, and the state behind it."""
         self.on_phase("sweep", 0)
-        layers = [self._order[place] for place in window]
+        front, places, layers = min(window), list(window.values()), [self._order[place] for place in window]
         mine = {
             self._order[place]: self._increment(self._order[place], known.input)
             for place, known in window.items()
@@ -176,17 +180,17 @@ class RollingSolver:
         if not mine:  # while other workers evaluate theirs
             self._settle_one()
         # The first place is part of the tag, so workers that have come to different decisions do not go on. A tag is short.
-        phase = f"{EXCHANGE} {self.sweeps}@{min(window)}"
+        phase = f"{EXCHANGE} {self.sweeps}@{front}"
         increments = self._share.of_increments(layers, mine, phase)
         self.sweeps += 1
-        states = self._add_up(list(window.values()), increments)
-        norms = self._squares(list(window.values()), states, increments)
+        states = self._add_up(places, increments)
+        norms = self._squares(places, states, increments)
         inputs, entering, squares = self._share.of_states(layers, states, norms, phase)
         stride = self.stride([tuple(row) for row in squares])
-        for (place, known), rows, new, (change, _, rounding) in zip(window.items(), states, inputs, squares, strict=False):
-            if place > min(window):
-                self._note_change(known, change, rounding)
-            known.input, known.rows = new, rows
+        for known, (change, _, rounding) in zip(places[1:], squares[1:], strict=True):
+            self._note_change(known, change, rounding)
+        for known, rows, new in zip(places, states[:-1], inputs, strict=True):
+            known.rows, known.input = rows, new
         return stride, entering
 
     def _increment(self, layer: int, state: State | None) -> State:
@@ -224,20 +228,17 @@ class RollingSolver:
 
     def _note_change(self, known: _Place, change: float, rounding: float) -> None:
         """Note what the latest sweep changes in a layer's input, and add its first two changes to `_changes` once there are both."""
-        if len(known.changes) == 2:
-            return
-        known.changes = (*known.changes, change)
-        if len(known.changes) == 2:
-            self._measured = True
-            self._changes = [total + own for total, own in zip(self._changes, known.changes, strict=True)]
-            self._squared_floor += rounding
+        if known.sweeps == 1:
+            self._changes.append((known.first_change, change, rounding))
+        known.first_change = known.first_change if known.sweeps else change
+        known.sweeps += 1
 
     def _residuals(self, *, exact: bool) -> ResidualShares:
         """Return how the solve went; all of it on the first worker, since every worker knows it."""
-        mine = self.channel.rank == 0
-        found = torch.tensor([*self._changes, self._squared_floor], dtype=torch.float64, device=self.spec.device) * mine
+        mine = self._changes if self.channel.rank == 0 else []
+        found = torch.tensor([sum(each[place] for each in mine) for place in range(3)], dtype=torch.float64, device=self.spec.device)
         return ResidualShares(
-            squared=found[:2] if self._measured else found[:0],
+            squared=found[:2] if self._changes else found[:0],
             squared_floor=found[2],
             informative=2,
             exact=exact,
@@ -246,11 +247,6 @@ class RollingSolver:
         )
 
     # Work that no other worker waits for ----------------------------------------------------------------------------------------------
-
-    def _settle(self, place: int, known: _Place) -> None:
-        """Note that a layer is not evaluated again."""
-        if self._owner(place) == self.channel.rank:
-            self._settled.append(self._order[place])
 
     def _settle_one(self) -> bool:
         """Do what is left to do for one layer. Returns False if there is none."""
@@ -266,9 +262,10 @@ class RollingSolver:
 
 def _square(state: State) -> Tensor:
     """Return a squared norm as a float64 scalar. It is summed in single precision at least, without a copy in double precision."""
-    zero = torch.zeros((), dtype=torch.float64)
-    parts = [torch.linalg.vector_norm(part, dtype=torch.promote_types(part.dtype, torch.float32)) for part in tensors(state)]
-    return torch.stack([part.double().square() for part in parts]).sum() if parts else zero
+    norms = [torch.linalg.vector_norm(part, dtype=torch.promote_types(part.dtype, torch.float32)) for part in tensors(state)]
+    if not norms:  # the planner's
+        return torch.zeros((), dtype=torch.float64)
+    return torch.stack([norm.double().square() for norm in norms]).sum()
 
 
 def _with_secant(increment: Tensor, response: Tensor, error: Tensor, step: Tensor) -> Tensor:

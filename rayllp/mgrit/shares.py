@@ -3,7 +3,7 @@
 A row is what a state has along its last dimension: the values of one token. What is added up and compared between layers is so row by row.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 import torch
@@ -11,11 +11,15 @@ from torch import Tensor
 
 from rayllp.channel.base import StateSpec
 from rayllp.mgrit.communicator import Communicator
-from rayllp.mgrit.windows import IN_PIECES_BYTES, Placement, gather
+from rayllp.mgrit.placement import Placement, gather, in_order, padded
 from rayllp.state import State, combine, like, tensors
 
 EXCHANGE = "exchange"
 """Begins the phase of a sweep's messages."""
+IN_PIECES_BYTES = 4 * 2**20
+"""If each worker would receive more bytes than this for the sum at a window's end, the sum is done in pieces: fewer bytes, more messages.
+Below this size, the number of messages decides how long it takes.
+"""
 
 
 class Shares(Protocol):
@@ -50,6 +54,15 @@ class Shares(Protocol):
         """
         ...
 
+    def joined(self, rows: State, phase: str) -> State:
+        """Return the state of which each worker has its rows.
+
+        Args:
+            rows: this worker's.
+            phase: names the messages in errors.
+        """
+        ...
+
 
 def shares_of(communicator: Communicator, placement: Placement, spec: StateSpec) -> Shares:
     """Return the way that takes less time: for small states the number of messages counts, for large ones that of bytes."""
@@ -62,18 +75,21 @@ class Whole(Shares):
     """Every worker does all of it, after one all-gather of increments."""
 
     def __init__(self, communicator: Communicator, placement: Placement, spec: StateSpec) -> None:
-        self._channel, self._tag, self._placement, self._spec = communicator.channel, communicator.tag, placement, spec
+        self._communicator, self._placement, self._spec = communicator, placement, spec
 
     def rows(self, state: State) -> State:
         return state
 
     def of_increments(self, layers: Sequence[int], mine: dict[int, State], phase: str) -> list[State]:
-        return gather(self._channel, self._placement, self._spec, layers, mine, self._tag, phase)
+        return gather(self._communicator, self._placement, self._spec, layers, mine, phase)
 
     def of_states(
         self, layers: Sequence[int], states: Sequence[State], norms: Sequence[Tensor], phase: str
     ) -> tuple[list[State | None], State, list[list[float]]]:
         return [*states[:-1]], states[-1], torch.stack(list(norms)).tolist()
+
+    def joined(self, rows: State, phase: str) -> State:
+        return rows
 
 
 class Pieces(Shares):
@@ -89,25 +105,18 @@ class Pieces(Shares):
         self._cuts = [_Cut(shape, dtype, self._size) for shape, dtype in zip(spec.shapes, spec.dtypes, strict=True)]
 
     def rows(self, state: State) -> State:
-        return like(state, tuple(cut.piece(part, self._rank) for cut, part in zip(self._cuts, tensors(state), strict=True)))
+        return like(state, tuple(cut.piece(part, self._rank) for cut, part in self._cut(state)))
 
     def of_increments(self, layers: Sequence[int], mine: dict[int, State], phase: str) -> list[State]:
-        owners, most = self._owners(layers)
-        own = [*mine.values(), *[self._spec.zeros()] * (most - len(mine))]
-        cut = [[cut.pieces(part) for cut, part in zip(self._cuts, tensors(state), strict=True)] for state in own]
-        leaving = [[pieces[worker] for state in cut for pieces in state] for worker in range(self._size)]
-        given = self._exchange(leaving, f"{phase}i")
-        taken, found = dict.fromkeys(owners, 0), []
-        for owner in owners:
-            first = taken[owner] * len(self._cuts)
-            found.append(self._spec.build(given[owner][first : first + len(self._cuts)]))
-            taken[owner] += 1
-        return found
+        owners, most = self._placement.sharing(layers)
+        cut = [cut.pieces(part) for state in padded(mine, self._spec, most) for cut, part in self._cut(state)]
+        given = self._exchange([[pieces[worker] for pieces in cut] for worker in range(self._size)], f"{phase}i")
+        return in_order(owners, [self._states(parts) for parts in given])
 
     def of_states(
         self, layers: Sequence[int], states: Sequence[State], norms: Sequence[Tensor], phase: str
     ) -> tuple[list[State | None], State, list[list[float]]]:
-        owners, most = self._owners(layers)
+        owners, most = self._placement.sharing(layers)
         table, last = torch.stack(list(norms)), states[-1]
         leaving = []
         for worker in range(self._size):
@@ -117,19 +126,25 @@ class Pieces(Shares):
         given = self._exchange(leaving, f"{phase}s")
         # From each worker: its table, then its rows of the last state and of this worker's states.
         sums = torch.stack([parts[0] for parts in given]).sum(0).tolist()
+        entering, *own = map(self._whole, zip(*(self._states(parts[1:]) for parts in given), strict=True))
+        left = iter(own)
+        return [next(left) if owner == self._rank else None for owner in owners], entering, sums
+
+    def joined(self, rows: State, phase: str) -> State:
+        return self._whole(self._channel.all_gather(rows, StateSpec.of(rows), self._tag.at(phase, 0)))
+
+    def _cut(self, state: State) -> Iterator[tuple["_Cut", Tensor]]:
+        return zip(self._cuts, tensors(state), strict=True)
+
+    def _states(self, parts: Sequence[Tensor]) -> list[State]:
+        """Return the states, or rows of them, whose tensors these are, one state after the other."""
         count = len(self._cuts)
-        whole = [self._joined([parts[first : first + count] for parts in given]) for first in range(1, 1 + (1 + most) * count, count)]
-        own = iter(whole[1:])
-        return [next(own) if owner == self._rank else None for owner in owners], whole[0], sums
+        return [self._spec.build(list(parts[first : first + count])) for first in range(0, len(parts), count)]
 
-    def _owners(self, layers: Sequence[int]) -> tuple[list[int], int]:
-        """Return the owner of each layer, and how many a worker owns at most."""
-        owners = [self._placement.owners[layer] for layer in layers]
-        return owners, max(owners.count(worker) for worker in set(owners))
-
-    def _joined(self, rows: Sequence[Sequence[Tensor]]) -> State:
-        """Return the state whose rows the workers have sent, in order of rank."""
-        return self._spec.build([cut.joined([parts[place] for parts in rows]) for place, cut in enumerate(self._cuts)])
+    def _whole(self, rows: Sequence[State]) -> State:
+        """Return the state whose rows the workers have, in order of rank."""
+        pieces = zip(*map(tensors, rows), strict=True)
+        return self._spec.build([cut.joined(each) for cut, each in zip(self._cuts, pieces, strict=True)])
 
     def _exchange(self, parts: Sequence[Sequence[Tensor]], phase: str) -> list[list[Tensor]]:
         """Send tensors to each worker, and return those that each has sent here. All lists are alike but for their values."""

@@ -20,64 +20,24 @@ The adjoint is the same solve from the other end, with the transposed steps. Wit
 gradient of the network whose windows are evaluated in this way. That is why training with a single sweep is stable.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, groupby
+from itertools import groupby
 
 import torch
-from torch import Tensor
 
-from rayllp.channel.base import Channel, MessageTag, StateSpec
+from rayllp.channel.base import StateSpec
 from rayllp.errors import SettingsError
 from rayllp.mgrit.communicator import Communicator, PhaseListener
+from rayllp.mgrit.placement import Placement, gather
 from rayllp.mgrit.propagator import Propagator
 from rayllp.mgrit.relay import relay
 from rayllp.mgrit.result import ResidualShares, Solution, squared_rounding
-from rayllp.state import State, add, like, squared_norm, subtract, tensors
+from rayllp.mgrit.shares import shares_of
+from rayllp.state import State, add, squared_norm, subtract
 
 WINDOW_END = "window's end"
 """The phase of the messages by which the increments of a window are summed."""
-IN_PIECES_BYTES = 4 * 2**20
-"""If each worker would receive more bytes than this for the sum at a window's end, the sum is done in pieces: fewer bytes, more messages.
-Below this size, the number of messages decides how long it takes.
-"""
-
-
-@dataclass(frozen=True)
-class Placement:
-    """Assignment of layers to workers.
-
-    Attributes:
-        owners: the rank of the worker that owns each layer, in the order of the network.
-    """
-
-    owners: tuple[int, ...]
-
-    @staticmethod
-    def cyclic(layers: int, workers: int) -> "Placement":
-        """Return the placement with layer n on worker n mod P, where any P neighbouring layers are on P different workers.
-
-        Raises:
-            SettingsError: fewer layers than workers, or no worker.
-        """
-        if not 1 <= workers <= layers:
-            raise SettingsError(f"{layers} layers on {workers} workers: each worker needs at least one layer")
-        return Placement(tuple(layer % workers for layer in range(layers)))
-
-    def owned(self, rank: int) -> tuple[int, ...]:
-        """Return the layers that worker `rank` owns, in ascending order."""
-        return tuple(layer for layer, owner in enumerate(self.owners) if owner == rank)
-
-    def windows(self, lengths: Sequence[int]) -> list[range]:
-        """Return the network's layers cut into windows of these lengths.
-
-        Raises:
-            SettingsError: a window without layers, or lengths that do not add up to the number of layers.
-        """
-        if min(lengths, default=0) < 1 or sum(lengths) != len(self.owners):
-            given = ", ".join(map(str, lengths)) or "no window"
-            raise SettingsError(f"windows of {given} layers: each must have at least 1, all together {len(self.owners)}")
-        return [range(stop - length, stop) for length, stop in zip(lengths, accumulate(lengths), strict=True)]
 
 
 def equal_windows(layers: int, length: int) -> tuple[int, ...]:
@@ -119,10 +79,6 @@ class Windows:
         lengths, forward, backward = zip(*windows, strict=True)
         return Windows(lengths, tuple(zip(forward, backward, strict=True)))
 
-    def __iter__(self) -> Iterator[tuple[int, int, int]]:
-        """Yield length, forward and backward sweeps of each window."""
-        return zip(self.lengths, self.forward, self.backward, strict=True)
-
     @property
     def forward(self) -> tuple[int, ...]:
         """Forward sweeps of each window."""
@@ -132,10 +88,6 @@ class Windows:
     def backward(self) -> tuple[int, ...]:
         """Sweeps of each window in the adjoint solve."""
         return tuple(backward for _, backward in self.sweeps)
-
-    def __str__(self) -> str:
-        """The windows as a short text: "1, 7 by 3+2, 8 by 1+1 (7 times)". A window of one layer takes one sweep each way."""
-        return _repeated("1" if length == 1 else f"{length} by {forward}+{backward}" for length, forward, backward in self)
 
 
 @dataclass(frozen=True)
@@ -210,6 +162,7 @@ class WindowSolver:
         self.placement, self.propagator, self.spec = problem.placement, problem.propagator, problem.spec
         self.communicator, self.channel, self.tag = communicator, communicator.channel, communicator.tag
         self.on_phase = on_phase or (lambda phase, level: None)
+        self._share = shares_of(communicator, problem.placement, problem.spec)
         cut = problem.placement.windows(problem.windows)
         self.windows: list[Sequence[int]] = [layers[::-1] for layers in reversed(cut)] if problem.adjoint else list(cut)
         sweeps = [min(pair) for pair in zip(options.of_each(len(cut)), problem.windows, strict=True)]
@@ -252,7 +205,8 @@ class WindowSolver:
         for sweep in range(sweeps - 1):
             self.on_phase("relaxation", 0)
             found = {layer: subtract(self.propagator.step(layer, inputs[layer]), inputs[layer]) for layer in mine}
-            inputs = self._next_inputs(layers, start, self._gather(layers, found, f"sweep {sweep}"), inputs, sweep)
+            increments = gather(self.communicator, self.placement, self.spec, layers, found, f"sweep {sweep}")
+            inputs = self._next_inputs(layers, start, increments, inputs, sweep)
         self.on_phase("last sweep", 0)
         found = {layer: subtract(self.propagator.last_step(layer, inputs[layer], None), inputs[layer]) for layer in mine}
         return self._end(layers, start, found)
@@ -308,78 +262,12 @@ class WindowSolver:
                 rounding += squared_rounding(state, increment, self.rounding)
         return inputs
 
-    # Messages -----------------------------------------------------------------------------------------------------------------
-
     def _end(self, layers: Sequence[int], start: State, mine: dict[int, State]) -> State:
         """Return the state after the window: its first state plus all increments, added in the order of the layers.
 
-        Large states are summed in pieces: each worker sums one piece, then the pieces are gathered. Each of P workers then sends two states
-        instead of P − 1. The order of the sum is the same, and so is the result, bit for bit.
+        Where each worker does that for its share of the rows, the order of the sum is the same, and so is the result, bit for bit.
         """
-        size = self.channel.size
-        if size > 1 and (size - 1) * sum(part.nbytes for part in tensors(start)) > IN_PIECES_BYTES:
-            return self._end_in_pieces(layers, start, mine)
-        state = start
-        for increment in self._gather(layers, mine, WINDOW_END):
-            state = add(state, increment)
-        return state
-
-    def _end_in_pieces(self, layers: Sequence[int], start: State, mine: dict[int, State]) -> State:
-        """Return the state after the window, where each worker sums one piece of it."""
-        rank, size, tag = self.channel.rank, self.channel.size, self.tag.at(WINDOW_END, 0)
-        owners = [self.placement.owners[layer] for layer in layers]
-        most, ends = max(owners.count(worker) for worker in set(owners)), []
-        own = [*mine.values(), *[self.spec.zeros()] * (most - len(mine))]
-        for place, first in enumerate(tensors(start)):
-            length = -(-first.numel() // size)
-            rows = [_pieces(tensors(increment)[place], size, length) for increment in own]
-            # From each worker: this worker's piece of every increment that the sender owns.
-            given = self.channel.all_to_all([torch.cat([row[worker] for row in rows]) for worker in range(size)], tag)
-            piece, taken = _pieces(first, size, length)[rank], dict.fromkeys(owners, 0)
-            for owner in owners:
-                piece = piece + given[owner].view(most, length)[taken[owner]]
-                taken[owner] += 1
-            spec = StateSpec.of(piece)
-            whole = torch.cat([part for gathered in self.channel.all_gather(piece, spec, tag) for part in tensors(gathered)])
-            ends.append(whole[: first.numel()].view(first.shape))
-        return like(start, tuple(ends))
-
-    def _gather(self, layers: Sequence[int], mine: dict[int, State], phase: str) -> list[State]:
-        return gather(self.channel, self.placement, self.spec, layers, mine, self.tag, phase)
-
-
-def gather(
-    channel: Channel, placement: Placement, spec: StateSpec, layers: Sequence[int], mine: dict[int, State], tag: MessageTag, phase: str
-) -> list[State]:
-    """Return the increments of all these layers, in order. Summed in that order they give the same bits for any number of workers.
-
-    A worker with fewer of these layers than others also sends zeros, since all workers take part in every all-gather.
-
-    Args:
-        placement: which worker owns which layer.
-        spec: shapes and dtypes of an increment.
-        layers: the layers, in the order in which a solve takes them.
-        mine: the increments of those that this worker owns, in the same order.
-        tag, phase: name the messages in errors.
-
-    Raises:
-        ChannelError: an increment did not come within the time limit, or a worker is gone.
-    """
-    if channel.size == 1:
-        return [mine[layer] for layer in layers]
-    owners = [placement.owners[layer] for layer in layers]
-    most = max(owners.count(rank) for rank in set(owners))
-    own = [*mine.values(), *[spec.zeros()] * (most - len(mine))]
-    gathered = [channel.all_gather(increment, spec, tag.at(phase, place)) for place, increment in enumerate(own)]
-    taken = dict.fromkeys(owners, 0)
-    increments = []
-    for owner in owners:
-        increments.append(gathered[taken[owner]][owner])
-        taken[owner] += 1
-    return increments
-
-
-def _pieces(tensor: Tensor, count: int, length: int) -> Tensor:
-    """Return a tensor's numbers as `count` rows of `length`, padded with zeros at the end; shape (count, length)."""
-    flat = tensor.detach().reshape(-1)
-    return torch.nn.functional.pad(flat, (0, count * length - len(flat))).view(count, length)
+        rows = self._share.rows(start)
+        for increment in self._share.of_increments(layers, mine, WINDOW_END):
+            rows = add(rows, increment)
+        return self._share.joined(rows, WINDOW_END)

@@ -56,13 +56,14 @@ class Costs:
         """
         all_gather = self.all_gather_s(workers)
         all_reduce = math.inf if self.all_reduce is None else self.all_reduce
+        parameters = max(0.0, self.full_gradient - self.input_gradient)
         return {
             "forward": self.forward,
             "record": self.record,
             "input_gradient": self.input_gradient,
             "full_gradient": self.full_gradient,
-            "parameter_gradient": max(0.0, self.full_gradient - self.input_gradient),
-            "settle": max(0.0, self.full_gradient - self.input_gradient),
+            "parameter_gradient": parameters,
+            "settle": parameters,
             "enter": self.enter + open_layers * self.record,
             "enter_gradient": open_layers * self.full_gradient + self.enter_gradient,
             "loss": close_layers * (self.record + self.full_gradient) + self.leave,

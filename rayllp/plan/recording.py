@@ -19,10 +19,22 @@ from rayllp.config import TrainConfig
 from rayllp.control import Accuracy
 from rayllp.engine.in_order import InOrderStep, InOrderWork
 from rayllp.engine.step_solves import StepSolves
-from rayllp.mgrit import Communicator, DeferredRun, DeferredSweeps, Hierarchy, Level, MGRITSolver, Problem, Propagator, SolverOptions
+from rayllp.mgrit import (
+    Communicator,
+    DeferredRun,
+    DeferredSweeps,
+    Hierarchy,
+    Level,
+    MGRITSolver,
+    Problem,
+    Propagator,
+    SolverOptions,
+    split_evenly,
+)
+from rayllp.mgrit.placement import Placement
 from rayllp.mgrit.rolling import RollingOptions, RollingProblem, RollingSolver
 from rayllp.mgrit.shares import EXCHANGE
-from rayllp.mgrit.windows import WINDOW_END, Placement, WindowOptions, WindowProblem, WindowSolver
+from rayllp.mgrit.windows import WINDOW_END, WindowOptions, WindowProblem, WindowSolver
 from rayllp.plan.schedule import RunWork, Schedule, Work
 from rayllp.state import State
 
@@ -239,17 +251,11 @@ def _record_rolling(layers: int, workers: int, length: int, sweeps: int, name: s
         recorder = _Recorder(rank, workers, rank)
         problem = RollingProblem(Placement.cyclic(layers, workers), length, _RecordedLayers(recorder, name), SPEC, name == "adjoint")
         solver = _RecordedRolling(problem, RollingOptions(tolerance=1.0), Communicator(recorder, MessageTag(0, name)), recorder.enter)
-        solver.strides = chain((len(part) for part in _equal_parts(layers, sweeps)), repeat(length))
+        solver.strides = chain(split_evenly(layers, sweeps), repeat(length))
         solver.solve(Nothing() if rank == source else None, source)
         return recorder.collect(), ()
 
     return _of_all(record, range(workers), list(range(workers)))
-
-
-def _equal_parts(count: int, parts: int) -> list[range]:
-    """Return `count` numbers in so many parts, whose lengths differ by at most one."""
-    cuts = [count * part // parts for part in range(parts + 1)]
-    return [range(*pair) for pair in pairwise(cuts)]
 
 
 @lru_cache(maxsize=64)
