@@ -301,13 +301,8 @@ def branch_file(key: Key, step: int) -> Path:
     return Path(tempfile.gettempdir()) / f"frontier_{name}_{middle}_{seed}_{lr:g}_{steps}_{step}.pt"
 
 
-def train(key: Key, data: Path, keep_at: tuple[float, ...] = (), start: Path | None = None) -> dict[str, Any]:
-    """One run in this process: the engine of a worker that has all layers, and the controller, as `rayllp train` runs them.
-
-    Args:
-        keep_at: shares of the steps before which the state is kept (`branch_file`).
-        start: such a state, to go on from.
-    """
+def engine_of(key: Key, data: Path) -> Engine:
+    """The engine of a worker that has all layers, in this process and on one core."""
     import torch
 
     from rayllp.channel import LocalChannel
@@ -324,7 +319,21 @@ def train(key: Key, data: Path, keep_at: tuple[float, ...] = (), start: Path | N
     else:
         module = import_module(TASKS[name].module)
         model, batches = module.student(config), module.Lessons(config)
-    engine = Engine(model, config, batches, alone, alone, torch.device("cpu"))
+    return Engine(model, config, batches, alone, alone, torch.device("cpu"))
+
+
+def train(key: Key, data: Path, keep_at: tuple[float, ...] = (), start: Path | None = None) -> dict[str, Any]:
+    """One run in this process: the engine of a worker that has all layers, and the controller, as `rayllp train` runs them.
+
+    Args:
+        keep_at: shares of the steps before which the state is kept (`branch_file`).
+        start: such a state, to go on from.
+    """
+    import torch
+
+    name, *_, steps = key
+    engine = engine_of(key, data)
+    config = engine.config
     controller = Controller(config)
     curve, plain, probes, biases = [], Counter[str](), Counter[str](), []
     kept = {round(share * steps) for share in keep_at}

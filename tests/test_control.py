@@ -409,6 +409,8 @@ def test_a_run_of_one_worker_rolls_once_it_has_more():
 
 def test_the_given_tolerance_is_where_a_run_begins_and_of_a_fixed_one_where_it_stays():
     assert open_controller(windows={"tolerance": 0.02}).plan_probe(0).candidate.tolerance == 0.02
+    assert open_controller(windows={"tolerance": 0.5}).plan_probe(0).candidate.tolerance == 0.15
+    assert open_controller(mode="parallel", windows={"tolerance": 0.5}).accuracy_at(0).tolerance == 0.5
     fixed = open_controller(mode="parallel", windows={"tolerance": 0.02})
     assert fixed.accuracy_at(0).tolerance == 0.02
     assert fixed.observe(49, rolled(0.9)) is None

@@ -17,13 +17,10 @@ from statistics import mean
 import torch
 
 import rayllp.mgrit.rolling as rolling
-from rayllp.channel import LocalChannel
-from rayllp.config import TrainConfig, load_config
 from rayllp.control import Accuracy, Controller
-from rayllp.data import load_data
 from rayllp.engine import Engine
+from rayllp.engine.probe import Sums
 from rayllp.mgrit.windows import Windows
-from rayllp.models import build_architecture
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import frontier
@@ -33,21 +30,21 @@ SWEEPS = ((1, 1), (2, 1), (2, 2), (3, 3), (4, 4))
 BATCHES = 4
 
 
-def layer_gradients(engine: Engine, accuracy: Accuracy, step: int) -> tuple[list[torch.Tensor], tuple[int | None, int | None]]:
-    """The gradients of the middle layers, one flat tensor each, and the sweeps."""
+def layer_gradients(engine: Engine, accuracy: Accuracy, step: int) -> tuple[list[torch.Tensor], tuple[int, int]]:
+    """The gradients of the middle layers, one flat tensor each, and the sweeps of a rolling window."""
     formed = engine.gradients(engine.step_batch(step, accuracy))
     config = engine.config
     layers = range(config.buffers.open, config.model.layers - config.buffers.close)
     found = [torch.cat([p.grad.flatten() for p in engine.block.layers[n].parameters() if p.grad is not None]) for n in layers]
     engine.optimizer.zero_grad()
-    return found, (formed.forward.sweeps if formed.forward else None, formed.adjoint.sweeps if formed.adjoint else None)
+    return found, formed.sweeps or (0, 0)
 
 
 def bias(found: list[torch.Tensor], exact: list[torch.Tensor]) -> float:
-    """As probes measure it: each layer's error over its gradient, as a root mean square weighted by the gradients' norms."""
-    weights = [float(g.norm()) for g in exact]
-    squares = [float((one - other).norm() / other.norm()) ** 2 for one, other in zip(found, exact, strict=True)]
-    return (sum(w * s for w, s in zip(weights, squares, strict=True)) / sum(weights)) ** 0.5
+    """As probes measure it."""
+    error, better = (torch.stack([g.double().square().sum() for g in each]) for each in (map(torch.sub, found, exact), exact))
+    sums = Sums(error, better, better, better, error)
+    return sums.mean_of(sums.biases)
 
 
 def main() -> None:
@@ -59,11 +56,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=300, help="exact ones, of a training of as many as the task has")
     arguments = parser.parse_args()
     task = frontier.TASKS[arguments.task]
-    torch.set_num_threads(1)
-    changes = frontier.overrides(task, arguments.way, task.middle[-1], 0, arguments.lr, arguments.data.absolute(), task.steps)
-    config: TrainConfig = load_config(frontier.HERE / f"{task.config}.yaml", changes)
-    batches, alone = load_data(config), LocalChannel.alone()
-    engine = Engine(build_architecture(config, batches.facts), config, batches, alone, alone, torch.device("cpu"))
+    key = arguments.task, arguments.way, task.middle[-1], 0, arguments.lr, task.steps
+    engine = frontier.engine_of(key, arguments.data.absolute())
+    config = engine.config
     controller = Controller(config)
     window, exact = controller.rungs[0], controller.rungs[-1]
     for step in range(arguments.steps):
@@ -77,7 +72,7 @@ def main() -> None:
         rolling.MOST_EXTRAPOLATION = 2.0 if secants else 0.0
         for tolerance in TOLERANCES:
             found = [layer_gradients(engine, replace(window, tolerance=tolerance), step) for step in steps]
-            forward, backward = (mean(sweeps[way] or 0 for _, sweeps in found) for way in (0, 1))
+            forward, backward = (mean(sweeps[way] for _, sweeps in found) for way in (0, 1))
             off = mean(bias(gradients, right[step]) for (gradients, _), step in zip(found, steps, strict=True))
             kind = "with secants" if secants else "without"
             print(f"rolling {kind}, tolerance {tolerance:g}: {forward:.1f} + {backward:.1f} sweeps, cost {forward + backward + owned:.1f}, "

@@ -66,7 +66,8 @@ class ToleranceChoice:
 
     def __init__(self, config: TrainConfig) -> None:
         self.config = config
-        self.state = ToleranceState(_bounded(config.windows.tolerance or FIRST, LEAST, MOST))
+        given = config.windows.tolerance or FIRST
+        self.state = ToleranceState(_bounded(given, LEAST, MOST) if config.chooses_tolerance else given)
 
     @property
     def tolerance(self) -> float:
