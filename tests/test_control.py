@@ -314,13 +314,20 @@ def test_good_probes_move_the_tolerance_towards_the_bias_that_is_aimed_at():
         control.observe(step, rolled(0.6 * control.chosen.tolerance**0.8))
         tolerances.append(control.chosen.tolerance)
         assert not control.accuracy_at(step + 5).serial
-    assert tolerances[0] == 0.15  # the largest
     assert tolerances[-1] == pytest.approx((0.5 * 0.3 / 0.6) ** 1.25, rel=0.25)
     assert control.observe(400, rolled(0.6 * control.chosen.tolerance**0.8)) is None  # no change is no decision
     wide = open_controller()
     for step in range(0, 300, 50):
         wide.observe(step, rolled(1e-6))
-    assert wide.chosen.tolerance == 0.15
+    assert wide.chosen.tolerance == 1.0  # the largest
+
+
+def test_a_larger_tolerance_is_not_chosen_where_it_would_save_no_sweep():
+    """20 layers in windows of 8 take three sweeps at least."""
+    for bias, sweeps, factor in ((1e-6, (3, 3), 1.0), (1e-6, (4, 3), 2.0), (0.28, (3, 3), (0.15 / 0.28) ** 1.25)):
+        control = open_controller()
+        control.observe(0, rolled(bias, sweeps=sweeps))
+        assert control.chosen.tolerance == pytest.approx(0.1 * factor)
 
 
 def test_the_faster_the_bias_grows_the_less_of_it_is_aimed_at():
@@ -409,7 +416,8 @@ def test_a_run_of_one_worker_rolls_once_it_has_more():
 
 def test_the_given_tolerance_is_where_a_run_begins_and_of_a_fixed_one_where_it_stays():
     assert open_controller(windows={"tolerance": 0.02}).plan_probe(0).candidate.tolerance == 0.02
-    assert open_controller(windows={"tolerance": 0.5}).plan_probe(0).candidate.tolerance == 0.15
+    assert open_controller(windows={"tolerance": 0.5}).plan_probe(0).candidate.tolerance == 0.5
+    assert open_controller(windows={"tolerance": 2.0}).plan_probe(0).candidate.tolerance == 1.0
     assert open_controller(mode="parallel", windows={"tolerance": 0.5}).accuracy_at(0).tolerance == 0.5
     fixed = open_controller(mode="parallel", windows={"tolerance": 0.02})
     assert fixed.accuracy_at(0).tolerance == 0.02

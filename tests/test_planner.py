@@ -14,7 +14,7 @@ from rayllp.config.run import SWEEPS
 from rayllp.control import Controller
 from rayllp.engine.replica_sums import BUCKET_BYTES
 from rayllp.errors import SettingsError
-from rayllp.plan import Costs, Device, LayerModel, MGRITSolve, WindowSolve, make_plan, predict
+from rayllp.plan import Costs, Device, LayerModel, MGRITSolve, RollingSolve, WindowSolve, make_plan, predict
 from rayllp.plan.measure import measure_costs
 from rayllp.plan.options import mgrit_solves
 from rayllp.quantities import quantity
@@ -42,12 +42,14 @@ def test_latency_bound_layers_want_layer_parallelism_and_others_do_not():
     # However small the batch, a layer takes as long: neither replicas nor microbatches help.
     slow = make_plan(config(), layers(), FREE, 8)
     assert (slow.best.kind, slow.best.replicas, slow.best.layer_workers) == ("layer", 1, 8)
-    assert slow.best.solve == WindowSolve(8, 1, 1)
+    assert slow.best.solve == RollingSolve(8, 1.2 * 8**0.5, 1.2 * 8**0.5, measured=False)
+    # Of 64 layers, each with 8 parameter gradients of 10 ms on every worker: 19 + 19 sweeps of 10 ms.
+    assert slow.best.step_s == pytest.approx(0.46, rel=1e-3)
     # Exact steps gain what parameter gradients off the critical path take: a third of the gradient's half.
     assert (slow.exact.kind, slow.exact.microbatches) == ("in_order", 1)
     assert slow.serial_s / slow.exact.step_s == pytest.approx(1.5, rel=0.02)
     assert "layer-parallel pays here" in slow.advice
-    assert "its bias was not measured" in slow.advice
+    assert "a short run with windows.length=8, on any number of workers, measures them (--run)" in slow.advice
     # A layer's time is proportional to the batch: replicas divide it for nothing.
     wide = make_plan(config(), layers(small=0.0, per_sample=1e-3), FREE, 8)
     assert (wide.best.kind, wide.best.replicas) == ("data", 8)
@@ -99,11 +101,16 @@ def test_what_is_not_tried_is_not_faster(weight):
     assert {(o.replicas, o.layer_workers) for o in quick.options} == {(o.replicas, o.layer_workers) for o in whole.options}
 
 
+def by_mgrit(**changes):
+    return make_config({**config().model_dump(mode="json"), "solver": "mgrit", **changes})
+
+
 def test_bias_and_memory_rule_options_out():
-    fast = make_plan(config(), layers(), FREE, 8)
-    known = make_plan(config(), layers(), FREE, 8, biases={fast.best.solve: 0.9})
+    fast = make_plan(by_mgrit(), layers(), FREE, 8)
+    assert "its bias was not measured" in fast.advice
+    known = make_plan(by_mgrit(), layers(), FREE, 8, biases={fast.best.solve: 0.9})
     assert known.best.solve != fast.best.solve
-    good = make_plan(config(), layers(), FREE, 8, biases={fast.best.solve: 0.03})
+    good = make_plan(by_mgrit(), layers(), FREE, 8, biases={fast.best.solve: 0.03})
     assert good.best.solve == fast.best.solve
     assert "measured to be 0.03" in good.advice
     # Eight blocks of weights fit where the whole network does not.
@@ -116,6 +123,18 @@ def test_bias_and_memory_rule_options_out():
     assert "nothing fits" in none.advice
     with pytest.raises(SettingsError, match="0 devices"):
         make_plan(config(), model, FREE, 0)
+
+
+def test_measured_strides_of_a_rolling_window_take_the_place_of_usual_ones():
+    usual = make_plan(config(), layers(), FREE, 8)
+    known = make_plan(config(), layers(), FREE, 8, biases={RollingSolve(8, 4.0, 5.0): 0.3, RollingSolve(2, 1.0, 1.0): 0.3})
+    assert known.best.solve == RollingSolve(8, 4.0, 5.0)  # a bias above the limit does not rule it out: probes have seen it, and its noise
+    assert known.best.step_s < usual.best.step_s
+    assert "its strides were measured" in known.advice
+    slow = make_plan(config(), layers(), FREE, 8, biases={RollingSolve(8, 1.0, 1.0): 0.01})
+    assert slow.best.solve is None or slow.best.layer_workers < 8
+    fixed = make_config({**config().model_dump(mode="json"), "windows": {"rolling": False}})
+    assert make_plan(fixed, layers(), FREE, 8).best.solve == WindowSolve(8, 1, 1)
 
 
 def test_a_sharded_optimizer_saves_memory_and_costs_an_all_gather():
@@ -180,7 +199,13 @@ def test_biases_come_from_runs_and_sweeps(tmp_path):
     for line, probed in zip(lines[1::2], ("1+1", "rolling", "rolling"), strict=True):
         line["probed"] = probed
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert measured_biases([run]) == {WindowSolve(4, 1, 1): 0.2}  # a rolling window is no option of the planner
+    assert measured_biases([run]) == {WindowSolve(4, 1, 1): 0.2}  # and no step was taken by the rolling window
+    steps = [(3, 6, None), (5, 4, None), (12, 9, 0.05), (4, 5, None)]  # the third was a probe
+    for (forward, backward, bias), line in zip(steps, lines, strict=False):
+        counts = {"iterations_forward": forward, "iterations_backward": backward}
+        line |= {"solve": "rolling", "probed": bias and "rolling", "bias": bias, **counts}
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines[:4]))
+    assert measured_biases([run, run]) == {RollingSolve(4, 3 * 20 / 12, 3 * 20 / 15): 0.05}
     with pytest.raises(SettingsError, match="neither a run's directory nor a sweep's"):
         measured_biases([tmp_path])
 
@@ -203,7 +228,7 @@ def test_the_command(tmp_path):
     written = json.loads((tmp_path / "plan.json").read_text())
     assert written["best"] in written["options"]
     best = {name: written["best"][name] for name in ("kind", "data", "layer", "solve", "microbatches", "in_order", "bias")}
-    assert best == {"kind": "layer", "data": 1, "layer": 16, "solve": [16, 0, 1, 1], "microbatches": 1, "in_order": False, "bias": None}
+    assert best == {"kind": "layer", "data": 1, "layer": 16, "solve": [16, 1, 4.8, 4.8], "microbatches": 1, "in_order": False, "bias": None}
     assert (written["exact"]["kind"], written["exact"]["in_order"], written["exact"]["solve"]) == ("pipeline", True, None)
     assert written["serial_s"] == pytest.approx(64 * 0.03)
     files[0].write_text("{}")

@@ -13,13 +13,15 @@ import rayllp
 from rayllp.checkpoint import MANIFEST, checkpoints, step_of
 from rayllp.data import DatasetFacts
 from rayllp.errors import CheckpointError, ClusterError, SettingsError
+from rayllp.plan import Costs
 from rayllp.report import RunDirectory
 from rayllp.tuning.pictures import pareto_front
-from rayllp.tuning.reporter import WORST, Reporter
+from rayllp.tuning.reporter import WORST, Reporter, Step
 from rayllp.tuning.results import _page, _write_csv, rows_of
 from rayllp.tuning.run import _create
 from rayllp.tuning.searchers import build_searcher
 from rayllp.tuning.sweep import Objective, load_sweep, make_sweep
+from rayllp.tuning.trial import _predictor
 from tests.test_train import living_actors, placement_groups, read, wait_until
 
 SMALL = {
@@ -207,6 +209,26 @@ def test_a_report_has_every_number_and_the_worst_where_there_is_none():
     assert found["seconds_to_target"] == pytest.approx(27 + 4 * 0.5)
     assert (found["step_time"], found["bias"], found["largest_rho"], found["switched_at"]) == (0.5, 0.5, 0.3, 6)
     assert (found["parallel_share"], found["last_mode"], found["perplexity"]) == (round(6 / 7, 4), "serial", 6.7)
+
+
+def test_a_predicted_step_time_is_the_mean_of_the_steps_that_were_taken():
+    """A rolling window's by the sweeps that were counted, probes left out; exact ones by theirs."""
+    settings, space = {"workers": 1, "model.layers": 20}, {"optimizer.lr": {"choice": [1e-3]}}
+    sweep = sweep_of(settings=settings, space=space, objective={"kind": "pareto", "cluster": {"workers": 8}}, scheduler="none")
+    config = sweep.config({})
+    assert (config.workers, config.windows.length, sweep.enlarged(config).workers) == (1, 8, 8)
+    costs = Costs(forward=1.0, record=1.0, input_gradient=1.0, full_gradient=2.0)
+    reporter = Reporter(sweep.objective, _predictor(sweep, config, costs))
+    exact = reporter.predict(Step(exact=True))
+    for step, (forward, backward, probed) in enumerate([(6, 4, None), (8, 6, None), (20, 20, "rolling")]):
+        counts = {"solve": "rolling", "probed": probed, "iterations_forward": forward, "iterations_backward": backward}
+        reporter.on_step(metric(step, **counts))
+    rolling = reporter.report()["step_time"]
+    assert rolling == pytest.approx(7 + 5 + 3)  # sweeps, and three layers' parameter gradients
+    reporter.on_step(metric(3, mode="serial", solve="serial", probed=None))
+    assert reporter.report()["step_time"] == pytest.approx(0.75 * rolling + 0.25 * exact)
+    fixed = sweep.config({"windows.length": 4})
+    assert fixed.windows.length == 4
 
 
 def test_what_was_not_measured_has_no_number_in_the_table(tmp_path):

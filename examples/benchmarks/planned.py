@@ -13,7 +13,8 @@ from pathlib import Path
 
 import rayllp
 from rayllp.errors import SettingsError
-from rayllp.plan import Costs, Device, LayerModel, MGRITSolve, Solve, WindowSolve, make_plan
+from rayllp.plan import Costs, Device, LayerModel, MGRITSolve, Option, Solve, WindowSolve, make_plan
+from rayllp.plan.options import ITERATIONS, mgrit_solves
 
 DEVICE = Device(latency_s=2e-5, bandwidth=1e10)
 
@@ -48,15 +49,22 @@ def replicas_and_workers() -> dict[int, list[tuple[int, float, Solve | None]]]:
         measured={1: costs(0.6e-3), 32: costs(3.7e-3)}, parameter_bytes=28e6, state_bytes=2e6, graph_bytes=6e7,
     )  # fmt: skip
     found: dict[int, list[tuple[int, float, Solve | None]]] = {}
+    windows = [WindowSolve(length, *sweeps) for length in (2, 4, 8, 16, 32, 64) for sweeps in ITERATIONS]
     for devices in (16, 32, 64):
-        plan = make_plan(config, model, DEVICE, devices)
+        plan = make_plan(config, model, DEVICE, devices, solves=[*mgrit_solves(64), *windows])
         for replicas in (1, 2, 4, 8, 16, 32):
             mesh = replicas, devices // replicas
-            of_mesh = [o for o in plan.options if (o.replicas, o.layer_workers) == mesh and o.kind in ("layer", "data")]
+            of_mesh = [o for o in plan.options if (o.replicas, o.layer_workers) == mesh and is_shown(o)]
             if of_mesh:
                 best = min(of_mesh, key=lambda option: option.step_s)
                 found.setdefault(devices, []).append((replicas, best.step_s, best.solve))
     return found
+
+
+def is_shown(option: Option) -> bool:
+    """True for replicas, MGRIT, and windows of as many layers as workers."""
+    solve = option.solve
+    return option.kind in ("layer", "data") and not (isinstance(solve, WindowSolve) and solve.length != option.layer_workers)
 
 
 def shown(solve: Solve | None) -> str:
@@ -65,8 +73,7 @@ def shown(solve: Solve | None) -> str:
             return f"{solve.coarsening}, {solve.levels}"
         case WindowSolve():
             return f"{solve.length}, 0"
-        case None:
-            return "data"
+    return "data"
 
 
 def main() -> None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from statistics import median
+from statistics import fmean, median
 from typing import Any
 
 from rich.console import Console
@@ -14,6 +14,7 @@ from rayllp.cluster.ray_group import RayGroup
 from rayllp.config import TrainConfig
 from rayllp.control import Controller
 from rayllp.data import Batches, load_data
+from rayllp.engine import StepStats
 from rayllp.models import Architecture
 from rayllp.plan import predict
 from rayllp.plan.measure import measure_costs
@@ -33,7 +34,8 @@ class StepBench:
         forward_s: until the last worker has the gradient of the loss; None in serial mode, where phases overlap.
         backward_s: the rest of the step; None in serial mode.
         serial_s: an exact step on one worker: all layers' forward and backward, one after the other.
-        ideal_s: the schedule's critical path without messages and overhead; None in serial mode.
+        ideal_s: the schedule's critical path without messages and overhead, of a rolling window for the mean number of sweeps that the
+            steps have taken; None in serial mode.
         phases: for each worker, seconds by phase: "forward coarse solve", "adjoint last sweep", …, "wait", "send".
         spans: for each worker, the spans of the step with the median time, in seconds from when the first worker began it, by the nodes'
             clocks.
@@ -87,10 +89,23 @@ def bench_step(
     try:
         group.start(config, Network(architecture), batches)
         group.call("time_steps", [(step, accuracy) for step in range(warm)])
-        timed = group.call("time_steps", [(step, accuracy) for step in range(warm, warm + steps)])
+        done = group.call("time_steps", [(step, accuracy) for step in range(warm, warm + steps)])
     finally:
         group.shutdown()
-    return _summary(config, timed, serial_s, None if accuracy.serial else predict(config, accuracy, costs).step_s)
+    timed = [[of_step for _, of_step in worker] for worker in done]
+    sweeps = mean_sweeps([stats for stats, _ in done[0]])
+    return _summary(config, timed, serial_s, None if accuracy.serial else predict(config, accuracy, costs, sweeps=sweeps).step_s)
+
+
+def mean_sweeps(steps: Sequence[StepStats]) -> tuple[float, float] | None:
+    """Return the mean numbers of sweeps of steps by a rolling window, forward and adjoint; None if there is none."""
+    counts = [
+        (stats.forward.sweeps, stats.adjoint.sweeps)
+        for stats in steps
+        if stats.forward is not None and stats.adjoint is not None
+        if stats.forward.sweeps is not None and stats.adjoint.sweeps is not None
+    ]
+    return (fmean(forward for forward, _ in counts), fmean(adjoint for _, adjoint in counts)) if counts else None
 
 
 def _summary(config: TrainConfig, timed: Sequence[list[TimedStep]], serial_s: float, ideal_s: float | None) -> StepBench:

@@ -251,9 +251,9 @@ class BlockWorker:
         return reports
 
     @disconnects_on_failure
-    def time_steps(self, steps: list[tuple[int, Accuracy]]) -> list[TimedStep]:
-        """Do training steps and return the timeline of each."""
-        return [self._timed_step(step, accuracy)[1] for step, accuracy in steps]
+    def time_steps(self, steps: list[tuple[int, Accuracy]]) -> list[tuple[StepStats, TimedStep]]:
+        """Do training steps, and return of each what it did and its timeline."""
+        return [self._timed_step(step, accuracy) for step, accuracy in steps]
 
     def _timed_step(self, step: int, accuracy: Accuracy) -> tuple[StepStats, TimedStep]:
         engine, timeline = self._engine, Timeline()

@@ -75,7 +75,7 @@ class WindowSettings(Settings):
         None,
         gt=0,
         description="of a rolling window: largest relative change of a layer's input that its last sweep leaves unheeded (of an adjoint "
-        "state four times as much); in mode parallel fixed, in mode adaptive at the start (default 0.1; from 1e-4 to 0.15)",
+        "state four times as much); in mode parallel fixed, in mode adaptive at the start (default 0.1; from 1e-4 to 1)",
     )
 
 

@@ -240,9 +240,13 @@ class RunSettings(Settings):
     @property
     def chooses_tolerance(self) -> bool:
         """True if the controller chooses the tolerance of a rolling window."""
-        judged = self.mode == "adaptive" and self.solver == "windows" and self.adaptive.rule == "bias" and self.adaptive.probe_every > 0
+        return self.mode == "adaptive" and self.may_roll and self.adaptive.rule == "bias" and self.adaptive.probe_every > 0
+
+    @property
+    def may_roll(self) -> bool:
+        """True if windows would roll in mode adaptive, with probes."""
         given = isinstance(self.windows.length, tuple) or self.adaptive.ladder is not None
-        return judged and self.windows.rolling and not given
+        return self.solver == "windows" and self.windows.rolling and not given
 
     @property
     def drops_slow_rungs(self) -> bool:

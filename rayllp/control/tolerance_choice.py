@@ -13,8 +13,8 @@ from rayllp.config import TrainConfig
 from rayllp.control.judgement import tolerated_bias
 from rayllp.control.records import Probe
 
-FIRST, LEAST, MOST = 0.1, 1e-4, 0.15
-"""The tolerance at the start, and its bounds. With the largest, an adjoint state may change by six tenths of itself."""
+FIRST, LEAST, MOST = 0.1, 1e-4, 1.0
+"""The tolerance at the start, and its bounds. With the largest, a state may change by as much as itself."""
 ORDER = 0.8
 """The bias grows about with this power of the tolerance, as measured on four trained networks (0.4 to 1)."""
 DOWN, UP = 0.25, 2.0
@@ -95,7 +95,7 @@ class ToleranceChoice:
     def adapt(self, step: int, probe: Probe, aim: float) -> Move | None:
         """Move the tolerance towards the bias that is aimed at, after a probe that has found it small enough."""
         wanted = _bounded(self.tolerance * _bounded(self._wanted(step, probe, aim), DOWN, UP), LEAST, MOST) / self.tolerance
-        if 1 / UNCHANGED < wanted < UNCHANGED:
+        if 1 / UNCHANGED < wanted < UNCHANGED or (wanted > 1 and self._sweeps_are_fewest(probe)):
             return None
         factor, reason = self._scale(wanted), "the bias allows more" if wanted > 1 else "the bias comes near what is tolerated"
         return Move(factor, f"{reason}; {self._in_words}")
@@ -125,6 +125,11 @@ class ToleranceChoice:
     @property
     def _in_words(self) -> str:
         return f"tolerance {self.tolerance:.2g}"
+
+    def _sweeps_are_fewest(self, probe: Probe) -> bool:
+        """Return True if the window has rolled on by its whole length after each sweep, so that a larger tolerance would gain nothing."""
+        fewest = math.ceil(len(self.config.solved_layers) / self.config.longest_window)
+        return probe.sweeps is not None and max(probe.sweeps) <= fewest
 
     def overrun(self, probe: Probe) -> str | None:
         """Return in words that the sweeps which a probe has seen take about as long as an exact step, or longer; None if they do not.

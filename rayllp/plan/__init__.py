@@ -2,7 +2,7 @@
 
 from rayllp.plan.buffers import BufferSuggestion, suggest_buffers
 from rayllp.plan.costs import Costs, Device, LayerModel
-from rayllp.plan.options import MGRITSolve, Option, Solve, WindowSolve
+from rayllp.plan.options import MGRITSolve, Option, RollingSolve, Solve, WindowSolve
 from rayllp.plan.planner import Plan, make_plan
 from rayllp.plan.prediction import Prediction, predict, predict_step
 
@@ -15,6 +15,7 @@ __all__ = [
     "Option",
     "Plan",
     "Prediction",
+    "RollingSolve",
     "Solve",
     "WindowSolve",
     "make_plan",

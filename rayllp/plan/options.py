@@ -24,6 +24,10 @@ MOST_MICROBATCHES = 4
 COARSENINGS = (2, 4, 8, 16)
 LEVELS = (2, 3, 4)
 ITERATIONS = ((1, 1), (2, 1), (2, 2), (3, 3))
+USUAL_STRIDE = 1.2
+"""A window of W layers rolls on by about this many times √W layers after a sweep: the mean of what was counted in whole trainings, of GPT-2
+with Δt = 1/N (2 to 16 workers), with Δt = 1 and in translation (8 workers), which differ from it by up to a half (docs/frontier.md).
+"""
 
 
 @dataclass(frozen=True)
@@ -46,7 +50,7 @@ class MGRITSolve:
         """A description for the user."""
         return f"c_f {self.coarsening}, {self.levels} levels, {self.forward}+{self.backward} iterations"
 
-    def as_list(self) -> list[int]:
+    def as_list(self) -> list[float]:
         """Return the values as they are stored in a JSON file."""
         return [self.coarsening, self.levels, self.forward, self.backward]
 
@@ -69,12 +73,48 @@ class WindowSolve:
         """A description for the user."""
         return f"windows of {self.length}, {self.forward}+{self.backward} sweeps"
 
-    def as_list(self) -> list[int]:
+    def as_list(self) -> list[float]:
         """Return the values as they are stored in a JSON file, where 0 levels stand for windows."""
         return [self.length, 0, self.forward, self.backward]
 
 
-Solve = MGRITSolve | WindowSolve
+@dataclass(frozen=True)
+class RollingSolve:
+    """Settings of a layer-parallel solve by a rolling window, and what it makes of a network.
+
+    Attributes:
+        length: number of layers in the window.
+        forward, backward: number of layers by which it rolls on after a sweep, on average.
+        measured: whether a run has counted them; False: they are usual ones.
+    """
+
+    length: int
+    forward: float
+    backward: float
+    measured: bool = True
+
+    @classmethod
+    def usual(cls, length: int) -> "RollingSolve":
+        """Return what a window of this length usually does; see `USUAL_STRIDE`."""
+        stride = min(float(length), USUAL_STRIDE * math.sqrt(length))
+        return cls(length, stride, stride, measured=False)
+
+    @property
+    def text(self) -> str:
+        """A description for the user."""
+        strides = f"{self.forward:.2g} + {self.backward:.2g}" if self.measured else f"about {self.forward:.2g}"
+        return f"rolling window of {self.length}, {strides} layers a sweep"
+
+    def sweeps(self, layers: int) -> tuple[float, float]:
+        """Return the numbers of sweeps for so many layers, forward and adjoint."""
+        return layers / self.forward, layers / self.backward
+
+    def as_list(self) -> list[float]:
+        """Return the values as they are stored in a JSON file, where 1 level stands for a rolling window."""
+        return [self.length, 1, self.forward, self.backward]
+
+
+Solve = MGRITSolve | WindowSolve | RollingSolve
 Kind = Literal["layer", "pipeline", "in_order", "data"]
 
 
@@ -83,14 +123,14 @@ class Option:
     """One way to train, with its predicted time.
 
     Attributes:
-        kind: layer (MGRIT or windows); or exact: pipeline (1F1B over blocks of layers), in_order (layers in turn, neighbouring ones on
+        kind: layer (by windows or MGRIT); or exact: pipeline (1F1B over blocks of layers), in_order (layers in turn, neighbouring ones on
             different workers), or data (data parallel alone).
         replicas, layer_workers: number of replicas, and of workers in each.
         step_s: seconds per step.
         memory: bytes on the worker that needs most.
         solve: the solver's settings; None for exact ways.
         microbatches: number of microbatches, for kinds pipeline and in_order.
-        bias: relative bias of the gradient; 0 for exact ways; None if it was not measured.
+        bias: relative bias of the gradient; 0 for exact ways; None if it was not measured. Of a rolling window probes keep it small.
     """
 
     kind: Kind
@@ -108,8 +148,9 @@ class Option:
         return self.replicas * self.layer_workers
 
     def is_usable(self, device: Device, bias_limit: float) -> bool:
-        """True if it fits into memory and its bias is unknown or within the limit."""
-        return (device.memory is None or self.memory <= device.memory) and (self.bias is None or self.bias <= bias_limit)
+        """True if it fits into memory, and its bias is unknown, within the limit or kept small by probes."""
+        fits = device.memory is None or self.memory <= device.memory
+        return fits and (self.bias is None or self.bias <= bias_limit or isinstance(self.solve, RollingSolve))
 
     @property
     def text(self) -> str:
@@ -230,21 +271,33 @@ class MeshPlanner:
 
     # Layer-parallel ways --------------------------------------------------------------------------------------------------------
 
-    def layer_parallel_options(self, solves: Sequence[Solve] | None, biases: Mapping[Solve, float], bias_limit: float) -> list[Option]:
-        """Return a way for each of `solves`; None: for windows, and for those of MGRIT that may be the fastest or have a known bias."""
-        windows = [WindowSolve(self.layer_workers, *sweeps) for sweeps in SWEEPS]
-        tried = [*windows, *mgrit_solves(self.config.middle_layers)] if solves is None else solves
-        options = [self._layer_parallel(solve, biases.get(solve)) for solve in tried if isinstance(solve, WindowSolve)]
+    def layer_parallel_options(self, solves: Sequence[Solve] | None, known: Mapping[Solve, float], bias_limit: float) -> list[Option]:
+        """Return a way for each of `solves`; None: for the settings' solver, and for all solves whose bias is known."""
+        tried = self._solves_to_try(known) if solves is None else solves
+        options = [self._layer_parallel(solve, known.get(solve)) for solve in tried if not isinstance(solve, MGRITSolve)]
         bounds = [(self._least_s(solve), solve) for solve in tried if isinstance(solve, MGRITSolve)]
         fastest_s = math.inf
         for least_s, solve in sorted(bounds, key=itemgetter(0)):
-            if solves is None and solve not in biases and least_s >= fastest_s:
+            if solves is None and solve not in known and least_s >= fastest_s:
                 continue  # its lower bound is already slower than the mesh's fastest
-            option = self._layer_parallel(solve, biases.get(solve))
+            option = self._layer_parallel(solve, known.get(solve))
             options.append(option)
             if option is not None and option.is_usable(self.device, bias_limit):
                 fastest_s = min(fastest_s, option.step_s)
         return [option for option in options if option is not None]
+
+    def _solves_to_try(self, known: Mapping[Solve, float]) -> list[Solve]:
+        """Return the solves of the settings' solver, then others that a run has measured."""
+        workers = self.layer_workers
+        rolling = [solve for solve in known if isinstance(solve, RollingSolve) and solve.length == workers]
+        if self.config.solver == "mgrit":
+            tried: list[Solve] = [*mgrit_solves(self.config.middle_layers), *rolling]
+        elif self.config.may_roll:
+            tried = [*(rolling or [RollingSolve.usual(workers)])]
+        else:
+            tried = [*(WindowSolve(workers, *sweeps) for sweeps in SWEEPS), *rolling]
+        others = (solve for solve in known if isinstance(solve, MGRITSolve) or (isinstance(solve, WindowSolve) and solve.length == workers))
+        return list(dict.fromkeys([*tried, *others]))
 
     def _least_s(self, solve: MGRITSolve) -> float:
         """Return a lower bound of a step's seconds, much cheaper to compute than a prediction.
@@ -268,7 +321,9 @@ class MeshPlanner:
         state_bytes = self.batch * self.model.state_bytes
         all_gather_s, all_reduce_s = self.device.all_gather_s(state_bytes, workers), self.device.all_reduce_s(state_bytes, workers)
         costs = replace(self.costs, all_gather=all_gather_s, all_reduce=all_reduce_s)
-        step_s = predict_step(config, Controller(config).chosen, costs) + self._replicas_s(owned, owned * costs.full_gradient)
+        sweeps = solve.sweeps(len(config.solved_layers)) if isinstance(solve, RollingSolve) else None
+        step_s = predict_step(config, Controller(config).chosen, costs, sweeps=sweeps)
+        step_s += self._replicas_s(owned, owned * costs.full_gradient)
         interval = solve.coarsening if isinstance(solve, MGRITSolve) else 1
         graphs = interval if config.recompute else owned
         memory = owned * (self._weight_bytes + state_bytes) + self.batch * graphs * self.model.graph_bytes
@@ -279,14 +334,16 @@ class MeshPlanner:
         values = self.config.model_dump(mode="json")
         values |= {"workers": self.layer_workers, "mode": "parallel", "mesh": {"data": 1}, "batch_size": self.batch, "microbatches": None}
         values["adaptive"]["ladder"] = None
-        iterations = {"forward": solve.forward, "backward": solve.backward}
-        if isinstance(solve, WindowSolve):
-            values |= {"solver": "windows", "mgrit": {}, "windows": {"length": solve.length, "sweeps": iterations}}
-            values["adaptive"] |= {"consistency": None, "smoothness": 0.0}
-        else:
+        if isinstance(solve, MGRITSolve):
             levels = {"forward": solve.levels, "backward": solve.levels}
+            iterations = {"forward": solve.forward, "backward": solve.backward}
             values |= {"solver": "mgrit", "windows": {}}
             values["mgrit"] |= {"iterations": iterations, "coarsening": solve.coarsening, "levels": levels}
+        else:
+            sweeps = {"forward": solve.forward, "backward": solve.backward}
+            how = {"tolerance": 0.1} if isinstance(solve, RollingSolve) else {"sweeps": sweeps}
+            values |= {"solver": "windows", "mgrit": {}, "windows": {"length": solve.length, **how}}
+            values["adaptive"] |= {"consistency": None, "smoothness": 0.0}
         try:
             return TrainConfig.model_validate(values | {"accumulate": 1})
         except ValueError:

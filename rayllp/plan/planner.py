@@ -7,7 +7,7 @@ from typing import Any
 from rayllp.config import TrainConfig
 from rayllp.errors import SettingsError
 from rayllp.plan.costs import Device, LayerModel
-from rayllp.plan.options import MeshPlanner, Option, Solve, serial_step_s
+from rayllp.plan.options import MeshPlanner, Option, RollingSolve, Solve, serial_step_s
 
 WORTH_IT = 1.05
 """An approximate way is advised only if it is more than this many times as fast as the best exact one."""
@@ -59,8 +59,10 @@ def make_plan(
         devices: number of devices.
         biases: measured biases of the gradient, by solve.
         bias_limit: an approximate way with a larger known bias is not advised.
-        solves: which to try on each mesh. By default, windows of as many layers as workers, and those of MGRIT with c_f 2 to 16, 2 to 4
-            levels and 1+1 to 3+3 iterations which the depth allows and which may be the mesh's fastest or have a known bias.
+        solves: which to try on each mesh. By default, those of the settings' solver: a rolling window of as many layers as workers, with
+            usual strides unless `biases` has measured ones; fixed windows of that length where the settings ask for these; or of MGRIT
+            those with c_f 2 to 16, 2 to 4 levels and 1+1 to 3+3 iterations which the depth allows and which may be the mesh's fastest.
+            And those whose bias is known.
 
     Raises:
         SettingsError: fewer than one device.
@@ -117,9 +119,17 @@ def _advise(best: Option | None, exact: Option | None, serial_s: float, devices:
             "data": "plain data parallelism",
         }[best.kind]  # fmt: skip
         return f"use {way} here: {praise(best)}. It is exact, and no layer-parallel setting that is known to be accurate enough is faster"
-    bias = (
-        "its bias was not measured: try it with probes" if best.bias is None else f"its gradient's bias was measured to be {best.bias:.2g}"
-    )
     idle = f"; {devices - best.devices} devices stay free" if best.devices < devices else ""
     other = "No exact way fits" if exact is None else f"The best exact way is {praise(exact)}"
-    return f"layer-parallel pays here: {praise(best)}; {bias}. {other}{idle}"
+    return f"layer-parallel pays here: {praise(best)}; {_what_is_known(best)}. {other}{idle}"
+
+
+def _what_is_known(option: Option) -> str:
+    """Return in words what a layer-parallel way's accuracy, or a rolling window's stride, is known from."""
+    solve = option.solve
+    if isinstance(solve, RollingSolve):
+        ask = f"a short run with windows.length={solve.length}, on any number of workers, measures them (--run)"
+        return "its strides were measured" if solve.measured else f"its strides are usual ones, and depend on the network: {ask}"
+    if option.bias is None:
+        return "its bias was not measured: try it with probes"
+    return f"its gradient's bias was measured to be {option.bias:.2g}"

@@ -1,9 +1,11 @@
 """Collects what a trial reports to Ray Tune at each evaluation, from the metrics of its run."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
+from rayllp.control.records import ROLLING
 from rayllp.report import Listener
 from rayllp.tuning.sweep import Objective
 
@@ -12,19 +14,34 @@ WORST = 1e6
 WARM_STEPS = 3
 
 
+@dataclass(frozen=True)
+class Step:
+    """A kind of step whose time is to be predicted.
+
+    Attributes:
+        exact: an exact one.
+        sweeps: of a rolling window, mean numbers forward and adjoint; None if none were counted.
+    """
+
+    exact: bool
+    sweeps: tuple[float, float] | None = None
+
+
 class Reporter(Listener):
     """A listener of a run that collects the values of a trial's reports.
 
     Args:
         objective: the sweep's objective.
-        predicted: predicted seconds of a layer-parallel step on the cluster that the sweep is for; None: use the measured time.
+        predict: predicts the seconds of a step on the cluster that the sweep is for: of a layer-parallel one, with the mean numbers of
+            sweeps if a rolling window has taken any, or of an exact one. None: use the measured time.
     """
 
-    def __init__(self, objective: Objective, predicted: float | None = None) -> None:
-        self.objective, self.predicted = objective, predicted
+    def __init__(self, objective: Objective, predict: Callable[[Step], float] | None = None) -> None:
+        self.objective, self.predict = objective, predict
         self.steps = self.parallel = self.tokens = 0
         self.seconds = 0.0
         self.times: list[float] = []
+        self.sweeps: list[tuple[int, int]] = []
         self.mode = self.rung = ""
         self.bias: float | None = None
         self.rho: dict[str, float | None] = {"rho_forward": None, "rho_backward": None}
@@ -61,6 +78,8 @@ class Reporter(Listener):
             self._warm -= 1
         else:
             self.times.append(metric["step_time_s"])
+        if metric.get("solve") == ROLLING and metric["probed"] is None:
+            self.sweeps.append((metric["iterations_forward"], metric["iterations_backward"]))
         if metric["bias"] is not None and metric["mode"] == "parallel":
             self.bias = max(self.bias or 0.0, metric["bias"])
         for name in self.rho:
@@ -96,8 +115,8 @@ class Reporter(Listener):
             diverged: True if training has diverged; all metrics of the objective are then `WORST`.
         """
         measured = fmean(self.times) if self.times else (self.seconds / self.steps if self.steps else None)
-        step_time = measured if self.predicted is None else self.predicted
         share = self.parallel / self.steps if self.steps else 0.0
+        step_time = measured if self.predict is None else self._predicted(share)
         others = {name: value for name, value in self.metrics.items() if name != "loss"}
         result = {
             "step": self.steps, "tokens": self.tokens, "seconds": round(self.seconds, 3), "step_time": step_time,
@@ -113,6 +132,17 @@ class Reporter(Listener):
         if "constrained_step_time" in wanted and step_time is not None:
             wanted["constrained_step_time"] = self._constrained(step_time, WORST if bias is None else bias)
         return result | {name: WORST if diverged or value is None else value for name, value in wanted.items()}
+
+    def _predicted(self, share: float) -> float:
+        """Return the predicted mean time of a step.
+
+        Args:
+            share: of the layer-parallel ones.
+        """
+        assert self.predict is not None
+        forward, adjoint = zip(*self.sweeps, strict=True) if self.sweeps else ((), ())
+        kinds = {Step(exact=False, sweeps=(fmean(forward), fmean(adjoint)) if forward else None): share, Step(exact=True): 1 - share}
+        return sum(part * self.predict(kind) for kind, part in kinds.items() if part)
 
     def _constrained(self, step_time: float, bias: float) -> float:
         """Return the step time, or if the bias exceeds its bound a penalty, which grows with the bias to guide the searcher."""

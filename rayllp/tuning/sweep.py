@@ -153,6 +153,11 @@ class Sweep(Settings):
         if self.objective.steps is not None:
             values["steps"] = self.objective.steps
         config = make_config(values, source="trial")
+        cluster = self.objective.cluster
+        if cluster is not None and config.solver == "windows" and config.windows.length is None:
+            # As many layers are evaluated at once as there, so that biases and sweeps are those of the cluster.
+            _put(values, "windows.length", cluster.workers)
+            config = make_config(values, source="trial")
         if self.objective.tokens is not None:
             per_step = config.batch_size * (config.sequence_length if config.model.task != "images" else 1)
             config = config.model_copy(update={"steps": max(1, self.objective.tokens // per_step)})

@@ -4,6 +4,8 @@ import contextlib
 import json
 import os
 import tempfile
+from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,7 +26,7 @@ from rayllp.plan import Costs, predict_step
 from rayllp.report import RunDirectory, read_lines
 from rayllp.training.driver import Driver, train_session
 from rayllp.training.prepare import load_inputs, validate
-from rayllp.tuning.reporter import Reporter
+from rayllp.tuning.reporter import Reporter, Step
 from rayllp.tuning.sweep import Sweep
 
 POINTER = "rayllp.json"
@@ -87,7 +89,7 @@ def train_trial(
     config = apart(sweep.config(choices["settings"]), trial)
     path = Path(output) / "trials" / trial
     run, resume_from = _open(path, config)
-    reporter = Reporter(sweep.objective, _predict(sweep, config, costs))
+    reporter = Reporter(sweep.objective, _predictor(sweep, config, costs))
     done = step_of(resume_from[-1]) if resume_from else 0  # later steps will be done again
     metrics, events, evaluations = (read_lines(path / f"{name}.jsonl") for name in ("metrics", "events", "evals"))
     evaluations = [e for e in evaluations if e["step"] <= done]
@@ -177,9 +179,13 @@ def take_over(run: RunDirectory, own: list[Folder], checkpoint: Folder) -> list[
     return later[:1]
 
 
-def _predict(sweep: Sweep, config: TrainConfig, costs: Costs | None) -> float | None:
+def _predictor(sweep: Sweep, config: TrainConfig, costs: Costs | None) -> Callable[[Step], float] | None:
+    """Return what predicts a trial's steps on the sweep's cluster; None if they are measured instead."""
     large = sweep.enlarged(config)
-    return None if large is None or costs is None else predict_step(large, Controller(large).chosen, costs)
+    if large is None or costs is None:
+        return None
+    chosen = Controller(large).chosen
+    return lambda step: predict_step(large, replace(chosen, serial=step.exact), costs, sweeps=step.sweeps)
 
 
 def _pool_for(config: TrainConfig, group: PlacementGroup, first_bundle: int) -> ActorPool:
