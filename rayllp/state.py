@@ -1,6 +1,6 @@
 """Arithmetic on states. A state is a tensor or a tuple of tensors (an encoder–decoder carries two)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -49,3 +49,17 @@ def squared_norm(state: State) -> Tensor:
     """Return the squared 2-norm as a float64 scalar on the state's device, without host synchronisation."""
     parts = [part.detach().double().square().sum() for part in tensors(state)]
     return torch.stack(parts).sum() if parts else torch.zeros((), dtype=torch.float64)
+
+
+def squared_norms(states: Sequence[State]) -> Tensor:
+    """Return the squared 2-norm of each of these states, which have the same shapes: float64, shape (states,).
+
+    They are summed in single precision at least, and without copies in double precision.
+    """
+    groups = [
+        torch.stack(torch._foreach_norm(list(same), 2, dtype=torch.promote_types(same[0].dtype, torch.float32)))
+        for same in zip(*map(tensors, states), strict=True)
+    ]
+    if not groups:  # the planner's
+        return torch.zeros(len(states), dtype=torch.float64)
+    return torch.stack([norms.double() for norms in groups]).square().sum(0)

@@ -12,7 +12,7 @@ from rayllp.mgrit import Communicator, Status
 from rayllp.mgrit.placement import Placement
 from rayllp.mgrit.rolling import RollingOptions, RollingProblem, RollingSolver
 from rayllp.mgrit.shares import Pieces, shares_of
-from rayllp.state import combine, squared_norm, tensors
+from rayllp.state import combine, squared_norm, squared_norms, tensors
 from tests.conftest import how_it_went
 from tests.test_windows import TAG, Layers, N, serial, start, weights
 
@@ -165,7 +165,7 @@ def test_any_state_can_be_cut_into_pieces(shapes, monkeypatch):
         mine = {layer: combine(lambda part, layer=layer: part * (layer + 1), state) for layer in range(4) if layer % 3 == channel.rank}
         increments = shares.of_increments(range(4), mine, "one")
         states = [shares.rows(state), *increments]
-        norms = [squared_norm(each).view(1) for each in states[:-1]]
+        norms = squared_norms(states[:-1]).unsqueeze(1)
         return isinstance(shares, Pieces), shares.of_states(range(4), states, norms, "two")
 
     for rank, (in_pieces, (inputs, last, sums)) in enumerate(run_workers(3, work)):

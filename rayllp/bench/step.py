@@ -149,6 +149,6 @@ def show_step(config: TrainConfig, bench: StepBench, console: Console) -> None:
     if bench.forward_s is not None and bench.backward_s is not None:
         parts.append(f"forward {1e3 * bench.forward_s:.1f}, backward {1e3 * bench.backward_s:.1f}")
     parts.append(f"serial on one worker {1e3 * bench.serial_s:.1f}, speed-up {bench.serial_s / bench.step_s:.2f}")
-    if bench.ideal_s is not None:
+    if bench.ideal_s:
         parts.append(f"ideal {1e3 * bench.ideal_s:.1f}, time over ideal {bench.step_s / bench.ideal_s:.3f}")
     tell(console, "; ".join(parts))

@@ -14,8 +14,6 @@ from rayllp.channel.process_channel import Posted, ProcessChannel, failing_as
 from rayllp.errors import ChannelError
 from rayllp.state import State
 
-COLLECTIVE = 1
-"""The tag of messages within collectives. All others, some of whose receives are posted ahead of time, have tag 0."""
 UNWRITTEN = np.frombuffer(bytes.fromhex("9e3779b97f4a7c15"), dtype=np.uint8)
 """A receive buffer ends with these bytes until its message has arrived. Gloo writes from front to back, and offers no test without waiting.
 A message that happens to end with these bytes is not noticed before `receive`.
@@ -79,33 +77,17 @@ class TorchChannel(ProcessChannel):
             found = list(buffer.new_empty(self.size, len(buffer)).unbind())
             dist.all_gather(found, buffer, group=self._mine)
             return found
-        # Gloo's own all-gather takes one hop round a ring for each worker, and in each hop a process has to wake up. Here the number of
-        # parts that a worker has doubles with each hop (Bruck et al., 1997, doi:10.1109/71.642949). Parts are in order of rank, its own
-        # first.
-        size, rank = self.size, self.rank
-        parts = buffer.new_empty(size, len(buffer))
-        parts[0] = buffer
-        have = 1
-        while have < size:
-            count = min(have, size - have)
-            receive = self._mine.recv([parts[have : have + count]], (rank + have) % size, COLLECTIVE)
-            send = self._mine.send([parts[:count]], (rank - have) % size, COLLECTIVE)
-            for work in (receive, send):
-                work.wait(timedelta(seconds=self.timeout_s))
-            have += count
-        return [parts[(other - rank) % size] for other in range(size)]
+        # Gloo's own all-gather takes one hop round a ring for each worker, and in each hop a process has to wake up.
+        return list(self._all_to_all(buffer.expand(self.size, -1).contiguous()).unbind())
 
     def _all_to_all(self, parts: Tensor) -> Tensor:
         found = torch.empty_like(parts)
         if not self._on_host:
             dist.all_to_all_single(found, parts, group=self._mine)
             return found
-        others = [(self.rank + step) % self.size for step in range(1, self.size)]
-        receives = [self._mine.recv([found[other]], other, COLLECTIVE) for other in others]
-        sends = [self._mine.send([parts[other]], other, COLLECTIVE) for other in others]
-        found[self.rank] = parts[self.rank]
-        for work in (*receives, *sends):
-            work.wait(timedelta(seconds=self.timeout_s))
+        # Gloo posts the messages of a collective from a thread of its own. From this one it would take several times as long: after some
+        # milliseconds of computation, a thread that waits for a lock of Gloo's is not soon let run again.
+        self._mine.alltoall_base(found, parts, [], []).wait(timedelta(seconds=self.timeout_s))
         return found
 
     def _begin_all_reduce(self, tensor: Tensor) -> Callable[[], None]:

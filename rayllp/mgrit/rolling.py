@@ -42,9 +42,9 @@ from rayllp.errors import SettingsError
 from rayllp.mgrit.communicator import Communicator, PhaseListener
 from rayllp.mgrit.placement import Placement
 from rayllp.mgrit.propagator import Propagator
-from rayllp.mgrit.result import ResidualShares, Solution, squared_rounding
+from rayllp.mgrit.result import ResidualShares, Solution
 from rayllp.mgrit.shares import EXCHANGE, shares_of
-from rayllp.state import State, add, combine, subtract, tensors
+from rayllp.state import State, add, combine, squared_norms, subtract, tensors
 
 ADJOINT_TOLERANCE = 4.0
 """The adjoint's tolerance over that of the forward solve."""
@@ -209,13 +209,19 @@ class RollingSolver:
             known.before = known.rows, increment
         return states
 
-    def _squares(self, window: Sequence[_Place], states: Sequence[State], increments: Sequence[State]) -> list[Tensor]:
-        """Return for each layer squared norms of this worker's rows: of its input's change, of the input, and of the input's rounding."""
-        found, rounding = [], torch.zeros((), dtype=torch.float64, device=self.spec.device)
-        for known, state, after, increment in zip(window, states, states[1:], increments, strict=False):
-            found.append(torch.stack([_square(subtract(state, known.rows)), _square(state), rounding]))
-            rounding = rounding + squared_rounding(after, increment, self.options.rounding)
-        return found
+    def _squares(self, window: Sequence[_Place], states: Sequence[State], increments: Sequence[State]) -> Tensor:
+        """Return squared norms of this worker's rows: of the change of each layer's input, of the input, and of its rounding.
+
+        They are float64, of shape (layers, 3).
+        """
+        changes = [subtract(state, known.rows) for known, state in zip(window, states, strict=False)]
+        changed, squares = squared_norms(changes), squared_norms(states)
+        own = max((torch.finfo(part.dtype).eps for part in tensors(states[0])), default=0.0)
+        rounding = own**2 * squares[1:]
+        if self.options.rounding:
+            rounding = rounding + self.options.rounding**2 * squared_norms(increments)
+        # A layer's input has the rounding of all steps before it.
+        return torch.stack([changed, squares[:-1], rounding.cumsum(0) - rounding], dim=1)
 
     def stride(self, squares: Sequence[tuple[float, ...]]) -> int:
         """Return by how many layers the window rolls on.
@@ -258,14 +264,6 @@ class RollingSolver:
 
     def _owner(self, place: int) -> int:
         return self.placement.owners[self._order[place]]
-
-
-def _square(state: State) -> Tensor:
-    """Return a squared norm as a float64 scalar. It is summed in single precision at least, without a copy in double precision."""
-    norms = [torch.linalg.vector_norm(part, dtype=torch.promote_types(part.dtype, torch.float32)) for part in tensors(state)]
-    if not norms:  # the planner's
-        return torch.zeros((), dtype=torch.float64)
-    return torch.stack([norm.double().square() for norm in norms]).sum()
 
 
 def _with_secant(increment: Tensor, response: Tensor, error: Tensor, step: Tensor) -> Tensor:

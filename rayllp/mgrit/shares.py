@@ -40,14 +40,14 @@ class Shares(Protocol):
         ...
 
     def of_states(
-        self, layers: Sequence[int], states: Sequence[State], norms: Sequence[Tensor], phase: str
+        self, layers: Sequence[int], states: Sequence[State], norms: Tensor, phase: str
     ) -> tuple[list[State | None], State, list[list[float]]]:
         """Return the states of this worker's layers, the state after all layers, and sums over all rows.
 
         Args:
             layers: the window's layers.
             states: this worker's rows of the state before each layer, and after the last.
-            norms: for each layer numbers that are sums over this worker's rows; float64.
+            norms: for each layer numbers that are sums over this worker's rows; float64, shape (layers, numbers).
             phase: names the messages in errors.
 
         Returns: the states in the order of the layers, None for other workers' layers; the state after the last; the summed norms.
@@ -84,9 +84,9 @@ class Whole(Shares):
         return gather(self._communicator, self._placement, self._spec, layers, mine, phase)
 
     def of_states(
-        self, layers: Sequence[int], states: Sequence[State], norms: Sequence[Tensor], phase: str
+        self, layers: Sequence[int], states: Sequence[State], norms: Tensor, phase: str
     ) -> tuple[list[State | None], State, list[list[float]]]:
-        return [*states[:-1]], states[-1], torch.stack(list(norms)).tolist()
+        return [*states[:-1]], states[-1], norms.tolist()
 
     def joined(self, rows: State, phase: str) -> State:
         return rows
@@ -114,15 +114,15 @@ class Pieces(Shares):
         return in_order(owners, [self._states(parts) for parts in given])
 
     def of_states(
-        self, layers: Sequence[int], states: Sequence[State], norms: Sequence[Tensor], phase: str
+        self, layers: Sequence[int], states: Sequence[State], norms: Tensor, phase: str
     ) -> tuple[list[State | None], State, list[list[float]]]:
         owners, most = self._placement.sharing(layers)
-        table, last = torch.stack(list(norms)), states[-1]
+        last = states[-1]
         leaving = []
         for worker in range(self._size):
             theirs = [state for state, owner in zip(states, owners, strict=False) if owner == worker]
             theirs += [combine(torch.zeros_like, last)] * (most - len(theirs))
-            leaving.append([table, *(part for state in (last, *theirs) for part in tensors(state))])
+            leaving.append([norms, *(part for state in (last, *theirs) for part in tensors(state))])
         given = self._exchange(leaving, f"{phase}s")
         # From each worker: its table, then its rows of the last state and of this worker's states.
         sums = torch.stack([parts[0] for parts in given]).sum(0).tolist()
