@@ -111,13 +111,16 @@ def gathering(channel):
     pairs = [tuple(part.clone() for part in state) for state in channel.all_gather(pair, StateSpec.of(pair), TAG)]
     rows = channel.all_to_all([torch.tensor([float(channel.rank), float(to)]) for to in range(channel.size)], TAG)
     received = channel.receive(StateSpec.of(bare), left, TAG).clone()
+    large = torch.full((5 * 2**18,), float(channel.rank))
+    ends = [float(state[-1]) for state in channel.all_gather(large, StateSpec.of(large), TAG)]
     channel.finish()
-    return states, pairs, [row.clone() for row in rows], received
+    return states, pairs, [row.clone() for row in rows], received, ends
 
 
 @pytest.mark.parametrize("size", [2, 3, 5])
 def test_what_is_gathered_is_in_order_of_the_ranks(workers, size):
-    for rank, (states, pairs, rows, received) in enumerate(workers(size, gathering)):
+    for rank, (states, pairs, rows, received, ends) in enumerate(workers(size, gathering)):
+        assert ends == list(range(size))
         for other in range(size):
             assert torch.equal(states[other], torch.full((2, 3), float(other), dtype=torch.float64))
             assert torch.equal(pairs[other][0], torch.full((4,), other, dtype=torch.float32))

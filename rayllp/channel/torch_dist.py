@@ -14,6 +14,8 @@ from rayllp.channel.process_channel import Posted, ProcessChannel, failing_as
 from rayllp.errors import ChannelError
 from rayllp.state import State
 
+COPIED_BYTES = 8 * 2**20
+"""An all-gather copies a message for each worker if the copies have no more bytes together."""
 UNWRITTEN = np.frombuffer(bytes.fromhex("9e3779b97f4a7c15"), dtype=np.uint8)
 """A receive buffer ends with these bytes until its message has arrived. Gloo writes from front to back, and offers no test without waiting.
 A message that happens to end with these bytes is not noticed before `receive`.
@@ -33,6 +35,7 @@ class TorchChannel(ProcessChannel):
         super().__init__(dist.get_rank(mine), dist.get_world_size(mine), timeout_s, group=mine, on_host=host, preposts=host)
         self.synchronous_sends = not host
         self._mine = mine
+        self._limit = timedelta(seconds=timeout_s)
         self._sent: list[tuple[dist.Work, Tensor]] = []
 
     def _isend(self, buffer: Tensor, destination: int) -> None:
@@ -57,7 +60,7 @@ class TorchChannel(ProcessChannel):
     def _wait(self, work: dist.Work | None) -> None:
         if work is not None:
             # NCCL's wait orders the stream and returns at once. Its watchdog enforces the time limit of the process group.
-            work.wait(timedelta(seconds=self.timeout_s)) if self._on_host else work.wait()
+            work.wait(self._limit) if self._on_host else work.wait()
 
     def exchange(self, sends: Sends, receives: Receives, tag: MessageTag) -> list[State]:
         if self._on_host or not (sends or receives):
@@ -77,8 +80,13 @@ class TorchChannel(ProcessChannel):
             found = list(buffer.new_empty(self.size, len(buffer)).unbind())
             dist.all_gather(found, buffer, group=self._mine)
             return found
-        # Gloo's own all-gather takes one hop round a ring for each worker, and in each hop a process has to wake up.
-        return list(self._all_to_all(buffer.expand(self.size, -1).contiguous()).unbind())
+        # Gloo's own all-gather takes one hop round a ring for each worker, and in each hop a process has to wake up. For large messages that
+        # takes less time, and memory, than a copy for each worker.
+        if self.size * len(buffer) <= COPIED_BYTES:
+            return list(self._all_to_all(buffer.expand(self.size, -1).contiguous()).unbind())
+        found = list(buffer.new_empty(self.size, len(buffer)).unbind())
+        self._mine.allgather(found, buffer, timeout=self._limit).wait(self._limit)
+        return found
 
     def _all_to_all(self, parts: Tensor) -> Tensor:
         found = torch.empty_like(parts)
@@ -87,7 +95,7 @@ class TorchChannel(ProcessChannel):
             return found
         # Gloo posts the messages of a collective from a thread of its own. From this one it would take several times as long: after some
         # milliseconds of computation, a thread that waits for a lock of Gloo's is not soon let run again.
-        self._mine.alltoall_base(found, parts, [], []).wait(timedelta(seconds=self.timeout_s))
+        self._mine.alltoall_base(found, parts, [], [], timeout=self._limit).wait(self._limit)
         return found
 
     def _begin_all_reduce(self, tensor: Tensor) -> Callable[[], None]:
