@@ -80,8 +80,8 @@ class TorchChannel(ProcessChannel):
             found = list(buffer.new_empty(self.size, len(buffer)).unbind())
             dist.all_gather(found, buffer, group=self._mine)
             return found
-        # Gloo's own all-gather takes one hop round a ring for each worker, and in each hop a process has to wake up. For large messages that
-        # takes less time, and memory, than a copy for each worker.
+        # Gloo's own all-gather takes one hop round a ring for each worker, and in each hop a process has to wake up. For large messages
+        # that takes less time, and memory, than a copy for each worker.
         if self.size * len(buffer) <= COPIED_BYTES:
             return list(self._all_to_all(buffer.expand(self.size, -1).contiguous()).unbind())
         found = list(buffer.new_empty(self.size, len(buffer)).unbind())
