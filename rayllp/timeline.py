@@ -3,13 +3,16 @@
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import NamedTuple
+from functools import partial
+from typing import NamedTuple, TypeVar
 
 from torch import Tensor
 
 from rayllp.channel.base import Channel, ChannelWrapper, MessageTag, Receives, Sends, StateSpec
 from rayllp.mgrit.propagator import Propagator
 from rayllp.state import State
+
+T = TypeVar("T")
 
 KINDS = ("compute", "send", "wait")
 """The kinds of spans."""
@@ -213,14 +216,20 @@ class TimedChannel(ChannelWrapper):
         self.timeline.add(begin, "wait")
         return total
 
-    def all_gather(self, state: State, spec: StateSpec, tag: MessageTag) -> list[State]:
+    def begin_all_gather(self, state: State, spec: StateSpec, tag: MessageTag) -> Callable[[], list[State]]:
         begin = self.timeline.clock()
-        found = self.inner.all_gather(state, spec, tag)
-        self.timeline.add(begin, "wait")
-        return found
+        end = self.inner.begin_all_gather(state, spec, tag)
+        self.timeline.add(begin, "send")
+        return partial(self._wait, end)
 
-    def all_to_all(self, parts: Sequence[Tensor], tag: MessageTag) -> list[Tensor]:
+    def begin_all_to_all(self, parts: Sequence[Tensor], tag: MessageTag) -> Callable[[], list[Tensor]]:
         begin = self.timeline.clock()
-        found = self.inner.all_to_all(parts, tag)
+        end = self.inner.begin_all_to_all(parts, tag)
+        self.timeline.add(begin, "send")
+        return partial(self._wait, end)
+
+    def _wait(self, end: Callable[[], T]) -> T:
+        begin = self.timeline.clock()
+        found = end()
         self.timeline.add(begin, "wait")
         return found

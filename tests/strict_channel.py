@@ -193,21 +193,23 @@ class StrictChannel(Channel):
             self._wait(self._group.issue(self.rank, [*outgoing, *incoming]))
         return [part.found for part in incoming]
 
-    def _together(self, kind: str, given: Any, tag: MessageTag) -> Any:
+    def _together(self, kind: str, given: Any, tag: MessageTag) -> Callable[[], Any]:
         (part,) = parts = self._group.issue(self.rank, [Part(kind, None, tag, given)])
-        self._wait(parts)
-        return part.found
+
+        def end() -> Any:
+            self._wait(parts)
+            return part.found
+
+        return end
 
     def begin_all_reduce(self, tensor: Tensor, tag: MessageTag) -> "StrictReduction":
         return StrictReduction(self, tensor, self._group.issue(self.rank, [Part("all_reduce", None, tag, tensor.clone())]))
 
-    def all_gather(self, state: State, spec: StateSpec, tag: MessageTag) -> list[State]:
-        found: list[State] = self._together("all_gather", state, tag)
-        return found
+    def begin_all_gather(self, state: State, spec: StateSpec, tag: MessageTag) -> Callable[[], list[State]]:
+        return self._together("all_gather", state, tag)
 
-    def all_to_all(self, parts: Sequence[Tensor], tag: MessageTag) -> list[Tensor]:
-        found: list[Tensor] = self._together("all_to_all", list(parts), tag)
-        return found
+    def begin_all_to_all(self, parts: Sequence[Tensor], tag: MessageTag) -> Callable[[], list[Tensor]]:
+        return self._together("all_to_all", list(parts), tag)
 
     def finish(self) -> None:
         with self._group.world.condition:

@@ -1,7 +1,7 @@
 """The interface by which workers exchange messages, and the tag that every message carries."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol
@@ -155,15 +155,21 @@ class Channel(ABC):
         to wait for them, in the same order.
         """
 
-    @abstractmethod
     def all_gather(self, state: State, spec: StateSpec, tag: MessageTag) -> list[State]:
         """Return every worker's `state`, in order of rank. All have the same spec; this worker's own state is not copied.
 
         Raises:
             ChannelError: a state did not come within the time limit, or a worker is gone.
         """
+        return self.begin_all_gather(state, spec, tag)()
 
     @abstractmethod
+    def begin_all_gather(self, state: State, spec: StateSpec, tag: MessageTag) -> Callable[[], list[State]]:
+        """Begin `all_gather`, and return at once. The returned function waits for its result, and raises its errors.
+
+        All workers have to begin their collectives, and to wait for them, in the same order.
+        """
+
     def all_to_all(self, parts: Sequence[Tensor], tag: MessageTag) -> list[Tensor]:
         """Send part j to worker j, and return the parts that the workers have sent to this one, in order of rank.
 
@@ -173,6 +179,11 @@ class Channel(ABC):
         Raises:
             ChannelError: a part did not come within the time limit, or a worker is gone.
         """
+        return self.begin_all_to_all(parts, tag)()
+
+    @abstractmethod
+    def begin_all_to_all(self, parts: Sequence[Tensor], tag: MessageTag) -> Callable[[], list[Tensor]]:
+        """Begin `all_to_all`, and return at once. The returned function waits for its result, and raises its errors."""
 
     def prepost_receives(self, key: Hashable | None) -> AbstractContextManager[None]:
         """Return a context in which the same messages are received, in the same order, as in the last context with this key.
@@ -199,6 +210,7 @@ class ChannelWrapper(Channel):
     """A channel that passes every call on to another one. Base class of channels that add something to some of the calls.
 
     A broadcast is not passed on: it consists of this channel's own sends and receives, so what a subclass adds to these applies to it, too.
+    The same is true of an all-gather and an all-to-all, which are begun and waited for.
     """
 
     def __init__(self, inner: Channel) -> None:
@@ -223,11 +235,11 @@ class ChannelWrapper(Channel):
     def begin_all_reduce(self, tensor: Tensor, tag: MessageTag) -> Reduction:
         return self.inner.begin_all_reduce(tensor, tag)
 
-    def all_gather(self, state: State, spec: StateSpec, tag: MessageTag) -> list[State]:
-        return self.inner.all_gather(state, spec, tag)
+    def begin_all_gather(self, state: State, spec: StateSpec, tag: MessageTag) -> Callable[[], list[State]]:
+        return self.inner.begin_all_gather(state, spec, tag)
 
-    def all_to_all(self, parts: Sequence[Tensor], tag: MessageTag) -> list[Tensor]:
-        return self.inner.all_to_all(parts, tag)
+    def begin_all_to_all(self, parts: Sequence[Tensor], tag: MessageTag) -> Callable[[], list[Tensor]]:
+        return self.inner.begin_all_to_all(parts, tag)
 
     def prepost_receives(self, key: Hashable | None) -> AbstractContextManager[None]:
         return self.inner.prepost_receives(key)

@@ -19,27 +19,47 @@ POLL_S = 0.2
 """Seconds between two checks whether another thread has failed."""
 
 
-class _Queues(dict[tuple[int, int], Any]):
-    """Queues by (sender, receiver), each made on first use: of many workers, few pairs talk to each other."""
+class _Queues(dict[tuple[int, ...], Any]):
+    """Queues by sender and receiver, each made on first use: of many workers, few pairs talk to each other."""
 
     def __init__(self) -> None:
         super().__init__()
         self._lock = threading.Lock()
 
-    def __missing__(self, pair: tuple[int, int]) -> Any:
+    def __missing__(self, key: tuple[int, ...]) -> Any:
         with self._lock:
-            return self.setdefault(pair, queue.SimpleQueue())
+            return self.setdefault(key, queue.SimpleQueue())
 
 
 class _Shared:
-    """What the channels of all threads share."""
+    """What the channels of all threads share.
+
+    Attributes:
+        size: number of workers.
+        timeout_s: time limit of every wait, in seconds.
+        queues: messages by sender and receiver.
+        collectives: what workers bring to collectives, by the collective's number, sender and receiver.
+        closed: set once a worker takes part in no collective any more.
+    """
 
     def __init__(self, size: int, timeout_s: float) -> None:
         self.size, self.timeout_s = size, timeout_s
-        self.queues = _Queues()
-        self.sums = _Queues()
-        self.barrier = threading.Barrier(size)
-        self.slots: list[Any] = [None] * size
+        self.queues, self.collectives = _Queues(), _Queues()
+        self.closed = threading.Event()
+
+    def collected(self, number: int, source: int, destination: int, tag: MessageTag) -> Any:
+        """Wait for what a worker brings to a collective."""
+        key, deadline = (number, source, destination), time.monotonic() + self.timeout_s
+        while not self.closed.is_set() and time.monotonic() < deadline:
+            try:
+                sent, value = self.collectives[key].get(timeout=POLL_S)
+            except queue.Empty:
+                continue
+            del self.collectives[key]
+            if sent != tag:
+                raise unexpected_message(tag, sent, destination, source)
+            return value
+        raise timed_out(tag, source, destination, self.timeout_s)
 
 
 class LocalChannel(Channel):
@@ -47,6 +67,7 @@ class LocalChannel(Channel):
 
     def __init__(self, shared: _Shared, rank: int) -> None:
         self._shared, self.rank, self.size = shared, rank, shared.size
+        self._begun = 0  # number of collectives
 
     @staticmethod
     def group(size: int, timeout_s: float = 30.0) -> list["LocalChannel"]:
@@ -75,62 +96,36 @@ class LocalChannel(Channel):
         return not self._shared.queues[source, self.rank].empty()
 
     def begin_all_reduce(self, tensor: Tensor, tag: MessageTag) -> "_LocalReduction":
-        given = tensor.clone()
-        for other in range(self.size):
-            if other != self.rank:
-                self._shared.sums[self.rank, other].put((tag, given))
-        return _LocalReduction(self._shared, self.rank, tensor, tag)
+        return _LocalReduction(tensor, self._begin_sharing(tensor.clone(), tag))
 
-    def all_gather(self, state: State, spec: StateSpec, tag: MessageTag) -> list[State]:
-        return self._share(detach(state), tag)
+    def begin_all_gather(self, state: State, spec: StateSpec, tag: MessageTag) -> Callable[[], list[State]]:
+        return self._begin_sharing(detach(state), tag)
 
-    def all_to_all(self, parts: Sequence[Tensor], tag: MessageTag) -> list[Tensor]:
-        return [theirs[self.rank] for theirs in self._share([part.clone() for part in parts], tag)]
+    def begin_all_to_all(self, parts: Sequence[Tensor], tag: MessageTag) -> Callable[[], list[Tensor]]:
+        end = self._begin_sharing([part.clone() for part in parts], tag)
+        return lambda: [theirs[self.rank] for theirs in end()]
 
-    def _share(self, value: T, tag: MessageTag) -> list[T]:
-        """Return the value that each worker brings to this collective, in order of rank."""
-        shared = self._shared
-        shared.slots[self.rank] = value
-        self._barrier(tag)
-        found = list(shared.slots)
-        self._barrier(tag)
-        return found
-
-    def _barrier(self, tag: MessageTag) -> None:
-        """Wait until all workers have come to this point of a collective."""
-        try:
-            self._shared.barrier.wait(self._shared.timeout_s)
-        except threading.BrokenBarrierError:
-            raise ChannelError(
-                f"{tag}: worker {self.rank} waited {self._shared.timeout_s:g} s for all {self.size} workers to meet in a collective"
-            ) from None
+    def _begin_sharing(self, value: T, tag: MessageTag) -> Callable[[], list[T]]:
+        """Give all workers a value. Returns a function that waits for theirs, and returns them in order of rank."""
+        shared, rank, size, number = self._shared, self.rank, self.size, self._begun
+        self._begun += 1
+        for other in range(size):
+            if other != rank:
+                shared.collectives[number, rank, other].put((tag, value))
+        return lambda: [value if other == rank else shared.collected(number, other, rank, tag) for other in range(size)]
 
     def close(self) -> None:
-        self._shared.barrier.abort()
+        self._shared.closed.set()
 
 
 class _LocalReduction:
     """An all-reduce that is under way; this worker's share has been handed to the others."""
 
-    def __init__(self, shared: _Shared, rank: int, tensor: Tensor, tag: MessageTag) -> None:
-        self._shared, self._rank, self._tensor, self._tag = shared, rank, tensor, tag
+    def __init__(self, tensor: Tensor, end: Callable[[], list[Tensor]]) -> None:
+        self._tensor, self._end = tensor, end
 
     def wait(self) -> Tensor:
-        shares = [self._tensor if other == self._rank else self._share(other) for other in range(self._shared.size)]
-        return self._tensor.copy_(torch.stack(shares).sum(0))
-
-    def _share(self, other: int) -> Tensor:
-        """Wait for another worker's share of the sum."""
-        deadline = time.monotonic() + self._shared.timeout_s
-        while not self._shared.barrier.broken and time.monotonic() < deadline:
-            try:
-                sent, share = self._shared.sums[other, self._rank].get(timeout=POLL_S)
-            except queue.Empty:
-                continue
-            if sent != self._tag:
-                raise unexpected_message(self._tag, sent, self._rank, other)
-            return share
-        raise timed_out(self._tag, other, self._rank, self._shared.timeout_s)
+        return self._tensor.copy_(torch.stack(self._end()).sum(0))
 
 
 def run_workers(size: int, work: Callable[[LocalChannel], T], timeout_s: float = 30.0) -> list[T]:

@@ -8,7 +8,7 @@ import ctypes
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from importlib.util import find_spec
@@ -225,15 +225,25 @@ class MPIChannel(ProcessChannel):
 
     # Collectives ----------------------------------------------------------------------------------------------------------------
 
-    def _all_gather(self, buffer: Tensor) -> list[Tensor]:
+    def _begin_all_gather(self, buffer: Tensor) -> Callable[[], Sequence[Tensor]]:
         found = buffer.new_empty(self.size, len(buffer))
-        self._wait(self.comm.Iallgather(self._mpi_buffer(buffer), self._mpi_buffer(found.view(-1))))
-        return list(found.unbind())
+        work = self.comm.Iallgather(self._mpi_buffer(buffer), self._mpi_buffer(found.view(-1)))
 
-    def _all_to_all(self, parts: Tensor) -> Tensor:
+        def end() -> Sequence[Tensor]:
+            self._wait(work)
+            return found.unbind()
+
+        return end
+
+    def _begin_all_to_all(self, parts: Tensor) -> Callable[[], Tensor]:
         found = torch.empty_like(parts)
-        self._wait(self.comm.Ialltoall(self._mpi_buffer(parts.view(-1)), self._mpi_buffer(found.view(-1))))
-        return found
+        work = self.comm.Ialltoall(self._mpi_buffer(parts.view(-1)), self._mpi_buffer(found.view(-1)))
+
+        def end() -> Tensor:
+            self._wait(work)
+            return found
+
+        return end
 
     def _begin_all_reduce(self, tensor: Tensor) -> Callable[[], None]:
         wide = tensor.detach().to(device="cpu", dtype=torch.float32 if tensor.dtype in (torch.bfloat16, torch.float16) else None)

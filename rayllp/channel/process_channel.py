@@ -155,37 +155,53 @@ class ProcessChannel(Channel):
         return unpack(message.to(spec.device), spec)
 
     @abstractmethod
-    def _all_gather(self, buffer: Tensor) -> list[Tensor]:
-        """Return every worker's flat buffer, in order of rank. All have the same length.
+    def _begin_all_gather(self, buffer: Tensor) -> Callable[[], Sequence[Tensor]]:
+        """Begin to gather every worker's flat buffer. All have the same length.
+
+        Returns: a function that waits for them, and returns them in order of rank.
 
         Raises:
-            RuntimeError: the time limit has passed, or a worker is gone.
+            RuntimeError: the time limit has passed, or a worker is gone. The returned function raises it, too.
         """
 
-    def all_gather(self, state: State, spec: StateSpec, tag: MessageTag) -> list[State]:
+    def begin_all_gather(self, state: State, spec: StateSpec, tag: MessageTag) -> Callable[[], list[State]]:
         if self.size == 1:
-            return [state]
-        message = self._message(state, tag)
-        with failing_as(f"{tag}: all-gather over {self.size} workers failed on worker {self.rank}"):
-            found = self._all_gather(message)
-        return [state if rank == self.rank else self._open(part, spec, rank, tag) for rank, part in enumerate(found)]
+            return lambda: [state]
+        name = f"{tag}: all-gather over {self.size} workers failed on worker {self.rank}"
+        with failing_as(name):
+            end = self._begin_all_gather(self._message(state, tag))
+
+        def wait() -> list[State]:
+            with failing_as(name):
+                found = end()
+            return [state if rank == self.rank else self._open(part, spec, rank, tag) for rank, part in enumerate(found)]
+
+        return wait
 
     @abstractmethod
-    def _all_to_all(self, parts: Tensor) -> Tensor:
-        """Send row j to worker j, and return what the workers have sent to this one: a row for each, in order of rank.
+    def _begin_all_to_all(self, parts: Tensor) -> Callable[[], Tensor]:
+        """Begin to send row j to worker j.
+
+        Returns: a function that waits for what the workers have sent to this one, and returns a row for each, in order of rank.
 
         Raises:
-            RuntimeError: the time limit has passed, or a worker is gone.
+            RuntimeError: the time limit has passed, or a worker is gone. The returned function raises it, too.
         """
 
-    def all_to_all(self, parts: Sequence[Tensor], tag: MessageTag) -> list[Tensor]:
+    def begin_all_to_all(self, parts: Sequence[Tensor], tag: MessageTag) -> Callable[[], list[Tensor]]:
         if self.size == 1:
-            return list(parts)
-        whole = pack_rows(parts, tag)
-        with failing_as(f"{tag}: all-to-all over {self.size} workers failed on worker {self.rank}"):
-            found = self._all_to_all(whole.cpu() if self._on_host else whole)
-        spec = StateSpec.of(parts[0])
-        return [part for rank, row in enumerate(found) for part in tensors(self._open(row, spec, rank, tag))]
+            return lambda: list(parts)
+        name = f"{tag}: all-to-all over {self.size} workers failed on worker {self.rank}"
+        spec, whole = StateSpec.of(parts[0]), pack_rows(parts, tag)
+        with failing_as(name):
+            end = self._begin_all_to_all(whole.cpu() if self._on_host else whole)
+
+        def wait() -> list[Tensor]:
+            with failing_as(name):
+                found = end()
+            return [part for rank, row in enumerate(found) for part in tensors(self._open(row, spec, rank, tag))]
+
+        return wait
 
     def begin_all_reduce(self, tensor: Tensor, tag: MessageTag) -> Reduction:
         name = f"{tag}: all-reduce over {self.size} workers failed on worker {self.rank}"

@@ -1,7 +1,8 @@
 """A channel over torch.distributed: Gloo between CPUs, NCCL between GPUs."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from rayllp.channel.process_channel import Posted, ProcessChannel, failing_as
 from rayllp.errors import ChannelError
 from rayllp.state import State
 
+T = TypeVar("T")
 COPIED_BYTES = 8 * 2**20
 """An all-gather copies a message for each worker if the copies have no more bytes together."""
 UNWRITTEN = np.frombuffer(bytes.fromhex("9e3779b97f4a7c15"), dtype=np.uint8)
@@ -75,28 +77,29 @@ class TorchChannel(ProcessChannel):
                 work.wait()
         return [self._open(buffer, spec, source, tag) for buffer, (spec, source) in zip(buffers, receives, strict=True)]
 
-    def _all_gather(self, buffer: Tensor) -> list[Tensor]:
-        if not self._on_host:
-            found = list(buffer.new_empty(self.size, len(buffer)).unbind())
-            dist.all_gather(found, buffer, group=self._mine)
-            return found
+    def _begin_all_gather(self, buffer: Tensor) -> Callable[[], Sequence[Tensor]]:
         # Gloo's own all-gather takes one hop round a ring for each worker, and in each hop a process has to wake up. For large messages
         # that takes less time, and memory, than a copy for each worker.
-        if self.size * len(buffer) <= COPIED_BYTES:
-            return list(self._all_to_all(buffer.expand(self.size, -1).contiguous()).unbind())
+        if self._on_host and self.size * len(buffer) <= COPIED_BYTES:
+            end = self._begin_all_to_all(buffer.expand(self.size, -1).contiguous())
+            return lambda: end().unbind()
         found = list(buffer.new_empty(self.size, len(buffer)).unbind())
-        self._mine.allgather(found, buffer, timeout=self._limit).wait(self._limit)
-        return found
+        return self._ending(self._mine.allgather(found, buffer, timeout=self._limit), found)
 
-    def _all_to_all(self, parts: Tensor) -> Tensor:
-        found = torch.empty_like(parts)
-        if not self._on_host:
-            dist.all_to_all_single(found, parts, group=self._mine)
-            return found
+    def _begin_all_to_all(self, parts: Tensor) -> Callable[[], Tensor]:
         # Gloo posts the messages of a collective from a thread of its own. From this one it would take several times as long: after some
         # milliseconds of computation, a thread that waits for a lock of Gloo's is not soon let run again.
-        self._mine.alltoall_base(found, parts, [], [], timeout=self._limit).wait(self._limit)
-        return found
+        found = torch.empty_like(parts)
+        return self._ending(self._mine.alltoall_base(found, parts, [], [], timeout=self._limit), found)
+
+    def _ending(self, work: dist.Work, found: T) -> Callable[[], T]:
+        """Return a function that waits for a collective, and returns what it has found."""
+
+        def end() -> T:
+            self._wait(work)
+            return found
+
+        return end
 
     def _begin_all_reduce(self, tensor: Tensor) -> Callable[[], None]:
         buffer = tensor if not self._on_host else tensor.cpu()

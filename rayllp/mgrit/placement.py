@@ -1,6 +1,6 @@
 """Which worker owns which layer where workers take layers in turn, and the exchange of what they have computed for theirs."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import TypeVar
@@ -55,9 +55,14 @@ class Placement:
         return [range(stop - length, stop) for length, stop in zip(lengths, accumulate(lengths), strict=True)]
 
 
+def do_nothing() -> None:
+    """Wait for messages, and do nothing else meanwhile."""
+
+
 def gather(
-    communicator: Communicator, placement: Placement, spec: StateSpec, layers: Sequence[int], mine: dict[int, State], phase: str
-) -> list[State]:
+    communicator: Communicator, placement: Placement, spec: StateSpec, layers: Sequence[int], mine: dict[int, State], phase: str,
+    meanwhile: Callable[[], None] = do_nothing,
+) -> list[State]:  # fmt: skip
     """Return the increments of all these layers, in order. Summed in that order they give the same bits for any number of workers.
 
     A worker with fewer of these layers than others also sends zeros, since all workers take part in every all-gather.
@@ -69,16 +74,19 @@ def gather(
         layers: the layers, in the order in which a solve takes them.
         mine: the increments of those that this worker owns, in the same order.
         phase: names the messages in errors.
+        meanwhile: what this worker does while the messages are under way.
 
     Raises:
         ChannelError: an increment did not come within the time limit, or a worker is gone.
     """
     channel, tag = communicator.channel, communicator.tag
     if channel.size == 1:
+        meanwhile()
         return [mine[layer] for layer in layers]
     owners, most = placement.sharing(layers)
-    gathered = [channel.all_gather(state, spec, tag.at(phase, place)) for place, state in enumerate(padded(mine, spec, most))]
-    return in_order(owners, list(zip(*gathered, strict=True)))
+    ends = [channel.begin_all_gather(state, spec, tag.at(phase, place)) for place, state in enumerate(padded(mine, spec, most))]
+    meanwhile()
+    return in_order(owners, list(zip(*(end() for end in ends), strict=True)))
 
 
 def padded(mine: dict[int, State], spec: StateSpec, count: int) -> list[State]:

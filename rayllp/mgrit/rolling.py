@@ -138,8 +138,9 @@ class RollingSolver:
         self.on_phase = on_phase or (lambda phase, level: None)
         layers = range(len(problem.placement.owners))
         self._order: Sequence[int] = layers[::-1] if problem.adjoint else layers
-        self._share = shares_of(communicator, problem.placement, problem.spec)
+        self._share = shares_of(communicator, problem.placement, problem.spec, meanwhile=self._settle_due)
         self._settled: deque[int] = deque()  # this worker's layers with work left that no other worker waits for
+        self._due = 0  # number of layers to settle in the next sweep
         self.sweeps = 0
         # Of each layer that was swept twice before the window came to it: squared norms of both changes, and the rounding in the second.
         self._changes: list[tuple[float, float, float]] = []
@@ -162,8 +163,7 @@ class RollingSolver:
                     self._settled.append(self._order[place])
             front += stride
             # Once the window has passed P layers, each worker has one more to settle; so no worker waits for another.
-            for _ in range(front // self.channel.size - (front - stride) // self.channel.size):
-                self._settle_one()
+            self._due += front // self.channel.size - (front - stride) // self.channel.size
         while self._settle_one():
             pass
         return Solution(output=entering, residuals=self._residuals(exact=not strides or not self.options.tolerance))
@@ -253,6 +253,12 @@ class RollingSolver:
         )
 
     # Work that no other worker waits for ----------------------------------------------------------------------------------------------
+
+    def _settle_due(self) -> None:
+        """Settle the layers that are due, while messages of a sweep are under way."""
+        for _ in range(self._due):
+            self._settle_one()
+        self._due = 0
 
     def _settle_one(self) -> bool:
         """Do what is left to do for one layer. Returns False if there is none."""

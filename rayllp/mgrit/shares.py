@@ -3,7 +3,7 @@
 A row is what a state has along its last dimension: the values of one token. What is added up and compared between layers is so row by row.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rayllp.channel.base import StateSpec
 from rayllp.mgrit.communicator import Communicator
-from rayllp.mgrit.placement import Placement, gather, in_order, padded
+from rayllp.mgrit.placement import Placement, do_nothing, gather, in_order, padded
 from rayllp.state import State, combine, like, tensors
 
 EXCHANGE = "exchange"
@@ -23,7 +23,10 @@ Below this size, the number of messages decides how long it takes.
 
 
 class Shares(Protocol):
-    """One worker's part in the arithmetic of sweeps. All workers call `of_increments`, then `of_states`, for each sweep."""
+    """One worker's part in the arithmetic of sweeps. All workers call `of_increments`, then `of_states`, for each sweep.
+
+    Once in each sweep, while the most bytes of it are under way, it calls what the worker has to do meanwhile.
+    """
 
     def rows(self, state: State) -> State:
         """Return this worker's rows of a state."""
@@ -64,24 +67,31 @@ class Shares(Protocol):
         ...
 
 
-def shares_of(communicator: Communicator, placement: Placement, spec: StateSpec) -> Shares:
-    """Return the way that takes less time: for small states the number of messages counts, for large ones that of bytes."""
+def shares_of(communicator: Communicator, placement: Placement, spec: StateSpec, meanwhile: Callable[[], None] = do_nothing) -> Shares:
+    """Return the way that takes less time: for small states the number of messages counts, for large ones that of bytes.
+
+    Args:
+        communicator: for messages to the other workers.
+        placement: which worker owns which layer.
+        spec: shapes and dtypes of a state.
+        meanwhile: what this worker does in each sweep while messages are under way.
+    """
     size = communicator.channel.size
     state_bytes = sum(shape.numel() * dtype.itemsize for shape, dtype in zip(spec.shapes, spec.dtypes, strict=True))
-    return (Pieces if size > 1 and (size - 1) * state_bytes > IN_PIECES_BYTES else Whole)(communicator, placement, spec)
+    return (Pieces if size > 1 and (size - 1) * state_bytes > IN_PIECES_BYTES else Whole)(communicator, placement, spec, meanwhile)
 
 
 class Whole(Shares):
     """Every worker does all of it, after one all-gather of increments."""
 
-    def __init__(self, communicator: Communicator, placement: Placement, spec: StateSpec) -> None:
-        self._communicator, self._placement, self._spec = communicator, placement, spec
+    def __init__(self, communicator: Communicator, placement: Placement, spec: StateSpec, meanwhile: Callable[[], None]) -> None:
+        self._communicator, self._placement, self._spec, self._meanwhile = communicator, placement, spec, meanwhile
 
     def rows(self, state: State) -> State:
         return state
 
     def of_increments(self, layers: Sequence[int], mine: dict[int, State], phase: str) -> list[State]:
-        return gather(self._communicator, self._placement, self._spec, layers, mine, phase)
+        return gather(self._communicator, self._placement, self._spec, layers, mine, phase, self._meanwhile)
 
     def of_states(
         self, layers: Sequence[int], states: Sequence[State], norms: Tensor, phase: str
@@ -99,7 +109,8 @@ class Pieces(Shares):
     taken in order of rank, so they have the same bits on all workers.
     """
 
-    def __init__(self, communicator: Communicator, placement: Placement, spec: StateSpec) -> None:
+    def __init__(self, communicator: Communicator, placement: Placement, spec: StateSpec, meanwhile: Callable[[], None]) -> None:
+        self._meanwhile = meanwhile
         self._channel, self._tag, self._placement, self._spec = communicator.channel, communicator.tag, placement, spec
         self._rank, self._size = self._channel.rank, self._channel.size
         self._cuts = [_Cut(shape, dtype, self._size) for shape, dtype in zip(spec.shapes, spec.dtypes, strict=True)]
@@ -123,7 +134,7 @@ class Pieces(Shares):
             theirs = [state for state, owner in zip(states, owners, strict=False) if owner == worker]
             theirs += [combine(torch.zeros_like, last)] * (most - len(theirs))
             leaving.append([norms, *(part for state in (last, *theirs) for part in tensors(state))])
-        given = self._exchange(leaving, f"{phase}s")
+        given = self._exchange(leaving, f"{phase}s", self._meanwhile)
         # From each worker: its table, then its rows of the last state and of this worker's states.
         sums = torch.stack([parts[0] for parts in given]).sum(0).tolist()
         entering, *own = map(self._whole, zip(*(self._states(parts[1:]) for parts in given), strict=True))
@@ -146,9 +157,11 @@ class Pieces(Shares):
         pieces = zip(*map(tensors, rows), strict=True)
         return self._spec.build([cut.joined(each) for cut, each in zip(self._cuts, pieces, strict=True)])
 
-    def _exchange(self, parts: Sequence[Sequence[Tensor]], phase: str) -> list[list[Tensor]]:
+    def _exchange(self, parts: Sequence[Sequence[Tensor]], phase: str, meanwhile: Callable[[], None] = do_nothing) -> list[list[Tensor]]:
         """Send tensors to each worker, and return those that each has sent here. All lists are alike but for their values."""
-        found = self._channel.all_to_all([torch.cat([_bytes(part) for part in each]) for each in parts], self._tag.at(phase, 0))
+        end = self._channel.begin_all_to_all([torch.cat([_bytes(part) for part in each]) for each in parts], self._tag.at(phase, 0))
+        meanwhile()
+        found = end()
         likes = parts[self._rank]
         sizes = [part.numel() * part.dtype.itemsize for part in likes]
         # A copy of each, since a tensor of a wider type may not begin at any byte.

@@ -48,7 +48,8 @@ class Costs:
 
         At a window's end states are summed by an all-gather or, where that is faster, in pieces: an all-to-all and an all-gather of pieces,
         which together take as long as an all-reduce. A further state of each worker adds one more all-to-all, half of an all-reduce. A
-        sweep of a rolling window takes an all-gather, or all-to-alls of one state and of two.
+        sweep of a rolling window takes an all-gather, or all-to-alls of one state and then of two. While the all-gather or the second
+        all-to-all is under way, workers form gradients of parameters.
 
         Args:
             workers: number of workers.
@@ -56,6 +57,7 @@ class Costs:
         """
         all_gather = self.all_gather_s(workers)
         all_reduce = math.inf if self.all_reduce is None else self.all_reduce
+        whole = all_gather <= all_reduce * 3 / 2
         parameters = max(0.0, self.full_gradient - self.input_gradient)
         return {
             "forward": self.forward,
@@ -71,7 +73,8 @@ class Costs:
             "all_gather": all_gather,
             "sum": min(all_gather, all_reduce),
             "further_sum": min(all_gather, all_reduce / 2),
-            "exchange": min(all_gather, all_reduce * 3 / 2),
+            "exchange_before": 0.0 if whole else all_reduce / 2,
+            "exchange": all_gather if whole else all_reduce,
         }
 
 

@@ -90,12 +90,14 @@ class _Recorder(Channel):
     def broadcast(self, state: State | None, spec: StateSpec, source: int, tag: MessageTag) -> State:
         return self.other("broadcast", tag.solve, source)  # one record for all workers, so that they are alike
 
-    def all_gather(self, state: State, spec: StateSpec, tag: MessageTag) -> list[State]:
+    def begin_all_gather(self, state: State, spec: StateSpec, tag: MessageTag) -> Callable[[], list[State]]:
         # At a window's end states are summed. A worker with several layers of the window takes part once for each of them.
         kind = "all_gather" if tag.phase != WINDOW_END else "further_sum" if tag.level else "sum"
         if tag.phase.startswith(EXCHANGE):
             kind = "exchange"
-        return [self.other(kind, tag.solve)] * self.size
+            self.other("exchange_before", tag.solve)
+            self.other("begin", tag.solve)
+        return lambda: [self.other(kind, tag.solve)] * self.size
 
     def arrived(self, spec: StateSpec, source: int) -> bool:
         return True
@@ -106,7 +108,7 @@ class _Recorder(Channel):
     def begin_all_reduce(self, tensor: Tensor, tag: MessageTag) -> Reduction:
         raise NotImplementedError("solves sum nothing in the background")
 
-    def all_to_all(self, parts: Sequence[Tensor], tag: MessageTag) -> list[Tensor]:
+    def begin_all_to_all(self, parts: Sequence[Tensor], tag: MessageTag) -> Callable[[], list[Tensor]]:
         raise NotImplementedError("states without tensors are not summed in pieces")
 
 

@@ -12,8 +12,8 @@ from rayllp.timeline import Span
 
 ENDS = ("enter", "loss")
 """Kinds of work at the ends of the network, which belong to no layer of the solve."""
-MEETINGS = ("all_gather", "sum", "further_sum", "exchange")
-"""Kinds of messages in which all workers take part at once."""
+MEETINGS = ("all_gather", "sum", "further_sum", "exchange_before", "exchange")
+"""Kinds of messages in which all workers take part at once. Those of `exchange` may be under way since `begin`."""
 
 
 class Work(NamedTuple):
@@ -21,7 +21,8 @@ class Work(NamedTuple):
 
     Attributes:
         kind: a part of a step (see `Costs.kinds`), where parameter_gradient means that this work is deferred, and settle the same work done
-            now; or a message: send, receive, broadcast, or one of `MEETINGS`; or finish, which does all deferred work.
+            now; or a message: send, receive, broadcast, one of `MEETINGS`, or begin, with which the next of these begins; or finish, which
+            does all deferred work.
         solve: forward or adjoint; enter or loss for these two parts.
         phase, level: of the cycle, as in `Span`.
         layer: the layer, counted from the worker's first one; 0 for messages and for the ends of the network.
@@ -150,6 +151,7 @@ class _Replay:
         self._arrivals: dict[tuple[int, int], deque[float]] = defaultdict(deque)
         self._awaited: set[tuple[int, int]] = set()
         self._meeting: list[int] = []  # workers that have come to an exchange of all with all
+        self._begun: dict[int, float] = {}  # by worker: when it has begun its next one, if it has
 
     def run(self) -> None:
         """Run it to the end."""
@@ -175,6 +177,8 @@ class _Replay:
             for other in range(self._size):
                 if other != rank:
                     self._send(rank, other)
+        elif kind == "begin":
+            self._begun.setdefault(rank, self._clocks.now[rank])
         elif kind in MEETINGS:
             return self._meet(rank, work)
         elif kind == "parameter_gradient":
@@ -225,10 +229,13 @@ class _Replay:
 
     def _meet(self, rank: int, work: Work) -> bool:
         """Exchange messages with all workers, which ends for all at the same time. Returns False if others have not come to it yet."""
+        if work.kind == "exchange_before" and not self._seconds[work.kind]:
+            return True  # all of the messages are in what follows
         self._meeting.append(rank)
         if len(self._meeting) < self._size:
             return False
-        end = max(self._clocks.now) + self._seconds[work.kind]
+        end = max(self._begun.get(other, now) for other, now in enumerate(self._clocks.now)) + self._seconds[work.kind]
+        self._begun.clear()
         for other in self._meeting:
             self._clocks.wait_until(other, end, work.solve, work.phase, work.level)
             if other != rank:
