@@ -28,7 +28,7 @@ from rayllp.config import TrainConfig, load_config
 from rayllp.control import Accuracy, Controller
 from rayllp.control.ladder import Ladder
 from rayllp.control.records import ROLLING
-from rayllp.engine import Engine, StepStats
+from rayllp.engine import Engine
 from rayllp.mgrit.windows import Windows
 from rayllp.plan import Costs, predict_step
 
@@ -358,10 +358,10 @@ def train(key: Key, data: Path, keep_at: tuple[float, ...] = (), start: Path | N
         if not math.isfinite(stats.loss):
             raise SystemExit(f"{key}: the loss is not finite at step {step}")
         if plan is None:
-            plain[counted(accuracy, sweeps_of(stats))] += 1
+            plain[counted(accuracy, stats.sweeps)] += 1
         else:
             found = stats.findings
-            better = "exact" if accuracy.serial else counted(accuracy.doubled(), sweeps_of(stats))
+            better = "exact" if accuracy.serial else counted(accuracy.doubled(), stats.sweeps)
             probes[f"{counted(plan.candidate, found.sweeps)} by {better}"] += 1
             biases.append((step, shown(plan.candidate), rounded(found.bias), rounded(found.noise), rounded(found.loss_gap)))
             controller.observe(step, found)
@@ -389,11 +389,6 @@ def counted(accuracy: Accuracy, sweeps: tuple[int, int] | None) -> str:
 def shown(accuracy: Accuracy) -> str:
     """A solve's name with a rolling window's tolerance."""
     return accuracy.name if accuracy.tolerance is None else f"{accuracy.name} {accuracy.tolerance:.2g}"
-
-
-def sweeps_of(stats: StepStats) -> tuple[int, int] | None:
-    forward, adjoint = (None if solve is None else solve.sweeps for solve in (stats.forward, stats.adjoint))
-    return None if forward is None or adjoint is None else (forward, adjoint)
 
 
 def rounded(value: float | None) -> float | None:

@@ -199,22 +199,13 @@ class TimedChannel(ChannelWrapper):
         self.timeline.add(begin, "send")
 
     def receive(self, spec: StateSpec, source: int, tag: MessageTag) -> State:
-        begin = self.timeline.clock()
-        state = self.inner.receive(spec, source, tag)
-        self.timeline.add(begin, "wait")
-        return state
+        return self._wait(partial(self.inner.receive, spec, source, tag))
 
     def exchange(self, sends: Sends, receives: Receives, tag: MessageTag) -> list[State]:
-        begin = self.timeline.clock()
-        found = self.inner.exchange(sends, receives, tag)
-        self.timeline.add(begin, "wait")
-        return found
+        return self._wait(partial(self.inner.exchange, sends, receives, tag))
 
     def all_reduce(self, tensor: Tensor, tag: MessageTag) -> Tensor:
-        begin = self.timeline.clock()
-        total = self.inner.all_reduce(tensor, tag)
-        self.timeline.add(begin, "wait")
-        return total
+        return self._wait(partial(self.inner.all_reduce, tensor, tag))
 
     def begin_all_gather(self, state: State, spec: StateSpec, tag: MessageTag) -> Callable[[], list[State]]:
         begin = self.timeline.clock()

@@ -99,12 +99,7 @@ def bench_step(
 
 def mean_sweeps(steps: Sequence[StepStats]) -> tuple[float, float] | None:
     """Return the mean numbers of sweeps of steps by a rolling window, forward and adjoint; None if there is none."""
-    counts = [
-        (stats.forward.sweeps, stats.adjoint.sweeps)
-        for stats in steps
-        if stats.forward is not None and stats.adjoint is not None
-        if stats.forward.sweeps is not None and stats.adjoint.sweeps is not None
-    ]
+    counts = [stats.sweeps for stats in steps if stats.sweeps is not None]
     return (fmean(forward for forward, _ in counts), fmean(adjoint for _, adjoint in counts)) if counts else None
 
 

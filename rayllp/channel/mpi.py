@@ -228,22 +228,12 @@ class MPIChannel(ProcessChannel):
     def _begin_all_gather(self, buffer: Tensor) -> Callable[[], Sequence[Tensor]]:
         found = buffer.new_empty(self.size, len(buffer))
         work = self.comm.Iallgather(self._mpi_buffer(buffer), self._mpi_buffer(found.view(-1)))
-
-        def end() -> Sequence[Tensor]:
-            self._wait(work)
-            return found.unbind()
-
-        return end
+        return self._ending(work, found.unbind())
 
     def _begin_all_to_all(self, parts: Tensor) -> Callable[[], Tensor]:
         found = torch.empty_like(parts)
         work = self.comm.Ialltoall(self._mpi_buffer(parts.view(-1)), self._mpi_buffer(found.view(-1)))
-
-        def end() -> Tensor:
-            self._wait(work)
-            return found
-
-        return end
+        return self._ending(work, found)
 
     def _begin_all_reduce(self, tensor: Tensor) -> Callable[[], None]:
         wide = tensor.detach().to(device="cpu", dtype=torch.float32 if tensor.dtype in (torch.bfloat16, torch.float16) else None)

@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -20,6 +20,7 @@ from rayllp.channel.packing import UncheckedHeaders, check_header, empty_message
 from rayllp.errors import ChannelError
 from rayllp.state import State, tensors
 
+T = TypeVar("T")
 MAX_SEQUENCES = 64
 """How many sequences of messages (`Channel.prepost_receives`) a channel remembers."""
 
@@ -108,6 +109,15 @@ class ProcessChannel(Channel):
         Raises:
             RuntimeError: the time limit has passed, or the sender is gone.
         """
+
+    def _ending(self, work: Any, found: T) -> Callable[[], T]:
+        """Return a function that waits for `work`, and returns what it has found."""
+
+        def end() -> T:
+            self._wait(work)
+            return found
+
+        return end
 
     @abstractmethod
     def _has_arrived(self, posted: Posted) -> bool:

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from datetime import timedelta
-from typing import TypeVar
 
 import numpy as np
 import torch
@@ -15,7 +14,6 @@ from rayllp.channel.process_channel import Posted, ProcessChannel, failing_as
 from rayllp.errors import ChannelError
 from rayllp.state import State
 
-T = TypeVar("T")
 COPIED_BYTES = 8 * 2**20
 """An all-gather copies a message for each worker if the copies have no more bytes together."""
 UNWRITTEN = np.frombuffer(bytes.fromhex("9e3779b97f4a7c15"), dtype=np.uint8)
@@ -91,15 +89,6 @@ class TorchChannel(ProcessChannel):
         # milliseconds of computation, a thread that waits for a lock of Gloo's is not soon let run again.
         found = torch.empty_like(parts)
         return self._ending(self._mine.alltoall_base(found, parts, [], [], timeout=self._limit), found)
-
-    def _ending(self, work: dist.Work, found: T) -> Callable[[], T]:
-        """Return a function that waits for a collective, and returns what it has found."""
-
-        def end() -> T:
-            self._wait(work)
-            return found
-
-        return end
 
     def _begin_all_reduce(self, tensor: Tensor) -> Callable[[], None]:
         buffer = tensor if not self._on_host else tensor.cpu()

@@ -128,8 +128,12 @@ class ToleranceChoice:
 
     def _sweeps_are_fewest(self, probe: Probe) -> bool:
         """Return True if the window has rolled on by its whole length after each sweep, so that a larger tolerance would gain nothing."""
-        fewest = math.ceil(len(self.config.solved_layers) / self.config.longest_window)
-        return probe.sweeps is not None and max(probe.sweeps) <= fewest
+        return probe.sweeps is not None and max(probe.sweeps) <= self._fewest_sweeps
+
+    @property
+    def _fewest_sweeps(self) -> int:
+        """The fewest sweeps in one direction: the number of layers of each worker, if there are as many as the window has layers."""
+        return math.ceil(len(self.config.solved_layers) / self.config.longest_window)
 
     def overrun(self, probe: Probe) -> str | None:
         """Return in words that the sweeps which a probe has seen take about as long as an exact step, or longer; None if they do not.
@@ -139,8 +143,7 @@ class ToleranceChoice:
         """
         if probe.sweeps is None:
             return None
-        layers = len(self.config.solved_layers)
-        owned = math.ceil(layers / self.config.longest_window)
+        layers, owned = len(self.config.solved_layers), self._fewest_sweeps
         share = (sum(probe.sweeps) + owned) / (2 * layers + owned)
         if share <= WORTHWHILE_SHARE:
             return None

@@ -16,6 +16,7 @@ from rayllp.engine.layer_group import LayerGroup
 from rayllp.engine.probe import Comparison, Probing
 from rayllp.engine.step_gradients import StepGradients
 from rayllp.mgrit import Convergence
+from rayllp.mgrit.result import sweeps_of_both
 
 OTHER_PIECES = 3
 """Pieces of the network besides the layers: embedding, the common piece that several layers use, head."""
@@ -61,6 +62,11 @@ class StepStats:
     def is_finite(self) -> bool:
         """True if loss and gradient are finite. If not, the weights are not changed."""
         return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
+
+    @property
+    def sweeps(self) -> tuple[int, int] | None:
+        """Sweeps forward and backward of the solve that has trained; None if that is not by a rolling window."""
+        return sweeps_of_both(self.forward, self.adjoint)
 
     @property
     def findings(self) -> Probe:

@@ -10,6 +10,7 @@ from rayllp.engine.block import BoundBlock
 from rayllp.engine.consistency import Consistency
 from rayllp.engine.layer_group import LayerGroup
 from rayllp.mgrit import ResidualShares
+from rayllp.mgrit.result import sweeps_of_both
 from rayllp.state import State, like, tensors
 
 
@@ -31,8 +32,7 @@ class StepGradients:
     @property
     def sweeps(self) -> tuple[int, int] | None:
         """Sweeps forward and backward, if both solves were by a rolling window."""
-        forward, adjoint = (None if shares is None else shares.sweeps for shares in (self.forward, self.adjoint))
-        return None if forward is None or adjoint is None else (forward, adjoint)
+        return sweeps_of_both(self.forward, self.adjoint)
 
 
 def loss_and_seed(bound: BoundBlock, output: State | None, batch: StepBatch) -> tuple[Tensor, State | None]:

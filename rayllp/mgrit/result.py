@@ -130,6 +130,12 @@ class Solution:
     residuals: ResidualShares
 
 
+def sweeps_of_both(forward: Convergence | ResidualShares | None, adjoint: Convergence | ResidualShares | None) -> tuple[int, int] | None:
+    """Return the numbers of sweeps of a forward and an adjoint solve; None unless both were by a rolling window."""
+    first, second = (None if solve is None else solve.sweeps for solve in (forward, adjoint))
+    return None if first is None or second is None else (first, second)
+
+
 def squared_rounding(state: State, increment: State, rounding: float) -> Tensor:
     """Return what rounding adds to the squared error of a state in one step: a float64 scalar.
 
