@@ -19,14 +19,18 @@ LEAST_INTERVAL = 10
 """Smallest number of steps between two probes; the largest is `adaptive.probe_every`."""
 UNUSED_INTERVAL = LEAST_INTERVAL // 2
 """The interval from which the first one follows, while a solve has not been in use."""
-AIMED_SHARE, LEAST_AIM = 0.5, 0.3
-"""The tolerance is to cause the first share of the tolerated bias a quarter of `adaptive.probe_every` steps on, but at once no less than
-the second.
+AIMED_SHARE, MOST_AIMED_SHARE, LEAST_AIM = 0.5, 0.8, 0.3
+"""The tolerance is to cause the first share of the tolerated bias a quarter of `adaptive.probe_every` steps on, or up to the second where
+probes of the same solve hardly differ, but at once no less than the third.
 """
+HURRIED_SHARE = 0.85
+"""The same where steps by a window are otherwise no faster than exact ones."""
+DEVIATIONS = math.sqrt(3)
+"""The tolerance keeps so many standard deviations of a probe's bias away from what is tolerated."""
 MOST_GROWTH = 30.0
 """A bias is not expected to grow by more than this factor from one probe to the next."""
 CHANCE = 1.5
-"""Two probes of the same solve may differ by this factor though nothing has changed."""
+"""Two probes of the same solve may differ by this factor though nothing has changed, as long as they have not shown by how much they do."""
 
 
 @dataclass
@@ -40,6 +44,10 @@ class BiasTrend:
         count: number of probes.
         at: step of the last one.
         interval: number of steps from there to the next, while the window is in use.
+        sweeps: sweeps forward and backward that the last one has seen.
+        deviations: by how much biases have differed from the one before, as expected of the tolerance: the sum of squared logarithms.
+        compared: number of biases in that sum.
+        hurried: whether the tolerance is as large as may be, since steps were too slow.
     """
 
     bias: float | None = None
@@ -49,6 +57,10 @@ class BiasTrend:
     count: int = 0
     at: int = 0
     interval: int = UNUSED_INTERVAL
+    sweeps: tuple[int, int] | None = None
+    deviations: float = 0.0
+    compared: int = 0
+    hurried: bool = False
 
     def forget(self) -> None:
         """Forget how large the bias is, since the tolerance was wrong. How fast the bias grows is remembered."""
@@ -61,7 +73,7 @@ class BiasTrend:
     def begin_anew(self) -> None:
         """Forget all, since the window has not been in use for a while."""
         self.forget()
-        self.growth, self.interval = 0.0, UNUSED_INTERVAL
+        self.growth, self.interval, self.deviations, self.compared, self.hurried = 0.0, UNUSED_INTERVAL, 0.0, 0, False
 
     def take(self, step: int, probe: Probe, *, in_use: bool) -> Probe:
         """Take in what a probe has found. Returns it with the typical bias and noise in place of its own.
@@ -71,10 +83,13 @@ class BiasTrend:
             probe: what it has found.
             in_use: whether the window has been in use since the last probe.
         """
+        self.sweeps = probe.sweeps
         if probe.bias is None:
             return probe
         if in_use and self.latest and 0 < self.latest < math.inf and 0 < probe.bias < math.inf and step > self.at:
-            self.growth = max(math.log(probe.bias / self.latest / CHANCE) / (step - self.at), self.growth / 2)
+            change = math.log(probe.bias / self.latest)
+            self.growth = max((change - math.log(CHANCE)) / (step - self.at), self.growth / 2)
+            self.deviations, self.compared = self.deviations + change**2, self.compared + 1
         expected = self.bias and self.bias * self._grown(step)
         self.bias, self.noise, self.latest = _mean(expected, probe.bias), _mean(self.noise, probe.noise), probe.bias
         self.at = step
@@ -98,6 +113,15 @@ class BiasTrend:
         """Return True if a window in use is to be probed at a step."""
         return step >= self.at + self.interval
 
+    def probes_until(self, end: int, config: TrainConfig) -> int:
+        """Return how many probes there will be until step `end`, if the bias stays as it is."""
+        most = max(LEAST_INTERVAL, config.adaptive.probe_every)
+        count, at, interval = 0, self.at + self.interval, self.interval
+        while at < end:
+            count, interval = count + 1, min(max(round(FACTORS[0] * interval), LEAST_INTERVAL), most)
+            at += interval
+        return count
+
     def share(self, step: int, config: TrainConfig) -> float:
         """Return the share of the tolerated bias that is expected at a step, by the typical bias or the latest, if that is larger."""
         if not self.bias or not self.latest:
@@ -110,8 +134,14 @@ class BiasTrend:
         return min(math.exp(min(self.growth * (step - self.at), 100.0)), MOST_GROWTH)
 
     def aim(self, config: TrainConfig) -> float:
-        """Return the share of the tolerated bias that the tolerance is to cause: the less, the faster the bias grows."""
-        return max(LEAST_AIM, AIMED_SHARE * math.exp(-self.growth * config.adaptive.probe_every / 4))
+        """Return the share of the tolerated bias that the tolerance is to cause.
+
+        It is the smaller, the faster the bias grows, and the more probes of the same solve differ.
+        """
+        spread = math.sqrt((self.deviations + math.log(CHANCE) ** 2) / (self.compared + 1))
+        steady = min(max(math.exp(-DEVIATIONS * spread), AIMED_SHARE), MOST_AIMED_SHARE)
+        share = HURRIED_SHARE if self.hurried else steady
+        return max(LEAST_AIM, share * math.exp(-self.growth * config.adaptive.probe_every / 4))
 
 
 def _mean(before: float | None, now: float | None) -> float | None:

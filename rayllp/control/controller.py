@@ -21,8 +21,8 @@ from rayllp.config import TrainConfig
 from rayllp.control.bias_trend import BiasTrend
 from rayllp.control.judgement import fault_in, found_accurate, is_hopeless
 from rayllp.control.ladder import Ladder
-from rayllp.control.pace import Pace
-from rayllp.control.records import Accuracy, Decision, Probe, ProbePlan
+from rayllp.control.pace import MAX_TIME_RATIO, Pace
+from rayllp.control.records import PROBES, Accuracy, Decision, Probe, ProbePlan
 from rayllp.control.tolerance_choice import UP, ToleranceChoice, ToleranceState, bias_factor
 
 PENALTY_UP, PENALTY_DOWN = 4.0, 2.0
@@ -158,7 +158,7 @@ class Controller:
 
         Args:
             step: the step that is about to begin.
-            seconds: seconds of a step by the name of its rung, for the rungs that have been timed.
+            seconds: seconds of a step by the name of its rung, for the rungs that have been timed, and of "probes".
         """
         at = self.config.switch_step
         if at is None or step < at:
@@ -183,7 +183,10 @@ class Controller:
         self._state.pace.time_anew(step)
 
     def _heed_times(self, step: int, seconds: Mapping[str, float]) -> Decision | None:
-        """Leave the ladder if the current rung is no faster than an exact step. Rungs above it are slower still."""
+        """Leave the ladder if the current rung with its probes is no faster than exact steps. Rungs above it are slower still.
+
+        A rolling window that causes less bias than is tolerated first becomes as fast as it may be, if that could help.
+        """
         state, pace, exact = self._state, self._state.pace, seconds.get("serial")
         if not self.config.drops_slow_rungs or state.final:
             return None
@@ -194,11 +197,46 @@ class Controller:
             state.trend.begin_anew()
             return self._decision(step, "looking again whether layer-parallel steps are faster")
         here = seconds.get(self.rung)
-        if self.serial or self._is_unverified or exact is None or here is None or not pace.is_too_slow(step, here, exact):
+        if self.serial or self._is_unverified or exact is None or here is None:
             return None
+        probing = self._probing_share(step) * max(seconds.get(PROBES, here) - here, 0.0)
+        if not pace.is_too_slow(step, here + probing, exact):
+            return None
+        hurry = self._hurry(step, here, probing, exact)
+        if hurry is not None:
+            return hurry
         pace.pause(step, self.rung, self.settings.probe_every)
         state.rung = self._ladder.last
-        return self._decision(step, f"a step by {pace.slow} takes {here:.3g} s, an exact one {exact:.3g} s")
+        with_probes = f", with its share of probes {here + probing:.3g} s" if probing else ""
+        return self._decision(step, f"a step by {pace.slow} takes {here:.3g} s{with_probes}, an exact one {exact:.3g} s")
+
+    def _probing_share(self, step: int) -> float:
+        """Return the share of the steps from here on that will be probes."""
+        left, every = max(self.config.steps - step, 1), self.settings.probe_every
+        if self.config.chooses_tolerance:
+            return self._state.trend.probes_until(self.config.steps, self.config) / left
+        return 1 / every if every else 0.0
+
+    def _hurry(self, step: int, here: float, probing: float, exact: float) -> Decision | None:
+        """Make a rolling window's tolerance as large as may be, once, if its steps could then be faster than exact ones.
+
+        Args:
+            here, exact: seconds of a step as they are now, and of an exact one.
+            probing: what probes add to each step, in seconds.
+        """
+        trend, choice = self._state.trend, self._choice
+        if not self.config.chooses_tolerance or trend.hurried or trend.sweeps is None:
+            return None
+        if here * choice.least_time(trend.sweeps) + probing > MAX_TIME_RATIO * exact:
+            return None
+        trend.hurried = True
+        move = choice.hasten(trend.share(step, self.config), trend.aim(self.config))
+        if move is None:
+            return None
+        trend.expect(bias_factor(move))
+        self._choose_unverified(step - 1)
+        self._state.pace.doubted_from = None
+        return self._decision(step, move.reason)
 
     def observe(self, step: int, probe: Probe) -> Decision | None:
         """Take in what a probe has found. Returns a decision if the rung changes, or is used from now on."""

@@ -8,6 +8,8 @@ from rayllp.mgrit.windows import Windows
 
 ROLLING = "rolling"
 """Name of a solve by a rolling window, whatever its tolerance."""
+PROBES = "probes"
+"""Name under which the times of steps that also measure are kept, whatever their solve."""
 FINER = 8.0
 """A rolling window is judged by one with so many times less tolerance."""
 

@@ -100,6 +100,23 @@ class ToleranceChoice:
         factor, reason = self._scale(wanted), "the bias allows more" if wanted > 1 else "the bias comes near what is tolerated"
         return Move(factor, f"{reason}; {self._in_words}")
 
+    def hasten(self, share: float, aim: float) -> Move | None:
+        """Make the tolerance as large as the bias allows, since steps are too slow. Returns None if that would hardly change it.
+
+        Args:
+            share: the share of the tolerated bias that the tolerance causes.
+            aim: the one that it may cause.
+        """
+        factor = math.inf if share == 0 else (aim / share) ** (1 / ORDER)
+        if _bounded(self.tolerance * factor, LEAST, MOST) < UNCHANGED * self.tolerance:
+            return None
+        factor = self._scale(min(factor, UP))
+        return Move(factor, f"steps are no faster than exact ones, and the bias allows more; {self._in_words}")
+
+    def least_time(self, sweeps: tuple[int, int]) -> float:
+        """Return the share of a step's time, of so many sweeps forward and backward, that is left with the fewest sweeps."""
+        return 3 * self._fewest_sweeps / (sum(sweeps) + self._fewest_sweeps)
+
     def replaces_exact_steps(self, step: int, probe: Probe, fault: str | None, aim: float) -> bool:
         """Adapt the tolerance to a probe in exact training. Returns True after `patience` probes in a row by which it would do."""
         state, patience = self.state, self.config.adaptive.patience

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
+from rayllp.control.records import PROBES
+
 KEPT = 30
 """The time per step of a solve is the median of this many recent steps."""
 FEWEST = 3
@@ -68,8 +70,8 @@ class Gain:
 
 def _steps(name: str, count: int) -> str:
     """Return a number of steps of a solve in words, such as "12 steps by 1+1"."""
-    kind = {"serial": "exact step", "probes": "probe"}.get(name, "step")
-    by = "" if name in ("serial", "probes") else f" by {name}"
+    kind = {"serial": "exact step", PROBES: "probe"}.get(name, "step")
+    by = "" if name in ("serial", PROBES) else f" by {name}"
     return f"{count} {kind}{'' if count == 1 else 's'}{by}"
 
 
@@ -93,7 +95,9 @@ class StepTimes:
         """
         self._seconds[name] += seconds
         self._steps[name] += 1
-        if name == self._before and name != "probes":  # the first of a kind is slow: it allocates memory, and no receive was posted ahead
+        # The first of a kind is slow: it allocates memory, and no receive was posted ahead. Probes come one by one, so only a probe that is
+        # the first step of all is left out.
+        if name == self._before or (name == PROBES and self._before):
             self._recent[name].append(seconds)
         self._before = name
         if name == "serial" and computed is not None:
@@ -111,8 +115,8 @@ class StepTimes:
 
     @property
     def step_s(self) -> dict[str, float]:
-        """Seconds per step by solve, for solves with enough timed steps."""
-        return {name: median(recent) for name, recent in self._recent.items() if len(recent) >= FEWEST}
+        """Seconds per step by solve, for solves with enough timed steps, and of probes as soon as there is one."""
+        return {name: median(recent) for name, recent in self._recent.items() if len(recent) >= (1 if name == PROBES else FEWEST)}
 
     @property
     def gain(self) -> Gain:

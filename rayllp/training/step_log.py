@@ -7,7 +7,7 @@ from typing import Any
 
 from rayllp.config import TrainConfig
 from rayllp.control import Accuracy, Controller, Decision, ProbePlan
-from rayllp.control.records import ROLLING
+from rayllp.control.records import PROBES, ROLLING
 from rayllp.engine import StepStats
 from rayllp.mgrit import Convergence
 from rayllp.report import Journal, RunDirectory
@@ -121,7 +121,7 @@ class StepLog:
             for rank, each in enumerate(of_step):
                 if each.trace is not None:
                     self._run.trace(stats.step, rank, each.trace)
-            self.times.take("probes" if plan is not None else accuracy.name, stats.time_s, _computed(of_step))
+            self.times.take(PROBES if plan is not None else accuracy.name, stats.time_s, _computed(of_step))
             self.step += 1
         if len(reports[0]) == len(self._chunk) and self._chunk[-1][2] is not None:
             self._observe(reports[0][-1].stats)

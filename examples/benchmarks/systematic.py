@@ -1,0 +1,109 @@
+"""What of a gradient's error is the same for every batch, on a network that was trained exactly: by rolling windows, fixed ones and MGRIT.
+
+    python examples/benchmarks/systematic.py --data DATA --task standard --lr 8e-3 --steps 500
+
+`--task` is one of frontier.py's. The network is trained exactly for so many steps. Then the gradients of the next batches are formed
+exactly and by several solves. An error that differs from batch to batch is noise: it averages out over steps, as that of small batches
+does. What all errors have in common, the systematic part, leads training elsewhere. Squared norms of both, and of the part that all exact
+gradients have in common (the signal), are estimated without bias from so few batches. All figures are root mean squares over the middle
+layers, weighted by the norms of their gradients, as in a probe.
+"""
+
+import argparse
+import math
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from rayllp.control import Accuracy, Controller
+from rayllp.engine import Engine
+from rayllp.mgrit.windows import Windows
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import frontier
+
+TOLERANCES = (0.1, 0.05, 0.02, 0.01)
+SWEEPS = ((1, 1), (2, 1), (2, 2))
+INTERVAL = "1+1"
+"""The way of frontier.py that solves by MGRIT, with two levels and intervals of four layers."""
+
+
+def gradients(engine: Engine, accuracy: Accuracy, step: int) -> list[Tensor]:
+    """The gradients of the middle layers for a step's batch, one flat tensor each."""
+    engine.gradients(engine.step_batch(step, accuracy))
+    config = engine.config
+    layers = range(config.buffers.open, config.model.layers - config.buffers.close)
+    found = [torch.cat([p.grad.flatten() for p in engine.block.layers[n].parameters() if p.grad is not None]) for n in layers]
+    engine.gradients.forget()
+    return found
+
+
+def common_square(samples: Tensor) -> float:
+    """The squared norm of the mean of what such vectors are drawn from, without bias. Shape of the samples: (samples, numbers)."""
+    return float(samples.mean(0).square().sum() - samples.var(0).sum() / len(samples))
+
+
+def solves(parallel: Engine, intervals: Engine) -> Iterator[tuple[str, Engine, Accuracy]]:
+    """The solves to compare, with their names and the engine that forms gradients by each."""
+    config = parallel.config
+    window = Controller(config).rungs[0]
+    for tolerance in TOLERANCES:
+        yield f"rolling, tolerance {tolerance:g}", parallel, replace(window, tolerance=tolerance)
+    for forward, backward in SWEEPS:
+        windows = Windows.alike(config.window_lengths, forward, backward)
+        yield f"windows of {config.longest_window} by {forward}+{backward}", parallel, replace(window, tolerance=None, windows=windows)
+    cycle = Controller(intervals.config).rungs[0]
+    for forward, backward in SWEEPS:
+        name = f"MGRIT, intervals of {intervals.config.mgrit.coarsening}, {forward}+{backward}"
+        yield name, intervals, replace(cycle, iterations_forward=forward, iterations_backward=backward)
+
+
+def describe(found: Sequence[list[Tensor]], exact: Sequence[list[Tensor]]) -> str:
+    """What the gradients of several batches, `found` and `exact`, say about a solve."""
+    weights, rows = [], []
+    for layer in range(len(exact[0])):
+        right = torch.stack([each[layer].double() for each in exact])
+        errors = torch.stack([each[layer].double() for each in found]) - right
+        square = float(right.square().sum(1).mean())
+        weights.append(math.sqrt(square))
+        error, systematic, signal = float(errors.square().sum(1).mean()), common_square(errors), common_square(right)
+        rows.append([part / square for part in (error, systematic, signal, float(right.var(0).sum()))])
+    weight = torch.tensor(weights, dtype=torch.float64)
+    error, systematic, signal, noise = ((weight @ torch.tensor(rows, dtype=torch.float64)) / weight.sum()).tolist()
+    return (
+        f"error {math.sqrt(error):.3f} of the gradient, {systematic / error:.0%} of its square in common; "
+        f"common error {math.sqrt(max(systematic, 0) / signal):.3f} of the common gradient; "
+        f"variance of the gradient {(error - systematic) / noise:+.1%}"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--task", default="standard", choices=[name for name, task in frontier.TASKS.items() if task.module is None])
+    parser.add_argument("--lr", type=float, default=8e-3)
+    parser.add_argument("--steps", type=int, default=500, help="exact ones, of a training of as many as the task has")
+    parser.add_argument("--batches", type=int, default=16)
+    arguments = parser.parse_args()
+    task = frontier.TASKS[arguments.task]
+    engine, intervals = (
+        frontier.engine_of((arguments.task, way, task.middle[-1], 0, arguments.lr, task.steps), arguments.data.absolute())
+        for way in ("adaptive", INTERVAL)
+    )
+    exact = Controller(engine.config).rungs[-1]
+    for step in range(arguments.steps):
+        engine.train_step(step, exact)
+    for name, parameter in engine.block.parameters.items():
+        intervals.block.parameters[name].data.copy_(parameter)
+    steps = range(arguments.steps, arguments.steps + arguments.batches)
+    right = [gradients(engine, exact, step) for step in steps]
+    for name, solver, accuracy in solves(engine, intervals):
+        print(f"{name}: {describe([gradients(solver, accuracy, step) for step in steps], right)}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
