@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from rayllp.channel.base import Channel, MessageTag, Receives, Sends, StateSpec, unexpected_message
+from rayllp.channel.base import Channel, MessageTag, Pending, Receives, Sends, StateSpec, unexpected_message
 from rayllp.errors import ChannelError
 from rayllp.state import State, combine
 
@@ -202,32 +202,20 @@ class StrictChannel(Channel):
 
         return end
 
-    def begin_all_reduce(self, tensor: Tensor, tag: MessageTag) -> "StrictReduction":
-        return StrictReduction(self, tensor, self._group.issue(self.rank, [Part("all_reduce", None, tag, tensor.clone())]))
+    def begin_all_reduce(self, tensor: Tensor, tag: MessageTag) -> Pending[Tensor]:
+        end = self._together("all_reduce", tensor.clone(), tag)
+        return lambda: tensor.copy_(end())
 
-    def begin_all_gather(self, state: State, spec: StateSpec, tag: MessageTag) -> Callable[[], list[State]]:
+    def begin_all_gather(self, state: State, spec: StateSpec, tag: MessageTag) -> Pending[list[State]]:
         return self._together("all_gather", state, tag)
 
-    def begin_all_to_all(self, parts: Sequence[Tensor], tag: MessageTag) -> Callable[[], list[Tensor]]:
+    def begin_all_to_all(self, parts: Sequence[Tensor], tag: MessageTag) -> Pending[list[Tensor]]:
         return self._together("all_to_all", list(parts), tag)
 
     def finish(self) -> None:
         with self._group.world.condition:
             parts = [part for line in self._group.lines[self.rank].values() for issued in line for part in issued]
         self._wait(parts)
-
-
-@dataclass
-class StrictReduction:
-    """An all-reduce that was issued in the background."""
-
-    channel: StrictChannel
-    tensor: Tensor
-    parts: list[Part]
-
-    def wait(self) -> Tensor:
-        self.channel._wait(self.parts)
-        return self.tensor.copy_(self.parts[0].found)
 
 
 def run_strictly(size: int, work: Callable[[StrictChannel], T], *, pairs: bool = True) -> list[T]:

@@ -169,7 +169,7 @@ def summing(channel):
     """Run several all-reduces at once, and one after them."""
     parts = [torch.full((3,), 10.0**n * (channel.rank + 1)) for n in range(3)]
     begun = [channel.begin_all_reduce(part, TAG.at(f"part {n}", 0)) for n, part in enumerate(parts)]
-    sums = [each.wait() for each in begun]
+    sums = [end() for end in begun]
     assert all(found is part for found, part in zip(sums, parts, strict=True))
     return [float(part[-1]) for part in parts], channel.all_reduce(torch.ones(1), TAG).item()
 

@@ -4,13 +4,15 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
 
 from rayllp.errors import ChannelError, MessageTimeoutError
 from rayllp.state import State, tensors
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -64,18 +66,10 @@ Sends = Sequence[tuple[State, int]]
 """States to send, each with the rank of its receiver."""
 Receives = Sequence[tuple[StateSpec, int]]
 """Specs of states to receive, each with the rank of its sender."""
-
-
-class Reduction(Protocol):
-    """An all-reduce that is under way."""
-
-    def wait(self) -> Tensor:
-        """Wait for the sum, and return the given tensor, which now holds it.
-
-        Raises:
-            ChannelError: a worker did not take part within the time limit, or is gone.
-        """
-        ...
+Pending: TypeAlias = Callable[[], T]
+"""A collective that is under way: the function waits for its result and returns it. It raises ChannelError if a worker did not take part
+within the time limit, or is gone. All workers have to begin their collectives, and to wait for them, in the same order.
+"""
 
 
 class Channel(ABC):
@@ -145,15 +139,11 @@ class Channel(ABC):
         Raises:
             ChannelError: a worker did not take part within the time limit, or is gone.
         """
-        return self.begin_all_reduce(tensor, tag).wait()
+        return self.begin_all_reduce(tensor, tag)()
 
     @abstractmethod
-    def begin_all_reduce(self, tensor: Tensor, tag: MessageTag) -> Reduction:
-        """Begin to sum `tensor` over all workers in place, and return at once.
-
-        The tensor must not be used before `wait` has returned. Several sums may be under way at once; all workers have to begin them, and
-        to wait for them, in the same order.
-        """
+    def begin_all_reduce(self, tensor: Tensor, tag: MessageTag) -> Pending[Tensor]:
+        """Begin `all_reduce`, and return at once. The tensor must not be used before the sum has been waited for."""
 
     def all_gather(self, state: State, spec: StateSpec, tag: MessageTag) -> list[State]:
         """Return every worker's `state`, in order of rank. All have the same spec; this worker's own state is not copied.
@@ -164,11 +154,8 @@ class Channel(ABC):
         return self.begin_all_gather(state, spec, tag)()
 
     @abstractmethod
-    def begin_all_gather(self, state: State, spec: StateSpec, tag: MessageTag) -> Callable[[], list[State]]:
-        """Begin `all_gather`, and return at once. The returned function waits for its result, and raises its errors.
-
-        All workers have to begin their collectives, and to wait for them, in the same order.
-        """
+    def begin_all_gather(self, state: State, spec: StateSpec, tag: MessageTag) -> Pending[list[State]]:
+        """Begin `all_gather`, and return at once."""
 
     def all_to_all(self, parts: Sequence[Tensor], tag: MessageTag) -> list[Tensor]:
         """Send part j to worker j, and return the parts that the workers have sent to this one, in order of rank.
@@ -182,8 +169,8 @@ class Channel(ABC):
         return self.begin_all_to_all(parts, tag)()
 
     @abstractmethod
-    def begin_all_to_all(self, parts: Sequence[Tensor], tag: MessageTag) -> Callable[[], list[Tensor]]:
-        """Begin `all_to_all`, and return at once. The returned function waits for its result, and raises its errors."""
+    def begin_all_to_all(self, parts: Sequence[Tensor], tag: MessageTag) -> Pending[list[Tensor]]:
+        """Begin `all_to_all`, and return at once."""
 
     def prepost_receives(self, key: Hashable | None) -> AbstractContextManager[None]:
         """Return a context in which the same messages are received, in the same order, as in the last context with this key.
@@ -232,13 +219,13 @@ class ChannelWrapper(Channel):
     def all_reduce(self, tensor: Tensor, tag: MessageTag) -> Tensor:
         return self.inner.all_reduce(tensor, tag)
 
-    def begin_all_reduce(self, tensor: Tensor, tag: MessageTag) -> Reduction:
+    def begin_all_reduce(self, tensor: Tensor, tag: MessageTag) -> Pending[Tensor]:
         return self.inner.begin_all_reduce(tensor, tag)
 
-    def begin_all_gather(self, state: State, spec: StateSpec, tag: MessageTag) -> Callable[[], list[State]]:
+    def begin_all_gather(self, state: State, spec: StateSpec, tag: MessageTag) -> Pending[list[State]]:
         return self.inner.begin_all_gather(state, spec, tag)
 
-    def begin_all_to_all(self, parts: Sequence[Tensor], tag: MessageTag) -> Callable[[], list[Tensor]]:
+    def begin_all_to_all(self, parts: Sequence[Tensor], tag: MessageTag) -> Pending[list[Tensor]]:
         return self.inner.begin_all_to_all(parts, tag)
 
     def prepost_receives(self, key: Hashable | None) -> AbstractContextManager[None]:

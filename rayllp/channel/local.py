@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from rayllp.channel.base import Channel, MessageTag, StateSpec, timed_out, unexpected_message
+from rayllp.channel.base import Channel, MessageTag, Pending, StateSpec, timed_out, unexpected_message
 from rayllp.errors import ChannelError
 from rayllp.state import State, detach
 
@@ -95,17 +95,18 @@ class LocalChannel(Channel):
     def arrived(self, spec: StateSpec, source: int) -> bool:
         return not self._shared.queues[source, self.rank].empty()
 
-    def begin_all_reduce(self, tensor: Tensor, tag: MessageTag) -> "_LocalReduction":
-        return _LocalReduction(tensor, self._begin_sharing(tensor.clone(), tag))
+    def begin_all_reduce(self, tensor: Tensor, tag: MessageTag) -> Pending[Tensor]:
+        end = self._begin_sharing(tensor.clone(), tag)
+        return lambda: tensor.copy_(torch.stack(end()).sum(0))
 
-    def begin_all_gather(self, state: State, spec: StateSpec, tag: MessageTag) -> Callable[[], list[State]]:
+    def begin_all_gather(self, state: State, spec: StateSpec, tag: MessageTag) -> Pending[list[State]]:
         return self._begin_sharing(detach(state), tag)
 
-    def begin_all_to_all(self, parts: Sequence[Tensor], tag: MessageTag) -> Callable[[], list[Tensor]]:
+    def begin_all_to_all(self, parts: Sequence[Tensor], tag: MessageTag) -> Pending[list[Tensor]]:
         end = self._begin_sharing([part.clone() for part in parts], tag)
         return lambda: [theirs[self.rank] for theirs in end()]
 
-    def _begin_sharing(self, value: T, tag: MessageTag) -> Callable[[], list[T]]:
+    def _begin_sharing(self, value: T, tag: MessageTag) -> Pending[list[T]]:
         """Give all workers a value. Returns a function that waits for theirs, and returns them in order of rank."""
         shared, rank, size, number = self._shared, self.rank, self.size, self._begun
         self._begun += 1
@@ -116,16 +117,6 @@ class LocalChannel(Channel):
 
     def close(self) -> None:
         self._shared.closed.set()
-
-
-class _LocalReduction:
-    """An all-reduce that is under way; this worker's share has been handed to the others."""
-
-    def __init__(self, tensor: Tensor, end: Callable[[], list[Tensor]]) -> None:
-        self._tensor, self._end = tensor, end
-
-    def wait(self) -> Tensor:
-        return self._tensor.copy_(torch.stack(self._end()).sum(0))
 
 
 def run_workers(size: int, work: Callable[[LocalChannel], T], timeout_s: float = 30.0) -> list[T]:

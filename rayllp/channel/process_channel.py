@@ -8,14 +8,13 @@ from abc import abstractmethod
 from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from rayllp.channel.base import Channel, MessageTag, Reduction, StateSpec, receive_failed, timed_out
+from rayllp.channel.base import Channel, MessageTag, Pending, StateSpec, receive_failed, timed_out
 from rayllp.channel.packing import UncheckedHeaders, check_header, empty_message, header_of, pack, pack_rows, unpack
 from rayllp.errors import ChannelError
 from rayllp.state import State, tensors
@@ -38,26 +37,6 @@ class Posted(NamedTuple):
     expected: Expected
     work: Any
     buffer: Tensor
-
-
-@dataclass(frozen=True)
-class ProcessReduction:
-    """An all-reduce that is under way.
-
-    Attributes:
-        tensor: the tensor that is summed in place.
-        name: names the all-reduce in errors.
-        end: waits for the sum.
-    """
-
-    tensor: Tensor
-    name: str
-    end: Callable[[], None]
-
-    def wait(self) -> Tensor:
-        with failing_as(self.name):
-            self.end()
-        return self.tensor
 
 
 @contextmanager
@@ -174,7 +153,7 @@ class ProcessChannel(Channel):
             RuntimeError: the time limit has passed, or a worker is gone. The returned function raises it, too.
         """
 
-    def begin_all_gather(self, state: State, spec: StateSpec, tag: MessageTag) -> Callable[[], list[State]]:
+    def begin_all_gather(self, state: State, spec: StateSpec, tag: MessageTag) -> Pending[list[State]]:
         if self.size == 1:
             return lambda: [state]
         name = f"{tag}: all-gather over {self.size} workers failed on worker {self.rank}"
@@ -198,7 +177,7 @@ class ProcessChannel(Channel):
             RuntimeError: the time limit has passed, or a worker is gone. The returned function raises it, too.
         """
 
-    def begin_all_to_all(self, parts: Sequence[Tensor], tag: MessageTag) -> Callable[[], list[Tensor]]:
+    def begin_all_to_all(self, parts: Sequence[Tensor], tag: MessageTag) -> Pending[list[Tensor]]:
         if self.size == 1:
             return lambda: list(parts)
         name = f"{tag}: all-to-all over {self.size} workers failed on worker {self.rank}"
@@ -213,10 +192,19 @@ class ProcessChannel(Channel):
 
         return wait
 
-    def begin_all_reduce(self, tensor: Tensor, tag: MessageTag) -> Reduction:
+    def begin_all_reduce(self, tensor: Tensor, tag: MessageTag) -> Pending[Tensor]:
+        if self.size == 1:
+            return lambda: tensor
         name = f"{tag}: all-reduce over {self.size} workers failed on worker {self.rank}"
         with failing_as(name):
-            return ProcessReduction(tensor, name, self._begin_all_reduce(tensor) if self.size > 1 else lambda: None)
+            end = self._begin_all_reduce(tensor)
+
+        def wait() -> Tensor:
+            with failing_as(name):
+                end()
+            return tensor
+
+        return wait
 
     @abstractmethod
     def _begin_all_reduce(self, tensor: Tensor) -> Callable[[], None]:

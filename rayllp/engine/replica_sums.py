@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from rayllp.channel.base import Channel, MessageTag, Reduction
+from rayllp.channel.base import Channel, MessageTag, Pending
 from rayllp.engine.block import Block
 
 BUCKET_BYTES = 4 * 2**20
@@ -38,7 +38,7 @@ class _Begun:
 
     parameters: list[nn.Parameter]
     shapes: list[torch.Size]
-    reduction: Reduction
+    sums: Pending[Tensor]
 
 
 class ReplicaSums:
@@ -140,7 +140,7 @@ class ReplicaSums:
         rest = torch.empty(0)
         self._late = {}
         for begun in self._begun:
-            rest = begun.reduction.wait()
+            rest = begun.sums()
             for parameter, shape in zip(begun.parameters, begun.shapes, strict=True):
                 size = shape.numel()
                 if parameter.grad is not None:

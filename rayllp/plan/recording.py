@@ -14,7 +14,7 @@ from itertools import chain, pairwise, repeat
 import torch
 from torch import Tensor
 
-from rayllp.channel.base import Channel, MessageTag, Reduction, StateSpec
+from rayllp.channel.base import Channel, MessageTag, Pending, StateSpec
 from rayllp.config import TrainConfig
 from rayllp.control import Accuracy
 from rayllp.engine.in_order import InOrderStep, InOrderWork
@@ -90,7 +90,7 @@ class _Recorder(Channel):
     def broadcast(self, state: State | None, spec: StateSpec, source: int, tag: MessageTag) -> State:
         return self.other("broadcast", tag.solve, source)  # one record for all workers, so that they are alike
 
-    def begin_all_gather(self, state: State, spec: StateSpec, tag: MessageTag) -> Callable[[], list[State]]:
+    def begin_all_gather(self, state: State, spec: StateSpec, tag: MessageTag) -> Pending[list[State]]:
         # At a window's end states are summed. A worker with several layers of the window takes part once for each of them.
         kind = "all_gather" if tag.phase != WINDOW_END else "further_sum" if tag.level else "sum"
         if tag.phase.startswith(EXCHANGE):
@@ -105,10 +105,10 @@ class _Recorder(Channel):
     def all_reduce(self, tensor: Tensor, tag: MessageTag) -> Tensor:
         return tensor
 
-    def begin_all_reduce(self, tensor: Tensor, tag: MessageTag) -> Reduction:
+    def begin_all_reduce(self, tensor: Tensor, tag: MessageTag) -> Pending[Tensor]:
         raise NotImplementedError("solves sum nothing in the background")
 
-    def begin_all_to_all(self, parts: Sequence[Tensor], tag: MessageTag) -> Callable[[], list[Tensor]]:
+    def begin_all_to_all(self, parts: Sequence[Tensor], tag: MessageTag) -> Pending[list[Tensor]]:
         raise NotImplementedError("states without tensors are not summed in pieces")
 
 
