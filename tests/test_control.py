@@ -645,7 +645,10 @@ def test_a_window_that_is_too_slow_becomes_as_fast_as_its_bias_allows_before_it_
     resumed.restore(control.state())
     for each in (control, resumed):
         assert each.begin(30, {"serial": 1.0, "rolling": 0.9}) is None
+        again = open_controller_at(each)
         assert each.begin(40, {"serial": 1.0, "rolling": 1.2}).rung == "serial"  # once is enough
+        again.time_anew(30)  # on more workers, which are fast enough
+        assert again.observe(60, rolled(0.2, sweeps=(4, 3))).reason.startswith("the bias comes near what is tolerated")
     hopeless = open_controller()
     hopeless.observe(0, rolled(0.1))
     assert hopeless.begin(20, {"serial": 1.0, "rolling": 1.4}).rung == "serial"

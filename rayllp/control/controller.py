@@ -181,6 +181,7 @@ class Controller:
     def time_anew(self, step: int) -> None:
         """Measure step times again from this step on: they change with a restart, and with the number of workers."""
         self._state.pace.time_anew(step)
+        self._state.trend.hurried = False
 
     def _heed_times(self, step: int, seconds: Mapping[str, float]) -> Decision | None:
         """Leave the ladder if the current rung with its probes is no faster than exact steps. Rungs above it are slower still.
