@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from rayllp.channel import run_workers
+from rayllp.channel import LocalChannel, run_workers
 from rayllp.channel.base import StateSpec
 from rayllp.errors import SettingsError
 from rayllp.mgrit import Communicator, Status
@@ -152,6 +152,23 @@ def test_large_states_are_added_up_in_pieces_to_the_same_bits(workers, length, m
     assert went.convergence_factor == pytest.approx(wanted[4].convergence_factor, rel=1e-9)
 
 
+def test_a_sweep_moves_two_states(monkeypatch):
+    """Each worker sends its layer's increment, and others' inputs as far as it has their rows."""
+    sent, begin_all_to_all = [], LocalChannel.begin_all_to_all
+
+    def counting(channel, parts, tag):
+        sent.append(sum(part.nbytes for worker, part in enumerate(parts) if worker != channel.rank))
+        return begin_all_to_all(channel, parts, tag)
+
+    monkeypatch.setattr("rayllp.mgrit.shares.IN_PIECES_BYTES", 0)
+    monkeypatch.setattr(LocalChannel, "begin_all_to_all", counting)
+    went = solve(3, 3, 0.03, scale=4.0)[4]
+    assert went.sweeps < N
+    exchanges = 3 * (2 * went.sweeps - 1)  # there is no layer left after the last sweep
+    assert len(sent) == exchanges
+    assert sum(sent) <= exchanges * start().nbytes * 2 / 3 + len(sent) * 8
+
+
 @pytest.mark.parametrize("shapes", [[(3, 2, 5)], [(7,), (2, 4)], [()], [(1, 3), (0, 4)]])
 def test_any_state_can_be_cut_into_pieces(shapes, monkeypatch):
     """Of several tensors of several types, without dimensions, or with fewer rows than there are workers."""
@@ -166,9 +183,10 @@ def test_any_state_can_be_cut_into_pieces(shapes, monkeypatch):
         increments = shares.of_increments(range(4), mine, "one")
         states = [shares.rows(state), *increments]
         norms = squared_norms(states[:-1]).unsqueeze(1)
-        return isinstance(shares, Pieces), shares.of_states(range(4), states, norms, "two")
+        sums = shares.summed(norms, "two")
+        return isinstance(shares, Pieces), shares.of_states(range(4), states[:-1], "three"), shares.joined(states[-1], "four"), sums
 
-    for rank, (in_pieces, (inputs, last, sums)) in enumerate(run_workers(3, work)):
+    for rank, (in_pieces, inputs, last, sums) in enumerate(run_workers(3, work)):
         assert in_pieces
         assert all(torch.equal(*pair) for pair in zip(tensors(last), [part * 4 for part in parts], strict=True))
         assert [each is not None for each in inputs] == [layer % 3 == rank for layer in range(4)]

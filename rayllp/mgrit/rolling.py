@@ -148,28 +148,22 @@ class RollingSolver:
     def solve(self, initial: State | None, source: int) -> Solution:
         """Solve from state `initial`, which worker `source` has. Every worker gets the output."""
         entering = self.channel.broadcast(initial, self.spec, source, self.tag.at("broadcast", 0))
-        window: dict[int, _Place] = {}
-        front, strides = 0, 0
-        while front < len(self._order):
-            rows = self._share.rows(entering)
-            for place in range(front, min(front + self.length, len(self._order))):
-                if place not in window:
-                    window[place] = _Place(entering, rows)
-            stride, entering = self._sweep(window)
+        rows = self._share.rows(entering)
+        window = {place: _Place(entering, rows) for place in range(min(self.length, len(self._order)))}
+        strides = 0
+        while window:
+            stride, rows = self._sweep(window)
             strides += stride > 1
-            for place in range(front, front + stride):
-                del window[place]
-                if self._owner(place) == self.channel.rank:
-                    self._settled.append(self._order[place])
-            front += stride
-            # Once the window has passed P layers, each worker has one more to settle; so no worker waits for another.
-            self._due += front // self.channel.size - (front - stride) // self.channel.size
         while self._settle_one():
             pass
-        return Solution(output=entering, residuals=self._residuals(exact=not strides or not self.options.tolerance))
+        output = self._share.joined(rows, "output")
+        return Solution(output=output, residuals=self._residuals(exact=not strides or not self.options.tolerance))
 
     def _sweep(self, window: dict[int, _Place]) -> tuple[int, State]:
-        """Evaluate all layers of the window, and give them new inputs. Returns by how many layers it rolls on, and the state behind it."""
+        """Evaluate all layers of the window, roll on, and give the layers that are then in it new inputs.
+
+        Returns: by how many layers it has rolled on, and this worker's rows of the state behind the layers that were in it.
+        """
         self.on_phase("sweep", 0)
         front, places, layers = min(window), list(window.values()), [self._order[place] for place in window]
         mine = {
@@ -184,14 +178,32 @@ class RollingSolver:
         increments = self._share.of_increments(layers, mine, phase)
         self.sweeps += 1
         states = self._add_up(places, increments)
-        norms = self._squares(places, states, increments)
-        inputs, entering, squares = self._share.of_states(layers, states, norms, phase)
+        squares = self._share.summed(self._squares(places, states, increments), phase)
         stride = self.stride([tuple(row) for row in squares])
         for known, (change, _, rounding) in zip(places[1:], squares[1:], strict=True):
             self._note_change(known, change, rounding)
-        for known, rows, new in zip(places, states[:-1], inputs, strict=True):
-            known.rows, known.input = rows, new
-        return stride, entering
+        for known, rows in zip(places, states, strict=False):
+            known.rows = rows
+        self._roll(window, stride, states[-1])
+        if window:
+            rows_of_next = [known.rows for known in window.values()]
+            inputs = self._share.of_states([self._order[place] for place in window], rows_of_next, phase)
+            for known, new in zip(window.values(), inputs, strict=True):
+                known.input = new
+        return stride, states[-1]
+
+    def _roll(self, window: dict[int, _Place], stride: int, rows: State) -> None:
+        """Take the first `stride` layers out of the window, and new ones in, of whose inputs this worker has `rows`."""
+        front = min(window) + stride
+        for place in range(front - stride, front):
+            del window[place]
+            if self._owner(place) == self.channel.rank:
+                self._settled.append(self._order[place])
+        for place in range(front, min(front + self.length, len(self._order))):
+            if place not in window:
+                window[place] = _Place(None, rows)
+        # Once the window has passed P layers, each worker has one more to settle; so no worker waits for another.
+        self._due += front // self.channel.size - (front - stride) // self.channel.size
 
     def _increment(self, layer: int, state: State | None) -> State:
         assert state is not None

@@ -23,9 +23,9 @@ Below this size, the number of messages decides how long it takes.
 
 
 class Shares(Protocol):
-    """One worker's part in the arithmetic of sweeps. All workers call `of_increments`, then `of_states`, for each sweep.
+    """One worker's part in the arithmetic of sweeps. All workers call `of_increments`, then `summed`, then `of_states`, for each sweep.
 
-    Once in each sweep, while the most bytes of it are under way, it calls what the worker has to do meanwhile.
+    Once in each sweep, while a state of each worker is under way, it calls what the worker has to do meanwhile.
     """
 
     def rows(self, state: State) -> State:
@@ -42,18 +42,22 @@ class Shares(Protocol):
         """
         ...
 
-    def of_states(
-        self, layers: Sequence[int], states: Sequence[State], norms: Tensor, phase: str
-    ) -> tuple[list[State | None], State, list[list[float]]]:
-        """Return the states of this worker's layers, the state after all layers, and sums over all rows.
+    def summed(self, numbers: Tensor, phase: str) -> list[list[float]]:
+        """Return sums over all rows, the same on every worker.
 
         Args:
-            layers: the window's layers.
-            states: this worker's rows of the state before each layer, and after the last.
-            norms: for each layer numbers that are sums over this worker's rows; float64, shape (layers, numbers).
+            numbers: the same over this worker's rows; float64, shape (layers, numbers).
             phase: names the messages in errors.
+        """
+        ...
 
-        Returns: the states in the order of the layers, None for other workers' layers; the state after the last; the summed norms.
+    def of_states(self, layers: Sequence[int], states: Sequence[State], phase: str) -> list[State | None]:
+        """Return the states of this worker's layers, in the order of the layers; None for layers of others.
+
+        Args:
+            layers: at least one.
+            states: this worker's rows of the state before each of them.
+            phase: names the messages in errors.
         """
         ...
 
@@ -93,10 +97,11 @@ class Whole(Shares):
     def of_increments(self, layers: Sequence[int], mine: dict[int, State], phase: str) -> list[State]:
         return gather(self._communicator, self._placement, self._spec, layers, mine, phase, self._meanwhile)
 
-    def of_states(
-        self, layers: Sequence[int], states: Sequence[State], norms: Tensor, phase: str
-    ) -> tuple[list[State | None], State, list[list[float]]]:
-        return [*states[:-1]], states[-1], norms.tolist()
+    def summed(self, numbers: Tensor, phase: str) -> list[list[float]]:
+        return numbers.tolist()
+
+    def of_states(self, layers: Sequence[int], states: Sequence[State], phase: str) -> list[State | None]:
+        return [*states]
 
     def joined(self, rows: State, phase: str) -> State:
         return rows
@@ -105,8 +110,9 @@ class Whole(Shares):
 class Pieces(Shares):
     """Each of P workers does the arithmetic of 1/P of the rows.
 
-    A worker then sends about three states in a sweep, by two exchanges of all with all, instead of P − 1 by one. The sums of norms are
-    taken in order of rank, so they have the same bits on all workers.
+    A worker then sends about two states in a sweep, by two exchanges of all with all, instead of P − 1 by one. Between the two all learn,
+    from a few numbers of each, which layers are next: so a worker gets the states of its layers and no other. Those numbers are added in
+    order of rank, so the sums have the same bits on all workers.
     """
 
     def __init__(self, communicator: Communicator, placement: Placement, spec: StateSpec, meanwhile: Callable[[], None]) -> None:
@@ -124,22 +130,20 @@ class Pieces(Shares):
         given = self._exchange([[pieces[worker] for pieces in cut] for worker in range(self._size)], f"{phase}i")
         return in_order(owners, [self._states(parts) for parts in given])
 
-    def of_states(
-        self, layers: Sequence[int], states: Sequence[State], norms: Tensor, phase: str
-    ) -> tuple[list[State | None], State, list[list[float]]]:
+    def summed(self, numbers: Tensor, phase: str) -> list[list[float]]:
+        given = self._channel.all_gather(numbers, StateSpec.of(numbers), self._tag.at(f"{phase}n", 0))
+        return torch.stack([part for each in given for part in tensors(each)]).sum(0).tolist()
+
+    def of_states(self, layers: Sequence[int], states: Sequence[State], phase: str) -> list[State | None]:
         owners, most = self._placement.sharing(layers)
-        last = states[-1]
         leaving = []
         for worker in range(self._size):
-            theirs = [state for state, owner in zip(states, owners, strict=False) if owner == worker]
-            theirs += [combine(torch.zeros_like, last)] * (most - len(theirs))
-            leaving.append([norms, *(part for state in (last, *theirs) for part in tensors(state))])
+            theirs = [state for state, owner in zip(states, owners, strict=True) if owner == worker]
+            theirs += [combine(torch.zeros_like, states[0])] * (most - len(theirs))
+            leaving.append([part for state in theirs for part in tensors(state)])
         given = self._exchange(leaving, f"{phase}s", self._meanwhile)
-        # From each worker: its table, then its rows of the last state and of this worker's states.
-        sums = torch.stack([parts[0] for parts in given]).sum(0).tolist()
-        entering, *own = map(self._whole, zip(*(self._states(parts[1:]) for parts in given), strict=True))
-        left = iter(own)
-        return [next(left) if owner == self._rank else None for owner in owners], entering, sums
+        own = map(self._whole, zip(*(self._states(parts) for parts in given), strict=True))
+        return [next(own) if owner == self._rank else None for owner in owners]
 
     def joined(self, rows: State, phase: str) -> State:
         return self._whole(self._channel.all_gather(rows, StateSpec.of(rows), self._tag.at(phase, 0)))

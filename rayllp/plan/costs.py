@@ -20,6 +20,7 @@ class Costs:
         message: sending a state to the neighbour.
         all_gather: all-gather of the workers' states; None: log2(workers) messages one after the other, rounded up.
         all_reduce: all-reduce of the workers' states; None: as long as `all_gather`.
+        few_numbers: all-gather of a few numbers of each worker.
     """
 
     forward: float
@@ -33,6 +34,7 @@ class Costs:
     message: float = 0.0
     all_gather: float | None = None
     all_reduce: float | None = None
+    few_numbers: float = 0.0
 
     def all_gather_s(self, workers: int) -> float:
         """Return the seconds of an all-gather of a state among this many workers."""
@@ -48,8 +50,8 @@ class Costs:
 
         At a window's end states are summed by an all-gather or, where that is faster, in pieces: an all-to-all and an all-gather of pieces,
         which together take as long as an all-reduce. A further state of each worker adds one more all-to-all, half of an all-reduce. A
-        sweep of a rolling window takes an all-gather, or all-to-alls of one state and then of two. While the all-gather or the second
-        all-to-all is under way, workers form gradients of parameters.
+        sweep of a rolling window takes an all-gather, or two all-to-alls of a state with an all-gather of a few numbers between them. While
+        the all-gather of states or the second all-to-all is under way, workers form gradients of parameters.
 
         Args:
             workers: number of workers.
@@ -57,7 +59,7 @@ class Costs:
         """
         all_gather = self.all_gather_s(workers)
         all_reduce = math.inf if self.all_reduce is None else self.all_reduce
-        whole = all_gather <= all_reduce * 3 / 2
+        whole = all_gather <= all_reduce + self.few_numbers
         parameters = max(0.0, self.full_gradient - self.input_gradient)
         return {
             "forward": self.forward,
@@ -73,8 +75,8 @@ class Costs:
             "all_gather": all_gather,
             "sum": min(all_gather, all_reduce),
             "further_sum": min(all_gather, all_reduce / 2),
-            "exchange_before": 0.0 if whole else all_reduce / 2,
-            "exchange": all_gather if whole else all_reduce,
+            "exchange_before": 0.0 if whole else all_reduce / 2 + self.few_numbers,
+            "exchange": all_gather if whole else all_reduce / 2,
         }
 
 
