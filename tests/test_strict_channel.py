@@ -67,6 +67,14 @@ def test_every_way_trains_as_over_channels_without_these_rules(way, workers):
     assert [each == pytest.approx(other, rel=1e-12) for each, other in zip(found, expected, strict=True)] == [True] * workers
 
 
+@pytest.mark.parametrize("way", ["windows", "a rolling window"])
+def test_sweeps_whose_arithmetic_is_shared_out(way, monkeypatch):
+    config = tiny(workers=3, **WAYS[way])
+    expected = run_workers(3, lambda channel: losses(channel, config))
+    monkeypatch.setattr("rayllp.mgrit.shares.IN_PIECES_BYTES", 0)
+    assert run_strictly(3, lambda channel: losses(channel, config)) == expected
+
+
 @pytest.mark.parametrize("accuracy", [ENOUGH, SERIAL], ids=["parallel", "serial"])
 @pytest.mark.parametrize(("family", "head"), CASES)
 def test_every_family(family, head, accuracy):
