@@ -633,6 +633,48 @@ def test_the_time_of_probes_counts_as_the_window_is_compared_with_exact_steps():
     assert decision.reason == "a step by rolling takes 0.97 s, with its share of probes 1.01 s, an exact one 1 s"
 
 
+def test_a_window_that_was_left_for_its_probes_is_not_taken_back_without_them():
+    """A step of 0.93 s and its share of probes take longer than an exact step of 1 s, which takes 1.1 s later."""
+    control = open_controller()
+    assert probed(control, lambda step: 0.25, 300)[-1] == 280
+    for step in (300, 315):
+        decision = control.begin(step, {"serial": 1.0, "rolling": 0.93, "probes": 6.0})
+    assert "with its share of probes" in decision.reason
+    assert control.begin(340, {"serial": 1.0, "rolling": 0.93, "probes": 6.0}) is None
+    assert control.begin(340, {"serial": 1.1, "rolling": 0.93, "probes": 6.0}).reason.startswith("looking again")
+
+
+def test_one_slow_probe_is_no_reason_to_leave_the_window_at_once():
+    control = open_controller(steps=200)
+    control.observe(0, rolled(0.25))
+    assert control.begin(12, {"serial": 1.0, "rolling": 0.8, "probes": 20.0}) is None
+    assert control.begin(20, {"serial": 1.0, "rolling": 0.8, "probes": 1.2}) is None
+    assert control.begin(40, {"serial": 1.0, "rolling": 0.8, "probes": 1.2}) is None
+
+
+def test_probes_of_windows_of_fixed_lengths_count_too():
+    control = open_controller(**LADDER)
+    control.observe(0, GOOD)
+    for step in (20, 35):
+        decision = control.begin(step, {"serial": 1.0, "1+1": 0.95, "probes": 4.0})
+    assert decision.reason == "a step by 1+1 takes 0.95 s, with its share of probes 1.01 s, an exact one 1 s"
+
+
+def test_probes_that_will_never_be_are_not_counted():
+    """The last step is none, and after the switch to exact steps there is none."""
+    control = open_controller(steps=100)
+    control.observe(0, rolled(0.15))
+    trend = control._state.trend
+    trend.at, trend.interval = 49, 50
+    assert trend.probes_until(100, control.config) == 1
+    assert control._probing_share(90) == 0
+    switched = open_controller(adaptive={"probe_every": 50, "switch_at": 500})
+    switched.observe(0, rolled(0.15))
+    switched._state.trend.at, switched._state.trend.interval = 449, 50
+    assert switched._probing_share(490) == 0.1  # the one at 499, of ten steps
+    assert switched._probing_share(450) == 0.02
+
+
 def test_a_window_that_is_too_slow_becomes_as_fast_as_its_bias_allows_before_it_is_left():
     """Of 20 layers on 8 workers, 3 + 3 sweeps are the fewest, and with 3 parameter gradients take 9 of 12 evaluations of 5 + 4 sweeps."""
     control = open_controller()
@@ -655,6 +697,45 @@ def test_a_window_that_is_too_slow_becomes_as_fast_as_its_bias_allows_before_it_
     coarse = open_controller()
     coarse.observe(0, rolled(0.25))
     assert coarse.begin(20, {"serial": 1.0, "rolling": 1.2}).rung == "serial"
+
+
+def test_a_hurried_window_has_a_time_of_its_own_to_become_faster():
+    control = open_controller()
+    control.observe(0, rolled(0.15, sweeps=(4, 3)))
+    assert control.begin(5, {"serial": 1.0, "rolling": 1.05}) is None
+    assert control.begin(20, {"serial": 1.0, "rolling": 1.05}).trying == "rolling"
+    assert control.state()["trend"]["bias"] == pytest.approx(0.85 * 0.3)  # is to be expected
+    control.observe(20, rolled(0.25, sweeps=(4, 3)))
+    for step in (25, 30):
+        assert control.begin(step, {"serial": 1.0, "rolling": 0.99}) is None
+    assert control.begin(40, {"serial": 1.0, "rolling": 0.99}).rung == "serial"
+    assert "looking again" in control.begin(540, {"serial": 1.0}).reason
+    assert not control.state()["trend"]["hurried"]
+
+
+def test_a_window_hurries_by_a_factor_of_two_at_most_and_only_if_its_probes_leave_something_to_gain():
+    times = {"serial": 1.0, "rolling": 1.05}
+    fine = open_controller()
+    fine.observe(0, rolled(0.01, sweeps=(4, 3)))
+    assert fine.chosen.tolerance == 0.2
+    for step in (5, 20):
+        fine.begin(step, times)
+    assert fine.chosen.tolerance == 0.4
+    probing = open_controller()
+    probing.observe(0, rolled(0.15, sweeps=(4, 3)))
+    for step in (5, 20):
+        probing.begin(step, {**times, "probes": 4.0})
+    assert probing.rung == "serial"
+
+
+def test_a_window_that_returns_from_exact_steps_is_careful_again():
+    control = open_controller()
+    control.observe(0, rolled(0.15, sweeps=(4, 3)))
+    for step in (5, 20):
+        control.begin(step, {"serial": 1.0, "rolling": 1.05})
+    assert control.state()["trend"]["hurried"]
+    assert control.observe(20, rolled(0.9, sweeps=(20, 19))).rung == "serial"
+    assert not control.state()["trend"]["hurried"]
 
 
 def test_a_step_down_is_probed_before_it_is_used_and_taken_back_if_it_is_too_coarse():

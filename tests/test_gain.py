@@ -6,7 +6,8 @@ import pytest
 from rich.console import Console
 
 import rayllp
-from rayllp.control import Decision
+from rayllp.config import make_config
+from rayllp.control import Decision, Probe
 from rayllp.report import Journal, RunDirectory, read_lines
 from rayllp.training.gain import StepTimes
 from rayllp.training.step_log import StepLog
@@ -42,6 +43,43 @@ def test_a_run_that_gains_nothing_says_so_and_why():
     times.forget_speed()
     assert times.step_s == {}
     assert "no exact step was timed" in times.gain.sentence(None)
+
+
+def test_probes_are_timed_though_they_come_one_by_one():
+    """One of them may be slow, so they count from the third on. They take as long whatever the tolerance is."""
+    times = StepTimes()
+    for seconds in (9.0, 3.0, 2.8):
+        assert "probes" not in times.step_s
+        times.take("probes", seconds)
+        for _ in range(5):
+            times.take("rolling", 0.5)
+    assert times.step_s == {"probes": 3.0, "rolling": 0.5}
+    times.forget_speed(but=("serial", "probes"))
+    assert times.step_s == {"probes": 3.0}
+
+
+def test_a_hurried_window_is_judged_by_its_new_times(tmp_path):
+    """Steps of 1.05 s become steps of 0.9 s by a larger tolerance; exact ones take 1 s."""
+    config = make_config({"workers": 8, "model": {"layers": 20}, "steps": 1000})
+    run = RunDirectory(tmp_path, config)
+    with Journal.open(run, 1000, 0, Console(file=io.StringIO())) as journal:
+        step_log = StepLog(run, journal, config)
+        control = step_log.controller
+        control.observe(0, Probe(bias=0.17, noise=1.0, sweeps=(5, 4)))
+        for _ in range(6):
+            step_log.times.take("serial", 1.0)
+            step_log.times.take("probes", 1.1)
+            step_log.times.take("serial", 1.0)
+        for step in range(5, 100):
+            step_log.begin(step)
+            if control.plan_probe(step):
+                control.observe(step, Probe(bias=0.17, noise=1.0, sweeps=(4, 3)))
+            elif not control.accuracy_at(step).serial:
+                step_log.times.take("rolling", 1.05 if control.chosen.tolerance == 0.1 else 0.9)
+        assert control.chosen.tolerance > 0.1
+        assert not control.accuracy_at(100).serial
+        assert step_log.times.step_s == {"serial": 1.0, "probes": 1.1, "rolling": 0.9}
+    assert [event["reason"][:13] for event in read_lines(tmp_path / "events.jsonl")] == ["steps are no "]
 
 
 def test_the_first_step_of_a_kind_tells_nothing():

@@ -159,6 +159,16 @@ def test_a_rolling_window_takes_its_sweeps_and_the_gradients_of_its_parameters()
     assert predict_step(config, accuracy, pieces, sweeps=(3, 3)) == pytest.approx(2 * 0.5 + 3 * 1.25 + 1.25 + 2.15 + 2.15 + 1)
 
 
+def test_sums_are_done_as_in_training_whether_or_not_the_other_way_is_faster():
+    config = make_config({"workers": 4, "model": {"layers": 12}, "mode": "adaptive"})
+    accuracy = Controller(config).chosen
+    times = {}
+    for in_pieces in (None, True, False):
+        costs = replace(SLOW_MESSAGES, all_gather=1.0, all_reduce=0.2, in_pieces=in_pieces)
+        times[in_pieces] = predict_step(config, accuracy, costs)
+    assert times[None] == times[True] < times[False]
+
+
 def test_exact_steps_with_layers_in_turn():
     # A whole batch: each worker forms the gradients that it has put off while it waits, but for those of its last layer.
     assert cyclic(2, 4, replace(SLOW_MESSAGES, message=0.0)) == pytest.approx(4 + 4 + 1)

@@ -19,18 +19,20 @@ LEAST_INTERVAL = 10
 """Smallest number of steps between two probes; the largest is `adaptive.probe_every`."""
 UNUSED_INTERVAL = LEAST_INTERVAL // 2
 """The interval from which the first one follows, while a solve has not been in use."""
-AIMED_SHARE, MOST_AIMED_SHARE, LEAST_AIM = 0.5, 0.8, 0.3
-"""The tolerance is to cause the first share of the tolerated bias a quarter of `adaptive.probe_every` steps on, or up to the second where
-probes of the same solve hardly differ, but at once no less than the third.
+AIMED_SHARE, MOST_AIMED_SHARE = 0.5, 0.8
+"""The tolerance is chosen to cause a share of the tolerated bias between these, a quarter of `adaptive.probe_every` steps on. The share is
+the larger, the less probes of the same solve have differed.
 """
 HURRIED_SHARE = 0.85
-"""The same where steps by a window are otherwise no faster than exact ones."""
+"""That share where steps by the window are otherwise no faster than exact ones."""
+LEAST_AIM = 0.3
+"""Where the bias grows fast, the tolerance may cause less than those shares now, but not less than this one."""
 DEVIATIONS = math.sqrt(3)
-"""The tolerance keeps so many standard deviations of a probe's bias away from what is tolerated."""
+"""The bias aimed at lies below the tolerated one by so many standard deviations of log(a probe's bias / the preceding one's)."""
 MOST_GROWTH = 30.0
 """A bias is not expected to grow by more than this factor from one probe to the next."""
 CHANCE = 1.5
-"""Two probes of the same solve may differ by this factor though nothing has changed, as long as they have not shown by how much they do."""
+"""Two probes of the same solve may differ by this factor though nothing has changed."""
 
 
 @dataclass
@@ -44,10 +46,10 @@ class BiasTrend:
         count: number of probes.
         at: step of the last one.
         interval: number of steps from there to the next, while the window is in use.
-        sweeps: sweeps forward and backward that the last one has seen.
-        deviations: by how much biases have differed from the one before, as expected of the tolerance: the sum of squared logarithms.
+        sweeps: sweeps forward and backward that the last one has seen; by the tolerance that it has judged.
+        deviations: sum of squares of log(bias / bias expected from the preceding probe).
         compared: number of biases in that sum.
-        hurried: whether the tolerance is as large as may be, since steps were too slow.
+        hurried: whether `HURRIED_SHARE` applies, since steps were too slow.
     """
 
     bias: float | None = None
@@ -104,9 +106,8 @@ class BiasTrend:
             config: says which bias is tolerated, and bounds the intervals.
             in_use: whether the window has been in use since the last probe. If not, how its bias grows is not known yet.
         """
-        most = max(LEAST_INTERVAL, config.adaptive.probe_every)
         factors = FACTORS if in_use else FACTORS[1:]
-        intervals = [min(max(round(factor * self.interval), LEAST_INTERVAL), most) for factor in factors]
+        intervals = [_scaled(self.interval, factor, config) for factor in factors]
         self.interval = next((interval for interval in intervals if self.share(self.at + interval, config) <= 1), intervals[-1])
 
     def is_due(self, step: int) -> bool:
@@ -115,10 +116,9 @@ class BiasTrend:
 
     def probes_until(self, end: int, config: TrainConfig) -> int:
         """Return how many probes there will be until step `end`, if the bias stays as it is."""
-        most = max(LEAST_INTERVAL, config.adaptive.probe_every)
         count, at, interval = 0, self.at + self.interval, self.interval
         while at < end:
-            count, interval = count + 1, min(max(round(FACTORS[0] * interval), LEAST_INTERVAL), most)
+            count, interval = count + 1, _scaled(interval, FACTORS[0], config)
             at += interval
         return count
 
@@ -142,6 +142,11 @@ class BiasTrend:
         steady = min(max(math.exp(-DEVIATIONS * spread), AIMED_SHARE), MOST_AIMED_SHARE)
         share = HURRIED_SHARE if self.hurried else steady
         return max(LEAST_AIM, share * math.exp(-self.growth * config.adaptive.probe_every / 4))
+
+
+def _scaled(interval: int, factor: float, config: TrainConfig) -> int:
+    """Return an interval between two probes times a factor, within the bounds of such intervals."""
+    return min(max(round(factor * interval), LEAST_INTERVAL), max(LEAST_INTERVAL, config.adaptive.probe_every))
 
 
 def _mean(before: float | None, now: float | None) -> float | None:

@@ -201,22 +201,23 @@ class Controller:
         if self.serial or self._is_unverified or exact is None or here is None:
             return None
         probing = self._probing_share(step) * max(seconds.get(PROBES, here) - here, 0.0)
-        if not pace.is_too_slow(step, here + probing, exact):
+        if not pace.is_too_slow(step, here, probing, exact):
             return None
         hurry = self._hurry(step, here, probing, exact)
         if hurry is not None:
             return hurry
-        pace.pause(step, self.rung, self.settings.probe_every)
+        pace.pause(step, self.rung, probing, self.settings.probe_every)
         state.rung = self._ladder.last
         with_probes = f", with its share of probes {here + probing:.3g} s" if probing else ""
         return self._decision(step, f"a step by {pace.slow} takes {here:.3g} s{with_probes}, an exact one {exact:.3g} s")
 
     def _probing_share(self, step: int) -> float:
-        """Return the share of the steps from here on that will be probes."""
-        left, every = max(self.config.steps - step, 1), self.settings.probe_every
-        if self.config.chooses_tolerance:
-            return self._state.trend.probes_until(self.config.steps, self.config) / left
-        return 1 / every if every else 0.0
+        """Return the share of the steps from here on that will be probes, as long as a solve is in use."""
+        if not self.config.chooses_tolerance:
+            return 1 / self.settings.probe_every if self.settings.probe_every else 0.0
+        switch = self.config.switch_step
+        end = self.config.steps - 1 if switch is None else min(switch, self.config.steps - 1)  # the last step is never a probe
+        return self._state.trend.probes_until(end, self.config) / max(end - step, 1)
 
     def _hurry(self, step: int, here: float, probing: float, exact: float) -> Decision | None:
         """Make a rolling window's tolerance as large as may be, once, if its steps could then be faster than exact ones.
@@ -317,6 +318,7 @@ class Controller:
         self._state.rung = last if is_hopeless(probe, self.config) else self._state.rung + 1
         self._choose_unverified(step)
         if self.serial:
+            self._state.trend.hurried = False
             self._choice.accept()
             self._state.flips += 1
             self._state.final = not self._may_return

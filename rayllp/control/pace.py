@@ -25,6 +25,7 @@ class Pace:
         paused_at, pause_ends: the step at which the ladder was left since it was too slow, and the one at which it is tried again; None: it
             is in use.
         slow: name of the rung that was too slow.
+        probing: seconds that probes added to each of its steps.
         doubted_from: the step since which the rung has been a little too slow; None if it is not.
     """
 
@@ -32,6 +33,7 @@ class Pace:
     paused_at: int = 0
     pause_ends: int | None = None
     slow: str = ""
+    probing: float = 0.0
     doubted_from: int | None = None
 
     def is_timing(self, step: int) -> bool:
@@ -49,17 +51,24 @@ class Pace:
         if self.pause_ends is not None:
             self.pause_ends = step
 
-    def is_too_slow(self, step: int, here: float, exact: float) -> bool:
-        """Return True if steps that take `here` seconds are to be left for exact ones. Few steps tell little, so a doubt has to last."""
-        if here <= MAX_TIME_RATIO * exact:
+    def is_too_slow(self, step: int, here: float, probing: float, exact: float) -> bool:
+        """Return True if steps are to be left for exact ones. Few steps tell little, so a doubt has to last.
+
+        Args:
+            step: the step that is about to begin.
+            here, exact: seconds of a plain step and of an exact one.
+            probing: seconds that probes add to each step.
+        """
+        if here + probing <= MAX_TIME_RATIO * exact:
             self.doubted_from = None
             return False
         self.doubted_from = step if self.doubted_from is None else self.doubted_from
         return step >= self.doubted_from + DOUBT_STEPS or here > CLEARLY_SLOWER_RATIO * exact
 
-    def pause(self, step: int, slow: str, probe_every: int) -> None:
-        """Note that the ladder is left, since the rung `slow` was too slow, and when it is tried again."""
-        self.slow, self.doubted_from, self.paused_at, self.pause_ends = slow, None, step, step + PAUSE_PROBES * probe_every
+    def pause(self, step: int, slow: str, probing: float, probe_every: int) -> None:
+        """Note that the ladder is left, since the rung `slow` was too slow with its probes, and when it is tried again."""
+        self.slow, self.probing, self.doubted_from = slow, probing, None
+        self.paused_at, self.pause_ends = step, step + PAUSE_PROBES * probe_every
 
     def ends_pause(self, step: int, exact: float | None, slow: float | None) -> bool:
         """Return True if the ladder is to be tried again: its time has come, or exact steps turn out slower than the rung that was left.
@@ -69,8 +78,8 @@ class Pace:
             exact, slow: seconds of an exact step and of one by the rung that was too slow, as timed since; None: not known.
         """
         assert self.pause_ends is not None
-        slower = exact is not None and slow is not None and slow <= TAKE_BACK_RATIO * exact and step >= self.paused_at + DOUBT_STEPS
-        if step < self.pause_ends and not slower:
+        is_faster = exact is not None and slow is not None and slow + self.probing <= TAKE_BACK_RATIO * exact
+        if step < self.pause_ends and not (is_faster and step >= self.paused_at + DOUBT_STEPS):
             return False
         self.pause_ends, self.timed_from = None, step
         return True

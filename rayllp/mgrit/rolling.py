@@ -147,17 +147,22 @@ class RollingSolver:
 
     def solve(self, initial: State | None, source: int) -> Solution:
         """Solve from state `initial`, which worker `source` has. Every worker gets the output."""
-        entering = self.channel.broadcast(initial, self.spec, source, self.tag.at("broadcast", 0))
-        rows = self._share.rows(entering)
-        window = {place: _Place(entering, rows) for place in range(min(self.length, len(self._order)))}
+        window = self._first_window(self.channel.broadcast(initial, self.spec, source, self.tag.at("broadcast", 0)))
         strides = 0
-        while window:
+        while True:
             stride, rows = self._sweep(window)
             strides += stride > 1
+            if not window:
+                break
+        output = self._share.joined(rows, "output")
         while self._settle_one():
             pass
-        output = self._share.joined(rows, "output")
         return Solution(output=output, residuals=self._residuals(exact=not strides or not self.options.tolerance))
+
+    def _first_window(self, state: State) -> dict[int, _Place]:
+        """Return the layers of the first window by their places, all of which are first evaluated at the solve's first state."""
+        rows = self._share.rows(state)
+        return {place: _Place(state, rows) for place in range(min(self.length, len(self._order)))}
 
     def _sweep(self, window: dict[int, _Place]) -> tuple[int, State]:
         """Evaluate all layers of the window, roll on, and give the layers that are then in it new inputs.
@@ -193,7 +198,13 @@ class RollingSolver:
         return stride, states[-1]
 
     def _roll(self, window: dict[int, _Place], stride: int, rows: State) -> None:
-        """Take the first `stride` layers out of the window, and new ones in, of whose inputs this worker has `rows`."""
+        """Take the first `stride` layers out of the window, and new ones in.
+
+        Args:
+            window: the layers of the window by their places.
+            stride: number of layers that have converged.
+            rows: this worker's rows of the new layers' input.
+        """
         front = min(window) + stride
         for place in range(front - stride, front):
             del window[place]

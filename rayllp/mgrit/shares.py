@@ -23,9 +23,11 @@ Below this size, the number of messages decides how long it takes.
 
 
 class Shares(Protocol):
-    """One worker's part in the arithmetic of sweeps. All workers call `of_increments`, then `summed`, then `of_states`, for each sweep.
+    """One worker's part in the arithmetic of sweeps. All workers call the same methods in the same order.
 
-    Once in each sweep, while a state of each worker is under way, it calls what the worker has to do meanwhile.
+    A rolling window calls `of_increments`, `summed` and `of_states` for each sweep, after the last one `joined` instead of `of_states`;
+    windows of fixed lengths need `of_increments` and `joined`. While states are under way, the worker does what it has to do meanwhile:
+    once in each sweep.
     """
 
     def rows(self, state: State) -> State:
@@ -72,7 +74,7 @@ class Shares(Protocol):
 
 
 def shares_of(communicator: Communicator, placement: Placement, spec: StateSpec, meanwhile: Callable[[], None] = do_nothing) -> Shares:
-    """Return the way that takes less time: for small states the number of messages counts, for large ones that of bytes.
+    """Return the way to do it: for small states the number of messages counts, for large ones that of bytes.
 
     Args:
         communicator: for messages to the other workers.
@@ -80,9 +82,13 @@ def shares_of(communicator: Communicator, placement: Placement, spec: StateSpec,
         spec: shapes and dtypes of a state.
         meanwhile: what this worker does in each sweep while messages are under way.
     """
-    size = communicator.channel.size
     state_bytes = sum(shape.numel() * dtype.itemsize for shape, dtype in zip(spec.shapes, spec.dtypes, strict=True))
-    return (Pieces if size > 1 and (size - 1) * state_bytes > IN_PIECES_BYTES else Whole)(communicator, placement, spec, meanwhile)
+    return (Pieces if in_pieces(state_bytes, communicator.channel.size) else Whole)(communicator, placement, spec, meanwhile)
+
+
+def in_pieces(state_bytes: float, workers: int) -> bool:
+    """Return True if each of so many workers does the arithmetic of its share of the rows, where states have so many bytes."""
+    return workers > 1 and (workers - 1) * state_bytes > IN_PIECES_BYTES
 
 
 class Whole(Shares):
@@ -146,7 +152,9 @@ class Pieces(Shares):
         return [next(own) if owner == self._rank else None for owner in owners]
 
     def joined(self, rows: State, phase: str) -> State:
-        return self._whole(self._channel.all_gather(rows, StateSpec.of(rows), self._tag.at(phase, 0)))
+        end = self._channel.begin_all_gather(rows, StateSpec.of(rows), self._tag.at(phase, 0))
+        self._meanwhile()
+        return self._whole(end())
 
     def _cut(self, state: State) -> Iterator[tuple["_Cut", Tensor]]:
         return zip(self._cuts, tensors(state), strict=True)

@@ -21,6 +21,7 @@ class Costs:
         all_gather: all-gather of the workers' states; None: log2(workers) messages one after the other, rounded up.
         all_reduce: all-reduce of the workers' states; None: as long as `all_gather`.
         few_numbers: all-gather of a few numbers of each worker.
+        in_pieces: whether workers do the arithmetic of sweeps in pieces (`rayllp/mgrit/shares.py`); None: where that is faster.
     """
 
     forward: float
@@ -35,6 +36,7 @@ class Costs:
     all_gather: float | None = None
     all_reduce: float | None = None
     few_numbers: float = 0.0
+    in_pieces: bool | None = None
 
     def all_gather_s(self, workers: int) -> float:
         """Return the seconds of an all-gather of a state among this many workers."""
@@ -48,10 +50,10 @@ class Costs:
         Buffer layers count where the embedding and the head do. A deferred gradient of a layer's parameters alone takes as long as they add
         to the input's gradient (`rayllp/engine/deferred_gradients.py`).
 
-        At a window's end states are summed by an all-gather or, where that is faster, in pieces: an all-to-all and an all-gather of pieces,
-        which together take as long as an all-reduce. A further state of each worker adds one more all-to-all, half of an all-reduce. A
-        sweep of a rolling window takes an all-gather, or two all-to-alls of a state with an all-gather of a few numbers between them. While
-        the all-gather of states or the second all-to-all is under way, workers form gradients of parameters.
+        At a window's end states are summed by an all-gather or in pieces: an all-to-all and an all-gather of pieces, which together take
+        as long as an all-reduce. A further state of each worker adds one more all-to-all, half of an all-reduce. A sweep of a rolling
+        window takes an all-gather, or two all-to-alls of a state with an all-gather of a few numbers between them. While the all-gather of
+        states or the second all-to-all is under way, workers form gradients of parameters.
 
         Args:
             workers: number of workers.
@@ -59,7 +61,7 @@ class Costs:
         """
         all_gather = self.all_gather_s(workers)
         all_reduce = math.inf if self.all_reduce is None else self.all_reduce
-        whole = all_gather <= all_reduce + self.few_numbers
+        in_pieces = all_gather > all_reduce + self.few_numbers if self.in_pieces is None else self.in_pieces
         parameters = max(0.0, self.full_gradient - self.input_gradient)
         return {
             "forward": self.forward,
@@ -73,10 +75,10 @@ class Costs:
             "loss": close_layers * (self.record + self.full_gradient) + self.leave,
             "message": self.message,
             "all_gather": all_gather,
-            "sum": min(all_gather, all_reduce),
-            "further_sum": min(all_gather, all_reduce / 2),
-            "exchange_before": 0.0 if whole else all_reduce / 2 + self.few_numbers,
-            "exchange": all_gather if whole else all_reduce / 2,
+            "sum": all_reduce if in_pieces else all_gather,
+            "further_sum": all_reduce / 2 if in_pieces else all_gather,
+            "exchange_before": all_reduce / 2 + self.few_numbers if in_pieces else 0.0,
+            "exchange": all_reduce / 2 if in_pieces else all_gather,
         }
 
 

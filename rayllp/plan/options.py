@@ -16,6 +16,7 @@ from rayllp.config.run import SWEEPS
 from rayllp.control import Controller
 from rayllp.engine.optimizer import averages_per_weight
 from rayllp.engine.replica_sums import BUCKET_BYTES
+from rayllp.mgrit.shares import in_pieces
 from rayllp.plan.costs import Costs, Device, LayerModel
 from rayllp.plan.prediction import layers_owned, predict_step
 
@@ -320,8 +321,10 @@ class MeshPlanner:
         owned = max(layers_owned(config))
         state_bytes = self.batch * self.model.state_bytes
         all_gather_s, all_reduce_s = self.device.all_gather_s(state_bytes, workers), self.device.all_reduce_s(state_bytes, workers)
-        few_numbers_s = self.device.all_gather_s(0, workers)
-        costs = replace(self.costs, all_gather=all_gather_s, all_reduce=all_reduce_s, few_numbers=few_numbers_s)
+        costs = replace(
+            self.costs, all_gather=all_gather_s, all_reduce=all_reduce_s, few_numbers=self.device.all_gather_s(0, workers),
+            in_pieces=in_pieces(state_bytes, workers),
+        )  # fmt: skip
         sweeps = solve.sweeps(len(config.solved_layers)) if isinstance(solve, RollingSolve) else None
         step_s = predict_step(config, Controller(config).chosen, costs, sweeps=sweeps)
         step_s += self._replicas_s(owned, owned * costs.full_gradient)

@@ -1,7 +1,7 @@
 """What a run has gained from layer-parallel training: the time of its steps, compared with that of exact (serial) steps."""
 
 from collections import defaultdict, deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
@@ -95,28 +95,27 @@ class StepTimes:
         """
         self._seconds[name] += seconds
         self._steps[name] += 1
-        # The first of a kind is slow: it allocates memory, and no receive was posted ahead. Probes come one by one, so only a probe that is
-        # the first step of all is left out.
-        if name == self._before or (name == PROBES and self._before):
+        # The first of a kind is slow: it allocates memory, and no receive was posted ahead. Probes come one by one.
+        if name in (self._before, PROBES):
             self._recent[name].append(seconds)
         self._before = name
         if name == "serial" and computed is not None:
             self._one_worker = computed
 
-    def forget_speed(self, but: str | None = None) -> None:
+    def forget_speed(self, but: Sequence[str] = ()) -> None:
         """Forget how long steps take, since the number of workers or how layers are solved has changed.
 
         Args:
-            but: the solve whose steps take as long as before.
+            but: the solves whose steps take about as long as before.
         """
-        for name in set(self._recent) - {but}:
+        for name in set(self._recent) - set(but):
             del self._recent[name]
         self._before = ""
 
     @property
     def step_s(self) -> dict[str, float]:
-        """Seconds per step by solve, for solves with enough timed steps, and of probes as soon as there is one."""
-        return {name: median(recent) for name, recent in self._recent.items() if len(recent) >= (1 if name == PROBES else FEWEST)}
+        """Seconds per step by solve, and of probes, where enough of them were timed."""
+        return {name: median(recent) for name, recent in self._recent.items() if len(recent) >= FEWEST}
 
     @property
     def gain(self) -> Gain:

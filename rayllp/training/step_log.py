@@ -88,7 +88,10 @@ class StepLog:
     def begin(self, step: int) -> None:
         """Let the controller decide before the chunk that begins with `step`."""
         self.remember(step)
-        self._announce(self.controller.begin(step, self.times.step_s))
+        before = self.controller.chosen.tolerance
+        decision = self.controller.begin(step, self.times.step_s)
+        self._heed_tolerance(before)
+        self._announce(decision)
 
     def expect(self, chunk: Chunk) -> float:
         """Note that the workers are about to do this chunk; return the seconds after which a worker that has not answered must hang."""
@@ -172,13 +175,17 @@ class StepLog:
     # The controller -----------------------------------------------------------------------------------------------------------------
 
     def _observe(self, stats: StepStats) -> None:
-        found, before = stats.findings, self.controller.chosen
+        found, before = stats.findings, self.controller.chosen.tolerance
         decision = self.controller.observe(stats.step, found)
-        if before.tolerance != self.controller.chosen.tolerance:
-            self.times.forget_speed(but="serial")
+        self._heed_tolerance(before)
         advice = {way: solve.status.value if solve else "" for way, solve in _solves(stats).items()}
         measured = {name: getattr(found, name) for name in ("rho_forward", "rho_backward", "bias", "noise", "loss_gap")}
         self._announce(decision, advice=advice, **measured)
+
+    def _heed_tolerance(self, before: float | None) -> None:
+        """Time a rolling window's steps anew if its tolerance is no longer the one `before`."""
+        if before != self.controller.chosen.tolerance:
+            self.times.forget_speed(but=("serial", PROBES))
 
     def _announce(self, decision: Decision | None, **details: Any) -> None:
         if decision:
