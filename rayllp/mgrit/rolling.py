@@ -138,7 +138,7 @@ class RollingSolver:
         self.on_phase = on_phase or (lambda phase, level: None)
         layers = range(len(problem.placement.owners))
         self._order: Sequence[int] = layers[::-1] if problem.adjoint else layers
-        self._share = shares_of(communicator, problem.placement, problem.spec, meanwhile=self._settle_due)
+        self._share = shares_of(communicator, problem.placement, problem.spec, problem.length, self._settle_due, rolling=True)
         self._settled: deque[int] = deque()  # this worker's layers with work left that no other worker waits for
         self._due = 0  # number of layers to settle in the next sweep
         self.sweeps = 0

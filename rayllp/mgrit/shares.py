@@ -16,9 +16,9 @@ from rayllp.state import State, combine, like, tensors
 
 EXCHANGE = "exchange"
 """Begins the phase of a sweep's messages."""
-IN_PIECES_BYTES = 4 * 2**20
-"""If each worker would receive more bytes than this for the sum at a window's end, the sum is done in pieces: fewer bytes, more messages.
-Below this size, the number of messages decides how long it takes.
+IN_PIECES_BYTES = 3 * 2**20
+"""If each worker receives so many bytes less in a sweep, the arithmetic is done in pieces, which takes more messages. Where fewer bytes are
+saved, the number of messages decides how long it takes.
 """
 
 
@@ -73,22 +73,34 @@ class Shares(Protocol):
         ...
 
 
-def shares_of(communicator: Communicator, placement: Placement, spec: StateSpec, meanwhile: Callable[[], None] = do_nothing) -> Shares:
+def shares_of(
+    communicator: Communicator, placement: Placement, spec: StateSpec, length: int, meanwhile: Callable[[], None] = do_nothing,
+    *, rolling: bool = False,
+) -> Shares:  # fmt: skip
     """Return the way to do it: for small states the number of messages counts, for large ones that of bytes.
 
     Args:
         communicator: for messages to the other workers.
         placement: which worker owns which layer.
         spec: shapes and dtypes of a state.
+        length: number of layers of the longest window.
         meanwhile: what this worker does in each sweep while messages are under way.
+        rolling: whether each layer of the window gets a new state after a sweep, or the state behind the window alone is wanted.
     """
     state_bytes = sum(shape.numel() * dtype.itemsize for shape, dtype in zip(spec.shapes, spec.dtypes, strict=True))
-    return (Pieces if in_pieces(state_bytes, communicator.channel.size) else Whole)(communicator, placement, spec, meanwhile)
+    way = Pieces if in_pieces(state_bytes, communicator.channel.size, length, rolling=rolling) else Whole
+    return way(communicator, placement, spec, meanwhile)
 
 
-def in_pieces(state_bytes: float, workers: int) -> bool:
-    """Return True if each of so many workers does the arithmetic of its share of the rows, where states have so many bytes."""
-    return workers > 1 and (workers - 1) * state_bytes > IN_PIECES_BYTES
+def in_pieces(state_bytes: float, workers: int, length: int, *, rolling: bool) -> bool:
+    """Return True if each of so many workers does the arithmetic of its share of the rows. Arguments as those of `shares_of`.
+
+    A worker receives the increments of all other workers' layers, or a share of the rows of these and of the states that it wants. With two
+    workers and a rolling window of two layers, that is as much.
+    """
+    layers = -(-length // workers)
+    wanted = layers if rolling else 1
+    return (workers - 1) * (layers - (layers + wanted) / workers) * state_bytes > IN_PIECES_BYTES
 
 
 class Whole(Shares):

@@ -162,8 +162,8 @@ class WindowSolver:
         self.placement, self.propagator, self.spec = problem.placement, problem.propagator, problem.spec
         self.communicator, self.channel, self.tag = communicator, communicator.channel, communicator.tag
         self.on_phase = on_phase or (lambda phase, level: None)
-        self._share = shares_of(communicator, problem.placement, problem.spec)
         cut = problem.placement.windows(problem.windows)
+        self._share = shares_of(communicator, problem.placement, problem.spec, max(problem.windows))
         self.windows: list[Sequence[int]] = [layers[::-1] for layers in reversed(cut)] if problem.adjoint else list(cut)
         sweeps = [min(pair) for pair in zip(options.of_each(len(cut)), problem.windows, strict=True)]
         self._sweeps_of = {layers[0]: count for layers, count in zip(self.windows, sweeps[:: -1 if problem.adjoint else 1], strict=True)}

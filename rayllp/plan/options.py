@@ -320,12 +320,12 @@ class MeshPlanner:
             return None
         owned = max(layers_owned(config))
         state_bytes = self.batch * self.model.state_bytes
+        sweeps = solve.sweeps(len(config.solved_layers)) if isinstance(solve, RollingSolve) else None
         all_gather_s, all_reduce_s = self.device.all_gather_s(state_bytes, workers), self.device.all_reduce_s(state_bytes, workers)
         costs = replace(
             self.costs, all_gather=all_gather_s, all_reduce=all_reduce_s, few_numbers=self.device.all_gather_s(0, workers),
-            in_pieces=in_pieces(state_bytes, workers),
+            in_pieces=in_pieces(state_bytes, workers, config.longest_window, rolling=sweeps is not None),
         )  # fmt: skip
-        sweeps = solve.sweeps(len(config.solved_layers)) if isinstance(solve, RollingSolve) else None
         step_s = predict_step(config, Controller(config).chosen, costs, sweeps=sweeps)
         step_s += self._replicas_s(owned, owned * costs.full_gradient)
         interval = solve.coarsening if isinstance(solve, MGRITSolve) else 1
