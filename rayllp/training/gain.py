@@ -114,8 +114,12 @@ class StepTimes:
 
     @property
     def step_s(self) -> dict[str, float]:
-        """Seconds per step by solve, and of probes, where enough of them were timed."""
-        return {name: median(recent) for name, recent in self._recent.items() if len(recent) >= FEWEST}
+        """Seconds per step by solve, for solves with enough timed steps, and of the fastest probe."""
+        known = {name: median(recent) for name, recent in self._recent.items() if len(recent) >= FEWEST and name != PROBES}
+        # Probes are few, the first is slow, and what the next ones will cost should be known before they are made.
+        if self._recent.get(PROBES):
+            known[PROBES] = min(self._recent[PROBES])
+        return known
 
     @property
     def gain(self) -> Gain:
