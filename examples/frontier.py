@@ -207,7 +207,7 @@ TASKS = {
         SHAKESPEARE,
         (4, 16, 64),
         ("step.middle=1", "buffers.open=0", "buffers.close=0"),
-        seeds=(0, 1, 2),
+        seeds=(0, 1, 2, 3),
         buffers=0,
         evaluated=40,
     ),

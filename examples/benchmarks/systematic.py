@@ -1,12 +1,13 @@
-"""What of a gradient's error is the same for every batch, on a network that was trained exactly: by rolling windows, fixed ones and MGRIT.
+"""What of a gradient's error is the same for every batch: by rolling windows, fixed ones and MGRIT.
 
-    python examples/benchmarks/systematic.py --data DATA --task standard --lr 8e-3 --steps 500
+    python examples/benchmarks/systematic.py --data DATA --task standard --lr 8e-3 --steps 500 [--adaptive]
 
-`--task` is one of frontier.py's. The network is trained exactly for so many steps. Then the gradients of the next batches are formed
-exactly and by several solves. An error that differs from batch to batch averages out over steps, as the noise of small batches does. What
-all errors have in common, the systematic part, leads training elsewhere. Squared norms of both, and of what all exact gradients have in
-common (the signal), are estimated by unbiased estimators. Means over the middle layers are of squares and weighted by the norms of their
-gradients, as in a probe. The last figure is by how much the variance of the gradients over the batches differs from that of the exact ones.
+`--task` is one of frontier.py's. The network is trained for so many steps, exactly or as `mode: adaptive` does. Then the gradients of the
+next batches are formed exactly and by several solves. An error that differs from batch to batch averages out over steps, as the noise of
+small batches does. What all errors have in common, the systematic part, leads training elsewhere. Squared norms of both, and of what all
+exact gradients have in common (the signal), are estimated by unbiased estimators. Means over the middle layers are of squares and weighted
+by the norms of their gradients, as in a probe. The last figure is by how much the variance of the gradients over the batches differs from
+that of the exact ones.
 """
 
 import argparse
@@ -30,6 +31,21 @@ TOLERANCES = (0.1, 0.05, 0.02, 0.01, 0.005)
 SWEEPS = ((1, 1), (2, 1), (2, 2))
 INTERVAL = "1+1"
 """The way of frontier.py that solves by MGRIT, with two levels and intervals of four layers."""
+
+
+def train(engine: Engine, steps: int, *, adaptive: bool) -> None:
+    controller = Controller(engine.config)
+    for step in range(steps):
+        if not adaptive:
+            engine.train_step(step, controller.rungs[-1])
+            continue
+        controller.begin(step)
+        plan = controller.plan_probe(step)
+        stats = engine.train_step(step, controller.accuracy_at(step), plan)
+        if plan is not None:
+            controller.observe(step, stats.findings)
+    if adaptive:
+        print(f"the last step was by {controller.rung}, tolerance {controller.chosen.tolerance:.2g}", flush=True)
 
 
 def gradients(engine: Engine, accuracy: Accuracy, step: int) -> list[Tensor]:
@@ -87,7 +103,8 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--task", default="standard", choices=[name for name, task in frontier.TASKS.items() if task.module is None])
     parser.add_argument("--lr", type=float, default=8e-3)
-    parser.add_argument("--steps", type=int, default=500, help="exact ones, of a training of as many as the task has")
+    parser.add_argument("--steps", type=int, default=500, help="of a training of as many as the task has")
+    parser.add_argument("--adaptive", action="store_true", help="train as `mode: adaptive` does, not exactly")
     parser.add_argument("--batches", type=int, default=16)
     arguments = parser.parse_args()
     task = frontier.TASKS[arguments.task]
@@ -95,12 +112,11 @@ def main() -> None:
         frontier.engine_of((arguments.task, way, task.middle[-1], 0, arguments.lr, task.steps), arguments.data.absolute())
         for way in ("adaptive", INTERVAL)
     )
-    exact = Controller(engine.config).rungs[-1]
-    for step in range(arguments.steps):
-        engine.train_step(step, exact)
+    train(engine, arguments.steps, adaptive=arguments.adaptive)
     for name, parameter in engine.block.parameters.items():
         intervals.block.parameters[name].data.copy_(parameter)
     steps = range(arguments.steps, arguments.steps + arguments.batches)
+    exact = Controller(engine.config).rungs[-1]
     right = [gradients(engine, exact, step) for step in steps]
     for name, solver, accuracy in solves(engine, intervals):
         print(f"{name}: {describe([gradients(solver, accuracy, step) for step in steps], right)}", flush=True)
