@@ -120,6 +120,11 @@ class Host:
     def ip(self, *arguments: str) -> None:
         self.run("ip", *arguments)
 
+    def slow_down(self, rate: int) -> None:
+        """Let no more than so many MB/s leave this host through the cable (tc's tbf, with the handle 1:)."""
+        limits = ("rate", f"{8 * rate}mbit", "burst", "256kb", "latency", "50ms")
+        self.run("tc", "qdisc", "add", "dev", "cable", "root", "handle", "1:", "tbf", *limits)
+
     def join(self, *options: str, cpus: int = 2, dashboard: bool = False, **variables: str) -> None:
         """Start Ray: the head on the first host; the others join it."""
         head = ["--head", f"--port={RAY_PORT}", f"--include-dashboard={dashboard}"]

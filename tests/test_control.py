@@ -660,6 +660,12 @@ def test_probes_of_windows_of_fixed_lengths_count_too():
     assert decision.reason == "a step by 1+1 takes 0.95 s, with its share of probes 1.01 s, an exact one 1 s"
 
 
+def test_without_probes_none_are_counted():
+    control = open_controller(adaptive={"probe_every": 0}, **LADDER)
+    assert control.begin(20, {"serial": 1.0, "1+1": 0.9}) is None
+    assert control.begin(20, {"serial": 1.0, "1+1": 1.2}).reason == "a step by 1+1 takes 1.2 s, an exact one 1 s"
+
+
 def test_probes_that_will_never_be_are_not_counted():
     """The last step is none, and after the switch to exact steps there is none."""
     control = open_controller(steps=100)
@@ -667,12 +673,13 @@ def test_probes_that_will_never_be_are_not_counted():
     trend = control._state.trend
     trend.at, trend.interval = 49, 50
     assert trend.probes_until(100, control.config) == 1
-    assert control._probing_share(90) == 0
+    assert trend.probing_share(90, control.config) == 0
     switched = open_controller(adaptive={"probe_every": 50, "switch_at": 500})
     switched.observe(0, rolled(0.15))
-    switched._state.trend.at, switched._state.trend.interval = 449, 50
-    assert switched._probing_share(490) == 0.1  # the one at 499, of ten steps
-    assert switched._probing_share(450) == 0.02
+    trend = switched._state.trend
+    trend.at, trend.interval = 449, 50
+    assert trend.probing_share(490, switched.config) == 0.1  # the one at 499, of ten steps
+    assert trend.probing_share(450, switched.config) == 0.02
 
 
 def test_a_window_that_is_too_slow_becomes_as_fast_as_its_bias_allows_before_it_is_left():

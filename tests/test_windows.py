@@ -87,10 +87,10 @@ def test_the_bits_do_not_depend_on_the_number_of_workers():
         assert all(torch.equal(state, inputs[layer]) for layer, state in others.items())
 
 
-@pytest.mark.parametrize("workers", [3, 4, 7])
+@pytest.mark.parametrize("workers", [2, 3, 4, 7])
 def test_large_states_are_added_up_in_pieces_to_the_same_bits(workers, monkeypatch):
     wanted = solve(workers, 5, 2)[0]
-    monkeypatch.setattr("rayllp.mgrit.shares.IN_PIECES_BYTES", 0)
+    monkeypatch.setattr("rayllp.mgrit.shares.IN_PIECES_BYTES", -1)  # with two workers, too, where it may save nothing
     assert torch.equal(solve(workers, 5, 2)[0], wanted)
 
 

@@ -130,10 +130,9 @@ def overlap(rate: int, delay: str, rounds: int) -> None:
 
 def _slow_down(host: Any, rate: int, delay: str) -> bool:
     """Whether packets are delayed, too."""
-    cable = ["tc", "qdisc", "add", "dev", "cable"]
-    host.run(*cable, "root", "handle", "1:", "tbf", "rate", f"{8 * rate}mbit", "burst", "256kb", "latency", "50ms")
+    host.slow_down(rate)
     try:
-        host.run(*cable, "parent", "1:1", "netem", "delay", delay)
+        host.run("tc", "qdisc", "add", "dev", "cable", "parent", "1:1", "netem", "delay", delay)
     except (AssertionError, subprocess.CalledProcessError):
         return False
     return True

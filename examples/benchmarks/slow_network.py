@@ -84,8 +84,7 @@ def main() -> None:
 
     with hosts() as pair:
         for host in pair:
-            limits = ("rate", f"{8 * given.rate}mbit", "burst", "256kb", "latency", "50ms")
-            host.run("tc", "qdisc", "add", "dev", "cable", "root", "handle", "1:", "tbf", *limits)
+            host.slow_down(given.rate)
         command = [PYTHON, __file__, "--state", str(given.state), "--rounds", str(given.rounds), "--address", pair[0].address]
         ranks = [pair[rank % 2].start(*command, "--rank", str(rank), GLOO_SOCKET_IFNAME="cable") for rank in range(WORKERS)]
         found = [json.loads(rank.communicate(timeout=3600)[0].splitlines()[-1]) for rank in ranks]

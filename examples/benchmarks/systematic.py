@@ -18,6 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from rolling import layer_gradients
 from torch import Tensor
 
 from rayllp.control import Accuracy, Controller
@@ -46,16 +47,6 @@ def train(engine: Engine, steps: int, *, adaptive: bool) -> None:
             controller.observe(step, stats.findings)
     if adaptive:
         print(f"the last step was by {controller.rung}, tolerance {controller.chosen.tolerance:.2g}", flush=True)
-
-
-def gradients(engine: Engine, accuracy: Accuracy, step: int) -> list[Tensor]:
-    """The gradients of the middle layers for a step's batch, one flat tensor each."""
-    engine.gradients(engine.step_batch(step, accuracy))
-    config = engine.config
-    layers = range(config.buffers.open, config.model.layers - config.buffers.close)
-    found = [torch.cat([p.grad.flatten() for p in engine.block.layers[n].parameters() if p.grad is not None]) for n in layers]
-    engine.gradients.forget()
-    return found
 
 
 def common_square(samples: Tensor) -> float:
@@ -117,9 +108,10 @@ def main() -> None:
         intervals.block.parameters[name].data.copy_(parameter)
     steps = range(arguments.steps, arguments.steps + arguments.batches)
     exact = Controller(engine.config).rungs[-1]
-    right = [gradients(engine, exact, step) for step in steps]
+    right = [layer_gradients(engine, exact, step)[0] for step in steps]
     for name, solver, accuracy in solves(engine, intervals):
-        print(f"{name}: {describe([gradients(solver, accuracy, step) for step in steps], right)}", flush=True)
+        found = [layer_gradients(solver, accuracy, step)[0] for step in steps]
+        print(f"{name}: {describe(found, right)}", flush=True)
 
 
 if __name__ == "__main__":

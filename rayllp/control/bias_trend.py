@@ -122,6 +122,12 @@ class BiasTrend:
             at += interval
         return count
 
+    def probing_share(self, step: int, config: TrainConfig) -> float:
+        """Return the share of the steps from here on that will be probes, until the run's end or its switch to exact steps."""
+        last = config.steps - 1  # is never a probe
+        end = last if config.switch_step is None else min(config.switch_step, last)
+        return self.probes_until(end, config) / max(end - step, 1)
+
     def share(self, step: int, config: TrainConfig) -> float:
         """Return the share of the tolerated bias that is expected at a step, by the typical bias or the latest, if that is larger."""
         if not self.bias or not self.latest:

@@ -22,15 +22,10 @@ from rayllp.control.bias_trend import BiasTrend
 from rayllp.control.judgement import fault_in, found_accurate, is_hopeless
 from rayllp.control.ladder import Ladder
 from rayllp.control.pace import MAX_TIME_RATIO, Pace
+from rayllp.control.penalty import steered
 from rayllp.control.records import PROBES, Accuracy, Decision, Probe, ProbePlan
 from rayllp.control.tolerance_choice import UP, ToleranceChoice, ToleranceState, bias_factor
 
-PENALTY_UP, PENALTY_DOWN = 4.0, 2.0
-"""Factors by which a probe changes the weight of the consistency penalty. Raising is faster than lowering, since a bias that is already
-there costs more than a weight that is too large.
-"""
-PENALTY_LEAST, PENALTY_MOST = 0.5, 5.66
-"""Bounds of that weight, as multiples of the weight that was set. A larger weight would cost more than the next rung does."""
 RETRY_STEPS = 10
 """Steps from raising the penalty's weight after a fault to the next probe. The penalty needs some steps to change the layers."""
 EARLY_PROBES = (10, 20, 40, 80)
@@ -200,7 +195,9 @@ class Controller:
         here = seconds.get(self.rung)
         if self.serial or self._is_unverified or exact is None or here is None:
             return None
-        probing = self._probing_share(step) * max(seconds.get(PROBES, here) - here, 0.0)
+        every = self.settings.probe_every
+        share = state.trend.probing_share(step, self.config) if self.config.chooses_tolerance else 1 / every if every else 0.0
+        probing = share * max(seconds.get(PROBES, here) - here, 0.0)
         if not pace.is_too_slow(step, here, probing, exact):
             return None
         hurry = self._hurry(step, here, probing, exact)
@@ -210,14 +207,6 @@ class Controller:
         state.rung = self._ladder.last
         with_probes = f", with its share of probes {here + probing:.3g} s" if probing else ""
         return self._decision(step, f"a step by {pace.slow} takes {here:.3g} s{with_probes}, an exact one {exact:.3g} s")
-
-    def _probing_share(self, step: int) -> float:
-        """Return the share of the steps from here on that will be probes, as long as a solve is in use."""
-        if not self.config.chooses_tolerance:
-            return 1 / self.settings.probe_every if self.settings.probe_every else 0.0
-        switch = self.config.switch_step
-        end = self.config.steps - 1 if switch is None else min(switch, self.config.steps - 1)  # the last step is never a probe
-        return self._state.trend.probes_until(end, self.config) / max(end - step, 1)
 
     def _hurry(self, step: int, here: float, probing: float, exact: float) -> Decision | None:
         """Make a rolling window's tolerance as large as may be, once, if its steps could then be faster than exact ones.
@@ -363,15 +352,9 @@ class Controller:
         return Decision(step, self.rungs[self._state.rung].mode, reason, self.rung)
 
     def _steer(self, probe: Probe) -> bool:
-        """Move the penalty's weight towards the smallest one that keeps the bias at its target. Returns True if the weight was raised."""
-        settings, bias, initial = self.settings, probe.bias, self.config.consistency
-        if not self.config.steers or bias is None:
-            return False
+        """Adapt the penalty's weight to a probe. Returns True if the weight was raised."""
         before = self._state.weight
-        if not bias <= settings.bias_target:
-            self._state.weight = min(initial * PENALTY_MOST, before * PENALTY_UP)
-        elif bias < settings.bias_target / 4:
-            self._state.weight = max(initial * PENALTY_LEAST, before / PENALTY_DOWN)
+        self._state.weight = steered(before, probe, self.config)
         return self._state.weight > 1.01 * before
 
     def mark(self) -> tuple[_State, ToleranceState]:
