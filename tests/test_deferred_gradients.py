@@ -144,6 +144,25 @@ def test_once_it_is_known_to_be_right_nothing_is_formed_twice(monkeypatch):
         torch.testing.assert_close(other, one)
 
 
+class Silent(nn.Module):
+    """Uses a module's weight itself, too, which its two parts do not tell; all of it behind a factor of zero."""
+
+    def __init__(self, scale=0.0):
+        super().__init__()
+        self.up, self.scale = nn.Linear(WIDTH, WIDTH, bias=False), nn.Parameter(torch.tensor(scale))
+
+    def forward(self, x):
+        return x + self.scale * (torch.tanh(self.up(x)) @ self.up.weight)
+
+
+def test_gradients_that_are_zero_tell_nothing():
+    assert both_ways(Silent)[2] is None
+    wanted, found, agreed, _ = both_ways(lambda: Silent(1.0))
+    assert agreed is False
+    for one, other in zip(wanted, found, strict=True):
+        torch.testing.assert_close(other, one)
+
+
 def test_gradients_that_are_not_finite_tell_nothing():
     for value, finite in ((1.0, True), (torch.nan, False)):
         lam = (torch.full((2,), value), torch.ones(3))

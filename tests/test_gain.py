@@ -82,6 +82,28 @@ def test_a_hurried_window_is_judged_by_its_new_times(tmp_path):
     assert [event["reason"][:13] for event in read_lines(tmp_path / "events.jsonl")] == ["steps are no "]
 
 
+def test_a_window_is_used_again_once_exact_steps_turn_out_slower(tmp_path):
+    """Exact steps seem to take 0.8 s and then take 2 s; steps by the window take 1 s."""
+    config = make_config({"workers": 8, "model": {"layers": 64}, "steps": 1000})
+    run, used = RunDirectory(tmp_path, config), []
+    with Journal.open(run, 1000, 0, Console(file=io.StringIO())) as journal:
+        step_log = StepLog(run, journal, config)
+        step_log.start_at(0)
+        for step in range(150):
+            step_log.begin(step)
+            (_, accuracy, plan), *_ = step_log.next_chunk(step, step + 1)
+            used.append("probes" if plan else accuracy.name)
+            step_log.times.take(used[-1], {"probes": 2.5, "serial": 0.8 if step < 40 else 2.0, "rolling": 1.0}[used[-1]])
+            if plan:
+                before = step_log.controller.chosen.tolerance
+                step_log.controller.observe(step, Probe(bias=0.14, noise=0.5, sweeps=(20, 18)))
+                step_log._heed_tolerance(before)
+    reasons = [event["reason"] for event in read_lines(tmp_path / "events.jsonl")]
+    (left,) = [place for place, reason in enumerate(reasons) if reason.startswith("a step by rolling takes 1 s")]
+    assert reasons[left + 1] == "looking again whether layer-parallel steps are faster"
+    assert set(used[100:]) == {"rolling", "probes"}
+
+
 def test_the_first_step_of_a_kind_tells_nothing():
     times = StepTimes()
     for seconds in (9.0, 1.0, 1.0, 1.0):

@@ -1,23 +1,30 @@
 """Recovery from lost workers: states in memory, the failure budget, and real workers that are killed in every phase of a step."""
 
+import io
 import os
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 import ray
 import torch
+from rich.console import Console
 
 import rayllp
 from rayllp.channel import run_workers
 from rayllp.channel.torch_dist import TorchChannel
 from rayllp.checkpoint.memory import CopyPlacement, HeldStates, Inventory, Source, copy_offset
 from rayllp.checkpoint.states import split_state
+from rayllp.config import make_config
 from rayllp.engine.block import BoundBlock
-from rayllp.errors import ClusterError
-from rayllp.report import RunDirectory
+from rayllp.errors import ClusterError, WorkerLostError
+from rayllp.report import Journal, RunDirectory
 from rayllp.training.driver import Driver
 from rayllp.training.failure_budget import FailureBudget, choose_interval
+from rayllp.training.recovery import Recovery
+from rayllp.training.resizing import Resizing
+from rayllp.training.run_state import RunState
 from tests.conftest import make_engine, run_processes, tiny, train_by, train_engine
 from tests.test_train import read
 
@@ -162,6 +169,36 @@ def test_states_are_kept_as_often_as_three_percent_allow():
 
 
 # Real workers killed -----------------------------------------------------------------------------------------------------------
+
+
+def test_with_fewer_workers_speeds_are_measured_anew(tmp_path):
+    """Workers that cannot be replaced: four become two, whose steps take other times. The group's processes play no part here."""
+    config = make_config({"workers": {"min": 1, "max": 4}, "model": {"layers": 32}, "steps": 3000, "checkpoint": {"every": 0}})
+    group = SimpleNamespace(
+        size=4, is_halfway=False, keeps_processes=True, config=config, common_step=lambda lost: 200, steps_done=lambda lost: 200,
+        step_reports=lambda *_: [], reshape=lambda *_: [], call=lambda *_: [], count_available_workers=lambda lost: 2,
+    )  # fmt: skip
+    run = RunDirectory.create(tmp_path / "run", config)
+    with Journal.open(run, 3000, 0, Console(file=io.StringIO())) as journal:
+        state = RunState(
+            config,
+            run,
+            group,
+            SimpleNamespace(abandon=lambda: None),
+            journal,
+            SimpleNamespace(network=SimpleNamespace(at_stage=lambda *_: None)),
+        )
+        state.step_log.start_at(0)
+        state.step_log.step = 200
+        for _ in range(6):
+            state.step_log.times.take("serial", 1.0)
+        state.step_log.controller._state.verified = True
+        assert not state.step_log.controller.accuracy_at(200).serial
+        recovery = Recovery(state, group, Resizing(state, group))
+        assert recovery.recover(WorkerLostError("workers 2, 3 were lost", frozenset({2, 3}))) == 200
+        assert state.current_config.world == 2
+        assert state.step_log.times.step_s == {}
+        assert [state.step_log.controller.accuracy_at(step).serial for step in (200, 204)] == [True, True]
 
 
 def fail_at(worker, step, phase):

@@ -253,6 +253,38 @@ def test_a_probe_tells_rho_bias_and_noise_and_trains_by_the_better_gradient():
         assert same
 
 
+@pytest.mark.parametrize(("batch", "microbatches"), [(6, 2), (20, 4), (12, None)])
+def test_an_exact_probe_takes_the_gradient_of_every_sample(batch, microbatches):
+    """Whose halves do not divide by `microbatches`."""
+    plan = ProbePlan(candidate=rolling(0.02), bias=True)
+
+    def work(channel, plan=plan):
+        engine = make_engine(cyclic(channel.size, batch_size=batch, microbatches=microbatches), channel)
+        return engine.train_step(3, SERIAL, plan).loss, {name: p.detach() for name, p in engine.block.parameters.items()}
+
+    loss, wanted = work(LocalChannel.alone(), None)
+    for found, parameters in run_workers(2, work):
+        assert found == pytest.approx(loss, rel=1e-12)
+        for name, parameter in parameters.items():
+            torch.testing.assert_close(
+                parameter, wanted["transformer.wte.weight" if name == "lm_head.weight" else name], rtol=1e-9, atol=1e-12
+            )
+
+
+@pytest.mark.parametrize("name", ["lm_head.*", "transformer.wte.*"])
+def test_a_tied_parameter_is_trained_by_either_of_its_names(name):
+    def work(channel):
+        engine = make_engine(cyclic(channel.size, model={"train": [name]}), channel)
+        before = {each: p.detach().clone() for each, p in engine.block.parameters.items()}
+        engine.train_step(0, rolling(0.01))
+        return {each: p.detach() for each, p in engine.block.parameters.items() if not torch.equal(p, before[each])}
+
+    first, last = run_workers(2, work)
+    assert [*first] == ["transformer.wte.weight"]
+    assert [*last] == ["lm_head.weight"]
+    torch.testing.assert_close(first["transformer.wte.weight"], last["lm_head.weight"], rtol=0, atol=0)
+
+
 @pytest.mark.parametrize(("family", "head"), CASES)
 def test_every_family(family, head, monkeypatch):
     """On two and three workers, with dropout, as many sweeps as layers, layers in turn, and no tolerance give the exact gradient."""

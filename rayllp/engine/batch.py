@@ -41,8 +41,14 @@ class StepBatch:
         return replace(self, inputs=inputs, targets=self.targets[rows], samples=self.samples[rows])
 
     def parts(self, count: int) -> Iterator["StepBatch"]:
-        """Yield the samples in `count` parts of equal size."""
-        size = len(self.samples) // count
+        """Yield the samples in `count` parts of equal size.
+
+        Raises:
+            ValueError: there are no such parts. Some samples would otherwise be left out, and nobody would notice.
+        """
+        size, over = divmod(len(self.samples), count)
+        if over or not size:
+            raise ValueError(f"{len(self.samples)} samples in {count} parts: they must be of equal size")
         yield from (self.part(slice(start, start + size)) for start in range(0, len(self.samples), size))
 
     def solved_by(self, accuracy: Accuracy) -> "StepBatch":

@@ -1,5 +1,6 @@
 """One worker's part of the network: its layers, and the embedding or head if it is first or last; and how these are called."""
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -21,6 +22,8 @@ from rayllp.state import State, combine, interpolate, subtract
 
 PARAMETER_DTYPES = {"float32": torch.float32, "bfloat16": torch.float32, "float64": torch.float64}
 """The parameters' dtype, by the setting `dtype`: with bfloat16 only the computation is in bfloat16, by autocast."""
+MOST_TRIES = 10
+"""So often it is tried out whether a layer's backward pass can be cut in two, while some of its gradients are zero."""
 
 
 class Block:
@@ -54,12 +57,16 @@ class Block:
         self.common = None if common is None else self._place(common)
         self.parameters = dict(self._named_parameters())
         self._tie()
+        tied = architecture.tied_to.items()
         for name, parameter in self.parameters.items():
-            parameter.requires_grad_(parameter.requires_grad and config.model.trains(name))
+            # A tied parameter is trained if any of its names says so: another worker, which knows it by the other, has to agree.
+            names = {name, *(other for pair in tied if name in pair for other in pair)}
+            parameter.requires_grad_(parameter.requires_grad and any(map(config.model.trains, names)))
         self._recorded: dict[int, State] | None = None
         self.stacks = Stacks(self.layers)
         self._templates: dict[int, dict[str, Tensor]] = {}
-        self._splits: dict[int, bool] = {}  # by layer: whether its modules tell which parameters they use; tried out the first time
+        self._splits: dict[int, bool] = {}  # by layer: whether its modules tell which parameters they use; tried out the first times
+        self._tries = Counter[int]()  # by layer: how often that has told nothing
         self._modules: dict[int, LayerModules] = {}
         self.callable: Mapping[int, nn.Module] = self.layers
         self.advance_together = advance_together
@@ -180,7 +187,9 @@ class Block:
             gradients = replace(gradients, parts=None)  # recorded before another microbatch has shown that they are wrong
         agrees = gradients.form(known_right=known is True)
         if known is None and gradients.parts is not None and gradients.is_finite:
-            self._splits[index] = agrees
+            self._tries[index] += agrees is None
+            if agrees is not None or self._tries[index] == MOST_TRIES:  # some gradients may always be zero
+                self._splits[index] = agrees is not False
 
     @property
     def matrices(self) -> list[nn.Parameter]:

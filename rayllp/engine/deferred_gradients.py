@@ -93,13 +93,14 @@ class DeferredGradients:
     parts: Parts | None
     at_parts: Gradients
 
-    def form(self, *, known_right: bool) -> bool:
+    def form(self, *, known_right: bool) -> bool | None:
         """Add them to `.grad`.
 
         Args:
             known_right: whether forming the gradients by parts is known to be right for this layer. If not, it is tried out.
 
-        Returns: False if they turned out to differ from those of a whole backward pass, which are then taken.
+        Returns: False if they turned out to differ from those of a whole backward pass, which are then taken; None if they agree, but
+            some are zero, as those behind a branch that is initialised with zeros, and so say nothing about their way.
         """
         if not self.leaves:
             return True
@@ -120,7 +121,8 @@ class DeferredGradients:
         if not agrees:
             for parameter, right, earlier in zip(self.leaves, whole, before, strict=True):
                 parameter.grad = right.clone() if earlier is None else earlier + right
-        return agrees
+            return False
+        return True if all(bool(right.any()) for right in whole) else None
 
     def _form_by_parts(self, parts: Parts) -> None:
         # Graphs are kept: a module's own parameter may lie before its submodules.

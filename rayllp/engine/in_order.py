@@ -139,7 +139,7 @@ class InOrderGradients:
         channel: Channel = group.channel if group.timeline is None else TimedChannel(group.channel, group.timeline)
         samples = len(batch.samples)
         # As few as keep all workers busy: each layer costs two messages per microbatch, and more microbatches shorten no idle time here.
-        count = min(samples, count_microbatches(samples, channel.size, group.config.microbatches, fewest=True))
+        count = count_microbatches(samples, channel.size, group.config.microbatches, fewest=True)
         if channel.synchronous_sends and self._sends_back(channel.size):
             count = 1  # otherwise two workers would each have a microbatch to send to the other before they receive one
         with group.channel.prepost_receives(("in order", count, group.spec(batch.inputs))):

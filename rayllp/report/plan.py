@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from rayllp.config import TrainConfig, load_run_config
+from rayllp.config.nested import stage_at
 from rayllp.control.records import ROLLING
 from rayllp.errors import SettingsError
 from rayllp.plan import Device, MGRITSolve, Option, Plan, RollingSolve, Solve, WindowSolve
@@ -63,7 +64,7 @@ class _Rolled:
         used = False
         for metric in metrics:
             if metric.get("probed") is None and metric.get("solve") == ROLLING:
-                self.layers += len(config.solved_layers)
+                self.layers += len(stage_at(config, metric["step"]).config.solved_layers)
                 self.forward += metric["iterations_forward"]
                 self.backward += metric["iterations_backward"]
                 used = True

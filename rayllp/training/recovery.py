@@ -4,6 +4,7 @@ import time
 from functools import partial
 from itertools import count
 
+from rayllp.config import TrainConfig
 from rayllp.errors import ChannelError, RayllpError, WorkerLostError
 from rayllp.training.failure_budget import FailureBudget
 from rayllp.training.resizing import Resizing
@@ -57,6 +58,7 @@ class Recovery:
         """
         state, journal, step_log = self.state, self.state.journal, self.state.step_log
         began, lost, reached = time.monotonic(), _ranks_of(error), step_log.step
+        shape = _shape(step_log.config)
         state.checkpointer.abandon()
         for attempt in count():
             journal.event(reached, "fault", reason=str(error), ranks=sorted(lost))
@@ -67,6 +69,8 @@ class Recovery:
             try:
                 reached = max(reached, self.workers.steps_done(lost))
                 step, source = self._fill_up(lost)
+                if _shape(step_log.config) != shape:  # what was timed is how fast other blocks of layers were
+                    step_log.start_at(step)
                 state.keep(step)
                 break
             except FAULTS as another:
@@ -91,6 +95,11 @@ class Recovery:
             return self.state.restore_from_checkpoint_or_start()
         self.state.sync_records_to(step, partial(self.workers.step_reports, lost))
         return step, "memory"
+
+
+def _shape(config: TrainConfig) -> tuple[int, int]:
+    """Return what the time of a step depends on: the number of workers, and that of layers."""
+    return config.world, config.model.layers
 
 
 def _ranks_of(error: RayllpError) -> frozenset[int]:

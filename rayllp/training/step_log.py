@@ -124,7 +124,7 @@ class StepLog:
             for rank, each in enumerate(of_step):
                 if each.trace is not None:
                     self._run.trace(stats.step, rank, each.trace)
-            self.times.take(PROBES if plan is not None else accuracy.name, stats.time_s, _computed(of_step))
+            self.times.take(PROBES if plan is not None else accuracy.name, stats.time_s, _computed(of_step, self.config.world))
             self.step += 1
         if len(reports[0]) == len(self._chunk) and self._chunk[-1][2] is not None:
             self._observe(reports[0][-1].stats)
@@ -169,6 +169,7 @@ class StepLog:
         self.step = step
 
     def _forget(self, step: int) -> None:
+        self._marks = {known: mark for known, mark in self._marks.items() if known <= step}
         self._journal.rewind(step)
         self._drawn.clear()
 
@@ -183,8 +184,9 @@ class StepLog:
         self._announce(decision, advice=advice, **measured)
 
     def _heed_tolerance(self, before: float | None) -> None:
-        """Time a rolling window's steps anew if its tolerance is no longer the one `before`."""
-        if before != self.controller.chosen.tolerance:
+        """Time a rolling window's steps anew if its tolerance is no longer `before`. While steps are exact, its times are kept."""
+        after = self.controller.chosen.tolerance
+        if after is not None and after != before:
             self.times.forget_speed(but=("serial", PROBES))
 
     def _announce(self, decision: Decision | None, **details: Any) -> None:
@@ -244,7 +246,7 @@ def _solves(stats: StepStats) -> dict[str, Convergence | None]:
     return {"forward": stats.forward, "backward": stats.adjoint}
 
 
-def _computed(reports: Sequence[StepReport]) -> float | None:
-    """Return the seconds that all workers together computed in a step; None if its timeline was not recorded."""
+def _computed(reports: Sequence[StepReport], workers: int) -> float | None:
+    """Return the seconds that all workers together computed in a step; None if its timeline was not recorded, or one was lost in it."""
     timelines = [each.timed for each in reports if each.timed is not None]
-    return sum(sum_kinds(timeline)["compute"] for timeline in timelines) if len(timelines) == len(reports) else None
+    return sum(sum_kinds(timeline)["compute"] for timeline in timelines) if len(timelines) == workers else None
