@@ -71,13 +71,14 @@ class Engine:
         self.optimizer = Optimizer(self.block, config.optimizer, *shards)
         self._is_checked = False
         self._work: tuple[float, float] | None = None
+        self._responses: dict[int, torch.Tensor] = {}  # what probes have found, also in earlier groups
         self._join(layer_channel, data_channel)
 
     def _join(self, layer_channel: Channel, data_channel: Channel) -> None:
         """Create all objects that communicate with other workers."""
         self.layer_channel, self.replicas = layer_channel, data_channel
         self._sums = ReplicaSums(self.block, data_channel)
-        self.group = LayerGroup(self.block, layer_channel)
+        self.group = LayerGroup(self.block, layer_channel, self._responses)
         self.gradients = Gradients(self.group)
         self.exact_forward = ExactForward(self.group)
         self._shares = ReplicaBatches(self.batches, self.block.architecture, self.config, data_channel.rank, self.device)

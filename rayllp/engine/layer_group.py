@@ -5,11 +5,13 @@ from dataclasses import replace
 from typing import TypeVar
 
 import torch
+from torch import Tensor
 
 from rayllp.channel.base import Channel, MessageTag, StateSpec
 from rayllp.control import Accuracy
 from rayllp.data.base import Inputs
 from rayllp.engine.block import Block
+from rayllp.engine.layer_responses import LayerResponses
 from rayllp.engine.step_solves import StepSolves, kind_of
 from rayllp.mgrit import Communicator, DeferredSweeps, MGRITSolver, PhaseListener, Problem, Solution, SolverOptions
 from rayllp.mgrit.rolling import RollingOptions, RollingProblem, RollingSolver
@@ -23,15 +25,21 @@ AnyProblem = TypeVar("AnyProblem", Problem, WindowProblem, RollingProblem)
 class LayerGroup:
     """What all parts of a step on one worker share: its layers, its channel, and the group's solves.
 
+    Args:
+        found: the factors of the layers' responses that this worker knows from an earlier group (`LayerResponses`).
+
     Attributes:
         block: this worker's layers.
         channel: the channel to the workers of the same replica, in order of the layers.
         config: the settings of the run.
         timeline: the timeline on which steps record their spans; None if they record none.
+        responses: what probes have found of the layers' responses to changes, on a cyclic placement; otherwise None.
     """
 
-    def __init__(self, block: Block, channel: Channel) -> None:
+    def __init__(self, block: Block, channel: Channel, found: dict[int, Tensor] | None = None) -> None:
         self.block, self.channel, self.config = block, channel, block.config
+        cyclic = self.config.placement == "cyclic"
+        self.responses = LayerResponses(self.config.cyclic_placement, channel, {} if found is None else found) if cyclic else None
         self.timeline: Timeline | None = None
         self._solves: dict[Accuracy, StepSolves] = {}
         self._specs: dict[tuple[torch.Size, ...], StateSpec] = {}
@@ -102,8 +110,14 @@ class LayerGroup:
     def solve_by_rolling(
         self, problem: RollingProblem, options: RollingOptions, tag: MessageTag, initial: State | None, *, source: int
     ) -> Solution:
-        """Solve by a rolling window on all workers of the group. Arguments and errors are those of `solve_by_windows`."""
+        """Solve by a rolling window on all workers of the group, which know how layers respond to changes as far as a probe has found it.
+
+        Arguments and errors are those of `solve_by_windows`.
+        """
         problem, communicator, on_phase = self._timed(problem, tag)
+        assert self.responses is not None
+        known = self.responses.known(tag.solve, problem.spec, tag.step)
+        options = replace(options, responses=known, observe=self.responses.observer(tag.solve))
         return RollingSolver(problem, options, communicator, on_phase).solve(initial, source)
 
     def _timed(

@@ -12,6 +12,7 @@ few with large gradients would count alone, as the first ones of a deep network 
 
 import math
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -141,9 +142,12 @@ class Probing:
 
     def form(self, batch: StepBatch) -> StepGradients:
         """Form the better gradient in `.grad`. Returns its loss, and the solves that give ρ."""
+        responses = self.group.responses if self.plan.candidate.tolerance is not None else None
+        learned = nullcontext() if responses is None else responses.learned(self.group.spec(batch.inputs), batch.step)
         if not self.plan.lipschitz:
-            return self._form(batch)
-        with self.group.block.recorded_inputs() as states:
+            with learned:
+                return self._form(batch)
+        with self.group.block.recorded_inputs() as states, learned:
             formed = self._form(batch)
         self.lipschitz = estimate_layers(self.group.block, batch, states)
         return formed

@@ -1,0 +1,141 @@
+"""The responses of all layers to changes of their inputs (`rayllp/mgrit/responses.py`), as this worker knows them.
+
+In a probe each worker fits those of its own layers, from all sweeps of the probe's solves, and then they are exchanged. Until the next
+probe every rolling window uses them, on all workers the same. The last few are kept, so that a step that is repeated after a fault uses
+those that it used before; a worker that joins gets them from the others. They are not in checkpoints: a run that is resumed sweeps with
+secants until its first probe.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from rayllp.channel.base import Channel, MessageTag, StateSpec
+from rayllp.mgrit.placement import Placement
+from rayllp.mgrit.responses import Response, ResponseFit, factor_shapes
+from rayllp.state import State
+
+SOLVES = "forward", "adjoint"
+KEPT = 8
+"""Number of probes whose findings are kept."""
+Observer = Callable[[int, State, State], None]
+
+
+class LayerResponses:
+    """What this worker knows of the layers of a network, and learns of its own.
+
+    Args:
+        placement: which worker has which layer of the solve.
+        channel: the channel to the other workers.
+        found: by the step of the probe: all factors, float32, shape (layers, solves, numbers); zeros where nothing was found. May be what
+            the worker knows from an earlier group, and is kept up to date.
+    """
+
+    def __init__(self, placement: Placement, channel: Channel, found: dict[int, Tensor]) -> None:
+        self._placement, self._channel, self.found = placement, channel, found
+        self._agrees = channel.size == 1
+        self._known: tuple[Tensor, dict[str, dict[int, Response]]] | None = None
+        self._fits: dict[tuple[str, int], ResponseFit] | None = None
+
+    def known(self, solve: str, spec: StateSpec, step: int) -> Mapping[int, Response]:
+        """Return the responses that a solve of this step is to use, by layer, counted within the solve. All workers call it.
+
+        Args:
+            solve: "forward" or "adjoint".
+            spec: shapes and dtypes of a state.
+            step: number of the step.
+
+        Raises:
+            ChannelError: another worker was lost, or too slow.
+        """
+        if not self._agrees:
+            self._agree(spec, step)
+        newest = max((at for at in self.found if at < step), default=None)
+        if newest is None:
+            return {}
+        numbers = self.found[newest]
+        if self._known is None or self._known[0] is not numbers:
+            self._known = numbers, {name: self._responses(numbers[:, place], spec) for place, name in enumerate(SOLVES)}
+        return self._known[1][solve]
+
+    @contextmanager
+    def learned(self, spec: StateSpec, step: int) -> Iterator[None]:
+        """Within this context learn from all solves, and then exchange what was learned. All workers enter and leave it together.
+
+        Args: those of `known`.
+
+        Raises:
+            ChannelError: another worker was lost, or too slow.
+        """
+        self._fits = {(solve, layer): ResponseFit() for layer in self._placement.owned(self._channel.rank) for solve in SOLVES}
+        try:
+            yield
+            numbers = self._exchange(self._fits, spec, step)
+        finally:
+            self._fits = None
+        for at in [at for at in self.found if at > step]:  # of a course of training that was given up
+            del self.found[at]
+        self.found[step] = numbers
+        for at in sorted(self.found)[:-KEPT]:
+            del self.found[at]
+
+    def observer(self, solve: str) -> Observer | None:
+        """Return what a solve that begins is to call with each evaluation of a layer; None where nothing is to be learned."""
+        fits = self._fits
+        if fits is None:
+            return None
+        for fit in fits.values():
+            fit.begin_solve()
+        return lambda layer, state, increment: fits[solve, layer].observe(state, increment)
+
+    def _exchange(self, fits: dict[tuple[str, int], ResponseFit], spec: StateSpec, step: int) -> Tensor:
+        """Return the factors that all workers have fitted."""
+        size, device = self._size(spec), spec.device
+        flat = [torch.cat([factor.flatten() for factor in fit.factors() or [torch.zeros(size, device=device)]]) for fit in fits.values()]
+        layers = len(self._placement.owners)
+        most = self._placement.sharing(range(layers))[1]
+        mine = torch.zeros(most, len(SOLVES), size, device=device)
+        mine.view(-1, size)[: len(flat)] = torch.stack(flat).to(device)
+        given = self._channel.all_gather(mine, StateSpec.of(mine), MessageTag(step, "responses"))
+        numbers = torch.zeros(layers, len(SOLVES), size, device=device)
+        for rank, theirs in enumerate(given):
+            assert isinstance(theirs, Tensor)
+            owned = self._placement.owned(rank)
+            numbers[list(owned)] = theirs[: len(owned)]
+        return torch.where(numbers.isfinite().all(-1, keepdim=True), numbers, 0.0)
+
+    def _agree(self, spec: StateSpec, step: int) -> None:
+        """Once after workers have come together: all take what one of those has found that know of the latest probe."""
+        tag, device = MessageTag(step, "responses", "agree"), spec.device
+        mine = torch.tensor([len(self.found), max(self.found, default=-1)], device=device)
+        given = [(int(newest), int(count)) for each in self._channel.all_gather(mine, StateSpec.of(mine), tag) for count, newest in [each]]
+        source = given.index(max(given))
+        count = given[source][1]
+        if any(each != given[source] for each in given):
+            shape = (count, len(self._placement.owners), len(SOLVES), self._size(spec))
+            steps, numbers = torch.zeros(count, dtype=torch.int64, device=device), torch.zeros(shape, device=device)
+            all_of_it = (steps, numbers)
+            if self._channel.rank == source:
+                all_of_it = torch.tensor(list(self.found), device=device), torch.stack([*self.found.values()])
+            got = self._channel.broadcast(all_of_it, StateSpec.of((steps, numbers)), source, tag)
+            self.found.clear()
+            self.found.update(zip(got[0].tolist(), got[1], strict=True))
+        self._agrees = True
+
+    @staticmethod
+    def _size(spec: StateSpec) -> int:
+        return sum(shape.numel() for shape in factor_shapes(spec.shapes))
+
+    @staticmethod
+    def _responses(numbers: Tensor, spec: StateSpec) -> dict[int, Response]:
+        """Return the responses with these factors, shape (layers, numbers), of layers of which something was found."""
+        shapes = factor_shapes(spec.shapes)
+        found = {}
+        for layer in numbers.any(-1).nonzero().flatten().tolist():
+            parts = numbers[layer].split([shape.numel() for shape in shapes])
+            factors = [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+            pairs = zip(factors[::2], factors[1::2], spec.dtypes, strict=True)
+            found[layer] = Response(tuple((down.to(dtype), up.to(dtype)) for down, up, dtype in pairs))
+        return found
