@@ -911,7 +911,7 @@ def test_rho_without_bias_costs_no_second_gradient():
 
 def compared(*layers, losses=(1.0, 1.0)):
     """Compare gradients whose squared error, squared norms, product and squared difference of halves are these, layer by layer."""
-    return Comparison.of(Sums(*torch.tensor(layers, dtype=torch.float64).T), *losses, replicas=1)
+    return Comparison.of(Sums(*torch.tensor(layers, dtype=torch.float64).T), *losses, halved=True)
 
 
 def test_bias_of_gradients_that_are_zero_is_a_number():

@@ -8,6 +8,7 @@ import torch
 from rayllp.channel import LocalChannel, run_workers
 from rayllp.channel.torch_dist import TorchChannel
 from rayllp.control import Accuracy, Controller, ProbePlan
+from rayllp.engine.probe import Sums
 from rayllp.engine.propagators import AdjointPropagator
 from rayllp.errors import SettingsError
 from rayllp.mgrit.windows import Windows, equal_windows
@@ -269,6 +270,39 @@ def test_an_exact_probe_takes_the_gradient_of_every_sample(batch, microbatches):
             torch.testing.assert_close(
                 parameter, wanted["transformer.wte.weight" if name == "lm_head.weight" else name], rtol=1e-9, atol=1e-12
             )
+
+
+def noise_of_halves(first):
+    """Of the exact gradients of these samples and of the others of a batch of 8, as a probe measures it."""
+    engine = make_engine(cyclic(1, batch_size=8))
+    batch, found = engine.step_batch(3, SERIAL), []
+    for samples in (first, [k for k in range(8) if k not in first]):
+        rows = torch.tensor(samples)
+        engine.gradients(replace(batch, inputs=batch.inputs[rows], targets=batch.targets[rows], samples=tuple(samples)))
+        layers = [engine.block.layers[n] for n in range(2, 10)]
+        found.append([torch.cat([p.grad.flatten() for p in layer.parameters()]).double() for layer in layers])
+        engine.optimizer.zero_grad()
+    halves, better = (torch.stack([each.square().sum() for each in map(way, *found)]) for way in (torch.sub, torch.add))
+    sums = Sums(torch.zeros_like(better), better, better, better, halves)
+    return sums.mean_of(sums.noises)
+
+
+@pytest.mark.parametrize("accuracy", [rolling(0.05), SERIAL])
+def test_a_probe_finds_the_same_whatever_the_number_of_replicas(accuracy):
+    """Bias and noise are of the gradient of the whole batch."""
+    plan = ProbePlan(candidate=sweeps(1, 1), bias=True, exact=True)
+
+    def work(channel):
+        config = cyclic(channel.size, batch_size=8, mesh={"data": channel.size, "layer": 1}, microbatches=1)
+        return make_engine(config, LocalChannel.alone(), channel).train_step(3, accuracy, plan).comparison
+
+    alone = work(LocalChannel.alone())
+    for replicas in (2, 4):
+        for found in run_workers(replicas, work):
+            assert found.bias == pytest.approx(alone.bias, rel=1e-9)
+            assert found.cosine == pytest.approx(alone.cosine, rel=1e-9)
+            assert found.loss_gap == pytest.approx(alone.loss_gap, rel=1e-9)
+            assert found.noise == pytest.approx(noise_of_halves([k for k in range(8) if k % (8 // replicas) < 4 // replicas]), rel=1e-9)
 
 
 @pytest.mark.parametrize("name", ["lm_head.*", "transformer.wte.*"])

@@ -120,12 +120,14 @@ class Engine:
         started = time.perf_counter()
         batch = self.step_batch(step, accuracy)
         self.check_first_batch(batch)
-        probing = Probing(self.gradients, plan, self.replicas.size) if plan else None
+        probing = Probing(self.gradients, plan) if plan else None
         self._sums.begin(step, None if probing else self._kind(batch))
         # Forward solve, loss, adjoint solve; read `WindowGradients.form` or `MGRITGradients.form` for all three.
         formed = probing.form(batch) if probing else self.gradients(batch)
         with self.group.span("gradients", "wait"):
             self._sums.finish(formed.loss)
+            if probing:
+                probing.compare(self.replicas, step)
             add_shared_gradients(self.block, self.layer_channel, step)
             if accuracy.smoothness:
                 add_smoothness_gradient(self.block, self.layer_channel, accuracy.smoothness, step)

@@ -2,7 +2,7 @@
 
 The bias compares the gradient in use with a better one (of doubled iterations, or exact), for each middle layer. For the noise, the better
 gradient is formed in two halves of the batch; their difference is one standard deviation of their sum over the choice of the batch. A bias
-far below the noise changes the weights less than another batch would.
+far below the noise changes the weights less than another batch would. With replicas all of these are gradients of the whole batch.
 
 Optimizers scale each weight's step (AdamW) or each matrix's (Muon) by the size of its own gradient. So to first order a step lowers the
 loss by an amount in proportion to Σ ‖g_l‖ over the layers, and a layer whose gradient is wrong loses its part of that. Hence the error of
@@ -19,6 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from rayllp.channel.base import Channel, MessageTag
 from rayllp.control import Accuracy, ProbePlan
 from rayllp.engine.batch import StepBatch
 from rayllp.engine.gradients import Gradients
@@ -87,19 +88,19 @@ class Comparison:
     by_layer: tuple[tuple[float, float], ...]
 
     @staticmethod
-    def of(sums: Sums, loss: float, better_loss: float, replicas: int) -> "Comparison":
+    def of(sums: Sums, loss: float, better_loss: float, *, halved: bool) -> "Comparison":
         """Return what the sums over all workers say.
 
         Args:
             sums: of the gradients.
             loss, better_loss: losses of the two solves.
-            replicas: number of replicas, each of which has halved its batch; 0 if none has.
+            halved: whether the batch was halved.
         """
         biases, cosines = sums.biases, sums.cosines
         return Comparison(
             bias=sums.mean_of(biases),
             cosine=float(cosines.mean()),
-            noise=sums.mean_of(sums.noises) / math.sqrt(replicas) if replicas and float(sums.better.sum()) > 0 else None,
+            noise=sums.mean_of(sums.noises) if halved and float(sums.better.sum()) > 0 else None,
             loss_gap=_gap(loss, better_loss),
             by_layer=tuple(zip(biases.tolist(), cosines.tolist(), strict=True)),
         )
@@ -113,13 +114,28 @@ def _gap(loss: float, better: float) -> float:
 
 
 @dataclass
+class _Formed:
+    """What one replica has formed in a probe besides the better gradient.
+
+    Attributes:
+        used: gradients by the solve in use.
+        first: the better gradients of the first half of the batch; empty if it was not halved.
+        losses: of the two solves.
+    """
+
+    used: list[Tensor]
+    first: list[Tensor]
+    losses: Tensor
+
+
+@dataclass
 class Probing:
-    """A probe on one worker. It forms a step's gradients as `Gradients` does, and measures on the way.
+    """A probe on one worker. It forms a step's gradients as `Gradients` does, and measures on the way: `form`, and then `compare`, once
+    gradients have been summed over the replicas.
 
     Attributes:
         gradients: forms the gradients.
         plan: what to measure.
-        replicas: number of replicas.
         sums: the `Sums` of this worker's layers, a row for each middle layer, and a last row that begins with the losses of the two solves;
             zeros for what other workers have. Shape (layers + 1, sums), float64; None if the bias is not measured.
         has_halves: True if the better gradient was formed in halves.
@@ -129,11 +145,11 @@ class Probing:
 
     gradients: Gradients
     plan: ProbePlan
-    replicas: int
     sums: Tensor | None = None
     has_halves: bool = False
     lipschitz: dict[int, float] | None = None
     sweeps: tuple[int, int] | None = None
+    _formed: _Formed | None = None
 
     @property
     def group(self) -> LayerGroup:
@@ -167,7 +183,7 @@ class Probing:
         self.has_halves = bool(halves)
         formed, first = self._in_halves(batch.solved_by(better), halves)
         if used is not None:
-            self.sums = self._compare(*used, first, formed.loss)
+            self._formed = _Formed(used[0], first, torch.stack([used[1], formed.loss]))
         if probed is None:
             return formed
         return replace(formed, forward=probed.forward or formed.forward, adjoint=probed.adjoint or formed.adjoint)
@@ -204,22 +220,31 @@ class Probing:
             other.penalty.add(one.penalty)
         return replace(other, loss=torch.stack([one.loss, other.loss]).sum()), first
 
-    def _compare(self, used: list[Tensor], loss: Tensor, first: list[Tensor], better_loss: Tensor) -> Tensor:
-        """Return this worker's `sums`; the better gradient is in `.grad`.
+    def compare(self, replicas: Channel, step: int) -> None:
+        """Compare the gradients of all replicas together. Their sum of the better one is in `.grad`.
 
         Args:
-            used, loss: gradients and loss of the solve in use.
-            first: the better gradients of the first half of the batch; empty if there are no halves.
-            better_loss: loss of the better solve.
+            replicas: the channel to the workers of other replicas with the same layers.
+            step: number of the step, for errors.
+
+        Raises:
+            ChannelError: a replica was lost, or too slow.
         """
+        if self._formed is None:
+            return
+        used, first, losses = self._formed.used, self._formed.first, self._formed.losses
+        self._formed = None
+        if replicas.size > 1:
+            for tensor in (*used, *first, losses):
+                replicas.all_reduce(tensor, MessageTag(step, "gradients", "probe"))
         sums = self._no_sums()
         for index, (layer, gradient) in enumerate(self._gradients()):
             g, u = gradient.double(), used[index].double()
             parts = [(u - g).square().sum(), g.square().sum(), u.square().sum(), (u * g).sum()]
             parts.append((2 * first[index].double() - g).square().sum() if first else torch.zeros_like(parts[0]))
             sums[layer] += torch.stack(parts)
-        sums[-1, :2] = torch.stack([loss, better_loss])
-        return sums
+        sums[-1, :2] = losses
+        self.sums = sums
 
     def _no_sums(self) -> Tensor:
         shape = self.group.config.middle_layers + 1, len(Sums._fields)
@@ -257,4 +282,4 @@ class Probing:
         if not self.plan.bias:
             return None
         loss, better_loss = table[-1, :2].tolist()
-        return Comparison.of(Sums(*table[:-1].T), loss, better_loss, self.replicas if self.has_halves else 0)
+        return Comparison.of(Sums(*table[:-1].T), loss, better_loss, halved=self.has_halves)
