@@ -203,9 +203,12 @@ def test_biases_come_from_runs_and_sweeps(tmp_path):
     steps = [(3, 6, None), (5, 4, None), (12, 9, 0.05), (4, 5, None)]  # the third was a probe
     for (forward, backward, bias), line in zip(steps, lines, strict=False):
         counts = {"iterations_forward": forward, "iterations_backward": backward}
-        line |= {"solve": "rolling", "probed": bias and "rolling", "bias": bias, **counts}
+        line |= {"step": 5, "solve": "rolling", "probed": bias and "rolling", "bias": bias, **counts}
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines[:4]))
     assert measured_biases([run, run]) == {RollingSolve(4, 3 * 20 / 12, 3 * 20 / 15): 0.05}
+    nested = windows.model_copy(update={"nested": type(windows.nested)(factors=[4], at=[6])})  # 4 of 16 middle layers until step 6
+    (run / "config.yaml").write_text(json.dumps(nested.model_dump(mode="json")))
+    assert measured_biases([run]) == {RollingSolve(4, 3 * 8 / 12, 3 * 8 / 15): 0.05}
     with pytest.raises(SettingsError, match="neither a run's directory nor a sweep's"):
         measured_biases([tmp_path])
 

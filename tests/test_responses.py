@@ -45,6 +45,17 @@ def test_a_linear_layer_is_found_out(width, dtype):
     assert float((found.double() - right).norm() / right.norm()) < 0.15  # the ridge shortens it by a tenth
 
 
+def test_each_token_is_scaled_by_what_it_has_shown():
+    matrix, e = random(WIDTH, RANK, seed=7) @ random(RANK, WIDTH, seed=8), random(4, WIDTH, seed=9)
+    response, step = fitted(matrix, dtype=torch.float64), random(4, WIDTH, seed=10)
+    plain = response.follow(torch.zeros_like(e), e)
+    factors = torch.tensor([[1.0], [0.5], [-1.0], [9.0]], dtype=torch.float64)
+    found = response.follow(torch.zeros_like(e), e, (step, factors * response.follow(torch.zeros_like(e), step)))
+    torch.testing.assert_close(found, plain * torch.tensor([[1.0], [0.5], [0.0], [1.5]], dtype=torch.float64))
+    still = response.follow(e, e, (step * 0, step * 0))  # nothing has been shown
+    assert torch.equal(still, e)
+
+
 def test_of_a_wide_state_the_strongest_directions_are_kept():
     """A map of rank 2 whose inputs change in four directions, out of 100."""
     inputs, matrix = random(4, 100, seed=1), random(100, 2, seed=2) @ random(2, 100, seed=3)

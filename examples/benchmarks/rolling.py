@@ -3,9 +3,9 @@
     python examples/benchmarks/rolling.py --data DATA --task standard --lr 8e-3 --steps 300
 
 `--task` is one of frontier.py's. The network is trained exactly for so many steps. Then the gradient of the next few batches is formed by
-a rolling window with several tolerances, with and without secants, and by windows of equal length, and compared with the exact one, as a
-probe does. Cost is in evaluations of a layer: sweeps forward and backward, and parameter gradients (equal windows form these with the last
-sweep).
+a rolling window with several tolerances, with the layers' responses as a probe of the last batch finds them, with secants, and with
+neither, and by windows of equal length, and compared with the exact one, as a probe does. Cost is in evaluations of a layer: sweeps
+forward and backward, and parameter gradients (equal windows form these with the last sweep).
 """
 
 import argparse
@@ -40,6 +40,16 @@ def layer_gradients(engine: Engine, accuracy: Accuracy, step: int) -> tuple[list
     return found, formed.sweeps or (0, 0)
 
 
+def find_responses(engine: Engine, window: Accuracy, step: int) -> None:
+    """As a probe of this step does."""
+    batch = engine.step_batch(step, window)
+    assert engine.group.responses is not None
+    with engine.group.responses.learned(engine.group.spec(batch.inputs), step):
+        for tolerance in (0.01, 0.01 / 8):
+            engine.gradients(batch.solved_by(replace(window, tolerance=tolerance)))
+    engine.optimizer.zero_grad()
+
+
 def bias(found: list[torch.Tensor], exact: list[torch.Tensor]) -> float:
     """As probes measure it."""
     error, better = (torch.stack([g.double().square().sum() for g in each]) for each in (map(torch.sub, found, exact), exact))
@@ -68,13 +78,14 @@ def main() -> None:
     layers, length = len(config.solved_layers), config.longest_window
     owned = layers / length
     print(f"exact, layers in turn: cost {2 * layers + owned:.0f}; on one device {3 * layers}")
-    for secants in (True, False):
-        rolling.MOST_EXTRAPOLATION = 2.0 if secants else 0.0
+    for kind in ("with secants", "without", "with responses"):
+        rolling.MOST_EXTRAPOLATION = 2.0 if kind == "with secants" else 0.0
+        if kind == "with responses":
+            find_responses(engine, window, arguments.steps - 1)
         for tolerance in TOLERANCES:
             found = [layer_gradients(engine, replace(window, tolerance=tolerance), step) for step in steps]
             forward, backward = (mean(sweeps[way] for _, sweeps in found) for way in (0, 1))
             off = mean(bias(gradients, right[step]) for (gradients, _), step in zip(found, steps, strict=True))
-            kind = "with secants" if secants else "without"
             print(f"rolling {kind}, tolerance {tolerance:g}: {forward:.1f} + {backward:.1f} sweeps, cost {forward + backward + owned:.1f}, "
                   f"bias {off:.3g}", flush=True)  # fmt: skip
     for forward, backward in SWEEPS:

@@ -4,11 +4,12 @@ Where a sweep changes a layer's input by e, its increment would change, too, and
 adds up increments alone sees none of that, and a chain of layers that depend strongly on each other converges by one layer a sweep. With a
 map A_n for each layer,
 
-    u_{n+1} = u_n + d_n + A_n (change of u_n),
+    u_{n+1} = u_n + d_n + α A_n (change of u_n),
 
 a change goes through the whole window at once. This is a quasi-Newton method: with A_n = ∂d_n/∂u_n it would be Newton's, which solves the
-layers' recurrence in parallel as well (DEER, arXiv:2309.12252). A_n acts on each token by itself and is the same for all of them. It is
-worth a rank of 8 at most: on networks of width 64 a full matrix saved no more sweeps.
+layers' recurrence in parallel as well (DEER, arXiv:2309.12252). A_n acts on each token by itself and is the same for all of them. How
+strongly a token responds differs: α is what explains best how its increment has changed from the sweep before to this one, and 1 in a
+layer's first sweep. A rank of 8 is enough: on networks of width 64 a full matrix saved no more sweeps.
 
 A map is fitted to pairs of changes (Δu, Δd) from one sweep of a layer to the next, where each token counts alike: by ridge regression on
 the directions in which inputs change most, cut to the rank that explains most of Δd.
@@ -20,12 +21,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rayllp.state import State, like, subtract, tensors
+from rayllp.state import State, add, combine, like, subtract, tensors
 
 RANK = 8
 """Rank of a map, at most."""
 DIRECTIONS = 16
 """Number of directions of the input's change that a fit looks at."""
+MOST_SCALED = 1.5
+"""Bound of α."""
 RIDGE = 0.1
 """Weight of the ridge over the mean square of the changes in these directions."""
 
@@ -40,10 +43,28 @@ class Response:
 
     maps: tuple[tuple[Tensor, Tensor], ...]
 
-    def follow(self, increment: State, error: State) -> State:
-        """Return an increment at a state that is off by `error` from where it was evaluated."""
-        parts = zip(tensors(increment), tensors(error), self.maps, strict=True)
-        return like(increment, tuple(d + (e @ down) @ up for d, e, (down, up) in parts))
+    def follow(self, increment: State, error: State, shown: tuple[State, State] | None = None) -> State:
+        """Return an increment at a state that is off by `error` from where it was evaluated.
+
+        Args:
+            increment: as evaluated.
+            error: by how much the state is off.
+            shown: the latest change of the state, and how the increment has changed with it; None in a layer's first sweep.
+        """
+        moved = self._of(error)
+        if shown is not None:
+            moved = combine(_scaled, moved, self._of(shown[0]), shown[1])
+        return add(increment, moved)
+
+    def _of(self, change: State) -> State:
+        parts = zip(tensors(change), self.maps, strict=True)
+        return like(change, tuple((part @ down) @ up for part, (down, up) in parts))
+
+
+def _scaled(moved: Tensor, expected: Tensor, change: Tensor) -> Tensor:
+    """Return what the map says of each token, times α: what `change` is of `expected`, the same of an earlier change."""
+    squares = (expected * expected).sum(-1, keepdim=True) + torch.finfo(expected.dtype).tiny
+    return moved * ((change * expected).sum(-1, keepdim=True) / squares).clamp(0.0, MOST_SCALED)
 
 
 class ResponseFit:
