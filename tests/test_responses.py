@@ -15,7 +15,7 @@ from rayllp.mgrit.rolling import RollingOptions, RollingProblem, RollingSolver
 from rayllp.state import tensors
 from tests.conftest import make_engine
 from tests.test_rolling import Watched, error
-from tests.test_window_engine import cyclic, rolling
+from tests.test_window_engine import SERIAL, cyclic, rolling
 from tests.test_windows import TAG
 
 N, WIDTH, TOKENS = 16, 12, 40
@@ -233,6 +233,7 @@ def test_a_worker_that_joins_gets_what_the_others_know():
                     x = random(3, 2, seed=sweep).float()
                     observe(channel.rank, x, step * x)
         joined = LayerResponses(Placement.cyclic(2, 2), channel, {} if channel.rank == 0 else found)
+        assert [joined.is_due(spec, step) for step in (10, 11, 20, 29, 30)] == [True, False, True, False, True]
         e = torch.ones(3, 2)
         known = [joined.known("adjoint", spec, step) for step in (10, 11, 20, 21)]
         return [[float((each[layer].follow(0 * e, e) / e).mean()) for layer in (0, 1) if layer in each] for each in known]
@@ -254,3 +255,15 @@ def test_findings_of_a_course_that_was_given_up_are_dropped_and_old_ones_too():
 
     run_workers(1, work)
     assert sorted(found) == [14, 15]
+
+
+def test_every_tenth_step_learns_too():
+    """Besides probes; exact steps show nothing. A step that is repeated learns the same again."""
+    engine = make_engine(cyclic(1, step={"middle": 1.0}, steps=40))
+    for step in range(26):
+        engine.train_step(step, SERIAL if step < 3 else rolling(1e-3), ProbePlan(candidate=rolling(1e-3), bias=True) if step == 8 else None)
+    found = dict(engine.group.responses.found)
+    assert sorted(found) == [3, 8, 18]
+    engine.group.responses.found.pop(18)
+    engine.train_step(18, rolling(1e-3))
+    assert sorted(engine.group.responses.found) == [3, 8, 18]

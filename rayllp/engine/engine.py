@@ -123,7 +123,7 @@ class Engine:
         probing = Probing(self.gradients, plan) if plan else None
         self._sums.begin(step, None if probing else self._kind(batch))
         # Forward solve, loss, adjoint solve; read `WindowGradients.form` or `MGRITGradients.form` for all three.
-        formed = probing.form(batch) if probing else self.gradients(batch)
+        formed = probing.form(batch) if probing else self._form(batch)
         with self.group.span("gradients", "wait"):
             self._sums.finish(formed.loss)
             if probing:
@@ -141,6 +141,14 @@ class Engine:
         self.layer_channel.finish()
         self.replicas.finish()
         return replace(stats, time_s=time.perf_counter() - started, fault=fault, work=self._work)
+
+    def _form(self, batch: StepBatch) -> StepGradients:
+        """Form the gradients of a step that is no probe. Every few steps of a rolling window it finds out how layers respond to changes."""
+        responses, spec = self.group.responses, self.group.spec(batch.inputs)
+        if batch.accuracy.tolerance is None or responses is None or not responses.is_due(spec, batch.step):
+            return self.gradients(batch)
+        with responses.learned(spec, batch.step):
+            return self.gradients(batch)
 
     def _kind(self, batch: StepBatch) -> Hashable:
         """Return a key that is equal for steps which form their gradients in the same way."""

@@ -33,7 +33,7 @@ class LayerGroup:
         channel: the channel to the workers of the same replica, in order of the layers.
         config: the settings of the run.
         timeline: the timeline on which steps record their spans; None if they record none.
-        responses: what probes have found of the layers' responses to changes, on a cyclic placement; otherwise None.
+        responses: what is known of the layers' responses to changes, on a cyclic placement; otherwise None.
     """
 
     def __init__(self, block: Block, channel: Channel, found: dict[int, Tensor] | None = None) -> None:

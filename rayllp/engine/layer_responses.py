@@ -1,9 +1,9 @@
 """The responses of all layers to changes of their inputs (`rayllp/mgrit/responses.py`), as this worker knows them.
 
-In a probe each worker fits those of its own layers, from all sweeps of the probe's solves, and then they are exchanged. Until the next
-probe every rolling window uses them, on all workers the same. The last few are kept, so that a step that is repeated after a fault uses
-those that it used before; a worker that joins gets them from the others. They are not in checkpoints: a run that is resumed sweeps with
-secants until its first probe.
+In a probe, and in every tenth step at least, each worker fits those of its own layers, from all sweeps of the step's solves, and then they
+are exchanged. Until the next time every rolling window uses them, on all workers the same. The last few are kept, so that a step that is
+repeated after a fault uses those that it used before; a worker that joins gets them from the others. They are not in checkpoints: a run
+that is resumed sweeps with secants once.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -18,8 +18,10 @@ from rayllp.mgrit.responses import Response, ResponseFit, factor_shapes
 from rayllp.state import State
 
 SOLVES = "forward", "adjoint"
+LEARN_EVERY = 10
+"""Most steps until responses are found anew. As old as 100 steps, they may need more sweeps than secants while layers change quickly."""
 KEPT = 8
-"""Number of probes whose findings are kept."""
+"""Number of steps whose findings are kept."""
 Observer = Callable[[int, State, State], None]
 
 
@@ -29,7 +31,7 @@ class LayerResponses:
     Args:
         placement: which worker has which layer of the solve.
         channel: the channel to the other workers.
-        found: by the step of the probe: all factors, float32, shape (layers, solves, numbers); zeros where nothing was found. May be what
+        found: by the step: all factors, float32, shape (layers, solves, numbers); zeros where nothing was found. May be what
             the worker knows from an earlier group, and is kept up to date.
     """
 
@@ -50,15 +52,24 @@ class LayerResponses:
         Raises:
             ChannelError: another worker was lost, or too slow.
         """
-        if not self._agrees:
-            self._agree(spec, step)
-        newest = max((at for at in self.found if at < step), default=None)
+        newest = self._newest_before(spec, step)
         if newest is None:
             return {}
         numbers = self.found[newest]
         if self._known is None or self._known[0] is not numbers:
             self._known = numbers, {name: self._responses(numbers[:, place], spec) for place, name in enumerate(SOLVES)}
         return self._known[1][solve]
+
+    def is_due(self, spec: StateSpec, step: int) -> bool:
+        """Return True if a step is to learn though it is no probe. All workers call it. Arguments and errors are those of `known`."""
+        newest = self._newest_before(spec, step)
+        return newest is None or step - newest >= LEARN_EVERY
+
+    def _newest_before(self, spec: StateSpec, step: int) -> int | None:
+        """Return the latest step before this one in which responses were found; the same on all workers."""
+        if not self._agrees:
+            self._agree(spec, step)
+        return max((at for at in self.found if at < step), default=None)
 
     @contextmanager
     def learned(self, spec: StateSpec, step: int) -> Iterator[None]:
@@ -107,7 +118,7 @@ class LayerResponses:
         return torch.where(numbers.isfinite().all(-1, keepdim=True), numbers, 0.0)
 
     def _agree(self, spec: StateSpec, step: int) -> None:
-        """Once after workers have come together: all take what one of those has found that know of the latest probe."""
+        """Once after workers have come together: all take what one of those has found that know the latest."""
         tag, device = MessageTag(step, "responses", "agree"), spec.device
         mine = torch.tensor([len(self.found), max(self.found, default=-1)], device=device)
         given = [(int(newest), int(count)) for each in self._channel.all_gather(mine, StateSpec.of(mine), tag) for count, newest in [each]]

@@ -1,6 +1,6 @@
 """Derives the hierarchies and solver options of a training step from its accuracy.
 
-The engine and the planner (`plan/schedule.py`) both take a step's solves from here, and from nowhere else.
+The engine and the planner (`plan/recording.py`) both take a step's solves from here, and from nowhere else.
 """
 
 from dataclasses import dataclass, replace
