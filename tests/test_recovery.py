@@ -17,6 +17,7 @@ from rayllp.channel.torch_dist import TorchChannel
 from rayllp.checkpoint.memory import CopyPlacement, HeldStates, Inventory, Source, copy_offset
 from rayllp.checkpoint.states import split_state
 from rayllp.config import make_config
+from rayllp.control import Controller
 from rayllp.engine.block import BoundBlock
 from rayllp.errors import ClusterError, WorkerLostError
 from rayllp.report import Journal, RunDirectory
@@ -305,3 +306,26 @@ def test_a_run_whose_workers_are_killed_ends_bit_equal(kind, tmp_path):
     assert expected.keys() - found.keys() == {"lm_head.weight"}  # the embedding's
     assert all(torch.equal(found[name], torch.from_numpy(expected[name])) for name in found)
     assert threading.active_count() < 50
+
+
+@pytest.mark.study
+@pytest.mark.usefixtures("ray_cluster")
+def test_an_adaptive_run_whose_workers_are_killed_ends_bit_equal(tmp_path, monkeypatch):
+    """A worker that joins gets what the others know of the layers' responses to changes."""
+    monkeypatch.setattr(Controller, "_heed_times", lambda *_: None)  # measured times differ from run to run, and so may decisions
+    adaptive = {"rule": "bias", "switch_at": None, "bias_limit": 10.0, "probe_every": 6}
+    config = tiny(
+        workers=3, steps=32, dtype="float32", mode="adaptive", solver="windows", snapshot_every=1, adaptive=adaptive, spare_workers=True,
+        step={"middle": 1.0},
+    )  # fmt: skip
+    whole, _ = drive(config, tmp_path / "whole")
+    broken, _ = drive(config, tmp_path / "broken", [(2, 13, "forward"), (0, 24, "optimizer")])
+    events = read(broken.directory / "events.jsonl")
+    assert [e["source"] for e in events if e["kind"] == "restore"] == ["memory"] * 2
+    metrics = [read(run.directory / "metrics.jsonl") for run in (whole, broken)]
+    assert [each["solve"] for each in metrics[0]].count("rolling") > 20
+    for name in ("loss", "iterations_forward", "iterations_backward"):
+        assert [each[name] for each in metrics[1]] == [each[name] for each in metrics[0]]
+    wanted, found = weights(whole.directory), weights(broken.directory)
+    assert wanted.keys() == found.keys()
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
