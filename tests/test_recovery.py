@@ -169,9 +169,6 @@ def test_states_are_kept_as_often_as_three_percent_allow():
     assert choose_interval(0.001, 1.0, 1.0, on_cpu=True) == 100
 
 
-# Real workers killed -----------------------------------------------------------------------------------------------------------
-
-
 def test_with_fewer_workers_speeds_are_measured_anew(tmp_path):
     """Workers that cannot be replaced: four become two, whose steps take other times. The group's processes play no part here."""
     config = make_config({"workers": {"min": 1, "max": 4}, "model": {"layers": 32}, "steps": 3000, "checkpoint": {"every": 0}})
@@ -181,14 +178,8 @@ def test_with_fewer_workers_speeds_are_measured_anew(tmp_path):
     )  # fmt: skip
     run = RunDirectory.create(tmp_path / "run", config)
     with Journal.open(run, 3000, 0, Console(file=io.StringIO())) as journal:
-        state = RunState(
-            config,
-            run,
-            group,
-            SimpleNamespace(abandon=lambda: None),
-            journal,
-            SimpleNamespace(network=SimpleNamespace(at_stage=lambda *_: None)),
-        )
+        inputs = SimpleNamespace(network=SimpleNamespace(at_stage=lambda *_: None))
+        state = RunState(config, run, group, SimpleNamespace(abandon=lambda: None), journal, inputs)
         state.step_log.start_at(0)
         state.step_log.step = 200
         for _ in range(6):
@@ -200,6 +191,9 @@ def test_with_fewer_workers_speeds_are_measured_anew(tmp_path):
         assert state.current_config.world == 2
         assert state.step_log.times.step_s == {}
         assert [state.step_log.controller.accuracy_at(step).serial for step in (200, 204)] == [True, True]
+
+
+# Real workers killed -----------------------------------------------------------------------------------------------------------
 
 
 def fail_at(worker, step, phase):

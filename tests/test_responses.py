@@ -70,6 +70,17 @@ def test_of_a_wide_state_the_strongest_directions_are_kept():
     assert float((e @ down.double() @ up.double() - right).norm() / right.norm()) < 0.15
 
 
+@pytest.mark.parametrize("shape", [(), (3,), (0, 4), (2, 3, 4)])
+def test_a_state_of_any_shape_can_be_followed(shape):
+    fit, x = ResponseFit(), torch.ones(shape)
+    fit.observe(x, x)
+    fit.observe(2 * x, 3 * x)
+    factors = fit.factors()
+    assert [factor.shape for factor in factors] == factor_shapes([torch.Size(shape)])
+    followed = Response((tuple(factors),)).follow(x, x, (x, 2 * x))
+    torch.testing.assert_close(followed, 3 * x)  # the scale makes up for the ridge
+
+
 def test_what_shows_nothing_gives_no_response():
     fit, x = ResponseFit(), random(TOKENS, WIDTH)
     fit.observe(x, x)

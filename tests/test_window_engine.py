@@ -8,13 +8,13 @@ import torch
 from rayllp.channel import LocalChannel, run_workers
 from rayllp.channel.torch_dist import TorchChannel
 from rayllp.control import Accuracy, Controller, ProbePlan
-from rayllp.engine.probe import Sums
 from rayllp.engine.propagators import AdjointPropagator
 from rayllp.errors import SettingsError
 from rayllp.mgrit.windows import Windows, equal_windows
 from rayllp.plan import Costs, predict
 from rayllp.timeline import Timeline
 from tests.conftest import make_engine, run_processes, tiny
+from tests.test_control import relative_error
 from tests.test_families import CASES, config_of, ours
 
 SERIAL = Accuracy(serial=True, levels_forward=1, levels_backward=1, iterations_forward=1, iterations_backward=1)
@@ -282,9 +282,7 @@ def noise_of_halves(first):
         layers = [engine.block.layers[n] for n in range(2, 10)]
         found.append([torch.cat([p.grad.flatten() for p in layer.parameters()]).double() for layer in layers])
         engine.optimizer.zero_grad()
-    halves, better = (torch.stack([each.square().sum() for each in map(way, *found)]) for way in (torch.sub, torch.add))
-    sums = Sums(torch.zeros_like(better), better, better, better, halves)
-    return sums.mean_of(sums.noises)
+    return relative_error([2 * gradient for gradient in found[0]], [*map(torch.add, *found)])
 
 
 @pytest.mark.parametrize("accuracy", [rolling(0.05), SERIAL])

@@ -1,9 +1,27 @@
-"""All-reduce of several small tensors in one message."""
+"""All-reduce of several tensors in one message."""
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from rayllp.channel.base import Channel, MessageTag
+
+
+def flatten(parts: Sequence[Tensor]) -> Tensor:
+    """Return one flat tensor of all parts, in the widest of their dtypes."""
+    dtype = max((part.dtype for part in parts), key=lambda found: found.itemsize)
+    return torch.cat([part.reshape(-1).to(dtype) for part in parts])
+
+
+def sum_together(parts: Sequence[Tensor], channel: Channel, tag: MessageTag) -> list[Tensor]:
+    """Return the sums of these tensors over the channel's workers, in the widest of their dtypes, by one all-reduce.
+
+    Raises:
+        ChannelError: a worker was lost, or too slow.
+    """
+    total = channel.all_reduce(flatten(parts), tag)
+    return [each.view(part.shape) for each, part in zip(total.split([part.numel() for part in parts]), parts, strict=True)]
 
 
 class PackedAllReduce:

@@ -6,7 +6,7 @@ end of the step carries the gradient norm, the loss and the residuals together.
 
 import time
 from collections.abc import Hashable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 
 import torch
@@ -71,7 +71,7 @@ class Engine:
         self.optimizer = Optimizer(self.block, config.optimizer, *shards)
         self._is_checked = False
         self._work: tuple[float, float] | None = None
-        self._responses: dict[int, torch.Tensor] = {}  # what probes have found, also in earlier groups
+        self._responses: dict[int, torch.Tensor] = {}  # what `LayerResponses` has found, also in earlier groups
         self._join(layer_channel, data_channel)
 
     def _join(self, layer_channel: Channel, data_channel: Channel) -> None:
@@ -123,7 +123,8 @@ class Engine:
         probing = Probing(self.gradients, plan) if plan else None
         self._sums.begin(step, None if probing else self._kind(batch))
         # Forward solve, loss, adjoint solve; read `WindowGradients.form` or `MGRITGradients.form` for all three.
-        formed = probing.form(batch) if probing else self._form(batch)
+        with self._learning(batch, plan):
+            formed = probing.form(batch) if probing else self.gradients(batch)
         with self.group.span("gradients", "wait"):
             self._sums.finish(formed.loss)
             if probing:
@@ -142,13 +143,13 @@ class Engine:
         self.replicas.finish()
         return replace(stats, time_s=time.perf_counter() - started, fault=fault, work=self._work)
 
-    def _form(self, batch: StepBatch) -> StepGradients:
-        """Form the gradients of a step that is no probe. Every few steps of a rolling window it finds out how layers respond to changes."""
+    def _learning(self, batch: StepBatch, plan: ProbePlan | None) -> AbstractContextManager[None]:
+        """Return a context in which a probe of a rolling window, and now and then a step by it, learns how layers respond to changes."""
         responses, spec = self.group.responses, self.group.spec(batch.inputs)
-        if batch.accuracy.tolerance is None or responses is None or not responses.is_due(spec, batch.step):
-            return self.gradients(batch)
-        with responses.learned(spec, batch.step):
-            return self.gradients(batch)
+        rolls = (plan.candidate if plan else batch.accuracy).tolerance is not None
+        if responses is None or not rolls or not (plan or responses.is_due(spec, batch.step)):
+            return nullcontext()
+        return responses.learned(spec, batch.step)
 
     def _kind(self, batch: StepBatch) -> Hashable:
         """Return a key that is equal for steps which form their gradients in the same way."""

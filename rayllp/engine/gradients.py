@@ -10,12 +10,12 @@ import torch
 
 from rayllp.channel.base import MessageTag
 from rayllp.channel.process_channel import ProcessChannel
-from rayllp.engine.batch import StepBatch
+from rayllp.engine.batch import StepBatch, count_microbatches
 from rayllp.engine.block import Block
 from rayllp.engine.consistency import Consistency, Interval
 from rayllp.engine.in_order import InOrderGradients
 from rayllp.engine.layer_group import LayerGroup
-from rayllp.engine.pipeline import Pipeline, PlainAutograd, count_microbatches
+from rayllp.engine.pipeline import Pipeline, PlainAutograd
 from rayllp.engine.propagators import AdjointPropagator, ForwardPropagator, RecomputingPropagator
 from rayllp.engine.step_gradients import StepGradients, add_embedding_gradients, loss_and_seed
 from rayllp.engine.step_solves import StepSolves

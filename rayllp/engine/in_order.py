@@ -19,12 +19,11 @@ import torch
 from torch import Tensor
 
 from rayllp.channel.base import Channel, MessageTag, StateSpec
-from rayllp.engine.batch import StepBatch
+from rayllp.engine.batch import StepBatch, count_microbatches
 from rayllp.engine.block import BoundBlock
 from rayllp.engine.consistency import Consistency
 from rayllp.engine.deferred_gradients import DeferredGradients
 from rayllp.engine.layer_group import LayerGroup
-from rayllp.engine.pipeline import count_microbatches
 from rayllp.engine.propagators import Graph, input_gradients, pull_through, record_graph
 from rayllp.engine.step_gradients import StepGradients, add_embedding_gradients, loss_and_seed
 from rayllp.mgrit import Communicator

@@ -110,7 +110,7 @@ class LayerGroup:
     def solve_by_rolling(
         self, problem: RollingProblem, options: RollingOptions, tag: MessageTag, initial: State | None, *, source: int
     ) -> Solution:
-        """Solve by a rolling window on all workers of the group, which know how layers respond to changes as far as a probe has found it.
+        """Solve by a rolling window on all workers of the group, which use what they know of the layers' responses.
 
         Arguments and errors are those of `solve_by_windows`.
         """

@@ -15,7 +15,7 @@ from torch import Tensor
 from rayllp.channel.base import Channel, MessageTag, StateSpec
 from rayllp.mgrit.placement import Placement
 from rayllp.mgrit.responses import Response, ResponseFit, factor_shapes
-from rayllp.state import State
+from rayllp.state import State, tensors
 
 SOLVES = "forward", "adjoint"
 LEARN_EVERY = 10
@@ -108,11 +108,10 @@ class LayerResponses:
         layers = len(self._placement.owners)
         most = self._placement.sharing(range(layers))[1]
         mine = torch.zeros(most, len(SOLVES), size, device=device)
-        mine.view(-1, size)[: len(flat)] = torch.stack(flat).to(device)
+        mine.view(-1, size)[: len(flat)] = torch.stack(flat)
         given = self._channel.all_gather(mine, StateSpec.of(mine), MessageTag(step, "responses"))
         numbers = torch.zeros(layers, len(SOLVES), size, device=device)
-        for rank, theirs in enumerate(given):
-            assert isinstance(theirs, Tensor)
+        for rank, theirs in enumerate(part for each in given for part in tensors(each)):
             owned = self._placement.owned(rank)
             numbers[list(owned)] = theirs[: len(owned)]
         return torch.where(numbers.isfinite().all(-1, keepdim=True), numbers, 0.0)
@@ -120,19 +119,18 @@ class LayerResponses:
     def _agree(self, spec: StateSpec, step: int) -> None:
         """Once after workers have come together: all take what one of those has found that know the latest."""
         tag, device = MessageTag(step, "responses", "agree"), spec.device
-        mine = torch.tensor([len(self.found), max(self.found, default=-1)], device=device)
-        given = [(int(newest), int(count)) for each in self._channel.all_gather(mine, StateSpec.of(mine), tag) for count, newest in [each]]
-        source = given.index(max(given))
-        count = given[source][1]
-        if any(each != given[source] for each in given):
-            shape = (count, len(self._placement.owners), len(SOLVES), self._size(spec))
-            steps, numbers = torch.zeros(count, dtype=torch.int64, device=device), torch.zeros(shape, device=device)
-            all_of_it = (steps, numbers)
-            if self._channel.rank == source:
-                all_of_it = torch.tensor(list(self.found), device=device), torch.stack([*self.found.values()])
-            got = self._channel.broadcast(all_of_it, StateSpec.of((steps, numbers)), source, tag)
+        mine = torch.tensor([max(self.found, default=-1), len(self.found)], device=device)
+        given = [part.tolist() for each in self._channel.all_gather(mine, StateSpec.of(mine), tag) for part in tensors(each)]
+        latest = max(given)
+        if any(each != latest for each in given):
+            count, source = latest[1], given.index(latest)
+            shapes = torch.Size([count]), torch.Size([count, len(self._placement.owners), len(SOLVES), self._size(spec)])
+            theirs = StateSpec(shapes, (torch.int64, torch.float32), device, bare=False)
+            is_source = self._channel.rank == source
+            known = (torch.tensor([*self.found], device=device), torch.stack([*self.found.values()])) if is_source else None
+            steps, numbers = tensors(self._channel.broadcast(known, theirs, source, tag))
             self.found.clear()
-            self.found.update(zip(got[0].tolist(), got[1], strict=True))
+            self.found.update(zip(steps.tolist(), numbers, strict=True))
         self._agrees = True
 
     @staticmethod

@@ -97,20 +97,6 @@ class PlainAutograd:
         return StepGradients(loss.detach(), penalty=penalty)
 
 
-def count_microbatches(batch: int, workers: int, wanted: int | None, *, fewest: bool = False) -> int:
-    """Return the number of microbatches for `batch` sequences, a divisor of that: the largest up to `wanted`, or else up to 4 per worker.
-
-    Whole batches divide by `wanted`; the half of one that a probe takes may not. One worker has nothing to overlap, and always takes one.
-
-    Args:
-        fewest: take the smallest divisor that keeps all workers busy instead, if there is one.
-    """
-    if workers == 1:
-        return 1
-    divisors = [m for m in range(1, (wanted or 4 * workers) + 1) if batch % m == 0]
-    return next((m for m in divisors if fewest and not wanted and m >= workers), divisors[-1])
-
-
 class Pipeline:
     """One worker's end of torch's 1F1B schedule, over the microbatches of a whole batch.
 

@@ -12,7 +12,6 @@ few with large gradients would count alone, as the first ones of a deep network 
 
 import math
 from collections.abc import Iterator
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -21,6 +20,7 @@ from torch import Tensor
 
 from rayllp.channel.base import Channel, MessageTag
 from rayllp.control import Accuracy, ProbePlan
+from rayllp.engine.all_reduce import sum_together
 from rayllp.engine.batch import StepBatch
 from rayllp.engine.gradients import Gradients
 from rayllp.engine.layer_group import LayerGroup
@@ -158,12 +158,9 @@ class Probing:
 
     def form(self, batch: StepBatch) -> StepGradients:
         """Form the better gradient in `.grad`. Returns its loss, and the solves that give ρ."""
-        responses = self.group.responses if self.plan.candidate.tolerance is not None else None
-        learned = nullcontext() if responses is None else responses.learned(self.group.spec(batch.inputs), batch.step)
         if not self.plan.lipschitz:
-            with learned:
-                return self._form(batch)
-        with self.group.block.recorded_inputs() as states, learned:
+            return self._form(batch)
+        with self.group.block.recorded_inputs() as states:
             formed = self._form(batch)
         self.lipschitz = estimate_layers(self.group.block, batch, states)
         return formed
@@ -235,8 +232,9 @@ class Probing:
         used, first, losses = self._formed.used, self._formed.first, self._formed.losses
         self._formed = None
         if replicas.size > 1:
-            for tensor in (*used, *first, losses):
-                replicas.all_reduce(tensor, MessageTag(step, "gradients", "probe"))
+            tag = MessageTag(step, "gradients", "probe")
+            *used, losses = sum_together([*used, losses], replicas, tag)
+            first = first and sum_together(first, replicas, tag)
         sums = self._no_sums()
         for index, (layer, gradient) in enumerate(self._gradients()):
             g, u = gradient.double(), used[index].double()

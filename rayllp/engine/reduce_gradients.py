@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from rayllp.channel.base import Channel, MessageTag, StateSpec
+from rayllp.engine.all_reduce import sum_together
 from rayllp.engine.block import Block
 from rayllp.state import tensors
 
@@ -37,7 +38,6 @@ def _add_common_gradients(block: Block, layers: Channel, step: int) -> None:
     common = block.common_leaves
     if not common or layers.size == 1:
         return
-    flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in common])
-    layers.all_reduce(flat, MessageTag(step, "gradients", "common parameters"))
-    for parameter, summed in zip(common, flat.split([p.numel() for p in common]), strict=True):
-        parameter.grad = summed.view_as(parameter).clone()
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in common]
+    for parameter, summed in zip(common, sum_together(gradients, layers, MessageTag(step, "gradients", "common parameters")), strict=True):
+        parameter.grad = summed.clone()

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from rayllp.channel.base import Channel, MessageTag, Pending
+from rayllp.engine.all_reduce import flatten, sum_together
 from rayllp.engine.block import Block
 
 BUCKET_BYTES = 4 * 2**20
@@ -101,7 +102,7 @@ class ReplicaSums:
         self._next += 1
         if not parts:
             return
-        flat = _flatten(parts)
+        flat = flatten(parts)
         for parameter, _ in found:
             parameter.grad = None
         shapes = [gradient.shape for _, gradient in found]
@@ -151,11 +152,10 @@ class ReplicaSums:
     def _add_late_ones(self) -> None:
         """Sum over replicas what was added to gradients after they had been sent, on any replica, and add the sums to `.grad`."""
         summed = [p for p in self._parameters if p.grad is not None]
-        late = _flatten([self._late.get(p, torch.zeros_like(p)) for p in summed])
-        self.replicas.all_reduce(late, self._tag("late gradients"))
-        for parameter, more in zip(summed, late.split([p.numel() for p in summed]), strict=True):
+        late = [self._late.get(p, torch.zeros_like(p)) for p in summed]
+        for parameter, more in zip(summed, sum_together(late, self.replicas, self._tag("late gradients")), strict=True):
             assert parameter.grad is not None
-            parameter.grad += more.view(parameter.shape)
+            parameter.grad += more
 
     # The order in which gradients become final --------------------------------------------------------------------------------
 
@@ -202,9 +202,3 @@ def _buckets(parameters: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:
         buckets[-1].append(parameter)
         room -= parameter.nbytes
     return buckets
-
-
-def _flatten(parts: Sequence[Tensor]) -> Tensor:
-    """Return one flat tensor of all parts, in the widest of their dtypes."""
-    dtype = max((part.dtype for part in parts), key=lambda found: found.itemsize)
-    return torch.cat([part.reshape(-1).to(dtype) for part in parts])

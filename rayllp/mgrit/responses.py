@@ -58,7 +58,7 @@ class Response:
 
     def _of(self, change: State) -> State:
         parts = zip(tensors(change), self.maps, strict=True)
-        return like(change, tuple((part @ down) @ up for part, (down, up) in parts))
+        return like(change, tuple((_rows(part) @ down @ up).view_as(part) for part, (down, up) in parts))
 
 
 def _scaled(moved: Tensor, expected: Tensor, change: Tensor) -> Tensor:
@@ -82,7 +82,7 @@ class ResponseFit:
         """Take note of a layer's increment at a state."""
         if self._last is not None:
             steps, changes = tensors(subtract(state, self._last[0])), tensors(subtract(increment, self._last[1]))
-            self._fits = self._fits or [_Fit(step.shape[-1]) for step in steps]
+            self._fits = self._fits or [_Fit(_width(step.shape)) for step in steps]
             for fit, step, change in zip(self._fits, steps, changes, strict=True):
                 fit.add(step, change)
         self._last = state, increment
@@ -100,15 +100,13 @@ class _Fit:
     """
 
     def __init__(self, width: int) -> None:
-        self._count = min(width, DIRECTIONS)
+        self._rank, self._count = _rank(width), min(width, DIRECTIONS)
         self._basis: Tensor | None = None  # the directions, shape (d, count)
-        self._squares = torch.zeros(())
-        self._products = torch.zeros(())
+        self._squares = self._products = torch.zeros(())
 
     def add(self, step: Tensor, change: Tensor) -> None:
         """Add the changes of all tokens, each divided by the norm of its input's."""
-        width = step.shape[-1]
-        x, y = step.detach().reshape(-1, width).float(), change.detach().reshape(-1, width).float()
+        x, y = _rows(step.detach()).float(), _rows(change.detach()).float()
         norms = x.norm(dim=-1, keepdim=True)
         scale = torch.where(norms > 0, 1 / norms.clamp_min(torch.finfo(x.dtype).tiny), 0.0)
         x, y = x * scale, y * scale
@@ -129,7 +127,7 @@ class _Fit:
     def factors(self) -> tuple[Tensor, Tensor]:
         """Return the factors of the map of rank RANK, at most, that explains most of the changes."""
         assert self._basis is not None
-        width, rank = self._basis.shape[0], min(self._count, RANK)
+        width, rank = self._basis.shape[0], self._rank
         size = self._squares.diagonal().mean()
         if not (size > 0 and size.isfinite() and self._products.isfinite().all()):
             nothing = torch.zeros(width, rank, device=self._basis.device)
@@ -143,5 +141,18 @@ class _Fit:
 
 def factor_shapes(shapes: Sequence[torch.Size]) -> list[torch.Size]:
     """Return the shapes of a layer's factors, in the order of `ResponseFit.factors`, for a state of these shapes."""
-    ranks = [(shape[-1], min(shape[-1], DIRECTIONS, RANK)) for shape in shapes]
-    return [torch.Size(each) for width, rank in ranks for each in ((width, rank), (rank, width))]
+    widths = [_width(shape) for shape in shapes]
+    return [torch.Size(each) for width in widths for each in ((width, _rank(width)), (_rank(width), width))]
+
+
+def _width(shape: torch.Size) -> int:
+    return shape[-1] if shape else 1
+
+
+def _rank(width: int) -> int:
+    return min(width, RANK)
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    """Return the tensor's values as rows of its width; shape (rows, d)."""
+    return tensor.reshape(tensor.shape[:-1].numel(), _width(tensor.shape))

@@ -6,7 +6,7 @@ from pathlib import Path
 from rayllp.config import TrainConfig
 from rayllp.config.nested import Stage
 from rayllp.config.schedule import learning_rate
-from rayllp.engine.pipeline import count_microbatches
+from rayllp.engine.batch import count_microbatches
 from rayllp.mgrit.windows import lengths_in_words
 
 
